@@ -1,0 +1,113 @@
+"""Every error that lambda-split raises on purpose; the command line prints each as one line."""
+
+from __future__ import annotations
+
+
+class SplitError(Exception):
+    """Base of all errors of lambda-split."""
+
+    #: Exit code of the command line when this error ends a command.
+    exit_code = 1
+
+
+class ConfigError(SplitError):
+    """An option, address or file is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class KeysError(ConfigError):
+    """A key, certificate, roster or manifest file is missing, damaged or readable by others."""
+
+
+# --- the model and its parts -------------------------------------------------------------------------------
+
+
+class ModelError(SplitError):
+    """The model cannot be loaded or cut as asked."""
+
+
+class UnknownModel(ModelError):
+    """No checkpoint is to be found under this name or path."""
+
+
+class InvalidSplit(ModelError, ValueError):
+    """`head_layers` and `tail_layers` leave no body, or are negative."""
+
+
+class MissingTensor(ModelError):
+    """The checkpoint lacks a tensor of the part that was to be loaded."""
+
+
+class TensorMismatch(ModelError):
+    """A tensor differs from the one that the signed manifest names."""
+
+
+class UnsupportedArchitecture(ModelError):
+    """The model's class cannot be cut between layers; the message says why."""
+
+
+class UnsupportedFeature(SplitError, ValueError):
+    """An option of `generate` or `forward` that cannot be split; refused before anything is sent."""
+
+
+class PromptTooLong(SplitError, ValueError):
+    """The prompt (with the tokens to generate) exceeds the model's positions."""
+
+
+# --- what comes from the network ---------------------------------------------------------------------------
+
+
+class ProtocolError(SplitError):
+    """A message that breaks the protocol; it is dropped and counted."""
+
+
+class Malformed(ProtocolError):
+    """Bytes that are no message of this protocol, or fields that do not fit each other."""
+
+
+class Oversized(ProtocolError):
+    """A message or tensor above the limit."""
+
+
+class VersionMismatch(ProtocolError):
+    """The peer speaks another version of the protocol."""
+
+
+class NonFinite(ProtocolError):
+    """Hidden states that hold NaN or infinity."""
+
+
+class OutOfOrder(ProtocolError):
+    """A step whose sequence number or start position does not follow the session's state."""
+
+
+class AuthenticationError(SplitError):
+    """A peer, signature or ciphertext that cannot be trusted."""
+
+
+class CertificateError(AuthenticationError):
+    """A certificate of another fleet, outside its validity, of another role, or revoked."""
+
+
+# --- the queue and its sessions ----------------------------------------------------------------------------
+
+
+class BrokerUnreachable(SplitError):
+    """The broker did not answer in time."""
+
+
+class NoWorker(SplitError):
+    """No worker serves this model with this body."""
+
+
+class Busy(SplitError):
+    """Every worker of this model is full; try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class SessionLost(SplitError):
+    """The worker that held the session's KV cache is gone, or refused to go on."""
