@@ -1,0 +1,43 @@
+# Everything runs in .venv, which is set up once and again when pyproject.toml or constraints.txt change.
+
+# The first Python on the path that is new enough.
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+
+# Further arguments for pytest: make test ARGS="-k wire".
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo test lint clean
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+# The stamp is written last, so that an interrupted set-up is taken up again. torch comes first and from its
+# constraint alone: a build made for this machine (say 2.13.0+cpu) then counts as that version.
+$(INSTALLED): pyproject.toml constraints.txt
+	@rm -f $@
+	@test -n "$(PYTHON)" || { echo "lambda-split needs Python 3.11 or newer" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## Split a small model between this process and a worker, over an encrypted queue.
+	$(BIN)/lambda-split demo
+
+# One thread for each of pytest's two processes: threads that outnumber the cores only fight.
+test: $(INSTALLED) ## Run the tests; pass pytest's arguments as ARGS="...".
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 $(ARGS)
+
+lint: $(INSTALLED) ## Check style, format and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## Remove the virtual environment and all caches.
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	find . -type d -name __pycache__ -prune -exec rm -rf {} +

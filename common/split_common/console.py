@@ -1,0 +1,16 @@
+"""What commands print: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from rich.console import Console
+
+#: Progress, notices and errors; stdout is for results alone.
+stderr = Console(stderr=True, highlight=False)
+
+
+def emit_json(obj: object) -> None:
+    """Print `obj` as one line of JSON on stdout."""
+    print(json.dumps(obj, ensure_ascii=False), file=sys.stdout, flush=True)

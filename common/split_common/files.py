@@ -1,0 +1,134 @@
+"""Where lambda-split keeps its files, and how it writes and reads those that must not leak or tear."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+import warnings
+from pathlib import Path
+
+import platformdirs
+
+from split_common.errors import KeysError
+
+_APP = "lambda-split"
+
+
+def config_dir() -> Path:
+    """The user's settings and keys; `LAMBDA_SPLIT_CONFIG` overrides the platform's place."""
+    return Path(os.environ.get("LAMBDA_SPLIT_CONFIG") or platformdirs.user_config_path(_APP, appauthor=False))
+
+
+def cache_dir() -> Path:
+    """What can be made again; `LAMBDA_SPLIT_CACHE` overrides the platform's place."""
+    return Path(os.environ.get("LAMBDA_SPLIT_CACHE") or platformdirs.user_cache_path(_APP, appauthor=False))
+
+
+def runtime_dir() -> Path:
+    """What may vanish with the login; `LAMBDA_SPLIT_RUNTIME` overrides the platform's place."""
+    configured = os.environ.get("LAMBDA_SPLIT_RUNTIME")
+    if configured:
+        return Path(configured)
+    with warnings.catch_warnings(action="ignore"):  # that it falls back to /tmp: see private_dir
+        return platformdirs.user_runtime_path(_APP, appauthor=False)
+
+
+def private_dir(path: Path) -> Path:
+    """Create `path` and its missing parents with mode 0700, and return it.
+
+    Raises `KeysError` when it cannot be made, when another user may write to it, and when its parent is
+    another user's (root's is fine): the platform's runtime directory may lie under `/tmp`, where anyone can
+    be first.
+    """
+    try:
+        _make_dirs(path)
+        found, parent = path.stat(), path.parent.stat()
+    except OSError as error:
+        raise KeysError(f"{path} cannot be created: {error.strerror}") from None
+    me = os.geteuid()
+    if found.st_uid != me or parent.st_uid not in (me, 0):
+        raise KeysError(f"{path} or its parent belongs to another user")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise KeysError(f"{path} can be written by other users; run: chmod 700 {path}")
+    return path
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write `data` atomically to a file of mode 0600; a crash leaves the old file or the new one.
+
+    Raises `KeysError` where that fails.
+    """
+    _write(path, data, 0o600)
+
+
+def write_public(path: Path, data: bytes) -> None:
+    """Like `write_private`, with mode 0644."""
+    _write(path, data, 0o644)
+
+
+def read_private(path: Path) -> bytes:
+    """The bytes of a secret file; `KeysError` when it is missing, or its group or others may use it."""
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+                raise KeysError(f"{path} is open to other users; run: chmod 600 {path}")
+            return file.read()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def read_public(path: Path) -> bytes:
+    """The bytes of a file that is no secret; `KeysError` when it is missing."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> KeysError:
+    if isinstance(error, FileNotFoundError):
+        return KeysError(
+            f"{path} is missing; run `lambda-split keys init`, or copy it from the operator's machine"
+        )
+    return KeysError(f"{path} cannot be read: {error.strerror}")
+
+
+def _make_dirs(path: Path) -> None:
+    """`Path.mkdir(parents=True)` would give the parents the default mode."""
+    for folder in reversed([path, *path.parents]):
+        if not folder.exists():
+            folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
+    try:
+        _make_dirs(path.parent)
+        _replace(path, data, mode)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise KeysError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _replace(path: Path, data: bytes, mode: int) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync_directory(path: Path) -> None:
+    """Make a rename in `path` last through a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,231 @@
+"""The `lambda-split keys` commands: what the operator of a fleet does with its keys."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from split_common.checkpoint import Checkpoint
+from split_common.console import emit_json, stderr
+from split_common.errors import ConfigError, KeysError
+from split_common.fleet import DAYS, Fleet, keys_dir, load_fleet
+from split_common.keys import Certificate, Member, ModelScope, Role
+from split_common.manifest import Manifest, build_manifest
+
+keys_app = typer.Typer(no_args_is_help=True)
+
+KeysOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--keys",
+        metavar="DIR",
+        help="The fleet's directory. Default: $LAMBDA_SPLIT_KEYS, else `keys` in the settings directory.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on one line.")]
+DaysOption = Annotated[int, typer.Option(min=1, max=36_500, help="How many days the certificates are valid.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the `keys` commands to `app`."""
+    app.add_typer(keys_app, name="keys", help="Make and manage a fleet's keys, members and models.")
+
+
+@keys_app.command()
+def init(keys: KeysOption = None, days: DaysOption = DAYS, json: JsonOption = False) -> None:
+    """Make a new fleet: the operator's key, a broker, a device and a worker.
+
+    Give each machine its own NAME.key with operator.pub, roster and models/. Keep operator.key to yourself.
+    """
+    fleet = Fleet.create(keys_dir(keys), days)
+    names = ", ".join(member.name for member in fleet.roster().members)
+    _report(json, f"made a fleet in {fleet.path}: {names}", _summary(fleet))
+
+
+@keys_app.command()
+def add_device(
+    name: Annotated[str, typer.Argument(help="The new device's name, of a-z, 0-9, '.', '_' and '-'.")],
+    keys: KeysOption = None,
+    days: DaysOption = DAYS,
+    json: JsonOption = False,
+) -> None:
+    """Add a device: its keys in NAME.key, and a new roster."""
+    _add_member("device", name, keys, (), days, json)
+
+
+@keys_app.command()
+def add_worker(
+    name: Annotated[str, typer.Argument(help="The new worker's name, of a-z, 0-9, '.', '_' and '-'.")],
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Let it serve this model of the fleet only; see --layers."),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="A:B", help="The layers of --model it may serve, from A up to B - 1."),
+    ] = None,
+    keys: KeysOption = None,
+    days: DaysOption = DAYS,
+    json: JsonOption = False,
+) -> None:
+    """Add a worker: its keys in NAME.key, and a new roster. Without --model it may serve every model."""
+    if (model is None) != (layers is None):
+        raise ConfigError("--model and --layers go together")
+    models: tuple[ModelScope, ...] = ()
+    if model is not None and layers is not None:
+        first, last = _layer_range(layers)
+        models = (ModelScope(_manifest(_open(keys), model).root, first, last),)
+    _add_member("worker", name, keys, models, days, json)
+
+
+@keys_app.command()
+def add_model(
+    model: Annotated[str, typer.Argument(help="A directory with a safetensors checkpoint, or a hub id.")],
+    name: Annotated[
+        str | None, typer.Option(help="Its name in the fleet. Default: the checkpoint's.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    keys: KeysOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Sign a list of a model's tensors, so that each side can check the weights it loads."""
+    fleet = _open(keys)
+    fleet.require_operator()
+    checkpoint = Checkpoint.resolve(model, revision)
+    manifest = _hash(checkpoint, name)
+    fleet.add_manifest(manifest)
+    message = f"added model {manifest.name} ({len(manifest.tensors)} tensors) to {fleet.path}"
+    _report(json, message, {"keys": str(fleet.path), "model": _model(manifest)})
+
+
+@keys_app.command()
+def show(keys: KeysOption = None, json: JsonOption = False) -> None:
+    """List the fleet's members and models. A certificate's end is known only where its NAME.key is."""
+    fleet = load_fleet(keys)
+    if json:
+        emit_json(_summary(fleet))
+        return
+    console = Console()
+    kind = ", for this machine only" if fleet.is_loopback else ""
+    console.print(f"{fleet.path} (roster version {fleet.roster().version}{kind})", highlight=False)
+    members = Table("name", "role", "valid until", "revoked", "fingerprint")
+    for member in fleet.roster().members:
+        certificate = _certificate(fleet, member)
+        until = (
+            "" if certificate is None else f"{datetime.fromtimestamp(certificate.not_after, UTC):%Y-%m-%d}"
+        )
+        revoked = "revoked" if member.revoked else ""
+        members.add_row(member.name, member.role, until, revoked, member.fingerprint)
+    console.print(members)
+    models = Table("model", "tensors", "root")
+    for manifest in fleet.manifests():
+        models.add_row(manifest.name, str(len(manifest.tensors)), manifest.root.hex())
+    console.print(models)
+
+
+@keys_app.command()
+def revoke(
+    name: Annotated[str, typer.Argument(help="The member to shut out, for good.")],
+    keys: KeysOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Revoke a member. Running brokers and workers that read this directory follow within seconds."""
+    fleet = _open(keys)
+    roster = fleet.revoke(name)
+    message = f"revoked {name}; the roster has version {roster.version}"
+    _report(json, message, {"keys": str(fleet.path), "revoked": name, "roster_version": roster.version})
+
+
+def _open(keys: Path | None) -> Fleet:
+    """The configured fleet, never the loopback one."""
+    path = keys_dir(keys)
+    if not path.is_dir():
+        raise KeysError(f"there is no fleet in {path}; run `lambda-split keys init`")
+    return Fleet.open(path)
+
+
+def _add_member(
+    role: Role, name: str, keys: Path | None, models: tuple[ModelScope, ...], days: int, json: bool
+) -> None:
+    fleet = _open(keys)
+    fleet.add_member(role, name, models, days)
+    member = fleet.roster().by_name(name)
+    assert member is not None
+    version = fleet.roster().version
+    summary = {"keys": str(fleet.path), "member": _member(fleet, member), "roster_version": version}
+    _report(json, f"added {role} {name}: {fleet.path / f'{name}.key'}", summary)
+
+
+def _hash(checkpoint: Checkpoint, name: str | None) -> Manifest:
+    columns = (TextColumn("hashing {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr) as progress:
+        task = progress.add_task(checkpoint.name, total=checkpoint.nbytes(checkpoint.tensor_names))
+        return build_manifest(checkpoint, name, lambda count: progress.advance(task, count))
+
+
+def _layer_range(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text, re.ASCII)
+    first, last = map(int, match.groups()) if match else (0, 0)
+    if first >= last:
+        raise ConfigError(f"--layers {text!r}: write A:B with 0 <= A < B")
+    return first, last
+
+
+def _manifest(fleet: Fleet, name: str) -> Manifest:
+    manifests = {manifest.name: manifest for manifest in fleet.manifests()}
+    if name not in manifests:
+        known = ", ".join(manifests) or "none"
+        raise KeysError(
+            f"the fleet has no model {name!r} (it has: {known}); run `lambda-split keys add-model`"
+        )
+    return manifests[name]
+
+
+def _certificate(fleet: Fleet, member: Member) -> Certificate | None:
+    """The member's certificate where its key file is in the directory."""
+    if not (fleet.path / f"{member.name}.key").exists():
+        return None
+    return fleet.read_identity(member.name).certificate
+
+
+def _summary(fleet: Fleet) -> dict[str, Any]:
+    return {
+        "keys": str(fleet.path),
+        "loopback": fleet.is_loopback,
+        "roster_version": fleet.roster().version,
+        "members": [_member(fleet, member) for member in fleet.roster().members],
+        "models": [_model(manifest) for manifest in fleet.manifests()],
+    }
+
+
+def _member(fleet: Fleet, member: Member) -> dict[str, Any]:
+    certificate = _certificate(fleet, member)
+    return {
+        "name": member.name,
+        "role": member.role,
+        "fingerprint": member.fingerprint,
+        "revoked": member.revoked,
+        "not_before": certificate and certificate.not_before,
+        "not_after": certificate and certificate.not_after,
+        "models": [
+            {"root": scope.root.hex(), "layers": f"{scope.first}:{scope.last}"}
+            for scope in (certificate.models if certificate else ())
+        ],
+    }
+
+
+def _model(manifest: Manifest) -> dict[str, Any]:
+    return {"name": manifest.name, "root": manifest.root.hex(), "tensors": len(manifest.tensors)}
+
+
+def _report(as_json: bool, message: str, result: dict[str, Any]) -> None:
+    stderr.print(message, soft_wrap=True, markup=False)
+    if as_json:
+        emit_json(result)

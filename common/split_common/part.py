@@ -1,0 +1,213 @@
+"""Loading one side of a split model: only its own tensors, under their own names, checked against the manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from split_common.checkpoint import Checkpoint
+from split_common.errors import MissingTensor, ModelError, UnknownModel, UnsupportedArchitecture
+from split_common.slots import Absent, PassThrough, Stack, find_stack
+from split_common.split import Split
+
+Side = Literal["device", "worker"]
+
+
+@dataclass
+class Plan:
+    """What a checkpoint is, before any weight is read."""
+
+    checkpoint: Checkpoint
+    config: Any
+    model_class: type[nn.Module]
+    stack_name: str
+
+    @property
+    def layers(self) -> int:
+        return int(self.text_config.num_hidden_layers)
+
+    @property
+    def text_config(self) -> Any:
+        return self.config.get_text_config(decoder=True)
+
+    def layer_of(self, tensor: str) -> int | None:
+        """The decoder layer that a checkpoint's tensor belongs to; None for embeddings, norms and the head."""
+        match = re.search(rf"(?:^|\.){re.escape(self.stack_name)}\.(\d+)\.", tensor)
+        return int(match[1]) if match else None
+
+    def own_tensors(self, split: Split, side: Side) -> list[str]:
+        """Checkpoint names of the tensors that a side loads."""
+        own = []
+        for name in self.checkpoint.tensor_names:
+            layer = self.layer_of(name)
+            in_body = layer is not None and layer in split.body
+            if in_body == (side == "worker") and (layer is None or layer < self.layers):
+                own.append(name)
+        return own
+
+
+def plan(name_or_path: str, revision: str | None = None) -> Plan:
+    """Reads a checkpoint's configuration.
+
+    Raises:
+        UnknownModel: no checkpoint is found, or transformers does not know its type.
+        UnsupportedArchitecture: it is not a decoder-only language model that can be cut.
+    """
+    checkpoint = Checkpoint.resolve(name_or_path, revision)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path("config.json").parent)
+    except (ValueError, KeyError, OSError) as error:
+        raise UnknownModel(f"{name_or_path}: {_first_line(error)}") from None
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    name = getattr(config, "model_type", type(config).__name__)
+    if model_class is None or getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedArchitecture(f"{name} is no decoder-only language model")
+    if isinstance(model_class, list | tuple):
+        model_class = model_class[0]
+    layers = int(config.get_text_config(decoder=True).num_hidden_layers)
+    _check_cache(config, name)
+    with torch.device("meta"):
+        _, stack_name = find_stack(model_class(config), layers)
+    result = Plan(checkpoint, config, model_class, stack_name)
+    if all(result.layer_of(tensor) is None for tensor in checkpoint.tensor_names):
+        raise UnsupportedArchitecture(f"{name}: no tensor of the checkpoint belongs to a layer of the stack")
+    return result
+
+
+def _check_cache(config: Any, name: str) -> None:
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise UnsupportedArchitecture(
+                f"{name}: layer {index} keeps a {type(layer).__name__}, a state that cannot be rolled back"
+            )
+
+
+def load_part(
+    plan: Plan,
+    split: Split,
+    side: Side,
+    *,
+    dtype: torch.dtype | None = None,
+    bases: tuple[type, ...] = (),
+    fill: Callable[[], nn.Module] = PassThrough,
+) -> tuple[Any, Stack]:
+    """Loads a side's part of a model, on the CPU; unconverted tensors stay mapped from the file.
+
+    Args:
+        split: where the model is cut.
+        side: "device" keeps all but the body's layers, "worker" the body's layers alone.
+        dtype: of the parameters; None keeps the checkpoint's.
+        bases: classes that the model's class should derive from as well.
+        fill: makes the layer for the first of the other side's slots in the body (device only).
+
+    Raises:
+        MissingTensor: the checkpoint lacks a tensor of the part.
+        UnsupportedArchitecture: the model cannot be cut between its layers.
+    """
+    model_class = _part_class(plan, split, side, bases, fill)
+    state = _read(plan.checkpoint, plan.own_tensors(split, side))
+    with _quiet():
+        try:
+            # The class's own `from_pretrained` may be ours: this is transformers'.
+            model, info = transformers.PreTrainedModel.from_pretrained.__func__(
+                model_class,
+                None,
+                config=plan.config,
+                state_dict=state,
+                dtype=dtype if dtype is not None else "auto",
+                output_loading_info=True,
+            )
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ModelError(f"{plan.checkpoint.name}: {_first_line(error)}") from None
+    if info["missing_keys"]:
+        raise MissingTensor(f"{plan.checkpoint.name} lacks the tensor {min(info['missing_keys'])}")
+    if info["mismatched_keys"]:
+        raise ModelError(f"{plan.checkpoint.name}: the shape of {min(info['mismatched_keys'])} does not fit")
+    model.eval().requires_grad_(False)
+    return model, Stack(model, plan.layers)
+
+
+def _part_class(
+    plan: Plan, split: Split, side: Side, bases: tuple[type, ...], fill: Callable[[], nn.Module]
+) -> Any:
+    """The model's class with the other side's layers replaced before weights are loaded.
+
+    It carries the original's module and name, by which transformers finds the conversions of its checkpoints.
+    """
+    original: Any = plan.model_class
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        original.__init__(self, config, *args, **kwargs)
+        owner, attribute = find_stack(self, plan.layers)
+        slots = getattr(owner, attribute)
+        for index in range(plan.layers):
+            if (index in split.body) == (side == "device"):
+                slots[index] = fill() if side == "device" and index == split.first else PassThrough()
+        if side == "worker":
+            _strip(self, slots)
+            self.all_tied_weights_keys = {}
+
+    namespace = {
+        "__init__": __init__,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+    }
+    if side == "worker":
+        namespace["_tied_weights_keys"] = {}
+    return type(original.__name__, (*bases, original), namespace)
+
+
+def _strip(module: nn.Module, stack: nn.ModuleList) -> None:
+    """Replaces everything with parameters beside the stack."""
+    for name, child in list(module.named_children()):
+        if child is stack:
+            continue
+        if any(inner is stack for inner in child.modules()):
+            _strip(child, stack)
+        elif next(child.parameters(), None) is not None:
+            setattr(module, name, Absent())
+
+
+def _read(checkpoint: Checkpoint, names: list[str]) -> dict[str, torch.Tensor]:
+    by_file: dict[str, list[str]] = {}
+    for name in names:
+        by_file.setdefault(checkpoint.files[name], []).append(name)
+    state = {}
+    for file, tensors in by_file.items():
+        with safe_open(checkpoint.path(file), framework="pt") as handle:
+            present = set(handle.keys())
+            for name in tensors:
+                if name not in present:
+                    raise MissingTensor(f"{checkpoint.name}: {file} lacks the tensor {name}")
+                state[name] = handle.get_tensor(name)
+    return state
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences transformers' load report and progress bar: each side loads a part on purpose."""
+    logger = transformers.utils.logging
+    level, bars = logger.get_verbosity(), logger.is_progress_bar_enabled()
+    logger.set_verbosity(logging.ERROR)
+    logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.set_verbosity(level)
+        if bars:
+            logger.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,52 @@
+"""Where a model is cut: head `[0, first)`, body `[first, last)`, tail `[last, layers)`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from split_common.errors import ConfigError, InvalidSplit
+
+
+@dataclass(frozen=True)
+class Split:
+    """A cut of a stack of `layers` layers; the body is never empty."""
+
+    layers: int
+    first: int
+    last: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first < self.last <= self.layers:
+            raise InvalidSplit(
+                f"a model of {self.layers} layers has no body left with a head of {self.first} and a tail of "
+                f"{self.layers - self.last} layers: both are at least 0, together at most {self.layers - 1}"
+            )
+
+    @classmethod
+    def from_head_tail(cls, layers: int, head: int, tail: int) -> Split:
+        """Raises InvalidSplit when either is negative or no layer is left for the body."""
+        return cls(layers, head, layers - tail)
+
+    @classmethod
+    def parse(cls, layers: int, text: str) -> Split:
+        """Reads `FIRST:LAST`, the body's range as a Python slice: `2:-2` leaves two layers at each end.
+
+        Raises:
+            ConfigError: the text is no such range.
+            InvalidSplit: the range leaves no body.
+        """
+        first, colon, last = text.partition(":")
+        try:
+            start, stop = int(first or 0), int(last) if last else layers
+        except ValueError:
+            colon = ""
+        if not colon:
+            raise ConfigError(f"--layers takes FIRST:LAST like 2:-2, not {text!r}")
+        return cls(layers, start, stop + layers if stop < 0 else stop)
+
+    @property
+    def body(self) -> range:
+        return range(self.first, self.last)
+
+    def __str__(self) -> str:
+        return f"{self.first}:{self.last}"

@@ -1,0 +1,54 @@
+"""Hidden states as raw bytes, and back."""
+
+from __future__ import annotations
+
+import torch
+
+from split_common.errors import Malformed, NonFinite
+from split_common.wire import Dtype
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> Dtype:
+    """Raises Malformed for a dtype that does not travel."""
+    if dtype not in _NAMES:
+        raise Malformed(f"hidden states of {dtype} do not travel; use float32, bfloat16 or float16")
+    return _NAMES[dtype]  # type: ignore[return-value]
+
+
+def to_bytes(states: torch.Tensor) -> memoryview:
+    """The bytes of hidden states `[tokens, width]`, in C order and native byte order (little-endian).
+
+    Raises:
+        NonFinite: they hold NaN or infinity.
+    """
+    states = states.detach().cpu().contiguous()
+    check_finite(states)
+    return memoryview(states.view(torch.uint8).numpy()).cast("B")
+
+
+def from_bytes(data: memoryview, dtype: str, tokens: int, width: int) -> torch.Tensor:
+    """Hidden states `[tokens, width]` from their bytes.
+
+    Raises:
+        Malformed: the size does not fit the shape.
+        NonFinite: they hold NaN or infinity.
+    """
+    expected = tokens * width * DTYPES[dtype].itemsize
+    if len(data) != expected:
+        raise Malformed(f"{len(data)} bytes of hidden states, expected {expected}")
+    states = torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).view(tokens, width)
+    check_finite(states)
+    return states
+
+
+def check_finite(states: torch.Tensor) -> None:
+    """Raises NonFinite."""
+    if not torch.isfinite(states).all():
+        raise NonFinite("hidden states hold NaN or infinity")

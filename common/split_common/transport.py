@@ -1,0 +1,99 @@
+"""What devices and workers need of a queue, whatever carries it.
+
+A transport moves messages (`split_common.wire`) between peers and says when peers die. It may lose, repeat or
+delay messages: sessions are built so that at-least-once delivery is enough.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Protocol
+
+from split_common.errors import ConfigError
+from split_common.fleet import Fleet, check_address
+from split_common.keys import Identity
+from split_common.wire import Announce, AnyHeader, Header
+
+#: Where the broker listens, and where peers look for it, when no address is given.
+DEFAULT_BROKER = "tcp://127.0.0.1:7411"
+
+#: Seconds between two announcements of a peer; after `MISSED` of them without one it is held for dead.
+HEARTBEAT = 1.0
+MISSED = 3
+
+
+class Handler(Protocol):
+    """What a peer does with what arrives. Called on the transport's thread: must not block."""
+
+    def on_message(self, header: AnyHeader, body: bytes) -> None:
+        """A message for this peer; an exception of type SplitError is counted and logged, and nothing else."""
+
+    def on_gone(self, peers: Iterable[bytes]) -> None:
+        """Watched peers that died or left."""
+
+    def on_reset(self) -> None:
+        """The queue was restarted: what was in flight may be lost."""
+
+    def on_roster(self) -> None:
+        """The fleet has a newer roster."""
+
+    def announcement(self) -> Announce:
+        """This peer's heartbeat; the transport fills in what it has received."""
+
+
+class Transport(Protocol):
+    """One peer's connection to the queue. Methods may be called from any thread."""
+
+    def start(self, handler: Handler, timeout: float) -> None:
+        """Connects, and returns when the queue has answered.
+
+        Raises:
+            BrokerUnreachable: it has not within `timeout` seconds.
+        """
+
+    def send(self, header: Header, body: bytes = b"") -> None: ...
+
+    def announce(self) -> None:
+        """Sends a heartbeat now, because something in it has changed."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the queue has answered lately."""
+
+    def close(self) -> None: ...
+
+
+def parse_address(address: str) -> str:
+    """Normalizes a broker's address: `zmq://host:port` is short for `tcp://host:port`.
+
+    Raises:
+        ConfigError: the scheme is unknown, or the port is missing.
+    """
+    scheme, separator, rest = address.partition("://")
+    if separator and scheme == "ipc" and rest:
+        return address
+    if separator and scheme in ("zmq", "tcp"):
+        host, colon, port = rest.rpartition(":")
+        if colon and host and (port == "*" or (port.isdigit() and 0 < int(port) < 65536)):
+            return f"tcp://{rest}"
+        raise ConfigError(f"broker address {address!r} lacks a port: tcp://HOST:PORT")
+    raise ConfigError(f"broker address {address!r} is none of tcp://HOST:PORT, zmq://HOST:PORT, ipc://PATH")
+
+
+def connect(address: str, fleet: Fleet, identity: Identity) -> Transport:
+    """The transport for an address, not started yet.
+
+    Raises:
+        ConfigError: the address is malformed, or not this machine's though no keys are configured.
+    """
+    from split_common.zmq_link import ZmqLink
+
+    address = parse_address(address)
+    check_address(address, fleet)
+    return ZmqLink(address, fleet, identity)
+
+
+def new_peer_id() -> bytes:
+    """Identifies one run of a device or worker."""
+    return os.urandom(8)

@@ -1,0 +1,308 @@
+"""The protocol's messages: what travels between devices, broker and workers, and its bounds.
+
+A message is two frames. The first is a version byte and a msgspec header, which the broker reads to route it.
+The second is a body that only the two ends can open (see `split_common.channel`); the broker never looks at it.
+A body, once opened, is a length, a msgspec payload, the raw bytes of at most one tensor, and padding.
+
+Nothing here imports torch: the broker is small.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+
+from split_common.errors import Malformed, Oversized, VersionMismatch
+
+#: Version of the protocol; the first byte of every header. Peers of another version are refused.
+VERSION = 1
+
+#: Largest header, in bytes.
+MAX_HEADER = 64 * 1024
+
+#: Largest body, in bytes. Longer steps travel in chunks.
+MAX_BODY = 16 * 1024 * 1024
+
+#: Most peers that one announcement may watch.
+MAX_WATCHED = 4096
+
+#: Itemsize in bytes of each dtype that hidden states may have on the wire.
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+PeerId = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
+Hash = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+Natural = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+Text = Annotated[str, msgspec.Meta(max_length=512)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Header(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """First frame of a message, in the clear: what the broker needs to route it."""
+
+
+class Service(msgspec.Struct, array_like=True, frozen=True):
+    """What a worker serves: the body `[first, last)` of the model with this manifest root."""
+
+    root: Hash
+    first: Natural
+    last: Natural
+
+
+class Announce(Header, tag=1):
+    """A peer's heartbeat: all that a broker that has just started needs to know of it."""
+
+    sender: PeerId
+    role: Literal["device", "worker"]
+    member: Text
+    #: Bodies of all messages received so far, in bytes: the broker's credit.
+    received: Natural = 0
+    #: Peers whose death this one wants to hear of.
+    watching: Annotated[list[PeerId], msgspec.Meta(max_length=MAX_WATCHED)] = []
+    service: Service | None = None
+    model: Text = ""
+    #: Sessions that a worker still has room for.
+    room: Natural = 0
+    leaving: bool = False
+
+
+class Welcome(Header, tag=2):
+    """The broker's answer to an announcement, and its word when a watched peer is gone."""
+
+    #: Identifies this run of the broker: a new one has forgotten what was in flight.
+    boot: PeerId
+    roster_version: Natural = 0
+    gone: Annotated[list[PeerId], msgspec.Meta(max_length=MAX_WATCHED)] = []
+
+
+class Probe(Header, tag=3):
+    """Sent by the broker to find out whether a connection still stands; ignored by the peer."""
+
+
+class RosterRequest(Header, tag=4):
+    """A peer asks for the fleet's roster."""
+
+    sender: PeerId
+
+
+class RosterReply(Header, tag=5):
+    """The operator-signed roster is the body."""
+
+
+class Open(Header, tag=6):
+    """A device looks for any worker of a service; the body is the channel's first message."""
+
+    sender: PeerId
+    channel: Natural
+    service: Service
+    #: Workers that the device does not want, e.g. because they have just refused it.
+    avoid: Annotated[list[PeerId], msgspec.Meta(max_length=64)] = []
+
+
+class Kind(IntEnum):
+    """What a relayed body is."""
+
+    ANSWER = 1
+    FINISH = 2
+    REQUEST = 3
+    REPLY = 4
+
+
+class Relay(Header, tag=7):
+    """A message of a channel, from one peer to another."""
+
+    to: PeerId
+    sender: PeerId
+    kind: Kind
+    channel: Natural
+    session: Natural = 0
+    epoch: Natural = 0
+    seq: Natural = 0
+    #: The nonce of this body: never used twice in one direction of a session's epoch.
+    counter: Natural = 0
+
+    def associated_data(self) -> bytes:
+        """The fields that the body's authentication covers. The direction is bound by the key."""
+        return struct.pack(
+            "<BBQQQQQ", VERSION, self.kind, self.channel, self.session, self.epoch, self.seq, self.counter
+        )
+
+
+class Bounce(Header, tag=8):
+    """The broker could not deliver a message."""
+
+    reason: Literal["no-worker", "busy", "gone", "full", "revoked"]
+    channel: Natural = 0
+    session: Natural = 0
+    seq: Natural = 0
+    peer: PeerId = bytes(8)
+    detail: Annotated[str, msgspec.Meta(max_length=4096)] = ""
+    retry_after: float = 0.0
+
+
+AnyHeader = Announce | Welcome | Probe | RosterRequest | RosterReply | Open | Relay | Bounce
+
+_header_decoder = msgspec.msgpack.Decoder(AnyHeader)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode_header(header: Header) -> bytes:
+    """The first frame of a message."""
+    return bytes((VERSION,)) + _encoder.encode(header)
+
+
+def decode_header(frame: bytes | memoryview) -> AnyHeader:
+    """Reads a first frame.
+
+    Raises:
+        Oversized, VersionMismatch, Malformed: the frame is no header of this protocol.
+    """
+    if len(frame) > MAX_HEADER:
+        raise Oversized(f"header of {len(frame)} bytes (at most {MAX_HEADER})")
+    if not len(frame):
+        raise Malformed("empty header")
+    view = memoryview(frame)
+    if view[0] != VERSION:
+        raise VersionMismatch(f"the peer speaks protocol version {view[0]}, this is version {VERSION}")
+    try:
+        return _header_decoder.decode(view[1:])
+    except (msgspec.DecodeError, ValueError) as error:
+        raise Malformed(f"header: {error}") from None
+
+
+# --- payloads: the sealed part -----------------------------------------------------------------------------
+
+
+class Payload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """Head of an opened body."""
+
+
+class Row(msgspec.Struct, array_like=True, frozen=True):
+    """A run of tokens to append to one row of a session.
+
+    `start` is the row's cache length before the run: the worker truncates the row to it. `positions` are the
+    tokens' (rotary) positions, which padding makes different from cache indices.
+    """
+
+    row: Annotated[int, msgspec.Meta(ge=0, lt=4096)]
+    start: Natural
+    positions: Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]], msgspec.Meta(min_length=1)]
+
+
+class Step(Payload, tag=1):
+    """One call of the body: the tensor is the hidden states of all runs, `[tokens, width]`, row after row."""
+
+    dtype: Dtype
+    width: Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
+    rows: Annotated[list[Row], msgspec.Meta(max_length=4096)]
+    #: New row i is old row `select[i]`; applied before the runs are appended. None leaves the rows as they are.
+    select: Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(max_length=4096)] | None = None
+    #: All replies below this sequence number have arrived.
+    acked: Natural = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row.positions) for row in self.rows)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.tokens * self.width * DTYPES[self.dtype]
+
+
+class Fork(Payload, tag=2):
+    """Opens the session as a copy of another one of the same channel."""
+
+    parent: Natural
+    parent_epoch: Natural
+
+
+class Close(Payload, tag=3):
+    """Frees the session. Not answered."""
+
+
+class Result(Payload, tag=4):
+    """Answer to a step: the body's output, `[tokens, width]`. Times in microseconds."""
+
+    dtype: Dtype
+    tokens: Natural
+    width: Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
+    body_us: Natural = 0
+    worker_us: Natural = 0
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.tokens * self.width * DTYPES[self.dtype]
+
+
+class Done(Payload, tag=5):
+    """Answer to a fork."""
+
+
+class Refusal(Payload, tag=6):
+    """The request was refused and changed nothing.
+
+    The refusal of a session that the worker does not hold travels under the channel's control keys, as session 0,
+    and says here which request it means.
+    """
+
+    reason: Literal["busy", "non-finite", "malformed", "lost", "failed", "too-long"]
+    message: Annotated[str, msgspec.Meta(max_length=2048)] = ""
+    retry_after: float = 0.0
+    session: Natural = 0
+    epoch: Natural = 0
+    seq: Natural = 0
+
+
+AnyRequest = Step | Fork | Close
+AnyReply = Result | Done | Refusal
+
+_T = TypeVar("_T")
+_LENGTH = struct.Struct("<I")
+request_decoder = msgspec.msgpack.Decoder(AnyRequest)
+reply_decoder = msgspec.msgpack.Decoder(AnyReply)
+
+
+def padded_size(size: int) -> int:
+    """The Padmé size for `size` bytes: at most 12 % larger, leaks O(log log size) bits of it.
+
+    Source: Nikitin et al., "Reducing Metadata Leakage from Encrypted Files and Communication with PURBs", PETS
+    2019, algorithm 1.
+    """
+    if size < 2:
+        return size
+    exponent = size.bit_length() - 1
+    low_bits = exponent - exponent.bit_length()
+    mask = (1 << low_bits) - 1
+    return (size + mask) & ~mask
+
+
+def encode_payload(payload: Payload, tensor: bytes | memoryview = b"", *, overhead: int = 0) -> bytes:
+    """A body's plaintext, padded so that with `overhead` more bytes (the AEAD tag) it has a Padmé size."""
+    head = _encoder.encode(payload)
+    size = _LENGTH.size + len(head) + len(tensor) + overhead
+    return b"".join((_LENGTH.pack(len(head)), head, tensor, bytes(padded_size(size) - size)))
+
+
+def decode_payload(body: bytes, decoder: msgspec.msgpack.Decoder[_T]) -> tuple[_T, memoryview]:
+    """Splits a body's plaintext into its payload and its tensor's bytes (padding dropped).
+
+    Raises:
+        Malformed: the bytes are no payload, or end before the tensor that the payload names.
+    """
+    if len(body) < _LENGTH.size:
+        raise Malformed("truncated payload")
+    view = memoryview(body)
+    (length,) = _LENGTH.unpack_from(view)
+    start = _LENGTH.size + length
+    if start > len(body):
+        raise Malformed("truncated payload")
+    try:
+        payload = decoder.decode(view[_LENGTH.size : start])
+    except (msgspec.DecodeError, ValueError) as error:
+        raise Malformed(f"payload: {error}") from None
+    size = getattr(payload, "tensor_bytes", 0)
+    if size > len(body) - start:
+        raise Malformed(f"payload names a tensor of {size} bytes, {len(body) - start} follow")
+    return payload, view[start : start + size]

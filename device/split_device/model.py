@@ -1,0 +1,225 @@
+"""`SplitModelForCausalLM`: a language model whose middle layers run on a worker."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from split_common import wire
+from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
+from split_common.fleet import load_fleet
+from split_common.manifest import find_manifest
+from split_common.part import load_part, plan
+from split_common.slots import Stack
+from split_common.split import Split
+from split_common.tensors import DTYPES, dtype_name
+from split_common.transport import DEFAULT_BROKER, connect
+from split_device.client import PATIENCE, Client
+from split_device.remote import RemoteBody, check_cache, is_windowed
+from split_device.timings import Timings
+
+#: What `generate` may be told of the cache: a session is a layer of a dynamic one.
+_DYNAMIC = (None, "dynamic", "dynamic_full")
+
+
+class SplitModelForCausalLM:
+    """A causal language model of transformers with its body on a worker. Made by `from_pretrained`.
+
+    The object is an instance of the checkpoint's own model class as well: `generate`, `forward` and the tokenizer
+    are used as ever. Close it (or use it as a context manager) to leave the queue.
+    """
+
+    config: Any
+    generation_config: Any
+    _client: Client
+    _stack: Stack
+    _closed: Any
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        broker: str = DEFAULT_BROKER,
+        head_layers: int = 2,
+        tail_layers: int = 2,
+        dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        keys: str | Path | None = None,
+        member: str | None = None,
+        timeout: float = 10.0,
+        patience: float = PATIENCE,
+    ) -> Any:
+        """Loads the head and the tail, and joins the queue.
+
+        Args:
+            name_or_path: a directory or hub id of a safetensors checkpoint.
+            broker: `zmq://HOST:PORT`, `tcp://HOST:PORT` or `ipc://PATH`.
+            head_layers: decoder layers before the body, from 0.
+            tail_layers: decoder layers after the body, from 0.
+            dtype: of parameters and hidden states: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
+            revision: branch, tag or commit of a hub id.
+            keys: the fleet's directory; by default $LAMBDA_SPLIT_KEYS, the user's configuration, or a fleet for
+                this machine's loopback alone.
+            member: this device's name in the fleet; needed when the directory holds several devices' keys.
+            timeout: seconds to wait for the broker.
+            patience: seconds to wait while all workers are full.
+
+        Returns:
+            An instance of `SplitModelForCausalLM` and of the checkpoint's own class.
+
+        Raises:
+            UnknownModel, UnsupportedArchitecture, InvalidSplit, MissingTensor, TensorMismatch: of the model.
+            KeysError, ConfigError: of the fleet or an argument.
+            BrokerUnreachable: the broker did not answer in time.
+        """
+        fleet = load_fleet(Path(keys) if keys is not None else None)
+        identity = fleet.identity("device", member)
+        transport = connect(broker, fleet, identity)
+        plan_ = plan(str(name_or_path), revision)
+        split = Split.from_head_tail(plan_.layers, head_layers, tail_layers)
+        manifest = find_manifest(fleet, plan_.checkpoint, plan_.own_tensors(split, "device"))
+        model, stack = load_part(
+            plan_, split, "device", dtype=parse_dtype(dtype), bases=(cls,), fill=RemoteBody
+        )
+        service = wire.Service(manifest.root, split.first, split.last)
+        wire_dtype = dtype_name(model.dtype)
+        client = Client(transport, fleet, identity, service, manifest.name, wire_dtype, timeout, patience)
+        client.start()
+        model._join(client, stack, split)
+        return model
+
+    def _join(self, client: Client, stack: Stack, split: Split) -> None:
+        body = stack.slots[split.first]
+        assert isinstance(body, RemoteBody)
+        text_config = self.config.get_text_config(decoder=True)
+        body.attach(client, split, split.layers, is_windowed(text_config, split.body))
+        self.split = split
+        self._client = client
+        self._stack = stack
+        self._body = body
+        self._max_positions = int(getattr(text_config, "max_position_embeddings", 0) or 2**31)
+        self._called = self._returned = 0.0
+        self._closed = weakref.finalize(self, client.close)
+        self.generation_config.cache_implementation = None
+        stack.owner.register_forward_pre_hook(self._before_stack, with_kwargs=True)
+        model: Any = self
+        model.register_forward_pre_hook(self._before_forward)
+        model.register_forward_hook(self._after_forward)
+
+    @property
+    def timings(self) -> Timings:
+        """Where the time of this model's steps went."""
+        return self._client.timings
+
+    @property
+    def traffic(self) -> dict[str, int]:
+        """Messages and bytes sent and received, and messages refused by type of error, since the start."""
+        transport: Any = self._client.transport
+        return dict(transport.counters + self._client.counters)
+
+    def close(self) -> None:
+        """Leaves the queue; workers free this device's sessions. The model cannot be used afterwards."""
+        self._closed()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- what is refused by name ---------------------------------------------------------------------------
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`. Raises UnsupportedFeature, before anything is sent, for what cannot be split."""
+        configs = [kwargs.get("generation_config"), *args[1:2]]
+        for config in configs:
+            if getattr(config, "cache_implementation", None) not in _DYNAMIC:
+                _refuse_cache(config.cache_implementation)  # type: ignore[union-attr]
+            for option in ("output_hidden_states", "output_attentions"):
+                if getattr(config, option, False):
+                    kwargs.setdefault(option, True)
+        if kwargs.get("cache_implementation") not in _DYNAMIC:
+            _refuse_cache(kwargs["cache_implementation"])
+        for name in ("cache", "past_key_values"):
+            if isinstance(kwargs.get(name), Cache):
+                check_cache(kwargs[name])
+        _refuse_outputs(kwargs)
+        inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if isinstance(inputs, torch.Tensor) and inputs.ndim == 2:
+            self._check_length(inputs.shape[1])
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def generate_batch(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Refused: transformers' continuous batching keeps a paged cache of all layers in this process."""
+        raise UnsupportedFeature("generate_batch cannot be split: use generate, the worker batches by itself")
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    def save_pretrained(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Refused: this process holds a part of the model only."""
+        raise UnsupportedFeature("a split model holds only its head and tail; save the original checkpoint")
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens > self._max_positions:
+            raise PromptTooLong(f"{tokens} tokens exceed the model's {self._max_positions} positions")
+
+    # --- hooks ---------------------------------------------------------------------------------------------
+
+    def _before_forward(self, _module: Any, _args: Any) -> None:
+        self._called = time.perf_counter()
+        if self._returned and self.timings.steps:
+            self.timings.add("sampling", self._called - self._returned)
+
+    def _before_stack(self, _owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        config = self.config
+        _refuse_outputs({name: getattr(config, name, False) for name in _OUTPUTS} | kwargs)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not isinstance(mask, torch.Tensor):
+            raise UnsupportedFeature("prepared attention masks cannot be split: pass a 2-D attention_mask")
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if cache is not None:
+            check_cache(cache)
+        states = kwargs.get("inputs_embeds")
+        tokens = kwargs.get("input_ids", args[0] if args else None) if states is None else states
+        if tokens is not None:
+            self._check_length((cache.get_seq_length() if cache is not None else 0) + tokens.shape[1])
+        self._body.call.mask = mask
+        self._body.call.positions = kwargs.get("position_ids")
+
+    def _after_forward(self, _module: Any, _args: Any, _output: Any) -> None:
+        self._returned = time.perf_counter()
+        timings = self.timings
+        timings.steps += 1
+        timings.add("head", self._body.entered - self._called)
+        timings.add("tail", self._returned - self._body.left)
+
+
+_OUTPUTS = ("output_hidden_states", "output_attentions")
+
+
+def _refuse_outputs(options: dict[str, Any]) -> None:
+    for name in _OUTPUTS:
+        if options.get(name):
+            raise UnsupportedFeature(f"{name} cannot be split: the body's are on the worker")
+
+
+def _refuse_cache(name: str) -> None:
+    raise UnsupportedFeature(f"cache_implementation={name!r} cannot be split: only the dynamic cache can")
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """A dtype of hidden states; None for "auto". Raises ConfigError."""
+    if isinstance(dtype, torch.dtype):
+        dtype_name(dtype)
+        return dtype
+    if dtype == "auto":
+        return None
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]

@@ -1,0 +1,88 @@
+"""What all tests share: directories of their own, the small real model, no process left behind."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+# Before torch and transformers are imported: one thread for each test process, and no hub.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+from split_common.errors import ModelError
+from split_device.demo_model import ensure_demo_model
+
+#: The user's own cache, if one is set: the small real model is fetched once, not once in every run.
+USER_CACHE = os.environ.get("LAMBDA_SPLIT_CACHE")
+
+#: Seconds that a child process may take to go away after the last test.
+CHILD_GRACE = 5.0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "ignore:.*past_key_values.*:FutureWarning")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device, and torch sees none")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_left() -> Iterator[None]:
+    """Fail when a process that a test started outlives the last test."""
+    yield
+    children = [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if "resource_tracker" not in _command(child)
+    ]
+    _, left = psutil.wait_procs(children, timeout=CHILD_GRACE)
+    commands = [_command(child) for child in left]
+    for child in left:
+        child.kill()
+    if commands:
+        pytest.fail("processes were left running:\n" + "\n".join(commands))
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return f"{process.pid}: {' '.join(process.cmdline())}"
+    except psutil.Error:
+        return f"{process.pid}: gone"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_directories() -> Iterator[None]:
+    """Keep the tests away from the user's keys, cache and sockets."""
+    # Not pytest's own directory: with it, a socket's path could be longer than the system allows.
+    with tempfile.TemporaryDirectory(prefix="split-") as base, pytest.MonkeyPatch.context() as patch:
+        for name in ("CONFIG", "CACHE", "RUNTIME"):
+            directory = Path(base) / name.lower()
+            directory.mkdir(mode=0o700)
+            patch.setenv(f"LAMBDA_SPLIT_{name}", str(directory))
+        yield
+
+
+@pytest.fixture(scope="session")
+def smollm2(_own_directories: None) -> Path:
+    """The checkpoint of SmolLM2-135M-Instruct, kept in the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        if USER_CACHE is None:
+            patch.delenv("LAMBDA_SPLIT_CACHE")
+        else:
+            patch.setenv("LAMBDA_SPLIT_CACHE", USER_CACHE)
+        try:
+            return ensure_demo_model(progress=False)
+        except ModelError as exc:
+            pytest.skip(str(exc))

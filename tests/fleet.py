@@ -1,0 +1,68 @@
+"""A broker and workers in this process, over real sockets: what most tests of the whole path run against."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from split_broker.broker import Broker
+from split_common import wire
+from split_common.fleet import Fleet, load_fleet
+from split_common.manifest import find_manifest
+from split_common.part import plan
+from split_common.split import Split
+from split_common.transport import connect
+from split_device import SplitModelForCausalLM
+from split_worker.body import Body
+from split_worker.sessions import SessionTable
+from split_worker.worker import Worker
+
+
+def start_worker(
+    checkpoint: Path,
+    broker: str,
+    layers: str = "2:-2",
+    fleet: Fleet | None = None,
+    sessions: SessionTable | None = None,
+    dtype: torch.dtype | None = None,
+) -> Worker:
+    """A worker of a checkpoint's body, joined to a broker; the caller stops it."""
+    fleet = fleet or load_fleet()
+    plan_ = plan(str(checkpoint))
+    split = Split.parse(plan_.layers, layers)
+    manifest = find_manifest(fleet, plan_.checkpoint, plan_.own_tensors(split, "worker"))
+    body = Body(plan_, split, torch.device("cpu"), dtype)
+    identity = fleet.identity("worker")
+    service = wire.Service(manifest.root, split.first, split.last)
+    transport = connect(broker, fleet, identity)
+    worker = Worker(body, service, manifest.name, identity, fleet, transport, sessions)
+    worker.start()
+    return worker
+
+
+@contextlib.contextmanager
+def running_broker(address: str = "tcp://127.0.0.1:*", fleet: Fleet | None = None) -> Iterator[Broker]:
+    broker = Broker(address, fleet or load_fleet())
+    broker.start()
+    try:
+        yield broker
+    finally:
+        broker.stop()
+
+
+@contextlib.contextmanager
+def split_model(checkpoint: Path, head: int = 2, tail: int = 2, **options: Any) -> Iterator[Any]:
+    """A split model with a broker and a worker of its own."""
+    with running_broker() as broker:
+        worker = start_worker(checkpoint, broker.address, f"{head}:{-tail or ''}")
+        try:
+            with SplitModelForCausalLM.from_pretrained(
+                checkpoint, broker=broker.address, head_layers=head, tail_layers=tail, **options
+            ) as model:
+                yield model
+        finally:
+            worker.stop()

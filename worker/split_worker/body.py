@@ -1,0 +1,116 @@
+"""The body: a model's middle layers, run over received hidden states with a KV cache for each row."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DummyLayer, DynamicLayer
+
+from split_common.part import Plan, load_part
+from split_common.split import Split
+
+
+class Body:
+    """A loaded body. Not thread-safe: one thread computes.
+
+    Args:
+        plan: the model.
+        split: which layers are the body's.
+        device: where it runs.
+        dtype: what it computes in; None takes the checkpoint's.
+
+    Raises:
+        ModelError: the part cannot be loaded.
+    """
+
+    def __init__(
+        self, plan: Plan, split: Split, device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
+        self._config = plan.text_config
+        self._split = split
+        model, self._stack = load_part(plan, split, "worker", dtype=dtype)
+        self._owner = self._stack.owner.to(device)
+        parameters = list(self._owner.parameters())
+        self.device = device
+        self.dtype = parameters[0].dtype
+        self.parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)
+        #: Width of the hidden states.
+        self.width = int(self._config.hidden_size)
+        #: Positions that a row may have.
+        self.max_positions = int(getattr(self._config, "max_position_embeddings", 0) or 2**31)
+        self._incoming: torch.Tensor | None = None
+        self._outgoing: torch.Tensor | None = None
+        slots = self._stack.slots
+        slots[split.first].register_forward_pre_hook(self._inject)
+        slots[split.last - 1].register_forward_hook(self._capture)
+        del model
+
+    def _inject(self, _layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._incoming, *args[1:])
+
+    def _capture(self, _layer: Any, _args: Any, output: Any) -> None:
+        self._outgoing = output[0] if isinstance(output, tuple) else output
+
+    def new_row(self) -> DynamicCache:
+        """An empty KV cache for one row: only the body's layers have one."""
+        cache = DynamicCache(config=self._config)
+        cache.layers += [DynamicLayer() for _ in range(self._split.layers - len(cache.layers))]
+        cache.layers = [
+            layer if index in self._split.body else DummyLayer() for index, layer in enumerate(cache.layers)
+        ]
+        # Sliding layers forget what left their window, unless told that a rollback may come.
+        for layer in cache.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+        return cache
+
+    @torch.inference_mode()
+    def forward(self, row: DynamicCache, states: torch.Tensor, positions: list[int]) -> torch.Tensor:
+        """Appends tokens to a row.
+
+        Args:
+            row: its KV cache, extended in place.
+            states: hidden states `[tokens, width]`.
+            positions: the tokens' rotary positions.
+
+        Returns:
+            The body's output `[tokens, width]`.
+        """
+        self._incoming = states[None].to(self.device, self.dtype)
+        arguments: dict[str, Any] = {self._stack.cache_name: row, "use_cache": True}
+        if self._stack.takes_positions:
+            arguments["position_ids"] = torch.tensor([positions], device=self.device)
+        blank = self._incoming.new_zeros(1, 1, 1).expand(1, len(positions), self.width)
+        self._owner(inputs_embeds=blank, **arguments)
+        output, self._incoming, self._outgoing = self._outgoing, None, None
+        assert output is not None
+        return output[0]
+
+
+def length(row: DynamicCache) -> int:
+    """Tokens in a row."""
+    layer = next(layer for layer in row.layers if not isinstance(layer, DummyLayer))
+    return int(layer.get_seq_length())
+
+
+def truncate(row: DynamicCache, tokens: int) -> None:
+    """Cuts a row back to its first `tokens` tokens."""
+    if tokens == length(row):
+        return
+    for layer in row.layers:
+        if isinstance(layer, DummyLayer):
+            continue
+        layer.keys = layer.keys[..., :tokens, :]
+        layer.values = layer.values[..., :tokens, :]
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = tokens
+
+
+def fork(row: DynamicCache) -> DynamicCache:
+    """A row that shares its tensors with another one: caches grow by making new tensors."""
+    twin = copy.copy(row)
+    twin.layers = [copy.copy(layer) for layer in row.layers]
+    return twin

@@ -1,0 +1,335 @@
+"""The worker: messages in on the transport's thread, steps computed on the worker's own, replies out.
+
+The transport's thread authenticates, decrypts and orders requests; it never computes. The compute loop takes one
+request at a time, runs it, and seals the reply.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from split_common import wire
+from split_common.channel import CHANNEL_LIFETIME, Channel, SessionKeys, WorkerHandshake
+from split_common.errors import AuthenticationError, Busy, Malformed, NonFinite, PromptTooLong, SplitError
+from split_common.fleet import Fleet
+from split_common.keys import Certificate, Identity, ModelScope, Role, verify_certificate
+from split_common.tensors import dtype_name, from_bytes, to_bytes
+from split_common.transport import Transport, new_peer_id
+from split_worker.body import Body, fork
+from split_worker.sessions import Session, SessionTable
+
+log = logging.getLogger(__name__)
+
+#: Channels whose set-up has begun and not ended; the oldest gives way.
+MAX_HALF_OPEN = 256
+
+#: Sessions that a device may open over one channel.
+MAX_SESSIONS_PER_CHANNEL = 1_000_000
+
+#: What a device is told for each error that a request may raise; all others end the session as "failed".
+REASONS = {Busy: "busy", NonFinite: "non-finite", Malformed: "malformed", PromptTooLong: "too-long"}
+
+ChannelId = tuple[bytes, int]
+
+
+@dataclass
+class Link:
+    """A channel in use, the keys of its control messages, and the sessions that were ever opened over it."""
+
+    channel: Channel
+    control: SessionKeys
+    opened: set[tuple[int, int]] = field(default_factory=set)
+    used: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class Task:
+    """A request to run: decrypted, in order, of a session that exists."""
+
+    session: Session
+    header: wire.Relay
+    request: wire.AnyRequest
+    tensor: memoryview
+    host_seconds: float
+
+
+class Worker:
+    """Serves one body to a fleet's devices (a `split_common.transport.Handler`).
+
+    Args:
+        body: what to serve.
+        service: the manifest root and range under which it is served.
+        model: the model's name, for people.
+        identity, fleet: who this worker is, and whom it trusts.
+        transport: the queue, not started yet.
+        sessions: the table of sessions.
+    """
+
+    def __init__(
+        self,
+        body: Body,
+        service: wire.Service,
+        model: str,
+        identity: Identity,
+        fleet: Fleet,
+        transport: Transport,
+        sessions: SessionTable | None = None,
+    ) -> None:
+        self._body = body
+        self._service = service
+        self._model = model
+        self._identity = identity
+        self._fleet = fleet
+        self._transport = transport
+        self._sessions = sessions if sessions is not None else SessionTable()
+        self._id = new_peer_id()
+        self._half_open: OrderedDict[ChannelId, WorkerHandshake] = OrderedDict()
+        self._links: dict[ChannelId, Link] = {}
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._lock = threading.RLock()
+        self._draining = False
+        self._compute = threading.Thread(target=self._run, name="lambda-split-compute", daemon=True)
+        #: Steps, tokens and refusals, by name.
+        self.counters: Counter[str] = Counter()
+
+    def start(self, timeout: float = 10.0) -> None:
+        """Joins the queue. Raises BrokerUnreachable."""
+        self._transport.start(self, timeout)
+        self._compute.start()
+
+    def drain(self, timeout: float) -> bool:
+        """Takes no new sessions and waits for those there are; whether all ended within `timeout` seconds."""
+        self._draining = True
+        self._transport.announce()
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            with self._lock:
+                if not len(self._sessions):
+                    return True
+            time.sleep(0.05)
+        return False
+
+    def stop(self) -> None:
+        self._tasks.put(None)
+        if self._compute.ident is not None:
+            self._compute.join()
+        self._transport.close()
+
+    # --- the transport's thread ----------------------------------------------------------------------------
+
+    def announcement(self) -> wire.Announce:
+        with self._lock:
+            self._sessions.free_idle()
+            self._forget_channels()
+            watching = list({peer for peer, _ in self._links})[: wire.MAX_WATCHED]
+            room = 0 if self._draining else max(0, self._sessions.room)
+        return wire.Announce(
+            self._id,
+            "worker",
+            self._identity.certificate.name,
+            watching=watching,
+            service=self._service,
+            model=self._model,
+            room=room,
+        )
+
+    def on_message(self, header: wire.AnyHeader, body: bytes) -> None:
+        with self._lock:
+            match header:
+                case wire.Open():
+                    self._open_channel(header, body)
+                case wire.Relay(kind=wire.Kind.FINISH):
+                    self._finish_channel(header, body)
+                case wire.Relay(kind=wire.Kind.REQUEST):
+                    self._request(header, body)
+                case wire.Bounce():
+                    log.debug("a reply was not delivered: %s", header.reason)
+                case _:
+                    raise Malformed(f"a worker takes no {type(header).__name__}")
+
+    def on_gone(self, peers: Iterable[bytes]) -> None:
+        with self._lock:
+            for id_ in [id_ for id_ in self._links if id_[0] in set(peers)]:
+                self._close_channel(id_)
+
+    def on_reset(self) -> None:
+        """Devices send again what the old broker lost."""
+
+    def on_roster(self) -> None:
+        roster = self._fleet.roster()
+        with self._lock:
+            for id_, link in list(self._links.items()):
+                member = roster.by_name(link.channel.peer.name)
+                if member is None or member.revoked:
+                    log.info("device %s was revoked", link.channel.peer.name)
+                    self._close_channel(id_)
+
+    def _open_channel(self, header: wire.Open, body: bytes) -> None:
+        handshake = WorkerHandshake(self._identity, self._verify, self._service, body)
+        self._half_open[header.sender, header.channel] = handshake
+        if len(self._half_open) > MAX_HALF_OPEN:
+            self._half_open.popitem(last=False)
+        reply = wire.Relay(header.sender, self._id, wire.Kind.ANSWER, header.channel)
+        self._transport.send(reply, handshake.answer)
+
+    def _finish_channel(self, header: wire.Relay, body: bytes) -> None:
+        id_ = (header.sender, header.channel)
+        handshake = self._half_open.pop(id_, None)
+        if handshake is None:
+            if id_ in self._links:
+                return
+            raise AuthenticationError("the end of a channel set-up that did not begin")
+        channel = handshake.finish(body)
+        self._links[id_] = Link(channel, channel.session_keys(0, 0))
+        self.counters["channels"] += 1
+
+    def _verify(self, certificate: bytes, role: Role) -> Certificate:
+        scope = ModelScope(self._service.root, self._service.first, self._service.last)
+        return verify_certificate(
+            certificate,
+            operator_key=self._fleet.operator_key,
+            roster=self._fleet.roster(),
+            role=role,
+            scope=scope,
+        )
+
+    def _request(self, header: wire.Relay, body: bytes) -> None:
+        began = time.perf_counter()
+        link = self._links.get((header.sender, header.channel))
+        if link is None:
+            raise AuthenticationError("a request over a channel that was never set up")
+        link.used = time.monotonic()
+        id_ = (header.sender, header.channel, header.session, header.epoch)
+        session = self._sessions.get(id_)
+        keys = (
+            session.keys if session is not None else link.channel.session_keys(header.session, header.epoch)
+        )
+        plaintext = keys.open(header, body)
+        request, tensor = wire.decode_payload(plaintext, wire.request_decoder)
+        if session is None:
+            if isinstance(request, wire.Close):
+                return
+            try:
+                session = self._open_session(link, header)
+            except Busy as error:
+                self._refuse_unopened(link, header, "busy", str(error), error.retry_after)
+                return
+            if session is None:
+                self._refuse_unopened(link, header, "lost", "the worker does not hold this session")
+                return
+        if isinstance(request, wire.Close):
+            self._sessions.close(id_)
+            return
+        answered = session.admit(header.seq)
+        if answered is not None:
+            self._transport.send(*answered)
+            return
+        self._tasks.put(Task(session, header, request, tensor, time.perf_counter() - began))
+
+    def _open_session(self, link: Link, header: wire.Relay) -> Session | None:
+        key = (header.session, header.epoch)
+        if header.seq != 0 or header.session == 0 or key in link.opened:
+            return None
+        if self._draining or len(link.opened) >= MAX_SESSIONS_PER_CHANNEL:
+            raise Busy("the worker takes no new sessions", retry_after=1.0)
+        session = self._sessions.open((header.sender, header.channel, *key), link.channel)
+        # Never again: a second session under these keys would repeat nonces.
+        link.opened.add(key)
+        return session
+
+    def _refuse_unopened(
+        self, link: Link, header: wire.Relay, reason: str, message: str, retry_after: float = 0.0
+    ) -> None:
+        """Refuses a request of a session that has no keys in use, under the channel's control keys."""
+        self.counters[f"refused_{reason}"] += 1
+        refusal = wire.Refusal(reason, message, retry_after, header.session, header.epoch, header.seq)  # type: ignore[arg-type]
+        self._reply(link.control, msgspec.structs.replace(header, session=0, epoch=0, seq=0), refusal)
+
+    def _close_channel(self, id_: ChannelId) -> None:
+        del self._links[id_]
+        self._sessions.close_where(lambda session: session[:2] == id_)
+
+    def _forget_channels(self) -> None:
+        now = time.monotonic()
+        for id_, link in list(self._links.items()):
+            if now - link.used > 2 * CHANNEL_LIFETIME:
+                self._close_channel(id_)
+
+    # --- the compute loop ----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            began = time.perf_counter()
+            body_seconds = 0.0
+            tensor: memoryview | bytes = b""
+            reply: wire.Payload
+            try:
+                match task.request:
+                    case wire.Fork():
+                        self._fork(task)
+                        reply = wire.Done()
+                    case wire.Step() as step:
+                        with self._lock:
+                            self._sessions.require_rows(task.session, step)
+                        states = from_bytes(task.tensor, step.dtype, step.tokens, step.width)
+                        body_began = time.perf_counter()
+                        output = task.session.step(self._body, step, states)
+                        body_seconds = time.perf_counter() - body_began
+                        tensor = to_bytes(output)
+                        host = task.host_seconds + time.perf_counter() - began - body_seconds
+                        reply = wire.Result(
+                            dtype_name(output.dtype),
+                            *output.shape,
+                            round(body_seconds * 1e6),
+                            round(host * 1e6),
+                        )
+                        task.session.forget(step.acked)
+                        self.counters["steps"] += 1
+                        self.counters["tokens"] += step.tokens
+            except SplitError as error:
+                reply = self._refusal(error)
+            except Exception as error:
+                # Whatever it was, the session's rows may be half written: the device starts another one.
+                log.error("a step failed: %s", type(error).__name__)
+                reply = self._refusal(error)
+                with self._lock:
+                    self._sessions.close(task.session.id)
+            frames = self._reply(task.session.keys, task.header, reply, tensor)
+            with self._lock:
+                task.session.answered(frames)
+
+    def _fork(self, task: Task) -> None:
+        request = task.request
+        assert isinstance(request, wire.Fork)
+        parent_id = (task.header.sender, task.header.channel, request.parent, request.parent_epoch)
+        with self._lock:
+            parent = self._sessions.get(parent_id)
+            if parent is None:
+                raise Malformed("a fork of a session that the worker does not hold")
+            if len(parent.rows) - 1 > self._sessions.room:
+                raise Busy("the worker has no room for a copy of the session")
+            task.session.rows = [fork(row) for row in parent.rows]
+
+    def _refusal(self, error: Exception) -> wire.Refusal:
+        reason = REASONS.get(type(error), "failed")
+        self.counters[f"refused_{reason}"] += 1
+        message = str(error) if isinstance(error, SplitError) else type(error).__name__
+        return wire.Refusal(reason, message[:2048], getattr(error, "retry_after", 0.0))  # type: ignore[arg-type]
+
+    def _reply(
+        self, keys: SessionKeys, request: wire.Relay, reply: wire.Payload, tensor: memoryview | bytes = b""
+    ) -> tuple[wire.Relay, bytes]:
+        header = msgspec.structs.replace(
+            request, to=request.sender, sender=self._id, kind=wire.Kind.REPLY, counter=keys.next_counter()
+        )
+        body = keys.seal(header, wire.encode_payload(reply, tensor, overhead=keys.tag_size))
+        self._transport.send(header, body)
+        return header, body
