@@ -43,9 +43,7 @@ def _no_process_left() -> Iterator[None]:
     """Fail when a process that a test started outlives the last test."""
     yield
     children = [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if "resource_tracker" not in _command(child)
+        child for child in psutil.Process().children(recursive=True) if "resource_tracker" not in _command(child)
     ]
     _, left = psutil.wait_procs(children, timeout=CHILD_GRACE)
     commands = [_command(child) for child in left]

@@ -88,9 +88,7 @@ def test_public_file_is_readable_whatever_the_umask(tmp_path: Path) -> None:
     assert mode(tmp_path / "public") == 0o644
 
 
-def test_failed_write_leaves_the_old_file_and_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "secret"
     files.write_private(path, b"old")
 

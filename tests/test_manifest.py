@@ -409,9 +409,7 @@ def test_manifest_of_another_operator_is_refused(fleet: Fleet, tiny: Checkpoint,
     other = Fleet.create(tmp_path / "other")
     other.add_manifest(build_manifest(tiny))
     (fleet.path / "models").mkdir()
-    (fleet.path / "models" / "tiny.manifest").write_bytes(
-        (other.path / "models" / "tiny.manifest").read_bytes()
-    )
+    (fleet.path / "models" / "tiny.manifest").write_bytes((other.path / "models" / "tiny.manifest").read_bytes())
     with pytest.raises(KeysError, match="not signed by this fleet's operator"):
         find_manifest(fleet, tiny, HEAD)
 

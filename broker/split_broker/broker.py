@@ -90,7 +90,7 @@ class Broker:
             self._release()
             raise
         #: Where it listens: the address with its real port.
-        self.address = self._socket.last_endpoint.decode().rstrip("\0")
+        self.address = bytes(self._socket.last_endpoint).decode().rstrip("\0")  # type: ignore[arg-type]
 
     def start(self) -> None:
         self._thread.start()
@@ -193,9 +193,7 @@ class Broker:
     def _open(self, sender: Peer, header: wire.Open, message: Message) -> None:
         queue = self._opens[header.service]
         if len(queue) >= OPEN_QUEUE:
-            self._bounce(
-                sender, header, "busy", "too many devices wait for a worker", retry_after=OPEN_PATIENCE
-            )
+            self._bounce(sender, header, "busy", "too many devices wait for a worker", retry_after=OPEN_PATIENCE)
             return
         deadline = time.monotonic() + OPEN_PATIENCE
         queue.append(Waiting(message, sender.id, header.channel, frozenset(header.avoid), deadline))
@@ -237,7 +235,7 @@ class Broker:
         peer.lane.credit(header.received)
         peer.watching = frozenset(header.watching)
         peer.service, peer.model, peer.room = header.service, header.model, header.room
-        if peer.service in self._opens:
+        if peer.service is not None and peer.service in self._opens:
             self._assign(peer.service)
         known = self._peers.keys()
         early = time.monotonic() - self._started < GRACE
@@ -250,7 +248,7 @@ class Broker:
         if self._auth is None:
             member = self._fleet.roster().by_name(header.member)
         else:
-            member = self._fleet.roster().by_curve_key(zmq.utils.z85.decode(envelope.get("User-Id").encode()))
+            member = self._fleet.roster().by_curve_key(zmq.utils.z85.decode(str(envelope.get("User-Id"))))
         if member is None or member.revoked or member.role != header.role or member.name != header.member:
             raise Malformed("an announcement that its sender's key does not allow")
         return member.name
@@ -339,9 +337,7 @@ class Broker:
 
     def _served_models(self) -> str:
         services = {(p.model, p.service.first, p.service.last) for p in self._peers.values() if p.service}
-        return (
-            ", ".join(f"{model} layers {first}:{last}" for model, first, last in sorted(services)) or "none"
-        )
+        return ", ".join(f"{model} layers {first}:{last}" for model, first, last in sorted(services)) or "none"
 
     def _enforce_roster(self) -> None:
         for peer in list(self._peers.values()):
@@ -357,6 +353,4 @@ def _private_directory(directory: Path) -> None:
     with contextlib.suppress(FileExistsError):
         directory.mkdir(parents=True, mode=0o700)
     if stat.S_IMODE(directory.stat().st_mode) & 0o077:
-        raise ConfigError(
-            f"{directory} is open to other users: `chmod 700` it, or bind to a directory of your own"
-        )
+        raise ConfigError(f"{directory} is open to other users: `chmod 700` it, or bind to a directory of your own")

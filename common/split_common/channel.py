@@ -54,9 +54,7 @@ class Suite:
     decrypt: Callable[[bytes, bytes | None, bytes, bytes], bytes]
 
 
-AEGIS = Suite(
-    "aegis128l", 16, 16, 32, sodium.crypto_aead_aegis128l_encrypt, sodium.crypto_aead_aegis128l_decrypt
-)
+AEGIS = Suite("aegis128l", 16, 16, 32, sodium.crypto_aead_aegis128l_encrypt, sodium.crypto_aead_aegis128l_decrypt)
 XCHACHA = Suite(
     "xchacha20poly1305",
     32,
@@ -191,9 +189,7 @@ class DeviceHandshake:
         """
         answer = _decode(message, Answer)
         if answer.suite not in self._offered:
-            raise AuthenticationError(
-                f"the worker chose a cipher that was not offered: {answer.suite[:32]!r}"
-            )
+            raise AuthenticationError(f"the worker chose a cipher that was not offered: {answer.suite[:32]!r}")
         suite = SUITES[answer.suite]
         receive, send = _exchange(
             sodium.crypto_kx_client_session_keys, self._public, self._secret, answer.ephemeral
@@ -230,9 +226,7 @@ class WorkerHandshake:
             raise AuthenticationError("no cipher in common with the device")
         self._suite = SUITES[name]
         public, secret = sodium.crypto_kx_keypair()
-        self._receive, self._send = _exchange(
-            sodium.crypto_kx_server_session_keys, public, secret, hello.ephemeral
-        )
+        self._receive, self._send = _exchange(sodium.crypto_kx_server_session_keys, public, secret, hello.ephemeral)
         transcript = _hash(message, public, name.encode())
         credentials = _seal_credentials(self._suite, self._send, transcript, identity, "worker")
         self._transcript = _hash(transcript, credentials)
@@ -246,9 +240,7 @@ class WorkerHandshake:
         """
         if len(message) > MAX_HANDSHAKE:
             raise Malformed("handshake message too large")
-        device = _open_credentials(
-            self._suite, self._receive, self._transcript, message, "device", self._verify
-        )
+        device = _open_credentials(self._suite, self._receive, self._transcript, message, "device", self._verify)
         transcript = _hash(self._transcript, message)
         return Channel(
             device,

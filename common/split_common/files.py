@@ -88,9 +88,7 @@ def read_public(path: Path) -> bytes:
 
 def _unreadable(path: Path, error: OSError) -> KeysError:
     if isinstance(error, FileNotFoundError):
-        return KeysError(
-            f"{path} is missing; run `lambda-split keys init`, or copy it from the operator's machine"
-        )
+        return KeysError(f"{path} is missing; run `lambda-split keys init`, or copy it from the operator's machine")
     return KeysError(f"{path} cannot be read: {error.strerror}")
 
 

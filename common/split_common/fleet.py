@@ -157,9 +157,7 @@ class Fleet:
             raise KeysError(f"{path} belongs to another fleet")
         return identity
 
-    def add_member(
-        self, role: Role, name: str, models: Iterable[ModelScope] = (), days: float = DAYS
-    ) -> Identity:
+    def add_member(self, role: Role, name: str, models: Iterable[ModelScope] = (), days: float = DAYS) -> Identity:
         """New keys and a certificate in `NAME.key`, and a new roster; `models` empty means any.
 
         Raises `KeysError` for a name that is taken (by a revoked member, too) or not allowed, and without the
@@ -369,9 +367,7 @@ def _is_local(address: str) -> bool:
         return False
 
 
-def _issue(
-    operator: SigningKey, role: Role, name: str, models: tuple[ModelScope, ...], days: float
-) -> Identity:
+def _issue(operator: SigningKey, role: Role, name: str, models: tuple[ModelScope, ...], days: float) -> Identity:
     if days <= 0:
         raise KeysError(f"a certificate cannot last {days} days")
     now = int(time.time())

@@ -185,9 +185,7 @@ def verify_certificate(
         _check_roster(certificate, roster, who)
     now = time.time() if now is None else now
     if now < certificate.not_before:
-        raise CertificateError(
-            f"the certificate of {who} is not valid before {_date(certificate.not_before)}"
-        )
+        raise CertificateError(f"the certificate of {who} is not valid before {_date(certificate.not_before)}")
     if now >= certificate.not_after:
         raise CertificateError(f"the certificate of {who} expired on {_date(certificate.not_after)}")
     if scope is not None and certificate.models and not any(m.covers(scope) for m in certificate.models):

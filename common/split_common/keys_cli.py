@@ -88,9 +88,7 @@ def add_worker(
 @keys_app.command()
 def add_model(
     model: Annotated[str, typer.Argument(help="A directory with a safetensors checkpoint, or a hub id.")],
-    name: Annotated[
-        str | None, typer.Option(help="Its name in the fleet. Default: the checkpoint's.")
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="Its name in the fleet. Default: the checkpoint's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     keys: KeysOption = None,
     json: JsonOption = False,
@@ -118,9 +116,7 @@ def show(keys: KeysOption = None, json: JsonOption = False) -> None:
     members = Table("name", "role", "valid until", "revoked", "fingerprint")
     for member in fleet.roster().members:
         certificate = _certificate(fleet, member)
-        until = (
-            "" if certificate is None else f"{datetime.fromtimestamp(certificate.not_after, UTC):%Y-%m-%d}"
-        )
+        until = "" if certificate is None else f"{datetime.fromtimestamp(certificate.not_after, UTC):%Y-%m-%d}"
         revoked = "revoked" if member.revoked else ""
         members.add_row(member.name, member.role, until, revoked, member.fingerprint)
     console.print(members)
@@ -182,9 +178,7 @@ def _manifest(fleet: Fleet, name: str) -> Manifest:
     manifests = {manifest.name: manifest for manifest in fleet.manifests()}
     if name not in manifests:
         known = ", ".join(manifests) or "none"
-        raise KeysError(
-            f"the fleet has no model {name!r} (it has: {known}); run `lambda-split keys add-model`"
-        )
+        raise KeysError(f"the fleet has no model {name!r} (it has: {known}); run `lambda-split keys add-model`")
     return manifests[name]
 
 

@@ -45,9 +45,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
                 raise TensorMismatch(f"tensor {name!r} differs from the manifest of {self.name}")
 
 
-def build_manifest(
-    checkpoint: Checkpoint, name: str | None = None, progress: Progress | None = None
-) -> Manifest:
+def build_manifest(checkpoint: Checkpoint, name: str | None = None, progress: Progress | None = None) -> Manifest:
     """Hash the whole checkpoint; `name` defaults to the checkpoint's.
 
     Raises `KeysError` where `name` is no `ModelName`, else as `Checkpoint.digest`.

@@ -147,7 +147,7 @@ def _part_class(
     """
     original: Any = plan.model_class
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original.__init__(self, config, *args, **kwargs)
         owner, attribute = find_stack(self, plan.layers)
         slots = getattr(owner, attribute)

@@ -61,8 +61,9 @@ class Absent(nn.Module):
 class _Recorder(PassThrough):
     """Notes what a slot is called with."""
 
-    def __init__(self, calls: list[tuple[int, Any, dict[str, Any]]], index: int) -> None:
+    def __init__(self, calls: list[tuple[int, Any, dict[str, Any]]], index: int, returns_tuple: bool) -> None:
         super().__init__()
+        self.returns_tuple = returns_tuple
         self._calls = calls
         self._index = index
 
@@ -130,9 +131,7 @@ class Stack:
     @torch.no_grad()
     def _record(self, returns_tuple: bool) -> list[tuple[int, Any, dict[str, Any]]]:
         calls: list[tuple[int, Any, dict[str, Any]]] = []
-        recorders = nn.ModuleList(_Recorder(calls, i) for i in range(len(self.slots)))
-        for recorder in recorders:
-            recorder.returns_tuple = returns_tuple
+        recorders = nn.ModuleList(_Recorder(calls, i, returns_tuple) for i in range(len(self.slots)))
         reference = next(self.owner.parameters(), None)
         device, dtype = (reference.device, reference.dtype) if reference is not None else (None, None)
         slots = self.slots

@@ -30,7 +30,7 @@ def to_bytes(states: torch.Tensor) -> memoryview:
     """
     states = states.detach().cpu().contiguous()
     check_finite(states)
-    return memoryview(states.view(torch.uint8).numpy()).cast("B")
+    return memoryview(states.view(torch.uint8).numpy().data).cast("B")
 
 
 def from_bytes(data: memoryview, dtype: str, tokens: int, width: int) -> torch.Tensor:

@@ -51,7 +51,7 @@ class Service(msgspec.Struct, array_like=True, frozen=True):
     last: Natural
 
 
-class Announce(Header, tag=1):
+class Announce(Header, frozen=True, tag=1):
     """A peer's heartbeat: all that a broker that has just started needs to know of it."""
 
     sender: PeerId
@@ -68,7 +68,7 @@ class Announce(Header, tag=1):
     leaving: bool = False
 
 
-class Welcome(Header, tag=2):
+class Welcome(Header, frozen=True, tag=2):
     """The broker's answer to an announcement, and its word when a watched peer is gone."""
 
     #: Identifies this run of the broker: a new one has forgotten what was in flight.
@@ -77,21 +77,21 @@ class Welcome(Header, tag=2):
     gone: Annotated[list[PeerId], msgspec.Meta(max_length=MAX_WATCHED)] = []
 
 
-class Probe(Header, tag=3):
+class Probe(Header, frozen=True, tag=3):
     """Sent by the broker to find out whether a connection still stands; ignored by the peer."""
 
 
-class RosterRequest(Header, tag=4):
+class RosterRequest(Header, frozen=True, tag=4):
     """A peer asks for the fleet's roster."""
 
     sender: PeerId
 
 
-class RosterReply(Header, tag=5):
+class RosterReply(Header, frozen=True, tag=5):
     """The operator-signed roster is the body."""
 
 
-class Open(Header, tag=6):
+class Open(Header, frozen=True, tag=6):
     """A device looks for any worker of a service; the body is the channel's first message."""
 
     sender: PeerId
@@ -110,7 +110,7 @@ class Kind(IntEnum):
     REPLY = 4
 
 
-class Relay(Header, tag=7):
+class Relay(Header, frozen=True, tag=7):
     """A message of a channel, from one peer to another."""
 
     to: PeerId
@@ -130,7 +130,7 @@ class Relay(Header, tag=7):
         )
 
 
-class Bounce(Header, tag=8):
+class Bounce(Header, frozen=True, tag=8):
     """The broker could not deliver a message."""
 
     reason: Literal["no-worker", "busy", "gone", "full", "revoked"]
@@ -167,9 +167,10 @@ def decode_header(frame: bytes | memoryview) -> AnyHeader:
     if view[0] != VERSION:
         raise VersionMismatch(f"the peer speaks protocol version {view[0]}, this is version {VERSION}")
     try:
-        return _header_decoder.decode(view[1:])
+        header: AnyHeader = _header_decoder.decode(view[1:])
     except (msgspec.DecodeError, ValueError) as error:
         raise Malformed(f"header: {error}") from None
+    return header
 
 
 # --- payloads: the sealed part -----------------------------------------------------------------------------
@@ -191,7 +192,7 @@ class Row(msgspec.Struct, array_like=True, frozen=True):
     positions: Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]], msgspec.Meta(min_length=1)]
 
 
-class Step(Payload, tag=1):
+class Step(Payload, frozen=True, tag=1):
     """One call of the body: the tensor is the hidden states of all runs, `[tokens, width]`, row after row."""
 
     dtype: Dtype
@@ -211,18 +212,18 @@ class Step(Payload, tag=1):
         return self.tokens * self.width * DTYPES[self.dtype]
 
 
-class Fork(Payload, tag=2):
+class Fork(Payload, frozen=True, tag=2):
     """Opens the session as a copy of another one of the same channel."""
 
     parent: Natural
     parent_epoch: Natural
 
 
-class Close(Payload, tag=3):
+class Close(Payload, frozen=True, tag=3):
     """Frees the session. Not answered."""
 
 
-class Result(Payload, tag=4):
+class Result(Payload, frozen=True, tag=4):
     """Answer to a step: the body's output, `[tokens, width]`. Times in microseconds."""
 
     dtype: Dtype
@@ -236,11 +237,11 @@ class Result(Payload, tag=4):
         return self.tokens * self.width * DTYPES[self.dtype]
 
 
-class Done(Payload, tag=5):
+class Done(Payload, frozen=True, tag=5):
     """Answer to a fork."""
 
 
-class Refusal(Payload, tag=6):
+class Refusal(Payload, frozen=True, tag=6):
     """The request was refused and changed nothing.
 
     The refusal of a session that the worker does not hold travels under the channel's control keys, as session 0,

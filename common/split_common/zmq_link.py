@@ -14,7 +14,7 @@ import zmq
 import zmq.utils.z85
 
 from split_common import wire
-from split_common.errors import BrokerUnreachable, SplitError
+from split_common.errors import BrokerUnreachable, Malformed, SplitError
 from split_common.fleet import Fleet
 from split_common.keys import Identity
 from split_common.transport import HEARTBEAT, MISSED, Handler
@@ -164,7 +164,7 @@ class ZmqLink:
             self.counters["bytes_received"] += sum(map(len, frames))
             try:
                 if len(frames) != 2:
-                    raise wire.Malformed(f"{len(frames)} frames")
+                    raise Malformed(f"{len(frames)} frames")
                 header, body = wire.decode_header(frames[0]), frames[1]
                 self._received += len(body)
                 self._dispatch(header, body)

@@ -167,9 +167,7 @@ class Client:
         with self._lock:
             workers = {channel.worker: channel.channel.peer.name for channel in self._channels.values()}
         revoked = [
-            worker
-            for worker, name in workers.items()
-            if (member := roster.by_name(name)) is None or member.revoked
+            worker for worker, name in workers.items() if (member := roster.by_name(name)) is None or member.revoked
         ]
         if revoked:
             self.on_gone(revoked)
@@ -206,7 +204,8 @@ class Client:
         deadline = time.monotonic() + self.patience
         while True:
             number = next(self._numbers)
-            self._answers[number] = events = queue.SimpleQueue()
+            events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+            self._answers[number] = events
             try:
                 return self._shake_hands(number, events, avoid)
             except Busy as busy:
@@ -217,9 +216,7 @@ class Client:
             finally:
                 del self._answers[number]
 
-    def _shake_hands(
-        self, number: int, events: queue.SimpleQueue[Event], avoid: Sequence[bytes]
-    ) -> WorkerChannel:
+    def _shake_hands(self, number: int, events: queue.SimpleQueue[Event], avoid: Sequence[bytes]) -> WorkerChannel:
         handshake = DeviceHandshake(self._identity, self._verify, self._service, self._dtype)
         self.transport.send(wire.Open(self._id, number, self._service, list(avoid)[:64]), handshake.hello)
         deadline = time.monotonic() + self.timeout

@@ -84,9 +84,7 @@ class SplitModelForCausalLM:
         plan_ = plan(str(name_or_path), revision)
         split = Split.from_head_tail(plan_.layers, head_layers, tail_layers)
         manifest = find_manifest(fleet, plan_.checkpoint, plan_.own_tensors(split, "device"))
-        model, stack = load_part(
-            plan_, split, "device", dtype=parse_dtype(dtype), bases=(cls,), fill=RemoteBody
-        )
+        model, stack = load_part(plan_, split, "device", dtype=parse_dtype(dtype), bases=(cls,), fill=RemoteBody)
         service = wire.Service(manifest.root, split.first, split.last)
         wire_dtype = dtype_name(model.dtype)
         client = Client(transport, fleet, identity, service, manifest.name, wire_dtype, timeout, patience)
@@ -136,11 +134,11 @@ class SplitModelForCausalLM:
     # --- what is refused by name ---------------------------------------------------------------------------
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`. Raises UnsupportedFeature, before anything is sent, for what cannot be split."""
+        """Like transformers'. Raises UnsupportedFeature, before anything is sent, for what cannot be split."""
         configs = [kwargs.get("generation_config"), *args[1:2]]
         for config in configs:
             if getattr(config, "cache_implementation", None) not in _DYNAMIC:
-                _refuse_cache(config.cache_implementation)  # type: ignore[union-attr]
+                _refuse_cache(config.cache_implementation)
             for option in ("output_hidden_states", "output_attentions"):
                 if getattr(config, option, False):
                     kwargs.setdefault(option, True)

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer
 
 from split_common import wire
-from split_common.errors import Busy, UnsupportedFeature
+from split_common.errors import Busy, Malformed, UnsupportedFeature
 from split_common.slots import PassThrough
 from split_common.split import Split
 from split_common.tensors import DTYPES, dtype_name, from_bytes, to_bytes
@@ -93,9 +93,7 @@ class SessionLayer(DynamicLayer):  # type: ignore[misc]
         self._remote = self._columns = self._select = None
 
     def offload(self) -> None:
-        raise UnsupportedFeature(
-            "an offloaded cache cannot be split: the body's keys and values are on the worker"
-        )
+        raise UnsupportedFeature("an offloaded cache cannot be split: the body's keys and values are on the worker")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SessionLayer:
         twin = SessionLayer(self._client, self._windowed)
@@ -149,9 +147,7 @@ class SessionLayer(DynamicLayer):  # type: ignore[misc]
         self._columns = torch.cat([columns, keep], 1)
         return result
 
-    def _masked(
-        self, batch: int, tokens: int, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _masked(self, batch: int, tokens: int, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Which columns are cached, and which of the new ones are tokens: both bool `[batch, …]`."""
         cached = self._columns if self._columns is not None else torch.ones(batch, 0, dtype=torch.bool)
         if len(cached) != batch:
@@ -172,9 +168,7 @@ class SessionLayer(DynamicLayer):  # type: ignore[misc]
                 "generated in an earlier turn: pass an attention_mask that keeps them as they were"
             )
         if self._windowed and bool((full.long().diff(dim=1) < 0).any()):
-            raise UnsupportedFeature(
-                "padding between tokens cannot be split with sliding-window layers: pad left"
-            )
+            raise UnsupportedFeature("padding between tokens cannot be split with sliding-window layers: pad left")
         return cached, full[:, past:]
 
     def _positions(self, batch: int, tokens: int, positions: torch.Tensor | None) -> torch.Tensor:
@@ -182,9 +176,7 @@ class SessionLayer(DynamicLayer):  # type: ignore[misc]
             past = self.get_seq_length()
             positions = torch.arange(past, past + tokens)[None]
         if positions.ndim != 2:
-            raise UnsupportedFeature(
-                f"position ids of shape {tuple(positions.shape)} cannot be split: not 2-D"
-            )
+            raise UnsupportedFeature(f"position ids of shape {tuple(positions.shape)} cannot be split: not 2-D")
         return positions.cpu().expand(batch, tokens)
 
     def _distinct(self, hidden: torch.Tensor, keep: torch.Tensor) -> list[int]:
@@ -255,9 +247,7 @@ class SessionLayer(DynamicLayer):  # type: ignore[misc]
             output = parts[0] if len(parts) == 1 else torch.cat(parts)
         timings.add("queue", max(0.0, waited))
         if output.shape != packed.shape:
-            raise wire.Malformed(
-                f"the worker returned states {tuple(output.shape)} for {tuple(packed.shape)}"
-            )
+            raise Malformed(f"the worker returned states {tuple(output.shape)} for {tuple(packed.shape)}")
         return output.to(packed.device)
 
 
@@ -297,9 +287,7 @@ class RemoteBody(PassThrough):
         layer = cache.layers[self._split.first]
         if not isinstance(layer, SessionLayer):
             if layer.get_seq_length():
-                raise UnsupportedFeature(
-                    "a cache that was filled by an unsplit model cannot be continued here"
-                )
+                raise UnsupportedFeature("a cache that was filled by an unsplit model cannot be continued here")
             layer = cache.layers[self._split.first] = SessionLayer(self._client, self._windowed)
             for index in self._split.body[1:]:
                 cache.layers[index] = DummyLayer()
@@ -315,9 +303,7 @@ def check_cache(cache: Any) -> None:
 
 
 def _equal(hidden: torch.Tensor, keep: torch.Tensor, one: int, other: int) -> bool:
-    return torch.equal(keep[one], keep[other]) and torch.equal(
-        hidden[one][keep[one]], hidden[other][keep[other]]
-    )
+    return torch.equal(keep[one], keep[other]) and torch.equal(hidden[one][keep[one]], hidden[other][keep[other]])
 
 
 def _chunks(rows: list[wire.Row], limit: int) -> list[list[wire.Row]]:

@@ -26,9 +26,7 @@ class Body:
         ModelError: the part cannot be loaded.
     """
 
-    def __init__(
-        self, plan: Plan, split: Split, device: torch.device, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, plan: Plan, split: Split, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self._config = plan.text_config
         self._split = split
         model, self._stack = load_part(plan, split, "worker", dtype=dtype)

@@ -72,7 +72,8 @@ class Session:
         self._check(rows, step, body)
         self.rows = rows
         outputs = []
-        for run, part in zip(step.rows, states.split([len(run.positions) for run in step.rows]), strict=True):
+        parts = torch.split(states, [len(run.positions) for run in step.rows])
+        for run, part in zip(step.rows, parts, strict=True):
             row = rows[run.row]
             truncate(row, run.start)
             outputs.append(body.forward(row, part, run.positions))

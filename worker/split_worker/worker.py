@@ -209,9 +209,7 @@ class Worker:
         link.used = time.monotonic()
         id_ = (header.sender, header.channel, header.session, header.epoch)
         session = self._sessions.get(id_)
-        keys = (
-            session.keys if session is not None else link.channel.session_keys(header.session, header.epoch)
-        )
+        keys = session.keys if session is not None else link.channel.session_keys(header.session, header.epoch)
         plaintext = keys.open(header, body)
         request, tensor = wire.decode_payload(plaintext, wire.request_decoder)
         if session is None:
@@ -287,7 +285,8 @@ class Worker:
                         host = task.host_seconds + time.perf_counter() - began - body_seconds
                         reply = wire.Result(
                             dtype_name(output.dtype),
-                            *output.shape,
+                            output.shape[0],
+                            output.shape[1],
                             round(body_seconds * 1e6),
                             round(host * 1e6),
                         )
