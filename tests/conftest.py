@@ -16,8 +16,8 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+from split_common.demo_model import ensure_demo_model
 from split_common.errors import ModelError
-from split_device.demo_model import ensure_demo_model
 
 #: The user's own cache, if one is set: the small real model is fetched once, not once in every run.
 USER_CACHE = os.environ.get("LAMBDA_SPLIT_CACHE")

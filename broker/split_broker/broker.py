@@ -183,6 +183,8 @@ class Broker:
                 raise Malformed(f"a {sender.role} wrote to a {target.role}")
             if not self._put(target, message):
                 self._bounce(sender, header, "full", "the queue of the worker is full", retry_after=0.5)
+            elif log.isEnabledFor(logging.DEBUG):
+                log.debug("routed %s", _describe(sender, target, header, message[1]))
         elif time.monotonic() - self._started < GRACE:
             lane, _ = self._orphans.setdefault(header.to, (Lane(), time.monotonic()))
             if not lane.put(message):
@@ -337,7 +339,7 @@ class Broker:
 
     def _served_models(self) -> str:
         services = {(p.model, p.service.first, p.service.last) for p in self._peers.values() if p.service}
-        return ", ".join(f"{model} layers {first}:{last}" for model, first, last in sorted(services)) or "none"
+        return ", ".join(f"{model} layers {first}:{last}" for model, first, last in sorted(services))
 
     def _enforce_roster(self) -> None:
         for peer in list(self._peers.values()):
@@ -346,6 +348,14 @@ class Broker:
                 self._remove(peer, "was revoked")
             else:
                 self._put(peer, self._welcome([]))
+
+
+def _describe(sender: Peer, target: Peer, header: wire.Relay, body: bytes) -> str:
+    """All that the broker can know of a message."""
+    return (
+        f"{header.kind.name} {sender.member} -> {target.member}: channel {header.channel}, "
+        f"session {header.session}, seq {header.seq}, {len(body)} bytes {body[:16].hex()}…"
+    )
 
 
 def _private_directory(directory: Path) -> None:

@@ -98,7 +98,11 @@ class BrokerUnreachable(SplitError):
 
 
 class NoWorker(SplitError):
-    """No worker serves this model with this body."""
+    """No worker serves this model with this body; `served` says what is served here."""
+
+    def __init__(self, message: str, served: str = "") -> None:
+        super().__init__(message)
+        self.served = served
 
 
 class Busy(SplitError):

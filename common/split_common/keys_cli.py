@@ -18,18 +18,10 @@ from split_common.errors import ConfigError, KeysError
 from split_common.fleet import DAYS, Fleet, keys_dir, load_fleet
 from split_common.keys import Certificate, Member, ModelScope, Role
 from split_common.manifest import Manifest, build_manifest
+from split_common.options import JsonOption, KeysOption
 
 keys_app = typer.Typer(no_args_is_help=True)
 
-KeysOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--keys",
-        metavar="DIR",
-        help="The fleet's directory. Default: $LAMBDA_SPLIT_KEYS, else `keys` in the settings directory.",
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on one line.")]
 DaysOption = Annotated[int, typer.Option(min=1, max=36_500, help="How many days the certificates are valid.")]
 
 

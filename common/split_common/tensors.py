@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from split_common.errors import Malformed, NonFinite
+from split_common.errors import ConfigError, Malformed, NonFinite
 from split_common.wire import Dtype
 
 DTYPES: dict[str, torch.dtype] = {
@@ -52,3 +52,15 @@ def check_finite(states: torch.Tensor) -> None:
     """Raises NonFinite."""
     if not torch.isfinite(states).all():
         raise NonFinite("hidden states hold NaN or infinity")
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """A dtype of hidden states; None for "auto". Raises ConfigError."""
+    if isinstance(dtype, torch.dtype):
+        dtype_name(dtype)
+        return dtype
+    if dtype == "auto":
+        return None
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]

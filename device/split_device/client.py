@@ -254,7 +254,8 @@ class Client:
             return NoWorker(
                 f"no worker serves {wanted} with these weights; served here: {bounce.detail or 'none'}. "
                 f"Start one: lambda-split worker --model {self._model} "
-                f"--layers {self._service.first}:{self._service.last}"
+                f"--layers {self._service.first}:{self._service.last}",
+                bounce.detail,
             )
         return Busy(bounce.detail or "every worker is full", bounce.retry_after or 1.0)
 

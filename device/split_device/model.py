@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import torch
 from transformers.cache_utils import Cache
 
 from split_common import wire
-from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
+from split_common.errors import PromptTooLong, UnsupportedFeature
 from split_common.fleet import load_fleet
 from split_common.manifest import find_manifest
 from split_common.part import load_part, plan
 from split_common.slots import Stack
 from split_common.split import Split
-from split_common.tensors import DTYPES, dtype_name
+from split_common.tensors import dtype_name, parse_dtype
 from split_common.transport import DEFAULT_BROKER, connect
 from split_device.client import PATIENCE, Client
 from split_device.remote import RemoteBody, check_cache, is_windowed
@@ -116,10 +117,11 @@ class SplitModelForCausalLM:
         return self._client.timings
 
     @property
-    def traffic(self) -> dict[str, int]:
+    def traffic(self) -> Counter[str]:
         """Messages and bytes sent and received, and messages refused by type of error, since the start."""
         transport: Any = self._client.transport
-        return dict(transport.counters + self._client.counters)
+        counters: Counter[str] = transport.counters + self._client.counters
+        return counters
 
     def close(self) -> None:
         """Leaves the queue; workers free this device's sessions. The model cannot be used afterwards."""
@@ -209,15 +211,3 @@ def _refuse_outputs(options: dict[str, Any]) -> None:
 
 def _refuse_cache(name: str) -> None:
     raise UnsupportedFeature(f"cache_implementation={name!r} cannot be split: only the dynamic cache can")
-
-
-def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """A dtype of hidden states; None for "auto". Raises ConfigError."""
-    if isinstance(dtype, torch.dtype):
-        dtype_name(dtype)
-        return dtype
-    if dtype == "auto":
-        return None
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]

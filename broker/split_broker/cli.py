@@ -1,0 +1,49 @@
+"""The `lambda-split broker` command."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from split_common.console import emit_json, stderr
+from split_common.fleet import load_fleet
+from split_common.options import DEFAULT_BROKER, JsonOption, KeysOption
+from split_common.process import wait_for_sigterm
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the `broker` command to `app`."""
+    app.command()(broker)
+
+
+def broker(
+    bind: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Where to listen: tcp://HOST:PORT (port * for a free one), zmq://HOST:PORT or ipc://PATH.",
+        ),
+    ] = DEFAULT_BROKER,
+    keys: KeysOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Run the message queue between devices and workers, until SIGTERM or Ctrl-C.
+
+    It routes sealed messages and sees no text. It keeps nothing that a restart would lose.
+    """
+    from split_broker.broker import Broker
+
+    fleet = load_fleet(keys)
+    running = Broker(bind, fleet)
+    running.start()
+    try:
+        if json:
+            emit_json({"address": running.address, "pid": os.getpid()})
+        else:
+            whose = "this machine's own keys" if fleet.is_loopback else f"the keys in {fleet.path}"
+            stderr.print(f"broker on {running.address}, with {whose}")
+        wait_for_sigterm()
+    finally:
+        running.stop()

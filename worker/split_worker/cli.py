@@ -1,0 +1,117 @@
+"""The `lambda-split worker` command."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Literal
+
+import typer
+
+from split_common.console import emit_json, stderr
+from split_common.errors import ConfigError
+from split_common.fleet import load_fleet
+from split_common.options import (
+    DEFAULT_BROKER,
+    BrokerOption,
+    DtypeOption,
+    JsonOption,
+    KeysOption,
+    MemberOption,
+    ModelOption,
+    RevisionOption,
+    TimeoutOption,
+    resolve_model,
+)
+from split_common.process import passive_threads, wait_for_sigterm
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the `worker` command to `app`."""
+    app.command()(worker)
+
+
+def worker(
+    model: ModelOption = None,
+    layers: Annotated[
+        str, typer.Option(metavar="FIRST:LAST", help="The body's layers, as a slice: 2:-2 leaves two at each end.")
+    ] = "2:-2",
+    broker: BrokerOption = DEFAULT_BROKER,
+    device: Annotated[
+        DeviceName, typer.Option(help="Where the body runs; auto takes a GPU if there is one.")
+    ] = "auto",
+    dtype: DtypeOption = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="Rows (sequences) held at once, over all sessions.")] = 256,
+    idle_timeout: Annotated[float, typer.Option(min=1, help="Seconds before an idle session is freed.")] = 900.0,
+    drain_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that sessions have to end after SIGTERM.")
+    ] = 30.0,
+    revision: RevisionOption = None,
+    keys: KeysOption = None,
+    member: MemberOption = None,
+    timeout: TimeoutOption = 10.0,
+    json: JsonOption = False,
+) -> None:
+    """Serve a model's body to devices, until SIGTERM (which lets sessions end) or Ctrl-C."""
+    passive_threads()
+    fleet = load_fleet(keys)
+    identity = fleet.identity("worker", member)
+    checkpoint = resolve_model(model)
+
+    import torch
+
+    from split_common import wire
+    from split_common.manifest import find_manifest
+    from split_common.part import plan
+    from split_common.split import Split
+    from split_common.tensors import parse_dtype
+    from split_common.transport import connect
+    from split_worker.body import Body
+    from split_worker.sessions import SessionTable
+    from split_worker.worker import Worker
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    place = _device(device)
+    transport = connect(broker, fleet, identity)
+    plan_ = plan(checkpoint, revision)
+    split = Split.parse(plan_.layers, layers)
+    manifest = find_manifest(fleet, plan_.checkpoint, plan_.own_tensors(split, "worker"))
+    body = Body(plan_, split, torch.device(place), parse_dtype(dtype))
+    service = wire.Service(manifest.root, split.first, split.last)
+    sessions = SessionTable(max_rows, idle_timeout)
+    running = Worker(body, service, manifest.name, identity, fleet, transport, sessions)
+    running.start(timeout)
+    try:
+        facts = {
+            "worker": identity.certificate.name,
+            "model": manifest.name,
+            "layers": str(split),
+            "device": place,
+            "dtype": str(body.dtype).removeprefix("torch."),
+            "parameter_bytes": body.parameter_bytes,
+            "pid": os.getpid(),
+        }
+        if json:
+            emit_json(facts)
+        else:
+            stderr.print(
+                "worker {worker} serves {model} layers {layers} on {device} in {dtype} "
+                "({parameter_bytes:,} bytes of weights)".format(**facts)
+            )
+        wait_for_sigterm()
+        if not running.drain(drain_timeout):
+            stderr.print(f"sessions were still open after {drain_timeout:g} s")
+    finally:
+        running.stop()
+
+
+def _device(name: DeviceName) -> str:
+    import torch
+
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("torch sees no CUDA device: use --device cpu, or install a CUDA build of torch")
+    return "cuda" if available and name != "cpu" else "cpu"
