@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import stat
 import subprocess
 import sys
@@ -129,6 +130,15 @@ def test_private_dir_refuses_another_users(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("os.geteuid", lambda: me + 1)
     with pytest.raises(KeysError, match="another user"):
         files.private_dir(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_private_dir_refuses_a_strangers_parent(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    files.private_dir(tmp_path / "theirs" / "mine")
+    os.chown(tmp_path / "theirs", 12345, 12345)
+    with pytest.raises(KeysError, match="another user"):
+        files.private_dir(tmp_path / "theirs" / "mine")
 
 
 def test_directories_have_defaults_and_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

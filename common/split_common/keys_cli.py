@@ -133,10 +133,7 @@ def revoke(
 
 def _open(keys: Path | None) -> Fleet:
     """The configured fleet, never the loopback one."""
-    path = keys_dir(keys)
-    if not path.is_dir():
-        raise KeysError(f"there is no fleet in {path}; run `lambda-split keys init`")
-    return Fleet.open(path)
+    return Fleet.open(keys_dir(keys))
 
 
 def _add_member(

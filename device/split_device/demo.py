@@ -84,6 +84,7 @@ def _print_on(json: bool) -> Callable[[str], None]:
 
 
 def _last_routed(log: Path) -> list[str]:
-    """The last request and reply in the broker's log."""
+    """The last step in the broker's log: a request and its reply."""
     lines = [line.partition(": routed ")[2] for line in log.read_text().splitlines() if ": routed " in line]
-    return lines[-2:]
+    last = max((index for index, line in enumerate(lines) if line.startswith("REPLY")), default=-1)
+    return lines[max(0, last - 1) : last + 1]

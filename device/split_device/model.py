@@ -153,6 +153,7 @@ class SplitModelForCausalLM:
         inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         if isinstance(inputs, torch.Tensor) and inputs.ndim == 2:
             self._check_length(inputs.shape[1])
+        self._returned = 0.0
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def generate_batch(self, *_args: Any, **_kwargs: Any) -> Any:
@@ -173,7 +174,7 @@ class SplitModelForCausalLM:
 
     def _before_forward(self, _module: Any, _args: Any) -> None:
         self._called = time.perf_counter()
-        if self._returned and self.timings.steps:
+        if self._returned:
             self.timings.add("sampling", self._called - self._returned)
 
     def _before_stack(self, _owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

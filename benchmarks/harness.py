@@ -1,0 +1,94 @@
+"""What the benchmarks share: a fleet of processes, a byte-counting relay, and how results are printed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from split_common.demo_model import ensure_demo_model
+from split_common.process import running_command
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+    parser.add_argument("--model", type=Path, help="a checkpoint; default: SmolLM2-135M-Instruct")
+    return parser
+
+
+def checkpoint(options: argparse.Namespace) -> Path:
+    """The model to measure."""
+    return options.model or ensure_demo_model()
+
+
+def report(results: dict[str, Any], as_json: bool, title: str) -> None:
+    """Prints the results as a table, or as one line of JSON."""
+    if as_json:
+        print(json.dumps(results), flush=True)
+        return
+    table = Table("key", title=title)
+    table.add_column("value", justify="right")
+    for key, value in results.items():
+        table.add_row(key, f"{value:,.3f}" if isinstance(value, float) else str(value))
+    Console(highlight=False).print(table)
+
+
+def note(text: str) -> None:
+    """Says on stderr what is going on."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def fleet(model: Path, layers: str = "2:-2", *options: str) -> Iterator[tuple[str, int]]:
+    """A broker and a worker as processes on loopback: the broker's address and the worker's process id."""
+    with (
+        running_command(["broker", "--bind", "tcp://127.0.0.1:*"]) as (_, broker),
+        running_command(
+            ["worker", "--model", str(model), "--layers", layers, "--broker", broker["address"], *options]
+        ) as (_, worker),
+    ):
+        yield broker["address"], int(worker["pid"])
+
+
+class Relay:
+    """Forwards TCP connections to an address and counts the bytes in each direction, as they are on the wire."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.removeprefix("tcp://").rpartition(":")
+        self._target = host, int(port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.up = self.down = 0
+        self._sockets: list[socket.socket] = [self._listener]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(self._target)
+                self._sockets += [near, far]
+                for pair in ((near, far, "up"), (far, near, "down")):
+                    threading.Thread(target=self._copy, args=pair, daemon=True).start()
+
+    def _copy(self, source: socket.socket, sink: socket.socket, direction: str) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+                setattr(self, direction, getattr(self, direction) + len(data))
+            sink.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        for each in self._sockets:
+            each.close()

@@ -1,0 +1,91 @@
+"""What the split costs one stream: tokens/s of split and unsplit generation, alternating in the same run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+from benchmarks.harness import Relay, arguments, checkpoint, fleet, note, report
+from split_common.process import passive_threads
+
+PROMPT_TOKENS = 64
+NEW_TOKENS = 64
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=8, help="pairs of generations")
+    options = parser.parse_args()
+    passive_threads()
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from split_device import SplitModelForCausalLM
+
+    model = checkpoint(options)
+    torch.manual_seed(0)
+    unsplit = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    prompt = torch.randint(100, unsplit.config.vocab_size, (1, PROMPT_TOKENS))
+
+    def generate(which: Any, tokens: int = NEW_TOKENS) -> Any:
+        return which.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            pad_token_id=0,
+        )
+
+    with fleet(model, "2:-2", "--dtype", "float32") as (address, _):
+        with SplitModelForCausalLM.from_pretrained(model, broker=address, dtype="float32") as split:
+            identical = torch.equal(generate(split), generate(unsplit))
+            seconds: dict[str, list[float]] = {"split": [], "unsplit": []}
+            split.timings.reset()
+            for round_ in range(options.rounds):
+                for name, which in (("split", split), ("unsplit", unsplit)):
+                    began = time.perf_counter()
+                    generate(which)
+                    seconds[name].append(time.perf_counter() - began)
+                note(f"round {round_ + 1}: " + ", ".join(f"{k} {v[-1]:.2f} s" for k, v in seconds.items()))
+            stages = split.timings.per_step_ms()
+        relay = Relay(address)
+        try:
+            with SplitModelForCausalLM.from_pretrained(model, broker=relay.address, dtype="float32") as split:
+                up, down = _decode_bytes(split, generate, relay)
+        finally:
+            relay.close()
+
+    tensor = unsplit.config.hidden_size * 4
+    rates = {name: [NEW_TOKENS / value for value in values] for name, values in seconds.items()}
+    ratios = [a / b for a, b in zip(rates["split"], rates["unsplit"], strict=True)]
+    results = {
+        "split_tok_s": statistics.median(rates["split"]),
+        "unsplit_tok_s": statistics.median(rates["unsplit"]),
+        "ratio": statistics.median(ratios),
+        "bytes_per_token_up": up,
+        "bytes_per_token_down": down,
+        "payload_efficiency": 2 * tensor / (up + down),
+        "identical": identical,
+        "threads": torch.get_num_threads(),
+        "stages_ms": {stage: round(value, 3) for stage, value in stages.items()},
+    }
+    report(results, options.json, f"overhead, {PROMPT_TOKENS} + {NEW_TOKENS} tokens")
+
+
+def _decode_bytes(split: Any, generate: Any, relay: Relay) -> tuple[float, float]:
+    """Wire bytes of a decoded token, up and down: the difference of a long and a short generation."""
+    totals = []
+    for tokens in (1, 1 + NEW_TOKENS):
+        before = relay.up, relay.down
+        generate(split, tokens)
+        time.sleep(0.2)
+        totals.append((relay.up - before[0], relay.down - before[1]))
+    (short_up, short_down), (long_up, long_down) = totals
+    return (long_up - short_up) / NEW_TOKENS, (long_down - short_down) / NEW_TOKENS
+
+
+if __name__ == "__main__":
+    main()
