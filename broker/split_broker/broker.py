@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import stat
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,11 @@ import zmq
 import zmq.utils.z85
 from zmq.auth.thread import ThreadAuthenticator
 
-from split_broker.lanes import Lane, Message, Peer, Waiting
+from split_broker.lanes import Message, Peer, Waiting
 from split_common import wire
-from split_common.errors import ConfigError, Malformed, SplitError
+from split_common.errors import AuthenticationError, ConfigError, Malformed, SplitError
 from split_common.fleet import Fleet, check_address
-from split_common.transport import HEARTBEAT, MISSED, parse_address
+from split_common.transport import HEARTBEAT, MISSED, count_dropped, parse_address
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +38,8 @@ PROBE_INTERVAL = 0.2
 #: Seconds that a device's wish for a worker waits for room before it is told to try again.
 OPEN_PATIENCE = 2.0
 
-#: Wishes that may wait for a worker of one service.
-OPEN_QUEUE = 4096
+#: Messages that are taken in one turn of the loop.
+TURN = 256
 
 #: Seconds after its start during which the broker does not yet know who is alive.
 GRACE = HEARTBEAT * MISSED
@@ -61,10 +63,13 @@ class Broker:
         self._fleet = fleet
         self._boot = os.urandom(8)
         self._started = time.monotonic()
+        self._enforced = fleet.roster().version
         self._peers: dict[bytes, Peer] = {}
         self._routes: dict[bytes, bytes] = {}
-        self._orphans: dict[bytes, tuple[Lane, float]] = {}
-        self._opens: defaultdict[wire.Service, deque[Waiting]] = defaultdict(deque)
+        # Peers whose socket takes no more just now.
+        self._blocked: set[bytes] = set()
+        # By device, the oldest first: each has one wish at a time.
+        self._wishes: dict[bytes, Waiting] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lambda-split-broker", daemon=True)
         #: Messages and bytes routed, and messages refused by reason.
@@ -75,13 +80,14 @@ class Broker:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
         self._socket.router_mandatory = True
-        self._socket.maxmsgsize = wire.MAX_BODY
+        self._socket.maxmsgsize = wire.MAX_FRAME
+        self._socket.ipv6 = "[" in address
         self._socket.sndhwm = self._socket.rcvhwm = 256
         try:
             if address.startswith("tcp://"):
                 self._secure()
             else:
-                _private_directory(Path(address.removeprefix("ipc://")).parent)
+                _claim(Path(address.removeprefix("ipc://")))
             try:
                 self._socket.bind(address)
             except zmq.ZMQError as error:
@@ -116,8 +122,7 @@ class Broker:
         member = self._fleet.roster().by_curve_key(zmq.utils.z85.decode(key))
         accepted = member is not None and not member.revoked
         if not accepted:
-            self.counters["refused_keys"] += 1
-            log.warning("refused a connection: its key is not in the roster")
+            count_dropped(self.counters, AuthenticationError("a connection whose key is not in the roster"))
         return accepted
 
     def _release(self) -> None:
@@ -129,31 +134,43 @@ class Broker:
     # --- the loop ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        next_probe = 0.0
         try:
-            next_probe = 0.0
             while not self._closing.is_set():
-                if self._socket.poll(50):
+                # A full socket says nothing when it takes messages again.
+                if self._socket.poll(5 if self._blocked else 50):
                     self._drain()
                 now = time.monotonic()
-                if now >= next_probe:
-                    next_probe = now + PROBE_INTERVAL
-                    self._housekeeping(now)
+                with self._contained():
+                    for peer in [self._peers[id_] for id_ in self._blocked]:
+                        self._flush(peer)
+                    if now >= next_probe:
+                        next_probe = now + PROBE_INTERVAL
+                        self._housekeeping(now)
         finally:
             self._release()
 
+    @contextlib.contextmanager
+    def _contained(self) -> Iterator[None]:
+        """Whatever a message or a peer brings about ends here, and is counted."""
+        try:
+            yield
+        except SplitError as error:
+            count_dropped(self.counters, error)
+        except Exception:
+            self.counters["failures"] += 1
+            log.exception("the broker's loop failed, and goes on")
+
     def _drain(self) -> None:
-        for _ in range(256):
+        for _ in range(TURN):
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            try:
+            with self._contained():
                 if len(frames) != 3:
                     raise Malformed(f"{len(frames)} frames")
-                self._handle(frames[0], frames[1].bytes, frames[2].bytes)
-            except SplitError as error:
-                self.counters[type(error).__name__] += 1
-                log.warning("dropped a message: %s", error)
+                self._handle(frames[0], frames[1].bytes, wire.check_body(frames[2].bytes))
 
     def _handle(self, envelope: zmq.Frame, head: bytes, body: bytes) -> None:
         route = envelope.bytes
@@ -164,8 +181,11 @@ class Broker:
         if not isinstance(header, wire.Relay | wire.Open | wire.RosterRequest):
             raise Malformed(f"a peer sent a broker's message: {type(header).__name__}")
         if self._routes.get(route) != header.sender:
-            # A peer that this broker has not met yet: its announcement is on the way, and it sends again.
+            # A peer that this broker has not met yet, or another's id. The welcome tells that this is a new broker;
+            # what was dropped is sent again.
             self.counters["unannounced"] += 1
+            with contextlib.suppress(zmq.ZMQError):
+                self._socket.send_multipart([route, *self._welcome([])], zmq.NOBLOCK)
             return
         sender = self._peers[header.sender]
         match header:
@@ -174,55 +194,58 @@ class Broker:
             case wire.Open():
                 self._open(sender, header, (head, body))
             case wire.RosterRequest():
-                self._put(sender, (wire.encode_header(wire.RosterReply()), self._fleet.roster_bytes()))
+                self._put(sender, self._roster())
 
     def _relay(self, sender: Peer, header: wire.Relay, message: Message) -> None:
         target = self._peers.get(header.to)
-        if target is not None:
-            if target.role == sender.role:
-                raise Malformed(f"a {sender.role} wrote to a {target.role}")
-            if not self._put(target, message):
-                self._bounce(sender, header, "full", "the queue of the worker is full", retry_after=0.5)
-            elif log.isEnabledFor(logging.DEBUG):
-                log.debug("routed %s", _describe(sender, target, header, message[1]))
-        elif time.monotonic() - self._started < GRACE:
-            lane, _ = self._orphans.setdefault(header.to, (Lane(), time.monotonic()))
-            if not lane.put(message):
-                self._bounce(sender, header, "full", "the broker has just started", retry_after=1.0)
+        if target is not None and target.role == sender.role:
+            raise Malformed(f"a {sender.role} wrote to a {target.role}")
+        if target is not None and self._put(target, message):
+            return
+        if header.to in self._peers:
+            self._bounce(sender, header, "full", "the queue of the worker is full", retry_after=0.5)
+        elif self._early:
+            self._bounce(sender, header, "full", "the broker has just started", retry_after=0.5)
         else:
             self._bounce(sender, header, "gone", "the peer is not connected")
 
+    @property
+    def _early(self) -> bool:
+        """Whether peers that are alive may not have announced themselves to this broker yet."""
+        return time.monotonic() - self._started < GRACE
+
     def _open(self, sender: Peer, header: wire.Open, message: Message) -> None:
-        queue = self._opens[header.service]
-        if len(queue) >= OPEN_QUEUE:
-            self._bounce(sender, header, "busy", "too many devices wait for a worker", retry_after=OPEN_PATIENCE)
-            return
-        deadline = time.monotonic() + OPEN_PATIENCE
-        queue.append(Waiting(message, sender.id, header.channel, frozenset(header.avoid), deadline))
+        if sender.role != "device":
+            raise Malformed(f"a {sender.role} asked for a worker")
+        self._wishes[sender.id] = Waiting(header, message, time.monotonic() + OPEN_PATIENCE)
         self._assign(header.service)
 
     def _assign(self, service: wire.Service) -> None:
-        """Hands waiting opens to workers with room, the most room first."""
-        queue = self._opens[service]
-        workers = [peer for peer in self._peers.values() if peer.service == service]
-        for wish in list(queue):
-            able = [worker for worker in workers if worker.room > 0 and worker.id not in wish.avoid]
+        """Hands waiting wishes to workers with room, the most room first."""
+        workers = self._serving(service)
+        for wish in [wish for wish in self._wishes.values() if wish.header.service == service]:
+            able = [peer for peer in workers if peer.room > 0 and peer.id not in wish.header.avoid]
             if able:
                 worker = max(able, key=lambda peer: peer.room)
+                worker.room -= 1
                 if self._put(worker, wish.message):
-                    worker.room -= 1
-                    queue.remove(wish)
-        if not queue:
-            del self._opens[service]
+                    del self._wishes[wish.header.sender]
+
+    def _serving(self, service: wire.Service) -> list[Peer]:
+        return [peer for peer in self._peers.values() if peer.service == service]
 
     def _announced(self, header: wire.Announce, route: bytes, member: str) -> None:
         peer = self._peers.get(header.sender)
+        if self._routes.get(route, header.sender) != header.sender:
+            raise Malformed("a second peer on one connection")
+        gone: list[bytes] = []
         if peer is None:
             peer = self._peers[header.sender] = Peer(header.sender, route, header.role, member)
             self._routes[route] = peer.id
-            if orphan := self._orphans.pop(peer.id, None):
-                peer.lane = orphan[0]
             log.info("%s %s joined", header.role, member)
+            # Held for dead once, and back: those that it watches have been told so, and hold nothing of it.
+            if not self._early:
+                gone = header.watching
         elif (peer.member, peer.role) != (member, header.role):
             raise Malformed("an announcement under another peer's id")
         elif peer.route != route:
@@ -236,14 +259,14 @@ class Broker:
         peer.seen = time.monotonic()
         peer.lane.credit(header.received)
         peer.watching = frozenset(header.watching)
-        peer.service, peer.model, peer.room = header.service, header.model, header.room
-        if peer.service is not None and peer.service in self._opens:
-            self._assign(peer.service)
-        known = self._peers.keys()
-        early = time.monotonic() - self._started < GRACE
-        gone = [] if early else [id_ for id_ in header.watching if id_ not in known]
+        if peer.role == "worker":
+            peer.service, peer.model, peer.room = header.service, header.model, header.room
+        if not self._early:
+            gone = gone or [id_ for id_ in header.watching if id_ not in self._peers]
         self._put(peer, self._welcome(gone))
         self._flush(peer)
+        if peer.service is not None:
+            self._assign(peer.service)
 
     def _member(self, envelope: zmq.Frame, header: wire.Announce) -> str:
         """The name under which a peer is authenticated: by its CURVE key, or on ipc its own word."""
@@ -258,40 +281,50 @@ class Broker:
     # --- delivery and death --------------------------------------------------------------------------------
 
     def _put(self, peer: Peer, message: Message) -> bool:
+        """Queues and sends; False when the message will not be delivered: the lane is full, or the peer gone."""
         if not peer.lane.put(message):
             return False
         self._flush(peer)
-        return True
+        return peer.id in self._peers
 
     def _flush(self, peer: Peer) -> None:
+        self._blocked.discard(peer.id)
         while peer.id in self._peers and (message := peer.lane.take()) is not None:
-            try:
-                self._socket.send_multipart([peer.route, *message], zmq.NOBLOCK, copy=len(message[1]) < 65536)
-                self.counters["messages_routed"] += 1
-                self.counters["bytes_routed"] += len(message[0]) + len(message[1])
-            except zmq.Again:
+            if not self._send(peer, message):
                 peer.lane.put_back(message)
                 return
-            except zmq.ZMQError:
-                self._lost_route(peer, message)
-                return
 
-    def _lost_route(self, peer: Peer, message: Message) -> None:
-        """A worker's closed connection is its death; a device's is a network's, until its heartbeats end."""
-        peer.lane.put_back(message)
-        if peer.role == "worker":
-            self._remove(peer, "lost its connection")
+    def _send(self, peer: Peer, message: Message) -> bool:
+        try:
+            self._socket.send_multipart([peer.route, *message], zmq.NOBLOCK, copy=len(message[1]) < 65536)
+        except zmq.Again:
+            self._blocked.add(peer.id)
+            return False
+        except zmq.ZMQError:
+            # A worker's closed connection is its death; a device's is a network's, until its heartbeats end.
+            if peer.role == "worker":
+                self._remove(peer, "lost its connection")
+            return False
+        self.counters["messages_routed"] += 1
+        self.counters["bytes_routed"] += len(message[0]) + len(message[1])
+        return True
 
     def _remove(self, peer: Peer, why: str) -> None:
+        if self._peers.pop(peer.id, None) is None:
+            return
         log.info("%s %s %s", peer.role, peer.member, why)
         self.counters[f"{peer.role}s_gone"] += 1
-        del self._peers[peer.id]
         self._routes.pop(peer.route, None)
+        self._wishes.pop(peer.id, None)
+        self._blocked.discard(peer.id)
         for watcher in [other for other in self._peers.values() if peer.id in other.watching]:
             self._put(watcher, self._welcome([peer.id]))
 
     def _welcome(self, gone: list[bytes]) -> Message:
         return wire.encode_header(wire.Welcome(self._boot, self._fleet.roster().version, gone)), b""
+
+    def _roster(self) -> Message:
+        return wire.encode_header(wire.RosterReply()), self._fleet.roster_bytes()
 
     def _bounce(
         self, to: Peer, header: wire.Relay | wire.Open, reason: Any, detail: str, retry_after: float = 0.0
@@ -299,68 +332,69 @@ class Broker:
         self.counters[f"bounced_{reason}"] += 1
         session, seq = (header.session, header.seq) if isinstance(header, wire.Relay) else (0, 0)
         target = header.to if isinstance(header, wire.Relay) else bytes(8)
-        bounce = wire.Bounce(reason, header.channel, session, seq, target, detail, retry_after)
+        bounce = wire.Bounce(reason, header.channel, session, seq, target, detail[:4096], retry_after)
         self._put(to, (wire.encode_header(bounce), b""))
 
     def _housekeeping(self, now: float) -> None:
         if self._fleet.refresh():
             log.info("roster version %d", self._fleet.roster().version)
+        if self._fleet.roster().version > self._enforced:
+            self._enforced = self._fleet.roster().version
             self._enforce_roster()
         probe = wire.encode_header(wire.Probe()), b""
         for peer in list(self._peers.values()):
             if now - peer.seen > HEARTBEAT * MISSED:
                 self._remove(peer, "fell silent")
             elif peer.role == "worker":
-                self._put(peer, probe)
-            else:
-                self._flush(peer)
-        self._expire_opens(now)
-        for id_, (_, since) in list(self._orphans.items()):
-            if now - since > GRACE:
-                del self._orphans[id_]
+                # Past its lane, which may be waiting for credit.
+                self._send(peer, probe)
+        self._answer_wishes(now)
 
-    def _expire_opens(self, now: float) -> None:
-        for service in list(self._opens):
-            served = any(peer.service == service for peer in self._peers.values())
-            early = now - self._started < GRACE
-            for wish in list(self._opens[service]):
-                if now < wish.deadline and (served or early):
-                    continue
-                self._opens[service].remove(wish)
-                if (sender := self._peers.get(wish.sender)) is None:
-                    continue
-                header = wire.Open(wish.sender, wish.channel, service)
-                if served:
-                    self._bounce(sender, header, "busy", "every worker is full", retry_after=1.0)
-                else:
-                    self._bounce(sender, header, "no-worker", self._served_models())
-            if not self._opens[service]:
-                del self._opens[service]
+    def _answer_wishes(self, now: float) -> None:
+        """Tells devices whose wish cannot be met, or not soon."""
+        for wish in list(self._wishes.values()):
+            header = wish.header
+            workers = self._serving(header.service)
+            refused = all(peer.id in header.avoid for peer in workers)
+            if not workers and not self._early:
+                answer = "no-worker", self._served_models(), 0.0
+            elif workers and (now > wish.deadline or (refused and not self._early)):
+                answer = "busy", "every worker is full", 1.0
+            else:
+                continue
+            del self._wishes[header.sender]
+            self._bounce(self._peers[header.sender], header, *answer)
 
     def _served_models(self) -> str:
         services = {(p.model, p.service.first, p.service.last) for p in self._peers.values() if p.service}
-        return ", ".join(f"{model} layers {first}:{last}" for model, first, last in sorted(services))
+        return ", ".join(f"{model} layers {first}:{last}" for model, first, last in sorted(services)) or "none"
 
     def _enforce_roster(self) -> None:
         for peer in list(self._peers.values()):
             member = self._fleet.roster().by_name(peer.member)
             if member is None or member.revoked:
+                # It is told why; on TCP its connection stands, but nothing that it sends is taken any more.
+                self._put(peer, self._roster())
                 self._remove(peer, "was revoked")
             else:
                 self._put(peer, self._welcome([]))
 
 
-def _describe(sender: Peer, target: Peer, header: wire.Relay, body: bytes) -> str:
-    """All that the broker can know of a message."""
-    return (
-        f"{header.kind.name} {sender.member} -> {target.member}: channel {header.channel}, "
-        f"session {header.session}, seq {header.seq}, {len(body)} bytes {body[:16].hex()}…"
-    )
+def _claim(path: Path) -> None:
+    """Makes the directory of an ipc socket, or checks that nobody else may enter it; and that no broker is there.
 
-
-def _private_directory(directory: Path) -> None:
-    """Makes the directory of an ipc socket, or checks that nobody else may enter it."""
-    with contextlib.suppress(FileExistsError):
-        directory.mkdir(parents=True, mode=0o700)
-    if stat.S_IMODE(directory.stat().st_mode) & 0o077:
+    Raises:
+        ConfigError
+    """
+    directory = path.parent
+    try:
+        directory.mkdir(parents=True, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be made: {error.strerror}") from None
+    found = directory.stat()
+    if stat.S_IMODE(found.st_mode) & 0o077 or found.st_uid != os.getuid():
         raise ConfigError(f"{directory} is open to other users: `chmod 700` it, or bind to a directory of your own")
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+        # A second bind would take the path away from the first, without a word.
+        probe.connect(str(path))
+        raise ConfigError(f"cannot listen on ipc://{path}: a broker is there")

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from split_common.wire import Service
+from split_common.wire import Open, Service
 
 #: Bytes that may be on the way to a peer without its having said that it received them.
 WINDOW = 64 * 1024 * 1024
@@ -31,6 +31,7 @@ class Lane:
     waiting_bytes: int = 0
     sent: int = 0
     received: int = 0
+    #: What the peer had received before this connection.
     baseline: int | None = None
 
     def put(self, message: Message) -> bool:
@@ -59,7 +60,7 @@ class Lane:
         """The peer says that it has received so many bytes since it started."""
         if self.baseline is None:
             self.baseline = received
-        self.received = received - self.baseline
+        self.received = min(received - self.baseline, self.sent)
 
     def reconnected(self) -> None:
         """What was on the way over the old connection is lost, and its credit with it."""
@@ -87,8 +88,6 @@ class Peer:
 class Waiting:
     """A device's wish for a worker, while none has room."""
 
+    header: Open
     message: Message
-    sender: bytes
-    channel: int
-    avoid: frozenset[bytes]
     deadline: float

@@ -1,6 +1,6 @@
 """End-to-end encryption between one device and one worker.
 
-A channel is set up in three messages, the SIGMA-I pattern (Krawczyk, "SIGMA: the SIGn-and-MAc Approach to
+A channel is set up in three messages, in the SIGMA-I pattern (Krawczyk, "SIGMA: the SIGn-and-MAc Approach to
 Authenticated Diffie-Hellman", 2003) over libsodium's `crypto_kx`:
 
 1. `Hello`, device to any worker: an ephemeral X25519 key, the ciphers it offers, the service it asks for.
@@ -8,12 +8,16 @@ Authenticated Diffie-Hellman", 2003) over libsodium's `crypto_kx`:
    transcript.
 3. `Finish`, device to worker: sealed: its certificate and its signature of the transcript.
 
+The worker confirms the third under the channel's own keys (those of session 0), so that each of them may be lost
+and sent again. Neither side spends memory on a session before that.
+
 Ephemeral keys are forgotten after set-up, so that a key stolen later opens nothing recorded earlier. Each session
 and epoch has keys of its own, derived from the channel's; every body has a fresh nonce, its header's counter.
 """
 
 from __future__ import annotations
 
+import itertools
 import struct
 import time
 from collections.abc import Callable
@@ -27,14 +31,17 @@ from nacl.encoding import RawEncoder
 from nacl.hash import blake2b
 
 from split_common.errors import AuthenticationError, Malformed
-from split_common.keys import Certificate, Identity, Role
+from split_common.keys import Certificate, Identity, Role, Roster
 from split_common.wire import Dtype, Hash, Relay, Service
 
 #: After this many seconds a device sets up a new channel for new sessions.
 CHANNEL_LIFETIME = 3600.0
 
-#: Largest handshake message, in bytes.
-MAX_HANDSHAKE = 16 * 1024
+#: Sessions that may be opened over one channel; after that a device sets up a new one.
+CHANNEL_SESSIONS = 65536
+
+#: Largest handshake message, in bytes: a certificate of the largest size fits.
+MAX_HANDSHAKE = 80 * 1024
 
 _T = TypeVar("_T")
 
@@ -133,12 +140,12 @@ class SessionKeys:
     def __init__(self, suite: Suite, send: bytes, receive: bytes, context: bytes) -> None:
         self._outgoing = Box(suite, _derive(send, b"session", context))
         self._incoming = Box(suite, _derive(receive, b"session", context))
-        self._counter = 0
+        self._counters = itertools.count(1)
         self.tag_size = suite.tag_size
 
     def next_counter(self) -> int:
-        self._counter += 1
-        return self._counter
+        """A nonce that was never used before, whichever threads ask."""
+        return next(self._counters)
 
     def seal(self, header: Relay, plaintext: bytes) -> bytes:
         """Encrypts a body; `header.counter` must come from `next_counter`, one for each plaintext."""
@@ -162,8 +169,13 @@ class Channel:
 
     @property
     def expired(self) -> bool:
-        """Whether new sessions should go to a new channel, or the peer's certificate has run out."""
-        return time.monotonic() - self.born > CHANNEL_LIFETIME or time.time() >= self.peer.not_after
+        """Whether new sessions should go to a new channel."""
+        return time.monotonic() - self.born > CHANNEL_LIFETIME
+
+    def trusted(self, roster: Roster) -> bool:
+        """Whether the peer's certificate still holds: it is neither revoked nor has it run out."""
+        member = roster.by_sign_key(self.peer.sign_key)
+        return member is not None and not member.revoked and time.time() < self.peer.not_after
 
     def session_keys(self, session: int, epoch: int) -> SessionKeys:
         return SessionKeys(self.suite, self._send, self._receive, struct.pack("<QQ", session, epoch))
@@ -256,7 +268,7 @@ def _decode(message: bytes, type_: type[_T]) -> _T:
         raise Malformed("handshake message too large")
     try:
         return msgspec.msgpack.decode(message, type=type_)
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise Malformed(f"handshake: {error}") from None
 
 

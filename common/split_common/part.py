@@ -13,15 +13,18 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from split_common.checkpoint import Checkpoint
-from split_common.errors import MissingTensor, ModelError, UnknownModel, UnsupportedArchitecture
+from split_common.errors import MissingTensor, ModelError, SplitError, UnknownModel, UnsupportedArchitecture
 from split_common.slots import Absent, PassThrough, Stack, find_stack
 from split_common.split import Split
 
 Side = Literal["device", "worker"]
+
+#: A tensor of an outermost stack of modules: the stack's name, and the index in it.
+_LAYER = re.compile(r"(?P<prefix>[^\d.]\w*(?:\.[^\d.]\w*)*)\.(?P<index>\d+)\.", re.ASCII)
 
 
 @dataclass
@@ -31,7 +34,8 @@ class Plan:
     checkpoint: Checkpoint
     config: Any
     model_class: type[nn.Module]
-    stack_name: str
+    #: Where the layers' tensors are in the checkpoint: `model.layers`, `h` and the like.
+    prefix: str
 
     @property
     def layers(self) -> int:
@@ -43,8 +47,8 @@ class Plan:
 
     def layer_of(self, tensor: str) -> int | None:
         """The decoder layer that a checkpoint's tensor belongs to; None for embeddings, norms and the head."""
-        match = re.search(rf"(?:^|\.){re.escape(self.stack_name)}\.(\d+)\.", tensor)
-        return int(match[1]) if match else None
+        match = _LAYER.match(tensor)
+        return int(match["index"]) if match and match["prefix"] == self.prefix else None
 
     def own_tensors(self, split: Split, side: Side) -> list[str]:
         """Checkpoint names of the tensors that a side loads."""
@@ -75,21 +79,41 @@ def plan(name_or_path: str, revision: str | None = None) -> Plan:
         raise UnsupportedArchitecture(f"{name} is no decoder-only language model")
     if isinstance(model_class, list | tuple):
         model_class = model_class[0]
-    layers = int(config.get_text_config(decoder=True).num_hidden_layers)
-    _check_cache(config, name)
-    with torch.device("meta"):
-        _, stack_name = find_stack(model_class(config), layers)
-    result = Plan(checkpoint, config, model_class, stack_name)
-    if all(result.layer_of(tensor) is None for tensor in checkpoint.tensor_names):
-        raise UnsupportedArchitecture(f"{name}: no tensor of the checkpoint belongs to a layer of the stack")
-    return result
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        raise UnsupportedArchitecture(f"{name}: quantized checkpoints cannot be split, take the original weights")
+    try:
+        layers = int(config.get_text_config(decoder=True).num_hidden_layers)
+        _check_cache(config, name)
+        with torch.device("meta"):
+            _, stack_name = find_stack(model_class(config), layers)
+    except SplitError:
+        raise
+    except Exception as error:
+        raise UnsupportedArchitecture(f"{name} cannot be built: {_first_line(error)}") from None
+    return Plan(checkpoint, config, model_class, _find_prefix(checkpoint, layers, stack_name, name))
+
+
+def _find_prefix(checkpoint: Checkpoint, layers: int, stack_name: str, name: str) -> str:
+    """The name of the stack of layers in a checkpoint, which may differ from the model's own."""
+    found: dict[str, set[int]] = {}
+    for tensor in checkpoint.tensor_names:
+        if match := _LAYER.match(tensor):
+            found.setdefault(match["prefix"], set()).add(int(match["index"]))
+    stacks = [prefix for prefix, indices in found.items() if indices & set(range(layers))]
+    named = [prefix for prefix in stacks if prefix.rpartition(".")[2] == stack_name]
+    candidates = named or [prefix for prefix in stacks if found[prefix] >= set(range(layers))]
+    if len(candidates) != 1:
+        kind = f"several stacks of layers ({', '.join(candidates)})" if candidates else "no layer of the stack"
+        raise UnsupportedArchitecture(f"{name}: the checkpoint has {kind}")
+    return candidates[0]
 
 
 def _check_cache(config: Any, name: str) -> None:
     for index, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise UnsupportedArchitecture(
-                f"{name}: layer {index} keeps a {type(layer).__name__}, a state that cannot be rolled back"
+                f"{name}: layer {index} keeps a {type(layer).__name__}, no plain cache of keys and values of its own"
             )
 
 
@@ -100,7 +124,7 @@ def load_part(
     *,
     dtype: torch.dtype | None = None,
     bases: tuple[type, ...] = (),
-    fill: Callable[[], nn.Module] = PassThrough,
+    fill: Callable[[], PassThrough] = PassThrough,
 ) -> tuple[Any, Stack]:
     """Loads a side's part of a model, on the CPU; unconverted tensors stay mapped from the file.
 
@@ -117,8 +141,8 @@ def load_part(
     """
     model_class = _part_class(plan, split, side, bases, fill)
     state = _read(plan.checkpoint, plan.own_tensors(split, side))
-    with _quiet():
-        try:
+    try:
+        with _quiet():
             # The class's own `from_pretrained` may be ours: this is transformers'.
             model, info = transformers.PreTrainedModel.from_pretrained.__func__(
                 model_class,
@@ -128,18 +152,33 @@ def load_part(
                 dtype=dtype if dtype is not None else "auto",
                 output_loading_info=True,
             )
-        except (ValueError, RuntimeError, OSError) as error:
-            raise ModelError(f"{plan.checkpoint.name}: {_first_line(error)}") from None
-    if info["missing_keys"]:
-        raise MissingTensor(f"{plan.checkpoint.name} lacks the tensor {min(info['missing_keys'])}")
-    if info["mismatched_keys"]:
-        raise ModelError(f"{plan.checkpoint.name}: the shape of {min(info['mismatched_keys'])} does not fit")
-    model.eval().requires_grad_(False)
-    return model, Stack(model, plan.layers)
+        if info["missing_keys"]:
+            raise MissingTensor(f"{plan.checkpoint.name} lacks the tensor {min(info['missing_keys'])}")
+        if info["mismatched_keys"]:
+            raise ModelError(f"{plan.checkpoint.name}: the shape of {min(info['mismatched_keys'])} does not fit")
+        model.eval().requires_grad_(False)
+        return model, Stack(model, plan.layers)
+    except (AttributeError, TypeError) as error:
+        name = plan.model_class.__name__
+        raise UnsupportedArchitecture(f"{name} cannot be loaded in parts: {_first_line(error)}") from None
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ModelError(f"{plan.checkpoint.name}: {_first_line(error)}") from None
+
+
+def generation_config(plan: Plan) -> GenerationConfig | None:
+    """The checkpoint's defaults of `generate`, if it has any. Raises ModelError where they are malformed."""
+    try:
+        directory = plan.checkpoint.path("generation_config.json").parent
+    except ModelError:
+        return None
+    try:
+        return GenerationConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{plan.checkpoint.name}: generation_config.json: {_first_line(error)}") from None
 
 
 def _part_class(
-    plan: Plan, split: Split, side: Side, bases: tuple[type, ...], fill: Callable[[], nn.Module]
+    plan: Plan, split: Split, side: Side, bases: tuple[type, ...], fill: Callable[[], PassThrough]
 ) -> Any:
     """The model's class with the other side's layers replaced before weights are loaded.
 
@@ -153,7 +192,9 @@ def _part_class(
         slots = getattr(owner, attribute)
         for index in range(plan.layers):
             if (index in split.body) == (side == "device"):
-                slots[index] = fill() if side == "device" and index == split.first else PassThrough()
+                slot = fill() if side == "device" and index == split.first else PassThrough()
+                slot.imitate(slots[index])
+                slots[index] = slot
         if side == "worker":
             _strip(self, slots)
             self.all_tied_weights_keys = {}

@@ -4,7 +4,8 @@ Both sides keep all slots and their original indices. On the device the body's s
 the tail's, hold layers without parameters. Masks, rotary embeddings, caches and `generate` stay transformers' own
 code, so that no architecture is named anywhere. What the code relies on is probed when a model is loaded: that
 each slot is called once and in order, that its input is one tensor `[batch, tokens, hidden]`, and that nothing else
-that it is handed depends on the text.
+that it is handed depends on the text. Whether a token is handed other values when one after it has a higher
+position (some rotary embeddings choose their frequencies by the largest one) is found out as well.
 """
 
 from __future__ import annotations
@@ -51,18 +52,27 @@ class PassThrough(nn.Module):
         return (hidden, None) if self.returns_tuple else hidden
 
 
+    def imitate(self, layer: nn.Module) -> None:
+        """Takes over the settings of a layer that the code around it may read, e.g. its type of attention."""
+        for name, value in vars(layer).items():
+            if isinstance(value, str | int | float) and not name.startswith("_") and name not in vars(self):
+                setattr(self, name, value)
+
+
 class Absent(nn.Module):
     """Takes the place of an embedding, norm or head that the other side has; what flows through it is not used."""
 
     def forward(self, states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return states if states.is_floating_point() else torch.zeros(*states.shape, 1, device=states.device)
+        hidden = states.is_floating_point() and states.ndim > 2
+        return states if hidden else torch.zeros((), device=states.device)
 
 
 class _Recorder(PassThrough):
     """Notes what a slot is called with."""
 
-    def __init__(self, calls: list[tuple[int, Any, dict[str, Any]]], index: int, returns_tuple: bool) -> None:
+    def __init__(self, calls: list[_CallOfSlot], index: int, layer: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
+        self.imitate(layer)
         self.returns_tuple = returns_tuple
         self._calls = calls
         self._index = index
@@ -71,6 +81,10 @@ class _Recorder(PassThrough):
         named = {f"argument {i + 1}": value for i, value in enumerate(args)} | kwargs
         self._calls.append((self._index, hidden, named))
         return self.wrap(hidden)
+
+
+#: A slot's index, its input, and its other arguments by name.
+_CallOfSlot = tuple[int, Any, dict[str, Any]]
 
 
 class Stack:
@@ -84,15 +98,22 @@ class Stack:
         UnsupportedArchitecture: the model cannot be cut between its layers; the message says why.
     """
 
-    def __init__(self, model: nn.Module, layers: int) -> None:
+    def __init__(self, model: Any, layers: int) -> None:
         self.owner, self.attribute = find_stack(model, layers)
         self.name = type(model).__name__
+        config = model.config.get_text_config(decoder=True)
+        #: Positions that a sequence may have.
+        self.max_positions = int(getattr(config, "max_position_embeddings", 0) or 2**31)
         parameters = inspect.signature(inspect.unwrap(type(self.owner).forward)).parameters
         #: What this version of transformers calls the cache.
         self.cache_name = "cache" if "cache" in parameters else "past_key_values"
         self.takes_positions = "position_ids" in parameters
-        self._width = self._probe_width(model)
+        embeddings = getattr(model.get_input_embeddings(), "weight", None)
+        #: Width of the embeddings that the owner takes.
+        self.width = int(embeddings.shape[1] if embeddings is not None else config.hidden_size)
         self.returns_tuple = self._probe()
+        #: Whether what a token is handed depends on the largest position of the call.
+        self.positions_interact = self._probe_positions()
         for slot in self.slots:
             if isinstance(slot, PassThrough):
                 slot.returns_tuple = self.returns_tuple
@@ -103,50 +124,59 @@ class Stack:
         assert isinstance(stack, nn.ModuleList)
         return stack
 
-    @staticmethod
-    def _probe_width(model: Any) -> int:
-        embeddings = model.get_input_embeddings()
-        weight = getattr(embeddings, "weight", None)
-        return int(weight.shape[1]) if weight is not None else int(model.config.get_text_config().hidden_size)
-
     def _probe(self) -> bool:
         """Whether layers return tuples. Runs the owner's own code over recorders in place of its layers."""
-        reasons = []
+        reasons: dict[str, None] = {}
         for returns_tuple in (False, True):
             try:
-                first, second = self._record(returns_tuple), self._record(returns_tuple)
+                first, second = self._record(returns_tuple, seed=0), self._record(returns_tuple, seed=1)
             except Exception as error:
-                reasons.append(f"{type(error).__name__}: {error}")
+                reasons[f"{type(error).__name__}: {error}"] = None
                 continue
             order = [index for index, _, _ in first]
             if order != list(range(len(self.slots))):
-                reasons.append(f"its layers are called in the order {order}")
+                reasons[f"its layers are called in the order {order}"] = None
             elif any(getattr(hidden, "ndim", 0) != 3 for _, hidden, _ in first):
-                reasons.append("its layers are not handed one tensor [batch, tokens, hidden]")
+                reasons["its layers are not handed one tensor [batch, tokens, hidden]"] = None
             else:
                 self._refuse_side_channels(first, second)
                 return returns_tuple
         raise UnsupportedArchitecture(f"{self.name} cannot be cut between its layers: {'; '.join(reasons)}")
 
+    def _probe_positions(self) -> bool:
+        if not self.takes_positions or not 3 < self.max_positions < 2**31:
+            return False
+        near, far = (
+            self._record(
+                self.returns_tuple,
+                position_ids=torch.tensor([[0, 1, last]]),
+                attention_mask=torch.ones(1, 3, dtype=torch.long),
+            )
+            for last in (2, self.max_positions - 1)
+        )
+        return not all(
+            _same(_first_two(one), _first_two(other)) for (*_, one), (*_, other) in zip(near, far, strict=True)
+        )
+
     @torch.no_grad()
-    def _record(self, returns_tuple: bool) -> list[tuple[int, Any, dict[str, Any]]]:
-        calls: list[tuple[int, Any, dict[str, Any]]] = []
-        recorders = nn.ModuleList(_Recorder(calls, i, returns_tuple) for i in range(len(self.slots)))
+    def _record(self, returns_tuple: bool, seed: int = 0, **inputs: torch.Tensor) -> list[_CallOfSlot]:
+        calls: list[_CallOfSlot] = []
+        slots = self.slots
+        recorders = nn.ModuleList(_Recorder(calls, i, slot, returns_tuple) for i, slot in enumerate(slots))
         reference = next(self.owner.parameters(), None)
         device, dtype = (reference.device, reference.dtype) if reference is not None else (None, None)
-        slots = self.slots
         setattr(self.owner, self.attribute, recorders)
         try:
-            embeddings = torch.randn(1, 3, self._width, device=device, dtype=dtype)
-            output = self.owner(inputs_embeds=embeddings, use_cache=False)
+            embeddings = torch.randn(1, 3, self.width, generator=torch.Generator().manual_seed(seed))
+            inputs = {name: value.to(device) for name, value in inputs.items()}
+            output = self.owner(inputs_embeds=embeddings.to(device, dtype), use_cache=False, **inputs)
         finally:
             setattr(self.owner, self.attribute, slots)
-        hidden = output[0]
-        if hidden.ndim != 3:
+        if output[0].ndim != 3:
             raise ValueError("the stack's output is no tensor [batch, tokens, hidden]")
         return calls
 
-    def _refuse_side_channels(self, first: list[Any], second: list[Any]) -> None:
+    def _refuse_side_channels(self, first: list[_CallOfSlot], second: list[_CallOfSlot]) -> None:
         """The other side rebuilds masks and rotary embeddings; what depends on the text it cannot rebuild."""
         for (index, _, one), (_, _, other) in zip(first, second, strict=True):
             for name, value in one.items():
@@ -164,3 +194,14 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
     return True
+
+
+def _first_two(value: Any) -> Any:
+    """What the first two of three tokens are handed."""
+    if isinstance(value, torch.Tensor):
+        return value[:, :2] if value.ndim > 1 and value.shape[1] == 3 else value
+    if isinstance(value, tuple | list):
+        return [_first_two(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _first_two(item) for name, item in value.items() if name != "position_ids"}
+    return value

@@ -6,14 +6,18 @@ delay messages: sessions are built so that at-least-once delivery is enough.
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterable
 from typing import Protocol
 
-from split_common.errors import ConfigError
+from split_common.errors import ConfigError, SplitError
 from split_common.fleet import Fleet, check_address
 from split_common.keys import Identity
 from split_common.wire import Announce, AnyHeader, Header
+
+log = logging.getLogger(__name__)
 
 #: Where the broker listens, and where peers look for it, when no address is given.
 DEFAULT_BROKER = "tcp://127.0.0.1:7411"
@@ -52,7 +56,8 @@ class Transport(Protocol):
             BrokerUnreachable: it has not within `timeout` seconds.
         """
 
-    def send(self, header: Header, body: bytes = b"") -> None: ...
+    def send(self, header: Header, body: bytes = b"") -> None:
+        """Takes a message; never blocks, and is safe even where the garbage collector may call it."""
 
     def announce(self) -> None:
         """Sends a heartbeat now, because something in it has changed."""
@@ -71,11 +76,12 @@ def parse_address(address: str) -> str:
         ConfigError: the scheme is unknown, or the port is missing.
     """
     scheme, separator, rest = address.partition("://")
-    if separator and scheme == "ipc" and rest:
+    # Names with @ or * are no files: no directory would guard the socket.
+    if separator and scheme == "ipc" and rest and rest[0] not in "@*":
         return address
     if separator and scheme in ("zmq", "tcp"):
         host, colon, port = rest.rpartition(":")
-        if colon and host and (port == "*" or (port.isdigit() and 0 < int(port) < 65536)):
+        if colon and host and (port == "*" or (port.isascii() and port.isdigit() and 0 < int(port) < 65536)):
             return f"tcp://{rest}"
         raise ConfigError(f"broker address {address!r} lacks a port: tcp://HOST:PORT")
     raise ConfigError(f"broker address {address!r} is none of tcp://HOST:PORT, zmq://HOST:PORT, ipc://PATH")
@@ -90,8 +96,18 @@ def connect(address: str, fleet: Fleet, identity: Identity) -> Transport:
     from split_common.zmq_link import ZmqLink
 
     address = parse_address(address)
+    if address.endswith(":*"):
+        raise ConfigError(f"broker address {address!r} lacks the port that the broker has taken")
     check_address(address, fleet)
     return ZmqLink(address, fleet, identity)
+
+
+def count_dropped(counters: Counter[str], error: SplitError) -> None:
+    """Counts a message that was refused, by type of error. Logs the 1st, 2nd, 4th…: a flood must not fill disks."""
+    name = type(error).__name__
+    counters[name] += 1
+    if counters[name].bit_count() == 1:
+        log.warning("dropped a message (%s, %d so far): %s", name, counters[name], error)
 
 
 def new_peer_id() -> bytes:

@@ -26,6 +26,16 @@ MAX_HEADER = 64 * 1024
 #: Largest body, in bytes. Longer steps travel in chunks.
 MAX_BODY = 16 * 1024 * 1024
 
+#: Largest frame that a socket takes, in bytes; it closes the connection on a larger one. A body just above its
+#: limit arrives, and is refused and counted.
+MAX_FRAME = MAX_BODY + 64 * 1024
+
+#: Largest msgspec payload of a body, in bytes: what is decoded into objects, not the tensor.
+MAX_PAYLOAD = 1024 * 1024
+
+#: Longest wait that one peer may ask another for, in seconds.
+MAX_RETRY_AFTER = 60.0
+
 #: Most peers that one announcement may watch.
 MAX_WATCHED = 4096
 
@@ -36,6 +46,7 @@ PeerId = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
 Hash = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Natural = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 Text = Annotated[str, msgspec.Meta(max_length=512)]
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=MAX_RETRY_AFTER)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -52,7 +63,10 @@ class Service(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Announce(Header, frozen=True, tag=1):
-    """A peer's heartbeat: all that a broker that has just started needs to know of it."""
+    """A peer's heartbeat: all that a broker that has just started needs to know of it.
+
+    Of a device's, `service`, `model` and `room` mean nothing.
+    """
 
     sender: PeerId
     role: Literal["device", "worker"]
@@ -102,12 +116,14 @@ class Open(Header, frozen=True, tag=6):
 
 
 class Kind(IntEnum):
-    """What a relayed body is."""
+    """What a relayed body is. Of a worker's replies, those of session 0 are the channel's own."""
 
     ANSWER = 1
     FINISH = 2
     REQUEST = 3
     REPLY = 4
+    #: A worker does not know the channel (any more). Nothing is sealed: the broker could say as much.
+    UNKNOWN = 5
 
 
 class Relay(Header, frozen=True, tag=7):
@@ -139,7 +155,7 @@ class Bounce(Header, frozen=True, tag=8):
     seq: Natural = 0
     peer: PeerId = bytes(8)
     detail: Annotated[str, msgspec.Meta(max_length=4096)] = ""
-    retry_after: float = 0.0
+    retry_after: Seconds = 0.0
 
 
 AnyHeader = Announce | Welcome | Probe | RosterRequest | RosterReply | Open | Relay | Bounce
@@ -168,9 +184,16 @@ def decode_header(frame: bytes | memoryview) -> AnyHeader:
         raise VersionMismatch(f"the peer speaks protocol version {view[0]}, this is version {VERSION}")
     try:
         header: AnyHeader = _header_decoder.decode(view[1:])
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise Malformed(f"header: {error}") from None
     return header
+
+
+def check_body(frame: bytes) -> bytes:
+    """Takes a second frame as it is. Raises Oversized."""
+    if len(frame) > MAX_BODY:
+        raise Oversized(f"body of {len(frame)} bytes (at most {MAX_BODY})")
+    return frame
 
 
 # --- payloads: the sealed part -----------------------------------------------------------------------------
@@ -178,6 +201,11 @@ def decode_header(frame: bytes | memoryview) -> AnyHeader:
 
 class Payload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """Head of an opened body."""
+
+    @property
+    def room(self) -> int:
+        """Bytes that are set aside for it, so that the size of a step does not tell how large its numbers are."""
+        return 64
 
 
 class Row(msgspec.Struct, array_like=True, frozen=True):
@@ -202,6 +230,10 @@ class Step(Payload, frozen=True, tag=1):
     select: Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(max_length=4096)] | None = None
     #: All replies below this sequence number have arrived.
     acked: Natural = 0
+
+    @property
+    def room(self) -> int:
+        return 64 + 12 * len(self.rows) + 5 * self.tokens + 3 * max(len(self.rows), len(self.select or ()))
 
     @property
     def tokens(self) -> int:
@@ -238,7 +270,7 @@ class Result(Payload, frozen=True, tag=4):
 
 
 class Done(Payload, frozen=True, tag=5):
-    """Answer to a fork."""
+    """Answer to a fork; of session 0, to the end of a channel's set-up."""
 
 
 class Refusal(Payload, frozen=True, tag=6):
@@ -250,7 +282,7 @@ class Refusal(Payload, frozen=True, tag=6):
 
     reason: Literal["busy", "non-finite", "malformed", "lost", "failed", "too-long"]
     message: Annotated[str, msgspec.Meta(max_length=2048)] = ""
-    retry_after: float = 0.0
+    retry_after: Seconds = 0.0
     session: Natural = 0
     epoch: Natural = 0
     seq: Natural = 0
@@ -280,28 +312,38 @@ def padded_size(size: int) -> int:
 
 
 def encode_payload(payload: Payload, tensor: bytes | memoryview = b"", *, overhead: int = 0) -> bytes:
-    """A body's plaintext, padded so that with `overhead` more bytes (the AEAD tag) it has a Padmé size."""
+    """A body's plaintext, padded so that with `overhead` more bytes (the AEAD tag) it has a Padmé size.
+
+    Raises:
+        Oversized: it would exceed `MAX_BODY`.
+    """
     head = _encoder.encode(payload)
-    size = _LENGTH.size + len(head) + len(tensor) + overhead
-    return b"".join((_LENGTH.pack(len(head)), head, tensor, bytes(padded_size(size) - size)))
+    size = _LENGTH.size + max(len(head), payload.room) + len(tensor) + overhead
+    if padded_size(size) > MAX_BODY:
+        raise Oversized(f"body of {padded_size(size)} bytes (at most {MAX_BODY})")
+    padding = padded_size(size) - overhead - _LENGTH.size - len(head) - len(tensor)
+    return b"".join((_LENGTH.pack(len(head)), head, tensor, bytes(padding)))
 
 
-def decode_payload(body: bytes, decoder: msgspec.msgpack.Decoder[_T]) -> tuple[_T, memoryview]:
+def decode_payload(body: bytes | memoryview, decoder: msgspec.msgpack.Decoder[_T]) -> tuple[_T, memoryview]:
     """Splits a body's plaintext into its payload and its tensor's bytes (padding dropped).
 
     Raises:
         Malformed: the bytes are no payload, or end before the tensor that the payload names.
+        Oversized: the payload is larger than `MAX_PAYLOAD`.
     """
     if len(body) < _LENGTH.size:
         raise Malformed("truncated payload")
     view = memoryview(body)
     (length,) = _LENGTH.unpack_from(view)
     start = _LENGTH.size + length
+    if length > MAX_PAYLOAD:
+        raise Oversized(f"payload of {length} bytes (at most {MAX_PAYLOAD})")
     if start > len(body):
         raise Malformed("truncated payload")
     try:
         payload = decoder.decode(view[_LENGTH.size : start])
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise Malformed(f"payload: {error}") from None
     size = getattr(payload, "tensor_bytes", 0)
     if size > len(body) - start:

@@ -14,21 +14,33 @@ import zmq
 import zmq.utils.z85
 
 from split_common import wire
-from split_common.errors import BrokerUnreachable, Malformed, SplitError
+from split_common.errors import BrokerUnreachable, ConfigError, KeysError, Malformed, Oversized, SplitError
 from split_common.fleet import Fleet
 from split_common.keys import Identity
-from split_common.transport import HEARTBEAT, MISSED, Handler
+from split_common.transport import HEARTBEAT, MISSED, Handler, count_dropped
 
 log = logging.getLogger(__name__)
 
-#: Bytes of unsent and unread messages after which a peer tells the broker at once what it has received.
+#: Bytes received after which a peer tells the broker so at once, and not with its next heartbeat.
 CREDIT_STEP = 4 * 1024 * 1024
+
+#: Bytes that may wait to be sent. More are dropped: a broker that takes nothing must not fill the memory.
+OUTBOX_BYTES = 256 * 1024 * 1024
+
+#: Messages that are taken in one turn of the loop: a flood must not keep the heartbeat from being sent.
+TURN = 256
 
 
 def curve_client(sock: zmq.Socket[bytes], fleet: Fleet, identity: Identity) -> None:
-    """Secures a client socket with CurveZMQ (RFC 26): it will talk to the fleet's broker alone."""
+    """Secures a client socket with CurveZMQ (RFC 26): it will talk to the fleet's broker alone.
+
+    Raises:
+        KeysError: the fleet has no broker.
+    """
     public, secret = identity.curve_z85()
-    broker = next(m for m in fleet.roster().members if m.role == "broker" and not m.revoked)
+    broker = next((m for m in fleet.roster().members if m.role == "broker" and not m.revoked), None)
+    if broker is None:
+        raise KeysError(f"the roster in {fleet.path} lists no broker")
     sock.curve_publickey = public
     sock.curve_secretkey = secret
     sock.curve_serverkey = zmq.utils.z85.encode(broker.curve_key)
@@ -41,14 +53,19 @@ class ZmqLink:
         self._address = address
         self._fleet = fleet
         self._identity = identity
-        self._outbox: deque[list[bytes]] = deque()
+        # What `send` hands over to the link's thread; the thread alone counts what it has not sent yet.
+        self._handed: deque[list[bytes]] = deque()
+        self._unsent: deque[list[bytes]] = deque()
+        self._unsent_bytes = 0
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
         self._closing = threading.Event()
         self._welcomed = threading.Event()
         self._announce_now = True
+        self._sender = bytes(8)
         self._boot: bytes | None = None
+        self._roster_version = fleet.roster().version
         self._heard = 0.0
         self._received = 0
         self._credited = 0
@@ -62,7 +79,20 @@ class ZmqLink:
 
     def start(self, handler: Handler, timeout: float) -> None:
         self._handler = handler
-        self._thread = threading.Thread(target=self._run, name="lambda-split-link", daemon=True)
+        context = zmq.Context()
+        sock = context.socket(zmq.DEALER)
+        try:
+            self._connect(sock)
+        except (zmq.ZMQError, SplitError) as error:
+            sock.close()
+            context.term()
+            self.close()
+            if isinstance(error, SplitError):
+                raise
+            raise ConfigError(f"cannot connect to {self._address}: {error}") from None
+        self._thread = threading.Thread(
+            target=self._run, args=(context, sock), name="lambda-split-link", daemon=True
+        )
         self._thread.start()
         if not self._welcomed.wait(timeout):
             self.close()
@@ -71,8 +101,21 @@ class ZmqLink:
                 "running there, with the same keys, and is this member in its roster?"
             )
 
+    def _connect(self, sock: zmq.Socket[bytes]) -> None:
+        sock.linger = 500
+        sock.immediate = True
+        sock.ipv6 = "[" in self._address
+        sock.maxmsgsize = wire.MAX_FRAME
+        sock.sndhwm = sock.rcvhwm = 256
+        sock.reconnect_ivl, sock.reconnect_ivl_max = 50, 1000
+        if self._address.startswith("tcp://"):
+            curve_client(sock, self._fleet, self._identity)
+        sock.connect(self._address)
+
     def send(self, header: wire.Header, body: bytes = b"") -> None:
-        self._outbox.append([wire.encode_header(header), body])
+        if len(body) > wire.MAX_BODY:
+            raise Oversized(f"body of {len(body)} bytes (at most {wire.MAX_BODY})")
+        self._handed.append([wire.encode_header(header), body])
         self._wake()
 
     def announce(self) -> None:
@@ -82,41 +125,36 @@ class ZmqLink:
     def close(self) -> None:
         self._closing.set()
         self._wake()
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread is None:
+            self._close_pipe()
+        elif self._thread is not threading.current_thread():
             self._thread.join()
-        self._wake_read.close()
-        self._wake_write.close()
 
     def _wake(self) -> None:
         # A full pipe wakes the thread as well as one more byte would; a closed one has no thread to wake.
         with contextlib.suppress(OSError):
             self._wake_write.send(b"\0")
 
+    def _close_pipe(self) -> None:
+        self._wake_read.close()
+        self._wake_write.close()
+
     # --- the link's own thread -----------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        context = zmq.Context()
-        sock = context.socket(zmq.DEALER)
+    def _run(self, context: zmq.Context[zmq.Socket[bytes]], sock: zmq.Socket[bytes]) -> None:
         try:
-            sock.linger = 500
-            sock.immediate = True
-            sock.maxmsgsize = max(wire.MAX_BODY, wire.MAX_HEADER)
-            sock.sndhwm = sock.rcvhwm = 256
-            sock.reconnect_ivl, sock.reconnect_ivl_max = 50, 1000
-            if self._address.startswith("tcp://"):
-                curve_client(sock, self._fleet, self._identity)
-            sock.connect(self._address)
             self._loop(sock)
         finally:
             sock.close()
             context.term()
+            self._close_pipe()
 
     def _loop(self, sock: zmq.Socket[bytes]) -> None:
         poller = zmq.Poller()
         poller.register(self._wake_read, zmq.POLLIN)
         next_announce = 0.0
         while True:
-            poller.register(sock, zmq.POLLIN | (zmq.POLLOUT if self._outbox else 0))
+            poller.register(sock, zmq.POLLIN | (zmq.POLLOUT if self._unsent else 0))
             wait = max(0.0, next_announce - time.monotonic())
             events = dict(poller.poll(int(wait * 1000) + 1))
             if self._wake_read.fileno() in events:
@@ -125,6 +163,7 @@ class ZmqLink:
                         pass
             if events.get(sock, 0) & zmq.POLLIN:
                 self._receive(sock)
+            # Before anything else is sent: a broker that has just started must know this peer first.
             if self._announce_now or time.monotonic() >= next_announce:
                 self._announce_now = False
                 next_announce = time.monotonic() + HEARTBEAT
@@ -135,47 +174,60 @@ class ZmqLink:
                 return
 
     def _flush(self, sock: zmq.Socket[bytes]) -> None:
-        while self._outbox:
-            frames = self._outbox[0]
+        while self._handed:
+            frames = self._handed.popleft()
+            if self._unsent_bytes + len(frames[1]) > OUTBOX_BYTES:
+                self.counters["outbox_full"] += 1
+                continue
+            self._unsent.append(frames)
+            self._unsent_bytes += len(frames[1])
+        while self._unsent:
+            frames = self._unsent[0]
             try:
                 sock.send_multipart(frames, zmq.NOBLOCK, copy=len(frames[1]) < 65536)
             except zmq.Again:
                 return
-            self._outbox.popleft()
+            self._unsent.popleft()
+            self._unsent_bytes -= len(frames[1])
             self.counters["messages_sent"] += 1
             self.counters["bytes_sent"] += len(frames[0]) + len(frames[1])
 
     def _send_announcement(self, sock: zmq.Socket[bytes], leaving: bool = False) -> None:
-        announcement = msgspec.structs.replace(
-            self._handler.announcement(), received=self._received, leaving=leaving
-        )
+        try:
+            announcement = self._handler.announcement()
+        except Exception:
+            self._handler_failed()
+            return
+        self._sender = announcement.sender
         self._credited = self._received
+        announcement = msgspec.structs.replace(announcement, received=self._received, leaving=leaving)
         # With no connection there is nobody to tell: the next heartbeat says the same.
         with contextlib.suppress(zmq.Again):
             sock.send_multipart([wire.encode_header(announcement), b""], zmq.NOBLOCK)
 
     def _receive(self, sock: zmq.Socket[bytes]) -> None:
-        while True:
+        for _ in range(TURN):
             try:
                 frames = sock.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             self.counters["messages_received"] += 1
             self.counters["bytes_received"] += sum(map(len, frames))
+            self._received += len(frames[-1])
             try:
                 if len(frames) != 2:
                     raise Malformed(f"{len(frames)} frames")
-                header, body = wire.decode_header(frames[0]), frames[1]
-                self._received += len(body)
-                self._dispatch(header, body)
+                self._dispatch(wire.decode_header(frames[0]), wire.check_body(frames[1]))
             except SplitError as error:
-                self.counters[type(error).__name__] += 1
-                log.warning("dropped a message: %s", error)
+                count_dropped(self.counters, error)
             except Exception:
-                self.counters["HandlerError"] += 1
-                log.exception("a message handler failed")
+                self._handler_failed()
             if self._received - self._credited > CREDIT_STEP:
                 self._announce_now = True
+
+    def _handler_failed(self) -> None:
+        self.counters["HandlerError"] += 1
+        log.exception("a message handler failed")
 
     def _dispatch(self, header: wire.AnyHeader, body: bytes) -> None:
         self._heard = time.monotonic()
@@ -183,19 +235,28 @@ class ZmqLink:
             case wire.Probe():
                 pass
             case wire.Welcome():
-                if self._boot not in (None, header.boot):
-                    self._announce_now = True
-                    self._handler.on_reset()
-                self._boot = header.boot
-                self._welcomed.set()
-                if header.roster_version > self._fleet.roster().version:
-                    sender = self._handler.announcement().sender
-                    self.send(wire.RosterRequest(sender))
-                if header.gone:
-                    self._handler.on_gone(header.gone)
+                self._greet(header)
             case wire.RosterReply():
-                before = self._fleet.roster().version
-                if self._fleet.accept_roster(body).version > before:
-                    self._handler.on_roster()
+                self._fleet.accept_roster(body)
+                self._check_roster()
             case _:
                 self._handler.on_message(header, body)
+
+    def _greet(self, welcome: wire.Welcome) -> None:
+        known, self._boot = self._boot, welcome.boot
+        self._welcomed.set()
+        if known not in (None, welcome.boot):
+            self._announce_now = True
+            self._handler.on_reset()
+        if welcome.gone:
+            self._handler.on_gone(welcome.gone)
+        if welcome.roster_version > self._fleet.roster().version:
+            self.send(wire.RosterRequest(self._sender))
+        self._check_roster()
+
+    def _check_roster(self) -> None:
+        """The fleet's roster may be newer because of a message, or because another user of it reread the file."""
+        version = self._fleet.roster().version
+        if version > self._roster_version:
+            self._roster_version = version
+            self._handler.on_roster()

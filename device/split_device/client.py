@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import queue
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
 
 from split_common import wire
-from split_common.channel import Channel, DeviceHandshake, SessionKeys
+from split_common.channel import CHANNEL_SESSIONS, Channel, DeviceHandshake, SessionKeys
 from split_common.errors import (
     AuthenticationError,
     BrokerUnreachable,
@@ -28,18 +30,29 @@ from split_common.errors import (
 )
 from split_common.fleet import Fleet
 from split_common.keys import Certificate, Identity, ModelScope, Role, verify_certificate
-from split_common.transport import Transport, new_peer_id
+from split_common.transport import Transport, count_dropped, new_peer_id
 from split_device.timings import Timings
-
-log = logging.getLogger(__name__)
 
 #: Seconds without a reply after which a request is sent again; doubles each time.
 RETRANSMIT = 3.0
 
+#: The same for a message of a channel's set-up, which nobody needs long to answer.
+SET_UP_RETRANSMIT = 1.0
+
+#: Requests of one session that may be unanswered; further ones are sent as replies arrive.
+IN_FLIGHT = 32
+
+#: Least seconds before something is tried again, whatever a peer says.
+MIN_RETRY = 0.1
+
 #: Seconds that a device waits for room on a worker before it raises `Busy`.
 PATIENCE = 60.0
 
-Event = tuple[wire.AnyHeader, bytes] | SplitError
+#: What the transport's thread hands over: a message, or what became of the session; None means send again.
+Event = tuple[wire.AnyHeader, bytes] | SplitError | None
+
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -50,7 +63,7 @@ class WorkerChannel:
     number: int
     channel: Channel
     control: SessionKeys
-    sessions: Iterable[int]
+    sessions: Iterator[int] = field(default_factory=lambda: iter(range(1, CHANNEL_SESSIONS)))
 
 
 class Client:
@@ -89,7 +102,9 @@ class Client:
         self._model = model
         self._dtype: wire.Dtype = dtype
         self._id = new_peer_id()
-        self._lock = threading.Lock()
+        # The garbage collector closes sessions in whichever thread it runs, so this lock may be entered again;
+        # and what it guards is copied, in one step, before it is looked through.
+        self._lock = threading.RLock()
         self._setting_up = threading.Lock()
         self._numbers = itertools.count(1)
         self._channels: dict[int, WorkerChannel] = {}
@@ -109,33 +124,36 @@ class Client:
     # --- the transport's thread ----------------------------------------------------------------------------
 
     def announcement(self) -> wire.Announce:
-        with self._lock:
-            workers = list({channel.worker for channel in self._channels.values()})
+        self.on_roster()
+        workers = list({channel.worker for channel in list(self._channels.values())})
         name = self._identity.certificate.name
         return wire.Announce(self._id, "device", name, watching=workers[: wire.MAX_WATCHED])
 
     def on_message(self, header: wire.AnyHeader, body: bytes) -> None:
         match header:
-            case wire.Relay(kind=wire.Kind.ANSWER):
-                self._deliver(self._answers.get(header.channel), header, body)
+            case wire.Relay(kind=wire.Kind.ANSWER) | wire.Bounce(session=0):
+                self._deliver(header, body)
             case wire.Relay(kind=wire.Kind.REPLY, session=0):
-                self._refused_unopened(header, body)
-            case wire.Relay(kind=wire.Kind.REPLY):
+                if not self._deliver(header, body):
+                    self._refused_unopened(header, body)
+            case wire.Relay(kind=wire.Kind.REPLY) | wire.Bounce():
                 session = self._sessions.get((header.channel, header.session))
-                if session is not None and session.worker == header.sender:
-                    self._deliver(session.events, header, body)
-            case wire.Bounce(session=0):
-                self._deliver(self._answers.get(header.channel), header, body)
-            case wire.Bounce():
-                session = self._sessions.get((header.channel, header.session))
-                self._deliver(session.events if session is not None else None, header, body)
+                if session is not None and session.expects(header):
+                    session.events.put((header, body))
+            case wire.Relay(kind=wire.Kind.UNKNOWN):
+                if not self._deliver(header, body):
+                    channel = self._channels.get(header.channel)
+                    if channel is not None and channel.worker == header.sender:
+                        self._lose([channel])
             case _:
                 raise Malformed(f"a device takes no {type(header).__name__}")
 
-    @staticmethod
-    def _deliver(events: queue.SimpleQueue[Event] | None, header: wire.AnyHeader, body: bytes) -> None:
+    def _deliver(self, header: wire.Relay | wire.Bounce, body: bytes) -> bool:
+        """Hands a message to the set-up of its channel, if there is one."""
+        events = self._answers.get(header.channel)
         if events is not None:
             events.put((header, body))
+        return events is not None
 
     def _refused_unopened(self, header: wire.Relay, body: bytes) -> None:
         channel = self._channels.get(header.channel)
@@ -144,33 +162,32 @@ class Client:
         refusal, _ = wire.decode_payload(channel.control.open(header, body), wire.reply_decoder)
         if isinstance(refusal, wire.Refusal):
             session = self._sessions.get((header.channel, refusal.session))
-            if session is not None:
+            if session is not None and refusal.seq in session.in_flight:
                 session.events.put(_refused(refusal))
 
     def on_gone(self, peers: Iterable[bytes]) -> None:
         gone = set(peers)
-        with self._lock:
-            for number in [n for n, channel in self._channels.items() if channel.worker in gone]:
-                del self._channels[number]
-            lost = [session for session in self._sessions.values() if session.worker in gone]
-        for session in lost:
-            session.events.put(SessionLost("the worker that held the session is gone"))
+        self._lose([channel for channel in list(self._channels.values()) if channel.worker in gone])
+
+    def _lose(self, channels: Iterable[WorkerChannel]) -> None:
+        """Ends channels whose worker has them no more, or is not to be trusted any more."""
+        for channel in channels:
+            with self._lock:
+                self._channels.pop(channel.number, None)
+                lost = [session for session in list(self._sessions.values()) if session.channel is channel]
+            for session in lost:
+                session.lose(SessionLost("the worker that held the session is gone"))
 
     def on_reset(self) -> None:
-        with self._lock:
-            sessions = list(self._sessions.values())
-        for session in sessions:
+        for events in list(self._answers.values()):
+            events.put(None)
+        for session in list(self._sessions.values()):
             session.resend()
 
     def on_roster(self) -> None:
+        """Ends the channels to workers that are revoked or whose certificate has run out."""
         roster = self._fleet.roster()
-        with self._lock:
-            workers = {channel.worker: channel.channel.peer.name for channel in self._channels.values()}
-        revoked = [
-            worker for worker, name in workers.items() if (member := roster.by_name(name)) is None or member.revoked
-        ]
-        if revoked:
-            self.on_gone(revoked)
+        self._lose([one for one in list(self._channels.values()) if not one.channel.trusted(roster)])
 
     # --- channels and sessions -----------------------------------------------------------------------------
 
@@ -180,84 +197,153 @@ class Client:
         Raises:
             NoWorker, Busy, BrokerUnreachable, AuthenticationError: there is none to be had.
         """
-        channel = self._channel(avoid)
+        while True:
+            channel = self._usable(avoid) or self._set_up(avoid)
+            session = self.new_session(channel)
+            if session is not None:
+                return session
+
+    def new_session(self, channel: WorkerChannel) -> RemoteSession | None:
+        """A session over this channel; None when the channel has had as many as it may."""
         with self._lock:
-            session = RemoteSession(self, channel, next(iter(channel.sessions)))
-            self._sessions[channel.number, session.number] = session
-        return session
+            number = next(channel.sessions, None)
+            if number is None:
+                self._channels.pop(channel.number, None)
+                return None
+            session = RemoteSession(self, channel, number)
+            self._sessions[channel.number, number] = session
+            if channel.number not in self._channels:
+                session.lose(SessionLost("the worker is gone"))
+            return session
 
     def forget(self, session: RemoteSession) -> None:
-        with self._lock:
-            self._sessions.pop((session.channel.number, session.number), None)
+        self._sessions.pop((session.channel.number, session.number), None)
 
-    def _channel(self, avoid: Sequence[bytes]) -> WorkerChannel:
-        with self._setting_up:
-            with self._lock:
-                usable = [
-                    channel
-                    for channel in self._channels.values()
-                    if not channel.channel.expired and channel.worker not in avoid
-                ]
-            return usable[-1] if usable else self._set_up(avoid)
+    def _usable(self, avoid: Sequence[bytes]) -> WorkerChannel | None:
+        """The newest channel to a worker that is not to be avoided."""
+        for channel in reversed(list(self._channels.values())):
+            if not channel.channel.expired and channel.worker not in avoid:
+                return channel
+        return None
 
     def _set_up(self, avoid: Sequence[bytes]) -> WorkerChannel:
         deadline = time.monotonic() + self.patience
-        while True:
-            number = next(self._numbers)
-            events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-            self._answers[number] = events
-            try:
-                return self._shake_hands(number, events, avoid)
-            except Busy as busy:
-                if time.monotonic() + busy.retry_after > deadline:
-                    raise
-                time.sleep(busy.retry_after)
-                avoid = ()
-            finally:
-                del self._answers[number]
+        distrusted: dict[bytes, CertificateError] = {}
+        with self._setting_up:
+            while True:
+                # Another thread may have set one up meanwhile; and one to a worker that was full may do after all.
+                if (channel := self._usable(avoid)) is not None:
+                    return channel
+                try:
+                    return self._shake_hands([*avoid, *distrusted], distrusted)
+                except (Busy, NoWorker) as error:
+                    # No worker is left but those of a wrong certificate.
+                    if distrusted:
+                        raise next(iter(distrusted.values())) from None
+                    if isinstance(error, NoWorker) or time.monotonic() + error.retry_after > deadline:
+                        raise
+                    time.sleep(error.retry_after)
+                    avoid = ()
 
-    def _shake_hands(self, number: int, events: queue.SimpleQueue[Event], avoid: Sequence[bytes]) -> WorkerChannel:
-        handshake = DeviceHandshake(self._identity, self._verify, self._service, self._dtype)
-        self.transport.send(wire.Open(self._id, number, self._service, list(avoid)[:64]), handshake.hello)
-        deadline = time.monotonic() + self.timeout
-        while True:
-            try:
-                event = events.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                if not self.transport.alive:
-                    raise BrokerUnreachable("the broker does not answer any more") from None
-                raise Busy("no worker answered in time", retry_after=0.5) from None
-            assert not isinstance(event, SplitError)
-            header, body = event
-            if isinstance(header, wire.Bounce):
-                raise self._unopened(header)
-            assert isinstance(header, wire.Relay)
-            try:
-                finish, channel = handshake.finish(body)
-            except (ProtocolError, AuthenticationError) as error:
-                self.count(error)
-                # Bytes that anybody may have sent are dropped; an authentic certificate that will not do is final.
-                if isinstance(error, CertificateError):
-                    raise
-                continue
-            break
-        made = WorkerChannel(header.sender, number, channel, channel.session_keys(0, 0), itertools.count(1))
-        with self._lock:
+    def _shake_hands(self, avoid: Sequence[bytes], distrusted: dict[bytes, CertificateError]) -> WorkerChannel:
+        """Sets up a channel. Each message is sent until it is answered, in case that it or the answer was lost.
+
+        Raises:
+            Busy: no worker has room, or none answered: try again.
+            NoWorker, BrokerUnreachable, AuthenticationError
+        """
+        self._verify(self._identity.certificate_bytes, "device")
+        number = next(self._numbers)
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._answers[number] = events
+        try:
+            handshake = DeviceHandshake(self._identity, self._verify, self._service, self._dtype)
+            wish = wire.Open(self._id, number, self._service, list(avoid)[:64])
+
+            def take_answer(header: wire.Relay, body: bytes) -> tuple[bytes, WorkerChannel] | None:
+                if header.kind != wire.Kind.ANSWER or header.sender in distrusted:
+                    return None
+                try:
+                    finish, channel = handshake.finish(body)
+                except CertificateError as error:
+                    # Authentic, so it is final for this worker; another one may do.
+                    distrusted[header.sender] = error
+                    raise Busy("the worker's certificate will not do", retry_after=0.0) from None
+                return finish, WorkerChannel(header.sender, number, channel, channel.session_keys(0, 0))
+
+            def take_confirmation(header: wire.Relay, body: bytes) -> bool | None:
+                if header.sender != made.worker or header.kind == wire.Kind.ANSWER:
+                    return None
+                if header.kind == wire.Kind.UNKNOWN:
+                    raise Busy("the worker did not accept this device", retry_after=0.5)
+                wire.decode_payload(made.control.open(header, body), wire.reply_decoder)
+                return True
+
+            finish, made = self._ask(events, wish, handshake.hello, take_answer)
+            self._ask(
+                events, wire.Relay(made.worker, self._id, wire.Kind.FINISH, number), finish, take_confirmation
+            )
             self._channels[number] = made
-        self.transport.send(wire.Relay(header.sender, self._id, wire.Kind.FINISH, number), finish)
+        finally:
+            del self._answers[number]
+        # The broker is told at once that this device wants to hear of the worker's death.
         self.transport.announce()
         return made
 
-    def _unopened(self, bounce: wire.Bounce) -> SplitError:
-        if bounce.reason == "no-worker":
-            wanted = f"{self._model} layers {self._service.first}:{self._service.last}"
-            return NoWorker(
-                f"no worker serves {wanted} with these weights; served here: {bounce.detail or 'none'}. "
-                f"Start one: lambda-split worker --model {self._model} "
-                f"--layers {self._service.first}:{self._service.last}",
-                bounce.detail,
-            )
-        return Busy(bounce.detail or "every worker is full", bounce.retry_after or 1.0)
+    def _ask(
+        self,
+        events: queue.SimpleQueue[Event],
+        request: wire.Open | wire.Relay,
+        body: bytes,
+        take: Callable[[wire.Relay, bytes], _T | None],
+    ) -> _T:
+        """Sends a message of a set-up until `take` makes something of an answer; what breaks the protocol is dropped."""
+        deadline = time.monotonic() + self.timeout
+        interval, send_at = SET_UP_RETRANSMIT, 0.0
+        while True:
+            now = time.monotonic()
+            if now >= deadline:
+                if not self.transport.alive:
+                    raise BrokerUnreachable("the broker does not answer any more")
+                raise Busy("no worker answered in time", retry_after=0.5)
+            if now >= send_at:
+                self.transport.send(request, body)
+                interval, send_at = 2 * interval, now + interval
+            try:
+                event = events.get(timeout=max(0.0, min(send_at, deadline) - now))
+            except queue.Empty:
+                continue
+            assert not isinstance(event, SplitError)
+            if event is None:
+                send_at = 0.0
+            elif isinstance(event[0], wire.Bounce):
+                send_at = time.monotonic() + self._bounced(event[0])
+            else:
+                assert isinstance(event[0], wire.Relay)
+                try:
+                    taken = take(event[0], event[1])
+                except (ProtocolError, AuthenticationError) as error:
+                    self.count(error)
+                    continue
+                if taken is not None:
+                    return taken
+
+    def _bounced(self, bounce: wire.Bounce) -> float:
+        """Seconds until a message of a set-up should be sent again."""
+        match bounce.reason:
+            case "full":
+                return max(MIN_RETRY, bounce.retry_after)
+            case "no-worker":
+                wanted = f"{self._model} layers {self._service.first}:{self._service.last}"
+                raise NoWorker(
+                    f"no worker serves {wanted} with these weights; served here: {_printable(bounce.detail) or 'none'}. "
+                    f"Start one: lambda-split worker --model {self._model} "
+                    f"--layers {self._service.first}:{self._service.last}"
+                )
+            case "busy":
+                raise Busy(_printable(bounce.detail) or "every worker is full", max(MIN_RETRY, bounce.retry_after))
+            case _:
+                raise Busy("the worker went away", retry_after=MIN_RETRY)
 
     def _verify(self, certificate: bytes, role: Role) -> Certificate:
         scope = ModelScope(self._service.root, self._service.first, self._service.last)
@@ -271,8 +357,7 @@ class Client:
 
     def count(self, error: SplitError) -> None:
         """Notes a message that was dropped."""
-        self.counters[type(error).__name__] += 1
-        log.warning("dropped a message: %s", error)
+        count_dropped(self.counters, error)
 
     @property
     def id(self) -> bytes:
@@ -293,18 +378,24 @@ class RemoteSession:
         self._client = client
         self._keys = channel.channel.session_keys(number, 0)
         self._seq = 0
-        self._in_flight: dict[int, tuple[wire.Relay, bytes]] = {}
+        #: Requests that were sent and not answered, by sequence number.
+        self.in_flight: dict[int, tuple[wire.Relay, bytes]] = {}
         self._lost: SessionLost | None = None
 
     @property
     def acked(self) -> int:
         """All replies below this sequence number have arrived."""
-        return min(self._in_flight, default=self._seq)
+        return min(list(self.in_flight), default=self._seq)
+
+    def expects(self, header: wire.Relay | wire.Bounce) -> bool:
+        """Whether a message may be about a request in flight."""
+        from_worker = not isinstance(header, wire.Relay) or header.sender == self.worker
+        return from_worker and header.seq in self.in_flight
 
     def call(
         self, requests: Sequence[tuple[wire.Payload, memoryview | bytes]]
     ) -> list[tuple[wire.AnyReply, memoryview]]:
-        """Sends requests at once and waits for the reply of each.
+        """Sends requests, several ahead, and waits for the reply of each.
 
         Raises:
             SessionLost: the worker is gone or does not hold the session any more.
@@ -314,32 +405,46 @@ class RemoteSession:
         if self._lost is not None:
             raise self._lost
         first = self._seq
+        waiting = deque(requests)
+        replies: dict[int, tuple[wire.AnyReply, memoryview]] = {}
         try:
-            for payload, tensor in requests:
-                self._send(payload, tensor)
-            replies: dict[int, tuple[wire.AnyReply, memoryview]] = {}
             while len(replies) < len(requests):
+                while waiting and len(self.in_flight) < IN_FLIGHT:
+                    self._send(*waiting.popleft())
                 header, body = self._next_event()
                 try:
-                    replies[header.seq - first] = self._open_reply(header, body)
+                    reply, tensor = self._open_reply(header, body)
                 except AuthenticationError as error:
                     self._client.count(error)
+                    continue
+                replies[header.seq - first] = reply, tensor
+                if isinstance(reply, wire.Refusal) and isinstance(error := _refused(reply), SessionLost):
+                    raise error
         except BaseException as error:
             self._end(error)
             raise
         answers = [replies[i] for i in range(len(requests))]
-        for reply, _ in answers:
+        for (request, _), (reply, _) in zip(requests, answers, strict=True):
             if isinstance(reply, wire.Refusal):
                 raise _refused(reply)
+            if not isinstance(reply, wire.Result if isinstance(request, wire.Step) else wire.Done):
+                error = SessionLost(f"the worker answered a {type(request).__name__} by a {type(reply).__name__}")
+                self._end(error)
+                raise error
         return answers
 
     def fork(self) -> RemoteSession:
         """A copy of the session on its worker. Raises what `call` raises."""
-        client = self._client
-        with client._lock:
-            child = RemoteSession(client, self.channel, next(iter(self.channel.sessions)))
-            client._sessions[self.channel.number, child.number] = child
-        child.call([(wire.Fork(self.number, 0), b"")])
+        if self._lost is not None:
+            raise self._lost
+        child = self._client.new_session(self.channel)
+        if child is None:
+            raise SessionLost("the channel to the worker has had as many sessions as it may")
+        try:
+            child.call([(wire.Fork(self.number, 0), b"")])
+        except SplitError:
+            child.close()
+            raise
         return child
 
     @property
@@ -348,26 +453,34 @@ class RemoteSession:
         return self._lost is not None
 
     def close(self) -> None:
-        """Frees the session on its worker; not waited for."""
+        """Frees the session on its worker; not waited for. The garbage collector may call it, in any thread."""
         if self._lost is None:
-            self._send(wire.Close(), b"")
             self._end(SessionLost("the session was closed"))
+
+    def lose(self, error: SessionLost) -> None:
+        """The worker does not hold the session any more: there is nothing to free."""
+        if self._lost is None:
+            self._lost = error
+            self._client.forget(self)
+            self.events.put(error)
 
     def resend(self) -> None:
         """Sends again what has not been answered."""
-        for frames in list(self._in_flight.values()):
+        for frames in list(self.in_flight.values()):
             self._client.transport.send(*frames)
 
     def _end(self, error: BaseException) -> None:
-        """Expects nothing more; a session that was not lost by the worker is freed there."""
-        if not isinstance(error, SessionLost | Busy):
+        """Expects nothing more, and frees the session on its worker, which may hold it even after a refusal."""
+        if self._lost is None:
+            self._lost = error if isinstance(error, SessionLost) else SessionLost("the session was closed")
             self._send(wire.Close(), b"")
-        self._lost = error if isinstance(error, SessionLost) else SessionLost("the session was closed")
-        self._in_flight.clear()
+        self.in_flight.clear()
         self._client.forget(self)
 
     def _send(self, payload: wire.Payload, tensor: memoryview | bytes) -> None:
         with self._client.timings.measure("encrypt"):
+            if isinstance(payload, wire.Step):
+                payload = msgspec.structs.replace(payload, acked=self.acked)
             header = wire.Relay(
                 self.worker,
                 self._client.id,
@@ -380,51 +493,52 @@ class RemoteSession:
             )
             plaintext = wire.encode_payload(payload, tensor, overhead=self._keys.tag_size)
             frames = header, self._keys.seal(header, plaintext)
-        self._in_flight[self._seq] = frames
+        self.in_flight[self._seq] = frames
         self._seq += 1
         self._client.transport.send(*frames)
 
     def _next_event(self) -> tuple[wire.Relay, bytes]:
-        """The next reply to a request in flight."""
+        """The next reply to a request in flight; sends the requests again when it takes long."""
         silent_since: float | None = None
         interval = RETRANSMIT
         resend_at = time.monotonic() + interval
         while True:
+            now = time.monotonic()
+            silent_since = None if self._client.transport.alive else silent_since or now
+            if silent_since is not None and now - silent_since > self._client.timeout:
+                raise BrokerUnreachable("the broker does not answer any more")
+            if now >= resend_at:
+                self.resend()
+                interval *= 2
+                resend_at = now + interval
             try:
-                event = self.events.get(timeout=0.25)
+                event = self.events.get(timeout=min(0.25, resend_at - now))
             except queue.Empty:
-                now = time.monotonic()
-                silent_since = None if self._client.transport.alive else silent_since or now
-                if silent_since is not None and now - silent_since > self._client.timeout:
-                    raise BrokerUnreachable("the broker does not answer any more") from None
-                if now >= resend_at:
-                    interval *= 2
-                    resend_at = now + interval
-                    self.resend()
                 continue
             if isinstance(event, SplitError):
                 raise event
+            assert event is not None
             header, body = event
             if isinstance(header, wire.Bounce):
                 if header.reason in ("gone", "revoked"):
                     raise SessionLost("the worker that held the session is gone")
-                time.sleep(min(header.retry_after, 1.0))
-                self.resend()
-            elif isinstance(header, wire.Relay) and header.seq in self._in_flight:
+                # One of several, perhaps: all are sent again at once.
+                resend_at = min(resend_at, now + max(MIN_RETRY, header.retry_after))
+            elif isinstance(header, wire.Relay) and header.seq in self.in_flight:
                 return header, body
 
     def _open_reply(self, header: wire.Relay, body: bytes) -> tuple[wire.AnyReply, memoryview]:
         with self._client.timings.measure("decrypt"):
             reply, tensor = wire.decode_payload(self._keys.open(header, body), wire.reply_decoder)
-        del self._in_flight[header.seq]
+        del self.in_flight[header.seq]
         return reply, tensor
 
 
 def _refused(refusal: wire.Refusal) -> SplitError:
-    message = f"the worker refused: {refusal.message}"
+    message = f"the worker refused: {_printable(refusal.message)}"
     match refusal.reason:
         case "busy":
-            return Busy(message, refusal.retry_after or 1.0)
+            return Busy(message, max(MIN_RETRY, refusal.retry_after))
         case "non-finite":
             return NonFinite(message)
         case "malformed":
@@ -433,3 +547,8 @@ def _refused(refusal: wire.Refusal) -> SplitError:
             return PromptTooLong(message)
         case _:
             return SessionLost(message)
+
+
+def _printable(text: str) -> str:
+    """What a peer said, fit for a terminal."""
+    return "".join(character for character in text if character.isprintable())

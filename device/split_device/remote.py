@@ -19,19 +19,28 @@ from split_common import wire
 from split_common.errors import Busy, Malformed, UnsupportedFeature
 from split_common.slots import PassThrough
 from split_common.split import Split
-from split_common.tensors import DTYPES, dtype_name, from_bytes, to_bytes
+from split_common.tensors import dtype_name, from_bytes, to_bytes
 from split_device.client import Client, RemoteSession
 
 #: Bytes of hidden states in one message; a longer prefill travels in several.
 CHUNK_BYTES = 1024 * 1024
 
 
-@dataclass
-class Call:
+class Call(threading.local):
     """What the model was called with: seen by a hook on the stack's owner, used in the body's slot."""
 
     mask: torch.Tensor | None = None
     positions: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the device must know of the body's layers, which it does not have."""
+
+    #: Some attend to a window of the cache, by its indices.
+    windowed: bool
+    #: What a token is handed depends on the largest position of the call.
+    positions_interact: bool
 
 
 class SessionLayer(DynamicLayer):  # type: ignore[misc]
@@ -39,16 +48,18 @@ class SessionLayer(DynamicLayer):  # type: ignore[misc]
 
     Args:
         client: opens the session when the first step is sent.
-        windowed: whether the body has sliding-window layers, which count cache indices.
+        traits: of the body.
     """
 
-    def __init__(self, client: Client, windowed: bool) -> None:
+    def __init__(self, client: Client, traits: Traits) -> None:
         super().__init__()
         self.is_initialized = True
-        self._client = client
-        self._windowed = windowed
+        self.client = client
+        self._traits = traits
         self._remote: RemoteSession | None = None
+        #: Which columns hold tokens and not padding, bool `[batch, columns]`; None before the first step.
         self._columns: torch.Tensor | None = None
+        #: The worker's row of each row, where rows moved since the last step.
         self._select: list[int] | None = None
 
     # --- what transformers asks of a cache layer -----------------------------------------------------------
@@ -74,7 +85,7 @@ class SessionLayer(DynamicLayer):  # type: ignore[misc]
     def crop(self, tokens: int) -> None:
         """Removes the last `-tokens` columns; a positive number is the length to keep (older transformers)."""
         if self._columns is not None:
-            self._columns = self._columns[:, : tokens if tokens > 0 else self.get_seq_length() + tokens]
+            self._columns = self._columns[:, : tokens if tokens > 0 else max(0, self.get_seq_length() + tokens)]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._take(beam_idx.tolist())
@@ -96,7 +107,7 @@ class SessionLayer(DynamicLayer):  # type: ignore[misc]
         raise UnsupportedFeature("an offloaded cache cannot be split: the body's keys and values are on the worker")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SessionLayer:
-        twin = SessionLayer(self._client, self._windowed)
+        twin = SessionLayer(self.client, self._traits)
         memo[id(self)] = twin
         twin._columns = None if self._columns is None else self._columns.clone()
         twin._select = None if self._select is None else list(self._select)
@@ -121,30 +132,26 @@ class SessionLayer(DynamicLayer):  # type: ignore[misc]
 
         Raises:
             UnsupportedFeature: the mask cannot be expressed as a KV cache.
+            NonFinite: the states hold NaN or infinity.
             SplitError: the worker or the queue failed.
         """
         batch, tokens, width = hidden.shape
-        columns, keep = self._masked(batch, tokens, call.mask)
-        starts = columns.sum(1).tolist()
+        cached, keep = self._masked(batch, tokens, call.mask)
+        starts = cached.sum(1).tolist()
         positions = self._positions(batch, tokens, call.positions)
-        sent = self._distinct(hidden, keep)
+        sent, copies = self._distinct(hidden, keep, positions)
         rows = [
-            wire.Row(index, int(starts[row]), positions[row][keep[row]].tolist())
+            wire.Row(index, starts[row], positions[row][keep[row]].tolist())
             for index, row in enumerate(sent)
             if keep[row].any()
         ]
         packed = hidden[sent][keep[sent]]
-        output = self._exchange(rows, packed) if rows else packed
-        result = hidden.new_zeros(batch, tokens, width)
+        result = hidden.new_zeros(len(sent), tokens, width)
+        if rows:
+            result[keep[sent]] = self._exchange(rows, packed)
         if len(sent) < batch:
-            unpacked = hidden.new_zeros(len(sent), tokens, width)
-            unpacked[keep[sent]] = output
-            groups = self._groups(hidden, keep, sent)
-            result = unpacked[groups]
-            self._select = groups
-        else:
-            result[keep] = output
-        self._columns = torch.cat([columns, keep], 1)
+            result, self._select = result[copies], copies
+        self._columns = torch.cat([cached, keep], 1)
         return result
 
     def _masked(self, batch: int, tokens: int, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,8 +174,12 @@ class SessionLayer(DynamicLayer):  # type: ignore[misc]
                 "the attention mask hides or reveals tokens that are already cached, e.g. a pad token that was "
                 "generated in an earlier turn: pass an attention_mask that keeps them as they were"
             )
-        if self._windowed and bool((full.long().diff(dim=1) < 0).any()):
-            raise UnsupportedFeature("padding between tokens cannot be split with sliding-window layers: pad left")
+        if self._traits.windowed:
+            before = full.cummax(1).values & ~full
+            if bool((before.cummax(1).values & full)[:, past:].any()):
+                raise UnsupportedFeature(
+                    "padding between tokens cannot be split with sliding-window layers: pad left"
+                )
         return cached, full[:, past:]
 
     def _positions(self, batch: int, tokens: int, positions: torch.Tensor | None) -> torch.Tensor:
@@ -179,27 +190,34 @@ class SessionLayer(DynamicLayer):  # type: ignore[misc]
             raise UnsupportedFeature(f"position ids of shape {tuple(positions.shape)} cannot be split: not 2-D")
         return positions.cpu().expand(batch, tokens)
 
-    def _distinct(self, hidden: torch.Tensor, keep: torch.Tensor) -> list[int]:
-        """Rows to send: at a session's start, equal ones travel once, and the worker forks them."""
-        batch = len(hidden)
-        if self._columns is not None or batch == 1:
-            return list(range(batch))
-        distinct: list[int] = []
-        for row in range(batch):
-            if not any(_equal(hidden, keep, row, other) for other in distinct):
-                distinct.append(row)
-        return distinct
+    def _distinct(
+        self, hidden: torch.Tensor, keep: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[list[int], list[int]]:
+        """The rows to send, and which of these each row is a copy of.
 
-    @staticmethod
-    def _groups(hidden: torch.Tensor, keep: torch.Tensor, sent: list[int]) -> list[int]:
-        return [
-            next(i for i, other in enumerate(sent) if _equal(hidden, keep, row, other))
-            for row in range(len(hidden))
-        ]
+        At a session's start equal rows travel once, and the worker forks them: beams, and returned sequences.
+        """
+        everyone = list(range(len(hidden)))
+        if self._columns is not None or len(hidden) == 1:
+            return everyone, everyone
+        seen: dict[tuple[bytes, ...], int] = {}
+        sent, copies = [], []
+        for row in everyone:
+            mine = keep[row]
+            key = tuple(bytes(raw_bytes(tensor)) for tensor in (mine, positions[row][mine], hidden[row][mine]))
+            if key not in seen:
+                seen[key] = len(sent)
+                sent.append(row)
+            copies.append(seen[key])
+        return sent, copies
 
     def _exchange(self, rows: list[wire.Row], packed: torch.Tensor) -> torch.Tensor:
         """Sends runs of tokens and their states `[tokens, width]`; waits while workers are full."""
-        client = self._client
+        client = self.client
+        with client.timings.measure("encode"):
+            limit = max(1, CHUNK_BYTES // (packed.shape[1] * packed.element_size()))
+            chunks = cut(rows, packed, limit, self._traits.positions_interact)
+            requests = [(chunk, to_bytes(chunk.states)) for chunk in chunks]
         deadline = time.monotonic() + client.patience
         avoid: list[bytes] = []
         while True:
@@ -208,47 +226,40 @@ class SessionLayer(DynamicLayer):  # type: ignore[misc]
             remote = self._remote
             assert remote is not None
             try:
-                return self._send(remote, rows, packed)
+                replies = self._send(remote, requests)
+                break
             except Busy as busy:
                 if time.monotonic() + busy.retry_after > deadline:
                     raise
                 if remote.ended:
                     self._remote, avoid = None, [remote.worker]
                 time.sleep(busy.retry_after)
-
-    def _send(self, remote: RemoteSession, rows: list[wire.Row], packed: torch.Tensor) -> torch.Tensor:
-        timings = self._client.timings
-        width = packed.shape[1]
-        dtype = dtype_name(packed.dtype)
-        with timings.measure("encode"):
-            requests: list[tuple[wire.Payload, memoryview]] = []
-            begin = 0
-            for chunk in _chunks(rows, max(1, CHUNK_BYTES // (width * packed.element_size()))):
-                count = sum(len(row.positions) for row in chunk)
-                select = self._select if not requests else None
-                step = wire.Step(dtype, width, chunk, select, remote.acked)
-                requests.append((step, to_bytes(packed[begin : begin + count])))
-                begin += count
-        began = time.perf_counter()
-        before = timings.seconds["encrypt"] + timings.seconds["decrypt"]
-        replies = remote.call(requests)
-        waited = time.perf_counter() - began
-        waited -= timings.seconds["encrypt"] + timings.seconds["decrypt"] - before
+            except SplitError:
+                # Of several chunks some may have run: what the worker holds is not known any more.
+                remote.close()
+                raise
         self._select = None
-        parts = []
-        with timings.measure("decode"):
-            for reply, data in replies:
-                assert isinstance(reply, wire.Result)
-                part = from_bytes(data, reply.dtype, reply.tokens, reply.width)
-                parts.append(part.to(DTYPES[dtype]))
-                timings.add("body", reply.body_us / 1e6)
-                timings.add("worker", reply.worker_us / 1e6)
-                waited -= (reply.body_us + reply.worker_us) / 1e6
+        with client.timings.measure("decode"):
+            parts = [chunk.output(reply, data) for chunk, (reply, data) in zip(chunks, replies, strict=True)]
             output = parts[0] if len(parts) == 1 else torch.cat(parts)
-        timings.add("queue", max(0.0, waited))
-        if output.shape != packed.shape:
-            raise Malformed(f"the worker returned states {tuple(output.shape)} for {tuple(packed.shape)}")
-        return output.to(packed.device)
+        return output.to(packed)
+
+    def _send(
+        self, remote: RemoteSession, requests: list[tuple[Chunk, memoryview]]
+    ) -> list[tuple[wire.AnyReply, memoryview]]:
+        timings = self.client.timings
+        steps: list[tuple[wire.Payload, memoryview]] = []
+        for chunk, data in requests:
+            select = None if steps else self._select
+            dtype, width = dtype_name(chunk.states.dtype), chunk.states.shape[1]
+            steps.append((wire.Step(dtype, width, chunk.rows, select, remote.acked), data))
+        with timings.measure_rest("queue"):
+            replies = remote.call(steps)
+            for reply, _ in replies:
+                if isinstance(reply, wire.Result):
+                    timings.add("body", reply.body_us / 1e6)
+                    timings.add("worker", reply.worker_us / 1e6)
+        return replies
 
 
 class RemoteBody(PassThrough):
@@ -260,66 +271,82 @@ class RemoteBody(PassThrough):
         #: When the slot was last entered and left, by `time.perf_counter`.
         self.entered = self.left = 0.0
 
-    def attach(self, client: Client, split: Split, layers: int, windowed: bool) -> None:
+    def attach(self, client: Client, split: Split, traits: Traits) -> None:
         self._client = client
         self._split = split
-        self._layers = layers
-        self._windowed = windowed
+        self._traits = traits
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.entered = time.perf_counter()
         if hidden.requires_grad:
             raise UnsupportedFeature("gradients do not pass through the worker: use torch.no_grad()")
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-        self.entered = time.perf_counter()
-        layer = self._session_layer(cache)
-        output = layer.step(hidden, self.call)
-        if cache is None:
-            layer.reset()
+        if cache is not None:
+            output = self._session_layer(cache).step(hidden, self.call)
+        else:
+            output = self._without_cache(hidden)
         self.left = time.perf_counter()
         return self.wrap(output)
 
-    def _session_layer(self, cache: Cache | None) -> SessionLayer:
-        if cache is None:
-            return SessionLayer(self._client, self._windowed)
-        check_cache(cache)
-        while len(cache.layers) < self._layers:
-            cache.layers.append(DynamicLayer())
+    def _without_cache(self, hidden: torch.Tensor) -> torch.Tensor:
+        positions = self.call.positions
+        if self.call.mask is None and positions is not None and bool((positions.diff() != 1).any()):
+            raise UnsupportedFeature("packed sequences cannot be split: pass them as a batch with an attention_mask")
+        layer = SessionLayer(self._client, self._traits)
+        try:
+            return layer.step(hidden, self.call)
+        finally:
+            layer.reset()
+
+    def check_cache(self, cache: Any) -> None:
+        """Raises UnsupportedFeature for a cache that a session cannot be a layer of."""
+        if type(cache) is not DynamicCache:
+            raise UnsupportedFeature(f"a {type(cache).__name__} cannot be split: use a DynamicCache")
+        if getattr(cache, "offloading", False):
+            raise UnsupportedFeature("an offloaded cache cannot be split: use a plain DynamicCache")
+        session = next((layer for layer in cache.layers if isinstance(layer, SessionLayer)), None)
+        if session is None:
+            if cache.get_seq_length():
+                raise UnsupportedFeature("a cache that was filled by an unsplit model cannot be continued here")
+        elif session.client is not self._client or session is not cache.layers[self._split.first]:
+            raise UnsupportedFeature("a cache that was filled by another split model cannot be continued here")
+
+    def _session_layer(self, cache: Cache) -> SessionLayer:
+        cache.layers += [DynamicLayer() for _ in range(self._split.layers - len(cache.layers))]
         layer = cache.layers[self._split.first]
         if not isinstance(layer, SessionLayer):
-            if layer.get_seq_length():
-                raise UnsupportedFeature("a cache that was filled by an unsplit model cannot be continued here")
-            layer = cache.layers[self._split.first] = SessionLayer(self._client, self._windowed)
+            layer = cache.layers[self._split.first] = SessionLayer(self._client, self._traits)
             for index in self._split.body[1:]:
                 cache.layers[index] = DummyLayer()
         return layer
 
 
-def check_cache(cache: Any) -> None:
-    """Raises UnsupportedFeature for a cache that a session cannot be a layer of."""
-    if type(cache) is not DynamicCache:
-        raise UnsupportedFeature(f"a {type(cache).__name__} cannot be split: use a DynamicCache")
-    if getattr(cache, "offloading", False):
-        raise UnsupportedFeature("an offloaded cache cannot be split: use a plain DynamicCache")
+@dataclass(frozen=True)
+class Chunk:
+    """Runs of tokens that travel in one message, and their states `[tokens, width]`."""
+
+    rows: list[wire.Row]
+    states: torch.Tensor
+    #: The places in `states` whose output counts; None for all.
+    own: list[int] | None
+
+    def output(self, reply: wire.AnyReply, data: memoryview) -> torch.Tensor:
+        """Raises Malformed or NonFinite for an answer to something else."""
+        if not isinstance(reply, wire.Result) or (reply.tokens, reply.width) != self.states.shape:
+            raise Malformed(f"the worker returned no states of the shape {tuple(self.states.shape)}")
+        output = from_bytes(data, reply.dtype, reply.tokens, reply.width)
+        return output if self.own is None else output[self.own]
 
 
-def _equal(hidden: torch.Tensor, keep: torch.Tensor, one: int, other: int) -> bool:
-    return torch.equal(keep[one], keep[other]) and torch.equal(hidden[one][keep[one]], hidden[other][keep[other]])
+def cut(rows: list[wire.Row], packed: torch.Tensor, limit: int, whole: bool) -> list[Chunk]:
+    """Cuts runs so that no chunk has more than `limit` tokens.
 
-
-def _chunks(rows: list[wire.Row], limit: int) -> list[list[wire.Row]]:
-    """Cuts runs so that no chunk has more than `limit` tokens."""
-    chunks: list[list[wire.Row]] = [[]]
-    room = limit
-    for row in rows:
-        done = 0
-        while done < len(row.positions):
-            if not room:
-                chunks.append([])
-                room = limit
-            part = row.positions[done : done + room]
-            chunks[-1].append(wire.Row(row.row, row.start + done, part))
-            done += len(part)
-            room -= len(part)
+    With `whole`, runs that end below the largest position of all get one more token there, which the next step cuts
+    off again: the worker then sees that position in every run, as the unsplit model does.
+    """
+    chunks = []
+    for runs in _runs(rows, limit):
+        ...
     return chunks
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
+from split_common.errors import UnsupportedArchitecture
 from split_common.part import Plan, load_part
 from split_common.split import Split
 
@@ -38,13 +39,27 @@ class Body:
         #: Width of the hidden states.
         self.width = int(self._config.hidden_size)
         #: Positions that a row may have.
-        self.max_positions = int(getattr(self._config, "max_position_embeddings", 0) or 2**31)
+        self.max_positions = self._stack.max_positions
         self._incoming: torch.Tensor | None = None
         self._outgoing: torch.Tensor | None = None
         slots = self._stack.slots
         slots[split.first].register_forward_pre_hook(self._inject)
         slots[split.last - 1].register_forward_hook(self._capture)
-        del model
+        self._check()
+
+    def _check(self) -> None:
+        """Runs three tokens at once and in two steps: both must fill the cache alike and give the same output."""
+        states = torch.randn(3, self.width, generator=torch.Generator().manual_seed(0))
+        whole, parts = self.new_row(), self.new_row()
+        try:
+            expected = self.forward(whole, states, [0, 1, 2])
+            output = torch.cat([self.forward(parts, states[:2], [0, 1]), self.forward(parts, states[2:], [2])])
+            lengths = {layer.get_seq_length() for row in (whole, parts) for layer in self._layers(row)}
+        except Exception as error:
+            raise UnsupportedArchitecture(f"{self._stack.name} cannot run its layers alone: {error}") from None
+        close = (output - expected).norm() <= 0.1 * expected.norm() or not torch.isfinite(expected).all()
+        if lengths != {3} or not close:
+            raise UnsupportedArchitecture(f"{self._stack.name} keeps more than keys and values between steps")
 
     def _inject(self, _layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self._incoming, *args[1:])
@@ -56,14 +71,15 @@ class Body:
         """An empty KV cache for one row: only the body's layers have one."""
         cache = DynamicCache(config=self._config)
         cache.layers += [DynamicLayer() for _ in range(self._split.layers - len(cache.layers))]
-        cache.layers = [
-            layer if index in self._split.body else DummyLayer() for index, layer in enumerate(cache.layers)
-        ]
-        # Sliding layers forget what left their window, unless told that a rollback may come.
-        for layer in cache.layers:
-            if hasattr(layer, "activate_past_recording"):
-                layer.activate_past_recording()
+        for index, layer in enumerate(cache.layers):
+            if index not in self._split.body:
+                cache.layers[index] = DummyLayer()
+            elif layer.is_sliding:
+                cache.layers[index] = WindowLayer(layer.sliding_window)
         return cache
+
+    def _layers(self, row: DynamicCache) -> list[DynamicLayer]:
+        return [row.layers[index] for index in self._split.body]
 
     @torch.inference_mode()
     def forward(self, row: DynamicCache, states: torch.Tensor, positions: list[int]) -> torch.Tensor:
@@ -86,6 +102,18 @@ class Body:
         output, self._incoming, self._outgoing = self._outgoing, None, None
         assert output is not None
         return output[0]
+
+
+class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """The keys and values of a sliding-window layer, all of them: a row may be cut back at any time."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        visible = self.sliding_window - 1 + key_states.shape[-2]
+        keys, values = DynamicLayer.update(self, key_states, value_states, *args, **kwargs)
+        self.cumulative_length = keys.shape[-2]
+        return keys[..., -visible:, :], values[..., -visible:, :]
 
 
 def length(row: DynamicCache) -> int:

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from split_common import wire
 from split_common.channel import Channel, SessionKeys
 from split_common.errors import Busy, Malformed, OutOfOrder, PromptTooLong
+from split_common.tensors import check_finite
 from split_worker.body import Body, fork, length, truncate
 
 #: Rows that a worker holds unless told otherwise.
@@ -62,22 +63,27 @@ class Session:
             del self.replies[seq]
 
     def step(self, body: Body, step: wire.Step, states: torch.Tensor) -> torch.Tensor:
-        """Runs a step, `[tokens, width]` to `[tokens, width]`. A refused step changes nothing.
+        """Runs a step, `[tokens, width]` to `[tokens, width]`.
+
+        A step that is refused after it has run leaves tokens behind: the next one's `start` cuts them off.
 
         Raises:
+            NonFinite: the output holds NaN or infinity.
             Malformed: rows, positions or width do not fit the session.
             PromptTooLong: a row would exceed the model's positions.
         """
         rows = self._selected(step, body)
         self._check(rows, step, body)
-        self.rows = rows
         outputs = []
         parts = torch.split(states, [len(run.positions) for run in step.rows])
         for run, part in zip(step.rows, parts, strict=True):
             row = rows[run.row]
             truncate(row, run.start)
             outputs.append(body.forward(row, part, run.positions))
-        return torch.cat(outputs) if outputs else states
+        output = torch.cat(outputs) if outputs else states
+        check_finite(output)
+        self.rows = rows
+        return output
 
     def _selected(self, step: wire.Step, body: Body) -> list[DynamicCache]:
         rows = self.rows

@@ -17,8 +17,18 @@ from dataclasses import dataclass, field
 import msgspec
 
 from split_common import wire
-from split_common.channel import CHANNEL_LIFETIME, Channel, SessionKeys, WorkerHandshake
-from split_common.errors import AuthenticationError, Busy, Malformed, NonFinite, PromptTooLong, SplitError
+from split_common.channel import CHANNEL_LIFETIME, CHANNEL_SESSIONS, Channel, SessionKeys, WorkerHandshake
+from split_common.errors import (
+    AuthenticationError,
+    Busy,
+    CertificateError,
+    Malformed,
+    NonFinite,
+    OutOfOrder,
+    Oversized,
+    PromptTooLong,
+    SplitError,
+)
 from split_common.fleet import Fleet
 from split_common.keys import Certificate, Identity, ModelScope, Role, verify_certificate
 from split_common.tensors import dtype_name, from_bytes, to_bytes
@@ -31,13 +41,37 @@ log = logging.getLogger(__name__)
 #: Channels whose set-up has begun and not ended; the oldest gives way.
 MAX_HALF_OPEN = 256
 
-#: Sessions that a device may open over one channel.
-MAX_SESSIONS_PER_CHANNEL = 1_000_000
+#: Seconds that a device has to end a channel's set-up.
+HALF_OPEN_TIMEOUT = 60.0
+
+#: Channels that one device may have; the one that was used least lately gives way.
+MAX_CHANNELS_PER_DEVICE = 8
+
+#: Channels in all: the worker watches the devices of all of them.
+MAX_CHANNELS = wire.MAX_WATCHED
+
+#: Bytes of requests that may wait to be computed. Further ones are dropped, and sent again by their devices.
+MAX_QUEUED_BYTES = 512 * 1024 * 1024
 
 #: What a device is told for each error that a request may raise; all others end the session as "failed".
-REASONS = {Busy: "busy", NonFinite: "non-finite", Malformed: "malformed", PromptTooLong: "too-long"}
+REASONS = {
+    Busy: "busy",
+    NonFinite: "non-finite",
+    Malformed: "malformed",
+    Oversized: "malformed",
+    PromptTooLong: "too-long",
+}
 
 ChannelId = tuple[bytes, int]
+
+
+@dataclass
+class HalfOpen:
+    """A channel whose set-up has begun: what the device said, and the answer that it is given each time."""
+
+    hello: bytes
+    handshake: WorkerHandshake
+    since: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -91,17 +125,21 @@ class Worker:
         self._transport = transport
         self._sessions = sessions if sessions is not None else SessionTable()
         self._id = new_peer_id()
-        self._half_open: OrderedDict[ChannelId, WorkerHandshake] = OrderedDict()
-        self._links: dict[ChannelId, Link] = {}
+        self._half_open: OrderedDict[ChannelId, HalfOpen] = OrderedDict()
+        # The one that was used least lately comes first.
+        self._links: OrderedDict[ChannelId, Link] = OrderedDict()
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._lock = threading.RLock()
         self._draining = False
+        self._stopping = threading.Event()
+        self._queued_bytes = 0
         self._compute = threading.Thread(target=self._run, name="lambda-split-compute", daemon=True)
         #: Steps, tokens and refusals, by name.
         self.counters: Counter[str] = Counter()
 
     def start(self, timeout: float = 10.0) -> None:
-        """Joins the queue. Raises BrokerUnreachable."""
+        """Joins the queue. Raises BrokerUnreachable; CertificateError when no device would talk to this worker."""
+        self._verify(self._identity.certificate_bytes, "worker")
         self._transport.start(self, timeout)
         self._compute.start()
 
@@ -118,6 +156,8 @@ class Worker:
         return False
 
     def stop(self) -> None:
+        """Leaves the queue after the step that is being computed."""
+        self._stopping.set()
         self._tasks.put(None)
         if self._compute.ident is not None:
             self._compute.join()
@@ -156,40 +196,65 @@ class Worker:
                     raise Malformed(f"a worker takes no {type(header).__name__}")
 
     def on_gone(self, peers: Iterable[bytes]) -> None:
+        gone = set(peers)
         with self._lock:
-            for id_ in [id_ for id_ in self._links if id_[0] in set(peers)]:
+            for id_ in [id_ for id_ in self._half_open if id_[0] in gone]:
+                del self._half_open[id_]
+            for id_ in [id_ for id_ in self._links if id_[0] in gone]:
                 self._close_channel(id_)
 
     def on_reset(self) -> None:
         """Devices send again what the old broker lost."""
 
     def on_roster(self) -> None:
-        roster = self._fleet.roster()
         with self._lock:
-            for id_, link in list(self._links.items()):
-                member = roster.by_name(link.channel.peer.name)
-                if member is None or member.revoked:
-                    log.info("device %s was revoked", link.channel.peer.name)
-                    self._close_channel(id_)
+            self._forget_channels()
 
     def _open_channel(self, header: wire.Open, body: bytes) -> None:
-        handshake = WorkerHandshake(self._identity, self._verify, self._service, body)
-        self._half_open[header.sender, header.channel] = handshake
-        if len(self._half_open) > MAX_HALF_OPEN:
-            self._half_open.popitem(last=False)
-        reply = wire.Relay(header.sender, self._id, wire.Kind.ANSWER, header.channel)
-        self._transport.send(reply, handshake.answer)
+        id_ = (header.sender, header.channel)
+        half = self._half_open.get(id_)
+        if half is None or half.hello != body:
+            half = HalfOpen(body, WorkerHandshake(self._identity, self._verify, self._service, body))
+            self._half_open[id_] = half
+            if len(self._half_open) > MAX_HALF_OPEN:
+                self._half_open.popitem(last=False)
+        self._send(header, wire.Kind.ANSWER, half.handshake.answer)
 
     def _finish_channel(self, header: wire.Relay, body: bytes) -> None:
         id_ = (header.sender, header.channel)
-        handshake = self._half_open.pop(id_, None)
-        if handshake is None:
+        half = self._half_open.get(id_)
+        if half is not None:
+            try:
+                channel = half.handshake.finish(body)
+            except CertificateError:
+                # It is the device's own, and authentic: no other end of this set-up will be better.
+                self._unknown_channel(header)
+                raise
+            del self._half_open[id_]
             if id_ in self._links:
-                return
+                self._close_channel(id_)
+            self._make_room(header.sender)
+            self._links[id_] = Link(channel, channel.session_keys(0, 0))
+            self.counters["channels"] += 1
+        if id_ not in self._links:
+            self._unknown_channel(header)
             raise AuthenticationError("the end of a channel set-up that did not begin")
-        channel = handshake.finish(body)
-        self._links[id_] = Link(channel, channel.session_keys(0, 0))
-        self.counters["channels"] += 1
+        self._reply(self._links[id_].control, header, wire.Done())
+
+    def _make_room(self, device: bytes) -> None:
+        """Closes what a new channel of a device has to give way."""
+        own = [id_ for id_ in self._links if id_[0] == device]
+        if len(own) >= MAX_CHANNELS_PER_DEVICE:
+            self._close_channel(own[0])
+        elif len(self._links) >= MAX_CHANNELS:
+            self._close_channel(next(iter(self._links)))
+
+    def _unknown_channel(self, header: wire.Relay) -> None:
+        """Tells a device, as well as one without keys can, that it has to set up a new channel."""
+        self._send(header, wire.Kind.UNKNOWN, b"")
+
+    def _send(self, to: wire.Open | wire.Relay, kind: wire.Kind, body: bytes) -> None:
+        self._transport.send(wire.Relay(to.sender, self._id, kind, to.channel), body)
 
     def _verify(self, certificate: bytes, role: Role) -> Certificate:
         scope = ModelScope(self._service.root, self._service.first, self._service.last)
@@ -205,16 +270,21 @@ class Worker:
         began = time.perf_counter()
         link = self._links.get((header.sender, header.channel))
         if link is None:
-            raise AuthenticationError("a request over a channel that was never set up")
-        link.used = time.monotonic()
+            self._unknown_channel(header)
+            raise AuthenticationError("a request over a channel that is not set up")
         id_ = (header.sender, header.channel, header.session, header.epoch)
         session = self._sessions.get(id_)
         keys = session.keys if session is not None else link.channel.session_keys(header.session, header.epoch)
         plaintext = keys.open(header, body)
+        link.used = time.monotonic()
+        self._links.move_to_end((header.sender, header.channel))
         request, tensor = wire.decode_payload(plaintext, wire.request_decoder)
+        if isinstance(request, wire.Close):
+            # Also when it overtook the session's first request, which must not open the session any more.
+            link.opened.add((header.session, header.epoch))
+            self._sessions.close(id_)
+            return
         if session is None:
-            if isinstance(request, wire.Close):
-                return
             try:
                 session = self._open_session(link, header)
             except Busy as error:
@@ -223,20 +293,22 @@ class Worker:
             if session is None:
                 self._refuse_unopened(link, header, "lost", "the worker does not hold this session")
                 return
-        if isinstance(request, wire.Close):
-            self._sessions.close(id_)
-            return
+        if self._queued_bytes + len(tensor) > MAX_QUEUED_BYTES:
+            raise Busy("the worker's queue is full")
         answered = session.admit(header.seq)
         if answered is not None:
             self._transport.send(*answered)
             return
+        self._queued_bytes += len(tensor)
         self._tasks.put(Task(session, header, request, tensor, time.perf_counter() - began))
 
     def _open_session(self, link: Link, header: wire.Relay) -> Session | None:
         key = (header.session, header.epoch)
-        if header.seq != 0 or header.session == 0 or key in link.opened:
+        if header.session == 0 or key in link.opened:
             return None
-        if self._draining or len(link.opened) >= MAX_SESSIONS_PER_CHANNEL:
+        if header.seq != 0:
+            raise OutOfOrder(f"request {header.seq} of a session whose first has not arrived")
+        if self._draining or len(link.opened) >= CHANNEL_SESSIONS:
             raise Busy("the worker takes no new sessions", retry_after=1.0)
         session = self._sessions.open((header.sender, header.channel, *key), link.channel)
         # Never again: a second session under these keys would repeat nonces.
@@ -256,54 +328,76 @@ class Worker:
         self._sessions.close_where(lambda session: session[:2] == id_)
 
     def _forget_channels(self) -> None:
+        """Closes channels that nobody uses, and those of devices that are revoked or whose certificate ran out."""
         now = time.monotonic()
+        roster = self._fleet.roster()
+        for id_, half in list(self._half_open.items()):
+            if now - half.since > HALF_OPEN_TIMEOUT:
+                del self._half_open[id_]
         for id_, link in list(self._links.items()):
-            if now - link.used > 2 * CHANNEL_LIFETIME:
+            trusted = link.channel.trusted(roster)
+            if not trusted:
+                log.warning("device %s is revoked, or its certificate has run out", link.channel.peer.name)
+            if not trusted or now - link.used > 2 * CHANNEL_LIFETIME:
                 self._close_channel(id_)
 
     # --- the compute loop ----------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            began = time.perf_counter()
-            body_seconds = 0.0
-            tensor: memoryview | bytes = b""
-            reply: wire.Payload
-            try:
-                match task.request:
-                    case wire.Fork():
-                        self._fork(task)
-                        reply = wire.Done()
-                    case wire.Step() as step:
-                        with self._lock:
-                            self._sessions.require_rows(task.session, step)
-                        states = from_bytes(task.tensor, step.dtype, step.tokens, step.width)
-                        body_began = time.perf_counter()
-                        output = task.session.step(self._body, step, states)
-                        body_seconds = time.perf_counter() - body_began
-                        tensor = to_bytes(output)
-                        host = task.host_seconds + time.perf_counter() - began - body_seconds
-                        reply = wire.Result(
-                            dtype_name(output.dtype),
-                            output.shape[0],
-                            output.shape[1],
-                            round(body_seconds * 1e6),
-                            round(host * 1e6),
-                        )
-                        task.session.forget(step.acked)
-                        self.counters["steps"] += 1
-                        self.counters["tokens"] += step.tokens
-            except SplitError as error:
-                reply = self._refusal(error)
-            except Exception as error:
-                # Whatever it was, the session's rows may be half written: the device starts another one.
-                log.error("a step failed: %s", type(error).__name__)
-                reply = self._refusal(error)
-                with self._lock:
-                    self._sessions.close(task.session.id)
-            frames = self._reply(task.session.keys, task.header, reply, tensor)
+        while (task := self._tasks.get()) is not None and not self._stopping.is_set():
             with self._lock:
-                task.session.answered(frames)
+                self._queued_bytes -= len(task.tensor)
+                held = self._sessions.get(task.session.id) is task.session
+            if held:
+                self._answer(task)
+
+    def _answer(self, task: Task) -> None:
+        began = time.perf_counter()
+        body_seconds = 0.0
+        tensor: memoryview | bytes = b""
+        reply: wire.Payload
+        try:
+            match task.request:
+                case wire.Fork():
+                    self._fork(task)
+                    reply = wire.Done()
+                case wire.Step() as step:
+                    self._check_size(step)
+                    with self._lock:
+                        self._sessions.require_rows(task.session, step)
+                    states = from_bytes(task.tensor, step.dtype, step.tokens, step.width)
+                    body_began = time.perf_counter()
+                    output = task.session.step(self._body, step, states)
+                    body_seconds = time.perf_counter() - body_began
+                    tensor = to_bytes(output)
+                    host = task.host_seconds + time.perf_counter() - began - body_seconds
+                    reply = wire.Result(
+                        dtype_name(output.dtype),
+                        output.shape[0],
+                        output.shape[1],
+                        round(body_seconds * 1e6),
+                        round(host * 1e6),
+                    )
+                    task.session.forget(step.acked)
+                    self.counters["steps"] += 1
+                    self.counters["tokens"] += step.tokens
+        except SplitError as error:
+            reply = self._refusal(error)
+        except Exception as error:
+            # Whatever it was, the session's rows may be half written: the device starts another one.
+            log.error("a step failed: %s", type(error).__name__)
+            reply = self._refusal(error)
+            with self._lock:
+                self._sessions.close(task.session.id)
+        frames = self._reply(task.session.keys, task.header, reply, tensor)
+        with self._lock:
+            task.session.answered(frames)
+
+    def _check_size(self, step: wire.Step) -> None:
+        """Raises Oversized when the answer, in the body's dtype, would be no message any more."""
+        size = step.tokens * step.width * self._body.dtype.itemsize
+        if size > wire.MAX_BODY // 2:
+            raise Oversized(f"a step whose answer has {size} bytes: send it in chunks")
 
     def _fork(self, task: Task) -> None:
         request = task.request
@@ -321,7 +415,8 @@ class Worker:
         reason = REASONS.get(type(error), "failed")
         self.counters[f"refused_{reason}"] += 1
         message = str(error) if isinstance(error, SplitError) else type(error).__name__
-        return wire.Refusal(reason, message[:2048], getattr(error, "retry_after", 0.0))  # type: ignore[arg-type]
+        retry_after = min(getattr(error, "retry_after", 0.0), wire.MAX_RETRY_AFTER)
+        return wire.Refusal(reason, message[:2048], retry_after)  # type: ignore[arg-type]
 
     def _reply(
         self, keys: SessionKeys, request: wire.Relay, reply: wire.Payload, tensor: memoryview | bytes = b""

@@ -1,0 +1,207 @@
+"""The runner: one forward of transformers' own layers over the tokens of many rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from split_common.engine import attention
+from split_common.engine.attention import Call, PackedBatch, Span
+from split_common.engine.pool import PAGE_TOKENS, LayerShape, PagedSequence, PagePool, ProbePool
+from split_common.engine.rotary import isolate_rotary
+from split_common.engine.rows import Row, Run, Store
+from split_common.engine.separate import CacheRow, SeparateStore
+from split_common.errors import ModelError
+from split_common.slots import Stack
+from split_common.split import Split
+
+log = logging.getLogger(__name__)
+
+#: Largest error of the packed path that the probe accepts, relative to the largest output of one row at a time.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+#: Keyword arguments of attention that need nothing of the packed path.
+_HARMLESS = {"position_ids", "use_cache", "cache", "past_key_values", "cache_position", "is_causal", "training"}
+
+
+class Runner:
+    """Runs the layers `[split.first, split.last)` of a model. Not thread-safe: one thread computes.
+
+    Args:
+        stack: a loaded model's slots; those outside the range pass their input through.
+        split: the range.
+        config: the model's text configuration.
+        device: where it runs.
+        kv_bytes: memory for keys and values.
+
+    Raises:
+        ModelError: the memory holds not even one page of tokens.
+    """
+
+    def __init__(self, stack: Stack, split: Split, config: Any, device: torch.device, kv_bytes: int) -> None:
+        self._stack = stack
+        self._split = split
+        self._owner: Any = stack.owner.to(device)
+        self.device = device
+        self.dtype = next(self._owner.parameters()).dtype
+        #: Width of the hidden states.
+        self.width = int(config.hidden_size)
+        #: Positions that a row may have.
+        self.max_positions = int(getattr(config, "max_position_embeddings", 0) or 2**31)
+        self._incoming: torch.Tensor | None = None
+        self._outgoing: torch.Tensor | None = None
+        stack.slots[split.first].register_forward_pre_hook(self._inject)
+        stack.slots[split.last - 1].register_forward_hook(self._capture)
+        isolate_rotary(self._owner)
+        #: Why rows are run one at a time; None if they are packed.
+        self.separate_because: str | None = None
+        #: Makes rows, and knows how much room is left.
+        self.store: Store
+        self.store = self._choose_store(config, kv_bytes)
+
+    def run(self, runs: Sequence[Run]) -> list[torch.Tensor]:
+        """Appends tokens to rows; the caller has asked `store.fits`.
+
+        Returns:
+            The layers' output for each run, `[tokens, width]`.
+        """
+        with torch.inference_mode():
+            if self.separate_because is None:
+                return self._run_packed(runs)
+            return [self._run_separate(run) for run in runs]
+
+    # --- one forward ---------------------------------------------------------------------------------------
+
+    def _run_packed(self, runs: Sequence[Run]) -> list[torch.Tensor]:
+        # Decoding rows come first, so that attention can take them together.
+        order = sorted(range(len(runs)), key=lambda index: len(runs[index].positions) > 1)
+        spans, slots, begin = [], [], 0
+        for run in (runs[index] for index in order):
+            sequence = cast(PagedSequence, run.row)
+            slots.append(sequence.append(len(run.positions)))
+            spans.append(Span(sequence, begin, len(run.positions)))
+            begin += len(run.positions)
+        pool = spans[0].sequence.pool
+        batch = PackedBatch(pool, spans, torch.from_numpy(np.concatenate(slots)).to(self.device))
+        token = attention.current.set(batch)
+        try:
+            output = self._forward(
+                torch.cat([runs[index].states for index in order]),
+                [position for index in order for position in runs[index].positions],
+                {"use_cache": False},
+            )
+        finally:
+            attention.current.reset(token)
+        parts = torch.split(output, [span.count for span in spans])
+        return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda pair: pair[0])]
+
+    def _run_separate(self, run: Run) -> torch.Tensor:
+        row = cast(CacheRow, run.row)
+        output = self._forward(run.states, run.positions, {self._stack.cache_name: row.cache, "use_cache": True})
+        row.extended(len(run.positions))
+        return output
+
+    def _forward(self, states: torch.Tensor, positions: Sequence[int], arguments: dict[str, Any]) -> torch.Tensor:
+        self._incoming = states[None].to(self.device, self.dtype)
+        if self._stack.takes_positions:
+            arguments["position_ids"] = torch.tensor([list(positions)], device=self.device)
+        # The embeddings are on the other side: what the first layer sees is put in its place.
+        blank = self._incoming.new_zeros(1, 1, 1).expand(1, len(positions), self.width)
+        self._owner(inputs_embeds=blank, **arguments)
+        output, self._incoming, self._outgoing = self._outgoing, None, None
+        assert output is not None
+        return output[0]
+
+    def _inject(self, _layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._incoming, *args[1:])
+
+    def _capture(self, _layer: nn.Module, _args: Any, output: Any) -> None:
+        self._outgoing = output[0] if isinstance(output, tuple) else output
+
+    # --- can it be packed? ---------------------------------------------------------------------------------
+
+    def _choose_store(self, config: Any, kv_bytes: int) -> Store:
+        """Packed rows if the layers give the same output that way, else one at a time."""
+        separate = SeparateStore(config, self._split, 2**31)
+        self.store, self.separate_because = separate, ""
+        wanted, token_bytes = self._rehearse()
+        original = self._owner.config._attn_implementation
+        try:
+            self._owner.set_attn_implementation(attention.NAME)
+            shapes = self._check_packed(wanted, separate.new_cache())
+        except _NotPackable as reason:
+            self._owner.set_attn_implementation(original)
+            self.separate_because = str(reason)
+            log.info("rows are run one at a time: %s", reason)
+            separate.capacity = kv_bytes // token_bytes
+            return separate
+        pages = kv_bytes // (PagePool.bytes_per_token(shapes, self.dtype) * PAGE_TOKENS)
+        if pages < 1:
+            raise ModelError(f"{kv_bytes:,} bytes of KV memory hold no page of {PAGE_TOKENS} tokens")
+        return PagePool(shapes, pages, self.dtype, self.device)
+
+    def _rehearse(self) -> tuple[torch.Tensor, int]:
+        """Runs two rows in turns over fixed random states: their outputs, and the bytes that a token takes."""
+        generator = torch.Generator().manual_seed(0)
+        rows = [self.store.new_row(), self.store.new_row()]
+        outputs = []
+        for counts in ((9, 5), (1, 1), (1, 4)):
+            runs = [
+                Run(row, torch.randn(count, self.width, generator=generator), range(row.length, row.length + count))
+                for row, count in zip(rows, counts, strict=True)
+            ]
+            outputs += self.run(runs)
+            rows[1].truncate(rows[1].length - 1)
+        states = torch.cat(outputs).float()
+        token_bytes = _cache_bytes(rows[0]) // rows[0].length
+        for row in rows:
+            row.free()
+        return states, token_bytes
+
+    def _check_packed(self, wanted: torch.Tensor, cache: DynamicCache) -> dict[int, LayerShape]:
+        """Raises _NotPackable, saying why, unless the packed path does what the layers' own attention does."""
+        pool = ProbePool(pages=8)
+        self.store, self.separate_because = pool, None
+        calls: list[tuple[Call, list[str]]] = []
+        token = attention.watching.set(calls)
+        try:
+            got, _ = self._rehearse()
+        except Exception as error:
+            raise _NotPackable(f"their attention fails: {type(error).__name__}: {error}") from error
+        finally:
+            attention.watching.reset(token)
+        layers = [call.layer for call, _ in calls]
+        if layers != list(self._split.body) * (len(layers) // len(self._split.body)) or not layers:
+            raise _NotPackable("they do not call a registered attention once in each layer")
+        for call, others in calls:
+            unknown = sorted(set(others) - _HARMLESS)
+            if unknown:
+                raise _NotPackable(f"layer {call.layer} hands its attention {', '.join(unknown)}")
+            layer = cache.layers[call.layer]
+            window = int(layer.sliding_window) if getattr(layer, "is_sliding", False) else None
+            if call.window != window:
+                raise _NotPackable(
+                    f"layer {call.layer} has a window of {window}, its attention one of {call.window}"
+                )
+        differs = ((got - wanted).abs().max() / wanted.abs().max()).item()
+        if not differs < TOLERANCE[self.dtype]:
+            raise _NotPackable(f"their packed output differs by {differs:.1e}")
+        return pool.shapes
+
+
+class _NotPackable(Exception):
+    """The layers cannot be run packed; the message says why."""
+
+
+def _cache_bytes(row: Row) -> int:
+    """What a row's own cache takes; 1 for a paged row, whose pool knows."""
+    if not isinstance(row, CacheRow):
+        return 1
+    layers = [layer for layer in row.cache.layers if getattr(layer, "keys", None) is not None]
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
