@@ -83,9 +83,9 @@ LISTED = tuple(_LISTED)
 UNLISTED = tuple(_UNLISTED)
 
 
-def build(arch: str) -> PreTrainedModel:
-    """Make the model of `arch`: on the CPU, in fp32 and evaluation mode, the same weights every time."""
-    options = {**_COMMON, "model_type": arch, **{**_LISTED, **_UNLISTED}[arch]}
+def build(arch: str, **changes: Any) -> PreTrainedModel:
+    """Make the model of `arch`, its configuration changed: on the CPU, in fp32 and evaluation mode, the same weights every time."""
+    options = {**_COMMON, "model_type": arch, **{**_LISTED, **_UNLISTED}[arch], **changes}
     config = AutoConfig.for_model(**options)
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -100,7 +100,7 @@ def build(arch: str) -> PreTrainedModel:
     return model.eval()
 
 
-def save(arch: str, directory: Path, max_shard_size: int | str | None = None) -> Path:
+def save(arch: str, directory: Path, max_shard_size: int | str | None = None, **changes: Any) -> Path:
     """Save the model of `arch` as a checkpoint in `directory`, in shards of at most `max_shard_size`."""
-    build(arch).save_pretrained(directory, max_shard_size=max_shard_size or "1GB")
+    build(arch, **changes).save_pretrained(directory, max_shard_size=max_shard_size or "1GB")
     return directory

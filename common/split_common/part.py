@@ -113,7 +113,7 @@ def _check_cache(config: Any, name: str) -> None:
     for index, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise UnsupportedArchitecture(
-                f"{name}: layer {index} keeps a {type(layer).__name__}, no plain cache of keys and values of its own"
+                f"{name}: layer {index} keeps a {type(layer).__name__}, not just keys and values of its own"
             )
 
 

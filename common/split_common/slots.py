@@ -51,7 +51,6 @@ class PassThrough(nn.Module):
     def wrap(self, hidden: torch.Tensor) -> Any:
         return (hidden, None) if self.returns_tuple else hidden
 
-
     def imitate(self, layer: nn.Module) -> None:
         """Takes over the settings of a layer that the code around it may read, e.g. its type of attention."""
         for name, value in vars(layer).items():

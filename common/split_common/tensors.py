@@ -28,9 +28,13 @@ def to_bytes(states: torch.Tensor) -> memoryview:
     Raises:
         NonFinite: they hold NaN or infinity.
     """
-    states = states.detach().cpu().contiguous()
     check_finite(states)
-    return memoryview(states.view(torch.uint8).numpy().data).cast("B")
+    return raw_bytes(states)
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes, in C order and native byte order."""
+    return memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data).cast("B")
 
 
 def from_bytes(data: memoryview, dtype: str, tokens: int, width: int) -> torch.Tensor:

@@ -54,6 +54,8 @@ Event = tuple[wire.AnyHeader, bytes] | SplitError | None
 
 _T = TypeVar("_T")
 
+_GONE = "the worker that held the session is gone"
+
 
 @dataclass
 class WorkerChannel:
@@ -142,9 +144,9 @@ class Client:
                     session.events.put((header, body))
             case wire.Relay(kind=wire.Kind.UNKNOWN):
                 if not self._deliver(header, body):
-                    channel = self._channels.get(header.channel)
-                    if channel is not None and channel.worker == header.sender:
-                        self._lose([channel])
+                    self._lose(
+                        lambda one: (one.number, one.worker) == (header.channel, header.sender), SessionLost(_GONE)
+                    )
             case _:
                 raise Malformed(f"a device takes no {type(header).__name__}")
 
@@ -167,16 +169,16 @@ class Client:
 
     def on_gone(self, peers: Iterable[bytes]) -> None:
         gone = set(peers)
-        self._lose([channel for channel in list(self._channels.values()) if channel.worker in gone])
+        self._lose(lambda channel: channel.worker in gone, SessionLost(_GONE))
 
-    def _lose(self, channels: Iterable[WorkerChannel]) -> None:
-        """Ends channels whose worker has them no more, or is not to be trusted any more."""
-        for channel in channels:
+    def _lose(self, which: Callable[[WorkerChannel], bool], error: SplitError) -> None:
+        """Ends channels, and the sessions over them, whose worker does not have them any more or is not trusted."""
+        for channel in [channel for channel in list(self._channels.values()) if which(channel)]:
             with self._lock:
                 self._channels.pop(channel.number, None)
                 lost = [session for session in list(self._sessions.values()) if session.channel is channel]
             for session in lost:
-                session.lose(SessionLost("the worker that held the session is gone"))
+                session.lose(error)
 
     def on_reset(self) -> None:
         for events in list(self._answers.values()):
@@ -185,9 +187,14 @@ class Client:
             session.resend()
 
     def on_roster(self) -> None:
-        """Ends the channels to workers that are revoked or whose certificate has run out."""
+        """Ends channels to workers that are revoked or whose certificate has run out; all, if this device is."""
         roster = self._fleet.roster()
-        self._lose([one for one in list(self._channels.values()) if not one.channel.trusted(roster)])
+        me = self._identity.certificate
+        own = roster.by_sign_key(me.sign_key)
+        if own is None or own.revoked:
+            self._lose(lambda _: True, CertificateError(f"device {me.name!r} is revoked"))
+        error = SessionLost("the worker that held the session is revoked, or its certificate has run out")
+        self._lose(lambda channel: not channel.channel.trusted(roster), error)
 
     # --- channels and sessions -----------------------------------------------------------------------------
 
@@ -204,16 +211,14 @@ class Client:
                 return session
 
     def new_session(self, channel: WorkerChannel) -> RemoteSession | None:
-        """A session over this channel; None when the channel has had as many as it may."""
+        """A session over this channel; None when the channel was lost or has had as many as it may."""
         with self._lock:
-            number = next(channel.sessions, None)
+            number = next(channel.sessions, None) if channel.number in self._channels else None
             if number is None:
                 self._channels.pop(channel.number, None)
                 return None
             session = RemoteSession(self, channel, number)
             self._sessions[channel.number, number] = session
-            if channel.number not in self._channels:
-                session.lose(SessionLost("the worker is gone"))
             return session
 
     def forget(self, session: RemoteSession) -> None:
@@ -234,9 +239,12 @@ class Client:
                 # Another thread may have set one up meanwhile; and one to a worker that was full may do after all.
                 if (channel := self._usable(avoid)) is not None:
                     return channel
+                known = len(distrusted)
                 try:
                     return self._shake_hands([*avoid, *distrusted], distrusted)
                 except (Busy, NoWorker) as error:
+                    if len(distrusted) > known:
+                        continue
                     # No worker is left but those of a wrong certificate.
                     if distrusted:
                         raise next(iter(distrusted.values())) from None
@@ -280,12 +288,15 @@ class Client:
                 return True
 
             finish, made = self._ask(events, wish, handshake.hello, take_answer)
-            self._ask(
-                events, wire.Relay(made.worker, self._id, wire.Kind.FINISH, number), finish, take_confirmation
-            )
+            last = wire.Relay(made.worker, self._id, wire.Kind.FINISH, number)
+            self._ask(events, last, finish, take_confirmation)
             self._channels[number] = made
         finally:
             del self._answers[number]
+        in_use = {session.channel.number for session in list(self._sessions.values())}
+        for old in list(self._channels.values()):
+            if old.channel.expired and old.number not in in_use:
+                self._channels.pop(old.number, None)
         # The broker is told at once that this device wants to hear of the worker's death.
         self.transport.announce()
         return made
@@ -297,7 +308,7 @@ class Client:
         body: bytes,
         take: Callable[[wire.Relay, bytes], _T | None],
     ) -> _T:
-        """Sends a message of a set-up until `take` makes something of an answer; what breaks the protocol is dropped."""
+        """Sends a message of a set-up until `take` makes something of an answer; others are dropped."""
         deadline = time.monotonic() + self.timeout
         interval, send_at = SET_UP_RETRANSMIT, 0.0
         while True:
@@ -336,7 +347,8 @@ class Client:
             case "no-worker":
                 wanted = f"{self._model} layers {self._service.first}:{self._service.last}"
                 raise NoWorker(
-                    f"no worker serves {wanted} with these weights; served here: {_printable(bounce.detail) or 'none'}. "
+                    f"no worker serves {wanted} with these weights; "
+                    f"served here: {_printable(bounce.detail) or 'none'}. "
                     f"Start one: lambda-split worker --model {self._model} "
                     f"--layers {self._service.first}:{self._service.last}"
                 )
@@ -380,7 +392,7 @@ class RemoteSession:
         self._seq = 0
         #: Requests that were sent and not answered, by sequence number.
         self.in_flight: dict[int, tuple[wire.Relay, bytes]] = {}
-        self._lost: SessionLost | None = None
+        self._lost: SplitError | None = None
 
     @property
     def acked(self) -> int:
@@ -418,8 +430,8 @@ class RemoteSession:
                     self._client.count(error)
                     continue
                 replies[header.seq - first] = reply, tensor
-                if isinstance(reply, wire.Refusal) and isinstance(error := _refused(reply), SessionLost):
-                    raise error
+                if isinstance(reply, wire.Refusal) and isinstance(refused := _refused(reply), SessionLost):
+                    raise refused
         except BaseException as error:
             self._end(error)
             raise
@@ -428,9 +440,9 @@ class RemoteSession:
             if isinstance(reply, wire.Refusal):
                 raise _refused(reply)
             if not isinstance(reply, wire.Result if isinstance(request, wire.Step) else wire.Done):
-                error = SessionLost(f"the worker answered a {type(request).__name__} by a {type(reply).__name__}")
-                self._end(error)
-                raise error
+                wrong = SessionLost(f"the worker answered a {type(request).__name__} by a {type(reply).__name__}")
+                self._end(wrong)
+                raise wrong
         return answers
 
     def fork(self) -> RemoteSession:
@@ -439,7 +451,7 @@ class RemoteSession:
             raise self._lost
         child = self._client.new_session(self.channel)
         if child is None:
-            raise SessionLost("the channel to the worker has had as many sessions as it may")
+            raise SessionLost("the channel to the worker takes no more sessions")
         try:
             child.call([(wire.Fork(self.number, 0), b"")])
         except SplitError:
@@ -457,8 +469,8 @@ class RemoteSession:
         if self._lost is None:
             self._end(SessionLost("the session was closed"))
 
-    def lose(self, error: SessionLost) -> None:
-        """The worker does not hold the session any more: there is nothing to free."""
+    def lose(self, error: SplitError) -> None:
+        """The worker does not hold the session any more, or must not be written to: there is nothing to free."""
         if self._lost is None:
             self._lost = error
             self._client.forget(self)
@@ -519,12 +531,15 @@ class RemoteSession:
                 raise event
             assert event is not None
             header, body = event
+            assert isinstance(header, wire.Bounce | wire.Relay)
+            if header.seq not in self.in_flight:
+                continue
             if isinstance(header, wire.Bounce):
                 if header.reason in ("gone", "revoked"):
-                    raise SessionLost("the worker that held the session is gone")
+                    raise SessionLost(_GONE)
                 # One of several, perhaps: all are sent again at once.
                 resend_at = min(resend_at, now + max(MIN_RETRY, header.retry_after))
-            elif isinstance(header, wire.Relay) and header.seq in self.in_flight:
+            else:
                 return header, body
 
     def _open_reply(self, header: wire.Relay, body: bytes) -> tuple[wire.AnyReply, memoryview]:

@@ -15,13 +15,13 @@ from split_common import wire
 from split_common.errors import PromptTooLong, UnsupportedFeature
 from split_common.fleet import load_fleet
 from split_common.manifest import find_manifest
-from split_common.part import load_part, plan
+from split_common.part import generation_config, load_part, plan
 from split_common.slots import Stack
 from split_common.split import Split
 from split_common.tensors import dtype_name, parse_dtype
 from split_common.transport import DEFAULT_BROKER, connect
 from split_device.client import PATIENCE, Client
-from split_device.remote import RemoteBody, check_cache, is_windowed
+from split_device.remote import RemoteBody, Traits, is_windowed
 from split_device.timings import Timings
 
 #: What `generate` may be told of the cache: a session is a layer of a dynamic one.
@@ -90,20 +90,24 @@ class SplitModelForCausalLM:
         wire_dtype = dtype_name(model.dtype)
         client = Client(transport, fleet, identity, service, manifest.name, wire_dtype, timeout, patience)
         client.start()
+        model.name_or_path = model.config.name_or_path = str(name_or_path)
+        model.generation_config = generation_config(plan_) or model.generation_config
         model._join(client, stack, split)
         return model
 
     def _join(self, client: Client, stack: Stack, split: Split) -> None:
         body = stack.slots[split.first]
         assert isinstance(body, RemoteBody)
-        text_config = self.config.get_text_config(decoder=True)
-        body.attach(client, split, split.layers, is_windowed(text_config, split.body))
+        windowed = is_windowed(self.config.get_text_config(decoder=True), split.body)
+        body.attach(client, split, Traits(windowed or not stack.takes_positions, stack.positions_interact))
         self.split = split
         self._client = client
         self._stack = stack
         self._body = body
-        self._max_positions = int(getattr(text_config, "max_position_embeddings", 0) or 2**31)
-        self._called = self._returned = 0.0
+        self._max_positions = stack.max_positions
+        self._called = 0.0
+        #: When the step before this one of the same `generate` ended.
+        self._returned: float | None = None
         self._closed = weakref.finalize(self, client.close)
         self.generation_config.cache_implementation = None
         stack.owner.register_forward_pre_hook(self._before_stack, with_kwargs=True)
@@ -137,24 +141,23 @@ class SplitModelForCausalLM:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Like transformers'. Raises UnsupportedFeature, before anything is sent, for what cannot be split."""
-        configs = [kwargs.get("generation_config"), *args[1:2]]
-        for config in configs:
-            if getattr(config, "cache_implementation", None) not in _DYNAMIC:
-                _refuse_cache(config.cache_implementation)
-            for option in ("output_hidden_states", "output_attentions"):
-                if getattr(config, option, False):
-                    kwargs.setdefault(option, True)
-        if kwargs.get("cache_implementation") not in _DYNAMIC:
-            _refuse_cache(kwargs["cache_implementation"])
+        config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        for options in (vars(config) if config is not None else {}, kwargs):
+            if options.get("cache_implementation") not in _DYNAMIC:
+                name = options["cache_implementation"]
+                raise UnsupportedFeature(f"cache_implementation={name!r} cannot be split: only a dynamic cache can")
+            _refuse_outputs(options)
         for name in ("cache", "past_key_values"):
-            if isinstance(kwargs.get(name), Cache):
-                check_cache(kwargs[name])
-        _refuse_outputs(kwargs)
+            if kwargs.get(name) is not None:
+                self._body.check_cache(kwargs[name])
         inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         if isinstance(inputs, torch.Tensor) and inputs.ndim == 2:
             self._check_length(inputs.shape[1])
-        self._returned = 0.0
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        self._returned = None
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._returned = None
 
     def generate_batch(self, *_args: Any, **_kwargs: Any) -> Any:
         """Refused: transformers' continuous batching keeps a paged cache of all layers in this process."""
@@ -174,7 +177,7 @@ class SplitModelForCausalLM:
 
     def _before_forward(self, _module: Any, _args: Any) -> None:
         self._called = time.perf_counter()
-        if self._returned:
+        if self._returned is not None:
             self.timings.add("sampling", self._called - self._returned)
 
     def _before_stack(self, _owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -185,7 +188,7 @@ class SplitModelForCausalLM:
             raise UnsupportedFeature("prepared attention masks cannot be split: pass a 2-D attention_mask")
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         if cache is not None:
-            check_cache(cache)
+            self._body.check_cache(cache)
         states = kwargs.get("inputs_embeds")
         tokens = kwargs.get("input_ids", args[0] if args else None) if states is None else states
         if tokens is not None:
@@ -201,14 +204,10 @@ class SplitModelForCausalLM:
         timings.add("tail", self._returned - self._body.left)
 
 
-_OUTPUTS = ("output_hidden_states", "output_attentions")
+_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 def _refuse_outputs(options: dict[str, Any]) -> None:
     for name in _OUTPUTS:
         if options.get(name):
             raise UnsupportedFeature(f"{name} cannot be split: the body's are on the worker")
-
-
-def _refuse_cache(name: str) -> None:
-    raise UnsupportedFeature(f"cache_implementation={name!r} cannot be split: only the dynamic cache can")

@@ -6,6 +6,7 @@ Such changes cost no message: they travel with the next step.
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer
 
 from split_common import wire
-from split_common.errors import Busy, Malformed, UnsupportedFeature
+from split_common.errors import Busy, Malformed, SplitError, UnsupportedFeature
 from split_common.slots import PassThrough
 from split_common.split import Split
-from split_common.tensors import dtype_name, from_bytes, to_bytes
+from split_common.tensors import dtype_name, from_bytes, raw_bytes, to_bytes
 from split_device.client import Client, RemoteSession
 
 #: Bytes of hidden states in one message; a longer prefill travels in several.
@@ -37,8 +38,9 @@ class Call(threading.local):
 class Traits:
     """What the device must know of the body's layers, which it does not have."""
 
-    #: Some attend to a window of the cache, by its indices.
-    windowed: bool
+    #: Some may count the cache's indices and not the tokens' positions: those with sliding windows, or with no
+    #: position ids.
+    counts_indices: bool
     #: What a token is handed depends on the largest position of the call.
     positions_interact: bool
 
@@ -174,11 +176,11 @@ class SessionLayer(DynamicLayer):  # type: ignore[misc]
                 "the attention mask hides or reveals tokens that are already cached, e.g. a pad token that was "
                 "generated in an earlier turn: pass an attention_mask that keeps them as they were"
             )
-        if self._traits.windowed:
+        if self._traits.counts_indices:
             before = full.cummax(1).values & ~full
             if bool((before.cummax(1).values & full)[:, past:].any()):
                 raise UnsupportedFeature(
-                    "padding between tokens cannot be split with sliding-window layers: pad left"
+                    "padding between tokens cannot be split where layers count cache indices (sliding windows): pad left"
                 )
         return cached, full[:, past:]
 
@@ -201,7 +203,8 @@ class SessionLayer(DynamicLayer):  # type: ignore[misc]
         if self._columns is not None or len(hidden) == 1:
             return everyone, everyone
         seen: dict[tuple[bytes, ...], int] = {}
-        sent, copies = [], []
+        sent: list[int] = []
+        copies: list[int] = []
         for row in everyone:
             mine = keep[row]
             key = tuple(bytes(raw_bytes(tensor)) for tensor in (mine, positions[row][mine], hidden[row][mine]))
@@ -291,7 +294,7 @@ class RemoteBody(PassThrough):
     def _without_cache(self, hidden: torch.Tensor) -> torch.Tensor:
         positions = self.call.positions
         if self.call.mask is None and positions is not None and bool((positions.diff() != 1).any()):
-            raise UnsupportedFeature("packed sequences cannot be split: pass them as a batch with an attention_mask")
+            raise UnsupportedFeature("packed sequences cannot be split: pass them as rows of a batch")
         layer = SessionLayer(self._client, self._traits)
         try:
             return layer.step(hidden, self.call)
@@ -327,8 +330,8 @@ class Chunk:
 
     rows: list[wire.Row]
     states: torch.Tensor
-    #: The places in `states` whose output counts; None for all.
-    own: list[int] | None
+    #: Whose output counts, bool `[tokens]`; None for all.
+    own: torch.Tensor | None = None
 
     def output(self, reply: wire.AnyReply, data: memoryview) -> torch.Tensor:
         """Raises Malformed or NonFinite for an answer to something else."""
@@ -338,15 +341,45 @@ class Chunk:
         return output if self.own is None else output[self.own]
 
 
-def cut(rows: list[wire.Row], packed: torch.Tensor, limit: int, whole: bool) -> list[Chunk]:
+def cut(rows: list[wire.Row], packed: torch.Tensor, limit: int, positions_interact: bool) -> list[Chunk]:
     """Cuts runs so that no chunk has more than `limit` tokens.
 
-    With `whole`, runs that end below the largest position of all get one more token there, which the next step cuts
-    off again: the worker then sees that position in every run, as the unsplit model does.
+    Where positions interact, the worker must see the largest one of the call in every run: a run that ends below it
+    gets one more token there. Its output is dropped, and the row's next run cuts it off.
     """
+    horizon = max(max(row.positions) for row in rows) if positions_interact else -1
     chunks = []
+    begin = 0
     for runs in _runs(rows, limit):
-        ...
+        lengths = [len(run.positions) for run in runs]
+        states = packed[begin : begin + sum(lengths)]
+        begin += sum(lengths)
+        short = [max(run.positions) < horizon for run in runs]
+        if not any(short):
+            chunks.append(Chunk(runs, states))
+            continue
+        pieces, own, extended = [], [], []
+        for run, part, extra in zip(runs, torch.split(states, lengths), short, strict=True):
+            pieces += [part, part[-1:]] if extra else [part]
+            own += [True] * len(part) + [False] * extra
+            extended.append(wire.Row(run.row, run.start, [*run.positions, *[horizon] * extra]))
+        chunks.append(Chunk(extended, torch.cat(pieces), torch.tensor(own)))
+    return chunks
+
+
+def _runs(rows: list[wire.Row], limit: int) -> list[list[wire.Row]]:
+    chunks: list[list[wire.Row]] = [[]]
+    room = limit
+    for row in rows:
+        done = 0
+        while done < len(row.positions):
+            if not room:
+                chunks.append([])
+                room = limit
+            part = row.positions[done : done + room]
+            chunks[-1].append(wire.Row(row.row, row.start + done, part))
+            done += len(part)
+            room -= len(part)
     return chunks
 
 

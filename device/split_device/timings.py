@@ -34,6 +34,17 @@ class Timings:
         finally:
             self.add(stage, time.perf_counter() - began)
 
+    @contextmanager
+    def measure_rest(self, stage: str) -> Iterator[None]:
+        """Times a block, less what is added to other stages meanwhile."""
+        accounted = sum(self.seconds.values())
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            passed = time.perf_counter() - began
+            self.add(stage, max(0.0, passed - (sum(self.seconds.values()) - accounted)))
+
     def per_step_ms(self) -> dict[str, float]:
         """Mean milliseconds of each stage for a call of the body."""
         return {stage: 1000 * total / max(1, self.steps) for stage, total in self.seconds.items()}

@@ -30,7 +30,7 @@ class Body:
     def __init__(self, plan: Plan, split: Split, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self._config = plan.text_config
         self._split = split
-        model, self._stack = load_part(plan, split, "worker", dtype=dtype)
+        _, self._stack = load_part(plan, split, "worker", dtype=dtype)
         self._owner = self._stack.owner.to(device)
         parameters = list(self._owner.parameters())
         self.device = device

@@ -8,14 +8,13 @@ reason. Where pages are scattered, they are gathered.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
 import torch
 
-from split_common.engine.rows import Run
+from split_common.engine.rows import Row
 
 #: Tokens of a page.
 PAGE_TOKENS = 16
@@ -79,7 +78,7 @@ class PagedSequence:
         Raises:
             OutOfPages: the pool is full; the sequence is as it was.
         """
-        if self.pages_to_append(tokens) > self.pool.free_pages:
+        if self.pages_to_append(tokens) > self.pool.free:
             raise OutOfPages
         if tokens and self._shares_last_page():
             shared = self.pages[-1]
@@ -125,7 +124,8 @@ class PagePool:
             for index, shape in shapes.items()
         }
         self.pages = pages
-        self.free_pages = pages
+        #: Pages that are free.
+        self.free = pages
         self._references = np.zeros(pages, dtype=np.int32)
 
     def storage(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,15 +145,14 @@ class PagePool:
     @property
     def free_tokens(self) -> int:
         """Tokens that the free pages hold."""
-        return self.free_pages * PAGE_TOKENS
+        return self.free * PAGE_TOKENS
 
     def new_row(self) -> PagedSequence:
         return PagedSequence(self)
 
-    def fits(self, runs: Sequence[Run]) -> bool:
-        """Whether there are pages for all of these runs."""
-        pages = sum(cast(PagedSequence, run.row).pages_to_append(len(run.positions)) for run in runs)
-        return pages <= self.free_pages
+    def cost(self, row: Row, tokens: int) -> int:
+        """Pages that appending `tokens` tokens to a row takes."""
+        return cast(PagedSequence, row).pages_to_append(tokens)
 
     def take(self, after: int | None) -> int:
         """A free page: the one that follows `after` if it is free."""
@@ -162,7 +161,7 @@ class PagePool:
         else:
             page = self._middle_of_largest_gap()
         self._references[page] = 1
-        self.free_pages -= 1
+        self.free -= 1
         return page
 
     def copy(self, page: int, tokens: int, after: int | None) -> int:
@@ -179,7 +178,7 @@ class PagePool:
 
     def release(self, pages: list[int]) -> None:
         self._references[pages] -= 1
-        self.free_pages += int((self._references[pages] == 0).sum()) if pages else 0
+        self.free += int((self._references[pages] == 0).sum()) if pages else 0
 
     def is_shared(self, page: int) -> bool:
         return bool(self._references[page] > 1)

@@ -40,8 +40,12 @@ class Store(Protocol):
 
     def new_row(self) -> Row: ...
 
-    def fits(self, runs: Sequence[Run]) -> bool:
-        """Whether there is memory for all of these runs."""
+    def cost(self, row: Row, tokens: int) -> int:
+        """What appending tokens to a row takes, in units of `free`."""
+
+    @property
+    def free(self) -> int:
+        """Memory that is left: pages, or tokens where there are none."""
 
     @property
     def free_tokens(self) -> int:

@@ -66,7 +66,7 @@ class Runner:
         self.store = self._choose_store(config, kv_bytes)
 
     def run(self, runs: Sequence[Run]) -> list[torch.Tensor]:
-        """Appends tokens to rows; the caller has asked `store.fits`.
+        """Appends tokens to rows; the caller has seen that there is room in the store.
 
         Returns:
             The layers' output for each run, `[tokens, width]`.
@@ -133,7 +133,6 @@ class Runner:
         wanted, token_bytes = self._rehearse()
         original = self._owner.config._attn_implementation
         try:
-            self._owner.set_attn_implementation(attention.NAME)
             shapes = self._check_packed(wanted, separate.new_cache())
         except _NotPackable as reason:
             self._owner.set_attn_implementation(original)
@@ -171,6 +170,7 @@ class Runner:
         calls: list[tuple[Call, list[str]]] = []
         token = attention.watching.set(calls)
         try:
+            self._owner.set_attn_implementation(attention.NAME)
             got, _ = self._rehearse()
         except Exception as error:
             raise _NotPackable(f"their attention fails: {type(error).__name__}: {error}") from error

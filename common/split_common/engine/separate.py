@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 from transformers import DynamicCache
 from transformers.cache_utils import DummyLayer, DynamicLayer
 
-from split_common.engine.rows import Run
+from split_common.engine.rows import Row
 from split_common.split import Split
 
 
@@ -69,11 +68,13 @@ class SeparateStore:
         self.used = 0
 
     @property
-    def free_tokens(self) -> int:
+    def free(self) -> int:
         return self.capacity - self.used
 
-    def fits(self, runs: Sequence[Run]) -> bool:
-        return sum(len(run.positions) for run in runs) <= self.free_tokens
+    free_tokens = free
+
+    def cost(self, row: Row, tokens: int) -> int:
+        return tokens
 
     def new_row(self) -> CacheRow:
         return CacheRow(self, self.new_cache())

@@ -1,0 +1,224 @@
+"""The scheduler: which tokens go into the next forward.
+
+Every decoding row that is ready goes into it. What is left of the budget goes to prefills, in chunks, so that
+decoding rows wait no longer than one chunk; devices take turns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from split_common.engine.rows import Run, Store
+from split_common.errors import Busy
+
+#: A step of at most this many tokens is decoding (speculative decoding verifies several at once).
+DECODE_TOKENS = 16
+
+#: Most rows in one forward.
+MAX_ROWS = 256
+
+#: Tokens of prefill in one forward, at least and at most.
+MIN_CHUNK = 16
+MAX_CHUNK = 512
+
+#: While anybody decodes, prefill may lengthen a forward by this share of a forward without it.
+SLACK = 1.0
+
+#: Seconds after its last step during which a session is held to be decoding.
+DECODING_FOR = 1.0
+
+
+@dataclass(eq=False)
+class Job:
+    """A step of a session.
+
+    `start` is called when the session's earlier steps are done; it makes the rows ready and returns the runs, or
+    raises what the step is refused with. `finish` is called once, with the output `[tokens, width]` or that error.
+    """
+
+    session: Hashable
+    device: Hashable
+    tokens: int
+    start: Callable[[], Sequence[Run]]
+    finish: Callable[[torch.Tensor | Exception], None]
+    arrived: float = field(default_factory=time.perf_counter)
+    runs: Sequence[Run] = ()
+    done: list[int] = field(default_factory=list)
+    outputs: list[list[torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def decodes(self) -> bool:
+        return self.tokens <= DECODE_TOKENS
+
+    @property
+    def complete(self) -> bool:
+        return all(done == len(run.positions) for done, run in zip(self.done, self.runs, strict=True))
+
+    def result(self) -> torch.Tensor:
+        return torch.cat([part for parts in self.outputs for part in parts])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one of a job's runs, to go into the next forward."""
+
+    job: Job
+    index: int
+    run: Run
+
+
+class ChunkBudget:
+    """How many tokens of prefill a forward may take, learnt from how long forwards took."""
+
+    def __init__(self) -> None:
+        self._base = 0.0
+        self._per_token = 0.0
+        self._decoded_at = float("-inf")
+
+    def observe(self, decoding: int, prefill: int, seconds: float) -> None:
+        """A forward with this many decoding rows and tokens of prefill took so long."""
+        if decoding:
+            self._decoded_at = time.monotonic()
+        if not prefill:
+            self._base = _average(self._base, seconds)
+        elif not decoding or self._base:
+            self._per_token = _average(self._per_token, max(0.0, seconds - self._base * bool(decoding)) / prefill)
+
+    def tokens(self) -> int:
+        """Tokens of prefill for the next forward."""
+        if time.monotonic() - self._decoded_at > DECODING_FOR or not self._base or not self._per_token:
+            return MAX_CHUNK
+        return max(MIN_CHUNK, min(MAX_CHUNK, int(SLACK * self._base / self._per_token)))
+
+
+def _average(old: float, new: float) -> float:
+    return new if not old else 0.8 * old + 0.2 * new
+
+
+class Scheduler:
+    """Jobs that wait and jobs that run. One thread uses it.
+
+    Args:
+        store: the rows' memory.
+        make_room: called when nothing fits; frees memory of others and says whether it did.
+    """
+
+    def __init__(self, store: Store, make_room: Callable[[Job], bool] = lambda _: False) -> None:
+        self._store = store
+        self._make_room = make_room
+        self._active: OrderedDict[Hashable, Job] = OrderedDict()
+        self._waiting: dict[Hashable, deque[Job]] = {}
+        self.budget = ChunkBudget()
+
+    @property
+    def idle(self) -> bool:
+        return not self._active
+
+    def busy_sessions(self) -> set[Hashable]:
+        """Sessions with a step in hand."""
+        return set(self._active)
+
+    def add(self, job: Job) -> None:
+        if job.session in self._active:
+            self._waiting.setdefault(job.session, deque()).append(job)
+        else:
+            self._activate(job)
+
+    def next_batch(self) -> list[Piece]:
+        """What to run next; empty if nothing is ready."""
+        while self._active:
+            batch = self._fill()
+            if batch:
+                return batch
+            # Nothing fits, so the oldest job gets room, or is told to come back.
+            job = next(iter(self._active.values()))
+            if not self._make_room(job):
+                self._end(job, Busy("the worker's KV memory is full", retry_after=0.5))
+        return []
+
+    def finish(self, batch: Sequence[Piece], outputs: Sequence[torch.Tensor], seconds: float) -> None:
+        """Takes the outputs of a batch that was run in so many seconds."""
+        prefill = sum(len(piece.run.positions) for piece in batch if not piece.job.decodes)
+        self.budget.observe(sum(piece.job.decodes for piece in batch), prefill, seconds)
+        for piece, output in zip(batch, outputs, strict=True):
+            piece.job.outputs[piece.index].append(output)
+            piece.job.done[piece.index] += len(piece.run.positions)
+        for job in {id(piece.job): piece.job for piece in batch}.values():
+            if job.complete:
+                self._end(job, job.result())
+            elif not job.decodes:
+                # The next forward's chunk is another device's.
+                self._active.move_to_end(job.session)
+
+    def fail(self, job: Job, error: Exception) -> None:
+        """Ends a job whose forward failed."""
+        self._end(job, error)
+
+    def _activate(self, job: Job) -> None:
+        try:
+            job.runs = [run for run in job.start() if len(run.positions)]
+        except Exception as error:
+            job.finish(error)
+            self._next_of(job.session)
+            return
+        job.done = [0] * len(job.runs)
+        job.outputs = [[] for _ in job.runs]
+        self._active[job.session] = job
+        if not job.runs:
+            self._end(job, torch.empty(0, 0))
+
+    def _end(self, job: Job, outcome: torch.Tensor | Exception) -> None:
+        del self._active[job.session]
+        job.finish(outcome)
+        self._next_of(job.session)
+
+    def _next_of(self, session: Hashable) -> None:
+        if session in self._waiting:
+            job = self._waiting[session].popleft()
+            if not self._waiting[session]:
+                del self._waiting[session]
+            self._activate(job)
+
+    def _fill(self) -> list[Piece]:
+        batch: list[Piece] = []
+        room = self._store.free
+        for job in self._active.values():
+            if not job.decodes:
+                continue
+            pieces = [Piece(job, index, run) for index, run in enumerate(job.runs)]
+            cost = sum(self._store.cost(piece.run.row, len(piece.run.positions)) for piece in pieces)
+            if cost <= room and len(batch) + len(pieces) <= MAX_ROWS:
+                room -= cost
+                batch += pieces
+        budget = self.budget.tokens()
+        for job in self._in_turns():
+            for index, run in enumerate(job.runs):
+                begin = job.done[index]
+                count = min(budget, len(run.positions) - begin)
+                cost = self._store.cost(run.row, count)
+                if count <= 0 or cost > room or len(batch) >= MAX_ROWS:
+                    continue
+                room -= cost
+                budget -= count
+                part = Run(run.row, run.states[begin : begin + count], run.positions[begin : begin + count])
+                batch.append(Piece(job, index, part))
+        return batch
+
+    def _in_turns(self) -> list[Job]:
+        """Prefilling jobs, one of each device before the second of any."""
+        queues: dict[Hashable, deque[Job]] = {}
+        for job in self._active.values():
+            if not job.decodes:
+                queues.setdefault(job.device, deque()).append(job)
+        order: list[Job] = []
+        while queues:
+            for device in list(queues):
+                order.append(queues[device].popleft())
+                if not queues[device]:
+                    del queues[device]
+        return order

@@ -1,0 +1,226 @@
+"""The protocol's messages: what is encoded is decoded, and nothing else is."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from split_common import wire
+from split_common.errors import Malformed, Oversized, ProtocolError, VersionMismatch
+
+_peers = st.binary(min_size=8, max_size=8)
+_naturals = st.integers(0, 2**62 - 1)
+_services = st.builds(wire.Service, st.binary(min_size=32, max_size=32), _naturals, _naturals)
+_headers = st.one_of(
+    st.builds(
+        wire.Announce,
+        _peers,
+        st.sampled_from(["device", "worker"]),
+        st.text(max_size=512),
+        _naturals,
+        st.lists(_peers, max_size=20),
+        st.none() | _services,
+        st.text(max_size=512),
+        _naturals,
+        st.booleans(),
+    ),
+    st.builds(wire.Welcome, _peers, _naturals, st.lists(_peers, max_size=20)),
+    st.just(wire.Probe()),
+    st.builds(wire.RosterRequest, _peers),
+    st.just(wire.RosterReply()),
+    st.builds(wire.Open, _peers, _naturals, _services, st.lists(_peers, max_size=64)),
+    st.builds(wire.Relay, _peers, _peers, st.sampled_from(wire.Kind), *[_naturals] * 5),
+    st.builds(
+        wire.Bounce,
+        st.sampled_from(["no-worker", "busy", "gone", "full", "revoked"]),
+        *[_naturals] * 3,
+        _peers,
+        st.text(max_size=50),
+        st.floats(0, 60),
+    ),
+)
+_rows = st.lists(
+    st.builds(wire.Row, st.integers(0, 4095), _naturals, st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5)),
+    max_size=5,
+)
+_requests = st.one_of(
+    st.builds(
+        wire.Step,
+        st.sampled_from(sorted(wire.DTYPES)),
+        st.integers(1, 64),
+        _rows,
+        st.none() | st.lists(st.integers(0, 2**40), max_size=9),
+        _naturals,
+    ),
+    st.builds(wire.Fork, _naturals, _naturals),
+    st.just(wire.Close()),
+)
+
+
+def _tensor(payload: wire.Payload) -> bytes:
+    return bytes(range(256)) * (getattr(payload, "tensor_bytes", 0) // 256 + 1)
+
+
+@given(_headers)
+@settings(max_examples=300, deadline=None)
+def test_headers_come_back_as_they_were(header: wire.Header) -> None:
+    assert wire.decode_header(wire.encode_header(header)) == header
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=1000, deadline=None)
+def test_any_bytes_are_a_header_or_refused(frame: bytes) -> None:
+    for candidate in (frame, bytes((wire.VERSION,)) + frame):
+        try:
+            wire.decode_header(candidate)
+        except ProtocolError:
+            continue
+
+
+@given(_headers, st.data())
+@settings(max_examples=1000, deadline=None)
+def test_a_damaged_header_is_another_one_or_refused(header: wire.Header, data: st.DataObject) -> None:
+    frame = bytearray(wire.encode_header(header))
+    index = data.draw(st.integers(0, len(frame) - 1))
+    if data.draw(st.booleans()):
+        del frame[index:]
+    else:
+        frame[index] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        assert wire.decode_header(bytes(frame)) != header
+    except ProtocolError:
+        return
+
+
+def test_headers_of_another_version_or_size_are_refused_by_name() -> None:
+    frame = wire.encode_header(wire.Probe())
+    with pytest.raises(VersionMismatch, match="version 2"):
+        wire.decode_header(b"\x02" + frame[1:])
+    with pytest.raises(Oversized):
+        wire.decode_header(frame + bytes(wire.MAX_HEADER))
+    with pytest.raises(Malformed, match="empty"):
+        wire.decode_header(b"")
+    with pytest.raises(Oversized):
+        wire.check_body(bytes(wire.MAX_BODY + 1))
+    assert wire.check_body(bytes(wire.MAX_BODY))
+
+
+def test_a_header_nested_too_deeply_is_malformed() -> None:
+    """An unknown element of a service is skipped, and skipping recurses."""
+    deep = b"\x91" * 60_000 + b"\x01"
+    service = msgspec.msgpack.encode((bytes(32), 0, 1))
+    head = msgspec.msgpack.encode((6, bytes(8), 1))
+    nested = bytes((wire.VERSION, head[0] + 1)) + head[1:] + bytes((service[0] + 1,)) + service[1:] + deep
+    with pytest.raises(Malformed):
+        wire.decode_header(nested)
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0, 1e9])
+def test_a_peer_cannot_ask_for_an_impossible_wait(seconds: float) -> None:
+    with pytest.raises(Malformed):
+        wire.decode_header(wire.encode_header(wire.Bounce("full", retry_after=seconds)))
+    with pytest.raises(Malformed):
+        wire.decode_payload(wire.encode_payload(wire.Refusal("busy", "", seconds)), wire.reply_decoder)
+
+
+def test_announcements_are_bounded_in_what_they_watch() -> None:
+    most = wire.Announce(bytes(8), "device", "d", watching=[bytes(8)] * wire.MAX_WATCHED)
+    assert wire.decode_header(wire.encode_header(most)) == most
+    more = wire.Announce(bytes(8), "device", "d", watching=[bytes(8)] * (wire.MAX_WATCHED + 1))
+    with pytest.raises(Malformed):
+        wire.decode_header(wire.encode_header(more))
+
+
+# --- payloads ----------------------------------------------------------------------------------------------
+
+
+@given(_requests, st.sampled_from([0, 16, 32]))
+@settings(max_examples=300, deadline=None)
+def test_payloads_come_back_with_their_tensor(payload: wire.Payload, overhead: int) -> None:
+    tensor = _tensor(payload)[: getattr(payload, "tensor_bytes", 0)]
+    body = wire.encode_payload(payload, tensor, overhead=overhead)
+    assert wire.padded_size(len(body) + overhead) == len(body) + overhead
+    decoded, found = wire.decode_payload(body, wire.request_decoder)
+    assert decoded == payload
+    assert bytes(found) == tensor
+
+
+@given(_requests, st.data())
+@settings(max_examples=1000, deadline=None)
+def test_a_damaged_payload_is_refused_or_fits_its_body(payload: wire.Payload, data: st.DataObject) -> None:
+    body = bytearray(wire.encode_payload(payload, _tensor(payload)[: getattr(payload, "tensor_bytes", 0)]))
+    index = data.draw(st.integers(0, len(body) - 1))
+    if data.draw(st.booleans()):
+        del body[index:]
+    else:
+        body[index] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        decoded, tensor = wire.decode_payload(bytes(body), wire.request_decoder)
+    except ProtocolError:
+        return
+    assert len(tensor) == getattr(decoded, "tensor_bytes", 0) <= len(body)
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=1000, deadline=None)
+def test_any_bytes_are_a_payload_or_refused(body: bytes) -> None:
+    for decoder in (wire.request_decoder, wire.reply_decoder):
+        try:
+            wire.decode_payload(body, decoder)
+        except ProtocolError:
+            continue
+
+
+def test_a_payload_cannot_name_a_tensor_that_is_not_there() -> None:
+    huge = wire.Result("float32", 2**61, 2**19)
+    with pytest.raises(Malformed, match="tensor"):
+        wire.decode_payload(wire.encode_payload(huge), wire.reply_decoder)
+    with pytest.raises(Malformed, match="truncated"):
+        wire.decode_payload(b"\xff\xff\x00\x00", wire.reply_decoder)
+    with pytest.raises(Oversized):
+        wire.decode_payload(b"\xff\xff\xff\x7f" + bytes(2 << 20), wire.reply_decoder)
+
+
+def test_a_body_too_large_to_travel_is_refused_before_it_is_built() -> None:
+    step = wire.Step("float32", 2**19, [wire.Row(0, 0, [0] * 8)])
+    with pytest.raises(Oversized):
+        wire.encode_payload(step, bytes(wire.MAX_BODY))
+
+
+# --- padding -----------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=1000, deadline=None)
+def test_padme_hides_most_of_a_size_for_an_eighth_of_it(size: int) -> None:
+    padded = wire.padded_size(size)
+    assert size <= padded <= max(size, size * 1.12 + 1)
+    assert wire.padded_size(padded) == padded
+    if size > 2:
+        exponent = size.bit_length() - 1
+        assert padded % (1 << (exponent - exponent.bit_length())) == 0
+
+
+@pytest.mark.parametrize(("width", "rows"), [(32, 1), (576, 1), (576, 8), (4096, 3)])
+def test_decode_steps_have_one_size_wherever_they_are(width: int, rows: int) -> None:
+    """The numbers in a step grow with the text; neither they nor a beam's reordering show in its size."""
+    tensor = bytes(rows * width * 2)
+    places = (1, 100, 127, 128, 255, 256, 4000, 65535, 65536, 130_000)
+    sizes = {
+        len(
+            wire.encode_payload(
+                wire.Step("bfloat16", width, [wire.Row(row, at, [at]) for row in range(rows)], select, at),
+                tensor,
+                overhead=32,
+            )
+        )
+        for at in places
+        for select in (None, list(range(rows)))
+    }
+    answers = {
+        len(wire.encode_payload(wire.Result("bfloat16", rows, width, time, 7 * time), tensor, overhead=32))
+        for time in (1, 1000, 10**6, 10**8)
+    }
+    assert len(sizes) == len(answers) == 1

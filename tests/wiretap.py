@@ -1,0 +1,204 @@
+"""What the tests of the queue share: a fleet of one's own, peers that say what they like, and a broker that cheats."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import zmq
+
+from split_broker.broker import Broker
+from split_broker.lanes import Message, Peer
+from split_common import wire
+from split_common.fleet import Fleet
+from split_common.keys import Identity
+from split_common.manifest import build_manifest
+from split_common.part import plan
+from split_common.split import Split
+from split_common.tensors import to_bytes
+from split_common.transport import connect, new_peer_id
+from split_common.zmq_link import curve_client
+from split_device.client import Client
+from split_worker.body import Body
+from split_worker.sessions import SessionTable
+from split_worker.worker import Worker
+
+SPLIT = Split.parse(6, "2:-2")
+WIDTH = 32
+
+
+def wait_until(condition: Callable[[], Any], timeout: float = 10.0) -> float:
+    """Waits until `condition` holds; returns how long that took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < timeout, "it did not come true in time"
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+class Setting:
+    """A fleet of its own, with the tiny model's manifest in it, and what to start of it."""
+
+    def __init__(self, directory: Path, checkpoint: Path) -> None:
+        self.fleet = Fleet.create(directory / "keys")
+        self.checkpoint = checkpoint
+        self.plan = plan(str(checkpoint))
+        self.manifest = build_manifest(self.plan.checkpoint)
+        self.fleet.add_manifest(self.manifest)
+        self.service = wire.Service(self.manifest.root, SPLIT.first, SPLIT.last)
+        self.body = Body(self.plan, SPLIT, torch.device("cpu"))
+
+    def own_fleet(self) -> Fleet:
+        """The fleet as another process has it."""
+        return Fleet.open(self.fleet.path)
+
+    @contextlib.contextmanager
+    def broker(self, address: str = "tcp://127.0.0.1:*") -> Iterator[Broker]:
+        broker = Broker(address, self.own_fleet())
+        broker.start()
+        try:
+            yield broker
+        finally:
+            broker.stop()
+
+    @contextlib.contextmanager
+    def worker(
+        self, broker: str, member: str = "worker-1", service: wire.Service | None = None, **limits: Any
+    ) -> Iterator[Worker]:
+        fleet = self.own_fleet()
+        identity = fleet.read_identity(member)
+        transport = connect(broker, fleet, identity)
+        service = service or self.service
+        table = SessionTable(**limits)
+        worker = Worker(self.body, service, self.manifest.name, identity, fleet, transport, table)
+        worker.start()
+        try:
+            yield worker
+        finally:
+            worker.stop()
+
+    @contextlib.contextmanager
+    def client(
+        self, broker: str, member: str = "device-1", service: wire.Service | None = None, **options: Any
+    ) -> Iterator[Client]:
+        fleet = self.own_fleet()
+        identity = fleet.read_identity(member)
+        transport = connect(broker, fleet, identity)
+        service = service or self.service
+        client = Client(transport, fleet, identity, service, self.manifest.name, "float32", **options)
+        client.start()
+        try:
+            yield client
+        finally:
+            client.close()
+
+
+def step(start: int, tokens: int = 1, seed: int = 0) -> tuple[wire.Step, memoryview]:
+    """A step of one row, and its hidden states: always the same for the same arguments."""
+    generator = torch.Generator().manual_seed(1000 * seed + start)
+    states = torch.randn(tokens, WIDTH, generator=generator)
+    rows = [wire.Row(0, start, list(range(start, start + tokens)))]
+    return wire.Step("float32", WIDTH, rows), to_bytes(states)
+
+
+def run_steps(client: Client, count: int, seed: int = 0, session: Any = None) -> list[bytes]:
+    """The body's answers to a prefill and `count` tokens, in a session of their own."""
+    session = session or client.open_session()
+    answers = [session.call([step(0, 7, seed)])]
+    answers += [session.call([step(7 + i, 1, seed)]) for i in range(count)]
+    session.close()
+    return [bytes(tensor) for ((_, tensor),) in answers]
+
+
+class FakePeer:
+    """A socket of a member of the fleet that sends what it is told to, and no heartbeats by itself."""
+
+    def __init__(self, address: str, fleet: Fleet, identity: Identity, id_: bytes | None = None) -> None:
+        self.id = id_ or new_peer_id()
+        self.role = identity.certificate.role
+        self.member = identity.certificate.name
+        self.socket = zmq.Context.instance().socket(zmq.DEALER)
+        self.socket.linger = 0
+        if address.startswith("tcp://"):
+            curve_client(self.socket, fleet, identity)
+        self.socket.connect(address)
+
+    def __enter__(self) -> FakePeer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def send(self, header: wire.Header, body: bytes = b"") -> None:
+        self.socket.send_multipart([wire.encode_header(header), body])
+
+    def announce(self, **fields: Any) -> None:
+        known = {"sender": self.id, "role": self.role, "member": self.member}
+        self.send(wire.Announce(**{**known, **fields}))
+
+    def receive(self, kind: type[wire.Header], timeout: float = 5.0) -> tuple[Any, bytes]:
+        """The next message of a kind; others are skipped."""
+        deadline = time.monotonic() + timeout
+        while self.socket.poll(max(0, int(1000 * (deadline - time.monotonic())))):
+            head, body = self.socket.recv_multipart()
+            header = wire.decode_header(head)
+            if isinstance(header, kind):
+                return header, body
+        raise TimeoutError(f"no {kind.__name__} came")
+
+    def silent(self, kind: type[wire.Header], timeout: float = 0.3) -> bool:
+        """Whether no message of a kind comes."""
+        try:
+            self.receive(kind, timeout)
+        except TimeoutError:
+            return True
+        return False
+
+    def join(self, **fields: Any) -> wire.Welcome:
+        self.announce(**fields)
+        welcome: wire.Welcome = self.receive(wire.Welcome)[0]
+        return welcome
+
+
+class FakeTransport:
+    """A transport that keeps what is sent, for handlers whose `on_message` is called by hand."""
+
+    alive = True
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[wire.Header, bytes]] = []
+        self.counters: Counter[str] = Counter()
+
+    def start(self, handler: Any, timeout: float) -> None: ...
+
+    def send(self, header: wire.Header, body: bytes = b"") -> None:
+        self.sent.append((header, body))
+
+    def announce(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def take(self) -> list[tuple[wire.Header, bytes]]:
+        sent, self.sent = self.sent, []
+        return sent
+
+
+def cheat(broker: Broker, change: Callable[[Peer, wire.AnyHeader, Message], list[Message]]) -> None:
+    """Makes a broker deliver what `change` makes of each message, instead of the message."""
+    deliver = broker._put
+
+    def put(peer: Peer, message: Message) -> bool:
+        return all([deliver(peer, changed) for changed in change(peer, wire.decode_header(message[0]), message)])
+
+    broker._put = put  # type: ignore[method-assign]
+
+
+def changed(header: wire.Header, **fields: Any) -> bytes:
+    """A header with some fields changed, encoded."""
+    return wire.encode_header(msgspec.structs.replace(header, **fields))
