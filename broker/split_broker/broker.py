@@ -201,6 +201,8 @@ class Broker:
         if target is not None and target.role == sender.role:
             raise Malformed(f"a {sender.role} wrote to a {target.role}")
         if target is not None and self._put(target, message):
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("routed %s", _describe(sender, target, header, message[1]))
             return
         if header.to in self._peers:
             self._bounce(sender, header, "full", "the queue of the worker is full", retry_after=0.5)
@@ -378,6 +380,14 @@ class Broker:
                 self._remove(peer, "was revoked")
             else:
                 self._put(peer, self._welcome([]))
+
+
+def _describe(sender: Peer, target: Peer, header: wire.Relay, body: bytes) -> str:
+    """All that the broker can know of a message."""
+    return (
+        f"{header.kind.name} {sender.member} -> {target.member}: channel {header.channel}, "
+        f"session {header.session}, seq {header.seq}, {len(body)} bytes {body[:16].hex()}…"
+    )
 
 
 def _claim(path: Path) -> None:

@@ -180,7 +180,7 @@ class SessionLayer(DynamicLayer):  # type: ignore[misc]
             before = full.cummax(1).values & ~full
             if bool((before.cummax(1).values & full)[:, past:].any()):
                 raise UnsupportedFeature(
-                    "padding between tokens cannot be split where layers count cache indices (sliding windows): pad left"
+                    "padding between tokens cannot be split with layers that count cache indices (sliding windows)"
                 )
         return cached, full[:, past:]
 

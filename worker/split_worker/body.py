@@ -97,8 +97,7 @@ class Body:
         arguments: dict[str, Any] = {self._stack.cache_name: row, "use_cache": True}
         if self._stack.takes_positions:
             arguments["position_ids"] = torch.tensor([positions], device=self.device)
-        blank = self._incoming.new_zeros(1, 1, 1).expand(1, len(positions), self.width)
-        self._owner(inputs_embeds=blank, **arguments)
+        self._owner(inputs_embeds=torch.zeros_like(self._incoming), **arguments)
         output, self._incoming, self._outgoing = self._outgoing, None, None
         assert output is not None
         return output[0]
