@@ -32,6 +32,14 @@ def checkpoint(options: argparse.Namespace) -> Path:
     return options.model or ensure_demo_model()
 
 
+def prompt(vocabulary: int, tokens: int) -> Any:
+    """Token ids `[1, tokens]` to start with, the same every time; special ones are avoided where there is room."""
+    import torch
+
+    first = min(100, vocabulary // 2)
+    return torch.randint(first, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
+
+
 def report(results: dict[str, Any], as_json: bool, title: str) -> None:
     """Prints the results as a table, or as one line of JSON."""
     if as_json:

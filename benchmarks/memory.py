@@ -13,8 +13,9 @@ from typing import Any
 
 import psutil
 
-from benchmarks.harness import arguments, checkpoint, fleet, report
+from benchmarks.harness import arguments, checkpoint, fleet, note, prompt, report
 
+PROMPT_TOKENS = 64
 NEW_TOKENS = 64
 MIB = 2**20
 
@@ -52,6 +53,7 @@ def main() -> None:
 
 
 def _in_process(role: str, model: Path, broker: str = "") -> int:
+    note(f"measuring: {role}")
     command = [sys.executable, "-m", "benchmarks.memory", "--role", role, "--model", str(model), "--broker", broker]
     finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return int(json.loads(finished.stdout)["rss"])
@@ -81,11 +83,15 @@ def _measure(role: str, model: Path, broker: str) -> int:
 def _generate(model: Any) -> None:
     import torch
 
-    prompt = torch.arange(100, 164)[None]
+    ids = prompt(model.config.vocab_size, PROMPT_TOKENS)
     model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=NEW_TOKENS,
-        max_new_tokens=NEW_TOKENS, pad_token_id=0,
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        min_new_tokens=NEW_TOKENS,
+        max_new_tokens=NEW_TOKENS,
+        pad_token_id=0,
+    )
 
 
 if __name__ == "__main__":

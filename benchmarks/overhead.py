@@ -6,7 +6,7 @@ import statistics
 import time
 from typing import Any
 
-from benchmarks.harness import Relay, arguments, checkpoint, fleet, note, report
+from benchmarks.harness import Relay, arguments, checkpoint, fleet, note, prompt, report
 from split_common.process import passive_threads
 
 PROMPT_TOKENS = 64
@@ -25,14 +25,13 @@ def main() -> None:
     from split_device import SplitModelForCausalLM
 
     model = checkpoint(options)
-    torch.manual_seed(0)
     unsplit = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    prompt = torch.randint(100, unsplit.config.vocab_size, (1, PROMPT_TOKENS))
+    ids = prompt(unsplit.config.vocab_size, PROMPT_TOKENS)
 
     def generate(which: Any, tokens: int = NEW_TOKENS) -> Any:
         return which.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
+            ids,
+            attention_mask=torch.ones_like(ids),
             do_sample=False,
             min_new_tokens=tokens,
             max_new_tokens=tokens,

@@ -55,14 +55,22 @@ def running_broker(address: str = "tcp://127.0.0.1:*", fleet: Fleet | None = Non
 
 
 @contextlib.contextmanager
+def joined(
+    broker: str, checkpoint: Path, head: int = 2, tail: int = 2, **options: Any
+) -> Iterator[tuple[Any, Worker]]:
+    """A split model and the worker that serves it, on a broker that runs already."""
+    worker = start_worker(checkpoint, broker, f"{head}:{-tail or ''}")
+    try:
+        with SplitModelForCausalLM.from_pretrained(
+            checkpoint, broker=broker, head_layers=head, tail_layers=tail, **options
+        ) as model:
+            yield model, worker
+    finally:
+        worker.stop()
+
+
+@contextlib.contextmanager
 def split_model(checkpoint: Path, head: int = 2, tail: int = 2, **options: Any) -> Iterator[Any]:
     """A split model with a broker and a worker of its own."""
-    with running_broker() as broker:
-        worker = start_worker(checkpoint, broker.address, f"{head}:{-tail or ''}")
-        try:
-            with SplitModelForCausalLM.from_pretrained(
-                checkpoint, broker=broker.address, head_layers=head, tail_layers=tail, **options
-            ) as model:
-                yield model
-        finally:
-            worker.stop()
+    with running_broker() as broker, joined(broker.address, checkpoint, head, tail, **options) as (model, _):
+        yield model

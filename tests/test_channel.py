@@ -14,7 +14,16 @@ from nacl.signing import SigningKey
 
 from split_common import channel as channels
 from split_common import wire
-from split_common.channel import AEGIS, XCHACHA, Answer, Channel, DeviceHandshake, Hello, SessionKeys, WorkerHandshake
+from split_common.channel import (
+    AEGIS,
+    XCHACHA,
+    Answer,
+    Channel,
+    DeviceHandshake,
+    Hello,
+    SessionKeys,
+    WorkerHandshake,
+)
 from split_common.errors import AuthenticationError, CertificateError, Malformed, ProtocolError
 from split_common.keys import Certificate, Identity, Member, ModelScope, Role, Roster, verify_certificate
 
@@ -181,14 +190,17 @@ def test_a_damaged_set_up_never_succeeds(data: st.DataObject) -> None:
     which = data.draw(st.sampled_from(["hello", "answer", "finish"]))
     initiator = DeviceHandshake(DEVICE, VERIFY, SERVICE, "bfloat16")
     hello = damage(data, initiator.hello) if which == "hello" else initiator.hello
-    with pytest.raises((ProtocolError, AuthenticationError)):
+    try:
         responder = WorkerHandshake(WORKER, VERIFY, SERVICE, hello)
         answer = damage(data, responder.answer) if which == "answer" else responder.answer
         finish, _ = initiator.finish(answer)
         responder.finish(damage(data, finish))
-    if which == "finish":
-        # The damage done, the right message still ends the set-up.
-        assert responder.finish(finish).peer == DEVICE.certificate
+    except (ProtocolError, AuthenticationError):
+        if which == "finish":
+            # The damage done, the right message still ends the set-up.
+            assert responder.finish(finish).peer == DEVICE.certificate
+    else:
+        pytest.fail(f"a set-up with a damaged {which} succeeded")
 
 
 @given(st.binary(max_size=400))
@@ -290,7 +302,10 @@ def test_a_device_cannot_pass_for_a_worker_nor_use_anothers_certificate() -> Non
 
 
 def test_a_certificate_of_the_largest_size_fits_into_the_set_up() -> None:
-    many = (*(ModelScope(bytes((i % 256, i // 256)) * 16, 0, 5) for i in range(900)), ModelScope(SERVICE.root, 0, 99))
+    many = (
+        *(ModelScope(bytes((i % 256, i // 256)) * 16, 0, 5) for i in range(900)),
+        ModelScope(SERVICE.root, 0, 99),
+    )
     worker = issue("worker", "worker-1", models=many)
     assert len(worker.certificate_bytes) > 40_000
     of_device, _ = shake_hands(worker=worker, verify=Verify(roster(DEVICE, worker)))

@@ -42,7 +42,9 @@ _headers = st.one_of(
     ),
 )
 _rows = st.lists(
-    st.builds(wire.Row, st.integers(0, 4095), _naturals, st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5)),
+    st.builds(
+        wire.Row, st.integers(0, 4095), _naturals, st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5)
+    ),
     max_size=5,
 )
 _requests = st.one_of(

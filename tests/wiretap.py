@@ -1,4 +1,4 @@
-"""What the tests of the queue share: a fleet of one's own, peers that say what they like, and a broker that cheats."""
+"""What the tests of the queue share: a fleet of one's own, peers that say what they like, a broker that cheats."""
 
 from __future__ import annotations
 
@@ -125,6 +125,8 @@ class FakePeer:
         self.member = identity.certificate.name
         self.socket = zmq.Context.instance().socket(zmq.DEALER)
         self.socket.linger = 0
+        # Where it is refused at the door, nothing can be sent.
+        self.socket.sndtimeo = 500
         if address.startswith("tcp://"):
             curve_client(self.socket, fleet, identity)
         self.socket.connect(address)
@@ -136,13 +138,14 @@ class FakePeer:
         self.socket.close()
 
     def send(self, header: wire.Header, body: bytes = b"") -> None:
-        self.socket.send_multipart([wire.encode_header(header), body])
+        with contextlib.suppress(zmq.Again):
+            self.socket.send_multipart([wire.encode_header(header), body])
 
     def announce(self, **fields: Any) -> None:
         known = {"sender": self.id, "role": self.role, "member": self.member}
         self.send(wire.Announce(**{**known, **fields}))
 
-    def receive(self, kind: type[wire.Header], timeout: float = 5.0) -> tuple[Any, bytes]:
+    def receive(self, kind: Any, timeout: float = 5.0) -> tuple[Any, bytes]:
         """The next message of a kind; others are skipped."""
         deadline = time.monotonic() + timeout
         while self.socket.poll(max(0, int(1000 * (deadline - time.monotonic())))):
@@ -150,9 +153,9 @@ class FakePeer:
             header = wire.decode_header(head)
             if isinstance(header, kind):
                 return header, body
-        raise TimeoutError(f"no {kind.__name__} came")
+        raise TimeoutError(f"no {kind} came")
 
-    def silent(self, kind: type[wire.Header], timeout: float = 0.3) -> bool:
+    def silent(self, kind: Any, timeout: float = 0.3) -> bool:
         """Whether no message of a kind comes."""
         try:
             self.receive(kind, timeout)
@@ -194,7 +197,8 @@ def cheat(broker: Broker, change: Callable[[Peer, wire.AnyHeader, Message], list
     deliver = broker._put
 
     def put(peer: Peer, message: Message) -> bool:
-        return all([deliver(peer, changed) for changed in change(peer, wire.decode_header(message[0]), message)])
+        delivered = [deliver(peer, one) for one in change(peer, wire.decode_header(message[0]), message)]
+        return all(delivered)
 
     broker._put = put  # type: ignore[method-assign]
 

@@ -75,6 +75,7 @@ class Broker:
         #: Messages and bytes routed, and messages refused by reason.
         self.counters: Counter[str] = Counter()
 
+        self._path: Path | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._auth: ThreadAuthenticator | None = None
         self._socket = self._context.socket(zmq.ROUTER)
@@ -95,6 +96,8 @@ class Broker:
         except BaseException:
             self._release()
             raise
+        if address.startswith("ipc://"):
+            self._path = Path(address.removeprefix("ipc://"))
         #: Where it listens: the address with its real port.
         self.address = bytes(self._socket.last_endpoint).decode().rstrip("\0")  # type: ignore[arg-type]
 
@@ -126,6 +129,8 @@ class Broker:
         return accepted
 
     def _release(self) -> None:
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
         self._socket.close()
         if self._auth is not None:
             self._auth.stop()
@@ -219,7 +224,9 @@ class Broker:
     def _open(self, sender: Peer, header: wire.Open, message: Message) -> None:
         if sender.role != "device":
             raise Malformed(f"a {sender.role} asked for a worker")
-        self._wishes[sender.id] = Waiting(header, message, time.monotonic() + OPEN_PATIENCE)
+        known = self._wishes.get(sender.id)
+        if known is None or known.header.channel != header.channel:
+            self._wishes[sender.id] = Waiting(header, message, time.monotonic() + OPEN_PATIENCE)
         self._assign(header.service)
 
     def _assign(self, service: wire.Service) -> None:

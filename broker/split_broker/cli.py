@@ -43,7 +43,7 @@ def broker(
             emit_json({"address": running.address, "pid": os.getpid()})
         else:
             whose = "this machine's own keys" if fleet.is_loopback else f"the keys in {fleet.path}"
-            stderr.print(f"broker on {running.address}, with {whose}")
+            stderr.print(f"broker on {running.address}, with {whose}", soft_wrap=True)
         wait_for_sigterm()
     finally:
         running.stop()

@@ -92,9 +92,10 @@ def main(args: Sequence[str] | None = None) -> int:
     except typer.Abort:
         return _fail("Aborted", "aborted", 1, as_json)
     except typer.TyperException as exc:
-        message = exc.format_message()
         # A group without a sub-command has printed its help, and has no message.
-        return _fail(type(exc).__name__, message, exc.exit_code, as_json) if message else exc.exit_code
+        if not exc.format_message():
+            return exc.exit_code
+        return _fail(type(exc).__name__, _wrong_usage(exc), exc.exit_code, as_json)
     except SplitError as exc:
         return _fail(type(exc).__name__, str(exc), exc.exit_code, as_json)
     except Exception as exc:
@@ -102,6 +103,13 @@ def main(args: Sequence[str] | None = None) -> int:
         message = f"unexpected {name}: {exc} (run with LAMBDA_SPLIT_DEBUG=1 for the traceback)"
         return _fail(name, message, EXIT_UNEXPECTED, as_json)
     return code if isinstance(code, int) else 0
+
+
+def _wrong_usage(error: typer.TyperException) -> str:
+    """What is wrong, and where to read how it is right."""
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    context = getattr(error, "ctx", None)
+    return f"{message}; see `{context.command_path} --help`" if context is not None else message
 
 
 def _fail(name: str, message: str, code: int, as_json: bool) -> int:

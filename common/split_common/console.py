@@ -7,8 +7,13 @@ import sys
 
 from rich.console import Console
 
-#: Progress, notices and errors; stdout is for results alone.
-stderr = Console(stderr=True, highlight=False)
+#: Progress, notices and errors; stdout is for results alone. What a model or a peer said is never taken for markup.
+stderr = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def stdout() -> Console:
+    """For results that are tables or lists; made anew, so that it writes to what stdout is now."""
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def emit_json(obj: object) -> None:

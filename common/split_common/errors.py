@@ -30,9 +30,13 @@ class ModelError(SplitError):
 class UnknownModel(ModelError):
     """No checkpoint is to be found under this name or path."""
 
+    exit_code = 2
+
 
 class InvalidSplit(ModelError, ValueError):
     """`head_layers` and `tail_layers` leave no body, or are negative."""
+
+    exit_code = 2
 
 
 class MissingTensor(ModelError):

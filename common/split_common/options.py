@@ -3,46 +3,70 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from split_common.transport import DEFAULT_BROKER
+
+#: Headings in a command's help.
+MODEL_PANEL = "Model"
+QUEUE_PANEL = "Queue and keys"
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 KeysOption = Annotated[
     Path | None,
     typer.Option(
         "--keys",
         metavar="DIR",
-        help="The fleet's directory. Default: $LAMBDA_SPLIT_KEYS, else `keys` in the settings directory.",
+        rich_help_panel=QUEUE_PANEL,
+        help="The fleet's directory. Default: $LAMBDA_SPLIT_KEYS, else `keys` in the settings directory, else "
+        "keys that are made for this machine's loopback alone.",
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on one line.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on one line of stdout, and nothing else there.")
+]
 ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
         metavar="MODEL",
         envvar="LAMBDA_SPLIT_MODEL",
+        rich_help_panel=MODEL_PANEL,
         help="Directory or hub id of a safetensors checkpoint. Default: SmolLM2-135M-Instruct, fetched once.",
     ),
 ]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option(metavar="REVISION", rich_help_panel=MODEL_PANEL, help="Branch, tag or commit of a hub id."),
+]
 BrokerOption = Annotated[
     str,
     typer.Option(
         "--broker",
         metavar="ADDRESS",
         envvar="LAMBDA_SPLIT_BROKER",
+        rich_help_panel=QUEUE_PANEL,
         help="Where the broker listens: tcp://HOST:PORT, zmq://HOST:PORT or ipc://PATH.",
     ),
 ]
 MemberOption = Annotated[
-    str | None, typer.Option("--member", help="This member's name, if the keys of several lie in the directory.")
+    str | None,
+    typer.Option(
+        "--member",
+        metavar="NAME",
+        rich_help_panel=QUEUE_PANEL,
+        help="This member's name, if the keys of several lie in the directory.",
+    ),
 ]
-TimeoutOption = Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the broker.")]
+TimeoutOption = Annotated[
+    float, typer.Option(min=0.1, metavar="SECONDS", rich_help_panel=QUEUE_PANEL, help="To wait for the broker.")
+]
 DtypeOption = Annotated[
-    str, typer.Option(help="Of weights and hidden states: auto (the checkpoint's), float32, bfloat16, float16.")
+    DtypeName,
+    typer.Option(rich_help_panel=MODEL_PANEL, help="Of weights and hidden states; auto takes the checkpoint's."),
 ]
 
 __all__ = ["DEFAULT_BROKER"]

@@ -113,7 +113,7 @@ def _check_cache(config: Any, name: str) -> None:
     for index, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise UnsupportedArchitecture(
-                f"{name}: layer {index} keeps a {type(layer).__name__}, not just keys and values of its own"
+                f"{name}: the cache of layer {index} is a {type(layer).__name__}, not keys and values of its own"
             )
 
 
@@ -151,18 +151,21 @@ def load_part(
                 state_dict=state,
                 dtype=dtype if dtype is not None else "auto",
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
         if info["missing_keys"]:
             raise MissingTensor(f"{plan.checkpoint.name} lacks the tensor {min(info['missing_keys'])}")
         if info["mismatched_keys"]:
-            raise ModelError(f"{plan.checkpoint.name}: the shape of {min(info['mismatched_keys'])} does not fit")
+            tensor, found, expected = min(info["mismatched_keys"])
+            raise ModelError(f"{plan.checkpoint.name}: {tensor} has the shape {list(found)}, not {list(expected)}")
         model.eval().requires_grad_(False)
         return model, Stack(model, plan.layers)
     except (AttributeError, TypeError) as error:
         name = plan.model_class.__name__
         raise UnsupportedArchitecture(f"{name} cannot be loaded in parts: {_first_line(error)}") from None
     except (ValueError, RuntimeError, OSError) as error:
-        raise ModelError(f"{plan.checkpoint.name}: {_first_line(error)}") from None
+        reason = _first_line(error).partition(" For details")[0]
+        raise ModelError(f"{plan.checkpoint.name}: its tensors do not make the model: {reason}") from None
 
 
 def generation_config(plan: Plan) -> GenerationConfig | None:

@@ -18,6 +18,15 @@ from split_common.errors import SplitError
 #: Seconds that a process may take to end after SIGTERM.
 STOP_TIMEOUT = 10.0
 
+#: Set for processes that `running_command` starts: the process id of the one that started them.
+PARENT = "LAMBDA_SPLIT_PARENT"
+
+#: Seconds between two looks at whether that one still runs.
+PARENT_INTERVAL = 1.0
+
+#: Exit code of a process that SIGTERM ended: 128 + SIGTERM, as shells have it.
+EXIT_TERMINATED = 143
+
 
 def passive_threads() -> None:
     """Lets idle OpenMP threads sleep: several processes that spin on few cores slow each other down.
@@ -27,11 +36,27 @@ def passive_threads() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def use_loopback_keys(empty: Path) -> None:
+    """Makes this process, and those that it starts, use the keys of this machine's loopback, whatever is set.
+
+    Args:
+        empty: a directory without settings.
+    """
+    os.environ["LAMBDA_SPLIT_KEYS"] = ""
+    os.environ["LAMBDA_SPLIT_CONFIG"] = str(empty)
+
+
 def wait_for_sigterm() -> None:
-    """Returns after SIGTERM; Ctrl-C raises KeyboardInterrupt as ever."""
+    """Returns after SIGTERM; Ctrl-C raises KeyboardInterrupt as ever.
+
+    A process that `running_command` started ends when the one that started it is gone, however that came about.
+    """
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    stop.wait()
+    parent = int(os.environ.get(PARENT, "0"))
+    while not stop.wait(PARENT_INTERVAL if parent else None):
+        if os.getppid() != parent:
+            raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -39,6 +64,9 @@ def running_command(
     arguments: Sequence[str], log: Path | None = None, env: dict[str, str] | None = None
 ) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """Runs a `lambda-split` command that prints one JSON object when it is ready; ends it on leaving.
+
+    SIGTERM ends this process in an orderly way meanwhile. Ctrl-C in a terminal reaches this process alone, which
+    then ends the other.
 
     Args:
         arguments: the command and its options; `--json` is added.
@@ -52,6 +80,7 @@ def running_command(
         SplitError: it ended before it was ready; the message is its own.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_exit_on_sigterm())
         stderr = stack.enter_context(log.open("wb")) if log is not None else None
         process = subprocess.Popen(
             [sys.executable, "-m", "split_common", *arguments, "--json"],
@@ -59,7 +88,8 @@ def running_command(
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, **(env or {}), PARENT: str(os.getpid())},
+            start_new_session=True,
         )
         stack.callback(stop_process, process)
         assert process.stdout is not None
@@ -71,6 +101,24 @@ def running_command(
         yield process, ready
 
 
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Turns SIGTERM into an exception, so that what was started is ended; only where nobody else handles it."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _exit(*_: object) -> None:
+    raise SystemExit(EXIT_TERMINATED)
+
+
 def stop_process(process: subprocess.Popen[str]) -> None:
     """Ends a process that this one started, politely first."""
     if process.poll() is None:
@@ -80,5 +128,10 @@ def stop_process(process: subprocess.Popen[str]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        except BaseException:
+            # A second Ctrl-C: no more patience.
+            process.kill()
+            process.wait()
+            raise
     if process.stdout is not None:
         process.stdout.close()

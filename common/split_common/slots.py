@@ -145,14 +145,15 @@ class Stack:
     def _probe_positions(self) -> bool:
         if not self.takes_positions or not 3 < self.max_positions < 2**31:
             return False
-        near, far = (
-            self._record(
-                self.returns_tuple,
-                position_ids=torch.tensor([[0, 1, last]]),
-                attention_mask=torch.ones(1, 3, dtype=torch.long),
+        mask = torch.ones(1, 3, dtype=torch.long)
+        try:
+            near, far = (
+                self._record(self.returns_tuple, position_ids=torch.tensor([[0, 1, last]]), attention_mask=mask)
+                for last in (2, self.max_positions - 1)
             )
-            for last in (2, self.max_positions - 1)
-        )
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UnsupportedArchitecture(f"{self.name} cannot be cut between its layers: {reason}") from None
         return not all(
             _same(_first_two(one), _first_two(other)) for (*_, one), (*_, other) in zip(near, far, strict=True)
         )

@@ -42,7 +42,12 @@ class Split:
             colon = ""
         if not colon:
             raise ConfigError(f"--layers takes FIRST:LAST like 2:-2, not {text!r}")
-        return cls(layers, start, stop + layers if stop < 0 else stop)
+        stop += layers if stop < 0 else 0
+        if not 0 <= start < stop <= layers:
+            raise InvalidSplit(
+                f"--layers {text} is no part of a model of {layers} layers: 2:-2 leaves two at each end"
+            )
+        return cls(layers, start, stop)
 
     @property
     def body(self) -> range:

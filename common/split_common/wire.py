@@ -122,7 +122,8 @@ class Kind(IntEnum):
     FINISH = 2
     REQUEST = 3
     REPLY = 4
-    #: A worker does not know the channel (any more). Nothing is sealed: the broker could say as much.
+    #: A worker does not know the channel (any more). It has no keys to say so with: it echoes the end of what it
+    #: was sent (`echo`), so that no damaged or old message is taken for it.
     UNKNOWN = 5
 
 
@@ -187,6 +188,11 @@ def decode_header(frame: bytes | memoryview) -> AnyHeader:
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise Malformed(f"header: {error}") from None
     return header
+
+
+def echo(body: bytes) -> bytes:
+    """What an `UNKNOWN` says of the message that it answers."""
+    return body[-16:]
 
 
 def check_body(frame: bytes) -> bytes:

@@ -98,7 +98,7 @@ class ZmqLink:
             self.close()
             raise BrokerUnreachable(
                 f"no answer from the broker at {self._address} within {timeout:g} s: is `lambda-split broker` "
-                "running there, with the same keys, and is this member in its roster?"
+                "running there, with the same keys, and is this member in its roster and not revoked?"
             )
 
     def _connect(self, sock: zmq.Socket[bytes]) -> None:
@@ -154,7 +154,7 @@ class ZmqLink:
         poller.register(self._wake_read, zmq.POLLIN)
         next_announce = 0.0
         while True:
-            poller.register(sock, zmq.POLLIN | (zmq.POLLOUT if self._unsent else 0))
+            poller.register(sock, zmq.POLLIN | (zmq.POLLOUT if self._unsent or self._announce_now else 0))
             wait = max(0.0, next_announce - time.monotonic())
             events = dict(poller.poll(int(wait * 1000) + 1))
             if self._wake_read.fileno() in events:
@@ -165,9 +165,10 @@ class ZmqLink:
                 self._receive(sock)
             # Before anything else is sent: a broker that has just started must know this peer first.
             if self._announce_now or time.monotonic() >= next_announce:
-                self._announce_now = False
                 next_announce = time.monotonic() + HEARTBEAT
-                self._send_announcement(sock)
+                # Without a connection it is sent as soon as there is one.
+                self._announce_now = False
+                self._announce_now |= not self._send_announcement(sock)
             self._flush(sock)
             if self._closing.is_set():
                 self._send_announcement(sock, leaving=True)
@@ -192,18 +193,21 @@ class ZmqLink:
             self.counters["messages_sent"] += 1
             self.counters["bytes_sent"] += len(frames[0]) + len(frames[1])
 
-    def _send_announcement(self, sock: zmq.Socket[bytes], leaving: bool = False) -> None:
+    def _send_announcement(self, sock: zmq.Socket[bytes], leaving: bool = False) -> bool:
+        """Whether there was a connection to send it over."""
         try:
             announcement = self._handler.announcement()
         except Exception:
             self._handler_failed()
-            return
+            return True
         self._sender = announcement.sender
         self._credited = self._received
         announcement = msgspec.structs.replace(announcement, received=self._received, leaving=leaving)
-        # With no connection there is nobody to tell: the next heartbeat says the same.
-        with contextlib.suppress(zmq.Again):
+        try:
             sock.send_multipart([wire.encode_header(announcement), b""], zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
 
     def _receive(self, sock: zmq.Socket[bytes]) -> None:
         for _ in range(TURN):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer, DynamicCache
 from transformers.generation.streamers import TextStreamer
 
 from split_common.checkpoint import Checkpoint
-from split_common.errors import PromptTooLong, UnknownModel
+from split_common.errors import ConfigError, PromptTooLong, UnknownModel
 
 Message = dict[str, str]
 
@@ -51,12 +52,17 @@ class Answer:
         return (self.tokens - 1) / (self.seconds - self.first_token_seconds) if self.tokens > 1 else 0.0
 
 
+def _nothing(_text: str = "") -> None:
+    pass
+
+
 class _Stream(TextStreamer):  # type: ignore[misc]
     """Passes text on as soon as it is complete, and notes when the first token came."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], on_first_token: Callable[[], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._on_text = on_text
+        self._on_first_token = on_first_token
         self._calls = 0
         self.first_token: float | None = None
 
@@ -64,6 +70,7 @@ class _Stream(TextStreamer):  # type: ignore[misc]
         self._calls += 1
         if self._calls == 2:  # the first call is the prompt
             self.first_token = time.perf_counter()
+            self._on_first_token()
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -77,16 +84,18 @@ class Conversation:
     Args:
         model: a split model (any causal language model of transformers will do).
         tokenizer: its tokenizer.
+        start: messages before the first turn, e.g. a system message.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, start: Sequence[Message] = ()) -> None:
         self._model = model
         self._tokenizer = tokenizer
+        self._start = tuple(start)
         self.reset()
 
     def reset(self) -> None:
         """Forgets all turns."""
-        self.messages: list[Message] = []
+        self.messages: list[Message] = list(self._start)
         self._cached = torch.zeros(1, 0, dtype=torch.long)
         self._cache = DynamicCache(config=self._model.config)
 
@@ -95,7 +104,7 @@ class Conversation:
         self._cached = self._cached[:, :0]
         self._cache = DynamicCache(config=self._model.config)
 
-    def say(self, text: str, sampling: Sampling, on_text: Callable[[str], None] = lambda _: None) -> Answer:
+    def say(self, text: str, sampling: Sampling, on_text: Callable[[str], None] = _nothing) -> Answer:
         """Answers the user. Raises PromptTooLong, and what `generate` raises; the turn is then undone."""
         self.messages.append({"role": "user", "content": text})
         try:
@@ -108,7 +117,11 @@ class Conversation:
         return answer
 
     def complete(
-        self, input_ids: torch.Tensor, sampling: Sampling, on_text: Callable[[str], None] = lambda _: None
+        self,
+        input_ids: torch.Tensor,
+        sampling: Sampling,
+        on_text: Callable[[str], None] = _nothing,
+        on_first_token: Callable[[], None] = _nothing,
     ) -> Answer:
         """Continues token ids `[1, tokens]`; what the cache already holds of them is not sent again."""
         prompt_tokens = input_ids.shape[1]
@@ -120,7 +133,7 @@ class Conversation:
         self._keep_common_prefix(input_ids)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        stream = _Stream(self._tokenizer, on_text)
+        stream = _Stream(self._tokenizer, on_text, on_first_token)
         began = time.perf_counter()
         output = self._model.generate(
             input_ids,
@@ -151,25 +164,37 @@ class Conversation:
         differs = (self._cached[0, :limit] != input_ids[0, :limit]).nonzero()
         common = int(differs[0]) if len(differs) else limit
         surplus = self._cached.shape[1] - common
-        if surplus:
+        if not surplus:
+            return
+        try:
             self._cache.crop(-surplus)
             self._cached = self._cached[:, :common]
+        except (RuntimeError, ValueError):
+            # A layer with a sliding window has dropped what would be needed again.
+            self.forget_cache()
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
     """The checkpoint's tokenizer. Raises UnknownModel."""
     checkpoint = Checkpoint.resolve(name_or_path, revision)
+    directory = Path(name_or_path)
+    if directory.is_dir() and not [*directory.glob("tokenizer*"), *directory.glob("vocab*")]:
+        raise UnknownModel(f"{name_or_path} has no tokenizer: put the model's tokenizer.json beside its weights")
     try:
         return AutoTokenizer.from_pretrained(checkpoint.name if revision else name_or_path, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise UnknownModel(f"{name_or_path} has no tokenizer: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        raise UnknownModel(f"the tokenizer of {name_or_path} cannot be loaded: {error}") from None
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> torch.Tensor:
     """Token ids `[1, tokens]` of a conversation; of its plain text where there is no chat template."""
     if not tokenizer.chat_template:
         return encode_text(tokenizer, "\n".join(message["content"] for message in messages))
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        # The template is a program of the model's: e.g. some know no system message.
+        raise ConfigError(f"the model's chat template refuses this conversation: {error}") from None
     ids: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     return ids
 

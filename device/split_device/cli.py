@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from split_common.console import emit_json, stderr
-from split_common.errors import ConfigError, SessionLost
+from split_common.console import emit_json, stderr, stdout
+from split_common.errors import ConfigError, SessionLost, SplitError
+from split_common.fleet import load_fleet
+from split_common.keys import verify_certificate
 from split_common.options import (
     DEFAULT_BROKER,
+    MODEL_PANEL,
+    QUEUE_PANEL,
     BrokerOption,
     DtypeOption,
     JsonOption,
@@ -24,17 +31,51 @@ from split_common.options import (
     resolve_model,
 )
 from split_common.process import passive_threads
+from split_common.transport import connect
 
-HeadOption = Annotated[int, typer.Option("--head-layers", min=0, help="Decoder layers before the body.")]
-TailOption = Annotated[int, typer.Option("--tail-layers", min=0, help="Decoder layers after the body.")]
-MaxTokensOption = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
-TemperatureOption = Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token.")]
-TopPOption = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")]
-TopKOption = Annotated[int, typer.Option(min=0, help="Sample from so many likeliest tokens; 0 for all.")]
-SeedOption = Annotated[int | None, typer.Option(help="Of sampling.")]
-SystemOption = Annotated[str | None, typer.Option(help="A system message before the conversation.")]
-TimingsOption = Annotated[bool, typer.Option("--timings", help="Print where a token's time went.")]
-PatienceOption = Annotated[float, typer.Option(min=0.0, help="Seconds to wait while all workers are full.")]
+_SAMPLING = "Sampling"
+
+HeadOption = Annotated[
+    int,
+    typer.Option(
+        "--head-layers", min=0, metavar="N", rich_help_panel=MODEL_PANEL, help="Decoder layers before the body."
+    ),
+]
+TailOption = Annotated[
+    int,
+    typer.Option(
+        "--tail-layers", min=0, metavar="N", rich_help_panel=MODEL_PANEL, help="Decoder layers after the body."
+    ),
+]
+MaxTokensOption = Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens to generate.")]
+TemperatureOption = Annotated[
+    float,
+    typer.Option(min=0.0, metavar="T", rich_help_panel=_SAMPLING, help="0 always takes the likeliest token."),
+]
+TopPOption = Annotated[
+    float,
+    typer.Option(
+        min=0.0, max=1.0, metavar="P", rich_help_panel=_SAMPLING, help="Choose among the likeliest of this mass."
+    ),
+]
+TopKOption = Annotated[
+    int,
+    typer.Option(min=0, metavar="K", rich_help_panel=_SAMPLING, help="Choose among so many likeliest; 0 for all."),
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", rich_help_panel=_SAMPLING, help="The same seed gives the same answer."),
+]
+SystemOption = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message before the conversation.")]
+TimingsOption = Annotated[
+    bool, typer.Option("--timings", help="Print on stderr where the prompt's and each token's time went.")
+]
+PatienceOption = Annotated[
+    float,
+    typer.Option(
+        min=0.0, metavar="SECONDS", rich_help_panel=QUEUE_PANEL, help="To wait for room while all workers are full."
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -47,7 +88,7 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The prompt; `-` reads it from stdin.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; `-` reads it from stdin.")],
     model: ModelOption = None,
     broker: BrokerOption = DEFAULT_BROKER,
     max_tokens: MaxTokensOption = 256,
@@ -70,11 +111,15 @@ def generate(
     timings: TimingsOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Answer a prompt through a split model; the text streams to stdout as it comes."""
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if not text.strip():
-        raise ConfigError("the prompt is empty")
+    """Answer a prompt through a split model; the text streams to stdout as it comes.
+
+    Needs a running `lambda-split broker`, and a `lambda-split worker` that serves the same model and layers.
+    """
+    text = _text(prompt)
+    if raw and system:
+        raise ConfigError("--raw and --system do not go together: a raw prompt has no messages")
     passive_threads()
+    _check_queue(broker, keys, member)
     checkpoint = resolve_model(model)
 
     from split_device.chatting import Conversation, Sampling, encode_chat, encode_text, load_tokenizer
@@ -84,6 +129,7 @@ def generate(
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
     input_ids = encode_text(tokenizer, text) if raw else encode_chat(tokenizer, messages)
+    prompt_ms: dict[str, float] = {}
     with SplitModelForCausalLM.from_pretrained(
         checkpoint,
         broker=broker,
@@ -96,17 +142,26 @@ def generate(
         timeout=timeout,
         patience=patience,
     ) as split:
+
+        def note_prompt() -> None:
+            prompt_ms.update(split.timings.per_step_ms())
+            split.timings.reset()
+
         sampling = Sampling(max_tokens, temperature, top_p, top_k, seed)
-        answer = Conversation(split, tokenizer).complete(input_ids, sampling, _ignore if json else _print_now)
-        if not json:
-            print(flush=True)
+        with _answer_line(json) as on_text:
+            try:
+                answer = Conversation(split, tokenizer).complete(input_ids, sampling, on_text, note_prompt)
+            except SessionLost as lost:
+                raise SessionLost(f"{lost}: start the command again") from None
+        token_ms = split.timings.per_step_ms()
         if timings:
-            print_timings(split.timings.per_step_ms())
+            stderr.print(timings_table(prompt_ms, token_ms))
+            stderr.print(f"{answer.tokens} tokens, {answer.tokens_per_second:.1f} tokens/s after the first")
         if json:
             emit_json(
                 dataclasses.asdict(answer)
                 | {"tokens_per_second": answer.tokens_per_second}
-                | {"timings_ms": split.timings.per_step_ms(), "traffic": split.traffic}
+                | {"prompt_timings_ms": prompt_ms, "timings_ms": token_ms, "traffic": split.traffic}
             )
 
 
@@ -127,9 +182,15 @@ def chat(
     member: MemberOption = None,
     timeout: TimeoutOption = 10.0,
     patience: PatienceOption = 60.0,
+    json: JsonOption = False,
 ) -> None:
-    """Talk with a split model; each turn sends only what is new. /reset forgets, /quit (or Ctrl-D) ends."""
+    """Talk with a split model; each turn sends only what is new.
+
+    One line is one turn. /reset forgets the conversation; /quit or Ctrl-D ends it. In a terminal Ctrl-C stops an
+    answer. With --json the turns are printed at the end, as one object.
+    """
     passive_threads()
+    _check_queue(broker, keys, member)
     checkpoint = resolve_model(model)
 
     from split_device.chatting import Conversation, Sampling, load_tokenizer
@@ -148,37 +209,80 @@ def chat(
         timeout=timeout,
         patience=patience,
     ) as split:
-        conversation = Conversation(split, tokenizer)
         start = [{"role": "system", "content": system}] if system else []
-        conversation.messages = list(start)
+        conversation = Conversation(split, tokenizer, start)
         sampling = Sampling(max_tokens, temperature, top_p, top_k, seed)
-        while (line := _read_line()) is not None and line != "/quit":
+        turns = []
+        interactive = sys.stdin.isatty()
+        if interactive:
+            stderr.print("/reset forgets the conversation; /quit or Ctrl-D ends it")
+        while (line := _read_line(interactive)) is not None and line != "/quit":
             if line == "/reset":
                 conversation.reset()
-                conversation.messages = list(start)
             elif line:
-                _turn(conversation, line, sampling)
+                with _survived() if interactive else contextlib.nullcontext():
+                    answer = _turn(conversation, line, sampling, quiet=json)
+                    turns.append({"prompt": line} | dataclasses.asdict(answer))
+        if json:
+            emit_json({"turns": turns, "traffic": split.traffic})
 
 
-def _turn(conversation: Any, line: str, sampling: Any) -> None:
+def _turn(conversation: Any, line: str, sampling: Any, quiet: bool) -> Any:
     """One turn; if its worker is gone, the conversation is sent again to another one, once."""
     try:
-        conversation.say(line, sampling, _print_now)
+        with _answer_line(quiet) as on_text:
+            return conversation.say(line, sampling, on_text)
     except SessionLost as lost:
-        stderr.print(f"\n{lost}; sending the conversation again")
-        conversation.say(line, sampling, _print_now)
-    print(flush=True)
+        stderr.print(f"{lost}; sending the conversation again", soft_wrap=True)
+    with _answer_line(quiet) as on_text:
+        return conversation.say(line, sampling, on_text)
 
 
-def _read_line() -> str | None:
+@contextlib.contextmanager
+def _answer_line(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Prints an answer as it comes, and ends its line, however the answer ends."""
+    begun = False
+
+    def print_now(text: str) -> None:
+        nonlocal begun
+        if not quiet:
+            begun = True
+            print(text, end="", flush=True)
+
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        yield print_now
+    finally:
+        if begun:
+            print(flush=True)
+
+
+@contextlib.contextmanager
+def _survived() -> Iterator[None]:
+    """In a terminal, what ends a turn does not end the conversation: an error, or Ctrl-C."""
+    try:
+        yield
+    except SplitError as error:
+        stderr.print(f"error: {error}", soft_wrap=True)
+    except KeyboardInterrupt:
+        stderr.print("stopped; the turn is forgotten")
+
+
+def _read_line(interactive: bool) -> str | None:
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
+    try:
+        return input("> " if interactive else "").strip()
     except EOFError:
         return None
+    except UnicodeDecodeError:
+        raise ConfigError("stdin is not UTF-8") from None
 
 
 def inspect(
-    model: Annotated[str | None, typer.Argument(help="Directory or hub id; default: the demo model.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Directory or hub id; default: the demo model.")
+    ] = None,
     head_layers: HeadOption = 2,
     tail_layers: TailOption = 2,
     dtype: DtypeOption = "auto",
@@ -191,17 +295,24 @@ def inspect(
     from split_common.part import plan
     from split_common.split import Split
     from split_common.tensors import parse_dtype
-    from split_device.parts import parts
+    from split_device.parts import bytes_per_token, parts
 
     plan_ = plan(checkpoint, revision)
     split = Split.from_head_tail(plan_.layers, head_layers, tail_layers)
     rows = parts(plan_, split, parse_dtype(dtype))
+    states = bytes_per_token(plan_, parse_dtype(dtype))
     if json:
-        emit_json({"model": plan_.checkpoint.name, "layers": plan_.layers, "parts": [_fields(row) for row in rows]})
+        emit_json(
+            {
+                "model": plan_.checkpoint.name,
+                "layers": plan_.layers,
+                "bytes_per_token": states,
+                "parts": [_fields(row) for row in rows],
+            }
+        )
     else:
-        from rich.console import Console
-
-        Console(highlight=False).print(parts_table(plan_.checkpoint.name, rows))
+        stdout().print(parts_table(plan_.checkpoint.name, rows))
+        print(f"{states:,} bytes of hidden states travel in each direction for each token")
 
 
 def parts_table(name: str, rows: list[Any]) -> Table:
@@ -216,14 +327,36 @@ def parts_table(name: str, rows: list[Any]) -> Table:
     return table
 
 
-def print_timings(stages: dict[str, float]) -> None:
-    """Prints mean milliseconds of each stage of a step."""
-    table = Table("stage", title="a token's time")
-    table.add_column("ms", justify="right")
-    for stage, milliseconds in stages.items():
-        table.add_row(stage, f"{milliseconds:.2f}")
-    table.add_row("all", f"{sum(stages.values()):.2f}")
-    stderr.print(table)
+def timings_table(prompt_ms: dict[str, float], token_ms: dict[str, float]) -> Table:
+    """Milliseconds of each stage: of the prompt, and the mean of the tokens after the first."""
+    table = Table("stage", title="milliseconds")
+    table.add_column("prompt", justify="right")
+    table.add_column("each token", justify="right")
+    for stage, milliseconds in token_ms.items():
+        table.add_row(stage, f"{prompt_ms.get(stage, 0.0):.2f}", f"{milliseconds:.2f}")
+    table.add_row("all", f"{sum(prompt_ms.values()):.2f}", f"{sum(token_ms.values()):.2f}")
+    return table
+
+
+def _text(prompt: str) -> str:
+    """The prompt, or stdin for `-`. Raises ConfigError."""
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        text.encode()
+    except UnicodeError:
+        raise ConfigError("the prompt is not UTF-8") from None
+    if not text.strip():
+        raise ConfigError("the prompt is empty")
+    return text
+
+
+def _check_queue(broker: str, keys: Path | None, member: str | None) -> None:
+    """Raises ConfigError or CertificateError for a wrong address or wrong keys, before anything slow is done."""
+    fleet = load_fleet(keys)
+    identity = fleet.identity("device", member)
+    connect(broker, fleet, identity).close()
+    # The roster here may be old; the broker's counts.
+    verify_certificate(identity.certificate_bytes, operator_key=fleet.operator_key, roster=None, role="device")
 
 
 def _fields(row: Any) -> dict[str, Any]:
@@ -231,11 +364,3 @@ def _fields(row: Any) -> dict[str, Any]:
 
     fields: dict[str, Any] = msgspec.to_builtins(row)
     return fields
-
-
-def _print_now(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-def _ignore(_text: str) -> None:
-    pass

@@ -66,6 +66,8 @@ class WorkerChannel:
     channel: Channel
     control: SessionKeys
     sessions: Iterator[int] = field(default_factory=lambda: iter(range(1, CHANNEL_SESSIONS)))
+    #: It has had as many sessions as it may.
+    spent: bool = False
 
 
 class Client:
@@ -144,9 +146,7 @@ class Client:
                     session.events.put((header, body))
             case wire.Relay(kind=wire.Kind.UNKNOWN):
                 if not self._deliver(header, body):
-                    self._lose(
-                        lambda one: (one.number, one.worker) == (header.channel, header.sender), SessionLost(_GONE)
-                    )
+                    self._channel_unknown(header, body)
             case _:
                 raise Malformed(f"a device takes no {type(header).__name__}")
 
@@ -166,6 +166,13 @@ class Client:
             session = self._sessions.get((header.channel, refusal.session))
             if session is not None and refusal.seq in session.in_flight:
                 session.events.put(_refused(refusal))
+
+    def _channel_unknown(self, header: wire.Relay, body: bytes) -> None:
+        session = self._sessions.get((header.channel, header.session))
+        request = session.in_flight.get(header.seq) if session is not None else None
+        if session is None or request is None or body != wire.echo(request[1]):
+            raise AuthenticationError("an unknown channel, of no request in flight")
+        self._lose(lambda channel: channel is session.channel, SessionLost(_GONE))
 
     def on_gone(self, peers: Iterable[bytes]) -> None:
         gone = set(peers)
@@ -213,9 +220,11 @@ class Client:
     def new_session(self, channel: WorkerChannel) -> RemoteSession | None:
         """A session over this channel; None when the channel was lost or has had as many as it may."""
         with self._lock:
-            number = next(channel.sessions, None) if channel.number in self._channels else None
+            if channel.number not in self._channels:
+                return None
+            number = next(channel.sessions, None)
             if number is None:
-                self._channels.pop(channel.number, None)
+                channel.spent = True
                 return None
             session = RemoteSession(self, channel, number)
             self._sessions[channel.number, number] = session
@@ -227,7 +236,7 @@ class Client:
     def _usable(self, avoid: Sequence[bytes]) -> WorkerChannel | None:
         """The newest channel to a worker that is not to be avoided."""
         for channel in reversed(list(self._channels.values())):
-            if not channel.channel.expired and channel.worker not in avoid:
+            if not channel.spent and not channel.channel.expired and channel.worker not in avoid:
                 return channel
         return None
 
@@ -282,7 +291,7 @@ class Client:
             def take_confirmation(header: wire.Relay, body: bytes) -> bool | None:
                 if header.sender != made.worker or header.kind == wire.Kind.ANSWER:
                     return None
-                if header.kind == wire.Kind.UNKNOWN:
+                if header.kind == wire.Kind.UNKNOWN and body == wire.echo(finish):
                     raise Busy("the worker did not accept this device", retry_after=0.5)
                 wire.decode_payload(made.control.open(header, body), wire.reply_decoder)
                 return True
@@ -295,7 +304,7 @@ class Client:
             del self._answers[number]
         in_use = {session.channel.number for session in list(self._sessions.values())}
         for old in list(self._channels.values()):
-            if old.channel.expired and old.number not in in_use:
+            if (old.spent or old.channel.expired) and old.number not in in_use:
                 self._channels.pop(old.number, None)
         # The broker is told at once that this device wants to hear of the worker's death.
         self.transport.announce()
@@ -346,11 +355,12 @@ class Client:
                 return max(MIN_RETRY, bounce.retry_after)
             case "no-worker":
                 wanted = f"{self._model} layers {self._service.first}:{self._service.last}"
+                served = _printable(bounce.detail) or "none"
+                command = f"lambda-split worker --layers {self._service.first}:{self._service.last}"
                 raise NoWorker(
-                    f"no worker serves {wanted} with these weights; "
-                    f"served here: {_printable(bounce.detail) or 'none'}. "
-                    f"Start one: lambda-split worker --model {self._model} "
-                    f"--layers {self._service.first}:{self._service.last}"
+                    f"no worker serves {wanted} with these weights (served here: {served}): start one with "
+                    f"`{command}` and the same --model",
+                    served,
                 )
             case "busy":
                 raise Busy(_printable(bounce.detail) or "every worker is full", max(MIN_RETRY, bounce.retry_after))

@@ -13,21 +13,25 @@ import typer
 
 from split_common.console import emit_json, stderr
 from split_common.options import JsonOption, ModelOption, resolve_model
-from split_common.process import passive_threads, running_command
+from split_common.process import passive_threads, running_command, use_loopback_keys
 
 QUESTION = "What is the capital of France, and what is it known for?"
 
 
 def demo(
-    prompt: Annotated[str, typer.Argument(help="What to ask.")] = QUESTION,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")] = QUESTION,
     model: ModelOption = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens to generate.")] = 64,
     json: JsonOption = False,
 ) -> None:
-    """Ask a real model, split between this process and a worker process, over a broker process."""
+    """Ask a real model, split between this process and a worker process, over a broker process.
+
+    All three run on this machine, with keys of its own, and end with the command.
+    """
     passive_threads()
     checkpoint = resolve_model(model)
     with tempfile.TemporaryDirectory(prefix="lambda-split-demo-") as directory, contextlib.ExitStack() as stack:
+        use_loopback_keys(Path(directory))
         log = Path(directory) / "broker.log"
         start = stack.enter_context
         stderr.print("starting a broker and a worker on this machine …")
@@ -42,12 +46,12 @@ def demo(
         from split_device.model import SplitModelForCausalLM
         from split_device.parts import parts
 
+        tokenizer = load_tokenizer(checkpoint)
         plan_ = plan(checkpoint)
         split = start(SplitModelForCausalLM.from_pretrained(checkpoint, broker=queue["address"]))
         table = parts(plan_, Split.from_head_tail(plan_.layers, 2, 2))
         stderr.print(parts_table(str(body["model"]), table))
-        tokenizer = load_tokenizer(checkpoint)
-        stderr.print(f"[bold]{prompt}[/]", markup=True)
+        stderr.print(prompt, style="bold", soft_wrap=True)
         input_ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
         before = split.traffic
         answer = Conversation(split, tokenizer).complete(input_ids, Sampling(max_tokens), _print_on(json))
@@ -66,14 +70,20 @@ def demo(
         "broker_saw": seen,
     }
     if json:
+        print(file=sys.stderr, flush=True)
         emit_json(facts)
         return
     print(flush=True)
-    stderr.print(f"\n{answer.tokens} tokens, {answer.tokens_per_second:.1f} tokens/s", highlight=False)
-    stderr.print(f"{up:,.0f} bytes up and {down:,.0f} down for each token of prompt and answer, headers included")
-    stderr.print("What the broker saw of the last step (bodies are sealed between device and worker):")
+    _say(f"\n{answer.tokens} tokens, {answer.tokens_per_second:.1f} tokens/s after the first")
+    _say(f"{up:,.0f} bytes up and {down:,.0f} down for each token of prompt and answer, headers included")
+    _say("what the broker saw of the last step, the body sealed between device and worker:")
     for line in seen:
-        stderr.print(f"  {line}", markup=False, soft_wrap=True)
+        _say(f"  {line}")
+    _say("the worker opens what it computes on: who runs the worker can find out the text")
+
+
+def _say(line: str) -> None:
+    stderr.print(line, soft_wrap=True)
 
 
 def _print_on(json: bool) -> Callable[[str], None]:

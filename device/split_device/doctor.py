@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import math
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import typer
 
-from split_common.console import emit_json, stderr
-from split_common.errors import NoWorker, SplitError
+from split_common import wire
+from split_common.console import emit_json, stdout
+from split_common.errors import KeysError, NoWorker, SplitError
+from split_common.fleet import Fleet, load_fleet
+from split_common.keys import Identity, Role
 from split_common.options import DEFAULT_BROKER, BrokerOption, JsonOption, KeysOption, MemberOption, TimeoutOption
+from split_common.transport import connect, new_peer_id
 
 Status = Literal["ok", "note", "problem"]
+
+#: Days before a certificate's end from which on the doctor speaks of it.
+SOON = 14
 
 
 @dataclass(frozen=True)
@@ -32,20 +42,49 @@ def doctor(
     broker: BrokerOption = DEFAULT_BROKER,
     keys: KeysOption = None,
     member: MemberOption = None,
-    timeout: TimeoutOption = 3.0,
+    timeout: TimeoutOption = 5.0,
     json: JsonOption = False,
 ) -> None:
-    """Check versions, hardware, keys, broker and workers; say what to do. Exit code 1 if anything is a problem."""
-    findings = [*_versions(), *_hardware(), *_fleet(broker, keys, member, timeout)]
+    """Check versions, hardware, keys, broker and workers; say what to do.
+
+    The exit code is 1 if anything is a problem.
+    """
+    findings = []
+    for finding in _findings(broker, keys, member, timeout):
+        findings.append(finding)
+        if not json:
+            _print(finding)
     healthy = all(finding.status != "problem" for finding in findings)
     if json:
         emit_json({"healthy": healthy, "findings": [asdict(finding) for finding in findings]})
-    else:
-        marks = {"ok": "[green]✓[/]", "note": "[yellow]•[/]", "problem": "[red]✗[/]"}
-        for finding in findings:
-            stderr.print(f"{marks[finding.status]} {finding.subject}: {finding.detail}", markup=True)
     if not healthy:
         raise typer.Exit(1)
+
+
+def _print(finding: Finding) -> None:
+    mark, style = {"ok": ("✓", "green"), "note": ("•", "yellow"), "problem": ("✗", "red")}[finding.status]
+    console = stdout()
+    console.print(mark, style=style, end=" ")
+    console.print(f"{finding.subject}: {finding.detail}", soft_wrap=True)
+
+
+def _findings(broker: str, keys: KeysOption, member: MemberOption, timeout: float) -> Iterator[Finding]:
+    yield from _versions()
+    yield from _hardware()
+    try:
+        fleet = load_fleet(keys)
+        identity = _identity(fleet, member)
+    except SplitError as error:
+        yield Finding("keys", "problem", str(error))
+        return
+    yield (certificate := _certificate(fleet, identity))
+    if certificate.status == "problem":
+        return
+    if identity.certificate.role == "broker":
+        detail = "not asked: this machine has the key of a broker alone, and brokers answer devices and workers"
+        yield Finding("broker", "note", detail)
+    else:
+        yield from _queue(broker, fleet, identity, timeout)
 
 
 def _versions() -> Iterator[Finding]:
@@ -61,57 +100,86 @@ def _hardware() -> Iterator[Finding]:
 
     if torch.cuda.is_available():
         yield Finding("GPU", "ok", torch.cuda.get_device_name())
+    elif torch.version.cuda is None:
+        yield Finding("GPU", "note", "torch is built for the CPU; a worker on a GPU needs a CUDA build of torch")
     else:
-        yield Finding("GPU", "note", "none that torch sees: workers here compute on the CPU")
-    cores = len(os.sched_getaffinity(0))
-    threads = torch.get_num_threads()
-    policy = os.environ.get("OMP_WAIT_POLICY", "not set (the commands set PASSIVE)")
-    yield Finding("threads", "ok" if threads <= cores else "problem", _threads(threads, cores, policy))
+        yield Finding("GPU", "note", "torch sees none; if there is one, check that `nvidia-smi` lists it")
+    threads, cores = torch.get_num_threads(), _cores()
+    detail = f"torch uses {threads} on {cores} {'core' if cores == 1 else 'cores'}"
+    if threads > cores:
+        yield Finding("threads", "problem", f"{detail}: set OMP_NUM_THREADS={cores}, or they slow each other down")
+    else:
+        yield Finding("threads", "ok", detail)
     suite = preferred_suites()[0]
     hint = "" if suite.startswith("aegis") else ": the CPU has no AES instructions, encryption is slower"
     yield Finding("encryption", "ok" if not hint else "note", suite + hint)
 
 
-def _threads(threads: int, cores: int, policy: str) -> str:
-    advice = "" if threads <= cores else "; set OMP_NUM_THREADS to the number of cores"
-    return f"torch uses {threads} on {cores} cores, OMP_WAIT_POLICY {policy}{advice}"
-
-
-def _fleet(broker: str, keys: KeysOption, member: MemberOption, timeout: float) -> Iterator[Finding]:
-    from split_common.fleet import load_fleet
-    from split_common.transport import connect
-
+def _cores() -> int:
+    """CPU cores that this process may use: a container's share, where it has one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        fleet = load_fleet(keys)
-        identity = fleet.identity("device", member)
-        transport = connect(broker, fleet, identity)
-    except SplitError as error:
-        yield Finding("keys", "problem", str(error))
-        return
-    certificate = identity.certificate
-    days = (certificate.not_after - time.time()) / 86400
-    whose = "made for this machine's loopback" if fleet.is_loopback else f"from {fleet.path}"
-    if days <= 0:
-        yield Finding("keys", "problem", f"the certificate of {certificate.name} has expired: ask for a new one")
-    else:
-        detail = f"{whose}; {certificate.name}'s certificate is valid for {days:.0f} more days"
-        yield Finding("keys", "ok" if days > 14 or fleet.is_loopback else "note", detail)
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(cores, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return cores
 
-    from split_common import wire
+
+def _identity(fleet: Fleet, member: str | None) -> Identity:
+    """Who is asking: a device if its key is here, else whoever's key is."""
+    if member is not None:
+        return fleet.read_identity(member)
+    others: tuple[Role, ...] = ("worker", "broker")
+    try:
+        return fleet.identity("device")
+    except KeysError:
+        for role in others:
+            with contextlib.suppress(KeysError):
+                return fleet.identity(role)
+        raise
+
+
+def _certificate(fleet: Fleet, identity: Identity) -> Finding:
+    certificate = identity.certificate
+    whose = "made for this machine's loopback" if fleet.is_loopback else f"from {fleet.path}"
+    about = f"{whose}; the certificate of {certificate.role} {certificate.name!r}"
+    listed = fleet.roster().by_name(certificate.name)
+    days = (certificate.not_after - time.time()) / 86400
+    ask = "ask the operator for new keys (`lambda-split keys add-device` or `add-worker`)"
+    if listed is None:
+        return Finding("keys", "problem", f"{about} is not in the roster here: copy the operator's newest roster")
+    if listed.revoked:
+        return Finding("keys", "problem", f"{about} is revoked: {ask}")
+    if days <= 0:
+        return Finding("keys", "problem", f"{about} has expired: {ask}")
+    if days < SOON and not fleet.is_loopback:
+        return Finding("keys", "note", f"{about} is valid for {days:.0f} more days: {ask}")
+    return Finding("keys", "ok", f"{about} is valid for {days:.0f} more days")
+
+
+def _queue(broker: str, fleet: Fleet, identity: Identity, timeout: float) -> Iterator[Finding]:
     from split_device.client import Client
 
     nothing = wire.Service(bytes(32), 0, 1)
-    client = Client(transport, fleet, identity, nothing, "nothing", "float32", timeout=timeout, patience=0)
     try:
-        client.start()
+        transport = connect(broker, fleet, identity)
+        if identity.certificate.role == "device":
+            client = Client(transport, fleet, identity, nothing, "nothing", "float32", timeout=timeout, patience=0)
+            client.start()
+        else:
+            client = None
+            transport.start(_Knock(identity), timeout)
     except SplitError as error:
         yield Finding("broker", "problem", str(error))
         return
     try:
         yield Finding("broker", "ok", f"answers at {broker}")
-        yield _workers(client)
+        if client is not None:
+            yield _workers(client)
+        else:
+            yield Finding("workers", "note", "not asked: there is no device's key here, and only devices may ask")
     finally:
-        client.close()
+        transport.close()
 
 
 def _workers(client: object) -> Finding:
@@ -122,10 +190,31 @@ def _workers(client: object) -> Finding:
     try:
         client.open_session()
     except NoWorker as answer:
-        served = answer.served
-        if served:
-            return Finding("workers", "ok", f"serving {served}")
+        if answer.served and answer.served != "none":
+            return Finding("workers", "ok", f"serving {answer.served}")
         return Finding("workers", "problem", "none: start one with `lambda-split worker`")
     except SplitError as error:
         return Finding("workers", "problem", str(error))
     return Finding("workers", "problem", "a worker answered for a model that does not exist")
+
+
+class _Knock:
+    """A worker that serves nothing, just to hear whether the broker answers (a transport's `Handler`)."""
+
+    def __init__(self, identity: Identity) -> None:
+        self._announce = wire.Announce(new_peer_id(), "worker", identity.certificate.name)
+
+    def announcement(self) -> wire.Announce:
+        return self._announce
+
+    def on_message(self, header: wire.AnyHeader, body: bytes) -> None:
+        pass
+
+    def on_gone(self, peers: Iterable[bytes]) -> None:
+        pass
+
+    def on_reset(self) -> None:
+        pass
+
+    def on_roster(self) -> None:
+        pass

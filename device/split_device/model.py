@@ -86,24 +86,22 @@ class SplitModelForCausalLM:
         split = Split.from_head_tail(plan_.layers, head_layers, tail_layers)
         manifest = find_manifest(fleet, plan_.checkpoint, plan_.own_tensors(split, "device"))
         model, stack = load_part(plan_, split, "device", dtype=parse_dtype(dtype), bases=(cls,), fill=RemoteBody)
+        model.name_or_path = model.config.name_or_path = str(name_or_path)
+        model.generation_config = generation_config(plan_) or model.generation_config
         service = wire.Service(manifest.root, split.first, split.last)
         wire_dtype = dtype_name(model.dtype)
         client = Client(transport, fleet, identity, service, manifest.name, wire_dtype, timeout, patience)
         client.start()
-        model.name_or_path = model.config.name_or_path = str(name_or_path)
-        model.generation_config = generation_config(plan_) or model.generation_config
         model._join(client, stack, split)
         return model
 
     def _join(self, client: Client, stack: Stack, split: Split) -> None:
-        body = stack.slots[split.first]
-        assert isinstance(body, RemoteBody)
-        windowed = is_windowed(self.config.get_text_config(decoder=True), split.body)
-        body.attach(client, split, Traits(windowed or not stack.takes_positions, stack.positions_interact))
         self.split = split
         self._client = client
         self._stack = stack
-        self._body = body
+        windowed = is_windowed(self.config.get_text_config(decoder=True), split.body)
+        traits = Traits(windowed or not stack.takes_positions, stack.positions_interact)
+        self._body.attach(client, split, traits)
         self._max_positions = stack.max_positions
         self._called = 0.0
         #: When the step before this one of the same `generate` ended.
@@ -114,6 +112,12 @@ class SplitModelForCausalLM:
         model: Any = self
         model.register_forward_pre_hook(self._before_forward)
         model.register_forward_hook(self._after_forward)
+
+    @property
+    def _body(self) -> RemoteBody:
+        body = self._stack.slots[self.split.first]
+        assert isinstance(body, RemoteBody)
+        return body
 
     @property
     def timings(self) -> Timings:

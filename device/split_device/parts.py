@@ -58,6 +58,11 @@ def parts(plan: Plan, split: Split, dtype: torch.dtype | None = None) -> list[Pa
     return [Part(name, ranges[name], count, count * itemsize, count / total) for name, count in counts.items()]
 
 
+def bytes_per_token(plan: Plan, dtype: torch.dtype | None = None) -> int:
+    """Bytes of a token's hidden states, which travel to the worker and back."""
+    return int(plan.text_config.hidden_size) * (dtype or _config_dtype(plan.config)).itemsize
+
+
 def _config_dtype(config: Any) -> torch.dtype:
     dtype = getattr(config, "dtype", None)
     if isinstance(dtype, str):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DummyLayer, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from split_common import wire
 from split_common.errors import Busy, Malformed, SplitError, UnsupportedFeature
@@ -45,17 +45,57 @@ class Traits:
     positions_interact: bool
 
 
-class SessionLayer(DynamicLayer):  # type: ignore[misc]
+class BodyLayer(DynamicLayer):  # type: ignore[misc]
+    """The cache layer of a slot of the body: as long and as wide as the unsplit model's, and empty.
+
+    Args:
+        session: holds the keys and values; None where this is the session itself.
+        window: the sliding window's size in tokens; None without one.
+    """
+
+    def __init__(self, session: SessionLayer | None, window: int | None) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self.is_sliding = window is not None
+        self._window = window
+        self._session = session
+
+    def get_seq_length(self) -> int:
+        return self._session.get_seq_length() if self._session is not None else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        length = self.get_seq_length()
+        hidden = 0 if self._window is None else max(0, length - self._window + 1)
+        return length - hidden + query_length, hidden
+
+    def get_max_length(self) -> int:
+        return -1 if self._window is None else self._window
+
+    get_max_cache_shape = get_max_length
+
+    def update(self, *_args: Any, **_kwargs: Any) -> Any:
+        raise UnsupportedFeature("the body's keys and values are on the worker")
+
+    def offload(self) -> None:
+        raise UnsupportedFeature("an offloaded cache cannot be split: the body's keys and values are on the worker")
+
+    def _nothing_here(self, *_args: Any) -> None:
+        """Done by the session's layer, for the whole body."""
+
+    reset = crop = reorder_cache = batch_select_indices = batch_repeat_interleave = _nothing_here
+
+
+class SessionLayer(BodyLayer):
     """The body's KV cache, on a worker: the cache layer in the body's first slot.
 
     Args:
         client: opens the session when the first step is sent.
         traits: of the body.
+        window: of the first slot, see `BodyLayer`.
     """
 
-    def __init__(self, client: Client, traits: Traits) -> None:
-        super().__init__()
-        self.is_initialized = True
+    def __init__(self, client: Client, traits: Traits, window: int | None = None) -> None:
+        super().__init__(None, window)
         self.client = client
         self._traits = traits
         self._remote: RemoteSession | None = None
@@ -68,21 +108,6 @@ class SessionLayer(DynamicLayer):  # type: ignore[misc]
 
     def get_seq_length(self) -> int:
         return 0 if self._columns is None else int(self._columns.shape[1])
-
-    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        tokens = query_length if isinstance(query_length, int) else len(query_length)
-        return self.get_seq_length() + tokens, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def update(self, *_args: Any, **_kwargs: Any) -> Any:
-        raise UnsupportedFeature("the body's keys and values are on the worker")
-
-    def activate_past_recording(self) -> None:
-        """Workers can always roll back."""
 
     def crop(self, tokens: int) -> None:
         """Removes the last `-tokens` columns; a positive number is the length to keep (older transformers)."""
@@ -105,11 +130,8 @@ class SessionLayer(DynamicLayer):  # type: ignore[misc]
             self._remote.close()
         self._remote = self._columns = self._select = None
 
-    def offload(self) -> None:
-        raise UnsupportedFeature("an offloaded cache cannot be split: the body's keys and values are on the worker")
-
     def __deepcopy__(self, memo: dict[int, Any]) -> SessionLayer:
-        twin = SessionLayer(self.client, self._traits)
+        twin = SessionLayer(self.client, self._traits, self._window)
         memo[id(self)] = twin
         twin._columns = None if self._columns is None else self._columns.clone()
         twin._select = None if self._select is None else list(self._select)
@@ -318,9 +340,12 @@ class RemoteBody(PassThrough):
         cache.layers += [DynamicLayer() for _ in range(self._split.layers - len(cache.layers))]
         layer = cache.layers[self._split.first]
         if not isinstance(layer, SessionLayer):
-            layer = cache.layers[self._split.first] = SessionLayer(self._client, self._traits)
-            for index in self._split.body[1:]:
-                cache.layers[index] = DummyLayer()
+            windows = [getattr(cache.layers[index], "sliding_window", None) for index in self._split.body]
+            layer = SessionLayer(self._client, self._traits, windows[0])
+            cache.layers[self._split.first : self._split.last] = [
+                layer,
+                *(BodyLayer(layer, window) for window in windows[1:]),
+            ]
         return layer
 
 
@@ -386,4 +411,8 @@ def _runs(rows: list[wire.Row], limit: int) -> list[list[wire.Row]]:
 def is_windowed(config: Any, body: range) -> bool:
     """Whether any of the body's layers attends to a window of the cache only."""
     layers = DynamicCache(config=config).layers
-    return any(getattr(layers[index], "is_sliding", False) for index in body if index < len(layers))
+    if any(layer.is_sliding for layer in layers):
+        return any(layer.is_sliding for layer in layers[body.start : body.stop])
+    # Older architectures mask a window in their layers, and their caches know nothing of it.
+    names = ("window", "window_size")
+    return any(isinstance(size, int) and size > 1 for name, size in vars(config).items() if name.endswith(names))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from split_common.errors import UnsupportedArchitecture
 from split_common.part import Plan, load_part
@@ -54,7 +54,7 @@ class Body:
         try:
             expected = self.forward(whole, states, [0, 1, 2])
             output = torch.cat([self.forward(parts, states[:2], [0, 1]), self.forward(parts, states[2:], [2])])
-            lengths = {layer.get_seq_length() for row in (whole, parts) for layer in self._layers(row)}
+            lengths = {layer.get_seq_length() for row in (whole, parts) for layer in row.layers}
         except Exception as error:
             raise UnsupportedArchitecture(f"{self._stack.name} cannot run its layers alone: {error}") from None
         close = (output - expected).norm() <= 0.1 * expected.norm() or not torch.isfinite(expected).all()
@@ -68,18 +68,18 @@ class Body:
         self._outgoing = output[0] if isinstance(output, tuple) else output
 
     def new_row(self) -> DynamicCache:
-        """An empty KV cache for one row: only the body's layers have one."""
+        """An empty KV cache for one row: of the body's layers."""
         cache = DynamicCache(config=self._config)
         cache.layers += [DynamicLayer() for _ in range(self._split.layers - len(cache.layers))]
-        for index, layer in enumerate(cache.layers):
-            if index not in self._split.body:
-                cache.layers[index] = DummyLayer()
-            elif layer.is_sliding:
-                cache.layers[index] = WindowLayer(layer.sliding_window)
+        body = [
+            WindowLayer(layer.sliding_window) if layer.is_sliding else DynamicLayer()
+            for layer in cache.layers[self._split.first : self._split.last]
+        ]
+        alike = {layer.is_sliding: layer for layer in reversed(body)}
+        # transformers takes a mask's size from the first layer of a kind, be it one that runs elsewhere.
+        cache.layers = [alike.get(layer.is_sliding, body[0]) for layer in cache.layers]
+        cache.layers[self._split.first : self._split.last] = body
         return cache
-
-    def _layers(self, row: DynamicCache) -> list[DynamicLayer]:
-        return [row.layers[index] for index in self._split.body]
 
     @torch.inference_mode()
     def forward(self, row: DynamicCache, states: torch.Tensor, positions: list[int]) -> torch.Tensor:
@@ -117,8 +117,7 @@ class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
 
 def length(row: DynamicCache) -> int:
     """Tokens in a row."""
-    layer = next(layer for layer in row.layers if not isinstance(layer, DummyLayer))
-    return int(layer.get_seq_length())
+    return int(row.layers[0].get_seq_length())
 
 
 def truncate(row: DynamicCache, tokens: int) -> None:
@@ -126,16 +125,15 @@ def truncate(row: DynamicCache, tokens: int) -> None:
     if tokens == length(row):
         return
     for layer in row.layers:
-        if isinstance(layer, DummyLayer):
-            continue
         layer.keys = layer.keys[..., :tokens, :]
         layer.values = layer.values[..., :tokens, :]
-        if hasattr(layer, "cumulative_length"):
+        if layer.is_sliding:
             layer.cumulative_length = tokens
 
 
 def fork(row: DynamicCache) -> DynamicCache:
     """A row that shares its tensors with another one: caches grow by making new tensors."""
     twin = copy.copy(row)
-    twin.layers = [copy.copy(layer) for layer in row.layers]
+    copies = {id(layer): copy.copy(layer) for layer in row.layers}
+    twin.layers = [copies[id(layer)] for layer in row.layers]
     return twin

@@ -12,6 +12,7 @@ from split_common.errors import ConfigError
 from split_common.fleet import load_fleet
 from split_common.options import (
     DEFAULT_BROKER,
+    MODEL_PANEL,
     BrokerOption,
     DtypeOption,
     JsonOption,
@@ -23,8 +24,12 @@ from split_common.options import (
     resolve_model,
 )
 from split_common.process import passive_threads, wait_for_sigterm
+from split_common.transport import connect
 
 DeviceName = Literal["auto", "cpu", "cuda"]
+
+#: Seconds of draining that are not worth a word.
+UNANNOUNCED = 0.2
 
 
 def register(app: typer.Typer) -> None:
@@ -35,18 +40,29 @@ def register(app: typer.Typer) -> None:
 def worker(
     model: ModelOption = None,
     layers: Annotated[
-        str, typer.Option(metavar="FIRST:LAST", help="The body's layers, as a slice: 2:-2 leaves two at each end.")
+        str,
+        typer.Option(
+            metavar="FIRST:LAST",
+            rich_help_panel=MODEL_PANEL,
+            help="The body's layers, as a slice: 2:-2 leaves two at each end.",
+        ),
     ] = "2:-2",
     broker: BrokerOption = DEFAULT_BROKER,
     device: Annotated[
         DeviceName, typer.Option(help="Where the body runs; auto takes a GPU if there is one.")
     ] = "auto",
     dtype: DtypeOption = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")] = None,
-    max_rows: Annotated[int, typer.Option(min=1, help="Rows (sequences) held at once, over all sessions.")] = 256,
-    idle_timeout: Annotated[float, typer.Option(min=1, help="Seconds before an idle session is freed.")] = 900.0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="CPU threads. Default: one for each core.")
+    ] = None,
+    max_rows: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Rows (sequences) held at once, over all sessions.")
+    ] = 256,
+    idle_timeout: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="Before an idle session is freed.")
+    ] = 900.0,
     drain_timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds that sessions have to end after SIGTERM.")
+        float, typer.Option(min=0, metavar="SECONDS", help="That sessions have to end after SIGTERM.")
     ] = 30.0,
     revision: RevisionOption = None,
     keys: KeysOption = None,
@@ -54,10 +70,14 @@ def worker(
     timeout: TimeoutOption = 10.0,
     json: JsonOption = False,
 ) -> None:
-    """Serve a model's body to devices, until SIGTERM (which lets sessions end) or Ctrl-C."""
+    """Serve a model's body to devices, until SIGTERM (which lets sessions end) or Ctrl-C.
+
+    Needs a running `lambda-split broker`.
+    """
     passive_threads()
     fleet = load_fleet(keys)
     identity = fleet.identity("worker", member)
+    transport = connect(broker, fleet, identity)
     checkpoint = resolve_model(model)
 
     import torch
@@ -67,7 +87,6 @@ def worker(
     from split_common.part import plan
     from split_common.split import Split
     from split_common.tensors import parse_dtype
-    from split_common.transport import connect
     from split_worker.body import Body
     from split_worker.sessions import SessionTable
     from split_worker.worker import Worker
@@ -75,7 +94,6 @@ def worker(
     if threads is not None:
         torch.set_num_threads(threads)
     place = _device(device)
-    transport = connect(broker, fleet, identity)
     plan_ = plan(checkpoint, revision)
     split = Split.parse(plan_.layers, layers)
     manifest = find_manifest(fleet, plan_.checkpoint, plan_.own_tensors(split, "worker"))
@@ -99,11 +117,14 @@ def worker(
         else:
             stderr.print(
                 "worker {worker} serves {model} layers {layers} on {device} in {dtype} "
-                "({parameter_bytes:,} bytes of weights)".format(**facts)
+                "({parameter_bytes:,} bytes of weights)".format(**facts),
+                soft_wrap=True,
             )
         wait_for_sigterm()
-        if not running.drain(drain_timeout):
-            stderr.print(f"sessions were still open after {drain_timeout:g} s")
+        if not running.drain(min(drain_timeout, UNANNOUNCED)):
+            stderr.print(f"draining: no new sessions; those that are open have {drain_timeout:g} s to end")
+            if not running.drain(drain_timeout):
+                stderr.print(f"sessions were still open after {drain_timeout:g} s")
     finally:
         running.stop()
 

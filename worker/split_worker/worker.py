@@ -218,7 +218,8 @@ class Worker:
             self._half_open[id_] = half
             if len(self._half_open) > MAX_HALF_OPEN:
                 self._half_open.popitem(last=False)
-        self._send(header, wire.Kind.ANSWER, half.handshake.answer)
+        answer = wire.Relay(header.sender, self._id, wire.Kind.ANSWER, header.channel)
+        self._transport.send(answer, half.handshake.answer)
 
     def _finish_channel(self, header: wire.Relay, body: bytes) -> None:
         id_ = (header.sender, header.channel)
@@ -228,7 +229,7 @@ class Worker:
                 channel = half.handshake.finish(body)
             except CertificateError:
                 # It is the device's own, and authentic: no other end of this set-up will be better.
-                self._unknown_channel(header)
+                self._unknown_channel(header, body)
                 raise
             del self._half_open[id_]
             if id_ in self._links:
@@ -237,7 +238,7 @@ class Worker:
             self._links[id_] = Link(channel, channel.session_keys(0, 0))
             self.counters["channels"] += 1
         if id_ not in self._links:
-            self._unknown_channel(header)
+            self._unknown_channel(header, body)
             raise AuthenticationError("the end of a channel set-up that did not begin")
         self._reply(self._links[id_].control, header, wire.Done())
 
@@ -249,12 +250,10 @@ class Worker:
         elif len(self._links) >= MAX_CHANNELS:
             self._close_channel(next(iter(self._links)))
 
-    def _unknown_channel(self, header: wire.Relay) -> None:
+    def _unknown_channel(self, header: wire.Relay, body: bytes) -> None:
         """Tells a device, as well as one without keys can, that it has to set up a new channel."""
-        self._send(header, wire.Kind.UNKNOWN, b"")
-
-    def _send(self, to: wire.Open | wire.Relay, kind: wire.Kind, body: bytes) -> None:
-        self._transport.send(wire.Relay(to.sender, self._id, kind, to.channel), body)
+        unknown = msgspec.structs.replace(header, to=header.sender, sender=self._id, kind=wire.Kind.UNKNOWN)
+        self._transport.send(unknown, wire.echo(body))
 
     def _verify(self, certificate: bytes, role: Role) -> Certificate:
         scope = ModelScope(self._service.root, self._service.first, self._service.last)
@@ -270,7 +269,7 @@ class Worker:
         began = time.perf_counter()
         link = self._links.get((header.sender, header.channel))
         if link is None:
-            self._unknown_channel(header)
+            self._unknown_channel(header, body)
             raise AuthenticationError("a request over a channel that is not set up")
         id_ = (header.sender, header.channel, header.session, header.epoch)
         session = self._sessions.get(id_)

@@ -159,6 +159,14 @@ class Scheduler:
         """Ends a job whose forward failed."""
         self._end(job, error)
 
+    def cancel(self, session: Hashable, error: Exception | None = None) -> None:
+        """Drops a session's jobs; with an error, they end with it."""
+        jobs = [self._active.pop(session)] if session in self._active else []
+        jobs += self._waiting.pop(session, ())
+        if error is not None:
+            for job in jobs:
+                job.finish(error)
+
     def _activate(self, job: Job) -> None:
         try:
             job.runs = [run for run in job.start() if len(run.positions)]

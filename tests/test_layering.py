@@ -1,0 +1,62 @@
+"""Components know `common`, never each other; and the broker needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {
+    "split_common": ROOT / "common",
+    "split_broker": ROOT / "broker",
+    "split_worker": ROOT / "worker",
+    "split_device": ROOT / "device",
+}
+LIGHT = [
+    "split_broker.broker",
+    "split_broker.lanes",
+    *(f"split_common.{name}" for name in ("wire", "channel", "transport", "zmq_link", "keys", "fleet", "errors")),
+]
+
+
+def imported(source: str) -> set[str]:
+    """Top-level names of all that a module imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where they lead"
+            names.add(node.module or "")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names.update(arg.value for arg in node.args if isinstance(arg, ast.Constant))
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_run_one_way(package: str) -> None:
+    files = sorted((PACKAGES[package] / package).rglob("*.py"))
+    assert files
+    strangers = set(PACKAGES) - {package, "split_common"}
+    for path in files:
+        assert not imported(path.read_text()) & strangers, path
+
+
+def test_the_check_sees_an_import_wherever_it_is() -> None:
+    hidden = "def f():\n    from split_worker.body import Body\n    importlib.import_module('a.b')"
+    assert {"split_worker", "a"} <= imported(hidden)
+
+
+def test_the_broker_imports_no_torch() -> None:
+    code = (
+        f"import sys, importlib\nfor name in {LIGHT!r}: importlib.import_module(name)\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = set(ast.literal_eval(output))
+    assert "split_broker" in loaded
+    assert not loaded & {"torch", "transformers", "numpy", "split_device", "split_worker"}
