@@ -21,6 +21,9 @@ from split_worker.body import Body
 from split_worker.sessions import SessionTable
 from split_worker.worker import Worker
 
+#: Memory for keys and values of a worker.
+KV_BYTES = 64 * 1024**2
+
 
 def start_worker(
     checkpoint: Path,
@@ -35,7 +38,7 @@ def start_worker(
     plan_ = plan(str(checkpoint))
     split = Split.parse(plan_.layers, layers)
     manifest = find_manifest(fleet, plan_.checkpoint, plan_.own_tensors(split, "worker"))
-    body = Body(plan_, split, torch.device("cpu"), dtype)
+    body = Body(plan_, split, torch.device("cpu"), dtype, KV_BYTES)
     identity = fleet.identity("worker")
     service = wire.Service(manifest.root, split.first, split.last)
     transport = connect(broker, fleet, identity)

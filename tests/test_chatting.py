@@ -182,7 +182,7 @@ def test_chat_templates(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_tokenizers_that_cannot_be_loaded(tmp_path: Path) -> None:
     checkpoint = tiny.save("llama", tmp_path / "bare")
-    with pytest.raises(UnknownModel, match="put the model's tokenizer.json beside its weights"):
+    with pytest.raises(UnknownModel, match=r"has no tokenizer: put"):
         load_tokenizer(str(checkpoint))
     (checkpoint / "tokenizer.json").write_text("{}")
     with pytest.raises(UnknownModel, match="cannot be loaded"):

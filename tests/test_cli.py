@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -94,12 +93,14 @@ def address(checkpoint: Path) -> Iterator[str]:
         with running_command(["worker", *options]) as (worker, facts):
             assert facts.pop("pid") == worker.pid
             assert facts.pop("parameter_bytes") > 0
+            assert facts.pop("kv_tokens") > 1000
             assert facts == {
                 "worker": "worker-1",
                 "model": "tiny",
                 "layers": "2:4",
                 "device": "cuda" if torch.cuda.is_available() else "cpu",
                 "dtype": "float32",
+                "packed": True,
             }
             yield broker["address"]
 
@@ -475,4 +476,4 @@ def _copy(operator: Path, directory: Path) -> None:
     for name in ("operator.pub", "roster", *(f"models/{one.name}" for one in operator.glob("models/*"))):
         new = directory / "new"
         new.write_bytes((operator / name).read_bytes())
-        os.replace(new, directory / name)
+        new.replace(directory / name)

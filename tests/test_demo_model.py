@@ -11,9 +11,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
+from split_common import demo_model
 from split_common.demo_model import ensure_demo_model
 from split_common.errors import ModelError
-from split_device import demo_model
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def make_runner(directory: Path, arch: str, **config: Any) -> Runner:
     plan_ = plan(str(checkpoint))
     split = Split.parse(plan_.layers, "1:-2")
     _, stack = load_part(plan_, split, "worker")
-    return Runner(stack, split, plan_.text_config, torch.device("cpu"), KV_BYTES)
+    return Runner(stack, split, plan_.text_config, KV_BYTES)
 
 
 def make_oracle(directory: Path, arch: str, monkeypatch: pytest.MonkeyPatch, **config: Any) -> Runner:

@@ -78,14 +78,14 @@ def in_background(call: Callable[[], Any]) -> Iterator[Any]:
 
 
 def slowly(worker: Worker, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Makes each step of a worker take longer."""
-    answer = worker._answer
+    """Makes each forward of a worker take so long."""
+    forward = worker._compute._forward
 
-    def wait_and_answer(task: Any) -> None:
+    def wait_and_run(batch: Any) -> Any:
         time.sleep(seconds)
-        answer(task)
+        return forward(batch)
 
-    monkeypatch.setattr(worker, "_answer", wait_and_answer)
+    monkeypatch.setattr(worker._compute, "_forward", wait_and_run)
 
 
 # --- the broker --------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_no_nonce_seals_two_plaintexts_whatever_is_lost_and_repeated(
 
     with (
         setting.broker() as broker,
-        setting.worker(broker.address, max_rows=2) as worker,
+        setting.worker(broker.address, max_sessions=2) as worker,
         setting.client(broker.address) as client,
     ):
         cheat(broker, lose_and_repeat)
@@ -271,7 +271,7 @@ def test_a_worker_process_that_hangs_or_is_killed_is_noticed(checkpoint: Path) -
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
-            with SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address) as model:
+            with SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address, patience=0) as model:
                 prompt = torch.tensor([[5, 6, 7, 8]])
                 for kill, least, most in (
                     (signal.SIGSTOP, HEARTBEAT * (MISSED - 1), HEARTBEAT * (MISSED + 1) + 0.5),
@@ -402,7 +402,7 @@ def test_a_device_waits_for_room_and_goes_on(checkpoint: Path, setting: Setting)
     wanted = tiny.build("llama").generate(prompt, max_new_tokens=5, do_sample=False)
     with (
         setting.broker() as broker,
-        setting.worker(broker.address, max_rows=1) as worker,
+        setting.worker(broker.address, max_sessions=1) as worker,
         setting.client(broker.address) as other,
         SplitModelForCausalLM.from_pretrained(
             checkpoint, broker=broker.address, keys=setting.fleet.path, patience=20
@@ -421,7 +421,7 @@ def test_a_device_waits_for_room_and_goes_on(checkpoint: Path, setting: Setting)
 def test_patience_ends_with_busy(setting: Setting) -> None:
     with (
         setting.broker() as broker,
-        setting.worker(broker.address, max_rows=1),
+        setting.worker(broker.address, max_sessions=1),
         setting.client(broker.address) as holder,
         setting.client(broker.address, patience=1.0) as client,
     ):
@@ -508,7 +508,7 @@ def test_a_worker_whose_certificate_runs_out_is_left_for_one_that_is_good(own: S
     own.fleet.add_member("worker", "brief", days=3.01 / 86_400)
     with (
         own.broker() as broker,
-        own.worker(broker.address, "brief", max_rows=1000),
+        own.worker(broker.address, "brief", max_sessions=1000),
         own.client(broker.address) as client,
     ):
         session = client.open_session()
@@ -518,7 +518,7 @@ def test_a_worker_whose_certificate_runs_out_is_left_for_one_that_is_good(own: S
             session.call([step(1)])
         with pytest.raises(CertificateError, match="'brief' expired"):
             client.open_session()
-        with own.worker(broker.address, max_rows=1) as good:
+        with own.worker(broker.address, max_sessions=1) as good:
             client.open_session().call([step(0)])
             assert good.counters["steps"] == 1
 
@@ -543,8 +543,8 @@ def test_a_device_whose_certificate_runs_out_is_put_out(own: Setting) -> None:
 def test_a_revoked_worker_is_left_while_all_run(own: Setting) -> None:
     own.fleet.add_member("worker", "worker-2")
     with own.broker() as broker, own.client(broker.address) as client, contextlib.ExitStack() as stack:
-        first = stack.enter_context(own.worker(broker.address, "worker-1", max_rows=1000))
-        second = stack.enter_context(own.worker(broker.address, "worker-2"))
+        first = stack.enter_context(own.worker(broker.address, "worker-1", max_sessions=1000))
+        second = stack.enter_context(own.worker(broker.address, "worker-2", max_sessions=1))
         session = client.open_session()
         session.call([step(0)])
         assert first.counters["steps"] == 1

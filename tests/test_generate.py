@@ -346,9 +346,8 @@ def test_frequencies_that_depend_on_the_largest_position(
         "long_factor": [3.0] * 4,
         "original_max_position_embeddings": 16,
     }
-    changes = {"rope_parameters": rope, "original_max_position_embeddings": 16}
-    full = tiny.build("phi3", **changes)
-    with joined(broker, tiny.save("phi3", tmp_path, **changes)) as (model, _):
+    full = tiny.build("llama", rope_parameters=rope)
+    with joined(broker, tiny.save("llama", tmp_path, rope_parameters=rope)) as (model, _):
         long = PROMPT.repeat(1, 3)
         assert padded_batch(model).tolist() == padded_batch(full).tolist()
         monkeypatch.setattr(remote, "CHUNK_BYTES", 5 * 32 * 4)

@@ -259,7 +259,7 @@ class Bench:
             setting.fleet.read_identity("worker-1"),
             setting.own_fleet(),
             self.transport,
-            SessionTable(max_rows=8),
+            SessionTable(max_sessions=8),
         )
         self.worker.start()
         self.sessions = 100_000
@@ -324,7 +324,7 @@ def test_a_refusal_comes_sealed_and_the_session_goes_on(bench: Bench, channel: C
         (wire.Step("float32", 32, [wire.Row(0, 5, [5])]), bytes(128), "malformed"),
         (wire.Step("float32", 32, [wire.Row(0, 0, [0])], [3]), bytes(128), "malformed"),
         (wire.Step("float32", 32, [wire.Row(0, 0, [99_999])]), bytes(128), "too-long"),
-        (wire.Step("float32", 32, [wire.Row(4000, 0, [0])]), bytes(128), "busy"),
+        (wire.Step("float32", 32, [wire.Row(4000, 0, [0])]), bytes(128), "malformed"),
         (wire.Step("float32", 32, [wire.Row(0, 0, [0])]), b"\xff" * 128, "non-finite"),
         (wire.Step("bfloat16", 32, [wire.Row(0, 0, [0] * 100_000)]), bytes(6_400_000), "malformed"),
         (wire.Fork(77, 0), b"", "malformed"),
@@ -445,7 +445,7 @@ def test_a_queue_that_is_full_takes_no_more(
     bench.deliver(*bench.request(keys, 4000, 0, *step(0)))
     bench.replies()
     bench.deliver(*bench.request(keys, 4000, 1, wire.Close()))
-    assert bench.worker._queued_bytes == 0
+    assert bench.worker._compute.queued_bytes == 0
 
 
 def test_the_oldest_set_up_may_be_finished_after_a_damaged_attempt(bench: Bench) -> None:
@@ -516,7 +516,7 @@ def test_a_wrong_kind_of_answer_ends_the_session(setting: Setting, reply: wire.P
         setting.worker(broker.address) as worker,
         setting.client(broker.address) as client,
     ):
-        worker._answer = lambda task: worker._reply(task.session.keys, task.header, reply)  # type: ignore[method-assign]
+        worker._compute._reply = lambda task, *_: worker._reply(task.session.keys, task.header, reply)
         session = client.open_session()
         with pytest.raises(SessionLost) as caught:
             session.call([step(0)])
@@ -526,7 +526,7 @@ def test_a_wrong_kind_of_answer_ends_the_session(setting: Setting, reply: wire.P
 
 
 def test_states_that_are_not_finite_do_not_reach_the_model(setting: Setting) -> None:
-    def poison(task: Any) -> None:
+    def poison(task: Any, *_: Any) -> None:
         tokens = task.request.tokens
         states = torch.full((tokens, 32), float("nan"))
         result = wire.Result("float32", tokens, 32)
@@ -539,7 +539,7 @@ def test_states_that_are_not_finite_do_not_reach_the_model(setting: Setting) -> 
             setting.checkpoint, broker=broker.address, keys=setting.fleet.path
         ) as model,
     ):
-        worker._answer = poison  # type: ignore[method-assign]
+        worker._compute._reply = poison
         with pytest.raises(NonFinite):
             model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
 
@@ -555,7 +555,7 @@ def test_an_unforeseen_failure_of_a_step_is_told_and_ends_its_session_alone(
         bystander = client.open_session()
         assert bytes(bystander.call([step(0, 7)])[0][1]) == expected[0]
         with monkeypatch.context() as patch:
-            patch.setattr(setting.body, "forward", lambda *_: 1 / 0)
+            patch.setattr(setting.body, "run", lambda *_: 1 / 0)
             began = time.monotonic()
             with pytest.raises(SessionLost, match="ZeroDivisionError"):
                 client.open_session().call([step(0), step(1), step(2)])

@@ -141,7 +141,7 @@ def test_single_file_is_preferred(tmp_path: Path) -> None:
     assert Checkpoint.resolve(directory).tensor_names == ["other"]
 
 
-@pytest.mark.parametrize("name", ["./none", "a/b/c", "/none/at/all", "../x", "org/na me", "-x"])
+@pytest.mark.parametrize("name", ["./none", "a/b/c", "/none/at/all", "../no-such-model", "org/na me", "-x"])
 def test_neither_path_nor_hub_id(name: str) -> None:
     with pytest.raises(UnknownModel, match="neither"):
         Checkpoint.resolve(name)

@@ -20,7 +20,6 @@ from split_common.errors import (
     Malformed,
     NonFinite,
     PromptTooLong,
-    SessionLost,
     UnknownModel,
     UnsupportedArchitecture,
     UnsupportedFeature,
@@ -340,19 +339,20 @@ def test_worker_refuses_positions_beyond_the_models(model: Model) -> None:
     session.close()
 
 
-def test_session_of_a_refused_step_is_over(headless: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a prefill in chunks some may have run before the refusal: going on could give wrong tokens."""
+def test_session_of_a_refused_step_is_made_anew(headless: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a prefill in chunks some may have run before the refusal: going on there could give wrong tokens."""
     cache = DynamicCache()
     with torch.no_grad():
         headless(PROMPT, past_key_values=cache)
-        monkeypatch.setattr(remote, "to_bytes", remote.raw_bytes)
-        poisoned = headless.get_input_embeddings()(PROMPT).clone()
-        poisoned[0, -1] = float("nan")
-        with pytest.raises(NonFinite):
-            headless(inputs_embeds=poisoned, past_key_values=cache)
-        monkeypatch.undo()
-        with pytest.raises(SessionLost):
-            headless(PROMPT, past_key_values=cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(remote, "to_bytes", remote.raw_bytes)
+            poisoned = headless.get_input_embeddings()(PROMPT).clone()
+            poisoned[0, -1] = float("nan")
+            with pytest.raises(NonFinite):
+                headless(inputs_embeds=poisoned, past_key_values=cache)
+        again = headless(PROMPT, past_key_values=cache).logits
+        expected = headless(PROMPT.repeat(1, 2)).logits[:, PROMPT.shape[1] :]
+    assert torch.allclose(again, expected, atol=1e-4)
 
 
 def test_refusal_before_sending_leaves_the_session_as_it_was(headless: Model) -> None:

@@ -15,13 +15,16 @@ import torch
 from transformers import DynamicCache
 
 import tiny
-from fleet import joined, running_broker
+from fleet import KV_BYTES, joined, running_broker, start_worker
 from split_common import wire
+from split_common.engine.rows import Row, Run
 from split_common.errors import Busy, Malformed, NonFinite, OutOfOrder, PromptTooLong, SessionLost
 from split_common.part import plan
 from split_common.split import Split
-from split_worker.body import Body, fork, length, truncate
-from split_worker.sessions import MAX_WAITING, Session, SessionTable
+from split_common.tensors import check_finite
+from split_device import SplitModelForCausalLM
+from split_worker.body import Body
+from split_worker.sessions import EVICT_AFTER, GROWTH, MAX_WAITING, Session, SessionTable
 from split_worker.worker import Worker
 
 Model = Any
@@ -290,7 +293,7 @@ def test_closed_model_ends_its_sessions(broker: str, llama: tuple[Model, Worker]
 
 
 def test_cache_of_a_worker_that_is_gone(broker: str, tmp_path: Path) -> None:
-    with joined(broker, tiny.save("qwen2", tmp_path)) as (model, worker), torch.no_grad():
+    with joined(broker, tiny.save("qwen2", tmp_path), patience=0) as (model, worker), torch.no_grad():
         cache = DynamicCache()
         model(PROMPT, past_key_values=cache)
         worker.stop()
@@ -304,7 +307,7 @@ def test_cache_of_a_worker_that_is_gone(broker: str, tmp_path: Path) -> None:
 @pytest.fixture(scope="module", params=["llama", "gemma2", "bloom"])
 def body(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Body:
     plan_ = plan(str(tiny.save(request.param, tmp_path_factory.mktemp("body"))))
-    return Body(plan_, Split.from_head_tail(plan_.layers, 1, 2), torch.device("cpu"))
+    return Body(plan_, Split.from_head_tail(plan_.layers, 1, 2), torch.device("cpu"), kv_bytes=KV_BYTES)
 
 
 def states(tokens: int, seed: int = 0) -> torch.Tensor:
@@ -319,31 +322,48 @@ def run(start: int, count: int, row: int = 0) -> wire.Row:
     return wire.Row(row, start, list(range(start, start + count)))
 
 
+def forward(body: Body, row: Row, hidden: torch.Tensor, positions: list[int]) -> torch.Tensor:
+    (output,) = body.run([Run(row, hidden, positions)])
+    return output
+
+
+def run_step(holder: Session, body: Body, request: wire.Step, hidden: torch.Tensor) -> torch.Tensor:
+    runs = holder.begin(request, hidden, body)
+    try:
+        output = torch.cat(body.run(runs)) if runs else hidden
+        check_finite(output)
+    except Exception:
+        holder.undo()
+        raise
+    holder.commit()
+    return output
+
+
 def session() -> Session:
     return Session((b"device00", 1, 1, 0), None)  # type: ignore[arg-type]
 
 
 def test_row_is_cut_back_beyond_its_window(body: Body) -> None:
     """Twenty tokens and then back to five, as if the others had never been."""
-    row, fresh = body.new_row(), body.new_row()
-    body.forward(row, states(20), list(range(20)))
-    truncate(row, 5)
-    assert length(row) == 5
-    body.forward(fresh, states(20)[:5], list(range(5)))
-    ours, expected = (body.forward(cache, states(12, 1), list(range(5, 17))) for cache in (row, fresh))
+    row, fresh = body.store.new_row(), body.store.new_row()
+    forward(body, row, states(20), list(range(20)))
+    row.truncate(5)
+    assert row.length == 5
+    forward(body, fresh, states(20)[:5], list(range(5)))
+    ours, expected = (forward(body, cache, states(12, 1), list(range(5, 17))) for cache in (row, fresh))
     assert torch.allclose(ours, expected, atol=1e-5)
 
 
 def test_forked_row_is_independent(body: Body) -> None:
-    row = body.new_row()
-    body.forward(row, states(10), list(range(10)))
-    twin = fork(row)
-    body.forward(row, states(3, 1), [10, 11, 12])
-    truncate(row, 2)
-    assert length(twin) == 10
-    fresh = body.new_row()
-    body.forward(fresh, states(10), list(range(10)))
-    ours, expected = (body.forward(cache, states(1, 2), [10]) for cache in (twin, fresh))
+    row = body.store.new_row()
+    forward(body, row, states(10), list(range(10)))
+    twin = row.fork()
+    forward(body, row, states(3, 1), [10, 11, 12])
+    row.truncate(2)
+    assert twin.length == 10
+    fresh = body.store.new_row()
+    forward(body, fresh, states(10), list(range(10)))
+    ours, expected = (forward(body, cache, states(1, 2), [10]) for cache in (twin, fresh))
     assert torch.allclose(ours, expected, atol=1e-5)
 
 
@@ -351,17 +371,17 @@ def test_step_may_be_repeated(body: Body) -> None:
     """A step begins at a stated place, so that running it twice is running it once."""
     once, twice = session(), session()
     for each in (once, twice):
-        each.step(body, step(run(0, 4)), states(4))
+        run_step(each, body, step(run(0, 4)), states(4))
     for each in (once, twice, twice):
-        output = each.step(body, step(run(4, 2)), states(2, 1))
-        assert length(each.rows[0]) == 6
-    assert torch.equal(output, once.step(body, step(run(4, 2)), states(2, 1)))
+        output = run_step(each, body, step(run(4, 2)), states(2, 1))
+        assert each.rows[0].length == 6
+    assert torch.equal(output, run_step(once, body, step(run(4, 2)), states(2, 1)))
 
 
 def test_rows_of_a_step_do_not_see_each_other(body: Body) -> None:
     both, alone = session(), session()
-    output = both.step(body, step(run(0, 4), run(0, 9, row=1)), torch.cat([states(4), states(9, 1)]))
-    assert torch.allclose(output[4:], alone.step(body, step(run(0, 9)), states(9, 1)), atol=1e-5)
+    output = run_step(both, body, step(run(0, 4), run(0, 9, row=1)), torch.cat([states(4), states(9, 1)]))
+    assert torch.allclose(output[4:], run_step(alone, body, step(run(0, 9)), states(9, 1)), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -378,47 +398,58 @@ def test_rows_of_a_step_do_not_see_each_other(body: Body) -> None:
 )
 def test_refused_step_changes_nothing(body: Body, bad: wire.Step, error: type[Exception]) -> None:
     holder = session()
-    holder.step(body, step(run(0, 4)), states(4))
+    run_step(holder, body, step(run(0, 4)), states(4))
     rows = holder.rows
     with pytest.raises(error):
-        holder.step(body, bad, states(bad.tokens))
+        run_step(holder, body, bad, states(bad.tokens))
     assert holder.rows is rows
-    assert [length(row) for row in rows] == [4]
+    assert [row.length for row in rows] == [4]
 
 
 def test_output_that_is_not_finite_moves_no_row(body: Body) -> None:
     """The device may send the same step again: its selection must not be applied twice."""
     holder = session()
-    holder.step(body, step(run(0, 4), run(0, 4, row=1)), states(8))
+    run_step(holder, body, step(run(0, 4), run(0, 4, row=1)), states(8))
     first, second = holder.rows
     huge = torch.full((1, 32), 3e38)
     with pytest.raises(NonFinite):
-        holder.step(body, step(run(4, 1), select=[1, 1]), huge * float("inf"))
+        run_step(holder, body, step(run(4, 1), select=[1, 1]), huge * float("inf"))
     assert holder.rows == [first, second]
 
 
-def test_every_request_is_answered_once_and_in_order() -> None:
+def test_every_request_is_run_once_and_in_order() -> None:
     holder = session()
-    assert holder.admit(0) is None
-    with pytest.raises(OutOfOrder):
-        holder.admit(0)
+    assert holder.admit(0)
+    assert not holder.admit(0)
     header = wire.Relay(b"device00", b"worker00", wire.Kind.REPLY, 1, seq=0)
     holder.answered((header, b"reply"))
-    assert holder.admit(0) == (header, b"reply")
+    assert not holder.admit(0)
+    assert holder.replies[0] == (header, b"reply")
     with pytest.raises(OutOfOrder):
         holder.admit(2)
-    assert holder.admit(1) is None
+    assert holder.admit(1)
     holder.forget(1)
-    with pytest.raises(OutOfOrder):
-        holder.admit(0)
+    assert not holder.admit(0)
+    assert not holder.replies
 
 
 def test_waiting_requests_are_bounded() -> None:
     holder = session()
     for seq in range(MAX_WAITING):
-        assert holder.admit(seq) is None
+        assert holder.admit(seq)
     with pytest.raises(OutOfOrder):
         holder.admit(MAX_WAITING)
+    header = wire.Relay(b"device00", b"worker00", wire.Kind.REPLY, 1, seq=0)
+    holder.answered((header, b"reply"))
+    assert holder.admit(MAX_WAITING)
+
+
+def test_a_session_may_have_any_number_of_requests() -> None:
+    holder = session()
+    for seq in range(3 * MAX_WAITING):
+        assert holder.admit(seq)
+        holder.answered((wire.Relay(b"device00", b"worker00", wire.Kind.REPLY, 1, seq=seq), b"reply"))
+        holder.forget(seq)
 
 
 class FakeChannel:
@@ -426,47 +457,59 @@ class FakeChannel:
         return None
 
 
-def test_table_is_bounded_by_rows(body: Body) -> None:
-    table = SessionTable(max_rows=3)
-    first = table.open((b"device00", 1, 1, 0), FakeChannel())  # type: ignore[arg-type]
-    assert table.room == 2
-    table.require_rows(first, step(run(0, 1), run(0, 1, row=2)))
-    with pytest.raises(Busy, match="no room for 4 rows"):
-        table.require_rows(first, step(run(0, 1, row=3)))
-    first.step(body, step(run(0, 1), run(0, 1, row=1), run(0, 1, row=2)), states(3))
-    assert table.room == 0
-    with pytest.raises(Busy, match="holds 3 rows"):
-        table.open((b"device00", 1, 2, 0), FakeChannel())  # type: ignore[arg-type]
-    with pytest.raises(Busy, match="no room for 4 rows"):
-        table.require_rows(first, step(select=[0, 0, 1, 2]))
-    table.require_rows(first, step(select=[0]))
+def open_session(table: SessionTable, number: int, tokens: int = 1, free: int = 10_000) -> Session:
+    return table.open((b"device00", 1, number, 0), FakeChannel(), tokens, free)  # type: ignore[arg-type]
+
+
+def test_table_is_bounded_by_sessions_and_by_memory() -> None:
+    table = SessionTable(max_sessions=2)
+    assert table.room(10_000) == 2
+    assert table.room(GROWTH) == 1
+    first = open_session(table, 1)
+    with pytest.raises(Busy, match="no room"):
+        open_session(table, 2, tokens=9_900)
+    open_session(table, 2)
+    with pytest.raises(Busy, match="no room"):
+        open_session(table, 3)
     table.close(first.id)
-    assert (len(table), table.room) == (0, 3)
+    assert (len(table), table.room(10_000)) == (1, 1)
+    assert list(table.closed) == [first]
+
+
+def test_the_newest_session_gives_way_unless_one_is_idle() -> None:
+    table = SessionTable()
+    sessions = [open_session(table, number) for number in (1, 2, 3)]
+    for each in sessions:
+        each.rows = [object()]  # type: ignore[list-item]
+    assert table.victim(sessions[0]) is sessions[2]
+    assert table.victim(sessions[2]) is None
+    sessions[0].used -= EVICT_AFTER + 1
+    assert table.victim(sessions[2]) is sessions[0]
 
 
 def test_idle_sessions_are_freed() -> None:
-    table = SessionTable(max_rows=1, idle_timeout=10)
-    first = table.open((b"device00", 1, 1, 0), FakeChannel())  # type: ignore[arg-type]
+    table = SessionTable(max_sessions=1, idle_timeout=10)
+    first = open_session(table, 1)
     first.used -= 11
-    second = table.open((b"device00", 1, 2, 0), FakeChannel())  # type: ignore[arg-type]
+    second = open_session(table, 2)
     assert table.get(first.id) is None
     assert table.get(second.id) is second
 
 
 def test_full_worker_is_waited_for_and_then_reported(broker: str, tmp_path: Path) -> None:
-    from fleet import start_worker
-    from split_device import SplitModelForCausalLM
-
     checkpoint = tiny.save("qwen3", tmp_path)
-    worker = start_worker(checkpoint, broker, sessions=SessionTable(max_rows=2))
+    worker = start_worker(checkpoint, broker, sessions=SessionTable(max_sessions=1))
     try:
         with SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker, patience=0.5) as model:
+            cache = DynamicCache()
+            expected = tiny.build("qwen3").generate(PROMPT, **GREEDY)
+            model.generate(PROMPT, past_key_values=cache, **GREEDY)
             began = time.monotonic()
             with pytest.raises(Busy):
-                model.generate(PROMPT, num_beams=3, **GREEDY)
+                model.generate(PROMPT, **GREEDY)
             assert time.monotonic() - began < 5
-            expected = tiny.build("qwen3").generate(PROMPT, num_beams=2, **GREEDY)
+            del cache
             gc.collect()
-            assert model.generate(PROMPT, num_beams=2, **GREEDY).tolist() == expected.tolist()
+            assert model.generate(PROMPT, **GREEDY).tolist() == expected.tolist()
     finally:
         worker.stop()

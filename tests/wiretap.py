@@ -52,7 +52,7 @@ class Setting:
         self.manifest = build_manifest(self.plan.checkpoint)
         self.fleet.add_manifest(self.manifest)
         self.service = wire.Service(self.manifest.root, SPLIT.first, SPLIT.last)
-        self.body = Body(self.plan, SPLIT, torch.device("cpu"))
+        self.body = Body(self.plan, SPLIT, torch.device("cpu"), kv_bytes=64 * 1024**2)
 
     def own_fleet(self) -> Fleet:
         """The fleet as another process has it."""
@@ -107,13 +107,25 @@ def step(start: int, tokens: int = 1, seed: int = 0) -> tuple[wire.Step, memoryv
     return wire.Step("float32", WIDTH, rows), to_bytes(states)
 
 
+class States(bytes):
+    """Hidden states in fp32: equal to others up to rounding, which depends on who shared the forward."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, bytes) or len(other) != len(self):
+            return False
+        ours, theirs = (torch.frombuffer(bytearray(each), dtype=torch.float32) for each in (self, other))
+        return torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def run_steps(client: Client, count: int, seed: int = 0, session: Any = None) -> list[bytes]:
     """The body's answers to a prefill and `count` tokens, in a session of their own."""
     session = session or client.open_session()
     answers = [session.call([step(0, 7, seed)])]
     answers += [session.call([step(7 + i, 1, seed)]) for i in range(count)]
     session.close()
-    return [bytes(tensor) for ((_, tensor),) in answers]
+    return [States(tensor) for ((_, tensor),) in answers]
 
 
 class FakePeer:

@@ -119,3 +119,7 @@ class Busy(SplitError):
 
 class SessionLost(SplitError):
     """The worker that held the session's KV cache is gone, or refused to go on."""
+
+
+class StepFailed(SessionLost):
+    """The worker failed at a step; the session went with it."""

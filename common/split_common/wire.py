@@ -286,7 +286,7 @@ class Refusal(Payload, frozen=True, tag=6):
     and says here which request it means.
     """
 
-    reason: Literal["busy", "non-finite", "malformed", "lost", "failed", "too-long"]
+    reason: Literal["busy", "non-finite", "malformed", "lost", "failed", "too-long", "evicted"]
     message: Annotated[str, msgspec.Meta(max_length=2048)] = ""
     retry_after: Seconds = 0.0
     session: Natural = 0

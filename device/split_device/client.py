@@ -27,6 +27,7 @@ from split_common.errors import (
     ProtocolError,
     SessionLost,
     SplitError,
+    StepFailed,
 )
 from split_common.fleet import Fleet
 from split_common.keys import Certificate, Identity, ModelScope, Role, verify_certificate
@@ -48,8 +49,8 @@ MIN_RETRY = 0.1
 #: Seconds that a device waits for room on a worker before it raises `Busy`.
 PATIENCE = 60.0
 
-#: What the transport's thread hands over: a message, or what became of the session; None means send again.
-Event = tuple[wire.AnyHeader, bytes] | SplitError | None
+#: What the transport's thread hands over: a message, or what became of the session.
+Event = tuple[wire.AnyHeader, bytes] | SplitError
 
 
 _T = TypeVar("_T")
@@ -106,9 +107,9 @@ class Client:
         self._model = model
         self._dtype: wire.Dtype = dtype
         self._id = new_peer_id()
-        # The garbage collector closes sessions in whichever thread it runs, so this lock may be entered again;
-        # and what it guards is copied, in one step, before it is looked through.
-        self._lock = threading.RLock()
+        # Joins a session to its channel. The garbage collector closes sessions in whichever thread it runs, perhaps
+        # under this very lock: closing takes none, and what it removes from is copied before it is looked through.
+        self._lock = threading.Lock()
         self._setting_up = threading.Lock()
         self._numbers = itertools.count(1)
         self._channels: dict[int, WorkerChannel] = {}
@@ -188,8 +189,7 @@ class Client:
                 session.lose(error)
 
     def on_reset(self) -> None:
-        for events in list(self._answers.values()):
-            events.put(None)
+        # Messages of a channel's set-up are sent again soon enough.
         for session in list(self._sessions.values()):
             session.resend()
 
@@ -334,9 +334,7 @@ class Client:
             except queue.Empty:
                 continue
             assert not isinstance(event, SplitError)
-            if event is None:
-                send_at = 0.0
-            elif isinstance(event[0], wire.Bounce):
+            if isinstance(event[0], wire.Bounce):
                 send_at = time.monotonic() + self._bounced(event[0])
             else:
                 assert isinstance(event[0], wire.Relay)
@@ -539,7 +537,6 @@ class RemoteSession:
                 continue
             if isinstance(event, SplitError):
                 raise event
-            assert event is not None
             header, body = event
             assert isinstance(header, wire.Bounce | wire.Relay)
             if header.seq not in self.in_flight:
@@ -570,6 +567,8 @@ def _refused(refusal: wire.Refusal) -> SplitError:
             return Malformed(message)
         case "too-long":
             return PromptTooLong(message)
+        case "failed":
+            return StepFailed(message)
         case _:
             return SessionLost(message)
 

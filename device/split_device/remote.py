@@ -6,6 +6,7 @@ Such changes cost no message: they travel with the next step.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
@@ -17,14 +18,29 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from split_common import wire
-from split_common.errors import Busy, Malformed, SplitError, UnsupportedFeature
+from split_common.errors import (
+    Busy,
+    NoWorker,
+    SessionLost,
+    SplitError,
+    StepFailed,
+    UnsupportedFeature,
+)
 from split_common.slots import PassThrough
 from split_common.split import Split
-from split_common.tensors import dtype_name, from_bytes, raw_bytes, to_bytes
+from split_common.tensors import dtype_name, raw_bytes, to_bytes
+from split_device.chunks import Request, cut
 from split_device.client import Client, RemoteSession
+from split_device.history import History
 
 #: Bytes of hidden states in one message; a longer prefill travels in several.
 CHUNK_BYTES = 1024 * 1024
+
+#: Chunks of history that are under way to a new worker at once.
+REPLAY_WINDOW = 8
+
+#: Seconds to wait before a lost session is opened again.
+RETRY_AFTER = 0.1
 
 
 class Call(threading.local):
@@ -103,6 +119,7 @@ class SessionLayer(BodyLayer):
         self._columns: torch.Tensor | None = None
         #: The worker's row of each row, where rows moved since the last step.
         self._select: list[int] | None = None
+        self._history = History()
 
     # --- what transformers asks of a cache layer -----------------------------------------------------------
 
@@ -113,6 +130,7 @@ class SessionLayer(BodyLayer):
         """Removes the last `-tokens` columns; a positive number is the length to keep (older transformers)."""
         if self._columns is not None:
             self._columns = self._columns[:, : tokens if tokens > 0 else max(0, self.get_seq_length() + tokens)]
+            self._history.crop(self._columns.shape[1])
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._take(beam_idx.tolist())
@@ -129,14 +147,18 @@ class SessionLayer(BodyLayer):
         if self._remote is not None:
             self._remote.close()
         self._remote = self._columns = self._select = None
+        self._history = History()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SessionLayer:
         twin = SessionLayer(self.client, self._traits, self._window)
         memo[id(self)] = twin
         twin._columns = None if self._columns is None else self._columns.clone()
         twin._select = None if self._select is None else list(self._select)
+        twin._history = self._history.clone()
         if self._remote is not None:
-            twin._hold(self._remote.fork())
+            # A copy that cannot be had from the worker is made anew with its next step.
+            with contextlib.suppress(SessionLost, Busy):
+                twin._hold(self._remote.fork())
         return twin
 
     def _take(self, rows: list[int]) -> None:
@@ -144,6 +166,7 @@ class SessionLayer(BodyLayer):
             return
         self._columns = self._columns[rows]
         self._select = rows if self._select is None else [self._select[row] for row in rows]
+        self._history.select(rows)
 
     def _hold(self, remote: RemoteSession) -> None:
         self._remote = remote
@@ -176,6 +199,7 @@ class SessionLayer(BodyLayer):
         if len(sent) < batch:
             result, self._select = result[copies], copies
         self._columns = torch.cat([cached, keep], 1)
+        self._history.append(hidden, positions)
         return result
 
     def _masked(self, batch: int, tokens: int, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,40 +262,69 @@ class SessionLayer(BodyLayer):
 
     def _exchange(self, rows: list[wire.Row], packed: torch.Tensor) -> torch.Tensor:
         """Sends runs of tokens and their states `[tokens, width]`; waits while workers are full."""
-        client = self.client
-        with client.timings.measure("encode"):
-            limit = max(1, CHUNK_BYTES // (packed.shape[1] * packed.element_size()))
-            chunks = cut(rows, packed, limit, self._traits.positions_interact)
-            requests = [(chunk, to_bytes(chunk.states)) for chunk in chunks]
-        deadline = time.monotonic() + client.patience
-        avoid: list[bytes] = []
-        while True:
-            if self._remote is None:
-                self._hold(client.open_session(avoid))
-            remote = self._remote
-            assert remote is not None
-            try:
-                replies = self._send(remote, requests)
-                break
-            except Busy as busy:
-                if time.monotonic() + busy.retry_after > deadline:
-                    raise
-                if remote.ended:
-                    self._remote, avoid = None, [remote.worker]
-                time.sleep(busy.retry_after)
-            except SplitError:
-                # Of several chunks some may have run: what the worker holds is not known any more.
-                remote.close()
-                raise
+        requests = self._requests(rows, packed)
+        replies = self._persist(requests)
         self._select = None
-        with client.timings.measure("decode"):
-            parts = [chunk.output(reply, data) for chunk, (reply, data) in zip(chunks, replies, strict=True)]
+        with self.client.timings.measure("decode"):
+            parts = [chunk.output(reply, data) for (chunk, _), (reply, data) in zip(requests, replies, strict=True)]
             output = parts[0] if len(parts) == 1 else torch.cat(parts)
         return output.to(packed)
 
-    def _send(
-        self, remote: RemoteSession, requests: list[tuple[Chunk, memoryview]]
-    ) -> list[tuple[wire.AnyReply, memoryview]]:
+    def _requests(self, rows: list[wire.Row], packed: torch.Tensor) -> list[Request]:
+        with self.client.timings.measure("encode"):
+            limit = max(1, CHUNK_BYTES // (packed.shape[1] * packed.element_size()))
+            chunks = cut(rows, packed, limit, self._traits.positions_interact)
+            return [(chunk, to_bytes(chunk.states)) for chunk in chunks]
+
+    def _persist(self, requests: list[Request]) -> list[tuple[wire.AnyReply, memoryview]]:
+        """Sends requests until a worker answers them, whatever becomes of the first ones.
+
+        A session that is lost is opened on another worker, which gets the history first.
+        """
+        deadline: float | None = None
+        avoid: list[bytes] = []
+        lost: SessionLost | None = None
+        failures = 0
+        while True:
+            try:
+                if self._remote is None:
+                    self._open(avoid)
+                assert self._remote is not None
+                return self._send(self._remote, requests)
+            except (Busy, SessionLost, NoWorker) as error:
+                now = time.monotonic()
+                deadline = deadline if deadline is not None else now + self.client.patience
+                failures += isinstance(error, StepFailed)
+                lost = error if isinstance(error, SessionLost) else lost
+                fresh = lost is None and not self.get_seq_length()
+                pause = getattr(error, "retry_after", RETRY_AFTER)
+                if now + pause > deadline or failures > 1 or (isinstance(error, NoWorker) and fresh):
+                    raise lost or error from None
+                if self._remote is not None and self._remote.ended:
+                    avoid, self._remote = [self._remote.worker], None
+                time.sleep(pause)
+            except SplitError:
+                # Of several chunks some may have run: what the worker holds is not known any more.
+                if self._remote is not None:
+                    self._remote.close()
+                    self._remote = None
+                raise
+
+    def _open(self, avoid: list[bytes]) -> None:
+        """Opens a session on some worker, and fills its cache with what is cached here."""
+        remote = self.client.open_session(avoid)
+        self._hold(remote)
+        if not self.get_seq_length():
+            return
+        assert self._columns is not None
+        self._select = None
+        for rows, packed in self._history.replay(self._columns, self._traits.positions_interact):
+            requests = self._requests(rows, packed)
+            for begin in range(0, len(requests), REPLAY_WINDOW):
+                self._send(remote, requests[begin : begin + REPLAY_WINDOW])
+        self.client.counters["replays"] += 1
+
+    def _send(self, remote: RemoteSession, requests: list[Request]) -> list[tuple[wire.AnyReply, memoryview]]:
         timings = self.client.timings
         steps: list[tuple[wire.Payload, memoryview]] = []
         for chunk, data in requests:
@@ -347,65 +400,6 @@ class RemoteBody(PassThrough):
                 *(BodyLayer(layer, window) for window in windows[1:]),
             ]
         return layer
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Runs of tokens that travel in one message, and their states `[tokens, width]`."""
-
-    rows: list[wire.Row]
-    states: torch.Tensor
-    #: Whose output counts, bool `[tokens]`; None for all.
-    own: torch.Tensor | None = None
-
-    def output(self, reply: wire.AnyReply, data: memoryview) -> torch.Tensor:
-        """Raises Malformed or NonFinite for an answer to something else."""
-        if not isinstance(reply, wire.Result) or (reply.tokens, reply.width) != self.states.shape:
-            raise Malformed(f"the worker returned no states of the shape {tuple(self.states.shape)}")
-        output = from_bytes(data, reply.dtype, reply.tokens, reply.width)
-        return output if self.own is None else output[self.own]
-
-
-def cut(rows: list[wire.Row], packed: torch.Tensor, limit: int, positions_interact: bool) -> list[Chunk]:
-    """Cuts runs so that no chunk has more than `limit` tokens.
-
-    Where positions interact, the worker must see the largest one of the call in every run: a run that ends below it
-    gets one more token there. Its output is dropped, and the row's next run cuts it off.
-    """
-    horizon = max(max(row.positions) for row in rows) if positions_interact else -1
-    chunks = []
-    begin = 0
-    for runs in _runs(rows, limit):
-        lengths = [len(run.positions) for run in runs]
-        states = packed[begin : begin + sum(lengths)]
-        begin += sum(lengths)
-        short = [max(run.positions) < horizon for run in runs]
-        if not any(short):
-            chunks.append(Chunk(runs, states))
-            continue
-        pieces, own, extended = [], [], []
-        for run, part, extra in zip(runs, torch.split(states, lengths), short, strict=True):
-            pieces += [part, part[-1:]] if extra else [part]
-            own += [True] * len(part) + [False] * extra
-            extended.append(wire.Row(run.row, run.start, [*run.positions, *[horizon] * extra]))
-        chunks.append(Chunk(extended, torch.cat(pieces), torch.tensor(own)))
-    return chunks
-
-
-def _runs(rows: list[wire.Row], limit: int) -> list[list[wire.Row]]:
-    chunks: list[list[wire.Row]] = [[]]
-    room = limit
-    for row in rows:
-        done = 0
-        while done < len(row.positions):
-            if not room:
-                chunks.append([])
-                room = limit
-            part = row.positions[done : done + room]
-            chunks[-1].append(wire.Row(row.row, row.start + done, part))
-            done += len(part)
-            room -= len(part)
-    return chunks
 
 
 def is_windowed(config: Any, body: range) -> bool:

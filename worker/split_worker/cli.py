@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Literal
 
 import typer
@@ -55,9 +56,11 @@ def worker(
     threads: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="CPU threads. Default: one for each core.")
     ] = None,
-    max_rows: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Rows (sequences) held at once, over all sessions.")
-    ] = 256,
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="For keys and values, like 4GiB. Default: a share of what is free."),
+    ] = None,
+    max_sessions: Annotated[int, typer.Option(min=1, metavar="N", help="Sessions held at once.")] = 1024,
     idle_timeout: Annotated[
         float, typer.Option(min=1, metavar="SECONDS", help="Before an idle session is freed.")
     ] = 900.0,
@@ -94,12 +97,13 @@ def worker(
     if threads is not None:
         torch.set_num_threads(threads)
     place = _device(device)
+    kv_bytes = parse_size(kv_memory) if kv_memory is not None else None
     plan_ = plan(checkpoint, revision)
     split = Split.parse(plan_.layers, layers)
     manifest = find_manifest(fleet, plan_.checkpoint, plan_.own_tensors(split, "worker"))
-    body = Body(plan_, split, torch.device(place), parse_dtype(dtype))
+    body = Body(plan_, split, torch.device(place), parse_dtype(dtype), kv_bytes)
     service = wire.Service(manifest.root, split.first, split.last)
-    sessions = SessionTable(max_rows, idle_timeout)
+    sessions = SessionTable(max_sessions, idle_timeout)
     running = Worker(body, service, manifest.name, identity, fleet, transport, sessions)
     running.start(timeout)
     try:
@@ -110,6 +114,8 @@ def worker(
             "device": place,
             "dtype": str(body.dtype).removeprefix("torch."),
             "parameter_bytes": body.parameter_bytes,
+            "kv_tokens": body.store.capacity,
+            "packed": body.separate_because is None,
             "pid": os.getpid(),
         }
         if json:
@@ -117,9 +123,11 @@ def worker(
         else:
             stderr.print(
                 "worker {worker} serves {model} layers {layers} on {device} in {dtype} "
-                "({parameter_bytes:,} bytes of weights)".format(**facts),
+                "({parameter_bytes:,} bytes of weights, keys and values for {kv_tokens:,} tokens)".format(**facts),
                 soft_wrap=True,
             )
+            if body.separate_because is not None:
+                stderr.print(f"sessions run one at a time: {body.separate_because}", soft_wrap=True)
         wait_for_sigterm()
         if not running.drain(min(drain_timeout, UNANNOUNCED)):
             stderr.print(f"draining: no new sessions; those that are open have {drain_timeout:g} s to end")
@@ -136,3 +144,11 @@ def _device(name: DeviceName) -> str:
     if name == "cuda" and not available:
         raise ConfigError("torch sees no CUDA device: use --device cpu, or install a CUDA build of torch")
     return "cuda" if available and name != "cpu" else "cpu"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size like `4GiB`, `512MiB` or `1000000`. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise ConfigError(f"{text!r} is no size: write it like 4GiB or 512MiB")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from transformers import DynamicCache
 
 from split_common import wire
 from split_common.channel import Channel, SessionKeys
+from split_common.engine.rows import Row, Run
+from split_common.engine.runner import Runner
 from split_common.errors import Busy, Malformed, OutOfOrder, PromptTooLong
-from split_common.tensors import check_finite
-from split_worker.body import Body, fork, length, truncate
 
-#: Rows that a worker holds unless told otherwise.
+#: Sessions that a worker holds unless told otherwise.
+MAX_SESSIONS = 1024
+
+#: Rows that one session may have.
 MAX_ROWS = 256
 
 #: Seconds without a request after which a session's memory is freed.
 IDLE_TIMEOUT = 900.0
+
+#: Seconds without a request after which a session's memory may be taken for another one.
+EVICT_AFTER = 10.0
+
+#: Tokens that each session is expected to grow by: a new one is admitted only if there is room for that.
+GROWTH = 64
 
 #: Requests of one session that may wait; a device never has more in flight.
 MAX_WAITING = 256
@@ -29,126 +39,173 @@ SessionId = tuple[bytes, int, int, int]
 Frames = tuple[wire.Relay, bytes]
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
     """The KV cache of one generation, and the protocol's state of it."""
 
     id: SessionId
     keys: SessionKeys
-    rows: list[DynamicCache] = field(default_factory=list)
+    #: Sessions are numbered as they are opened: the newest gives way first.
+    age: int = 0
+    rows: list[Row] = field(default_factory=list)
+    #: The next request's number, and how many were answered.
     expected: int = 0
+    done: int = 0
     replies: dict[int, Frames] = field(default_factory=dict)
     used: float = field(default_factory=time.monotonic)
+    #: The rows before a step's selection, until the step has run.
+    _before: list[Row] = field(default_factory=list)
 
-    def admit(self, seq: int) -> Frames | None:
-        """Decides what to do with a request: None to run it, its reply if it was answered before.
+    def admit(self, seq: int) -> bool:
+        """Whether a request is the next one, to be run; if not, it was seen before.
 
         Raises:
-            OutOfOrder: it is neither the next request nor one whose reply is still kept.
+            OutOfOrder: requests before it have not arrived, or too many wait.
         """
         self.used = time.monotonic()
-        if seq == self.expected and self.expected - len(self.replies) < MAX_WAITING:
-            self.expected += 1
-            return None
-        if seq in self.replies:
-            return self.replies[seq]
-        raise OutOfOrder(f"request {seq} of a session that expects {self.expected}")
+        if seq < self.expected:
+            return False
+        if seq > self.expected or self.expected - self.done >= MAX_WAITING:
+            raise OutOfOrder(f"request {seq} of a session that expects {self.expected}")
+        self.expected += 1
+        return True
 
     def answered(self, frames: Frames) -> None:
         self.replies[frames[0].seq] = frames
+        self.done += 1
 
     def forget(self, acked: int) -> None:
         """Drops the replies that the device has."""
         for seq in [seq for seq in self.replies if seq < acked]:
             del self.replies[seq]
 
-    def step(self, body: Body, step: wire.Step, states: torch.Tensor) -> torch.Tensor:
-        """Runs a step, `[tokens, width]` to `[tokens, width]`.
+    def begin(self, step: wire.Step, states: torch.Tensor, runner: Runner) -> list[Run]:
+        """Makes the rows ready for a step over states `[tokens, width]`: selected, and cut back to its starts.
 
-        A step that is refused after it has run leaves tokens behind: the next one's `start` cuts them off.
+        Tokens of a step that fails later stay behind: the next one's `start` cuts them off.
 
         Raises:
-            NonFinite: the output holds NaN or infinity.
-            Malformed: rows, positions or width do not fit the session.
-            PromptTooLong: a row would exceed the model's positions.
+            Malformed: rows, positions or width do not fit the session; nothing was changed.
+            PromptTooLong: a row would exceed the model's positions, or the worker's whole memory.
         """
-        rows = self._selected(step, body)
-        self._check(rows, step, body)
-        outputs = []
-        parts = torch.split(states, [len(run.positions) for run in step.rows])
-        for run, part in zip(step.rows, parts, strict=True):
-            row = rows[run.row]
-            truncate(row, run.start)
-            outputs.append(body.forward(row, part, run.positions))
-        output = torch.cat(outputs) if outputs else states
-        check_finite(output)
-        self.rows = rows
-        return output
-
-    def _selected(self, step: wire.Step, body: Body) -> list[DynamicCache]:
-        rows = self.rows
+        source = list(range(len(self.rows))) if step.select is None else step.select
+        self._check(step, source, runner)
         if step.select is not None:
-            if any(old >= len(rows) for old in step.select):
-                raise Malformed("a step selects a row that the session does not have")
-            rows = [fork(rows[old]) for old in step.select]
+            self._select(step.select)
         wanted = max((run.row + 1 for run in step.rows), default=0)
-        return rows + [body.new_row() for _ in range(wanted - len(rows))]
+        self.rows += [runner.store.new_row() for _ in range(wanted - len(self.rows))]
+        parts = torch.split(states, [len(run.positions) for run in step.rows])
+        runs = []
+        for run, part in zip(step.rows, parts, strict=True):
+            self.rows[run.row].truncate(run.start)
+            runs.append(Run(self.rows[run.row], part, run.positions))
+        return runs
 
-    @staticmethod
-    def _check(rows: list[DynamicCache], step: wire.Step, body: Body) -> None:
-        if step.width != body.width:
-            raise Malformed(f"hidden states of width {step.width}, the model has {body.width}")
-        lengths = {index: length(row) for index, row in enumerate(rows)}
+    def _check(self, step: wire.Step, source: list[int], runner: Runner) -> None:
+        if step.width != runner.width:
+            raise Malformed(f"hidden states of width {step.width}, the model has {runner.width}")
+        if any(old >= len(self.rows) for old in source):
+            raise Malformed("a step selects a row that the session does not have")
+        numbers = [run.row for run in step.rows]
+        if len(set(numbers)) < len(numbers) or max([len(source), *(number + 1 for number in numbers)]) > MAX_ROWS:
+            raise Malformed(f"a step has each row at most once, and at most {MAX_ROWS} rows")
         for run in step.rows:
-            if run.start > lengths[run.row]:
-                raise Malformed(f"a run starts at {run.start}, its row has {lengths[run.row]} tokens")
-            lengths[run.row] = run.start + len(run.positions)
-            if max(lengths[run.row], max(run.positions) + 1) > body.max_positions:
-                raise PromptTooLong(f"a row exceeds the model's {body.max_positions} positions")
+            length = self.rows[source[run.row]].length if run.row < len(source) else 0
+            if run.start > length:
+                raise Malformed(f"a run starts at {run.start}, its row has {length} tokens")
+            tokens = run.start + len(run.positions)
+            if max(tokens, max(run.positions) + 1) > runner.max_positions:
+                raise PromptTooLong(f"a row exceeds the model's {runner.max_positions} positions")
+            if tokens > runner.store.capacity:
+                raise PromptTooLong(f"{tokens} tokens exceed the worker's memory for {runner.store.capacity}")
+
+    def _select(self, select: list[int]) -> None:
+        """Row i becomes row `select[i]`; a row that is taken twice is forked."""
+        self._before = self.rows
+        self.rows = [
+            self._before[old].fork() if old in select[:new] else self._before[old] for new, old in enumerate(select)
+        ]
+
+    def commit(self) -> None:
+        """The step that was begun has run: frees the rows that it did not select."""
+        _free_rows_beside(self._before, self.rows)
+        self._before = []
+
+    def undo(self) -> None:
+        """The step that was begun has failed: it may come again, and its selection with it."""
+        if self._before:
+            _free_rows_beside(self.rows, self._before)
+            self.rows, self._before = self._before, []
+
+    def free(self) -> None:
+        """Gives its rows' memory back."""
+        self.undo()
+        _free_rows_beside(self.rows, [])
+        self.rows = []
 
 
 class SessionTable:
-    """All sessions of a worker, under a limit of rows. Used under the worker's lock."""
+    """All sessions of a worker. Used under the worker's lock.
 
-    def __init__(self, max_rows: int = MAX_ROWS, idle_timeout: float = IDLE_TIMEOUT) -> None:
+    A closed session's rows are freed by the thread that computes: it finds them in `closed`.
+    """
+
+    def __init__(self, max_sessions: int = MAX_SESSIONS, idle_timeout: float = IDLE_TIMEOUT) -> None:
         self._sessions: dict[SessionId, Session] = {}
-        self._max_rows = max_rows
+        self._max_sessions = max_sessions
         self._idle_timeout = idle_timeout
+        self._ages = itertools.count()
+        self.closed: deque[Session] = deque()
 
     def __len__(self) -> int:
         return len(self._sessions)
 
-    @property
-    def room(self) -> int:
-        """Rows that are still free; a session without rows yet counts as one."""
-        return self._max_rows - sum(max(1, len(session.rows)) for session in self._sessions.values())
+    def room(self, free_tokens: int) -> int:
+        """Sessions that may be opened, with memory for so many tokens left."""
+        by_memory = free_tokens // GROWTH - len(self._sessions)
+        return max(0, min(self._max_sessions - len(self._sessions), by_memory))
 
     def get(self, id_: SessionId) -> Session | None:
         return self._sessions.get(id_)
 
-    def open(self, id_: SessionId, channel: Channel) -> Session:
-        """Raises Busy when the worker is full."""
+    def open(self, id_: SessionId, channel: Channel, tokens: int, free_tokens: int) -> Session:
+        """Opens a session whose first step has `tokens` tokens. Raises Busy when the worker is full."""
         self.free_idle()
-        if self.room < 1:
-            raise Busy(f"the worker holds {self._max_rows} rows", retry_after=1.0)
-        session = Session(id_, channel.session_keys(id_[2], id_[3]))
+        if self.room(free_tokens - tokens) < 1 and len(self._sessions):
+            raise Busy("the worker has no room for another session", retry_after=0.5)
+        session = Session(id_, channel.session_keys(id_[2], id_[3]), next(self._ages))
         self._sessions[id_] = session
         return session
 
-    def require_rows(self, session: Session, step: wire.Step) -> None:
-        """Raises Busy when a step needs more rows than are free."""
-        wanted = len(step.select) if step.select is not None else len(session.rows)
-        wanted = max([wanted, *(run.row + 1 for run in step.rows)])
-        if wanted - max(1, len(session.rows)) > self.room:
-            raise Busy(f"the worker has no room for {wanted} rows", retry_after=1.0)
+    def victim(self, asking: Session) -> Session | None:
+        """A session whose memory another one may have: one that is idle, else the newest if it is newer."""
+        others = [session for session in self._sessions.values() if session is not asking and session.rows]
+        now = time.monotonic()
+        idle = [session for session in others if now - session.used > EVICT_AFTER]
+        if idle:
+            return min(idle, key=lambda session: session.used)
+        newest = max(others, key=lambda session: session.age, default=None)
+        return newest if newest is not None and newest.age > asking.age else None
+
+    def evict(self, session: Session) -> None:
+        """Forgets a session whose rows the caller frees; its device will find it lost."""
+        del self._sessions[session.id]
 
     def close(self, id_: SessionId) -> None:
-        self._sessions.pop(id_, None)
+        session = self._sessions.pop(id_, None)
+        if session is not None:
+            self.closed.append(session)
 
     def close_where(self, condition: Callable[[SessionId], bool]) -> None:
         for id_ in [id_ for id_ in self._sessions if condition(id_)]:
-            del self._sessions[id_]
+            self.close(id_)
 
     def free_idle(self) -> None:
         now = time.monotonic()
         self.close_where(lambda id_: now - self._sessions[id_].used > self._idle_timeout)
+
+
+def _free_rows_beside(rows: list[Row], kept: list[Row]) -> None:
+    for row in rows:
+        if all(row is not other for other in kept):
+            row.free()

@@ -1,13 +1,12 @@
 """The worker: messages in on the transport's thread, steps computed on the worker's own, replies out.
 
-The transport's thread authenticates, decrypts and orders requests; it never computes. The compute loop takes one
-request at a time, runs it, and seals the reply.
+The transport's thread authenticates, decrypts and orders requests; it never computes. The compute loop
+(`split_worker.compute`) runs them, many in one forward, and seals the replies.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -23,17 +22,13 @@ from split_common.errors import (
     Busy,
     CertificateError,
     Malformed,
-    NonFinite,
     OutOfOrder,
-    Oversized,
-    PromptTooLong,
-    SplitError,
 )
 from split_common.fleet import Fleet
 from split_common.keys import Certificate, Identity, ModelScope, Role, verify_certificate
-from split_common.tensors import dtype_name, from_bytes, to_bytes
 from split_common.transport import Transport, new_peer_id
-from split_worker.body import Body, fork
+from split_worker.body import Body
+from split_worker.compute import ComputeLoop, Task
 from split_worker.sessions import Session, SessionTable
 
 log = logging.getLogger(__name__)
@@ -52,15 +47,6 @@ MAX_CHANNELS = wire.MAX_WATCHED
 
 #: Bytes of requests that may wait to be computed. Further ones are dropped, and sent again by their devices.
 MAX_QUEUED_BYTES = 512 * 1024 * 1024
-
-#: What a device is told for each error that a request may raise; all others end the session as "failed".
-REASONS = {
-    Busy: "busy",
-    NonFinite: "non-finite",
-    Malformed: "malformed",
-    Oversized: "malformed",
-    PromptTooLong: "too-long",
-}
 
 ChannelId = tuple[bytes, int]
 
@@ -82,17 +68,6 @@ class Link:
     control: SessionKeys
     opened: set[tuple[int, int]] = field(default_factory=set)
     used: float = field(default_factory=time.monotonic)
-
-
-@dataclass
-class Task:
-    """A request to run: decrypted, in order, of a session that exists."""
-
-    session: Session
-    header: wire.Relay
-    request: wire.AnyRequest
-    tensor: memoryview
-    host_seconds: float
 
 
 class Worker:
@@ -128,14 +103,11 @@ class Worker:
         self._half_open: OrderedDict[ChannelId, HalfOpen] = OrderedDict()
         # The one that was used least lately comes first.
         self._links: OrderedDict[ChannelId, Link] = OrderedDict()
-        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._lock = threading.RLock()
         self._draining = False
-        self._stopping = threading.Event()
-        self._queued_bytes = 0
-        self._compute = threading.Thread(target=self._run, name="lambda-split-compute", daemon=True)
-        #: Steps, tokens and refusals, by name.
-        self.counters: Counter[str] = Counter()
+        self._compute = ComputeLoop(body, self._sessions, self._lock, self._answer)
+        #: Steps, tokens, forwards, evictions and refusals, by name.
+        self.counters: Counter[str] = self._compute.counters
 
     def start(self, timeout: float = 10.0) -> None:
         """Joins the queue. Raises BrokerUnreachable; CertificateError when no device would talk to this worker."""
@@ -157,10 +129,7 @@ class Worker:
 
     def stop(self) -> None:
         """Leaves the queue after the step that is being computed."""
-        self._stopping.set()
-        self._tasks.put(None)
-        if self._compute.ident is not None:
-            self._compute.join()
+        self._compute.stop()
         self._transport.close()
 
     # --- the transport's thread ----------------------------------------------------------------------------
@@ -170,7 +139,7 @@ class Worker:
             self._sessions.free_idle()
             self._forget_channels()
             watching = list({peer for peer, _ in self._links})[: wire.MAX_WATCHED]
-            room = 0 if self._draining else max(0, self._sessions.room)
+            room = 0 if self._draining else self._sessions.room(self._body.store.free_tokens)
         return wire.Announce(
             self._id,
             "worker",
@@ -282,26 +251,26 @@ class Worker:
             # Also when it overtook the session's first request, which must not open the session any more.
             link.opened.add((header.session, header.epoch))
             self._sessions.close(id_)
+            self._compute.wake()
             return
         if session is None:
             try:
-                session = self._open_session(link, header)
+                session = self._open_session(link, header, request)
             except Busy as error:
                 self._refuse_unopened(link, header, "busy", str(error), error.retry_after)
                 return
             if session is None:
                 self._refuse_unopened(link, header, "lost", "the worker does not hold this session")
                 return
-        if self._queued_bytes + len(tensor) > MAX_QUEUED_BYTES:
+        if self._compute.queued_bytes + len(tensor) > MAX_QUEUED_BYTES:
             raise Busy("the worker's queue is full")
-        answered = session.admit(header.seq)
-        if answered is not None:
-            self._transport.send(*answered)
+        if not session.admit(header.seq):
+            if frames := session.replies.get(header.seq):
+                self._transport.send(*frames)
             return
-        self._queued_bytes += len(tensor)
-        self._tasks.put(Task(session, header, request, tensor, time.perf_counter() - began))
+        self._compute.put(Task(session, header, request, tensor, began, time.perf_counter() - began))
 
-    def _open_session(self, link: Link, header: wire.Relay) -> Session | None:
+    def _open_session(self, link: Link, header: wire.Relay, request: wire.AnyRequest) -> Session | None:
         key = (header.session, header.epoch)
         if header.session == 0 or key in link.opened:
             return None
@@ -309,7 +278,9 @@ class Worker:
             raise OutOfOrder(f"request {header.seq} of a session whose first has not arrived")
         if self._draining or len(link.opened) >= CHANNEL_SESSIONS:
             raise Busy("the worker takes no new sessions", retry_after=1.0)
-        session = self._sessions.open((header.sender, header.channel, *key), link.channel)
+        tokens = request.tokens if isinstance(request, wire.Step) else 0
+        id_ = (header.sender, header.channel, *key)
+        session = self._sessions.open(id_, link.channel, tokens, self._body.store.free_tokens)
         # Never again: a second session under these keys would repeat nonces.
         link.opened.add(key)
         return session
@@ -325,6 +296,7 @@ class Worker:
     def _close_channel(self, id_: ChannelId) -> None:
         del self._links[id_]
         self._sessions.close_where(lambda session: session[:2] == id_)
+        self._compute.wake()
 
     def _forget_channels(self) -> None:
         """Closes channels that nobody uses, and those of devices that are revoked or whose certificate ran out."""
@@ -340,82 +312,13 @@ class Worker:
             if not trusted or now - link.used > 2 * CHANNEL_LIFETIME:
                 self._close_channel(id_)
 
-    # --- the compute loop ----------------------------------------------------------------------------------
+    # --- replies -------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        while (task := self._tasks.get()) is not None and not self._stopping.is_set():
-            with self._lock:
-                self._queued_bytes -= len(task.tensor)
-                held = self._sessions.get(task.session.id) is task.session
-            if held:
-                self._answer(task)
-
-    def _answer(self, task: Task) -> None:
-        began = time.perf_counter()
-        body_seconds = 0.0
-        tensor: memoryview | bytes = b""
-        reply: wire.Payload
-        try:
-            match task.request:
-                case wire.Fork():
-                    self._fork(task)
-                    reply = wire.Done()
-                case wire.Step() as step:
-                    self._check_size(step)
-                    with self._lock:
-                        self._sessions.require_rows(task.session, step)
-                    states = from_bytes(task.tensor, step.dtype, step.tokens, step.width)
-                    body_began = time.perf_counter()
-                    output = task.session.step(self._body, step, states)
-                    body_seconds = time.perf_counter() - body_began
-                    tensor = to_bytes(output)
-                    host = task.host_seconds + time.perf_counter() - began - body_seconds
-                    reply = wire.Result(
-                        dtype_name(output.dtype),
-                        output.shape[0],
-                        output.shape[1],
-                        round(body_seconds * 1e6),
-                        round(host * 1e6),
-                    )
-                    task.session.forget(step.acked)
-                    self.counters["steps"] += 1
-                    self.counters["tokens"] += step.tokens
-        except SplitError as error:
-            reply = self._refusal(error)
-        except Exception as error:
-            # Whatever it was, the session's rows may be half written: the device starts another one.
-            log.error("a step failed: %s", type(error).__name__)
-            reply = self._refusal(error)
-            with self._lock:
-                self._sessions.close(task.session.id)
+    def _answer(self, task: Task, reply: wire.Payload, tensor: memoryview | bytes) -> None:
+        """Sends a task's reply and keeps it; on the compute loop's thread."""
         frames = self._reply(task.session.keys, task.header, reply, tensor)
         with self._lock:
             task.session.answered(frames)
-
-    def _check_size(self, step: wire.Step) -> None:
-        """Raises Oversized when the answer, in the body's dtype, would be no message any more."""
-        size = step.tokens * step.width * self._body.dtype.itemsize
-        if size > wire.MAX_BODY // 2:
-            raise Oversized(f"a step whose answer has {size} bytes: send it in chunks")
-
-    def _fork(self, task: Task) -> None:
-        request = task.request
-        assert isinstance(request, wire.Fork)
-        parent_id = (task.header.sender, task.header.channel, request.parent, request.parent_epoch)
-        with self._lock:
-            parent = self._sessions.get(parent_id)
-            if parent is None:
-                raise Malformed("a fork of a session that the worker does not hold")
-            if len(parent.rows) - 1 > self._sessions.room:
-                raise Busy("the worker has no room for a copy of the session")
-            task.session.rows = [fork(row) for row in parent.rows]
-
-    def _refusal(self, error: Exception) -> wire.Refusal:
-        reason = REASONS.get(type(error), "failed")
-        self.counters[f"refused_{reason}"] += 1
-        message = str(error) if isinstance(error, SplitError) else type(error).__name__
-        retry_after = min(getattr(error, "retry_after", 0.0), wire.MAX_RETRY_AFTER)
-        return wire.Refusal(reason, message[:2048], retry_after)  # type: ignore[arg-type]
 
     def _reply(
         self, keys: SessionKeys, request: wire.Relay, reply: wire.Payload, tensor: memoryview | bytes = b""

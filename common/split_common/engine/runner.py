@@ -17,7 +17,7 @@ from split_common.engine.pool import PAGE_TOKENS, LayerShape, PagedSequence, Pag
 from split_common.engine.rotary import isolate_rotary
 from split_common.engine.rows import Row, Run, Store
 from split_common.engine.separate import CacheRow, SeparateStore
-from split_common.errors import ModelError
+from split_common.errors import ModelError, UnsupportedArchitecture
 from split_common.slots import Stack
 from split_common.split import Split
 
@@ -37,28 +37,30 @@ class Runner:
         stack: a loaded model's slots; those outside the range pass their input through.
         split: the range.
         config: the model's text configuration.
-        device: where it runs.
         kv_bytes: memory for keys and values.
 
     Raises:
         ModelError: the memory holds not even one page of tokens.
+        UnsupportedArchitecture: the layers keep more than keys and values from one step to the next.
     """
 
-    def __init__(self, stack: Stack, split: Split, config: Any, device: torch.device, kv_bytes: int) -> None:
+    def __init__(self, stack: Stack, split: Split, config: Any, kv_bytes: int) -> None:
         self._stack = stack
         self._split = split
-        self._owner: Any = stack.owner.to(device)
-        self.device = device
-        self.dtype = next(self._owner.parameters()).dtype
+        self._owner: Any = stack.owner
+        parameter = next(self._owner.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
         #: Width of the hidden states.
         self.width = int(config.hidden_size)
         #: Positions that a row may have.
-        self.max_positions = int(getattr(config, "max_position_embeddings", 0) or 2**31)
+        self.max_positions = stack.max_positions
         self._incoming: torch.Tensor | None = None
         self._outgoing: torch.Tensor | None = None
         stack.slots[split.first].register_forward_pre_hook(self._inject)
         stack.slots[split.last - 1].register_forward_hook(self._capture)
         isolate_rotary(self._owner)
+        #: Whether a token's rotary embedding depends on the positions after it in the same forward.
+        self.positions_interact = stack.positions_interact
         #: Why rows are run one at a time; None if they are packed.
         self.separate_because: str | None = None
         #: Makes rows, and knows how much room is left.
@@ -112,8 +114,7 @@ class Runner:
         if self._stack.takes_positions:
             arguments["position_ids"] = torch.tensor([list(positions)], device=self.device)
         # The embeddings are on the other side: what the first layer sees is put in its place.
-        blank = self._incoming.new_zeros(1, 1, 1).expand(1, len(positions), self.width)
-        self._owner(inputs_embeds=blank, **arguments)
+        self._owner(inputs_embeds=torch.zeros_like(self._incoming), **arguments)
         output, self._incoming, self._outgoing = self._outgoing, None, None
         assert output is not None
         return output[0]
@@ -130,7 +131,7 @@ class Runner:
         """Packed rows if the layers give the same output that way, else one at a time."""
         separate = SeparateStore(config, self._split, 2**31)
         self.store, self.separate_because = separate, ""
-        wanted, token_bytes = self._rehearse()
+        wanted, token_bytes = self._check_separate()
         original = self._owner.config._attn_implementation
         try:
             shapes = self._check_packed(wanted, separate.new_cache())
@@ -144,6 +145,25 @@ class Runner:
         if pages < 1:
             raise ModelError(f"{kv_bytes:,} bytes of KV memory hold no page of {PAGE_TOKENS} tokens")
         return PagePool(shapes, pages, self.dtype, self.device)
+
+    def _check_separate(self) -> tuple[torch.Tensor, int]:
+        """Runs three tokens at once and in two steps, which must agree; then rehearses."""
+        states = torch.randn(3, self.width, generator=torch.Generator().manual_seed(0))
+        whole, parts = self.store.new_row(), self.store.new_row()
+        try:
+            (expected,) = self.run([Run(whole, states, [0, 1, 2])])
+            output = torch.cat(self.run([Run(parts, states[:2], [0, 1])]) + self.run([Run(parts, states[2:], [2])]))
+            lengths = {
+                layer.get_seq_length() for row in (whole, parts) for layer in cast(CacheRow, row).cache.layers
+            }
+        except Exception as error:
+            raise UnsupportedArchitecture(f"{self._stack.name} cannot run its layers alone: {error}") from None
+        close = (output - expected).norm() <= 0.1 * expected.norm() or not torch.isfinite(expected).all()
+        if lengths != {3} or not close:
+            raise UnsupportedArchitecture(f"{self._stack.name} keeps more than keys and values between steps")
+        whole.free()
+        parts.free()
+        return self._rehearse()
 
     def _rehearse(self) -> tuple[torch.Tensor, int]:
         """Runs two rows in turns over fixed random states: their outputs, and the bytes that a token takes."""
@@ -203,5 +223,5 @@ def _cache_bytes(row: Row) -> int:
     """What a row's own cache takes; 1 for a paged row, whose pool knows."""
     if not isinstance(row, CacheRow):
         return 1
-    layers = [layer for layer in row.cache.layers if getattr(layer, "keys", None) is not None]
+    layers = {id(layer): layer for layer in row.cache.layers}.values()
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)

@@ -106,11 +106,15 @@ class Scheduler:
     Args:
         store: the rows' memory.
         make_room: called when nothing fits; frees memory of others and says whether it did.
+        divisible: whether a run may go through in chunks; not if its rotary embedding depends on its last position.
     """
 
-    def __init__(self, store: Store, make_room: Callable[[Job], bool] = lambda _: False) -> None:
+    def __init__(
+        self, store: Store, make_room: Callable[[Job], bool] = lambda _: False, *, divisible: bool = True
+    ) -> None:
         self._store = store
         self._make_room = make_room
+        self._divisible = divisible
         self._active: OrderedDict[Hashable, Job] = OrderedDict()
         self._waiting: dict[Hashable, deque[Job]] = {}
         self.budget = ChunkBudget()
@@ -159,13 +163,12 @@ class Scheduler:
         """Ends a job whose forward failed."""
         self._end(job, error)
 
-    def cancel(self, session: Hashable, error: Exception | None = None) -> None:
-        """Drops a session's jobs; with an error, they end with it."""
+    def cancel(self, session: Hashable, error: Exception) -> None:
+        """Ends all jobs of a session with an error; not while one of them is in a forward."""
         jobs = [self._active.pop(session)] if session in self._active else []
         jobs += self._waiting.pop(session, ())
-        if error is not None:
-            for job in jobs:
-                job.finish(error)
+        for job in jobs:
+            job.finish(error)
 
     def _activate(self, job: Job) -> None:
         try:
@@ -207,7 +210,9 @@ class Scheduler:
         for job in self._in_turns():
             for index, run in enumerate(job.runs):
                 begin = job.done[index]
-                count = min(budget, len(run.positions) - begin)
+                count = len(run.positions) - begin
+                if self._divisible:
+                    count = min(budget, count)
                 cost = self._store.cost(run.row, count)
                 if count <= 0 or cost > room or len(batch) >= MAX_ROWS:
                     continue

@@ -5,15 +5,28 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from split_common.engine.rows import Row
 from split_common.split import Split
 
 
+class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """The keys and values of a sliding-window layer, all of them: a row may be cut back at any time."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        visible = self.sliding_window - 1 + key_states.shape[-2]
+        keys, values = DynamicLayer.update(self, key_states, value_states, *args, **kwargs)
+        self.cumulative_length = keys.shape[-2]
+        return keys[..., -visible:, :], values[..., -visible:, :]
+
+
 class CacheRow:
-    """A row with a `DynamicCache` of its own; layers outside the range have none."""
+    """A row with a `DynamicCache` of its own, whose layers outside the range stay empty."""
 
     def __init__(self, store: SeparateStore, cache: DynamicCache) -> None:
         self._store = store
@@ -29,11 +42,9 @@ class CacheRow:
         if tokens == self.length:
             return
         for layer in self.cache.layers:
-            if isinstance(layer, DummyLayer) or layer.keys is None:
-                continue
             layer.keys = layer.keys[..., :tokens, :]
             layer.values = layer.values[..., :tokens, :]
-            if hasattr(layer, "cumulative_length"):
+            if layer.is_sliding:
                 layer.cumulative_length = tokens
         self._store.used -= self.length - tokens
         self.length = tokens
@@ -41,7 +52,8 @@ class CacheRow:
     def fork(self) -> CacheRow:
         # Tensors may be shared: caches grow by making new ones.
         cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        copies = {id(layer): copy.copy(layer) for layer in self.cache.layers}
+        cache.layers = [copies[id(layer)] for layer in self.cache.layers]
         twin = CacheRow(self._store, cache)
         twin.extended(self.length)
         return twin
@@ -82,11 +94,12 @@ class SeparateStore:
     def new_cache(self) -> DynamicCache:
         cache = DynamicCache(config=self._config)
         cache.layers += [DynamicLayer() for _ in range(self._split.layers - len(cache.layers))]
-        cache.layers = [
-            layer if index in self._split.body else DummyLayer() for index, layer in enumerate(cache.layers)
+        body = [
+            WindowLayer(layer.sliding_window) if layer.is_sliding else DynamicLayer()
+            for layer in cache.layers[self._split.first : self._split.last]
         ]
-        # Sliding layers forget what left their window, unless told that a rollback may come.
-        for layer in cache.layers:
-            if hasattr(layer, "activate_past_recording"):
-                layer.activate_past_recording()
+        alike = {layer.is_sliding: layer for layer in reversed(body)}
+        # transformers takes a mask's size from the first layer of a kind, be it one that runs elsewhere.
+        cache.layers = [alike.get(layer.is_sliding, body[0]) for layer in cache.layers]
+        cache.layers[self._split.first : self._split.last] = body
         return cache

@@ -1,0 +1,74 @@
+"""Steps that are too long for one message are cut into chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from split_common import wire
+from split_common.errors import Malformed
+from split_common.tensors import from_bytes
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Runs of tokens that travel in one message, and their states `[tokens, width]`."""
+
+    rows: list[wire.Row]
+    states: torch.Tensor
+    #: Whose output counts, bool `[tokens]`; None for all.
+    own: torch.Tensor | None = None
+
+    def output(self, reply: wire.AnyReply, data: memoryview) -> torch.Tensor:
+        """Raises Malformed or NonFinite for an answer to something else."""
+        if not isinstance(reply, wire.Result) or (reply.tokens, reply.width) != self.states.shape:
+            raise Malformed(f"the worker returned no states of the shape {tuple(self.states.shape)}")
+        output = from_bytes(data, reply.dtype, reply.tokens, reply.width)
+        return output if self.own is None else output[self.own]
+
+
+def cut(rows: list[wire.Row], packed: torch.Tensor, limit: int, positions_interact: bool) -> list[Chunk]:
+    """Cuts runs so that no chunk has more than `limit` tokens.
+
+    Where positions interact, the worker must see the largest one of the call in every run: a run that ends below it
+    gets one more token there. Its output is dropped, and the row's next run cuts it off.
+    """
+    horizon = max(max(row.positions) for row in rows) if positions_interact else -1
+    chunks = []
+    begin = 0
+    for runs in _runs(rows, limit):
+        lengths = [len(run.positions) for run in runs]
+        states = packed[begin : begin + sum(lengths)]
+        begin += sum(lengths)
+        short = [max(run.positions) < horizon for run in runs]
+        if not any(short):
+            chunks.append(Chunk(runs, states))
+            continue
+        pieces, own, extended = [], [], []
+        for run, part, extra in zip(runs, torch.split(states, lengths), short, strict=True):
+            pieces += [part, part[-1:]] if extra else [part]
+            own += [True] * len(part) + [False] * extra
+            extended.append(wire.Row(run.row, run.start, [*run.positions, *[horizon] * extra]))
+        chunks.append(Chunk(extended, torch.cat(pieces), torch.tensor(own)))
+    return chunks
+
+
+def _runs(rows: list[wire.Row], limit: int) -> list[list[wire.Row]]:
+    chunks: list[list[wire.Row]] = [[]]
+    room = limit
+    for row in rows:
+        done = 0
+        while done < len(row.positions):
+            if not room:
+                chunks.append([])
+                room = limit
+            part = row.positions[done : done + room]
+            chunks[-1].append(wire.Row(row.row, row.start + done, part))
+            done += len(part)
+            room -= len(part)
+    return chunks
+
+
+#: A chunk and its states' bytes.
+Request = tuple[Chunk, memoryview]
