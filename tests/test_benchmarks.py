@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 
 import tiny
 from benchmarks.harness import Relay, prompt, report
-from fleet import running_broker
 from split_device.timings import STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -70,19 +70,22 @@ def test_memory(checkpoint: Path) -> None:
 
 
 def test_the_relay_counts_what_passes() -> None:
-    with running_broker() as broker:
-        relay = Relay(broker.address)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        relay = Relay(f"tcp://127.0.0.1:{server.getsockname()[1]}")
+        host, _, port = relay.address.removeprefix("tcp://").rpartition(":")
         try:
-            host, _, port = relay.address.removeprefix("tcp://").rpartition(":")
-            with socket.create_connection((host, int(port))) as client:
-                client.settimeout(10)
-                # The greeting of ZMTP 3 (ZeroMQ RFC 23) has 64 bytes; the other side answers with its own.
-                client.sendall(b"\xff" + bytes(8) + b"\x7f\x03" + bytes(53))
-                greeting = b""
-                while len(greeting) < 64:
-                    greeting += client.recv(64)
-            assert relay.up == 64
-            assert relay.down >= len(greeting)
+            with socket.create_connection((host, int(port)), timeout=10) as near:
+                near.sendall(bytes(1000))
+                far, _ = server.accept()
+                with far:
+                    far.settimeout(10)
+                    assert far.recv(1000, socket.MSG_WAITALL) == bytes(1000)
+                    far.sendall(b"x")
+                    assert near.recv(1) == b"x"
+                deadline = time.monotonic() + 10
+                while (relay.up, relay.down) != (1000, 1):
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
         finally:
             relay.close()
 

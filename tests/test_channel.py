@@ -267,7 +267,7 @@ ELSEWHERE = (ModelScope(b"s" * 32, 0, 99),)
     [
         ({"operator": STRANGER}, "operator"),
         ({"not_before": NOW - 50, "not_after": NOW - 10}, "expired"),
-        ({"not_before": NOW + 50}, "not valid before"),
+        ({"not_before": NOW + 1000}, "not valid before"),
         ({"models": ELSEWHERE}, "does not cover"),
     ],
 )

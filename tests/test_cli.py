@@ -268,6 +268,8 @@ NOBODY = ["--broker", "tcp://127.0.0.1:9", "--timeout", "0.3"]
         (["generate", "x", "--model", "CHECKPOINT", "--head-layers", "4", *NOBODY], 2, "no body left"),
         (["worker", "--model", "CHECKPOINT", *NOBODY], 1, "is `lambda-split broker` running"),
         (["worker", "--model", "CHECKPOINT", "--layers", "2"], 2, "FIRST:LAST"),
+        (["worker", "--model", "CHECKPOINT", "--kv-memory", "much"], 2, "4GiB"),
+        (["worker", "--model", "CHECKPOINT", "--kv-memory", "1K"], 1, "1,024 bytes"),
         (["worker", "--model", "CHECKPOINT", "--layers", "2:9"], 2, "6 layers"),
         (["inspect", "CHECKPOINT", "--tail-layers", "6"], 2, "no body left"),
     ],

@@ -81,6 +81,11 @@ def test_no_arguments_are_a_call_for_help(command: AddCommand, capsys: Capture) 
             "error: unexpected ZeroDivisionError: oops (run with LAMBDA_SPLIT_DEBUG=1 for the traceback)",
             70,
         ),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            "error: torch is not installed, which this command needs: pip install lambda-split",
+            2,
+        ),
         (typer.Abort(), "error: aborted", 1),
     ],
 )

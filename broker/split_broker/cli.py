@@ -10,7 +10,7 @@ import typer
 from split_common.console import emit_json, stderr
 from split_common.fleet import load_fleet
 from split_common.options import DEFAULT_BROKER, JsonOption, KeysOption
-from split_common.process import wait_for_sigterm
+from split_common.process import catch_sigterm, wait_for
 
 
 def register(app: typer.Typer) -> None:
@@ -38,12 +38,13 @@ def broker(
     fleet = load_fleet(keys)
     running = Broker(bind, fleet)
     running.start()
+    stop = catch_sigterm()
     try:
         if json:
             emit_json({"address": running.address, "pid": os.getpid()})
         else:
             whose = "this machine's own keys" if fleet.is_loopback else f"the keys in {fleet.path}"
             stderr.print(f"broker on {running.address}, with {whose}", soft_wrap=True)
-        wait_for_sigterm()
+        wait_for(stop)
     finally:
         running.stop()

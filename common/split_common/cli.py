@@ -98,6 +98,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(type(exc).__name__, _wrong_usage(exc), exc.exit_code, as_json)
     except SplitError as exc:
         return _fail(type(exc).__name__, str(exc), exc.exit_code, as_json)
+    except ModuleNotFoundError as exc:
+        # An installation for the broker alone, say, has no torch.
+        message = f"{exc.name} is not installed, which this command needs: pip install lambda-split"
+        return _fail("ModuleNotFoundError", message, ConfigError.exit_code, as_json)
     except Exception as exc:
         name = type(exc).__name__
         message = f"unexpected {name}: {exc} (run with LAMBDA_SPLIT_DEBUG=1 for the traceback)"

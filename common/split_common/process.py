@@ -46,13 +46,18 @@ def use_loopback_keys(empty: Path) -> None:
     os.environ["LAMBDA_SPLIT_CONFIG"] = str(empty)
 
 
-def wait_for_sigterm() -> None:
-    """Returns after SIGTERM; Ctrl-C raises KeyboardInterrupt as ever.
+def catch_sigterm() -> threading.Event:
+    """From now on SIGTERM only sets the event: to be called before a command says that it is ready."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    return stop
+
+
+def wait_for(stop: threading.Event) -> None:
+    """Returns when the event is set; Ctrl-C raises KeyboardInterrupt as ever.
 
     A process that `running_command` started ends when the one that started it is gone, however that came about.
     """
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     parent = int(os.environ.get(PARENT, "0"))
     while not stop.wait(PARENT_INTERVAL if parent else None):
         if os.getppid() != parent:

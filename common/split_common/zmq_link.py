@@ -65,6 +65,7 @@ class ZmqLink:
         self._announce_now = True
         self._sender = bytes(8)
         self._boot: bytes | None = None
+        self._next_reset = 0.0
         self._roster_version = fleet.roster().version
         self._heard = 0.0
         self._received = 0
@@ -249,7 +250,9 @@ class ZmqLink:
     def _greet(self, welcome: wire.Welcome) -> None:
         known, self._boot = self._boot, welcome.boot
         self._welcomed.set()
-        if known not in (None, welcome.boot):
+        # A broker that changes its name with every message must not be sent everything again each time.
+        if known not in (None, welcome.boot) and time.monotonic() >= self._next_reset:
+            self._next_reset = time.monotonic() + HEARTBEAT
             self._announce_now = True
             self._handler.on_reset()
         if welcome.gone:

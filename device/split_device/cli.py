@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from split_common.console import emit_json, stderr, stdout
-from split_common.errors import ConfigError, SessionLost, SplitError
+from split_common.errors import ConfigError, SessionLost, SplitError, StepFailed
 from split_common.fleet import load_fleet
 from split_common.keys import verify_certificate
 from split_common.options import (
@@ -151,8 +151,10 @@ def generate(
         with _answer_line(json) as on_text:
             try:
                 answer = Conversation(split, tokenizer).complete(input_ids, sampling, on_text, note_prompt)
+            except StepFailed:
+                raise
             except SessionLost as lost:
-                raise SessionLost(f"{lost}: start the command again") from None
+                raise SessionLost(f"{lost}, and no other took over within {patience:g} s: start one") from None
         token_ms = split.timings.per_step_ms()
         if timings:
             stderr.print(timings_table(prompt_ms, token_ms))
@@ -220,22 +222,11 @@ def chat(
             if line == "/reset":
                 conversation.reset()
             elif line:
-                with _survived() if interactive else contextlib.nullcontext():
-                    answer = _turn(conversation, line, sampling, quiet=json)
+                with _survived() if interactive else contextlib.nullcontext(), _answer_line(json) as on_text:
+                    answer = conversation.say(line, sampling, on_text)
                     turns.append({"prompt": line} | dataclasses.asdict(answer))
         if json:
             emit_json({"turns": turns, "traffic": split.traffic})
-
-
-def _turn(conversation: Any, line: str, sampling: Any, quiet: bool) -> Any:
-    """One turn; if its worker is gone, the conversation is sent again to another one, once."""
-    try:
-        with _answer_line(quiet) as on_text:
-            return conversation.say(line, sampling, on_text)
-    except SessionLost as lost:
-        stderr.print(f"{lost}; sending the conversation again", soft_wrap=True)
-    with _answer_line(quiet) as on_text:
-        return conversation.say(line, sampling, on_text)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from split_common.options import (
     TimeoutOption,
     resolve_model,
 )
-from split_common.process import passive_threads, wait_for_sigterm
+from split_common.process import catch_sigterm, passive_threads, wait_for
 from split_common.transport import connect
 
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -78,6 +78,7 @@ def worker(
     Needs a running `lambda-split broker`.
     """
     passive_threads()
+    kv_bytes = parse_size(kv_memory) if kv_memory is not None else None
     fleet = load_fleet(keys)
     identity = fleet.identity("worker", member)
     transport = connect(broker, fleet, identity)
@@ -97,7 +98,6 @@ def worker(
     if threads is not None:
         torch.set_num_threads(threads)
     place = _device(device)
-    kv_bytes = parse_size(kv_memory) if kv_memory is not None else None
     plan_ = plan(checkpoint, revision)
     split = Split.parse(plan_.layers, layers)
     manifest = find_manifest(fleet, plan_.checkpoint, plan_.own_tensors(split, "worker"))
@@ -106,6 +106,7 @@ def worker(
     sessions = SessionTable(max_sessions, idle_timeout)
     running = Worker(body, service, manifest.name, identity, fleet, transport, sessions)
     running.start(timeout)
+    stop = catch_sigterm()
     try:
         facts = {
             "worker": identity.certificate.name,
@@ -128,7 +129,7 @@ def worker(
             )
             if body.separate_because is not None:
                 stderr.print(f"sessions run one at a time: {body.separate_because}", soft_wrap=True)
-        wait_for_sigterm()
+        wait_for(stop)
         if not running.drain(min(drain_timeout, UNANNOUNCED)):
             stderr.print(f"draining: no new sessions; those that are open have {drain_timeout:g} s to end")
             if not running.drain(drain_timeout):
