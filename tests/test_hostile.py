@@ -173,7 +173,7 @@ def test_a_broker_that_pretends_to_restart_gets_no_storm(setting: Setting, expec
             wire.Relay(
                 session._client.id, session.worker, wire.Kind.UNKNOWN, session.channel.number, session.number, 0, 1
             ),
-            wire.echo(session.in_flight[1][1]),
+            wire.echo(*session.in_flight[1]),
         ),
         lambda session: (wire.Bounce("gone", session.channel.number, session.number, 1), b""),
         lambda session: (wire.Bounce("revoked", session.channel.number, session.number, 1), b""),

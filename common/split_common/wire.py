@@ -9,6 +9,7 @@ Nothing here imports torch: the broker is small.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from enum import IntEnum
 from typing import Annotated, Literal, TypeVar
@@ -122,8 +123,8 @@ class Kind(IntEnum):
     FINISH = 2
     REQUEST = 3
     REPLY = 4
-    #: A worker does not know the channel (any more). It has no keys to say so with: it echoes the end of what it
-    #: was sent (`echo`), so that no damaged or old message is taken for it.
+    #: A worker does not know the channel (any more). It has no keys to say so with: it sends the hash of what it
+    #: was sent (`echo`), so that nothing damaged or old, nor an answer to that, is taken for it.
     UNKNOWN = 5
 
 
@@ -190,9 +191,9 @@ def decode_header(frame: bytes | memoryview) -> AnyHeader:
     return header
 
 
-def echo(body: bytes) -> bytes:
-    """What an `UNKNOWN` says of the message that it answers."""
-    return body[-16:]
+def echo(header: Relay, body: bytes) -> bytes:
+    """What an `UNKNOWN` says of the message that it answers: this one, as it arrived, and no other."""
+    return hashlib.blake2b(header.sender + header.associated_data() + body, digest_size=32).digest()
 
 
 def check_body(frame: bytes) -> bytes:

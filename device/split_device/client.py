@@ -50,6 +50,9 @@ MIN_RETRY = 0.1
 PATIENCE = 60.0
 
 #: What the transport's thread hands over: a message, or what became of the session.
+#: Seconds for which a device that found no room elsewhere does not look again.
+CROWDED_FOR = 2.0
+
 Event = tuple[wire.AnyHeader, bytes] | SplitError
 
 
@@ -113,6 +116,8 @@ class Client:
         self._setting_up = threading.Lock()
         self._numbers = itertools.count(1)
         self._channels: dict[int, WorkerChannel] = {}
+        # Until then, the workers that this device knows will do: no other one has room.
+        self._crowded_until = 0.0
         self._answers: dict[int, queue.SimpleQueue[Event]] = {}
         self._sessions: dict[tuple[int, int], RemoteSession] = {}
 
@@ -171,7 +176,7 @@ class Client:
     def _channel_unknown(self, header: wire.Relay, body: bytes) -> None:
         session = self._sessions.get((header.channel, header.session))
         request = session.in_flight.get(header.seq) if session is not None else None
-        if session is None or request is None or body != wire.echo(request[1]):
+        if session is None or request is None or body != wire.echo(*request):
             raise AuthenticationError("an unknown channel, of no request in flight")
         self._lose(lambda channel: channel is session.channel, SessionLost(_GONE))
 
@@ -212,7 +217,10 @@ class Client:
             NoWorker, Busy, BrokerUnreachable, AuthenticationError: there is none to be had.
         """
         while True:
-            channel = self._usable(avoid) or self._set_up(avoid)
+            elsewhere = self._usable(avoid)
+            if elsewhere is None and time.monotonic() < self._crowded_until:
+                elsewhere = self._usable(())
+            channel = elsewhere or self._set_up(avoid)
             session = self.new_session(channel)
             if session is not None:
                 return session
@@ -257,6 +265,9 @@ class Client:
                     # No worker is left but those of a wrong certificate.
                     if distrusted:
                         raise next(iter(distrusted.values())) from None
+                    if isinstance(error, Busy) and (channel := self._usable(())) is not None:
+                        self._crowded_until = time.monotonic() + CROWDED_FOR
+                        return channel
                     if isinstance(error, NoWorker) or time.monotonic() + error.retry_after > deadline:
                         raise
                     time.sleep(error.retry_after)
@@ -291,7 +302,7 @@ class Client:
             def take_confirmation(header: wire.Relay, body: bytes) -> bool | None:
                 if header.sender != made.worker or header.kind == wire.Kind.ANSWER:
                     return None
-                if header.kind == wire.Kind.UNKNOWN and body == wire.echo(finish):
+                if header.kind == wire.Kind.UNKNOWN and body == wire.echo(last, finish):
                     raise Busy("the worker did not accept this device", retry_after=0.5)
                 wire.decode_payload(made.control.open(header, body), wire.reply_decoder)
                 return True

@@ -158,10 +158,16 @@ class SplitModelForCausalLM:
         if isinstance(inputs, torch.Tensor) and inputs.ndim == 2:
             self._check_length(inputs.shape[1])
         self._returned = None
+        call = self._body.call
+        call.made = [] if all(kwargs.get(name) is None for name in ("cache", "past_key_values")) else None
         try:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+            output = super().generate(*args, **kwargs)  # type: ignore[misc]
+            # Nobody can use its cache any more: the worker need not wait for the garbage collector.
+            for session in (call.made or []) if isinstance(output, torch.Tensor) else []:
+                session.reset()
+            return output
         finally:
-            self._returned = None
+            self._returned = call.made = None
 
     def generate_batch(self, *_args: Any, **_kwargs: Any) -> Any:
         """Refused: transformers' continuous batching keeps a paged cache of all layers in this process."""

@@ -48,6 +48,8 @@ class Call(threading.local):
 
     mask: torch.Tensor | None = None
     positions: torch.Tensor | None = None
+    #: The sessions that the `generate` under way has made; None outside of it.
+    made: list[SessionLayer] | None = None
 
 
 @dataclass(frozen=True)
@@ -360,7 +362,12 @@ class RemoteBody(PassThrough):
             raise UnsupportedFeature("gradients do not pass through the worker: use torch.no_grad()")
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         if cache is not None:
-            output = self._session_layer(cache).step(hidden, self.call)
+            layer = self._session_layer(cache)
+            try:
+                output = layer.step(hidden, self.call)
+            except BaseException:
+                self._take_back(cache, hidden.shape[1])
+                raise
         else:
             output = self._without_cache(hidden)
         self.left = time.perf_counter()
@@ -375,6 +382,13 @@ class RemoteBody(PassThrough):
             return layer.step(hidden, self.call)
         finally:
             layer.reset()
+
+    def _take_back(self, cache: Cache, tokens: int) -> None:
+        """Undoes what the head's layers have cached of a step that failed, so that it may be tried again."""
+        for layer in cache.layers[: self._split.first]:
+            # A sliding window that has forgotten cannot be rolled back: such a cache is of no more use.
+            with contextlib.suppress(RuntimeError):
+                layer.crop(-tokens)
 
     def check_cache(self, cache: Any) -> None:
         """Raises UnsupportedFeature for a cache that a session cannot be a layer of."""
@@ -395,6 +409,8 @@ class RemoteBody(PassThrough):
         if not isinstance(layer, SessionLayer):
             windows = [getattr(cache.layers[index], "sliding_window", None) for index in self._split.body]
             layer = SessionLayer(self._client, self._traits, windows[0])
+            if self.call.made is not None:
+                self.call.made.append(layer)
             cache.layers[self._split.first : self._split.last] = [
                 layer,
                 *(BodyLayer(layer, window) for window in windows[1:]),

@@ -172,6 +172,9 @@ class SessionTable:
         """Opens a session whose first step has `tokens` tokens. Raises Busy when the worker is full."""
         self.free_idle()
         if self.room(free_tokens - tokens) < 1 and len(self._sessions):
+            # The next try will find the room that an idle session leaves.
+            if (idle := self._idlest()) is not None:
+                self.close(idle.id)
             raise Busy("the worker has no room for another session", retry_after=0.5)
         session = Session(id_, channel.session_keys(id_[2], id_[3]), next(self._ages))
         self._sessions[id_] = session
@@ -179,13 +182,15 @@ class SessionTable:
 
     def victim(self, asking: Session) -> Session | None:
         """A session whose memory another one may have: one that is idle, else the newest if it is newer."""
+        if (idle := self._idlest()) is not None and idle is not asking:
+            return idle
         others = [session for session in self._sessions.values() if session is not asking and session.rows]
-        now = time.monotonic()
-        idle = [session for session in others if now - session.used > EVICT_AFTER]
-        if idle:
-            return min(idle, key=lambda session: session.used)
         newest = max(others, key=lambda session: session.age, default=None)
         return newest if newest is not None and newest.age > asking.age else None
+
+    def _idlest(self) -> Session | None:
+        longest = min(self._sessions.values(), key=lambda session: session.used, default=None)
+        return longest if longest is not None and time.monotonic() - longest.used > EVICT_AFTER else None
 
     def evict(self, session: Session) -> None:
         """Forgets a session whose rows the caller frees; its device will find it lost."""

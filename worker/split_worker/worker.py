@@ -222,7 +222,7 @@ class Worker:
     def _unknown_channel(self, header: wire.Relay, body: bytes) -> None:
         """Tells a device, as well as one without keys can, that it has to set up a new channel."""
         unknown = msgspec.structs.replace(header, to=header.sender, sender=self._id, kind=wire.Kind.UNKNOWN)
-        self._transport.send(unknown, wire.echo(body))
+        self._transport.send(unknown, wire.echo(header, body))
 
     def _verify(self, certificate: bytes, role: Role) -> Certificate:
         scope = ModelScope(self._service.root, self._service.first, self._service.last)
@@ -280,7 +280,11 @@ class Worker:
             raise Busy("the worker takes no new sessions", retry_after=1.0)
         tokens = request.tokens if isinstance(request, wire.Step) else 0
         id_ = (header.sender, header.channel, *key)
-        session = self._sessions.open(id_, link.channel, tokens, self._body.store.free_tokens)
+        try:
+            session = self._sessions.open(id_, link.channel, tokens, self._body.store.free_tokens)
+        except Busy:
+            self._compute.wake()
+            raise
         # Never again: a second session under these keys would repeat nonces.
         link.opened.add(key)
         return session
