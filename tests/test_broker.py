@@ -25,7 +25,7 @@ from split_common.errors import BrokerUnreachable, ConfigError, KeysError, Overs
 from split_common.keys import Identity
 from split_common.transport import HEARTBEAT, MISSED, connect, parse_address
 from split_common.zmq_link import ZmqLink
-from wiretap import FakePeer, Setting, wait_until
+from wiretap import FakePeer, Setting, on_loop, wait_until
 
 SERVICE = wire.Service(b"r" * 32, 2, 4)
 
@@ -575,11 +575,12 @@ def test_a_link_survives_garbage_and_a_failing_handler(setting: Setting, monkeyp
         fail = lambda *_: 1 / 0  # noqa: E731
         with monkeypatch.context() as patch:
             patch.setattr(client, "on_message", fail)
-            broker._put(peer, (wire.encode_header(wire.Bounce("full")), b""))
+            on_loop(broker, lambda: broker._put(peer, (wire.encode_header(wire.Bounce("full")), b"")))
             wait_until(lambda: link.counters["HandlerError"] == 1)
-        for message in ((b"", b""), (b"\x07", b""), (wire.encode_header(wire.RosterReply()), b"forged")):
-            broker._put(peer, message)
-        broker._put(peer, (wire.encode_header(wire.Announce(bytes(8), "device", "x")), b""))
+        announce = wire.encode_header(wire.Announce(bytes(8), "device", "x"))
+        forged = wire.encode_header(wire.RosterReply())
+        messages = [(b"", b""), (b"\x07", b""), (forged, b"forged"), (announce, b"")]
+        on_loop(broker, lambda: [broker._put(peer, message) for message in messages])
         wait_until(lambda: link.counters["Malformed"] == 2)
         assert link.counters["VersionMismatch"] == link.counters["CertificateError"] == 1
         seen = peer.seen

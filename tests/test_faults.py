@@ -43,7 +43,7 @@ from split_device import SplitModelForCausalLM
 from split_device import client as client_module
 from split_worker import worker as worker_module
 from split_worker.worker import Worker
-from wiretap import Setting, cheat, run_steps, step, wait_until
+from wiretap import Setting, cheat, on_loop, run_steps, step, wait_until
 
 STEPS = 60
 
@@ -653,7 +653,7 @@ def test_a_link_closed_by_its_own_thread_ends(setting: Setting) -> None:
     with setting.broker() as broker, setting.client(broker.address) as client:
         client.on_reset = client.close  # type: ignore[method-assign]
         (peer,) = broker._peers.values()
-        broker._put(peer, (wire.encode_header(wire.Welcome(bytes(8))), b""))
+        on_loop(broker, lambda: broker._put(peer, (wire.encode_header(wire.Welcome(bytes(8))), b"")))
         thread = client.transport._thread  # type: ignore[attr-defined]
         thread.join(3.0)
         assert not thread.is_alive()

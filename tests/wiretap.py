@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -218,3 +219,18 @@ def cheat(broker: Broker, change: Callable[[Peer, wire.AnyHeader, Message], list
 def changed(header: wire.Header, **fields: Any) -> bytes:
     """A header with some fields changed, encoded."""
     return wire.encode_header(msgspec.structs.replace(header, **fields))
+
+
+def on_loop(broker: Broker, call: Callable[[], object]) -> None:
+    """Runs something on the broker's own thread, which alone may use its socket."""
+    done = threading.Event()
+    housekeeping = broker._housekeeping
+
+    def once(now: float) -> None:
+        broker._housekeeping = housekeeping  # type: ignore[method-assign]
+        call()
+        done.set()
+        housekeeping(now)
+
+    broker._housekeeping = once  # type: ignore[method-assign]
+    assert done.wait(5.0)
