@@ -53,8 +53,8 @@ class Done:
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs a command in this process, where torch is imported already."""
 
-    def run(*arguments: object, stdin: str = "") -> Done:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    def run(*arguments: object, stdin: str | io.StringIO = "") -> Done:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
         # Whatever goes wrong, no test fetches a model.
         monkeypatch.setenv("LAMBDA_SPLIT_MODEL", "/no/default/model")
         capsys.readouterr()
@@ -195,6 +195,32 @@ def test_chat_without_a_terminal_ends_with_its_first_error(run: Any, here: list[
     done = run("chat", *here, stdin="x" * 300 + "\nHello\n")
     assert (done.code, done.out) == (1, "")
     assert "256 positions" in done.err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_in_a_terminal_a_turn_may_fail_or_be_stopped(
+    run: Any, here: list[object], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from split_device.chatting import Conversation
+
+    say = Conversation.say
+
+    def stopped(self: Any, text: str, *arguments: Any) -> Any:
+        if text == "stop":
+            raise KeyboardInterrupt
+        return say(self, text, *arguments)
+
+    monkeypatch.setattr(Conversation, "say", stopped)
+    done = run("chat", *here, "--max-tokens", 6, stdin=Terminal("x" * 300 + "\nstop\nHello\n"))
+    assert done.code == 0
+    assert "error: " in done.err
+    assert "256 positions" in done.err
+    assert "stopped" in done.err
+    assert unsplit(checkpoint, "user:Hello</s>assistant:", 6) in done.out
 
 
 # --- inspect and doctor ------------------------------------------------------------------------------------

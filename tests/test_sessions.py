@@ -513,3 +513,11 @@ def test_full_worker_is_waited_for_and_then_reported(broker: str, tmp_path: Path
             assert model.generate(PROMPT, **GREEDY).tolist() == expected.tolist()
     finally:
         worker.stop()
+
+
+def test_replies_that_are_never_acknowledged_are_bounded() -> None:
+    holder = session()
+    for seq in range(2 * MAX_WAITING):
+        assert holder.admit(seq)
+        holder.answered((wire.Relay(b"device00", b"worker00", wire.Kind.REPLY, 1, seq=seq), b"reply"))
+    assert list(holder.replies) == list(range(MAX_WAITING, 2 * MAX_WAITING))

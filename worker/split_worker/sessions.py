@@ -73,6 +73,9 @@ class Session:
     def answered(self, frames: Frames) -> None:
         self.replies[frames[0].seq] = frames
         self.done += 1
+        if len(self.replies) > MAX_WAITING:
+            # A device that acknowledges nothing: it has no more than this in flight.
+            del self.replies[next(iter(self.replies))]
 
     def forget(self, acked: int) -> None:
         """Drops the replies that the device has."""
