@@ -73,27 +73,32 @@ class Piece:
 
 
 class ChunkBudget:
-    """How many tokens of prefill a forward may take, learnt from how long forwards took."""
+    """How many tokens of prefill a forward may take: as many as fit into the slack, found by trying."""
 
     def __init__(self) -> None:
         self._base = 0.0
-        self._per_token = 0.0
+        self._chunk = MIN_CHUNK
         self._decoded_at = float("-inf")
 
     def observe(self, decoding: int, prefill: int, seconds: float) -> None:
         """A forward with this many decoding rows and tokens of prefill took so long."""
         if decoding:
             self._decoded_at = time.monotonic()
-        if not prefill:
+        if decoding and not prefill:
             self._base = _average(self._base, seconds)
-        elif not decoding or self._base:
-            self._per_token = _average(self._per_token, max(0.0, seconds - self._base * bool(decoding)) / prefill)
+        elif prefill and self._shared and self._base:
+            cost = seconds - (self._base if decoding else 0.0)
+            fits = int(prefill * SLACK * self._base / cost) if cost > 0 else MAX_CHUNK
+            # Shrinks at once, grows in small steps: a chunk that is too long has been waited for already.
+            self._chunk = max(MIN_CHUNK, min(MAX_CHUNK, fits, self._chunk + max(1, self._chunk // 4)))
+
+    @property
+    def _shared(self) -> bool:
+        return time.monotonic() - self._decoded_at <= DECODING_FOR
 
     def tokens(self) -> int:
         """Tokens of prefill for the next forward."""
-        if time.monotonic() - self._decoded_at > DECODING_FOR or not self._base or not self._per_token:
-            return MAX_CHUNK
-        return max(MIN_CHUNK, min(MAX_CHUNK, int(SLACK * self._base / self._per_token)))
+        return self._chunk if self._shared else MAX_CHUNK
 
 
 def _average(old: float, new: float) -> float:
@@ -117,6 +122,8 @@ class Scheduler:
         self._divisible = divisible
         self._active: OrderedDict[Hashable, Job] = OrderedDict()
         self._waiting: dict[Hashable, deque[Job]] = {}
+        # Devices that had a chunk of prefill, the last one last.
+        self._turns: dict[Hashable, None] = {}
         self.budget = ChunkBudget()
 
     @property
@@ -153,11 +160,12 @@ class Scheduler:
             piece.job.outputs[piece.index].append(output)
             piece.job.done[piece.index] += len(piece.run.positions)
         for job in {id(piece.job): piece.job for piece in batch}.values():
+            if not job.decodes:
+                # The next forward's chunk is another device's.
+                self._turns.pop(job.device, None)
+                self._turns[job.device] = None
             if job.complete:
                 self._end(job, job.result())
-            elif not job.decodes:
-                # The next forward's chunk is another device's.
-                self._active.move_to_end(job.session)
 
     def fail(self, job: Job, error: Exception) -> None:
         """Ends a job whose forward failed."""
@@ -223,11 +231,16 @@ class Scheduler:
         return batch
 
     def _in_turns(self) -> list[Job]:
-        """Prefilling jobs, one of each device before the second of any."""
+        """Prefilling jobs, one of each device before the second of any; who had the last chunk comes last."""
         queues: dict[Hashable, deque[Job]] = {}
         for job in self._active.values():
             if not job.decodes:
                 queues.setdefault(job.device, deque()).append(job)
+        self._turns = {device: None for device in self._turns if device in queues}
+        queues = {
+            device: queues[device]
+            for device in [*(each for each in queues if each not in self._turns), *self._turns]
+        }
         order: list[Job] = []
         while queues:
             for device in list(queues):

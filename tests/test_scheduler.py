@@ -1,0 +1,130 @@
+"""The scheduler: decoding first, prefill in chunks that fit, devices in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from split_common.engine.rows import Run
+from split_common.engine.scheduler import MAX_CHUNK, MIN_CHUNK, ChunkBudget, Job, Piece, Scheduler
+from split_common.errors import Busy
+
+
+class FakeRow:
+    length = 0
+
+
+class FakeStore:
+    capacity = free = free_tokens = 10_000
+
+    def cost(self, _row: Any, tokens: int) -> int:
+        return tokens
+
+
+def make_job(session: str, tokens: int, device: str = "", outcomes: dict[str, Any] | None = None) -> Job:
+    run = Run(FakeRow(), torch.arange(tokens)[:, None], range(tokens))  # type: ignore[arg-type]
+
+    def finish(outcome: Any) -> None:
+        if outcomes is not None:
+            outcomes[session] = outcome
+
+    return Job(session, device or session, tokens, lambda: [run], finish)
+
+
+def sizes(batch: Sequence[Piece]) -> dict[Any, int]:
+    return {piece.job.session: len(piece.run.positions) for piece in batch}
+
+
+def run_all(scheduler: Scheduler) -> list[dict[Any, int]]:
+    batches = []
+    while batch := scheduler.next_batch():
+        batches.append(sizes(batch))
+        scheduler.finish(batch, [piece.run.states for piece in batch], 0.01)
+    return batches
+
+
+def test_decoding_goes_first_and_prefill_is_cut() -> None:
+    outcomes: dict[str, Any] = {}
+    scheduler = Scheduler(FakeStore())  # type: ignore[arg-type]
+    scheduler.add(make_job("prefill", MAX_CHUNK + 100, outcomes=outcomes))
+    scheduler.add(make_job("one", 1, outcomes=outcomes))
+    batches = run_all(scheduler)
+    assert batches[0] == {"one": 1, "prefill": MAX_CHUNK}
+    assert all(batch["prefill"] <= MAX_CHUNK for batch in batches)
+    assert sum(batch["prefill"] for batch in batches) == MAX_CHUNK + 100
+    assert outcomes["prefill"].flatten().tolist() == list(range(MAX_CHUNK + 100))
+
+
+def test_devices_take_turns_with_their_prefills() -> None:
+    scheduler = Scheduler(FakeStore())  # type: ignore[arg-type]
+    for number in range(3):
+        scheduler.add(make_job(f"greedy {number}", 2 * MAX_CHUNK, device="greedy"))
+    scheduler.add(make_job("modest", MAX_CHUNK, device="modest"))
+    batches = run_all(scheduler)
+    assert any("modest" in batch for batch in batches[:2])
+
+
+def test_a_sessions_steps_run_one_after_the_other() -> None:
+    order: list[int] = []
+    scheduler = Scheduler(FakeStore())  # type: ignore[arg-type]
+    for number in range(3):
+        run = Run(FakeRow(), torch.zeros(1, 1), [number])  # type: ignore[arg-type]
+        scheduler.add(Job("session", "device", 1, lambda run=run: [run], lambda _, n=number: order.append(n)))  # type: ignore[misc]
+    assert run_all(scheduler) == [{"session": 1}] * 3
+    assert order == [0, 1, 2]
+
+
+def test_an_indivisible_prefill_goes_through_whole() -> None:
+    scheduler = Scheduler(FakeStore(), divisible=False)  # type: ignore[arg-type]
+    scheduler.add(make_job("long", 3 * MAX_CHUNK))
+    assert run_all(scheduler) == [{"long": 3 * MAX_CHUNK}]
+
+
+def test_what_does_not_fit_is_told_to_come_back_and_the_next_goes_on() -> None:
+    outcomes: dict[str, Any] = {}
+    store = FakeStore()
+    store.free = 10
+    scheduler = Scheduler(store)  # type: ignore[arg-type]
+    scheduler.add(make_job("large", 12, outcomes=outcomes))
+    scheduler.add(make_job("small", 3, outcomes=outcomes))
+    assert run_all(scheduler) == [{"small": 3}]
+    assert isinstance(outcomes["large"], Busy)
+    assert scheduler.idle
+
+
+def test_a_step_that_is_refused_leaves_the_next_one_running() -> None:
+    outcomes: dict[str, Any] = {}
+
+    def refuse() -> list[Run]:
+        raise ValueError("no")
+
+    scheduler = Scheduler(FakeStore())  # type: ignore[arg-type]
+    scheduler.add(Job("a", "d", 1, refuse, lambda outcome: outcomes.update(a=outcome)))
+    scheduler.add(make_job("b", 2, outcomes=outcomes))
+    assert run_all(scheduler) == [{"b": 2}]
+    assert isinstance(outcomes["a"], ValueError)
+
+
+def test_a_cancelled_session_ends_with_its_error() -> None:
+    outcomes: dict[str, Any] = {}
+    scheduler = Scheduler(FakeStore())  # type: ignore[arg-type]
+    scheduler.add(make_job("a", 2, outcomes=outcomes))
+    scheduler.cancel("a", KeyError("gone"))
+    assert isinstance(outcomes["a"], KeyError)
+    assert scheduler.next_batch() == []
+
+
+def test_the_budget_is_small_beside_decoding_and_finds_its_size() -> None:
+    """A token of prefill costs 1 ms, a decoding forward 100 ms: 100 tokens double it."""
+    budget = ChunkBudget()
+    assert budget.tokens() == MAX_CHUNK
+    budget.observe(1, 0, 0.1)
+    assert budget.tokens() == MIN_CHUNK
+    for _ in range(40):
+        chunk = budget.tokens()
+        budget.observe(1, chunk, 0.1 + 0.001 * chunk)
+    assert 90 <= budget.tokens() <= 100
+    budget.observe(1, budget.tokens(), 0.1 + 0.01 * budget.tokens())
+    assert budget.tokens() <= 16
