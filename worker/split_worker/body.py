@@ -5,6 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
+from split_common.engine.linear import pack_linears
 from split_common.engine.runner import Runner
 from split_common.part import Plan, load_part
 from split_common.split import Split
@@ -42,6 +43,8 @@ class Body(Runner):
         model, stack = load_part(plan, split, "worker", dtype=dtype)
         model.to(device)
         self.parameter_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        if device.type == "cpu":
+            pack_linears(model)
         super().__init__(stack, split, plan.text_config, kv_bytes if kv_bytes is not None else free_memory(device))
 
 

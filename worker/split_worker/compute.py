@@ -15,7 +15,7 @@ import torch
 from split_common import wire
 from split_common.engine.rows import Run
 from split_common.engine.runner import Runner
-from split_common.engine.scheduler import Job, Piece, Scheduler
+from split_common.engine.scheduler import Gathering, Job, Piece, Scheduler
 from split_common.errors import Busy, Malformed, NonFinite, Oversized, PromptTooLong, SplitError
 from split_common.tensors import dtype_name, from_bytes, to_bytes
 from split_worker.sessions import Session, SessionTable
@@ -72,6 +72,7 @@ class ComputeLoop:
         self._reply = reply
         self._inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._scheduler = Scheduler(runner.store, self._make_room, divisible=not runner.positions_interact)
+        self._gathering = Gathering()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lambda-split-compute", daemon=True)
         self._batch_seconds = 0.0
@@ -121,15 +122,15 @@ class ComputeLoop:
         self._free_closed()
 
     def _take_in(self) -> None:
-        """Takes what has arrived; waits for it if there is nothing else to do."""
-        try:
-            task = self._inbox.get(block=self._scheduler.idle)
-            while True:
-                if task is not None:
-                    self._accept(task)
-                task = self._inbox.get_nowait()
-        except queue.Empty:
-            pass
+        """Takes what has arrived; waits if there is nothing else to do, or for sessions that are about to come."""
+        if self._scheduler.idle:
+            self._accept(self._inbox.get())
+        while True:
+            patience = self._gathering.until(self._scheduler.budget.base) - time.perf_counter()
+            try:
+                self._accept(self._inbox.get(patience > 0, max(0.0, patience)))
+            except queue.Empty:
+                break
         self._free_closed()
 
     def _free_closed(self) -> None:
@@ -137,9 +138,14 @@ class ComputeLoop:
             closed = [self._sessions.closed.popleft() for _ in range(len(self._sessions.closed))]
         for session in closed:
             self._scheduler.cancel(session, Closed())
+            self._gathering.forget(session)
             session.free()
 
-    def _accept(self, task: Task) -> None:
+    def _accept(self, task: Task | None) -> None:
+        if task is None:
+            self._free_closed()
+            return
+        self._gathering.came(task.session, task.arrived)
         request = task.request
         tokens = request.tokens if isinstance(request, wire.Step) else 0
         self._scheduler.add(
@@ -226,6 +232,7 @@ class ComputeLoop:
         except Exception as error:
             reply = self._refusal(error)
         self._reply(task, reply, tensor)
+        self._gathering.answered(task.session, time.perf_counter())
         if isinstance(reply, wire.Refusal) and reply.reason == "failed":
             # Its rows may be half written: the device starts another session.
             with self._lock:
@@ -259,6 +266,7 @@ class ComputeLoop:
             self._sessions.evict(victim)
         self.counters["evictions"] += 1
         self._scheduler.cancel(victim, Evicted("the session's memory went to an older one"))
+        self._gathering.forget(victim)
         victim.free()
         return True
 

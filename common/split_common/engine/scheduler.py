@@ -32,6 +32,9 @@ SLACK = 1.0
 #: Seconds after its last step during which a session is held to be decoding.
 DECODING_FOR = 1.0
 
+#: A forward waits for sessions that come back within this share of the time that a forward takes.
+GATHER_SHARE = 0.5
+
 
 @dataclass(eq=False)
 class Job:
@@ -73,36 +76,67 @@ class Piece:
 
 
 class ChunkBudget:
-    """How many tokens of prefill a forward may take: as many as fit into the slack, found by trying."""
+    """How many tokens of prefill a forward may take: as many as fit into the slack, by what forwards took lately."""
 
     def __init__(self) -> None:
-        self._base = 0.0
-        self._chunk = MIN_CHUNK
+        #: Seconds that a forward without prefill takes; 0 until there was one.
+        self.base = 0.0
+        #: Seconds that a token of prefill adds to it.
+        self._token = 0.0
         self._decoded_at = float("-inf")
 
     def observe(self, decoding: int, prefill: int, seconds: float) -> None:
         """A forward with this many decoding rows and tokens of prefill took so long."""
         if decoding:
             self._decoded_at = time.monotonic()
-        if decoding and not prefill:
-            self._base = _average(self._base, seconds)
-        elif prefill and self._shared and self._base:
-            cost = seconds - (self._base if decoding else 0.0)
-            fits = int(prefill * SLACK * self._base / cost) if cost > 0 else MAX_CHUNK
-            # Shrinks at once, grows in small steps: a chunk that is too long has been waited for already.
-            self._chunk = max(MIN_CHUNK, min(MAX_CHUNK, fits, self._chunk + max(1, self._chunk // 4)))
-
-    @property
-    def _shared(self) -> bool:
-        return time.monotonic() - self._decoded_at <= DECODING_FOR
+        if not prefill:
+            self.base = _average(self.base, seconds)
+        elif self.base:
+            self._token = _average(self._token, max(0.0, seconds - self.base) / prefill)
 
     def tokens(self) -> int:
         """Tokens of prefill for the next forward."""
-        return self._chunk if self._shared else MAX_CHUNK
+        if time.monotonic() - self._decoded_at > DECODING_FOR:
+            return MAX_CHUNK
+        if not self._token:
+            return MIN_CHUNK
+        return max(MIN_CHUNK, min(MAX_CHUNK, int(SLACK * self.base / self._token)))
 
 
 def _average(old: float, new: float) -> float:
     return new if not old else 0.8 * old + 0.2 * new
+
+
+class Gathering:
+    """Which sessions are about to come back with their next step, so that the next forward waits for them.
+
+    A forward of many rows takes hardly longer than one of a few. Whoever comes back just after it has begun would wait
+    for the whole of it, and sessions that step together once would fall apart.
+    """
+
+    def __init__(self) -> None:
+        #: When each session was answered that has not come back since, and how long it took lately to do so.
+        self._away: dict[Hashable, float] = {}
+        self._turnaround: dict[Hashable, float] = {}
+
+    def answered(self, session: Hashable, now: float) -> None:
+        self._away[session] = now
+
+    def came(self, session: Hashable, now: float) -> None:
+        if (since := self._away.pop(session, None)) is not None:
+            self._turnaround[session] = _average(self._turnaround.get(session, 0.0), now - since)
+
+    def forget(self, session: Hashable) -> None:
+        self._away.pop(session, None)
+        self._turnaround.pop(session, None)
+
+    def until(self, forward: float) -> float:
+        """When the next forward, which takes so many seconds, need not wait any longer; 0 if for nobody."""
+        patience = GATHER_SHARE * forward
+        return max(
+            (since + patience for session, since in self._away.items() if self._turnaround.get(session, patience) < patience),
+            default=0.0,
+        )
 
 
 class Scheduler:
