@@ -22,6 +22,7 @@ from split_common.errors import AuthenticationError, Busy, NonFinite, OutOfOrder
 from split_common.keys import Certificate, ModelScope, Role, verify_certificate
 from split_device import SplitModelForCausalLM
 from split_device import client as client_module
+from split_device import session as session_module
 from split_device.client import Client
 from split_worker.sessions import SessionTable
 from split_worker.worker import Worker
@@ -115,7 +116,7 @@ def test_forgeries_are_refused_and_counted_next_to_honest_messages(
 def test_lost_and_reordered_messages_cost_time_only(
     setting: Setting, expected: list[bytes], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "RETRANSMIT", 0.1)
+    monkeypatch.setattr(session_module, "RETRANSMIT", 0.1)
     monkeypatch.setattr(client_module, "SET_UP_RETRANSMIT", 0.1)
     with (
         setting.broker() as broker,

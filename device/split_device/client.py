@@ -1,4 +1,4 @@
-"""The device's side of the queue: channels to workers, and the sessions that run over them."""
+"""The device's connection to the queue: finds workers, and sets up channels to them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import itertools
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
-
-import msgspec
 
 from split_common import wire
 from split_common.channel import CHANNEL_SESSIONS, Channel, DeviceHandshake, SessionKeys
@@ -21,44 +19,28 @@ from split_common.errors import (
     Busy,
     CertificateError,
     Malformed,
-    NonFinite,
     NoWorker,
-    PromptTooLong,
     ProtocolError,
     SessionLost,
     SplitError,
-    StepFailed,
 )
 from split_common.fleet import Fleet
 from split_common.keys import Certificate, Identity, ModelScope, Role, verify_certificate
 from split_common.transport import Transport, count_dropped, new_peer_id
+from split_device.session import GONE, MIN_RETRY, Event, RemoteSession, printable, refusal_error
 from split_device.timings import Timings
 
-#: Seconds without a reply after which a request is sent again; doubles each time.
-RETRANSMIT = 3.0
-
-#: The same for a message of a channel's set-up, which nobody needs long to answer.
+#: Seconds without an answer after which a message of a channel's set-up, which nobody needs long to answer, is sent
+#: again; doubles each time.
 SET_UP_RETRANSMIT = 1.0
-
-#: Requests of one session that may be unanswered; further ones are sent as replies arrive.
-IN_FLIGHT = 32
-
-#: Least seconds before something is tried again, whatever a peer says.
-MIN_RETRY = 0.1
 
 #: Seconds that a device waits for room on a worker before it raises `Busy`.
 PATIENCE = 60.0
 
-#: What the transport's thread hands over: a message, or what became of the session.
 #: Seconds for which a device that found no room elsewhere does not look again.
 CROWDED_FOR = 2.0
 
-Event = tuple[wire.AnyHeader, bytes] | SplitError
-
-
 _T = TypeVar("_T")
-
-_GONE = "the worker that held the session is gone"
 
 
 @dataclass
@@ -171,18 +153,18 @@ class Client:
         if isinstance(refusal, wire.Refusal):
             session = self._sessions.get((header.channel, refusal.session))
             if session is not None and refusal.seq in session.in_flight:
-                session.events.put(_refused(refusal))
+                session.events.put(refusal_error(refusal))
 
     def _channel_unknown(self, header: wire.Relay, body: bytes) -> None:
         session = self._sessions.get((header.channel, header.session))
         request = session.in_flight.get(header.seq) if session is not None else None
         if session is None or request is None or body != wire.echo(*request):
             raise AuthenticationError("an unknown channel, of no request in flight")
-        self._lose(lambda channel: channel is session.channel, SessionLost(_GONE))
+        self._lose(lambda channel: channel is session.channel, SessionLost(GONE))
 
     def on_gone(self, peers: Iterable[bytes]) -> None:
         gone = set(peers)
-        self._lose(lambda channel: channel.worker in gone, SessionLost(_GONE))
+        self._lose(lambda channel: channel.worker in gone, SessionLost(GONE))
 
     def _lose(self, which: Callable[[WorkerChannel], bool], error: SplitError) -> None:
         """Ends channels, and the sessions over them, whose worker does not have them any more or is not trusted."""
@@ -364,7 +346,7 @@ class Client:
                 return max(MIN_RETRY, bounce.retry_after)
             case "no-worker":
                 wanted = f"{self._model} layers {self._service.first}:{self._service.last}"
-                served = _printable(bounce.detail) or "none"
+                served = printable(bounce.detail) or "none"
                 command = f"lambda-split worker --layers {self._service.first}:{self._service.last}"
                 raise NoWorker(
                     f"no worker serves {wanted} with these weights (served here: {served}): start one with "
@@ -372,7 +354,7 @@ class Client:
                     served,
                 )
             case "busy":
-                raise Busy(_printable(bounce.detail) or "every worker is full", max(MIN_RETRY, bounce.retry_after))
+                raise Busy(printable(bounce.detail) or "every worker is full", max(MIN_RETRY, bounce.retry_after))
             case _:
                 raise Busy("the worker went away", retry_after=MIN_RETRY)
 
@@ -393,197 +375,3 @@ class Client:
     @property
     def id(self) -> bytes:
         return self._id
-
-
-class RemoteSession:
-    """One session on one worker. Requests are answered in order; a lost one is sent again, byte for byte.
-
-    Not thread-safe: a session belongs to one generation.
-    """
-
-    def __init__(self, client: Client, channel: WorkerChannel, number: int) -> None:
-        self.channel = channel
-        self.worker = channel.worker
-        self.number = number
-        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._client = client
-        self._keys = channel.channel.session_keys(number, 0)
-        self._seq = 0
-        #: Requests that were sent and not answered, by sequence number.
-        self.in_flight: dict[int, tuple[wire.Relay, bytes]] = {}
-        self._lost: SplitError | None = None
-
-    @property
-    def acked(self) -> int:
-        """All replies below this sequence number have arrived."""
-        return min(list(self.in_flight), default=self._seq)
-
-    def expects(self, header: wire.Relay | wire.Bounce) -> bool:
-        """Whether a message may be about a request in flight."""
-        from_worker = not isinstance(header, wire.Relay) or header.sender == self.worker
-        return from_worker and header.seq in self.in_flight
-
-    def call(
-        self, requests: Sequence[tuple[wire.Payload, memoryview | bytes]]
-    ) -> list[tuple[wire.AnyReply, memoryview]]:
-        """Sends requests, several ahead, and waits for the reply of each.
-
-        Raises:
-            SessionLost: the worker is gone or does not hold the session any more.
-            Busy, NonFinite, Malformed, PromptTooLong: the worker refused a request.
-            BrokerUnreachable: the broker has been silent for the client's timeout.
-        """
-        if self._lost is not None:
-            raise self._lost
-        first = self._seq
-        waiting = deque(requests)
-        replies: dict[int, tuple[wire.AnyReply, memoryview]] = {}
-        try:
-            while len(replies) < len(requests):
-                while waiting and len(self.in_flight) < IN_FLIGHT:
-                    self._send(*waiting.popleft())
-                header, body = self._next_event()
-                try:
-                    reply, tensor = self._open_reply(header, body)
-                except AuthenticationError as error:
-                    self._client.count(error)
-                    continue
-                replies[header.seq - first] = reply, tensor
-                if isinstance(reply, wire.Refusal) and isinstance(refused := _refused(reply), SessionLost):
-                    raise refused
-        except BaseException as error:
-            self._end(error)
-            raise
-        answers = [replies[i] for i in range(len(requests))]
-        for (request, _), (reply, _) in zip(requests, answers, strict=True):
-            if isinstance(reply, wire.Refusal):
-                raise _refused(reply)
-            if not isinstance(reply, wire.Result if isinstance(request, wire.Step) else wire.Done):
-                wrong = SessionLost(f"the worker answered a {type(request).__name__} by a {type(reply).__name__}")
-                self._end(wrong)
-                raise wrong
-        return answers
-
-    def fork(self) -> RemoteSession:
-        """A copy of the session on its worker. Raises what `call` raises."""
-        if self._lost is not None:
-            raise self._lost
-        child = self._client.new_session(self.channel)
-        if child is None:
-            raise SessionLost("the channel to the worker takes no more sessions")
-        try:
-            child.call([(wire.Fork(self.number, 0), b"")])
-        except SplitError:
-            child.close()
-            raise
-        return child
-
-    @property
-    def ended(self) -> bool:
-        """Whether the session can take no more requests."""
-        return self._lost is not None
-
-    def close(self) -> None:
-        """Frees the session on its worker; not waited for. The garbage collector may call it, in any thread."""
-        if self._lost is None:
-            self._end(SessionLost("the session was closed"))
-
-    def lose(self, error: SplitError) -> None:
-        """The worker does not hold the session any more, or must not be written to: there is nothing to free."""
-        if self._lost is None:
-            self._lost = error
-            self._client.forget(self)
-            self.events.put(error)
-
-    def resend(self) -> None:
-        """Sends again what has not been answered."""
-        for frames in list(self.in_flight.values()):
-            self._client.transport.send(*frames)
-
-    def _end(self, error: BaseException) -> None:
-        """Expects nothing more, and frees the session on its worker, which may hold it even after a refusal."""
-        if self._lost is None:
-            self._lost = error if isinstance(error, SessionLost) else SessionLost("the session was closed")
-            self._send(wire.Close(), b"")
-        self.in_flight.clear()
-        self._client.forget(self)
-
-    def _send(self, payload: wire.Payload, tensor: memoryview | bytes) -> None:
-        with self._client.timings.measure("encrypt"):
-            if isinstance(payload, wire.Step):
-                payload = msgspec.structs.replace(payload, acked=self.acked)
-            header = wire.Relay(
-                self.worker,
-                self._client.id,
-                wire.Kind.REQUEST,
-                self.channel.number,
-                self.number,
-                0,
-                self._seq,
-                self._keys.next_counter(),
-            )
-            plaintext = wire.encode_payload(payload, tensor, overhead=self._keys.tag_size)
-            frames = header, self._keys.seal(header, plaintext)
-        self.in_flight[self._seq] = frames
-        self._seq += 1
-        self._client.transport.send(*frames)
-
-    def _next_event(self) -> tuple[wire.Relay, bytes]:
-        """The next reply to a request in flight; sends the requests again when it takes long."""
-        silent_since: float | None = None
-        interval = RETRANSMIT
-        resend_at = time.monotonic() + interval
-        while True:
-            now = time.monotonic()
-            silent_since = None if self._client.transport.alive else silent_since or now
-            if silent_since is not None and now - silent_since > self._client.timeout:
-                raise BrokerUnreachable("the broker does not answer any more")
-            if now >= resend_at:
-                self.resend()
-                interval *= 2
-                resend_at = now + interval
-            try:
-                event = self.events.get(timeout=min(0.25, resend_at - now))
-            except queue.Empty:
-                continue
-            if isinstance(event, SplitError):
-                raise event
-            header, body = event
-            assert isinstance(header, wire.Bounce | wire.Relay)
-            if header.seq not in self.in_flight:
-                continue
-            if isinstance(header, wire.Bounce):
-                if header.reason in ("gone", "revoked"):
-                    raise SessionLost(_GONE)
-                # One of several, perhaps: all are sent again at once.
-                resend_at = min(resend_at, now + max(MIN_RETRY, header.retry_after))
-            else:
-                return header, body
-
-    def _open_reply(self, header: wire.Relay, body: bytes) -> tuple[wire.AnyReply, memoryview]:
-        with self._client.timings.measure("decrypt"):
-            reply, tensor = wire.decode_payload(self._keys.open(header, body), wire.reply_decoder)
-        del self.in_flight[header.seq]
-        return reply, tensor
-
-
-def _refused(refusal: wire.Refusal) -> SplitError:
-    message = f"the worker refused: {_printable(refusal.message)}"
-    match refusal.reason:
-        case "busy":
-            return Busy(message, max(MIN_RETRY, refusal.retry_after))
-        case "non-finite":
-            return NonFinite(message)
-        case "malformed":
-            return Malformed(message)
-        case "too-long":
-            return PromptTooLong(message)
-        case "failed":
-            return StepFailed(message)
-        case _:
-            return SessionLost(message)
-
-
-def _printable(text: str) -> str:
-    """What a peer said, fit for a terminal."""
-    return "".join(character for character in text if character.isprintable())
