@@ -123,3 +123,7 @@ class SessionLost(SplitError):
 
 class StepFailed(SessionLost):
     """The worker failed at a step; the session went with it."""
+
+
+class HistoryLost(SplitError):
+    """A session was lost, and what it takes to make it anew could not be kept."""

@@ -28,6 +28,7 @@ from split_common.options import (
     ModelOption,
     RevisionOption,
     TimeoutOption,
+    parse_size,
     resolve_model,
 )
 from split_common.process import passive_threads
@@ -73,7 +74,19 @@ TimingsOption = Annotated[
 PatienceOption = Annotated[
     float,
     typer.Option(
-        min=0.0, metavar="SECONDS", rich_help_panel=QUEUE_PANEL, help="To wait for room while all workers are full."
+        min=0.0,
+        metavar="SECONDS",
+        rich_help_panel=QUEUE_PANEL,
+        help="To wait while all workers are full, or none is left to take over.",
+    ),
+]
+HistoryOption = Annotated[
+    str,
+    typer.Option(
+        "--history-memory",
+        metavar="SIZE",
+        rich_help_panel=QUEUE_PANEL,
+        help="Of what it takes to go on at another worker; more than that goes to an encrypted temporary file.",
     ),
 ]
 
@@ -108,6 +121,7 @@ def generate(
     member: MemberOption = None,
     timeout: TimeoutOption = 10.0,
     patience: PatienceOption = 60.0,
+    history_memory: HistoryOption = "64MiB",
     timings: TimingsOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -119,6 +133,7 @@ def generate(
     if raw and system:
         raise ConfigError("--raw and --system do not go together: a raw prompt has no messages")
     passive_threads()
+    history_bytes = parse_size(history_memory)
     _check_queue(broker, keys, member)
     checkpoint = resolve_model(model)
 
@@ -141,6 +156,7 @@ def generate(
         member=member,
         timeout=timeout,
         patience=patience,
+        history_memory=history_bytes,
     ) as split:
 
         def note_prompt() -> None:
@@ -184,6 +200,7 @@ def chat(
     member: MemberOption = None,
     timeout: TimeoutOption = 10.0,
     patience: PatienceOption = 60.0,
+    history_memory: HistoryOption = "64MiB",
     json: JsonOption = False,
 ) -> None:
     """Talk with a split model; each turn sends only what is new.
@@ -192,6 +209,7 @@ def chat(
     answer. With --json the turns are printed at the end, as one object.
     """
     passive_threads()
+    history_bytes = parse_size(history_memory)
     _check_queue(broker, keys, member)
     checkpoint = resolve_model(model)
 
@@ -210,6 +228,7 @@ def chat(
         member=member,
         timeout=timeout,
         patience=patience,
+        history_memory=history_bytes,
     ) as split:
         start = [{"role": "system", "content": system}] if system else []
         conversation = Conversation(split, tokenizer, start)

@@ -27,6 +27,7 @@ from split_common.errors import (
 from split_common.fleet import Fleet
 from split_common.keys import Certificate, Identity, ModelScope, Role, verify_certificate
 from split_common.transport import Transport, count_dropped, new_peer_id
+from split_device.history import HISTORY_MEMORY
 from split_device.session import GONE, MIN_RETRY, Event, RemoteSession, printable, refusal_error
 from split_device.timings import Timings
 
@@ -67,6 +68,7 @@ class Client:
         dtype: of the hidden states that it computes.
         timeout: seconds to wait for the broker, and for the answer to a channel's set-up.
         patience: seconds to wait for room on a worker.
+        history_memory: bytes of each session's history that stay in memory.
     """
 
     def __init__(
@@ -79,10 +81,12 @@ class Client:
         dtype: wire.Dtype,
         timeout: float = 10.0,
         patience: float = PATIENCE,
+        history_memory: int = HISTORY_MEMORY,
     ) -> None:
         self.transport = transport
         self.timeout = timeout
         self.patience = patience
+        self.history_memory = history_memory
         self.timings = Timings()
         #: Messages dropped because they broke the protocol, by type of error.
         self.counters: Counter[str] = Counter()

@@ -7,6 +7,7 @@ Such changes cost no message: they travel with the next step.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 import weakref
@@ -122,7 +123,7 @@ class SessionLayer(BodyLayer):
         self._columns: torch.Tensor | None = None
         #: The worker's row of each row, where rows moved since the last step.
         self._select: list[int] | None = None
-        self._history = History()
+        self._history = History(self.client.history_memory)
 
     # --- what transformers asks of a cache layer -----------------------------------------------------------
 
@@ -150,7 +151,7 @@ class SessionLayer(BodyLayer):
         if self._remote is not None:
             self._remote.close()
         self._remote = self._columns = self._select = None
-        self._history = History()
+        self._history = History(self.client.history_memory)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SessionLayer:
         twin = SessionLayer(self.client, self._traits, self._window)
@@ -198,7 +199,8 @@ class SessionLayer(BodyLayer):
         packed = hidden[sent][keep[sent]]
         result = hidden.new_zeros(len(sent), tokens, width)
         if rows:
-            result[keep[sent]] = self._exchange(rows, packed)
+            horizon = int(positions.max()) if self._traits.positions_interact else None
+            result[keep[sent]] = self._exchange(rows, packed, horizon)
         if len(sent) < batch:
             result, self._select = result[copies], copies
         self._columns = torch.cat([cached, keep], 1)
@@ -263,9 +265,9 @@ class SessionLayer(BodyLayer):
             copies.append(seen[key])
         return sent, copies
 
-    def _exchange(self, rows: list[wire.Row], packed: torch.Tensor) -> torch.Tensor:
+    def _exchange(self, rows: list[wire.Row], packed: torch.Tensor, horizon: int | None) -> torch.Tensor:
         """Sends runs of tokens and their states `[tokens, width]`; waits while workers are full."""
-        requests = self._requests(rows, packed)
+        requests = self._requests(rows, packed, horizon)
         replies = self._persist(requests)
         self._select = None
         with self.client.timings.measure("decode"):
@@ -273,10 +275,10 @@ class SessionLayer(BodyLayer):
             output = parts[0] if len(parts) == 1 else torch.cat(parts)
         return output.to(packed)
 
-    def _requests(self, rows: list[wire.Row], packed: torch.Tensor) -> list[Request]:
+    def _requests(self, rows: list[wire.Row], packed: torch.Tensor, horizon: int | None) -> list[Request]:
         with self.client.timings.measure("encode"):
             limit = max(1, CHUNK_BYTES // (packed.shape[1] * packed.element_size()))
-            chunks = cut(rows, packed, limit, self._traits.positions_interact)
+            chunks = cut(rows, packed, limit, horizon)
             return [(chunk, to_bytes(chunk.states)) for chunk in chunks]
 
     def _persist(self, requests: list[Request]) -> list[tuple[wire.AnyReply, memoryview]]:
@@ -321,10 +323,13 @@ class SessionLayer(BodyLayer):
             return
         assert self._columns is not None
         self._select = None
-        for rows, packed in self._history.replay(self._columns, self._traits.positions_interact):
-            requests = self._requests(rows, packed)
-            for begin in range(0, len(requests), REPLAY_WINDOW):
-                self._send(remote, requests[begin : begin + REPLAY_WINDOW])
+        requests = (
+            request
+            for runs in self._history.replay(self._columns, self._traits.positions_interact)
+            for request in self._requests(*runs)
+        )
+        while window := list(itertools.islice(requests, REPLAY_WINDOW)):
+            self._send(remote, window)
         self.client.counters["replays"] += 1
 
     def _send(self, remote: RemoteSession, requests: list[Request]) -> list[tuple[wire.AnyReply, memoryview]]:

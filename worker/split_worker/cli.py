@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import Annotated, Literal
 
 import typer
@@ -22,6 +21,7 @@ from split_common.options import (
     ModelOption,
     RevisionOption,
     TimeoutOption,
+    parse_size,
     resolve_model,
 )
 from split_common.process import catch_sigterm, passive_threads, wait_for
@@ -145,11 +145,3 @@ def _device(name: DeviceName) -> str:
     if name == "cuda" and not available:
         raise ConfigError("torch sees no CUDA device: use --device cpu, or install a CUDA build of torch")
     return "cuda" if available and name != "cpu" else "cpu"
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size like `4GiB`, `512MiB` or `1000000`. Raises ConfigError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise ConfigError(f"{text!r} is no size: write it like 4GiB or 512MiB")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
