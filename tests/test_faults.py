@@ -665,7 +665,7 @@ def test_channels_are_bounded_and_a_forgotten_one_is_told(
     setting: Setting, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_module, "MAX_CHANNELS_PER_DEVICE", 2)
-    monkeypatch.setattr(client_module, "CHANNEL_SESSIONS", 3)
+    monkeypatch.setattr(client_module, "CHANNEL_SESSIONS", 2)
     with (
         setting.broker() as broker,
         setting.worker(broker.address) as worker,

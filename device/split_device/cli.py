@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,6 +81,16 @@ PatienceOption = Annotated[
         help="To wait while all workers are full, or none is left to take over.",
     ),
 ]
+StepTimeoutOption = Annotated[
+    float,
+    typer.Option(
+        "--step-timeout",
+        min=1.0,
+        metavar="SECONDS",
+        rich_help_panel=QUEUE_PANEL,
+        help="Without an answer before a worker is too slow, if there is another one.",
+    ),
+]
 HistoryOption = Annotated[
     str,
     typer.Option(
@@ -96,7 +107,7 @@ def register(app: typer.Typer) -> None:
     from split_device.demo import demo
     from split_device.doctor import doctor
 
-    for command in (generate, chat, inspect, demo, doctor):
+    for command in (generate, chat, inspect, demo, doctor, dead_letters):
         app.command()(command)
 
 
@@ -121,6 +132,7 @@ def generate(
     member: MemberOption = None,
     timeout: TimeoutOption = 10.0,
     patience: PatienceOption = 60.0,
+    step_timeout: StepTimeoutOption = 60.0,
     history_memory: HistoryOption = "64MiB",
     timings: TimingsOption = False,
     json: JsonOption = False,
@@ -156,6 +168,7 @@ def generate(
         member=member,
         timeout=timeout,
         patience=patience,
+        step_timeout=step_timeout,
         history_memory=history_bytes,
     ) as split:
 
@@ -200,6 +213,7 @@ def chat(
     member: MemberOption = None,
     timeout: TimeoutOption = 10.0,
     patience: PatienceOption = 60.0,
+    step_timeout: StepTimeoutOption = 60.0,
     history_memory: HistoryOption = "64MiB",
     json: JsonOption = False,
 ) -> None:
@@ -228,6 +242,7 @@ def chat(
         member=member,
         timeout=timeout,
         patience=patience,
+        step_timeout=step_timeout,
         history_memory=history_bytes,
     ) as split:
         start = [{"role": "system", "content": system}] if system else []
@@ -246,6 +261,32 @@ def chat(
                     turns.append({"prompt": line} | dataclasses.asdict(answer))
         if json:
             emit_json({"turns": turns, "traffic": split.traffic})
+
+
+def dead_letters(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove them after they were shown.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Show the steps of this user's generations that were given up, because workers failed or died at them.
+
+    What they held is not recorded: neither text nor states.
+    """
+    from split_device import dead_letters as letters
+    from split_device.session import printable
+
+    found = letters.read()
+    if json:
+        emit_json({"dead_letters": [_fields(letter) for letter in found]})
+    for letter in found if not json else ():
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(letter.time))
+        print(
+            f"{when} {letter.model} layers {letter.layers}: {letter.tokens} tokens of {letter.rows} rows after "
+            f"{letter.cached}, at {', '.join(letter.workers)}: {printable(letter.reason)}"
+        )
+    if not found and not json:
+        stderr.print("no step was given up")
+    if clear:
+        letters.clear()
 
 
 @contextlib.contextmanager

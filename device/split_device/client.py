@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from split_common.errors import (
     ProtocolError,
     SessionLost,
     SplitError,
+    WorkerGone,
 )
 from split_common.fleet import Fleet
 from split_common.keys import Certificate, Identity, ModelScope, Role, verify_certificate
@@ -38,6 +40,9 @@ SET_UP_RETRANSMIT = 1.0
 #: Seconds that a device waits for room on a worker before it raises `Busy`.
 PATIENCE = 60.0
 
+#: Seconds without a reply after which a device looks for a faster worker. A worker that is full answers late, too.
+STEP_TIMEOUT = 60.0
+
 #: Seconds for which a device that found no room elsewhere does not look again.
 CROWDED_FOR = 2.0
 
@@ -52,9 +57,8 @@ class WorkerChannel:
     number: int
     channel: Channel
     control: SessionKeys
-    sessions: Iterator[int] = field(default_factory=lambda: iter(range(1, CHANNEL_SESSIONS)))
-    #: It has had as many sessions as it may.
-    spent: bool = False
+    #: Sessions that it may still have.
+    left: int = field(default_factory=lambda: CHANNEL_SESSIONS)
 
 
 class Client:
@@ -68,6 +72,7 @@ class Client:
         dtype: of the hidden states that it computes.
         timeout: seconds to wait for the broker, and for the answer to a channel's set-up.
         patience: seconds to wait for room on a worker.
+        step_timeout: seconds without a reply after which a worker is too slow, if there is another one.
         history_memory: bytes of each session's history that stay in memory.
     """
 
@@ -82,18 +87,20 @@ class Client:
         timeout: float = 10.0,
         patience: float = PATIENCE,
         history_memory: int = HISTORY_MEMORY,
+        step_timeout: float = STEP_TIMEOUT,
     ) -> None:
         self.transport = transport
         self.timeout = timeout
         self.patience = patience
         self.history_memory = history_memory
+        self.step_timeout = step_timeout
         self.timings = Timings()
         #: Messages dropped because they broke the protocol, by type of error.
         self.counters: Counter[str] = Counter()
         self._fleet = fleet
         self._identity = identity
-        self._service = service
-        self._model = model
+        self.service = service
+        self.model = model
         self._dtype: wire.Dtype = dtype
         self._id = new_peer_id()
         # Joins a session to its channel. The garbage collector closes sessions in whichever thread it runs, perhaps
@@ -101,6 +108,7 @@ class Client:
         self._lock = threading.Lock()
         self._setting_up = threading.Lock()
         self._numbers = itertools.count(1)
+        self._session_numbers = itertools.count(1)
         self._channels: dict[int, WorkerChannel] = {}
         # Until then, the workers that this device knows will do: no other one has room.
         self._crowded_until = 0.0
@@ -136,6 +144,9 @@ class Client:
                 session = self._sessions.get((header.channel, header.session))
                 if session is not None and session.expects(header):
                     session.events.put((header, body))
+                else:
+                    # A repetition, or of an epoch that is over: from a worker that was held for dead, say.
+                    self.counters["late"] += 1
             case wire.Relay(kind=wire.Kind.UNKNOWN):
                 if not self._deliver(header, body):
                     self._channel_unknown(header, body)
@@ -156,7 +167,12 @@ class Client:
         refusal, _ = wire.decode_payload(channel.control.open(header, body), wire.reply_decoder)
         if isinstance(refusal, wire.Refusal):
             session = self._sessions.get((header.channel, refusal.session))
-            if session is not None and refusal.seq in session.in_flight:
+            if session is None or session.epoch != refusal.epoch or refusal.seq not in session.in_flight:
+                self.counters["late"] += 1
+            elif refusal.reason == "full":
+                again = wire.Bounce("full", seq=refusal.seq, retry_after=refusal.retry_after)
+                session.events.put((again, b""))
+            else:
                 session.events.put(refusal_error(refusal))
 
     def _channel_unknown(self, header: wire.Relay, body: bytes) -> None:
@@ -164,11 +180,11 @@ class Client:
         request = session.in_flight.get(header.seq) if session is not None else None
         if session is None or request is None or body != wire.echo(*request):
             raise AuthenticationError("an unknown channel, of no request in flight")
-        self._lose(lambda channel: channel is session.channel, SessionLost(GONE))
+        self._lose(lambda channel: channel is session.channel, WorkerGone(GONE))
 
     def on_gone(self, peers: Iterable[bytes]) -> None:
         gone = set(peers)
-        self._lose(lambda channel: channel.worker in gone, SessionLost(GONE))
+        self._lose(lambda channel: channel.worker in gone, WorkerGone(GONE))
 
     def _lose(self, which: Callable[[WorkerChannel], bool], error: SplitError) -> None:
         """Ends channels, and the sessions over them, whose worker does not have them any more or is not trusted."""
@@ -196,41 +212,56 @@ class Client:
 
     # --- channels and sessions -----------------------------------------------------------------------------
 
-    def open_session(self, avoid: Sequence[bytes] = ()) -> RemoteSession:
-        """A new session on some worker; the worker learns of it with the first request.
+    def new_number(self) -> int:
+        """A number for a session, which it keeps on whichever worker it is."""
+        return next(self._session_numbers)
+
+    def open_session(self, avoid: Sequence[bytes] = (), number: int | None = None, epoch: int = 0) -> RemoteSession:
+        """An epoch of a session on some worker, which learns of it with the first request.
+
+        Args:
+            avoid: workers that are taken only if there is no other one.
+            number: the session's; None for a new one.
+            epoch: higher than any before of this session; its worker forgets lower ones.
 
         Raises:
             NoWorker, Busy, BrokerUnreachable, AuthenticationError: there is none to be had.
         """
+        number = number if number is not None else self.new_number()
         while True:
             elsewhere = self._usable(avoid)
             if elsewhere is None and time.monotonic() < self._crowded_until:
                 elsewhere = self._usable(())
             channel = elsewhere or self._set_up(avoid)
-            session = self.new_session(channel)
+            session = self.new_session(channel, number, epoch)
             if session is not None:
                 return session
 
-    def new_session(self, channel: WorkerChannel) -> RemoteSession | None:
+    def has_other(self, worker: bytes) -> bool:
+        """Whether another worker is to be had, too; sets up a channel to it."""
+        with contextlib.suppress(SplitError), self._setting_up:
+            return (self._usable([worker]) or self._shake_hands([worker], {})) is not None
+        return False
+
+    def new_session(self, channel: WorkerChannel, number: int, epoch: int) -> RemoteSession | None:
         """A session over this channel; None when the channel was lost or has had as many as it may."""
         with self._lock:
-            if channel.number not in self._channels:
+            if channel.number not in self._channels or not channel.left:
                 return None
-            number = next(channel.sessions, None)
-            if number is None:
-                channel.spent = True
-                return None
-            session = RemoteSession(self, channel, number)
+            channel.left -= 1
+            session = RemoteSession(self, channel, number, epoch)
             self._sessions[channel.number, number] = session
             return session
 
     def forget(self, session: RemoteSession) -> None:
-        self._sessions.pop((session.channel.number, session.number), None)
+        key = session.channel.number, session.number
+        if self._sessions.get(key) is session:
+            del self._sessions[key]
 
     def _usable(self, avoid: Sequence[bytes]) -> WorkerChannel | None:
         """The newest channel to a worker that is not to be avoided."""
         for channel in reversed(list(self._channels.values())):
-            if not channel.spent and not channel.channel.expired and channel.worker not in avoid:
+            if channel.left and not channel.channel.expired and channel.worker not in avoid:
                 return channel
         return None
 
@@ -271,8 +302,8 @@ class Client:
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._answers[number] = events
         try:
-            handshake = DeviceHandshake(self._identity, self._verify, self._service, self._dtype)
-            wish = wire.Open(self._id, number, self._service, list(avoid)[:64])
+            handshake = DeviceHandshake(self._identity, self._verify, self.service, self._dtype)
+            wish = wire.Open(self._id, number, self.service, list(avoid)[:64])
 
             def take_answer(header: wire.Relay, body: bytes) -> tuple[bytes, WorkerChannel] | None:
                 if header.kind != wire.Kind.ANSWER or header.sender in distrusted:
@@ -301,7 +332,7 @@ class Client:
             del self._answers[number]
         in_use = {session.channel.number for session in list(self._sessions.values())}
         for old in list(self._channels.values()):
-            if (old.spent or old.channel.expired) and old.number not in in_use:
+            if (not old.left or old.channel.expired) and old.number not in in_use:
                 self._channels.pop(old.number, None)
         # The broker is told at once that this device wants to hear of the worker's death.
         self.transport.announce()
@@ -349,9 +380,9 @@ class Client:
             case "full":
                 return max(MIN_RETRY, bounce.retry_after)
             case "no-worker":
-                wanted = f"{self._model} layers {self._service.first}:{self._service.last}"
+                wanted = f"{self.model} layers {self.service.first}:{self.service.last}"
                 served = printable(bounce.detail) or "none"
-                command = f"lambda-split worker --layers {self._service.first}:{self._service.last}"
+                command = f"lambda-split worker --layers {self.service.first}:{self.service.last}"
                 raise NoWorker(
                     f"no worker serves {wanted} with these weights (served here: {served}): start one with "
                     f"`{command}` and the same --model",
@@ -363,7 +394,7 @@ class Client:
                 raise Busy("the worker went away", retry_after=MIN_RETRY)
 
     def _verify(self, certificate: bytes, role: Role) -> Certificate:
-        scope = ModelScope(self._service.root, self._service.first, self._service.last)
+        scope = ModelScope(self.service.root, self.service.first, self.service.last)
         return verify_certificate(
             certificate,
             operator_key=self._fleet.operator_key,

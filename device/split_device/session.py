@@ -21,6 +21,7 @@ from split_common.errors import (
     SessionLost,
     SplitError,
     StepFailed,
+    WorkerGone,
 )
 
 if TYPE_CHECKING:
@@ -43,18 +44,19 @@ GONE = "the worker that held the session is gone"
 
 
 class RemoteSession:
-    """One session on one worker. Requests are answered in order; a lost one is sent again, byte for byte.
+    """One epoch of a session, on one worker. Requests are answered in order; lost ones are sent again as they were.
 
     Not thread-safe: a session belongs to one generation.
     """
 
-    def __init__(self, client: Client, channel: WorkerChannel, number: int) -> None:
+    def __init__(self, client: Client, channel: WorkerChannel, number: int, epoch: int) -> None:
         self.channel = channel
         self.worker = channel.worker
         self.number = number
+        self.epoch = epoch
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._client = client
-        self._keys = channel.channel.session_keys(number, 0)
+        self._keys = channel.channel.session_keys(number, epoch)
         self._seq = 0
         #: Requests that were sent and not answered, by sequence number.
         self.in_flight: dict[int, tuple[wire.Relay, bytes]] = {}
@@ -68,7 +70,7 @@ class RemoteSession:
     def expects(self, header: wire.Relay | wire.Bounce) -> bool:
         """Whether a message may be about a request in flight."""
         from_worker = not isinstance(header, wire.Relay) or header.sender == self.worker
-        return from_worker and header.seq in self.in_flight
+        return from_worker and header.epoch == self.epoch and header.seq in self.in_flight
 
     def call(
         self, requests: Sequence[tuple[wire.Payload, memoryview | bytes]]
@@ -111,15 +113,15 @@ class RemoteSession:
                 raise wrong
         return answers
 
-    def fork(self) -> RemoteSession:
-        """A copy of the session on its worker. Raises what `call` raises."""
+    def fork(self, number: int) -> RemoteSession:
+        """A copy of the session on its worker, under a number of its own. Raises what `call` raises."""
         if self._lost is not None:
             raise self._lost
-        child = self._client.new_session(self.channel)
+        child = self._client.new_session(self.channel, number, 0)
         if child is None:
             raise SessionLost("the channel to the worker takes no more sessions")
         try:
-            child.call([(wire.Fork(self.number, 0), b"")])
+            child.call([(wire.Fork(self.number, self.epoch), b"")])
         except SplitError:
             child.close()
             raise
@@ -165,7 +167,7 @@ class RemoteSession:
                 wire.Kind.REQUEST,
                 self.channel.number,
                 self.number,
-                0,
+                self.epoch,
                 self._seq,
                 self._keys.next_counter(),
             )
@@ -180,8 +182,13 @@ class RemoteSession:
         silent_since: float | None = None
         interval = RETRANSMIT
         resend_at = time.monotonic() + interval
+        too_slow_at = time.monotonic() + self._client.step_timeout
         while True:
             now = time.monotonic()
+            if now >= too_slow_at and self.events.empty():
+                if self._client.has_other(self.worker):
+                    raise SessionLost(f"the worker has not answered for {self._client.step_timeout:g} s")
+                too_slow_at = time.monotonic() + self._client.step_timeout
             silent_since = None if self._client.transport.alive else silent_since or now
             if silent_since is not None and now - silent_since > self._client.timeout:
                 raise BrokerUnreachable("the broker does not answer any more")
@@ -201,7 +208,7 @@ class RemoteSession:
                 continue
             if isinstance(header, wire.Bounce):
                 if header.reason in ("gone", "revoked"):
-                    raise SessionLost(GONE)
+                    raise WorkerGone(GONE)
                 # One of several, perhaps: all are sent again at once.
                 resend_at = min(resend_at, now + max(MIN_RETRY, header.retry_after))
             else:

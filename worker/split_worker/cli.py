@@ -104,9 +104,9 @@ def worker(
     body = Body(plan_, split, torch.device(place), parse_dtype(dtype), kv_bytes)
     service = wire.Service(manifest.root, split.first, split.last)
     sessions = SessionTable(max_sessions, idle_timeout)
-    running = Worker(body, service, manifest.name, identity, fleet, transport, sessions)
-    running.start(timeout)
     stop = catch_sigterm()
+    running = Worker(body, service, manifest.name, identity, fleet, transport, sessions, stop.set)
+    running.start(timeout)
     try:
         facts = {
             "worker": identity.certificate.name,
@@ -130,6 +130,7 @@ def worker(
             if body.separate_because is not None:
                 stderr.print(f"sessions run one at a time: {body.separate_because}", soft_wrap=True)
         wait_for(stop)
+        running.check()
         if not running.drain(min(drain_timeout, UNANNOUNCED)):
             stderr.print(f"draining: no new sessions; those that are open have {drain_timeout:g} s to end")
             if not running.drain(drain_timeout):
