@@ -134,7 +134,6 @@ class SessionLayer(BodyLayer):
         #: The worker's row of each row, where rows moved since the last step.
         self._select: list[int] | None = None
         self._history = History(self.client.history_memory)
-        self._answered = 0.0
 
     # --- what transformers asks of a cache layer -----------------------------------------------------------
 
@@ -173,8 +172,7 @@ class SessionLayer(BodyLayer):
         if self._remote is not None:
             # A copy that cannot be had from the worker is made anew with its next step.
             with contextlib.suppress(SessionLost, Busy):
-                twin._hold(self._remote.fork(twin._number))
-                next(twin._epochs)
+                twin._hold(self._remote.fork(twin._number, next(twin._epochs)))
         return twin
 
     def _take(self, rows: list[int]) -> None:
@@ -304,8 +302,6 @@ class SessionLayer(BodyLayer):
         lost: SessionLost | None = None
         failed: list[str] = []
         died: dict[bytes, str] = {}
-        # Answers are progress: patience is for the time without any.
-        self._answered = float("-inf")
         waiting_since: float | None = None
         while True:
             try:
@@ -315,14 +311,15 @@ class SessionLayer(BodyLayer):
                 return self._send(self._remote, requests)
             except (Busy, SessionLost, NoWorker) as error:
                 now = time.monotonic()
-                waiting_since = now if waiting_since is None else max(waiting_since, self._answered)
+                waiting_since = now if waiting_since is None else waiting_since
                 lost = error if isinstance(error, SessionLost) else lost
                 if (remote := self._remote) is not None:
                     name = remote.channel.channel.peer.name
                     if isinstance(error, StepFailed):
                         failed.append(name)
-                    if isinstance(error, WorkerGone):
-                        died[remote.worker] = name
+                    if isinstance(error, WorkerGone) and remote.worker not in died:
+                        # It may have been at work for long: patience begins anew.
+                        died[remote.worker], waiting_since = name, now
                     if remote.ended or (self._select is not None and len(requests) > 1):
                         # Of several chunks some may have run, and with the first one the selection.
                         remote.close()
@@ -390,7 +387,6 @@ class SessionLayer(BodyLayer):
             steps.append((wire.Step(dtype, width, chunk.rows, select, remote.acked), data))
         with timings.measure_rest("queue"):
             replies = remote.call(steps)
-            self._answered = time.monotonic()
             for reply, _ in replies:
                 if isinstance(reply, wire.Result):
                     timings.add("body", reply.body_us / 1e6)

@@ -113,11 +113,11 @@ class RemoteSession:
                 raise wrong
         return answers
 
-    def fork(self, number: int) -> RemoteSession:
+    def fork(self, number: int, epoch: int) -> RemoteSession:
         """A copy of the session on its worker, under a number of its own. Raises what `call` raises."""
         if self._lost is not None:
             raise self._lost
-        child = self._client.new_session(self.channel, number, 0)
+        child = self._client.new_session(self.channel, number, epoch)
         if child is None:
             raise SessionLost("the channel to the worker takes no more sessions")
         try:

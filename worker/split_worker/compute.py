@@ -240,7 +240,7 @@ class ComputeLoop:
         with self._lock:
             parent = self._sessions.get((device, channel, request.parent, request.parent_epoch))
         if parent is None:
-            raise Malformed("a fork of a session that the worker does not hold")
+            raise Evicted("the worker does not hold the session that was to be copied")
         task.session.rows = [row.fork() for row in parent.rows]
 
     def _forward(self, batch: Sequence[Piece]) -> list[torch.Tensor | None]:
