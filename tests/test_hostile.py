@@ -22,6 +22,7 @@ from split_common.errors import AuthenticationError, Busy, NonFinite, OutOfOrder
 from split_common.keys import Certificate, ModelScope, Role, verify_certificate
 from split_device import SplitModelForCausalLM
 from split_device import client as client_module
+from split_device import session as session_module
 from split_device.client import Client
 from split_worker.sessions import SessionTable
 from split_worker.worker import Worker
@@ -115,7 +116,7 @@ def test_forgeries_are_refused_and_counted_next_to_honest_messages(
 def test_lost_and_reordered_messages_cost_time_only(
     setting: Setting, expected: list[bytes], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "RETRANSMIT", 0.1)
+    monkeypatch.setattr(session_module, "RETRANSMIT", 0.1)
     monkeypatch.setattr(client_module, "SET_UP_RETRANSMIT", 0.1)
     with (
         setting.broker() as broker,
@@ -295,9 +296,16 @@ class Bench:
         return wire.Relay(self.worker._id, self.device, kind, *numbers)
 
     def request(
-        self, keys: SessionKeys, session: int, seq: int, payload: wire.Payload, tensor: Any = b"", channel: int = 1
+        self,
+        keys: SessionKeys,
+        session: int,
+        seq: int,
+        payload: wire.Payload,
+        tensor: Any = b"",
+        channel: int = 1,
+        epoch: int = 0,
     ) -> tuple[wire.Relay, bytes]:
-        header = self.header(wire.Kind.REQUEST, channel, session, 0, seq, keys.next_counter())
+        header = self.header(wire.Kind.REQUEST, channel, session, epoch, seq, keys.next_counter())
         return header, keys.seal(header, wire.encode_payload(payload, tensor, overhead=keys.tag_size))
 
     def replies(self, count: int = 1) -> list[tuple[Any, bytes]]:
@@ -353,11 +361,8 @@ def test_a_session_is_never_opened_twice(bench: Bench, channel: Channel) -> None
     bench.deliver(*bench.request(keys, 2000, 1, wire.Close()))
     for _ in range(3):
         bench.deliver(*first)
-        ((header, body),) = bench.replies()
-        assert header.session == 0
-        refusal, _ = wire.decode_payload(channel.session_keys(0, 0).open(header, body), wire.reply_decoder)
-        assert isinstance(refusal, wire.Refusal)
-        assert (refusal.reason, refusal.session) == ("lost", 2000)
+        told = refusal(bench, channel)
+        assert (told.reason, told.session) == ("lost", 2000)
     # A close that comes before the first request counts as well.
     late = channel.session_keys(2001, 0)
     request = bench.request(late, 2001, 0, *step(0))
@@ -365,6 +370,38 @@ def test_a_session_is_never_opened_twice(bench: Bench, channel: Channel) -> None
     bench.deliver(*request)
     assert bench.replies()[0][0].session == 0
     assert len(bench.worker._sessions) == 0
+
+
+def test_a_higher_epoch_ends_lower_ones_at_once_and_for_good(bench: Bench, channel: Channel) -> None:
+    """Over whichever channel of the device it comes; another device's session of the same number stays."""
+    sessions, number = bench.worker._sessions, 2500
+    second = bench.channel(60)
+    old, new, newest = (
+        each.session_keys(number, epoch) for each, epoch in ((channel, 0), (channel, 1), (second, 7))
+    )
+    first, late = bench.request(old, number, 0, *step(0)), bench.request(old, number, 1, *step(1))
+    bench.deliver(*first)
+    bench.replies()
+    (holder,) = sessions._sessions.values()
+    assert bench.deliver(*bench.request(new, number, 0, *step(0), epoch=1)) == ""
+    bench.replies()
+    assert [id_[3] for id_ in sessions._sessions] == [1]
+    wait_until(lambda: not holder.rows)
+    for stale in (first, late):
+        bench.deliver(*stale)
+        assert refusal(bench, channel).reason == "lost"
+    assert bench.deliver(*bench.request(newest, number, 0, *step(0), channel=60, epoch=7)) == ""
+    bench.replies()
+    assert list(sessions._sessions) == [(bench.device, 60, number, 7)]
+    for epoch in (1, 6):
+        keys = channel.session_keys(number, epoch)
+        bench.deliver(*bench.request(keys, number, 0, *step(0), epoch=epoch))
+        assert refusal(bench, channel).reason == "lost"
+    assert len(sessions) == 1
+    bench.deliver(*bench.request(newest, number, 1, wire.Close(), channel=60, epoch=7))
+    bench.deliver(*bench.request(channel.session_keys(number, 6), number, 0, *step(0), epoch=6))
+    assert refusal(bench, channel).reason == "lost"
+    assert len(sessions) == 0
 
 
 def test_requests_out_of_order_are_refused_and_the_right_one_still_taken(bench: Bench, channel: Channel) -> None:
@@ -435,15 +472,26 @@ def test_a_member_that_seals_garbage_is_refused_too(bench: Bench, channel: Chann
     bench.transport.take()
 
 
-def test_a_queue_that_is_full_takes_no_more(
-    bench: Bench, channel: Channel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def refusal(bench: Bench, channel: Channel) -> wire.Refusal:
+    """What a worker says of a request that it did not take."""
+    ((header, body),) = bench.replies()
+    assert header.session == 0
+    refusal, _ = wire.decode_payload(channel.session_keys(0, 0).open(header, body), wire.reply_decoder)
+    assert isinstance(refusal, wire.Refusal)
+    return refusal
+
+
+def test_a_queue_that_is_full_says_so(bench: Bench, channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = channel.session_keys(4000, 0)
+    first = bench.request(keys, 4000, 0, *step(0))
     with monkeypatch.context() as patch:
         patch.setattr("split_worker.worker.MAX_QUEUED_BYTES", 100)
-        assert bench.deliver(*bench.request(keys, 4000, 0, *step(0))) == "Busy"
-    bench.deliver(*bench.request(keys, 4000, 0, *step(0)))
-    bench.replies()
+        assert bench.deliver(*first) == ""
+        told = refusal(bench, channel)
+        assert (told.reason, told.session, told.seq) == ("full", 4000, 0)
+        assert told.retry_after > 0
+    bench.deliver(*first)
+    assert bench.replies()[0][0].session == 4000
     bench.deliver(*bench.request(keys, 4000, 1, wire.Close()))
     assert bench.worker._compute.queued_bytes == 0
 
