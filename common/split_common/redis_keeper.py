@@ -263,6 +263,10 @@ class Keeper:
         """What a worker with a service adds to its heartbeat."""
         if self.opens is None:
             return []
+        member = self._fleet.roster().by_name(self._announcement.member)
+        if member is None or member.revoked:
+            self.room = 0
+            return [(self._keys.workers, ("HDEL", self._keys.workers, self._announcement.sender.hex()))]
         self.room = self._announcement.room
         public = wire.encode_header(msgspec.structs.replace(self._announcement, watching=[]))
         return [

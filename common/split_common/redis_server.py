@@ -192,7 +192,7 @@ class Line:
         if self._closed:
             raise ConnectionError("closed")
         if id(client) not in self._connections:
-            self._connections[id(client)] = client, client.connection_pool.get_connection()
+            self._connections[id(client)] = client, client.connection_pool.make_connection()
         connection = self._connections[id(client)][1]
         # Sending would connect, too, but to the master that Sentinels named last time.
         connection.connect()
