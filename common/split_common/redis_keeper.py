@@ -44,6 +44,9 @@ OPENS_LEASE = 60.0
 RECONNECT = 0.05
 RECONNECT_MAX = 0.5
 
+#: Seconds that a writer waits for room in a lane, or for a peer to come back after a restart.
+RETRY_AFTER = 0.5
+
 #: Heartbeats between two clean-ups of the list of workers.
 CLEAN_UP = 10
 
@@ -142,8 +145,10 @@ class Keeper:
         #: Sessions that this worker has room for, less the wishes that it took since it said so.
         self.room = 0
         self._closing = threading.Event()
-        self._inbox: queue.SimpleQueue[Wish | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Wish | wire.Relay | None] = queue.SimpleQueue()
         self._wish: Wish | None = None
+        # Messages whose receivers had no lane.
+        self._undelivered: list[wire.Relay] = []
         self._watching: set[bytes] = set()
         self._own_boot = os.urandom(8)
         self._boot: bytes | None = None
@@ -162,6 +167,10 @@ class Keeper:
 
     def wish(self, header: wire.Open, body: bytes) -> None:
         self._inbox.put(Wish(header, body))
+
+    def undelivered(self, header: wire.Relay) -> None:
+        """The receiver of a message has no lane: it is gone, or the server has just forgotten everything."""
+        self._inbox.put(header)
 
     def announce(self) -> None:
         self._next_beat = 0.0
@@ -215,17 +224,21 @@ class Keeper:
             item = self._inbox.get(timeout=0.0 if self._broken else wait)
         except queue.Empty:
             return
-        if item is not None and (self._wish is None or self._wish.header.channel != item.header.channel):
+        if isinstance(item, wire.Relay):
+            self._undelivered.append(item)
+        elif item is not None and (self._wish is None or self._wish.header.channel != item.header.channel):
             self._wish = item
 
     def _turn(self) -> None:
         now = time.monotonic()
-        if self._broken or now >= self._next_beat:
+        if self._broken or self._undelivered or now >= self._next_beat:
             self._next_beat = now + HEARTBEAT
             self._beat()
         if now >= self._next_watch:
             self._next_watch = now + (WATCH_INTERVAL if self.role == "device" else HEARTBEAT)
             self._watch()
+        if self._undelivered:
+            self._return_to_sender()
         if self._wish is not None:
             self._answer_wish(self._wish)
 
@@ -321,10 +334,13 @@ class Keeper:
         commands: list[Command] = [(self.lane, ("DEL", self.lane))]
         if self.opens is not None:
             commands.append((self._keys.workers, ("HDEL", self._keys.workers, self._announcement.sender.hex())))
-        try:
-            self._line.run(commands)
-        except BrokerUnreachable as error:
-            log.debug("left without a word: %s", error)
+        for _ in range(2):
+            try:
+                self._line.run(commands)
+                return
+            except BrokerUnreachable as error:
+                # A broken connection is made anew once.
+                log.debug("left without a word: %s", error)
 
     def _compare_rosters(self, answer: object) -> None:
         self._fleet.refresh()
@@ -349,6 +365,22 @@ class Keeper:
         if gone and not self.early:
             self._watching.difference_update(gone)
             self._caller.gone(gone)
+
+    def _return_to_sender(self) -> None:
+        """After a heartbeat: it would have found out that the server is a new one."""
+        back = self._lane_sizes(self.other_role, {header.to for header in self._undelivered})
+        undelivered, self._undelivered = self._undelivered, []
+        for header in undelivered:
+            if self.early or header.to in back:
+                self.bounce(header, "full", "the server has just started", RETRY_AFTER)
+            else:
+                self.bounce(header, "gone", "the peer is not connected")
+
+    def bounce(self, header: wire.Relay, reason: Any, detail: str, retry_after: float = 0.0) -> None:
+        """Tells the sender that a message was not delivered."""
+        self._counters[f"bounced_{reason}"] += 1
+        bounce = wire.Bounce(reason, header.channel, header.session, header.seq, header.to, detail, retry_after)
+        self._caller.message(bounce, b"")
 
     def _lane_sizes(self, role: Role, peers: Iterable[bytes]) -> dict[bytes, int]:
         """Bytes in the lanes of those of the peers that are alive."""
@@ -419,15 +451,15 @@ class Keeper:
         workers = [worker for worker in self._workers() if worker.service == header.service]
         able = [worker for worker in workers if worker.room > 0 and worker.sender not in header.avoid]
         if not workers and not self.early:
-            self._bounce(wish, "no-worker", self._served(), 0.0)
+            self._refuse(wish, "no-worker", self._served(), 0.0)
         elif workers and all(worker.sender in header.avoid for worker in workers) and not self.early:
-            self._bounce(wish, "busy", "every worker is full", 1.0)
+            self._refuse(wish, "busy", "every worker is full", 1.0)
         elif wish.placed and not self._waits(wish):
             self._done(wish)
         elif not wish.placed and able:
             self._place(wish, able)
         elif workers and time.monotonic() > wish.deadline:
-            self._bounce(wish, "busy", "every worker is full", 1.0)
+            self._refuse(wish, "busy", "every worker is full", 1.0)
 
     def _place(self, wish: Wish, able: list[wire.Announce]) -> None:
         message = entry(wire.encode_header(wish.header), wish.body)
@@ -454,7 +486,7 @@ class Keeper:
         names = {f"{model} layers {service.first}:{service.last}" for model, service in services if service}
         return ", ".join(sorted(names)) or "none"
 
-    def _bounce(self, wish: Wish, reason: Any, detail: str, retry_after: float) -> None:
+    def _refuse(self, wish: Wish, reason: Any, detail: str, retry_after: float) -> None:
         self._done(wish)
         self._counters[f"bounced_{reason}"] += 1
         bounce = wire.Bounce(reason, wish.header.channel, detail=detail[:4096], retry_after=retry_after)
