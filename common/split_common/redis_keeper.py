@@ -6,6 +6,7 @@ keeps a worker's announcement where devices find it, and answers a device's wish
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -220,14 +221,14 @@ class Keeper:
     def _take_inbox(self) -> None:
         busy = self._wish is not None or (self._watching and self.role == "device")
         wait = WATCH_INTERVAL if busy else max(0.0, self._next_beat - time.monotonic())
-        try:
+        with contextlib.suppress(queue.Empty):
             item = self._inbox.get(timeout=0.0 if self._broken else wait)
-        except queue.Empty:
-            return
-        if isinstance(item, wire.Relay):
-            self._undelivered.append(item)
-        elif item is not None and (self._wish is None or self._wish.header.channel != item.header.channel):
-            self._wish = item
+            while True:
+                if isinstance(item, wire.Relay):
+                    self._undelivered.append(item)
+                elif item is not None and (self._wish is None or self._wish.header.channel != item.header.channel):
+                    self._wish = item
+                item = self._inbox.get_nowait()
 
     def _turn(self) -> None:
         now = time.monotonic()

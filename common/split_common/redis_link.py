@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,8 +112,17 @@ class RedisLink:
         self._lines.append(line)
         return line
 
-    def _start_thread(self, run: Any, name: str) -> None:
-        thread = threading.Thread(target=run, name=f"lambda-split-redis-{name}", daemon=True)
+    def _start_thread(self, run: Callable[[], None], name: str) -> None:
+        def contained() -> None:
+            while True:
+                try:
+                    return run()
+                except Exception:
+                    self.counters["failures"] += 1
+                    log.exception("the %s of a Redis link failed, and goes on", name)
+                    self._closing.wait(RECONNECT)
+
+        thread = threading.Thread(target=contained, name=f"lambda-split-redis-{name}", daemon=True)
         self._threads.append(thread)
         thread.start()
 
