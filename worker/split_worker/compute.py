@@ -208,6 +208,12 @@ class ComputeLoop:
         if task is None:
             self._free_closed()
             return
+        with self._lock:
+            held = self._sessions.get(task.session.id) is task.session
+        if not held:
+            # It arrived while the session was evicted or closed, whose rows are free by now.
+            self._finish(task, Evicted("the session's memory went to an older one"))
+            return
         self._gathering.came(task.session, task.arrived)
         request = task.request
         tokens = request.tokens if isinstance(request, wire.Step) else 0
