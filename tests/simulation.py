@@ -88,7 +88,7 @@ class Layers:
 
     def __init__(self, pages: int) -> None:
         self.fails = False
-        self.store = PagePool({0: LayerShape(1, 1, 1)}, pages, torch.float32, torch.device("cpu"))
+        self.store = PagePool({0: LayerShape(1, 1, 1)}, pages, torch.float32)
         self._keys = self.store.layers[0][0].view(-1).numpy()
         self._keys[:] = float("nan")
 

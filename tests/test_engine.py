@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 import tiny
-from split_common.engine import attention
+from split_common.engine import attention, sdpa
+from split_common.engine.linear import pack_linears
 from split_common.engine.pool import PagePool
 from split_common.engine.rows import Row, Run
 from split_common.engine.runner import Runner
@@ -31,12 +32,14 @@ def make_runner(directory: Path, arch: str, **config: Any) -> Runner:
     checkpoint = tiny.save(arch, directory, **config)
     plan_ = plan(str(checkpoint))
     split = Split.parse(plan_.layers, "1:-2")
-    _, stack = load_part(plan_, split, "worker")
+    model, stack = load_part(plan_, split, "worker")
+    if attention.NAME != "eager":
+        pack_linears(model)
     return Runner(stack, split, plan_.text_config, KV_BYTES)
 
 
 def make_oracle(directory: Path, arch: str, monkeypatch: pytest.MonkeyPatch, **config: Any) -> Runner:
-    """A runner that keeps the model's own attention and runs one row at a time."""
+    """A runner that keeps the model's own attention and layers, and runs one row at a time."""
     with monkeypatch.context() as patch:
         patch.setattr(attention, "NAME", "eager")
         runner = make_runner(directory, arch, **config)
@@ -153,7 +156,7 @@ def test_any_mix_of_steps(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_batched_and_single_decoding_agree(threshold: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_runner(tmp_path / "engine", "llama")
     oracle = make_oracle(tmp_path / "oracle", "llama", monkeypatch)
-    monkeypatch.setattr(attention, "BATCHED_SEQUENCES", threshold)
+    monkeypatch.setattr(sdpa, "BATCHED_SEQUENCES", threshold)
     states = [torch.randn(count, engine.width) for count in (3, 40, 1, 7, 17)]
     rows = [engine.store.new_row() for _ in states]
     engine.run([Run(row, each, range(len(each))) for row, each in zip(rows, states, strict=True)])

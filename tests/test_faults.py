@@ -80,13 +80,13 @@ def in_background(call: Callable[[], Any]) -> Iterator[Any]:
 
 def slowly(worker: Worker, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Makes each forward of a worker take so long."""
-    forward = worker._compute._forward
+    forward = worker._compute._launch
 
     def wait_and_run(batch: Any) -> Any:
         time.sleep(seconds)
         return forward(batch)
 
-    monkeypatch.setattr(worker._compute, "_forward", wait_and_run)
+    monkeypatch.setattr(worker._compute, "_launch", wait_and_run)
 
 
 # --- the broker --------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from split_common.engine.pool import PAGE_TOKENS, LayerShape, OutOfPages, PagedS
 
 
 def make_pool(pages: int = 8) -> PagePool:
-    return PagePool({3: LayerShape(1, 2, 2)}, pages, torch.float32, torch.device("cpu"))
+    return PagePool({3: LayerShape(1, 2, 2)}, pages, torch.float32)
 
 
 def write(pool: PagePool, sequence: PagedSequence, tokens: int, value: float) -> None:

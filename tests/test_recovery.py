@@ -23,8 +23,8 @@ from split_common.errors import StepFailed, WorkerFailed
 from split_common.files import state_dir
 from split_common.transport import HEARTBEAT, MISSED
 from split_device import SplitModelForCausalLM, dead_letters
-from split_worker import compute
-from split_worker.compute import Watch
+from split_worker import compute, watch
+from split_worker.watch import Watch
 from split_worker.worker import Worker
 from wiretap import wait_until
 
@@ -62,15 +62,15 @@ def at_call(model: Any, number: int, act: Callable[[], None]) -> None:
 
 def hang(worker: Worker, until: threading.Event, then: Callable[[], None] = lambda: None) -> None:
     """Makes a worker's next forward wait, as one that hangs does."""
-    forward = worker._compute._forward
+    forward = worker._compute._launch
 
     def wait(batch: Any) -> Any:
         then()
         until.wait(60)
-        worker._compute._forward = forward  # type: ignore[method-assign]
+        worker._compute._launch = forward  # type: ignore[method-assign]
         return forward(batch)
 
-    worker._compute._forward = wait  # type: ignore[method-assign]
+    worker._compute._launch = wait  # type: ignore[method-assign]
 
 
 def test_a_worker_that_hangs_is_left_and_what_it_says_late_is_dropped(
@@ -212,7 +212,7 @@ def test_a_worker_process_whose_compute_loop_fails_ends_with_one_line(checkpoint
 
 
 def test_a_worker_that_hangs_can_be_ended(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "HUNG_AFTER", 0.5)
+    monkeypatch.setattr(watch, "HUNG_AFTER", 0.5)
     release = threading.Event()
     with running_broker() as broker, ThreadPoolExecutor(1) as pool:
         worker = start_worker(checkpoint, broker.address)
@@ -234,7 +234,7 @@ def test_a_worker_that_hangs_can_be_ended(checkpoint: Path, monkeypatch: pytest.
 def test_a_worker_that_is_too_slow_is_left_for_another_one(
     checkpoint: Path, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compute, "HUNG_AFTER", 100.0)
+    monkeypatch.setattr(watch, "HUNG_AFTER", 100.0)
     release = threading.Event()
     with running_broker() as broker:
         workers = [start_worker(checkpoint, broker.address) for _ in range(2)]
@@ -258,7 +258,7 @@ def test_a_worker_that_is_too_slow_is_left_for_another_one(
 def test_the_only_worker_may_take_its_time(
     checkpoint: Path, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compute, "HUNG_AFTER", 100.0)
+    monkeypatch.setattr(watch, "HUNG_AFTER", 100.0)
     release = threading.Event()
     with running_broker() as broker:
         worker = start_worker(checkpoint, broker.address)
@@ -335,7 +335,7 @@ def test_a_step_that_kills_workers_does_not_travel_for_ever(checkpoint: Path, wa
         workers = [start_worker(checkpoint, broker.address) for _ in range(5)]
 
         def die_of(worker: Worker) -> None:
-            forward = worker._compute._forward
+            forward = worker._compute._launch
 
             def die(batch: Any) -> Any:
                 if any(len(piece.run.positions) == 3 for piece in batch):
@@ -344,7 +344,7 @@ def test_a_step_that_kills_workers_does_not_travel_for_ever(checkpoint: Path, wa
                     raise SystemExit
                 return forward(batch)
 
-            worker._compute._forward = die  # type: ignore[method-assign]
+            worker._compute._launch = die  # type: ignore[method-assign]
 
         try:
             for worker in workers:

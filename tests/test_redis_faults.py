@@ -70,7 +70,7 @@ def in_background(call: Callable[[], Any]) -> Iterator[Future[Any]]:
 
 
 def slowly(worker: Worker, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    forward = worker._compute._forward
+    forward = worker._compute._launch
 
     def wait_and_run(batch: Any) -> Any:
         time.sleep(seconds)

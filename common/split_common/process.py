@@ -28,8 +28,8 @@ PARENT_INTERVAL = 1.0
 EXIT_TERMINATED = 143
 
 
-#: How often an idle OpenMP thread looks for work before it sleeps (libgomp): longer than the gap between two layers,
-#: which makes a forward up to a third faster, and too short to slow other processes down.
+#: How often an idle OpenMP thread looks for work before it sleeps (libgomp): longer than the gap between two
+#: layers, which makes a forward up to a third faster, and too short to slow other processes down.
 SPIN_COUNT = "1000"
 
 

@@ -14,11 +14,12 @@ import torch
 
 from split_common import wire
 from split_common.engine.rows import Run
-from split_common.engine.runner import Runner
+from split_common.engine.runner import Launched, Runner
 from split_common.engine.scheduler import Gathering, Job, Piece, Scheduler
 from split_common.errors import Busy, Malformed, NonFinite, Oversized, PromptTooLong, SplitError
 from split_common.tensors import dtype_name, from_bytes, to_bytes
 from split_worker.sessions import Session, SessionTable
+from split_worker.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +31,6 @@ REASONS: dict[type[Exception], str] = {
     Oversized: "malformed",
     PromptTooLong: "too-long",
 }
-
-
-#: Seconds after which a turn of the compute loop may be held to hang: three heartbeats. One with many tokens gets
-#: more: so many times what the slowest ones of late would have taken. Of the first one nothing is known.
-HUNG_AFTER = 3.0
-HUNG_FACTOR = 4.0
-FIRST_TURN = 60.0
 
 
 class Evicted(SplitError):
@@ -59,35 +53,20 @@ class Task:
     host_seconds: float = 0.0
 
 
+@dataclass
+class Forward:
+    """Forwards that were launched together: the pieces of each. More than one only after a failure."""
+
+    launched: list[tuple[Sequence[Piece], Launched]]
+    began: float
+
+    def wait(self) -> list[tuple[Sequence[Piece], list[torch.Tensor]]]:
+        """The output for each piece."""
+        return [(pieces, launched.wait()) for pieces, launched in self.launched]
+
+
 #: Seals and sends the reply of a task.
 Reply = Callable[[Task, wire.Payload, memoryview | bytes], None]
-
-
-class Watch:
-    """Whether a turn of the compute loop takes so much longer than others that it may never end."""
-
-    def __init__(self) -> None:
-        self._began: float | None = None
-        self._allowed = FIRST_TURN
-        #: Seconds for each token of the slowest turns of late.
-        self._slowest: float | None = None
-
-    def begin(self, tokens: int) -> None:
-        if self._slowest is not None:
-            self._allowed = max(HUNG_AFTER, HUNG_FACTOR * self._slowest * tokens)
-        self._tokens = tokens
-        self._began = time.monotonic()
-
-    def end(self) -> None:
-        assert self._began is not None
-        took = (time.monotonic() - self._began) / self._tokens
-        self._slowest = max(0.9 * (self._slowest or 0.0), took)
-        self._began = None
-
-    def overdue(self) -> float:
-        """Seconds that the turn under way has taken, if they are too many; else 0."""
-        took = time.monotonic() - began if (began := self._began) is not None else 0.0
-        return took if took > self._allowed else 0.0
 
 
 class ComputeLoop:
@@ -122,6 +101,8 @@ class ComputeLoop:
         self._gathering = Gathering()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lambda-split-compute", daemon=True)
+        self._under_way: Forward | None = None
+        self._completed = 0.0
         self._batch_seconds = 0.0
         #: Bytes of requests that wait to be computed.
         self.queued_bytes = 0
@@ -170,28 +151,37 @@ class ComputeLoop:
             self._on_failure()
 
     def turn(self) -> None:
-        """Takes in what has arrived and runs one forward; waits when there is nothing to do."""
-        self._take_in()
-        batch = self._scheduler.next_batch() if not self._stopping.is_set() else []
-        if not batch:
-            return
-        self._watch.begin(sum(len(piece.run.positions) for piece in batch))
-        began = time.perf_counter()
-        outputs = self._forward(batch)
-        self._batch_seconds = time.perf_counter() - began
-        self._count(batch, began)
-        done = [(piece, output) for piece, output in zip(batch, outputs, strict=True) if output is not None]
-        self._scheduler.finish([piece for piece, _ in done], [output for _, output in done], self._batch_seconds)
-        self._watch.end()
+        """Takes in what has arrived and launches one forward; waits when there is nothing to do.
 
-    def _take_in(self) -> None:
+        On CUDA the host answers the forward before it meanwhile.
+        """
+        before, self._under_way = self._under_way, None
+        if before is not None:
+            before.wait()
+            self._watch.end()
+        self._take_in(patient=before is None)
+        batch = self._scheduler.next_batch() if not self._stopping.is_set() else []
+        forward = None
+        if batch:
+            self._watch.begin(sum(len(piece.run.positions) for piece in batch))
+            began = time.perf_counter()
+            forward = Forward(self._launch(batch), began)
+        if before is not None:
+            self._complete(before)
+        if forward is not None and self._runner.asynchronous:
+            self._under_way = forward
+        elif forward is not None:
+            self._complete(forward)
+            self._watch.end()
+
+    def _take_in(self, patient: bool) -> None:
         """Takes what has arrived; waits if there is nothing else to do, or for sessions that are about to come."""
-        if self._scheduler.idle:
+        if self._scheduler.idle and patient:
             self._accept(self._inbox.get())
         while True:
-            patience = self._gathering.until(self._scheduler.budget.base) - time.perf_counter()
+            wait = self._gathering.until(self._scheduler.budget.base) - time.perf_counter() if patient else 0.0
             try:
-                self._accept(self._inbox.get(patience > 0, max(0.0, patience)))
+                self._accept(self._inbox.get(wait > 0, max(0.0, wait)))
             except queue.Empty:
                 break
         self._free_closed()
@@ -255,11 +245,11 @@ class ComputeLoop:
             raise Evicted("the worker does not hold the session that was to be copied")
         task.session.rows = [row.fork() for row in parent.rows]
 
-    def _forward(self, batch: Sequence[Piece]) -> list[torch.Tensor | None]:
-        """The outputs of a batch; None for those that failed, which are found by running each by itself."""
+    def _launch(self, batch: Sequence[Piece]) -> list[tuple[Sequence[Piece], Launched]]:
+        """Launches a batch; if that fails, each job by itself, and jobs that fail then are ended."""
         lengths = [piece.run.row.length for piece in batch]
         try:
-            return list(self._runner.run([piece.run for piece in batch]))
+            return [(batch, self._runner.launch([piece.run for piece in batch]))]
         except Exception as error:
             for piece, length in zip(batch, lengths, strict=True):
                 if piece.run.row.length > length:
@@ -267,15 +257,24 @@ class ComputeLoop:
             if len({id(piece.job) for piece in batch}) == 1:
                 log.error("a step failed: %s", type(error).__name__)
                 self._scheduler.fail(batch[0].job, error)
-                return [None] * len(batch)
-        jobs: dict[int, list[int]] = {}
-        for index, piece in enumerate(batch):
-            jobs.setdefault(id(piece.job), []).append(index)
-        outputs: list[torch.Tensor | None] = [None] * len(batch)
-        for indices in jobs.values():
-            for index, output in zip(indices, self._forward([batch[i] for i in indices]), strict=True):
-                outputs[index] = output
-        return outputs
+                return []
+        jobs: dict[int, list[Piece]] = {}
+        for piece in batch:
+            jobs.setdefault(id(piece.job), []).append(piece)
+        return [launched for pieces in jobs.values() for launched in self._launch(pieces)]
+
+    def _complete(self, forward: Forward) -> None:
+        """Waits for a forward and answers what is complete with it."""
+        outputs = forward.wait()
+        now = time.perf_counter()
+        # One that was launched while another ran has waited for that one.
+        self._batch_seconds = now - max(forward.began, self._completed)
+        self._completed = now
+        for pieces, tensors in outputs:
+            self.counters["forwards"] += 1
+            self.counters["rows"] += len(pieces)
+            self._scheduler.finish(pieces, tensors, self._batch_seconds)
+        self.counters["body_us"] += round(self._batch_seconds * 1e6)
 
     def _finish(self, task: Task, outcome: torch.Tensor | Exception) -> None:
         """Answers a task with its output or with the error that it is refused with."""
@@ -301,8 +300,9 @@ class ComputeLoop:
         except Exception as error:
             reply = self._refusal(error)
         self._reply(task, reply, tensor)
-        self._gathering.answered(task.session, time.perf_counter())
-        if isinstance(reply, wire.Refusal) and reply.reason == "failed":
+        if not isinstance(reply, wire.Refusal):
+            self._gathering.answered(task.session, time.perf_counter())
+        elif reply.reason == "failed":
             # Its rows may be half written: the device starts another session.
             with self._lock:
                 self._sessions.close(task.session.id)
@@ -338,8 +338,3 @@ class ComputeLoop:
         self._gathering.forget(victim)
         victim.free()
         return True
-
-    def _count(self, batch: Sequence[Piece], began: float) -> None:
-        self.counters["forwards"] += 1
-        self.counters["rows"] += len(batch)
-        self.counters["body_us"] += round((time.perf_counter() - began) * 1e6)

@@ -1,7 +1,7 @@
 """Linear layers whose weights are laid out for this CPU.
 
-A step of a few rows is bound by reading the weights, yet MKL's product of two rows takes twice as long as that of one.
-oneDNN's, over weights in its own blocked layout, takes as long for sixteen as for one.
+A step of a few rows is bound by reading the weights, yet MKL's product of two rows takes twice as long as that of
+one. oneDNN's, over weights in its own blocked layout, takes hardly longer for sixteen than for one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The weight `[out, in]` in its ordinary layout, made anew each time."""
-        return self._packed.to_dense()
+        weight: torch.Tensor = self._packed.to_dense()
+        return weight
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(states, self._packed, self.bias, "none", [], "")

@@ -16,7 +16,7 @@ import torch
 
 from split_common.engine.rows import Row
 
-#: Tokens of a page.
+#: Tokens of a page, unless the attention that reads it wants others.
 PAGE_TOKENS = 16
 
 
@@ -31,6 +31,7 @@ class LayerShape:
     heads: int
     key_width: int
     value_width: int
+    device: torch.device | str = "cpu"
 
     @property
     def elements(self) -> int:
@@ -49,7 +50,7 @@ class PagedSequence:
 
     def truncate(self, tokens: int) -> None:
         """Cuts the sequence back to its first `tokens` tokens."""
-        keep = -(-tokens // PAGE_TOKENS)
+        keep = -(-tokens // self.pool.page_tokens)
         self.pool.release(self.pages[keep:])
         del self.pages[keep:]
         self.length = tokens
@@ -66,7 +67,7 @@ class PagedSequence:
 
     def pages_to_append(self, tokens: int) -> int:
         """Pages that appending `tokens` tokens would take from the pool."""
-        more = -(-(self.length + tokens) // PAGE_TOKENS) - len(self.pages)
+        more = -(-(self.length + tokens) // self.pool.page_tokens) - len(self.pages)
         return more + (tokens > 0 and self._shares_last_page())
 
     def append(self, tokens: int) -> np.ndarray:
@@ -82,10 +83,10 @@ class PagedSequence:
             raise OutOfPages
         if tokens and self._shares_last_page():
             shared = self.pages[-1]
-            self.pages[-1] = self.pool.copy(shared, self.length % PAGE_TOKENS, self._before_last())
+            self.pages[-1] = self.pool.copy(shared, self.length % self.pool.page_tokens, self._before_last())
             self.pool.release([shared])
             self.contiguous = _follow(self.pages)
-        while len(self.pages) * PAGE_TOKENS < self.length + tokens:
+        while len(self.pages) * self.pool.page_tokens < self.length + tokens:
             page = self.pool.take(self.pages[-1] if self.pages else None)
             self.contiguous = self.contiguous and (not self.pages or page == self.pages[-1] + 1)
             self.pages.append(page)
@@ -94,14 +95,14 @@ class PagedSequence:
 
     def slots(self, begin: int = 0) -> np.ndarray:
         """Slots of the tokens from `begin` on, int64."""
-        index = np.arange(begin, self.length)
-        return np.asarray(self.pages, dtype=np.int64)[index // PAGE_TOKENS] * PAGE_TOKENS + index % PAGE_TOKENS
+        page, offset = np.divmod(np.arange(begin, self.length), self.pool.page_tokens)
+        return np.asarray(self.pages, dtype=np.int64)[page] * self.pool.page_tokens + offset
 
     def _before_last(self) -> int | None:
         return self.pages[-2] if len(self.pages) > 1 else None
 
     def _shares_last_page(self) -> bool:
-        return bool(self.length % PAGE_TOKENS) and self.pool.is_shared(self.pages[-1])
+        return bool(self.length % self.pool.page_tokens) and self.pool.is_shared(self.pages[-1])
 
 
 class PagePool:
@@ -110,22 +111,28 @@ class PagePool:
     Args:
         shapes: of each layer, by layer index.
         pages: how many pages to allocate.
-        dtype, device: of keys and values.
+        dtype: of keys and values.
+        page_tokens: tokens of a page.
     """
 
-    def __init__(self, shapes: dict[int, LayerShape], pages: int, dtype: torch.dtype, device: torch.device) -> None:
-        tokens = pages * PAGE_TOKENS
+    def __init__(
+        self, shapes: dict[int, LayerShape], pages: int, dtype: torch.dtype, page_tokens: int | None = None
+    ) -> None:
+        #: Tokens of a page.
+        self.page_tokens = page_tokens or PAGE_TOKENS
+        tokens = pages * self.page_tokens
         #: Keys `[tokens, heads, key_width]` and values `[tokens, heads, value_width]` of each layer.
         self.layers = {
             index: (
-                torch.empty(tokens, shape.heads, shape.key_width, dtype=dtype, device=device),
-                torch.empty(tokens, shape.heads, shape.value_width, dtype=dtype, device=device),
+                torch.empty(tokens, shape.heads, shape.key_width, dtype=dtype, device=shape.device),
+                torch.empty(tokens, shape.heads, shape.value_width, dtype=dtype, device=shape.device),
             )
             for index, shape in shapes.items()
         }
         self.pages = pages
         #: Pages that are free.
         self.free = pages
+        self._reserved = 0
         self._references = np.zeros(pages, dtype=np.int32)
 
     def storage(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,12 +147,17 @@ class PagePool:
     @property
     def capacity(self) -> int:
         """Tokens that the pool holds."""
-        return self.pages * PAGE_TOKENS
+        return (self.pages - self._reserved) * self.page_tokens
 
     @property
     def free_tokens(self) -> int:
         """Tokens that the free pages hold."""
-        return self.free * PAGE_TOKENS
+        return self.free * self.page_tokens
+
+    def reserve(self) -> int:
+        """A page that no sequence will ever have. Raises OutOfPages."""
+        self._reserved += 1
+        return self.take(None)
 
     def new_row(self) -> PagedSequence:
         return PagedSequence(self)
@@ -167,7 +179,7 @@ class PagePool:
     def copy(self, page: int, tokens: int, after: int | None) -> int:
         """A page of one's own with the first `tokens` tokens of another."""
         twin = self.take(after)
-        source, target = page * PAGE_TOKENS, twin * PAGE_TOKENS
+        source, target = page * self.page_tokens, twin * self.page_tokens
         for keys, values in self.layers.values():
             keys[target : target + tokens] = keys[source : source + tokens]
             values[target : target + tokens] = values[source : source + tokens]
@@ -202,13 +214,13 @@ def _follow(pages: list[int]) -> bool:
 class ProbePool(PagePool):
     """A small pool that finds out the layers' shapes from the first keys and values that it is handed."""
 
-    def __init__(self, pages: int) -> None:
-        super().__init__({}, pages, torch.float32, torch.device("cpu"))
+    def __init__(self, pages: int, page_tokens: int) -> None:
+        super().__init__({}, pages, torch.float32, page_tokens)
         self.shapes: dict[int, LayerShape] = {}
 
     def storage(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if layer not in self.shapes:
-            self.shapes[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
+            self.shapes[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1], key.device)
             room = (self.capacity, key.shape[1])
             self.layers[layer] = key.new_zeros(*room, key.shape[-1]), value.new_zeros(*room, value.shape[-1])
         return self.layers[layer]

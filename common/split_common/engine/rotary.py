@@ -23,7 +23,7 @@ class PerSequenceRotary(nn.Module):
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         batch = current.get(None)
-        counts = [span.count for span in batch.spans] if batch is not None else [position_ids.shape[1]]
+        counts = list(batch.counts) if batch is not None else [position_ids.shape[1]]
         parts = []
         for positions in torch.split(position_ids, counts, dim=1):
             self._start_afresh()

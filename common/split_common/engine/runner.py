@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from split_common.engine import attention
-from split_common.engine.attention import Call, PackedBatch, Span
-from split_common.engine.pool import PAGE_TOKENS, LayerShape, PagedSequence, PagePool, ProbePool
+from split_common.engine import attention, flash
+from split_common.engine.attention import Backend, Call, PackedBatch, Span
+from split_common.engine.graphs import DecodeGraphs, capture_cuda
+from split_common.engine.pool import LayerShape, PagedSequence, PagePool, ProbePool
 from split_common.engine.rotary import isolate_rotary
 from split_common.engine.rows import Row, Run, Store
+from split_common.engine.sdpa import SdpaAttention
 from split_common.engine.separate import CacheRow, SeparateStore
 from split_common.errors import ModelError, UnsupportedArchitecture
 from split_common.slots import Stack
@@ -28,6 +30,33 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 #: Keyword arguments of attention that need nothing of the packed path.
 _HARMLESS = {"position_ids", "use_cache", "cache", "past_key_values", "cache_position", "is_causal", "training"}
+
+
+class Launched:
+    """A forward that was started: on CUDA it runs, and its output travels, while the host does something else.
+
+    Args:
+        output: of all runs, `[tokens, width]`, on the device.
+        counts: tokens of each run in the output.
+        order: which run each of them is.
+    """
+
+    def __init__(self, output: torch.Tensor, counts: Sequence[int], order: Sequence[int]) -> None:
+        self._counts, self._order = counts, order
+        self._arrived: torch.cuda.Event | None = None
+        self._host = output
+        if output.is_cuda:
+            self._host = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
+            self._host.copy_(output, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def wait(self) -> list[torch.Tensor]:
+        """The layers' output for each run, `[tokens, width]`, on the host."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        parts = torch.split(self._host, list(self._counts))
+        return [part for _, part in sorted(zip(self._order, parts, strict=True), key=lambda pair: pair[0])]
 
 
 class Runner:
@@ -49,7 +78,10 @@ class Runner:
         self._split = split
         self._owner: Any = stack.owner
         parameter = next(self._owner.parameters())
+        #: Where the first layer is, and what they all compute in.
         self.device, self.dtype = parameter.device, parameter.dtype
+        #: Whether a forward that was launched runs while the host does something else.
+        self.asynchronous = self.device.type == "cuda"
         #: Width of the hidden states.
         self.width = int(config.hidden_size)
         #: Positions that a row may have.
@@ -63,24 +95,35 @@ class Runner:
         self.positions_interact = stack.positions_interact
         #: Why rows are run one at a time; None if they are packed.
         self.separate_because: str | None = None
+        #: How packed rows are attended to.
+        self.backend: Backend = SdpaAttention()
+        self._graphs: DecodeGraphs | None = None
         #: Makes rows, and knows how much room is left.
         self.store: Store
         self.store = self._choose_store(config, kv_bytes)
+        if isinstance(self.backend, flash.FlashAttention) and not self.positions_interact:
+            assert isinstance(self.store, PagePool)
+            self._graphs = DecodeGraphs(self._forward_packed, self.store, self.width, self.dtype, capture_cuda)
 
     def run(self, runs: Sequence[Run]) -> list[torch.Tensor]:
         """Appends tokens to rows; the caller has seen that there is room in the store.
 
         Returns:
-            The layers' output for each run, `[tokens, width]`.
+            The layers' output for each run, `[tokens, width]`, on the host.
         """
+        return self.launch(runs).wait()
+
+    def launch(self, runs: Sequence[Run]) -> Launched:
+        """Starts a forward that appends tokens to rows; later forwards see what earlier ones wrote."""
         with torch.inference_mode():
             if self.separate_because is None:
-                return self._run_packed(runs)
-            return [self._run_separate(run) for run in runs]
+                return self._launch_packed(runs)
+            output = torch.cat([self._run_separate(run) for run in runs])
+            return Launched(output, [len(run.positions) for run in runs], range(len(runs)))
 
     # --- one forward ---------------------------------------------------------------------------------------
 
-    def _run_packed(self, runs: Sequence[Run]) -> list[torch.Tensor]:
+    def _launch_packed(self, runs: Sequence[Run]) -> Launched:
         # Decoding rows come first, so that attention can take them together.
         order = sorted(range(len(runs)), key=lambda index: len(runs[index].positions) > 1)
         spans, slots, begin = [], [], 0
@@ -89,30 +132,42 @@ class Runner:
             slots.append(sequence.append(len(run.positions)))
             spans.append(Span(sequence, begin, len(run.positions)))
             begin += len(run.positions)
+        counts = [span.count for span in spans]
+        states = torch.cat([runs[index].states for index in order])
+        positions = torch.tensor([[position for index in order for position in runs[index].positions]])
+        packed_slots = torch.from_numpy(np.concatenate(slots))
+        if self._graphs is not None and len(runs) == len(states):
+            output = self._graphs.run(spans, states, positions, packed_slots)
+            if output is not None:
+                return Launched(output, counts, order)
         pool = spans[0].sequence.pool
-        batch = PackedBatch(pool, spans, torch.from_numpy(np.concatenate(slots)).to(self.device))
+        plan = self.backend.plan(pool, spans, self.device)
+        batch = PackedBatch(pool, counts, self._moved(packed_slots), plan)
+        return Launched(self._forward_packed(self._moved(states), self._moved(positions), batch), counts, order)
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the host on the first layer's device; the host does not wait for it."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.asynchronous else tensor
+
+    def _forward_packed(self, states: torch.Tensor, positions: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         token = attention.current.set(batch)
         try:
-            output = self._forward(
-                torch.cat([runs[index].states for index in order]),
-                [position for index in order for position in runs[index].positions],
-                {"use_cache": False},
-            )
+            return self._forward(states, positions, {"use_cache": False})
         finally:
             attention.current.reset(token)
-        parts = torch.split(output, [span.count for span in spans])
-        return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda pair: pair[0])]
 
     def _run_separate(self, run: Run) -> torch.Tensor:
         row = cast(CacheRow, run.row)
-        output = self._forward(run.states, run.positions, {self._stack.cache_name: row.cache, "use_cache": True})
+        states, positions = self._moved(run.states), self._moved(torch.tensor([list(run.positions)]))
+        output = self._forward(states, positions, {self._stack.cache_name: row.cache, "use_cache": True})
         row.extended(len(run.positions))
         return output
 
-    def _forward(self, states: torch.Tensor, positions: Sequence[int], arguments: dict[str, Any]) -> torch.Tensor:
-        self._incoming = states[None].to(self.device, self.dtype)
+    def _forward(self, states: torch.Tensor, positions: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+        """Runs the layers over states `[tokens, width]` at positions `[1, tokens]`, on the first layer's device."""
+        self._incoming = states[None].to(self.dtype)
         if self._stack.takes_positions:
-            arguments["position_ids"] = torch.tensor([list(positions)], device=self.device)
+            arguments["position_ids"] = positions
         # The embeddings are on the other side: what the first layer sees is put in its place.
         self._owner(inputs_embeds=torch.zeros_like(self._incoming), **arguments)
         output, self._incoming, self._outgoing = self._outgoing, None, None
@@ -133,18 +188,27 @@ class Runner:
         self.store, self.separate_because = separate, ""
         wanted, token_bytes = self._check_separate()
         original = self._owner.config._attn_implementation
-        try:
-            shapes = self._check_packed(wanted, separate.new_cache())
-        except _NotPackable as reason:
+        for backend in self._backends():
+            try:
+                shapes = self._check_packed(backend, wanted, separate.new_cache())
+                break
+            except _NotPackable as reason:
+                log.info("rows are not packed with %s: %s", backend.name, reason)
+                self.separate_because = str(reason)
+        else:
             self._owner.set_attn_implementation(original)
-            self.separate_because = str(reason)
-            log.info("rows are run one at a time: %s", reason)
+            self.store = separate
             separate.capacity = kv_bytes // token_bytes
             return separate
-        pages = kv_bytes // (PagePool.bytes_per_token(shapes, self.dtype) * PAGE_TOKENS)
+        pages = kv_bytes // (PagePool.bytes_per_token(shapes, self.dtype) * backend.page_tokens)
         if pages < 1:
-            raise ModelError(f"{kv_bytes:,} bytes of KV memory hold no page of {PAGE_TOKENS} tokens")
-        return PagePool(shapes, pages, self.dtype, self.device)
+            raise ModelError(f"{kv_bytes:,} bytes of KV memory hold no page of {backend.page_tokens} tokens")
+        return PagePool(shapes, pages, self.dtype, backend.page_tokens)
+
+    def _backends(self) -> list[Backend]:
+        """Those to try, the fastest first."""
+        fast: list[Backend] = [flash.FlashAttention()] if flash.usable(self.device, self.dtype) else []
+        return [*fast, SdpaAttention()]
 
     def _check_separate(self) -> tuple[torch.Tensor, int]:
         """Runs three tokens at once and in two steps, which must agree; then rehearses."""
@@ -183,10 +247,10 @@ class Runner:
             row.free()
         return states, token_bytes
 
-    def _check_packed(self, wanted: torch.Tensor, cache: DynamicCache) -> dict[int, LayerShape]:
+    def _check_packed(self, backend: Backend, wanted: torch.Tensor, cache: DynamicCache) -> dict[int, LayerShape]:
         """Raises _NotPackable, saying why, unless the packed path does what the layers' own attention does."""
-        pool = ProbePool(pages=8)
-        self.store, self.separate_because = pool, None
+        pool = ProbePool(8, backend.page_tokens)
+        self.store, self.separate_because, self.backend = pool, None, backend
         calls: list[tuple[Call, list[str]]] = []
         token = attention.watching.set(calls)
         try:

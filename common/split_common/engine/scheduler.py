@@ -51,6 +51,8 @@ class Job:
     finish: Callable[[torch.Tensor | Exception], None]
     arrived: float = field(default_factory=time.perf_counter)
     runs: Sequence[Run] = ()
+    #: Whether a forward with a part of it is under way: there is one at a time.
+    in_flight: bool = False
     done: list[int] = field(default_factory=list)
     outputs: list[list[torch.Tensor]] = field(default_factory=list)
 
@@ -76,7 +78,7 @@ class Piece:
 
 
 class ChunkBudget:
-    """How many tokens of prefill a forward may take: as many as fit into the slack, by what forwards took lately."""
+    """How many tokens of prefill a forward may take: as many as fit into the slack, by how long forwards take."""
 
     def __init__(self) -> None:
         #: Seconds that a forward without prefill takes; 0 until there was one.
@@ -110,8 +112,8 @@ def _average(old: float, new: float) -> float:
 class Gathering:
     """Which sessions are about to come back with their next step, so that the next forward waits for them.
 
-    A forward of many rows takes hardly longer than one of a few. Whoever comes back just after it has begun would wait
-    for the whole of it, and sessions that step together once would fall apart.
+    A forward of many rows takes hardly longer than one of a few. Whoever comes back just after it has begun would
+    wait for the whole of it, and sessions that step together once would fall apart.
     """
 
     def __init__(self) -> None:
@@ -134,7 +136,11 @@ class Gathering:
         """When the next forward, which takes so many seconds, need not wait any longer; 0 if for nobody."""
         patience = GATHER_SHARE * forward
         return max(
-            (since + patience for session, since in self._away.items() if self._turnaround.get(session, patience) < patience),
+            (
+                since + patience
+                for session, since in self._away.items()
+                if self._turnaround.get(session, patience) < patience
+            ),
             default=0.0,
         )
 
@@ -175,15 +181,16 @@ class Scheduler:
             self._activate(job)
 
     def next_batch(self) -> list[Piece]:
-        """What to run next; empty if nothing is ready."""
-        while self._active:
-            batch = self._fill()
+        """What to run next, beside what is under way; empty if nothing is ready."""
+        while ready := [job for job in self._active.values() if not job.in_flight]:
+            batch = self._fill(ready)
             if batch:
+                for piece in batch:
+                    piece.job.in_flight = True
                 return batch
             # Nothing fits, so the oldest job gets room, or is told to come back.
-            job = next(iter(self._active.values()))
-            if not self._make_room(job):
-                self._end(job, Busy("the worker's KV memory is full", retry_after=0.5))
+            if not self._make_room(ready[0]):
+                self._end(ready[0], Busy("the worker's KV memory is full", retry_after=0.5))
         return []
 
     def finish(self, batch: Sequence[Piece], outputs: Sequence[torch.Tensor], seconds: float) -> None:
@@ -194,6 +201,10 @@ class Scheduler:
             piece.job.outputs[piece.index].append(output)
             piece.job.done[piece.index] += len(piece.run.positions)
         for job in {id(piece.job): piece.job for piece in batch}.values():
+            job.in_flight = False
+            if self._active.get(job.session) is not job:
+                # It was cancelled meanwhile.
+                continue
             if not job.decodes:
                 # The next forward's chunk is another device's.
                 self._turns.pop(job.device, None)
@@ -206,7 +217,7 @@ class Scheduler:
         self._end(job, error)
 
     def cancel(self, session: Hashable, error: Exception) -> None:
-        """Ends all jobs of a session with an error; not while one of them is in a forward."""
+        """Ends all jobs of a session with an error; what a forward under way makes of them is dropped."""
         jobs = [self._active.pop(session)] if session in self._active else []
         jobs += self._waiting.pop(session, ())
         for job in jobs:
@@ -237,10 +248,10 @@ class Scheduler:
                 del self._waiting[session]
             self._activate(job)
 
-    def _fill(self) -> list[Piece]:
+    def _fill(self, ready: Sequence[Job]) -> list[Piece]:
         batch: list[Piece] = []
         room = self._store.free
-        for job in self._active.values():
+        for job in ready:
             if not job.decodes:
                 continue
             pieces = [Piece(job, index, run) for index, run in enumerate(job.runs)]
@@ -249,7 +260,7 @@ class Scheduler:
                 room -= cost
                 batch += pieces
         budget = self.budget.tokens()
-        for job in self._in_turns():
+        for job in self._in_turns(ready):
             for index, run in enumerate(job.runs):
                 begin = job.done[index]
                 count = len(run.positions) - begin
@@ -264,10 +275,10 @@ class Scheduler:
                 batch.append(Piece(job, index, part))
         return batch
 
-    def _in_turns(self) -> list[Job]:
+    def _in_turns(self, ready: Sequence[Job]) -> list[Job]:
         """Prefilling jobs, one of each device before the second of any; who had the last chunk comes last."""
         queues: dict[Hashable, deque[Job]] = {}
-        for job in self._active.values():
+        for job in ready:
             if not job.decodes:
                 queues.setdefault(job.device, deque()).append(job)
         self._turns = {device: None for device in self._turns if device in queues}

@@ -1,0 +1,158 @@
+"""Attention by torch's SDPA, on any device: spans one by one, many short decoding ones at once.
+
+Where a sequence's pages follow one another its keys and values are one slice, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from split_common.engine.attention import Call, Span
+from split_common.engine.pool import PAGE_TOKENS, PagePool
+
+#: Decoding sequences whose padded keys have at most this many tokens in all are attended to in one call.
+BATCHED_TOKENS = 8192
+
+#: Fewer sequences than this are attended to one by one.
+BATCHED_SEQUENCES = 4
+
+
+class SdpaAttention:
+    """The backend (`split_common.engine.attention.Backend`)."""
+
+    name = "sdpa"
+    page_tokens = PAGE_TOKENS
+
+    def plan(self, pool: PagePool, spans: Sequence[Span], device: torch.device) -> SdpaPlan:
+        return SdpaPlan(spans)
+
+
+class SdpaPlan:
+    """A batch of spans, those of one token first; masks and gathered slots are kept for the next layer."""
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self._spans = spans
+        self._masks: dict[tuple[int, int, int | None, torch.device], torch.Tensor] = {}
+        self._gathers: dict[tuple[int | None, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def attend(self, call: Call, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        plain = call.softcap is None and call.sinks is None
+        together = self._decoding(call.window) if plain else []
+        parts: list[torch.Tensor] = []
+        if together:
+            parts.append(self._attend_batched(call, query[:, : len(together)], keys, values, together))
+        for span in self._spans[len(together) :]:
+            parts.append(self._attend_one(call, query[:, span.begin : span.begin + span.count], span, keys, values))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _decoding(self, window: int | None) -> Sequence[Span]:
+        """The batch's leading spans of one token, if they are many and short."""
+        count = 0
+        longest = 0
+        for span in self._spans:
+            if span.count != 1:
+                break
+            longest = max(longest, _visible(span.sequence.length, window))
+            count += 1
+        return self._spans[:count] if count >= BATCHED_SEQUENCES and count * longest <= BATCHED_TOKENS else []
+
+    def _attend_batched(
+        self, call: Call, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span]
+    ) -> torch.Tensor:
+        key = call.window, query.device
+        if key not in self._gathers:
+            self._gathers[key] = _gather(spans, call.window, query)
+        slots, mask = self._gathers[key]
+        count, longest = len(spans), mask.shape[-1]
+        heads, key_heads = query.shape[0], keys.shape[1]
+        gathered_keys = keys.index_select(0, slots).view(count, longest, key_heads, -1).transpose(1, 2)
+        gathered_values = values.index_select(0, slots).view(count, longest, key_heads, -1).transpose(1, 2)
+        grouped = query.transpose(0, 1).reshape(count, key_heads, heads // key_heads, -1)
+        output = scaled_dot_product_attention(
+            grouped, gathered_keys, gathered_values, attn_mask=mask, scale=call.scale
+        )
+        return output.reshape(count, heads, -1).transpose(0, 1)
+
+    def _attend_one(
+        self, call: Call, query: torch.Tensor, span: Span, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        sequence = span.sequence
+        visible = sequence.length if call.window is None else min(sequence.length, call.window + span.count - 1)
+        first = sequence.length - visible
+        if sequence.contiguous:
+            origin = sequence.pages[0] * sequence.pool.page_tokens
+            seen = slice(origin + first, origin + sequence.length)
+            seen_keys, seen_values = keys[seen], values[seen]
+        else:
+            slots = torch.from_numpy(sequence.slots(first)).to(keys.device)
+            seen_keys, seen_values = keys.index_select(0, slots), values.index_select(0, slots)
+        seen_keys, seen_values = seen_keys.transpose(0, 1), seen_values.transpose(0, 1)
+        mask = self._mask(span.count, visible, call.window, query.device)
+        if call.softcap is not None or call.sinks is not None:
+            return _attend_explicitly(call, query, seen_keys, seen_values, mask)
+        output = scaled_dot_product_attention(
+            query[None],
+            seen_keys[None],
+            seen_values[None],
+            attn_mask=mask,
+            scale=call.scale,
+            enable_gqa=query.shape[0] != seen_keys.shape[0],
+        )
+        return output[0]
+
+    def _mask(self, count: int, visible: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+        """Which of `visible` tokens each of the last `count` attends to, bool; None if all do."""
+        if count == 1:
+            return None
+        key = (count, visible, window, device)
+        if key not in self._masks:
+            rows = torch.arange(visible - count, visible, device=device)[:, None]
+            columns = torch.arange(visible, device=device)[None]
+            mask = columns <= rows
+            if window is not None:
+                mask &= columns > rows - window
+            self._masks[key] = mask
+        return self._masks[key]
+
+
+def _visible(length: int, window: int | None) -> int:
+    return length if window is None else min(length, window)
+
+
+def _gather(spans: Sequence[Span], window: int | None, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots of all spans' visible tokens, padded on the left to one length, and the mask of the padding."""
+    longest = max(_visible(span.sequence.length, window) for span in spans)
+    slots = np.zeros((len(spans), longest), dtype=np.int64)
+    mask = torch.full((len(spans), 1, 1, longest), float("-inf"), dtype=query.dtype)
+    for index, span in enumerate(spans):
+        visible = _visible(span.sequence.length, window)
+        slots[index, longest - visible :] = span.sequence.slots(span.sequence.length - visible)
+        # Padding repeats a token that is seen anyway: whatever lies in a free slot never enters the sum.
+        slots[index, : longest - visible] = slots[index, longest - visible]
+        mask[index, :, :, longest - visible :] = 0.0
+    return torch.from_numpy(slots.reshape(-1)).to(query.device), mask.to(query.device)
+
+
+def _attend_explicitly(
+    call: Call, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention in plain matrix products, for what SDPA cannot express."""
+    heads, count, _ = query.shape
+    groups = heads // keys.shape[0]
+    keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)
+    weights = query @ keys.transpose(1, 2) * call.scale
+    if call.softcap is not None:
+        weights = torch.tanh(weights / call.softcap) * call.softcap
+    if mask is not None:
+        weights = weights.masked_fill(~mask, float("-inf"))
+    if call.sinks is not None:
+        sinks = call.sinks.reshape(heads, 1, 1).expand(heads, count, 1).to(weights.dtype)
+        weights = torch.cat([weights, sinks], -1)
+        probabilities = weights.softmax(-1, dtype=torch.float32)[..., :-1]
+    else:
+        probabilities = weights.softmax(-1, dtype=torch.float32)
+    return probabilities.to(query.dtype) @ values
