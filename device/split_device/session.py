@@ -27,8 +27,9 @@ from split_common.errors import (
 if TYPE_CHECKING:
     from split_device.client import Client, WorkerChannel
 
-#: Seconds without a reply after which a request is sent again; doubles each time.
+#: Seconds without a reply after which a request is sent again; doubles each time, up to the second.
 RETRANSMIT = 3.0
+MAX_RETRANSMIT = 10.0
 
 #: Requests of one session that may be unanswered; further ones are sent as replies arrive.
 IN_FLIGHT = 32
@@ -194,7 +195,7 @@ class RemoteSession:
                 raise BrokerUnreachable("the broker does not answer any more")
             if now >= resend_at:
                 self.resend()
-                interval *= 2
+                interval = min(2 * interval, MAX_RETRANSMIT)
                 resend_at = now + interval
             try:
                 event = self.events.get(timeout=min(0.25, resend_at - now))
