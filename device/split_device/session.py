@@ -22,6 +22,7 @@ from split_common.errors import (
     SplitError,
     StepFailed,
     WorkerGone,
+    WorkerSlow,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class RemoteSession:
         #: Requests that were sent and not answered, by sequence number.
         self.in_flight: dict[int, tuple[wire.Relay, bytes]] = {}
         self._lost: SplitError | None = None
+        #: Whether the worker may take as long as it likes.
+        self.patient = False
 
     @property
     def acked(self) -> int:
@@ -186,9 +189,9 @@ class RemoteSession:
         too_slow_at = time.monotonic() + self._client.step_timeout
         while True:
             now = time.monotonic()
-            if now >= too_slow_at and self.events.empty():
+            if now >= too_slow_at and self.events.empty() and not self.patient:
                 if self._client.has_other(self.worker):
-                    raise SessionLost(f"the worker has not answered for {self._client.step_timeout:g} s")
+                    raise WorkerSlow(f"the worker has not answered for {self._client.step_timeout:g} s")
                 too_slow_at = time.monotonic() + self._client.step_timeout
             silent_since = None if self._client.transport.alive else silent_since or now
             if silent_since is not None and now - silent_since > self._client.timeout:
