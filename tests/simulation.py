@@ -30,6 +30,7 @@ from split_common.engine import pool as pool_module
 from split_common.engine import scheduler as scheduler_module
 from split_common.engine.pool import LayerShape, PagePool
 from split_common.engine.rows import Run
+from split_common.engine.runner import Launched
 from split_common.errors import Malformed, SplitError
 from split_common.fleet import Fleet
 from split_common.transport import HEARTBEAT, count_dropped
@@ -41,6 +42,7 @@ from split_device import session as session_module
 from split_device.client import Client
 from split_worker import compute as compute_module
 from split_worker import sessions as sessions_module
+from split_worker import watch as watch_module
 from split_worker import worker as worker_module
 from split_worker.compute import ComputeLoop
 from split_worker.sessions import SessionTable
@@ -86,13 +88,14 @@ class Layers:
     positions_interact = False
     separate_because = None
 
-    def __init__(self, pages: int) -> None:
+    def __init__(self, pages: int, asynchronous: bool) -> None:
+        self.asynchronous = asynchronous
         self.fails = False
         self.store = PagePool({0: LayerShape(1, 1, 1)}, pages, torch.float32)
         self._keys = self.store.layers[0][0].view(-1).numpy()
         self._keys[:] = float("nan")
 
-    def run(self, runs: list[Run]) -> list[torch.Tensor]:
+    def launch(self, runs: list[Run]) -> Launched:
         outputs = []
         if self.fails:
             self.fails = False
@@ -103,7 +106,7 @@ class Layers:
             new = row.append(count)
             self._keys[new] = mixed(run.states.view(-1).numpy(), np.asarray(run.positions))
             outputs.append(torch.from_numpy(outcome(self._keys[row.slots()], count)).view(count, 1))
-        return outputs
+        return Launched(torch.cat(outputs), [len(output) for output in outputs], range(len(outputs)))
 
 
 def mixed(states: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -346,13 +349,23 @@ class World:
         self.disorder = self.random.choice([0.0, 0.0, 0.05])
         self.lag = self.random.choice([0.001, 0.01, 0.1])
         self.pages = self.random.choice([16, 24, 200])
+        #: Whether workers answer a forward while the next one runs, as on CUDA.
+        self.asynchronous = self.random.random() < 0.3
         self.sealed: set[tuple[bytes, int]] = set()
         self._patch(patch)
         self.broker = SimulatedBroker(self)
 
     def _patch(self, patch: pytest.MonkeyPatch) -> None:
         timed = (client_module, session_module, remote_module, worker_module, sessions_module, compute_module)
-        for module in (*timed, channel_module, link_module, scheduler_module, broker_module, lanes_module):
+        for module in (
+            *timed,
+            watch_module,
+            channel_module,
+            link_module,
+            scheduler_module,
+            broker_module,
+            lanes_module,
+        ):
             patch.setattr(module, "time", self.clock)
         for module in (client_module, session_module):
             patch.setattr(module, "queue", Queues(self))
@@ -417,7 +430,7 @@ class World:
     def start_worker(self) -> None:
         """It joins as events pass, since its start must not wait in the middle of what another one does."""
         link = Link(self, "worker-1")
-        layers: Any = Layers(self.pages)
+        layers: Any = Layers(self.pages, self.asynchronous)
         table = SessionTable(self.random.choice([2, 3, 100]))
         identity = self.fleet.identity("worker")
         worker = Worker(layers, SERVICE, "simulated", identity, self.fleet, link, table)

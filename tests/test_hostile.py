@@ -554,6 +554,106 @@ def device(setting: Setting) -> Iterator[tuple[Client, Any]]:
         session.call([step(1)])
 
 
+# --- ten thousand frames for each --------------------------------------------------------------------------
+
+#: Frames for each of broker, worker and device.
+FRAMES = 10_000
+
+Frame = tuple[bytes, bytes]
+
+
+def flood(honest: list[Frame], foreign: list[Frame], seed: int) -> Iterator[tuple[str, bytes, bytes]]:
+    """Corrupted, truncated, mixed, replayed, reordered and foreign frames, made of honest ones."""
+    choose = random.Random(seed)
+    for _ in range(FRAMES):
+        kind = choose.choice(["corrupt head", "corrupt body", "cut head", "cut body", "mix", "replay", "foreign"])
+        head, body = choose.choice(foreign if kind == "foreign" else honest)
+        damaged = bytearray(head if kind.endswith("head") else body)
+        at = choose.randrange(len(damaged))
+        if kind.startswith("corrupt"):
+            damaged[at] ^= 1 << choose.randrange(8)
+        elif kind.startswith("cut"):
+            del damaged[at:]
+        elif kind == "mix":
+            damaged[:] = choose.choice([other for _, other in honest if other != body])
+        yield kind, *((bytes(damaged), body) if kind.endswith("head") else (head, bytes(damaged)))
+
+
+def take(handler: Any, head: bytes, body: bytes) -> bool:
+    """What a link does with a frame; whether it was refused."""
+    try:
+        handler.on_message(wire.decode_header(head), wire.check_body(body))
+    except (ProtocolError, AuthenticationError, Busy):
+        return True
+    return False
+
+
+def test_a_flood_does_not_reach_what_a_worker_computes(bench: Bench, channel: Channel) -> None:
+    number = 800_000
+    keys, other = channel.session_keys(number, 0), bench.channel(70).session_keys(number, 0)
+    honest = [bench.request(keys, number, seq, *step(seq)) for seq in range(20)]
+    # Sealed for another channel.
+    foreign = []
+    for seq in range(20):
+        header, body = bench.request(other, number, seq, *step(seq), channel=70)
+        foreign.append((changed(header, channel=1), body))
+    for header, body in honest:
+        assert bench.deliver(header, body) == ""
+    answers = {header.seq: body for header, body in bench.replies(20)}
+    steps, held = bench.worker.counters["steps"], len(bench.worker._sessions)
+    frames = [(wire.encode_header(header), body) for header, body in honest]
+    refused = sent = 0
+    for kind, head, body in flood(frames, foreign, 1):
+        refused += (was_refused := take(bench.worker, head, body))
+        for header, sealed in bench.transport.take():
+            assert isinstance(header, wire.Relay)
+            # To what it has answered it gives the same answer; of channels that it has not it says so.
+            again = header.kind == wire.Kind.REPLY and header.session == number
+            assert not again or sealed == answers[header.seq]
+            sent += again
+        assert was_refused or kind not in ("corrupt body", "cut body", "foreign")
+    assert refused > FRAMES // 2
+    assert sent > FRAMES // 20
+    assert (bench.worker.counters["steps"], len(bench.worker._sessions)) == (steps, held)
+    assert bench.deliver(*bench.request(keys, number, 20, *step(20))) == ""
+    ((header, body),) = bench.replies()
+    assert isinstance(wire.decode_payload(keys.open(header, body), wire.reply_decoder)[0], wire.Result)
+    bench.deliver(*bench.request(keys, number, 21, wire.Close()))
+
+
+def test_a_flood_does_not_reach_a_generation(setting: Setting, expected: list[bytes]) -> None:
+    """Every reply of one session, and another's, are turned against a session while it runs."""
+    seen: list[Frame] = []
+
+    def watch(peer: Peer, header: wire.AnyHeader, message: Message) -> list[Message]:
+        if peer.role == "device" and isinstance(header, wire.Relay):
+            seen.append((bytes(message[0]), bytes(message[1])))
+        return [message]
+
+    with setting.broker() as broker, setting.worker(broker.address), setting.client(broker.address) as client:
+        cheat(broker, watch)
+        assert run_steps(client, STEPS) == expected
+        foreign, seen[:] = list(seen), []
+        session = client.open_session()
+        answers = [session.call([step(0, 7)])]
+        answers += [session.call([step(7 + i)]) for i in range(STEPS // 2)]
+        frames = flood(list(seen), foreign, 2)
+        refused = 0
+        for i in range(STEPS // 2, STEPS):
+            if i == STEPS - 1:
+                batch = list(frames)
+            else:
+                batch = [frame for frame, _ in zip(frames, range(200), strict=False)]
+            for _, head, body in batch:
+                refused += take(client, head, body)
+            answers.append(session.call([step(7 + i)]))
+        assert [bytes(tensor) for ((_, tensor),) in answers] == expected
+        assert session.events.empty()
+        assert refused > FRAMES // 10
+        assert client.counters["late"] > FRAMES // 10
+        session.close()
+
+
 # --- a worker that lies ------------------------------------------------------------------------------------
 
 

@@ -276,6 +276,32 @@ def test_the_only_worker_may_take_its_time(
             worker.stop()
 
 
+def test_a_step_does_not_wander_between_slow_workers(
+    checkpoint: Path, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compute, "HUNG_AFTER", 100.0)
+    release = threading.Event()
+    with running_broker() as broker:
+        workers = [start_worker(checkpoint, broker.address) for _ in range(2)]
+        try:
+            with SplitModelForCausalLM.from_pretrained(
+                checkpoint, broker=broker.address, step_timeout=0.3
+            ) as model:
+
+                def slow_down() -> None:
+                    for worker in workers:
+                        hang(worker, release)
+                    threading.Timer(2.0, release.set).start()
+
+                at_call(model, 6, slow_down)
+                assert torch.equal(model.generate(PROMPT, **GREEDY), wanted)
+                assert model.traffic["replays"] == 1
+        finally:
+            release.set()
+            for worker in workers:
+                worker.stop()
+
+
 def test_a_full_queue_pushes_back_and_nothing_is_lost(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = torch.randint(2, 97, (1, 200), generator=torch.Generator().manual_seed(0))
     expected = tiny.build("llama").generate(prompt, **GREEDY)

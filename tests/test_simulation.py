@@ -194,7 +194,7 @@ def test_a_seed_gives_the_same_sequence_again(fleet: Fleet) -> None:
 def test_every_output_is_right_whatever_happens(fleet: Fleet, chunk: int) -> None:
     @seed(chunk + CHUNKS * int(os.environ.get("SIMULATION_SEED", "0")))
     @settings(max_examples=SEQUENCES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(st.integers(0, 2**63), st.lists(st.sampled_from(ACTS), min_size=2, max_size=14))
+    @given(st.integers(0, 2**63), st.lists(st.sampled_from(ACTS), min_size=2, max_size=10))
     def run(number: int, acts: list[str]) -> None:
         with pytest.MonkeyPatch.context() as patch:
             run_sequence(fleet, number, acts, patch)

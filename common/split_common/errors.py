@@ -125,6 +125,10 @@ class WorkerGone(SessionLost):
     """The worker that held the session died, left or fell silent."""
 
 
+class WorkerSlow(SessionLost):
+    """The worker that holds the session does not answer in time, and there is another one."""
+
+
 class StepFailed(SessionLost):
     """The worker failed at a step; the session went with it."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import queue
 import threading
@@ -238,10 +237,18 @@ class Client:
                 return session
 
     def has_other(self, worker: bytes) -> bool:
-        """Whether another worker is to be had, too; sets up a channel to it."""
-        with contextlib.suppress(SplitError), self._setting_up:
-            return (self._usable([worker]) or self._shake_hands([worker], {})) is not None
-        return False
+        """Whether another worker is to be had, too; sets up a channel to it, unless somebody is about to."""
+        if self._usable([worker]) is not None:
+            return True
+        if not self._setting_up.acquire(blocking=False):
+            return False
+        try:
+            self._shake_hands([worker], {})
+            return True
+        except SplitError:
+            return False
+        finally:
+            self._setting_up.release()
 
     def new_session(self, channel: WorkerChannel, number: int, epoch: int) -> RemoteSession | None:
         """A session over this channel; None when the channel was lost or has had as many as it may."""

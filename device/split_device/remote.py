@@ -27,6 +27,7 @@ from split_common.errors import (
     StepFailed,
     UnsupportedFeature,
     WorkerGone,
+    WorkerSlow,
 )
 from split_common.slots import PassThrough
 from split_common.split import Split
@@ -128,6 +129,7 @@ class SessionLayer(BodyLayer):
         self._remote: RemoteSession | None = None
         self._number = client.new_number()
         self._epochs = itertools.count()
+        self._patient = False
         self._closer: weakref.finalize[..., SessionLayer] | None = None
         #: Which columns hold tokens and not padding, bool `[batch, columns]`; None before the first step.
         self._columns: torch.Tensor | None = None
@@ -186,6 +188,7 @@ class SessionLayer(BodyLayer):
         if self._closer is not None:
             self._closer.detach()
         self._remote = remote
+        remote.patient = self._patient
         self._closer = weakref.finalize(self, remote.close)
 
     # --- a step --------------------------------------------------------------------------------------------
@@ -303,10 +306,14 @@ class SessionLayer(BodyLayer):
         failed: list[str] = []
         died: dict[bytes, str] = {}
         waiting_since: float | None = None
+        # A step that is left by one slow worker is left to the next one, or it would have to begin anew for ever.
+        self._patient = False
         while True:
             try:
                 if self._remote is None:
                     self._open(avoid)
+                else:
+                    self._remote.patient = self._patient
                 assert self._remote is not None
                 return self._send(self._remote, requests)
             except (Busy, SessionLost, NoWorker) as error:
@@ -317,6 +324,8 @@ class SessionLayer(BodyLayer):
                     name = remote.channel.channel.peer.name
                     if isinstance(error, StepFailed):
                         failed.append(name)
+                    if isinstance(error, WorkerSlow):
+                        self._patient, waiting_since = True, now
                     if isinstance(error, WorkerGone) and remote.worker not in died:
                         # It may have been at work for long: patience begins anew.
                         died[remote.worker], waiting_since = name, now

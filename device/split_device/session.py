@@ -22,13 +22,15 @@ from split_common.errors import (
     SplitError,
     StepFailed,
     WorkerGone,
+    WorkerSlow,
 )
 
 if TYPE_CHECKING:
     from split_device.client import Client, WorkerChannel
 
-#: Seconds without a reply after which a request is sent again; doubles each time.
+#: Seconds without a reply after which a request is sent again; doubles each time, up to the second.
 RETRANSMIT = 3.0
+MAX_RETRANSMIT = 10.0
 
 #: Requests of one session that may be unanswered; further ones are sent as replies arrive.
 IN_FLIGHT = 32
@@ -61,6 +63,8 @@ class RemoteSession:
         #: Requests that were sent and not answered, by sequence number.
         self.in_flight: dict[int, tuple[wire.Relay, bytes]] = {}
         self._lost: SplitError | None = None
+        #: Whether the worker may take as long as it likes.
+        self.patient = False
 
     @property
     def acked(self) -> int:
@@ -185,16 +189,16 @@ class RemoteSession:
         too_slow_at = time.monotonic() + self._client.step_timeout
         while True:
             now = time.monotonic()
-            if now >= too_slow_at and self.events.empty():
+            if now >= too_slow_at and self.events.empty() and not self.patient:
                 if self._client.has_other(self.worker):
-                    raise SessionLost(f"the worker has not answered for {self._client.step_timeout:g} s")
+                    raise WorkerSlow(f"the worker has not answered for {self._client.step_timeout:g} s")
                 too_slow_at = time.monotonic() + self._client.step_timeout
             silent_since = None if self._client.transport.alive else silent_since or now
             if silent_since is not None and now - silent_since > self._client.timeout:
                 raise BrokerUnreachable("the broker does not answer any more")
             if now >= resend_at:
                 self.resend()
-                interval *= 2
+                interval = min(2 * interval, MAX_RETRANSMIT)
                 resend_at = now + interval
             try:
                 event = self.events.get(timeout=min(0.25, resend_at - now))

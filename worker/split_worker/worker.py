@@ -228,7 +228,8 @@ class Worker:
         if id_ not in self._links:
             self._unknown_channel(header, body)
             raise AuthenticationError("the end of a channel set-up that did not begin")
-        self._reply(self._links[id_].control, header, wire.Done())
+        confirmed = msgspec.structs.replace(header, session=0, epoch=0, seq=0)
+        self._reply(self._links[id_].control, confirmed, wire.Done())
 
     def _make_room(self, device: bytes) -> None:
         """Closes what a new channel of a device has to give way."""
