@@ -108,6 +108,8 @@ class Keeper:
         self._boot: bytes | None = None
         self._broken = False
         self._spoiled = False
+        # Whether the peer has taken itself out of the queue for a while.
+        self._away = False
         self._early_until = 0.0
         self._next_beat = self._next_watch = self._next_reset = 0.0
         self._beats = 0
@@ -199,6 +201,10 @@ class Keeper:
         now = time.monotonic()
         self._announcement = self._caller.announcement() or self._announcement
         self._watching = set(self._announcement.watching)
+        if self._announcement.leaving:
+            # Until it says otherwise: it lives, but is of no use to those that watch it.
+            self._withdraw()
+            return
         keys = self._keys
         boot = ("SET", keys.boot, self._own_boot, "NX", "GET") if self.role == "worker" else ("GET", keys.boot)
         commands: list[Command] = [
@@ -250,7 +256,8 @@ class Keeper:
         self.lanes_made = max(self.lanes_made, 1)
         if not joined:
             return
-        if not existed and not forgot and absent >= LEASE:
+        away, self._away = self._away or absent >= LEASE, False
+        if not existed and not forgot and away:
             # Held for dead meanwhile: those that this peer watches have been told so, and hold nothing of it.
             self._caller.gone(list(self._watching))
         elif (broken or forgot or not existed) and now >= self._next_reset:
@@ -273,14 +280,20 @@ class Keeper:
         self._spoiled = False
         self.lanes_made += 1
 
-    def _leave(self) -> None:
+    def _withdraw(self) -> None:
         """Those that watch this peer need not wait for its lease to end."""
         commands: list[Command] = [(self.lane, ("DEL", self.lane))]
         if self.opens is not None:
             commands.append((self._keys.workers, ("HDEL", self._keys.workers, self._announcement.sender.hex())))
+        self.room = 0
+        self._line.run_allowed(commands)
+        self._away, self._broken = True, False
+        self.heard = time.monotonic()
+
+    def _leave(self) -> None:
         for _ in range(2):
             try:
-                self._line.run(commands)
+                self._withdraw()
                 return
             except BrokerUnreachable as error:
                 # A broken connection is made anew once.
@@ -323,7 +336,9 @@ class Keeper:
     def bounce(self, header: wire.Relay, reason: Any, detail: str, retry_after: float = 0.0) -> None:
         """Tells the sender that a message was not delivered."""
         self._counters[f"bounced_{reason}"] += 1
-        bounce = wire.Bounce(reason, header.channel, header.session, header.seq, header.to, detail, retry_after)
+        bounce = wire.Bounce(
+            reason, header.channel, header.session, header.seq, header.to, detail, retry_after, header.epoch
+        )
         self._caller.message(bounce, b"")
 
     # --- wishes: the worker's side ---------------------------------------------------------------------------
