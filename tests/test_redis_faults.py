@@ -234,6 +234,30 @@ def test_a_worker_that_leaves_is_gone_at_once(setting: Setting, server: Valkey) 
         assert time.monotonic() - began < 0.5
 
 
+def test_a_worker_that_hangs_leaves_and_comes_back(
+    setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with setting.worker(server.address) as worker, setting.client(server.address, patience=0) as client:
+        session = client.open_session()
+        session.call([step(0)])
+        with monkeypatch.context() as patch:
+            patch.setattr(worker._compute, "stuck", lambda: True)
+            wait_until(lambda: session.ended, HEARTBEAT + WATCH_INTERVAL + 0.5)
+            with pytest.raises(NoWorker):
+                client.open_session()
+        # It learns that its devices were told, and holds nothing of them.
+        wait_until(lambda: len(worker._sessions) == 0, HEARTBEAT + 0.5)
+        wait_until(lambda: client_finds(client))
+        client.open_session().call([step(0)])
+
+
+def client_finds(client: Any) -> bool:
+    try:
+        return client.open_session() is not None
+    except NoWorker:
+        return False
+
+
 def test_a_device_that_is_held_for_dead_frees_its_sessions_and_comes_back(
     setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:

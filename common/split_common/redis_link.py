@@ -23,7 +23,8 @@ from split_common import wire
 from split_common.errors import BrokerUnreachable, Malformed, Oversized, SplitError
 from split_common.fleet import Fleet
 from split_common.keys import Identity
-from split_common.redis_keeper import RECONNECT, RECONNECT_MAX, RETRY_AFTER, Caller, Keeper
+from split_common.redis_caller import Caller
+from split_common.redis_keeper import RECONNECT, RECONNECT_MAX, RETRY_AFTER, Keeper
 from split_common.redis_keys import GROUP, Keys, entry, next_id, read_entry
 from split_common.redis_server import Command, Line, Refused, Server
 from split_common.transport import HEARTBEAT, MISSED, Handler, count_dropped

@@ -158,6 +158,13 @@ class Line:
             self._server.look_again()
         raise Unreachable(f"{self._server.shown} is being rearranged: {answers[left[0]]}")
 
+    def run_allowed(self, commands: Sequence[Command]) -> list[Any]:
+        """The same; a command for which the user lacks the permission raises Refused."""
+        answers = self.run(commands)
+        for answer in answers:
+            failed(answer)
+        return answers
+
     def _by_holder(
         self, commands: Sequence[Command], numbers: Iterable[int]
     ) -> list[tuple[redis.Redis, list[int]]]:
