@@ -310,7 +310,7 @@ class Compute(ComputeLoop):
     def _turn(self) -> None:
         if not self.link.up:
             return
-        if self.link.frozen or self.hangs:
+        if self.link.frozen or (self.hangs and self._under_way is None):
             if self.hangs:
                 self._watch.begin(1)
             self.world.after(self.hangs or 0.5, self._go_on if self.hangs else self._turn)
@@ -370,7 +370,7 @@ class World:
         for module in (client_module, session_module):
             patch.setattr(module, "queue", Queues(self))
         for module in (client_module, worker_module):
-            patch.setattr(module, "new_peer_id", lambda: self.random.randbytes(8))
+            patch.setattr(module, "new_peer_id", lambda member: self.random.randbytes(8))
         patch.setattr(worker_module, "ComputeLoop", Compute)
         patch.setattr(pool_module, "PAGE_TOKENS", 4)
         patch.setattr(sessions_module, "GROWTH", 4)
