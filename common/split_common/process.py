@@ -85,7 +85,7 @@ def running_command(
         SplitError: it ended before it was ready; the message is its own.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_exit_on_sigterm())
+        stack.enter_context(exit_on_sigterm())
         stderr = stack.enter_context(log.open("wb")) if log is not None else None
         process = subprocess.Popen(
             [sys.executable, "-m", "split_common", *arguments, "--json"],
@@ -107,7 +107,7 @@ def running_command(
 
 
 @contextlib.contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
+def exit_on_sigterm() -> Iterator[None]:
     """Turns SIGTERM into an exception, so that what was started is ended; only where nobody else handles it."""
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
