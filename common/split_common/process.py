@@ -75,7 +75,7 @@ def running_command(
 
     Args:
         arguments: the command and its options; `--json` is added.
-        log: where its stderr goes; this process's own if None.
+        log: to whose end its stderr goes; this process's own if None.
         env: further environment variables.
 
     Yields:
@@ -86,7 +86,7 @@ def running_command(
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(exit_on_sigterm())
-        stderr = stack.enter_context(log.open("wb")) if log is not None else None
+        stderr = stack.enter_context(log.open("ab")) if log is not None else None
         process = subprocess.Popen(
             [sys.executable, "-m", "split_common", *arguments, "--json"],
             stdin=subprocess.DEVNULL,

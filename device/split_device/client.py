@@ -102,6 +102,8 @@ class Client:
         self.timeout = timeout
         self.patience = patience
         self.timings = Timings()
+        #: Whether a worker of the service was ever found: then its absence may be a matter of time.
+        self.served = False
         #: Messages dropped because they broke the protocol, by type of error.
         self.counters: Counter[str] = Counter()
         self._fleet = fleet
@@ -311,6 +313,7 @@ class Client:
             last = wire.Relay(made.worker, self._id, wire.Kind.FINISH, number)
             self._ask(events, last, finish, take_confirmation)
             self._channels[number] = made
+            self.served = True
         finally:
             del self._answers[number]
         in_use = {session.channel.number for session in list(self._sessions.values())}

@@ -298,7 +298,7 @@ class SessionLayer(BodyLayer):
                 deadline = deadline if deadline is not None else now + self.client.patience
                 failures += isinstance(error, StepFailed)
                 lost = error if isinstance(error, SessionLost) else lost
-                fresh = lost is None and not self.get_seq_length()
+                fresh = lost is None and not self.get_seq_length() and not self.client.served
                 pause = getattr(error, "retry_after", RETRY_AFTER)
                 if now + pause > deadline or failures > 1 or (isinstance(error, NoWorker) and fresh):
                     raise lost or error from None

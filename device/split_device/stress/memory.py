@@ -40,7 +40,7 @@ class Resident:
 
 
 class Memory:
-    """Looks at processes from time to time. Those that are gone count no more, but for devices that have finished."""
+    """Looks at processes from time to time; only devices still count when they have ended."""
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[int, Resident]] = {}
@@ -58,6 +58,8 @@ class Memory:
                 continue
             with contextlib.suppress(psutil.Error):
                 now = psutil.Process(process.pid).memory_info().rss
+                if not now:  # it has just ended
+                    continue
                 pid, resident = self._found.get(each.name, (0, Resident(each.name)))
                 if pid != process.pid:
                     resident = Resident(each.name)

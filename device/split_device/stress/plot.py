@@ -39,15 +39,14 @@ def draw(path: Path, ledger: Ledger, chaos: Chaos | None, seconds: float) -> Non
         f"{ledger.completed} of {ledger.requests} requests answered, {ledger.replays} sessions replayed"
     )
     history = chaos.history if chaos is not None else []
-    kinds = [kind for kind in INTERVALS if any(kind == of for _, of in history)]
-    for row, kind in enumerate(kinds):
+    for row, kind in enumerate(INTERVALS):
         times = [when - ledger.began for when, of in history if of == kind]
         marks.scatter(times, [row] * len(times), marker="|", s=80, color=f"C{row + 1}")
         if kind in ("kill", "broker"):
             for when in times:
                 curve.axvline(when, color=f"C{row + 1}", alpha=0.4, linewidth=0.8)
-    marks.set_yticks(range(len(kinds)), kinds)
-    marks.set_ylim(len(kinds) - 0.5, -0.5)
+    marks.set_yticks(range(len(INTERVALS)), list(INTERVALS))
+    marks.set_ylim(len(INTERVALS) - 0.5, -0.5)
     marks.set_xlabel("seconds")
     marks.set_xlim(0, seconds)
     marks.grid(alpha=0.3, axis="x")

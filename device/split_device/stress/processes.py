@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -171,6 +172,13 @@ def command(arguments: list[str], log: Path, env: dict[str, str]) -> Start:
             yield process
 
     return start
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
 
 
 def redis_server(port: int, directory: Path) -> Start:

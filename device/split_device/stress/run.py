@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from split_device.stress.chaos import OF_THE_NETWORK, Chaos
 from split_device.stress.cli import Plan
 from split_device.stress.ledger import Ledger
 from split_device.stress.memory import Memory, Resident
-from split_device.stress.processes import Device, Kept, command, redis_server
+from split_device.stress.processes import Device, Kept, command, free_port, redis_server
 from split_device.stress.proxy import Proxy
 from split_device.stress.report import Report, report
 from split_device.stress.table import shown
@@ -114,7 +113,7 @@ def _queue(
     """The queue's server, unless there is one already, and the queue's address."""
     if plan.broker is not None:
         return None, plan.broker
-    port = _free_port()
+    port = free_port()
     if plan.transport == "redis":
         address = f"redis://127.0.0.1:{port}"
         queue = Kept("redis", redis_server(port, directory))
@@ -123,12 +122,6 @@ def _queue(
         queue = Kept("broker", command(["broker", "--bind", address], directory / "broker.log", env))
     stack.enter_context(_started([queue]))
     return queue, address
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def _proxied(address: str) -> tuple[Proxy, str]:
