@@ -19,7 +19,10 @@ PACKAGES = {
 LIGHT = [
     "split_broker.broker",
     "split_broker.lanes",
-    *(f"split_common.{name}" for name in ("wire", "channel", "transport", "zmq_link", "keys", "fleet", "errors")),
+    *(
+        f"split_common.{name}"
+        for name in ("wire", "channel", "transport", "zmq_link", "redis_link", "keys", "fleet", "errors")
+    ),
 ]
 
 

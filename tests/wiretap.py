@@ -133,9 +133,9 @@ class FakePeer:
     """A socket of a member of the fleet that sends what it is told to, and no heartbeats by itself."""
 
     def __init__(self, address: str, fleet: Fleet, identity: Identity, id_: bytes | None = None) -> None:
-        self.id = id_ or new_peer_id()
         self.role = identity.certificate.role
         self.member = identity.certificate.name
+        self.id = id_ or new_peer_id(self.member)
         self.socket = zmq.Context.instance().socket(zmq.DEALER)
         self.socket.linger = 0
         # Where it is refused at the door, nothing can be sent.

@@ -26,23 +26,18 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from split_broker.lanes import Message, Peer, Waiting
 from split_common import wire
+from split_common.address import is_redis, parse_address
 from split_common.errors import AuthenticationError, ConfigError, Malformed, SplitError
 from split_common.fleet import Fleet, check_address
-from split_common.transport import HEARTBEAT, MISSED, count_dropped, parse_address
+from split_common.transport import GRACE, HEARTBEAT, MISSED, OPEN_PATIENCE, count_dropped
 
 log = logging.getLogger(__name__)
 
 #: Seconds between two probes of each worker's connection: a dead process is noticed by the next one.
 PROBE_INTERVAL = 0.2
 
-#: Seconds that a device's wish for a worker waits for room before it is told to try again.
-OPEN_PATIENCE = 2.0
-
 #: Messages that are taken in one turn of the loop.
 TURN = 256
-
-#: Seconds after its start during which the broker does not yet know who is alive.
-GRACE = HEARTBEAT * MISSED
 
 
 class Broker:
@@ -59,6 +54,8 @@ class Broker:
 
     def __init__(self, address: str, fleet: Fleet) -> None:
         address = parse_address(address)
+        if is_redis(address):
+            raise ConfigError("with Redis there is no broker: give devices and workers the address of the server")
         check_address(address, fleet)
         self._fleet = fleet
         self._boot = os.urandom(8)

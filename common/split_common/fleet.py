@@ -11,7 +11,6 @@ A member's machine needs its own .key, operator.pub, roster and models/.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import shutil
@@ -22,12 +21,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from filelock import FileLock
 from msgspec.structs import replace
 from nacl.signing import SigningKey
 
+from split_common.address import is_local, masked
 from split_common.errors import CertificateError, ConfigError, KeysError
 from split_common.files import (
     config_dir,
@@ -347,24 +347,12 @@ def load_fleet(keys: Path | None = None) -> Fleet:
 def check_address(address: str, fleet: Fleet) -> None:
     """Raise `ConfigError` when the loopback fleet would be used at an address that other machines reach.
 
-    `address` is a URL such as `tcp://127.0.0.1:5555` or `ipc:///run/queue`.
+    `address` is one that `parse_address` has taken, such as `tcp://127.0.0.1:5555` or `ipc:///run/queue`.
     """
-    if fleet.is_loopback and not _is_local(address):
+    if fleet.is_loopback and not is_local(address):
         raise ConfigError(
-            f"{address} is open to other machines, and no keys are configured; run `lambda-split keys init`"
+            f"{masked(address)} is open to other machines, and no keys are configured; run `lambda-split keys init`"
         )
-
-
-def _is_local(address: str) -> bool:
-    try:
-        url = urlsplit(address)
-        if url.scheme in ("ipc", "inproc", "unix"):
-            return True
-        if url.hostname is None or ";" in address:
-            return False
-        return url.hostname == "localhost" or ipaddress.ip_address(url.hostname).is_loopback
-    except ValueError:
-        return False
 
 
 def _issue(operator: SigningKey, role: Role, name: str, models: tuple[ModelScope, ...], days: float) -> Identity:

@@ -6,12 +6,14 @@ delay messages: sessions are built so that at-least-once delivery is enough.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections import Counter
 from collections.abc import Iterable
 from typing import Protocol
 
+from split_common.address import is_redis, parse_address
 from split_common.errors import ConfigError, SplitError
 from split_common.fleet import Fleet, check_address
 from split_common.keys import Identity
@@ -25,6 +27,12 @@ DEFAULT_BROKER = "tcp://127.0.0.1:7411"
 #: Seconds between two announcements of a peer; after `MISSED` of them without one it is held for dead.
 HEARTBEAT = 1.0
 MISSED = 3
+
+#: Seconds after a restart of the queue during which it is not known yet who is alive.
+GRACE = HEARTBEAT * MISSED
+
+#: Seconds that a device's wish for a worker waits for room before the device is told to try again.
+OPEN_PATIENCE = 2.0
 
 
 class Handler(Protocol):
@@ -69,36 +77,22 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
-def parse_address(address: str) -> str:
-    """Normalizes a broker's address: `zmq://host:port` is short for `tcp://host:port`.
-
-    Raises:
-        ConfigError: the scheme is unknown, or the port is missing.
-    """
-    scheme, separator, rest = address.partition("://")
-    # Names with @ or * are no files: no directory would guard the socket.
-    if separator and scheme == "ipc" and rest and rest[0] not in "@*":
-        return address
-    if separator and scheme in ("zmq", "tcp"):
-        host, colon, port = rest.rpartition(":")
-        if colon and host and (port == "*" or (port.isascii() and port.isdigit() and 0 < int(port) < 65536)):
-            return f"tcp://{rest}"
-        raise ConfigError(f"broker address {address!r} lacks a port: tcp://HOST:PORT")
-    raise ConfigError(f"broker address {address!r} is none of tcp://HOST:PORT, zmq://HOST:PORT, ipc://PATH")
-
-
 def connect(address: str, fleet: Fleet, identity: Identity) -> Transport:
     """The transport for an address, not started yet.
 
     Raises:
         ConfigError: the address is malformed, or not this machine's though no keys are configured.
     """
-    from split_common.zmq_link import ZmqLink
-
     address = parse_address(address)
     if address.endswith(":*"):
         raise ConfigError(f"broker address {address!r} lacks the port that the broker has taken")
     check_address(address, fleet)
+    if is_redis(address):
+        from split_common.redis_link import RedisLink
+
+        return RedisLink(address, fleet, identity)
+    from split_common.zmq_link import ZmqLink
+
     return ZmqLink(address, fleet, identity)
 
 
@@ -110,6 +104,11 @@ def count_dropped(counters: Counter[str], error: SplitError) -> None:
         log.warning("dropped a message (%s, %d so far): %s", name, counters[name], error)
 
 
-def new_peer_id() -> bytes:
+def member_mark(member: str) -> bytes:
+    """How the ids of all peers of a member begin: rules of access can tell by it whose a peer is."""
+    return hashlib.blake2b(member.encode(), digest_size=4).digest()
+
+
+def new_peer_id(member: str) -> bytes:
     """Identifies one run of a device or worker."""
-    return os.urandom(8)
+    return member_mark(member) + os.urandom(4)

@@ -111,7 +111,7 @@ class Client:
         self._service = service
         self._model = model
         self._dtype: wire.Dtype = dtype
-        self._id = new_peer_id()
+        self._id = new_peer_id(identity.certificate.name)
         # Joins a session to its channel. The garbage collector closes sessions in whichever thread it runs, perhaps
         # under this very lock: closing takes none, and what it removes from is copied before it is looked through.
         self._lock = threading.Lock()

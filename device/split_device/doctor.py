@@ -202,7 +202,8 @@ class _Knock:
     """A worker that serves nothing, just to hear whether the broker answers (a transport's `Handler`)."""
 
     def __init__(self, identity: Identity) -> None:
-        self._announce = wire.Announce(new_peer_id(), "worker", identity.certificate.name)
+        name = identity.certificate.name
+        self._announce = wire.Announce(new_peer_id(name), "worker", name)
 
     def announcement(self) -> wire.Announce:
         return self._announce

@@ -99,7 +99,7 @@ class Worker:
         self._fleet = fleet
         self._transport = transport
         self._sessions = sessions if sessions is not None else SessionTable()
-        self._id = new_peer_id()
+        self._id = new_peer_id(identity.certificate.name)
         self._half_open: OrderedDict[ChannelId, HalfOpen] = OrderedDict()
         # The one that was used least lately comes first.
         self._links: OrderedDict[ChannelId, Link] = OrderedDict()

@@ -1,0 +1,135 @@
+"""Addresses of queues: which kinds there are, whose machine they are on, and how to print them safely."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from typing import Final
+
+from split_common.errors import ConfigError
+
+#: What each scheme of Redis stands for: one server, the master that Sentinels name, a cluster; and over TLS or not.
+REDIS_SCHEMES: Final[dict[str, tuple[str, bool]]] = {
+    "redis": ("server", False),
+    "rediss": ("server", True),
+    "redis+sentinel": ("sentinel", False),
+    "rediss+sentinel": ("sentinel", True),
+    "redis+cluster": ("cluster", False),
+    "rediss+cluster": ("cluster", True),
+}
+
+_FORMS = (
+    "tcp://HOST:PORT, zmq://HOST:PORT, ipc://PATH, redis://HOST:PORT, rediss://HOST:PORT, "
+    "redis+sentinel://HOST:PORT,HOST:PORT/SERVICE, redis+cluster://HOST:PORT,HOST:PORT"
+)
+
+
+@dataclass(frozen=True)
+class RedisAddress:
+    """A Redis address taken apart. `user` is what stands before the `@`, as it is written in the URL."""
+
+    kind: str
+    tls: bool
+    user: str
+    hosts: tuple[tuple[str, int], ...]
+    #: Sentinel's name for the master; empty without Sentinels.
+    service: str
+    database: int
+    query: str
+
+
+def is_redis(address: str) -> bool:
+    return address.partition("://")[0] in REDIS_SCHEMES
+
+
+def parse_address(address: str) -> str:
+    """Normalizes a broker's address: `zmq://host:port` is short for `tcp://host:port`.
+
+    Raises:
+        ConfigError: the scheme is unknown, or something is missing.
+    """
+    if is_redis(address):
+        parse_redis(address)
+        return address
+    scheme, separator, rest = address.partition("://")
+    # Names with @ or * are no files: no directory would guard the socket.
+    if separator and scheme == "ipc" and rest and rest[0] not in "@*":
+        return address
+    if separator and scheme in ("zmq", "tcp"):
+        host, colon, port = rest.rpartition(":")
+        if colon and host and (port == "*" or _is_port(port)):
+            return f"tcp://{rest}"
+        raise ConfigError(f"broker address {masked(address)!r} lacks a port: tcp://HOST:PORT")
+    raise ConfigError(f"broker address {masked(address)!r} is none of {_FORMS}")
+
+
+def parse_redis(address: str) -> RedisAddress:
+    """Takes a Redis address apart: `SCHEME://[USER[:PASSWORD]@]HOST:PORT[,HOST:PORT…][/SERVICE][/DATABASE][?…]`.
+
+    Raises:
+        ConfigError: it is not of this form.
+    """
+    scheme, _, rest = address.partition("://")
+    kind, tls = REDIS_SCHEMES[scheme]
+    rest, _, query = rest.partition("?")
+    user, _, place = rest.rpartition("@")
+    netloc, _, path = place.partition("/")
+    hosts = tuple(_host(part, address) for part in netloc.split(","))
+    service, _, database = path.rpartition("/")
+    if kind == "sentinel" and not service:
+        service, database = path, ""
+    if kind == "sentinel" and not service:
+        raise ConfigError(f"broker address {masked(address)!r} lacks the name of the service after the last host")
+    if kind != "sentinel" and (service or (kind == "server" and len(hosts) > 1)):
+        raise ConfigError(f"broker address {masked(address)!r} is none of {_FORMS}")
+    if kind == "cluster" and database not in ("", "0"):
+        raise ConfigError("a Redis cluster has database 0 alone")
+    if database and not (database.isascii() and database.isdigit()):
+        raise ConfigError(f"broker address {masked(address)!r} ends in no number of a database")
+    return RedisAddress(kind, tls, user, hosts, service, int(database or 0), query)
+
+
+def _host(text: str, address: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not _is_port(port):
+        raise ConfigError(f"broker address {masked(address)!r} lacks a port: redis://HOST:PORT")
+    return _bare(host), int(port)
+
+
+def _bare(host: str) -> str:
+    """An IPv6 address without its brackets."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and 0 < int(text) < 65536
+
+
+def masked(address: str) -> str:
+    """The address as it may be printed and logged: without password and options."""
+    scheme, separator, rest = address.partition("://")
+    if scheme in ("tcp", "zmq", "ipc"):
+        return address
+    place = rest.rpartition("@")[2]
+    # An unescaped @ behind the ? may be part of a secret.
+    if "?" in rest.removesuffix(place):
+        return f"{scheme}{separator}…"
+    return f"{scheme}{separator}{place.partition('?')[0]}"
+
+
+def is_local(address: str) -> bool:
+    """Whether an address can be reached from this machine alone."""
+    if is_redis(address):
+        # What Sentinels and clusters name is as local as they are themselves.
+        return all(_is_loopback(host) for host, _ in parse_redis(address).hosts)
+    scheme, _, rest = address.partition("://")
+    if scheme == "ipc":
+        return True
+    return scheme == "tcp" and _is_loopback(_bare(rest.rpartition(":")[0]))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

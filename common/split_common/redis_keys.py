@@ -1,0 +1,75 @@
+"""Names of the keys in Redis, and how entries of streams look.
+
+    ls:FLEET:{w:PEER}                   a worker's lane: what devices send it
+    ls:FLEET:{d:PEER}                   a device's lane: the replies to it
+    ls:FLEET:{open:ROOT:FIRST:LAST}     wishes for a worker of a service, read by a group of its workers
+    ls:FLEET:{fleet}:workers            hash of each worker's newest announcement, by peer
+    ls:FLEET:{fleet}:boot               changes when the server has forgotten everything
+    ls:FLEET:{fleet}:roster[-version]   the signed roster
+
+A peer lives as long as its lane is there: lanes expire, and their owners' heartbeats put it off. What stands in
+braces decides where a cluster keeps a key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from split_common import wire
+from split_common.errors import Malformed
+from split_common.keys import Role
+from split_common.transport import member_mark
+
+#: The group that the workers of a service read its wishes as.
+GROUP = "workers"
+
+#: The largest number of a stream's entry: nothing can be added after it.
+LAST_ID = 2**64 - 1
+
+
+class Keys:
+    """The keys of a fleet."""
+
+    def __init__(self, operator_key: bytes) -> None:
+        self._prefix = "ls:" + hashlib.blake2b(operator_key, digest_size=4).hexdigest()
+        self.fleet = f"{self._prefix}:{{fleet}}:"
+        self.workers = f"{self.fleet}workers"
+        self.boot = f"{self.fleet}boot"
+        self.roster = f"{self.fleet}roster"
+        self.roster_version = f"{self.fleet}roster-version"
+
+    def lane(self, role: Role, peer: bytes) -> str:
+        return f"{self._prefix}:{{{role[0]}:{peer.hex()}}}"
+
+    def lanes(self, role: Role, member: str = "") -> str:
+        """A pattern for the lanes of all of a role, or of one member."""
+        return f"{self._prefix}:{{{role[0]}:{member_mark(member).hex() if member else ''}*"
+
+    def opens(self, service: wire.Service) -> str:
+        return f"{self._prefix}:{{open:{service.root.hex()}:{service.first}:{service.last}}}"
+
+    @property
+    def all_opens(self) -> str:
+        """A pattern for the wishes of all services."""
+        return f"{self._prefix}:{{open:*"
+
+
+def entry(head: bytes, body: bytes) -> tuple[bytes | str, ...]:
+    """The fields of a message in a stream."""
+    return "h", head, "b", body
+
+
+def read_entry(fields: Any) -> tuple[bytes, bytes]:
+    """The two frames of a message. Raises Malformed."""
+    if not isinstance(fields, list) or len(fields) != 4 or fields[0] != b"h" or fields[2] != b"b":
+        raise Malformed("an entry that is no message")
+    return fields[1], fields[3]
+
+
+def next_id(id_: bytes) -> str | None:
+    """The least id above an entry's; None when there is none."""
+    milliseconds, _, number = id_.decode().partition("-")
+    if int(number) < LAST_ID:
+        return f"{milliseconds}-{int(number) + 1}"
+    return f"{int(milliseconds) + 1}-0" if int(milliseconds) < LAST_ID else None

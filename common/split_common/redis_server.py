@@ -1,0 +1,257 @@
+"""The Redis or Valkey behind an address: one server, the master that Sentinels name, or a cluster.
+
+A `Line` is one thread's connections to it. It sends commands as they are and hands back raw answers: no retry but
+after a cluster's redirection, since who reconnects has to look after leases first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import ssl
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.cluster import ClusterNode, RedisCluster
+from redis.connection import parse_url
+from redis.exceptions import (
+    AskError,
+    AuthenticationError,
+    AuthorizationError,
+    ClusterDownError,
+    ClusterError,
+    ConnectionError,
+    MovedError,
+    NoPermissionError,
+    ReadOnlyError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+    TryAgainError,
+)
+from redis.retry import Retry
+from redis.sentinel import Sentinel
+
+from split_common.address import RedisAddress, masked, parse_redis
+from split_common.errors import BrokerUnreachable, ConfigError
+
+#: Where the password is looked for when the address has none.
+PASSWORD_VARIABLE = "LAMBDA_SPLIT_REDIS_PASSWORD"  # noqa: S105
+
+#: Seconds that the server may take for an answer, or for taking a command.
+ANSWER_TIMEOUT = 5.0
+
+#: Seconds for a connection to be made.
+CONNECT_TIMEOUT = 3.0
+
+#: Times that a command follows a cluster's redirections.
+REDIRECTIONS = 5
+
+_ELSEWHERE = (MovedError, AskError, TryAgainError, ClusterDownError)
+
+#: What a command is sent as: the key that says which server it goes to, and its words.
+Command = tuple[str, Sequence[bytes | str | int]]
+
+
+class Unreachable(BrokerUnreachable):
+    """The server does not answer just now; it may later."""
+
+
+class Refused(BrokerUnreachable):
+    """The server answers, and will not have this user or this command: trying again changes nothing."""
+
+
+class Server:
+    """Makes connections to what an address names. Safe to use from several threads.
+
+    Raises:
+        ConfigError: the address is malformed, or has an option that redis-py does not know.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = parse_redis(address)
+        self.shown = masked(address)
+        self._lock = threading.Lock()
+        self._single: redis.Redis | None = None
+        self._cluster: RedisCluster | None = None
+        self._options = _options(self._address)
+        try:
+            if self._address.kind == "server":
+                host, port = self._address.hosts[0]
+                self._single = redis.Redis(host=host, port=port, **self._options)
+            elif self._address.kind == "sentinel":
+                self._single = _sentinel(self._address, self._options)
+        except (TypeError, ValueError, RedisError) as error:
+            raise ConfigError(f"broker address {self.shown!r}: {error}") from None
+
+    def holder(self, key: str) -> redis.Redis:
+        """The client of the server that holds a key. Raises Unreachable, Refused, ConfigError."""
+        if self._single is not None:
+            return self._single
+        with self._lock, self.contained():
+            if self._cluster is None:
+                nodes = [ClusterNode(host, port) for host, port in self._address.hosts]
+                try:
+                    self._cluster = RedisCluster(startup_nodes=nodes, **self._options)
+                except (TypeError, ValueError) as error:
+                    raise ConfigError(f"broker address {self.shown!r}: {error}") from None
+            node = self._cluster.get_node_from_key(key)
+            assert node is not None
+            client: redis.Redis = self._cluster.get_redis_connection(node)
+            return client
+
+    def look_again(self) -> None:
+        """Asks a cluster who holds what: after a redirection, or when one of it does not answer."""
+        with self._lock, self.contained():
+            if self._cluster is not None:
+                self._cluster.nodes_manager.initialize()
+
+    def close(self) -> None:
+        for client in (self._single, self._cluster):
+            if client is not None:
+                client.close()
+
+    @contextlib.contextmanager
+    def contained(self) -> Any:
+        """Turns redis-py's errors, but for what a command itself brought about, into ours."""
+        try:
+            yield
+        except (AuthenticationError, AuthorizationError) as error:
+            raise Refused(
+                f"{self.shown} does not accept this user name or password ({error}): put them into the address, or "
+                f"the password into ${PASSWORD_VARIABLE}"
+            ) from None
+        except (ConnectionError, TimeoutError, OSError, RedisClusterException, ClusterError) as error:
+            raise Unreachable(_reason(self.shown, error)) from None
+
+
+class Line:
+    """One thread's connections. Only `close` may be called from another one."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        # By client, which is kept so that no other one takes its id.
+        self._connections: dict[int, tuple[redis.Redis, Any]] = {}
+        self._closed = False
+
+    def run(self, commands: Sequence[Command]) -> list[Any]:
+        """Sends all, then reads all answers: raw, or a ResponseError in the place of one that failed.
+
+        Raises:
+            Unreachable, Refused: some may have been run, and some not.
+        """
+        answers: list[Any] = [None] * len(commands)
+        left = list(range(len(commands)))
+        for _ in range(REDIRECTIONS):
+            for client, numbers in self._by_holder(commands, left):
+                for number, answer in zip(numbers, self._exchange(client, commands, numbers), strict=True):
+                    answers[number] = answer
+            left = [number for number in left if isinstance(answers[number], _ELSEWHERE)]
+            if not left:
+                return answers
+            self._server.look_again()
+        raise Unreachable(f"{self._server.shown} is being rearranged: {answers[left[0]]}")
+
+    def _by_holder(
+        self, commands: Sequence[Command], numbers: Iterable[int]
+    ) -> list[tuple[redis.Redis, list[int]]]:
+        groups: dict[int, tuple[redis.Redis, list[int]]] = {}
+        for number in numbers:
+            client = self._server.holder(commands[number][0])
+            groups.setdefault(id(client), (client, []))[1].append(number)
+        return list(groups.values())
+
+    def _exchange(self, client: redis.Redis, commands: Sequence[Command], numbers: Sequence[int]) -> list[Any]:
+        answers: list[Any] = []
+        try:
+            with self._server.contained():
+                connection = self._connection(client)
+                connection.send_packed_command(connection.pack_commands([commands[n][1] for n in numbers]))
+                for _ in numbers:
+                    try:
+                        answers.append(connection.read_response(disconnect_on_error=True))
+                    except ReadOnlyError as error:
+                        raise ConnectionError("the server is a replica now") from error
+                    except ResponseError as error:
+                        answers.append(error)
+        except BaseException:
+            # Answers that were not read must not be taken for those of later commands. Sending connects again.
+            self._disconnect()
+            with contextlib.suppress(BrokerUnreachable):
+                self._server.look_again()
+            raise
+        return answers
+
+    def _connection(self, client: redis.Redis) -> Any:
+        if self._closed:
+            raise ConnectionError("closed")
+        if id(client) not in self._connections:
+            self._connections[id(client)] = client, client.connection_pool.get_connection()
+        return self._connections[id(client)][1]
+
+    def _disconnect(self) -> None:
+        for _, connection in list(self._connections.values()):
+            connection.disconnect()
+
+    def close(self) -> None:
+        """Ends a command that waits, too."""
+        self._closed = True
+        self._disconnect()
+
+
+def failed(answer: object) -> str:
+    """What a command's own error says; empty where there is none. Raises Refused for a lack of permission."""
+    if isinstance(answer, NoPermissionError):
+        raise Refused(f"its user lacks a permission (see `lambda-split redis-acl`): {answer}")
+    return str(answer) if isinstance(answer, ResponseError) else ""
+
+
+def _options(address: RedisAddress) -> dict[str, Any]:
+    scheme = "rediss" if address.tls else "redis"
+    user = f"{address.user}@" if address.user else ""
+    try:
+        options: dict[str, Any] = parse_url(f"{scheme}://{user}host:1?{address.query}")
+    except ValueError as error:
+        raise ConfigError(f"the Redis address has a wrong option: {error}") from None
+    for name in ("host", "port", "connection_class"):
+        options.pop(name, None)
+    if not options.get("password") and (password := os.environ.get(PASSWORD_VARIABLE)):
+        options["password"] = password
+    options.update(
+        protocol=2,
+        socket_timeout=ANSWER_TIMEOUT,
+        socket_connect_timeout=CONNECT_TIMEOUT,
+        socket_read_size=256 * 1024,
+        retry=Retry(NoBackoff(), 0),
+        driver_info=None,
+    )
+    if address.kind != "cluster":
+        options["db"] = address.database
+    if address.tls:
+        options["ssl"] = True
+    return options
+
+
+def _sentinel(address: RedisAddress, options: dict[str, Any]) -> redis.Redis:
+    """A client of the master. The Sentinels themselves have passwords of their own, if any."""
+    names = {"sentinel_username": "username", "sentinel_password": "password"}
+    own = {to: options.pop(name) for name, to in names.items() if name in options}
+    shared = {name: value for name, value in options.items() if name not in ("username", "password", "db")}
+    sentinels = Sentinel(list(address.hosts), sentinel_kwargs={**shared, **own}, **options)
+    client: redis.Redis = sentinels.master_for(address.service)
+    return client
+
+
+def _reason(shown: str, error: Exception) -> str:
+    """Why there is no answer, in words that help."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLError):
+            why = getattr(cause, "verify_message", "") or cause.reason or str(cause)
+            return f"no TLS connection to {shown}: {why} (is it a TLS port? ?ssl_ca_certs=FILE names the CA)"
+        cause = cause.__cause__ or cause.__context__
+    return f"no answer from {shown}: {error}"
