@@ -68,8 +68,9 @@ def check_sound(report: Any) -> None:
     assert report["memory_within"], report["memory"]
 
 
-def test_nothing_is_lost_over_zeromq(tmp_path: Path) -> None:
-    report = finish(start(tmp_path, "--devices", 2, "--workers", 2, "--seconds", 25, "--seed", 7), tmp_path)
+@pytest.mark.parametrize("transport", ["zmq", "redis"])
+def test_nothing_is_lost(transport: str, tmp_path: Path) -> None:
+    report = finish(start(tmp_path, "--devices", 2, "--workers", 2, "--seconds", 25, "--seed", 7, "--transport", transport), tmp_path)
     check_sound(report)
     assert report["worker_kills"] >= 1
     assert report["worker_stops"] >= 1

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from split_common.address import is_redis
 from split_common.console import emit_json, stderr, stdout
 from split_common.errors import ConfigError
 from split_common.options import MODEL_PANEL, QUEUE_PANEL, JsonOption, KeysOption
@@ -161,7 +162,7 @@ def _transport(broker: str | None, transport: TransportName) -> TransportName:
     """What a given address speaks."""
     if broker is None:
         return transport
-    return "redis" if broker.startswith(("redis", "valkey")) else "zmq"
+    return "redis" if is_redis(broker) else "zmq"
 
 
 def parse_chaos(text: str | None, has_workers: bool, broker: str | None) -> list[str]:

@@ -27,6 +27,9 @@ TURN = 0.25
 #: Seconds that devices have to end their last request once the faults are over: as long as they bear their absence.
 FINISHING = 240.0
 
+#: Seconds after which nothing is left in Redis of those that were killed.
+LEASES = 15.0
+
 #: Memory for keys and values of a worker that serves the random model: soon all touched, so that it grows no more.
 KV_MEMORY = "8MiB"
 
@@ -62,10 +65,10 @@ def run(plan: Plan, directory: Path, stack: contextlib.ExitStack) -> Outcome:
 
     stack.enter_context(exit_on_sigterm())
     stderr.print(f"starting {plan.workers} workers and {plan.devices} devices on this machine …")
-    queue, address = _queue(plan, directory, env, stack)
-    proxy = None
+    queue, server = _queue(plan, directory, env, stack)
+    proxy, address = None, server
     if set(plan.chaos) & set(OF_THE_NETWORK):
-        proxy, address = _proxied(address)
+        proxy, address = _proxied(server)
         stack.callback(proxy.close)
     serve = ["worker", "--model", model, "--broker", address, "--dtype", "float32", *keys]
     serve += [
@@ -98,10 +101,7 @@ def run(plan: Plan, directory: Path, stack: contextlib.ExitStack) -> Outcome:
     ledger.began = time.monotonic()
     memory, interrupted = _watch(plan, ledger, chaos, kept, devices)
     seconds = time.monotonic() - ledger.began
-    left = None
-    if queue is not None and plan.transport == "redis":
-        _end(workers)
-        left = _left(address)
+    left = _left(server) if queue is not None and plan.transport == "redis" else None
     return Outcome(
         report(plan.transport, plan.seed, seconds, ledger, chaos, memory, left, interrupted), ledger, chaos
     )
@@ -208,13 +208,16 @@ def _watch(
 
 
 def _left(address: str) -> dict[str, int]:
-    """Entries in streams, and those that were delivered and not acknowledged."""
+    """Entries in streams, and those that were delivered and not acknowledged, once the leases of the dead are over."""
     import redis
 
-    entries = pending = 0
+    deadline = time.monotonic() + LEASES
     with redis.Redis.from_url(address) as client:
-        for key in client.scan_iter(_type="stream"):
-            entries += client.xlen(key)
-            for group in client.xinfo_groups(key):
-                pending += group["pending"]
-    return {"entries": entries, "pending": pending}
+        while True:
+            entries = pending = 0
+            for key in client.scan_iter(_type="stream"):
+                entries += client.xlen(key)
+                pending += sum(group["pending"] for group in client.xinfo_groups(key))
+            if not (entries or pending) or time.monotonic() > deadline:
+                return {"entries": entries, "pending": pending}
+            time.sleep(TURN)
