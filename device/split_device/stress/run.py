@@ -208,7 +208,7 @@ def _watch(
 
 
 def _left(address: str) -> dict[str, int]:
-    """Entries in streams, and those that were delivered and not acknowledged, once the leases of the dead are over."""
+    """Entries in streams, and those that were read and not acknowledged, once the leases of the dead are over."""
     import redis
 
     deadline = time.monotonic() + LEASES
