@@ -16,6 +16,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+import fleet
 from split_common.demo_model import ensure_demo_model
 from split_common.errors import ModelError
 
@@ -70,6 +71,14 @@ def _own_directories() -> Iterator[None]:
             directory.mkdir(mode=0o700)
             patch.setenv(f"LAMBDA_SPLIT_{name}", str(directory))
         yield
+
+
+@pytest.fixture(scope="module", params=fleet.TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the tests that use it over each transport."""
+    fleet.transport = request.param
+    yield request.param
+    fleet.transport = "zmq"
 
 
 @pytest.fixture(scope="session")

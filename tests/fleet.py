@@ -1,4 +1,4 @@
-"""A broker and workers in this process, over real sockets: what most tests of the whole path run against."""
+"""A queue and workers, over real sockets: what most tests of the whole path run against."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ from split_device import SplitModelForCausalLM
 from split_worker.body import Body
 from split_worker.sessions import SessionTable
 from split_worker.worker import Worker
+from valkeys import Valkey, running_valkey
+
+#: What `running_broker` starts; tests that use the fixture `transport` run with each.
+TRANSPORTS = ("zmq", "redis")
+transport = "zmq"
 
 #: Memory for keys and values of a worker.
 KV_BYTES = 64 * 1024**2
@@ -48,8 +53,13 @@ def start_worker(
 
 
 @contextlib.contextmanager
-def running_broker(address: str = "tcp://127.0.0.1:*", fleet: Fleet | None = None) -> Iterator[Broker]:
-    broker = Broker(address, fleet or load_fleet())
+def running_broker() -> Iterator[Broker | Valkey]:
+    """A broker in this process, or a Valkey server."""
+    if transport == "redis":
+        with running_valkey() as server:
+            yield server
+        return
+    broker = Broker("tcp://127.0.0.1:*", load_fleet())
     broker.start()
     try:
         yield broker

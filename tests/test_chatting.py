@@ -30,7 +30,7 @@ def tokenizer(checkpoint: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def split(checkpoint: Path) -> Iterator[Any]:
+def split(transport: str, checkpoint: Path) -> Iterator[Any]:
     with split_model(checkpoint) as model:
         yield model
 

@@ -120,7 +120,7 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def broker() -> Iterator[str]:
+def broker(transport: str) -> Iterator[str]:
     with running_broker() as running:
         yield running.address
 

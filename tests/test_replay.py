@@ -22,6 +22,8 @@ from split_device import SplitModelForCausalLM
 from split_worker.sessions import SessionTable
 from split_worker.worker import Worker
 
+pytestmark = pytest.mark.usefixtures("transport")
+
 PROMPT = torch.tensor([[5, 17, 33, 4, 61, 12, 80, 7, 29, 44]])
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24, "suppress_tokens": [0]}
 PADDED = torch.tensor([[0, 0, 0, 21, 22, 23], [11, 12, 13, 14, 15, 16]])

@@ -34,7 +34,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "suppress_tok
 
 
 @pytest.fixture(scope="module")
-def broker() -> Iterator[str]:
+def broker(transport: str) -> Iterator[str]:
     with running_broker() as running:
         yield running.address
 

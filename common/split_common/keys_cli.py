@@ -12,13 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from split_common.address import is_redis, masked, parse_address
 from split_common.checkpoint import Checkpoint
 from split_common.console import emit_json, stderr
 from split_common.errors import ConfigError, KeysError
-from split_common.fleet import DAYS, Fleet, keys_dir, load_fleet
+from split_common.fleet import DAYS, Fleet, check_address, keys_dir, load_fleet
 from split_common.keys import Certificate, Member, ModelScope, Role
 from split_common.manifest import Manifest, build_manifest
-from split_common.options import JsonOption, KeysOption
+from split_common.options import BrokerOption, JsonOption, KeysOption
+from split_common.redis_acl import redis_acl
 
 keys_app = typer.Typer(no_args_is_help=True)
 
@@ -26,8 +28,9 @@ DaysOption = Annotated[int, typer.Option(min=1, max=36_500, help="How many days 
 
 
 def register(app: typer.Typer) -> None:
-    """Add the `keys` commands to `app`."""
+    """Add the `keys` commands, and what else the operator of a fleet needs, to `app`."""
     app.add_typer(keys_app, name="keys", help="Make and manage a fleet's keys, members and models.")
+    app.command()(redis_acl)
 
 
 @keys_app.command()
@@ -129,6 +132,24 @@ def revoke(
     roster = fleet.revoke(name)
     message = f"revoked {name}; the roster has version {roster.version}"
     _report(json, message, {"keys": str(fleet.path), "revoked": name, "roster_version": roster.version})
+
+
+@keys_app.command()
+def publish(broker: BrokerOption, keys: KeysOption = None, json: JsonOption = False) -> None:
+    """Store the roster in Redis, where all members follow within seconds. A ZeroMQ broker serves its own."""
+    address = parse_address(broker)
+    if not is_redis(address):
+        raise ConfigError("--broker names no Redis server; a ZeroMQ broker follows the roster in its own directory")
+    from split_common.redis_roster import publish as publish_roster
+
+    fleet = load_fleet(keys)
+    check_address(address, fleet)
+    own = fleet.roster().version
+    there = publish_roster(address, fleet)
+    message = f"{masked(address)} has the roster of version {there}"
+    if there > own:
+        message += f", which is newer than version {own} here was, and was taken over"
+    _report(json, message, {"broker": masked(address), "keys": str(fleet.path), "roster_version": there})
 
 
 def _open(keys: Path | None) -> Fleet:

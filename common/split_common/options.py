@@ -49,7 +49,8 @@ BrokerOption = Annotated[
         metavar="ADDRESS",
         envvar="LAMBDA_SPLIT_BROKER",
         rich_help_panel=QUEUE_PANEL,
-        help="Where the broker listens: tcp://HOST:PORT, zmq://HOST:PORT or ipc://PATH.",
+        help="The queue: tcp://HOST:PORT, zmq://HOST:PORT or ipc://PATH of a broker; or Redis or Valkey at "
+        "redis://HOST:PORT, rediss://…, redis+sentinel://HOST:PORT,…/SERVICE or redis+cluster://HOST:PORT,….",
     ),
 ]
 MemberOption = Annotated[

@@ -104,9 +104,9 @@ class RedisLink:
         )
         self._start_thread(keeper.run, "keeper")
         if not keeper.settled.wait(timeout) or keeper.failure:
-            why = keeper.failure or f"no answer from {self._server.shown}"
+            why = keeper.failure or self._server.silence
             self.close()
-            raise BrokerUnreachable(f"cannot use the Redis at {self._server.shown} ({timeout:g} s): {why}")
+            raise BrokerUnreachable(f"{why} (tried for at most {timeout:g} s)")
         self._start_thread(self._write, "writer")
         self._start_thread(self._read, "reader")
         if keeper.opens is not None:
@@ -152,7 +152,8 @@ class RedisLink:
         for line in self._lines:
             line.close()
         for thread in others:
-            thread.join()
+            # One that makes a connection just now cannot be woken; it ends by itself.
+            thread.join(LINGER)
         self._server.close()
 
     # --- writing -------------------------------------------------------------------------------------------

@@ -75,6 +75,8 @@ class Server:
     def __init__(self, address: str) -> None:
         self._address = parse_redis(address)
         self.shown = masked(address)
+        #: What is said when nothing at all is heard.
+        self.silence = f"no answer from {self.shown}" + (": is it a TLS port?" if self._address.tls else "")
         self._lock = threading.Lock()
         self._single: redis.Redis | None = None
         self._cluster: RedisCluster | None = None
@@ -179,7 +181,7 @@ class Line:
                     except ResponseError as error:
                         answers.append(error)
         except BaseException:
-            # Answers that were not read must not be taken for those of later commands. Sending connects again.
+            # Answers that were not read must not be taken for those of later commands.
             self._disconnect()
             with contextlib.suppress(BrokerUnreachable):
                 self._server.look_again()
@@ -191,7 +193,10 @@ class Line:
             raise ConnectionError("closed")
         if id(client) not in self._connections:
             self._connections[id(client)] = client, client.connection_pool.get_connection()
-        return self._connections[id(client)][1]
+        connection = self._connections[id(client)][1]
+        # Sending would connect, too, but to the master that Sentinels named last time.
+        connection.connect()
+        return connection
 
     def _disconnect(self) -> None:
         for _, connection in list(self._connections.values()):

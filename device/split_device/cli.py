@@ -116,7 +116,8 @@ def generate(
 ) -> None:
     """Answer a prompt through a split model; the text streams to stdout as it comes.
 
-    Needs a running `lambda-split broker`, and a `lambda-split worker` that serves the same model and layers.
+    Needs a running `lambda-split broker`, or Redis, and a `lambda-split worker` that serves the same model and
+    layers.
     """
     text = _text(prompt)
     if raw and system:

@@ -16,6 +16,7 @@ from typing import Literal
 import typer
 
 from split_common import wire
+from split_common.address import masked
 from split_common.console import emit_json, stdout
 from split_common.errors import KeysError, NoWorker, SplitError
 from split_common.fleet import Fleet, load_fleet
@@ -88,7 +89,7 @@ def _findings(broker: str, keys: KeysOption, member: MemberOption, timeout: floa
 
 
 def _versions() -> Iterator[Finding]:
-    wanted = ("lambda-split", "torch", "transformers", "pyzmq", "pynacl", "msgspec")
+    wanted = ("lambda-split", "torch", "transformers", "pyzmq", "redis", "pynacl", "msgspec")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in wanted)
     yield Finding("versions", "ok", f"Python {platform.python_version()}, {versions}")
 
@@ -173,7 +174,7 @@ def _queue(broker: str, fleet: Fleet, identity: Identity, timeout: float) -> Ite
         yield Finding("broker", "problem", str(error))
         return
     try:
-        yield Finding("broker", "ok", f"answers at {broker}")
+        yield Finding("broker", "ok", f"answers at {masked(broker)}")
         if client is not None:
             yield _workers(client)
         else:

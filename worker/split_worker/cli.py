@@ -75,7 +75,7 @@ def worker(
 ) -> None:
     """Serve a model's body to devices, until SIGTERM (which lets sessions end) or Ctrl-C.
 
-    Needs a running `lambda-split broker`.
+    Needs a running `lambda-split broker`, or a Redis or Valkey server.
     """
     passive_threads()
     kv_bytes = parse_size(kv_memory) if kv_memory is not None else None

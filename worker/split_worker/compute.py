@@ -140,6 +140,12 @@ class ComputeLoop:
             session.free()
 
     def _accept(self, task: Task) -> None:
+        with self._lock:
+            held = self._sessions.get(task.session.id) is task.session
+        if not held:
+            # It arrived while the session was evicted or closed, whose rows are free by now.
+            self._finish(task, Evicted("the session's memory went to an older one"))
+            return
         request = task.request
         tokens = request.tokens if isinstance(request, wire.Step) else 0
         self._scheduler.add(
