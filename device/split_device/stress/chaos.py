@@ -28,7 +28,7 @@ INTERVALS = {
 OF_THE_NETWORK = ("lag", "drop", "corrupt")
 
 #: The first fault of a kind comes after this share of its interval, so that short runs have some too.
-FIRST = 0.3
+FIRST = 0.2
 
 #: Seconds that a worker is stopped: some come back before they are missed, others as zombies.
 STOPPED = 0.5, 6.0
