@@ -14,6 +14,8 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+import tiny
+from fleet import running_broker, start_worker
 from split_device.stress import tiny_model
 
 KEYS = {
@@ -89,6 +91,21 @@ def test_another_models_outputs_are_mismatched(tmp_path: Path, tmp_path_factory:
     assert report["mismatched"] == report["completed"] == report["requests"] == 3
     assert report["lost"] == report["duplicated"] == 0
     assert report["faults"] == {}
+
+
+def test_it_joins_a_queue_that_runs(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    checkpoint = tiny.save("llama", tmp_path_factory.mktemp("model") / "model")
+    with running_broker() as broker:
+        worker = start_worker(checkpoint, broker.address)
+        try:
+            arguments = ["--broker", broker.address, "--workers", 0, "--model", checkpoint]
+            report = finish(start(tmp_path, *arguments, "--devices", 1, "--requests", 4), tmp_path)
+            assert worker.counters["steps"] > 0
+        finally:
+            worker.stop()
+    check_sound(report)
+    assert report["completed"] == 4
+    assert report["worker_kills"] == report["broker_restarts"] == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
