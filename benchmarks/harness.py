@@ -72,9 +72,10 @@ def fleet(model: Path, layers: str = "2:-2", *options: str) -> Iterator[tuple[st
 
 @contextlib.contextmanager
 def queue_server(transport: str, directory: Path) -> Iterator[str]:
-    """A broker (`zmq`) or a Redis server (`redis`) as a process on loopback: its address."""
-    if transport == "zmq":
-        with running_command(["broker", "--bind", "tcp://127.0.0.1:*"]) as (_, broker):
+    """A broker (`zmq`, or `ipc`) or a Redis server (`redis`) as a process on loopback: its address."""
+    if transport != "redis":
+        bind = "tcp://127.0.0.1:*" if transport == "zmq" else f"ipc://{directory}/queue"
+        with running_command(["broker", "--bind", bind]) as (_, broker):
             yield broker["address"]
     else:
         port = free_port()

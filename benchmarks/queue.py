@@ -1,15 +1,17 @@
 """What the queue costs over what it is made of: round trips through each transport with everything on.
 
 A device's session sends steps to a worker that gives them back at once: sealed end to end, under credits and
-heartbeats, through a broker or a Redis server. The same bytes also go through a plain echo with the same security
-of the socket (pyzmq's ROUTER and ROUTER, or XADD and XREAD), in turns, and through four passes of the fastest AEAD
-that there is (sealed and opened, there and back). The ratio is the first over the sum of the other two.
+heartbeats, through a broker (on TCP with CURVE, on ipc without) or a Redis server. The same bytes also go through a
+plain echo with the same security of the socket (pyzmq's ROUTER and ROUTER, or XADD and XREAD), and through
+four passes of the fastest AEAD that there is (sealed and opened, there and back). The ratio is the first over the
+sum of the other two; all are measured in turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import statistics
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from benchmarks.harness import note, queue_server, report
 from split_common import wire
 from split_common.channel import SUITES, Box, preferred_suites
 from split_common.fleet import load_fleet
+from split_common.keys import Role
 from split_common.process import passive_threads
 from split_common.transport import connect
 from split_common.zmq_link import curve_client
@@ -38,6 +41,9 @@ WIDTH = 512
 #: Steps that are sent at once where round trips per second are counted.
 BURST = 32
 
+#: Makes glibc use freed memory again: the bare passes are not to pay for mapping a megabyte each time.
+REUSE = {"MALLOC_TRIM_THRESHOLD_": "268435456", "MALLOC_MMAP_THRESHOLD_": "33554432"}
+
 #: The service that is neither model nor layers: nothing is computed.
 SERVICE = wire.Service(b"nothing is computed by this body", 0, 1)
 
@@ -49,7 +55,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
     parser.add_argument("--rounds", type=int, default=8, help="in which each is measured in turn")
     parser.add_argument("--share", type=float, default=1.0, help="of the round trips of a round")
-    parser.add_argument("--transports", default="zmq,redis")
+    parser.add_argument("--transports", default="zmq,ipc,redis")
     parser.add_argument("--role", choices=sorted(_ROLES), help="used by the benchmark itself")
     parser.add_argument("--address", default="")
     options = parser.parse_args()
@@ -58,7 +64,7 @@ def main() -> None:
         _ROLES[options.role](options.address)
         return
     results: dict[str, Any] = {"aead": preferred_suites()[0]}
-    with _process("aead", "") as line:
+    with _process("aead", "", REUSE) as line:
         aead = dict(zip(SIZES, map(float, line.split()), strict=True))
     results |= {f"aead_ms_{size}": round(1000 * seconds, 3) for size, seconds in aead.items()}
     for transport in options.transports.split(","):
@@ -108,7 +114,7 @@ def _timed(what: RoundTrip, times: int) -> list[float]:
 
 
 def _be_the_aead(_address: str) -> None:
-    """Four passes over each size: seconds, by the fastest AEAD. In a process whose memory nothing else stirs."""
+    """Four passes over each size: seconds, by the fastest AEAD."""
     box = Box(SUITES[preferred_suites()[0]], bytes(range(32)))
     data = bytes(50)
 
@@ -170,16 +176,13 @@ def _be_a_worker(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _plain_zmq(_address: str) -> Iterator[Callable[[bytes], object]]:
+def _plain_zmq(address: str) -> Iterator[Callable[[bytes], object]]:
     import zmq
 
-    with _process("plain-broker", "") as ports:
+    with _process("plain-broker", address) as ports:
         front, back = ports.split()
         with _process("plain-echo", back), zmq.Context() as context, context.socket(zmq.DEALER) as sock:
-            fleet = load_fleet()
-            curve_client(sock, fleet, fleet.identity("device"))
-            sock.linger = 0
-            sock.connect(front)
+            _connect(sock, front, "device")
 
             def trip(body: bytes) -> None:
                 sock.send(body)
@@ -188,17 +191,27 @@ def _plain_zmq(_address: str) -> Iterator[Callable[[bytes], object]]:
             yield trip
 
 
-def _be_a_plain_broker(_address: str) -> None:
+def _connect(sock: Any, address: str, role: Role) -> None:
+    """As the link does it: CURVE over TCP, a directory's mode over ipc."""
+    fleet = load_fleet()
+    if address.startswith("tcp://"):
+        curve_client(sock, fleet, fleet.identity(role))
+    sock.linger = 0
+    sock.connect(address)
+
+
+def _be_a_plain_broker(address: str) -> None:
     import zmq
 
+    curve = address.startswith("tcp://")
     _, secret = load_fleet().identity("broker").curve_z85()
     with zmq.Context() as context, context.socket(zmq.ROUTER) as front, context.socket(zmq.ROUTER) as back:
-        for sock in (front, back):
+        for sock, name in ((front, "front"), (back, "back")):
             sock.linger = 0
-            sock.curve_server, sock.curve_secretkey = True, secret
-            sock.bind("tcp://127.0.0.1:*")
-        addresses = [bytes(sock.last_endpoint).decode().rstrip("\0") for sock in (front, back)]
-        print(*addresses, flush=True)
+            if curve:
+                sock.curve_server, sock.curve_secretkey = True, secret
+            sock.bind("tcp://127.0.0.1:*" if curve else f"{address}-{name}")
+        print(*(sock.getsockopt_string(zmq.LAST_ENDPOINT) for sock in (front, back)), flush=True)
         worker = back.recv_multipart()[0]
         poller = zmq.Poller()
         for file in (front, back, sys.stdin.fileno()):
@@ -213,11 +226,8 @@ def _be_a_plain_broker(_address: str) -> None:
 def _be_a_plain_echo(address: str) -> None:
     import zmq
 
-    fleet = load_fleet()
     with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
-        curve_client(sock, fleet, fleet.identity("worker"))
-        sock.linger = 0
-        sock.connect(address)
+        _connect(sock, address, "worker")
         sock.send(b"here")
         print("ready", flush=True)
         poller = zmq.Poller()
@@ -263,14 +273,16 @@ _ROLES: dict[str, Callable[[str], None]] = {
     "plain-echo": _be_a_plain_echo,
     "plain-redis": _be_a_plain_redis_echo,
 }
-_PLAIN = {"zmq": _plain_zmq, "redis": _plain_redis}
+_PLAIN = {"zmq": _plain_zmq, "ipc": _plain_zmq, "redis": _plain_redis}
 
 
 @contextlib.contextmanager
-def _process(role: str, address: str) -> Iterator[str]:
+def _process(role: str, address: str, env: dict[str, str] | None = None) -> Iterator[str]:
     """One of the roles in a process of its own, which ends with its stdin: what it says when it is ready."""
     command = [sys.executable, "-m", "benchmarks.queue", "--role", role, "--address", address]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
+    )
     assert process.stdout is not None
     try:
         line = process.stdout.readline()
