@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from split_common import wire
 from split_common.channel import SUITES, Box, preferred_suites
 from split_common.fleet import load_fleet
 from split_common.keys import Role
-from split_common.process import passive_threads
+from split_common.process import passive_threads, reuse_memory
 from split_common.transport import connect
 from split_common.zmq_link import curve_client
 
@@ -40,9 +39,6 @@ WIDTH = 512
 
 #: Steps that are sent at once where round trips per second are counted.
 BURST = 32
-
-#: Makes glibc use freed memory again: the bare passes are not to pay for mapping a megabyte each time.
-REUSE = {"MALLOC_TRIM_THRESHOLD_": "268435456", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 
 #: The service that is neither model nor layers: nothing is computed.
 SERVICE = wire.Service(b"nothing is computed by this body", 0, 1)
@@ -60,11 +56,13 @@ def main() -> None:
     parser.add_argument("--address", default="")
     options = parser.parse_args()
     passive_threads()
+    # As the commands do; so does all that they are compared with.
+    reuse_memory()
     if options.role:
         _ROLES[options.role](options.address)
         return
     results: dict[str, Any] = {"aead": preferred_suites()[0]}
-    with _process("aead", "", REUSE) as line:
+    with _process("aead", "") as line:
         aead = dict(zip(SIZES, map(float, line.split()), strict=True))
     results |= {f"aead_ms_{size}": round(1000 * seconds, 3) for size, seconds in aead.items()}
     for transport in options.transports.split(","):
@@ -277,12 +275,10 @@ _PLAIN = {"zmq": _plain_zmq, "ipc": _plain_zmq, "redis": _plain_redis}
 
 
 @contextlib.contextmanager
-def _process(role: str, address: str, env: dict[str, str] | None = None) -> Iterator[str]:
+def _process(role: str, address: str) -> Iterator[str]:
     """One of the roles in a process of its own, which ends with its stdin: what it says when it is ready."""
     command = [sys.executable, "-m", "benchmarks.queue", "--role", role, "--address", address]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
-    )
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         line = process.stdout.readline()

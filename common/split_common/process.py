@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -24,6 +25,11 @@ PARENT = "LAMBDA_SPLIT_PARENT"
 #: Seconds between two looks at whether that one still runs.
 PARENT_INTERVAL = 1.0
 
+#: glibc's names for two of its limits (mallopt(3)), and their values in bytes: freed memory above the first goes
+#: back to the system, and what is larger than the second is mapped by itself and always goes back.
+TRIM_THRESHOLD = -1, 32 * 1024 * 1024
+MMAP_THRESHOLD = -3, 8 * 1024 * 1024
+
 #: Exit code of a process that SIGTERM ended: 128 + SIGTERM, as shells have it.
 EXIT_TERMINATED = 143
 
@@ -34,6 +40,17 @@ def passive_threads() -> None:
     Must be called before torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def reuse_memory() -> None:
+    """Lets the buffers of large messages be used again: mapping a megabyte anew costs more than encrypting it.
+
+    For whole processes of ours; a library does not change how its host allocates. Does nothing without glibc.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        for limit in (TRIM_THRESHOLD, MMAP_THRESHOLD):
+            libc.mallopt(*limit)
 
 
 def use_loopback_keys(empty: Path) -> None:
