@@ -66,7 +66,7 @@ def _own_directories() -> Iterator[None]:
     """Keep the tests away from the user's keys, cache and sockets."""
     # Not pytest's own directory: with it, a socket's path could be longer than the system allows.
     with tempfile.TemporaryDirectory(prefix="split-") as base, pytest.MonkeyPatch.context() as patch:
-        for name in ("CONFIG", "CACHE", "RUNTIME"):
+        for name in ("CONFIG", "CACHE", "STATE", "RUNTIME"):
             directory = Path(base) / name.lower()
             directory.mkdir(mode=0o700)
             patch.setenv(f"LAMBDA_SPLIT_{name}", str(directory))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import secrets
 import threading
 import time
@@ -424,6 +425,42 @@ def test_no_frame_makes_the_broker_fail(offline: Broker, data: st.DataObject) ->
     assert len(offline._peers) <= 3 >= len(offline._routes)
     assert len(offline._wishes) <= 3
     assert sum(offline.counters.values()) >= before
+
+
+def test_ten_thousand_frames_of_all_kinds_leave_nothing_behind(offline: Broker) -> None:
+    choose = random.Random(0)
+    good = [
+        wire.encode_header(header)
+        for header in (
+            wire.Announce(b"device-1", "device", "device-1", watching=[b"worker-1"]),
+            wire.Announce(b"device-2", "device", "device-1"),
+            wire.Relay(b"worker-1", b"device-1", wire.Kind.REQUEST, 1, 2, 0, 3, 4),
+            wire.Relay(b"device-1", b"worker-1", wire.Kind.REPLY, 1, 2, 0, 3, 4),
+            wire.Open(b"device-1", 1, SERVICE, [bytes(8)]),
+            wire.Open(b"device-9", 1, wire.Service(bytes(32), 1, 2)),
+            wire.RosterRequest(b"device-1"),
+            wire.RosterReply(),
+            wire.Welcome(bytes(8), 9, [b"worker-1"]),
+        )
+    ]
+    offline.counters.clear()
+    for _ in range(10_000):
+        frame = bytearray(choose.choice(good))
+        match choose.randrange(4):
+            case 0:
+                frame[choose.randrange(len(frame))] ^= 1 << choose.randrange(8)
+            case 1:
+                del frame[choose.randrange(len(frame)) :]
+            case 2:
+                frame += choose.choice(good)[: choose.randrange(20)]
+        envelope = SimpleNamespace(bytes=choose.choice([b"r1", b"r2", b"r3"]))
+        with offline._contained():
+            offline._handle(envelope, bytes(frame), choose.randbytes(choose.randrange(50)))  # type: ignore[arg-type]
+    assert offline.counters["failures"] == 0
+    assert offline.counters["Malformed"] > 3000
+    assert offline.counters["VersionMismatch"] > 10
+    assert len(offline._peers) <= 3 >= len(offline._routes)
+    assert len(offline._wishes) <= 3
 
 
 def test_an_unforeseen_failure_does_not_end_the_loop(join, broker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ from split_common.part import plan
 from split_common.transport import HEARTBEAT, MISSED, connect
 from split_device import SplitModelForCausalLM
 from split_device import client as client_module
+from split_device import session as session_module
 from split_worker import worker as worker_module
 from split_worker.worker import Worker
 from wiretap import Setting, cheat, on_loop, run_steps, step, wait_until
@@ -169,7 +170,7 @@ def test_any_message_may_be_lost(
     setting: Setting, expected: list[bytes], lost: str, restart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A new broker makes a device send again at once; without one, time does.
-    monkeypatch.setattr(client_module, "RETRANSMIT", 60.0 if restart else 0.3)
+    monkeypatch.setattr(session_module, "RETRANSMIT", 60.0 if restart else 0.3)
     monkeypatch.setattr(client_module, "SET_UP_RETRANSMIT", 0.3)
     dropped = threading.Event()
 
@@ -203,7 +204,7 @@ def test_no_nonce_seals_two_plaintexts_whatever_is_lost_and_repeated(
         return plain_seal(box, counter, data, plaintext)
 
     monkeypatch.setattr(channels.Box, "seal", seal)
-    monkeypatch.setattr(client_module, "RETRANSMIT", 0.2)
+    monkeypatch.setattr(session_module, "RETRANSMIT", 0.2)
     calls = 0
 
     def lose_and_repeat(_peer: Peer, header: wire.AnyHeader, message: Message) -> list[Message]:
@@ -391,7 +392,7 @@ def test_many_requests_at_once_are_answered_in_order(setting: Setting, expected:
         session._send = count  # type: ignore[method-assign]
         answers = session.call([step(0, 7), *(step(7 + i) for i in range(STEPS))])
         assert [bytes(tensor) for _, tensor in answers] == expected
-        assert most == client_module.IN_FLIGHT
+        assert most == session_module.IN_FLIGHT
 
 
 # --- room --------------------------------------------------------------------------------------------------
@@ -664,7 +665,7 @@ def test_channels_are_bounded_and_a_forgotten_one_is_told(
     setting: Setting, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_module, "MAX_CHANNELS_PER_DEVICE", 2)
-    monkeypatch.setattr(client_module, "CHANNEL_SESSIONS", 3)
+    monkeypatch.setattr(client_module, "CHANNEL_SESSIONS", 2)
     with (
         setting.broker() as broker,
         setting.worker(broker.address) as worker,

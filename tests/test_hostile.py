@@ -22,6 +22,7 @@ from split_common.errors import AuthenticationError, Busy, NonFinite, OutOfOrder
 from split_common.keys import Certificate, ModelScope, Role, verify_certificate
 from split_device import SplitModelForCausalLM
 from split_device import client as client_module
+from split_device import session as session_module
 from split_device.client import Client
 from split_worker.sessions import SessionTable
 from split_worker.worker import Worker
@@ -115,7 +116,7 @@ def test_forgeries_are_refused_and_counted_next_to_honest_messages(
 def test_lost_and_reordered_messages_cost_time_only(
     setting: Setting, expected: list[bytes], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "RETRANSMIT", 0.1)
+    monkeypatch.setattr(session_module, "RETRANSMIT", 0.1)
     monkeypatch.setattr(client_module, "SET_UP_RETRANSMIT", 0.1)
     with (
         setting.broker() as broker,
@@ -295,9 +296,16 @@ class Bench:
         return wire.Relay(self.worker._id, self.device, kind, *numbers)
 
     def request(
-        self, keys: SessionKeys, session: int, seq: int, payload: wire.Payload, tensor: Any = b"", channel: int = 1
+        self,
+        keys: SessionKeys,
+        session: int,
+        seq: int,
+        payload: wire.Payload,
+        tensor: Any = b"",
+        channel: int = 1,
+        epoch: int = 0,
     ) -> tuple[wire.Relay, bytes]:
-        header = self.header(wire.Kind.REQUEST, channel, session, 0, seq, keys.next_counter())
+        header = self.header(wire.Kind.REQUEST, channel, session, epoch, seq, keys.next_counter())
         return header, keys.seal(header, wire.encode_payload(payload, tensor, overhead=keys.tag_size))
 
     def replies(self, count: int = 1) -> list[tuple[Any, bytes]]:
@@ -353,11 +361,8 @@ def test_a_session_is_never_opened_twice(bench: Bench, channel: Channel) -> None
     bench.deliver(*bench.request(keys, 2000, 1, wire.Close()))
     for _ in range(3):
         bench.deliver(*first)
-        ((header, body),) = bench.replies()
-        assert header.session == 0
-        refusal, _ = wire.decode_payload(channel.session_keys(0, 0).open(header, body), wire.reply_decoder)
-        assert isinstance(refusal, wire.Refusal)
-        assert (refusal.reason, refusal.session) == ("lost", 2000)
+        told = refusal(bench, channel)
+        assert (told.reason, told.session) == ("lost", 2000)
     # A close that comes before the first request counts as well.
     late = channel.session_keys(2001, 0)
     request = bench.request(late, 2001, 0, *step(0))
@@ -365,6 +370,38 @@ def test_a_session_is_never_opened_twice(bench: Bench, channel: Channel) -> None
     bench.deliver(*request)
     assert bench.replies()[0][0].session == 0
     assert len(bench.worker._sessions) == 0
+
+
+def test_a_higher_epoch_ends_lower_ones_at_once_and_for_good(bench: Bench, channel: Channel) -> None:
+    """Over whichever channel of the device it comes; another device's session of the same number stays."""
+    sessions, number = bench.worker._sessions, 2500
+    second = bench.channel(60)
+    old, new, newest = (
+        each.session_keys(number, epoch) for each, epoch in ((channel, 0), (channel, 1), (second, 7))
+    )
+    first, late = bench.request(old, number, 0, *step(0)), bench.request(old, number, 1, *step(1))
+    bench.deliver(*first)
+    bench.replies()
+    (holder,) = sessions._sessions.values()
+    assert bench.deliver(*bench.request(new, number, 0, *step(0), epoch=1)) == ""
+    bench.replies()
+    assert [id_[3] for id_ in sessions._sessions] == [1]
+    wait_until(lambda: not holder.rows)
+    for stale in (first, late):
+        bench.deliver(*stale)
+        assert refusal(bench, channel).reason == "lost"
+    assert bench.deliver(*bench.request(newest, number, 0, *step(0), channel=60, epoch=7)) == ""
+    bench.replies()
+    assert list(sessions._sessions) == [(bench.device, 60, number, 7)]
+    for epoch in (1, 6):
+        keys = channel.session_keys(number, epoch)
+        bench.deliver(*bench.request(keys, number, 0, *step(0), epoch=epoch))
+        assert refusal(bench, channel).reason == "lost"
+    assert len(sessions) == 1
+    bench.deliver(*bench.request(newest, number, 1, wire.Close(), channel=60, epoch=7))
+    bench.deliver(*bench.request(channel.session_keys(number, 6), number, 0, *step(0), epoch=6))
+    assert refusal(bench, channel).reason == "lost"
+    assert len(sessions) == 0
 
 
 def test_requests_out_of_order_are_refused_and_the_right_one_still_taken(bench: Bench, channel: Channel) -> None:
@@ -435,15 +472,26 @@ def test_a_member_that_seals_garbage_is_refused_too(bench: Bench, channel: Chann
     bench.transport.take()
 
 
-def test_a_queue_that_is_full_takes_no_more(
-    bench: Bench, channel: Channel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def refusal(bench: Bench, channel: Channel) -> wire.Refusal:
+    """What a worker says of a request that it did not take."""
+    ((header, body),) = bench.replies()
+    assert header.session == 0
+    refusal, _ = wire.decode_payload(channel.session_keys(0, 0).open(header, body), wire.reply_decoder)
+    assert isinstance(refusal, wire.Refusal)
+    return refusal
+
+
+def test_a_queue_that_is_full_says_so(bench: Bench, channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = channel.session_keys(4000, 0)
+    first = bench.request(keys, 4000, 0, *step(0))
     with monkeypatch.context() as patch:
         patch.setattr("split_worker.worker.MAX_QUEUED_BYTES", 100)
-        assert bench.deliver(*bench.request(keys, 4000, 0, *step(0))) == "Busy"
-    bench.deliver(*bench.request(keys, 4000, 0, *step(0)))
-    bench.replies()
+        assert bench.deliver(*first) == ""
+        told = refusal(bench, channel)
+        assert (told.reason, told.session, told.seq) == ("full", 4000, 0)
+        assert told.retry_after > 0
+    bench.deliver(*first)
+    assert bench.replies()[0][0].session == 4000
     bench.deliver(*bench.request(keys, 4000, 1, wire.Close()))
     assert bench.worker._compute.queued_bytes == 0
 
@@ -504,6 +552,106 @@ def device(setting: Setting) -> Iterator[tuple[Client, Any]]:
         session.call([step(0)])
         yield client, session
         session.call([step(1)])
+
+
+# --- ten thousand frames for each --------------------------------------------------------------------------
+
+#: Frames for each of broker, worker and device.
+FRAMES = 10_000
+
+Frame = tuple[bytes, bytes]
+
+
+def flood(honest: list[Frame], foreign: list[Frame], seed: int) -> Iterator[tuple[str, bytes, bytes]]:
+    """Corrupted, truncated, mixed, replayed, reordered and foreign frames, made of honest ones."""
+    choose = random.Random(seed)
+    for _ in range(FRAMES):
+        kind = choose.choice(["corrupt head", "corrupt body", "cut head", "cut body", "mix", "replay", "foreign"])
+        head, body = choose.choice(foreign if kind == "foreign" else honest)
+        damaged = bytearray(head if kind.endswith("head") else body)
+        at = choose.randrange(len(damaged))
+        if kind.startswith("corrupt"):
+            damaged[at] ^= 1 << choose.randrange(8)
+        elif kind.startswith("cut"):
+            del damaged[at:]
+        elif kind == "mix":
+            damaged[:] = choose.choice([other for _, other in honest if other != body])
+        yield kind, *((bytes(damaged), body) if kind.endswith("head") else (head, bytes(damaged)))
+
+
+def take(handler: Any, head: bytes, body: bytes) -> bool:
+    """What a link does with a frame; whether it was refused."""
+    try:
+        handler.on_message(wire.decode_header(head), wire.check_body(body))
+    except (ProtocolError, AuthenticationError, Busy):
+        return True
+    return False
+
+
+def test_a_flood_does_not_reach_what_a_worker_computes(bench: Bench, channel: Channel) -> None:
+    number = 800_000
+    keys, other = channel.session_keys(number, 0), bench.channel(70).session_keys(number, 0)
+    honest = [bench.request(keys, number, seq, *step(seq)) for seq in range(20)]
+    # Sealed for another channel.
+    foreign = []
+    for seq in range(20):
+        header, body = bench.request(other, number, seq, *step(seq), channel=70)
+        foreign.append((changed(header, channel=1), body))
+    for header, body in honest:
+        assert bench.deliver(header, body) == ""
+    answers = {header.seq: body for header, body in bench.replies(20)}
+    steps, held = bench.worker.counters["steps"], len(bench.worker._sessions)
+    frames = [(wire.encode_header(header), body) for header, body in honest]
+    refused = sent = 0
+    for kind, head, body in flood(frames, foreign, 1):
+        refused += (was_refused := take(bench.worker, head, body))
+        for header, sealed in bench.transport.take():
+            assert isinstance(header, wire.Relay)
+            # To what it has answered it gives the same answer; of channels that it has not it says so.
+            again = header.kind == wire.Kind.REPLY and header.session == number
+            assert not again or sealed == answers[header.seq]
+            sent += again
+        assert was_refused or kind not in ("corrupt body", "cut body", "foreign")
+    assert refused > FRAMES // 2
+    assert sent > FRAMES // 20
+    assert (bench.worker.counters["steps"], len(bench.worker._sessions)) == (steps, held)
+    assert bench.deliver(*bench.request(keys, number, 20, *step(20))) == ""
+    ((header, body),) = bench.replies()
+    assert isinstance(wire.decode_payload(keys.open(header, body), wire.reply_decoder)[0], wire.Result)
+    bench.deliver(*bench.request(keys, number, 21, wire.Close()))
+
+
+def test_a_flood_does_not_reach_a_generation(setting: Setting, expected: list[bytes]) -> None:
+    """Every reply of one session, and another's, are turned against a session while it runs."""
+    seen: list[Frame] = []
+
+    def watch(peer: Peer, header: wire.AnyHeader, message: Message) -> list[Message]:
+        if peer.role == "device" and isinstance(header, wire.Relay):
+            seen.append((bytes(message[0]), bytes(message[1])))
+        return [message]
+
+    with setting.broker() as broker, setting.worker(broker.address), setting.client(broker.address) as client:
+        cheat(broker, watch)
+        assert run_steps(client, STEPS) == expected
+        foreign, seen[:] = list(seen), []
+        session = client.open_session()
+        answers = [session.call([step(0, 7)])]
+        answers += [session.call([step(7 + i)]) for i in range(STEPS // 2)]
+        frames = flood(list(seen), foreign, 2)
+        refused = 0
+        for i in range(STEPS // 2, STEPS):
+            if i == STEPS - 1:
+                batch = list(frames)
+            else:
+                batch = [frame for frame, _ in zip(frames, range(200), strict=False)]
+            for _, head, body in batch:
+                refused += take(client, head, body)
+            answers.append(session.call([step(7 + i)]))
+        assert [bytes(tensor) for ((_, tensor),) in answers] == expected
+        assert session.events.empty()
+        assert refused > FRAMES // 10
+        assert client.counters["late"] > FRAMES // 10
+        session.close()
 
 
 # --- a worker that lies ------------------------------------------------------------------------------------

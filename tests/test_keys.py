@@ -41,7 +41,7 @@ START, END = 1_000_000, 2_000_000
 
 @pytest.fixture(autouse=True)
 def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CONFIG", "CACHE", "RUNTIME"):
+    for name in ("CONFIG", "CACHE", "STATE", "RUNTIME"):
         monkeypatch.setenv(f"LAMBDA_SPLIT_{name}", str(tmp_path / name.lower()))
     monkeypatch.delenv("LAMBDA_SPLIT_KEYS", raising=False)
 
@@ -145,6 +145,7 @@ def test_directories_have_defaults_and_overrides(tmp_path: Path, monkeypatch: py
     for name, function in (
         ("CONFIG", files.config_dir),
         ("CACHE", files.cache_dir),
+        ("STATE", files.state_dir),
         ("RUNTIME", files.runtime_dir),
     ):
         assert function() == tmp_path / name.lower()
@@ -503,6 +504,20 @@ def test_accepted_roster_does_not_undo_a_newer_one_on_disk(fleet: Fleet) -> None
     with pytest.raises(CertificateError, match="older"):
         fleet.accept_roster(make(6))
     assert fleet.roster_bytes() == (fleet.path / "roster").read_bytes() == make(7)
+
+
+def test_accepted_roster_waits_for_nobody_and_is_kept_when_it_can_be(fleet: Fleet) -> None:
+    """The link's thread accepts it, whose heartbeats must go on while another process holds the directory."""
+    make = rosters(fleet)
+    with Fleet.open(fleet.path).locked():
+        began = time.monotonic()
+        assert fleet.accept_roster(make(5)).version == 5
+        assert time.monotonic() - began < 0.5
+        assert Fleet.open(fleet.path).roster().version == 1
+    deadline = time.monotonic() + 5
+    while Fleet.open(fleet.path).roster().version != 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("what", ["filelock.FileLock.acquire", "tempfile.mkstemp"])

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 import zmq.utils.z85
 from zmq.auth.thread import ThreadAuthenticator
@@ -245,6 +246,8 @@ class Broker:
         if self._routes.get(route, header.sender) != header.sender:
             raise Malformed("a second peer on one connection")
         gone: list[bytes] = []
+        if peer is None and header.leaving:
+            return
         if peer is None:
             peer = self._peers[header.sender] = Peer(header.sender, route, header.role, member)
             self._routes[route] = peer.id
@@ -336,9 +339,11 @@ class Broker:
         self, to: Peer, header: wire.Relay | wire.Open, reason: Any, detail: str, retry_after: float = 0.0
     ) -> None:
         self.counters[f"bounced_{reason}"] += 1
-        session, seq = (header.session, header.seq) if isinstance(header, wire.Relay) else (0, 0)
-        target = header.to if isinstance(header, wire.Relay) else bytes(8)
-        bounce = wire.Bounce(reason, header.channel, session, seq, target, detail[:4096], retry_after)
+        bounce = wire.Bounce(reason, header.channel, detail=detail[:4096], retry_after=retry_after)
+        if isinstance(header, wire.Relay):
+            bounce = msgspec.structs.replace(
+                bounce, session=header.session, epoch=header.epoch, seq=header.seq, peer=header.to
+            )
         self._put(to, (wire.encode_header(bounce), b""))
 
     def _housekeeping(self, now: float) -> None:

@@ -121,5 +121,17 @@ class SessionLost(SplitError):
     """The worker that held the session's KV cache is gone, or refused to go on."""
 
 
+class WorkerGone(SessionLost):
+    """The worker that held the session died, left or fell silent."""
+
+
 class StepFailed(SessionLost):
     """The worker failed at a step; the session went with it."""
+
+
+class HistoryLost(SplitError):
+    """A session was lost, and what it takes to make it anew could not be kept."""
+
+
+class WorkerFailed(SplitError):
+    """A worker cannot compute any more."""

@@ -25,6 +25,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("LAMBDA_SPLIT_CACHE") or platformdirs.user_cache_path(_APP, appauthor=False))
 
 
+def state_dir() -> Path:
+    """What happened, to be looked into; `LAMBDA_SPLIT_STATE` overrides the platform's place."""
+    return Path(os.environ.get("LAMBDA_SPLIT_STATE") or platformdirs.user_state_path(_APP, appauthor=False))
+
+
 def runtime_dir() -> Path:
     """What may vanish with the login; `LAMBDA_SPLIT_RUNTIME` overrides the platform's place."""
     configured = os.environ.get("LAMBDA_SPLIT_RUNTIME")

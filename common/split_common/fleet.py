@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from msgspec.structs import replace
 from nacl.signing import SigningKey
 
@@ -198,17 +198,32 @@ class Fleet:
         the same version with other content.
         """
         roster = open_signed("roster", Roster, data, self.operator_key)
-        if not self._is_newer(roster, data):
-            return self.roster()
+        self.refresh()
+        if self._is_newer(roster, data):
+            self._adopt(roster, data)
+            # Another process may hold the directory for long, while it hashes a model, say.
+            if not self._keep(data, wait=False):
+                threading.Thread(target=self._keep, args=(data, True), daemon=True).start()
+        return self.roster()
+
+    def _keep(self, data: bytes, wait: bool) -> bool:
+        """Writes an accepted roster to the directory, if that can be; False where one would have to wait."""
         try:
-            with self.locked():
-                self.refresh()
-                if self._is_newer(roster, data):
-                    write_public(self.path / "roster", data)
+            self._file_lock.acquire(blocking=wait)
+        except Timeout:
+            return False
+        except OSError as error:
+            log.info("the new roster is kept in memory only: %s", error.strerror)
+            return True
+        try:
+            self.refresh()
+            if self._current[1] == data:
+                write_public(self.path / "roster", data)
         except KeysError as error:
             log.info("the new roster is kept in memory only: %s", error)
-        self._adopt(roster, data)
-        return self.roster()
+        finally:
+            self._file_lock.release()
+        return True
 
     def refresh(self) -> bool:
         """Reread the roster's file if it changed; True when it is newer. A bad file is logged and ignored."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from split_common.errors import ConfigError
 from split_common.transport import DEFAULT_BROKER
 
 #: Headings in a command's help.
@@ -80,3 +82,11 @@ def resolve_model(model: str | None) -> str:
     from split_common.demo_model import ensure_demo_model
 
     return str(ensure_demo_model())
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size like `4GiB`, `512MiB` or `1000000`. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise ConfigError(f"{text!r} is no size: write it like 4GiB or 512MiB")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))

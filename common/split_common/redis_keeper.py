@@ -6,25 +6,27 @@ keeps a worker's announcement where devices find it, and answers a device's wish
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from split_common import redis_roster, wire
-from split_common.errors import BrokerUnreachable, Malformed, SplitError
+from split_common.errors import BrokerUnreachable, SplitError
 from split_common.fleet import Fleet
 from split_common.keys import Role
+from split_common.redis_caller import Caller
 from split_common.redis_keys import GROUP, Keys, entry
 from split_common.redis_server import Command, Line, Refused, failed
-from split_common.transport import GRACE, HEARTBEAT, MISSED, OPEN_PATIENCE, Handler, count_dropped
+from split_common.redis_wishes import Wish, Wishes, lane_sizes, read_workers
+from split_common.transport import GRACE, HEARTBEAT, MISSED, OPEN_PATIENCE, count_dropped
 
 log = logging.getLogger(__name__)
 
@@ -44,56 +46,11 @@ OPENS_LEASE = 60.0
 RECONNECT = 0.05
 RECONNECT_MAX = 0.5
 
+#: Seconds that a writer waits for room in a lane, or for a peer to come back after a restart.
+RETRY_AFTER = 0.5
+
 #: Heartbeats between two clean-ups of the list of workers.
 CLEAN_UP = 10
-
-
-class Caller:
-    """Calls a peer's handler from several threads, one at a time; what it raises is counted."""
-
-    def __init__(self, handler: Handler, counters: Counter[str]) -> None:
-        self._handler = handler
-        self._counters = counters
-        self._lock = threading.Lock()
-
-    def message(self, header: wire.AnyHeader, body: bytes) -> None:
-        self._call(lambda: self._handler.on_message(header, body))
-
-    def gone(self, peers: Iterable[bytes]) -> None:
-        self._call(lambda: self._handler.on_gone(peers))
-
-    def reset(self) -> None:
-        self._call(self._handler.on_reset)
-
-    def roster(self) -> None:
-        self._call(self._handler.on_roster)
-
-    def announcement(self) -> wire.Announce | None:
-        """None when the handler failed."""
-        announcements: list[wire.Announce] = []
-        self._call(lambda: announcements.append(self._handler.announcement()))
-        return announcements[0] if announcements else None
-
-    def _call(self, call: Callable[[], None]) -> None:
-        try:
-            with self._lock:
-                call()
-        except SplitError as error:
-            count_dropped(self._counters, error)
-        except Exception:
-            self._counters["HandlerError"] += 1
-            log.exception("a message handler failed")
-
-
-@dataclass
-class Wish:
-    """A device's wish for a worker."""
-
-    header: wire.Open
-    body: bytes
-    #: Whether it waits in the stream that all workers of the service read.
-    placed: bool = False
-    deadline: float = field(default_factory=lambda: time.monotonic() + OPEN_PATIENCE)
 
 
 class Keeper:
@@ -142,8 +99,10 @@ class Keeper:
         #: Sessions that this worker has room for, less the wishes that it took since it said so.
         self.room = 0
         self._closing = threading.Event()
-        self._inbox: queue.SimpleQueue[Wish | None] = queue.SimpleQueue()
-        self._wish: Wish | None = None
+        self._inbox: queue.SimpleQueue[Wish | wire.Relay | None] = queue.SimpleQueue()
+        self._wishes = Wishes(line, keys, caller, counters)
+        # Messages whose receivers had no lane.
+        self._undelivered: list[wire.Relay] = []
         self._watching: set[bytes] = set()
         self._own_boot = os.urandom(8)
         self._boot: bytes | None = None
@@ -163,15 +122,17 @@ class Keeper:
     def wish(self, header: wire.Open, body: bytes) -> None:
         self._inbox.put(Wish(header, body))
 
+    def undelivered(self, header: wire.Relay) -> None:
+        """The receiver of a message has no lane: it is gone, or the server has just forgotten everything."""
+        self._inbox.put(header)
+
     def announce(self) -> None:
         self._next_beat = 0.0
         self._inbox.put(None)
 
     def answered(self, channel: int) -> None:
         """A worker has answered the wish for this channel."""
-        wish = self._wish
-        if wish is not None and wish.header.channel == channel:
-            self._wish = None
+        self._wishes.answered(channel)
 
     def renew_lane(self) -> None:
         """Nothing can be added to the lane any more: it needs a new one."""
@@ -209,32 +170,28 @@ class Keeper:
         self._leave()
 
     def _take_inbox(self) -> None:
-        busy = self._wish is not None or (self._watching and self.role == "device")
+        busy = self._wishes.waiting or (self._watching and self.role == "device")
         wait = WATCH_INTERVAL if busy else max(0.0, self._next_beat - time.monotonic())
-        try:
+        with contextlib.suppress(queue.Empty):
             item = self._inbox.get(timeout=0.0 if self._broken else wait)
-        except queue.Empty:
-            return
-        if item is not None and (self._wish is None or self._wish.header.channel != item.header.channel):
-            self._wish = item
+            while True:
+                if isinstance(item, wire.Relay):
+                    self._undelivered.append(item)
+                elif item is not None:
+                    self._wishes.take(item)
+                item = self._inbox.get_nowait()
 
     def _turn(self) -> None:
         now = time.monotonic()
-        if self._broken or now >= self._next_beat:
+        if self._broken or self._undelivered or now >= self._next_beat:
             self._next_beat = now + HEARTBEAT
             self._beat()
         if now >= self._next_watch:
             self._next_watch = now + (WATCH_INTERVAL if self.role == "device" else HEARTBEAT)
             self._watch()
-        if self._wish is not None:
-            self._answer_wish(self._wish)
-
-    def _run(self, commands: list[Command]) -> list[Any]:
-        """Runs commands; a missing permission raises Refused."""
-        answers = self._line.run(commands)
-        for answer in answers:
-            failed(answer)
-        return answers
+        if self._undelivered:
+            self._return_to_sender()
+        self._wishes.answer(self.early)
 
     # --- heartbeats ----------------------------------------------------------------------------------------
 
@@ -249,7 +206,7 @@ class Keeper:
             (keys.boot, boot),
             redis_roster.version_command(keys),
         ]
-        existed, boot_found, roster_version, *_ = self._run([*commands, *self._registration()])
+        existed, boot_found, roster_version, *_ = self._line.run_allowed([*commands, *self._registration()])
         if problem := failed(existed) or failed(boot_found):
             raise Refused(f"it is no Redis 7 or Valkey, or its keys are in use for something else: {problem}")
         self._lease_found(now, bool(existed), boot_found)
@@ -263,6 +220,10 @@ class Keeper:
         """What a worker with a service adds to its heartbeat."""
         if self.opens is None:
             return []
+        member = self._fleet.roster().by_name(self._announcement.member)
+        if member is None or member.revoked:
+            self.room = 0
+            return [(self._keys.workers, ("HDEL", self._keys.workers, self._announcement.sender.hex()))]
         self.room = self._announcement.room
         public = wire.encode_header(msgspec.structs.replace(self._announcement, watching=[]))
         return [
@@ -308,7 +269,7 @@ class Keeper:
             ("PEXPIRE", lane, int(LEASE * 1000)),
             ("EXEC",),
         )
-        self._run([(lane, words) for words in commands])
+        self._line.run_allowed([(lane, words) for words in commands])
         self._spoiled = False
         self.lanes_made += 1
 
@@ -317,10 +278,13 @@ class Keeper:
         commands: list[Command] = [(self.lane, ("DEL", self.lane))]
         if self.opens is not None:
             commands.append((self._keys.workers, ("HDEL", self._keys.workers, self._announcement.sender.hex())))
-        try:
-            self._line.run(commands)
-        except BrokerUnreachable as error:
-            log.debug("left without a word: %s", error)
+        for _ in range(2):
+            try:
+                self._line.run(commands)
+                return
+            except BrokerUnreachable as error:
+                # A broken connection is made anew once.
+                log.debug("left without a word: %s", error)
 
     def _compare_rosters(self, answer: object) -> None:
         self._fleet.refresh()
@@ -339,42 +303,28 @@ class Keeper:
     def _watch(self) -> None:
         """Notices watched peers whose lease has ended, and lanes that are full."""
         watched = list(self._watching)
-        sizes = self._lane_sizes(self.other_role, watched)
+        sizes = lane_sizes(self._line, self._keys, self.other_role, watched)
         self.full = frozenset(peer for peer, size in sizes.items() if size > LANE_BYTES)
         gone = [peer for peer in watched if peer not in sizes]
         if gone and not self.early:
             self._watching.difference_update(gone)
             self._caller.gone(gone)
 
-    def _lane_sizes(self, role: Role, peers: Iterable[bytes]) -> dict[bytes, int]:
-        """Bytes in the lanes of those of the peers that are alive."""
-        peers = list(peers)
-        lanes = [self._keys.lane(role, peer) for peer in peers]
-        answers = self._run([(lane, ("MEMORY", "USAGE", lane)) for lane in lanes])
-        return {peer: size for peer, size in zip(peers, answers, strict=True) if isinstance(size, int)}
+    def _return_to_sender(self) -> None:
+        """After a heartbeat: it would have found out that the server is a new one."""
+        back = lane_sizes(self._line, self._keys, self.other_role, {header.to for header in self._undelivered})
+        undelivered, self._undelivered = self._undelivered, []
+        for header in undelivered:
+            if self.early or header.to in back:
+                self.bounce(header, "full", "the server has just started", RETRY_AFTER)
+            else:
+                self.bounce(header, "gone", "the peer is not connected")
 
-    def _workers(self) -> list[wire.Announce]:
-        """The announcements of all workers that are alive."""
-        announced, _ = self._registry()
-        alive = self._lane_sizes("worker", announced)
-        return [worker for peer, worker in announced.items() if peer in alive]
-
-    def _registry(self) -> tuple[dict[bytes, wire.Announce], list[bytes]]:
-        """The list of workers, and the fields of it that are none."""
-        (flat,) = self._run([(self._keys.workers, ("HGETALL", self._keys.workers))])
-        if failed(flat):
-            raise Malformed("the list of workers is no hash")
-        announced, wrong = {}, []
-        for name, value in zip(flat[::2], flat[1::2], strict=True):
-            try:
-                header = wire.decode_header(value)
-                if not isinstance(header, wire.Announce) or header.sender.hex().encode() != name:
-                    raise Malformed("an announcement of another peer")
-                announced[header.sender] = header
-            except SplitError as error:
-                wrong.append(name)
-                count_dropped(self._counters, error)
-        return announced, wrong
+    def bounce(self, header: wire.Relay, reason: Any, detail: str, retry_after: float = 0.0) -> None:
+        """Tells the sender that a message was not delivered."""
+        self._counters[f"bounced_{reason}"] += 1
+        bounce = wire.Bounce(reason, header.channel, header.session, header.seq, header.to, detail, retry_after)
+        self._caller.message(bounce, b"")
 
     # --- wishes: the worker's side ---------------------------------------------------------------------------
 
@@ -382,7 +332,7 @@ class Keeper:
         """Takes over what a worker has read and not answered; drops what nobody waits for; forgets dead workers."""
         least = self._server_time - int(2 * OPEN_PATIENCE * 1000)
         claim = ("XAUTOCLAIM", opens, GROUP, self._announcement.member, int(HEARTBEAT * 1000), 0, "COUNT", 16)
-        moment, _, claimed = self._run(
+        moment, _, claimed = self._line.run_allowed(
             [(opens, ("TIME",)), (opens, ("XTRIM", opens, "MINID", max(0, least))), (opens, claim)]
         )
         if failed(claimed):
@@ -393,11 +343,11 @@ class Keeper:
         self._server_time = int(moment[0]) * 1000
         self._beats += 1
         if self._beats % CLEAN_UP == 0 and not self.early:
-            announced, wrong = self._registry()
-            alive = self._lane_sizes("worker", announced)
+            announced, wrong = read_workers(self._line, self._keys, self._counters)
+            alive = lane_sizes(self._line, self._keys, "worker", announced)
             dead = [peer.hex() for peer in announced if peer not in alive] + wrong
             if dead:
-                self._run([(self._keys.workers, ("HDEL", self._keys.workers, *dead))])
+                self._line.run_allowed([(self._keys.workers, ("HDEL", self._keys.workers, *dead))])
 
     def make_group(self, line: Line, anew: bool = False) -> None:
         """The stream of the wishes for this worker's service, and the group that reads it."""
@@ -406,56 +356,3 @@ class Keeper:
         commands.append((self.opens, ("XGROUP", "CREATE", self.opens, GROUP, "0", "MKSTREAM")))
         for answer in line.run(commands):
             failed(answer)
-
-    # --- wishes: the device's side ---------------------------------------------------------------------------
-
-    def _answer_wish(self, wish: Wish) -> None:
-        """Hands a wish to the workers of its service, or tells the device that it cannot be met, or not soon."""
-        header = wish.header
-        workers = [worker for worker in self._workers() if worker.service == header.service]
-        able = [worker for worker in workers if worker.room > 0 and worker.sender not in header.avoid]
-        if not workers and not self.early:
-            self._bounce(wish, "no-worker", self._served(), 0.0)
-        elif workers and all(worker.sender in header.avoid for worker in workers) and not self.early:
-            self._bounce(wish, "busy", "every worker is full", 1.0)
-        elif wish.placed and not self._waits(wish):
-            self._done(wish)
-        elif not wish.placed and able:
-            self._place(wish, able)
-        elif workers and time.monotonic() > wish.deadline:
-            self._bounce(wish, "busy", "every worker is full", 1.0)
-
-    def _place(self, wish: Wish, able: list[wire.Announce]) -> None:
-        message = entry(wire.encode_header(wish.header), wish.body)
-        if wish.header.avoid:
-            # Not to all workers: one that is to be avoided would have to pass it on.
-            roomiest = max(able, key=lambda worker: worker.room)
-            lane = self._keys.lane("worker", roomiest.sender)
-            (id_,) = self._run([(lane, ("XADD", lane, "NOMKSTREAM", "*", *message))])
-            if isinstance(id_, bytes):
-                self._done(wish)
-        else:
-            opens = self._keys.opens(wish.header.service)
-            (id_,) = self._run([(opens, ("XADD", opens, "NOMKSTREAM", "*", *message))])
-            wish.placed = isinstance(id_, bytes)
-
-    def _waits(self, wish: Wish) -> bool:
-        """Whether a wish may still be in the stream; workers take from it what they read."""
-        opens = self._keys.opens(wish.header.service)
-        (length,) = self._run([(opens, ("XLEN", opens))])
-        return isinstance(length, int) and length > 0
-
-    def _served(self) -> str:
-        services = {(worker.model, worker.service) for worker in self._workers()}
-        names = {f"{model} layers {service.first}:{service.last}" for model, service in services if service}
-        return ", ".join(sorted(names)) or "none"
-
-    def _bounce(self, wish: Wish, reason: Any, detail: str, retry_after: float) -> None:
-        self._done(wish)
-        self._counters[f"bounced_{reason}"] += 1
-        bounce = wire.Bounce(reason, wish.header.channel, detail=detail[:4096], retry_after=retry_after)
-        self._caller.message(bounce, b"")
-
-    def _done(self, wish: Wish) -> None:
-        if self._wish is wish:
-            self._wish = None

@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,8 @@ from split_common import wire
 from split_common.errors import BrokerUnreachable, Malformed, Oversized, SplitError
 from split_common.fleet import Fleet
 from split_common.keys import Identity
-from split_common.redis_keeper import RECONNECT, RECONNECT_MAX, Caller, Keeper
+from split_common.redis_caller import Caller
+from split_common.redis_keeper import RECONNECT, RECONNECT_MAX, RETRY_AFTER, Keeper
 from split_common.redis_keys import GROUP, Keys, entry, next_id, read_entry
 from split_common.redis_server import Command, Line, Refused, Server
 from split_common.transport import HEARTBEAT, MISSED, Handler, count_dropped
@@ -46,9 +48,6 @@ TRIM_BYTES = 4 * 1024 * 1024
 
 #: Seconds that closing may take to write what is queued.
 LINGER = 0.5
-
-#: Seconds that a writer waits for room in a lane, or for a peer to come back after a restart.
-RETRY_AFTER = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +116,17 @@ class RedisLink:
         self._lines.append(line)
         return line
 
-    def _start_thread(self, run: Any, name: str) -> None:
-        thread = threading.Thread(target=run, name=f"lambda-split-redis-{name}", daemon=True)
+    def _start_thread(self, run: Callable[[], None], name: str) -> None:
+        def contained() -> None:
+            while True:
+                try:
+                    return run()
+                except Exception:
+                    self.counters["failures"] += 1
+                    log.exception("the %s of a Redis link failed, and goes on", name)
+                    self._closing.wait(RECONNECT)
+
+        thread = threading.Thread(target=contained, name=f"lambda-split-redis-{name}", daemon=True)
         self._threads.append(thread)
         thread.start()
 
@@ -214,7 +222,7 @@ class RedisLink:
             header = outgoing.header
             if header is not None and header.to in self._keeper.full:
                 self._unsent_bytes -= outgoing.size
-                self._bounce(header, "full", "the queue of the peer is full", RETRY_AFTER)
+                self._keeper.bounce(header, "full", "the queue of the peer is full", RETRY_AFTER)
                 continue
             batch.append(outgoing)
             size += outgoing.size
@@ -232,16 +240,9 @@ class RedisLink:
         elif isinstance(answer, ResponseError):
             if not isinstance(answer, OutOfMemoryError):
                 count_dropped(self.counters, Refused(str(answer)))
-            self._bounce(header, "full", "the server takes no more", 2 * RETRY_AFTER)
-        elif self._keeper.early:
-            self._bounce(header, "full", "the server has just started", RETRY_AFTER)
+            self._keeper.bounce(header, "full", "the server takes no more", 2 * RETRY_AFTER)
         else:
-            self._bounce(header, "gone", "the peer is not connected", 0.0)
-
-    def _bounce(self, header: wire.Relay, reason: Any, detail: str, retry_after: float) -> None:
-        self.counters[f"bounced_{reason}"] += 1
-        bounce = wire.Bounce(reason, header.channel, header.session, header.seq, header.to, detail, retry_after)
-        self._caller.message(bounce, b"")
+            self._keeper.undelivered(header)
 
     # --- reading -------------------------------------------------------------------------------------------
 

@@ -158,6 +158,13 @@ class Line:
             self._server.look_again()
         raise Unreachable(f"{self._server.shown} is being rearranged: {answers[left[0]]}")
 
+    def run_allowed(self, commands: Sequence[Command]) -> list[Any]:
+        """The same; a command for which the user lacks the permission raises Refused."""
+        answers = self.run(commands)
+        for answer in answers:
+            failed(answer)
+        return answers
+
     def _by_holder(
         self, commands: Sequence[Command], numbers: Iterable[int]
     ) -> list[tuple[redis.Redis, list[int]]]:
@@ -192,7 +199,7 @@ class Line:
         if self._closed:
             raise ConnectionError("closed")
         if id(client) not in self._connections:
-            self._connections[id(client)] = client, client.connection_pool.get_connection()
+            self._connections[id(client)] = client, client.connection_pool.make_connection()
         connection = self._connections[id(client)][1]
         # Sending would connect, too, but to the master that Sentinels named last time.
         connection.connect()

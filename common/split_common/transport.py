@@ -51,7 +51,10 @@ class Handler(Protocol):
         """The fleet has a newer roster."""
 
     def announcement(self) -> Announce:
-        """This peer's heartbeat; the transport fills in what it has received."""
+        """This peer's heartbeat; the transport fills in what it has received.
+
+        One that says `leaving` takes the peer out of the queue until one does not.
+        """
 
 
 class Transport(Protocol):

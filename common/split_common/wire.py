@@ -80,6 +80,7 @@ class Announce(Header, frozen=True, tag=1):
     model: Text = ""
     #: Sessions that a worker still has room for.
     room: Natural = 0
+    #: It does not serve any more: it ends, or computes nothing though it has work.
     leaving: bool = False
 
 
@@ -158,6 +159,7 @@ class Bounce(Header, frozen=True, tag=8):
     peer: PeerId = bytes(8)
     detail: Annotated[str, msgspec.Meta(max_length=4096)] = ""
     retry_after: Seconds = 0.0
+    epoch: Natural = 0
 
 
 AnyHeader = Announce | Welcome | Probe | RosterRequest | RosterReply | Open | Relay | Bounce
@@ -283,11 +285,12 @@ class Done(Payload, frozen=True, tag=5):
 class Refusal(Payload, frozen=True, tag=6):
     """The request was refused and changed nothing.
 
-    The refusal of a session that the worker does not hold travels under the channel's control keys, as session 0,
-    and says here which request it means.
+    The refusal of a request that the worker did not take into its session travels under the channel's control keys,
+    as session 0, and says here which request it means: one of a session that it does not hold, or that found its
+    queue "full" and is to be sent again.
     """
 
-    reason: Literal["busy", "non-finite", "malformed", "lost", "failed", "too-long", "evicted"]
+    reason: Literal["busy", "full", "non-finite", "malformed", "lost", "failed", "too-long", "evicted"]
     message: Annotated[str, msgspec.Meta(max_length=2048)] = ""
     retry_after: Seconds = 0.0
     session: Natural = 0

@@ -221,7 +221,9 @@ class ZmqLink:
             return True
         self._sender = announcement.sender
         self._credited = self._received
-        announcement = msgspec.structs.replace(announcement, received=self._received, leaving=leaving)
+        announcement = msgspec.structs.replace(
+            announcement, received=self._received, leaving=leaving or announcement.leaving
+        )
         try:
             sock.send_multipart([wire.encode_header(announcement), b""], zmq.NOBLOCK)
         except zmq.Again:

@@ -28,21 +28,20 @@ class Chunk:
         return output if self.own is None else output[self.own]
 
 
-def cut(rows: list[wire.Row], packed: torch.Tensor, limit: int, positions_interact: bool) -> list[Chunk]:
+def cut(rows: list[wire.Row], packed: torch.Tensor, limit: int, horizon: int | None = None) -> list[Chunk]:
     """Cuts runs so that no chunk has more than `limit` tokens.
 
-    Where positions interact, the worker must see the largest one of the call in every run: a run that ends below it
-    gets one more token there. Its output is dropped, and the row's next run cuts it off.
+    Where positions interact, the worker must see the largest one of the call, `horizon`, in every run: a run that
+    ends below it gets one more token there. Its output is dropped, and the row's next run cuts it off.
     """
-    horizon = max(max(row.positions) for row in rows) if positions_interact else -1
     chunks = []
     begin = 0
     for runs in _runs(rows, limit):
         lengths = [len(run.positions) for run in runs]
         states = packed[begin : begin + sum(lengths)]
         begin += sum(lengths)
-        short = [max(run.positions) < horizon for run in runs]
-        if not any(short):
+        short = [horizon is not None and max(run.positions) < horizon for run in runs]
+        if horizon is None or not any(short):
             chunks.append(Chunk(runs, states))
             continue
         pieces, own, extended = [], [], []

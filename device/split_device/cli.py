@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,7 @@ from split_common.options import (
     ModelOption,
     RevisionOption,
     TimeoutOption,
+    parse_size,
     resolve_model,
 )
 from split_common.process import passive_threads
@@ -73,7 +75,29 @@ TimingsOption = Annotated[
 PatienceOption = Annotated[
     float,
     typer.Option(
-        min=0.0, metavar="SECONDS", rich_help_panel=QUEUE_PANEL, help="To wait for room while all workers are full."
+        min=0.0,
+        metavar="SECONDS",
+        rich_help_panel=QUEUE_PANEL,
+        help="To wait while all workers are full, or none is left to take over.",
+    ),
+]
+StepTimeoutOption = Annotated[
+    float,
+    typer.Option(
+        "--step-timeout",
+        min=1.0,
+        metavar="SECONDS",
+        rich_help_panel=QUEUE_PANEL,
+        help="Without an answer before a worker is too slow, if there is another one.",
+    ),
+]
+HistoryOption = Annotated[
+    str,
+    typer.Option(
+        "--history-memory",
+        metavar="SIZE",
+        rich_help_panel=QUEUE_PANEL,
+        help="Of what it takes to go on at another worker; more than that goes to an encrypted temporary file.",
     ),
 ]
 
@@ -85,7 +109,7 @@ def register(app: typer.Typer) -> None:
     from split_device.stress.cli import stress
     from split_device.stress.device import stress_device
 
-    for command in (generate, chat, inspect, demo, doctor, stress):
+    for command in (generate, chat, inspect, demo, doctor, stress, dead_letters):
         app.command()(command)
     app.command(hidden=True)(stress_device)
 
@@ -111,6 +135,8 @@ def generate(
     member: MemberOption = None,
     timeout: TimeoutOption = 10.0,
     patience: PatienceOption = 60.0,
+    step_timeout: StepTimeoutOption = 60.0,
+    history_memory: HistoryOption = "64MiB",
     timings: TimingsOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -123,6 +149,7 @@ def generate(
     if raw and system:
         raise ConfigError("--raw and --system do not go together: a raw prompt has no messages")
     passive_threads()
+    history_bytes = parse_size(history_memory)
     _check_queue(broker, keys, member)
     checkpoint = resolve_model(model)
 
@@ -145,6 +172,8 @@ def generate(
         member=member,
         timeout=timeout,
         patience=patience,
+        step_timeout=step_timeout,
+        history_memory=history_bytes,
     ) as split:
 
         def note_prompt() -> None:
@@ -188,6 +217,8 @@ def chat(
     member: MemberOption = None,
     timeout: TimeoutOption = 10.0,
     patience: PatienceOption = 60.0,
+    step_timeout: StepTimeoutOption = 60.0,
+    history_memory: HistoryOption = "64MiB",
     json: JsonOption = False,
 ) -> None:
     """Talk with a split model; each turn sends only what is new.
@@ -196,6 +227,7 @@ def chat(
     answer. With --json the turns are printed at the end, as one object.
     """
     passive_threads()
+    history_bytes = parse_size(history_memory)
     _check_queue(broker, keys, member)
     checkpoint = resolve_model(model)
 
@@ -214,6 +246,8 @@ def chat(
         member=member,
         timeout=timeout,
         patience=patience,
+        step_timeout=step_timeout,
+        history_memory=history_bytes,
     ) as split:
         start = [{"role": "system", "content": system}] if system else []
         conversation = Conversation(split, tokenizer, start)
@@ -231,6 +265,32 @@ def chat(
                     turns.append({"prompt": line} | dataclasses.asdict(answer))
         if json:
             emit_json({"turns": turns, "traffic": split.traffic})
+
+
+def dead_letters(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove them after they were shown.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Show the steps of this user's generations that were given up, because workers failed or died at them.
+
+    What they held is not recorded: neither text nor states.
+    """
+    from split_device import dead_letters as letters
+    from split_device.session import printable
+
+    found = letters.read()
+    if json:
+        emit_json({"dead_letters": [_fields(letter) for letter in found]})
+    for letter in found if not json else ():
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(letter.time))
+        print(
+            f"{when} {letter.model} layers {letter.layers}: {letter.tokens} tokens of {letter.rows} rows after "
+            f"{letter.cached}, at {', '.join(letter.workers)}: {printable(letter.reason)}"
+        )
+    if not found and not json:
+        stderr.print("no step was given up")
+    if clear:
+        letters.clear()
 
 
 @contextlib.contextmanager

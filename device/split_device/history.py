@@ -1,79 +1,237 @@
-"""What a session has sent: enough to fill another worker's KV cache."""
+"""What a session has sent: enough to fill another worker's KV cache.
+
+The end-to-end argument: no queue and no worker promises to lose nothing, so the device does. Most of a long history
+lies in an encrypted temporary file.
+"""
 
 from __future__ import annotations
 
+import bisect
+import logging
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
 from split_common import wire
+from split_common.errors import AuthenticationError, HistoryLost
+from split_common.tensors import raw_bytes
+from split_device.spill import SpillFile
+
+log = logging.getLogger(__name__)
+
+#: Bytes of a session's hidden states that stay in memory unless told otherwise; older ones are spilled.
+HISTORY_MEMORY = 64 * 1024 * 1024
+
+#: Bytes of hidden states that are spilled and read back together, at most; of one column if that has more.
+BLOCK_BYTES = 1024 * 1024
+
+
+class Block:
+    """Hidden states `[rows, columns, width]` and positions `[rows, columns]` that change no more.
+
+    In memory or spilled. Copies of a history share its blocks.
+    """
+
+    def __init__(self, states: torch.Tensor, positions: torch.Tensor) -> None:
+        self.positions = positions
+        self._states: torch.Tensor | None = states
+        self._shape, self._dtype = states.shape, states.dtype
+        #: Bytes of one row's column.
+        self.token_bytes = states.shape[2] * states.element_size()
+        self._spilled: tuple[SpillFile, list[int]] | None = None
+
+    @property
+    def resident(self) -> int:
+        """Bytes of states in memory."""
+        return self._states.nbytes if self._states is not None else 0
+
+    @property
+    def states(self) -> torch.Tensor:
+        """Raises OSError or AuthenticationError when spilled states cannot be read back as they were."""
+        if (states := self._states) is not None:
+            return states
+        assert self._spilled is not None
+        file, slots = self._spilled
+        return torch.frombuffer(file.read(slots), dtype=self._dtype).view(self._shape)
+
+    def spill(self, file: SpillFile) -> None:
+        """Raises OSError; the states then stay in memory."""
+        if self._states is not None:
+            self._spilled = file, file.write(raw_bytes(self._states))
+            self._states = None
+
+    def __del__(self) -> None:
+        if self._spilled is not None:
+            file, slots = self._spilled
+            file.release(slots)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The first columns of a block; row i of the session is the block's row `rows[i]`."""
+
+    block: Block
+    rows: list[int]
+    columns: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of states, as if all rows were of their own."""
+        return len(self.rows) * self.columns * self.block.token_bytes
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """States `[rows, columns, width]` and positions `[rows, columns]`."""
+        states, positions = self.block.states[:, : self.columns], self.block.positions[:, : self.columns]
+        if self.rows == list(range(len(states))):
+            return states, positions
+        return states[self.rows], positions[self.rows]
 
 
 class History:
     """Hidden states and positions of a batch's cached columns, padding included.
 
-    The end-to-end argument: no queue and no worker promises to lose nothing, so the device does.
+    A list of parts: to crop or reorder it moves no states, nor does a copy. Neighbours are merged while they are
+    small, so that there are few.
+
+    Args:
+        memory: bytes of states to keep in memory, besides those of the last block.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: int = HISTORY_MEMORY) -> None:
+        self._memory = memory
         self._length = 0
-        #: Where the calls ended that appended columns.
+        #: Where the calls ended that appended columns, and the largest position of each.
         self._ends: list[int] = []
-        self._states = torch.empty(0, 0, 0)
-        self._positions = torch.empty(0, 0, dtype=torch.long)
+        self._horizons: list[int] = []
+        self._parts: list[Part] = []
+        self._file: SpillFile | None = None
+        self._lost: HistoryLost | None = None
+
+    @property
+    def resident(self) -> int:
+        """Bytes of states in memory."""
+        return sum(part.block.resident for part in self._parts)
 
     def append(self, states: torch.Tensor, positions: torch.Tensor) -> None:
-        """Adds columns: states `[batch, columns, width]` and positions `[batch, columns]`."""
-        end = self._length + states.shape[1]
-        if not self._length:
-            self._states, self._positions = states.detach().clone(), positions.clone()
-        else:
-            if end > self._states.shape[1]:
-                self._states, self._positions = _grown(self._states, 2 * end), _grown(self._positions, 2 * end)
-            self._states[:, self._length : end] = states
-            self._positions[:, self._length : end] = positions
-        self._length = end
-        self._ends.append(end)
+        """Adds columns: states `[batch, columns, width]` and positions `[batch, columns]`.
+
+        Never fails: a history that can be kept no longer is given up, and told of when it is needed.
+        """
+        self._length += states.shape[1]
+        self._ends.append(self._length)
+        self._horizons.append(int(positions.max()))
+        if self._lost is not None:
+            return
+        states, positions = states.detach().cpu(), positions.cpu()
+        at_once = max(1, BLOCK_BYTES // max(1, states[:, :1].nbytes))
+        for piece, places in zip(torch.split(states, at_once, 1), torch.split(positions, at_once, 1), strict=True):
+            self._parts.append(_part(piece.clone(), places.clone()))
+            self._merge()
+            if self._parts[-1].size > BLOCK_BYTES // 2:
+                self._spill()
 
     def crop(self, columns: int) -> None:
         """Keeps the first columns."""
-        self._length = columns
-        self._ends = [end for end in self._ends if end <= columns]
+        calls = bisect.bisect_left(self._ends, columns) + (columns > 0)
+        left = self._length - columns
+        del self._ends[calls:], self._horizons[calls:]
+        if left > 0:
+            self._length = columns
+            self._ends[-1:] = [columns] if columns else []
+        while self._parts and left > 0:
+            last = self._parts.pop()
+            if last.columns > left:
+                self._parts.append(replace(last, columns=last.columns - left))
+            left -= last.columns
 
     def select(self, rows: list[int]) -> None:
         """Row i becomes what row `rows[i]` was."""
-        self._states = self._states[rows]
-        self._positions = self._positions[rows]
+        self._parts = [replace(part, rows=[part.rows[row] for row in rows]) for part in self._parts]
 
     def clone(self) -> History:
-        twin = History()
-        twin._length, twin._ends = self._length, list(self._ends)
-        twin._states, twin._positions = self._states.clone(), self._positions.clone()
+        twin = History(self._memory)
+        twin._length, twin._parts = self._length, list(self._parts)
+        twin._ends, twin._horizons = list(self._ends), list(self._horizons)
+        twin._file, twin._lost = self._file, self._lost
         return twin
 
-    def replay(self, columns: torch.Tensor, by_call: bool) -> Iterator[tuple[list[wire.Row], torch.Tensor]]:
-        """The runs that make the cache anew, and their states `[tokens, width]`.
+    def replay(
+        self, columns: torch.Tensor, by_call: bool
+    ) -> Iterator[tuple[list[wire.Row], torch.Tensor, int | None]]:
+        """The runs that make the cache anew, their states `[tokens, width]`, and their call's largest position.
 
         Args:
             columns: which columns hold tokens, bool `[batch, columns]`.
-            by_call: whether to keep apart what was appended in several calls, in order.
+            by_call: whether to keep apart, and whole, what was appended in several calls; else there is no largest
+                position.
+
+        Raises:
+            HistoryLost: it could not be kept, or not be read back.
         """
-        ends = [end for end in self._ends if end < self._length] if by_call else []
-        begin = 0
-        for end in [*ends, self._length]:
-            mine = columns[:, begin:end]
-            starts = columns[:, :begin].sum(1).tolist()
-            rows = [
-                wire.Row(row, starts[row], self._positions[row, begin:end][kept].tolist())
-                for row, kept in enumerate(mine)
-                if bool(kept.any())
-            ]
-            if rows:
-                yield rows, self._states[:, begin:end][mine]
-            begin = end
+        if self._lost is not None:
+            raise self._lost
+        begin = done = call = 0
+        pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for part in self._parts:
+            try:
+                states, positions = part.read()
+            except (OSError, AuthenticationError) as error:
+                raise HistoryLost(f"the session's spilled history cannot be read back: {error}") from None
+            offset, end = done, done + part.columns
+            while done < end:
+                stop = min(end, self._ends[call]) if by_call else end
+                here = slice(done - offset, stop - offset)
+                pieces.append((states[:, here], positions[:, here]))
+                done = stop
+                if by_call and stop < self._ends[call]:
+                    break
+                if runs := _runs(columns, begin, torch.cat([places for _, places in pieces], 1)):
+                    packed = torch.cat([piece for piece, _ in pieces], 1)[columns[:, begin:stop]]
+                    yield runs, packed, self._horizons[call] if by_call else None
+                begin, pieces, call = stop, [], call + 1
+
+    def _merge(self) -> None:
+        """Merges the last parts while they are alike in size: each state is copied a few times in all."""
+        while len(self._parts) > 1:
+            one, two = self._parts[-2:]
+            if 2 * two.size < one.size or one.size + two.size > BLOCK_BYTES:
+                break
+            if not (one.block.resident and two.block.resident):
+                break
+            (first, before), (second, after) = one.read(), two.read()
+            self._parts[-2:] = [_part(torch.cat([first, second], 1), torch.cat([before, after], 1))]
+
+    def _spill(self) -> None:
+        """Spills the oldest parts above the limit; without room for them the history is of no more use."""
+        excess = self.resident - self._memory
+        try:
+            for part in self._parts[:-1]:
+                if excess <= 0:
+                    break
+                self._file = self._file or SpillFile()
+                excess -= part.block.resident
+                part.block.spill(self._file)
+        except OSError as error:
+            self._lost = HistoryLost(
+                f"the session's history could not be spilled to a temporary file ({error.strerror or error}), so "
+                "that it cannot go on at another worker: make room, set TMPDIR to a directory with more of it, or "
+                "raise history_memory (--history-memory)"
+            )
+            self._parts, self._file = [], None
+            log.warning("%s", self._lost)
 
 
-def _grown(buffer: torch.Tensor, columns: int) -> torch.Tensor:
-    larger = buffer.new_zeros(buffer.shape[0], columns, *buffer.shape[2:])
-    larger[:, : buffer.shape[1]] = buffer
-    return larger
+def _part(states: torch.Tensor, positions: torch.Tensor) -> Part:
+    return Part(Block(states, positions), list(range(states.shape[0])), states.shape[1])
+
+
+def _runs(columns: torch.Tensor, begin: int, positions: torch.Tensor) -> list[wire.Row]:
+    """The runs of tokens in the columns from `begin` on whose positions `[batch, columns]` are given."""
+    mine = columns[:, begin : begin + positions.shape[1]]
+    starts = columns[:, :begin].sum(1).tolist()
+    return [
+        wire.Row(row, starts[row], positions[row][kept].tolist())
+        for row, kept in enumerate(mine)
+        if bool(kept.any())
+    ]

@@ -20,7 +20,8 @@ from split_common.slots import Stack
 from split_common.split import Split
 from split_common.tensors import dtype_name, parse_dtype
 from split_common.transport import DEFAULT_BROKER, connect
-from split_device.client import PATIENCE, Client
+from split_device.client import PATIENCE, STEP_TIMEOUT, Client
+from split_device.history import HISTORY_MEMORY
 from split_device.remote import RemoteBody, Traits, is_windowed
 from split_device.timings import Timings
 
@@ -55,6 +56,8 @@ class SplitModelForCausalLM:
         member: str | None = None,
         timeout: float = 10.0,
         patience: float = PATIENCE,
+        history_memory: int = HISTORY_MEMORY,
+        step_timeout: float = STEP_TIMEOUT,
     ) -> Any:
         """Loads the head and the tail, and joins the queue.
 
@@ -69,7 +72,10 @@ class SplitModelForCausalLM:
                 this machine's loopback alone.
             member: this device's name in the fleet; needed when the directory holds several devices' keys.
             timeout: seconds to wait for the broker.
-            patience: seconds to wait while all workers are full.
+            patience: seconds to wait while all workers are full, or none is left to take over.
+            history_memory: bytes of what a cache's session has sent, to be replayed, that stay in memory; older
+                ones go to an encrypted temporary file (in $TMPDIR).
+            step_timeout: seconds without an answer after which a worker is too slow, if another one is to be had.
 
         Returns:
             An instance of `SplitModelForCausalLM` and of the checkpoint's own class.
@@ -89,8 +95,18 @@ class SplitModelForCausalLM:
         model.name_or_path = model.config.name_or_path = str(name_or_path)
         model.generation_config = generation_config(plan_) or model.generation_config
         service = wire.Service(manifest.root, split.first, split.last)
-        wire_dtype = dtype_name(model.dtype)
-        client = Client(transport, fleet, identity, service, manifest.name, wire_dtype, timeout, patience)
+        client = Client(
+            transport,
+            fleet,
+            identity,
+            service,
+            manifest.name,
+            dtype_name(model.dtype),
+            timeout,
+            patience,
+            history_memory,
+            step_timeout,
+        )
         client.start()
         model._join(client, stack, split)
         return model

@@ -7,6 +7,7 @@ Such changes cost no message: they travel with the next step.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 import weakref
@@ -25,13 +26,16 @@ from split_common.errors import (
     SplitError,
     StepFailed,
     UnsupportedFeature,
+    WorkerGone,
 )
 from split_common.slots import PassThrough
 from split_common.split import Split
 from split_common.tensors import dtype_name, raw_bytes, to_bytes
 from split_device.chunks import Request, cut
-from split_device.client import Client, RemoteSession
+from split_device.client import Client
+from split_device.dead_letters import DeadLetter, record
 from split_device.history import History
+from split_device.session import RemoteSession
 
 #: Bytes of hidden states in one message; a longer prefill travels in several.
 CHUNK_BYTES = 1024 * 1024
@@ -41,6 +45,11 @@ REPLAY_WINDOW = 8
 
 #: Seconds to wait before a lost session is opened again.
 RETRY_AFTER = 0.1
+
+#: A step at which workers failed so often, or that so many held when they died, is tried no more. (Workers may die
+#: for reasons of their own.)
+MAX_FAILURES = 2
+MAX_DEATHS = 4
 
 
 class Call(threading.local):
@@ -117,11 +126,14 @@ class SessionLayer(BodyLayer):
         self.client = client
         self._traits = traits
         self._remote: RemoteSession | None = None
+        self._number = client.new_number()
+        self._epochs = itertools.count()
+        self._closer: weakref.finalize[..., SessionLayer] | None = None
         #: Which columns hold tokens and not padding, bool `[batch, columns]`; None before the first step.
         self._columns: torch.Tensor | None = None
         #: The worker's row of each row, where rows moved since the last step.
         self._select: list[int] | None = None
-        self._history = History()
+        self._history = History(self.client.history_memory)
 
     # --- what transformers asks of a cache layer -----------------------------------------------------------
 
@@ -149,7 +161,7 @@ class SessionLayer(BodyLayer):
         if self._remote is not None:
             self._remote.close()
         self._remote = self._columns = self._select = None
-        self._history = History()
+        self._history = History(self.client.history_memory)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SessionLayer:
         twin = SessionLayer(self.client, self._traits, self._window)
@@ -160,7 +172,7 @@ class SessionLayer(BodyLayer):
         if self._remote is not None:
             # A copy that cannot be had from the worker is made anew with its next step.
             with contextlib.suppress(SessionLost, Busy):
-                twin._hold(self._remote.fork())
+                twin._hold(self._remote.fork(twin._number, next(twin._epochs)))
         return twin
 
     def _take(self, rows: list[int]) -> None:
@@ -171,8 +183,10 @@ class SessionLayer(BodyLayer):
         self._history.select(rows)
 
     def _hold(self, remote: RemoteSession) -> None:
+        if self._closer is not None:
+            self._closer.detach()
         self._remote = remote
-        weakref.finalize(self, remote.close)
+        self._closer = weakref.finalize(self, remote.close)
 
     # --- a step --------------------------------------------------------------------------------------------
 
@@ -197,7 +211,8 @@ class SessionLayer(BodyLayer):
         packed = hidden[sent][keep[sent]]
         result = hidden.new_zeros(len(sent), tokens, width)
         if rows:
-            result[keep[sent]] = self._exchange(rows, packed)
+            horizon = int(positions.max()) if self._traits.positions_interact else None
+            result[keep[sent]] = self._exchange(rows, packed, horizon)
         if len(sent) < batch:
             result, self._select = result[copies], copies
         self._columns = torch.cat([cached, keep], 1)
@@ -262,9 +277,9 @@ class SessionLayer(BodyLayer):
             copies.append(seen[key])
         return sent, copies
 
-    def _exchange(self, rows: list[wire.Row], packed: torch.Tensor) -> torch.Tensor:
+    def _exchange(self, rows: list[wire.Row], packed: torch.Tensor, horizon: int | None) -> torch.Tensor:
         """Sends runs of tokens and their states `[tokens, width]`; waits while workers are full."""
-        requests = self._requests(rows, packed)
+        requests = self._requests(rows, packed, horizon)
         replies = self._persist(requests)
         self._select = None
         with self.client.timings.measure("decode"):
@@ -272,10 +287,10 @@ class SessionLayer(BodyLayer):
             output = parts[0] if len(parts) == 1 else torch.cat(parts)
         return output.to(packed)
 
-    def _requests(self, rows: list[wire.Row], packed: torch.Tensor) -> list[Request]:
+    def _requests(self, rows: list[wire.Row], packed: torch.Tensor, horizon: int | None) -> list[Request]:
         with self.client.timings.measure("encode"):
             limit = max(1, CHUNK_BYTES // (packed.shape[1] * packed.element_size()))
-            chunks = cut(rows, packed, limit, self._traits.positions_interact)
+            chunks = cut(rows, packed, limit, horizon)
             return [(chunk, to_bytes(chunk.states)) for chunk in chunks]
 
     def _persist(self, requests: list[Request]) -> list[tuple[wire.AnyReply, memoryview]]:
@@ -283,10 +298,11 @@ class SessionLayer(BodyLayer):
 
         A session that is lost is opened on another worker, which gets the history first.
         """
-        deadline: float | None = None
         avoid: list[bytes] = []
         lost: SessionLost | None = None
-        failures = 0
+        failed: list[str] = []
+        died: dict[bytes, str] = {}
+        waiting_since: float | None = None
         while True:
             try:
                 if self._remote is None:
@@ -295,15 +311,25 @@ class SessionLayer(BodyLayer):
                 return self._send(self._remote, requests)
             except (Busy, SessionLost, NoWorker) as error:
                 now = time.monotonic()
-                deadline = deadline if deadline is not None else now + self.client.patience
-                failures += isinstance(error, StepFailed)
+                waiting_since = now if waiting_since is None else waiting_since
                 lost = error if isinstance(error, SessionLost) else lost
+                if (remote := self._remote) is not None:
+                    name = remote.channel.channel.peer.name
+                    if isinstance(error, StepFailed):
+                        failed.append(name)
+                    if isinstance(error, WorkerGone) and remote.worker not in died:
+                        # It may have been at work for long: patience begins anew.
+                        died[remote.worker], waiting_since = name, now
+                    if remote.ended or (self._select is not None and len(requests) > 1):
+                        # Of several chunks some may have run, and with the first one the selection.
+                        remote.close()
+                        avoid, self._remote = [remote.worker], None
+                if len(failed) >= MAX_FAILURES or len(died) >= MAX_DEATHS:
+                    raise self._give_up(error, requests, [*failed, *died.values()]) from None
                 fresh = lost is None and not self.get_seq_length() and not self.client.served
                 pause = getattr(error, "retry_after", RETRY_AFTER)
-                if now + pause > deadline or failures > 1 or (isinstance(error, NoWorker) and fresh):
+                if now + pause > waiting_since + self.client.patience or (isinstance(error, NoWorker) and fresh):
                     raise lost or error from None
-                if self._remote is not None and self._remote.ended:
-                    avoid, self._remote = [self._remote.worker], None
                 time.sleep(pause)
             except SplitError:
                 # Of several chunks some may have run: what the worker holds is not known any more.
@@ -312,18 +338,44 @@ class SessionLayer(BodyLayer):
                     self._remote = None
                 raise
 
+    def _give_up(self, error: SplitError, requests: list[Request], workers: list[str]) -> StepFailed:
+        """A step that makes workers fail or die must not travel on: it is recorded, and refused."""
+        if not isinstance(error, StepFailed):
+            error = StepFailed(f"{len(workers)} workers died while they held this step, which is not tried again")
+        service = self.client.service
+        record(
+            DeadLetter(
+                model=self.client.model,
+                layers=f"{service.first}:{service.last}",
+                workers=workers,
+                rows=len({row.row for chunk, _ in requests for row in chunk.rows}),
+                tokens=sum(len(chunk.states) for chunk, _ in requests),
+                cached=self.get_seq_length(),
+                reason=str(error),
+            )
+        )
+        return error
+
     def _open(self, avoid: list[bytes]) -> None:
         """Opens a session on some worker, and fills its cache with what is cached here."""
-        remote = self.client.open_session(avoid)
+        remote = self.client.open_session(avoid, self._number, next(self._epochs))
         self._hold(remote)
         if not self.get_seq_length():
             return
         assert self._columns is not None
         self._select = None
-        for rows, packed in self._history.replay(self._columns, self._traits.positions_interact):
-            requests = self._requests(rows, packed)
-            for begin in range(0, len(requests), REPLAY_WINDOW):
-                self._send(remote, requests[begin : begin + REPLAY_WINDOW])
+        requests = (
+            request
+            for runs in self._history.replay(self._columns, self._traits.positions_interact)
+            for request in self._requests(*runs)
+        )
+        try:
+            while window := list(itertools.islice(requests, REPLAY_WINDOW)):
+                self._send(remote, window)
+        except BaseException:
+            # It holds a part of the history only, whatever the reason.
+            remote.close()
+            raise
         self.client.counters["replays"] += 1
 
     def _send(self, remote: RemoteSession, requests: list[Request]) -> list[tuple[wire.AnyReply, memoryview]]:

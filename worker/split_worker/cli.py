@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import Annotated, Literal
 
 import typer
@@ -22,6 +21,7 @@ from split_common.options import (
     ModelOption,
     RevisionOption,
     TimeoutOption,
+    parse_size,
     resolve_model,
 )
 from split_common.process import catch_sigterm, passive_threads, wait_for
@@ -104,9 +104,9 @@ def worker(
     body = Body(plan_, split, torch.device(place), parse_dtype(dtype), kv_bytes)
     service = wire.Service(manifest.root, split.first, split.last)
     sessions = SessionTable(max_sessions, idle_timeout)
-    running = Worker(body, service, manifest.name, identity, fleet, transport, sessions)
-    running.start(timeout)
     stop = catch_sigterm()
+    running = Worker(body, service, manifest.name, identity, fleet, transport, sessions, stop.set)
+    running.start(timeout)
     try:
         facts = {
             "worker": identity.certificate.name,
@@ -130,6 +130,7 @@ def worker(
             if body.separate_because is not None:
                 stderr.print(f"sessions run one at a time: {body.separate_because}", soft_wrap=True)
         wait_for(stop)
+        running.check()
         if not running.drain(min(drain_timeout, UNANNOUNCED)):
             stderr.print(f"draining: no new sessions; those that are open have {drain_timeout:g} s to end")
             if not running.drain(drain_timeout):
@@ -145,11 +146,3 @@ def _device(name: DeviceName) -> str:
     if name == "cuda" and not available:
         raise ConfigError("torch sees no CUDA device: use --device cpu, or install a CUDA build of torch")
     return "cuda" if available and name != "cpu" else "cpu"
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size like `4GiB`, `512MiB` or `1000000`. Raises ConfigError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise ConfigError(f"{text!r} is no size: write it like 4GiB or 512MiB")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))

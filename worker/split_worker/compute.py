@@ -32,6 +32,13 @@ REASONS: dict[type[Exception], str] = {
 }
 
 
+#: Seconds after which a turn of the compute loop may be held to hang: three heartbeats. One with many tokens gets
+#: more: so many times what the slowest ones of late would have taken. Of the first one nothing is known.
+HUNG_AFTER = 3.0
+HUNG_FACTOR = 4.0
+FIRST_TURN = 60.0
+
+
 class Evicted(SplitError):
     """The session's memory went to another one."""
 
@@ -56,6 +63,33 @@ class Task:
 Reply = Callable[[Task, wire.Payload, memoryview | bytes], None]
 
 
+class Watch:
+    """Whether a turn of the compute loop takes so much longer than others that it may never end."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._allowed = FIRST_TURN
+        #: Seconds for each token of the slowest turns of late.
+        self._slowest: float | None = None
+
+    def begin(self, tokens: int) -> None:
+        if self._slowest is not None:
+            self._allowed = max(HUNG_AFTER, HUNG_FACTOR * self._slowest * tokens)
+        self._tokens = tokens
+        self._began = time.monotonic()
+
+    def end(self) -> None:
+        assert self._began is not None
+        took = (time.monotonic() - self._began) / self._tokens
+        self._slowest = max(0.9 * (self._slowest or 0.0), took)
+        self._began = None
+
+    def overdue(self) -> float:
+        """Seconds that the turn under way has taken, if they are too many; else 0."""
+        took = time.monotonic() - began if (began := self._began) is not None else 0.0
+        return took if took > self._allowed else 0.0
+
+
 class ComputeLoop:
     """Runs tasks in a thread of its own, as many in one forward as are ready.
 
@@ -63,13 +97,26 @@ class ComputeLoop:
         runner: the body.
         sessions: the worker's sessions, used under `lock`.
         reply: called for each task, on this thread.
+        on_failure: called, on this thread, when the loop has ended by an error.
     """
 
-    def __init__(self, runner: Runner, sessions: SessionTable, lock: threading.RLock, reply: Reply) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        sessions: SessionTable,
+        lock: threading.RLock,
+        reply: Reply,
+        on_failure: Callable[[], None],
+    ) -> None:
         self._runner = runner
         self._sessions = sessions
         self._lock = lock
         self._reply = reply
+        self._on_failure = on_failure
+        #: What ended the loop, if it was not `stop`.
+        self.failure: BaseException | None = None
+        self._watch = Watch()
+        self._hung = False
         self._inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._scheduler = Scheduler(runner.store, self._make_room, divisible=not runner.positions_interact)
         self._stopping = threading.Event()
@@ -94,31 +141,47 @@ class ComputeLoop:
         self._inbox.put(None)
 
     def stop(self) -> None:
-        """Ends after the forward that is under way."""
+        """Ends after the forward that is under way, unless that one hangs."""
         self._stopping.set()
         self.wake()
-        if self._thread.ident is not None:
-            self._thread.join()
+        while self._thread.is_alive() and not self._watch.overdue():
+            self._thread.join(0.5)
+
+    def stuck(self) -> bool:
+        """Whether it has work and seems not to get on with it."""
+        overdue = self._watch.overdue()
+        if overdue and not self._hung:
+            log.warning("a step has taken %.0f s and does not end: out of the queue until it does", overdue)
+            self.counters["hung"] += 1
+        self._hung = overdue > 0
+        return self._hung
 
     def _run(self) -> None:
-        while True:
-            self._take_in()
-            if self._stopping.is_set():
-                break
-            batch = self._scheduler.next_batch()
-            if batch:
-                began = time.perf_counter()
-                outputs = self._forward(batch)
-                self._batch_seconds = time.perf_counter() - began
-                self._count(batch, began)
-                done = [(piece, output) for piece, output in zip(batch, outputs, strict=True) if output is not None]
-                self._scheduler.finish(
-                    [piece for piece, _ in done], [output for _, output in done], self._batch_seconds
-                )
+        try:
+            while not self._stopping.is_set():
+                self.turn()
+            with self._lock:
+                self._sessions.close_where(lambda _: True)
+            self._free_closed()
+        except BaseException as error:
+            log.debug("the compute loop failed", exc_info=error)
+            self.failure = error
+            self._on_failure()
 
-        with self._lock:
-            self._sessions.close_where(lambda _: True)
-        self._free_closed()
+    def turn(self) -> None:
+        """Takes in what has arrived and runs one forward; waits when there is nothing to do."""
+        self._take_in()
+        batch = self._scheduler.next_batch() if not self._stopping.is_set() else []
+        if not batch:
+            return
+        self._watch.begin(sum(len(piece.run.positions) for piece in batch))
+        began = time.perf_counter()
+        outputs = self._forward(batch)
+        self._batch_seconds = time.perf_counter() - began
+        self._count(batch, began)
+        done = [(piece, output) for piece, output in zip(batch, outputs, strict=True) if output is not None]
+        self._scheduler.finish([piece for piece, _ in done], [output for _, output in done], self._batch_seconds)
+        self._watch.end()
 
     def _take_in(self) -> None:
         """Takes what has arrived; waits for it if there is nothing else to do."""
@@ -183,7 +246,7 @@ class ComputeLoop:
         with self._lock:
             parent = self._sessions.get((device, channel, request.parent, request.parent_epoch))
         if parent is None:
-            raise Malformed("a fork of a session that the worker does not hold")
+            raise Evicted("the worker does not hold the session that was to be copied")
         task.session.rows = [row.fork() for row in parent.rows]
 
     def _forward(self, batch: Sequence[Piece]) -> list[torch.Tensor | None]:

@@ -164,7 +164,11 @@ class SessionTable:
         return len(self._sessions)
 
     def room(self, free_tokens: int) -> int:
-        """Sessions that may be opened, with memory for so many tokens left."""
+        """Sessions that may be opened, with memory for so many tokens left: idle ones give way."""
+        idle = sum(map(self._is_idle, self._sessions.values()))
+        return max(idle, self._unused(free_tokens))
+
+    def _unused(self, free_tokens: int) -> int:
         by_memory = free_tokens // GROWTH - len(self._sessions)
         return max(0, min(self._max_sessions - len(self._sessions), by_memory))
 
@@ -174,7 +178,7 @@ class SessionTable:
     def open(self, id_: SessionId, channel: Channel, tokens: int, free_tokens: int) -> Session:
         """Opens a session whose first step has `tokens` tokens. Raises Busy when the worker is full."""
         self.free_idle()
-        if self.room(free_tokens - tokens) < 1 and len(self._sessions):
+        if self._unused(free_tokens - tokens) < 1 and len(self._sessions):
             # The next try will find the room that an idle session leaves.
             if (idle := self._idlest()) is not None:
                 self.close(idle.id)
@@ -193,7 +197,11 @@ class SessionTable:
 
     def _idlest(self) -> Session | None:
         longest = min(self._sessions.values(), key=lambda session: session.used, default=None)
-        return longest if longest is not None and time.monotonic() - longest.used > EVICT_AFTER else None
+        return longest if longest is not None and self._is_idle(longest) else None
+
+    @staticmethod
+    def _is_idle(session: Session) -> bool:
+        return time.monotonic() - session.used > EVICT_AFTER
 
     def evict(self, session: Session) -> None:
         """Forgets a session whose rows the caller frees; its device will find it lost."""

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -23,6 +23,7 @@ from split_common.errors import (
     CertificateError,
     Malformed,
     OutOfOrder,
+    WorkerFailed,
 )
 from split_common.fleet import Fleet
 from split_common.keys import Certificate, Identity, ModelScope, Role, verify_certificate
@@ -45,8 +46,9 @@ MAX_CHANNELS_PER_DEVICE = 8
 #: Channels in all: the worker watches the devices of all of them.
 MAX_CHANNELS = wire.MAX_WATCHED
 
-#: Bytes of requests that may wait to be computed. Further ones are dropped, and sent again by their devices.
+#: Bytes of requests that may wait to be computed; devices are told to send further ones again after these seconds.
 MAX_QUEUED_BYTES = 512 * 1024 * 1024
+FULL_RETRY = 0.5
 
 ChannelId = tuple[bytes, int]
 
@@ -62,11 +64,11 @@ class HalfOpen:
 
 @dataclass
 class Link:
-    """A channel in use, the keys of its control messages, and the sessions that were ever opened over it."""
+    """A channel in use, the keys of its control messages, and the highest epoch of each session over it so far."""
 
     channel: Channel
     control: SessionKeys
-    opened: set[tuple[int, int]] = field(default_factory=set)
+    epochs: dict[int, int] = field(default_factory=dict)
     used: float = field(default_factory=time.monotonic)
 
 
@@ -80,6 +82,7 @@ class Worker:
         identity, fleet: who this worker is, and whom it trusts.
         transport: the queue, not started yet.
         sessions: the table of sessions.
+        on_failure: called, on some thread, when nothing can be computed any more; `check` then says why.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Worker:
         fleet: Fleet,
         transport: Transport,
         sessions: SessionTable | None = None,
+        on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self._body = body
         self._service = service
@@ -105,7 +109,8 @@ class Worker:
         self._links: OrderedDict[ChannelId, Link] = OrderedDict()
         self._lock = threading.RLock()
         self._draining = False
-        self._compute = ComputeLoop(body, self._sessions, self._lock, self._answer)
+        self._on_failure = on_failure
+        self._compute = ComputeLoop(body, self._sessions, self._lock, self._answer, self._compute_failed)
         #: Steps, tokens, forwards, evictions and refusals, by name.
         self.counters: Counter[str] = self._compute.counters
 
@@ -132,9 +137,22 @@ class Worker:
         self._compute.stop()
         self._transport.close()
 
+    def check(self) -> None:
+        """Raises WorkerFailed when the compute loop has ended by an error."""
+        if self._compute.failure is not None:
+            raise WorkerFailed(
+                f"the compute loop failed by an unforeseen {type(self._compute.failure).__name__} "
+                "(LAMBDA_SPLIT_LOG=debug shows the traceback)"
+            )
+
+    def _compute_failed(self) -> None:
+        self._transport.announce()
+        self._on_failure()
+
     # --- the transport's thread ----------------------------------------------------------------------------
 
     def announcement(self) -> wire.Announce:
+        """A heartbeat says that the worker computes what it has, not only that its process lives."""
         with self._lock:
             self._sessions.free_idle()
             self._forget_channels()
@@ -148,6 +166,7 @@ class Worker:
             service=self._service,
             model=self._model,
             room=room,
+            leaving=self._compute.failure is not None or self._compute.stuck(),
         )
 
     def on_message(self, header: wire.AnyHeader, body: bytes) -> None:
@@ -209,7 +228,8 @@ class Worker:
         if id_ not in self._links:
             self._unknown_channel(header, body)
             raise AuthenticationError("the end of a channel set-up that did not begin")
-        self._reply(self._links[id_].control, header, wire.Done())
+        confirmed = msgspec.structs.replace(header, session=0, epoch=0, seq=0)
+        self._reply(self._links[id_].control, confirmed, wire.Done())
 
     def _make_room(self, device: bytes) -> None:
         """Closes what a new channel of a device has to give way."""
@@ -249,7 +269,7 @@ class Worker:
         request, tensor = wire.decode_payload(plaintext, wire.request_decoder)
         if isinstance(request, wire.Close):
             # Also when it overtook the session's first request, which must not open the session any more.
-            link.opened.add((header.session, header.epoch))
+            link.epochs[header.session] = max(header.epoch, link.epochs.get(header.session, 0))
             self._sessions.close(id_)
             self._compute.wake()
             return
@@ -262,8 +282,9 @@ class Worker:
             if session is None:
                 self._refuse_unopened(link, header, "lost", "the worker does not hold this session")
                 return
-        if self._compute.queued_bytes + len(tensor) > MAX_QUEUED_BYTES:
-            raise Busy("the worker's queue is full")
+        if self._compute.queued_bytes + len(tensor) > MAX_QUEUED_BYTES and header.seq >= session.expected:
+            self._refuse_unopened(link, header, "full", "the worker's queue is full", FULL_RETRY)
+            return
         if not session.admit(header.seq):
             if frames := session.replies.get(header.seq):
                 self._transport.send(*frames)
@@ -271,23 +292,33 @@ class Worker:
         self._compute.put(Task(session, header, request, tensor, began, time.perf_counter() - began))
 
     def _open_session(self, link: Link, header: wire.Relay, request: wire.AnyRequest) -> Session | None:
-        key = (header.session, header.epoch)
-        if header.session == 0 or key in link.opened:
+        if header.session == 0 or header.epoch <= link.epochs.get(header.session, -1):
             return None
         if header.seq != 0:
             raise OutOfOrder(f"request {header.seq} of a session whose first has not arrived")
-        if self._draining or len(link.opened) >= CHANNEL_SESSIONS:
+        if header.epoch:
+            self._end_epochs(link, header)
+        if self._draining or len(link.epochs) >= 2 * CHANNEL_SESSIONS:
             raise Busy("the worker takes no new sessions", retry_after=1.0)
         tokens = request.tokens if isinstance(request, wire.Step) else 0
-        id_ = (header.sender, header.channel, *key)
+        id_ = (header.sender, header.channel, header.session, header.epoch)
         try:
             session = self._sessions.open(id_, link.channel, tokens, self._body.store.free_tokens)
         except Busy:
             self._compute.wake()
             raise
         # Never again: a second session under these keys would repeat nonces.
-        link.opened.add(key)
+        link.epochs[header.session] = header.epoch
         return session
+
+    def _end_epochs(self, link: Link, header: wire.Relay) -> None:
+        """Frees what a device's session had here in earlier epochs, whose requests are not taken any more."""
+        for id_, other in self._links.items():
+            known = other.epochs.get(header.session, -1)
+            if id_[0] == header.sender and other.channel.peer == link.channel.peer and known < header.epoch:
+                self._sessions.close((*id_, header.session, known))
+                other.epochs[header.session] = header.epoch - 1
+        self._compute.wake()
 
     def _refuse_unopened(
         self, link: Link, header: wire.Relay, reason: str, message: str, retry_after: float = 0.0

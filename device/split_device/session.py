@@ -1,0 +1,244 @@
+"""One session on one worker: requests out, replies in, whatever is lost on the way."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from split_common import wire
+from split_common.errors import (
+    AuthenticationError,
+    BrokerUnreachable,
+    Busy,
+    Malformed,
+    NonFinite,
+    PromptTooLong,
+    SessionLost,
+    SplitError,
+    StepFailed,
+    WorkerGone,
+)
+
+if TYPE_CHECKING:
+    from split_device.client import Client, WorkerChannel
+
+#: Seconds without a reply after which a request is sent again; doubles each time, up to the second.
+RETRANSMIT = 3.0
+MAX_RETRANSMIT = 10.0
+
+#: Requests of one session that may be unanswered; further ones are sent as replies arrive.
+IN_FLIGHT = 32
+
+#: Least seconds before something is tried again, whatever a peer says.
+MIN_RETRY = 0.1
+
+#: What the transport's thread hands over: a message, or what became of the session.
+Event = tuple[wire.AnyHeader, bytes] | SplitError
+
+#: Of a session whose worker died, left, or knows nothing of it.
+GONE = "the worker that held the session is gone"
+
+
+class RemoteSession:
+    """One epoch of a session, on one worker. Requests are answered in order; lost ones are sent again as they were.
+
+    Not thread-safe: a session belongs to one generation.
+    """
+
+    def __init__(self, client: Client, channel: WorkerChannel, number: int, epoch: int) -> None:
+        self.channel = channel
+        self.worker = channel.worker
+        self.number = number
+        self.epoch = epoch
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._client = client
+        self._keys = channel.channel.session_keys(number, epoch)
+        self._seq = 0
+        #: Requests that were sent and not answered, by sequence number.
+        self.in_flight: dict[int, tuple[wire.Relay, bytes]] = {}
+        self._lost: SplitError | None = None
+
+    @property
+    def acked(self) -> int:
+        """All replies below this sequence number have arrived."""
+        return min(list(self.in_flight), default=self._seq)
+
+    def expects(self, header: wire.Relay | wire.Bounce) -> bool:
+        """Whether a message may be about a request in flight."""
+        from_worker = not isinstance(header, wire.Relay) or header.sender == self.worker
+        return from_worker and header.epoch == self.epoch and header.seq in self.in_flight
+
+    def call(
+        self, requests: Sequence[tuple[wire.Payload, memoryview | bytes]]
+    ) -> list[tuple[wire.AnyReply, memoryview]]:
+        """Sends requests, several ahead, and waits for the reply of each.
+
+        Raises:
+            SessionLost: the worker is gone or does not hold the session any more.
+            Busy, NonFinite, Malformed, PromptTooLong: the worker refused a request.
+            BrokerUnreachable: the broker has been silent for the client's timeout.
+        """
+        if self._lost is not None:
+            raise self._lost
+        first = self._seq
+        waiting = deque(requests)
+        replies: dict[int, tuple[wire.AnyReply, memoryview]] = {}
+        try:
+            while len(replies) < len(requests):
+                while waiting and len(self.in_flight) < IN_FLIGHT:
+                    self._send(*waiting.popleft())
+                header, body = self._next_event()
+                try:
+                    reply, tensor = self._open_reply(header, body)
+                except AuthenticationError as error:
+                    self._client.count(error)
+                    continue
+                replies[header.seq - first] = reply, tensor
+                if isinstance(reply, wire.Refusal) and isinstance(refused := refusal_error(reply), SessionLost):
+                    raise refused
+        except BaseException as error:
+            self._end(error)
+            raise
+        answers = [replies[i] for i in range(len(requests))]
+        for (request, _), (reply, _) in zip(requests, answers, strict=True):
+            if isinstance(reply, wire.Refusal):
+                raise refusal_error(reply)
+            if not isinstance(reply, wire.Result if isinstance(request, wire.Step) else wire.Done):
+                wrong = SessionLost(f"the worker answered a {type(request).__name__} by a {type(reply).__name__}")
+                self._end(wrong)
+                raise wrong
+        return answers
+
+    def fork(self, number: int, epoch: int) -> RemoteSession:
+        """A copy of the session on its worker, under a number of its own. Raises what `call` raises."""
+        if self._lost is not None:
+            raise self._lost
+        child = self._client.new_session(self.channel, number, epoch)
+        if child is None:
+            raise SessionLost("the channel to the worker takes no more sessions")
+        try:
+            child.call([(wire.Fork(self.number, self.epoch), b"")])
+        except SplitError:
+            child.close()
+            raise
+        return child
+
+    @property
+    def ended(self) -> bool:
+        """Whether the session can take no more requests."""
+        return self._lost is not None
+
+    def close(self) -> None:
+        """Frees the session on its worker; not waited for. The garbage collector may call it, in any thread."""
+        if self._lost is None:
+            self._end(SessionLost("the session was closed"))
+
+    def lose(self, error: SplitError) -> None:
+        """The worker does not hold the session any more, or must not be written to: there is nothing to free."""
+        if self._lost is None:
+            self._lost = error
+            self._client.forget(self)
+            self.events.put(error)
+
+    def resend(self) -> None:
+        """Sends again what has not been answered."""
+        for frames in list(self.in_flight.values()):
+            self._client.transport.send(*frames)
+
+    def _end(self, error: BaseException) -> None:
+        """Expects nothing more, and frees the session on its worker, which may hold it even after a refusal."""
+        if self._lost is None:
+            self._lost = error if isinstance(error, SessionLost) else SessionLost("the session was closed")
+            self._send(wire.Close(), b"")
+        self.in_flight.clear()
+        self._client.forget(self)
+
+    def _send(self, payload: wire.Payload, tensor: memoryview | bytes) -> None:
+        with self._client.timings.measure("encrypt"):
+            if isinstance(payload, wire.Step):
+                payload = msgspec.structs.replace(payload, acked=self.acked)
+            header = wire.Relay(
+                self.worker,
+                self._client.id,
+                wire.Kind.REQUEST,
+                self.channel.number,
+                self.number,
+                self.epoch,
+                self._seq,
+                self._keys.next_counter(),
+            )
+            plaintext = wire.encode_payload(payload, tensor, overhead=self._keys.tag_size)
+            frames = header, self._keys.seal(header, plaintext)
+        self.in_flight[self._seq] = frames
+        self._seq += 1
+        self._client.transport.send(*frames)
+
+    def _next_event(self) -> tuple[wire.Relay, bytes]:
+        """The next reply to a request in flight; sends the requests again when it takes long."""
+        silent_since: float | None = None
+        interval = RETRANSMIT
+        resend_at = time.monotonic() + interval
+        too_slow_at = time.monotonic() + self._client.step_timeout
+        while True:
+            now = time.monotonic()
+            if now >= too_slow_at and self.events.empty():
+                if self._client.has_other(self.worker):
+                    raise SessionLost(f"the worker has not answered for {self._client.step_timeout:g} s")
+                too_slow_at = time.monotonic() + self._client.step_timeout
+            silent_since = None if self._client.transport.alive else silent_since or now
+            if silent_since is not None and now - silent_since > self._client.timeout:
+                raise BrokerUnreachable("the broker does not answer any more")
+            if now >= resend_at:
+                self.resend()
+                interval = min(2 * interval, MAX_RETRANSMIT)
+                resend_at = now + interval
+            try:
+                event = self.events.get(timeout=min(0.25, resend_at - now))
+            except queue.Empty:
+                continue
+            if isinstance(event, SplitError):
+                raise event
+            header, body = event
+            assert isinstance(header, wire.Bounce | wire.Relay)
+            if header.seq not in self.in_flight:
+                continue
+            if isinstance(header, wire.Bounce):
+                if header.reason in ("gone", "revoked"):
+                    raise WorkerGone(GONE)
+                # One of several, perhaps: all are sent again at once.
+                resend_at = min(resend_at, now + max(MIN_RETRY, header.retry_after))
+            else:
+                return header, body
+
+    def _open_reply(self, header: wire.Relay, body: bytes) -> tuple[wire.AnyReply, memoryview]:
+        with self._client.timings.measure("decrypt"):
+            reply, tensor = wire.decode_payload(self._keys.open(header, body), wire.reply_decoder)
+        del self.in_flight[header.seq]
+        return reply, tensor
+
+
+def refusal_error(refusal: wire.Refusal) -> SplitError:
+    message = f"the worker refused: {printable(refusal.message)}"
+    match refusal.reason:
+        case "busy":
+            return Busy(message, max(MIN_RETRY, refusal.retry_after))
+        case "non-finite":
+            return NonFinite(message)
+        case "malformed":
+            return Malformed(message)
+        case "too-long":
+            return PromptTooLong(message)
+        case "failed":
+            return StepFailed(message)
+        case _:
+            return SessionLost(message)
+
+
+def printable(text: str) -> str:
+    """What a peer said, fit for a terminal."""
+    return "".join(character for character in text if character.isprintable())

@@ -1,0 +1,421 @@
+"""What happens over Redis when something breaks, and that nothing is left in it afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from split_common import redis_keeper, redis_link, wire
+from split_common.errors import BrokerUnreachable, Busy, NoWorker, SessionLost
+from split_common.fleet import load_fleet
+from split_common.manifest import find_manifest
+from split_common.part import plan
+from split_common.redis_keeper import LEASE, WATCH_INTERVAL
+from split_common.redis_keys import GROUP, Keys
+from split_common.transport import HEARTBEAT, MISSED, OPEN_PATIENCE, connect, new_peer_id
+from split_device import SplitModelForCausalLM
+from split_worker.worker import Worker
+from valkeys import Valkey, running_valkey
+from wiretap import Setting, run_steps, step, wait_until
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting(tmp_path_factory.mktemp("fleet"), tiny.save("llama", tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture
+def server() -> Iterator[Valkey]:
+    with running_valkey() as running:
+        yield running
+        wait_until(lambda: not any(streams(running).values()), LEASE + 1)
+
+
+@pytest.fixture(scope="module")
+def expected(setting: Setting) -> list[bytes]:
+    with running_valkey() as server, setting.worker(server.address), setting.client(server.address) as client:
+        return run_steps(client, STEPS)
+
+
+def streams(server: Valkey) -> dict[bytes, int]:
+    """Entries, and those that a group has read and not acknowledged, of each stream."""
+    client = server.client()
+    lengths = {}
+    for key in client.keys("ls:*"):
+        if client.type(key) == b"stream":
+            pending = sum(group["pending"] for group in client.xinfo_groups(key))
+            lengths[key] = client.xlen(key) + pending
+    return lengths
+
+
+@contextlib.contextmanager
+def in_background(call: Callable[[], Any]) -> Iterator[Future[Any]]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(call)
+
+
+def slowly(worker: Worker, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    forward = worker._compute._forward
+
+    def wait_and_run(batch: Any) -> Any:
+        time.sleep(seconds)
+        return forward(batch)
+
+    monkeypatch.setattr(worker._compute, "_forward", wait_and_run)
+
+
+# --- the server --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("persistent", [False, True], ids=["forgetful", "persistent"])
+@pytest.mark.parametrize("down", [0.3, LEASE + 0.5], ids=["short", "long"])
+def test_a_server_that_fails_in_mid_generation_loses_nothing(
+    checkpoint: Path, setting: Setting, persistent: bool, down: float
+) -> None:
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    wanted = tiny.build("llama").generate(prompt, max_new_tokens=200, do_sample=False)
+    with (
+        running_valkey(persistent=persistent) as server,
+        setting.worker(server.address) as worker,
+        SplitModelForCausalLM.from_pretrained(checkpoint, broker=server.address, keys=setting.fleet.path) as model,
+    ):
+        passes = threading.Semaphore(0)
+        model.register_forward_pre_hook(lambda *_: (passes.release(), time.sleep(0.01))[:0] or None)
+        with in_background(lambda: model.generate(prompt, max_new_tokens=200, do_sample=False)) as generation:
+            for _ in range(2 if down < LEASE else 1):
+                for _ in range(30):
+                    assert passes.acquire(timeout=20)
+                server.kill()
+                time.sleep(down)
+                server.start()
+            assert torch.equal(generation.result(60), wanted)
+        if down < LEASE:
+            # Not even replayed: the session is where it was.
+            assert model.traffic["replays"] == 0
+            assert worker.counters["channels"] == 1
+        wait_until(lambda: not any(streams(server).values()))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(setting: Setting) -> Path:
+    return setting.checkpoint
+
+
+def test_connections_that_are_cut_all_the_time_lose_nothing(
+    setting: Setting, server: Valkey, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with setting.worker(server.address) as worker, setting.client(server.address) as client:
+        slowly(worker, monkeypatch, 0.02)
+        with in_background(lambda: run_steps(client, STEPS)) as generation:
+            cuts = 0
+            while not generation.done():
+                time.sleep(0.1)
+                server.client().execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+                cuts += 1
+            assert generation.result() == expected
+        assert cuts > 5
+        assert worker.counters["channels"] == 1
+
+
+def test_a_message_that_is_written_twice_is_computed_once(
+    setting: Setting, server: Valkey, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the answer to a write is lost: the writer cannot know, and writes again."""
+    run = redis_link.Line.run
+
+    def twice(line: Any, commands: Any) -> Any:
+        if any(words[0] == "XADD" for _, words in commands):
+            run(line, commands)
+        return run(line, commands)
+
+    monkeypatch.setattr(redis_link.Line, "run", twice)
+    with setting.worker(server.address) as worker, setting.client(server.address) as client:
+        assert run_steps(client, STEPS) == expected
+        assert worker.counters["steps"] == STEPS + 1
+
+
+def test_a_server_that_stays_away_is_told_in_time(setting: Setting) -> None:
+    with (
+        running_valkey() as server,
+        setting.worker(server.address),
+        setting.client(server.address, timeout=1.0) as client,
+    ):
+        session = client.open_session()
+        session.call([step(0)])
+        server.kill()
+        began = time.monotonic()
+        with pytest.raises(BrokerUnreachable):
+            session.call([step(1)])
+        assert time.monotonic() - began < HEARTBEAT * MISSED + 2.0
+
+
+def test_a_server_without_memory_pushes_back(setting: Setting, server: Valkey, expected: list[bytes]) -> None:
+    with setting.worker(server.address), setting.client(server.address) as client:
+        session = client.open_session()
+        answers = [bytes(session.call([step(0, 7)])[0][1])]
+        server.client().config_set("maxmemory", "1mb")
+        with in_background(lambda: session.call([step(7)])) as work:
+            wait_until(lambda: client.transport.counters["bounced_full"] > 0)
+            assert not work.done()
+            server.client().config_set("maxmemory", "0")
+            answers.append(bytes(work.result(10)[0][1]))
+        assert answers == expected[:2]
+        session.close()
+
+
+# --- workers and devices -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def worker_process(checkpoint: Path, address: str) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-m", "worker_main", str(checkpoint), address],
+        cwd=Path(__file__).parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_worker_process_that_hangs_or_is_killed_is_noticed(checkpoint: Path, server: Valkey) -> None:
+    find_manifest(load_fleet(), plan(str(checkpoint)).checkpoint, [])
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    with (
+        worker_process(checkpoint, server.address) as process,
+        SplitModelForCausalLM.from_pretrained(checkpoint, broker=server.address, patience=0) as model,
+    ):
+        for kill in (signal.SIGSTOP, signal.SIGKILL):
+            model.generate(prompt, max_new_tokens=3)
+            with in_background(lambda: [model.generate(prompt, max_new_tokens=240) for _ in range(99)]) as work:
+                time.sleep(0.5)
+                began = time.monotonic()
+                os.kill(process.pid, kill)
+                with pytest.raises(SessionLost):
+                    work.result(20)
+                took = time.monotonic() - began
+                assert LEASE - HEARTBEAT - 0.5 < took < LEASE + WATCH_INTERVAL + 0.5
+            if kill == signal.SIGSTOP:
+                os.kill(process.pid, signal.SIGCONT)
+                wait_until(lambda: model._client.open_session() is not None)
+        with pytest.raises(NoWorker):
+            model.generate(prompt, max_new_tokens=1)
+    wait_until(lambda: not any(streams(server).values()), LEASE + 1)
+
+
+def test_a_worker_that_leaves_is_gone_at_once(setting: Setting, server: Valkey) -> None:
+    with setting.client(server.address) as client:
+        with setting.worker(server.address):
+            session = client.open_session()
+            session.call([step(0)])
+        began = time.monotonic()
+        with pytest.raises(SessionLost):
+            session.call([step(1)])
+        assert time.monotonic() - began < 0.5
+
+
+def test_a_device_that_is_held_for_dead_frees_its_sessions_and_comes_back(
+    setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with setting.worker(server.address) as worker, setting.client(server.address) as client:
+        session = client.open_session()
+        session.call([step(0)])
+        assert len(worker._sessions) == 1
+        keeper = client.transport._keeper
+        with monkeypatch.context() as patch:
+            patch.setattr(keeper, "_turn", lambda: None)
+            took = wait_until(lambda: len(worker._sessions) == 0, LEASE + HEARTBEAT + 0.5)
+            assert took > LEASE - HEARTBEAT
+        # It was told that it is gone, as those that it watches were.
+        wait_until(lambda: session.ended, 3.0)
+        client.open_session().call([step(0)])
+    wait_until(lambda: not any(streams(server).values()))
+
+
+# --- wishes ------------------------------------------------------------------------------------------------
+
+
+def test_a_wish_that_cannot_be_met_is_answered(setting: Setting, server: Valkey) -> None:
+    with setting.client(server.address, patience=0) as client:
+        with pytest.raises(NoWorker, match="served here: none"):
+            client.open_session()
+        with setting.worker(server.address, max_sessions=1) as worker:
+            other = wire.Service(bytes(32), 0, 1)
+            with (
+                setting.client(server.address, patience=0, service=other) as stranger,
+                pytest.raises(NoWorker, match="layers 2:4"),
+            ):
+                stranger.open_session()
+            began = time.monotonic()
+            with pytest.raises(Busy):
+                client.open_session([worker._id])
+            assert time.monotonic() - began < 1.0
+            client.open_session().call([step(0)])
+            worker._transport.announce()
+            with setting.client(server.address, patience=0) as late:
+                began = time.monotonic()
+                with pytest.raises(Busy):
+                    late.open_session()
+                assert OPEN_PATIENCE - 0.1 < time.monotonic() - began < OPEN_PATIENCE + 1.0
+
+
+def test_a_wish_waits_for_room(setting: Setting, server: Valkey) -> None:
+    with (
+        setting.worker(server.address, max_sessions=1),
+        setting.client(server.address) as first,
+        setting.client(server.address) as second,
+    ):
+        session = first.open_session()
+        session.call([step(0)])
+        time.sleep(HEARTBEAT + 0.2)
+        with in_background(lambda: second.open_session().call([step(0)])) as work:
+            time.sleep(0.5)
+            assert not work.done()
+            session.close()
+            work.result(10)
+
+
+def test_many_devices_at_once_find_workers(setting: Setting, server: Valkey) -> None:
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(setting.worker(server.address)) for _ in range(3)]
+        clients = [stack.enter_context(setting.client(server.address)) for _ in range(12)]
+        with ThreadPoolExecutor(len(clients)) as pool:
+            list(pool.map(lambda client: client.open_session(), clients))
+        # Those that wait take turns.
+        assert all(worker.counters["channels"] > 0 for worker in workers)
+
+
+def test_what_a_dead_worker_has_read_is_claimed_and_what_nobody_waits_for_goes(
+    setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_keeper, "OPEN_PATIENCE", 0.5)
+    client, keys = server.client(), Keys(setting.fleet.operator_key)
+    opens = keys.opens(setting.service)
+    client.xgroup_create(opens, GROUP, "0", mkstream=True)
+    client.xadd(opens, {"h": b"junk", "b": b""})
+    client.xreadgroup(GROUP, "dead", {opens: ">"})
+    with setting.worker(server.address, max_sessions=1) as worker, setting.client(server.address) as device:
+        wait_until(lambda: worker._transport.counters["VersionMismatch"] == 1, 4.0)
+        wait_until(lambda: client.xpending(opens, GROUP)["pending"] == 0)
+        device.open_session().call([step(0)])
+        worker._transport.announce()
+        wait_until(lambda: worker._transport._keeper.room == 0)
+        time.sleep(1.2)
+        client.xadd(opens, {"h": b"stale", "b": b""})
+        wait_until(lambda: client.xlen(opens) == 0, 6.0)
+
+
+def test_dead_workers_are_taken_off_the_list(
+    setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_keeper, "CLEAN_UP", 1)
+    client, keys = server.client(), Keys(setting.fleet.operator_key)
+    dead = new_peer_id("worker-1")
+    announce = wire.Announce(dead, "worker", "worker-1", service=setting.service, model="dead", room=5)
+    client.hset(keys.workers, dead.hex(), wire.encode_header(announce))
+    client.hset(keys.workers, "nonsense", b"x")
+    with setting.client(server.address, patience=0) as device:
+        with pytest.raises(NoWorker, match="served here: none"):
+            device.open_session()
+        with setting.worker(server.address) as worker:
+            wait_until(lambda: client.hkeys(keys.workers) == [worker._id.hex().encode()], 4.0)
+
+
+# --- bounds ------------------------------------------------------------------------------------------------
+
+
+def test_a_full_lane_pushes_back_and_nothing_is_dropped(
+    setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_keeper, "LANE_BYTES", 100_000)
+    with setting.worker(server.address) as worker, setting.client(server.address) as client:
+        session = client.open_session()
+        session.call([step(0)])
+        take, blocked = worker._transport._take, threading.Event()
+        monkeypatch.setattr(worker._transport, "_take", lambda fields: (blocked.wait(10), take(fields))[0])
+        with in_background(lambda: session.call([step(1 + 30 * i, 30) for i in range(7)])) as work:
+            time.sleep(0.2)
+            padding = server.client()
+            for _ in range(20):
+                padding.xadd(worker._transport._lane, {"h": b"junk", "b": bytes(10_000)}, nomkstream=True)
+            wait_until(lambda: client.transport._keeper.full)
+            session.resend()
+            wait_until(lambda: client.transport.counters["bounced_full"] > 0)
+            blocked.set()
+            assert len(work.result(20)) == 7
+        wait_until(lambda: not client.transport._keeper.full)
+
+
+def test_nothing_can_be_added_after_the_last_id_and_a_new_lane_is_made(setting: Setting, server: Valkey) -> None:
+    """A member may choose the id of what it adds; after the largest there is none."""
+    last = "18446744073709551615-18446744073709551615"
+    keys = Keys(setting.fleet.operator_key)
+    with setting.worker(server.address) as worker, setting.client(server.address, timeout=20.0) as client:
+        client.open_session().call([step(0)])
+        for stream in (worker._transport._lane, client.transport._lane, keys.opens(setting.service)):
+            server.client().xadd(stream, {"h": b"junk", "b": b""}, id=last)
+            wait_until(lambda stream=stream: server.client().xinfo_stream(stream)["last-generated-id"] != last)
+        assert len(run_steps(client, 5)) == 6
+        with setting.client(server.address) as other:
+            assert len(run_steps(other, 5)) == 6
+
+
+def test_what_is_for_nobody_comes_back(setting: Setting, server: Valkey) -> None:
+    class Peer:
+        def __init__(self) -> None:
+            self.id = new_peer_id("device-1")
+            self.heard: list[Any] = []
+
+        def announcement(self) -> wire.Announce:
+            return wire.Announce(self.id, "device", "device-1")
+
+        def on_message(self, header: Any, body: bytes) -> None:
+            self.heard.append(header)
+
+        def on_gone(self, peers: Any) -> None: ...
+
+        def on_reset(self) -> None: ...
+
+        def on_roster(self) -> None: ...
+
+    peer, nobody = Peer(), new_peer_id("worker-1")
+    link = connect(server.address, setting.fleet, setting.fleet.identity("device"))
+    link.start(peer, 5.0)
+    try:
+        link.send(wire.Relay(nobody, peer.id, wire.Kind.REQUEST, 3, 4, 0, 5), b"x")
+        wait_until(lambda: peer.heard)
+        bounce = peer.heard[0]
+        assert (bounce.reason, bounce.channel, bounce.session, bounce.seq) == ("gone", 3, 4, 5)
+        assert bounce.peer == nobody
+    finally:
+        link.close()
+    assert server.client().keys("*{d:*") == []
+
+
+def test_closing_is_prompt_and_leaves_no_thread(setting: Setting, server: Valkey) -> None:
+    before = set(threading.enumerate())
+    with setting.worker(server.address), setting.client(server.address) as client:
+        client.open_session().call([step(0)])
+        began = time.monotonic()
+    assert time.monotonic() - began < 1.0
+    assert set(threading.enumerate()) <= before
