@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import msgspec
+
 from split_common.errors import ConfigError, SplitError
 from split_common.process import running_command, stop_process
 from split_device.stress.events import decode
@@ -65,9 +67,9 @@ class Kept:
                         pass
                     self.resume()
                     self.process = None
-            except SplitError as error:
+            except (SplitError, OSError, ValueError) as error:
                 if not self._first.is_set():
-                    self._error = error
+                    self._error = error if isinstance(error, SplitError) else SplitError(f"{self.name}: {error}")
                     self._first.set()
                     return
                 self._ending.wait(RETRY_AFTER)
@@ -137,7 +139,9 @@ class Device:
                 self._ready.set()
                 assert process.stdout is not None
                 for line in process.stdout:
-                    self._ledger.take(self.index, decode(line))
+                    # The last line of a process that was killed may be cut off.
+                    with contextlib.suppress(msgspec.DecodeError):
+                        self._ledger.take(self.index, decode(line))
                 if (code := process.wait()) != 0:
                     self._ledger.errors[f"a device process ended with exit code {code}"] += 1
                 self.process = None
