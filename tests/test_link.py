@@ -21,7 +21,7 @@ class Peer:
     """A device that only announces itself."""
 
     def __init__(self) -> None:
-        self._id = new_peer_id()
+        self._id = new_peer_id("device-1")
 
     def announcement(self) -> wire.Announce:
         return wire.Announce(self._id, "device", "device-1")
