@@ -12,7 +12,9 @@ def build(directory: Path, seed: int) -> Path:
     """Saves the model in `directory`; the same one for the same seed."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     config = LlamaConfig(
         vocab_size=128,
         hidden_size=64,
