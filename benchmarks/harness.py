@@ -17,6 +17,7 @@ from rich.table import Table
 
 from split_common.demo_model import ensure_demo_model
 from split_common.process import running_command
+from split_device.stress.processes import free_port, redis_server
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -67,6 +68,19 @@ def fleet(model: Path, layers: str = "2:-2", *options: str) -> Iterator[tuple[st
         ) as (_, worker),
     ):
         yield broker["address"], int(worker["pid"])
+
+
+@contextlib.contextmanager
+def queue_server(transport: str, directory: Path) -> Iterator[str]:
+    """A broker (`zmq`, or `ipc`) or a Redis server (`redis`) as a process on loopback: its address."""
+    if transport != "redis":
+        bind = "tcp://127.0.0.1:*" if transport == "zmq" else f"ipc://{directory}/queue"
+        with running_command(["broker", "--bind", bind]) as (_, broker):
+            yield broker["address"]
+    else:
+        port = free_port()
+        with redis_server(port, directory)():
+            yield f"redis://127.0.0.1:{port}"
 
 
 class Relay:

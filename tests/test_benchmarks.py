@@ -15,6 +15,7 @@ import torch
 
 import tiny
 from benchmarks.harness import Relay, prompt, report
+from split_common.channel import SUITES
 from split_device.timings import STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +68,28 @@ def test_memory(checkpoint: Path) -> None:
     }
     assert results["worker_expected_mib"] > 0
     assert results["empty_process_mib"] > 0
+
+
+@pytest.mark.parametrize("transport", ["zmq", "redis"])
+def test_recovery(transport: str, checkpoint: Path) -> None:
+    results = run("recovery", "--model", checkpoint, "--kills", 2, "--transports", transport)
+    assert set(results) == {transport}
+    measured = results[transport]
+    assert measured["kills"] == 2
+    assert measured["identical"] is True
+    for what in ("detect_ms", "total_ms", "overhead_ms"):
+        assert 0 < measured[f"{what}_p50"] <= measured[f"{what}_p99"]
+    assert measured["detect_ms_p99"] <= measured["total_ms_p99"]
+    assert measured["overhead_ms_p99"] <= measured["total_ms_p99"]
+
+
+def test_queue() -> None:
+    results = run("queue", "--rounds", 1, "--share", 0.02)
+    assert results.pop("aead") in SUITES
+    kinds = ("ms", "per_s", "plain_ms", "ratio")
+    names = ["aead_ms", *(f"{transport}_{kind}" for transport in ("zmq", "ipc", "redis") for kind in kinds)]
+    assert set(results) == {f"{name}_{size}" for name in names for size in ("2k", "64k", "1m")}
+    assert all(value > 0 for value in results.values())
 
 
 def test_the_relay_counts_what_passes() -> None:

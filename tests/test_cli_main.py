@@ -218,3 +218,21 @@ def test_the_command_starts_without_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_buffers_of_large_messages_are_used_again() -> None:
+    """Page faults of a hundred megabytes that come and go, two at a time: 256 for each that is mapped anew."""
+    code = (
+        "import resource, sys\nfrom split_common.process import reuse_memory\n"
+        "if sys.argv[1:]: reuse_memory()\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "pairs = lambda: [(bytes(2**20), bytes(2**20)) and None for _ in range(50)]\n"
+        "pairs(); before = faults(); pairs(); print(faults() - before)"
+    )
+
+    def faults(*arguments: str) -> int:
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert faults("reuse") < 1000 < faults()

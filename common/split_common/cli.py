@@ -15,6 +15,7 @@ import typer
 
 from split_common.console import emit_json, stderr
 from split_common.errors import ConfigError, SplitError
+from split_common.process import reuse_memory
 
 __all__ = ["app", "emit_json", "main", "stderr"]
 
@@ -57,6 +58,7 @@ def _options(
     ] = False,
 ) -> None:
     """Run a language model split between this device and untrusted workers, over an encrypted queue."""
+    reuse_memory()
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -24,6 +25,11 @@ PARENT = "LAMBDA_SPLIT_PARENT"
 #: Seconds between two looks at whether that one still runs.
 PARENT_INTERVAL = 1.0
 
+#: glibc's names for two of its limits (mallopt(3)), and their values in bytes: freed memory above the first goes
+#: back to the system, and what is larger than the second is mapped by itself and always goes back.
+TRIM_THRESHOLD = -1, 32 * 1024 * 1024
+MMAP_THRESHOLD = -3, 8 * 1024 * 1024
+
 #: Exit code of a process that SIGTERM ended: 128 + SIGTERM, as shells have it.
 EXIT_TERMINATED = 143
 
@@ -40,6 +46,17 @@ def passive_threads() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+
+
+def reuse_memory() -> None:
+    """Lets the buffers of large messages be used again: mapping a megabyte anew costs more than encrypting it.
+
+    For whole processes of ours; a library does not change how its host allocates. Does nothing without glibc.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        for limit in (TRIM_THRESHOLD, MMAP_THRESHOLD):
+            libc.mallopt(*limit)
 
 
 def use_loopback_keys(empty: Path) -> None:
@@ -81,7 +98,7 @@ def running_command(
 
     Args:
         arguments: the command and its options; `--json` is added.
-        log: where its stderr goes; this process's own if None.
+        log: to whose end its stderr goes; this process's own if None.
         env: further environment variables.
 
     Yields:
@@ -91,8 +108,8 @@ def running_command(
         SplitError: it ended before it was ready; the message is its own.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_exit_on_sigterm())
-        stderr = stack.enter_context(log.open("wb")) if log is not None else None
+        stack.enter_context(exit_on_sigterm())
+        stderr = stack.enter_context(log.open("ab")) if log is not None else None
         process = subprocess.Popen(
             [sys.executable, "-m", "split_common", *arguments, "--json"],
             stdin=subprocess.DEVNULL,
@@ -113,7 +130,7 @@ def running_command(
 
 
 @contextlib.contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
+def exit_on_sigterm() -> Iterator[None]:
     """Turns SIGTERM into an exception, so that what was started is ended; only where nobody else handles it."""
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

@@ -26,7 +26,7 @@ from split_common.transport import member_mark
 OPERATOR = "operator"
 
 #: What a peer does with its own lane.
-_OWN = "+xread +xadd +xtrim +pexpire +del +memory|usage +multi +exec"
+_OWN = "+xread +xadd +xlen +xtrim +pexpire +del +memory|usage +multi +exec"
 
 #: What redis-py asks a cluster, and what an address that names a database needs.
 _CONNECT = "+cluster|slots +cluster|shards +cluster|myid +command +select +ping"

@@ -39,6 +39,9 @@ READ_COUNT = 16
 #: Milliseconds that a read waits for an entry.
 READ_WAIT = 1000
 
+#: Reads in a row that find nothing though the lane holds something, before it is read from its beginning.
+OVERLOOKED = 2
+
 #: Seconds after which read entries are taken out of the lane though nothing is written; and bytes of them.
 TRIM_DELAY = 0.2
 TRIM_BYTES = 4 * 1024 * 1024
@@ -245,13 +248,18 @@ class RedisLink:
 
     def _read(self) -> None:
         assert self._keeper is not None
-        line, lane, made = self._line(), self._lane, 0
+        line, lane, made, overlooked = self._line(), self._lane, 0, 0
         while not self._closing.is_set():
             if made != self._keeper.lanes_made:
                 made, self._unread = self._keeper.lanes_made, "0-0"
                 after: bytes | str = "0-0"
             words = ("XREAD", "COUNT", READ_COUNT, "BLOCK", READ_WAIT, "STREAMS", lane, after)
-            for id_, fields in self._entries(line, lane, words):
+            entries = self._entries(line, lane, words)
+            overlooked = 0 if entries else overlooked + self._holds_something(line, lane)
+            if overlooked >= OVERLOOKED:
+                # An id was damaged on its way here, and what came later has a lower one.
+                overlooked, after, self._unread = 0, "0-0", "0-0"
+            for id_, fields in entries:
                 after = id_
                 self._take(fields)
                 following = next_id(id_)
@@ -281,6 +289,13 @@ class RedisLink:
             self._closing.wait(RECONNECT)
             return []
         return answer[0][1] if answer else []
+
+    def _holds_something(self, line: Line, lane: str) -> bool:
+        try:
+            (length,) = line.run([(lane, ("XLEN", lane))])
+        except BrokerUnreachable:
+            return False
+        return isinstance(length, int) and length > 0
 
     def _take(self, fields: Any) -> None:
         """A message of another peer. What only a broker would say, no peer may."""

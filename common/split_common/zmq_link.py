@@ -27,6 +27,10 @@ CREDIT_STEP = 4 * 1024 * 1024
 #: Bytes that may wait to be sent. More are dropped: a broker that takes nothing must not fill the memory.
 OUTBOX_BYTES = 256 * 1024 * 1024
 
+#: Seconds without a word from the broker after which the connection is made anew: libzmq gives a connection up for
+#: good when what arrives over it breaks ZMTP or CURVE, as damaged bytes do.
+SILENCE = HEARTBEAT * MISSED
+
 #: Messages that are taken in one turn of the loop: a flood must not keep the heartbeat from being sent.
 TURN = 256
 
@@ -80,17 +84,13 @@ class ZmqLink:
 
     def start(self, handler: Handler, timeout: float) -> None:
         self._handler = handler
-        context = zmq.Context()
-        sock = context.socket(zmq.DEALER)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
-            self._connect(sock)
-        except (zmq.ZMQError, SplitError) as error:
-            sock.close()
+            sock = self._connect(context)
+        except SplitError:
             context.term()
             self.close()
-            if isinstance(error, SplitError):
-                raise
-            raise ConfigError(f"cannot connect to {self._address}: {error}") from None
+            raise
         self._thread = threading.Thread(
             target=self._run, args=(context, sock), name="lambda-split-link", daemon=True
         )
@@ -102,16 +102,26 @@ class ZmqLink:
                 "running there, with the same keys, and is this member in its roster and not revoked?"
             )
 
-    def _connect(self, sock: zmq.Socket[bytes]) -> None:
-        sock.linger = 500
-        sock.immediate = True
-        sock.ipv6 = "[" in self._address
-        sock.maxmsgsize = wire.MAX_FRAME
-        sock.sndhwm = sock.rcvhwm = 256
-        sock.reconnect_ivl, sock.reconnect_ivl_max = 50, 1000
-        if self._address.startswith("tcp://"):
-            curve_client(sock, self._fleet, self._identity)
-        sock.connect(self._address)
+    def _connect(self, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+        """A socket that connects by itself, also when the broker is away. Raises KeysError, ConfigError."""
+        sock = context.socket(zmq.DEALER)
+        try:
+            sock.linger = 500
+            sock.immediate = True
+            sock.ipv6 = "[" in self._address
+            sock.maxmsgsize = wire.MAX_FRAME
+            sock.sndhwm = sock.rcvhwm = 256
+            sock.reconnect_ivl, sock.reconnect_ivl_max = 50, 1000
+            if self._address.startswith("tcp://"):
+                curve_client(sock, self._fleet, self._identity)
+            sock.connect(self._address)
+        except zmq.ZMQError as error:
+            sock.close()
+            raise ConfigError(f"cannot connect to {self._address}: {error}") from None
+        except SplitError:
+            sock.close()
+            raise
+        return sock
 
     def send(self, header: wire.Header, body: bytes = b"") -> None:
         if len(body) > wire.MAX_BODY:
@@ -144,13 +154,19 @@ class ZmqLink:
 
     def _run(self, context: zmq.Context[zmq.Socket[bytes]], sock: zmq.Socket[bytes]) -> None:
         try:
-            self._loop(sock)
+            while self._loop(sock):
+                with contextlib.suppress(SplitError):
+                    fresh = self._connect(context)
+                    sock.close(0)
+                    sock = fresh
         finally:
             sock.close()
             context.term()
             self._close_pipe()
 
-    def _loop(self, sock: zmq.Socket[bytes]) -> None:
+    def _loop(self, sock: zmq.Socket[bytes]) -> bool:
+        """Serves a connection until the link is closed, or until the broker has long been silent: then True."""
+        connected = time.monotonic()
         poller = zmq.Poller()
         poller.register(self._wake_read, zmq.POLLIN)
         next_announce = 0.0
@@ -173,7 +189,9 @@ class ZmqLink:
             self._flush(sock)
             if self._closing.is_set():
                 self._send_announcement(sock, leaving=True)
-                return
+                return False
+            if time.monotonic() - max(connected, self._heard) > SILENCE:
+                return True
 
     def _flush(self, sock: zmq.Socket[bytes]) -> None:
         while self._handed:

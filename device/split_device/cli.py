@@ -1,4 +1,4 @@
-"""The device's commands: generate, chat, inspect, doctor, demo."""
+"""The device's commands: generate, chat, inspect, doctor, demo, stress."""
 
 from __future__ import annotations
 
@@ -106,9 +106,12 @@ def register(app: typer.Typer) -> None:
     """Adds the device's commands to `app`."""
     from split_device.demo import demo
     from split_device.doctor import doctor
+    from split_device.stress.cli import stress
+    from split_device.stress.device import stress_device
 
-    for command in (generate, chat, inspect, demo, doctor, dead_letters):
+    for command in (generate, chat, inspect, demo, doctor, stress, dead_letters):
         app.command()(command)
+    app.command(hidden=True)(stress_device)
 
 
 def generate(

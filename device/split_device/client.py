@@ -94,6 +94,8 @@ class Client:
         self.history_memory = history_memory
         self.step_timeout = step_timeout
         self.timings = Timings()
+        #: Whether a worker of the service was ever found: then its absence may be a matter of time.
+        self.served = False
         #: Messages dropped because they broke the protocol, by type of error.
         self.counters: Counter[str] = Counter()
         self._fleet = fleet
@@ -335,6 +337,7 @@ class Client:
             last = wire.Relay(made.worker, self._id, wire.Kind.FINISH, number)
             self._ask(events, last, finish, take_confirmation)
             self._channels[number] = made
+            self.served = True
         finally:
             del self._answers[number]
         in_use = {session.channel.number for session in list(self._sessions.values())}

@@ -335,7 +335,7 @@ class SessionLayer(BodyLayer):
                         avoid, self._remote = [remote.worker], None
                 if len(failed) >= MAX_FAILURES or len(died) >= MAX_DEATHS:
                     raise self._give_up(error, requests, [*failed, *died.values()]) from None
-                fresh = lost is None and not self.get_seq_length()
+                fresh = lost is None and not self.get_seq_length() and not self.client.served
                 pause = getattr(error, "retry_after", RETRY_AFTER)
                 if now + pause > waiting_since + self.client.patience or (isinstance(error, NoWorker) and fresh):
                     raise lost or error from None

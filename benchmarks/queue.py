@@ -1,0 +1,298 @@
+"""What the queue costs over what it is made of: round trips through each transport with everything on.
+
+A device's session sends steps to a worker that gives them back at once: sealed end to end, under credits and
+heartbeats, through a broker (on TCP with CURVE, on ipc without) or a Redis server. The same bytes also go through a
+plain echo with the same security of the socket (pyzmq's ROUTER and ROUTER, or XADD and XREAD), and through
+four passes of the fastest AEAD that there is (sealed and opened, there and back). The ratio is the first over the
+sum of the other two; all are measured in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from benchmarks.harness import note, queue_server, report
+from split_common import wire
+from split_common.channel import SUITES, Box, preferred_suites
+from split_common.fleet import load_fleet
+from split_common.keys import Role
+from split_common.process import passive_threads, reuse_memory
+from split_common.transport import connect
+from split_common.zmq_link import curve_client
+
+#: Bytes of hidden states in a message, and how many round trips each round makes.
+SIZES = {"2k": (2048, 300), "64k": (65536, 150), "1m": (1024 * 1024, 30)}
+
+#: Width of the hidden states: float32.
+WIDTH = 512
+
+#: Steps that are sent at once where round trips per second are counted.
+BURST = 32
+
+#: The service that is neither model nor layers: nothing is computed.
+SERVICE = wire.Service(b"nothing is computed by this body", 0, 1)
+
+RoundTrip = Callable[[], object]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
+    parser.add_argument("--rounds", type=int, default=8, help="in which each is measured in turn")
+    parser.add_argument("--share", type=float, default=1.0, help="of the round trips of a round")
+    parser.add_argument("--transports", default="zmq,ipc,redis")
+    parser.add_argument("--role", choices=sorted(_ROLES), help="used by the benchmark itself")
+    parser.add_argument("--address", default="")
+    options = parser.parse_args()
+    passive_threads()
+    # As the commands do; so does all that they are compared with.
+    reuse_memory()
+    if options.role:
+        _ROLES[options.role](options.address)
+        return
+    results: dict[str, Any] = {"aead": preferred_suites()[0]}
+    with _process("aead", "") as line:
+        aead = dict(zip(SIZES, map(float, line.split()), strict=True))
+    results |= {f"aead_ms_{size}": round(1000 * seconds, 3) for size, seconds in aead.items()}
+    for transport in options.transports.split(","):
+        results |= _measure(transport, aead, options)
+    report(results, options.json, "queue, round trips on loopback")
+
+
+def _measure(transport: str, aead: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        address = stack.enter_context(queue_server(transport, directory))
+        stack.enter_context(_process("worker", address))
+        session = stack.enter_context(_session(address))
+        plain = stack.enter_context(_PLAIN[transport](address))
+        for size, (count, trips) in SIZES.items():
+            trips = max(2, int(trips * options.share))
+            step = _step(count)
+            bare = bytes(count)
+            seconds: dict[str, list[float]] = {"whole": [], "plain": []}
+            rates = []
+            for _ in range(options.rounds):
+                seconds["whole"] += _timed(partial(session.call, [step]), trips)
+                seconds["plain"] += _timed(partial(plain, bare), trips)
+                began = time.perf_counter()
+                session.call([step] * BURST)
+                rates.append(BURST / (time.perf_counter() - began))
+            whole, echo = (1000 * statistics.median(seconds[name]) for name in ("whole", "plain"))
+            passes = 1000 * aead[size]
+            results |= {
+                f"{transport}_ms_{size}": round(whole, 3),
+                f"{transport}_per_s_{size}": round(statistics.median(rates), 1),
+                f"{transport}_plain_ms_{size}": round(echo, 3),
+                f"{transport}_ratio_{size}": round(whole / (echo + passes), 2),
+            }
+            note(f"{transport} {size}: {whole:.3f} ms, plain {echo:.3f} ms, four passes {passes:.3f} ms")
+    return results
+
+
+def _timed(what: RoundTrip, times: int) -> list[float]:
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        what()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def _be_the_aead(_address: str) -> None:
+    """Four passes over each size: seconds, by the fastest AEAD."""
+    box = Box(SUITES[preferred_suites()[0]], bytes(range(32)))
+    data = bytes(50)
+
+    def passes(plaintext: bytes) -> None:
+        for counter in (1, 2):
+            box.open(counter, data, box.seal(counter, data, plaintext))
+
+    print(*(statistics.median(_timed(partial(passes, bytes(count)), trips)) for count, trips in SIZES.values()))
+
+
+# --- everything on -----------------------------------------------------------------------------------------
+
+
+def _step(count: int) -> tuple[wire.Step, bytes]:
+    tokens = count // (4 * WIDTH)
+    return wire.Step("float32", WIDTH, [wire.Row(0, 0, list(range(tokens)))]), bytes(count)
+
+
+@contextlib.contextmanager
+def _session(address: str) -> Iterator[Any]:
+    from split_device.client import Client
+
+    fleet = load_fleet()
+    identity = fleet.identity("device")
+    transport = connect(address, fleet, identity)
+    client = Client(transport, fleet, identity, SERVICE, "nothing", "float32")
+    client.start()
+    try:
+        yield client.open_session()
+    finally:
+        client.close()
+
+
+def _be_a_worker(address: str) -> None:
+    from split_worker.worker import Worker
+
+    class Echo(Worker):
+        """Gives back what it gets, on the transport's thread."""
+
+        def _request(self, header: wire.Relay, body: bytes) -> None:
+            link = self._links[header.sender, header.channel]
+            keys = sessions.get(header.session) or link.channel.session_keys(header.session, header.epoch)
+            sessions[header.session] = keys
+            request, tensor = wire.decode_payload(keys.open(header, body), wire.request_decoder)
+            if isinstance(request, wire.Step):
+                self._reply(keys, header, wire.Result(request.dtype, request.tokens, request.width), tensor)
+
+    sessions: dict[int, Any] = {}
+    fleet = load_fleet()
+    identity = fleet.identity("worker")
+    body: Any = SimpleNamespace(store=SimpleNamespace(free_tokens=2**20), positions_interact=False)
+    worker = Echo(body, SERVICE, "nothing", identity, fleet, connect(address, fleet, identity))
+    worker.start()
+    _wait_for_the_end()
+    worker.stop()
+
+
+# --- plain -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _plain_zmq(address: str) -> Iterator[Callable[[bytes], object]]:
+    import zmq
+
+    with _process("plain-broker", address) as ports:
+        front, back = ports.split()
+        with _process("plain-echo", back), zmq.Context() as context, context.socket(zmq.DEALER) as sock:
+            _connect(sock, front, "device")
+
+            def trip(body: bytes) -> None:
+                sock.send(body)
+                sock.recv()
+
+            yield trip
+
+
+def _connect(sock: Any, address: str, role: Role) -> None:
+    """As the link does it: CURVE over TCP, a directory's mode over ipc."""
+    fleet = load_fleet()
+    if address.startswith("tcp://"):
+        curve_client(sock, fleet, fleet.identity(role))
+    sock.linger = 0
+    sock.connect(address)
+
+
+def _be_a_plain_broker(address: str) -> None:
+    import zmq
+
+    curve = address.startswith("tcp://")
+    _, secret = load_fleet().identity("broker").curve_z85()
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as front, context.socket(zmq.ROUTER) as back:
+        for sock, name in ((front, "front"), (back, "back")):
+            sock.linger = 0
+            if curve:
+                sock.curve_server, sock.curve_secretkey = True, secret
+            sock.bind("tcp://127.0.0.1:*" if curve else f"{address}-{name}")
+        print(*(sock.getsockopt_string(zmq.LAST_ENDPOINT) for sock in (front, back)), flush=True)
+        worker = back.recv_multipart()[0]
+        poller = zmq.Poller()
+        for file in (front, back, sys.stdin.fileno()):
+            poller.register(file, zmq.POLLIN)
+        while sys.stdin.fileno() not in (events := dict(poller.poll())):
+            if front in events:
+                back.send_multipart([worker, *front.recv_multipart()])
+            if back in events:
+                front.send_multipart(back.recv_multipart()[1:])
+
+
+def _be_a_plain_echo(address: str) -> None:
+    import zmq
+
+    with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
+        _connect(sock, address, "worker")
+        sock.send(b"here")
+        print("ready", flush=True)
+        poller = zmq.Poller()
+        poller.register(sock, zmq.POLLIN)
+        poller.register(sys.stdin.fileno(), zmq.POLLIN)
+        while sys.stdin.fileno() not in dict(poller.poll()):
+            sock.send_multipart(sock.recv_multipart())
+
+
+@contextlib.contextmanager
+def _plain_redis(address: str) -> Iterator[Callable[[bytes], object]]:
+    import redis
+
+    with _process("plain-redis", address), redis.Redis.from_url(address) as client:
+        last = "0"
+
+        def trip(body: bytes) -> None:
+            nonlocal last
+            client.xadd("there", {"b": body}, maxlen=1, approximate=False)
+            [[_, [(last, _)]]] = client.xread({"back": last}, block=10_000)
+
+        yield trip
+
+
+def _be_a_plain_redis_echo(address: str) -> None:
+    import select
+
+    import redis
+
+    with redis.Redis.from_url(address) as client:
+        print("ready", flush=True)
+        last = "0"
+        while not select.select([sys.stdin], [], [], 0)[0]:
+            if arrived := client.xread({"there": last}, block=500):
+                [[_, [(last, fields)]]] = arrived
+                client.xadd("back", fields, maxlen=1, approximate=False)
+
+
+_ROLES: dict[str, Callable[[str], None]] = {
+    "aead": _be_the_aead,
+    "worker": _be_a_worker,
+    "plain-broker": _be_a_plain_broker,
+    "plain-echo": _be_a_plain_echo,
+    "plain-redis": _be_a_plain_redis_echo,
+}
+_PLAIN = {"zmq": _plain_zmq, "ipc": _plain_zmq, "redis": _plain_redis}
+
+
+@contextlib.contextmanager
+def _process(role: str, address: str) -> Iterator[str]:
+    """One of the roles in a process of its own, which ends with its stdin: what it says when it is ready."""
+    command = [sys.executable, "-m", "benchmarks.queue", "--role", role, "--address", address]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the {role} did not start")
+        yield line
+    finally:
+        process.communicate()
+
+
+def _wait_for_the_end() -> None:
+    print("ready", flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

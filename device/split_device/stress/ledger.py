@@ -1,0 +1,84 @@
+"""What the devices have told: who asked what, and what came of it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from split_device.stress.events import Answered, Asked, Decoded, Event, Failed, Traffic
+
+
+@dataclass
+class Ledger:
+    """Takes the events of all devices, each from a thread of its own."""
+
+    #: Times are seconds since then, by `time.monotonic`.
+    began: float = field(default_factory=time.monotonic)
+    #: Answers to each request, by device and number.
+    answers: dict[tuple[int, int], int] = field(default_factory=dict)
+    mismatched: int = 0
+    #: Outputs with more tokens than the unsplit model's.
+    surplus: int = 0
+    tokens: int = 0
+    request_seconds: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    recoveries: list[float] = field(default_factory=list)
+    #: When tokens were decoded, and how many.
+    decoded: list[tuple[float, int]] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+    traffic: dict[int, Traffic] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def take(self, device: int, event: Event) -> None:
+        """Enters an event of a device."""
+        with self._lock:
+            match event:
+                case Asked(number):
+                    self.answers[device, number] = 0
+                case Decoded(tokens):
+                    self.decoded.append((time.monotonic() - self.began, tokens))
+                case Answered():
+                    self._answered(device, event)
+                case Failed(_, error):
+                    self.errors[error] += 1
+                case Traffic():
+                    self.traffic[device] = event
+
+    def _answered(self, device: int, event: Answered) -> None:
+        self.answers[device, event.number] += 1
+        self.tokens += event.tokens
+        self.surplus += event.tokens > event.wanted
+        self.mismatched += not event.equal
+        self.request_seconds.append(event.seconds)
+        self.gaps += event.gaps
+        self.recoveries += event.recoveries
+
+    def rate(self, seconds: float = 5.0) -> float:
+        """Tokens that were decoded in each of the last seconds."""
+        now = time.monotonic() - self.began
+        with self._lock:
+            return sum(tokens for when, tokens in self.decoded[-1000:] if when > now - seconds) / seconds
+
+    @property
+    def requests(self) -> int:
+        return len(self.answers)
+
+    @property
+    def completed(self) -> int:
+        with self._lock:
+            return sum(answers > 0 for answers in self.answers.values())
+
+    @property
+    def lost(self) -> int:
+        return self.requests - self.completed
+
+    @property
+    def duplicated(self) -> int:
+        with self._lock:
+            return self.surplus + sum(max(0, answers - 1) for answers in self.answers.values())
+
+    @property
+    def replays(self) -> int:
+        return sum(traffic.replays for traffic in list(self.traffic.values()))

@@ -1,0 +1,56 @@
+"""Throughput over time, with the faults marked."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from split_common.errors import ConfigError
+from split_device.stress.chaos import INTERVALS, Chaos
+from split_device.stress.ledger import Ledger
+
+#: Seconds that one point of the curve stands for.
+BIN = 1.0
+
+
+def check_plot(path: Path) -> None:
+    """Raises ConfigError where `draw` could not draw."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install 'lambda-split[plot]'")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path.parent} is no directory")
+
+
+def draw(path: Path, ledger: Ledger, chaos: Chaos | None, seconds: float) -> None:
+    """Writes the picture; its format goes by the name's ending. Raises ConfigError."""
+    from matplotlib.figure import Figure
+
+    bins = [0.0] * (int(seconds / BIN) + 1)
+    for when, tokens in ledger.decoded:
+        if 0 <= when < seconds:
+            bins[int(when / BIN)] += tokens / BIN
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    curve, marks = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    curve.plot([(index + 0.5) * BIN for index in range(len(bins))], bins, color="tab:blue", linewidth=1.2)
+    curve.set_ylabel("tokens/s")
+    curve.set_ylim(bottom=0)
+    curve.grid(alpha=0.3)
+    curve.set_title(
+        f"{ledger.completed} of {ledger.requests} requests answered, {ledger.replays} sessions replayed"
+    )
+    history = chaos.history if chaos is not None else []
+    for row, kind in enumerate(INTERVALS):
+        times = [when - ledger.began for when, of in history if of == kind]
+        marks.scatter(times, [row] * len(times), marker="|", s=80, color=f"C{row + 1}")
+        if kind in ("kill", "broker"):
+            for when in times:
+                curve.axvline(when, color=f"C{row + 1}", alpha=0.4, linewidth=0.8)
+    marks.set_yticks(range(len(INTERVALS)), list(INTERVALS))
+    marks.set_ylim(len(INTERVALS) - 0.5, -0.5)
+    marks.set_xlabel("seconds")
+    marks.set_xlim(0, seconds)
+    marks.grid(alpha=0.3, axis="x")
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot draw {path}: {error}") from None

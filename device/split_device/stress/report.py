@@ -1,0 +1,149 @@
+"""What the stress command reports at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from split_device.stress.chaos import Chaos
+from split_device.stress.ledger import Ledger
+from split_device.stress.memory import Resident
+
+#: Percentiles that are reported.
+PERCENTILES = (50, 90, 99, 100)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The keys are those of `--json`; times are in milliseconds where they say so."""
+
+    transport: str
+    seed: int
+    seconds: float
+    requests: int
+    completed: int
+    tokens: int
+    #: Requests that ended without an output: with an error, or with their process, or not at all.
+    lost: int
+    #: Outputs beyond the first to one request, and outputs with more tokens than the unsplit model's.
+    duplicated: int
+    #: Outputs that are not token for token the unsplit model's.
+    mismatched: int
+    worker_kills: int
+    worker_stops: int
+    broker_restarts: int
+    replays: int
+    tokens_per_second: float
+    request_ms: dict[str, float | None]
+    inter_token_ms: dict[str, float | None]
+    #: Of steps during which a session was replayed: how long the next token took.
+    recovery_ms: dict[str, float | None]
+    bytes_sent: int
+    bytes_received: int
+    faults: dict[str, int]
+    errors: dict[str, int]
+    memory: list[dict[str, object]]
+    memory_within: bool
+    #: What streams and pending lists hold after all; of Redis alone.
+    left: dict[str, int] | None
+    interrupted: bool
+
+    @property
+    def sound(self) -> bool:
+        """Whether every request was answered once, and rightly."""
+        return not (self.lost or self.duplicated or self.mismatched)
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def report(
+    transport: str,
+    seed: int,
+    seconds: float,
+    ledger: Ledger,
+    chaos: Chaos | None,
+    memory: Sequence[Resident],
+    left: dict[str, int] | None,
+    interrupted: bool,
+) -> Report:
+    """Sums up what has happened in `seconds`."""
+    counts = chaos.counts if chaos is not None else {}
+    traffic = ledger.traffic.values()
+    return Report(
+        transport=transport,
+        seed=seed,
+        seconds=round(seconds, 1),
+        requests=ledger.requests,
+        completed=ledger.completed,
+        tokens=ledger.tokens,
+        lost=ledger.lost,
+        duplicated=ledger.duplicated,
+        mismatched=ledger.mismatched,
+        worker_kills=counts.get("kill", 0),
+        worker_stops=counts.get("stop", 0),
+        broker_restarts=counts.get("broker", 0),
+        replays=ledger.replays,
+        tokens_per_second=round(ledger.tokens / seconds, 1),
+        request_ms=percentiles(ledger.request_seconds),
+        inter_token_ms=percentiles(ledger.gaps),
+        recovery_ms=percentiles(ledger.recoveries),
+        bytes_sent=sum(each.bytes_sent for each in traffic),
+        bytes_received=sum(each.bytes_received for each in traffic),
+        faults=dict(counts),
+        errors=dict(ledger.errors),
+        memory=[resident.facts() for resident in memory],
+        memory_within=all(resident.within for resident in memory),
+        left=left,
+        interrupted=interrupted,
+    )
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float | None]:
+    """Milliseconds by nearest rank: the least value that so many percent of all do not exceed; None of nothing."""
+    ordered = sorted(seconds)
+    return {
+        f"p{percent}" if percent < 100 else "max": (
+            round(1000 * ordered[-(-percent * len(ordered) // 100) - 1], 1) if ordered else None
+        )
+        for percent in PERCENTILES
+    }
+
+
+def table(report: Report) -> Table:
+    """The report for people."""
+    shown = Table("what", title="stress", title_justify="left")
+    shown.add_column("value", justify="right")
+    facts = report.facts()
+    for key in (*_COUNTS, "tokens_per_second", "bytes_sent", "bytes_received"):
+        value = facts[key]
+        shown.add_row(key.replace("_", " "), f"{value:,}")
+    for key in ("request_ms", "inter_token_ms", "recovery_ms"):
+        times = (f"{name} {value:,.0f}" for name, value in facts[key].items() if value is not None)
+        shown.add_row(key.replace("_", " "), ", ".join(times) or "none")
+    shown.add_row("faults", ", ".join(f"{count} {kind}" for kind, count in report.faults.items()) or "none")
+    for error, count in report.errors.items():
+        shown.add_row("error", f"{count} × {error}")
+    for each in report.memory:
+        grown = "" if each["within"] else "  (!)"
+        shown.add_row(f"memory of {each['process']}", f"{each['mib_10s']} → {each['mib']} MiB{grown}")
+    if report.left is not None:
+        shown.add_row("left in Redis", ", ".join(f"{count} {what}" for what, count in report.left.items()))
+    return shown
+
+
+_COUNTS = (
+    "requests",
+    "completed",
+    "tokens",
+    "lost",
+    "duplicated",
+    "mismatched",
+    "worker_kills",
+    "worker_stops",
+    "broker_restarts",
+    "replays",
+)

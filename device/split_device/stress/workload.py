@@ -1,0 +1,66 @@
+"""What the devices ask for: prompts and ways to generate, drawn from a seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+#: Least and most tokens of a prompt, and of an answer.
+PROMPT = 4, 64
+ANSWER = 8, 40
+
+
+@dataclass(frozen=True)
+class Request:
+    """Arguments of `generate`; `prompt` is `[rows, tokens]`, and padded on the left."""
+
+    prompt: torch.Tensor
+    options: dict[str, Any]
+
+    def run(self, model: Any) -> torch.Tensor:
+        """The generated tokens, `[sequences, tokens]`."""
+        output: torch.Tensor = model.generate(self.prompt, do_sample=False, pad_token_id=0, **self.options)
+        return output[:, self.prompt.shape[1] :]
+
+
+def draw(seed: int, device: int, number: int, vocabulary: int) -> Request:
+    """The request of this number of a device."""
+    rng = random.Random(f"{seed} {device} {number}")
+    way = rng.choice(_WAYS)
+    return way(rng, vocabulary, {"max_new_tokens": rng.randint(*ANSWER)})
+
+
+def _greedy(rng: random.Random, vocabulary: int, options: dict[str, Any]) -> Request:
+    prompt = _tokens(rng, vocabulary)
+    return Request(prompt, {"attention_mask": torch.ones_like(prompt), **options})
+
+
+def _batch(rng: random.Random, vocabulary: int, options: dict[str, Any]) -> Request:
+    rows = [_tokens(rng, vocabulary)[0] for _ in range(rng.randint(2, 4))]
+    longest = max(map(len, rows))
+    prompt = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
+    return Request(prompt, {"attention_mask": (prompt != 0).long(), **options})
+
+
+def _beams(rng: random.Random, vocabulary: int, options: dict[str, Any]) -> Request:
+    return _greedy(rng, vocabulary, {"num_beams": 3, "num_return_sequences": 2, **options})
+
+
+def _lookup(rng: random.Random, vocabulary: int, options: dict[str, Any]) -> Request:
+    """Assisted decoding, which rolls the cache back; there is something to find in a prompt that repeats itself."""
+    once = _tokens(rng, vocabulary)
+    prompt = torch.cat([once, once], 1)
+    return Request(prompt, {"attention_mask": torch.ones_like(prompt), "prompt_lookup_num_tokens": 4, **options})
+
+
+#: A draw takes each as likely as it is often here.
+_WAYS: list[Callable[[random.Random, int, dict[str, Any]], Request]] = [_greedy, _greedy, _batch, _beams, _lookup]
+
+
+def _tokens(rng: random.Random, vocabulary: int) -> torch.Tensor:
+    """A prompt `[1, tokens]` without the padding token, 0."""
+    return torch.tensor([[rng.randrange(1, vocabulary) for _ in range(rng.randint(*PROMPT))]])

@@ -1,0 +1,152 @@
+"""`lambda-split stress` as a user runs it: a fleet of real processes under faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+import tiny
+from fleet import running_broker, start_worker
+from split_device.stress import tiny_model
+
+KEYS = {
+    "requests",
+    "completed",
+    "tokens",
+    "lost",
+    "duplicated",
+    "mismatched",
+    "worker_kills",
+    "worker_stops",
+    "broker_restarts",
+    "replays",
+    "request_ms",
+    "inter_token_ms",
+    "recovery_ms",
+    "bytes_sent",
+    "bytes_received",
+    "faults",
+    "memory",
+    "left",
+}
+
+
+def start(tmp_path: Path, *arguments: object) -> subprocess.Popen[str]:
+    """The command, with a temporary directory of its own, so that what it leaves can be seen."""
+    command = [sys.executable, "-m", "split_common", "stress", "--json", *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+
+
+def finish(process: subprocess.Popen[str], tmp_path: Path, code: int = 0) -> Any:
+    """The report. Nothing may be left of the run."""
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == code, err
+    assert "Traceback" not in err, err
+    assert out.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    assert not [each for each in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(each.info["cmdline"])]
+    return json.loads(out)
+
+
+def check_sound(report: Any) -> None:
+    assert set(report) >= KEYS
+    assert report["completed"] == report["requests"] > 0
+    assert (report["lost"], report["duplicated"], report["mismatched"]) == (0, 0, 0), report["errors"]
+    assert report["memory_within"], report["memory"]
+
+
+@pytest.mark.parametrize("transport", ["zmq", "redis"])
+def test_nothing_is_lost(transport: str, tmp_path: Path) -> None:
+    arguments = ["--transport", transport, "--devices", 2, "--workers", 2, "--seconds", 15, "--seed", 7]
+    report = finish(start(tmp_path, *arguments), tmp_path)
+    check_sound(report)
+    assert report["worker_kills"] >= 1
+    assert report["worker_stops"] >= 1
+    assert report["broker_restarts"] == 1
+    assert set(report["faults"]) >= {"kill", "stop", "broker", "lag", "corruption"}
+    assert report["left"] == (None if transport == "zmq" else {"entries": 0, "pending": 0})
+    names = {each["process"] for each in report["memory"]}
+    assert {"broker" if transport == "zmq" else "redis", "device 0", "device 1"} <= names
+
+
+def test_another_models_outputs_are_mismatched(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tiny_model.build(tmp_path_factory.mktemp("other") / "model", 99)
+    arguments = ["--devices", 1, "--requests", 3, "--workers", 1, "--chaos", "none", "--reference", other]
+    report = finish(start(tmp_path, *arguments), tmp_path, code=1)
+    assert report["mismatched"] == report["completed"] == report["requests"] == 3
+    assert report["lost"] == report["duplicated"] == 0
+    assert report["faults"] == {}
+
+
+def test_it_joins_a_queue_that_runs(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    checkpoint = tiny.save("llama", tmp_path_factory.mktemp("model") / "model")
+    with running_broker() as broker:
+        worker = start_worker(checkpoint, broker.address)
+        try:
+            arguments = ["--broker", broker.address, "--workers", 0, "--model", checkpoint]
+            report = finish(start(tmp_path, *arguments, "--devices", 1, "--requests", 4), tmp_path)
+            assert worker.counters["steps"] > 0
+        finally:
+            worker.stop()
+    check_sound(report)
+    assert report["completed"] == 4
+    assert report["worker_kills"] == report["broker_restarts"] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_ends_in_order(number: signal.Signals, tmp_path: Path) -> None:
+    process = start(tmp_path, "--devices", 1, "--workers", 1, "--seconds", 600, "--chaos", "stop,lag")
+    try:
+        children = wait_for_children(process, 3)
+        process.send_signal(number)
+        if number == signal.SIGINT:
+            # The time is over, and there is a report.
+            report = finish(process, tmp_path, code=130)
+            assert report["interrupted"]
+            check_sound(report)
+        else:
+            process.communicate(timeout=60)
+            assert process.returncode == 143
+            assert not list(tmp_path.iterdir())
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert not alive
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_children(process: subprocess.Popen[str], count: int) -> list[Any]:
+    """Broker, worker and device, once the device has begun to ask."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        children = psutil.Process(process.pid).children()
+        # The device's niceness goes up when it begins.
+        if len(children) == count and any(child.nice() > 5 for child in children):
+            time.sleep(1)
+            return list(children)
+        time.sleep(0.1)
+    raise AssertionError("the fleet did not start")
+
+
+def test_a_fleet_that_cannot_start_says_why(tmp_path: Path) -> None:
+    process = start(tmp_path, "--devices", 1, "--workers", 1, "--model", tmp_path / "nothing")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert json.loads(out)["error"]["message"]
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
