@@ -317,9 +317,9 @@ class Compute(ComputeLoop):
             self.hangs = 0.0
             return
         self.scheduled = False
-        if not self._inbox.empty() or not self._scheduler.idle:
+        if not self._inbox.empty() or not self._scheduler.idle or self._under_way is not None:
             self.turn()
-        if not self._scheduler.idle:
+        if not self._scheduler.idle or self._under_way is not None:
             self._soon()
 
     def _go_on(self) -> None:
@@ -370,7 +370,7 @@ class World:
         for module in (client_module, session_module):
             patch.setattr(module, "queue", Queues(self))
         for module in (client_module, worker_module):
-            patch.setattr(module, "new_peer_id", lambda member: self.random.randbytes(8))
+            patch.setattr(module, "new_peer_id", lambda _: self.random.randbytes(8))
         patch.setattr(worker_module, "ComputeLoop", Compute)
         patch.setattr(pool_module, "PAGE_TOKENS", 4)
         patch.setattr(sessions_module, "GROWTH", 4)

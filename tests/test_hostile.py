@@ -703,7 +703,7 @@ def test_an_unforeseen_failure_of_a_step_is_told_and_ends_its_session_alone(
         bystander = client.open_session()
         assert bytes(bystander.call([step(0, 7)])[0][1]) == expected[0]
         with monkeypatch.context() as patch:
-            patch.setattr(setting.body, "run", lambda *_: 1 / 0)
+            patch.setattr(setting.body, "launch", lambda *_: 1 / 0)
             began = time.monotonic()
             with pytest.raises(SessionLost, match="ZeroDivisionError"):
                 client.open_session().call([step(0), step(1), step(2)])

@@ -279,7 +279,7 @@ def test_the_only_worker_may_take_its_time(
 def test_a_step_does_not_wander_between_slow_workers(
     checkpoint: Path, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compute, "HUNG_AFTER", 100.0)
+    monkeypatch.setattr(watch, "HUNG_AFTER", 100.0)
     release = threading.Event()
     with running_broker() as broker:
         workers = [start_worker(checkpoint, broker.address) for _ in range(2)]
@@ -331,7 +331,7 @@ def test_a_step_that_makes_workers_fail_is_recorded(
         try:
             with SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address) as model:
                 for worker in workers:
-                    monkeypatch.setattr(worker._body, "run", lambda *_: 1 / 0)
+                    monkeypatch.setattr(worker._body, "launch", lambda *_: 1 / 0)
                 with pytest.raises(StepFailed, match="ZeroDivisionError"):
                     model.generate(PROMPT.repeat(2, 1) + torch.tensor([[0], [1]]), **GREEDY)
                 assert [worker.counters["refused_failed"] for worker in workers] == [1, 1]

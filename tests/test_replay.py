@@ -165,7 +165,7 @@ def test_a_step_that_makes_every_worker_fail_is_not_tried_for_ever(
 ) -> None:
     with fleet_of(tiny.save("llama", tmp_path)) as (model, workers):
         body = workers.running[0]._body
-        monkeypatch.setattr(body, "run", lambda *_: 1 / 0)
+        monkeypatch.setattr(body, "launch", lambda *_: 1 / 0)
         with pytest.raises(StepFailed, match="ZeroDivisionError"):
             model.generate(PROMPT, **GREEDY)
         assert workers.running[0].counters["refused_failed"] == 2

@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 
 from split_common.engine.rows import Run
-from split_common.engine.scheduler import MAX_CHUNK, MIN_CHUNK, ChunkBudget, Job, Piece, Scheduler
+from split_common.engine.scheduler import (
+    GATHER_SHARE,
+    MAX_CHUNK,
+    MIN_CHUNK,
+    ChunkBudget,
+    Gathering,
+    Job,
+    Piece,
+    Scheduler,
+)
 from split_common.errors import Busy
 
 
@@ -116,6 +126,39 @@ def test_a_cancelled_session_ends_with_its_error() -> None:
     assert scheduler.next_batch() == []
 
 
+def test_a_session_has_one_forward_under_way_and_may_be_cancelled_meanwhile() -> None:
+    outcomes: dict[str, Any] = {}
+    scheduler = Scheduler(FakeStore())  # type: ignore[arg-type]
+    scheduler.add(make_job("a", 1, outcomes=outcomes))
+    scheduler.add(make_job("b", MAX_CHUNK + 1, outcomes=outcomes))
+    under_way = scheduler.next_batch()
+    assert sizes(under_way) == {"a": 1, "b": MAX_CHUNK}
+    scheduler.add(make_job("c", 1, outcomes=outcomes))
+    assert sizes(scheduler.next_batch()) == {"c": 1}
+    scheduler.cancel("a", KeyError("gone"))
+    scheduler.finish(under_way, [piece.run.states for piece in under_way], 0.01)
+    assert isinstance(outcomes["a"], KeyError)
+    assert sizes(scheduler.next_batch()) == {"b": 1}
+
+
+def test_a_forward_waits_for_sessions_that_come_back_soon_and_for_no_others() -> None:
+    gathering = Gathering()
+    for session, turnaround in (("quick", 0.01), ("slow", 2.0)):
+        gathering.answered(session, 10.0)
+        gathering.came(session, 10.0 + turnaround)
+    assert gathering.until(0.1) == 0.0
+    gathering.answered("slow", 20.0)
+    gathering.answered("unknown", 20.0)
+    assert gathering.until(0.1) == 0.0
+    gathering.answered("quick", 20.0)
+    assert gathering.until(0.1) == pytest.approx(20.0 + GATHER_SHARE * 0.1)
+    gathering.came("quick", 20.01)
+    assert gathering.until(0.1) == 0.0
+    gathering.answered("quick", 30.0)
+    gathering.forget("quick")
+    assert gathering.until(0.1) == 0.0
+
+
 def test_the_budget_is_small_beside_decoding_and_finds_its_size() -> None:
     """A token of prefill costs 1 ms, a decoding forward 100 ms: 100 tokens double it."""
     budget = ChunkBudget()
@@ -126,5 +169,6 @@ def test_the_budget_is_small_beside_decoding_and_finds_its_size() -> None:
         chunk = budget.tokens()
         budget.observe(1, chunk, 0.1 + 0.001 * chunk)
     assert 90 <= budget.tokens() <= 100
-    budget.observe(1, budget.tokens(), 0.1 + 0.01 * budget.tokens())
+    for _ in range(10):
+        budget.observe(1, budget.tokens(), 0.1 + 0.01 * budget.tokens())
     assert budget.tokens() <= 16

@@ -170,7 +170,7 @@ def acts_of(number: int) -> list[str]:
 def test_the_world_is_rough(fleet: Fleet) -> None:
     """What the other tests rely on does happen."""
     seen: Counter[str] = Counter()
-    for number in range(150):
+    for number in range(300):
         with pytest.MonkeyPatch.context() as patch:
             seen += run_sequence(fleet, number, acts_of(number), patch).counters
     happened = ("replays", "late", "evictions", "hung", "channels", "steps")

@@ -168,7 +168,7 @@ class ComputeLoop:
             forward = Forward(self._launch(batch), began)
         if before is not None:
             self._complete(before)
-        if forward is not None and self._runner.asynchronous:
+        if forward is not None and forward.launched and self._runner.asynchronous:
             self._under_way = forward
         elif forward is not None:
             self._complete(forward)
@@ -306,6 +306,7 @@ class ComputeLoop:
             # Its rows may be half written: the device starts another session.
             with self._lock:
                 self._sessions.close(task.session.id)
+            self.wake()
 
     def _result(self, task: Task, step: wire.Step, output: torch.Tensor, began: float) -> wire.Result:
         task.session.forget(step.acked)
