@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bandwidth import SHAPES, decode
 from benchmarks.harness import arguments, checkpoint, fleet, note, report
 from split_common.process import passive_threads
 
@@ -27,11 +28,18 @@ HEAD = TAIL = 2
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--sessions", default="1,2,4,8,16,32", help="how many at once, each measured")
+    parser.add_argument("--sessions", help="how many at once, each measured; default 1,2,4,8,16,32, or 1,16,64")
     parser.add_argument("--devices", default="4,8", help="how many device processes at once, end to end")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="decode a random body on this device instead")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-8b", help="of that body")
     parser.add_argument("--device-role", metavar="ADDRESS", help="used by the benchmark itself")
     options = parser.parse_args()
     passive_threads()
+    if options.device:
+        sessions = list(map(int, (options.sessions or "1,16,64").split(",")))
+        report(decode(options.device, options.shape, sessions), options.json, f"decoding, {options.shape}")
+        return
+    options.sessions = options.sessions or "1,2,4,8,16,32"
     model = checkpoint(options)
     if options.device_role:
         _be_a_device(model, options.device_role)

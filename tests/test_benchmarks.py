@@ -56,6 +56,15 @@ def test_overhead(checkpoint: Path) -> None:
     assert 0 < results["payload_efficiency"] < 1
 
 
+def test_decoding_against_the_bandwidth() -> None:
+    results = run("concurrency", "--device", "cpu", "--shape", "tiny", "--sessions", "1,3")
+    assert set(results) == {"hardware", "attention", "copy_gb_s", "weight_bytes", "decode"}
+    assert results["attention"] == "sdpa"
+    assert list(results["decode"]) == ["1", "3"]
+    for step in results["decode"].values():
+        assert step["share"] == pytest.approx(step["bound_ms"] / step["ms"])
+
+
 def test_memory(checkpoint: Path) -> None:
     results = run("memory", "--model", checkpoint)
     assert set(results) == {

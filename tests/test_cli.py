@@ -94,6 +94,7 @@ def address(checkpoint: Path) -> Iterator[str]:
             assert facts.pop("pid") == worker.pid
             assert facts.pop("parameter_bytes") > 0
             assert facts.pop("kv_tokens") > 1000
+            assert facts.pop("kv_sessions") > 1
             assert facts == {
                 "worker": "worker-1",
                 "model": "tiny",
@@ -101,6 +102,7 @@ def address(checkpoint: Path) -> Iterator[str]:
                 "device": "cuda" if torch.cuda.is_available() else "cpu",
                 "dtype": "float32",
                 "packed": True,
+                "attention": "sdpa",
             }
             yield broker["address"]
 
@@ -255,6 +257,24 @@ def test_doctor_finds_everything_in_place(run: Any, address: str) -> None:
     shown = run("doctor", "--broker", address)
     assert "workers: serving tiny layers 2:4" in shown.out
     assert shown.err == ""
+
+
+@pytest.mark.parametrize(
+    ("arch", "wanted"),
+    [
+        ("llama", ("ok", "a worker runs many sessions in one forward (layers 2:6 were tried)")),
+        ("falcon", ("note", "a worker runs sessions one at a time: they do not call a registered attention")),
+    ],
+)
+def test_doctor_says_how_a_model_would_run(
+    arch: str, wanted: tuple[str, str], run: Any, address: str, tmp_path: Path
+) -> None:
+    directory = tiny.save(arch, tmp_path)
+    done = run("doctor", "--broker", address, "--model", directory, "--json")
+    found = done.json["findings"][-1]
+    assert (found["subject"], found["status"]) == ("model", wanted[0])
+    assert found["detail"].startswith(wanted[1])
+    assert run("doctor", "--broker", address, "--model", tmp_path / "none").code == 1
 
 
 def test_doctor_says_what_to_do(run: Any) -> None:

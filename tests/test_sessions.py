@@ -63,6 +63,23 @@ def held(worker: Worker, sessions: int) -> bool:
     return wait_for(lambda: len(worker._sessions) == sessions)
 
 
+def test_a_worker_tells_how_it_does(broker: str, tmp_path: Path) -> None:
+    with joined(broker, tiny.save("llama", tmp_path)) as (model, worker):
+        idle = worker.facts()
+        assert {name for name, value in idle.items() if value} == {"kv_tokens"}
+        cache = DynamicCache()
+        model.generate(PROMPT, past_key_values=cache, **GREEDY)
+        busy = worker.facts()
+        assert (busy["sessions"], busy["steps"], busy["forwards"], busy["rows_per_forward"]) == (1, 6, 6, 1.0)
+        assert busy["tokens"] == PROMPT.shape[1] + 5
+        assert PROMPT.shape[1] + 5 <= busy["kv_tokens_used"] < busy["kv_tokens"]
+        assert busy["tokens_per_second"] > 0
+        assert busy["queue_ms"] > 0
+        del cache
+        assert held(worker, 0)
+        assert wait_for(lambda: worker.facts()["kv_tokens_used"] == 0)
+
+
 # --- what happens to the cache -----------------------------------------------------------------------------
 
 

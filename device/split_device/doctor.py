@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 import math
 import os
 import platform
@@ -11,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,13 +22,28 @@ from split_common.console import emit_json, stdout
 from split_common.errors import KeysError, NoWorker, SplitError
 from split_common.fleet import Fleet, load_fleet
 from split_common.keys import Identity, Role
-from split_common.options import DEFAULT_BROKER, BrokerOption, JsonOption, KeysOption, MemberOption, TimeoutOption
+from split_common.options import (
+    DEFAULT_BROKER,
+    MODEL_PANEL,
+    BrokerOption,
+    JsonOption,
+    KeysOption,
+    MemberOption,
+    TimeoutOption,
+)
 from split_common.transport import connect, new_peer_id
 
 Status = Literal["ok", "note", "problem"]
 
 #: Days before a certificate's end from which on the doctor speaks of it.
 SOON = 14
+
+
+#: Layers of a model that are tried, from the first one of the body on.
+TRIED_LAYERS = 8
+
+#: Memory for the keys and values of that trial, in bytes.
+TRIAL_BYTES = 16 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,14 @@ def doctor(
     keys: KeysOption = None,
     member: MemberOption = None,
     timeout: TimeoutOption = 5.0,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            rich_help_panel=MODEL_PANEL,
+            help="Directory or hub id of a checkpoint: tell how a worker would run its layers.",
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Check versions, hardware, keys, broker and workers; say what to do.
@@ -51,7 +75,7 @@ def doctor(
     The exit code is 1 if anything is a problem.
     """
     findings = []
-    for finding in _findings(broker, keys, member, timeout):
+    for finding in itertools.chain(_findings(broker, keys, member, timeout), _layers(model)):
         findings.append(finding)
         if not json:
             _print(finding)
@@ -114,6 +138,29 @@ def _hardware() -> Iterator[Finding]:
     suite = preferred_suites()[0]
     hint = "" if suite.startswith("aegis") else ": the CPU has no AES instructions, encryption is slower"
     yield Finding("encryption", "ok" if not hint else "note", suite + hint)
+
+
+def _layers(model: str | None) -> Iterator[Finding]:
+    """Whether many sessions share a forward of the model's layers: some of them are run."""
+    if model is None:
+        return
+    from split_common.engine.runner import Runner
+    from split_common.part import load_part, plan
+    from split_common.split import Split
+
+    try:
+        plan_ = plan(model)
+        first = min(2, plan_.layers - 1)
+        split = Split(plan_.layers, first, min(first + TRIED_LAYERS, plan_.layers))
+        _, stack = load_part(plan_, split, "worker")
+        runner = Runner(stack, split, plan_.text_config, TRIAL_BYTES)
+    except SplitError as error:
+        yield Finding("model", "problem", str(error))
+        return
+    if runner.separate_because is None:
+        yield Finding("model", "ok", f"a worker runs many sessions in one forward (layers {split} were tried)")
+    else:
+        yield Finding("model", "note", f"a worker runs sessions one at a time: {runner.separate_because}")
 
 
 def _cores() -> int:

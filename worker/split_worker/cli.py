@@ -29,6 +29,9 @@ from split_common.transport import connect
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 
+#: Tokens of the sessions in which a worker's memory is told to people.
+SESSION_TOKENS = 2048
+
 #: Seconds of draining that are not worth a word.
 UNANNOUNCED = 0.2
 
@@ -116,7 +119,9 @@ def worker(
             "dtype": str(body.dtype).removeprefix("torch."),
             "parameter_bytes": body.parameter_bytes,
             "kv_tokens": body.store.capacity,
+            "kv_sessions": body.store.capacity // min(SESSION_TOKENS, body.max_positions),
             "packed": body.separate_because is None,
+            "attention": body.backend.name if body.separate_because is None else None,
             "pid": os.getpid(),
         }
         if json:
@@ -124,7 +129,10 @@ def worker(
         else:
             stderr.print(
                 "worker {worker} serves {model} layers {layers} on {device} in {dtype} "
-                "({parameter_bytes:,} bytes of weights, keys and values for {kv_tokens:,} tokens)".format(**facts),
+                "({parameter_bytes:,} bytes of weights; keys and values for {kv_tokens:,} tokens, "
+                "or {kv_sessions:,} sessions of {each:,})".format(
+                    **facts, each=min(SESSION_TOKENS, body.max_positions)
+                ),
                 soft_wrap=True,
             )
             if body.separate_because is not None:

@@ -251,6 +251,9 @@ class ComputeLoop:
         try:
             return [(batch, self._runner.launch([piece.run for piece in batch]))]
         except Exception as error:
+            if isinstance(error, torch.AcceleratorError):
+                # The GPU takes no more work from this process.
+                raise
             for piece, length in zip(batch, lengths, strict=True):
                 if piece.run.row.length > length:
                     piece.run.row.truncate(length)

@@ -114,6 +114,29 @@ class Worker:
         #: Steps, tokens, forwards, evictions and refusals, by name.
         self.counters: Counter[str] = self._compute.counters
 
+    def facts(self) -> dict[str, float]:
+        """How the worker does, now and on average since its start.
+
+        Returns:
+            `sessions` held; `kv_tokens` and `kv_tokens_used` of its memory; `queued_bytes` of requests that wait;
+            `steps`, `tokens`, `forwards` and `evictions` so far; `rows_per_forward`; `queue_ms` that a step waited;
+            `tokens_per_second` while it computed.
+        """
+        with self._lock:
+            counters = Counter(self.counters)
+            sessions, queued = len(self._sessions), self._compute.queued_bytes
+        store = self._body.store
+        return {
+            "sessions": sessions,
+            "kv_tokens": store.capacity,
+            "kv_tokens_used": store.capacity - store.free_tokens,
+            "queued_bytes": queued,
+            **{name: counters[name] for name in ("steps", "tokens", "forwards", "evictions")},
+            "rows_per_forward": counters["rows"] / max(1, counters["forwards"]),
+            "queue_ms": counters["queue_us"] / max(1, counters["steps"]) / 1000,
+            "tokens_per_second": counters["tokens"] / max(1, counters["body_us"]) * 1e6,
+        }
+
     def start(self, timeout: float = 10.0) -> None:
         """Joins the queue. Raises BrokerUnreachable; CertificateError when no device would talk to this worker."""
         self._verify(self._identity.certificate_bytes, "worker")

@@ -49,7 +49,7 @@ class Launched:
             self._host = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
             self._host.copy_(output, non_blocking=True)
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(output.device))
 
     def wait(self) -> list[torch.Tensor]:
         """The layers' output for each run, `[tokens, width]`, on the host."""
@@ -101,9 +101,14 @@ class Runner:
         #: Makes rows, and knows how much room is left.
         self.store: Store
         self.store = self._choose_store(config, kv_bytes)
-        if isinstance(self.backend, flash.FlashAttention) and not self.positions_interact:
+        if isinstance(self.backend, flash.FlashAttention) and not (self.positions_interact or self._spread):
             assert isinstance(self.store, PagePool)
             self._graphs = DecodeGraphs(self._forward_packed, self.store, self.width, self.dtype, capture_cuda)
+
+    @property
+    def _spread(self) -> bool:
+        """Whether the layers are on several devices."""
+        return len({parameter.device for parameter in self._owner.parameters()}) > 1
 
     def run(self, runs: Sequence[Run]) -> list[torch.Tensor]:
         """Appends tokens to rows; the caller has seen that there is room in the store.

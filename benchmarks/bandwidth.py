@@ -1,0 +1,116 @@
+"""Decoding against the bound that memory sets: the bytes that a step must read, at the speed of a large copy.
+
+The body is random and built on the spot; it is run in this process, without a queue.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from benchmarks.harness import note
+
+#: What a body is built like: Llama 3 8B's shape, and one that a test can run.
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+
+#: Tokens that each session has when it is measured.
+CONTEXT = 512
+
+#: Steps that are measured, and those before them that are not.
+STEPS, WARM = 32, 8
+
+#: Bytes of the copy that gives the bandwidth.
+COPY_BYTES = {"cuda": 4 * 1024**3, "cpu": 256 * 1024**2}
+
+
+def decode(device: str, shape: str, sessions: list[int]) -> dict[str, Any]:
+    """For each number of sessions: milliseconds of a step, the bound, and the bound's share of what it took."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from split_common.engine.runner import Runner
+    from split_common.slots import Stack
+    from split_common.split import Split
+
+    place = torch.device(device)
+    bandwidth = _bandwidth(place)
+    note(f"a copy moves {bandwidth / 1e9:,.0f} GB/s")
+    config = LlamaConfig(**SHAPES[shape], vocab_size=256, max_position_embeddings=4096)
+    with place:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    layers = config.num_hidden_layers
+    weights = sum(parameter.nbytes for parameter in model.model.layers.parameters())
+    token = 2 * 2 * layers * config.num_key_value_heads * config.head_dim
+    room = token * 2 * (CONTEXT + STEPS + WARM + 256) * max(sessions)
+    runner = Runner(Stack(model, layers), Split(layers, 0, layers), config, room)
+    results: dict[str, Any] = {}
+    for count in sessions:
+        seconds = _step(runner, count)
+        bound = (weights + count * CONTEXT * token) / bandwidth
+        results[str(count)] = {"ms": 1e3 * seconds, "bound_ms": 1e3 * bound, "share": bound / seconds}
+        note(f"{count} sessions: {1e3 * seconds:.2f} ms a step, {bound / seconds:.0%} of the bound")
+    return {
+        "hardware": torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu",
+        "attention": runner.backend.name,
+        "copy_gb_s": bandwidth / 1e9,
+        "weight_bytes": weights,
+        "decode": results,
+    }
+
+
+def _bandwidth(place: Any) -> float:
+    """Bytes read and written in a second by a large copy."""
+    import torch
+
+    source = torch.empty(COPY_BYTES[place.type], dtype=torch.uint8, device=place).fill_(1)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(8):
+        began = _now(place)
+        target.copy_(source)
+        best = min(best, _now(place) - began)
+    return 2 * source.nbytes / best
+
+
+def _step(runner: Any, sessions: int) -> float:
+    """Seconds of a decoding step; each ends on the host, as a worker's does."""
+    import torch
+
+    from split_common.engine.rows import Run
+
+    rows = [runner.store.new_row() for _ in range(sessions)]
+    prompt = torch.randn(CONTEXT, runner.width, dtype=runner.dtype)
+    for row in rows:
+        runner.run([Run(row, prompt, range(CONTEXT))])
+    began = 0.0
+    for step in range(WARM + STEPS):
+        if step == WARM:
+            began = _now(runner.device)
+        runner.run([Run(row, prompt[:1], [row.length]) for row in rows])
+    seconds = (_now(runner.device) - began) / STEPS
+    for row in rows:
+        row.free()
+    return seconds
+
+
+def _now(place: Any) -> float:
+    import torch
+
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+    return time.perf_counter()
