@@ -348,7 +348,7 @@ class World:
         self.repeats = self.random.choice([0.0, 0.05, 0.3])
         self.disorder = self.random.choice([0.0, 0.0, 0.05])
         self.lag = self.random.choice([0.001, 0.01, 0.1])
-        self.pages = self.random.choice([16, 24, 200])
+        self.pages = self.random.choice([16, 16, 200])
         #: Whether workers answer a forward while the next one runs, as on CUDA.
         self.asynchronous = self.random.random() < 0.3
         self.sealed: set[tuple[bytes, int]] = set()
@@ -374,6 +374,7 @@ class World:
         patch.setattr(worker_module, "ComputeLoop", Compute)
         patch.setattr(pool_module, "PAGE_TOKENS", 4)
         patch.setattr(sessions_module, "GROWTH", 4)
+        patch.setattr(sessions_module, "EVICT_AFTER", self.random.choice([0.2, 10.0]))
         chunk, queued = self.random.choice([(8, 10**9), (32, 40), (4096, 10**9)])
         patch.setattr(remote_module, "CHUNK_BYTES", chunk)
         patch.setattr(worker_module, "MAX_QUEUED_BYTES", queued)

@@ -335,7 +335,7 @@ def test_a_refusal_comes_sealed_and_the_session_goes_on(bench: Bench, channel: C
         (wire.Step("float32", 32, [wire.Row(4000, 0, [0])]), bytes(128), "malformed"),
         (wire.Step("float32", 32, [wire.Row(0, 0, [0])]), b"\xff" * 128, "non-finite"),
         (wire.Step("bfloat16", 32, [wire.Row(0, 0, [0] * 100_000)]), bytes(6_400_000), "malformed"),
-        (wire.Fork(77, 0), b"", "malformed"),
+        (wire.Fork(77, 0), b"", "evicted"),
     ]
     for seq, (payload, tensor, reason) in enumerate(wrong):
         assert bench.deliver(*bench.request(keys, 1000, seq, payload, tensor)) == ""
