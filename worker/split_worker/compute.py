@@ -15,7 +15,7 @@ import torch
 from split_common import wire
 from split_common.engine.rows import Run
 from split_common.engine.runner import Launched, Runner
-from split_common.engine.scheduler import Gathering, Job, Piece, Scheduler
+from split_common.engine.scheduler import DECODE_TOKENS, Gathering, Job, Piece, Scheduler
 from split_common.errors import Busy, Malformed, NonFinite, Oversized, PromptTooLong, SplitError
 from split_common.tensors import dtype_name, from_bytes, to_bytes
 from split_worker.sessions import Session, SessionTable
@@ -303,7 +303,7 @@ class ComputeLoop:
         except Exception as error:
             reply = self._refusal(error)
         self._reply(task, reply, tensor)
-        if not isinstance(reply, wire.Refusal):
+        if isinstance(reply, wire.Result) and reply.tokens <= DECODE_TOKENS:
             self._gathering.answered(task.session, time.perf_counter())
         elif reply.reason == "failed":
             # Its rows may be half written: the device starts another session.

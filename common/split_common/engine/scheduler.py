@@ -32,8 +32,9 @@ SLACK = 1.0
 #: Seconds after its last step during which a session is held to be decoding.
 DECODING_FOR = 1.0
 
-#: A forward waits for sessions that come back within this share of the time that a forward takes.
-GATHER_SHARE = 0.5
+#: A forward waits for decoding sessions that lately came back within so many times what a forward takes. Up to one,
+#: waiting costs nobody more than the forward that would run without them.
+GATHER_SHARE = 1.5
 
 
 @dataclass(eq=False)
