@@ -1,4 +1,4 @@
-"""The embedded ZeroMQ broker: one ROUTER socket, one thread, one poll loop.
+"""The embedded ZeroMQ broker: one ROUTER socket, one thread, one loop.
 
 Devices and workers connect to the same socket and announce themselves with every heartbeat. The broker routes by
 peer: each has a lane, a bounded queue under a byte credit. A device that has no worker yet sends an `Open`, which
