@@ -194,7 +194,7 @@ class Link(ZmqLink):
         self._unsent_bytes = self._received = self._credited = 0
         self._heard = self._next_reset = 0.0
         self._sender, self._boot = bytes(8), None
-        self._announce_now = False
+        self._announce_now = self._announced = False
         self._welcomed = link_module.threading.Event()
         self._socket: Any = Socket(lambda frames: world.to_broker(self, frames))
         self.counters: Counter[str] = Counter()

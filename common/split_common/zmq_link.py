@@ -99,6 +99,8 @@ class ZmqLink:
         self._closing = threading.Event()
         self._welcomed = threading.Event()
         self._announce_now = True
+        # Whether the broker was told over this connection who this is.
+        self._announced = False
         self._sender = bytes(8)
         self._boot: bytes | None = None
         self._next_reset = 0.0
@@ -199,7 +201,7 @@ class ZmqLink:
             self._unsent.append(frames)
             self._unsent_bytes += len(frames[1])
         # An announcement goes first: a broker that has just started must know this peer.
-        while self._unsent and not self._announce_now:
+        while self._unsent and self._announced:
             frames = self._unsent[0]
             try:
                 send_frames(sock, *frames)
@@ -213,7 +215,7 @@ class ZmqLink:
 
     def _ready(self, sock: zmq.Socket[bytes]) -> int:
         """Of POLLIN and POLLOUT, those that the link's thread has use for."""
-        waiting = self._unsent or self._announce_now
+        waiting = (self._unsent and self._announced) or self._announce_now
         return int(sock.get(zmq.EVENTS)) & (POLLIN | POLLOUT if waiting else POLLIN)
 
     # --- the link's own thread -----------------------------------------------------------------------------
@@ -224,6 +226,7 @@ class ZmqLink:
             while self._loop(self._sock):
                 with contextlib.suppress(SplitError), self._turn:
                     old, self._sock = self._sock, self._connect(context)
+                    self._announced = False
                     old.close(0)
         finally:
             with self._turn:
@@ -272,12 +275,13 @@ class ZmqLink:
         announcement = msgspec.structs.replace(
             announcement, received=self._received, leaving=leaving or announcement.leaving
         )
-        try:
-            with self._turn:
+        with self._turn:
+            try:
                 send_frames(sock, wire.encode_header(announcement), b"")
-        except zmq.Again:
-            return False
-        return True
+                self._announced = True
+            except zmq.Again:
+                self._announced = False
+            return self._announced
 
     def _receive(self, sock: zmq.Socket[bytes]) -> bool:
         """Takes what has arrived; whether the socket has more to do."""
