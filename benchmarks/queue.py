@@ -2,9 +2,10 @@
 
 A device's session sends steps to a worker that gives them back at once: sealed end to end, under credits and
 heartbeats, through a broker (on TCP with CURVE, on ipc without) or a Redis server. The same bytes also go through a
-plain echo with the same security of the socket (pyzmq's ROUTER and ROUTER, or XADD and XREAD), and through
-four passes of the fastest AEAD that there is (sealed and opened, there and back). The ratio is the first over the
-sum of the other two; all are measured in turns.
+plain echo with the same security of the socket (pyzmq's ROUTER and ROUTER with a header's frame and a body's, or
+XADD and XREAD), and through four passes of the fastest AEAD that there is (sealed and opened, there and back). The
+three take turns of a few milliseconds. The ratio is the first's median over the sum of the other two's in the same
+round, and of all rounds their median: how fast the machine is just then, and where it places processes, changes.
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ from split_common.transport import connect
 from split_common.zmq_link import curve_client
 
 #: Bytes of hidden states in a message, and how many round trips each round makes.
-SIZES = {"2k": (2048, 300), "64k": (65536, 150), "1m": (1024 * 1024, 30)}
+SIZES = {"2k": (2048, 50), "64k": (65536, 25), "1m": (1024 * 1024, 8)}
 
 #: Width of the hidden states: float32.
 WIDTH = 512
+
+#: As long as the header of a step: the plain echo's first frame.
+HEADER = bytes(33)
 
 #: Steps that are sent at once where round trips per second are counted.
 BURST = 32
@@ -49,7 +53,7 @@ RoundTrip = Callable[[], object]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
-    parser.add_argument("--rounds", type=int, default=8, help="in which each is measured in turn")
+    parser.add_argument("--rounds", type=int, default=40, help="in which each is measured in turn")
     parser.add_argument("--share", type=float, default=1.0, help="of the round trips of a round")
     parser.add_argument("--transports", default="zmq,ipc,redis")
     parser.add_argument("--role", choices=sorted(_ROLES), help="used by the benchmark itself")
@@ -62,16 +66,14 @@ def main() -> None:
         _ROLES[options.role](options.address)
         return
     results: dict[str, Any] = {"aead": preferred_suites()[0]}
-    with _process("aead", "") as line:
-        aead = dict(zip(SIZES, map(float, line.split()), strict=True))
-    results |= {f"aead_ms_{size}": round(1000 * seconds, 3) for size, seconds in aead.items()}
     for transport in options.transports.split(","):
-        results |= _measure(transport, aead, options)
+        results |= _measure(transport, options)
     report(results, options.json, "queue, round trips on loopback")
 
 
-def _measure(transport: str, aead: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
+def _measure(transport: str, options: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {}
+    box = Box(SUITES[preferred_suites()[0]], bytes(range(32)))
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         address = stack.enter_context(queue_server(transport, directory))
@@ -82,45 +84,42 @@ def _measure(transport: str, aead: dict[str, float], options: argparse.Namespace
             trips = max(2, int(trips * options.share))
             step = _step(count)
             bare = bytes(count)
-            seconds: dict[str, list[float]] = {"whole": [], "plain": []}
+            rounds: list[tuple[float, float, float]] = []
             rates = []
             for _ in range(options.rounds):
-                seconds["whole"] += _timed(partial(session.call, [step]), trips)
-                seconds["plain"] += _timed(partial(plain, bare), trips)
+                whole = _median_ms(partial(session.call, [step]), trips)
+                echo = _median_ms(partial(plain, bare), trips)
+                rounds.append((whole, echo, _median_ms(partial(_four_passes, box, bare), trips)))
                 began = time.perf_counter()
                 session.call([step] * BURST)
                 rates.append(BURST / (time.perf_counter() - began))
-            whole, echo = (1000 * statistics.median(seconds[name]) for name in ("whole", "plain"))
-            passes = 1000 * aead[size]
+            ratio = statistics.median(whole / (echo + passes) for whole, echo, passes in rounds)
+            whole, echo, passes = map(statistics.median, zip(*rounds, strict=True))
             results |= {
                 f"{transport}_ms_{size}": round(whole, 3),
                 f"{transport}_per_s_{size}": round(statistics.median(rates), 1),
                 f"{transport}_plain_ms_{size}": round(echo, 3),
-                f"{transport}_ratio_{size}": round(whole / (echo + passes), 2),
+                f"{transport}_aead_ms_{size}": round(passes, 3),
+                f"{transport}_ratio_{size}": round(ratio, 2),
             }
-            note(f"{transport} {size}: {whole:.3f} ms, plain {echo:.3f} ms, four passes {passes:.3f} ms")
+            note(
+                f"{transport} {size}: {whole:.3f} ms, plain {echo:.3f} ms, four passes {passes:.3f} ms: {ratio:.2f}"
+            )
     return results
 
 
-def _timed(what: RoundTrip, times: int) -> list[float]:
+def _median_ms(what: RoundTrip, times: int) -> float:
     seconds = []
     for _ in range(times):
         began = time.perf_counter()
         what()
         seconds.append(time.perf_counter() - began)
-    return seconds
+    return 1000 * statistics.median(seconds)
 
 
-def _be_the_aead(_address: str) -> None:
-    """Four passes over each size: seconds, by the fastest AEAD."""
-    box = Box(SUITES[preferred_suites()[0]], bytes(range(32)))
-    data = bytes(50)
-
-    def passes(plaintext: bytes) -> None:
-        for counter in (1, 2):
-            box.open(counter, data, box.seal(counter, data, plaintext))
-
-    print(*(statistics.median(_timed(partial(passes, bytes(count)), trips)) for count, trips in SIZES.values()))
+def _four_passes(box: Box, plaintext: bytes) -> None:
+    for counter in (1, 2):
+        box.open(counter, HEADER, box.seal(counter, HEADER, plaintext))
 
 
 # --- everything on -----------------------------------------------------------------------------------------
@@ -183,8 +182,8 @@ def _plain_zmq(address: str) -> Iterator[Callable[[bytes], object]]:
             _connect(sock, front, "device")
 
             def trip(body: bytes) -> None:
-                sock.send(body)
-                sock.recv()
+                sock.send_multipart([HEADER, body])
+                sock.recv_multipart()
 
             yield trip
 
@@ -265,7 +264,6 @@ def _be_a_plain_redis_echo(address: str) -> None:
 
 
 _ROLES: dict[str, Callable[[str], None]] = {
-    "aead": _be_the_aead,
     "worker": _be_a_worker,
     "plain-broker": _be_a_plain_broker,
     "plain-echo": _be_a_plain_echo,

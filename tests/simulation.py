@@ -154,8 +154,17 @@ class Socket:
     def __init__(self, send: Callable[[list[bytes]], None]) -> None:
         self._send = send
 
-    def send_multipart(self, frames: list[bytes], *_: Any, **__: Any) -> None:
-        self._send(frames)
+        self._frames: list[bytes] = []
+
+    def send(self, frame: bytes, flags: int, **_: Any) -> None:
+        self._frames.append(frame)
+        if not flags & zmq.SNDMORE:
+            frames, self._frames = self._frames, []
+            self._send(frames)
+
+    def get(self, _option: int) -> int:
+        """Nothing happens to it that the world does not know of."""
+        return 0
 
 
 class Envelope:
@@ -179,11 +188,13 @@ class Link(ZmqLink):
         self.arrival = 0.0
         self._fleet = world.fleet
         self._roster_version = world.fleet.roster().version
+        self._sock = None
+        self._turn = link_module.threading.Lock()
         self._handed, self._unsent = link_module.deque(), link_module.deque()
         self._unsent_bytes = self._received = self._credited = 0
         self._heard = self._next_reset = 0.0
         self._sender, self._boot = bytes(8), None
-        self._announce_now = False
+        self._announce_now = self._announced = False
         self._welcomed = link_module.threading.Event()
         self._socket: Any = Socket(lambda frames: world.to_broker(self, frames))
         self.counters: Counter[str] = Counter()
@@ -204,6 +215,10 @@ class Link(ZmqLink):
             self._announce_now = True
             self._pump()
             self.world.after(HEARTBEAT, self._beat)
+
+    def send(self, header: wire.Header, body: bytes = b"") -> None:
+        super().send(header, body)
+        self._wake()
 
     def _wake(self) -> None:
         self.world.after(0.0, self._pump)

@@ -1,4 +1,4 @@
-"""The embedded ZeroMQ broker: one ROUTER socket, one thread, one poll loop.
+"""The embedded ZeroMQ broker: one ROUTER socket, one thread, one loop.
 
 Devices and workers connect to the same socket and announce themselves with every heartbeat. The broker routes by
 peer: each has a lane, a bounded queue under a byte credit. A device that has no worker yet sends an `Open`, which
@@ -25,20 +25,24 @@ import zmq
 import zmq.utils.z85
 from zmq.auth.thread import ThreadAuthenticator
 
-from split_broker.lanes import Message, Peer, Waiting
+from split_broker.lanes import Body, Message, Peer, Waiting
 from split_common import wire
 from split_common.address import is_redis, parse_address
 from split_common.errors import AuthenticationError, ConfigError, Malformed, SplitError
 from split_common.fleet import Fleet, check_address
 from split_common.transport import GRACE, HEARTBEAT, MISSED, OPEN_PATIENCE, count_dropped
+from split_common.zmq_link import receive_frames, send_frames
 
 log = logging.getLogger(__name__)
 
 #: Seconds between two probes of each worker's connection: a dead process is noticed by the next one.
 PROBE_INTERVAL = 0.2
 
-#: Messages that are taken in one turn of the loop.
-TURN = 256
+#: Seconds between two attempts to send to peers whose socket was full.
+FLUSH_INTERVAL = 0.005
+
+#: Seconds that the loop waits for a message before it looks after other things.
+IDLE = 0.05
 
 
 class Broker:
@@ -82,6 +86,7 @@ class Broker:
         self._socket.maxmsgsize = wire.MAX_FRAME
         self._socket.ipv6 = "[" in address
         self._socket.sndhwm = self._socket.rcvhwm = 256
+        self._socket.rcvtimeo = int(1000 * IDLE)
         try:
             if address.startswith("tcp://"):
                 self._secure()
@@ -137,21 +142,34 @@ class Broker:
     # --- the loop ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        next_probe = 0.0
+        next_flush = next_probe = 0.0
         try:
             while not self._closing.is_set():
-                # A full socket says nothing when it takes messages again.
-                if self._socket.poll(5 if self._blocked else 50):
-                    self._drain()
+                if (frames := self._receive()) is not None:
+                    with self._contained():
+                        self._take(frames)
                 now = time.monotonic()
-                with self._contained():
-                    for peer in [self._peers[id_] for id_ in self._blocked]:
-                        self._flush(peer)
-                    if now >= next_probe:
-                        next_probe = now + PROBE_INTERVAL
+                if self._blocked and now >= next_flush:
+                    next_flush = now + FLUSH_INTERVAL
+                    with self._contained():
+                        for peer in [self._peers[id_] for id_ in self._blocked]:
+                            self._flush(peer)
+                if now >= next_probe:
+                    next_probe = now + PROBE_INTERVAL
+                    with self._contained():
                         self._housekeeping(now)
         finally:
             self._release()
+
+    def _receive(self) -> list[zmq.Frame] | None:
+        """The next message; None when none comes for a while."""
+        try:
+            # A full socket says nothing when it takes messages again.
+            if self._blocked and not self._socket.poll(int(1000 * FLUSH_INTERVAL)):
+                return None
+            return receive_frames(self._socket)
+        except zmq.Again:
+            return None
 
     @contextlib.contextmanager
     def _contained(self) -> Iterator[None]:
@@ -164,18 +182,12 @@ class Broker:
             self.counters["failures"] += 1
             log.exception("the broker's loop failed, and goes on")
 
-    def _drain(self) -> None:
-        for _ in range(TURN):
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
-            with self._contained():
-                if len(frames) != 3:
-                    raise Malformed(f"{len(frames)} frames")
-                self._handle(frames[0], frames[1].bytes, wire.check_body(frames[2].bytes))
+    def _take(self, frames: list[zmq.Frame]) -> None:
+        if len(frames) != 3:
+            raise Malformed(f"{len(frames)} frames")
+        self._handle(frames[0], frames[1].bytes, wire.check_body(frames[2]))
 
-    def _handle(self, envelope: zmq.Frame, head: bytes, body: bytes) -> None:
+    def _handle(self, envelope: zmq.Frame, head: bytes, body: Body) -> None:
         route = envelope.bytes
         header = wire.decode_header(head)
         if isinstance(header, wire.Announce):
@@ -188,7 +200,7 @@ class Broker:
             # what was dropped is sent again.
             self.counters["unannounced"] += 1
             with contextlib.suppress(zmq.ZMQError):
-                self._socket.send_multipart([route, *self._welcome([])], zmq.NOBLOCK)
+                send_frames(self._socket, route, *self._welcome([]))
             return
         sender = self._peers[header.sender]
         match header:
@@ -305,7 +317,7 @@ class Broker:
 
     def _send(self, peer: Peer, message: Message) -> bool:
         try:
-            self._socket.send_multipart([peer.route, *message], zmq.NOBLOCK, copy=len(message[1]) < 65536)
+            send_frames(self._socket, peer.route, *message)
         except zmq.Again:
             self._blocked.add(peer.id)
             return False
@@ -391,11 +403,12 @@ class Broker:
                 self._put(peer, self._welcome([]))
 
 
-def _describe(sender: Peer, target: Peer, header: wire.Relay, body: bytes) -> str:
+def _describe(sender: Peer, target: Peer, header: wire.Relay, body: Body) -> str:
     """All that the broker can know of a message."""
+    start = memoryview(body)[:16]  # type: ignore[arg-type]
     return (
         f"{header.kind.name} {sender.member} -> {target.member}: channel {header.channel}, "
-        f"session {header.session}, seq {header.seq}, {len(body)} bytes {body[:16].hex()}…"
+        f"session {header.session}, seq {header.seq}, {len(body)} bytes {start.hex()}…"
     )
 
 

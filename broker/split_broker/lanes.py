@@ -9,6 +9,8 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+import zmq
+
 from split_common.wire import Open, Service
 
 #: Bytes that may be on the way to a peer without its having said that it received them.
@@ -20,7 +22,10 @@ LANE_BYTES = 256 * 1024 * 1024
 #: Messages that may wait in a lane.
 LANE_MESSAGES = 4096
 
-Message = tuple[bytes, bytes]
+#: A message's second frame: as it was received, so that a large one is not copied, or one of the broker's own.
+Body = zmq.Frame | bytes
+
+Message = tuple[bytes, Body]
 
 
 @dataclass

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sized
 from enum import IntEnum
 from typing import Annotated, Literal, TypeVar
 
@@ -164,6 +165,8 @@ class Bounce(Header, frozen=True, tag=8):
 
 AnyHeader = Announce | Welcome | Probe | RosterRequest | RosterReply | Open | Relay | Bounce
 
+_Sized = TypeVar("_Sized", bound=Sized)
+
 _header_decoder = msgspec.msgpack.Decoder(AnyHeader)
 _encoder = msgspec.msgpack.Encoder()
 
@@ -198,7 +201,7 @@ def echo(header: Relay, body: bytes) -> bytes:
     return hashlib.blake2b(header.sender + header.associated_data() + body, digest_size=32).digest()
 
 
-def check_body(frame: bytes) -> bytes:
+def check_body(frame: _Sized) -> _Sized:
     """Takes a second frame as it is. Raises Oversized."""
     if len(frame) > MAX_BODY:
         raise Oversized(f"body of {len(frame)} bytes (at most {MAX_BODY})")

@@ -1,9 +1,15 @@
-"""The ZeroMQ transport: a peer's DEALER socket and the thread that owns it."""
+"""The ZeroMQ transport: a peer's DEALER socket, which one thread at a time uses.
+
+Whoever sends does so in his own thread, unless another one has the socket just then and does it for him. The
+link's thread waits for what arrives, and sends heartbeats and what the socket would not take. libzmq's file
+descriptor says only once that something has changed: whoever may have taken that from the link's thread wakes it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import select
 import socket
 import threading
 import time
@@ -31,6 +37,10 @@ OUTBOX_BYTES = 256 * 1024 * 1024
 #: good when what arrives over it breaks ZMTP or CURVE, as damaged bytes do.
 SILENCE = HEARTBEAT * MISSED
 
+#: Arithmetic with pyzmq's own flags takes longer than what they are meant for.
+POLLIN, POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
+NOBLOCK, NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+
 #: Messages that are taken in one turn of the loop: a flood must not keep the heartbeat from being sent.
 TURN = 256
 
@@ -50,6 +60,25 @@ def curve_client(sock: zmq.Socket[bytes], fleet: Fleet, identity: Identity) -> N
     sock.curve_serverkey = zmq.utils.z85.encode(broker.curve_key)
 
 
+def send_frames(sock: zmq.Socket[bytes], *frames: zmq.Frame | bytes) -> None:
+    """Sends a message, whose last frame is not copied if it is large.
+
+    Raises:
+        zmq.Again: the socket takes nothing just now.
+    """
+    for frame in frames[:-1]:
+        sock.send(frame, NOBLOCK_MORE)
+    sock.send(frames[-1], NOBLOCK, copy=False)
+
+
+def receive_frames(sock: zmq.Socket[bytes]) -> list[zmq.Frame]:
+    """The next message, waited for as long as the socket's `rcvtimeo` says. Raises zmq.Again when there is none."""
+    frames = [sock.recv(copy=False)]
+    while frames[-1].more:
+        frames.append(sock.recv(copy=False))
+    return frames
+
+
 class ZmqLink:
     """A peer's connection to the broker (`split_common.transport.Transport`)."""
 
@@ -57,9 +86,12 @@ class ZmqLink:
         self._address = address
         self._fleet = fleet
         self._identity = identity
-        # What `send` hands over to the link's thread; the thread alone counts what it has not sent yet.
-        self._handed: deque[list[bytes]] = deque()
-        self._unsent: deque[list[bytes]] = deque()
+        # Held by who uses the socket and what waits for it. `send` never waits for it.
+        self._turn = threading.Lock()
+        self._sock: zmq.Socket[bytes] | None = None
+        # What `send` hands over to whoever has the turn, who counts what the socket has not taken yet.
+        self._handed: deque[tuple[bytes, bytes]] = deque()
+        self._unsent: deque[tuple[bytes, bytes]] = deque()
         self._unsent_bytes = 0
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
@@ -67,6 +99,8 @@ class ZmqLink:
         self._closing = threading.Event()
         self._welcomed = threading.Event()
         self._announce_now = True
+        # Whether the broker was told over this connection who this is.
+        self._announced = False
         self._sender = bytes(8)
         self._boot: bytes | None = None
         self._next_reset = 0.0
@@ -86,14 +120,12 @@ class ZmqLink:
         self._handler = handler
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
-            sock = self._connect(context)
+            self._sock = self._connect(context)
         except SplitError:
             context.term()
             self.close()
             raise
-        self._thread = threading.Thread(
-            target=self._run, args=(context, sock), name="lambda-split-link", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, args=[context], name="lambda-split-link", daemon=True)
         self._thread.start()
         if not self._welcomed.wait(timeout):
             self.close()
@@ -126,8 +158,15 @@ class ZmqLink:
     def send(self, header: wire.Header, body: bytes = b"") -> None:
         if len(body) > wire.MAX_BODY:
             raise Oversized(f"body of {len(body)} bytes (at most {wire.MAX_BODY})")
-        self._handed.append([wire.encode_header(header), body])
-        self._wake()
+        self._handed.append((wire.encode_header(header), body))
+        # Who has the turn looks again after it for what was handed in meanwhile.
+        while self._handed and self._sock is not None and self._turn.acquire(blocking=False):
+            try:
+                noticed = self._sock is not None and self._flush(self._sock)
+            finally:
+                self._turn.release()
+            if noticed and threading.current_thread() is not self._thread:
+                self._wake()
 
     def announce(self) -> None:
         self._announce_now = True
@@ -150,50 +189,10 @@ class ZmqLink:
         self._wake_read.close()
         self._wake_write.close()
 
-    # --- the link's own thread -----------------------------------------------------------------------------
+    # --- with the turn -------------------------------------------------------------------------------------
 
-    def _run(self, context: zmq.Context[zmq.Socket[bytes]], sock: zmq.Socket[bytes]) -> None:
-        try:
-            while self._loop(sock):
-                with contextlib.suppress(SplitError):
-                    fresh = self._connect(context)
-                    sock.close(0)
-                    sock = fresh
-        finally:
-            sock.close()
-            context.term()
-            self._close_pipe()
-
-    def _loop(self, sock: zmq.Socket[bytes]) -> bool:
-        """Serves a connection until the link is closed, or until the broker has long been silent: then True."""
-        connected = time.monotonic()
-        poller = zmq.Poller()
-        poller.register(self._wake_read, zmq.POLLIN)
-        next_announce = 0.0
-        while True:
-            poller.register(sock, zmq.POLLIN | (zmq.POLLOUT if self._unsent or self._announce_now else 0))
-            wait = max(0.0, next_announce - time.monotonic())
-            events = dict(poller.poll(int(wait * 1000) + 1))
-            if self._wake_read.fileno() in events:
-                with contextlib.suppress(BlockingIOError):
-                    while self._wake_read.recv(4096):
-                        pass
-            if events.get(sock, 0) & zmq.POLLIN:
-                self._receive(sock)
-            # Before anything else is sent: a broker that has just started must know this peer first.
-            if self._announce_now or time.monotonic() >= next_announce:
-                next_announce = time.monotonic() + HEARTBEAT
-                # Without a connection it is sent as soon as there is one.
-                self._announce_now = False
-                self._announce_now |= not self._send_announcement(sock)
-            self._flush(sock)
-            if self._closing.is_set():
-                self._send_announcement(sock, leaving=True)
-                return False
-            if time.monotonic() - max(connected, self._heard) > SILENCE:
-                return True
-
-    def _flush(self, sock: zmq.Socket[bytes]) -> None:
+    def _flush(self, sock: zmq.Socket[bytes]) -> bool:
+        """Sends what was handed in, and what waits; whether the socket has something for the link's thread."""
         while self._handed:
             frames = self._handed.popleft()
             if self._unsent_bytes + len(frames[1]) > OUTBOX_BYTES:
@@ -201,16 +200,68 @@ class ZmqLink:
                 continue
             self._unsent.append(frames)
             self._unsent_bytes += len(frames[1])
-        while self._unsent:
+        # An announcement goes first: a broker that has just started must know this peer.
+        while self._unsent and self._announced:
             frames = self._unsent[0]
             try:
-                sock.send_multipart(frames, zmq.NOBLOCK, copy=len(frames[1]) < 65536)
+                send_frames(sock, *frames)
             except zmq.Again:
-                return
+                break
             self._unsent.popleft()
             self._unsent_bytes -= len(frames[1])
             self.counters["messages_sent"] += 1
             self.counters["bytes_sent"] += len(frames[0]) + len(frames[1])
+        return self._ready(sock) != 0
+
+    def _ready(self, sock: zmq.Socket[bytes]) -> int:
+        """Of POLLIN and POLLOUT, those that the link's thread has use for."""
+        waiting = (self._unsent and self._announced) or self._announce_now
+        return int(sock.get(zmq.EVENTS)) & (POLLIN | POLLOUT if waiting else POLLIN)
+
+    # --- the link's own thread -----------------------------------------------------------------------------
+
+    def _run(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        assert self._sock is not None
+        try:
+            while self._loop(self._sock):
+                with contextlib.suppress(SplitError), self._turn:
+                    old, self._sock = self._sock, self._connect(context)
+                    self._announced = False
+                    old.close(0)
+        finally:
+            with self._turn:
+                sock, self._sock = self._sock, None
+                sock.close()
+            context.term()
+            self._close_pipe()
+
+    def _loop(self, sock: zmq.Socket[bytes]) -> bool:
+        """Serves a connection until the link is closed, or until the broker has long been silent: then True."""
+        connected = time.monotonic()
+        poller = select.poll()
+        poller.register(int(sock.get(zmq.FD)), select.POLLIN)
+        poller.register(self._wake_read, select.POLLIN)
+        next_announce = 0.0
+        while True:
+            if self._announce_now or time.monotonic() >= next_announce:
+                next_announce = time.monotonic() + HEARTBEAT
+                # Without a connection it is sent as soon as there is one.
+                self._announce_now = False
+                self._announce_now |= not self._send_announcement(sock)
+            if self._handed or self._unsent:
+                with self._turn:
+                    self._flush(sock)
+            if self._closing.is_set():
+                self._send_announcement(sock, leaving=True)
+                return False
+            if time.monotonic() - max(connected, self._heard) > SILENCE:
+                return True
+            if self._receive(sock) or self._handed:
+                continue
+            wait = max(0.0, next_announce - time.monotonic())
+            for file, _ in poller.poll(int(wait * 1000) + 1):
+                if file == self._wake_read.fileno():
+                    self._wake_read.recv(4096)
 
     def _send_announcement(self, sock: zmq.Socket[bytes], leaving: bool = False) -> bool:
         """Whether there was a connection to send it over."""
@@ -224,31 +275,39 @@ class ZmqLink:
         announcement = msgspec.structs.replace(
             announcement, received=self._received, leaving=leaving or announcement.leaving
         )
-        try:
-            sock.send_multipart([wire.encode_header(announcement), b""], zmq.NOBLOCK)
-        except zmq.Again:
-            return False
+        with self._turn:
+            try:
+                send_frames(sock, wire.encode_header(announcement), b"")
+                self._announced = True
+            except zmq.Again:
+                self._announced = False
+            return self._announced
+
+    def _receive(self, sock: zmq.Socket[bytes]) -> bool:
+        """Takes what has arrived; whether the socket has more to do."""
+        for _ in range(TURN):
+            with self._turn:
+                ready = self._ready(sock)
+                if not ready & POLLIN:
+                    return ready != 0
+                frames = [frame.bytes for frame in receive_frames(sock)]
+            self._take(frames)
         return True
 
-    def _receive(self, sock: zmq.Socket[bytes]) -> None:
-        for _ in range(TURN):
-            try:
-                frames = sock.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self.counters["messages_received"] += 1
-            self.counters["bytes_received"] += sum(map(len, frames))
-            self._received += len(frames[-1])
-            try:
-                if len(frames) != 2:
-                    raise Malformed(f"{len(frames)} frames")
-                self._dispatch(wire.decode_header(frames[0]), wire.check_body(frames[1]))
-            except SplitError as error:
-                count_dropped(self.counters, error)
-            except Exception:
-                self._handler_failed()
-            if self._received - self._credited > CREDIT_STEP:
-                self._announce_now = True
+    def _take(self, frames: list[bytes]) -> None:
+        self.counters["messages_received"] += 1
+        self.counters["bytes_received"] += sum(map(len, frames))
+        self._received += len(frames[-1])
+        try:
+            if len(frames) != 2:
+                raise Malformed(f"{len(frames)} frames")
+            self._dispatch(wire.decode_header(frames[0]), wire.check_body(frames[1]))
+        except SplitError as error:
+            count_dropped(self.counters, error)
+        except Exception:
+            self._handler_failed()
+        if self._received - self._credited > CREDIT_STEP:
+            self._announce_now = True
 
     def _handler_failed(self) -> None:
         self.counters["HandlerError"] += 1
