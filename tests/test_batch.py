@@ -159,10 +159,11 @@ def test_a_batch_that_is_killed_again_and_again(checkpoint: Path, address: str, 
     options = ["--model", str(checkpoint), "--broker", address]
     kills = 0
     with contextlib.ExitStack() as workers:
-        running = [
-            workers.enter_context(running_command(["worker", *options], tmp_path / "worker.log"))[0]
-            for _ in range(2)
-        ]
+
+        def new_worker() -> subprocess.Popen[str]:
+            return workers.enter_context(running_command(["worker", *options], tmp_path / "worker.log"))[0]
+
+        running = [new_worker(), new_worker()]
         total = LINES * TOKENS
         for goal in (total // 8, total // 4, total // 2):
             with process("batch", source, "-o", output, *options, "--max-jobs", 4) as batch:
@@ -174,9 +175,7 @@ def test_a_batch_that_is_killed_again_and_again(checkpoint: Path, address: str, 
             victim = running[kills % 2]
             victim.send_signal(signal.SIGKILL)
             victim.wait()
-            running[kills % 2] = workers.enter_context(
-                running_command(["worker", *options], tmp_path / "worker.log")
-            )[0]
+            running[kills % 2] = new_worker()
             assert not output.exists()
         with process("batch", source, "-o", output, *options, "--max-jobs", 4, "--json") as batch:
             wait_for_tokens(output, total * 5 // 8, batch)

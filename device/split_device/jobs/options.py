@@ -34,7 +34,7 @@ KvMemoryOption = Annotated[
         "--kv-memory",
         metavar="SIZE",
         rich_help_panel=STORE_PANEL,
-        help="For the keys and values of each model's head and tail. Default: what the generator takes.",
+        help="For the keys and values of each model's head and tail. Default: 1GiB.",
     ),
 ]
 GiveUpOption = Annotated[
