@@ -56,10 +56,11 @@ def register(app: typer.Typer) -> None:
     from split_device.jobs import agent_cli
     from split_device.jobs import cli as jobs_cli
     from split_device.jobs.batch_cli import batch
+    from split_device.openai.serve_cli import serve
     from split_device.stress.cli import stress
     from split_device.stress.device import stress_device
 
-    for command in (generate, chat, inspect, demo, doctor, stress, dead_letters, jobs_cli.submit, batch):
+    for command in (generate, chat, inspect, demo, doctor, stress, dead_letters, jobs_cli.submit, batch, serve):
         app.command()(command)
     app.command(hidden=True)(stress_device)
     app.add_typer(agent_cli.app, name="agent")

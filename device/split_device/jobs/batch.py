@@ -75,6 +75,8 @@ def _line(number: int, text: bytes, model: ModelChoice, seen: set[str]) -> Line:
         query = parse(kind, fields.get("body"), model)
         if query.stream:
             raise BadLine("a line of a batch cannot be streamed")
+        if query.logprobs is not None:
+            raise BadLine("a batch gives no logprobs")
     except ApiError as error:
         query, failure = None, {"code": error.code or error.type, "message": str(error)}
     except BadLine as error:

@@ -37,8 +37,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
@@ -101,6 +99,8 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 class _Chat(_Body, frozen=True, kw_only=True):
     messages: Annotated[list[_ChatMessage], Meta(min_length=1)]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
 
 
@@ -109,6 +109,7 @@ class _Text(_Body, frozen=True, kw_only=True):
         Annotated[str, Meta(min_length=1)]
         | Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1, max_length=1)]
     )
+    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ class Query:
     tasks: tuple[Task, ...]
     stream: bool
     include_usage: bool
+    #: How many of the likeliest tokens to tell of with each token; None for no log probabilities.
+    logprobs: int | None
 
 
 def parse(kind: Kind, body: object, model: ModelChoice) -> Query:
@@ -134,14 +137,20 @@ def parse(kind: Kind, body: object, model: ModelChoice) -> Query:
     if kind == "chat":
         chat = _convert(fields, _Chat)
         prompt: str | tuple[Message, ...] = tuple(message.message() for message in chat.messages)
-        return _query(kind, chat, prompt, chat.max_completion_tokens or chat.max_tokens or UNLIMITED, model)
+        limit = chat.max_completion_tokens or chat.max_tokens or UNLIMITED
+        return _query(kind, chat, prompt, limit, (chat.top_logprobs or 0) if chat.logprobs else None, model)
     text = _convert(fields, _Text)
     prompt = text.prompt if isinstance(text.prompt, str) else text.prompt[0]
-    return _query(kind, text, prompt, text.max_tokens or DEFAULT_TEXT_TOKENS, model)
+    return _query(kind, text, prompt, text.max_tokens or DEFAULT_TEXT_TOKENS, text.logprobs, model)
 
 
 def _query(
-    kind: Kind, body: _Body, prompt: str | tuple[Message, ...], max_tokens: int, model: ModelChoice
+    kind: Kind,
+    body: _Body,
+    prompt: str | tuple[Message, ...],
+    max_tokens: int,
+    logprobs: int | None,
+    model: ModelChoice,
 ) -> Query:
     temperature = 1.0 if body.temperature is None else body.temperature
     sampling = Sampling(max_tokens, temperature, 1.0 if body.top_p is None else body.top_p, 0, body.seed)
@@ -157,7 +166,7 @@ def _query(
         for choice in range(body.n or 1)
     )
     options = body.stream_options or _StreamOptions()
-    return Query(kind, body.model, tasks, bool(body.stream), options.include_usage)
+    return Query(kind, body.model, tasks, bool(body.stream), options.include_usage, logprobs)
 
 
 _T = TypeVar("_T")
