@@ -18,6 +18,7 @@ import tiny
 from split_common.process import running_command
 from split_device import Device
 from split_device.jobs.agent import log_path, running_agent
+from split_device.jobs.job import ModelChoice, Task
 from split_device.jobs.store import Store, store_path
 
 #: Seconds that something in another process may take on a busy machine.
@@ -158,6 +159,17 @@ def test_jobs_wait_for_a_worker_and_can_be_cancelled(
 
     run("jobs", "retry", cancelled)
     assert run("jobs", "watch", cancelled).out == unsplit(checkpoint, "Hello", 200) + "\n"
+
+
+def test_an_agent_that_keeps_nothing(run: Any, checkpoint: Path, address: str) -> None:
+    with Store(store_path()) as store:
+        gone = store.cancel(store.submit(Task(model=ModelChoice(name="any"), prompt="x")).id).id
+        kept = store.submit(Task(model=ModelChoice(name="/no/such/model"), prompt="x")).id
+    run("agent", "start", "--broker", address, "--keep", "0s")
+    failed = run("jobs", "watch", kept)
+    assert (failed.code, "UnknownModel" in failed.err) == (1, True)
+    wait_until(lambda: run("jobs", "show", gone).code == 1)
+    assert run("agent", "start", "--keep", "long").code == 1
 
 
 def test_from_python(run: Any, checkpoint: Path, address: str, tmp_path: Path) -> None:

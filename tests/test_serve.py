@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 import torch
@@ -149,20 +149,20 @@ def test_errors_are_openai_s(client: openai.OpenAI, fleet: tuple[str, Any]) -> N
     url = fleet[0]
     headers = {"Authorization": f"Bearer {KEY}"}
     for refused, status in (
-        (httpx.post(f"{url}/chat/completions", content=b"no JSON", headers=headers), 400),
-        (httpx.post(f"{url}/chat/completions", content=b"[" * 5_000_000, headers=headers), 413),
-        (httpx.post(f"{url}/embeddings", json={}, headers=headers), 404),
-        (httpx.get(f"{url}/chat/completions", headers=headers), 405),
+        (httpx2.post(f"{url}/chat/completions", content=b"no JSON", headers=headers), 400),
+        (httpx2.post(f"{url}/chat/completions", content=b"[" * 5_000_000, headers=headers), 413),
+        (httpx2.post(f"{url}/embeddings", json={}, headers=headers), 404),
+        (httpx2.get(f"{url}/chat/completions", headers=headers), 405),
     ):
         assert refused.status_code == status
         assert refused.json()["error"]["type"] == "invalid_request_error"
-    assert httpx.get(f"{url}/models", headers={**headers, "Host": "evil.example"}).status_code == 400
+    assert httpx2.get(f"{url}/models", headers={**headers, "Host": "evil.example"}).status_code == 400
 
 
 def test_models_and_health(client: openai.OpenAI, fleet: tuple[str, Any]) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "lambda-split"
-    assert httpx.get(fleet[0].replace("/v1", "/health")).json() == {"status": "ok"}
+    assert httpx2.get(fleet[0].replace("/v1", "/health")).json() == {"status": "ok"}
 
 
 def test_many_streams_at_once(fleet: tuple[str, Any], unsplit: Unsplit) -> None:
@@ -188,12 +188,12 @@ def test_a_client_that_hangs_up_frees_its_session(fleet: tuple[str, Any], stream
     headers = {"Authorization": f"Bearer {KEY}"}
     before = tokens(worker)
     if stream:
-        with httpx.stream("POST", f"{url}/completions", json=body, headers=headers) as response:
+        with httpx2.stream("POST", f"{url}/completions", json=body, headers=headers) as response:
             next(response.iter_lines())
             assert sessions(worker)
     else:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/completions", json=body, headers=headers, timeout=0.3)
+        with pytest.raises(httpx2.ReadTimeout):
+            httpx2.post(f"{url}/completions", json=body, headers=headers, timeout=0.3)
     wait_until(lambda: tokens(worker) > before)
     wait_until(lambda: not sessions(worker))
     # All four answers would have been far more.

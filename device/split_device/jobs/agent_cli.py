@@ -24,10 +24,21 @@ from split_common.options import (
 from split_common.process import catch_sigterm, passive_threads
 from split_device.jobs import agent
 from split_device.jobs.lock import Held, holding
-from split_device.jobs.options import GIVE_UP, ConcurrencyOption, GiveUpOption, KvMemoryOption, StoreKeyOption
+from split_device.jobs.options import (
+    GIVE_UP,
+    ConcurrencyOption,
+    GiveUpOption,
+    KeepOption,
+    KvMemoryOption,
+    StoreKeyOption,
+    parse_age,
+)
 from split_device.jobs.store import Store, store_path
 
 app = typer.Typer(no_args_is_help=True, help="Run this user's jobs in the background.", rich_markup_mode="markdown")
+
+#: Seconds between two removals of jobs that ended long ago.
+PRUNE_INTERVAL = 60.0
 
 #: Seconds between two looks at whether a log has grown.
 LOG_INTERVAL = 0.2
@@ -44,6 +55,7 @@ def run(
     max_jobs: ConcurrencyOption = 64,
     kv_memory: KvMemoryOption = None,
     give_up: GiveUpOption = GIVE_UP,
+    keep: KeepOption = None,
     store_key: StoreKeyOption = None,
     keys: KeysOption = None,
     member: MemberOption = None,
@@ -58,6 +70,7 @@ def run(
     """
     passive_threads()
     memory = parse_size(kv_memory) if kv_memory is not None else None
+    kept = parse_age(keep) if keep is not None else None
     stop = catch_sigterm()
     try:
         with holding(agent.lock_path()), Store(store_path(), store_key) as store:
@@ -73,8 +86,12 @@ def run(
             with Models(queue, Limits(max_jobs, memory)) as models:
                 runner = Runner(store, models, max_jobs, give_up)
                 try:
+                    prune_at = 0.0
                     while not stop.is_set():
                         runner.turn()
+                        if kept is not None and time.monotonic() >= prune_at:
+                            store.prune(time.time() - kept)
+                            prune_at = time.monotonic() + PRUNE_INTERVAL
                 finally:
                     runner.stop()
     except Held as held:
@@ -87,6 +104,7 @@ def start(
     max_jobs: ConcurrencyOption = 64,
     kv_memory: KvMemoryOption = None,
     give_up: GiveUpOption = GIVE_UP,
+    keep: KeepOption = None,
     store_key: StoreKeyOption = None,
     keys: KeysOption = None,
     member: MemberOption = None,
@@ -100,6 +118,7 @@ def start(
         "--max-jobs": max_jobs,
         "--kv-memory": kv_memory,
         "--give-up": give_up,
+        "--keep": keep,
         "--store-key": _absolute(store_key),
         "--keys": _absolute(keys),
         "--member": member,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from split_common.errors import AgentError, ConfigError
 from split_common.options import DtypeOption, JsonOption, ModelOption, RevisionOption
 from split_device.jobs.agent import running_agent
 from split_device.jobs.job import FINAL, Job, Message, ModelChoice, State, Task
-from split_device.jobs.options import STORE_PANEL, StoreKeyOption, checkpoint
+from split_device.jobs.options import STORE_PANEL, StoreKeyOption, checkpoint, parse_age
 from split_device.jobs.store import Store, store_path
 from split_device.jobs.watch import answer, follow
 from split_device.options import (
@@ -37,8 +36,6 @@ app = typer.Typer(
 )
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The id that `submit` printed.")]
-
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def submit(
@@ -185,10 +182,7 @@ def prune(
     json: JsonOption = False,
 ) -> None:
     """Remove jobs that have ended, with their prompts and answers."""
-    match = re.fullmatch(r"(\d+)([smhd])", older_than.strip(), re.ASCII)
-    if not match:
-        raise ConfigError(f"{older_than!r} is no age: write it like 12h or 7d")
-    age = int(match[1]) * _UNITS[match[2]]
+    age = parse_age(older_than)
     with Store(store_path(), store_key) as store:
         removed = store.prune(time.time() - age)
     if json:

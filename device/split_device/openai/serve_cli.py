@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import threading
@@ -68,6 +69,8 @@ def serve(
     """
     passive_threads()
     memory = parse_size(kv_memory) if kv_memory is not None else None
+    if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:
+        raise ConfigError("serve needs more packages: pip install 'lambda-split[serve]'")
     stop = catch_sigterm()
     choice = ModelChoice(
         name=checkpoint(model), revision=revision, head_layers=head_layers, tail_layers=tail_layers, dtype=dtype

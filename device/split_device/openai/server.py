@@ -19,6 +19,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from split_common.errors import BrokerUnreachable, Busy, ConfigError, NoWorker, PromptTooLong, SplitError
 from split_device.jobs.job import ModelChoice
@@ -31,6 +32,9 @@ log = logging.getLogger(__name__)
 
 #: Bytes of a request's body, at most.
 MAX_BODY = 4 * 1024**2
+
+#: What nginx says of a client that has left; nobody reads it.
+LEFT = 499
 
 #: Names that this machine is called by: what a web page elsewhere makes a browser send has another one.
 HOSTS = ("127.0.0.1", "localhost")
@@ -80,19 +84,21 @@ class Server:
 
     async def _complete(self, request: Request) -> Response:
         self._authorize(request)
-        query = parse(KINDS[request.url.path], await _body(request), self._choice)
-        self._check_model(query.model)
         answerings: list[Answering] = []
         try:
-            # The tokenizer takes a while for long prompts.
+            query = parse(KINDS[request.url.path], await _body(request), self._choice)
+            self._check_model(query.model)
             for task in query.tasks:
                 answerings.append(Answering(self._loaded, task, query.logprobs))
             id_, created = secrets.token_hex(12), int(time.time())
             if query.stream:
                 stream = self._stream(query, answerings, id_, created)
-                return StreamingResponse(stream, media_type="text/event-stream")
+                return _Events(stream, answerings)
             whole = asyncio.gather(*(answering.whole() for answering in answerings))
             choices = await _unless_disconnected(request, whole)
+        except ClientDisconnect:
+            _cancel(answerings)
+            return Response(status_code=LEFT)
         except BaseException:
             _cancel(answerings)
             raise
@@ -136,7 +142,6 @@ class Server:
         finally:
             for follower in followers:
                 follower.cancel()
-            _cancel(answerings)
 
     def _authorize(self, request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -149,6 +154,20 @@ class Server:
 
     def _card(self) -> dict[str, Any]:
         return {"id": self._name, "object": "model", "created": self._began, "owned_by": "lambda-split"}
+
+
+class _Events(StreamingResponse):
+    """Server-sent events, after which no generation is left, also if the client left before the first one."""
+
+    def __init__(self, events: AsyncIterator[str], answerings: list[Answering]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._answerings = answerings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            _cancel(self._answerings)
 
 
 async def _body(request: Request) -> object:
