@@ -161,13 +161,10 @@ def test_jobs_wait_for_a_worker_and_can_be_cancelled(
     assert run("jobs", "watch", cancelled).out == unsplit(checkpoint, "Hello", 200) + "\n"
 
 
-def test_an_agent_that_keeps_nothing(run: Any, checkpoint: Path, address: str) -> None:
+def test_an_agent_that_keeps_nothing(run: Any, address: str) -> None:
     with Store(store_path()) as store:
         gone = store.cancel(store.submit(Task(model=ModelChoice(name="any"), prompt="x")).id).id
-        kept = store.submit(Task(model=ModelChoice(name="/no/such/model"), prompt="x")).id
     run("agent", "start", "--broker", address, "--keep", "0s")
-    failed = run("jobs", "watch", kept)
-    assert (failed.code, "UnknownModel" in failed.err) == (1, True)
     wait_until(lambda: run("jobs", "show", gone).code == 1)
     assert run("agent", "start", "--keep", "long").code == 1
 
