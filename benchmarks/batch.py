@@ -1,6 +1,7 @@
-"""Many prompts at once from one device: tokens/s of the batch, split, and of the unsplit model, in turn and in batches.
+"""Many prompts at once from one device: tokens/s of the batch, split, and of the unsplit model.
 
-The unsplit model runs transformers' own `generate` in this process: one prompt after another, and in padded batches.
+The unsplit model runs transformers' own `generate` in this process: one prompt after another, and in padded
+batches.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ def main() -> None:
     model = checkpoint(options)
     unsplit = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     prompts = _prompts(options.prompts, unsplit.config.vocab_size)
-    with fleet(model, "2:-2", "--dtype", "float32") as (address, _):
-        with SplitModelForCausalLM.from_pretrained(model, broker=address, dtype="float32") as split:
-            _batch(split, prompts[:2])  # warm
-            batch, answers, counters = _batch(split, prompts)
+    with (
+        fleet(model, "2:-2", "--dtype", "float32") as (address, _),
+        SplitModelForCausalLM.from_pretrained(model, broker=address, dtype="float32") as split,
+    ):
+        _batch(split, prompts[:2])  # warm
+        batch, answers, counters = _batch(split, prompts)
     note(f"batch: {batch:.1f} tokens/s")
     _sequential(unsplit, prompts[:1])  # warm
     sequential, one_by_one = _sequential(unsplit, prompts[:: max(1, len(prompts) // options.sequential)])
@@ -56,7 +59,7 @@ def main() -> None:
         "same_as_batched": sum(one == other for one, other in zip(answers, in_batches, strict=True)) / len(prompts),
         "prompts": len(prompts),
         "tokens": sum(map(len, answers)),
-        "rows_per_head_forward": counters["head_rows"] / counters["turns"],
+        "rows_per_forward": counters["head_rows"] / counters["head_forwards"],
         "threads": torch.get_num_threads(),
     }
     report(results, options.json, f"batch, {len(prompts)} prompts, at most {NEW_TOKENS} new tokens")

@@ -1,8 +1,8 @@
 """The device's own layers for many requests at once: head and tail run as a worker runs the body.
 
 Both ends are copies of the device's model that share its tensors, so that `generate` goes on working on the model
-itself. In each copy the layers of one range are left; a third one without any does what comes before the first layer
-and after the last: embeddings, norm, logits.
+itself. In each copy the layers of one range are left; a third one without any does what comes before the first
+layer and after the last: embeddings, norm, logits.
 """
 
 from __future__ import annotations

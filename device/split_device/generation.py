@@ -45,8 +45,8 @@ class Request:
     logprobs: int | None = None
 
 
-#: Is told, on the generator's thread, of each token: the token, its logprobs if they were asked for, and the state of
-#: the random generator after it (None if greedy).
+#: Is told, on the generator's thread, of each token: the token, its logprobs if they were asked for, and the state
+#: of the random generator after it (None if greedy).
 OnToken = Callable[[int, Logprobs | None, bytes | None], None]
 
 
@@ -85,15 +85,16 @@ class Generation:
     def __iter__(self) -> Iterator[int]:
         """Raises what the generation failed with."""
         seen = len(self.request.generated)
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: len(self.tokens) > seen or self.done)
-                new = self.tokens[seen:]
+        while new := self._after(seen):
             yield from new
             seen += len(new)
-            if not new:
-                self.result()
-                return
+        self.result()
+
+    def _after(self, seen: int) -> list[int]:
+        """Waits for tokens after the first ones; none when there will not be any."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self.tokens) > seen or self.done)
+            return self.tokens[seen:]
 
     # --- the generator's thread ----------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Many requests at once, through head and tail too: the loop of a device that works for many.
 
-One thread computes. Each of its turns runs one forward of the tail over all rows that came back from workers, chooses
-their tokens, and runs one forward of the head over all that go out. Each request has a session of its own; a thread
-for each, which computes nothing, waits for it.
+One thread computes. Each of its turns runs one forward of the tail over all rows that came back from workers,
+chooses their tokens, and runs one forward of the head over all that go out. Each request has a session of its own;
+a thread for each, which computes nothing, waits for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from split_common.engine.rows import Row, Run
+from split_common.engine.rows import Row, Run, Store
 from split_common.engine.runner import Runner
 from split_common.engine.scheduler import DECODE_TOKENS, Job, Scheduler
 from split_common.errors import Busy, PromptTooLong, SplitError
@@ -39,8 +39,8 @@ MAX_REQUESTS = 64
 #: One in so many of these places is kept for requests of a priority above 0.
 KEPT_FREE = 8
 
-#: Tokens of prompts that are at workers at once, or those of one prompt: who comes later with a higher priority waits
-#: for no more than these.
+#: Tokens of prompts that are at workers at once, or those of one prompt: who comes later with a higher priority
+#: waits for no more than these.
 PREFILL_AWAY = 1024
 
 #: Seconds of silence after which no more replies are waited for before the next forward.
@@ -51,6 +51,9 @@ MAX_GATHER = 0.05
 
 #: Seconds until a request is tried again for which no worker had room.
 RETRY_AFTER = 1.0
+
+#: Seconds that closing waits for sessions to be freed on their workers.
+CLOSE_TIMEOUT = 2.0
 
 
 class Ended(Exception):
@@ -77,7 +80,8 @@ class Stage:
 
     def cost(self, tokens: int) -> int:
         """What a row of so many tokens takes."""
-        return self.runner.store.cost(self.runner.store.new_row(), tokens) if self.runner is not None else 0
+        store: Store | None = self.runner.store if self.runner is not None else None
+        return store.cost(store.new_row(), tokens) if store is not None else 0
 
     def add(
         self, key: Flight, row: Row | None, begin: int, states: torch.Tensor, finish: Callable[[Any], None]
@@ -126,7 +130,6 @@ class Flight:
     ended: bool = False
     #: States for the worker; None ends the courier.
     outbox: queue.SimpleQueue[torch.Tensor | None] = field(default_factory=queue.SimpleQueue)
-    courier: threading.Thread | None = None
 
     @property
     def priority(self) -> int:
@@ -165,8 +168,11 @@ class Generator:
         #: Tokens of each request that are at a worker.
         self._away: dict[Flight, int] = {}
         self._paused_until = 0.0
+        self._couriers: list[threading.Thread] = []
+        # Joins a request to a loop that still runs.
+        self._lock = threading.Lock()
         self._closing = False
-        #: Turns that ran a forward, and the rows and tokens in them.
+        #: Forwards of each end and the rows in them, and tokens that were chosen.
         self.counters: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._run, name="lambda-split-generator", daemon=True)
         self._thread.start()
@@ -186,19 +192,24 @@ class Generator:
         tokens = self._tokens(generation, sampler)
         if self._ends.capacity is not None and tokens > self._ends.capacity:
             raise PromptTooLong(f"{tokens} tokens exceed this device's memory for {self._ends.capacity}")
-        if self._closing:
-            raise SplitError("the generator is closed")
         if reason := self._over(generation, sampler):
             generation.finish(reason)
-        else:
+            return generation
+        with self._lock:
+            if self._closing:
+                raise SplitError("the generator is closed")
             self._inbox.put(lambda: self._enqueue(generation, sampler))
         return generation
 
     def close(self) -> None:
         """Cancels what is under way or waits, and ends the thread."""
-        self._closing = True
+        with self._lock:
+            self._closing = True
         self._inbox.put(lambda: None)
         self._thread.join()
+        deadline = time.monotonic() + CLOSE_TIMEOUT
+        for courier in self._couriers:
+            courier.join(max(0.0, deadline - time.monotonic()))
 
     def __enter__(self) -> Generator:
         return self
@@ -215,11 +226,11 @@ class Generator:
                 self._turn()
         except BaseException as error:
             log.debug("the generator failed", exc_info=error)
-            self._closing, outcome = True, error
+            outcome = error
+            with self._lock:
+                self._closing = True
         for flight in list(self._flights.values()):
             self._end(flight, outcome)
-        for *_, generation, _ in self._waiting:
-            generation.finish(outcome)
         while not self._inbox.empty():
             self._inbox.get()()
         for *_, generation, _ in self._waiting:
@@ -228,11 +239,15 @@ class Generator:
     def _turn(self) -> None:
         self._take_in()
         self._admit()
-        self.counters["tail_rows"] += self._tail.forward()
+        self._count("tail", self._tail.forward())
         self._sample()
-        self.counters["head_rows"] += self._head.forward()
+        self._count("head", self._head.forward())
         self._send_off()
-        self.counters["turns"] += 1
+
+    def _count(self, end: str, rows: int) -> None:
+        if rows:
+            self.counters[f"{end}_forwards"] += 1
+            self.counters[f"{end}_rows"] += rows
 
     def _take_in(self) -> None:
         """Does what others want done; waits if there is nothing else to do, or for replies that come just now."""
@@ -288,10 +303,9 @@ class Generator:
         self._head.room -= costs[0]
         self._tail.room -= costs[1]
         self._flights[generation] = flight
-        flight.courier = threading.Thread(
-            target=self._carry, args=(flight,), name="lambda-split-courier", daemon=True
-        )
-        flight.courier.start()
+        courier = threading.Thread(target=self._carry, args=(flight,), name="lambda-split-courier", daemon=True)
+        self._couriers = [*filter(threading.Thread.is_alive, self._couriers), courier]
+        courier.start()
         self._enter(flight)
 
     @staticmethod
@@ -332,6 +346,8 @@ class Generator:
         if self._away.pop(flight, None) is not None:
             flight.session.abandon()
         flight.outbox.put(None)
+        # Another one may begin in its place.
+        self._inbox.put(lambda: None)
         if outcome is not None:
             flight.generation.finish(outcome)
 

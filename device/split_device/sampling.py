@@ -41,7 +41,7 @@ class Sampler:
             raise PromptTooLong(f"{prompt} tokens exceed the model's {model._max_positions} positions")
         config = _prepared(model, request.config, prompt)
         #: Tokens to generate at most: the last one needs no position.
-        self.limit = min(int(config.max_length), model._max_positions + 1) - prompt
+        self.limit: int = min(int(config.max_length), model._max_positions + 1) - prompt
         eos = config._eos_token_tensor
         self._eos = frozenset() if eos is None else frozenset(eos.reshape(-1).tolist())
         self._logprobs = request.logprobs
