@@ -18,9 +18,6 @@ from split_common.files import private_dir, state_dir
 from split_common.process import PARENT
 from split_device.jobs.lock import holder
 
-#: Seconds that a new agent may take to be ready.
-START_TIMEOUT = 60.0
-
 
 def lock_path() -> Path:
     return state_dir() / "agent.lock"

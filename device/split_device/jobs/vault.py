@@ -21,10 +21,6 @@ class Vault:
     def __init__(self, key: bytes | None = None) -> None:
         self._aead = Aead(key) if key is not None else None
 
-    @property
-    def sealed(self) -> bool:
-        return self._aead is not None
-
     def seal(self, data: bytes, place: str) -> bytes:
         return data if self._aead is None else bytes(self._aead.encrypt(data, place.encode()))
 
