@@ -34,6 +34,7 @@ from split_device.jobs.options import (
     parse_age,
 )
 from split_device.jobs.store import Store, store_path
+from split_device.options import PatienceOption
 
 app = typer.Typer(no_args_is_help=True, help="Run this user's jobs in the background.", rich_markup_mode="markdown")
 
@@ -42,11 +43,6 @@ PRUNE_INTERVAL = 60.0
 
 #: Seconds between two looks at whether a log has grown.
 LOG_INTERVAL = 0.2
-
-PatienceOption = Annotated[
-    float,
-    typer.Option(min=0.0, metavar="SECONDS", help="To wait in a job while all workers are full, or one is lost."),
-]
 
 
 @app.command()

@@ -39,7 +39,7 @@ JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The id that `su
 
 
 def submit(
-    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="The prompt.")] = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.")] = None,
     file: Annotated[
         str | None, typer.Option("--file", metavar="FILE", help="Read the prompt from a file; `-` is stdin.")
     ] = None,
