@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
@@ -17,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import fleet
+from split_common.cli import main
 from split_common.demo_model import ensure_demo_model
 from split_common.errors import ModelError
 
@@ -93,3 +99,36 @@ def smollm2(_own_directories: None) -> Path:
             return ensure_demo_model(progress=False)
         except ModelError as exc:
             pytest.skip(str(exc))
+
+
+@dataclass
+class Done:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one object on the one line of stdout."""
+        assert self.out.endswith("\n")
+        assert self.out.count("\n") == 1
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a command in this process, where torch is imported already."""
+
+    def run(*arguments: object, stdin: str | io.StringIO = "") -> Done:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
+        # Whatever goes wrong, no test fetches a model.
+        monkeypatch.setenv("LAMBDA_SPLIT_MODEL", "/no/default/model")
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Done(code, captured.out, captured.err)
+
+    return run

@@ -79,6 +79,24 @@ def test_memory(checkpoint: Path) -> None:
     assert results["empty_process_mib"] > 0
 
 
+def test_batch(checkpoint: Path) -> None:
+    results = run("batch", "--model", checkpoint, "--prompts", 6, "--sequential", 3)
+    assert results.pop("identical") is True
+    assert results.pop("same_as_batched") == 1
+    assert results.pop("prompts") == 6
+    assert results.pop("tokens") == 6 * 48
+    assert set(results) == {
+        "batch_tok_s",
+        "unsplit_sequential_tok_s",
+        "unsplit_batched_tok_s",
+        "ratio_sequential",
+        "ratio_batched",
+        "rows_per_forward",
+        "threads",
+    }
+    assert all(value > 0 for value in results.values())
+
+
 @pytest.mark.parametrize("transport", ["zmq", "redis"])
 def test_recovery(transport: str, checkpoint: Path) -> None:
     results = run("recovery", "--model", checkpoint, "--kills", 2, "--transports", transport)

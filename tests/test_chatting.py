@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 import tiny
 from fleet import split_model
 from split_common.errors import ConfigError, PromptTooLong, UnknownModel
-from split_device.chatting import Conversation, Sampling, encode_chat, encode_text, load_tokenizer
+from split_device.chatting import Conversation, encode_chat, encode_text, load_tokenizer
+from split_device.settings import Sampling
 
 GREEDY = Sampling(max_tokens=6)
 

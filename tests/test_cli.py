@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
-from split_common.cli import main
 from split_common.errors import Busy
 from split_common.fleet import Fleet
 from split_common.process import running_command
@@ -31,39 +29,6 @@ from split_device import SplitModelForCausalLM
 PATIENCE = 60.0
 
 STAGES = ["head", "encode", "encrypt", "queue", "body", "worker", "decrypt", "decode", "tail", "sampling"]
-
-
-@dataclass
-class Done:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """The one object on the one line of stdout."""
-        assert self.out.endswith("\n")
-        assert self.out.count("\n") == 1
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs a command in this process, where torch is imported already."""
-
-    def run(*arguments: object, stdin: str | io.StringIO = "") -> Done:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
-        # Whatever goes wrong, no test fetches a model.
-        monkeypatch.setenv("LAMBDA_SPLIT_MODEL", "/no/default/model")
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return Done(code, captured.out, captured.err)
-
-    return run
 
 
 @contextlib.contextmanager

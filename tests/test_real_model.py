@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from split_common.process import running_command
 from split_device import SplitModelForCausalLM
-from split_device.chatting import Conversation, Sampling, encode_chat, load_tokenizer
+from split_device.chatting import Conversation, encode_chat, load_tokenizer
+from split_device.settings import Sampling
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
 

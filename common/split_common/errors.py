@@ -139,3 +139,24 @@ class HistoryLost(SplitError):
 
 class WorkerFailed(SplitError):
     """A worker cannot compute any more."""
+
+
+# --- jobs --------------------------------------------------------------------------------------------------
+
+
+class JobsError(SplitError):
+    """What was asked of a job, or of the store of jobs, cannot be done."""
+
+
+class UnknownJob(JobsError):
+    """The store has no job of this id."""
+
+
+class StoreLocked(JobsError):
+    """The store of jobs is sealed under another key, or was damaged."""
+
+    exit_code = 2
+
+
+class AgentError(SplitError):
+    """The agent runs already, does not run, or did not do as it was told."""

@@ -199,7 +199,7 @@ def _part_class(
                 slot.imitate(slots[index])
                 slots[index] = slot
         if side == "worker":
-            _strip(self, slots)
+            strip(self, slots)
             self.all_tied_weights_keys = {}
 
     namespace = {
@@ -212,13 +212,13 @@ def _part_class(
     return type(original.__name__, (*bases, original), namespace)
 
 
-def _strip(module: nn.Module, stack: nn.ModuleList) -> None:
+def strip(module: nn.Module, stack: nn.ModuleList) -> None:
     """Replaces everything with parameters beside the stack."""
     for name, child in list(module.named_children()):
         if child is stack:
             continue
         if any(inner is stack for inner in child.modules()):
-            _strip(child, stack)
+            strip(child, stack)
         elif next(child.parameters(), None) is not None:
             setattr(module, name, Absent())
 

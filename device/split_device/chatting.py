@@ -14,25 +14,9 @@ from transformers.generation.streamers import TextStreamer
 
 from split_common.checkpoint import Checkpoint
 from split_common.errors import ConfigError, PromptTooLong, UnknownModel
+from split_device.settings import Sampling
 
 Message = dict[str, str]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: greedily at temperature 0."""
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-
-    def options(self) -> dict[str, Any]:
-        """Arguments of `generate`; the checkpoint's own sampling settings do not count."""
-        if not self.temperature:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
 
 
 @dataclass(frozen=True)

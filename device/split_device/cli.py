@@ -1,4 +1,4 @@
-"""The device's commands: generate, chat, inspect, doctor, demo, stress."""
+"""The device's commands that answer at once: generate, chat, inspect. And where all of its commands are added."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from split_common.fleet import load_fleet
 from split_common.keys import verify_certificate
 from split_common.options import (
     DEFAULT_BROKER,
-    MODEL_PANEL,
-    QUEUE_PANEL,
     BrokerOption,
     DtypeOption,
     JsonOption,
@@ -34,84 +32,39 @@ from split_common.options import (
 )
 from split_common.process import passive_threads
 from split_common.transport import connect
-
-_SAMPLING = "Sampling"
-
-HeadOption = Annotated[
-    int,
-    typer.Option(
-        "--head-layers", min=0, metavar="N", rich_help_panel=MODEL_PANEL, help="Decoder layers before the body."
-    ),
-]
-TailOption = Annotated[
-    int,
-    typer.Option(
-        "--tail-layers", min=0, metavar="N", rich_help_panel=MODEL_PANEL, help="Decoder layers after the body."
-    ),
-]
-MaxTokensOption = Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens to generate.")]
-TemperatureOption = Annotated[
-    float,
-    typer.Option(min=0.0, metavar="T", rich_help_panel=_SAMPLING, help="0 always takes the likeliest token."),
-]
-TopPOption = Annotated[
-    float,
-    typer.Option(
-        min=0.0, max=1.0, metavar="P", rich_help_panel=_SAMPLING, help="Choose among the likeliest of this mass."
-    ),
-]
-TopKOption = Annotated[
-    int,
-    typer.Option(min=0, metavar="K", rich_help_panel=_SAMPLING, help="Choose among so many likeliest; 0 for all."),
-]
-SeedOption = Annotated[
-    int | None,
-    typer.Option(metavar="N", rich_help_panel=_SAMPLING, help="The same seed gives the same answer."),
-]
-SystemOption = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message before the conversation.")]
-TimingsOption = Annotated[
-    bool, typer.Option("--timings", help="Print on stderr where the prompt's and each token's time went.")
-]
-PatienceOption = Annotated[
-    float,
-    typer.Option(
-        min=0.0,
-        metavar="SECONDS",
-        rich_help_panel=QUEUE_PANEL,
-        help="To wait while all workers are full, or none is left to take over.",
-    ),
-]
-StepTimeoutOption = Annotated[
-    float,
-    typer.Option(
-        "--step-timeout",
-        min=1.0,
-        metavar="SECONDS",
-        rich_help_panel=QUEUE_PANEL,
-        help="Without an answer before a worker is too slow, if there is another one.",
-    ),
-]
-HistoryOption = Annotated[
-    str,
-    typer.Option(
-        "--history-memory",
-        metavar="SIZE",
-        rich_help_panel=QUEUE_PANEL,
-        help="Of what it takes to go on at another worker; more than that goes to an encrypted temporary file.",
-    ),
-]
+from split_device.options import (
+    HeadOption,
+    HistoryOption,
+    MaxTokensOption,
+    PatienceOption,
+    SeedOption,
+    StepTimeoutOption,
+    SystemOption,
+    TailOption,
+    TemperatureOption,
+    TimingsOption,
+    TopKOption,
+    TopPOption,
+)
+from split_device.settings import Sampling
 
 
 def register(app: typer.Typer) -> None:
     """Adds the device's commands to `app`."""
     from split_device.demo import demo
     from split_device.doctor import doctor
+    from split_device.jobs import agent_cli
+    from split_device.jobs import cli as jobs_cli
+    from split_device.jobs.batch_cli import batch
+    from split_device.openai.serve_cli import serve
     from split_device.stress.cli import stress
     from split_device.stress.device import stress_device
 
-    for command in (generate, chat, inspect, demo, doctor, stress, dead_letters):
+    for command in (generate, chat, inspect, demo, doctor, stress, dead_letters, jobs_cli.submit, batch, serve):
         app.command()(command)
     app.command(hidden=True)(stress_device)
+    app.add_typer(agent_cli.app, name="agent")
+    app.add_typer(jobs_cli.app, name="jobs")
 
 
 def generate(
@@ -153,7 +106,7 @@ def generate(
     _check_queue(broker, keys, member)
     checkpoint = resolve_model(model)
 
-    from split_device.chatting import Conversation, Sampling, encode_chat, encode_text, load_tokenizer
+    from split_device.chatting import Conversation, encode_chat, encode_text, load_tokenizer
     from split_device.model import SplitModelForCausalLM
 
     tokenizer = load_tokenizer(checkpoint, revision)
@@ -231,7 +184,7 @@ def chat(
     _check_queue(broker, keys, member)
     checkpoint = resolve_model(model)
 
-    from split_device.chatting import Conversation, Sampling, load_tokenizer
+    from split_device.chatting import Conversation, load_tokenizer
     from split_device.model import SplitModelForCausalLM
 
     tokenizer = load_tokenizer(checkpoint, revision)

@@ -14,6 +14,7 @@ import typer
 from split_common.console import emit_json, stderr
 from split_common.options import JsonOption, ModelOption, resolve_model
 from split_common.process import passive_threads, running_command, use_loopback_keys
+from split_device.settings import Sampling
 
 QUESTION = "What is the capital of France, and what is it known for?"
 
@@ -41,7 +42,7 @@ def demo(
 
         from split_common.part import plan
         from split_common.split import Split
-        from split_device.chatting import Conversation, Sampling, encode_chat, load_tokenizer
+        from split_device.chatting import Conversation, encode_chat, load_tokenizer
         from split_device.cli import parts_table
         from split_device.model import SplitModelForCausalLM
         from split_device.parts import parts

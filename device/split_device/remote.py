@@ -120,22 +120,27 @@ class SessionLayer(BodyLayer):
         client: opens the session when the first step is sent.
         traits: of the body.
         window: of the first slot, see `BodyLayer`.
+        history_memory: bytes of history that stay in memory; None takes the client's.
     """
 
-    def __init__(self, client: Client, traits: Traits, window: int | None = None) -> None:
+    def __init__(
+        self, client: Client, traits: Traits, window: int | None = None, history_memory: int | None = None
+    ) -> None:
         super().__init__(None, window)
         self.client = client
+        self._history_memory = client.history_memory if history_memory is None else history_memory
         self._traits = traits
         self._remote: RemoteSession | None = None
         self._number = client.new_number()
         self._epochs = itertools.count()
         self._patient = False
+        self._abandoned = False
         self._closer: weakref.finalize[..., SessionLayer] | None = None
         #: Which columns hold tokens and not padding, bool `[batch, columns]`; None before the first step.
         self._columns: torch.Tensor | None = None
         #: The worker's row of each row, where rows moved since the last step.
         self._select: list[int] | None = None
-        self._history = History(self.client.history_memory)
+        self._history = History(self._history_memory)
 
     # --- what transformers asks of a cache layer -----------------------------------------------------------
 
@@ -163,10 +168,10 @@ class SessionLayer(BodyLayer):
         if self._remote is not None:
             self._remote.close()
         self._remote = self._columns = self._select = None
-        self._history = History(self.client.history_memory)
+        self._history = History(self._history_memory)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SessionLayer:
-        twin = SessionLayer(self.client, self._traits, self._window)
+        twin = SessionLayer(self.client, self._traits, self._window, self._history_memory)
         memo[id(self)] = twin
         twin._columns = None if self._columns is None else self._columns.clone()
         twin._select = None if self._select is None else list(self._select)
@@ -176,6 +181,12 @@ class SessionLayer(BodyLayer):
             with contextlib.suppress(SessionLost, Busy):
                 twin._hold(self._remote.fork(twin._number, next(twin._epochs)))
         return twin
+
+    def abandon(self) -> None:
+        """Makes the step under way in another thread fail soon; nobody wants the session any more."""
+        self._abandoned = True
+        if (remote := self._remote) is not None:
+            remote.interrupt()
 
     def _take(self, rows: list[int]) -> None:
         if self._columns is None:
@@ -309,6 +320,8 @@ class SessionLayer(BodyLayer):
         # A step that is left by one slow worker is left to the next one, or it would have to begin anew for ever.
         self._patient = False
         while True:
+            if self._abandoned:
+                raise lost or SessionLost("the session was given up")
             try:
                 if self._remote is None:
                     self._open(avoid)
@@ -415,7 +428,8 @@ class RemoteBody(PassThrough):
     def attach(self, client: Client, split: Split, traits: Traits) -> None:
         self._client = client
         self._split = split
-        self._traits = traits
+        #: Of the body's layers.
+        self.traits = traits
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.entered = time.perf_counter()
@@ -438,7 +452,7 @@ class RemoteBody(PassThrough):
         positions = self.call.positions
         if self.call.mask is None and positions is not None and bool((positions.diff() != 1).any()):
             raise UnsupportedFeature("packed sequences cannot be split: pass them as rows of a batch")
-        layer = SessionLayer(self._client, self._traits)
+        layer = SessionLayer(self._client, self.traits)
         try:
             return layer.step(hidden, self.call)
         finally:
@@ -469,7 +483,7 @@ class RemoteBody(PassThrough):
         layer = cache.layers[self._split.first]
         if not isinstance(layer, SessionLayer):
             windows = [getattr(cache.layers[index], "sliding_window", None) for index in self._split.body]
-            layer = SessionLayer(self._client, self._traits, windows[0])
+            layer = SessionLayer(self._client, self.traits, windows[0])
             if self.call.made is not None:
                 self.call.made.append(layer)
             cache.layers[self._split.first : self._split.last] = [

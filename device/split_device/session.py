@@ -148,6 +148,10 @@ class RemoteSession:
             self._client.forget(self)
             self.events.put(error)
 
+    def interrupt(self) -> None:
+        """Makes the call under way, or the next one, end by `SessionLost`. Any thread may call it."""
+        self.events.put(SessionLost("the session was given up"))
+
     def resend(self) -> None:
         """Sends again what has not been answered."""
         for frames in list(self.in_flight.values()):

@@ -1,0 +1,120 @@
+"""Many prompts at once from one device: tokens/s of the batch, split, and of the unsplit model.
+
+The unsplit model runs transformers' own `generate` in this process: one prompt after another, and in padded
+batches.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+from benchmarks.harness import arguments, checkpoint, fleet, note, report
+from split_common.process import passive_threads
+
+PROMPTS = 64
+SHORTEST, LONGEST = 8, 128
+NEW_TOKENS = 48
+
+#: Prompts in one padded batch of the unsplit model.
+PADDED = 16
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="how many")
+    parser.add_argument("--sequential", type=int, default=12, help="how many of them to run one after another")
+    options = parser.parse_args()
+    passive_threads()
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from split_device import SplitModelForCausalLM
+
+    model = checkpoint(options)
+    unsplit = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    prompts = _prompts(options.prompts, unsplit.config.vocab_size)
+    with (
+        fleet(model, "2:-2", "--dtype", "float32") as (address, _),
+        SplitModelForCausalLM.from_pretrained(model, broker=address, dtype="float32") as split,
+    ):
+        _batch(split, prompts[:2])  # warm
+        batch, answers, counters = _batch(split, prompts)
+    note(f"batch: {batch:.1f} tokens/s")
+    _sequential(unsplit, prompts[:1])  # warm
+    sequential, one_by_one = _sequential(unsplit, prompts[:: max(1, len(prompts) // options.sequential)])
+    note(f"unsplit, one after another: {sequential:.1f} tokens/s")
+    padded, in_batches = _padded(unsplit, prompts)
+    note(f"unsplit, in batches of {PADDED}: {padded:.1f} tokens/s")
+    alone = answers[:: max(1, len(prompts) // options.sequential)]
+    results = {
+        "batch_tok_s": batch,
+        "unsplit_sequential_tok_s": sequential,
+        "unsplit_batched_tok_s": padded,
+        "ratio_sequential": batch / sequential,
+        "ratio_batched": batch / padded,
+        "identical": alone == one_by_one,
+        "same_as_batched": sum(one == other for one, other in zip(answers, in_batches, strict=True)) / len(prompts),
+        "prompts": len(prompts),
+        "tokens": sum(map(len, answers)),
+        "rows_per_forward": counters["head_rows"] / counters["head_forwards"],
+        "threads": torch.get_num_threads(),
+    }
+    report(results, options.json, f"batch, {len(prompts)} prompts, at most {NEW_TOKENS} new tokens")
+
+
+def _prompts(count: int, vocabulary: int) -> list[list[int]]:
+    draw = random.Random(0)
+    first = min(100, vocabulary // 2)
+    lengths = [draw.randint(SHORTEST, LONGEST) for _ in range(count)]
+    return [[draw.randrange(first, vocabulary) for _ in range(length)] for length in lengths]
+
+
+def _options() -> dict[str, Any]:
+    return {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0, "eos_token_id": None}
+
+
+def _batch(split: Any, prompts: list[list[int]]) -> tuple[float, list[list[int]], Any]:
+    """Tokens/s, the answers, and the generator's counters."""
+    from transformers import GenerationConfig
+
+    from split_device.generator import Generator, Request
+
+    with Generator(split, max_requests=2 * len(prompts)) as generator:
+        began = time.perf_counter()
+        generations = [generator.submit(Request(prompt, GenerationConfig(**_options()))) for prompt in prompts]
+        answers = [generation.result() for generation in generations]
+        seconds = time.perf_counter() - began
+    return sum(map(len, answers)) / seconds, answers, generator.counters
+
+
+def _sequential(unsplit: Any, prompts: list[list[int]]) -> tuple[float, list[list[int]]]:
+    import torch
+
+    began = time.perf_counter()
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        output = unsplit.generate(ids, attention_mask=torch.ones_like(ids), **_options())
+        answers.append(output[0, len(prompt) :].tolist())
+    return sum(map(len, answers)) / (time.perf_counter() - began), answers
+
+
+def _padded(unsplit: Any, prompts: list[list[int]]) -> tuple[float, list[list[int]]]:
+    import torch
+
+    began = time.perf_counter()
+    answers = []
+    for start in range(0, len(prompts), PADDED):
+        some = prompts[start : start + PADDED]
+        longest = max(map(len, some))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in some])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in some])
+        answers += unsplit.generate(ids, attention_mask=mask, **_options())[:, longest:].tolist()
+    return sum(map(len, answers)) / (time.perf_counter() - began), answers
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,450 @@
+"""Many requests at once, through head and tail too: the loop of a device that works for many.
+
+One thread computes. Each of its turns runs one forward of the tail over all rows that came back from workers,
+chooses their tokens, and runs one forward of the head over all that go out. Each request has a session of its own;
+a thread for each, which computes nothing, waits for it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from split_common.engine.rows import Row, Run, Store
+from split_common.engine.runner import Runner
+from split_common.engine.scheduler import DECODE_TOKENS, Job, Scheduler
+from split_common.errors import Busy, PromptTooLong, SplitError
+from split_device.ends import KV_MEMORY, Ends
+from split_device.generation import FinishReason, Generation, Logprobs, OnToken, Request
+from split_device.remote import Call, SessionLayer
+from split_device.sampling import Sampler
+
+__all__ = ["Generation", "Generator", "Logprobs", "Request"]
+
+log = logging.getLogger(__name__)
+
+#: Requests that are under way at once unless told otherwise.
+MAX_REQUESTS = 64
+
+#: One in so many of these places is kept for requests of a priority above 0.
+KEPT_FREE = 8
+
+#: Tokens of prompts that are at workers at once, or those of one prompt: who comes later with a higher priority
+#: waits for no more than these.
+PREFILL_AWAY = 1024
+
+#: Seconds of silence after which no more replies are waited for before the next forward.
+GATHER = 0.003
+
+#: Seconds that replies are gathered for at most.
+MAX_GATHER = 0.05
+
+#: Seconds until a request is tried again for which no worker had room.
+RETRY_AFTER = 1.0
+
+#: Seconds that closing waits for sessions to be freed on their workers.
+CLOSE_TIMEOUT = 2.0
+
+
+class Ended(Exception):
+    """Nobody waits for what a forward makes of a request any more."""
+
+
+@dataclass(eq=False)
+class Stage:
+    """One end of the model and what waits for it; without layers, states pass at once."""
+
+    runner: Runner | None
+    scheduler: Scheduler = field(init=False)
+    #: Memory that no request has been promised, in units of the store.
+    room: int = 0
+
+    def __post_init__(self) -> None:
+        if self.runner is not None:
+            self.scheduler = Scheduler(self.runner.store, divisible=not self.runner.positions_interact)
+            self.room = self.runner.store.free
+
+    @property
+    def idle(self) -> bool:
+        return self.runner is None or self.scheduler.idle
+
+    def cost(self, tokens: int) -> int:
+        """What a row of so many tokens takes."""
+        store: Store | None = self.runner.store if self.runner is not None else None
+        return store.cost(store.new_row(), tokens) if store is not None else 0
+
+    def add(
+        self, key: Flight, row: Row | None, begin: int, states: torch.Tensor, finish: Callable[[Any], None]
+    ) -> None:
+        """Hands `finish` the layers' output, or an error, when a forward has made it."""
+        if self.runner is None:
+            finish(states)
+            return
+        assert row is not None
+        run = Run(row, states, range(begin, begin + len(states)))
+        self.scheduler.add(Job(key, key, len(states), lambda: [run], finish))
+
+    def forward(self) -> int:
+        """Runs what is ready and fits into one forward; how many rows that were."""
+        batch = self.scheduler.next_batch() if self.runner is not None else []
+        if not batch or self.runner is None:
+            return 0
+        began = time.perf_counter()
+        try:
+            outputs = self.runner.run([piece.run for piece in batch])
+        except Exception as error:
+            log.error("a forward failed: %s", type(error).__name__)
+            for piece in batch:
+                self.scheduler.fail(piece.job, error)
+            return 0
+        self.scheduler.finish(batch, outputs, time.perf_counter() - began)
+        return len(batch)
+
+
+@dataclass(eq=False)
+class Flight:
+    """A request that has rows in both ends and a session."""
+
+    generation: Generation
+    sampler: Sampler
+    session: SessionLayer
+    rows: tuple[Row | None, Row | None]
+    costs: tuple[int, int]
+    #: What is to go through the model: tokens that go together.
+    pending: deque[list[int]]
+    #: Whether it has chosen no token yet.
+    fresh: bool = True
+    #: Tokens that went into the head, and into the tail.
+    entered: int = 0
+    left: int = 0
+    ended: bool = False
+    #: States for the worker; None ends the courier.
+    outbox: queue.SimpleQueue[torch.Tensor | None] = field(default_factory=queue.SimpleQueue)
+
+    @property
+    def priority(self) -> int:
+        return self.generation.request.priority
+
+
+class Generator:
+    """Generates for many requests at once; a context manager. Its thread ends with `close`.
+
+    Args:
+        model: what `SplitModelForCausalLM.from_pretrained` gives; it may be used besides, and outlives this.
+        max_requests: under way at once; the others wait their turn.
+        kv_memory: bytes for the keys and values of head and tail.
+
+    Raises:
+        ModelError: the memory holds not even one page of tokens.
+    """
+
+    def __init__(self, model: Any, *, max_requests: int = MAX_REQUESTS, kv_memory: int | None = None) -> None:
+        self._model = model
+        self._client = model._client
+        self._traits = model._body.traits
+        self._max_requests = max_requests
+        self._kept_free = max_requests // KEPT_FREE
+        self._ends = Ends(model, kv_memory if kv_memory is not None else KV_MEMORY)
+        self._head, self._tail = Stage(self._ends.head), Stage(self._ends.tail)
+        #: What others want the loop's thread to do.
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        #: Requests that wait to begin, those of the highest priority and the oldest first.
+        self._waiting: list[tuple[int, int, Generation, Sampler]] = []
+        self._order = itertools.count()
+        self._flights: dict[Generation, Flight] = {}
+        #: What the head has made, to go to the workers; what has come through the tail, to be sampled.
+        self._outgoing: list[tuple[Flight, torch.Tensor]] = []
+        self._ready: list[tuple[Flight, torch.Tensor]] = []
+        #: Tokens of each request that are at a worker.
+        self._away: dict[Flight, int] = {}
+        self._paused_until = 0.0
+        self._couriers: list[threading.Thread] = []
+        # Joins a request to a loop that still runs.
+        self._lock = threading.Lock()
+        self._closing = False
+        #: Forwards of each end and the rows in them, and tokens that were chosen.
+        self.counters: Counter[str] = Counter()
+        self._thread = threading.Thread(target=self._run, name="lambda-split-generator", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, on_token: OnToken | None = None) -> Generation:
+        """Begins a request as soon as there is room for it.
+
+        Args:
+            on_token: is told of each token, on the generator's thread: it should not take long. What it raises
+                ends the request.
+
+        Raises:
+            UnsupportedFeature, ConfigError, PromptTooLong: the request cannot be done.
+        """
+        generation = Generation(request, on_token, self._cancel)
+        sampler = Sampler(self._model, request)
+        tokens = self._tokens(generation, sampler)
+        if self._ends.capacity is not None and tokens > self._ends.capacity:
+            raise PromptTooLong(f"{tokens} tokens exceed this device's memory for {self._ends.capacity}")
+        if reason := self._over(generation, sampler):
+            generation.finish(reason)
+            return generation
+        with self._lock:
+            if self._closing:
+                raise SplitError("the generator is closed")
+            self._inbox.put(lambda: self._enqueue(generation, sampler))
+        return generation
+
+    def close(self) -> None:
+        """Cancels what is under way or waits, and ends the thread."""
+        with self._lock:
+            self._closing = True
+        self._inbox.put(lambda: None)
+        self._thread.join()
+        deadline = time.monotonic() + CLOSE_TIMEOUT
+        for courier in self._couriers:
+            courier.join(max(0.0, deadline - time.monotonic()))
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- the loop ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        outcome: FinishReason | BaseException = "cancelled"
+        try:
+            while not self._closing:
+                self._turn()
+        except BaseException as error:
+            log.debug("the generator failed", exc_info=error)
+            outcome = error
+            with self._lock:
+                self._closing = True
+        for flight in list(self._flights.values()):
+            self._end(flight, outcome)
+        while not self._inbox.empty():
+            self._inbox.get()()
+        for *_, generation, _ in self._waiting:
+            generation.finish(outcome)
+
+    def _turn(self) -> None:
+        self._take_in()
+        self._admit()
+        self._count("tail", self._tail.forward())
+        self._sample()
+        self._count("head", self._head.forward())
+        self._send_off()
+
+    def _count(self, end: str, rows: int) -> None:
+        if rows:
+            self.counters[f"{end}_forwards"] += 1
+            self.counters[f"{end}_rows"] += rows
+
+    def _take_in(self) -> None:
+        """Does what others want done; waits if there is nothing else to do, or for replies that come just now."""
+        if self._head.idle and self._tail.idle and not self._ready:
+            pause = self._paused_until - time.monotonic()
+            try:
+                self._inbox.get(timeout=max(0.0, pause) if self._waiting and pause > 0 else None)()
+            except queue.Empty:
+                return
+        until = time.monotonic() + MAX_GATHER
+        while True:
+            try:
+                self._inbox.get(timeout=GATHER if self._away and time.monotonic() < until else 0.0)()
+            except queue.Empty:
+                return
+
+    # --- requests begin and end ----------------------------------------------------------------------------
+
+    def _enqueue(self, generation: Generation, sampler: Sampler) -> None:
+        heapq.heappush(self._waiting, (-generation.request.priority, next(self._order), generation, sampler))
+
+    def _admit(self) -> None:
+        """Begins requests that wait, while there is room."""
+        while self._waiting and time.monotonic() >= self._paused_until:
+            *_, generation, sampler = self._waiting[0]
+            kept_free = self._kept_free if generation.request.priority <= 0 else 0
+            tokens = self._tokens(generation, sampler)
+            costs = self._head.cost(tokens), self._tail.cost(tokens)
+            fits = costs[0] <= self._head.room and costs[1] <= self._tail.room
+            if generation.done:
+                heapq.heappop(self._waiting)
+            elif fits and len(self._flights) < self._max_requests - kept_free:
+                heapq.heappop(self._waiting)
+                self._begin(generation, sampler, costs)
+            else:
+                return
+
+    def _begin(self, generation: Generation, sampler: Sampler, costs: tuple[int, int]) -> None:
+        request, done = generation.request, generation.tokens
+        # What was decoded token by token may not be the same when it goes through together.
+        later = [[token] for token in done] if self._ends.indivisible else []
+        first = request.prompt if self._ends.indivisible else [*request.prompt, *done]
+        flight = Flight(
+            generation,
+            sampler,
+            SessionLayer(
+                self._client, self._traits, history_memory=self._client.history_memory // self._max_requests
+            ),
+            (self._new_row(self._head), self._new_row(self._tail)),
+            costs,
+            deque([first, *later]),
+        )
+        self._head.room -= costs[0]
+        self._tail.room -= costs[1]
+        self._flights[generation] = flight
+        courier = threading.Thread(target=self._carry, args=(flight,), name="lambda-split-courier", daemon=True)
+        self._couriers = [*filter(threading.Thread.is_alive, self._couriers), courier]
+        courier.start()
+        self._enter(flight)
+
+    @staticmethod
+    def _new_row(stage: Stage) -> Row | None:
+        return stage.runner.store.new_row() if stage.runner is not None else None
+
+    @staticmethod
+    def _tokens(generation: Generation, sampler: Sampler) -> int:
+        """Tokens that a request may have in the end."""
+        return len(generation.request.prompt) + sampler.limit
+
+    def _over(self, generation: Generation, sampler: Sampler) -> FinishReason | None:
+        """Why a request needs no more tokens; None if it does."""
+        tokens = generation.tokens
+        if tokens and sampler.ends(tokens[-1]):
+            return "stop"
+        return "length" if len(tokens) >= sampler.limit else None
+
+    def _cancel(self, generation: Generation) -> None:
+        def cancel() -> None:
+            if (flight := self._flights.get(generation)) is not None:
+                self._end(flight, "cancelled")
+            generation.finish("cancelled")
+
+        self._inbox.put(cancel)
+
+    def _end(self, flight: Flight, outcome: FinishReason | BaseException | None) -> None:
+        """Frees all that a request has; with no outcome it will begin again."""
+        if flight.ended:
+            return
+        flight.ended = True
+        del self._flights[flight.generation]
+        for stage, row, cost in zip((self._head, self._tail), flight.rows, flight.costs, strict=True):
+            if stage.runner is not None and row is not None:
+                stage.scheduler.cancel(flight, Ended())
+                row.free()
+                stage.room += cost
+        if self._away.pop(flight, None) is not None:
+            flight.session.abandon()
+        flight.outbox.put(None)
+        # Another one may begin in its place.
+        self._inbox.put(lambda: None)
+        if outcome is not None:
+            flight.generation.finish(outcome)
+
+    # --- the way of a request's tokens ---------------------------------------------------------------------
+
+    def _enter(self, flight: Flight) -> None:
+        """Hands the next tokens to the head."""
+        tokens = flight.pending.popleft()
+        begin, flight.entered = flight.entered, flight.entered + len(tokens)
+        states = self._ends.embed(tokens, begin)
+        self._head.add(flight, flight.rows[0], begin, states, lambda outcome: self._headed(flight, outcome))
+
+    def _headed(self, flight: Flight, outcome: torch.Tensor | Exception) -> None:
+        if self._goes_on(flight, outcome):
+            assert isinstance(outcome, torch.Tensor)
+            self._outgoing.append((flight, outcome))
+
+    def _send_off(self) -> None:
+        """Sends states to the workers: not those of a request while one of a higher priority waits for its first
+        token, and not too many prompts at once.
+        """
+        urgent = max((flight.priority for flight in self._flights.values() if flight.fresh), default=None)
+        kept: list[tuple[Flight, torch.Tensor]] = []
+        prefill = sum(tokens for tokens in self._away.values() if tokens > DECODE_TOKENS)
+        for flight, states in sorted(self._outgoing, key=lambda each: -each[0].priority):
+            tokens = len(states)
+            if flight.ended:
+                continue
+            crowded = tokens > DECODE_TOKENS and prefill > 0 and prefill + tokens > PREFILL_AWAY
+            if crowded or (urgent is not None and flight.priority < urgent):
+                kept.append((flight, states))
+                continue
+            prefill += tokens if tokens > DECODE_TOKENS else 0
+            self._away[flight] = tokens
+            flight.outbox.put(states)
+        self._outgoing = kept
+
+    def _carry(self, flight: Flight) -> None:
+        """A courier's thread: takes states to the worker and brings back what it made of them."""
+        while (states := flight.outbox.get()) is not None:
+            outcome: torch.Tensor | Exception
+            try:
+                with torch.inference_mode():
+                    outcome = flight.session.step(states[None], Call())[0]
+            except Exception as error:
+                outcome = error
+            self._inbox.put(lambda flight=flight, outcome=outcome: self._returned(flight, outcome))  # type: ignore[misc]
+        flight.session.reset()
+
+    def _returned(self, flight: Flight, outcome: torch.Tensor | Exception) -> None:
+        self._away.pop(flight, None)
+        if isinstance(outcome, Busy) and not flight.ended and len(self._flights) > 1:
+            # Those that run make room some time.
+            self._end(flight, None)
+            self._enqueue(flight.generation, flight.sampler)
+            self._paused_until = time.monotonic() + RETRY_AFTER
+        elif self._goes_on(flight, outcome):
+            assert isinstance(outcome, torch.Tensor)
+            begin, flight.left = flight.left, flight.left + len(outcome)
+            self._tail.add(flight, flight.rows[1], begin, outcome, lambda output: self._tailed(flight, output))
+
+    def _tailed(self, flight: Flight, outcome: torch.Tensor | Exception) -> None:
+        if self._goes_on(flight, outcome):
+            assert isinstance(outcome, torch.Tensor)
+            if flight.pending:
+                self._enter(flight)
+            else:
+                self._ready.append((flight, outcome[-1]))
+
+    def _goes_on(self, flight: Flight, outcome: torch.Tensor | Exception) -> bool:
+        """Whether a request is under way still; ends it when a step has failed."""
+        if isinstance(outcome, Exception) and not isinstance(outcome, Ended):
+            self._end(flight, outcome)
+        return not flight.ended
+
+    def _sample(self) -> None:
+        """Chooses the next token of each row that is through, and sends it into the head."""
+        ready = [(flight, state) for flight, state in self._ready if not flight.ended]
+        self._ready = []
+        if not ready:
+            return
+        logits = self._ends.logits(torch.stack([state for _, state in ready]))
+        for (flight, _), row, likeliest in zip(ready, logits, logits.argmax(-1).tolist(), strict=True):
+            try:
+                self._advance(flight, row, likeliest)
+            except Exception as error:
+                self._end(flight, error)
+
+    def _advance(self, flight: Flight, logits: torch.Tensor, likeliest: int) -> None:
+        sampler, generation = flight.sampler, flight.generation
+        token, logprobs = (likeliest, None) if sampler.plain else sampler.choose(logits)
+        sampler.accept(token)
+        flight.fresh = False
+        generation.add(token, logprobs, sampler.state)
+        self.counters["tokens"] += 1
+        if reason := self._over(generation, sampler):
+            self._end(flight, reason)
+        else:
+            flight.pending.append([token])
+            self._enter(flight)

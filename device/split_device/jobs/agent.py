@@ -1,0 +1,72 @@
+"""The agent: a process that runs this user's jobs in the background."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from split_common.errors import AgentError
+from split_common.files import private_dir, state_dir
+from split_common.process import PARENT
+from split_device.jobs.lock import holder
+
+
+def lock_path() -> Path:
+    return state_dir() / "agent.lock"
+
+
+def log_path() -> Path:
+    return state_dir() / "agent.log"
+
+
+def running_agent() -> int | None:
+    """Process id of this user's agent, if it runs."""
+    return holder(lock_path())
+
+
+def start(options: Sequence[str]) -> dict[str, Any]:
+    """Starts `lambda-split agent run` in the background; returns what it printed. Raises AgentError."""
+    private_dir(state_dir())
+    log = os.open(log_path(), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "split_common", "--log-level", "info", "agent", "run", *options, "--json"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env={name: value for name, value in os.environ.items() if name != PARENT},
+            start_new_session=True,
+        )
+    finally:
+        os.close(log)
+    assert process.stdout is not None
+    with process.stdout as stdout:
+        line = stdout.readline()
+    facts: dict[str, Any] = msgspec.json.decode(line) if line.startswith(b"{") else {}
+    if "pid" not in facts:
+        process.wait()
+        words = facts.get("error", {}).get("message", f"it ended without a word; see {log_path()}")
+        raise AgentError(f"the agent did not start: {words}")
+    return facts
+
+
+def stop(timeout: float) -> int | None:
+    """Ends the agent in order; returns its process id, or None if none ran. Raises AgentError."""
+    pid = running_agent()
+    if not pid:
+        return None
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + timeout
+    while running_agent() == pid:
+        if time.monotonic() > deadline:
+            raise AgentError(f"the agent, process {pid}, has not ended after {timeout:g} s")
+        time.sleep(0.05)
+    return pid

@@ -1,0 +1,371 @@
+"""The jobs of a device, in an SQLite file that survives whatever happens to the processes that use it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import secrets
+import sqlite3
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from split_common.errors import ConfigError, JobsError, SplitError, StoreLocked, UnknownJob
+from split_common.files import private_dir, state_dir
+from split_device.jobs.job import FINAL, FinishReason, Job, ModelChoice, Piece, Progress, State, Task, Update
+from split_device.jobs.vault import Vault, make_key, read_key
+
+#: Of the tables; a store of another version is refused.
+VERSION = 1
+
+#: Seconds to wait for another process that writes.
+BUSY_TIMEOUT = 30.0
+
+#: Of a seed that is drawn for a job.
+SEED_BITS = 63
+
+#: What the store keeps sealed under its key, to know the key by.
+_MARK = b"lambda-split jobs"
+
+_T = TypeVar("_T")
+
+_SCHEMA = """
+CREATE TABLE mark (value BLOB NOT NULL);
+CREATE TABLE jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    key BLOB UNIQUE,
+    model TEXT NOT NULL,
+    state TEXT NOT NULL DEFAULT 'queued',
+    priority INTEGER NOT NULL,
+    created REAL NOT NULL,
+    started REAL,
+    finished REAL,
+    cancelling INTEGER NOT NULL DEFAULT 0,
+    task BLOB NOT NULL,
+    prompt_tokens INTEGER,
+    tokens INTEGER NOT NULL DEFAULT 0,
+    finish_reason TEXT,
+    error BLOB,
+    sampler BLOB
+);
+CREATE INDEX queue ON jobs (state, priority DESC, number);
+CREATE TABLE pieces (
+    job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+    number INTEGER NOT NULL,
+    data BLOB NOT NULL,
+    PRIMARY KEY (job, number)
+) WITHOUT ROWID;
+"""
+
+
+def store_path() -> Path:
+    """Where the jobs of this user are."""
+    return state_dir() / "jobs.db"
+
+
+class Store:
+    """A file of jobs, of mode 0600, for one thread; several processes may have it open.
+
+    Args:
+        path: the file; made if it is missing.
+        key_file: seals prompts, answers, errors and the sampler's state. A key is made with the store.
+
+    Raises:
+        StoreLocked: it is sealed under another key, or it is not sealed.
+        ConfigError: it cannot be opened, or is no store.
+    """
+
+    def __init__(self, path: Path, key_file: Path | None = None) -> None:
+        self.path = path
+        private_dir(path.parent)
+        try:
+            # SQLite gives its other two files the mode of this one.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            self._db = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None)
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(f"{path} cannot be opened: {error}") from None
+        self._db.row_factory = sqlite3.Row
+        try:
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA foreign_keys = ON")
+            self._db.execute("PRAGMA secure_delete = ON")
+            with self._transaction():
+                self._vault = self._open(key_file)
+        except sqlite3.DatabaseError as error:
+            self.close()
+            raise ConfigError(f"{path} is no store of jobs: {error}") from None
+        except SplitError:
+            self.close()
+            raise
+
+    def _open(self, key_file: Path | None) -> Vault:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, VERSION):
+            raise ConfigError(f"{self.path} was made by another version of lambda-split")
+        if not version:
+            key = None
+            if key_file is not None:
+                key = read_key(key_file) if key_file.exists() else make_key(key_file)
+            vault = Vault(key)
+            for statement in _SCHEMA.split(";"):
+                self._db.execute(statement)
+            self._db.execute("INSERT INTO mark VALUES (?)", (vault.seal(_MARK, "mark"),))
+            self._db.execute(f"PRAGMA user_version = {VERSION}")
+            return vault
+        (mark,) = self._db.execute("SELECT value FROM mark").fetchone()
+        if (mark == _MARK) != (key_file is None):
+            wrong = "is sealed: name its key file" if key_file is None else "is not sealed: name no key file"
+            raise StoreLocked(f"{self.path} {wrong}")
+        vault = Vault(read_key(key_file) if key_file is not None else None)
+        try:
+            vault.open(mark, "mark")
+        except StoreLocked:
+            raise StoreLocked(f"{self.path} is sealed under another key than that of {key_file}") from None
+        return vault
+
+    def close(self) -> None:
+        self._db.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All or nothing, and nobody else writes meanwhile. Raises JobsError where the disk does not."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            raise JobsError(f"{self.path} cannot be written: {error}") from None
+
+    # --- what a user does ----------------------------------------------------------------------------------
+
+    def submit(self, task: Task, priority: int = 0, key: str | None = None) -> Job:
+        """Adds a job. If there is one of this key, that one is returned; JobsError if its task is another."""
+        return self.submit_all([(task, priority, key)])[0]
+
+    def submit_all(self, tasks: Iterable[tuple[Task, int, str | None]]) -> list[Job]:
+        """Adds jobs, all or none."""
+        with self._transaction():
+            return [self._submit(*entry) for entry in tasks]
+
+    def _submit(self, task: Task, priority: int, key: str | None) -> Job:
+        # What a key says may be as private as the prompt.
+        digest = None if key is None else hashlib.sha256(key.encode()).digest()
+        row = self._db.execute("SELECT * FROM jobs WHERE key = ?", (digest,)).fetchone()
+        if row is not None:
+            job = self._job(row)
+            if job.task not in (task, _with_seed(task, job.task.sampling.seed)):
+                raise JobsError(f"job {job.id} has this key, and asks for something else")
+            return job
+        if task.sampling.temperature and task.sampling.seed is None:
+            # Drawn now, so that the job has one output however often it is interrupted.
+            task = _with_seed(task, secrets.randbits(SEED_BITS))
+        id_ = f"job-{secrets.token_hex(6)}"
+        sealed = self._vault.seal(msgspec.msgpack.encode(task), f"{id_}/task")
+        self._db.execute(
+            "INSERT INTO jobs (id, key, model, priority, created, task) VALUES (?, ?, ?, ?, ?, ?)",
+            (id_, digest, _name(task.model), priority, time.time(), sealed),
+        )
+        return self.get(id_)
+
+    def get(self, id_: str) -> Job:
+        """Raises UnknownJob."""
+        row = self._db.execute("SELECT * FROM jobs WHERE id = ?", (id_,)).fetchone()
+        if row is None:
+            raise UnknownJob(f"there is no job {id_}")
+        return self._job(row)
+
+    def jobs(self, states: Sequence[State] = (), limit: int = -1) -> list[Job]:
+        """The newest first."""
+        wanted = _marks(states)
+        query = f"SELECT * FROM jobs WHERE ? OR state IN ({wanted}) ORDER BY number DESC LIMIT ?"
+        return [self._job(row) for row in self._db.execute(query, (not states, *states, limit))]
+
+    def count(self) -> dict[str, int]:
+        """How many jobs are in each state."""
+        found = self._db.execute("SELECT state, count(*) FROM jobs GROUP BY state")
+        return dict.fromkeys(("queued", "running", *FINAL), 0) | dict(found)
+
+    def generated(self) -> int:
+        """Tokens of all jobs."""
+        (tokens,) = self._db.execute("SELECT coalesce(sum(tokens), 0) FROM jobs").fetchone()
+        return int(tokens)
+
+    def pieces(self, id_: str, skip: int = 0) -> list[Piece]:
+        """What a job has generated, but the first pieces of it."""
+        query = "SELECT number, data FROM pieces WHERE job = ? AND number >= ? ORDER BY number"
+        rows = self._db.execute(query, (id_, skip)).fetchall()
+        return [self._decode(self._vault.open(data, f"{id_}/{number}"), Piece) for number, data in rows]
+
+    def progress(self, id_: str) -> Progress:
+        """All that a job has generated, and how it goes on. Raises UnknownJob."""
+        with self._transaction():
+            row = self._db.execute("SELECT sampler FROM jobs WHERE id = ?", (id_,)).fetchone()
+            pieces = self.pieces(id_)
+        if row is None:
+            raise UnknownJob(f"there is no job {id_}")
+        sampler = row["sampler"]
+        return Progress(
+            [token for piece in pieces for token in piece.tokens],
+            "".join(piece.text for piece in pieces),
+            None if sampler is None else self._vault.open(sampler, f"{id_}/sampler"),
+        )
+
+    def cancel(self, id_: str) -> Job:
+        """A queued job is cancelled at once, a running one by who runs it. Raises UnknownJob, JobsError."""
+        with self._transaction():
+            job = self.get(id_)
+            if job.state == "running":
+                self._db.execute("UPDATE jobs SET cancelling = 1 WHERE id = ?", (id_,))
+            elif job.state == "queued":
+                self._end(id_, "cancelled")
+            else:
+                raise JobsError(f"job {id_} has {job.state} already")
+            return self.get(id_)
+
+    def retry(self, id_: str) -> Job:
+        """A failed or cancelled job goes on from where it was. Raises UnknownJob, JobsError."""
+        with self._transaction():
+            job = self.get(id_)
+            if job.state not in ("failed", "cancelled"):
+                raise JobsError(f"job {id_} is {job.state}: only a failed or cancelled one can be tried again")
+            self._db.execute(
+                "UPDATE jobs SET state = 'queued', cancelling = 0, finished = NULL, error = NULL WHERE id = ?",
+                (id_,),
+            )
+            return self.get(id_)
+
+    def prune(self, before: float, states: Sequence[State] = FINAL) -> int:
+        """Removes jobs that ended before a time (seconds since 1970); returns how many."""
+        query = f"DELETE FROM jobs WHERE state IN ({_marks(states)}) AND finished < ?"
+        with self._transaction():
+            removed = self._db.execute(query, (*states, before)).rowcount
+        if removed:
+            # Else the write-ahead log would keep what was removed until it is written over.
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return removed
+
+    def keep(self, ids: Collection[str]) -> None:
+        """Removes all jobs but those named."""
+        with self._transaction():
+            for (id_,) in self._db.execute("SELECT id FROM jobs").fetchall():
+                if id_ not in ids:
+                    self._db.execute("DELETE FROM jobs WHERE id = ?", (id_,))
+
+    # --- what the one that runs them does ------------------------------------------------------------------
+
+    def recover(self) -> int:
+        """Queues the jobs again that a runner left running when it was killed; returns how many."""
+        with self._transaction():
+            for (id_,) in self._db.execute(
+                "SELECT id FROM jobs WHERE state = 'running' AND cancelling = 1"
+            ).fetchall():
+                self._end(id_, "cancelled")
+            return self._db.execute("UPDATE jobs SET state = 'queued' WHERE state = 'running'").rowcount
+
+    def claim(self, limit: int, without: Collection[ModelChoice] = ()) -> list[Job]:
+        """Makes queued jobs running, but those of some models: by priority, then by age."""
+        names = [_name(choice) for choice in without]
+        query = (
+            f"SELECT id FROM jobs WHERE state = 'queued' AND model NOT IN ({_marks(names)}) "
+            "ORDER BY priority DESC, number LIMIT ?"
+        )
+        with self._transaction():
+            ids = [id_ for (id_,) in self._db.execute(query, (*names, limit))]
+            for id_ in ids:
+                self._db.execute(
+                    "UPDATE jobs SET state = 'running', started = coalesce(started, ?) WHERE id = ?",
+                    (time.time(), id_),
+                )
+            return [self.get(id_) for id_ in ids]
+
+    def cancelling(self) -> list[str]:
+        """Running jobs that are to be cancelled."""
+        query = "SELECT id FROM jobs WHERE state = 'running' AND cancelling = 1"
+        return [id_ for (id_,) in self._db.execute(query)]
+
+    def write(self, updates: Iterable[Update]) -> None:
+        """Adds what jobs have generated, and ends those that have ended, all at once."""
+        with self._transaction():
+            for update in updates:
+                self._write(update)
+
+    def _write(self, update: Update) -> None:
+        id_ = update.id
+        if update.piece.tokens or update.piece.text:
+            (number,) = self._db.execute("SELECT count(*) FROM pieces WHERE job = ?", (id_,)).fetchone()
+            data = self._vault.seal(msgspec.msgpack.encode(update.piece), f"{id_}/{number}")
+            self._db.execute("INSERT INTO pieces VALUES (?, ?, ?)", (id_, number, data))
+            sampler = None if update.sampler is None else self._vault.seal(update.sampler, f"{id_}/sampler")
+            self._db.execute(
+                "UPDATE jobs SET tokens = tokens + ?, sampler = ? WHERE id = ?",
+                (len(update.piece.tokens), sampler, id_),
+            )
+        if update.prompt_tokens is not None:
+            self._db.execute("UPDATE jobs SET prompt_tokens = ? WHERE id = ?", (update.prompt_tokens, id_))
+        if update.state == "queued":
+            self._db.execute("UPDATE jobs SET state = 'queued' WHERE id = ?", (id_,))
+        elif update.state is not None:
+            self._end(id_, update.state, update.finish_reason, update.error)
+
+    def _end(
+        self, id_: str, state: State, finish_reason: FinishReason | None = None, error: str | None = None
+    ) -> None:
+        sealed = None if error is None else self._vault.seal(error.encode(), f"{id_}/error")
+        self._db.execute(
+            "UPDATE jobs SET state = ?, finish_reason = ?, error = ?, finished = ? WHERE id = ?",
+            (state, finish_reason, sealed, time.time(), id_),
+        )
+
+    # --- rows ----------------------------------------------------------------------------------------------
+
+    def _job(self, row: sqlite3.Row) -> Job:
+        id_, error = row["id"], row["error"]
+        return Job(
+            id=id_,
+            state=row["state"],
+            priority=row["priority"],
+            created=row["created"],
+            started=row["started"],
+            finished=row["finished"],
+            cancelling=bool(row["cancelling"]),
+            task=self._decode(self._vault.open(row["task"], f"{id_}/task"), Task),
+            prompt_tokens=row["prompt_tokens"],
+            tokens=row["tokens"],
+            finish_reason=row["finish_reason"],
+            error=None if error is None else self._vault.open(error, f"{id_}/error").decode(),
+        )
+
+    def _decode(self, data: bytes, type_: type[_T]) -> _T:
+        try:
+            return msgspec.msgpack.decode(data, type=type_)
+        except msgspec.DecodeError:
+            raise StoreLocked(f"{self.path} is damaged") from None
+
+
+def _with_seed(task: Task, seed: int | None) -> Task:
+    return msgspec.structs.replace(task, sampling=dataclasses.replace(task.sampling, seed=seed))
+
+
+def _name(choice: ModelChoice) -> str:
+    return msgspec.json.encode(choice).decode()
+
+
+def _marks(values: Sequence[object]) -> str:
+    """SQL's marks for so many values."""
+    return ", ".join("?" * len(values))

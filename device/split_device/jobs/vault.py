@@ -1,0 +1,49 @@
+"""Sealing what the store holds of prompts and answers, under a key that lies in a file of its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nacl.exceptions import CryptoError
+from nacl.secret import Aead
+
+from split_common.errors import KeysError, StoreLocked
+from split_common.files import read_private, write_private
+
+#: Bytes of a key.
+KEY_BYTES = Aead.KEY_SIZE
+
+
+class Vault:
+    """Seals with XChaCha20-Poly1305, each value bound to its place; without a key it passes values through."""
+
+    def __init__(self, key: bytes | None = None) -> None:
+        self._aead = Aead(key) if key is not None else None
+
+    def seal(self, data: bytes, place: str) -> bytes:
+        return data if self._aead is None else bytes(self._aead.encrypt(data, place.encode()))
+
+    def open(self, data: bytes, place: str) -> bytes:
+        """Raises StoreLocked for what was sealed under another key, or for another place."""
+        if self._aead is None:
+            return data
+        try:
+            return self._aead.decrypt(data, place.encode())
+        except (CryptoError, ValueError):
+            raise StoreLocked("the store's key does not open what it holds") from None
+
+
+def read_key(path: Path) -> bytes:
+    """The key in a file. Raises KeysError."""
+    key = read_private(path)
+    if len(key) != KEY_BYTES:
+        raise KeysError(f"{path} holds no key of {KEY_BYTES} bytes")
+    return key
+
+
+def make_key(path: Path) -> bytes:
+    """Writes a new key to a file. Raises KeysError."""
+    key = os.urandom(KEY_BYTES)
+    write_private(path, key)
+    return key

@@ -1,0 +1,1 @@
+"""OpenAI's formats: requests, answers and errors."""

@@ -1,0 +1,109 @@
+"""Answers in OpenAI's formats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from split_device.openai.requests import Kind
+
+#: By kind: the prefix of an answer's id, and its type.
+NAMES: dict[Kind, tuple[str, str]] = {"chat": ("chatcmpl", "chat.completion"), "text": ("cmpl", "text_completion")}
+
+
+#: The same of a piece of one that is streamed.
+CHUNKS: dict[Kind, str] = {"chat": "chat.completion.chunk", "text": "text_completion"}
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A token's text and log probability, and those of the likeliest tokens in its place."""
+
+    text: str
+    logprob: float
+    top: list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of the answers to a request, or a piece of it. `logprobs` is None where they were not asked for."""
+
+    text: str
+    tokens: int
+    finish_reason: str | None
+    logprobs: list[TokenLogprobs] | None = None
+
+
+def completion(
+    kind: Kind, id_: str, created: int, model: str, prompt_tokens: int, choices: Sequence[Choice]
+) -> dict[str, Any]:
+    """A whole answer."""
+    prefix, name = NAMES[kind]
+    return {
+        "id": f"{prefix}-{id_}",
+        "object": name,
+        "created": created,
+        "model": model,
+        "choices": [_choice(kind, index, choice) for index, choice in enumerate(choices)],
+        "usage": usage(prompt_tokens, sum(choice.tokens for choice in choices)),
+    }
+
+
+def chunk(kind: Kind, id_: str, created: int, model: str, index: int, piece: Choice, first: bool) -> dict[str, Any]:
+    """A piece of a streamed answer; the first one of a chat says whose it is."""
+    content: dict[str, Any] = {"text": piece.text}
+    if kind == "chat":
+        content = {"delta": ({"role": "assistant"} if first else {}) | {"content": piece.text}}
+    choice = {
+        "index": index,
+        **content,
+        "logprobs": _logprobs(kind, piece.logprobs),
+        "finish_reason": piece.finish_reason,
+    }
+    return _chunk(kind, id_, created, model) | {"choices": [choice]}
+
+
+def usage_chunk(kind: Kind, id_: str, created: int, model: str, prompt_tokens: int, tokens: int) -> dict[str, Any]:
+    """The last piece of a streamed answer whose usage was asked for."""
+    return _chunk(kind, id_, created, model) | {"choices": [], "usage": usage(prompt_tokens, tokens)}
+
+
+def _chunk(kind: Kind, id_: str, created: int, model: str) -> dict[str, Any]:
+    return {"id": f"{NAMES[kind][0]}-{id_}", "object": CHUNKS[kind], "created": created, "model": model}
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def _choice(kind: Kind, index: int, choice: Choice) -> dict[str, Any]:
+    content: dict[str, Any] = {"text": choice.text}
+    if kind == "chat":
+        content = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+    logprobs = _logprobs(kind, choice.logprobs)
+    return {"index": index, **content, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+
+def _logprobs(kind: Kind, tokens: list[TokenLogprobs] | None) -> dict[str, Any] | None:
+    if tokens is None:
+        return None
+    if kind == "chat":
+        content = [
+            _token(token.text, token.logprob) | {"top_logprobs": [_token(*other) for other in token.top]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+    return {
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [dict(token.top) for token in tokens],
+    }
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

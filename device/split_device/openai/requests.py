@@ -1,0 +1,186 @@
+"""Requests in OpenAI's formats, and what is to be generated for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from split_common.errors import SplitError
+from split_device.jobs.job import Message, ModelChoice, Task
+from split_device.settings import Sampling
+
+Kind = Literal["chat", "text"]
+
+#: What can be asked for, by its path.
+KINDS: dict[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "text"}
+
+#: Where a chat names no limit: up to the end of the model's positions.
+UNLIMITED = 2**31 - 1
+
+#: What a text names no limit gets, as with OpenAI.
+DEFAULT_TEXT_TOKENS = 16
+
+#: Fields that change no output here.
+_IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+
+#: Fields that would, with the values at which they do not.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "modalities": (["text"],),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+}
+
+
+class ApiError(SplitError):
+    """A request that cannot be answered, as OpenAI says it."""
+
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        *,
+        type_: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.type = type_
+        self.param = param
+        self.code = code
+
+    def fields(self) -> dict[str, Any]:
+        return {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
+
+
+class _TextPart(msgspec.Struct, frozen=True, tag="text", tag_field="type"):
+    text: str
+
+
+class _ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[_TextPart]
+    name: str | None = None
+
+    def message(self) -> Message:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return Message("system" if self.role == "developer" else self.role, text)
+
+
+class _StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: bool = False
+
+
+class _Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Fields of both kinds."""
+
+    model: str
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    stop: str | Annotated[list[str], Meta(max_length=4)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+
+
+class _Chat(_Body, frozen=True, kw_only=True):
+    messages: Annotated[list[_ChatMessage], Meta(min_length=1)]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+
+
+class _Text(_Body, frozen=True, kw_only=True):
+    prompt: (
+        Annotated[str, Meta(min_length=1)]
+        | Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1, max_length=1)]
+    )
+    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
+
+
+@dataclass(frozen=True)
+class Query:
+    """A request: one task for each choice of its answer."""
+
+    kind: Kind
+    #: The model's name as the request has it.
+    model: str
+    tasks: tuple[Task, ...]
+    stream: bool
+    include_usage: bool
+    #: How many of the likeliest tokens to tell of with each token; None for no log probabilities.
+    logprobs: int | None
+
+
+def parse(kind: Kind, body: object, model: ModelChoice) -> Query:
+    """What a request's body asks for, to be run by `model` whatever name it has. Raises ApiError."""
+    if not isinstance(body, dict):
+        raise ApiError("the body is no JSON object")
+    fields = {name: value for name, value in body.items() if name not in _IGNORED and value is not None}
+    for name, neutral in _NEUTRAL.items():
+        if name in fields and not any(_same(fields.pop(name, None), value) for value in neutral):
+            raise ApiError(f"{name} is not supported", param=name, code="unsupported_parameter")
+    if kind == "chat":
+        chat = _convert(fields, _Chat)
+        prompt: str | tuple[Message, ...] = tuple(message.message() for message in chat.messages)
+        limit = chat.max_completion_tokens or chat.max_tokens or UNLIMITED
+        return _query(kind, chat, prompt, limit, (chat.top_logprobs or 0) if chat.logprobs else None, model)
+    text = _convert(fields, _Text)
+    prompt = text.prompt if isinstance(text.prompt, str) else text.prompt[0]
+    return _query(kind, text, prompt, text.max_tokens or DEFAULT_TEXT_TOKENS, text.logprobs, model)
+
+
+def _query(
+    kind: Kind,
+    body: _Body,
+    prompt: str | tuple[Message, ...],
+    max_tokens: int,
+    logprobs: int | None,
+    model: ModelChoice,
+) -> Query:
+    temperature = 1.0 if body.temperature is None else body.temperature
+    sampling = Sampling(max_tokens, temperature, 1.0 if body.top_p is None else body.top_p, 0, body.seed)
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    tasks = tuple(
+        Task(
+            model=model,
+            prompt=prompt,
+            # Else all choices were the same.
+            sampling=sampling if body.seed is None else dataclasses.replace(sampling, seed=body.seed + choice),
+            stop=stop,
+        )
+        for choice in range(body.n or 1)
+    )
+    options = body.stream_options or _StreamOptions()
+    return Query(kind, body.model, tasks, bool(body.stream), options.include_usage, logprobs)
+
+
+_T = TypeVar("_T")
+
+
+def _convert(fields: dict[str, Any], type_: type[_T]) -> _T:
+    try:
+        return msgspec.convert(fields, type_)
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at `$.")
+        param = where.rstrip("`").split(".")[0].split("[")[0] or None
+        raise ApiError(message if param is None else f"{param}: {message}", param=param) from None
+
+
+def _same(value: Any, other: Any) -> bool:
+    """False is no 0 here."""
+    return bool(value == other and isinstance(value, bool) == isinstance(other, bool))

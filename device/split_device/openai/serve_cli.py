@@ -1,0 +1,108 @@
+"""`lambda-split serve`: an HTTP server for OpenAI's clients."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from split_common.console import emit_json, stderr
+from split_common.errors import ConfigError
+from split_common.options import (
+    DEFAULT_BROKER,
+    BrokerOption,
+    DtypeOption,
+    JsonOption,
+    KeysOption,
+    MemberOption,
+    ModelOption,
+    RevisionOption,
+    TimeoutOption,
+    parse_size,
+)
+from split_common.process import catch_sigterm, passive_threads, wait_for
+from split_device.jobs.job import ModelChoice
+from split_device.jobs.options import ConcurrencyOption, KvMemoryOption, checkpoint
+from split_device.options import HeadOption, PatienceOption, TailOption
+
+HOST = "127.0.0.1"
+
+#: Seconds that open answers have to end when the server does.
+GRACE = 2
+
+
+def serve(
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="N", help="On the loopback; 0 takes a free one.")
+    ] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LAMBDA_SPLIT_API_KEY",
+            metavar="KEY",
+            help="What clients must send. Better in the environment: other users see a command's options.",
+        ),
+    ] = None,
+    model: ModelOption = None,
+    broker: BrokerOption = DEFAULT_BROKER,
+    max_jobs: ConcurrencyOption = 64,
+    kv_memory: KvMemoryOption = None,
+    head_layers: HeadOption = 2,
+    tail_layers: TailOption = 2,
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    keys: KeysOption = None,
+    member: MemberOption = None,
+    timeout: TimeoutOption = 10.0,
+    patience: PatienceOption = 60.0,
+    json: JsonOption = False,
+) -> None:
+    """Serve a split model to OpenAI's clients on this machine, many requests at once, until Ctrl-C or SIGTERM.
+
+    Offers /v1/chat/completions, /v1/completions, /v1/models and /health. Needs `lambda-split[serve]`. With --json
+    one object is printed when it is ready.
+    """
+    passive_threads()
+    memory = parse_size(kv_memory) if kv_memory is not None else None
+    if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:
+        raise ConfigError("serve needs more packages: pip install 'lambda-split[serve]'")
+    stop = catch_sigterm()
+    choice = ModelChoice(
+        name=checkpoint(model), revision=revision, head_layers=head_layers, tail_layers=tail_layers, dtype=dtype
+    )
+    name = Path(choice.name).name if Path(choice.name).is_dir() else choice.name
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError as error:
+            raise ConfigError(f"port {port} cannot be used: {error.strerror}") from None
+
+        import uvicorn
+
+        from split_device.jobs.models import Limits, Models, Queue
+        from split_device.openai.server import Server
+
+        with Models(Queue(broker, keys, member, timeout, patience), Limits(max_jobs, memory)) as models:
+            app = Server(models.get(choice), choice, name, api_key).app()
+            config = uvicorn.Config(
+                app, log_level="error", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="off"
+            )
+            server = uvicorn.Server(config)
+            # The main thread waits for signals.
+            thread = threading.Thread(target=server.run, args=([listener],), name="http")
+            thread.start()
+            try:
+                url = f"http://{HOST}:{listener.getsockname()[1]}/v1"
+                if json:
+                    emit_json({"url": url, "model": name, "pid": os.getpid()})
+                stderr.print(f"serving {name} at {url}", soft_wrap=True)
+                wait_for(stop)
+            finally:
+                server.should_exit = True
+                thread.join()

@@ -1,0 +1,203 @@
+"""Jobs as a user has them: submitted, run by an agent that may be killed, and come back for."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tiny
+from split_common.process import running_command
+from split_device import Device
+from split_device.jobs.agent import log_path, running_agent
+from split_device.jobs.job import ModelChoice, Task
+from split_device.jobs.store import Store, store_path
+
+#: Seconds that something in another process may take on a busy machine.
+PATIENCE = 120.0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_tokenizer(tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def address(checkpoint: Path) -> Iterator[str]:
+    """A broker and a worker of the tiny model."""
+    with running_command(["broker", "--bind", "tcp://127.0.0.1:*"]) as (_, broker):
+        options = ["--model", str(checkpoint), "--broker", broker["address"]]
+        with running_command(["worker", *options]):
+            yield broker["address"]
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> Iterator[Path]:
+    """A store of its own for each test, and no agent left."""
+    monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(tmp_path / "state"))
+    yield tmp_path / "state"
+    run("agent", "stop")
+    assert running_agent() is None
+
+
+def unsplit(checkpoint: Path, prompt: str, tokens: int, **options: Any) -> str:
+    """What the unsplit model says."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    ids = tokenizer(f"user:{prompt}</s>assistant:", return_tensors="pt")["input_ids"]
+    chosen = {"do_sample": False, **options}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **chosen)
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def wait_until(true: Any) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def tokens_of(id_: str) -> int:
+    with Store(store_path()) as store:
+        return store.get(id_).tokens
+
+
+def test_from_submission_to_the_answer(run: Any, checkpoint: Path, address: str, state: Path) -> None:
+    model = ("--model", checkpoint)
+    early = run("submit", "Hello", *model, "--max-tokens", 8, "--key", "one")
+    assert early.code == 0
+    assert "no agent runs" in early.err
+    id_ = early.out.strip()
+    assert run("agent", "status").code == 1
+    assert run("submit", "Hi", *model, "--wait").code == 1
+    refused = run("jobs", "result", id_)
+    assert (refused.code, refused.err) == (1, f"error: job {id_} is queued\n")
+
+    agent = run("agent", "start", "--broker", address, "--json").json
+    assert agent["pid"] == running_agent()
+    assert agent["jobs"]["queued"] == 1
+    again = run("agent", "start", "--broker", address)
+    assert (again.code, "runs already" in again.err) == (1, True)
+
+    expected = unsplit(checkpoint, "Hello", 8)
+    assert run("jobs", "watch", id_).out == expected + "\n"
+    found = run("jobs", "result", id_, "--json").json
+    assert (found["text"], found["state"], found["tokens"], found["finish_reason"]) == (
+        expected,
+        "succeeded",
+        8,
+        "length",
+    )
+    assert run("submit", "Hello", *model, "--max-tokens", 8, "--key", "one").out.strip() == id_
+
+    torch.manual_seed(5)
+    sampled = unsplit(checkpoint, "Hello", 8, do_sample=True, temperature=1.5, top_p=0.9, top_k=0)
+    options = ("--max-tokens", 8, "--temperature", 1.5, "--top-p", 0.9, "--seed", 5)
+    assert run("submit", "--file", "-", *model, *options, "--wait", stdin="Hello").out == sampled + "\n"
+
+    stop = expected[4:6]
+    shorter = run("submit", "Hello", *model, "--max-tokens", 8, "--stop", stop, "--wait", "--json").json
+    assert (shorter["text"], shorter["finish_reason"]) == (expected[: expected.index(stop)], "stop")
+
+    failed = run("submit", "x" * 300, *model, "--wait")
+    assert failed.code == 1
+    assert "PromptTooLong" in failed.err
+
+    listed = run("jobs", "list", "--json").json["jobs"]
+    assert [job["state"] for job in listed] == ["failed", "succeeded", "succeeded", "succeeded"]
+    assert "Hello" not in log_path().read_text()
+    assert run("jobs", "prune", "--older-than", "0s", "--json").json == {"removed": 4}
+    assert run("agent", "stop", "--json").json == {"stopped": agent["pid"]}
+    assert run("agent", "stop", "--json").json == {"stopped": None}
+    assert f"agent {agent['pid']} runs" in run("agent", "logs").out
+
+
+def test_a_killed_agent_goes_on_where_it_was(run: Any, checkpoint: Path, address: str) -> None:
+    options = ("--model", checkpoint, "--max-tokens", 200)
+    greedy = run("submit", "Hello", *options).out.strip()
+    sampled = run("submit", "Hello", *options, "--temperature", 1.0, "--seed", 7).out.strip()
+    seen = 0
+    for _ in range(3):
+        pid = run("agent", "start", "--broker", address, "--json").json["pid"]
+        wait_until(lambda goal=seen + 20: tokens_of(greedy) + tokens_of(sampled) >= goal)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: running_agent() is None)
+        kept = tokens_of(greedy) + tokens_of(sampled)
+        assert kept >= seen + 20
+        seen = kept
+    run("agent", "start", "--broker", address)
+    assert run("jobs", "watch", greedy).out == unsplit(checkpoint, "Hello", 200) + "\n"
+    torch.manual_seed(7)
+    expected = unsplit(checkpoint, "Hello", 200, do_sample=True, temperature=1.0, top_k=0)
+    assert run("jobs", "watch", sampled).out == expected + "\n"
+
+
+def test_jobs_wait_for_a_worker_and_can_be_cancelled(
+    run: Any, checkpoint: Path, address: str, tmp_path: Path
+) -> None:
+    """Nobody serves this cut: the job waits, and fails when there was time enough."""
+    options = ("--model", checkpoint, "--head-layers", 1, "--tail-layers", 1)
+    waiting = run("submit", "Hello", *options).out.strip()
+    run("agent", "start", "--broker", address, "--give-up", 4)
+    wait_until(lambda: "jobs wait: NoWorker" in log_path().read_text())
+    cancelled = run("submit", "Hello", "--model", checkpoint, "--max-tokens", 200).out.strip()
+    wait_until(lambda: tokens_of(cancelled) > 0)
+    assert run("jobs", "cancel", cancelled).code == 0
+    failed = run("jobs", "watch", cancelled)
+    assert (failed.code, "was cancelled" in failed.err) == (1, True)
+    before = tokens_of(cancelled)
+    assert 0 < before < 200
+    assert "failed: NoWorker" in run("jobs", "watch", waiting).err
+
+    run("jobs", "retry", cancelled)
+    assert run("jobs", "watch", cancelled).out == unsplit(checkpoint, "Hello", 200) + "\n"
+
+
+def test_an_agent_that_keeps_nothing(run: Any, address: str) -> None:
+    with Store(store_path()) as store:
+        gone = store.cancel(store.submit(Task(model=ModelChoice(name="any"), prompt="x")).id).id
+    run("agent", "start", "--broker", address, "--keep", "0s")
+    wait_until(lambda: run("jobs", "show", gone).code == 1)
+    assert run("agent", "start", "--keep", "long").code == 1
+
+
+def test_from_python(run: Any, checkpoint: Path, address: str, tmp_path: Path) -> None:
+    key = tmp_path / "store.key"
+    device = Device(checkpoint, store_key=key)
+    run("agent", "start", "--broker", address, "--store-key", key)
+
+    async def both() -> list[str]:
+        return await asyncio.gather(
+            device.submit("Hello", max_tokens=8), device.submit([{"role": "user", "content": "Bye"}], max_tokens=8)
+        )
+
+    assert asyncio.run(both()) == [unsplit(checkpoint, text, 8) for text in ("Hello", "Bye")]
+    assert run("jobs", "list").code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("submit",), "give a prompt, or --file"),
+        (("submit", "a", "--file", "-"), "give a prompt, or --file"),
+        (("submit", " "), "the prompt is empty"),
+        (("submit", "--file", "/no/such/file"), "cannot be read"),
+        (("jobs", "show", "job-none"), "there is no job job-none"),
+        (("jobs", "list", "--state", "lost"), "'lost' is no state"),
+        (("jobs", "prune", "--older-than", "soon"), "'soon' is no age"),
+        (("agent", "logs"), "there is no log"),
+    ],
+)
+def test_wrong_usage_is_one_line(run: Any, arguments: tuple[str, ...], message: str) -> None:
+    done = run(*arguments)
+    assert done.code in (1, 2)
+    assert message in done.err
+    assert done.err.count("\n") == 1

@@ -1,0 +1,215 @@
+"""The HTTP server, as the real `openai` client sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tiny
+from fleet import running_broker, start_worker
+from split_common.process import running_command
+
+KEY = "a key"
+
+#: Seconds that something may take on a busy machine.
+PATIENCE = 60.0
+
+HELLO: Any = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_tokenizer(tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def fleet(checkpoint: Path) -> Iterator[tuple[str, Any]]:
+    """A server's address, and the worker behind it, which is in this process."""
+    with running_broker() as broker:
+        worker = start_worker(checkpoint, broker.address)
+        try:
+            options = ["--model", str(checkpoint), "--broker", broker.address, "--port", "0"]
+            with running_command(["serve", *options], env={"LAMBDA_SPLIT_API_KEY": KEY}) as (_, facts):
+                assert facts["model"] == "tiny"
+                yield facts["url"], worker
+        finally:
+            worker.stop()
+
+
+@pytest.fixture(scope="module")
+def client(fleet: tuple[str, Any]) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=fleet[0], api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+class Unsplit:
+    """What the unsplit model says."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self.model = AutoModelForCausalLM.from_pretrained(checkpoint)
+
+    def say(self, prompt: str, tokens: int, seed: int | None = None) -> str:
+        ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        options: dict[str, Any] = {"do_sample": False}
+        if seed is not None:
+            torch.manual_seed(seed)
+            options = {"do_sample": True, "temperature": 1.0, "top_k": 0}
+        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options)
+        return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+@pytest.fixture(scope="module")
+def unsplit(checkpoint: Path) -> Unsplit:
+    return Unsplit(checkpoint)
+
+
+def ask(client: openai.OpenAI, **options: Any) -> Any:
+    return client.chat.completions.create(
+        model="tiny", **{"messages": HELLO, "max_tokens": 8, "temperature": 0, **options}
+    )
+
+
+def test_whole_answers(client: openai.OpenAI, unsplit: Unsplit) -> None:
+    expected = unsplit.say("user:Hello</s>assistant:", 8)
+    answer = ask(client)
+    assert answer.choices[0].message.content == expected
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.model_dump(include={"prompt_tokens", "completion_tokens", "total_tokens"}) == {
+        "prompt_tokens": 21,
+        "completion_tokens": 8,
+        "total_tokens": 29,
+    }
+    stopped = ask(client, stop=[expected[4:6]])
+    assert stopped.choices[0].message.content == expected[: expected.index(expected[4:6])]
+    assert stopped.choices[0].finish_reason == "stop"
+    both = ask(client, temperature=1, seed=3, n=2)
+    assert [choice.message.content for choice in both.choices] == [
+        unsplit.say("user:Hello</s>assistant:", 8, seed) for seed in (3, 4)
+    ]
+    text = client.completions.create(model="tiny", prompt="Once", temperature=0)
+    assert text.choices[0].text == unsplit.say("Once", 16)
+
+
+def test_streams(client: openai.OpenAI, unsplit: Unsplit) -> None:
+    chunks = list(ask(client, stream=True, n=2, stream_options={"include_usage": True}))
+    texts = {0: "", 1: ""}
+    reasons = {}
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            reasons[choice.index] = choice.finish_reason
+    assert set(texts.values()) == {unsplit.say("user:Hello</s>assistant:", 8)}
+    assert reasons == {0: "length", 1: "length"}
+    assert chunks[-1].usage.completion_tokens == 16
+    text = client.completions.create(model="tiny", prompt="Once", temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in text) == unsplit.say("Once", 16)
+
+
+def test_logprobs_are_those_of_the_unsplit_model(client: openai.OpenAI, unsplit: Unsplit) -> None:
+    ids = unsplit.tokenizer("user:Hello</s>assistant:", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = torch.log_softmax(unsplit.model(ids).logits[0, -1], -1)
+    told = ask(client, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    assert len(told) == 8
+    assert told[0].logprob == pytest.approx(float(expected.max()), abs=1e-4)
+    assert [top.logprob for top in told[0].top_logprobs] == pytest.approx(
+        expected.topk(3).values.tolist(), abs=1e-4
+    )
+    text = client.completions.create(model="tiny", prompt="Once", temperature=0, logprobs=2, max_tokens=4)
+    logprobs = text.choices[0].logprobs
+    assert "".join(logprobs.tokens) == text.choices[0].text
+    assert [len(top) for top in logprobs.top_logprobs] == [2] * 4
+
+
+def test_errors_are_openai_s(client: openai.OpenAI, fleet: tuple[str, Any]) -> None:
+    with pytest.raises(openai.BadRequestError) as bad:
+        ask(client, tools=[{"type": "function", "function": {"name": "f"}}])
+    assert (bad.value.code, bad.value.param) == ("unsupported_parameter", "tools")
+    with pytest.raises(openai.BadRequestError) as bad:
+        ask(client, messages=[{"role": "user", "content": "x" * 300}])
+    assert bad.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as bad:
+        ask(client, temperature=3)
+    assert bad.value.param == "temperature"
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="another", messages=HELLO)
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.AuthenticationError):
+        ask(client.with_options(api_key="another"))
+    url = fleet[0]
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for refused, status in (
+        (httpx2.post(f"{url}/chat/completions", content=b"no JSON", headers=headers), 400),
+        (httpx2.post(f"{url}/chat/completions", content=b"[" * 5_000_000, headers=headers), 413),
+        (httpx2.post(f"{url}/embeddings", json={}, headers=headers), 404),
+        (httpx2.get(f"{url}/chat/completions", headers=headers), 405),
+    ):
+        assert refused.status_code == status
+        assert refused.json()["error"]["type"] == "invalid_request_error"
+    assert httpx2.get(f"{url}/models", headers={**headers, "Host": "evil.example"}).status_code == 400
+
+
+def test_models_and_health(client: openai.OpenAI, fleet: tuple[str, Any]) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "lambda-split"
+    assert httpx2.get(fleet[0].replace("/v1", "/health")).json() == {"status": "ok"}
+
+
+def test_many_streams_at_once(fleet: tuple[str, Any], unsplit: Unsplit) -> None:
+    async def all_of_them() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=fleet[0], api_key=KEY, max_retries=0) as client:
+
+            async def one(text: str) -> str:
+                stream = await client.completions.create(
+                    model="tiny", prompt=text, temperature=0, max_tokens=8, stream=True
+                )
+                return "".join([chunk.choices[0].text async for chunk in stream])
+
+            return list(await asyncio.gather(*(one(f"Number {index}") for index in range(32))))
+
+    assert asyncio.run(all_of_them()) == [unsplit.say(f"Number {index}", 8) for index in range(32)]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_frees_its_session(fleet: tuple[str, Any], stream: bool) -> None:
+    url, worker = fleet
+    wait_until(lambda: not sessions(worker))
+    body = {"model": "tiny", "prompt": "Once", "temperature": 0, "max_tokens": 230, "stream": stream, "n": 4}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    before = tokens(worker)
+    if stream:
+        with httpx2.stream("POST", f"{url}/completions", json=body, headers=headers) as response:
+            next(response.iter_lines())
+            assert sessions(worker)
+    else:
+        with pytest.raises(httpx2.ReadTimeout):
+            httpx2.post(f"{url}/completions", json=body, headers=headers, timeout=0.3)
+    wait_until(lambda: tokens(worker) > before)
+    wait_until(lambda: not sessions(worker))
+    # All four answers would have been far more.
+    assert tokens(worker) - before < 700
+
+
+def sessions(worker: Any) -> int:
+    return len(worker._sessions)
+
+
+def tokens(worker: Any) -> int:
+    return int(worker._compute.counters["tokens"])
+
+
+def wait_until(true: Any) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
