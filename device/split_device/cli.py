@@ -105,11 +105,12 @@ HistoryOption = Annotated[
 def register(app: typer.Typer) -> None:
     """Adds the device's commands to `app`."""
     from split_device.demo import demo
+    from split_device.diffusion.cli import image
     from split_device.doctor import doctor
     from split_device.stress.cli import stress
     from split_device.stress.device import stress_device
 
-    for command in (generate, chat, inspect, demo, doctor, stress, dead_letters):
+    for command in (generate, chat, image, inspect, demo, doctor, stress, dead_letters):
         app.command()(command)
     app.command(hidden=True)(stress_device)
 

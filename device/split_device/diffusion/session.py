@@ -73,6 +73,7 @@ class ImageSession(Lasting[Request]):
         requests = self._requests(inputs)
         replies = self._persist(requests)
         self._steps += 1
+        self.client.timings.steps += 1
         with self.client.timings.measure("decode"):
             outputs = [self._output(request, *reply) for request, reply in zip(requests, replies, strict=True)]
         return torch.cat(outputs).to(inputs.sample)
