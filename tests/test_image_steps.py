@@ -111,6 +111,18 @@ def test_an_answer_too_large_for_a_message_is_refused(body: DiffusionBody) -> No
         body.begin(rows, wire.Denoise(KEY, [0], arrays, "float32"), memoryview(b""))
 
 
+def test_embeddings_that_grow_by_their_rows_are_refused(
+    body: DiffusionBody, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[Row] = []
+    condition(body, rows)
+    monkeypatch.setattr("split_worker.diffusion.MAX_CONTEXT", 2 * 4 * WIDTH * 4)
+    many = torch.ones(3, 32, 16, 16), torch.ones(3, 128)
+    begin(body, rows, [0, -1], many[0][:2], many[1][:2])
+    with pytest.raises(Oversized):
+        begin(body, rows, [0, -1, 0], *many)
+
+
 def test_embeddings_that_were_used_least_lately_are_forgotten_first(plan: UNetPlan) -> None:
     body = DiffusionBody(plan, plan.split("C"), torch.device("cpu"), memory=2 * 4 * WIDTH * 4)
     rows: list[Row] = []

@@ -104,7 +104,7 @@ class ComputeLoop:
         self._on_failure = on_failure
         #: What ended the loop, if it was not `stop`.
         self.failure: BaseException | None = None
-        self._watch = Watch()
+        self._watch = Watch(runner.first_turn) if isinstance(runner, DiffusionBody) else Watch()
         self._hung = False
         self._inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._scheduler = Scheduler(runner.store, self._make_room, divisible=not runner.positions_interact)

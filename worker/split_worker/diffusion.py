@@ -27,6 +27,12 @@ MAX_BATCH_ROWS = 16
 #: Bytes of an answer, at most: what is left of a message's after padding.
 MAX_ANSWER = wire.MAX_BODY * 3 // 4
 
+#: Bytes of the embeddings of one step's rows, at most.
+MAX_CONTEXT = 256 * 1024**2
+
+#: Seconds that the first forward may take: a large image on a CPU.
+FIRST_TURN = 900.0
+
 #: Sessions are admitted by their number: they keep nothing that may not be forgotten.
 UNBOUNDED = sys.maxsize
 
@@ -128,6 +134,7 @@ class DiffusionBody:
     #: No hidden states of a language model fit.
     width = 0
     positions_interact = False
+    first_turn = FIRST_TURN
 
     def __init__(
         self,
@@ -167,7 +174,10 @@ class DiffusionBody:
         for array in request.arrays:
             tensors.append(decode(array, data[offset : offset + array.nbytes]).to(self.device, self.dtype))
             offset += array.nbytes
-        context = self._select(self.store.get(row, request.condition), request.rows)
+        embeddings = self.store.get(row, request.condition)
+        if len(request.rows) * embeddings[0].nbytes > MAX_CONTEXT:
+            raise Oversized(f"{len(request.rows)} rows of {embeddings[0].nbytes} bytes of embeddings")
+        context = self._select(embeddings, request.rows)
         size = len(request.rows) * tensors[0].shape[2] * tensors[0].shape[3]
         return [ImageRun(row, tensors[0], range(size), tensors[1], context, tensors[2:])]
 
