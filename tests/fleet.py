@@ -10,14 +10,10 @@ from typing import Any
 import torch
 
 from split_broker.broker import Broker
-from split_common import wire
 from split_common.fleet import Fleet, load_fleet
-from split_common.manifest import find_manifest
-from split_common.part import plan
-from split_common.split import Split
 from split_common.transport import connect
 from split_device import SplitModelForCausalLM
-from split_worker.body import Body
+from split_worker.serving import load_body
 from split_worker.sessions import SessionTable
 from split_worker.worker import Worker
 from valkeys import Valkey, running_valkey
@@ -33,21 +29,26 @@ KV_BYTES = 64 * 1024**2
 def start_worker(
     checkpoint: Path,
     broker: str,
-    layers: str = "2:-2",
+    layers: str | None = None,
     fleet: Fleet | None = None,
     sessions: SessionTable | None = None,
     dtype: torch.dtype | None = None,
+    cut: str | None = None,
 ) -> Worker:
     """A worker of a checkpoint's body, joined to a broker; the caller stops it."""
     fleet = fleet or load_fleet()
-    plan_ = plan(str(checkpoint))
-    split = Split.parse(plan_.layers, layers)
-    manifest = find_manifest(fleet, plan_.checkpoint, plan_.own_tensors(split, "worker"))
-    body = Body(plan_, split, torch.device("cpu"), dtype, KV_BYTES)
+    serving = load_body(
+        str(checkpoint),
+        fleet,
+        layers=layers,
+        cut=cut,
+        device=torch.device("cpu"),
+        dtype=dtype,
+        memory=KV_BYTES,
+    )
     identity = fleet.identity("worker")
-    service = wire.Service(manifest.root, split.first, split.last)
     transport = connect(broker, fleet, identity)
-    worker = Worker(body, service, manifest.name, identity, fleet, transport, sessions)
+    worker = Worker(serving.body, serving.service, serving.model, identity, fleet, transport, sessions)
     worker.start()
     return worker
 

@@ -156,3 +156,16 @@ def test_reports(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "0.500" in shown
     assert "True" in shown
+
+
+def test_diffusion(tmp_path: Path) -> None:
+    import tiny_diffusion
+
+    results = run("diffusion", "--model", tiny_diffusion.save_sdxl(tmp_path), "--steps", 2)
+    assert round(results["sdxl.C.device_flops_share"], 3) == 0.085
+    assert results["sdxl.C.int8.bytes_up_per_step"] + results["sdxl.C.int8.bytes_down_per_step"] < 8e6
+    for cut in ("A", "C"):
+        assert results[f"toy.{cut}.none.max_abs_diff"] == 0.0
+        assert results[f"toy.{cut}.int8.calls"] == 2
+        assert results[f"toy.{cut}.int4.bytes_down_per_step"] < results[f"toy.{cut}.int8.bytes_down_per_step"]
+        assert results[f"toy.{cut}.int4.psnr_db"] < results[f"toy.{cut}.int8.psnr_db"]

@@ -63,3 +63,15 @@ def test_the_broker_imports_no_torch() -> None:
     loaded = set(ast.literal_eval(output))
     assert "split_broker" in loaded
     assert not loaded & {"torch", "transformers", "numpy", "split_device", "split_worker"}
+
+
+def test_only_image_models_need_diffusers() -> None:
+    code = (
+        "import sys\nsys.modules['diffusers'] = None\n"
+        "import split_device.cli, split_worker.cli, split_worker.serving\n"
+        "from split_device import SplitModelForCausalLM\n"
+        "try:\n    from split_device import SplitUNet2DConditionModel\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "diffusers" in output

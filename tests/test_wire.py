@@ -47,7 +47,23 @@ _rows = st.lists(
     ),
     max_size=5,
 )
+_arrays = st.builds(
+    wire.Array,
+    st.sampled_from(sorted(wire.CODEC_BITS)),
+    st.lists(st.integers(1, 4), min_size=2, max_size=4),
+    st.booleans(),
+)
+_keys = st.binary(min_size=32, max_size=32)
 _requests = st.one_of(
+    st.builds(wire.Condition, _keys, _arrays),
+    st.builds(
+        wire.Denoise,
+        _keys,
+        st.lists(st.integers(-1, wire.MAX_IMAGE_ROWS - 1), min_size=1, max_size=9),
+        st.lists(_arrays, min_size=2, max_size=5),
+        st.sampled_from(sorted(wire.CODEC_BITS)),
+        _naturals,
+    ),
     st.builds(
         wire.Step,
         st.sampled_from(sorted(wire.DTYPES)),

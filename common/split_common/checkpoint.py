@@ -28,7 +28,12 @@ MAX_HEADER: Final = 100_000_000
 #: How much of a tensor is read and hashed at a time, in bytes.
 CHUNK: Final = 4 << 20
 
-_CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_CONFIG = "config.json"
+#: The tensors' file, of transformers and of diffusers; the index of a sharded checkpoint has one more suffix.
+_WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_INDEX = ".index.json"
+#: A pipeline of diffusers has this file, and its denoiser in this directory.
+_PIPELINE, _DENOISER = "model_index.json", "unet"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
@@ -78,13 +83,15 @@ class Checkpoint:
     def resolve(cls, name_or_path: str | Path, revision: str | None = None) -> Checkpoint:
         """The checkpoint in a directory, else that of a hub id at `revision` (a branch, tag or commit).
 
-        Of a sharded hub checkpoint only config.json and the index are fetched here. Raises `UnknownModel`
+        Of a directory with a diffusers pipeline it is the denoiser's, under the pipeline's name. Of a sharded hub
+        checkpoint only config.json and the index are fetched here. Raises `UnknownModel`
         where there is none in safetensors format, `ModelError` where it is malformed.
         """
         text = str(name_or_path)
         directory = Path(name_or_path).expanduser()
         if directory.is_dir():
-            return cls(directory.resolve().name, None, _local(directory))
+            part = directory / _DENOISER if (directory / _PIPELINE).is_file() else directory
+            return cls(directory.resolve().name, None, _local(part))
         if directory.exists() or not _HUB_ID.fullmatch(text):
             raise UnknownModel(f"{text!r} is neither a directory with a checkpoint nor the id of a hub model")
         return cls(text, revision, _hub(text, revision))
@@ -160,19 +167,20 @@ class Checkpoint:
 
     def _weight_map(self) -> dict[str, str]:
         """The single file is preferred to the index, as transformers does."""
-        for file, read in ((_SINGLE, self._single), (_INDEX, self._index)):
-            try:
-                path = self._fetch(file)
-            except FileNotFoundError:
-                continue
-            return read(path)
+        for name in _WEIGHTS:
+            for file, read in ((name, self._single), (name + _INDEX, self._index)):
+                try:
+                    path = self._fetch(file)
+                except FileNotFoundError:
+                    continue
+                return read(path)
         for file in _PICKLED:
             try:
                 self._fetch(file)
             except FileNotFoundError:
                 continue
             raise UnknownModel(f"{self.name} has only .bin weights; convert them to safetensors first")
-        raise UnknownModel(f"{self.name} has neither {_SINGLE} nor {_INDEX}")
+        raise UnknownModel(f"{self.name} has neither {_WEIGHTS[0]} nor its index")
 
     def _single(self, path: Path) -> dict[str, str]:
         return dict.fromkeys(self._header(path.name), path.name)
@@ -181,10 +189,10 @@ class Checkpoint:
         try:
             files = msgspec.json.decode(path.read_bytes(), type=_Index).weight_map
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise ModelError(f"{self.name}: {_INDEX} is malformed: {error}") from None
+            raise ModelError(f"{self.name}: {path.name} is malformed: {error}") from None
         for file in set(files.values()):
             if not _SHARD.fullmatch(file):
-                raise ModelError(f"{self.name}: {_INDEX} names {file!r}, which is no plain .safetensors file")
+                raise ModelError(f"{self.name}: {path.name} names {file!r}, which is no plain .safetensors file")
         return files
 
     def _header(self, file: str) -> dict[str, TensorEntry]:

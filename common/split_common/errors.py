@@ -94,6 +94,10 @@ class CertificateError(AuthenticationError):
     """A certificate of another fleet, outside its validity, of another role, or revoked."""
 
 
+class NeedEmbeddings(SplitError):
+    """The worker does not hold the embeddings that a step of an image job names: it is to be sent them again."""
+
+
 # --- the queue and its sessions ----------------------------------------------------------------------------
 
 

@@ -140,7 +140,7 @@ def load_part(
         UnsupportedArchitecture: the model cannot be cut between its layers.
     """
     model_class = _part_class(plan, split, side, bases, fill)
-    state = _read(plan.checkpoint, plan.own_tensors(split, side))
+    state = read_tensors(plan.checkpoint, plan.own_tensors(split, side))
     try:
         with _quiet():
             # The class's own `from_pretrained` may be ours: this is transformers'.
@@ -223,7 +223,8 @@ def strip(module: nn.Module, stack: nn.ModuleList) -> None:
             setattr(module, name, Absent())
 
 
-def _read(checkpoint: Checkpoint, names: list[str]) -> dict[str, torch.Tensor]:
+def read_tensors(checkpoint: Checkpoint, names: list[str]) -> dict[str, torch.Tensor]:
+    """Some of a checkpoint's tensors, mapped from their files. Raises MissingTensor."""
     by_file: dict[str, list[str]] = {}
     for name in names:
         by_file.setdefault(checkpoint.files[name], []).append(name)

@@ -2,7 +2,7 @@
 
 A message is two frames. The first is a version byte and a msgspec header, which the broker reads to route it.
 The second is a body that only the two ends can open (see `split_common.channel`); the broker never looks at it.
-A body, once opened, is a length, a msgspec payload, the raw bytes of at most one tensor, and padding.
+A body, once opened, is a length, a msgspec payload, the raw bytes of the tensors that it names, and padding.
 
 Nothing here imports torch: the broker is small.
 """
@@ -10,6 +10,7 @@ Nothing here imports torch: the broker is small.
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Sized
 from enum import IntEnum
@@ -50,6 +51,17 @@ Natural = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 Text = Annotated[str, msgspec.Meta(max_length=512)]
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=MAX_RETRY_AFTER)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+#: How the numbers of an image's states travel: as they are, or as integers with one scale for each channel.
+Codec = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+
+#: Bits of a number in each codec, and bytes of a scale where it has scales.
+CODEC_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
+SCALE_BYTES = 4
+
+#: Rows (images and their negatives) and tensors of one step of an image job, at most.
+MAX_IMAGE_ROWS = 256
+MAX_ARRAYS = 64
 
 
 class Header(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -285,6 +297,85 @@ class Done(Payload, frozen=True, tag=5):
     """Answer to a fork; of session 0, to the end of a channel's set-up."""
 
 
+class Array(msgspec.Struct, array_like=True, frozen=True):
+    """One of the tensors of a body. Scales, one for each channel of each row, come before the numbers."""
+
+    codec: Codec
+    shape: Annotated[list[Annotated[int, msgspec.Meta(ge=1, lt=2**20)]], msgspec.Meta(min_length=2, max_length=4)]
+    #: How its end keeps it in memory: convolutions of another layout round otherwise. It travels in C order.
+    channels_last: bool = False
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def scales(self) -> int:
+        return self.shape[0] * self.shape[1] if self.codec in ("int8", "int4") else 0
+
+    @property
+    def nbytes(self) -> int:
+        return (self.size * CODEC_BITS[self.codec] + 7) // 8 + self.scales * SCALE_BYTES
+
+
+class Condition(Payload, frozen=True, tag=7):
+    """What an image is made after: the text's embeddings `[rows, tokens, width]`. Sent once for each job.
+
+    `key` is how steps name it. A worker may forget it, and then refuses a step with "embeddings".
+    """
+
+    key: Hash
+    embeddings: Array
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.embeddings.nbytes
+
+
+class Denoise(Payload, frozen=True, tag=8):
+    """One call of an image model's body, complete in itself but for the embeddings.
+
+    The tensors are the states `[rows, channels, height, width]`, the embedding of the time `[rows, width]`, and a
+    ControlNet's residuals, if there is one.
+    """
+
+    #: The `Condition` of this job, and which of its rows belongs to each row here; -1 for one of zeros.
+    condition: Hash
+    rows: Annotated[
+        list[Annotated[int, msgspec.Meta(ge=-1, lt=MAX_IMAGE_ROWS)]],
+        msgspec.Meta(min_length=1, max_length=MAX_IMAGE_ROWS),
+    ]
+    arrays: Annotated[list[Array], msgspec.Meta(min_length=2, max_length=MAX_ARRAYS)]
+    #: How the answer's numbers should travel.
+    codec: Codec
+    #: All replies below this sequence number have arrived.
+    acked: Natural = 0
+
+    @property
+    def room(self) -> int:
+        return 128 + 32 * len(self.arrays) + 3 * len(self.rows)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+
+class Denoised(Payload, frozen=True, tag=9):
+    """Answer to a `Denoise`: the body's output `[rows, channels, height, width]`. Times in microseconds."""
+
+    output: Array
+    body_us: Natural = 0
+    worker_us: Natural = 0
+
+    @property
+    def room(self) -> int:
+        return 96
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.output.nbytes
+
+
 class Refusal(Payload, frozen=True, tag=6):
     """The request was refused and changed nothing.
 
@@ -293,7 +384,9 @@ class Refusal(Payload, frozen=True, tag=6):
     queue "full" and is to be sent again.
     """
 
-    reason: Literal["busy", "full", "non-finite", "malformed", "lost", "failed", "too-long", "evicted"]
+    reason: Literal[
+        "busy", "full", "non-finite", "malformed", "lost", "failed", "too-long", "evicted", "embeddings"
+    ]
     message: Annotated[str, msgspec.Meta(max_length=2048)] = ""
     retry_after: Seconds = 0.0
     session: Natural = 0
@@ -301,8 +394,11 @@ class Refusal(Payload, frozen=True, tag=6):
     seq: Natural = 0
 
 
-AnyRequest = Step | Fork | Close
-AnyReply = Result | Done | Refusal
+AnyRequest = Step | Fork | Close | Condition | Denoise
+AnyReply = Result | Done | Refusal | Denoised
+
+#: What answers a request unless it is refused.
+ANSWERS: dict[type[Payload], type[Payload]] = {Step: Result, Denoise: Denoised, Fork: Done, Condition: Done}
 
 _T = TypeVar("_T")
 _LENGTH = struct.Struct("<I")

@@ -1,22 +1,24 @@
-"""The device's side of lambda-split: `from split_device import SplitModelForCausalLM, Device`."""
+"""The device's side of lambda-split: models, UNets and jobs that run in two places."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from split_device.diffusion.unet import SplitUNet2DConditionModel
     from split_device.jobs.device import Device
     from split_device.model import SplitModelForCausalLM
 
-__all__ = ["Device", "SplitModelForCausalLM"]
+__all__ = ["Device", "SplitModelForCausalLM", "SplitUNet2DConditionModel"]
+
+_MODULES = {
+    "Device": "split_device.jobs.device",
+    "SplitModelForCausalLM": "split_device.model",
+    "SplitUNet2DConditionModel": "split_device.diffusion.unet",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when they are asked for: the command line's help needs no torch.
-    if name == "SplitModelForCausalLM":
-        from split_device.model import SplitModelForCausalLM
-
-        return SplitModelForCausalLM
-    if name == "Device":
-        from split_device.jobs.device import Device
-
-        return Device
+    # Loaded when it is asked for: the command line's help needs no torch, a language model no diffusers.
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -52,6 +52,7 @@ from split_device.settings import Sampling
 def register(app: typer.Typer) -> None:
     """Adds the device's commands to `app`."""
     from split_device.demo import demo
+    from split_device.diffusion.cli import image
     from split_device.doctor import doctor
     from split_device.jobs import agent_cli
     from split_device.jobs import cli as jobs_cli
@@ -60,7 +61,8 @@ def register(app: typer.Typer) -> None:
     from split_device.stress.cli import stress
     from split_device.stress.device import stress_device
 
-    for command in (generate, chat, inspect, demo, doctor, stress, dead_letters, jobs_cli.submit, batch, serve):
+    commands = (generate, chat, image, jobs_cli.submit, batch, serve, inspect, demo, doctor, stress, dead_letters)
+    for command in commands:
         app.command()(command)
     app.command(hidden=True)(stress_device)
     app.add_typer(agent_cli.app, name="agent")

@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import threading
 import time
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,23 +18,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from split_common import wire
-from split_common.errors import (
-    Busy,
-    NoWorker,
-    SessionLost,
-    SplitError,
-    StepFailed,
-    UnsupportedFeature,
-    WorkerGone,
-    WorkerSlow,
-)
+from split_common.errors import Busy, SessionLost, UnsupportedFeature
 from split_common.slots import PassThrough
 from split_common.split import Split
 from split_common.tensors import dtype_name, raw_bytes, to_bytes
 from split_device.chunks import Request, cut
 from split_device.client import Client
-from split_device.dead_letters import DeadLetter, record
 from split_device.history import History
+from split_device.lasting import Lasting
 from split_device.session import RemoteSession
 
 #: Bytes of hidden states in one message; a longer prefill travels in several.
@@ -43,14 +33,6 @@ CHUNK_BYTES = 1024 * 1024
 
 #: Chunks of history that are under way to a new worker at once.
 REPLAY_WINDOW = 8
-
-#: Seconds to wait before a lost session is opened again.
-RETRY_AFTER = 0.1
-
-#: A step at which workers failed so often, or that so many held when they died, is tried no more. (Workers may die
-#: for reasons of their own.)
-MAX_FAILURES = 2
-MAX_DEATHS = 4
 
 
 class Call(threading.local):
@@ -113,7 +95,7 @@ class BodyLayer(DynamicLayer):  # type: ignore[misc]
     reset = crop = reorder_cache = batch_select_indices = batch_repeat_interleave = _nothing_here
 
 
-class SessionLayer(BodyLayer):
+class SessionLayer(Lasting[Request], BodyLayer):
     """The body's KV cache, on a worker: the cache layer in the body's first slot.
 
     Args:
@@ -126,16 +108,10 @@ class SessionLayer(BodyLayer):
     def __init__(
         self, client: Client, traits: Traits, window: int | None = None, history_memory: int | None = None
     ) -> None:
-        super().__init__(None, window)
-        self.client = client
+        BodyLayer.__init__(self, None, window)
+        Lasting.__init__(self, client)
         self._history_memory = client.history_memory if history_memory is None else history_memory
         self._traits = traits
-        self._remote: RemoteSession | None = None
-        self._number = client.new_number()
-        self._epochs = itertools.count()
-        self._patient = False
-        self._abandoned = False
-        self._closer: weakref.finalize[..., SessionLayer] | None = None
         #: Which columns hold tokens and not padding, bool `[batch, columns]`; None before the first step.
         self._columns: torch.Tensor | None = None
         #: The worker's row of each row, where rows moved since the last step.
@@ -165,9 +141,8 @@ class SessionLayer(BodyLayer):
         self._take([row for row in range(count) for _ in range(repeats)])
 
     def reset(self) -> None:
-        if self._remote is not None:
-            self._remote.close()
-        self._remote = self._columns = self._select = None
+        self._close()
+        self._columns = self._select = None
         self._history = History(self._history_memory)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SessionLayer:
@@ -182,25 +157,12 @@ class SessionLayer(BodyLayer):
                 twin._hold(self._remote.fork(twin._number, next(twin._epochs)))
         return twin
 
-    def abandon(self) -> None:
-        """Makes the step under way in another thread fail soon; nobody wants the session any more."""
-        self._abandoned = True
-        if (remote := self._remote) is not None:
-            remote.interrupt()
-
     def _take(self, rows: list[int]) -> None:
         if self._columns is None:
             return
         self._columns = self._columns[rows]
         self._select = rows if self._select is None else [self._select[row] for row in rows]
         self._history.select(rows)
-
-    def _hold(self, remote: RemoteSession) -> None:
-        if self._closer is not None:
-            self._closer.detach()
-        self._remote = remote
-        remote.patient = self._patient
-        self._closer = weakref.finalize(self, remote.close)
 
     # --- a step --------------------------------------------------------------------------------------------
 
@@ -307,76 +269,16 @@ class SessionLayer(BodyLayer):
             chunks = cut(rows, packed, limit, horizon)
             return [(chunk, to_bytes(chunk.states)) for chunk in chunks]
 
-    def _persist(self, requests: list[Request]) -> list[tuple[wire.AnyReply, memoryview]]:
-        """Sends requests until a worker answers them, whatever becomes of the first ones.
+    def _letter(self, requests: list[Request]) -> tuple[int, int, int]:
+        rows = len({row.row for chunk, _ in requests for row in chunk.rows})
+        return rows, sum(len(chunk.states) for chunk, _ in requests), self.get_seq_length()
 
-        A session that is lost is opened on another worker, which gets the history first.
-        """
-        avoid: list[bytes] = []
-        lost: SessionLost | None = None
-        failed: list[str] = []
-        died: dict[bytes, str] = {}
-        waiting_since: float | None = None
-        # A step that is left by one slow worker is left to the next one, or it would have to begin anew for ever.
-        self._patient = False
-        while True:
-            if self._abandoned:
-                raise lost or SessionLost("the session was given up")
-            try:
-                if self._remote is None:
-                    self._open(avoid)
-                else:
-                    self._remote.patient = self._patient
-                assert self._remote is not None
-                return self._send(self._remote, requests)
-            except (Busy, SessionLost, NoWorker) as error:
-                now = time.monotonic()
-                waiting_since = now if waiting_since is None else waiting_since
-                lost = error if isinstance(error, SessionLost) else lost
-                if (remote := self._remote) is not None:
-                    name = remote.channel.channel.peer.name
-                    if isinstance(error, StepFailed):
-                        failed.append(name)
-                    if isinstance(error, WorkerSlow):
-                        self._patient, waiting_since = True, now
-                    if isinstance(error, WorkerGone) and remote.worker not in died:
-                        # It may have been at work for long: patience begins anew.
-                        died[remote.worker], waiting_since = name, now
-                    if remote.ended or (self._select is not None and len(requests) > 1):
-                        # Of several chunks some may have run, and with the first one the selection.
-                        remote.close()
-                        avoid, self._remote = [remote.worker], None
-                if len(failed) >= MAX_FAILURES or len(died) >= MAX_DEATHS:
-                    raise self._give_up(error, requests, [*failed, *died.values()]) from None
-                fresh = lost is None and not self.get_seq_length() and not self.client.served
-                pause = getattr(error, "retry_after", RETRY_AFTER)
-                if now + pause > waiting_since + self.client.patience or (isinstance(error, NoWorker) and fresh):
-                    raise lost or error from None
-                time.sleep(pause)
-            except SplitError:
-                # Of several chunks some may have run: what the worker holds is not known any more.
-                if self._remote is not None:
-                    self._remote.close()
-                    self._remote = None
-                raise
+    def _is_spoilt(self, requests: list[Request]) -> bool:
+        # Of several chunks some may have run, and with the first one the selection.
+        return self._select is not None and len(requests) > 1
 
-    def _give_up(self, error: SplitError, requests: list[Request], workers: list[str]) -> StepFailed:
-        """A step that makes workers fail or die must not travel on: it is recorded, and refused."""
-        if not isinstance(error, StepFailed):
-            error = StepFailed(f"{len(workers)} workers died while they held this step, which is not tried again")
-        service = self.client.service
-        record(
-            DeadLetter(
-                model=self.client.model,
-                layers=f"{service.first}:{service.last}",
-                workers=workers,
-                rows=len({row.row for chunk, _ in requests for row in chunk.rows}),
-                tokens=sum(len(chunk.states) for chunk, _ in requests),
-                cached=self.get_seq_length(),
-                reason=str(error),
-            )
-        )
-        return error
+    def _is_new(self) -> bool:
+        return not self.get_seq_length()
 
     def _open(self, avoid: list[bytes]) -> None:
         """Opens a session on some worker, and fills its cache with what is cached here."""

@@ -16,6 +16,7 @@ from split_common.errors import (
     BrokerUnreachable,
     Busy,
     Malformed,
+    NeedEmbeddings,
     NonFinite,
     PromptTooLong,
     SessionLost,
@@ -83,7 +84,7 @@ class RemoteSession:
 
         Raises:
             SessionLost: the worker is gone or does not hold the session any more.
-            Busy, NonFinite, Malformed, PromptTooLong: the worker refused a request.
+            Busy, NonFinite, Malformed, PromptTooLong, NeedEmbeddings: the worker refused a request.
             BrokerUnreachable: the broker has been silent for the client's timeout.
         """
         if self._lost is not None:
@@ -111,7 +112,7 @@ class RemoteSession:
         for (request, _), (reply, _) in zip(requests, answers, strict=True):
             if isinstance(reply, wire.Refusal):
                 raise refusal_error(reply)
-            if not isinstance(reply, wire.Result if isinstance(request, wire.Step) else wire.Done):
+            if not isinstance(reply, wire.ANSWERS[type(request)]):
                 wrong = SessionLost(f"the worker answered a {type(request).__name__} by a {type(reply).__name__}")
                 self._end(wrong)
                 raise wrong
@@ -167,7 +168,7 @@ class RemoteSession:
 
     def _send(self, payload: wire.Payload, tensor: memoryview | bytes) -> None:
         with self._client.timings.measure("encrypt"):
-            if isinstance(payload, wire.Step):
+            if isinstance(payload, wire.Step | wire.Denoise):
                 payload = msgspec.structs.replace(payload, acked=self.acked)
             header = wire.Relay(
                 self.worker,
@@ -240,6 +241,8 @@ def refusal_error(refusal: wire.Refusal) -> SplitError:
             return Malformed(message)
         case "too-long":
             return PromptTooLong(message)
+        case "embeddings":
+            return NeedEmbeddings(message)
         case "failed":
             return StepFailed(message)
         case _:

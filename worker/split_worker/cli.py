@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -28,6 +28,7 @@ from split_common.process import catch_sigterm, passive_threads, wait_for
 from split_common.transport import connect
 
 DeviceName = Literal["auto", "cpu", "cuda"]
+CutName = Literal["A", "C"]
 
 #: Tokens of the sessions in which a worker's memory is told to people.
 SESSION_TOKENS = 2048
@@ -44,13 +45,21 @@ def register(app: typer.Typer) -> None:
 def worker(
     model: ModelOption = None,
     layers: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="FIRST:LAST",
             rich_help_panel=MODEL_PANEL,
-            help="The body's layers, as a slice: 2:-2 leaves two at each end.",
+            help="The body's layers, as a slice. Default: 2:-2, which leaves two at each end.",
         ),
-    ] = "2:-2",
+    ] = None,
+    cut: Annotated[
+        CutName | None,
+        typer.Option(
+            rich_help_panel=MODEL_PANEL,
+            help="Of a diffusion model, instead of --layers: the body begins behind the first (C) or the second "
+            "(A) downsampler. Default: C.",
+        ),
+    ] = None,
     broker: BrokerOption = DEFAULT_BROKER,
     device: Annotated[
         DeviceName, typer.Option(help="Where the body runs; auto takes a GPU if there is one.")
@@ -61,7 +70,11 @@ def worker(
     ] = None,
     kv_memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="For keys and values, like 4GiB. Default: a share of what is free."),
+        typer.Option(
+            metavar="SIZE",
+            help="For keys and values, like 4GiB; default: a share of what is free. Of a diffusion model, for "
+            "embeddings; default: 1GiB.",
+        ),
     ] = None,
     max_sessions: Annotated[int, typer.Option(min=1, metavar="N", help="Sessions held at once.")] = 1024,
     idle_timeout: Annotated[
@@ -89,43 +102,55 @@ def worker(
 
     import torch
 
-    from split_common import wire
-    from split_common.manifest import find_manifest
-    from split_common.part import plan
-    from split_common.split import Split
     from split_common.tensors import parse_dtype
     from split_worker.body import Body
+    from split_worker.serving import load_body
     from split_worker.sessions import SessionTable
     from split_worker.worker import Worker
 
     if threads is not None:
         torch.set_num_threads(threads)
     place = _device(device)
-    plan_ = plan(checkpoint, revision)
-    split = Split.parse(plan_.layers, layers)
-    manifest = find_manifest(fleet, plan_.checkpoint, plan_.own_tensors(split, "worker"))
-    body = Body(plan_, split, torch.device(place), parse_dtype(dtype), kv_bytes)
-    service = wire.Service(manifest.root, split.first, split.last)
+    serving = load_body(
+        checkpoint,
+        fleet,
+        revision=revision,
+        layers=layers,
+        cut=cut,
+        device=torch.device(place),
+        dtype=parse_dtype(dtype),
+        memory=kv_bytes,
+    )
+    body, service = serving.body, serving.service
     sessions = SessionTable(max_sessions, idle_timeout)
     stop = catch_sigterm()
-    running = Worker(body, service, manifest.name, identity, fleet, transport, sessions, stop.set)
+    running = Worker(body, service, serving.model, identity, fleet, transport, sessions, stop.set)
     running.start(timeout)
     try:
-        facts = {
+        facts: dict[str, Any] = {
             "worker": identity.certificate.name,
-            "model": manifest.name,
-            "layers": str(split),
+            "model": serving.model,
+            "layers": f"{service.first}:{service.last}",
             "device": place,
             "dtype": str(body.dtype).removeprefix("torch."),
             "parameter_bytes": body.parameter_bytes,
-            "kv_tokens": body.store.capacity,
-            "kv_sessions": body.store.capacity // min(SESSION_TOKENS, body.max_positions),
-            "packed": body.separate_because is None,
-            "attention": body.backend.name if body.separate_because is None else None,
             "pid": os.getpid(),
         }
+        if isinstance(body, Body):
+            facts |= {
+                "kv_tokens": body.store.capacity,
+                "kv_sessions": body.store.capacity // min(SESSION_TOKENS, body.max_positions),
+                "packed": body.separate_because is None,
+                "attention": body.backend.name if body.separate_because is None else None,
+            }
         if json:
             emit_json(facts)
+        elif not isinstance(body, Body):
+            stderr.print(
+                "worker {worker} serves {model} blocks {layers} on {device} in {dtype} "
+                "({parameter_bytes:,} bytes of weights)".format(**facts),
+                soft_wrap=True,
+            )
         else:
             stderr.print(
                 "worker {worker} serves {model} layers {layers} on {device} in {dtype} "

@@ -16,8 +16,17 @@ from split_common import wire
 from split_common.engine.rows import Run
 from split_common.engine.runner import Launched, Runner
 from split_common.engine.scheduler import DECODE_TOKENS, Gathering, Job, Piece, Scheduler
-from split_common.errors import Busy, Malformed, NonFinite, Oversized, PromptTooLong, SplitError
+from split_common.errors import (
+    Busy,
+    Malformed,
+    NeedEmbeddings,
+    NonFinite,
+    Oversized,
+    PromptTooLong,
+    SplitError,
+)
 from split_common.tensors import dtype_name, from_bytes, to_bytes
+from split_worker.diffusion import DiffusionBody
 from split_worker.sessions import Session, SessionTable
 from split_worker.watch import Watch
 
@@ -30,6 +39,7 @@ REASONS: dict[type[Exception], str] = {
     Malformed: "malformed",
     Oversized: "malformed",
     PromptTooLong: "too-long",
+    NeedEmbeddings: "embeddings",
 }
 
 
@@ -81,7 +91,7 @@ class ComputeLoop:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Runner | DiffusionBody,
         sessions: SessionTable,
         lock: threading.RLock,
         reply: Reply,
@@ -94,7 +104,7 @@ class ComputeLoop:
         self._on_failure = on_failure
         #: What ended the loop, if it was not `stop`.
         self.failure: BaseException | None = None
-        self._watch = Watch()
+        self._watch = Watch(runner.first_turn) if isinstance(runner, DiffusionBody) else Watch()
         self._hung = False
         self._inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._scheduler = Scheduler(runner.store, self._make_room, divisible=not runner.positions_interact)
@@ -222,14 +232,27 @@ class ComputeLoop:
             case wire.Fork() as fork:
                 self._fork(task, fork)
                 return []
-            case wire.Step() as step:
+            case wire.Condition() | wire.Denoise() as request if isinstance(self._runner, DiffusionBody):
+                return self._start_image(task, request, self._runner)
+            case wire.Step() as step if not isinstance(self._runner, DiffusionBody):
                 began = time.perf_counter()
                 self._check_size(step)
                 states = from_bytes(task.tensor, step.dtype, step.tokens, step.width)
                 runs = task.session.begin(step, states, self._runner)
                 task.host_seconds += time.perf_counter() - began
                 return runs
-        raise Malformed("a request that is not computed")
+        raise Malformed(f"a {type(task.request).__name__} for a model of another kind")
+
+    def _start_image(
+        self, task: Task, request: wire.Condition | wire.Denoise, body: DiffusionBody
+    ) -> Sequence[Run]:
+        if isinstance(request, wire.Condition):
+            body.condition(task.session.rows, request, task.tensor)
+            return []
+        began = time.perf_counter()
+        runs = body.begin(task.session.rows, request, task.tensor)
+        task.host_seconds += time.perf_counter() - began
+        return runs
 
     def _check_size(self, step: wire.Step) -> None:
         """Raises Oversized when the answer, in the body's dtype, would be no message any more."""
@@ -294,6 +317,9 @@ class ComputeLoop:
             if isinstance(task.request, wire.Step):
                 tensor = to_bytes(outcome)
                 reply = self._result(task, task.request, outcome, began)
+            elif isinstance(task.request, wire.Denoise) and isinstance(self._runner, DiffusionBody):
+                array, tensor = self._runner.answer(task.request, outcome)
+                reply = wire.Denoised(array, *self._account(task, task.request, began))
             else:
                 reply = wire.Done()
             task.session.commit()
@@ -305,21 +331,26 @@ class ComputeLoop:
         self._reply(task, reply, tensor)
         if isinstance(reply, wire.Result) and reply.tokens <= DECODE_TOKENS:
             self._gathering.answered(task.session, time.perf_counter())
-        elif reply.reason == "failed":
+        if isinstance(reply, wire.Refusal) and reply.reason == "failed":
             # Its rows may be half written: the device starts another session.
             with self._lock:
                 self._sessions.close(task.session.id)
             self.wake()
 
     def _result(self, task: Task, step: wire.Step, output: torch.Tensor, began: float) -> wire.Result:
+        self.counters["tokens"] += step.tokens
+        return wire.Result(
+            dtype_name(output.dtype), output.shape[0], output.shape[1], *self._account(task, step, began)
+        )
+
+    def _account(self, task: Task, step: wire.Step | wire.Denoise, began: float) -> tuple[int, int]:
+        """Counts a step that has run: microseconds in the body, and elsewhere in this process."""
         task.session.forget(step.acked)
         host = task.host_seconds + time.perf_counter() - began
         body = min(self._batch_seconds, began - task.arrived)
         self.counters["steps"] += 1
-        self.counters["tokens"] += step.tokens
         self.counters["queue_us"] += round((began - task.arrived - body) * 1e6)
-        name = dtype_name(output.dtype)
-        return wire.Result(name, output.shape[0], output.shape[1], round(body * 1e6), round(host * 1e6))
+        return round(body * 1e6), round(host * 1e6)
 
     def _refusal(self, error: Exception) -> wire.Refusal:
         reason = "evicted" if isinstance(error, Evicted) else REASONS.get(type(error), "failed")

@@ -12,11 +12,15 @@ FIRST_TURN = 60.0
 
 
 class Watch:
-    """Whether a turn of the compute loop takes so much longer than others that it may never end."""
+    """Whether a turn of the compute loop takes so much longer than others that it may never end.
 
-    def __init__(self) -> None:
+    Args:
+        first_turn: seconds for the first one.
+    """
+
+    def __init__(self, first_turn: float = FIRST_TURN) -> None:
         self._began: float | None = None
-        self._allowed = FIRST_TURN
+        self._allowed = first_turn
         #: Seconds for each token of the slowest turns of late.
         self._slowest: float | None = None
 

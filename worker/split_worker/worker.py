@@ -30,6 +30,7 @@ from split_common.keys import Certificate, Identity, ModelScope, Role, verify_ce
 from split_common.transport import Transport, new_peer_id
 from split_worker.body import Body
 from split_worker.compute import ComputeLoop, Task
+from split_worker.diffusion import DiffusionBody
 from split_worker.sessions import Session, SessionTable
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class Worker:
 
     def __init__(
         self,
-        body: Body,
+        body: Body | DiffusionBody,
         service: wire.Service,
         model: str,
         identity: Identity,

@@ -1,0 +1,78 @@
+"""How the states of an image travel: as floats, or as integers with one scale for each channel of each row."""
+
+from __future__ import annotations
+
+import torch
+
+from split_common import wire
+from split_common.errors import Malformed
+from split_common.tensors import DTYPES, check_finite, dtype_name, raw_bytes
+
+#: The largest integer of each codec that has scales.
+_LARGEST = {"int8": 127, "int4": 7}
+
+
+def encode(tensor: torch.Tensor, codec: wire.Codec | None = None) -> tuple[wire.Array, bytes | memoryview]:
+    """A tensor of at least two dimensions (rows, channels, …) as it travels.
+
+    Args:
+        codec: None keeps the numbers as they are.
+
+    Raises:
+        NonFinite: it holds NaN or infinity, or would in this codec.
+        Malformed: its dtype does not travel.
+    """
+    codec = codec or dtype_name(tensor.dtype)
+    array = wire.Array(codec, list(tensor.shape), _is_channels_last(tensor))
+    if codec in DTYPES:
+        tensor = tensor.to(DTYPES[codec])
+        check_finite(tensor)
+        return array, raw_bytes(tensor)
+    check_finite(tensor)
+    channels = (
+        tensor.detach().cpu().float().flatten(2) if tensor.ndim > 2 else tensor.detach().cpu().float()[..., None]
+    )
+    largest = _LARGEST[codec]
+    scales = channels.abs().amax(2, keepdim=True) / largest
+    numbers = (channels / scales.clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(-largest, largest)
+    integers = numbers.to(torch.int8).flatten()
+    if codec == "int4":
+        integers = torch.nn.functional.pad(integers, (0, integers.numel() % 2)) & 15
+        integers = integers[::2] | (integers[1::2] << 4)
+    return array, b"".join((raw_bytes(scales), raw_bytes(integers)))
+
+
+def decode(array: wire.Array, data: memoryview) -> torch.Tensor:
+    """A tensor from its bytes, in the layout that it had; of codecs with scales in float32.
+
+    Raises:
+        Malformed: the size does not fit the shape, or a scale is negative.
+        NonFinite: it holds NaN or infinity.
+    """
+    if len(data) != array.nbytes:
+        raise Malformed(f"{len(data)} bytes of a tensor, expected {array.nbytes}")
+    if array.codec in DTYPES:
+        return _restored(torch.frombuffer(bytearray(data), dtype=DTYPES[array.codec]), array)
+    border = array.scales * wire.SCALE_BYTES
+    scales = torch.frombuffer(bytearray(data[:border]), dtype=torch.float32)
+    check_finite(scales)
+    if bool((scales < 0).any()):
+        raise Malformed("a tensor's scales are negative")
+    integers = torch.frombuffer(bytearray(data[border:]), dtype=torch.int8)
+    if array.codec == "int4":
+        # The lower half's sign is restored by moving it up and back.
+        integers = torch.stack(((integers << 4) >> 4, integers >> 4), 1).flatten()[: array.size]
+    return _restored(integers.view(array.scales, -1).float() * scales[:, None], array)
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return (
+        tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _restored(numbers: torch.Tensor, array: wire.Array) -> torch.Tensor:
+    tensor = numbers.view(array.shape)
+    check_finite(tensor)
+    last = array.channels_last and tensor.ndim == 4
+    return tensor.contiguous(memory_format=torch.channels_last) if last else tensor

@@ -1,0 +1,120 @@
+"""What takes the place of the body's blocks in the device's UNet.
+
+`UNet2DConditionModel.forward` stays as it is. The body's blocks on the way down pass placeholders on, in place of
+their skips; the last one on the way up calls the worker with what the first one was handed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from split_common.errors import UnsupportedFeature
+from split_device.diffusion.session import Inputs
+
+
+class Call(threading.local):
+    """What the UNet is called with, on its way through the slots."""
+
+    timestep: float = 0.0
+    sample: torch.Tensor | None = None
+    embedding: torch.Tensor | None = None
+    context: Any = None
+    #: A ControlNet's, for the body's skips and its middle block.
+    residuals: Sequence[torch.Tensor] = ()
+
+    def inputs(self) -> Inputs:
+        """Raises UnsupportedFeature for embeddings that only an adapter's own weights understand."""
+        assert self.sample is not None
+        assert self.embedding is not None
+        if not isinstance(self.context, torch.Tensor):
+            raise UnsupportedFeature("an IP-Adapter's image embeddings cannot be split: the worker has no adapter")
+        if self.context.ndim != 3:
+            raise UnsupportedFeature(f"embeddings of shape {tuple(self.context.shape)} cannot be split")
+        return Inputs(self.sample, self.embedding, self.context, self.residuals)
+
+
+class Slot(nn.Module):
+    """A block of the body, on the worker. Has no parameters."""
+
+    has_cross_attention = True
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self._call = call
+
+    @staticmethod
+    def refuse(options: dict[str, Any]) -> None:
+        """Raises UnsupportedFeature for what blocks may be handed and the worker's are not."""
+        for name in ("attention_mask", "encoder_attention_mask", "cross_attention_kwargs", "additional_residuals"):
+            # A LoRA's scale has been applied already, to the blocks that are here.
+            given = options.get(name)
+            if given is None or (isinstance(given, dict) and not given.keys() - {"scale"}):
+                continue
+            raise UnsupportedFeature(f"{name} cannot be split: it concerns blocks that are on the worker")
+
+
+class DownSlot(Slot):
+    """A block on the way down: makes `skips` skips, which are placeholders."""
+
+    def __init__(self, call: Call, skips: int, first: bool) -> None:
+        super().__init__(call)
+        self._skips, self._first = skips, first
+
+    def forward(
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, encoder_hidden_states: Any = None, **options: Any
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        self.refuse(options)
+        if self._first:
+            self._call.sample, self._call.embedding = hidden_states, temb
+            self._call.context = encoder_hidden_states
+        placeholder = hidden_states.new_zeros(())
+        return placeholder, (placeholder,) * self._skips
+
+
+class MiddleSlot(Slot):
+    """The block in the middle: passes the placeholder on."""
+
+    def forward(self, hidden_states: torch.Tensor, _embedding: torch.Tensor, **options: Any) -> torch.Tensor:
+        self.refuse(options)
+        return hidden_states
+
+
+class UpSlot(Slot):
+    """A block on the way up, with as many `resnets` as the skips that it takes."""
+
+    def __init__(self, call: Call, skips: int) -> None:
+        super().__init__(call)
+        # Counted by the UNet.
+        self.resnets = nn.ModuleList(nn.Identity() for _ in range(skips))
+
+    def forward(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
+        self.refuse(options)
+        return hidden_states
+
+
+class LastSlot(UpSlot):
+    """The body's last block: what it returns comes from the worker, but for its upsampler, which is here.
+
+    Args:
+        run: calls the body.
+        upsamplers: the original block's.
+    """
+
+    def __init__(
+        self, call: Call, skips: int, run: Callable[[Inputs], torch.Tensor], upsamplers: nn.ModuleList
+    ) -> None:
+        super().__init__(call, skips)
+        self._run = run
+        self.upsamplers = upsamplers
+
+    def forward(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
+        self.refuse(options)
+        output = self._run(self._call.inputs())
+        for upsampler in self.upsamplers:
+            output = upsampler(output, options.get("upsample_size"))
+        return output

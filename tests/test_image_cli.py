@@ -1,0 +1,95 @@
+"""`lambda-split image` and `lambda-split worker --cut`, as commands."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiny_diffusion
+from fleet import running_broker, start_worker
+from split_common.cli import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_diffusion.save_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="module")
+def options(model: Path) -> Iterator[list[str]]:
+    with running_broker() as broker:
+        worker = start_worker(model, broker.address, cut="C")
+        yield ["--broker", broker.address, "--model", str(model), "--steps", "3", "--seed", "1"]
+        worker.stop()
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"), dtype=int)
+
+
+def test_an_image_is_made(options: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["image", "a seven", "-o", str(tmp_path / "a.png"), *options]) == 0
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "64x64" in err
+    assert "3 calls of the worker" in err
+    assert stat.S_IMODE((tmp_path / "a.png").stat().st_mode) == 0o600
+    again = ["image", "a seven", "-o", str(tmp_path / "b.png"), "--codec", "int8", "--reuse", "2", "--json"]
+    assert main([*again, *options]) == 0
+    out, err = capfd.readouterr()
+    (line,) = out.splitlines()
+    report = json.loads(line)
+    assert (report["width"], report["height"], report["calls"]) == (64, 64, 2)
+    one, two = pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png")
+    assert one.std() > 0
+    assert np.abs(one - two).mean() < np.abs(one - one.mean()).mean()
+
+
+def test_an_image_begins_with_another_one(options: list[str], tmp_path: Path) -> None:
+    first, second = tmp_path / "first.png", tmp_path / "second.png"
+    Image.new("RGB", (48, 64), "red").save(first)
+    more = ["--init-image", str(first), "--strength", "0.7", "--negative", "blue", "--guidance", "3"]
+    assert main(["image", "a seven", "-o", str(second), *more, *options]) == 0
+    assert pixels(second).shape == (64, 48, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["-o", "a.txt"], 2, "no name of an image"),
+        (["-o", "nowhere/a.png"], 2, "no directory"),
+        (["-o", "a.png", "--size", "big"], 2, "no size"),
+        (["-o", "a.png", "--size", "33x31"], 2, "divisible"),
+        (["-o", "a.png", "--init-image", "gone.png"], 2, "cannot be read"),
+        (["-o", "a.png", "--cut", "A"], 1, "no worker serves"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    options: list[str],
+    arguments: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["image", "a seven", *arguments, *options]) == code
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_worker_takes_one_way_to_say_the_cut(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["worker", "--model", str(model), "--cut", "C", "--layers", "1:-1"]) == 2
+    assert "give one of them" in capfd.readouterr().err
+    assert main(["worker", "--model", str(model), "--layers", "0:-1"]) == 2
+    assert "from each end" in capfd.readouterr().err

@@ -1,0 +1,225 @@
+"""Steps of image jobs as a worker takes them, whatever a device sends; and how their tensors travel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tiny_diffusion
+from split_common import wire
+from split_common.checkpoint import Checkpoint
+from split_common.diffusion.codecs import decode, encode
+from split_common.diffusion.unet import UNetPlan, is_unet, plan_unet
+from split_common.engine.rows import Row
+from split_common.errors import (
+    ConfigError,
+    InvalidSplit,
+    Malformed,
+    NeedEmbeddings,
+    NonFinite,
+    Oversized,
+    UnsupportedArchitecture,
+)
+from split_worker.diffusion import DiffusionBody
+
+KEY = bytes(32)
+WIDTH = 2 * tiny_diffusion.TEXT
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> UNetPlan:
+    path = tiny_diffusion.save_sdxl(tmp_path_factory.mktemp("sdxl"))
+    return plan_unet(Checkpoint.resolve(path))
+
+
+@pytest.fixture(scope="module")
+def body(plan: UNetPlan) -> DiffusionBody:
+    return DiffusionBody(plan, plan.split("C"), torch.device("cpu"))
+
+
+def pack(*tensors: torch.Tensor) -> tuple[list[wire.Array], memoryview]:
+    parts = [encode(tensor) for tensor in tensors]
+    return [array for array, _ in parts], memoryview(b"".join(data for _, data in parts))
+
+
+def condition(body: DiffusionBody, rows: list[Row], count: int = 1, width: int = WIDTH, key: bytes = KEY) -> None:
+    array, data = encode(torch.ones(count, 4, width))
+    body.condition(rows, wire.Condition(key, array), memoryview(data))
+
+
+def begin(body: DiffusionBody, rows: list[Row], wanted: list[int], *tensors: torch.Tensor) -> Any:
+    arrays, data = pack(*tensors)
+    return body.begin(rows, wire.Denoise(KEY, wanted, arrays, "float32"), data)
+
+
+GOOD = torch.ones(1, 32, 16, 16), torch.ones(1, 128)
+
+
+def test_a_good_step_runs(body: DiffusionBody) -> None:
+    rows: list[Row] = []
+    condition(body, rows)
+    (run,) = begin(body, rows, [0], *GOOD)
+    (output,) = body.launch([run]).wait()
+    assert output.shape == (1, 64, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tensors"),
+    [
+        ([0], (torch.ones(1, 33, 16, 16), GOOD[1])),
+        ([0], (torch.ones(1, 32, 16), GOOD[1])),
+        ([0], (GOOD[0], torch.ones(1, 127))),
+        ([0, 0], GOOD),
+        ([1], GOOD),
+        ([0], (*GOOD, torch.ones(1, 32, 16, 16))),
+        ([0], (*GOOD, *[torch.ones(1, 32, 16, 16)] * 7)),
+    ],
+    ids=["channels", "dimensions", "embedding", "rows", "row of embeddings", "one residual", "residuals"],
+)
+def test_steps_that_do_not_fit_are_refused(body: DiffusionBody, rows: list[int], tensors: Any) -> None:
+    held: list[Row] = []
+    condition(body, held)
+    with pytest.raises(Malformed):
+        begin(body, held, rows, *tensors)
+
+
+def test_embeddings_of_another_model_are_refused(body: DiffusionBody) -> None:
+    with pytest.raises(Malformed, match="width"):
+        condition(body, [], width=WIDTH + 1)
+
+
+def test_states_that_are_not_finite_are_refused(body: DiffusionBody) -> None:
+    rows: list[Row] = []
+    condition(body, rows)
+    (array, data), (time, after) = encode(GOOD[0]), encode(GOOD[1])
+    bad = bytearray(data)
+    bad[:4] = b"\xff" * 4
+    with pytest.raises(NonFinite):
+        body.begin(rows, wire.Denoise(KEY, [0], [array, time], "float32"), memoryview(bytes(bad) + after))
+
+
+def test_an_answer_too_large_for_a_message_is_refused(body: DiffusionBody) -> None:
+    rows: list[Row] = []
+    condition(body, rows)
+    arrays = [wire.Array("int4", [1, 32, 256, 256]), wire.Array("float32", [1, 128])]
+    with pytest.raises(Oversized):
+        body.begin(rows, wire.Denoise(KEY, [0], arrays, "float32"), memoryview(b""))
+
+
+def test_embeddings_that_grow_by_their_rows_are_refused(
+    body: DiffusionBody, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[Row] = []
+    condition(body, rows)
+    monkeypatch.setattr("split_worker.diffusion.MAX_CONTEXT", 2 * 4 * WIDTH * 4)
+    many = torch.ones(3, 32, 16, 16), torch.ones(3, 128)
+    begin(body, rows, [0, -1], many[0][:2], many[1][:2])
+    with pytest.raises(Oversized):
+        begin(body, rows, [0, -1, 0], *many)
+
+
+def test_embeddings_that_were_used_least_lately_are_forgotten_first(plan: UNetPlan) -> None:
+    body = DiffusionBody(plan, plan.split("C"), torch.device("cpu"), memory=2 * 4 * WIDTH * 4)
+    rows: list[Row] = []
+    other: list[Row] = []
+    condition(body, rows)
+    condition(body, other, key=b"1" * 32)
+    begin(body, rows, [0], *GOOD)
+    condition(body, other, key=b"2" * 32)
+    begin(body, rows, [0], *GOOD)
+    with pytest.raises(NeedEmbeddings):
+        body.begin(other, wire.Denoise(b"1" * 32, [0], *pack(*GOOD)[:1], "float32"), pack(*GOOD)[1])
+    rows[0].free()
+    with pytest.raises(NeedEmbeddings):
+        begin(body, rows, [0], *GOOD)
+
+
+def test_cuts(plan: UNetPlan, tmp_path: Path) -> None:
+    assert str(plan.split("C")) == "1:6"
+    assert str(plan.split("A")) == "2:5"
+    with pytest.raises(ConfigError):
+        plan.split("D")
+    mine, theirs = (set(plan.own_tensors(plan.split("C"), side)) for side in ("device", "worker"))
+    assert not mine & theirs
+    assert mine | theirs == set(plan.checkpoint.tensor_names)
+    assert "up_blocks.1.upsamplers.0.conv.weight" in mine
+    assert "up_blocks.0.upsamplers.0.conv.weight" in theirs
+    plan.config["block_out_channels"] = [32]
+    try:
+        with pytest.raises(InvalidSplit):
+            plan.split("C")
+    finally:
+        plan.config["block_out_channels"] = [32, 64, 96]
+
+
+def test_what_is_no_unet(tmp_path: Path) -> None:
+    path = tiny_diffusion.save_sdxl(tmp_path)
+    assert is_unet(Checkpoint.resolve(path))
+    with pytest.raises(UnsupportedArchitecture):
+        plan_unet(Checkpoint.resolve(path / "vae"))
+    config = path / "unet" / "config.json"
+    config.write_text(config.read_text().replace('"UpBlock2D"', '"AttnUpBlock2D"'))
+    with pytest.raises(UnsupportedArchitecture, match="AttnUpBlock2D"):
+        plan_unet(Checkpoint.resolve(path))
+
+
+# --- codecs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("codec", "steps"), [("float32", 0), ("float16", 1024), ("bfloat16", 128), ("int8", 127), ("int4", 7)]
+)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 3, 5, 1), (3, 7)])
+def test_numbers_come_back_within_half_a_step(codec: wire.Codec, steps: int, shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 5
+    array, data = encode(tensor, codec)
+    assert len(data) == array.nbytes
+    back = decode(array, memoryview(data)).float()
+    largest = tensor.reshape(*shape[:2], -1).abs().amax(2).view(*shape[:2], *[1] * (len(shape) - 2))
+    assert bool(((back - tensor).abs() <= (0.5001 * largest / steps if steps else 0)).all())
+
+
+def test_the_layout_in_memory_comes_back() -> None:
+    tensor = torch.randn(1, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    array, data = encode(tensor)
+    back = decode(array, memoryview(data))
+    assert torch.equal(back, tensor)
+    assert back.stride() == tensor.stride()
+
+
+def test_zeros_and_what_overflows() -> None:
+    for codec in ("int8", "int4"):
+        array, data = encode(torch.zeros(1, 2, 3), codec)  # type: ignore[arg-type]
+        assert not decode(array, memoryview(data)).any()
+    with pytest.raises(NonFinite):
+        encode(torch.full((1, 1), 1e6), "float16")
+    with pytest.raises(NonFinite):
+        encode(torch.full((1, 1), float("nan")), "int8")
+
+
+@given(
+    codec=st.sampled_from(list(wire.CODEC_BITS)),
+    shape=st.lists(st.integers(1, 4), min_size=2, max_size=4),
+    data=st.data(),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_are_finite_numbers_or_refused(codec: Any, shape: list[int], data: st.DataObject) -> None:
+    array = wire.Array(codec, shape, data.draw(st.booleans()))
+    content = data.draw(st.binary(min_size=array.nbytes, max_size=array.nbytes))
+    try:
+        assert torch.isfinite(decode(array, memoryview(content))).all()
+    except (Malformed, NonFinite):
+        return
+
+
+def test_a_payload_that_names_more_than_follows_is_refused() -> None:
+    huge = wire.Array("float32", [2**20 - 1] * 4)
+    step = wire.Denoise(KEY, [0], [huge, huge], "float32")
+    body = wire.encode_payload(step, b"")
+    with pytest.raises(Malformed, match="names a tensor"):
+        wire.decode_payload(body, wire.request_decoder)

@@ -1,0 +1,130 @@
+"""A tiny random SDXL pipeline of real diffusers classes, and one in the shape of SD 1.5: 64×64 pixels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+TOKENS = 16
+TEXT = 32
+
+
+def tokenizer(directory: Path) -> CLIPTokenizer:
+    """One token for each letter."""
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(
+        str(directory / "vocab.json"),
+        str(directory / "merges.txt"),
+        model_max_length=TOKENS,
+        pad_token=words[-1],
+    )
+
+
+def text_config(vocabulary: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=TEXT,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        projection_dim=TEXT,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
+    )
+
+
+def vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(16, 32),
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=64,
+    )
+
+
+#: Three levels, of which the first has no attention, as SDXL's.
+SDXL: dict[str, Any] = {
+    "sample_size": 32,
+    "block_out_channels": (32, 64, 96),
+    "layers_per_block": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (2, 4, 8),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "transformer_layers_per_block": (1, 1, 2),
+    "projection_class_embeddings_input_dim": TEXT + 6 * 8,
+    "cross_attention_dim": 2 * TEXT,
+    "norm_num_groups": 8,
+}
+
+#: Four levels, of which the last has no attention, as SD 1.5's.
+SD15: dict[str, Any] = {
+    "sample_size": 32,
+    "block_out_channels": (16, 32, 48, 48),
+    "layers_per_block": 1,
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+    "attention_head_dim": 4,
+    "cross_attention_dim": TEXT,
+    "norm_num_groups": 8,
+}
+
+
+def save_sdxl(directory: Path) -> Path:
+    """Saves the pipeline under `directory`, in float32."""
+    torch.manual_seed(0)
+    words = tokenizer(directory / "words")
+    config = text_config(len(words))
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=CLIPTextModel(config),
+        text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer=words,
+        tokenizer_2=words,
+        unet=UNet2DConditionModel(**SDXL),
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear"),
+    )
+    pipeline.save_pretrained(directory / "tiny-sdxl")
+    return directory / "tiny-sdxl"
+
+
+def save_sd15(directory: Path) -> Path:
+    torch.manual_seed(0)
+    words = tokenizer(directory / "words")
+    pipeline = StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=CLIPTextModel(text_config(len(words))),
+        tokenizer=words,
+        unet=UNet2DConditionModel(**SD15),
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(directory / "tiny-sd15")
+    return directory / "tiny-sd15"

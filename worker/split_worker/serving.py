@@ -1,0 +1,73 @@
+"""What a worker serves: the body that a checkpoint's kind calls for, loaded and checked against the manifest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from split_common import wire
+from split_common.checkpoint import Checkpoint
+from split_common.diffusion.unet import is_unet, plan_unet
+from split_common.errors import ConfigError
+from split_common.fleet import Fleet
+from split_common.manifest import find_manifest
+from split_common.part import plan
+from split_common.split import Split
+from split_worker.body import Body
+from split_worker.diffusion import DiffusionBody
+
+#: The body of a language model, and the cut of an image model, unless told otherwise.
+LAYERS = "2:-2"
+CUT = "C"
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A loaded body, and under what it is served: the model's name is for people."""
+
+    body: Body | DiffusionBody
+    service: wire.Service
+    model: str
+
+
+def load_body(
+    model: str,
+    fleet: Fleet,
+    *,
+    revision: str | None = None,
+    layers: str | None = None,
+    cut: str | None = None,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    memory: int | None = None,
+) -> Serving:
+    """Loads the body of a language model or of a diffusion model's UNet.
+
+    Args:
+        model: a directory or hub id.
+        fleet: whose manifest the tensors must match.
+        layers: the body's layers (of a UNet its blocks) as `FIRST:LAST`.
+        cut: of a UNet, by name.
+        memory: bytes for keys and values, or for embeddings; None for the default.
+
+    Raises:
+        ConfigError, InvalidSplit: the model cannot be cut so.
+        ModelError, KeysError: it cannot be loaded, or is not in the fleet.
+    """
+    checkpoint = Checkpoint.resolve(model, revision)
+    if not is_unet(checkpoint):
+        if cut is not None:
+            raise ConfigError(f"--cut is for diffusion models, and {checkpoint.name} is none: use --layers")
+        text = plan(model, revision)
+        split = Split.parse(text.layers, layers or LAYERS)
+        manifest = find_manifest(fleet, text.checkpoint, text.own_tensors(split, "worker"))
+        body: Body | DiffusionBody = Body(text, split, device, dtype, memory)
+    else:
+        if cut is not None and layers is not None:
+            raise ConfigError("--layers and --cut say the same thing: give one of them")
+        image = plan_unet(checkpoint)
+        split = image.split(cut or CUT) if layers is None else image.check(Split.parse(image.blocks, layers))
+        manifest = find_manifest(fleet, checkpoint, image.own_tensors(split, "worker"))
+        body = DiffusionBody(image, split, device, dtype, memory)
+    return Serving(body, wire.Service(manifest.root, split.first, split.last), manifest.name)
