@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from hypothesis import given, settings
@@ -155,6 +156,16 @@ def test_cuts(plan: UNetPlan, tmp_path: Path) -> None:
             plan.split("C")
     finally:
         plan.config["block_out_channels"] = [32, 64, 96]
+
+
+def test_a_sharded_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    diffusers.UNet2DConditionModel(**tiny_diffusion.SDXL).save_pretrained(tmp_path, max_shard_size="4MB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    sharded = plan_unet(Checkpoint.resolve(tmp_path))
+    split = sharded.split("A")
+    body = DiffusionBody(sharded, split, torch.device("cpu"))
+    assert body.parameter_bytes == sharded.checkpoint.nbytes(sharded.own_tensors(split, "worker"))
 
 
 def test_what_is_no_unet(tmp_path: Path) -> None:
