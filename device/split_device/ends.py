@@ -59,9 +59,9 @@ class Ends:
         self.capacity = min((runner.store.capacity for runner in runners), default=None)
         self.max_positions: int = model._max_positions
 
-    def embed(self, tokens: Sequence[int], first: int) -> torch.Tensor:
-        """What the first layer sees of tokens at the positions from `first` on, `[tokens, width]`, on the host."""
-        return self._shell.embed(tokens, first)
+    def embed(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        """What the first layer sees of tokens at these positions, `[tokens, width]`, on the host."""
+        return self._shell.embed(tokens, positions)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Logits, float32 `[rows, vocabulary]`, of what the last layer makes of tokens, `[rows, width]`."""
@@ -83,10 +83,9 @@ class Shell:
         self._stack.slots[-1].register_forward_pre_hook(self._inject)
 
     @torch.inference_mode()
-    def embed(self, tokens: Sequence[int], first: int) -> torch.Tensor:
+    def embed(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         ids = torch.tensor([list(tokens)], device=self._device)
-        arguments = self._arguments(range(first, first + len(tokens)))
-        self._stack.owner(input_ids=ids, **arguments)
+        self._stack.owner(input_ids=ids, **self._arguments(positions))
         seen, self._seen = self._seen, None
         assert seen is not None
         return seen[0].cpu()
@@ -100,7 +99,7 @@ class Shell:
         logits: torch.Tensor = output.logits[0]
         return logits.float().cpu()
 
-    def _arguments(self, positions: range) -> dict[str, Any]:
+    def _arguments(self, positions: Sequence[int]) -> dict[str, Any]:
         arguments: dict[str, Any] = {"use_cache": False}
         if self._stack.takes_positions:
             arguments["position_ids"] = torch.tensor([list(positions)], device=self._device)

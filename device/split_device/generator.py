@@ -7,6 +7,7 @@ a thread for each, which computes nothing, waits for it.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import logging
@@ -42,6 +43,13 @@ KEPT_FREE = 8
 #: Tokens of prompts that are at workers at once, or those of one prompt: who comes later with a higher priority
 #: waits for no more than these.
 PREFILL_AWAY = 1024
+
+#: While more tokens of prompts than this have brought no first token, requests of no priority do not decode: a
+#: worker takes many prompts faster when nobody decodes beside them, and then many decode together.
+RUSH = 512
+
+#: Seconds for which a request is held back for others' first tokens that do not come.
+HOLD = 5.0
 
 #: Seconds of silence after which no more replies are waited for before the next forward.
 GATHER = 0.003
@@ -122,6 +130,8 @@ class Flight:
     costs: tuple[int, int]
     #: What is to go through the model: tokens that go together.
     pending: deque[list[int]]
+    #: Tokens of the first of these.
+    prompt: int
     #: Whether it has chosen no token yet.
     fresh: bool = True
     #: Tokens that went into the head, and into the tail.
@@ -162,12 +172,15 @@ class Generator:
         self._waiting: list[tuple[int, int, Generation, Sampler]] = []
         self._order = itertools.count()
         self._flights: dict[Generation, Flight] = {}
+        #: Requests whose next tokens go to the head.
+        self._entering: list[Flight] = []
         #: What the head has made, to go to the workers; what has come through the tail, to be sampled.
         self._outgoing: list[tuple[Flight, torch.Tensor]] = []
         self._ready: list[tuple[Flight, torch.Tensor]] = []
         #: Tokens of each request that are at a worker.
         self._away: dict[Flight, int] = {}
         self._paused_until = 0.0
+        self._held_until = 0.0
         self._couriers: list[threading.Thread] = []
         # Joins a request to a loop that still runs.
         self._lock = threading.Lock()
@@ -241,6 +254,7 @@ class Generator:
         self._admit()
         self._count("tail", self._tail.forward())
         self._sample()
+        self._embed()
         self._count("head", self._head.forward())
         self._send_off()
 
@@ -252,9 +266,11 @@ class Generator:
     def _take_in(self) -> None:
         """Does what others want done; waits if there is nothing else to do, or for replies that come just now."""
         if self._head.idle and self._tail.idle and not self._ready:
-            pause = self._paused_until - time.monotonic()
+            now = time.monotonic()
+            times = [self._paused_until] * bool(self._waiting) + [self._held_until] * bool(self._outgoing)
+            wake = min((time_ for time_ in times if time_ > now), default=None)
             try:
-                self._inbox.get(timeout=max(0.0, pause) if self._waiting and pause > 0 else None)()
+                self._inbox.get(timeout=None if wake is None else wake - now)()
             except queue.Empty:
                 return
         until = time.monotonic() + MAX_GATHER
@@ -299,14 +315,16 @@ class Generator:
             (self._new_row(self._head), self._new_row(self._tail)),
             costs,
             deque([first, *later]),
+            len(first),
         )
         self._head.room -= costs[0]
         self._tail.room -= costs[1]
         self._flights[generation] = flight
+        self._held_until = time.monotonic() + HOLD
         courier = threading.Thread(target=self._carry, args=(flight,), name="lambda-split-courier", daemon=True)
         self._couriers = [*filter(threading.Thread.is_alive, self._couriers), courier]
         courier.start()
-        self._enter(flight)
+        self._entering.append(flight)
 
     @staticmethod
     def _new_row(stage: Stage) -> Row | None:
@@ -353,12 +371,22 @@ class Generator:
 
     # --- the way of a request's tokens ---------------------------------------------------------------------
 
-    def _enter(self, flight: Flight) -> None:
-        """Hands the next tokens to the head."""
-        tokens = flight.pending.popleft()
-        begin, flight.entered = flight.entered, flight.entered + len(tokens)
-        states = self._ends.embed(tokens, begin)
-        self._head.add(flight, flight.rows[0], begin, states, lambda outcome: self._headed(flight, outcome))
+    def _embed(self) -> None:
+        """Hands the next tokens of requests to the head; what is decoded, all together."""
+        entering, self._entering = [flight for flight in self._entering if not flight.ended], []
+        decoding = [flight for flight in entering if len(flight.pending[0]) == 1]
+        for flights in ([decoding] if decoding else []) + [
+            [flight] for flight in entering if flight not in decoding
+        ]:
+            parts = [flight.pending.popleft() for flight in flights]
+            begins = [flight.entered for flight in flights]
+            positions = [
+                begin + index for begin, part in zip(begins, parts, strict=True) for index in range(len(part))
+            ]
+            states = self._ends.embed([token for part in parts for token in part], positions)
+            for flight, begin, mine in zip(flights, begins, torch.split(states, [*map(len, parts)]), strict=True):
+                flight.entered += len(mine)
+                self._head.add(flight, flight.rows[0], begin, mine, functools.partial(self._headed, flight))
 
     def _headed(self, flight: Flight, outcome: torch.Tensor | Exception) -> None:
         if self._goes_on(flight, outcome):
@@ -366,18 +394,20 @@ class Generator:
             self._outgoing.append((flight, outcome))
 
     def _send_off(self) -> None:
-        """Sends states to the workers: not those of a request while one of a higher priority waits for its first
-        token, and not too many prompts at once.
-        """
-        urgent = max((flight.priority for flight in self._flights.values() if flight.fresh), default=None)
+        """Sends states to the workers, but not too many prompts at once, and not what is held back."""
         kept: list[tuple[Flight, torch.Tensor]] = []
+        fresh = [flight for flight in self._flights.values() if flight.fresh]
+        urgent = max((flight.priority for flight in fresh), default=0)
+        rush = sum(flight.prompt for flight in fresh) > RUSH
+        held_back = time.monotonic() < self._held_until
         prefill = sum(tokens for tokens in self._away.values() if tokens > DECODE_TOKENS)
         for flight, states in sorted(self._outgoing, key=lambda each: -each[0].priority):
             tokens = len(states)
             if flight.ended:
                 continue
             crowded = tokens > DECODE_TOKENS and prefill > 0 and prefill + tokens > PREFILL_AWAY
-            if crowded or (urgent is not None and flight.priority < urgent):
+            waits = flight.priority < urgent or (rush and flight.priority <= 0 and not flight.fresh)
+            if crowded or (waits and held_back):
                 kept.append((flight, states))
                 continue
             prefill += tokens if tokens > DECODE_TOKENS else 0
@@ -394,7 +424,7 @@ class Generator:
                     outcome = flight.session.step(states[None], Call())[0]
             except Exception as error:
                 outcome = error
-            self._inbox.put(lambda flight=flight, outcome=outcome: self._returned(flight, outcome))  # type: ignore[misc]
+            self._inbox.put(functools.partial(self._returned, flight, outcome))
         flight.session.reset()
 
     def _returned(self, flight: Flight, outcome: torch.Tensor | Exception) -> None:
@@ -407,13 +437,13 @@ class Generator:
         elif self._goes_on(flight, outcome):
             assert isinstance(outcome, torch.Tensor)
             begin, flight.left = flight.left, flight.left + len(outcome)
-            self._tail.add(flight, flight.rows[1], begin, outcome, lambda output: self._tailed(flight, output))
+            self._tail.add(flight, flight.rows[1], begin, outcome, functools.partial(self._tailed, flight))
 
     def _tailed(self, flight: Flight, outcome: torch.Tensor | Exception) -> None:
         if self._goes_on(flight, outcome):
             assert isinstance(outcome, torch.Tensor)
             if flight.pending:
-                self._enter(flight)
+                self._entering.append(flight)
             else:
                 self._ready.append((flight, outcome[-1]))
 
@@ -440,11 +470,13 @@ class Generator:
         sampler, generation = flight.sampler, flight.generation
         token, logprobs = (likeliest, None) if sampler.plain else sampler.choose(logits)
         sampler.accept(token)
-        flight.fresh = False
+        if flight.fresh:
+            flight.fresh = False
+            self._held_until = time.monotonic() + HOLD
         generation.add(token, logprobs, sampler.state)
         self.counters["tokens"] += 1
         if reason := self._over(generation, sampler):
             self._end(flight, reason)
         else:
             flight.pending.append([token])
-            self._enter(flight)
+            self._entering.append(flight)
