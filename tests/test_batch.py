@@ -141,6 +141,7 @@ def test_lines_and_bad_lines(run: Any, checkpoint: Path, address: str, worker: N
     assert (again.code, "is there already" in again.err) == (2, True)
 
 
+@pytest.mark.timeout(480)  # a dozen processes are started, on a machine that may be busy
 def test_a_batch_that_is_killed_again_and_again(checkpoint: Path, address: str, tmp_path: Path) -> None:
     """Every line is answered once, by the tokens of the unsplit model, whoever dies meanwhile."""
     draw = random.Random(8)
