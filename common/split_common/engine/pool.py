@@ -20,6 +20,10 @@ from split_common.engine.rows import Row
 PAGE_TOKENS = 16
 
 
+#: Pages in a row that are free where a new sequence begins, if possible.
+ROOM = 64
+
+
 class OutOfPages(Exception):
     """The pool has no page left; nothing was changed."""
 
@@ -133,6 +137,8 @@ class PagePool:
         #: Pages that are free.
         self.free = pages
         self._reserved = 0
+        # Memory that was never written to costs nothing: pages are taken from the first so many while that does.
+        self._span = min(ROOM, pages)
         self._references = np.zeros(pages, dtype=np.int32)
 
     def storage(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,15 +202,20 @@ class PagePool:
         return bool(self._references[page] > 1)
 
     def _middle_of_largest_gap(self) -> int:
-        used = np.flatnonzero(self._references)
-        edges = np.concatenate(([-1], used, [self.pages]))
-        gaps = np.diff(edges)
-        largest = int(gaps.argmax())
-        if gaps[largest] < 2:
+        """Of the part of the pool in use, which is made larger when no gap in it leaves a sequence room to grow."""
+        while True:
+            used = np.flatnonzero(self._references[: self._span])
+            edges = np.concatenate(([-1], used, [self._span]))
+            gaps = np.diff(edges) - 1
+            largest = int(gaps.argmax())
+            if gaps[largest] >= ROOM or self._span == self.pages:
+                break
+            self._span = min(2 * self._span, self.pages)
+        if gaps[largest] < 1:
             raise OutOfPages
         # A gap that begins the pool is taken from its start: nothing grows into it.
         first = int(edges[largest]) + 1
-        return first if largest == 0 else first + (int(gaps[largest]) - 1) // 2
+        return first if largest == 0 else first + int(gaps[largest]) // 2
 
 
 def _follow(pages: list[int]) -> bool:
