@@ -37,6 +37,7 @@ from split_common.transport import HEARTBEAT, count_dropped
 from split_common.zmq_link import ZmqLink
 from split_device import client as client_module
 from split_device import history as history_module
+from split_device import lasting as lasting_module
 from split_device import remote as remote_module
 from split_device import session as session_module
 from split_device.client import Client
@@ -371,7 +372,15 @@ class World:
         self.broker = SimulatedBroker(self)
 
     def _patch(self, patch: pytest.MonkeyPatch) -> None:
-        timed = (client_module, session_module, remote_module, worker_module, sessions_module, compute_module)
+        timed = (
+            client_module,
+            session_module,
+            lasting_module,
+            remote_module,
+            worker_module,
+            sessions_module,
+            compute_module,
+        )
         for module in (
             *timed,
             watch_module,
