@@ -12,7 +12,7 @@ import torch
 import zmq
 
 import tiny
-from split_broker.lanes import Message, Peer
+from split_broker.lanes import Body, Message, Peer
 from split_common import channel as channels
 from split_common import wire
 from split_device import SplitModelForCausalLM
@@ -76,12 +76,12 @@ class Recording:
         with setting.broker(f"ipc://{directory}/b") as broker:
             handle, put = broker._handle, broker._put
 
-            def record_received(envelope: zmq.Frame, head: bytes, body: bytes) -> None:
-                self.frames += [envelope.bytes, head, body]
+            def record_received(envelope: zmq.Frame, head: bytes, body: Body) -> None:
+                self.frames += [envelope.bytes, head, bytes(memoryview(body))]  # type: ignore[arg-type]
                 handle(envelope, head, body)
 
             def record_sent(peer: Peer, message: Message) -> bool:
-                self.frames += message
+                self.frames += [message[0], bytes(memoryview(message[1]))]  # type: ignore[arg-type]
                 return put(peer, message)
 
             patch.setattr(broker, "_handle", record_received)

@@ -210,7 +210,8 @@ def cheat(broker: Broker, change: Callable[[Peer, wire.AnyHeader, Message], list
     deliver = broker._put
 
     def put(peer: Peer, message: Message) -> bool:
-        delivered = [deliver(peer, one) for one in change(peer, wire.decode_header(message[0]), message)]
+        head, body = message[0], bytes(memoryview(message[1]))  # type: ignore[arg-type]
+        delivered = [deliver(peer, one) for one in change(peer, wire.decode_header(head), (head, body))]
         return all(delivered)
 
     broker._put = put  # type: ignore[method-assign]
