@@ -193,12 +193,19 @@ class SplitUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
 
     def _run(self, inputs: Inputs) -> torch.Tensor:
         """The body's output, from a worker or from a step before."""
+        session = self.session
+        output: torch.Tensor = self._threads.reuse.output(self._call.timestep, inputs, session.step)
+        return output
+
+    @property
+    def session(self) -> ImageSession:
+        """The session of this thread; another one may `abandon` it."""
         mine = self._threads
         if not hasattr(mine, "session"):
             mine.session = ImageSession(self._client, self._plan, self.split, self._codec)
             mine.reuse = Reuse(self._every)
-        output: torch.Tensor = mine.reuse.output(self._call.timestep, inputs, mine.session.step)
-        return output
+        session: ImageSession = mine.session
+        return session
 
     # --- what is refused by name ---------------------------------------------------------------------------
 

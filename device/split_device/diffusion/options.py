@@ -1,0 +1,69 @@
+"""Options that the commands of images share."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from split_common.errors import ConfigError
+from split_common.options import MODEL_PANEL
+from split_device.diffusion.settings import ImageSettings, parse_pixels
+
+_WIRE = "On the way"
+
+Cut = Literal["A", "C"]
+CodecName = Literal["none", "fp16", "int8", "int4"]
+
+#: Of the environment: the image model where none is named.
+IMAGE_MODEL = "LAMBDA_SPLIT_IMAGE_MODEL"
+
+StepsOption = Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="Denoising steps.")]
+ImageSeedOption = Annotated[int | None, typer.Option(metavar="N", help="The same seed gives the same image.")]
+SizeOption = Annotated[
+    str | None, typer.Option(metavar="WIDTHxHEIGHT", help="In pixels. Default: what the model was made for.")
+]
+GuidanceOption = Annotated[
+    float | None, typer.Option(min=0.0, metavar="G", help="How closely to follow the prompt; 1 to not guide.")
+]
+NegativeOption = Annotated[str | None, typer.Option(metavar="TEXT", help="What the image should not show.")]
+CutOption = Annotated[
+    Cut,
+    typer.Option(
+        rich_help_panel=MODEL_PANEL, help="Where the model is cut: A keeps more of it here than C. As workers."
+    ),
+]
+CodecOption = Annotated[
+    CodecName, typer.Option(rich_help_panel=_WIRE, help="How states travel; none sends them as they are.")
+]
+ReuseOption = Annotated[
+    int,
+    typer.Option(
+        min=1, metavar="N", rich_help_panel=_WIRE, help="Call the worker at every N-th step only; 1 is exact."
+    ),
+]
+
+
+def image_settings(
+    steps: int, seed: int | None, size: str | None, guidance: float | None, negative: str | None
+) -> ImageSettings:
+    """Raises ConfigError."""
+    width, height = parse_pixels(size) if size is not None else (None, None)
+    return ImageSettings(steps, width, height, guidance, negative, seed)
+
+
+def pipeline_directory(model: str | None) -> str:
+    """The pipeline's directory, from wherever it will be loaded. Raises ConfigError."""
+    if model is None:
+        raise ConfigError(f"no model: give --model DIR, the directory of a pipeline (or {IMAGE_MODEL})")
+    if not (Path(model) / "model_index.json").is_file():
+        raise ConfigError(f"{model} is no directory of a pipeline: it has no model_index.json")
+    return str(Path(model).resolve())
+
+
+def need_diffusers() -> None:
+    """Raises ConfigError where images cannot be made."""
+    if importlib.util.find_spec("diffusers") is None or importlib.util.find_spec("PIL") is None:
+        raise ConfigError("images need more packages: pip install 'lambda-split[diffusion]'")
