@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from split_device.diffusion.unet import SplitUNet2DConditionModel
-    from split_device.jobs.device import Device
+    from split_device.jobs.device import Device, ImageDevice
     from split_device.model import SplitModelForCausalLM
 
-__all__ = ["Device", "SplitModelForCausalLM", "SplitUNet2DConditionModel"]
+__all__ = ["Device", "ImageDevice", "SplitModelForCausalLM", "SplitUNet2DConditionModel"]
 
 _MODULES = {
     "Device": "split_device.jobs.device",
+    "ImageDevice": "split_device.jobs.device",
     "SplitModelForCausalLM": "split_device.model",
     "SplitUNet2DConditionModel": "split_device.diffusion.unet",
 }

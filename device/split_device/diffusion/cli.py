@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,9 +34,11 @@ from split_device.diffusion.options import (
     ReuseOption,
     SizeOption,
     StepsOption,
+    check_output,
     image_settings,
     need_diffusers,
     pipeline_directory,
+    step_progress,
 )
 from split_device.diffusion.settings import image_bytes, image_format
 from split_device.options import PatienceOption
@@ -90,7 +89,6 @@ def image(
     Needs a running `lambda-split broker`, or Redis, and a `lambda-split worker --cut …` that serves the same model.
     Ctrl-C ends it, and writes nothing.
     """
-    format_ = image_format(output.name)
     check_output(output)
     if init_image is not None and size is not None:
         raise ConfigError("--init-image and --size do not go together: the image has a size")
@@ -125,7 +123,7 @@ def image(
         with step_progress(steps, json) as advance:
             made = painter.paint(prompt, settings, advance, **more)
         seconds = time.perf_counter() - began
-        write_private(output.absolute(), image_bytes(made, format_))
+        write_private(output.absolute(), image_bytes(made, image_format(output.name)))
         calls = unet.timings.steps
         if json:
             emit_json(
@@ -144,17 +142,6 @@ def image(
             stderr.print(f"{output}: {facts}", soft_wrap=True)
 
 
-def check_output(path: Path) -> None:
-    """Raises ConfigError where no file could be written, before any work is done for it."""
-    directory = path.absolute().parent
-    if not directory.is_dir():
-        raise ConfigError(f"{directory} is no directory")
-    if path.is_dir():
-        raise ConfigError(f"{path} is a directory")
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise ConfigError(f"{directory} cannot be written")
-
-
 def _read_image(path: Path) -> Any:
     from PIL import Image
 
@@ -163,15 +150,3 @@ def _read_image(path: Path) -> Any:
             return image.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{path} cannot be read as an image: {error}") from None
-
-
-@contextlib.contextmanager
-def step_progress(steps: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr; yields what is told how many steps are done, and how many there are."""
-    from rich.progress import MofNCompleteColumn, Progress
-
-    with Progress(
-        *Progress.get_default_columns(), MofNCompleteColumn(), console=stderr, transient=True, disable=quiet
-    ) as bar:
-        task = bar.add_task("steps", total=steps)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,16 +1,20 @@
-"""Options that the commands of images share."""
+"""What the commands of images share: options, checks and a bar of steps."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from split_common.console import stderr
 from split_common.errors import ConfigError
 from split_common.options import MODEL_PANEL
-from split_device.diffusion.settings import ImageSettings, parse_pixels
+from split_device.diffusion.settings import ImageSettings, image_format, parse_pixels
 
 _WIRE = "On the way"
 
@@ -67,3 +71,27 @@ def need_diffusers() -> None:
     """Raises ConfigError where images cannot be made."""
     if importlib.util.find_spec("diffusers") is None or importlib.util.find_spec("PIL") is None:
         raise ConfigError("images need more packages: pip install 'lambda-split[diffusion]'")
+
+
+def check_output(path: Path) -> None:
+    """Raises ConfigError where no image could be written, before any work is done for it."""
+    image_format(path.name)
+    directory = path.absolute().parent
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is no directory")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError(f"{directory} cannot be written")
+
+
+@contextlib.contextmanager
+def step_progress(steps: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr; yields what is told how many steps are done, and how many there are."""
+    from rich.progress import MofNCompleteColumn, Progress
+
+    with Progress(
+        *Progress.get_default_columns(), MofNCompleteColumn(), console=stderr, transient=True, disable=quiet
+    ) as bar:
+        task = bar.add_task("steps", total=steps)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

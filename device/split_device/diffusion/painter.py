@@ -35,7 +35,8 @@ class Painting:
         #: Steps that are done.
         self.steps = 0
         self._abandon: Callable[[], None] | None = None
-        self._cancelled = False
+        #: Whether `cancel` was called.
+        self.cancelled = False
         threading.Thread(target=self._run, args=(make,), name="painting", daemon=True).start()
 
     @property
@@ -44,13 +45,13 @@ class Painting:
 
     def cancel(self) -> None:
         """Ends it soon: after the step under way, which does not wait for a worker any more."""
-        self._cancelled = True
+        self.cancelled = True
         if (abandon := self._abandon) is not None:
             abandon()
 
     def check(self) -> None:
         """Raises Cancelled."""
-        if self._cancelled:
+        if self.cancelled:
             raise Cancelled
 
     def holds(self, abandon: Callable[[], None]) -> None:
@@ -62,7 +63,7 @@ class Painting:
         try:
             image = make(self)
         except BaseException as error:
-            self.future.set_exception(Cancelled() if self._cancelled else error)
+            self.future.set_exception(Cancelled() if self.cancelled else error)
         else:
             self.future.set_result(image)
 
