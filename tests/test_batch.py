@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
+from serving import Unsplit
 from split_common.process import running_command
 from split_device.jobs.batch import work_path
 from split_device.jobs.store import Store
@@ -67,23 +66,6 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-class Unsplit:
-    """What the unsplit model says."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self._model = AutoModelForCausalLM.from_pretrained(checkpoint)
-
-    def say(self, prompt: str, tokens: int, seed: int | None = None) -> str:
-        ids = self._tokenizer(prompt, return_tensors="pt")["input_ids"]
-        options: dict[str, Any] = {"do_sample": False}
-        if seed is not None:
-            torch.manual_seed(seed)
-            options = {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": 0}
-        output = self._model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options)
-        return str(self._tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-
-
 def test_lines_and_bad_lines(run: Any, checkpoint: Path, address: str, worker: None, tmp_path: Path) -> None:
     text = {"model": "x", "prompt": "Once", "max_tokens": 8, "n": 2, "seed": 3, "top_p": 0.9}
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
@@ -119,7 +101,7 @@ def test_lines_and_bad_lines(run: Any, checkpoint: Path, address: str, worker: N
     assert body["choices"][0]["message"]["content"] == unsplit.say("user:Hello</s>assistant:", 8)
     assert body["usage"] == {"prompt_tokens": 21, "completion_tokens": 8, "total_tokens": 29}
     assert [choice["text"] for choice in records[1]["response"]["body"]["choices"]] == [
-        unsplit.say("Once", 8, seed) for seed in (3, 4)
+        unsplit.say("Once", 8, seed, top_p=0.9) for seed in (3, 4)
     ]
     assert all(record["response"] is None for record in records[2:])
     assert [(record["custom_id"], record["error"]["code"]) for record in records[2:]] == [
@@ -192,7 +174,7 @@ def test_a_batch_that_is_killed_again_and_again(checkpoint: Path, address: str, 
     unsplit = Unsplit(checkpoint)
     for record, prompt, seed in zip(records, prompts, seeds, strict=True):
         answer = record["response"]["body"]["choices"][0]["message"]["content"]
-        assert answer == unsplit.say(f"user:{prompt}</s>assistant:", TOKENS, seed)
+        assert answer == unsplit.say(f"user:{prompt}</s>assistant:", TOKENS, seed, top_p=0.9)
 
 
 def test_ctrl_c_and_another_file(run: Any, checkpoint: Path, address: str, worker: None, tmp_path: Path) -> None:

@@ -12,13 +12,9 @@ import httpx2
 import openai
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
-from fleet import running_broker, start_worker
-from split_common.process import running_command
-
-KEY = "a key"
+from serving import KEY, Unsplit, serving
 
 #: Seconds that something may take on a busy machine.
 PATIENCE = 60.0
@@ -33,39 +29,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fleet(checkpoint: Path) -> Iterator[tuple[str, Any]]:
-    """A server's address, and the worker behind it, which is in this process."""
-    with running_broker() as broker:
-        worker = start_worker(checkpoint, broker.address)
-        try:
-            options = ["--model", str(checkpoint), "--broker", broker.address, "--port", "0"]
-            with running_command(["serve", *options], env={"LAMBDA_SPLIT_API_KEY": KEY}) as (_, facts):
-                assert facts["model"] == "tiny"
-                yield facts["url"], worker
-        finally:
-            worker.stop()
+    with serving(checkpoint) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
 def client(fleet: tuple[str, Any]) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=fleet[0], api_key=KEY, max_retries=0) as client:
         yield client
-
-
-class Unsplit:
-    """What the unsplit model says."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self.model = AutoModelForCausalLM.from_pretrained(checkpoint)
-
-    def say(self, prompt: str, tokens: int, seed: int | None = None) -> str:
-        ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
-        options: dict[str, Any] = {"do_sample": False}
-        if seed is not None:
-            torch.manual_seed(seed)
-            options = {"do_sample": True, "temperature": 1.0, "top_k": 0}
-        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options)
-        return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 @pytest.fixture(scope="module")

@@ -144,8 +144,8 @@ class SplitModelForCausalLM:
     def traffic(self) -> Counter[str]:
         """Messages and bytes sent and received, and messages refused by type of error, since the start."""
         transport: Any = self._client.transport
-        counters: Counter[str] = transport.counters + self._client.counters
-        return counters
+        # Other threads count meanwhile: each is copied in one step.
+        return Counter(dict(transport.counters)) + Counter(dict(self._client.counters))
 
     def close(self) -> None:
         """Leaves the queue; workers free this device's sessions. The model cannot be used afterwards."""

@@ -64,8 +64,8 @@ def serve(
 ) -> None:
     """Serve a split model to OpenAI's clients on this machine, many requests at once, until Ctrl-C or SIGTERM.
 
-    Offers /v1/chat/completions, /v1/completions, /v1/models and /health. Needs `lambda-split[serve]`. With --json
-    one object is printed when it is ready.
+    Offers /v1/chat/completions, /v1/completions, /v1/models, /health and, at /, a page to chat in a browser. Needs
+    `lambda-split[serve]`. With --json one object is printed when it is ready.
     """
     passive_threads()
     memory = parse_size(kv_memory) if kv_memory is not None else None
@@ -98,10 +98,10 @@ def serve(
             thread = threading.Thread(target=server.run, args=([listener],), name="http")
             thread.start()
             try:
-                url = f"http://{HOST}:{listener.getsockname()[1]}/v1"
+                page = f"http://{HOST}:{listener.getsockname()[1]}/"
                 if json:
-                    emit_json({"url": url, "model": name, "pid": os.getpid()})
-                stderr.print(f"serving {name} at {url}", soft_wrap=True)
+                    emit_json({"url": f"{page}v1", "page": page, "model": name, "pid": os.getpid()})
+                stderr.print(f"serving {name} at {page}v1, and a page to chat at {page}", soft_wrap=True)
                 wait_for(stop)
             finally:
                 server.should_exit = True

@@ -24,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 from split_common.errors import BrokerUnreachable, Busy, ConfigError, NoWorker, PromptTooLong, SplitError
 from split_device.jobs.job import ModelChoice
 from split_device.jobs.models import Loaded
+from split_device.openai import page
 from split_device.openai.answering import Answering
 from split_device.openai.answers import chunk, completion, usage_chunk
 from split_device.openai.requests import KINDS, ApiError, Query, parse
@@ -63,6 +64,8 @@ class Server:
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
             Route("/health", self._health),
+            Route("/split", self._split),
+            *page.routes(),
         ]
         return Starlette(
             routes=routes,
@@ -72,6 +75,25 @@ class Server:
 
     async def _health(self, _request: Request) -> Response:
         return JSONResponse({"status": "ok"})
+
+    async def _split(self, request: Request) -> Response:
+        """Which layers run where, and what has left this device since the start, for all requests together."""
+        self._authorize(request)
+        model, generator = self._loaded.model, self._loaded.generator
+        first, last, layers = model.split.first, model.split.last, model.split.layers
+        traffic = model.traffic
+        parts = (("head", "device", 0, first), ("body", "worker", first, last), ("tail", "device", last, layers))
+        return JSONResponse(
+            {
+                "model": self._name,
+                "parts": [dict(zip(("name", "where", "first", "last"), part, strict=True)) for part in parts],
+                "traffic": {
+                    "steps": generator.counters["steps"],
+                    "bytes_sent": traffic["bytes_sent"],
+                    "bytes_received": traffic["bytes_received"],
+                },
+            }
+        )
 
     async def _models(self, request: Request) -> Response:
         self._authorize(request)
