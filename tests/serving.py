@@ -17,17 +17,21 @@ KEY = "a-key"
 
 
 @contextlib.contextmanager
-def serving(checkpoint: Path) -> Iterator[tuple[str, Any]]:
-    """A server's address, and the worker behind it, which is in this process."""
-    with running_broker() as broker:
+def serving(checkpoint: Path, images: Path | None = None) -> Iterator[tuple[str, Any]]:
+    """A server's address, and the worker behind it, which is in this process; with images theirs."""
+    with contextlib.ExitStack() as stack:
+        broker = stack.enter_context(running_broker())
+        options = ["--model", str(checkpoint), "--broker", broker.address, "--port", "0"]
         worker = start_worker(checkpoint, broker.address)
-        try:
-            options = ["--model", str(checkpoint), "--broker", broker.address, "--port", "0"]
-            with running_command(["serve", *options], env={"LAMBDA_SPLIT_API_KEY": KEY}) as (_, facts):
-                assert facts["model"] == checkpoint.name
-                yield facts["url"], worker
-        finally:
-            worker.stop()
+        stack.callback(worker.stop)
+        if images is not None:
+            options += ["--image-model", str(images)]
+            worker = start_worker(images, broker.address, cut="C")
+            stack.callback(worker.stop)
+        _, facts = stack.enter_context(running_command(["serve", *options], env={"LAMBDA_SPLIT_API_KEY": KEY}))
+        assert facts["model"] == checkpoint.name
+        assert facts["image_model"] == (images.name if images is not None else None)
+        yield facts["url"], worker
 
 
 class Unsplit:
