@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+from playwright.sync_api import expect, sync_playwright
 
 import tiny
 import tiny_diffusion
@@ -24,6 +27,8 @@ from serving import KEY, serving
 
 #: Seconds that something may take on a busy machine.
 PATIENCE = 60.0
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +143,40 @@ def test_a_client_that_hangs_up_ends_its_images(server: tuple[str, Any]) -> None
     wait_until(lambda: not len(worker._sessions))
     # All four would have been far more.
     assert steps(worker) - before < 1000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, and there is none on the PATH")
+def test_the_page_shows_images(server: tuple[str, Any]) -> None:
+    url = server[0].removesuffix("v1")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, headless=True, args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page()
+        page.set_default_timeout(1000 * PATIENCE)
+        expect.set_options(timeout=1000 * PATIENCE)
+        wrong: list[str] = []
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: wrong.append(message.text) if "Security" in message.text else None)
+        page.goto(url)
+        page.keyboard.type(KEY)
+        page.keyboard.press("Enter")
+        expect(page.locator("#model")).to_have_text("tiny, tiny-sdxl")
+        message = page.get_by_label("Message")
+        message.fill("/image a seven")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("status")).to_have_text("Answered.")
+        image = page.get_by_role("img", name="a seven")
+        assert image.evaluate("(image) => [image.naturalWidth, image.naturalHeight]") == [64, 64]
+        expect(page.locator("article.assistant .facts")).to_have_text(re.compile(r"^64x64 · \d+\.\d s · seed \d+$"))
+        expect(page.locator("[data-last=steps]")).to_have_text("20")
+        page.locator("#max-tokens").evaluate("(field) => { field.value = 8 }")
+        message.fill("/imagine")
+        page.keyboard.press("Enter")
+        expect(page.locator("article.assistant .body").nth(1)).not_to_be_empty()
+        expect(page.locator("article img")).to_have_count(1)
+        browser.close()
+        assert not wrong
 
 
 def steps(worker: Any) -> int:

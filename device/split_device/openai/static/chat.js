@@ -8,8 +8,9 @@ const KEY = "lambda-split-key";
 /** Milliseconds between two looks at what has left the device, during an answer. */
 const LOOK_INTERVAL = 1000;
 
-/** What the model is called, and the conversation so far in OpenAI's format. */
-let model = "";
+/** What the models are called, if there are such, and the conversation so far in OpenAI's format. */
+let model = null;
+let imageModel = null;
 let messages = [];
 /** Aborts the answer under way; null while there is none. */
 let answering = null;
@@ -58,7 +59,7 @@ async function* events(response) {
 /** Shows how the model is split and what has left the device; returns the latter. */
 async function look() {
   const split = await (await call("split")).json();
-  if (split.model !== model) showModel(split);
+  if (split.model !== model || split.image_model !== imageModel) showModel(split);
   const traffic = split.traffic;
   for (const cell of document.querySelectorAll("[data-all]")) {
     cell.textContent = quantity(cell.dataset.all, traffic[cell.dataset.all]);
@@ -72,38 +73,25 @@ async function look() {
 
 // --- asking --------------------------------------------------------------------------------------------------
 
-async function ask(text) {
-  const conversation = messages;
+/** A message of the reader's, and what `produce` makes of the answer to it. */
+async function turn(text, produce) {
   const question = addMessage("user", "You");
   question.body.textContent = text;
   const answer = addMessage("assistant", "Answer");
   answer.article.setAttribute("aria-busy", "true");
   answering = new AbortController();
   show(true);
-  let said = "";
-  let reason = null;
   let timer = 0;
-  const clock = { began: performance.now(), first: 0, tokens: 0 };
   try {
     before = null;
     before = await look();
     timer = setInterval(() => look().catch(() => {}), LOOK_INTERVAL);
-    clock.began = performance.now();
-    for await (const event of events(await complete(text))) {
-      if (event.usage) clock.tokens = event.usage.completion_tokens;
-      const choice = event.choices[0];
-      if (!choice) continue;
-      clock.first ||= performance.now();
-      said += choice.delta.content;
-      reason = choice.finish_reason ?? reason;
-      write(answer, said);
-    }
-    answer.facts.textContent = facts(clock, reason);
+    await produce(answer);
     $("status").textContent = "Answered.";
   } catch (error) {
     if (error.name !== "AbortError") {
       fail(error.message);
-      if (!said) takeBack(question, answer, text);
+      if (!answer.body.hasChildNodes()) takeBack(question, answer, text);
     }
     answer.facts.textContent = error.name === "AbortError" ? "stopped" : "broken off";
     $("status").textContent = error.name === "AbortError" ? "Stopped." : "";
@@ -114,7 +102,52 @@ async function ask(text) {
     show(false);
     look().catch(() => {});
   }
+}
+
+async function ask(text) {
+  const conversation = messages;
+  let said = "";
+  await turn(text, async (answer) => {
+    let reason = null;
+    const clock = { began: performance.now(), first: 0, tokens: 0 };
+    for await (const event of events(await complete(text))) {
+      if (event.usage) clock.tokens = event.usage.completion_tokens;
+      const choice = event.choices[0];
+      if (!choice) continue;
+      clock.first ||= performance.now();
+      said += choice.delta.content;
+      reason = choice.finish_reason ?? reason;
+      write(answer, said);
+    }
+    answer.facts.textContent = facts(clock, reason);
+  });
   if (said) conversation.push({ role: "user", content: text }, { role: "assistant", content: said });
+}
+
+/** What an image is asked for by a message; null for a message that is to be answered by a text. */
+function imagePrompt(text) {
+  if (!imageModel) return null;
+  return /^\/image\s+(.+)$/s.exec(text)?.[1] ?? (model ? null : text);
+}
+
+/** An image is no part of the conversation that the language model sees. */
+function draw(text, prompt) {
+  return turn(text, async (answer) => {
+    const began = performance.now();
+    const response = await call("v1/images/generations", {
+      method: "POST",
+      signal: answering.signal,
+      body: JSON.stringify({ model: imageModel, prompt }),
+    });
+    const made = await response.json();
+    const image = new Image();
+    image.alt = prompt;
+    image.src = `data:image/png;base64,${made.data[0].b64_json}`;
+    await image.decode();
+    answer.body.append(image);
+    const seconds = `${((performance.now() - began) / 1000).toFixed(1)} s`;
+    answer.facts.textContent = [made.size, seconds, `seed ${made.data[0].seed}`].join(" · ");
+  });
 }
 
 function complete(text) {
@@ -172,15 +205,19 @@ function facts(clock, reason) {
 
 function showModel(split) {
   model = split.model;
-  $("model").textContent = model;
-  $("model").title = model;
-  document.title = `${model} · lambda-split`;
+  imageModel = split.image_model;
+  const names = [model, imageModel].filter(Boolean).join(", ");
+  $("model").textContent = names;
+  $("model").title = names;
+  document.title = `${names} · lambda-split`;
+  $("prompt").placeholder = !imageModel ? "Message" : model ? "Message, or /image …" : "What to show";
+  const kind = model ? "layers" : "blocks";
   $("parts").replaceChildren();
   $("layers").replaceChildren();
   for (const { name, where, first, last } of split.parts) {
     const [term, range, place] = [make("dt", name), make("dd"), make("dd", "where")];
     term.textContent = name;
-    range.textContent = last === first ? "no layers" : `layers ${first}–${last - 1}`;
+    range.textContent = last === first ? `no ${kind}` : `${kind} ${first}–${last - 1}`;
     place.textContent = where === "device" ? "this device" : "a worker";
     $("parts").append(term, range, place);
     for (let layer = first; layer < last; layer += 1) $("layers").append(make("i", name));
@@ -229,7 +266,8 @@ $("ask").addEventListener("submit", (event) => {
   const text = $("prompt").value.trim();
   if (!text || answering) return;
   $("prompt").value = "";
-  ask(text);
+  const prompt = imagePrompt(text);
+  prompt === null ? ask(text) : draw(text, prompt);
 });
 
 $("prompt").addEventListener("keydown", (event) => {
