@@ -137,6 +137,8 @@ class ImageSession(Lasting[Request]):
     def _open(self, avoid: list[bytes]) -> None:
         self._sent = set()
         self._hold(self.client.open_session(avoid, self._number, next(self._epochs)))
+        # Nothing is sent again but embeddings, and the step that was lost.
+        self.client.counters["replays"] += self._steps > 0
 
     def _send(self, remote: RemoteSession, requests: list[Request]) -> list[tuple[wire.AnyReply, memoryview]]:
         timings = self.client.timings
