@@ -46,7 +46,7 @@ def test_an_image_is_made(options: list[str], tmp_path: Path, capfd: pytest.Capt
     out, err = capfd.readouterr()
     (line,) = out.splitlines()
     report = json.loads(line)
-    assert (report["width"], report["height"], report["calls"]) == (64, 64, 2)
+    assert (report["width"], report["height"], report["seed"], report["calls"]) == (64, 64, 1, 2)
     one, two = pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png")
     assert one.std() > 0
     assert np.abs(one - two).mean() < np.abs(one - one.mean()).mean()
@@ -67,7 +67,11 @@ def test_an_image_begins_with_another_one(options: list[str], tmp_path: Path) ->
         (["-o", "nowhere/a.png"], 2, "no directory"),
         (["-o", "a.png", "--size", "big"], 2, "no size"),
         (["-o", "a.png", "--size", "33x31"], 2, "divisible"),
-        (["-o", "a.png", "--init-image", "gone.png"], 2, "cannot be read"),
+        (["-o", "a.png", "--size", "8192"], 2, "4096 pixels at most"),
+        (["-o", "/proc/a.png"], 2, "cannot be written"),
+        (["-o", "a.png", "--init-image", "gone.png"], 2, "cannot be read as an image: No such file"),
+        (["-o", "a.png", "--init-image", "gone.png", "--strength", "0"], 2, "changes nothing"),
+        (["-o", "a.png", "--model", "/proc"], 2, "no directory of a pipeline"),
         (["-o", "a.png", "--cut", "A"], 1, "no worker serves"),
     ],
 )
@@ -81,7 +85,7 @@ def test_what_is_wrong_is_said_in_one_line(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["image", "a seven", *arguments, *options]) == code
+    assert main(["image", "a seven", *options, *arguments]) == code
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert message in errors[0]

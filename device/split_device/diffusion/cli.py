@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +43,9 @@ from split_device.diffusion.options import (
 )
 from split_device.diffusion.settings import image_bytes, image_format
 from split_device.options import PatienceOption
+
+#: Of a seed that is drawn: short enough to be typed again.
+SEED_BITS = 32
 
 
 def image(
@@ -92,6 +96,10 @@ def image(
     check_output(output)
     if init_image is not None and size is not None:
         raise ConfigError("--init-image and --size do not go together: the image has a size")
+    if init_image is not None and int(steps * strength) < 1:
+        raise ConfigError(f"--strength {strength:g} changes nothing in {steps} steps")
+    # One that is drawn is told, so that the image can be made again.
+    seed = secrets.randbits(SEED_BITS) if seed is None else seed
     settings = image_settings(steps, seed, size, guidance, negative)
     directory = pipeline_directory(model)
     need_diffusers()
@@ -131,6 +139,7 @@ def image(
                     "output": str(output),
                     "width": made.width,
                     "height": made.height,
+                    "seed": seed,
                     "seconds": seconds,
                     "calls": calls,
                     "timings_ms": unet.timings.per_step_ms(),
@@ -138,7 +147,7 @@ def image(
                 }
             )
         else:
-            facts = f"{made.width}x{made.height}, {seconds:.1f} s, {calls} calls of the worker"
+            facts = f"{made.width}x{made.height}, seed {seed}, {seconds:.1f} s, {calls} calls of the worker"
             stderr.print(f"{output}: {facts}", soft_wrap=True)
 
 
@@ -149,4 +158,5 @@ def _read_image(path: Path) -> Any:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{path} cannot be read as an image: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path} cannot be read as an image: {reason}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -81,8 +81,10 @@ def check_output(path: Path) -> None:
         raise ConfigError(f"{directory} is no directory")
     if path.is_dir():
         raise ConfigError(f"{path} is a directory")
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise ConfigError(f"{directory} cannot be written")
+    try:
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be written: {error.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -91,7 +93,11 @@ def step_progress(steps: int, quiet: bool) -> Iterator[Callable[[int, int], None
     from rich.progress import MofNCompleteColumn, Progress
 
     with Progress(
-        *Progress.get_default_columns(), MofNCompleteColumn(), console=stderr, transient=True, disable=quiet
+        *Progress.get_default_columns(),
+        MofNCompleteColumn(),
+        console=stderr,
+        transient=True,
+        disable=quiet or not stderr.is_terminal,
     ) as bar:
         task = bar.add_task("steps", total=steps)
         yield lambda done, total: bar.update(task, completed=done, total=total)
