@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import socket
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from split_common.console import emit_json, stderr
-from split_common.errors import ConfigError
+from split_common.errors import ConfigError, SplitError
 from split_common.options import (
     DEFAULT_BROKER,
     BrokerOption,
@@ -30,10 +33,16 @@ from split_device.jobs.job import ModelChoice
 from split_device.jobs.options import ConcurrencyOption, KvMemoryOption, checkpoint
 from split_device.options import HeadOption, PatienceOption, TailOption
 
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
 HOST = "127.0.0.1"
 
 #: Seconds that open answers have to end when the server does.
 GRACE = 2
+
+#: Seconds between two looks at whether the server has begun to listen.
+START_INTERVAL = 0.01
 
 
 def serve(
@@ -83,26 +92,51 @@ def serve(
         except OSError as error:
             raise ConfigError(f"port {port} cannot be used: {error.strerror}") from None
 
-        import uvicorn
-
         from split_device.jobs.models import Limits, Models, Queue
         from split_device.openai.server import Server
 
         with Models(Queue(broker, keys, member, timeout, patience), Limits(max_jobs, memory)) as models:
             app = Server(models.get(choice), choice, name, api_key).app()
-            config = uvicorn.Config(
-                app, log_level="error", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="off"
-            )
-            server = uvicorn.Server(config)
-            # The main thread waits for signals.
-            thread = threading.Thread(target=server.run, args=([listener],), name="http")
-            thread.start()
-            try:
+            with answering(app, listener, stop):
                 page = f"http://{HOST}:{listener.getsockname()[1]}/"
                 if json:
                     emit_json({"url": f"{page}v1", "page": page, "model": name, "pid": os.getpid()})
                 stderr.print(f"serving {name} at {page}v1, and a page to chat at {page}", soft_wrap=True)
                 wait_for(stop)
-            finally:
-                server.should_exit = True
-                thread.join()
+
+
+@contextlib.contextmanager
+def answering(app: Starlette, listener: socket.socket, stop: threading.Event) -> Iterator[None]:
+    """Has a thread answer HTTP meanwhile. The event is set if that ends by itself.
+
+    Raises:
+        SplitError: it cannot listen, or has ended by itself.
+    """
+    import uvicorn
+
+    failures: list[Exception] = []
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="off")
+    )
+
+    def run() -> None:
+        try:
+            server.run([listener])
+        except Exception as error:
+            failures.append(error)
+        finally:
+            stop.set()
+
+    # The main thread waits for signals.
+    thread = threading.Thread(target=run, name="http")
+    thread.start()
+    try:
+        while thread.is_alive() and not server.started:
+            time.sleep(START_INTERVAL)
+        if server.started:
+            yield
+        if not thread.is_alive():
+            raise SplitError(f"the HTTP server has ended: {failures[0] if failures else 'for no known reason'}")
+    finally:
+        server.should_exit = True
+        thread.join()
