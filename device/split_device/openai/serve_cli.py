@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import socket
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from split_common.console import emit_json, stderr
-from split_common.errors import ConfigError
+from split_common.errors import ConfigError, SplitError
 from split_common.options import (
     DEFAULT_BROKER,
     MODEL_PANEL,
@@ -38,10 +41,16 @@ from split_device.jobs.job import ImageChoice, ModelChoice
 from split_device.jobs.options import ConcurrencyOption, KvMemoryOption, MaxImagesOption, checkpoint
 from split_device.options import HeadOption, PatienceOption, TailOption
 
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
 HOST = "127.0.0.1"
 
 #: Seconds that open answers have to end when the server does.
 GRACE = 2
+
+#: Seconds between two looks at whether the server has begun to listen.
+START_INTERVAL = 0.01
 
 
 def serve(
@@ -110,8 +119,6 @@ def serve(
         except OSError as error:
             raise ConfigError(f"port {port} cannot be used: {error.strerror}") from None
 
-        import uvicorn
-
         from split_device.jobs.models import Limits, Models, Queue
         from split_device.openai.completions import Completions
         from split_device.openai.images import Images
@@ -121,15 +128,7 @@ def serve(
         with Models(Queue(broker, keys, member, timeout, patience), limits) as models:
             completions = Completions(models.get(texts), texts, name) if texts and name else None
             painting = Images(models.painter(images), image_name) if images and image_name else None
-            app = Server(completions, painting, api_key).app()
-            config = uvicorn.Config(
-                app, log_level="error", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="off"
-            )
-            server = uvicorn.Server(config)
-            # The main thread waits for signals.
-            thread = threading.Thread(target=server.run, args=([listener],), name="http")
-            thread.start()
-            try:
+            with answering(Server(completions, painting, api_key).app(), listener, stop):
                 served = " and ".join(each for each in (name, image_name) if each)
                 page = f"http://{HOST}:{listener.getsockname()[1]}/"
                 if json:
@@ -144,9 +143,43 @@ def serve(
                     )
                 stderr.print(f"serving {served} at {page}v1, and a page to chat at {page}", soft_wrap=True)
                 wait_for(stop)
-            finally:
-                server.should_exit = True
-                thread.join()
+
+
+@contextlib.contextmanager
+def answering(app: Starlette, listener: socket.socket, stop: threading.Event) -> Iterator[None]:
+    """Has a thread answer HTTP meanwhile. The event is set if that ends by itself.
+
+    Raises:
+        SplitError: it cannot listen, or has ended by itself.
+    """
+    import uvicorn
+
+    failures: list[Exception] = []
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="off")
+    )
+
+    def run() -> None:
+        try:
+            server.run([listener])
+        except Exception as error:
+            failures.append(error)
+        finally:
+            stop.set()
+
+    # The main thread waits for signals.
+    thread = threading.Thread(target=run, name="http")
+    thread.start()
+    try:
+        while thread.is_alive() and not server.started:
+            time.sleep(START_INTERVAL)
+        if server.started:
+            yield
+        if not thread.is_alive():
+            raise SplitError(f"the HTTP server has ended: {failures[0] if failures else 'for no known reason'}")
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def _name(choice: ModelChoice | ImageChoice | None) -> str | None:
