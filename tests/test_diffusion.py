@@ -183,7 +183,7 @@ def test_embeddings_travel_once_and_default_negatives_not_at_all(
     conditions = [request for request in sent if isinstance(request, wire.Condition)]
     steps = [request for request in sent if isinstance(request, wire.Denoise)]
     assert len(conditions) == 1
-    assert conditions[0].embeddings.shape == [1, tiny_diffusion.TOKENS, 2 * tiny_diffusion.TEXT]
+    assert conditions[0].arrays[0].shape == [1, tiny_diffusion.TOKENS, 2 * tiny_diffusion.TEXT]
     assert [step.rows for step in steps] == [[-1, 0]] * 3
 
 

@@ -63,6 +63,9 @@ SCALE_BYTES = 4
 MAX_IMAGE_ROWS = 256
 MAX_ARRAYS = 64
 
+#: Scales of an image job, at most.
+MAX_SCALES = 4096
+
 
 class Header(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """First frame of a message, in the clear: what the broker needs to route it."""
@@ -319,28 +322,30 @@ class Array(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Condition(Payload, frozen=True, tag=7):
-    """What an image is made after: the text's embeddings `[rows, tokens, width]`. Sent once for each job.
+    """What an image is made after: the text's embeddings `[rows, tokens, width]`, say. Sent once for each job.
 
     `key` is how steps name it. A worker may forget it, and then refuses a step with "embeddings".
     """
 
     key: Hash
-    embeddings: Array
+    arrays: Annotated[list[Array], msgspec.Meta(min_length=1, max_length=MAX_ARRAYS)]
+    #: How much each of the body's attentions to an IP-Adapter's images counts.
+    scales: Annotated[list[float], msgspec.Meta(max_length=MAX_SCALES)] = []
 
     @property
     def tensor_bytes(self) -> int:
-        return self.embeddings.nbytes
+        return sum(array.nbytes for array in self.arrays)
 
 
 class Denoise(Payload, frozen=True, tag=8):
     """One call of an image model's body, complete in itself but for the embeddings.
 
-    The tensors are the states `[rows, channels, height, width]`, the embedding of the time `[rows, width]`, and a
-    ControlNet's residuals, if there is one.
+    The tensors are the states, `[rows, channels, height, width]` say, the embedding of the time `[rows, width]`,
+    and what else the kind of model calls for (`split_common.diffusion`).
     """
 
-    #: The `Condition` of this job, and which of its rows belongs to each row here; -1 for one of zeros.
-    condition: Hash
+    #: The `Condition` of this job, if it has one, and which of its rows belongs to each row here; -1 for zeros.
+    condition: Hash | None
     rows: Annotated[
         list[Annotated[int, msgspec.Meta(ge=-1, lt=MAX_IMAGE_ROWS)]],
         msgspec.Meta(min_length=1, max_length=MAX_IMAGE_ROWS),
@@ -361,7 +366,7 @@ class Denoise(Payload, frozen=True, tag=8):
 
 
 class Denoised(Payload, frozen=True, tag=9):
-    """Answer to a `Denoise`: the body's output `[rows, channels, height, width]`. Times in microseconds."""
+    """Answer to a `Denoise`: the body's output. Times in microseconds."""
 
     output: Array
     body_us: Natural = 0

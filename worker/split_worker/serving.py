@@ -8,7 +8,7 @@ import torch
 
 from split_common import wire
 from split_common.checkpoint import Checkpoint
-from split_common.diffusion.unet import is_unet, plan_unet
+from split_common.diffusion.kinds import is_denoiser, plan_image
 from split_common.errors import ConfigError
 from split_common.fleet import Fleet
 from split_common.manifest import find_manifest
@@ -42,13 +42,13 @@ def load_body(
     dtype: torch.dtype | None = None,
     memory: int | None = None,
 ) -> Serving:
-    """Loads the body of a language model or of a diffusion model's UNet.
+    """Loads the body of a language model or of a diffusion model's denoiser.
 
     Args:
         model: a directory or hub id.
         fleet: whose manifest the tensors must match.
-        layers: the body's layers (of a UNet its blocks) as `FIRST:LAST`.
-        cut: of a UNet, by name.
+        layers: the body's layers (of a denoiser its blocks) as `FIRST:LAST`.
+        cut: of a denoiser, by name.
         memory: bytes for keys and values, or for embeddings; None for the default.
 
     Raises:
@@ -56,7 +56,7 @@ def load_body(
         ModelError, KeysError: it cannot be loaded, or is not in the fleet.
     """
     checkpoint = Checkpoint.resolve(model, revision)
-    if not is_unet(checkpoint):
+    if not is_denoiser(checkpoint):
         if cut is not None:
             raise ConfigError(f"--cut is for diffusion models, and {checkpoint.name} is none: use --layers")
         text = plan(model, revision)
@@ -66,7 +66,7 @@ def load_body(
     else:
         if cut is not None and layers is not None:
             raise ConfigError("--layers and --cut say the same thing: give one of them")
-        image = plan_unet(checkpoint)
+        image = plan_image(checkpoint)
         split = image.split(cut or CUT) if layers is None else image.check(Split.parse(image.blocks, layers))
         manifest = find_manifest(fleet, checkpoint, image.own_tensors(split, "worker"))
         body = DiffusionBody(image, split, device, dtype, memory)

@@ -12,7 +12,7 @@ import torch
 
 from split_common import wire
 from split_common.diffusion.codecs import decode, encode
-from split_common.diffusion.unet import UNetPlan
+from split_common.diffusion.plan import ImagePlan
 from split_common.errors import Malformed, NeedEmbeddings, Oversized
 from split_common.split import Split
 from split_common.tensors import dtype_name, raw_bytes
@@ -28,34 +28,44 @@ MAX_EMBEDDINGS = 3
 
 
 class Inputs(NamedTuple):
-    """What the body is called with, see `split_common.diffusion.middle`."""
+    """What the body is called with, as its plan says: see `split_common.diffusion`."""
 
-    sample: torch.Tensor
-    embedding: torch.Tensor
-    context: torch.Tensor
-    residuals: Sequence[torch.Tensor] = ()
+    #: Of a step: the states, the embedding of the time, and more.
+    tensors: Sequence[torch.Tensor]
+    #: Of the whole image.
+    job: Sequence[torch.Tensor] = ()
+    scales: Sequence[float] = ()
+    #: What else tells one image from another.
+    about: Sequence[torch.Tensor] = ()
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a worker is sent of an image beside its steps."""
+
+    payload: wire.Condition
+    data: bytes
 
 
 @dataclass(frozen=True)
 class Request:
-    """Some rows of a step, and the embeddings that they need."""
+    """Some rows of a step, and what they need of their image."""
 
     step: wire.Denoise
     tensors: bytes
-    condition: wire.Condition
-    embeddings: memoryview | bytes
+    condition: Condition | None
 
 
 class ImageSession(Lasting[Request]):
-    """Calls the body of a UNet on some worker. Any worker may take over at any step.
+    """Calls the body of a denoiser on some worker. Any worker may take over at any step.
 
     Args:
         client: finds workers.
-        plan, split: the UNet, and its body's blocks.
+        plan, split: the denoiser, and its body's blocks.
         codec: of the states on the way; None sends them as they are.
     """
 
-    def __init__(self, client: Client, plan: UNetPlan, split: Split, codec: wire.Codec | None = None) -> None:
+    def __init__(self, client: Client, plan: ImagePlan, split: Split, codec: wire.Codec | None = None) -> None:
         super().__init__(client)
         self._plan, self._split, self._codec = plan, split, codec
         #: Keys of embeddings that the worker was sent.
@@ -76,42 +86,40 @@ class ImageSession(Lasting[Request]):
         self.client.timings.steps += 1
         with self.client.timings.measure("decode"):
             outputs = [self._output(request, *reply) for request, reply in zip(requests, replies, strict=True)]
-        return torch.cat(outputs).to(inputs.sample)
+        return torch.cat(outputs).to(inputs.tensors[0])
 
     def _requests(self, inputs: Inputs) -> list[Request]:
         with self.client.timings.measure("encode"):
-            rows, distinct = _distinct(inputs.context)
-            array, embeddings = encode(distinct)
-            key = hashlib.blake2b(repr(array).encode() + embeddings, digest_size=32).digest()
-            condition = wire.Condition(key, array)
+            rows, condition = _condition(inputs)
             at_once = self._rows_at_once(inputs)
             return [
-                self._request(inputs, slice(begin, begin + at_once), rows, condition, embeddings)
+                self._request(inputs, slice(begin, begin + at_once), rows, condition)
                 for begin in range(0, len(rows), at_once)
             ]
 
-    def _request(
-        self,
-        inputs: Inputs,
-        part: slice,
-        rows: list[int],
-        condition: wire.Condition,
-        embeddings: memoryview | bytes,
-    ) -> Request:
-        states = [encode(tensor[part], self._codec) for tensor in (inputs.sample, *inputs.residuals)]
+    def _request(self, inputs: Inputs, part: slice, rows: list[int], condition: Condition | None) -> Request:
         # The embedding of the time is small, and everything depends on it.
-        states.insert(1, encode(inputs.embedding[part]))
-        codec = self._codec or dtype_name(inputs.sample.dtype)
-        step = wire.Denoise(condition.key, rows[part], [array for array, _ in states], codec)
-        return Request(step, b"".join(data for _, data in states), condition, embeddings)
+        codecs = (self._codec, None, *[self._codec] * (len(inputs.tensors) - 2))
+        states = [encode(tensor[part], codec) for tensor, codec in zip(inputs.tensors, codecs, strict=True)]
+        step = wire.Denoise(
+            condition.payload.key if condition is not None else None,
+            rows[part],
+            [array for array, _ in states],
+            self._answer_codec(inputs),
+        )
+        return Request(step, b"".join(data for _, data in states), condition)
+
+    def _answer_codec(self, inputs: Inputs) -> wire.Codec:
+        return self._codec or dtype_name(inputs.tensors[0].dtype)
 
     def _rows_at_once(self, inputs: Inputs) -> int:
         """Rows of a step that travel in one message."""
-        codec = self._codec or dtype_name(inputs.sample.dtype)
-        up = [wire.Array(codec, [1, *tensor.shape[1:]]) for tensor in (inputs.sample, *inputs.residuals)]
-        up.append(wire.Array(dtype_name(inputs.embedding.dtype), [1, inputs.embedding.shape[1]]))
-        down = self._output_array(codec, [1, *inputs.sample.shape[1:]])
-        size = max(sum(array.nbytes for array in up), down.nbytes)
+        codec = self._answer_codec(inputs)
+        shapes = [[1, *tensor.shape[1:]] for tensor in inputs.tensors]
+        codecs = (codec, dtype_name(inputs.tensors[1].dtype), *[codec] * (len(shapes) - 2))
+        up = sum(wire.Array(each, shape).nbytes for each, shape in zip(codecs, shapes, strict=True))
+        down = wire.Array(codec, self._plan.output_shape(self._split, shapes)).nbytes
+        size = max(up, down)
         if size > MESSAGE_BYTES:
             raise Oversized(
                 f"an image of this size takes {size:,} bytes a step, a message has {MESSAGE_BYTES:,}: choose a "
@@ -119,17 +127,14 @@ class ImageSession(Lasting[Request]):
             )
         return min(wire.MAX_IMAGE_ROWS, MESSAGE_BYTES // size)
 
-    def _output_array(self, codec: wire.Codec, shape: list[int]) -> wire.Array:
-        return wire.Array(codec, [shape[0], self._plan.channels[self._split.first], *shape[2:]])
-
     def _output(self, request: Request, reply: wire.AnyReply, data: memoryview) -> torch.Tensor:
         """Raises Malformed or NonFinite for an answer to something else."""
-        wanted = self._output_array(request.step.codec, request.step.arrays[0].shape)
+        wanted = self._plan.output_shape(self._split, [array.shape for array in request.step.arrays])
         if not isinstance(reply, wire.Denoised) or (reply.output.codec, reply.output.shape) != (
-            wanted.codec,
-            wanted.shape,
+            request.step.codec,
+            wanted,
         ):
-            raise Malformed(f"the worker returned no output of the shape {wanted.shape}")
+            raise Malformed(f"the worker returned no output of the shape {wanted}")
         return decode(reply.output, data)
 
     # --- what the session does wherever it is --------------------------------------------------------------
@@ -143,10 +148,11 @@ class ImageSession(Lasting[Request]):
         condition = requests[0].condition
         for attempt in itertools.count(1):
             calls: list[tuple[wire.Payload, memoryview | bytes]] = []
-            if new := condition.key not in self._sent:
-                calls.append((condition, requests[0].embeddings))
+            if new := condition is not None and condition.payload.key not in self._sent:
+                assert condition is not None
+                calls.append((condition.payload, condition.data))
+                self._sent.add(condition.payload.key)
             calls += [(request.step, request.tensors) for request in requests]
-            self._sent.add(condition.key)
             try:
                 with timings.measure_rest("queue"):
                     replies = remote.call(calls)
@@ -157,7 +163,7 @@ class ImageSession(Lasting[Request]):
                 return replies[new:]
             except NeedEmbeddings:
                 # The worker has forgotten them, or another one's came between.
-                self._sent.discard(condition.key)
+                self._sent.clear()
                 if attempt == MAX_EMBEDDINGS:
                     raise
         raise AssertionError
@@ -169,20 +175,32 @@ class ImageSession(Lasting[Request]):
         return not self._steps
 
 
-def _distinct(context: torch.Tensor) -> tuple[list[int], torch.Tensor]:
-    """Which of the embeddings that are sent belongs to each row, -1 for one of zeros; and these embeddings.
+def _condition(inputs: Inputs) -> tuple[list[int], Condition | None]:
+    """Which row of what is sent of the image belongs to each row of the step, -1 for zeros; and what is sent."""
+    if not inputs.job:
+        return [-1] * len(inputs.tensors[0]), None
+    rows, sent = _distinct(inputs.job)
+    encoded = [encode(tensor[sent]) for tensor in inputs.job]
+    arrays, data = [array for array, _ in encoded], b"".join(data for _, data in encoded)
+    scales = list(inputs.scales)
+    key = hashlib.blake2b(repr((arrays, scales)).encode() + data, digest_size=32).digest()
+    return rows, Condition(wire.Condition(key, arrays, scales), data)
 
-    Pipelines repeat them for each image of a prompt. The default negative ones of SDXL are zeros.
+
+def _distinct(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
+    """For each row, which of the distinct ones it is, -1 for one of zeros; and the distinct rows' indices.
+
+    Pipelines repeat embeddings for each image of a prompt. The default negative ones of SDXL are zeros.
     """
     seen: dict[bytes, int] = {}
     rows, sent = [], []
-    for index, row in enumerate(context):
-        if not row.any():
+    for index, parts in enumerate(zip(*tensors, strict=True)):
+        if not any(part.any() for part in parts):
             rows.append(-1)
             continue
-        key = hashlib.blake2b(raw_bytes(row)).digest()
+        key = hashlib.blake2b(b"".join(map(raw_bytes, parts))).digest()
         if key not in seen:
             seen[key] = len(seen)
             sent.append(index)
         rows.append(seen[key])
-    return rows, context[sent or [0]]
+    return rows, sent or [0]

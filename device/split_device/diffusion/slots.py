@@ -35,7 +35,7 @@ class Call(threading.local):
             raise UnsupportedFeature("an IP-Adapter's image embeddings cannot be split: the worker has no adapter")
         if self.context.ndim != 3:
             raise UnsupportedFeature(f"embeddings of shape {tuple(self.context.shape)} cannot be split")
-        return Inputs(self.sample, self.embedding, self.context, self.residuals)
+        return Inputs([self.sample, self.embedding, *self.residuals], [self.context])
 
 
 class Slot(nn.Module):
