@@ -14,10 +14,13 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 TOKENS = 16
 TEXT = 32
+#: Width of an image's embedding.
+IMAGE = 24
 
 
 def tokenizer(directory: Path) -> CLIPTokenizer:
@@ -111,6 +114,26 @@ def save_sdxl(directory: Path) -> Path:
     )
     pipeline.save_pretrained(directory / "tiny-sdxl")
     return directory / "tiny-sdxl"
+
+
+def save_ip_adapter(file: Path, pipeline: Path) -> Path:
+    """Saves a random IP-Adapter for the UNet of a pipeline, as those on the hub are laid out."""
+    torch.manual_seed(2)
+    unet = UNet2DConditionModel.from_pretrained(pipeline / "unet")
+    width = unet.config.cross_attention_dim
+    tensors = {
+        "image_proj.proj.weight": torch.randn(4 * width, IMAGE) / 4,
+        "image_proj.proj.bias": torch.randn(4 * width) / 4,
+        "image_proj.norm.weight": torch.ones(width),
+        "image_proj.norm.bias": torch.zeros(width),
+    }
+    attentions = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    for index, name in enumerate(attentions):
+        inner = unet.get_submodule(name.removesuffix(".processor")).inner_dim
+        for kind in "kv":
+            tensors[f"ip_adapter.{2 * index + 1}.to_{kind}_ip.weight"] = torch.randn(inner, width) / 4
+    save_file(tensors, file)
+    return file
 
 
 def save_sd15(directory: Path) -> Path:

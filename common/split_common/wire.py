@@ -63,6 +63,10 @@ SCALE_BYTES = 4
 MAX_IMAGE_ROWS = 256
 MAX_ARRAYS = 64
 
+#: Bytes of the tensors of one step of an image job, and of its answer, at most; and of one message's share of them.
+MAX_STEP = 512 * 1024**2
+PART_BYTES = 4 * 1024**2
+
 #: Scales of an image job, at most.
 MAX_SCALES = 4096
 
@@ -355,18 +359,24 @@ class Denoise(Payload, frozen=True, tag=8):
     codec: Codec
     #: All replies below this sequence number have arrived.
     acked: Natural = 0
+    #: Bytes of the tensors that the `Part`s before had; the rest follows here.
+    sent: Natural = 0
 
     @property
     def room(self) -> int:
         return 128 + 32 * len(self.arrays) + 3 * len(self.rows)
 
     @property
-    def tensor_bytes(self) -> int:
+    def step_bytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return max(0, self.step_bytes - self.sent)
 
 
 class Denoised(Payload, frozen=True, tag=9):
-    """Answer to a `Denoise`: the body's output. Times in microseconds."""
+    """Answer to a `Denoise`: the body's output, of which `PART_BYTES` follow here. Times in microseconds."""
 
     output: Array
     body_us: Natural = 0
@@ -378,7 +388,25 @@ class Denoised(Payload, frozen=True, tag=9):
 
     @property
     def tensor_bytes(self) -> int:
-        return self.output.nbytes
+        return min(PART_BYTES, self.output.nbytes)
+
+
+class Part(Payload, frozen=True, tag=10):
+    """Bytes from `offset` on: of the tensors of the session's next `Denoise`, or in answer to a `Rest`."""
+
+    offset: Natural
+    size: Annotated[int, msgspec.Meta(ge=1, le=PART_BYTES)]
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.size
+
+
+class Rest(Payload, frozen=True, tag=11):
+    """Asks for bytes of the output of the session's last `Denoise`."""
+
+    offset: Natural
+    size: Annotated[int, msgspec.Meta(ge=1, le=PART_BYTES)]
 
 
 class Refusal(Payload, frozen=True, tag=6):
@@ -399,11 +427,18 @@ class Refusal(Payload, frozen=True, tag=6):
     seq: Natural = 0
 
 
-AnyRequest = Step | Fork | Close | Condition | Denoise
-AnyReply = Result | Done | Refusal | Denoised
+AnyRequest = Step | Fork | Close | Condition | Denoise | Part | Rest
+AnyReply = Result | Done | Refusal | Denoised | Part
 
 #: What answers a request unless it is refused.
-ANSWERS: dict[type[Payload], type[Payload]] = {Step: Result, Denoise: Denoised, Fork: Done, Condition: Done}
+ANSWERS: dict[type[Payload], type[Payload]] = {
+    Step: Result,
+    Fork: Done,
+    Condition: Done,
+    Part: Done,
+    Denoise: Denoised,
+    Rest: Part,
+}
 
 _T = TypeVar("_T")
 _LENGTH = struct.Struct("<I")

@@ -308,7 +308,7 @@ class ComputeLoop:
                 tensor = to_bytes(outcome)
                 reply = self._result(task, task.request, outcome, began)
             elif isinstance(self._runner, DiffusionBody):
-                reply, tensor = self._runner.answer(task.request, outcome)
+                reply, tensor = self._runner.answer(task.session.rows, task.request, outcome)
                 if isinstance(reply, wire.Denoised) and isinstance(task.request, wire.Denoise):
                     body_us, worker_us = self._account(task, task.request, began)
                     reply = msgspec.structs.replace(reply, body_us=body_us, worker_us=worker_us)

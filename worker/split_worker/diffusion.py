@@ -18,14 +18,12 @@ from split_common.engine.runner import Launched
 from split_common.errors import Malformed, NeedEmbeddings, Oversized
 from split_common.split import Split
 
-#: Bytes of embeddings that are held unless told otherwise; those that were used least lately give way.
+#: Bytes that are held for image jobs unless told otherwise: embeddings, and steps and outputs that travel in parts.
+#: Those that were used least lately give way.
 MEMORY = 1024**3
 
 #: Rows in one forward, at most; a step with more has one of its own.
 MAX_BATCH_ROWS = 16
-
-#: Bytes of an answer, at most: what is left of a message's after padding.
-MAX_ANSWER = wire.MAX_BODY * 3 // 4
 
 #: Bytes of the embeddings of one step's rows, at most.
 MAX_CONTEXT = 256 * 1024**2
@@ -35,6 +33,10 @@ FIRST_TURN = 900.0
 
 #: Sessions are admitted by their number: they keep nothing that may not be forgotten.
 UNBOUNDED = sys.maxsize
+
+
+#: What is held of a session beside its jobs: the parts of a step so far, and an output that is sent in parts.
+_PARTS, _OUTPUT = b"parts", b"output"
 
 
 @dataclass(eq=False)
@@ -55,14 +57,14 @@ class ConditionRow:
 
 
 class ConditionStore:
-    """Embeddings of image jobs, by session and key. Used by the thread that computes."""
+    """What is held for image jobs, by session and key. Used by the thread that computes."""
 
     #: A step needs no room here.
     free = free_tokens = capacity = UNBOUNDED
 
     def __init__(self, memory: int) -> None:
         self._memory = memory
-        self._held: OrderedDict[tuple[ConditionRow, bytes], Job] = OrderedDict()
+        self._held: OrderedDict[tuple[ConditionRow, bytes], Job | bytearray | bytes] = OrderedDict()
 
     def new_row(self) -> ConditionRow:
         return ConditionRow(self)
@@ -70,18 +72,55 @@ class ConditionStore:
     def cost(self, row: Row, tokens: int) -> int:
         return 0
 
-    def put(self, row: ConditionRow, key: bytes, job: Job) -> None:
-        self._held[row, key] = job
+    def put(self, row: ConditionRow, key: bytes, held: Job | bytearray | bytes) -> None:
+        self._held[row, key] = held
         self._held.move_to_end((row, key))
-        while len(self._held) > 1 and sum(held.nbytes for held in self._held.values()) > self._memory:
+        while len(self._held) > 1 and self.used > self._memory:
             self._held.popitem(last=False)
 
-    def get(self, row: ConditionRow, key: bytes) -> Job:
+    @property
+    def used(self) -> int:
+        """Bytes that are held."""
+        return sum(held.nbytes if isinstance(held, Job) else len(held) for held in self._held.values())
+
+    def job(self, row: ConditionRow, key: bytes) -> Job:
         """Raises NeedEmbeddings."""
-        if (row, key) not in self._held:
+        held = self._held.get((row, key))
+        if not isinstance(held, Job):
             raise NeedEmbeddings("the worker does not hold the embeddings of this image")
         self._held.move_to_end((row, key))
-        return self._held[row, key]
+        return held
+
+    def extend(self, row: ConditionRow, offset: int, data: memoryview) -> None:
+        """Takes bytes of a step that follow those that are held. Raises NeedEmbeddings, Oversized."""
+        held = self._held.get((row, _PARTS), b"") if offset else b""
+        if not isinstance(held, bytearray | bytes) or len(held) != offset:
+            raise NeedEmbeddings("the worker does not hold the parts of this step that came before")
+        if offset + len(data) > wire.MAX_STEP:
+            raise Oversized(f"a step of more than {wire.MAX_STEP} bytes")
+        held = held if isinstance(held, bytearray) else bytearray()
+        held += data
+        self.put(row, _PARTS, held)
+
+    def whole(self, row: ConditionRow, sent: int, data: memoryview) -> memoryview:
+        """The bytes of a step, whose first ones came before. Raises NeedEmbeddings."""
+        held = self._held.pop((row, _PARTS), b"")
+        self._held.pop((row, _OUTPUT), None)
+        if not sent:
+            return data
+        if not isinstance(held, bytearray) or len(held) != sent:
+            raise NeedEmbeddings("the worker does not hold the parts of this step that came before")
+        held += data
+        return memoryview(held)
+
+    def output(self, row: ConditionRow, offset: int, size: int) -> bytes:
+        """Some bytes of the last step's output. Raises NeedEmbeddings, Malformed."""
+        held = self._held.get((row, _OUTPUT))
+        if not isinstance(held, bytes):
+            raise NeedEmbeddings("the worker does not hold the output of this step")
+        if offset + size > len(held):
+            raise Malformed(f"an output of {len(held)} bytes has none up to {offset + size}")
+        return held[offset : offset + size]
 
     def forget(self, row: ConditionRow) -> None:
         for place in [place for place in self._held if place[0] is row]:
@@ -169,13 +208,30 @@ class DiffusionBody:
                 return []
             case wire.Denoise():
                 return [self._run(row, request, data)]
+            case wire.Part():
+                self.store.extend(row, request.offset, data)
+                return []
+            case wire.Rest():
+                # Held until it is answered.
+                self.store.output(row, request.offset, request.size)
+                return []
         raise Malformed(f"a {type(request).__name__} for an image model")
 
-    def answer(self, request: wire.Payload, output: torch.Tensor) -> tuple[wire.Payload, memoryview | bytes]:
-        """What a request is answered with, given the output of its runs. Raises NonFinite."""
-        if isinstance(request, wire.Denoise):
-            array, data = encode(output, request.codec)
-            return wire.Denoised(array), data
+    def answer(
+        self, rows: list[Row], request: wire.Payload, output: torch.Tensor
+    ) -> tuple[wire.Payload, memoryview | bytes]:
+        """What a request is answered with, given the output of its runs. Raises NonFinite, NeedEmbeddings."""
+        row = rows[0]
+        assert isinstance(row, ConditionRow)
+        match request:
+            case wire.Denoise():
+                array, data = encode(output, request.codec)
+                if array.nbytes > wire.PART_BYTES:
+                    self.store.put(row, _OUTPUT, bytes(data))
+                return wire.Denoised(array), memoryview(data)[: wire.PART_BYTES]
+            case wire.Rest():
+                part = self.store.output(row, request.offset, request.size)
+                return wire.Part(request.offset, request.size), part
         return wire.Done(), b""
 
     def launch(self, runs: Sequence[Run]) -> LaunchedImages:
@@ -212,8 +268,9 @@ class DiffusionBody:
     def _run(self, row: ConditionRow, request: wire.Denoise, data: memoryview) -> ImageRun:
         shapes = [array.shape for array in request.arrays]
         self._check(request, shapes)
+        data = self.store.whole(row, request.sent, data)
         tensors = self._decode(request.arrays, data)
-        job = self.store.get(row, request.condition) if request.condition is not None else Job()
+        job = self.store.job(row, request.condition) if request.condition is not None else Job()
         self._middle.check_step(shapes, job)
         if self._middle.per_row:
             job = self._select(job, request.rows)
@@ -239,8 +296,8 @@ class DiffusionBody:
         if len(request.rows) != shapes[0][0]:
             raise Malformed(f"a step of {shapes[0][0]} rows that names {len(request.rows)}")
         output = wire.Array(request.codec, self._plan.output_shape(self._split, shapes))
-        if output.nbytes > MAX_ANSWER:
-            raise Oversized(f"a step whose answer has {output.nbytes} bytes: send fewer rows at once")
+        if max(request.step_bytes, output.nbytes) > wire.MAX_STEP or request.sent > request.step_bytes:
+            raise Oversized(f"a step of {request.step_bytes} bytes whose answer has {output.nbytes}")
 
     @staticmethod
     def _select(job: Job, rows: list[int]) -> Job:

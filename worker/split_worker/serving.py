@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -38,6 +39,7 @@ def load_body(
     revision: str | None = None,
     layers: str | None = None,
     cut: str | None = None,
+    ip_adapter: str | Path | None = None,
     device: torch.device,
     dtype: torch.dtype | None = None,
     memory: int | None = None,
@@ -49,16 +51,18 @@ def load_body(
         fleet: whose manifest the tensors must match.
         layers: the body's layers (of a denoiser its blocks) as `FIRST:LAST`.
         cut: of a denoiser, by name.
+        ip_adapter: the safetensors file of an IP-Adapter of a UNet.
         memory: bytes for keys and values, or for embeddings; None for the default.
 
     Raises:
         ConfigError, InvalidSplit: the model cannot be cut so.
         ModelError, KeysError: it cannot be loaded, or is not in the fleet.
     """
-    checkpoint = Checkpoint.resolve(model, revision)
+    checkpoint = Checkpoint.resolve(model, revision, ip_adapter)
     if not is_denoiser(checkpoint):
-        if cut is not None:
-            raise ConfigError(f"--cut is for diffusion models, and {checkpoint.name} is none: use --layers")
+        for option, given in (("--cut", cut), ("--ip-adapter", ip_adapter)):
+            if given is not None:
+                raise ConfigError(f"{option} is for diffusion models, and {model} is none")
         text = plan(model, revision)
         split = Split.parse(text.layers, layers or LAYERS)
         manifest = find_manifest(fleet, text.checkpoint, text.own_tensors(split, "worker"))

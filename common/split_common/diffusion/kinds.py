@@ -26,7 +26,10 @@ def plan_image(checkpoint: Checkpoint) -> ImagePlan:
     kind = KINDS.get(str(config.get("_class_name")))
     if kind is None:
         raise UnsupportedArchitecture(f"{checkpoint.name} is none of {', '.join(KINDS)}")
-    return kind(checkpoint, config)
+    plan = kind(checkpoint, config)
+    if checkpoint.adapter_names and not isinstance(plan, UNetPlan):
+        raise UnsupportedArchitecture(f"{checkpoint.name}: an IP-Adapter of a {kind.class_name} cannot be split")
+    return plan
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:

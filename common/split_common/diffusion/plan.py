@@ -78,7 +78,7 @@ class ImagePlan:
         return split
 
     def own_tensors(self, split: Split, side: Side) -> list[str]:
-        """Names of the tensors that a side loads."""
+        """Names of the tensors that a side has to have; the device loads an adapter's when its pipeline does."""
         return [name for name in self.checkpoint.tensor_names if self.in_body(name, split) == (side == "worker")]
 
     def module_name(self, tensor: str) -> str:
@@ -153,10 +153,15 @@ def load_weights(module: nn.Module, plan: ImagePlan, split: Split, side: Side, d
         ModelError: its tensors do not fit the module.
     """
     name = plan.checkpoint.name
-    tensors = read_tensors(plan.checkpoint, plan.own_tensors(split, side))
+    own = plan.own_tensors(split, side)
+    if side == "device":
+        own = [key for key in own if key not in plan.checkpoint.adapter_names]
+    tensors = read_tensors(plan.checkpoint, own)
     state = {plan.module_name(key): tensor for key, tensor in tensors.items()}
     if missing := sorted(module.state_dict().keys() - state.keys()):
         raise MissingTensor(f"{name} lacks the tensor {missing[0]}")
+    if dtype is None and plan.checkpoint.adapter_names:
+        dtype = next(iter(state.values())).dtype
     if dtype is not None:
         state = {key: tensor.to(dtype) for key, tensor in state.items()}
     try:

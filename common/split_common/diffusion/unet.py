@@ -33,7 +33,8 @@ class UNetPlan(ImagePlan):
 
     A step's tensors are the states `[rows, channels, height, width]`, the embedding of the time and of the added
     conditions `[rows, width]`, and a ControlNet's residuals, if there is one, as in `skip_shapes`. A job's is the
-    text's embeddings `[rows, tokens, width]`.
+    text's embeddings `[rows, tokens, width]`, and an IP-Adapter's of images `[rows, images, tokens, width]`, with a
+    scale for each of `body_attentions`.
 
     Raises:
         ModelError, UnsupportedArchitecture: the configuration is malformed, or has blocks that cannot be split.
@@ -92,7 +93,33 @@ class UNetPlan(ImagePlan):
             )
         return split
 
+    @property
+    def adapted(self) -> bool:
+        """Whether it has an IP-Adapter."""
+        return bool(self.checkpoint.adapter_names)
+
+    @cached_property
+    def attentions(self) -> list[str]:
+        """Names of the modules that attend to embeddings, in the order in which IP-Adapters number them."""
+        processors = self.build().attn_processors
+        return [name.removesuffix(".processor") for name in processors if not name.endswith("attn1.processor")]
+
+    def body_attentions(self, split: Split) -> list[str]:
+        return [name for name in self.attentions if self.in_body(name, split)]
+
+    @cached_property
+    def _adapter_modules(self) -> dict[str, str]:
+        return {
+            f"ip_adapter.{2 * index + 1}.to_{kind}_ip.weight": f"{name}.processor.to_{kind}_ip.0.weight"
+            for index, name in enumerate(self.attentions)
+            for kind in "kv"
+        }
+
+    def module_name(self, tensor: str) -> str:
+        return self._adapter_modules.get(tensor, tensor) if tensor in self.checkpoint.adapter_names else tensor
+
     def in_body(self, tensor: str, split: Split) -> bool:
+        tensor = self.module_name(tensor)
         kind, _, rest = tensor.partition(".")
         index, _, inner = rest.partition(".")
         if kind == "mid_block":
@@ -151,21 +178,42 @@ class UNetMiddle(Middle):
         self.mid_block = unet.mid_block
         self.up_blocks = nn.ModuleDict({str(index): unet.up_blocks[index] for index in range(levels - first)})
         unet.up_blocks[levels - first - 1].upsamplers = None
+        #: Of an IP-Adapter, one for each of the body's attentions.
+        self._adapters = [self._adapt(name) for name in plan.body_attentions(split)] if plan.adapted else []
         load_weights(self, plan, split, "worker", dtype)
         widths = (p.shape[1] for name, p in self.named_parameters() if name.endswith("attn2.to_k.weight"))
         #: Of the embeddings that the body attends to; None if it does not.
         self._width: int | None = next(widths, None)
 
+    def _adapt(self, name: str) -> Any:
+        """Makes one of the body's modules attend to an IP-Adapter's images as well."""
+        from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+
+        attention: Any = self.get_submodule(name)
+        with torch.device("meta"):
+            processor = IPAdapterAttnProcessor2_0(attention.inner_dim, attention.cross_attention_dim)
+        attention.set_processor(processor)
+        return processor
+
     def check_job(self, shapes: Sequence[Sequence[int]], scales: int) -> None:
-        if len(shapes) != 1 or scales:
-            raise Malformed(f"a job of {len(shapes)} tensors and {scales} scales, of a model without an adapter")
         if len(shapes[0]) != 3 or self._width not in (None, shapes[0][-1]):
             raise Malformed(f"embeddings {shapes[0]}, the model's width is {self._width}")
+        images = shapes[1:]
+        if len(images) > bool(self._adapters) or scales != len(images) * len(self._adapters):
+            raise Malformed(f"{len(images)} embeddings of images and {scales} scales do not fit the IP-Adapter")
+        if images and (len(images[0]) != 4 or [images[0][0], images[0][-1]] != [shapes[0][0], shapes[0][-1]]):
+            raise Malformed(f"embeddings {images[0]} of images do not fit those of the text, {shapes[0]}")
 
     def forward(self, tensors: Sequence[torch.Tensor], job: Job) -> torch.Tensor:
         """The output of the body's last block, before its upsampler."""
         sample, embedding, *residuals = tensors
-        (context,) = job.tensors
+        context: Any = job.tensors[0]
+        if self._adapters:
+            images = list(job.tensors[1:])
+            for processor, scale in zip(self._adapters, job.scales or [0.0] * len(self._adapters), strict=True):
+                processor.scale = [scale]
+            # Where no image counts, nothing is read of these.
+            context = context, images or [context]
         skips = [sample]
         for block in self.down_blocks.values():
             sample, made = block(sample, embedding, **_context(block, context))
@@ -191,7 +239,7 @@ class UNetMiddle(Middle):
         return sample
 
 
-def _context(block: Any, context: torch.Tensor) -> dict[str, torch.Tensor]:
+def _context(block: Any, context: Any) -> dict[str, Any]:
     return {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
 
 

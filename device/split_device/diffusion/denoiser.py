@@ -46,6 +46,7 @@ class SplitDenoiser(Joined):
         cut: str = "C",
         codec: str = "none",
         reuse: float = 1,
+        ip_adapter: str | Path | None = None,
         dtype: str | torch.dtype = "auto",
         keys: str | Path | None = None,
         member: str | None = None,
@@ -64,6 +65,8 @@ class SplitDenoiser(Joined):
                 of a UNet, for each token of a transformer).
             reuse: from 1, call the worker at every step of this number only; below 1, only when the body's input
                 has changed by more than this share since the last call. Its output is reused between. 1 is exact.
+            ip_adapter: the safetensors file of the IP-Adapter that the pipeline will load (`load_ip_adapter`).
+                Workers must serve the model with the same one.
             dtype: of parameters and states: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
             keys, member, timeout, patience, step_timeout: as for `SplitModelForCausalLM`.
 
@@ -76,7 +79,7 @@ class SplitDenoiser(Joined):
             raise ConfigError(f"{codec!r} is no codec: take {', '.join(CODECS)}")
         check_reuse(reuse)
         device = Member.find(broker, keys, member)
-        plan = plan_image(Checkpoint.resolve(path))
+        plan = plan_image(Checkpoint.resolve(path, ip_adapter=ip_adapter))
         if not issubclass(cls, getattr(diffusers, plan.class_name)):
             raise UnsupportedArchitecture(f"{plan.checkpoint.name} is a {plan.class_name}")
         split = plan.split(cut)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
 import torch
 
 from split_common import wire
@@ -20,10 +21,7 @@ from split_device.client import Client
 from split_device.lasting import Lasting
 from split_device.session import RemoteSession
 
-#: Bytes of tensors in one message, at most; steps of many rows travel in several. The rest is for padding.
-MESSAGE_BYTES = wire.MAX_BODY * 3 // 4
-
-#: Times that a worker is sent the embeddings for one step before it is given up.
+#: Times that a worker is sent everything for one step before it is given up.
 MAX_EMBEDDINGS = 3
 
 
@@ -49,11 +47,24 @@ class Condition:
 
 @dataclass(frozen=True)
 class Request:
-    """Some rows of a step, and what they need of their image."""
+    """A step, and what it needs of its image."""
 
     step: wire.Denoise
     tensors: bytes
     condition: Condition | None
+    #: Bytes of the output.
+    answer: int
+
+    def calls(self) -> list[tuple[wire.Payload, memoryview | bytes]]:
+        """Its messages: those with what does not fit into one, the step itself, and those that ask for the rest."""
+        data = memoryview(self.tensors)
+        parts = [data[begin : begin + wire.PART_BYTES] for begin in range(0, self.step.sent, wire.PART_BYTES)]
+        begins = range(wire.PART_BYTES, self.answer, wire.PART_BYTES)
+        return [
+            *((wire.Part(index * wire.PART_BYTES, len(part)), part) for index, part in enumerate(parts)),
+            (self.step, data[self.step.sent :]),
+            *((wire.Rest(begin, min(wire.PART_BYTES, self.answer - begin)), b"") for begin in begins),
+        ]
 
 
 class ImageSession(Lasting[Request]):
@@ -77,65 +88,41 @@ class ImageSession(Lasting[Request]):
 
         Raises:
             NonFinite: the inputs hold NaN or infinity.
-            Oversized: not even one row fits into a message.
+            Oversized: there are too many of them.
             SplitError: the worker or the queue failed.
         """
-        requests = self._requests(inputs)
-        replies = self._persist(requests)
+        with self.client.timings.measure("encode"):
+            request, wanted = self._request(inputs)
+        ((reply, data),) = self._persist([request])
         self._steps += 1
         self.client.timings.steps += 1
         with self.client.timings.measure("decode"):
-            outputs = [self._output(request, *reply) for request, reply in zip(requests, replies, strict=True)]
-        return torch.cat(outputs).to(inputs.tensors[0])
+            if not isinstance(reply, wire.Denoised):
+                raise Malformed(f"the worker answered a step by a {type(reply).__name__}")
+            return decode(msgspec.structs.replace(wanted, channels_last=reply.output.channels_last), data).to(
+                inputs.tensors[0]
+            )
 
-    def _requests(self, inputs: Inputs) -> list[Request]:
-        with self.client.timings.measure("encode"):
-            rows, condition = _condition(inputs)
-            at_once = self._rows_at_once(inputs)
-            return [
-                self._request(inputs, slice(begin, begin + at_once), rows, condition)
-                for begin in range(0, len(rows), at_once)
-            ]
-
-    def _request(self, inputs: Inputs, part: slice, rows: list[int], condition: Condition | None) -> Request:
+    def _request(self, inputs: Inputs) -> tuple[Request, wire.Array]:
+        """A step as it travels, and its output. Raises NonFinite, Oversized."""
+        rows, condition = _condition(inputs)
         # The embedding of the time is small, and everything depends on it.
         codecs = (self._codec, None, *[self._codec] * (len(inputs.tensors) - 2))
-        states = [encode(tensor[part], codec) for tensor, codec in zip(inputs.tensors, codecs, strict=True)]
-        step = wire.Denoise(
-            condition.payload.key if condition is not None else None,
-            rows[part],
-            [array for array, _ in states],
-            self._answer_codec(inputs),
-        )
-        return Request(step, b"".join(data for _, data in states), condition)
-
-    def _answer_codec(self, inputs: Inputs) -> wire.Codec:
-        return self._codec or dtype_name(inputs.tensors[0].dtype)
-
-    def _rows_at_once(self, inputs: Inputs) -> int:
-        """Rows of a step that travel in one message."""
-        codec = self._answer_codec(inputs)
-        shapes = [[1, *tensor.shape[1:]] for tensor in inputs.tensors]
-        codecs = (codec, dtype_name(inputs.tensors[1].dtype), *[codec] * (len(shapes) - 2))
-        up = sum(wire.Array(each, shape).nbytes for each, shape in zip(codecs, shapes, strict=True))
-        down = wire.Array(codec, self._plan.output_shape(self._split, shapes)).nbytes
-        size = max(up, down)
-        if size > MESSAGE_BYTES:
+        codec = self._codec or dtype_name(inputs.tensors[0].dtype)
+        shapes = [list(tensor.shape) for tensor in inputs.tensors]
+        output = wire.Array(codec, self._plan.output_shape(self._split, shapes))
+        states = [encode(tensor, codec) for tensor, codec in zip(inputs.tensors, codecs, strict=True)]
+        data = b"".join(data for _, data in states)
+        if len(rows) > wire.MAX_IMAGE_ROWS or max(len(data), output.nbytes) > wire.MAX_STEP:
             raise Oversized(
-                f"an image of this size takes {size:,} bytes a step, a message has {MESSAGE_BYTES:,}: choose a "
-                "smaller codec (fp16, int8, int4), or a smaller image"
+                f"{len(rows)} rows with {max(len(data), output.nbytes):,} bytes a step; at most it is "
+                f"{wire.MAX_IMAGE_ROWS} with {wire.MAX_STEP:,}: choose a smaller codec, or make fewer images at once"
             )
-        return min(wire.MAX_IMAGE_ROWS, MESSAGE_BYTES // size)
-
-    def _output(self, request: Request, reply: wire.AnyReply, data: memoryview) -> torch.Tensor:
-        """Raises Malformed or NonFinite for an answer to something else."""
-        wanted = self._plan.output_shape(self._split, [array.shape for array in request.step.arrays])
-        if not isinstance(reply, wire.Denoised) or (reply.output.codec, reply.output.shape) != (
-            request.step.codec,
-            wanted,
-        ):
-            raise Malformed(f"the worker returned no output of the shape {wanted}")
-        return decode(reply.output, data)
+        key = condition.payload.key if condition is not None else None
+        whole = len(data) // wire.PART_BYTES * wire.PART_BYTES
+        sent = whole if whole < len(data) else max(0, whole - wire.PART_BYTES)
+        step = wire.Denoise(key, rows, [array for array, _ in states], codec, sent=sent)
+        return Request(step, data, condition, output.nbytes), output
 
     # --- what the session does wherever it is --------------------------------------------------------------
 
@@ -145,31 +132,40 @@ class ImageSession(Lasting[Request]):
 
     def _send(self, remote: RemoteSession, requests: list[Request]) -> list[tuple[wire.AnyReply, memoryview]]:
         timings = self.client.timings
-        condition = requests[0].condition
+        (request,) = requests
         for attempt in itertools.count(1):
-            calls: list[tuple[wire.Payload, memoryview | bytes]] = []
-            if new := condition is not None and condition.payload.key not in self._sent:
-                assert condition is not None
-                calls.append((condition.payload, condition.data))
-                self._sent.add(condition.payload.key)
-            calls += [(request.step, request.tensors) for request in requests]
+            calls = request.calls()
+            new = request.condition
+            if new is not None and new.payload.key not in self._sent:
+                calls.insert(0, (new.payload, new.data))
+                self._sent.add(new.payload.key)
             try:
                 with timings.measure_rest("queue"):
                     replies = remote.call(calls)
-                    for reply, _ in replies:
-                        if isinstance(reply, wire.Denoised):
-                            timings.add("body", reply.body_us / 1e6)
-                            timings.add("worker", reply.worker_us / 1e6)
-                return replies[new:]
+                    return [self._joined(request, replies)]
             except NeedEmbeddings:
-                # The worker has forgotten them, or another one's came between.
+                # The worker has forgotten something, or another session's came between.
                 self._sent.clear()
                 if attempt == MAX_EMBEDDINGS:
                     raise
         raise AssertionError
 
+    def _joined(
+        self, request: Request, replies: list[tuple[wire.AnyReply, memoryview]]
+    ) -> tuple[wire.AnyReply, memoryview]:
+        """The answer to a step, with all bytes of the output. Raises Malformed for one to something else."""
+        answers = [(reply, data) for reply, data in replies if isinstance(reply, wire.Denoised | wire.Part)]
+        denoised = answers[0][0]
+        assert isinstance(denoised, wire.Denoised)
+        self.client.timings.add("body", denoised.body_us / 1e6)
+        self.client.timings.add("worker", denoised.worker_us / 1e6)
+        wanted = self._plan.output_shape(self._split, [array.shape for array in request.step.arrays])
+        if (denoised.output.codec, denoised.output.shape) != (request.step.codec, wanted):
+            raise Malformed(f"the worker returned no output of the shape {wanted}")
+        return denoised, memoryview(b"".join(data for _, data in answers)) if len(answers) > 1 else answers[0][1]
+
     def _letter(self, requests: list[Request]) -> tuple[int, int, int]:
-        return sum(len(request.step.rows) for request in requests), 0, 0
+        return len(requests[0].step.rows), 0, 0
 
     def _is_new(self) -> bool:
         return not self._steps

@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from split_common.diffusion.plan import ImagePlan
 from split_common.diffusion.unet import UNetPlan
 from split_common.errors import UnsupportedFeature
+from split_common.part import read_tensors
 from split_common.split import Split
 from split_device.diffusion.denoiser import SplitDenoiser
 from split_device.diffusion.session import Inputs
@@ -27,21 +28,16 @@ class SplitUNet2DConditionModel(SplitDenoiser, UNet2DConditionModel):  # type: i
     def _cut(self, plan: ImagePlan, split: Split) -> None:
         assert isinstance(plan, UNetPlan)
         self._call = Call()
-        levels = plan.levels
-        for level in range(split.first, levels):
-            self.down_blocks[level] = DownSlot(self._call, plan.skips(level), level == split.first)
+        for level in range(split.first, plan.levels):
+            block = self.down_blocks[level]
+            self.down_blocks[level] = DownSlot(self._call, block, plan.skips(level), level == split.first)
         blocks: Any = self
         if blocks.mid_block is not None:
-            blocks.mid_block = MiddleSlot(self._call)
-        last = levels - split.first - 1
-        for index in range(last + 1):
-            skips = len(self.up_blocks[index].resnets)
-            if index < last:
-                self.up_blocks[index] = UpSlot(self._call, skips)
-            else:
-                self.up_blocks[index] = LastSlot(
-                    self._call, skips, self._run_body, self.up_blocks[index].upsamplers
-                )
+            blocks.mid_block = MiddleSlot(self._call, blocks.mid_block)
+        last = plan.levels - split.first - 1
+        for index in range(last):
+            self.up_blocks[index] = UpSlot(self._call, self.up_blocks[index])
+        self.up_blocks[last] = LastSlot(self._call, self.up_blocks[last], self._run_body)
 
     # --- a step --------------------------------------------------------------------------------------------
 
@@ -58,11 +54,12 @@ class SplitUNet2DConditionModel(SplitDenoiser, UNet2DConditionModel):  # type: i
             given.get("down_block_additional_residuals"),
             given.get("mid_block_additional_residual"),
         )
+        self._call.scales = self._scales() if self._plan.adapted else ()
         try:
             return super().forward(*args, **kwargs)
         finally:
             self._call.sample = self._call.embedding = self._call.context = None
-            self._call.residuals = ()
+            self._call.residuals = self._call.scales = ()
 
     def _residuals(self, sample: torch.Tensor, down: Any, middle: Any) -> list[torch.Tensor]:
         """A ControlNet's residuals for the body. Raises UnsupportedFeature when they do not fit the UNet."""
@@ -84,14 +81,48 @@ class SplitUNet2DConditionModel(SplitDenoiser, UNet2DConditionModel):  # type: i
     def _run_body(self, inputs: Inputs) -> torch.Tensor:
         return self._run(self._call.timestep, inputs)
 
+    # --- an IP-Adapter -------------------------------------------------------------------------------------
+
+    def _load_ip_adapter_weights(self, state_dicts: Any, **options: Any) -> None:
+        """Called by a pipeline's `load_ip_adapter`. Raises UnsupportedFeature for another adapter than the one that
+        the model was opened with."""
+        state_dicts = state_dicts if isinstance(state_dicts, list) else [state_dicts]
+        given = {
+            f"{part}.{name}": tensor
+            for state in state_dicts
+            for part, tensors in state.items()
+            for name, tensor in tensors.items()
+        }
+        names = self._plan.checkpoint.adapter_names
+        if len(state_dicts) != 1 or given.keys() != names:
+            raise UnsupportedFeature(
+                "most of an IP-Adapter's weights are the worker's: open the model with ip_adapter=FILE, run its "
+                "workers with --ip-adapter FILE, and load that one alone"
+            )
+        if strange := sorted(name for name in names if "_lora." in name):
+            raise UnsupportedFeature(f"an IP-Adapter with a LoRA cannot be split: {strange[0]}")
+        own = read_tensors(self._plan.checkpoint, sorted(names))
+        if different := sorted(name for name in names if not torch.equal(given[name].cpu(), own[name])):
+            raise UnsupportedFeature(f"{different[0]} is not that of the IP-Adapter that the model was opened with")
+        super()._load_ip_adapter_weights(state_dicts, **options)
+
+    def _scales(self) -> list[float]:
+        """How much each of the body's attentions to an IP-Adapter's images counts. Raises UnsupportedFeature."""
+        scales = []
+        for name in self._plan.body_attentions(self.split):
+            (scale,) = getattr(self.get_submodule(name).get_processor(), "scale", [0.0])
+            if not isinstance(scale, float | int):
+                raise UnsupportedFeature(
+                    "scales of single images of an IP-Adapter cannot be split: they need masks"
+                )
+            scales.append(float(scale))
+        return scales
+
     # --- what is refused by name ---------------------------------------------------------------------------
 
     def load_attn_procs(self, *_args: Any, **_options: Any) -> None:
         """Refused: attention processors with weights belong to the worker's blocks as well."""
         raise UnsupportedFeature("attention processors with weights cannot be split: most are on the worker")
-
-    def _load_ip_adapter_weights(self, *_args: Any, **_options: Any) -> None:
-        raise UnsupportedFeature("an IP-Adapter cannot be split: most of its weights belong to the worker's blocks")
 
     def enable_freeu(self, *_args: Any, **_options: Any) -> None:
         """Refused: it changes blocks that are on the worker."""
