@@ -202,14 +202,29 @@ def test_a_worker_that_lacks_the_embeddings_gets_them_again(sdxl: Path, unet: An
 
 
 def test_a_step_too_large_for_one_message_travels_in_several(
-    sdxl: Path, unet: Any, monkeypatch: pytest.MonkeyPatch
+    sdxl: Path, unet: Any, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = pipeline(sdxl, unet=unet)
     wanted = latents(pipe, num_images_per_prompt=2)
-    # One row has 32 × 16 × 16 numbers up and 64 × 16 × 16 down.
-    monkeypatch.setattr(session, "MESSAGE_BYTES", 3 * 64 * 16 * 16 * 4)
-    assert (latents(pipe, num_images_per_prompt=2) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    monkeypatch.setattr(session, "MESSAGE_BYTES", 64 * 16 * 16 * 4 - 1)
+    # One row has 32 × 16 × 16 numbers up and 64 × 16 × 16 down; there are four.
+    monkeypatch.setattr(wire, "PART_BYTES", 50_000)
+    before = worker.counters["steps"], worker.counters["refused_embeddings"]
+    calls: list[int] = []
+    send = session.RemoteSession.call
+
+    def spy(self: Any, requests: Any) -> Any:
+        calls.append(len(requests))
+        if len(calls) == 3:
+            # What was sent before is forgotten in the midst of a step.
+            worker._body.store._held.clear()  # type: ignore[union-attr]
+        return send(self, requests)
+
+    monkeypatch.setattr(session.RemoteSession, "call", spy)
+    assert torch.equal(latents(pipe, num_images_per_prompt=2), wanted)
+    assert (worker.counters["steps"], worker.counters["refused_embeddings"]) == (before[0] + 4, before[1] + 1 + 5)
+    # Parts, step and the rest of its output; at first, and again, the embeddings.
+    assert calls == [3 + 1 + 5, 9 - 1, 9 - 1, 9, 9 - 1]
+    monkeypatch.setattr(wire, "MAX_STEP", 100_000)
     with pytest.raises(Oversized, match="smaller codec"):
         latents(pipe)
 

@@ -27,7 +27,7 @@ from split_common.errors import (
     Oversized,
     UnsupportedArchitecture,
 )
-from split_worker.diffusion import DiffusionBody
+from split_worker.diffusion import DiffusionBody, ImageRun
 
 KEY = bytes(32)
 WIDTH = 2 * tiny_diffusion.TEXT
@@ -105,12 +105,58 @@ def test_states_that_are_not_finite_are_refused(body: DiffusionBody) -> None:
         body.start(rows, wire.Denoise(KEY, [0], [array, time], "float32"), memoryview(bytes(bad) + after))
 
 
-def test_an_answer_too_large_for_a_message_is_refused(body: DiffusionBody) -> None:
+def test_an_answer_that_is_too_large_is_refused(body: DiffusionBody) -> None:
     rows: list[Row] = []
     condition(body, rows)
-    arrays = [wire.Array("int4", [1, 32, 256, 256]), wire.Array("float32", [1, 128])]
+    arrays = [wire.Array("int4", [8, 32, 512, 1024]), wire.Array("float32", [8, 128])]
     with pytest.raises(Oversized):
-        body.start(rows, wire.Denoise(KEY, [0], arrays, "float32"), memoryview(b""))
+        body.start(rows, wire.Denoise(KEY, [0] * 8, arrays, "float32"), memoryview(b""))
+
+
+def test_a_step_in_parts(body: DiffusionBody, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are taken in order and once, and what is asked of the output must be held."""
+    rows: list[Row] = []
+    condition(body, rows)
+    (whole,) = begin(body, rows, [0], *GOOD)
+    arrays, data = pack(*GOOD)
+    half = len(data) // 2
+    step = wire.Denoise(KEY, [0], arrays, "float32", sent=half)
+    nothing = torch.empty(0)
+
+    def part(offset: int, size: int) -> None:
+        assert body.start(rows, wire.Part(offset, size), data[offset : offset + size]) == []
+
+    with pytest.raises(NeedEmbeddings):
+        body.start(rows, step, data[half:])
+    part(0, half - 8)
+    with pytest.raises(NeedEmbeddings):
+        part(half, 8)
+    with pytest.raises(NeedEmbeddings):
+        body.start(rows, step, data[half:])
+    part(0, half - 8)
+    part(half - 8, 8)
+    (run,) = body.start(rows, step, data[half:])
+    assert isinstance(run, ImageRun)
+    assert all(map(torch.equal, run.tensors, whole.tensors))
+    with pytest.raises(NeedEmbeddings):
+        body.answer(rows, wire.Rest(0, 1), nothing)
+    monkeypatch.setattr(wire, "PART_BYTES", 10_000)
+    (output,) = body.launch([run]).wait()
+    reply, first = body.answer(rows, step, output)
+    assert isinstance(reply, wire.Denoised)
+    answers = [
+        body.answer(rows, wire.Rest(10_000, 40_000), nothing),
+        body.answer(rows, wire.Rest(50_000, 15_536), nothing),
+    ]
+    assert torch.equal(decode(reply.output, memoryview(b"".join((first, *(more for _, more in answers))))), output)
+    with pytest.raises(Malformed):
+        body.answer(rows, wire.Rest(50_000, 15_537), nothing)
+    with pytest.raises(Oversized):
+        body.start(rows, wire.Denoise(KEY, [0], arrays, "float32", sent=len(data) + 1), memoryview(b""))
+    monkeypatch.setattr(wire, "MAX_STEP", half)
+    part(0, half)
+    with pytest.raises(Oversized):
+        part(half, 1)
 
 
 def test_embeddings_that_grow_by_their_rows_are_refused(

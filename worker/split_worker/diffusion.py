@@ -212,8 +212,6 @@ class DiffusionBody:
                 self.store.extend(row, request.offset, data)
                 return []
             case wire.Rest():
-                # Held until it is answered.
-                self.store.output(row, request.offset, request.size)
                 return []
         raise Malformed(f"a {type(request).__name__} for an image model")
 

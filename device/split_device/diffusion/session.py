@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import msgspec
 import torch
 
 from split_common import wire
@@ -52,18 +51,21 @@ class Request:
     step: wire.Denoise
     tensors: bytes
     condition: Condition | None
-    #: Bytes of the output.
-    answer: int
+    #: The output that it calls for.
+    output: wire.Array
 
     def calls(self) -> list[tuple[wire.Payload, memoryview | bytes]]:
         """Its messages: those with what does not fit into one, the step itself, and those that ask for the rest."""
         data = memoryview(self.tensors)
         parts = [data[begin : begin + wire.PART_BYTES] for begin in range(0, self.step.sent, wire.PART_BYTES)]
-        begins = range(wire.PART_BYTES, self.answer, wire.PART_BYTES)
+        size = self.output.nbytes
         return [
             *((wire.Part(index * wire.PART_BYTES, len(part)), part) for index, part in enumerate(parts)),
             (self.step, data[self.step.sent :]),
-            *((wire.Rest(begin, min(wire.PART_BYTES, self.answer - begin)), b"") for begin in begins),
+            *(
+                (wire.Rest(begin, min(wire.PART_BYTES, size - begin)), b"")
+                for begin in range(wire.PART_BYTES, size, wire.PART_BYTES)
+            ),
         ]
 
 
@@ -92,19 +94,16 @@ class ImageSession(Lasting[Request]):
             SplitError: the worker or the queue failed.
         """
         with self.client.timings.measure("encode"):
-            request, wanted = self._request(inputs)
+            request = self._request(inputs)
         ((reply, data),) = self._persist([request])
         self._steps += 1
         self.client.timings.steps += 1
         with self.client.timings.measure("decode"):
-            if not isinstance(reply, wire.Denoised):
-                raise Malformed(f"the worker answered a step by a {type(reply).__name__}")
-            return decode(msgspec.structs.replace(wanted, channels_last=reply.output.channels_last), data).to(
-                inputs.tensors[0]
-            )
+            assert isinstance(reply, wire.Denoised)
+            return decode(reply.output, data).to(inputs.tensors[0])
 
-    def _request(self, inputs: Inputs) -> tuple[Request, wire.Array]:
-        """A step as it travels, and its output. Raises NonFinite, Oversized."""
+    def _request(self, inputs: Inputs) -> Request:
+        """A step as it travels. Raises NonFinite, Oversized."""
         rows, condition = _condition(inputs)
         # The embedding of the time is small, and everything depends on it.
         codecs = (self._codec, None, *[self._codec] * (len(inputs.tensors) - 2))
@@ -113,16 +112,16 @@ class ImageSession(Lasting[Request]):
         output = wire.Array(codec, self._plan.output_shape(self._split, shapes))
         states = [encode(tensor, codec) for tensor, codec in zip(inputs.tensors, codecs, strict=True)]
         data = b"".join(data for _, data in states)
-        if len(rows) > wire.MAX_IMAGE_ROWS or max(len(data), output.nbytes) > wire.MAX_STEP:
+        most = max(len(data), output.nbytes)
+        if len(rows) > wire.MAX_IMAGE_ROWS or most > wire.MAX_STEP:
             raise Oversized(
-                f"{len(rows)} rows with {max(len(data), output.nbytes):,} bytes a step; at most it is "
-                f"{wire.MAX_IMAGE_ROWS} with {wire.MAX_STEP:,}: choose a smaller codec, or make fewer images at once"
+                f"a step of {len(rows)} rows with {most:,} bytes, and not {wire.MAX_IMAGE_ROWS} with "
+                f"{wire.MAX_STEP:,} at most: choose a smaller codec, or make fewer images at once"
             )
         key = condition.payload.key if condition is not None else None
-        whole = len(data) // wire.PART_BYTES * wire.PART_BYTES
-        sent = whole if whole < len(data) else max(0, whole - wire.PART_BYTES)
+        sent = (len(data) - 1) // wire.PART_BYTES * wire.PART_BYTES
         step = wire.Denoise(key, rows, [array for array, _ in states], codec, sent=sent)
-        return Request(step, data, condition, output.nbytes), output
+        return Request(step, data, condition, output)
 
     # --- what the session does wherever it is --------------------------------------------------------------
 
@@ -159,9 +158,9 @@ class ImageSession(Lasting[Request]):
         assert isinstance(denoised, wire.Denoised)
         self.client.timings.add("body", denoised.body_us / 1e6)
         self.client.timings.add("worker", denoised.worker_us / 1e6)
-        wanted = self._plan.output_shape(self._split, [array.shape for array in request.step.arrays])
-        if (denoised.output.codec, denoised.output.shape) != (request.step.codec, wanted):
-            raise Malformed(f"the worker returned no output of the shape {wanted}")
+        wanted = request.output
+        if (denoised.output.codec, denoised.output.shape) != (wanted.codec, wanted.shape):
+            raise Malformed(f"the worker returned no output of the shape {wanted.shape}")
         return denoised, memoryview(b"".join(data for _, data in answers)) if len(answers) > 1 else answers[0][1]
 
     def _letter(self, requests: list[Request]) -> tuple[int, int, int]:

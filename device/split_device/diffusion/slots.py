@@ -63,7 +63,8 @@ class Attention(nn.Module):
 def outline(module: nn.Module, of: nn.Module) -> nn.Module | None:
     """Gives a module the attentions of another one, under their names; None if it has none."""
     for name, child in of.named_children():
-        made = Attention(child.get_processor()) if hasattr(child, "get_processor") else outline(nn.Module(), child)
+        processor: Any = getattr(child, "get_processor", None)
+        made = Attention(processor()) if processor is not None else outline(nn.Module(), child)
         if made is not None:
             module.add_module(name, made)
     return module if next(module.children(), None) is not None else None
