@@ -222,8 +222,8 @@ def test_a_step_too_large_for_one_message_travels_in_several(
     monkeypatch.setattr(session.RemoteSession, "call", spy)
     assert torch.equal(latents(pipe, num_images_per_prompt=2), wanted)
     assert (worker.counters["steps"], worker.counters["refused_embeddings"]) == (before[0] + 4, before[1] + 1 + 5)
-    # Parts, step and the rest of its output; at first, and again, the embeddings.
-    assert calls == [3 + 1 + 5, 9 - 1, 9 - 1, 9, 9 - 1]
+    # Two parts, a step, and the rest of its output in five; once the embeddings again.
+    assert calls == [8, 8, 8, 9, 8]
     monkeypatch.setattr(wire, "MAX_STEP", 100_000)
     with pytest.raises(Oversized, match="smaller codec"):
         latents(pipe)
@@ -346,18 +346,25 @@ def test_bad_input_is_refused_and_nothing_is_lost(sdxl: Path, unet: Any, worker:
     assert worker.counters["steps"] == before + 1
 
 
-def lora(path: Path, directory: Path, targets: Any) -> dict[str, torch.Tensor]:
-    """A random LoRA of some modules of the UNet, as a pipeline loads it."""
+def lora_of(pipe: Any, directory: Path, targets: Any) -> dict[str, torch.Tensor]:
+    """A random LoRA of some modules of a pipeline's denoiser, as a pipeline loads it."""
     peft = pytest.importorskip("peft")
     from diffusers.utils import convert_state_dict_to_diffusers
     from safetensors.torch import load_file
 
     torch.manual_seed(3)
-    unet = pipeline(path).unet
-    unet.add_adapter(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=targets))
-    state = convert_state_dict_to_diffusers(peft.utils.get_peft_model_state_dict(unet))
-    diffusers.StableDiffusionXLPipeline.save_lora_weights(directory, unet_lora_layers=state)
+    part = "unet" if hasattr(pipe, "unet") else "transformer"
+    denoiser = getattr(pipe, part)
+    denoiser.add_adapter(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=targets))
+    state = peft.utils.get_peft_model_state_dict(denoiser)
+    if part == "unet":
+        state = convert_state_dict_to_diffusers(state)
+    type(pipe).save_lora_weights(directory, **{f"{part}_lora_layers": state})
     return load_file(directory / "pytorch_lora_weights.safetensors")
+
+
+def lora(path: Path, directory: Path, targets: Any) -> dict[str, torch.Tensor]:
+    return lora_of(pipeline(path), directory, targets)
 
 
 def test_a_lora_of_the_devices_blocks(sdxl: Path, unet: Any, tmp_path: Path) -> None:

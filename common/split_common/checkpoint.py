@@ -284,8 +284,9 @@ def _denoiser(directory: Path) -> Path:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{directory.name}: {_PIPELINE} is malformed: {error}") from None
     for part in _DENOISERS:
-        if part in parts:
-            return directory / part
+        match parts.get(part):
+            case [str(), str()]:
+                return directory / part
     raise UnknownModel(f"{directory.name}: {_PIPELINE} names none of {', '.join(_DENOISERS)}")
 
 

@@ -8,11 +8,12 @@ import msgspec
 
 from split_common.checkpoint import Checkpoint
 from split_common.diffusion.plan import ImagePlan
+from split_common.diffusion.transformer import FluxPlan, SD3Plan
 from split_common.diffusion.unet import UNetPlan
 from split_common.errors import ModelError, UnsupportedArchitecture
 
 #: Denoisers that can be split, by the name of their class in diffusers.
-KINDS: dict[str, type[ImagePlan]] = {plan.class_name: plan for plan in (UNetPlan,)}
+KINDS: dict[str, type[ImagePlan]] = {plan.class_name: plan for plan in (UNetPlan, SD3Plan, FluxPlan)}
 
 
 def is_denoiser(checkpoint: Checkpoint) -> bool:

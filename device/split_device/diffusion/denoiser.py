@@ -127,7 +127,7 @@ class SplitDenoiser(Joined):
 
     # --- what is refused by name ---------------------------------------------------------------------------
 
-    def load_lora_adapter(self, weights: Any, prefix: str | None = None, **options: Any) -> Any:
+    def load_lora_adapter(self, weights: Any, prefix: str | None = "transformer", **options: Any) -> Any:
         """Like diffusers'. Raises UnsupportedFeature for weights of blocks that are on the worker."""
         if not isinstance(weights, dict):
             raise UnsupportedFeature("load a LoRA by the pipeline's load_lora_weights, or pass its state dict")

@@ -172,8 +172,9 @@ class ImageSession(Lasting[Request]):
 
 def _condition(inputs: Inputs) -> tuple[list[int], Condition | None]:
     """Which row of what is sent of the image belongs to each row of the step, -1 for zeros; and what is sent."""
+    count = len(inputs.tensors[0])
     if not inputs.job:
-        return [-1] * len(inputs.tensors[0]), None
+        return [-1] * count, None
     rows, sent = _distinct(inputs.job)
     encoded = [encode(tensor[sent]) for tensor in inputs.job]
     arrays, data = [array for array, _ in encoded], b"".join(data for _, data in encoded)
