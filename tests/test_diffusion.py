@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -271,46 +269,6 @@ def test_the_output_is_reused(sdxl: Path, broker: Any, worker: Worker) -> None:
         assert worker.counters["steps"] - before == 6
         latents(pipe, num_inference_steps=3, height=32, width=32)
         assert worker.counters["steps"] - before == 7
-
-
-# --- faults ------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def worker_process(checkpoint: Path, broker: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, str(Path(__file__).with_name("worker_main.py")), str(checkpoint), broker]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        assert process.stdout.readline() == "ready\n"
-        yield process
-    finally:
-        process.stdin.close()
-        process.wait(30)
-
-
-def test_a_worker_is_killed_in_mid_image(sdxl: Path, transport: str) -> None:
-    with (
-        running_broker() as broker,
-        worker_process(sdxl, broker.address) as first,
-        SplitUNet2DConditionModel.from_pretrained(sdxl, broker=broker.address) as unet,
-    ):
-        pipe = pipeline(sdxl, unet=unet)
-        wanted = latents(pipeline(sdxl))
-        assert torch.equal(latents(pipe), wanted)
-        second = start_worker(sdxl, broker.address)
-
-        def kill(_pipe: Any, step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
-            if step == 1:
-                first.kill()
-            return values
-
-        try:
-            assert torch.equal(latents(pipe, callback_on_step_end=kill), wanted)
-            assert second.counters["steps"] == 2
-        finally:
-            second.stop()
 
 
 # --- what is refused ---------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ class ConditionStore:
     @property
     def used(self) -> int:
         """Bytes that are held."""
-        return sum(held.nbytes if isinstance(held, Job) else len(held) for held in self._held.values())
+        return sum(held.nbytes if isinstance(held, Job) else len(held) for held in list(self._held.values()))
 
     def job(self, row: ConditionRow, key: bytes) -> Job:
         """Raises NeedEmbeddings."""

@@ -77,11 +77,14 @@ def image(
         typer.Option(rich_help_panel=_WIRE, help="How states travel; none sends them as they are."),
     ] = "none",
     reuse: Annotated[
-        int,
+        str,
         typer.Option(
-            min=1, metavar="N", rich_help_panel=_WIRE, help="Call the worker at every N-th step only; 1 is exact."
+            metavar="N|SHARE",
+            rich_help_panel=_WIRE,
+            help="From 1, call the worker at every N-th step only; below 1, like 0.05, only when its input has "
+            "changed by more than this share since it was called last. Its output is reused between. 1 is exact.",
         ),
-    ] = 1,
+    ] = "1",
     dtype: DtypeOption = "auto",
     keys: KeysOption = None,
     member: MemberOption = None,
@@ -107,24 +110,25 @@ def image(
 
     import torch
 
-    from split_device.diffusion.unet import SplitUNet2DConditionModel
+    from split_device.diffusion.kinds import load_denoiser
+    from split_device.diffusion.reuse import parse_reuse
 
     if init_image is not None:
         options |= {"image": _read_image(init_image), "strength": strength}
     if seed is not None:
         options["generator"] = torch.Generator().manual_seed(seed)
-    with SplitUNet2DConditionModel.from_pretrained(
+    with load_denoiser(
         model,
         broker=broker,
         cut=cut,
         codec=codec,
-        reuse=reuse,
+        reuse=parse_reuse(reuse),
         dtype=dtype,
         keys=keys,
         member=member,
         timeout=timeout,
-    ) as unet:
-        pipeline = _load_pipeline(model, unet, init_image is not None)
+    ) as denoiser:
+        pipeline = _load_pipeline(model, denoiser, init_image is not None)
         began = time.perf_counter()
         with _refused_input(), _progress(steps, json) as advance:
             made = pipeline(prompt, callback_on_step_end=advance, **options).images[0]
@@ -132,7 +136,7 @@ def image(
         content = io.BytesIO()
         made.save(content, FORMATS[output.suffix.lower()])
         write_private(output.absolute(), content.getvalue())
-        calls = unet.timings.steps
+        calls = denoiser.timings.steps
         if json:
             emit_json(
                 {
@@ -141,8 +145,8 @@ def image(
                     "height": made.height,
                     "seconds": seconds,
                     "calls": calls,
-                    "timings_ms": unet.timings.per_step_ms(),
-                    "traffic": unet.traffic,
+                    "timings_ms": denoiser.timings.per_step_ms(),
+                    "traffic": denoiser.traffic,
                 }
             )
         else:
@@ -175,8 +179,8 @@ def _read_image(path: Path) -> Any:
         raise ConfigError(f"{path} cannot be read as an image: {error}") from None
 
 
-def _load_pipeline(model: str, unet: Any, from_image: bool) -> Any:
-    """The checkpoint's own pipeline with the split UNet. Raises ModelError."""
+def _load_pipeline(model: str, denoiser: Any, from_image: bool) -> Any:
+    """The checkpoint's own pipeline with the split denoiser. Raises ModelError."""
     import diffusers
     import transformers
 
@@ -185,7 +189,7 @@ def _load_pipeline(model: str, unet: Any, from_image: bool) -> Any:
         library.utils.logging.disable_progress_bar()
     kind = diffusers.AutoPipelineForImage2Image if from_image else diffusers.AutoPipelineForText2Image
     try:
-        pipeline = kind.from_pretrained(model, unet=unet, dtype=unet.dtype, local_files_only=True)
+        pipeline = kind.from_pretrained(model, **denoiser.pipeline_options(), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{model} is no pipeline that can be loaded: {reason[0]}") from None

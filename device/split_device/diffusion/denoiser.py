@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from pathlib import Path
 from typing import Any, Self
@@ -109,6 +110,11 @@ class SplitDenoiser(Joined):
     _reuse: float
     _threads: threading.local
 
+    def pipeline_options(self) -> dict[str, Any]:
+        """What a pipeline's `from_pretrained` is told so that this denoiser is its own."""
+        dtype: torch.dtype = self.dtype  # type: ignore[attr-defined]
+        return {self._plan.component: self, "dtype": dtype, "variant": self._plan.checkpoint.variant}
+
     @property
     def session(self) -> ImageSession:
         """The session of this thread; another one may `abandon` it."""
@@ -147,3 +153,11 @@ class SplitDenoiser(Joined):
     def save_pretrained(self, *_args: Any, **_options: Any) -> None:
         """Refused: this process holds a part of the model only."""
         raise UnsupportedFeature("a split model holds only its own blocks; save the original checkpoint")
+
+
+def arguments(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """What a denoiser is called with, by name. Raises UnsupportedFeature for what the original does not know."""
+    try:
+        return signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise UnsupportedFeature(f"the denoiser cannot be called so: {error}") from None

@@ -15,7 +15,7 @@ from split_common.diffusion.plan import ImagePlan
 from split_common.diffusion.transformer import TransformerPlan
 from split_common.errors import UnsupportedFeature
 from split_common.split import Split
-from split_device.diffusion.denoiser import SplitDenoiser
+from split_device.diffusion.denoiser import SplitDenoiser, arguments
 from split_device.diffusion.session import Inputs
 
 #: What a transformer may be told that concerns blocks on the worker, and what it is for.
@@ -88,7 +88,7 @@ class SplitTransformer(SplitDenoiser):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Like diffusers'. Raises UnsupportedFeature, before anything is sent, for what cannot be split."""
-        given = self._signature.bind(self, *args, **kwargs).arguments
+        given = arguments(self._signature, self, *args, **kwargs)
         if given["hidden_states"].requires_grad:
             raise UnsupportedFeature("gradients do not pass through the worker: use torch.no_grad()")
         for name, what in _REFUSED.items():

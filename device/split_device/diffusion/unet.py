@@ -13,7 +13,7 @@ from split_common.diffusion.unet import UNetPlan
 from split_common.errors import UnsupportedFeature
 from split_common.part import read_tensors
 from split_common.split import Split
-from split_device.diffusion.denoiser import SplitDenoiser
+from split_device.diffusion.denoiser import SplitDenoiser, arguments
 from split_device.diffusion.session import Inputs
 from split_device.diffusion.slots import Call, DownSlot, LastSlot, MiddleSlot, UpSlot
 
@@ -43,7 +43,7 @@ class SplitUNet2DConditionModel(SplitDenoiser, UNet2DConditionModel):  # type: i
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Like diffusers'. Raises UnsupportedFeature, before anything is sent, for what cannot be split."""
-        given = _SIGNATURE.bind(self, *args, **kwargs).arguments
+        given = arguments(_SIGNATURE, self, *args, **kwargs)
         if given["sample"].requires_grad:
             raise UnsupportedFeature("gradients do not pass through the worker: use torch.no_grad()")
         if given.get("down_intrablock_additional_residuals") is not None:
