@@ -31,7 +31,7 @@ class Workers:
     def __init__(self, broker: str) -> None:
         self.broker = broker
         self._nursery = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("worker_main.py"))],
+            [sys.executable, str(Path(__file__).with_name("worker_nursery.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
