@@ -159,6 +159,7 @@ def test_the_page_shows_images(server: tuple[str, Any]) -> None:
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda message: wrong.append(message.text) if "Security" in message.text else None)
         page.goto(url)
+        expect(page.get_by_label("asks for its API key")).to_be_focused()
         page.keyboard.type(KEY)
         page.keyboard.press("Enter")
         expect(page.locator("#model")).to_have_text("tiny, tiny-sdxl")

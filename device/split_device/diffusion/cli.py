@@ -41,7 +41,7 @@ from split_device.diffusion.options import (
     pipeline_directory,
     step_progress,
 )
-from split_device.diffusion.settings import image_bytes, image_format
+from split_device.diffusion.settings import image_bytes, image_format, parse_reuse
 from split_device.options import PatienceOption
 
 #: Of a seed that is drawn: short enough to be typed again.
@@ -80,7 +80,7 @@ def image(
     ] = 0.6,
     cut: CutOption = "C",
     codec: CodecOption = "none",
-    reuse: ReuseOption = 1,
+    reuse: ReuseOption = "1",
     dtype: DtypeOption = "auto",
     keys: KeysOption = None,
     member: MemberOption = None,
@@ -101,6 +101,7 @@ def image(
     # One that is drawn is told, so that the image can be made again.
     seed = secrets.randbits(SEED_BITS) if seed is None else seed
     settings = image_settings(steps, seed, size, guidance, negative)
+    every = parse_reuse(reuse)
     directory = pipeline_directory(model)
     need_diffusers()
     passive_threads()
@@ -108,31 +109,31 @@ def image(
     connect(broker, fleet, fleet.identity("device", member))
     more = {"image": _read_image(init_image), "strength": strength} if init_image is not None else {}
 
+    from split_device.diffusion.kinds import load_denoiser
     from split_device.diffusion.painter import Painter
-    from split_device.diffusion.unet import SplitUNet2DConditionModel
 
     with (
         exit_on_sigterm(),
-        SplitUNet2DConditionModel.from_pretrained(
+        load_denoiser(
             directory,
             broker=broker,
             cut=cut,
             codec=codec,
-            reuse=reuse,
+            reuse=every,
             dtype=dtype,
             keys=keys,
             member=member,
             timeout=timeout,
             patience=patience,
-        ) as unet,
+        ) as denoiser,
     ):
-        painter = Painter(directory, unet, from_image=init_image is not None)
+        painter = Painter(directory, denoiser, from_image=init_image is not None)
         began = time.perf_counter()
         with step_progress(steps, json) as advance:
             made = painter.paint(prompt, settings, advance, **more)
         seconds = time.perf_counter() - began
         write_private(output.absolute(), image_bytes(made, image_format(output.name)))
-        calls = unet.timings.steps
+        calls = denoiser.timings.steps
         if json:
             emit_json(
                 {
@@ -142,8 +143,8 @@ def image(
                     "seed": seed,
                     "seconds": seconds,
                     "calls": calls,
-                    "timings_ms": unet.timings.per_step_ms(),
-                    "traffic": unet.traffic,
+                    "timings_ms": denoiser.timings.per_step_ms(),
+                    "traffic": denoiser.traffic,
                 }
             )
         else:

@@ -43,9 +43,12 @@ CodecOption = Annotated[
     CodecName, typer.Option(rich_help_panel=_WIRE, help="How states travel; none sends them as they are.")
 ]
 ReuseOption = Annotated[
-    int,
+    str,
     typer.Option(
-        min=1, metavar="N", rich_help_panel=_WIRE, help="Call the worker at every N-th step only; 1 is exact."
+        metavar="N|SHARE",
+        rich_help_panel=_WIRE,
+        help="From 1, call the worker at every N-th step only; below 1, like 0.05, only when its input has "
+        "changed by more than this share since it was called last. Its output is reused between. 1 is exact.",
     ),
 ]
 

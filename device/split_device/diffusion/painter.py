@@ -1,4 +1,4 @@
-"""A pipeline of diffusers whose UNet is split: makes images, several at once, each in a thread of its own."""
+"""A pipeline of diffusers whose denoiser is split: makes images, several at once, each in a thread of its own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from split_common.errors import ConfigError, ModelError, SplitError
+from split_device.diffusion.denoiser import SplitDenoiser
 from split_device.diffusion.settings import ImageSettings
-from split_device.diffusion.unet import SplitUNet2DConditionModel
 
 #: Seeds of torch's generator are taken modulo this.
 _SEEDS = 2**64
@@ -32,6 +32,8 @@ class Painting:
     def __init__(self, make: Callable[[Painting], Any]) -> None:
         #: Has Pillow's image, or what it failed with; `Cancelled` once it was cancelled.
         self.future: Future[Any] = Future()
+        # It is `cancel` that ends it: whoever waits for the future may stop doing so.
+        self.future.set_running_or_notify_cancel()
         #: Steps that are done.
         self.steps = 0
         self._abandon: Callable[[], None] | None = None
@@ -73,7 +75,7 @@ class Painter:
 
     Args:
         directory: of the pipeline.
-        unet: its UNet, split; closing it is the caller's.
+        denoiser: its denoiser, split; closing it is the caller's.
         from_image: whether images begin with others.
         at_once: images that are under way at once; further ones wait for their turn.
 
@@ -82,10 +84,10 @@ class Painter:
     """
 
     def __init__(
-        self, directory: str, unet: SplitUNet2DConditionModel, *, from_image: bool = False, at_once: int = 1
+        self, directory: str, denoiser: SplitDenoiser, *, from_image: bool = False, at_once: int = 1
     ) -> None:
-        self.unet = unet
-        self._pipeline = _load(directory, unet, from_image)
+        self.denoiser = denoiser
+        self._pipeline = _load(directory, denoiser, from_image)
         self._turns = threading.BoundedSemaphore(at_once)
 
     def start(self, prompt: str, settings: ImageSettings) -> Painting:
@@ -93,7 +95,7 @@ class Painter:
 
         def make(painting: Painting) -> Any:
             with self._turns:
-                painting.holds(self.unet.session.abandon)
+                painting.holds(self.denoiser.session.abandon)
 
                 def advance(steps: int, _total: int) -> None:
                     painting.check()
@@ -136,8 +138,8 @@ class Painter:
         return pipeline
 
 
-def _load(directory: str, unet: SplitUNet2DConditionModel, from_image: bool) -> Any:
-    """The checkpoint's own pipeline with the split UNet. Raises ModelError."""
+def _load(directory: str, denoiser: SplitDenoiser, from_image: bool) -> Any:
+    """The checkpoint's own pipeline with the split denoiser. Raises ModelError."""
     import diffusers
     import transformers
 
@@ -146,7 +148,7 @@ def _load(directory: str, unet: SplitUNet2DConditionModel, from_image: bool) -> 
         library.utils.logging.disable_progress_bar()
     kind = diffusers.AutoPipelineForImage2Image if from_image else diffusers.AutoPipelineForText2Image
     try:
-        pipeline = kind.from_pretrained(directory, unet=unet, dtype=unet.dtype, local_files_only=True)
+        pipeline = kind.from_pretrained(directory, **denoiser.pipeline_options(), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{directory} is no pipeline that can be loaded: {reason[0]}") from None

@@ -29,12 +29,12 @@ class ModelChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ImageChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """The directory of a pipeline, how its UNet is cut, and how states travel: see `SplitUNet2DConditionModel`."""
+    """The directory of a pipeline, how its denoiser is cut, and how states travel."""
 
     name: str
     cut: str = "C"
     codec: str = "none"
-    reuse: int = 1
+    reuse: float = 1
     dtype: str = "auto"
 
 

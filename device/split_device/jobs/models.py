@@ -132,19 +132,19 @@ class Models:
         return Loaded(model, tokenizer, self._stack.enter_context(generator))
 
     def painter(self, choice: ImageChoice) -> Painter:
-        """Raises what `SplitUNet2DConditionModel.from_pretrained` and `Painter` raise."""
+        """Raises what `load_denoiser` and `Painter` raise."""
         if choice not in self._painters:
             self._painters[choice] = self._load_painter(choice)
         return self._painters[choice]
 
     def _load_painter(self, choice: ImageChoice) -> Painter:
         need_diffusers()
+        from split_device.diffusion.kinds import load_denoiser
         from split_device.diffusion.painter import Painter
-        from split_device.diffusion.unet import SplitUNet2DConditionModel
 
         queue = self._queue
-        unet = self._stack.enter_context(
-            SplitUNet2DConditionModel.from_pretrained(
+        denoiser = self._stack.enter_context(
+            load_denoiser(
                 choice.name,
                 broker=queue.broker,
                 cut=choice.cut,
@@ -158,7 +158,7 @@ class Models:
                 step_timeout=queue.step_timeout,
             )
         )
-        return Painter(choice.name, unet, at_once=self.limits.images)
+        return Painter(choice.name, denoiser, at_once=self.limits.images)
 
     def __enter__(self) -> Models:
         return self

@@ -77,8 +77,8 @@ class Images:
         self._painter = painter
 
     def parts(self) -> list[dict[str, Any]]:
-        """Which levels of the UNet run where."""
-        split = self._painter.unet.split
+        """Which blocks run where."""
+        split = self._painter.denoiser.split
         return [
             {"name": "head", "where": "device", "first": 0, "last": split.first},
             {"name": "body", "where": "worker", "first": split.first, "last": split.last},
@@ -87,9 +87,9 @@ class Images:
 
     def traffic(self) -> dict[str, int]:
         """What has left this device since the start, for all requests together."""
-        traffic = self._painter.unet.traffic
+        traffic = self._painter.denoiser.traffic
         return {
-            "steps": self._painter.unet.timings.steps,
+            "steps": self._painter.denoiser.timings.steps,
             "bytes_sent": traffic["bytes_sent"],
             "bytes_received": traffic["bytes_received"],
         }
