@@ -169,3 +169,9 @@ def test_diffusion(tmp_path: Path) -> None:
         assert results[f"toy.{cut}.int8.calls"] == 2
         assert results[f"toy.{cut}.int4.bytes_down_per_step"] < results[f"toy.{cut}.int8.bytes_down_per_step"]
         assert results[f"toy.{cut}.int4.psnr_db"] < results[f"toy.{cut}.int8.psnr_db"]
+
+
+def test_images() -> None:
+    results = run("images", "--images", 1, "--steps", 2, "--size", 64)
+    assert {f"{devices}.steps_per_s" for devices in ("unsplit", 1, 2, 4)} < set(results)
+    assert results["max_difference"] <= 1e-5
