@@ -83,7 +83,7 @@ def test_from_submission_to_the_image(run: Any, model: Path, address: str, tmp_p
     refused = run("jobs", "result", id_, "-o", tmp_path / "a.png")
     assert (refused.code, refused.err) == (1, f"error: job {id_} is queued\n")
 
-    run("agent", "start", "--broker", address)
+    run("agent", "start", "--broker", address, "--give-up", 1)
     assert "the image is made" in run("jobs", "watch", id_).err
     assert run("jobs", "result", id_, "-o", tmp_path / "a.png", "--json").json["output"] == str(tmp_path / "a.png")
     expected = unsplit(model, "a seven", 5, 3, height=48, width=48, guidance_scale=3.0, negative_prompt="blue")
@@ -100,8 +100,11 @@ def test_from_submission_to_the_image(run: Any, model: Path, address: str, tmp_p
     assert "kind: image" in run("jobs", "show", id_).out
     wrong = run(*asked, "--size", "33x31", "--wait")
     assert (wrong.code, "failed: ConfigError" in wrong.err) == (1, True)
+    nobody = run(*asked, "--cut", "A", "--wait")
+    assert (nobody.code, "failed: NoWorker" in nobody.err) == (1, True)
+    assert "jobs wait: NoWorker" in log_path().read_text()
     assert "seven" not in log_path().read_text()
-    assert run("jobs", "prune", "--older-than", "0s", "--json").json == {"removed": 3}
+    assert run("jobs", "prune", "--older-than", "0s", "--json").json == {"removed": 4}
     with Store(store_path()) as store:
         assert store._db.execute("SELECT count(*) FROM images").fetchone()[0] == 0
 

@@ -45,6 +45,9 @@ STEP_TIMEOUT = 60.0
 #: Seconds for which a device that found no room elsewhere does not look again.
 CROWDED_FOR = 2.0
 
+#: Of what a device still wanted when it was closed.
+LEFT = "this device has left the queue"
+
 _T = TypeVar("_T")
 
 
@@ -115,6 +118,7 @@ class Client:
         self._crowded_until = 0.0
         self._answers: dict[int, queue.SimpleQueue[Event]] = {}
         self._sessions: dict[tuple[int, int], RemoteSession] = {}
+        self._closed = False
 
     def __deepcopy__(self, memo: object) -> Client:
         return self
@@ -124,6 +128,9 @@ class Client:
         self.transport.start(self, self.timeout)
 
     def close(self) -> None:
+        self._closed = True
+        for events in list(self._answers.values()):
+            events.put(BrokerUnreachable(LEFT))
         self.transport.close()
 
     # --- the transport's thread ----------------------------------------------------------------------------
@@ -360,6 +367,8 @@ class Client:
         interval, send_at = SET_UP_RETRANSMIT, 0.0
         while True:
             now = time.monotonic()
+            if self._closed:
+                raise BrokerUnreachable(LEFT)
             if now >= deadline:
                 if not self.transport.alive:
                     raise BrokerUnreachable("the broker does not answer any more")
@@ -371,7 +380,8 @@ class Client:
                 event = events.get(timeout=max(0.0, min(send_at, deadline) - now))
             except queue.Empty:
                 continue
-            assert not isinstance(event, SplitError)
+            if isinstance(event, SplitError):
+                raise event
             if isinstance(event[0], wire.Bounce):
                 send_at = time.monotonic() + self._bounced(event[0])
             else:

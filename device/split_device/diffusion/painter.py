@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
+from transformers import PreTrainedTokenizerBase
 
 from split_common.errors import ConfigError, ModelError, SplitError
 from split_device.diffusion.denoiser import SplitDenoiser
@@ -39,7 +42,8 @@ class Painting:
         self._abandon: Callable[[], None] | None = None
         #: Whether `cancel` was called.
         self.cancelled = False
-        threading.Thread(target=self._run, args=(make,), name="painting", daemon=True).start()
+        # No daemon: torch does not bear it when the interpreter ends under it. Whoever starts one cancels it.
+        threading.Thread(target=self._run, args=(make,), name="painting").start()
 
     @property
     def done(self) -> bool:
@@ -87,21 +91,24 @@ class Painter:
         self, directory: str, denoiser: SplitDenoiser, *, from_image: bool = False, at_once: int = 1
     ) -> None:
         self.denoiser = denoiser
-        self._pipeline = _load(directory, denoiser, from_image)
-        self._turns = threading.BoundedSemaphore(at_once)
+        #: Pipelines that make no image at present.
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        pipeline = _load(directory, denoiser, from_image)
+        for _ in range(at_once):
+            self._idle.put(_own(pipeline))
 
     def start(self, prompt: str, settings: ImageSettings) -> Painting:
         """Begins an image."""
 
         def make(painting: Painting) -> Any:
-            with self._turns:
+            with self._turn() as pipeline:
                 painting.holds(self.denoiser.session.abandon)
 
                 def advance(steps: int, _total: int) -> None:
                     painting.check()
                     painting.steps = steps
 
-                return self.paint(prompt, settings, advance)
+                return _paint(pipeline, prompt, settings, advance)
 
         return Painting(make)
 
@@ -115,27 +122,41 @@ class Painter:
             ConfigError: the pipeline refuses an argument.
             SplitError: the worker or the queue failed, or the model cannot be split so.
         """
-        pipeline = self._own_pipeline()
+        with self._turn() as pipeline:
+            return _paint(pipeline, prompt, settings, on_step, **more)
 
-        def advance(used: Any, step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
-            if on_step is not None:
-                on_step(step + 1, getattr(used, "num_timesteps", settings.steps))
-            return values
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[Any]:
+        """Waits for a pipeline."""
+        pipeline = self._idle.get()
+        try:
+            yield pipeline
+        finally:
+            self._idle.put(pipeline)
 
-        options = settings.options() | more
-        if settings.seed is not None:
-            options["generator"] = torch.Generator().manual_seed(settings.seed % _SEEDS)
-        with _refused_input():
-            return pipeline(prompt, callback_on_step_end=advance, **options).images[0]
 
-    def _own_pipeline(self) -> Any:
-        """A pipeline for one image: the same parts, but for those that change meanwhile."""
-        pipeline = copy.copy(self._pipeline)
-        pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
-        if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
-            # It is cast to float32 when it decodes, and back.
-            pipeline.vae = copy.deepcopy(pipeline.vae)
-        return pipeline
+def _paint(pipeline: Any, prompt: str, settings: ImageSettings, on_step: OnStep | None, **more: Any) -> Any:
+    def advance(used: Any, step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if on_step is not None:
+            on_step(step + 1, getattr(used, "num_timesteps", settings.steps))
+        return values
+
+    options = settings.options() | more
+    if settings.seed is not None:
+        options["generator"] = torch.Generator().manual_seed(settings.seed % _SEEDS)
+    with _refused_input():
+        return pipeline(prompt, callback_on_step_end=advance, **options).images[0]
+
+
+def _own(pipeline: Any) -> Any:
+    """A pipeline of the same weights, and of its own all that changes while an image is made."""
+    own = copy.copy(pipeline)
+    for name, part in pipeline.components.items():
+        # A tokenizer holds how it pads at present. A VAE of half precision may be cast when it decodes, and back.
+        changes = isinstance(part, SchedulerMixin | PreTrainedTokenizerBase)
+        if changes or (name == "vae" and part.dtype == torch.float16 and part.config.force_upcast):
+            setattr(own, name, copy.deepcopy(part))
+    return own
 
 
 def _load(directory: str, denoiser: SplitDenoiser, from_image: bool) -> Any:

@@ -51,6 +51,8 @@ async def read_json(request: Request) -> object:
 async def unless_disconnected(request: Request, answer: Awaitable[_T]) -> _T:
     """Waits for an answer as long as the client does. Raises ClientDisconnect."""
     waiting = asyncio.ensure_future(answer)
+    # Else asyncio complains of what became of it after the client had left.
+    waiting.add_done_callback(lambda future: future.cancelled() or future.exception())
     # After the body comes one message: that the client has left.
     leaving = asyncio.ensure_future(request.receive())
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 from collections.abc import Awaitable, Callable
@@ -69,7 +70,10 @@ class Server:
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             if self._api_key is not None and not hmac.compare_digest(given.encode(), self._api_key.encode()):
                 raise ApiError("the API key is wrong or missing", 401, code="invalid_api_key")
-            return await answer(request)
+            try:
+                return await answer(request)
+            except asyncio.CancelledError:
+                raise ApiError("the server has ended", 503, type_="server_error") from None
 
         return Route(path, authorized, methods=[method])
 
