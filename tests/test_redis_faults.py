@@ -300,7 +300,7 @@ def test_a_wish_that_cannot_be_met_is_answered(setting: Setting, server: Valkey)
                 stranger.open_session()
             began = time.monotonic()
             with pytest.raises(Busy):
-                client.open_session([worker._id])
+                client.open_session([worker.id])
             assert time.monotonic() - began < 1.0
             client.open_session().call([step(0)])
             worker._transport.announce()
@@ -370,7 +370,7 @@ def test_dead_workers_are_taken_off_the_list(
         with pytest.raises(NoWorker, match="served here: none"):
             device.open_session()
         with setting.worker(server.address) as worker:
-            wait_until(lambda: client.hkeys(keys.workers) == [worker._id.hex().encode()], 4.0)
+            wait_until(lambda: client.hkeys(keys.workers) == [worker.id.hex().encode()], 4.0)
 
 
 # --- bounds ------------------------------------------------------------------------------------------------

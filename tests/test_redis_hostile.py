@@ -179,7 +179,7 @@ def test_a_list_of_workers_that_lies_stalls_no_device(setting: Setting, server: 
         with setting.client(server.address) as device:
             session = device.open_session()
             session.call([step(0)])
-            assert session.worker == worker._id
+            assert session.worker == worker.id
             assert device.transport.counters["Malformed"] > 0
 
 

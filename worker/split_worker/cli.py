@@ -129,6 +129,7 @@ def worker(
     try:
         facts: dict[str, Any] = {
             "worker": identity.certificate.name,
+            "id": running.id.hex(),
             "model": serving.model,
             "layers": f"{service.first}:{service.last}",
             "device": place,
