@@ -10,9 +10,9 @@ import torch
 
 from split_common.engine.rows import Run
 from split_common.engine.scheduler import (
-    GATHER_SHARE,
     MAX_CHUNK,
     MIN_CHUNK,
+    SOON,
     ChunkBudget,
     Gathering,
     Job,
@@ -142,21 +142,23 @@ def test_a_session_has_one_forward_under_way_and_may_be_cancelled_meanwhile() ->
 
 
 def test_a_forward_waits_for_sessions_that_come_back_soon_and_for_no_others() -> None:
-    gathering = Gathering()
-    for session, turnaround in (("quick", 0.01), ("slow", 2.0)):
+    gathering, forward = Gathering(), 0.1
+    for session, turnaround in (("quick", 0.02), ("later", 0.3), ("slow", 2.0)):
         gathering.answered(session, 10.0)
         gathering.came(session, 10.0 + turnaround)
-    assert gathering.until(0.1) == 0.0
-    gathering.answered("slow", 20.0)
-    gathering.answered("unknown", 20.0)
-    assert gathering.until(0.1) == 0.0
-    gathering.answered("quick", 20.0)
-    assert gathering.until(0.1) == pytest.approx(20.0 + GATHER_SHARE * 0.1)
-    gathering.came("quick", 20.01)
-    assert gathering.until(0.1) == 0.0
-    gathering.answered("quick", 30.0)
-    gathering.forget("quick")
-    assert gathering.until(0.1) == 0.0
+    assert gathering.until(forward, 13.0) == 0.0
+    for session in ("unknown", "slow", "later", "quick"):
+        gathering.answered(session, 20.0)
+    # One is expected within the time of a forward, and has as long beyond it.
+    assert gathering.until(forward, 20.0) == pytest.approx(20.02 + SOON * forward)
+    gathering.came("quick", 20.02)
+    assert gathering.until(forward, 20.02) == 0.0
+    # By now the next one is.
+    assert gathering.until(forward, 20.25) == pytest.approx(20.3 + SOON * forward)
+    gathering.forget("later")
+    assert gathering.until(forward, 20.25) == 0.0
+    # The slow one never is: too many forwards have run meanwhile.
+    assert gathering.until(forward, 22.0) == 0.0
 
 
 def test_the_budget_is_small_beside_decoding_and_finds_its_size() -> None:

@@ -32,9 +32,12 @@ SLACK = 1.0
 #: Seconds after its last step during which a session is held to be decoding.
 DECODING_FOR = 1.0
 
-#: A forward waits for decoding sessions that lately came back within so many times what a forward takes. Up to one,
-#: waiting costs nobody more than the forward that would run without them.
-GATHER_SHARE = 1.5
+#: A forward waits for decoding sessions that are expected within so many times what a forward takes, and as long
+#: beyond the time when they are expected.
+SOON = 1.0
+
+#: The most that it waits for a session since that was answered, in the same unit.
+GATHER_SHARE = 5.0
 
 
 @dataclass(eq=False)
@@ -133,17 +136,15 @@ class Gathering:
         self._away.pop(session, None)
         self._turnaround.pop(session, None)
 
-    def until(self, forward: float) -> float:
+    def until(self, forward: float, now: float) -> float:
         """When the next forward, which takes so many seconds, need not wait any longer; 0 if for nobody."""
-        patience = GATHER_SHARE * forward
-        return max(
-            (
-                since + patience
-                for session, since in self._away.items()
-                if self._turnaround.get(session, patience) < patience
-            ),
-            default=0.0,
-        )
+        patience, soon = GATHER_SHARE * forward, SOON * forward
+        until = 0.0
+        for session, since in self._away.items():
+            usual = self._turnaround.get(session, patience)
+            if usual < patience and since + usual < now + soon:
+                until = max(until, since + min(patience, usual + soon))
+        return until
 
 
 class Scheduler:
