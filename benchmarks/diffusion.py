@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.harness import Relay, arguments, fleet, note, report
@@ -66,7 +67,8 @@ def _shares(name: str, size: int, tokens: int, embeddings: int, config: dict[str
     from torch.utils.flop_counter import FlopCounterMode
 
     from split_common import wire
-    from split_common.diffusion.unet import CUTS, UNetPlan
+    from split_common.diffusion.plan import CUTS
+    from split_common.diffusion.unet import UNetPlan
 
     latent, width = size // 8, config["cross_attention_dim"]
     with torch.device("meta"):
@@ -84,7 +86,7 @@ def _shares(name: str, size: int, tokens: int, embeddings: int, config: dict[str
                 added_cond_kwargs=added,
             )
     flops = {module: sum(counts.values()) for module, counts in counter.get_flop_counts().items()}
-    plan = UNetPlan(None, unet.config)  # type: ignore[arg-type]
+    plan = UNetPlan(SimpleNamespace(name=name), unet.config)  # type: ignore[arg-type]
     parameters = {key: parameter.numel() for key, parameter in unet.named_parameters()}
     results: dict[str, Any] = {}
     for cut in CUTS:

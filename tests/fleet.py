@@ -34,6 +34,7 @@ def start_worker(
     sessions: SessionTable | None = None,
     dtype: torch.dtype | None = None,
     cut: str | None = None,
+    ip_adapter: Path | None = None,
 ) -> Worker:
     """A worker of a checkpoint's body, joined to a broker; the caller stops it."""
     fleet = fleet or load_fleet()
@@ -42,6 +43,7 @@ def start_worker(
         fleet,
         layers=layers,
         cut=cut,
+        ip_adapter=ip_adapter,
         device=torch.device("cpu"),
         dtype=dtype,
         memory=KV_BYTES,

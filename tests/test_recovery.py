@@ -387,6 +387,39 @@ def test_a_step_that_kills_workers_does_not_travel_for_ever(checkpoint: Path, wa
     assert (letter.workers, letter.tokens) == (["worker-1"] * 4, 3)
 
 
+def test_workers_that_die_while_they_are_told_the_history(checkpoint: Path, wanted: torch.Tensor) -> None:
+    """The step itself never reached the second one and those after it: it is not to blame."""
+    deaths = 0
+
+    def die_of(worker: Worker) -> None:
+        forward = worker._compute._launch
+
+        def die(batch: Any) -> Any:
+            nonlocal deaths
+            begins = [piece.run.positions[0] for piece in batch]
+            if max(begins) > 24 if not deaths else deaths < 6 and 0 in begins:
+                deaths += 1
+                worker._transport.close()
+                raise SystemExit
+            return forward(batch)
+
+        worker._compute._launch = die  # type: ignore[method-assign]
+
+    with running_broker() as broker:
+        workers = [start_worker(checkpoint, broker.address) for _ in range(7)]
+        try:
+            for worker in workers:
+                die_of(worker)
+            with SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address) as model:
+                assert torch.equal(model.generate(PROMPT, **GREEDY), wanted)
+                assert model.traffic["replays"] == 1
+        finally:
+            for worker in workers:
+                worker.stop()
+    assert deaths == 6
+    assert dead_letters.read() == []
+
+
 def test_letters_are_kept_apart_from_what_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     letter = dead_letters.DeadLetter(
         model="m", layers="1:2", workers=["w"], rows=1, tokens=1, cached=0, reason="x" * 10_000

@@ -3,69 +3,51 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import openai
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from starlette.applications import Starlette
 
 import tiny
-from fleet import running_broker, start_worker
-from split_common.process import running_command
-
-KEY = "a key"
+from serving import KEY, Unsplit, serving
+from split_common.errors import SplitError
+from split_device.openai.serve_cli import answering
 
 #: Seconds that something may take on a busy machine.
 PATIENCE = 60.0
+
+POSITIONS = 4096
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_tokenizer(tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny"))
+    # So many that nobody generates them all while a test waits for something else.
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    return tiny.save_tokenizer(tiny.save("llama", directory, max_position_embeddings=POSITIONS))
 
 
 @pytest.fixture(scope="module")
 def fleet(checkpoint: Path) -> Iterator[tuple[str, Any]]:
-    """A server's address, and the worker behind it, which is in this process."""
-    with running_broker() as broker:
-        worker = start_worker(checkpoint, broker.address)
-        try:
-            options = ["--model", str(checkpoint), "--broker", broker.address, "--port", "0"]
-            with running_command(["serve", *options], env={"LAMBDA_SPLIT_API_KEY": KEY}) as (_, facts):
-                assert facts["model"] == "tiny"
-                yield facts["url"], worker
-        finally:
-            worker.stop()
+    with serving(checkpoint) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
 def client(fleet: tuple[str, Any]) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=fleet[0], api_key=KEY, max_retries=0) as client:
         yield client
-
-
-class Unsplit:
-    """What the unsplit model says."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self.model = AutoModelForCausalLM.from_pretrained(checkpoint)
-
-    def say(self, prompt: str, tokens: int, seed: int | None = None) -> str:
-        ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
-        options: dict[str, Any] = {"do_sample": False}
-        if seed is not None:
-            torch.manual_seed(seed)
-            options = {"do_sample": True, "temperature": 1.0, "top_k": 0}
-        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options)
-        return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +118,7 @@ def test_errors_are_openai_s(client: openai.OpenAI, fleet: tuple[str, Any]) -> N
         ask(client, tools=[{"type": "function", "function": {"name": "f"}}])
     assert (bad.value.code, bad.value.param) == ("unsupported_parameter", "tools")
     with pytest.raises(openai.BadRequestError) as bad:
-        ask(client, messages=[{"role": "user", "content": "x" * 300}])
+        ask(client, messages=[{"role": "user", "content": "x" * POSITIONS}])
     assert bad.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError) as bad:
         ask(client, temperature=3)
@@ -184,7 +166,7 @@ def test_many_streams_at_once(fleet: tuple[str, Any], unsplit: Unsplit) -> None:
 def test_a_client_that_hangs_up_frees_its_session(fleet: tuple[str, Any], stream: bool) -> None:
     url, worker = fleet
     wait_until(lambda: not sessions(worker))
-    body = {"model": "tiny", "prompt": "Once", "temperature": 0, "max_tokens": 230, "stream": stream, "n": 4}
+    body = {"model": "tiny", "prompt": "Once", "temperature": 0, "max_tokens": 4000, "stream": stream, "n": 4}
     headers = {"Authorization": f"Bearer {KEY}"}
     before = tokens(worker)
     if stream:
@@ -197,7 +179,39 @@ def test_a_client_that_hangs_up_frees_its_session(fleet: tuple[str, Any], stream
     wait_until(lambda: tokens(worker) > before)
     wait_until(lambda: not sessions(worker))
     # All four answers would have been far more.
-    assert tokens(worker) - before < 700
+    assert tokens(worker) - before < 2 * 4000
+
+
+def test_a_server_that_cannot_listen_says_so() -> None:
+    with socket.socket() as first, socket.socket() as second:
+        for each in (first, second):
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            each.bind(("127.0.0.1", first.getsockname()[1] if each is second else 0))
+        first.listen()
+        with pytest.raises(SplitError, match="in use"), answering(Starlette(), second, threading.Event()):
+            pytest.fail("it says that it listens")
+
+
+def test_a_server_that_ends_by_itself_is_noticed() -> None:
+    stop = threading.Event()
+
+    def break_its_loop() -> None:
+        thread = next(each for each in threading.enumerate() if each.name == "http")
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(OSError))
+        assert stop.wait(PATIENCE)
+        thread.join()
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        with pytest.raises(SplitError, match="has ended"), answering(Starlette(), listener, stop):
+            break_its_loop()
+
+
+def test_a_port_that_is_taken(run: Any, checkpoint: Path, fleet: tuple[str, Any]) -> None:
+    port = urlsplit(fleet[0]).port
+    refused = run("serve", "--model", checkpoint, "--port", port)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert f"port {port} cannot be used: Address already in use" in refused.err
 
 
 def sessions(worker: Any) -> int:

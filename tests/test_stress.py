@@ -22,6 +22,8 @@ KEYS = {
     "requests",
     "completed",
     "tokens",
+    "images",
+    "steps",
     "lost",
     "duplicated",
     "mismatched",
@@ -82,6 +84,16 @@ def test_nothing_is_lost(transport: str, tmp_path: Path) -> None:
     assert report["left"] == (None if transport == "zmq" else {"entries": 0, "pending": 0})
     names = {each["process"] for each in report["memory"]}
     assert {"broker" if transport == "zmq" else "redis", "device 0", "device 1"} <= names
+
+
+def test_no_image_is_lost(tmp_path: Path) -> None:
+    arguments = ["--workload", "image", "--devices", 2, "--workers", 2, "--seconds", 8, "--seed", 7]
+    report = finish(start(tmp_path, *arguments), tmp_path)
+    check_sound(report)
+    assert report["images"] == report["completed"]
+    assert report["steps"] >= 3 * report["images"]
+    assert report["tokens"] == 0
+    assert report["worker_kills"] >= 1
 
 
 def test_another_models_outputs_are_mismatched(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -17,15 +17,17 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from split_common.cli import main
 from split_common.errors import ConfigError, SplitError
-from split_device.stress import tiny_model
+from split_device.stress import images, tiny_model, tiny_unet
 from split_device.stress.chaos import INTERVALS, Chaos
 from split_device.stress.cli import KINDS, parse_chaos
 from split_device.stress.events import Answered, Asked, Decoded, Failed, Traffic, decode, encode
 from split_device.stress.ledger import Ledger
 from split_device.stress.memory import MIB, Memory, Resident
+from split_device.stress.plan import Plan
 from split_device.stress.plot import draw
 from split_device.stress.processes import Kept
 from split_device.stress.proxy import Proxy
@@ -325,6 +327,34 @@ def test_memory_of_what_is_there_at_the_end(monkeypatch: pytest.MonkeyPatch) -> 
         kept.join()
 
 
+# --- what is asked for -------------------------------------------------------------------------------------
+
+
+def test_images_are_drawn_and_compared(tmp_path: Path) -> None:
+    one, two = (
+        UNet2DConditionModel.from_pretrained(tiny_unet.build(tmp_path / str(seed), seed)).eval() for seed in (0, 1)
+    )
+    requests = [images.draw(0, 1, number, one.config) for number in range(8)]
+    shapes = set()
+    for request in requests[:4]:
+        wanted = request.run(one)
+        shapes.add(wanted.shape)
+        again = images.draw(0, 1, requests.index(request), one.config).run(one)
+        assert images.agree(again, wanted)
+        assert not images.agree(request.run(two), wanted)
+        assert not images.agree(wanted + 1e-4 * wanted.abs().max(), wanted)
+        assert not images.agree(wanted[:, :, 1:], wanted)
+    assert len(shapes) > 1
+    assert len({request.steps for request in requests}) > 1
+
+
+def test_every_other_process_of_a_mixed_run_has_images() -> None:
+    plan = Plan("mixed", 4, 4, None, 1.0, "zmq", None, None, None, 2, 2, [], 0, None)
+    assert [plan.kind(index) for index in range(4)] == ["text", "image", "text", "image"]
+    assert main(["stress", "--workload", "mixed", "--workers", "1"]) == 2
+    assert main(["stress", "--workload", "mixed", "--model", "x"]) == 2
+
+
 # --- ledger and report -------------------------------------------------------------------------------------
 
 
@@ -361,6 +391,12 @@ def test_all_is_well() -> None:
     assert (result.requests, result.completed, result.tokens, result.replays) == (4, 4, 40, 6)
     assert (result.lost, result.duplicated, result.mismatched) == (0, 0, 0)
     assert (result.bytes_sent, result.bytes_received, result.tokens_per_second) == (200, 400, 4.0)
+    assert (result.images, result.steps) == (0, 0)
+    ledger.take(0, Asked(2))
+    ledger.take(0, answered(2, tokens=0, wanted=0, steps=5))
+    drawn = summed(ledger)
+    assert (drawn.requests, drawn.tokens, drawn.images, drawn.steps) == (5, 40, 1, 5)
+    assert drawn.steps_per_second == 0.5
     assert result.sound
     assert json.loads(json.dumps(result.facts()))["request_ms"]["p50"] == 1000.0
 

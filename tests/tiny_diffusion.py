@@ -1,4 +1,4 @@
-"""A tiny random SDXL pipeline of real diffusers classes, and one in the shape of SD 1.5: 64×64 pixels."""
+"""Tiny random pipelines of real diffusers classes, in the shapes of SDXL, SD 1.5, SD 3 and Flux: 64×64 pixels."""
 
 from __future__ import annotations
 
@@ -10,14 +10,30 @@ import torch
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from safetensors.torch import save_file
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 TOKENS = 16
 TEXT = 32
+#: Width of an image's embedding.
+IMAGE = 24
 
 
 def tokenizer(directory: Path) -> CLIPTokenizer:
@@ -60,6 +76,7 @@ def vae() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=8,
         sample_size=64,
+        shift_factor=0.1,
     )
 
 
@@ -113,6 +130,26 @@ def save_sdxl(directory: Path) -> Path:
     return directory / "tiny-sdxl"
 
 
+def save_ip_adapter(file: Path, pipeline: Path) -> Path:
+    """Saves a random IP-Adapter for the UNet of a pipeline, as those on the hub are laid out."""
+    torch.manual_seed(2)
+    unet = UNet2DConditionModel.from_pretrained(pipeline / "unet")
+    width = unet.config.cross_attention_dim
+    tensors = {
+        "image_proj.proj.weight": torch.randn(4 * width, IMAGE) / 4,
+        "image_proj.proj.bias": torch.randn(4 * width) / 4,
+        "image_proj.norm.weight": torch.ones(width),
+        "image_proj.norm.bias": torch.zeros(width),
+    }
+    attentions = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    for index, name in enumerate(attentions):
+        inner = unet.get_submodule(name.removesuffix(".processor")).inner_dim
+        for kind in "kv":
+            tensors[f"ip_adapter.{2 * index + 1}.to_{kind}_ip.weight"] = torch.randn(inner, width) / 4
+    save_file(tensors, file)
+    return file
+
+
 def save_sd15(directory: Path) -> Path:
     torch.manual_seed(0)
     words = tokenizer(directory / "words")
@@ -128,3 +165,85 @@ def save_sd15(directory: Path) -> Path:
     )
     pipeline.save_pretrained(directory / "tiny-sd15")
     return directory / "tiny-sd15"
+
+
+def t5() -> tuple[T5EncoderModel, T5Tokenizer]:
+    letters = [chr(code) for code in range(97, 123)]
+    words = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("\u2581", -1.0),
+        *((letter, -2.0) for letter in letters),
+    ]
+    config = T5Config(
+        vocab_size=len(words) + 100, d_model=2 * TEXT, d_kv=8, d_ff=64, num_layers=2, num_heads=4, is_gated_act=True
+    )
+    return T5EncoderModel(config), T5Tokenizer(vocab=words, model_max_length=TOKENS)
+
+
+#: Blocks of both kinds: with attention to the image alone as well, and without.
+SD3: dict[str, Any] = {
+    "sample_size": 32,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 7,
+    "attention_head_dim": 8,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 2 * TEXT,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 2 * TEXT,
+    "pos_embed_max_size": 32,
+    "dual_attention_layers": (0, 1, 2),
+    "qk_norm": "rms_norm",
+}
+
+FLUX: dict[str, Any] = {
+    "in_channels": 16,
+    "num_layers": 3,
+    "num_single_layers": 4,
+    "attention_head_dim": 8,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 2 * TEXT,
+    "pooled_projection_dim": TEXT,
+    "axes_dims_rope": (2, 2, 4),
+    "guidance_embeds": True,
+}
+
+
+def save_sd3(directory: Path) -> Path:
+    torch.manual_seed(0)
+    words = tokenizer(directory / "words")
+    config = text_config(len(words))
+    encoder, pieces = t5()
+    pipeline = StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(**SD3),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(),
+        text_encoder=CLIPTextModelWithProjection(config),
+        tokenizer=words,
+        text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer_2=words,
+        text_encoder_3=encoder,
+        tokenizer_3=pieces,
+    )
+    pipeline.save_pretrained(directory / "tiny-sd3")
+    return directory / "tiny-sd3"
+
+
+def save_flux(directory: Path) -> Path:
+    torch.manual_seed(0)
+    words = tokenizer(directory / "words")
+    encoder, pieces = t5()
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(),
+        text_encoder=CLIPTextModel(text_config(len(words))),
+        tokenizer=words,
+        text_encoder_2=encoder,
+        tokenizer_2=pieces,
+        transformer=FluxTransformer2DModel(**FLUX),
+    )
+    pipeline.save_pretrained(directory / "tiny-flux")
+    return directory / "tiny-flux"

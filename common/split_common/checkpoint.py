@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, BinaryIO, Final, NamedTuple
+from typing import Annotated, Any, BinaryIO, Final, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
@@ -29,11 +30,14 @@ MAX_HEADER: Final = 100_000_000
 CHUNK: Final = 4 << 20
 
 _CONFIG = "config.json"
-#: The tensors' file, of transformers and of diffusers; the index of a sharded checkpoint has one more suffix.
-_WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-_INDEX = ".index.json"
-#: A pipeline of diffusers has this file, and its denoiser in this directory.
-_PIPELINE, _DENOISER = "model_index.json", "unet"
+#: The tensors' file, of transformers and of diffusers, and variants of it, by the name that diffusers gives them;
+#: the index of a sharded checkpoint is called otherwise.
+_WEIGHTS = ("model", "diffusion_pytorch_model")
+_VARIANTS: Final = (None, "fp16")
+#: A pipeline of diffusers has this file, which names its parts; the denoiser is one of these.
+_PIPELINE, _DENOISERS = "model_index.json", ("unet", "transformer")
+#: Stands for an IP-Adapter's file among those of a checkpoint.
+_ADAPTER = "IP-Adapter"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
@@ -64,42 +68,53 @@ class Checkpoint:
     """A model's configuration and tensors, found by `Checkpoint.resolve`.
 
     Attributes: `name` (the hub id, or the directory's name), `revision` (of a hub checkpoint, or None),
-    `config_bytes` (of config.json as it is), `files` (from a tensor's name to the file that holds it).
+    `config_bytes` (of config.json as it is), `files` (from a tensor's name to the file that holds it), `variant`
+    (None, or "fp16" where there are only files of that name), `adapter_names` (of an IP-Adapter's tensors).
     """
 
-    def __init__(self, name: str, revision: str | None, fetch: Callable[[str], Path]) -> None:
+    def __init__(
+        self, name: str, revision: str | None, fetch: Callable[[str], Path], ip_adapter: Path | None = None
+    ) -> None:
         """`fetch(file)` returns the local path of one of its files, or raises FileNotFoundError."""
-        self.name = name
+        self.name = name if ip_adapter is None else f"{name}+{ip_adapter.stem}"
         self.revision = revision
         self._fetch = functools.cache(fetch)
+        self._adapter = ip_adapter
         self._headers: dict[str, dict[str, TensorEntry]] = {}
         self.config_bytes = self._config()
+        self.variant: str | None = None
         self.files = self._weight_map()
+        self.adapter_names = self._add_adapter() if ip_adapter is not None else frozenset[str]()
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.name!r}, revision={self.revision!r})"
 
     @classmethod
-    def resolve(cls, name_or_path: str | Path, revision: str | None = None) -> Checkpoint:
+    def resolve(
+        cls, name_or_path: str | Path, revision: str | None = None, ip_adapter: str | Path | None = None
+    ) -> Checkpoint:
         """The checkpoint in a directory, else that of a hub id at `revision` (a branch, tag or commit).
 
         Of a directory with a diffusers pipeline it is the denoiser's, under the pipeline's name. Of a sharded hub
-        checkpoint only config.json and the index are fetched here. Raises `UnknownModel`
+        checkpoint only config.json and the index are fetched here. With the safetensors file of an IP-Adapter it
+        is a checkpoint of its own, which has the adapter's tensors, too. Raises `UnknownModel`
         where there is none in safetensors format, `ModelError` where it is malformed.
         """
         text = str(name_or_path)
         directory = Path(name_or_path).expanduser()
+        adapter = Path(ip_adapter).expanduser() if ip_adapter is not None else None
+        if adapter is not None and not adapter.is_file():
+            raise UnknownModel(f"{adapter} is no file: give an IP-Adapter's .safetensors file")
         if directory.is_dir():
-            part = directory / _DENOISER if (directory / _PIPELINE).is_file() else directory
-            return cls(directory.resolve().name, None, _local(part))
+            return cls(directory.resolve().name, None, _local(_denoiser(directory)), adapter)
         if directory.exists() or not _HUB_ID.fullmatch(text):
             raise UnknownModel(f"{text!r} is neither a directory with a checkpoint nor the id of a hub model")
-        return cls(text, revision, _hub(text, revision))
+        return cls(text, revision, _hub(text, revision), adapter)
 
     @functools.cached_property
     def config_sha256(self) -> bytes:
-        """SHA-256 of config.json: 32 bytes."""
-        return hashlib.sha256(self.config_bytes).digest()
+        """SHA-256 of config.json, and of whether there is an adapter: 32 bytes."""
+        return hashlib.sha256(self.config_bytes + (b"\0IP-Adapter" if self.adapter_names else b"")).digest()
 
     @property
     def tensor_names(self) -> list[str]:
@@ -108,6 +123,8 @@ class Checkpoint:
 
     def path(self, file: str) -> Path:
         """The local path of one of the checkpoint's files, downloaded first if need be."""
+        if file == _ADAPTER and self._adapter is not None:
+            return self._adapter
         try:
             return self._fetch(file)
         except FileNotFoundError as error:
@@ -166,13 +183,16 @@ class Checkpoint:
             ) from None
 
     def _weight_map(self) -> dict[str, str]:
-        """The single file is preferred to the index, as transformers does."""
-        for name in _WEIGHTS:
-            for file, read in ((name, self._single), (name + _INDEX, self._index)):
+        """The single file is preferred to the index, as transformers does; and both to variants."""
+        for variant, name in itertools.product(_VARIANTS, _WEIGHTS):
+            single = f"{name}.{variant}.safetensors" if variant else f"{name}.safetensors"
+            index = f"{name}.safetensors.index.{variant}.json" if variant else f"{name}.safetensors.index.json"
+            for file, read in ((single, self._single), (index, self._index)):
                 try:
                     path = self._fetch(file)
                 except FileNotFoundError:
                     continue
+                self.variant = variant
                 return read(path)
         for file in _PICKLED:
             try:
@@ -180,7 +200,14 @@ class Checkpoint:
             except FileNotFoundError:
                 continue
             raise UnknownModel(f"{self.name} has only .bin weights; convert them to safetensors first")
-        raise UnknownModel(f"{self.name} has neither {_WEIGHTS[0]} nor its index")
+        raise UnknownModel(f"{self.name} has neither {_WEIGHTS[0]}.safetensors nor its index")
+
+    def _add_adapter(self) -> frozenset[str]:
+        own = self._header(_ADAPTER)
+        if not any(name.startswith("ip_adapter.") for name in own) or own.keys() & self.files.keys():
+            raise UnknownModel(f"{self._adapter} holds no IP-Adapter for {self.name}")
+        self.files |= dict.fromkeys(own, _ADAPTER)
+        return frozenset(own)
 
     def _single(self, path: Path) -> dict[str, str]:
         return dict.fromkeys(self._header(path.name), path.name)
@@ -245,6 +272,22 @@ def _read_header(file: str, stream: BinaryIO) -> dict[str, TensorEntry]:
     if position != size:
         raise ValueError(f"its tensors end at byte {position} of {size}")
     return entries
+
+
+def _denoiser(directory: Path) -> Path:
+    """The directory of the denoiser, if this is a pipeline's."""
+    index = directory / _PIPELINE
+    if not index.is_file():
+        return directory
+    try:
+        parts = msgspec.json.decode(index.read_bytes(), type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ModelError(f"{directory.name}: {_PIPELINE} is malformed: {error}") from None
+    for part in _DENOISERS:
+        match parts.get(part):
+            case [str(), str()]:
+                return directory / part
+    raise UnknownModel(f"{directory.name}: {_PIPELINE} names none of {', '.join(_DENOISERS)}")
 
 
 def _local(directory: Path) -> Callable[[str], Path]:

@@ -29,6 +29,9 @@ EXIT_INTERRUPTED = 130
 #: Exit code when the program itself is at fault (EX_SOFTWARE).
 EXIT_UNEXPECTED = 70
 
+#: What to install for modules that come with an extra of the package.
+EXTRAS = {"diffusers": "'lambda-split[diffusion]'", "PIL": "'lambda-split[diffusion]'"}
+
 # Pretty exceptions would print local variables, and with them keys and prompts. Help is Markdown, since in
 # Rich's own markup 'lambda-split[gguf]' would lose its brackets.
 app = typer.Typer(
@@ -102,7 +105,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(type(exc).__name__, str(exc), exc.exit_code, as_json)
     except ModuleNotFoundError as exc:
         # An installation for the broker alone, say, has no torch.
-        message = f"{exc.name} is not installed, which this command needs: pip install lambda-split"
+        package = EXTRAS.get(exc.name or "", "lambda-split")
+        message = f"{exc.name} is not installed, which this command needs: pip install {package}"
         return _fail("ModuleNotFoundError", message, ConfigError.exit_code, as_json)
     except Exception as exc:
         name = type(exc).__name__

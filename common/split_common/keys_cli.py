@@ -19,7 +19,7 @@ from split_common.errors import ConfigError, KeysError
 from split_common.fleet import DAYS, Fleet, check_address, keys_dir, load_fleet
 from split_common.keys import Certificate, Member, ModelScope, Role
 from split_common.manifest import Manifest, build_manifest
-from split_common.options import BrokerOption, JsonOption, KeysOption
+from split_common.options import BrokerOption, IpAdapterOption, JsonOption, KeysOption
 from split_common.transport.redis.acl import redis_acl
 
 keys_app = typer.Typer(no_args_is_help=True)
@@ -85,13 +85,14 @@ def add_model(
     model: Annotated[str, typer.Argument(help="A directory with a safetensors checkpoint, or a hub id.")],
     name: Annotated[str | None, typer.Option(help="Its name in the fleet. Default: the checkpoint's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    ip_adapter: IpAdapterOption = None,
     keys: KeysOption = None,
     json: JsonOption = False,
 ) -> None:
     """Sign a list of a model's tensors, so that each side can check the weights it loads."""
     fleet = _open(keys)
     fleet.require_operator()
-    checkpoint = Checkpoint.resolve(model, revision)
+    checkpoint = Checkpoint.resolve(model, revision, ip_adapter)
     manifest = _hash(checkpoint, name)
     fleet.add_manifest(manifest)
     message = f"added model {manifest.name} ({len(manifest.tensors)} tensors) to {fleet.path}"

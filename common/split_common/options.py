@@ -44,6 +44,15 @@ RevisionOption = Annotated[
     str | None,
     typer.Option(metavar="REVISION", rich_help_panel=MODEL_PANEL, help="Branch, tag or commit of a hub id."),
 ]
+IpAdapterOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--ip-adapter",
+        metavar="FILE",
+        rich_help_panel=MODEL_PANEL,
+        help="Of a diffusion model: an IP-Adapter's .safetensors file. With it, it is a model of its own.",
+    ),
+]
 BrokerOption = Annotated[
     str,
     typer.Option(

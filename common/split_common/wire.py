@@ -63,6 +63,13 @@ SCALE_BYTES = 4
 MAX_IMAGE_ROWS = 256
 MAX_ARRAYS = 64
 
+#: Bytes of the tensors of one step of an image job, and of its answer, at most; and of one message's share of them.
+MAX_STEP = 512 * 1024**2
+PART_BYTES = 4 * 1024**2
+
+#: Scales of an image job, at most.
+MAX_SCALES = 4096
+
 
 class Header(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """First frame of a message, in the clear: what the broker needs to route it."""
@@ -319,28 +326,30 @@ class Array(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Condition(Payload, frozen=True, tag=7):
-    """What an image is made after: the text's embeddings `[rows, tokens, width]`. Sent once for each job.
+    """What an image is made after: the text's embeddings `[rows, tokens, width]`, say. Sent once for each job.
 
     `key` is how steps name it. A worker may forget it, and then refuses a step with "embeddings".
     """
 
     key: Hash
-    embeddings: Array
+    arrays: Annotated[list[Array], msgspec.Meta(min_length=1, max_length=MAX_ARRAYS)]
+    #: How much each of the body's attentions to an IP-Adapter's images counts.
+    scales: Annotated[list[float], msgspec.Meta(max_length=MAX_SCALES)] = []
 
     @property
     def tensor_bytes(self) -> int:
-        return self.embeddings.nbytes
+        return sum(array.nbytes for array in self.arrays)
 
 
 class Denoise(Payload, frozen=True, tag=8):
     """One call of an image model's body, complete in itself but for the embeddings.
 
-    The tensors are the states `[rows, channels, height, width]`, the embedding of the time `[rows, width]`, and a
-    ControlNet's residuals, if there is one.
+    The tensors are the states, `[rows, channels, height, width]` say, the embedding of the time `[rows, width]`,
+    and what else the kind of model calls for (`split_common.diffusion`).
     """
 
-    #: The `Condition` of this job, and which of its rows belongs to each row here; -1 for one of zeros.
-    condition: Hash
+    #: The `Condition` of this job, if it has one, and which of its rows belongs to each row here; -1 for zeros.
+    condition: Hash | None
     rows: Annotated[
         list[Annotated[int, msgspec.Meta(ge=-1, lt=MAX_IMAGE_ROWS)]],
         msgspec.Meta(min_length=1, max_length=MAX_IMAGE_ROWS),
@@ -350,18 +359,24 @@ class Denoise(Payload, frozen=True, tag=8):
     codec: Codec
     #: All replies below this sequence number have arrived.
     acked: Natural = 0
+    #: Bytes of the tensors that the `Part`s before had; the rest follows here.
+    sent: Natural = 0
 
     @property
     def room(self) -> int:
         return 128 + 32 * len(self.arrays) + 3 * len(self.rows)
 
     @property
-    def tensor_bytes(self) -> int:
+    def step_bytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return max(0, self.step_bytes - self.sent)
 
 
 class Denoised(Payload, frozen=True, tag=9):
-    """Answer to a `Denoise`: the body's output `[rows, channels, height, width]`. Times in microseconds."""
+    """Answer to a `Denoise`: the body's output, of which `PART_BYTES` follow here. Times in microseconds."""
 
     output: Array
     body_us: Natural = 0
@@ -373,7 +388,25 @@ class Denoised(Payload, frozen=True, tag=9):
 
     @property
     def tensor_bytes(self) -> int:
-        return self.output.nbytes
+        return min(PART_BYTES, self.output.nbytes)
+
+
+class Part(Payload, frozen=True, tag=10):
+    """Bytes from `offset` on: of the tensors of the session's next `Denoise`, or in answer to a `Rest`."""
+
+    offset: Natural
+    size: Annotated[int, msgspec.Meta(ge=1, le=PART_BYTES)]
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.size
+
+
+class Rest(Payload, frozen=True, tag=11):
+    """Asks for bytes of the output of the session's last `Denoise`."""
+
+    offset: Natural
+    size: Annotated[int, msgspec.Meta(ge=1, le=PART_BYTES)]
 
 
 class Refusal(Payload, frozen=True, tag=6):
@@ -394,11 +427,18 @@ class Refusal(Payload, frozen=True, tag=6):
     seq: Natural = 0
 
 
-AnyRequest = Step | Fork | Close | Condition | Denoise
-AnyReply = Result | Done | Refusal | Denoised
+AnyRequest = Step | Fork | Close | Condition | Denoise | Part | Rest
+AnyReply = Result | Done | Refusal | Denoised | Part
 
 #: What answers a request unless it is refused.
-ANSWERS: dict[type[Payload], type[Payload]] = {Step: Result, Denoise: Denoised, Fork: Done, Condition: Done}
+ANSWERS: dict[type[Payload], type[Payload]] = {
+    Step: Result,
+    Fork: Done,
+    Condition: Done,
+    Part: Done,
+    Denoise: Denoised,
+    Rest: Part,
+}
 
 _T = TypeVar("_T")
 _LENGTH = struct.Struct("<I")

@@ -1,18 +1,29 @@
-"""The device's side of lambda-split: models, UNets and jobs that run in two places."""
+"""The device's side of lambda-split: models, denoisers and jobs that run in two places."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from split_device.diffusion.transformer import SplitFluxTransformer2DModel, SplitSD3Transformer2DModel
     from split_device.diffusion.unet import SplitUNet2DConditionModel
-    from split_device.jobs.device import Device
+    from split_device.jobs.device import Device, ImageDevice
     from split_device.model import SplitModelForCausalLM
 
-__all__ = ["Device", "SplitModelForCausalLM", "SplitUNet2DConditionModel"]
+__all__ = [
+    "Device",
+    "ImageDevice",
+    "SplitFluxTransformer2DModel",
+    "SplitModelForCausalLM",
+    "SplitSD3Transformer2DModel",
+    "SplitUNet2DConditionModel",
+]
 
 _MODULES = {
     "Device": "split_device.jobs.device",
+    "ImageDevice": "split_device.jobs.device",
+    "SplitFluxTransformer2DModel": "split_device.diffusion.transformer",
     "SplitModelForCausalLM": "split_device.model",
+    "SplitSD3Transformer2DModel": "split_device.diffusion.transformer",
     "SplitUNet2DConditionModel": "split_device.diffusion.unet",
 }
 

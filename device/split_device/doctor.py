@@ -12,14 +12,14 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from split_common import wire
 from split_common.address import masked
 from split_common.console import emit_json, stdout
-from split_common.errors import KeysError, NoWorker, SplitError
+from split_common.errors import InvalidSplit, KeysError, NoWorker, SplitError
 from split_common.fleet import Fleet, load_fleet
 from split_common.keys import Identity, Role
 from split_common.options import (
@@ -32,6 +32,9 @@ from split_common.options import (
     TimeoutOption,
 )
 from split_common.transport import connect, new_peer_id
+
+if TYPE_CHECKING:
+    from split_common.diffusion.plan import ImagePlan
 
 Status = Literal["ok", "note", "problem"]
 
@@ -141,14 +144,20 @@ def _hardware() -> Iterator[Finding]:
 
 
 def _layers(model: str | None) -> Iterator[Finding]:
-    """Whether many sessions share a forward of the model's layers: some of them are run."""
+    """Whether many sessions share a forward of a model's layers: some of them are run; of a denoiser, its cuts."""
     if model is None:
         return
+    from split_common.checkpoint import Checkpoint
+    from split_common.diffusion.kinds import is_denoiser, plan_image
     from split_common.engine.runner import Runner
     from split_common.part import load_part, plan
     from split_common.split import Split
 
     try:
+        checkpoint = Checkpoint.resolve(model)
+        if is_denoiser(checkpoint):
+            yield _blocks(plan_image(checkpoint))
+            return
         plan_ = plan(model)
         first = min(2, plan_.layers - 1)
         split = Split(plan_.layers, first, min(first + TRIED_LAYERS, plan_.layers))
@@ -161,6 +170,21 @@ def _layers(model: str | None) -> Iterator[Finding]:
         yield Finding("model", "ok", f"a worker runs many sessions in one forward (layers {split} were tried)")
     else:
         yield Finding("model", "note", f"a worker runs sessions one at a time: {runner.separate_because}")
+
+
+def _blocks(plan: ImagePlan) -> Finding:
+    """What the cuts of a denoiser leave to the device."""
+    from split_common.diffusion.plan import CUTS
+
+    checkpoint = plan.checkpoint
+    total = checkpoint.nbytes(checkpoint.tensor_names)
+    shares = []
+    for cut in CUTS:
+        with contextlib.suppress(InvalidSplit):
+            split = plan.split(cut)
+            share = checkpoint.nbytes(plan.own_tensors(split, "device")) / total
+            shares.append(f"cut {cut} (blocks {split}) leaves {share:.1%} of its {total:,} bytes here")
+    return Finding("model", "ok", f"a {plan.class_name}: {', '.join(shares)}")
 
 
 def _cores() -> int:

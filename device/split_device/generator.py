@@ -185,7 +185,7 @@ class Generator:
         # Joins a request to a loop that still runs.
         self._lock = threading.Lock()
         self._closing = False
-        #: Forwards of each end and the rows in them, and tokens that were chosen.
+        #: Forwards of each end and the rows in them, steps that went to workers, and tokens that were chosen.
         self.counters: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._run, name="lambda-split-generator", daemon=True)
         self._thread.start()
@@ -412,6 +412,7 @@ class Generator:
                 continue
             prefill += tokens if tokens > DECODE_TOKENS else 0
             self._away[flight] = tokens
+            self.counters["steps"] += 1
             flight.outbox.put(states)
         self._outgoing = kept
 

@@ -29,6 +29,10 @@ RETRY_AFTER = 0.1
 MAX_FAILURES = 2
 MAX_DEATHS = 4
 
+#: What a death counts by before the step was sent, while the worker was told what came before: that has run
+#: elsewhere. Where workers die one after another, others' sessions may be told theirs first, again and again.
+REPLAY_DEATH = 0.25
+
 #: A request of the session, as `_send` takes it.
 R = TypeVar("R")
 
@@ -95,6 +99,7 @@ class Lasting(Generic[R]):
         lost: SessionLost | None = None
         failed: list[str] = []
         died: dict[bytes, str] = {}
+        deaths, told = 0.0, False
         waiting_since: float | None = None
         # A step that is left by one slow worker is left to the next one, or it would have to begin anew for ever.
         self._patient = False
@@ -103,10 +108,12 @@ class Lasting(Generic[R]):
                 raise lost or SessionLost("the session was given up")
             try:
                 if self._remote is None:
+                    told = False
                     self._open(avoid)
                 else:
                     self._remote.patient = self._patient
                 assert self._remote is not None
+                told = True
                 return self._send(self._remote, requests)
             except (Busy, SessionLost, NoWorker) as error:
                 now = time.monotonic()
@@ -121,10 +128,11 @@ class Lasting(Generic[R]):
                     if isinstance(error, WorkerGone) and remote.worker not in died:
                         # It may have been at work for long: patience begins anew.
                         died[remote.worker], waiting_since = name, now
+                        deaths += 1.0 if told else REPLAY_DEATH
                     if remote.ended or self._is_spoilt(requests):
                         remote.close()
                         avoid, self._remote = [remote.worker], None
-                if len(failed) >= MAX_FAILURES or len(died) >= MAX_DEATHS:
+                if len(failed) >= MAX_FAILURES or deaths >= MAX_DEATHS:
                     raise self._give_up(error, requests, [*failed, *died.values()]) from None
                 fresh = lost is None and self._is_new() and not self.client.served
                 pause = getattr(error, "retry_after", RETRY_AFTER)

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import time
-import weakref
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
-from split_common import wire
 from split_common.errors import PromptTooLong, UnsupportedFeature
-from split_common.fleet import load_fleet
 from split_common.manifest import find_manifest
 from split_common.part import generation_config, load_part, plan
 from split_common.slots import Stack
 from split_common.split import Split
 from split_common.tensors import dtype_name, parse_dtype
-from split_common.transport import DEFAULT_BROKER, connect
+from split_common.transport import DEFAULT_BROKER
 from split_device.client import PATIENCE, STEP_TIMEOUT, Client
 from split_device.history import HISTORY_MEMORY
+from split_device.joining import Joined, Member
 from split_device.remote import RemoteBody, Traits, is_windowed
-from split_device.timings import Timings
 
 #: What `generate` may be told of the cache: a session is a layer of a dynamic one.
 _DYNAMIC = (None, "dynamic", "dynamic_full")
 
 
-class SplitModelForCausalLM:
+class SplitModelForCausalLM(Joined):
     """A causal language model of transformers with its body on a worker. Made by `from_pretrained`.
 
     The object is an instance of the checkpoint's own model class as well: `generate`, `forward` and the tokenizer
@@ -38,9 +34,7 @@ class SplitModelForCausalLM:
 
     config: Any
     generation_config: Any
-    _client: Client
     _stack: Stack
-    _closed: Any
 
     @classmethod
     def from_pretrained(
@@ -85,35 +79,27 @@ class SplitModelForCausalLM:
             KeysError, ConfigError: of the fleet or an argument.
             BrokerUnreachable: the broker did not answer in time.
         """
-        fleet = load_fleet(Path(keys) if keys is not None else None)
-        identity = fleet.identity("device", member)
-        transport = connect(broker, fleet, identity)
+        device = Member.find(broker, keys, member)
         plan_ = plan(str(name_or_path), revision)
         split = Split.from_head_tail(plan_.layers, head_layers, tail_layers)
-        manifest = find_manifest(fleet, plan_.checkpoint, plan_.own_tensors(split, "device"))
+        manifest = find_manifest(device.fleet, plan_.checkpoint, plan_.own_tensors(split, "device"))
         model, stack = load_part(plan_, split, "device", dtype=parse_dtype(dtype), bases=(cls,), fill=RemoteBody)
         model.name_or_path = model.config.name_or_path = str(name_or_path)
         model.generation_config = generation_config(plan_) or model.generation_config
-        service = wire.Service(manifest.root, split.first, split.last)
-        client = Client(
-            transport,
-            fleet,
-            identity,
-            service,
-            manifest.name,
+        client = device.join(
+            manifest,
+            split,
             dtype_name(model.dtype),
-            timeout,
-            patience,
-            history_memory,
-            step_timeout,
+            timeout=timeout,
+            patience=patience,
+            history_memory=history_memory,
+            step_timeout=step_timeout,
         )
-        client.start()
         model._join(client, stack, split)
         return model
 
     def _join(self, client: Client, stack: Stack, split: Split) -> None:
-        self.split = split
-        self._client = client
+        self._belong(client, split)
         self._stack = stack
         windowed = is_windowed(self.config.get_text_config(decoder=True), split.body)
         traits = Traits(windowed or not stack.takes_positions, stack.positions_interact)
@@ -122,7 +108,6 @@ class SplitModelForCausalLM:
         self._called = 0.0
         #: When the step before this one of the same `generate` ended.
         self._returned: float | None = None
-        self._closed = weakref.finalize(self, client.close)
         self.generation_config.cache_implementation = None
         stack.owner.register_forward_pre_hook(self._before_stack, with_kwargs=True)
         model: Any = self
@@ -134,28 +119,6 @@ class SplitModelForCausalLM:
         body = self._stack.slots[self.split.first]
         assert isinstance(body, RemoteBody)
         return body
-
-    @property
-    def timings(self) -> Timings:
-        """Where the time of this model's steps went."""
-        return self._client.timings
-
-    @property
-    def traffic(self) -> Counter[str]:
-        """Messages and bytes sent and received, and messages refused by type of error, since the start."""
-        transport: Any = self._client.transport
-        counters: Counter[str] = transport.counters + self._client.counters
-        return counters
-
-    def close(self) -> None:
-        """Leaves the queue; workers free this device's sessions. The model cannot be used afterwards."""
-        self._closed()
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     # --- what is refused by name ---------------------------------------------------------------------------
 

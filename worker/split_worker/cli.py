@@ -15,6 +15,7 @@ from split_common.options import (
     MODEL_PANEL,
     BrokerOption,
     DtypeOption,
+    IpAdapterOption,
     JsonOption,
     KeysOption,
     MemberOption,
@@ -60,6 +61,7 @@ def worker(
             "(A) downsampler. Default: C.",
         ),
     ] = None,
+    ip_adapter: IpAdapterOption = None,
     broker: BrokerOption = DEFAULT_BROKER,
     device: Annotated[
         DeviceName, typer.Option(help="Where the body runs; auto takes a GPU if there is one.")
@@ -117,6 +119,7 @@ def worker(
         revision=revision,
         layers=layers,
         cut=cut,
+        ip_adapter=ip_adapter,
         device=torch.device(place),
         dtype=parse_dtype(dtype),
         memory=kv_bytes,

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from split_common import wire
@@ -229,29 +230,18 @@ class ComputeLoop:
         )
 
     def _start(self, task: Task) -> Sequence[Run]:
-        match task.request:
-            case wire.Fork() as fork:
-                self._fork(task, fork)
-                return []
-            case wire.Condition() | wire.Denoise() as request if isinstance(self._runner, DiffusionBody):
-                return self._start_image(task, request, self._runner)
-            case wire.Step() as step if not isinstance(self._runner, DiffusionBody):
-                began = time.perf_counter()
-                self._check_size(step)
-                states = from_bytes(task.tensor, step.dtype, step.tokens, step.width)
-                runs = task.session.begin(step, states, self._runner)
-                task.host_seconds += time.perf_counter() - began
-                return runs
-        raise Malformed(f"a {type(task.request).__name__} for a model of another kind")
-
-    def _start_image(
-        self, task: Task, request: wire.Condition | wire.Denoise, body: DiffusionBody
-    ) -> Sequence[Run]:
-        if isinstance(request, wire.Condition):
-            body.condition(task.session.rows, request, task.tensor)
+        if isinstance(task.request, wire.Fork):
+            self._fork(task, task.request)
             return []
         began = time.perf_counter()
-        runs = body.begin(task.session.rows, request, task.tensor)
+        if isinstance(self._runner, DiffusionBody):
+            runs: Sequence[Run] = self._runner.start(task.session.rows, task.request, task.tensor)
+        elif isinstance(task.request, wire.Step):
+            self._check_size(task.request)
+            states = from_bytes(task.tensor, task.request.dtype, task.request.tokens, task.request.width)
+            runs = task.session.begin(task.request, states, self._runner)
+        else:
+            raise Malformed(f"a {type(task.request).__name__} for a language model")
         task.host_seconds += time.perf_counter() - began
         return runs
 
@@ -318,9 +308,11 @@ class ComputeLoop:
             if isinstance(task.request, wire.Step):
                 tensor = to_bytes(outcome)
                 reply = self._result(task, task.request, outcome, began)
-            elif isinstance(task.request, wire.Denoise) and isinstance(self._runner, DiffusionBody):
-                array, tensor = self._runner.answer(task.request, outcome)
-                reply = wire.Denoised(array, *self._account(task, task.request, began))
+            elif isinstance(self._runner, DiffusionBody):
+                reply, tensor = self._runner.answer(task.session.rows, task.request, outcome)
+                if isinstance(reply, wire.Denoised) and isinstance(task.request, wire.Denoise):
+                    body_us, worker_us = self._account(task, task.request, began)
+                    reply = msgspec.structs.replace(reply, body_us=body_us, worker_us=worker_us)
             else:
                 reply = wire.Done()
             task.session.commit()

@@ -1,31 +1,29 @@
-"""The body of a diffusion model's UNet, as the compute loop runs it: steps of one shape share a forward."""
+"""The body of a diffusion model's denoiser, as the compute loop runs it: steps of one shape share a forward."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from split_common import wire
 from split_common.diffusion.codecs import decode, encode
-from split_common.diffusion.middle import Middle
-from split_common.diffusion.unet import UNetPlan
+from split_common.diffusion.plan import ImagePlan, Job
 from split_common.engine.rows import Row, Run
 from split_common.engine.runner import Launched
 from split_common.errors import Malformed, NeedEmbeddings, Oversized
 from split_common.split import Split
 
-#: Bytes of embeddings that are held unless told otherwise; those that were used least lately give way.
+#: Bytes that are held for image jobs unless told otherwise: embeddings, and steps and outputs that travel in parts.
+#: Those that were used least lately give way.
 MEMORY = 1024**3
 
 #: Rows in one forward, at most; a step with more has one of its own.
 MAX_BATCH_ROWS = 16
-
-#: Bytes of an answer, at most: what is left of a message's after padding.
-MAX_ANSWER = wire.MAX_BODY * 3 // 4
 
 #: Bytes of the embeddings of one step's rows, at most.
 MAX_CONTEXT = 256 * 1024**2
@@ -35,6 +33,10 @@ FIRST_TURN = 900.0
 
 #: Sessions are admitted by their number: they keep nothing that may not be forgotten.
 UNBOUNDED = sys.maxsize
+
+
+#: What is held of a session beside its jobs: the parts of a step so far, and an output that is sent in parts.
+_PARTS, _OUTPUT = b"parts", b"output"
 
 
 @dataclass(eq=False)
@@ -55,14 +57,14 @@ class ConditionRow:
 
 
 class ConditionStore:
-    """Embeddings of image jobs, by session and key. Used by the thread that computes."""
+    """What is held for image jobs, by session and key. Used by the thread that computes."""
 
     #: A step needs no room here.
     free = free_tokens = capacity = UNBOUNDED
 
     def __init__(self, memory: int) -> None:
         self._memory = memory
-        self._held: OrderedDict[tuple[ConditionRow, bytes], torch.Tensor] = OrderedDict()
+        self._held: OrderedDict[tuple[ConditionRow, bytes], Job | bytearray | bytes] = OrderedDict()
 
     def new_row(self) -> ConditionRow:
         return ConditionRow(self)
@@ -70,18 +72,55 @@ class ConditionStore:
     def cost(self, row: Row, tokens: int) -> int:
         return 0
 
-    def put(self, row: ConditionRow, key: bytes, embeddings: torch.Tensor) -> None:
-        self._held[row, key] = embeddings
+    def put(self, row: ConditionRow, key: bytes, held: Job | bytearray | bytes) -> None:
+        self._held[row, key] = held
         self._held.move_to_end((row, key))
-        while len(self._held) > 1 and sum(held.nbytes for held in self._held.values()) > self._memory:
+        while len(self._held) > 1 and self.used > self._memory:
             self._held.popitem(last=False)
 
-    def get(self, row: ConditionRow, key: bytes) -> torch.Tensor:
+    @property
+    def used(self) -> int:
+        """Bytes that are held."""
+        return sum(held.nbytes if isinstance(held, Job) else len(held) for held in list(self._held.values()))
+
+    def job(self, row: ConditionRow, key: bytes) -> Job:
         """Raises NeedEmbeddings."""
-        if (row, key) not in self._held:
+        held = self._held.get((row, key))
+        if not isinstance(held, Job):
             raise NeedEmbeddings("the worker does not hold the embeddings of this image")
         self._held.move_to_end((row, key))
-        return self._held[row, key]
+        return held
+
+    def extend(self, row: ConditionRow, offset: int, data: memoryview) -> None:
+        """Takes bytes of a step that follow those that are held. Raises NeedEmbeddings, Oversized."""
+        held = self._held.get((row, _PARTS), b"") if offset else b""
+        if not isinstance(held, bytearray | bytes) or len(held) != offset:
+            raise NeedEmbeddings("the worker does not hold the parts of this step that came before")
+        if offset + len(data) > wire.MAX_STEP:
+            raise Oversized(f"a step of more than {wire.MAX_STEP} bytes")
+        held = held if isinstance(held, bytearray) else bytearray()
+        held += data
+        self.put(row, _PARTS, held)
+
+    def whole(self, row: ConditionRow, sent: int, data: memoryview) -> memoryview:
+        """The bytes of a step, whose first ones came before. Raises NeedEmbeddings."""
+        held = self._held.pop((row, _PARTS), b"")
+        self._held.pop((row, _OUTPUT), None)
+        if not sent:
+            return data
+        if not isinstance(held, bytearray) or len(held) != sent:
+            raise NeedEmbeddings("the worker does not hold the parts of this step that came before")
+        held += data
+        return memoryview(held)
+
+    def output(self, row: ConditionRow, offset: int, size: int) -> bytes:
+        """Some bytes of the last step's output. Raises NeedEmbeddings, Malformed."""
+        held = self._held.get((row, _OUTPUT))
+        if not isinstance(held, bytes):
+            raise NeedEmbeddings("the worker does not hold the output of this step")
+        if offset + size > len(held):
+            raise Malformed(f"an output of {len(held)} bytes has none up to {offset + size}")
+        return held[offset : offset + size]
 
     def forget(self, row: ConditionRow) -> None:
         for place in [place for place in self._held if place[0] is row]:
@@ -90,16 +129,16 @@ class ConditionStore:
 
 @dataclass(frozen=True)
 class ImageRun(Run):
-    """A step's inputs, as `Middle` takes them; `states` is the sample. Its positions count for its size only."""
+    """A step's inputs, as `Middle` takes them; `states` is the first. Its positions count for its size only."""
 
-    embedding: torch.Tensor
-    context: torch.Tensor
-    residuals: list[torch.Tensor]
+    more: list[torch.Tensor]
+    job: Job
+    #: Steps that agree in this can share a forward.
+    group: Hashable
 
     @property
-    def shape(self) -> object:
-        """Steps of the same shape can share a forward."""
-        return self.states.shape[1:], self.states.is_contiguous(), self.context.shape[1:], len(self.residuals)
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.states, *self.more]
 
 
 class LaunchedImages(Launched):
@@ -118,10 +157,10 @@ class LaunchedImages(Launched):
 
 
 class DiffusionBody:
-    """A loaded body of a UNet, in the place of a language model's `Body`.
+    """A loaded body of a denoiser, in the place of a language model's `Body`.
 
     Args:
-        plan: the UNet.
+        plan: the denoiser.
         split: the body's blocks.
         device: where it runs.
         dtype: what it computes in; None takes the checkpoint's.
@@ -138,59 +177,67 @@ class DiffusionBody:
 
     def __init__(
         self,
-        plan: UNetPlan,
+        plan: ImagePlan,
         split: Split,
         device: torch.device,
         dtype: torch.dtype | None = None,
         memory: int | None = None,
     ) -> None:
         self._plan, self._split = plan, split
-        self._middle = Middle(plan, split, dtype).to(device)
+        self._middle = plan.middle(split, dtype).to(device)
         parameter = next(self._middle.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.asynchronous = self.device.type == "cuda"
         self.parameter_bytes = sum(p.numel() * p.element_size() for p in self._middle.parameters())
         self.store = ConditionStore(MEMORY if memory is None else memory)
-        self._context_width = _context_width(self._middle)
 
-    def condition(self, rows: list[Row], request: wire.Condition, data: memoryview) -> None:
-        """Takes a job's embeddings into its session's row. Raises Malformed or NonFinite."""
-        width = request.embeddings.shape[-1]
-        if len(request.embeddings.shape) != 3 or self._context_width not in (None, width):
-            raise Malformed(f"embeddings {request.embeddings.shape}, the model's width is {self._context_width}")
-        embeddings = decode(request.embeddings, data)
-        self.store.put(self._row(rows), request.key, embeddings.to(self.device, self.dtype))
-
-    def begin(self, rows: list[Row], request: wire.Denoise, data: memoryview) -> list[Run]:
-        """The run of a step.
+    def start(self, rows: list[Row], request: wire.Payload, data: memoryview) -> list[Run]:
+        """Takes a request of a session with these rows: the runs of a step, none for anything else.
 
         Raises:
             NeedEmbeddings: they are not held (any more).
             Malformed, Oversized, NonFinite: the tensors do not fit the body, or each other.
         """
-        row = self._row(rows)
-        self._check(request)
-        tensors, offset = [], 0
-        for array in request.arrays:
-            tensors.append(decode(array, data[offset : offset + array.nbytes]).to(self.device, self.dtype))
-            offset += array.nbytes
-        embeddings = self.store.get(row, request.condition)
-        if len(request.rows) * embeddings[0].nbytes > MAX_CONTEXT:
-            raise Oversized(f"{len(request.rows)} rows of {embeddings[0].nbytes} bytes of embeddings")
-        context = self._select(embeddings, request.rows)
-        size = len(request.rows) * tensors[0].shape[2] * tensors[0].shape[3]
-        return [ImageRun(row, tensors[0], range(size), tensors[1], context, tensors[2:])]
+        if not rows:
+            rows.append(self.store.new_row())
+        row = rows[0]
+        assert isinstance(row, ConditionRow)
+        match request:
+            case wire.Condition():
+                self._condition(row, request, data)
+                return []
+            case wire.Denoise():
+                return [self._run(row, request, data)]
+            case wire.Part():
+                self.store.extend(row, request.offset, data)
+                return []
+            case wire.Rest():
+                return []
+        raise Malformed(f"a {type(request).__name__} for an image model")
 
-    def answer(self, request: wire.Denoise, output: torch.Tensor) -> tuple[wire.Array, memoryview | bytes]:
-        """The output as the device wants it. Raises NonFinite."""
-        return encode(output, request.codec)
+    def answer(
+        self, rows: list[Row], request: wire.Payload, output: torch.Tensor
+    ) -> tuple[wire.Payload, memoryview | bytes]:
+        """What a request is answered with, given the output of its runs. Raises NonFinite, NeedEmbeddings."""
+        row = rows[0]
+        assert isinstance(row, ConditionRow)
+        match request:
+            case wire.Denoise():
+                array, data = encode(output, request.codec)
+                if array.nbytes > wire.PART_BYTES:
+                    self.store.put(row, _OUTPUT, bytes(data))
+                return wire.Denoised(array), memoryview(data)[: wire.PART_BYTES]
+            case wire.Rest():
+                part = self.store.output(row, request.offset, request.size)
+                return wire.Part(request.offset, request.size), part
+        return wire.Done(), b""
 
     def launch(self, runs: Sequence[Run]) -> LaunchedImages:
         """Starts a forward for each group of steps of one shape."""
-        groups: dict[object, list[list[int]]] = {}
+        groups: dict[Hashable, list[list[int]]] = {}
         images = [run for run in runs if isinstance(run, ImageRun)]
         for index, run in enumerate(images):
-            batches = groups.setdefault(run.shape, [[]])
+            batches = groups.setdefault(run.group, [[]])
             if batches[-1] and sum(len(images[i].states) for i in [*batches[-1], index]) > MAX_BATCH_ROWS:
                 batches.append([])
             batches[-1].append(index)
@@ -204,50 +251,67 @@ class DiffusionBody:
             )
 
     def _forward(self, runs: Sequence[ImageRun]) -> Launched:
-        output = self._middle(
-            torch.cat([run.states for run in runs]),
-            torch.cat([run.embedding for run in runs]),
-            torch.cat([run.context for run in runs]),
-            [torch.cat(residuals) for residuals in zip(*(run.residuals for run in runs), strict=True)],
-        )
+        job = runs[0].job
+        if self._middle.per_row:
+            job = Job(_joined([run.job.tensors for run in runs]), job.scales)
+        output = self._middle(_joined([run.tensors for run in runs]), job)
         return Launched(output, [len(run.states) for run in runs], range(len(runs)))
 
-    def _row(self, rows: list[Row]) -> ConditionRow:
-        if not rows:
-            rows.append(self.store.new_row())
-        row = rows[0]
-        assert isinstance(row, ConditionRow)
-        return row
+    def _condition(self, row: ConditionRow, request: wire.Condition, data: memoryview) -> None:
+        self._middle.check_job([array.shape for array in request.arrays], len(request.scales))
+        if not all(map(math.isfinite, request.scales)):
+            raise Malformed("scales of a job that are not finite")
+        self.store.put(row, request.key, Job(tuple(self._decode(request.arrays, data)), tuple(request.scales)))
 
-    def _check(self, request: wire.Denoise) -> None:
-        """Raises Malformed or Oversized for shapes that are not the body's."""
-        count = len(request.rows)
+    def _run(self, row: ConditionRow, request: wire.Denoise, data: memoryview) -> ImageRun:
         shapes = [array.shape for array in request.arrays]
-        if len(shapes[0]) != 4:
-            raise Malformed(f"states of the shape {shapes[0]}: they have rows, channels, height and width")
-        height, width = shapes[0][2:]
-        skips = [[count, *shape] for shape in self._plan.skip_shapes(self._split, height, width)]
-        wanted = [skips[0], [count, self._plan.embedding], *(skips if len(shapes) > 2 else ())]
+        self._check(request, shapes)
+        data = self.store.whole(row, request.sent, data)
+        tensors = self._decode(request.arrays, data)
+        job = self.store.job(row, request.condition) if request.condition is not None else Job()
+        self._middle.check_step(shapes, job)
+        if self._middle.per_row:
+            job = self._select(job, request.rows)
+        states = tensors[0]
+        group = states.shape[1:], states.is_contiguous(), len(tensors), self._middle.together(job)
+        return ImageRun(row, states, range(states.numel()), tensors[1:], job, group)
+
+    def _decode(self, arrays: list[wire.Array], data: memoryview) -> list[torch.Tensor]:
+        tensors, offset = [], 0
+        for array in arrays:
+            tensor = decode(array, data[offset : offset + array.nbytes])
+            tensors.append(tensor.to(self.device, self.dtype))
+            offset += array.nbytes
+        return tensors
+
+    def _check(self, request: wire.Denoise, shapes: list[list[int]]) -> None:
+        """Raises Malformed or Oversized for shapes that are not the body's."""
+        wanted = self._plan.step_shapes(self._split, shapes)
         if shapes != wanted:
             wrong = next((pair for pair in zip(shapes, wanted, strict=False) if pair[0] != pair[1]), None)
             detail = f"{wrong[0]}, not {wrong[1]}" if wrong else f"{len(shapes)} tensors, not {len(wanted)}"
             raise Malformed(f"a step of an image does not fit the model: {detail}")
-        output = wire.Array(request.codec, [count, self._plan.channels[self._split.first], height, width])
-        if output.nbytes > MAX_ANSWER:
-            raise Oversized(f"a step whose answer has {output.nbytes} bytes: send fewer rows at once")
+        if len(request.rows) != shapes[0][0]:
+            raise Malformed(f"a step of {shapes[0][0]} rows that names {len(request.rows)}")
+        output = wire.Array(request.codec, self._plan.output_shape(self._split, shapes))
+        if max(request.step_bytes, output.nbytes) > wire.MAX_STEP or request.sent > request.step_bytes:
+            raise Oversized(f"a step of {request.step_bytes} bytes whose answer has {output.nbytes}")
 
     @staticmethod
-    def _select(embeddings: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        """The embeddings of each row; raises Malformed for one that the job does not have."""
-        if max(rows) >= len(embeddings):
-            raise Malformed(f"a step names row {max(rows)} of {len(embeddings)} rows of embeddings")
-        zeros = torch.zeros_like(embeddings[:1])
-        return torch.cat([embeddings[row : row + 1] if row >= 0 else zeros for row in rows])
+    def _select(job: Job, rows: list[int]) -> Job:
+        """The job's tensors for each row; raises Malformed for a row that the job does not have."""
+        if any(max(rows) >= len(tensor) for tensor in job.tensors):
+            raise Malformed(f"a step names row {max(rows)}, which its job does not have")
+        if (size := len(rows) * sum(tensor[0].nbytes for tensor in job.tensors)) > MAX_CONTEXT:
+            raise Oversized(f"{len(rows)} rows of embeddings with {size} bytes")
+        return Job(tuple(_rows(tensor, rows) for tensor in job.tensors), job.scales)
 
 
-def _context_width(middle: Middle) -> int | None:
-    """Width of the embeddings that the body attends to; None if it does not."""
-    for name, parameter in middle.named_parameters():
-        if name.endswith("attn2.to_k.weight"):
-            return int(parameter.shape[1])
-    return None
+def _rows(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Some rows of a tensor; zeros for -1."""
+    zeros = torch.zeros_like(tensor[:1])
+    return torch.cat([tensor[row : row + 1] if row >= 0 else zeros for row in rows])
+
+
+def _joined(groups: Sequence[Sequence[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.cat(tensors) for tensors in zip(*groups, strict=True))

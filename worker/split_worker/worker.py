@@ -30,7 +30,7 @@ from split_common.keys import Certificate, Identity, ModelScope, Role, verify_ce
 from split_common.transport import Transport, new_peer_id
 from split_worker.body import Body
 from split_worker.compute import ComputeLoop, Task
-from split_worker.diffusion import DiffusionBody
+from split_worker.diffusion import ConditionStore, DiffusionBody
 from split_worker.sessions import Session, SessionTable
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,8 @@ class Worker:
         """How the worker does, now and on average since its start.
 
         Returns:
-            `sessions` held; `kv_tokens` and `kv_tokens_used` of its memory; `queued_bytes` of requests that wait;
+            `sessions` held; `kv_tokens` and `kv_tokens_used` of its memory, or, of an image model, `held_bytes` of
+            embeddings and steps in parts; `queued_bytes` of requests that wait;
             `steps`, `tokens`, `forwards` and `evictions` so far; `rows_per_forward`; `queue_ms` that a step waited;
             `tokens_per_second` while it computed.
         """
@@ -128,10 +129,14 @@ class Worker:
             counters = Counter(self.counters)
             sessions, queued = len(self._sessions), self._compute.queued_bytes
         store = self._body.store
+        memory: dict[str, float]
+        if isinstance(store, ConditionStore):
+            memory = {"held_bytes": store.used}
+        else:
+            memory = {"kv_tokens": store.capacity, "kv_tokens_used": store.capacity - store.free_tokens}
         return {
             "sessions": sessions,
-            "kv_tokens": store.capacity,
-            "kv_tokens_used": store.capacity - store.free_tokens,
+            **memory,
             "queued_bytes": queued,
             **{name: counters[name] for name in ("steps", "tokens", "forwards", "evictions")},
             "rows_per_forward": counters["rows"] / max(1, counters["forwards"]),

@@ -1,4 +1,4 @@
-"""Where a UNet is cut, and loading one side of it.
+"""UNets: where they are cut, and their body.
 
 A UNet of n levels is a row of 2n + 1 blocks: down 0 … n-1, the middle one, up 0 … n-1. The body is the blocks
 `[d, 2n + 1 - d)`: all from level d on. So the cut on the way down lies just behind a downsampler, whose output is
@@ -8,35 +8,55 @@ is a quarter as large before it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, cast
 
-import msgspec
 import torch
 from torch import nn
 
-from split_common.checkpoint import Checkpoint
-from split_common.errors import ConfigError, InvalidSplit, MissingTensor, ModelError, UnsupportedArchitecture
-from split_common.part import Side, read_tensors
+from split_common.diffusion.plan import ImagePlan, Job, Middle, load_weights
+from split_common.errors import InvalidSplit, Malformed, ModelError, UnsupportedArchitecture
 from split_common.split import Split
 
-Cut = Literal["C", "A"]
+#: How many levels of each cut are the device's.
+_LEVELS = {"C": 1, "A": 2}
 
-#: How many levels of each cut are the device's. C leaves the device about a tenth of SDXL's computing, A a third.
-CUTS: dict[str, int] = {"C": 1, "A": 2}
-
-_CLASS = "UNet2DConditionModel"
 #: Blocks that are called as the body calls them.
 _BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn"}
 
 
 @dataclass
-class UNetPlan:
-    """What a checkpoint of a UNet is, before any weight is read. Made by `plan_unet`."""
+class UNetPlan(ImagePlan):
+    """A UNet.
 
-    checkpoint: Checkpoint
-    config: dict[str, Any]
+    A step's tensors are the states `[rows, channels, height, width]`, the embedding of the time and of the added
+    conditions `[rows, width]`, and a ControlNet's residuals, if there is one, as in `skip_shapes`. A job's is the
+    text's embeddings `[rows, tokens, width]`, and an IP-Adapter's of images `[rows, images, tokens, width]`, with a
+    scale for each of `body_attentions`.
+
+    Raises:
+        ModelError, UnsupportedArchitecture: the configuration is malformed, or has blocks that cannot be split.
+    """
+
+    class_name: ClassVar[str] = "UNet2DConditionModel"
+    component: ClassVar[str] = "unet"
+
+    def __post_init__(self) -> None:
+        name, config = self.checkpoint.name, self.config
+        channels = config.get("block_out_channels")
+        if not (isinstance(channels, list | tuple) and channels and all(isinstance(c, int) for c in channels)):
+            raise ModelError(f"{name}: config.json names no channels of its blocks")
+        kinds = {
+            *config.get("down_block_types", ()),
+            *config.get("up_block_types", ()),
+            config.get("mid_block_type") or "UNetMidBlock2DCrossAttn",
+        }
+        if strange := sorted(kinds - _BLOCKS):
+            raise UnsupportedArchitecture(f"{name}: blocks of type {strange[0]} cannot be split")
+        if config.get("attention_type", "default") != "default":
+            raise UnsupportedArchitecture(f"{name}: attention of type {config['attention_type']!r} (GLIGEN)")
 
     @property
     def channels(self) -> list[int]:
@@ -62,13 +82,8 @@ class UNetPlan:
         own = layers if isinstance(layers, int) else layers[level]
         return int(own) + (level < self.levels - 1)
 
-    def split(self, cut: str) -> Split:
-        """The body of a cut by name. Raises ConfigError, InvalidSplit."""
-        if cut not in CUTS:
-            raise ConfigError(f"{cut!r} is no cut: take {' or '.join(CUTS)}")
-        if CUTS[cut] >= self.levels:
-            raise InvalidSplit(f"{self.checkpoint.name} has {self.levels} levels: cut {cut} leaves no body")
-        return Split(self.blocks, CUTS[cut], self.blocks - CUTS[cut])
+    def ends(self, cut: str) -> int:
+        return _LEVELS[cut]
 
     def check(self, split: Split) -> Split:
         """Raises InvalidSplit for a body that does not begin and end at the same level."""
@@ -78,8 +93,33 @@ class UNetPlan:
             )
         return split
 
+    @property
+    def adapted(self) -> bool:
+        """Whether it has an IP-Adapter."""
+        return bool(self.checkpoint.adapter_names)
+
+    @cached_property
+    def attentions(self) -> list[str]:
+        """Names of the modules that attend to embeddings, in the order in which IP-Adapters number them."""
+        processors = self.build().attn_processors
+        return [name.removesuffix(".processor") for name in processors if not name.endswith("attn1.processor")]
+
+    def body_attentions(self, split: Split) -> list[str]:
+        return [name for name in self.attentions if self.in_body(name, split)]
+
+    @cached_property
+    def _adapter_modules(self) -> dict[str, str]:
+        return {
+            f"ip_adapter.{2 * index + 1}.to_{kind}_ip.weight": f"{name}.processor.to_{kind}_ip.0.weight"
+            for index, name in enumerate(self.attentions)
+            for kind in "kv"
+        }
+
+    def module_name(self, tensor: str) -> str:
+        return self._adapter_modules.get(tensor, tensor) if tensor in self.checkpoint.adapter_names else tensor
+
     def in_body(self, tensor: str, split: Split) -> bool:
-        """Whether a tensor is the worker's."""
+        tensor = self.module_name(tensor)
         kind, _, rest = tensor.partition(".")
         index, _, inner = rest.partition(".")
         if kind == "mid_block":
@@ -91,9 +131,18 @@ class UNetPlan:
             return block in split.body and not (block == split.last - 1 and inner.startswith("upsamplers."))
         return False
 
-    def own_tensors(self, split: Split, side: Side) -> list[str]:
-        """Names of the tensors that a side loads."""
-        return [name for name in self.checkpoint.tensor_names if self.in_body(name, split) == (side == "worker")]
+    def step_shapes(self, split: Split, shapes: Sequence[Sequence[int]]) -> list[list[int]]:
+        if len(shapes[0]) != 4:
+            raise Malformed(f"states of the shape {shapes[0]}: they have rows, channels, height and width")
+        rows, _, height, width = shapes[0]
+        skips = [[rows, *shape] for shape in self.skip_shapes(split, height, width)]
+        return [skips[0], [rows, self.embedding], *(skips if len(shapes) > 2 else ())]
+
+    def output_shape(self, split: Split, shapes: Sequence[Sequence[int]]) -> list[int]:
+        return [shapes[0][0], self.channels[split.first], *shapes[0][2:]]
+
+    def middle(self, split: Split, dtype: torch.dtype | None = None) -> UNetMiddle:
+        return UNetMiddle(self, split, dtype)
 
     def skip_shapes(self, split: Split, height: int, width: int) -> list[tuple[int, int, int]]:
         """`[channels, height, width]` of the skips that the body uses, for an input of this size: its own input's
@@ -108,65 +157,93 @@ class UNetPlan:
         return [*shapes, (self.channels[-1], height, width)]
 
 
-def is_unet(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is a diffusion model's UNet."""
-    return _config(checkpoint).get("_class_name") == _CLASS
-
-
-def plan_unet(checkpoint: Checkpoint) -> UNetPlan:
-    """Raises UnsupportedArchitecture when it is no UNet, or one with blocks that cannot be split."""
-    config = _config(checkpoint)
-    if config.get("_class_name") != _CLASS:
-        raise UnsupportedArchitecture(f"{checkpoint.name} is no {_CLASS}")
-    channels = config.get("block_out_channels")
-    if not (isinstance(channels, list) and channels and all(isinstance(count, int) for count in channels)):
-        raise ModelError(f"{checkpoint.name}: config.json names no channels of its blocks")
-    kinds = {
-        *config.get("down_block_types", ()),
-        *config.get("up_block_types", ()),
-        config.get("mid_block_type") or "UNetMidBlock2DCrossAttn",
-    }
-    if strange := sorted(kinds - _BLOCKS):
-        raise UnsupportedArchitecture(f"{checkpoint.name}: blocks of type {strange[0]} cannot be split")
-    if config.get("attention_type", "default") != "default":
-        raise UnsupportedArchitecture(f"{checkpoint.name}: attention of type {config['attention_type']!r} (GLIGEN)")
-    return UNetPlan(checkpoint, config)
-
-
-def _config(checkpoint: Checkpoint) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(checkpoint.config_bytes, type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ModelError(f"{checkpoint.name}: config.json is malformed: {error}") from None
-
-
-def build_unet(plan: UNetPlan, unet_class: Any) -> Any:
-    """The UNet without memory for its weights (on `meta`)."""
-    try:
-        with torch.device("meta"):
-            return unet_class.from_config(plan.config)
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise UnsupportedArchitecture(f"{plan.checkpoint.name} cannot be built: {error}") from None
-
-
-def load_weights(module: nn.Module, plan: UNetPlan, split: Split, side: Side, dtype: torch.dtype | None) -> None:
-    """Reads a side's tensors into a module that was built on `meta` and has just that side's parameters.
+class UNetMiddle(Middle):
+    """Runs a UNet's body: the blocks of its lower levels.
 
     Args:
+        plan: the UNet.
+        split: the body's blocks.
         dtype: of the parameters; None keeps the checkpoint's.
 
     Raises:
-        MissingTensor: the checkpoint lacks one.
-        ModelError: its tensors do not fit the module.
+        ModelError: the body cannot be loaded.
     """
-    state = read_tensors(plan.checkpoint, plan.own_tensors(split, side))
-    if missing := sorted(module.state_dict().keys() - state.keys()):
-        raise MissingTensor(f"{plan.checkpoint.name} lacks the tensor {missing[0]}")
-    if dtype is not None:
-        state = {name: tensor.to(dtype) for name, tensor in state.items()}
-    try:
-        module.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ModelError(f"{plan.checkpoint.name}: its tensors do not make the model: {reason}") from None
-    module.eval().requires_grad_(False)
+
+    def __init__(self, plan: UNetPlan, split: Split, dtype: torch.dtype | None = None) -> None:
+        super().__init__(plan, split)
+        unet = plan.build()
+        first, levels = split.first, plan.levels
+        # Names are the original's: no block is renumbered.
+        self.down_blocks = nn.ModuleDict({str(index): unet.down_blocks[index] for index in range(first, levels)})
+        self.mid_block = unet.mid_block
+        self.up_blocks = nn.ModuleDict({str(index): unet.up_blocks[index] for index in range(levels - first)})
+        unet.up_blocks[levels - first - 1].upsamplers = None
+        #: Of an IP-Adapter, one for each of the body's attentions.
+        self._adapters = [self._adapt(name) for name in plan.body_attentions(split)] if plan.adapted else []
+        load_weights(self, plan, split, "worker", dtype)
+        widths = (p.shape[1] for name, p in self.named_parameters() if name.endswith("attn2.to_k.weight"))
+        #: Of the embeddings that the body attends to; None if it does not.
+        self._width: int | None = next(widths, None)
+
+    def _adapt(self, name: str) -> Any:
+        """Makes one of the body's modules attend to an IP-Adapter's images as well."""
+        from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+
+        attention: Any = self.get_submodule(name)
+        with torch.device("meta"):
+            processor = IPAdapterAttnProcessor2_0(attention.inner_dim, attention.cross_attention_dim)
+        attention.set_processor(processor)
+        return processor
+
+    def check_job(self, shapes: Sequence[Sequence[int]], scales: int) -> None:
+        if len(shapes[0]) != 3 or self._width not in (None, shapes[0][-1]):
+            raise Malformed(f"embeddings {shapes[0]}, the model's width is {self._width}")
+        images = shapes[1:]
+        if len(images) > bool(self._adapters) or scales != len(images) * len(self._adapters):
+            raise Malformed(f"{len(images)} embeddings of images and {scales} scales do not fit the IP-Adapter")
+        if images and (len(images[0]) != 4 or [images[0][0], images[0][-1]] != [shapes[0][0], shapes[0][-1]]):
+            raise Malformed(f"embeddings {images[0]} of images do not fit those of the text, {shapes[0]}")
+
+    def forward(self, tensors: Sequence[torch.Tensor], job: Job) -> torch.Tensor:
+        """The output of the body's last block, before its upsampler."""
+        sample, embedding, *residuals = tensors
+        context: Any = job.tensors[0]
+        if self._adapters:
+            images = list(job.tensors[1:])
+            for processor, scale in zip(self._adapters, job.scales or [0.0] * len(self._adapters), strict=True):
+                processor.scale = [scale]
+            # Where no image counts, nothing is read of these.
+            context = context, images or [context]
+        skips = [sample]
+        for block in self.down_blocks.values():
+            sample, made = block(sample, embedding, **_context(block, context))
+            skips += made
+        if residuals:
+            skips = [skip + residual for skip, residual in zip(skips, residuals[:-1], strict=True)]
+        if self.mid_block is not None:
+            sample = self.mid_block(sample, embedding, **_context(self.mid_block, context))
+        if residuals:
+            sample = sample + residuals[-1]
+        for block in self.up_blocks.values():
+            count = len(cast(nn.ModuleList, block.resnets))
+            own = skips[-count:]
+            del skips[-count:]
+            size = _upsampled(sample, skips[-1]) if skips else None
+            sample = block(
+                hidden_states=sample,
+                temb=embedding,
+                res_hidden_states_tuple=tuple(own),
+                upsample_size=size,
+                **_context(block, context),
+            )
+        return sample
+
+
+def _context(block: Any, context: Any) -> dict[str, Any]:
+    return {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
+
+
+def _upsampled(sample: torch.Tensor, skip: torch.Tensor) -> torch.Size | None:
+    """The size that a block's output must have to fit the next skip; None if that is just twice its own."""
+    wanted = skip.shape[2:]
+    return None if [2 * size for size in sample.shape[2:]] == list(wanted) else wanted

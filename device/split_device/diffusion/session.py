@@ -12,7 +12,7 @@ import torch
 
 from split_common import wire
 from split_common.diffusion.codecs import decode, encode
-from split_common.diffusion.unet import UNetPlan
+from split_common.diffusion.plan import ImagePlan
 from split_common.errors import Malformed, NeedEmbeddings, Oversized
 from split_common.split import Split
 from split_common.tensors import dtype_name, raw_bytes
@@ -20,42 +20,65 @@ from split_device.client import Client
 from split_device.lasting import Lasting
 from split_device.session import RemoteSession
 
-#: Bytes of tensors in one message, at most; steps of many rows travel in several. The rest is for padding.
-MESSAGE_BYTES = wire.MAX_BODY * 3 // 4
-
-#: Times that a worker is sent the embeddings for one step before it is given up.
+#: Times that a worker is sent everything for one step before it is given up.
 MAX_EMBEDDINGS = 3
 
 
 class Inputs(NamedTuple):
-    """What the body is called with, see `split_common.diffusion.middle`."""
+    """What the body is called with, as its plan says: see `split_common.diffusion`."""
 
-    sample: torch.Tensor
-    embedding: torch.Tensor
-    context: torch.Tensor
-    residuals: Sequence[torch.Tensor] = ()
+    #: Of a step: the states, the embedding of the time, and more.
+    tensors: Sequence[torch.Tensor]
+    #: Of the whole image.
+    job: Sequence[torch.Tensor] = ()
+    scales: Sequence[float] = ()
+    #: What else tells one image from another.
+    about: Sequence[torch.Tensor] = ()
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a worker is sent of an image beside its steps."""
+
+    payload: wire.Condition
+    data: bytes
 
 
 @dataclass(frozen=True)
 class Request:
-    """Some rows of a step, and the embeddings that they need."""
+    """A step, and what it needs of its image."""
 
     step: wire.Denoise
     tensors: bytes
-    condition: wire.Condition
-    embeddings: memoryview | bytes
+    condition: Condition | None
+    #: The output that it calls for.
+    output: wire.Array
+
+    def calls(self) -> list[tuple[wire.Payload, memoryview | bytes]]:
+        """Its messages: those with what does not fit into one, the step itself, and those that ask for the rest."""
+        data = memoryview(self.tensors)
+        parts = [data[begin : begin + wire.PART_BYTES] for begin in range(0, self.step.sent, wire.PART_BYTES)]
+        size = self.output.nbytes
+        return [
+            *((wire.Part(index * wire.PART_BYTES, len(part)), part) for index, part in enumerate(parts)),
+            (self.step, data[self.step.sent :]),
+            *(
+                (wire.Rest(begin, min(wire.PART_BYTES, size - begin)), b"")
+                for begin in range(wire.PART_BYTES, size, wire.PART_BYTES)
+            ),
+        ]
 
 
 class ImageSession(Lasting[Request]):
-    """Calls the body of a UNet on some worker. Any worker may take over at any step.
+    """Calls the body of a denoiser on some worker. Any worker may take over at any step.
 
     Args:
         client: finds workers.
-        plan, split: the UNet, and its body's blocks.
+        plan, split: the denoiser, and its body's blocks.
         codec: of the states on the way; None sends them as they are.
     """
 
-    def __init__(self, client: Client, plan: UNetPlan, split: Split, codec: wire.Codec | None = None) -> None:
+    def __init__(self, client: Client, plan: ImagePlan, split: Split, codec: wire.Codec | None = None) -> None:
         super().__init__(client)
         self._plan, self._split, self._codec = plan, split, codec
         #: Keys of embeddings that the worker was sent.
@@ -67,122 +90,115 @@ class ImageSession(Lasting[Request]):
 
         Raises:
             NonFinite: the inputs hold NaN or infinity.
-            Oversized: not even one row fits into a message.
+            Oversized: there are too many of them.
             SplitError: the worker or the queue failed.
         """
-        requests = self._requests(inputs)
-        replies = self._persist(requests)
+        with self.client.timings.measure("encode"):
+            request = self._request(inputs)
+        ((reply, data),) = self._persist([request])
         self._steps += 1
         self.client.timings.steps += 1
         with self.client.timings.measure("decode"):
-            outputs = [self._output(request, *reply) for request, reply in zip(requests, replies, strict=True)]
-        return torch.cat(outputs).to(inputs.sample)
+            assert isinstance(reply, wire.Denoised)
+            return decode(reply.output, data).to(inputs.tensors[0])
 
-    def _requests(self, inputs: Inputs) -> list[Request]:
-        with self.client.timings.measure("encode"):
-            rows, distinct = _distinct(inputs.context)
-            array, embeddings = encode(distinct)
-            key = hashlib.blake2b(repr(array).encode() + embeddings, digest_size=32).digest()
-            condition = wire.Condition(key, array)
-            at_once = self._rows_at_once(inputs)
-            return [
-                self._request(inputs, slice(begin, begin + at_once), rows, condition, embeddings)
-                for begin in range(0, len(rows), at_once)
-            ]
-
-    def _request(
-        self,
-        inputs: Inputs,
-        part: slice,
-        rows: list[int],
-        condition: wire.Condition,
-        embeddings: memoryview | bytes,
-    ) -> Request:
-        states = [encode(tensor[part], self._codec) for tensor in (inputs.sample, *inputs.residuals)]
+    def _request(self, inputs: Inputs) -> Request:
+        """A step as it travels. Raises NonFinite, Oversized."""
+        rows, condition = _condition(inputs)
         # The embedding of the time is small, and everything depends on it.
-        states.insert(1, encode(inputs.embedding[part]))
-        codec = self._codec or dtype_name(inputs.sample.dtype)
-        step = wire.Denoise(condition.key, rows[part], [array for array, _ in states], codec)
-        return Request(step, b"".join(data for _, data in states), condition, embeddings)
-
-    def _rows_at_once(self, inputs: Inputs) -> int:
-        """Rows of a step that travel in one message."""
-        codec = self._codec or dtype_name(inputs.sample.dtype)
-        up = [wire.Array(codec, [1, *tensor.shape[1:]]) for tensor in (inputs.sample, *inputs.residuals)]
-        up.append(wire.Array(dtype_name(inputs.embedding.dtype), [1, inputs.embedding.shape[1]]))
-        down = self._output_array(codec, [1, *inputs.sample.shape[1:]])
-        size = max(sum(array.nbytes for array in up), down.nbytes)
-        if size > MESSAGE_BYTES:
+        codecs = (self._codec, None, *[self._codec] * (len(inputs.tensors) - 2))
+        codec = self._codec or dtype_name(inputs.tensors[0].dtype)
+        shapes = [list(tensor.shape) for tensor in inputs.tensors]
+        output = wire.Array(codec, self._plan.output_shape(self._split, shapes))
+        states = [encode(tensor, codec) for tensor, codec in zip(inputs.tensors, codecs, strict=True)]
+        data = b"".join(data for _, data in states)
+        most = max(len(data), output.nbytes)
+        if len(rows) > wire.MAX_IMAGE_ROWS or most > wire.MAX_STEP:
             raise Oversized(
-                f"an image of this size takes {size:,} bytes a step, a message has {MESSAGE_BYTES:,}: choose a "
-                "smaller codec (fp16, int8, int4), or a smaller image"
+                f"a step of {len(rows)} rows with {most:,} bytes, and not {wire.MAX_IMAGE_ROWS} with "
+                f"{wire.MAX_STEP:,} at most: choose a smaller codec, or make fewer images at once"
             )
-        return min(wire.MAX_IMAGE_ROWS, MESSAGE_BYTES // size)
-
-    def _output_array(self, codec: wire.Codec, shape: list[int]) -> wire.Array:
-        return wire.Array(codec, [shape[0], self._plan.channels[self._split.first], *shape[2:]])
-
-    def _output(self, request: Request, reply: wire.AnyReply, data: memoryview) -> torch.Tensor:
-        """Raises Malformed or NonFinite for an answer to something else."""
-        wanted = self._output_array(request.step.codec, request.step.arrays[0].shape)
-        if not isinstance(reply, wire.Denoised) or (reply.output.codec, reply.output.shape) != (
-            wanted.codec,
-            wanted.shape,
-        ):
-            raise Malformed(f"the worker returned no output of the shape {wanted.shape}")
-        return decode(reply.output, data)
+        key = condition.payload.key if condition is not None else None
+        sent = (len(data) - 1) // wire.PART_BYTES * wire.PART_BYTES
+        step = wire.Denoise(key, rows, [array for array, _ in states], codec, sent=sent)
+        return Request(step, data, condition, output)
 
     # --- what the session does wherever it is --------------------------------------------------------------
 
     def _open(self, avoid: list[bytes]) -> None:
         self._sent = set()
         self._hold(self.client.open_session(avoid, self._number, next(self._epochs)))
+        # Nothing is sent again but embeddings, and the step that was lost.
+        self.client.counters["replays"] += self._steps > 0
 
     def _send(self, remote: RemoteSession, requests: list[Request]) -> list[tuple[wire.AnyReply, memoryview]]:
         timings = self.client.timings
-        condition = requests[0].condition
+        (request,) = requests
         for attempt in itertools.count(1):
-            calls: list[tuple[wire.Payload, memoryview | bytes]] = []
-            if new := condition.key not in self._sent:
-                calls.append((condition, requests[0].embeddings))
-            calls += [(request.step, request.tensors) for request in requests]
-            self._sent.add(condition.key)
+            calls = request.calls()
+            new = request.condition
+            if new is not None and new.payload.key not in self._sent:
+                calls.insert(0, (new.payload, new.data))
+                self._sent.add(new.payload.key)
             try:
                 with timings.measure_rest("queue"):
                     replies = remote.call(calls)
-                    for reply, _ in replies:
-                        if isinstance(reply, wire.Denoised):
-                            timings.add("body", reply.body_us / 1e6)
-                            timings.add("worker", reply.worker_us / 1e6)
-                return replies[new:]
+                    return [self._joined(request, replies)]
             except NeedEmbeddings:
-                # The worker has forgotten them, or another one's came between.
-                self._sent.discard(condition.key)
+                # The worker has forgotten something, or another session's came between.
+                self._sent.clear()
                 if attempt == MAX_EMBEDDINGS:
                     raise
         raise AssertionError
 
+    def _joined(
+        self, request: Request, replies: list[tuple[wire.AnyReply, memoryview]]
+    ) -> tuple[wire.AnyReply, memoryview]:
+        """The answer to a step, with all bytes of the output. Raises Malformed for one to something else."""
+        answers = [(reply, data) for reply, data in replies if isinstance(reply, wire.Denoised | wire.Part)]
+        denoised = answers[0][0]
+        assert isinstance(denoised, wire.Denoised)
+        self.client.timings.add("body", denoised.body_us / 1e6)
+        self.client.timings.add("worker", denoised.worker_us / 1e6)
+        wanted = request.output
+        if (denoised.output.codec, denoised.output.shape) != (wanted.codec, wanted.shape):
+            raise Malformed(f"the worker returned no output of the shape {wanted.shape}")
+        return denoised, memoryview(b"".join(data for _, data in answers)) if len(answers) > 1 else answers[0][1]
+
     def _letter(self, requests: list[Request]) -> tuple[int, int, int]:
-        return sum(len(request.step.rows) for request in requests), 0, 0
+        return len(requests[0].step.rows), 0, 0
 
     def _is_new(self) -> bool:
         return not self._steps
 
 
-def _distinct(context: torch.Tensor) -> tuple[list[int], torch.Tensor]:
-    """Which of the embeddings that are sent belongs to each row, -1 for one of zeros; and these embeddings.
+def _condition(inputs: Inputs) -> tuple[list[int], Condition | None]:
+    """Which row of what is sent of the image belongs to each row of the step, -1 for zeros; and what is sent."""
+    count = len(inputs.tensors[0])
+    if not inputs.job:
+        return [-1] * count, None
+    rows, sent = _distinct(inputs.job)
+    encoded = [encode(tensor[sent]) for tensor in inputs.job]
+    arrays, data = [array for array, _ in encoded], b"".join(data for _, data in encoded)
+    scales = list(inputs.scales)
+    key = hashlib.blake2b(repr((arrays, scales)).encode() + data, digest_size=32).digest()
+    return rows, Condition(wire.Condition(key, arrays, scales), data)
 
-    Pipelines repeat them for each image of a prompt. The default negative ones of SDXL are zeros.
+
+def _distinct(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
+    """For each row, which of the distinct ones it is, -1 for one of zeros; and the distinct rows' indices.
+
+    Pipelines repeat embeddings for each image of a prompt. The default negative ones of SDXL are zeros.
     """
     seen: dict[bytes, int] = {}
     rows, sent = [], []
-    for index, row in enumerate(context):
-        if not row.any():
+    for index, parts in enumerate(zip(*tensors, strict=True)):
+        if not any(part.any() for part in parts):
             rows.append(-1)
             continue
-        key = hashlib.blake2b(raw_bytes(row)).digest()
+        key = hashlib.blake2b(b"".join(map(raw_bytes, parts))).digest()
         if key not in seen:
             seen[key] = len(seen)
             sent.append(index)
         rows.append(seen[key])
-    return rows, context[sent or [0]]
+    return rows, sent or [0]

@@ -26,16 +26,48 @@ class Call(threading.local):
     context: Any = None
     #: A ControlNet's, for the body's skips and its middle block.
     residuals: Sequence[torch.Tensor] = ()
+    #: An IP-Adapter's, one for each of the body's attentions.
+    scales: Sequence[float] = ()
 
     def inputs(self) -> Inputs:
-        """Raises UnsupportedFeature for embeddings that only an adapter's own weights understand."""
+        """Raises UnsupportedFeature for embeddings that no pipeline of images makes."""
         assert self.sample is not None
         assert self.embedding is not None
-        if not isinstance(self.context, torch.Tensor):
-            raise UnsupportedFeature("an IP-Adapter's image embeddings cannot be split: the worker has no adapter")
-        if self.context.ndim != 3:
-            raise UnsupportedFeature(f"embeddings of shape {tuple(self.context.shape)} cannot be split")
-        return Inputs(self.sample, self.embedding, self.context, self.residuals)
+        text, images = self.context if isinstance(self.context, tuple) else (self.context, [])
+        if not isinstance(text, torch.Tensor) or text.ndim != 3:
+            raise UnsupportedFeature(
+                "embeddings of a text that are no tensor [rows, tokens, width] cannot be split"
+            )
+        return Inputs(
+            [self.sample, self.embedding, *self.residuals], [text, *images], self.scales if images else ()
+        )
+
+
+class Attention(nn.Module):
+    """Stands for an attention of the body, so that an IP-Adapter finds it. Its weights are the worker's."""
+
+    def __init__(self, processor: Any) -> None:
+        super().__init__()
+        self.processor = processor
+
+    def get_processor(self) -> Any:
+        return self.processor
+
+    def set_processor(self, processor: Any) -> None:
+        for parameter in processor.parameters() if isinstance(processor, nn.Module) else ():
+            parameter.data = parameter.data.new_empty(0)
+        self._modules.pop("processor", None)
+        self.processor = processor
+
+
+def outline(module: nn.Module, of: nn.Module) -> nn.Module | None:
+    """Gives a module the attentions of another one, under their names; None if it has none."""
+    for name, child in of.named_children():
+        processor: Any = getattr(child, "get_processor", None)
+        made = Attention(processor()) if processor is not None else outline(nn.Module(), child)
+        if made is not None:
+            module.add_module(name, made)
+    return module if next(module.children(), None) is not None else None
 
 
 class Slot(nn.Module):
@@ -43,8 +75,9 @@ class Slot(nn.Module):
 
     has_cross_attention = True
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, block: nn.Module) -> None:
         super().__init__()
+        outline(self, block)
         self._call = call
 
     @staticmethod
@@ -61,8 +94,8 @@ class Slot(nn.Module):
 class DownSlot(Slot):
     """A block on the way down: makes `skips` skips, which are placeholders."""
 
-    def __init__(self, call: Call, skips: int, first: bool) -> None:
-        super().__init__(call)
+    def __init__(self, call: Call, block: nn.Module, skips: int, first: bool) -> None:
+        super().__init__(call, block)
         self._skips, self._first = skips, first
 
     def forward(
@@ -87,10 +120,10 @@ class MiddleSlot(Slot):
 class UpSlot(Slot):
     """A block on the way up, with as many `resnets` as the skips that it takes."""
 
-    def __init__(self, call: Call, skips: int) -> None:
-        super().__init__(call)
+    def __init__(self, call: Call, block: Any) -> None:
+        super().__init__(call, block)
         # Counted by the UNet.
-        self.resnets = nn.ModuleList(nn.Identity() for _ in range(skips))
+        self.resnets = nn.ModuleList(nn.Identity() for _ in block.resnets)
 
     def forward(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
         self.refuse(options)
@@ -102,15 +135,12 @@ class LastSlot(UpSlot):
 
     Args:
         run: calls the body.
-        upsamplers: the original block's.
     """
 
-    def __init__(
-        self, call: Call, skips: int, run: Callable[[Inputs], torch.Tensor], upsamplers: nn.ModuleList
-    ) -> None:
-        super().__init__(call, skips)
+    def __init__(self, call: Call, block: Any, run: Callable[[Inputs], torch.Tensor]) -> None:
+        super().__init__(call, block)
         self._run = run
-        self.upsamplers = upsamplers
+        self.upsamplers = block.upsamplers
 
     def forward(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
         self.refuse(options)

@@ -30,6 +30,7 @@ from split_device.jobs.options import (
     GiveUpOption,
     KeepOption,
     KvMemoryOption,
+    MaxImagesOption,
     StoreKeyOption,
     parse_age,
 )
@@ -49,6 +50,7 @@ LOG_INTERVAL = 0.2
 def run(
     broker: BrokerOption = DEFAULT_BROKER,
     max_jobs: ConcurrencyOption = 64,
+    max_images: MaxImagesOption = 2,
     kv_memory: KvMemoryOption = None,
     give_up: GiveUpOption = GIVE_UP,
     keep: KeepOption = None,
@@ -79,8 +81,8 @@ def run(
                 emit_json(facts)
             stderr.print(f"agent {os.getpid()} runs the jobs of {store.path}; {left} go on", soft_wrap=True)
             queue = Queue(broker, keys, member, timeout, patience)
-            with Models(queue, Limits(max_jobs, memory)) as models:
-                runner = Runner(store, models, max_jobs, give_up)
+            with Models(queue, Limits(max_jobs, memory, max_images)) as models:
+                runner = Runner(store, models, give_up)
                 try:
                     prune_at = 0.0
                     while not stop.is_set():
@@ -98,6 +100,7 @@ def run(
 def start(
     broker: BrokerOption = DEFAULT_BROKER,
     max_jobs: ConcurrencyOption = 64,
+    max_images: MaxImagesOption = 2,
     kv_memory: KvMemoryOption = None,
     give_up: GiveUpOption = GIVE_UP,
     keep: KeepOption = None,
@@ -112,6 +115,7 @@ def start(
     given: dict[str, object] = {
         "--broker": broker,
         "--max-jobs": max_jobs,
+        "--max-images": max_images,
         "--kv-memory": kv_memory,
         "--give-up": give_up,
         "--keep": keep,

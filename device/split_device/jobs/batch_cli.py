@@ -100,7 +100,7 @@ def batch(
 
                     queue = Queue(broker, keys, member, timeout, patience)
                     with Models(queue, Limits(max_jobs, memory)) as models:
-                        _run(Runner(store, models, max_jobs, give_up, stderr.print), store, asked, stop)
+                        _run(Runner(store, models, give_up, stderr.print), store, asked, stop)
                 tokens = store.generated() - before
                 count, errors = batches.write(output, asked.records())
             batches.remove(work)

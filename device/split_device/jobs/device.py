@@ -1,18 +1,26 @@
-"""Jobs from Python: `Device(…).submit(…)`, and `await` what it gives."""
+"""Jobs from Python: `Device(…).submit(…)` or `ImageDevice(…).submit(…)`, and `await` what it gives."""
 
 from __future__ import annotations
 
 import asyncio
+import io
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from split_device.jobs.job import FINAL, Job, Message, ModelChoice, Task
+from split_device.diffusion.options import pipeline_directory
+from split_device.diffusion.settings import ImageSettings
+from split_device.jobs.job import FINAL, AnyTask, ImageChoice, ImageTask, Job, Message, ModelChoice, Task
 from split_device.jobs.options import checkpoint
 from split_device.jobs.store import Store, store_path
-from split_device.jobs.watch import POLL_INTERVAL, answer
+from split_device.jobs.watch import POLL_INTERVAL, answer, picture
 from split_device.settings import Sampling
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_T = TypeVar("_T")
 
 
 class Device:
@@ -36,7 +44,7 @@ class Device:
         priority: int = 0,
         key: str | None = None,
         **sampling: Any,
-    ) -> Submitted:
+    ) -> Submitted[str]:
         """Submits a user's message, or a conversation.
 
         Args:
@@ -56,16 +64,59 @@ class Device:
             sampling=Sampling(**sampling),
             stop=tuple(stop),
         )
-        with Store(store_path(), self._store_key) as store:
-            return Submitted(store.submit(task, priority, key).id, self._store_key)
+        return _submit(task, priority, key, self._store_key, answer)
 
 
-class Submitted:
-    """A job in the store. Awaiting it gives its answer; so does `result`."""
+class ImageDevice:
+    """Submits images to this user's store, like `Device`.
 
-    def __init__(self, id_: str, store_key: Path | None = None) -> None:
+    Args:
+        model: the directory of a pipeline.
+        store_key: the file of the key that seals the store, if it is sealed.
+        options: `cut`, `codec`, `reuse` and `dtype`, as for `SplitUNet2DConditionModel`.
+    """
+
+    def __init__(self, model: str | Path, *, store_key: Path | None = None, **options: Any) -> None:
+        self._model = ImageChoice(name=pipeline_directory(str(model)), **options)
+        self._store_key = store_key
+
+    def submit(
+        self, prompt: str, *, priority: int = 0, key: str | None = None, **settings: Any
+    ) -> Submitted[Image.Image]:
+        """Submits a prompt.
+
+        Args:
+            priority, key: as for `Device`.
+            settings: fields of `ImageSettings`: `steps`, `width`, `height`, `guidance`, `negative`, `seed`.
+
+        Raises:
+            JobsError: the job of this key asks for something else.
+            StoreLocked, ConfigError: the store cannot be opened.
+        """
+        task = ImageTask(model=self._model, prompt=prompt, settings=ImageSettings(**settings))
+        return _submit(task, priority, key, self._store_key, _opened)
+
+
+def _submit(
+    task: AnyTask, priority: int, key: str | None, store_key: Path | None, output: Callable[[Store, Job], _T]
+) -> Submitted[_T]:
+    with Store(store_path(), store_key) as store:
+        return Submitted(store.submit(task, priority, key).id, store_key, output)
+
+
+def _opened(store: Store, job: Job) -> Image.Image:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(picture(store, job)))
+
+
+class Submitted(Generic[_T]):
+    """A job in the store. Awaiting it gives its output: a text, or an image of Pillow. So does `result`."""
+
+    def __init__(self, id_: str, store_key: Path | None, output: Callable[[Store, Job], _T]) -> None:
         self.id = id_
         self._store_key = store_key
+        self._output = output
 
     def job(self) -> Job:
         """How it stands now. Raises UnknownJob."""
@@ -77,21 +128,22 @@ class Submitted:
         with Store(store_path(), self._store_key) as store:
             store.cancel(self.id)
 
-    def result(self, timeout: float | None = None) -> str:
-        """The answer. Raises JobsError if the job failed or was cancelled, TimeoutError after so many seconds."""
+    def result(self, timeout: float | None = None) -> _T:
+        """The output. Raises JobsError if the job failed or was cancelled, TimeoutError after so many seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        while (text := self._answer()) is None:
+        while not (found := self._found()):
             if deadline is not None and time.monotonic() > deadline:
                 raise TimeoutError(f"job {self.id} has not ended after {timeout:g} s")
             time.sleep(POLL_INTERVAL)
-        return text
+        return found[0]
 
-    def __await__(self) -> Generator[Any, None, str]:
-        while (text := self._answer()) is None:
+    def __await__(self) -> Generator[Any, None, _T]:
+        while not (found := self._found()):
             yield from asyncio.sleep(POLL_INTERVAL).__await__()
-        return text
+        return found[0]
 
-    def _answer(self) -> str | None:
+    def _found(self) -> list[_T]:
+        """The output, once there is one."""
         with Store(store_path(), self._store_key) as store:
             job = store.get(self.id)
-            return answer(store, job) if job.state in FINAL else None
+            return [self._output(store, job)] if job.state in FINAL else []

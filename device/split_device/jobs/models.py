@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
 
 from split_common.errors import PromptTooLong
 from split_device.chatting import encode_chat, encode_text, end_tokens, load_tokenizer, pad_token, positions
+from split_device.diffusion.options import need_diffusers
 from split_device.generator import Generator, Request
-from split_device.jobs.job import ModelChoice, Progress, Task
+from split_device.jobs.job import ImageChoice, ModelChoice, Progress, Task
 from split_device.model import SplitModelForCausalLM
+
+if TYPE_CHECKING:
+    from split_device.diffusion.painter import Painter
 
 #: Seeds of torch's generator are taken modulo this.
 _SEEDS = 2**64
@@ -33,10 +37,17 @@ class Queue:
 
 @dataclass(frozen=True)
 class Limits:
-    """What may be used at once. `kv_memory`: bytes for the keys and values of each model's head and tail."""
+    """What may be used at once.
+
+    Args:
+        jobs: generations.
+        kv_memory: bytes for the keys and values of each model's head and tail.
+        images: images.
+    """
 
     jobs: int = 64
     kv_memory: int | None = None
+    images: int = 2
 
 
 @dataclass(frozen=True)
@@ -86,9 +97,10 @@ class Models:
     """Loads models when they are asked for first. A context manager, which closes them."""
 
     def __init__(self, queue: Queue, limits: Limits) -> None:
+        self.limits = limits
         self._queue = queue
-        self._limits = limits
         self._loaded: dict[ModelChoice, Loaded] = {}
+        self._painters: dict[ImageChoice, Painter] = {}
         self._stack = contextlib.ExitStack()
 
     def get(self, choice: ModelChoice) -> Loaded:
@@ -115,9 +127,38 @@ class Models:
                 step_timeout=queue.step_timeout,
             )
         )
-        limits = self._limits
+        limits = self.limits
         generator = Generator(model, max_requests=limits.jobs, kv_memory=limits.kv_memory)
         return Loaded(model, tokenizer, self._stack.enter_context(generator))
+
+    def painter(self, choice: ImageChoice) -> Painter:
+        """Raises what `load_denoiser` and `Painter` raise."""
+        if choice not in self._painters:
+            self._painters[choice] = self._load_painter(choice)
+        return self._painters[choice]
+
+    def _load_painter(self, choice: ImageChoice) -> Painter:
+        need_diffusers()
+        from split_device.diffusion.kinds import load_denoiser
+        from split_device.diffusion.painter import Painter
+
+        queue = self._queue
+        denoiser = self._stack.enter_context(
+            load_denoiser(
+                choice.name,
+                broker=queue.broker,
+                cut=choice.cut,
+                codec=choice.codec,
+                reuse=choice.reuse,
+                dtype=choice.dtype,
+                keys=queue.keys,
+                member=queue.member,
+                timeout=queue.timeout,
+                patience=queue.patience,
+                step_timeout=queue.step_timeout,
+            )
+        )
+        return Painter(choice.name, denoiser, at_once=self.limits.images)
 
     def __enter__(self) -> Models:
         return self

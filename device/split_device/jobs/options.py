@@ -30,6 +30,17 @@ ConcurrencyOption = Annotated[
         "--max-jobs", min=1, max=4096, metavar="N", rich_help_panel=STORE_PANEL, help="Jobs that run at once."
     ),
 ]
+MaxImagesOption = Annotated[
+    int,
+    typer.Option(
+        "--max-images",
+        min=1,
+        max=64,
+        metavar="N",
+        rich_help_panel=STORE_PANEL,
+        help="Images that are made at once.",
+    ),
+]
 KvMemoryOption = Annotated[
     str | None,
     typer.Option(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import os
 import secrets
@@ -11,17 +10,29 @@ import sqlite3
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import msgspec
 
 from split_common.errors import ConfigError, JobsError, SplitError, StoreLocked, UnknownJob
 from split_common.files import private_dir, state_dir
-from split_device.jobs.job import FINAL, FinishReason, Job, ModelChoice, Piece, Progress, State, Task, Update
+from split_device.jobs.job import (
+    FINAL,
+    AnyChoice,
+    AnyTask,
+    FinishReason,
+    Job,
+    Kind,
+    Piece,
+    Progress,
+    State,
+    Update,
+    kind_of,
+)
 from split_device.jobs.vault import Vault, make_key, read_key
 
 #: Of the tables; a store of another version is refused.
-VERSION = 1
+VERSION = 2
 
 #: Seconds to wait for another process that writes.
 BUSY_TIMEOUT = 30.0
@@ -32,14 +43,13 @@ SEED_BITS = 63
 #: What the store keeps sealed under its key, to know the key by.
 _MARK = b"lambda-split jobs"
 
-_T = TypeVar("_T")
-
 _SCHEMA = """
 CREATE TABLE mark (value BLOB NOT NULL);
 CREATE TABLE jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
     key BLOB UNIQUE,
+    kind TEXT NOT NULL,
     model TEXT NOT NULL,
     state TEXT NOT NULL DEFAULT 'queued',
     priority INTEGER NOT NULL,
@@ -50,17 +60,22 @@ CREATE TABLE jobs (
     task BLOB NOT NULL,
     prompt_tokens INTEGER,
     tokens INTEGER NOT NULL DEFAULT 0,
+    steps INTEGER NOT NULL DEFAULT 0,
     finish_reason TEXT,
     error BLOB,
     sampler BLOB
 );
-CREATE INDEX queue ON jobs (state, priority DESC, number);
+CREATE INDEX queue ON jobs (state, kind, priority DESC, number);
 CREATE TABLE pieces (
     job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
     number INTEGER NOT NULL,
     data BLOB NOT NULL,
     PRIMARY KEY (job, number)
 ) WITHOUT ROWID;
+CREATE TABLE images (
+    job TEXT PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE,
+    data BLOB NOT NULL
+);
 """
 
 
@@ -74,7 +89,7 @@ class Store:
 
     Args:
         path: the file; made if it is missing.
-        key_file: seals prompts, answers, errors and the sampler's state. A key is made with the store.
+        key_file: seals prompts, answers, images, errors and the sampler's state. A key is made with the store.
 
     Raises:
         StoreLocked: it is sealed under another key, or it is not sealed.
@@ -154,32 +169,33 @@ class Store:
 
     # --- what a user does ----------------------------------------------------------------------------------
 
-    def submit(self, task: Task, priority: int = 0, key: str | None = None) -> Job:
+    def submit(self, task: AnyTask, priority: int = 0, key: str | None = None) -> Job:
         """Adds a job. If there is one of this key, that one is returned; JobsError if its task is another."""
         return self.submit_all([(task, priority, key)])[0]
 
-    def submit_all(self, tasks: Iterable[tuple[Task, int, str | None]]) -> list[Job]:
+    def submit_all(self, tasks: Iterable[tuple[AnyTask, int, str | None]]) -> list[Job]:
         """Adds jobs, all or none."""
         with self._transaction():
             return [self._submit(*entry) for entry in tasks]
 
-    def _submit(self, task: Task, priority: int, key: str | None) -> Job:
+    def _submit(self, task: AnyTask, priority: int, key: str | None) -> Job:
         # What a key says may be as private as the prompt.
         digest = None if key is None else hashlib.sha256(key.encode()).digest()
         row = self._db.execute("SELECT * FROM jobs WHERE key = ?", (digest,)).fetchone()
         if row is not None:
             job = self._job(row)
-            if job.task not in (task, _with_seed(task, job.task.sampling.seed)):
+            # A seed that was drawn for it is no part of what was asked.
+            if job.task != (task.with_seed(job.task.seed) if task.needs_seed else task):
                 raise JobsError(f"job {job.id} has this key, and asks for something else")
             return job
-        if task.sampling.temperature and task.sampling.seed is None:
+        if task.needs_seed:
             # Drawn now, so that the job has one output however often it is interrupted.
-            task = _with_seed(task, secrets.randbits(SEED_BITS))
+            task = task.with_seed(secrets.randbits(SEED_BITS))
         id_ = f"job-{secrets.token_hex(6)}"
         sealed = self._vault.seal(msgspec.msgpack.encode(task), f"{id_}/task")
         self._db.execute(
-            "INSERT INTO jobs (id, key, model, priority, created, task) VALUES (?, ?, ?, ?, ?, ?)",
-            (id_, digest, _name(task.model), priority, time.time(), sealed),
+            "INSERT INTO jobs (id, key, kind, model, priority, created, task) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (id_, digest, kind_of(task), _name(task.model), priority, time.time(), sealed),
         )
         return self.get(id_)
 
@@ -225,6 +241,13 @@ class Store:
             "".join(piece.text for piece in pieces),
             None if sampler is None else self._vault.open(sampler, f"{id_}/sampler"),
         )
+
+    def image(self, id_: str) -> bytes:
+        """The image of a job that has succeeded, as a PNG file. Raises UnknownJob, JobsError."""
+        row = self._db.execute("SELECT data FROM images WHERE job = ?", (id_,)).fetchone()
+        if row is None:
+            raise JobsError(f"job {self.get(id_).id} has no image")
+        return self._vault.open(row["data"], f"{id_}/image")
 
     def cancel(self, id_: str) -> Job:
         """A queued job is cancelled at once, a running one by who runs it. Raises UnknownJob, JobsError."""
@@ -278,15 +301,15 @@ class Store:
                 self._end(id_, "cancelled")
             return self._db.execute("UPDATE jobs SET state = 'queued' WHERE state = 'running'").rowcount
 
-    def claim(self, limit: int, without: Collection[ModelChoice] = ()) -> list[Job]:
-        """Makes queued jobs running, but those of some models: by priority, then by age."""
+    def claim(self, limit: int, without: Collection[AnyChoice] = (), kind: Kind = "text") -> list[Job]:
+        """Makes queued jobs of a kind running, but those of some models: by priority, then by age."""
         names = [_name(choice) for choice in without]
         query = (
-            f"SELECT id FROM jobs WHERE state = 'queued' AND model NOT IN ({_marks(names)}) "
+            f"SELECT id FROM jobs WHERE state = 'queued' AND kind = ? AND model NOT IN ({_marks(names)}) "
             "ORDER BY priority DESC, number LIMIT ?"
         )
         with self._transaction():
-            ids = [id_ for (id_,) in self._db.execute(query, (*names, limit))]
+            ids = [id_ for (id_,) in self._db.execute(query, (kind, *names, limit))]
             for id_ in ids:
                 self._db.execute(
                     "UPDATE jobs SET state = 'running', started = coalesce(started, ?) WHERE id = ?",
@@ -318,6 +341,11 @@ class Store:
             )
         if update.prompt_tokens is not None:
             self._db.execute("UPDATE jobs SET prompt_tokens = ? WHERE id = ?", (update.prompt_tokens, id_))
+        if update.steps is not None:
+            self._db.execute("UPDATE jobs SET steps = ? WHERE id = ?", (update.steps, id_))
+        if update.image is not None:
+            data = self._vault.seal(update.image, f"{id_}/image")
+            self._db.execute("INSERT OR REPLACE INTO images VALUES (?, ?)", (id_, data))
         if update.state == "queued":
             self._db.execute("UPDATE jobs SET state = 'queued' WHERE id = ?", (id_,))
         elif update.state is not None:
@@ -344,25 +372,22 @@ class Store:
             started=row["started"],
             finished=row["finished"],
             cancelling=bool(row["cancelling"]),
-            task=self._decode(self._vault.open(row["task"], f"{id_}/task"), Task),
+            task=self._decode(self._vault.open(row["task"], f"{id_}/task"), AnyTask),
             prompt_tokens=row["prompt_tokens"],
             tokens=row["tokens"],
+            steps=row["steps"],
             finish_reason=row["finish_reason"],
             error=None if error is None else self._vault.open(error, f"{id_}/error").decode(),
         )
 
-    def _decode(self, data: bytes, type_: type[_T]) -> _T:
+    def _decode(self, data: bytes, type_: Any) -> Any:
         try:
             return msgspec.msgpack.decode(data, type=type_)
         except msgspec.DecodeError:
             raise StoreLocked(f"{self.path} is damaged") from None
 
 
-def _with_seed(task: Task, seed: int | None) -> Task:
-    return msgspec.structs.replace(task, sampling=dataclasses.replace(task.sampling, seed=seed))
-
-
-def _name(choice: ModelChoice) -> str:
+def _name(choice: AnyChoice) -> str:
     return msgspec.json.encode(choice).decode()
 
 

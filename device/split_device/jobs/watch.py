@@ -17,8 +17,13 @@ POLL_INTERVAL = 0.1
 AGENT_GRACE = 5.0
 
 
-def follow(store: Store, id_: str, on_text: Callable[[str], None]) -> Job:
-    """Passes on what a job generates, from its beginning, until it has ended.
+def follow(
+    store: Store,
+    id_: str,
+    on_text: Callable[[str], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Job:
+    """Passes on what a job generates, from its beginning, until it has ended; of an image how many steps are done.
 
     Raises:
         UnknownJob: there is no such job, or it was removed.
@@ -30,7 +35,10 @@ def follow(store: Store, id_: str, on_text: Callable[[str], None]) -> Job:
         job = store.get(id_)
         for piece in store.pieces(id_, seen):
             seen += 1
-            on_text(piece.text)
+            if on_text is not None:
+                on_text(piece.text)
+        if on_step is not None:
+            on_step(job.steps)
         if job.state in FINAL:
             return job
         now = time.monotonic()
@@ -43,12 +51,23 @@ def follow(store: Store, id_: str, on_text: Callable[[str], None]) -> Job:
 
 def answer(store: Store, job: Job) -> str:
     """The text of a job that has succeeded. Raises JobsError for others."""
-    if job.state != "succeeded":
-        raise JobsError(f"job {job.id} {_said(job)}")
+    if job.kind != "text":
+        raise JobsError(f"job {job.id} makes an image, no text")
+    _check_succeeded(job)
     return store.progress(job.id).text
 
 
-def _said(job: Job) -> str:
+def picture(store: Store, job: Job) -> bytes:
+    """The image of a job that has succeeded, as a PNG file. Raises JobsError for others."""
+    if job.kind != "image":
+        raise JobsError(f"job {job.id} makes a text, no image")
+    _check_succeeded(job)
+    return store.image(job.id)
+
+
+def _check_succeeded(job: Job) -> None:
+    if job.state == "succeeded":
+        return
     if job.state == "failed":
-        return f"failed: {job.error}"
-    return "was cancelled" if job.state == "cancelled" else f"is {job.state}"
+        raise JobsError(f"job {job.id} failed: {job.error}")
+    raise JobsError(f"job {job.id} {'was' if job.state == 'cancelled' else 'is'} {job.state}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -128,18 +129,13 @@ class Query:
 
 def parse(kind: Kind, body: object, model: ModelChoice) -> Query:
     """What a request's body asks for, to be run by `model` whatever name it has. Raises ApiError."""
-    if not isinstance(body, dict):
-        raise ApiError("the body is no JSON object")
-    fields = {name: value for name, value in body.items() if name not in _IGNORED and value is not None}
-    for name, neutral in _NEUTRAL.items():
-        if name in fields and not any(_same(fields.pop(name, None), value) for value in neutral):
-            raise ApiError(f"{name} is not supported", param=name, code="unsupported_parameter")
+    fields = supported(body, _IGNORED, _NEUTRAL)
     if kind == "chat":
-        chat = _convert(fields, _Chat)
+        chat = convert(fields, _Chat)
         prompt: str | tuple[Message, ...] = tuple(message.message() for message in chat.messages)
         limit = chat.max_completion_tokens or chat.max_tokens or UNLIMITED
         return _query(kind, chat, prompt, limit, (chat.top_logprobs or 0) if chat.logprobs else None, model)
-    text = _convert(fields, _Text)
+    text = convert(fields, _Text)
     prompt = text.prompt if isinstance(text.prompt, str) else text.prompt[0]
     return _query(kind, text, prompt, text.max_tokens or DEFAULT_TEXT_TOKENS, text.logprobs, model)
 
@@ -172,13 +168,36 @@ def _query(
 _T = TypeVar("_T")
 
 
-def _convert(fields: dict[str, Any], type_: type[_T]) -> _T:
+def supported(body: object, ignored: Collection[str], neutral: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """The fields of a body that count: neither null, nor ignored, nor of a value that changes nothing.
+
+    Raises:
+        ApiError: a field has another value than the neutral ones.
+    """
+    if not isinstance(body, dict):
+        raise ApiError("the body is no JSON object")
+    fields = {name: value for name, value in body.items() if name not in ignored and value is not None}
+    for name, values in neutral.items():
+        if name in fields and not any(_same(fields[name], value) for value in values):
+            raise ApiError(f"{name} is not supported", param=name, code="unsupported_parameter")
+        fields.pop(name, None)
+    return fields
+
+
+def convert(fields: dict[str, Any], type_: type[_T]) -> _T:
+    """Raises ApiError."""
     try:
         return msgspec.convert(fields, type_)
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `$.")
         param = where.rstrip("`").split(".")[0].split("[")[0] or None
         raise ApiError(message if param is None else f"{param}: {message}", param=param) from None
+
+
+def check_model(asked: str, name: str) -> None:
+    """Raises ApiError for another model than the one that is served."""
+    if asked != name:
+        raise ApiError(f"the model here is {name}", 404, param="model", code="model_not_found")
 
 
 def _same(value: Any, other: Any) -> bool:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import socket
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from split_common.console import emit_json, stderr
-from split_common.errors import ConfigError
+from split_common.errors import ConfigError, SplitError
 from split_common.options import (
     DEFAULT_BROKER,
+    MODEL_PANEL,
     BrokerOption,
     DtypeOption,
     JsonOption,
@@ -26,14 +30,28 @@ from split_common.options import (
     parse_size,
 )
 from split_common.process import catch_sigterm, passive_threads, wait_for
-from split_device.jobs.job import ModelChoice
-from split_device.jobs.options import ConcurrencyOption, KvMemoryOption, checkpoint
+from split_device.diffusion.options import (
+    CodecOption,
+    CutOption,
+    ReuseOption,
+    need_diffusers,
+    pipeline_directory,
+)
+from split_device.diffusion.settings import parse_reuse
+from split_device.jobs.job import ImageChoice, ModelChoice
+from split_device.jobs.options import ConcurrencyOption, KvMemoryOption, MaxImagesOption, checkpoint
 from split_device.options import HeadOption, PatienceOption, TailOption
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
 
 HOST = "127.0.0.1"
 
 #: Seconds that open answers have to end when the server does.
 GRACE = 2
+
+#: Seconds between two looks at whether the server has begun to listen.
+START_INTERVAL = 0.01
 
 
 def serve(
@@ -49,11 +67,24 @@ def serve(
         ),
     ] = None,
     model: ModelOption = None,
+    image_model: Annotated[
+        str | None,
+        typer.Option(
+            "--image-model",
+            metavar="DIR",
+            rich_help_panel=MODEL_PANEL,
+            help="Directory of a pipeline, to make images by. Without --model it is served alone.",
+        ),
+    ] = None,
     broker: BrokerOption = DEFAULT_BROKER,
     max_jobs: ConcurrencyOption = 64,
+    max_images: MaxImagesOption = 2,
     kv_memory: KvMemoryOption = None,
     head_layers: HeadOption = 2,
     tail_layers: TailOption = 2,
+    cut: CutOption = "C",
+    codec: CodecOption = "none",
+    reuse: ReuseOption = "1",
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     keys: KeysOption = None,
@@ -62,20 +93,28 @@ def serve(
     patience: PatienceOption = 60.0,
     json: JsonOption = False,
 ) -> None:
-    """Serve a split model to OpenAI's clients on this machine, many requests at once, until Ctrl-C or SIGTERM.
+    """Serve split models to OpenAI's clients on this machine, many requests at once, until Ctrl-C or SIGTERM.
 
-    Offers /v1/chat/completions, /v1/completions, /v1/models and /health. Needs `lambda-split[serve]`. With --json
-    one object is printed when it is ready.
+    Offers /v1/chat/completions, /v1/completions, /v1/images/generations, /v1/models, /health and, at /, a page to
+    chat in a browser. Needs `lambda-split[serve]`. With --json one object is printed when it is ready.
     """
     passive_threads()
     memory = parse_size(kv_memory) if kv_memory is not None else None
     if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:
         raise ConfigError("serve needs more packages: pip install 'lambda-split[serve]'")
     stop = catch_sigterm()
-    choice = ModelChoice(
-        name=checkpoint(model), revision=revision, head_layers=head_layers, tail_layers=tail_layers, dtype=dtype
-    )
-    name = Path(choice.name).name if Path(choice.name).is_dir() else choice.name
+    images = None
+    if image_model is not None:
+        need_diffusers()
+        images = ImageChoice(
+            name=pipeline_directory(image_model), cut=cut, codec=codec, reuse=parse_reuse(reuse), dtype=dtype
+        )
+    texts = None
+    if model is not None or images is None:
+        texts = ModelChoice(
+            name=checkpoint(model), revision=revision, head_layers=head_layers, tail_layers=tail_layers, dtype=dtype
+        )
+    name, image_name = _name(texts), _name(images)
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -83,26 +122,71 @@ def serve(
         except OSError as error:
             raise ConfigError(f"port {port} cannot be used: {error.strerror}") from None
 
-        import uvicorn
-
         from split_device.jobs.models import Limits, Models, Queue
+        from split_device.openai.completions import Completions
+        from split_device.openai.images import Images
         from split_device.openai.server import Server
 
-        with Models(Queue(broker, keys, member, timeout, patience), Limits(max_jobs, memory)) as models:
-            app = Server(models.get(choice), choice, name, api_key).app()
-            config = uvicorn.Config(
-                app, log_level="error", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="off"
-            )
-            server = uvicorn.Server(config)
-            # The main thread waits for signals.
-            thread = threading.Thread(target=server.run, args=([listener],), name="http")
-            thread.start()
-            try:
-                url = f"http://{HOST}:{listener.getsockname()[1]}/v1"
+        limits = Limits(max_jobs, memory, max_images)
+        with Models(Queue(broker, keys, member, timeout, patience), limits) as models:
+            completions = Completions(models.get(texts), texts, name) if texts and name else None
+            painting = Images(models.painter(images), image_name) if images and image_name else None
+            with answering(Server(completions, painting, api_key).app(), listener, stop):
+                served = " and ".join(each for each in (name, image_name) if each)
+                page = f"http://{HOST}:{listener.getsockname()[1]}/"
                 if json:
-                    emit_json({"url": url, "model": name, "pid": os.getpid()})
-                stderr.print(f"serving {name} at {url}", soft_wrap=True)
+                    emit_json(
+                        {
+                            "url": f"{page}v1",
+                            "page": page,
+                            "model": name,
+                            "image_model": image_name,
+                            "pid": os.getpid(),
+                        }
+                    )
+                stderr.print(f"serving {served} at {page}v1, and a page to chat at {page}", soft_wrap=True)
                 wait_for(stop)
-            finally:
-                server.should_exit = True
-                thread.join()
+
+
+@contextlib.contextmanager
+def answering(app: Starlette, listener: socket.socket, stop: threading.Event) -> Iterator[None]:
+    """Has a thread answer HTTP meanwhile. The event is set if that ends by itself.
+
+    Raises:
+        SplitError: it cannot listen, or has ended by itself.
+    """
+    import uvicorn
+
+    failures: list[Exception] = []
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="off")
+    )
+
+    def run() -> None:
+        try:
+            server.run([listener])
+        except Exception as error:
+            failures.append(error)
+        finally:
+            stop.set()
+
+    # The main thread waits for signals.
+    thread = threading.Thread(target=run, name="http")
+    thread.start()
+    try:
+        while thread.is_alive() and not server.started:
+            time.sleep(START_INTERVAL)
+        if server.started:
+            yield
+        if not thread.is_alive():
+            raise SplitError(f"the HTTP server has ended: {failures[0] if failures else 'for no known reason'}")
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def _name(choice: ModelChoice | ImageChoice | None) -> str | None:
+    """What clients call a model."""
+    if choice is None:
+        return None
+    return Path(choice.name).name if Path(choice.name).is_dir() else choice.name

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -15,33 +14,11 @@ from split_common.console import emit_json, stderr, stdout
 from split_common.errors import ConfigError
 from split_common.options import MODEL_PANEL, QUEUE_PANEL, JsonOption, KeysOption
 from split_common.process import passive_threads
-
-TransportName = Literal["zmq", "redis"]
+from split_device.diffusion.options import need_diffusers
+from split_device.stress.plan import Plan, TransportName, Workload
 
 #: Faults that can be asked for.
 KINDS = ("kill", "stop", "broker", "lag", "drop", "corrupt")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to run: the command's options, checked."""
-
-    devices: int
-    workers: int
-    #: Requests of each device; None to go on until the time is over.
-    requests: int | None
-    seconds: float | None
-    transport: TransportName
-    #: A queue that runs already; None to start one.
-    broker: str | None
-    #: A checkpoint; None for a small random model.
-    model: str | None
-    reference: str | None
-    head_layers: int
-    tail_layers: int
-    chaos: list[str]
-    seed: int
-    keys: Path | None
 
 
 def stress(
@@ -53,6 +30,10 @@ def stress(
             min=1, metavar="SECONDS", help="Make requests for so long, however many; what has begun is ended."
         ),
     ] = None,
+    workload: Annotated[
+        Workload,
+        typer.Option(help="What devices ask for; mixed: every other device and worker has images."),
+    ] = "text",
     workers: Annotated[
         int, typer.Option(min=0, metavar="N", help="Worker processes. 0 only with --broker, for those there.")
     ] = 3,
@@ -74,7 +55,8 @@ def stress(
         typer.Option(
             metavar="MODEL",
             rich_help_panel=MODEL_PANEL,
-            help="Directory or hub id of a checkpoint. Default: a small random one, soon loaded.",
+            help="Directory or hub id of a checkpoint; of images the directory of a pipeline or a UNet. Default: a "
+            "small random one, soon loaded.",
         ),
     ] = None,
     reference: Annotated[
@@ -110,8 +92,9 @@ def stress(
 
     In the report a request is *lost* that ended with an error, or with its process, or not at all; *duplicated*
     counts outputs beyond the first to one request, and outputs of more tokens than the unsplit model's;
-    *mismatched* counts outputs that are not the unsplit model's, token for token. The exit code is 1 if any of them
-    is not 0, or if nothing was completed.
+    *mismatched* counts outputs that are not the unsplit model's, token for token; of images those whose latents
+    differ by more than 1e-5 of their largest number (images that share a forward round differently). The exit code
+    is 1 if any of them is not 0, or if nothing was completed.
     """
     if workers == 0 and broker is None:
         raise ConfigError("--workers 0 needs --broker: there are no workers but those that are started here")
@@ -119,7 +102,12 @@ def stress(
         raise ConfigError("--workers 0 needs --model: the workers there serve no random one")
     if keys is not None and broker is None:
         raise ConfigError("--keys goes with --broker: a fleet that is started here has keys of its own")
+    if workload == "mixed" and (model is not None or workers < 2):
+        raise ConfigError("--workload mixed runs two small models of its own, and needs 2 workers: no --model")
+    if workload != "text":
+        need_diffusers()
     plan = Plan(
+        workload=workload,
         devices=devices,
         workers=workers,
         requests=requests if seconds is None else None,

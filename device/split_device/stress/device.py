@@ -6,7 +6,7 @@ import itertools
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 
@@ -15,8 +15,9 @@ from split_common.errors import SplitError
 from split_common.options import JsonOption
 from split_common.process import catch_sigterm, passive_threads
 from split_device.stress.events import Answered, Asked, Decoded, Event, Failed, Traffic, encode
+from split_device.stress.plan import CUT, Kind
 
-#: Seconds between two events that tell how many tokens were decoded.
+#: Seconds between two events that tell how many tokens or steps were computed.
 DECODED_INTERVAL = 0.25
 
 #: Seconds for which a device bears a broker that is away, and workers that are.
@@ -27,10 +28,24 @@ PATIENCE = 180.0
 NICENESS = 10
 
 
+class Asker(Protocol):
+    """What a device asks for, and from which model."""
+
+    #: The split model.
+    split: Any
+
+    def ask(self, number: int) -> Any:
+        """The split model's output for the request of this number. Raises SplitError."""
+
+    def compare(self, number: int, output: Any) -> dict[str, Any]:
+        """Fields of `Answered` about an output: how much there is of it, and whether it is the unsplit model's."""
+
+
 def stress_device(
     model: Annotated[str, typer.Option()],
     broker: Annotated[str, typer.Option()],
     index: Annotated[int, typer.Option()],
+    kind: Annotated[Kind, typer.Option()] = "text",
     seed: Annotated[int, typer.Option()] = 0,
     requests: Annotated[int | None, typer.Option()] = None,
     reference: Annotated[str | None, typer.Option()] = None,
@@ -43,44 +58,101 @@ def stress_device(
     passive_threads()
 
     import torch
-    from transformers import AutoModelForCausalLM
-
-    from split_device.model import SplitModelForCausalLM
-    from split_device.stress.workload import draw
 
     torch.set_num_threads(1)
     stop = catch_sigterm()
-    unsplit = AutoModelForCausalLM.from_pretrained(reference or model, dtype=torch.float32).eval()
-    with SplitModelForCausalLM.from_pretrained(
-        model,
-        broker=broker,
-        head_layers=head_layers,
-        tail_layers=tail_layers,
-        dtype="float32",
-        keys=keys,
-        timeout=TIMEOUT,
-        patience=PATIENCE,
-    ) as split:
+    queue = {"broker": broker, "dtype": "float32", "keys": keys, "timeout": TIMEOUT, "patience": PATIENCE}
+    asker: Asker
+    if kind == "image":
+        asker = ImageAsker(model, reference or model, seed, index, queue)
+    else:
+        asker = TextAsker(model, reference or model, seed, index, queue, head_layers, tail_layers)
+    with asker.split:
         emit_json({"pid": os.getpid()})
         os.nice(NICENESS)
-        clock = Clock(split)
+        clock = Clock(asker.split)
         for number in itertools.count() if requests is None else range(requests):
             if stop.is_set():
                 break
-            request = draw(seed, index, number, split.config.vocab_size)
             tell(Asked(number))
             clock.begin()
             try:
-                output = request.run(split)
+                output = asker.ask(number)
             except SplitError as error:
                 tell(Failed(number, f"{type(error).__name__}: {error}"))
             else:
                 seconds = time.monotonic() - clock.began
-                wanted = request.run(unsplit)
-                equal = torch.equal(output, wanted)
-                tell(Answered(number, output.numel(), wanted.numel(), equal, seconds, clock.gaps, clock.recoveries))
-            traffic = split.traffic
+                found = asker.compare(number, output)
+                tell(Answered(number, seconds=seconds, gaps=clock.gaps, recoveries=clock.recoveries, **found))
+            traffic = asker.split.traffic
             tell(Traffic(traffic["bytes_sent"], traffic["bytes_received"], traffic["replays"]))
+
+
+class TextAsker:
+    """Asks a language model for tokens."""
+
+    def __init__(
+        self, model: str, reference: str, seed: int, index: int, queue: dict[str, Any], head: int, tail: int
+    ) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from split_device.model import SplitModelForCausalLM
+
+        self._place = seed, index
+        self._unsplit = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
+        self.split = SplitModelForCausalLM.from_pretrained(model, head_layers=head, tail_layers=tail, **queue)
+
+    def _request(self, number: int) -> Any:
+        from split_device.stress.workload import draw
+
+        return draw(*self._place, number, self.split.config.vocab_size)
+
+    def ask(self, number: int) -> Any:
+        return self._request(number).run(self.split)
+
+    def compare(self, number: int, output: Any) -> dict[str, Any]:
+        import torch
+
+        wanted = self._request(number).run(self._unsplit)
+        return {"tokens": output.numel(), "wanted": wanted.numel(), "equal": torch.equal(output, wanted)}
+
+
+class ImageAsker:
+    """Asks a UNet for images."""
+
+    def __init__(self, model: str, reference: str, seed: int, index: int, queue: dict[str, Any]) -> None:
+        import torch
+        from diffusers import UNet2DConditionModel
+        from diffusers.utils import logging
+
+        from split_device.diffusion.unet import SplitUNet2DConditionModel
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        self._place = seed, index
+        self._unsplit = UNet2DConditionModel.from_pretrained(_unet_directory(reference), dtype=torch.float32).eval()
+        self.split = SplitUNet2DConditionModel.from_pretrained(model, cut=CUT, **queue)
+
+    def _request(self, number: int) -> Any:
+        from split_device.stress.images import draw
+
+        return draw(*self._place, number, self.split.config)
+
+    def ask(self, number: int) -> Any:
+        return self._request(number).run(self.split)
+
+    def compare(self, number: int, output: Any) -> dict[str, Any]:
+        from split_device.stress.images import agree
+
+        request = self._request(number)
+        return {"steps": request.steps, "equal": agree(output, request.run(self._unsplit))}
+
+
+def _unet_directory(model: str) -> str:
+    """Where the UNet lies: in a directory of its own in that of a pipeline."""
+    inner = Path(model) / "unet"
+    return str(inner if inner.is_dir() else model)
 
 
 class Clock:
@@ -110,7 +182,8 @@ class Clock:
             self.gaps.append(round(now - self._last, 4))
         self._steps += 1
         self._last, self._replays = now, replays
-        self._decoded += output.logits.shape[0]
+        # Of an image a step counts once.
+        self._decoded += output.logits.shape[0] if hasattr(output, "logits") else 1
         if now - self._told > DECODED_INTERVAL:
             tell(Decoded(self._decoded))
             self._told, self._decoded = now, 0

@@ -12,7 +12,7 @@ class Asked(msgspec.Struct, tag="asked"):
 
 
 class Decoded(msgspec.Struct, tag="decoded"):
-    """So many tokens were decoded since the last event of this kind."""
+    """So many tokens were decoded, or steps of images made, since the last event of this kind."""
 
     tokens: int
 
@@ -21,16 +21,18 @@ class Answered(msgspec.Struct, tag="answered"):
     """A request has ended with an output."""
 
     number: int
-    #: Generated tokens of all returned sequences, and of the unsplit model's.
-    tokens: int
-    wanted: int
-    #: Whether they are the same tokens.
+    #: Whether the output is the unsplit model's.
     equal: bool
     seconds: float
-    #: Seconds from each token to the next.
+    #: Seconds from each token or step to the next.
     gaps: list[float]
-    #: Seconds of each step during which the session was replayed on another worker.
+    #: Seconds of each step during which the session went on at another worker.
     recoveries: list[float]
+    #: Generated tokens of all returned sequences, and of the unsplit model's.
+    tokens: int = 0
+    wanted: int = 0
+    #: Denoising steps of images.
+    steps: int = 0
 
 
 class Failed(msgspec.Struct, tag="failed"):

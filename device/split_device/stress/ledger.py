@@ -22,10 +22,13 @@ class Ledger:
     #: Outputs with more tokens than the unsplit model's.
     surplus: int = 0
     tokens: int = 0
+    #: Denoising steps, and requests for images that were answered.
+    steps: int = 0
+    images: int = 0
     request_seconds: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     recoveries: list[float] = field(default_factory=list)
-    #: When tokens were decoded, and how many.
+    #: When tokens or steps were computed, and how many.
     decoded: list[tuple[float, int]] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     traffic: dict[int, Traffic] = field(default_factory=dict)
@@ -49,6 +52,8 @@ class Ledger:
     def _answered(self, device: int, event: Answered) -> None:
         self.answers[device, event.number] += 1
         self.tokens += event.tokens
+        self.steps += event.steps
+        self.images += event.steps > 0
         self.surplus += event.tokens > event.wanted
         self.mismatched += not event.equal
         self.request_seconds.append(event.seconds)
@@ -56,7 +61,7 @@ class Ledger:
         self.recoveries += event.recoveries
 
     def rate(self, seconds: float = 5.0) -> float:
-        """Tokens that were decoded in each of the last seconds."""
+        """Tokens and steps of each of the last seconds."""
         now = time.monotonic() - self.began
         with self._lock:
             return sum(tokens for when, tokens in self.decoded[-1000:] if when > now - seconds) / seconds

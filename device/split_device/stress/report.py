@@ -26,17 +26,21 @@ class Report:
     requests: int
     completed: int
     tokens: int
+    #: Requests for images among those that were completed, and their denoising steps.
+    images: int
+    steps: int
     #: Requests that ended without an output: with an error, or with their process, or not at all.
     lost: int
     #: Outputs beyond the first to one request, and outputs with more tokens than the unsplit model's.
     duplicated: int
-    #: Outputs that are not token for token the unsplit model's.
+    #: Outputs that are not the unsplit model's.
     mismatched: int
     worker_kills: int
     worker_stops: int
     broker_restarts: int
     replays: int
     tokens_per_second: float
+    steps_per_second: float
     request_ms: dict[str, float | None]
     inter_token_ms: dict[str, float | None]
     #: Of steps during which a session was replayed: how long the next token took.
@@ -80,6 +84,8 @@ def report(
         requests=ledger.requests,
         completed=ledger.completed,
         tokens=ledger.tokens,
+        images=ledger.images,
+        steps=ledger.steps,
         lost=ledger.lost,
         duplicated=ledger.duplicated,
         mismatched=ledger.mismatched,
@@ -88,6 +94,7 @@ def report(
         broker_restarts=counts.get("broker", 0),
         replays=ledger.replays,
         tokens_per_second=round(ledger.tokens / seconds, 1),
+        steps_per_second=round(ledger.steps / seconds, 1),
         request_ms=percentiles(ledger.request_seconds),
         inter_token_ms=percentiles(ledger.gaps),
         recovery_ms=percentiles(ledger.recoveries),
@@ -118,7 +125,7 @@ def table(report: Report) -> Table:
     shown = Table("what", title="stress", title_justify="left")
     shown.add_column("value", justify="right")
     facts = report.facts()
-    for key in (*_COUNTS, "tokens_per_second", "bytes_sent", "bytes_received"):
+    for key in (*_COUNTS, "tokens_per_second", "steps_per_second", "bytes_sent", "bytes_received"):
         value = facts[key]
         shown.add_row(key.replace("_", " "), f"{value:,}")
     for key in ("request_ms", "inter_token_ms", "recovery_ms"):
@@ -139,6 +146,8 @@ _COUNTS = (
     "requests",
     "completed",
     "tokens",
+    "images",
+    "steps",
     "lost",
     "duplicated",
     "mismatched",

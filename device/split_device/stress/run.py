@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 
 from split_common.console import stderr
 from split_common.process import exit_on_sigterm
-from split_device.stress import tiny_model
+from split_device.stress import tiny_model, tiny_unet
 from split_device.stress.chaos import OF_THE_NETWORK, Chaos
-from split_device.stress.cli import Plan
 from split_device.stress.ledger import Ledger
 from split_device.stress.memory import Memory, Resident
+from split_device.stress.plan import CUT, Kind, Plan
 from split_device.stress.processes import Device, Kept, command, free_port, redis_server
 from split_device.stress.proxy import Proxy
 from split_device.stress.report import Report, report
@@ -52,16 +52,14 @@ def run(plan: Plan, directory: Path, stack: contextlib.ExitStack) -> Outcome:
     Raises:
         SplitError: a process could not be started.
     """
-    model = plan.model
-    if model is None:
-        model = str(tiny_model.build(directory / "stress-model", plan.seed))
+    build = {"text": tiny_model.build, "image": tiny_unet.build}
+    models = {kind: plan.model or str(build[kind](directory / f"stress-{kind}", plan.seed)) for kind in plan.kinds}
     env = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
     if plan.broker is None:
         (directory / "runtime").mkdir(mode=0o700)
         (directory / "config").mkdir(mode=0o700)
         env |= {"LAMBDA_SPLIT_KEYS": "", "LAMBDA_SPLIT_CONFIG": str(directory / "config")}
         env |= {"LAMBDA_SPLIT_RUNTIME": str(directory / "runtime")}
-    keys = ["--keys", str(plan.keys)] if plan.keys is not None else []
 
     stack.enter_context(exit_on_sigterm())
     stderr.print(f"starting {plan.workers} workers and {plan.devices} devices on this machine …")
@@ -70,28 +68,23 @@ def run(plan: Plan, directory: Path, stack: contextlib.ExitStack) -> Outcome:
     if set(plan.chaos) & set(OF_THE_NETWORK):
         proxy, address = _proxied(server)
         stack.callback(proxy.close)
-    serve = ["worker", "--model", model, "--broker", address, "--dtype", "float32", *keys]
-    serve += [
-        "--layers",
-        f"{plan.head_layers}:{-plan.tail_layers or ''}",
-        "--threads",
-        "1",
-        "--drain-timeout",
-        DRAIN,
-    ]
-    serve += ["--kv-memory", KV_MEMORY] if plan.model is None else []
     workers = [
-        Kept(f"worker {index}", command(serve, directory / f"worker-{index}.log", env))
+        Kept(
+            f"worker {index}",
+            command(_serve(plan, plan.kind(index), models, address), directory / f"worker-{index}.log", env),
+        )
         for index in range(plan.workers)
     ]
     stack.enter_context(_started(workers))
     ledger = Ledger()
-    ask = ["stress-device", "--model", model, "--broker", address, "--seed", str(plan.seed), *keys]
-    ask += ["--head-layers", str(plan.head_layers), "--tail-layers", str(plan.tail_layers)]
-    ask += ["--requests", str(plan.requests)] if plan.requests is not None else []
-    ask += ["--reference", plan.reference] if plan.reference is not None else []
     devices = [
-        Device(index, [*ask, "--index", str(index)], directory / f"device-{index}.log", env, ledger)
+        Device(
+            index,
+            [*_ask(plan, plan.kind(index), models, address), "--index", str(index)],
+            directory / f"device-{index}.log",
+            env,
+            ledger,
+        )
         for index in range(plan.devices)
     ]
     stack.enter_context(_finished(devices))
@@ -105,6 +98,30 @@ def run(plan: Plan, directory: Path, stack: contextlib.ExitStack) -> Outcome:
     return Outcome(
         report(plan.transport, plan.seed, seconds, ledger, chaos, memory, left, interrupted), ledger, chaos
     )
+
+
+def _serve(plan: Plan, kind: Kind, models: dict[Kind, str], address: str) -> list[str]:
+    """The command of a worker."""
+    serve = ["worker", "--model", models[kind], "--broker", address, "--dtype", "float32", *_keys(plan)]
+    serve += ["--threads", "1", "--drain-timeout", DRAIN]
+    if kind == "image":
+        return [*serve, "--cut", CUT]
+    serve += ["--layers", f"{plan.head_layers}:{-plan.tail_layers or ''}"]
+    return [*serve, *(["--kv-memory", KV_MEMORY] if plan.model is None else [])]
+
+
+def _ask(plan: Plan, kind: Kind, models: dict[Kind, str], address: str) -> list[str]:
+    """The command of a device."""
+    ask = ["stress-device", "--kind", kind, "--model", models[kind], "--broker", address, *_keys(plan)]
+    ask += ["--seed", str(plan.seed)]
+    ask += ["--head-layers", str(plan.head_layers), "--tail-layers", str(plan.tail_layers)]
+    ask += ["--requests", str(plan.requests)] if plan.requests is not None else []
+    ask += ["--reference", plan.reference] if plan.reference is not None else []
+    return ask
+
+
+def _keys(plan: Plan) -> list[str]:
+    return ["--keys", str(plan.keys)] if plan.keys is not None else []
 
 
 def _queue(

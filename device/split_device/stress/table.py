@@ -64,6 +64,7 @@ def _line(ledger: Ledger, chaos: Chaos | None, workers: list[Kept]) -> str:
     running = sum(worker.running for worker in workers)
     faults = sum(chaos.counts.values()) if chaos is not None else 0
     return (
-        f"{passed:.0f} s: {ledger.completed} of {ledger.requests} requests answered, {ledger.rate():.0f} tokens/s, "
+        f"{passed:.0f} s: {ledger.completed} of {ledger.requests} requests answered, "
+        f"{ledger.rate():.0f} tokens or steps/s, "
         f"{running} of {len(workers)} workers running, {faults} faults, {ledger.replays} recoveries"
     )

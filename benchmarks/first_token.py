@@ -1,0 +1,125 @@
+"""How long a person waits for the first token of an answer while a batch of 64 runs, and on an idle system.
+
+`lambda-split serve` is asked over HTTP. The batch is that of `lambda-split batch`, another device of the same broker
+and worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from benchmarks.harness import arguments, checkpoint, fleet, note, report
+from split_common.process import passive_threads, running_command
+from split_device.jobs.batch import work_path
+from split_device.jobs.store import Store
+
+#: Requests of the batch, all of which run at once, and tokens of each: more than there is time for.
+BATCH = 64
+BATCH_TOKENS = 1000
+
+#: Questions whose first tokens are waited for, one after another.
+ROUNDS = 15
+
+#: Words of a question.
+WORDS = 30
+
+#: Seconds between two of them, at most.
+PAUSE = 1.0
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options = parser.parse_args()
+    passive_threads()
+    report(measure(checkpoint(options), options.rounds), options.json, f"first token, beside a batch of {BATCH}")
+
+
+def measure(model: Path, rounds: int = ROUNDS) -> dict[str, float]:
+    """Medians, in milliseconds, and what they are to each other."""
+    results: dict[str, float] = {}
+    with fleet(model, "2:-2", "--dtype", "float32") as (address, _):
+        options = ["--model", str(model), "--broker", address, "--dtype", "float32"]
+        with running_command(["serve", "--port", "0", *options]) as (_, server):
+            ask = _Asking(server["url"], server["model"])
+            ask.once()  # warm
+            results["first_token_ms_idle"] = ask.often(rounds)
+            note(f"idle: {results['first_token_ms_idle']:.0f} ms")
+            with _batch(options):
+                results["first_token_ms_busy"] = ask.often(rounds)
+            note(f"beside another device's batch: {results['first_token_ms_busy']:.0f} ms")
+    results["first_token_ratio"] = results["first_token_ms_busy"] / results["first_token_ms_idle"]
+    return results
+
+
+class _Asking:
+    """Asks a server, each time something else."""
+
+    def __init__(self, url: str, model: str) -> None:
+        self._host = urlsplit(url).netloc
+        self._model = model
+        self._draw = random.Random(5)
+
+    def often(self, rounds: int) -> float:
+        return statistics.median(self.once() for _ in range(rounds))
+
+    def once(self) -> float:
+        """Milliseconds to the first token."""
+        time.sleep(self._draw.uniform(0, PAUSE))
+        text = " ".join(self._draw.choice(("sea", "light", "stone", "river", "cat")) for _ in range(WORDS))
+        body = {"model": self._model, "prompt": text, "stream": True, "temperature": 0, "max_tokens": 4}
+        began = time.perf_counter()
+        with contextlib.closing(http.client.HTTPConnection(self._host)) as connection:
+            connection.request("POST", "/v1/completions", json.dumps(body))
+            line = connection.getresponse().readline()
+        assert line.startswith(b"data: {"), line
+        return 1000 * (time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def _batch(options: list[str]) -> Iterator[None]:
+    """A batch that is under way: all its requests decode."""
+    with tempfile.TemporaryDirectory(prefix="lambda-split-batch-") as name:
+        source, output = Path(name) / "in.jsonl", Path(name) / "out.jsonl"
+        draw = random.Random(0)
+        lines = []
+        for index in range(BATCH):
+            prompt = " ".join(draw.choice(("one", "blue", "day", "house")) for _ in range(draw.randrange(8, 128)))
+            body = {"model": "any", "prompt": prompt, "max_tokens": BATCH_TOKENS, "temperature": 0}
+            lines.append({"custom_id": str(index), "method": "POST", "url": "/v1/completions", "body": body})
+        source.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        os.environ["LAMBDA_SPLIT_STATE"] = str(Path(name) / "state")
+        command = [sys.executable, "-m", "split_common", "batch", str(source), "-o", str(output), *options]
+        process = subprocess.Popen([*command, "--max-jobs", str(2 * BATCH)])
+        try:
+            while not work_path(output).exists() or _begun(output) < BATCH:
+                assert process.poll() is None, "the batch has ended"
+                time.sleep(0.2)
+            yield
+            assert process.poll() is None, "the batch has ended"
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _begun(output: Path) -> int:
+    """How many requests of a batch have a token."""
+    with contextlib.suppress(Exception), Store(work_path(output)) as store:
+        return sum(job.tokens > 1 for job in store.jobs(("running",)))
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Joining the queue with one side of a model: what language models and denoisers have in common."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from split_common import wire
+from split_common.fleet import Fleet, load_fleet
+from split_common.keys import Identity
+from split_common.manifest import Manifest
+from split_common.split import Split
+from split_common.transport import Transport, connect
+from split_device.client import Client
+from split_device.timings import Timings
+
+
+@dataclass(frozen=True)
+class Member:
+    """A device of a fleet, and its way to the queue: known before a model is loaded, which takes longer."""
+
+    fleet: Fleet
+    identity: Identity
+    transport: Transport
+
+    @classmethod
+    def find(cls, broker: str, keys: str | Path | None, member: str | None) -> Member:
+        """Raises KeysError, ConfigError."""
+        fleet = load_fleet(Path(keys) if keys is not None else None)
+        identity = fleet.identity("device", member)
+        return cls(fleet, identity, connect(broker, fleet, identity))
+
+    def join(self, manifest: Manifest, split: Split, dtype: wire.Dtype, **options: Any) -> Client:
+        """Joins the queue to find workers of a body. `options` are those of `Client`. Raises BrokerUnreachable."""
+        service = wire.Service(manifest.root, split.first, split.last)
+        client = Client(self.transport, self.fleet, self.identity, service, manifest.name, dtype, **options)
+        client.start()
+        return client
+
+
+class Joined:
+    """A model that has joined the queue: `close` it, or use it as a context manager, to leave."""
+
+    split: Split
+    _client: Client
+    _closed: Any
+
+    def _belong(self, client: Client, split: Split) -> None:
+        self._client = client
+        self.split = split
+        self._closed = weakref.finalize(self, client.close)
+
+    @property
+    def timings(self) -> Timings:
+        """Where the time of this model's steps went."""
+        return self._client.timings
+
+    @property
+    def traffic(self) -> Counter[str]:
+        """Messages and bytes sent and received, and messages refused by type of error, since the start."""
+        transport: Any = self._client.transport
+        # Other threads count meanwhile: each is copied in one step.
+        return Counter(dict(transport.counters)) + Counter(dict(self._client.counters))
+
+    def close(self) -> None:
+        """Leaves the queue; workers free this device's sessions. The model cannot be used afterwards."""
+        self._closed()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,127 @@
+"""Images in OpenAI's format, by an image model."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import secrets
+import time
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from split_device.diffusion.settings import ImageSettings, image_bytes, parse_pixels
+from split_device.openai.http import LEFT, read_json, unless_disconnected
+from split_device.openai.requests import check_model, convert, supported
+
+if TYPE_CHECKING:
+    from split_device.diffusion.painter import Painter, Painting
+
+#: Steps of an image by the quality that is asked for, unless `steps` are.
+STEPS = {"auto": 20, "standard": 20, "medium": 20, "low": 10, "high": 40, "hd": 40}
+
+#: Fields that change no image here.
+_IGNORED = frozenset({"user", "moderation", "style"})
+
+#: Fields that would, with the values at which they do not.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "response_format": ("b64_json",),
+    "background": ("auto", "opaque"),
+    "output_compression": (100,),
+    "partial_images": (0,),
+    "stream": (False,),
+}
+
+#: Of a seed that is drawn.
+_SEEDS = 2**63
+
+
+class _Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Those of the last lines are no fields of OpenAI's."""
+
+    prompt: Annotated[str, Meta(min_length=1, max_length=32_000)]
+    model: str | None = None
+    n: Annotated[int, Meta(ge=1, le=10)] = 1
+    size: str = "auto"
+    quality: Literal["auto", "standard", "medium", "low", "high", "hd"] = "auto"
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    steps: Annotated[int, Meta(ge=1, le=1000)] | None = None
+    seed: Annotated[int, Meta(ge=0, le=_SEEDS - 1)] | None = None
+    guidance: Annotated[float, Meta(ge=0)] | None = None
+    negative_prompt: str | None = None
+
+    def settings(self) -> list[ImageSettings]:
+        """Those of each image. Raises ConfigError."""
+        width, height = parse_pixels(self.size) if self.size != "auto" else (None, None)
+        first = secrets.randbelow(_SEEDS) if self.seed is None else self.seed
+        settings = ImageSettings(
+            self.steps or STEPS[self.quality], width, height, self.guidance, self.negative_prompt, first
+        )
+        # Else all images were the same.
+        return [dataclasses.replace(settings, seed=(first + index) % _SEEDS) for index in range(self.n)]
+
+
+class Images:
+    """Makes images with a model that is loaded.
+
+    Args:
+        name: what clients call the model.
+    """
+
+    def __init__(self, painter: Painter, name: str) -> None:
+        self.name = name
+        self._painter = painter
+
+    def parts(self) -> list[dict[str, Any]]:
+        """Which blocks run where."""
+        split = self._painter.denoiser.split
+        return [
+            {"name": "head", "where": "device", "first": 0, "last": split.first},
+            {"name": "body", "where": "worker", "first": split.first, "last": split.last},
+            {"name": "tail", "where": "device", "first": split.last, "last": split.layers},
+        ]
+
+    def traffic(self) -> dict[str, int]:
+        """What has left this device since the start, for all requests together."""
+        traffic = self._painter.denoiser.traffic
+        return {
+            "steps": self._painter.denoiser.timings.steps,
+            "bytes_sent": traffic["bytes_sent"],
+            "bytes_received": traffic["bytes_received"],
+        }
+
+    async def make(self, request: Request) -> Response:
+        """Raises ApiError and other errors that are for the client."""
+        paintings: list[Painting] = []
+        try:
+            body = convert(supported(await read_json(request), _IGNORED, _NEUTRAL), _Body)
+            if body.model is not None:
+                check_model(body.model, self.name)
+            chosen = body.settings()
+            paintings += [self._painter.start(body.prompt, settings) for settings in chosen]
+            all_of_them = asyncio.gather(*(asyncio.wrap_future(painting.future) for painting in paintings))
+            made = await unless_disconnected(request, all_of_them)
+        except ClientDisconnect:
+            return Response(status_code=LEFT)
+        finally:
+            for painting in paintings:
+                painting.cancel()
+        data = await asyncio.to_thread(_encoded, made, body.output_format.upper())
+        return JSONResponse(
+            {
+                "created": int(time.time()),
+                "size": f"{made[0].width}x{made[0].height}",
+                "output_format": body.output_format,
+                "data": [
+                    {"b64_json": image, "seed": settings.seed} for image, settings in zip(data, chosen, strict=True)
+                ],
+            }
+        )
+
+
+def _encoded(images: list[Any], format_: str) -> list[str]:
+    return [base64.b64encode(image_bytes(image, format_)).decode() for image in images]

@@ -1,0 +1,85 @@
+"""The images that devices ask for, drawn from a seed: from embeddings, in place of a prompt, to latents."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+#: Least and most denoising steps of an image.
+STEPS = 3, 8
+
+#: Pixels of a side; latents have an eighth.
+SIDES = (64, 96, 128)
+
+#: Tokens of a prompt's embeddings.
+TOKENS = 8
+
+#: What latents may differ from the unsplit pipeline's, as a share of their largest number: a step that is batched
+#: with other devices' rounds differently.
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """Arguments of a pipeline; `noise` is the seed of the latents that it begins with."""
+
+    options: dict[str, Any]
+    noise: int
+
+    @property
+    def steps(self) -> int:
+        return int(self.options["num_inference_steps"])
+
+    def run(self, unet: Any) -> torch.Tensor:
+        """The latents in the end, `[images, channels, height, width]`."""
+        generator = torch.Generator().manual_seed(self.noise)
+        output: torch.Tensor = _pipeline(unet)(generator=generator, output_type="latent", **self.options).images
+        return output
+
+
+def draw(seed: int, device: int, number: int, config: Any) -> ImageRequest:
+    """The request of this number of a device, for a UNet of this configuration."""
+    rng = random.Random(f"{seed} {device} {number}")
+    noise = torch.Generator().manual_seed(rng.getrandbits(63))
+    options: dict[str, Any] = {
+        "num_inference_steps": rng.randint(*STEPS),
+        "num_images_per_prompt": rng.choice((1, 1, 2)),
+        "guidance_scale": rng.choice((1.0, 4.0)),
+        "width": rng.choice(SIDES),
+        "height": rng.choice(SIDES),
+        "prompt_embeds": torch.randn(1, TOKENS, config.cross_attention_dim, generator=noise),
+    }
+    if config.addition_embed_type == "text_time":
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        options["pooled_prompt_embeds"] = torch.randn(1, width, generator=noise)
+    else:
+        options["negative_prompt_embeds"] = torch.zeros_like(options["prompt_embeds"])
+    return ImageRequest(options, rng.getrandbits(63))
+
+
+def agree(latents: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether latents are the unsplit pipeline's."""
+    if latents.shape != wanted.shape:
+        return False
+    return bool((latents - wanted).abs().max() <= TOLERANCE * wanted.abs().max().clamp_min(1))
+
+
+def _pipeline(unet: Any) -> Any:
+    """A pipeline of a UNet alone."""
+    import diffusers
+
+    scheduler = diffusers.EulerDiscreteScheduler()
+    parts: dict[str, Any] = {"vae": None, "text_encoder": None, "tokenizer": None, "unet": unet}
+    if unet.config.addition_embed_type == "text_time":
+        more = {"text_encoder_2": None, "tokenizer_2": None}
+        pipeline = diffusers.StableDiffusionXLPipeline(scheduler=scheduler, **parts, **more)
+    else:
+        more = {"safety_checker": None, "feature_extractor": None}
+        pipeline = diffusers.StableDiffusionPipeline(
+            scheduler=scheduler, requires_safety_checker=False, **parts, **more
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,0 +1,52 @@
+"""An HTTP server as a process, for those that ask it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fleet import running_broker, start_worker
+from split_common.process import running_command
+
+KEY = "a-key"
+
+
+@contextlib.contextmanager
+def serving(checkpoint: Path, images: Path | None = None) -> Iterator[tuple[str, Any]]:
+    """A server's address, and the worker behind it, which is in this process; with images theirs."""
+    with contextlib.ExitStack() as stack:
+        broker = stack.enter_context(running_broker())
+        options = ["--model", str(checkpoint), "--broker", broker.address, "--port", "0"]
+        worker = start_worker(checkpoint, broker.address)
+        stack.callback(worker.stop)
+        if images is not None:
+            options += ["--image-model", str(images)]
+            worker = start_worker(images, broker.address, cut="C")
+            stack.callback(worker.stop)
+        _, facts = stack.enter_context(running_command(["serve", *options], env={"LAMBDA_SPLIT_API_KEY": KEY}))
+        assert facts["model"] == checkpoint.name
+        assert facts["image_model"] == (images.name if images is not None else None)
+        yield facts["url"], worker
+
+
+class Unsplit:
+    """What the unsplit model says."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self.model = AutoModelForCausalLM.from_pretrained(checkpoint)
+
+    def say(self, prompt: str, tokens: int, seed: int | None = None, **sampling: Any) -> str:
+        """The greedy continuation; or, with a seed, a sampled one."""
+        ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        options: dict[str, Any] = {"do_sample": False}
+        if seed is not None:
+            torch.manual_seed(seed)
+            options = {"do_sample": True, "temperature": 1.0, "top_k": 0, **sampling}
+        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options)
+        return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,191 @@
+"""Images of the HTTP server, as the real `openai` client sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from playwright.sync_api import expect, sync_playwright
+
+import tiny
+import tiny_diffusion
+from serving import KEY, serving
+
+#: Seconds that something may take on a busy machine.
+PATIENCE = 60.0
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_diffusion.save_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any]]:
+    """A server of a language model and an image model, and the worker of the latter."""
+    checkpoint = tiny.save_tokenizer(tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny"))
+    with serving(checkpoint, model) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server: tuple[str, Any]) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server[0], api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+def image_of(entry: Any) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(entry.b64_json)))
+
+
+def ask(client: openai.OpenAI, steps: int = 2, **options: Any) -> Any:
+    options.setdefault("extra_body", {"steps": steps, "seed": 5})
+    return client.images.generate(**{"model": "tiny-sdxl", "prompt": "a seven", **options})
+
+
+def unsplit(model: Path, prompt: str, steps: int, seed: int, **options: Any) -> np.ndarray:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    return np.asarray(pipeline(prompt, num_inference_steps=steps, generator=generator, **options).images[0], int)
+
+
+def test_images_are_those_of_the_unsplit_model(client: openai.OpenAI, model: Path) -> None:
+    one = ask(client, size="32x48", user="me", style="vivid")
+    assert one.size == "32x48"
+    assert np.array_equal(image_of(one.data[0]), unsplit(model, "a seven", 2, 5, width=32, height=48))
+    two = ask(client, n=2, output_format="webp", response_format="b64_json")
+    first, second = map(image_of, two.data)
+    assert (first.format, first.size) == ("WEBP", (64, 64))
+    assert not np.array_equal(first, second)
+    assert [entry.seed for entry in two.data] == [5, 6]
+    drawn = ask(client, quality="low", extra_body={"guidance": 2, "negative_prompt": "blue"})
+    wanted = unsplit(model, "a seven", 10, drawn.data[0].seed, guidance_scale=2.0, negative_prompt="blue")
+    assert np.array_equal(image_of(drawn.data[0]), wanted)
+
+
+def test_both_models_are_served(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny", "tiny-sdxl"]
+    assert client.models.retrieve("tiny-sdxl").owned_by == "lambda-split"
+    assert client.completions.create(model="tiny", prompt="Once", max_tokens=2).usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "param", "said"),
+    [
+        ({"response_format": "url"}, "response_format", "not supported"),
+        ({"background": "transparent"}, "background", "not supported"),
+        ({"stream": True}, "stream", "not supported"),
+        ({"n": 11}, "n", "<= 10"),
+        ({"prompt": ""}, "prompt", "length >= 1"),
+        ({"quality": "best"}, "quality", "Invalid enum value"),
+        ({"size": "large"}, None, "no size"),
+        ({"size": "99999x99999"}, None, "4096 pixels at most"),
+        ({"size": "33x31"}, None, "divisible by 8"),
+        ({"extra_body": {"mask": "x"}}, None, "unknown field"),
+    ],
+)
+def test_errors_are_openai_s(client: openai.OpenAI, options: dict[str, Any], param: str | None, said: str) -> None:
+    with pytest.raises(openai.BadRequestError) as bad:
+        ask(client, **options)
+    assert bad.value.param == param
+    assert said in bad.value.message
+    assert bad.value.type == "invalid_request_error"
+
+
+def test_other_models_and_keys_are_refused(client: openai.OpenAI) -> None:
+    for name in ("tiny", "another"):
+        with pytest.raises(openai.NotFoundError) as missing:
+            ask(client, model=name)
+        assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.AuthenticationError):
+        ask(client.with_options(api_key="another"))
+
+
+def test_many_at_once(server: tuple[str, Any], model: Path) -> None:
+    async def all_of_them() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=server[0], api_key=KEY, max_retries=0) as client:
+            asked = (
+                client.images.generate(prompt=f"number {index}", extra_body={"steps": 3, "seed": index})
+                for index in range(6)
+            )
+            return list(await asyncio.gather(*asked))
+
+    for index, made in enumerate(asyncio.run(all_of_them())):
+        # Steps of several images may have shared a forward, which rounds differently.
+        wanted = unsplit(model, f"number {index}", 3, index)
+        assert np.abs(np.asarray(image_of(made.data[0]), int) - wanted).max() <= 1
+
+
+def test_a_client_that_hangs_up_ends_its_images(server: tuple[str, Any]) -> None:
+    url, worker = server
+    body = {"prompt": "a seven", "n": 4, "steps": 1000}
+    before = steps(worker)
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.post(f"{url}/images/generations", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=0.5)
+    wait_until(lambda: steps(worker) > before)
+    wait_until(lambda: not len(worker._sessions))
+    # All four would have been far more.
+    assert steps(worker) - before < 1000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, and there is none on the PATH")
+def test_the_page_shows_images(server: tuple[str, Any]) -> None:
+    url = server[0].removesuffix("v1")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, headless=True, args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page()
+        page.set_default_timeout(1000 * PATIENCE)
+        expect.set_options(timeout=1000 * PATIENCE)
+        wrong: list[str] = []
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: wrong.append(message.text) if "Security" in message.text else None)
+        page.goto(url)
+        expect(page.get_by_label("asks for its API key")).to_be_focused()
+        page.keyboard.type(KEY)
+        page.keyboard.press("Enter")
+        expect(page.locator("#model")).to_have_text("tiny, tiny-sdxl")
+        message = page.get_by_label("Message")
+        message.fill("/image a seven")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("status")).to_have_text("Answered.")
+        image = page.get_by_role("img", name="a seven")
+        assert image.evaluate("(image) => [image.naturalWidth, image.naturalHeight]") == [64, 64]
+        expect(page.locator("article.assistant .facts")).to_have_text(re.compile(r"^64x64 · \d+\.\d s · seed \d+$"))
+        expect(page.locator("[data-last=steps]")).to_have_text("20")
+        page.locator("#max-tokens").evaluate("(field) => { field.value = 8 }")
+        message.fill("/imagine")
+        page.keyboard.press("Enter")
+        expect(page.locator("article.assistant .body").nth(1)).not_to_be_empty()
+        expect(page.locator("article img")).to_have_count(1)
+        browser.close()
+        assert not wrong
+
+
+def steps(worker: Any) -> int:
+    return int(worker._compute.counters["steps"])
+
+
+def wait_until(true: Any) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
