@@ -65,6 +65,15 @@ def test_decoding_against_the_bandwidth() -> None:
         assert step["share"] == pytest.approx(step["bound_ms"] / step["ms"])
 
 
+def test_first_token(tmp_path: Path) -> None:
+    checkpoint = tiny.save_tokenizer(tiny.save("llama", tmp_path / "tiny", max_position_embeddings=4096))
+    results = run("first_token", "--model", checkpoint, "--rounds", 2)
+    assert results["first_token_ratio"] == results["first_token_ms_busy"] / results["first_token_ms_idle"]
+    assert results["one_device_ratio"] == results["one_device_ms_busy"] / results["one_device_ms_idle"]
+    assert len(results) == 6
+    assert min(results.values()) > 0
+
+
 def test_memory(checkpoint: Path) -> None:
     results = run("memory", "--model", checkpoint)
     assert set(results) == {

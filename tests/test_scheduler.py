@@ -12,6 +12,7 @@ from split_common.engine.rows import Run
 from split_common.engine.scheduler import (
     MAX_CHUNK,
     MIN_CHUNK,
+    SLOW_FORWARD,
     SOON,
     ChunkBudget,
     Gathering,
@@ -74,6 +75,36 @@ def test_devices_take_turns_with_their_prefills() -> None:
     scheduler.add(make_job("modest", MAX_CHUNK, device="modest"))
     batches = run_all(scheduler)
     assert any("modest" in batch for batch in batches[:2])
+
+
+def test_a_newcomer_goes_first_where_forwards_are_slow() -> None:
+    scheduler = Scheduler(FakeStore())  # type: ignore[arg-type]
+
+    def forward(seconds: float) -> dict[Any, int]:
+        batch = scheduler.next_batch()
+        scheduler.finish(batch, [piece.run.states for piece in batch], seconds)
+        return sizes(batch)
+
+    scheduler.add(make_job("busy 1", 1, device="busy"))
+    assert forward(2 * SLOW_FORWARD) == {"busy 1": 1}
+    scheduler.add(make_job("busy 1", 1, device="busy"))
+    scheduler.add(make_job("busy 2", MIN_CHUNK + 1, device="busy"))
+    scheduler.add(make_job("new", MIN_CHUNK + 1))
+    assert forward(0.1) == {"new": MIN_CHUNK}
+    # Then it is the others' turn, though there is a newcomer still.
+    assert forward(0.1) == {"busy 1": 1, "busy 2": MIN_CHUNK}
+    assert forward(0.1) == {"new": 1}
+    assert forward(0.1) == {"busy 2": 1}
+
+
+def test_a_newcomer_joins_where_forwards_are_fast() -> None:
+    scheduler = Scheduler(FakeStore())  # type: ignore[arg-type]
+    scheduler.add(make_job("busy", 1))
+    batch = scheduler.next_batch()
+    scheduler.finish(batch, [piece.run.states for piece in batch], SLOW_FORWARD / 2)
+    scheduler.add(make_job("busy", 1))
+    scheduler.add(make_job("new", MIN_CHUNK + 1))
+    assert set(sizes(scheduler.next_batch())) == {"busy", "new"}
 
 
 def test_a_sessions_steps_run_one_after_the_other() -> None:
