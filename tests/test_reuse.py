@@ -12,7 +12,8 @@ import tiny_diffusion
 from fleet import running_broker, start_worker
 from split_common.errors import ConfigError
 from split_device import SplitUNet2DConditionModel
-from split_device.diffusion.reuse import Base, Reuse, parse_reuse
+from split_device.diffusion.reuse import Base, Reuse
+from split_device.diffusion.saving import parse_reuse
 from split_device.diffusion.session import Inputs
 from test_diffusion import latents, pipeline
 

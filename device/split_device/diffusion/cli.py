@@ -28,6 +28,7 @@ from split_common.options import (
 )
 from split_common.process import passive_threads
 from split_common.transport import connect
+from split_device.diffusion.saving import parse_reuse
 
 _WIRE = "On the way"
 
@@ -77,14 +78,15 @@ def image(
         typer.Option(rich_help_panel=_WIRE, help="How states travel; none sends them as they are."),
     ] = "none",
     reuse: Annotated[
-        str,
+        float,
         typer.Option(
+            parser=parse_reuse,
             metavar="N|SHARE",
             rich_help_panel=_WIRE,
             help="From 1, call the worker at every N-th step only; below 1, like 0.05, only when its input has "
             "changed by more than this share since it was called last. Its output is reused between. 1 is exact.",
         ),
-    ] = "1",
+    ] = 1,
     dtype: DtypeOption = "auto",
     keys: KeysOption = None,
     member: MemberOption = None,
@@ -111,7 +113,6 @@ def image(
     import torch
 
     from split_device.diffusion.kinds import load_denoiser
-    from split_device.diffusion.reuse import parse_reuse
 
     if init_image is not None:
         options |= {"image": _read_image(init_image), "strength": strength}
@@ -122,7 +123,7 @@ def image(
         broker=broker,
         cut=cut,
         codec=codec,
-        reuse=parse_reuse(reuse),
+        reuse=reuse,
         dtype=dtype,
         keys=keys,
         member=member,

@@ -20,12 +20,10 @@ from split_common.split import Split
 from split_common.tensors import dtype_name, parse_dtype
 from split_common.transport import DEFAULT_BROKER
 from split_device.client import PATIENCE, STEP_TIMEOUT
-from split_device.diffusion.reuse import Base, Reuse, check_reuse
+from split_device.diffusion.reuse import Base, Reuse
+from split_device.diffusion.saving import CODECS, check_reuse
 from split_device.diffusion.session import ImageSession, Inputs
 from split_device.joining import Joined, Member
-
-#: Codecs of the states on the way, by the names that users give them; "none" sends them as they are.
-CODECS: dict[str, wire.Codec | None] = {"none": None, "fp16": "float16", "int8": "int8", "int4": "int4"}
 
 
 class SplitDenoiser(Joined):

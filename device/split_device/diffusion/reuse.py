@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from split_common.errors import ConfigError
+from split_device.diffusion.saving import check_reuse
 from split_device.diffusion.session import Inputs
 
 #: Images, or halves of guided ones, whose last output is kept.
@@ -15,21 +15,6 @@ MAX_KEPT = 2
 
 #: What of the inputs the output goes on from: a transformer's blocks add to their input.
 Base = Callable[[Inputs], torch.Tensor]
-
-
-def check_reuse(reuse: float) -> float:
-    """Takes a number of steps from 1, or a threshold below 1. Raises ConfigError."""
-    if not (0 < reuse < 1 or (reuse >= 1 and float(reuse).is_integer())):
-        raise ConfigError(f"reuse={reuse}: it is a number of steps from 1, or a threshold between 0 and 1")
-    return reuse
-
-
-def parse_reuse(text: str) -> float:
-    """Raises ConfigError."""
-    try:
-        return check_reuse(float(text))
-    except ValueError:
-        raise ConfigError(f"{text!r} is neither a number of steps, like 2, nor a threshold, like 0.05") from None
 
 
 @dataclass(eq=False)
