@@ -58,8 +58,8 @@ class SplitDenoiser(Joined):
         Args:
             path: the directory of a pipeline, or of its denoiser, in safetensors format.
             broker: the queue, as for `SplitModelForCausalLM`.
-            cut: "C" leaves the device about a tenth of the computing, "A" about a third. Of a UNet these are the
-                blocks of its first level, or of two; of a transformer one block at each end, or a sixth of them.
+            cut: "C" leaves the device the blocks of a UNet's first level, or a transformer's first and last block;
+                "A" those of the first two levels, or a sixth of the blocks at each end.
             codec: how states travel: "none" (as they are), "fp16", "int8" or "int4" (with scales for each channel
                 of a UNet, for each token of a transformer).
             reuse: from 1, call the worker at every step of this number only; below 1, only when the body's input
