@@ -173,7 +173,13 @@ def test_diffusion(tmp_path: Path) -> None:
     results = run("diffusion", "--model", tiny_diffusion.save_sdxl(tmp_path), "--steps", 2)
     assert round(results["sdxl.C.device_flops_share"], 3) == 0.085
     assert results["sdxl.C.int8.bytes_up_per_step"] + results["sdxl.C.int8.bytes_down_per_step"] < 8e6
+    for name, embeddings in (("sd3_medium", 0), ("flux", 4608 * 3 * 4)):
+        assert results[f"{name}.C.device_flops_share"] < 0.1
+        assert results[f"{name}.C.device_params_share"] < 0.1
+        assert 26e6 < results[f"{name}.A.fp16.bytes_up_per_step"] < 29e6
+        assert results[f"{name}.C.embeddings_bytes"] == embeddings
     for cut in ("A", "C"):
+        assert results[f"toy.{cut}.reuse2.calls"] == 1
         assert results[f"toy.{cut}.none.max_abs_diff"] == 0.0
         assert results[f"toy.{cut}.int8.calls"] == 2
         assert results[f"toy.{cut}.int4.bytes_down_per_step"] < results[f"toy.{cut}.int8.bytes_down_per_step"]
