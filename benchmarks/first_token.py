@@ -1,7 +1,7 @@
 """How long a person waits for the first token of an answer while a batch of 64 runs, and on an idle system.
 
-`lambda-split serve` is asked over HTTP. The batch is that of `lambda-split batch`, another device of the same broker
-and worker.
+`lambda-split serve` is asked over HTTP. The batch is that of `lambda-split batch`, another device of the same
+broker and worker; or one of the same device and no priority, as that of an agent.
 """
 
 from __future__ import annotations
@@ -49,19 +49,59 @@ def main() -> None:
 
 def measure(model: Path, rounds: int = ROUNDS) -> dict[str, float]:
     """Medians, in milliseconds, and what they are to each other."""
-    results: dict[str, float] = {}
     with fleet(model, "2:-2", "--dtype", "float32") as (address, _):
         options = ["--model", str(model), "--broker", address, "--dtype", "float32"]
         with running_command(["serve", "--port", "0", *options]) as (_, server):
             ask = _Asking(server["url"], server["model"])
             ask.once()  # warm
-            results["first_token_ms_idle"] = ask.often(rounds)
-            note(f"idle: {results['first_token_ms_idle']:.0f} ms")
+            idle = ask.often(rounds)
+            note(f"idle: {idle:.0f} ms")
             with _batch(options):
-                results["first_token_ms_busy"] = ask.often(rounds)
-            note(f"beside another device's batch: {results['first_token_ms_busy']:.0f} ms")
-    results["first_token_ratio"] = results["first_token_ms_busy"] / results["first_token_ms_idle"]
-    return results
+                busy = ask.often(rounds)
+            note(f"beside another device's batch: {busy:.0f} ms")
+        same_idle, same_busy = _one_device(model, address, rounds)
+    return {
+        "first_token_ms_idle": idle,
+        "first_token_ms_busy": busy,
+        "first_token_ratio": busy / idle,
+        "one_device_ms_idle": same_idle,
+        "one_device_ms_busy": same_busy,
+        "one_device_ratio": same_busy / same_idle,
+    }
+
+
+def _one_device(model: Path, address: str, rounds: int) -> tuple[float, float]:
+    """Milliseconds to the first token of a request with a priority, alone and beside a batch of the same device."""
+    from transformers import GenerationConfig
+
+    from split_device import SplitModelForCausalLM
+    from split_device.generator import Generator, Request
+
+    draw = random.Random(6)
+
+    def request(tokens: int, new_tokens: int, priority: int) -> Request:
+        config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0)
+        return Request([draw.randrange(20, 90) for _ in range(tokens)], config, priority=priority)
+
+    def once() -> float:
+        time.sleep(draw.uniform(0, PAUSE))
+        began = time.perf_counter()
+        next(iter(generator.submit(request(WORDS, 4, 1))))
+        return 1000 * (time.perf_counter() - began)
+
+    with (
+        SplitModelForCausalLM.from_pretrained(model, broker=address, dtype="float32") as split,
+        Generator(split, max_requests=2 * BATCH) as generator,
+    ):
+        once()  # warm
+        idle = statistics.median(once() for _ in range(rounds))
+        batch = [generator.submit(request(draw.randrange(8, 128), BATCH_TOKENS, 0)) for _ in range(BATCH)]
+        for generation in batch:
+            next(iter(generation))
+        busy = statistics.median(once() for _ in range(rounds))
+        assert not any(generation.done for generation in batch), "the batch has ended"
+    note(f"beside a batch of the same device: {busy:.0f} ms, and alone {idle:.0f} ms")
+    return idle, busy
 
 
 class _Asking:

@@ -30,7 +30,7 @@ from split_common.fleet import load_fleet
 from split_common.keys import Role
 from split_common.process import passive_threads, reuse_memory
 from split_common.transport import connect
-from split_common.zmq_link import curve_client
+from split_common.transport.zmq_link import curve_client
 
 #: Bytes of hidden states in a message, and how many round trips each round makes.
 SIZES = {"2k": (2048, 50), "64k": (65536, 25), "1m": (1024 * 1024, 8)}

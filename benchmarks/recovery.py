@@ -105,8 +105,7 @@ def _kill(workers: Workers, watch: Watch, transport: str, number: int) -> Kill:
     rng = random.Random(number)
     watch.wait_for_decoding()
     time.sleep(rng.uniform(0, JITTER))
-    watch.arm()
-    workers.kill_oldest()
+    workers.kill(watch.arm())
     kill = watch.wait_for_recovery()
     shown = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in kill.items())
     note(f"{transport}, kill {number + 1}: {shown}")
@@ -121,6 +120,7 @@ class Watch:
         self._open_session = self._client.open_session
         self._client.open_session = self._opening
         self._step = 0
+        self._worker = b""
         self._stepped = threading.Condition()
         self._killed = self._detected = 0.0
         self._body_before = 0.0
@@ -135,14 +135,15 @@ class Watch:
                 lambda: self._step != before and MARGIN < self._step % NEW_TOKENS < NEW_TOKENS - 2 * MARGIN, LIMIT
             )
 
-    def arm(self) -> None:
-        """A worker is killed now."""
+    def arm(self) -> bytes:
+        """The worker in use is killed now: which one that is."""
         with self._stepped:
             self._recovery = None
             self._detected = 0.0
             self._replays = self._client.counters["replays"]
             self._body_before = self._client.timings.seconds["body"]
             self._killed = time.perf_counter()
+            return self._worker
 
     def wait_for_recovery(self) -> Kill:
         """Seconds until the death was noticed, until the next token, and the same without the replay's compute."""
@@ -154,7 +155,9 @@ class Watch:
 
     def _opening(self, *args: Any, **kwargs: Any) -> Any:
         self._detected = self._detected or time.perf_counter()
-        return self._open_session(*args, **kwargs)
+        session = self._open_session(*args, **kwargs)
+        self._worker = session.worker
+        return session
 
     def _after_step(self, *_: Any) -> None:
         with self._stepped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ _WORKER_IMPORTS = ["torch", "transformers", "transformers.models.llama.modeling_
 
 
 class Workers:
-    """Workers of a model on a queue, the oldest first."""
+    """Workers of a model on a queue."""
 
     def __init__(self, model: Path, address: str) -> None:
         self._command = [
@@ -32,30 +33,31 @@ class Workers:
         self._command += ["--kv-memory", "64MiB", "--json"]
         self._processes = multiprocessing.get_context("forkserver")
         self._processes.set_forkserver_preload(_WORKER_IMPORTS)
-        self._running: list[Any] = []
+        #: By the name that each has on the queue.
+        self._running: dict[bytes, Any] = {}
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._running:
-            self.kill_oldest()
+        for worker in list(self._running):
+            self.kill(worker)
 
     def start(self) -> None:
         """Returns when the worker serves."""
         readable, writable = self._processes.Pipe(duplex=False)
         process = self._processes.Process(target=_serve, args=(self._command, writable), daemon=True)
         process.start()
-        self._running.append(process)
         writable.close()
         with os.fdopen(os.dup(readable.fileno())) as lines:
             line = lines.readline()
         readable.close()
         if not line.startswith("{") or '"error"' in line:
             raise RuntimeError(f"a worker did not start: {line}")
+        self._running[bytes.fromhex(json.loads(line)["id"])] = process
 
-    def kill_oldest(self) -> None:
-        process = self._running.pop(0)
+    def kill(self, worker: bytes) -> None:
+        process = self._running.pop(worker)
         process.kill()
         process.join()
 

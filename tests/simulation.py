@@ -25,7 +25,6 @@ from split_broker import lanes as lanes_module
 from split_broker.broker import Broker
 from split_common import channel as channel_module
 from split_common import wire
-from split_common import zmq_link as link_module
 from split_common.engine import pool as pool_module
 from split_common.engine import scheduler as scheduler_module
 from split_common.engine.pool import LayerShape, PagePool
@@ -34,7 +33,8 @@ from split_common.engine.runner import Launched
 from split_common.errors import Malformed, SplitError
 from split_common.fleet import Fleet
 from split_common.transport import HEARTBEAT, count_dropped
-from split_common.zmq_link import ZmqLink
+from split_common.transport import zmq_link as link_module
+from split_common.transport.zmq_link import ZmqLink
 from split_device import client as client_module
 from split_device import history as history_module
 from split_device import lasting as lasting_module

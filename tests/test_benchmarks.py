@@ -65,6 +65,15 @@ def test_decoding_against_the_bandwidth() -> None:
         assert step["share"] == pytest.approx(step["bound_ms"] / step["ms"])
 
 
+def test_first_token(tmp_path: Path) -> None:
+    checkpoint = tiny.save_tokenizer(tiny.save("llama", tmp_path / "tiny", max_position_embeddings=4096))
+    results = run("first_token", "--model", checkpoint, "--rounds", 2)
+    assert results["first_token_ratio"] == results["first_token_ms_busy"] / results["first_token_ms_idle"]
+    assert results["one_device_ratio"] == results["one_device_ms_busy"] / results["one_device_ms_idle"]
+    assert len(results) == 6
+    assert min(results.values()) > 0
+
+
 def test_memory(checkpoint: Path) -> None:
     results = run("memory", "--model", checkpoint)
     assert set(results) == {
@@ -164,7 +173,13 @@ def test_diffusion(tmp_path: Path) -> None:
     results = run("diffusion", "--model", tiny_diffusion.save_sdxl(tmp_path), "--steps", 2)
     assert round(results["sdxl.C.device_flops_share"], 3) == 0.085
     assert results["sdxl.C.int8.bytes_up_per_step"] + results["sdxl.C.int8.bytes_down_per_step"] < 8e6
+    for name, embeddings in (("sd3_medium", 0), ("flux", 4608 * 3 * 4)):
+        assert results[f"{name}.C.device_flops_share"] < 0.1
+        assert results[f"{name}.C.device_params_share"] < 0.1
+        assert 26e6 < results[f"{name}.A.fp16.bytes_up_per_step"] < 29e6
+        assert results[f"{name}.C.embeddings_bytes"] == embeddings
     for cut in ("A", "C"):
+        assert results[f"toy.{cut}.reuse2.calls"] == 1
         assert results[f"toy.{cut}.none.max_abs_diff"] == 0.0
         assert results[f"toy.{cut}.int8.calls"] == 2
         assert results[f"toy.{cut}.int4.bytes_down_per_step"] < results[f"toy.{cut}.int8.bytes_down_per_step"]

@@ -25,7 +25,7 @@ from split_common import wire
 from split_common.errors import BrokerUnreachable, ConfigError, KeysError, Oversized
 from split_common.keys import Identity
 from split_common.transport import HEARTBEAT, MISSED, connect, parse_address
-from split_common.zmq_link import ZmqLink
+from split_common.transport.zmq_link import ZmqLink
 from wiretap import FakePeer, Setting, on_loop, wait_until
 
 SERVICE = wire.Service(b"r" * 32, 2, 4)
@@ -626,7 +626,7 @@ def test_a_link_survives_garbage_and_a_failing_handler(setting: Setting, monkeyp
 
 
 def test_a_link_bounds_what_it_has_not_sent(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("split_common.zmq_link.OUTBOX_BYTES", 1_000_000)
+    monkeypatch.setattr("split_common.transport.zmq_link.OUTBOX_BYTES", 1_000_000)
     with setting.broker() as broker, setting.client(broker.address, timeout=5) as client:
         broker.stop()
         time.sleep(0.3)

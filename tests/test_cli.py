@@ -57,6 +57,7 @@ def address(checkpoint: Path) -> Iterator[str]:
         options = ["--model", str(checkpoint), "--broker", broker["address"]]
         with running_command(["worker", *options]) as (worker, facts):
             assert facts.pop("pid") == worker.pid
+            assert len(bytes.fromhex(facts.pop("id"))) == 8
             assert facts.pop("parameter_bytes") > 0
             assert facts.pop("kv_tokens") > 1000
             assert facts.pop("kv_sessions") > 1

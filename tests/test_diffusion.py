@@ -13,12 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
+import tiny
 import tiny_diffusion
 from fleet import running_broker, start_worker
 from split_common import wire
 from split_common.errors import (
     ConfigError,
     InvalidSplit,
+    Malformed,
     NonFinite,
     NoWorker,
     Oversized,
@@ -183,6 +185,9 @@ def test_embeddings_travel_once_and_default_negatives_not_at_all(
     assert len(conditions) == 1
     assert conditions[0].arrays[0].shape == [1, tiny_diffusion.TOKENS, 2 * tiny_diffusion.TEXT]
     assert [step.rows for step in steps] == [[-1, 0]] * 3
+    facts = worker.facts()
+    assert facts["held_bytes"] >= tiny_diffusion.TOKENS * 2 * tiny_diffusion.TEXT * 4
+    assert "kv_tokens" not in facts
 
 
 def test_a_worker_that_lacks_the_embeddings_gets_them_again(sdxl: Path, unet: Any, worker: Worker) -> None:
@@ -283,6 +288,10 @@ def test_bad_input_is_refused_and_nothing_is_lost(sdxl: Path, unet: Any, worker:
     before = worker.counters["steps"]
     with pytest.raises(NonFinite):
         unet(sample / 0, 1, **given)
+    with pytest.raises(UnsupportedFeature, match="unexpected keyword argument 'momentum'"):
+        unet(sample, 1, **given, momentum=0.9)
+    with pytest.raises(Malformed, match="the model's width is 64"):
+        unet(sample, 1, **given | {"encoder_hidden_states": torch.ones(1, tiny_diffusion.TOKENS, 65)})
     with pytest.raises(UnsupportedFeature, match="attention_mask"):
         unet(sample, 1, **given, encoder_attention_mask=torch.ones(1, tiny_diffusion.TOKENS))
     with pytest.raises(UnsupportedFeature, match="T2I-Adapter"):
@@ -385,6 +394,22 @@ def test_cuts_that_are_none(sdxl: Path, broker: Any, worker: Worker) -> None:
         pytest.raises(NoWorker, match="2:5"),
     ):
         latents(pipeline(sdxl, unet=unet))
+
+
+def test_a_worker_without_blocks_of_images(sdxl: Path, broker: Any, worker: Worker, tmp_path: Path) -> None:
+    """It is not found; and a request of another kind that reaches it is refused."""
+    language = start_worker(tiny.save("llama", tmp_path), broker.address)
+    try:
+        with SplitUNet2DConditionModel.from_pretrained(sdxl, broker=broker.address, cut="A") as unet:
+            pipe = pipeline(sdxl, unet=unet)
+            with pytest.raises(NoWorker, match="2:5"):
+                latents(pipe)
+            unet._client.service = language._service
+            with pytest.raises(Malformed, match="Condition for a language model"):
+                latents(pipe)
+            assert language.counters["refused_malformed"] == 2
+    finally:
+        language.stop()
 
 
 def test_parts_hold_only_their_own_weights(sdxl: Path, unet: Any, worker: Worker) -> None:

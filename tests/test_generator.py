@@ -22,6 +22,7 @@ from fleet import joined, running_broker, split_model, start_worker
 from split_common.errors import ConfigError, NoWorker, PromptTooLong, SplitError, UnsupportedFeature
 from split_device import SplitModelForCausalLM
 from split_device.generator import Generator, Logprobs, Request
+from split_worker.sessions import SessionTable
 
 #: Of several kinds: windows, experts, biases, positions of its own, attention that cannot be packed.
 ARCHITECTURES = ["llama", "qwen2_sw", "gemma2", "gpt2", "gpt_neox", "qwen3_moe", "falcon", "bloom", "opt", "ctrl"]
@@ -291,6 +292,29 @@ def test_memory_for_a_few_at_a_time(split: Any, unsplit: Any) -> None:
         assert [each.result(60) for each in generations] == [alone(unsplit, request) for request in asked]
         with pytest.raises(PromptTooLong, match="memory"):
             generator.submit(Request([5] * 60, greedy(10)))
+
+
+def test_those_that_find_no_room_on_the_worker_begin_again(
+    llama: Path, unsplit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("split_device.generator.RETRY_AFTER", 0.05)
+    asked = [Request(prompt, greedy(20)) for prompt in prompts(8)]
+    with running_broker() as broker:
+        worker = start_worker(llama, broker.address, sessions=SessionTable(max_sessions=2))
+        try:
+            with (
+                SplitModelForCausalLM.from_pretrained(llama, broker=broker.address, patience=0.0) as model,
+                Generator(model) as generator,
+            ):
+                waits: list[Any] = []
+                enqueue = generator._enqueue
+                monkeypatch.setattr(generator, "_enqueue", lambda *each: (waits.append(each[0]), enqueue(*each)))
+                generations = [generator.submit(request) for request in asked]
+                assert [each.result(60) for each in generations] == [alone(unsplit, request) for request in asked]
+            # Eight came, of whom six had to wait; none of them in a session's own patience.
+            assert len(waits) > len(asked)
+        finally:
+            worker.stop()
 
 
 def test_the_models_positions_end_a_text(split: Any) -> None:

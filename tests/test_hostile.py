@@ -293,7 +293,7 @@ class Bench:
         return channel
 
     def header(self, kind: wire.Kind, *numbers: int) -> wire.Relay:
-        return wire.Relay(self.worker._id, self.device, kind, *numbers)
+        return wire.Relay(self.worker.id, self.device, kind, *numbers)
 
     def request(
         self,

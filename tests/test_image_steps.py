@@ -90,6 +90,12 @@ def test_steps_that_do_not_fit_are_refused(body: DiffusionBody, rows: list[int],
         begin(body, held, rows, *tensors)
 
 
+def test_a_step_of_a_language_model_is_refused(body: DiffusionBody) -> None:
+    step = wire.Step("float32", 1, [wire.Row(0, 0, [0])])
+    with pytest.raises(Malformed, match="Step for an image model"):
+        body.start([], step, memoryview(bytes(4)))
+
+
 def test_embeddings_of_another_model_are_refused(body: DiffusionBody) -> None:
     with pytest.raises(Malformed, match="width"):
         condition(body, [], width=WIDTH + 1)

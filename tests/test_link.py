@@ -13,7 +13,7 @@ from fleet import running_broker
 from split_common import wire
 from split_common.fleet import load_fleet
 from split_common.transport import new_peer_id
-from split_common.zmq_link import SILENCE, ZmqLink
+from split_common.transport.zmq_link import SILENCE, ZmqLink
 from split_device.stress.proxy import Proxy
 
 

@@ -16,8 +16,8 @@ import redis
 
 import tiny
 from split_common.errors import BrokerUnreachable, CertificateError, NoWorker
-from split_common.redis_keys import Keys
 from split_common.transport import new_peer_id
+from split_common.transport.redis.keys import Keys
 from valkeys import Valkey, running_cluster, running_valkey
 from wiretap import Setting, run_steps, step, wait_until
 
@@ -77,7 +77,7 @@ def test_the_rules_allow_all_that_is_needed(guarded: Guarded, server: Valkey) ->
         expected = run_steps(client, 10)
         with setting.worker(two, member="worker-2") as second:
             # An open that avoids a worker takes another way, and so does one that nobody has room for.
-            session = client.open_session([first._id])
+            session = client.open_session([first.id])
             session.call([step(0)])
             assert second.counters["steps"] == 1
         wait_until(lambda: session.ended)

@@ -18,14 +18,16 @@ import pytest
 import torch
 
 import tiny
-from split_common import redis_keeper, redis_link, wire
+from split_common import wire
 from split_common.errors import BrokerUnreachable, Busy, NoWorker, SessionLost
 from split_common.fleet import load_fleet
 from split_common.manifest import find_manifest
 from split_common.part import plan
-from split_common.redis_keeper import LEASE, WATCH_INTERVAL
-from split_common.redis_keys import GROUP, Keys
 from split_common.transport import HEARTBEAT, MISSED, OPEN_PATIENCE, connect, new_peer_id
+from split_common.transport.redis import keeper as redis_keeper
+from split_common.transport.redis import link as redis_link
+from split_common.transport.redis.keeper import LEASE, WATCH_INTERVAL
+from split_common.transport.redis.keys import GROUP, Keys
 from split_device import SplitModelForCausalLM
 from split_worker.worker import Worker
 from valkeys import Valkey, running_valkey
@@ -300,7 +302,7 @@ def test_a_wish_that_cannot_be_met_is_answered(setting: Setting, server: Valkey)
                 stranger.open_session()
             began = time.monotonic()
             with pytest.raises(Busy):
-                client.open_session([worker._id])
+                client.open_session([worker.id])
             assert time.monotonic() - began < 1.0
             client.open_session().call([step(0)])
             worker._transport.announce()
@@ -370,7 +372,7 @@ def test_dead_workers_are_taken_off_the_list(
         with pytest.raises(NoWorker, match="served here: none"):
             device.open_session()
         with setting.worker(server.address) as worker:
-            wait_until(lambda: client.hkeys(keys.workers) == [worker._id.hex().encode()], 4.0)
+            wait_until(lambda: client.hkeys(keys.workers) == [worker.id.hex().encode()], 4.0)
 
 
 # --- bounds ------------------------------------------------------------------------------------------------

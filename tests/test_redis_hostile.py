@@ -15,8 +15,8 @@ import pytest
 import tiny
 from split_common import wire
 from split_common.errors import SplitError
-from split_common.redis_keys import GROUP, Keys
 from split_common.transport import new_peer_id
+from split_common.transport.redis.keys import GROUP, Keys
 from valkeys import Valkey, running_valkey
 from wiretap import Setting, run_steps, step, wait_until
 
@@ -179,7 +179,7 @@ def test_a_list_of_workers_that_lies_stalls_no_device(setting: Setting, server: 
         with setting.client(server.address) as device:
             session = device.open_session()
             session.call([step(0)])
-            assert session.worker == worker._id
+            assert session.worker == worker.id
             assert device.transport.counters["Malformed"] > 0
 
 

@@ -13,8 +13,8 @@ from fleet import running_broker, start_worker
 from split_common.errors import ConfigError
 from split_device import SplitUNet2DConditionModel
 from split_device.diffusion.reuse import Base, Reuse
+from split_device.diffusion.saving import parse_reuse
 from split_device.diffusion.session import Inputs
-from split_device.diffusion.settings import parse_reuse
 from test_diffusion import latents, pipeline
 
 TEXT = torch.ones(1, 2)

@@ -10,9 +10,10 @@ import torch
 
 from split_common.engine.rows import Run
 from split_common.engine.scheduler import (
-    GATHER_SHARE,
     MAX_CHUNK,
     MIN_CHUNK,
+    SLOW_FORWARD,
+    SOON,
     ChunkBudget,
     Gathering,
     Job,
@@ -74,6 +75,36 @@ def test_devices_take_turns_with_their_prefills() -> None:
     scheduler.add(make_job("modest", MAX_CHUNK, device="modest"))
     batches = run_all(scheduler)
     assert any("modest" in batch for batch in batches[:2])
+
+
+def test_a_newcomer_goes_first_where_forwards_are_slow() -> None:
+    scheduler = Scheduler(FakeStore())  # type: ignore[arg-type]
+
+    def forward(seconds: float) -> dict[Any, int]:
+        batch = scheduler.next_batch()
+        scheduler.finish(batch, [piece.run.states for piece in batch], seconds)
+        return sizes(batch)
+
+    scheduler.add(make_job("busy 1", 1, device="busy"))
+    assert forward(2 * SLOW_FORWARD) == {"busy 1": 1}
+    scheduler.add(make_job("busy 1", 1, device="busy"))
+    scheduler.add(make_job("busy 2", MIN_CHUNK + 1, device="busy"))
+    scheduler.add(make_job("new", MIN_CHUNK + 1))
+    assert forward(0.1) == {"new": MIN_CHUNK}
+    # Then it is the others' turn, though there is a newcomer still.
+    assert forward(0.1) == {"busy 1": 1, "busy 2": MIN_CHUNK}
+    assert forward(0.1) == {"new": 1}
+    assert forward(0.1) == {"busy 2": 1}
+
+
+def test_a_newcomer_joins_where_forwards_are_fast() -> None:
+    scheduler = Scheduler(FakeStore())  # type: ignore[arg-type]
+    scheduler.add(make_job("busy", 1))
+    batch = scheduler.next_batch()
+    scheduler.finish(batch, [piece.run.states for piece in batch], SLOW_FORWARD / 2)
+    scheduler.add(make_job("busy", 1))
+    scheduler.add(make_job("new", MIN_CHUNK + 1))
+    assert set(sizes(scheduler.next_batch())) == {"busy", "new"}
 
 
 def test_a_sessions_steps_run_one_after_the_other() -> None:
@@ -142,21 +173,23 @@ def test_a_session_has_one_forward_under_way_and_may_be_cancelled_meanwhile() ->
 
 
 def test_a_forward_waits_for_sessions_that_come_back_soon_and_for_no_others() -> None:
-    gathering = Gathering()
-    for session, turnaround in (("quick", 0.01), ("slow", 2.0)):
+    gathering, forward = Gathering(), 0.1
+    for session, turnaround in (("quick", 0.02), ("later", 0.3), ("slow", 2.0)):
         gathering.answered(session, 10.0)
         gathering.came(session, 10.0 + turnaround)
-    assert gathering.until(0.1) == 0.0
-    gathering.answered("slow", 20.0)
-    gathering.answered("unknown", 20.0)
-    assert gathering.until(0.1) == 0.0
-    gathering.answered("quick", 20.0)
-    assert gathering.until(0.1) == pytest.approx(20.0 + GATHER_SHARE * 0.1)
-    gathering.came("quick", 20.01)
-    assert gathering.until(0.1) == 0.0
-    gathering.answered("quick", 30.0)
-    gathering.forget("quick")
-    assert gathering.until(0.1) == 0.0
+    assert gathering.until(forward, 13.0) == 0.0
+    for session in ("unknown", "slow", "later", "quick"):
+        gathering.answered(session, 20.0)
+    # One is expected within the time of a forward, and has as long beyond it.
+    assert gathering.until(forward, 20.0) == pytest.approx(20.02 + SOON * forward)
+    gathering.came("quick", 20.02)
+    assert gathering.until(forward, 20.02) == 0.0
+    # By now the next one is.
+    assert gathering.until(forward, 20.25) == pytest.approx(20.3 + SOON * forward)
+    gathering.forget("later")
+    assert gathering.until(forward, 20.25) == 0.0
+    # The slow one never is: too many forwards have run meanwhile.
+    assert gathering.until(forward, 22.0) == 0.0
 
 
 def test_the_budget_is_small_beside_decoding_and_finds_its_size() -> None:

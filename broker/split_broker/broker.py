@@ -31,7 +31,7 @@ from split_common.address import is_redis, parse_address
 from split_common.errors import AuthenticationError, ConfigError, Malformed, SplitError
 from split_common.fleet import Fleet, check_address
 from split_common.transport import GRACE, HEARTBEAT, MISSED, OPEN_PATIENCE, count_dropped
-from split_common.zmq_link import receive_frames, send_frames
+from split_common.transport.zmq_link import receive_frames, send_frames
 
 log = logging.getLogger(__name__)
 

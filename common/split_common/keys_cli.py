@@ -20,7 +20,7 @@ from split_common.fleet import DAYS, Fleet, check_address, keys_dir, load_fleet
 from split_common.keys import Certificate, Member, ModelScope, Role
 from split_common.manifest import Manifest, build_manifest
 from split_common.options import BrokerOption, IpAdapterOption, JsonOption, KeysOption
-from split_common.redis_acl import redis_acl
+from split_common.transport.redis.acl import redis_acl
 
 keys_app = typer.Typer(no_args_is_help=True)
 
@@ -141,7 +141,7 @@ def publish(broker: BrokerOption, keys: KeysOption = None, json: JsonOption = Fa
     address = parse_address(broker)
     if not is_redis(address):
         raise ConfigError("--broker names no Redis server; a ZeroMQ broker follows the roster in its own directory")
-    from split_common.redis_roster import publish as publish_roster
+    from split_common.transport.redis.roster import publish as publish_roster
 
     fleet = load_fleet(keys)
     check_address(address, fleet)

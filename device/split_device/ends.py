@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
-from split_common.engine.linear import pack_linears
+from split_common.engine.linear import pack_linears, padded_rows
 from split_common.engine.runner import Runner
 from split_common.part import strip
 from split_common.slots import PassThrough, Stack
@@ -92,11 +93,13 @@ class Shell:
 
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        self._incoming = states[None].to(self._device, self._dtype)
-        nothing = self._incoming.new_zeros(1, len(states), self._stack.width)
-        output = self._model(inputs_embeds=nothing, **self._arguments(range(len(states))))
+        rows = padded_rows(len(states))
+        padded = pad(states, (0, 0, 0, rows - len(states)))
+        self._incoming = padded[None].to(self._device, self._dtype)
+        nothing = self._incoming.new_zeros(1, rows, self._stack.width)
+        output = self._model(inputs_embeds=nothing, **self._arguments(range(rows)))
         self._incoming = None
-        logits: torch.Tensor = output.logits[0]
+        logits: torch.Tensor = output.logits[0, : len(states)]
         return logits.float().cpu()
 
     def _arguments(self, positions: Sequence[int]) -> dict[str, Any]:

@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from split_common.engine.rows import Row, Run, Store
-from split_common.engine.runner import Runner
-from split_common.engine.scheduler import DECODE_TOKENS, Job, Scheduler
+from split_common.engine.rows import Row
+from split_common.engine.scheduler import DECODE_TOKENS
 from split_common.errors import Busy, PromptTooLong, SplitError
 from split_device.ends import KV_MEMORY, Ends
 from split_device.generation import FinishReason, Generation, Logprobs, OnToken, Request
 from split_device.remote import Call, SessionLayer
 from split_device.sampling import Sampler
+from split_device.stage import Ended, Stage
 
 __all__ = ["Generation", "Generator", "Logprobs", "Request"]
 
@@ -62,61 +62,6 @@ RETRY_AFTER = 1.0
 
 #: Seconds that closing waits for sessions to be freed on their workers.
 CLOSE_TIMEOUT = 2.0
-
-
-class Ended(Exception):
-    """Nobody waits for what a forward makes of a request any more."""
-
-
-@dataclass(eq=False)
-class Stage:
-    """One end of the model and what waits for it; without layers, states pass at once."""
-
-    runner: Runner | None
-    scheduler: Scheduler = field(init=False)
-    #: Memory that no request has been promised, in units of the store.
-    room: int = 0
-
-    def __post_init__(self) -> None:
-        if self.runner is not None:
-            self.scheduler = Scheduler(self.runner.store, divisible=not self.runner.positions_interact)
-            self.room = self.runner.store.free
-
-    @property
-    def idle(self) -> bool:
-        return self.runner is None or self.scheduler.idle
-
-    def cost(self, tokens: int) -> int:
-        """What a row of so many tokens takes."""
-        store: Store | None = self.runner.store if self.runner is not None else None
-        return store.cost(store.new_row(), tokens) if store is not None else 0
-
-    def add(
-        self, key: Flight, row: Row | None, begin: int, states: torch.Tensor, finish: Callable[[Any], None]
-    ) -> None:
-        """Hands `finish` the layers' output, or an error, when a forward has made it."""
-        if self.runner is None:
-            finish(states)
-            return
-        assert row is not None
-        run = Run(row, states, range(begin, begin + len(states)))
-        self.scheduler.add(Job(key, key, len(states), lambda: [run], finish))
-
-    def forward(self) -> int:
-        """Runs what is ready and fits into one forward; how many rows that were."""
-        batch = self.scheduler.next_batch() if self.runner is not None else []
-        if not batch or self.runner is None:
-            return 0
-        began = time.perf_counter()
-        try:
-            outputs = self.runner.run([piece.run for piece in batch])
-        except Exception as error:
-            log.error("a forward failed: %s", type(error).__name__)
-            for piece in batch:
-                self.scheduler.fail(piece.job, error)
-            return 0
-        self.scheduler.finish(batch, outputs, time.perf_counter() - began)
-        return len(batch)
 
 
 @dataclass(eq=False)

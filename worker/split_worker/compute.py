@@ -190,7 +190,9 @@ class ComputeLoop:
         if self._scheduler.idle and patient:
             self._accept(self._inbox.get())
         while True:
-            wait = self._gathering.until(self._scheduler.budget.base) - time.perf_counter() if patient else 0.0
+            now = time.perf_counter()
+            gathers = patient and not self._scheduler.newcomers()
+            wait = self._gathering.until(self._scheduler.budget.base, now) - now if gathers else 0.0
             try:
                 self._accept(self._inbox.get(wait > 0, max(0.0, wait)))
             except queue.Empty:

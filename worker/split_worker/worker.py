@@ -104,7 +104,8 @@ class Worker:
         self._fleet = fleet
         self._transport = transport
         self._sessions = sessions if sessions is not None else SessionTable()
-        self._id = new_peer_id(identity.certificate.name)
+        #: Names this worker on the queue, and in dead letters.
+        self.id = new_peer_id(identity.certificate.name)
         self._half_open: OrderedDict[ChannelId, HalfOpen] = OrderedDict()
         # The one that was used least lately comes first.
         self._links: OrderedDict[ChannelId, Link] = OrderedDict()
@@ -188,7 +189,7 @@ class Worker:
             watching = list({peer for peer, _ in self._links})[: wire.MAX_WATCHED]
             room = 0 if self._draining else self._sessions.room(self._body.store.free_tokens)
         return wire.Announce(
-            self._id,
+            self.id,
             "worker",
             self._identity.certificate.name,
             watching=watching,
@@ -235,7 +236,7 @@ class Worker:
             self._half_open[id_] = half
             if len(self._half_open) > MAX_HALF_OPEN:
                 self._half_open.popitem(last=False)
-        answer = wire.Relay(header.sender, self._id, wire.Kind.ANSWER, header.channel)
+        answer = wire.Relay(header.sender, self.id, wire.Kind.ANSWER, header.channel)
         self._transport.send(answer, half.handshake.answer)
 
     def _finish_channel(self, header: wire.Relay, body: bytes) -> None:
@@ -270,7 +271,7 @@ class Worker:
 
     def _unknown_channel(self, header: wire.Relay, body: bytes) -> None:
         """Tells a device, as well as one without keys can, that it has to set up a new channel."""
-        unknown = msgspec.structs.replace(header, to=header.sender, sender=self._id, kind=wire.Kind.UNKNOWN)
+        unknown = msgspec.structs.replace(header, to=header.sender, sender=self.id, kind=wire.Kind.UNKNOWN)
         self._transport.send(unknown, wire.echo(header, body))
 
     def _verify(self, certificate: bytes, role: Role) -> Certificate:
@@ -388,7 +389,7 @@ class Worker:
         self, keys: SessionKeys, request: wire.Relay, reply: wire.Payload, tensor: memoryview | bytes = b""
     ) -> tuple[wire.Relay, bytes]:
         header = msgspec.structs.replace(
-            request, to=request.sender, sender=self._id, kind=wire.Kind.REPLY, counter=keys.next_counter()
+            request, to=request.sender, sender=self.id, kind=wire.Kind.REPLY, counter=keys.next_counter()
         )
         body = keys.seal(header, wire.encode_payload(reply, tensor, overhead=keys.tag_size))
         self._transport.send(header, body)

@@ -19,7 +19,7 @@ from split_common.split import Split
 
 Cut = Literal["C", "A"]
 
-#: The cuts by name. C leaves the device about a tenth of the computing, A about a third.
+#: The cuts by name. C leaves the device a tenth of the computing or less, A a third; of SD 1.5 it is more.
 CUTS = ("C", "A")
 
 

@@ -124,6 +124,8 @@ class UNetPlan(ImagePlan):
         index, _, inner = rest.partition(".")
         if kind == "mid_block":
             return True
+        if not index.isdecimal():
+            return False
         if kind == "down_blocks":
             return int(index) in split.body
         if kind == "up_blocks":

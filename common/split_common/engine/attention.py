@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from split_common.engine.pool import PagedSequence, PagePool
@@ -73,9 +74,9 @@ class PackedBatch:
     """A batch in flight: where its keys and values go, and how it is attended to."""
 
     pool: PagePool
-    #: Tokens of each sequence, in the order of the batch.
+    #: Tokens of each sequence, in the order of the batch, and last those that only pad it.
     counts: Sequence[int]
-    #: Slots of the new tokens in the pool, int64 `[tokens]`.
+    #: Slots of the sequences' new tokens in the pool, int64 `[tokens]`.
     slots: torch.Tensor
     plan: Plan
     _slots: dict[torch.device, torch.Tensor] = field(default_factory=dict)
@@ -109,7 +110,8 @@ def packed_attention(
     """Transformers' attention interface over a packed batch.
 
     Args:
-        query: `[1, heads, tokens, key_width]`; key, value: `[1, key_heads, tokens, width]` of the new tokens.
+        query: `[1, heads, tokens, key_width]`; key, value: `[1, key_heads, tokens, width]` of the new tokens. The
+            last ones, which have no slot, are padding.
         sliding_window: tokens that each one attends to, itself included.
         softcap: attention logits are capped to ±softcap (Gemma 2 report, arXiv 2408.00118).
         s_aux: a learned logit of each head that takes attention away (attention sinks, arXiv 2309.17453).
@@ -125,9 +127,11 @@ def packed_attention(
     batch = current.get()
     keys, values = batch.pool.storage(call.layer, key, value)
     slots = batch.slots_on(keys.device)
-    keys.index_copy_(0, slots, key[0].transpose(0, 1))
-    values.index_copy_(0, slots, value[0].transpose(0, 1))
-    return batch.plan.attend(call, query[0], keys, values).transpose(0, 1)[None], None
+    tokens, padding = len(slots), query.shape[2] - len(slots)
+    keys.index_copy_(0, slots, key[0, :, :tokens].transpose(0, 1))
+    values.index_copy_(0, slots, value[0, :, :tokens].transpose(0, 1))
+    output = batch.plan.attend(call, query[0, :, :tokens], keys, values).transpose(0, 1)
+    return pad(output, (0, 0, 0, 0, 0, padding))[None] if padding else output[None], None
 
 
 AttentionInterface.register(NAME, packed_attention)

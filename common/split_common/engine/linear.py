@@ -2,6 +2,9 @@
 
 A step of a few rows is bound by reading the weights, yet MKL's product of two rows takes twice as long as that of
 one. oneDNN's, over weights in its own blocked layout, takes hardly longer for sixteen than for one.
+
+oneDNN compiles a kernel for each number of rows that it meets, which takes a millisecond and keeps half a MiB: a
+forward's rows are padded, so that there are few such numbers.
 """
 
 from __future__ import annotations
@@ -16,6 +19,9 @@ log = logging.getLogger(__name__)
 
 #: Rows that the layout is chosen for: it serves one row as well as hundreds.
 LAYOUT_ROWS = 64
+
+#: Rows come in multiples of this at least: oneDNN is faster for four than for one.
+LEAST_ROWS = 4
 
 #: Largest error that the check of a layer accepts, relative to its largest output.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -46,6 +52,12 @@ class PackedLinear(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(states, self._packed, self.bias, "none", [], "")
         return output
+
+
+def padded_rows(rows: int) -> int:
+    """How many rows to compute for `rows`: a quarter more at most, beyond the first few."""
+    step = max(LEAST_ROWS, 1 << max(0, (rows - 1).bit_length() - 3))
+    return -(-rows // step) * step
 
 
 @torch.inference_mode()

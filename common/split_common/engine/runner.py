@@ -9,11 +9,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from split_common.engine import attention, flash
 from split_common.engine.attention import Backend, Call, PackedBatch, Span
 from split_common.engine.graphs import DecodeGraphs, capture_cuda
+from split_common.engine.linear import padded_rows
 from split_common.engine.pool import LayerShape, PagedSequence, PagePool, ProbePool
 from split_common.engine.rotary import isolate_rotary
 from split_common.engine.rows import Row, Run, Store
@@ -140,15 +142,20 @@ class Runner:
         counts = [span.count for span in spans]
         states = torch.cat([runs[index].states for index in order])
         positions = torch.tensor([[position for index in order for position in runs[index].positions]])
+        tokens = len(states)
         packed_slots = torch.from_numpy(np.concatenate(slots))
-        if self._graphs is not None and len(runs) == len(states):
+        if self._graphs is not None and len(runs) == tokens:
             output = self._graphs.run(spans, states, positions, packed_slots)
             if output is not None:
                 return Launched(output, counts, order)
         pool = spans[0].sequence.pool
         plan = self.backend.plan(pool, spans, self.device)
-        batch = PackedBatch(pool, counts, self._moved(packed_slots), plan)
-        return Launched(self._forward_packed(self._moved(states), self._moved(positions), batch), counts, order)
+        padding = padded_rows(tokens) - tokens if self.device.type == "cpu" else 0
+        states, positions = pad(states, (0, 0, 0, padding)), pad(positions, (0, padding))
+        packed = [*counts, padding] if padding else counts
+        batch = PackedBatch(pool, packed, self._moved(packed_slots), plan)
+        output = self._forward_packed(self._moved(states), self._moved(positions), batch)
+        return Launched(output[:tokens], counts, order)
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the host on the first layer's device; the host does not wait for it."""

@@ -1,7 +1,8 @@
 """The scheduler: which tokens go into the next forward.
 
 Every decoding row that is ready goes into it. What is left of the budget goes to prefills, in chunks, so that
-decoding rows wait no longer than one chunk; devices take turns.
+decoding rows wait no longer than one chunk; devices take turns. Where forwards are slow, the prefill of a device
+that has nothing else under way goes first.
 """
 
 from __future__ import annotations
@@ -32,9 +33,16 @@ SLACK = 1.0
 #: Seconds after its last step during which a session is held to be decoding.
 DECODING_FOR = 1.0
 
-#: A forward waits for decoding sessions that lately came back within so many times what a forward takes. Up to one,
-#: waiting costs nobody more than the forward that would run without them.
-GATHER_SHARE = 1.5
+#: Seconds of a forward above which a newcomer's prefill does not join it, but goes first, by itself: somebody waits
+#: for a first token, and on such hardware both together take as long as one after the other.
+SLOW_FORWARD = 0.05
+
+#: A forward waits for decoding sessions that are expected within so many times what a forward takes, and as long
+#: beyond the time when they are expected.
+SOON = 1.0
+
+#: The most that it waits for a session since that was answered, in the same unit.
+GATHER_SHARE = 5.0
 
 
 @dataclass(eq=False)
@@ -94,8 +102,9 @@ class ChunkBudget:
             self._decoded_at = time.monotonic()
         if not prefill:
             self.base = _average(self.base, seconds)
-        elif self.base:
-            self._token = _average(self._token, max(0.0, seconds - self.base) / prefill)
+        elif self.base or not decoding:
+            others = self.base if decoding else 0.0
+            self._token = _average(self._token, max(0.0, seconds - others) / prefill)
 
     def tokens(self) -> int:
         """Tokens of prefill for the next forward."""
@@ -133,17 +142,15 @@ class Gathering:
         self._away.pop(session, None)
         self._turnaround.pop(session, None)
 
-    def until(self, forward: float) -> float:
+    def until(self, forward: float, now: float) -> float:
         """When the next forward, which takes so many seconds, need not wait any longer; 0 if for nobody."""
-        patience = GATHER_SHARE * forward
-        return max(
-            (
-                since + patience
-                for session, since in self._away.items()
-                if self._turnaround.get(session, patience) < patience
-            ),
-            default=0.0,
-        )
+        patience, soon = GATHER_SHARE * forward, SOON * forward
+        until = 0.0
+        for session, since in self._away.items():
+            usual = self._turnaround.get(session, patience)
+            if usual < patience and since + usual < now + soon:
+                until = max(until, since + min(patience, usual + soon))
+        return until
 
 
 class Scheduler:
@@ -165,6 +172,9 @@ class Scheduler:
         self._waiting: dict[Hashable, deque[Job]] = {}
         # Devices that had a chunk of prefill, the last one last.
         self._turns: dict[Hashable, None] = {}
+        # When each device last had a row that decoded, and whether the last forward was a newcomer's.
+        self._decoded_at: dict[Hashable, float] = {}
+        self._went_first = False
         self.budget = ChunkBudget()
 
     @property
@@ -181,18 +191,41 @@ class Scheduler:
         else:
             self._activate(job)
 
+    def newcomers(self) -> list[Job]:
+        """Prefills that should not wait for those that decode: their devices have nothing here that does.
+
+        After each forward of theirs it is the others' turn.
+        """
+        now = time.monotonic()
+        self._decoded_at = {device: then for device, then in self._decoded_at.items() if now - then < DECODING_FOR}
+        if self._went_first or not self._decoded_at or self.budget.base < SLOW_FORWARD:
+            return []
+        return [
+            job
+            for job in self._active.values()
+            if not (job.decodes or job.in_flight or job.device in self._decoded_at)
+        ]
+
     def next_batch(self) -> list[Piece]:
         """What to run next, beside what is under way; empty if nothing is ready."""
+        newcomers = self.newcomers()
+        first = self._fill(newcomers) if newcomers else []
+        self._went_first = bool(first)
+        if first:
+            return self._begin(first)
         while ready := [job for job in self._active.values() if not job.in_flight]:
-            batch = self._fill(ready)
-            if batch:
-                for piece in batch:
-                    piece.job.in_flight = True
-                return batch
+            if batch := self._fill(ready):
+                return self._begin(batch)
             # Nothing fits, so the oldest job gets room, or is told to come back.
             if not self._make_room(ready[0]):
                 self._end(ready[0], Busy("the worker's KV memory is full", retry_after=0.5))
         return []
+
+    @staticmethod
+    def _begin(batch: list[Piece]) -> list[Piece]:
+        for piece in batch:
+            piece.job.in_flight = True
+        return batch
 
     def finish(self, batch: Sequence[Piece], outputs: Sequence[torch.Tensor], seconds: float) -> None:
         """Takes the outputs of a batch that was run in so many seconds."""
@@ -203,6 +236,8 @@ class Scheduler:
             piece.job.done[piece.index] += len(piece.run.positions)
         for job in {id(piece.job): piece.job for piece in batch}.values():
             job.in_flight = False
+            if job.decodes:
+                self._decoded_at[job.device] = time.monotonic()
             if self._active.get(job.session) is not job:
                 # It was cancelled meanwhile.
                 continue
@@ -282,10 +317,11 @@ class Scheduler:
         for job in ready:
             if not job.decodes:
                 queues.setdefault(job.device, deque()).append(job)
-        self._turns = {device: None for device in self._turns if device in queues}
+        here = {job.device for job in self._active.values()}
+        self._turns = {device: None for device in self._turns if device in here}
+        last = [device for device in self._turns if device in queues]
         queues = {
-            device: queues[device]
-            for device in [*(each for each in queues if each not in self._turns), *self._turns]
+            device: queues[device] for device in [*(each for each in queues if each not in self._turns), *last]
         }
         order: list[Job] = []
         while queues:

@@ -41,7 +41,8 @@ from split_device.diffusion.options import (
     pipeline_directory,
     step_progress,
 )
-from split_device.diffusion.settings import image_bytes, image_format, parse_reuse
+from split_device.diffusion.saving import parse_reuse
+from split_device.diffusion.settings import image_bytes, image_format
 from split_device.options import PatienceOption
 
 #: Of a seed that is drawn: short enough to be typed again.

@@ -21,12 +21,9 @@ from split_common.tensors import dtype_name, parse_dtype
 from split_common.transport import DEFAULT_BROKER
 from split_device.client import PATIENCE, STEP_TIMEOUT
 from split_device.diffusion.reuse import Base, Reuse
+from split_device.diffusion.saving import CODECS, check_reuse
 from split_device.diffusion.session import ImageSession, Inputs
-from split_device.diffusion.settings import check_reuse
 from split_device.joining import Joined, Member
-
-#: Codecs of the states on the way, by the names that users give them; "none" sends them as they are.
-CODECS: dict[str, wire.Codec | None] = {"none": None, "fp16": "float16", "int8": "int8", "int4": "int4"}
 
 
 class SplitDenoiser(Joined):
@@ -61,8 +58,8 @@ class SplitDenoiser(Joined):
         Args:
             path: the directory of a pipeline, or of its denoiser, in safetensors format.
             broker: the queue, as for `SplitModelForCausalLM`.
-            cut: "C" leaves the device about a tenth of the computing, "A" about a third. Of a UNet these are the
-                blocks of its first level, or of two; of a transformer one block at each end, or a sixth of them.
+            cut: "C" leaves the device the blocks of a UNet's first level, or a transformer's first and last block;
+                "A" those of the first two levels, or a sixth of the blocks at each end.
             codec: how states travel: "none" (as they are), "fp16", "int8" or "int4" (with scales for each channel
                 of a UNet, for each token of a transformer).
             reuse: from 1, call the worker at every step of this number only; below 1, only when the body's input

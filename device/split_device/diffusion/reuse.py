@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from split_device.diffusion.saving import check_reuse
 from split_device.diffusion.session import Inputs
-from split_device.diffusion.settings import check_reuse
 
 #: Images, or halves of guided ones, whose last output is kept.
 MAX_KEPT = 2

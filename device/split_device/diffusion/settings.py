@@ -48,21 +48,6 @@ def parse_pixels(size: str) -> tuple[int, int]:
     return width, height
 
 
-def check_reuse(reuse: float) -> float:
-    """Takes a number of steps from 1, or a threshold below 1. Raises ConfigError."""
-    if not (0 < reuse < 1 or (reuse >= 1 and float(reuse).is_integer())):
-        raise ConfigError(f"reuse={reuse}: it is a number of steps from 1, or a threshold between 0 and 1")
-    return reuse
-
-
-def parse_reuse(text: str) -> float:
-    """Raises ConfigError."""
-    try:
-        return check_reuse(float(text))
-    except ValueError:
-        raise ConfigError(f"{text!r} is neither a number of steps, like 2, nor a threshold, like 0.05") from None
-
-
 def image_format(name: str) -> str:
     """What Pillow calls the format of a file of this name. Raises ConfigError."""
     ending = name[name.rfind(".") :].lower()

@@ -32,7 +32,8 @@ from split_device.diffusion.options import (
     pipeline_directory,
     step_progress,
 )
-from split_device.diffusion.settings import image_bytes, image_format, parse_reuse
+from split_device.diffusion.saving import parse_reuse
+from split_device.diffusion.settings import image_bytes, image_format
 from split_device.jobs.agent import running_agent
 from split_device.jobs.job import (
     FINAL,

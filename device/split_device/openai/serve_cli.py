@@ -37,7 +37,7 @@ from split_device.diffusion.options import (
     need_diffusers,
     pipeline_directory,
 )
-from split_device.diffusion.settings import parse_reuse
+from split_device.diffusion.saving import parse_reuse
 from split_device.jobs.job import ImageChoice, ModelChoice
 from split_device.jobs.options import ConcurrencyOption, KvMemoryOption, MaxImagesOption, checkpoint
 from split_device.options import HeadOption, PatienceOption, TailOption

@@ -5,8 +5,8 @@ from __future__ import annotations
 from split_common.errors import BrokerUnreachable, Malformed
 from split_common.fleet import Fleet
 from split_common.keys import MAX_SIGNED
-from split_common.redis_keys import Keys
-from split_common.redis_server import Command, Line, Server, failed
+from split_common.transport.redis.keys import Keys
+from split_common.transport.redis.server import Command, Line, Server, failed
 
 #: Digits that a roster's version may have.
 _DIGITS = 18

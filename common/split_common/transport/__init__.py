@@ -91,10 +91,10 @@ def connect(address: str, fleet: Fleet, identity: Identity) -> Transport:
         raise ConfigError(f"broker address {address!r} lacks the port that the broker has taken")
     check_address(address, fleet)
     if is_redis(address):
-        from split_common.redis_link import RedisLink
+        from split_common.transport.redis.link import RedisLink
 
         return RedisLink(address, fleet, identity)
-    from split_common.zmq_link import ZmqLink
+    from split_common.transport.zmq_link import ZmqLink
 
     return ZmqLink(address, fleet, identity)
 

@@ -18,15 +18,16 @@ from typing import Any
 
 import msgspec
 
-from split_common import redis_roster, wire
+from split_common import wire
 from split_common.errors import BrokerUnreachable, SplitError
 from split_common.fleet import Fleet
 from split_common.keys import Role
-from split_common.redis_caller import Caller
-from split_common.redis_keys import GROUP, Keys, entry
-from split_common.redis_server import Command, Line, Refused, failed
-from split_common.redis_wishes import Wish, Wishes, lane_sizes, read_workers
 from split_common.transport import GRACE, HEARTBEAT, MISSED, OPEN_PATIENCE, count_dropped
+from split_common.transport.redis import roster
+from split_common.transport.redis.caller import Caller
+from split_common.transport.redis.keys import GROUP, Keys, entry
+from split_common.transport.redis.server import Command, Line, Refused, failed
+from split_common.transport.redis.wishes import Wish, Wishes, lane_sizes, read_workers
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +211,7 @@ class Keeper:
         commands: list[Command] = [
             (self.lane, ("PEXPIRE", self.lane, int(LEASE * 1000))),
             (keys.boot, boot),
-            redis_roster.version_command(keys),
+            roster.version_command(keys),
         ]
         existed, boot_found, roster_version, *_ = self._line.run_allowed([*commands, *self._registration()])
         if problem := failed(existed) or failed(boot_found):
@@ -301,11 +302,11 @@ class Keeper:
 
     def _compare_rosters(self, answer: object) -> None:
         self._fleet.refresh()
-        there = redis_roster.version_of(answer)
+        there = roster.version_of(answer)
         if there > self._fleet.roster().version:
-            redis_roster.fetch(self._line, self._keys, self._fleet)
+            roster.fetch(self._line, self._keys, self._fleet)
         elif there < self._fleet.roster().version and self.role == "worker":
-            redis_roster.put(self._line, self._keys, self._fleet)
+            roster.put(self._line, self._keys, self._fleet)
         version = self._fleet.roster().version
         if version > self._roster_version:
             self._roster_version = version

@@ -2,7 +2,7 @@
 
 There is no broker process. One thread writes: it adds whatever is queued, and takes out of the peer's own lane
 what was read, in one round trip. One reads the lane; a worker has another one that reads its service's wishes while
-there is room. A fourth keeps leases (`split_common.redis_keeper`). Each has connections of its own.
+there is room. A fourth keeps leases (`split_common.transport.redis.keeper`). Each has connections of its own.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from split_common import wire
 from split_common.errors import BrokerUnreachable, Malformed, Oversized, SplitError
 from split_common.fleet import Fleet
 from split_common.keys import Identity
-from split_common.redis_caller import Caller
-from split_common.redis_keeper import RECONNECT, RECONNECT_MAX, RETRY_AFTER, Keeper
-from split_common.redis_keys import GROUP, Keys, entry, next_id, read_entry
-from split_common.redis_server import Command, Line, Refused, Server
 from split_common.transport import HEARTBEAT, MISSED, Handler, count_dropped
-from split_common.zmq_link import OUTBOX_BYTES
+from split_common.transport.redis.caller import Caller
+from split_common.transport.redis.keeper import RECONNECT, RECONNECT_MAX, RETRY_AFTER, Keeper
+from split_common.transport.redis.keys import GROUP, Keys, entry, next_id, read_entry
+from split_common.transport.redis.server import Command, Line, Refused, Server
+from split_common.transport.zmq_link import OUTBOX_BYTES
 
 #: Bytes of messages that are added in one round trip, unless a single one is larger.
 BATCH_BYTES = 4 * 1024 * 1024

@@ -19,8 +19,8 @@ from split_common.files import private_dir, read_private, write_private
 from split_common.fleet import load_fleet
 from split_common.keys import Role
 from split_common.options import JsonOption, KeysOption
-from split_common.redis_keys import Keys
 from split_common.transport import member_mark
+from split_common.transport.redis.keys import Keys
 
 #: The user that `lambda-split keys publish` needs; no member can have this name.
 OPERATOR = "operator"

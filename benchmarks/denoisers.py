@@ -1,0 +1,184 @@
+"""What the cuts of well-known denoisers leave to the device, and what travels: at true shapes, without weights."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+#: How states travel in half precision, by the names of the codecs.
+CODECS = {"none": "float16", "fp16": "float16", "int8": "int8", "int4": "int4"}
+
+#: Configurations of the originals' denoisers; what is not named is the default of diffusers' class. `rows` are
+#: those of a step: with guidance each image has two.
+SHAPES: dict[str, dict[str, Any]] = {
+    "sdxl": {
+        "class": "UNet2DConditionModel",
+        "size": 1024,
+        "tokens": 77,
+        "rows": 2,
+        # Its default negative embeddings are zeros, which do not travel.
+        "embeddings": 1,
+        "config": {
+            "block_out_channels": [320, 640, 1280],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 2, 10],
+            "attention_head_dim": [5, 10, 20],
+            "cross_attention_dim": 2048,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+            "use_linear_projection": True,
+        },
+    },
+    "sd15": {
+        "class": "UNet2DConditionModel",
+        "size": 512,
+        "tokens": 77,
+        "rows": 2,
+        "embeddings": 2,
+        "config": {
+            "block_out_channels": [320, 640, 1280, 1280],
+            "attention_head_dim": 8,
+            "cross_attention_dim": 768,
+        },
+    },
+    "sd3_medium": {
+        "class": "SD3Transformer2DModel",
+        "size": 1024,
+        # Of CLIP and of T5.
+        "tokens": 77 + 256,
+        "rows": 2,
+        "config": {
+            "num_layers": 24,
+            "attention_head_dim": 64,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 192,
+        },
+    },
+    "flux": {
+        "class": "FluxTransformer2DModel",
+        "size": 1024,
+        "tokens": 512,
+        # It is guided without a second row.
+        "rows": 1,
+        "config": {
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "guidance_embeds": True,
+        },
+    },
+}
+
+
+def shares(name: str) -> dict[str, Any]:
+    """`NAME.CUT.…` of one of the shapes, for a step in half precision."""
+    import diffusers
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from split_common import wire
+    from split_common.diffusion.kinds import KINDS
+    from split_common.diffusion.plan import CUTS
+
+    shape = SHAPES[name]
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"):
+        model = getattr(diffusers, shape["class"])(**shape["config"]).half()
+        with counter, torch.no_grad():
+            model(**_inputs(model.config, **shape))
+    flops = {
+        module.removeprefix(f"{shape['class']}."): sum(counts.values())
+        for module, counts in counter.get_flop_counts().items()
+    }
+    parameters = {key: parameter.numel() for key, parameter in model.named_parameters()}
+    checkpoint: Any = SimpleNamespace(name=name, adapter_names=frozenset())
+    plan: Any = KINDS[shape["class"]](checkpoint, dict(model.config))
+    results: dict[str, Any] = {}
+    for cut in CUTS:
+        split = plan.split(cut)
+        mine = sum(count for key, count in parameters.items() if not plan.in_body(key, split))
+        theirs = {module for module in flops if _is_body(plan, split, module)}
+        # Those that are in no other one.
+        body = sum(flops[module] for module in theirs if not theirs.intersection(_around(module)))
+        up_shapes = _step(plan, split, **shape)
+        down = plan.output_shape(split, up_shapes)
+        for codec, coded in CODECS.items():
+            codecs: list[Any] = [coded, "float16", *[coded] * (len(up_shapes) - 2)]
+            arrays = [wire.Array(each, up) for each, up in zip(codecs, up_shapes, strict=True)]
+            results[f"{name}.{cut}.{codec}.bytes_up_per_step"] = sum(array.nbytes for array in arrays)
+            results[f"{name}.{cut}.{codec}.bytes_down_per_step"] = wire.Array(codecs[0], down).nbytes
+        results |= {
+            f"{name}.{cut}.device_flops_share": 1 - body / flops["Global"],
+            f"{name}.{cut}.device_params_share": mine / sum(parameters.values()),
+            f"{name}.{cut}.embeddings_bytes": _embeddings(model.config, **shape),
+        }
+    return results
+
+
+def _is_body(plan: Any, split: Any, module: str) -> bool:
+    """Whether all of a module is the worker's: the last block of a UNet's body leaves its upsampler here."""
+    last = f"up_blocks.{plan.levels - split.first - 1}" if plan.component == "unet" else None
+    return module not in ("", last) and plan.in_body(f"{module}.", split)
+
+
+def _around(module: str) -> list[str]:
+    """Names of the modules that a module is in."""
+    parts = module.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def _inputs(settings: Any, size: int, tokens: int, rows: int, **shape: Any) -> dict[str, Any]:
+    """What the denoiser is called with; on `meta`."""
+    import torch
+
+    def half(*sizes: int) -> torch.Tensor:
+        return torch.empty(*sizes, dtype=torch.half)
+
+    latent = size // 8
+    match shape["class"]:
+        case "UNet2DConditionModel":
+            return {
+                "sample": half(rows, 4, latent, latent),
+                "timestep": torch.empty((), dtype=torch.long),
+                "encoder_hidden_states": half(rows, tokens, settings.cross_attention_dim),
+                "added_cond_kwargs": {"text_embeds": half(rows, 1280), "time_ids": half(rows, 6)},
+            }
+        case "SD3Transformer2DModel":
+            return {
+                "hidden_states": half(rows, settings.in_channels, latent, latent),
+                "encoder_hidden_states": half(rows, tokens, settings.joint_attention_dim),
+                "pooled_projections": half(rows, settings.pooled_projection_dim),
+                "timestep": half(rows),
+            }
+    return {
+        "hidden_states": half(rows, (latent // 2) ** 2, settings.in_channels),
+        "encoder_hidden_states": half(rows, tokens, settings.joint_attention_dim),
+        "pooled_projections": half(rows, settings.pooled_projection_dim),
+        "timestep": half(rows),
+        "guidance": half(rows),
+        "txt_ids": half(tokens, 3),
+        "img_ids": half((latent // 2) ** 2, 3),
+    }
+
+
+def _step(plan: Any, split: Any, size: int, tokens: int, rows: int, **_: Any) -> list[list[int]]:
+    """Shapes of what travels to the worker at each step."""
+    latent = size // 8
+    if plan.component == "unet":
+        side = latent >> split.first
+        return [[rows, plan.channels[split.first - 1], side, side], [rows, plan.embedding]]
+    return [[rows, (latent // 2) ** 2, plan.width], [rows, plan.width], [rows, tokens, plan.width]]
+
+
+def _embeddings(settings: Any, size: int, tokens: int, **shape: Any) -> int:
+    """Bytes of what travels once for an image."""
+    match shape["class"]:
+        case "UNet2DConditionModel":
+            return int(shape["embeddings"] * tokens * settings.cross_attention_dim * 2)
+        case "FluxTransformer2DModel":
+            return ((size // 16) ** 2 + tokens) * 3 * 4
+    return 0

@@ -1,0 +1,24 @@
+"""How users say that fewer bytes, or fewer calls of the worker, will do. Needs no torch."""
+
+from __future__ import annotations
+
+from split_common import wire
+from split_common.errors import ConfigError
+
+#: Codecs of the states on the way, by the names that users give them; "none" sends them as they are.
+CODECS: dict[str, wire.Codec | None] = {"none": None, "fp16": "float16", "int8": "int8", "int4": "int4"}
+
+
+def check_reuse(reuse: float) -> float:
+    """Takes a number of steps from 1, or a threshold below 1. Raises ConfigError."""
+    if not (0 < reuse < 1 or (reuse >= 1 and float(reuse).is_integer())):
+        raise ConfigError(f"reuse={reuse}: it is a number of steps from 1, or a threshold between 0 and 1")
+    return reuse
+
+
+def parse_reuse(text: str) -> float:
+    """Raises ConfigError."""
+    try:
+        return check_reuse(float(text))
+    except ValueError:
+        raise ConfigError(f"{text!r} is neither a number of steps, like 2, nor a threshold, like 0.05") from None
