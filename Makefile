@@ -11,10 +11,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint clean
+.PHONY: help demo demo-image test lint clean
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 # The stamp is written last, so that an interrupted set-up is taken up again. torch comes first and from its
 # constraint alone: a build made for this machine (say 2.13.0+cpu) then counts as that version.
@@ -28,6 +28,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED) ## Split a small model between this process and a worker, over an encrypted queue.
 	$(BIN)/lambda-split demo
+
+demo-image: $(INSTALLED) ## Make a sheet of pictures by a small diffusion model that is split in the same way.
+	$(BIN)/lambda-split demo --image
 
 # One thread for each of pytest's two processes: threads that outnumber the cores only fight.
 test: $(INSTALLED) ## Run the tests; pass pytest's arguments as ARGS="...".

@@ -16,6 +16,7 @@ from split_common.console import emit_json, stderr
 from split_common.errors import ConfigError, SplitError
 from split_common.options import JsonOption, ModelOption, resolve_model
 from split_common.process import passive_threads, running_command, use_loopback_keys
+from split_device.diffusion.demo import image_demo
 from split_device.settings import Sampling
 
 QUESTION = "What is the capital of France, and what is it known for?"
@@ -45,6 +46,13 @@ def demo(
     serve: Annotated[
         bool, typer.Option("--serve", help="Run the HTTP server and its chat page instead, until Ctrl-C.")
     ] = False,
+    image: Annotated[
+        bool,
+        typer.Option("--image", help="Make pictures instead, by the small model that comes with a clone."),
+    ] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Where the pictures go: a .png file.")
+    ] = Path("digits.png"),
     model: ModelOption = None,
     max_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Most tokens of an answer; not for --serve.")
@@ -56,8 +64,11 @@ def demo(
 
     All run on this machine, with keys of its own, and end with the command.
     """
-    if batch + serve + (prompt is not None) > 1:
-        raise ConfigError("of PROMPT, --batch and --serve only one can be had")
+    if batch + serve + image + (prompt is not None) > 1:
+        raise ConfigError("of PROMPT, --batch, --serve and --image only one can be had")
+    if image:
+        image_demo(output, json)
+        return
     passive_threads()
     checkpoint = resolve_model(model)
     with tempfile.TemporaryDirectory(prefix="lambda-split-demo-") as name, contextlib.ExitStack() as stack:
@@ -101,7 +112,7 @@ def _ask(prompt: str, checkpoint: str, address: str, name: str, log: Path, max_t
         steps = max(1, answer.prompt_tokens + answer.tokens - 1)
         up = (after["bytes_sent"] - before["bytes_sent"]) / steps
         down = (after["bytes_received"] - before["bytes_received"]) / steps
-        seen = _last_routed(log)
+        seen = last_routed(log)
     facts = {
         "prompt": prompt,
         "text": answer.text,
@@ -178,7 +189,7 @@ def _print_on(json: bool) -> Callable[[str], None]:
     return print_now
 
 
-def _last_routed(log: Path) -> list[str]:
+def last_routed(log: Path) -> list[str]:
     """The last step in the broker's log: a request and its reply."""
     lines = [line.partition(": routed ")[2] for line in log.read_text().splitlines() if ": routed " in line]
     last = max((index for index, line in enumerate(lines) if line.startswith("REPLY")), default=-1)

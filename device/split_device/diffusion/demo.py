@@ -1,0 +1,165 @@
+"""`lambda-split demo --image`: a sheet of small pictures by a split UNet, and what left the device for it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from split_common.console import emit_json, stderr
+from split_common.errors import ConfigError
+from split_common.files import write_private
+from split_common.process import passive_threads, running_command, use_loopback_keys
+
+#: The trained toy SDXL in a clone of the repository; a wheel does not carry it.
+DIGITS_MODEL = Path(__file__).parents[3] / "examples" / "digits-sdxl"
+
+#: What it was trained on: a column of the sheet for each digit, a row for each colour.
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
+
+CUT = "C"
+STEPS = 20
+SEED = 0
+
+MB = 1e6
+
+#: Times that a picture is enlarged on the sheet.
+ENLARGED = 2
+
+
+def image_demo(output: Path, json: bool) -> None:
+    """Makes the sheet twice, unsplit and split, and says how the two compare.
+
+    Raises ConfigError where the model is not there, or the sheet cannot be.
+    """
+    if not DIGITS_MODEL.is_dir():
+        raise ConfigError(
+            f"{DIGITS_MODEL} is not there: the model comes with a clone of the repository, not with the package; "
+            "run `make demo-image` in a clone"
+        )
+    if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir():
+        raise ConfigError(f"{output} is no name of a .png file in a directory that is there")
+    passive_threads()
+    with tempfile.TemporaryDirectory(prefix="lambda-split-demo-") as directory, contextlib.ExitStack() as stack:
+        use_loopback_keys(Path(directory))
+        log = Path(directory) / "broker.log"
+        start = stack.enter_context
+        stderr.print("starting a broker and a worker on this machine …")
+        _, queue = start(
+            running_command(["broker", "--bind", "tcp://127.0.0.1:*"], log, {"LAMBDA_SPLIT_LOG": "debug"})
+        )
+        served = ["--model", str(DIGITS_MODEL), "--cut", CUT, "--dtype", "float32"]
+        start(running_command(["worker", "--broker", queue["address"], *served]))
+
+        import torch
+
+        from split_device.demo import last_routed
+        from split_device.diffusion.unet import SplitUNet2DConditionModel
+
+        pipeline = _load(DIGITS_MODEL)
+        parameters = _parameters(pipeline.unet)
+        unsplit, unsplit_s = _make(pipeline, "unsplit")
+        unet = start(
+            SplitUNet2DConditionModel.from_pretrained(
+                DIGITS_MODEL, broker=queue["address"], cut=CUT, dtype="float32"
+            )
+        )
+        pipeline.unet = unet
+        before, opened = unet.traffic, unet.timings.steps
+        split, split_s = _make(pipeline, "split")
+        after, calls = unet.traffic, unet.timings.steps - opened
+        seen = last_routed(log)
+    sheet = _sheet(split)
+    content = io.BytesIO()
+    sheet.save(content, "PNG", optimize=True)
+    write_private(output.absolute(), content.getvalue())
+    facts = {
+        "output": str(output.absolute()),
+        "images": len(split),
+        "steps": calls,
+        "max_abs_diff": float(torch.abs(split - unsplit).max()),
+        "split_s": split_s,
+        "unsplit_s": unsplit_s,
+        "ratio": split_s / unsplit_s,
+        "bytes_sent": after["bytes_sent"] - before["bytes_sent"],
+        "bytes_received": after["bytes_received"] - before["bytes_received"],
+        "device_params_share": _parameters(unet) / parameters,
+        "broker_saw": seen,
+    }
+    if json:
+        emit_json(facts)
+    else:
+        _tell(facts)
+
+
+def _load(path: Path) -> Any:
+    import diffusers
+    import torch
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(
+        path, dtype=torch.float32, local_files_only=True, add_watermarker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _make(pipeline: Any, how: str) -> tuple[Any, float]:
+    """The pictures `[n, 3, height, width]` from 0 to 1, and the seconds that they took."""
+    import torch
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("step {task.completed}/{task.total}")
+    with Progress(*columns, TimeElapsedColumn(), console=stderr) as bar:
+        task = bar.add_task(f"{len(DIGITS) * len(COLOURS)} pictures, {how}", total=STEPS)
+
+        def advance(_pipeline: Any, _step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
+            bar.advance(task)
+            return values
+
+        began = time.perf_counter()
+        pictures = pipeline(
+            [f"a photo of the digit {digit} in {colour}" for colour in COLOURS for digit in DIGITS],
+            num_inference_steps=STEPS,
+            generator=torch.Generator().manual_seed(SEED),
+            output_type="pt",
+            callback_on_step_end=advance,
+        ).images
+        return pictures, time.perf_counter() - began
+
+
+def _parameters(unet: Any) -> int:
+    return sum(parameter.numel() for parameter in unet.parameters())
+
+
+def _sheet(pictures: Any) -> Any:
+    """The pictures, side by side."""
+    from PIL import Image
+
+    rows = pictures.unflatten(0, (len(COLOURS), len(DIGITS)))
+    pixels = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    sheet = Image.fromarray((pixels * 255).round().byte().numpy())
+    return sheet.resize((sheet.width * ENLARGED, sheet.height * ENLARGED), Image.Resampling.LANCZOS)
+
+
+def _tell(facts: dict[str, Any]) -> None:
+    for line in (
+        f"{facts['images']} pictures in {facts['split_s']:.1f} s, unsplit in {facts['unsplit_s']:.1f} s; "
+        f"largest difference of a pixel {facts['max_abs_diff']:.1g}",
+        f"left this process: the prompts' embeddings once, and states at each of {facts['steps']} steps, "
+        f"{facts['bytes_sent'] / MB:.1f} MB in all; {facts['bytes_received'] / MB:.1f} MB came back",
+        "stayed here: prompts, text encoders, noise, scheduler, VAE, pictures, "
+        f"and {facts['device_params_share']:.0%} of the UNet's parameters",
+        "what the broker saw of the last step, the body sealed between device and worker:",
+        *(f"  {line}" for line in facts["broker_saw"]),
+        "the worker opens what it computes on: who runs the worker can find out prompts and pictures",
+    ):
+        stderr.print(line, soft_wrap=True)
+    print(facts["output"], flush=True)
