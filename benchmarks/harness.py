@@ -20,11 +20,11 @@ from split_common.process import running_command
 from split_device.stress.processes import free_port, redis_server
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes."""
+def arguments(description: str | None, model: str = "SmolLM2-135M-Instruct") -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes; `model` is what it measures where none is named."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
-    parser.add_argument("--model", type=Path, help="a checkpoint; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--model", type=Path, help=f"a checkpoint; default: {model}")
     return parser
 
 
