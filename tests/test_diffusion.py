@@ -179,12 +179,15 @@ def test_embeddings_travel_once_and_default_negatives_not_at_all(
 
     monkeypatch.setattr(session.RemoteSession, "call", spy)
     pipe = pipeline(sdxl, unet=unet)
+    before = unet.traffic["replays"]
     pipe("something else", num_inference_steps=3, height=SIZE, width=SIZE, output_type="latent")
+    # On a machine that is very busy a worker may seem dead: then all goes to it once more.
+    again = unet.traffic["replays"] - before
     conditions = [request for request in sent if isinstance(request, wire.Condition)]
     steps = [request for request in sent if isinstance(request, wire.Denoise)]
-    assert len(conditions) == 1
+    assert len(conditions) == 1 + again
     assert conditions[0].arrays[0].shape == [1, tiny_diffusion.TOKENS, 2 * tiny_diffusion.TEXT]
-    assert [step.rows for step in steps] == [[-1, 0]] * 3
+    assert [step.rows for step in steps] == [[-1, 0]] * (3 + again)
     facts = worker.facts()
     assert facts["held_bytes"] >= tiny_diffusion.TOKENS * 2 * tiny_diffusion.TEXT * 4
     assert "kv_tokens" not in facts
