@@ -159,6 +159,7 @@ def test_a_sealed_store_and_python(run: Any, model: Path, address: str, tmp_path
         (("submit", "--image", "a seven", "--model", "/nowhere"), "is no directory of a pipeline"),
         (("submit", "--image", "a seven", "--max-tokens", 3), "--max-tokens goes with texts"),
         (("submit", "a seven", "--steps", 3), "--steps needs --image"),
+        (("submit", "--image", "a seven", "--reuse", "often"), "neither a number of steps"),
         (("submit", "--image", "a seven", "-o", "a.png"), "-o goes with --wait"),
         (("submit", "--image", "a seven", "-o", "a.txt", "--wait"), "no name of an image"),
         (("submit", "--image", "a seven", "-o", "a.png", "--wait"), "no agent runs, so nothing was submitted"),
