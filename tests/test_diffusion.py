@@ -398,7 +398,7 @@ def test_cuts_that_are_none(sdxl: Path, broker: Any, worker: Worker) -> None:
 
 def test_a_worker_without_blocks_of_images(sdxl: Path, broker: Any, worker: Worker, tmp_path: Path) -> None:
     """It is not found; and a request of another kind that reaches it is refused."""
-    language = start_worker(tiny.save("llama", tmp_path), broker.address)
+    language = start_worker(tiny.save("mistral", tmp_path), broker.address)
     try:
         with SplitUNet2DConditionModel.from_pretrained(sdxl, broker=broker.address, cut="A") as unet:
             pipe = pipeline(sdxl, unet=unet)

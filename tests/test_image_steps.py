@@ -157,7 +157,7 @@ def test_a_step_in_parts(body: DiffusionBody, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(decode(reply.output, memoryview(b"".join((first, *(more for _, more in answers))))), output)
     with pytest.raises(Malformed):
         body.answer(rows, wire.Rest(50_000, 15_537), nothing)
-    with pytest.raises(Oversized):
+    with pytest.raises(Malformed):
         body.start(rows, wire.Denoise(KEY, [0], arrays, "float32", sent=len(data) + 1), memoryview(b""))
     monkeypatch.setattr(wire, "MAX_STEP", half)
     part(0, half)

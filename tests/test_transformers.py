@@ -140,14 +140,15 @@ def test_what_travels(
 
 
 def test_devices_share_forwards(broker: Any, kind: str, model: Path, worker: Worker) -> None:
-    options = [{"seed": 1}, {"seed": 2}, {"seed": 3, "height": 32}, {"seed": 4}]
+    """Several images at once, of two sizes and of texts of two lengths: equal shapes are computed together."""
+    options = [{"seed": 1}, {"seed": 2}, {"seed": 3, "height": 32}, {"seed": 4, "max_sequence_length": 8}]
     whole = pipe_of(kind, model)
-    wanted = [latents(whole, **SHORT, **each) for each in options]
+    wanted = [latents(whole, **SHORT | each) for each in options]
     before = worker.counters["forwards"], worker.counters["rows"]
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(options)) as pool:
         made = [stack.enter_context(KINDS[kind][1].from_pretrained(model, broker=broker.address)) for _ in options]
         pipes = [pipe_of(kind, model, transformer=each) for each in made]
-        outputs = list(pool.map(lambda pipe, each: latents(pipe, **SHORT, **each), pipes, options))
+        outputs = list(pool.map(lambda pipe, each: latents(pipe, **SHORT | each), pipes, options))
     for ours, expected in zip(outputs, wanted, strict=True):
         assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert worker.counters["rows"] - before[1] == 16

@@ -55,14 +55,22 @@ _arrays = st.builds(
 )
 _keys = st.binary(min_size=32, max_size=32)
 _requests = st.one_of(
-    st.builds(wire.Condition, _keys, _arrays),
+    st.builds(
+        wire.Condition,
+        _keys,
+        st.lists(_arrays, min_size=1, max_size=3),
+        st.lists(st.floats(allow_nan=False), max_size=5),
+    ),
+    st.builds(wire.Part, _naturals, st.integers(1, 5000)),
+    st.builds(wire.Rest, _naturals, st.integers(1, wire.PART_BYTES)),
     st.builds(
         wire.Denoise,
-        _keys,
+        st.none() | _keys,
         st.lists(st.integers(-1, wire.MAX_IMAGE_ROWS - 1), min_size=1, max_size=9),
         st.lists(_arrays, min_size=2, max_size=5),
         st.sampled_from(sorted(wire.CODEC_BITS)),
         _naturals,
+        st.integers(0, 5000),
     ),
     st.builds(
         wire.Step,

@@ -57,8 +57,8 @@ def worker(
         CutName | None,
         typer.Option(
             rich_help_panel=MODEL_PANEL,
-            help="Of a diffusion model, instead of --layers: C leaves the device a UNet's first level, or one "
-            "block at each end of a transformer; A two levels, or a sixth of the blocks at each end. Default: C.",
+            help="Of a diffusion model, instead of --layers: C leaves the device a UNet's first level, or a "
+            "transformer's first and last block; A two levels, or a sixth of the blocks at each end. Default: C.",
         ),
     ] = None,
     ip_adapter: IpAdapterOption = None,

@@ -34,7 +34,6 @@ FIRST_TURN = 900.0
 #: Sessions are admitted by their number: they keep nothing that may not be forgotten.
 UNBOUNDED = sys.maxsize
 
-
 #: What is held of a session beside its jobs: the parts of a step so far, and an output that is sent in parts.
 _PARTS, _OUTPUT = b"parts", b"output"
 
@@ -272,9 +271,10 @@ class DiffusionBody:
         self._middle.check_step(shapes, job)
         if self._middle.per_row:
             job = self._select(job, request.rows)
-        states = tensors[0]
-        group = states.shape[1:], states.is_contiguous(), len(tensors), self._middle.together(job)
-        return ImageRun(row, states, range(states.numel()), tensors[1:], job, group)
+        states, *more = tensors
+        shapes_of_rows = tuple(tensor.shape[1:] for tensor in tensors)
+        group = shapes_of_rows, states.is_contiguous(), self._middle.together(job)
+        return ImageRun(row, states, range(states.numel()), more, job, group)
 
     def _decode(self, arrays: list[wire.Array], data: memoryview) -> list[torch.Tensor]:
         tensors, offset = [], 0
@@ -294,7 +294,9 @@ class DiffusionBody:
         if len(request.rows) != shapes[0][0]:
             raise Malformed(f"a step of {shapes[0][0]} rows that names {len(request.rows)}")
         output = wire.Array(request.codec, self._plan.output_shape(self._split, shapes))
-        if max(request.step_bytes, output.nbytes) > wire.MAX_STEP or request.sent > request.step_bytes:
+        if request.sent > request.step_bytes:
+            raise Malformed(f"a step of {request.step_bytes} bytes, of which {request.sent} came before")
+        if max(request.step_bytes, output.nbytes) > wire.MAX_STEP:
             raise Oversized(f"a step of {request.step_bytes} bytes whose answer has {output.nbytes}")
 
     @staticmethod

@@ -174,7 +174,7 @@ class FluxMiddle(TransformerMiddle):
             raise Malformed(f"a step of {tokens} tokens whose job does not say where they are")
 
     def together(self, job: Job) -> Hashable:
-        return job.tensors[0].shape[1], job.tensors[0].cpu().numpy().tobytes()
+        return job.tensors[0].shape[1], job.tensors[0].float().cpu().numpy().tobytes()
 
     def options(self, job: Job) -> dict[str, Any]:
         return {"image_rotary_emb": self._positions(job.tensors[0][0])}

@@ -94,7 +94,7 @@ class SplitUNet2DConditionModel(SplitDenoiser, UNet2DConditionModel):  # type: i
             for name, tensor in tensors.items()
         }
         names = self._plan.checkpoint.adapter_names
-        if len(state_dicts) != 1 or given.keys() != names:
+        if not names or len(state_dicts) != 1 or given.keys() != names:
             raise UnsupportedFeature(
                 "most of an IP-Adapter's weights are the worker's: open the model with ip_adapter=FILE, run its "
                 "workers with --ip-adapter FILE, and load that one alone"
