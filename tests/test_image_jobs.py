@@ -19,6 +19,7 @@ from PIL import Image
 import tiny_diffusion
 from split_common.process import running_command
 from split_device import ImageDevice
+from split_device.diffusion.painter import _own
 from split_device.jobs.agent import log_path, running_agent
 from split_device.jobs.store import Store, store_path
 
@@ -150,6 +151,16 @@ def test_a_sealed_store_and_python(run: Any, model: Path, address: str, tmp_path
     kept = b"".join(path.read_bytes() for path in store_path().parent.glob("jobs.db*"))
     assert b"seven" not in kept
     assert b"PNG" not in kept
+
+
+def test_images_at_once_share_weights_and_nothing_that_changes(model: Path) -> None:
+    """A tokenizer that two threads use at once pads the one's prompt as the other wants it."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model)
+    own = _own(pipeline)
+    shared = {name for name, part in pipeline.components.items() if getattr(own, name) is part}
+    assert pipeline.components.keys() - shared == {"tokenizer", "tokenizer_2", "scheduler"}
+    half = StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float16)
+    assert _own(half).vae is not half.vae
 
 
 @pytest.mark.parametrize(
