@@ -19,6 +19,7 @@ from PIL import Image
 import tiny_diffusion
 from split_common.process import running_command
 from split_device import ImageDevice
+from split_device.diffusion.painter import _own
 from split_device.jobs.agent import log_path, running_agent
 from split_device.jobs.store import Store, store_path
 
@@ -152,6 +153,16 @@ def test_a_sealed_store_and_python(run: Any, model: Path, address: str, tmp_path
     assert b"PNG" not in kept
 
 
+def test_images_at_once_share_weights_and_nothing_that_changes(model: Path) -> None:
+    """A tokenizer that two threads use at once pads the one's prompt as the other wants it."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model)
+    own = _own(pipeline)
+    shared = {name for name, part in pipeline.components.items() if getattr(own, name) is part}
+    assert pipeline.components.keys() - shared == {"tokenizer", "tokenizer_2", "scheduler"}
+    half = StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float16)
+    assert _own(half).vae is not half.vae
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -159,6 +170,7 @@ def test_a_sealed_store_and_python(run: Any, model: Path, address: str, tmp_path
         (("submit", "--image", "a seven", "--model", "/nowhere"), "is no directory of a pipeline"),
         (("submit", "--image", "a seven", "--max-tokens", 3), "--max-tokens goes with texts"),
         (("submit", "a seven", "--steps", 3), "--steps needs --image"),
+        (("submit", "--image", "a seven", "--reuse", "often"), "neither a number of steps"),
         (("submit", "--image", "a seven", "-o", "a.png"), "-o goes with --wait"),
         (("submit", "--image", "a seven", "-o", "a.txt", "--wait"), "no name of an image"),
         (("submit", "--image", "a seven", "-o", "a.png", "--wait"), "no agent runs, so nothing was submitted"),

@@ -41,7 +41,6 @@ from split_device.diffusion.options import (
     pipeline_directory,
     step_progress,
 )
-from split_device.diffusion.saving import parse_reuse
 from split_device.diffusion.settings import image_bytes, image_format
 from split_device.options import PatienceOption
 
@@ -81,7 +80,7 @@ def image(
     ] = 0.6,
     cut: CutOption = "C",
     codec: CodecOption = "none",
-    reuse: ReuseOption = "1",
+    reuse: ReuseOption = 1,
     dtype: DtypeOption = "auto",
     keys: KeysOption = None,
     member: MemberOption = None,
@@ -102,7 +101,6 @@ def image(
     # One that is drawn is told, so that the image can be made again.
     seed = secrets.randbits(SEED_BITS) if seed is None else seed
     settings = image_settings(steps, seed, size, guidance, negative)
-    every = parse_reuse(reuse)
     directory = pipeline_directory(model)
     need_diffusers()
     passive_threads()
@@ -120,7 +118,7 @@ def image(
             broker=broker,
             cut=cut,
             codec=codec,
-            reuse=every,
+            reuse=reuse,
             dtype=dtype,
             keys=keys,
             member=member,

@@ -14,6 +14,7 @@ import typer
 from split_common.console import stderr
 from split_common.errors import ConfigError
 from split_common.options import MODEL_PANEL
+from split_device.diffusion.saving import parse_reuse
 from split_device.diffusion.settings import ImageSettings, image_format, parse_pixels
 
 _WIRE = "On the way"
@@ -43,8 +44,9 @@ CodecOption = Annotated[
     CodecName, typer.Option(rich_help_panel=_WIRE, help="How states travel; none sends them as they are.")
 ]
 ReuseOption = Annotated[
-    str,
+    float,
     typer.Option(
+        parser=parse_reuse,
         metavar="N|SHARE",
         rich_help_panel=_WIRE,
         help="From 1, call the worker at every N-th step only; below 1, like 0.05, only when its input has "

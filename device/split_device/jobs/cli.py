@@ -32,7 +32,6 @@ from split_device.diffusion.options import (
     pipeline_directory,
     step_progress,
 )
-from split_device.diffusion.saving import parse_reuse
 from split_device.diffusion.settings import image_bytes, image_format
 from split_device.jobs.agent import running_agent
 from split_device.jobs.job import (
@@ -125,7 +124,7 @@ def submit(
     tail_layers: TailOption = 2,
     cut: CutOption = "C",
     codec: CodecOption = "none",
-    reuse: ReuseOption = "1",
+    reuse: ReuseOption = 1,
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     store_key: StoreKeyOption = None,
@@ -151,7 +150,7 @@ def submit(
         need_diffusers()
         directory = pipeline_directory(model or os.environ.get(IMAGE_MODEL))
         task = ImageTask(
-            model=ImageChoice(name=directory, cut=cut, codec=codec, reuse=parse_reuse(reuse), dtype=dtype),
+            model=ImageChoice(name=directory, cut=cut, codec=codec, reuse=reuse, dtype=dtype),
             prompt=text,
             settings=image_settings(steps, seed, size, guidance, negative),
         )

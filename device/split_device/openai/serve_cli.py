@@ -37,7 +37,6 @@ from split_device.diffusion.options import (
     need_diffusers,
     pipeline_directory,
 )
-from split_device.diffusion.saving import parse_reuse
 from split_device.jobs.job import ImageChoice, ModelChoice
 from split_device.jobs.options import ConcurrencyOption, KvMemoryOption, MaxImagesOption, checkpoint
 from split_device.options import HeadOption, PatienceOption, TailOption
@@ -84,7 +83,7 @@ def serve(
     tail_layers: TailOption = 2,
     cut: CutOption = "C",
     codec: CodecOption = "none",
-    reuse: ReuseOption = "1",
+    reuse: ReuseOption = 1,
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     keys: KeysOption = None,
@@ -106,9 +105,7 @@ def serve(
     images = None
     if image_model is not None:
         need_diffusers()
-        images = ImageChoice(
-            name=pipeline_directory(image_model), cut=cut, codec=codec, reuse=parse_reuse(reuse), dtype=dtype
-        )
+        images = ImageChoice(name=pipeline_directory(image_model), cut=cut, codec=codec, reuse=reuse, dtype=dtype)
     texts = None
     if model is not None or images is None:
         texts = ModelChoice(
