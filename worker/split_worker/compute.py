@@ -189,7 +189,7 @@ class ComputeLoop:
         if self._scheduler.idle and patient:
             self._accept(self._inbox.get())
         while True:
-            gathers = patient and not self._scheduler.newcomers()
+            gathers = patient and not self._scheduler.hurries
             wait = self._gathering.until(self._scheduler.budget.base) - time.perf_counter() if gathers else 0.0
             try:
                 self._accept(self._inbox.get(wait > 0, max(0.0, wait)))
