@@ -86,7 +86,7 @@ def _one_device(model: Path, address: str, rounds: int) -> tuple[float, float]:
     def once() -> float:
         time.sleep(draw.uniform(0, PAUSE))
         began = time.perf_counter()
-        next(iter(generator.submit(request(WORDS, 4, 1))))
+        next(iter(generator.submit(request(WORDS, 1, 1))))
         return 1000 * (time.perf_counter() - began)
 
     with (
@@ -119,7 +119,7 @@ class _Asking:
         """Milliseconds to the first token."""
         time.sleep(self._draw.uniform(0, PAUSE))
         text = " ".join(self._draw.choice(("sea", "light", "stone", "river", "cat")) for _ in range(WORDS))
-        body = {"model": self._model, "prompt": text, "stream": True, "temperature": 0, "max_tokens": 4}
+        body = {"model": self._model, "prompt": text, "stream": True, "temperature": 0, "max_tokens": 1}
         began = time.perf_counter()
         with contextlib.closing(http.client.HTTPConnection(self._host)) as connection:
             connection.request("POST", "/v1/completions", json.dumps(body))

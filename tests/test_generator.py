@@ -255,6 +255,15 @@ def test_a_higher_priority_goes_first(split: Any) -> None:
     assert order[0] == "urgent"
 
 
+def test_a_low_priority_waits_for_nobody_who_is_not_there(
+    split: Any, unsplit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("split_device.generator.HOLD", 600.0)
+    request = Request([5, 17, 33], greedy(10), priority=-1)
+    with Generator(split) as generator:
+        assert generator.submit(request).result(60) == alone(unsplit, request)
+
+
 def test_generate_and_the_generator_share_a_model(split: Any, unsplit: Any) -> None:
     asked = [Request(prompt, greedy(30)) for prompt in prompts(8)]
     ids = torch.tensor([[5, 17, 33, 4]])

@@ -87,9 +87,11 @@ def test_a_newcomer_goes_first_where_forwards_are_slow() -> None:
 
     scheduler.add(make_job("busy 1", 1, device="busy"))
     assert forward(2 * SLOW_FORWARD) == {"busy 1": 1}
+    assert not scheduler.hurries
     scheduler.add(make_job("busy 1", 1, device="busy"))
     scheduler.add(make_job("busy 2", MIN_CHUNK + 1, device="busy"))
     scheduler.add(make_job("new", MIN_CHUNK + 1))
+    assert scheduler.hurries
     assert forward(0.1) == {"new": MIN_CHUNK}
     # Then it is the others' turn, though there is a newcomer still.
     assert forward(0.1) == {"busy 1": 1, "busy 2": MIN_CHUNK}

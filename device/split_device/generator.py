@@ -11,6 +11,7 @@ import functools
 import heapq
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
@@ -119,6 +120,8 @@ class Generator:
         self._flights: dict[Generation, Flight] = {}
         #: Requests whose next tokens go to the head.
         self._entering: list[Flight] = []
+        #: What has come back from workers, to go into the tail.
+        self._arrived: list[tuple[Flight, torch.Tensor]] = []
         #: What the head has made, to go to the workers; what has come through the tail, to be sampled.
         self._outgoing: list[tuple[Flight, torch.Tensor]] = []
         self._ready: list[tuple[Flight, torch.Tensor]] = []
@@ -197,22 +200,30 @@ class Generator:
     def _turn(self) -> None:
         self._take_in()
         self._admit()
-        self._count("tail", self._tail.forward())
+        self._enter_tail()
+        self._forward("tail", self._tail)
         self._sample()
         self._embed()
-        self._count("head", self._head.forward())
+        self._forward("head", self._head)
         self._send_off()
 
-    def _count(self, end: str, rows: int) -> None:
-        if rows:
+    def _forward(self, end: str, stage: Stage) -> None:
+        """Runs one forward; more while a request for which others are held back is not through."""
+        urgent = self._urgent
+        lowest = min((flight.priority for flight in self._flights.values()), default=0)
+        while rows := stage.forward():
             self.counters[f"{end}_forwards"] += 1
             self.counters[f"{end}_rows"] += rows
+            if urgent <= lowest or not any(flight.priority >= urgent for flight in stage.busy()):
+                return
 
     def _take_in(self) -> None:
         """Does what others want done; waits if there is nothing else to do, or for replies that come just now."""
-        if self._head.idle and self._tail.idle and not self._ready:
+        urgent = self._urgent
+        if self._head.idle and self._tail.idle and all(flight.priority < urgent for flight, _ in self._arrived):
             now = time.monotonic()
-            times = [self._paused_until] * bool(self._waiting) + [self._held_until] * bool(self._outgoing)
+            times = [self._paused_until] * bool(self._waiting)
+            times += [self._held_until] * bool(self._outgoing or self._arrived)
             wake = min((time_ for time_ in times if time_ > now), default=None)
             try:
                 self._inbox.get(timeout=None if wake is None else wake - now)()
@@ -341,10 +352,9 @@ class Generator:
     def _send_off(self) -> None:
         """Sends states to the workers, but not too many prompts at once, and not what is held back."""
         kept: list[tuple[Flight, torch.Tensor]] = []
-        fresh = [flight for flight in self._flights.values() if flight.fresh]
-        urgent = max((flight.priority for flight in fresh), default=0)
-        rush = sum(flight.prompt for flight in fresh) > RUSH
-        held_back = time.monotonic() < self._held_until
+        urgent = self._urgent
+        prompts = sum(flight.prompt for flight in self._flights.values() if flight.fresh)
+        rush = prompts > RUSH and time.monotonic() < self._held_until
         prefill = sum(tokens for tokens in self._away.values() if tokens > DECODE_TOKENS)
         for flight, states in sorted(self._outgoing, key=lambda each: -each[0].priority):
             tokens = len(states)
@@ -352,7 +362,7 @@ class Generator:
                 continue
             crowded = tokens > DECODE_TOKENS and prefill > 0 and prefill + tokens > PREFILL_AWAY
             waits = flight.priority < urgent or (rush and flight.priority <= 0 and not flight.fresh)
-            if crowded or (waits and held_back):
+            if crowded or waits:
                 kept.append((flight, states))
                 continue
             prefill += tokens if tokens > DECODE_TOKENS else 0
@@ -382,8 +392,23 @@ class Generator:
             self._paused_until = time.monotonic() + RETRY_AFTER
         elif self._goes_on(flight, outcome):
             assert isinstance(outcome, torch.Tensor)
-            begin, flight.left = flight.left, flight.left + len(outcome)
-            self._tail.add(flight, flight.rows[1], begin, outcome, functools.partial(self._tailed, flight))
+            self._arrived.append((flight, outcome))
+
+    @property
+    def _urgent(self) -> float:
+        """The highest priority of requests that wait for their first tokens, for which lower ones are held back."""
+        fresh = [flight.priority for flight in self._flights.values() if flight.fresh]
+        return max(fresh) if fresh and time.monotonic() < self._held_until else -math.inf
+
+    def _enter_tail(self) -> None:
+        """Hands what has come back to the tail, but for what is held back."""
+        arrived, self._arrived, urgent = self._arrived, [], self._urgent
+        for flight, states in arrived:
+            if flight.priority < urgent:
+                self._arrived.append((flight, states))
+            elif not flight.ended:
+                begin, flight.left = flight.left, flight.left + len(states)
+                self._tail.add(flight, flight.rows[1], begin, states, functools.partial(self._tailed, flight))
 
     def _tailed(self, flight: Flight, outcome: torch.Tensor | Exception) -> None:
         if self._goes_on(flight, outcome):

@@ -39,6 +39,10 @@ class Stage:
     def idle(self) -> bool:
         return self.runner is None or self.scheduler.idle
 
+    def busy(self) -> set[Any]:
+        """Whose steps are in it."""
+        return self.scheduler.busy_sessions() if self.runner is not None else set()
+
     def cost(self, tokens: int) -> int:
         """What a row of so many tokens takes."""
         store: Store | None = self.runner.store if self.runner is not None else None

@@ -191,7 +191,7 @@ class ComputeLoop:
             self._accept(self._inbox.get())
         while True:
             now = time.perf_counter()
-            gathers = patient and not self._scheduler.newcomers()
+            gathers = patient and not self._scheduler.hurries
             wait = self._gathering.until(self._scheduler.budget.base, now) - now if gathers else 0.0
             try:
                 self._accept(self._inbox.get(wait > 0, max(0.0, wait)))

@@ -33,8 +33,8 @@ SLACK = 1.0
 #: Seconds after its last step during which a session is held to be decoding.
 DECODING_FOR = 1.0
 
-#: Seconds of a forward above which a newcomer's prefill does not join it, but goes first, by itself: somebody waits
-#: for a first token, and on such hardware both together take as long as one after the other.
+#: Seconds of a forward above which prefill does not wait for rows that are away, and a newcomer's goes before those
+#: that are there: somebody waits for a first token, and on such hardware both together take as long as one by one.
 SLOW_FORWARD = 0.05
 
 #: A forward waits for decoding sessions that are expected within so many times what a forward takes, and as long
@@ -205,6 +205,11 @@ class Scheduler:
             for job in self._active.values()
             if not (job.decodes or job.in_flight or job.device in self._decoded_at)
         ]
+
+    @property
+    def hurries(self) -> bool:
+        """Whether the next forward should wait for nobody: prefill is ready, and runs while others are away."""
+        return self.budget.base >= SLOW_FORWARD and any(not job.decodes for job in self._active.values())
 
     def next_batch(self) -> list[Piece]:
         """What to run next, beside what is under way; empty if nothing is ready."""
