@@ -153,7 +153,7 @@ class Driver:
         from split_common.part import plan
         from split_common.split import Split
         from split_common.transport import connect
-        from split_device.client import Client
+        from split_device.sessions.client import Client
 
         fleet_ = load_fleet()
         identity = fleet_.identity("device")

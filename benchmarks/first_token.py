@@ -75,7 +75,7 @@ def _one_device(model: Path, address: str, rounds: int) -> tuple[float, float]:
     from transformers import GenerationConfig
 
     from split_device import SplitModelForCausalLM
-    from split_device.generator import Generator, Request
+    from split_device.batching.generator import Generator, Request
 
     draw = random.Random(6)
 

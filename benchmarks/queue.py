@@ -132,7 +132,7 @@ def _step(count: int) -> tuple[wire.Step, bytes]:
 
 @contextlib.contextmanager
 def _session(address: str) -> Iterator[Any]:
-    from split_device.client import Client
+    from split_device.sessions.client import Client
 
     fleet = load_fleet()
     identity = fleet.identity("device")

@@ -35,12 +35,12 @@ from split_common.fleet import Fleet
 from split_common.transport import HEARTBEAT, count_dropped
 from split_common.transport import zmq_link as link_module
 from split_common.transport.zmq_link import ZmqLink
-from split_device import client as client_module
-from split_device import history as history_module
-from split_device import lasting as lasting_module
 from split_device import remote as remote_module
-from split_device import session as session_module
-from split_device.client import Client
+from split_device.sessions import client as client_module
+from split_device.sessions import history as history_module
+from split_device.sessions import lasting as lasting_module
+from split_device.sessions import session as session_module
+from split_device.sessions.client import Client
 from split_worker import compute as compute_module
 from split_worker import sessions as sessions_module
 from split_worker import watch as watch_module

@@ -40,8 +40,8 @@ from split_common.manifest import find_manifest
 from split_common.part import plan
 from split_common.transport import HEARTBEAT, MISSED, connect
 from split_device import SplitModelForCausalLM
-from split_device import client as client_module
-from split_device import session as session_module
+from split_device.sessions import client as client_module
+from split_device.sessions import session as session_module
 from split_worker import worker as worker_module
 from split_worker.worker import Worker
 from wiretap import Setting, cheat, on_loop, run_steps, step, wait_until

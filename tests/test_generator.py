@@ -21,7 +21,7 @@ import tiny
 from fleet import joined, running_broker, split_model, start_worker
 from split_common.errors import ConfigError, NoWorker, PromptTooLong, SplitError, UnsupportedFeature
 from split_device import SplitModelForCausalLM
-from split_device.generator import Generator, Logprobs, Request
+from split_device.batching.generator import Generator, Logprobs, Request
 from split_worker.sessions import SessionTable
 
 #: Of several kinds: windows, experts, biases, positions of its own, attention that cannot be packed.
@@ -258,7 +258,7 @@ def test_a_higher_priority_goes_first(split: Any) -> None:
 def test_a_low_priority_waits_for_nobody_who_is_not_there(
     split: Any, unsplit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("split_device.generator.HOLD", 600.0)
+    monkeypatch.setattr("split_device.batching.generator.HOLD", 600.0)
     request = Request([5, 17, 33], greedy(10), priority=-1)
     with Generator(split) as generator:
         assert generator.submit(request).result(60) == alone(unsplit, request)
@@ -306,7 +306,7 @@ def test_memory_for_a_few_at_a_time(split: Any, unsplit: Any) -> None:
 def test_those_that_find_no_room_on_the_worker_begin_again(
     llama: Path, unsplit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("split_device.generator.RETRY_AFTER", 0.05)
+    monkeypatch.setattr("split_device.batching.generator.RETRY_AFTER", 0.05)
     asked = [Request(prompt, greedy(20)) for prompt in prompts(8)]
     with running_broker() as broker:
         worker = start_worker(llama, broker.address, sessions=SessionTable(max_sessions=2))

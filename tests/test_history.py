@@ -18,10 +18,10 @@ import tiny
 from fleet import running_broker, start_worker
 from split_common.errors import HistoryLost, SessionLost
 from split_device import SplitModelForCausalLM
-from split_device import history as history_module
-from split_device import spill as spill_module
-from split_device.history import History
-from split_device.spill import SpillFile
+from split_device.sessions import history as history_module
+from split_device.sessions import spill as spill_module
+from split_device.sessions.history import History
+from split_device.sessions.spill import SpillFile
 
 WIDTH = 4
 PROMPT = torch.tensor([[5, 17, 33, 4, 61, 12, 80, 7, 29, 44]])

@@ -21,9 +21,9 @@ from split_common.channel import Channel, DeviceHandshake, SessionKeys
 from split_common.errors import AuthenticationError, Busy, NonFinite, OutOfOrder, ProtocolError, SessionLost
 from split_common.keys import Certificate, ModelScope, Role, verify_certificate
 from split_device import SplitModelForCausalLM
-from split_device import client as client_module
-from split_device import session as session_module
-from split_device.client import Client
+from split_device.sessions import client as client_module
+from split_device.sessions import session as session_module
+from split_device.sessions.client import Client
 from split_worker.sessions import SessionTable
 from split_worker.worker import Worker
 from wiretap import FakeTransport, Setting, changed, cheat, run_steps, step, wait_until

@@ -25,7 +25,7 @@ from split_common.split import Split
 from split_common.tensors import to_bytes
 from split_common.transport import connect, new_peer_id
 from split_common.transport.zmq_link import curve_client
-from split_device.client import Client
+from split_device.sessions.client import Client
 from split_worker.body import Body
 from split_worker.sessions import SessionTable
 from split_worker.worker import Worker

@@ -4,6 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from split_device.batching.generation import Request
+    from split_device.batching.generator import Generator
     from split_device.diffusion.transformer import SplitFluxTransformer2DModel, SplitSD3Transformer2DModel
     from split_device.diffusion.unet import SplitUNet2DConditionModel
     from split_device.jobs.device import Device, ImageDevice
@@ -11,7 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Device",
+    "Generator",
     "ImageDevice",
+    "Request",
     "SplitFluxTransformer2DModel",
     "SplitModelForCausalLM",
     "SplitSD3Transformer2DModel",
@@ -20,7 +24,9 @@ __all__ = [
 
 _MODULES = {
     "Device": "split_device.jobs.device",
+    "Generator": "split_device.batching.generator",
     "ImageDevice": "split_device.jobs.device",
+    "Request": "split_device.batching.generation",
     "SplitFluxTransformer2DModel": "split_device.diffusion.transformer",
     "SplitModelForCausalLM": "split_device.model",
     "SplitSD3Transformer2DModel": "split_device.diffusion.transformer",

@@ -230,8 +230,8 @@ def dead_letters(
 
     What they held is not recorded: neither text nor states.
     """
-    from split_device import dead_letters as letters
-    from split_device.session import printable
+    from split_device.sessions import dead_letters as letters
+    from split_device.sessions.session import printable
 
     found = letters.read()
     if json:

@@ -230,7 +230,7 @@ def _certificate(fleet: Fleet, identity: Identity) -> Finding:
 
 
 def _queue(broker: str, fleet: Fleet, identity: Identity, timeout: float) -> Iterator[Finding]:
-    from split_device.client import Client
+    from split_device.sessions.client import Client
 
     nothing = wire.Service(bytes(32), 0, 1)
     try:
@@ -256,7 +256,7 @@ def _queue(broker: str, fleet: Fleet, identity: Identity, timeout: float) -> Ite
 
 def _workers(client: object) -> Finding:
     """What is served: the broker says it when it is asked for something that nobody serves."""
-    from split_device.client import Client
+    from split_device.sessions.client import Client
 
     assert isinstance(client, Client)
     try:

@@ -14,7 +14,7 @@ from split_common.keys import Identity
 from split_common.manifest import Manifest
 from split_common.split import Split
 from split_common.transport import Transport, connect
-from split_device.client import Client
+from split_device.sessions.client import Client
 from split_device.timings import Timings
 
 

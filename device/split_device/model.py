@@ -16,10 +16,10 @@ from split_common.slots import Stack
 from split_common.split import Split
 from split_common.tensors import dtype_name, parse_dtype
 from split_common.transport import DEFAULT_BROKER
-from split_device.client import PATIENCE, STEP_TIMEOUT, Client
-from split_device.history import HISTORY_MEMORY
 from split_device.joining import Joined, Member
 from split_device.remote import RemoteBody, Traits, is_windowed
+from split_device.sessions.client import PATIENCE, STEP_TIMEOUT, Client
+from split_device.sessions.history import HISTORY_MEMORY
 
 #: What `generate` may be told of the cache: a session is a layer of a dynamic one.
 _DYNAMIC = (None, "dynamic", "dynamic_full")

@@ -22,11 +22,11 @@ from split_common.errors import Busy, SessionLost, UnsupportedFeature
 from split_common.slots import PassThrough
 from split_common.split import Split
 from split_common.tensors import dtype_name, raw_bytes, to_bytes
-from split_device.chunks import Request, cut
-from split_device.client import Client
-from split_device.history import History
-from split_device.lasting import Lasting
-from split_device.session import RemoteSession
+from split_device.sessions.chunks import Request, cut
+from split_device.sessions.client import Client
+from split_device.sessions.history import History
+from split_device.sessions.lasting import Lasting
+from split_device.sessions.session import RemoteSession
 
 #: Bytes of hidden states in one message; a longer prefill travels in several.
 CHUNK_BYTES = 1024 * 1024

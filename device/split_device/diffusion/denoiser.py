@@ -19,11 +19,11 @@ from split_common.manifest import find_manifest
 from split_common.split import Split
 from split_common.tensors import dtype_name, parse_dtype
 from split_common.transport import DEFAULT_BROKER
-from split_device.client import PATIENCE, STEP_TIMEOUT
 from split_device.diffusion.reuse import Base, Reuse
 from split_device.diffusion.saving import CODECS, check_reuse
 from split_device.diffusion.session import ImageSession, Inputs
 from split_device.joining import Joined, Member
+from split_device.sessions.client import PATIENCE, STEP_TIMEOUT
 
 
 class SplitDenoiser(Joined):

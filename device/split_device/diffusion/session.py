@@ -16,9 +16,9 @@ from split_common.diffusion.plan import ImagePlan
 from split_common.errors import Malformed, NeedEmbeddings, Oversized
 from split_common.split import Split
 from split_common.tensors import dtype_name, raw_bytes
-from split_device.client import Client
-from split_device.lasting import Lasting
-from split_device.session import RemoteSession
+from split_device.sessions.client import Client
+from split_device.sessions.lasting import Lasting
+from split_device.sessions.session import RemoteSession
 
 #: Times that a worker is sent everything for one step before it is given up.
 MAX_EMBEDDINGS = 3

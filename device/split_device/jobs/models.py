@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationConfig
 
 from split_common.errors import PromptTooLong
+from split_device.batching.generator import Generator, Request
 from split_device.chatting import encode_chat, encode_text, end_tokens, load_tokenizer, pad_token, positions
 from split_device.diffusion.options import need_diffusers
-from split_device.generator import Generator, Request
 from split_device.jobs.job import ImageChoice, ModelChoice, Progress, Task
 from split_device.model import SplitModelForCausalLM
 

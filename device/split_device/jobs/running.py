@@ -5,8 +5,8 @@ from __future__ import annotations
 import queue
 from typing import TYPE_CHECKING
 
+from split_device.batching.generator import Generation
 from split_device.diffusion.settings import image_bytes
-from split_device.generator import Generation
 from split_device.jobs.job import FinishReason, ImageTask, Job, Piece, Progress, Task, Update
 from split_device.jobs.models import Loaded
 from split_device.jobs.text import TextStream

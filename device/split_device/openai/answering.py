@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
-from split_device.generator import Generation, Logprobs
+from split_device.batching.generator import Generation, Logprobs
 from split_device.jobs.job import Progress, Task
 from split_device.jobs.models import Loaded
 from split_device.jobs.text import TextStream

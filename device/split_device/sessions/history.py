@@ -16,7 +16,7 @@ import torch
 from split_common import wire
 from split_common.errors import AuthenticationError, HistoryLost
 from split_common.tensors import raw_bytes
-from split_device.spill import SpillFile
+from split_device.sessions.spill import SpillFile
 
 log = logging.getLogger(__name__)
 

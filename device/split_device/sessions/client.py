@@ -28,8 +28,8 @@ from split_common.errors import (
 from split_common.fleet import Fleet
 from split_common.keys import Certificate, Identity, ModelScope, Role, verify_certificate
 from split_common.transport import Transport, count_dropped, new_peer_id
-from split_device.history import HISTORY_MEMORY
-from split_device.session import GONE, MIN_RETRY, Event, RemoteSession, printable, refusal_error
+from split_device.sessions.history import HISTORY_MEMORY
+from split_device.sessions.session import GONE, MIN_RETRY, Event, RemoteSession, printable, refusal_error
 from split_device.timings import Timings
 
 #: Seconds without an answer after which a message of a channel's set-up, which nobody needs long to answer, is sent

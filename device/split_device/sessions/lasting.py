@@ -17,9 +17,9 @@ from split_common.errors import (
     WorkerGone,
     WorkerSlow,
 )
-from split_device.client import Client
-from split_device.dead_letters import DeadLetter, record
-from split_device.session import RemoteSession
+from split_device.sessions.client import Client
+from split_device.sessions.dead_letters import DeadLetter, record
+from split_device.sessions.session import RemoteSession
 
 #: Seconds to wait before a lost session is opened again.
 RETRY_AFTER = 0.1

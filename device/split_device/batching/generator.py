@@ -25,11 +25,11 @@ import torch
 from split_common.engine.rows import Row
 from split_common.engine.scheduler import DECODE_TOKENS
 from split_common.errors import Busy, PromptTooLong, SplitError
-from split_device.ends import KV_MEMORY, Ends
-from split_device.generation import FinishReason, Generation, Logprobs, OnToken, Request
+from split_device.batching.ends import KV_MEMORY, Ends
+from split_device.batching.generation import FinishReason, Generation, Logprobs, OnToken, Request
+from split_device.batching.sampling import Sampler
+from split_device.batching.stage import Ended, Stage
 from split_device.remote import Call, SessionLayer
-from split_device.sampling import Sampler
-from split_device.stage import Ended, Stage
 
 __all__ = ["Generation", "Generator", "Logprobs", "Request"]
 

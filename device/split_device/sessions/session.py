@@ -27,7 +27,7 @@ from split_common.errors import (
 )
 
 if TYPE_CHECKING:
-    from split_device.client import Client, WorkerChannel
+    from split_device.sessions.client import Client, WorkerChannel
 
 #: Seconds without a reply after which a request is sent again; doubles each time, up to the second.
 RETRANSMIT = 3.0

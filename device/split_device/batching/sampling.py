@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
 from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
-from split_device.generation import Logprobs, Request
+from split_device.batching.generation import Logprobs, Request
 
 #: Options that `generate` knows and requests that are batched do not; each with the values that change nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
