@@ -30,8 +30,8 @@ BATCH_KILLS = 5
 WORKER_KILLS = 10
 WORKERS = 2
 
-#: Seconds without a new token after which something must be wrong.
-PATIENCE = 180.0
+#: Seconds without a new token, or from the last kill to the end, after which something must be wrong.
+PATIENCE = 900.0
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ def test_decoding_against_the_bandwidth() -> None:
 
 def test_first_token(tmp_path: Path) -> None:
     checkpoint = tiny.save_tokenizer(tiny.save("llama", tmp_path / "tiny", max_position_embeddings=4096))
-    results = run("first_token", "--model", checkpoint, "--rounds", 2)
+    results = run("first_token", "--model", checkpoint, "--rounds", 1)
     assert results["first_token_ratio"] == results["first_token_ms_busy"] / results["first_token_ms_idle"]
     assert results["one_device_ratio"] == results["one_device_ms_busy"] / results["one_device_ms_idle"]
     assert len(results) == 6
