@@ -172,6 +172,7 @@ def test_a_wrong_key(browser: Browser, server: tuple[str, Any]) -> None:
     with browser.new_context() as context:
         page = context.new_page()
         page.goto(server[0])
+        expect(page.get_by_label("asks for its API key")).to_be_focused()
         page.keyboard.type("another")
         page.keyboard.press("Enter")
         expect(page.get_by_role("alert")).to_have_text("The server refused this key.")
