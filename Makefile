@@ -34,7 +34,7 @@ demo-image: $(INSTALLED) ## Make a sheet of pictures by a small diffusion model 
 
 # One thread for each of pytest's two processes: threads that outnumber the cores only fight.
 test: $(INSTALLED) ## Run the tests; pass pytest's arguments as ARGS="...".
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(INSTALLED) ## Check style, format and types.
 	$(BIN)/ruff check .

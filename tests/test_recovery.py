@@ -22,7 +22,8 @@ from split_common.cli import main
 from split_common.errors import StepFailed, WorkerFailed
 from split_common.files import state_dir
 from split_common.transport import HEARTBEAT, MISSED
-from split_device import SplitModelForCausalLM, dead_letters
+from split_device import SplitModelForCausalLM
+from split_device.sessions import dead_letters
 from split_worker import compute, watch
 from split_worker.watch import Watch
 from split_worker.worker import Worker
