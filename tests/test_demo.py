@@ -63,3 +63,5 @@ def test_one_thing_at_a_time(run: Any) -> None:
     refused = run("demo", "--batch", "--serve")
     assert (refused.code, "only one" in refused.err) == (2, True)
     assert run("demo", "Hello", "--serve").code == 2
+    for arguments in (("--image", "--workers", "2"), ("--image", "--model", "any"), ("-o", "sheet.png")):
+        assert (run("demo", *arguments).code, run("demo", *arguments).out) == (2, "")

@@ -157,3 +157,9 @@ def test_the_demo_without_a_clone(run: Any, tmp_path: Path, monkeypatch: pytest.
     done = run("demo", "--image")
     assert done.code == 2
     assert "clone" in done.err
+
+
+def test_a_language_command_names_what_images_have(run: Any) -> None:
+    done = run("inspect", demo.DIGITS_MODEL)
+    assert (done.code, "diffusion model" in done.err) == (1, True)
+    assert run("image", " ", "-o", "a.png", "--model", demo.DIGITS_MODEL).code == 2

@@ -474,6 +474,7 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
         (["--keys", "somewhere"], "--keys goes with --broker"),
         (["--chaos", "boom"], "--chaos boom"),
         (["--plot", "/no/such/directory/out.png"], "no directory"),
+        (["--plot", "out.movie"], "of the kinds"),
         (["--transport", "pigeon"], "pigeon"),
         (["--devices", "0"], "devices"),
     ],

@@ -60,8 +60,10 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Run a language model split between this device and untrusted workers, over an encrypted queue."""
+    """Run a model split between this device and workers, over an encrypted queue."""
     reuse_memory()
+    # What goes wrong with a hub is said in one line at the end, not at each of its retries.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
+import msgspec
 from filelock import FileLock, Timeout
 from msgspec.structs import replace
 from nacl.signing import SigningKey
@@ -38,7 +39,18 @@ from split_common.files import (
     write_private,
     write_public,
 )
-from split_common.keys import Certificate, Identity, Member, ModelScope, Role, Roster, open_signed, seal
+from split_common.keys import (
+    NAME_RULE,
+    Certificate,
+    Identity,
+    Member,
+    ModelScope,
+    Name,
+    Role,
+    Roster,
+    open_signed,
+    seal,
+)
 from split_common.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -163,6 +175,10 @@ class Fleet:
         Raises `KeysError` for a name that is taken (by a revoked member, too) or not allowed, and without the
         operator's key.
         """
+        try:
+            msgspec.convert(name, Name)
+        except msgspec.ValidationError:
+            raise KeysError(f"{name!r} is no name of a member: {NAME_RULE}") from None
         with self.locked():
             operator = self._operator()
             self.refresh()

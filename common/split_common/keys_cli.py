@@ -19,12 +19,14 @@ from split_common.errors import ConfigError, KeysError
 from split_common.fleet import DAYS, Fleet, check_address, keys_dir, load_fleet
 from split_common.keys import Certificate, Member, ModelScope, Role
 from split_common.manifest import Manifest, build_manifest
-from split_common.options import BrokerOption, IpAdapterOption, JsonOption, KeysOption
+from split_common.options import BrokerOption, FleetOption, IpAdapterOption, JsonOption, KeysOption
 from split_common.transport.redis.acl import redis_acl
 
 keys_app = typer.Typer(no_args_is_help=True)
 
-DaysOption = Annotated[int, typer.Option(min=1, max=36_500, help="How many days the certificates are valid.")]
+DaysOption = Annotated[
+    int, typer.Option(min=1, max=36_500, metavar="N", help="How many days the certificates are valid.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -34,7 +36,7 @@ def register(app: typer.Typer) -> None:
 
 
 @keys_app.command()
-def init(keys: KeysOption = None, days: DaysOption = DAYS, json: JsonOption = False) -> None:
+def init(keys: FleetOption = None, days: DaysOption = DAYS, json: JsonOption = False) -> None:
     """Make a new fleet: the operator's key, a broker, a device and a worker.
 
     Give each machine its own NAME.key with operator.pub, roster and models/. Keep operator.key to yourself.
@@ -47,7 +49,7 @@ def init(keys: KeysOption = None, days: DaysOption = DAYS, json: JsonOption = Fa
 @keys_app.command()
 def add_device(
     name: Annotated[str, typer.Argument(help="The new device's name, of a-z, 0-9, '.', '_' and '-'.")],
-    keys: KeysOption = None,
+    keys: FleetOption = None,
     days: DaysOption = DAYS,
     json: JsonOption = False,
 ) -> None:
@@ -66,7 +68,7 @@ def add_worker(
         str | None,
         typer.Option(metavar="A:B", help="The layers of --model it may serve, from A up to B - 1."),
     ] = None,
-    keys: KeysOption = None,
+    keys: FleetOption = None,
     days: DaysOption = DAYS,
     json: JsonOption = False,
 ) -> None:
@@ -86,7 +88,7 @@ def add_model(
     name: Annotated[str | None, typer.Option(help="Its name in the fleet. Default: the checkpoint's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     ip_adapter: IpAdapterOption = None,
-    keys: KeysOption = None,
+    keys: FleetOption = None,
     json: JsonOption = False,
 ) -> None:
     """Sign a list of a model's tensors, so that each side can check the weights it loads."""
@@ -125,7 +127,7 @@ def show(keys: KeysOption = None, json: JsonOption = False) -> None:
 @keys_app.command()
 def revoke(
     name: Annotated[str, typer.Argument(help="The member to shut out, for good.")],
-    keys: KeysOption = None,
+    keys: FleetOption = None,
     json: JsonOption = False,
 ) -> None:
     """Revoke a member. Running brokers and workers that read this directory follow within seconds."""

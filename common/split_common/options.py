@@ -27,6 +27,15 @@ KeysOption = Annotated[
         "keys that are made for this machine's loopback alone.",
     ),
 ]
+FleetOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--keys",
+        metavar="DIR",
+        rich_help_panel=QUEUE_PANEL,
+        help="The fleet's directory. Default: $LAMBDA_SPLIT_KEYS, else `keys` in the settings directory.",
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on one line of stdout, and nothing else there.")
 ]

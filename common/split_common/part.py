@@ -72,6 +72,13 @@ def plan(name_or_path: str, revision: str | None = None) -> Plan:
     try:
         config = AutoConfig.from_pretrained(checkpoint.path("config.json").parent)
     except (ValueError, KeyError, OSError) as error:
+        from split_common.diffusion.kinds import is_denoiser
+
+        if is_denoiser(checkpoint):
+            raise UnsupportedArchitecture(
+                f"{name_or_path} is a diffusion model: `lambda-split doctor --model` tells how it is cut, "
+                "`lambda-split image` runs it"
+            ) from None
         raise UnknownModel(f"{name_or_path}: {_first_line(error)}") from None
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
     name = getattr(config, "model_type", type(config).__name__)

@@ -21,6 +21,10 @@ from split_device.settings import Sampling
 
 QUESTION = "What is the capital of France, and what is it known for?"
 
+#: Parameters that --image has no use for, and that only it has.
+_NOT_FOR_IMAGES = ("model", "max_tokens", "workers")
+_FOR_IMAGES = ("output",)
+
 #: What the batch asks.
 QUESTIONS = (
     "Which planet is the largest?",
@@ -39,6 +43,7 @@ QUESTIONS = (
 
 
 def demo(
+    context: typer.Context,
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="What to ask. Default: something about Paris.")
     ] = None,
@@ -48,10 +53,11 @@ def demo(
     ] = False,
     image: Annotated[
         bool,
-        typer.Option("--image", help="Make pictures instead, by the small model that comes with a clone."),
+        typer.Option("--image", help="Make pictures instead, by the small model in a clone of the repository."),
     ] = False,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="Where the pictures go: a .png file.")
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="With --image: where the pictures go, a .png file."),
     ] = Path("digits.png"),
     model: ModelOption = None,
     max_tokens: Annotated[
@@ -66,6 +72,11 @@ def demo(
     """
     if batch + serve + image + (prompt is not None) > 1:
         raise ConfigError("of PROMPT, --batch, --serve and --image only one can be had")
+    for name in _NOT_FOR_IMAGES if image else _FOR_IMAGES:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} does not go with --image" if image else f"{option} needs --image")
     if image:
         image_demo(output, json)
         return

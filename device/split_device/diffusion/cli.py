@@ -93,6 +93,8 @@ def image(
     Needs a running `lambda-split broker`, or Redis, and a `lambda-split worker --cut …` that serves the same model.
     Ctrl-C ends it, and writes nothing.
     """
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty")
     check_output(output)
     if init_image is not None and size is not None:
         raise ConfigError("--init-image and --size do not go together: the image has a size")

@@ -107,7 +107,7 @@ def batch(
     except Held as held:
         raise JobsError(f"process {held.pid} works on {output} already") from None
     seconds = time.perf_counter() - began
-    stderr.print(f"{count} lines, {errors} of them errors, in {output}", soft_wrap=True)
+    stderr.print(f"{output}: {count} answered, {errors} of them by an error", soft_wrap=True)
     if json:
         emit_json(
             {

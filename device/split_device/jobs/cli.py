@@ -193,12 +193,13 @@ def list_jobs(
     if json:
         emit_json({"jobs": [_facts(job) for job in jobs]})
         return
-    table = Table()
+    # Narrow enough that in 80 columns only the model's name is ever cut.
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
     for column in ("job", "state", "priority", "submitted", "model", "made"):
-        table.add_column(column, no_wrap=column in ("job", "submitted", "made"))
+        table.add_column(column, no_wrap=column != "model")
     for job in jobs:
         model = Path(job.task.model.name).name
-        table.add_row(job.id, job.state, str(job.priority), _clock(job.created), model, _made(job))
+        table.add_row(job.id, job.state, str(job.priority), _clock(job.created)[:-3], model, _made(job))
     stdout().print(table)
 
 

@@ -19,6 +19,11 @@ def check_plot(path: Path) -> None:
         raise ConfigError("--plot needs matplotlib: pip install 'lambda-split[plot]'")
     if not path.parent.is_dir():
         raise ConfigError(f"{path.parent} is no directory")
+    from matplotlib.figure import Figure
+
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise ConfigError(f"{path}: pictures are of the kinds {', '.join(sorted(formats))}")
 
 
 def draw(path: Path, ledger: Ledger, chaos: Chaos | None, seconds: float) -> None:

@@ -106,7 +106,7 @@ def redis_acl(
             print("ACL DELUSER", name)
     if passwords is not None:
         stderr.print(
-            f"each member's password is in {passwords}: it belongs into $LAMBDA_SPLIT_REDIS_PASSWORD there",
+            f"each member's password is in {passwords}: it belongs in $LAMBDA_SPLIT_REDIS_PASSWORD there",
             soft_wrap=True,
         )
 
