@@ -22,6 +22,9 @@ from split_common.split import Split
 #: Those that were used least lately give way.
 MEMORY = 1024**3
 
+#: Embeddings, steps and outputs that are held, at most: small ones take more than their bytes.
+MAX_HELD = 8192
+
 #: Rows in one forward, at most; a step with more has one of its own.
 MAX_BATCH_ROWS = 16
 
@@ -64,6 +67,8 @@ class ConditionStore:
     def __init__(self, memory: int) -> None:
         self._memory = memory
         self._held: OrderedDict[tuple[ConditionRow, bytes], Job | bytearray | bytes] = OrderedDict()
+        #: Bytes that are held.
+        self.used = 0
 
     def new_row(self) -> ConditionRow:
         return ConditionRow(self)
@@ -72,15 +77,18 @@ class ConditionStore:
         return 0
 
     def put(self, row: ConditionRow, key: bytes, held: Job | bytearray | bytes) -> None:
+        self._take(row, key)
         self._held[row, key] = held
-        self._held.move_to_end((row, key))
-        while len(self._held) > 1 and self.used > self._memory:
-            self._held.popitem(last=False)
+        self.used += _size(held)
+        while len(self._held) > MAX_HELD or (len(self._held) > 1 and self.used > self._memory):
+            self._take(*next(iter(self._held)))
 
-    @property
-    def used(self) -> int:
-        """Bytes that are held."""
-        return sum(held.nbytes if isinstance(held, Job) else len(held) for held in list(self._held.values()))
+    def _take(self, row: ConditionRow, key: bytes) -> Job | bytearray | bytes | None:
+        """Takes out what is held, if anything is."""
+        held = self._held.pop((row, key), None)
+        if held is not None:
+            self.used -= _size(held)
+        return held
 
     def job(self, row: ConditionRow, key: bytes) -> Job:
         """Raises NeedEmbeddings."""
@@ -92,19 +100,19 @@ class ConditionStore:
 
     def extend(self, row: ConditionRow, offset: int, data: memoryview) -> None:
         """Takes bytes of a step that follow those that are held. Raises NeedEmbeddings, Oversized."""
-        held = self._held.get((row, _PARTS), b"") if offset else b""
-        if not isinstance(held, bytearray | bytes) or len(held) != offset:
+        held = self._take(row, _PARTS) if offset else None
+        held = held if isinstance(held, bytearray) else bytearray()
+        if len(held) != offset:
             raise NeedEmbeddings("the worker does not hold the parts of this step that came before")
         if offset + len(data) > wire.MAX_STEP:
             raise Oversized(f"a step of more than {wire.MAX_STEP} bytes")
-        held = held if isinstance(held, bytearray) else bytearray()
         held += data
         self.put(row, _PARTS, held)
 
     def whole(self, row: ConditionRow, sent: int, data: memoryview) -> memoryview:
         """The bytes of a step, whose first ones came before. Raises NeedEmbeddings."""
-        held = self._held.pop((row, _PARTS), b"")
-        self._held.pop((row, _OUTPUT), None)
+        held = self._take(row, _PARTS)
+        self._take(row, _OUTPUT)
         if not sent:
             return data
         if not isinstance(held, bytearray) or len(held) != sent:
@@ -123,7 +131,11 @@ class ConditionStore:
 
     def forget(self, row: ConditionRow) -> None:
         for place in [place for place in self._held if place[0] is row]:
-            del self._held[place]
+            self._take(*place)
+
+
+def _size(held: Job | bytearray | bytes) -> int:
+    return held.nbytes if isinstance(held, Job) else len(held)
 
 
 @dataclass(frozen=True)
