@@ -498,6 +498,30 @@ def test_a_queue_that_is_full_says_so(bench: Bench, channel: Channel, monkeypatc
     assert bench.worker._compute.queued_bytes == 0
 
 
+def test_replies_that_nobody_acknowledges_give_way(
+    bench: Bench, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And whoever asks for one again is told so, rather than waiting for ever."""
+    keys = {number: channel.session_keys(number, 0) for number in (4400, 4401)}
+    monkeypatch.setattr("split_worker.sessions.COUNTED_EVERY", 0)
+    first = bench.request(keys[4400], 4400, 0, *step(0))
+    bench.deliver(*first)
+    ((_, body),) = bench.replies()
+    monkeypatch.setattr("split_worker.sessions.MAX_REPLIES", 3 * len(body))
+    requests = [bench.request(keys[4401], 4401, seq, *step(seq)) for seq in range(3)]
+    answers = []
+    for request in requests:
+        bench.deliver(*request)
+        answers += bench.replies()
+    bench.deliver(*requests[0])
+    assert bench.replies() == answers[:1]
+    bench.deliver(*first)
+    told = refusal(bench, channel)
+    assert (told.reason, told.session, told.seq) == ("lost", 4400, 0)
+    for number, seq in ((4400, 1), (4401, 3)):
+        bench.deliver(*bench.request(keys[number], number, seq, wire.Close()))
+
+
 def test_what_needs_no_forward_keeps_nobody_from_theirs(
     bench: Bench, channel: Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
