@@ -172,7 +172,9 @@ def test_embeddings_that_grow_by_their_rows_are_refused(
     condition(body, rows)
     monkeypatch.setattr("split_worker.diffusion.MAX_CONTEXT", 2 * 4 * WIDTH * 4)
     many = torch.ones(3, 32, 16, 16), torch.ones(3, 128)
-    begin(body, rows, [0, -1], many[0][:2], many[1][:2])
+    (run,) = begin(body, rows, [0, -1], many[0][:2], many[1][:2])
+    # While it waits, it holds them once.
+    assert run.job is body.store.job(rows[0], KEY)  # type: ignore[arg-type]
     with pytest.raises(Oversized):
         begin(body, rows, [0, -1, 0], *many)
 

@@ -144,6 +144,8 @@ class ImageRun(Run):
 
     more: list[torch.Tensor]
     job: Job
+    #: Which of the job's rows belongs to each of the step's; -1 for zeros.
+    rows: list[int]
     #: Steps that agree in this can share a forward.
     group: Hashable
 
@@ -264,7 +266,9 @@ class DiffusionBody:
     def _forward(self, runs: Sequence[ImageRun]) -> Launched:
         job = runs[0].job
         if self._middle.per_row:
-            job = Job(_joined([run.job.tensors for run in runs]), job.scales)
+            # Selected only now: a step of many rows may wait with a small job.
+            selected = [[_rows(tensor, run.rows) for tensor in run.job.tensors] for run in runs]
+            job = Job(_joined(selected), job.scales)
         output = self._middle(_joined([run.tensors for run in runs]), job)
         return Launched(output, [len(run.states) for run in runs], range(len(runs)))
 
@@ -282,11 +286,11 @@ class DiffusionBody:
         job = self.store.job(row, request.condition) if request.condition is not None else Job()
         self._middle.check_step(shapes, job)
         if self._middle.per_row:
-            job = self._select(job, request.rows)
+            self._check_rows(job, request.rows)
         states, *more = tensors
         shapes_of_rows = tuple(tensor.shape[1:] for tensor in tensors)
         group = shapes_of_rows, states.is_contiguous(), self._middle.together(job)
-        return ImageRun(row, states, range(states.numel()), more, job, group)
+        return ImageRun(row, states, range(states.numel()), more, job, request.rows, group)
 
     def _decode(self, arrays: list[wire.Array], data: memoryview) -> list[torch.Tensor]:
         tensors, offset = [], 0
@@ -312,13 +316,12 @@ class DiffusionBody:
             raise Oversized(f"a step of {request.step_bytes} bytes whose answer has {output.nbytes}")
 
     @staticmethod
-    def _select(job: Job, rows: list[int]) -> Job:
-        """The job's tensors for each row; raises Malformed for a row that the job does not have."""
+    def _check_rows(job: Job, rows: list[int]) -> None:
+        """Raises Malformed for a row that the job does not have, Oversized when they are too large together."""
         if any(max(rows) >= len(tensor) for tensor in job.tensors):
             raise Malformed(f"a step names row {max(rows)}, which its job does not have")
         if (size := len(rows) * sum(tensor[0].nbytes for tensor in job.tensors)) > MAX_CONTEXT:
             raise Oversized(f"{len(rows)} rows of embeddings with {size} bytes")
-        return Job(tuple(_rows(tensor, rows) for tensor in job.tensors), job.scales)
 
 
 def _rows(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
