@@ -68,7 +68,7 @@ class Server:
 
         async def authorized(request: Request) -> Response:
             origin = request.headers.get("origin")
-            if origin is not None and origin != f"http://{request.headers['host']}":
+            if origin is not None and origin.partition("://")[2] != request.headers["host"]:
                 # A browser sends what any page tells it to, and only keeps the answer from that page.
                 raise ApiError("web pages of other origins may not ask", 403)
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
