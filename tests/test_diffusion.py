@@ -207,6 +207,24 @@ def test_a_worker_that_lacks_the_embeddings_gets_them_again(sdxl: Path, unet: An
     assert worker.counters["refused_embeddings"] == before + 1
 
 
+def test_a_worker_that_forgets_the_embeddings_each_time_is_left(
+    sdxl: Path, unet: Any, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its memory may be others' just now: nothing is wrong with the image."""
+    pipe = pipeline(sdxl, unet=unet)
+    wanted = latents(pipe)
+    store: Any = worker._body.store
+    job, times = store.job, iter(range(session.MAX_EMBEDDINGS + 1))
+
+    def crowded(row: Any, key: bytes) -> Any:
+        if next(times, None) is not None:
+            store.forget(row)
+        return job(row, key)
+
+    monkeypatch.setattr(store, "job", crowded)
+    assert torch.equal(latents(pipe), wanted)
+
+
 def test_a_step_too_large_for_one_message_travels_in_several(
     sdxl: Path, unet: Any, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -255,6 +255,28 @@ def test_a_higher_priority_goes_first(split: Any) -> None:
     assert order[0] == "urgent"
 
 
+def test_a_stream_of_urgent_requests_holds_nobody_back_for_good(
+    split: Any, unsplit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is always one that waits for its first token: each that has it is followed by another."""
+    monkeypatch.setattr("split_device.batching.generator.HOLD", 0.2)
+    low = Request([5, 17, 33], greedy(4))
+    enough = threading.Event()
+    with Generator(split, max_requests=16) as generator:
+
+        def submit(_future: Any = None) -> None:
+            if not enough.is_set():
+                urgent = Request([7] * 200, greedy(1), priority=1)
+                generator.submit(urgent).future.add_done_callback(submit)
+
+        for _ in range(8):
+            submit()
+        try:
+            assert generator.submit(low).result(20) == alone(unsplit, low)
+        finally:
+            enough.set()
+
+
 def test_a_low_priority_waits_for_nobody_who_is_not_there(
     split: Any, unsplit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from split_device import SplitModelForCausalLM
 from split_device.sessions import client as client_module
 from split_device.sessions import session as session_module
 from split_device.sessions.client import Client
+from split_worker.compute import Task
 from split_worker.sessions import SessionTable
 from split_worker.worker import Worker
 from wiretap import FakeTransport, Setting, changed, cheat, run_steps, step, wait_until
@@ -494,6 +496,55 @@ def test_a_queue_that_is_full_says_so(bench: Bench, channel: Channel, monkeypatc
     assert bench.replies()[0][0].session == 4000
     bench.deliver(*bench.request(keys, 4000, 1, wire.Close()))
     assert bench.worker._compute.queued_bytes == 0
+
+
+def test_replies_that_nobody_acknowledges_give_way(
+    bench: Bench, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And whoever asks for one again is told so, rather than waiting for ever."""
+    keys = {number: channel.session_keys(number, 0) for number in (4400, 4401)}
+    monkeypatch.setattr("split_worker.sessions.COUNTED_EVERY", 0)
+    first = bench.request(keys[4400], 4400, 0, *step(0))
+    bench.deliver(*first)
+    ((_, body),) = bench.replies()
+    monkeypatch.setattr("split_worker.sessions.MAX_REPLIES", 3 * len(body))
+    requests = [bench.request(keys[4401], 4401, seq, *step(seq)) for seq in range(3)]
+    answers = []
+    for request in requests:
+        bench.deliver(*request)
+        answers += bench.replies()
+    bench.deliver(*requests[0])
+    assert bench.replies() == answers[:1]
+    bench.deliver(*first)
+    told = refusal(bench, channel)
+    assert (told.reason, told.session, told.seq) == ("lost", 4400, 0)
+    for number, seq in ((4400, 1), (4401, 3)):
+        bench.deliver(*bench.request(keys[number], number, seq, wire.Close()))
+
+
+def test_what_needs_no_forward_keeps_nobody_from_theirs(
+    bench: Bench, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One session sends its next request as soon as it is answered, so that there is always one to take in."""
+    compute, flood, honest = bench.worker._compute, channel.session_keys(4500, 0), channel.session_keys(4501, 0)
+    reply, seq, last = compute._reply, itertools.count(), time.monotonic() + 20
+
+    def send() -> None:
+        bench.deliver(*bench.request(flood, 4500, next(seq), wire.Fork(77, 0)))
+
+    def answer(task: Task, payload: wire.Payload, tensor: Any) -> None:
+        reply(task, payload, tensor)
+        if task.header.session == 4500 and time.monotonic() < last:
+            send()
+
+    monkeypatch.setattr(compute, "_reply", answer)
+    send()
+    bench.deliver(*bench.request(honest, 4501, 0, *step(0)))
+    wait_until(lambda: any(header.session == 4501 for header, _ in bench.transport.sent), 10.0)
+    last = 0.0
+    for number, keys, after in ((4500, flood, next(seq)), (4501, honest, 1)):
+        bench.deliver(*bench.request(keys, number, after, wire.Close()))
+    bench.transport.take()
 
 
 def test_the_oldest_set_up_may_be_finished_after_a_damaged_attempt(bench: Bench) -> None:

@@ -172,7 +172,9 @@ def test_embeddings_that_grow_by_their_rows_are_refused(
     condition(body, rows)
     monkeypatch.setattr("split_worker.diffusion.MAX_CONTEXT", 2 * 4 * WIDTH * 4)
     many = torch.ones(3, 32, 16, 16), torch.ones(3, 128)
-    begin(body, rows, [0, -1], many[0][:2], many[1][:2])
+    (run,) = begin(body, rows, [0, -1], many[0][:2], many[1][:2])
+    # While it waits, it holds them once.
+    assert run.job is body.store.job(rows[0], KEY)  # type: ignore[arg-type]
     with pytest.raises(Oversized):
         begin(body, rows, [0, -1, 0], *many)
 
@@ -191,6 +193,32 @@ def test_embeddings_that_were_used_least_lately_are_forgotten_first(plan: ImageP
     rows[0].free()
     with pytest.raises(NeedEmbeddings):
         begin(body, rows, [0], *GOOD)
+
+
+def test_what_is_held_is_counted(body: DiffusionBody, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its bytes, and by its number: many small embeddings take more than theirs."""
+    rows: list[Row] = []
+    store, before = body.store, body.store.used
+    condition(body, rows)
+    condition(body, rows)
+    assert store.used - before == 4 * WIDTH * 4
+    for offset in (0, 0, 10):
+        body.start(rows, wire.Part(offset, 10), memoryview(bytes(10)))
+    assert store.used - before == 4 * WIDTH * 4 + 20
+    rows[0].free()
+    assert store.used == before
+    monkeypatch.setattr("split_worker.diffusion.MAX_HELD", 3)
+    for number in range(10):
+        condition(body, rows, key=bytes([number]) * 32)
+    assert store.used == 3 * 4 * WIDTH * 4
+    rows[0].free()
+
+
+def test_a_step_without_embeddings_is_refused(body: DiffusionBody) -> None:
+    """Before it shares a launch with others', which would fail with it."""
+    arrays, data = pack(*GOOD)
+    with pytest.raises(Malformed, match="embeddings"):
+        body.start([], wire.Denoise(None, [0], arrays, "float32"), data)
 
 
 def test_cuts(plan: ImagePlan, tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import stat
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from split_common.errors import ConfigError, JobsError, KeysError, StoreLocked, UnknownJob
-from split_device.jobs.job import Message, ModelChoice, Piece, Task, Update
+from split_device.diffusion.settings import ImageSettings
+from split_device.jobs.job import ImageChoice, ImageTask, Message, ModelChoice, Piece, Task, Update
 from split_device.jobs.store import Store
 from split_device.settings import Sampling
 
@@ -54,6 +56,18 @@ def test_tokens_are_kept_with_the_samplers_state(path: Path) -> None:
         assert store.get(job.id).state == "queued"
         assert (store.get(job.id).tokens, store.get(job.id).prompt_tokens) == (3, 7)
         assert [piece.text for piece in store.pieces(job.id, 1)] == ["c"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"steps": "x"}, {"width": 2.5}, {"negative": "\ud800"}, {"height": 10**30}], ids=str
+)
+def test_settings_of_a_wrong_type_are_refused(settings: dict[str, Any], path: Path) -> None:
+    """By name, before anything is kept that could not be read again."""
+    wrong = ImageTask(model=ImageChoice(name="/models/tiny"), prompt=PROMPT, settings=ImageSettings(**settings))
+    with Store(path) as store:
+        with pytest.raises(ConfigError, match="wrong type"):
+            store.submit(wrong)
+        assert store.jobs() == []
 
 
 def test_updates_are_written_all_or_none(path: Path) -> None:

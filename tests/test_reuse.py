@@ -63,6 +63,9 @@ def test_another_image_begins_with_a_call() -> None:
     image.step(6, 1.0, size=2)
     image.step(6, 1.0, text=TEXT * 2)
     assert image.calls == [5, 6, 6, 6]
+    # Of a single step each.
+    turbo = Image(2)
+    assert [turbo.step(9, 1.0), turbo.step(9, 2.0)] == [10.0, 20.0]
 
 
 def test_two_halves_of_a_guided_image_are_kept_apart() -> None:

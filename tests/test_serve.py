@@ -141,6 +141,23 @@ def test_errors_are_openai_s(client: openai.OpenAI, fleet: tuple[str, Any]) -> N
     assert httpx2.get(f"{url}/models", headers={**headers, "Host": "evil.example"}).status_code == 400
 
 
+def test_web_pages_of_other_origins_are_refused(fleet: tuple[str, Any]) -> None:
+    """A browser sends what they tell it to, by this machine's name."""
+    url = f"{fleet[0]}/completions"
+    own = fleet[0].removesuffix("/v1")
+    body = {"model": "tiny", "prompt": "Once", "max_tokens": 1}
+    for origin, status in ((own, 200), ("https://evil.example", 403), ("http://127.0.0.1:1", 403), ("null", 403)):
+        headers = {"Authorization": f"Bearer {KEY}", "Origin": origin}
+        assert httpx2.post(url, json=body, headers=headers).status_code == status
+
+
+@pytest.mark.parametrize("key", ["", "a key", "schlüssel"])
+def test_a_key_that_no_client_can_send_is_refused(key: str, run: Any, checkpoint: Path) -> None:
+    refused = run("serve", "--model", checkpoint, "--port", 0, "--api-key", key)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "API key" in refused.err
+
+
 def test_models_and_health(client: openai.OpenAI, fleet: tuple[str, Any]) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "lambda-split"

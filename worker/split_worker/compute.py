@@ -44,6 +44,11 @@ REASONS: dict[type[Exception], str] = {
 }
 
 
+#: Seconds for which requests are taken in while others are ready to be computed: those that need no forward are
+#: answered at once, and their device's next ones come meanwhile.
+TAKE_IN = 0.1
+
+
 class Evicted(SplitError):
     """The session's memory went to another one."""
 
@@ -189,10 +194,13 @@ class ComputeLoop:
         """Takes what has arrived; waits if there is nothing else to do, or for sessions that are about to come."""
         if self._scheduler.idle and patient:
             self._accept(self._inbox.get())
+        enough = time.perf_counter() + TAKE_IN
         while True:
             now = time.perf_counter()
             gathers = patient and not self._scheduler.hurries
             wait = self._gathering.until(self._scheduler.budget.base, now) - now if gathers else 0.0
+            if wait <= 0 and now > enough:
+                break
             try:
                 self._accept(self._inbox.get(wait > 0, max(0.0, wait)))
             except queue.Empty:

@@ -22,6 +22,9 @@ from split_common.split import Split
 #: Those that were used least lately give way.
 MEMORY = 1024**3
 
+#: Embeddings, steps and outputs that are held, at most: small ones take more than their bytes.
+MAX_HELD = 8192
+
 #: Rows in one forward, at most; a step with more has one of its own.
 MAX_BATCH_ROWS = 16
 
@@ -64,6 +67,8 @@ class ConditionStore:
     def __init__(self, memory: int) -> None:
         self._memory = memory
         self._held: OrderedDict[tuple[ConditionRow, bytes], Job | bytearray | bytes] = OrderedDict()
+        #: Bytes that are held.
+        self.used = 0
 
     def new_row(self) -> ConditionRow:
         return ConditionRow(self)
@@ -72,15 +77,18 @@ class ConditionStore:
         return 0
 
     def put(self, row: ConditionRow, key: bytes, held: Job | bytearray | bytes) -> None:
+        self._take(row, key)
         self._held[row, key] = held
-        self._held.move_to_end((row, key))
-        while len(self._held) > 1 and self.used > self._memory:
-            self._held.popitem(last=False)
+        self.used += _size(held)
+        while len(self._held) > MAX_HELD or (len(self._held) > 1 and self.used > self._memory):
+            self._take(*next(iter(self._held)))
 
-    @property
-    def used(self) -> int:
-        """Bytes that are held."""
-        return sum(held.nbytes if isinstance(held, Job) else len(held) for held in list(self._held.values()))
+    def _take(self, row: ConditionRow, key: bytes) -> Job | bytearray | bytes | None:
+        """Takes out what is held, if anything is."""
+        held = self._held.pop((row, key), None)
+        if held is not None:
+            self.used -= _size(held)
+        return held
 
     def job(self, row: ConditionRow, key: bytes) -> Job:
         """Raises NeedEmbeddings."""
@@ -92,19 +100,19 @@ class ConditionStore:
 
     def extend(self, row: ConditionRow, offset: int, data: memoryview) -> None:
         """Takes bytes of a step that follow those that are held. Raises NeedEmbeddings, Oversized."""
-        held = self._held.get((row, _PARTS), b"") if offset else b""
-        if not isinstance(held, bytearray | bytes) or len(held) != offset:
+        held = self._take(row, _PARTS) if offset else None
+        held = held if isinstance(held, bytearray) else bytearray()
+        if len(held) != offset:
             raise NeedEmbeddings("the worker does not hold the parts of this step that came before")
         if offset + len(data) > wire.MAX_STEP:
             raise Oversized(f"a step of more than {wire.MAX_STEP} bytes")
-        held = held if isinstance(held, bytearray) else bytearray()
         held += data
         self.put(row, _PARTS, held)
 
     def whole(self, row: ConditionRow, sent: int, data: memoryview) -> memoryview:
         """The bytes of a step, whose first ones came before. Raises NeedEmbeddings."""
-        held = self._held.pop((row, _PARTS), b"")
-        self._held.pop((row, _OUTPUT), None)
+        held = self._take(row, _PARTS)
+        self._take(row, _OUTPUT)
         if not sent:
             return data
         if not isinstance(held, bytearray) or len(held) != sent:
@@ -123,7 +131,11 @@ class ConditionStore:
 
     def forget(self, row: ConditionRow) -> None:
         for place in [place for place in self._held if place[0] is row]:
-            del self._held[place]
+            self._take(*place)
+
+
+def _size(held: Job | bytearray | bytes) -> int:
+    return held.nbytes if isinstance(held, Job) else len(held)
 
 
 @dataclass(frozen=True)
@@ -132,6 +144,8 @@ class ImageRun(Run):
 
     more: list[torch.Tensor]
     job: Job
+    #: Which of the job's rows belongs to each of the step's; -1 for zeros.
+    rows: list[int]
     #: Steps that agree in this can share a forward.
     group: Hashable
 
@@ -252,7 +266,9 @@ class DiffusionBody:
     def _forward(self, runs: Sequence[ImageRun]) -> Launched:
         job = runs[0].job
         if self._middle.per_row:
-            job = Job(_joined([run.job.tensors for run in runs]), job.scales)
+            # Selected only now: a step of many rows may wait with a small job.
+            selected = [[_rows(tensor, run.rows) for tensor in run.job.tensors] for run in runs]
+            job = Job(_joined(selected), job.scales)
         output = self._middle(_joined([run.tensors for run in runs]), job)
         return Launched(output, [len(run.states) for run in runs], range(len(runs)))
 
@@ -270,11 +286,11 @@ class DiffusionBody:
         job = self.store.job(row, request.condition) if request.condition is not None else Job()
         self._middle.check_step(shapes, job)
         if self._middle.per_row:
-            job = self._select(job, request.rows)
+            self._check_rows(job, request.rows)
         states, *more = tensors
         shapes_of_rows = tuple(tensor.shape[1:] for tensor in tensors)
         group = shapes_of_rows, states.is_contiguous(), self._middle.together(job)
-        return ImageRun(row, states, range(states.numel()), more, job, group)
+        return ImageRun(row, states, range(states.numel()), more, job, request.rows, group)
 
     def _decode(self, arrays: list[wire.Array], data: memoryview) -> list[torch.Tensor]:
         tensors, offset = [], 0
@@ -300,13 +316,12 @@ class DiffusionBody:
             raise Oversized(f"a step of {request.step_bytes} bytes whose answer has {output.nbytes}")
 
     @staticmethod
-    def _select(job: Job, rows: list[int]) -> Job:
-        """The job's tensors for each row; raises Malformed for a row that the job does not have."""
+    def _check_rows(job: Job, rows: list[int]) -> None:
+        """Raises Malformed for a row that the job does not have, Oversized when they are too large together."""
         if any(max(rows) >= len(tensor) for tensor in job.tensors):
             raise Malformed(f"a step names row {max(rows)}, which its job does not have")
         if (size := len(rows) * sum(tensor[0].nbytes for tensor in job.tensors)) > MAX_CONTEXT:
             raise Oversized(f"{len(rows)} rows of embeddings with {size} bytes")
-        return Job(tuple(_rows(tensor, rows) for tensor in job.tensors), job.scales)
 
 
 def _rows(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:

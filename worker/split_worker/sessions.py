@@ -34,6 +34,11 @@ GROWTH = 64
 #: Requests of one session that may wait; a device never has more in flight.
 MAX_WAITING = 256
 
+#: Bytes of replies that are kept to be sent again, in all: those of the sessions that were used least lately are
+#: dropped when they are counted, which they are whenever so many bytes have been added.
+MAX_REPLIES = 1024**3
+COUNTED_EVERY = 128 * 1024**2
+
 #: A session: the device's peer id, and its channel, session and epoch numbers.
 SessionId = tuple[bytes, int, int, int]
 Frames = tuple[wire.Relay, bytes]
@@ -159,6 +164,8 @@ class SessionTable:
         self._idle_timeout = idle_timeout
         self._ages = itertools.count()
         self.closed: deque[Session] = deque()
+        #: Bytes of replies since they were counted.
+        self._uncounted = 0
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -186,6 +193,17 @@ class SessionTable:
         session = Session(id_, channel.session_keys(id_[2], id_[3]), next(self._ages))
         self._sessions[id_] = session
         return session
+
+    def answered(self, session: Session, frames: Frames) -> None:
+        """Keeps a reply of a session, to be sent again."""
+        session.answered(frames)
+        self._uncounted += len(frames[1])
+        if self._uncounted > COUNTED_EVERY:
+            self._uncounted = kept = 0
+            for each in sorted(self._sessions.values(), key=lambda session: session.used, reverse=True):
+                kept += sum(len(body) for _, body in each.replies.values())
+                if kept > MAX_REPLIES:
+                    each.replies.clear()
 
     def victim(self, asking: Session) -> Session | None:
         """A session whose memory another one may have: one that is idle, else the newest if it is newer."""

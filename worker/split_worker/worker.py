@@ -318,6 +318,8 @@ class Worker:
         if not session.admit(header.seq):
             if frames := session.replies.get(header.seq):
                 self._transport.send(*frames)
+            elif header.seq < session.done:
+                self._refuse_unopened(link, header, "lost", "the worker does not hold this reply any more")
             return
         self._compute.put(Task(session, header, request, tensor, began, time.perf_counter() - began))
 
@@ -383,7 +385,7 @@ class Worker:
         """Sends a task's reply and keeps it; on the compute loop's thread."""
         frames = self._reply(task.session.keys, task.header, reply, tensor)
         with self._lock:
-            task.session.answered(frames)
+            self._sessions.answered(task.session, frames)
 
     def _reply(
         self, keys: SessionKeys, request: wire.Relay, reply: wire.Payload, tensor: memoryview | bytes = b""

@@ -206,6 +206,10 @@ class UNetMiddle(Middle):
         if images and (len(images[0]) != 4 or [images[0][0], images[0][-1]] != [shapes[0][0], shapes[0][-1]]):
             raise Malformed(f"embeddings {images[0]} of images do not fit those of the text, {shapes[0]}")
 
+    def check_step(self, shapes: Sequence[Sequence[int]], job: Job) -> None:
+        if not job.tensors:
+            raise Malformed("a step that names no embeddings")
+
     def forward(self, tensors: Sequence[torch.Tensor], job: Job) -> torch.Tensor:
         """The output of the body's last block, before its upsampler."""
         sample, embedding, *residuals = tensors

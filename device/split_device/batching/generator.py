@@ -49,7 +49,8 @@ PREFILL_AWAY = 1024
 #: worker takes many prompts faster when nobody decodes beside them, and then many decode together.
 RUSH = 512
 
-#: Seconds for which a request is held back for others' first tokens that do not come.
+#: Seconds for which a request is held back for others' first tokens that do not come, and at most each time, though
+#: they come.
 HOLD = 5.0
 
 #: Seconds of silence after which no more replies are waited for before the next forward.
@@ -83,6 +84,8 @@ class Flight:
     #: Tokens that went into the head, and into the tail.
     entered: int = 0
     left: int = 0
+    #: Since when what it has could go on: to a worker, or into the tail.
+    waits_since: float = 0.0
     ended: bool = False
     #: States for the worker; None ends the courier.
     outbox: queue.SimpleQueue[torch.Tensor | None] = field(default_factory=queue.SimpleQueue)
@@ -129,6 +132,8 @@ class Generator:
         self._away: dict[Flight, int] = {}
         self._paused_until = 0.0
         self._held_until = 0.0
+        #: The time in this turn: what it decides to wait for, the next one finds in the future or lets go.
+        self._now = time.monotonic()
         self._couriers: list[threading.Thread] = []
         # Joins a request to a loop that still runs.
         self._lock = threading.Lock()
@@ -199,6 +204,7 @@ class Generator:
 
     def _turn(self) -> None:
         self._take_in()
+        self._now = time.monotonic()
         self._admit()
         self._enter_tail()
         self._forward("tail", self._tail)
@@ -220,13 +226,13 @@ class Generator:
     def _take_in(self) -> None:
         """Does what others want done; waits if there is nothing else to do, or for replies that come just now."""
         urgent = self._urgent
-        if self._head.idle and self._tail.idle and all(flight.priority < urgent for flight, _ in self._arrived):
-            now = time.monotonic()
+        if self._head.idle and self._tail.idle and all(self._yields(flight, urgent) for flight, _ in self._arrived):
             times = [self._paused_until] * bool(self._waiting)
-            times += [self._held_until] * bool(self._outgoing or self._arrived)
-            wake = min((time_ for time_ in times if time_ > now), default=None)
+            for flight, _ in (*self._outgoing, *self._arrived):
+                times += [self._held_until, flight.waits_since + HOLD]
+            wake = min((time_ for time_ in times if time_ > self._now), default=None)
             try:
-                self._inbox.get(timeout=None if wake is None else wake - now)()
+                self._inbox.get(timeout=None if wake is None else max(0.0, wake - time.monotonic()))()
             except queue.Empty:
                 return
         until = time.monotonic() + MAX_GATHER
@@ -243,7 +249,7 @@ class Generator:
 
     def _admit(self) -> None:
         """Begins requests that wait, while there is room."""
-        while self._waiting and time.monotonic() >= self._paused_until:
+        while self._waiting and self._now >= self._paused_until:
             *_, generation, sampler = self._waiting[0]
             kept_free = self._kept_free if generation.request.priority <= 0 else 0
             tokens = self._tokens(generation, sampler)
@@ -347,6 +353,7 @@ class Generator:
     def _headed(self, flight: Flight, outcome: torch.Tensor | Exception) -> None:
         if self._goes_on(flight, outcome):
             assert isinstance(outcome, torch.Tensor)
+            flight.waits_since = time.monotonic()
             self._outgoing.append((flight, outcome))
 
     def _send_off(self) -> None:
@@ -354,15 +361,15 @@ class Generator:
         kept: list[tuple[Flight, torch.Tensor]] = []
         urgent = self._urgent
         prompts = sum(flight.prompt for flight in self._flights.values() if flight.fresh)
-        rush = prompts > RUSH and time.monotonic() < self._held_until
+        rush = prompts > RUSH and self._now < self._held_until
         prefill = sum(tokens for tokens in self._away.values() if tokens > DECODE_TOKENS)
         for flight, states in sorted(self._outgoing, key=lambda each: -each[0].priority):
             tokens = len(states)
             if flight.ended:
                 continue
             crowded = tokens > DECODE_TOKENS and prefill > 0 and prefill + tokens > PREFILL_AWAY
-            waits = flight.priority < urgent or (rush and flight.priority <= 0 and not flight.fresh)
-            if crowded or waits:
+            rushed = rush and flight.priority <= 0 and not flight.fresh
+            if crowded or self._yields(flight, math.inf if rushed else urgent):
                 kept.append((flight, states))
                 continue
             prefill += tokens if tokens > DECODE_TOKENS else 0
@@ -392,19 +399,24 @@ class Generator:
             self._paused_until = time.monotonic() + RETRY_AFTER
         elif self._goes_on(flight, outcome):
             assert isinstance(outcome, torch.Tensor)
+            flight.waits_since = time.monotonic()
             self._arrived.append((flight, outcome))
 
     @property
     def _urgent(self) -> float:
         """The highest priority of requests that wait for their first tokens, for which lower ones are held back."""
         fresh = [flight.priority for flight in self._flights.values() if flight.fresh]
-        return max(fresh) if fresh and time.monotonic() < self._held_until else -math.inf
+        return max(fresh) if fresh and self._now < self._held_until else -math.inf
+
+    def _yields(self, flight: Flight, urgent: float) -> bool:
+        """Whether a request is held back for those of this priority."""
+        return flight.priority < urgent and self._now < flight.waits_since + HOLD
 
     def _enter_tail(self) -> None:
         """Hands what has come back to the tail, but for what is held back."""
         arrived, self._arrived, urgent = self._arrived, [], self._urgent
         for flight, states in arrived:
-            if flight.priority < urgent:
+            if self._yields(flight, urgent):
                 self._arrived.append((flight, states))
             elif not flight.ended:
                 begin, flight.left = flight.left, flight.left + len(states)

@@ -54,7 +54,7 @@ class Reuse:
             return call(inputs)
         about, states = (*inputs.job, *inputs.about), inputs.tensors[0]
         kept = self._take(about, states)
-        if kept is not None and timestep <= kept.timestep and not self._is_due(kept, states):
+        if kept is not None and timestep < kept.timestep and not self._is_due(kept, states):
             kept.steps += 1
             kept.timestep = timestep
             self._images.append(kept)

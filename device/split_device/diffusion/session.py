@@ -13,14 +13,14 @@ import torch
 from split_common import wire
 from split_common.diffusion.codecs import decode, encode
 from split_common.diffusion.plan import ImagePlan
-from split_common.errors import Malformed, NeedEmbeddings, Oversized
+from split_common.errors import Malformed, NeedEmbeddings, Oversized, SessionLost
 from split_common.split import Split
 from split_common.tensors import dtype_name, raw_bytes
 from split_device.sessions.client import Client
 from split_device.sessions.lasting import Lasting
 from split_device.sessions.session import RemoteSession
 
-#: Times that a worker is sent everything for one step before it is given up.
+#: Times that a worker is sent everything for one step before another one is looked for: others may need its memory.
 MAX_EMBEDDINGS = 3
 
 
@@ -144,11 +144,12 @@ class ImageSession(Lasting[Request]):
                 with timings.measure_rest("queue"):
                     replies = remote.call(calls)
                     return [self._joined(request, replies)]
-            except NeedEmbeddings:
+            except NeedEmbeddings as error:
                 # The worker has forgotten something, or another session's came between.
                 self._sent.clear()
                 if attempt == MAX_EMBEDDINGS:
-                    raise
+                    remote.close()
+                    raise SessionLost(f"{error}, though it was sent them {attempt} times") from None
         raise AssertionError
 
     def _joined(

@@ -64,8 +64,6 @@ app = typer.Typer(
     no_args_is_help=True, help="Look after the jobs that were submitted.", rich_markup_mode="markdown"
 )
 
-_IMAGES = "Images"
-
 #: Parameters of `submit` that go with texts alone, and with images alone.
 _OF_TEXTS = ("max_tokens", "temperature", "top_p", "top_k", "stop", "system", "raw", "head_layers", "tail_layers")
 _OF_IMAGES = ("output", "steps", "size", "guidance", "negative", "cut", "codec", "reuse")

@@ -170,11 +170,16 @@ class Store:
     # --- what a user does ----------------------------------------------------------------------------------
 
     def submit(self, task: AnyTask, priority: int = 0, key: str | None = None) -> Job:
-        """Adds a job. If there is one of this key, that one is returned; JobsError if its task is another."""
+        """Adds a job. If there is one of this key, that one is returned.
+
+        Raises:
+            JobsError: the task of the one of this key is another.
+            ConfigError: the prompt or a setting is of a wrong type.
+        """
         return self.submit_all([(task, priority, key)])[0]
 
     def submit_all(self, tasks: Iterable[tuple[AnyTask, int, str | None]]) -> list[Job]:
-        """Adds jobs, all or none."""
+        """Adds jobs, all or none. Raises what `submit` raises."""
         with self._transaction():
             return [self._submit(*entry) for entry in tasks]
 
@@ -192,7 +197,7 @@ class Store:
             # Drawn now, so that the job has one output however often it is interrupted.
             task = task.with_seed(secrets.randbits(SEED_BITS))
         id_ = f"job-{secrets.token_hex(6)}"
-        sealed = self._vault.seal(msgspec.msgpack.encode(task), f"{id_}/task")
+        sealed = self._vault.seal(_packed(task), f"{id_}/task")
         self._db.execute(
             "INSERT INTO jobs (id, key, kind, model, priority, created, task) VALUES (?, ?, ?, ?, ?, ?, ?)",
             (id_, digest, kind_of(task), _name(task.model), priority, time.time(), sealed),
@@ -385,6 +390,16 @@ class Store:
             return msgspec.msgpack.decode(data, type=type_)
         except msgspec.DecodeError:
             raise StoreLocked(f"{self.path} is damaged") from None
+
+
+def _packed(task: AnyTask) -> bytes:
+    """A task that can be read again. Raises ConfigError."""
+    try:
+        packed = msgspec.msgpack.encode(task)
+        msgspec.msgpack.decode(packed, type=AnyTask)
+    except (msgspec.ValidationError, UnicodeError, OverflowError, TypeError) as error:
+        raise ConfigError(f"the prompt or a setting is of a wrong type: {error}") from None
+    return packed
 
 
 def _name(choice: AnyChoice) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import socket
 import threading
 import time
@@ -101,6 +102,8 @@ def serve(
     memory = parse_size(kv_memory) if kv_memory is not None else None
     if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:
         raise ConfigError("serve needs more packages: pip install 'lambda-split[serve]'")
+    if api_key is not None and not re.fullmatch("[!-~]+", api_key):
+        raise ConfigError("an API key has letters, digits and signs of ASCII, and no spaces")
     stop = catch_sigterm()
     images = None
     if image_model is not None:

@@ -23,7 +23,7 @@ from split_device.openai.http import refuse
 from split_device.openai.images import Images
 from split_device.openai.requests import KINDS, ApiError
 
-#: Names that this machine is called by: what a web page elsewhere makes a browser send has another one.
+#: Names that this machine is called by: a web page elsewhere may have made its own name one of this machine's.
 HOSTS = ("127.0.0.1", "localhost")
 
 IMAGES_PATH = "/v1/images/generations"
@@ -67,6 +67,10 @@ class Server:
         """A path for those that know the key."""
 
         async def authorized(request: Request) -> Response:
+            origin = request.headers.get("origin")
+            if origin is not None and origin.partition("://")[2] != request.headers["host"]:
+                # A browser sends what any page tells it to, and only keeps the answer from that page.
+                raise ApiError("web pages of other origins may not ask", 403)
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             if self._api_key is not None and not hmac.compare_digest(given.encode(), self._api_key.encode()):
                 raise ApiError("the API key is wrong or missing", 401, code="invalid_api_key")
