@@ -89,9 +89,9 @@ def _fields(text: bytes) -> dict[str, Any]:
     try:
         fields = msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise BadLine("the line is no JSON") from None
+        raise BadLine("the line is not JSON") from None
     if not isinstance(fields, dict):
-        raise BadLine("the line is no JSON object")
+        raise BadLine("the line is not a JSON object")
     return fields
 
 

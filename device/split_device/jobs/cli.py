@@ -16,7 +16,7 @@ from rich.table import Table
 from split_common.console import emit_json, stderr, stdout
 from split_common.errors import AgentError, ConfigError
 from split_common.files import write_private
-from split_common.options import MODEL_PANEL, DtypeOption, JsonOption, RevisionOption
+from split_common.options import MODEL_PANEL, DtypeOption, JsonOption, RevisionOption, given
 from split_device.diffusion.options import (
     IMAGE_MODEL,
     CodecOption,
@@ -337,13 +337,8 @@ def _write_image(png: bytes, path: Path) -> None:
 
 def _check_kind(context: typer.Context, image: bool) -> None:
     """Raises ConfigError for an option of the other kind."""
-    for name in _OF_TEXTS if image else _OF_IMAGES:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(
-                f"{option} goes with texts: leave --image out" if image else f"{option} needs --image"
-            )
+    for option in given(context, _OF_TEXTS if image else _OF_IMAGES):
+        raise ConfigError(f"{option} goes with texts: leave --image out" if image else f"{option} needs --image")
 
 
 def _made(job: Job) -> str:

@@ -45,7 +45,7 @@ async def read_json(request: Request) -> object:
     try:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise ApiError("the body is no JSON") from None
+        raise ApiError("the body is not JSON") from None
 
 
 async def unless_disconnected(request: Request, answer: Awaitable[_T]) -> _T:

@@ -175,7 +175,7 @@ def supported(body: object, ignored: Collection[str], neutral: Mapping[str, tupl
         ApiError: a field has another value than the neutral ones.
     """
     if not isinstance(body, dict):
-        raise ApiError("the body is no JSON object")
+        raise ApiError("the body is not a JSON object")
     fields = {name: value for name, value in body.items() if name not in ignored and value is not None}
     for name, values in neutral.items():
         if name in fields and not any(_same(fields[name], value) for value in values):

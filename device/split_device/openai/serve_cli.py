@@ -28,6 +28,7 @@ from split_common.options import (
     ModelOption,
     RevisionOption,
     TimeoutOption,
+    given,
     parse_size,
 )
 from split_common.process import catch_sigterm, passive_threads, wait_for
@@ -55,6 +56,7 @@ START_INTERVAL = 0.01
 
 
 def serve(
+    context: typer.Context,
     port: Annotated[
         int, typer.Option(min=0, max=65535, metavar="N", help="On the loopback; 0 takes a free one.")
     ] = 8080,
@@ -109,6 +111,8 @@ def serve(
     if image_model is not None:
         need_diffusers()
         images = ImageChoice(name=pipeline_directory(image_model), cut=cut, codec=codec, reuse=reuse, dtype=dtype)
+    elif ignored := given(context, ("cut", "codec", "reuse", "max_images")):
+        raise ConfigError(f"{ignored[0]} needs --image-model")
     texts = None
     if model is not None or images is None:
         texts = ModelChoice(
