@@ -14,7 +14,7 @@ import typer
 
 from split_common.console import emit_json, stderr
 from split_common.errors import ConfigError, SplitError
-from split_common.options import JsonOption, ModelOption, resolve_model
+from split_common.options import JsonOption, ModelOption, given, resolve_model
 from split_common.process import passive_threads, running_command, use_loopback_keys
 from split_device.diffusion.demo import image_demo
 from split_device.settings import Sampling
@@ -72,11 +72,8 @@ def demo(
     """
     if batch + serve + image + (prompt is not None) > 1:
         raise ConfigError("of PROMPT, --batch, --serve and --image only one can be had")
-    for name in _NOT_FOR_IMAGES if image else _FOR_IMAGES:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{option} does not go with --image" if image else f"{option} needs --image")
+    for option in given(context, _NOT_FOR_IMAGES if image else _FOR_IMAGES):
+        raise ConfigError(f"{option} does not go with --image" if image else f"{option} needs --image")
     if image:
         image_demo(output, json)
         return
