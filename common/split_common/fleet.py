@@ -50,6 +50,7 @@ from split_common.keys import (
     Roster,
     open_signed,
     seal,
+    verify_certificate,
 )
 from split_common.manifest import Manifest
 
@@ -137,6 +138,12 @@ class Fleet:
     def roster(self) -> Roster:
         """The newest roster that this process has accepted."""
         return self._current[0]
+
+    def verify(self, certificate: bytes, role: Role, scope: ModelScope) -> Certificate:
+        """What `verify_certificate` gives and raises, by this fleet's operator and its newest roster."""
+        return verify_certificate(
+            certificate, operator_key=self.operator_key, roster=self.roster(), role=role, scope=scope
+        )
 
     def roster_bytes(self) -> bytes:
         """The same as the operator signed it, to be served to others."""

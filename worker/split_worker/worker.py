@@ -26,7 +26,7 @@ from split_common.errors import (
     WorkerFailed,
 )
 from split_common.fleet import Fleet
-from split_common.keys import Certificate, Identity, ModelScope, Role, verify_certificate
+from split_common.keys import Certificate, Identity, ModelScope, Role
 from split_common.transport import Transport, new_peer_id
 from split_worker.body import Body
 from split_worker.compute import ComputeLoop, Task
@@ -276,13 +276,7 @@ class Worker:
 
     def _verify(self, certificate: bytes, role: Role) -> Certificate:
         scope = ModelScope(self._service.root, self._service.first, self._service.last)
-        return verify_certificate(
-            certificate,
-            operator_key=self._fleet.operator_key,
-            roster=self._fleet.roster(),
-            role=role,
-            scope=scope,
-        )
+        return self._fleet.verify(certificate, role, scope)
 
     def _request(self, header: wire.Relay, body: bytes) -> None:
         began = time.perf_counter()

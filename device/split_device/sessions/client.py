@@ -26,7 +26,7 @@ from split_common.errors import (
     WorkerGone,
 )
 from split_common.fleet import Fleet
-from split_common.keys import Certificate, Identity, ModelScope, Role, verify_certificate
+from split_common.keys import Certificate, Identity, ModelScope, Role
 from split_common.transport import Transport, count_dropped, new_peer_id
 from split_device.sessions.history import HISTORY_MEMORY
 from split_device.sessions.session import GONE, MIN_RETRY, Event, RemoteSession, printable, refusal_error
@@ -415,13 +415,7 @@ class Client:
 
     def _verify(self, certificate: bytes, role: Role) -> Certificate:
         scope = ModelScope(self.service.root, self.service.first, self.service.last)
-        return verify_certificate(
-            certificate,
-            operator_key=self._fleet.operator_key,
-            roster=self._fleet.roster(),
-            role=role,
-            scope=scope,
-        )
+        return self._fleet.verify(certificate, role, scope)
 
     def count(self, error: SplitError) -> None:
         """Notes a message that was dropped."""
