@@ -150,9 +150,10 @@ class Runner:
                 return Launched(output, counts, order)
         pool = spans[0].sequence.pool
         plan = self.backend.plan(pool, spans, self.device)
-        padding = padded_rows(tokens) - tokens if self.device.type == "cpu" else 0
-        states, positions = pad(states, (0, 0, 0, padding)), pad(positions, (0, padding))
-        packed = [*counts, padding] if padding else counts
+        packed = counts
+        if self.device.type == "cpu" and (padding := padded_rows(tokens) - tokens):
+            states, positions = pad(states, (0, 0, 0, padding)), pad(positions, (0, padding))
+            packed = [*counts, padding]
         batch = PackedBatch(pool, packed, self._moved(packed_slots), plan)
         output = self._forward_packed(self._moved(states), self._moved(positions), batch)
         return Launched(output[:tokens], counts, order)
