@@ -29,6 +29,7 @@ from split_common.errors import (
 from split_device import SplitUNet2DConditionModel
 from split_device.diffusion import session
 from split_worker.worker import Worker
+from wiretap import record_requests
 
 SIZE = 64
 PROMPT = "a red seven"
@@ -170,14 +171,7 @@ def test_a_unet_of_another_shape_at_both_cuts(broker: Any, sd15: Path, cut: str)
 def test_embeddings_travel_once_and_default_negatives_not_at_all(
     sdxl: Path, unet: Any, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent: list[Any] = []
-    send = session.RemoteSession.call
-
-    def spy(self: Any, requests: Any) -> Any:
-        sent.extend(request for request, _ in requests)
-        return send(self, requests)
-
-    monkeypatch.setattr(session.RemoteSession, "call", spy)
+    sent = record_requests(monkeypatch)
     pipe = pipeline(sdxl, unet=unet)
     before = unet.traffic["replays"]
     pipe("something else", num_inference_steps=3, height=SIZE, width=SIZE, output_type="latent")

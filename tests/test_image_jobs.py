@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from split_device import ImageDevice
 from split_device.diffusion.painter import _own
 from split_device.jobs.agent import log_path, running_agent
 from split_device.jobs.store import Store, store_path
+from wiretap import wait_until
 
 #: Seconds that something in another process may take on a busy machine.
 PATIENCE = 120.0
@@ -61,13 +61,6 @@ def unsplit(model: Path, prompt: str, seed: int, steps: int, **options: Any) -> 
 def pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image)
-
-
-def wait_until(true: Any) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def steps_of(id_: str) -> int:
@@ -115,11 +108,11 @@ def test_a_killed_agent_makes_the_same_image(run: Any, model: Path, address: str
     asked = ("--image", "--model", model, "--steps", 40)
     ids = [run("submit", *asked, prompt).out.strip() for prompt in ("a seven", "an eight")]
     pid = run("agent", "start", "--broker", address, "--json").json["pid"]
-    wait_until(lambda: all(5 < steps_of(id_) < 40 for id_ in ids))
+    wait_until(lambda: all(5 < steps_of(id_) < 40 for id_ in ids), PATIENCE)
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: running_agent() is None)
+    wait_until(lambda: running_agent() is None, PATIENCE)
     run("agent", "start", "--broker", address)
-    wait_until(lambda: 5 < steps_of(ids[1]) < 40)
+    wait_until(lambda: 5 < steps_of(ids[1]) < 40, PATIENCE)
     run("jobs", "cancel", ids[1])
     assert "was cancelled" in run("jobs", "watch", ids[1]).err
     run("jobs", "retry", ids[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from split_device import Device
 from split_device.jobs.agent import log_path, running_agent
 from split_device.jobs.job import ModelChoice, Task
 from split_device.jobs.store import Store, store_path
+from wiretap import wait_until
 
 #: Seconds that something in another process may take on a busy machine.
 PATIENCE = 120.0
@@ -56,13 +56,6 @@ def unsplit(checkpoint: Path, prompt: str, tokens: int, **options: Any) -> str:
     chosen = {"do_sample": False, **options}
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **chosen)
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-
-
-def wait_until(true: Any) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def tokens_of(id_: str) -> int:
@@ -127,9 +120,9 @@ def test_a_killed_agent_goes_on_where_it_was(run: Any, checkpoint: Path, address
     seen = 0
     for _ in range(3):
         pid = run("agent", "start", "--broker", address, "--json").json["pid"]
-        wait_until(lambda goal=seen + 20: tokens_of(greedy) + tokens_of(sampled) >= goal)
+        wait_until(lambda goal=seen + 20: tokens_of(greedy) + tokens_of(sampled) >= goal, PATIENCE)
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: running_agent() is None)
+        wait_until(lambda: running_agent() is None, PATIENCE)
         kept = tokens_of(greedy) + tokens_of(sampled)
         assert kept >= seen + 20
         seen = kept
@@ -147,9 +140,9 @@ def test_jobs_wait_for_a_worker_and_can_be_cancelled(
     options = ("--model", checkpoint, "--head-layers", 1, "--tail-layers", 1)
     waiting = run("submit", "Hello", *options).out.strip()
     run("agent", "start", "--broker", address, "--give-up", 4)
-    wait_until(lambda: "jobs wait: NoWorker" in log_path().read_text())
+    wait_until(lambda: "jobs wait: NoWorker" in log_path().read_text(), PATIENCE)
     cancelled = run("submit", "Hello", "--model", checkpoint, "--max-tokens", 200).out.strip()
-    wait_until(lambda: tokens_of(cancelled) > 0)
+    wait_until(lambda: tokens_of(cancelled) > 0, PATIENCE)
     assert run("jobs", "cancel", cancelled).code == 0
     failed = run("jobs", "watch", cancelled)
     assert (failed.code, "was cancelled" in failed.err) == (1, True)
@@ -165,7 +158,7 @@ def test_an_agent_that_keeps_nothing(run: Any, address: str) -> None:
     with Store(store_path()) as store:
         gone = store.cancel(store.submit(Task(model=ModelChoice(name="any"), prompt="x")).id).id
     run("agent", "start", "--broker", address, "--keep", "0s")
-    wait_until(lambda: run("jobs", "show", gone).code == 1)
+    wait_until(lambda: run("jobs", "show", gone).code == 1, PATIENCE)
     assert run("agent", "start", "--keep", "long").code == 1
 
 

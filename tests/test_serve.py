@@ -6,7 +6,6 @@ import asyncio
 import ctypes
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import tiny
 from serving import KEY, Unsplit, serving
 from split_common.errors import SplitError
 from split_device.openai.serve_cli import answering
+from wiretap import wait_until
 
 #: Seconds that something may take on a busy machine.
 PATIENCE = 60.0
@@ -182,7 +182,7 @@ def test_many_streams_at_once(fleet: tuple[str, Any], unsplit: Unsplit) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_session(fleet: tuple[str, Any], stream: bool) -> None:
     url, worker = fleet
-    wait_until(lambda: not sessions(worker))
+    wait_until(lambda: not sessions(worker), PATIENCE)
     body = {"model": "tiny", "prompt": "Once", "temperature": 0, "max_tokens": 4000, "stream": stream, "n": 4}
     headers = {"Authorization": f"Bearer {KEY}"}
     before = tokens(worker)
@@ -193,8 +193,8 @@ def test_a_client_that_hangs_up_frees_its_session(fleet: tuple[str, Any], stream
     else:
         with pytest.raises(httpx2.ReadTimeout):
             httpx2.post(f"{url}/completions", json=body, headers=headers, timeout=0.3)
-    wait_until(lambda: tokens(worker) > before)
-    wait_until(lambda: not sessions(worker))
+    wait_until(lambda: tokens(worker) > before, PATIENCE)
+    wait_until(lambda: not sessions(worker), PATIENCE)
     # All four answers would have been far more.
     assert tokens(worker) - before < 2 * 4000
 
@@ -243,10 +243,3 @@ def sessions(worker: Any) -> int:
 
 def tokens(worker: Any) -> int:
     return int(worker._compute.counters["tokens"])
-
-
-def wait_until(true: Any) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)

@@ -7,7 +7,6 @@ import base64
 import io
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from playwright.sync_api import expect, sync_playwright
 import tiny
 import tiny_diffusion
 from serving import KEY, serving
+from wiretap import wait_until
 
 #: Seconds that something may take on a busy machine.
 PATIENCE = 60.0
@@ -139,8 +139,8 @@ def test_a_client_that_hangs_up_ends_its_images(server: tuple[str, Any]) -> None
     before = steps(worker)
     with pytest.raises(httpx2.ReadTimeout):
         httpx2.post(f"{url}/images/generations", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=0.5)
-    wait_until(lambda: steps(worker) > before)
-    wait_until(lambda: not len(worker._sessions))
+    wait_until(lambda: steps(worker) > before, PATIENCE)
+    wait_until(lambda: not len(worker._sessions), PATIENCE)
     # All four would have been far more.
     assert steps(worker) - before < 1000
 
@@ -182,10 +182,3 @@ def test_the_page_shows_images(server: tuple[str, Any]) -> None:
 
 def steps(worker: Any) -> int:
     return int(worker._compute.counters["steps"])
-
-
-def wait_until(true: Any) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)

@@ -22,10 +22,10 @@ from split_common.engine.rows import Row
 from split_common.errors import InvalidSplit, Malformed, NonFinite, UnsupportedArchitecture, UnsupportedFeature
 from split_common.split import Split
 from split_device import SplitFluxTransformer2DModel, SplitSD3Transformer2DModel, SplitUNet2DConditionModel
-from split_device.diffusion import session
 from split_worker.diffusion import DiffusionBody
 from split_worker.worker import Worker
 from test_diffusion import image, latents, lora_of, pipeline
+from wiretap import record_requests
 
 #: How each kind's pipeline and split class are called, and a longest prompt that its pipeline may be told.
 KINDS: dict[str, tuple[str, Any]] = {
@@ -120,14 +120,7 @@ def test_what_travels(
     kind: str, model: Path, transformer: Any, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No embeddings of the text; for Flux the places of the tokens, once; and what is too large, in parts."""
-    sent: list[Any] = []
-    send = session.RemoteSession.call
-
-    def spy(self: Any, requests: Any) -> Any:
-        sent.extend(request for request, _ in requests)
-        return send(self, requests)
-
-    monkeypatch.setattr(session.RemoteSession, "call", spy)
+    sent = record_requests(monkeypatch)
     monkeypatch.setattr(wire, "PART_BYTES", 10_000)
     pipe = pipe_of(kind, model, transformer=transformer)
     wanted = latents(pipe_of(kind, model), **SHORT, height=32)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 import torch
 import zmq
 
@@ -26,12 +27,26 @@ from split_common.tensors import to_bytes
 from split_common.transport import connect, new_peer_id
 from split_common.transport.zmq_link import curve_client
 from split_device.sessions.client import Client
+from split_device.sessions.session import RemoteSession
 from split_worker.body import Body
 from split_worker.sessions import SessionTable
 from split_worker.worker import Worker
 
 SPLIT = Split.parse(6, "2:-2")
 WIDTH = 32
+
+
+def record_requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """All requests that sessions of this process send from now on."""
+    sent: list[Any] = []
+    call = RemoteSession.call
+
+    def recording(self: RemoteSession, requests: Any) -> Any:
+        sent.extend(request for request, _ in requests)
+        return call(self, requests)
+
+    monkeypatch.setattr(RemoteSession, "call", recording)
+    return sent
 
 
 def wait_until(condition: Callable[[], Any], timeout: float = 10.0) -> float:
