@@ -33,6 +33,7 @@ from split_device.stress.processes import Kept
 from split_device.stress.proxy import Proxy
 from split_device.stress.report import percentiles, report
 from split_device.stress.workload import draw as draw_request
+from wiretap import wait_until
 
 RNG = random.Random(0)
 
@@ -209,13 +210,13 @@ def test_the_same_seed_draws_the_same_faults(monkeypatch: pytest.MonkeyPatch) ->
         workers: list[Any] = [Victim(), Victim()]
         chaos = Chaos(list(KINDS), seed, workers, Victim(), Victim())  # type: ignore[arg-type]
         chaos.start()
-        time.sleep(0.6)
+        wait_until(lambda: set(chaos.counts) >= {"kill", "stop", "broker", "lag", "corruption"})
+        wait_until(lambda: len(chaos.history) >= 12)
         chaos.close()
-        assert set(chaos.counts) >= {"kill", "stop", "broker", "lag", "corruption"}
         assert sum(chaos.counts.values()) == len(chaos.history)
         # What is stopped goes on, at the end at the latest.
         assert all(worker.done[-1] == "resume" for worker in workers)
-        return [kind for _, kind in chaos.history][:6]
+        return [kind for _, kind in chaos.history][:12]
 
     first = strike(3)
     assert first == strike(3)

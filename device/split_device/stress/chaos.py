@@ -71,6 +71,9 @@ class Chaos:
         self._rngs = {kind: random.Random(f"{seed} {kind}") for kind in kinds}
         self._ties = itertools.count()
         self._due: list[tuple[float, int, Callable[[], object]]] = []
+        # When what is done just now was due: what follows is counted from then, so that a thread that wakes late
+        # changes nothing in the order of the faults.
+        self._now = 0.0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="stress-chaos", daemon=True)
         #: Faults that struck, by kind; those of the kind "drop" by what they are.
@@ -79,6 +82,7 @@ class Chaos:
         self.history: list[tuple[float, str]] = []
 
     def start(self) -> None:
+        self._now = time.monotonic()
         for kind, rng in self._rngs.items():
             self._later(FIRST * rng.uniform(*INTERVALS[kind]), partial(self._strike, kind))
         self._thread.start()
@@ -93,10 +97,11 @@ class Chaos:
 
     def _run(self) -> None:
         while self._due and not self._closing.wait(max(0.0, self._due[0][0] - time.monotonic())):
-            heapq.heappop(self._due)[-1]()
+            self._now, _, what = heapq.heappop(self._due)
+            what()
 
     def _later(self, seconds: float, what: Callable[[], object]) -> None:
-        heapq.heappush(self._due, (time.monotonic() + seconds, next(self._ties), what))
+        heapq.heappush(self._due, (self._now + seconds, next(self._ties), what))
 
     def _strike(self, kind: str) -> None:
         rng = self._rngs[kind]
