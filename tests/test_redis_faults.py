@@ -9,11 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -25,9 +27,9 @@ from split_common.manifest import find_manifest
 from split_common.part import plan
 from split_common.transport import HEARTBEAT, MISSED, OPEN_PATIENCE, connect, new_peer_id
 from split_common.transport.redis import keeper as redis_keeper
-from split_common.transport.redis import link as redis_link
 from split_common.transport.redis.keeper import LEASE, WATCH_INTERVAL
 from split_common.transport.redis.keys import GROUP, Keys
+from split_common.transport.redis.server import Line
 from split_device import SplitModelForCausalLM
 from split_worker.worker import Worker
 from valkeys import Valkey, running_valkey
@@ -138,17 +140,30 @@ def test_a_message_that_is_written_twice_is_computed_once(
     setting: Setting, server: Valkey, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when the answer to a write is lost: the writer cannot know, and writes again."""
-    run = redis_link.Line.run
+    run, post = Line.run, Line.post
+    written = Counter[str]()
 
-    def twice(line: Any, commands: Any) -> Any:
-        if any(words[0] == "XADD" for _, words in commands):
-            run(line, commands)
-        return run(line, commands)
+    def run_twice(line: Any, commands: Any, posted: int = 0) -> Any:
+        answers = run(line, commands, posted)
+        if any(words[0] == "XADD" for _, words in commands[posted:]):
+            written["by the thread"] += 1
+            run(line, commands[posted:])
+        return answers
 
-    monkeypatch.setattr(redis_link.Line, "run", twice)
+    def post_twice(line: Any, command: Any) -> bool:
+        posted = post(line, command)
+        if posted and command[1][0] == "XADD":
+            written["by the sender"] += 1
+            server.client().execute_command(*command[1])
+        return posted
+
+    monkeypatch.setattr(Line, "run", run_twice)
+    monkeypatch.setattr(Line, "post", post_twice)
     with setting.worker(server.address) as worker, setting.client(server.address) as client:
         assert run_steps(client, STEPS) == expected
         assert worker.counters["steps"] == STEPS + 1
+    assert written["by the thread"] > 0
+    assert written["by the sender"] > STEPS
 
 
 def test_a_server_that_stays_away_is_told_in_time(setting: Setting) -> None:
@@ -164,6 +179,30 @@ def test_a_server_that_stays_away_is_told_in_time(setting: Setting) -> None:
         with pytest.raises(BrokerUnreachable):
             session.call([step(1)])
         assert time.monotonic() - began < HEARTBEAT * MISSED + 2.0
+
+
+def test_a_server_that_hangs_holds_no_sender_up_and_gets_all_in_order(setting: Setting, server: Valkey) -> None:
+    arrived: list[int] = []
+    with setting.worker(server.address) as worker, setting.client(server.address) as client:
+        session = client.open_session()
+        session.call([step(0)])
+        worker._transport._caller.message = lambda header, _: arrived.append(header.seq)
+        header = wire.Relay(
+            worker.id, client.id, wire.Kind.REQUEST, session.channel.number, session.number, 0, 0, 0
+        )
+
+        def send_all() -> None:
+            for seq in range(200):
+                client.transport.send(msgspec.structs.replace(header, seq=seq), bytes(2000 if seq != 20 else 2**20))
+
+        server.signal(signal.SIGSTOP)
+        with in_background(send_all) as sent:
+            try:
+                sent.result(3)
+            finally:
+                server.signal(signal.SIGCONT)
+        wait_until(lambda: len(arrived) >= 200)
+        assert arrived == list(range(200))
 
 
 def test_a_server_without_memory_pushes_back(setting: Setting, server: Valkey, expected: list[bytes]) -> None:
@@ -391,7 +430,7 @@ def test_a_full_lane_pushes_back_and_nothing_is_dropped(
             time.sleep(0.2)
             padding = server.client()
             for _ in range(20):
-                padding.xadd(worker._transport._lane, {"h": b"junk", "b": bytes(10_000)}, nomkstream=True)
+                padding.xadd(worker._transport._keeper.lane, {"h": b"junk", "b": bytes(10_000)}, nomkstream=True)
             wait_until(lambda: client.transport._keeper.full)
             session.resend()
             wait_until(lambda: client.transport.counters["bounced_full"] > 0)
@@ -406,7 +445,7 @@ def test_nothing_can_be_added_after_the_last_id_and_a_new_lane_is_made(setting: 
     keys = Keys(setting.fleet.operator_key)
     with setting.worker(server.address) as worker, setting.client(server.address, timeout=20.0) as client:
         client.open_session().call([step(0)])
-        for stream in (worker._transport._lane, client.transport._lane, keys.opens(setting.service)):
+        for stream in (worker._transport._keeper.lane, client.transport._keeper.lane, keys.opens(setting.service)):
             server.client().xadd(stream, {"h": b"junk", "b": b""}, id=last)
             wait_until(lambda stream=stream: server.client().xinfo_stream(stream)["last-generated-id"] != last)
         assert len(run_steps(client, 5)) == 6

@@ -130,7 +130,7 @@ def test_thousands_of_bad_entries_change_nothing(
             other.open_session().call([step(0)])
         steps = worker.counters["steps"]
         spoiler = Spoiler(list(good), seed=len(victim))
-        stream = keys.opens(setting.service) if victim == "opens" else link._lane
+        stream = keys.opens(setting.service) if victim == "opens" else link._keeper.lane
         received = link.counters["messages_received"]
         with ThreadPoolExecutor(2) as pool:
             flooding = pool.submit(flood, server, stream, spoiler.entry)
@@ -162,7 +162,7 @@ def test_an_entry_above_the_limit_is_refused(setting: Setting, server: Valkey) -
         expected = run_steps(client, 5)
         link: Any = worker._transport
         for head, body in ((b"\x01" + bytes(wire.MAX_HEADER), b""), (b"\x01\x91\x03", bytes(wire.MAX_BODY + 1))):
-            server.client().xadd(link._lane, {"h": head, "b": body})
+            server.client().xadd(link._keeper.lane, {"h": head, "b": body})
         wait_until(lambda: link.counters["Oversized"] == 2)
         assert run_steps(client, 5) == expected
 

@@ -90,6 +90,11 @@ class Server:
         except (TypeError, ValueError, RedisError) as error:
             raise ConfigError(f"broker address {self.shown!r}: {error}") from None
 
+    @property
+    def single(self) -> redis.Redis | None:
+        """The client of the one server that holds all keys; None where it is a cluster."""
+        return self._single
+
     def holder(self, key: str) -> redis.Redis:
         """The client of the server that holds a key. Raises Unreachable, Refused, ConfigError."""
         if self._single is not None:
@@ -140,8 +145,18 @@ class Line:
         self._connections: dict[int, tuple[redis.Redis, Any]] = {}
         self._closed = False
 
-    def run(self, commands: Sequence[Command]) -> list[Any]:
-        """Sends all, then reads all answers: raw, or a ResponseError in the place of one that failed.
+    def post(self, command: Command) -> bool:
+        """Sends a command whose answer the next `run` reads; False where that takes more than its connection."""
+        _, connection = self._connections.get(id(self._server.single), (None, None))
+        if connection is None or not connection.is_connected:
+            return False
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            # `run` will find the connection broken.
+            connection.send_packed_command(connection.pack_commands([command[1]]))
+        return True
+
+    def run(self, commands: Sequence[Command], posted: int = 0) -> list[Any]:
+        """Sends all but the first `posted`, then reads all answers: raw, or a ResponseError for one that failed.
 
         Raises:
             Unreachable, Refused: some may have been run, and some not.
@@ -150,8 +165,10 @@ class Line:
         left = list(range(len(commands)))
         for _ in range(REDIRECTIONS):
             for client, numbers in self._by_holder(commands, left):
-                for number, answer in zip(numbers, self._exchange(client, commands, numbers), strict=True):
+                exchanged = self._exchange(client, commands, numbers, posted)
+                for number, answer in zip(numbers, exchanged, strict=True):
                     answers[number] = answer
+            posted = 0
             left = [number for number in left if isinstance(answers[number], _ELSEWHERE)]
             if not left:
                 return answers
@@ -174,12 +191,15 @@ class Line:
             groups.setdefault(id(client), (client, []))[1].append(number)
         return list(groups.values())
 
-    def _exchange(self, client: redis.Redis, commands: Sequence[Command], numbers: Sequence[int]) -> list[Any]:
+    def _exchange(
+        self, client: redis.Redis, commands: Sequence[Command], numbers: Sequence[int], posted: int
+    ) -> list[Any]:
         answers: list[Any] = []
         try:
             with self._server.contained():
-                connection = self._connection(client)
-                connection.send_packed_command(connection.pack_commands([commands[n][1] for n in numbers]))
+                connection = self._connection(client, anew=not posted)
+                unsent = [commands[n][1] for n in numbers if n >= posted]
+                connection.send_packed_command(connection.pack_commands(unsent))
                 for _ in numbers:
                     try:
                         answers.append(connection.read_response(disconnect_on_error=True))
@@ -195,12 +215,14 @@ class Line:
             raise
         return answers
 
-    def _connection(self, client: redis.Redis) -> Any:
+    def _connection(self, client: redis.Redis, anew: bool) -> Any:
         if self._closed:
             raise ConnectionError("closed")
         if id(client) not in self._connections:
             self._connections[id(client)] = client, client.connection_pool.make_connection()
         connection = self._connections[id(client)][1]
+        if not (anew or connection.is_connected):
+            raise ConnectionError("the connection broke")
         # Sending would connect, too, but to the master that Sentinels named last time.
         connection.connect()
         return connection

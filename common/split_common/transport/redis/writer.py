@@ -1,0 +1,191 @@
+"""How a Redis link writes: messages go to the lanes of other peers in the order in which they were handed in.
+
+Whoever sends does so in his own thread where that cannot block: the connection is there, nothing else waits to be
+sent, and what the server has not answered yet fits into a socket's buffer. Everything else the writer's thread
+sends. It alone reads answers, since these may call the peer's handler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from redis.exceptions import OutOfMemoryError, ResponseError
+
+from split_common import wire
+from split_common.errors import BrokerUnreachable
+from split_common.transport import count_dropped
+from split_common.transport.redis.keeper import RECONNECT, RECONNECT_MAX, RETRY_AFTER, Keeper
+from split_common.transport.redis.server import Command, Line, Refused
+from split_common.transport.zmq_link import OUTBOX_BYTES
+
+#: Bytes of messages that the writer's thread adds in one round trip, unless a single one is larger.
+BATCH_BYTES = 4 * 1024 * 1024
+
+#: Bytes of messages without an answer up to which senders write themselves: any socket's buffer holds as much.
+DIRECT_BYTES = 32 * 1024
+
+#: Seconds after which the answers to what senders wrote are read.
+ANSWER_DELAY = 0.01
+
+#: Seconds that closing may take to write what is queued.
+LINGER = 0.5
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Outgoing:
+    """A command to be sent; `header` and `size` of a message."""
+
+    command: Command
+    header: wire.Relay | None = None
+    size: int = 0
+
+
+class Writer:
+    """Writes what is `put`, until `close`; `run` is its thread.
+
+    Args:
+        line: to the server; the writer's own.
+        keeper: knows whose lane is full, and tells senders what was not delivered.
+        counters: of the link.
+    """
+
+    def __init__(self, line: Line, keeper: Keeper, counters: Counter[str]) -> None:
+        self._line = line
+        self._keeper = keeper
+        self._counters = counters
+        # Held by who uses the line, and all below but the first. `put` never waits for it.
+        self._turn = threading.Lock()
+        self._handed: deque[Outgoing] = deque()
+        self._unsent: deque[Outgoing] = deque()
+        self._unsent_bytes = 0
+        # What senders wrote themselves, and nobody has read the answers to.
+        self._posted: list[Outgoing] = []
+        self._posted_bytes = 0
+        # Wakes the thread. Unlike a lock's, its `put` may be called by the garbage collector within itself.
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._closing = threading.Event()
+
+    def put(self, outgoing: Outgoing) -> None:
+        """Takes a command; never blocks. Any thread may call it, and the garbage collector in any."""
+        if self._turn.acquire(blocking=False):
+            try:
+                idle = not self._posted
+                if self._post(outgoing):
+                    if idle:
+                        self._wakes.put(None)
+                    return
+            finally:
+                self._turn.release()
+        self._handed.append(outgoing)
+        self._wakes.put(None)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._wakes.put(None)
+
+    def _post(self, outgoing: Outgoing) -> bool:
+        """Sends a command at once, if that cannot block and nothing waits before it."""
+        size = self._posted_bytes + outgoing.size
+        if self._handed or self._unsent or size > DIRECT_BYTES or self._full(outgoing):
+            return False
+        if not self._line.post(outgoing.command):
+            return False
+        self._posted.append(outgoing)
+        self._posted_bytes = size
+        return True
+
+    def _full(self, outgoing: Outgoing) -> bool:
+        return outgoing.header is not None and outgoing.header.to in self._keeper.full
+
+    # --- the thread ----------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        pause, give_up = RECONNECT, float("inf")
+        while True:
+            self._wait()
+            try:
+                with self._turn:
+                    answered = self._exchange()
+            except BrokerUnreachable as error:
+                log.debug("not written: %s", error)
+                self._closing.wait(pause)
+                pause = min(2 * pause, RECONNECT_MAX)
+            else:
+                pause = RECONNECT
+                for outgoing, answer in answered:
+                    self._written(outgoing, answer)
+            if self._closing.is_set():
+                give_up = min(give_up, time.monotonic() + LINGER)
+                if not (self._handed or self._unsent or self._posted) or time.monotonic() > give_up:
+                    return
+
+    def _wait(self) -> None:
+        """Until there is something to do."""
+        if self._unsent or self._closing.is_set():
+            return
+        self._wakes.get()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                # Where senders wrote themselves, only answers are due, and nobody waits for those.
+                self._wakes.get(timeout=0.0 if self._handed or self._closing.is_set() else ANSWER_DELAY)
+
+    def _exchange(self) -> list[tuple[Outgoing, object]]:
+        """Sends a batch, and reads the answers to it and to what senders wrote. Raises BrokerUnreachable."""
+        posted, self._posted, self._posted_bytes = self._posted, [], 0
+        self._collect()
+        batch = posted + self._next_batch()
+        try:
+            answers = self._line.run([outgoing.command for outgoing in batch], posted=len(posted))
+        except BrokerUnreachable:
+            # Sent again, though some of it may have arrived: sessions know by its number what they have.
+            self._unsent.extendleft(reversed(batch))
+            self._unsent_bytes += sum(outgoing.size for outgoing in batch)
+            raise
+        return list(zip(batch, answers, strict=True))
+
+    def _collect(self) -> None:
+        """Takes over what was handed in."""
+        while self._handed:
+            outgoing = self._handed.popleft()
+            if self._unsent_bytes + outgoing.size > OUTBOX_BYTES:
+                self._counters["outbox_full"] += 1
+            else:
+                self._unsent.append(outgoing)
+                self._unsent_bytes += outgoing.size
+
+    def _next_batch(self) -> list[Outgoing]:
+        """What is sent next. What is for a peer whose lane is full comes back to the sender."""
+        batch: list[Outgoing] = []
+        size = 0
+        while self._unsent and size < BATCH_BYTES:
+            outgoing = self._unsent.popleft()
+            self._unsent_bytes -= outgoing.size
+            if self._full(outgoing):
+                assert outgoing.header is not None
+                self._keeper.bounce(outgoing.header, "full", "the queue of the peer is full", RETRY_AFTER)
+            else:
+                batch.append(outgoing)
+                size += outgoing.size
+        return batch
+
+    def _written(self, outgoing: Outgoing, answer: object) -> None:
+        header = outgoing.header
+        if header is None:
+            return
+        if isinstance(answer, bytes):
+            self._counters["messages_sent"] += 1
+            self._counters["bytes_sent"] += outgoing.size
+        elif isinstance(answer, ResponseError):
+            if not isinstance(answer, OutOfMemoryError):
+                count_dropped(self._counters, Refused(str(answer)))
+            self._keeper.bounce(header, "full", "the server takes no more", 2 * RETRY_AFTER)
+        else:
+            self._keeper.undelivered(header)
