@@ -424,8 +424,8 @@ def test_a_full_lane_pushes_back_and_nothing_is_dropped(
     with setting.worker(server.address) as worker, setting.client(server.address) as client:
         session = client.open_session()
         session.call([step(0)])
-        take, blocked = worker._transport._take, threading.Event()
-        monkeypatch.setattr(worker._transport, "_take", lambda fields: (blocked.wait(10), take(fields))[0])
+        take, blocked = worker._transport._reader._take, threading.Event()
+        monkeypatch.setattr(worker._transport._reader, "_take", lambda fields: (blocked.wait(10), take(fields))[0])
         with in_background(lambda: session.call([step(1 + 30 * i, 30) for i in range(7)])) as work:
             time.sleep(0.2)
             padding = server.client()

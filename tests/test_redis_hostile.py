@@ -49,6 +49,7 @@ def recorded(link: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, by
         take(fields)
 
     monkeypatch.setattr(link, "_take", record)
+    monkeypatch.setattr(link._reader, "_take", record)
     return seen
 
 

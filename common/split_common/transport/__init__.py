@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import queue
 from collections import Counter
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from split_common.address import is_redis, parse_address
 from split_common.errors import ConfigError, SplitError
@@ -20,6 +21,8 @@ from split_common.keys import Identity
 from split_common.wire import Announce, AnyHeader, Header
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 #: Where the broker listens, and where peers look for it, when no address is given.
 DEFAULT_BROKER = "tcp://127.0.0.1:7411"
@@ -69,6 +72,13 @@ class Transport(Protocol):
 
     def send(self, header: Header, body: bytes = b"") -> None:
         """Takes a message; never blocks, and is safe even where the garbage collector may call it."""
+
+    def receive(self, events: queue.SimpleQueue[_T], timeout: float) -> _T:
+        """The next of what the handler puts into `events`; while the caller waits, it may be called in his thread.
+
+        Raises:
+            queue.Empty: nothing came within `timeout` seconds.
+        """
 
     def announce(self) -> None:
         """Sends a heartbeat now, because something in it has changed."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import select
 import socket
 import threading
 import time
 from collections import Counter, deque
+from typing import TypeVar
 
 import msgspec
 import zmq
@@ -26,6 +28,8 @@ from split_common.keys import Identity
 from split_common.transport import HEARTBEAT, MISSED, Handler, count_dropped
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 #: Bytes received after which a peer tells the broker so at once, and not with its next heartbeat.
 CREDIT_STEP = 4 * 1024 * 1024
@@ -167,6 +171,9 @@ class ZmqLink:
                 self._turn.release()
             if noticed and threading.current_thread() is not self._thread:
                 self._wake()
+
+    def receive(self, events: queue.SimpleQueue[_T], timeout: float) -> _T:
+        return events.get(timeout=timeout)
 
     def announce(self) -> None:
         self._announce_now = True

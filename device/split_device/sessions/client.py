@@ -377,7 +377,7 @@ class Client:
                 self.transport.send(request, body)
                 interval, send_at = 2 * interval, now + interval
             try:
-                event = events.get(timeout=max(0.0, min(send_at, deadline) - now))
+                event = self.transport.receive(events, max(0.0, min(send_at, deadline) - now))
             except queue.Empty:
                 continue
             if isinstance(event, SplitError):

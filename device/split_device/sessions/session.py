@@ -206,7 +206,7 @@ class RemoteSession:
                 interval = min(2 * interval, MAX_RETRANSMIT)
                 resend_at = now + interval
             try:
-                event = self.events.get(timeout=min(0.25, resend_at - now))
+                event = self._client.transport.receive(self.events, min(0.25, resend_at - now))
             except queue.Empty:
                 continue
             if isinstance(event, SplitError):

@@ -1,21 +1,20 @@
 """The Redis transport: a peer's lane, the streams that it adds to, and the threads that read and write them.
 
-There is no broker process. One thread writes (`split_common.transport.redis.writer`). One reads the peer's lane,
-and cuts off what it has read; a worker has another one that reads its service's wishes while there is room. A
-fourth keeps leases (`split_common.transport.redis.keeper`). Each has connections of its own.
+There is no broker process. One thread writes (`writer`). One reads the peer's lane (`reader`); a worker has another
+one that reads its service's wishes while there is room. A fourth keeps leases (`keeper`). Each has connections of
+its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
-
-from redis.exceptions import ResponseError
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from split_common import wire
 from split_common.errors import BrokerUnreachable, Malformed, Oversized, SplitError
@@ -25,26 +24,16 @@ from split_common.transport import HEARTBEAT, MISSED, Handler, count_dropped
 from split_common.transport.redis.caller import Caller
 from split_common.transport.redis.keeper import RECONNECT, Keeper
 from split_common.transport.redis.keys import GROUP, Keys, entry, next_id, read_entry
-from split_common.transport.redis.server import Command, Line, Refused, Server
+from split_common.transport.redis.reader import READ_WAIT, Reader
+from split_common.transport.redis.server import Line, Server
 from split_common.transport.redis.writer import LINGER, Outgoing, Writer
-
-#: Entries that are read in one round trip.
-READ_COUNT = 16
-
-#: Milliseconds that a read waits for an entry.
-READ_WAIT = 1000
-
-#: Reads in a row that find nothing though the lane holds something, before it is read from its beginning.
-OVERLOOKED = 2
-
-#: Bytes that are read before they are cut off the lane; and milliseconds without an entry after which they are.
-TRIM_BYTES = 256 * 1024
-TRIM_DELAY = 200
 
 #: Seconds between two looks whether there is room for another session.
 ROOM_INTERVAL = 0.2
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 class RedisLink:
@@ -62,13 +51,12 @@ class RedisLink:
         self._fleet = fleet
         self._member = identity.certificate.name
         self._keys = Keys(fleet.operator_key)
-        # Of the own lane, since it was last cut.
-        self._read_bytes = 0
         self._closing = threading.Event()
         self._lines: list[Line] = []
         self._threads: list[threading.Thread] = []
         self._keeper: Keeper | None = None
         self._writer: Writer | None = None
+        self._reader: Reader | None = None
         #: Messages dropped because they broke the protocol, by type of error; and bytes and messages moved.
         self.counters: Counter[str] = Counter()
 
@@ -90,7 +78,8 @@ class RedisLink:
             self.close()
             raise BrokerUnreachable(f"{why} (tried for at most {timeout:g} s)")
         self._start_thread(writer.run, "writer")
-        self._start_thread(self._read, "reader")
+        reader = self._reader = Reader(self._line(), keeper, self._take, self.counters, self._closing)
+        self._start_thread(reader.run, "reader")
         if keeper.opens is not None:
             self._start_thread(self._read_opens, "opens")
 
@@ -126,6 +115,11 @@ class RedisLink:
             command = lane, ("XADD", lane, "NOMKSTREAM", "*", *entry(head, body))
             self._writer.put(Outgoing(command, header, len(head) + len(body)))
 
+    def receive(self, events: queue.SimpleQueue[_T], timeout: float) -> _T:
+        if self._reader is None:
+            return events.get(timeout=timeout)
+        return self._reader.receive(events, timeout)
+
     def announce(self) -> None:
         if self._keeper is not None:
             self._keeper.announce()
@@ -150,72 +144,10 @@ class RedisLink:
 
     # --- reading -------------------------------------------------------------------------------------------
 
-    def _read(self) -> None:
-        """Takes what comes into the own lane, and cuts it off: many bytes at a time, or when nothing comes."""
-        assert self._keeper is not None
-        line, lane, made, overlooked = self._line(), self._keeper.lane, 0, 0
-        entries: list[Any] | None = None
-        while not self._closing.is_set():
-            if made != self._keeper.lanes_made:
-                made = self._keeper.lanes_made
-                after: bytes | str = "0-0"
-                unread = cut = "0-0"
-            commands: list[Command] = []
-            if unread != cut and (not entries or self._read_bytes > TRIM_BYTES):
-                commands.append((lane, ("XTRIM", lane, "MINID", unread)))
-                cut, self._read_bytes = unread, 0
-            wait = READ_WAIT if unread == cut else TRIM_DELAY
-            commands.append((lane, ("XREAD", "COUNT", READ_COUNT, "BLOCK", wait, "STREAMS", lane, after)))
-            entries = self._entries(line, commands)
-            if entries is None:
-                cut = "0-0"
-                continue
-            overlooked = overlooked + 1 if not entries and unread == cut and self._holds_something(line) else 0
-            if overlooked >= OVERLOOKED:
-                # An id was damaged on its way here, and what came later has a lower one.
-                after, unread, overlooked = "0-0", "0-0", 0
-            for id_, fields in entries:
-                after = id_
-                self._take(fields)
-                following = next_id(id_)
-                if following is None:
-                    self._keeper.renew_lane()
-                else:
-                    unread = following
-
-    def _entries(self, line: Line, commands: Sequence[Command]) -> list[Any] | None:
-        """The entries that the last of some commands reads; None, after a pause, when it cannot."""
-        try:
-            *_, answer = line.run(commands)
-        except BrokerUnreachable as error:
-            log.debug("not read: %s", error)
-            self._closing.wait(RECONNECT)
-            return None
-        if isinstance(answer, ResponseError):
-            if "NOGROUP" in str(answer):
-                assert self._keeper is not None
-                with contextlib.suppress(BrokerUnreachable):
-                    self._keeper.make_group(line)
-            else:
-                count_dropped(self.counters, Refused(str(answer)))
-            self._closing.wait(RECONNECT)
-            return None
-        return answer[0][1] if answer else []
-
-    def _holds_something(self, line: Line) -> bool:
-        assert self._keeper is not None
-        lane = self._keeper.lane
-        try:
-            (length,) = line.run([(lane, ("XLEN", lane))])
-        except BrokerUnreachable:
-            return False
-        return isinstance(length, int) and length > 0
-
     def _take(self, fields: Any) -> None:
         """A message of another peer. What only a broker would say, no peer may."""
         try:
             head, body = read_entry(fields)
-            self._read_bytes += len(body)
             self.counters["messages_received"] += 1
             self.counters["bytes_received"] += len(head) + len(body)
             header = wire.decode_header(head)
@@ -233,18 +165,19 @@ class RedisLink:
 
     def _read_opens(self) -> None:
         assert self._keeper is not None
+        assert self._reader is not None
         keeper, line = self._keeper, self._line()
         opens = keeper.opens
         assert opens is not None
         words = (
             *("XREADGROUP", "GROUP", GROUP, self._member, "COUNT", 1),
-            *("BLOCK", READ_WAIT, "STREAMS", opens, ">"),
+            *("BLOCK", int(1000 * READ_WAIT), "STREAMS", opens, ">"),
         )
         while not self._closing.is_set():
             if keeper.room <= 0:
                 self._closing.wait(ROOM_INTERVAL)
                 continue
-            for id_, fields in self._entries(line, [(opens, words)]) or []:
+            for id_, fields in self._reader.entries(line, [(opens, words)]) or []:
                 self._take_open(id_, fields)
                 if next_id(id_) is None:
                     with contextlib.suppress(BrokerUnreachable):
