@@ -22,15 +22,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import fleet
+from split_broker import broker
 from split_common.cli import main
 from split_common.demo_model import ensure_demo_model
 from split_common.errors import ModelError
+from split_common.transport.redis import keeper
 
 #: The user's own cache, if one is set: the small real model is fetched once, not once in every run.
 USER_CACHE = os.environ.get("LAMBDA_SPLIT_CACHE")
 
 #: Seconds that a child process may take to go away after the last test.
-CHILD_GRACE = 5.0
+CHILD_GRACE = 20.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -85,6 +87,15 @@ def transport(request: pytest.FixtureRequest) -> Iterator[str]:
     fleet.transport = request.param
     yield request.param
     fleet.transport = "zmq"
+
+
+@pytest.fixture(scope="module")
+def patient_queue() -> Iterator[None]:
+    """Nobody in this process is held for dead by his silence: on a busy machine a heartbeat may be late."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(broker, "MISSED", 600)
+        patch.setattr(keeper, "LEASE", 600.0)
+        yield
 
 
 @pytest.fixture(scope="session")

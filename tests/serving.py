@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,6 +35,20 @@ def serving(checkpoint: Path, images: Path | None = None) -> Iterator[tuple[str,
         assert facts["model"] == checkpoint.name
         assert facts["image_model"] == (images.name if images is not None else None)
         yield facts["url"], worker
+
+
+@contextlib.contextmanager
+def hanging_up(url: str, body: Any, key: str) -> Iterator[None]:
+    """A client that asks, and ends the connection on leaving, whether there was an answer or not."""
+    split = urlsplit(url)
+    assert split.hostname is not None
+    connection = http.client.HTTPConnection(split.hostname, split.port)
+    try:
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        connection.request("POST", split.path, json.dumps(body), headers)
+        yield
+    finally:
+        connection.close()
 
 
 class Unsplit:

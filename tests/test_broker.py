@@ -24,11 +24,13 @@ from split_broker.lanes import LANE_BYTES, LANE_MESSAGES, WINDOW, Lane
 from split_common import wire
 from split_common.errors import BrokerUnreachable, ConfigError, KeysError, Oversized
 from split_common.keys import Identity
-from split_common.transport import HEARTBEAT, MISSED, connect, parse_address
+from split_common.transport import HEARTBEAT, connect, parse_address
 from split_common.transport.zmq_link import ZmqLink
-from wiretap import FakePeer, Setting, on_loop, wait_until
+from wiretap import LATE, FakePeer, Setting, on_loop, wait_until
 
 SERVICE = wire.Service(b"r" * 32, 2, 4)
+
+pytestmark = pytest.mark.usefixtures("patient_queue")
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +88,9 @@ def test_a_sender_must_be_the_connections_own_peer(join, broker) -> None:
     other.send(relay(device, worker))
     other.send(wire.Open(device.id, 1, SERVICE))
     other.send(wire.RosterRequest(device.id))
+    wait_until(lambda: broker.counters["unannounced"] == 3)
     assert worker.silent(wire.Relay | wire.Open)
     assert device.silent(wire.RosterReply)
-    assert broker.counters["unannounced"] == 3
 
 
 def test_peers_of_one_role_cannot_write_to_each_other(join, broker) -> None:
@@ -139,13 +141,13 @@ def test_what_is_for_nobody_comes_back_as_gone(join, broker) -> None:
 
 def test_a_new_broker_says_full_not_gone_until_it_knows_who_lives(join, broker) -> None:
     device = join("device-1", watching=[bytes(8)])
-    broker._started = time.monotonic()
+    broker._started += 600
     device.send(relay(device, SimpleNamespace(id=bytes(8))))
     bounce = device.receive(wire.Bounce)[0]
     assert bounce.reason == "full"
     assert 0 < bounce.retry_after < GRACE
     assert device.join(watching=[bytes(8)]).gone == []
-    broker._started -= GRACE
+    broker._started -= 600
     assert device.join(watching=[bytes(8)]).gone == [bytes(8)]
 
 
@@ -161,16 +163,19 @@ def test_the_worker_with_the_most_room_is_given_a_wish(join) -> None:
     assert sorted(received) == [1, 2, 3]
 
 
-def test_a_wish_waits_for_room_and_a_device_has_one_at_a_time(join, broker) -> None:
+def test_a_wish_waits_for_room_and_a_device_has_one_at_a_time(
+    join, broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broker_module, "OPEN_PATIENCE", 600.0)
     device, worker = join("device-1"), join("worker-1", room=0)
     for channel in range(50):
         device.send(wire.Open(device.id, channel, SERVICE))
+    wait_until(lambda: [wish.header.channel for wish in list(broker._wishes.values())] == [49])
     assert worker.silent(wire.Open)
-    assert len(broker._wishes) == 1
     worker.announce(service=SERVICE, room=5)
     assert worker.receive(wire.Open)[0].channel == 49
     assert worker.silent(wire.Open)
-    assert not broker._wishes
+    wait_until(lambda: not broker._wishes)
 
 
 def test_a_wish_that_cannot_be_met_is_answered(join, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,11 +185,13 @@ def test_a_wish_that_cannot_be_met_is_answered(join, monkeypatch: pytest.MonkeyP
     full = device.receive(wire.Bounce)[0]
     assert (full.reason, full.channel) == ("busy", 1)
     assert full.retry_after > 0
+    # What waiting does not help is answered without.
+    monkeypatch.setattr(broker_module, "OPEN_PATIENCE", 600.0)
     worker.announce(service=SERVICE, room=5, model="tiny")
     device.send(wire.Open(device.id, 2, SERVICE, [worker.id]))
-    assert device.receive(wire.Bounce, timeout=1.0)[0].reason == "busy"
+    assert device.receive(wire.Bounce)[0].reason == "busy"
     device.send(wire.Open(device.id, 3, wire.Service(b"x" * 32, 2, 4)))
-    wrong = device.receive(wire.Bounce, timeout=1.0)[0]
+    wrong = device.receive(wire.Bounce)[0]
     assert wrong.reason == "no-worker"
     assert wrong.detail == "tiny layers 2:4"
 
@@ -197,9 +204,7 @@ def test_wishes_for_services_that_nobody_has_leave_nothing_behind(join, broker) 
     wait_until(lambda: not broker._wishes)
     device.send(wire.Open(device.id, 999, SERVICE))
     device.announce(leaving=True)
-    wait_until(lambda: not broker._peers)
-    assert not broker._wishes
-    assert not broker._routes
+    wait_until(lambda: not (broker._peers or broker._wishes or broker._routes))
 
 
 # --- life and death ----------------------------------------------------------------------------------------
@@ -209,9 +214,8 @@ def test_a_workers_closed_connection_is_seen_at_once(join, broker) -> None:
     worker = join("worker-1")
     device = join("device-1", watching=[worker.id])
     worker.socket.close()
-    began = time.monotonic()
+    # By its silence it would not be seen for minutes.
     assert device.receive(wire.Welcome)[0].gone == [worker.id]
-    assert time.monotonic() - began < 0.5
 
 
 def test_a_workers_death_is_seen_though_its_lane_waits_for_credit(join, broker) -> None:
@@ -221,27 +225,37 @@ def test_a_workers_death_is_seen_though_its_lane_waits_for_credit(join, broker) 
     device.send(relay(device, worker), b"waits")
     wait_until(lambda: broker._peers[worker.id].lane.waiting)
     worker.socket.close()
-    began = time.monotonic()
     assert device.receive(wire.Welcome)[0].gone == [worker.id]
-    assert time.monotonic() - began < 0.5
 
 
 def test_a_silent_peer_is_gone_after_three_heartbeats(join, broker) -> None:
     worker = join("worker-1")
     device = join("device-1", watching=[worker.id])
-    began = time.monotonic()
-    while time.monotonic() - began < 5 and worker.id in broker._peers:
-        device.announce(watching=[worker.id])
-        time.sleep(0.3)
-    assert HEARTBEAT * MISSED - 0.3 < time.monotonic() - began < HEARTBEAT * (MISSED + 1)
-    device.join(watching=[worker.id])
+    silence = HEARTBEAT * broker_module.MISSED
+    now = broker._peers[worker.id].seen + silence
+    on_loop(broker, lambda: broker._housekeeping(now))
+    assert set(broker._peers) == {worker.id, device.id}
+    on_loop(broker, lambda: broker._housekeeping(now + 1e-6))
+    assert device.receive(wire.Welcome)[0].gone == [worker.id]
+    assert set(broker._peers) == {device.id}
+
+
+def test_nobody_is_held_for_dead_because_the_broker_was_held_up(join, broker, monkeypatch) -> None:
+    worker = join("worker-1")
+    device = join("device-1", watching=[worker.id])
+    held_up = 2 * HEARTBEAT * broker_module.MISSED
+    monkeypatch.setattr(broker_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + held_up))
+    for _ in range(2):
+        on_loop(broker, lambda: None)
+    assert set(broker._peers) == {worker.id, device.id}
+    assert device.silent(wire.Welcome)
 
 
 def test_a_peer_that_was_held_for_dead_learns_that_nobody_waits_for_it(join, broker) -> None:
     """Those that it watches were told that it is gone; each side then holds nothing of the other."""
     worker = join("worker-1")
     device = join("device-1", watching=[worker.id])
-    broker._peers[worker.id].seen -= 100
+    broker._peers[worker.id].seen -= 1000
     assert device.receive(wire.Welcome)[0].gone == [worker.id]
     assert worker.join(service=SERVICE, watching=[device.id]).gone == [device.id]
     assert worker.join(service=SERVICE, watching=[device.id]).gone == []
@@ -260,20 +274,24 @@ def test_many_deaths_at_once_are_survived(join, broker) -> None:
     for peer in devices + workers:
         peer.socket.close()
     for known in list(broker._peers.values()):
-        known.seen -= 100
-    wait_until(lambda: not broker._peers)
+        known.seen -= 1000
+    wait_until(lambda: (broker.counters["workers_gone"], broker.counters["devices_gone"]) == (5, 5))
+    assert not broker._peers
     assert broker.counters["failures"] == 0
-    assert (broker.counters["workers_gone"], broker.counters["devices_gone"]) == (5, 5)
     join("device-1")
 
 
 def test_a_device_that_comes_back_on_a_new_connection_gets_what_was_kept(setting: Setting, join, broker) -> None:
     worker, device = join("worker-1"), join("device-1")
+    peer = broker._peers[device.id]
     device.socket.close()
-    time.sleep(0.2)
+    reached = [True]
+    while reached[-1]:
+        # Until the broker's socket knows that nobody is there.
+        on_loop(broker, lambda: reached.append(broker._send(peer, (wire.encode_header(wire.Probe()), b""))))
     for number in range(3):
         worker.send(relay(worker, device, seq=number))
-    time.sleep(0.2)
+    wait_until(lambda: len(peer.lane.waiting) == 3)
     with FakePeer(broker.address, setting.fleet, setting.fleet.read_identity("device-1"), device.id) as back:
         back.announce()
         assert [back.receive(wire.Relay)[0].seq for _ in range(3)] == [0, 1, 2]
@@ -290,7 +308,7 @@ def test_revoked_members_are_put_out_while_the_broker_runs(tmp_path: Path, setti
             worker.join(service=SERVICE)
             device.join(watching=[worker.id])
             own.fleet.revoke("worker-1")
-            wait_until(lambda: worker.id not in broker._peers, 2.0)
+            wait_until(lambda: worker.id not in broker._peers)
             gone = [device.receive(wire.Welcome)[0] for _ in range(2)]
             assert [worker.id] in [welcome.gone for welcome in gone]
             assert {welcome.roster_version for welcome in gone} == {2}
@@ -343,10 +361,8 @@ def test_a_slow_reader_does_not_hold_up_others_and_gets_all_in_order(join, broke
     count = 1500
     for number in range(count):
         worker.send(relay(worker, slow, seq=number), bytes(20_000))
-    began = time.monotonic()
     worker.send(relay(worker, device))
     device.receive(wire.Relay)
-    assert time.monotonic() - began < 2.0
     assert [slow.receive(wire.Relay)[0].seq for _ in range(count)] == list(range(count))
 
 
@@ -504,7 +520,7 @@ def test_an_unknown_device_is_told_so_in_time(tmp_path: Path, setting: Setting, 
     began = time.monotonic()
     with pytest.raises(BrokerUnreachable, match="in its roster"):
         link.start(SimpleNamespace(announcement=lambda: wire.Announce(bytes(8), "device", "device-1")), 1.0)  # type: ignore[arg-type]
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 1.0 + LATE
 
 
 def test_a_broker_that_is_not_there_is_told_so_in_time(setting: Setting, tmp_path: Path) -> None:
@@ -512,7 +528,7 @@ def test_a_broker_that_is_not_there_is_told_so_in_time(setting: Setting, tmp_pat
         began = time.monotonic()
         with pytest.raises(BrokerUnreachable, match="no answer"), setting.client(address, timeout=0.5):
             pass
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < 0.5 + LATE
     assert not [thread for thread in threading.enumerate() if thread.name == "lambda-split-link"]
 
 
@@ -578,13 +594,16 @@ def test_keys_made_for_this_machine_do_not_listen_to_others() -> None:
 
 def test_stopping_is_prompt_and_leaves_no_thread(setting: Setting) -> None:
     before = set(threading.enumerate())
-    for start in (True, False):
+    took: list[float] = []
+    for start in (True, False, True, False):
         broker = Broker("tcp://127.0.0.1:*", setting.own_fleet())
         if start:
             broker.start()
         began = time.monotonic()
         broker.stop()
-        assert time.monotonic() - began < 1.0
+        took.append(time.monotonic() - began)
+    # A busy machine may be late, but not each time.
+    assert min(took[::2]) < 1.0 > min(took[1::2])
     assert set(threading.enumerate()) <= before
 
 
@@ -601,7 +620,7 @@ def test_a_body_too_large_to_travel_is_refused_by_the_sender(setting: Setting) -
 def test_the_largest_body_travels_over_curve(join) -> None:
     device, worker = join("device-1"), join("worker-1")
     device.send(relay(device, worker), bytes(wire.MAX_BODY))
-    assert len(worker.receive(wire.Relay, 10)[1]) == wire.MAX_BODY
+    assert len(worker.receive(wire.Relay)[1]) == wire.MAX_BODY
 
 
 def test_a_link_survives_garbage_and_a_failing_handler(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -621,16 +640,17 @@ def test_a_link_survives_garbage_and_a_failing_handler(setting: Setting, monkeyp
         wait_until(lambda: link.counters["Malformed"] == 2)
         assert link.counters["VersionMismatch"] == link.counters["CertificateError"] == 1
         seen = peer.seen
-        wait_until(lambda: peer.seen > seen, 3.0)
-        assert link.alive
+        wait_until(lambda: peer.seen > seen and link.alive)
 
 
 def test_a_link_bounds_what_it_has_not_sent(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("split_common.transport.zmq_link.OUTBOX_BYTES", 1_000_000)
     with setting.broker() as broker, setting.client(broker.address, timeout=5) as client:
         broker.stop()
-        time.sleep(0.3)
-        for _ in range(30):
+
+        def is_full() -> bool:
             client.transport.send(wire.Relay(bytes(8), client.id, wire.Kind.REQUEST, 1), bytes(100_000))
-        wait_until(lambda: client.transport.counters["outbox_full"] >= 20)
+            return client.transport.counters["outbox_full"] >= 20
+
+        wait_until(is_full)
         assert client.transport._unsent_bytes <= 1_000_000

@@ -24,9 +24,12 @@ from split_common.fleet import Fleet
 from split_common.process import running_command
 from split_common.transport import DEFAULT_BROKER
 from split_device import SplitModelForCausalLM
+from wiretap import FakePeer, wait_until
 
 #: Seconds that something in another process may take on a busy machine.
 PATIENCE = 60.0
+
+POSITIONS = 4096
 
 STAGES = ["head", "encode", "encrypt", "queue", "body", "worker", "decrypt", "decode", "tail", "sampling"]
 
@@ -45,8 +48,9 @@ def process(*arguments: object) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny")
-    return tiny.save_tokenizer(directory)
+    # So many positions that nobody generates them all while a test waits for something else.
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    return tiny.save_tokenizer(tiny.save("llama", directory, max_position_embeddings=POSITIONS))
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +164,9 @@ def test_chat_prints_a_line_for_each_turn(run: Any, here: list[object], checkpoi
 
 
 def test_chat_without_a_terminal_ends_with_its_first_error(run: Any, here: list[object]) -> None:
-    done = run("chat", *here, stdin="x" * 300 + "\nHello\n")
+    done = run("chat", *here, stdin="x" * POSITIONS + "\nHello\n")
     assert (done.code, done.out) == (1, "")
-    assert "256 positions" in done.err
+    assert f"{POSITIONS} positions" in done.err
 
 
 class Terminal(io.StringIO):
@@ -183,10 +187,10 @@ def test_in_a_terminal_a_turn_may_fail_or_be_stopped(
         return say(self, text, *arguments)
 
     monkeypatch.setattr(Conversation, "say", stopped)
-    done = run("chat", *here, "--max-tokens", 6, stdin=Terminal("x" * 300 + "\nstop\nHello\n"))
+    done = run("chat", *here, "--max-tokens", 6, stdin=Terminal("x" * POSITIONS + "\nstop\nHello\n"))
     assert done.code == 0
     assert "error: " in done.err
-    assert "256 positions" in done.err
+    assert f"{POSITIONS} positions" in done.err
     assert "stopped" in done.err
     assert unsplit(checkpoint, "user:Hello</s>assistant:", 6) in done.out
 
@@ -324,7 +328,7 @@ def test_three_terminals_need_no_options(run: Any) -> None:
 
 
 def test_ctrl_c_ends_generate(here: list[object], run: Any) -> None:
-    with process("generate", "Hello", *here, "--max-tokens", 230) as command:
+    with process("generate", "Hello", *here, "--max-tokens", 4000) as command:
         assert command.stdout is not None
         assert command.stdout.read(1)
         command.send_signal(signal.SIGINT)
@@ -409,7 +413,7 @@ def test_signals_end_a_demo_and_what_it_started(checkpoint: Path, number: int, c
         command.send_signal(number)
         _, err = command.communicate(timeout=PATIENCE)
         assert (command.returncode, "Traceback" in err) == (code, False)
-        gone, left = psutil.wait_procs(children, timeout=1)
+        gone, left = psutil.wait_procs(children, timeout=PATIENCE)
         assert (len(gone), left) == (2, [])
 
 
@@ -464,7 +468,9 @@ def test_a_fleet_with_keys(run: Any, checkpoint: Path, tmp_path: Path) -> None:
 
             assert run("keys", "revoke", "phone", "--keys", operator).code == 0
             _copy(operator, machines["broker"])
-            time.sleep(1)
+            here_too = Fleet.open(operator)
+            with FakePeer(started[1]["address"], here_too, here_too.read_identity("device-1")) as peer:
+                wait_until(lambda: peer.join().roster_version == here_too.roster().version)
             revoked = run("generate", "x", *phone, "--timeout", 2)
             assert revoked.code == 1
             assert "not revoked" in revoked.err

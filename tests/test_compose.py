@@ -157,7 +157,7 @@ class Host:
                 words, env={**os.environ, **env}, stdout=output, stderr=output, stdin=subprocess.DEVNULL
             )
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 120
             while not re.search(ready, log.read_text()):
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
@@ -165,7 +165,7 @@ class Host:
             yield
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(60)
 
 
 def _dockerfile(service: Any) -> tuple[list[str], dict[str, str]]:

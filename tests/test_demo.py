@@ -55,7 +55,7 @@ def test_a_server(checkpoint: Path) -> None:
         finally:
             demo.kill()
     assert (demo.returncode, "Traceback" in err) == (130, False)
-    _, left = psutil.wait_procs(children, timeout=1)
+    _, left = psutil.wait_procs(children, timeout=PATIENCE)
     assert (len(children), left) == (3, [])
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,10 @@ from split_common.errors import ConfigError, NoWorker, PromptTooLong, SplitError
 from split_device import SplitModelForCausalLM
 from split_device.batching.generator import Generator, Logprobs, Request
 from split_worker.sessions import SessionTable
+from split_worker.worker import Worker
+from wiretap import LATE, wait_until
+
+pytestmark = pytest.mark.usefixtures("patient_queue")
 
 #: Of several kinds: windows, experts, biases, positions of its own, attention that cannot be packed.
 ARCHITECTURES = ["llama", "qwen2_sw", "gemma2", "gpt2", "gpt_neox", "qwen3_moe", "falcon", "bloom", "opt", "ctrl"]
@@ -155,24 +159,31 @@ def worker_process(checkpoint: Path, address: str) -> Iterator[subprocess.Popen[
 def test_workers_that_are_killed(llama: Path, unsplit: Any) -> None:
     asked = [*requests(30)[:6], *(Request(prompt, greedy(60)) for prompt in prompts(8))]
     wanted = [alone(unsplit, request) for request in asked]
+    started: list[Worker] = []
     with (
         running_broker() as broker,
         worker_process(llama, broker.address) as first,
         worker_process(llama, broker.address) as second,
         SplitModelForCausalLM.from_pretrained(llama, broker=broker.address) as model,
+        contextlib.ExitStack() as stack,
         Generator(model, max_requests=32) as generator,
     ):
-        generations = [generator.submit(request) for request in asked]
-        next(iter(generations[0]))
-        first.kill()
-        last = start_worker(llama, broker.address)
-        try:
-            next(iter(generations[-1]))
-            second.kill()
-            assert not all(generation.done for generation in generations)
-            assert [each.result(60) for each in generations] == wanted
-        finally:
-            last.stop()
+        stack.callback(lambda: [worker.stop() for worker in started])
+        came = itertools.count(1)
+
+        def strike(*_: object) -> None:
+            """In the midst of the longest one."""
+            match next(came):
+                case 10:
+                    first.kill()
+                    started.append(start_worker(llama, broker.address))
+                case 30:
+                    second.kill()
+
+        generations = [generator.submit(request) for request in asked[:-1]]
+        generations.append(generator.submit(asked[-1], strike))
+        assert [each.result(60) for each in generations] == wanted
+        assert started
         assert model.traffic["replays"] > 0
 
 
@@ -180,10 +191,17 @@ def test_cancelled_ones_disturb_nobody_and_leave_nothing(llama: Path, unsplit: A
     asked = [Request(prompt, greedy(40)) for prompt in prompts(20)]
     with running_broker() as broker, joined(broker.address, llama) as (model, worker):
         with Generator(model, max_requests=12) as generator:
-            generations = [generator.submit(request) for request in asked]
-            next(iter(generations[0]))
-            for generation in generations[::2]:
-                generation.cancel()
+            generations: list[Any] = []
+            submitted = threading.Event()
+
+            def cancel(*_: object) -> None:
+                """With the first token of all."""
+                assert submitted.wait(LATE)
+                for generation in generations[::2]:
+                    generation.cancel()
+
+            generations += [generator.submit(request, cancel if request is asked[0] else None) for request in asked]
+            submitted.set()
             for request, generation in zip(asked, generations, strict=True):
                 tokens, wanted = generation.result(60), alone(unsplit, request)
                 if generation in generations[::2]:
@@ -194,10 +212,7 @@ def test_cancelled_ones_disturb_nobody_and_leave_nothing(llama: Path, unsplit: A
             assert any(generation.finish_reason == "cancelled" for generation in generations)
             assert generator._ends.head.store.free_tokens == generator._ends.head.store.capacity
             assert generator._ends.tail.store.free_tokens == generator._ends.tail.store.capacity
-        deadline = time.monotonic() + 10
-        while len(worker._sessions):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: not len(worker._sessions))
 
 
 @pytest.mark.parametrize("config", [greedy(30), sampling(30, temperature=1.5)], ids=["greedy", "sampling"])
@@ -241,16 +256,22 @@ def test_a_higher_priority_goes_first(split: Any) -> None:
     order: list[str] = []
     with Generator(split, max_requests=8) as generator:
 
-        def submit(name: str, priority: int, tokens: int) -> Any:
+        def submit(name: str, priority: int, tokens: int, on_token: Any = None) -> Any:
             request = Request([5, 17, 33], greedy(tokens), priority=priority)
-            generation = generator.submit(request)
+            generation = generator.submit(request, on_token)
             generation.future.add_done_callback(lambda _: order.append(name))
             return generation
 
-        batch = [submit(f"batch {index}", 0, 60) for index in range(20)]
-        next(iter(batch[0]))
-        urgent = submit("urgent", 1, 2)
-        for generation in (*batch, urgent):
+        submitted, urgent = threading.Event(), []
+
+        def hurry(*_: object) -> None:
+            """With the first token of all."""
+            assert submitted.wait(LATE)
+            urgent.extend([submit("urgent", 1, 2)] if not urgent else [])
+
+        batch = [submit(f"batch {index}", 0, 60, hurry if not index else None) for index in range(20)]
+        submitted.set()
+        for generation in batch:
             generation.result(60)
     assert order[0] == "urgent"
 
@@ -272,7 +293,7 @@ def test_a_stream_of_urgent_requests_holds_nobody_back_for_good(
         for _ in range(8):
             submit()
         try:
-            assert generator.submit(low).result(20) == alone(unsplit, low)
+            assert generator.submit(low).result(60) == alone(unsplit, low)
         finally:
             enough.set()
 
@@ -406,7 +427,8 @@ def test_a_callback_that_raises_ends_its_request_alone(split: Any, unsplit: Any)
 
 def test_closing_cancels(split: Any) -> None:
     with Generator(split, max_requests=2) as generator:
-        generations = [generator.submit(Request([5], greedy(200))) for _ in range(4)]
+        # So many that they are not all through by then.
+        generations = [generator.submit(Request([5], greedy(200))) for _ in range(20)]
         next(iter(generations[0]))
     assert all(generation.done for generation in generations)
     assert generations[-1].finish_reason == "cancelled"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -24,13 +25,15 @@ from split_common.keys import Certificate, ModelScope, Role, verify_certificate
 from split_device import SplitModelForCausalLM
 from split_device.sessions import client as client_module
 from split_device.sessions import session as session_module
-from split_device.sessions.client import Client
+from split_device.sessions.client import STEP_TIMEOUT, Client
 from split_worker.compute import Task
 from split_worker.sessions import SessionTable
 from split_worker.worker import Worker
-from wiretap import FakeTransport, Setting, changed, cheat, run_steps, step, wait_until
+from wiretap import LATE, FakeTransport, Setting, changed, cheat, run_steps, step, wait_until
 
 STEPS = 60
+
+pytestmark = pytest.mark.usefixtures("patient_queue")
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +314,7 @@ class Bench:
         return header, keys.seal(header, wire.encode_payload(payload, tensor, overhead=keys.tag_size))
 
     def replies(self, count: int = 1) -> list[tuple[Any, bytes]]:
-        wait_until(lambda: len(self.transport.sent) >= count, 5.0)
+        wait_until(lambda: len(self.transport.sent) >= count)
         return self.transport.take()
 
 
@@ -527,21 +530,23 @@ def test_what_needs_no_forward_keeps_nobody_from_theirs(
 ) -> None:
     """One session sends its next request as soon as it is answered, so that there is always one to take in."""
     compute, flood, honest = bench.worker._compute, channel.session_keys(4500, 0), channel.session_keys(4501, 0)
-    reply, seq, last = compute._reply, itertools.count(), time.monotonic() + 20
+    reply, seq, last = compute._reply, itertools.count(), time.monotonic() + 3 * LATE
+    over, ended = threading.Event(), threading.Event()
 
     def send() -> None:
         bench.deliver(*bench.request(flood, 4500, next(seq), wire.Fork(77, 0)))
 
     def answer(task: Task, payload: wire.Payload, tensor: Any) -> None:
         reply(task, payload, tensor)
-        if task.header.session == 4500 and time.monotonic() < last:
-            send()
+        if task.header.session == 4500:
+            ended.set() if over.is_set() or time.monotonic() > last else send()
 
     monkeypatch.setattr(compute, "_reply", answer)
     send()
     bench.deliver(*bench.request(honest, 4501, 0, *step(0)))
-    wait_until(lambda: any(header.session == 4501 for header, _ in bench.transport.sent), 10.0)
-    last = 0.0
+    wait_until(lambda: any(header.session == 4501 for header, _ in list(bench.transport.sent)))
+    over.set()
+    assert ended.wait(LATE)
     for number, keys, after in ((4500, flood, next(seq)), (4501, honest, 1)):
         bench.deliver(*bench.request(keys, number, after, wire.Close()))
     bench.transport.take()
@@ -758,6 +763,6 @@ def test_an_unforeseen_failure_of_a_step_is_told_and_ends_its_session_alone(
             began = time.monotonic()
             with pytest.raises(SessionLost, match="ZeroDivisionError"):
                 client.open_session().call([step(0), step(1), step(2)])
-            assert time.monotonic() - began < 1.0
+            assert time.monotonic() - began < LATE < STEP_TIMEOUT
         assert bytes(bystander.call([step(7)])[0][1]) == expected[1]
         assert worker.counters["refused_failed"] == 1

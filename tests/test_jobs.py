@@ -120,11 +120,13 @@ def test_a_killed_agent_goes_on_where_it_was(run: Any, checkpoint: Path, address
     seen = 0
     for _ in range(3):
         pid = run("agent", "start", "--broker", address, "--json").json["pid"]
-        wait_until(lambda goal=seen + 20: tokens_of(greedy) + tokens_of(sampled) >= goal, PATIENCE)
+        # All of them, if this process was so late that it is done.
+        goal = min(seen + 20, 400)
+        wait_until(lambda enough=goal: tokens_of(greedy) + tokens_of(sampled) >= enough, PATIENCE)
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: running_agent() is None, PATIENCE)
         kept = tokens_of(greedy) + tokens_of(sampled)
-        assert kept >= seen + 20
+        assert kept >= goal
         seen = kept
     run("agent", "start", "--broker", address)
     assert run("jobs", "watch", greedy).out == unsplit(checkpoint, "Hello", 200) + "\n"
@@ -141,9 +143,12 @@ def test_jobs_wait_for_a_worker_and_can_be_cancelled(
     waiting = run("submit", "Hello", *options).out.strip()
     run("agent", "start", "--broker", address, "--give-up", 4)
     wait_until(lambda: "jobs wait: NoWorker" in log_path().read_text(), PATIENCE)
-    cancelled = run("submit", "Hello", "--model", checkpoint, "--max-tokens", 200).out.strip()
-    wait_until(lambda: tokens_of(cancelled) > 0, PATIENCE)
-    assert run("jobs", "cancel", cancelled).code == 0
+    for _ in range(5):
+        cancelled = run("submit", "Hello", "--model", checkpoint, "--max-tokens", 200).out.strip()
+        wait_until(lambda id_=cancelled: tokens_of(id_) > 0, PATIENCE)
+        # On a busy machine it may be through by now.
+        if run("jobs", "cancel", cancelled).code == 0:
+            break
     failed = run("jobs", "watch", cancelled)
     assert (failed.code, "was cancelled" in failed.err) == (1, True)
     before = tokens_of(cancelled)

@@ -15,6 +15,7 @@ from split_common.fleet import load_fleet
 from split_common.transport import new_peer_id
 from split_common.transport.zmq_link import SILENCE, ZmqLink
 from split_device.stress.proxy import Proxy
+from wiretap import LATE, wait_until
 
 
 class Peer:
@@ -58,27 +59,22 @@ def flip_what_comes_from_the_broker(proxy: Proxy) -> None:
     connection.near.write = damaged  # type: ignore[method-assign]
 
 
-def heard_again(link: ZmqLink, fault: Callable[[], Any]) -> float:
-    """Seconds from a fault until the broker's word arrives over another connection."""
+def hears_again(link: ZmqLink, fault: Callable[[], Any]) -> None:
+    """After a fault, the broker's word arrives over another connection."""
     fault()
-    began = time.monotonic()
     time.sleep(1.5)  # meanwhile the fault strikes a heartbeat or its answer
     before = link.counters["messages_received"]
-    while link.counters["messages_received"] == before:
-        assert time.monotonic() < began + 20, "the link does not come back"
-        time.sleep(0.05)
-    return time.monotonic() - began
+    wait_until(lambda: link.counters["messages_received"] > before and link.alive, SILENCE + LATE)
 
 
 def test_damaged_bytes_from_the_broker(linked: tuple[Proxy, ZmqLink]) -> None:
     """libzmq never connects again after an error of the protocol: the link has to."""
     proxy, link = linked
-    assert heard_again(link, lambda: flip_what_comes_from_the_broker(proxy)) < SILENCE + 5
+    hears_again(link, lambda: flip_what_comes_from_the_broker(proxy))
 
 
 @pytest.mark.parametrize("fault", ["reset", "truncate", "corrupt", "blackhole"])
 def test_the_proxys_faults(fault: str, linked: tuple[Proxy, ZmqLink]) -> None:
     proxy, link = linked
     arguments = [1.0] if fault == "blackhole" else []
-    heard_again(link, lambda: getattr(proxy, fault)(random.Random(1), *arguments))
-    assert link.alive
+    hears_again(link, lambda: getattr(proxy, fault)(random.Random(1), *arguments))

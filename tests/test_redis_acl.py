@@ -19,7 +19,7 @@ from split_common.errors import BrokerUnreachable, CertificateError, NoWorker
 from split_common.transport import new_peer_id
 from split_common.transport.redis.keys import Keys
 from valkeys import Valkey, running_cluster, running_valkey
-from wiretap import Setting, run_steps, step, wait_until
+from wiretap import LATE, Setting, run_steps, step, wait_until
 
 
 def lambda_split(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
@@ -194,7 +194,7 @@ def test_a_missing_permission_is_said_at_once(guarded: Guarded, server: Valkey) 
     began = time.monotonic()
     with pytest.raises(BrokerUnreachable, match="redis-acl"), guarded.setting.client(address, timeout=30.0):
         pass
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < LATE < 30.0
 
 
 def test_the_command(guarded: Guarded) -> None:
@@ -243,11 +243,11 @@ def test_revoked_members_lose_their_channels_while_all_runs(own: Setting, tmp_pa
         own.fleet.revoke(revoked)
         published = lambda_split("keys", "publish", "--keys", own.fleet.path, "--broker", server.address)
         assert published.returncode == 0, published.stderr
-        wait_until(lambda: session.ended, 5.0)
+        wait_until(lambda: session.ended)
         if revoked == "device-1":
-            wait_until(lambda: len(worker._sessions) == 0, 5.0)
+            wait_until(lambda: len(worker._sessions) == 0)
         # A revoked worker withdraws; a revoked device trusts itself no more.
-        wait_until(lambda: not worker._transport._keeper.room or revoked == "device-1", 5.0)
+        wait_until(lambda: not worker._transport._keeper.room or revoked == "device-1")
         with pytest.raises(CertificateError if revoked == "device-1" else NoWorker):
             client.open_session()
     assert other.own_fleet().roster().version == own.fleet.roster().version
@@ -262,7 +262,7 @@ def test_a_worker_publishes_a_newer_roster_and_a_false_one_changes_nothing(own: 
         with own.worker(server.address) as worker, own.client(server.address) as device:
             assert len(run_steps(device, 3)) == 4
             wait_until(lambda: worker._transport.counters["CertificateError"] > 0)
-            assert device.transport.counters["CertificateError"] > 0
+            wait_until(lambda: device.transport.counters["CertificateError"] > 0)
             client.set(keys.roster_version, b"nonsense")
             wait_until(lambda: device.transport.counters["Malformed"] > 0)
             client.delete(keys.roster, keys.roster_version)

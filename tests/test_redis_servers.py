@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from split_common.fleet import load_fleet
 from split_common.transport import connect, parse_address
 from split_common.transport.redis.server import PASSWORD_VARIABLE
 from valkeys import Valkey, free_port, running_cluster, running_sentinel, running_valkey, tls_before
-from wiretap import Setting, run_steps, step, wait_until
+from wiretap import LATE, Setting, run_steps, step, wait_until
 
 STEPS = 40
 
@@ -119,18 +120,23 @@ def start(setting: Setting, address: str, timeout: float = 1.0) -> str:
     began = time.monotonic()
     with pytest.raises(BrokerUnreachable) as caught, setting.client(address, timeout=timeout):
         pass
-    assert time.monotonic() - began < timeout + 2
+    assert time.monotonic() - began < timeout + LATE
     return str(caught.value)
+
+
+def says(setting: Setting, words: str, address: str) -> bool:
+    """Whether that is what is said; a busy machine may need more time to find it out."""
+    return any(words in start(setting, address, timeout) for timeout in (1.0, LATE))
 
 
 def test_what_is_said_without_a_server(setting: Setting, server: Valkey, tmp_path: Path) -> None:
     port = free_port()
-    assert f"127.0.0.1:{port}" in start(setting, f"redis://127.0.0.1:{port}")
-    assert "TLS" in start(setting, f"rediss://127.0.0.1:{server.port}")
-    assert "queue" in start(setting, f"redis+sentinel://127.0.0.1:{port}/queue")
-    assert str(port) in start(setting, f"redis+cluster://127.0.0.1:{port}")
+    assert says(setting, f"127.0.0.1:{port}", f"redis://127.0.0.1:{port}")
+    assert says(setting, "TLS", f"rediss://127.0.0.1:{server.port}")
+    assert says(setting, "queue", f"redis+sentinel://127.0.0.1:{port}/queue")
+    assert says(setting, str(port), f"redis+cluster://127.0.0.1:{port}")
     with tls_before(server, tmp_path) as (port, _):
-        assert "certificate" in start(setting, f"rediss://127.0.0.1:{port}")
+        assert says(setting, "certificate", f"rediss://127.0.0.1:{port}")
 
 
 def test_passwords(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,8 +157,8 @@ def test_the_doctor_looks_at_redis(setting: Setting, server: Valkey) -> None:
     with setting.worker(server.address):
         command = [sys.executable, "-m", "split_common", "doctor", "--keys", str(setting.fleet.path), "--broker"]
         address = server.address.replace("//", "//user:secret@")
-        healthy = subprocess.run([*command, server.address], capture_output=True, text=True, timeout=60)
-        broken = subprocess.run([*command, address], capture_output=True, text=True, timeout=60)
+        healthy = subprocess.run([*command, server.address], capture_output=True, text=True, timeout=120)
+        broken = subprocess.run([*command, address], capture_output=True, text=True, timeout=120)
     assert healthy.returncode == 0, healthy.stdout + healthy.stderr
     assert "layers 2:4" in healthy.stdout
     assert broken.returncode == 1
@@ -161,7 +167,7 @@ def test_the_doctor_looks_at_redis(setting: Setting, server: Valkey) -> None:
 
 def test_a_broker_is_not_run_for_redis(server: Valkey) -> None:
     command = [sys.executable, "-m", "split_common", "broker", "--bind", server.address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "there is no broker" in done.stderr
 
@@ -197,13 +203,20 @@ def test_a_failover_loses_nothing(setting: Setting, expected: list[bytes], monke
 
             def go_on() -> None:
                 for i in range(STEPS):
+                    if i == 6:
+                        killing.set()
                     answers.append(session.call([step(7 + i)])[0][1])
                     time.sleep(0.05)
+                    if i == STEPS // 2:
+                        # It does not get to its end before.
+                        assert killed.wait(LATE)
 
+            killing, killed = threading.Event(), threading.Event()
             work = pool.submit(go_on)
-            time.sleep(0.3)
+            assert killing.wait(LATE)
             master.kill()
-            work.result(60)
+            killed.set()
+            work.result(120)
         assert replica.client().info()["role"] == "master"
         assert [bytes(answer) for answer in answers] == expected
 

@@ -23,11 +23,15 @@ from split_common.part import plan
 from split_common.split import Split
 from split_common.tensors import check_finite
 from split_device import SplitModelForCausalLM
+from split_device.sessions.client import PATIENCE
 from split_worker.body import Body
 from split_worker.sessions import EVICT_AFTER, GROWTH, MAX_WAITING, Session, SessionTable
 from split_worker.worker import Worker
+from wiretap import LATE, record_requests
 
 Model = Any
+
+pytestmark = pytest.mark.usefixtures("patient_queue")
 
 PROMPT = torch.tensor([[5, 17, 33, 4, 61, 12, 80, 7, 29, 44]])
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "suppress_tokens": [0]}
@@ -51,7 +55,7 @@ def full() -> Model:
 
 
 def wait_for(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + LATE
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     return condition()
@@ -171,17 +175,17 @@ def test_whatever_is_done_to_the_cache(pair: tuple[Model, Model], seed: int) -> 
         assert torch.allclose(ours.append(tokens), theirs.append(tokens), atol=2e-4, rtol=1e-4)
 
 
-def test_changes_cost_no_message(llama: tuple[Model, Worker]) -> None:
+def test_changes_cost_no_message(llama: tuple[Model, Worker], monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = llama
     cache = DynamicCache()
     with torch.no_grad():
         model(PROMPT.repeat(2, 1), past_key_values=cache)
-    before = model.traffic["messages_sent"]
+    sent = record_requests(monkeypatch)
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 3]))
     cache.crop(-3)
-    assert model.traffic["messages_sent"] == before
+    assert sent == []
 
 
 def test_crop_to_a_length(llama: tuple[Model, Worker]) -> None:
@@ -524,7 +528,7 @@ def test_full_worker_is_waited_for_and_then_reported(broker: str, tmp_path: Path
             began = time.monotonic()
             with pytest.raises(Busy):
                 model.generate(PROMPT, **GREEDY)
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < LATE < PATIENCE
             del cache
             gc.collect()
             assert model.generate(PROMPT, **GREEDY).tolist() == expected.tolist()

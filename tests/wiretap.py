@@ -35,6 +35,10 @@ from split_worker.worker import Worker
 SPLIT = Split.parse(6, "2:-2")
 WIDTH = 32
 
+#: Seconds by which a busy machine may be late. What happens "in time" is given so much more; where that is not
+#: enough to tell right from wrong, a test looks at the order of things instead.
+LATE = 20.0
+
 
 def record_requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """All requests that sessions of this process send from now on."""
@@ -49,7 +53,7 @@ def record_requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return sent
 
 
-def wait_until(condition: Callable[[], Any], timeout: float = 10.0) -> float:
+def wait_until(condition: Callable[[], Any], timeout: float = LATE) -> float:
     """Waits until `condition` holds; returns how long that took."""
     began = time.monotonic()
     while not condition():
@@ -173,7 +177,7 @@ class FakePeer:
         known = {"sender": self.id, "role": self.role, "member": self.member}
         self.send(wire.Announce(**{**known, **fields}))
 
-    def receive(self, kind: Any, timeout: float = 5.0) -> tuple[Any, bytes]:
+    def receive(self, kind: Any, timeout: float = LATE) -> tuple[Any, bytes]:
         """The next message of a kind; others are skipped."""
         deadline = time.monotonic() + timeout
         while self.socket.poll(max(0, int(1000 * (deadline - time.monotonic())))):
@@ -249,4 +253,4 @@ def on_loop(broker: Broker, call: Callable[[], object]) -> None:
         housekeeping(now)
 
     broker._housekeeping = once  # type: ignore[method-assign]
-    assert done.wait(5.0)
+    assert done.wait(LATE)

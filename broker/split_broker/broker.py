@@ -142,7 +142,7 @@ class Broker:
     # --- the loop ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        next_flush = next_probe = 0.0
+        next_flush, next_probe = 0.0, time.monotonic()
         try:
             while not self._closing.is_set():
                 if (frames := self._receive()) is not None:
@@ -155,11 +155,18 @@ class Broker:
                         for peer in [self._peers[id_] for id_ in self._blocked]:
                             self._flush(peer)
                 if now >= next_probe:
+                    if now - next_probe > HEARTBEAT:
+                        self._excuse(now - next_probe)
                     next_probe = now + PROBE_INTERVAL
                     with self._contained():
                         self._housekeeping(now)
         finally:
             self._release()
+
+    def _excuse(self, held_up: float) -> None:
+        """Nobody was silent while the broker itself was held up: what peers said meanwhile waits to be read."""
+        for peer in self._peers.values():
+            peer.seen += held_up
 
     def _receive(self) -> list[zmq.Frame] | None:
         """The next message; None when none comes for a while."""

@@ -261,10 +261,11 @@ class ZmqLink:
             if self._closing.is_set():
                 self._send_announcement(sock, leaving=True)
                 return False
-            if time.monotonic() - max(connected, self._heard) > SILENCE:
-                return True
             if self._receive(sock) or self._handed:
                 continue
+            # Not before all that waited is read: this thread itself may have been held up.
+            if time.monotonic() - max(connected, self._heard) > SILENCE:
+                return True
             wait = max(0.0, next_announce - time.monotonic())
             for file, _ in poller.poll(int(wait * 1000) + 1):
                 if file == self._wake_read.fileno():

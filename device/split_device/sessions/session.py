@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import time
 from collections import deque
@@ -64,6 +65,8 @@ class RemoteSession:
         #: Requests that were sent and not answered, by sequence number.
         self.in_flight: dict[int, tuple[wire.Relay, bytes]] = {}
         self._lost: SplitError | None = None
+        # When requests that were sent back are sent again, whatever arrives meanwhile.
+        self._again_at = math.inf
         #: Whether the worker may take as long as it likes.
         self.patient = False
 
@@ -190,7 +193,7 @@ class RemoteSession:
         """The next reply to a request in flight; sends the requests again when it takes long."""
         silent_since: float | None = None
         interval = RETRANSMIT
-        resend_at = time.monotonic() + interval
+        resend_at = min(time.monotonic() + interval, self._again_at)
         too_slow_at = time.monotonic() + self._client.step_timeout
         while True:
             now = time.monotonic()
@@ -203,6 +206,7 @@ class RemoteSession:
                 raise BrokerUnreachable("the broker does not answer any more")
             if now >= resend_at:
                 self.resend()
+                self._again_at = math.inf
                 interval = min(2 * interval, MAX_RETRANSMIT)
                 resend_at = now + interval
             try:
@@ -219,7 +223,7 @@ class RemoteSession:
                 if header.reason in ("gone", "revoked"):
                     raise WorkerGone(GONE)
                 # One of several, perhaps: all are sent again at once.
-                resend_at = min(resend_at, now + max(MIN_RETRY, header.retry_after))
+                self._again_at = resend_at = min(resend_at, now + max(MIN_RETRY, header.retry_after))
             else:
                 return header, body
 
