@@ -111,7 +111,7 @@ def test_an_image_begins_with_another_one(options: list[str], tmp_path: Path) ->
         (["-o", "a.txt"], 2, "no name of an image"),
         (["-o", "nowhere/a.png"], 2, "no directory"),
         (["-o", "a.png", "--size", "big"], 2, "no size"),
-        (["-o", "a.png", "--size", "33x31"], 2, "divisible"),
+        (["-o", "a.png", "--size", "32x33"], 2, "makes no side of 33 pixels: take a multiple of 8"),
         (["-o", "a.png", "--size", "8192"], 2, "4096 pixels at most"),
         (["-o", "/proc/a.png"], 2, "cannot be written"),
         (["-o", "a.png", "--init-image", "gone.png"], 2, "cannot be read as an image: No such file"),

@@ -182,6 +182,7 @@ def test_from_python(run: Any, checkpoint: Path, address: str, tmp_path: Path) -
         (("submit",), "give a prompt, or --file"),
         (("submit", "a", "--file", "-"), "give a prompt, or --file"),
         (("submit", " "), "the prompt is empty"),
+        (("submit", "a", "--model", "any", "--key", ""), "the key is empty: leave it out, or give one"),
         (("submit", "--file", "/no/such/file"), "cannot be read"),
         (("jobs", "show", "job-none"), "there is no job job-none"),
         (("jobs", "list", "--state", "lost"), "'lost' is no state"),

@@ -150,7 +150,7 @@ def submit(
         task = ImageTask(
             model=ImageChoice(name=directory, cut=cut, codec=codec, reuse=reuse, dtype=dtype),
             prompt=text,
-            settings=image_settings(steps, seed, size, guidance, negative),
+            settings=image_settings(directory, steps, seed, size, guidance, negative),
         )
     else:
         name = checkpoint(model or os.environ.get("LAMBDA_SPLIT_MODEL"))
