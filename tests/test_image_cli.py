@@ -117,7 +117,7 @@ def test_an_image_begins_with_another_one(options: list[str], tmp_path: Path) ->
         (["-o", "a.png", "--init-image", "gone.png"], 2, "cannot be read as an image: No such file"),
         (["-o", "a.png", "--init-image", "gone.png", "--strength", "0"], 2, "changes nothing"),
         (["-o", "a.png", "--model", "/proc"], 2, "no directory of a pipeline"),
-        (["-o", "a.png", "--cut", "A"], 1, "no worker serves"),
+        (["-o", "a.png", "--cut", "A"], 1, "layers 1:6): start one with `lambda-split worker --cut A` and"),
         (["-o", "a.png", "--reuse", "1.5"], 2, "number of steps"),
         (["-o", "a.png", "--reuse", "often"], 2, "neither a number of steps"),
     ],

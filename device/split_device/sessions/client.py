@@ -76,6 +76,7 @@ class Client:
         patience: seconds to wait for room on a worker.
         step_timeout: seconds without a reply after which a worker is too slow, if there is another one.
         history_memory: bytes of each session's history that stay in memory.
+        cut: how `lambda-split worker` is told the body, for error messages; None for `--layers FIRST:LAST`.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Client:
         patience: float = PATIENCE,
         history_memory: int = HISTORY_MEMORY,
         step_timeout: float = STEP_TIMEOUT,
+        cut: str | None = None,
     ) -> None:
         self.transport = transport
         self.timeout = timeout
@@ -105,6 +107,7 @@ class Client:
         self._identity = identity
         self.service = service
         self.model = model
+        self._cut = cut or f"--layers {service.first}:{service.last}"
         self._dtype: wire.Dtype = dtype
         self._id = new_peer_id(identity.certificate.name)
         # Joins a session to its channel. The garbage collector closes sessions in whichever thread it runs, perhaps
@@ -400,12 +403,10 @@ class Client:
             case "full":
                 return max(MIN_RETRY, bounce.retry_after)
             case "no-worker":
-                wanted = f"{self.model} layers {self.service.first}:{self.service.last}"
-                served = printable(bounce.detail) or "none"
-                command = f"lambda-split worker --layers {self.service.first}:{self.service.last}"
+                service, served = self.service, printable(bounce.detail) or "none"
                 raise NoWorker(
-                    f"no worker serves {wanted} with these weights (served here: {served}): start one with "
-                    f"`{command}` and the same --model",
+                    f"no worker serves {self.model} layers {service.first}:{service.last} with these weights (served "
+                    f"here: {served}): start one with `lambda-split worker {self._cut}` and the same --model",
                     served,
                 )
             case "busy":
