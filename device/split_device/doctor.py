@@ -158,7 +158,7 @@ def _layers(model: str | None) -> Iterator[Finding]:
         if is_denoiser(checkpoint):
             yield _blocks(plan_image(checkpoint))
             return
-        plan_ = plan(model)
+        plan_ = plan(checkpoint)
         first = min(2, plan_.layers - 1)
         split = Split(plan_.layers, first, min(first + TRIED_LAYERS, plan_.layers))
         _, stack = load_part(plan_, split, "worker")
