@@ -68,7 +68,8 @@ def doctor(
         typer.Option(
             metavar="MODEL",
             rich_help_panel=MODEL_PANEL,
-            help="Directory or hub id of a checkpoint: tell how a worker would run its layers.",
+            help="Directory or hub id of a checkpoint: tell how a worker would run its layers, or how an image "
+            "model is cut.",
         ),
     ] = None,
     json: JsonOption = False,

@@ -37,7 +37,8 @@ NegativeOption = Annotated[str | None, typer.Option(metavar="TEXT", help="What t
 CutOption = Annotated[
     Cut,
     typer.Option(
-        rich_help_panel=MODEL_PANEL, help="Where the model is cut: A keeps more of it here than C. As workers."
+        rich_help_panel=MODEL_PANEL,
+        help="Where the model is cut: A keeps more of it here than C. Workers must have the same.",
     ),
 ]
 CodecOption = Annotated[
