@@ -43,6 +43,7 @@ from split_common.manifest import find_manifest
 from split_common.part import plan
 from split_common.transport import HEARTBEAT, MISSED, OPEN_PATIENCE, connect
 from split_device import SplitModelForCausalLM
+from split_device.remote import Call, SessionLayer, Traits
 from split_device.sessions import client as client_module
 from split_device.sessions import session as session_module
 from split_worker import sessions as sessions_module
@@ -313,6 +314,19 @@ def test_a_worker_process_that_hangs_or_is_killed_is_noticed(
                     model.generate(prompt, max_new_tokens=1)
         finally:
             process.kill()
+
+
+def test_what_nobody_wants_any_more_looks_for_no_worker(setting: Setting) -> None:
+    """A broker that has just begun lets devices wait: workers may be about to come back."""
+    with setting.broker() as broker, setting.client(broker.address) as client, ThreadPoolExecutor(3) as pool:
+        sessions = [SessionLayer(client, Traits(False, False)) for _ in range(3)]
+        steps = [pool.submit(session.step, torch.zeros(1, 1, 8), Call()) for session in sessions]
+        wait_until(lambda: client._answers)
+        for session in sessions:
+            session.abandon()
+        for outcome in steps:
+            with pytest.raises(SessionLost, match="given up"):
+                outcome.result(10)
 
 
 def test_a_worker_that_leaves_is_gone_at_once(setting: Setting) -> None:
@@ -704,7 +718,7 @@ def test_channels_are_bounded_and_a_forgotten_one_is_told(
     setting: Setting, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_module, "MAX_CHANNELS_PER_DEVICE", 2)
-    monkeypatch.setattr(client_module, "CHANNEL_SESSIONS", 2)
+    monkeypatch.setattr(session_module, "CHANNEL_SESSIONS", 2)
     with (
         setting.broker() as broker,
         setting.worker(broker.address) as worker,

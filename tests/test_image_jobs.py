@@ -16,6 +16,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 import tiny_diffusion
+from split_common.errors import ConfigError
 from split_common.process import running_command
 from split_device import ImageDevice
 from split_device.diffusion.painter import _own
@@ -92,13 +93,18 @@ def test_from_submission_to_the_image(run: Any, model: Path, address: str, tmp_p
     assert "makes an image: give -o FILE" in run("jobs", "result", id_).err
     assert "3 of 3 steps" in run("jobs", "list").out
     assert "kind: image" in run("jobs", "show", id_).out
-    wrong = run(*asked, "--size", "33x31", "--wait")
-    assert (wrong.code, "failed: ConfigError" in wrong.err) == (1, True)
+    wrong = run(*asked, "--size", "32x33", "--wait")
+    assert (wrong.code, wrong.err) == (
+        2,
+        f"error: {model.name} makes no side of 33 pixels: take a multiple of 8, 4096 pixels at most\n",
+    )
+    with pytest.raises(ConfigError, match="a multiple of 8"):
+        ImageDevice(model).submit("a seven", height=0)
     nobody = run(*asked, "--cut", "A", "--wait")
     assert (nobody.code, "failed: NoWorker" in nobody.err) == (1, True)
     assert "jobs wait: NoWorker" in log_path().read_text()
     assert "seven" not in log_path().read_text()
-    assert run("jobs", "prune", "--older-than", "0s", "--json").json == {"removed": 4}
+    assert run("jobs", "prune", "--older-than", "0s", "--json").json == {"removed": 3}
     with Store(store_path()) as store:
         assert store._db.execute("SELECT count(*) FROM images").fetchone()[0] == 0
 

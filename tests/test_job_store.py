@@ -96,7 +96,10 @@ def test_a_key_names_one_job(path: Path) -> None:
         assert store.submit(task(temperature=1.0), key="night") == first
         with pytest.raises(JobsError, match="asks for something else"):
             store.submit(task("another"), key="night")
+        with pytest.raises(ConfigError, match="key is empty"):
+            store.submit(task(), key=" ")
         assert len(store.jobs()) == 1
+        assert store.submit(task(), key="\udcff") == store.submit(task(), key="\udcff")
     assert b"night" not in path.read_bytes()
 
 

@@ -159,6 +159,14 @@ def test_jobs_wait_for_a_worker_and_can_be_cancelled(
     assert run("jobs", "watch", cancelled).out == unsplit(checkpoint, "Hello", 200) + "\n"
 
 
+def test_an_agent_that_waits_for_a_broker_can_be_stopped(run: Any, checkpoint: Path) -> None:
+    id_ = run("submit", "Hello", "--model", checkpoint).out.strip()
+    run("agent", "start", "--broker", "tcp://127.0.0.1:9", "--timeout", PATIENCE)
+    wait_until(lambda: run("jobs", "show", id_, "--json").json["state"] == "running", PATIENCE)
+    assert run("agent", "stop", "--timeout", PATIENCE / 4).code == 0
+    assert run("jobs", "show", id_, "--json").json["state"] == "queued"
+
+
 def test_an_agent_that_keeps_nothing(run: Any, address: str) -> None:
     with Store(store_path()) as store:
         gone = store.cancel(store.submit(Task(model=ModelChoice(name="any"), prompt="x")).id).id
@@ -187,6 +195,7 @@ def test_from_python(run: Any, checkpoint: Path, address: str, tmp_path: Path) -
         (("submit",), "give a prompt, or --file"),
         (("submit", "a", "--file", "-"), "give a prompt, or --file"),
         (("submit", " "), "the prompt is empty"),
+        (("submit", "a", "--model", "any", "--key", ""), "the key is empty: leave it out, or give one"),
         (("submit", "--file", "/no/such/file"), "cannot be read"),
         (("jobs", "show", "job-none"), "there is no job job-none"),
         (("jobs", "list", "--state", "lost"), "'lost' is no state"),

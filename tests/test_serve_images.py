@@ -96,7 +96,7 @@ def test_both_models_are_served(client: openai.OpenAI) -> None:
         ({"quality": "best"}, "quality", "Invalid enum value"),
         ({"size": "large"}, None, "no size"),
         ({"size": "99999x99999"}, None, "4096 pixels at most"),
-        ({"size": "33x31"}, None, "divisible by 8"),
+        ({"size": "33x31"}, None, "a multiple of 8"),
         ({"extra_body": {"mask": "x"}}, None, "unknown field"),
     ],
 )

@@ -48,7 +48,9 @@ def init(keys: FleetOption = None, days: DaysOption = DAYS, json: JsonOption = F
 
 @keys_app.command()
 def add_device(
-    name: Annotated[str, typer.Argument(help="The new device's name, of a-z, 0-9, '.', '_' and '-'.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="The new device's name, of a-z, 0-9, '.', '_' and '-'.")
+    ],
     keys: FleetOption = None,
     days: DaysOption = DAYS,
     json: JsonOption = False,
@@ -59,14 +61,19 @@ def add_device(
 
 @keys_app.command()
 def add_worker(
-    name: Annotated[str, typer.Argument(help="The new worker's name, of a-z, 0-9, '.', '_' and '-'.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="The new worker's name, of a-z, 0-9, '.', '_' and '-'.")
+    ],
     model: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Let it serve this model of the fleet only; see --layers."),
     ] = None,
     layers: Annotated[
         str | None,
-        typer.Option(metavar="A:B", help="The layers of --model it may serve, from A up to B - 1."),
+        typer.Option(
+            metavar="FIRST:LAST",
+            help="The layers of --model that it may serve, like 2:28; of an image model its blocks.",
+        ),
     ] = None,
     keys: FleetOption = None,
     days: DaysOption = DAYS,
@@ -84,9 +91,15 @@ def add_worker(
 
 @keys_app.command()
 def add_model(
-    model: Annotated[str, typer.Argument(help="A directory with a safetensors checkpoint, or a hub id.")],
-    name: Annotated[str | None, typer.Option(help="Its name in the fleet. Default: the checkpoint's.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A directory with a safetensors checkpoint, or a hub id.")
+    ],
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Its name in the fleet. Default: the checkpoint's.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of a hub id.")
+    ] = None,
     ip_adapter: IpAdapterOption = None,
     keys: FleetOption = None,
     json: JsonOption = False,
@@ -126,7 +139,7 @@ def show(keys: KeysOption = None, json: JsonOption = False) -> None:
 
 @keys_app.command()
 def revoke(
-    name: Annotated[str, typer.Argument(help="The member to shut out, for good.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The member to shut out, for good.")],
     keys: FleetOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -183,7 +196,7 @@ def _layer_range(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text, re.ASCII)
     first, last = map(int, match.groups()) if match else (0, 0)
     if first >= last:
-        raise ConfigError(f"--layers {text!r}: write A:B with 0 <= A < B")
+        raise ConfigError(f"--layers {text!r}: write FIRST:LAST with 0 <= FIRST < LAST")
     return first, last
 
 

@@ -61,14 +61,14 @@ class Plan:
         return own
 
 
-def plan(name_or_path: str, revision: str | None = None) -> Plan:
-    """Reads a checkpoint's configuration.
+def plan(model: str | Checkpoint, revision: str | None = None) -> Plan:
+    """Reads the configuration of a checkpoint, or of that in a directory or of a hub id.
 
     Raises:
         UnknownModel: no checkpoint is found, or transformers does not know its type.
         UnsupportedArchitecture: it is not a decoder-only language model that can be cut.
     """
-    checkpoint = Checkpoint.resolve(name_or_path, revision)
+    checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.resolve(model, revision)
     try:
         config = AutoConfig.from_pretrained(checkpoint.path("config.json").parent)
     except (ValueError, KeyError, OSError) as error:
@@ -76,10 +76,10 @@ def plan(name_or_path: str, revision: str | None = None) -> Plan:
 
         if is_denoiser(checkpoint):
             raise UnsupportedArchitecture(
-                f"{name_or_path} is a diffusion model: `lambda-split doctor --model` tells how it is cut, "
+                f"{checkpoint.name} is a diffusion model: `lambda-split doctor --model` tells how it is cut, "
                 "`lambda-split image` runs it"
             ) from None
-        raise UnknownModel(f"{name_or_path}: {_first_line(error)}") from None
+        raise UnknownModel(f"{checkpoint.name}: {_first_line(error)}") from None
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
     name = getattr(config, "model_type", type(config).__name__)
     if model_class is None or getattr(config, "is_encoder_decoder", False):

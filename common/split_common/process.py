@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from split_common.errors import SplitError
@@ -74,6 +75,25 @@ def catch_sigterm() -> threading.Event:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     return stop
+
+
+@contextlib.contextmanager
+def breakable() -> Iterator[None]:
+    """Lets SIGTERM raise KeyboardInterrupt as well, where `catch_sigterm` catches it: around what may take long."""
+    caught = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(caught):
+        yield
+        return
+
+    def break_off(number: int, frame: FrameType | None) -> None:
+        caught(number, frame)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, break_off)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, caught)
 
 
 def wait_for(stop: threading.Event) -> None:

@@ -68,7 +68,8 @@ def doctor(
         typer.Option(
             metavar="MODEL",
             rich_help_panel=MODEL_PANEL,
-            help="Directory or hub id of a checkpoint: tell how a worker would run its layers.",
+            help="Directory or hub id of a checkpoint: tell how a worker would run its layers, or how an image "
+            "model is cut.",
         ),
     ] = None,
     json: JsonOption = False,
@@ -158,7 +159,7 @@ def _layers(model: str | None) -> Iterator[Finding]:
         if is_denoiser(checkpoint):
             yield _blocks(plan_image(checkpoint))
             return
-        plan_ = plan(model)
+        plan_ = plan(checkpoint)
         first = min(2, plan_.layers - 1)
         split = Split(plan_.layers, first, min(first + TRIED_LAYERS, plan_.layers))
         _, stack = load_part(plan_, split, "worker")

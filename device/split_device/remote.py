@@ -282,7 +282,7 @@ class SessionLayer(Lasting[Request], BodyLayer):
 
     def _open(self, avoid: list[bytes]) -> None:
         """Opens a session on some worker, and fills its cache with what is cached here."""
-        remote = self.client.open_session(avoid, self._number, next(self._epochs))
+        remote = self.client.open_session(avoid, self._number, next(self._epochs), self._check)
         self._hold(remote)
         if not self.get_seq_length():
             return

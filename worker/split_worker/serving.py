@@ -63,7 +63,7 @@ def load_body(
         for option, given in (("--cut", cut), ("--ip-adapter", ip_adapter)):
             if given is not None:
                 raise ConfigError(f"{option} is for diffusion models, and {model} is none")
-        text = plan(model, revision)
+        text = plan(checkpoint)
         split = Split.parse(text.layers, layers or LAYERS)
         manifest = find_manifest(fleet, text.checkpoint, text.own_tensors(split, "worker"))
         body: Body | DiffusionBody = Body(text, split, device, dtype, memory)

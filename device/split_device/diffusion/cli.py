@@ -102,8 +102,8 @@ def image(
         raise ConfigError(f"--strength {strength:g} changes nothing in {steps} steps")
     # One that is drawn is told, so that the image can be made again.
     seed = secrets.randbits(SEED_BITS) if seed is None else seed
-    settings = image_settings(steps, seed, size, guidance, negative)
     directory = pipeline_directory(model)
+    settings = image_settings(directory, steps, seed, size, guidance, negative)
     need_diffusers()
     passive_threads()
     fleet = load_fleet(keys)

@@ -93,6 +93,7 @@ class SplitDenoiser(Joined):
             timeout=timeout,
             patience=patience,
             step_timeout=step_timeout,
+            cut=f"--cut {cut}" + (f" --ip-adapter {ip_adapter}" if ip_adapter is not None else ""),
         )
         model._belong(client, split)
         model._plan, model._codec, model._reuse = plan, CODECS[codec], reuse

@@ -15,7 +15,7 @@ from split_common.console import stderr
 from split_common.errors import ConfigError
 from split_common.options import MODEL_PANEL
 from split_device.diffusion.saving import parse_reuse
-from split_device.diffusion.settings import ImageSettings, image_format, parse_pixels
+from split_device.diffusion.settings import ImageSettings, check_size, image_format, parse_pixels
 
 _WIRE = "On the way"
 
@@ -37,7 +37,8 @@ NegativeOption = Annotated[str | None, typer.Option(metavar="TEXT", help="What t
 CutOption = Annotated[
     Cut,
     typer.Option(
-        rich_help_panel=MODEL_PANEL, help="Where the model is cut: A keeps more of it here than C. As workers."
+        rich_help_panel=MODEL_PANEL,
+        help="Where the model is cut: A keeps more of it here than C. Workers must have the same.",
     ),
 ]
 CodecOption = Annotated[
@@ -56,11 +57,13 @@ ReuseOption = Annotated[
 
 
 def image_settings(
-    steps: int, seed: int | None, size: str | None, guidance: float | None, negative: str | None
+    directory: str, steps: int, seed: int | None, size: str | None, guidance: float | None, negative: str | None
 ) -> ImageSettings:
-    """Raises ConfigError."""
+    """Raises ConfigError for what the pipeline in this directory cannot make."""
     width, height = parse_pixels(size) if size is not None else (None, None)
-    return ImageSettings(steps, width, height, guidance, negative, seed)
+    settings = ImageSettings(steps, width, height, guidance, negative, seed)
+    check_size(directory, settings)
+    return settings
 
 
 def pipeline_directory(model: str | None) -> str:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from split_common.errors import ConfigError, ModelError, SplitError
 from split_device.diffusion.denoiser import SplitDenoiser
-from split_device.diffusion.settings import ImageSettings
+from split_device.diffusion.settings import ImageSettings, check_size
 
 #: Seeds of torch's generator are taken modulo this.
 _SEEDS = 2**64
@@ -91,6 +91,7 @@ class Painter:
         self, directory: str, denoiser: SplitDenoiser, *, from_image: bool = False, at_once: int = 1
     ) -> None:
         self.denoiser = denoiser
+        self._directory = directory
         #: Pipelines that make no image at present.
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
         pipeline = _load(directory, denoiser, from_image)
@@ -98,7 +99,8 @@ class Painter:
             self._idle.put(_own(pipeline))
 
     def start(self, prompt: str, settings: ImageSettings) -> Painting:
-        """Begins an image."""
+        """Begins an image. Raises ConfigError for a size that the model cannot make."""
+        check_size(self._directory, settings)
 
         def make(painting: Painting) -> Any:
             with self._turn() as pipeline:

@@ -127,7 +127,7 @@ class ImageSession(Lasting[Request]):
 
     def _open(self, avoid: list[bytes]) -> None:
         self._sent = set()
-        self._hold(self.client.open_session(avoid, self._number, next(self._epochs)))
+        self._hold(self.client.open_session(avoid, self._number, next(self._epochs), self._check))
         # Nothing is sent again but embeddings, and the step that was lost.
         self.client.counters["replays"] += self._steps > 0
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
 
 from split_common.errors import ConfigError
 
@@ -42,10 +45,35 @@ class ImageSettings:
 def parse_pixels(size: str) -> tuple[int, int]:
     """Width and height of a size like `512x768` or `512`. Raises ConfigError."""
     match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", size, re.ASCII)
-    width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
-        raise ConfigError(f"{size!r} is no size: write it like 512x512; a side has {MAX_SIDE} pixels at most")
-    return width, height
+    if match is None:
+        raise ConfigError(f"{size!r} is no size: write it like 512x512")
+    return int(match[1]), int(match[2] or match[1])
+
+
+class _Vae(msgspec.Struct):
+    """Of the configuration of a pipeline's VAE: one entry for each level, of which each but the last halves."""
+
+    block_out_channels: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)]
+
+
+def check_size(directory: str, settings: ImageSettings) -> None:
+    """Raises ConfigError for an image of a size that the pipeline in `directory` cannot make."""
+    sides = [side for side in (settings.width, settings.height) if side is not None]
+    if not sides:
+        return
+    try:
+        vae = msgspec.json.decode((Path(directory) / "vae/config.json").read_bytes(), type=_Vae)
+    except (OSError, UnicodeDecodeError, msgspec.MsgspecError):
+        raise ConfigError(f"{directory} is no directory of a pipeline: vae/config.json cannot be read") from None
+    scale = 2 ** (len(vae.block_out_channels) - 1)
+    # Pipelines of UNets want sides by 8, whatever their VAE; transformers take 2x2 of its pixels for one token.
+    multiple = max(8, scale) if (Path(directory) / "unet").is_dir() else 2 * scale
+    for side in sides:
+        if side not in range(multiple, MAX_SIDE + 1, multiple):
+            raise ConfigError(
+                f"{Path(directory).name} makes no side of {side} pixels: "
+                f"take a multiple of {multiple}, {MAX_SIDE} pixels at most"
+            )
 
 
 def image_format(name: str) -> str:

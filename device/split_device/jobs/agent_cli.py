@@ -90,6 +90,9 @@ def run(
                         if kept is not None and time.monotonic() >= prune_at:
                             store.prune(time.time() - kept)
                             prune_at = time.monotonic() + PRUNE_INTERVAL
+                except KeyboardInterrupt:
+                    if not stop.is_set():
+                        raise
                 finally:
                     runner.stop()
     except Held as held:

@@ -94,7 +94,9 @@ def submit(
     top_p: TopPOption = 1.0,
     top_k: TopKOption = 0,
     seed: SeedOption = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")
+    ] = None,
     system: SystemOption = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")
@@ -150,7 +152,7 @@ def submit(
         task = ImageTask(
             model=ImageChoice(name=directory, cut=cut, codec=codec, reuse=reuse, dtype=dtype),
             prompt=text,
-            settings=image_settings(steps, seed, size, guidance, negative),
+            settings=image_settings(directory, steps, seed, size, guidance, negative),
         )
     else:
         name = checkpoint(model or os.environ.get("LAMBDA_SPLIT_MODEL"))
@@ -179,7 +181,12 @@ def submit(
 @app.command("list")
 def list_jobs(
     state: Annotated[
-        list[str] | None, typer.Option("--state", metavar="STATE", help="Only these; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--state",
+            metavar="STATE",
+            help="Only those that are queued, running, succeeded, failed or cancelled; may be repeated.",
+        ),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, metavar="N", help="The newest so many.")] = 50,
     store_key: StoreKeyOption = None,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from split_device.diffusion.options import pipeline_directory
-from split_device.diffusion.settings import ImageSettings
+from split_device.diffusion.settings import ImageSettings, check_size
 from split_device.jobs.job import FINAL, AnyTask, ImageChoice, ImageTask, Job, Message, ModelChoice, Task
 from split_device.jobs.options import checkpoint
 from split_device.jobs.store import Store, store_path
@@ -55,6 +55,7 @@ class Device:
 
         Raises:
             JobsError: the job of this key asks for something else.
+            ConfigError: the key is empty.
             StoreLocked, ConfigError: the store cannot be opened.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -91,9 +92,11 @@ class ImageDevice:
 
         Raises:
             JobsError: the job of this key asks for something else.
+            ConfigError: the model makes no image of this size, or the key is empty.
             StoreLocked, ConfigError: the store cannot be opened.
         """
         task = ImageTask(model=self._model, prompt=prompt, settings=ImageSettings(**settings))
+        check_size(task.model.name, task.settings)
         return _submit(task, priority, key, self._store_key, _opened)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationConfig
 
 from split_common.errors import PromptTooLong
+from split_common.process import breakable
 from split_device.batching.generator import Generator, Request
 from split_device.chatting import encode_chat, encode_text, end_tokens, load_tokenizer, pad_token, positions
 from split_device.diffusion.options import need_diffusers
@@ -106,7 +107,8 @@ class Models:
     def get(self, choice: ModelChoice) -> Loaded:
         """Raises what `SplitModelForCausalLM.from_pretrained` and `load_tokenizer` raise."""
         if choice not in self._loaded:
-            self._loaded[choice] = self._load(choice)
+            with breakable():
+                self._loaded[choice] = self._load(choice)
         return self._loaded[choice]
 
     def _load(self, choice: ModelChoice) -> Loaded:
@@ -134,7 +136,8 @@ class Models:
     def painter(self, choice: ImageChoice) -> Painter:
         """Raises what `load_denoiser` and `Painter` raise."""
         if choice not in self._painters:
-            self._painters[choice] = self._load_painter(choice)
+            with breakable():
+                self._painters[choice] = self._load_painter(choice)
         return self._painters[choice]
 
     def _load_painter(self, choice: ImageChoice) -> Painter:

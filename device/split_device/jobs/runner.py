@@ -71,6 +71,8 @@ class Runner:
         while self._running:
             self._write()
             time.sleep(0.01)
+        # Those that were about to begin.
+        self._store.recover()
 
     def _start(self, kind: Kind, limit: int) -> None:
         room = limit - sum(running.job.kind == kind for running in self._running.values())

@@ -174,7 +174,7 @@ class Store:
 
         Raises:
             JobsError: the task of the one of this key is another.
-            ConfigError: the prompt or a setting is of a wrong type.
+            ConfigError: the prompt or a setting is of a wrong type, or the key is empty.
         """
         return self.submit_all([(task, priority, key)])[0]
 
@@ -184,8 +184,10 @@ class Store:
             return [self._submit(*entry) for entry in tasks]
 
     def _submit(self, task: AnyTask, priority: int, key: str | None) -> Job:
+        if key is not None and not key.strip():
+            raise ConfigError("the key is empty: leave it out, or give one")
         # What a key says may be as private as the prompt.
-        digest = None if key is None else hashlib.sha256(key.encode()).digest()
+        digest = None if key is None else hashlib.sha256(key.encode(errors="surrogatepass")).digest()
         row = self._db.execute("SELECT * FROM jobs WHERE key = ?", (digest,)).fetchone()
         if row is not None:
             job = self._job(row)

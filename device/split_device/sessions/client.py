@@ -8,11 +8,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 from split_common import wire
-from split_common.channel import CHANNEL_SESSIONS, Channel, DeviceHandshake, SessionKeys
+from split_common.channel import DeviceHandshake
 from split_common.errors import (
     AuthenticationError,
     BrokerUnreachable,
@@ -29,7 +28,16 @@ from split_common.fleet import Fleet
 from split_common.keys import Certificate, Identity, ModelScope, Role
 from split_common.transport import Transport, count_dropped, new_peer_id
 from split_device.sessions.history import HISTORY_MEMORY
-from split_device.sessions.session import GONE, MIN_RETRY, Event, RemoteSession, printable, refusal_error
+from split_device.sessions.session import (
+    CHECK_INTERVAL,
+    GONE,
+    MIN_RETRY,
+    Event,
+    RemoteSession,
+    WorkerChannel,
+    printable,
+    refusal_error,
+)
 from split_device.timings import Timings
 
 #: Seconds without an answer after which a message of a channel's set-up, which nobody needs long to answer, is sent
@@ -48,19 +56,10 @@ CROWDED_FOR = 2.0
 #: Of what a device still wanted when it was closed.
 LEFT = "this device has left the queue"
 
+#: Raises an error when a session that is being opened is not wanted any more.
+Check = Callable[[], None]
+
 _T = TypeVar("_T")
-
-
-@dataclass
-class WorkerChannel:
-    """A channel to one worker. Session 0 is the channel itself."""
-
-    worker: bytes
-    number: int
-    channel: Channel
-    control: SessionKeys
-    #: Sessions that it may still have.
-    left: int = field(default_factory=lambda: CHANNEL_SESSIONS)
 
 
 class Client:
@@ -73,9 +72,10 @@ class Client:
         model: the model's name, for error messages.
         dtype: of the hidden states that it computes.
         timeout: seconds to wait for the broker, and for the answer to a channel's set-up.
-        patience: seconds to wait for room on a worker.
+        patience: seconds that sessions wait for room on a worker.
         step_timeout: seconds without a reply after which a worker is too slow, if there is another one.
         history_memory: bytes of each session's history that stay in memory.
+        cut: how `lambda-split worker` is told the body, for error messages; None for `--layers FIRST:LAST`.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Client:
         patience: float = PATIENCE,
         history_memory: int = HISTORY_MEMORY,
         step_timeout: float = STEP_TIMEOUT,
+        cut: str | None = None,
     ) -> None:
         self.transport = transport
         self.timeout = timeout
@@ -105,8 +106,9 @@ class Client:
         self._identity = identity
         self.service = service
         self.model = model
+        self._cut = cut or f"--layers {service.first}:{service.last}"
         self._dtype: wire.Dtype = dtype
-        self._id = new_peer_id(identity.certificate.name)
+        self.id = new_peer_id(identity.certificate.name)
         # Joins a session to its channel. The garbage collector closes sessions in whichever thread it runs, perhaps
         # under this very lock: closing takes none, and what it removes from is copied before it is looked through.
         self._lock = threading.Lock()
@@ -139,7 +141,7 @@ class Client:
         self.on_roster()
         workers = list({channel.worker for channel in list(self._channels.values())})
         name = self._identity.certificate.name
-        return wire.Announce(self._id, "device", name, watching=workers[: wire.MAX_WATCHED])
+        return wire.Announce(self.id, "device", name, watching=workers[: wire.MAX_WATCHED])
 
     def on_message(self, header: wire.AnyHeader, body: bytes) -> None:
         match header:
@@ -224,13 +226,16 @@ class Client:
         """A number for a session, which it keeps on whichever worker it is."""
         return next(self._session_numbers)
 
-    def open_session(self, avoid: Sequence[bytes] = (), number: int | None = None, epoch: int = 0) -> RemoteSession:
+    def open_session(
+        self, avoid: Sequence[bytes] = (), number: int | None = None, epoch: int = 0, check: Check = lambda: None
+    ) -> RemoteSession:
         """An epoch of a session on some worker, which learns of it with the first request.
 
         Args:
             avoid: workers that are taken only if there is no other one.
             number: the session's; None for a new one.
             epoch: higher than any before of this session; its worker forgets lower ones.
+            check: called again and again meanwhile; what it raises ends the search.
 
         Raises:
             NoWorker, Busy, BrokerUnreachable, AuthenticationError: there is none to be had.
@@ -240,7 +245,7 @@ class Client:
             elsewhere = self._usable(avoid)
             if elsewhere is None and time.monotonic() < self._crowded_until:
                 elsewhere = self._usable(())
-            channel = elsewhere or self._set_up(avoid)
+            channel = elsewhere or self._set_up(avoid, check)
             session = self.new_session(channel, number, epoch)
             if session is not None:
                 return session
@@ -252,7 +257,7 @@ class Client:
         if not self._setting_up.acquire(blocking=False):
             return False
         try:
-            self._shake_hands([worker], {})
+            self._shake_hands([worker], {}, lambda: None)
             return True
         except SplitError:
             return False
@@ -281,8 +286,7 @@ class Client:
                 return channel
         return None
 
-    def _set_up(self, avoid: Sequence[bytes]) -> WorkerChannel:
-        deadline = time.monotonic() + self.patience
+    def _set_up(self, avoid: Sequence[bytes], check: Check) -> WorkerChannel:
         distrusted: dict[bytes, CertificateError] = {}
         with self._setting_up:
             while True:
@@ -291,7 +295,7 @@ class Client:
                     return channel
                 known = len(distrusted)
                 try:
-                    return self._shake_hands([*avoid, *distrusted], distrusted)
+                    return self._shake_hands([*avoid, *distrusted], distrusted, check)
                 except (Busy, NoWorker) as error:
                     if len(distrusted) > known:
                         continue
@@ -301,12 +305,11 @@ class Client:
                     if isinstance(error, Busy) and (channel := self._usable(())) is not None:
                         self._crowded_until = time.monotonic() + CROWDED_FOR
                         return channel
-                    if isinstance(error, NoWorker) or time.monotonic() + error.retry_after > deadline:
-                        raise
-                    time.sleep(error.retry_after)
-                    avoid = ()
+                    raise
 
-    def _shake_hands(self, avoid: Sequence[bytes], distrusted: dict[bytes, CertificateError]) -> WorkerChannel:
+    def _shake_hands(
+        self, avoid: Sequence[bytes], distrusted: dict[bytes, CertificateError], check: Check
+    ) -> WorkerChannel:
         """Sets up a channel. Each message is sent until it is answered, in case that it or the answer was lost.
 
         Raises:
@@ -319,7 +322,7 @@ class Client:
         self._answers[number] = events
         try:
             handshake = DeviceHandshake(self._identity, self._verify, self.service, self._dtype)
-            wish = wire.Open(self._id, number, self.service, list(avoid)[:64])
+            wish = wire.Open(self.id, number, self.service, list(avoid)[:64])
 
             def take_answer(header: wire.Relay, body: bytes) -> tuple[bytes, WorkerChannel] | None:
                 if header.kind != wire.Kind.ANSWER or header.sender in distrusted:
@@ -340,9 +343,9 @@ class Client:
                 wire.decode_payload(made.control.open(header, body), wire.reply_decoder)
                 return True
 
-            finish, made = self._ask(events, wish, handshake.hello, take_answer)
-            last = wire.Relay(made.worker, self._id, wire.Kind.FINISH, number)
-            self._ask(events, last, finish, take_confirmation)
+            finish, made = self._ask(events, wish, handshake.hello, take_answer, check)
+            last = wire.Relay(made.worker, self.id, wire.Kind.FINISH, number)
+            self._ask(events, last, finish, take_confirmation, check)
             self._channels[number] = made
             self.served = True
         finally:
@@ -361,11 +364,13 @@ class Client:
         request: wire.Open | wire.Relay,
         body: bytes,
         take: Callable[[wire.Relay, bytes], _T | None],
+        check: Check,
     ) -> _T:
         """Sends a message of a set-up until `take` makes something of an answer; others are dropped."""
         deadline = time.monotonic() + self.timeout
         interval, send_at = SET_UP_RETRANSMIT, 0.0
         while True:
+            check()
             now = time.monotonic()
             if self._closed:
                 raise BrokerUnreachable(LEFT)
@@ -377,7 +382,7 @@ class Client:
                 self.transport.send(request, body)
                 interval, send_at = 2 * interval, now + interval
             try:
-                event = self.transport.receive(events, max(0.0, min(send_at, deadline) - now))
+                event = self.transport.receive(events, max(0.0, min(send_at - now, deadline - now, CHECK_INTERVAL)))
             except queue.Empty:
                 continue
             if isinstance(event, SplitError):
@@ -400,12 +405,11 @@ class Client:
             case "full":
                 return max(MIN_RETRY, bounce.retry_after)
             case "no-worker":
-                wanted = f"{self.model} layers {self.service.first}:{self.service.last}"
-                served = printable(bounce.detail) or "none"
-                command = f"lambda-split worker --layers {self.service.first}:{self.service.last}"
+                service, served = self.service, printable(bounce.detail) or "none"
                 raise NoWorker(
-                    f"no worker serves {wanted} with these weights (served here: {served}): start one with "
-                    f"`{command}` and the same --model",
+                    f"no worker serves {self.model} layers {service.first}:{service.last} with these weights "
+                    f"(served here: {served}): start one with `lambda-split worker {self._cut}` and the same "
+                    "--model",
                     served,
                 )
             case "busy":
@@ -420,7 +424,3 @@ class Client:
     def count(self, error: SplitError) -> None:
         """Notes a message that was dropped."""
         count_dropped(self.counters, error)
-
-    @property
-    def id(self) -> bytes:
-        return self._id

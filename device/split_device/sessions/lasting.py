@@ -19,7 +19,7 @@ from split_common.errors import (
 )
 from split_device.sessions.client import Client
 from split_device.sessions.dead_letters import DeadLetter, record
-from split_device.sessions.session import RemoteSession
+from split_device.sessions.session import CHECK_INTERVAL, GIVEN_UP, RemoteSession
 
 #: Seconds to wait before a lost session is opened again.
 RETRY_AFTER = 0.1
@@ -76,6 +76,8 @@ class Lasting(Generic[R]):
         if self._closer is not None:
             self._closer.detach()
         self._remote = remote
+        if self._abandoned:
+            remote.interrupt()
         remote.patient = self._patient
         self._closer = weakref.finalize(self, remote.close)
 
@@ -89,6 +91,17 @@ class Lasting(Generic[R]):
         self._abandoned = True
         if (remote := self._remote) is not None:
             remote.interrupt()
+
+    def _check(self) -> None:
+        """Raises SessionLost when nobody wants the session any more."""
+        if self._abandoned:
+            raise SessionLost(GIVEN_UP)
+
+    def _pause(self, seconds: float) -> None:
+        """Waits, but no longer than the session is wanted."""
+        until = time.monotonic() + seconds
+        while not self._abandoned and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, CHECK_INTERVAL))
 
     def _persist(self, requests: list[R]) -> list[tuple[wire.AnyReply, memoryview]]:
         """Sends requests until a worker answers them, whatever becomes of the first ones.
@@ -104,8 +117,7 @@ class Lasting(Generic[R]):
         # A step that is left by one slow worker is left to the next one, or it would have to begin anew for ever.
         self._patient = False
         while True:
-            if self._abandoned:
-                raise lost or SessionLost("the session was given up")
+            self._check()
             try:
                 if self._remote is None:
                     told = False
@@ -132,13 +144,16 @@ class Lasting(Generic[R]):
                     if remote.ended or self._is_spoilt(requests):
                         remote.close()
                         avoid, self._remote = [remote.worker], None
+                elif isinstance(error, Busy):
+                    # One that is to be avoided may be the only one.
+                    avoid = []
                 if len(failed) >= MAX_FAILURES or deaths >= MAX_DEATHS:
                     raise self._give_up(error, requests, [*failed, *died.values()]) from None
                 fresh = lost is None and self._is_new() and not self.client.served
                 pause = getattr(error, "retry_after", RETRY_AFTER)
                 if now + pause > waiting_since + self.client.patience or (isinstance(error, NoWorker) and fresh):
                     raise lost or error from None
-                time.sleep(pause)
+                self._pause(pause)
             except SplitError:
                 # Of several requests some may have run: what the worker holds is not known any more.
                 self._close()

@@ -7,11 +7,13 @@ import queue
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from split_common import wire
+from split_common.channel import CHANNEL_SESSIONS, Channel, SessionKeys
 from split_common.errors import (
     AuthenticationError,
     BrokerUnreachable,
@@ -28,7 +30,7 @@ from split_common.errors import (
 )
 
 if TYPE_CHECKING:
-    from split_device.sessions.client import Client, WorkerChannel
+    from split_device.sessions.client import Client
 
 #: Seconds without a reply after which a request is sent again; doubles each time, up to the second.
 RETRANSMIT = 3.0
@@ -40,11 +42,29 @@ IN_FLIGHT = 32
 #: Least seconds before something is tried again, whatever a peer says.
 MIN_RETRY = 0.1
 
+#: Seconds between two looks, while nothing comes, at whether waiting still makes sense.
+CHECK_INTERVAL = 0.25
+
 #: What the transport's thread hands over: a message, or what became of the session.
 Event = tuple[wire.AnyHeader, bytes] | SplitError
 
 #: Of a session whose worker died, left, or knows nothing of it.
 GONE = "the worker that held the session is gone"
+
+#: Of a session that nobody wants any more.
+GIVEN_UP = "the session was given up"
+
+
+@dataclass
+class WorkerChannel:
+    """A channel to one worker. Session 0 is the channel itself."""
+
+    worker: bytes
+    number: int
+    channel: Channel
+    control: SessionKeys
+    #: Sessions that it may still have.
+    left: int = field(default_factory=lambda: CHANNEL_SESSIONS)
 
 
 class RemoteSession:
@@ -154,7 +174,7 @@ class RemoteSession:
 
     def interrupt(self) -> None:
         """Makes the call under way, or the next one, end by `SessionLost`. Any thread may call it."""
-        self.events.put(SessionLost("the session was given up"))
+        self.events.put(SessionLost(GIVEN_UP))
 
     def resend(self) -> None:
         """Sends again what has not been answered."""
@@ -210,7 +230,7 @@ class RemoteSession:
                 interval = min(2 * interval, MAX_RETRANSMIT)
                 resend_at = now + interval
             try:
-                event = self._client.transport.receive(self.events, min(0.25, resend_at - now))
+                event = self._client.transport.receive(self.events, min(CHECK_INTERVAL, resend_at - now))
             except queue.Empty:
                 continue
             if isinstance(event, SplitError):

@@ -15,6 +15,7 @@ from split_common.errors import ConfigError
 from split_common.options import MODEL_PANEL, QUEUE_PANEL, JsonOption, KeysOption
 from split_common.process import passive_threads
 from split_device.diffusion.options import need_diffusers
+from split_device.options import HeadOption, TailOption
 from split_device.stress.plan import Plan, TransportName, Workload
 
 #: Faults that can be asked for.
@@ -67,12 +68,8 @@ def stress(
             help="Compare with this unsplit checkpoint instead of the same one.",
         ),
     ] = None,
-    head_layers: Annotated[
-        int, typer.Option(min=0, metavar="N", rich_help_panel=MODEL_PANEL, help="Decoder layers before the body.")
-    ] = 2,
-    tail_layers: Annotated[
-        int, typer.Option(min=0, metavar="N", rich_help_panel=MODEL_PANEL, help="Decoder layers after the body.")
-    ] = 2,
+    head_layers: HeadOption = 2,
+    tail_layers: TailOption = 2,
     transport: Annotated[
         TransportName, typer.Option(rich_help_panel=QUEUE_PANEL, help="Start a ZeroMQ broker or a Redis server.")
     ] = "zmq",

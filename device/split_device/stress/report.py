@@ -136,7 +136,9 @@ def table(report: Report) -> Table:
         shown.add_row("error", f"{count} × {error}")
     for each in report.memory:
         grown = "" if each["within"] else "  (!)"
-        shown.add_row(f"memory of {each['process']}", f"{each['mib_10s']} → {each['mib']} MiB{grown}")
+        # Of one that has just been started again nothing is known to compare with.
+        before = "" if each["mib_10s"] is None else f"{each['mib_10s']} → "
+        shown.add_row(f"memory of {each['process']}", f"{before}{each['mib']} MiB{grown}")
     if report.left is not None:
         shown.add_row("left in Redis", ", ".join(f"{count} {what}" for what, count in report.left.items()))
     return shown
