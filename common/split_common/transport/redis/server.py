@@ -16,7 +16,7 @@ from typing import Any
 import redis
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, RedisCluster
-from redis.connection import parse_url
+from redis.connection import PythonRespSerializer, parse_url
 from redis.exceptions import (
     AskError,
     AuthenticationError,
@@ -48,6 +48,9 @@ ANSWER_TIMEOUT = 5.0
 #: Seconds for a connection to be made.
 CONNECT_TIMEOUT = 3.0
 
+#: Bytes of an argument above which it is sent as it is, and not copied into one piece with the others.
+LARGE = 256 * 1024
+
 #: Times that a command follows a cluster's redirections.
 REDIRECTIONS = 5
 
@@ -55,6 +58,14 @@ _ELSEWHERE = (MovedError, AskError, TryAgainError, ClusterDownError)
 
 #: What a command is sent as: the key that says which server it goes to, and its words.
 Command = tuple[str, Sequence[bytes | str | int]]
+
+
+def _encode(word: bytes | str | int) -> bytes:
+    return word if isinstance(word, bytes) else str(word).encode()
+
+
+#: The one of hiredis copies everything.
+_PACKER = PythonRespSerializer(LARGE, _encode)
 
 
 class Unreachable(BrokerUnreachable):
@@ -219,7 +230,9 @@ class Line:
         if self._closed:
             raise ConnectionError("closed")
         if id(client) not in self._connections:
-            self._connections[id(client)] = client, client.connection_pool.make_connection()
+            pool = client.connection_pool
+            pool.connection_kwargs["command_packer"] = _PACKER
+            self._connections[id(client)] = client, pool.make_connection()
         connection = self._connections[id(client)][1]
         if not (anew or connection.is_connected):
             raise ConnectionError("the connection broke")
