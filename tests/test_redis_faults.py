@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from split_common.manifest import find_manifest
 from split_common.part import plan
 from split_common.transport import HEARTBEAT, MISSED, OPEN_PATIENCE, connect, new_peer_id
 from split_common.transport.redis import keeper as redis_keeper
+from split_common.transport.redis import reader as redis_reader
 from split_common.transport.redis import wishes as redis_wishes
 from split_common.transport.redis.keeper import LEASE
 from split_common.transport.redis.keys import GROUP, Keys
@@ -225,6 +227,73 @@ def test_a_server_without_memory_pushes_back(setting: Setting, server: Valkey, e
             answers.append(bytes(work.result(LATE)[0][1]))
         assert answers == expected[:2]
         session.close()
+
+
+# --- who reads ---------------------------------------------------------------------------------------------
+
+
+def test_a_caller_that_waits_alone_reads_himself(
+    setting: Setting, server: Valkey, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with setting.worker(server.address), setting.client(server.address) as client:
+        session = client.open_session()
+        take, readers = client.transport._reader._take, Counter[threading.Thread]()
+
+        def record(fields: Any) -> None:
+            readers[threading.current_thread()] += 1
+            take(fields)
+
+        monkeypatch.setattr(client.transport._reader, "_take", record)
+        # However long he needs between two messages, and however long these take.
+        monkeypatch.setattr(redis_reader, "LEAD_GAP", 30.0)
+        monkeypatch.setattr(redis_reader, "LEAD_WAIT", 30.0)
+        assert run_steps(client, STEPS, session=session) == expected
+    # The first one may find the link's thread at it.
+    assert readers[threading.current_thread()] >= STEPS
+
+
+def test_who_waits_beside_a_caller_that_reads_is_read_for_when_that_one_leaves(
+    setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_reader, "LEAD_GAP", 600.0)
+    monkeypatch.setattr(redis_reader, "LEAD_WAIT", 600.0)
+    arrived: list[queue.SimpleQueue[int]] = [queue.SimpleQueue(), queue.SimpleQueue()]
+    with setting.client(server.address) as client, ThreadPoolExecutor(2) as pool:
+        link = client.transport
+        link._caller.message = lambda header, _: arrived[header.seq].put(header.seq)
+
+        def reply(seq: int) -> None:
+            header = wire.Relay(client.id, bytes(8), wire.Kind.REPLY, 1, 1, 0, seq, 1)
+            server.client().xadd(link._keeper.lane, {"h": wire.encode_header(header), "b": b""})
+
+        link._reader._left = time.monotonic()
+        wait_until(lambda: not link._reader._turn.locked())
+        leader = pool.submit(link.receive, arrived[0], 4.0)
+        wait_until(link._reader._turn.locked)
+        other = pool.submit(link.receive, arrived[1], 600.0)
+        wait_until(lambda: link._reader._waiting)
+        reply(0)
+        assert leader.result(LATE) == 0
+        reply(1)
+        try:
+            assert other.result(LATE) == 1
+        finally:
+            link._reader._wanted.set()
+            arrived[1].put(-1)
+
+
+def test_a_caller_that_reads_can_be_interrupted(
+    setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with setting.worker(server.address) as worker, setting.client(server.address) as client:
+        session = client.open_session()
+        session.call([step(0)])
+        monkeypatch.setattr(worker._transport._reader, "_take", lambda _: None)
+        with in_background(lambda: session.call([step(1)])) as work:
+            wait_until(lambda: client.transport._reader._turn.locked())
+            session.interrupt()
+            with pytest.raises(SessionLost, match="given up"):
+                work.result(LATE)
 
 
 # --- workers and devices -----------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ OPEN_PATIENCE = 2.0
 
 
 class Handler(Protocol):
-    """What a peer does with what arrives. Called on the transport's thread: must not block."""
+    """What a peer does with what arrives. Called on the transport's threads or within `receive`: must not block."""
 
     def on_message(self, header: AnyHeader, body: bytes) -> None:
         """A message for this peer; an exception of type SplitError is counted and logged, and nothing else."""
