@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import random
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from redis.connection import Connection
+from redis.exceptions import InvalidResponse
 
 import tiny
 from split_common import wire
@@ -250,6 +253,38 @@ def test_a_caller_that_waits_alone_reads_himself(
         assert run_steps(client, STEPS, session=session) == expected
     # The first one may find the link's thread at it.
     assert readers[threading.current_thread()] >= STEPS
+
+
+def test_damaged_answers_do_not_reach_the_caller_that_reads(
+    setting: Setting, server: Valkey, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_reader, "LEAD_GAP", 30.0)
+    read, rng, damages = Connection.read_response, random.Random(0), Counter[str]()
+
+    def damaged(connection: Any, *args: Any, **options: Any) -> Any:
+        answer = read(connection, *args, **options)
+        if threading.current_thread() is not threading.main_thread() or not isinstance(answer, list):
+            return answer
+        damage = rng.choice(["none", "none", "protocol", "shape", "id", "number"])
+        damages[damage] += 1
+        match damage:
+            case "protocol":
+                raise InvalidResponse("Protocol error")
+            case "shape":
+                return [answer[0][:1]]
+            case "id":
+                return [[answer[0][0], [[b"1_0-7", answer[0][1][0][1]]]]]
+            case "number":
+                return [[answer[0][0], 7]]
+            case _:
+                return answer
+
+    with setting.worker(server.address), setting.client(server.address) as client:
+        session = client.open_session()
+        monkeypatch.setattr(Connection, "read_response", damaged)
+        assert run_steps(client, STEPS, session=session) == expected
+        monkeypatch.undo()
+    assert len(damages) == 5
 
 
 def test_who_waits_beside_a_caller_that_reads_is_read_for_when_that_one_leaves(

@@ -14,6 +14,7 @@ braces decides where a cluster keeps a key.
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
 
 from split_common import wire
@@ -68,7 +69,9 @@ def read_entry(fields: Any) -> tuple[bytes, bytes]:
 
 
 def next_id(id_: bytes) -> str | None:
-    """The least id above an entry's; None when there is none."""
+    """The least id above an entry's; None when there is none. Raises Malformed."""
+    if not isinstance(id_, bytes) or not re.fullmatch(rb"\d{1,20}-\d{1,20}", id_):
+        raise Malformed("an entry without an id")
     milliseconds, _, number = id_.decode().partition("-")
     if int(number) < LAST_ID:
         return f"{milliseconds}-{int(number) + 1}"

@@ -88,7 +88,7 @@ class Reader:
             self._wanted.clear()
             with self._turn:
                 if wanted := self._is_wanted():
-                    self._read(READ_WAIT)
+                    self._read_contained(READ_WAIT)
             if not wanted:
                 self._wanted.wait(LEAD_GAP)
 
@@ -106,7 +106,7 @@ class Reader:
             try:
                 lead_until = min(until, time.monotonic() + LEAD_WAIT)
                 while events.empty() and not self._closing.is_set() and (left := lead_until - time.monotonic()) > 0:
-                    self._read(left)
+                    self._read_contained(left)
             finally:
                 self._left = time.monotonic()
                 self._turn.release()
@@ -121,6 +121,17 @@ class Reader:
             self._left = time.monotonic()
 
     # --- with the turn -------------------------------------------------------------------------------------
+
+    def _read_contained(self, wait: float) -> None:
+        try:
+            self._read(wait)
+        except Exception as error:
+            # Damaged answers may look like anything. Nothing of them is believed: the lane is read anew.
+            self._counters["failures"] += 1
+            log.warning("reading a lane failed, and begins anew: %s", type(error).__name__)
+            self._line.disconnect()
+            self._lane_made = 0
+            self._closing.wait(RECONNECT)
 
     def _read(self, wait: float) -> None:
         """Takes what comes within some seconds; cuts off what was read: much at a time, or when nothing comes."""
@@ -149,9 +160,9 @@ class Reader:
             # An id was damaged on its way here, and what came later has a lower one.
             self._after, self._unread, self._overlooked = "0-0", "0-0", 0
         for id_, fields in entries:
+            following = next_id(id_)
             self._after = id_
             self._take(fields)
-            following = next_id(id_)
             if following is None:
                 self._keeper.renew_lane()
             else:

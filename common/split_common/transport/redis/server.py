@@ -24,6 +24,7 @@ from redis.exceptions import (
     ClusterDownError,
     ClusterError,
     ConnectionError,
+    InvalidResponse,
     MovedError,
     NoPermissionError,
     ReadOnlyError,
@@ -143,7 +144,11 @@ class Server:
                 f"{self.shown} does not accept this user name or password ({error}): put them into the address, or "
                 f"the password into ${PASSWORD_VARIABLE}"
             ) from None
-        except (ConnectionError, TimeoutError, OSError, RedisClusterException, ClusterError) as error:
+        except (
+            *(ConnectionError, TimeoutError, OSError, RedisClusterException, ClusterError),
+            # What is no answer of a Redis server, as damaged bytes are.
+            InvalidResponse,
+        ) as error:
             raise Unreachable(_reason(self.shown, error)) from None
 
 
@@ -161,8 +166,8 @@ class Line:
         _, connection = self._connections.get(id(self._server.single), (None, None))
         if connection is None or not connection.is_connected:
             return False
-        with contextlib.suppress(ConnectionError, TimeoutError):
-            # `run` will find the connection broken.
+        with contextlib.suppress(Exception):
+            # However it breaks, or is closed meanwhile, `run` will find it so.
             connection.send_packed_command(connection.pack_commands([command[1]]))
         return True
 
@@ -220,7 +225,7 @@ class Line:
                         answers.append(error)
         except BaseException:
             # Answers that were not read must not be taken for those of later commands.
-            self._disconnect()
+            self.disconnect()
             with contextlib.suppress(BrokerUnreachable):
                 self._server.look_again()
             raise
@@ -240,14 +245,15 @@ class Line:
         connection.connect()
         return connection
 
-    def _disconnect(self) -> None:
+    def disconnect(self) -> None:
+        """Ends its connections; the next command makes new ones."""
         for _, connection in list(self._connections.values()):
             connection.disconnect()
 
     def close(self) -> None:
         """Ends a command that waits, too."""
         self._closed = True
-        self._disconnect()
+        self.disconnect()
 
 
 def failed(answer: object) -> str:
