@@ -389,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--vae-steps", type=_count, default=400, metavar="N", help="of the VAE's training (%(default)s)"
     )
     parser.add_argument(
-        "--steps", type=_count, default=3600, metavar="N", help="of the UNet's training (%(default)s)"
+        "--steps", type=_count, default=3000, metavar="N", help="of the UNet's training (%(default)s)"
     )
     parser.add_argument(
         "--judged",
