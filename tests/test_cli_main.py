@@ -216,6 +216,36 @@ sys.exit(cli.main(["spam"]))
         assert process.wait() == 1
 
 
+def test_an_error_reaches_stderr_though_the_reader_has_left() -> None:
+    script = """
+import sys
+from split_common import cli
+
+cli.load_commands = lambda: None
+
+@cli.app.command()
+def go(_as_json: bool = cli.typer.Option(False, "--json")):
+    sys.stdin.read()
+    raise cli.ConfigError("no such thing")
+
+sys.exit(cli.main(["go", "--json"]))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == "error: no such thing\n"
+        assert process.wait() == ConfigError.exit_code
+
+
 def test_the_command_starts_without_torch() -> None:
     script = (
         "import sys; from split_common import cli; cli.load_commands();"

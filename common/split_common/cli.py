@@ -91,8 +91,7 @@ def main(args: Sequence[str] | None = None) -> int:
         code = command.main(arguments, prog_name="lambda-split", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read stdout has left; let nothing complain when the interpreter flushes it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 1
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -132,5 +131,13 @@ def _fail(name: str, message: str, code: int, as_json: bool) -> int:
     line = "".join(char if char.isprintable() else "?" for char in " ".join(message.split()))
     print(f"error: {line}", file=sys.stderr)
     if as_json:
-        emit_json({"error": {"type": name, "message": line}})
+        try:
+            emit_json({"error": {"type": name, "message": line}})
+        except BrokenPipeError:
+            _drop_stdout()
     return code
+
+
+def _drop_stdout() -> None:
+    """Whoever read stdout has left; let nothing complain when the interpreter flushes it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

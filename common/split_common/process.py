@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from split_common.errors import SplitError
 
@@ -130,16 +130,14 @@ def running_command(
     with contextlib.ExitStack() as stack:
         stack.enter_context(exit_on_sigterm())
         stderr = stack.enter_context(log.open("ab")) if log is not None else None
-        process = subprocess.Popen(
-            [sys.executable, "-m", "split_common", *arguments, "--json"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env={**os.environ, **(env or {}), PARENT: str(os.getpid())},
-            start_new_session=True,
+        process = stack.enter_context(
+            started(
+                [sys.executable, "-m", "split_common", *arguments, "--json"],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env={**os.environ, **(env or {}), PARENT: str(os.getpid())},
+            )
         )
-        stack.callback(stop_process, process)
         assert process.stdout is not None
         line = process.stdout.readline()
         ready = json.loads(line) if line.startswith("{") else {}
@@ -147,6 +145,50 @@ def running_command(
             words = ready.get("error", {}).get("message", "it ended without a word")
             raise SplitError(f"lambda-split {arguments[0]}: {words}")
         yield process, ready
+
+
+@contextlib.contextmanager
+def started(
+    command: Sequence[str],
+    stdout: IO[bytes] | int,
+    stderr: IO[bytes] | int | None,
+    env: dict[str, str] | None = None,
+) -> Iterator[subprocess.Popen[str]]:
+    """Runs a process away from this terminal's Ctrl-C, and ends it on leaving, however that comes about."""
+    with contextlib.ExitStack() as stack:
+        # Between the fork and the callback, an exception would leave a process that nobody ends.
+        with _signals_held_back():
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                text=True,
+                env=env,
+                start_new_session=True,
+            )
+            stack.callback(stop_process, process)
+        yield process
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Lets SIGINT and SIGTERM wait for its end, where they would raise exceptions."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
+    came: list[int] = []
+    for number in handlers:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for sent in came:
+            signal.raise_signal(sent)
 
 
 @contextlib.contextmanager

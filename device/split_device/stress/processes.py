@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from split_common.errors import ConfigError, SplitError
-from split_common.process import running_command, stop_process
+from split_common.process import running_command, started
 from split_device.stress.events import decode
 from split_device.stress.ledger import Ledger
 
@@ -197,15 +197,9 @@ def redis_server(port: int, directory: Path) -> Start:
 
     @contextlib.contextmanager
     def start() -> Iterator[subprocess.Popen[str]]:
-        with (directory / "server.log").open("ab") as log:
-            process = subprocess.Popen(
-                arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True, start_new_session=True
-            )
-        try:
+        with (directory / "server.log").open("ab") as log, started(arguments, log, log) as process:
             _wait_for_redis(port, process)
             yield process
-        finally:
-            stop_process(process)
 
     return start
 
