@@ -1,11 +1,13 @@
-"""The way to CUDA, where there is none: FlashAttention's plans and the graphs of decoding batches.
+"""The way to CUDA, where there is none: FlashAttention's plans, compiled layers, graphs of decoding batches.
 
-The kernel and the capture are CUDA's own. What surrounds them is run here with a plain kernel of the same contract
-in place of torch's, and with graphs that compute anew each time they are replayed.
+The kernels and the capture are CUDA's own. What surrounds them is run here with a plain kernel of the same contract
+in place of torch's, with layers that torch.compile traces but makes no kernels for, and with graphs that compute
+anew each time they are replayed. Tests of CUDA itself need a GPU.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ import torch
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
+import tiny
 from split_common.engine import flash, graphs
 from split_common.engine import runner as runner_module
 from split_common.engine.graphs import DecodeGraphs
 from split_common.engine.pool import PagePool
 from split_common.engine.rows import Run
 from split_common.engine.runner import Runner
+from split_common.part import load_part, plan
+from split_common.split import Split
 from test_engine import EngineMachine, make_oracle, make_runner
 
 PAGE_TOKENS = 16
@@ -59,6 +64,45 @@ def reference_varlen_attn(
     return torch.cat(outputs)
 
 
+def reference_flash_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    dropout: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    scale: float,
+    window_size_left: int,
+    window_size_right: int,
+    seqused_k: torch.Tensor,
+) -> tuple[torch.Tensor, None]:
+    """What torch 2.11's kernel does with keys and values that begin at `cu_seq_k`, one sequence after the other."""
+    (room,) = set(cu_seq_k.diff().tolist())
+    assert (max_k, len(key)) == (room, room * len(seqused_k))
+    assert is_causal == ((window_size_left, window_size_right) == (-1, 0))
+    pages = torch.arange(len(key) // PAGE_TOKENS, dtype=torch.int32).view(len(seqused_k), -1)
+    output = reference_varlen_attn(
+        query,
+        key.view(-1, PAGE_TOKENS, *key.shape[1:]),
+        value.view(-1, PAGE_TOKENS, *value.shape[1:]),
+        cu_seq_q,
+        None,
+        max_q,
+        max_k,
+        scale=scale,
+        window_size=(window_size_left, window_size_right),
+        enable_gqa=query.shape[1] != key.shape[1],
+        seqused_k=seqused_k,
+        block_table=pages,
+    )
+    return output, None
+
+
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Runners that are made meanwhile take the way to CUDA; the sizes of the graphs that they make."""
@@ -75,7 +119,10 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         make(self, *args)
 
     monkeypatch.setattr(graphs.DecodeGraph, "__init__", count)
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr(flash, "varlen_attn", reference_varlen_attn)
+    monkeypatch.setattr(flash, "flash_attention_forward", reference_flash_forward)
     monkeypatch.setattr(flash, "PAGE_TOKENS", PAGE_TOKENS)
     monkeypatch.setattr(flash.FlashAttention, "page_tokens", PAGE_TOKENS)
     monkeypatch.setattr(flash, "usable", lambda *_: True)
@@ -83,10 +130,14 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return made
 
 
-@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "gpt2"])
+@pytest.mark.parametrize(
+    ("arch", "reads_pages"),
+    [("llama", True), ("mistral", True), ("mistral", False), ("qwen2", True), ("gpt2", True)],
+)
 def test_any_mix_of_steps(
-    arch: str, as_on_cuda: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arch: str, reads_pages: bool, as_on_cuda: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(flash, "READS_PAGES", reads_pages)
     engine = make_runner(tmp_path / "engine", arch)
     assert engine.backend.name == "flash"
     oracle = make_oracle(tmp_path / "oracle", arch, monkeypatch)
@@ -103,6 +154,39 @@ def test_any_mix_of_steps(
 def test_what_flash_attention_cannot_express_is_packed_with_the_other_backend(arch: str, tmp_path: Path) -> None:
     engine = make_runner(tmp_path, arch)
     assert (engine.separate_because, engine.backend.name) == (None, "sdpa")
+
+
+def test_all_layers_share_what_is_compiled(
+    as_on_cuda: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs_of: list[int] = []
+    for layers in (4, 6):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        engine = make_runner(tmp_path / str(layers), "llama", num_hidden_layers=layers)
+        assert all("forward" in vars(layer) for layer in engine._stack.slots[1:-2])
+        graphs_of.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs_of[0] == graphs_of[1] > 0
+
+
+def test_layers_that_cannot_be_compiled_run_as_they_are(
+    as_on_cuda: list[tuple[int, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise FileNotFoundError("no C compiler")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fail))
+    engine = make_runner(tmp_path, "llama")
+    assert "no C compiler" in caplog.text
+    assert not any("forward" in vars(layer) for layer in engine._stack.slots)
+    generator = torch.Generator().manual_seed(1)
+    row = engine.store.new_row()
+    assert decode(engine, [row], generator)[0].isfinite().all()
+    row.free()
+    assert engine.store.free == engine.store.pages - 1
 
 
 def decode(engine: Runner, rows: list[Any], generator: torch.Generator) -> list[torch.Tensor]:
@@ -153,21 +237,51 @@ def test_without_graphs_decoding_goes_on(
 @pytest.mark.gpu
 @pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2"])
 def test_on_cuda_the_body_runs_packed_over_flash_attention_and_graphs(arch: str, tmp_path: Path) -> None:
-    import tiny
-    from split_common.part import load_part, plan
-    from split_common.split import Split
-
-    plan_ = plan(str(tiny.save(arch, tmp_path, hidden_size=128, num_attention_heads=4, num_key_value_heads=2)))
-    split = Split.parse(plan_.layers, "1:-2")
-    model, stack = load_part(plan_, split, "worker", dtype=torch.bfloat16)
-    model.to("cuda")
-    engine = Runner(stack, split, plan_.text_config, 1 << 28)
+    engine = on_cuda(arch, tmp_path, torch.bfloat16)
     assert engine.backend.name == "flash"
     assert isinstance(engine._graphs, DecodeGraphs)
-    whole, parts = engine.store.new_row(), engine.store.new_row()
-    states = torch.randn(20, engine.width)
-    (wanted,) = engine.run([Run(whole, states, range(20))])
-    got = engine.run([Run(parts, states[:8], range(8))])
-    for position in range(8, 20):
-        got += engine.run([Run(parts, states[position : position + 1], [position])])
-    torch.testing.assert_close(torch.cat(got), wanted, atol=0.1, rtol=0.1)
+    assert all("forward" in vars(layer) for layer in engine._stack.slots[1:-2])
+    check_decoding(engine, tolerance=0.1)
+    assert len(engine._graphs._graphs) > 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt_oss"])
+def test_on_cuda_the_body_runs_packed_in_full_precision(arch: str, tmp_path: Path) -> None:
+    engine = on_cuda(arch, tmp_path, torch.float32)
+    assert engine.backend.name == "sdpa"
+    check_decoding(engine, tolerance=1e-3)
+
+
+def on_cuda(arch: str, directory: Path, dtype: torch.dtype) -> Runner:
+    wide = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 6}
+    plan_ = plan(str(tiny.save(arch, directory, **wide)))
+    split = Split.parse(plan_.layers, "1:-2")
+    model, stack = load_part(plan_, split, "worker", dtype=dtype)
+    model.to("cuda")
+    return Runner(stack, split, plan_.text_config, 1 << 28)
+
+
+def check_decoding(engine: Runner, tolerance: float) -> None:
+    """Rows that decode together, one of them over several pages, give what one forward each gives."""
+    generator = torch.Generator().manual_seed(0)
+    for lengths in ([20], [20, 33, 300], [9, 30, 8, 12, 700]):
+        wanted, got, rows = [], [], []
+        for length in lengths:
+            states = torch.randn(length, engine.width, generator=generator)
+            whole = engine.store.new_row()
+            wanted += [output[-6:] for output in engine.run([Run(whole, states, range(length))])]
+            whole.free()
+            rows.append((engine.store.new_row(), states))
+        engine.run([Run(row, states[:-6], range(len(states) - 6)) for row, states in rows])
+        for step in range(-6, 0):
+            got.append(
+                engine.run(
+                    [Run(row, states[len(states) + step][None], [len(states) + step]) for row, states in rows]
+                )
+            )
+        for index, (row, _) in enumerate(rows):
+            torch.testing.assert_close(
+                torch.cat([outputs[index] for outputs in got]), wanted[index], atol=tolerance, rtol=tolerance
+            )
+            row.free()

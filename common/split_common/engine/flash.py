@@ -1,24 +1,21 @@
 """Attention by FlashAttention over the pages themselves, for half precision on CUDA.
 
 `varlen_attn` (torch.nn.attention.varlen) reads keys and values through a block table: nothing is gathered or
-padded, and the plan is a few tensors, so that a decoding batch can be captured in a CUDA graph (`graphs`).
+padded, and the plan is a few tensors, so that a decoding batch can be captured in a CUDA graph (`graphs`). Torch
+2.11, whose kernel takes no block table, is handed a copy of the pages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 
 from split_common.engine.attention import Call, Span
 from split_common.engine.pool import PagePool
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None  # type: ignore[assignment]
 
 #: FlashAttention 2 takes pages in multiples of 256 tokens.
 PAGE_TOKENS = 256
@@ -26,12 +23,16 @@ PAGE_TOKENS = 256
 #: Widest head that it takes.
 MAX_WIDTH = 256
 
+#: Whether it takes a block table: from torch 2.12 on.
+READS_PAGES = "block_table" in (varlen_attn.__kwdefaults__ or ())
+
+#: What `varlen_attn` calls; of 2.11, only this takes the lengths of keys that lie apart.
+flash_attention_forward = torch.ops.aten._flash_attention_forward
+
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a model on this device and in this dtype may use it at all; torch reads pages from 2.12 on."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    reads_pages = "block_table" in (getattr(varlen_attn, "__kwdefaults__", None) or ())
-    return device.type == "cuda" and half and reads_pages
+    """Whether a model on this device and in this dtype may use it at all."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 class FlashAttention:
@@ -76,20 +77,58 @@ class FlashPlan:
             raise NotImplementedError("FlashAttention here caps no logits and has no sinks")
         if keys.shape[-1] != values.shape[-1] or keys.shape[-1] > MAX_WIDTH:
             raise NotImplementedError(f"FlashAttention takes keys as wide as values, at most {MAX_WIDTH}")
-        device = query.device
+        keys, values = (stored.view(-1, PAGE_TOKENS, *stored.shape[1:]) for stored in (keys, values))
+        window = (-1 if call.window is None else call.window - 1, 0)
+        here = self._on(query.device)
+        attend = here._attend_pages if READS_PAGES else here._attend_copies
+        return attend(query.transpose(0, 1), keys, values, call.scale, window).transpose(0, 1)
+
+    def _on(self, device: torch.device) -> FlashPlan:
+        """The plan where a layer is: a body may be spread over several devices."""
+        return replace(
+            self, ends=self.ends.to(device), table=self.table.to(device), lengths=self.lengths.to(device)
+        )
+
+    def _attend_pages(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: tuple[int, int]
+    ) -> torch.Tensor:
         output = varlen_attn(
-            query.transpose(0, 1),
-            keys.view(-1, PAGE_TOKENS, *keys.shape[1:]),
-            values.view(-1, PAGE_TOKENS, *values.shape[1:]),
-            self.ends.to(device),
+            query,
+            keys,
+            values,
+            self.ends,
             None,
             self.most_queries,
             self.most_keys,
-            scale=call.scale,
-            window_size=(-1 if call.window is None else call.window - 1, 0),
-            enable_gqa=query.shape[0] != keys.shape[1],
-            seqused_k=self.lengths.to(device),
-            block_table=self.table.to(device),
+            scale=scale,
+            window_size=window,
+            enable_gqa=query.shape[1] != keys.shape[2],
+            seqused_k=self.lengths,
+            block_table=self.table,
         )
         assert isinstance(output, torch.Tensor)
-        return output.transpose(0, 1)
+        return output
+
+    def _attend_copies(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: tuple[int, int]
+    ) -> torch.Tensor:
+        count, pages = self.table.shape
+        begins = torch.arange(count + 1, dtype=torch.int32, device=query.device) * (pages * PAGE_TOKENS)
+        output, *_ = flash_attention_forward(
+            query,
+            keys[self.table].flatten(0, 2),
+            values[self.table].flatten(0, 2),
+            self.ends,
+            begins,
+            self.most_queries,
+            pages * PAGE_TOKENS,
+            0.0,
+            window == (-1, 0),
+            False,
+            scale=scale,
+            window_size_left=window[0],
+            window_size_right=window[1],
+            seqused_k=self.lengths,
+        )
+        assert isinstance(output, torch.Tensor)
+        return output

@@ -7,9 +7,11 @@ into a page of nobody's.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +32,14 @@ Forward = Callable[[torch.Tensor, torch.Tensor, PackedBatch], torch.Tensor]
 Capture = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 
 
+@functools.cache
+def _memory() -> Any:
+    """What all graphs take their memory from: they run one after the other."""
+    return torch.cuda.graph_pool_handle()
+
+
 def capture_cuda(compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Captures a computation in a CUDA graph; what it returns lies at the same address each time."""
+    """Captures a computation in a CUDA graph; what it returns is overwritten by any other graph's replay."""
     beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):
@@ -39,7 +47,7 @@ def capture_cuda(compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tens
         compute()
     torch.cuda.current_stream().wait_stream(beside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=_memory()):
         output = compute()
 
     def replay() -> torch.Tensor:

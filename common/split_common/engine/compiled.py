@@ -1,0 +1,30 @@
+"""Layers compiled by torch.compile: what lies between two matrix products becomes one kernel.
+
+A decoding step on a GPU reads each weight once, which takes microseconds a product; normalization, rotation and
+activation, a dozen small kernels each, would take as long again. All layers of a kind share the compiled code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from split_common.engine.attention import NAME, packed_attention
+
+
+def compile_layers(layers: Sequence[nn.Module]) -> None:
+    """Has layers compiled when they are next called: once for one token, and once for any other number."""
+    # What finds its batch through a context variable is not looked into.
+    AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))  # type: ignore[no-untyped-call]
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+def forget_compiled(layers: Sequence[nn.Module]) -> None:
+    """Undoes `compile_layers`."""
+    AttentionInterface.register(NAME, packed_attention)
+    for layer in layers:
+        del layer.forward
