@@ -7,7 +7,6 @@ anew each time they are replayed. Tests of CUDA itself need a GPU.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,8 @@ def reference_varlen_attn(
         keys, values = (pages[block_table[row].long()].flatten(0, 1)[:length] for pages in (key, value))
         keys, values = (each.repeat_interleave(groups, 1).transpose(0, 1) for each in (keys, values))
         at = torch.arange(length - (end - begin), length)[:, None]
-        seen = torch.arange(length)[None] <= at + window_size[1]
+        right = window_size[1] if window_size[1] >= 0 else length
+        seen = torch.arange(length)[None] <= at + right
         if window_size[0] >= 0:
             seen &= torch.arange(length)[None] >= at - window_size[0]
         weights = (query[begin:end].transpose(0, 1) @ keys.transpose(1, 2)) * scale
@@ -103,6 +103,11 @@ def reference_flash_forward(
     return output, None
 
 
+def compiling_with(backend: Any, compile_: Any = torch.compile) -> Any:
+    """`torch.compile` without inductor, whose options it drops."""
+    return lambda function, **given: compile_(function, backend=backend, dynamic=given["dynamic"])
+
+
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Runners that are made meanwhile take the way to CUDA; the sizes of the graphs that they make."""
@@ -120,7 +125,7 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(graphs.DecodeGraph, "__init__", count)
     torch.compiler.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", compiling_with("eager"))
     monkeypatch.setattr(flash, "varlen_attn", reference_varlen_attn)
     monkeypatch.setattr(flash, "flash_attention_forward", reference_flash_forward)
     monkeypatch.setattr(flash, "PAGE_TOKENS", PAGE_TOKENS)
@@ -178,7 +183,7 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(
     def fail(*_: Any) -> Any:
         raise FileNotFoundError("no C compiler")
 
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fail))
+    monkeypatch.setattr(torch, "compile", compiling_with(fail))
     engine = make_runner(tmp_path, "llama")
     assert "no C compiler" in caplog.text
     assert not any("forward" in vars(layer) for layer in engine._stack.slots)

@@ -6,21 +6,29 @@ activation, a dozen small kernels each, would take as long again. All layers of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor import config as inductor
 from transformers import AttentionInterface
 
 from split_common.engine.attention import NAME, packed_attention
 
+#: The product of one row and a matrix becomes a kernel of its own, with what is before and after it, and kernels
+#: are tuned on the device that they run on.
+OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
+
 
 def compile_layers(layers: Sequence[nn.Module]) -> None:
     """Has layers compiled when they are next called: once for one token, and once for any other number."""
+    # In this process: by default there would be one for each core, and they stay.
+    inductor.compile_threads = 1
     # What finds its batch through a context variable is not looked into.
     AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))  # type: ignore[no-untyped-call]
     for layer in layers:
-        layer.forward = torch.compile(layer.forward, dynamic=True)
+        layer.forward = torch.compile(layer.forward, dynamic=True, options=OPTIONS)
 
 
 def forget_compiled(layers: Sequence[nn.Module]) -> None:

@@ -78,7 +78,9 @@ class FlashPlan:
         if keys.shape[-1] != values.shape[-1] or keys.shape[-1] > MAX_WIDTH:
             raise NotImplementedError(f"FlashAttention takes keys as wide as values, at most {MAX_WIDTH}")
         keys, values = (stored.view(-1, PAGE_TOKENS, *stored.shape[1:]) for stored in (keys, values))
-        window = (-1 if call.window is None else call.window - 1, 0)
+        # A last token sees all before it without being told; told so, the kernel would not divide long sequences.
+        alone = self.most_queries == 1 and call.window is None
+        window = (-1, -1) if alone else (-1 if call.window is None else call.window - 1, 0)
         here = self._on(query.device)
         attend = here._attend_pages if READS_PAGES else here._attend_copies
         return attend(query.transpose(0, 1), keys, values, call.scale, window).transpose(0, 1)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 
 from split_common.engine.attention import PackedBatch, Span
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 #: Largest batch that is captured.
 MAX_ROWS = 256
+
+#: Bytes that the tensors of a buffer begin at multiples of.
+ALIGNED = 16
 
 #: Runs the layers over states `[tokens, width]`, positions `[1, tokens]` and a batch.
 Forward = Callable[[torch.Tensor, torch.Tensor, PackedBatch], torch.Tensor]
@@ -57,8 +61,53 @@ def capture_cuda(compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tens
     return replay
 
 
+class Inputs:
+    """All that a graph reads, in one buffer on the host and one on the device: one copy brings it there.
+
+    Args:
+        rows, pages: of the batch, and of the longest sequence in it.
+        width, dtype: of the hidden states.
+    """
+
+    def __init__(self, rows: int, pages: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        shapes = {
+            "slots": ((rows,), torch.long),
+            "positions": ((1, rows), torch.long),
+            "table": ((rows, pages), torch.int32),
+            "lengths": ((rows,), torch.int32),
+            "states": ((rows, width), dtype),
+        }
+        sizes = [-(-math.prod(shape) * kind.itemsize // ALIGNED) * ALIGNED for shape, kind in shapes.values()]
+        self._host = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+        def views(buffer: torch.Tensor) -> SimpleNamespace:
+            parts = zip(shapes.items(), torch.split(buffer, sizes), strict=True)
+            return SimpleNamespace(
+                **{
+                    name: part[: math.prod(shape) * kind.itemsize].view(kind).view(shape)
+                    for (name, (shape, kind)), part in parts
+                }
+            )
+
+        #: Tensors by name: to be written on the host, and read on the device.
+        self.host, self.device = views(self._host), views(self._device)
+
+    def writable(self) -> SimpleNamespace:
+        """The host's, once they are on the device as they were."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self.host
+
+    def copy(self) -> None:
+        self._device.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(self._device.device))
+
+
 class DecodeGraph:
-    """One graph, and the tensors that it reads.
+    """One graph, and what it reads.
 
     Args:
         blank: a page whose contents nobody reads.
@@ -79,33 +128,33 @@ class DecodeGraph:
         device = next(iter(pool.layers.values()))[0].device
         self._blank = blank
         self._page_tokens = pool.page_tokens
-        self._states = torch.zeros(rows, width, dtype=dtype, device=device)
-        self._positions = torch.zeros(1, rows, dtype=torch.long, device=device)
-        self._slots = torch.full((rows,), blank * pool.page_tokens, dtype=torch.long, device=device)
+        self._inputs = Inputs(rows, pages, width, dtype, device)
+        self._write([], torch.empty(0, width), torch.empty(1, 0), torch.empty(0))
         ends = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        table = torch.full((rows, pages), blank, dtype=torch.int32, device=device)
-        lengths = torch.ones(rows, dtype=torch.int32, device=device)
-        self._plan = FlashPlan(ends, table, lengths, 1, pages * pool.page_tokens)
-        batch = PackedBatch(pool, [1] * rows, self._slots, self._plan)
-        self._replay = capture(lambda: forward(self._states, self._positions, batch))
+        read = self._inputs.device
+        plan = FlashPlan(ends, read.table, read.lengths, 1, pages * pool.page_tokens)
+        batch = PackedBatch(pool, [1] * rows, read.slots, plan)
+        self._replay = capture(lambda: forward(read.states, read.positions, batch))
 
     def run(
         self, spans: Sequence[Span], states: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor:
-        rows, pages = self._plan.table.shape
+        self._write(spans, states, positions, slots)
+        return self._replay()[: len(spans)]
+
+    def _write(
+        self, spans: Sequence[Span], states: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
+    ) -> None:
         count = len(spans)
-        table = np.full((rows, pages), self._blank, dtype=np.int32)
-        lengths = np.ones(rows, dtype=np.int32)
+        inputs = self._inputs.writable()
+        inputs.states[:count] = states
+        inputs.positions[:, :count] = positions
+        inputs.slots.fill_(self._blank * self._page_tokens)[:count] = slots
+        table, lengths = inputs.table.fill_(self._blank).numpy(), inputs.lengths.fill_(1).numpy()
         for row, span in enumerate(spans):
             table[row, : len(span.sequence.pages)] = span.sequence.pages
             lengths[row] = span.sequence.length
-        _fill(self._plan.table, torch.from_numpy(table))
-        _fill(self._plan.lengths, torch.from_numpy(lengths))
-        _fill(self._slots[:count], slots)
-        self._slots[count:] = self._blank * self._page_tokens
-        _fill(self._states[:count], states)
-        _fill(self._positions[:, :count], positions)
-        return self._replay()[:count]
+        self._inputs.copy()
 
 
 class DecodeGraphs:
@@ -148,7 +197,3 @@ class DecodeGraphs:
 def _power(number: int) -> int:
     """The next power of two."""
     return 1 << (number - 1).bit_length()
-
-
-def _fill(target: torch.Tensor, source: torch.Tensor) -> None:
-    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
