@@ -16,7 +16,7 @@ from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 import tiny
-from split_common.engine import flash, graphs
+from split_common.engine import compiled, flash, graphs
 from split_common.engine import runner as runner_module
 from split_common.engine.graphs import DecodeGraphs
 from split_common.engine.pool import PagePool
@@ -103,11 +103,6 @@ def reference_flash_forward(
     return output, None
 
 
-def compiling_with(backend: Any, compile_: Any = torch.compile) -> Any:
-    """`torch.compile` without inductor, whose options it drops."""
-    return lambda function, **given: compile_(function, backend=backend, dynamic=given["dynamic"])
-
-
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Runners that are made meanwhile take the way to CUDA; the sizes of the graphs that they make."""
@@ -124,8 +119,7 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         make(self, *args)
 
     monkeypatch.setattr(graphs.DecodeGraph, "__init__", count)
-    torch.compiler.reset()
-    monkeypatch.setattr(torch, "compile", compiling_with("eager"))
+    monkeypatch.setattr(runner_module, "compile_layers", lambda _: None)
     monkeypatch.setattr(flash, "varlen_attn", reference_varlen_attn)
     monkeypatch.setattr(flash, "flash_attention_forward", reference_flash_forward)
     monkeypatch.setattr(flash, "PAGE_TOKENS", PAGE_TOKENS)
@@ -133,6 +127,18 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     monkeypatch.setattr(flash, "usable", lambda *_: True)
     monkeypatch.setattr(runner_module, "capture_cuda", capture)
     return made
+
+
+def compile_too(monkeypatch: pytest.MonkeyPatch, backend: Any = "eager") -> None:
+    """Has layers traced by torch.compile, which takes seconds, without inductor and its options."""
+    torch.compiler.reset()
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, **given: compile_(function, backend=backend, dynamic=given["dynamic"]),
+    )
+    monkeypatch.setattr(runner_module, "compile_layers", compiled.compile_layers)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +149,8 @@ def test_any_mix_of_steps(
     arch: str, reads_pages: bool, as_on_cuda: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flash, "READS_PAGES", reads_pages)
+    if arch == "qwen2":
+        compile_too(monkeypatch)
     engine = make_runner(tmp_path / "engine", arch)
     assert engine.backend.name == "flash"
     oracle = make_oracle(tmp_path / "oracle", arch, monkeypatch)
@@ -164,6 +172,7 @@ def test_what_flash_attention_cannot_express_is_packed_with_the_other_backend(ar
 def test_all_layers_share_what_is_compiled(
     as_on_cuda: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    compile_too(monkeypatch)
     graphs_of: list[int] = []
     for layers in (4, 6):
         torch.compiler.reset()
@@ -183,7 +192,7 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(
     def fail(*_: Any) -> Any:
         raise FileNotFoundError("no C compiler")
 
-    monkeypatch.setattr(torch, "compile", compiling_with(fail))
+    compile_too(monkeypatch, fail)
     engine = make_runner(tmp_path, "llama")
     assert "no C compiler" in caplog.text
     assert not any("forward" in vars(layer) for layer in engine._stack.slots)
