@@ -5,10 +5,9 @@ The body is random and built on the spot; it is run in this process, without a q
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-from benchmarks.harness import note
+from benchmarks.harness import note, now
 
 #: What a body is built like: Llama 3 8B's shape, and one that a test can run.
 SHAPES: dict[str, dict[str, int]] = {
@@ -81,9 +80,9 @@ def _bandwidth(place: Any) -> float:
     target = torch.empty_like(source)
     best = float("inf")
     for _ in range(8):
-        began = _now(place)
+        began = now(place)
         target.copy_(source)
-        best = min(best, _now(place) - began)
+        best = min(best, now(place) - began)
     return 2 * source.nbytes / best
 
 
@@ -100,17 +99,9 @@ def _step(runner: Any, sessions: int) -> float:
     began = 0.0
     for step in range(WARM + STEPS):
         if step == WARM:
-            began = _now(runner.device)
+            began = now(runner.device)
         runner.run([Run(row, prompt[:1], [row.length]) for row in rows])
-    seconds = (_now(runner.device) - began) / STEPS
+    seconds = (now(runner.device) - began) / STEPS
     for row in rows:
         row.free()
     return seconds
-
-
-def _now(place: Any) -> float:
-    import torch
-
-    if place.type == "cuda":
-        torch.cuda.synchronize(place)
-    return time.perf_counter()

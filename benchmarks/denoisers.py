@@ -104,7 +104,7 @@ def shares(name: str) -> dict[str, Any]:
         theirs = {module for module in flops if _is_body(plan, split, module)}
         # Those that are in no other one.
         body = sum(flops[module] for module in theirs if not theirs.intersection(_around(module)))
-        up_shapes = _step(plan, split, **shape)
+        up_shapes = step_shapes(plan, split, **shape)
         down = plan.output_shape(split, up_shapes)
         for codec, coded in CODECS.items():
             codecs: list[Any] = [coded, "float16", *[coded] * (len(up_shapes) - 2)]
@@ -165,7 +165,7 @@ def _inputs(settings: Any, size: int, tokens: int, rows: int, **shape: Any) -> d
     }
 
 
-def _step(plan: Any, split: Any, size: int, tokens: int, rows: int, **_: Any) -> list[list[int]]:
+def step_shapes(plan: Any, split: Any, size: int, tokens: int, rows: int, **_: Any) -> list[list[int]]:
     """Shapes of what travels to the worker at each step."""
     latent = size // 8
     if plan.component == "unet":

@@ -8,6 +8,7 @@ import json
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,15 @@ def report(results: dict[str, Any], as_json: bool, title: str) -> None:
 def note(text: str) -> None:
     """Says on stderr what is going on."""
     print(text, file=sys.stderr, flush=True)
+
+
+def now(place: Any) -> float:
+    """Seconds, once a torch device has done what it was told to."""
+    import torch
+
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+    return time.perf_counter()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.denoising import SHAPES, denoise
 from benchmarks.harness import arguments, fleet, note, report
+from split_common.process import passive_threads
 
 DEVICES = (1, 2, 4)
 
@@ -17,9 +19,17 @@ DEVICES = (1, 2, 4)
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--images", type=int, default=6, help="of each device")
-    parser.add_argument("--steps", type=int, default=10, help="of an image")
+    parser.add_argument("--steps", type=int, help="of an image; default: 10")
     parser.add_argument("--size", type=int, default=256, help="pixels of a side")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="run a random UNet on this device instead")
+    parser.add_argument("--shape", choices=SHAPES, default="sdxl", help="of that UNet")
     options = parser.parse_args()
+    passive_threads()
+    if options.device:
+        results = denoise(options.device, options.shape, options.steps or 30)
+        report(results, options.json, f"denoising, {options.shape}")
+        return
+    options.steps = options.steps or 10
     with tempfile.TemporaryDirectory() as directory:
         from split_device.stress import tiny_unet
 

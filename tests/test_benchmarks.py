@@ -191,3 +191,17 @@ def test_images() -> None:
     results = run("images", "--images", 1, "--steps", 2, "--size", 64)
     assert {f"{devices}.steps_per_s" for devices in ("unsplit", 1, 2, 4)} < set(results)
     assert results["max_difference"] <= 1e-5
+
+
+def test_denoising_on_a_device() -> None:
+    results = run("images", "--device", "cpu", "--shape", "tiny", "--steps", 2)
+    ways = {"1", "2", "1.int8", "2.int8"}
+    for key in ("split_steps_per_s", "ratio", "stages_ms", "bytes_down_per_step"):
+        assert set(results[key]) == ways
+    assert results["hardware"] == "cpu"
+    assert results["unsplit_steps_per_s"] > 0
+    assert results["body_steps_per_s"] > 0
+    # 2 rows of 32 channels of 4x4 bfloat16 up, and of 64 down, in messages that are larger than that.
+    assert 2048 < results["bytes_up_per_step"]["1"] < 4096 < results["bytes_down_per_step"]["1"] < 8192
+    assert results["max_difference"]["1"] == 0.0
+    assert 0 < results["max_difference"]["1.int8"] < 0.1

@@ -15,7 +15,7 @@ from split_common.diffusion.codecs import decode, encode
 from split_common.diffusion.plan import ImagePlan, Job
 from split_common.engine.rows import Row, Run
 from split_common.engine.runner import Launched
-from split_common.errors import Malformed, NeedEmbeddings, Oversized
+from split_common.errors import Malformed, ModelError, NeedEmbeddings, Oversized
 from split_common.split import Split
 
 #: Bytes that are held for image jobs unless told otherwise: embeddings, and steps and outputs that travel in parts.
@@ -197,7 +197,14 @@ class DiffusionBody:
         memory: int | None = None,
     ) -> None:
         self._plan, self._split = plan, split
-        self._middle = plan.middle(split, dtype).to(device)
+        middle = plan.middle(split, dtype)
+        try:
+            self._middle = middle.to(device)
+        except torch.OutOfMemoryError:
+            raise ModelError(
+                f"the body of {plan.checkpoint.name} does not fit on the GPU: use --cut A, --dtype bfloat16 or "
+                "--device cpu"
+            ) from None
         parameter = next(self._middle.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.asynchronous = self.device.type == "cuda"
@@ -295,8 +302,7 @@ class DiffusionBody:
     def _decode(self, arrays: list[wire.Array], data: memoryview) -> list[torch.Tensor]:
         tensors, offset = [], 0
         for array in arrays:
-            tensor = decode(array, data[offset : offset + array.nbytes])
-            tensors.append(tensor.to(self.device, self.dtype))
+            tensors.append(decode(array, data[offset : offset + array.nbytes], self.device).to(self.dtype))
             offset += array.nbytes
         return tensors
 

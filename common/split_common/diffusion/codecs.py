@@ -13,7 +13,7 @@ _LARGEST = {"int8": 127, "int4": 7}
 
 
 def encode(tensor: torch.Tensor, codec: wire.Codec | None = None) -> tuple[wire.Array, bytes | memoryview]:
-    """A tensor of at least two dimensions (rows, channels, …) as it travels.
+    """A tensor of at least two dimensions (rows, channels, …) as it travels. It is converted where it is.
 
     Args:
         codec: None keeps the numbers as they are.
@@ -29,21 +29,23 @@ def encode(tensor: torch.Tensor, codec: wire.Codec | None = None) -> tuple[wire.
         check_finite(tensor)
         return array, raw_bytes(tensor)
     check_finite(tensor)
-    channels = (
-        tensor.detach().cpu().float().flatten(2) if tensor.ndim > 2 else tensor.detach().cpu().float()[..., None]
-    )
+    numbers = tensor.detach().float()
+    channels = numbers.flatten(2) if numbers.ndim > 2 else numbers[..., None]
     largest = _LARGEST[codec]
     scales = channels.abs().amax(2, keepdim=True) / largest
-    numbers = (channels / scales.clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(-largest, largest)
-    integers = numbers.to(torch.int8).flatten()
+    rounded = (channels / scales.clamp_min(torch.finfo(torch.float32).tiny)).round_().clamp_(-largest, largest)
+    integers = rounded.to(torch.int8).flatten()
     if codec == "int4":
         integers = torch.nn.functional.pad(integers, (0, integers.numel() % 2)) & 15
         integers = integers[::2] | (integers[1::2] << 4)
     return array, b"".join((raw_bytes(scales), raw_bytes(integers)))
 
 
-def decode(array: wire.Array, data: memoryview) -> torch.Tensor:
+def decode(array: wire.Array, data: memoryview, device: torch.device | None = None) -> torch.Tensor:
     """A tensor from its bytes, in the layout that it had; of codecs with scales in float32.
+
+    Args:
+        device: where it shall be; None for the host.
 
     Raises:
         Malformed: the size does not fit the shape, or a scale is negative.
@@ -52,17 +54,21 @@ def decode(array: wire.Array, data: memoryview) -> torch.Tensor:
     if len(data) != array.nbytes:
         raise Malformed(f"{len(data)} bytes of a tensor, expected {array.nbytes}")
     if array.codec in DTYPES:
-        return _restored(torch.frombuffer(bytearray(data), dtype=DTYPES[array.codec]), array)
+        return _restored(_moved(data, DTYPES[array.codec], device), array)
     border = array.scales * wire.SCALE_BYTES
-    scales = torch.frombuffer(bytearray(data[:border]), dtype=torch.float32)
+    scales = _moved(data[:border], torch.float32, device)
     check_finite(scales)
     if bool((scales < 0).any()):
         raise Malformed("a tensor's scales are negative")
-    integers = torch.frombuffer(bytearray(data[border:]), dtype=torch.int8)
+    integers = _moved(data[border:], torch.int8, device)
     if array.codec == "int4":
         # The lower half's sign is restored by moving it up and back.
         integers = torch.stack(((integers << 4) >> 4, integers >> 4), 1).flatten()[: array.size]
     return _restored(integers.view(array.scales, -1).float() * scales[:, None], array)
+
+
+def _moved(data: memoryview, dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype).to(device)
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:

@@ -74,7 +74,9 @@ class Job:
         return all(done == len(run.positions) for done, run in zip(self.done, self.runs, strict=True))
 
     def result(self) -> torch.Tensor:
-        return torch.cat([part for parts in self.outputs for part in parts])
+        outputs = [part for parts in self.outputs for part in parts]
+        # Most have one part, which may be large: it is not copied.
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,8 @@ class ImageSession(Lasting[Request]):
         self.client.timings.steps += 1
         with self.client.timings.measure("decode"):
             assert isinstance(reply, wire.Denoised)
-            return decode(reply.output, data).to(inputs.tensors[0])
+            states = inputs.tensors[0]
+            return decode(reply.output, data, states.device).to(states.dtype)
 
     def _request(self, inputs: Inputs) -> Request:
         """A step as it travels. Raises NonFinite, Oversized."""

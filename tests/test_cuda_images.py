@@ -1,0 +1,118 @@
+"""Split denoisers on a GPU: the same numbers as unsplit there, through a real worker process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+import tiny_diffusion
+from fleet import running_broker
+from split_common.process import running_command
+from split_device import SplitUNet2DConditionModel
+
+pytestmark = pytest.mark.gpu
+
+PLACE = "cuda"
+
+#: What outputs may differ, as a share of the largest number: other kernels, and other batches.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _all_bits() -> Iterator[None]:
+    """Convolutions in float32 keep all bits, which they do not by default."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("unet") / "tiny"
+    torch.manual_seed(0)
+    diffusers.UNet2DConditionModel(**tiny_diffusion.SDXL).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def unsplit(model: Path) -> Any:
+    return diffusers.UNet2DConditionModel.from_pretrained(model).to(PLACE)
+
+
+@pytest.fixture(scope="module")
+def broker(model: Path) -> Iterator[str]:
+    """Where a worker serves the model on the GPU."""
+    options = ["--model", str(model), "--cut", "C", "--device", PLACE, "--dtype", "float32"]
+    with (
+        running_broker() as running,
+        running_command(["worker", "--broker", running.address, *options], env={"NVIDIA_TF32_OVERRIDE": "0"}) as (
+            _,
+            facts,
+        ),
+    ):
+        assert facts["device"] == PLACE
+        yield running.address
+
+
+def inputs(seed: int, place: str) -> dict[str, Any]:
+    """A guided step of an image."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=generator).to(place)
+
+    return {
+        "sample": random(2, 4, 16, 16),
+        "timestep": 300 + seed,
+        "encoder_hidden_states": random(2, tiny_diffusion.TOKENS, 2 * tiny_diffusion.TEXT),
+        "added_cond_kwargs": {"text_embeds": random(2, tiny_diffusion.TEXT), "time_ids": random(2, 6)},
+    }
+
+
+def difference(unet: Any, unsplit: Any, seed: int = 0, place: str = PLACE) -> float:
+    """From the unsplit output, as a share of its largest number."""
+    with torch.no_grad():
+        output = unet(**inputs(seed, place)).sample
+        wanted = unsplit(**inputs(seed, PLACE)).sample
+    assert output.device == unet.device
+    assert wanted.std() > 0
+    return float((output.to(PLACE) - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.parametrize("place", [PLACE, "cpu"])
+def test_the_devices_blocks_run_on_a_gpu_or_not(broker: str, model: Path, unsplit: Any, place: str) -> None:
+    with SplitUNet2DConditionModel.from_pretrained(model, broker=broker) as unet:
+        unet.to(place)
+        assert difference(unet, unsplit, place=place) <= TOLERANCE
+
+
+def test_channels_last(broker: str, model: Path, unsplit: Any) -> None:
+    with SplitUNet2DConditionModel.from_pretrained(model, broker=broker) as unet:
+        unet.to(PLACE, memory_format=torch.channels_last)
+        assert difference(unet, unsplit) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("codec", "tolerance"), [("fp16", 1e-3), ("int8", 2e-2), ("int4", 0.2)])
+def test_codecs(broker: str, model: Path, unsplit: Any, codec: str, tolerance: float) -> None:
+    with SplitUNet2DConditionModel.from_pretrained(model, broker=broker, codec=codec) as unet:
+        unet.to(PLACE)
+        assert 0 < difference(unet, unsplit) <= tolerance
+
+
+def test_two_devices_at_once(broker: str, model: Path, unsplit: Any) -> None:
+    places = [PLACE, "cpu"]
+
+    def denoise(number: int) -> float:
+        with SplitUNet2DConditionModel.from_pretrained(model, broker=broker) as unet:
+            unet.to(places[number])
+            return max(difference(unet, unsplit, seed, places[number]) for seed in range(number, 20, 2))
+
+    with ThreadPoolExecutor(2) as threads:
+        assert max(threads.map(denoise, range(2))) <= TOLERANCE
