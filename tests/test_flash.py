@@ -295,7 +295,6 @@ def check_decoding(engine: Runner, tolerance: float) -> None:
                 )
             )
         for index, (row, _) in enumerate(rows):
-            torch.testing.assert_close(
-                torch.cat([outputs[index] for outputs in got]), wanted[index], atol=tolerance, rtol=tolerance
-            )
+            decoded, whole = torch.cat([outputs[index] for outputs in got]).float(), wanted[index].float()
+            assert (decoded - whole).norm() < tolerance * whole.norm(), lengths
             row.free()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -87,6 +88,8 @@ class FlashPlan:
 
     def _on(self, device: torch.device) -> FlashPlan:
         """The plan where a layer is: a body may be spread over several devices."""
+        if device == self.table.device:
+            return self
         return replace(
             self, ends=self.ends.to(device), table=self.table.to(device), lengths=self.lengths.to(device)
         )
@@ -111,19 +114,23 @@ class FlashPlan:
         assert isinstance(output, torch.Tensor)
         return output
 
+    @cached_property
+    def _begins(self) -> torch.Tensor:
+        """Where each sequence's copy begins, and the last one ends."""
+        count, pages = self.table.shape
+        return torch.arange(count + 1, dtype=torch.int32, device=self.table.device) * (pages * PAGE_TOKENS)
+
     def _attend_copies(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: tuple[int, int]
     ) -> torch.Tensor:
-        count, pages = self.table.shape
-        begins = torch.arange(count + 1, dtype=torch.int32, device=query.device) * (pages * PAGE_TOKENS)
         output, *_ = flash_attention_forward(
             query,
             keys[self.table].flatten(0, 2),
             values[self.table].flatten(0, 2),
             self.ends,
-            begins,
+            self._begins,
             self.most_queries,
-            pages * PAGE_TOKENS,
+            self.table.shape[1] * PAGE_TOKENS,
             0.0,
             window == (-1, 0),
             False,
