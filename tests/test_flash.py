@@ -81,11 +81,9 @@ def reference_flash_forward(
     window_size_right: int,
     seqused_k: torch.Tensor,
 ) -> tuple[torch.Tensor, None]:
-    """What torch 2.11's kernel does with keys and values that begin at `cu_seq_k`, one sequence after the other."""
-    (room,) = set(cu_seq_k.diff().tolist())
-    assert (max_k, len(key)) == (room, room * len(seqused_k))
+    """What torch 2.11's kernel does with keys and values that begin at `cu_seq_k`, each sequence by itself."""
     assert is_causal == ((window_size_left, window_size_right) == (-1, 0))
-    pages = torch.arange(len(key) // PAGE_TOKENS, dtype=torch.int32).view(len(seqused_k), -1)
+    pages = cu_seq_k[:-1, None] // PAGE_TOKENS + torch.arange(-(-max_k // PAGE_TOKENS), dtype=torch.int32)
     output = reference_varlen_attn(
         query,
         key.view(-1, PAGE_TOKENS, *key.shape[1:]),
@@ -104,9 +102,9 @@ def reference_flash_forward(
 
 
 @pytest.fixture
-def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Runners that are made meanwhile take the way to CUDA; the sizes of the graphs that they make."""
-    made: list[tuple[int, int]] = []
+    made: list[tuple[Any, ...]] = []
 
     def capture(compute: Any) -> Any:
         compute()
@@ -115,7 +113,7 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     make = graphs.DecodeGraph.__init__
 
     def count(self: Any, *args: Any) -> None:
-        made.append(args[6:8])
+        made.append(args[6:])
         make(self, *args)
 
     monkeypatch.setattr(graphs.DecodeGraph, "__init__", count)
@@ -146,7 +144,7 @@ def compile_too(monkeypatch: pytest.MonkeyPatch, backend: Any = "eager") -> None
     [("llama", True), ("mistral", True), ("mistral", False), ("qwen2", True), ("gpt2", True)],
 )
 def test_any_mix_of_steps(
-    arch: str, reads_pages: bool, as_on_cuda: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arch: str, reads_pages: bool, as_on_cuda: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flash, "READS_PAGES", reads_pages)
     if arch == "qwen2":
@@ -160,6 +158,7 @@ def test_any_mix_of_steps(
         settings=settings(max_examples=12, stateful_step_count=30, deadline=None, database=None, derandomize=True),
     )
     assert len(as_on_cuda) > 1
+    assert {in_place for *_, in_place in as_on_cuda} == ({True} if reads_pages else {True, False})
 
 
 @pytest.mark.usefixtures("as_on_cuda")
@@ -170,7 +169,7 @@ def test_what_flash_attention_cannot_express_is_packed_with_the_other_backend(ar
 
 
 def test_all_layers_share_what_is_compiled(
-    as_on_cuda: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    as_on_cuda: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_too(monkeypatch)
     graphs_of: list[int] = []
@@ -184,7 +183,7 @@ def test_all_layers_share_what_is_compiled(
 
 
 def test_layers_that_cannot_be_compiled_run_as_they_are(
-    as_on_cuda: list[tuple[int, int]],
+    as_on_cuda: list[tuple[Any, ...]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -209,7 +208,7 @@ def decode(engine: Runner, rows: list[Any], generator: torch.Generator) -> list[
 
 
 def test_graphs_are_few_and_filled_up_with_rows_that_touch_nobody(
-    as_on_cuda: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    as_on_cuda: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_runner(tmp_path / "engine", "llama")
     generator = torch.Generator().manual_seed(1)
@@ -223,14 +222,14 @@ def test_graphs_are_few_and_filled_up_with_rows_that_touch_nobody(
     before = [keys[torch.from_numpy(idle.slots())].clone() for keys, _ in store.layers.values()]
     for count in (5, 3, 1, 5, 2, 4):
         decode(engine, rows[:count], generator)
-    assert sorted(as_on_cuda) == [(1, 1), (2, 1), (4, 1), (8, 1)]
+    assert sorted(as_on_cuda) == [(1, 1, True), (2, 1, True), (4, 1, True), (8, 1, True)]
     after = [keys[torch.from_numpy(idle.slots())] for keys, _ in store.layers.values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert store.free == store.pages - 7  # six rows of one page, and that of nobody
 
 
 def test_without_graphs_decoding_goes_on(
-    as_on_cuda: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    as_on_cuda: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")

@@ -1,17 +1,17 @@
 """Attention by FlashAttention over the pages themselves, for half precision on CUDA.
 
 `varlen_attn` (torch.nn.attention.varlen) reads keys and values through a block table: nothing is gathered or
-padded, and the plan is a few tensors, so that a decoding batch can be captured in a CUDA graph (`graphs`). Torch
-2.11, whose kernel takes no block table, is handed a copy of the pages.
+padded, and the plan is a few tensors, so that a decoding batch can be captured in a CUDA graph (`graphs`). The
+kernel of torch 2.11 takes no block table: it reads sequences whose pages follow one another, others are copied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
@@ -26,6 +26,9 @@ MAX_WIDTH = 256
 
 #: Whether it takes a block table: from torch 2.12 on.
 READS_PAGES = "block_table" in (varlen_attn.__kwdefaults__ or ())
+
+#: Those of a plan's members that are on a device.
+TABLES = ("ends", "table", "lengths", "begins")
 
 #: What `varlen_attn` calls; of 2.11, only this takes the lengths of keys that lie apart.
 flash_attention_forward = torch.ops.aten._flash_attention_forward
@@ -43,17 +46,31 @@ class FlashAttention:
     page_tokens = PAGE_TOKENS
 
     def plan(self, pool: PagePool, spans: Sequence[Span], device: torch.device) -> FlashPlan:
-        most = max(len(span.sequence.pages) for span in spans)
-        table = [span.sequence.pages + [0] * (most - len(span.sequence.pages)) for span in spans]
-        ends = accumulate((span.count for span in spans), initial=0)
-        lengths = [span.sequence.length for span in spans]
-        return FlashPlan(
-            torch.tensor(list(ends), dtype=torch.int32).to(device, non_blocking=True),
-            torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True),
-            torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True),
-            max(span.count for span in spans),
-            max(lengths),
-        )
+        ends = torch.tensor(list(accumulate((span.count for span in spans), initial=0)), dtype=torch.int32)
+        pages = max(len(span.sequence.pages) for span in spans)
+        table, lengths, begins = make_tables(spans, len(spans), pages)
+        most_queries = max(span.count for span in spans)
+        plan = FlashPlan(ends, table, lengths, begins, most_queries, int(lengths.max()), in_place(spans))
+        return plan.on(device)
+
+
+def in_place(spans: Sequence[Span]) -> bool:
+    """Whether the pages of each sequence follow one another."""
+    return all(span.sequence.contiguous for span in spans)
+
+
+def make_tables(
+    spans: Sequence[Span], rows: int, pages: int, blank: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A plan's `table`, `lengths` and `begins` on the host; rows that are missing have a token in a blank page."""
+    table = np.full((rows, pages), blank, dtype=np.int32)
+    lengths = np.ones(rows, dtype=np.int32)
+    for row, span in enumerate(spans):
+        table[row, : len(span.sequence.pages)] = span.sequence.pages
+        lengths[row] = span.sequence.length
+    first = table[:, 0] if in_place(spans) else np.arange(rows, dtype=np.int32) * pages
+    begins = np.append(first, 0).astype(np.int32) * PAGE_TOKENS
+    return torch.from_numpy(table), torch.from_numpy(lengths), torch.from_numpy(begins)
 
 
 @dataclass
@@ -64,14 +81,19 @@ class FlashPlan:
         ends: where each span begins in the batch, and the last one ends, int32 `[n + 1]`.
         table: each sequence's pages, int32 `[n, pages]`; what lies beyond its length is not read.
         lengths: of the sequences in tokens, int32 `[n]`.
+        begins: token at which each sequence begins in the pool, or in a copy of its pages, int32 `[n + 1]`, of which
+            the last one is not read.
         most_queries, most_keys: of any span.
+        in_place: whether no copy is needed.
     """
 
     ends: torch.Tensor
     table: torch.Tensor
     lengths: torch.Tensor
+    begins: torch.Tensor
     most_queries: int
     most_keys: int
+    in_place: bool
 
     def attend(self, call: Call, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         if call.softcap is not None or call.sinks is not None:
@@ -82,17 +104,16 @@ class FlashPlan:
         # A last token sees all before it without being told; told so, the kernel would not divide long sequences.
         alone = self.most_queries == 1 and call.window is None
         window = (-1, -1) if alone else (-1 if call.window is None else call.window - 1, 0)
-        here = self._on(query.device)
-        attend = here._attend_pages if READS_PAGES else here._attend_copies
+        here = self.on(query.device)
+        attend = here._attend_pages if READS_PAGES else here._attend_sequences
         return attend(query.transpose(0, 1), keys, values, call.scale, window).transpose(0, 1)
 
-    def _on(self, device: torch.device) -> FlashPlan:
+    def on(self, device: torch.device) -> FlashPlan:
         """The plan where a layer is: a body may be spread over several devices."""
         if device == self.table.device:
             return self
-        return replace(
-            self, ends=self.ends.to(device), table=self.table.to(device), lengths=self.lengths.to(device)
-        )
+        tables = {name: getattr(self, name).to(device, non_blocking=True) for name in TABLES}
+        return replace(self, **tables)
 
     def _attend_pages(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: tuple[int, int]
@@ -114,23 +135,19 @@ class FlashPlan:
         assert isinstance(output, torch.Tensor)
         return output
 
-    @cached_property
-    def _begins(self) -> torch.Tensor:
-        """Where each sequence's copy begins, and the last one ends."""
-        count, pages = self.table.shape
-        return torch.arange(count + 1, dtype=torch.int32, device=self.table.device) * (pages * PAGE_TOKENS)
-
-    def _attend_copies(
+    def _attend_sequences(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: tuple[int, int]
     ) -> torch.Tensor:
+        if not self.in_place:
+            keys, values = keys[self.table], values[self.table]
         output, *_ = flash_attention_forward(
             query,
-            keys[self.table].flatten(0, 2),
-            values[self.table].flatten(0, 2),
+            keys.view(-1, *keys.shape[-2:]),
+            values.view(-1, *values.shape[-2:]),
             self.ends,
-            self._begins,
+            self.begins,
             self.most_queries,
-            self.table.shape[1] * PAGE_TOKENS,
+            self.most_keys,
             0.0,
             window == (-1, 0),
             False,

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from split_common.engine import flash
 from split_common.engine.attention import PackedBatch, Span
-from split_common.engine.flash import FlashPlan
+from split_common.engine.flash import FlashPlan, in_place, make_tables
 from split_common.engine.pool import PagePool
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class Inputs:
             "positions": ((1, rows), torch.long),
             "table": ((rows, pages), torch.int32),
             "lengths": ((rows,), torch.int32),
+            "begins": ((rows + 1,), torch.int32),
             "states": ((rows, width), dtype),
         }
         sizes = [-(-math.prod(shape) * kind.itemsize // ALIGNED) * ALIGNED for shape, kind in shapes.values()]
@@ -112,6 +114,7 @@ class DecodeGraph:
     Args:
         blank: a page whose contents nobody reads.
         rows, pages: of the batch, and of the longest sequence in it.
+        in_place: whether the pages of each sequence follow one another.
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class DecodeGraph:
         blank: int,
         rows: int,
         pages: int,
+        in_place: bool,
     ) -> None:
         device = next(iter(pool.layers.values()))[0].device
         self._blank = blank
@@ -132,8 +136,9 @@ class DecodeGraph:
         self._write([], torch.empty(0, width), torch.empty(1, 0), torch.empty(0))
         ends = torch.arange(rows + 1, dtype=torch.int32, device=device)
         read = self._inputs.device
-        plan = FlashPlan(ends, read.table, read.lengths, 1, pages * pool.page_tokens)
-        batch = PackedBatch(pool, [1] * rows, read.slots, plan)
+        #: The graph reads what it holds.
+        self._plan = FlashPlan(ends, read.table, read.lengths, read.begins, 1, pages * pool.page_tokens, in_place)
+        batch = PackedBatch(pool, [1] * rows, read.slots, self._plan)
         self._replay = capture(lambda: forward(read.states, read.positions, batch))
 
     def run(
@@ -150,10 +155,11 @@ class DecodeGraph:
         inputs.states[:count] = states
         inputs.positions[:, :count] = positions
         inputs.slots.fill_(self._blank * self._page_tokens)[:count] = slots
-        table, lengths = inputs.table.fill_(self._blank).numpy(), inputs.lengths.fill_(1).numpy()
-        for row, span in enumerate(spans):
-            table[row, : len(span.sequence.pages)] = span.sequence.pages
-            lengths[row] = span.sequence.length
+        rows, pages = inputs.table.shape
+        for target, table in zip(
+            (inputs.table, inputs.lengths, inputs.begins), make_tables(spans, rows, pages, self._blank), strict=True
+        ):
+            target.copy_(table)
         self._inputs.copy()
 
 
@@ -169,7 +175,7 @@ class DecodeGraphs:
 
     def __init__(self, forward: Forward, pool: PagePool, width: int, dtype: torch.dtype, capture: Capture) -> None:
         self._make = partial(DecodeGraph, forward, pool, width, dtype, capture, pool.reserve())
-        self._graphs: dict[tuple[int, int], DecodeGraph] = {}
+        self._graphs: dict[tuple[int, int, bool], DecodeGraph] = {}
         self._works = True
 
     def run(
@@ -183,7 +189,8 @@ class DecodeGraphs:
         """
         if len(spans) > MAX_ROWS or not self._works:
             return None
-        key = _power(len(spans)), _power(max(len(span.sequence.pages) for span in spans))
+        pages = max(len(span.sequence.pages) for span in spans)
+        key = _power(len(spans)), _power(pages), flash.READS_PAGES or in_place(spans)
         if key not in self._graphs:
             try:
                 self._graphs[key] = self._make(*key)
