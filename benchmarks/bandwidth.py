@@ -66,6 +66,7 @@ def decode(device: str, shape: str, sessions: list[int]) -> dict[str, Any]:
     return {
         "hardware": torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu",
         "attention": runner.backend.name,
+        "compiled": runner.compiled,
         "copy_gb_s": bandwidth / 1e9,
         "weight_bytes": weights,
         "decode": results,

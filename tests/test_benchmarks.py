@@ -58,7 +58,7 @@ def test_overhead(checkpoint: Path) -> None:
 
 def test_decoding_against_the_bandwidth() -> None:
     results = run("concurrency", "--device", "cpu", "--shape", "tiny", "--sessions", "1,3")
-    assert set(results) == {"hardware", "attention", "copy_gb_s", "weight_bytes", "decode"}
+    assert set(results) == {"hardware", "attention", "compiled", "copy_gb_s", "weight_bytes", "decode"}
     assert results["attention"] == "sdpa"
     assert list(results["decode"]) == ["1", "3"]
     for step in results["decode"].values():

@@ -73,6 +73,7 @@ def address(checkpoint: Path) -> Iterator[str]:
                 "dtype": "float32",
                 "packed": True,
                 "attention": "sdpa",
+                "compiled": False,
             }
             yield broker["address"]
 

@@ -146,6 +146,7 @@ def worker(
                 "kv_sessions": body.store.capacity // min(SESSION_TOKENS, body.max_positions),
                 "packed": body.separate_because is None,
                 "attention": body.backend.name if body.separate_because is None else None,
+                "compiled": body.compiled,
             }
         if json:
             emit_json(facts)

@@ -81,8 +81,8 @@ class FlashPlan:
         ends: where each span begins in the batch, and the last one ends, int32 `[n + 1]`.
         table: each sequence's pages, int32 `[n, pages]`; what lies beyond its length is not read.
         lengths: of the sequences in tokens, int32 `[n]`.
-        begins: token at which each sequence begins in the pool, or in a copy of its pages, int32 `[n + 1]`, of which
-            the last one is not read.
+        begins: the token at which each sequence begins in the pool, or in a copy of its pages, int32 `[n + 1]`; the
+            last one is not read.
         most_queries, most_keys: of any span.
         in_place: whether no copy is needed.
     """
