@@ -15,6 +15,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import tiny_diffusion
 from split_common import wire
@@ -140,9 +142,37 @@ def unet(tmp_path_factory: pytest.TempPathFactory) -> DiffusionBody:
     return load_body("unet A", tmp_path_factory.mktemp("unet"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_steps_and_jobs_of_one_shape_share_a_graph(kind: str, tmp_path: Path) -> None:
-    body = load_body(kind, tmp_path)
+@pytest.fixture(scope="module", params=KINDS)
+def any_body(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, DiffusionBody]:
+    return request.param, load_body(request.param, tmp_path_factory.mktemp("body"))
+
+
+def test_a_forward_reads_nothing_of_the_host(any_body: tuple[str, DiffusionBody]) -> None:
+    """No tensor but its own, its weights and what it makes there; and no number of one of them."""
+    kind, body = any_body
+    image = Image(body, kind)
+    run = image.step(1, image.job(1))
+    tensors, job, weights = (
+        [each.to("meta") for each in group]
+        for group in (run.tensors, run.job.tensors, body._middle.state_dict().values())
+    )
+    state = dict(zip(body._middle.state_dict(), weights, strict=True))
+    with torch.no_grad(), OnlyOnMeta():
+        torch.func.functional_call(body._middle, state, (tensors, Job(tuple(job), run.job.scales)))
+
+
+class OnlyOnMeta(TorchDispatchMode):
+    """Fails for operations with tensors elsewhere; those that read a number of a tensor fail by themselves."""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = operation(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves((args, kwargs, output)) if isinstance(each, torch.Tensor)]
+        assert all(tensor.is_meta for tensor in tensors), operation
+        return output
+
+
+def test_steps_and_jobs_of_one_shape_share_a_graph(any_body: tuple[str, DiffusionBody]) -> None:
+    kind, body = any_body
     captures = with_graphs(body)
     image, other = Image(body, kind), Image(body, kind)
     keys = [image.job(1), image.job(2, places=2.0)]
