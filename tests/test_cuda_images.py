@@ -157,7 +157,7 @@ def test_a_body_replays_what_it_would_run(kind: str, tmp_path: Path, monkeypatch
     assert len(graphs) == 2
 
 
-#: A capture fails, and the process goes on.
+#: Captures fail, and the process goes on.
 FAILING = f"""
 import torch
 from split_common.diffusion.plan import Job
@@ -166,15 +166,15 @@ from split_worker.step_graphs import StepGraphs
 
 def forward(tensors, job):
     (states,) = tensors
-    return states * states.sum().item() if len(states) == 3 else states + 1
+    return states * states.sum().item() if len(states) in (3, 6) else states + 1
 
 graphs = StepGraphs(forward, captures_cuda)
 with torch.inference_mode():
-    for size, captured in ((3, 0), (4, 1), (3, 1), (5, 2)):
+    for size, captured in ((3, 0), (4, 1), (6, 1), (5, 2), (3, 2), (4, 2)):
         for number in range({CAPTURED} + 3):
             states = torch.full((size,), float(number), device="cuda")
             output = graphs.run([states], Job()).cpu()
-            wanted = size * number**2 if size == 3 else number + 1
+            wanted = size * number**2 if size in (3, 6) else number + 1
             assert output.tolist() == [wanted] * size, (size, number, output)
         assert len(graphs._graphs) == captured, (size, captured)
 assert torch.cuda.current_stream() == torch.cuda.default_stream()

@@ -24,6 +24,9 @@ CAPTURED = 3
 #: Graphs that are kept; the one that was used least lately gives way.
 MAX_GRAPHS = 8
 
+#: Bytes that a graph reads of steps and jobs, at most. Larger steps keep a GPU busy without one.
+MAX_BYTES = 128 * 1024**2
+
 #: Combinations without a graph that are counted, at most.
 MAX_COUNTED = 1024
 
@@ -81,6 +84,8 @@ class StepGraphs:
 
     def _graph(self, tensors: Sequence[torch.Tensor], job: Job) -> StepGraph | None:
         """Captures it if need be."""
+        if sum(tensor.nbytes for tensor in (*tensors, *job.tensors)) > MAX_BYTES:
+            return None
         key = _kinds(tensors), _kinds(job.tensors), job.scales
         if key in self._graphs:
             self._graphs.move_to_end(key)
@@ -94,6 +99,8 @@ class StepGraphs:
             except RuntimeError as error:
                 log.warning("steps of one shape run without a CUDA graph: %s", " ".join(str(error).split())[:200])
                 came = -math.inf
+                # Those to come share no memory with what failed.
+                self._capture = self._captures()
                 if isinstance(error, torch.OutOfMemoryError):
                     self._drop()
             else:
