@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +13,13 @@ import diffusers
 import pytest
 import torch
 
+import test_step_graphs
 import tiny_diffusion
 from fleet import running_broker
 from split_common.process import running_command
 from split_device import SplitUNet2DConditionModel
+from split_worker.step_graphs import CAPTURED
+from test_step_graphs import Image, load_body, plainly
 
 pytestmark = pytest.mark.gpu
 
@@ -99,6 +104,13 @@ def test_channels_last(broker: str, model: Path, unsplit: Any) -> None:
         assert difference(unet, unsplit) <= TOLERANCE
 
 
+def test_steps_that_are_replayed(broker: str, model: Path, unsplit: Any) -> None:
+    """The worker captures a graph in the third of them."""
+    with SplitUNet2DConditionModel.from_pretrained(model, broker=broker) as unet:
+        unet.to(PLACE)
+        assert max(difference(unet, unsplit, seed) for seed in range(CAPTURED + 5)) <= TOLERANCE
+
+
 @pytest.mark.parametrize(("codec", "tolerance"), [("fp16", 1e-3), ("int8", 2e-2), ("int4", 0.2)])
 def test_codecs(broker: str, model: Path, unsplit: Any, codec: str, tolerance: float) -> None:
     with SplitUNet2DConditionModel.from_pretrained(model, broker=broker, codec=codec) as unet:
@@ -116,3 +128,58 @@ def test_two_devices_at_once(broker: str, model: Path, unsplit: Any) -> None:
 
     with ThreadPoolExecutor(2) as threads:
         assert max(threads.map(denoise, range(2))) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", test_step_graphs.KINDS)
+def test_a_body_replays_what_it_would_run(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = load_body(kind, tmp_path, PLACE)
+    images = [Image(body, kind), Image(body, kind)]
+    keys = [image.job(number) for number, image in enumerate(images)]
+    assert body._graphs is not None
+    graphs = body._graphs._graphs
+
+    def check(*steps: int) -> None:
+        """Of a launch: for each image the step's seed."""
+        runs = [image.step(step, key) for image, key, step in zip(images, keys, steps, strict=False)]
+        for output, wanted in zip(body.launch(runs).wait(), plainly(body, runs), strict=True):
+            assert (output - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+
+    for seed in range(CAPTURED + 2):
+        check(seed)
+    assert len(graphs) == 1
+    for seed in range(CAPTURED + 2):
+        check(seed, seed + 50)
+    assert len(graphs) == 2
+    # The first one again, whose memory the second one has used; and twice in one launch.
+    check(90)
+    monkeypatch.setattr("split_worker.diffusion.MAX_BATCH_ROWS", 2)
+    check(91, 92)
+    assert len(graphs) == 2
+
+
+#: Captures fail, and the process goes on.
+FAILING = f"""
+import torch
+from split_common.diffusion.plan import Job
+from split_common.engine.graphs import captures_cuda
+from split_worker.step_graphs import StepGraphs
+
+def forward(tensors, job):
+    (states,) = tensors
+    return states * states.sum().item() if len(states) in (3, 6) else states + 1
+
+graphs = StepGraphs(forward, captures_cuda)
+with torch.inference_mode():
+    for size, captured in ((3, 0), (4, 1), (6, 1), (5, 2), (3, 2), (4, 2)):
+        for number in range({CAPTURED} + 3):
+            states = torch.full((size,), float(number), device="cuda")
+            output = graphs.run([states], Job()).cpu()
+            wanted = size * number**2 if size in (3, 6) else number + 1
+            assert output.tolist() == [wanted] * size, (size, number, output)
+        assert len(graphs._graphs) == captured, (size, captured)
+assert torch.cuda.current_stream() == torch.cuda.default_stream()
+"""
+
+
+def test_a_capture_that_fails() -> None:
+    subprocess.run([sys.executable, "-c", FAILING], check=True, timeout=120)

@@ -13,10 +13,13 @@ import torch
 from split_common import wire
 from split_common.diffusion.codecs import decode, encode
 from split_common.diffusion.plan import ImagePlan, Job
+from split_common.engine.graphs import captures_cuda
 from split_common.engine.rows import Row, Run
 from split_common.engine.runner import Launched
 from split_common.errors import Malformed, ModelError, NeedEmbeddings, Oversized
 from split_common.split import Split
+from split_common.tensors import DTYPES
+from split_worker.step_graphs import Forward, StepGraphs
 
 #: Bytes that are held for image jobs unless told otherwise: embeddings, and steps and outputs that travel in parts.
 #: Those that were used least lately give way.
@@ -208,6 +211,9 @@ class DiffusionBody:
         parameter = next(self._middle.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.asynchronous = self.device.type == "cuda"
+        self._graphs = StepGraphs(self._middle, captures_cuda) if self.asynchronous else None
+        #: Where answers are computed while the next forward runs.
+        self._beside = torch.cuda.Stream(self.device, -1) if self.asynchronous else None  # type: ignore[no-untyped-call]
         self.parameter_bytes = sum(p.numel() * p.element_size() for p in self._middle.parameters())
         self.store = ConditionStore(MEMORY if memory is None else memory)
 
@@ -243,7 +249,7 @@ class DiffusionBody:
         assert isinstance(row, ConditionRow)
         match request:
             case wire.Denoise():
-                array, data = encode(output, request.codec)
+                array, data = self._encode(output, request.codec)
                 if array.nbytes > wire.PART_BYTES:
                     self.store.put(row, _OUTPUT, bytes(data))
                 return wire.Denoised(array), memoryview(data)[: wire.PART_BYTES]
@@ -276,8 +282,16 @@ class DiffusionBody:
             # Selected only now: a step of many rows may wait with a small job.
             selected = [[_rows(tensor, run.rows) for tensor in run.job.tensors] for run in runs]
             job = Job(_joined(selected), job.scales)
-        output = self._middle(_joined([run.tensors for run in runs]), job)
+        compute: Forward = self._middle if self._graphs is None else self._graphs.run
+        output = compute(_joined([run.tensors for run in runs]), job)
         return Launched(output, [len(run.states) for run in runs], range(len(runs)))
+
+    def _encode(self, output: torch.Tensor, codec: wire.Codec) -> tuple[wire.Array, bytes | memoryview]:
+        """An output of the host as it travels; what takes long is done on the GPU. Raises NonFinite."""
+        if self._beside is None or codec in DTYPES:
+            return encode(output, codec)
+        with torch.cuda.stream(self._beside):
+            return encode(output.to(self.device, non_blocking=True), codec)
 
     def _condition(self, row: ConditionRow, request: wire.Condition, data: memoryview) -> None:
         self._middle.check_job([array.shape for array in request.arrays], len(request.scales))
@@ -332,6 +346,8 @@ class DiffusionBody:
 
 def _rows(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """Some rows of a tensor; zeros for -1."""
+    if rows == list(range(len(tensor))):
+        return tensor
     zeros = torch.zeros_like(tensor[:1])
     return torch.cat([tensor[row : row + 1] if row >= 0 else zeros for row in rows])
 

@@ -43,16 +43,34 @@ def _memory() -> Any:
     return torch.cuda.graph_pool_handle()
 
 
-def capture_cuda(compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Captures a computation in a CUDA graph; what it returns is overwritten by any other graph's replay."""
-    beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    beside.wait_stream(torch.cuda.current_stream())
+@functools.cache
+def _beside() -> Any:
+    """A stream. There is one: libraries keep memory for each that they have seen."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
+def capture_cuda(compute: Callable[[], torch.Tensor], memory: Any = None) -> Callable[[], torch.Tensor]:
+    """Captures a computation in a CUDA graph.
+
+    Args:
+        compute: what is captured.
+        memory: what graphs take their memory from that run one after the other; None for that of all.
+
+    Returns:
+        Its replay. What that returns is overwritten by the replay of any other graph of the same memory.
+    """
+    current, beside = torch.cuda.current_stream(), _beside()
+    beside.wait_stream(current)
     with torch.cuda.stream(beside):
         # Libraries set themselves up when they are first used, which cannot be captured.
         compute()
-    torch.cuda.current_stream().wait_stream(beside)
+    current.wait_stream(beside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_memory()):
+    # Other threads may use CUDA meanwhile. The stream is set back here too: torch does not if a capture fails.
+    with (
+        torch.cuda.stream(current),
+        torch.cuda.graph(graph, pool=memory or _memory(), capture_error_mode="thread_local"),
+    ):
         output = compute()
 
     def replay() -> torch.Tensor:
@@ -60,6 +78,12 @@ def capture_cuda(compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tens
         return output
 
     return replay
+
+
+def captures_cuda() -> Capture:
+    """Captures graphs that share memory among themselves. It serves until none of them is left: torch takes their
+    memory back then."""
+    return partial(capture_cuda, memory=torch.cuda.graph_pool_handle())
 
 
 class Inputs:
