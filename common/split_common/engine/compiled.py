@@ -6,6 +6,7 @@ activation, a dozen small kernels each, would take as long again. All layers of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,9 +17,9 @@ from transformers import AttentionInterface
 
 from split_common.engine.attention import NAME, packed_attention
 
-#: The product of one row and a matrix becomes a kernel of its own, with what is before and after it, and kernels
-#: are tuned on the device that they run on.
-OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
+#: Of one token: its product with a matrix becomes a kernel of its own, together with what is before and after it,
+#: and kernels are tuned on the device that they run on.
+ONE_TOKEN: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
 
 
 def compile_layers(layers: Sequence[nn.Module]) -> None:
@@ -28,7 +29,18 @@ def compile_layers(layers: Sequence[nn.Module]) -> None:
     # What finds its batch through a context variable is not looked into.
     AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))  # type: ignore[no-untyped-call]
     for layer in layers:
-        layer.forward = torch.compile(layer.forward, dynamic=True, options=OPTIONS)
+        layer.forward = _compiled(layer.forward)
+
+
+def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    one = torch.compile(forward, dynamic=True, options=ONE_TOKEN)
+    many = torch.compile(forward, dynamic=True)
+
+    @functools.wraps(forward)
+    def compiled(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (one if hidden.shape[1] == 1 else many)(hidden, *args, **kwargs)
+
+    return compiled
 
 
 def forget_compiled(layers: Sequence[nn.Module]) -> None:

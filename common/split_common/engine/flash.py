@@ -63,11 +63,9 @@ def make_tables(
     spans: Sequence[Span], rows: int, pages: int, blank: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A plan's `table`, `lengths` and `begins` on the host; rows that are missing have a token in a blank page."""
-    table = np.full((rows, pages), blank, dtype=np.int32)
-    lengths = np.ones(rows, dtype=np.int32)
-    for row, span in enumerate(spans):
-        table[row, : len(span.sequence.pages)] = span.sequence.pages
-        lengths[row] = span.sequence.length
+    held = [span.sequence.pages for span in spans] + [[]] * (rows - len(spans))
+    table = np.array([row + [blank] * (pages - len(row)) for row in held], dtype=np.int32)
+    lengths = np.array([span.sequence.length for span in spans] + [1] * (rows - len(spans)), dtype=np.int32)
     first = table[:, 0] if in_place(spans) else np.arange(rows, dtype=np.int32) * pages
     begins = np.append(first, 0).astype(np.int32) * PAGE_TOKENS
     return torch.from_numpy(table), torch.from_numpy(lengths), torch.from_numpy(begins)

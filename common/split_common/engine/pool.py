@@ -99,6 +99,9 @@ class PagedSequence:
 
     def slots(self, begin: int = 0) -> np.ndarray:
         """Slots of the tokens from `begin` on, int64."""
+        if begin == self.length - 1:
+            size = self.pool.page_tokens
+            return np.array([self.pages[begin // size] * size + begin % size])
         page, offset = np.divmod(np.arange(begin, self.length), self.pool.page_tokens)
         return np.asarray(self.pages, dtype=np.int64)[page] * self.pool.page_tokens + offset
 
