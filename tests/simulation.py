@@ -221,6 +221,9 @@ class Link(ZmqLink):
         super().send(header, body)
         self._wake()
 
+    def receive(self, events: Any, timeout: float) -> Any:
+        return events.get(timeout=timeout)
+
     def _wake(self) -> None:
         self.world.after(0.0, self._pump)
 
