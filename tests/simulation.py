@@ -30,7 +30,7 @@ from split_common.engine import scheduler as scheduler_module
 from split_common.engine.pool import LayerShape, PagePool
 from split_common.engine.rows import Run
 from split_common.engine.runner import Launched
-from split_common.errors import Malformed, SplitError
+from split_common.errors import SplitError
 from split_common.fleet import Fleet
 from split_common.transport import HEARTBEAT, count_dropped
 from split_common.transport import zmq_link as link_module
@@ -169,10 +169,10 @@ class Socket:
 
 
 class Envelope:
-    """The routing frame of a message as the broker gets it."""
+    """The routing frame of a message, or its header, as the broker gets it."""
 
-    def __init__(self, route: bytes) -> None:
-        self.bytes = route
+    def __init__(self, frame: bytes) -> None:
+        self.bytes = frame
 
 
 class Link(ZmqLink):
@@ -220,6 +220,9 @@ class Link(ZmqLink):
     def send(self, header: wire.Header, body: bytes = b"") -> None:
         super().send(header, body)
         self._wake()
+
+    def receive(self, events: Any, timeout: float) -> Any:
+        return events.get(timeout=timeout)
 
     def _wake(self) -> None:
         self.world.after(0.0, self._pump)
@@ -285,15 +288,11 @@ class SimulatedBroker(Broker):
 
     def take(self, route: bytes, frames: list[bytes]) -> None:
         if self.up:
-            with self._contained():
-                if len(frames) != 2:
-                    raise Malformed(f"{len(frames)} frames")
-                self._handle(Envelope(route), frames[0], wire.check_body(frames[1]))  # type: ignore[arg-type]
+            self._contained(self._take, [Envelope(route), Envelope(frames[0]), *frames[1:]])  # type: ignore[list-item]
 
     def _tick(self) -> None:
         if self.up:
-            with self._contained():
-                self._housekeeping(self._world.clock.now)
+            self._contained(self._housekeeping, self._world.clock.now)
             self._world.after(broker_module.PROBE_INTERVAL, self._tick)
 
 

@@ -435,8 +435,7 @@ def test_no_frame_makes_the_broker_fail(offline: Broker, data: st.DataObject) ->
     del frame[data.draw(st.integers(1, len(frame))) :]
     envelope = SimpleNamespace(bytes=data.draw(st.sampled_from([b"r1", b"r2", b"r3"])))
     before = sum(offline.counters.values())
-    with offline._contained():
-        offline._handle(envelope, bytes(frame), b"body")  # type: ignore[arg-type]
+    offline._contained(offline._take, [envelope, SimpleNamespace(bytes=bytes(frame)), b"body"])  # type: ignore[list-item]
     assert offline.counters["failures"] == 0
     assert len(offline._peers) <= 3 >= len(offline._routes)
     assert len(offline._wishes) <= 3
@@ -470,8 +469,8 @@ def test_ten_thousand_frames_of_all_kinds_leave_nothing_behind(offline: Broker) 
             case 2:
                 frame += choose.choice(good)[: choose.randrange(20)]
         envelope = SimpleNamespace(bytes=choose.choice([b"r1", b"r2", b"r3"]))
-        with offline._contained():
-            offline._handle(envelope, bytes(frame), choose.randbytes(choose.randrange(50)))  # type: ignore[arg-type]
+        head, body = SimpleNamespace(bytes=bytes(frame)), choose.randbytes(choose.randrange(50))
+        offline._contained(offline._take, [envelope, head, body])  # type: ignore[list-item]
     assert offline.counters["failures"] == 0
     assert offline.counters["Malformed"] > 3000
     assert offline.counters["VersionMismatch"] > 10

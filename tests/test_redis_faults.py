@@ -29,9 +29,8 @@ from split_common.errors import BrokerUnreachable, Busy, NoWorker, SessionLost
 from split_common.fleet import load_fleet
 from split_common.manifest import find_manifest
 from split_common.part import plan
-from split_common.transport import HEARTBEAT, MISSED, OPEN_PATIENCE, connect, new_peer_id
+from split_common.transport import HEARTBEAT, MISSED, OPEN_PATIENCE, connect, leading, new_peer_id
 from split_common.transport.redis import keeper as redis_keeper
-from split_common.transport.redis import reader as redis_reader
 from split_common.transport.redis import wishes as redis_wishes
 from split_common.transport.redis.keeper import LEASE
 from split_common.transport.redis.keys import GROUP, Keys
@@ -248,8 +247,8 @@ def test_a_caller_that_waits_alone_reads_himself(
 
         monkeypatch.setattr(client.transport._reader, "_take", record)
         # However long he needs between two messages, and however long these take.
-        monkeypatch.setattr(redis_reader, "LEAD_GAP", 30.0)
-        monkeypatch.setattr(redis_reader, "LEAD_WAIT", 30.0)
+        monkeypatch.setattr(leading, "LEAD_GAP", 30.0)
+        monkeypatch.setattr(leading, "LEAD_WAIT", 30.0)
         assert run_steps(client, STEPS, session=session) == expected
     # The first one may find the link's thread at it.
     assert readers[threading.current_thread()] >= STEPS
@@ -258,7 +257,7 @@ def test_a_caller_that_waits_alone_reads_himself(
 def test_damaged_answers_do_not_reach_the_caller_that_reads(
     setting: Setting, server: Valkey, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_reader, "LEAD_GAP", 30.0)
+    monkeypatch.setattr(leading, "LEAD_GAP", 30.0)
     read, rng, damages = Connection.read_response, random.Random(0), Counter[str]()
 
     def damaged(connection: Any, *args: Any, **options: Any) -> Any:
@@ -290,8 +289,8 @@ def test_damaged_answers_do_not_reach_the_caller_that_reads(
 def test_who_waits_beside_a_caller_that_reads_is_read_for_when_that_one_leaves(
     setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_reader, "LEAD_GAP", 600.0)
-    monkeypatch.setattr(redis_reader, "LEAD_WAIT", 600.0)
+    monkeypatch.setattr(leading, "LEAD_GAP", 600.0)
+    monkeypatch.setattr(leading, "LEAD_WAIT", 600.0)
     arrived: list[queue.SimpleQueue[int]] = [queue.SimpleQueue(), queue.SimpleQueue()]
     with setting.client(server.address) as client, ThreadPoolExecutor(2) as pool:
         link = client.transport
@@ -301,19 +300,19 @@ def test_who_waits_beside_a_caller_that_reads_is_read_for_when_that_one_leaves(
             header = wire.Relay(client.id, bytes(8), wire.Kind.REPLY, 1, 1, 0, seq, 1)
             server.client().xadd(link._keeper.lane, {"h": wire.encode_header(header), "b": b""})
 
-        link._reader._left = time.monotonic()
-        wait_until(lambda: not link._reader._turn.locked())
+        link._reader.lead._left = time.monotonic()
+        wait_until(lambda: not link._reader.lead.turn.locked())
         leader = pool.submit(link.receive, arrived[0], 4.0)
-        wait_until(link._reader._turn.locked)
+        wait_until(link._reader.lead.turn.locked)
         other = pool.submit(link.receive, arrived[1], 600.0)
-        wait_until(lambda: link._reader._waiting)
+        wait_until(lambda: link._reader.lead._waiting)
         reply(0)
         assert leader.result(LATE) == 0
         reply(1)
         try:
             assert other.result(LATE) == 1
         finally:
-            link._reader._wanted.set()
+            link._reader.lead._wanted.set()
             arrived[1].put(-1)
 
 
@@ -325,7 +324,7 @@ def test_a_caller_that_reads_can_be_interrupted(
         session.call([step(0)])
         monkeypatch.setattr(worker._transport._reader, "_take", lambda _: None)
         with in_background(lambda: session.call([step(1)])) as work:
-            wait_until(lambda: client.transport._reader._turn.locked())
+            wait_until(lambda: client.transport._reader.lead.turn.locked())
             session.interrupt()
             with pytest.raises(SessionLost, match="given up"):
                 work.result(LATE)

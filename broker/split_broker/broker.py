@@ -16,9 +16,9 @@ import stat
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import zmq
@@ -43,6 +43,11 @@ FLUSH_INTERVAL = 0.005
 
 #: Seconds that the loop waits for a message before it looks after other things.
 IDLE = 0.05
+
+#: What an announced peer may send.
+_FROM_PEERS = wire.Relay, wire.Open, wire.RosterRequest
+
+_T = TypeVar("_T")
 
 
 class Broker:
@@ -146,20 +151,17 @@ class Broker:
         try:
             while not self._closing.is_set():
                 if (frames := self._receive()) is not None:
-                    with self._contained():
-                        self._take(frames)
+                    self._contained(self._take, frames)
                 now = time.monotonic()
                 if self._blocked and now >= next_flush:
                     next_flush = now + FLUSH_INTERVAL
-                    with self._contained():
-                        for peer in [self._peers[id_] for id_ in self._blocked]:
-                            self._flush(peer)
+                    for peer in [self._peers[id_] for id_ in self._blocked]:
+                        self._contained(self._flush, peer)
                 if now >= next_probe:
                     if now - next_probe > HEARTBEAT:
                         self._excuse(now - next_probe)
                     next_probe = now + PROBE_INTERVAL
-                    with self._contained():
-                        self._housekeeping(now)
+                    self._contained(self._housekeeping, now)
         finally:
             self._release()
 
@@ -178,11 +180,10 @@ class Broker:
         except zmq.Again:
             return None
 
-    @contextlib.contextmanager
-    def _contained(self) -> Iterator[None]:
-        """Whatever a message or a peer brings about ends here, and is counted."""
+    def _contained(self, act: Callable[[_T], None], argument: _T) -> None:
+        """Does something; whatever a message or a peer brings about by it ends here, and is counted."""
         try:
-            yield
+            act(argument)
         except SplitError as error:
             count_dropped(self.counters, error)
         except Exception:
@@ -200,7 +201,7 @@ class Broker:
         if isinstance(header, wire.Announce):
             self._announced(header, route, self._member(envelope, header))
             return
-        if not isinstance(header, wire.Relay | wire.Open | wire.RosterRequest):
+        if not isinstance(header, _FROM_PEERS):
             raise Malformed(f"a peer sent a broker's message: {type(header).__name__}")
         if self._routes.get(route) != header.sender:
             # A peer that this broker has not met yet, or another's id. The welcome tells that this is a new broker;

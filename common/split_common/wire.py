@@ -468,9 +468,10 @@ def encode_payload(payload: Payload, tensor: bytes | memoryview = b"", *, overhe
     """
     head = _encoder.encode(payload)
     size = _LENGTH.size + max(len(head), payload.room) + len(tensor) + overhead
-    if padded_size(size) > MAX_BODY:
-        raise Oversized(f"body of {padded_size(size)} bytes (at most {MAX_BODY})")
-    padding = padded_size(size) - overhead - _LENGTH.size - len(head) - len(tensor)
+    padded = padded_size(size)
+    if padded > MAX_BODY:
+        raise Oversized(f"body of {padded} bytes (at most {MAX_BODY})")
+    padding = padded - overhead - _LENGTH.size - len(head) - len(tensor)
     return b"".join((_LENGTH.pack(len(head)), head, tensor, bytes(padding)))
 
 

@@ -1,8 +1,8 @@
 """The ZeroMQ transport: a peer's DEALER socket, which one thread at a time uses.
 
-Whoever sends does so in his own thread, unless another one has the socket just then and does it for him. The
-link's thread waits for what arrives, and sends heartbeats and what the socket would not take. libzmq's file
-descriptor says only once that something has changed: whoever may have taken that from the link's thread wakes it.
+Whoever sends does so in his own thread, unless another one has the socket just then and does it for him. Whoever
+reads (`split_common.transport.leading`) waits for what arrives, and sends heartbeats and what the socket would not
+take. libzmq's file descriptor says only once that something has changed: who may take that from him, wakes him.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import socket
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -26,6 +28,7 @@ from split_common.errors import BrokerUnreachable, ConfigError, KeysError, Malfo
 from split_common.fleet import Fleet
 from split_common.keys import Identity
 from split_common.transport import HEARTBEAT, MISSED, Handler, count_dropped
+from split_common.transport.leading import Lead
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +48,11 @@ SILENCE = HEARTBEAT * MISSED
 POLLIN, POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
 NOBLOCK, NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 
-#: Messages that are taken in one turn of the loop: a flood must not keep the heartbeat from being sent.
+#: Messages that are taken at once: a flood must not keep the heartbeat from being sent.
 TURN = 256
+
+#: Seconds before the socket is used again after that failed.
+PAUSE = 0.1
 
 
 def curve_client(sock: zmq.Socket[bytes], fleet: Fleet, identity: Identity) -> None:
@@ -93,6 +99,7 @@ class ZmqLink:
         # Held by who uses the socket and what waits for it. `send` never waits for it.
         self._turn = threading.Lock()
         self._sock: zmq.Socket[bytes] | None = None
+        self._poller = select.poll()
         # What `send` hands over to whoever has the turn, who counts what the socket has not taken yet.
         self._handed: deque[tuple[bytes, bytes]] = deque()
         self._unsent: deque[tuple[bytes, bytes]] = deque()
@@ -101,15 +108,17 @@ class ZmqLink:
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
         self._closing = threading.Event()
+        self._lead = Lead(partial(self._contained, self._read), self._closing)
         self._welcomed = threading.Event()
         self._announce_now = True
+        self._next_announce = 0.0
         # Whether the broker was told over this connection who this is.
         self._announced = False
         self._sender = bytes(8)
         self._boot: bytes | None = None
         self._next_reset = 0.0
         self._roster_version = fleet.roster().version
-        self._heard = 0.0
+        self._connected = self._heard = 0.0
         self._received = 0
         self._credited = 0
         self._thread: threading.Thread | None = None
@@ -124,7 +133,7 @@ class ZmqLink:
         self._handler = handler
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
-            self._sock = self._connect(context)
+            self._use(self._connect(context))
         except SplitError:
             context.term()
             self.close()
@@ -163,17 +172,10 @@ class ZmqLink:
         if len(body) > wire.MAX_BODY:
             raise Oversized(f"body of {len(body)} bytes (at most {wire.MAX_BODY})")
         self._handed.append((wire.encode_header(header), body))
-        # Who has the turn looks again after it for what was handed in meanwhile.
-        while self._handed and self._sock is not None and self._turn.acquire(blocking=False):
-            try:
-                noticed = self._sock is not None and self._flush(self._sock)
-            finally:
-                self._turn.release()
-            if noticed and threading.current_thread() is not self._thread:
-                self._wake()
+        self._pass_on()
 
     def receive(self, events: queue.SimpleQueue[_T], timeout: float) -> _T:
-        return events.get(timeout=timeout)
+        return self._lead.receive(events, timeout)
 
     def announce(self) -> None:
         self._announce_now = True
@@ -196,10 +198,22 @@ class ZmqLink:
         self._wake_read.close()
         self._wake_write.close()
 
-    # --- with the turn -------------------------------------------------------------------------------------
+    # --- sending -------------------------------------------------------------------------------------------
 
-    def _flush(self, sock: zmq.Socket[bytes]) -> bool:
-        """Sends what was handed in, and what waits; whether the socket has something for the link's thread."""
+    def _pass_on(self) -> None:
+        """Sends what was handed in, unless another thread has the socket: who has it does so after his turn."""
+        while self._handed and self._sock is not None and self._turn.acquire(blocking=False):
+            try:
+                if self._sock is not None:
+                    self._flush(self._sock)
+                    # Who begins to read looks at the socket first.
+                    if self._lead.is_anothers and self._ready(self._sock):
+                        self._wake()
+            finally:
+                self._turn.release()
+
+    def _flush(self, sock: zmq.Socket[bytes]) -> None:
+        """Sends what was handed in, and what waits. With the turn."""
         while self._handed:
             frames = self._handed.popleft()
             if self._unsent_bytes + len(frames[1]) > OUTBOX_BYTES:
@@ -218,58 +232,90 @@ class ZmqLink:
             self._unsent_bytes -= len(frames[1])
             self.counters["messages_sent"] += 1
             self.counters["bytes_sent"] += len(frames[0]) + len(frames[1])
-        return self._ready(sock) != 0
 
     def _ready(self, sock: zmq.Socket[bytes]) -> int:
-        """Of POLLIN and POLLOUT, those that the link's thread has use for."""
+        """Of POLLIN and POLLOUT, those that who reads has use for. With the turn."""
         waiting = (self._unsent and self._announced) or self._announce_now
         return int(sock.get(zmq.EVENTS)) & (POLLIN | POLLOUT if waiting else POLLIN)
 
     # --- the link's own thread -----------------------------------------------------------------------------
 
     def _run(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        assert self._sock is not None
         try:
-            while self._loop(self._sock):
-                with contextlib.suppress(SplitError), self._turn:
-                    old, self._sock = self._sock, self._connect(context)
-                    self._announced = False
-                    old.close(0)
+            while not self._closing.is_set():
+                if self._silent:
+                    with self._lead.turn:
+                        self._contained(self._connect_anew, context)
+                self._lead.serve(HEARTBEAT)
         finally:
-            with self._turn:
-                sock, self._sock = self._sock, None
-                sock.close()
+            with self._lead.turn:
+                assert self._sock is not None
+                with self._turn:
+                    self._flush(self._sock)
+                self._send_announcement(self._sock, leaving=True)
+                with self._turn:
+                    sock, self._sock = self._sock, None
+                    sock.close()
             context.term()
             self._close_pipe()
 
-    def _loop(self, sock: zmq.Socket[bytes]) -> bool:
-        """Serves a connection until the link is closed, or until the broker has long been silent: then True."""
-        connected = time.monotonic()
-        poller = select.poll()
-        poller.register(int(sock.get(zmq.FD)), select.POLLIN)
-        poller.register(self._wake_read, select.POLLIN)
-        next_announce = 0.0
-        while True:
-            if self._announce_now or time.monotonic() >= next_announce:
-                next_announce = time.monotonic() + HEARTBEAT
-                # Without a connection it is sent as soon as there is one.
-                self._announce_now = False
-                self._announce_now |= not self._send_announcement(sock)
-            if self._handed or self._unsent:
-                with self._turn:
-                    self._flush(sock)
-            if self._closing.is_set():
-                self._send_announcement(sock, leaving=True)
-                return False
-            if self._receive(sock) or self._handed:
-                continue
-            # Not before all that waited is read: this thread itself may have been held up.
-            if time.monotonic() - max(connected, self._heard) > SILENCE:
-                return True
-            wait = max(0.0, next_announce - time.monotonic())
-            for file, _ in poller.poll(int(wait * 1000) + 1):
-                if file == self._wake_read.fileno():
-                    self._wake_read.recv(4096)
+    @property
+    def _silent(self) -> bool:
+        return time.monotonic() - max(self._connected, self._heard) > SILENCE
+
+    def _connect_anew(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        """Leaves a connection over which nothing has come for long, unless there is no way to make another one."""
+        old = self._sock
+        assert old is not None
+        # Not before all that waited is read: this process itself may have been held up.
+        while self._take_arrived(old):
+            pass
+        if self._silent:
+            self._connected = time.monotonic()
+            with contextlib.suppress(SplitError), self._turn:
+                self._use(self._connect(context))
+                old.close(0)
+
+    def _use(self, sock: zmq.Socket[bytes]) -> None:
+        self._sock = sock
+        self._announced = False
+        self._announce_now = True
+        self._connected = time.monotonic()
+        self._poller = select.poll()
+        self._poller.register(int(sock.get(zmq.FD)), select.POLLIN)
+        self._poller.register(self._wake_read, select.POLLIN)
+
+    # --- with the lead -------------------------------------------------------------------------------------
+
+    def _contained(self, act: Callable[[_T], None], argument: _T) -> None:
+        """Does something with the lead. What goes wrong with the socket hits no caller who reads."""
+        try:
+            act(argument)
+        except Exception:
+            self.counters["failures"] += 1
+            log.exception("using the connection to the broker failed, and goes on")
+            self._closing.wait(PAUSE)
+
+    def _read(self, wait: float) -> None:
+        """Sends what is due; takes what has arrived, or else what does within some seconds."""
+        sock = self._sock
+        assert sock is not None
+        now = time.monotonic()
+        if self._announce_now or now >= self._next_announce:
+            self._next_announce = now + HEARTBEAT
+            # Without a connection it is sent as soon as there is one.
+            self._announce_now = False
+            self._announce_now |= not self._send_announcement(sock)
+        if self._handed or self._unsent:
+            with self._turn:
+                self._flush(sock)
+        if self._take_arrived(sock) or self._handed:
+            return
+        wait = max(0.0, min(wait, self._next_announce - time.monotonic()))
+        for file, _ in self._poller.poll(int(wait * 1000) + 1):
+            if file == self._wake_read.fileno():
+                self._wake_read.recv(4096)
+        self._take_arrived(sock)
 
     def _send_announcement(self, sock: zmq.Socket[bytes], leaving: bool = False) -> bool:
         """Whether there was a connection to send it over."""
@@ -291,14 +337,16 @@ class ZmqLink:
                 self._announced = False
             return self._announced
 
-    def _receive(self, sock: zmq.Socket[bytes]) -> bool:
-        """Takes what has arrived; whether the socket has more to do."""
-        for _ in range(TURN):
+    def _take_arrived(self, sock: zmq.Socket[bytes]) -> bool:
+        """Takes what has arrived; whether there was something, or the socket can send what waits for that."""
+        for taken in range(TURN):
             with self._turn:
                 ready = self._ready(sock)
-                if not ready & POLLIN:
-                    return ready != 0
-                frames = [frame.bytes for frame in receive_frames(sock)]
+                frames = [frame.bytes for frame in receive_frames(sock)] if ready & POLLIN else None
+            # Meanwhile others may have handed in messages instead of sending them themselves.
+            self._pass_on()
+            if frames is None:
+                return taken > 0 or ready != 0
             self._take(frames)
         return True
 

@@ -190,21 +190,22 @@ class RemoteSession:
         self._client.forget(self)
 
     def _send(self, payload: wire.Payload, tensor: memoryview | bytes) -> None:
-        with self._client.timings.measure("encrypt"):
-            if isinstance(payload, wire.Step | wire.Denoise):
-                payload = msgspec.structs.replace(payload, acked=self.acked)
-            header = wire.Relay(
-                self.worker,
-                self._client.id,
-                wire.Kind.REQUEST,
-                self.channel.number,
-                self.number,
-                self.epoch,
-                self._seq,
-                self._keys.next_counter(),
-            )
-            plaintext = wire.encode_payload(payload, tensor, overhead=self._keys.tag_size)
-            frames = header, self._keys.seal(header, plaintext)
+        began = time.perf_counter()
+        if isinstance(payload, wire.Step | wire.Denoise):
+            payload = msgspec.structs.replace(payload, acked=self.acked)
+        header = wire.Relay(
+            self.worker,
+            self._client.id,
+            wire.Kind.REQUEST,
+            self.channel.number,
+            self.number,
+            self.epoch,
+            self._seq,
+            self._keys.next_counter(),
+        )
+        plaintext = wire.encode_payload(payload, tensor, overhead=self._keys.tag_size)
+        frames = header, self._keys.seal(header, plaintext)
+        self._client.timings.add("encrypt", time.perf_counter() - began)
         self.in_flight[self._seq] = frames
         self._seq += 1
         self._client.transport.send(*frames)
@@ -248,8 +249,9 @@ class RemoteSession:
                 return header, body
 
     def _open_reply(self, header: wire.Relay, body: bytes) -> tuple[wire.AnyReply, memoryview]:
-        with self._client.timings.measure("decrypt"):
-            reply, tensor = wire.decode_payload(self._keys.open(header, body), wire.reply_decoder)
+        began = time.perf_counter()
+        reply, tensor = wire.decode_payload(self._keys.open(header, body), wire.reply_decoder)
+        self._client.timings.add("decrypt", time.perf_counter() - began)
         del self.in_flight[header.seq]
         return reply, tensor
 

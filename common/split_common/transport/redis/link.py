@@ -118,7 +118,7 @@ class RedisLink:
     def receive(self, events: queue.SimpleQueue[_T], timeout: float) -> _T:
         if self._reader is None:
             return events.get(timeout=timeout)
-        return self._reader.receive(events, timeout)
+        return self._reader.lead.receive(events, timeout)
 
     def announce(self) -> None:
         if self._keeper is not None:

@@ -1,25 +1,19 @@
-"""How a Redis link reads its peer's lane: in the thread of whoever waits for a message, or else in its own.
-
-A caller that waits reads himself, as the leader among those who wait (Schmidt et al., "Pattern-Oriented Software
-Architecture", volume 2, 2000: leader/followers): his message need not change threads. He does so for a short while,
-and only if nobody else reads. Otherwise the link's thread does, and leaves a gap for callers who come back soon.
-"""
+"""How a Redis link reads its peer's lane, whoever does (`split_common.transport.leading`)."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from redis.exceptions import ResponseError
 
 from split_common.errors import BrokerUnreachable
 from split_common.transport import count_dropped
+from split_common.transport.leading import Lead
 from split_common.transport.redis.keeper import RECONNECT, Keeper
 from split_common.transport.redis.keys import next_id
 from split_common.transport.redis.server import Command, Line, Refused
@@ -27,12 +21,8 @@ from split_common.transport.redis.server import Command, Line, Refused
 #: Entries that are read in one round trip.
 READ_COUNT = 16
 
-#: Seconds that a read of the link's thread, and a caller's reading, wait for an entry.
+#: Seconds that a read of the link's thread waits for an entry.
 READ_WAIT = 1.0
-LEAD_WAIT = 0.05
-
-#: Seconds after a caller had his message during which the link's thread leaves it to him to read again.
-LEAD_GAP = 0.02
 
 #: Reads in a row that find nothing though the lane holds something, before it is read from its beginning.
 OVERLOOKED = 2
@@ -42,8 +32,6 @@ TRIM_BYTES = 256 * 1024
 TRIM_DELAY = 0.2
 
 log = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
 
 
 class Reader:
@@ -69,12 +57,8 @@ class Reader:
         self._take = take
         self._counters = counters
         self._closing = closing
-        # Held by who reads.
-        self._turn = threading.Lock()
-        # What callers wait for who do not read; and when one of those who wait or read last left.
-        self._waiting: set[queue.SimpleQueue[Any]] = set()
-        self._left = float("-inf")
-        self._wanted = threading.Event()
+        #: Who reads.
+        self.lead = Lead(self._read_contained, closing)
         # Of the lane: which one it is, its last entry read, the least id not read yet, and what is cut off already.
         self._lane_made = 0
         self._after: bytes | str = "0-0"
@@ -85,42 +69,9 @@ class Reader:
 
     def run(self) -> None:
         while not self._closing.is_set():
-            self._wanted.clear()
-            with self._turn:
-                if wanted := self._is_wanted():
-                    self._read_contained(READ_WAIT)
-            if not wanted:
-                self._wanted.wait(LEAD_GAP)
+            self.lead.serve(READ_WAIT)
 
-    def _is_wanted(self) -> bool:
-        """Whether the thread should read: somebody waits for it, or nobody will come back soon to read himself."""
-        waiting = list(self._waiting)
-        if any(events.empty() for events in waiting):
-            return True
-        return not waiting and time.monotonic() > self._left + LEAD_GAP
-
-    def receive(self, events: queue.SimpleQueue[_T], timeout: float) -> _T:
-        """The next of what a handler puts into `events`. Raises queue.Empty after `timeout` seconds."""
-        until = time.monotonic() + timeout
-        if events.empty() and self._turn.acquire(blocking=False):
-            try:
-                lead_until = min(until, time.monotonic() + LEAD_WAIT)
-                while events.empty() and not self._closing.is_set() and (left := lead_until - time.monotonic()) > 0:
-                    self._read_contained(left)
-            finally:
-                self._left = time.monotonic()
-                self._turn.release()
-        if not events.empty():
-            return events.get_nowait()
-        self._waiting.add(events)
-        self._wanted.set()
-        try:
-            return events.get(timeout=max(0.0, until - time.monotonic()))
-        finally:
-            self._waiting.discard(events)
-            self._left = time.monotonic()
-
-    # --- with the turn -------------------------------------------------------------------------------------
+    # --- with the lead -------------------------------------------------------------------------------------
 
     def _read_contained(self, wait: float) -> None:
         try:
