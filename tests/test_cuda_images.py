@@ -161,14 +161,14 @@ def test_a_body_replays_what_it_would_run(kind: str, tmp_path: Path, monkeypatch
 FAILING = f"""
 import torch
 from split_common.diffusion.plan import Job
-from split_common.engine.graphs import captures_cuda
+from split_common.engine.graphs import new_capture
 from split_worker.step_graphs import StepGraphs
 
 def forward(tensors, job):
     (states,) = tensors
     return states * states.sum().item() if len(states) in (3, 6) else states + 1
 
-graphs = StepGraphs(forward, captures_cuda)
+graphs = StepGraphs(forward, new_capture)
 with torch.inference_mode():
     for size, captured in ((3, 0), (4, 1), (6, 1), (5, 2), (3, 2), (4, 2)):
         for number in range({CAPTURED} + 3):

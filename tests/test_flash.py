@@ -15,6 +15,7 @@ import torch
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
+import test_engine
 import tiny
 from split_common.engine import compiled, flash, graphs
 from split_common.engine import runner as runner_module
@@ -22,6 +23,7 @@ from split_common.engine.graphs import DecodeGraphs
 from split_common.engine.pool import PagePool
 from split_common.engine.rows import Run
 from split_common.engine.runner import Runner
+from split_common.errors import ModelError
 from split_common.part import load_part, plan
 from split_common.split import Split
 from test_engine import EngineMachine, make_oracle, make_runner
@@ -84,6 +86,7 @@ def reference_flash_forward(
     """What torch 2.11's kernel does with keys and values that begin at `cu_seq_k`, each sequence by itself."""
     assert is_causal == ((window_size_left, window_size_right) == (-1, 0))
     pages = cu_seq_k[:-1, None] // PAGE_TOKENS + torch.arange(-(-max_k // PAGE_TOKENS), dtype=torch.int32)
+    pages.clamp_(max=len(key) // PAGE_TOKENS - 1)
     output = reference_varlen_attn(
         query,
         key.view(-1, PAGE_TOKENS, *key.shape[1:]),
@@ -102,9 +105,9 @@ def reference_flash_forward(
 
 
 @pytest.fixture
-def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Runners that are made meanwhile take the way to CUDA; the sizes of the graphs that they make."""
-    made: list[tuple[Any, ...]] = []
+    made: list[tuple[int, int]] = []
 
     def capture(compute: Any) -> Any:
         compute()
@@ -112,9 +115,9 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     make = graphs.DecodeGraph.__init__
 
-    def count(self: Any, *args: Any) -> None:
-        made.append(args[6:])
-        make(self, *args)
+    def count(self: Any, *args: Any, **options: Any) -> None:
+        made.append((options["rows"], options["pages"]))
+        make(self, *args, **options)
 
     monkeypatch.setattr(graphs.DecodeGraph, "__init__", count)
     monkeypatch.setattr(runner_module, "compile_layers", lambda _: None)
@@ -123,13 +126,16 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     monkeypatch.setattr(flash, "PAGE_TOKENS", PAGE_TOKENS)
     monkeypatch.setattr(flash.FlashAttention, "page_tokens", PAGE_TOKENS)
     monkeypatch.setattr(flash, "usable", lambda *_: True)
-    monkeypatch.setattr(runner_module, "capture_cuda", capture)
+    monkeypatch.setattr(runner_module, "new_capture", lambda: capture)
     return made
 
 
 def compile_too(monkeypatch: pytest.MonkeyPatch, backend: Any = "eager") -> None:
     """Has layers traced by torch.compile, which takes seconds, without inductor and its options."""
     torch.compiler.reset()
+    # On CUDA one token is not padded.
+    monkeypatch.setattr(runner_module, "padded_rows", lambda tokens: tokens)
+    monkeypatch.setattr(test_engine, "pack_linears", lambda _: None)
     compile_ = torch.compile
     monkeypatch.setattr(
         torch,
@@ -144,7 +150,7 @@ def compile_too(monkeypatch: pytest.MonkeyPatch, backend: Any = "eager") -> None
     [("llama", True), ("mistral", True), ("mistral", False), ("qwen2", True), ("gpt2", True)],
 )
 def test_any_mix_of_steps(
-    arch: str, reads_pages: bool, as_on_cuda: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arch: str, reads_pages: bool, as_on_cuda: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flash, "READS_PAGES", reads_pages)
     if arch == "qwen2":
@@ -158,7 +164,6 @@ def test_any_mix_of_steps(
         settings=settings(max_examples=12, stateful_step_count=30, deadline=None, database=None, derandomize=True),
     )
     assert len(as_on_cuda) > 1
-    assert {in_place for *_, in_place in as_on_cuda} == ({True} if reads_pages else {True, False})
 
 
 @pytest.mark.usefixtures("as_on_cuda")
@@ -169,7 +174,7 @@ def test_what_flash_attention_cannot_express_is_packed_with_the_other_backend(ar
 
 
 def test_all_layers_share_what_is_compiled(
-    as_on_cuda: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    as_on_cuda: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_too(monkeypatch)
     graphs_of: list[int] = []
@@ -183,7 +188,7 @@ def test_all_layers_share_what_is_compiled(
 
 
 def test_layers_that_cannot_be_compiled_run_as_they_are(
-    as_on_cuda: list[tuple[Any, ...]],
+    as_on_cuda: list[tuple[int, int]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -209,7 +214,7 @@ def decode(engine: Runner, rows: list[Any], generator: torch.Generator) -> list[
 
 
 def test_graphs_are_few_and_filled_up_with_rows_that_touch_nobody(
-    as_on_cuda: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    as_on_cuda: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_runner(tmp_path / "engine", "llama")
     generator = torch.Generator().manual_seed(1)
@@ -223,29 +228,76 @@ def test_graphs_are_few_and_filled_up_with_rows_that_touch_nobody(
     before = [keys[torch.from_numpy(idle.slots())].clone() for keys, _ in store.layers.values()]
     for count in (5, 3, 1, 5, 2, 4):
         decode(engine, rows[:count], generator)
-    assert sorted(as_on_cuda) == [(1, 1, True), (2, 1, True), (4, 1, True), (8, 1, True)]
+    assert sorted(as_on_cuda) == [(1, 1), (2, 1), (4, 1), (8, 1)]
     after = [keys[torch.from_numpy(idle.slots())] for keys, _ in store.layers.values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert store.free == store.pages - 7  # six rows of one page, and that of nobody
 
 
-def test_without_graphs_decoding_goes_on(
-    as_on_cuda: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "left"),
+    [
+        (RuntimeError("operation not permitted when stream is capturing"), 1),
+        (torch.OutOfMemoryError("all used"), 0),
+    ],
+)
+def test_a_size_that_cannot_be_captured_runs_without(
+    error: Exception,
+    left: int,
+    as_on_cuda: list[tuple[int, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def fail(_: Any) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing")
+    def capture(compute: Any) -> Any:
+        if len(as_on_cuda) == 2:
+            raise error
+        compute()
+        return compute
 
-    monkeypatch.setattr(runner_module, "capture_cuda", fail)
+    monkeypatch.setattr(runner_module, "new_capture", lambda: capture)
     engine = make_runner(tmp_path / "engine", "llama")
     oracle = make_oracle(tmp_path / "oracle", "llama", monkeypatch)
-    row, other = engine.store.new_row(), oracle.store.new_row()
-    for _ in range(3):
-        states = torch.randn(1, engine.width)
-        (got,), (wanted,) = (
-            each.run([Run(at, states, [at.length])]) for each, at in ((engine, row), (oracle, other))
+    assert engine._graphs is not None
+    rows = [(each.store.new_row(), each.store.new_row()) for each in (engine, oracle)]
+    for count in (1, 2, 2):
+        states = [torch.randn(1, engine.width) for _ in range(count)]
+        got, wanted = (
+            each.run([Run(row, state, [row.length]) for row, state in zip(of, states, strict=False)])
+            for each, of in zip((engine, oracle), rows, strict=True)
         )
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-3)
-    assert len(as_on_cuda) == 1
+    assert as_on_cuda == [(1, 1), (2, 1)]
+    assert [graph for graph in engine._graphs._graphs.values() if graph is not None][left:] == []
+    assert caplog.text.count("run without a CUDA graph") == 1
+
+
+def test_layers_that_are_wrong_for_one_token_alone_run_as_they_are(
+    as_on_cuda: list[tuple[int, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def halving(layers: Any) -> None:
+        for layer in layers:
+
+            def forward(hidden: torch.Tensor, *args: Any, original: Any = layer.forward, **kwargs: Any) -> Any:
+                output = original(hidden, *args, **kwargs)
+                return output * 0.5 if hidden.shape[1] == 1 else output
+
+            layer.forward = forward
+
+    monkeypatch.setattr(runner_module, "compile_layers", halving)
+    monkeypatch.setattr(runner_module, "padded_rows", lambda tokens: tokens)
+    assert not make_runner(tmp_path, "llama").compiled
+    assert "their output differs" in caplog.text
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+def test_a_pool_of_one_page_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_engine, "KV_BYTES", 1 << 13)
+    with pytest.raises(ModelError, match="at least 2 are needed"):
+        make_runner(tmp_path, "llama")
 
 
 @pytest.mark.gpu
@@ -288,6 +340,9 @@ def check_decoding(engine: Runner, tolerance: float) -> None:
             whole.free()
             rows.append((engine.store.new_row(), states))
         engine.run([Run(row, states[:-6], range(len(states) - 6)) for row, states in rows])
+        # One more, which shares its pages, and is scattered as soon as it grows.
+        rows.append((rows[-1][0].fork(), rows[-1][1]))
+        wanted.append(wanted[-1])
         for step in range(-6, 0):
             got.append(
                 engine.run(

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,19 @@ def test_a_long_prefill_and_a_first_forward_have_their_time(monkeypatch: pytest.
     assert not watch.overdue()
 
 
+def a_dead_gpu(_: object) -> None:
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize(
+    ("where", "failure", "name"),
+    [
+        ("_compute._scheduler.next_batch", lambda: 1 / 0, "ZeroDivisionError"),
+        ("_compute._start", a_dead_gpu, "AcceleratorError"),
+    ],
+)
 def test_a_compute_loop_that_fails_takes_its_worker_out_of_the_queue(
-    checkpoint: Path, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    where: str, failure: Any, name: str, checkpoint: Path, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running_broker() as broker:
         workers = [start_worker(checkpoint, broker.address) for _ in range(2)]
@@ -157,7 +169,8 @@ def test_a_compute_loop_that_fails_takes_its_worker_out_of_the_queue(
                 def strike() -> None:
                     bad = holder(workers)
                     bad._on_failure = lambda: told.append(bad)
-                    monkeypatch.setattr(bad._compute._scheduler, "next_batch", lambda: 1 / 0)
+                    owner, _, attribute = where.rpartition(".")
+                    monkeypatch.setattr(attrgetter(owner)(bad), attribute, failure)
 
                 at_call(model, 5, strike)
                 began = time.monotonic()
@@ -166,7 +179,7 @@ def test_a_compute_loop_that_fails_takes_its_worker_out_of_the_queue(
                 assert model.traffic["replays"] == 1
                 wait_until(lambda: told)
                 (bad,) = told
-                with pytest.raises(WorkerFailed, match="ZeroDivisionError"):
+                with pytest.raises(WorkerFailed, match=name):
                     bad.check()
                 assert [peer.role for peer in list(broker._peers.values())].count("worker") == 1
         finally:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 import tiny_diffusion
 from split_common import wire
 from split_common.checkpoint import Checkpoint
-from split_common.diffusion.codecs import encode
+from split_common.diffusion.codecs import decode, encode
 from split_common.diffusion.kinds import plan_image
 from split_common.diffusion.plan import Job
 from split_common.diffusion.unet import UNetPlan
@@ -292,3 +292,25 @@ def test_a_forward_without_memory_takes_that_of_the_graphs() -> None:
     calls += [0] * 10
     with pytest.raises(torch.OutOfMemoryError):
         graphs.run([torch.ones(5)], Job())
+
+
+def test_what_surrounds_a_forward_takes_the_memory_of_the_graphs(
+    unet: DiffusionBody, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_graphs(unet)
+    assert unet._graphs is not None
+    image = Image(unet, "unet A")
+    key = image.job(1)
+    for seed in range(CAPTURED):
+        unet.launch([image.step(seed, key)]).wait()
+    assert len(unet._graphs._graphs) == 1
+
+    def scarce(*args: Any) -> Any:
+        assert unet._graphs is not None
+        if unet._graphs._graphs:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(*args)
+
+    monkeypatch.setattr("split_worker.diffusion.decode", scarce)
+    assert unet.launch([image.step(CAPTURED, key)]).wait()[0].isfinite().all()
+    assert not unet._graphs._graphs

@@ -177,7 +177,8 @@ def _signals_held_back() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    # SIGTERM's is restored first: where SIGINT raises meanwhile, the process ends.
+    numbers = (signal.SIGTERM, signal.SIGINT)
     handlers = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
     came: list[int] = []
     for number in handlers:

@@ -328,6 +328,9 @@ class ComputeLoop:
         except SplitError as error:
             reply = self._refusal(error)
             task.session.undo()
+        except torch.AcceleratorError:
+            # The GPU takes no more work from this process.
+            raise
         except Exception as error:
             reply = self._refusal(error)
         self._reply(task, reply, tensor)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import TypeVar
 
 import torch
 
 from split_common import wire
 from split_common.diffusion.codecs import decode, encode
 from split_common.diffusion.plan import ImagePlan, Job
-from split_common.engine.graphs import captures_cuda
+from split_common.engine.graphs import new_capture
 from split_common.engine.rows import Row, Run
 from split_common.engine.runner import Launched
 from split_common.errors import Malformed, ModelError, NeedEmbeddings, Oversized
@@ -42,6 +44,9 @@ UNBOUNDED = sys.maxsize
 
 #: What is held of a session beside its jobs: the parts of a step so far, and an output that is sent in parts.
 _PARTS, _OUTPUT = b"parts", b"output"
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(eq=False)
@@ -211,7 +216,7 @@ class DiffusionBody:
         parameter = next(self._middle.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.asynchronous = self.device.type == "cuda"
-        self._graphs = StepGraphs(self._middle, captures_cuda) if self.asynchronous else None
+        self._graphs = StepGraphs(self._middle, new_capture) if self.asynchronous else None
         #: Where answers are computed while the next forward runs.
         self._beside = torch.cuda.Stream(self.device, -1) if self.asynchronous else None  # type: ignore[no-untyped-call]
         self.parameter_bytes = sum(p.numel() * p.element_size() for p in self._middle.parameters())
@@ -291,7 +296,10 @@ class DiffusionBody:
         if self._beside is None or codec in DTYPES:
             return encode(output, codec)
         with torch.cuda.stream(self._beside):
-            return encode(output.to(self.device, non_blocking=True), codec)
+            return self._with_room(lambda: encode(output.to(self.device, non_blocking=True), codec))
+
+    def _with_room(self, compute: Callable[[], _T]) -> _T:
+        return compute() if self._graphs is None else self._graphs.with_room(compute)
 
     def _condition(self, row: ConditionRow, request: wire.Condition, data: memoryview) -> None:
         self._middle.check_job([array.shape for array in request.arrays], len(request.scales))
@@ -314,11 +322,14 @@ class DiffusionBody:
         return ImageRun(row, states, range(states.numel()), more, job, request.rows, group)
 
     def _decode(self, arrays: list[wire.Array], data: memoryview) -> list[torch.Tensor]:
-        tensors, offset = [], 0
-        for array in arrays:
-            tensors.append(decode(array, data[offset : offset + array.nbytes], self.device).to(self.dtype))
-            offset += array.nbytes
-        return tensors
+        def decoded() -> list[torch.Tensor]:
+            parts = zip(arrays, accumulate((array.nbytes for array in arrays), initial=0), strict=False)
+            return [
+                decode(array, data[begin : begin + array.nbytes], self.device).to(self.dtype)
+                for array, begin in parts
+            ]
+
+        return self._with_room(decoded)
 
     def _check(self, request: wire.Denoise, shapes: list[list[int]]) -> None:
         """Raises Malformed or Oversized for shapes that are not the body's."""

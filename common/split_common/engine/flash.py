@@ -2,12 +2,12 @@
 
 `varlen_attn` (torch.nn.attention.varlen) reads keys and values through a block table: nothing is gathered or
 padded, and the plan is a few tensors, so that a decoding batch can be captured in a CUDA graph (`graphs`). The
-kernel of torch 2.11 takes no block table: it reads sequences whose pages follow one another, others are copied.
+kernel of torch 2.11 takes no block table: it reads sequences whose pages follow one another, else a copy of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -46,29 +46,40 @@ class FlashAttention:
     page_tokens = PAGE_TOKENS
 
     def plan(self, pool: PagePool, spans: Sequence[Span], device: torch.device) -> FlashPlan:
-        ends = torch.tensor(list(accumulate((span.count for span in spans), initial=0)), dtype=torch.int32)
-        pages = max(len(span.sequence.pages) for span in spans)
-        table, lengths, begins = make_tables(spans, len(spans), pages)
+        held = [span.sequence.pages for span in spans]
+        table, lengths, begins = make_tables(spans, len(spans), max(map(len, held)))
+        if not reads_in_place(spans):
+            # Each one's own pages, one sequence after the other.
+            table = torch.tensor([page for pages in held for page in pages], dtype=torch.int32)
+            begins = _from_zero(map(len, held)) * PAGE_TOKENS
+        ends = _from_zero(span.count for span in spans)
         most_queries = max(span.count for span in spans)
-        plan = FlashPlan(ends, table, lengths, begins, most_queries, int(lengths.max()), in_place(spans))
-        return plan.on(device)
+        return FlashPlan(ends, table, lengths, begins, most_queries, int(lengths.max())).on(device)
 
 
-def in_place(spans: Sequence[Span]) -> bool:
-    """Whether the pages of each sequence follow one another."""
-    return all(span.sequence.contiguous for span in spans)
+def reads_in_place(spans: Sequence[Span]) -> bool:
+    """Whether the kernel reads sequences from the pool, and not from a copy of their pages."""
+    return READS_PAGES or all(span.sequence.contiguous for span in spans)
 
 
 def make_tables(
     spans: Sequence[Span], rows: int, pages: int, blank: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A plan's `table`, `lengths` and `begins` on the host; rows that are missing have a token in a blank page."""
-    held = [span.sequence.pages for span in spans] + [[]] * (rows - len(spans))
+    """The `table`, `lengths` and `begins` of a plan that reads in place, on the host.
+
+    Rows that are missing have a token in a blank page.
+    """
+    missing = rows - len(spans)
+    held = [span.sequence.pages for span in spans] + [[]] * missing
     table = np.array([row + [blank] * (pages - len(row)) for row in held], dtype=np.int32)
-    lengths = np.array([span.sequence.length for span in spans] + [1] * (rows - len(spans)), dtype=np.int32)
-    first = table[:, 0] if in_place(spans) else np.arange(rows, dtype=np.int32) * pages
-    begins = np.append(first, 0).astype(np.int32) * PAGE_TOKENS
+    lengths = np.array([span.sequence.length for span in spans] + [1] * missing, dtype=np.int32)
+    begins = np.append(table[:, 0] * PAGE_TOKENS, 0).astype(np.int32)
     return torch.from_numpy(table), torch.from_numpy(lengths), torch.from_numpy(begins)
+
+
+def _from_zero(counts: Iterable[int]) -> torch.Tensor:
+    """Running sums, from 0 on."""
+    return torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32)
 
 
 @dataclass
@@ -77,12 +88,12 @@ class FlashPlan:
 
     Args:
         ends: where each span begins in the batch, and the last one ends, int32 `[n + 1]`.
-        table: each sequence's pages, int32 `[n, pages]`; what lies beyond its length is not read.
+        table: each sequence's pages, int32 `[n, pages]`; what lies beyond its length is not read. If they are to be
+            copied: all of them, int32 `[pages]`.
         lengths: of the sequences in tokens, int32 `[n]`.
         begins: the token at which each sequence begins in the pool, or in a copy of its pages, int32 `[n + 1]`; the
             last one is not read.
         most_queries, most_keys: of any span.
-        in_place: whether no copy is needed.
     """
 
     ends: torch.Tensor
@@ -91,7 +102,6 @@ class FlashPlan:
     begins: torch.Tensor
     most_queries: int
     most_keys: int
-    in_place: bool
 
     def attend(self, call: Call, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         if call.softcap is not None or call.sinks is not None:
@@ -136,7 +146,7 @@ class FlashPlan:
     def _attend_sequences(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: tuple[int, int]
     ) -> torch.Tensor:
-        if not self.in_place:
+        if self.table.ndim == 1:
             keys, values = keys[self.table], values[self.table]
         output, *_ = flash_attention_forward(
             query,

@@ -19,7 +19,7 @@ import torch
 
 from split_common.engine import flash
 from split_common.engine.attention import PackedBatch, Span
-from split_common.engine.flash import FlashPlan, in_place, make_tables
+from split_common.engine.flash import FlashPlan, make_tables
 from split_common.engine.pool import PagePool
 
 log = logging.getLogger(__name__)
@@ -38,52 +38,44 @@ Capture = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 
 
 @functools.cache
-def _memory() -> Any:
-    """What all graphs take their memory from: they run one after the other."""
-    return torch.cuda.graph_pool_handle()
-
-
-@functools.cache
 def _beside() -> Any:
     """A stream. There is one: libraries keep memory for each that they have seen."""
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
-def capture_cuda(compute: Callable[[], torch.Tensor], memory: Any = None) -> Callable[[], torch.Tensor]:
-    """Captures a computation in a CUDA graph.
+def new_capture() -> Capture:
+    """Captures computations in CUDA graphs that share memory, since they run one after the other.
 
-    Args:
-        compute: what is captured.
-        memory: what graphs take their memory from that run one after the other; None for that of all.
-
-    Returns:
-        Its replay. What that returns is overwritten by the replay of any other graph of the same memory.
+    What a replay returns is overwritten by that of any other of them. A new one is needed after a failure, and
+    when none of its graphs is left: torch has taken their memory back by then.
     """
-    current, beside = torch.cuda.current_stream(), _beside()
-    beside.wait_stream(current)
-    with torch.cuda.stream(beside):
-        # Libraries set themselves up when they are first used, which cannot be captured.
-        compute()
-    current.wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may use CUDA meanwhile. The stream is set back here too: torch does not if a capture fails.
-    with (
-        torch.cuda.stream(current),
-        torch.cuda.graph(graph, pool=memory or _memory(), capture_error_mode="thread_local"),
-    ):
-        output = compute()
+    memory = torch.cuda.graph_pool_handle()
 
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return output
+    def capture(compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        current, beside = torch.cuda.current_stream(), _beside()
+        beside.wait_stream(current)
+        try:
+            with torch.cuda.stream(beside):
+                # Libraries set themselves up when they are first used, which cannot be captured.
+                compute()
+        finally:
+            # What it reads may be freed now.
+            current.wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use CUDA meanwhile. The stream is set back here too: torch does not if a capture fails.
+        with (
+            torch.cuda.stream(current),
+            torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"),
+        ):
+            output = compute()
 
-    return replay
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return output
 
+        return replay
 
-def captures_cuda() -> Capture:
-    """Captures graphs that share memory among themselves. It serves until none of them is left: torch takes their
-    memory back then."""
-    return partial(capture_cuda, memory=torch.cuda.graph_pool_handle())
+    return capture
 
 
 class Inputs:
@@ -117,14 +109,14 @@ class Inputs:
                 }
             )
 
-        #: Tensors by name: to be written on the host, and read on the device.
-        self.host, self.device = views(self._host), views(self._device)
+        #: Tensors by name: those that are written, on the host, and those that the graph reads.
+        self.written, self.read = views(self._host), views(self._device)
 
     def writable(self) -> SimpleNamespace:
-        """The host's, once they are on the device as they were."""
+        """Those on the host, once they are on the device as they were."""
         if self._copied is not None:
             self._copied.synchronize()
-        return self.host
+        return self.written
 
     def copy(self) -> None:
         self._device.copy_(self._host, non_blocking=True)
@@ -138,7 +130,6 @@ class DecodeGraph:
     Args:
         blank: a page whose contents nobody reads.
         rows, pages: of the batch, and of the longest sequence in it.
-        in_place: whether the pages of each sequence follow one another.
     """
 
     def __init__(
@@ -151,7 +142,6 @@ class DecodeGraph:
         blank: int,
         rows: int,
         pages: int,
-        in_place: bool,
     ) -> None:
         device = next(iter(pool.layers.values()))[0].device
         self._blank = blank
@@ -159,9 +149,9 @@ class DecodeGraph:
         self._inputs = Inputs(rows, pages, width, dtype, device)
         self._write([], torch.empty(0, width), torch.empty(1, 0), torch.empty(0))
         ends = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        read = self._inputs.device
+        read = self._inputs.read
         #: The graph reads what it holds.
-        self._plan = FlashPlan(ends, read.table, read.lengths, read.begins, 1, pages * pool.page_tokens, in_place)
+        self._plan = FlashPlan(ends, read.table, read.lengths, read.begins, 1, pages * pool.page_tokens)
         batch = PackedBatch(pool, [1] * rows, read.slots, self._plan)
         self._replay = capture(lambda: forward(read.states, read.positions, batch))
 
@@ -194,13 +184,22 @@ class DecodeGraphs:
         forward: runs the layers.
         pool: the keys and values.
         width, dtype: of the hidden states.
-        capture: makes a graph.
+        new_capture: makes what captures graphs that share memory.
     """
 
-    def __init__(self, forward: Forward, pool: PagePool, width: int, dtype: torch.dtype, capture: Capture) -> None:
-        self._make = partial(DecodeGraph, forward, pool, width, dtype, capture, pool.reserve())
-        self._graphs: dict[tuple[int, int, bool], DecodeGraph] = {}
-        self._works = True
+    def __init__(
+        self,
+        forward: Forward,
+        pool: PagePool,
+        width: int,
+        dtype: torch.dtype,
+        new_capture: Callable[[], Capture],
+    ) -> None:
+        self._make = partial(DecodeGraph, forward, pool, width, dtype, blank=pool.reserve())
+        self._new_capture = new_capture
+        self._capture = new_capture()
+        #: By the sizes of the batch and of its longest sequence; None where it could not be captured.
+        self._graphs: dict[tuple[int, int], DecodeGraph | None] = {}
 
     def run(
         self, spans: Sequence[Span], states: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
@@ -211,18 +210,25 @@ class DecodeGraphs:
             spans: the batch, each of one token.
             states: `[rows, width]`; positions: `[1, rows]`; slots: `[rows]`; all on the host.
         """
-        if len(spans) > MAX_ROWS or not self._works:
+        if len(spans) > MAX_ROWS or not flash.reads_in_place(spans):
             return None
-        pages = max(len(span.sequence.pages) for span in spans)
-        key = _power(len(spans)), _power(pages), flash.READS_PAGES or in_place(spans)
+        key = _power(len(spans)), _power(max(len(span.sequence.pages) for span in spans))
         if key not in self._graphs:
-            try:
-                self._graphs[key] = self._make(*key)
-            except RuntimeError as error:
-                log.warning("decoding runs without CUDA graphs: %s", error)
-                self._works = False
-                return None
-        return self._graphs[key].run(spans, states, positions, slots)
+            self._graphs[key] = self._captured(*key)
+        graph = self._graphs[key]
+        return graph.run(spans, states, positions, slots) if graph is not None else None
+
+    def _captured(self, rows: int, pages: int) -> DecodeGraph | None:
+        try:
+            return self._make(capture=self._capture, rows=rows, pages=pages)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            log.warning("batches of %d rows and %d pages run without a CUDA graph: %s", rows, pages, reason)
+            if isinstance(error, torch.OutOfMemoryError):
+                self._graphs.clear()
+            # Those to come share no memory with what failed.
+            self._capture = self._new_capture()
+            return None
 
 
 def _power(number: int) -> int:
