@@ -454,6 +454,42 @@ def test_workers_that_die_while_they_are_told_the_history(checkpoint: Path, want
     assert dead_letters.read() == []
 
 
+def test_workers_that_die_while_they_hold_many_steps(checkpoint: Path, wanted: torch.Tensor) -> None:
+    """Nothing but the number of steps tells that none of them is to blame."""
+    deaths = 0
+
+    def die_of(worker: Worker) -> None:
+        forward = worker._compute._launch
+
+        def die(batch: Any) -> Any:
+            nonlocal deaths
+            if deaths < 6:
+                wait_until(lambda: len(worker._sessions) == 8)
+                deaths += 1
+                worker._transport.close()
+                raise SystemExit
+            return forward(batch)
+
+        worker._compute._launch = die  # type: ignore[method-assign]
+
+    with running_broker() as broker:
+        workers = [start_worker(checkpoint, broker.address) for _ in range(7)]
+        try:
+            for worker in workers:
+                die_of(worker)
+            with (
+                SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address) as model,
+                ThreadPoolExecutor(8) as threads,
+            ):
+                for answer in threads.map(lambda _: model.generate(PROMPT, **GREEDY), range(8)):
+                    assert torch.equal(answer, wanted)
+        finally:
+            for worker in workers:
+                worker.stop()
+    assert deaths == 6
+    assert dead_letters.read() == []
+
+
 def test_letters_are_kept_apart_from_what_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     letter = dead_letters.DeadLetter(
         model="m", layers="1:2", workers=["w"], rows=1, tokens=1, cached=0, reason="x" * 10_000

@@ -126,7 +126,15 @@ class SessionLost(SplitError):
 
 
 class WorkerGone(SessionLost):
-    """The worker that held the session died, left or fell silent."""
+    """The worker that held the session died, left or fell silent.
+
+    Args:
+        held: sessions of this device of which it held a step then.
+    """
+
+    def __init__(self, message: str, held: int = 1) -> None:
+        super().__init__(message)
+        self.held = held
 
 
 class WorkerSlow(SessionLost):

@@ -190,20 +190,21 @@ class Client:
         request = session.in_flight.get(header.seq) if session is not None else None
         if session is None or request is None or body != wire.echo(*request):
             raise AuthenticationError("an unknown channel, of no request in flight")
-        self._lose(lambda channel: channel is session.channel, WorkerGone(GONE))
+        self._lose(lambda channel: channel is session.channel)
 
     def on_gone(self, peers: Iterable[bytes]) -> None:
         gone = set(peers)
-        self._lose(lambda channel: channel.worker in gone, WorkerGone(GONE))
+        self._lose(lambda channel: channel.worker in gone)
 
-    def _lose(self, which: Callable[[WorkerChannel], bool], error: SplitError) -> None:
-        """Ends channels, and the sessions over them, whose worker does not have them any more or is not trusted."""
+    def _lose(self, which: Callable[[WorkerChannel], bool], error: SplitError | None = None) -> None:
+        """Ends channels, and the sessions over them, whose worker is gone, or is not trusted for a reason."""
         for channel in [channel for channel in list(self._channels.values()) if which(channel)]:
             with self._lock:
                 self._channels.pop(channel.number, None)
                 lost = [session for session in list(self._sessions.values()) if session.channel is channel]
+            held = sum(bool(session.in_flight) for session in lost)
             for session in lost:
-                session.lose(error)
+                session.lose(error or WorkerGone(GONE, max(1, held)))
 
     def on_reset(self) -> None:
         # Messages of a channel's set-up are sent again soon enough.

@@ -29,9 +29,10 @@ RETRY_AFTER = 0.1
 MAX_FAILURES = 2
 MAX_DEATHS = 4
 
-#: What a death counts by before the step was sent, while the worker was told what came before: that has run
-#: elsewhere. Where workers die one after another, others' sessions may be told theirs first, again and again.
-REPLAY_DEATH = 0.25
+#: What a death counts by, at least. Steps that the worker held together share it: one of them may be to blame; and
+#: where workers die for reasons of their own, they die one after another. It counts least before the step was
+#: sent, while the worker was told what came before: that has run elsewhere.
+LEAST_DEATH = 0.25
 
 #: A request of the session, as `_send` takes it.
 R = TypeVar("R")
@@ -140,7 +141,7 @@ class Lasting(Generic[R]):
                     if isinstance(error, WorkerGone) and remote.worker not in died:
                         # It may have been at work for long: patience begins anew.
                         died[remote.worker], waiting_since = name, now
-                        deaths += 1.0 if told else REPLAY_DEATH
+                        deaths += max(LEAST_DEATH, 1 / error.held if told else 0.0)
                     if remote.ended or self._is_spoilt(requests):
                         remote.close()
                         avoid, self._remote = [remote.worker], None
