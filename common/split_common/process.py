@@ -23,8 +23,8 @@ STOP_TIMEOUT = 10.0
 #: Set for processes that `running_command` starts: the process id of the one that started them.
 PARENT = "LAMBDA_SPLIT_PARENT"
 
-#: Seconds between two looks at whether that one still runs.
-PARENT_INTERVAL = 1.0
+#: Seconds between two looks at whether that one still runs, and at signals.
+LOOK_INTERVAL = 1.0
 
 #: glibc's names for two of its limits (mallopt(3)), and their values in bytes: freed memory above the first goes
 #: back to the system, and what is larger than the second is mapped by itself and always goes back.
@@ -102,8 +102,9 @@ def wait_for(stop: threading.Event) -> None:
     A process that `running_command` started ends when the one that started it is gone, however that came about.
     """
     parent = int(os.environ.get(PARENT, "0"))
-    while not stop.wait(PARENT_INTERVAL if parent else None):
-        if os.getppid() != parent:
+    # A signal that comes just before the wait begins is seen only when it ends: so it does, again and again.
+    while not stop.wait(LOOK_INTERVAL):
+        if parent and os.getppid() != parent:
             raise KeyboardInterrupt
 
 

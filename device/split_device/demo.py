@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import typer
 from split_common.console import emit_json, stderr
 from split_common.errors import ConfigError, SplitError
 from split_common.options import JsonOption, ModelOption, given, resolve_model
-from split_common.process import passive_threads, running_command, use_loopback_keys
+from split_common.process import LOOK_INTERVAL, passive_threads, running_command, use_loopback_keys
 from split_device.diffusion.demo import image_demo
 from split_device.settings import Sampling
 
@@ -182,7 +183,10 @@ def _serve(options: list[str], json: bool) -> None:
         if json:
             emit_json(facts)
         _say("Ctrl-C ends it")
-        server.wait()
+        while server.poll() is None:
+            # As in `wait_for`: a signal is seen when a wait ends.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(LOOK_INTERVAL)
         raise SplitError("lambda-split serve has ended by itself")
 
 
