@@ -390,25 +390,26 @@ def test_a_step_that_makes_workers_fail_is_recorded(
     assert not path.exists()
 
 
+def die_when(worker: Worker, condition: Callable[[Any], bool]) -> None:
+    """Has a worker die at a forward whose batch meets a condition, as its process would: without a reply."""
+    forward = worker._compute._launch
+
+    def launch(batch: Any) -> Any:
+        if condition(batch):
+            worker._transport.close()
+            raise SystemExit
+        return forward(batch)
+
+    worker._compute._launch = launch  # type: ignore[method-assign]
+
+
 def test_a_step_that_kills_workers_does_not_travel_for_ever(checkpoint: Path, wanted: torch.Tensor) -> None:
     with running_broker() as broker:
         workers = [start_worker(checkpoint, broker.address) for _ in range(5)]
 
-        def die_of(worker: Worker) -> None:
-            forward = worker._compute._launch
-
-            def die(batch: Any) -> Any:
-                if any(len(piece.run.positions) == 3 for piece in batch):
-                    # As the process would: without a reply.
-                    worker._transport.close()
-                    raise SystemExit
-                return forward(batch)
-
-            worker._compute._launch = die  # type: ignore[method-assign]
-
         try:
             for worker in workers:
-                die_of(worker)
+                die_when(worker, lambda batch: any(len(piece.run.positions) == 3 for piece in batch))
             with SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address) as model:
                 with pytest.raises(StepFailed, match="4 workers died"):
                     model.generate(PROMPT[:, :3], **GREEDY)
@@ -425,25 +426,19 @@ def test_workers_that_die_while_they_are_told_the_history(checkpoint: Path, want
     """The step itself never reached the second one and those after it: it is not to blame."""
     deaths = 0
 
-    def die_of(worker: Worker) -> None:
-        forward = worker._compute._launch
-
-        def die(batch: Any) -> Any:
-            nonlocal deaths
-            begins = [piece.run.positions[0] for piece in batch]
-            if max(begins) > 24 if not deaths else deaths < 6 and 0 in begins:
-                deaths += 1
-                worker._transport.close()
-                raise SystemExit
-            return forward(batch)
-
-        worker._compute._launch = die  # type: ignore[method-assign]
+    def dies(batch: Any) -> bool:
+        nonlocal deaths
+        begins = [piece.run.positions[0] for piece in batch]
+        if max(begins) > 24 if not deaths else deaths < 6 and 0 in begins:
+            deaths += 1
+            return True
+        return False
 
     with running_broker() as broker:
         workers = [start_worker(checkpoint, broker.address) for _ in range(7)]
         try:
             for worker in workers:
-                die_of(worker)
+                die_when(worker, dies)
             with SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address) as model:
                 assert torch.equal(model.generate(PROMPT, **GREEDY), wanted)
                 assert model.traffic["replays"] == 1
@@ -458,25 +453,19 @@ def test_workers_that_die_while_they_hold_many_steps(checkpoint: Path, wanted: t
     """Nothing but the number of steps tells that none of them is to blame."""
     deaths = 0
 
-    def die_of(worker: Worker) -> None:
-        forward = worker._compute._launch
-
-        def die(batch: Any) -> Any:
-            nonlocal deaths
-            if deaths < 6:
-                wait_until(lambda: len(worker._sessions) == 8)
-                deaths += 1
-                worker._transport.close()
-                raise SystemExit
-            return forward(batch)
-
-        worker._compute._launch = die  # type: ignore[method-assign]
+    def dies(worker: Worker) -> bool:
+        nonlocal deaths
+        if deaths < 6:
+            wait_until(lambda: len(worker._sessions) == 8)
+            deaths += 1
+            return True
+        return False
 
     with running_broker() as broker:
         workers = [start_worker(checkpoint, broker.address) for _ in range(7)]
         try:
             for worker in workers:
-                die_of(worker)
+                die_when(worker, lambda _, worker=worker: dies(worker))
             with (
                 SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address) as model,
                 ThreadPoolExecutor(8) as threads,
