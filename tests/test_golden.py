@@ -1,0 +1,511 @@
+"""What travels and what lies on disks stays as it is: golden samples of each message, signed file and record.
+
+The samples are in `golden/`: hexadecimal where they are bytes. A format that is to change needs a new version of it
+and a sample of its own; the old sample stays, as long as the old version is read. For a new message, add a sample
+here, and run `python tests/test_golden.py`: it adds what is missing, and changes nothing that is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+import sqlite3
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+import nacl.bindings as sodium
+import pytest
+from nacl.public import PrivateKey
+from nacl.signing import SigningKey
+
+from split_common import channel, keys, manifest, wire
+from split_common.channel import AEGIS, XCHACHA, Answer, Credentials, DeviceHandshake, Hello, WorkerHandshake
+from split_common.files import private_dir, write_private, write_public
+from split_common.fleet import Fleet
+from split_common.keys import Certificate, Identity, Member, ModelScope, Role, Roster, Signed, open_signed, seal
+from split_common.manifest import Manifest
+from split_common.transport import member_mark
+from split_common.transport.redis.keys import GROUP, Keys, entry, read_entry
+from split_device import chatting, doctor, parts
+from split_device.diffusion.settings import ImageSettings
+from split_device.jobs import job as jobs
+from split_device.jobs.job import ImageChoice, ImageTask, Message, ModelChoice, Piece, Task, Update
+from split_device.jobs.store import VERSION, Store
+from split_device.jobs.vault import Vault
+from split_device.sessions import dead_letters
+from split_device.sessions.dead_letters import DeadLetter
+from split_device.settings import Sampling
+from split_device.stress import report
+
+GOLDEN = Path(__file__).parent / "golden"
+
+#: Whether missing samples are added.
+ADD = bool(os.environ.get("LAMBDA_SPLIT_ADD_GOLDEN"))
+
+
+def check_bytes(name: str, samples: dict[str, bytes]) -> dict[str, bytes]:
+    """Compares samples with those in a file; returns the latter."""
+    path = GOLDEN / f"{name}.hex"
+    golden = read_bytes(path) if path.exists() else {}
+    if ADD and samples.keys() - golden.keys():
+        golden = samples | golden
+        path.write_text("".join(map(listing, golden, golden.values())))
+    assert {key: listing(key, value) for key, value in samples.items()} == {
+        key: listing(key, value) for key, value in golden.items()
+    }
+    return golden
+
+
+def listing(name: str, data: bytes) -> str:
+    lines = (data[begin : begin + 32].hex() for begin in range(0, len(data), 32))
+    return "\n".join([f"{name}:", *(f"  {line}" for line in lines)]) + "\n"
+
+
+def read_bytes(path: Path) -> dict[str, bytes]:
+    samples: dict[str, bytes] = {}
+    name = ""
+    for line in path.read_text().splitlines():
+        if line.startswith("  "):
+            samples[name] += bytes.fromhex(line)
+        else:
+            name = line.removesuffix(":")
+            samples[name] = b""
+    return samples
+
+
+def check_text(name: str, text: str) -> str:
+    """Compares a text with that in a file."""
+    path = GOLDEN / name
+    if ADD and not path.exists():
+        path.write_text(text)
+    golden = path.read_text()
+    assert text.splitlines() == golden.splitlines()
+    return golden
+
+
+# --- headers and payloads ----------------------------------------------------------------------------------
+
+ROOT = bytes(range(32))
+DEVICE_ID, WORKER_ID = b"device-A", b"worker-B"
+SERVICE = wire.Service(ROOT, 2, 28)
+
+HEADERS: dict[str, wire.Header] = {
+    "announce-device": wire.Announce(DEVICE_ID, "device", "device-1", 1000, [WORKER_ID]),
+    "announce-worker": wire.Announce(
+        WORKER_ID, "worker", "worker-1", 70_000, [DEVICE_ID, b"device-C"], SERVICE, "org/model", 17, True
+    ),
+    "welcome": wire.Welcome(b"bootboot", 3, [WORKER_ID]),
+    "probe": wire.Probe(),
+    "roster-request": wire.RosterRequest(DEVICE_ID),
+    "roster-reply": wire.RosterReply(),
+    "open": wire.Open(DEVICE_ID, 5, SERVICE, [WORKER_ID]),
+    "relay-answer": wire.Relay(DEVICE_ID, WORKER_ID, wire.Kind.ANSWER, 5),
+    "relay-finish": wire.Relay(WORKER_ID, DEVICE_ID, wire.Kind.FINISH, 5),
+    "relay-request": wire.Relay(WORKER_ID, DEVICE_ID, wire.Kind.REQUEST, 5, 6, 7, 8, 9),
+    "relay-reply": wire.Relay(DEVICE_ID, WORKER_ID, wire.Kind.REPLY, 5, 6, 7, 8, 90_000),
+    "relay-unknown": wire.Relay(DEVICE_ID, WORKER_ID, wire.Kind.UNKNOWN, 5, 6, 7, 8, 9),
+    "bounce-no-worker": wire.Bounce("no-worker", 5, detail="org/model layers 2:28"),
+    "bounce-busy": wire.Bounce("busy", 5, 6, 8, WORKER_ID, "every worker is full", 1.5, 7),
+    "bounce-gone": wire.Bounce("gone", 5, 6, 8, WORKER_ID),
+    "bounce-full": wire.Bounce("full", 5, 6, 8, WORKER_ID),
+    "bounce-revoked": wire.Bounce("revoked", 5, 6, 8, WORKER_ID),
+}
+
+KEY = bytes(range(100, 132))
+REQUESTS: dict[str, wire.Payload] = {
+    "step-prefill": wire.Step("bfloat16", 2, [wire.Row(0, 0, [0, 1, 2]), wire.Row(1, 4, [300])]),
+    "step-decode": wire.Step("float32", 1, [wire.Row(0, 7, [6])], [1, 0], 8),
+    "step-float16": wire.Step("float16", 1, [wire.Row(4095, 2**40, [2**31 - 1])]),
+    "fork": wire.Fork(6, 7),
+    "close": wire.Close(),
+    "condition": wire.Condition(KEY, [wire.Array("float16", [1, 2, 3])], [0.5, 1.0]),
+    "denoise": wire.Denoise(
+        KEY,
+        [0, -1],
+        [wire.Array("int8", [2, 1, 2, 2], True), wire.Array("float32", [2, 2]), wire.Array("int4", [2, 3, 1])],
+        "bfloat16",
+        4,
+        3,
+    ),
+    "denoise-unconditioned": wire.Denoise(
+        None, [-1], [wire.Array("float32", [1, 1]), wire.Array("bfloat16", [1, 1])], "int8"
+    ),
+    "part": wire.Part(4096, 6),
+    "rest": wire.Rest(4096, 1024),
+}
+REPLIES: dict[str, wire.Payload] = {
+    "result": wire.Result("bfloat16", 3, 2, 1500, 2500),
+    "done": wire.Done(),
+    "denoised": wire.Denoised(wire.Array("float32", [1, 1, 2, 2], True), 1500, 2500),
+    "part": wire.Part(4096, 6),
+    "refusal": wire.Refusal("full", "the worker's queue is full", 0.5, 6, 7, 8),
+} | {
+    f"refusal-{reason}": wire.Refusal(reason)
+    for reason in ("busy", "non-finite", "malformed", "lost", "failed", "too-long", "evicted", "embeddings")
+}
+
+
+def tensor_of(payload: wire.Payload) -> bytes:
+    size = getattr(payload, "tensor_bytes", 0)
+    return bytes(byte % 251 for byte in range(size))
+
+
+def test_headers() -> None:
+    golden = check_bytes("headers", {name: wire.encode_header(header) for name, header in HEADERS.items()})
+    assert {name: wire.decode_header(frame) for name, frame in golden.items()} == HEADERS
+
+
+def test_what_a_header_authenticates() -> None:
+    header = HEADERS["relay-request"]
+    assert isinstance(header, wire.Relay)
+    samples = {"associated-data": header.associated_data(), "echo": wire.echo(header, b"body")}
+    check_bytes("authenticated", samples)
+
+
+@pytest.mark.parametrize(("name", "payloads"), [("requests", REQUESTS), ("replies", REPLIES)])
+def test_payloads(name: str, payloads: dict[str, wire.Payload]) -> None:
+    """With their tensors, reserved bytes and padding, where 16 bytes of a tag follow."""
+    decoder: Any = wire.request_decoder if name == "requests" else wire.reply_decoder
+    golden = check_bytes(
+        name,
+        {key: wire.encode_payload(payload, tensor_of(payload), overhead=16) for key, payload in payloads.items()},
+    )
+    for key, body in golden.items():
+        payload, tensor = wire.decode_payload(body, decoder)
+        assert (payload, bytes(tensor)) == (payloads[key], tensor_of(payloads[key]))
+
+
+# --- the fleet and the set-up of channels ------------------------------------------------------------------
+
+OPERATOR = SigningKey(b"operator" * 4)
+OPERATOR_KEY = bytes(OPERATOR.verify_key)
+SCOPE = ModelScope(SERVICE.root, SERVICE.first, SERVICE.last)
+
+
+def identity(role: Role, models: tuple[ModelScope, ...] = ()) -> Identity:
+    name = f"{role}-1"
+    signing_key, curve = SigningKey(role.encode().ljust(32, b"s")), PrivateKey(role.encode().ljust(32, b"c"))
+    certificate = Certificate(
+        role, name, bytes(signing_key.verify_key), bytes(curve.public_key), 1_700_000_000, 4_000_000_000, models
+    )
+    sealed = seal("certificate", certificate, OPERATOR)
+    return Identity(sealed, certificate, signing_key, bytes(curve), OPERATOR_KEY)
+
+
+BROKER, DEVICE, WORKER = identity("broker"), identity("device"), identity("worker", (SCOPE,))
+ROSTER = Roster(
+    4,
+    1_750_000_000,
+    tuple(
+        Member(c.name, c.role, c.sign_key, c.curve_key, c.role == "broker")
+        for c in (member.certificate for member in (BROKER, DEVICE, WORKER))
+    ),
+)
+MANIFEST = Manifest("org/model", KEY, {"model.embed.weight": ROOT, "lm_head.weight": bytes(32)})
+
+
+def test_signed_files() -> None:
+    golden = check_bytes(
+        "signed",
+        {
+            "certificate-device": DEVICE.certificate_bytes,
+            "certificate-worker": WORKER.certificate_bytes,
+            "roster": seal("roster", ROSTER, OPERATOR),
+            "manifest": seal("manifest", MANIFEST, OPERATOR),
+            "device-1.key": DEVICE.encode(),
+            "manifest-root": MANIFEST.root,
+        },
+    )
+    assert open_signed("certificate", Certificate, golden["certificate-worker"], OPERATOR_KEY) == WORKER.certificate
+    assert open_signed("roster", Roster, golden["roster"], OPERATOR_KEY) == ROSTER
+    assert open_signed("manifest", Manifest, golden["manifest"], OPERATOR_KEY) == MANIFEST
+    assert Identity.decode(golden["device-1.key"]) == DEVICE
+
+
+@pytest.mark.parametrize("suite", [AEGIS, XCHACHA], ids=lambda suite: suite.name)
+def test_the_set_up_of_a_channel(suite: channel.Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The three messages, and a body under the keys that come of them."""
+    pairs = iter(sodium.crypto_kx_seed_keypair(bytes([seed]) * 32) for seed in (1, 2))
+    monkeypatch.setattr(sodium, "crypto_kx_keypair", lambda: next(pairs))
+    monkeypatch.setattr(channel, "preferred_suites", lambda: [suite.name])
+
+    def verify(data: bytes, role: Role) -> Certificate:
+        return keys.verify_certificate(data, operator_key=OPERATOR_KEY, roster=None, role=role, scope=SCOPE)
+
+    initiator = DeviceHandshake(DEVICE, verify, SERVICE, "bfloat16")
+    responder = WorkerHandshake(WORKER, verify, SERVICE, initiator.hello)
+    finish, of_device = initiator.finish(responder.answer)
+    of_worker = responder.finish(finish)
+    request, reply = HEADERS["relay-request"], HEADERS["relay-reply"]
+    assert isinstance(request, wire.Relay)
+    assert isinstance(reply, wire.Relay)
+    golden = check_bytes(
+        f"channel-{suite.name}",
+        {
+            "hello": initiator.hello,
+            "answer": responder.answer,
+            "finish": finish,
+            "sealed-request": of_device.session_keys(6, 7).seal(request, b"request"),
+            "sealed-reply": of_worker.session_keys(6, 7).seal(reply, b"reply"),
+        },
+    )
+    assert of_worker.session_keys(6, 7).open(request, golden["sealed-request"]) == b"request"
+    assert of_device.session_keys(6, 7).open(reply, golden["sealed-reply"]) == b"reply"
+
+
+# --- Redis -------------------------------------------------------------------------------------------------
+
+
+def test_names_in_redis() -> None:
+    names = Keys(OPERATOR_KEY)
+    lines = {
+        "workers": names.workers,
+        "boot": names.boot,
+        "roster": names.roster,
+        "roster-version": names.roster_version,
+        "lane of a device": names.lane("device", DEVICE_ID),
+        "lane of a worker": names.lane("worker", WORKER_ID),
+        "lanes of all devices": names.lanes("device"),
+        "lanes of a worker": names.lanes("worker", "worker-1"),
+        "wishes": names.opens(SERVICE),
+        "wishes of all services": names.all_opens,
+        "group": GROUP,
+        "mark of a member": member_mark("worker-1").hex(),
+        "fields of an entry": repr(entry(b"header", b"body")),
+    }
+    check_text("redis.txt", "".join(f"{name}: {value}\n" for name, value in lines.items()))
+    assert read_entry([b"h", b"header", b"b", b"body"]) == (b"header", b"body")
+
+
+# --- jobs and dead letters ---------------------------------------------------------------------------------
+
+MODEL = ModelChoice(name="org/model", revision="main", head_layers=3, tail_layers=4, dtype="bfloat16")
+TASK = Task(
+    model=MODEL,
+    prompt=(Message("system", "Be terse."), Message("user", "Hello")),
+    sampling=Sampling(17, 0.5, 0.75, 40, 123),
+    stop=("\n\n", "END"),
+)
+PLAIN = Task(model=ModelChoice(name="org/other"), prompt="Once upon a time")
+IMAGE = ImageTask(
+    model=ImageChoice(name="/models/sdxl", cut="B", codec="int8", reuse=2, dtype="float16"),
+    prompt="a cat",
+    settings=ImageSettings(30, 512, 768, 7.5, "a dog", 321),
+)
+TASKS = {"text": TASK, "plain": PLAIN, "image": IMAGE}
+
+
+@pytest.fixture
+def store_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A database with a job in each state."""
+    ids = iter(range(1, 100))
+    times = iter(range(1_750_000_000, 1_750_001_000))
+    monkeypatch.setattr(secrets, "token_hex", lambda size: f"{next(ids):0{2 * size}x}")
+    monkeypatch.setattr(time, "time", lambda: next(times) + 0.5)
+    path = tmp_path / "state" / "jobs.db"
+    with Store(path) as store:
+        store.submit(TASK, priority=5, key="night")
+        store.submit_all([(PLAIN, 0, None), (IMAGE, -1, None), (PLAIN, 1, None), (PLAIN, 2, None)])
+        names = [job.id for job in reversed(store.jobs())]
+        store.claim(2)
+        store.claim(1, kind="image")
+        store.write(
+            [
+                Update(id=names[0], piece=Piece([1, 200, 70_000], "one"), sampler=b"state", prompt_tokens=9),
+                Update(id=names[2], steps=30, image=b"PNG", state="succeeded", finish_reason="stop"),
+                Update(id=names[4], state="failed", error="no worker"),
+            ]
+        )
+        store.write([Update(id=names[0], piece=Piece([2], " two"), sampler=b"later")])
+        store.cancel(names[0])
+        store.cancel(names[1])
+    monkeypatch.undo()
+    return path
+
+
+def dump(path: Path) -> str:
+    """All that an SQLite file holds, as SQL."""
+    database = sqlite3.connect(path)
+    lines = [f"PRAGMA user_version = {database.execute('PRAGMA user_version').fetchone()[0]}"]
+    schema = "SELECT name, type, sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'"
+    entries = database.execute(f"{schema} ORDER BY rowid").fetchall()
+    lines += [sql for _, _, sql in entries]
+    for table in [name for name, type_, _ in entries if type_ == "table"]:
+        columns = [row[1] for row in database.execute(f"PRAGMA table_info({table})")]
+        quoted = ", ".join(f"quote({column})" for column in columns)
+        for row in database.execute(f"SELECT {quoted} FROM {table}"):
+            lines.append(f"INSERT INTO {table} ({', '.join(columns)}) VALUES\n  ({', '.join(row)})")
+    database.close()
+    return "".join(f"{line};\n" for line in lines)
+
+
+def test_the_database_of_jobs(store_file: Path, tmp_path: Path) -> None:
+    golden = check_text("jobs.sql", dump(store_file))
+    assert f"user_version = {VERSION}" in golden
+    old = tmp_path / "old" / "jobs.db"
+    private_dir(old.parent)
+    database = sqlite3.connect(old)
+    database.executescript(golden)
+    database.close()
+    with Store(old) as store, Store(store_file) as now:
+        assert store.jobs() == now.jobs()
+        found = {job.id[-1]: job for job in store.jobs()}
+        assert [found[name].task for name in "12345"] == [TASK, PLAIN, IMAGE, PLAIN, PLAIN]
+        assert [found[name].state for name in "12345"] == [
+            *("running", "cancelled", "succeeded", "queued", "failed"),
+        ]
+        progress = store.progress(found["1"].id)
+        assert (progress.tokens, progress.text, progress.sampler) == ([1, 200, 70_000, 2], "one two", b"later")
+        assert (found["5"].error, store.image(found["3"].id)) == ("no worker", b"PNG")
+        # The digest of the key, and the name of the model as the store looks for it.
+        assert store.submit(TASK, key="night").id == found["1"].id
+        assert store.claim(9, [PLAIN.model]) == []
+
+
+def test_tasks_and_pieces() -> None:
+    """As the store keeps them, once it has opened what it sealed."""
+    samples = {name: msgspec.msgpack.encode(task) for name, task in TASKS.items()}
+    samples["piece"] = msgspec.msgpack.encode(Piece([1, 200, 70_000], "one"))
+    golden = check_bytes("tasks", samples)
+    assert {name: msgspec.msgpack.decode(golden[name], type=jobs.AnyTask) for name in TASKS} == TASKS
+    assert msgspec.msgpack.decode(golden["piece"], type=Piece) == Piece([1, 200, 70_000], "one")
+
+
+def test_a_sealed_value() -> None:
+    """Sealing draws a nonce, so only what opens it is compared."""
+    path = GOLDEN / "sealed.hex"
+    if ADD and not path.exists():
+        check_bytes("sealed", {"task": Vault(KEY).seal(b"a task", "job-1/task")})
+    assert Vault(KEY).open(read_bytes(path)["task"], "job-1/task") == b"a task"
+
+
+LETTER = DeadLetter(
+    model="org/model",
+    layers="2:28",
+    workers=["worker-1", "worker-2"],
+    rows=2,
+    tokens=3,
+    cached=40,
+    reason="it died",
+    time=1_750_000_000.5,
+)
+
+
+def test_dead_letters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(tmp_path / "state"))
+    dead_letters.record(LETTER)
+    path = tmp_path / "state" / "dead-letters.jsonl"
+    path.write_text(check_text("dead-letters.jsonl", path.read_text()))
+    assert dead_letters.read() == [LETTER]
+
+
+# --- what commands print for programs ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    directory = private_dir(tmp_path / "keys")
+    write_private(directory / "operator.key", bytes(OPERATOR))
+    write_public(directory / "operator.pub", OPERATOR_KEY)
+    write_public(directory / "roster", seal("roster", ROSTER, OPERATOR))
+    for member in (BROKER, DEVICE, WORKER):
+        write_private(directory / f"{member.certificate.name}.key", member.encode())
+    fleet = Fleet.open(directory)
+    fleet.add_manifest(MANIFEST)
+    return fleet
+
+
+def test_json_of_the_fleet(run: Any, fleet: Fleet) -> None:
+    assert (fleet.path / "models" / "org%2Fmodel.manifest").read_bytes() == seal("manifest", MANIFEST, OPERATOR)
+    for name, command in (("keys-show", ("keys", "show")), ("redis-acl", ("redis-acl",))):
+        printed = run(*command, "--keys", fleet.path, "--json").json
+        printed.update({"keys": "/keys"} if "keys" in printed else {})
+        check_text(f"{name}.json", json.dumps(printed, indent=1) + "\n")
+
+
+def test_json_of_jobs_and_dead_letters(run: Any, store_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(store_file.parent))
+    check_text("jobs-list.json", json.dumps(run("jobs", "list", "--json").json, indent=1) + "\n")
+    dead_letters.record(LETTER)
+    check_text("dead-letters.json", json.dumps(run("dead-letters", "--json").json, indent=1) + "\n")
+
+
+def test_json_of_records() -> None:
+    """Records whose fields are printed by their names."""
+    records = {
+        "answer": chatting.Answer("Hi", 3, 2, "stop", 0.5, 1.5),
+        "finding": doctor.Finding("keys", "ok", "/keys"),
+        "part": parts.Part("body", "2:28", 10, 20, 0.5),
+        "report": report.Report(*range(len(dataclasses.fields(report.Report)))),
+    }
+    check_text("records.json", json.dumps(msgspec.to_builtins(records), indent=1) + "\n")
+
+
+# --- nothing is left out -----------------------------------------------------------------------------------
+
+#: Modules whose structs travel or are stored.
+MODULES: tuple[ModuleType, ...] = (wire, channel, keys, manifest, dead_letters, jobs)
+
+#: Structs of theirs that do neither.
+NOT_STORED: set[type] = {wire.Header, wire.Payload, jobs.Job, jobs.Progress, jobs.Update}
+
+SAMPLES = (
+    *(HEADERS, REQUESTS, REPLIES, ROSTER, MANIFEST, DEVICE.certificate, WORKER.certificate),
+    *(TASKS, Piece([1], "one"), LETTER),
+    Hello(ROOT, [AEGIS.name], SERVICE, "bfloat16"),
+    Answer(ROOT, AEGIS.name, b"credentials"),
+    Credentials(b"certificate", bytes(64)),
+    Signed(b"payload", bytes(64)),
+)
+
+
+def structs(value: Any) -> Iterator[Any]:
+    """All structs and dataclasses in a value."""
+    if isinstance(value, msgspec.Struct):
+        yield value
+        yield from structs([getattr(value, name) for name in value.__struct_fields__])
+    elif dataclasses.is_dataclass(value):
+        yield value
+    elif isinstance(value, dict):
+        yield from structs(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from structs(item)
+
+
+def test_every_struct_has_a_sample() -> None:
+    sampled = {type(value) for value in structs(SAMPLES)}
+    for module in MODULES:
+        defined = {
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, msgspec.Struct) and value.__module__ == module.__name__
+        }
+        missing = {type_.__name__ for type_ in defined - NOT_STORED - sampled}
+        assert not missing, f"{module.__name__}: no golden sample of {missing}"
+
+
+def test_every_field_of_a_sample_is_set() -> None:
+    """Otherwise two fields that change places would not be noticed."""
+    left_out = set()
+    for type_ in {type(value) for value in structs(SAMPLES)}:
+        samples = [value for value in structs(SAMPLES) if type(value) is type_]
+        info = msgspec.inspect.type_info(type_)
+        assert isinstance(info, msgspec.inspect.StructType | msgspec.inspect.DataclassType)
+        for field in info.fields:
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            if all(getattr(sample, field.name) == default for sample in samples):
+                left_out.add(f"{type_.__name__}.{field.name}")
+    assert left_out == {"Certificate.version", "Manifest.version"}
+
+
+if __name__ == "__main__":
+    os.environ["LAMBDA_SPLIT_ADD_GOLDEN"] = "1"
+    sys.exit(pytest.main([__file__]))
