@@ -25,7 +25,7 @@ import pytest
 from nacl.public import PrivateKey
 from nacl.signing import SigningKey
 
-from split_common import channel, keys, manifest, wire
+from split_common import channel, headers, keys, manifest, payloads
 from split_common.channel import AEGIS, XCHACHA, Answer, Credentials, DeviceHandshake, Hello, WorkerHandshake
 from split_common.files import private_dir, write_private, write_public
 from split_common.fleet import Fleet
@@ -94,92 +94,98 @@ def check_text(name: str, text: str) -> str:
 
 ROOT = bytes(range(32))
 DEVICE_ID, WORKER_ID = b"device-A", b"worker-B"
-SERVICE = wire.Service(ROOT, 2, 28)
+SERVICE = headers.Service(ROOT, 2, 28)
 
-HEADERS: dict[str, wire.Header] = {
-    "announce-device": wire.Announce(DEVICE_ID, "device", "device-1", 1000, [WORKER_ID]),
-    "announce-worker": wire.Announce(
+HEADERS: dict[str, headers.Header] = {
+    "announce-device": headers.Announce(DEVICE_ID, "device", "device-1", 1000, [WORKER_ID]),
+    "announce-worker": headers.Announce(
         WORKER_ID, "worker", "worker-1", 70_000, [DEVICE_ID, b"device-C"], SERVICE, "org/model", 17, True
     ),
-    "welcome": wire.Welcome(b"bootboot", 3, [WORKER_ID]),
-    "probe": wire.Probe(),
-    "roster-request": wire.RosterRequest(DEVICE_ID),
-    "roster-reply": wire.RosterReply(),
-    "open": wire.Open(DEVICE_ID, 5, SERVICE, [WORKER_ID]),
-    "relay-answer": wire.Relay(DEVICE_ID, WORKER_ID, wire.Kind.ANSWER, 5),
-    "relay-finish": wire.Relay(WORKER_ID, DEVICE_ID, wire.Kind.FINISH, 5),
-    "relay-request": wire.Relay(WORKER_ID, DEVICE_ID, wire.Kind.REQUEST, 5, 6, 7, 8, 9),
-    "relay-reply": wire.Relay(DEVICE_ID, WORKER_ID, wire.Kind.REPLY, 5, 6, 7, 8, 90_000),
-    "relay-unknown": wire.Relay(DEVICE_ID, WORKER_ID, wire.Kind.UNKNOWN, 5, 6, 7, 8, 9),
-    "bounce-no-worker": wire.Bounce("no-worker", 5, detail="org/model layers 2:28"),
-    "bounce-busy": wire.Bounce("busy", 5, 6, 8, WORKER_ID, "every worker is full", 1.5, 7),
-    "bounce-gone": wire.Bounce("gone", 5, 6, 8, WORKER_ID),
-    "bounce-full": wire.Bounce("full", 5, 6, 8, WORKER_ID),
-    "bounce-revoked": wire.Bounce("revoked", 5, 6, 8, WORKER_ID),
+    "welcome": headers.Welcome(b"bootboot", 3, [WORKER_ID]),
+    "probe": headers.Probe(),
+    "roster-request": headers.RosterRequest(DEVICE_ID),
+    "roster-reply": headers.RosterReply(),
+    "open": headers.Open(DEVICE_ID, 5, SERVICE, [WORKER_ID]),
+    "relay-answer": headers.Relay(DEVICE_ID, WORKER_ID, headers.Kind.ANSWER, 5),
+    "relay-finish": headers.Relay(WORKER_ID, DEVICE_ID, headers.Kind.FINISH, 5),
+    "relay-request": headers.Relay(WORKER_ID, DEVICE_ID, headers.Kind.REQUEST, 5, 6, 7, 8, 9),
+    "relay-reply": headers.Relay(DEVICE_ID, WORKER_ID, headers.Kind.REPLY, 5, 6, 7, 8, 90_000),
+    "relay-unknown": headers.Relay(DEVICE_ID, WORKER_ID, headers.Kind.UNKNOWN, 5, 6, 7, 8, 9),
+    "bounce-no-worker": headers.Bounce("no-worker", 5, detail="org/model layers 2:28"),
+    "bounce-busy": headers.Bounce("busy", 5, 6, 8, WORKER_ID, "every worker is full", 1.5, 7),
+    "bounce-gone": headers.Bounce("gone", 5, 6, 8, WORKER_ID),
+    "bounce-full": headers.Bounce("full", 5, 6, 8, WORKER_ID),
+    "bounce-revoked": headers.Bounce("revoked", 5, 6, 8, WORKER_ID),
 }
 
 KEY = bytes(range(100, 132))
-REQUESTS: dict[str, wire.Payload] = {
-    "step-prefill": wire.Step("bfloat16", 2, [wire.Row(0, 0, [0, 1, 2]), wire.Row(1, 4, [300])]),
-    "step-decode": wire.Step("float32", 1, [wire.Row(0, 7, [6])], [1, 0], 8),
-    "step-float16": wire.Step("float16", 1, [wire.Row(4095, 2**40, [2**31 - 1])]),
-    "fork": wire.Fork(6, 7),
-    "close": wire.Close(),
-    "condition": wire.Condition(KEY, [wire.Array("float16", [1, 2, 3])], [0.5, 1.0]),
-    "denoise": wire.Denoise(
+REQUESTS: dict[str, payloads.Payload] = {
+    "step-prefill": payloads.Step("bfloat16", 2, [payloads.Run(0, 0, [0, 1, 2]), payloads.Run(1, 4, [300])]),
+    "step-decode": payloads.Step("float32", 1, [payloads.Run(0, 7, [6])], [1, 0], 8),
+    "step-float16": payloads.Step("float16", 1, [payloads.Run(4095, 2**40, [2**31 - 1])]),
+    "fork": payloads.Fork(6, 7),
+    "close": payloads.Close(),
+    "condition": payloads.Condition(KEY, [payloads.Array("float16", [1, 2, 3])], [0.5, 1.0]),
+    "denoise": payloads.Denoise(
         KEY,
         [0, -1],
-        [wire.Array("int8", [2, 1, 2, 2], True), wire.Array("float32", [2, 2]), wire.Array("int4", [2, 3, 1])],
+        [
+            payloads.Array("int8", [2, 1, 2, 2], True),
+            payloads.Array("float32", [2, 2]),
+            payloads.Array("int4", [2, 3, 1]),
+        ],
         "bfloat16",
         4,
         3,
     ),
-    "denoise-unconditioned": wire.Denoise(
-        None, [-1], [wire.Array("float32", [1, 1]), wire.Array("bfloat16", [1, 1])], "int8"
+    "denoise-unconditioned": payloads.Denoise(
+        None, [-1], [payloads.Array("float32", [1, 1]), payloads.Array("bfloat16", [1, 1])], "int8"
     ),
-    "part": wire.Part(4096, 6),
-    "rest": wire.Rest(4096, 1024),
+    "part": payloads.TensorPart(4096, 6),
+    "rest": payloads.PartRequest(4096, 1024),
 }
-REPLIES: dict[str, wire.Payload] = {
-    "result": wire.Result("bfloat16", 3, 2, 1500, 2500),
-    "done": wire.Done(),
-    "denoised": wire.Denoised(wire.Array("float32", [1, 1, 2, 2], True), 1500, 2500),
-    "part": wire.Part(4096, 6),
-    "refusal": wire.Refusal("full", "the worker's queue is full", 0.5, 6, 7, 8),
+REPLIES: dict[str, payloads.Payload] = {
+    "result": payloads.Result("bfloat16", 3, 2, 1500, 2500),
+    "done": payloads.Done(),
+    "denoised": payloads.Denoised(payloads.Array("float32", [1, 1, 2, 2], True), 1500, 2500),
+    "part": payloads.TensorPart(4096, 6),
+    "refusal": payloads.Refusal("full", "the worker's queue is full", 0.5, 6, 7, 8),
 } | {
-    f"refusal-{reason}": wire.Refusal(reason)
+    f"refusal-{reason}": payloads.Refusal(reason)
     for reason in ("busy", "non-finite", "malformed", "lost", "failed", "too-long", "evicted", "embeddings")
 }
 
 
-def tensor_of(payload: wire.Payload) -> bytes:
-    size = getattr(payload, "tensor_bytes", 0)
-    return bytes(byte % 251 for byte in range(size))
+def tensor_of(payload: payloads.Payload) -> bytes:
+    return bytes(byte % 251 for byte in range(payload.tensor_bytes))
 
 
 def test_headers() -> None:
-    golden = check_bytes("headers", {name: wire.encode_header(header) for name, header in HEADERS.items()})
-    assert {name: wire.decode_header(frame) for name, frame in golden.items()} == HEADERS
+    golden = check_bytes("headers", {name: headers.encode_header(header) for name, header in HEADERS.items()})
+    assert {name: headers.decode_header(frame) for name, frame in golden.items()} == HEADERS
 
 
 def test_what_a_header_authenticates() -> None:
     header = HEADERS["relay-request"]
-    assert isinstance(header, wire.Relay)
-    samples = {"associated-data": header.associated_data(), "echo": wire.echo(header, b"body")}
+    assert isinstance(header, headers.Relay)
+    samples = {"associated-data": header.associated_data(), "echo": headers.echo(header, b"body")}
     check_bytes("authenticated", samples)
 
 
-@pytest.mark.parametrize(("name", "payloads"), [("requests", REQUESTS), ("replies", REPLIES)])
-def test_payloads(name: str, payloads: dict[str, wire.Payload]) -> None:
+@pytest.mark.parametrize(("name", "samples"), [("requests", REQUESTS), ("replies", REPLIES)])
+def test_payloads(name: str, samples: dict[str, payloads.Payload]) -> None:
     """With their tensors, reserved bytes and padding, where 16 bytes of a tag follow."""
-    decoder: Any = wire.request_decoder if name == "requests" else wire.reply_decoder
+    decoder: Any = payloads.request_decoder if name == "requests" else payloads.reply_decoder
     golden = check_bytes(
         name,
-        {key: wire.encode_payload(payload, tensor_of(payload), overhead=16) for key, payload in payloads.items()},
+        {
+            key: payloads.encode_payload(payload, tensor_of(payload), overhead=16)
+            for key, payload in samples.items()
+        },
     )
     for key, body in golden.items():
-        payload, tensor = wire.decode_payload(body, decoder)
-        assert (payload, bytes(tensor)) == (payloads[key], tensor_of(payloads[key]))
+        payload, tensor = payloads.decode_payload(body, decoder)
+        assert (payload, bytes(tensor)) == (samples[key], tensor_of(samples[key]))
 
 
 # --- the fleet and the set-up of channels ------------------------------------------------------------------
@@ -244,8 +250,8 @@ def test_the_set_up_of_a_channel(suite: channel.Suite, monkeypatch: pytest.Monke
     finish, of_device = initiator.finish(responder.answer)
     of_worker = responder.finish(finish)
     request, reply = HEADERS["relay-request"], HEADERS["relay-reply"]
-    assert isinstance(request, wire.Relay)
-    assert isinstance(reply, wire.Relay)
+    assert isinstance(request, headers.Relay)
+    assert isinstance(reply, headers.Relay)
     golden = check_bytes(
         f"channel-{suite.name}",
         {
@@ -451,10 +457,10 @@ def test_json_of_records() -> None:
 # --- nothing is left out -----------------------------------------------------------------------------------
 
 #: Modules whose structs travel or are stored.
-MODULES: tuple[ModuleType, ...] = (wire, channel, keys, manifest, dead_letters, jobs)
+MODULES: tuple[ModuleType, ...] = (headers, payloads, channel, keys, manifest, dead_letters, jobs)
 
 #: Structs of theirs that do neither.
-NOT_STORED: set[type] = {wire.Header, wire.Payload, jobs.Job, jobs.Progress, jobs.Update}
+NOT_STORED: set[type] = {headers.Header, payloads.Payload, jobs.Job, jobs.Progress, jobs.Update}
 
 SAMPLES = (
     *(HEADERS, REQUESTS, REPLIES, ROSTER, MANIFEST, DEVICE.certificate, WORKER.certificate),
