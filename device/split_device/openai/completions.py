@@ -77,7 +77,7 @@ class Completions:
     async def _stream(
         self, query: Query, answerings: list[Answering], id_: str, created: int
     ) -> AsyncIterator[str]:
-        """Server-sent events of all choices, in order of arrival. A client that disconnects ends its generations."""
+        """Server-sent events of all choices, in order of arrival. If the client leaves, the generations end."""
         ready: asyncio.Queue[dict[str, Any] | BaseException | None] = asyncio.Queue()
         tokens = 0
 
