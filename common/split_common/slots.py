@@ -173,7 +173,7 @@ class Stack:
         finally:
             setattr(self.owner, self.attribute, slots)
         if output[0].ndim != 3:
-            raise ValueError("the stack's output is no tensor [batch, tokens, hidden]")
+            raise ValueError("the stack's output is not a tensor [batch, tokens, hidden]")
         return calls
 
     def _refuse_side_channels(self, first: list[_CallOfSlot], second: list[_CallOfSlot]) -> None:
@@ -197,7 +197,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _first_two(value: Any) -> Any:
-    """What the first two of three tokens are handed."""
+    """The part of an argument that the first two of three tokens receive."""
     if isinstance(value, torch.Tensor):
         return value[:, :2] if value.ndim > 1 and value.shape[1] == 3 else value
     if isinstance(value, tuple | list):

@@ -32,7 +32,7 @@ class Split:
         """Reads `FIRST:LAST`, the body's range as a Python slice: `2:-2` leaves two layers at each end.
 
         Raises:
-            ConfigError: the text is no such range.
+            ConfigError: the text is not such a range.
             InvalidSplit: the range leaves no body.
         """
         first, colon, last = text.partition(":")
@@ -45,7 +45,7 @@ class Split:
         stop += layers if stop < 0 else 0
         if not 0 <= start < stop <= layers:
             raise InvalidSplit(
-                f"--layers {text} is no part of a model of {layers} layers: 2:-2 leaves two at each end"
+                f"--layers {text} is not within a model of {layers} layers: 2:-2 leaves two at each end"
             )
         return cls(layers, start, stop)
 

@@ -16,9 +16,9 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> Dtype:
-    """Raises Malformed for a dtype that does not travel."""
+    """The name of a dtype in messages. Raises Malformed for one that cannot be sent."""
     if dtype not in _NAMES:
-        raise Malformed(f"hidden states of {dtype} do not travel; use float32, bfloat16 or float16")
+        raise Malformed(f"hidden states of {dtype} cannot be sent: use float32, bfloat16 or float16")
     return _NAMES[dtype]  # type: ignore[return-value]
 
 
@@ -68,5 +68,5 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if dtype == "auto":
         return None
     if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
+        raise ConfigError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]

@@ -1,4 +1,4 @@
-"""How the states of an image travel: as floats, or as integers with one scale for each channel of each row."""
+"""Encodes image states: as floats, or as integers with one scale per channel of each row."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _LARGEST = {"int8": 127, "int4": 7}
 
 
 def encode(tensor: torch.Tensor, codec: payloads.Codec | None = None) -> tuple[payloads.Array, bytes | memoryview]:
-    """A tensor of at least two dimensions (rows, channels, …) as it travels. It is converted where it is.
+    """Encodes a tensor `[rows, channels, …]`, on its own device.
 
     Args:
         codec: None keeps the numbers as they are.
 
     Raises:
         NonFinite: it holds NaN or infinity, or would in this codec.
-        Malformed: its dtype does not travel.
+        Malformed: its dtype cannot be sent.
     """
     codec = codec or dtype_name(tensor.dtype)
     array = payloads.Array(codec, list(tensor.shape), _is_channels_last(tensor))
@@ -42,10 +42,10 @@ def encode(tensor: torch.Tensor, codec: payloads.Codec | None = None) -> tuple[p
 
 
 def decode(array: payloads.Array, data: memoryview, device: torch.device | None = None) -> torch.Tensor:
-    """A tensor from its bytes, in the layout that it had; of codecs with scales in float32.
+    """Decodes a tensor to its original memory layout; float32 for codecs with scales.
 
     Args:
-        device: where it shall be; None for the host.
+        device: the device of the result; None for the CPU.
 
     Raises:
         Malformed: the size does not fit the shape, or a scale is negative.

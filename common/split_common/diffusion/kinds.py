@@ -1,4 +1,4 @@
-"""Which kind of denoiser a checkpoint holds."""
+"""The kinds of denoisers that can be split."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ def is_denoiser(checkpoint: Checkpoint) -> bool:
 
 
 def plan_image(checkpoint: Checkpoint) -> ImagePlan:
-    """Raises UnsupportedArchitecture when it is no denoiser that can be split, ModelError when it is malformed."""
+    """Reads the configuration of a denoiser.
+
+    Raises:
+        UnsupportedArchitecture: it is not a denoiser that can be split.
+        ModelError: config.json is malformed.
+    """
     config = _config(checkpoint)
     kind = KINDS.get(str(config.get("_class_name")))
     if kind is None:
-        raise UnsupportedArchitecture(f"{checkpoint.name} is none of {', '.join(KINDS)}")
+        raise UnsupportedArchitecture(f"{checkpoint.name} is not one of {', '.join(KINDS)}")
     plan = kind(checkpoint, config)
     if checkpoint.adapter_names and not isinstance(plan, UNetPlan):
         raise UnsupportedArchitecture(f"{checkpoint.name}: an IP-Adapter of a {kind.class_name} cannot be split")

@@ -1,6 +1,6 @@
-"""A denoiser before any weight is read, and the interface of its body: what all kinds of denoisers have in common.
+"""The common interface of denoisers: what is known before weights are read, and the body.
 
-A denoiser is a row of blocks. The device has as many at each end as the cut leaves it; the body is the rest.
+A denoiser is a sequence of blocks. The device keeps some at each end, according to the cut; the body is the rest.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from split_common.split import Split
 
 Cut = Literal["C", "A"]
 
-#: The cuts by name. C leaves the device a tenth of the computing or less, A a third; of SD 1.5 it is more.
+#: Names of cuts. C leaves the device up to a tenth of the computation, A a third; more of SD 1.5.
 CUTS = ("C", "A")
 
 
 @dataclass
 class ImagePlan:
-    """What a checkpoint of a denoiser is. Made by `split_common.diffusion.kinds.plan_image`."""
+    """A denoiser's checkpoint before weights are read. Made by `split_common.diffusion.kinds.plan_image`."""
 
     checkpoint: Checkpoint
     config: dict[str, Any]
 
-    #: What the class is called in diffusers, and the part of a pipeline that it is.
+    #: The class's name in diffusers, and its component name in a pipeline.
     class_name: ClassVar[str]
     component: ClassVar[str]
 
@@ -39,54 +39,61 @@ class ImagePlan:
         raise NotImplementedError
 
     def ends(self, cut: str) -> int:
-        """Blocks at each end that a cut leaves to the device."""
+        """The number of blocks that a cut leaves to the device at each end."""
         raise NotImplementedError
 
     def in_body(self, tensor: str, split: Split) -> bool:
-        """Whether a tensor is the worker's."""
+        """Whether a tensor belongs to the body."""
         raise NotImplementedError
 
     def step_shapes(self, split: Split, shapes: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Shapes that a step's tensors must have, by that of the first of those that were sent, the states.
+        """The shapes that a step's tensors must have, given the shape of the first one, the states.
 
         Raises:
-            Malformed: no step's tensors are like these.
+            Malformed: no step has tensors of these shapes.
         """
         raise NotImplementedError
 
     def output_shape(self, split: Split, shapes: Sequence[Sequence[int]]) -> list[int]:
-        """Shape of the body's output, for a step's tensors of these shapes."""
+        """The shape of the body's output for a step with tensors of these shapes."""
         raise NotImplementedError
 
     def middle(self, split: Split, dtype: torch.dtype | None = None) -> Middle:
-        """Loads the body. Raises ModelError."""
+        """Loads the body. Raises ModelError if the tensors do not fit."""
         raise NotImplementedError
 
     def split(self, cut: str) -> Split:
-        """The body of a cut by name. Raises ConfigError, InvalidSplit."""
+        """The split of a named cut.
+
+        Raises:
+            ConfigError: there is no cut of this name.
+            InvalidSplit: the cut leaves no body.
+        """
         if cut not in CUTS:
-            raise ConfigError(f"{cut!r} is no cut: take {' or '.join(CUTS)}")
+            raise ConfigError(f"{cut!r} is not a cut: use {' or '.join(CUTS)}")
         ends = self.ends(cut)
         if 2 * ends >= self.blocks:
             raise InvalidSplit(f"{self.checkpoint.name} has {self.blocks} blocks: cut {cut} leaves no body")
         return self.check(Split(self.blocks, ends, self.blocks - ends))
 
     def check(self, split: Split) -> Split:
-        """Raises InvalidSplit for blocks that cannot be a body."""
+        """Returns the split. Raises InvalidSplit if its blocks cannot be a body."""
         if not 0 < split.first < split.last < split.layers:
-            raise InvalidSplit(f"blocks {split} of {self.blocks} are no body: leave some at each end, like 1:-1")
+            raise InvalidSplit(
+                f"blocks {split} of {self.blocks} cannot be a body: leave blocks at each end, like 1:-1"
+            )
         return split
 
     def own_tensors(self, split: Split, side: Side) -> list[str]:
-        """Names of the tensors that a side has to have; the device loads an adapter's when its pipeline does."""
+        """Names of the tensors that a side loads. The device gets an adapter's when its pipeline loads it."""
         return [name for name in self.checkpoint.tensor_names if self.in_body(name, split) == (side == "worker")]
 
     def module_name(self, tensor: str) -> str:
-        """What the model calls a tensor of the checkpoint."""
+        """The model's name of a tensor of the checkpoint."""
         return tensor
 
     def build(self, model_class: Any = None) -> Any:
-        """The denoiser without memory for its weights (on `meta`), of a class of its own if need be."""
+        """The denoiser on the `meta` device, without memory for weights, as `model_class` if that is given."""
         import diffusers
 
         try:
@@ -98,9 +105,9 @@ class ImagePlan:
 
 @dataclass(frozen=True)
 class Job:
-    """What a body has to know of an image beside its steps, for each row of a step.
+    """What all steps of an image share, for each row of a step.
 
-    `tensors` are what the kind of denoiser calls for; `scales` are an IP-Adapter's, one for each attention to it.
+    `tensors` depend on the kind of denoiser; `scales` are an IP-Adapter's, one for each of its attentions.
     """
 
     tensors: tuple[torch.Tensor, ...] = ()
@@ -112,14 +119,14 @@ class Job:
 
 
 class Middle(nn.Module):
-    """The body of a denoiser. It keeps nothing from one call to the next.
+    """The body of a denoiser. It is stateless.
 
     Args:
         plan: the denoiser.
         split: the body's blocks.
     """
 
-    #: Whether each row of a forward has rows of a job's tensors of its own. If not, all rows share them.
+    #: Whether each row of a forward has its own rows of the job's tensors. If not, all rows share them.
     per_row = True
 
     def __init__(self, plan: ImagePlan, split: Split) -> None:
@@ -127,30 +134,30 @@ class Middle(nn.Module):
         self.plan, self.split = plan, split
 
     def check_job(self, shapes: Sequence[Sequence[int]], scales: int) -> None:
-        """Raises Malformed for tensors and scales of a job that are of another model."""
+        """Raises Malformed if a job's tensors or scales do not fit this model."""
         raise NotImplementedError
 
     def check_step(self, shapes: Sequence[Sequence[int]], job: Job) -> None:
-        """Raises Malformed for tensors of a step, of shapes that fit the plan, that do not fit the job."""
+        """Raises Malformed if a step's tensors, which fit the model, do not fit the job."""
 
     def together(self, job: Job) -> Hashable:
-        """What two jobs must agree in for their steps to share a forward."""
+        """Jobs with equal keys may share a forward."""
         return tuple(tuple(tensor.shape[1:]) for tensor in job.tensors), job.scales
 
     def forward(self, tensors: Sequence[torch.Tensor], job: Job) -> torch.Tensor:
-        """The output of the body's last block for a step's tensors: states, embedding of the time, and more."""
+        """The output of the last block for a step's tensors: the states, the time embedding, and others."""
         raise NotImplementedError
 
 
 def load_weights(module: nn.Module, plan: ImagePlan, split: Split, side: Side, dtype: torch.dtype | None) -> None:
-    """Reads a side's tensors into a module that was built on `meta` and has just that side's parameters.
+    """Loads a side's tensors into a module that was built on `meta` with only that side's parameters.
 
     Args:
-        dtype: of the parameters; None keeps the checkpoint's.
+        dtype: dtype of the parameters; None keeps the checkpoint's.
 
     Raises:
-        MissingTensor: the checkpoint lacks one.
-        ModelError: its tensors do not fit the module.
+        MissingTensor: the checkpoint lacks a tensor.
+        ModelError: the tensors do not fit the module.
     """
     name = plan.checkpoint.name
     own = plan.own_tensors(split, side)

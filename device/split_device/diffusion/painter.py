@@ -1,4 +1,4 @@
-"""A pipeline of diffusers whose denoiser is split: makes images, several at once, each in a thread of its own."""
+"""A diffusers pipeline around a split denoiser: generates several images at once, each in its own thread."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from split_common.errors import ConfigError, ModelError, SplitError
 from split_device.diffusion.denoiser import SplitDenoiser
 from split_device.diffusion.settings import ImageSettings, check_size
 
-#: Seeds of torch's generator are taken modulo this.
+#: torch's generators take seeds modulo this.
 _SEEDS = 2**64
 
-#: Is told, in the thread that makes the image, how many steps are done, and how many there are.
+#: Called on the image's thread with the number of steps done and the total.
 OnStep = Callable[[int, int], None]
 
 
 class Cancelled(Exception):
-    """Nobody wants the image any more."""
+    """The image was cancelled."""
 
 
 class Painting:
-    """An image under way. All methods may be called in any thread."""
+    """An image in progress. Its methods may be called from any thread."""
 
     def __init__(self, make: Callable[[Painting], Any]) -> None:
-        #: Has Pillow's image, or what it failed with; `Cancelled` once it was cancelled.
+        #: The Pillow image, or the error: `Cancelled` after `cancel`.
         self.future: Future[Any] = Future()
-        # It is `cancel` that ends it: whoever waits for the future may stop doing so.
+        # Only `cancel` ends the image: abandoning the future must not.
         self.future.set_running_or_notify_cancel()
-        #: Steps that are done.
+        #: Number of steps done so far.
         self.steps = 0
         self._abandon: Callable[[], None] | None = None
         #: Whether `cancel` was called.
         self.cancelled = False
-        # No daemon: torch does not bear it when the interpreter ends under it. Whoever starts one cancels it.
+        # Not a daemon thread: torch crashes if the interpreter exits under it. The caller cancels the image.
         threading.Thread(target=self._run, args=(make,), name="painting").start()
 
     @property
@@ -50,18 +50,18 @@ class Painting:
         return self.future.done()
 
     def cancel(self) -> None:
-        """Ends it soon: after the step under way, which does not wait for a worker any more."""
+        """Ends the image after its current step, which stops waiting for a worker."""
         self.cancelled = True
         if (abandon := self._abandon) is not None:
             abandon()
 
     def check(self) -> None:
-        """Raises Cancelled."""
+        """Raises Cancelled if the image was cancelled."""
         if self.cancelled:
             raise Cancelled
 
     def holds(self, abandon: Callable[[], None]) -> None:
-        """What makes a step that waits for a worker fail soon. Raises Cancelled."""
+        """Registers what interrupts a step that waits for a worker. Raises Cancelled if the image was cancelled."""
         self._abandon = abandon
         self.check()
 
@@ -75,13 +75,13 @@ class Painting:
 
 
 class Painter:
-    """Makes images by one model.
+    """Generates images with one model.
 
     Args:
-        directory: of the pipeline.
-        denoiser: its denoiser, split; closing it is the caller's.
-        from_image: whether images begin with others.
-        at_once: images that are under way at once; further ones wait for their turn.
+        directory: the pipeline's directory.
+        denoiser: the split denoiser of the pipeline. The caller closes it.
+        from_image: whether the pipeline is image-to-image.
+        at_once: the number of images generated at once; further ones wait.
 
     Raises:
         ModelError: the pipeline cannot be loaded.
@@ -92,14 +92,14 @@ class Painter:
     ) -> None:
         self.denoiser = denoiser
         self._directory = directory
-        #: Pipelines that make no image at present.
+        #: Copies of the pipeline that are not in use.
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
         pipeline = _load(directory, denoiser, from_image)
         for _ in range(at_once):
             self._idle.put(_own(pipeline))
 
     def start(self, prompt: str, settings: ImageSettings) -> Painting:
-        """Begins an image. Raises ConfigError for a size that the model cannot make."""
+        """Starts an image in its own thread. Raises ConfigError for a size that the model cannot make."""
         check_size(self._directory, settings)
 
         def make(painting: Painting) -> Any:
@@ -115,21 +115,21 @@ class Painter:
         return Painting(make)
 
     def paint(self, prompt: str, settings: ImageSettings, on_step: OnStep | None = None, **more: Any) -> Any:
-        """Makes an image, and returns it as Pillow's.
+        """Generates an image on the calling thread; returns it as a Pillow image.
 
         Args:
             more: further arguments of the pipeline.
 
         Raises:
             ConfigError: the pipeline refuses an argument.
-            SplitError: the worker or the queue failed, or the model cannot be split so.
+            SplitError: the worker or the queue failed, or the model cannot be split in this way.
         """
         with self._turn() as pipeline:
             return _paint(pipeline, prompt, settings, on_step, **more)
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[Any]:
-        """Waits for a pipeline."""
+        """Borrows a copy of the pipeline, waiting for one if all are in use."""
         pipeline = self._idle.get()
         try:
             yield pipeline
@@ -151,10 +151,10 @@ def _paint(pipeline: Any, prompt: str, settings: ImageSettings, on_step: OnStep 
 
 
 def _own(pipeline: Any) -> Any:
-    """A pipeline of the same weights, and of its own all that changes while an image is made."""
+    """A copy that shares the weights and owns every component that changes during a call."""
     own = copy.copy(pipeline)
     for name, part in pipeline.components.items():
-        # A tokenizer holds how it pads at present. A VAE of half precision may be cast when it decodes, and back.
+        # A tokenizer stores its padding; a half-precision VAE may be upcast for decoding, and cast back.
         changes = isinstance(part, SchedulerMixin | PreTrainedTokenizerBase)
         if changes or (name == "vae" and part.dtype == torch.float16 and part.config.force_upcast):
             setattr(own, name, copy.deepcopy(part))
@@ -174,14 +174,14 @@ def _load(directory: str, denoiser: SplitDenoiser, from_image: bool) -> Any:
         pipeline = kind.from_pretrained(directory, **denoiser.pipeline_options(), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{directory} is no pipeline that can be loaded: {reason[0]}") from None
+        raise ModelError(f"{directory} cannot be loaded as a pipeline: {reason[0]}") from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @contextlib.contextmanager
 def _refused_input() -> Iterator[None]:
-    """What a pipeline says of its arguments is said as any wrong option."""
+    """Reports a pipeline's complaint about its arguments as a ConfigError."""
     try:
         yield
     except SplitError:

@@ -1,4 +1,4 @@
-"""Fewer calls of the worker: the body's output changes slowly from one step of an image to the next."""
+"""Skips calls of the worker: the body's output changes slowly from one denoising step to the next."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ import torch
 from split_device.diffusion.saving import check_reuse
 from split_device.diffusion.session import Inputs
 
-#: Images, or halves of guided ones, whose last output is kept.
+#: Number of images, or of halves under guidance, whose last output is kept.
 MAX_KEPT = 2
 
-#: What of the inputs the output goes on from: a transformer's blocks add to their input.
+#: The part of the inputs to which the output is a residual, as in a transformer.
 Base = Callable[[Inputs], torch.Tensor]
 
 
 @dataclass(eq=False)
 class Kept:
-    """An image under way, and the body's last call for it."""
+    """The last call of the body for an image in progress."""
 
     about: tuple[torch.Tensor, ...]
     states: torch.Tensor
-    #: The output; what it adds to its base, if it has one.
+    #: The output, or the residual if there is a base.
     output: torch.Tensor
     timestep: float
-    #: Steps that the output served for.
+    #: Number of steps that used the output.
     steps: int = 1
 
 
 class Reuse:
     """Reuses the body's output at some steps of an image.
 
-    An image's first step always calls it: one whose time does not go on downwards, or whose embeddings or size are
-    others than before.
+    The first step of an image always calls it. A step is the first one if its timestep does not decrease, or if the
+    embeddings or the size differ from the previous call's.
 
     Args:
-        reuse: from 1, call the body at every step of this number; below 1, whenever its input has changed by more
-            than this since the last call, in proportion to its norm.
-        base: what the output is added to, if to anything.
+        reuse: from 1: call the body at every `reuse`-th step. Below 1: whenever its input has changed by more than
+            this fraction of its norm since the last call.
+        base: selects the inputs to which the output is a residual; None if it is not one.
     """
 
     def __init__(self, reuse: float, base: Base | None = None) -> None:
         self._reuse = check_reuse(reuse)
         self._base = base
-        # The one that was used last comes last.
+        # The most recently used one comes last.
         self._images: list[Kept] = []
 
     def output(self, timestep: float, inputs: Inputs, call: Callable[[Inputs], torch.Tensor]) -> torch.Tensor:
@@ -65,7 +65,7 @@ class Reuse:
         return output
 
     def _take(self, about: tuple[torch.Tensor, ...], states: torch.Tensor) -> Kept | None:
-        """Takes out what is kept of an image."""
+        """Removes and returns the last call for an image."""
         for index, kept in enumerate(self._images):
             same = kept.states.shape == states.shape and len(kept.about) == len(about)
             if same and all(map(torch.equal, kept.about, about)):

@@ -28,7 +28,7 @@ def log_path() -> Path:
 
 
 def running_agent() -> int | None:
-    """Process id of this user's agent, if it runs."""
+    """The process id of this user's agent, or None if none runs."""
     return holder(lock_path())
 
 
@@ -53,13 +53,13 @@ def start(options: Sequence[str]) -> dict[str, Any]:
     facts: dict[str, Any] = msgspec.json.decode(line) if line.startswith(b"{") else {}
     if "pid" not in facts:
         process.wait()
-        words = facts.get("error", {}).get("message", f"it ended without a word; see {log_path()}")
+        words = facts.get("error", {}).get("message", f"it ended without an error message; see {log_path()}")
         raise AgentError(f"the agent did not start: {words}")
     return facts
 
 
 def stop(timeout: float) -> int | None:
-    """Ends the agent in order; returns its process id, or None if none ran. Raises AgentError."""
+    """Stops the agent with SIGTERM; returns its process id, or None if none ran. Raises AgentError on time-out."""
     pid = running_agent()
     if not pid:
         return None
@@ -67,6 +67,6 @@ def stop(timeout: float) -> int | None:
     deadline = time.monotonic() + timeout
     while running_agent() == pid:
         if time.monotonic() > deadline:
-            raise AgentError(f"the agent, process {pid}, has not ended after {timeout:g} s")
+            raise AgentError(f"the agent (process {pid}) has not ended after {timeout:g} s")
         time.sleep(0.05)
     return pid

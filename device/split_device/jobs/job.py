@@ -1,4 +1,4 @@
-"""What a job is."""
+"""Jobs: what is asked for, and what has become of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FINAL: tuple[State, ...] = ("succeeded", "failed", "cancelled")
 
 
 class ModelChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """A checkpoint and how it is cut; one that is loaded serves all jobs of the same choice."""
+    """A checkpoint and how it is cut. Jobs with equal choices share one loaded model."""
 
     name: str
     revision: str | None = None
@@ -29,7 +29,7 @@ class ModelChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ImageChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """The directory of a pipeline, how its denoiser is cut, and how states travel."""
+    """The directory of a pipeline, how its denoiser is cut, and how hidden states are encoded."""
 
     name: str
     cut: str = "C"
@@ -46,12 +46,12 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
-    """What is to be generated. The prompt is a conversation, or a text that is continued as it is."""
+    """A text to generate. The prompt is a conversation, or a text that is continued as it is."""
 
     model: ModelChoice
     prompt: tuple[Message, ...] | str
     sampling: Sampling = Sampling()
-    #: Texts at which the answer ends; they are no part of it.
+    #: Texts at which the answer ends; they are not part of it.
     stop: tuple[str, ...] = ()
 
     @property
@@ -60,7 +60,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
 
     @property
     def needs_seed(self) -> bool:
-        """Whether it would have another output each time."""
+        """Whether the output would differ each time for want of a seed."""
         return bool(self.sampling.temperature) and self.seed is None
 
     def with_seed(self, seed: int | None) -> Task:
@@ -68,7 +68,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
 
 
 class ImageTask(msgspec.Struct, frozen=True, kw_only=True, tag="image"):
-    """An image that is to be made."""
+    """An image to generate."""
 
     model: ImageChoice
     prompt: str
@@ -80,7 +80,7 @@ class ImageTask(msgspec.Struct, frozen=True, kw_only=True, tag="image"):
 
     @property
     def needs_seed(self) -> bool:
-        """Whether it would have another output each time."""
+        """Whether the output would differ each time for want of a seed."""
         return self.seed is None
 
     def with_seed(self, seed: int | None) -> ImageTask:
@@ -92,7 +92,7 @@ AnyChoice = ModelChoice | ImageChoice
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A job as the store has it. Times are seconds since 1970."""
+    """A job as stored. Times are in seconds since the epoch."""
 
     id: str
     state: State
@@ -100,12 +100,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     created: float
     started: float | None
     finished: float | None
-    #: Whether a running job is to be cancelled.
+    #: Whether a user has cancelled the running job.
     cancelling: bool
     task: AnyTask
     prompt_tokens: int | None
     tokens: int
-    #: Steps of an image that are done.
+    #: Number of denoising steps done so far.
     steps: int
     finish_reason: FinishReason | None
     error: str | None
@@ -116,14 +116,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):
-    """Tokens that were generated one after another, and the text that they completed."""
+    """Consecutive generated tokens, and the text that they completed."""
 
     tokens: list[int] = []
     text: str = ""
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """How far a job has come: what it takes to go on as if it had never been interrupted."""
+    """The state from which a job continues as if it had never been interrupted."""
 
     tokens: list[int]
     text: str
@@ -132,18 +132,18 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class Update(msgspec.Struct, kw_only=True):
-    """What has become of a job since it was written last."""
+    """What has changed in a job since it was last written."""
 
     id: str
     piece: Piece = Piece()
     #: State of the random generator after the piece.
     sampler: bytes | None = None
     prompt_tokens: int | None = None
-    #: Steps of an image that are done.
+    #: Number of denoising steps done so far.
     steps: int | None = None
     #: The image, as a PNG file.
     image: bytes | None = None
-    #: Where the job ends, or "queued" if it is to be run again; None while it runs.
+    #: The final state, or "queued" to run the job again; None while it runs.
     state: State | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None

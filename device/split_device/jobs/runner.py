@@ -1,4 +1,4 @@
-"""Running queued jobs, many at once, so that whatever kills the process loses a fraction of a second of work."""
+"""Runs queued jobs, many at once. Killing the process loses a fraction of a second of work."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from split_device.jobs.store import Store
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two writes of what has come: what a killed process generates again.
+#: Interval between two writes of progress, in seconds: the work that a killed process repeats.
 WRITE_INTERVAL = 0.2
 
-#: Seconds until a model's jobs are tried again when no worker was there for them: at first, and at most.
+#: Delay before a model's jobs are tried again when it had no worker, in seconds: the first, and the longest.
 MIN_PAUSE = 1.0
 MAX_PAUSE = 30.0
 
-#: Errors that pass when a broker or a worker comes back.
+#: Errors that go away when a broker or a worker comes back.
 PASSING = (BrokerUnreachable, Busy, NoWorker, SessionLost)
 
 
 @dataclass
 class _Trouble:
-    """No worker or no broker for a model, since when, and when to look again (monotonic seconds)."""
+    """A model without a worker or broker: since when, and when to try again (monotonic seconds)."""
 
     since: float
     pause: float
@@ -39,8 +39,8 @@ class Runner:
     """Runs the jobs of a store with the models of `models`, as many at once as its limits allow.
 
     Args:
-        give_up: seconds that a model's jobs are tried while no worker or broker is there; then they fail.
-        notice: told, once for each spell, why jobs wait.
+        give_up: how long jobs of a model without worker or broker are retried before they fail, in seconds.
+        notice: called with the reason each time that jobs begin to wait.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Runner:
         self._trouble: dict[AnyChoice, _Trouble] = {}
 
     def turn(self) -> None:
-        """Starts what there is room for, and writes what has come."""
+        """Starts jobs up to the limits, cancels what users cancelled, and writes progress."""
         self._start("text", self._models.limits.jobs)
         self._start("image", self._models.limits.images)
         for id_ in self._store.cancelling():
@@ -65,13 +65,13 @@ class Runner:
         self._write()
 
     def stop(self) -> None:
-        """Breaks off what runs: it goes on from where it was when it is run again."""
+        """Interrupts the running jobs; they continue where they stopped when they run again."""
         for running in self._running.values():
             running.cancel()
         while self._running:
             self._write()
             time.sleep(0.01)
-        # Those that were about to begin.
+        # Jobs that were claimed but not begun.
         self._store.recover()
 
     def _start(self, kind: Kind, limit: int) -> None:
@@ -95,7 +95,7 @@ class Runner:
         return TextRun(job, job.task, self._models.get(job.task.model), self._store.progress(job.id))
 
     def _write(self) -> None:
-        # Looked at before what has come is collected: all that of one which has ended by now is there.
+        # Checked before collecting: all output of a job that is done by now is there to be collected.
         ended = [running for running in self._running.values() if running.done]
         for running in self._running.values():
             if running.collect():
@@ -113,7 +113,7 @@ class Runner:
             del self._running[running.job.id]
 
     def _fail(self, job: Job, update: Update, error: BaseException) -> None:
-        """Queues a job again after an error that passes; ends it after others."""
+        """Requeues a job after a passing error; ends it after any other."""
         message = f"{type(error).__name__}: {error}"
         if isinstance(error, PASSING) and not isinstance(error, StepFailed) and self._wait(job.task.model, message):
             update.state = "queued"
@@ -128,7 +128,7 @@ class Runner:
         return trouble is not None and trouble.until > time.monotonic()
 
     def _wait(self, choice: AnyChoice, message: str) -> bool:
-        """Whether a model's jobs should wait still, rather than fail."""
+        """Whether a model's jobs should keep waiting rather than fail."""
         now = time.monotonic()
         trouble = self._trouble.get(choice)
         if trouble is None:

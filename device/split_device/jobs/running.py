@@ -1,4 +1,4 @@
-"""Jobs under way: how each kind is begun, broken off and ended."""
+"""Running jobs: how each kind starts, is interrupted, and ends."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class Running:
-    """A job that is run. `update` is what of it is not written yet."""
+    """A running job. `update` holds what is not written yet."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.update = Update(id=job.id)
-        #: Whether its user has cancelled it.
+        #: Whether a user has cancelled the job.
         self.cancelled = False
 
     @property
@@ -29,27 +29,28 @@ class Running:
         raise NotImplementedError
 
     def cancel(self) -> None:
-        """Breaks it off; it ends soon."""
+        """Interrupts the job, which then ends soon."""
         raise NotImplementedError
 
     def collect(self) -> bool:
-        """Puts what has come into `update`; returns whether anything has."""
+        """Moves new output into `update`; returns whether there was any."""
         raise NotImplementedError
 
     def conclude(self) -> BaseException | None:
-        """Puts into `update` how it has ended; or returns what it has failed with."""
+        """Puts the end of the job into `update`, or returns the error with which it failed."""
         raise NotImplementedError
 
     def broken_off(self) -> None:
-        """It is run again, unless its user has cancelled it."""
+        """Records an interruption: the job runs again, unless a user cancelled it."""
         self.update.state = "cancelled" if self.cancelled else "queued"
 
 
 class TextRun(Running):
-    """A generation, which goes on from where it was.
+    """A generation, which continues where it stopped.
 
     Raises:
-        PromptTooLong, ConfigError: the prompt is refused.
+        PromptTooLong: the prompt leaves no room for an answer.
+        ConfigError: the chat template or a setting is refused.
     """
 
     def __init__(self, job: Job, task: Task, loaded: Loaded, progress: Progress) -> None:
@@ -59,10 +60,10 @@ class TextRun(Running):
         self._text = TextStream(loaded.tokenizer, task.stop)
         for token in progress.tokens:
             self._text.push(token)
-        #: What the generator's thread passes on: a token, and the random generator's state after it.
+        #: Filled by the generator's thread: a token, and the state of the random generator after it.
         self._tokens: queue.SimpleQueue[tuple[int, bytes | None]] = queue.SimpleQueue()
         self._generation: Generation | None = None
-        #: Set where it was killed between its last token and its end.
+        #: Set if the process was killed between the last token and the end of the job.
         self._reason: FinishReason | None = None
         if self._text.stopped or (progress.tokens and progress.tokens[-1] in loaded.end_tokens):
             self._reason = "stop"
@@ -114,7 +115,7 @@ class TextRun(Running):
 
 
 class ImageRun(Running):
-    """An image, which begins anew whenever its job is run: its seed makes it the same."""
+    """An image. It starts over whenever its job runs; the seed makes the result the same."""
 
     def __init__(self, job: Job, task: ImageTask, painter: Painter) -> None:
         super().__init__(job)

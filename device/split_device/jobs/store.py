@@ -31,16 +31,16 @@ from split_device.jobs.job import (
 )
 from split_device.jobs.vault import Vault, make_key, read_key
 
-#: Of the tables; a store of another version is refused.
+#: Version of the schema (`PRAGMA user_version`). A store of another version is refused.
 VERSION = 2
 
-#: Seconds to wait for another process that writes.
+#: How long a write waits for another process to finish its own, in seconds.
 BUSY_TIMEOUT = 30.0
 
-#: Of a seed that is drawn for a job.
+#: Size of the seed that is drawn for a job without one, in bits. SQLite's integers are signed.
 SEED_BITS = 63
 
-#: What the store keeps sealed under its key, to know the key by.
+#: A known text that the store keeps sealed, so that a wrong key is noticed when the store is opened.
 _MARK = b"lambda-split jobs"
 
 _SCHEMA = """
@@ -80,20 +80,21 @@ CREATE TABLE images (
 
 
 def store_path() -> Path:
-    """Where the jobs of this user are."""
+    """The path of this user's store."""
     return state_dir() / "jobs.db"
 
 
 class Store:
-    """A file of jobs, of mode 0600, for one thread; several processes may have it open.
+    """Jobs in a file of mode 0600. An instance belongs to one thread; several processes may open the same file.
 
     Args:
-        path: the file; made if it is missing.
-        key_file: seals prompts, answers, images, errors and the sampler's state. A key is made with the store.
+        path: the SQLite file. Created if it is missing.
+        key_file: the key that seals prompts, answers, images, errors and the sampler's state. Created with
+            the store.
 
     Raises:
-        StoreLocked: it is sealed under another key, or it is not sealed.
-        ConfigError: it cannot be opened, or is no store.
+        StoreLocked: the store is sealed under another key, or sealed although no key was given, or the reverse.
+        ConfigError: the file cannot be opened, or is not a store.
     """
 
     def __init__(self, path: Path, key_file: Path | None = None) -> None:
@@ -114,7 +115,7 @@ class Store:
                 self._vault = self._open(key_file)
         except sqlite3.DatabaseError as error:
             self.close()
-            raise ConfigError(f"{path} is no store of jobs: {error}") from None
+            raise ConfigError(f"{path} is not a store of jobs: {error}") from None
         except SplitError:
             self.close()
             raise
@@ -155,7 +156,7 @@ class Store:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        """All or nothing, and nobody else writes meanwhile. Raises JobsError where the disk does not."""
+        """An exclusive write transaction. Raises JobsError if the database cannot be written."""
         try:
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -167,36 +168,36 @@ class Store:
         except sqlite3.OperationalError as error:
             raise JobsError(f"{self.path} cannot be written: {error}") from None
 
-    # --- what a user does ----------------------------------------------------------------------------------
+    # --- for users -----------------------------------------------------------------------------------------
 
     def submit(self, task: AnyTask, priority: int = 0, key: str | None = None) -> Job:
-        """Adds a job. If there is one of this key, that one is returned.
+        """Adds a job, or returns the existing job with the same key.
 
         Raises:
-            JobsError: the task of the one of this key is another.
-            ConfigError: the prompt or a setting is of a wrong type, or the key is empty.
+            JobsError: the job with this key asks for something else, or the database cannot be written.
+            ConfigError: the prompt or a setting has a wrong type, or the key is empty.
         """
         return self.submit_all([(task, priority, key)])[0]
 
     def submit_all(self, tasks: Iterable[tuple[AnyTask, int, str | None]]) -> list[Job]:
-        """Adds jobs, all or none. Raises what `submit` raises."""
+        """Adds jobs in one transaction: all of them or none. Raises what `submit` raises."""
         with self._transaction():
             return [self._submit(*entry) for entry in tasks]
 
     def _submit(self, task: AnyTask, priority: int, key: str | None) -> Job:
         if key is not None and not key.strip():
             raise ConfigError("the key is empty: leave it out, or give one")
-        # What a key says may be as private as the prompt.
+        # A key may be as private as the prompt: only its digest is stored.
         digest = None if key is None else hashlib.sha256(key.encode(errors="surrogatepass")).digest()
         row = self._db.execute("SELECT * FROM jobs WHERE key = ?", (digest,)).fetchone()
         if row is not None:
             job = self._job(row)
-            # A seed that was drawn for it is no part of what was asked.
+            # The seed that was drawn for a job is not part of the request.
             if job.task != (task.with_seed(job.task.seed) if task.needs_seed else task):
                 raise JobsError(f"job {job.id} has this key, and asks for something else")
             return job
         if task.needs_seed:
-            # Drawn now, so that the job has one output however often it is interrupted.
+            # Drawn now, so that the output is the same however often the job is interrupted.
             task = task.with_seed(secrets.randbits(SEED_BITS))
         id_ = f"job-{secrets.token_hex(6)}"
         sealed = self._vault.seal(_packed(task), f"{id_}/task")
@@ -207,36 +208,36 @@ class Store:
         return self.get(id_)
 
     def get(self, id_: str) -> Job:
-        """Raises UnknownJob."""
+        """The job with this id. Raises UnknownJob."""
         row = self._db.execute("SELECT * FROM jobs WHERE id = ?", (id_,)).fetchone()
         if row is None:
             raise UnknownJob(f"there is no job {id_}")
         return self._job(row)
 
     def jobs(self, states: Sequence[State] = (), limit: int = -1) -> list[Job]:
-        """The newest first."""
+        """The jobs in some states (all states by default), the newest first."""
         wanted = _marks(states)
         query = f"SELECT * FROM jobs WHERE ? OR state IN ({wanted}) ORDER BY number DESC LIMIT ?"
         return [self._job(row) for row in self._db.execute(query, (not states, *states, limit))]
 
     def count(self) -> dict[str, int]:
-        """How many jobs are in each state."""
+        """The number of jobs in each state."""
         found = self._db.execute("SELECT state, count(*) FROM jobs GROUP BY state")
         return dict.fromkeys(("queued", "running", *FINAL), 0) | dict(found)
 
     def generated(self) -> int:
-        """Tokens of all jobs."""
+        """The number of tokens that all jobs have generated."""
         (tokens,) = self._db.execute("SELECT coalesce(sum(tokens), 0) FROM jobs").fetchone()
         return int(tokens)
 
     def pieces(self, id_: str, skip: int = 0) -> list[Piece]:
-        """What a job has generated, but the first pieces of it."""
+        """What a job has generated, without the first `skip` pieces."""
         query = "SELECT number, data FROM pieces WHERE job = ? AND number >= ? ORDER BY number"
         rows = self._db.execute(query, (id_, skip)).fetchall()
         return [self._decode(self._vault.open(data, f"{id_}/{number}"), Piece) for number, data in rows]
 
     def progress(self, id_: str) -> Progress:
-        """All that a job has generated, and how it goes on. Raises UnknownJob."""
+        """What a job has generated, and the state from which it continues. Raises UnknownJob."""
         with self._transaction():
             row = self._db.execute("SELECT sampler FROM jobs WHERE id = ?", (id_,)).fetchone()
             pieces = self.pieces(id_)
@@ -250,14 +251,19 @@ class Store:
         )
 
     def image(self, id_: str) -> bytes:
-        """The image of a job that has succeeded, as a PNG file. Raises UnknownJob, JobsError."""
+        """The image of a succeeded job, as a PNG file. Raises UnknownJob, or JobsError if it has no image."""
         row = self._db.execute("SELECT data FROM images WHERE job = ?", (id_,)).fetchone()
         if row is None:
             raise JobsError(f"job {self.get(id_).id} has no image")
         return self._vault.open(row["data"], f"{id_}/image")
 
     def cancel(self, id_: str) -> Job:
-        """A queued job is cancelled at once, a running one by who runs it. Raises UnknownJob, JobsError."""
+        """Cancels a queued job at once, and marks a running one for its runner.
+
+        Raises:
+            UnknownJob: there is no such job.
+            JobsError: the job has ended.
+        """
         with self._transaction():
             job = self.get(id_)
             if job.state == "running":
@@ -269,7 +275,12 @@ class Store:
             return self.get(id_)
 
     def retry(self, id_: str) -> Job:
-        """A failed or cancelled job goes on from where it was. Raises UnknownJob, JobsError."""
+        """Queues a failed or cancelled job to continue where it stopped.
+
+        Raises:
+            UnknownJob: there is no such job.
+            JobsError: the job neither failed nor was cancelled.
+        """
         with self._transaction():
             job = self.get(id_)
             if job.state not in ("failed", "cancelled"):
@@ -281,26 +292,26 @@ class Store:
             return self.get(id_)
 
     def prune(self, before: float, states: Sequence[State] = FINAL) -> int:
-        """Removes jobs that ended before a time (seconds since 1970); returns how many."""
+        """Removes jobs that ended before a time (seconds since the epoch); returns their number."""
         query = f"DELETE FROM jobs WHERE state IN ({_marks(states)}) AND finished < ?"
         with self._transaction():
             removed = self._db.execute(query, (*states, before)).rowcount
         if removed:
-            # Else the write-ahead log would keep what was removed until it is written over.
+            # The write-ahead log would keep the removed rows until it is overwritten.
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return removed
 
     def keep(self, ids: Collection[str]) -> None:
-        """Removes all jobs but those named."""
+        """Removes all jobs except these."""
         with self._transaction():
             for (id_,) in self._db.execute("SELECT id FROM jobs").fetchall():
                 if id_ not in ids:
                     self._db.execute("DELETE FROM jobs WHERE id = ?", (id_,))
 
-    # --- what the one that runs them does ------------------------------------------------------------------
+    # --- for the runner ------------------------------------------------------------------------------------
 
     def recover(self) -> int:
-        """Queues the jobs again that a runner left running when it was killed; returns how many."""
+        """Requeues the jobs that a killed runner left running; returns their number."""
         with self._transaction():
             for (id_,) in self._db.execute(
                 "SELECT id FROM jobs WHERE state = 'running' AND cancelling = 1"
@@ -309,7 +320,7 @@ class Store:
             return self._db.execute("UPDATE jobs SET state = 'queued' WHERE state = 'running'").rowcount
 
     def claim(self, limit: int, without: Collection[AnyChoice] = (), kind: Kind = "text") -> list[Job]:
-        """Makes queued jobs of a kind running, but those of some models: by priority, then by age."""
+        """Marks up to `limit` queued jobs as running, by priority, then age; skips the models in `without`."""
         names = [_name(choice) for choice in without]
         query = (
             f"SELECT id FROM jobs WHERE state = 'queued' AND kind = ? AND model NOT IN ({_marks(names)}) "
@@ -325,12 +336,12 @@ class Store:
             return [self.get(id_) for id_ in ids]
 
     def cancelling(self) -> list[str]:
-        """Running jobs that are to be cancelled."""
+        """Ids of the running jobs that a user has cancelled."""
         query = "SELECT id FROM jobs WHERE state = 'running' AND cancelling = 1"
         return [id_ for (id_,) in self._db.execute(query)]
 
     def write(self, updates: Iterable[Update]) -> None:
-        """Adds what jobs have generated, and ends those that have ended, all at once."""
+        """Stores the progress and the ends of jobs, in one transaction."""
         with self._transaction():
             for update in updates:
                 self._write(update)
@@ -395,12 +406,12 @@ class Store:
 
 
 def _packed(task: AnyTask) -> bytes:
-    """A task that can be read again. Raises ConfigError."""
+    """A task as msgpack that decodes to the same task. Raises ConfigError if a value has a wrong type."""
     try:
         packed = msgspec.msgpack.encode(task)
         msgspec.msgpack.decode(packed, type=AnyTask)
     except (msgspec.ValidationError, UnicodeError, OverflowError, TypeError) as error:
-        raise ConfigError(f"the prompt or a setting is of a wrong type: {error}") from None
+        raise ConfigError(f"the prompt or a setting has a wrong type: {error}") from None
     return packed
 
 
@@ -409,5 +420,5 @@ def _name(choice: AnyChoice) -> str:
 
 
 def _marks(values: Sequence[object]) -> str:
-    """SQL's marks for so many values."""
+    """One placeholder of SQL for each value."""
     return ", ".join("?" * len(values))

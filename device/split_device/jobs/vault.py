@@ -1,4 +1,4 @@
-"""Sealing what the store holds of prompts and answers, under a key that lies in a file of its own."""
+"""Seals the prompts and answers in a store, under a key in a separate file."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from nacl.secret import Aead
 from split_common.errors import KeysError, StoreLocked
 from split_common.files import read_private, write_private
 
-#: Bytes of a key.
+#: Size of a key, in bytes.
 KEY_BYTES = Aead.KEY_SIZE
 
 
 class Vault:
-    """Seals with XChaCha20-Poly1305, each value bound to its place; without a key it passes values through."""
+    """XChaCha20-Poly1305 with the value's place as associated data. Without a key, values pass through unsealed."""
 
     def __init__(self, key: bytes | None = None) -> None:
         self._aead = Aead(key) if key is not None else None
@@ -25,7 +25,7 @@ class Vault:
         return data if self._aead is None else bytes(self._aead.encrypt(data, place.encode()))
 
     def open(self, data: bytes, place: str) -> bytes:
-        """Raises StoreLocked for what was sealed under another key, or for another place."""
+        """Raises StoreLocked if the data was sealed under another key, or for another place."""
         if self._aead is None:
             return data
         try:
@@ -35,15 +35,15 @@ class Vault:
 
 
 def read_key(path: Path) -> bytes:
-    """The key in a file. Raises KeysError."""
+    """The key in a file. Raises KeysError if the file is missing, readable by others, or not a key."""
     key = read_private(path)
     if len(key) != KEY_BYTES:
-        raise KeysError(f"{path} holds no key of {KEY_BYTES} bytes")
+        raise KeysError(f"{path} does not hold a key of {KEY_BYTES} bytes")
     return key
 
 
 def make_key(path: Path) -> bytes:
-    """Writes a new key to a file. Raises KeysError."""
+    """Writes a new random key to a file. Raises KeysError if the file cannot be written."""
     key = os.urandom(KEY_BYTES)
     write_private(path, key)
     return key

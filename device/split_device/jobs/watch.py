@@ -1,4 +1,4 @@
-"""Following a job from another process than the one that runs it."""
+"""Follows a job that another process runs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from split_device.jobs.agent import running_agent
 from split_device.jobs.job import FINAL, Job
 from split_device.jobs.store import Store
 
-#: Seconds between two looks into the store.
+#: Interval between two reads of the store, in seconds.
 POLL_INTERVAL = 0.1
 
-#: Seconds without an agent after which nobody waits for it any more.
+#: How long to wait for an agent to appear, in seconds.
 AGENT_GRACE = 5.0
 
 
@@ -23,11 +23,11 @@ def follow(
     on_text: Callable[[str], None] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Job:
-    """Passes on what a job generates, from its beginning, until it has ended; of an image how many steps are done.
+    """Passes on a job's text, or the number of an image's steps done, from the beginning to the end of the job.
 
     Raises:
         UnknownJob: there is no such job, or it was removed.
-        AgentError: no agent runs that could go on with it.
+        AgentError: no agent runs that could continue the job.
     """
     seen = 0
     agent_at = time.monotonic()
@@ -50,17 +50,17 @@ def follow(
 
 
 def answer(store: Store, job: Job) -> str:
-    """The text of a job that has succeeded. Raises JobsError for others."""
+    """The text of a succeeded job. Raises JobsError for any other job."""
     if job.kind != "text":
-        raise JobsError(f"job {job.id} makes an image, no text")
+        raise JobsError(f"job {job.id} makes an image, not a text")
     _check_succeeded(job)
     return store.progress(job.id).text
 
 
 def picture(store: Store, job: Job) -> bytes:
-    """The image of a job that has succeeded, as a PNG file. Raises JobsError for others."""
+    """The image of a succeeded job, as a PNG file. Raises JobsError for any other job."""
     if job.kind != "image":
-        raise JobsError(f"job {job.id} makes a text, no image")
+        raise JobsError(f"job {job.id} makes a text, not an image")
     _check_succeeded(job)
     return store.image(job.id)
 

@@ -1,4 +1,4 @@
-"""Generating the choices of one request, while others are generated too."""
+"""Generates the choices of one request, beside other requests."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from split_device.jobs.models import Loaded
 from split_device.jobs.text import TextStream
 from split_device.openai.answers import Choice, TokenLogprobs
 
-#: Of requests that somebody waits for: the generator keeps room for them.
+#: Priority of interactive requests, for which the generator reserves capacity.
 PRIORITY = 1
 
 _NOTHING = Progress([], "", None)
 
 
 class Answering:
-    """One choice of an answer. To be made and used in an event loop.
+    """One choice of a response. Create and use it within an event loop.
 
     Raises:
-        PromptTooLong, ConfigError: the prompt, or a setting, is refused.
+        PromptTooLong: the prompt leaves no room for an answer.
+        ConfigError: the chat template or a setting is refused.
     """
 
     def __init__(self, loaded: Loaded, task: Task, logprobs: int | None) -> None:
@@ -44,12 +45,12 @@ class Answering:
         self._generation.future.add_done_callback(lambda _future: put(None))
 
     def cancel(self) -> None:
-        """Frees what the generation has, here and at the worker."""
+        """Cancels the generation and frees its memory, here and on the worker."""
         if not self._generation.done:
             self._generation.cancel()
 
     async def pieces(self) -> AsyncIterator[Choice]:
-        """The answer piece by piece; the last one says why it ended. Raises what the generation failed with."""
+        """The answer piece by piece; the last one has the finish reason. Raises the generation's error."""
         tokens = 0
         logprobs: list[TokenLogprobs] = []
         while not self._text.stopped and (event := await self._events.get()) is not None:

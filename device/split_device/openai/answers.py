@@ -8,17 +8,16 @@ from typing import Any
 
 from split_device.openai.requests import Kind
 
-#: By kind: the prefix of an answer's id, and its type.
+#: By kind: the prefix of a response's id, and its `object`.
 NAMES: dict[Kind, tuple[str, str]] = {"chat": ("chatcmpl", "chat.completion"), "text": ("cmpl", "text_completion")}
 
-
-#: The same of a piece of one that is streamed.
+#: By kind: the `object` of a streamed chunk.
 CHUNKS: dict[Kind, str] = {"chat": "chat.completion.chunk", "text": "text_completion"}
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """A token's text and log probability, and those of the likeliest tokens in its place."""
+    """A token's text and log probability, and those of the likeliest alternatives."""
 
     text: str
     logprob: float
@@ -27,7 +26,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of the answers to a request, or a piece of it. `logprobs` is None where they were not asked for."""
+    """One choice of a response, or a piece of it. `logprobs` is None if they were not requested."""
 
     text: str
     tokens: int
@@ -38,7 +37,7 @@ class Choice:
 def completion(
     kind: Kind, id_: str, created: int, model: str, prompt_tokens: int, choices: Sequence[Choice]
 ) -> dict[str, Any]:
-    """A whole answer."""
+    """A whole response."""
     prefix, name = NAMES[kind]
     return {
         "id": f"{prefix}-{id_}",
@@ -51,7 +50,7 @@ def completion(
 
 
 def chunk(kind: Kind, id_: str, created: int, model: str, index: int, piece: Choice, first: bool) -> dict[str, Any]:
-    """A piece of a streamed answer; the first one of a chat says whose it is."""
+    """A chunk of a streamed response. The first one of a chat names the role."""
     content: dict[str, Any] = {"text": piece.text}
     if kind == "chat":
         content = {"delta": ({"role": "assistant"} if first else {}) | {"content": piece.text}}
@@ -65,7 +64,7 @@ def chunk(kind: Kind, id_: str, created: int, model: str, index: int, piece: Cho
 
 
 def usage_chunk(kind: Kind, id_: str, created: int, model: str, prompt_tokens: int, tokens: int) -> dict[str, Any]:
-    """The last piece of a streamed answer whose usage was asked for."""
+    """The last chunk of a stream with `include_usage`."""
     return _chunk(kind, id_, created, model) | {"choices": [], "usage": usage(prompt_tokens, tokens)}
 
 

@@ -22,7 +22,7 @@ from split_device.openai.requests import KINDS, Query, check_model, parse
 
 
 class Completions:
-    """Answers requests with a model that is loaded.
+    """Answers requests with a loaded model.
 
     Args:
         name: what clients call the model.
@@ -44,7 +44,7 @@ class Completions:
         return [dict(zip(("name", "where", "first", "last"), part, strict=True)) for part in parts]
 
     def traffic(self) -> dict[str, int]:
-        """What has left this device since the start, for all requests together."""
+        """What left this device since the start, summed over all requests."""
         traffic = self._loaded.model.traffic
         return {
             "steps": self._loaded.generator.counters["steps"],
@@ -53,7 +53,7 @@ class Completions:
         }
 
     async def complete(self, request: Request) -> Response:
-        """Raises ApiError and other errors that are for the client."""
+        """Answers a request. Raises ApiError, and other errors that `api_error` reports to the client."""
         answerings: list[Answering] = []
         try:
             query = parse(KINDS[request.url.path], await read_json(request), self._choice)
@@ -77,7 +77,7 @@ class Completions:
     async def _stream(
         self, query: Query, answerings: list[Answering], id_: str, created: int
     ) -> AsyncIterator[str]:
-        """Server-sent events; all choices as their pieces come. A client that leaves ends the generations."""
+        """Server-sent events of all choices, in order of arrival. If the client leaves, the generations end."""
         ready: asyncio.Queue[dict[str, Any] | BaseException | None] = asyncio.Queue()
         tokens = 0
 
@@ -115,7 +115,7 @@ class Completions:
 
 
 class _Events(StreamingResponse):
-    """Server-sent events, after which no generation is left, also if the client left before the first one."""
+    """Server-sent events. Cancels the generations at the end, even if the client left before the first event."""
 
     def __init__(self, events: AsyncIterator[str], answerings: list[Answering]) -> None:
         super().__init__(events, media_type="text/event-stream")

@@ -1,4 +1,4 @@
-"""What the server's endpoints share: bodies, clients that leave, and errors as OpenAI says them."""
+"""What the endpoints share: request bodies, clients that disconnect, and errors in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from split_device.openai.requests import ApiError
 
 log = logging.getLogger(__name__)
 
-#: Bytes of a request's body, at most.
+#: Largest body of a request, in bytes.
 MAX_BODY = 4 * 1024**2
 
-#: What nginx says of a client that has left; nobody reads it.
+#: nginx's status code for a client that closed the connection; it only shows in logs.
 LEFT = 499
 
 _T = TypeVar("_T")
 
 
 async def read_json(request: Request) -> object:
-    """Raises ApiError."""
+    """The body of a request as JSON. Raises ApiError if it is too large or malformed."""
     data = bytearray()
     async for part in request.stream():
         data += part
@@ -49,11 +49,11 @@ async def read_json(request: Request) -> object:
 
 
 async def unless_disconnected(request: Request, answer: Awaitable[_T]) -> _T:
-    """Waits for an answer as long as the client does. Raises ClientDisconnect."""
+    """Awaits an answer while the client stays connected. Raises ClientDisconnect when it leaves."""
     waiting = asyncio.ensure_future(answer)
-    # Else asyncio complains of what became of it after the client had left.
+    # Retrieves the exception of an abandoned answer, about which asyncio would warn.
     waiting.add_done_callback(lambda future: future.cancelled() or future.exception())
-    # After the body comes one message: that the client has left.
+    # The only message after the body says that the client has disconnected.
     leaving = asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -66,13 +66,13 @@ async def unless_disconnected(request: Request, answer: Awaitable[_T]) -> _T:
 
 
 async def refuse(_request: Request, error: Exception) -> Response:
-    """The answer to a request that has failed."""
+    """The response to a request that failed."""
     found = api_error(error)
     return JSONResponse({"error": found.fields()}, found.status)
 
 
 def api_error(error: BaseException) -> ApiError:
-    """Any error as OpenAI says it."""
+    """Any exception as an error of OpenAI's format."""
     match error:
         case ApiError():
             return error

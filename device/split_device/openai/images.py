@@ -21,13 +21,13 @@ from split_device.openai.requests import check_model, convert, supported
 if TYPE_CHECKING:
     from split_device.diffusion.painter import Painter, Painting
 
-#: Steps of an image by the quality that is asked for, unless `steps` are.
+#: Number of denoising steps by quality, unless the request has `steps`.
 STEPS = {"auto": 20, "standard": 20, "medium": 20, "low": 10, "high": 40, "hd": 40}
 
-#: Fields that change no image here.
+#: Fields that are accepted and have no effect.
 _IGNORED = frozenset({"user", "moderation", "style"})
 
-#: Fields that would, with the values at which they do not.
+#: Fields that are not supported, with the values at which they have no effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ("b64_json",),
     "background": ("auto", "opaque"),
@@ -36,12 +36,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
 }
 
-#: Of a seed that is drawn.
+#: Upper bound of a drawn seed, exclusive.
 _SEEDS = 2**63
 
 
 class _Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Those of the last lines are no fields of OpenAI's."""
+    """A request's body. `steps` and what follows are extensions of OpenAI's format."""
 
     prompt: Annotated[str, Meta(min_length=1, max_length=32_000)]
     model: str | None = None
@@ -55,18 +55,18 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     negative_prompt: str | None = None
 
     def settings(self) -> list[ImageSettings]:
-        """Those of each image. Raises ConfigError."""
+        """The settings of each image. Raises ConfigError for a malformed size."""
         width, height = parse_pixels(self.size) if self.size != "auto" else (None, None)
         first = secrets.randbelow(_SEEDS) if self.seed is None else self.seed
         settings = ImageSettings(
             self.steps or STEPS[self.quality], width, height, self.guidance, self.negative_prompt, first
         )
-        # Else all images were the same.
+        # With one seed, all images would be the same.
         return [dataclasses.replace(settings, seed=(first + index) % _SEEDS) for index in range(self.n)]
 
 
 class Images:
-    """Makes images with a model that is loaded.
+    """Makes images with a loaded model.
 
     Args:
         name: what clients call the model.
@@ -86,7 +86,7 @@ class Images:
         ]
 
     def traffic(self) -> dict[str, int]:
-        """What has left this device since the start, for all requests together."""
+        """What left this device since the start, summed over all requests."""
         traffic = self._painter.denoiser.traffic
         return {
             "steps": self._painter.denoiser.timings.steps,
@@ -95,7 +95,7 @@ class Images:
         }
 
     async def make(self, request: Request) -> Response:
-        """Raises ApiError and other errors that are for the client."""
+        """Answers a request. Raises ApiError, and other errors that `api_error` reports to the client."""
         paintings: list[Painting] = []
         try:
             body = convert(supported(await read_json(request), _IGNORED, _NEUTRAL), _Body)

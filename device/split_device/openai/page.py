@@ -1,4 +1,4 @@
-"""The chat page: files of this package, and what a browser may do with them."""
+"""The chat page: its files, and the headers that restrict what a browser does with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 _FILES = Path(__file__).parent / "static"
 
-#: Nothing is fetched from elsewhere, nothing else runs, and no other page shows it inside itself.
+#: The page loads and runs nothing from elsewhere, and cannot be framed by another page.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",

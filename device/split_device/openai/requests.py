@@ -1,4 +1,4 @@
-"""Requests in OpenAI's formats, and what is to be generated for them."""
+"""Requests in OpenAI's formats, parsed into tasks."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from split_device.settings import Sampling
 
 Kind = Literal["chat", "text"]
 
-#: What can be asked for, by its path.
+#: The kinds of completion, by path.
 KINDS: dict[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "text"}
 
-#: Where a chat names no limit: up to the end of the model's positions.
+#: `max_tokens` of a chat without a limit: generation ends where the model's positions end.
 UNLIMITED = 2**31 - 1
 
-#: What a text names no limit gets, as with OpenAI.
+#: `max_tokens` of a text completion without a limit, as in OpenAI's API.
 DEFAULT_TEXT_TOKENS = 16
 
-#: Fields that change no output here.
+#: Fields that are accepted and have no effect.
 _IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 
-#: Fields that would, with the values at which they do not.
+#: Fields that are not supported, with the values at which they have no effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -45,7 +45,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class ApiError(SplitError):
-    """A request that cannot be answered, as OpenAI says it."""
+    """A request that is refused or failed, as an error of OpenAI's format."""
 
     def __init__(
         self,
@@ -123,12 +123,12 @@ class Query:
     tasks: tuple[Task, ...]
     stream: bool
     include_usage: bool
-    #: How many of the likeliest tokens to tell of with each token; None for no log probabilities.
+    #: The number of alternatives to report with each token; None for no log probabilities.
     logprobs: int | None
 
 
 def parse(kind: Kind, body: object, model: ModelChoice) -> Query:
-    """What a request's body asks for, to be run by `model` whatever name it has. Raises ApiError."""
+    """Parses a body into tasks for `model`, whatever model the body names. Raises ApiError."""
     fields = supported(body, _IGNORED, _NEUTRAL)
     if kind == "chat":
         chat = convert(fields, _Chat)
@@ -155,7 +155,7 @@ def _query(
         Task(
             model=model,
             prompt=prompt,
-            # Else all choices were the same.
+            # With one seed, all choices would be the same.
             sampling=sampling if body.seed is None else dataclasses.replace(sampling, seed=body.seed + choice),
             stop=stop,
         )
@@ -169,10 +169,10 @@ _T = TypeVar("_T")
 
 
 def supported(body: object, ignored: Collection[str], neutral: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """The fields of a body that count: neither null, nor ignored, nor of a value that changes nothing.
+    """The fields of a body that have an effect: not null, not ignored, and not at a neutral value.
 
     Raises:
-        ApiError: a field has another value than the neutral ones.
+        ApiError: an unsupported field is not at a neutral value.
     """
     if not isinstance(body, dict):
         raise ApiError("the body is not a JSON object")
@@ -185,7 +185,7 @@ def supported(body: object, ignored: Collection[str], neutral: Mapping[str, tupl
 
 
 def convert(fields: dict[str, Any], type_: type[_T]) -> _T:
-    """Raises ApiError."""
+    """Converts fields to a struct. Raises ApiError that names the wrong field."""
     try:
         return msgspec.convert(fields, type_)
     except msgspec.ValidationError as error:
@@ -195,11 +195,11 @@ def convert(fields: dict[str, Any], type_: type[_T]) -> _T:
 
 
 def check_model(asked: str, name: str) -> None:
-    """Raises ApiError for another model than the one that is served."""
+    """Raises ApiError if the request names a model other than the one served."""
     if asked != name:
         raise ApiError(f"the model here is {name}", 404, param="model", code="model_not_found")
 
 
 def _same(value: Any, other: Any) -> bool:
-    """False is no 0 here."""
+    """Equality in which False is not 0 and True is not 1."""
     return bool(value == other and isinstance(value, bool) == isinstance(other, bool))

@@ -23,7 +23,7 @@ from split_device.openai.http import refuse
 from split_device.openai.images import Images
 from split_device.openai.requests import KINDS, ApiError
 
-#: Names that this machine is called by: a web page elsewhere may have made its own name one of this machine's.
+#: Host names that requests may carry. Others are refused: they are a page's own name, rebound to this machine.
 HOSTS = ("127.0.0.1", "localhost")
 
 IMAGES_PATH = "/v1/images/generations"
@@ -32,11 +32,11 @@ Answer = Callable[[Request], Awaitable[Response]]
 
 
 class Server:
-    """Answers requests with the models that are loaded.
+    """Answers requests with the loaded models.
 
     Args:
-        completions, images: what is served; None for nothing of the kind.
-        api_key: what clients must know; None for none.
+        completions, images: what is served; None to serve nothing of that kind.
+        api_key: the bearer token that clients must send; None to require none.
     """
 
     def __init__(self, completions: Completions | None, images: Images | None, api_key: str | None) -> None:
@@ -64,20 +64,20 @@ class Server:
         )
 
     def _private(self, path: str, answer: Answer, method: str = "GET") -> Route:
-        """A path for those that know the key."""
+        """A route that requires the API key."""
 
         async def authorized(request: Request) -> Response:
             origin = request.headers.get("origin")
             if origin is not None and origin.partition("://")[2] != request.headers["host"]:
-                # A browser sends what any page tells it to, and only keeps the answer from that page.
-                raise ApiError("web pages of other origins may not ask", 403)
+                # A browser sends the requests of any page, and only withholds the answer from it.
+                raise ApiError("requests from pages of other origins are refused", 403)
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             if self._api_key is not None and not hmac.compare_digest(given.encode(), self._api_key.encode()):
                 raise ApiError("the API key is wrong or missing", 401, code="invalid_api_key")
             try:
                 return await answer(request)
             except asyncio.CancelledError:
-                raise ApiError("the server has ended", 503, type_="server_error") from None
+                raise ApiError("the server is shutting down", 503, type_="server_error") from None
 
         return Route(path, authorized, methods=[method])
 
@@ -85,7 +85,7 @@ class Server:
         return JSONResponse({"status": "ok"})
 
     async def _split(self, _request: Request) -> Response:
-        """Which layers run where, and what has left this device since the start, for all requests together."""
+        """Which layers run where, and what left this device since the start, summed over all requests."""
         served = [each for each in (self._completions, self._images) if each is not None]
         traffic = [each.traffic() for each in served]
         return JSONResponse(
@@ -116,7 +116,7 @@ class Server:
 
 
 def _none(kind: str) -> Answer:
-    """Answers where no model of a kind is served."""
+    """The handler for a kind of model that is not served."""
 
     async def answer(_request: Request) -> Response:
         raise ApiError(f"no {kind} model is served here", 404, param="model", code="model_not_found")

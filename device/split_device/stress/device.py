@@ -1,4 +1,4 @@
-"""A device process of the stress command: asks, compares with the unsplit model, and tells of it on stdout."""
+"""A device process of the stress command: generates, compares with the unsplit model, reports on stdout."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from split_common.process import catch_sigterm, passive_threads
 from split_device.stress.events import Answered, Asked, Decoded, Event, Failed, Traffic, encode
 from split_device.stress.plan import CUT, Kind
 
-#: Seconds between two events that tell how many tokens or steps were computed.
+#: Interval between two `Decoded` events, in seconds.
 DECODED_INTERVAL = 0.25
 
-#: Seconds for which a device bears a broker that is away, and workers that are.
+#: How long a device waits for a broker, and for workers, in seconds.
 TIMEOUT = 60.0
 PATIENCE = 180.0
 
-#: Added to the process's niceness: workers and broker come first, as if they had a machine of their own.
+#: Added to the process's niceness, so that workers and broker run as if on machines of their own.
 NICENESS = 10
 
 
 class Asker(Protocol):
-    """What a device asks for, and from which model."""
+    """A workload: what a device generates, with a split and an unsplit model."""
 
     #: The split model.
     split: Any
@@ -38,7 +38,7 @@ class Asker(Protocol):
         """The split model's output for the request of this number. Raises SplitError."""
 
     def compare(self, number: int, output: Any) -> dict[str, Any]:
-        """Fields of `Answered` about an output: how much there is of it, and whether it is the unsplit model's."""
+        """Fields of `Answered` about an output: its size, and whether it equals the unsplit model's."""
 
 
 def stress_device(
@@ -89,7 +89,7 @@ def stress_device(
 
 
 class TextAsker:
-    """Asks a language model for tokens."""
+    """Generates text with a language model."""
 
     def __init__(
         self, model: str, reference: str, seed: int, index: int, queue: dict[str, Any], head: int, tail: int
@@ -119,7 +119,7 @@ class TextAsker:
 
 
 class ImageAsker:
-    """Asks a UNet for images."""
+    """Generates images with a UNet."""
 
     def __init__(self, model: str, reference: str, seed: int, index: int, queue: dict[str, Any]) -> None:
         import torch
@@ -150,13 +150,13 @@ class ImageAsker:
 
 
 def _unet_directory(model: str) -> str:
-    """Where the UNet lies: in a directory of its own in that of a pipeline."""
+    """The directory of the UNet, for the directory of a UNet or of a pipeline."""
     inner = Path(model) / "unet"
     return str(inner if inner.is_dir() else model)
 
 
 class Clock:
-    """Measures the steps of one request after another."""
+    """Measures the steps of successive requests."""
 
     def __init__(self, split: Any) -> None:
         self._split = split
@@ -166,7 +166,7 @@ class Clock:
         self.begin()
 
     def begin(self) -> None:
-        """A request begins."""
+        """Starts the measurement of a request."""
         self.began = self._last = time.monotonic()
         self._replays = self._split.traffic["replays"]
         self._steps = 0
@@ -182,7 +182,7 @@ class Clock:
             self.gaps.append(round(now - self._last, 4))
         self._steps += 1
         self._last, self._replays = now, replays
-        # Of an image a step counts once.
+        # A step of an image counts once.
         self._decoded += output.logits.shape[0] if hasattr(output, "logits") else 1
         if now - self._told > DECODED_INTERVAL:
             tell(Decoded(self._decoded))
@@ -190,5 +190,5 @@ class Clock:
 
 
 def tell(event: Event) -> None:
-    """Prints an event's line."""
+    """Prints an event as a line."""
     print(encode(event), flush=True)

@@ -1,4 +1,4 @@
-"""What a device process of the stress command tells: one JSON object on a line for each event."""
+"""The events that a device process of the stress command reports, one JSON object a line."""
 
 from __future__ import annotations
 
@@ -6,44 +6,44 @@ import msgspec
 
 
 class Asked(msgspec.Struct, tag="asked"):
-    """A request begins."""
+    """A request has started."""
 
     number: int
 
 
 class Decoded(msgspec.Struct, tag="decoded"):
-    """So many tokens were decoded, or steps of images made, since the last event of this kind."""
+    """Tokens decoded, or denoising steps made, since the last event of this kind."""
 
     tokens: int
 
 
 class Answered(msgspec.Struct, tag="answered"):
-    """A request has ended with an output."""
+    """A request ended with an output."""
 
     number: int
-    #: Whether the output is the unsplit model's.
+    #: Whether the output equals the unsplit model's.
     equal: bool
     seconds: float
-    #: Seconds from each token or step to the next.
+    #: Time between consecutive tokens or steps, in seconds.
     gaps: list[float]
-    #: Seconds of each step during which the session went on at another worker.
+    #: Duration of each step during which the session moved to another worker, in seconds.
     recoveries: list[float]
-    #: Generated tokens of all returned sequences, and of the unsplit model's.
+    #: Number of generated tokens in all returned sequences, and in the unsplit model's.
     tokens: int = 0
     wanted: int = 0
-    #: Denoising steps of images.
+    #: Number of denoising steps.
     steps: int = 0
 
 
 class Failed(msgspec.Struct, tag="failed"):
-    """A request has ended with an error."""
+    """A request ended with an error."""
 
     number: int
     error: str
 
 
 class Traffic(msgspec.Struct, tag="traffic"):
-    """The device's counters since its start."""
+    """The device's counters since it started."""
 
     bytes_sent: int
     bytes_received: int

@@ -1,4 +1,4 @@
-"""The images that devices ask for, drawn from a seed: from embeddings, in place of a prompt, to latents."""
+"""Random image requests, drawn from a seed: from prompt embeddings to latents."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 import torch
 
-#: Least and most denoising steps of an image.
+#: Fewest and most denoising steps of an image.
 STEPS = 3, 8
 
-#: Pixels of a side; latents have an eighth.
+#: Lengths of a side, in pixels; those of latents are an eighth.
 SIDES = (64, 96, 128)
 
-#: Tokens of a prompt's embeddings.
+#: Number of tokens in the prompt embeddings.
 TOKENS = 8
 
-#: What latents may differ from the unsplit pipeline's, as a share of their largest number: a step that is batched
-#: with other devices' rounds differently.
+#: Largest deviation from the unsplit pipeline's latents, relative to their maximum: a step that shares a forward
+#: with other devices' steps rounds differently.
 TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """Arguments of a pipeline; `noise` is the seed of the latents that it begins with."""
+    """Arguments of a pipeline; `noise` is the seed of the initial latents."""
 
     options: dict[str, Any]
     noise: int
@@ -34,14 +34,14 @@ class ImageRequest:
         return int(self.options["num_inference_steps"])
 
     def run(self, unet: Any) -> torch.Tensor:
-        """The latents in the end, `[images, channels, height, width]`."""
+        """The final latents, `[images, channels, height, width]`."""
         generator = torch.Generator().manual_seed(self.noise)
         output: torch.Tensor = _pipeline(unet)(generator=generator, output_type="latent", **self.options).images
         return output
 
 
 def draw(seed: int, device: int, number: int, config: Any) -> ImageRequest:
-    """The request of this number of a device, for a UNet of this configuration."""
+    """The `number`-th request of a device, for a UNet with this configuration."""
     rng = random.Random(f"{seed} {device} {number}")
     noise = torch.Generator().manual_seed(rng.getrandbits(63))
     options: dict[str, Any] = {
@@ -61,14 +61,14 @@ def draw(seed: int, device: int, number: int, config: Any) -> ImageRequest:
 
 
 def agree(latents: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Whether latents are the unsplit pipeline's."""
+    """Whether latents equal the unsplit pipeline's within `TOLERANCE`."""
     if latents.shape != wanted.shape:
         return False
     return bool((latents - wanted).abs().max() <= TOLERANCE * wanted.abs().max().clamp_min(1))
 
 
 def _pipeline(unet: Any) -> Any:
-    """A pipeline of a UNet alone."""
+    """A pipeline that consists of a UNet and a scheduler."""
     import diffusers
 
     scheduler = diffusers.EulerDiscreteScheduler()

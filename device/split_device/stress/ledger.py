@@ -1,4 +1,4 @@
-"""What the devices have told: who asked what, and what came of it."""
+"""The requests of all devices, and their outcomes."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from split_device.stress.events import Answered, Asked, Decoded, Event, Failed, 
 
 @dataclass
 class Ledger:
-    """Takes the events of all devices, each from a thread of its own."""
+    """Collects the events of all devices. `take` may be called from any thread."""
 
-    #: Times are seconds since then, by `time.monotonic`.
+    #: Start of the run (`time.monotonic`); all other times are in seconds since then.
     began: float = field(default_factory=time.monotonic)
-    #: Answers to each request, by device and number.
+    #: Number of answers to each request, by device and request number.
     answers: dict[tuple[int, int], int] = field(default_factory=dict)
     mismatched: int = 0
-    #: Outputs with more tokens than the unsplit model's.
+    #: Number of outputs with more tokens than the unsplit model's.
     surplus: int = 0
     tokens: int = 0
-    #: Denoising steps, and requests for images that were answered.
+    #: Number of denoising steps, and of answered image requests.
     steps: int = 0
     images: int = 0
     request_seconds: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     recoveries: list[float] = field(default_factory=list)
-    #: When tokens or steps were computed, and how many.
+    #: Times at which tokens or steps were reported, and their number.
     decoded: list[tuple[float, int]] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     traffic: dict[int, Traffic] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, device: int, event: Event) -> None:
-        """Enters an event of a device."""
+        """Records an event of a device."""
         with self._lock:
             match event:
                 case Asked(number):
@@ -61,7 +61,7 @@ class Ledger:
         self.recoveries += event.recoveries
 
     def rate(self, seconds: float = 5.0) -> float:
-        """Tokens and steps of each of the last seconds."""
+        """Tokens and steps per second over the last `seconds`."""
         now = time.monotonic() - self.began
         with self._lock:
             return sum(tokens for when, tokens in self.decoded[-1000:] if when > now - seconds) / seconds

@@ -1,4 +1,4 @@
-"""What a person sees while the stress command runs: a live table on a terminal, else a line now and then."""
+"""Progress of the stress command: a live table on a terminal, a line from time to time elsewhere."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from split_device.stress.chaos import Chaos
 from split_device.stress.ledger import Ledger
 from split_device.stress.processes import Kept
 
-#: Seconds between two lines where stderr is no terminal.
+#: Interval between two lines if stderr is not a terminal, in seconds.
 LINE_INTERVAL = 15.0
 
 
 @contextlib.contextmanager
 def shown(ledger: Ledger, chaos: Chaos | None, workers: list[Kept]) -> Iterator[Callable[[], None]]:
-    """Yields what is to be called now and then."""
+    """Yields the function that refreshes the view; call it often."""
     if stderr.is_terminal:
         with Live(console=stderr, auto_refresh=False, transient=True) as live:
             yield lambda: live.update(_table(ledger, chaos, workers), refresh=True)

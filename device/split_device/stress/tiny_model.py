@@ -1,15 +1,15 @@
-"""A small random Llama: loaded in no time, so that a worker that was killed is soon back."""
+"""A small random Llama, which loads fast, so that a killed worker is back soon."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-#: Standard deviation of the weights. Larger than a fresh model's, so that no two logits are nearly equal.
+#: Standard deviation of the weights: larger than a new model's, so that no two logits nearly tie.
 DEVIATION = 0.25
 
 
 def build(directory: Path, seed: int) -> Path:
-    """Saves the model in `directory`; the same one for the same seed."""
+    """Saves the model in `directory`. The same seed gives the same weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def build(directory: Path, seed: int) -> Path:
-    """Saves the UNet in `directory`; the same one for the same seed."""
+    """Saves the UNet in `directory`. The same seed gives the same weights."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -24,7 +24,7 @@ def build(directory: Path, seed: int) -> Path:
         "cross_attention_dim": 48,
         "norm_num_groups": 8,
     }
-    # The caller's own random numbers stay as they are.
+    # The global random state stays as it was.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(**config)

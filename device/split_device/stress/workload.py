@@ -1,4 +1,4 @@
-"""What the devices ask for: prompts and ways to generate, drawn from a seed."""
+"""Random text requests, drawn from a seed: prompts and decoding strategies."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-#: Least and most tokens of a prompt, and of an answer.
+#: Fewest and most tokens of a prompt, and of an answer.
 PROMPT = 4, 64
 ANSWER = 8, 40
 
 
 @dataclass(frozen=True)
 class Request:
-    """Arguments of `generate`; `prompt` is `[rows, tokens]`, and padded on the left."""
+    """Arguments of `generate`; `prompt` is `[rows, tokens]`, int64, padded on the left."""
 
     prompt: torch.Tensor
     options: dict[str, Any]
@@ -28,7 +28,7 @@ class Request:
 
 
 def draw(seed: int, device: int, number: int, vocabulary: int) -> Request:
-    """The request of this number of a device."""
+    """The `number`-th request of a device."""
     rng = random.Random(f"{seed} {device} {number}")
     way = rng.choice(_WAYS)
     return way(rng, vocabulary, {"max_new_tokens": rng.randint(*ANSWER)})
@@ -51,16 +51,16 @@ def _beams(rng: random.Random, vocabulary: int, options: dict[str, Any]) -> Requ
 
 
 def _lookup(rng: random.Random, vocabulary: int, options: dict[str, Any]) -> Request:
-    """Assisted decoding, which rolls the cache back; there is something to find in a prompt that repeats itself."""
+    """Prompt lookup, which rolls the cache back. The prompt repeats itself, so that there are matches."""
     once = _tokens(rng, vocabulary)
     prompt = torch.cat([once, once], 1)
     return Request(prompt, {"attention_mask": torch.ones_like(prompt), "prompt_lookup_num_tokens": 4, **options})
 
 
-#: A draw takes each as likely as it is often here.
+#: The strategies that `draw` chooses from, with repetition as weight.
 _WAYS: list[Callable[[random.Random, int, dict[str, Any]], Request]] = [_greedy, _greedy, _batch, _beams, _lookup]
 
 
 def _tokens(rng: random.Random, vocabulary: int) -> torch.Tensor:
-    """A prompt `[1, tokens]` without the padding token, 0."""
+    """A random prompt `[1, tokens]` without the padding token, 0."""
     return torch.tensor([[rng.randrange(1, vocabulary) for _ in range(rng.randint(*PROMPT))]])
