@@ -46,6 +46,10 @@ PART_BYTES = 4 * 1024**2
 #: Scales of an image job, at most.
 MAX_SCALES = 4096
 
+#: What a peer may lack; the two ends of a channel agree on what both have. "fork" is a copy of a session on its
+#: worker, "int4" and "int8" are codecs. New kinds of requests, rows and codecs add their names here.
+CAPABILITIES = frozenset({"fork", "int4", "int8"})
+
 
 class Payload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """Head of an opened body."""
@@ -59,6 +63,11 @@ class Payload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_field
     def tensor_bytes(self) -> int:
         """Bytes of the tensors that follow it in the body."""
         return 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Capabilities that its receiver must have."""
+        return frozenset()
 
 
 class Run(msgspec.Struct, array_like=True, frozen=True):
@@ -102,6 +111,10 @@ class Fork(Payload, frozen=True, tag=2):
 
     parent: Natural
     parent_epoch: Natural
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"fork"})
 
 
 class Close(Payload, frozen=True, tag=3):
@@ -187,6 +200,10 @@ class Denoise(Payload, frozen=True, tag=8):
     @property
     def reserved(self) -> int:
         return 128 + 32 * len(self.arrays) + 3 * len(self.rows)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return CAPABILITIES.intersection((self.codec, *(array.codec for array in self.arrays)))
 
     @property
     def step_bytes(self) -> int:
