@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import sys
@@ -10,7 +11,10 @@ from pathlib import Path
 import msgspec
 import nacl.bindings as sodium
 import pytest
+import torch
+from transformers import DynamicCache
 
+import fleet
 import tiny
 from recorded import (
     DEVICE,
@@ -159,13 +163,13 @@ def reworded(message: bytes, what: str, first: int) -> bytes:
         "version": [1, fields[-1]],
         "all capabilities": [2, []],
         "a capability": [2, ["fork", "int4"]],
-        "nothing": [2, ["fork", "int4", "int8", "trees"]],
+        "one more": [2, ["fork", "int4", "int8", "trees"]],
         "the older version": [3, fields[-1]],
     }[what]
     return msgspec.msgpack.encode(fields)
 
 
-CHANGES = ["fields", "version", "all capabilities", "a capability", "nothing", "the older version"]
+CHANGES = ["fields", "version", "all capabilities", "a capability", "one more", "the older version"]
 
 
 @pytest.mark.parametrize("what", CHANGES)
@@ -288,6 +292,23 @@ def test_what_a_worker_lacks_is_not_asked_of_it(setting: Setting, monkeypatch: p
             session.call([(IMAGE, bytes(IMAGE.tensor_bytes))])
         # Nothing of it was sent: the session goes on.
         assert session.call([step(7, 1)])
+
+
+def test_a_cache_is_copied_from_the_history_where_the_worker_makes_no_copies(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = torch.arange(3, 12)[None]
+    greedy = {"do_sample": False, "max_new_tokens": 6}
+    monkeypatch.setattr(worker_module, "WorkerHandshake", functools.partial(WorkerHandshake, capabilities=SOME))
+    with fleet.split_model(setting.checkpoint) as model:
+        expected = model.generate(prompt, **greedy).tolist()
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(prompt[:, :-1], past_key_values=cache)
+        replays = model._client.counters["replays"]
+        for copied in (copy.deepcopy(cache), cache):
+            assert model.generate(prompt, past_key_values=copied, **greedy).tolist() == expected
+        assert model._client.counters["replays"] == replays + 1
 
 
 def test_a_worker_refuses_what_was_not_agreed_on(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
