@@ -52,13 +52,13 @@ from split_common.headers import Hash, Relay, Service
 from split_common.keys import Certificate, Identity, Role, Roster
 from split_common.payloads import CAPABILITIES, Dtype
 
-#: After this many seconds a device sets up a new channel for new sessions.
+#: Age of a channel, in seconds, after which a device sets up another one for new sessions.
 CHANNEL_LIFETIME = 3600.0
 
-#: Sessions that may be opened over one channel; after that a device sets up a new one.
+#: Sessions that a device opens over one channel before it sets up another one.
 CHANNEL_SESSIONS = 65536
 
-#: Largest handshake message, in bytes: a certificate of the largest size fits.
+#: Largest handshake message, in bytes. A certificate of the largest size fits.
 MAX_HANDSHAKE = 80 * 1024
 
 #: Version of the set-up. Version 2 added the version itself and capabilities.
@@ -72,7 +72,7 @@ MAX_CAPABILITIES = 64
 
 _T = TypeVar("_T")
 
-#: Checks a peer's signed certificate and returns it; raises CertificateError.
+#: Checks a peer's signed certificate for a role and returns it. Raises CertificateError.
 Verify = Callable[[bytes, Role], Certificate]
 
 
@@ -101,7 +101,7 @@ SUITES = {suite.name: suite for suite in (AEGIS, XCHACHA)}
 
 
 def preferred_suites() -> list[str]:
-    """Names of the suites of this machine, the fastest first: AEGIS only where the CPU has AES."""
+    """Names of the suites to offer, the fastest first. AEGIS is offered only if the CPU has AES instructions."""
     try:
         sodium.crypto_aead_aes256gcm_encrypt(b"", b"", bytes(12), bytes(32))
     except Exception:
@@ -109,13 +109,14 @@ def preferred_suites() -> list[str]:
     return [AEGIS.name, XCHACHA.name]
 
 
+#: Version of the set-up.
 Version = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
-#: A capability: 1 to 32 characters.
+#: Name of a capability: 1 to 32 characters.
 Capability = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9][a-z0-9.-]{0,31}\Z")]
 
 
 class Hello(msgspec.Struct, array_like=True, frozen=True):
-    """A device's first message."""
+    """The device's first message. Only ever append fields: peers of other versions read it, too."""
 
     ephemeral: Hash
     #: AEADs by name, the preferred one first.
@@ -129,10 +130,10 @@ class Hello(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Answer(msgspec.Struct, array_like=True, frozen=True):
-    """The worker's answer to a `Hello`."""
+    """The worker's answer to a `Hello`. Only ever append fields: peers of other versions read it, too."""
 
     ephemeral: Hash
-    #: The AEAD that it chose.
+    #: Name of the AEAD that the worker chose.
     suite: str
     #: Sealed `Credentials`.
     credentials: bytes
@@ -141,20 +142,20 @@ class Answer(msgspec.Struct, array_like=True, frozen=True):
     capabilities: Annotated[list[Capability], msgspec.Meta(max_length=MAX_CAPABILITIES)] = []
 
     def encode(self) -> bytes:
-        """The message; one of version 1 ends with the credentials."""
+        """Returns the message. One of version 1 ends with the credentials."""
         fields = msgspec.structs.astuple(self)
         return msgspec.msgpack.encode(fields if self.version > 1 else fields[:3])
 
 
 class Credentials(msgspec.Struct, array_like=True, frozen=True):
-    """A signed certificate, and the signature of the transcript by the key that it names."""
+    """A signed certificate, and a signature of the transcript by the certificate's key."""
 
     certificate: bytes
     signature: Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
 
 
 class Box:
-    """One direction of encryption: an AEAD under one key; the nonce is a counter that the caller never repeats."""
+    """One direction of encryption: an AEAD under one key. The nonce is a counter, which a caller never repeats."""
 
     def __init__(self, suite: Suite, key: bytes) -> None:
         self.suite = suite
@@ -164,7 +165,11 @@ class Box:
         return self.suite.encrypt(plaintext, data, self._nonce(counter), self._key)
 
     def open(self, counter: int, data: bytes, ciphertext: bytes) -> bytes:
-        """Raises AuthenticationError when the ciphertext, its data or its counter is not what was sealed."""
+        """Decrypts what `seal` made.
+
+        Raises:
+            AuthenticationError: the ciphertext, its data or its counter is not what was sealed.
+        """
         try:
             return self.suite.decrypt(ciphertext, data, self._nonce(counter), self._key)
         except (nacl.exceptions.CryptoError, ValueError):
@@ -175,18 +180,18 @@ class Box:
 
 
 def _derive(key: bytes, label: bytes, context: bytes = b"") -> bytes:
-    """A 32-byte key from a 32-byte key (BLAKE2b keyed and personalized, RFC 7693)."""
+    """Derives a key from a key, 32 bytes each (BLAKE2b, keyed and personalized, RFC 7693)."""
     return blake2b(context, key=key, person=label.ljust(16, b"\0"), encoder=RawEncoder)
 
 
 def _hash(*parts: bytes) -> bytes:
-    """Hash of a sequence of byte strings, each with its length."""
+    """Digest (32 bytes) of a sequence of byte strings, each preceded by its length."""
     joined = b"".join(struct.pack("<Q", len(part)) + part for part in parts)
     return blake2b(joined, person=b"lambda-split", encoder=RawEncoder)
 
 
 class SessionKeys:
-    """Both directions of one session's epoch, and the counter of what this side sealed."""
+    """The keys of one session's epoch, one for each direction, and the counter of the bodies sealed here."""
 
     def __init__(self, suite: Suite, send: bytes, receive: bytes, context: bytes) -> None:
         self._outgoing = Box(suite, _derive(send, b"session", context))
@@ -195,26 +200,30 @@ class SessionKeys:
         self.tag_size = suite.tag_size
 
     def next_counter(self) -> int:
-        """A nonce that was never used before, whichever threads ask."""
+        """Returns a nonce that was never used before. Safe to call from several threads."""
         return next(self._counters)
 
     def seal(self, header: Relay, plaintext: bytes) -> bytes:
-        """Encrypts a body; `header.counter` must come from `next_counter`, one for each plaintext."""
+        """Encrypts a body. `header.counter` must come from `next_counter`, and be new for each plaintext."""
         return self._outgoing.seal(header.counter, header.associated_data(), plaintext)
 
     def open(self, header: Relay, body: bytes) -> bytes:
-        """Raises AuthenticationError."""
+        """Decrypts a body of the peer.
+
+        Raises:
+            AuthenticationError: the body, or a field of the header that it depends on, was changed.
+        """
         return self._incoming.open(header.counter, header.associated_data(), body)
 
 
 @dataclass
 class Channel:
-    """An authenticated channel: who the peer is, what both ends can do, and the keys of its sessions."""
+    """An authenticated channel: who the peer is, what both ends can do, and the keys of the channel's sessions."""
 
     peer: Certificate
     suite: Suite
     dtype: Dtype
-    #: What both ends named.
+    #: The capabilities that both ends have.
     capabilities: frozenset[str]
     _send: bytes = field(repr=False)
     _receive: bytes = field(repr=False)
@@ -222,11 +231,11 @@ class Channel:
 
     @property
     def expired(self) -> bool:
-        """Whether new sessions should go to a new channel."""
+        """Whether new sessions should use another channel."""
         return time.monotonic() - self.born > CHANNEL_LIFETIME
 
     def trusted(self, roster: Roster) -> bool:
-        """Whether the peer's certificate still holds: it is neither revoked nor has it run out."""
+        """Whether the peer is still a member: neither revoked nor with an expired certificate."""
         member = roster.by_sign_key(self.peer.sign_key)
         return member is not None and not member.revoked and time.time() < self.peer.not_after
 
@@ -243,6 +252,7 @@ class Channel:
             )
 
     def session_keys(self, session: int, epoch: int) -> SessionKeys:
+        """Derives the keys of a session's epoch. Derive them once: their counter begins at 1."""
         return SessionKeys(self.suite, self._send, self._receive, struct.pack("<QQ", session, epoch))
 
 
@@ -386,7 +396,7 @@ def _decode(message: bytes, type_: type[_T]) -> _T:
 
 
 def _named(message: Hello | Answer) -> frozenset[str]:
-    """A peer's capabilities, unknown ones among them. Raises Malformed."""
+    """Returns a peer's capabilities, including unknown ones. Raises Malformed if they are not in order."""
     names = message.capabilities
     if names != sorted(set(names)):
         raise Malformed("handshake: the capabilities are not in ascending order")
@@ -394,7 +404,7 @@ def _named(message: Hello | Answer) -> frozenset[str]:
 
 
 def _transcript(hello: bytes, answer: Answer) -> bytes:
-    """Hash of the hello as it was sent and of all that the answer says in the clear."""
+    """Digest of the hello, byte for byte, and of all fields of the answer that are in the clear."""
     if answer.version == 1:
         return _hash(hello, answer.ephemeral, answer.suite.encode())
     version = struct.pack("<Q", answer.version)
