@@ -1,8 +1,9 @@
 """What travels and what lies on disks stays as it is: golden samples of each message, signed file and record.
 
-The samples are in `golden/`: hexadecimal where they are bytes. A format that is to change needs a new version of it
-and a sample of its own; the old sample stays, as long as the old version is read. For a new message, add a sample
-here, and run `python tests/test_golden.py`: it adds what is missing, and changes nothing that is there.
+The samples are in `golden/`: hexadecimal where they are bytes. Those of a channel's set-up are in `test_set_up.py`.
+A format that is to change needs a new version and a sample of it; the old sample stays as long as that version is
+read. For a new message, add a sample here and run `python tests/test_golden.py`, which adds what is missing and
+changes nothing that is there.
 """
 
 from __future__ import annotations
@@ -20,16 +21,34 @@ from types import ModuleType
 from typing import Any
 
 import msgspec
-import nacl.bindings as sodium
 import pytest
-from nacl.public import PrivateKey
-from nacl.signing import SigningKey
 
+from recorded import (
+    ADD,
+    BROKER,
+    DEVICE,
+    DEVICE_ID,
+    GOLDEN,
+    KEY,
+    MANIFEST,
+    OPERATOR,
+    OPERATOR_KEY,
+    REPLY,
+    REQUEST,
+    ROOT,
+    ROSTER,
+    SERVICE,
+    WORKER,
+    WORKER_ID,
+    check_bytes,
+    check_text,
+    read_bytes,
+)
 from split_common import channel, headers, keys, manifest, payloads
-from split_common.channel import AEGIS, XCHACHA, Answer, Credentials, DeviceHandshake, Hello, WorkerHandshake
+from split_common.channel import AEGIS, Answer, Credentials, Hello
 from split_common.files import private_dir, write_private, write_public
 from split_common.fleet import Fleet
-from split_common.keys import Certificate, Identity, Member, ModelScope, Role, Roster, Signed, open_signed, seal
+from split_common.keys import Certificate, Identity, Roster, Signed, open_signed, seal
 from split_common.manifest import Manifest
 from split_common.transport import member_mark
 from split_common.transport.redis.keys import GROUP, Keys, entry, read_entry
@@ -44,57 +63,7 @@ from split_device.sessions.dead_letters import DeadLetter
 from split_device.settings import Sampling
 from split_device.stress import report
 
-GOLDEN = Path(__file__).parent / "golden"
-
-#: Whether missing samples are added.
-ADD = bool(os.environ.get("LAMBDA_SPLIT_ADD_GOLDEN"))
-
-
-def check_bytes(name: str, samples: dict[str, bytes]) -> dict[str, bytes]:
-    """Compares samples with those in a file; returns the latter."""
-    path = GOLDEN / f"{name}.hex"
-    golden = read_bytes(path) if path.exists() else {}
-    if ADD and samples.keys() - golden.keys():
-        golden = samples | golden
-        path.write_text("".join(map(listing, golden, golden.values())))
-    assert {key: listing(key, value) for key, value in samples.items()} == {
-        key: listing(key, value) for key, value in golden.items()
-    }
-    return golden
-
-
-def listing(name: str, data: bytes) -> str:
-    lines = (data[begin : begin + 32].hex() for begin in range(0, len(data), 32))
-    return "\n".join([f"{name}:", *(f"  {line}" for line in lines)]) + "\n"
-
-
-def read_bytes(path: Path) -> dict[str, bytes]:
-    samples: dict[str, bytes] = {}
-    name = ""
-    for line in path.read_text().splitlines():
-        if line.startswith("  "):
-            samples[name] += bytes.fromhex(line)
-        else:
-            name = line.removesuffix(":")
-            samples[name] = b""
-    return samples
-
-
-def check_text(name: str, text: str) -> str:
-    """Compares a text with that in a file."""
-    path = GOLDEN / name
-    if ADD and not path.exists():
-        path.write_text(text)
-    golden = path.read_text()
-    assert text.splitlines() == golden.splitlines()
-    return golden
-
-
 # --- headers and payloads ----------------------------------------------------------------------------------
-
-ROOT = bytes(range(32))
-DEVICE_ID, WORKER_ID = b"device-A", b"worker-B"
-SERVICE = headers.Service(ROOT, 2, 28)
 
 HEADERS: dict[str, headers.Header] = {
     "announce-device": headers.Announce(DEVICE_ID, "device", "device-1", 1000, [WORKER_ID]),
@@ -108,8 +77,8 @@ HEADERS: dict[str, headers.Header] = {
     "open": headers.Open(DEVICE_ID, 5, SERVICE, [WORKER_ID]),
     "relay-answer": headers.Relay(DEVICE_ID, WORKER_ID, headers.Kind.ANSWER, 5),
     "relay-finish": headers.Relay(WORKER_ID, DEVICE_ID, headers.Kind.FINISH, 5),
-    "relay-request": headers.Relay(WORKER_ID, DEVICE_ID, headers.Kind.REQUEST, 5, 6, 7, 8, 9),
-    "relay-reply": headers.Relay(DEVICE_ID, WORKER_ID, headers.Kind.REPLY, 5, 6, 7, 8, 90_000),
+    "relay-request": REQUEST,
+    "relay-reply": REPLY,
     "relay-unknown": headers.Relay(DEVICE_ID, WORKER_ID, headers.Kind.UNKNOWN, 5, 6, 7, 8, 9),
     "bounce-no-worker": headers.Bounce("no-worker", 5, detail="org/model layers 2:28"),
     "bounce-busy": headers.Bounce("busy", 5, 6, 8, WORKER_ID, "every worker is full", 1.5, 7),
@@ -118,7 +87,6 @@ HEADERS: dict[str, headers.Header] = {
     "bounce-revoked": headers.Bounce("revoked", 5, 6, 8, WORKER_ID),
 }
 
-KEY = bytes(range(100, 132))
 REQUESTS: dict[str, payloads.Payload] = {
     "step-prefill": payloads.Step("bfloat16", 2, [payloads.Run(0, 0, [0, 1, 2]), payloads.Run(1, 4, [300])]),
     "step-decode": payloads.Step("float32", 1, [payloads.Run(0, 7, [6])], [1, 0], 8),
@@ -166,9 +134,7 @@ def test_headers() -> None:
 
 
 def test_what_a_header_authenticates() -> None:
-    header = HEADERS["relay-request"]
-    assert isinstance(header, headers.Relay)
-    samples = {"associated-data": header.associated_data(), "echo": headers.echo(header, b"body")}
+    samples = {"associated-data": REQUEST.associated_data(), "echo": headers.echo(REQUEST, b"body")}
     check_bytes("authenticated", samples)
 
 
@@ -188,33 +154,7 @@ def test_payloads(name: str, samples: dict[str, payloads.Payload]) -> None:
         assert (payload, bytes(tensor)) == (samples[key], tensor_of(samples[key]))
 
 
-# --- the fleet and the set-up of channels ------------------------------------------------------------------
-
-OPERATOR = SigningKey(b"operator" * 4)
-OPERATOR_KEY = bytes(OPERATOR.verify_key)
-SCOPE = ModelScope(SERVICE.root, SERVICE.first, SERVICE.last)
-
-
-def identity(role: Role, models: tuple[ModelScope, ...] = ()) -> Identity:
-    name = f"{role}-1"
-    signing_key, curve = SigningKey(role.encode().ljust(32, b"s")), PrivateKey(role.encode().ljust(32, b"c"))
-    certificate = Certificate(
-        role, name, bytes(signing_key.verify_key), bytes(curve.public_key), 1_700_000_000, 4_000_000_000, models
-    )
-    sealed = seal("certificate", certificate, OPERATOR)
-    return Identity(sealed, certificate, signing_key, bytes(curve), OPERATOR_KEY)
-
-
-BROKER, DEVICE, WORKER = identity("broker"), identity("device"), identity("worker", (SCOPE,))
-ROSTER = Roster(
-    4,
-    1_750_000_000,
-    tuple(
-        Member(c.name, c.role, c.sign_key, c.curve_key, c.role == "broker")
-        for c in (member.certificate for member in (BROKER, DEVICE, WORKER))
-    ),
-)
-MANIFEST = Manifest("org/model", KEY, {"model.embed.weight": ROOT, "lm_head.weight": bytes(32)})
+# --- the fleet ---------------------------------------------------------------------------------------------
 
 
 def test_signed_files() -> None:
@@ -233,37 +173,6 @@ def test_signed_files() -> None:
     assert open_signed("roster", Roster, golden["roster"], OPERATOR_KEY) == ROSTER
     assert open_signed("manifest", Manifest, golden["manifest"], OPERATOR_KEY) == MANIFEST
     assert Identity.decode(golden["device-1.key"]) == DEVICE
-
-
-@pytest.mark.parametrize("suite", [AEGIS, XCHACHA], ids=lambda suite: suite.name)
-def test_the_set_up_of_a_channel(suite: channel.Suite, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The three messages, and a body under the keys that come of them."""
-    pairs = iter(sodium.crypto_kx_seed_keypair(bytes([seed]) * 32) for seed in (1, 2))
-    monkeypatch.setattr(sodium, "crypto_kx_keypair", lambda: next(pairs))
-    monkeypatch.setattr(channel, "preferred_suites", lambda: [suite.name])
-
-    def verify(data: bytes, role: Role) -> Certificate:
-        return keys.verify_certificate(data, operator_key=OPERATOR_KEY, roster=None, role=role, scope=SCOPE)
-
-    initiator = DeviceHandshake(DEVICE, verify, SERVICE, "bfloat16")
-    responder = WorkerHandshake(WORKER, verify, SERVICE, initiator.hello)
-    finish, of_device = initiator.finish(responder.answer)
-    of_worker = responder.finish(finish)
-    request, reply = HEADERS["relay-request"], HEADERS["relay-reply"]
-    assert isinstance(request, headers.Relay)
-    assert isinstance(reply, headers.Relay)
-    golden = check_bytes(
-        f"channel-{suite.name}",
-        {
-            "hello": initiator.hello,
-            "answer": responder.answer,
-            "finish": finish,
-            "sealed-request": of_device.session_keys(6, 7).seal(request, b"request"),
-            "sealed-reply": of_worker.session_keys(6, 7).seal(reply, b"reply"),
-        },
-    )
-    assert of_worker.session_keys(6, 7).open(request, golden["sealed-request"]) == b"request"
-    assert of_device.session_keys(6, 7).open(reply, golden["sealed-reply"]) == b"reply"
 
 
 # --- Redis -------------------------------------------------------------------------------------------------
@@ -465,8 +374,8 @@ NOT_STORED: set[type] = {headers.Header, payloads.Payload, jobs.Job, jobs.Progre
 SAMPLES = (
     *(HEADERS, REQUESTS, REPLIES, ROSTER, MANIFEST, DEVICE.certificate, WORKER.certificate),
     *(TASKS, Piece([1], "one"), LETTER),
-    Hello(ROOT, [AEGIS.name], SERVICE, "bfloat16"),
-    Answer(ROOT, AEGIS.name, b"credentials"),
+    Hello(ROOT, [AEGIS.name], SERVICE, "bfloat16", 2, ["fork"]),
+    Answer(ROOT, AEGIS.name, b"credentials", 2, ["fork"]),
     Credentials(b"certificate", bytes(64)),
     Signed(b"payload", bytes(64)),
 )

@@ -21,17 +21,17 @@ import msgspec
 
 from split_common.errors import Malformed, Oversized, VersionMismatch
 
-#: Version of the protocol; the first byte of every header. Peers of another version are refused.
+#: Version of the protocol, the first byte of every header. Peers with another version are refused.
 VERSION = 1
 
 #: Largest header, in bytes.
 MAX_HEADER = 64 * 1024
 
-#: Largest body, in bytes. Longer steps travel in chunks.
+#: Largest body, in bytes. Larger steps travel in several messages.
 MAX_BODY = 16 * 1024 * 1024
 
-#: Largest frame that a socket takes, in bytes; it closes the connection on a larger one. A body just above its
-#: limit arrives, and is refused and counted.
+#: Largest frame that a socket accepts, in bytes; a larger one closes the connection. It exceeds `MAX_BODY`: a body
+#: slightly above that limit arrives, and is refused and counted.
 MAX_FRAME = MAX_BODY + 64 * 1024
 
 #: Longest wait that one peer may ask another for, in seconds.
@@ -40,7 +40,9 @@ MAX_RETRY_AFTER = 60.0
 #: Most peers that one announcement may watch.
 MAX_WATCHED = 4096
 
+#: Identifies a connection of a member for as long as its process runs (`split_common.transport.new_peer_id`).
 PeerId = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
+#: A SHA-256 or BLAKE2b digest, or an X25519 public key.
 Hash = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Natural = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 Text = Annotated[str, msgspec.Meta(max_length=512)]
@@ -48,7 +50,7 @@ Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=MAX_RETRY_AFTER)]
 
 
 class Header(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """First frame of a message, in the clear: what the broker needs to route it."""
+    """Base of all headers."""
 
 
 class Service(msgspec.Struct, array_like=True, frozen=True):
@@ -60,37 +62,37 @@ class Service(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Announce(Header, frozen=True, tag=1):
-    """A peer's heartbeat: all that a broker that has just started needs to know of it.
+    """A peer's heartbeat. It says everything about the peer that a newly started broker needs to know.
 
-    Of a device's, `service`, `model` and `room` mean nothing.
+    Devices leave `service`, `model` and `room` at their defaults.
     """
 
     sender: PeerId
     role: Literal["device", "worker"]
     member: Text
-    #: Bodies of all messages received so far, in bytes: the broker's credit.
+    #: Bytes of all bodies received so far; the broker limits how many more may be on the way.
     received: Natural = 0
-    #: Peers whose death this one wants to hear of.
+    #: Peers about whose death this peer is to be told.
     watching: Annotated[list[PeerId], msgspec.Meta(max_length=MAX_WATCHED)] = []
     service: Service | None = None
     model: Text = ""
-    #: Sessions that a worker still has room for.
+    #: Further sessions that the worker can hold.
     room: Natural = 0
-    #: It does not serve any more: it ends, or computes nothing though it has work.
+    #: The peer no longer serves: its process ends, or its compute loop is stuck.
     leaving: bool = False
 
 
 class Welcome(Header, frozen=True, tag=2):
-    """The broker's answer to an announcement, and its word when a watched peer is gone."""
+    """The broker's answer to an announcement; also sent when a watched peer is gone."""
 
-    #: Identifies this run of the broker: a new one has forgotten what was in flight.
+    #: Identifies this run of the broker. A different one means that what was in flight is lost.
     boot: PeerId
     roster_version: Natural = 0
     gone: Annotated[list[PeerId], msgspec.Meta(max_length=MAX_WATCHED)] = []
 
 
 class Probe(Header, frozen=True, tag=3):
-    """Sent by the broker to find out whether a connection still stands; ignored by the peer."""
+    """Sent by the broker to test a connection; peers ignore it."""
 
 
 class RosterRequest(Header, frozen=True, tag=4):
@@ -100,33 +102,33 @@ class RosterRequest(Header, frozen=True, tag=4):
 
 
 class RosterReply(Header, frozen=True, tag=5):
-    """The operator-signed roster is the body."""
+    """Answers a `RosterRequest`; the body is the signed roster."""
 
 
 class Open(Header, frozen=True, tag=6):
-    """A device looks for any worker of a service; the body is the channel's first message."""
+    """A device asks for a channel to any worker of a service; the body is the channel's `Hello`."""
 
     sender: PeerId
     channel: Natural
     service: Service
-    #: Workers that the device does not want, e.g. because they have just refused it.
+    #: Workers that the device does not want, e.g. because they refused it recently.
     avoid: Annotated[list[PeerId], msgspec.Meta(max_length=64)] = []
 
 
 class Kind(IntEnum):
-    """What a relayed body is. Of a worker's replies, those of session 0 are the channel's own."""
+    """What a relayed body is. Replies with session 0 concern the channel itself."""
 
     ANSWER = 1
     FINISH = 2
     REQUEST = 3
     REPLY = 4
-    #: A worker does not know the channel (any more). It has no keys to say so with: it sends the hash of what it
-    #: was sent (`echo`), so that nothing damaged or old, nor an answer to that, is taken for it.
+    #: The worker does not know the channel, or no longer does, and has no keys to say so with. The body is a digest
+    #: of the message that it answers (`echo`); the device ignores it unless that message is in flight.
     UNKNOWN = 5
 
 
 class Relay(Header, frozen=True, tag=7):
-    """A message of a channel, from one peer to another."""
+    """A message over a channel, from one peer to another."""
 
     to: PeerId
     sender: PeerId
@@ -135,18 +137,18 @@ class Relay(Header, frozen=True, tag=7):
     session: Natural = 0
     epoch: Natural = 0
     seq: Natural = 0
-    #: The nonce of this body: never used twice in one direction of a session's epoch.
+    #: Nonce of this body, never used twice in one direction of a session's epoch.
     counter: Natural = 0
 
     def associated_data(self) -> bytes:
-        """The fields that the body's authentication covers. The direction is bound by the key."""
+        """The bytes that the body's AEAD authenticates with it. Peers and direction are bound by the key."""
         return struct.pack(
             "<BBQQQQQ", VERSION, self.kind, self.channel, self.session, self.epoch, self.seq, self.counter
         )
 
 
 class Bounce(Header, frozen=True, tag=8):
-    """The broker could not deliver a message."""
+    """A message could not be delivered. The fields repeat those of its header; `peer` is its receiver."""
 
     reason: Literal["no-worker", "busy", "gone", "full", "revoked"]
     channel: Natural = 0
@@ -167,15 +169,17 @@ _header_encoder = msgspec.msgpack.Encoder()
 
 
 def encode_header(header: Header) -> bytes:
-    """The first frame of a message."""
+    """Returns the first frame of a message."""
     return bytes((VERSION,)) + _header_encoder.encode(header)
 
 
 def decode_header(frame: bytes | memoryview) -> AnyHeader:
-    """Reads a first frame.
+    """Decodes the first frame of a message.
 
     Raises:
-        Oversized, VersionMismatch, Malformed: the frame is no header of this protocol.
+        Oversized: the frame is larger than `MAX_HEADER`.
+        VersionMismatch: it was made by another version of the protocol.
+        Malformed: it is not a header, or a field is out of its range.
     """
     if len(frame) > MAX_HEADER:
         raise Oversized(f"header of {len(frame)} bytes (at most {MAX_HEADER})")
@@ -192,12 +196,16 @@ def decode_header(frame: bytes | memoryview) -> AnyHeader:
 
 
 def echo(header: Relay, body: bytes) -> bytes:
-    """What an `UNKNOWN` says of the message that it answers: this one, as it arrived, and no other."""
+    """Returns the body of an `UNKNOWN`: a digest (32 bytes) of the message that it answers, as it arrived."""
     return hashlib.blake2b(header.sender + header.associated_data() + body, digest_size=32).digest()
 
 
 def check_body(frame: _Sized) -> _Sized:
-    """Takes a second frame as it is. Raises Oversized."""
+    """Returns the second frame of a message unchanged.
+
+    Raises:
+        Oversized: it is larger than `MAX_BODY`.
+    """
     if len(frame) > MAX_BODY:
         raise Oversized(f"body of {len(frame)} bytes (at most {MAX_BODY})")
     return frame

@@ -20,39 +20,43 @@ import msgspec
 from split_common.errors import Malformed, Oversized
 from split_common.headers import MAX_BODY, Hash, Natural, Seconds
 
-#: Largest msgspec payload of a body, in bytes: what is decoded into objects, not the tensor.
+#: Largest msgspec payload of a body, in bytes, without tensors: it bounds what is decoded into objects.
 MAX_PAYLOAD = 1024 * 1024
 
-#: Itemsize in bytes of each dtype that hidden states may have on the wire.
+#: Bytes of a number in each dtype that hidden states may have on the wire.
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-#: How the numbers of an image's states travel: as they are, or as integers with one scale for each channel.
+#: Encoding of an image's tensors: floats, or integers with one fp32 scale for each channel of each row.
 Codec = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 
-#: Bits of a number in each codec, and bytes of a scale where it has scales.
+#: Bits of a number in each codec, and bytes of a scale of the integer codecs.
 CODEC_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
 SCALE_BYTES = 4
 
-#: Rows (images and their negatives) and tensors of one step of an image job, at most.
+#: Most rows (images and their negatives) and most tensors of one step of an image.
 MAX_IMAGE_ROWS = 256
 MAX_ARRAYS = 64
 
-#: Bytes of the tensors of one step of an image job, and of its answer, at most; and of one message's share of them.
+#: Most bytes of the tensors of one step of an image, and of its answer; and most that one message has of them.
 MAX_STEP = 512 * 1024**2
 PART_BYTES = 4 * 1024**2
 
-#: Scales of an image job, at most.
+#: Most IP-Adapter scales of an image.
 MAX_SCALES = 4096
+
+#: What a peer may lack; the two ends of a channel agree on what both have. "fork" is a copy of a session on its
+#: worker, "int4" and "int8" are codecs. New kinds of requests, rows and codecs add their names here.
+CAPABILITIES = frozenset({"fork", "int4", "int8"})
 
 
 class Payload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """Head of an opened body."""
+    """Base of all payloads."""
 
     @property
     def reserved(self) -> int:
-        """Bytes that are set aside for it, so that the size of a step does not tell how large its numbers are."""
+        """Least bytes that the encoded payload takes up: a body's size must not reveal the numbers in it."""
         return 64
 
     @property
@@ -60,26 +64,30 @@ class Payload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_field
         """Bytes of the tensors that follow it in the body."""
         return 0
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Capabilities that its receiver must have."""
+        return frozenset()
+
 
 class Run(msgspec.Struct, array_like=True, frozen=True):
-    """A run of tokens to append to one row of a session.
-
-    `start` is the row's cache length before the run: the worker truncates the row to it. `positions` are the
-    tokens' (rotary) positions, which padding makes different from cache indices.
-    """
+    """A run of tokens to append to one row of a session."""
 
     row: Annotated[int, msgspec.Meta(ge=0, lt=4096)]
+    #: Cache length of the row before the run; the worker truncates the row to it.
     start: Natural
+    #: Position of each token, for rotary embeddings; with padding it differs from the index in the cache.
     positions: Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]], msgspec.Meta(min_length=1)]
 
 
 class Step(Payload, frozen=True, tag=1):
-    """One call of the body: the tensor is the hidden states of all runs, `[tokens, width]`, row after row."""
+    """One call of a language model's body. The tensor is the hidden states of all runs, `[tokens, width]`."""
 
     dtype: Dtype
     width: Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
+    #: In the order of the hidden states.
     rows: Annotated[list[Run], msgspec.Meta(max_length=4096)]
-    #: New row i is old row `select[i]`; applied before the runs are appended. None leaves the rows as they are.
+    #: Before the runs are appended, row i becomes old row `select[i]`. None leaves the rows as they are.
     select: Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(max_length=4096)] | None = None
     #: All replies below this sequence number have arrived.
     acked: Natural = 0
@@ -98,22 +106,27 @@ class Step(Payload, frozen=True, tag=1):
 
 
 class Fork(Payload, frozen=True, tag=2):
-    """Opens the session as a copy of another one of the same channel."""
+    """Opens the session as a copy of another session on the same channel."""
 
     parent: Natural
     parent_epoch: Natural
 
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"fork"})
+
 
 class Close(Payload, frozen=True, tag=3):
-    """Frees the session. Not answered."""
+    """Frees the session. It is not answered."""
 
 
 class Result(Payload, frozen=True, tag=4):
-    """Answer to a step: the body's output, `[tokens, width]`. Times in microseconds."""
+    """Answer to a `Step`. The tensor is the body's output, `[tokens, width]`."""
 
     dtype: Dtype
     tokens: Natural
     width: Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
+    #: Microseconds in the body, and elsewhere in the worker's process.
     body_us: Natural = 0
     worker_us: Natural = 0
 
@@ -123,39 +136,45 @@ class Result(Payload, frozen=True, tag=4):
 
 
 class Done(Payload, frozen=True, tag=5):
-    """Answer to a fork; of session 0, to the end of a channel's set-up."""
+    """Answer to a request without output; on session 0, the worker's confirmation of a channel's set-up."""
 
 
 class Array(msgspec.Struct, array_like=True, frozen=True):
-    """One of the tensors of a body. Scales, one for each channel of each row, come before the numbers."""
+    """One of the tensors of a body. Scales, `[rows, channels]` in fp32, come before the numbers."""
 
     codec: Codec
+    #: Rows and channels first.
     shape: Annotated[list[Annotated[int, msgspec.Meta(ge=1, lt=2**20)]], msgspec.Meta(min_length=2, max_length=4)]
-    #: How its end keeps it in memory: convolutions of another layout round otherwise. It travels in C order.
+    #: Memory layout at the sender. The receiver restores it, since convolutions round differently in another one.
+    #: The numbers travel in C order.
     channels_last: bool = False
 
     @property
     def size(self) -> int:
+        """Numbers in the tensor."""
         return math.prod(self.shape)
 
     @property
     def scales(self) -> int:
+        """Scales before the numbers; 0 for float codecs."""
         return self.shape[0] * self.shape[1] if self.codec in ("int8", "int4") else 0
 
     @property
     def nbytes(self) -> int:
+        """Bytes of scales and numbers."""
         return (self.size * CODEC_BITS[self.codec] + 7) // 8 + self.scales * SCALE_BYTES
 
 
 class Condition(Payload, frozen=True, tag=7):
-    """What an image is made after: the text's embeddings `[rows, tokens, width]`, say. Sent once for each job.
+    """The conditioning of an image, e.g. the prompt's embeddings `[rows, tokens, width]`. Sent once for each image.
 
-    `key` is how steps name it. A worker may forget it, and then refuses a step with "embeddings".
+    A worker may drop it; it then refuses a step that names it with "embeddings".
     """
 
+    #: Digest of the rest, by which steps name it.
     key: Hash
     arrays: Annotated[list[Array], msgspec.Meta(min_length=1, max_length=MAX_ARRAYS)]
-    #: How much each of the body's attentions to an IP-Adapter's images counts.
+    #: Weight of each of the body's attentions to the images of an IP-Adapter.
     scales: Annotated[list[float], msgspec.Meta(max_length=MAX_SCALES)] = []
 
     @property
@@ -164,24 +183,24 @@ class Condition(Payload, frozen=True, tag=7):
 
 
 class Denoise(Payload, frozen=True, tag=8):
-    """One call of an image model's body, complete in itself but for the embeddings.
+    """One call of a denoiser's body. Apart from its `Condition` it needs nothing that the worker holds.
 
-    The tensors are the states, `[rows, channels, height, width]` say, the embedding of the time `[rows, width]`,
-    and what else the kind of model calls for (`split_common.diffusion`).
+    The tensors are the states, e.g. `[rows, channels, height, width]`, the embedding of the timestep,
+    `[rows, width]`, and what else the kind of model takes (`split_common.diffusion`).
     """
 
-    #: The `Condition` of this job, if it has one, and which of its rows belongs to each row here; -1 for zeros.
+    #: Key of the image's `Condition`, if it has one; and for each row here the row of the condition, -1 for zeros.
     condition: Hash | None
     rows: Annotated[
         list[Annotated[int, msgspec.Meta(ge=-1, lt=MAX_IMAGE_ROWS)]],
         msgspec.Meta(min_length=1, max_length=MAX_IMAGE_ROWS),
     ]
     arrays: Annotated[list[Array], msgspec.Meta(min_length=2, max_length=MAX_ARRAYS)]
-    #: How the answer's numbers should travel.
+    #: Encoding of the answer.
     codec: Codec
     #: All replies below this sequence number have arrived.
     acked: Natural = 0
-    #: Bytes of the tensors that the `TensorPart`s before had; the rest follows here.
+    #: Bytes of the tensors that came before in `TensorPart`s; the rest follows in this body.
     sent: Natural = 0
 
     @property
@@ -189,7 +208,12 @@ class Denoise(Payload, frozen=True, tag=8):
         return 128 + 32 * len(self.arrays) + 3 * len(self.rows)
 
     @property
+    def needs(self) -> frozenset[str]:
+        return CAPABILITIES.intersection((self.codec, *(array.codec for array in self.arrays)))
+
+    @property
     def step_bytes(self) -> int:
+        """Bytes of all tensors of the step."""
         return sum(array.nbytes for array in self.arrays)
 
     @property
@@ -198,9 +222,10 @@ class Denoise(Payload, frozen=True, tag=8):
 
 
 class Denoised(Payload, frozen=True, tag=9):
-    """Answer to a `Denoise`: the body's output, of which `PART_BYTES` follow here. Times in microseconds."""
+    """Answer to a `Denoise`: the body's output, of which the first `PART_BYTES` follow in this body."""
 
     output: Array
+    #: Microseconds in the body, and elsewhere in the worker's process.
     body_us: Natural = 0
     worker_us: Natural = 0
 
@@ -214,7 +239,7 @@ class Denoised(Payload, frozen=True, tag=9):
 
 
 class TensorPart(Payload, frozen=True, tag=10):
-    """Bytes from `offset` on: of the tensors of the session's next `Denoise`, or in answer to a `PartRequest`."""
+    """Some bytes of the tensors of the session's next `Denoise`; or, in answer to a `PartRequest`, of an output."""
 
     offset: Natural
     size: Annotated[int, msgspec.Meta(ge=1, le=PART_BYTES)]
@@ -225,18 +250,18 @@ class TensorPart(Payload, frozen=True, tag=10):
 
 
 class PartRequest(Payload, frozen=True, tag=11):
-    """Asks for bytes of the output of the session's last `Denoise`."""
+    """Asks for some bytes of the output of the session's last `Denoise`."""
 
     offset: Natural
     size: Annotated[int, msgspec.Meta(ge=1, le=PART_BYTES)]
 
 
 class Refusal(Payload, frozen=True, tag=6):
-    """The request was refused and changed nothing.
+    """A request was refused and changed nothing.
 
-    The refusal of a request that the worker did not take into its session travels under the channel's control keys,
-    as session 0, and says here which request it means: one of a session that it does not hold, or that found its
-    queue "full" and is to be sent again.
+    If the worker does not hold the request's session, or did not take the request into it, the refusal travels
+    under the channel's own keys, as session 0. `session`, `epoch` and `seq` then say which request it means. One
+    that was refused as "full" is to be sent again after `retry_after` seconds.
     """
 
     reason: Literal[
@@ -252,7 +277,7 @@ class Refusal(Payload, frozen=True, tag=6):
 AnyRequest = Step | Fork | Close | Condition | Denoise | TensorPart | PartRequest
 AnyReply = Result | Done | Refusal | Denoised | TensorPart
 
-#: What answers a request unless it is refused.
+#: The type of the answer to each type of request, unless it is refused.
 ANSWERS: dict[type[Payload], type[Payload]] = {
     Step: Result,
     Fork: Done,
@@ -270,7 +295,7 @@ reply_decoder = msgspec.msgpack.Decoder(AnyReply)
 
 
 def padded_size(size: int) -> int:
-    """The Padmé size for `size` bytes: at most 12 % larger, leaks O(log log size) bits of it.
+    """Rounds a size up so that it reveals only O(log log size) bits; at most 12 % larger (Padmé).
 
     Source: Nikitin et al., "Reducing Metadata Leakage from Encrypted Files and Communication with PURBs", PETS
     2019, algorithm 1.
@@ -284,10 +309,15 @@ def padded_size(size: int) -> int:
 
 
 def encode_payload(payload: Payload, tensor: bytes | memoryview = b"", *, overhead: int = 0) -> bytes:
-    """A body's plaintext, padded so that with `overhead` more bytes (the AEAD tag) it has a Padmé size.
+    """Returns a body's plaintext, padded to a Padmé size.
+
+    Args:
+        payload: what the body says.
+        tensor: the bytes of the tensors that it names, one after another.
+        overhead: bytes that sealing adds (the AEAD tag); the padded size includes them.
 
     Raises:
-        Oversized: it would exceed `MAX_BODY`.
+        Oversized: the sealed body would exceed `MAX_BODY`.
     """
     head = _encoder.encode(payload)
     size = _LENGTH.size + max(len(head), payload.reserved) + len(tensor) + overhead
@@ -299,10 +329,17 @@ def encode_payload(payload: Payload, tensor: bytes | memoryview = b"", *, overhe
 
 
 def decode_payload(body: bytes | memoryview, decoder: msgspec.msgpack.Decoder[_P]) -> tuple[_P, memoryview]:
-    """Splits a body's plaintext into its payload and its tensor's bytes (padding dropped).
+    """Splits a body's plaintext into its payload and the bytes of its tensors.
+
+    Args:
+        body: the plaintext.
+        decoder: `request_decoder` or `reply_decoder`.
+
+    Returns:
+        The payload, and a view of the tensors' bytes in `body`, without padding.
 
     Raises:
-        Malformed: the bytes are no payload, or end before the tensor that the payload names.
+        Malformed: the payload cannot be decoded, or the body ends before the tensors that it names.
         Oversized: the payload is larger than `MAX_PAYLOAD`.
     """
     if len(body) < _LENGTH.size:

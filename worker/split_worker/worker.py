@@ -291,6 +291,9 @@ class Worker:
         link.used = time.monotonic()
         self._links.move_to_end((header.sender, header.channel))
         request, tensor = payloads.decode_payload(plaintext, payloads.request_decoder)
+        if missing := request.needs - link.channel.capabilities:
+            self._refuse_unopened(link, header, "malformed", f"the channel has no {', '.join(sorted(missing))}")
+            return
         if isinstance(request, payloads.Close):
             # Also when it overtook the session's first request, which must not open the session any more.
             link.epochs[header.session] = max(header.epoch, link.epochs.get(header.session, 0))

@@ -108,10 +108,13 @@ class RemoteSession:
         Raises:
             SessionLost: the worker is gone or does not hold the session any more.
             Busy, NonFinite, Malformed, PromptTooLong, NeedEmbeddings: the worker refused a request.
+            UnsupportedFeature: the worker lacks a capability that a request needs; nothing was sent.
             BrokerUnreachable: the broker has been silent for the client's timeout.
         """
         if self._lost is not None:
             raise self._lost
+        for request, _ in requests:
+            self.channel.channel.require(request.needs)
         first = self._seq
         waiting = deque(requests)
         replies: dict[int, tuple[payloads.AnyReply, memoryview]] = {}
@@ -142,9 +145,16 @@ class RemoteSession:
         return answers
 
     def fork(self, number: int, epoch: int) -> RemoteSession:
-        """A copy of the session on its worker, under a number of its own. Raises what `call` raises."""
+        """A copy of the session on its worker, under its own number.
+
+        Raises:
+            SessionLost: the worker or the channel takes no copies; the session itself may go on.
+            SplitError: as `call`.
+        """
         if self._lost is not None:
             raise self._lost
+        if "fork" not in self.channel.channel.capabilities:
+            raise SessionLost("the worker does not copy sessions")
         child = self._client.new_session(self.channel, number, epoch)
         if child is None:
             raise SessionLost("the channel to the worker takes no more sessions")
