@@ -1,8 +1,8 @@
 """Transformer denoisers: where they are cut, and their body.
 
 The blocks attend to the image's and the text's tokens together and update both, so both are the states of a step.
-The text's embeddings never travel. For Flux, the positions of the tokens do. Any range of blocks that leaves some at
-each end can be the body.
+The text's embeddings never travel. For Flux, the positions of the tokens do. The body is any range of blocks that
+leaves some at each end.
 """
 
 from __future__ import annotations

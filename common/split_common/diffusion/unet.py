@@ -1,9 +1,9 @@
 """UNets: where they are cut, and their body.
 
 A UNet of n levels has 2n + 1 blocks: down 0 … n-1, the middle block, up 0 … n-1. The body is the blocks
-`[d, 2n + 1 - d)`, that is, all levels from d on. The cut on the way down lies behind a downsampler, whose output is
-also the only skip connection that crosses the cut. The upsampler of the body's last block runs on the device: before
-it, the states are a quarter as large.
+`[d, 2n + 1 - d)`, that is, all levels from d on. The cut on the way down lies behind a downsampler. Its output is
+also the only skip connection that crosses the cut. The upsampler of the body's last block runs on the device, since
+the states before it are a quarter as large.
 """
 
 from __future__ import annotations

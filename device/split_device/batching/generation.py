@@ -45,8 +45,8 @@ class Request:
     logprobs: int | None = None
 
 
-#: Called on the generator's thread for each token: the token, its log probabilities if requested, and the state of the
-#: random generator after it (None if greedy).
+#: Called on the generator's thread for each token: the token, its log probabilities if requested, and the state of
+#: the random generator after it (None if greedy).
 OnToken = Callable[[int, Logprobs | None, bytes | None], None]
 
 
