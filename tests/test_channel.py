@@ -11,19 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nacl.signing import SigningKey
+from split_common.handshake import Answer, DeviceHandshake, Hello, WorkerHandshake
 
 from split_common import channel as channels
 from split_common import headers
-from split_common.channel import (
-    AEGIS,
-    XCHACHA,
-    Answer,
-    Channel,
-    DeviceHandshake,
-    Hello,
-    SessionKeys,
-    WorkerHandshake,
-)
+from split_common.channel import AEGIS, XCHACHA, Channel, SessionKeys
 from split_common.errors import AuthenticationError, CertificateError, Malformed, ProtocolError
 from split_common.keys import Certificate, Identity, Member, ModelScope, Role, Roster, verify_certificate
 

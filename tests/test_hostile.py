@@ -15,11 +15,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from split_common.handshake import DeviceHandshake
 
 import tiny
 from split_broker.lanes import Message, Peer
 from split_common import headers, payloads
-from split_common.channel import Channel, DeviceHandshake, SessionKeys
+from split_common.channel import Channel, SessionKeys
 from split_common.errors import AuthenticationError, Busy, NonFinite, OutOfOrder, ProtocolError, SessionLost
 from split_common.keys import Certificate, ModelScope, Role, verify_certificate
 from split_device import SplitModelForCausalLM

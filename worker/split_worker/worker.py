@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
+from split_common.handshake import WorkerHandshake
 
 from split_common import headers, payloads
-from split_common.channel import CHANNEL_LIFETIME, CHANNEL_SESSIONS, Channel, SessionKeys, WorkerHandshake
+from split_common.channel import CHANNEL_LIFETIME, CHANNEL_SESSIONS, Channel, SessionKeys
 from split_common.errors import (
     AuthenticationError,
     Busy,

@@ -1,8 +1,8 @@
 """Transformer denoisers: where they are cut, and their body.
 
-A transformer is a row of blocks that attend to the image's tokens and to the text's together, and change both. So
-both are states of a step; the text's embeddings never travel, nor does anything else of an image but, for Flux,
-where its tokens are. The body is any blocks with some left at each end.
+The blocks attend to the image's and the text's tokens together and update both, so both are the states of a step.
+The text's embeddings never travel. For Flux, the positions of the tokens do. The body is any range of blocks that
+leaves some at each end.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from split_common.diffusion.plan import ImagePlan, Job, Middle, load_weights
 from split_common.errors import Malformed, ModelError
 from split_common.split import Split
 
-#: Of the blocks, the share at each end that cut A leaves to the device. C leaves it one.
+#: Cut A leaves the device one block in this many at each end; cut C leaves a single block.
 _SHARE_OF_A = 6
 
 
 @dataclass
 class TransformerPlan(ImagePlan):
-    """A transformer.
+    """A transformer denoiser.
 
     A step's tensors are the image's tokens `[rows, tokens, width]`, the embedding of the time and of the pooled
     text `[rows, width]`, and the text's tokens `[rows, tokens, width]`. The output is the text's tokens and then
@@ -35,9 +35,9 @@ class TransformerPlan(ImagePlan):
     """
 
     component: ClassVar[str] = "transformer"
-    #: The stacks of blocks in the order in which they run, and the setting that says how many each has.
+    #: The stacks of blocks in order of execution, and the setting with the length of each.
     stacks: ClassVar[dict[str, str]]
-    #: The settings' defaults in diffusers.
+    #: Defaults of the settings in diffusers.
     defaults: ClassVar[dict[str, int]]
 
     def __post_init__(self) -> None:
@@ -107,7 +107,7 @@ class TransformerMiddle(Middle):
         load_weights(self, plan, split, "worker", dtype)
 
     def options(self, job: Job) -> dict[str, Any]:
-        """What the blocks are told of the image beside its states."""
+        """Further arguments of the blocks."""
         raise NotImplementedError
 
     def forward(self, tensors: Sequence[torch.Tensor], job: Job) -> torch.Tensor:
@@ -120,7 +120,7 @@ class TransformerMiddle(Middle):
 
 @dataclass
 class SD3Plan(TransformerPlan):
-    """A transformer of Stable Diffusion 3 or 3.5. A job has no tensors."""
+    """The transformer of Stable Diffusion 3 or 3.5. Its jobs have no tensors."""
 
     class_name: ClassVar[str] = "SD3Transformer2DModel"
     stacks: ClassVar[dict[str, str]] = {"transformer_blocks": "num_layers"}
@@ -140,7 +140,7 @@ class SD3Middle(TransformerMiddle):
 
 @dataclass
 class FluxPlan(TransformerPlan):
-    """A transformer of Flux. A job's tensor says where the tokens are, the text's first: `[1, tokens, axes]`."""
+    """The transformer of Flux. A job's tensor `[1, tokens, axes]` has the tokens' positions, the text's first."""
 
     class_name: ClassVar[str] = "FluxTransformer2DModel"
     stacks: ClassVar[dict[str, str]] = {

@@ -1,9 +1,9 @@
 """UNets: where they are cut, and their body.
 
-A UNet of n levels is a row of 2n + 1 blocks: down 0 … n-1, the middle one, up 0 … n-1. The body is the blocks
-`[d, 2n + 1 - d)`: all from level d on. So the cut on the way down lies just behind a downsampler, whose output is
-also the one skip connection that crosses it. The body's last block leaves its upsampler to the device: what returns
-is a quarter as large before it.
+A UNet of n levels has 2n + 1 blocks: down 0 … n-1, the middle block, up 0 … n-1. The body is the blocks
+`[d, 2n + 1 - d)`, that is, all levels from d on. The cut on the way down lies behind a downsampler. Its output is
+also the only skip connection that crosses the cut. The upsampler of the body's last block runs on the device, since
+the states before it are a quarter as large.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from split_common.diffusion.plan import ImagePlan, Job, Middle, load_weights
 from split_common.errors import InvalidSplit, Malformed, ModelError, UnsupportedArchitecture
 from split_common.split import Split
 
-#: How many levels of each cut are the device's.
+#: The number of levels that each cut leaves to the device.
 _LEVELS = {"C": 1, "A": 2}
 
-#: Blocks that are called as the body calls them.
+#: Types of blocks that the body knows how to call.
 _BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn"}
 
 
@@ -60,7 +60,7 @@ class UNetPlan(ImagePlan):
 
     @property
     def channels(self) -> list[int]:
-        """Channels of each level."""
+        """The number of channels of each level."""
         return list(self.config["block_out_channels"])
 
     @property
@@ -73,11 +73,11 @@ class UNetPlan(ImagePlan):
 
     @cached_property
     def embedding(self) -> int:
-        """Width of the embedding of a step's time and of the added conditions."""
+        """Width of the embedding of the timestep and the added conditions."""
         return int(self.config.get("time_embedding_dim") or self.channels[0] * 4)
 
     def skips(self, level: int) -> int:
-        """Skip connections that the blocks of a level make on the way down."""
+        """The number of skip connections that the blocks of a level produce on the way down."""
         layers = self.config.get("layers_per_block", 2)
         own = layers if isinstance(layers, int) else layers[level]
         return int(own) + (level < self.levels - 1)
@@ -86,16 +86,16 @@ class UNetPlan(ImagePlan):
         return _LEVELS[cut]
 
     def check(self, split: Split) -> Split:
-        """Raises InvalidSplit for a body that does not begin and end at the same level."""
+        """Returns the split. Raises InvalidSplit if the body does not begin and end at the same level."""
         if not (0 < split.first < self.levels and split.first == split.layers - split.last):
             raise InvalidSplit(
-                f"blocks {split} of {self.blocks} are no body: take as many from each end, like 1:-1"
+                f"blocks {split} of {self.blocks} cannot be a body: leave as many at each end, like 1:-1"
             )
         return split
 
     @property
     def adapted(self) -> bool:
-        """Whether it has an IP-Adapter."""
+        """Whether the checkpoint has an IP-Adapter."""
         return bool(self.checkpoint.adapter_names)
 
     @cached_property
@@ -147,8 +147,10 @@ class UNetPlan(ImagePlan):
         return UNetMiddle(self, split, dtype)
 
     def skip_shapes(self, split: Split, height: int, width: int) -> list[tuple[int, int, int]]:
-        """`[channels, height, width]` of the skips that the body uses, for an input of this size: its own input's
-        first, then those of its own blocks; and at last that of its middle block's output."""
+        """Shapes `[channels, height, width]` of the skips that the body uses, for an input of this size.
+
+        The body's input comes first, then the outputs of its down blocks, then the output of the middle block.
+        """
         shapes = [(self.channels[split.first - 1], height, width)]
         for level in range(split.first, self.levels):
             layers = self.skips(level) - (level < self.levels - 1)
@@ -180,15 +182,15 @@ class UNetMiddle(Middle):
         self.mid_block = unet.mid_block
         self.up_blocks = nn.ModuleDict({str(index): unet.up_blocks[index] for index in range(levels - first)})
         unet.up_blocks[levels - first - 1].upsamplers = None
-        #: Of an IP-Adapter, one for each of the body's attentions.
+        #: Processors of the IP-Adapter, one for each of the body's attentions.
         self._adapters = [self._adapt(name) for name in plan.body_attentions(split)] if plan.adapted else []
         load_weights(self, plan, split, "worker", dtype)
         widths = (p.shape[1] for name, p in self.named_parameters() if name.endswith("attn2.to_k.weight"))
-        #: Of the embeddings that the body attends to; None if it does not.
+        #: Width of the embeddings that the body attends to; None if it attends to none.
         self._width: int | None = next(widths, None)
 
     def _adapt(self, name: str) -> Any:
-        """Makes one of the body's modules attend to an IP-Adapter's images as well."""
+        """Makes an attention of the body attend to the IP-Adapter's images, too."""
         from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
         attention: Any = self.get_submodule(name)
@@ -218,7 +220,7 @@ class UNetMiddle(Middle):
             images = list(job.tensors[1:])
             for processor, scale in zip(self._adapters, job.scales or [0.0] * len(self._adapters), strict=True):
                 processor.scale = [scale]
-            # Where no image counts, nothing is read of these.
+            # With scales of 0, the embeddings are not read.
             context = context, images or [context]
         skips = [sample]
         for block in self.down_blocks.values():
@@ -250,6 +252,6 @@ def _context(block: Any, context: Any) -> dict[str, Any]:
 
 
 def _upsampled(sample: torch.Tensor, skip: torch.Tensor) -> torch.Size | None:
-    """The size that a block's output must have to fit the next skip; None if that is just twice its own."""
+    """The size that a block's output must have to fit the next skip; None if that is twice its input's."""
     wanted = skip.shape[2:]
     return None if [2 * size for size in sample.shape[2:]] == list(wanted) else wanted

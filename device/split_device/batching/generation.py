@@ -1,4 +1,4 @@
-"""A request to generate, and what becomes of it."""
+"""A request to generate, and the generation that answers it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Of one generated token, by the model's own distribution: before temperature, penalties and the like."""
+    """Log probabilities of one token under the model's own distribution, before any logits processor."""
 
     chosen: float
-    #: The most likely tokens, the likeliest first.
+    #: The most likely tokens and their log probabilities, in descending order.
     top: list[tuple[int, float]]
 
 
@@ -27,13 +27,13 @@ class Request:
     """What to generate.
 
     Args:
-        prompt: token ids, at least one; all are attended to, pad tokens too.
-        config: as for `generate`, greedy or sampling; what it leaves open the model's own fills in.
-        seed: of sampling; the tokens are those of `generate` after `torch.manual_seed(seed)`. None for any.
-        generated: tokens that were generated before, if this continues a request.
-        sampler: what `on_token` was told with the last of `generated`; None for greedy ones.
-        priority: a request of a higher one goes first.
-        logprobs: how many of the likeliest tokens to tell of with each token; None for no logprobs at all.
+        prompt: token ids, at least one. All are attended to, pad tokens included.
+        config: as for `generate`, greedy or sampling. Defaults come from the model's own configuration.
+        seed: seed of sampling: the tokens equal those of `generate` after `torch.manual_seed(seed)`. None: random.
+        generated: the tokens generated so far, to continue an earlier request.
+        sampler: the state of the random generator that came with the last of `generated`; None if greedy.
+        priority: requests with a higher priority go first.
+        logprobs: the number of alternatives to report with each token; None for no log probabilities.
     """
 
     prompt: list[int]
@@ -45,26 +45,26 @@ class Request:
     logprobs: int | None = None
 
 
-#: Is told, on the generator's thread, of each token: the token, its logprobs if they were asked for, and the state
-#: of the random generator after it (None if greedy).
+#: Called on the generator's thread for each token: the token, its log probabilities if requested, and the state of
+#: the random generator after it (None if greedy).
 OnToken = Callable[[int, Logprobs | None, bytes | None], None]
 
 
 class Generation:
-    """A request under way. All methods may be called in any thread.
+    """A generation in progress. Its methods may be called from any thread.
 
-    Iterating gives the new tokens as they come, and ends with the generation.
+    Iterating yields new tokens as they arrive, until the generation ends.
     """
 
     def __init__(self, request: Request, on_token: OnToken | None, on_cancel: Callable[[Generation], None]) -> None:
         self.request = request
-        #: All tokens so far, those of `request.generated` first.
+        #: All tokens so far, starting with `request.generated`.
         self.tokens: list[int] = list(request.generated)
-        #: Why it ended; None before, and after an error.
+        #: Why the generation ended; None while it runs, and after an error.
         self.finish_reason: FinishReason | None = None
-        #: What ended it, if it failed.
+        #: The error that ended the generation, if it failed.
         self.error: BaseException | None = None
-        #: Has the tokens, or the error, in the end. `asyncio.wrap_future` makes it awaitable.
+        #: Resolves to the tokens, or to the error. `asyncio.wrap_future` makes it awaitable.
         self.future: Future[list[int]] = Future()
         self._on_token = on_token
         self._on_cancel = on_cancel
@@ -75,15 +75,15 @@ class Generation:
         return self.future.done()
 
     def result(self, timeout: float | None = None) -> list[int]:
-        """All tokens, also of a generation that was cancelled. Raises what it failed with, or TimeoutError."""
+        """Waits for all tokens, also of a cancelled generation. Raises the generation's error, or TimeoutError."""
         return self.future.result(timeout)
 
     def cancel(self) -> None:
-        """Ends it soon with the tokens that it has by then."""
+        """Ends the generation soon, with the tokens that it has by then."""
         self._on_cancel(self)
 
     def __iter__(self) -> Iterator[int]:
-        """Raises what the generation failed with."""
+        """Yields the new tokens. Raises the generation's error."""
         seen = len(self.request.generated)
         while new := self._after(seen):
             yield from new
@@ -91,7 +91,7 @@ class Generation:
         self.result()
 
     def _after(self, seen: int) -> list[int]:
-        """Waits for tokens after the first ones; none when there will not be any."""
+        """Waits for tokens beyond the first `seen`; empty when there will be no more."""
         with self._changed:
             self._changed.wait_for(lambda: len(self.tokens) > seen or self.done)
             return self.tokens[seen:]
@@ -106,7 +106,7 @@ class Generation:
             self._on_token(token, logprobs, sampler)
 
     def finish(self, outcome: FinishReason | BaseException) -> None:
-        """Only the first call counts."""
+        """Ends the generation. Only the first call has an effect."""
         if self.done:
             return
         with self._changed:

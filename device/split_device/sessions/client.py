@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+from split_common.handshake import DeviceHandshake
+
 from split_common import headers, payloads
-from split_common.channel import DeviceHandshake
 from split_common.errors import (
     AuthenticationError,
     BrokerUnreachable,
