@@ -35,6 +35,11 @@ def find_stack(model: nn.Module, layers: int) -> tuple[nn.Module, str]:
     raise UnsupportedArchitecture(f"{type(model).__name__} has no stack of {layers} layers to cut")
 
 
+def max_positions(config: Any) -> int:
+    """Positions that a sequence may have, by a model's configuration; 2^31 where it does not say."""
+    return int(getattr(config.get_text_config(decoder=True), "max_position_embeddings", 0) or 2**31)
+
+
 class PassThrough(nn.Module):
     """A slot whose layer is on the other side: returns its input, in the manner of the model's own layers."""
 
@@ -99,7 +104,7 @@ class Stack:
         self.name = type(model).__name__
         config = model.config.get_text_config(decoder=True)
         #: Positions that a sequence may have.
-        self.max_positions = int(getattr(config, "max_position_embeddings", 0) or 2**31)
+        self.max_positions = max_positions(model.config)
         #: What this version of transformers calls the cache.
         self.cache_name = cache_name(type(self.owner))
         self.takes_positions = "position_ids" in forward_parameters(type(self.owner))
