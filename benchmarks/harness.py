@@ -18,7 +18,7 @@ from rich.table import Table
 
 from split_common.demo_model import ensure_demo_model
 from split_common.process import running_command
-from split_device.stress.processes import free_port, redis_server
+from split_common.servers import RedisServer
 
 
 def arguments(description: str | None, model: str = "SmolLM2-135M-Instruct") -> argparse.ArgumentParser:
@@ -88,9 +88,9 @@ def queue_server(transport: str, directory: Path) -> Iterator[str]:
         with running_command(["broker", "--bind", bind]) as (_, broker):
             yield broker["address"]
     else:
-        port = free_port()
-        with redis_server(port, directory)():
-            yield f"redis://127.0.0.1:{port}"
+        server = RedisServer(directory, persistent=True)
+        with server.running():
+            yield server.address
 
 
 class Relay:

@@ -11,12 +11,13 @@ from urllib.parse import urlsplit
 
 from split_common.console import stderr
 from split_common.process import exit_on_sigterm
+from split_common.servers import RedisServer, free_port
 from split_device.stress import tiny_model, tiny_unet
 from split_device.stress.chaos import OF_THE_NETWORK, Chaos
 from split_device.stress.ledger import Ledger
 from split_device.stress.memory import Memory, Resident
 from split_device.stress.plan import CUT, Kind, Plan
-from split_device.stress.processes import Device, Kept, command, free_port, redis_server
+from split_device.stress.processes import Device, Kept, command
 from split_device.stress.proxy import Proxy
 from split_device.stress.report import Report, report
 from split_device.stress.table import shown
@@ -130,12 +131,12 @@ def _queue(
     """The queue's server, unless there is one already, and the queue's address."""
     if plan.broker is not None:
         return None, plan.broker
-    port = free_port()
     if plan.transport == "redis":
-        address = f"redis://127.0.0.1:{port}"
-        queue = Kept("redis", redis_server(port, directory))
+        server = RedisServer(directory, persistent=True)
+        address = server.address
+        queue = Kept("redis", server.running)
     else:
-        address = f"tcp://127.0.0.1:{port}"
+        address = f"tcp://127.0.0.1:{free_port()}"
         queue = Kept("broker", command(["broker", "--bind", address], directory / "broker.log", env))
     stack.enter_context(_started([queue]))
     return queue, address
