@@ -1,13 +1,11 @@
-"""What the benchmarks share: a fleet of processes, a byte-counting relay, and how results are printed."""
+"""What the benchmarks share: a fleet of processes, a proxy that counts bytes, and how results are printed."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
-import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +16,8 @@ from rich.table import Table
 
 from split_common.demo_model import ensure_demo_model
 from split_common.process import running_command
-from split_device.stress.processes import free_port, redis_server
+from split_common.servers import RedisServer
+from split_device.stress.proxy import Proxy, proxied
 
 
 def arguments(description: str | None, model: str = "SmolLM2-135M-Instruct") -> argparse.ArgumentParser:
@@ -88,39 +87,16 @@ def queue_server(transport: str, directory: Path) -> Iterator[str]:
         with running_command(["broker", "--bind", bind]) as (_, broker):
             yield broker["address"]
     else:
-        port = free_port()
-        with redis_server(port, directory)():
-            yield f"redis://127.0.0.1:{port}"
+        server = RedisServer(directory, persistent=True)
+        with server.running():
+            yield server.address
 
 
-class Relay:
-    """Forwards TCP connections to an address and counts the bytes in each direction, as they are on the wire."""
-
-    def __init__(self, address: str) -> None:
-        host, _, port = address.removeprefix("tcp://").rpartition(":")
-        self._target = host, int(port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.up = self.down = 0
-        self._sockets: list[socket.socket] = [self._listener]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                far = socket.create_connection(self._target)
-                self._sockets += [near, far]
-                for pair in ((near, far, "up"), (far, near, "down")):
-                    threading.Thread(target=self._copy, args=pair, daemon=True).start()
-
-    def _copy(self, source: socket.socket, sink: socket.socket, direction: str) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
-                setattr(self, direction, getattr(self, direction) + len(data))
-            sink.shutdown(socket.SHUT_WR)
-
-    def close(self) -> None:
-        for each in self._sockets:
-            each.close()
+@contextlib.contextmanager
+def counted(address: str) -> Iterator[tuple[Proxy, str]]:
+    """A proxy that counts the bytes to a queue and back, and the address to use instead of the queue's."""
+    proxy, before = proxied(address)
+    try:
+        yield proxy, before
+    finally:
+        proxy.close()

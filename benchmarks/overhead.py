@@ -6,8 +6,9 @@ import statistics
 import time
 from typing import Any
 
-from benchmarks.harness import Relay, arguments, checkpoint, fleet, note, prompt, report
+from benchmarks.harness import arguments, checkpoint, counted, fleet, note, prompt, report
 from split_common.process import passive_threads
+from split_device.stress.proxy import Proxy
 
 PROMPT_TOKENS = 64
 NEW_TOKENS = 64
@@ -50,12 +51,11 @@ def main() -> None:
                     seconds[name].append(time.perf_counter() - began)
                 note(f"round {round_ + 1}: " + ", ".join(f"{k} {v[-1]:.2f} s" for k, v in seconds.items()))
             stages = split.timings.per_step_ms()
-        relay = Relay(address)
-        try:
-            with SplitModelForCausalLM.from_pretrained(model, broker=relay.address, dtype="float32") as split:
-                up, down = _decode_bytes(split, generate, relay)
-        finally:
-            relay.close()
+        with (
+            counted(address) as (proxy, before),
+            SplitModelForCausalLM.from_pretrained(model, broker=before, dtype="float32") as split,
+        ):
+            up, down = _decode_bytes(split, generate, proxy)
 
     tensor = unsplit.config.hidden_size * 4
     rates = {name: [NEW_TOKENS / value for value in values] for name, values in seconds.items()}
@@ -74,14 +74,14 @@ def main() -> None:
     report(results, options.json, f"overhead, {PROMPT_TOKENS} + {NEW_TOKENS} tokens")
 
 
-def _decode_bytes(split: Any, generate: Any, relay: Relay) -> tuple[float, float]:
+def _decode_bytes(split: Any, generate: Any, proxy: Proxy) -> tuple[float, float]:
     """Wire bytes of a decoded token, up and down: the difference of a long and a short generation."""
     totals = []
     for tokens in (1, 1 + NEW_TOKENS):
-        before = relay.up, relay.down
+        before = proxy.up, proxy.down
         generate(split, tokens)
         time.sleep(0.2)
-        totals.append((relay.up - before[0], relay.down - before[1]))
+        totals.append((proxy.up - before[0], proxy.down - before[1]))
     (short_up, short_down), (long_up, long_down) = totals
     return (long_up - short_up) / NEW_TOKENS, (long_down - short_down) / NEW_TOKENS
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Relay, fleet, note
+from benchmarks.harness import counted, fleet, note
 
 PROMPTS = (
     "a photo of the digit seven in red",
@@ -69,26 +69,27 @@ def compare(model: Path, cuts: Sequence[str], steps: int, count: int) -> dict[st
             for name, options in SETTINGS.items():
                 note(f"measuring: cut {cut}, {name}")
                 unsplit, unsplit_s = make(whole)
-                relay = Relay(address)
-                with SplitUNet2DConditionModel.from_pretrained(
-                    model, broker=relay.address, cut=cut, dtype="float32", **options
-                ) as unet:
+                with (
+                    counted(address) as (proxy, before),
+                    SplitUNet2DConditionModel.from_pretrained(
+                        model, broker=before, cut=cut, dtype="float32", **options
+                    ) as unet,
+                ):
                     make(unet)
-                    relay.up = relay.down = unet.timings.steps = 0
+                    proxy.up = proxy.down = unet.timings.steps = 0
                     split, split_s = make(unet)
                     results |= {
                         f"toy.{cut}.{name}.{key}": value
                         for key, value in {
                             **dict(_differences(split, unsplit)),
-                            "bytes_up_per_step": relay.up / (steps * count),
-                            "bytes_down_per_step": relay.down / (steps * count),
+                            "bytes_up_per_step": proxy.up / (steps * count),
+                            "bytes_down_per_step": proxy.down / (steps * count),
                             "calls": unet.timings.steps / count,
                             "split_s": split_s,
                             "unsplit_s": unsplit_s,
                             "ratio": split_s / unsplit_s,
                         }.items()
                     }
-                relay.close()
     return results
 
 

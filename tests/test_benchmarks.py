@@ -6,7 +6,6 @@ import json
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 import tiny
-from benchmarks.harness import Relay, prompt, report
+from benchmarks.harness import counted, prompt, report
 from split_common.channel import SUITES
 from split_device.timings import STAGES
 
@@ -128,25 +127,21 @@ def test_queue() -> None:
     assert all(value > 0 for value in results.values())
 
 
-def test_the_relay_counts_what_passes() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        relay = Relay(f"tcp://127.0.0.1:{server.getsockname()[1]}")
-        host, _, port = relay.address.removeprefix("tcp://").rpartition(":")
-        try:
-            with socket.create_connection((host, int(port)), timeout=60) as near:
-                near.sendall(bytes(1000))
-                far, _ = server.accept()
-                with far:
-                    far.settimeout(60)
-                    assert far.recv(1000, socket.MSG_WAITALL) == bytes(1000)
-                    far.sendall(b"x")
-                    assert near.recv(1) == b"x"
-                deadline = time.monotonic() + 60
-                while (relay.up, relay.down) != (1000, 1):
-                    assert time.monotonic() < deadline
-                    time.sleep(0.01)
-        finally:
-            relay.close()
+def test_the_proxy_counts_what_passes() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        counted(f"tcp://127.0.0.1:{server.getsockname()[1]}") as (proxy, address),
+    ):
+        host, _, port = address.removeprefix("tcp://").rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=60) as near:
+            near.sendall(bytes(1000))
+            far, _ = server.accept()
+            with far:
+                far.settimeout(60)
+                assert far.recv(1000, socket.MSG_WAITALL) == bytes(1000)
+                far.sendall(b"x")
+                assert near.recv(1) == b"x"
+        assert (proxy.up, proxy.down) == (1000, 1)
 
 
 def test_prompts_fit_the_vocabulary() -> None:

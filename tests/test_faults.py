@@ -41,6 +41,7 @@ from split_common.fleet import load_fleet
 from split_common.keys import ModelScope
 from split_common.manifest import find_manifest
 from split_common.part import plan
+from split_common.servers import free_port
 from split_common.transport import HEARTBEAT, MISSED, OPEN_PATIENCE, connect
 from split_device import SplitModelForCausalLM
 from split_device.remote import Call, SessionLayer, Traits
@@ -50,7 +51,6 @@ from split_worker import sessions as sessions_module
 from split_worker import worker as worker_module
 from split_worker.sessions import IDLE_TIMEOUT
 from split_worker.worker import Worker
-from valkeys import free_port
 from wiretap import LATE, Setting, cheat, on_loop, run_steps, step, wait_until
 
 STEPS = 60

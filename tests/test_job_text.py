@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from split_device.jobs.text import TextStream
+from split_device.detokenize import TextStream
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +19,16 @@ def tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece() -> Any:
+    """Words that begin with a space, and a token for each byte that has no other."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁Hello", "▁world", "Hello", "!"]
+    tokenizer = Tokenizer(models.BPE({word: id_ for id_, word in enumerate(words)}, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")  # noqa: S106
 
 
 def texts(tokenizer: Any, text: str, *stop: str) -> list[str]:
@@ -65,3 +75,23 @@ def test_it_goes_on_where_it_was(tokenizer: Any) -> None:
             second.push(token)
         assert begun + "".join(second.push(token) for token in tokens[cut:]) + second.end() == whole
         assert second.stopped
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (["▁Hello", "▁world", "!"], ["Hello", " world", "!"]),
+        (["<s>", "▁Hello", "Hello", "</s>"], ["Hello", "Hello"]),
+        (["▁Hello", "<0xE2>", "<0x82>", "<0xAC>", "!"], ["Hello", "€", "!"]),
+        (["Hello", "<0xE2>", "▁world", "<0x82>"], ["Hello", "\ufffd world", "\ufffd"]),
+        (["<0xF0>", "<0x9F>", "<0x41>", "!", "▁Hello"], ["\ufffd\ufffd\ufffd!", " Hello"]),
+    ],
+)
+def test_spaces_before_words_special_tokens_and_single_bytes(
+    sentencepiece: Any, tokens: list[str], expected: list[str]
+) -> None:
+    ids = sentencepiece.convert_tokens_to_ids(tokens)
+    stream = TextStream(sentencepiece)
+    pieces = [*map(stream.push, ids), stream.end()]
+    assert [piece for piece in pieces if piece] == expected
+    assert "".join(expected) == sentencepiece.decode(ids, skip_special_tokens=True)

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from split_common.process import running_command
 from split_device import SplitModelForCausalLM
-from split_device.chatting import Conversation, encode_chat, load_tokenizer
+from split_device.chatting import Conversation
 from split_device.settings import Sampling
+from split_device.tokenizing import encode_chat, load_tokenizer
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
 

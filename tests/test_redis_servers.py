@@ -17,9 +17,10 @@ import tiny
 from split_common.address import is_local, masked, parse_redis
 from split_common.errors import BrokerUnreachable, ConfigError
 from split_common.fleet import load_fleet
+from split_common.servers import free_port
 from split_common.transport import connect, parse_address
 from split_common.transport.redis.server import PASSWORD_VARIABLE
-from valkeys import Valkey, free_port, running_cluster, running_sentinel, running_valkey, tls_before
+from valkeys import Valkey, running_cluster, running_sentinel, running_valkey, tls_before
 from wiretap import LATE, Setting, run_steps, step, wait_until
 
 STEPS = 40

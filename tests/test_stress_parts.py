@@ -21,6 +21,7 @@ from diffusers import UNet2DConditionModel
 
 from split_common.cli import main
 from split_common.errors import ConfigError, SplitError
+from split_common.servers import free_port
 from split_device.stress import images, tiny_model, tiny_unet
 from split_device.stress.chaos import INTERVALS, Chaos
 from split_device.stress.cli import KINDS, parse_chaos
@@ -33,7 +34,6 @@ from split_device.stress.processes import Kept
 from split_device.stress.proxy import Proxy
 from split_device.stress.report import percentiles, report
 from split_device.stress.workload import draw as draw_request
-from valkeys import free_port
 from wiretap import LATE, wait_until
 
 RNG = random.Random(0)

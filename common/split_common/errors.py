@@ -1,4 +1,41 @@
-"""Every error that lambda-split raises on purpose; the command line prints each as one line."""
+"""Every error that lambda-split raises on purpose; a command that one ends prints it as one line.
+
+The exit code of such a command stands in parentheses where it is not 1::
+
+    SplitError
+    ├── ConfigError (2)
+    │   └── KeysError (2)
+    ├── ModelError
+    │   ├── UnknownModel (2)
+    │   ├── InvalidSplit (2), a ValueError too
+    │   ├── MissingTensor
+    │   ├── TensorMismatch
+    │   └── UnsupportedArchitecture
+    ├── UnsupportedFeature, a ValueError too
+    ├── PromptTooLong, a ValueError too
+    ├── ProtocolError
+    │   ├── Malformed
+    │   ├── Oversized
+    │   ├── VersionMismatch
+    │   ├── NonFinite
+    │   └── OutOfOrder
+    ├── AuthenticationError
+    │   └── CertificateError
+    ├── NeedEmbeddings
+    ├── BrokerUnreachable
+    ├── NoWorker
+    ├── Busy
+    ├── SessionLost
+    │   ├── WorkerGone
+    │   ├── WorkerSlow
+    │   └── StepFailed
+    ├── HistoryLost
+    ├── WorkerFailed
+    ├── JobsError
+    │   ├── UnknownJob
+    │   └── StoreLocked (2)
+    └── AgentError
+"""
 
 from __future__ import annotations
 
@@ -8,6 +45,9 @@ class SplitError(Exception):
 
     #: Exit code of the command line when this error ends a command.
     exit_code = 1
+
+    #: Seconds after which another attempt may succeed; None where the error does not say.
+    retry_after: float | None = None
 
 
 class ConfigError(SplitError):
@@ -28,7 +68,7 @@ class ModelError(SplitError):
 
 
 class UnknownModel(ModelError):
-    """No checkpoint is to be found under this name or path."""
+    """No checkpoint is found under this name or path."""
 
     exit_code = 2
 
@@ -67,7 +107,7 @@ class ProtocolError(SplitError):
 
 
 class Malformed(ProtocolError):
-    """Bytes that are no message of this protocol, or fields that do not fit each other."""
+    """Bytes that are not a message of this protocol, or fields that do not fit each other."""
 
 
 class Oversized(ProtocolError):
@@ -95,7 +135,7 @@ class CertificateError(AuthenticationError):
 
 
 class NeedEmbeddings(SplitError):
-    """The worker does not hold the embeddings that a step of an image job names: it is to be sent them again."""
+    """The worker does not hold the embeddings that a step of an image job names; the device sends them again."""
 
 
 # --- the queue and its sessions ----------------------------------------------------------------------------
@@ -116,6 +156,8 @@ class NoWorker(SplitError):
 class Busy(SplitError):
     """Every worker of this model is full; try again after `retry_after` seconds."""
 
+    retry_after: float
+
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
@@ -129,7 +171,7 @@ class WorkerGone(SessionLost):
     """The worker that held the session died, left or fell silent.
 
     Args:
-        held: sessions of this device of which it held a step then.
+        held: number of this device's sessions of which it held a step then.
     """
 
     def __init__(self, message: str, held: int = 1) -> None:
@@ -146,7 +188,7 @@ class StepFailed(SessionLost):
 
 
 class HistoryLost(SplitError):
-    """A session was lost, and what it takes to make it anew could not be kept."""
+    """A session was lost, and what is needed to rebuild it could not be kept."""
 
 
 class WorkerFailed(SplitError):

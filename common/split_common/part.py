@@ -13,10 +13,11 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import AutoConfig, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from split_common.checkpoint import Checkpoint
+from split_common.compat.transformers import UNTIED_CLASS, causal_class, load_state, untie
 from split_common.errors import MissingTensor, ModelError, SplitError, UnknownModel, UnsupportedArchitecture
 from split_common.slots import Absent, PassThrough, Stack, find_stack
 from split_common.split import Split
@@ -80,12 +81,10 @@ def plan(model: str | Checkpoint, revision: str | None = None) -> Plan:
                 "`lambda-split image` runs it"
             ) from None
         raise UnknownModel(f"{checkpoint.name}: {_first_line(error)}") from None
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    model_class = causal_class(config)
     name = getattr(config, "model_type", type(config).__name__)
     if model_class is None or getattr(config, "is_encoder_decoder", False):
         raise UnsupportedArchitecture(f"{name} is no decoder-only language model")
-    if isinstance(model_class, list | tuple):
-        model_class = model_class[0]
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         raise UnsupportedArchitecture(f"{name}: quantized checkpoints cannot be split, take the original weights")
@@ -150,16 +149,7 @@ def load_part(
     state = read_tensors(plan.checkpoint, plan.own_tensors(split, side))
     try:
         with _quiet():
-            # The class's own `from_pretrained` may be ours: this is transformers'.
-            model, info = transformers.PreTrainedModel.from_pretrained.__func__(
-                model_class,
-                None,
-                config=plan.config,
-                state_dict=state,
-                dtype=dtype if dtype is not None else "auto",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
+            model, info = load_state(model_class, plan.config, state, dtype)
         if info["missing_keys"]:
             raise MissingTensor(f"{plan.checkpoint.name} lacks the tensor {min(info['missing_keys'])}")
         if info["mismatched_keys"]:
@@ -207,7 +197,7 @@ def _part_class(
                 slots[index] = slot
         if side == "worker":
             strip(self, slots)
-            self.all_tied_weights_keys = {}
+            untie(self)
 
     namespace = {
         "__init__": __init__,
@@ -215,7 +205,7 @@ def _part_class(
         "__qualname__": original.__qualname__,
     }
     if side == "worker":
-        namespace["_tied_weights_keys"] = {}
+        namespace |= UNTIED_CLASS
     return type(original.__name__, (*bases, original), namespace)
 
 

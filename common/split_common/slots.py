@@ -10,16 +10,13 @@ position (some rotary embeddings choose their frequencies by the largest one) is
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import nn
 
+from split_common.compat.transformers import cache_name, forward_parameters
 from split_common.errors import UnsupportedArchitecture
-
-#: What a decoder layer returns: the hidden states, or a tuple that begins with them.
-LayerStyle = type[torch.Tensor] | type[tuple[Any, ...]]
 
 
 def find_stack(model: nn.Module, layers: int) -> tuple[nn.Module, str]:
@@ -36,6 +33,11 @@ def find_stack(model: nn.Module, layers: int) -> tuple[nn.Module, str]:
                     return module, name
         level = [child for module in level for child in module.children()]
     raise UnsupportedArchitecture(f"{type(model).__name__} has no stack of {layers} layers to cut")
+
+
+def max_positions(config: Any) -> int:
+    """Positions that a sequence may have, by a model's configuration; 2^31 where it does not say."""
+    return int(getattr(config.get_text_config(decoder=True), "max_position_embeddings", 0) or 2**31)
 
 
 class PassThrough(nn.Module):
@@ -102,11 +104,10 @@ class Stack:
         self.name = type(model).__name__
         config = model.config.get_text_config(decoder=True)
         #: Positions that a sequence may have.
-        self.max_positions = int(getattr(config, "max_position_embeddings", 0) or 2**31)
-        parameters = inspect.signature(inspect.unwrap(type(self.owner).forward)).parameters
+        self.max_positions = max_positions(model.config)
         #: What this version of transformers calls the cache.
-        self.cache_name = "cache" if "cache" in parameters else "past_key_values"
-        self.takes_positions = "position_ids" in parameters
+        self.cache_name = cache_name(type(self.owner))
+        self.takes_positions = "position_ids" in forward_parameters(type(self.owner))
         embeddings = getattr(model.get_input_embeddings(), "weight", None)
         #: Width of the embeddings that the owner takes.
         self.width = int(embeddings.shape[1] if embeddings is not None else config.hidden_size)

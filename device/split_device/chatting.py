@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, DynamicCache
-from transformers.generation.streamers import TextStreamer
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
 
-from split_common.checkpoint import Checkpoint
-from split_common.errors import ConfigError, PromptTooLong, UnknownModel
+from split_common.compat.transformers import cache_name
+from split_common.errors import PromptTooLong
+from split_common.slots import max_positions
+from split_device.detokenize import TextStream
 from split_device.settings import Sampling
-
-Message = dict[str, str]
+from split_device.tokenizing import Message, encode_chat, end_tokens, pad_token
 
 
 @dataclass(frozen=True)
@@ -40,24 +40,32 @@ def _nothing(_text: str = "") -> None:
     pass
 
 
-class _Stream(TextStreamer):  # type: ignore[misc]
-    """Passes text on as soon as it is complete, and notes when the first token came."""
+class _Streamer(BaseStreamer):  # type: ignore[misc]
+    """Passes text on as soon as it is complete, and notes when the first token came. `generate` calls it."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None], on_first_token: Callable[[], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._stream = TextStream(tokenizer)
         self._on_text = on_text
         self._on_first_token = on_first_token
-        self._calls = 0
+        self._prompt_came = False
+        #: Time of the first token, by `time.perf_counter`.
         self.first_token: float | None = None
 
     def put(self, value: torch.Tensor) -> None:
-        self._calls += 1
-        if self._calls == 2:  # the first call is the prompt
+        """Takes the prompt, and then each time the tokens that were generated."""
+        if not self._prompt_came:
+            self._prompt_came = True
+            return
+        if self.first_token is None:
             self.first_token = time.perf_counter()
             self._on_first_token()
-        super().put(value)
+        for token in value.reshape(-1).tolist():
+            self._pass_on(self._stream.push(token))
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+    def end(self) -> None:
+        self._pass_on(self._stream.end())
+
+    def _pass_on(self, text: str) -> None:
         if text:
             self._on_text(text)
 
@@ -109,23 +117,21 @@ class Conversation:
     ) -> Answer:
         """Continues token ids `[1, tokens]`; what the cache already holds of them is not sent again."""
         prompt_tokens = input_ids.shape[1]
-        room = positions(self._model.config) - prompt_tokens
-        if room < 1:
-            raise PromptTooLong(
-                f"{prompt_tokens} tokens leave no room in the model's {room + prompt_tokens} positions"
-            )
+        limit = max_positions(self._model.config)
+        if prompt_tokens >= limit:
+            raise PromptTooLong(f"{prompt_tokens} tokens leave no room in the model's {limit} positions")
         self._keep_common_prefix(input_ids)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        stream = _Stream(self._tokenizer, on_text, on_first_token)
+        streamer = _Streamer(self._tokenizer, on_text, on_first_token)
         began = time.perf_counter()
         output = self._model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=min(sampling.max_tokens, room),
-            streamer=stream,
+            max_new_tokens=min(sampling.max_tokens, limit - prompt_tokens),
+            streamer=streamer,
             pad_token_id=pad_token(self._tokenizer),
-            **{cache_argument(): self._cache},
+            **{cache_name(type(self._model)): self._cache},
             **sampling.options(),
         )
         ended = time.perf_counter()
@@ -138,7 +144,7 @@ class Conversation:
             prompt_tokens=prompt_tokens,
             tokens=len(new),
             finish_reason="stop" if stopped else "length",
-            first_token_seconds=(stream.first_token or ended) - began,
+            first_token_seconds=(streamer.first_token or ended) - began,
             seconds=ended - began,
         )
 
@@ -156,58 +162,3 @@ class Conversation:
         except (RuntimeError, ValueError):
             # A layer with a sliding window has dropped what would be needed again.
             self.forget_cache()
-
-
-def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
-    """The checkpoint's tokenizer. Raises UnknownModel."""
-    checkpoint = Checkpoint.resolve(name_or_path, revision)
-    directory = Path(name_or_path)
-    if directory.is_dir() and not [*directory.glob("tokenizer*"), *directory.glob("vocab*")]:
-        raise UnknownModel(f"{name_or_path} has no tokenizer: put the model's tokenizer.json beside its weights")
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint.name if revision else name_or_path, revision=revision)
-    except Exception as error:
-        raise UnknownModel(f"the tokenizer of {name_or_path} cannot be loaded: {error}") from None
-
-
-def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> torch.Tensor:
-    """Token ids `[1, tokens]` of a conversation; of its plain text where there is no chat template."""
-    if not tokenizer.chat_template:
-        return encode_text(tokenizer, "\n".join(message["content"] for message in messages))
-    try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except Exception as error:
-        # The template is a program of the model's: e.g. some know no system message.
-        raise ConfigError(f"the model's chat template refuses this conversation: {error}") from None
-    ids: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def encode_text(tokenizer: Any, text: str) -> torch.Tensor:
-    """Token ids `[1, tokens]` of plain text."""
-    ids: torch.Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
-    return ids
-
-
-def positions(config: Any) -> int:
-    """Positions that a model has."""
-    return int(getattr(config.get_text_config(decoder=True), "max_position_embeddings", 0) or 2**31)
-
-
-def end_tokens(model: Any) -> set[int]:
-    """Token ids that end a text."""
-    ids = model.generation_config.eos_token_id
-    return set(ids if isinstance(ids, list) else [] if ids is None else [ids])
-
-
-def pad_token(tokenizer: Any) -> int:
-    """A token id to pad with; the end token's where the tokenizer has none."""
-    pad = tokenizer.pad_token_id
-    return int(pad if pad is not None else tokenizer.eos_token_id or 0)
-
-
-def cache_argument() -> str:
-    """What this version of transformers calls the cache in `generate`."""
-    from transformers.generation.utils import GenerateDecoderOnlyOutput
-
-    return "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"

@@ -108,8 +108,9 @@ def generate(
     _check_queue(broker, keys, member)
     checkpoint = resolve_model(model)
 
-    from split_device.chatting import Conversation, encode_chat, encode_text, load_tokenizer
+    from split_device.chatting import Conversation
     from split_device.model import SplitModelForCausalLM
+    from split_device.tokenizing import encode_chat, encode_text, load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint, revision)
     messages = [{"role": "system", "content": system}] if system else []
@@ -186,8 +187,9 @@ def chat(
     _check_queue(broker, keys, member)
     checkpoint = resolve_model(model)
 
-    from split_device.chatting import Conversation, load_tokenizer
+    from split_device.chatting import Conversation
     from split_device.model import SplitModelForCausalLM
+    from split_device.tokenizing import load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint, revision)
     with SplitModelForCausalLM.from_pretrained(

@@ -103,10 +103,11 @@ def _ask(prompt: str, checkpoint: str, address: str, name: str, log: Path, max_t
     """Asks one thing in this process, and shows what the parts are and what the broker saw."""
     from split_common.part import plan
     from split_common.split import Split
-    from split_device.chatting import Conversation, encode_chat, load_tokenizer
+    from split_device.chatting import Conversation
     from split_device.cli import parts_table
     from split_device.model import SplitModelForCausalLM
     from split_device.parts import parts
+    from split_device.tokenizing import encode_chat, load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint)
     plan_ = plan(checkpoint)

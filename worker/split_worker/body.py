@@ -7,6 +7,7 @@ from typing import Any
 import psutil
 import torch
 
+from split_common.compat.transformers import no_split_modules
 from split_common.engine.linear import pack_linears
 from split_common.engine.runner import Runner
 from split_common.errors import ModelError
@@ -75,7 +76,7 @@ def place_on_gpus(model: Any, parameter_bytes: int, device: torch.device) -> Non
         )
     from accelerate import dispatch_model, infer_auto_device_map
 
-    places = infer_auto_device_map(model, most, no_split_module_classes=model._no_split_modules)
+    places = infer_auto_device_map(model, most, no_split_module_classes=no_split_modules(model))
     dispatch_model(model, places)
 
 

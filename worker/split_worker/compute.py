@@ -360,8 +360,9 @@ class ComputeLoop:
     def _refusal(self, error: Exception) -> payloads.Refusal:
         reason = "evicted" if isinstance(error, Evicted) else REASONS.get(type(error), "failed")
         self.counters[f"refused_{reason}"] += 1
-        message = str(error) if isinstance(error, SplitError) else type(error).__name__
-        retry_after = min(getattr(error, "retry_after", 0.0), headers.MAX_RETRY_AFTER)
+        message, retry_after = type(error).__name__, 0.0
+        if isinstance(error, SplitError):
+            message, retry_after = str(error), min(error.retry_after or 0.0, headers.MAX_RETRY_AFTER)
         return payloads.Refusal(reason, message[:2048], retry_after)  # type: ignore[arg-type]
 
     def _make_room(self, job: Job) -> bool:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._inductor import config as inductor
 from transformers import AttentionInterface
 
+from split_common.compat.torch import compile_in_this_process
 from split_common.engine.attention import NAME, packed_attention
 
 #: Of one token: its product with a matrix becomes a kernel of its own, together with what is before and after it,
@@ -24,8 +24,7 @@ ONE_TOKEN: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_desce
 
 def compile_layers(layers: Sequence[nn.Module]) -> None:
     """Has layers compiled when they are next called: once for one token, and once for any other number."""
-    # In this process: by default there would be one for each core, and they stay.
-    inductor.compile_threads = 1
+    compile_in_this_process()
     # What finds its batch through a context variable is not looked into.
     AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))  # type: ignore[no-untyped-call]
     for layer in layers:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
+from split_common.compat.torch import flash_attention_forward
 from split_common.engine.attention import Call, Span
 from split_common.engine.pool import PagePool
 
@@ -29,9 +30,6 @@ READS_PAGES = "block_table" in (varlen_attn.__kwdefaults__ or ())
 
 #: Those of a plan's members that are on a device.
 TABLES = ("ends", "table", "lengths", "begins")
-
-#: What `varlen_attn` calls; of 2.11, only this takes the lengths of keys that lie apart.
-flash_attention_forward = torch.ops.aten._flash_attention_forward
 
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:

@@ -15,6 +15,8 @@ import psutil
 import torch
 from torch import nn
 
+from split_common.compat.torch import reorder_linear_weight, reordered_linear
+
 log = logging.getLogger(__name__)
 
 #: Rows that the layout is chosen for: it serves one row as well as hundreds.
@@ -41,7 +43,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), LAYOUT_ROWS)
+        self._packed = reorder_linear_weight(linear.weight.detach().contiguous(), LAYOUT_ROWS)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -50,8 +52,7 @@ class PackedLinear(nn.Module):
         return weight
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(states, self._packed, self.bias, "none", [], "")
-        return output
+        return reordered_linear(states, self._packed, self.bias)
 
 
 def padded_rows(rows: int) -> int:

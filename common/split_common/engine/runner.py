@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
+from split_common.compat.transformers import attention_implementation
 from split_common.engine import attention, flash
 from split_common.engine.attention import Backend, Call, PackedBatch, Span
 from split_common.engine.compiled import compile_layers, forget_compiled
@@ -229,7 +230,7 @@ class Runner:
         separate = SeparateStore(config, self._split, 2**31)
         self.store, self.separate_because = separate, ""
         wanted, token_bytes = self._check_separate()
-        original = self._owner.config._attn_implementation
+        original = attention_implementation(self._owner)
         for backend in self._backends():
             try:
                 shapes = self._check_packed(backend, wanted, separate.new_cache())

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
+from split_common.compat.torch import remove_forward_hooks
 from split_common.engine.linear import pack_linears, padded_rows
 from split_common.engine.runner import Runner
 from split_common.part import strip
@@ -128,8 +129,7 @@ def _twin(model: Any, kept: range) -> Any:
             memo[id(slot)] = empty
     twin = copy.deepcopy(model, memo)
     for module in (twin, twin._stack.owner):
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
+        remove_forward_hooks(module)
     return twin
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
+from split_common.compat.transformers import complete_config, complete_lengths, eos_tokens, logits_processors
 from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
 from split_device.batching.generation import Logprobs, Request
 
@@ -42,10 +43,9 @@ class Sampler:
         config = _prepared(model, request.config, prompt)
         #: Tokens to generate at most: the last one needs no position.
         self.limit: int = min(int(config.max_length), model._max_positions + 1) - prompt
-        eos = config._eos_token_tensor
-        self._eos = frozenset() if eos is None else frozenset(eos.reshape(-1).tolist())
+        self._eos = eos_tokens(config)
         self._logprobs = request.logprobs
-        self._processors = model._get_logits_processor(config, prompt, device="cpu")
+        self._processors = logits_processors(model, config, prompt)
         self._generator: torch.Generator | None = None
         if config.do_sample:
             self._generator = _generator(request)
@@ -96,9 +96,8 @@ class Sampler:
 
 def _prepared(model: Any, given: GenerationConfig, prompt: int) -> Any:
     """The configuration as `generate` completes it."""
-    own = model.generation_config
     try:
-        config, _ = model._prepare_generation_config(given)
+        config = complete_config(model, given)
         mode = config.get_generation_mode()
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise UnsupportedFeature(
@@ -107,15 +106,7 @@ def _prepared(model: Any, given: GenerationConfig, prompt: int) -> Any:
         for name, harmless in _REFUSED.items():
             if (value := getattr(config, name, None)) not in harmless:
                 raise UnsupportedFeature(f"{name}={value!r} is not batched with other requests: use generate")
-        model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device="cpu", batch_size=1)
-        config = model._prepare_generated_length(
-            generation_config=config,
-            has_default_max_length=given.max_length is None and own.max_length is None,
-            has_default_min_length=given.min_length is None and own.min_length is None,
-            model_input_name="input_ids",
-            input_ids_length=prompt,
-            inputs_tensor=None,
-        )
+        config = complete_lengths(model, config, given, prompt)
     except UnsupportedFeature:
         raise
     except (TypeError, ValueError, RuntimeError) as error:

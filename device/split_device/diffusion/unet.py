@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from split_common.compat.diffusers import ChecksAdapter
 from split_common.diffusion.plan import ImagePlan
 from split_common.diffusion.unet import UNetPlan
 from split_common.errors import UnsupportedFeature
@@ -20,7 +21,7 @@ from split_device.diffusion.slots import Call, DownSlot, LastSlot, MiddleSlot, U
 _SIGNATURE = inspect.signature(UNet2DConditionModel.forward)
 
 
-class SplitUNet2DConditionModel(SplitDenoiser, UNet2DConditionModel):  # type: ignore[misc]
+class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionModel):  # type: ignore[misc]
     """A UNet of diffusers with its body on a worker, for `unet=` of a pipeline. Made by `from_pretrained`."""
 
     _plan: UNetPlan
@@ -83,18 +84,16 @@ class SplitUNet2DConditionModel(SplitDenoiser, UNet2DConditionModel):  # type: i
 
     # --- an IP-Adapter -------------------------------------------------------------------------------------
 
-    def _load_ip_adapter_weights(self, state_dicts: Any, **options: Any) -> None:
-        """Called by a pipeline's `load_ip_adapter`. Raises UnsupportedFeature for another adapter than the one that
-        the model was opened with."""
-        state_dicts = state_dicts if isinstance(state_dicts, list) else [state_dicts]
+    def check_adapters(self, states: list[Any]) -> None:
+        """Raises UnsupportedFeature for another IP-Adapter than the one that the model was opened with."""
         given = {
             f"{part}.{name}": tensor
-            for state in state_dicts
+            for state in states
             for part, tensors in state.items()
             for name, tensor in tensors.items()
         }
         names = self._plan.checkpoint.adapter_names
-        if not names or len(state_dicts) != 1 or given.keys() != names:
+        if not names or len(states) != 1 or given.keys() != names:
             raise UnsupportedFeature(
                 "most of an IP-Adapter's weights are the worker's: open the model with ip_adapter=FILE, run its "
                 "workers with --ip-adapter FILE, and load that one alone"
@@ -104,7 +103,6 @@ class SplitUNet2DConditionModel(SplitDenoiser, UNet2DConditionModel):  # type: i
         own = read_tensors(self._plan.checkpoint, sorted(names))
         if different := sorted(name for name in names if not torch.equal(given[name].cpu(), own[name])):
             raise UnsupportedFeature(f"{different[0]} is not that of the IP-Adapter that the model was opened with")
-        super()._load_ip_adapter_weights(state_dicts, **options)
 
     def _scales(self) -> list[float]:
         """How much each of the body's attentions to an IP-Adapter's images counts. Raises UnsupportedFeature."""

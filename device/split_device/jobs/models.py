@@ -11,11 +11,12 @@ from transformers import GenerationConfig
 
 from split_common.errors import PromptTooLong
 from split_common.process import breakable
+from split_common.slots import max_positions
 from split_device.batching.generator import Generator, Request
-from split_device.chatting import encode_chat, encode_text, end_tokens, load_tokenizer, pad_token, positions
 from split_device.diffusion.options import need_diffusers
 from split_device.jobs.job import ImageChoice, ModelChoice, Progress, Task
 from split_device.model import SplitModelForCausalLM
+from split_device.tokenizing import encode_chat, encode_text, end_tokens, load_tokenizer, pad_token
 
 if TYPE_CHECKING:
     from split_device.diffusion.painter import Painter
@@ -71,7 +72,7 @@ class Loaded:
             messages = [{"role": message.role, "content": message.content} for message in task.prompt]
             ids = encode_chat(self.tokenizer, messages)
         prompt: list[int] = ids[0].tolist()
-        limit = positions(self.model.config)
+        limit = max_positions(self.model.config)
         if not prompt:
             raise PromptTooLong("the prompt has no tokens")
         if len(prompt) >= limit:

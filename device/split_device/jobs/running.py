@@ -6,10 +6,10 @@ import queue
 from typing import TYPE_CHECKING
 
 from split_device.batching.generator import Generation
+from split_device.detokenize import TextStream
 from split_device.diffusion.settings import image_bytes
 from split_device.jobs.job import FinishReason, ImageTask, Job, Piece, Progress, Task, Update
 from split_device.jobs.models import Loaded
-from split_device.jobs.text import TextStream
 
 if TYPE_CHECKING:
     from split_device.diffusion.painter import Painter

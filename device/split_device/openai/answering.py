@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from split_device.batching.generator import Generation, Logprobs
+from split_device.detokenize import TextStream
 from split_device.jobs.job import Progress, Task
 from split_device.jobs.models import Loaded
-from split_device.jobs.text import TextStream
 from split_device.openai.answers import Choice, TokenLogprobs
 
 #: Priority of interactive requests, for which the generator reserves capacity.

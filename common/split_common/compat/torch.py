@@ -1,0 +1,52 @@
+"""What is private in torch. Written against 2.13."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._inductor import config as inductor
+
+#: What `torch.nn.attention.varlen.varlen_attn` calls; only this takes the lengths of keys that lie apart in torch
+#: 2.11. Written against torch 2.11 to 2.13; if it breaks, look at `torch/nn/attention/varlen.py`, and at
+#: `_flash_attention_forward` in ATen's `native_functions.yaml`.
+flash_attention_forward: Any = torch.ops.aten._flash_attention_forward
+
+
+def reorder_linear_weight(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """The weight `[out, in]` of a linear layer in the blocked layout that oneDNN prefers for inputs of some rows.
+
+    Raises:
+        RuntimeError, AttributeError: this build of torch, or this CPU, cannot.
+
+    Written against torch 2.13. If it breaks, look at `torch/_inductor/fx_passes/mkldnn_fusion.py`, which calls it.
+    """
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return packed
+
+
+def reordered_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The linear layer, by a weight that `reorder_linear_weight` made.
+
+    Written against torch 2.13. If it breaks, look at `torch/_inductor/mkldnn_ir.py`, which calls it.
+    """
+    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+    return output
+
+
+def compile_in_this_process() -> None:
+    """Has `torch.compile` compile in this process: by default it starts one for each core, and they stay.
+
+    Written against torch 2.13. If it breaks, look at `compile_threads` in `torch/_inductor/config.py`.
+    """
+    inductor.compile_threads = 1
+
+
+def remove_forward_hooks(module: nn.Module) -> None:
+    """Removes all hooks of a module's forward, whoever registered them; those of its children stay.
+
+    Written against torch 2.13. If it breaks, look at `Module.__init__` in `torch/nn/modules/module.py`.
+    """
+    module._forward_pre_hooks.clear()
+    module._forward_hooks.clear()

@@ -1,0 +1,174 @@
+"""What is private in transformers. Written against 5.24."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+# --- loading -----------------------------------------------------------------------------------------------
+
+
+def causal_class(config: Any) -> type[nn.Module] | None:
+    """The class of the causal language model that `AutoModelForCausalLM` makes of a configuration, if there is one.
+
+    Written against transformers 5.24. If it breaks, look at how `_BaseAutoModelClass.from_config` in
+    `models/auto/auto_factory.py` finds the class.
+    """
+    found = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    first: type[nn.Module] | None = found[0] if isinstance(found, list | tuple) else found
+    return first
+
+
+def load_state(
+    model_class: type, config: Any, state: dict[str, torch.Tensor], dtype: torch.dtype | None
+) -> tuple[Any, dict[str, Any]]:
+    """A model with tensors that are given by their names in a checkpoint: transformers' own `from_pretrained`.
+
+    Args:
+        model_class: a class of transformers, or one derived from it, even with a `from_pretrained` of its own.
+        config: the model's configuration.
+        state: the tensors; transformers converts their names as it does for a file's.
+        dtype: of the parameters; None keeps the tensors'.
+
+    Returns:
+        The model, and sets under `missing_keys`, `unexpected_keys` and `mismatched_keys`.
+
+    Written against transformers 5.24. If it breaks, look at `PreTrainedModel.from_pretrained` in
+    `modeling_utils.py`: whether it is a class method, and what it does with `state_dict`.
+    """
+    model, info = PreTrainedModel.from_pretrained.__func__(
+        model_class,
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype if dtype is not None else "auto",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    return model, info
+
+
+#: Attributes of a model's class that say that none of its weights are tied: for a part whose embeddings are
+#: elsewhere. Written against transformers 5.24; if it breaks, look at `get_expanded_tied_weights_keys` in
+#: `modeling_utils.py`.
+UNTIED_CLASS: dict[str, Any] = {"_tied_weights_keys": {}}
+
+
+def untie(model: Any) -> None:
+    """Says of a model that was just made that none of its weights are tied.
+
+    Written against transformers 5.24. If it breaks, look at what reads `all_tied_weights_keys` in
+    `modeling_utils.py`.
+    """
+    model.all_tied_weights_keys = {}
+
+
+def no_split_modules(model: Any) -> list[str]:
+    """Names of the classes whose modules must stay on one device, for accelerate's device map.
+
+    Written against transformers 5.24. If it breaks, look at `_get_device_map` in `integrations/accelerate.py`.
+    """
+    return sorted(model._no_split_modules or ())
+
+
+# --- calling -----------------------------------------------------------------------------------------------
+
+
+def cache_name(module_class: type[nn.Module]) -> str:
+    """What a model's forward calls its cache: `cache`, or `past_key_values` where it has the former name.
+
+    Written against transformers 5.24. If it breaks, look at `forward` in `models/llama/modeling_llama.py`.
+    """
+    return "cache" if "cache" in forward_parameters(module_class) else "past_key_values"
+
+
+def forward_parameters(module_class: type[nn.Module]) -> frozenset[str]:
+    """Names of the parameters of a class's `forward`, beneath transformers' decorators.
+
+    Written against transformers 5.24. If it breaks, look at the decorators of `forward` in
+    `models/llama/modeling_llama.py`.
+    """
+    return frozenset(inspect.signature(inspect.unwrap(module_class.forward)).parameters)
+
+
+def attention_implementation(module: Any) -> str:
+    """The attention that a model uses: what its `set_attn_implementation` takes.
+
+    Written against transformers 5.24. If it breaks, look at `set_attn_implementation` in `modeling_utils.py`.
+    """
+    return str(module.config._attn_implementation)
+
+
+# --- generating --------------------------------------------------------------------------------------------
+
+
+def complete_config(model: Any, given: GenerationConfig) -> GenerationConfig:
+    """A copy of a generation configuration, in which the model's own defaults fill what is not given.
+
+    Raises:
+        ValueError: the values make no sense together.
+
+    Written against transformers 5.24. If it breaks, look at how `generate` in `generation/utils.py` begins.
+    """
+    config, _ = model._prepare_generation_config(given)
+    return config
+
+
+def complete_lengths(
+    model: Any, config: GenerationConfig, given: GenerationConfig, prompt: int
+) -> GenerationConfig:
+    """Fills in special tokens and lengths: `max_length` and `min_length` then count the prompt.
+
+    Args:
+        model: what generates.
+        config: what `complete_config` made; it is changed.
+        given: what the caller asked for.
+        prompt: tokens of the prompt.
+
+    Raises:
+        ValueError: the values make no sense together.
+
+    Written against transformers 5.24. If it breaks, look at the steps of `generate` in `generation/utils.py` that
+    prepare special tokens and the maximum length.
+    """
+    own = model.generation_config
+    model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device="cpu", batch_size=1)
+    completed: GenerationConfig = model._prepare_generated_length(
+        generation_config=config,
+        has_default_max_length=given.max_length is None and own.max_length is None,
+        has_default_min_length=given.min_length is None and own.min_length is None,
+        model_input_name="input_ids",
+        input_ids_length=prompt,
+        inputs_tensor=None,
+    )
+    return completed
+
+
+def eos_tokens(config: GenerationConfig) -> frozenset[int]:
+    """Token ids that end a text, of what `complete_lengths` made.
+
+    Written against transformers 5.24. If it breaks, look at `_prepare_special_tokens` in `generation/utils.py`.
+    """
+    eos = config._eos_token_tensor
+    return frozenset() if eos is None else frozenset(eos.reshape(-1).tolist())
+
+
+def logits_processors(model: Any, config: GenerationConfig, prompt: int) -> Any:
+    """The processors that `generate` applies, as a `LogitsProcessorList` on the CPU.
+
+    Args:
+        model: what generates.
+        config: what `complete_lengths` made.
+        prompt: tokens of the prompt.
+
+    Raises:
+        ValueError: the values make no sense together.
+
+    Written against transformers 5.24. If it breaks, look at the call of `_get_logits_processor` by `generate` in
+    `generation/utils.py`.
+    """
+    return model._get_logits_processor(config, prompt, device="cpu")
