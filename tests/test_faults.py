@@ -39,9 +39,9 @@ from split_common.errors import (
 )
 from split_common.fleet import load_fleet
 from split_common.keys import ModelScope
-from split_common.manifest import find_manifest
 from split_common.part import plan
 from split_common.transport import HEARTBEAT, MISSED, OPEN_PATIENCE, connect
+from split_common.verification import find_manifest
 from split_device import SplitModelForCausalLM
 from split_device.remote import Call, SessionLayer, Traits
 from split_device.sessions import client as client_module

@@ -27,7 +27,6 @@ import tiny
 from split_common import wire
 from split_common.errors import BrokerUnreachable, Busy, NoWorker, SessionLost
 from split_common.fleet import load_fleet
-from split_common.manifest import find_manifest
 from split_common.part import plan
 from split_common.transport import HEARTBEAT, MISSED, OPEN_PATIENCE, connect, leading, new_peer_id
 from split_common.transport.redis import keeper as redis_keeper
@@ -35,6 +34,7 @@ from split_common.transport.redis import wishes as redis_wishes
 from split_common.transport.redis.keeper import LEASE
 from split_common.transport.redis.keys import GROUP, Keys
 from split_common.transport.redis.server import Line
+from split_common.verification import find_manifest
 from split_device import SplitModelForCausalLM
 from split_worker.worker import Worker
 from valkeys import Valkey, running_valkey

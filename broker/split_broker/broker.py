@@ -29,9 +29,11 @@ from split_broker.lanes import Body, Message, Peer, Waiting
 from split_common import wire
 from split_common.address import is_redis, parse_address
 from split_common.errors import AuthenticationError, ConfigError, Malformed, SplitError
-from split_common.fleet import Fleet, check_address
-from split_common.transport import GRACE, HEARTBEAT, MISSED, OPEN_PATIENCE, count_dropped
-from split_common.transport.zmq_link import receive_frames, send_frames
+from split_common.fleet import Fleet
+from split_common.transport.base import GRACE, HEARTBEAT, MISSED, OPEN_PATIENCE
+from split_common.transport.links import check_address
+from split_common.transport.supervised import count_dropped
+from split_common.transport.zmq_link import curve_z85, receive_frames, send_frames
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +126,7 @@ class Broker:
         self._auth = ThreadAuthenticator(self._context)
         self._auth.start()
         self._auth.configure_curve_callback("*", credentials_provider=self)
-        _, secret = self._fleet.identity("broker").curve_z85()
+        _, secret = curve_z85(self._fleet.identity("broker"))
         self._socket.curve_server = True
         self._socket.curve_secretkey = secret
 

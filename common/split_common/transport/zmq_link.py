@@ -24,11 +24,12 @@ import zmq
 import zmq.utils.z85
 
 from split_common import wire
-from split_common.errors import BrokerUnreachable, ConfigError, KeysError, Malformed, Oversized, SplitError
+from split_common.errors import BrokerUnreachable, ConfigError, KeysError, Malformed, SplitError
 from split_common.fleet import Fleet
 from split_common.keys import Identity
-from split_common.transport import HEARTBEAT, MISSED, Handler, count_dropped
+from split_common.transport.base import HEARTBEAT, MISSED, OUTBOX_BYTES, Handler
 from split_common.transport.leading import Lead
+from split_common.transport.supervised import count_dropped
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +37,6 @@ _T = TypeVar("_T")
 
 #: Bytes received after which a peer tells the broker so at once, and not with its next heartbeat.
 CREDIT_STEP = 4 * 1024 * 1024
-
-#: Bytes that may wait to be sent. More are dropped: a broker that takes nothing must not fill the memory.
-OUTBOX_BYTES = 256 * 1024 * 1024
 
 #: Seconds without a word from the broker after which the connection is made anew: libzmq gives a connection up for
 #: good when what arrives over it breaks ZMTP or CURVE, as damaged bytes do.
@@ -55,13 +53,18 @@ TURN = 256
 PAUSE = 0.1
 
 
+def curve_z85(identity: Identity) -> tuple[bytes, bytes]:
+    """A member's X25519 public and secret key as ZeroMQ's CURVE takes them (RFC 32, Z85: 40 characters each)."""
+    return zmq.utils.z85.encode(identity.certificate.curve_key), zmq.utils.z85.encode(identity.curve_secret)
+
+
 def curve_client(sock: zmq.Socket[bytes], fleet: Fleet, identity: Identity) -> None:
     """Secures a client socket with CurveZMQ (RFC 26): it will talk to the fleet's broker alone.
 
     Raises:
         KeysError: the fleet has no broker.
     """
-    public, secret = identity.curve_z85()
+    public, secret = curve_z85(identity)
     broker = next((m for m in fleet.roster().members if m.role == "broker" and not m.revoked), None)
     if broker is None:
         raise KeysError(f"the roster in {fleet.path} lists no broker")
@@ -169,9 +172,7 @@ class ZmqLink:
         return sock
 
     def send(self, header: wire.Header, body: bytes = b"") -> None:
-        if len(body) > wire.MAX_BODY:
-            raise Oversized(f"body of {len(body)} bytes (at most {wire.MAX_BODY})")
-        self._handed.append((wire.encode_header(header), body))
+        self._handed.append((wire.encode_header(header), wire.check_body(body)))
         self._pass_on()
 
     def receive(self, events: queue.SimpleQueue[_T], timeout: float) -> _T:

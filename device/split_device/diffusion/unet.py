@@ -11,8 +11,8 @@ from diffusers import UNet2DConditionModel
 from split_common.diffusion.plan import ImagePlan
 from split_common.diffusion.unet import UNetPlan
 from split_common.errors import UnsupportedFeature
-from split_common.part import read_tensors
 from split_common.split import Split
+from split_common.weights import read_tensors
 from split_device.diffusion.denoiser import SplitDenoiser, arguments
 from split_device.diffusion.session import Inputs
 from split_device.diffusion.slots import Call, DownSlot, LastSlot, MiddleSlot, UpSlot

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 
 from split_common import wire
 from split_common.errors import SplitError
-from split_common.transport import Handler, count_dropped
+from split_common.transport.base import Handler
+from split_common.transport.supervised import count_dropped
 
 log = logging.getLogger(__name__)
 

@@ -22,12 +22,13 @@ from split_common import wire
 from split_common.errors import BrokerUnreachable, SplitError
 from split_common.fleet import Fleet
 from split_common.keys import Role
-from split_common.transport import GRACE, HEARTBEAT, MISSED, OPEN_PATIENCE, count_dropped
+from split_common.transport.base import GRACE, HEARTBEAT, MISSED, OPEN_PATIENCE
 from split_common.transport.redis import roster
 from split_common.transport.redis.caller import Caller
 from split_common.transport.redis.keys import GROUP, Keys, entry
 from split_common.transport.redis.server import Command, Line, Refused, failed
 from split_common.transport.redis.wishes import Wish, Wishes, lane_sizes, read_workers
+from split_common.transport.supervised import count_dropped
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from typing import Any
 from split_common import wire
 from split_common.errors import Malformed
 from split_common.keys import Role
-from split_common.transport import member_mark
+from split_common.transport.peer_id import member_mark
 
 #: The group that the workers of a service read its wishes as.
 GROUP = "workers"

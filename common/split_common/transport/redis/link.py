@@ -17,16 +17,17 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from split_common import wire
-from split_common.errors import BrokerUnreachable, Malformed, Oversized, SplitError
+from split_common.errors import BrokerUnreachable, Malformed, SplitError
 from split_common.fleet import Fleet
 from split_common.keys import Identity
-from split_common.transport import HEARTBEAT, MISSED, Handler, count_dropped
+from split_common.transport.base import HEARTBEAT, MISSED, Handler
 from split_common.transport.redis.caller import Caller
 from split_common.transport.redis.keeper import RECONNECT, Keeper
 from split_common.transport.redis.keys import GROUP, Keys, entry, next_id, read_entry
 from split_common.transport.redis.reader import READ_WAIT, Reader
 from split_common.transport.redis.server import Line, Server
 from split_common.transport.redis.writer import LINGER, Outgoing, Writer
+from split_common.transport.supervised import count_dropped
 
 #: Seconds between two looks whether there is room for another session.
 ROOM_INTERVAL = 0.2
@@ -103,8 +104,7 @@ class RedisLink:
         thread.start()
 
     def send(self, header: wire.Header, body: bytes = b"") -> None:
-        if len(body) > wire.MAX_BODY:
-            raise Oversized(f"body of {len(body)} bytes (at most {wire.MAX_BODY})")
+        wire.check_body(body)
         if self._keeper is None or self._writer is None:
             return
         if isinstance(header, wire.Open):

@@ -12,11 +12,11 @@ from typing import Any
 from redis.exceptions import ResponseError
 
 from split_common.errors import BrokerUnreachable
-from split_common.transport import count_dropped
 from split_common.transport.leading import Lead
 from split_common.transport.redis.keeper import RECONNECT, Keeper
 from split_common.transport.redis.keys import next_id
 from split_common.transport.redis.server import Command, Line, Refused
+from split_common.transport.supervised import count_dropped
 
 #: Entries that are read in one round trip.
 READ_COUNT = 16

@@ -11,10 +11,11 @@ from typing import Any
 from split_common import wire
 from split_common.errors import Malformed, SplitError
 from split_common.keys import Role
-from split_common.transport import OPEN_PATIENCE, count_dropped
+from split_common.transport.base import OPEN_PATIENCE
 from split_common.transport.redis.caller import Caller
 from split_common.transport.redis.keys import Keys, entry
 from split_common.transport.redis.server import Line, failed
+from split_common.transport.supervised import count_dropped
 
 
 def lane_sizes(line: Line, keys: Keys, role: Role, peers: Iterable[bytes]) -> dict[bytes, int]:

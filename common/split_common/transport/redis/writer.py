@@ -19,10 +19,10 @@ from redis.exceptions import OutOfMemoryError, ResponseError
 
 from split_common import wire
 from split_common.errors import BrokerUnreachable
-from split_common.transport import count_dropped
+from split_common.transport.base import OUTBOX_BYTES
 from split_common.transport.redis.keeper import RECONNECT, RECONNECT_MAX, RETRY_AFTER, Keeper
 from split_common.transport.redis.server import Command, Line, Refused
-from split_common.transport.zmq_link import OUTBOX_BYTES
+from split_common.transport.supervised import count_dropped
 
 #: Bytes of messages that the writer's thread adds in one round trip, unless a single one is larger.
 BATCH_BYTES = 4 * 1024 * 1024
