@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from split_broker.lanes import Message, Peer
+from split_broker.peer_queue import Message, Peer
 from split_common import wire
 from split_common.channel import Channel, DeviceHandshake, SessionKeys
 from split_common.errors import AuthenticationError, Busy, NonFinite, OutOfOrder, ProtocolError, SessionLost

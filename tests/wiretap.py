@@ -16,7 +16,7 @@ import torch
 import zmq
 
 from split_broker.broker import Broker
-from split_broker.lanes import Message, Peer
+from split_broker.peer_queue import Message, Peer
 from split_common import wire
 from split_common.fleet import Fleet
 from split_common.keys import Identity

@@ -1,7 +1,7 @@
 """Rules of access: the least that each member's Redis user must be allowed to do.
 
-A device reads its own replies alone, and can only add to workers' lanes and wishes. A worker reads its own lane and
-the wishes. Rules tell lanes apart by the mark of their owner's name, with which all ids of its peers begin.
+A device reads its own replies alone, and can only add to workers' lanes and to opens. A worker reads its own lane
+and the opens. Rules tell lanes apart by the mark of their owner's name, with which all ids of its peers begin.
 """
 
 from __future__ import annotations
