@@ -149,10 +149,10 @@ class Driver:
     def __init__(self, model: Path, address: str) -> None:
         from split_common import headers
         from split_common.fleet import load_fleet
-        from split_common.manifest import find_manifest
         from split_common.part import plan
         from split_common.split import Split
         from split_common.transport import connect
+        from split_common.verification import find_manifest
         from split_device.sessions.client import Client
 
         fleet_ = load_fleet()

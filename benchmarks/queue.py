@@ -30,7 +30,7 @@ from split_common.fleet import load_fleet
 from split_common.keys import Role
 from split_common.process import passive_threads, reuse_memory
 from split_common.transport import connect
-from split_common.transport.zmq_link import curve_client
+from split_common.transport.zmq_link import curve_client, curve_z85
 
 #: Bytes of hidden states in a message, and how many round trips each round makes.
 SIZES = {"2k": (2048, 50), "64k": (65536, 25), "1m": (1024 * 1024, 8)}
@@ -201,7 +201,7 @@ def _be_a_plain_broker(address: str) -> None:
     import zmq
 
     curve = address.startswith("tcp://")
-    _, secret = load_fleet().identity("broker").curve_z85()
+    _, secret = curve_z85(load_fleet().identity("broker"))
     with zmq.Context() as context, context.socket(zmq.ROUTER) as front, context.socket(zmq.ROUTER) as back:
         for sock, name in ((front, "front"), (back, "back")):
             sock.linger = 0

@@ -26,7 +26,7 @@ from split_broker import broker
 from split_common.cli import main
 from split_common.demo_model import ensure_demo_model
 from split_common.errors import ModelError
-from split_common.transport.redis import keeper
+from split_common.transport.redis import lease
 
 #: The user's own cache, if one is set: the small real model is fetched once, not once in every run.
 USER_CACHE = os.environ.get("LAMBDA_SPLIT_CACHE")
@@ -91,10 +91,10 @@ def transport(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def patient_queue() -> Iterator[None]:
-    """Nobody in this process is held for dead by his silence: on a busy machine a heartbeat may be late."""
+    """No peer in this process is taken for dead because it is silent: on a busy machine a heartbeat may be late."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(broker, "MISSED", 600)
-        patch.setattr(keeper, "LEASE", 600.0)
+        patch.setattr(lease, "LEASE", 600.0)
         yield
 
 

@@ -10,6 +10,7 @@ import heapq
 import itertools
 import queue
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import torch
 import zmq
 
 from split_broker import broker as broker_module
-from split_broker import lanes as lanes_module
+from split_broker import peer_queue as peer_queue_module
 from split_broker.broker import Broker
 from split_common import channel as channel_module
 from split_common import headers
@@ -30,10 +31,10 @@ from split_common.engine import scheduler as scheduler_module
 from split_common.engine.pool import LayerShape, PagePool
 from split_common.engine.rows import Run
 from split_common.engine.runner import Launched
-from split_common.errors import SplitError
 from split_common.fleet import Fleet
-from split_common.transport import HEARTBEAT, count_dropped
+from split_common.transport import HEARTBEAT
 from split_common.transport import zmq_link as link_module
+from split_common.transport.supervised import Supervisor, handled
 from split_common.transport.zmq_link import ZmqLink
 from split_device import remote as remote_module
 from split_device.sessions import client as client_module
@@ -256,12 +257,7 @@ class Link(ZmqLink):
             self.world.after(0.5, lambda: self.deliver(frames))
             return
         self._received += len(frames[1])
-        try:
-            self._dispatch(headers.decode_header(frames[0]), headers.check_body(frames[1]))
-        except SplitError as error:
-            count_dropped(self.counters, error)
-        except Exception:
-            self._handler_failed()
+        handled(self.counters, self._dispatch, frames)
 
 
 class SimulatedBroker(Broker):
@@ -273,10 +269,11 @@ class SimulatedBroker(Broker):
         self._boot = world.random.randbytes(8)
         self._started = world.clock.now
         self._enforced = world.fleet.roster().version
-        self._peers, self._routes, self._blocked, self._wishes = {}, {}, set(), {}
+        self._peers, self._routes, self._blocked, self._pending = {}, {}, set(), {}
         self._auth = None
         self._socket: Any = Socket(self._out)
         self.counters: Counter[str] = Counter()
+        self._supervisor = Supervisor("the broker", self.counters, threading.Event(), pause=0.0)
         self.up = True
         self._tick()
 
@@ -288,11 +285,11 @@ class SimulatedBroker(Broker):
 
     def take(self, route: bytes, frames: list[bytes]) -> None:
         if self.up:
-            self._contained(self._take, [Envelope(route), Envelope(frames[0]), *frames[1:]])  # type: ignore[list-item]
+            self._supervisor.run(self._take, [Envelope(route), Envelope(frames[0]), *frames[1:]])  # type: ignore[list-item]
 
     def _tick(self) -> None:
         if self.up:
-            self._contained(self._housekeeping, self._world.clock.now)
+            self._supervisor.run(self._housekeeping, self._world.clock.now)
             self._world.after(broker_module.PROBE_INTERVAL, self._tick)
 
 
@@ -387,7 +384,7 @@ class World:
             link_module,
             scheduler_module,
             broker_module,
-            lanes_module,
+            peer_queue_module,
         ):
             patch.setattr(module, "time", self.clock)
         for module in (client_module, session_module):

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 import tiny
 from split_broker import broker as broker_module
 from split_broker.broker import GRACE, Broker
-from split_broker.lanes import LANE_BYTES, LANE_MESSAGES, WINDOW, Lane
+from split_broker.peer_queue import QUEUE_MESSAGES, WINDOW, PeerQueue
 from split_common import headers
 from split_common.errors import BrokerUnreachable, ConfigError, KeysError, Oversized
 from split_common.keys import Identity
 from split_common.transport import HEARTBEAT, connect, parse_address
+from split_common.transport.base import QUEUE_BYTES
 from split_common.transport.zmq_link import ZmqLink
 from wiretap import LATE, FakePeer, Setting, on_loop, wait_until
 
@@ -170,12 +171,12 @@ def test_a_wish_waits_for_room_and_a_device_has_one_at_a_time(
     device, worker = join("device-1"), join("worker-1", room=0)
     for channel in range(50):
         device.send(headers.Open(device.id, channel, SERVICE))
-    wait_until(lambda: [wish.header.channel for wish in list(broker._wishes.values())] == [49])
+    wait_until(lambda: [pending.header.channel for pending in list(broker._pending.values())] == [49])
     assert worker.silent(headers.Open)
     worker.announce(service=SERVICE, room=5)
     assert worker.receive(headers.Open)[0].channel == 49
     assert worker.silent(headers.Open)
-    wait_until(lambda: not broker._wishes)
+    wait_until(lambda: not broker._pending)
 
 
 def test_a_wish_that_cannot_be_met_is_answered(join, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,10 +202,10 @@ def test_wishes_for_services_that_nobody_has_leave_nothing_behind(join, broker) 
     for number in range(200):
         device.send(headers.Open(device.id, number, headers.Service(secrets.token_bytes(32), 0, 1)))
     wait_until(lambda: broker.counters["bounced_no-worker"] >= 1)
-    wait_until(lambda: not broker._wishes)
+    wait_until(lambda: not broker._pending)
     device.send(headers.Open(device.id, 999, SERVICE))
     device.announce(leaving=True)
-    wait_until(lambda: not (broker._peers or broker._wishes or broker._routes))
+    wait_until(lambda: not (broker._peers or broker._pending or broker._routes))
 
 
 # --- life and death ----------------------------------------------------------------------------------------
@@ -221,9 +222,9 @@ def test_a_workers_closed_connection_is_seen_at_once(join, broker) -> None:
 def test_a_workers_death_is_seen_though_its_lane_waits_for_credit(join, broker) -> None:
     worker = join("worker-1")
     device = join("device-1", watching=[worker.id])
-    broker._peers[worker.id].lane.sent = 2 * WINDOW
+    broker._peers[worker.id].queue.sent = 2 * WINDOW
     device.send(relay(device, worker), b"waits")
-    wait_until(lambda: broker._peers[worker.id].lane.waiting)
+    wait_until(lambda: broker._peers[worker.id].queue.waiting)
     worker.socket.close()
     assert device.receive(headers.Welcome)[0].gone == [worker.id]
 
@@ -291,7 +292,7 @@ def test_a_device_that_comes_back_on_a_new_connection_gets_what_was_kept(setting
         on_loop(broker, lambda: reached.append(broker._send(peer, (headers.encode_header(headers.Probe()), b""))))
     for number in range(3):
         worker.send(relay(worker, device, seq=number))
-    wait_until(lambda: len(peer.lane.waiting) == 3)
+    wait_until(lambda: len(peer.queue.waiting) == 3)
     with FakePeer(broker.address, setting.fleet, setting.fleet.read_identity("device-1"), device.id) as back:
         back.announce()
         assert [back.receive(headers.Relay)[0].seq for _ in range(3)] == [0, 1, 2]
@@ -328,32 +329,32 @@ def test_revoked_members_are_put_out_while_the_broker_runs(tmp_path: Path, setti
 
 
 def test_a_lane_is_bounded_in_bytes_and_messages() -> None:
-    lane = Lane()
+    queue = PeerQueue()
     piece = b"", bytes(headers.MAX_BODY)
-    assert [lane.put(piece) for _ in range(LANE_BYTES // headers.MAX_BODY + 1)] == [True] * (
-        LANE_BYTES // headers.MAX_BODY
+    assert [queue.put(piece) for _ in range(QUEUE_BYTES // headers.MAX_BODY + 1)] == [True] * (
+        QUEUE_BYTES // headers.MAX_BODY
     ) + [False]
-    small = Lane()
-    assert all(small.put((b"", b"")) for _ in range(LANE_MESSAGES))
+    small = PeerQueue()
+    assert all(small.put((b"", b"")) for _ in range(QUEUE_MESSAGES))
     assert not small.put((b"", b""))
 
 
 def test_a_lane_stops_at_its_credit_and_a_peer_cannot_lend_itself_more() -> None:
-    lane = Lane()
+    queue = PeerQueue()
     for _ in range(12):
-        lane.put((b"", bytes(headers.MAX_BODY)))
-    lane.credit(1000)
+        queue.put((b"", bytes(headers.MAX_BODY)))
+    queue.credit(1000)
     sent = 0
-    while lane.take() is not None:
+    while queue.take() is not None:
         sent += 1
     assert sent * headers.MAX_BODY == WINDOW + headers.MAX_BODY
-    lane.credit(1000 + 2**60)
-    before = lane.sent
-    while lane.take() is not None:
+    queue.credit(1000 + 2**60)
+    before = queue.sent
+    while queue.take() is not None:
         pass
-    assert lane.sent - before <= WINDOW + headers.MAX_BODY
-    lane.credit(1000 + lane.sent)
-    assert lane.sent == lane.received
+    assert queue.sent - before <= WINDOW + headers.MAX_BODY
+    queue.credit(1000 + queue.sent)
+    assert queue.sent == queue.received
 
 
 def test_a_slow_reader_does_not_hold_up_others_and_gets_all_in_order(join, broker) -> None:
@@ -368,8 +369,8 @@ def test_a_slow_reader_does_not_hold_up_others_and_gets_all_in_order(join, broke
 
 def test_a_full_lane_is_told_to_the_sender(join, broker, monkeypatch: pytest.MonkeyPatch) -> None:
     device, worker = join("device-1"), join("worker-1")
-    lane = broker._peers[worker.id].lane
-    lane.waiting_bytes = LANE_BYTES
+    queue = broker._peers[worker.id].queue
+    queue.waiting_bytes = QUEUE_BYTES
     device.send(relay(device, worker, seq=3), b"x")
     bounce = device.receive(headers.Bounce)[0]
     assert (bounce.reason, bounce.seq) == ("full", 3)
@@ -435,10 +436,10 @@ def test_no_frame_makes_the_broker_fail(offline: Broker, data: st.DataObject) ->
     del frame[data.draw(st.integers(1, len(frame))) :]
     envelope = SimpleNamespace(bytes=data.draw(st.sampled_from([b"r1", b"r2", b"r3"])))
     before = sum(offline.counters.values())
-    offline._contained(offline._take, [envelope, SimpleNamespace(bytes=bytes(frame)), b"body"])  # type: ignore[list-item]
+    offline._supervisor.run(offline._take, [envelope, SimpleNamespace(bytes=bytes(frame)), b"body"])  # type: ignore[list-item]
     assert offline.counters["failures"] == 0
     assert len(offline._peers) <= 3 >= len(offline._routes)
-    assert len(offline._wishes) <= 3
+    assert len(offline._pending) <= 3
     assert sum(offline.counters.values()) >= before
 
 
@@ -470,12 +471,12 @@ def test_ten_thousand_frames_of_all_kinds_leave_nothing_behind(offline: Broker) 
                 frame += choose.choice(good)[: choose.randrange(20)]
         envelope = SimpleNamespace(bytes=choose.choice([b"r1", b"r2", b"r3"]))
         head, body = SimpleNamespace(bytes=bytes(frame)), choose.randbytes(choose.randrange(50))
-        offline._contained(offline._take, [envelope, head, body])  # type: ignore[list-item]
+        offline._supervisor.run(offline._take, [envelope, head, body])  # type: ignore[list-item]
     assert offline.counters["failures"] == 0
     assert offline.counters["Malformed"] > 3000
     assert offline.counters["VersionMismatch"] > 10
     assert len(offline._peers) <= 3 >= len(offline._routes)
-    assert len(offline._wishes) <= 3
+    assert len(offline._pending) <= 3
 
 
 def test_an_unforeseen_failure_does_not_end_the_loop(join, broker, monkeypatch: pytest.MonkeyPatch) -> None:

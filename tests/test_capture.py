@@ -12,7 +12,7 @@ import torch
 import zmq
 
 import tiny
-from split_broker.lanes import Body, Message, Peer
+from split_broker.peer_queue import Body, Message, Peer
 from split_common import channel as channels
 from split_common import headers, payloads
 from split_device import SplitModelForCausalLM

@@ -25,7 +25,7 @@ import fleet as fleets
 import tiny
 from split_broker import broker as broker_module
 from split_broker.broker import GRACE, Broker
-from split_broker.lanes import Message, Peer
+from split_broker.peer_queue import Message, Peer
 from split_common import channel as channels
 from split_common import headers
 from split_common import keys as keys_module
@@ -39,10 +39,10 @@ from split_common.errors import (
 )
 from split_common.fleet import load_fleet
 from split_common.keys import ModelScope
-from split_common.manifest import find_manifest
 from split_common.part import plan
 from split_common.servers import free_port
 from split_common.transport import HEARTBEAT, MISSED, OPEN_PATIENCE, connect
+from split_common.verification import find_manifest
 from split_device import SplitModelForCausalLM
 from split_device.remote import Call, SessionLayer, Traits
 from split_device.sessions import client as client_module
@@ -452,7 +452,7 @@ def test_a_device_waits_for_room_and_goes_on(
         holder.call([step(0)])
         with in_background(lambda: model.generate(prompt, max_new_tokens=5, do_sample=False)) as generation:
             wait_until(lambda: broker.counters["bounced_busy"] > 0)
-            wait_until(lambda: broker._wishes)
+            wait_until(lambda: broker._pending)
             assert not generation.done()
             assert worker.counters["channels"] <= 2
             holder.close()
@@ -528,7 +528,8 @@ def test_a_broker_cannot_pass_one_service_off_as_another(setting: Setting) -> No
         setting.client(broker.address, service=other, patience=0.1) as client,
     ):
         client.timeout = 1.0
-        broker._serving = lambda _: [p for p in broker._peers.values() if p.role == "worker"]  # type: ignore[method-assign]
+        candidates = broker._candidates
+        broker._candidates = lambda: [one._replace(service=other) for one in candidates()]  # type: ignore[method-assign]
         with pytest.raises(Busy, match="no worker answered"):
             client.open_session()
         wait_until(lambda: worker._transport.counters["AuthenticationError"] >= 1)  # type: ignore[attr-defined]

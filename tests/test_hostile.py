@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from split_common.handshake import DeviceHandshake
 
 import tiny
-from split_broker.lanes import Message, Peer
+from split_broker.peer_queue import Message, Peer
 from split_common import headers, payloads
 from split_common.channel import Channel, SessionKeys
 from split_common.errors import AuthenticationError, Busy, NonFinite, OutOfOrder, ProtocolError, SessionLost

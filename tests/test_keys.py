@@ -20,7 +20,7 @@ from nacl.signing import SigningKey, VerifyKey
 
 from split_common import files
 from split_common.errors import CertificateError, ConfigError, KeysError
-from split_common.fleet import Fleet, check_address, load_fleet
+from split_common.fleet import Fleet, load_fleet
 from split_common.keys import (
     MAX_SIGNED,
     Certificate,
@@ -32,6 +32,8 @@ from split_common.keys import (
     seal,
     verify_certificate,
 )
+from split_common.transport import check_address
+from split_common.transport.zmq_link import curve_z85
 
 OPERATOR = SigningKey(bytes(32))
 OPERATOR_KEY = bytes(OPERATOR.verify_key)
@@ -341,7 +343,7 @@ def test_identity_error_shows_no_secret() -> None:
 def test_curve_keys_work_in_zeromq() -> None:
     import zmq
 
-    public, secret = IDENTITY.curve_z85()
+    public, secret = curve_z85(IDENTITY)
     assert zmq.curve_public(secret) == public
 
 

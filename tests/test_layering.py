@@ -74,6 +74,21 @@ def test_the_broker_imports_no_torch() -> None:
     assert not loaded & {"torch", "transformers", "numpy", "split_device", "split_worker"}
 
 
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("split_common.transport.redis.link", {"zmq"}),
+        ("split_common.transport.zmq_link", {"redis"}),
+        ("split_common.options", {"nacl", "msgspec", "zmq", "redis"}),
+        ("split_common.fleet", {"zmq", "redis"}),
+    ],
+)
+def test_a_module_loads_only_the_libraries_that_it_needs(module: str, unwanted: set[str]) -> None:
+    code = f"import sys, {module}\nprint(sorted({{name.split('.')[0] for name in sys.modules}}))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not unwanted & set(ast.literal_eval(output))
+
+
 def test_only_image_models_need_diffusers() -> None:
     code = (
         "import sys\nsys.modules['diffusers'] = None\n"

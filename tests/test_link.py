@@ -20,7 +20,7 @@ from fleet import running_broker
 from split_broker.broker import Broker
 from split_common import headers
 from split_common.fleet import load_fleet
-from split_common.transport import leading, new_peer_id, zmq_link
+from split_common.transport import leader, new_peer_id, zmq_link
 from split_common.transport.zmq_link import SILENCE, ZmqLink
 from split_device.stress.proxy import Proxy
 from wiretap import LATE, FakePeer, cheat, wait_until
@@ -131,16 +131,16 @@ class Pair:
 
     def leave_the_lead(self) -> None:
         """The link's thread leaves it to callers, as if one had been here just now."""
-        self.link._lead._left = time.monotonic()
-        if self.link._lead.turn.locked():
+        self.link._leader_lock._left = time.monotonic()
+        if self.link._leader_lock.turn.locked():
             self.link._wake()
-            wait_until(lambda: not self.link._lead.turn.locked())
+            wait_until(lambda: not self.link._leader_lock.turn.locked())
 
     def reading(self, session: int = 0) -> Any:
         """Has a caller read, and go on with it."""
         self.leave_the_lead()
         caller = self.pool.submit(self.receive, 600.0, session)
-        wait_until(lambda: self.link._lead.is_anothers)
+        wait_until(lambda: self.link._leader_lock.held_by_another)
         return caller
 
 
@@ -149,8 +149,8 @@ def pair(patient_queue: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]
     """No heartbeat is due, callers read for as long as they wait, and whoever has read may come back late."""
     monkeypatch.setattr(zmq_link, "HEARTBEAT", 600.0)
     monkeypatch.setattr(zmq_link, "SILENCE", 600.0)
-    monkeypatch.setattr(leading, "LEAD_GAP", 600.0)
-    monkeypatch.setattr(leading, "LEAD_WAIT", 600.0)
+    monkeypatch.setattr(leader, "LEAD_GAP", 600.0)
+    monkeypatch.setattr(leader, "LEAD_WAIT", 600.0)
     with running_broker() as broker:
         assert isinstance(broker, Broker)
         device, fleet = Peer(), load_fleet()
@@ -162,7 +162,7 @@ def pair(patient_queue: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]
             try:
                 yield made
             finally:
-                link._lead._wanted.set()
+                link._leader_lock._wanted.set()
                 link.close()
                 for events in device.arrived:
                     events.put(-1)
@@ -180,11 +180,11 @@ def test_a_caller_that_waits_alone_reads_himself(pair: Pair) -> None:
 def test_two_callers_wait_and_each_gets_his_own(pair: Pair) -> None:
     leader = pair.reading(session=0)
     other = pair.pool.submit(pair.receive, 600.0, 1)
-    wait_until(lambda: pair.link._lead._waiting)
+    wait_until(lambda: pair.link._leader_lock._waiting)
     pair.number(1, session=1)
     assert other.result(LATE) == 1
     other = pair.pool.submit(pair.receive, 600.0, 1)
-    wait_until(lambda: pair.link._lead._waiting)
+    wait_until(lambda: pair.link._leader_lock._waiting)
     pair.number(2, session=0)
     assert leader.result(LATE) == 2
     # The one who read has left: the link's thread reads for the other.
@@ -239,9 +239,9 @@ def test_what_is_broken_does_not_reach_the_caller_that_reads(pair: Pair, monkeyp
 
 def test_a_caller_that_gives_up_leaves_the_socket_to_the_link(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     pair.leave_the_lead()
-    monkeypatch.setattr(leading, "LEAD_GAP", 0.02)
-    pair.link._lead._wanted.set()
-    pair.link._lead._left = time.monotonic()
+    monkeypatch.setattr(leader, "LEAD_GAP", 0.02)
+    pair.link._leader_lock._wanted.set()
+    pair.link._leader_lock._left = time.monotonic()
     with pytest.raises(queue.Empty):
         pair.receive(0.1)
     pair.number(1)
@@ -254,7 +254,7 @@ def test_a_caller_that_reads_sees_what_does_not_come_over_the_socket(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As an interruption of his session does."""
-    monkeypatch.setattr(leading, "LEAD_WAIT", 0.05)
+    monkeypatch.setattr(leader, "LEAD_WAIT", 0.05)
     caller = pair.reading()
     pair.device.arrived[0].put(7)
     assert caller.result(LATE) == 7

@@ -19,7 +19,8 @@ from split_common import checkpoint as checkpoint_module
 from split_common.checkpoint import Checkpoint, TensorEntry
 from split_common.errors import KeysError, MissingTensor, ModelError, TensorMismatch, UnknownModel
 from split_common.fleet import Fleet
-from split_common.manifest import Manifest, build_manifest, find_manifest
+from split_common.manifest import Manifest
+from split_common.verification import build_manifest, find_manifest
 
 TENSORS = {
     "embed": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -466,7 +467,7 @@ def test_name_decides_between_matching_manifests(fleet: Fleet, tiny: Checkpoint,
 def test_loopback_fleet_hashes_a_checkpoint_once(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = find_manifest(Fleet.loopback(), tiny, HEAD)
     assert manifest == build_manifest(tiny)
-    monkeypatch.setattr("split_common.manifest.build_manifest", None)
+    monkeypatch.setattr("split_common.verification.build_manifest", None)
     assert find_manifest(Fleet.loopback(), tiny, ["layer.1"]) == manifest
 
 

@@ -22,10 +22,11 @@ from split_common.errors import (
     UnsupportedArchitecture,
 )
 from split_common.fleet import Fleet
-from split_common.manifest import build_manifest, find_manifest
-from split_common.part import Side, load_part, plan
+from split_common.part import load_part, plan
 from split_common.slots import PassThrough, Stack
 from split_common.split import Split
+from split_common.verification import build_manifest, find_manifest
+from split_common.weights import Side
 from split_device import SplitModelForCausalLM
 
 SPLIT = Split.from_head_tail(tiny.LAYERS, 2, 2)

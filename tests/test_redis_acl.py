@@ -247,7 +247,7 @@ def test_revoked_members_lose_their_channels_while_all_runs(own: Setting, tmp_pa
         if revoked == "device-1":
             wait_until(lambda: len(worker._sessions) == 0)
         # A revoked worker withdraws; a revoked device trusts itself no more.
-        wait_until(lambda: not worker._transport._keeper.room or revoked == "device-1")
+        wait_until(lambda: not worker._transport._parts.worker_opens.room or revoked == "device-1")
         with pytest.raises(CertificateError if revoked == "device-1" else NoWorker):
             client.open_session()
     assert other.own_fleet().roster().version == own.fleet.roster().version

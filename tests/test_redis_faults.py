@@ -27,14 +27,13 @@ import tiny
 from split_common import headers
 from split_common.errors import BrokerUnreachable, Busy, NoWorker, SessionLost
 from split_common.fleet import load_fleet
-from split_common.manifest import find_manifest
 from split_common.part import plan
-from split_common.transport import HEARTBEAT, MISSED, OPEN_PATIENCE, connect, leading, new_peer_id
-from split_common.transport.redis import keeper as redis_keeper
-from split_common.transport.redis import wishes as redis_wishes
-from split_common.transport.redis.keeper import LEASE
+from split_common.transport import HEARTBEAT, MISSED, OPEN_PATIENCE, connect, leader, new_peer_id
+from split_common.transport.redis import housekeeping, lease, membership, opens
 from split_common.transport.redis.keys import GROUP, Keys
+from split_common.transport.redis.lease import LEASE
 from split_common.transport.redis.server import Line
+from split_common.verification import find_manifest
 from split_device import SplitModelForCausalLM
 from split_worker.worker import Worker
 from valkeys import Valkey, running_valkey
@@ -99,7 +98,7 @@ def test_a_server_that_fails_in_mid_generation_loses_nothing(
     checkpoint: Path, setting: Setting, persistent: bool, down: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if down > LEASE:
-        monkeypatch.setattr(redis_keeper, "LEASE", LEASE)
+        monkeypatch.setattr(lease, "LEASE", LEASE)
     prompt = torch.tensor([[5, 6, 7, 8]])
     wanted = tiny.build("llama").generate(prompt, max_new_tokens=200, do_sample=False)
     with (
@@ -198,7 +197,7 @@ def test_a_server_that_hangs_holds_no_sender_up_and_gets_all_in_order(setting: S
     with setting.worker(server.address) as worker, setting.client(server.address) as client:
         session = client.open_session()
         session.call([step(0)])
-        worker._transport._caller.message = lambda header, _: arrived.append(header.seq)
+        worker._transport._parts._caller.message = lambda header, _: arrived.append(header.seq)
         header = headers.Relay(
             worker.id, client.id, headers.Kind.REQUEST, session.channel.number, session.number, 0, 0, 0
         )
@@ -239,16 +238,16 @@ def test_a_caller_that_waits_alone_reads_himself(
 ) -> None:
     with setting.worker(server.address), setting.client(server.address) as client:
         session = client.open_session()
-        take, readers = client.transport._reader._take, Counter[threading.Thread]()
+        take, readers = client.transport._parts.reader._take, Counter[threading.Thread]()
 
         def record(fields: Any) -> None:
             readers[threading.current_thread()] += 1
             take(fields)
 
-        monkeypatch.setattr(client.transport._reader, "_take", record)
+        monkeypatch.setattr(client.transport._parts.reader, "_take", record)
         # However long he needs between two messages, and however long these take.
-        monkeypatch.setattr(leading, "LEAD_GAP", 30.0)
-        monkeypatch.setattr(leading, "LEAD_WAIT", 30.0)
+        monkeypatch.setattr(leader, "LEAD_GAP", 30.0)
+        monkeypatch.setattr(leader, "LEAD_WAIT", 30.0)
         assert run_steps(client, STEPS, session=session) == expected
     # The first one may find the link's thread at it.
     assert readers[threading.current_thread()] >= STEPS
@@ -257,7 +256,7 @@ def test_a_caller_that_waits_alone_reads_himself(
 def test_damaged_answers_do_not_reach_the_caller_that_reads(
     setting: Setting, server: Valkey, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leading, "LEAD_GAP", 30.0)
+    monkeypatch.setattr(leader, "LEAD_GAP", 30.0)
     read, rng, damages = Connection.read_response, random.Random(0), Counter[str]()
 
     def damaged(connection: Any, *args: Any, **options: Any) -> Any:
@@ -289,30 +288,30 @@ def test_damaged_answers_do_not_reach_the_caller_that_reads(
 def test_who_waits_beside_a_caller_that_reads_is_read_for_when_that_one_leaves(
     setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leading, "LEAD_GAP", 600.0)
-    monkeypatch.setattr(leading, "LEAD_WAIT", 600.0)
+    monkeypatch.setattr(leader, "LEAD_GAP", 600.0)
+    monkeypatch.setattr(leader, "LEAD_WAIT", 600.0)
     arrived: list[queue.SimpleQueue[int]] = [queue.SimpleQueue(), queue.SimpleQueue()]
     with setting.client(server.address) as client, ThreadPoolExecutor(2) as pool:
         link = client.transport
-        link._caller.message = lambda header, _: arrived[header.seq].put(header.seq)
+        link._parts._caller.message = lambda header, _: arrived[header.seq].put(header.seq)
 
         def reply(seq: int) -> None:
             header = headers.Relay(client.id, bytes(8), headers.Kind.REPLY, 1, 1, 0, seq, 1)
-            server.client().xadd(link._keeper.lane, {"h": headers.encode_header(header), "b": b""})
+            server.client().xadd(link._parts.lease.lane, {"h": headers.encode_header(header), "b": b""})
 
-        link._reader.lead._left = time.monotonic()
-        wait_until(lambda: not link._reader.lead.turn.locked())
-        leader = pool.submit(link.receive, arrived[0], 4.0)
-        wait_until(link._reader.lead.turn.locked)
+        link._parts.reader.leader_lock._left = time.monotonic()
+        wait_until(lambda: not link._parts.reader.leader_lock.turn.locked())
+        reading = pool.submit(link.receive, arrived[0], 4.0)
+        wait_until(link._parts.reader.leader_lock.turn.locked)
         other = pool.submit(link.receive, arrived[1], 600.0)
-        wait_until(lambda: link._reader.lead._waiting)
+        wait_until(lambda: link._parts.reader.leader_lock._waiting)
         reply(0)
-        assert leader.result(LATE) == 0
+        assert reading.result(LATE) == 0
         reply(1)
         try:
             assert other.result(LATE) == 1
         finally:
-            link._reader.lead._wanted.set()
+            link._parts.reader.leader_lock._wanted.set()
             arrived[1].put(-1)
 
 
@@ -322,9 +321,9 @@ def test_a_caller_that_reads_can_be_interrupted(
     with setting.worker(server.address) as worker, setting.client(server.address) as client:
         session = client.open_session()
         session.call([step(0)])
-        monkeypatch.setattr(worker._transport._reader, "_take", lambda _: None)
+        monkeypatch.setattr(worker._transport._parts.reader, "_take", lambda _: None)
         with in_background(lambda: session.call([step(1)])) as work:
-            wait_until(lambda: client.transport._reader.lead.turn.locked())
+            wait_until(lambda: client.transport._parts.reader.leader_lock.turn.locked())
             session.interrupt()
             with pytest.raises(SessionLost, match="given up"):
                 work.result(LATE)
@@ -418,16 +417,16 @@ def client_finds(client: Any) -> bool:
 def test_a_device_that_is_held_for_dead_frees_its_sessions_and_comes_back(
     setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_keeper, "LEASE", LEASE)
+    monkeypatch.setattr(lease, "LEASE", LEASE)
     with setting.worker(server.address) as worker, setting.client(server.address) as client:
         session = client.open_session()
         session.call([step(0)])
         assert len(worker._sessions) == 1
-        keeper = client.transport._keeper
+        parts = client.transport._parts
         with monkeypatch.context() as patch:
-            patch.setattr(keeper, "_turn", lambda: None)
+            patch.setattr(parts.housekeeper, "_turn", lambda: None)
             wait_until(lambda: len(worker._sessions) == 0, LEASE + LATE)
-            assert time.monotonic() - keeper.heard > LEASE
+            assert time.monotonic() - parts.lease.heard > LEASE
         # It was told that it is gone, as those that it watches were.
         wait_until(lambda: session.ended)
         client.open_session().call([step(0)])
@@ -464,7 +463,7 @@ def test_a_wish_that_cannot_be_met_is_answered(
                 stranger.open_session()
             with monkeypatch.context() as patch:
                 # What waiting does not help is answered without.
-                patch.setattr(redis_wishes, "OPEN_PATIENCE", 600.0)
+                patch.setattr(opens, "OPEN_PATIENCE", 600.0)
                 with pytest.raises(Busy):
                     client.open_session([worker.id])
             client.open_session().call([step(0)])
@@ -506,27 +505,27 @@ def test_many_devices_at_once_find_workers(setting: Setting, server: Valkey) -> 
 def test_what_a_dead_worker_has_read_is_claimed_and_what_nobody_waits_for_goes(
     setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_keeper, "OPEN_PATIENCE", 0.5)
+    monkeypatch.setattr(opens, "STALE", 1.0)
     client, keys = server.client(), Keys(setting.fleet.operator_key)
-    opens = keys.opens(setting.service)
-    client.xgroup_create(opens, GROUP, "0", mkstream=True)
-    client.xadd(opens, {"h": b"junk", "b": b""})
-    client.xreadgroup(GROUP, "dead", {opens: ">"})
+    stream = keys.opens(setting.service)
+    client.xgroup_create(stream, GROUP, "0", mkstream=True)
+    client.xadd(stream, {"h": b"junk", "b": b""})
+    client.xreadgroup(GROUP, "dead", {stream: ">"})
     with setting.worker(server.address, max_sessions=1) as worker, setting.client(server.address) as device:
         wait_until(lambda: worker._transport.counters["VersionMismatch"] == 1)
-        wait_until(lambda: client.xpending(opens, GROUP)["pending"] == 0)
+        wait_until(lambda: client.xpending(stream, GROUP)["pending"] == 0)
         device.open_session().call([step(0)])
         worker._transport.announce()
-        wait_until(lambda: worker._transport._keeper.room == 0)
+        wait_until(lambda: worker._transport._parts.worker_opens.room == 0)
         time.sleep(1.2)
-        client.xadd(opens, {"h": b"stale", "b": b""})
-        wait_until(lambda: client.xlen(opens) == 0)
+        client.xadd(stream, {"h": b"stale", "b": b""})
+        wait_until(lambda: client.xlen(stream) == 0)
 
 
 def test_dead_workers_are_taken_off_the_list(
     setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_keeper, "CLEAN_UP", 1)
+    monkeypatch.setattr(housekeeping, "CLEAN_UP", 1)
     client, keys = server.client(), Keys(setting.fleet.operator_key)
     dead = new_peer_id("worker-1")
     announce = headers.Announce(dead, "worker", "worker-1", service=setting.service, model="dead", room=5)
@@ -545,24 +544,26 @@ def test_dead_workers_are_taken_off_the_list(
 def test_a_full_lane_pushes_back_and_nothing_is_dropped(
     setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_keeper, "LANE_BYTES", 100_000)
+    monkeypatch.setattr(membership, "QUEUE_BYTES", 100_000)
     with setting.worker(server.address) as worker, setting.client(server.address) as client:
         session = client.open_session()
         session.call([step(0)])
-        reader, blocked = worker._transport._reader, threading.Event()
+        reader, blocked = worker._transport._parts.reader, threading.Event()
         take = reader._take
         monkeypatch.setattr(reader, "_take", lambda fields: (blocked.wait(60), take(fields))[0])
         with in_background(lambda: session.call([step(1 + 30 * i, 30) for i in range(7)])) as work:
             time.sleep(0.2)
             padding = server.client()
             for _ in range(20):
-                padding.xadd(worker._transport._keeper.lane, {"h": b"junk", "b": bytes(10_000)}, nomkstream=True)
-            wait_until(lambda: client.transport._keeper.full)
+                padding.xadd(
+                    worker._transport._parts.lease.lane, {"h": b"junk", "b": bytes(10_000)}, nomkstream=True
+                )
+            wait_until(lambda: client.transport._parts.registry.full)
             session.resend()
             wait_until(lambda: client.transport.counters["bounced_full"] > 0)
             blocked.set()
             assert len(work.result(60)) == 7
-        wait_until(lambda: not client.transport._keeper.full)
+        wait_until(lambda: not client.transport._parts.registry.full)
 
 
 def test_nothing_can_be_added_after_the_last_id_and_a_new_lane_is_made(setting: Setting, server: Valkey) -> None:
@@ -571,7 +572,11 @@ def test_nothing_can_be_added_after_the_last_id_and_a_new_lane_is_made(setting: 
     keys = Keys(setting.fleet.operator_key)
     with setting.worker(server.address) as worker, setting.client(server.address, timeout=20.0) as client:
         client.open_session().call([step(0)])
-        for stream in (worker._transport._keeper.lane, client.transport._keeper.lane, keys.opens(setting.service)):
+        for stream in (
+            worker._transport._parts.lease.lane,
+            client.transport._parts.lease.lane,
+            keys.opens(setting.service),
+        ):
             server.client().xadd(stream, {"h": b"junk", "b": b""}, id=last)
             wait_until(lambda stream=stream: server.client().xinfo_stream(stream)["last-generated-id"] != last)
         assert len(run_steps(client, 5)) == 6

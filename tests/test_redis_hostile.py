@@ -41,15 +41,17 @@ def server() -> Iterator[Valkey]:
 def recorded(link: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, bytes]]:
     """The messages that a link reads from now on."""
     seen: list[tuple[bytes, bytes]] = []
-    take = link._take
+    parts = link._parts
+    take = parts._take
 
     def record(fields: Any) -> None:
         if len(fields) == 4:
             seen.append((fields[1], fields[3]))
         take(fields)
 
-    monkeypatch.setattr(link, "_take", record)
-    monkeypatch.setattr(link._reader, "_take", record)
+    monkeypatch.setattr(parts.reader, "_take", record)
+    if parts.worker_opens is not None:
+        monkeypatch.setattr(parts.worker_opens, "_take", record)
     return seen
 
 
@@ -131,7 +133,7 @@ def test_thousands_of_bad_entries_change_nothing(
             other.open_session().call([step(0)])
         steps = worker.counters["steps"]
         spoiler = Spoiler(list(good), seed=len(victim))
-        stream = keys.opens(setting.service) if victim == "opens" else link._keeper.lane
+        stream = keys.opens(setting.service) if victim == "opens" else link._parts.lease.lane
         received = link.counters["messages_received"]
         with ThreadPoolExecutor(2) as pool:
             flooding = pool.submit(flood, server, stream, spoiler.entry)
@@ -166,7 +168,7 @@ def test_an_entry_above_the_limit_is_refused(setting: Setting, server: Valkey) -
             (b"\x01" + bytes(headers.MAX_HEADER), b""),
             (b"\x01\x91\x03", bytes(headers.MAX_BODY + 1)),
         ):
-            server.client().xadd(link._keeper.lane, {"h": head, "b": body})
+            server.client().xadd(link._parts.lease.lane, {"h": head, "b": body})
         wait_until(lambda: link.counters["Oversized"] == 2)
         assert run_steps(client, 5) == expected
 

@@ -16,16 +16,16 @@ import torch
 import zmq
 
 from split_broker.broker import Broker
-from split_broker.lanes import Message, Peer
+from split_broker.peer_queue import Message, Peer
 from split_common import headers, payloads
 from split_common.fleet import Fleet
 from split_common.keys import Identity
-from split_common.manifest import build_manifest
 from split_common.part import plan
 from split_common.split import Split
 from split_common.tensors import to_bytes
 from split_common.transport import connect, new_peer_id
 from split_common.transport.zmq_link import curve_client
+from split_common.verification import build_manifest
 from split_device.sessions.client import Client
 from split_device.sessions.session import RemoteSession
 from split_worker.body import Body

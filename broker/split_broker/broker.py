@@ -1,9 +1,9 @@
 """The embedded ZeroMQ broker: one ROUTER socket, one thread, one loop.
 
 Devices and workers connect to the same socket and announce themselves with every heartbeat. The broker routes by
-peer: each has a lane, a bounded queue under a byte credit. A device that has no worker yet sends an `Open`, which
-goes to the worker of that service with the most room, or waits a little for one. The broker reads headers only; the
-bodies are sealed between device and worker. It keeps nothing that a restart would lose.
+peer: each has a bounded queue under a byte credit (`peer_queue`). A device without a worker sends an `Open`, which
+`split_common.transport.placement` gives to one. The broker reads headers only: bodies are sealed between device and
+worker. It keeps nothing that a restart would lose.
 """
 
 from __future__ import annotations
@@ -16,38 +16,36 @@ import stat
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
-import msgspec
 import zmq
 import zmq.utils.z85
 from zmq.auth.thread import ThreadAuthenticator
 
-from split_broker.lanes import Body, Message, Peer, Waiting
+from split_broker.peer_queue import Body, Message, Peer
 from split_common import headers
 from split_common.address import is_redis, parse_address
-from split_common.errors import AuthenticationError, ConfigError, Malformed, SplitError
-from split_common.fleet import Fleet, check_address
-from split_common.transport import GRACE, HEARTBEAT, MISSED, OPEN_PATIENCE, count_dropped
-from split_common.transport.zmq_link import receive_frames, send_frames
+from split_common.errors import AuthenticationError, ConfigError, Malformed
+from split_common.fleet import Fleet
+from split_common.transport.base import GRACE, HEARTBEAT, MISSED, OPEN_PATIENCE
+from split_common.transport.links import check_address
+from split_common.transport.placement import GONE, Assign, Candidate, PendingOpen, Refuse, decide, full
+from split_common.transport.supervised import Supervisor, count_dropped
+from split_common.transport.zmq_link import curve_z85, receive_frames, send_frames
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two probes of each worker's connection: a dead process is noticed by the next one.
+#: Seconds between two probes of each worker's connection: the next probe notices a dead process.
 PROBE_INTERVAL = 0.2
 
 #: Seconds between two attempts to send to peers whose socket was full.
 FLUSH_INTERVAL = 0.005
 
-#: Seconds that the loop waits for a message before it looks after other things.
+#: Seconds that the loop waits for a message before it does anything else that is due.
 IDLE = 0.05
 
-#: What an announced peer may send.
+#: Messages that an announced peer may send.
 _FROM_PEERS = headers.Relay, headers.Open, headers.RosterRequest
-
-_T = TypeVar("_T")
 
 
 class Broker:
@@ -73,14 +71,15 @@ class Broker:
         self._enforced = fleet.roster().version
         self._peers: dict[bytes, Peer] = {}
         self._routes: dict[bytes, bytes] = {}
-        # Peers whose socket takes no more just now.
+        # Peers whose connection takes no more for the moment.
         self._blocked: set[bytes] = set()
-        # By device, the oldest first: each has one wish at a time.
-        self._wishes: dict[bytes, Waiting] = {}
+        # By device, the oldest first: each has one at a time.
+        self._pending: dict[bytes, PendingOpen[Body]] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lambda-split-broker", daemon=True)
-        #: Messages and bytes routed, and messages refused by reason.
+        #: Messages and bytes routed; messages refused by reason, and dropped by type of error.
         self.counters: Counter[str] = Counter()
+        self._supervisor = Supervisor("the broker's loop", self.counters, self._closing, pause=0.0)
 
         self._path: Path | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -124,7 +123,7 @@ class Broker:
         self._auth = ThreadAuthenticator(self._context)
         self._auth.start()
         self._auth.configure_curve_callback("*", credentials_provider=self)
-        _, secret = self._fleet.identity("broker").curve_z85()
+        _, secret = curve_z85(self._fleet.identity("broker"))
         self._socket.curve_server = True
         self._socket.curve_secretkey = secret
 
@@ -151,44 +150,34 @@ class Broker:
         try:
             while not self._closing.is_set():
                 if (frames := self._receive()) is not None:
-                    self._contained(self._take, frames)
+                    self._supervisor.run(self._take, frames)
                 now = time.monotonic()
                 if self._blocked and now >= next_flush:
                     next_flush = now + FLUSH_INTERVAL
                     for peer in [self._peers[id_] for id_ in self._blocked]:
-                        self._contained(self._flush, peer)
+                        self._supervisor.run(self._flush, peer)
                 if now >= next_probe:
                     if now - next_probe > HEARTBEAT:
                         self._excuse(now - next_probe)
                     next_probe = now + PROBE_INTERVAL
-                    self._contained(self._housekeeping, now)
+                    self._supervisor.run(self._housekeeping, now)
         finally:
             self._release()
 
     def _excuse(self, held_up: float) -> None:
-        """Nobody was silent while the broker itself was held up: what peers said meanwhile waits to be read."""
+        """Extends all peers' deadlines by the time the broker itself stalled: their heartbeats are still queued."""
         for peer in self._peers.values():
             peer.seen += held_up
 
     def _receive(self) -> list[zmq.Frame] | None:
-        """The next message; None when none comes for a while."""
+        """The next message; None if none comes within `IDLE` seconds, or sooner while a peer is blocked."""
         try:
-            # A full socket says nothing when it takes messages again.
+            # ROUTER does not signal when a full connection takes messages again.
             if self._blocked and not self._socket.poll(int(1000 * FLUSH_INTERVAL)):
                 return None
             return receive_frames(self._socket)
         except zmq.Again:
             return None
-
-    def _contained(self, act: Callable[[_T], None], argument: _T) -> None:
-        """Does something; whatever a message or a peer brings about by it ends here, and is counted."""
-        try:
-            act(argument)
-        except SplitError as error:
-            count_dropped(self.counters, error)
-        except Exception:
-            self.counters["failures"] += 1
-            log.exception("the broker's loop failed, and goes on")
 
     def _take(self, frames: list[zmq.Frame]) -> None:
         if len(frames) != 3:
@@ -204,8 +193,8 @@ class Broker:
         if not isinstance(header, _FROM_PEERS):
             raise Malformed(f"a peer sent a broker's message: {type(header).__name__}")
         if self._routes.get(route) != header.sender:
-            # A peer that this broker has not met yet, or another's id. The welcome tells that this is a new broker;
-            # what was dropped is sent again.
+            # A peer that this broker has not met yet, or another's id. The welcome says that this broker is new, so
+            # that the peer sends again what was dropped.
             self.counters["unannounced"] += 1
             with contextlib.suppress(zmq.ZMQError):
                 send_frames(self._socket, route, *self._welcome([]))
@@ -226,40 +215,63 @@ class Broker:
         if target is not None and self._put(target, message):
             if log.isEnabledFor(logging.DEBUG):
                 log.debug("routed %s", _describe(sender, target, header, message[1]))
-            return
-        if header.to in self._peers:
-            self._bounce(sender, header, "full", "the queue of the worker is full", retry_after=0.5)
+        elif header.to in self._peers:
+            self._refuse(sender, header, full("the queue of the worker is full"))
         elif self._early:
-            self._bounce(sender, header, "full", "the broker has just started", retry_after=0.5)
+            self._refuse(sender, header, full("the broker has just started"))
         else:
-            self._bounce(sender, header, "gone", "the peer is not connected")
+            self._refuse(sender, header, GONE)
+
+    def _refuse(self, to: Peer, header: headers.Relay | headers.Open, refusal: Refuse) -> None:
+        """Tells the sender of a message that it was not delivered."""
+        self.counters[f"bounced_{refusal.reason}"] += 1
+        self._put(to, (headers.encode_header(refusal.bounce(header)), b""))
 
     @property
     def _early(self) -> bool:
         """Whether peers that are alive may not have announced themselves to this broker yet."""
         return time.monotonic() - self._started < GRACE
 
+    # --- placement -----------------------------------------------------------------------------------------
+
     def _open(self, sender: Peer, header: headers.Open, message: Message) -> None:
         if sender.role != "device":
             raise Malformed(f"a {sender.role} asked for a worker")
-        known = self._wishes.get(sender.id)
+        now = time.monotonic()
+        known = self._pending.get(sender.id)
+        # The same one again keeps its deadline.
         if known is None or known.header.channel != header.channel:
-            self._wishes[sender.id] = Waiting(header, message, time.monotonic() + OPEN_PATIENCE)
-        self._assign(header.service)
+            known = self._pending[sender.id] = PendingOpen(header, message, now + OPEN_PATIENCE)
+        self._place([known], now)
 
-    def _assign(self, service: headers.Service) -> None:
-        """Hands waiting wishes to workers with room, the most room first."""
-        workers = self._serving(service)
-        for wish in [wish for wish in self._wishes.values() if wish.header.service == service]:
-            able = [peer for peer in workers if peer.room > 0 and peer.id not in wish.header.avoid]
-            if able:
-                worker = max(able, key=lambda peer: peer.room)
-                worker.room -= 1
-                if self._put(worker, wish.message):
-                    del self._wishes[wish.header.sender]
+    def _place(self, pending: list[PendingOpen[Body]], now: float) -> None:
+        """Decides on pending opens in their order, at the time `now`."""
+        workers = self._candidates() if pending else []
+        for one in pending:
+            device = one.header.sender
+            match decide(one, workers, self._early, now):
+                case Assign(id_):
+                    worker = self._peers[id_]
+                    worker.room -= 1
+                    if self._put(worker, one.frames):
+                        del self._pending[device]
+                    else:
+                        # It is gone, or takes nothing more until its next announcement says so.
+                        worker.room = 0
+                    workers = self._candidates()
+                case Refuse() as refusal:
+                    del self._pending[device]
+                    self._refuse(self._peers[device], one.header, refusal)
 
-    def _serving(self, service: headers.Service) -> list[Peer]:
-        return [peer for peer in self._peers.values() if peer.service == service]
+    def _candidates(self) -> list[Candidate]:
+        """All workers, in the order in which they joined."""
+        return [
+            Candidate(peer.id, peer.service, peer.model, peer.room)
+            for peer in self._peers.values()
+            if peer.service is not None
+        ]
+
+    # --- announcements -------------------------------------------------------------------------------------
 
     def _announced(self, header: headers.Announce, route: bytes, member: str) -> None:
         peer = self._peers.get(header.sender)
@@ -272,7 +284,7 @@ class Broker:
             peer = self._peers[header.sender] = Peer(header.sender, route, header.role, member)
             self._routes[route] = peer.id
             log.info("%s %s joined", header.role, member)
-            # Held for dead once, and back: those that it watches have been told so, and hold nothing of it.
+            # It may have been taken for dead: those that it watches were told so, and hold nothing of it.
             if not self._early:
                 gone = header.watching
         elif (peer.member, peer.role) != (member, header.role):
@@ -281,12 +293,12 @@ class Broker:
             self._routes.pop(peer.route, None)
             self._routes[route] = peer.id
             peer.route = route
-            peer.lane.reconnected()
+            peer.queue.reconnected()
         if header.leaving:
             self._remove(peer, "left")
             return
         peer.seen = time.monotonic()
-        peer.lane.credit(header.received)
+        peer.queue.credit(header.received)
         peer.watching = frozenset(header.watching)
         if peer.role == "worker":
             peer.service, peer.model, peer.room = header.service, header.model, header.room
@@ -295,10 +307,15 @@ class Broker:
         self._put(peer, self._welcome(gone))
         self._flush(peer)
         if peer.service is not None:
-            self._assign(peer.service)
+            waiting = [one for one in self._pending.values() if one.header.service == peer.service]
+            self._place(waiting, peer.seen)
 
     def _member(self, envelope: zmq.Frame, header: headers.Announce) -> str:
-        """The name under which a peer is authenticated: by its CURVE key, or on ipc its own word."""
+        """The member as which a peer is authenticated: by its CURVE key on TCP; on ipc, its own word.
+
+        Raises:
+            Malformed: it is unknown or revoked, or announces another name or role.
+        """
         if self._auth is None:
             member = self._fleet.roster().by_name(header.member)
         else:
@@ -310,17 +327,17 @@ class Broker:
     # --- delivery and death --------------------------------------------------------------------------------
 
     def _put(self, peer: Peer, message: Message) -> bool:
-        """Queues and sends; False when the message will not be delivered: the lane is full, or the peer gone."""
-        if not peer.lane.put(message):
+        """Queues and sends. False if the message will not be delivered: the queue is full, or the peer has gone."""
+        if not peer.queue.put(message):
             return False
         self._flush(peer)
         return peer.id in self._peers
 
     def _flush(self, peer: Peer) -> None:
         self._blocked.discard(peer.id)
-        while peer.id in self._peers and (message := peer.lane.take()) is not None:
+        while peer.id in self._peers and (message := peer.queue.take()) is not None:
             if not self._send(peer, message):
-                peer.lane.put_back(message)
+                peer.queue.put_back(message)
                 return
 
     def _send(self, peer: Peer, message: Message) -> bool:
@@ -330,7 +347,7 @@ class Broker:
             self._blocked.add(peer.id)
             return False
         except zmq.ZMQError:
-            # A worker's closed connection is its death; a device's is a network's, until its heartbeats end.
+            # A worker's closed connection is its death. A device's may come back: its heartbeats decide.
             if peer.role == "worker":
                 self._remove(peer, "lost its connection")
             return False
@@ -344,7 +361,7 @@ class Broker:
         log.info("%s %s %s", peer.role, peer.member, why)
         self.counters[f"{peer.role}s_gone"] += 1
         self._routes.pop(peer.route, None)
-        self._wishes.pop(peer.id, None)
+        self._pending.pop(peer.id, None)
         self._blocked.discard(peer.id)
         for watcher in [other for other in self._peers.values() if peer.id in other.watching]:
             self._put(watcher, self._welcome([peer.id]))
@@ -354,17 +371,6 @@ class Broker:
 
     def _roster(self) -> Message:
         return headers.encode_header(headers.RosterReply()), self._fleet.roster_bytes()
-
-    def _bounce(
-        self, to: Peer, header: headers.Relay | headers.Open, reason: Any, detail: str, retry_after: float = 0.0
-    ) -> None:
-        self.counters[f"bounced_{reason}"] += 1
-        bounce = headers.Bounce(reason, header.channel, detail=detail[:4096], retry_after=retry_after)
-        if isinstance(header, headers.Relay):
-            bounce = msgspec.structs.replace(
-                bounce, session=header.session, epoch=header.epoch, seq=header.seq, peer=header.to
-            )
-        self._put(to, (headers.encode_header(bounce), b""))
 
     def _housekeeping(self, now: float) -> None:
         if self._fleet.refresh():
@@ -377,34 +383,15 @@ class Broker:
             if now - peer.seen > HEARTBEAT * MISSED:
                 self._remove(peer, "fell silent")
             elif peer.role == "worker":
-                # Past its lane, which may be waiting for credit.
+                # Past its queue, which may be waiting for credit.
                 self._send(peer, probe)
-        self._answer_wishes(now)
-
-    def _answer_wishes(self, now: float) -> None:
-        """Tells devices whose wish cannot be met, or not soon."""
-        for wish in list(self._wishes.values()):
-            header = wish.header
-            workers = self._serving(header.service)
-            refused = all(peer.id in header.avoid for peer in workers)
-            if not workers and not self._early:
-                answer = "no-worker", self._served_models(), 0.0
-            elif workers and (now > wish.deadline or (refused and not self._early)):
-                answer = "busy", "every worker is full", 1.0
-            else:
-                continue
-            del self._wishes[header.sender]
-            self._bounce(self._peers[header.sender], header, *answer)
-
-    def _served_models(self) -> str:
-        services = {(p.model, p.service.first, p.service.last) for p in self._peers.values() if p.service}
-        return ", ".join(f"{model} layers {first}:{last}" for model, first, last in sorted(services)) or "none"
+        self._place(list(self._pending.values()), now)
 
     def _enforce_roster(self) -> None:
         for peer in list(self._peers.values()):
             member = self._fleet.roster().by_name(peer.member)
             if member is None or member.revoked:
-                # It is told why; on TCP its connection stands, but nothing that it sends is taken any more.
+                # It is told why. On TCP its connection stands, but nothing that it sends is accepted any more.
                 self._put(peer, self._roster())
                 self._remove(peer, "was revoked")
             else:
@@ -412,7 +399,7 @@ class Broker:
 
 
 def _describe(sender: Peer, target: Peer, header: headers.Relay, body: Body) -> str:
-    """All that the broker can know of a message."""
+    """All that the broker can know of a message, for the log."""
     start = memoryview(body)[:16]  # type: ignore[arg-type]
     return (
         f"{header.kind.name} {sender.member} -> {target.member}: channel {header.channel}, "
@@ -421,10 +408,10 @@ def _describe(sender: Peer, target: Peer, header: headers.Relay, body: Body) -> 
 
 
 def _claim(path: Path) -> None:
-    """Makes the directory of an ipc socket, or checks that nobody else may enter it; and that no broker is there.
+    """Prepares the path of an ipc socket.
 
     Raises:
-        ConfigError
+        ConfigError: its directory cannot be made or is open to other users, or a broker listens there already.
     """
     directory = path.parent
     try:
@@ -435,6 +422,6 @@ def _claim(path: Path) -> None:
     if stat.S_IMODE(found.st_mode) & 0o077 or found.st_uid != os.getuid():
         raise ConfigError(f"{directory} is open to other users: `chmod 700` it, or bind to a directory of your own")
     with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
-        # A second bind would take the path away from the first, without a word.
+        # A second bind would silently take the path away from the first.
         probe.connect(str(path))
         raise ConfigError(f"cannot listen on ipc://{path}: a broker is there")

@@ -111,6 +111,20 @@ class Checkpoint:
             raise UnknownModel(f"{text!r} is neither a directory with a checkpoint nor the id of a hub model")
         return cls(text, revision, _hub(text, revision), adapter)
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """What config.json says, decoded anew with each call. Raises `ModelError` where it is malformed."""
+        try:
+            return msgspec.json.decode(self.config_bytes, type=dict[str, Any])
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise ModelError(f"{self.name}: config.json is malformed: {error}") from None
+
+    @property
+    def class_name(self) -> str | None:
+        """The class of diffusers that config.json names; None for other libraries' models. Raises as `config`."""
+        name = self.config.get("_class_name")
+        return name if isinstance(name, str) else None
+
     @functools.cached_property
     def config_sha256(self) -> bytes:
         """SHA-256 of config.json, and of whether there is an adapter: 32 bytes."""

@@ -28,8 +28,7 @@ from filelock import FileLock, Timeout
 from msgspec.structs import replace
 from nacl.signing import SigningKey
 
-from split_common.address import is_local, masked
-from split_common.errors import CertificateError, ConfigError, KeysError
+from split_common.errors import CertificateError, KeysError
 from split_common.files import (
     config_dir,
     private_dir,
@@ -380,17 +379,6 @@ def load_fleet(keys: Path | None = None) -> Fleet:
     if keys is None and not os.environ.get("LAMBDA_SPLIT_KEYS") and not path.exists():
         return Fleet.loopback()
     return Fleet.open(path)
-
-
-def check_address(address: str, fleet: Fleet) -> None:
-    """Raise `ConfigError` when the loopback fleet would be used at an address that other machines reach.
-
-    `address` is one that `parse_address` has taken, such as `tcp://127.0.0.1:5555` or `ipc:///run/queue`.
-    """
-    if fleet.is_loopback and not is_local(address):
-        raise ConfigError(
-            f"{masked(address)} is open to other machines, and no keys are configured; run `lambda-split keys init`"
-        )
 
 
 def _issue(operator: SigningKey, role: Role, name: str, models: tuple[ModelScope, ...], days: float) -> Identity:

@@ -246,12 +246,6 @@ class Identity:
         """Ed25519 signature (64 bytes); the caller's message says what it is for."""
         return self.signing_key.sign(message).signature
 
-    def curve_z85(self) -> tuple[bytes, bytes]:
-        """The X25519 public and secret key as ZeroMQ CURVE wants them (ZeroMQ RFC 32, Z85: 40 characters)."""
-        from zmq.utils import z85
-
-        return z85.encode(self.certificate.curve_key), z85.encode(self.curve_secret)
-
 
 #: Format version, signed certificate, Ed25519 seed, X25519 secret key, operator's public key.
 _IdentityFile = tuple[Literal[1], bytes, Bytes32, Bytes32, Bytes32]

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from split_common.address import DEFAULT_BROKER
 from split_common.errors import ConfigError
-from split_common.transport import DEFAULT_BROKER
 
 #: Headings in a command's help.
 MODEL_PANEL = "Model"

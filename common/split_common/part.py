@@ -7,11 +7,10 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -21,8 +20,7 @@ from split_common.compat.transformers import UNTIED_CLASS, causal_class, load_st
 from split_common.errors import MissingTensor, ModelError, SplitError, UnknownModel, UnsupportedArchitecture
 from split_common.slots import Absent, PassThrough, Stack, find_stack
 from split_common.split import Split
-
-Side = Literal["device", "worker"]
+from split_common.weights import Side, read_tensors
 
 #: A tensor of an outermost stack of modules: the stack's name, and the index in it.
 _LAYER = re.compile(r"(?P<prefix>[^\d.]\w*(?:\.[^\d.]\w*)*)\.(?P<index>\d+)\.", re.ASCII)
@@ -73,12 +71,10 @@ def plan(model: str | Checkpoint, revision: str | None = None) -> Plan:
     try:
         config = AutoConfig.from_pretrained(checkpoint.path("config.json").parent)
     except (ValueError, KeyError, OSError) as error:
-        from split_common.diffusion.kinds import is_denoiser
-
-        if is_denoiser(checkpoint):
+        if checkpoint.class_name is not None:
             raise UnsupportedArchitecture(
-                f"{checkpoint.name} is a diffusion model: `lambda-split doctor --model` tells how it is cut, "
-                "`lambda-split image` runs it"
+                f"{checkpoint.name} is a {checkpoint.class_name} of diffusers, not a language model: "
+                "`lambda-split image` runs diffusion models, `lambda-split doctor --model` tells how one is cut"
             ) from None
         raise UnknownModel(f"{checkpoint.name}: {_first_line(error)}") from None
     model_class = causal_class(config)
@@ -218,22 +214,6 @@ def strip(module: nn.Module, stack: nn.ModuleList) -> None:
             strip(child, stack)
         elif next(child.parameters(), None) is not None:
             setattr(module, name, Absent())
-
-
-def read_tensors(checkpoint: Checkpoint, names: list[str]) -> dict[str, torch.Tensor]:
-    """Some of a checkpoint's tensors, mapped from their files. Raises MissingTensor."""
-    by_file: dict[str, list[str]] = {}
-    for name in names:
-        by_file.setdefault(checkpoint.files[name], []).append(name)
-    state = {}
-    for file, tensors in by_file.items():
-        with safe_open(checkpoint.path(file), framework="pt") as handle:
-            present = set(handle.keys())
-            for name in tensors:
-                if name not in present:
-                    raise MissingTensor(f"{checkpoint.name}: {file} lacks the tensor {name}")
-                state[name] = handle.get_tensor(name)
-    return state
 
 
 @contextlib.contextmanager

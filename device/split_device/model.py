@@ -10,12 +10,12 @@ import torch
 from transformers.cache_utils import Cache
 
 from split_common.errors import PromptTooLong, UnsupportedFeature
-from split_common.manifest import find_manifest
 from split_common.part import generation_config, load_part, plan
 from split_common.slots import Stack
 from split_common.split import Split
 from split_common.tensors import dtype_name, parse_dtype
 from split_common.transport import DEFAULT_BROKER
+from split_common.verification import find_manifest
 from split_device.joining import Joined, Member
 from split_device.remote import RemoteBody, Traits, is_windowed
 from split_device.sessions.client import PATIENCE, STEP_TIMEOUT, Client

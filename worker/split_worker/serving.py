@@ -12,9 +12,9 @@ from split_common.checkpoint import Checkpoint
 from split_common.diffusion.kinds import is_denoiser, plan_image
 from split_common.errors import ConfigError
 from split_common.fleet import Fleet
-from split_common.manifest import find_manifest
 from split_common.part import plan
 from split_common.split import Split
+from split_common.verification import find_manifest
 from split_worker.body import Body
 from split_worker.diffusion import DiffusionBody
 

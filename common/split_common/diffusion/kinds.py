@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import msgspec
-
 from split_common.checkpoint import Checkpoint
 from split_common.diffusion.plan import ImagePlan
 from split_common.diffusion.transformer import FluxPlan, SD3Plan
 from split_common.diffusion.unet import UNetPlan
-from split_common.errors import ModelError, UnsupportedArchitecture
+from split_common.errors import UnsupportedArchitecture
 
 #: Denoisers that can be split, by the name of their class in diffusers.
 KINDS: dict[str, type[ImagePlan]] = {plan.class_name: plan for plan in (UNetPlan, SD3Plan, FluxPlan)}
@@ -18,7 +14,7 @@ KINDS: dict[str, type[ImagePlan]] = {plan.class_name: plan for plan in (UNetPlan
 
 def is_denoiser(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is a diffusion model's denoiser."""
-    return _config(checkpoint).get("_class_name") in KINDS
+    return checkpoint.class_name in KINDS
 
 
 def plan_image(checkpoint: Checkpoint) -> ImagePlan:
@@ -28,18 +24,10 @@ def plan_image(checkpoint: Checkpoint) -> ImagePlan:
         UnsupportedArchitecture: it is not a denoiser that can be split.
         ModelError: config.json is malformed.
     """
-    config = _config(checkpoint)
-    kind = KINDS.get(str(config.get("_class_name")))
+    kind = KINDS.get(checkpoint.class_name or "")
     if kind is None:
         raise UnsupportedArchitecture(f"{checkpoint.name} is not one of {', '.join(KINDS)}")
-    plan = kind(checkpoint, config)
+    plan = kind(checkpoint, checkpoint.config)
     if checkpoint.adapter_names and not isinstance(plan, UNetPlan):
         raise UnsupportedArchitecture(f"{checkpoint.name}: an IP-Adapter of a {kind.class_name} cannot be split")
     return plan
-
-
-def _config(checkpoint: Checkpoint) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(checkpoint.config_bytes, type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ModelError(f"{checkpoint.name}: config.json is malformed: {error}") from None

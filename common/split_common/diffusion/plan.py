@@ -14,8 +14,8 @@ from torch import nn
 
 from split_common.checkpoint import Checkpoint
 from split_common.errors import ConfigError, InvalidSplit, MissingTensor, ModelError, UnsupportedArchitecture
-from split_common.part import Side, read_tensors
 from split_common.split import Split
+from split_common.weights import Side, read_tensors
 
 Cut = Literal["C", "A"]
 

@@ -1,22 +1,20 @@
 """The ZeroMQ transport: a peer's DEALER socket, which one thread at a time uses.
 
-Whoever sends does so in his own thread, unless another one has the socket just then and does it for him. Whoever
-reads (`split_common.transport.leading`) waits for what arrives, and sends heartbeats and what the socket would not
-take. libzmq's file descriptor says only once that something has changed: who may take that from him, wakes him.
+A thread that sends uses the socket itself, unless another thread has it just then and sends for it. The thread
+that reads (`split_common.transport.leader`) waits for what arrives, and sends heartbeats and what the socket did
+not accept before. libzmq's file descriptor signals a change only once: a thread that may have consumed the signal
+by using the socket wakes the one that reads.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import queue
 import select
 import socket
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
-from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -24,44 +22,42 @@ import zmq
 import zmq.utils.z85
 
 from split_common import headers
-from split_common.errors import BrokerUnreachable, ConfigError, KeysError, Malformed, Oversized, SplitError
+from split_common.errors import BrokerUnreachable, ConfigError, KeysError, Malformed, SplitError
 from split_common.fleet import Fleet
 from split_common.keys import Identity
-from split_common.transport import HEARTBEAT, MISSED, Handler, count_dropped
-from split_common.transport.leading import Lead
-
-log = logging.getLogger(__name__)
+from split_common.transport.base import HEARTBEAT, MISSED, OUTBOX_BYTES, Handler
+from split_common.transport.leader import LeaderLock
+from split_common.transport.supervised import Supervisor, handled
 
 _T = TypeVar("_T")
 
-#: Bytes received after which a peer tells the broker so at once, and not with its next heartbeat.
+#: Bytes received after which a peer tells the broker so at once, not with its next heartbeat.
 CREDIT_STEP = 4 * 1024 * 1024
 
-#: Bytes that may wait to be sent. More are dropped: a broker that takes nothing must not fill the memory.
-OUTBOX_BYTES = 256 * 1024 * 1024
-
-#: Seconds without a word from the broker after which the connection is made anew: libzmq gives a connection up for
-#: good when what arrives over it breaks ZMTP or CURVE, as damaged bytes do.
+#: Seconds of silence from the broker after which the link connects again. libzmq abandons a connection for good if
+#: what arrives over it breaks ZMTP or CURVE, as damaged bytes do.
 SILENCE = HEARTBEAT * MISSED
 
-#: Arithmetic with pyzmq's own flags takes longer than what they are meant for.
+#: As plain integers: arithmetic with pyzmq's enums takes longer than the calls that they are for.
 POLLIN, POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
 NOBLOCK, NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 
-#: Messages that are taken at once: a flood must not keep the heartbeat from being sent.
+#: Messages taken in one turn: a flood must not keep heartbeats from being sent.
 TURN = 256
 
-#: Seconds before the socket is used again after that failed.
-PAUSE = 0.1
+
+def curve_z85(identity: Identity) -> tuple[bytes, bytes]:
+    """A member's X25519 public and secret key as ZeroMQ's CURVE takes them (RFC 32, Z85: 40 characters each)."""
+    return zmq.utils.z85.encode(identity.certificate.curve_key), zmq.utils.z85.encode(identity.curve_secret)
 
 
 def curve_client(sock: zmq.Socket[bytes], fleet: Fleet, identity: Identity) -> None:
-    """Secures a client socket with CurveZMQ (RFC 26): it will talk to the fleet's broker alone.
+    """Secures a client socket with CurveZMQ (RFC 26): it will talk to the fleet's broker only.
 
     Raises:
-        KeysError: the fleet has no broker.
+        KeysError: the roster lists no broker that is not revoked.
     """
-    public, secret = identity.curve_z85()
+    public, secret = curve_z85(identity)
     broker = next((m for m in fleet.roster().members if m.role == "broker" and not m.revoked), None)
     if broker is None:
         raise KeysError(f"the roster in {fleet.path} lists no broker")
@@ -71,10 +67,10 @@ def curve_client(sock: zmq.Socket[bytes], fleet: Fleet, identity: Identity) -> N
 
 
 def send_frames(sock: zmq.Socket[bytes], *frames: zmq.Frame | bytes) -> None:
-    """Sends a message, whose last frame is not copied if it is large.
+    """Sends a message without blocking. Its last frame is not copied if it is large.
 
     Raises:
-        zmq.Again: the socket takes nothing just now.
+        zmq.Again: the socket accepts nothing for the moment.
     """
     for frame in frames[:-1]:
         sock.send(frame, NOBLOCK_MORE)
@@ -82,7 +78,11 @@ def send_frames(sock: zmq.Socket[bytes], *frames: zmq.Frame | bytes) -> None:
 
 
 def receive_frames(sock: zmq.Socket[bytes]) -> list[zmq.Frame]:
-    """The next message, waited for as long as the socket's `rcvtimeo` says. Raises zmq.Again when there is none."""
+    """The next message.
+
+    Raises:
+        zmq.Again: none came within the socket's `rcvtimeo`.
+    """
     frames = [sock.recv(copy=False)]
     while frames[-1].more:
         frames.append(sock.recv(copy=False))
@@ -96,11 +96,11 @@ class ZmqLink:
         self._address = address
         self._fleet = fleet
         self._identity = identity
-        # Held by who uses the socket and what waits for it. `send` never waits for it.
+        # Guards the socket, `_unsent` and `_announced`. `send` never waits for it.
         self._turn = threading.Lock()
         self._sock: zmq.Socket[bytes] | None = None
         self._poller = select.poll()
-        # What `send` hands over to whoever has the turn, who counts what the socket has not taken yet.
+        # Messages that `send` hands over, and those that the thread with the turn has taken from there and counted.
         self._handed: deque[tuple[bytes, bytes]] = deque()
         self._unsent: deque[tuple[bytes, bytes]] = deque()
         self._unsent_bytes = 0
@@ -108,11 +108,10 @@ class ZmqLink:
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
         self._closing = threading.Event()
-        self._lead = Lead(partial(self._contained, self._read), self._closing)
         self._welcomed = threading.Event()
         self._announce_now = True
         self._next_announce = 0.0
-        # Whether the broker was told over this connection who this is.
+        # Whether this peer has announced itself over this connection.
         self._announced = False
         self._sender = bytes(8)
         self._boot: bytes | None = None
@@ -124,6 +123,8 @@ class ZmqLink:
         self._thread: threading.Thread | None = None
         #: Messages dropped because they broke the protocol, by type of error; and bytes and messages moved.
         self.counters: Counter[str] = Counter()
+        self._supervisor = Supervisor("the connection to the broker", self.counters, self._closing)
+        self._leader_lock = LeaderLock(lambda wait: self._supervisor.run(self._read, wait), self._closing)
 
     @property
     def alive(self) -> bool:
@@ -148,7 +149,12 @@ class ZmqLink:
             )
 
     def _connect(self, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
-        """A socket that connects by itself, also when the broker is away. Raises KeysError, ConfigError."""
+        """A socket that connects by itself, also if the broker is away for a while.
+
+        Raises:
+            KeysError: the fleet's roster lists no broker.
+            ConfigError: the address cannot be used.
+        """
         sock = context.socket(zmq.DEALER)
         try:
             sock.linger = 500
@@ -169,13 +175,11 @@ class ZmqLink:
         return sock
 
     def send(self, header: headers.Header, body: bytes = b"") -> None:
-        if len(body) > headers.MAX_BODY:
-            raise Oversized(f"body of {len(body)} bytes (at most {headers.MAX_BODY})")
-        self._handed.append((headers.encode_header(header), body))
+        self._handed.append((headers.encode_header(header), headers.check_body(body)))
         self._pass_on()
 
     def receive(self, events: queue.SimpleQueue[_T], timeout: float) -> _T:
-        return self._lead.receive(events, timeout)
+        return self._leader_lock.receive(events, timeout)
 
     def announce(self) -> None:
         self._announce_now = True
@@ -190,7 +194,7 @@ class ZmqLink:
             self._thread.join()
 
     def _wake(self) -> None:
-        # A full pipe wakes the thread as well as one more byte would; a closed one has no thread to wake.
+        # A full pipe wakes the thread as well as one more byte would. A closed one has no thread to wake.
         with contextlib.suppress(OSError):
             self._wake_write.send(b"\0")
 
@@ -201,19 +205,19 @@ class ZmqLink:
     # --- sending -------------------------------------------------------------------------------------------
 
     def _pass_on(self) -> None:
-        """Sends what was handed in, unless another thread has the socket: who has it does so after his turn."""
+        """Sends what was handed over, unless another thread has the socket: that one does so after its turn."""
         while self._handed and self._sock is not None and self._turn.acquire(blocking=False):
             try:
                 if self._sock is not None:
                     self._flush(self._sock)
-                    # Who begins to read looks at the socket first.
-                    if self._lead.is_anothers and self._ready(self._sock):
+                    # A thread that begins to read looks at the socket first; one that waits has to be woken.
+                    if self._leader_lock.held_by_another and self._ready(self._sock):
                         self._wake()
             finally:
                 self._turn.release()
 
     def _flush(self, sock: zmq.Socket[bytes]) -> None:
-        """Sends what was handed in, and what waits. With the turn."""
+        """Sends what was handed over and what waits. The caller has the turn."""
         while self._handed:
             frames = self._handed.popleft()
             if self._unsent_bytes + len(frames[1]) > OUTBOX_BYTES:
@@ -221,7 +225,7 @@ class ZmqLink:
                 continue
             self._unsent.append(frames)
             self._unsent_bytes += len(frames[1])
-        # An announcement goes first: a broker that has just started must know this peer.
+        # Nothing goes before the announcement: a broker that has just started must know this peer.
         while self._unsent and self._announced:
             frames = self._unsent[0]
             try:
@@ -234,7 +238,7 @@ class ZmqLink:
             self.counters["bytes_sent"] += len(frames[0]) + len(frames[1])
 
     def _ready(self, sock: zmq.Socket[bytes]) -> int:
-        """Of POLLIN and POLLOUT, those that who reads has use for. With the turn."""
+        """Which of POLLIN and POLLOUT the thread that reads has to act on. The caller has the turn."""
         waiting = (self._unsent and self._announced) or self._announce_now
         return int(sock.get(zmq.EVENTS)) & (POLLIN | POLLOUT if waiting else POLLIN)
 
@@ -244,11 +248,11 @@ class ZmqLink:
         try:
             while not self._closing.is_set():
                 if self._silent:
-                    with self._lead.turn:
-                        self._contained(self._connect_anew, context)
-                self._lead.serve(HEARTBEAT)
+                    with self._leader_lock.turn:
+                        self._supervisor.run(self._connect_again, context)
+                self._leader_lock.serve(HEARTBEAT)
         finally:
-            with self._lead.turn:
+            with self._leader_lock.turn:
                 assert self._sock is not None
                 with self._turn:
                     self._flush(self._sock)
@@ -263,11 +267,11 @@ class ZmqLink:
     def _silent(self) -> bool:
         return time.monotonic() - max(self._connected, self._heard) > SILENCE
 
-    def _connect_anew(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        """Leaves a connection over which nothing has come for long, unless there is no way to make another one."""
+    def _connect_again(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        """Replaces a connection over which nothing has come for long, unless no other one can be made."""
         old = self._sock
         assert old is not None
-        # Not before all that waited is read: this process itself may have been held up.
+        # All that waits is read first: this process itself may have stalled.
         while self._take_arrived(old):
             pass
         if self._silent:
@@ -285,19 +289,10 @@ class ZmqLink:
         self._poller.register(int(sock.get(zmq.FD)), select.POLLIN)
         self._poller.register(self._wake_read, select.POLLIN)
 
-    # --- with the lead -------------------------------------------------------------------------------------
-
-    def _contained(self, act: Callable[[_T], None], argument: _T) -> None:
-        """Does something with the lead. What goes wrong with the socket hits no caller who reads."""
-        try:
-            act(argument)
-        except Exception:
-            self.counters["failures"] += 1
-            log.exception("using the connection to the broker failed, and goes on")
-            self._closing.wait(PAUSE)
+    # --- on the thread that reads ----------------------------------------------------------------------------
 
     def _read(self, wait: float) -> None:
-        """Sends what is due; takes what has arrived, or else what does within some seconds."""
+        """Sends what is due and takes what has arrived, or else what arrives within `wait` seconds."""
         sock = self._sock
         assert sock is not None
         now = time.monotonic()
@@ -318,11 +313,9 @@ class ZmqLink:
         self._take_arrived(sock)
 
     def _send_announcement(self, sock: zmq.Socket[bytes], leaving: bool = False) -> bool:
-        """Whether there was a connection to send it over."""
-        try:
-            announcement = self._handler.announcement()
-        except Exception:
-            self._handler_failed()
+        """Announces this peer. False if there is no connection to do so."""
+        announcement = handled(self.counters, self._handler.announcement)
+        if announcement is None:
             return True
         self._sender = announcement.sender
         self._credited = self._received
@@ -338,12 +331,12 @@ class ZmqLink:
             return self._announced
 
     def _take_arrived(self, sock: zmq.Socket[bytes]) -> bool:
-        """Takes what has arrived; whether there was something, or the socket can send what waits for that."""
+        """Takes what has arrived. Whether anything had, or the socket can send what waits."""
         for taken in range(TURN):
             with self._turn:
                 ready = self._ready(sock)
                 frames = [frame.bytes for frame in receive_frames(sock)] if ready & POLLIN else None
-            # Meanwhile others may have handed in messages instead of sending them themselves.
+            # Meanwhile others may have handed over messages instead of sending them themselves.
             self._pass_on()
             if frames is None:
                 return taken > 0 or ready != 0
@@ -354,22 +347,14 @@ class ZmqLink:
         self.counters["messages_received"] += 1
         self.counters["bytes_received"] += sum(map(len, frames))
         self._received += len(frames[-1])
-        try:
-            if len(frames) != 2:
-                raise Malformed(f"{len(frames)} frames")
-            self._dispatch(headers.decode_header(frames[0]), headers.check_body(frames[1]))
-        except SplitError as error:
-            count_dropped(self.counters, error)
-        except Exception:
-            self._handler_failed()
+        handled(self.counters, self._dispatch, frames)
         if self._received - self._credited > CREDIT_STEP:
             self._announce_now = True
 
-    def _handler_failed(self) -> None:
-        self.counters["HandlerError"] += 1
-        log.exception("a message handler failed")
-
-    def _dispatch(self, header: headers.AnyHeader, body: bytes) -> None:
+    def _dispatch(self, frames: list[bytes]) -> None:
+        if len(frames) != 2:
+            raise Malformed(f"{len(frames)} frames")
+        header, body = headers.decode_header(frames[0]), headers.check_body(frames[1])
         self._heard = time.monotonic()
         match header:
             case headers.Probe():
@@ -385,7 +370,7 @@ class ZmqLink:
     def _greet(self, welcome: headers.Welcome) -> None:
         known, self._boot = self._boot, welcome.boot
         self._welcomed.set()
-        # A broker that changes its name with every message must not be sent everything again each time.
+        # A broker that names a new boot with every message must not make this peer send everything again each time.
         if known not in (None, welcome.boot) and time.monotonic() >= self._next_reset:
             self._next_reset = time.monotonic() + HEARTBEAT
             self._announce_now = True
@@ -397,7 +382,7 @@ class ZmqLink:
         self._check_roster()
 
     def _check_roster(self) -> None:
-        """The fleet's roster may be newer because of a message, or because another user of it reread the file."""
+        """Tells the handler of a newer roster, which came with a message or was read from the fleet's directory."""
         version = self._fleet.roster().version
         if version > self._roster_version:
             self._roster_version = version

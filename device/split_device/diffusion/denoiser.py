@@ -15,10 +15,10 @@ from split_common.checkpoint import Checkpoint
 from split_common.diffusion.kinds import plan_image
 from split_common.diffusion.plan import ImagePlan, load_weights
 from split_common.errors import ConfigError, UnsupportedArchitecture, UnsupportedFeature
-from split_common.manifest import find_manifest
 from split_common.split import Split
 from split_common.tensors import dtype_name, parse_dtype
 from split_common.transport import DEFAULT_BROKER
+from split_common.verification import find_manifest
 from split_device.diffusion.reuse import Base, Reuse
 from split_device.diffusion.saving import CODECS, check_reuse
 from split_device.diffusion.session import ImageSession, Inputs

@@ -12,8 +12,8 @@ from split_common.compat.diffusers import ChecksAdapter
 from split_common.diffusion.plan import ImagePlan
 from split_common.diffusion.unet import UNetPlan
 from split_common.errors import UnsupportedFeature
-from split_common.part import read_tensors
 from split_common.split import Split
+from split_common.weights import read_tensors
 from split_device.diffusion.denoiser import SplitDenoiser, arguments
 from split_device.diffusion.session import Inputs
 from split_device.diffusion.slots import Call, DownSlot, LastSlot, MiddleSlot, UpSlot

@@ -1,21 +1,19 @@
-"""How the threads of a Redis link call the peer's handler, which is written for one thread."""
+"""How the threads of a Redis link call the peer's handler, which expects one call at a time."""
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from split_common import headers
-from split_common.errors import SplitError
-from split_common.transport import Handler, count_dropped
-
-log = logging.getLogger(__name__)
+from split_common.transport.base import Handler
+from split_common.transport.placement import Refuse
+from split_common.transport.supervised import handled
 
 
 class Caller:
-    """Calls a peer's handler from several threads, one at a time; what it raises is counted."""
+    """Calls a peer's handler from several threads, one at a time. What it raises is counted and goes no further."""
 
     def __init__(self, handler: Handler, counters: Counter[str]) -> None:
         self._handler = handler
@@ -23,29 +21,27 @@ class Caller:
         self._lock = threading.Lock()
 
     def message(self, header: headers.AnyHeader, body: bytes) -> None:
-        self._call(lambda: self._handler.on_message(header, body))
+        with self._lock:
+            handled(self._counters, self._handler.on_message, header, body)
+
+    def refuse(self, header: headers.Relay | headers.Open, refusal: Refuse) -> None:
+        """Tells the peer that a message which it sent was not delivered."""
+        self._counters[f"bounced_{refusal.reason}"] += 1
+        self.message(refusal.bounce(header), b"")
 
     def gone(self, peers: Iterable[bytes]) -> None:
-        self._call(lambda: self._handler.on_gone(peers))
+        with self._lock:
+            handled(self._counters, self._handler.on_gone, peers)
 
     def reset(self) -> None:
-        self._call(self._handler.on_reset)
+        with self._lock:
+            handled(self._counters, self._handler.on_reset)
 
     def roster(self) -> None:
-        self._call(self._handler.on_roster)
+        with self._lock:
+            handled(self._counters, self._handler.on_roster)
 
     def announcement(self) -> headers.Announce | None:
-        """None when the handler failed."""
-        announcements: list[headers.Announce] = []
-        self._call(lambda: announcements.append(self._handler.announcement()))
-        return announcements[0] if announcements else None
-
-    def _call(self, call: Callable[[], None]) -> None:
-        try:
-            with self._lock:
-                call()
-        except SplitError as error:
-            count_dropped(self._counters, error)
-        except Exception:
-            self._counters["HandlerError"] += 1
-            log.exception("a message handler failed")
+        """None if the handler failed."""
+        with self._lock:
+            return handled(self._counters, self._handler.announcement)

@@ -2,12 +2,12 @@
 
     ls:FLEET:{w:PEER}                   a worker's lane: what devices send it
     ls:FLEET:{d:PEER}                   a device's lane: the replies to it
-    ls:FLEET:{open:ROOT:FIRST:LAST}     wishes for a worker of a service, read by a group of its workers
+    ls:FLEET:{open:ROOT:FIRST:LAST}     opens: devices that look for a worker of a service, read by a group of those
     ls:FLEET:{fleet}:workers            hash of each worker's newest announcement, by peer
     ls:FLEET:{fleet}:boot               changes when the server has forgotten everything
     ls:FLEET:{fleet}:roster[-version]   the signed roster
 
-A peer lives as long as its lane is there: lanes expire, and their owners' heartbeats put it off. What stands in
+A peer is alive as long as its lane is there: lanes expire, and their owners' heartbeats put that off. The part in
 braces decides where a cluster keeps a key.
 """
 
@@ -20,9 +20,9 @@ from typing import Any
 from split_common import headers
 from split_common.errors import Malformed
 from split_common.keys import Role
-from split_common.transport import member_mark
+from split_common.transport.peer_id import member_mark
 
-#: The group that the workers of a service read its wishes as.
+#: The group of readers that the workers of a service are.
 GROUP = "workers"
 
 #: The largest number of a stream's entry: nothing can be added after it.
@@ -44,7 +44,7 @@ class Keys:
         return f"{self._prefix}:{{{role[0]}:{peer.hex()}}}"
 
     def lanes(self, role: Role, member: str = "") -> str:
-        """A pattern for the lanes of all of a role, or of one member."""
+        """A pattern for the lanes of all peers of a role, or of one member."""
         return f"{self._prefix}:{{{role[0]}:{member_mark(member).hex() if member else ''}*"
 
     def opens(self, service: headers.Service) -> str:
@@ -52,7 +52,7 @@ class Keys:
 
     @property
     def all_opens(self) -> str:
-        """A pattern for the wishes of all services."""
+        """A pattern for the opens of all services."""
         return f"{self._prefix}:{{open:*"
 
 
@@ -69,7 +69,7 @@ def read_entry(fields: Any) -> tuple[bytes, bytes]:
 
 
 def next_id(id_: bytes) -> str | None:
-    """The least id above an entry's; None when there is none. Raises Malformed."""
+    """The least id above an entry's; None if there is none. Raises Malformed."""
     if not isinstance(id_, bytes) or not re.fullmatch(rb"\d{1,20}-\d{1,20}", id_):
         raise Malformed("an entry without an id")
     milliseconds, _, number = id_.decode().partition("-")

@@ -1,14 +1,12 @@
 """The Redis transport: a peer's lane, the streams that it adds to, and the threads that read and write them.
 
-There is no broker process. One thread writes (`writer`). One reads the peer's lane (`reader`); a worker has another
-one that reads its service's wishes while there is room. A fourth keeps leases (`keeper`). Each has connections of
-its own.
+There is no broker process. One thread writes (`writer`), one reads the peer's lane (`reader`), and one sends
+heartbeats and looks after other peers (`housekeeping`). A worker has a fourth, which reads the opens of its
+service (`opens`). Each has connections of its own, so that none of them waits for another one's answers.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import queue
 import threading
 import time
@@ -17,27 +15,26 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from split_common import headers
-from split_common.errors import BrokerUnreachable, Malformed, Oversized, SplitError
+from split_common.errors import BrokerUnreachable, Malformed, SplitError
 from split_common.fleet import Fleet
-from split_common.keys import Identity
-from split_common.transport import HEARTBEAT, MISSED, Handler, count_dropped
+from split_common.keys import Identity, Role
+from split_common.transport.base import HEARTBEAT, MISSED, Handler
 from split_common.transport.redis.caller import Caller
-from split_common.transport.redis.keeper import RECONNECT, Keeper
-from split_common.transport.redis.keys import GROUP, Keys, entry, next_id, read_entry
-from split_common.transport.redis.reader import READ_WAIT, Reader
+from split_common.transport.redis.housekeeping import Housekeeper, Inbox
+from split_common.transport.redis.keys import Keys, entry, read_entry
+from split_common.transport.redis.lease import Lease
+from split_common.transport.redis.membership import Registry
+from split_common.transport.redis.opens import DeviceOpens, WorkerOpens
+from split_common.transport.redis.reader import Reader
 from split_common.transport.redis.server import Line, Server
 from split_common.transport.redis.writer import LINGER, Outgoing, Writer
-
-#: Seconds between two looks whether there is room for another session.
-ROOM_INTERVAL = 0.2
-
-log = logging.getLogger(__name__)
+from split_common.transport.supervised import Supervisor, count_dropped
 
 _T = TypeVar("_T")
 
 
 class RedisLink:
-    """A peer's connection to Redis or Valkey (`split_common.transport.Transport`).
+    """A peer's connection to Redis or Valkey (`split_common.transport.base.Transport`).
 
     Args:
         address: as `split_common.address.parse_redis` takes it apart.
@@ -50,146 +47,181 @@ class RedisLink:
         self._server = Server(address)
         self._fleet = fleet
         self._member = identity.certificate.name
-        self._keys = Keys(fleet.operator_key)
-        self._closing = threading.Event()
-        self._lines: list[Line] = []
-        self._threads: list[threading.Thread] = []
-        self._keeper: Keeper | None = None
-        self._writer: Writer | None = None
-        self._reader: Reader | None = None
+        self._parts: _Parts | None = None
         #: Messages dropped because they broke the protocol, by type of error; and bytes and messages moved.
         self.counters: Counter[str] = Counter()
 
     @property
     def alive(self) -> bool:
-        return self._keeper is not None and time.monotonic() - self._keeper.heard < HEARTBEAT * MISSED
+        return self._parts is not None and time.monotonic() - self._parts.lease.heard < HEARTBEAT * MISSED
 
     def start(self, handler: Handler, timeout: float) -> None:
-        first = handler.announcement()
-        self._me = first.sender
-        self._caller = Caller(handler, self.counters)
-        keeper = self._keeper = Keeper(
-            self._line(), self._keys, self._fleet, self._caller, first, self._take_open, self.counters
+        caller = Caller(handler, self.counters)
+        parts = self._parts = _Parts(
+            self._server, self._fleet, self._member, handler.announcement(), caller, self.counters
         )
-        writer = self._writer = Writer(self._line(), keeper, self.counters)
-        self._start_thread(keeper.run, "keeper")
-        if not keeper.settled.wait(timeout) or keeper.failure:
-            why = keeper.failure or self._server.silence
+        parts.start_housekeeping()
+        if not parts.housekeeper.settled.wait(timeout) or parts.housekeeper.failure:
+            why = parts.housekeeper.failure or self._server.silence
             self.close()
             raise BrokerUnreachable(f"{why} (tried for at most {timeout:g} s)")
-        self._start_thread(writer.run, "writer")
-        reader = self._reader = Reader(self._line(), keeper, self._take, self.counters, self._closing)
-        self._start_thread(reader.run, "reader")
-        if keeper.opens is not None:
-            self._start_thread(self._read_opens, "opens")
+        parts.start()
+
+    def send(self, header: headers.Header, body: bytes = b"") -> None:
+        headers.check_body(body)
+        if self._parts is not None:
+            self._parts.send(header, body)
+
+    def receive(self, events: queue.SimpleQueue[_T], timeout: float) -> _T:
+        if self._parts is None:
+            return events.get(timeout=timeout)
+        return self._parts.reader.leader_lock.receive(events, timeout)
+
+    def announce(self) -> None:
+        if self._parts is not None:
+            self._parts.housekeeper.announce()
+
+    def close(self) -> None:
+        if self._parts is not None:
+            self._parts.close()
+        self._server.close()
+
+
+class _Parts:
+    """What a link is made of, once its handler has said who the peer is.
+
+    Args:
+        server: that the link uses.
+        fleet, member: the fleet, and the peer's name in it.
+        first: the peer's first announcement.
+        caller: calls the peer's handler.
+        counters: of the link.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        fleet: Fleet,
+        member: str,
+        first: headers.Announce,
+        caller: Caller,
+        counters: Counter[str],
+    ) -> None:
+        self._server = server
+        self._caller = caller
+        self._counters = counters
+        self._me = first.sender
+        self._other_role: Role = "worker" if first.role == "device" else "device"
+        self._closing = threading.Event()
+        self._supervisor = Supervisor("a thread of a Redis link", counters, self._closing)
+        self._lines: list[Line] = []
+        self._threads: list[threading.Thread] = []
+        self._keys = keys = Keys(fleet.operator_key)
+        self._inbox = Inbox()
+
+        line = self._line()
+        self.lease = Lease(line, keys, first)
+        self.registry = Registry(line, keys, counters)
+        self.writer = Writer(self._line(), self.registry, caller, self._inbox.undelivered, counters)
+        self.device_opens: DeviceOpens | None = None
+        self.worker_opens: WorkerOpens | None = None
+        if first.role == "device":
+            self.device_opens = DeviceOpens(line, keys, self.registry, caller)
+        elif first.service is not None:
+            self.worker_opens = WorkerOpens(
+                self._line(), line, keys.opens(first.service), member, self._take, self.writer, self._closing
+            )
+        self.housekeeper = Housekeeper(
+            line,
+            keys,
+            fleet,
+            caller,
+            first,
+            self._inbox,
+            self.lease,
+            self.registry,
+            self.device_opens or self.worker_opens,
+        )
+        self.reader = Reader(
+            self._line(), self.lease, self._take, self._renew_lane, self._supervisor, counters, self._closing
+        )
 
     def _line(self) -> Line:
         line = Line(self._server)
         self._lines.append(line)
         return line
 
-    def _start_thread(self, run: Callable[[], None], name: str) -> None:
-        def contained() -> None:
-            while True:
-                try:
-                    return run()
-                except Exception:
-                    self.counters["failures"] += 1
-                    log.exception("the %s of a Redis link failed, and goes on", name)
-                    self._closing.wait(RECONNECT)
+    def start_housekeeping(self) -> None:
+        self._start(self.housekeeper.run, "housekeeper")
 
-        thread = threading.Thread(target=contained, name=f"lambda-split-redis-{name}", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+    def start(self) -> None:
+        """Starts all other threads. The lane must be there."""
+        self._start(self.writer.run, "writer")
+        self._start(self.reader.run, "reader")
+        if self.worker_opens is not None:
+            self._start(self.worker_opens.run, "opens")
 
-    def send(self, header: headers.Header, body: bytes = b"") -> None:
-        if len(body) > headers.MAX_BODY:
-            raise Oversized(f"body of {len(body)} bytes (at most {headers.MAX_BODY})")
-        if self._keeper is None or self._writer is None:
-            return
+    def _start(self, loop: Callable[[], None], name: str) -> None:
+        self._threads.append(self._supervisor.start(loop, f"lambda-split-redis-{name}"))
+
+    def send(self, header: headers.Header, body: bytes) -> None:
         if isinstance(header, headers.Open):
-            self._keeper.wish(header, body)
+            self._inbox.open(header, body)
         elif isinstance(header, headers.Relay):
-            lane = self._keys.lane(self._keeper.other_role, header.to)
+            lane = self._keys.lane(self._other_role, header.to)
             head = headers.encode_header(header)
             command = lane, ("XADD", lane, "NOMKSTREAM", "*", *entry(head, body))
-            self._writer.put(Outgoing(command, header, len(head) + len(body)))
-
-    def receive(self, events: queue.SimpleQueue[_T], timeout: float) -> _T:
-        if self._reader is None:
-            return events.get(timeout=timeout)
-        return self._reader.lead.receive(events, timeout)
-
-    def announce(self) -> None:
-        if self._keeper is not None:
-            self._keeper.announce()
+            self.writer.put(Outgoing(command, header, len(head) + len(body)))
 
     def close(self) -> None:
         self._closing.set()
-        if self._writer is not None:
-            self._writer.close()
-        if self._keeper is not None:
-            self._keeper.close()
+        self.writer.close()
+        self.housekeeper.close()
         others = [thread for thread in self._threads if thread is not threading.current_thread()]
         deadline = time.monotonic() + 2 * LINGER
         for thread in others[:2]:
-            # The keeper says good-bye, the writer writes what is queued.
+            # The housekeeper says good-bye, and the writer writes what is queued.
             thread.join(max(0.0, deadline - time.monotonic()))
         for line in self._lines:
             line.close()
         for thread in others:
-            # One that makes a connection just now cannot be woken; it ends by itself.
+            # One that is connecting cannot be woken; it ends by itself.
             thread.join(LINGER)
-        self._server.close()
 
     # --- reading -------------------------------------------------------------------------------------------
 
     def _take(self, fields: Any) -> None:
-        """A message of another peer. What only a broker would say, no peer may."""
+        """Takes an entry of another peer."""
         try:
-            head, body = read_entry(fields)
-            self.counters["messages_received"] += 1
-            self.counters["bytes_received"] += len(head) + len(body)
-            header = headers.decode_header(head)
-            headers.check_body(body)
-            if isinstance(header, headers.Relay) and header.to != self._me:
-                raise Malformed("a message for another peer")
-            if not isinstance(header, headers.Relay | headers.Open):
-                raise Malformed(f"a peer sent a {type(header).__name__}")
+            header, body = self._read_message(fields)
         except SplitError as error:
-            count_dropped(self.counters, error)
+            count_dropped(self._counters, error)
             return
-        if isinstance(header, headers.Relay) and header.kind == headers.Kind.ANSWER and self._keeper is not None:
-            self._keeper.answered(header.channel)
+        if (
+            self.device_opens is not None
+            and isinstance(header, headers.Relay)
+            and header.kind == headers.Kind.ANSWER
+        ):
+            self.device_opens.answered(header.channel)
         self._caller.message(header, body)
 
-    def _read_opens(self) -> None:
-        assert self._keeper is not None
-        assert self._reader is not None
-        keeper, line = self._keeper, self._line()
-        opens = keeper.opens
-        assert opens is not None
-        words = (
-            *("XREADGROUP", "GROUP", GROUP, self._member, "COUNT", 1),
-            *("BLOCK", int(1000 * READ_WAIT), "STREAMS", opens, ">"),
-        )
-        while not self._closing.is_set():
-            if keeper.room <= 0:
-                self._closing.wait(ROOM_INTERVAL)
-                continue
-            for id_, fields in self._reader.entries(line, [(opens, words)]) or []:
-                self._take_open(id_, fields)
-                if next_id(id_) is None:
-                    with contextlib.suppress(BrokerUnreachable):
-                        keeper.make_group(line, anew=True)
+    def _read_message(self, fields: Any) -> tuple[headers.Relay | headers.Open, bytes]:
+        """The message in an entry. No peer may say what only a broker would.
 
-    def _take_open(self, id_: bytes, fields: Any) -> None:
-        """A wish that waited for a worker; the answer is queued before it is taken out of the stream."""
-        assert self._keeper is not None
-        assert self._writer is not None
-        self._keeper.room -= 1
-        self._take(fields)
-        opens = self._keeper.opens
-        assert opens is not None
-        self._writer.put(Outgoing((opens, ("XACK", opens, GROUP, id_))))
-        self._writer.put(Outgoing((opens, ("XDEL", opens, id_))))
+        Raises:
+            Malformed, Oversized, VersionMismatch: it is not a message to this peer.
+        """
+        head, body = read_entry(fields)
+        self._counters["messages_received"] += 1
+        self._counters["bytes_received"] += len(head) + len(body)
+        header = headers.decode_header(head)
+        headers.check_body(body)
+        if isinstance(header, headers.Relay) and header.to != self._me:
+            raise Malformed("a message for another peer")
+        if not isinstance(header, headers.Relay | headers.Open):
+            raise Malformed(f"a peer sent a {type(header).__name__}")
+        return header, body
+
+    def _renew_lane(self) -> None:
+        self.lease.spoil()
+        self.housekeeper.announce()

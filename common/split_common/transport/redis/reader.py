@@ -1,22 +1,21 @@
-"""How a Redis link reads its peer's lane, whoever does (`split_common.transport.leading`)."""
+"""How a Redis link reads its peer's lane, on whichever thread leads (`split_common.transport.leader`)."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from redis.exceptions import ResponseError
 
 from split_common.errors import BrokerUnreachable
-from split_common.transport import count_dropped
-from split_common.transport.leading import Lead
-from split_common.transport.redis.keeper import RECONNECT, Keeper
+from split_common.transport.leader import LeaderLock
 from split_common.transport.redis.keys import next_id
-from split_common.transport.redis.server import Command, Line, Refused
+from split_common.transport.redis.lease import Lease
+from split_common.transport.redis.server import RECONNECT, Command, Line, Refused
+from split_common.transport.supervised import Supervisor, count_dropped
 
 #: Entries that are read in one round trip.
 READ_COUNT = 16
@@ -27,7 +26,7 @@ READ_WAIT = 1.0
 #: Reads in a row that find nothing though the lane holds something, before it is read from its beginning.
 OVERLOOKED = 2
 
-#: Bytes that are read before they are cut off the lane; and seconds without an entry after which they are.
+#: Bytes that are read before they are cut off the lane, and seconds without an entry after which they are.
 TRIM_BYTES = 256 * 1024
 TRIM_DELAY = 0.2
 
@@ -35,31 +34,37 @@ log = logging.getLogger(__name__)
 
 
 class Reader:
-    """Reads a lane, until `closing` is set; `run` is its thread.
+    """Reads a lane, until `closing` is set. `run` is its thread.
 
     Args:
         line: to the server; the reader's own.
-        keeper: makes the lane.
+        lease: makes the lane.
         take: is handed the fields of each entry.
+        renew: has the lane made anew, because nothing can be added to it any more.
+        supervisor: counts what goes wrong: no error reaches a caller that reads.
         counters: of the link.
     """
 
     def __init__(
         self,
         line: Line,
-        keeper: Keeper,
+        lease: Lease,
         take: Callable[[Any], None],
+        renew: Callable[[], None],
+        supervisor: Supervisor,
         counters: Counter[str],
         closing: threading.Event,
     ) -> None:
         self._line = line
-        self._keeper = keeper
+        self._lease = lease
         self._take = take
+        self._renew = renew
+        self._supervisor = supervisor
         self._counters = counters
         self._closing = closing
-        #: Who reads.
-        self.lead = Lead(self._read_contained, closing)
-        # Of the lane: which one it is, its last entry read, the least id not read yet, and what is cut off already.
+        #: Which thread reads.
+        self.leader_lock = LeaderLock(self._read_supervised, closing)
+        # Which lane this is, its last entry read, the least id not read yet, and the one below which it is cut off.
         self._lane_made = 0
         self._after: bytes | str = "0-0"
         self._unread = self._cut = "0-0"
@@ -69,28 +74,46 @@ class Reader:
 
     def run(self) -> None:
         while not self._closing.is_set():
-            self.lead.serve(READ_WAIT)
+            self.leader_lock.serve(READ_WAIT)
 
-    # --- with the lead -------------------------------------------------------------------------------------
+    # --- on the thread that leads ----------------------------------------------------------------------------
 
-    def _read_contained(self, wait: float) -> None:
-        try:
-            self._read(wait)
-        except Exception as error:
-            # Damaged answers may look like anything. Nothing of them is believed: the lane is read anew.
-            self._counters["failures"] += 1
-            log.warning("reading a lane failed, and begins anew: %s", type(error).__name__)
+    def _read_supervised(self, wait: float) -> None:
+        if not self._supervisor.run(self._read, wait):
+            # Damaged answers may look like anything: none of them is believed.
             self._line.disconnect()
-            self._lane_made = 0
-            self._closing.wait(RECONNECT)
+            self._resync()
+
+    def _resync(self) -> None:
+        """Reads the lane from its beginning. Sessions know by their numbers the messages that they have."""
+        self._after = self._unread = self._cut = "0-0"
+        self._overlooked = 0
 
     def _read(self, wait: float) -> None:
-        """Takes what comes within some seconds; cuts off what was read: much at a time, or when nothing comes."""
-        lane = self._keeper.lane
-        if self._lane_made != self._keeper.lanes_made:
-            self._lane_made = self._keeper.lanes_made
-            self._after = self._unread = self._cut = "0-0"
-        commands: list[Command] = []
+        """Takes what comes within `wait` seconds."""
+        if self._lane_made != self._lease.lanes_made:
+            self._lane_made = self._lease.lanes_made
+            self._resync()
+        entries = self._entries(self._commands(wait))
+        if entries is None:
+            return
+        self._found = bool(entries)
+        if entries:
+            self._overlooked = 0
+        else:
+            self._look_for_overlooked()
+        for id_, fields in entries:
+            following = next_id(id_)
+            self._after = id_
+            self._take(fields)
+            if following is None:
+                self._renew()
+            else:
+                self._unread = following
+
+    def _commands(self, wait: float) -> list[Command]:
+        """A read, before which what was read is cut off the lane: much at a time, or when nothing comes."""
+        lane, commands = self._lease.lane, list[Command]()
         received = self._counters["bytes_received"]
         if self._unread != self._cut and (not self._found or received - self._cut_bytes > TRIM_BYTES):
             commands.append((lane, ("XTRIM", lane, "MINID", self._unread)))
@@ -98,47 +121,35 @@ class Reader:
         if self._unread != self._cut:
             wait = min(wait, TRIM_DELAY)
         block = max(1, int(1000 * wait))
-        commands.append((lane, ("XREAD", "COUNT", READ_COUNT, "BLOCK", block, "STREAMS", lane, self._after)))
-        entries = self.entries(self._line, commands)
-        if entries is None:
-            # Whether anything was cut off is not known.
-            self._cut = "0-0"
-            return
-        self._found = bool(entries)
-        overlooked = not entries and self._unread == self._cut and self._holds_something()
-        self._overlooked = self._overlooked + 1 if overlooked else 0
-        if self._overlooked >= OVERLOOKED:
-            # An id was damaged on its way here, and what came later has a lower one.
-            self._after, self._unread, self._overlooked = "0-0", "0-0", 0
-        for id_, fields in entries:
-            following = next_id(id_)
-            self._after = id_
-            self._take(fields)
-            if following is None:
-                self._keeper.renew_lane()
-            else:
-                self._unread = following
+        return [*commands, (lane, ("XREAD", "COUNT", READ_COUNT, "BLOCK", block, "STREAMS", lane, self._after))]
 
-    def entries(self, line: Line, commands: Sequence[Command]) -> list[Any] | None:
-        """The entries that the last of some commands reads; None, after a pause, when it cannot."""
+    def _entries(self, commands: list[Command]) -> list[Any] | None:
+        """The entries that the last of some commands reads. None, after a pause, if it cannot."""
         try:
-            *_, answer = line.run(commands)
+            *_, answer = self._line.run(commands)
         except BrokerUnreachable as error:
             log.debug("not read: %s", error)
-            self._closing.wait(RECONNECT)
-            return None
-        if isinstance(answer, ResponseError):
-            if "NOGROUP" in str(answer):
-                with contextlib.suppress(BrokerUnreachable):
-                    self._keeper.make_group(line)
-            else:
-                count_dropped(self._counters, Refused(str(answer)))
-            self._closing.wait(RECONNECT)
-            return None
-        return answer[0][1] if answer else []
+        else:
+            if not isinstance(answer, ResponseError):
+                return answer[0][1] if answer else []
+            count_dropped(self._counters, Refused(str(answer)))
+        # Whether anything was cut off is not known.
+        self._cut = "0-0"
+        self._closing.wait(RECONNECT)
+        return None
+
+    def _look_for_overlooked(self) -> None:
+        """Begins anew if the lane holds entries that reads do not find.
+
+        An id that was damaged on its way here may be larger than all that come later.
+        """
+        overlooked = self._unread == self._cut and self._holds_something()
+        self._overlooked = self._overlooked + 1 if overlooked else 0
+        if self._overlooked >= OVERLOOKED:
+            self._resync()
 
     def _holds_something(self) -> bool:
-        lane = self._keeper.lane
+        lane = self._lease.lane
         try:
             (length,) = self._line.run([(lane, ("XLEN", lane))])
         except BrokerUnreachable:

@@ -1,4 +1,4 @@
-"""The fleet's roster in Redis. Who reads it checks the operator's signature: it matters not who put it there."""
+"""The fleet's roster in Redis. Readers verify the operator's signature, so the writer need not be trusted."""
 
 from __future__ import annotations
 
@@ -12,24 +12,84 @@ from split_common.transport.redis.server import Command, Line, Server, failed
 _DIGITS = 18
 
 
-def version_command(keys: Keys) -> Command:
+class RosterSync:
+    """Keeps a peer's roster and the server's the same: the newer one counts.
+
+    Args:
+        line: to the server.
+        keys, fleet: names of the fleet's keys, and the peer's own roster.
+        stores: whether the peer may store its roster in the server, as workers may.
+    """
+
+    def __init__(self, line: Line, keys: Keys, fleet: Fleet, stores: bool) -> None:
+        self._line = line
+        self._keys = keys
+        self._fleet = fleet
+        self._stores = stores
+        self._version = fleet.roster().version
+        #: Asks for the version of the server's roster; `compare` takes the answer.
+        self.version_command = _version_command(keys)
+
+    def compare(self, answer: object) -> bool:
+        """Fetches or stores the roster if need be. True if the peer has a newer one than at the last call.
+
+        Raises:
+            Malformed, CertificateError: the server's roster is not one of this fleet.
+            BrokerUnreachable: the server does not answer, or does not store it.
+        """
+        self._fleet.refresh()
+        there, here = _version_of(answer), self._fleet.roster().version
+        if there > here:
+            _fetch(self._line, self._keys, self._fleet)
+        elif there < here and self._stores:
+            _put(self._line, self._keys, self._fleet)
+        known, self._version = self._version, self._fleet.roster().version
+        return self._version > known
+
+
+def publish(address: str, fleet: Fleet) -> int:
+    """Stores the roster, or takes over the server's if that is newer. Returns the version that is there afterwards.
+
+    Raises:
+        ConfigError: the address is malformed.
+        BrokerUnreachable: the server does not answer, or does not store it.
+        CertificateError: the server's newer roster is not signed by this fleet's operator.
+    """
+    server = Server(address)
+    line = Line(server)
+    keys = Keys(fleet.operator_key)
+    try:
+        (answer,) = line.run([_version_command(keys)])
+        if problem := failed(answer):
+            raise BrokerUnreachable(f"{server.shown}: {problem}")
+        if _version_of(answer) > fleet.roster().version:
+            _fetch(line, keys, fleet)
+        else:
+            _put(line, keys, fleet)
+    finally:
+        line.close()
+        server.close()
+    return fleet.roster().version
+
+
+def _version_command(keys: Keys) -> Command:
     return keys.roster_version, ("GETRANGE", keys.roster_version, 0, _DIGITS - 1)
 
 
-def version_of(answer: object) -> int:
-    """The version that the server's roster claims to have; 0 for none. Raises Malformed."""
+def _version_of(answer: object) -> int:
+    """The version that the server's roster claims to have; 0 if there is none. Raises Malformed."""
     if not isinstance(answer, bytes) or not (answer.isdigit() or not answer):
         raise Malformed("the roster's version is no number")
     return int(answer or b"0")
 
 
-def fetch(line: Line, keys: Keys, fleet: Fleet) -> None:
+def _fetch(line: Line, keys: Keys, fleet: Fleet) -> None:
     """Takes over the server's roster. Raises CertificateError, BrokerUnreachable."""
     (data,) = line.run([(keys.roster, ("GETRANGE", keys.roster, 0, MAX_SIGNED["roster"]))])
     fleet.accept_roster(data)
 
 
-def put(line: Line, keys: Keys, fleet: Fleet) -> None:
+def _put(line: Line, keys: Keys, fleet: Fleet) -> None:
     """Stores the fleet's roster. Raises BrokerUnreachable."""
     version, data = fleet.roster().version, fleet.roster_bytes()
     commands = (
@@ -41,26 +101,3 @@ def put(line: Line, keys: Keys, fleet: Fleet) -> None:
     for answer in line.run([(keys.roster, words) for words in commands]):
         if problem := failed(answer):
             raise BrokerUnreachable(f"the roster was not stored: {problem}")
-
-
-def publish(address: str, fleet: Fleet) -> int:
-    """Stores the roster unless a newer one is there, which is taken over; the version that is there afterwards.
-
-    Raises BrokerUnreachable, ConfigError, CertificateError.
-    """
-    server = Server(address)
-    line = Line(server)
-    keys = Keys(fleet.operator_key)
-    try:
-        (answer,) = line.run([version_command(keys)])
-        if problem := failed(answer):
-            raise BrokerUnreachable(f"{server.shown}: {problem}")
-        there = version_of(answer)
-        if there > fleet.roster().version:
-            fetch(line, keys, fleet)
-        else:
-            put(line, keys, fleet)
-    finally:
-        line.close()
-        server.close()
-    return fleet.roster().version

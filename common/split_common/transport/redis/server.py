@@ -50,6 +50,10 @@ ANSWER_TIMEOUT = 5.0
 #: Seconds for a connection to be made.
 CONNECT_TIMEOUT = 3.0
 
+#: Seconds to wait for the server to come back, first and at most; doubles each time.
+RECONNECT = 0.05
+RECONNECT_MAX = 0.5
+
 #: Bytes of an argument above which it is sent as it is, and not copied into one piece with the others.
 LARGE = 256 * 1024
 

@@ -1,8 +1,8 @@
-"""How a Redis link writes: messages go to the lanes of other peers in the order in which they were handed in.
+"""How a Redis link writes: messages go to the lanes of other peers in the order in which they were handed over.
 
-Whoever sends does so in his own thread where that cannot block: the connection is there, nothing else waits to be
-sent, and what the server has not answered yet fits into a socket's buffer. Everything else the writer's thread
-sends. It alone reads answers, since these may call the peer's handler.
+A thread that sends writes to the connection itself if that cannot block: it is there, nothing else waits to be
+sent, and what the server has not answered yet fits into a socket's buffer. The writer's thread sends everything
+else. It alone reads answers, because these may call the peer's handler.
 """
 
 from __future__ import annotations
@@ -13,21 +13,24 @@ import queue
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from redis.exceptions import OutOfMemoryError, ResponseError
 
 from split_common import headers
 from split_common.errors import BrokerUnreachable
-from split_common.transport import count_dropped
-from split_common.transport.redis.keeper import RECONNECT, RECONNECT_MAX, RETRY_AFTER, Keeper
-from split_common.transport.redis.server import Command, Line, Refused
-from split_common.transport.zmq_link import OUTBOX_BYTES
+from split_common.transport.base import FULL_RETRY, OUTBOX_BYTES
+from split_common.transport.placement import full
+from split_common.transport.redis.caller import Caller
+from split_common.transport.redis.membership import Registry
+from split_common.transport.redis.server import RECONNECT, RECONNECT_MAX, Command, Line, Refused
+from split_common.transport.supervised import count_dropped
 
 #: Bytes of messages that the writer's thread adds in one round trip, unless a single one is larger.
 BATCH_BYTES = 4 * 1024 * 1024
 
-#: Bytes of messages without an answer up to which senders write themselves: any socket's buffer holds as much.
+#: Bytes of unanswered messages up to which senders write themselves: any socket's buffer holds as much.
 DIRECT_BYTES = 32 * 1024
 
 #: Seconds after which the answers to what senders wrote are read.
@@ -41,7 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Outgoing:
-    """A command to be sent; `header` and `size` of a message."""
+    """A command to be sent. If it adds a message to a lane, the message's `header` and its size in bytes."""
 
     command: Command
     header: headers.Relay | None = None
@@ -49,32 +52,43 @@ class Outgoing:
 
 
 class Writer:
-    """Writes what is `put`, until `close`; `run` is its thread.
+    """Writes what is `put`, until `close`. `run` is its thread.
 
     Args:
         line: to the server; the writer's own.
-        keeper: knows whose lane is full, and tells senders what was not delivered.
+        registry: knows whose lane is full.
+        caller: tells the peer which of its messages were refused.
+        undelivered: is told of a message whose receiver has no lane.
         counters: of the link.
     """
 
-    def __init__(self, line: Line, keeper: Keeper, counters: Counter[str]) -> None:
+    def __init__(
+        self,
+        line: Line,
+        registry: Registry,
+        caller: Caller,
+        undelivered: Callable[[headers.Relay], None],
+        counters: Counter[str],
+    ) -> None:
         self._line = line
-        self._keeper = keeper
+        self._registry = registry
+        self._caller = caller
+        self._undelivered = undelivered
         self._counters = counters
-        # Held by who uses the line, and all below but the first. `put` never waits for it.
+        # Guards the line and all below but `_handed`. `put` never waits for it.
         self._turn = threading.Lock()
         self._handed: deque[Outgoing] = deque()
         self._unsent: deque[Outgoing] = deque()
         self._unsent_bytes = 0
-        # What senders wrote themselves, and nobody has read the answers to.
+        # What senders wrote themselves, and whose answers are not read yet.
         self._posted: list[Outgoing] = []
         self._posted_bytes = 0
-        # Wakes the thread. Unlike a lock's, its `put` may be called by the garbage collector within itself.
+        # Wakes the thread. `SimpleQueue.put` is reentrant: the garbage collector may call `put` within itself.
         self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._closing = threading.Event()
 
     def put(self, outgoing: Outgoing) -> None:
-        """Takes a command; never blocks. Any thread may call it, and the garbage collector in any."""
+        """Takes a command and never blocks. Any thread may call it, and the garbage collector in any of them."""
         if self._turn.acquire(blocking=False):
             try:
                 idle = not self._posted
@@ -103,7 +117,7 @@ class Writer:
         return True
 
     def _full(self, outgoing: Outgoing) -> bool:
-        return outgoing.header is not None and outgoing.header.to in self._keeper.full
+        return outgoing.header is not None and outgoing.header.to in self._registry.full
 
     # --- the thread ----------------------------------------------------------------------------------------
 
@@ -128,13 +142,13 @@ class Writer:
                     return
 
     def _wait(self) -> None:
-        """Until there is something to do."""
+        """Waits until there is something to do."""
         if self._unsent or self._closing.is_set():
             return
         self._wakes.get()
         with contextlib.suppress(queue.Empty):
             while True:
-                # Where senders wrote themselves, only answers are due, and nobody waits for those.
+                # If senders wrote themselves, only answers are due, which can wait a little.
                 self._wakes.get(timeout=0.0 if self._handed or self._closing.is_set() else ANSWER_DELAY)
 
     def _exchange(self) -> list[tuple[Outgoing, object]]:
@@ -145,14 +159,14 @@ class Writer:
         try:
             answers = self._line.run([outgoing.command for outgoing in batch], posted=len(posted))
         except BrokerUnreachable:
-            # Sent again, though some of it may have arrived: sessions know by its number what they have.
+            # It is sent again, though some of it may have arrived: sessions know by its number what they have.
             self._unsent.extendleft(reversed(batch))
             self._unsent_bytes += sum(outgoing.size for outgoing in batch)
             raise
         return list(zip(batch, answers, strict=True))
 
     def _collect(self) -> None:
-        """Takes over what was handed in."""
+        """Takes over what was handed over, as far as there is room."""
         while self._handed:
             outgoing = self._handed.popleft()
             if self._unsent_bytes + outgoing.size > OUTBOX_BYTES:
@@ -162,15 +176,14 @@ class Writer:
                 self._unsent_bytes += outgoing.size
 
     def _next_batch(self) -> list[Outgoing]:
-        """What is sent next. What is for a peer whose lane is full comes back to the sender."""
+        """What is sent next. Messages for a peer whose lane is full are refused."""
         batch: list[Outgoing] = []
         size = 0
         while self._unsent and size < BATCH_BYTES:
             outgoing = self._unsent.popleft()
             self._unsent_bytes -= outgoing.size
-            if self._full(outgoing):
-                assert outgoing.header is not None
-                self._keeper.bounce(outgoing.header, "full", "the queue of the peer is full", RETRY_AFTER)
+            if outgoing.header is not None and self._full(outgoing):
+                self._caller.refuse(outgoing.header, full("the queue of the peer is full"))
             else:
                 batch.append(outgoing)
                 size += outgoing.size
@@ -186,6 +199,6 @@ class Writer:
         elif isinstance(answer, ResponseError):
             if not isinstance(answer, OutOfMemoryError):
                 count_dropped(self._counters, Refused(str(answer)))
-            self._keeper.bounce(header, "full", "the server takes no more", 2 * RETRY_AFTER)
+            self._caller.refuse(header, full("the server takes no more", 2 * FULL_RETRY))
         else:
-            self._keeper.undelivered(header)
+            self._undelivered(header)

@@ -11,16 +11,14 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from split_common.headers import Open, Service
+from split_common.headers import Service
+from split_common.transport.base import QUEUE_BYTES
 
-#: Bytes that may be on the way to a peer without its having said that it received them.
+#: Bytes that may be on the way to a peer that has not said yet that it received them.
 WINDOW = 64 * 1024 * 1024
 
-#: Bytes that may wait in a lane; above, senders are told that it is full.
-LANE_BYTES = 256 * 1024 * 1024
-
-#: Messages that may wait in a lane.
-LANE_MESSAGES = 4096
+#: Messages that may wait for one peer.
+QUEUE_MESSAGES = 4096
 
 #: A message's second frame: as it was received, so that a large one is not copied, or one of the broker's own.
 Body = zmq.Frame | bytes
@@ -29,19 +27,20 @@ Message = tuple[bytes, Body]
 
 
 @dataclass
-class Lane:
-    """The queue of one peer, under a byte credit: the peer's announcements say what it has received."""
+class PeerQueue:
+    """Messages for one peer, under a byte credit: the peer's announcements say how much it has received."""
 
     waiting: deque[Message] = field(default_factory=deque)
     waiting_bytes: int = 0
+    #: Bytes sent over this connection, and those of them that the peer says it has received.
     sent: int = 0
     received: int = 0
-    #: What the peer had received before this connection.
+    #: Bytes that the peer had received before this connection; None until it has said so.
     baseline: int | None = None
 
     def put(self, message: Message) -> bool:
-        """Queues a message; False when the lane is full."""
-        if self.waiting_bytes + len(message[1]) > LANE_BYTES or len(self.waiting) >= LANE_MESSAGES:
+        """Queues a message. False if the queue is full."""
+        if self.waiting_bytes + len(message[1]) > QUEUE_BYTES or len(self.waiting) >= QUEUE_MESSAGES:
             return False
         self.waiting.append(message)
         self.waiting_bytes += len(message[1])
@@ -57,18 +56,19 @@ class Lane:
         return message
 
     def put_back(self, message: Message) -> None:
+        """Undoes `take`: the socket did not accept the message."""
         self.waiting.appendleft(message)
         self.waiting_bytes += len(message[1])
         self.sent -= len(message[1])
 
     def credit(self, received: int) -> None:
-        """The peer says that it has received so many bytes since it started."""
+        """The peer says how many bytes it has received since it started. More than was sent is not believed."""
         if self.baseline is None:
             self.baseline = received
         self.received = min(received - self.baseline, self.sent)
 
     def reconnected(self) -> None:
-        """What was on the way over the old connection is lost, and its credit with it."""
+        """What was on its way over the old connection is lost, and its credit with it."""
         self.sent = self.received = 0
         self.baseline = None
 
@@ -78,21 +78,17 @@ class Peer:
     """A device or worker that announced itself."""
 
     id: bytes
+    #: The connection, as the ROUTER socket names it.
     route: bytes
     role: str
+    #: The member as which it is authenticated.
     member: str
-    lane: Lane = field(default_factory=Lane)
+    queue: PeerQueue = field(default_factory=PeerQueue)
+    #: When it was last heard, by `time.monotonic`.
     seen: float = field(default_factory=time.monotonic)
+    #: Peers whose death it wants to hear of.
     watching: frozenset[bytes] = frozenset()
+    #: What a worker serves and calls it, and the sessions that it has room for.
     service: Service | None = None
     model: str = ""
     room: int = 0
-
-
-@dataclass
-class Waiting:
-    """A device's wish for a worker, while none has room."""
-
-    header: Open
-    message: Message
-    deadline: float

@@ -1,8 +1,9 @@
-"""Who reads what arrives for a peer: a caller that waits for a message, or else the transport's own thread.
+"""Which thread reads what arrives for a peer: a caller that waits for a message, or else the transport's own.
 
-The caller reads as the leader among those who wait (Schmidt et al., "Pattern-Oriented Software Architecture",
-volume 2, 2000: leader/followers): his message need not change threads. He does so for a short while, and only if
-nobody else reads. Otherwise the transport's thread does, and leaves a gap for callers who come back soon.
+A caller reads as the leader among those that wait (Schmidt et al., "Pattern-Oriented Software Architecture",
+volume 2, 2000: leader/followers), so that its message need not change threads. It leads for a short while, and
+only if no other thread reads. Otherwise the transport's thread reads, and leaves a gap for callers that come back
+soon.
 """
 
 from __future__ import annotations
@@ -13,42 +14,42 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-#: Seconds that a caller's reading waits for his message.
+#: Seconds for which a caller reads, at most, before it leaves reading to the transport's thread.
 LEAD_WAIT = 0.05
 
-#: Seconds after a caller had his message during which the transport's thread leaves it to him to read again.
+#: Seconds after a caller got its message during which the transport's thread leaves reading to callers.
 LEAD_GAP = 0.02
 
 _T = TypeVar("_T")
 
 
-class Lead:
+class LeaderLock:
     """The right to read, which one thread at a time has.
 
     Args:
-        read: takes what arrives within some seconds. No error gets out of it: what is wrong with a connection, or
-            with another one's message, must not hit the caller who reads.
-        closing: set when nobody is to read any more.
+        read: takes what arrives within a number of seconds. It lets no error out: what is wrong with a connection,
+            or with another caller's message, must not hit the caller that reads.
+        closing: set when reading is to end.
     """
 
-    def __init__(self, read: Callable[[float], None], closing: threading.Event) -> None:
+    def __init__(self, read: Callable[[float], object], closing: threading.Event) -> None:
         self._read = read
         self._closing = closing
-        #: Held by who reads.
+        #: Held by the thread that reads.
         self.turn = threading.Lock()
         self._leader: int | None = None
-        # What callers wait for who do not read; and when one of those who wait or read last left.
+        # Queues of callers that wait without reading, and when a caller last stopped to wait or to read.
         self._waiting: set[queue.SimpleQueue[Any]] = set()
         self._left = float("-inf")
         self._wanted = threading.Event()
 
     @property
-    def is_anothers(self) -> bool:
+    def held_by_another(self) -> bool:
         """Whether a thread other than this one reads."""
         return self._leader is not None and self._leader != threading.get_ident()
 
     def serve(self, wait: float) -> None:
-        """For the transport's thread: reads for some seconds if it should, else leaves that to callers a while."""
+        """One turn of the transport's thread: reads for `wait` seconds, or leaves that to callers for a while."""
         self._wanted.clear()
         if self.turn.acquire(blocking=False):
             try:
@@ -60,14 +61,21 @@ class Lead:
         self._wanted.wait(min(wait, LEAD_GAP))
 
     def _is_wanted(self) -> bool:
-        """Whether the thread should read: somebody waits for it, or nobody will come back soon to read himself."""
+        """Whether the transport's thread should read.
+
+        It should if a caller is blocked, or if no caller is likely to return within `LEAD_GAP`.
+        """
         waiting = list(self._waiting)
         if any(events.empty() for events in waiting):
             return True
         return not waiting and time.monotonic() > self._left + LEAD_GAP
 
     def receive(self, events: queue.SimpleQueue[_T], timeout: float) -> _T:
-        """The next of what a handler puts into `events`. Raises queue.Empty after `timeout` seconds."""
+        """The next item that a handler puts into `events`.
+
+        Raises:
+            queue.Empty: nothing came within `timeout` seconds.
+        """
         until = time.monotonic() + timeout
         if events.empty() and self.turn.acquire(blocking=False):
             try:

@@ -1,0 +1,243 @@
+"""What the ZeroMQ broker does for a peer and a Redis link does itself: heartbeats, and looking after other peers.
+
+One thread renews the lease on the peer's lane (`lease`), looks after the leases of the peers that this one watches
+and keeps a worker's announcement where devices find it (`membership`), places a device's open or tends the stream
+of a worker's service (`opens`), and compares rosters (`roster`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+
+from split_common import headers
+from split_common.errors import BrokerUnreachable
+from split_common.fleet import Fleet
+from split_common.keys import Role
+from split_common.transport.base import HEARTBEAT
+from split_common.transport.placement import GONE, full
+from split_common.transport.redis.caller import Caller
+from split_common.transport.redis.keys import Keys
+from split_common.transport.redis.lease import Found, Lease
+from split_common.transport.redis.membership import Registry
+from split_common.transport.redis.opens import DeviceOpens, WorkerOpens
+from split_common.transport.redis.roster import RosterSync
+from split_common.transport.redis.server import RECONNECT, RECONNECT_MAX, Command, Line, Refused
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two looks at the leases of a device's workers, and at its open.
+WATCH_INTERVAL = 0.2
+
+#: Heartbeats between two clean-ups of the list of workers.
+CLEAN_UP = 10
+
+
+class Inbox:
+    """What other threads of a link have for the housekeeper. The garbage collector may call its methods, too."""
+
+    def __init__(self) -> None:
+        self._items: queue.SimpleQueue[tuple[headers.Open, bytes] | headers.Relay | None] = queue.SimpleQueue()
+
+    def open(self, header: headers.Open, body: bytes) -> None:
+        """The device looks for a worker."""
+        self._items.put((header, body))
+
+    def undelivered(self, header: headers.Relay) -> None:
+        """The receiver of a message has no lane: it is gone, or the server has just forgotten everything."""
+        self._items.put(header)
+
+    def wake(self) -> None:
+        self._items.put(None)
+
+    def take(self, timeout: float) -> list[tuple[headers.Open, bytes] | headers.Relay | None]:
+        """All there is, after waiting for the first item for `timeout` seconds at most."""
+        items = []
+        with contextlib.suppress(queue.Empty):
+            items.append(self._items.get(timeout=timeout))
+            while True:
+                items.append(self._items.get_nowait())
+        return items
+
+
+class Housekeeper:
+    """Looks after one peer; `run` is its thread.
+
+    Args:
+        line: to the server; this thread's own.
+        keys, fleet: names of the fleet's keys, and whose roster counts.
+        caller: calls the peer's handler.
+        first: the peer's first announcement, which says who it is.
+        inbox: what other threads have for this one.
+        lease, registry: the peer's lane, and other peers.
+        opens: a device's side of opens, or that of a worker that has a service.
+    """
+
+    def __init__(
+        self,
+        line: Line,
+        keys: Keys,
+        fleet: Fleet,
+        caller: Caller,
+        first: headers.Announce,
+        inbox: Inbox,
+        lease: Lease,
+        registry: Registry,
+        opens: DeviceOpens | WorkerOpens | None,
+    ) -> None:
+        self._line = line
+        self._fleet = fleet
+        self._caller = caller
+        self._announcement = first
+        self._inbox = inbox
+        self._lease = lease
+        self._registry = registry
+        self._device_opens = opens if isinstance(opens, DeviceOpens) else None
+        self._worker_opens = opens if isinstance(opens, WorkerOpens) else None
+        self._rosters = RosterSync(line, keys, fleet, stores=first.role == "worker")
+        self._other_role: Role = "worker" if first.role == "device" else "device"
+        self._watch_interval = WATCH_INTERVAL if first.role == "device" else HEARTBEAT
+        #: Set when the server has answered for the first time, or will never.
+        self.settled = threading.Event()
+        #: Why the server could not be used when it was last tried; empty while it can.
+        self.failure = ""
+        self._closing = threading.Event()
+        # Messages whose receivers had no lane.
+        self._undelivered: list[headers.Relay] = []
+        self._watching: set[bytes] = set()
+        self._next_beat = self._next_watch = 0.0
+        self._pause = RECONNECT
+        self._beats = 0
+
+    def announce(self) -> None:
+        """Has a heartbeat sent at once."""
+        self._next_beat = 0.0
+        self._inbox.wake()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._inbox.wake()
+
+    # --- the thread ----------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        while not self._closing.is_set():
+            self._take_inbox()
+            try:
+                self._turn()
+                self._pause = RECONNECT
+            except BrokerUnreachable as error:
+                self._wait_for_server(error)
+        self._leave()
+
+    def _take_inbox(self) -> None:
+        busy = self._device_opens is not None and (self._device_opens.waiting or self._watching)
+        wait = WATCH_INTERVAL if busy else max(0.0, self._next_beat - time.monotonic())
+        for item in self._inbox.take(0.0 if self._lease.disconnected else wait):
+            if isinstance(item, headers.Relay):
+                self._undelivered.append(item)
+            elif item is not None and self._device_opens is not None:
+                self._device_opens.take(*item)
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        if self._lease.disconnected or self._undelivered or now >= self._next_beat:
+            self._next_beat = now + HEARTBEAT
+            self._beat()
+        if now >= self._next_watch:
+            self._next_watch = now + self._watch_interval
+            self._watch()
+        if self._undelivered:
+            self._return_to_sender()
+        if self._device_opens is not None:
+            self._device_opens.place(self._lease.early)
+
+    def _wait_for_server(self, error: BrokerUnreachable) -> None:
+        if not self._lease.disconnected:
+            log.warning("%s", error)
+        self._lease.disconnected = True
+        self.failure = str(error)
+        if isinstance(error, Refused):
+            # At the start this is the end. Later on, permissions may come back.
+            self.settled.set()
+        self._closing.wait(self._pause)
+        self._pause = min(2 * self._pause, RECONNECT_MAX)
+
+    # --- heartbeats ----------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        sent = time.monotonic()
+        self._announcement = self._caller.announcement() or self._announcement
+        self._watching = set(self._announcement.watching)
+        if self._announcement.leaving:
+            # Until it says otherwise: it is alive, but of no use to those that watch it.
+            self._withdraw()
+            return
+        commands = [*self._lease.renewal(), self._rosters.version_command, *self._registration()]
+        existed, boot, roster_version, *_ = self._line.run_allowed(commands)
+        match self._lease.renewed(sent, existed, boot):
+            case Found.TAKEN_FOR_DEAD:
+                self._caller.gone(list(self._watching))
+            case Found.RESET:
+                self._caller.reset()
+        self.failure = ""
+        self.settled.set()
+        if self._worker_opens is not None:
+            self._worker_opens.tend()
+            self._beats += 1
+            if self._beats % CLEAN_UP == 0 and not self._lease.early:
+                self._registry.clean_up()
+        if self._rosters.compare(roster_version):
+            self._caller.roster()
+
+    def _registration(self) -> list[Command]:
+        """What a worker with a service adds to its heartbeat: its announcement, unless it is revoked."""
+        if self._worker_opens is None:
+            return []
+        member = self._fleet.roster().by_name(self._announcement.member)
+        if member is None or member.revoked:
+            return self._removal()
+        self._worker_opens.room = self._announcement.room
+        return [*self._registry.registration(self._announcement), *self._worker_opens.renewal()]
+
+    def _removal(self) -> list[Command]:
+        """Takes a worker with a service off the list; it takes no more opens."""
+        if self._worker_opens is None:
+            return []
+        self._worker_opens.room = 0
+        return self._registry.removal(self._announcement.sender.hex())
+
+    def _withdraw(self) -> None:
+        self._lease.end(self._removal())
+
+    def _leave(self) -> None:
+        for _ in range(2):
+            try:
+                self._withdraw()
+                return
+            except BrokerUnreachable as error:
+                # A broken connection is made again once.
+                log.debug("left without a word: %s", error)
+
+    # --- other peers -----------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Tells the handler of watched peers whose lease has ended."""
+        gone = self._registry.watch(self._other_role, self._watching)
+        if gone and not self._lease.early:
+            self._watching.difference_update(gone)
+            self._caller.gone(gone)
+
+    def _return_to_sender(self) -> None:
+        """Refuses messages whose receivers had no lane.
+
+        After a heartbeat, which would have noticed a server that has forgotten everything.
+        """
+        back = self._registry.alive(self._other_role, {header.to for header in self._undelivered})
+        undelivered, self._undelivered = self._undelivered, []
+        for header in undelivered:
+            returning = self._lease.early or header.to in back
+            self._caller.refuse(header, full("the server has just started") if returning else GONE)

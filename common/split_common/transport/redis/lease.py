@@ -1,0 +1,143 @@
+"""A peer's own lane, and the lease on it: a peer is alive as long as its lane is there.
+
+Lanes expire by themselves, and heartbeats put that off. What a heartbeat finds, a lease lost or a server that has
+forgotten everything, says what may have happened to the peer's messages.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from enum import Enum, auto
+
+from split_common import headers
+from split_common.transport.base import GRACE, HEARTBEAT, MISSED
+from split_common.transport.redis.keys import Keys, entry
+from split_common.transport.redis.server import Command, Line, Refused, failed
+
+#: Seconds after which a lane expires unless its owner's heartbeat puts that off.
+LEASE = HEARTBEAT * MISSED
+
+
+class Found(Enum):
+    """What a heartbeat finds to have happened since the one before."""
+
+    #: Nothing of note, or this was the first.
+    NOTHING = auto()
+    #: Messages that were in flight may be lost.
+    RESET = auto()
+    #: The lease had ended: peers that watch this one were told that it is gone, and hold nothing of it.
+    TAKEN_FOR_DEAD = auto()
+
+
+class Lease:
+    """Keeps one peer's lane. For the housekeeping thread; other threads may read its attributes, and `spoil` it.
+
+    Args:
+        line: to the server.
+        keys: names of the fleet's keys.
+        first: the peer's first announcement, which says who it is.
+    """
+
+    def __init__(self, line: Line, keys: Keys, first: headers.Announce) -> None:
+        self._line = line
+        self._boot_key = keys.boot
+        self._sets_boot = first.role == "worker"
+        #: The key of the peer's lane.
+        self.lane = keys.lane(first.role, first.sender)
+        #: How often the lane was made. Whoever reads it begins anew when this changes.
+        self.lanes_made = 0
+        #: When the server last answered, by `time.monotonic`.
+        self.heard = 0.0
+        #: Whether the server did not answer when it was last tried.
+        self.disconnected = False
+        self._spoiled = False
+        # Whether the peer has taken itself out of the queue for a while.
+        self._away = False
+        self._own_boot = os.urandom(8)
+        self._boot: bytes | None = None
+        self._early_until = 0.0
+        self._next_reset = 0.0
+
+    @property
+    def early(self) -> bool:
+        """Whether peers that are alive may not have renewed their leases yet, as the server was away."""
+        return time.monotonic() < self._early_until
+
+    def spoil(self) -> None:
+        """Has the lane made anew by the next heartbeat, because nothing more can be added to it."""
+        self._spoiled = True
+
+    def renewal(self) -> list[Command]:
+        """The commands of a heartbeat; `renewed` takes their two answers."""
+        own_boot = ("SET", self._boot_key, self._own_boot, "NX", "GET")
+        return [
+            (self.lane, ("PEXPIRE", self.lane, int(LEASE * 1000))),
+            (self._boot_key, own_boot if self._sets_boot else ("GET", self._boot_key)),
+        ]
+
+    def renewed(self, sent: float, existed: object, boot: object) -> Found:
+        """What the answers to a `renewal` mean. Makes the lane if it is not there, or spoiled.
+
+        Args:
+            sent: when the commands were sent, by `time.monotonic`.
+            existed, boot: the two answers.
+
+        Raises:
+            Refused: these are not the answers of a server that can be used.
+            BrokerUnreachable: the lane could not be made.
+        """
+        if problem := failed(existed) or failed(boot):
+            raise Refused(f"it is no Redis 7 or Valkey, or its keys are in use for something else: {problem}")
+        joined, absent = self.lanes_made > 0, sent - self.heard
+        self.heard = time.monotonic()
+        forgot = self._compare_boot(boot) and joined
+        if joined and self.disconnected:
+            # Others may have been unable to renew their leases for as long.
+            self._early_until = max(self._early_until, sent + min(GRACE, absent + HEARTBEAT))
+        if forgot:
+            self._early_until = sent + GRACE
+        if not existed or self._spoiled:
+            self._make_lane()
+        returned, self.disconnected = self.disconnected, False
+        self.lanes_made = max(self.lanes_made, 1)
+        if not joined:
+            return Found.NOTHING
+        away, self._away = self._away or absent >= LEASE, False
+        if not existed and not forgot and away:
+            return Found.TAKEN_FOR_DEAD
+        # A server that changes its boot all the time must not make this peer send everything again each time.
+        if (returned or forgot or not existed) and sent >= self._next_reset:
+            self._next_reset = sent + HEARTBEAT
+            return Found.RESET
+        return Found.NOTHING
+
+    def _compare_boot(self, found: object) -> bool:
+        """Whether the server has forgotten everything since it was last asked. `boot`, once set, never changes."""
+        boot = found if isinstance(found, bytes) else None
+        if boot is None and self._sets_boot:
+            boot = self._own_boot
+        known, self._boot = self._boot, boot or self._boot
+        return boot is not None and known not in (None, boot)
+
+    def _make_lane(self) -> None:
+        """Makes an empty lane under a lease: whoever adds to a lane that is not there learns so."""
+        lane = self.lane
+        commands = (
+            ("MULTI",),
+            ("DEL", lane),
+            ("XADD", lane, "*", *entry(b"", b"")),
+            ("XTRIM", lane, "MAXLEN", 0),
+            ("PEXPIRE", lane, int(LEASE * 1000)),
+            ("EXEC",),
+        )
+        self._line.run_allowed([(lane, words) for words in commands])
+        self._spoiled = False
+        self.lanes_made += 1
+
+    def end(self, more: Sequence[Command] = ()) -> None:
+        """Deletes the lane, so that those that watch this peer need not wait for the lease to end; runs `more`."""
+        self._line.run_allowed([(self.lane, ("DEL", self.lane)), *more])
+        self._away, self.disconnected = True, False
+        self.heard = time.monotonic()
