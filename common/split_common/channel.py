@@ -31,8 +31,9 @@ from nacl.encoding import RawEncoder
 from nacl.hash import blake2b
 
 from split_common.errors import AuthenticationError, Malformed
+from split_common.headers import Hash, Relay, Service
 from split_common.keys import Certificate, Identity, Role, Roster
-from split_common.wire import Dtype, Hash, Relay, Service
+from split_common.payloads import Dtype
 
 #: After this many seconds a device sets up a new channel for new sessions.
 CHANNEL_LIFETIME = 3600.0

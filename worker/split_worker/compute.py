@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
-from split_common import wire
+from split_common import headers, payloads
 from split_common.engine.scheduler import BatchDelay, ScheduledChunk, ScheduledStep, Scheduler, is_prefill
 from split_common.errors import (
     Busy,
@@ -62,8 +62,8 @@ class PendingRequest:
     """A request to compute: decrypted, in order, of a session that exists."""
 
     session: Session[Any]
-    header: wire.Relay
-    payload: wire.AnyRequest
+    header: headers.Relay
+    payload: payloads.AnyRequest
     tensor: memoryview
     #: When it arrived, in seconds of `time.perf_counter`.
     arrived: float
@@ -73,7 +73,7 @@ class PendingRequest:
     @property
     def tokens(self) -> int:
         """Tokens that it appends; 0 for all but a step of a language model."""
-        return self.payload.tokens if isinstance(self.payload, wire.Step) else 0
+        return self.payload.tokens if isinstance(self.payload, payloads.Step) else 0
 
     @property
     def prefill(self) -> bool:
@@ -101,7 +101,7 @@ class Batch:
 
 
 #: Seals and sends the reply to a request.
-Reply = Callable[[PendingRequest, wire.Payload, memoryview | bytes], None]
+Reply = Callable[[PendingRequest, payloads.Payload, memoryview | bytes], None]
 
 
 class ComputeLoop:
@@ -308,7 +308,7 @@ class ComputeLoop:
     def _begin(self, request: PendingRequest) -> Sequence[Any]:
         """The runs of a request. Raises what it is refused with."""
         session, payload = request.session, request.payload
-        if isinstance(payload, wire.Fork):
+        if isinstance(payload, payloads.Fork):
             self._fork(session, payload)
             return []
         began = time.perf_counter()
@@ -316,7 +316,7 @@ class ComputeLoop:
         request.host_seconds += time.perf_counter() - began
         return runs
 
-    def _fork(self, session: Session[Any], fork: wire.Fork) -> None:
+    def _fork(self, session: Session[Any], fork: payloads.Fork) -> None:
         device, channel, *_ = session.id
         with self._lock:
             parent = self._sessions.get((device, channel, fork.parent, fork.parent_epoch))
@@ -337,7 +337,7 @@ class ComputeLoop:
         if isinstance(outcome, Closed):
             return
         began = time.perf_counter()
-        reply: wire.AnyReply
+        reply: payloads.AnyReply
         tensor: memoryview | bytes = b""
         try:
             if isinstance(outcome, Exception):
@@ -354,19 +354,21 @@ class ComputeLoop:
         except Exception as error:
             reply = self._refusal(error)
         self._reply(request, reply, tensor)
-        if isinstance(reply, wire.Result) and not request.prefill:
+        if isinstance(reply, payloads.Result) and not request.prefill:
             self._delay.answered(request.session, time.perf_counter())
-        if isinstance(reply, wire.Refusal) and reply.reason == "failed":
+        if isinstance(reply, payloads.Refusal) and reply.reason == "failed":
             # What the session holds may be half written: the device starts another one.
             with self._lock:
                 self._sessions.close(request.session.id)
             self.wake()
 
-    def _timed(self, request: PendingRequest, reply: wire.AnyReply, began: float, seconds: float) -> wire.AnyReply:
+    def _timed(
+        self, request: PendingRequest, reply: payloads.AnyReply, began: float, seconds: float
+    ) -> payloads.AnyReply:
         """Counts a step that has run, and notes in its reply how long that took."""
-        if not isinstance(request.payload, wire.Step | wire.Denoise):
+        if not isinstance(request.payload, payloads.Step | payloads.Denoise):
             return reply
-        assert isinstance(reply, wire.Result | wire.Denoised)
+        assert isinstance(reply, payloads.Result | payloads.Denoised)
         request.session.forget(request.payload.acked)
         host = request.host_seconds + time.perf_counter() - began
         body = min(seconds, began - request.arrived)
@@ -375,12 +377,12 @@ class ComputeLoop:
         self.counters["queue_us"] += round((began - request.arrived - body) * 1e6)
         return msgspec.structs.replace(reply, body_us=round(body * 1e6), worker_us=round(host * 1e6))
 
-    def _refusal(self, error: Exception) -> wire.Refusal:
+    def _refusal(self, error: Exception) -> payloads.Refusal:
         reason = "evicted" if isinstance(error, Evicted) else REASONS.get(type(error), "failed")
         self.counters[f"refused_{reason}"] += 1
         message = str(error) if isinstance(error, SplitError) else type(error).__name__
-        retry_after = min(error.retry_after, wire.MAX_RETRY_AFTER) if isinstance(error, Busy) else 0.0
-        return wire.Refusal(reason, message[:2048], retry_after)  # type: ignore[arg-type]
+        retry_after = min(error.retry_after, headers.MAX_RETRY_AFTER) if isinstance(error, Busy) else 0.0
+        return payloads.Refusal(reason, message[:2048], retry_after)  # type: ignore[arg-type]
 
     # --- memory --------------------------------------------------------------------------------------------
 

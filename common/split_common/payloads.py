@@ -1,55 +1,31 @@
-"""The protocol's messages: what travels between devices, broker and workers, and its bounds.
+"""Payloads: what a message's body holds once it is opened, for texts and for images.
 
-A message is two frames. The first is a version byte and a msgspec header, which the broker reads to route it.
-The second is a body that only the two ends can open (see `split_common.channel`); the broker never looks at it.
-A body, once opened, is a length, a msgspec payload, the raw bytes of the tensors that it names, and padding.
+A body's plaintext is a length (4 bytes, little-endian), a msgspec payload, the raw bytes of the tensors that the
+payload names, and padding. `split_common.channel` seals it; the broker never sees it.
 
-Nothing here imports torch: the broker is small.
+Payloads are untrusted input: decoding checks each length and range, and raises a `ProtocolError`. They travel as
+arrays, so the order of fields and the tags are the format; the names of classes and fields are not.
+
+Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import struct
-from collections.abc import Sized
-from enum import IntEnum
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
-from split_common.errors import Malformed, Oversized, VersionMismatch
-
-#: Version of the protocol; the first byte of every header. Peers of another version are refused.
-VERSION = 1
-
-#: Largest header, in bytes.
-MAX_HEADER = 64 * 1024
-
-#: Largest body, in bytes. Longer steps travel in chunks.
-MAX_BODY = 16 * 1024 * 1024
-
-#: Largest frame that a socket takes, in bytes; it closes the connection on a larger one. A body just above its
-#: limit arrives, and is refused and counted.
-MAX_FRAME = MAX_BODY + 64 * 1024
+from split_common.errors import Malformed, Oversized
+from split_common.headers import MAX_BODY, Hash, Natural, Seconds
 
 #: Largest msgspec payload of a body, in bytes: what is decoded into objects, not the tensor.
 MAX_PAYLOAD = 1024 * 1024
 
-#: Longest wait that one peer may ask another for, in seconds.
-MAX_RETRY_AFTER = 60.0
-
-#: Most peers that one announcement may watch.
-MAX_WATCHED = 4096
-
 #: Itemsize in bytes of each dtype that hidden states may have on the wire.
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-PeerId = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
-Hash = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-Natural = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
-Text = Annotated[str, msgspec.Meta(max_length=512)]
-Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=MAX_RETRY_AFTER)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 #: How the numbers of an image's states travel: as they are, or as integers with one scale for each channel.
@@ -70,176 +46,31 @@ PART_BYTES = 4 * 1024**2
 #: Scales of an image job, at most.
 MAX_SCALES = 4096
 
-
-class Header(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """First frame of a message, in the clear: what the broker needs to route it."""
-
-
-class Service(msgspec.Struct, array_like=True, frozen=True):
-    """What a worker serves: the body `[first, last)` of the model with this manifest root."""
-
-    root: Hash
-    first: Natural
-    last: Natural
-
-
-class Announce(Header, frozen=True, tag=1):
-    """A peer's heartbeat: all that a broker that has just started needs to know of it.
-
-    Of a device's, `service`, `model` and `room` mean nothing.
-    """
-
-    sender: PeerId
-    role: Literal["device", "worker"]
-    member: Text
-    #: Bodies of all messages received so far, in bytes: the broker's credit.
-    received: Natural = 0
-    #: Peers whose death this one wants to hear of.
-    watching: Annotated[list[PeerId], msgspec.Meta(max_length=MAX_WATCHED)] = []
-    service: Service | None = None
-    model: Text = ""
-    #: Sessions that a worker still has room for.
-    room: Natural = 0
-    #: It does not serve any more: it ends, or computes nothing though it has work.
-    leaving: bool = False
-
-
-class Welcome(Header, frozen=True, tag=2):
-    """The broker's answer to an announcement, and its word when a watched peer is gone."""
-
-    #: Identifies this run of the broker: a new one has forgotten what was in flight.
-    boot: PeerId
-    roster_version: Natural = 0
-    gone: Annotated[list[PeerId], msgspec.Meta(max_length=MAX_WATCHED)] = []
-
-
-class Probe(Header, frozen=True, tag=3):
-    """Sent by the broker to find out whether a connection still stands; ignored by the peer."""
-
-
-class RosterRequest(Header, frozen=True, tag=4):
-    """A peer asks for the fleet's roster."""
-
-    sender: PeerId
-
-
-class RosterReply(Header, frozen=True, tag=5):
-    """The operator-signed roster is the body."""
-
-
-class Open(Header, frozen=True, tag=6):
-    """A device looks for any worker of a service; the body is the channel's first message."""
-
-    sender: PeerId
-    channel: Natural
-    service: Service
-    #: Workers that the device does not want, e.g. because they have just refused it.
-    avoid: Annotated[list[PeerId], msgspec.Meta(max_length=64)] = []
-
-
-class Kind(IntEnum):
-    """What a relayed body is. Of a worker's replies, those of session 0 are the channel's own."""
-
-    ANSWER = 1
-    FINISH = 2
-    REQUEST = 3
-    REPLY = 4
-    #: A worker does not know the channel (any more). It has no keys to say so with: it sends the hash of what it
-    #: was sent (`echo`), so that nothing damaged or old, nor an answer to that, is taken for it.
-    UNKNOWN = 5
-
-
-class Relay(Header, frozen=True, tag=7):
-    """A message of a channel, from one peer to another."""
-
-    to: PeerId
-    sender: PeerId
-    kind: Kind
-    channel: Natural
-    session: Natural = 0
-    epoch: Natural = 0
-    seq: Natural = 0
-    #: The nonce of this body: never used twice in one direction of a session's epoch.
-    counter: Natural = 0
-
-    def associated_data(self) -> bytes:
-        """The fields that the body's authentication covers. The direction is bound by the key."""
-        return struct.pack(
-            "<BBQQQQQ", VERSION, self.kind, self.channel, self.session, self.epoch, self.seq, self.counter
-        )
-
-
-class Bounce(Header, frozen=True, tag=8):
-    """The broker could not deliver a message."""
-
-    reason: Literal["no-worker", "busy", "gone", "full", "revoked"]
-    channel: Natural = 0
-    session: Natural = 0
-    seq: Natural = 0
-    peer: PeerId = bytes(8)
-    detail: Annotated[str, msgspec.Meta(max_length=4096)] = ""
-    retry_after: Seconds = 0.0
-    epoch: Natural = 0
-
-
-AnyHeader = Announce | Welcome | Probe | RosterRequest | RosterReply | Open | Relay | Bounce
-
-_Sized = TypeVar("_Sized", bound=Sized)
-
-_header_decoder = msgspec.msgpack.Decoder(AnyHeader)
-_encoder = msgspec.msgpack.Encoder()
-
-
-def encode_header(header: Header) -> bytes:
-    """The first frame of a message."""
-    return bytes((VERSION,)) + _encoder.encode(header)
-
-
-def decode_header(frame: bytes | memoryview) -> AnyHeader:
-    """Reads a first frame.
-
-    Raises:
-        Oversized, VersionMismatch, Malformed: the frame is no header of this protocol.
-    """
-    if len(frame) > MAX_HEADER:
-        raise Oversized(f"header of {len(frame)} bytes (at most {MAX_HEADER})")
-    if not len(frame):
-        raise Malformed("empty header")
-    view = memoryview(frame)
-    if view[0] != VERSION:
-        raise VersionMismatch(f"the peer speaks protocol version {view[0]}, this is version {VERSION}")
-    try:
-        header: AnyHeader = _header_decoder.decode(view[1:])
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise Malformed(f"header: {error}") from None
-    return header
-
-
-def echo(header: Relay, body: bytes) -> bytes:
-    """What an `UNKNOWN` says of the message that it answers: this one, as it arrived, and no other."""
-    return hashlib.blake2b(header.sender + header.associated_data() + body, digest_size=32).digest()
-
-
-def check_body(frame: _Sized) -> _Sized:
-    """Takes a second frame as it is. Raises Oversized."""
-    if len(frame) > MAX_BODY:
-        raise Oversized(f"body of {len(frame)} bytes (at most {MAX_BODY})")
-    return frame
-
-
-# --- payloads: the sealed part -----------------------------------------------------------------------------
+#: What a peer may lack; the two ends of a channel agree on what both have. "fork" is a copy of a session on its
+#: worker, "int4" and "int8" are codecs. New kinds of requests, rows and codecs add their names here.
+CAPABILITIES = frozenset({"fork", "int4", "int8"})
 
 
 class Payload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """Head of an opened body."""
 
     @property
-    def room(self) -> int:
+    def reserved(self) -> int:
         """Bytes that are set aside for it, so that the size of a step does not tell how large its numbers are."""
         return 64
 
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of the tensors that follow it in the body."""
+        return 0
 
-class Row(msgspec.Struct, array_like=True, frozen=True):
+    @property
+    def needs(self) -> frozenset[str]:
+        """Capabilities that its receiver must have."""
+        return frozenset()
+
+
+class Run(msgspec.Struct, array_like=True, frozen=True):
     """A run of tokens to append to one row of a session.
 
     `start` is the row's cache length before the run: the worker truncates the row to it. `positions` are the
@@ -256,14 +87,14 @@ class Step(Payload, frozen=True, tag=1):
 
     dtype: Dtype
     width: Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
-    rows: Annotated[list[Row], msgspec.Meta(max_length=4096)]
+    rows: Annotated[list[Run], msgspec.Meta(max_length=4096)]
     #: New row i is old row `select[i]`; applied before the runs are appended. None leaves the rows as they are.
     select: Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(max_length=4096)] | None = None
     #: All replies below this sequence number have arrived.
     acked: Natural = 0
 
     @property
-    def room(self) -> int:
+    def reserved(self) -> int:
         return 64 + 12 * len(self.rows) + 5 * self.tokens + 3 * max(len(self.rows), len(self.select or ()))
 
     @property
@@ -280,6 +111,10 @@ class Fork(Payload, frozen=True, tag=2):
 
     parent: Natural
     parent_epoch: Natural
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"fork"})
 
 
 class Close(Payload, frozen=True, tag=3):
@@ -359,12 +194,16 @@ class Denoise(Payload, frozen=True, tag=8):
     codec: Codec
     #: All replies below this sequence number have arrived.
     acked: Natural = 0
-    #: Bytes of the tensors that the `Part`s before had; the rest follows here.
+    #: Bytes of the tensors that the `TensorPart`s before had; the rest follows here.
     sent: Natural = 0
 
     @property
-    def room(self) -> int:
+    def reserved(self) -> int:
         return 128 + 32 * len(self.arrays) + 3 * len(self.rows)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return CAPABILITIES.intersection((self.codec, *(array.codec for array in self.arrays)))
 
     @property
     def step_bytes(self) -> int:
@@ -383,7 +222,7 @@ class Denoised(Payload, frozen=True, tag=9):
     worker_us: Natural = 0
 
     @property
-    def room(self) -> int:
+    def reserved(self) -> int:
         return 96
 
     @property
@@ -391,8 +230,8 @@ class Denoised(Payload, frozen=True, tag=9):
         return min(PART_BYTES, self.output.nbytes)
 
 
-class Part(Payload, frozen=True, tag=10):
-    """Bytes from `offset` on: of the tensors of the session's next `Denoise`, or in answer to a `Rest`."""
+class TensorPart(Payload, frozen=True, tag=10):
+    """Bytes from `offset` on: of the tensors of the session's next `Denoise`, or in answer to a `PartRequest`."""
 
     offset: Natural
     size: Annotated[int, msgspec.Meta(ge=1, le=PART_BYTES)]
@@ -402,7 +241,7 @@ class Part(Payload, frozen=True, tag=10):
         return self.size
 
 
-class Rest(Payload, frozen=True, tag=11):
+class PartRequest(Payload, frozen=True, tag=11):
     """Asks for bytes of the output of the session's last `Denoise`."""
 
     offset: Natural
@@ -427,21 +266,22 @@ class Refusal(Payload, frozen=True, tag=6):
     seq: Natural = 0
 
 
-AnyRequest = Step | Fork | Close | Condition | Denoise | Part | Rest
-AnyReply = Result | Done | Refusal | Denoised | Part
+AnyRequest = Step | Fork | Close | Condition | Denoise | TensorPart | PartRequest
+AnyReply = Result | Done | Refusal | Denoised | TensorPart
 
 #: What answers a request unless it is refused.
 ANSWERS: dict[type[Payload], type[Payload]] = {
     Step: Result,
     Fork: Done,
     Condition: Done,
-    Part: Done,
+    TensorPart: Done,
     Denoise: Denoised,
-    Rest: Part,
+    PartRequest: TensorPart,
 }
 
-_T = TypeVar("_T")
+_P = TypeVar("_P", bound=Payload)
 _LENGTH = struct.Struct("<I")
+_encoder = msgspec.msgpack.Encoder()
 request_decoder = msgspec.msgpack.Decoder(AnyRequest)
 reply_decoder = msgspec.msgpack.Decoder(AnyReply)
 
@@ -467,7 +307,7 @@ def encode_payload(payload: Payload, tensor: bytes | memoryview = b"", *, overhe
         Oversized: it would exceed `MAX_BODY`.
     """
     head = _encoder.encode(payload)
-    size = _LENGTH.size + max(len(head), payload.room) + len(tensor) + overhead
+    size = _LENGTH.size + max(len(head), payload.reserved) + len(tensor) + overhead
     padded = padded_size(size)
     if padded > MAX_BODY:
         raise Oversized(f"body of {padded} bytes (at most {MAX_BODY})")
@@ -475,7 +315,7 @@ def encode_payload(payload: Payload, tensor: bytes | memoryview = b"", *, overhe
     return b"".join((_LENGTH.pack(len(head)), head, tensor, bytes(padding)))
 
 
-def decode_payload(body: bytes | memoryview, decoder: msgspec.msgpack.Decoder[_T]) -> tuple[_T, memoryview]:
+def decode_payload(body: bytes | memoryview, decoder: msgspec.msgpack.Decoder[_P]) -> tuple[_P, memoryview]:
     """Splits a body's plaintext into its payload and its tensor's bytes (padding dropped).
 
     Raises:
@@ -495,7 +335,7 @@ def decode_payload(body: bytes | memoryview, decoder: msgspec.msgpack.Decoder[_T
         payload = decoder.decode(view[_LENGTH.size : start])
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise Malformed(f"payload: {error}") from None
-    size = getattr(payload, "tensor_bytes", 0)
+    size = payload.tensor_bytes
     if size > len(body) - start:
         raise Malformed(f"payload names a tensor of {size} bytes, {len(body) - start} follow")
     return payload, view[start : start + size]
