@@ -42,7 +42,7 @@ def decode(device: str, shape: str, sessions: list[int]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from split_common.engine.runner import Runner
+    from split_common.engine.runner import build_runner
     from split_common.slots import Stack
     from split_common.split import Split
 
@@ -56,7 +56,7 @@ def decode(device: str, shape: str, sessions: list[int]) -> dict[str, Any]:
     weights = sum(parameter.nbytes for parameter in model.model.layers.parameters())
     token = 2 * 2 * layers * config.num_key_value_heads * config.head_dim
     room = token * 2 * (CONTEXT + STEPS + WARM + 256) * max(sessions)
-    runner = Runner(Stack(model, layers), Split(layers, 0, layers), config, room)
+    runner = build_runner(Stack(model, layers), Split(layers, 0, layers), config, room)
     results: dict[str, Any] = {}
     for count in sessions:
         seconds = _step(runner, count)
@@ -65,7 +65,7 @@ def decode(device: str, shape: str, sessions: list[int]) -> dict[str, Any]:
         note(f"{count} sessions: {1e3 * seconds:.2f} ms a step, {bound / seconds:.0%} of the bound")
     return {
         "hardware": torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu",
-        "attention": runner.backend.name,
+        "attention": runner.executor.attention,
         "compiled": runner.compiled,
         "copy_gb_s": bandwidth / 1e9,
         "weight_bytes": weights,
@@ -91,17 +91,17 @@ def _step(runner: Any, sessions: int) -> float:
     """Seconds of a decoding step; each ends on the host, as a worker's does."""
     import torch
 
-    from split_common.engine.rows import Run
+    from split_common.engine.sequences import TokenRun
 
-    rows = [runner.store.new_row() for _ in range(sessions)]
+    rows = [runner.store.new_sequence() for _ in range(sessions)]
     prompt = torch.randn(CONTEXT, runner.width, dtype=runner.dtype)
     for row in rows:
-        runner.run([Run(row, prompt, range(CONTEXT))])
+        runner.run([TokenRun(row, prompt, range(CONTEXT))])
     began = 0.0
     for step in range(WARM + STEPS):
         if step == WARM:
             began = now(runner.device)
-        runner.run([Run(row, prompt[:1], [row.length]) for row in rows])
+        runner.run([TokenRun(row, prompt[:1], [row.length]) for row in rows])
     seconds = (now(runner.device) - began) / STEPS
     for row in rows:
         row.free()

@@ -163,23 +163,23 @@ def _body(model: Path, place: Any, shape: dict[str, Any]) -> Callable[[], object
     from split_common.checkpoint import Checkpoint
     from split_common.diffusion.codecs import encode
     from split_common.diffusion.kinds import plan_image
-    from split_worker.diffusion import DiffusionBody
+    from split_worker.bodies.denoiser import DenoiserBody
 
     plan = plan_image(Checkpoint.resolve(model))
     split = plan.split("C")
-    body = DiffusionBody(plan, split, place)
-    rows: list[Any] = []
+    body = DenoiserBody(plan, split, place)
+    state = body.new_state()
     count = shape["rows"]
     text, data = encode(torch.randn(count, shape["tokens"], plan.config["cross_attention_dim"]).bfloat16())
     key = bytes(32)
-    body.start(rows, payloads.Condition(key, [text]), memoryview(data))
+    body.begin(state, payloads.Condition(key, [text]), memoryview(data))
     states = [encode(torch.randn(sizes).bfloat16()) for sizes in denoisers.step_shapes(plan, split, **shape)]
     request = payloads.Denoise(key, list(range(count)), [array for array, _ in states], "bfloat16")
     step = memoryview(b"".join(data for _, data in states))
 
     def run() -> object:
-        (output,) = body.launch(body.start(rows, request, step)).wait()
-        return body.answer(rows, request, output)
+        (output,) = body.launch(body.begin(state, request, step)).wait()
+        return body.reply(state, request, output)
 
     return run
 

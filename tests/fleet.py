@@ -13,7 +13,7 @@ from split_broker.broker import Broker
 from split_common.fleet import Fleet, load_fleet
 from split_common.transport import connect
 from split_device import SplitModelForCausalLM
-from split_worker.serving import load_body
+from split_worker.bodies.loading import load_body
 from split_worker.sessions import SessionTable
 from split_worker.worker import Worker
 from valkeys import Valkey, running_valkey

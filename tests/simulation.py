@@ -28,9 +28,9 @@ from split_common import channel as channel_module
 from split_common import headers
 from split_common.engine import pool as pool_module
 from split_common.engine import scheduler as scheduler_module
+from split_common.engine.forward import Forward
 from split_common.engine.pool import LayerShape, PagePool
-from split_common.engine.rows import Run
-from split_common.engine.runner import Launched
+from split_common.engine.sequences import TokenRun
 from split_common.fleet import Fleet
 from split_common.transport import HEARTBEAT
 from split_common.transport import zmq_link as link_module
@@ -44,9 +44,10 @@ from split_device.sessions import session as session_module
 from split_device.sessions.client import Client
 from split_worker import compute as compute_module
 from split_worker import sessions as sessions_module
-from split_worker import watch as watch_module
+from split_worker import watchdog as watchdog_module
 from split_worker import worker as worker_module
-from split_worker.compute import ComputeLoop
+from split_worker.bodies.language import LanguageBody
+from split_worker.compute import Batch, ComputeLoop
 from split_worker.sessions import SessionTable
 from split_worker.worker import Worker
 
@@ -85,10 +86,10 @@ class Layers:
     """
 
     width = 1
+    device = torch.device("cpu")
     dtype = torch.float32
     max_positions = 4096
     positions_interact = False
-    separate_because = None
 
     def __init__(self, pages: int, asynchronous: bool) -> None:
         self.asynchronous = asynchronous
@@ -97,18 +98,18 @@ class Layers:
         self._keys = self.store.layers[0][0].view(-1).numpy()
         self._keys[:] = float("nan")
 
-    def launch(self, runs: list[Run]) -> Launched:
+    def launch(self, runs: list[TokenRun[Any]]) -> Forward:
         outputs = []
         if self.fails:
             self.fails = False
             raise RuntimeError("a kernel failed")
         for run in runs:
-            row: Any = run.row
-            count = len(run.positions)
+            row = run.sequence
+            count = run.cost
             new = row.append(count)
             self._keys[new] = mixed(run.states.view(-1).numpy(), np.asarray(run.positions))
             outputs.append(torch.from_numpy(outcome(self._keys[row.slots()], count)).view(count, 1))
-        return Launched(torch.cat(outputs), [len(output) for output in outputs], range(len(outputs)))
+        return Forward(torch.cat(outputs), [len(output) for output in outputs])
 
 
 def mixed(states: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -299,6 +300,7 @@ class Compute(ComputeLoop):
     world: World
     link: Link
     scheduled = False
+    under_way: Batch | None = None
     #: Seconds that the next turn hangs.
     hangs = 0.0
 
@@ -322,20 +324,20 @@ class Compute(ComputeLoop):
     def _turn(self) -> None:
         if not self.link.up:
             return
-        if self.link.frozen or (self.hangs and self._under_way is None):
+        if self.link.frozen or (self.hangs and self.under_way is None):
             if self.hangs:
-                self._watch.begin(1)
+                self._watchdog.begin(1)
             self.world.after(self.hangs or 0.5, self._go_on if self.hangs else self._turn)
             self.hangs = 0.0
             return
         self.scheduled = False
-        if not self._inbox.empty() or not self._scheduler.idle or self._under_way is not None:
-            self.turn()
-        if not self._scheduler.idle or self._under_way is not None:
+        if not self._inbox.empty() or not self._scheduler.idle or self.under_way is not None:
+            self.under_way = self.turn(self.under_way)
+        if not self._scheduler.idle or self.under_way is not None:
             self._soon()
 
     def _go_on(self) -> None:
-        self._watch.end()
+        self._watchdog.end()
         self._turn()
 
 
@@ -379,7 +381,7 @@ class World:
         )
         for module in (
             *timed,
-            watch_module,
+            watchdog_module,
             channel_module,
             link_module,
             scheduler_module,
@@ -454,7 +456,7 @@ class World:
         layers: Any = Layers(self.pages, self.asynchronous)
         table = SessionTable(self.random.choice([2, 3, 100]))
         identity = self.fleet.identity("worker")
-        worker = Worker(layers, SERVICE, "simulated", identity, self.fleet, link, table)
+        worker = Worker(LanguageBody(layers, 0), SERVICE, "simulated", identity, self.fleet, link, table)
         compute: Any = worker._compute
         compute.world, compute.link = self, link
         self.workers.append(worker)
@@ -493,8 +495,7 @@ class World:
         """Before each step: two failures of one would be told to its caller."""
         self._may_fail = True
         for worker in self.workers:
-            layers: Any = worker._body
-            layers.fails = False
+            layers_of(worker).fails = False
 
     def _any(self) -> Worker | None:
         serving = self.serving()
@@ -518,8 +519,7 @@ class World:
 
     def _fail(self) -> None:
         if (worker := self._any()) is not None and self._may_fail:
-            layers: Any = worker._body
-            layers.fails, self._may_fail = True, False
+            layers_of(worker).fails, self._may_fail = True, False
 
     def _cut(self) -> None:
         if (worker := self._any()) is not None:
@@ -565,3 +565,10 @@ def link_of(worker: Worker) -> Link:
     link = worker._transport
     assert isinstance(link, Link)
     return link
+
+
+def layers_of(worker: Worker) -> Layers:
+    body: Any = worker._body
+    layers = body.runner
+    assert isinstance(layers, Layers)
+    return layers

@@ -18,7 +18,7 @@ import tiny_diffusion
 from fleet import running_broker
 from split_common.process import running_command
 from split_device import SplitUNet2DConditionModel
-from split_worker.step_graphs import CAPTURED
+from split_worker.bodies.step_graphs import CAPTURED
 from test_step_graphs import Image, load_body, plainly
 
 pytestmark = pytest.mark.gpu
@@ -152,7 +152,7 @@ def test_a_body_replays_what_it_would_run(kind: str, tmp_path: Path, monkeypatch
     assert len(graphs) == 2
     # The first one again, whose memory the second one has used; and twice in one launch.
     check(90)
-    monkeypatch.setattr("split_worker.diffusion.MAX_BATCH_ROWS", 2)
+    monkeypatch.setattr("split_worker.bodies.denoiser.MAX_BATCH_ROWS", 2)
     check(91, 92)
     assert len(graphs) == 2
 
@@ -162,7 +162,7 @@ FAILING = f"""
 import torch
 from split_common.diffusion.plan import Job
 from split_common.engine.graphs import new_capture
-from split_worker.step_graphs import StepGraphs
+from split_worker.bodies.step_graphs import StepGraphs
 
 def forward(tensors, job):
     (states,) = tensors

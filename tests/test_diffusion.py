@@ -194,7 +194,7 @@ def test_a_worker_that_lacks_the_embeddings_gets_them_again(sdxl: Path, unet: An
 
     def forget(_pipe: Any, step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
         if step == 1:
-            worker._body.store._held.clear()  # type: ignore[union-attr]
+            worker._body.held._held.clear()  # type: ignore[attr-defined]
         return values
 
     assert torch.equal(latents(pipe, callback_on_step_end=forget), wanted)
@@ -207,15 +207,16 @@ def test_a_worker_that_forgets_the_embeddings_each_time_is_left(
     """Its memory may be others' just now: nothing is wrong with the image."""
     pipe = pipeline(sdxl, unet=unet)
     wanted = latents(pipe)
-    store: Any = worker._body.store
-    job, times = store.job, iter(range(session.MAX_EMBEDDINGS + 1))
+    body: Any = worker._body
+    held = body.held
+    job, times = held.job, iter(range(session.MAX_EMBEDDINGS + 1))
 
-    def crowded(row: Any, key: bytes) -> Any:
+    def crowded(state: Any, key: bytes) -> Any:
         if next(times, None) is not None:
-            store.forget(row)
-        return job(row, key)
+            held.forget(state)
+        return job(state, key)
 
-    monkeypatch.setattr(store, "job", crowded)
+    monkeypatch.setattr(held, "job", crowded)
     assert torch.equal(latents(pipe), wanted)
 
 
@@ -234,7 +235,7 @@ def test_a_step_too_large_for_one_message_travels_in_several(
         calls.append(len(requests))
         if len(calls) == 3:
             # What was sent before is forgotten in the midst of a step.
-            worker._body.store._held.clear()  # type: ignore[union-attr]
+            worker._body.held._held.clear()  # type: ignore[attr-defined]
         return send(self, requests)
 
     monkeypatch.setattr(session.RemoteSession, "call", spy)

@@ -21,8 +21,8 @@ import tiny
 from split_common.engine import attention, sdpa
 from split_common.engine.linear import pack_linears, padded_rows
 from split_common.engine.pool import PagePool
-from split_common.engine.rows import Row, Run
-from split_common.engine.runner import Runner
+from split_common.engine.runner import Runner, build_runner
+from split_common.engine.sequences import KVSequence, TokenRun
 from split_common.part import load_part, plan
 from split_common.split import Split
 
@@ -37,7 +37,7 @@ def make_runner(directory: Path, arch: str, **config: Any) -> Runner:
     model, stack = load_part(plan_, split, "worker")
     if attention.NAME != "eager":
         pack_linears(model)
-    return Runner(stack, split, plan_.text_config, KV_BYTES)
+    return build_runner(stack, split, plan_.text_config, KV_BYTES)
 
 
 def test_kernels_are_few(tmp_path: Path) -> None:
@@ -47,8 +47,8 @@ def test_kernels_are_few(tmp_path: Path) -> None:
 
     def forwards(counts: Iterable[int]) -> None:
         for count in counts:
-            row = runner.store.new_row()
-            (output,) = runner.run([Run(row, torch.randn(count, runner.width), range(count))])
+            row = runner.store.new_sequence()
+            (output,) = runner.run([TokenRun(row, torch.randn(count, runner.width), range(count))])
             assert output.shape == (count, runner.width)
             row.free()
 
@@ -63,7 +63,7 @@ def make_oracle(directory: Path, arch: str, monkeypatch: pytest.MonkeyPatch, **c
     with monkeypatch.context() as patch:
         patch.setattr(attention, "NAME", "eager")
         runner = make_runner(directory, arch, **config)
-    assert runner.separate_because
+    assert runner.unpacked_because
     return runner
 
 
@@ -71,7 +71,7 @@ def make_oracle(directory: Path, arch: str, monkeypatch: pytest.MonkeyPatch, **c
 class Pair:
     """A row of the engine, and all that was appended to it."""
 
-    row: Row
+    row: KVSequence
     states: torch.Tensor
     positions: list[int] = field(default_factory=list)
 
@@ -93,7 +93,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def open(self) -> None:
         if len(self.pairs) < 6:
-            self.pairs.append(Pair(self.engine.store.new_row(), torch.empty(0, self.engine.width)))
+            self.pairs.append(Pair(self.engine.store.new_sequence(), torch.empty(0, self.engine.width)))
 
     @precondition(lambda self: self.pairs)
     @rule(counts=st.lists(st.sampled_from([0, 1, 1, 1, 2, 5, 17]), min_size=6, max_size=6), skip=st.integers(0, 3))
@@ -105,7 +105,7 @@ class EngineMachine(RuleBasedStateMachine):
             states = torch.randn(count, self.engine.width, generator=self.generator)
             start = pair.positions[-1] + 1 + (skip if not pair.positions else 0) if pair.positions else skip
             positions = list(range(start, start + count))
-            runs.append(Run(pair.row, states, positions))
+            runs.append(TokenRun(pair.row, states, positions))
             pair.states = torch.cat([pair.states, states])
             pair.positions = pair.positions + positions
             chosen.append((pair, count))
@@ -118,8 +118,8 @@ class EngineMachine(RuleBasedStateMachine):
             torch.testing.assert_close(output, wanted, atol=2e-4 * float(wanted.abs().max()), rtol=1e-3)
 
     def recompute(self, pair: Pair) -> torch.Tensor:
-        row = self.oracle.store.new_row()
-        (output,) = self.oracle.run([Run(row, pair.states, pair.positions)])
+        row = self.oracle.store.new_sequence()
+        (output,) = self.oracle.run([TokenRun(row, pair.states, pair.positions)])
         row.free()
         return output
 
@@ -162,7 +162,7 @@ class EngineMachine(RuleBasedStateMachine):
 @pytest.mark.parametrize("arch", [*tiny.LISTED, "gpt_oss", "cohere2", "deepseek_v3", "opt", "stablelm", "falcon"])
 def test_any_mix_of_steps(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_runner(tmp_path / "engine", arch)
-    assert (engine.separate_because is not None) == (arch in SEPARATE)
+    assert (engine.unpacked_because is not None) == (arch in SEPARATE)
     oracle = make_oracle(tmp_path / "oracle", arch, monkeypatch)
     machine = type(f"{arch}Machine", (EngineMachine,), {"engine": engine, "oracle": oracle})
     run_state_machine_as_test(
@@ -178,13 +178,13 @@ def test_batched_and_single_decoding_agree(threshold: int, tmp_path: Path, monke
     oracle = make_oracle(tmp_path / "oracle", "llama", monkeypatch)
     monkeypatch.setattr(sdpa, "BATCHED_SEQUENCES", threshold)
     states = [torch.randn(count, engine.width) for count in (3, 40, 1, 7, 17)]
-    rows = [engine.store.new_row() for _ in states]
-    engine.run([Run(row, each, range(len(each))) for row, each in zip(rows, states, strict=True)])
+    rows = [engine.store.new_sequence() for _ in states]
+    engine.run([TokenRun(row, each, range(len(each))) for row, each in zip(rows, states, strict=True)])
     new = [torch.randn(1, engine.width) for _ in states]
-    outputs = engine.run([Run(row, each, [row.length]) for row, each in zip(rows, new, strict=True)])
+    outputs = engine.run([TokenRun(row, each, [row.length]) for row, each in zip(rows, new, strict=True)])
     for before, last, output in zip(states, new, outputs, strict=True):
-        row = oracle.store.new_row()
-        (wanted,) = oracle.run([Run(row, torch.cat([before, last]), range(len(before) + 1))])
+        row = oracle.store.new_sequence()
+        (wanted,) = oracle.run([TokenRun(row, torch.cat([before, last]), range(len(before) + 1))])
         torch.testing.assert_close(output, wanted[-1:], atol=1e-4, rtol=1e-3)
 
 
@@ -212,10 +212,10 @@ def test_a_longer_neighbour_does_not_change_length_dependent_rotary_embeddings(
     engine = make_runner(tmp_path / "engine", "llama", **config)
     oracle = make_oracle(tmp_path / "oracle", "llama", monkeypatch, **config)
     short, long = torch.randn(5, engine.width), torch.randn(40, engine.width)
-    runs = [Run(engine.store.new_row(), each, range(len(each))) for each in (long, short)]
+    runs = [TokenRun(engine.store.new_sequence(), each, range(len(each))) for each in (long, short)]
     outputs = engine.run(runs)
     for each, output in zip((long, short), outputs, strict=True):
-        (wanted,) = oracle.run([Run(oracle.store.new_row(), each, range(len(each)))])
+        (wanted,) = oracle.run([TokenRun(oracle.store.new_sequence(), each, range(len(each)))])
         torch.testing.assert_close(output, wanted, atol=1e-4, rtol=1e-3)
 
 

@@ -17,12 +17,12 @@ from hypothesis.stateful import run_state_machine_as_test
 
 import test_engine
 import tiny
-from split_common.engine import compiled, flash, graphs
-from split_common.engine import runner as runner_module
+from split_common.engine import compiled, flash, graphs, packed, probe
 from split_common.engine.graphs import DecodeGraphs
+from split_common.engine.packed import PackedExecutor
 from split_common.engine.pool import PagePool
-from split_common.engine.rows import Run
-from split_common.engine.runner import Runner
+from split_common.engine.runner import Runner, build_runner
+from split_common.engine.sequences import TokenRun
 from split_common.errors import ModelError
 from split_common.part import load_part, plan
 from split_common.split import Split
@@ -120,13 +120,13 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         make(self, *args, **options)
 
     monkeypatch.setattr(graphs.DecodeGraph, "__init__", count)
-    monkeypatch.setattr(runner_module, "compile_layers", lambda _: None)
+    monkeypatch.setattr(probe, "compile_layers", lambda _: None)
     monkeypatch.setattr(flash, "varlen_attn", reference_varlen_attn)
     monkeypatch.setattr(flash, "flash_attention_forward", reference_flash_forward)
     monkeypatch.setattr(flash, "PAGE_TOKENS", PAGE_TOKENS)
     monkeypatch.setattr(flash.FlashAttention, "page_tokens", PAGE_TOKENS)
     monkeypatch.setattr(flash, "usable", lambda *_: True)
-    monkeypatch.setattr(runner_module, "new_capture", lambda: capture)
+    monkeypatch.setattr(packed, "new_capture", lambda: capture)
     return made
 
 
@@ -134,7 +134,7 @@ def compile_too(monkeypatch: pytest.MonkeyPatch, backend: Any = "eager") -> None
     """Has layers traced by torch.compile, which takes seconds, without inductor and its options."""
     torch.compiler.reset()
     # On CUDA one token is not padded.
-    monkeypatch.setattr(runner_module, "padded_rows", lambda tokens: tokens)
+    monkeypatch.setattr(packed, "padded_rows", lambda tokens: tokens)
     monkeypatch.setattr(test_engine, "pack_linears", lambda _: None)
     compile_ = torch.compile
     monkeypatch.setattr(
@@ -142,7 +142,7 @@ def compile_too(monkeypatch: pytest.MonkeyPatch, backend: Any = "eager") -> None
         "compile",
         lambda function, **given: compile_(function, backend=backend, dynamic=given["dynamic"]),
     )
-    monkeypatch.setattr(runner_module, "compile_layers", compiled.compile_layers)
+    monkeypatch.setattr(probe, "compile_layers", compiled.compile_layers)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_any_mix_of_steps(
     if arch == "qwen2":
         compile_too(monkeypatch)
     engine = make_runner(tmp_path / "engine", arch)
-    assert engine.backend.name == "flash"
+    assert engine.executor.attention == "flash"
     oracle = make_oracle(tmp_path / "oracle", arch, monkeypatch)
     machine = type(f"{arch}Machine", (EngineMachine,), {"engine": engine, "oracle": oracle})
     run_state_machine_as_test(
@@ -170,7 +170,7 @@ def test_any_mix_of_steps(
 @pytest.mark.parametrize("arch", ["gemma2", "gpt_oss"])
 def test_what_flash_attention_cannot_express_is_packed_with_the_other_backend(arch: str, tmp_path: Path) -> None:
     engine = make_runner(tmp_path, arch)
-    assert (engine.separate_because, engine.backend.name) == (None, "sdpa")
+    assert (engine.unpacked_because, engine.executor.attention) == (None, "sdpa")
 
 
 def test_all_layers_share_what_is_compiled(
@@ -200,16 +200,16 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(
     engine = make_runner(tmp_path, "llama")
     assert "no C compiler" in caplog.text
     assert not engine.compiled
-    assert not any("forward" in vars(layer) for layer in engine._stack.slots)
+    assert not any("forward" in vars(layer) for layer in engine.layers.stack.slots)
     generator = torch.Generator().manual_seed(1)
-    row = engine.store.new_row()
+    row = engine.store.new_sequence()
     assert decode(engine, [row], generator)[0].isfinite().all()
     row.free()
     assert engine.store.free == engine.store.pages - 1
 
 
 def decode(engine: Runner, rows: list[Any], generator: torch.Generator) -> list[torch.Tensor]:
-    runs = [Run(row, torch.randn(1, engine.width, generator=generator), [row.length]) for row in rows]
+    runs = [TokenRun(row, torch.randn(1, engine.width, generator=generator), [row.length]) for row in rows]
     return engine.run(runs)
 
 
@@ -218,13 +218,13 @@ def test_graphs_are_few_and_filled_up_with_rows_that_touch_nobody(
 ) -> None:
     engine = make_runner(tmp_path / "engine", "llama")
     generator = torch.Generator().manual_seed(1)
-    rows = [engine.store.new_row() for _ in range(5)]
+    rows = [engine.store.new_sequence() for _ in range(5)]
     for row in rows:
-        engine.run([Run(row, torch.randn(3, engine.width, generator=generator), range(3))])
+        engine.run([TokenRun(row, torch.randn(3, engine.width, generator=generator), range(3))])
     store = engine.store
     assert isinstance(store, PagePool)
-    idle = store.new_row()
-    engine.run([Run(idle, torch.randn(4, engine.width, generator=generator), range(4))])
+    idle = store.new_sequence()
+    engine.run([TokenRun(idle, torch.randn(4, engine.width, generator=generator), range(4))])
     before = [keys[torch.from_numpy(idle.slots())].clone() for keys, _ in store.layers.values()]
     for count in (5, 3, 1, 5, 2, 4):
         decode(engine, rows[:count], generator)
@@ -255,20 +255,22 @@ def test_a_size_that_cannot_be_captured_runs_without(
         compute()
         return compute
 
-    monkeypatch.setattr(runner_module, "new_capture", lambda: capture)
+    monkeypatch.setattr(packed, "new_capture", lambda: capture)
     engine = make_runner(tmp_path / "engine", "llama")
     oracle = make_oracle(tmp_path / "oracle", "llama", monkeypatch)
-    assert engine._graphs is not None
-    rows = [(each.store.new_row(), each.store.new_row()) for each in (engine, oracle)]
+    assert isinstance(engine.executor, PackedExecutor)
+    graphs_made = engine.executor.graphs
+    assert graphs_made is not None
+    rows = [(each.store.new_sequence(), each.store.new_sequence()) for each in (engine, oracle)]
     for count in (1, 2, 2):
         states = [torch.randn(1, engine.width) for _ in range(count)]
         got, wanted = (
-            each.run([Run(row, state, [row.length]) for row, state in zip(of, states, strict=False)])
+            each.run([TokenRun(row, state, [row.length]) for row, state in zip(of, states, strict=False)])
             for each, of in zip((engine, oracle), rows, strict=True)
         )
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-3)
     assert as_on_cuda == [(1, 1), (2, 1)]
-    assert [graph for graph in engine._graphs._graphs.values() if graph is not None][left:] == []
+    assert [graph for graph in graphs_made._graphs.values() if graph is not None][left:] == []
     assert caplog.text.count("run without a CUDA graph") == 1
 
 
@@ -287,8 +289,8 @@ def test_layers_that_are_wrong_for_one_token_alone_run_as_they_are(
 
             layer.forward = forward
 
-    monkeypatch.setattr(runner_module, "compile_layers", halving)
-    monkeypatch.setattr(runner_module, "padded_rows", lambda tokens: tokens)
+    monkeypatch.setattr(probe, "compile_layers", halving)
+    monkeypatch.setattr(packed, "padded_rows", lambda tokens: tokens)
     assert not make_runner(tmp_path, "llama").compiled
     assert "their output differs" in caplog.text
 
@@ -304,18 +306,20 @@ def test_a_pool_of_one_page_is_too_small(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2"])
 def test_on_cuda_the_body_runs_packed_over_flash_attention_and_graphs(arch: str, tmp_path: Path) -> None:
     engine = on_cuda(arch, tmp_path, torch.bfloat16)
-    assert engine.backend.name == "flash"
-    assert isinstance(engine._graphs, DecodeGraphs)
+    assert engine.executor.attention == "flash"
+    assert isinstance(engine.executor, PackedExecutor)
+    graphs_made = engine.executor.graphs
+    assert isinstance(graphs_made, DecodeGraphs)
     assert engine.compiled
     check_decoding(engine, tolerance=0.1)
-    assert len(engine._graphs._graphs) > 2
+    assert len(graphs_made._graphs) > 2
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt_oss"])
 def test_on_cuda_the_body_runs_packed_in_full_precision(arch: str, tmp_path: Path) -> None:
     engine = on_cuda(arch, tmp_path, torch.float32)
-    assert engine.backend.name == "sdpa"
+    assert engine.executor.attention == "sdpa"
     check_decoding(engine, tolerance=1e-3)
 
 
@@ -325,7 +329,7 @@ def on_cuda(arch: str, directory: Path, dtype: torch.dtype) -> Runner:
     split = Split.parse(plan_.layers, "1:-2")
     model, stack = load_part(plan_, split, "worker", dtype=dtype)
     model.to("cuda")
-    return Runner(stack, split, plan_.text_config, 1 << 28)
+    return build_runner(stack, split, plan_.text_config, 1 << 28)
 
 
 def check_decoding(engine: Runner, tolerance: float) -> None:
@@ -335,18 +339,18 @@ def check_decoding(engine: Runner, tolerance: float) -> None:
         wanted, got, rows = [], [], []
         for length in lengths:
             states = torch.randn(length, engine.width, generator=generator)
-            whole = engine.store.new_row()
-            wanted += [output[-6:] for output in engine.run([Run(whole, states, range(length))])]
+            whole = engine.store.new_sequence()
+            wanted += [output[-6:] for output in engine.run([TokenRun(whole, states, range(length))])]
             whole.free()
-            rows.append((engine.store.new_row(), states))
-        engine.run([Run(row, states[:-6], range(len(states) - 6)) for row, states in rows])
+            rows.append((engine.store.new_sequence(), states))
+        engine.run([TokenRun(row, states[:-6], range(len(states) - 6)) for row, states in rows])
         # One more, which shares its pages, and is scattered as soon as it grows.
         rows.append((rows[-1][0].fork(), rows[-1][1]))
         wanted.append(wanted[-1])
         for step in range(-6, 0):
             got.append(
                 engine.run(
-                    [Run(row, states[len(states) + step][None], [len(states) + step]) for row, states in rows]
+                    [TokenRun(row, states[len(states) + step][None], [len(states) + step]) for row, states in rows]
                 )
             )
         for index, (row, _) in enumerate(rows):

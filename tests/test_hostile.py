@@ -27,7 +27,7 @@ from split_device import SplitModelForCausalLM
 from split_device.sessions import client as client_module
 from split_device.sessions import session as session_module
 from split_device.sessions.client import STEP_TIMEOUT, Client
-from split_worker.compute import Task
+from split_worker.compute import PendingRequest
 from split_worker.sessions import SessionTable
 from split_worker.worker import Worker
 from wiretap import LATE, FakeTransport, Setting, changed, cheat, run_steps, step, wait_until
@@ -398,7 +398,7 @@ def test_a_higher_epoch_ends_lower_ones_at_once_and_for_good(bench: Bench, chann
     assert bench.deliver(*bench.request(new, number, 0, *step(0), epoch=1)) == ""
     bench.replies()
     assert [id_[3] for id_ in sessions._sessions] == [1]
-    wait_until(lambda: not holder.rows)
+    wait_until(lambda: not holder.state.holds_memory)
     for stale in (first, late):
         bench.deliver(*stale)
         assert refusal(bench, channel).reason == "lost"
@@ -549,9 +549,9 @@ def test_what_needs_no_forward_keeps_nobody_from_theirs(
     def send() -> None:
         bench.deliver(*bench.request(flood, 4500, next(seq), payloads.Fork(77, 0)))
 
-    def answer(task: Task, payload: payloads.Payload, tensor: Any) -> None:
-        reply(task, payload, tensor)
-        if task.header.session == 4500:
+    def answer(request: PendingRequest, payload: payloads.Payload, tensor: Any) -> None:
+        reply(request, payload, tensor)
+        if request.header.session == 4500:
             ended.set() if over.is_set() or time.monotonic() > last else send()
 
     monkeypatch.setattr(compute, "_reply", answer)
@@ -735,7 +735,7 @@ def test_a_wrong_kind_of_answer_ends_the_session(setting: Setting, reply: payloa
         setting.worker(broker.address) as worker,
         setting.client(broker.address) as client,
     ):
-        worker._compute._reply = lambda task, *_: worker._reply(task.session.keys, task.header, reply)
+        worker._compute._reply = lambda request, *_: worker._reply(request.session.keys, request.header, reply)
         session = client.open_session()
         with pytest.raises(SessionLost) as caught:
             session.call([step(0)])
@@ -745,11 +745,11 @@ def test_a_wrong_kind_of_answer_ends_the_session(setting: Setting, reply: payloa
 
 
 def test_states_that_are_not_finite_do_not_reach_the_model(setting: Setting) -> None:
-    def poison(task: Any, *_: Any) -> None:
-        tokens = task.request.tokens
+    def poison(request: PendingRequest, *_: Any) -> None:
+        tokens = request.tokens
         states = torch.full((tokens, 32), float("nan"))
         result = payloads.Result("float32", tokens, 32)
-        worker._reply(task.session.keys, task.header, result, memoryview(states.numpy().tobytes()))
+        worker._reply(request.session.keys, request.header, result, memoryview(states.numpy().tobytes()))
 
     with (
         setting.broker() as broker,

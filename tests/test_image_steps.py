@@ -17,7 +17,6 @@ from split_common.checkpoint import Checkpoint
 from split_common.diffusion.codecs import decode, encode
 from split_common.diffusion.kinds import is_denoiser, plan_image
 from split_common.diffusion.plan import ImagePlan
-from split_common.engine.rows import Row
 from split_common.errors import (
     ConfigError,
     InvalidSplit,
@@ -27,7 +26,7 @@ from split_common.errors import (
     Oversized,
     UnsupportedArchitecture,
 )
-from split_worker.diffusion import DiffusionBody, ImageRun
+from split_worker.bodies.denoiser import DenoiserBody, DenoiserRun, ImageState
 
 KEY = bytes(32)
 WIDTH = 2 * tiny_diffusion.TEXT
@@ -40,8 +39,8 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> ImagePlan:
 
 
 @pytest.fixture(scope="module")
-def body(plan: ImagePlan) -> DiffusionBody:
-    return DiffusionBody(plan, plan.split("C"), torch.device("cpu"))
+def body(plan: ImagePlan) -> DenoiserBody:
+    return DenoiserBody(plan, plan.split("C"), torch.device("cpu"))
 
 
 def pack(*tensors: torch.Tensor) -> tuple[list[payloads.Array], memoryview]:
@@ -49,23 +48,23 @@ def pack(*tensors: torch.Tensor) -> tuple[list[payloads.Array], memoryview]:
     return [array for array, _ in parts], memoryview(b"".join(data for _, data in parts))
 
 
-def condition(body: DiffusionBody, rows: list[Row], count: int = 1, width: int = WIDTH, key: bytes = KEY) -> None:
+def condition(body: DenoiserBody, state: ImageState, count: int = 1, width: int = WIDTH, key: bytes = KEY) -> None:
     array, data = encode(torch.ones(count, 4, width))
-    assert body.start(rows, payloads.Condition(key, [array]), memoryview(data)) == []
+    assert body.begin(state, payloads.Condition(key, [array]), memoryview(data)) == []
 
 
-def begin(body: DiffusionBody, rows: list[Row], wanted: list[int], *tensors: torch.Tensor) -> Any:
+def begin(body: DenoiserBody, state: ImageState, wanted: list[int], *tensors: torch.Tensor) -> Any:
     arrays, data = pack(*tensors)
-    return body.start(rows, payloads.Denoise(KEY, wanted, arrays, "float32"), data)
+    return body.begin(state, payloads.Denoise(KEY, wanted, arrays, "float32"), data)
 
 
 GOOD = torch.ones(1, 32, 16, 16), torch.ones(1, 128)
 
 
-def test_a_good_step_runs(body: DiffusionBody) -> None:
-    rows: list[Row] = []
-    condition(body, rows)
-    (run,) = begin(body, rows, [0], *GOOD)
+def test_a_good_step_runs(body: DenoiserBody) -> None:
+    state = body.new_state()
+    condition(body, state)
+    (run,) = begin(body, state, [0], *GOOD)
     (output,) = body.launch([run]).wait()
     assert output.shape == (1, 64, 16, 16)
 
@@ -83,82 +82,82 @@ def test_a_good_step_runs(body: DiffusionBody) -> None:
     ],
     ids=["channels", "dimensions", "embedding", "rows", "row of embeddings", "one residual", "residuals"],
 )
-def test_steps_that_do_not_fit_are_refused(body: DiffusionBody, rows: list[int], tensors: Any) -> None:
-    held: list[Row] = []
-    condition(body, held)
+def test_steps_that_do_not_fit_are_refused(body: DenoiserBody, rows: list[int], tensors: Any) -> None:
+    state = body.new_state()
+    condition(body, state)
     with pytest.raises(Malformed):
-        begin(body, held, rows, *tensors)
+        begin(body, state, rows, *tensors)
 
 
-def test_a_step_of_a_language_model_is_refused(body: DiffusionBody) -> None:
+def test_a_step_of_a_language_model_is_refused(body: DenoiserBody) -> None:
     step = payloads.Step("float32", 1, [payloads.Run(0, 0, [0])])
     with pytest.raises(Malformed, match="Step for an image model"):
-        body.start([], step, memoryview(bytes(4)))
+        body.begin(body.new_state(), step, memoryview(bytes(4)))
 
 
-def test_embeddings_of_another_model_are_refused(body: DiffusionBody) -> None:
+def test_embeddings_of_another_model_are_refused(body: DenoiserBody) -> None:
     with pytest.raises(Malformed, match="width"):
-        condition(body, [], width=WIDTH + 1)
+        condition(body, body.new_state(), width=WIDTH + 1)
 
 
-def test_states_that_are_not_finite_are_refused(body: DiffusionBody) -> None:
-    rows: list[Row] = []
-    condition(body, rows)
+def test_states_that_are_not_finite_are_refused(body: DenoiserBody) -> None:
+    state = body.new_state()
+    condition(body, state)
     (array, data), (time, after) = encode(GOOD[0]), encode(GOOD[1])
     bad = bytearray(data)
     bad[:4] = b"\xff" * 4
     with pytest.raises(NonFinite):
-        body.start(rows, payloads.Denoise(KEY, [0], [array, time], "float32"), memoryview(bytes(bad) + after))
+        body.begin(state, payloads.Denoise(KEY, [0], [array, time], "float32"), memoryview(bytes(bad) + after))
 
 
-def test_an_answer_that_is_too_large_is_refused(body: DiffusionBody) -> None:
-    rows: list[Row] = []
-    condition(body, rows)
+def test_an_answer_that_is_too_large_is_refused(body: DenoiserBody) -> None:
+    state = body.new_state()
+    condition(body, state)
     arrays = [payloads.Array("int4", [8, 32, 512, 1024]), payloads.Array("float32", [8, 128])]
     with pytest.raises(Oversized):
-        body.start(rows, payloads.Denoise(KEY, [0] * 8, arrays, "float32"), memoryview(b""))
+        body.begin(state, payloads.Denoise(KEY, [0] * 8, arrays, "float32"), memoryview(b""))
 
 
-def test_a_step_in_parts(body: DiffusionBody, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_in_parts(body: DenoiserBody, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are taken in order and once, and what is asked of the output must be held."""
-    rows: list[Row] = []
-    condition(body, rows)
-    (whole,) = begin(body, rows, [0], *GOOD)
+    state = body.new_state()
+    condition(body, state)
+    (whole,) = begin(body, state, [0], *GOOD)
     arrays, data = pack(*GOOD)
     half = len(data) // 2
     step = payloads.Denoise(KEY, [0], arrays, "float32", sent=half)
     nothing = torch.empty(0)
 
     def part(offset: int, size: int) -> None:
-        assert body.start(rows, payloads.TensorPart(offset, size), data[offset : offset + size]) == []
+        assert body.begin(state, payloads.TensorPart(offset, size), data[offset : offset + size]) == []
 
     with pytest.raises(NeedEmbeddings):
-        body.start(rows, step, data[half:])
+        body.begin(state, step, data[half:])
     part(0, half - 8)
     with pytest.raises(NeedEmbeddings):
         part(half, 8)
     with pytest.raises(NeedEmbeddings):
-        body.start(rows, step, data[half:])
+        body.begin(state, step, data[half:])
     part(0, half - 8)
     part(half - 8, 8)
-    (run,) = body.start(rows, step, data[half:])
-    assert isinstance(run, ImageRun)
+    (run,) = body.begin(state, step, data[half:])
+    assert isinstance(run, DenoiserRun)
     assert all(map(torch.equal, run.tensors, whole.tensors))
     with pytest.raises(NeedEmbeddings):
-        body.answer(rows, payloads.PartRequest(0, 1), nothing)
+        body.reply(state, payloads.PartRequest(0, 1), nothing)
     monkeypatch.setattr(payloads, "PART_BYTES", 10_000)
     (output,) = body.launch([run]).wait()
-    reply, first = body.answer(rows, step, output)
+    reply, first = body.reply(state, step, output)
     assert isinstance(reply, payloads.Denoised)
     answers = [
-        body.answer(rows, payloads.PartRequest(10_000, 40_000), nothing),
-        body.answer(rows, payloads.PartRequest(50_000, 15_536), nothing),
+        body.reply(state, payloads.PartRequest(10_000, 40_000), nothing),
+        body.reply(state, payloads.PartRequest(50_000, 15_536), nothing),
     ]
     assert torch.equal(decode(reply.output, memoryview(b"".join((first, *(more for _, more in answers))))), output)
     with pytest.raises(Malformed):
-        body.answer(rows, payloads.PartRequest(50_000, 15_537), nothing)
+        body.reply(state, payloads.PartRequest(50_000, 15_537), nothing)
     with pytest.raises(Malformed):
-        body.start(rows, payloads.Denoise(KEY, [0], arrays, "float32", sent=len(data) + 1), memoryview(b""))
+        body.begin(state, payloads.Denoise(KEY, [0], arrays, "float32", sent=len(data) + 1), memoryview(b""))
     monkeypatch.setattr(payloads, "MAX_STEP", half)
     part(0, half)
     with pytest.raises(Oversized):
@@ -166,59 +165,58 @@ def test_a_step_in_parts(body: DiffusionBody, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_embeddings_that_grow_by_their_rows_are_refused(
-    body: DiffusionBody, monkeypatch: pytest.MonkeyPatch
+    body: DenoiserBody, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows: list[Row] = []
-    condition(body, rows)
-    monkeypatch.setattr("split_worker.diffusion.MAX_CONTEXT", 2 * 4 * WIDTH * 4)
+    state = body.new_state()
+    condition(body, state)
+    monkeypatch.setattr("split_worker.bodies.denoiser.MAX_CONTEXT", 2 * 4 * WIDTH * 4)
     many = torch.ones(3, 32, 16, 16), torch.ones(3, 128)
-    (run,) = begin(body, rows, [0, -1], many[0][:2], many[1][:2])
+    (run,) = begin(body, state, [0, -1], many[0][:2], many[1][:2])
     # While it waits, it holds them once.
-    assert run.job is body.store.job(rows[0], KEY)  # type: ignore[arg-type]
+    assert run.job is body.held.job(state, KEY)
     with pytest.raises(Oversized):
-        begin(body, rows, [0, -1, 0], *many)
+        begin(body, state, [0, -1, 0], *many)
 
 
 def test_embeddings_that_were_used_least_lately_are_forgotten_first(plan: ImagePlan) -> None:
-    body = DiffusionBody(plan, plan.split("C"), torch.device("cpu"), memory=2 * 4 * WIDTH * 4)
-    rows: list[Row] = []
-    other: list[Row] = []
-    condition(body, rows)
+    body = DenoiserBody(plan, plan.split("C"), torch.device("cpu"), memory=2 * 4 * WIDTH * 4)
+    state, other = body.new_state(), body.new_state()
+    condition(body, state)
     condition(body, other, key=b"1" * 32)
-    begin(body, rows, [0], *GOOD)
+    begin(body, state, [0], *GOOD)
     condition(body, other, key=b"2" * 32)
-    begin(body, rows, [0], *GOOD)
+    begin(body, state, [0], *GOOD)
     with pytest.raises(NeedEmbeddings):
-        body.start(other, payloads.Denoise(b"1" * 32, [0], *pack(*GOOD)[:1], "float32"), pack(*GOOD)[1])
-    rows[0].free()
+        body.begin(other, payloads.Denoise(b"1" * 32, [0], *pack(*GOOD)[:1], "float32"), pack(*GOOD)[1])
+    state.free()
     with pytest.raises(NeedEmbeddings):
-        begin(body, rows, [0], *GOOD)
+        begin(body, state, [0], *GOOD)
 
 
-def test_what_is_held_is_counted(body: DiffusionBody, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_held_is_counted(body: DenoiserBody, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its bytes, and by its number: many small embeddings take more than theirs."""
-    rows: list[Row] = []
-    store, before = body.store, body.store.used
-    condition(body, rows)
-    condition(body, rows)
-    assert store.used - before == 4 * WIDTH * 4
+    state = body.new_state()
+    held, before = body.held, body.held.used
+    condition(body, state)
+    condition(body, state)
+    assert held.used - before == 4 * WIDTH * 4
     for offset in (0, 0, 10):
-        body.start(rows, payloads.TensorPart(offset, 10), memoryview(bytes(10)))
-    assert store.used - before == 4 * WIDTH * 4 + 20
-    rows[0].free()
-    assert store.used == before
-    monkeypatch.setattr("split_worker.diffusion.MAX_HELD", 3)
+        body.begin(state, payloads.TensorPart(offset, 10), memoryview(bytes(10)))
+    assert held.used - before == 4 * WIDTH * 4 + 20
+    state.free()
+    assert held.used == before
+    monkeypatch.setattr("split_worker.bodies.denoiser.MAX_HELD", 3)
     for number in range(10):
-        condition(body, rows, key=bytes([number]) * 32)
-    assert store.used == 3 * 4 * WIDTH * 4
-    rows[0].free()
+        condition(body, state, key=bytes([number]) * 32)
+    assert held.used == 3 * 4 * WIDTH * 4
+    state.free()
 
 
-def test_a_step_without_embeddings_is_refused(body: DiffusionBody) -> None:
+def test_a_step_without_embeddings_is_refused(body: DenoiserBody) -> None:
     """Before it shares a launch with others', which would fail with it."""
     arrays, data = pack(*GOOD)
     with pytest.raises(Malformed, match="embeddings"):
-        body.start([], payloads.Denoise(None, [0], arrays, "float32"), data)
+        body.begin(body.new_state(), payloads.Denoise(None, [0], arrays, "float32"), data)
 
 
 def test_cuts(plan: ImagePlan, tmp_path: Path) -> None:
@@ -245,7 +243,7 @@ def test_a_sharded_checkpoint(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     sharded = plan_image(Checkpoint.resolve(tmp_path))
     split = sharded.split("A")
-    body = DiffusionBody(sharded, split, torch.device("cpu"))
+    body = DenoiserBody(sharded, split, torch.device("cpu"))
     assert body.parameter_bytes == sharded.checkpoint.nbytes(sharded.own_tensors(split, "worker"))
 
 

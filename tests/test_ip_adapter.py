@@ -16,11 +16,10 @@ from split_common import payloads
 from split_common.checkpoint import Checkpoint
 from split_common.cli import main
 from split_common.diffusion.kinds import plan_image
-from split_common.engine.rows import Row
 from split_common.errors import Malformed, MissingTensor, NoWorker, UnknownModel, UnsupportedFeature
 from split_common.fleet import load_fleet
 from split_device import SplitUNet2DConditionModel
-from split_worker.diffusion import DiffusionBody
+from split_worker.bodies.denoiser import DenoiserBody
 from split_worker.worker import Worker
 from test_diffusion import latents, pipeline
 from test_image_steps import GOOD, KEY, WIDTH, begin, encode
@@ -160,13 +159,13 @@ def test_what_is_no_adapter(sdxl: Path, adapter: Path, tmp_path: Path) -> None:
 
 def test_jobs_that_do_not_fit_the_adapter_are_refused(sdxl: Path, adapter: Path) -> None:
     plan = plan_image(Checkpoint.resolve(sdxl, ip_adapter=adapter))
-    body = DiffusionBody(plan, plan.split("C"), torch.device("cpu"))
-    rows: list[Row] = []
+    body = DenoiserBody(plan, plan.split("C"), torch.device("cpu"))
+    state = body.new_state()
 
     def send(shapes: list[list[int]], scales: list[float]) -> None:
         parts = [encode(torch.ones(shape)) for shape in shapes]
         arrays, data = [array for array, _ in parts], b"".join(data for _, data in parts)
-        assert body.start(rows, payloads.Condition(KEY, arrays, scales), memoryview(data)) == []
+        assert body.begin(state, payloads.Condition(KEY, arrays, scales), memoryview(data)) == []
 
     text, images = [1, 4, WIDTH], [1, 1, 4, WIDTH]
     count = len(plan.body_attentions(plan.split("C")))  # type: ignore[attr-defined]
@@ -182,7 +181,7 @@ def test_jobs_that_do_not_fit_the_adapter_are_refused(sdxl: Path, adapter: Path)
         with pytest.raises(Malformed):
             send(shapes, scales)
     send([text, images], [1.0] * count)
-    (run,) = begin(body, rows, [0], *GOOD)
+    (run,) = begin(body, state, [0], *GOOD)
     assert body.launch([run]).wait()[0].shape == (1, 64, 16, 16)
 
 

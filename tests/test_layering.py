@@ -59,7 +59,7 @@ def test_imports_run_one_way(package: str) -> None:
 
 
 def test_the_check_sees_an_import_wherever_it_is() -> None:
-    hidden = "def f():\n    from split_worker.body import Body\n    importlib.import_module('a.b')"
+    hidden = "def f():\n    from split_worker.bodies import base\n    importlib.import_module('a.b')"
     assert {"split_worker", "a"} <= imported(hidden)
 
 
@@ -92,7 +92,7 @@ def test_a_module_loads_only_the_libraries_that_it_needs(module: str, unwanted: 
 def test_only_image_models_need_diffusers() -> None:
     code = (
         "import sys\nsys.modules['diffusers'] = None\n"
-        "import split_device.cli, split_worker.cli, split_worker.serving\n"
+        "import split_device.cli, split_worker.cli, split_worker.bodies.loading\n"
         "from split_device import SplitModelForCausalLM\n"
         "try:\n    from split_device import SplitUNet2DConditionModel\n"
         "except ModuleNotFoundError as error: print(error)"

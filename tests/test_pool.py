@@ -30,7 +30,7 @@ def read(pool: PagePool, sequence: PagedSequence) -> list[float]:
 
 def test_a_sequence_grows_in_place_while_its_neighbour_is_free() -> None:
     pool = make_pool()
-    sequence = pool.new_row()
+    sequence = pool.new_sequence()
     for _ in range(3 * PAGE_TOKENS):
         write(pool, sequence, 1, 1.0)
     assert sequence.contiguous
@@ -39,7 +39,7 @@ def test_a_sequence_grows_in_place_while_its_neighbour_is_free() -> None:
 
 def test_a_second_sequence_leaves_the_first_room_to_grow() -> None:
     pool = make_pool()
-    first, second = pool.new_row(), pool.new_row()
+    first, second = pool.new_sequence(), pool.new_sequence()
     write(pool, first, 1, 1.0)
     write(pool, second, 1, 2.0)
     write(pool, first, 3 * PAGE_TOKENS, 1.0)
@@ -49,7 +49,7 @@ def test_a_second_sequence_leaves_the_first_room_to_grow() -> None:
 
 def test_a_fork_shares_pages_until_one_of_the_two_writes() -> None:
     pool = make_pool()
-    first = pool.new_row()
+    first = pool.new_sequence()
     write(pool, first, PAGE_TOKENS + 4, 1.0)
     second = first.fork()
     assert pool.free == 6
@@ -65,7 +65,7 @@ def test_a_fork_shares_pages_until_one_of_the_two_writes() -> None:
 
 def test_a_full_pool_refuses_and_changes_nothing() -> None:
     pool = make_pool(pages=2)
-    first, second = pool.new_row(), pool.new_row()
+    first, second = pool.new_sequence(), pool.new_sequence()
     write(pool, first, PAGE_TOKENS, 1.0)
     write(pool, second, 3, 2.0)
     with pytest.raises(OutOfPages):
@@ -92,11 +92,11 @@ def test_whatever_is_done_every_sequence_reads_what_was_written_to_it(steps: lis
     rows: list[tuple[PagedSequence, list[float]]] = []
     for number, (name, pick, amount) in enumerate(steps):
         if name == "new" or not rows:
-            rows.append((pool.new_row(), []))
+            rows.append((pool.new_sequence(), []))
             continue
         sequence, expected = rows[pick % len(rows)]
         if name == "append":
-            fits = sequence.pages_to_append(amount) <= pool.free
+            fits = sequence.cost(amount) <= pool.free
             if fits:
                 write(pool, sequence, amount, float(number))
                 expected += [float(number)] * amount

@@ -26,8 +26,8 @@ from split_common.transport import HEARTBEAT, MISSED
 from split_device import SplitModelForCausalLM
 from split_device.sessions import dead_letters
 from split_device.sessions.client import STEP_TIMEOUT
-from split_worker import compute, watch
-from split_worker.watch import Watch
+from split_worker import watchdog
+from split_worker.watchdog import Watchdog
 from split_worker.worker import Worker
 from wiretap import LATE, wait_until
 
@@ -122,8 +122,8 @@ def test_a_worker_that_hangs_is_left_and_what_it_says_late_is_dropped(
 
 def test_a_long_prefill_and_a_first_forward_have_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(compute.time, "monotonic", lambda: now)
-    watch = Watch()
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
+    watch = Watchdog()
 
     def overdue_after(tokens: int, seconds: float) -> bool:
         nonlocal now
@@ -154,7 +154,7 @@ def a_dead_gpu(_: object) -> None:
     ("where", "failure", "name"),
     [
         ("_compute._scheduler.next_batch", lambda: 1 / 0, "ZeroDivisionError"),
-        ("_compute._start", a_dead_gpu, "AcceleratorError"),
+        ("_compute._begin", a_dead_gpu, "AcceleratorError"),
     ],
 )
 def test_a_compute_loop_that_fails_takes_its_worker_out_of_the_queue(
@@ -234,13 +234,13 @@ def test_a_worker_process_whose_compute_loop_fails_ends_with_one_line(checkpoint
             process.kill()
 
 
-def test_a_worker_that_hangs_can_be_ended(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_hangs_can_be_ended(checkpoint: Path) -> None:
     begun, release = threading.Event(), threading.Event()
     with running_broker() as broker, ThreadPoolExecutor(1) as pool:
         worker = start_worker(checkpoint, broker.address)
         with SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address, patience=0.0) as model:
             model.generate(PROMPT, **GREEDY)
-            monkeypatch.setattr(watch, "HUNG_AFTER", 0.5)
+            worker._compute._watchdog.hung_after = 0.5
             hang(worker, release, begun.set)
             work = pool.submit(model.generate, PROMPT, **GREEDY)
             assert begun.wait(LATE)
@@ -255,19 +255,23 @@ def test_a_worker_that_hangs_can_be_ended(checkpoint: Path, monkeypatch: pytest.
 # --- too slow ----------------------------------------------------------------------------------------------
 
 
+def patient_worker(checkpoint: Path, broker: str) -> Worker:
+    """A worker that does not count as hung for long."""
+    worker = start_worker(checkpoint, broker)
+    worker._compute._watchdog.hung_after = 100.0
+    return worker
+
+
 def hurry(model: Any, number: int) -> None:
     """Makes the device look for a faster worker soon, in this one call of the model."""
     at_call(model, number, lambda: setattr(model._client, "step_timeout", 0.3))
     at_call(model, number + 1, lambda: setattr(model._client, "step_timeout", STEP_TIMEOUT))
 
 
-def test_a_worker_that_is_too_slow_is_left_for_another_one(
-    checkpoint: Path, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(watch, "HUNG_AFTER", 100.0)
+def test_a_worker_that_is_too_slow_is_left_for_another_one(checkpoint: Path, wanted: torch.Tensor) -> None:
     release = threading.Event()
     with running_broker() as broker:
-        workers = [start_worker(checkpoint, broker.address) for _ in range(2)]
+        workers = [patient_worker(checkpoint, broker.address) for _ in range(2)]
         try:
             with SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address) as model:
                 at_call(model, 6, lambda: hang(holder(workers), release))
@@ -284,13 +288,10 @@ def test_a_worker_that_is_too_slow_is_left_for_another_one(
                 worker.stop()
 
 
-def test_the_only_worker_may_take_its_time(
-    checkpoint: Path, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(watch, "HUNG_AFTER", 100.0)
+def test_the_only_worker_may_take_its_time(checkpoint: Path, wanted: torch.Tensor) -> None:
     release = threading.Event()
     with running_broker() as broker:
-        worker = start_worker(checkpoint, broker.address)
+        worker = patient_worker(checkpoint, broker.address)
         try:
             with SplitModelForCausalLM.from_pretrained(
                 checkpoint, broker=broker.address, step_timeout=0.3
@@ -305,13 +306,10 @@ def test_the_only_worker_may_take_its_time(
             worker.stop()
 
 
-def test_a_step_does_not_wander_between_slow_workers(
-    checkpoint: Path, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(watch, "HUNG_AFTER", 100.0)
+def test_a_step_does_not_wander_between_slow_workers(checkpoint: Path, wanted: torch.Tensor) -> None:
     release = threading.Event()
     with running_broker() as broker:
-        workers = [start_worker(checkpoint, broker.address) for _ in range(2)]
+        workers = [patient_worker(checkpoint, broker.address) for _ in range(2)]
         try:
             with SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address) as model:
                 slow = threading.Semaphore(len(workers) - 1)
@@ -409,7 +407,7 @@ def test_a_step_that_kills_workers_does_not_travel_for_ever(checkpoint: Path, wa
 
         try:
             for worker in workers:
-                die_when(worker, lambda batch: any(len(piece.run.positions) == 3 for piece in batch))
+                die_when(worker, lambda batch: any(chunk.run.cost == 3 for chunk in batch))
             with SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address) as model:
                 with pytest.raises(StepFailed, match="4 workers died"):
                     model.generate(PROMPT[:, :3], **GREEDY)
@@ -428,7 +426,7 @@ def test_workers_that_die_while_they_are_told_the_history(checkpoint: Path, want
 
     def dies(batch: Any) -> bool:
         nonlocal deaths
-        begins = [piece.run.positions[0] for piece in batch]
+        begins = [chunk.run.positions[0] for chunk in batch]
         if max(begins) > 24 if not deaths else deaths < 6 and 0 in begins:
             deaths += 1
             return True

@@ -3,195 +3,254 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from split_common.engine.rows import Run
 from split_common.engine.scheduler import (
     MAX_CHUNK,
     MIN_CHUNK,
     SLOW_FORWARD,
-    SOON,
+    WAIT_AHEAD,
+    BatchDelay,
     ChunkBudget,
-    Gathering,
-    Job,
-    Piece,
+    ScheduledChunk,
+    ScheduledStep,
     Scheduler,
+    is_prefill,
 )
-from split_common.errors import Busy
+from split_common.engine.sequences import TokenRun
 
 
-class FakeRow:
+@pytest.fixture(autouse=True)
+def _frozen_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine, sessions go on decoding."""
+    monkeypatch.setattr("split_common.engine.scheduler.time", SimpleNamespace(monotonic=lambda: 100.0))
+
+
+class FakeSequence:
     length = 0
+
+    def cost(self, tokens: int) -> int:
+        return tokens
 
 
 class FakeStore:
     capacity = free = free_tokens = 10_000
 
-    def cost(self, _row: Any, tokens: int) -> int:
-        return tokens
+
+Runs = Sequence[TokenRun[Any]]
+Step = ScheduledStep[Runs, TokenRun[Any]]
+Chunk = ScheduledChunk[Runs, TokenRun[Any]]
 
 
-def make_job(session: str, tokens: int, device: str = "", outcomes: dict[str, Any] | None = None) -> Job:
-    run = Run(FakeRow(), torch.arange(tokens)[:, None], range(tokens))  # type: ignore[arg-type]
-
-    def finish(outcome: Any) -> None:
-        if outcomes is not None:
-            outcomes[session] = outcome
-
-    return Job(session, device or session, tokens, lambda: [run], finish)
+def make_step(session: str, tokens: int, device: str = "") -> Step:
+    run = TokenRun[Any](FakeSequence(), torch.arange(tokens)[:, None], range(tokens))
+    return ScheduledStep(session, device or session, is_prefill(tokens), [run])
 
 
-def sizes(batch: Sequence[Piece]) -> dict[Any, int]:
-    return {piece.job.session: len(piece.run.positions) for piece in batch}
+class Bench:
+    """A scheduler, and a caller that does what it is told."""
+
+    def __init__(self, store: Any = None, *, divisible: bool = True) -> None:
+        self.scheduler = Scheduler[Runs, TokenRun[Any]](store or FakeStore(), divisible=divisible)
+        #: Outputs by session, in the order in which steps were over; None for one that was refused.
+        self.outputs: list[tuple[Any, torch.Tensor | None]] = []
+
+    def add(self, step: Step) -> None:
+        self.start(self.scheduler.add(step))
+
+    def start(self, step: Step | None) -> None:
+        if step is not None:
+            self.scheduler.start(step, step.request)
+
+    def end(self, step: Step, output: torch.Tensor | None) -> None:
+        self.outputs.append((step.session, output))
+        self.start(self.scheduler.end(step))
+
+    def next_batch(self) -> list[Chunk]:
+        while True:
+            batch, starved = self.scheduler.next_batch()
+            if starved is None:
+                return batch
+            self.end(starved, None)
+
+    def finish(self, batch: list[Chunk], seconds: float = 0.01) -> None:
+        for step in self.scheduler.finish(batch, [chunk.run.states for chunk in batch], seconds):
+            self.end(step, step.output())
+
+    def forward(self, seconds: float = 0.01) -> dict[Any, int]:
+        batch = self.next_batch()
+        self.finish(batch, seconds)
+        return sizes(batch)
+
+    def run_all(self) -> list[dict[Any, int]]:
+        batches = []
+        while batch := self.next_batch():
+            batches.append(sizes(batch))
+            self.finish(batch)
+        return batches
 
 
-def run_all(scheduler: Scheduler) -> list[dict[Any, int]]:
-    batches = []
-    while batch := scheduler.next_batch():
-        batches.append(sizes(batch))
-        scheduler.finish(batch, [piece.run.states for piece in batch], 0.01)
-    return batches
+def sizes(batch: Sequence[Chunk]) -> dict[Any, int]:
+    return {chunk.step.session: chunk.run.cost for chunk in batch}
 
 
 def test_decoding_goes_first_and_prefill_is_cut() -> None:
-    outcomes: dict[str, Any] = {}
-    scheduler = Scheduler(FakeStore())  # type: ignore[arg-type]
-    scheduler.add(make_job("prefill", MAX_CHUNK + 100, outcomes=outcomes))
-    scheduler.add(make_job("one", 1, outcomes=outcomes))
-    batches = run_all(scheduler)
+    bench = Bench()
+    bench.add(make_step("prefill", MAX_CHUNK + 100))
+    bench.add(make_step("one", 1))
+    batches = bench.run_all()
     assert batches[0] == {"one": 1, "prefill": MAX_CHUNK}
     assert all(batch["prefill"] <= MAX_CHUNK for batch in batches)
     assert sum(batch["prefill"] for batch in batches) == MAX_CHUNK + 100
-    assert outcomes["prefill"].flatten().tolist() == list(range(MAX_CHUNK + 100))
+    (output,) = (output for session, output in bench.outputs if session == "prefill")
+    assert output is not None
+    assert output.flatten().tolist() == list(range(MAX_CHUNK + 100))
 
 
 def test_devices_take_turns_with_their_prefills() -> None:
-    scheduler = Scheduler(FakeStore())  # type: ignore[arg-type]
+    bench = Bench()
     for number in range(3):
-        scheduler.add(make_job(f"greedy {number}", 2 * MAX_CHUNK, device="greedy"))
-    scheduler.add(make_job("modest", MAX_CHUNK, device="modest"))
-    batches = run_all(scheduler)
+        bench.add(make_step(f"greedy {number}", 2 * MAX_CHUNK, device="greedy"))
+    bench.add(make_step("modest", MAX_CHUNK, device="modest"))
+    batches = bench.run_all()
     assert any("modest" in batch for batch in batches[:2])
 
 
-def test_a_newcomer_goes_first_where_forwards_are_slow() -> None:
-    scheduler = Scheduler(FakeStore())  # type: ignore[arg-type]
-
-    def forward(seconds: float) -> dict[Any, int]:
-        batch = scheduler.next_batch()
-        scheduler.finish(batch, [piece.run.states for piece in batch], seconds)
-        return sizes(batch)
-
-    scheduler.add(make_job("busy 1", 1, device="busy"))
-    assert forward(2 * SLOW_FORWARD) == {"busy 1": 1}
-    assert not scheduler.hurries
-    scheduler.add(make_job("busy 1", 1, device="busy"))
-    scheduler.add(make_job("busy 2", MIN_CHUNK + 1, device="busy"))
-    scheduler.add(make_job("new", MIN_CHUNK + 1))
-    assert scheduler.hurries
-    assert forward(0.1) == {"new": MIN_CHUNK}
-    # Then it is the others' turn, though there is a newcomer still.
-    assert forward(0.1) == {"busy 1": 1, "busy 2": MIN_CHUNK}
-    assert forward(0.1) == {"new": 1}
-    assert forward(0.1) == {"busy 2": 1}
+def test_prefill_of_a_device_that_does_not_decode_goes_first_where_forwards_are_slow() -> None:
+    bench = Bench()
+    bench.add(make_step("busy 1", 1, device="busy"))
+    assert bench.forward(2 * SLOW_FORWARD) == {"busy 1": 1}
+    assert not bench.scheduler.has_urgent_prefill
+    bench.add(make_step("busy 1", 1, device="busy"))
+    bench.add(make_step("busy 2", MIN_CHUNK + 1, device="busy"))
+    bench.add(make_step("new", MIN_CHUNK + 1))
+    assert bench.scheduler.has_urgent_prefill
+    assert bench.forward(0.1) == {"new": MIN_CHUNK}
+    # Then it is the others' turn, though there is urgent prefill left.
+    assert bench.forward(0.1) == {"busy 1": 1, "busy 2": MIN_CHUNK}
+    assert bench.forward(0.1) == {"new": 1}
+    assert bench.forward(0.1) == {"busy 2": 1}
 
 
-def test_a_newcomer_joins_where_forwards_are_fast() -> None:
-    scheduler = Scheduler(FakeStore())  # type: ignore[arg-type]
-    scheduler.add(make_job("busy", 1))
-    batch = scheduler.next_batch()
-    scheduler.finish(batch, [piece.run.states for piece in batch], SLOW_FORWARD / 2)
-    scheduler.add(make_job("busy", 1))
-    scheduler.add(make_job("new", MIN_CHUNK + 1))
-    assert set(sizes(scheduler.next_batch())) == {"busy", "new"}
+def test_urgent_prefill_that_does_not_fit_leaves_the_others_their_turn() -> None:
+    store = FakeStore()
+    bench = Bench(store)
+    bench.add(make_step("busy 1", 1, device="busy"))
+    bench.forward(2 * SLOW_FORWARD)
+    store.free = 0
+    bench.add(make_step("busy 1", 1, device="busy"))
+    bench.add(make_step("new", MIN_CHUNK + 1))
+    batch, starved = bench.scheduler.next_batch()
+    assert batch == []
+    assert starved is not None
+    assert starved.session == "busy 1"
+    # The caller has made room for it.
+    store.free = 1000
+    assert bench.forward(0.1) == {"busy 1": 1, "new": MIN_CHUNK}
+
+
+def test_prefill_of_a_device_that_does_not_decode_joins_where_forwards_are_fast() -> None:
+    bench = Bench()
+    bench.add(make_step("busy", 1))
+    bench.forward(SLOW_FORWARD / 2)
+    bench.add(make_step("busy", 1))
+    bench.add(make_step("new", MIN_CHUNK + 1))
+    assert set(sizes(bench.next_batch())) == {"busy", "new"}
 
 
 def test_a_sessions_steps_run_one_after_the_other() -> None:
-    order: list[int] = []
-    scheduler = Scheduler(FakeStore())  # type: ignore[arg-type]
+    bench = Bench()
     for number in range(3):
-        run = Run(FakeRow(), torch.zeros(1, 1), [number])  # type: ignore[arg-type]
-        scheduler.add(Job("session", "device", 1, lambda run=run: [run], lambda _, n=number: order.append(n)))  # type: ignore[misc]
-    assert run_all(scheduler) == [{"session": 1}] * 3
-    assert order == [0, 1, 2]
+        run = TokenRun[Any](FakeSequence(), torch.full((1, 1), number), [number])
+        bench.add(ScheduledStep("session", "device", False, [run]))
+    assert bench.run_all() == [{"session": 1}] * 3
+    assert [int(output) for _, output in bench.outputs if output is not None] == [0, 1, 2]
 
 
 def test_an_indivisible_prefill_goes_through_whole() -> None:
-    scheduler = Scheduler(FakeStore(), divisible=False)  # type: ignore[arg-type]
-    scheduler.add(make_job("long", 3 * MAX_CHUNK))
-    assert run_all(scheduler) == [{"long": 3 * MAX_CHUNK}]
+    bench = Bench(divisible=False)
+    bench.add(make_step("long", 3 * MAX_CHUNK))
+    assert bench.run_all() == [{"long": 3 * MAX_CHUNK}]
 
 
-def test_what_does_not_fit_is_told_to_come_back_and_the_next_goes_on() -> None:
-    outcomes: dict[str, Any] = {}
+def test_what_does_not_fit_is_told_to_the_caller_and_the_next_goes_on() -> None:
     store = FakeStore()
     store.free = 10
-    scheduler = Scheduler(store)  # type: ignore[arg-type]
-    scheduler.add(make_job("large", 12, outcomes=outcomes))
-    scheduler.add(make_job("small", 3, outcomes=outcomes))
-    assert run_all(scheduler) == [{"small": 3}]
-    assert isinstance(outcomes["large"], Busy)
-    assert scheduler.idle
+    bench = Bench(store)
+    bench.add(make_step("large", 12))
+    bench.add(make_step("small", 3))
+    assert bench.run_all() == [{"small": 3}]
+    assert [session for session, output in bench.outputs if output is None] == ["large"]
+    assert bench.scheduler.idle
 
 
-def test_a_step_that_is_refused_leaves_the_next_one_running() -> None:
-    outcomes: dict[str, Any] = {}
-
-    def refuse() -> list[Run]:
-        raise ValueError("no")
-
-    scheduler = Scheduler(FakeStore())  # type: ignore[arg-type]
-    scheduler.add(Job("a", "d", 1, refuse, lambda outcome: outcomes.update(a=outcome)))
-    scheduler.add(make_job("b", 2, outcomes=outcomes))
-    assert run_all(scheduler) == [{"b": 2}]
-    assert isinstance(outcomes["a"], ValueError)
+def test_a_step_that_ends_before_it_starts_leaves_the_next_one_running() -> None:
+    bench = Bench()
+    refused, following = make_step("a", 1), make_step("a", 2)
+    assert bench.scheduler.add(refused) is refused
+    assert bench.scheduler.add(following) is None
+    bench.add(make_step("b", 3))
+    bench.end(refused, None)
+    assert bench.run_all() == [{"a": 2, "b": 3}]
 
 
-def test_a_cancelled_session_ends_with_its_error() -> None:
-    outcomes: dict[str, Any] = {}
-    scheduler = Scheduler(FakeStore())  # type: ignore[arg-type]
-    scheduler.add(make_job("a", 2, outcomes=outcomes))
-    scheduler.cancel("a", KeyError("gone"))
-    assert isinstance(outcomes["a"], KeyError)
-    assert scheduler.next_batch() == []
+def test_a_step_without_runs_is_complete() -> None:
+    bench = Bench()
+    step = make_step("a", 1)
+    assert bench.scheduler.add(step) is step
+    bench.scheduler.start(step, [])
+    assert step.complete
+    assert step.output().numel() == 0
+    assert bench.scheduler.end(step) is None
+    assert bench.scheduler.idle
+
+
+def test_a_cancelled_sessions_steps_are_handed_back() -> None:
+    bench = Bench()
+    steps = [make_step("a", 2), make_step("a", 1)]
+    for step in steps:
+        bench.add(step)
+    assert bench.scheduler.cancel("a") == steps
+    assert bench.next_batch() == []
+    assert bench.scheduler.cancel("a") == []
 
 
 def test_a_session_has_one_forward_under_way_and_may_be_cancelled_meanwhile() -> None:
-    outcomes: dict[str, Any] = {}
-    scheduler = Scheduler(FakeStore())  # type: ignore[arg-type]
-    scheduler.add(make_job("a", 1, outcomes=outcomes))
-    scheduler.add(make_job("b", MAX_CHUNK + 1, outcomes=outcomes))
-    under_way = scheduler.next_batch()
+    bench = Bench()
+    bench.add(make_step("a", 1))
+    bench.add(make_step("b", MAX_CHUNK + 1))
+    under_way = bench.next_batch()
     assert sizes(under_way) == {"a": 1, "b": MAX_CHUNK}
-    scheduler.add(make_job("c", 1, outcomes=outcomes))
-    assert sizes(scheduler.next_batch()) == {"c": 1}
-    scheduler.cancel("a", KeyError("gone"))
-    scheduler.finish(under_way, [piece.run.states for piece in under_way], 0.01)
-    assert isinstance(outcomes["a"], KeyError)
-    assert sizes(scheduler.next_batch()) == {"b": 1}
+    bench.add(make_step("c", 1))
+    assert sizes(bench.next_batch()) == {"c": 1}
+    bench.scheduler.cancel("a")
+    bench.finish(under_way)
+    assert bench.outputs == []
+    assert sizes(bench.next_batch()) == {"b": 1}
 
 
 def test_a_forward_waits_for_sessions_that_come_back_soon_and_for_no_others() -> None:
-    gathering, forward = Gathering(), 0.1
+    delay, forward = BatchDelay(), 0.1
     for session, turnaround in (("quick", 0.02), ("later", 0.3), ("slow", 2.0)):
-        gathering.answered(session, 10.0)
-        gathering.came(session, 10.0 + turnaround)
-    assert gathering.until(forward, 13.0) == 0.0
+        delay.answered(session, 10.0)
+        delay.returned(session, 10.0 + turnaround)
+    assert delay.until(forward, 13.0) == 0.0
     for session in ("unknown", "slow", "later", "quick"):
-        gathering.answered(session, 20.0)
+        delay.answered(session, 20.0)
     # One is expected within the time of a forward, and has as long beyond it.
-    assert gathering.until(forward, 20.0) == pytest.approx(20.02 + SOON * forward)
-    gathering.came("quick", 20.02)
-    assert gathering.until(forward, 20.02) == 0.0
+    assert delay.until(forward, 20.0) == pytest.approx(20.02 + WAIT_AHEAD * forward)
+    delay.returned("quick", 20.02)
+    assert delay.until(forward, 20.02) == 0.0
     # By now the next one is.
-    assert gathering.until(forward, 20.25) == pytest.approx(20.3 + SOON * forward)
-    gathering.forget("later")
-    assert gathering.until(forward, 20.25) == 0.0
+    assert delay.until(forward, 20.25) == pytest.approx(20.3 + WAIT_AHEAD * forward)
+    delay.forget("later")
+    assert delay.until(forward, 20.25) == 0.0
     # The slow one never is: too many forwards have run meanwhile.
-    assert gathering.until(forward, 22.0) == 0.0
+    assert delay.until(forward, 22.0) == 0.0
 
 
 def test_the_budget_is_small_beside_decoding_and_finds_its_size() -> None:

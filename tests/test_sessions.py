@@ -17,14 +17,16 @@ from transformers import DynamicCache
 import tiny
 from fleet import KV_BYTES, joined, running_broker, start_worker
 from split_common import headers, payloads
-from split_common.engine.rows import Row, Run
+from split_common.engine.sequences import KVSequence, TokenRun
 from split_common.errors import Busy, Malformed, NonFinite, OutOfOrder, PromptTooLong, SessionLost
 from split_common.part import plan
 from split_common.split import Split
 from split_common.tensors import check_finite
 from split_device import SplitModelForCausalLM
 from split_device.sessions.client import PATIENCE
-from split_worker.body import Body
+from split_worker.bodies.denoiser import HeldArrays, ImageState
+from split_worker.bodies.language import LanguageBody, Rows
+from split_worker.bodies.loading import load_language_body
 from split_worker.sessions import EVICT_AFTER, GROWTH, MAX_WAITING, Session, SessionTable
 from split_worker.worker import Worker
 from wiretap import LATE, record_requests
@@ -326,9 +328,11 @@ def test_cache_of_a_worker_that_is_gone(broker: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma2", "bloom"])
-def body(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Body:
+def body(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LanguageBody:
     plan_ = plan(str(tiny.save(request.param, tmp_path_factory.mktemp("body"))))
-    return Body(plan_, Split.from_head_tail(plan_.layers, 1, 2), torch.device("cpu"), kv_bytes=KV_BYTES)
+    return load_language_body(
+        plan_, Split.from_head_tail(plan_.layers, 1, 2), torch.device("cpu"), kv_bytes=KV_BYTES
+    )
 
 
 def states(tokens: int, seed: int = 0) -> torch.Tensor:
@@ -343,15 +347,15 @@ def run(start: int, count: int, row: int = 0) -> payloads.Run:
     return payloads.Run(row, start, list(range(start, start + count)))
 
 
-def forward(body: Body, row: Row, hidden: torch.Tensor, positions: list[int]) -> torch.Tensor:
-    (output,) = body.run([Run(row, hidden, positions)])
+def forward(body: LanguageBody, row: KVSequence, hidden: torch.Tensor, positions: list[int]) -> torch.Tensor:
+    (output,) = body.runner.run([TokenRun(row, hidden, positions)])
     return output
 
 
-def run_step(holder: Session, body: Body, request: payloads.Step, hidden: torch.Tensor) -> torch.Tensor:
-    runs = holder.begin(request, hidden, body)
+def run_step(holder: Rows, body: LanguageBody, request: payloads.Step, hidden: torch.Tensor) -> torch.Tensor:
+    runs = holder.begin(request, hidden, body.runner)
     try:
-        output = torch.cat(body.run(runs)) if runs else hidden
+        output = torch.cat(body.runner.run(runs)) if runs else hidden
         check_finite(output)
     except Exception:
         holder.undo()
@@ -360,13 +364,13 @@ def run_step(holder: Session, body: Body, request: payloads.Step, hidden: torch.
     return output
 
 
-def session() -> Session:
-    return Session((b"device00", 1, 1, 0), None)  # type: ignore[arg-type]
+def session() -> Session[Rows]:
+    return Session((b"device00", 1, 1, 0), None, Rows())  # type: ignore[arg-type]
 
 
-def test_row_is_cut_back_beyond_its_window(body: Body) -> None:
+def test_row_is_cut_back_beyond_its_window(body: LanguageBody) -> None:
     """Twenty tokens and then back to five, as if the others had never been."""
-    row, fresh = body.store.new_row(), body.store.new_row()
+    row, fresh = body.store.new_sequence(), body.store.new_sequence()
     forward(body, row, states(20), list(range(20)))
     row.truncate(5)
     assert row.length == 5
@@ -375,32 +379,32 @@ def test_row_is_cut_back_beyond_its_window(body: Body) -> None:
     assert torch.allclose(ours, expected, atol=1e-5)
 
 
-def test_forked_row_is_independent(body: Body) -> None:
-    row = body.store.new_row()
+def test_forked_row_is_independent(body: LanguageBody) -> None:
+    row = body.store.new_sequence()
     forward(body, row, states(10), list(range(10)))
     twin = row.fork()
     forward(body, row, states(3, 1), [10, 11, 12])
     row.truncate(2)
     assert twin.length == 10
-    fresh = body.store.new_row()
+    fresh = body.store.new_sequence()
     forward(body, fresh, states(10), list(range(10)))
     ours, expected = (forward(body, cache, states(1, 2), [10]) for cache in (twin, fresh))
     assert torch.allclose(ours, expected, atol=1e-5)
 
 
-def test_step_may_be_repeated(body: Body) -> None:
+def test_step_may_be_repeated(body: LanguageBody) -> None:
     """A step begins at a stated place, so that running it twice is running it once."""
-    once, twice = session(), session()
+    once, twice = Rows(), Rows()
     for each in (once, twice):
         run_step(each, body, step(run(0, 4)), states(4))
     for each in (once, twice, twice):
         output = run_step(each, body, step(run(4, 2)), states(2, 1))
-        assert each.rows[0].length == 6
+        assert each.sequences[0].length == 6
     assert torch.equal(output, run_step(once, body, step(run(4, 2)), states(2, 1)))
 
 
-def test_rows_of_a_step_do_not_see_each_other(body: Body) -> None:
-    both, alone = session(), session()
+def test_rows_of_a_step_do_not_see_each_other(body: LanguageBody) -> None:
+    both, alone = Rows(), Rows()
     output = run_step(both, body, step(run(0, 4), run(0, 9, row=1)), torch.cat([states(4), states(9, 1)]))
     assert torch.allclose(output[4:], run_step(alone, body, step(run(0, 9)), states(9, 1)), atol=1e-5)
 
@@ -417,25 +421,25 @@ def test_rows_of_a_step_do_not_see_each_other(body: Body) -> None:
     ],
     ids=["gap", "gap in the step", "select", "width", "position", "length"],
 )
-def test_refused_step_changes_nothing(body: Body, bad: payloads.Step, error: type[Exception]) -> None:
-    holder = session()
+def test_refused_step_changes_nothing(body: LanguageBody, bad: payloads.Step, error: type[Exception]) -> None:
+    holder = Rows()
     run_step(holder, body, step(run(0, 4)), states(4))
-    rows = holder.rows
+    sequences = holder.sequences
     with pytest.raises(error):
         run_step(holder, body, bad, states(bad.tokens))
-    assert holder.rows is rows
-    assert [row.length for row in rows] == [4]
+    assert holder.sequences is sequences
+    assert [sequence.length for sequence in sequences] == [4]
 
 
-def test_output_that_is_not_finite_moves_no_row(body: Body) -> None:
+def test_output_that_is_not_finite_moves_no_row(body: LanguageBody) -> None:
     """The device may send the same step again: its selection must not be applied twice."""
-    holder = session()
+    holder = Rows()
     run_step(holder, body, step(run(0, 4), run(0, 4, row=1)), states(8))
-    first, second = holder.rows
+    first, second = holder.sequences
     huge = torch.full((1, 32), 3e38)
     with pytest.raises(NonFinite):
         run_step(holder, body, step(run(4, 1), select=[1, 1]), huge * float("inf"))
-    assert holder.rows == [first, second]
+    assert holder.sequences == [first, second]
 
 
 def test_every_request_is_run_once_and_in_order() -> None:
@@ -478,8 +482,8 @@ class FakeChannel:
         return None
 
 
-def open_session(table: SessionTable, number: int, tokens: int = 1, free: int = 10_000) -> Session:
-    return table.open((b"device00", 1, number, 0), FakeChannel(), tokens, free)  # type: ignore[arg-type]
+def open_session(table: SessionTable, number: int, free: int = 10_000) -> Session[Rows]:
+    return table.open((b"device00", 1, number, 0), FakeChannel(), Rows(), free)  # type: ignore[arg-type]
 
 
 def test_table_is_bounded_by_sessions_and_by_memory() -> None:
@@ -488,7 +492,7 @@ def test_table_is_bounded_by_sessions_and_by_memory() -> None:
     assert table.room(GROWTH) == 1
     first = open_session(table, 1)
     with pytest.raises(Busy, match="no room"):
-        open_session(table, 2, tokens=9_900)
+        open_session(table, 2, free=100)
     open_session(table, 2)
     with pytest.raises(Busy, match="no room"):
         open_session(table, 3)
@@ -497,11 +501,21 @@ def test_table_is_bounded_by_sessions_and_by_memory() -> None:
     assert list(table.closed) == [first]
 
 
+def test_sessions_without_kv_memory_are_bounded_by_their_number() -> None:
+    table, held = SessionTable(max_sessions=2), HeldArrays(10)
+    assert table.room(None) == 2
+    for number in (1, 2):
+        opened = table.open((b"device00", 1, number, 0), FakeChannel(), ImageState(held), None)  # type: ignore[arg-type]
+        assert not opened.state.holds_memory
+    with pytest.raises(Busy, match="no room"):
+        table.open((b"device00", 1, 3, 0), FakeChannel(), ImageState(held), None)  # type: ignore[arg-type]
+
+
 def test_the_newest_session_gives_way_unless_one_is_idle() -> None:
     table = SessionTable()
     sessions = [open_session(table, number) for number in (1, 2, 3)]
     for each in sessions:
-        each.rows = [object()]  # type: ignore[list-item]
+        each.state.sequences = [object()]  # type: ignore[list-item]
     assert table.victim(sessions[0]) is sessions[2]
     assert table.victim(sessions[2]) is None
     sessions[0].used -= EVICT_AFTER + 1

@@ -25,16 +25,15 @@ from split_common.diffusion.codecs import decode, encode
 from split_common.diffusion.kinds import plan_image
 from split_common.diffusion.plan import Job
 from split_common.diffusion.unet import UNetPlan
-from split_common.engine.rows import Row
-from split_worker.diffusion import DiffusionBody, ImageRun
-from split_worker.step_graphs import CAPTURED, MAX_COUNTED, MAX_GRAPHS, StepGraphs
+from split_worker.bodies.denoiser import DenoiserBody, DenoiserRun, ImageState
+from split_worker.bodies.step_graphs import CAPTURED, MAX_COUNTED, MAX_GRAPHS, StepGraphs
 
 KINDS = ["unet C", "unet A", "controlnet", "ip-adapter", "sd3", "flux"]
 WIDTH = 2 * tiny_diffusion.TEXT
 TEXT_TOKENS = 12
 
 
-def load_body(kind: str, directory: Path, place: str = "cpu") -> DiffusionBody:
+def load_body(kind: str, directory: Path, place: str = "cpu") -> DenoiserBody:
     """A tiny body with random weights."""
     torch.manual_seed(0)
     adapter = None
@@ -48,19 +47,22 @@ def load_body(kind: str, directory: Path, place: str = "cpu") -> DiffusionBody:
             adapter = tiny_diffusion.save_ip_adapter(directory / "ip.safetensors", directory)
         directory = directory / "unet"
     plan = plan_image(Checkpoint.resolve(directory, ip_adapter=adapter))
-    return DiffusionBody(plan, plan.split("A" if kind == "unet A" else "C"), torch.device(place), torch.float32)
+    return DenoiserBody(plan, plan.split("A" if kind == "unet A" else "C"), torch.device(place), torch.float32)
 
 
 @dataclass
 class Image:
     """A session with random jobs and steps, of one shape if it is not told otherwise."""
 
-    body: DiffusionBody
+    body: DenoiserBody
     kind: str
     size: int = 8
     count: int = 2
     channels_last: bool = False
-    rows: list[Row] = field(default_factory=list)
+    state: ImageState = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.state = self.body.new_state()
 
     def _random(self, seed: int, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -81,10 +83,10 @@ class Image:
             scales = [scale] * len(plan.body_attentions(self.body._split))
         if tensors:
             arrays, data = zip(*map(encode, tensors), strict=True)
-            self.body.start(self.rows, payloads.Condition(key, list(arrays), scales), memoryview(b"".join(data)))
+            self.body.begin(self.state, payloads.Condition(key, list(arrays), scales), memoryview(b"".join(data)))
         return key
 
-    def step(self, seed: int, key: bytes) -> ImageRun:
+    def step(self, seed: int, key: bytes) -> DenoiserRun:
         plan, split, count = self.body._plan, self.body._split, self.count
         if isinstance(plan, UNetPlan):
             residuals = plan.skip_shapes(split, self.size, self.size)
@@ -97,12 +99,12 @@ class Image:
             tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
         arrays, data = zip(*map(encode, tensors), strict=True)
         request = payloads.Denoise(None if self.kind == "sd3" else key, list(range(count)), list(arrays), "float32")
-        (run,) = self.body.start(self.rows, request, memoryview(b"".join(data)))
-        assert isinstance(run, ImageRun)
+        (run,) = self.body.begin(self.state, request, memoryview(b"".join(data)))
+        assert isinstance(run, DenoiserRun)
         return run
 
 
-def plainly(body: DiffusionBody, runs: list[ImageRun]) -> list[torch.Tensor]:
+def plainly(body: DenoiserBody, runs: list[DenoiserRun]) -> list[torch.Tensor]:
     """The output without graphs."""
     graphs, body._graphs = body._graphs, None
     try:
@@ -131,23 +133,23 @@ class Captures:
         return compute
 
 
-def with_graphs(body: DiffusionBody, *errors: Exception) -> Captures:
+def with_graphs(body: DenoiserBody, *errors: Exception) -> Captures:
     captures = Captures(list(errors))
     body._graphs = StepGraphs(body._middle, captures)
     return captures
 
 
 @pytest.fixture(scope="module")
-def unet(tmp_path_factory: pytest.TempPathFactory) -> DiffusionBody:
+def unet(tmp_path_factory: pytest.TempPathFactory) -> DenoiserBody:
     return load_body("unet A", tmp_path_factory.mktemp("unet"))
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def any_body(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, DiffusionBody]:
+def any_body(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, DenoiserBody]:
     return request.param, load_body(request.param, tmp_path_factory.mktemp("body"))
 
 
-def test_a_forward_reads_nothing_of_the_host(any_body: tuple[str, DiffusionBody]) -> None:
+def test_a_forward_reads_nothing_of_the_host(any_body: tuple[str, DenoiserBody]) -> None:
     """No tensor but its own, its weights and what it makes there; and no number of one of them."""
     kind, body = any_body
     image = Image(body, kind)
@@ -171,7 +173,7 @@ class OnlyOnMeta(TorchDispatchMode):
         return output
 
 
-def test_steps_and_jobs_of_one_shape_share_a_graph(any_body: tuple[str, DiffusionBody]) -> None:
+def test_steps_and_jobs_of_one_shape_share_a_graph(any_body: tuple[str, DenoiserBody]) -> None:
     kind, body = any_body
     captures = with_graphs(body)
     image, other = Image(body, kind), Image(body, kind)
@@ -204,7 +206,7 @@ def test_each_scale_of_an_ip_adapter_has_a_graph(tmp_path: Path) -> None:
     assert captures.graphs == 3
 
 
-def test_layouts_and_sizes_do_not_share_a_graph_and_few_are_kept(unet: DiffusionBody) -> None:
+def test_layouts_and_sizes_do_not_share_a_graph_and_few_are_kept(unet: DenoiserBody) -> None:
     captures = with_graphs(unet)
     images = [Image(unet, "unet A", size) for size in range(2, 3 + MAX_GRAPHS)]
     images[1].channels_last = True
@@ -231,7 +233,7 @@ def test_sizes_that_come_once_are_not_captured_and_forgotten() -> None:
 
 
 def test_large_steps_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("split_worker.step_graphs.MAX_BYTES", 40)
+    monkeypatch.setattr("split_worker.bodies.step_graphs.MAX_BYTES", 40)
     captures = Captures()
     graphs = StepGraphs(lambda tensors, _: tensors[0] + 1, captures)
     for size in (8, 9):
@@ -240,7 +242,7 @@ def test_large_steps_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert captures.graphs == 1
 
 
-def test_what_cannot_be_captured_runs_as_it_is(unet: DiffusionBody, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_captured_runs_as_it_is(unet: DenoiserBody, caplog: pytest.LogCaptureFixture) -> None:
     captures = with_graphs(unet, RuntimeError("operation not permitted\nwhen stream is capturing"))
     image = Image(unet, "unet A")
     key = image.job(1)
@@ -251,7 +253,7 @@ def test_what_cannot_be_captured_runs_as_it_is(unet: DiffusionBody, caplog: pyte
     assert [record.message.count("not permitted when") for record in caplog.records] == [1]
 
 
-def test_without_memory_for_a_graph_all_are_dropped(unet: DiffusionBody) -> None:
+def test_without_memory_for_a_graph_all_are_dropped(unet: DenoiserBody) -> None:
     captures = with_graphs(unet)
     small, large = Image(unet, "unet A", 4), Image(unet, "unet A", 6)
     key = small.job(1)
@@ -295,7 +297,7 @@ def test_a_forward_without_memory_takes_that_of_the_graphs() -> None:
 
 
 def test_what_surrounds_a_forward_takes_the_memory_of_the_graphs(
-    unet: DiffusionBody, monkeypatch: pytest.MonkeyPatch
+    unet: DenoiserBody, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_graphs(unet)
     assert unet._graphs is not None
@@ -311,6 +313,6 @@ def test_what_surrounds_a_forward_takes_the_memory_of_the_graphs(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return decode(*args)
 
-    monkeypatch.setattr("split_worker.diffusion.decode", scarce)
+    monkeypatch.setattr("split_worker.bodies.denoiser.decode", scarce)
     assert unet.launch([image.step(CAPTURED, key)]).wait()[0].isfinite().all()
     assert not unet._graphs._graphs

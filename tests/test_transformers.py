@@ -18,11 +18,10 @@ from split_common import payloads
 from split_common.checkpoint import Checkpoint
 from split_common.diffusion.codecs import encode
 from split_common.diffusion.kinds import plan_image
-from split_common.engine.rows import Row
 from split_common.errors import InvalidSplit, Malformed, NonFinite, UnsupportedArchitecture, UnsupportedFeature
 from split_common.split import Split
 from split_device import SplitFluxTransformer2DModel, SplitSD3Transformer2DModel, SplitUNet2DConditionModel
-from split_worker.diffusion import DiffusionBody
+from split_worker.bodies.denoiser import DenoiserBody
 from split_worker.worker import Worker
 from test_diffusion import image, latents, lora_of, pipeline
 from wiretap import record_requests
@@ -250,28 +249,28 @@ TIME, IMAGE, TEXT = torch.ones(2, 32), torch.ones(2, 9, 32), torch.ones(2, 4, 32
 )
 def test_steps_that_do_not_fit_are_refused(kind: str, model: Path, tensors: tuple[torch.Tensor, ...]) -> None:
     plan = plan_image(Checkpoint.resolve(model))
-    body = DiffusionBody(plan, plan.split("C"), torch.device("cpu"))
-    rows: list[Row] = []
+    body = DenoiserBody(plan, plan.split("C"), torch.device("cpu"))
+    state = body.new_state()
     condition = None
     places, data = encode(torch.ones(1, 13, 3))
     if kind == "flux":
         condition = KEY
         for array in (payloads.Array("float32", [1, 13, 2]), payloads.Array("float32", [2, 13, 3])):
             with pytest.raises(Malformed, match="places"):
-                body.start(rows, payloads.Condition(KEY, [array]), memoryview(b""))
-        body.start(rows, payloads.Condition(KEY, [places]), memoryview(data))
+                body.begin(state, payloads.Condition(KEY, [array]), memoryview(b""))
+        body.begin(state, payloads.Condition(KEY, [places]), memoryview(data))
         shorter = [encode(tensor) for tensor in (IMAGE[:, 1:], TIME, TEXT)]
         step = payloads.Denoise(KEY, [0, 0], [array for array, _ in shorter], "float32")
         with pytest.raises(Malformed, match="where they are"):
-            body.start(rows, step, memoryview(b"".join(data for _, data in shorter)))
+            body.begin(state, step, memoryview(b"".join(data for _, data in shorter)))
     else:
         with pytest.raises(Malformed, match="none"):
-            body.start(rows, payloads.Condition(KEY, [places]), memoryview(data))
+            body.begin(state, payloads.Condition(KEY, [places]), memoryview(data))
 
     def send(*sent: torch.Tensor) -> Any:
         parts = [encode(tensor) for tensor in sent]
         step = payloads.Denoise(condition, [0, 0], [array for array, _ in parts], "float32")
-        return body.start(rows, step, memoryview(b"".join(data for _, data in parts)))
+        return body.begin(state, step, memoryview(b"".join(data for _, data in parts)))
 
     with pytest.raises(Malformed):
         send(*tensors)

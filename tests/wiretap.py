@@ -28,7 +28,7 @@ from split_common.transport.zmq_link import curve_client
 from split_common.verification import build_manifest
 from split_device.sessions.client import Client
 from split_device.sessions.session import RemoteSession
-from split_worker.body import Body
+from split_worker.bodies.loading import load_language_body
 from split_worker.sessions import SessionTable
 from split_worker.worker import Worker
 
@@ -72,7 +72,7 @@ class Setting:
         self.manifest = build_manifest(self.plan.checkpoint)
         self.fleet.add_manifest(self.manifest)
         self.service = headers.Service(self.manifest.root, SPLIT.first, SPLIT.last)
-        self.body = Body(self.plan, SPLIT, torch.device("cpu"), kv_bytes=64 * 1024**2)
+        self.body = load_language_body(self.plan, SPLIT, torch.device("cpu"), kv_bytes=64 * 1024**2)
 
     def own_fleet(self) -> Fleet:
         """The fleet as another process has it."""

@@ -150,7 +150,7 @@ def _layers(model: str | None) -> Iterator[Finding]:
         return
     from split_common.checkpoint import Checkpoint
     from split_common.diffusion.kinds import is_denoiser, plan_image
-    from split_common.engine.runner import Runner
+    from split_common.engine.runner import build_runner
     from split_common.part import load_part, plan
     from split_common.split import Split
 
@@ -163,14 +163,14 @@ def _layers(model: str | None) -> Iterator[Finding]:
         first = min(2, plan_.layers - 1)
         split = Split(plan_.layers, first, min(first + TRIED_LAYERS, plan_.layers))
         _, stack = load_part(plan_, split, "worker")
-        runner = Runner(stack, split, plan_.text_config, TRIAL_BYTES)
+        runner = build_runner(stack, split, plan_.text_config, TRIAL_BYTES)
     except SplitError as error:
         yield Finding("model", "problem", str(error))
         return
-    if runner.separate_because is None:
+    if runner.unpacked_because is None:
         yield Finding("model", "ok", f"a worker runs many sessions in one forward (layers {split} were tried)")
     else:
-        yield Finding("model", "note", f"a worker runs sessions one at a time: {runner.separate_because}")
+        yield Finding("model", "note", f"a worker runs sessions one at a time: {runner.unpacked_because}")
 
 
 def _blocks(plan: ImagePlan) -> Finding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -28,13 +28,14 @@ from split_common.options import (
 from split_common.process import catch_sigterm, passive_threads, wait_for
 from split_common.transport import connect
 
+if TYPE_CHECKING:
+    from split_worker.bodies.loading import Serving
+    from split_worker.worker import Worker
+
 DeviceName = Literal["auto", "cpu", "cuda"]
 CutName = Literal["A", "C"]
 
-#: Tokens of the sessions in which a worker's memory is told to people.
-SESSION_TOKENS = 2048
-
-#: Seconds of draining that are not worth a word.
+#: Seconds of draining that are not announced.
 UNANNOUNCED = 0.2
 
 
@@ -57,8 +58,9 @@ def worker(
         CutName | None,
         typer.Option(
             rich_help_panel=MODEL_PANEL,
-            help="Of a diffusion model, instead of --layers: C leaves the device a UNet's first level, or a "
-            "transformer's first and last block; A two levels, or a sixth of the blocks at each end. Default: C.",
+            help="For diffusion models, instead of --layers. C leaves the device a UNet's first level, or a "
+            "transformer's first and last block; A leaves it two levels, or a sixth of the blocks at each end. "
+            "Default: C.",
         ),
     ] = None,
     ip_adapter: IpAdapterOption = None,
@@ -68,22 +70,22 @@ def worker(
     ] = "auto",
     dtype: DtypeOption = "auto",
     threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="CPU threads. Default: one for each core.")
+        int | None, typer.Option(min=1, metavar="N", help="CPU threads. Default: one per core.")
     ] = None,
     kv_memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="For keys and values, like 4GiB; default: a share of what is free. Of a diffusion model, for "
-            "embeddings; default: 1GiB.",
+            help="Memory for keys and values, like 4GiB. Default: a share of what is free. For diffusion models, "
+            "memory for embeddings. Default: 1GiB.",
         ),
     ] = None,
-    max_sessions: Annotated[int, typer.Option(min=1, metavar="N", help="Sessions held at once.")] = 1024,
+    max_sessions: Annotated[int, typer.Option(min=1, metavar="N", help="Most sessions held at once.")] = 1024,
     idle_timeout: Annotated[
-        float, typer.Option(min=1, metavar="SECONDS", help="Before an idle session is freed.")
+        float, typer.Option(min=1, metavar="SECONDS", help="How long a session may be idle before it is freed.")
     ] = 900.0,
     drain_timeout: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="That sessions have to end after SIGTERM.")
+        float, typer.Option(min=0, metavar="SECONDS", help="How long to wait for open sessions after SIGTERM.")
     ] = 30.0,
     revision: RevisionOption = None,
     keys: KeysOption = None,
@@ -105,14 +107,12 @@ def worker(
     import torch
 
     from split_common.tensors import parse_dtype
-    from split_worker.body import Body
-    from split_worker.serving import load_body
+    from split_worker.bodies.loading import load_body
     from split_worker.sessions import SessionTable
     from split_worker.worker import Worker
 
     if threads is not None:
         torch.set_num_threads(threads)
-    place = _device(device)
     serving = load_body(
         checkpoint,
         fleet,
@@ -120,61 +120,51 @@ def worker(
         layers=layers,
         cut=cut,
         ip_adapter=ip_adapter,
-        device=torch.device(place),
+        device=torch.device(_device(device)),
         dtype=parse_dtype(dtype),
         memory=kv_bytes,
     )
-    body, service = serving.body, serving.service
     sessions = SessionTable(max_sessions, idle_timeout)
     stop = catch_sigterm()
-    running = Worker(body, service, serving.model, identity, fleet, transport, sessions, stop.set)
+    running = Worker(serving.body, serving.service, serving.model, identity, fleet, transport, sessions, stop.set)
     running.start(timeout)
     try:
-        facts: dict[str, Any] = {
-            "worker": identity.certificate.name,
-            "id": running.id.hex(),
-            "model": serving.model,
-            "layers": f"{service.first}:{service.last}",
-            "device": place,
-            "dtype": str(body.dtype).removeprefix("torch."),
-            "parameter_bytes": body.parameter_bytes,
-            "pid": os.getpid(),
-        }
-        if isinstance(body, Body):
-            facts |= {
-                "kv_tokens": body.store.capacity,
-                "kv_sessions": body.store.capacity // min(SESSION_TOKENS, body.max_positions),
-                "packed": body.separate_because is None,
-                "attention": body.backend.name if body.separate_because is None else None,
-                "compiled": body.compiled,
-            }
-        if json:
-            emit_json(facts)
-        elif not isinstance(body, Body):
-            stderr.print(
-                "worker {worker} serves {model} blocks {layers} on {device} in {dtype} "
-                "({parameter_bytes:,} bytes of weights)".format(**facts),
-                soft_wrap=True,
-            )
-        else:
-            stderr.print(
-                "worker {worker} serves {model} layers {layers} on {device} in {dtype} "
-                "({parameter_bytes:,} bytes of weights; keys and values for {kv_tokens:,} tokens, "
-                "or {kv_sessions:,} sessions of {each:,})".format(
-                    **facts, each=min(SESSION_TOKENS, body.max_positions)
-                ),
-                soft_wrap=True,
-            )
-            if body.separate_because is not None:
-                stderr.print(f"sessions run one at a time: {body.separate_because}", soft_wrap=True)
+        _announce(running, serving, identity.certificate.name, json)
         wait_for(stop)
         running.check()
-        if not running.drain(min(drain_timeout, UNANNOUNCED)):
-            stderr.print(f"draining: no new sessions; those that are open have {drain_timeout:g} s to end")
-            if not running.drain(drain_timeout):
-                stderr.print(f"sessions were still open after {drain_timeout:g} s")
+        _drain(running, drain_timeout)
     finally:
         running.stop()
+
+
+def _announce(running: Worker, serving: Serving, name: str, json: bool) -> None:
+    """Says what is served."""
+    body, layers = serving.body, f"{serving.service.first}:{serving.service.last}"
+    if not json:
+        first, *more = body.describe(layers)
+        for line in (f"worker {name} serves {serving.model} {first}", *more):
+            stderr.print(line, soft_wrap=True)
+        return
+    facts = {
+        "worker": name,
+        "id": running.id.hex(),
+        "model": serving.model,
+        "layers": layers,
+        "device": body.device.type,
+        "dtype": str(body.dtype).removeprefix("torch."),
+        "parameter_bytes": body.parameter_bytes,
+        "pid": os.getpid(),
+    }
+    emit_json(facts | body.facts())
+
+
+def _drain(running: Worker, timeout: float) -> None:
+    """Waits for open sessions to end."""
+    if running.drain(min(timeout, UNANNOUNCED)):
+        return
+    stderr.print(f"draining: no new sessions; those that are open have {timeout:g} s to end")
+    if not running.drain(timeout):
+        stderr.print(f"sessions were still open after {timeout:g} s")
 
 
 def _device(name: DeviceName) -> str:

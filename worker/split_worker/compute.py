@@ -1,4 +1,4 @@
-"""The compute loop: requests in, batches through the runner, replies out. The worker's hot path."""
+"""The compute loop: requests in, batches through the body, replies out. The worker's hot path."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import torch
 
 from split_common import headers, payloads
-from split_common.engine.rows import Run
-from split_common.engine.runner import Launched, Runner
-from split_common.engine.scheduler import DECODE_TOKENS, Gathering, Job, Piece, Scheduler
+from split_common.engine.scheduler import BatchDelay, ScheduledChunk, ScheduledStep, Scheduler, is_prefill
 from split_common.errors import (
     Busy,
     Malformed,
@@ -26,10 +25,9 @@ from split_common.errors import (
     PromptTooLong,
     SplitError,
 )
-from split_common.tensors import dtype_name, from_bytes, to_bytes
-from split_worker.diffusion import DiffusionBody
+from split_worker.bodies.base import AnyBody, Forward
 from split_worker.sessions import Session, SessionTable
-from split_worker.watch import Watch
+from split_worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +41,12 @@ REASONS: dict[type[Exception], str] = {
     NeedEmbeddings: "embeddings",
 }
 
-
-#: Seconds for which requests are taken in while others are ready to be computed: those that need no forward are
-#: answered at once, and their device's next ones come meanwhile.
+#: Seconds for which requests are taken in while others are ready to be computed. Those that need no forward are
+#: answered at once, and their devices' next ones arrive meanwhile.
 TAKE_IN = 0.1
+
+#: Seconds after which a device may try a step again that did not fit into memory.
+MEMORY_RETRY = 0.5
 
 
 class Evicted(SplitError):
@@ -54,72 +54,90 @@ class Evicted(SplitError):
 
 
 class Closed(Exception):
-    """The session was closed: nobody waits for the reply."""
+    """The session was closed, and its requests are not answered."""
 
 
 @dataclass(eq=False)
-class Task:
-    """A request to run: decrypted, in order, of a session that exists."""
+class PendingRequest:
+    """A request to compute: decrypted, in order, of a session that exists."""
 
-    session: Session
+    session: Session[Any]
     header: headers.Relay
-    request: payloads.AnyRequest
+    payload: payloads.AnyRequest
     tensor: memoryview
+    #: When it arrived, in seconds of `time.perf_counter`.
     arrived: float
+    #: Seconds that this process has spent on it so far, without waiting and forwards.
     host_seconds: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it appends; 0 for all but a step of a language model."""
+        return self.payload.tokens if isinstance(self.payload, payloads.Step) else 0
+
+    @property
+    def prefill(self) -> bool:
+        return is_prefill(self.tokens)
+
+
+Step = ScheduledStep[PendingRequest, Any]
+Chunk = ScheduledChunk[PendingRequest, Any]
+
+#: Forwards that were launched, with the chunks of each.
+Launched = list[tuple[Sequence[Chunk], Forward]]
 
 
 @dataclass
-class Forward:
-    """Forwards that were launched together: the pieces of each. More than one only after a failure."""
+class Batch:
+    """Forwards that were launched together: one, or several after a failure."""
 
-    launched: list[tuple[Sequence[Piece], Launched]]
+    #: When, in seconds of `time.perf_counter`.
     began: float
+    forwards: Launched
 
-    def wait(self) -> list[tuple[Sequence[Piece], list[torch.Tensor]]]:
-        """The output for each piece."""
-        return [(pieces, launched.wait()) for pieces, launched in self.launched]
+    def wait(self) -> list[tuple[Sequence[Chunk], list[torch.Tensor]]]:
+        """The output of each chunk."""
+        return [(chunks, forward.wait()) for chunks, forward in self.forwards]
 
 
-#: Seals and sends the reply of a task.
-Reply = Callable[[Task, payloads.Payload, memoryview | bytes], None]
+#: Seals and sends the reply to a request.
+Reply = Callable[[PendingRequest, payloads.Payload, memoryview | bytes], None]
 
 
 class ComputeLoop:
-    """Runs tasks in a thread of its own, as many in one forward as are ready.
+    """Computes requests in a thread of its own, as many in one forward as are ready.
 
     Args:
-        runner: the body.
+        body: what computes.
         sessions: the worker's sessions, used under `lock`.
-        reply: called for each task, on this thread.
+        reply: called for each request, on this thread.
         on_failure: called, on this thread, when the loop has ended by an error.
     """
 
     def __init__(
         self,
-        runner: Runner | DiffusionBody,
+        body: AnyBody,
         sessions: SessionTable,
         lock: threading.RLock,
         reply: Reply,
         on_failure: Callable[[], None],
     ) -> None:
-        self._runner = runner
+        self._body = body
         self._sessions = sessions
         self._lock = lock
         self._reply = reply
         self._on_failure = on_failure
-        #: What ended the loop, if it was not `stop`.
+        #: What ended the loop, unless it was `stop`.
         self.failure: BaseException | None = None
-        self._watch = Watch(runner.first_turn) if isinstance(runner, DiffusionBody) else Watch()
+        self._watchdog = Watchdog(body.first_turn)
         self._hung = False
-        self._inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._scheduler = Scheduler(runner.store, self._make_room, divisible=not runner.positions_interact)
-        self._gathering = Gathering()
+        self._inbox: queue.SimpleQueue[PendingRequest | None] = queue.SimpleQueue()
+        self._scheduler = Scheduler[PendingRequest, Any](body.store, divisible=body.divisible)
+        self._delay = BatchDelay()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lambda-split-compute", daemon=True)
-        self._under_way: Forward | None = None
+        #: When the last batch was complete, in seconds of `time.perf_counter`.
         self._completed = 0.0
-        self._batch_seconds = 0.0
         #: Bytes of requests that wait to be computed.
         self.queued_bytes = 0
         #: Forwards and the rows in them, steps and their tokens, microseconds that steps waited and that forwards
@@ -129,35 +147,38 @@ class ComputeLoop:
     def start(self) -> None:
         self._thread.start()
 
-    def put(self, task: Task) -> None:
+    def put(self, request: PendingRequest) -> None:
         """Called under the lock."""
-        self.queued_bytes += len(task.tensor)
-        self._inbox.put(task)
+        self.queued_bytes += len(request.tensor)
+        self._inbox.put(request)
 
     def wake(self) -> None:
-        """Closed sessions wait to be freed."""
+        """Has closed sessions freed. Called on any thread."""
         self._inbox.put(None)
 
     def stop(self) -> None:
         """Ends after the forward that is under way, unless that one hangs."""
         self._stopping.set()
         self.wake()
-        while self._thread.is_alive() and not self._watch.overdue():
+        while self._thread.is_alive() and not self._watchdog.overdue():
             self._thread.join(0.5)
 
     def stuck(self) -> bool:
-        """Whether it has work and seems not to get on with it."""
-        overdue = self._watch.overdue()
+        """Whether a turn seems to hang. Called on the transport's thread."""
+        overdue = self._watchdog.overdue()
         if overdue and not self._hung:
             log.warning("a step has taken %.0f s and does not end: out of the queue until it does", overdue)
             self.counters["hung"] += 1
         self._hung = overdue > 0
         return self._hung
 
+    # --- the loop ------------------------------------------------------------------------------------------
+
     def _run(self) -> None:
         try:
+            under_way: Batch | None = None
             while not self._stopping.is_set():
-                self.turn()
+                under_way = self.turn(under_way)
             with self._lock:
                 self._sessions.close_where(lambda _: True)
             self._free_closed()
@@ -166,39 +187,40 @@ class ComputeLoop:
             self.failure = error
             self._on_failure()
 
-    def turn(self) -> None:
-        """Takes in what has arrived and launches one forward; waits when there is nothing to do.
+    def turn(self, under_way: Batch | None) -> Batch | None:
+        """Takes requests in, schedules and launches one batch, and answers one; waits if there is nothing to do.
 
-        On CUDA the host answers the forward before it meanwhile.
+        Args:
+            under_way: the batch that the turn before has left running.
+
+        Returns:
+            The batch that this turn leaves running: on CUDA, where the host answers one while the next one runs.
         """
-        before, self._under_way = self._under_way, None
-        if before is not None:
-            before.wait()
-            self._watch.end()
-        self._take_in(patient=before is None)
-        batch = self._scheduler.next_batch() if not self._stopping.is_set() else []
-        forward = None
-        if batch:
-            self._watch.begin(sum(len(piece.run.positions) for piece in batch))
-            began = time.perf_counter()
-            forward = Forward(self._launch(batch), began)
-        if before is not None:
-            self._complete(before)
-        if forward is not None and forward.launched and self._runner.asynchronous:
-            self._under_way = forward
-        elif forward is not None:
-            self._complete(forward)
-            self._watch.end()
+        if under_way is not None:
+            under_way.wait()
+            self._watchdog.end()
+        self._take_in(patient=under_way is None)
+        batch = None
+        if chunks := self._schedule():
+            self._watchdog.begin(sum(chunk.run.cost for chunk in chunks))
+            batch = Batch(time.perf_counter(), self._launch(chunks))
+        if under_way is not None:
+            self._complete(under_way)
+        if batch is None or (self._body.asynchronous and batch.forwards):
+            return batch
+        self._complete(batch)
+        self._watchdog.end()
+        return None
 
     def _take_in(self, patient: bool) -> None:
-        """Takes what has arrived; waits if there is nothing else to do, or for sessions that are about to come."""
+        """Takes what has arrived. If patient, waits for the first request, and for sessions that are due back."""
         if self._scheduler.idle and patient:
             self._accept(self._inbox.get())
         enough = time.perf_counter() + TAKE_IN
         while True:
             now = time.perf_counter()
-            gathers = patient and not self._scheduler.hurries
-            wait = self._gathering.until(self._scheduler.budget.base, now) - now if gathers else 0.0
+            delays = patient and not self._scheduler.has_urgent_prefill
+            wait = self._delay.until(self._scheduler.budget.base, now) - now if delays else 0.0
             if wait <= 0 and now > enough:
                 break
             try:
@@ -207,155 +229,153 @@ class ComputeLoop:
                 break
         self._free_closed()
 
-    def _free_closed(self) -> None:
-        with self._lock:
-            closed = [self._sessions.closed.popleft() for _ in range(len(self._sessions.closed))]
-        for session in closed:
-            self._scheduler.cancel(session, Closed())
-            self._gathering.forget(session)
-            session.free()
-
-    def _accept(self, task: Task | None) -> None:
-        if task is None:
+    def _accept(self, request: PendingRequest | None) -> None:
+        if request is None:
             self._free_closed()
             return
         with self._lock:
-            held = self._sessions.get(task.session.id) is task.session
+            held = self._sessions.get(request.session.id) is request.session
         if not held:
-            # It arrived while the session was evicted or closed, whose rows are free by now.
-            self._finish(task, Evicted("the session's memory went to an older one"))
+            # The session was evicted or closed while the request was queued, and its memory is free by now.
+            self._answer(request, Evicted("the session's memory went to an older one"))
             return
-        self._gathering.came(task.session, task.arrived)
-        request = task.request
-        tokens = request.tokens if isinstance(request, payloads.Step) else 0
-        self._scheduler.add(
-            Job(
-                task.session,
-                task.session.id[0],
-                tokens,
-                start=lambda: self._start(task),
-                finish=lambda outcome: self._finish(task, outcome),
-            )
-        )
+        self._delay.returned(request.session, request.arrived)
+        device = request.session.id[0]
+        self._start(self._scheduler.add(ScheduledStep(request.session, device, request.prefill, request)))
 
-    def _start(self, task: Task) -> Sequence[Run]:
-        if isinstance(task.request, payloads.Fork):
-            self._fork(task, task.request)
+    def _schedule(self) -> list[Chunk]:
+        """The chunks of the next forward. A step that does not fit gets another session's memory, or is refused."""
+        while not self._stopping.is_set():
+            chunks, starved = self._scheduler.next_batch()
+            if starved is None:
+                return chunks
+            if not self._evict_for(starved.request.session):
+                self._end(starved, Busy("the worker's KV memory is full", retry_after=MEMORY_RETRY))
+        return []
+
+    def _launch(self, chunks: Sequence[Chunk]) -> Launched:
+        """Launches a forward. If that fails, launches one for each step, and refuses the steps whose own fails."""
+        try:
+            return [(chunks, self._body.launch([chunk.run for chunk in chunks]))]
+        except torch.AcceleratorError:
+            # The GPU takes no more work from this process.
+            raise
+        except Exception as error:
+            by_step: dict[int, list[Chunk]] = {}
+            for chunk in chunks:
+                by_step.setdefault(id(chunk.step), []).append(chunk)
+            if len(by_step) == 1:
+                log.error("a step failed: %s", type(error).__name__)
+                self._end(chunks[0].step, error)
+                return []
+        return [launched for own in by_step.values() for launched in self._launch(own)]
+
+    def _complete(self, batch: Batch) -> None:
+        """Waits for a batch and answers the steps that are complete with it."""
+        outputs = batch.wait()
+        now = time.perf_counter()
+        # A batch that was launched while another one ran has waited for that one.
+        seconds = now - max(batch.began, self._completed)
+        self._completed = now
+        for chunks, tensors in outputs:
+            self.counters["forwards"] += 1
+            self.counters["rows"] += len(chunks)
+            for step in self._scheduler.finish(chunks, tensors, seconds):
+                self._end(step, step.output(), seconds)
+        self.counters["body_us"] += round(seconds * 1e6)
+
+    # --- steps begin and end -------------------------------------------------------------------------------
+
+    def _start(self, step: Step | None) -> None:
+        """Starts a step; if it needs no forward or is refused, answers it, and starts the session's next one."""
+        while step is not None:
+            outcome: torch.Tensor | Exception
+            try:
+                self._scheduler.start(step, self._begin(step.request))
+                if not step.complete:
+                    return
+                outcome = step.output()
+            except Exception as error:
+                outcome = error
+            self._answer(step.request, outcome)
+            step = self._scheduler.end(step)
+
+    def _end(self, step: Step, outcome: torch.Tensor | Exception, seconds: float = 0.0) -> None:
+        """Answers a step, and starts the session's next one."""
+        self._answer(step.request, outcome, seconds)
+        self._start(self._scheduler.end(step))
+
+    def _begin(self, request: PendingRequest) -> Sequence[Any]:
+        """The runs of a request. Raises what it is refused with."""
+        session, payload = request.session, request.payload
+        if isinstance(payload, payloads.Fork):
+            self._fork(session, payload)
             return []
         began = time.perf_counter()
-        if isinstance(self._runner, DiffusionBody):
-            runs: Sequence[Run] = self._runner.start(task.session.rows, task.request, task.tensor)
-        elif isinstance(task.request, payloads.Step):
-            self._check_size(task.request)
-            states = from_bytes(task.tensor, task.request.dtype, task.request.tokens, task.request.width)
-            runs = task.session.begin(task.request, states, self._runner)
-        else:
-            raise Malformed(f"a {type(task.request).__name__} for a language model")
-        task.host_seconds += time.perf_counter() - began
+        runs = self._body.begin(session.state, payload, request.tensor)
+        request.host_seconds += time.perf_counter() - began
         return runs
 
-    def _check_size(self, step: payloads.Step) -> None:
-        """Raises Oversized when the answer, in the body's dtype, would be no message any more."""
-        size = step.tokens * step.width * self._runner.dtype.itemsize
-        if size > headers.MAX_BODY // 2:
-            raise Oversized(f"a step whose answer has {size} bytes: send it in chunks")
-
-    def _fork(self, task: Task, request: payloads.Fork) -> None:
-        device, channel, *_ = task.session.id
+    def _fork(self, session: Session[Any], fork: payloads.Fork) -> None:
+        device, channel, *_ = session.id
         with self._lock:
-            parent = self._sessions.get((device, channel, request.parent, request.parent_epoch))
+            parent = self._sessions.get((device, channel, fork.parent, fork.parent_epoch))
         if parent is None:
             raise Evicted("the worker does not hold the session that was to be copied")
-        task.session.rows = [row.fork() for row in parent.rows]
+        state = parent.state.fork()
+        session.free()
+        session.state = state
 
-    def _launch(self, batch: Sequence[Piece]) -> list[tuple[Sequence[Piece], Launched]]:
-        """Launches a batch; if that fails, each job by itself, and jobs that fail then are ended."""
-        lengths = [piece.run.row.length for piece in batch]
-        try:
-            return [(batch, self._runner.launch([piece.run for piece in batch]))]
-        except Exception as error:
-            if isinstance(error, torch.AcceleratorError):
-                # The GPU takes no more work from this process.
-                raise
-            for piece, length in zip(batch, lengths, strict=True):
-                if piece.run.row.length > length:
-                    piece.run.row.truncate(length)
-            if len({id(piece.job) for piece in batch}) == 1:
-                log.error("a step failed: %s", type(error).__name__)
-                self._scheduler.fail(batch[0].job, error)
-                return []
-        jobs: dict[int, list[Piece]] = {}
-        for piece in batch:
-            jobs.setdefault(id(piece.job), []).append(piece)
-        return [launched for pieces in jobs.values() for launched in self._launch(pieces)]
+    def _answer(self, request: PendingRequest, outcome: torch.Tensor | Exception, seconds: float = 0.0) -> None:
+        """Answers a request with its output, or with the error that it is refused with.
 
-    def _complete(self, forward: Forward) -> None:
-        """Waits for a forward and answers what is complete with it."""
-        outputs = forward.wait()
-        now = time.perf_counter()
-        # One that was launched while another ran has waited for that one.
-        self._batch_seconds = now - max(forward.began, self._completed)
-        self._completed = now
-        for pieces, tensors in outputs:
-            self.counters["forwards"] += 1
-            self.counters["rows"] += len(pieces)
-            self._scheduler.finish(pieces, tensors, self._batch_seconds)
-        self.counters["body_us"] += round(self._batch_seconds * 1e6)
-
-    def _finish(self, task: Task, outcome: torch.Tensor | Exception) -> None:
-        """Answers a task with its output or with the error that it is refused with."""
+        Args:
+            seconds: that the forward took by which it is complete; 0 if it needed none.
+        """
         with self._lock:
-            self.queued_bytes -= len(task.tensor)
+            self.queued_bytes -= len(request.tensor)
         if isinstance(outcome, Closed):
             return
         began = time.perf_counter()
-        reply: payloads.Payload
+        reply: payloads.AnyReply
         tensor: memoryview | bytes = b""
         try:
             if isinstance(outcome, Exception):
                 raise outcome
-            if isinstance(task.request, payloads.Step):
-                tensor = to_bytes(outcome)
-                reply = self._result(task, task.request, outcome, began)
-            elif isinstance(self._runner, DiffusionBody):
-                reply, tensor = self._runner.answer(task.session.rows, task.request, outcome)
-                if isinstance(reply, payloads.Denoised) and isinstance(task.request, payloads.Denoise):
-                    body_us, worker_us = self._account(task, task.request, began)
-                    reply = msgspec.structs.replace(reply, body_us=body_us, worker_us=worker_us)
-            else:
-                reply = payloads.Done()
-            task.session.commit()
+            reply, tensor = self._body.reply(request.session.state, request.payload, outcome)
+            reply = self._timed(request, reply, began, seconds)
+            request.session.state.commit()
         except SplitError as error:
             reply = self._refusal(error)
-            task.session.undo()
+            request.session.state.undo()
         except torch.AcceleratorError:
             # The GPU takes no more work from this process.
             raise
         except Exception as error:
             reply = self._refusal(error)
-        self._reply(task, reply, tensor)
-        if isinstance(reply, payloads.Result) and reply.tokens <= DECODE_TOKENS:
-            self._gathering.answered(task.session, time.perf_counter())
+        self._reply(request, reply, tensor)
+        if isinstance(reply, payloads.Result) and not request.prefill:
+            self._delay.answered(request.session, time.perf_counter())
         if isinstance(reply, payloads.Refusal) and reply.reason == "failed":
-            # Its rows may be half written: the device starts another session.
+            # What the session holds may be half written: the device starts another one.
             with self._lock:
-                self._sessions.close(task.session.id)
+                self._sessions.close(request.session.id)
             self.wake()
 
-    def _result(self, task: Task, step: payloads.Step, output: torch.Tensor, began: float) -> payloads.Result:
-        self.counters["tokens"] += step.tokens
-        return payloads.Result(
-            dtype_name(output.dtype), output.shape[0], output.shape[1], *self._account(task, step, began)
-        )
-
-    def _account(self, task: Task, step: payloads.Step | payloads.Denoise, began: float) -> tuple[int, int]:
-        """Counts a step that has run: microseconds in the body, and elsewhere in this process."""
-        task.session.forget(step.acked)
-        host = task.host_seconds + time.perf_counter() - began
-        body = min(self._batch_seconds, began - task.arrived)
+    def _timed(
+        self, request: PendingRequest, reply: payloads.AnyReply, began: float, seconds: float
+    ) -> payloads.AnyReply:
+        """Counts a step that has run, and notes in its reply how long that took."""
+        if not isinstance(request.payload, payloads.Step | payloads.Denoise):
+            return reply
+        assert isinstance(reply, payloads.Result | payloads.Denoised)
+        request.session.forget(request.payload.acked)
+        host = request.host_seconds + time.perf_counter() - began
+        body = min(seconds, began - request.arrived)
         self.counters["steps"] += 1
-        self.counters["queue_us"] += round((began - task.arrived - body) * 1e6)
-        return round(body * 1e6), round(host * 1e6)
+        self.counters["tokens"] += request.tokens
+        self.counters["queue_us"] += round((began - request.arrived - body) * 1e6)
+        return msgspec.structs.replace(reply, body_us=round(body * 1e6), worker_us=round(host * 1e6))
 
     def _refusal(self, error: Exception) -> payloads.Refusal:
         reason = "evicted" if isinstance(error, Evicted) else REASONS.get(type(error), "failed")
@@ -365,17 +385,28 @@ class ComputeLoop:
             message, retry_after = str(error), min(error.retry_after or 0.0, headers.MAX_RETRY_AFTER)
         return payloads.Refusal(reason, message[:2048], retry_after)  # type: ignore[arg-type]
 
-    def _make_room(self, job: Job) -> bool:
-        """Frees the memory of one session for a job that does not fit."""
-        asking = job.session
-        assert isinstance(asking, Session)
+    # --- memory --------------------------------------------------------------------------------------------
+
+    def _evict_for(self, asking: Session[Any]) -> bool:
+        """Frees the memory of one session for another one, if one may be evicted."""
         with self._lock:
             victim = self._sessions.victim(asking)
             if victim is None:
                 return False
             self._sessions.evict(victim)
         self.counters["evictions"] += 1
-        self._scheduler.cancel(victim, Evicted("the session's memory went to an older one"))
-        self._gathering.forget(victim)
-        victim.free()
+        self._drop(victim, Evicted("the session's memory went to an older one"))
         return True
+
+    def _free_closed(self) -> None:
+        with self._lock:
+            closed = [self._sessions.closed.popleft() for _ in range(len(self._sessions.closed))]
+        for session in closed:
+            self._drop(session, Closed())
+
+    def _drop(self, session: Session[Any], error: Exception) -> None:
+        """Answers all steps of a session with an error, and frees its memory."""
+        for step in self._scheduler.cancel(session):
+            self._answer(step.request, error)
+        self._delay.forget(session)
+        session.free()

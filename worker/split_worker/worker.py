@@ -12,6 +12,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 from split_common.handshake import WorkerHandshake
@@ -29,9 +30,8 @@ from split_common.errors import (
 from split_common.fleet import Fleet
 from split_common.keys import Certificate, Identity, ModelScope, Role
 from split_common.transport import Transport, new_peer_id
-from split_worker.body import Body
-from split_worker.compute import ComputeLoop, Task
-from split_worker.diffusion import ConditionStore, DiffusionBody
+from split_worker.bodies.base import AnyBody
+from split_worker.compute import ComputeLoop, PendingRequest
 from split_worker.sessions import Session, SessionTable
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Worker:
 
     def __init__(
         self,
-        body: Body | DiffusionBody,
+        body: AnyBody,
         service: headers.Service,
         model: str,
         identity: Identity,
@@ -129,15 +129,9 @@ class Worker:
         with self._lock:
             counters = Counter(self.counters)
             sessions, queued = len(self._sessions), self._compute.queued_bytes
-        store = self._body.store
-        memory: dict[str, float]
-        if isinstance(store, ConditionStore):
-            memory = {"held_bytes": store.used}
-        else:
-            memory = {"kv_tokens": store.capacity, "kv_tokens_used": store.capacity - store.free_tokens}
         return {
             "sessions": sessions,
-            **memory,
+            **self._body.memory(),
             "queued_bytes": queued,
             **{name: counters[name] for name in ("steps", "tokens", "forwards", "evictions")},
             "rows_per_forward": counters["rows"] / max(1, counters["forwards"]),
@@ -188,7 +182,7 @@ class Worker:
             self._sessions.free_idle()
             self._forget_channels()
             watching = list({peer for peer, _ in self._links})[: headers.MAX_WATCHED]
-            room = 0 if self._draining else self._sessions.room(self._body.store.free_tokens)
+            room = 0 if self._draining else self._sessions.room(self._free_tokens())
         return headers.Announce(
             self.id,
             "worker",
@@ -319,9 +313,9 @@ class Worker:
             elif header.seq < session.done:
                 self._refuse_unopened(link, header, "lost", "the worker does not hold this reply any more")
             return
-        self._compute.put(Task(session, header, request, tensor, began, time.perf_counter() - began))
+        self._compute.put(PendingRequest(session, header, request, tensor, began, time.perf_counter() - began))
 
-    def _open_session(self, link: Link, header: headers.Relay, request: payloads.AnyRequest) -> Session | None:
+    def _open_session(self, link: Link, header: headers.Relay, request: payloads.AnyRequest) -> Session[Any] | None:
         if header.session == 0 or header.epoch <= link.epochs.get(header.session, -1):
             return None
         if header.seq != 0:
@@ -333,13 +327,18 @@ class Worker:
         tokens = request.tokens if isinstance(request, payloads.Step) else 0
         id_ = (header.sender, header.channel, header.session, header.epoch)
         try:
-            session = self._sessions.open(id_, link.channel, tokens, self._body.store.free_tokens)
+            session = self._sessions.open(id_, link.channel, self._body.new_state(), self._free_tokens(tokens))
         except Busy:
             self._compute.wake()
             raise
         # Never again: a second session under these keys would repeat nonces.
         link.epochs[header.session] = header.epoch
         return session
+
+    def _free_tokens(self, reserved: int = 0) -> int | None:
+        """Tokens that there is KV memory for, beside reserved ones; None if sessions take none."""
+        store = self._body.store
+        return store.free_tokens - reserved if store is not None else None
 
     def _end_epochs(self, link: Link, header: headers.Relay) -> None:
         """Frees what a device's session had here in earlier epochs, whose requests are not taken any more."""
@@ -379,11 +378,11 @@ class Worker:
 
     # --- replies -------------------------------------------------------------------------------------------
 
-    def _answer(self, task: Task, reply: payloads.Payload, tensor: memoryview | bytes) -> None:
-        """Sends a task's reply and keeps it; on the compute loop's thread."""
-        frames = self._reply(task.session.keys, task.header, reply, tensor)
+    def _answer(self, request: PendingRequest, reply: payloads.Payload, tensor: memoryview | bytes) -> None:
+        """Sends the reply to a request, and keeps it. Called on the compute loop's thread."""
+        frames = self._reply(request.session.keys, request.header, reply, tensor)
         with self._lock:
-            self._sessions.answered(task.session, frames)
+            self._sessions.answered(request.session, frames)
 
     def _reply(
         self, keys: SessionKeys, request: headers.Relay, reply: payloads.Payload, tensor: memoryview | bytes = b""

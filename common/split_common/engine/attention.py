@@ -1,8 +1,8 @@
 """Attention of packed sequences over their pages: what transformers' layers call in place of their own.
 
-The function is registered with transformers' `AttentionInterface`; the batch in flight is found through a context
-variable, because some layers drop the keyword arguments that they are handed. How sequences are attended to is a
-backend's affair: `sdpa` runs everywhere and expresses everything, `flash` is for CUDA.
+The function is registered with transformers' `AttentionInterface`. It finds the batch in flight through a context
+variable, because some layers drop the keyword arguments that they are handed. A backend computes the attention:
+`sdpa` runs everywhere and expresses everything, `flash` is for half precision on CUDA.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ NAME = "lambda_split_packed"
 
 
 @dataclass(frozen=True)
-class Call:
-    """What a layer asks for, beside its tensors."""
+class AttentionCall:
+    """A layer's request for attention, without its tensors."""
 
     layer: int
     scale: float
@@ -35,17 +35,19 @@ class Call:
 
 @dataclass(frozen=True)
 class Span:
-    """The tokens `[begin, begin + count)` of the packed batch: the last ones of a sequence."""
+    """The tokens `[begin, begin + count)` of the packed batch, which are the last ones of a sequence."""
 
     sequence: PagedSequence
     begin: int
     count: int
 
 
-class Plan(Protocol):
-    """How one batch is attended to, worked out once for all layers."""
+class AttentionPlan(Protocol):
+    """How one batch is attended to; computed once for all layers."""
 
-    def attend(self, call: Call, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, call: AttentionCall, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
         """Attends each span to its own sequence.
 
         Args:
@@ -56,17 +58,20 @@ class Plan(Protocol):
             `[heads, tokens, value_width]`.
 
         Raises:
-            NotImplementedError: the backend cannot express the call.
+            NotImplementedError: the backend does not support the call.
         """
 
 
 class Backend(Protocol):
-    """Makes plans. Its pages have a size of its own."""
+    """Makes plans."""
 
     name: str
+    #: Tokens in a page of its pools.
     page_tokens: int
+    #: Whether decoding batches can be captured in CUDA graphs.
+    capturable: bool
 
-    def plan(self, pool: PagePool, spans: Sequence[Span], device: torch.device) -> Plan: ...
+    def plan(self, pool: PagePool, spans: Sequence[Span], device: torch.device) -> AttentionPlan: ...
 
 
 @dataclass
@@ -74,15 +79,15 @@ class PackedBatch:
     """A batch in flight: where its keys and values go, and how it is attended to."""
 
     pool: PagePool
-    #: Tokens of each sequence, in the order of the batch, and last those that only pad it.
+    #: Tokens of each sequence, in the order of the batch; the last count may be of padding.
     counts: Sequence[int]
     #: Slots of the sequences' new tokens in the pool, int64 `[tokens]`.
     slots: torch.Tensor
-    plan: Plan
+    plan: AttentionPlan
     _slots: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
     def slots_on(self, device: torch.device) -> torch.Tensor:
-        """The slots where a layer is: a body may be spread over several devices."""
+        """The slots on a layer's device: a body may be spread over several."""
         if device not in self._slots:
             self._slots[device] = self.slots.to(device)
         return self._slots[device]
@@ -90,8 +95,8 @@ class PackedBatch:
 
 current: ContextVar[PackedBatch] = ContextVar("packed batch")
 
-#: Where the probe at load collects the calls, and the names of further arguments that layers hand over.
-watching: ContextVar[list[tuple[Call, list[str]]] | None] = ContextVar("watched calls", default=None)
+#: The calls so far, each with the names of the further arguments that the layer passed; None unless it is probed.
+recording: ContextVar[list[tuple[AttentionCall, list[str]]] | None] = ContextVar("recorded calls", default=None)
 
 
 def packed_attention(
@@ -111,19 +116,19 @@ def packed_attention(
 
     Args:
         query: `[1, heads, tokens, key_width]`; key, value: `[1, key_heads, tokens, width]` of the new tokens. The
-            last ones, which have no slot, are padding.
-        sliding_window: tokens that each one attends to, itself included.
+            last tokens may be padding, which has no slot.
+        sliding_window: how many tokens each token attends to, itself included.
         softcap: attention logits are capped to ±softcap (Gemma 2 report, arXiv 2408.00118).
-        s_aux: a learned logit of each head that takes attention away (attention sinks, arXiv 2309.17453).
+        s_aux: learned logits `[heads]` that take part of the attention (attention sinks, arXiv 2309.17453).
 
     Returns:
         `[1, tokens, heads, value_width]`.
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    call = Call(int(module.layer_idx), scale, sliding_window, softcap, s_aux)  # type: ignore[arg-type]
-    watched = watching.get()
-    if watched is not None:
-        watched.append((call, [name for name, value in other.items() if value is not None]))
+    call = AttentionCall(int(module.layer_idx), scale, sliding_window, softcap, s_aux)  # type: ignore[arg-type]
+    recorded = recording.get()
+    if recorded is not None:
+        recorded.append((call, [name for name, value in other.items() if value is not None]))
     batch = current.get()
     keys, values = batch.pool.storage(call.layer, key, value)
     slots = batch.slots_on(keys.device)

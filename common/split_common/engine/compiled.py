@@ -1,7 +1,8 @@
-"""Layers compiled by torch.compile: what lies between two matrix products becomes one kernel.
+"""Layers compiled by torch.compile: the operations between two matrix products become one kernel.
 
-A decoding step on a GPU reads each weight once, which takes microseconds a product; normalization, rotation and
-activation, a dozen small kernels each, would take as long again. All layers of a kind share the compiled code.
+A decoding step on a GPU reads each weight once, which takes microseconds per product. Without compilation,
+normalization, rotation and activation, of a dozen small kernels each, take as long again. Layers of one class share
+the compiled code.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from transformers import AttentionInterface
 from split_common.compat.torch import compile_in_this_process
 from split_common.engine.attention import NAME, packed_attention
 
-#: Of one token: its product with a matrix becomes a kernel of its own, together with what is before and after it,
+#: Options of inductor for forwards of one token. Its product with a matrix is fused with the operations around it,
 #: and kernels are tuned on the device that they run on.
 ONE_TOKEN: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
 
 
 def compile_layers(layers: Sequence[nn.Module]) -> None:
-    """Has layers compiled when they are next called: once for one token, and once for any other number."""
+    """Compiles layers at their next calls: once for one token, and once for any other number of tokens."""
     compile_in_this_process()
-    # What finds its batch through a context variable is not looked into.
+    # It reads a context variable, which cannot be traced.
     AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))  # type: ignore[no-untyped-call]
     for layer in layers:
         layer.forward = _compiled(layer.forward)

@@ -1,8 +1,8 @@
 """Attention by FlashAttention over the pages themselves, for half precision on CUDA.
 
 `varlen_attn` (torch.nn.attention.varlen) reads keys and values through a block table: nothing is gathered or
-padded, and the plan is a few tensors, so that a decoding batch can be captured in a CUDA graph (`graphs`). The
-kernel of torch 2.11 takes no block table: it reads sequences whose pages follow one another, else a copy of them.
+padded, and the plan is a few tensors, so that a decoding batch can be captured in a CUDA graph (`graphs`). In torch
+2.11 the kernel takes no block table: sequences whose pages are contiguous are read in place, all others are copied.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from split_common.compat.torch import flash_attention_forward
-from split_common.engine.attention import Call, Span
+from split_common.engine.attention import AttentionCall, Span
 from split_common.engine.pool import PagePool
 
-#: FlashAttention 2 takes pages in multiples of 256 tokens.
+#: Tokens in a page: FlashAttention 2 takes multiples of 256.
 PAGE_TOKENS = 256
 
-#: Widest head that it takes.
+#: Widest head that it supports.
 MAX_WIDTH = 256
 
-#: Whether it takes a block table: from torch 2.12 on.
+#: Whether it takes a block table, as from torch 2.12 on.
 READS_PAGES = "block_table" in (varlen_attn.__kwdefaults__ or ())
 
-#: Those of a plan's members that are on a device.
-TABLES = ("ends", "table", "lengths", "begins")
+#: The tensors of a plan.
+TABLES = ("cu_seqlens_q", "block_table", "seqused_k", "cu_seqlens_k")
 
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a model on this device and in this dtype may use it at all."""
+    """Whether FlashAttention supports models on this device and in this dtype."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
@@ -42,81 +42,93 @@ class FlashAttention:
 
     name = "flash"
     page_tokens = PAGE_TOKENS
+    capturable = True
 
     def plan(self, pool: PagePool, spans: Sequence[Span], device: torch.device) -> FlashPlan:
         held = [span.sequence.pages for span in spans]
-        table, lengths, begins = make_tables(spans, len(spans), max(map(len, held)))
+        block_table, seqused_k, cu_seqlens_k = make_tables(spans, len(spans), max(map(len, held)))
         if not reads_in_place(spans):
-            # Each one's own pages, one sequence after the other.
-            table = torch.tensor([page for pages in held for page in pages], dtype=torch.int32)
-            begins = _from_zero(map(len, held)) * PAGE_TOKENS
-        ends = _from_zero(span.count for span in spans)
-        most_queries = max(span.count for span in spans)
-        return FlashPlan(ends, table, lengths, begins, most_queries, int(lengths.max())).on(device)
+            # The pages of all sequences, one sequence after the other.
+            block_table = torch.tensor([page for pages in held for page in pages], dtype=torch.int32)
+            cu_seqlens_k = _cumulated(map(len, held)) * PAGE_TOKENS
+        return FlashPlan(
+            cu_seqlens_q=_cumulated(span.count for span in spans),
+            cu_seqlens_k=cu_seqlens_k,
+            seqused_k=seqused_k,
+            block_table=block_table,
+            max_seqlen_q=max(span.count for span in spans),
+            max_seqlen_k=int(seqused_k.max()),
+        ).on(device)
 
 
 def reads_in_place(spans: Sequence[Span]) -> bool:
-    """Whether the kernel reads sequences from the pool, and not from a copy of their pages."""
+    """Whether the kernel reads sequences from the pool, not from a copy of their pages."""
     return READS_PAGES or all(span.sequence.contiguous for span in spans)
 
 
 def make_tables(
-    spans: Sequence[Span], rows: int, pages: int, blank: int = 0
+    spans: Sequence[Span], rows: int, pages: int, scratch: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The `table`, `lengths` and `begins` of a plan that reads in place, on the host.
+    """The `block_table`, `seqused_k` and `cu_seqlens_k` of a plan that reads in place, on the host.
 
-    Rows that are missing have a token in a blank page.
+    Args:
+        rows: of the tables; those beyond the spans are padding, of one token in the scratch page.
+        pages: columns of the block table.
+        scratch: fills the block table up.
     """
     missing = rows - len(spans)
     held = [span.sequence.pages for span in spans] + [[]] * missing
-    table = np.array([row + [blank] * (pages - len(row)) for row in held], dtype=np.int32)
-    lengths = np.array([span.sequence.length for span in spans] + [1] * missing, dtype=np.int32)
-    begins = np.append(table[:, 0] * PAGE_TOKENS, 0).astype(np.int32)
-    return torch.from_numpy(table), torch.from_numpy(lengths), torch.from_numpy(begins)
+    block_table = np.array([row + [scratch] * (pages - len(row)) for row in held], dtype=np.int32)
+    seqused_k = np.array([span.sequence.length for span in spans] + [1] * missing, dtype=np.int32)
+    cu_seqlens_k = np.append(block_table[:, 0] * PAGE_TOKENS, 0).astype(np.int32)
+    return torch.from_numpy(block_table), torch.from_numpy(seqused_k), torch.from_numpy(cu_seqlens_k)
 
 
-def _from_zero(counts: Iterable[int]) -> torch.Tensor:
-    """Running sums, from 0 on."""
+def _cumulated(counts: Iterable[int]) -> torch.Tensor:
+    """Running sums from 0 on, int32."""
     return torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FlashPlan:
-    """A batch of `n` spans.
+    """A batch of `n` spans, in FlashAttention's own terms.
 
     Args:
-        ends: where each span begins in the batch, and the last one ends, int32 `[n + 1]`.
-        table: each sequence's pages, int32 `[n, pages]`; what lies beyond its length is not read. If they are to be
-            copied: all of them, int32 `[pages]`.
-        lengths: of the sequences in tokens, int32 `[n]`.
-        begins: the token at which each sequence begins in the pool, or in a copy of its pages, int32 `[n + 1]`; the
-            last one is not read.
-        most_queries, most_keys: of any span.
+        cu_seqlens_q: where each span begins in the batch, and the last one ends, int32 `[n + 1]`.
+        cu_seqlens_k: the token at which each sequence begins in the pool, or in a copy of its pages, int32
+            `[n + 1]`. The last one is not read; the sequences end where `seqused_k` says.
+        seqused_k: lengths of the sequences in tokens, int32 `[n]`.
+        block_table: each sequence's pages, int32 `[n, pages]`; entries beyond its length are not read. If the pages
+            are to be copied, those of all sequences, int32 `[pages]`.
+        max_seqlen_q: most tokens in a span.
+        max_seqlen_k: most tokens in a sequence.
     """
 
-    ends: torch.Tensor
-    table: torch.Tensor
-    lengths: torch.Tensor
-    begins: torch.Tensor
-    most_queries: int
-    most_keys: int
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    seqused_k: torch.Tensor
+    block_table: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
 
-    def attend(self, call: Call, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, call: AttentionCall, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
         if call.softcap is not None or call.sinks is not None:
-            raise NotImplementedError("FlashAttention here caps no logits and has no sinks")
+            raise NotImplementedError("FlashAttention is used here without a cap on logits and without sinks")
         if keys.shape[-1] != values.shape[-1] or keys.shape[-1] > MAX_WIDTH:
-            raise NotImplementedError(f"FlashAttention takes keys as wide as values, at most {MAX_WIDTH}")
+            raise NotImplementedError(f"FlashAttention needs keys as wide as values, at most {MAX_WIDTH}")
         keys, values = (stored.view(-1, PAGE_TOKENS, *stored.shape[1:]) for stored in (keys, values))
-        # A last token sees all before it without being told; told so, the kernel would not divide long sequences.
-        alone = self.most_queries == 1 and call.window is None
+        # One query at the end sees all keys anyway. Without a causal mask the kernel can split long sequences.
+        alone = self.max_seqlen_q == 1 and call.window is None
         window = (-1, -1) if alone else (-1 if call.window is None else call.window - 1, 0)
         here = self.on(query.device)
         attend = here._attend_pages if READS_PAGES else here._attend_sequences
         return attend(query.transpose(0, 1), keys, values, call.scale, window).transpose(0, 1)
 
     def on(self, device: torch.device) -> FlashPlan:
-        """The plan where a layer is: a body may be spread over several devices."""
-        if device == self.table.device:
+        """The plan on a layer's device: a body may be spread over several."""
+        if device == self.block_table.device:
             return self
         tables = {name: getattr(self, name).to(device, non_blocking=True) for name in TABLES}
         return replace(self, **tables)
@@ -128,15 +140,15 @@ class FlashPlan:
             query,
             keys,
             values,
-            self.ends,
+            self.cu_seqlens_q,
             None,
-            self.most_queries,
-            self.most_keys,
+            self.max_seqlen_q,
+            self.max_seqlen_k,
             scale=scale,
             window_size=window,
             enable_gqa=query.shape[1] != keys.shape[2],
-            seqused_k=self.lengths,
-            block_table=self.table,
+            seqused_k=self.seqused_k,
+            block_table=self.block_table,
         )
         assert isinstance(output, torch.Tensor)
         return output
@@ -144,23 +156,23 @@ class FlashPlan:
     def _attend_sequences(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: tuple[int, int]
     ) -> torch.Tensor:
-        if self.table.ndim == 1:
-            keys, values = keys[self.table], values[self.table]
+        if self.block_table.ndim == 1:
+            keys, values = keys[self.block_table], values[self.block_table]
         output, *_ = flash_attention_forward(
             query,
             keys.view(-1, *keys.shape[-2:]),
             values.view(-1, *values.shape[-2:]),
-            self.ends,
-            self.begins,
-            self.most_queries,
-            self.most_keys,
+            self.cu_seqlens_q,
+            self.cu_seqlens_k,
+            self.max_seqlen_q,
+            self.max_seqlen_k,
             0.0,
             window == (-1, 0),
             False,
             scale=scale,
             window_size_left=window[0],
             window_size_right=window[1],
-            seqused_k=self.lengths,
+            seqused_k=self.seqused_k,
         )
         assert isinstance(output, torch.Tensor)
         return output

@@ -1,8 +1,8 @@
 """Decoding batches as CUDA graphs: hundreds of kernels, launched at once.
 
 A graph has fixed addresses and shapes, so there is one for each size of a batch and of its longest sequence, both
-rounded up to a power of two, captured when it is first needed. What a batch lacks is filled up with rows that write
-into a page of nobody's.
+rounded up to a power of two, captured when it is first needed. Missing rows are padding; they write to a reserved
+scratch page that no sequence owns.
 """
 
 from __future__ import annotations
@@ -24,45 +24,45 @@ from split_common.engine.pool import PagePool
 
 log = logging.getLogger(__name__)
 
-#: Largest batch that is captured.
+#: Sequences in the largest batch that is captured.
 MAX_ROWS = 256
 
-#: Bytes that the tensors of a buffer begin at multiples of.
-ALIGNED = 16
+#: Alignment of the tensors in a buffer, in bytes.
+ALIGNMENT = 16
 
 #: Runs the layers over states `[tokens, width]`, positions `[1, tokens]` and a batch.
-Forward = Callable[[torch.Tensor, torch.Tensor, PackedBatch], torch.Tensor]
+RunLayers = Callable[[torch.Tensor, torch.Tensor, PackedBatch], torch.Tensor]
 
-#: Makes something that can be repeated of a computation over fixed tensors.
+#: Captures a computation over fixed tensors; what it returns repeats the computation.
 Capture = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 
 
 @functools.cache
-def _beside() -> Any:
-    """A stream. There is one: libraries keep memory for each that they have seen."""
+def _capture_stream() -> Any:
+    """The stream of warm-up runs, shared by all graphs: cuBLAS and others keep a workspace per stream."""
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 def new_capture() -> Capture:
     """Captures computations in CUDA graphs that share memory, since they run one after the other.
 
-    What a replay returns is overwritten by that of any other of them. A new one is needed after a failure, and
-    when none of its graphs is left: torch has taken their memory back by then.
+    The output of a replay is overwritten by the next replay of any of them. A new capture is needed after a
+    failure, and when none of its graphs is left, because torch has taken back their memory by then.
     """
     memory = torch.cuda.graph_pool_handle()
 
     def capture(compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        current, beside = torch.cuda.current_stream(), _beside()
-        beside.wait_stream(current)
+        current, warm_up = torch.cuda.current_stream(), _capture_stream()
+        warm_up.wait_stream(current)
         try:
-            with torch.cuda.stream(beside):
-                # Libraries set themselves up when they are first used, which cannot be captured.
+            with torch.cuda.stream(warm_up):
+                # Libraries initialize themselves on first use, which cannot be captured.
                 compute()
         finally:
-            # What it reads may be freed now.
-            current.wait_stream(beside)
+            # What it reads may be freed only after it.
+            current.wait_stream(warm_up)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use CUDA meanwhile. The stream is set back here too: torch does not if a capture fails.
+        # Other threads may use CUDA meanwhile. If a capture fails, only the outer context restores the stream.
         with (
             torch.cuda.stream(current),
             torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"),
@@ -79,23 +79,25 @@ def new_capture() -> Capture:
 
 
 class Inputs:
-    """All that a graph reads, in one buffer on the host and one on the device: one copy brings it there.
+    """All that a graph reads, in a buffer on the host and one on the device, so that one copy transfers it.
 
     Args:
-        rows, pages: of the batch, and of the longest sequence in it.
+        rows: sequences in the batch.
+        pages: of the longest sequence in it.
         width, dtype: of the hidden states.
+        device: where the graph reads.
     """
 
     def __init__(self, rows: int, pages: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         shapes = {
             "slots": ((rows,), torch.long),
             "positions": ((1, rows), torch.long),
-            "table": ((rows, pages), torch.int32),
-            "lengths": ((rows,), torch.int32),
-            "begins": ((rows + 1,), torch.int32),
+            "block_table": ((rows, pages), torch.int32),
+            "seqused_k": ((rows,), torch.int32),
+            "cu_seqlens_k": ((rows + 1,), torch.int32),
             "states": ((rows, width), dtype),
         }
-        sizes = [-(-math.prod(shape) * kind.itemsize // ALIGNED) * ALIGNED for shape, kind in shapes.values()]
+        sizes = [-(-math.prod(shape) * kind.itemsize // ALIGNMENT) * ALIGNMENT for shape, kind in shapes.values()]
         self._host = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._device = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
         self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -109,11 +111,11 @@ class Inputs:
                 }
             )
 
-        #: Tensors by name: those that are written, on the host, and those that the graph reads.
+        #: Tensors by name: `written` are on the host, `read` are on the device.
         self.written, self.read = views(self._host), views(self._device)
 
     def writable(self) -> SimpleNamespace:
-        """Those on the host, once they are on the device as they were."""
+        """The tensors on the host, once their last copy to the device is done."""
         if self._copied is not None:
             self._copied.synchronize()
         return self.written
@@ -128,32 +130,39 @@ class DecodeGraph:
     """One graph, and what it reads.
 
     Args:
-        blank: a page whose contents nobody reads.
-        rows, pages: of the batch, and of the longest sequence in it.
+        scratch: a page that no sequence owns.
+        rows: sequences in the batch.
+        pages: of the longest sequence in it.
     """
 
     def __init__(
         self,
-        forward: Forward,
+        run_layers: RunLayers,
         pool: PagePool,
         width: int,
         dtype: torch.dtype,
         capture: Capture,
-        blank: int,
+        scratch: int,
         rows: int,
         pages: int,
     ) -> None:
         device = next(iter(pool.layers.values()))[0].device
-        self._blank = blank
+        self._scratch = scratch
         self._page_tokens = pool.page_tokens
         self._inputs = Inputs(rows, pages, width, dtype, device)
         self._write([], torch.empty(0, width), torch.empty(1, 0), torch.empty(0))
-        ends = torch.arange(rows + 1, dtype=torch.int32, device=device)
         read = self._inputs.read
-        #: The graph reads what it holds.
-        self._plan = FlashPlan(ends, read.table, read.lengths, read.begins, 1, pages * pool.page_tokens)
+        # Kept because the graph reads its tensors.
+        self._plan = FlashPlan(
+            cu_seqlens_q=torch.arange(rows + 1, dtype=torch.int32, device=device),
+            cu_seqlens_k=read.cu_seqlens_k,
+            seqused_k=read.seqused_k,
+            block_table=read.block_table,
+            max_seqlen_q=1,
+            max_seqlen_k=pages * pool.page_tokens,
+        )
         batch = PackedBatch(pool, [1] * rows, read.slots, self._plan)
-        self._replay = capture(lambda: forward(read.states, read.positions, batch))
+        self._replay = capture(lambda: run_layers(read.states, read.positions, batch))
 
     def run(
         self, spans: Sequence[Span], states: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
@@ -168,51 +177,55 @@ class DecodeGraph:
         inputs = self._inputs.writable()
         inputs.states[:count] = states
         inputs.positions[:, :count] = positions
-        inputs.slots.fill_(self._blank * self._page_tokens)[:count] = slots
-        rows, pages = inputs.table.shape
-        for target, table in zip(
-            (inputs.table, inputs.lengths, inputs.begins), make_tables(spans, rows, pages, self._blank), strict=True
-        ):
+        inputs.slots.fill_(self._scratch * self._page_tokens)[:count] = slots
+        rows, pages = inputs.block_table.shape
+        targets = inputs.block_table, inputs.seqused_k, inputs.cu_seqlens_k
+        for target, table in zip(targets, make_tables(spans, rows, pages, self._scratch), strict=True):
             target.copy_(table)
         self._inputs.copy()
 
 
 class DecodeGraphs:
-    """The graphs of one model over one pool, of which they take a page.
+    """The graphs of one model over one pool, in which they reserve a scratch page.
 
     Args:
-        forward: runs the layers.
+        run_layers: runs the layers.
         pool: the keys and values.
         width, dtype: of the hidden states.
-        new_capture: makes what captures graphs that share memory.
+        new_capture: makes a `Capture` whose graphs share memory.
     """
 
     def __init__(
         self,
-        forward: Forward,
+        run_layers: RunLayers,
         pool: PagePool,
         width: int,
         dtype: torch.dtype,
         new_capture: Callable[[], Capture],
     ) -> None:
-        self._make = partial(DecodeGraph, forward, pool, width, dtype, blank=pool.reserve())
+        self._make = partial(DecodeGraph, run_layers, pool, width, dtype, scratch=pool.reserve())
         self._new_capture = new_capture
         self._capture = new_capture()
-        #: By the sizes of the batch and of its longest sequence; None where it could not be captured.
+        #: Graphs by rows and pages; None where it could not be captured.
         self._graphs: dict[tuple[int, int], DecodeGraph | None] = {}
 
     def run(
         self, spans: Sequence[Span], states: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor | None:
-        """The layers' output `[rows, width]`, to be copied before the next call; None if no graph does it.
+        """Runs a batch as a graph, which is captured if need be.
 
         Args:
             spans: the batch, each of one token.
-            states: `[rows, width]`; positions: `[1, rows]`; slots: `[rows]`; all on the host.
+            states: `[rows, width]`, on the host like all others.
+            positions: int64 `[1, rows]`.
+            slots: int64 `[rows]`.
+
+        Returns:
+            The layers' output `[rows, width]`, to be copied before the next call; None if there is no graph.
         """
         if len(spans) > MAX_ROWS or not flash.reads_in_place(spans):
             return None
-        key = _power(len(spans)), _power(max(len(span.sequence.pages) for span in spans))
+        key = _next_power(len(spans)), _next_power(max(len(span.sequence.pages) for span in spans))
         if key not in self._graphs:
             self._graphs[key] = self._captured(*key)
         graph = self._graphs[key]
@@ -226,11 +239,11 @@ class DecodeGraphs:
             log.warning("batches of %d rows and %d pages run without a CUDA graph: %s", rows, pages, reason)
             if isinstance(error, torch.OutOfMemoryError):
                 self._graphs.clear()
-            # Those to come share no memory with what failed.
+            # Later graphs must not share memory with the one that failed.
             self._capture = self._new_capture()
             return None
 
 
-def _power(number: int) -> int:
-    """The next power of two."""
+def _next_power(number: int) -> int:
+    """The smallest power of two that is not below a number."""
     return 1 << (number - 1).bit_length()

@@ -1,10 +1,10 @@
 """Linear layers whose weights are laid out for this CPU.
 
-A step of a few rows is bound by reading the weights, yet MKL's product of two rows takes twice as long as that of
-one. oneDNN's, over weights in its own blocked layout, takes hardly longer for sixteen than for one.
+A step of a few rows is bound by reading the weights, yet MKL takes twice as long for two rows as for one. oneDNN
+takes hardly longer for sixteen rows than for one, if weights are in its own blocked layout.
 
-oneDNN compiles a kernel for each number of rows that it meets, which takes a millisecond and keeps half a MiB: a
-forward's rows are padded, so that there are few such numbers.
+oneDNN compiles a kernel for each number of rows, which takes a millisecond and half a MiB. Rows are padded, so that
+there are few such numbers.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from split_common.compat.torch import reorder_linear_weight, reordered_linear
 
 log = logging.getLogger(__name__)
 
-#: Rows that the layout is chosen for: it serves one row as well as hundreds.
+#: Rows that the layout is chosen for; it suits one row as well as hundreds.
 LAYOUT_ROWS = 64
 
-#: Rows come in multiples of this at least: oneDNN is faster for four than for one.
+#: Smallest number of rows, and smallest step between two: oneDNN is faster for four rows than for one.
 LEAST_ROWS = 4
 
-#: Largest error that the check of a layer accepts, relative to its largest output.
+#: Largest error of a layer that is accepted, relative to its largest output.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
-#: Share of free memory that the weights, which are copied, may take.
+#: Share of the free memory that the copied weights may take.
 MEMORY_SHARE = 0.6
 
 
@@ -36,7 +36,7 @@ class PackedLinear(nn.Module):
     """Computes what an `nn.Linear` does, from a copy of its weight in oneDNN's layout.
 
     Raises:
-        RuntimeError: this build of torch, or this CPU, cannot.
+        RuntimeError: this build of torch, or this CPU, does not support it.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -47,7 +47,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight `[out, in]` in its ordinary layout, made anew each time."""
+        """A copy of the weight `[out, in]` in its ordinary layout."""
         weight: torch.Tensor = self._packed.to_dense()
         return weight
 
@@ -56,16 +56,16 @@ class PackedLinear(nn.Module):
 
 
 def padded_rows(rows: int) -> int:
-    """How many rows to compute for `rows`: a quarter more at most, beyond the first few."""
+    """How many rows to compute for `rows`: at most a quarter more, except for the first few."""
     step = max(LEAST_ROWS, 1 << max(0, (rows - 1).bit_length() - 3))
     return -(-rows // step) * step
 
 
 @torch.inference_mode()
 def pack_linears(model: nn.Module) -> None:
-    """Replaces the linear layers of a model on the CPU, where that gives the same output and memory allows it.
+    """Replaces the linear layers of a model on the CPU, if their output stays the same and memory suffices.
 
-    Parameters stop being mapped from the checkpoint's file.
+    All parameters are then copies, no longer mapped from the checkpoint's file.
     """
     linears = {module for module in model.modules() if type(module) is nn.Linear and not module.weight.is_meta}
     needed = sum(linear.weight.nbytes for linear in linears)

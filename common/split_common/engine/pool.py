@@ -1,36 +1,32 @@
 """The KV pool: pages of tokens, allocated once, counted by reference, copied on write.
 
-A sequence's pages follow one another in memory whenever the neighbouring page is free, so that its keys and values
-are one slice and attention needs no copy of them; new sequences start in the middle of the largest gap for that
-reason. Where pages are scattered, they are gathered.
+A sequence takes the page after its last one if that is free. While its pages are contiguous, its keys and values
+are one slice, and attention reads them without a copy. A new sequence starts in the middle of the largest gap, so
+that it and its neighbours can grow.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import cast
 
 import numpy as np
 import torch
 
-from split_common.engine.rows import Row
-
-#: Tokens of a page, unless the attention that reads it wants others.
+#: Tokens in a page, unless the attention backend needs another size.
 PAGE_TOKENS = 16
 
-
-#: Pages in a row that are free where a new sequence begins, if possible.
-ROOM = 64
+#: Free pages in a row that the place of a new sequence should have.
+GAP_PAGES = 64
 
 
 class OutOfPages(Exception):
-    """The pool has no page left; nothing was changed."""
+    """The pool has too few free pages; nothing was changed."""
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Shape of one layer's keys and values for a token."""
+    """Shape of one layer's keys and values for one token, and the device that they are on."""
 
     heads: int
     key_width: int
@@ -44,12 +40,12 @@ class LayerShape:
 
 @dataclass(eq=False)
 class PagedSequence:
-    """One row of a session: the pages that hold its tokens."""
+    """A sequence whose tokens are in pages of a pool (a `KVSequence`)."""
 
     pool: PagePool
     pages: list[int] = field(default_factory=list)
     length: int = 0
-    #: Whether its pages follow one another in memory.
+    #: Whether its pages follow one another in the pool.
     contiguous: bool = True
 
     def truncate(self, tokens: int) -> None:
@@ -61,29 +57,29 @@ class PagedSequence:
         self.contiguous = self.contiguous or _follow(self.pages)
 
     def fork(self) -> PagedSequence:
-        """A sequence with the same tokens; pages are shared until one of the two writes to them."""
+        """Returns a sequence with the same tokens; the two share pages until one writes to them."""
         self.pool.share(self.pages)
         return PagedSequence(self.pool, list(self.pages), self.length, self.contiguous)
 
     def free(self) -> None:
-        """Gives all pages back."""
+        """Returns all pages to the pool."""
         self.truncate(0)
 
-    def pages_to_append(self, tokens: int) -> int:
-        """Pages that appending `tokens` tokens would take from the pool."""
+    def cost(self, tokens: int) -> int:
+        """Pages that appending `tokens` tokens takes from the pool."""
         more = -(-(self.length + tokens) // self.pool.page_tokens) - len(self.pages)
         return more + (tokens > 0 and self._shares_last_page())
 
     def append(self, tokens: int) -> np.ndarray:
-        """Makes room for `tokens` more tokens.
+        """Takes pages for `tokens` more tokens.
 
         Returns:
             Their slots in the pool, int64 `[tokens]`.
 
         Raises:
-            OutOfPages: the pool is full; the sequence is as it was.
+            OutOfPages: the pool has too few free pages; the sequence is unchanged.
         """
-        if self.pages_to_append(tokens) > self.pool.free:
+        if self.cost(tokens) > self.pool.free:
             raise OutOfPages
         if tokens and self._shares_last_page():
             shared = self.pages[-1]
@@ -98,7 +94,7 @@ class PagedSequence:
         return self.slots(begin)
 
     def slots(self, begin: int = 0) -> np.ndarray:
-        """Slots of the tokens from `begin` on, int64."""
+        """Slots of the tokens from `begin` on, int64 `[length - begin]`."""
         if begin == self.length - 1:
             size = self.pool.page_tokens
             return np.array([self.pages[begin // size] * size + begin % size])
@@ -113,19 +109,19 @@ class PagedSequence:
 
 
 class PagePool:
-    """Keys and values of all sequences of one range of layers.
+    """Keys and values of all sequences of one range of layers (a `KVStore`).
 
     Args:
-        shapes: of each layer, by layer index.
+        shapes: shape of each layer's keys and values, by layer index.
         pages: how many pages to allocate.
         dtype: of keys and values.
-        page_tokens: tokens of a page.
+        page_tokens: tokens in a page.
     """
 
     def __init__(
         self, shapes: dict[int, LayerShape], pages: int, dtype: torch.dtype, page_tokens: int | None = None
     ) -> None:
-        #: Tokens of a page.
+        #: Tokens in a page.
         self.page_tokens = page_tokens or PAGE_TOKENS
         tokens = pages * self.page_tokens
         #: Keys `[tokens, heads, key_width]` and values `[tokens, heads, value_width]` of each layer.
@@ -137,46 +133,43 @@ class PagePool:
             for index, shape in shapes.items()
         }
         self.pages = pages
-        #: Pages that are free.
+        #: Number of free pages.
         self.free = pages
         self._reserved = 0
-        # Memory that was never written to costs nothing: pages are taken from the first so many while that does.
-        self._span = min(ROOM, pages)
+        # Only the first pages, as many as this, are used, until they are too few: memory that was never written to
+        # costs nothing.
+        self._span = min(GAP_PAGES, pages)
         self._references = np.zeros(pages, dtype=np.int32)
 
     def storage(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer, for these new ones `[1, heads, tokens, width]`."""
+        """A layer's keys and values `[slots, heads, width]`, given new ones `[1, heads, tokens, width]`."""
         return self.layers[layer]
 
     @staticmethod
     def bytes_per_token(shapes: dict[int, LayerShape], dtype: torch.dtype) -> int:
-        """What a token costs, over all layers."""
+        """Bytes that a token takes in all layers."""
         return sum(shape.elements for shape in shapes.values()) * dtype.itemsize
 
     @property
     def capacity(self) -> int:
-        """Tokens that the pool holds."""
+        """Tokens that fit into the pool."""
         return (self.pages - self._reserved) * self.page_tokens
 
     @property
     def free_tokens(self) -> int:
-        """Tokens that the free pages hold."""
+        """Tokens that fit into the free pages."""
         return self.free * self.page_tokens
 
     def reserve(self) -> int:
-        """A page that no sequence will ever have. Raises OutOfPages."""
+        """Takes a page that no sequence will ever own. Raises OutOfPages where none is free."""
         self._reserved += 1
         return self.take(None)
 
-    def new_row(self) -> PagedSequence:
+    def new_sequence(self) -> PagedSequence:
         return PagedSequence(self)
 
-    def cost(self, row: Row, tokens: int) -> int:
-        """Pages that appending `tokens` tokens to a row takes."""
-        return cast(PagedSequence, row).pages_to_append(tokens)
-
     def take(self, after: int | None) -> int:
-        """A free page: the one that follows `after` if it is free."""
+        """Takes a free page: the one after `after` if that is free. Raises OutOfPages where none is free."""
         if after is not None and after + 1 < self.pages and not self._references[after + 1]:
             page = after + 1
         else:
@@ -186,7 +179,7 @@ class PagePool:
         return page
 
     def copy(self, page: int, tokens: int, after: int | None) -> int:
-        """A page of one's own with the first `tokens` tokens of another."""
+        """Copies the first `tokens` tokens of a shared page to a new page, near `after` (copy on write)."""
         twin = self.take(after)
         source, target = page * self.page_tokens, twin * self.page_tokens
         for keys, values in self.layers.values():
@@ -205,18 +198,18 @@ class PagePool:
         return bool(self._references[page] > 1)
 
     def _middle_of_largest_gap(self) -> int:
-        """Of the part of the pool in use, which is made larger when no gap in it leaves a sequence room to grow."""
+        """A page in the used part of the pool, which grows while none of its gaps has `GAP_PAGES` free pages."""
         while True:
             used = np.flatnonzero(self._references[: self._span])
             edges = np.concatenate(([-1], used, [self._span]))
             gaps = np.diff(edges) - 1
             largest = int(gaps.argmax())
-            if gaps[largest] >= ROOM or self._span == self.pages:
+            if gaps[largest] >= GAP_PAGES or self._span == self.pages:
                 break
             self._span = min(2 * self._span, self.pages)
         if gaps[largest] < 1:
             raise OutOfPages
-        # A gap that begins the pool is taken from its start: nothing grows into it.
+        # No sequence grows into a gap at the start of the pool, so it is used from its start.
         first = int(edges[largest]) + 1
         return first if largest == 0 else first + int(gaps[largest]) // 2
 
@@ -226,7 +219,7 @@ def _follow(pages: list[int]) -> bool:
 
 
 class ProbePool(PagePool):
-    """A small pool that finds out the layers' shapes from the first keys and values that it is handed."""
+    """A small pool that learns each layer's shape from the first keys and values that it is given."""
 
     def __init__(self, pages: int, page_tokens: int) -> None:
         super().__init__({}, pages, torch.float32, page_tokens)
@@ -235,6 +228,6 @@ class ProbePool(PagePool):
     def storage(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if layer not in self.shapes:
             self.shapes[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1], key.device)
-            room = (self.capacity, key.shape[1])
-            self.layers[layer] = key.new_zeros(*room, key.shape[-1]), value.new_zeros(*room, value.shape[-1])
+            size = (self.capacity, key.shape[1])
+            self.layers[layer] = key.new_zeros(*size, key.shape[-1]), value.new_zeros(*size, value.shape[-1])
         return self.layers[layer]

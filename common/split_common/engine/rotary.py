@@ -1,7 +1,7 @@
-"""Rotary embeddings that depend on a sequence's length, computed for each sequence by itself.
+"""Rotary embeddings that depend on a sequence's length, computed for each sequence separately.
 
-Dynamic-NTK and LongRoPE scaling look at the largest position of the whole batch: packed with a longer neighbour, a
-sequence would be rotated otherwise than alone.
+Dynamic-NTK and LongRoPE scaling choose frequencies by the largest position of the whole batch. Packed with a longer
+sequence, a shorter one would be rotated differently than alone.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class PerSequenceRotary(nn.Module):
         counts = list(batch.counts) if batch is not None else [position_ids.shape[1]]
         parts = []
         for positions in torch.split(position_ids, counts, dim=1):
-            self._start_afresh()
+            self._reset()
             parts.append(self.rotary(x, positions, *args, **kwargs))
         return tuple(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
 
-    def _start_afresh(self) -> None:
-        """Forgets the longest sequence seen, as a model that was just loaded."""
+    def _reset(self) -> None:
+        """Forgets the longest sequence so far, like a model that was just loaded."""
         rotary: Any = self.rotary
         for name, original in list(vars(rotary).items()) + list(rotary.named_buffers()):
             if name.endswith("original_inv_freq"):

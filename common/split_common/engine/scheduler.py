@@ -1,91 +1,103 @@
 """The scheduler: which tokens go into the next forward.
 
-Every decoding row that is ready goes into it. What is left of the budget goes to prefills, in chunks, so that
-decoding rows wait no longer than one chunk; devices take turns. Where forwards are slow, the prefill of a device
-that has nothing else under way goes first.
+Every decoding step that is ready goes into it. The rest of the budget goes to prefills, in chunks, so that decoding
+waits for one chunk at most; devices take turns. Where forwards are slow, prefill of a device that is not decoding
+goes first.
+
+A step passes through it like this; the caller acts on what each call returns:
+
+    add -> (the session's earlier steps end) -> start -> next_batch -> finish, until it is complete -> end
 """
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 
-from split_common.engine.rows import Run, Store
-from split_common.errors import Busy
+from split_common.engine.sequences import KVStore, Run
 
-#: A step of at most this many tokens is decoding (speculative decoding verifies several at once).
+#: Tokens of a decoding step, at most: speculative decoding verifies several at once. A longer step is prefill.
 DECODE_TOKENS = 16
 
-#: Most rows in one forward.
+#: Runs in one forward, at most.
 MAX_ROWS = 256
 
 #: Tokens of prefill in one forward, at least and at most.
 MIN_CHUNK = 16
 MAX_CHUNK = 512
 
-#: While anybody decodes, prefill may lengthen a forward by this share of a forward without it.
+#: How much prefill may lengthen a forward while there is decoding, as a share of a forward without prefill.
 SLACK = 1.0
 
-#: Seconds after its last step during which a session is held to be decoding.
+#: How long a session counts as decoding after its last step, in seconds.
 DECODING_FOR = 1.0
 
-#: Seconds of a forward above which prefill does not wait for rows that are away, and a newcomer's goes before those
-#: that are there: somebody waits for a first token, and on such hardware both together take as long as one by one.
+#: Seconds. Where forwards take longer, prefill does not wait for sessions that are due back, and prefill of devices
+#: that are not decoding goes before all else. It brings a first token, and on such hardware two forwards take no
+#: longer than one of both.
 SLOW_FORWARD = 0.05
 
-#: A forward waits for decoding sessions that are expected within so many times what a forward takes, and as long
-#: beyond the time when they are expected.
-SOON = 1.0
+#: How far ahead a forward waits for sessions that are due back, and how late they may be, in forwards.
+WAIT_AHEAD = 1.0
 
-#: The most that it waits for a session since that was answered, in the same unit.
-GATHER_SHARE = 5.0
+#: How long after its answer a session is waited for at most, in forwards.
+MAX_WAIT = 5.0
+
+R = TypeVar("R", bound=Run)
+Request = TypeVar("Request")
+
+
+def is_prefill(tokens: int) -> bool:
+    """Whether a step of so many tokens is prefill, not decoding."""
+    return tokens > DECODE_TOKENS
 
 
 @dataclass(eq=False)
-class Job:
+class ScheduledStep(Generic[Request, R]):
     """A step of a session.
 
-    `start` is called when the session's earlier steps are done; it makes the rows ready and returns the runs, or
-    raises what the step is refused with. `finish` is called once, with the output `[tokens, width]` or that error.
+    Args:
+        session: its steps run one after the other.
+        device: whose session it is; devices take turns.
+        prefill: whether it may wait, and go in chunks. Every other step goes whole into the next forward.
+        request: the caller's own; the scheduler only hands it back.
     """
 
     session: Hashable
     device: Hashable
-    tokens: int
-    start: Callable[[], Sequence[Run]]
-    finish: Callable[[torch.Tensor | Exception], None]
-    arrived: float = field(default_factory=time.perf_counter)
-    runs: Sequence[Run] = ()
+    prefill: bool
+    request: Request
+    #: What is to be computed, once it has started.
+    runs: Sequence[R] = ()
     #: Whether a forward with a part of it is under way: there is one at a time.
     in_flight: bool = False
+    #: How much of each run is done, in its `cost`.
     done: list[int] = field(default_factory=list)
     outputs: list[list[torch.Tensor]] = field(default_factory=list)
 
     @property
-    def decodes(self) -> bool:
-        return self.tokens <= DECODE_TOKENS
-
-    @property
     def complete(self) -> bool:
-        return all(done == len(run.positions) for done, run in zip(self.done, self.runs, strict=True))
+        return all(done == run.cost for done, run in zip(self.done, self.runs, strict=True))
 
-    def result(self) -> torch.Tensor:
+    def output(self) -> torch.Tensor:
+        """Of all runs, one after the other: `[tokens, width]` for tokens; empty if there are no runs."""
         outputs = [part for parts in self.outputs for part in parts]
         # Most have one part, which may be large: it is not copied.
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0] if outputs else torch.empty(0, 0)
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of one of a job's runs, to go into the next forward."""
+class ScheduledChunk(Generic[Request, R]):
+    """A part of a step's run number `index`, or all of it, to go into the next forward."""
 
-    job: Job
+    step: ScheduledStep[Request, R]
     index: int
-    run: Run
+    run: R
 
 
 class ChunkBudget:
@@ -99,7 +111,7 @@ class ChunkBudget:
         self._decoded_at = float("-inf")
 
     def observe(self, decoding: int, prefill: int, seconds: float) -> None:
-        """A forward with this many decoding rows and tokens of prefill took so long."""
+        """Learns from a forward with this many decoding runs and tokens of prefill."""
         if decoding:
             self._decoded_at = time.monotonic()
         if not prefill:
@@ -121,22 +133,22 @@ def _average(old: float, new: float) -> float:
     return new if not old else 0.8 * old + 0.2 * new
 
 
-class Gathering:
-    """Which sessions are about to come back with their next step, so that the next forward waits for them.
+class BatchDelay:
+    """How long the next forward waits for sessions that are due back with their next step (dynamic batching).
 
-    A forward of many rows takes hardly longer than one of a few. Whoever comes back just after it has begun would
-    wait for the whole of it, and sessions that step together once would fall apart.
+    A forward of many sequences takes hardly longer than one of a few. A session that returns just after the start
+    would wait for all of it, and sessions that once stepped together would drift apart.
     """
 
     def __init__(self) -> None:
-        #: When each session was answered that has not come back since, and how long it took lately to do so.
+        #: When each session was answered that has not returned yet, and how long it usually takes to return.
         self._away: dict[Hashable, float] = {}
         self._turnaround: dict[Hashable, float] = {}
 
     def answered(self, session: Hashable, now: float) -> None:
         self._away[session] = now
 
-    def came(self, session: Hashable, now: float) -> None:
+    def returned(self, session: Hashable, now: float) -> None:
         if (since := self._away.pop(session, None)) is not None:
             self._turnaround[session] = _average(self._turnaround.get(session, 0.0), now - since)
 
@@ -145,38 +157,41 @@ class Gathering:
         self._turnaround.pop(session, None)
 
     def until(self, forward: float, now: float) -> float:
-        """When the next forward, which takes so many seconds, need not wait any longer; 0 if for nobody."""
-        patience, soon = GATHER_SHARE * forward, SOON * forward
+        """Deadline for starting the next forward; 0 if no session is due.
+
+        Args:
+            forward: expected duration of the next forward, in seconds.
+            now: the time, in seconds of the clock that `answered` and `returned` were given.
+        """
+        longest, ahead = MAX_WAIT * forward, WAIT_AHEAD * forward
         until = 0.0
         for session, since in self._away.items():
-            usual = self._turnaround.get(session, patience)
-            if usual < patience and since + usual < now + soon:
-                until = max(until, since + min(patience, usual + soon))
+            usual = self._turnaround.get(session, longest)
+            if usual < longest and since + usual < now + ahead:
+                until = max(until, since + min(longest, usual + ahead))
         return until
 
 
-class Scheduler:
-    """Jobs that wait and jobs that run. One thread uses it.
+class Scheduler(Generic[Request, R]):
+    """Steps that wait and steps that run. It calls nobody. Not thread-safe: one thread computes.
 
     Args:
-        store: the rows' memory.
-        make_room: called when nothing fits; frees memory of others and says whether it did.
-        divisible: whether a run may go through in chunks; not if its rotary embedding depends on its last position.
+        store: the sequences' memory; None if steps take no memory.
+        divisible: whether prefill may go in chunks; not if rotary embeddings depend on a prompt's last position.
     """
 
-    def __init__(
-        self, store: Store, make_room: Callable[[Job], bool] = lambda _: False, *, divisible: bool = True
-    ) -> None:
+    def __init__(self, store: KVStore | None, *, divisible: bool = True) -> None:
         self._store = store
-        self._make_room = make_room
         self._divisible = divisible
-        self._active: OrderedDict[Hashable, Job] = OrderedDict()
-        self._waiting: dict[Hashable, deque[Job]] = {}
-        # Devices that had a chunk of prefill, the last one last.
+        #: The step of each session that has started, or is about to.
+        self._active: OrderedDict[Hashable, ScheduledStep[Request, R]] = OrderedDict()
+        self._waiting: dict[Hashable, deque[ScheduledStep[Request, R]]] = {}
+        # Devices that had a chunk of prefill, the most recent one last.
         self._turns: dict[Hashable, None] = {}
-        # When each device last had a row that decoded, and whether the last forward was a newcomer's.
+        # When each device was last decoding.
         self._decoded_at: dict[Hashable, float] = {}
-        self._went_first = False
+        # Whether urgent prefills had the last turn.
+        self._urgent_went = False
         self.budget = ChunkBudget()
 
     @property
@@ -184,153 +199,149 @@ class Scheduler:
         return not self._active
 
     def busy_sessions(self) -> set[Hashable]:
-        """Sessions with a step in hand."""
+        """Sessions that have a step here."""
         return set(self._active)
 
-    def add(self, job: Job) -> None:
-        if job.session in self._active:
-            self._waiting.setdefault(job.session, deque()).append(job)
-        else:
-            self._activate(job)
+    def add(self, step: ScheduledStep[Request, R]) -> ScheduledStep[Request, R] | None:
+        """Takes a step. Returns it if it may start now; if not, `end` returns it when its turn has come."""
+        if step.session in self._active:
+            self._waiting.setdefault(step.session, deque()).append(step)
+            return None
+        self._active[step.session] = step
+        return step
 
-    def newcomers(self) -> list[Job]:
-        """Prefills that should not wait for those that decode: their devices have nothing here that does.
+    def start(self, step: ScheduledStep[Request, R], runs: Sequence[R]) -> None:
+        """Lets a step's runs go into forwards. A step that is `complete` without any is to be ended."""
+        step.runs = [run for run in runs if run.cost]
+        step.done = [0] * len(step.runs)
+        step.outputs = [[] for _ in step.runs]
+        self._active.move_to_end(step.session)
 
-        After each forward of theirs it is the others' turn.
+    def urgent_prefills(self) -> list[ScheduledStep[Request, R]]:
+        """Prefills that do not wait for decoding, because forwards are slow and their devices are not decoding.
+
+        After each forward of theirs the others have a turn.
         """
         now = time.monotonic()
         self._decoded_at = {device: then for device, then in self._decoded_at.items() if now - then < DECODING_FOR}
-        if self._went_first or not self._decoded_at or self.budget.base < SLOW_FORWARD:
+        if self._urgent_went or not self._decoded_at or self.budget.base < SLOW_FORWARD:
             return []
-        return [
-            job
-            for job in self._active.values()
-            if not (job.decodes or job.in_flight or job.device in self._decoded_at)
-        ]
+        return [step for step in self._ready() if step.prefill and step.device not in self._decoded_at]
 
     @property
-    def hurries(self) -> bool:
-        """Whether the next forward should wait for nobody: prefill is ready, and runs while others are away."""
-        return self.budget.base >= SLOW_FORWARD and any(not job.decodes for job in self._active.values())
+    def has_urgent_prefill(self) -> bool:
+        """Whether the next forward should not wait for sessions that are due back: prefill can run meanwhile."""
+        return self.budget.base >= SLOW_FORWARD and any(step.prefill for step in self._active.values())
 
-    def next_batch(self) -> list[Piece]:
-        """What to run next, beside what is under way; empty if nothing is ready."""
-        newcomers = self.newcomers()
-        first = self._fill(newcomers) if newcomers else []
-        self._went_first = bool(first)
-        if first:
-            return self._begin(first)
-        while ready := [job for job in self._active.values() if not job.in_flight]:
-            if batch := self._fill(ready):
-                return self._begin(batch)
-            # Nothing fits, so the oldest job gets room, or is told to come back.
-            if not self._make_room(ready[0]):
-                self._end(ready[0], Busy("the worker's KV memory is full", retry_after=0.5))
-        return []
+    def next_batch(self) -> tuple[list[ScheduledChunk[Request, R]], ScheduledStep[Request, R] | None]:
+        """What goes into the next forward, beside what is under way.
 
-    @staticmethod
-    def _begin(batch: list[Piece]) -> list[Piece]:
-        for piece in batch:
-            piece.job.in_flight = True
-        return batch
+        Returns:
+            The chunks, which are in flight from now on, and None; no chunks if no step is ready. If no ready step
+            fits into memory: no chunks, and the oldest such step. The caller makes room for it or ends it, and asks
+            again.
+        """
+        urgent = self.urgent_prefills()
+        batch = self._fill(urgent) if urgent else []
+        self._urgent_went = bool(batch)
+        if not batch and (ready := self._ready()):
+            batch = self._fill(ready)
+            if not batch:
+                # Urgent prefills do not fit either: they had their turn when the caller asks again.
+                self._urgent_went = True
+                return [], ready[0]
+        for chunk in batch:
+            chunk.step.in_flight = True
+        return batch, None
 
-    def finish(self, batch: Sequence[Piece], outputs: Sequence[torch.Tensor], seconds: float) -> None:
-        """Takes the outputs of a batch that was run in so many seconds."""
-        prefill = sum(len(piece.run.positions) for piece in batch if not piece.job.decodes)
-        self.budget.observe(sum(piece.job.decodes for piece in batch), prefill, seconds)
-        for piece, output in zip(batch, outputs, strict=True):
-            piece.job.outputs[piece.index].append(output)
-            piece.job.done[piece.index] += len(piece.run.positions)
-        for job in {id(piece.job): piece.job for piece in batch}.values():
-            job.in_flight = False
-            if job.decodes:
-                self._decoded_at[job.device] = time.monotonic()
-            if self._active.get(job.session) is not job:
+    def finish(
+        self, batch: Sequence[ScheduledChunk[Request, R]], outputs: Sequence[torch.Tensor], seconds: float
+    ) -> list[ScheduledStep[Request, R]]:
+        """Takes the outputs of a forward, and how long it took.
+
+        Returns:
+            The steps that are complete with it. They stay active until `end`.
+        """
+        prefill = sum(chunk.run.cost for chunk in batch if chunk.step.prefill)
+        self.budget.observe(sum(not chunk.step.prefill for chunk in batch), prefill, seconds)
+        for chunk, output in zip(batch, outputs, strict=True):
+            chunk.step.outputs[chunk.index].append(output)
+            chunk.step.done[chunk.index] += chunk.run.cost
+        complete = []
+        for step in {id(chunk.step): chunk.step for chunk in batch}.values():
+            step.in_flight = False
+            if not step.prefill:
+                self._decoded_at[step.device] = time.monotonic()
+            if self._active.get(step.session) is not step:
                 # It was cancelled meanwhile.
                 continue
-            if not job.decodes:
+            if step.prefill:
                 # The next forward's chunk is another device's.
-                self._turns.pop(job.device, None)
-                self._turns[job.device] = None
-            if job.complete:
-                self._end(job, job.result())
+                self._turns.pop(step.device, None)
+                self._turns[step.device] = None
+            if step.complete:
+                complete.append(step)
+        return complete
 
-    def fail(self, job: Job, error: Exception) -> None:
-        """Ends a job whose forward failed."""
-        self._end(job, error)
+    def end(self, step: ScheduledStep[Request, R]) -> ScheduledStep[Request, R] | None:
+        """Drops an active step, whatever became of it. Returns the session's next one, which may start now."""
+        del self._active[step.session]
+        waiting = self._waiting.get(step.session)
+        if not waiting:
+            return None
+        following = waiting.popleft()
+        if not waiting:
+            del self._waiting[step.session]
+        self._active[step.session] = following
+        return following
 
-    def cancel(self, session: Hashable, error: Exception) -> None:
-        """Ends all jobs of a session with an error; what a forward under way makes of them is dropped."""
-        jobs = [self._active.pop(session)] if session in self._active else []
-        jobs += self._waiting.pop(session, ())
-        for job in jobs:
-            job.finish(error)
+    def cancel(self, session: Hashable) -> list[ScheduledStep[Request, R]]:
+        """Drops all steps of a session, and returns them. The output of a forward under way will be ignored."""
+        steps = [self._active.pop(session)] if session in self._active else []
+        return [*steps, *self._waiting.pop(session, ())]
 
-    def _activate(self, job: Job) -> None:
-        try:
-            job.runs = [run for run in job.start() if len(run.positions)]
-        except Exception as error:
-            job.finish(error)
-            self._next_of(job.session)
-            return
-        job.done = [0] * len(job.runs)
-        job.outputs = [[] for _ in job.runs]
-        self._active[job.session] = job
-        if not job.runs:
-            self._end(job, torch.empty(0, 0))
+    def _ready(self) -> list[ScheduledStep[Request, R]]:
+        return [step for step in self._active.values() if not step.in_flight]
 
-    def _end(self, job: Job, outcome: torch.Tensor | Exception) -> None:
-        del self._active[job.session]
-        job.finish(outcome)
-        self._next_of(job.session)
-
-    def _next_of(self, session: Hashable) -> None:
-        if session in self._waiting:
-            job = self._waiting[session].popleft()
-            if not self._waiting[session]:
-                del self._waiting[session]
-            self._activate(job)
-
-    def _fill(self, ready: Sequence[Job]) -> list[Piece]:
-        batch: list[Piece] = []
-        room = self._store.free
-        for job in ready:
-            if not job.decodes:
+    def _fill(self, ready: Sequence[ScheduledStep[Request, R]]) -> list[ScheduledChunk[Request, R]]:
+        batch: list[ScheduledChunk[Request, R]] = []
+        free = self._store.free if self._store is not None else 0
+        for step in ready:
+            if step.prefill:
                 continue
-            pieces = [Piece(job, index, run) for index, run in enumerate(job.runs)]
-            cost = sum(self._store.cost(piece.run.row, len(piece.run.positions)) for piece in pieces)
-            if cost <= room and len(batch) + len(pieces) <= MAX_ROWS:
-                room -= cost
-                batch += pieces
+            chunks = [ScheduledChunk(step, index, run) for index, run in enumerate(step.runs)]
+            memory = sum(chunk.run.memory(chunk.run.cost) for chunk in chunks)
+            if memory <= free and len(batch) + len(chunks) <= MAX_ROWS:
+                free -= memory
+                batch += chunks
         budget = self.budget.tokens()
-        for job in self._in_turns(ready):
-            for index, run in enumerate(job.runs):
-                begin = job.done[index]
-                count = len(run.positions) - begin
+        for step in self._in_turns(ready):
+            for index, run in enumerate(step.runs):
+                begin = step.done[index]
+                count = run.cost - begin
                 if self._divisible:
                     count = min(budget, count)
-                cost = self._store.cost(run.row, count)
-                if count <= 0 or cost > room or len(batch) >= MAX_ROWS:
+                memory = run.memory(count)
+                if count <= 0 or memory > free or len(batch) >= MAX_ROWS:
                     continue
-                room -= cost
+                free -= memory
                 budget -= count
-                part = Run(run.row, run.states[begin : begin + count], run.positions[begin : begin + count])
-                batch.append(Piece(job, index, part))
+                batch.append(ScheduledChunk(step, index, run.part(begin, count)))
         return batch
 
-    def _in_turns(self, ready: Sequence[Job]) -> list[Job]:
-        """Prefilling jobs, one of each device before the second of any; who had the last chunk comes last."""
-        queues: dict[Hashable, deque[Job]] = {}
-        for job in ready:
-            if not job.decodes:
-                queues.setdefault(job.device, deque()).append(job)
-        here = {job.device for job in self._active.values()}
+    def _in_turns(self, ready: Sequence[ScheduledStep[Request, R]]) -> list[ScheduledStep[Request, R]]:
+        """Prefills, one of each device before the second of any; the device of the last chunk comes last."""
+        queues: dict[Hashable, deque[ScheduledStep[Request, R]]] = {}
+        for step in ready:
+            if step.prefill:
+                queues.setdefault(step.device, deque()).append(step)
+        here = {step.device for step in self._active.values()}
         self._turns = {device: None for device in self._turns if device in here}
         last = [device for device in self._turns if device in queues]
         queues = {
             device: queues[device] for device in [*(each for each in queues if each not in self._turns), *last]
         }
-        order: list[Job] = []
+        order: list[ScheduledStep[Request, R]] = []
         while queues:
             for device in list(queues):
                 order.append(queues[device].popleft())

@@ -1,6 +1,6 @@
 """Attention by torch's SDPA, on any device: spans one by one, many short decoding ones at once.
 
-Where a sequence's pages follow one another its keys and values are one slice, and nothing is copied.
+Keys and values of a sequence whose pages are contiguous are one slice, which is not copied.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from split_common.engine.attention import Call, Span
+from split_common.engine.attention import AttentionCall, Span
 from split_common.engine.pool import PAGE_TOKENS, PagePool
 
-#: Decoding sequences whose padded keys have at most this many tokens in all are attended to in one call.
+#: Decoding sequences are attended to in one call if their padded keys have at most this many tokens in all.
 BATCHED_TOKENS = 8192
 
 #: Fewer sequences than this are attended to one by one.
@@ -26,20 +26,23 @@ class SdpaAttention:
 
     name = "sdpa"
     page_tokens = PAGE_TOKENS
+    capturable = False
 
     def plan(self, pool: PagePool, spans: Sequence[Span], device: torch.device) -> SdpaPlan:
         return SdpaPlan(spans)
 
 
 class SdpaPlan:
-    """A batch of spans, those of one token first; masks and gathered slots are kept for the next layer."""
+    """A batch of spans, those of one token first. Keeps masks and gathered slots for the next layer."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
         self._spans = spans
         self._masks: dict[tuple[int, int, int | None, torch.device], torch.Tensor] = {}
         self._gathers: dict[tuple[int | None, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def attend(self, call: Call, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, call: AttentionCall, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
         plain = call.softcap is None and call.sinks is None
         together = self._decoding(call.window) if plain else []
         parts: list[torch.Tensor] = []
@@ -61,7 +64,12 @@ class SdpaPlan:
         return self._spans[:count] if count >= BATCHED_SEQUENCES and count * longest <= BATCHED_TOKENS else []
 
     def _attend_batched(
-        self, call: Call, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span]
+        self,
+        call: AttentionCall,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        spans: Sequence[Span],
     ) -> torch.Tensor:
         key = call.window, query.device
         if key not in self._gathers:
@@ -78,7 +86,7 @@ class SdpaPlan:
         return output.reshape(count, heads, -1).transpose(0, 1)
 
     def _attend_one(
-        self, call: Call, query: torch.Tensor, span: Span, keys: torch.Tensor, values: torch.Tensor
+        self, call: AttentionCall, query: torch.Tensor, span: Span, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         sequence = span.sequence
         visible = sequence.length if call.window is None else min(sequence.length, call.window + span.count - 1)
@@ -105,7 +113,7 @@ class SdpaPlan:
         return output[0]
 
     def _mask(self, count: int, visible: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-        """Which of `visible` tokens each of the last `count` attends to, bool; None if all do."""
+        """Which keys each query attends to, bool `[count, visible]`; None if it is all of them."""
         if count == 1:
             return None
         key = (count, visible, window, device)
@@ -124,23 +132,27 @@ def _visible(length: int, window: int | None) -> int:
 
 
 def _gather(spans: Sequence[Span], window: int | None, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slots of all spans' visible tokens, padded on the left to one length, and the mask of the padding."""
+    """Slots of all spans' visible tokens, padded on the left to the longest span, and the mask of the padding.
+
+    Returns:
+        Slots, int64 `[spans * longest]`, and a mask `[spans, 1, 1, longest]` to add to the logits.
+    """
     longest = max(_visible(span.sequence.length, window) for span in spans)
     slots = np.zeros((len(spans), longest), dtype=np.int64)
     mask = torch.full((len(spans), 1, 1, longest), float("-inf"), dtype=query.dtype)
     for index, span in enumerate(spans):
         visible = _visible(span.sequence.length, window)
         slots[index, longest - visible :] = span.sequence.slots(span.sequence.length - visible)
-        # Padding repeats a token that is seen anyway: whatever lies in a free slot never enters the sum.
+        # Padding repeats a visible token: a free slot may hold NaN, which no mask removes from a sum.
         slots[index, : longest - visible] = slots[index, longest - visible]
         mask[index, :, :, longest - visible :] = 0.0
     return torch.from_numpy(slots.reshape(-1)).to(query.device), mask.to(query.device)
 
 
 def _attend_explicitly(
-    call: Call, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+    call: AttentionCall, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Attention in plain matrix products, for what SDPA cannot express."""
+    """Attention in plain matrix products, for capped logits and sinks, which SDPA does not support."""
     heads, count, _ = query.shape
     groups = heads // keys.shape[0]
     keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from split_common.compat.torch import remove_forward_hooks
 from split_common.engine.linear import pack_linears, padded_rows
-from split_common.engine.runner import Runner
+from split_common.engine.runner import Runner, build_runner
 from split_common.part import strip
 from split_common.slots import PassThrough, Stack
 from split_common.split import Split
@@ -50,7 +50,7 @@ class Ends:
             strip(part, part._stack.slots)
             _lay_out(part)
             share = kv_bytes * (last - first) // layers
-            return Runner(part._stack, Split(split.layers, first, last), config, share)
+            return build_runner(part._stack, Split(split.layers, first, last), config, share)
 
         #: The layers of each end; None where there are none.
         self.head, self.tail = runner(0, split.first), runner(split.last, split.layers)

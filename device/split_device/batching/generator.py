@@ -16,19 +16,19 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from split_common.engine.rows import Row
-from split_common.engine.scheduler import DECODE_TOKENS
+from split_common.engine.scheduler import is_prefill
+from split_common.engine.sequences import KVSequence
 from split_common.errors import Busy, PromptTooLong, SplitError
 from split_device.batching.ends import KV_MEMORY, Ends
 from split_device.batching.generation import FinishReason, Generation, Logprobs, OnToken, Request
 from split_device.batching.sampling import Sampler
-from split_device.batching.stage import Ended, Stage
+from split_device.batching.stage import Stage
 from split_device.remote import Call, SessionLayer
 
 __all__ = ["Generation", "Generator", "Logprobs", "Request"]
@@ -73,7 +73,7 @@ class Flight:
     generation: Generation
     sampler: Sampler
     session: SessionLayer
-    rows: tuple[Row | None, Row | None]
+    sequences: tuple[KVSequence | None, KVSequence | None]
     costs: tuple[int, int]
     #: What is to go through the model: tokens that go together.
     pending: deque[list[int]]
@@ -207,17 +207,33 @@ class Generator:
         self._now = time.monotonic()
         self._admit()
         self._enter_tail()
-        self._forward("tail", self._tail)
+        self._run_tail()
         self._sample()
         self._embed()
-        self._forward("head", self._head)
+        self._run_head()
         self._send_off()
 
-    def _forward(self, end: str, stage: Stage) -> None:
-        """Runs one forward; more while a request for which others are held back is not through."""
+    def _run_head(self) -> None:
+        for flight, outcome in self._forward("head", self._head):
+            self._headed(flight, outcome)
+
+    def _run_tail(self) -> None:
+        for flight, outcome in self._forward("tail", self._tail):
+            self._tailed(flight, outcome)
+
+    def _forward(self, end: str, stage: Stage) -> Iterator[tuple[Flight, torch.Tensor | Exception]]:
+        """Runs one forward, or more until requests in favour of which others are delayed are through.
+
+        Yields:
+            What became of each step that is over: states `[tokens, width]`, or an error.
+        """
         urgent = self._urgent
         lowest = min((flight.priority for flight in self._flights.values()), default=0)
-        while rows := stage.forward():
+        while True:
+            rows, outcomes = stage.forward()
+            yield from outcomes
+            if not rows:
+                return
             self.counters[f"{end}_forwards"] += 1
             self.counters[f"{end}_rows"] += rows
             if urgent <= lowest or not any(flight.priority >= urgent for flight in stage.busy()):
@@ -274,7 +290,7 @@ class Generator:
             SessionLayer(
                 self._client, self._traits, history_memory=self._client.history_memory // self._max_requests
             ),
-            (self._new_row(self._head), self._new_row(self._tail)),
+            (self._new_sequence(self._head), self._new_sequence(self._tail)),
             costs,
             deque([first, *later]),
             len(first),
@@ -289,8 +305,8 @@ class Generator:
         self._entering.append(flight)
 
     @staticmethod
-    def _new_row(stage: Stage) -> Row | None:
-        return stage.runner.store.new_row() if stage.runner is not None else None
+    def _new_sequence(stage: Stage) -> KVSequence | None:
+        return stage.runner.store.new_sequence() if stage.runner is not None else None
 
     @staticmethod
     def _tokens(generation: Generation, sampler: Sampler) -> int:
@@ -318,10 +334,10 @@ class Generator:
             return
         flight.ended = True
         del self._flights[flight.generation]
-        for stage, row, cost in zip((self._head, self._tail), flight.rows, flight.costs, strict=True):
-            if stage.runner is not None and row is not None:
-                stage.scheduler.cancel(flight, Ended())
-                row.free()
+        for stage, sequence, cost in zip((self._head, self._tail), flight.sequences, flight.costs, strict=True):
+            if stage.runner is not None and sequence is not None:
+                stage.scheduler.cancel(flight)
+                sequence.free()
                 stage.room += cost
         if self._away.pop(flight, None) is not None:
             flight.session.abandon()
@@ -348,7 +364,7 @@ class Generator:
             states = self._ends.embed([token for part in parts for token in part], positions)
             for flight, begin, mine in zip(flights, begins, torch.split(states, [*map(len, parts)]), strict=True):
                 flight.entered += len(mine)
-                self._head.add(flight, flight.rows[0], begin, mine, functools.partial(self._headed, flight))
+                self._head.add(flight, flight.sequences[0], begin, mine)
 
     def _headed(self, flight: Flight, outcome: torch.Tensor | Exception) -> None:
         if self._goes_on(flight, outcome):
@@ -362,17 +378,17 @@ class Generator:
         urgent = self._urgent
         prompts = sum(flight.prompt for flight in self._flights.values() if flight.fresh)
         rush = prompts > RUSH and self._now < self._held_until
-        prefill = sum(tokens for tokens in self._away.values() if tokens > DECODE_TOKENS)
+        prefill = sum(tokens for tokens in self._away.values() if is_prefill(tokens))
         for flight, states in sorted(self._outgoing, key=lambda each: -each[0].priority):
             tokens = len(states)
             if flight.ended:
                 continue
-            crowded = tokens > DECODE_TOKENS and prefill > 0 and prefill + tokens > PREFILL_AWAY
+            crowded = is_prefill(tokens) and prefill > 0 and prefill + tokens > PREFILL_AWAY
             rushed = rush and flight.priority <= 0 and not flight.fresh
             if crowded or self._yields(flight, math.inf if rushed else urgent):
                 kept.append((flight, states))
                 continue
-            prefill += tokens if tokens > DECODE_TOKENS else 0
+            prefill += tokens if is_prefill(tokens) else 0
             self._away[flight] = tokens
             self.counters["steps"] += 1
             flight.outbox.put(states)
@@ -420,7 +436,7 @@ class Generator:
                 self._arrived.append((flight, states))
             elif not flight.ended:
                 begin, flight.left = flight.left, flight.left + len(states)
-                self._tail.add(flight, flight.rows[1], begin, states, functools.partial(self._tailed, flight))
+                self._tail.add(flight, flight.sequences[1], begin, states)
 
     def _tailed(self, flight: Flight, outcome: torch.Tensor | Exception) -> None:
         if self._goes_on(flight, outcome):
@@ -431,8 +447,8 @@ class Generator:
                 self._ready.append((flight, outcome[-1]))
 
     def _goes_on(self, flight: Flight, outcome: torch.Tensor | Exception) -> bool:
-        """Whether a request is under way still; ends it when a step has failed."""
-        if isinstance(outcome, Exception) and not isinstance(outcome, Ended):
+        """Whether a request is still under way; ends it if a step has failed."""
+        if isinstance(outcome, Exception):
             self._end(flight, outcome)
         return not flight.ended
 

@@ -1,7 +1,7 @@
 """A denoiser's forwards as CUDA graphs: thousands of kernels, launched at once.
 
-A graph has fixed addresses, shapes and numbers of Python's. So there is one for each combination of them that keeps
-coming, and what changes from step to step is copied to where the graph reads it.
+A graph has fixed addresses, shapes and Python numbers. So there is one for each common combination of shapes and
+numbers, and the tensors of each step are copied to where its graph reads them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from split_common.engine.graphs import Capture
 
 log = logging.getLogger(__name__)
 
-#: Which forward of a combination is captured: that takes as long as two, and an image has many steps.
+#: Which forward of a combination is captured. Capturing takes as long as two forwards, and an image has many steps.
 CAPTURED = 3
 
-#: Graphs that are kept; the one that was used least lately gives way, and is captured again only after so many
-#: forwards: where there are more combinations than graphs, capturing them in turn would cost more than it gives.
+#: Graphs that are kept; the least recently used one is dropped first.
 MAX_GRAPHS = 8
-AGAIN = 50
 
-#: Bytes that a graph reads of steps and jobs, at most. Larger steps keep a GPU busy without one.
+#: Forwards of a combination before its graph, once dropped, is captured again. With more combinations than graphs,
+#: capturing them in turn would cost more than it gains.
+CAPTURED_AGAIN = 50
+
+#: Bytes of steps and jobs that a graph reads, at most. Larger steps keep a GPU busy without a graph.
 MAX_BYTES = 128 * 1024**2
 
 #: Combinations without a graph that are counted, at most.
@@ -35,23 +37,23 @@ MAX_COUNTED = 1024
 
 _T = TypeVar("_T")
 
-#: A body's output for a step's tensors and a job.
-Forward = Callable[[Sequence[torch.Tensor], Job], torch.Tensor]
+#: Computes a body's output from a step's tensors and a job.
+RunBlocks = Callable[[Sequence[torch.Tensor], Job], torch.Tensor]
 
 
 class StepGraph:
     """One graph, and what it reads.
 
     Args:
-        tensors, job: what it is first run with; all others have the same shapes, layouts, dtypes and scales.
+        tensors, job: the first step's; all later ones have the same shapes, layouts, dtypes and scales.
     """
 
-    def __init__(self, forward: Forward, capture: Capture, tensors: Sequence[torch.Tensor], job: Job) -> None:
+    def __init__(self, run_blocks: RunBlocks, capture: Capture, tensors: Sequence[torch.Tensor], job: Job) -> None:
         own = [torch.empty_like(tensor) for tensor in tensors]
         own_job = Job(tuple(torch.empty_like(tensor) for tensor in job.tensors), job.scales)
         self._inputs = [*own, *own_job.tensors]
         self._write(tensors, job)
-        self._replay = capture(lambda: forward(own, own_job))
+        self._replay = capture(lambda: run_blocks(own, own_job))
 
     def run(self, tensors: Sequence[torch.Tensor], job: Job) -> torch.Tensor:
         self._write(tensors, job)
@@ -66,15 +68,15 @@ class StepGraphs:
     """The graphs of one body.
 
     Args:
-        forward: runs the body. It keeps nothing, and reads nothing of Python's but shapes, layouts and scales.
-        new_capture: makes what captures graphs that share memory.
+        run_blocks: runs the body. It keeps nothing, and depends on no Python value but shapes, layouts and scales.
+        new_capture: makes a `Capture` whose graphs share memory.
     """
 
-    def __init__(self, forward: Forward, new_capture: Callable[[], Capture]) -> None:
-        self._forward, self._new_capture = forward, new_capture
+    def __init__(self, run_blocks: RunBlocks, new_capture: Callable[[], Capture]) -> None:
+        self._run_blocks, self._new_capture = run_blocks, new_capture
         self._capture: Capture
         self._graphs: OrderedDict[Hashable, StepGraph] = OrderedDict()
-        #: How often a combination came that has no graph; minus infinity where it cannot have one.
+        #: How often each combination without a graph came; minus infinity if it cannot be captured.
         self._came: OrderedDict[Hashable, float] = OrderedDict()
 
     def run(self, tensors: Sequence[torch.Tensor], job: Job) -> torch.Tensor:
@@ -82,12 +84,12 @@ class StepGraphs:
 
         def compute() -> torch.Tensor:
             graph = self._graph(tensors, job)
-            return graph.run(tensors, job) if graph else self._forward(tensors, job)
+            return graph.run(tensors, job) if graph else self._run_blocks(tensors, job)
 
         return self.with_room(compute)
 
     def with_room(self, compute: Callable[[], _T]) -> _T:
-        """Does something for which the graphs give their memory back if there is too little."""
+        """Computes something; if memory runs out, again without the graphs, which give theirs back."""
         try:
             return compute()
         except torch.OutOfMemoryError:
@@ -97,7 +99,7 @@ class StepGraphs:
         return compute()
 
     def _graph(self, tensors: Sequence[torch.Tensor], job: Job) -> StepGraph | None:
-        """Captures it if need be."""
+        """The graph for a step, captured if it is time to; None if there is none."""
         if sum(tensor.nbytes for tensor in (*tensors, *job.tensors)) > MAX_BYTES:
             return None
         key = _kinds(tensors), _kinds(job.tensors), job.scales
@@ -109,18 +111,18 @@ class StepGraphs:
             try:
                 if not self._graphs:
                     self._capture = self._new_capture()
-                self._graphs[key] = StepGraph(self._forward, self._capture, tensors, job)
+                self._graphs[key] = StepGraph(self._run_blocks, self._capture, tensors, job)
             except RuntimeError as error:
                 log.warning("steps of one shape run without a CUDA graph: %s", " ".join(str(error).split())[:200])
                 came = -math.inf
-                # Those to come share no memory with what failed.
+                # Later graphs must not share memory with the one that failed.
                 self._capture = self._new_capture()
                 if isinstance(error, torch.OutOfMemoryError):
                     self._drop()
             else:
                 if len(self._graphs) > MAX_GRAPHS:
                     evicted, _ = self._graphs.popitem(last=False)
-                    self._came[evicted] = CAPTURED - AGAIN
+                    self._came[evicted] = CAPTURED - CAPTURED_AGAIN
                 return self._graphs[key]
         self._came[key] = came
         if len(self._came) > MAX_COUNTED:

@@ -1,20 +1,26 @@
-"""Rows as caches of transformers' own: one forward for each. Always right; the packed path is only faster."""
+"""One forward for each sequence, over a cache of transformers: always right, if slower than the packed path."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from split_common.engine.rows import Row
+from split_common.engine.forward import Forward
+from split_common.engine.layers import LayerRange
+from split_common.engine.sequences import TokenRun
 from split_common.split import Split
+
+#: Tokens that a store holds before it is known how many bytes each takes.
+UNMEASURED = 2**31
 
 
 class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
-    """The keys and values of a sliding-window layer, all of them: a row may be cut back at any time."""
+    """All keys and values of a sliding-window layer, also those outside the window: a sequence may be cut back."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -25,13 +31,22 @@ class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
         return keys[..., -visible:, :], values[..., -visible:, :]
 
 
-class CacheRow:
-    """A row with a `DynamicCache` of its own, whose layers outside the range stay empty."""
+class CachedSequence:
+    """A sequence with a `DynamicCache` of its own, whose layers outside the range stay empty."""
 
-    def __init__(self, store: SeparateStore, cache: DynamicCache) -> None:
+    def __init__(self, store: CacheStore, cache: DynamicCache) -> None:
         self._store = store
         self.cache = cache
         self.length = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its keys and values."""
+        layers = {id(layer): layer for layer in self.cache.layers}.values()
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+    def cost(self, tokens: int) -> int:
+        return tokens
 
     def extended(self, tokens: int) -> None:
         """Notes that a forward has appended tokens to the cache."""
@@ -49,12 +64,12 @@ class CacheRow:
         self._store.used -= self.length - tokens
         self.length = tokens
 
-    def fork(self) -> CacheRow:
-        # Tensors may be shared: caches grow by making new ones.
+    def fork(self) -> CachedSequence:
+        # The tensors are shared: a cache that grows makes new ones.
         cache = copy.copy(self.cache)
         copies = {id(layer): copy.copy(layer) for layer in self.cache.layers}
         cache.layers = [copies[id(layer)] for layer in self.cache.layers]
-        twin = CacheRow(self._store, cache)
+        twin = CachedSequence(self._store, cache)
         twin.extended(self.length)
         return twin
 
@@ -64,19 +79,20 @@ class CacheRow:
         self.cache = self._store.new_cache()
 
 
-class SeparateStore:
-    """Makes rows for the layers of a split's body.
+class CacheStore:
+    """Makes sequences for the layers of a split's body.
 
     Args:
         config: the model's text configuration.
         split: which layers have keys and values.
-        capacity: tokens to hold at most, over all rows.
+        capacity: tokens to hold at most, over all sequences.
     """
 
-    def __init__(self, config: Any, split: Split, capacity: int) -> None:
+    def __init__(self, config: Any, split: Split, capacity: int = UNMEASURED) -> None:
         self._config = config
         self._split = split
         self.capacity = capacity
+        #: Tokens that all sequences hold.
         self.used = 0
 
     @property
@@ -85,13 +101,11 @@ class SeparateStore:
 
     free_tokens = free
 
-    def cost(self, row: Row, tokens: int) -> int:
-        return tokens
-
-    def new_row(self) -> CacheRow:
-        return CacheRow(self, self.new_cache())
+    def new_sequence(self) -> CachedSequence:
+        return CachedSequence(self, self.new_cache())
 
     def new_cache(self) -> DynamicCache:
+        """An empty cache with a layer of the right kind at each index of the body."""
         cache = DynamicCache(config=self._config)
         cache.layers += [DynamicLayer() for _ in range(self._split.layers - len(cache.layers))]
         body = [
@@ -103,3 +117,26 @@ class SeparateStore:
         cache.layers = [alike.get(layer.is_sliding, body[0]) for layer in cache.layers]
         cache.layers[self._split.first : self._split.last] = body
         return cache
+
+
+class PerSequenceExecutor:
+    """Runs each sequence of a batch in a forward of its own, by the layers' own attention (an `Executor`)."""
+
+    attention = None
+
+    def __init__(self, layers: LayerRange, store: CacheStore) -> None:
+        self._layers = layers
+        self.store = store
+
+    @torch.inference_mode()
+    def launch(self, runs: Sequence[TokenRun[CachedSequence]]) -> Forward:
+        """Appends the runs' tokens to their sequences."""
+        return Forward(torch.cat([self._run(run) for run in runs]), [run.cost for run in runs])
+
+    def _run(self, run: TokenRun[CachedSequence]) -> torch.Tensor:
+        layers, cache = self._layers, run.sequence.cache
+        states = layers.to_device(run.states)
+        positions = layers.to_device(torch.tensor([list(run.positions)]))
+        output = layers.forward(states, positions, **{layers.stack.cache_name: cache, "use_cache": True})
+        run.sequence.extended(run.cost)
+        return output

@@ -1,0 +1,77 @@
+"""A contiguous range of a model's layers, from hidden states to hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from split_common.engine.rotary import isolate_rotary
+from split_common.slots import Stack
+from split_common.split import Split
+
+
+class LayerRange:
+    """Runs the layers `[split.first, split.last)` of a model by transformers' own forward.
+
+    The hidden states are put in place of the first layer's input, and the last layer's output is taken; slots
+    outside the range pass their input through. Not thread-safe: one thread computes.
+
+    Args:
+        stack: the slots of a loaded model.
+        split: the range.
+        width: of the hidden states.
+    """
+
+    def __init__(self, stack: Stack, split: Split, width: int) -> None:
+        self.stack, self.split, self.width = stack, split, width
+        #: The module that calls the layers.
+        self.owner: Any = stack.owner
+        parameter = next(self.owner.parameters())
+        #: Where the first layer is, and what all of them compute in.
+        self.device: torch.device = parameter.device
+        self.dtype: torch.dtype = parameter.dtype
+        #: Whether a forward that was launched runs while the host does something else.
+        self.asynchronous = self.device.type == "cuda"
+        self._incoming: torch.Tensor | None = None
+        self._outgoing: torch.Tensor | None = None
+        stack.slots[split.first].register_forward_pre_hook(self._inject)
+        stack.slots[split.last - 1].register_forward_hook(self._capture)
+        isolate_rotary(self.owner)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return list(self.stack.slots[self.split.first : self.split.last])
+
+    @property
+    def on_several_gpus(self) -> bool:
+        """Whether a layer is on another GPU than the first, on which CUDA graphs are captured."""
+        return any(parameter.device.index for parameter in self.owner.parameters())
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the host on the first layer's device; the host does not wait for the copy."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.asynchronous else tensor
+
+    def forward(self, states: torch.Tensor, positions: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """The last layer's output `[tokens, width]`.
+
+        Args:
+            states: `[tokens, width]`, of any dtype, on the first layer's device.
+            positions: rotary positions, int64 `[1, tokens]`, on the same device.
+            arguments: what else the model's forward takes, such as its cache.
+        """
+        self._incoming = states[None].to(self.dtype)
+        if self.stack.takes_positions:
+            arguments["position_ids"] = positions
+        # The embeddings are on the other side; their place holds zeros until `_inject` replaces them.
+        self.owner(inputs_embeds=torch.zeros_like(self._incoming), **arguments)
+        output, self._incoming, self._outgoing = self._outgoing, None, None
+        assert output is not None
+        return output[0]
+
+    def _inject(self, _layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._incoming, *args[1:])
+
+    def _capture(self, _layer: nn.Module, _args: Any, output: Any) -> None:
+        self._outgoing = output[0] if isinstance(output, tuple) else output

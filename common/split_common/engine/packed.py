@@ -1,0 +1,97 @@
+"""Many sequences in one forward: their tokens packed, their keys and values in pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+
+from split_common.engine import attention
+from split_common.engine.attention import Backend, PackedBatch, Span
+from split_common.engine.forward import Forward
+from split_common.engine.graphs import DecodeGraphs, new_capture
+from split_common.engine.layers import LayerRange
+from split_common.engine.linear import padded_rows
+from split_common.engine.pool import PagedSequence, PagePool
+from split_common.engine.sequences import TokenRun
+
+
+class PackedExecutor:
+    """Runs all tokens of a batch in one forward (an `Executor`).
+
+    Args:
+        layers: what to run; their attention is `split_common.engine.attention`'s.
+        pool: the keys and values.
+        backend: computes the attention.
+    """
+
+    def __init__(self, layers: LayerRange, pool: PagePool, backend: Backend) -> None:
+        self._layers = layers
+        self.store = pool
+        self.backend = backend
+        #: Graphs of decoding batches, where `capture_graphs` was called.
+        self.graphs: DecodeGraphs | None = None
+
+    @property
+    def attention(self) -> str:
+        """The name of the backend."""
+        return self.backend.name
+
+    @property
+    def capturable(self) -> bool:
+        """Whether decoding batches can be CUDA graphs."""
+        layers = self._layers
+        return self.backend.capturable and not (layers.stack.positions_interact or layers.on_several_gpus)
+
+    def capture_graphs(self) -> None:
+        """From now on decoding batches run as CUDA graphs, each captured when it is first needed."""
+        layers = self._layers
+        self.graphs = DecodeGraphs(self._run_layers, self.store, layers.width, layers.dtype, new_capture)
+
+    @torch.inference_mode()
+    def launch(self, runs: Sequence[TokenRun[PagedSequence]]) -> Forward:
+        """Appends the runs' tokens to their sequences. Raises OutOfPages where the pool lacks memory."""
+        # Decoding sequences come first, so that attention can take them together.
+        order = sorted(range(len(runs)), key=lambda index: len(runs[index].positions) > 1)
+        runs = [runs[index] for index in order]
+        spans, new_slots, begin = [], [], 0
+        for run in runs:
+            new_slots.append(run.sequence.append(run.cost))
+            spans.append(Span(run.sequence, begin, run.cost))
+            begin += run.cost
+        states = torch.cat([run.states for run in runs])
+        positions = torch.tensor([[position for run in runs for position in run.positions]])
+        slots = torch.from_numpy(np.concatenate(new_slots))
+        output = self._replay(spans, states, positions, slots)
+        if output is None:
+            output = self._run(spans, states, positions, slots)
+        return Forward(output, [span.count for span in spans], order)
+
+    def _replay(
+        self, spans: Sequence[Span], states: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The output by a graph; None if there is none for this batch."""
+        if self.graphs is None or len(spans) < len(states):
+            return None
+        return self.graphs.run(spans, states, positions, slots)
+
+    def _run(
+        self, spans: Sequence[Span], states: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        layers, tokens = self._layers, len(states)
+        counts = [span.count for span in spans]
+        plan = self.backend.plan(self.store, spans, layers.device)
+        if layers.device.type == "cpu" and (padding := padded_rows(tokens) - tokens):
+            states, positions = pad(states, (0, 0, 0, padding)), pad(positions, (0, padding))
+            counts.append(padding)
+        batch = PackedBatch(self.store, counts, layers.to_device(slots), plan)
+        return self._run_layers(layers.to_device(states), layers.to_device(positions), batch)[:tokens]
+
+    def _run_layers(self, states: torch.Tensor, positions: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        token = attention.current.set(batch)
+        try:
+            return self._layers.forward(states, positions, use_cache=False)
+        finally:
+            attention.current.reset(token)

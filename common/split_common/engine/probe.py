@@ -1,0 +1,202 @@
+"""How can these layers be run? Packed if that gives the output of one sequence at a time, which is always right.
+
+Nothing is known of an architecture but what a rehearsal shows: a few steps of two sequences over random states.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from split_common.compat.transformers import attention_implementation
+from split_common.engine import attention, flash
+from split_common.engine.attention import AttentionCall, Backend
+from split_common.engine.compiled import compile_layers, forget_compiled
+from split_common.engine.forward import Executor
+from split_common.engine.layers import LayerRange
+from split_common.engine.packed import PackedExecutor
+from split_common.engine.per_sequence import CacheStore, PerSequenceExecutor
+from split_common.engine.pool import LayerShape, PagePool, ProbePool
+from split_common.engine.sdpa import SdpaAttention
+from split_common.engine.sequences import TokenRun
+from split_common.errors import ModelError, UnsupportedArchitecture
+
+log = logging.getLogger(__name__)
+
+#: Largest error of packed output that is accepted, relative to the largest output of one sequence at a time.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+#: Largest error of compiled layers that is accepted, in half precision, relative to the norm of all outputs.
+COMPILED_TOLERANCE = 0.25
+
+#: Pages of the pool that a rehearsal takes.
+PROBE_PAGES = 8
+
+#: Keyword arguments of attention that the packed path may ignore.
+_HARMLESS = {"position_ids", "use_cache", "cache", "past_key_values", "cache_position", "is_causal", "training"}
+
+
+class NotPackable(Exception):
+    """The layers cannot be run packed; the message says why."""
+
+
+def check_layers(layers: LayerRange, reference: PerSequenceExecutor) -> tuple[int, torch.Tensor]:
+    """Runs three tokens at once and in two steps, which must agree; then rehearses.
+
+    Returns:
+        Bytes of keys and values that a token takes, and the rehearsal's output `[tokens, width]`.
+
+    Raises:
+        UnsupportedArchitecture: the layers cannot run alone, or keep more than keys and values between steps.
+    """
+    name = layers.stack.name
+    states = torch.randn(3, layers.width, generator=torch.Generator().manual_seed(0))
+    whole, parts = reference.store.new_sequence(), reference.store.new_sequence()
+    try:
+        (expected,) = reference.launch([TokenRun(whole, states, [0, 1, 2])]).wait()
+        output = torch.cat(
+            [
+                *reference.launch([TokenRun(parts, states[:2], [0, 1])]).wait(),
+                *reference.launch([TokenRun(parts, states[2:], [2])]).wait(),
+            ]
+        )
+        lengths = {layer.get_seq_length() for sequence in (whole, parts) for layer in sequence.cache.layers}
+    except Exception as error:
+        raise UnsupportedArchitecture(f"{name} cannot run its layers alone: {error}") from None
+    close = (output - expected).norm() <= 0.1 * expected.norm() or not torch.isfinite(expected).all()
+    if lengths != {3} or not close:
+        raise UnsupportedArchitecture(f"{name} keeps more than keys and values between steps")
+    token_bytes = whole.nbytes // whole.length
+    whole.free()
+    parts.free()
+    return token_bytes, _rehearse(layers, reference)
+
+
+def packed_executor(
+    layers: LayerRange, reference: CacheStore, expected: torch.Tensor, kv_bytes: int
+) -> PackedExecutor:
+    """The executor of the fastest backend whose packed output is right.
+
+    Args:
+        layers: their attention becomes the packed one, unless NotPackable is raised.
+        reference: tells which layers have a sliding window.
+        expected: what the rehearsal gives, `[tokens, width]`.
+        kv_bytes: memory for keys and values.
+
+    Raises:
+        NotPackable: no backend's output is right.
+        ModelError: the memory does not hold the pages that are needed.
+    """
+    original = attention_implementation(layers.owner)
+    reason = NotPackable("no attention backend was tried")
+    for backend in _backends(layers):
+        try:
+            shapes = _check_packed(layers, backend, reference, expected)
+        except NotPackable as error:
+            log.info("sequences are not packed with %s: %s", backend.name, error)
+            reason = error
+        else:
+            return PackedExecutor(layers, _make_pool(layers, backend, shapes, kv_bytes), backend)
+    layers.owner.set_attn_implementation(original)
+    raise reason
+
+
+def compile_checked(layers: LayerRange, executor: PackedExecutor) -> bool:
+    """Compiles the layers, unless that fails or changes their output by too much; whether they are compiled.
+
+    Compiled kernels round less often, which changes a deep stack's output as much as half precision does anyway.
+    """
+    expected = _rehearse(layers, executor)
+    compile_layers(layers.modules)
+    try:
+        output = _rehearse(layers, executor)
+        # The last token was computed by itself, by other kernels than the rest.
+        parts = (slice(-1), slice(-1, None))
+        error = max(float((output[part] - expected[part]).norm() / expected[part].norm()) for part in parts)
+        if error < COMPILED_TOLERANCE:
+            return True
+        reason = f"their output differs by {error:.1e}"
+    except Exception as failure:
+        reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+    log.warning("layers are not compiled: %s", reason)
+    forget_compiled(layers.modules)
+    return False
+
+
+def _backends(layers: LayerRange) -> list[Backend]:
+    """The backends to try, the fastest first."""
+    fast: list[Backend] = [flash.FlashAttention()] if flash.usable(layers.device, layers.dtype) else []
+    return [*fast, SdpaAttention()]
+
+
+def _make_pool(layers: LayerRange, backend: Backend, shapes: dict[int, LayerShape], kv_bytes: int) -> PagePool:
+    pages = kv_bytes // (PagePool.bytes_per_token(shapes, layers.dtype) * backend.page_tokens)
+    # Graphs reserve a scratch page; beside it a sequence needs one.
+    least = 2 if backend.capturable else 1
+    if pages < least:
+        raise ModelError(
+            f"{kv_bytes:,} bytes of KV memory hold {pages} pages of {backend.page_tokens} tokens: at least "
+            f"{least} are needed"
+        )
+    return PagePool(shapes, pages, layers.dtype, backend.page_tokens)
+
+
+def _rehearse(layers: LayerRange, executor: Executor) -> torch.Tensor:
+    """Prefills, decodes and rolls back two sequences over fixed random states: float32 `[tokens, width]`."""
+    generator = torch.Generator().manual_seed(0)
+    sequences = [executor.store.new_sequence(), executor.store.new_sequence()]
+    outputs = []
+    try:
+        for counts in ((9, 5), (1, 1), (1, 4), (1,)):
+            runs = [
+                TokenRun(
+                    sequence,
+                    torch.randn(count, layers.width, generator=generator),
+                    range(sequence.length, sequence.length + count),
+                )
+                for sequence, count in zip(sequences, counts, strict=False)
+            ]
+            outputs += executor.launch(runs).wait()
+            sequences[1].truncate(sequences[1].length - 1)
+    finally:
+        for sequence in sequences:
+            sequence.free()
+    return torch.cat(outputs).float()
+
+
+def _check_packed(
+    layers: LayerRange, backend: Backend, reference: CacheStore, expected: torch.Tensor
+) -> dict[int, LayerShape]:
+    """The shapes of each layer's keys and values. Raises NotPackable."""
+    pool = ProbePool(PROBE_PAGES, backend.page_tokens)
+    calls: list[tuple[AttentionCall, list[str]]] = []
+    token = attention.recording.set(calls)
+    try:
+        layers.owner.set_attn_implementation(attention.NAME)
+        output = _rehearse(layers, PackedExecutor(layers, pool, backend))
+    except Exception as error:
+        raise NotPackable(f"their attention fails: {type(error).__name__}: {error}") from error
+    finally:
+        attention.recording.reset(token)
+    _check_calls(layers, reference, calls)
+    differs = ((output - expected).abs().max() / expected.abs().max()).item()
+    if not differs < TOLERANCE[layers.dtype]:
+        raise NotPackable(f"their packed output differs by {differs:.1e}")
+    return pool.shapes
+
+
+def _check_calls(layers: LayerRange, reference: CacheStore, calls: list[tuple[AttentionCall, list[str]]]) -> None:
+    """Raises NotPackable where layers ask their attention for something that it does not do."""
+    cache = reference.new_cache()
+    called = [call.layer for call, _ in calls]
+    if not called or called != list(layers.split.body) * (len(called) // len(layers.split.body)):
+        raise NotPackable("they do not call a registered attention once in each layer")
+    for call, others in calls:
+        unknown = sorted(set(others) - _HARMLESS)
+        if unknown:
+            raise NotPackable(f"layer {call.layer} hands its attention {', '.join(unknown)}")
+        layer = cache.layers[call.layer]
+        window = int(layer.sliding_window) if getattr(layer, "is_sliding", False) else None
+        if call.window != window:
+            raise NotPackable(f"layer {call.layer} has a window of {window}, its attention one of {call.window}")

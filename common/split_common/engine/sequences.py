@@ -1,0 +1,86 @@
+"""What the engine runs, however keys and values are kept: sequences, their memory, and runs of new tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, Self, TypeVar
+
+import torch
+
+
+class KVSequence(Protocol):
+    """The keys and values of one sequence."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that it holds."""
+
+    def cost(self, tokens: int) -> int:
+        """Memory that appending `tokens` tokens takes, in units of the store's `free`."""
+
+    def truncate(self, tokens: int) -> None:
+        """Cuts it back to its first `tokens` tokens."""
+
+    def fork(self) -> KVSequence:
+        """Returns a sequence with the same tokens, which grows independently."""
+
+    def free(self) -> None:
+        """Gives its memory back."""
+
+
+class KVStore(Protocol):
+    """Makes sequences, and accounts for their memory."""
+
+    def new_sequence(self) -> KVSequence: ...
+
+    @property
+    def free(self) -> int:
+        """Memory that is left: pages, or tokens where there are no pages."""
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens that fit into the memory that is left."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit into all of the memory."""
+
+
+class Run(Protocol):
+    """What a step has the layers compute. It goes into a forward whole, unless it is prefill."""
+
+    @property
+    def cost(self) -> int:
+        """How much there is to compute: tokens, or the elements of an image's states."""
+
+    def memory(self, count: int) -> int:
+        """KV memory that the next `count` tokens take, in units of the store's `free`."""
+        return 0
+
+    def part(self, begin: int, count: int) -> Self:
+        """The tokens `[begin, begin + count)` of a prefill."""
+        raise TypeError("this run goes into a forward whole")
+
+
+_Sequence = TypeVar("_Sequence", bound=KVSequence, covariant=True)
+
+
+@dataclass(frozen=True)
+class TokenRun(Run, Generic[_Sequence]):
+    """Tokens to append to a sequence: hidden states `[tokens, width]`, on the host, and rotary positions."""
+
+    sequence: _Sequence
+    states: torch.Tensor
+    positions: Sequence[int]
+
+    @property
+    def cost(self) -> int:
+        return len(self.positions)
+
+    def memory(self, count: int) -> int:
+        return self.sequence.cost(count)
+
+    def part(self, begin: int, count: int) -> TokenRun[_Sequence]:
+        end = begin + count
+        return TokenRun(self.sequence, self.states[begin:end], self.positions[begin:end])

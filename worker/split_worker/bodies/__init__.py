@@ -1,0 +1,1 @@
+"""Bodies: what a worker runs for its sessions, behind one interface (`base`)."""

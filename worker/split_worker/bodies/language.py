@@ -1,0 +1,181 @@
+"""The body of a language model: sessions are rows of keys and values, to which steps append tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from split_common import headers, payloads
+from split_common.engine.forward import Forward
+from split_common.engine.runner import Runner
+from split_common.engine.sequences import KVSequence, TokenRun
+from split_common.errors import Malformed, Oversized, PromptTooLong
+from split_common.tensors import dtype_name, from_bytes, to_bytes
+from split_worker.watchdog import FIRST_TURN
+
+#: Rows that one session may have.
+MAX_ROWS = 256
+
+#: Tokens of the sessions by which a worker's memory is described to people.
+SESSION_TOKENS = 2048
+
+
+class Rows:
+    """The rows of a session, each with keys and values of its own (a `SessionState`)."""
+
+    def __init__(self) -> None:
+        self.sequences: list[KVSequence] = []
+        #: The rows before a step's selection, until the step is answered.
+        self._before: list[KVSequence] = []
+
+    @property
+    def holds_memory(self) -> bool:
+        return bool(self.sequences)
+
+    def begin(self, step: payloads.Step, states: torch.Tensor, runner: Runner) -> list[TokenRun[Any]]:
+        """Makes the rows ready for a step over states `[tokens, width]`: selected, and cut back to its starts.
+
+        Tokens of a step that fails later stay behind; the `start` of the next one cuts them off.
+
+        Raises:
+            Malformed: rows, positions or width do not fit the session; nothing was changed.
+            PromptTooLong: a row would exceed the model's positions, or the worker's whole memory.
+        """
+        source = list(range(len(self.sequences))) if step.select is None else step.select
+        self._check(step, source, runner)
+        if step.select is not None:
+            self._select(step.select)
+        wanted = max((run.row + 1 for run in step.rows), default=0)
+        self.sequences += [runner.store.new_sequence() for _ in range(wanted - len(self.sequences))]
+        parts = torch.split(states, [len(run.positions) for run in step.rows])
+        runs = []
+        for run, part in zip(step.rows, parts, strict=True):
+            sequence = self.sequences[run.row]
+            sequence.truncate(run.start)
+            runs.append(TokenRun(sequence, part, run.positions))
+        return runs
+
+    def _check(self, step: payloads.Step, source: list[int], runner: Runner) -> None:
+        if step.width != runner.width:
+            raise Malformed(f"hidden states of width {step.width}, the model has {runner.width}")
+        if any(old >= len(self.sequences) for old in source):
+            raise Malformed("a step selects a row that the session does not have")
+        numbers = [run.row for run in step.rows]
+        if len(set(numbers)) < len(numbers) or max([len(source), *(number + 1 for number in numbers)]) > MAX_ROWS:
+            raise Malformed(f"a step has each row at most once, and at most {MAX_ROWS} rows")
+        for run in step.rows:
+            length = self.sequences[source[run.row]].length if run.row < len(source) else 0
+            if run.start > length:
+                raise Malformed(f"a run starts at {run.start}, its row has {length} tokens")
+            tokens = run.start + len(run.positions)
+            if max(tokens, max(run.positions) + 1) > runner.max_positions:
+                raise PromptTooLong(f"a row exceeds the model's {runner.max_positions} positions")
+            if tokens > runner.store.capacity:
+                raise PromptTooLong(f"{tokens} tokens exceed the worker's memory for {runner.store.capacity}")
+
+    def _select(self, select: list[int]) -> None:
+        """Row `select[i]` becomes row i; a row that is selected again is forked."""
+        self._before = self.sequences
+        self.sequences = [
+            self._before[old].fork() if old in select[:new] else self._before[old] for new, old in enumerate(select)
+        ]
+
+    def fork(self) -> Rows:
+        twin = Rows()
+        twin.sequences = [sequence.fork() for sequence in self.sequences]
+        return twin
+
+    def commit(self) -> None:
+        """Frees the rows that the step did not select."""
+        _free_all_but(self.sequences, self._before)
+        self._before = []
+
+    def undo(self) -> None:
+        """Takes the step's selection back."""
+        if self._before:
+            _free_all_but(self._before, self.sequences)
+            self.sequences, self._before = self._before, []
+
+    def free(self) -> None:
+        self.undo()
+        _free_all_but([], self.sequences)
+        self.sequences = []
+
+
+def _free_all_but(kept: list[KVSequence], sequences: list[KVSequence]) -> None:
+    for sequence in sequences:
+        if all(sequence is not other for other in kept):
+            sequence.free()
+
+
+class LanguageBody:
+    """Middle layers of a language model (a `Body`).
+
+    Args:
+        runner: runs the layers.
+        parameter_bytes: of their weights.
+    """
+
+    first_turn = FIRST_TURN
+
+    def __init__(self, runner: Runner, parameter_bytes: int) -> None:
+        self.runner = runner
+        self.parameter_bytes = parameter_bytes
+        self.store = runner.store
+        self.device, self.dtype = runner.device, runner.dtype
+        self.asynchronous = runner.asynchronous
+        self.divisible = not runner.positions_interact
+
+    def new_state(self) -> Rows:
+        return Rows()
+
+    def begin(self, state: Rows, request: payloads.AnyRequest, data: memoryview) -> list[TokenRun[Any]]:
+        if not isinstance(request, payloads.Step):
+            raise Malformed(f"a {type(request).__name__} for a language model")
+        size = request.tokens * request.width * self.dtype.itemsize
+        if size > headers.MAX_BODY // 2:
+            # The answer, in the body's dtype, would not fit into a message.
+            raise Oversized(f"a step whose answer has {size} bytes: send it in chunks")
+        states = from_bytes(data, request.dtype, request.tokens, request.width)
+        return state.begin(request, states, self.runner)
+
+    def launch(self, runs: Sequence[TokenRun[Any]]) -> Forward:
+        return self.runner.launch(runs)
+
+    def reply(
+        self, state: Rows, request: payloads.AnyRequest, output: torch.Tensor
+    ) -> tuple[payloads.AnyReply, memoryview | bytes]:
+        if not isinstance(request, payloads.Step):
+            return payloads.Done(), b""
+        data = to_bytes(output)
+        return payloads.Result(dtype_name(output.dtype), output.shape[0], output.shape[1]), data
+
+    def memory(self) -> dict[str, float]:
+        return {"kv_tokens": self.store.capacity, "kv_tokens_used": self.store.capacity - self.store.free_tokens}
+
+    def facts(self) -> dict[str, Any]:
+        attention = self.runner.executor.attention
+        return {
+            "kv_tokens": self.store.capacity,
+            "kv_sessions": self.store.capacity // self._session_tokens,
+            "packed": attention is not None,
+            "attention": attention,
+            "compiled": self.runner.compiled,
+        }
+
+    def describe(self, layers: str) -> list[str]:
+        each = self._session_tokens
+        lines = [
+            f"layers {layers} on {self.device.type} in {str(self.dtype).removeprefix('torch.')} "
+            f"({self.parameter_bytes:,} bytes of weights; keys and values for {self.store.capacity:,} tokens, "
+            f"or {self.store.capacity // each:,} sessions of {each:,})"
+        ]
+        if self.runner.unpacked_because is not None:
+            lines.append(f"sessions run one at a time: {self.runner.unpacked_because}")
+        return lines
+
+    @property
+    def _session_tokens(self) -> int:
+        return min(SESSION_TOKENS, self.runner.max_positions)

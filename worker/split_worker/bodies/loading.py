@@ -1,0 +1,157 @@
+"""Loads the body that a worker serves, of whichever kind its checkpoint is, and checks it against the manifest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from split_common import headers
+from split_common.checkpoint import Checkpoint
+from split_common.compat.transformers import no_split_modules
+from split_common.diffusion.kinds import is_denoiser, plan_image
+from split_common.engine.linear import pack_linears
+from split_common.engine.runner import build_runner
+from split_common.errors import ConfigError, ModelError
+from split_common.fleet import Fleet
+from split_common.part import Plan, load_part, plan
+from split_common.split import Split
+from split_common.verification import find_manifest
+from split_worker.bodies.base import AnyBody
+from split_worker.bodies.denoiser import DenoiserBody
+from split_worker.bodies.language import LanguageBody
+
+#: The default body of a language model, and the default cut of an image model.
+LAYERS = "2:-2"
+CUT = "C"
+
+#: Share of the free memory that keys and values get by default; the rest is for forwards.
+CPU_SHARE = 0.5
+CUDA_SHARE = 0.85
+
+#: Share of a GPU's free memory that weights may take.
+WEIGHTS_SHARE = 0.9
+
+#: Bytes of main memory, which other processes need too, that keys and values get by default, at most.
+CPU_MOST = 4 * 1024**3
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A loaded body, the service that it is offered as, and the model's name, for people."""
+
+    body: AnyBody
+    service: headers.Service
+    model: str
+
+
+def load_body(
+    model: str,
+    fleet: Fleet,
+    *,
+    revision: str | None = None,
+    layers: str | None = None,
+    cut: str | None = None,
+    ip_adapter: str | Path | None = None,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    memory: int | None = None,
+) -> Serving:
+    """Loads the body of a language model or of a diffusion model's denoiser.
+
+    Args:
+        model: a directory or hub id.
+        fleet: its manifest must match the tensors.
+        revision: of a hub id.
+        layers: the body's layers, or a denoiser's blocks, as `FIRST:LAST`; None for the default.
+        cut: the name of a denoiser's cut, instead of `layers`.
+        ip_adapter: the safetensors file of an IP-Adapter of a UNet.
+        device: where the body runs.
+        dtype: what it computes in; None takes the checkpoint's.
+        memory: bytes for keys and values, or for embeddings; None for the default.
+
+    Raises:
+        ConfigError, InvalidSplit: the model cannot be cut as asked.
+        ModelError: it cannot be loaded, or does not fit into memory.
+        KeysError: the fleet has no manifest of it.
+    """
+    checkpoint = Checkpoint.resolve(model, revision, ip_adapter)
+    if not is_denoiser(checkpoint):
+        for option, given in (("--cut", cut), ("--ip-adapter", ip_adapter)):
+            if given is not None:
+                raise ConfigError(f"{option} is for diffusion models, and {model} is none")
+        text = plan(checkpoint)
+        split = Split.parse(text.layers, layers or LAYERS)
+        manifest = find_manifest(fleet, text.checkpoint, text.own_tensors(split, "worker"))
+        body: AnyBody = load_language_body(text, split, device, dtype, memory)
+    else:
+        if cut is not None and layers is not None:
+            raise ConfigError("--layers and --cut say the same thing: give one of them")
+        image = plan_image(checkpoint)
+        split = image.split(cut or CUT) if layers is None else image.check(Split.parse(image.blocks, layers))
+        manifest = find_manifest(fleet, checkpoint, image.own_tensors(split, "worker"))
+        body = DenoiserBody(image, split, device, dtype, memory)
+    return Serving(body, headers.Service(manifest.root, split.first, split.last), manifest.name)
+
+
+def load_language_body(
+    plan: Plan,
+    split: Split,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    kv_bytes: int | None = None,
+) -> LanguageBody:
+    """Loads the body of a language model.
+
+    Args:
+        plan: the model.
+        split: which layers are the body's.
+        device: where it runs.
+        dtype: what it computes in; None takes the checkpoint's.
+        kv_bytes: memory for keys and values; None takes a share of what is free.
+
+    Raises:
+        ModelError: the part cannot be loaded, or the memory does not hold one page of tokens.
+    """
+    model, stack = load_part(plan, split, "worker", dtype=dtype)
+    parameter_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    if device.type == "cpu":
+        pack_linears(model)
+    else:
+        place_on_gpus(model, parameter_bytes, device)
+    places = {parameter.device for parameter in model.parameters()}
+    free = len(places) * min(free_memory(place) for place in places)
+    runner = build_runner(stack, split, plan.text_config, kv_bytes if kv_bytes is not None else free)
+    return LanguageBody(runner, parameter_bytes)
+
+
+def place_on_gpus(model: Any, parameter_bytes: int, device: torch.device) -> None:
+    """Moves a body to a GPU, or spreads it over all of them if one is too small (by accelerate's device map).
+
+    Raises:
+        ModelError: all GPUs together are too small.
+    """
+    if parameter_bytes < WEIGHTS_SHARE * torch.cuda.mem_get_info(device)[0]:
+        model.to(device)
+        return
+    free = {index: torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())}
+    most = {index: int(WEIGHTS_SHARE * bytes_) for index, bytes_ in free.items()}
+    if parameter_bytes > sum(most.values()):
+        raise ModelError(
+            f"{parameter_bytes:,} bytes of weights do not fit on {len(free)} GPUs with {sum(free.values()):,} "
+            "free: serve fewer layers (--layers), or use --dtype bfloat16 or --device cpu"
+        )
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    places = infer_auto_device_map(model, most, no_split_module_classes=no_split_modules(model))
+    dispatch_model(model, places)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that keys and values get on a device by default."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE)
+    return min(CPU_MOST, int(psutil.virtual_memory().available * CPU_SHARE))
