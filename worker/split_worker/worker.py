@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from split_common import headers, payloads
-from split_common.channel import CHANNEL_LIFETIME, CHANNEL_SESSIONS, Channel, SessionKeys, WorkerHandshake
+from split_common.channel import CHANNEL_LIFETIME, CHANNEL_SESSIONS, Channel, SessionKeys
 from split_common.errors import (
     AuthenticationError,
     Busy,
@@ -26,6 +26,7 @@ from split_common.errors import (
     WorkerFailed,
 )
 from split_common.fleet import Fleet
+from split_common.handshake import WorkerHandshake
 from split_common.keys import Certificate, Identity, ModelScope, Role
 from split_common.transport import Transport, new_peer_id
 from split_worker.body import Body
