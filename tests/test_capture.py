@@ -14,7 +14,7 @@ import zmq
 import tiny
 from split_broker.peer_queue import Body, Message, Peer
 from split_common import channel as channels
-from split_common import headers, payloads
+from split_common import handshake, headers, payloads
 from split_device import SplitModelForCausalLM
 from wiretap import Setting
 
@@ -130,7 +130,8 @@ def test_the_detector_finds_everything_where_nothing_is_encrypted(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suites = {name: null_cipher(suite) for name, suite in channels.SUITES.items()}
-    monkeypatch.setattr(channels, "SUITES", suites)
+    for module in (channels, handshake):
+        monkeypatch.setattr(module, "SUITES", suites)
     recording = Recording(setting, tmp_path, monkeypatch)
     assert found(recording.states, recording.frames) == recording.states
     # And what the protocol never sends, where somebody did send it.

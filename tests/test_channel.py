@@ -11,12 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nacl.signing import SigningKey
-from split_common.handshake import Answer, DeviceHandshake, Hello, WorkerHandshake
 
-from split_common import channel as channels
-from split_common import headers
-from split_common.channel import AEGIS, XCHACHA, Channel, SessionKeys
+from split_common import handshake, headers
+from split_common.channel import AEGIS, XCHACHA, Channel, SessionKeys, Suite
 from split_common.errors import AuthenticationError, CertificateError, Malformed, ProtocolError
+from split_common.handshake import Answer, DeviceHandshake, Hello, WorkerHandshake
 from split_common.keys import Certificate, Identity, Member, ModelScope, Role, Roster, verify_certificate
 
 OPERATOR = SigningKey(bytes(32))
@@ -65,8 +64,8 @@ def shake_hands(
 
 
 @pytest.fixture(params=[AEGIS, XCHACHA], ids=lambda suite: suite.name)
-def suite(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> channels.Suite:
-    monkeypatch.setattr(channels, "preferred_suites", lambda: [request.param.name])
+def suite(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Suite:
+    monkeypatch.setattr(handshake, "preferred_suites", lambda: [request.param.name])
     return request.param  # type: ignore[no-any-return]
 
 
@@ -74,7 +73,7 @@ def request_header(counter: int = 1, session: int = 3) -> headers.Relay:
     return headers.Relay(b"worker..", b"device..", headers.Kind.REQUEST, 5, session, 0, 9, counter)
 
 
-def test_both_ends_know_each_other_and_share_keys(suite: channels.Suite) -> None:
+def test_both_ends_know_each_other_and_share_keys(suite: Suite) -> None:
     of_device, of_worker = shake_hands()
     assert (of_device.peer, of_worker.peer) == (WORKER.certificate, DEVICE.certificate)
     assert of_device.suite is of_worker.suite is suite
@@ -89,7 +88,7 @@ def test_both_ends_know_each_other_and_share_keys(suite: channels.Suite) -> None
 
 
 @pytest.mark.parametrize("name", ["channel", "session", "epoch", "seq", "counter", "kind"])
-def test_what_a_body_belongs_to_cannot_be_changed(suite: channels.Suite, name: str) -> None:
+def test_what_a_body_belongs_to_cannot_be_changed(suite: Suite, name: str) -> None:
     of_device, of_worker = shake_hands()
     one, other = of_device.session_keys(3, 0), of_worker.session_keys(3, 0)
     header = request_header(one.next_counter())
@@ -99,7 +98,7 @@ def test_what_a_body_belongs_to_cannot_be_changed(suite: channels.Suite, name: s
         other.open(wrong, sealed)
 
 
-def test_sessions_epochs_directions_and_channels_have_different_keys(suite: channels.Suite) -> None:
+def test_sessions_epochs_directions_and_channels_have_different_keys(suite: Suite) -> None:
     of_device, of_worker = shake_hands()
     header = request_header()
     sealed = of_device.session_keys(3, 0).seal(header, b"x")
@@ -306,7 +305,7 @@ def test_a_certificate_of_the_largest_size_fits_into_the_set_up() -> None:
 
 def test_a_message_too_large_for_the_set_up_is_refused() -> None:
     with pytest.raises(Malformed, match="large"):
-        WorkerHandshake(WORKER, VERIFY, SERVICE, bytes(channels.MAX_HANDSHAKE + 1))
+        WorkerHandshake(WORKER, VERIFY, SERVICE, bytes(handshake.MAX_HANDSHAKE + 1))
 
 
 def test_trust_ends_with_the_roster_or_the_certificate() -> None:

@@ -38,6 +38,7 @@ from split_common.errors import (
     SessionLost,
 )
 from split_common.fleet import load_fleet
+from split_common.handshake import DeviceHandshake
 from split_common.keys import ModelScope
 from split_common.part import plan
 from split_common.servers import free_port
@@ -740,7 +741,7 @@ def test_channels_are_bounded_and_a_forgotten_one_is_told(
 def test_half_open_channels_are_bounded_and_cost_no_session(setting: Setting) -> None:
     with setting.broker() as broker, setting.worker(broker.address) as worker:
         for number in range(worker_module.MAX_HALF_OPEN + 50):
-            hello = channels.DeviceHandshake(
+            hello = DeviceHandshake(
                 setting.fleet.read_identity("device-1"), lambda *_: None, setting.service, "float32"
             ).hello
             worker.on_message(headers.Open(bytes(8), number, setting.service), hello)

@@ -44,10 +44,11 @@ from recorded import (
     check_text,
     read_bytes,
 )
-from split_common import channel, headers, keys, manifest, payloads
-from split_common.channel import AEGIS, Answer, Credentials, Hello
+from split_common import handshake, headers, keys, manifest, payloads
+from split_common.channel import AEGIS
 from split_common.files import private_dir, write_private, write_public
 from split_common.fleet import Fleet
+from split_common.handshake import Answer, Credentials, Hello
 from split_common.keys import Certificate, Identity, Roster, Signed, open_signed, seal
 from split_common.manifest import Manifest
 from split_common.transport import member_mark
@@ -366,7 +367,7 @@ def test_json_of_records() -> None:
 # --- nothing is left out -----------------------------------------------------------------------------------
 
 #: Modules whose structs travel or are stored.
-MODULES: tuple[ModuleType, ...] = (headers, payloads, channel, keys, manifest, dead_letters, jobs)
+MODULES: tuple[ModuleType, ...] = (headers, payloads, handshake, keys, manifest, dead_letters, jobs)
 
 #: Structs of theirs that do neither.
 NOT_STORED: set[type] = {headers.Header, payloads.Payload, jobs.Job, jobs.Progress, jobs.Update}

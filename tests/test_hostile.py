@@ -15,13 +15,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from split_common.handshake import DeviceHandshake
 
 import tiny
 from split_broker.peer_queue import Message, Peer
 from split_common import headers, payloads
 from split_common.channel import Channel, SessionKeys
 from split_common.errors import AuthenticationError, Busy, NonFinite, OutOfOrder, ProtocolError, SessionLost
+from split_common.handshake import DeviceHandshake
 from split_common.keys import Certificate, ModelScope, Role, verify_certificate
 from split_device import SplitModelForCausalLM
 from split_device.sessions import client as client_module

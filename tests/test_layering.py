@@ -25,6 +25,7 @@ LIGHT = [
             "headers",
             "payloads",
             "channel",
+            "handshake",
             "transport.zmq_link",
             "transport.redis.link",
             "keys",

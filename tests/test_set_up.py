@@ -28,19 +28,17 @@ from recorded import (
     check_bytes,
     read_bytes,
 )
-from split_common import channel, payloads
-from split_common.channel import (
-    AEGIS,
+from split_common import handshake, payloads
+from split_common.channel import AEGIS, XCHACHA, Channel
+from split_common.errors import AuthenticationError, Malformed, SessionLost, UnsupportedFeature
+from split_common.handshake import (
     MAX_CAPABILITIES,
     VERSION_1_CAPABILITIES,
-    XCHACHA,
     Answer,
-    Channel,
     DeviceHandshake,
     Hello,
     WorkerHandshake,
 )
-from split_common.errors import AuthenticationError, Malformed, SessionLost, UnsupportedFeature
 from split_common.keys import Certificate, Role, verify_certificate
 from split_device.sessions import client as client_module
 from split_worker import worker as worker_module
@@ -54,7 +52,7 @@ SOME = frozenset({"int8", "trees"})
 @pytest.fixture(params=[AEGIS, XCHACHA], ids=lambda suite: suite.name)
 def suite(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The only cipher that both ends have."""
-    monkeypatch.setattr(channel, "preferred_suites", lambda: [request.param.name])
+    monkeypatch.setattr(handshake, "preferred_suites", lambda: [request.param.name])
     return request.param.name  # type: ignore[no-any-return]
 
 
@@ -138,7 +136,7 @@ def test_peers_of_a_later_version_are_understood(monkeypatch: pytest.MonkeyPatch
     finish, to_worker = initiator.finish(responder.answer)
     assert to_worker.capabilities == responder.finish(finish).capabilities == ALL - {"int4"}
     initiator = device()
-    monkeypatch.setattr(channel, "SETUP_VERSION", 3)
+    monkeypatch.setattr(handshake, "SETUP_VERSION", 3)
     responder = worker(initiator.hello)
     finish, to_worker = initiator.finish(later(responder.answer, 3))
     assert to_worker.capabilities == responder.finish(finish).capabilities == ALL
@@ -250,8 +248,8 @@ class Version1Worker(WorkerHandshake):
 
     def __init__(self, *arguments: object) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            decode = channel._decode
-            patch.setattr(channel, "_decode", lambda message, type_: version_1(decode(message, type_)))
+            decode = handshake._decode
+            patch.setattr(handshake, "_decode", lambda message, type_: version_1(decode(message, type_)))
             super().__init__(*arguments)  # type: ignore[arg-type]
 
 

@@ -1,7 +1,7 @@
 """Routing headers: the first frame of each message, in the clear. It is all that the broker reads.
 
 A message is two frames. The first is a version byte and a msgspec header. The second is a body that only the two
-ends can open (`split_common.channel`, `split_common.payloads`); the broker passes it on unread.
+ends can open (`split_common.payloads`, `split_common.channel`); the broker passes it on unread.
 
 Headers are untrusted input: decoding checks each length and range, and raises a `ProtocolError`. They travel as
 arrays, so the order of fields and the tags are the format; the names of classes and fields are not.

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from split_common.handshake import WorkerHandshake
 
 from split_common import headers, payloads
 from split_common.channel import CHANNEL_LIFETIME, CHANNEL_SESSIONS, Channel, SessionKeys
@@ -28,6 +27,7 @@ from split_common.errors import (
     WorkerFailed,
 )
 from split_common.fleet import Fleet
+from split_common.handshake import WorkerHandshake
 from split_common.keys import Certificate, Identity, ModelScope, Role
 from split_common.transport import Transport, new_peer_id
 from split_worker.bodies.base import AnyBody

@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from split_common.handshake import DeviceHandshake
-
 from split_common import headers, payloads
 from split_common.errors import (
     AuthenticationError,
@@ -26,6 +24,7 @@ from split_common.errors import (
     WorkerGone,
 )
 from split_common.fleet import Fleet
+from split_common.handshake import DeviceHandshake
 from split_common.keys import Certificate, Identity, ModelScope, Role
 from split_common.transport import Transport, count_dropped, new_peer_id
 from split_device.sessions.history import HISTORY_MEMORY
