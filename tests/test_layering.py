@@ -18,7 +18,7 @@ PACKAGES = {
 }
 LIGHT = [
     "split_broker.broker",
-    "split_broker.lanes",
+    "split_broker.peer_queue",
     *(
         f"split_common.{name}"
         for name in (
