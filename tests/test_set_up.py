@@ -45,7 +45,7 @@ from split_worker import worker as worker_module
 from wiretap import Setting, run_steps, step
 
 ALL = frozenset({"fork", "int4", "int8"})
-#: Of a peer that lacks some of them, and has one that the other does not know.
+#: A peer with these lacks two of them, and has one that the other end does not know.
 SOME = frozenset({"int8", "trees"})
 
 
@@ -221,10 +221,21 @@ def test_as_many_capabilities_as_are_allowed_may_be_unknown() -> None:
     assert to_worker.capabilities == set()
 
 
-def test_what_this_version_sends_can_be_named() -> None:
-    decoded = msgspec.msgpack.decode(device(payloads.CAPABILITIES).hello, type=Hello)
-    assert frozenset(decoded.capabilities) == payloads.CAPABILITIES
-    assert isinstance(msgspec.msgpack.decode(worker(device().hello).answer, type=Answer), Answer)
+def test_both_sides_name_what_this_version_has() -> None:
+    initiator = DeviceHandshake(DEVICE, verify, SERVICE, "bfloat16")
+    responder = WorkerHandshake(WORKER, verify, SERVICE, initiator.hello)
+    hello = msgspec.msgpack.decode(initiator.hello, type=Hello)
+    answer = msgspec.msgpack.decode(responder.answer, type=Answer)
+    assert hello.capabilities == answer.capabilities == sorted(payloads.CAPABILITIES)
+    assert payloads.CAPABILITIES >= VERSION_1_CAPABILITIES
+
+
+def test_requests_say_what_they_need() -> None:
+    numbers, times = payloads.Array("int8", [1, 1]), payloads.Array("float32", [1, 1])
+    assert payloads.Step("float32", 1, [payloads.Run(0, 0, [0])]).needs == set()
+    assert payloads.Fork(1, 0).needs == {"fork"}
+    assert payloads.Denoise(None, [-1], [times, times], "float16").needs == set()
+    assert payloads.Denoise(None, [-1], [numbers, times], "int4").needs == {"int8", "int4"}
 
 
 # --- over a queue ------------------------------------------------------------------------------------------
