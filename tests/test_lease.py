@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from split_common import wire
+from split_common import headers
 from split_common.transport.base import GRACE, HEARTBEAT
 from split_common.transport.redis import lease as lease_module
 from split_common.transport.redis.keys import Keys
@@ -38,7 +38,7 @@ def lease(clock: Clock) -> Lease:
         return [b"OK" for _ in commands]
 
     line: Any = SimpleNamespace(run_allowed=run_allowed)
-    made = Lease(line, Keys(bytes(32)), wire.Announce(b"device-1", "device", "device-1"))
+    made = Lease(line, Keys(bytes(32)), headers.Announce(b"device-1", "device", "device-1"))
     assert made.renewed(clock.now, 0, BOOT) == Found.NOTHING
     assert made.lanes_made == 1
     return made

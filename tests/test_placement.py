@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from split_common import wire
+from split_common import headers
 from split_common.transport.placement import (
     GONE,
     MAX_DETAIL,
@@ -18,7 +18,7 @@ from split_common.transport.placement import (
     served,
 )
 
-SERVICE, OTHER = wire.Service(b"r" * 32, 2, 4), wire.Service(b"x" * 32, 0, 1)
+SERVICE, OTHER = headers.Service(b"r" * 32, 2, 4), headers.Service(b"x" * 32, 0, 1)
 DEADLINE = 10.0
 BUSY = Refuse("busy", "every worker is full", 1.0)
 
@@ -27,13 +27,13 @@ def peer(name: str) -> bytes:
     return name.encode().ljust(8, b"\0")
 
 
-def worker(name: str, room: int, service: wire.Service = SERVICE, model: str = "tiny") -> Candidate:
+def worker(name: str, room: int, service: headers.Service = SERVICE, model: str = "tiny") -> Candidate:
     return Candidate(peer(name), service, model, room)
 
 
 def pending(avoid: str = "", placed: bool = False) -> PendingOpen[bytes]:
-    header = wire.Open(peer("device"), 7, SERVICE, [peer(name) for name in avoid.split()])
-    return PendingOpen(header, (wire.encode_header(header), b"sealed"), DEADLINE, placed)
+    header = headers.Open(peer("device"), 7, SERVICE, [peer(name) for name in avoid.split()])
+    return PendingOpen(header, (headers.encode_header(header), b"sealed"), DEADLINE, placed)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def pending(avoid: str = "", placed: bool = False) -> PendingOpen[bytes]:
         ([worker("a", 1), worker("b", 3), worker("c", 2)], "b c x", "a"),
         ([worker("a", 0), worker("b", 1)], "", "b"),
         ([worker("a", 9, OTHER), worker("b", 1)], "", "b"),
-        ([worker("a", 9, wire.Service(SERVICE.root, 2, 5)), worker("b", 1)], "", "b"),
+        ([worker("a", 9, headers.Service(SERVICE.root, 2, 5)), worker("b", 1)], "", "b"),
         # Of equals, the first.
         ([worker("b", 2), worker("a", 2), worker("c", 2)], "", "b"),
         ([worker("b", 2), worker("a", 2), worker("c", 2)], "b", "a"),
@@ -100,27 +100,31 @@ def test_an_open_that_any_worker_may_take_is_not_assigned_again() -> None:
 
 def test_what_is_served_is_listed_once_each_and_in_order() -> None:
     workers = [
-        worker("a", 0, wire.Service(bytes(32), 10, 12), "b"),
-        worker("b", 0, wire.Service(bytes(32), 2, 4), "b"),
-        worker("c", 0, wire.Service(bytes(32), 2, 4), "b"),
-        worker("d", 0, wire.Service(bytes(32), 3, 5), "a"),
+        worker("a", 0, headers.Service(bytes(32), 10, 12), "b"),
+        worker("b", 0, headers.Service(bytes(32), 2, 4), "b"),
+        worker("c", 0, headers.Service(bytes(32), 2, 4), "b"),
+        worker("d", 0, headers.Service(bytes(32), 3, 5), "a"),
     ]
     assert served(workers) == "a layers 3:5, b layers 2:4, b layers 10:12"
 
 
 def test_a_refusal_names_the_message_that_it_is_about() -> None:
-    relay = wire.Relay(peer("worker"), peer("device"), wire.Kind.REQUEST, 1, 2, 3, 4, 5)
-    assert GONE.bounce(relay) == wire.Bounce(
+    relay = headers.Relay(peer("worker"), peer("device"), headers.Kind.REQUEST, 1, 2, 3, 4, 5)
+    assert GONE.bounce(relay) == headers.Bounce(
         "gone", 1, 2, 4, peer("worker"), "the peer is not connected", 0.0, epoch=3
     )
-    assert full("it is", 0.25).bounce(relay) == wire.Bounce("full", 1, 2, 4, peer("worker"), "it is", 0.25, epoch=3)
-    assert BUSY.bounce(pending().header) == wire.Bounce("busy", 7, detail="every worker is full", retry_after=1.0)
+    assert full("it is", 0.25).bounce(relay) == headers.Bounce(
+        "full", 1, 2, 4, peer("worker"), "it is", 0.25, epoch=3
+    )
+    assert BUSY.bounce(pending().header) == headers.Bounce(
+        "busy", 7, detail="every worker is full", retry_after=1.0
+    )
 
 
 def test_a_refusal_is_never_too_long_to_be_read() -> None:
-    many = [worker(f"w{n}", 0, wire.Service(bytes(32), n, n + 1), "m" * 500) for n in range(64)]
+    many = [worker(f"w{n}", 0, headers.Service(bytes(32), n, n + 1), "m" * 500) for n in range(64)]
     refusal = decide(pending(), many, False, 0.0)
     assert isinstance(refusal, Refuse)
     bounce = refusal.bounce(pending().header)
     assert len(bounce.detail) == MAX_DETAIL
-    assert wire.decode_header(wire.encode_header(bounce)) == bounce
+    assert headers.decode_header(headers.encode_header(bounce)) == bounce

@@ -23,7 +23,7 @@ import zmq.utils.z85
 from zmq.auth.thread import ThreadAuthenticator
 
 from split_broker.peer_queue import Body, Message, Peer
-from split_common import wire
+from split_common import headers
 from split_common.address import is_redis, parse_address
 from split_common.errors import AuthenticationError, ConfigError, Malformed
 from split_common.fleet import Fleet
@@ -45,7 +45,7 @@ FLUSH_INTERVAL = 0.005
 IDLE = 0.05
 
 #: Messages that an announced peer may send.
-_FROM_PEERS = wire.Relay, wire.Open, wire.RosterRequest
+_FROM_PEERS = headers.Relay, headers.Open, headers.RosterRequest
 
 
 class Broker:
@@ -87,7 +87,7 @@ class Broker:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
         self._socket.router_mandatory = True
-        self._socket.maxmsgsize = wire.MAX_FRAME
+        self._socket.maxmsgsize = headers.MAX_FRAME
         self._socket.ipv6 = "[" in address
         self._socket.sndhwm = self._socket.rcvhwm = 256
         self._socket.rcvtimeo = int(1000 * IDLE)
@@ -182,12 +182,12 @@ class Broker:
     def _take(self, frames: list[zmq.Frame]) -> None:
         if len(frames) != 3:
             raise Malformed(f"{len(frames)} frames")
-        self._handle(frames[0], frames[1].bytes, wire.check_body(frames[2]))
+        self._handle(frames[0], frames[1].bytes, headers.check_body(frames[2]))
 
     def _handle(self, envelope: zmq.Frame, head: bytes, body: Body) -> None:
         route = envelope.bytes
-        header = wire.decode_header(head)
-        if isinstance(header, wire.Announce):
+        header = headers.decode_header(head)
+        if isinstance(header, headers.Announce):
             self._announced(header, route, self._member(envelope, header))
             return
         if not isinstance(header, _FROM_PEERS):
@@ -201,14 +201,14 @@ class Broker:
             return
         sender = self._peers[header.sender]
         match header:
-            case wire.Relay():
+            case headers.Relay():
                 self._relay(sender, header, (head, body))
-            case wire.Open():
+            case headers.Open():
                 self._open(sender, header, (head, body))
-            case wire.RosterRequest():
+            case headers.RosterRequest():
                 self._put(sender, self._roster())
 
-    def _relay(self, sender: Peer, header: wire.Relay, message: Message) -> None:
+    def _relay(self, sender: Peer, header: headers.Relay, message: Message) -> None:
         target = self._peers.get(header.to)
         if target is not None and target.role == sender.role:
             raise Malformed(f"a {sender.role} wrote to a {target.role}")
@@ -222,10 +222,10 @@ class Broker:
         else:
             self._refuse(sender, header, GONE)
 
-    def _refuse(self, to: Peer, header: wire.Relay | wire.Open, refusal: Refuse) -> None:
+    def _refuse(self, to: Peer, header: headers.Relay | headers.Open, refusal: Refuse) -> None:
         """Tells the sender of a message that it was not delivered."""
         self.counters[f"bounced_{refusal.reason}"] += 1
-        self._put(to, (wire.encode_header(refusal.bounce(header)), b""))
+        self._put(to, (headers.encode_header(refusal.bounce(header)), b""))
 
     @property
     def _early(self) -> bool:
@@ -234,7 +234,7 @@ class Broker:
 
     # --- placement -----------------------------------------------------------------------------------------
 
-    def _open(self, sender: Peer, header: wire.Open, message: Message) -> None:
+    def _open(self, sender: Peer, header: headers.Open, message: Message) -> None:
         if sender.role != "device":
             raise Malformed(f"a {sender.role} asked for a worker")
         now = time.monotonic()
@@ -273,7 +273,7 @@ class Broker:
 
     # --- announcements -------------------------------------------------------------------------------------
 
-    def _announced(self, header: wire.Announce, route: bytes, member: str) -> None:
+    def _announced(self, header: headers.Announce, route: bytes, member: str) -> None:
         peer = self._peers.get(header.sender)
         if self._routes.get(route, header.sender) != header.sender:
             raise Malformed("a second peer on one connection")
@@ -310,7 +310,7 @@ class Broker:
             waiting = [one for one in self._pending.values() if one.header.service == peer.service]
             self._place(waiting, peer.seen)
 
-    def _member(self, envelope: zmq.Frame, header: wire.Announce) -> str:
+    def _member(self, envelope: zmq.Frame, header: headers.Announce) -> str:
         """The member as which a peer is authenticated: by its CURVE key on TCP; on ipc, its own word.
 
         Raises:
@@ -367,10 +367,10 @@ class Broker:
             self._put(watcher, self._welcome([peer.id]))
 
     def _welcome(self, gone: list[bytes]) -> Message:
-        return wire.encode_header(wire.Welcome(self._boot, self._fleet.roster().version, gone)), b""
+        return headers.encode_header(headers.Welcome(self._boot, self._fleet.roster().version, gone)), b""
 
     def _roster(self) -> Message:
-        return wire.encode_header(wire.RosterReply()), self._fleet.roster_bytes()
+        return headers.encode_header(headers.RosterReply()), self._fleet.roster_bytes()
 
     def _housekeeping(self, now: float) -> None:
         if self._fleet.refresh():
@@ -378,7 +378,7 @@ class Broker:
         if self._fleet.roster().version > self._enforced:
             self._enforced = self._fleet.roster().version
             self._enforce_roster()
-        probe = wire.encode_header(wire.Probe()), b""
+        probe = headers.encode_header(headers.Probe()), b""
         for peer in list(self._peers.values()):
             if now - peer.seen > HEARTBEAT * MISSED:
                 self._remove(peer, "fell silent")
@@ -398,7 +398,7 @@ class Broker:
                 self._put(peer, self._welcome([]))
 
 
-def _describe(sender: Peer, target: Peer, header: wire.Relay, body: Body) -> str:
+def _describe(sender: Peer, target: Peer, header: headers.Relay, body: Body) -> str:
     """All that the broker can know of a message, for the log."""
     start = memoryview(body)[:16]  # type: ignore[arg-type]
     return (

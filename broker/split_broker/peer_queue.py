@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import zmq
 
+from split_common.headers import Service
 from split_common.transport.base import QUEUE_BYTES
-from split_common.wire import Service
 
 #: Bytes that may be on the way to a peer that has not said yet that it received them.
 WINDOW = 64 * 1024 * 1024

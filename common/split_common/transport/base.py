@@ -1,6 +1,6 @@
 """What devices and workers need of a queue, whatever carries it: the interface of a transport, and its limits.
 
-A transport moves messages (`split_common.wire`) between the peers of a fleet and says when peers die. It may lose,
+A transport moves messages (`split_common.headers`) between the peers of a fleet and says when peers die. It may lose,
 repeat, delay and reorder messages, and does not read them: sessions number, acknowledge and repeat what they send,
 and seal it. To add one, write a class that keeps the promises of `Transport`, choose it by its address in
 `split_common.transport.links.connect`, add it to `TRANSPORTS` in tests/fleet.py, and run the tests that take the
@@ -9,10 +9,10 @@ fixture `transport`.
 What a transport promises:
 
 1. *Delivery is best effort, refusal is said.* A message that the transport knows it cannot deliver comes back to
-   its sender as a `wire.Bounce`: `gone` if the peer is not connected, `full` if too much waits for it. Anything
+   its sender as a `headers.Bounce`: `gone` if the peer is not connected, `full` if too much waits for it. Anything
    else may be lost without a word.
 2. *Nothing grows without bound.* At most `OUTBOX_BYTES` wait at a sender, and about `QUEUE_BYTES` for a receiver.
-3. *A device's `wire.Open` goes to one worker of its service that has room* and that the device does not avoid, or
+3. *A device's `headers.Open` goes to one worker of its service that has room* and that the device does not avoid, or
    is refused with `no-worker` or `busy`. `split_common.transport.placement` decides.
 4. *Death is noticed.* Every peer announces itself each `HEARTBEAT`. After `MISSED` of them without one, those that
    watch it are told by `Handler.on_gone`. A peer that was wrongly taken for dead and comes back is itself told
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     # The rest of this module is light: `--help` reads it.
-    from split_common.wire import Announce, AnyHeader, Header
+    from split_common.headers import Announce, AnyHeader, Header
 
 _T = TypeVar("_T")
 
@@ -65,7 +65,7 @@ class Handler(Protocol):
     """
 
     def on_message(self, header: AnyHeader, body: bytes) -> None:
-        """A message for this peer, at most `wire.MAX_BODY` bytes. Its sender is not authenticated by the queue."""
+        """A message for this peer, at most `headers.MAX_BODY` bytes. Its sender is not authenticated by the queue."""
 
     def on_gone(self, peers: Iterable[bytes]) -> None:
         """Watched peers, by id, that died or left."""
@@ -106,7 +106,7 @@ class Transport(Protocol):
         connection stands. `body` is sent without being copied if it is large.
 
         Raises:
-            Oversized: the body is larger than `wire.MAX_BODY`.
+            Oversized: the body is larger than `headers.MAX_BODY`.
         """
 
     def receive(self, events: queue.SimpleQueue[_T], timeout: float) -> _T:

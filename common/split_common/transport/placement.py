@@ -12,7 +12,7 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from split_common import wire
+from split_common import headers
 from split_common.transport.base import FULL_RETRY
 
 #: Seconds after which a device may try again when every worker was full.
@@ -28,7 +28,7 @@ _Body = TypeVar("_Body")
 class PendingOpen(Generic[_Body]):
     """A device's `Open` that no worker has been given yet. A device has one at a time."""
 
-    header: wire.Open
+    header: headers.Open
     #: The message, to be passed on as it came.
     frames: tuple[bytes, _Body]
     #: When the device is told to try again, by the clock of whoever calls `decide`.
@@ -41,7 +41,7 @@ class Candidate(NamedTuple):
     """A worker that is alive, as it last announced itself."""
 
     id: bytes
-    service: wire.Service
+    service: headers.Service
     model: str
     #: Sessions that it has room for.
     room: int
@@ -65,12 +65,12 @@ class Refuse(NamedTuple):
     #: Seconds after which another attempt may succeed; 0 if waiting does not help.
     retry_after: float = 0.0
 
-    def bounce(self, header: wire.Relay | wire.Open) -> wire.Bounce:
+    def bounce(self, header: headers.Relay | headers.Open) -> headers.Bounce:
         """What the sender of a message with this header is told."""
-        bounce = wire.Bounce(
+        bounce = headers.Bounce(
             self.reason, header.channel, detail=self.detail[:MAX_DETAIL], retry_after=self.retry_after
         )
-        if isinstance(header, wire.Open):
+        if isinstance(header, headers.Open):
             return bounce
         return msgspec.structs.replace(
             bounce, session=header.session, epoch=header.epoch, seq=header.seq, peer=header.to

@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 
-from split_common import wire
+from split_common import headers
 from split_common.transport.base import Handler
 from split_common.transport.placement import Refuse
 from split_common.transport.supervised import handled
@@ -20,11 +20,11 @@ class Caller:
         self._counters = counters
         self._lock = threading.Lock()
 
-    def message(self, header: wire.AnyHeader, body: bytes) -> None:
+    def message(self, header: headers.AnyHeader, body: bytes) -> None:
         with self._lock:
             handled(self._counters, self._handler.on_message, header, body)
 
-    def refuse(self, header: wire.Relay | wire.Open, refusal: Refuse) -> None:
+    def refuse(self, header: headers.Relay | headers.Open, refusal: Refuse) -> None:
         """Tells the peer that a message which it sent was not delivered."""
         self._counters[f"bounced_{refusal.reason}"] += 1
         self.message(refusal.bounce(header), b"")
@@ -41,7 +41,7 @@ class Caller:
         with self._lock:
             handled(self._counters, self._handler.on_roster)
 
-    def announcement(self) -> wire.Announce | None:
+    def announcement(self) -> headers.Announce | None:
         """None if the handler failed."""
         with self._lock:
             return handled(self._counters, self._handler.announcement)

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 
-from split_common import wire
+from split_common import headers
 from split_common.errors import BrokerUnreachable
 from split_common.fleet import Fleet
 from split_common.keys import Role
@@ -40,20 +40,20 @@ class Inbox:
     """What other threads of a link have for the housekeeper. The garbage collector may call its methods, too."""
 
     def __init__(self) -> None:
-        self._items: queue.SimpleQueue[tuple[wire.Open, bytes] | wire.Relay | None] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[tuple[headers.Open, bytes] | headers.Relay | None] = queue.SimpleQueue()
 
-    def open(self, header: wire.Open, body: bytes) -> None:
+    def open(self, header: headers.Open, body: bytes) -> None:
         """The device looks for a worker."""
         self._items.put((header, body))
 
-    def undelivered(self, header: wire.Relay) -> None:
+    def undelivered(self, header: headers.Relay) -> None:
         """The receiver of a message has no lane: it is gone, or the server has just forgotten everything."""
         self._items.put(header)
 
     def wake(self) -> None:
         self._items.put(None)
 
-    def take(self, timeout: float) -> list[tuple[wire.Open, bytes] | wire.Relay | None]:
+    def take(self, timeout: float) -> list[tuple[headers.Open, bytes] | headers.Relay | None]:
         """All there is, after waiting for the first item for `timeout` seconds at most."""
         items = []
         with contextlib.suppress(queue.Empty):
@@ -82,7 +82,7 @@ class Housekeeper:
         keys: Keys,
         fleet: Fleet,
         caller: Caller,
-        first: wire.Announce,
+        first: headers.Announce,
         inbox: Inbox,
         lease: Lease,
         registry: Registry,
@@ -107,7 +107,7 @@ class Housekeeper:
         self.failure = ""
         self._closing = threading.Event()
         # Messages whose receivers had no lane.
-        self._undelivered: list[wire.Relay] = []
+        self._undelivered: list[headers.Relay] = []
         self._watching: set[bytes] = set()
         self._next_beat = self._next_watch = 0.0
         self._pause = RECONNECT
@@ -138,7 +138,7 @@ class Housekeeper:
         busy = self._device_opens is not None and (self._device_opens.waiting or self._watching)
         wait = WATCH_INTERVAL if busy else max(0.0, self._next_beat - time.monotonic())
         for item in self._inbox.take(0.0 if self._lease.disconnected else wait):
-            if isinstance(item, wire.Relay):
+            if isinstance(item, headers.Relay):
                 self._undelivered.append(item)
             elif item is not None and self._device_opens is not None:
                 self._device_opens.take(*item)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from enum import Enum, auto
 
-from split_common import wire
+from split_common import headers
 from split_common.transport.base import GRACE, HEARTBEAT, MISSED
 from split_common.transport.redis.keys import Keys, entry
 from split_common.transport.redis.server import Command, Line, Refused, failed
@@ -40,7 +40,7 @@ class Lease:
         first: the peer's first announcement, which says who it is.
     """
 
-    def __init__(self, line: Line, keys: Keys, first: wire.Announce) -> None:
+    def __init__(self, line: Line, keys: Keys, first: headers.Announce) -> None:
         self._line = line
         self._boot_key = keys.boot
         self._sets_boot = first.role == "worker"

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from split_common import wire
+from split_common import headers
 from split_common.errors import BrokerUnreachable, Malformed, SplitError
 from split_common.fleet import Fleet
 from split_common.keys import Identity, Role
@@ -67,8 +67,8 @@ class RedisLink:
             raise BrokerUnreachable(f"{why} (tried for at most {timeout:g} s)")
         parts.start()
 
-    def send(self, header: wire.Header, body: bytes = b"") -> None:
-        wire.check_body(body)
+    def send(self, header: headers.Header, body: bytes = b"") -> None:
+        headers.check_body(body)
         if self._parts is not None:
             self._parts.send(header, body)
 
@@ -103,7 +103,7 @@ class _Parts:
         server: Server,
         fleet: Fleet,
         member: str,
-        first: wire.Announce,
+        first: headers.Announce,
         caller: Caller,
         counters: Counter[str],
     ) -> None:
@@ -165,12 +165,12 @@ class _Parts:
     def _start(self, loop: Callable[[], None], name: str) -> None:
         self._threads.append(self._supervisor.start(loop, f"lambda-split-redis-{name}"))
 
-    def send(self, header: wire.Header, body: bytes) -> None:
-        if isinstance(header, wire.Open):
+    def send(self, header: headers.Header, body: bytes) -> None:
+        if isinstance(header, headers.Open):
             self._inbox.open(header, body)
-        elif isinstance(header, wire.Relay):
+        elif isinstance(header, headers.Relay):
             lane = self._keys.lane(self._other_role, header.to)
-            head = wire.encode_header(header)
+            head = headers.encode_header(header)
             command = lane, ("XADD", lane, "NOMKSTREAM", "*", *entry(head, body))
             self.writer.put(Outgoing(command, header, len(head) + len(body)))
 
@@ -198,11 +198,15 @@ class _Parts:
         except SplitError as error:
             count_dropped(self._counters, error)
             return
-        if self.device_opens is not None and isinstance(header, wire.Relay) and header.kind == wire.Kind.ANSWER:
+        if (
+            self.device_opens is not None
+            and isinstance(header, headers.Relay)
+            and header.kind == headers.Kind.ANSWER
+        ):
             self.device_opens.answered(header.channel)
         self._caller.message(header, body)
 
-    def _read_message(self, fields: Any) -> tuple[wire.Relay | wire.Open, bytes]:
+    def _read_message(self, fields: Any) -> tuple[headers.Relay | headers.Open, bytes]:
         """The message in an entry. No peer may say what only a broker would.
 
         Raises:
@@ -211,11 +215,11 @@ class _Parts:
         head, body = read_entry(fields)
         self._counters["messages_received"] += 1
         self._counters["bytes_received"] += len(head) + len(body)
-        header = wire.decode_header(head)
-        wire.check_body(body)
-        if isinstance(header, wire.Relay) and header.to != self._me:
+        header = headers.decode_header(head)
+        headers.check_body(body)
+        if isinstance(header, headers.Relay) and header.to != self._me:
             raise Malformed("a message for another peer")
-        if not isinstance(header, wire.Relay | wire.Open):
+        if not isinstance(header, headers.Relay | headers.Open):
             raise Malformed(f"a peer sent a {type(header).__name__}")
         return header, body
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from split_common import wire
+from split_common import headers
 from split_common.errors import Malformed, SplitError
 from split_common.keys import Role
 from split_common.transport.base import QUEUE_BYTES
@@ -37,10 +37,10 @@ class Registry:
 
     # --- this worker's own entry -----------------------------------------------------------------------------
 
-    def registration(self, announcement: wire.Announce) -> list[Command]:
+    def registration(self, announcement: headers.Announce) -> list[Command]:
         """Puts a worker on the list, where devices find it."""
         workers = self._keys.workers
-        public = wire.encode_header(msgspec.structs.replace(announcement, watching=[]))
+        public = headers.encode_header(msgspec.structs.replace(announcement, watching=[]))
         return [
             (workers, ("HSET", workers, announcement.sender.hex(), public)),
             (workers, ("PEXPIRE", workers, int(OPENS_LEASE * 1000))),
@@ -66,7 +66,7 @@ class Registry:
         self.full = frozenset(peer for peer, size in sizes.items() if size > QUEUE_BYTES)
         return [peer for peer in peers if peer not in sizes]
 
-    def workers(self) -> list[wire.Announce]:
+    def workers(self) -> list[headers.Announce]:
         """The announcements of all workers that are alive.
 
         Raises:
@@ -83,7 +83,7 @@ class Registry:
         if gone := self.removal(*(peer.hex() for peer in announced if peer not in alive), *wrong):
             self._line.run_allowed(gone)
 
-    def _listed(self) -> tuple[dict[bytes, wire.Announce], list[bytes]]:
+    def _listed(self) -> tuple[dict[bytes, headers.Announce], list[bytes]]:
         """All announcements on the list, of dead workers too, and the names of entries that are none."""
         (flat,) = self._line.run_allowed([(self._keys.workers, ("HGETALL", self._keys.workers))])
         if failed(flat):
@@ -91,8 +91,8 @@ class Registry:
         announced, wrong = {}, []
         for name, value in zip(flat[::2], flat[1::2], strict=True):
             try:
-                header = wire.decode_header(value)
-                if not isinstance(header, wire.Announce) or header.sender.hex().encode() != name:
+                header = headers.decode_header(value)
+                if not isinstance(header, headers.Announce) or header.sender.hex().encode() != name:
                     raise Malformed("an announcement of another peer")
                 announced[header.sender] = header
             except SplitError as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from split_common import wire
+from split_common import headers
 from split_common.transport.base import HEARTBEAT, OPEN_PATIENCE
 from split_common.transport.placement import Assign, Candidate, PendingOpen, Refuse, decide
 from split_common.transport.redis.caller import Caller
@@ -57,10 +57,10 @@ class DeviceOpens:
     def waiting(self) -> bool:
         return self._pending is not None
 
-    def take(self, header: wire.Open, body: bytes) -> None:
+    def take(self, header: headers.Open, body: bytes) -> None:
         """A new open, or the same one again, which keeps its deadline."""
         if self._pending is None or self._pending.header.channel != header.channel:
-            frames = wire.encode_header(header), body
+            frames = headers.encode_header(header), body
             self._pending = PendingOpen(header, frames, time.monotonic() + OPEN_PATIENCE)
 
     def answered(self, channel: int) -> None:

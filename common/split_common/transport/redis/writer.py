@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from redis.exceptions import OutOfMemoryError, ResponseError
 
-from split_common import wire
+from split_common import headers
 from split_common.errors import BrokerUnreachable
 from split_common.transport.base import FULL_RETRY, OUTBOX_BYTES
 from split_common.transport.placement import full
@@ -47,7 +47,7 @@ class Outgoing:
     """A command to be sent. If it adds a message to a lane, the message's `header` and its size in bytes."""
 
     command: Command
-    header: wire.Relay | None = None
+    header: headers.Relay | None = None
     size: int = 0
 
 
@@ -67,7 +67,7 @@ class Writer:
         line: Line,
         registry: Registry,
         caller: Caller,
-        undelivered: Callable[[wire.Relay], None],
+        undelivered: Callable[[headers.Relay], None],
         counters: Counter[str],
     ) -> None:
         self._line = line
