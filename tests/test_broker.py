@@ -104,7 +104,7 @@ def test_peers_of_one_role_cannot_write_to_each_other(join, broker) -> None:
     assert other.silent(headers.Relay)
 
 
-def test_nobody_announces_himself_as_another(join, setting: Setting, broker) -> None:
+def test_no_peer_announces_itself_as_another(join, setting: Setting, broker) -> None:
     device, worker = join("device-1"), join("worker-1")
     impostor = FakePeer(broker.address, setting.fleet, setting.fleet.read_identity("device-2"))
     with impostor:
@@ -123,7 +123,7 @@ def test_nobody_announces_himself_as_another(join, setting: Setting, broker) -> 
     worker.receive(headers.Relay)
 
 
-def test_a_device_that_offers_a_service_is_given_no_wishes(join, broker) -> None:
+def test_a_device_that_offers_a_service_is_given_no_opens(join, broker) -> None:
     device, liar = join("device-1"), join("device-2", service=SERVICE, model="bait", room=10_000)
     device.send(headers.Open(device.id, 1, SERVICE))
     bounce = device.receive(headers.Bounce)[0]
@@ -152,10 +152,10 @@ def test_a_new_broker_says_full_not_gone_until_it_knows_who_lives(join, broker) 
     assert device.join(watching=[bytes(8)]).gone == [bytes(8)]
 
 
-# --- wishes ------------------------------------------------------------------------------------------------
+# --- opens -------------------------------------------------------------------------------------------------
 
 
-def test_the_worker_with_the_most_room_is_given_a_wish(join) -> None:
+def test_the_worker_with_the_most_room_is_given_an_open(join) -> None:
     device, small, large = join("device-1"), join("worker-1", room=1), join("worker-2", room=2)
     for channel in (1, 2, 3):
         device.send(headers.Open(device.id, channel, SERVICE), b"hello")
@@ -164,7 +164,7 @@ def test_the_worker_with_the_most_room_is_given_a_wish(join) -> None:
     assert sorted(received) == [1, 2, 3]
 
 
-def test_a_wish_waits_for_room_and_a_device_has_one_at_a_time(
+def test_an_open_waits_for_room_and_a_device_has_one_at_a_time(
     join, broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(broker_module, "OPEN_PATIENCE", 600.0)
@@ -179,7 +179,7 @@ def test_a_wish_waits_for_room_and_a_device_has_one_at_a_time(
     wait_until(lambda: not broker._pending)
 
 
-def test_a_wish_that_cannot_be_met_is_answered(join, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_open_that_cannot_be_met_is_answered(join, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(broker_module, "OPEN_PATIENCE", 0.3)
     device, worker = join("device-1"), join("worker-1", room=0)
     device.send(headers.Open(device.id, 1, SERVICE))
@@ -197,7 +197,7 @@ def test_a_wish_that_cannot_be_met_is_answered(join, monkeypatch: pytest.MonkeyP
     assert wrong.detail == "tiny layers 2:4"
 
 
-def test_wishes_for_services_that_nobody_has_leave_nothing_behind(join, broker) -> None:
+def test_opens_for_services_that_nobody_has_leave_nothing_behind(join, broker) -> None:
     device = join("device-1")
     for number in range(200):
         device.send(headers.Open(device.id, number, headers.Service(secrets.token_bytes(32), 0, 1)))
@@ -219,7 +219,7 @@ def test_a_workers_closed_connection_is_seen_at_once(join, broker) -> None:
     assert device.receive(headers.Welcome)[0].gone == [worker.id]
 
 
-def test_a_workers_death_is_seen_though_its_lane_waits_for_credit(join, broker) -> None:
+def test_a_workers_death_is_seen_though_its_queue_waits_for_credit(join, broker) -> None:
     worker = join("worker-1")
     device = join("device-1", watching=[worker.id])
     broker._peers[worker.id].queue.sent = 2 * WINDOW
@@ -241,7 +241,7 @@ def test_a_silent_peer_is_gone_after_three_heartbeats(join, broker) -> None:
     assert set(broker._peers) == {device.id}
 
 
-def test_nobody_is_held_for_dead_because_the_broker_was_held_up(join, broker, monkeypatch) -> None:
+def test_no_peer_is_taken_for_dead_because_the_broker_was_held_up(join, broker, monkeypatch) -> None:
     worker = join("worker-1")
     device = join("device-1", watching=[worker.id])
     held_up = 2 * HEARTBEAT * broker_module.MISSED
@@ -252,7 +252,7 @@ def test_nobody_is_held_for_dead_because_the_broker_was_held_up(join, broker, mo
     assert device.silent(headers.Welcome)
 
 
-def test_a_peer_that_was_held_for_dead_learns_that_nobody_waits_for_it(join, broker) -> None:
+def test_a_peer_that_was_taken_for_dead_learns_that_nobody_waits_for_it(join, broker) -> None:
     """Those that it watches were told that it is gone; each side then holds nothing of the other."""
     worker = join("worker-1")
     device = join("device-1", watching=[worker.id])
@@ -328,7 +328,7 @@ def test_revoked_members_are_put_out_while_the_broker_runs(tmp_path: Path, setti
 # --- bounds ------------------------------------------------------------------------------------------------
 
 
-def test_a_lane_is_bounded_in_bytes_and_messages() -> None:
+def test_a_queue_is_bounded_in_bytes_and_messages() -> None:
     queue = PeerQueue()
     piece = b"", bytes(headers.MAX_BODY)
     assert [queue.put(piece) for _ in range(QUEUE_BYTES // headers.MAX_BODY + 1)] == [True] * (
@@ -339,7 +339,7 @@ def test_a_lane_is_bounded_in_bytes_and_messages() -> None:
     assert not small.put((b"", b""))
 
 
-def test_a_lane_stops_at_its_credit_and_a_peer_cannot_lend_itself_more() -> None:
+def test_a_queue_stops_at_its_credit_and_a_peer_cannot_lend_itself_more() -> None:
     queue = PeerQueue()
     for _ in range(12):
         queue.put((b"", bytes(headers.MAX_BODY)))
@@ -367,7 +367,7 @@ def test_a_slow_reader_does_not_hold_up_others_and_gets_all_in_order(join, broke
     assert [slow.receive(headers.Relay)[0].seq for _ in range(count)] == list(range(count))
 
 
-def test_a_full_lane_is_told_to_the_sender(join, broker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_is_told_to_the_sender(join, broker, monkeypatch: pytest.MonkeyPatch) -> None:
     device, worker = join("device-1"), join("worker-1")
     queue = broker._peers[worker.id].queue
     queue.waiting_bytes = QUEUE_BYTES

@@ -169,7 +169,7 @@ def pair(patient_queue: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]
                 made.pool.shutdown()
 
 
-def test_a_caller_that_waits_alone_reads_himself(pair: Pair) -> None:
+def test_a_caller_that_waits_alone_reads_itself(pair: Pair) -> None:
     pair.leave_the_lead()
     for seq in range(20):
         pair.number(seq)
@@ -177,7 +177,7 @@ def test_a_caller_that_waits_alone_reads_himself(pair: Pair) -> None:
     assert set(pair.device.readers.values()) == {threading.current_thread()}
 
 
-def test_two_callers_wait_and_each_gets_his_own(pair: Pair) -> None:
+def test_two_callers_wait_and_each_gets_its_own(pair: Pair) -> None:
     leader = pair.reading(session=0)
     other = pair.pool.submit(pair.receive, 600.0, 1)
     wait_until(lambda: pair.link._leader_lock._waiting)
@@ -253,7 +253,7 @@ def test_a_caller_that_gives_up_leaves_the_socket_to_the_link(pair: Pair, monkey
 def test_a_caller_that_reads_sees_what_does_not_come_over_the_socket(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As an interruption of his session does."""
+    """As an interruption of its session does."""
     monkeypatch.setattr(leader, "LEAD_WAIT", 0.05)
     caller = pair.reading()
     pair.device.arrived[0].put(7)

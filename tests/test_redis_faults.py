@@ -233,7 +233,7 @@ def test_a_server_without_memory_pushes_back(setting: Setting, server: Valkey, e
 # --- who reads ---------------------------------------------------------------------------------------------
 
 
-def test_a_caller_that_waits_alone_reads_himself(
+def test_a_caller_that_waits_alone_reads_itself(
     setting: Setting, server: Valkey, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with setting.worker(server.address), setting.client(server.address) as client:
@@ -245,7 +245,7 @@ def test_a_caller_that_waits_alone_reads_himself(
             take(fields)
 
         monkeypatch.setattr(client.transport._parts.reader, "_take", record)
-        # However long he needs between two messages, and however long these take.
+        # However long it needs between two messages, and however long these take.
         monkeypatch.setattr(leader, "LEAD_GAP", 30.0)
         monkeypatch.setattr(leader, "LEAD_WAIT", 30.0)
         assert run_steps(client, STEPS, session=session) == expected
@@ -414,7 +414,7 @@ def client_finds(client: Any) -> bool:
         return False
 
 
-def test_a_device_that_is_held_for_dead_frees_its_sessions_and_comes_back(
+def test_a_device_that_is_taken_for_dead_frees_its_sessions_and_comes_back(
     setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "LEASE", LEASE)
@@ -433,7 +433,7 @@ def test_a_device_that_is_held_for_dead_frees_its_sessions_and_comes_back(
     wait_until(lambda: not any(streams(server).values()))
 
 
-# --- wishes ------------------------------------------------------------------------------------------------
+# --- opens -------------------------------------------------------------------------------------------------
 
 
 def announce_no_room(worker: Worker, server: Valkey, keys: Keys) -> None:
@@ -447,7 +447,7 @@ def announce_no_room(worker: Worker, server: Valkey, keys: Keys) -> None:
     wait_until(is_full)
 
 
-def test_a_wish_that_cannot_be_met_is_answered(
+def test_an_open_that_cannot_be_met_is_answered(
     setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = Keys(setting.fleet.operator_key)
@@ -475,7 +475,7 @@ def test_a_wish_that_cannot_be_met_is_answered(
                 assert OPEN_PATIENCE - 0.1 < time.monotonic() - began < OPEN_PATIENCE + LATE
 
 
-def test_a_wish_waits_for_room(setting: Setting, server: Valkey) -> None:
+def test_an_open_waits_for_room(setting: Setting, server: Valkey) -> None:
     with (
         setting.worker(server.address, max_sessions=1) as worker,
         setting.client(server.address) as first,

@@ -146,9 +146,11 @@ def test_thousands_of_bad_entries_change_nothing(
         counters = link.counters + client.counters
         assert counters["HandlerError"] == counters["failures"] == 0
         dropped = sum(counters[error.__name__] for error in all_errors())
+        read = link.counters["messages_received"] - received
         # All but replays, and what differs from the message only where nothing looks at it.
-        assert dropped > ENTRIES / 2 - spoiler.kinds["replay"]
-        assert link.counters["messages_received"] - received > ENTRIES / 2
+        assert dropped / read > 0.5 - spoiler.kinds["replay"] / ENTRIES
+        # Opens that no worker has read in time are dropped unread: how many depends on the machine.
+        assert read > (0 if victim == "opens" else ENTRIES / 2)
     if victim == "opens":
         assert server.client().xpending(stream, GROUP)["pending"] == 0
 

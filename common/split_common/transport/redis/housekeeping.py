@@ -73,7 +73,7 @@ class Housekeeper:
         first: the peer's first announcement, which says who it is.
         inbox: what other threads have for this one.
         lease, registry: the peer's lane, and other peers.
-        opens: a device's side of opens, or that of a worker that has a service.
+        device_opens, worker_opens: a device's side of opens, or that of a worker that serves something.
     """
 
     def __init__(
@@ -86,7 +86,8 @@ class Housekeeper:
         inbox: Inbox,
         lease: Lease,
         registry: Registry,
-        opens: DeviceOpens | WorkerOpens | None,
+        device_opens: DeviceOpens | None,
+        worker_opens: WorkerOpens | None,
     ) -> None:
         self._line = line
         self._fleet = fleet
@@ -95,8 +96,8 @@ class Housekeeper:
         self._inbox = inbox
         self._lease = lease
         self._registry = registry
-        self._device_opens = opens if isinstance(opens, DeviceOpens) else None
-        self._worker_opens = opens if isinstance(opens, WorkerOpens) else None
+        self._device_opens = device_opens
+        self._worker_opens = worker_opens
         self._rosters = RosterSync(line, keys, fleet, stores=first.role == "worker")
         self._other_role: Role = "worker" if first.role == "device" else "device"
         self._watch_interval = WATCH_INTERVAL if first.role == "device" else HEARTBEAT

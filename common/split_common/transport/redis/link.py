@@ -140,7 +140,8 @@ class _Parts:
             self._inbox,
             self.lease,
             self.registry,
-            self.device_opens or self.worker_opens,
+            self.device_opens,
+            self.worker_opens,
         )
         self.reader = Reader(
             self._line(), self.lease, self._take, self._renew_lane, self._supervisor, counters, self._closing

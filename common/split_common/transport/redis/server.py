@@ -1,7 +1,7 @@
 """The Redis or Valkey behind an address: one server, the master that Sentinels name, or a cluster.
 
-A `Line` is one thread's connections to it. It sends commands as they are and hands back raw answers: no retry but
-after a cluster's redirection, since who reconnects has to look after leases first.
+A `Line` is one thread's connections to it. It sends commands as they are and returns raw answers. It retries only
+after a cluster's redirection: after a lost connection, leases have to be looked after first.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ from split_common.address import RedisAddress, masked, parse_redis
 from split_common.compat.redis import new_connection, reload_slots
 from split_common.errors import BrokerUnreachable, ConfigError
 
-#: Where the password is looked for when the address has none.
+#: Environment variable with the password, if the address has none.
 PASSWORD_VARIABLE = "LAMBDA_SPLIT_REDIS_PASSWORD"  # noqa: S105
 
-#: Seconds that the server may take for an answer, or for taking a command.
+#: Seconds that the server may take to answer, or to accept a command.
 ANSWER_TIMEOUT = 5.0
 
-#: Seconds for a connection to be made.
+#: Seconds that connecting may take.
 CONNECT_TIMEOUT = 3.0
 
 #: Seconds to wait for the server to come back, first and at most; doubles each time.
 RECONNECT = 0.05
 RECONNECT_MAX = 0.5
 
-#: Bytes of an argument above which it is sent as it is, and not copied into one piece with the others.
+#: Bytes of an argument above which it is sent as it is, not copied into one buffer with the others.
 LARGE = 256 * 1024
 
 #: Times that a command follows a cluster's redirections.
@@ -62,16 +62,16 @@ REDIRECTIONS = 5
 
 _ELSEWHERE = (MovedError, AskError, TryAgainError, ClusterDownError)
 
-#: What a command is sent as: the key that says which server it goes to, and its words.
+#: A command: the key that says which server it goes to, and its words.
 Command = tuple[str, Sequence[bytes | str | int]]
 
 
 class Unreachable(BrokerUnreachable):
-    """The server does not answer just now; it may later."""
+    """The server does not answer for the moment. It may later."""
 
 
 class Refused(BrokerUnreachable):
-    """The server answers, and will not have this user or this command: trying again changes nothing."""
+    """The server answers, and refuses this user or this command. Trying again changes nothing."""
 
 
 class Server:
@@ -84,7 +84,7 @@ class Server:
     def __init__(self, address: str) -> None:
         self._address = parse_redis(address)
         self.shown = masked(address)
-        #: What is said when nothing at all is heard.
+        #: Error message for when the server does not answer at all.
         self.silence = f"no answer from {self.shown}" + (": is it a TLS port?" if self._address.tls else "")
         self._lock = threading.Lock()
         self._single: redis.Redis | None = None
@@ -101,7 +101,7 @@ class Server:
 
     @property
     def single(self) -> redis.Redis | None:
-        """The client of the one server that holds all keys; None where it is a cluster."""
+        """The client of the one server that holds all keys. None for a cluster."""
         return self._single
 
     def holder(self, key: str) -> redis.Redis:
@@ -121,7 +121,7 @@ class Server:
             return client
 
     def look_again(self) -> None:
-        """Asks a cluster who holds what: after a redirection, or when one of it does not answer."""
+        """Asks a cluster which server holds which keys: after a redirection, or if one does not answer."""
         with self._lock, self.contained():
             if self._cluster is not None:
                 reload_slots(self._cluster)
@@ -133,7 +133,7 @@ class Server:
 
     @contextlib.contextmanager
     def contained(self) -> Any:
-        """Turns redis-py's errors, but for what a command itself brought about, into ours."""
+        """Turns redis-py's errors into ours, except those of a command itself (ResponseError)."""
         try:
             yield
         except (AuthenticationError, AuthorizationError) as error:
@@ -143,36 +143,41 @@ class Server:
             ) from None
         except (
             *(ConnectionError, TimeoutError, OSError, RedisClusterException, ClusterError),
-            # What is no answer of a Redis server, as damaged bytes are.
+            # What arrived is not an answer of a Redis server: bytes were damaged.
             InvalidResponse,
         ) as error:
             raise Unreachable(_reason(self.shown, error)) from None
 
 
 class Line:
-    """One thread's connections. Only `close` may be called from another one."""
+    """One thread's connections. Only `close` may be called from another thread."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        # By client, which is kept so that no other one takes its id.
+        # By the id of the client, which is kept, too, so that no other client can get its id.
         self._connections: dict[int, tuple[redis.Redis, Any]] = {}
         self._closed = False
 
     def post(self, command: Command) -> bool:
-        """Sends a command whose answer the next `run` reads; False where that takes more than its connection."""
+        """Sends a command whose answer the next `run` reads. False if its connection is not there."""
         _, connection = self._connections.get(id(self._server.single), (None, None))
         if connection is None or not connection.is_connected:
             return False
         with contextlib.suppress(Exception):
-            # However it breaks, or is closed meanwhile, `run` will find it so.
+            # However it breaks, or is closed meanwhile, `run` will notice.
             connection.send_packed_command(connection.pack_commands([command[1]]))
         return True
 
     def run(self, commands: Sequence[Command], posted: int = 0) -> list[Any]:
-        """Sends all but the first `posted`, then reads all answers: raw, or a ResponseError for one that failed.
+        """Sends commands, and reads their answers: raw, or a ResponseError for one that failed.
+
+        Args:
+            commands: some of them may have been posted already.
+            posted: how many of the first commands were; only their answers are read.
 
         Raises:
-            Unreachable, Refused: some may have been run, and some not.
+            Unreachable: the server did not answer. Some of the commands may have been run.
+            Refused: the server does not accept this user.
         """
         answers: list[Any] = [None] * len(commands)
         left = list(range(len(commands)))
@@ -189,7 +194,7 @@ class Line:
         raise Unreachable(f"{self._server.shown} is being rearranged: {answers[left[0]]}")
 
     def run_allowed(self, commands: Sequence[Command]) -> list[Any]:
-        """The same; a command for which the user lacks the permission raises Refused."""
+        """As `run`, but raises Refused if the user lacks the permission for one of the commands."""
         answers = self.run(commands)
         for answer in answers:
             failed(answer)
@@ -221,7 +226,7 @@ class Line:
                     except ResponseError as error:
                         answers.append(error)
         except BaseException:
-            # Answers that were not read must not be taken for those of later commands.
+            # Answers that were not read must not pass for those of later commands.
             self.disconnect()
             with contextlib.suppress(BrokerUnreachable):
                 self._server.look_again()
@@ -241,18 +246,22 @@ class Line:
         return connection
 
     def disconnect(self) -> None:
-        """Ends its connections; the next command makes new ones."""
+        """Closes the connections. The next command makes new ones."""
         for _, connection in list(self._connections.values()):
             connection.disconnect()
 
     def close(self) -> None:
-        """Ends a command that waits, too."""
+        """Closes the connections for good, and ends a command that waits."""
         self._closed = True
         self.disconnect()
 
 
 def failed(answer: object) -> str:
-    """What a command's own error says; empty where there is none. Raises Refused for a lack of permission."""
+    """The message of a command's own error; empty if it did not fail.
+
+    Raises:
+        Refused: the user lacks a permission.
+    """
     if isinstance(answer, NoPermissionError):
         raise Refused(f"its user lacks a permission (see `lambda-split redis-acl`): {answer}")
     return str(answer) if isinstance(answer, ResponseError) else ""
@@ -285,7 +294,7 @@ def _options(address: RedisAddress) -> dict[str, Any]:
 
 
 def _sentinel(address: RedisAddress, options: dict[str, Any]) -> redis.Redis:
-    """A client of the master. The Sentinels themselves have passwords of their own, if any."""
+    """A client of the master. The Sentinels themselves have passwords of their own, if any are set."""
     names = {"sentinel_username": "username", "sentinel_password": "password"}
     own = {to: options.pop(name) for name, to in names.items() if name in options}
     shared = {name: value for name, value in options.items() if name not in ("username", "password", "db")}
