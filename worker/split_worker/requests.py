@@ -1,0 +1,73 @@
+"""A request on its way through the worker, and the refusal that a device gets in place of an answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from split_common import wire
+from split_common.engine.scheduler import is_prefill
+from split_common.errors import (
+    Busy,
+    Malformed,
+    NeedEmbeddings,
+    NonFinite,
+    Oversized,
+    PromptTooLong,
+    SplitError,
+)
+from split_worker.sessions import Session
+
+
+class Evicted(SplitError):
+    """The session's memory went to another one."""
+
+
+class Closed(Exception):
+    """The session was closed, and its requests are not answered."""
+
+
+#: What a device is told for each error that a request may raise; all others end the session as "failed".
+REASONS: dict[type[Exception], str] = {
+    Busy: "busy",
+    NonFinite: "non-finite",
+    Malformed: "malformed",
+    Oversized: "malformed",
+    PromptTooLong: "too-long",
+    NeedEmbeddings: "embeddings",
+    Evicted: "evicted",
+}
+
+#: Characters of an error's message that a device is told.
+MAX_MESSAGE = 2048
+
+
+@dataclass(eq=False)
+class PendingRequest:
+    """A request to compute: decrypted, in order, of a session that exists."""
+
+    session: Session[Any]
+    header: wire.Relay
+    payload: wire.AnyRequest
+    tensor: memoryview
+    #: When it arrived, in seconds of `time.perf_counter`.
+    arrived: float
+    #: Seconds that this process has spent on it so far, without waiting and forwards.
+    host_seconds: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it appends; 0 for all but a step of a language model."""
+        return self.payload.tokens if isinstance(self.payload, wire.Step) else 0
+
+    @property
+    def prefill(self) -> bool:
+        return is_prefill(self.tokens)
+
+
+def refusal(error: Exception) -> wire.Refusal:
+    """The answer to a request that an error has ended. Of an unforeseen one it tells only the type."""
+    reason = REASONS.get(type(error), "failed")
+    message = str(error) if isinstance(error, SplitError) else type(error).__name__
+    retry_after = min(error.retry_after, wire.MAX_RETRY_AFTER) if isinstance(error, Busy) else 0.0
+    return wire.Refusal(reason, message[:MAX_MESSAGE], retry_after)  # type: ignore[arg-type]
