@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
-from split_common import wire
+from split_common import payloads
 from split_common.engine.scheduler import BatchDelay, ScheduledChunk, ScheduledStep, Scheduler
 from split_common.errors import Busy, SplitError
 from split_worker.bodies.base import AnyBody, Forward
@@ -53,7 +53,7 @@ class Batch:
 
 
 #: Seals and sends the reply to a request.
-Reply = Callable[[PendingRequest, wire.Payload, memoryview | bytes], None]
+Reply = Callable[[PendingRequest, payloads.Payload, memoryview | bytes], None]
 
 
 class ComputeLoop:
@@ -260,7 +260,7 @@ class ComputeLoop:
     def _begin(self, request: PendingRequest) -> Sequence[Any]:
         """The runs of a request. Raises what it is refused with."""
         session, payload = request.session, request.payload
-        if isinstance(payload, wire.Fork):
+        if isinstance(payload, payloads.Fork):
             self._fork(session, payload)
             return []
         began = time.perf_counter()
@@ -268,7 +268,7 @@ class ComputeLoop:
         request.host_seconds += time.perf_counter() - began
         return runs
 
-    def _fork(self, session: Session[Any], fork: wire.Fork) -> None:
+    def _fork(self, session: Session[Any], fork: payloads.Fork) -> None:
         device, channel, *_ = session.id
         with self._lock:
             parent = self._sessions.get((device, channel, fork.parent, fork.parent_epoch))
@@ -289,7 +289,7 @@ class ComputeLoop:
         if isinstance(outcome, Closed):
             return
         began = time.perf_counter()
-        reply: wire.AnyReply
+        reply: payloads.AnyReply
         tensor: memoryview | bytes = b""
         try:
             if isinstance(outcome, Exception):
@@ -305,22 +305,24 @@ class ComputeLoop:
             raise
         except Exception as error:
             reply = refusal(error)
-        if isinstance(reply, wire.Refusal):
+        if isinstance(reply, payloads.Refusal):
             self.counters[f"refused_{reply.reason}"] += 1
         self._reply(request, reply, tensor)
-        if isinstance(reply, wire.Result) and not request.prefill:
+        if isinstance(reply, payloads.Result) and not request.prefill:
             self._delay.answered(request.session, time.perf_counter())
-        if isinstance(reply, wire.Refusal) and reply.reason == "failed":
+        if isinstance(reply, payloads.Refusal) and reply.reason == "failed":
             # What the session holds may be half written: the device starts another one.
             with self._lock:
                 self._sessions.close(request.session.id)
             self.wake()
 
-    def _timed(self, request: PendingRequest, reply: wire.AnyReply, began: float, seconds: float) -> wire.AnyReply:
+    def _timed(
+        self, request: PendingRequest, reply: payloads.AnyReply, began: float, seconds: float
+    ) -> payloads.AnyReply:
         """Counts a step that has run, and notes in its reply how long that took."""
-        if not isinstance(request.payload, wire.Step | wire.Denoise):
+        if not isinstance(request.payload, payloads.Step | payloads.Denoise):
             return reply
-        assert isinstance(reply, wire.Result | wire.Denoised)
+        assert isinstance(reply, payloads.Result | payloads.Denoised)
         request.session.forget(request.payload.acked)
         host = request.host_seconds + time.perf_counter() - began
         body = min(seconds, began - request.arrived)

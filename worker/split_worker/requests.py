@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from split_common import wire
+from split_common import headers, payloads
 from split_common.engine.scheduler import is_prefill
 from split_common.errors import (
     Busy,
@@ -47,8 +47,8 @@ class PendingRequest:
     """A request to compute: decrypted, in order, of a session that exists."""
 
     session: Session[Any]
-    header: wire.Relay
-    payload: wire.AnyRequest
+    header: headers.Relay
+    payload: payloads.AnyRequest
     tensor: memoryview
     #: When it arrived, in seconds of `time.perf_counter`.
     arrived: float
@@ -58,16 +58,16 @@ class PendingRequest:
     @property
     def tokens(self) -> int:
         """Tokens that it appends; 0 for all but a step of a language model."""
-        return self.payload.tokens if isinstance(self.payload, wire.Step) else 0
+        return self.payload.tokens if isinstance(self.payload, payloads.Step) else 0
 
     @property
     def prefill(self) -> bool:
         return is_prefill(self.tokens)
 
 
-def refusal(error: Exception) -> wire.Refusal:
+def refusal(error: Exception) -> payloads.Refusal:
     """The answer to a request that an error has ended. Of an unforeseen one it tells only the type."""
     reason = REASONS.get(type(error), "failed")
     message = str(error) if isinstance(error, SplitError) else type(error).__name__
-    retry_after = min(error.retry_after, wire.MAX_RETRY_AFTER) if isinstance(error, Busy) else 0.0
-    return wire.Refusal(reason, message[:MAX_MESSAGE], retry_after)  # type: ignore[arg-type]
+    retry_after = min(error.retry_after, headers.MAX_RETRY_AFTER) if isinstance(error, Busy) else 0.0
+    return payloads.Refusal(reason, message[:MAX_MESSAGE], retry_after)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
-from split_common import wire
+from split_common import headers
 from split_common.channel import Channel, SessionKeys
 from split_common.errors import Busy, OutOfOrder
 from split_worker.bodies.base import State
@@ -20,7 +20,7 @@ MAX_WAITING = 256
 
 #: A session: the device's peer id, and its channel, session and epoch numbers.
 SessionId = tuple[bytes, int, int, int]
-Frames = tuple[wire.Relay, bytes]
+Frames = tuple[headers.Relay, bytes]
 
 
 @dataclass(eq=False)

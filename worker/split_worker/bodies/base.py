@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from split_common import wire
+from split_common import payloads
 from split_common.engine.sequences import KVStore, Run
 
 
@@ -67,7 +67,7 @@ class Body(Protocol[State, R]):
     def new_state(self) -> State:
         """The state of a new session. Called on any thread."""
 
-    def begin(self, state: State, request: wire.AnyRequest, data: memoryview) -> Sequence[R]:
+    def begin(self, state: State, request: payloads.AnyRequest, data: memoryview) -> Sequence[R]:
         """Checks a request, and makes the session ready for it.
 
         Args:
@@ -86,8 +86,8 @@ class Body(Protocol[State, R]):
         """Starts a forward over the runs of several sessions. If that fails, the sessions are as before."""
 
     def reply(
-        self, state: State, request: wire.AnyRequest, output: torch.Tensor
-    ) -> tuple[wire.AnyReply, memoryview | bytes]:
+        self, state: State, request: payloads.AnyRequest, output: torch.Tensor
+    ) -> tuple[payloads.AnyReply, memoryview | bytes]:
         """The answer to a request, and its tensors.
 
         Args:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from split_common import wire
+from split_common import payloads
 from split_common.diffusion.codecs import decode, encode
 from split_common.diffusion.plan import ImagePlan, Job
 from split_common.engine.forward import Forward
@@ -108,14 +108,14 @@ class HeldArrays:
 
         Raises:
             NeedEmbeddings: the bytes before them are not held.
-            Oversized: the step would have more than `wire.MAX_STEP` bytes.
+            Oversized: the step would have more than `payloads.MAX_STEP` bytes.
         """
         held = self._take(state, _PARTS) if offset else None
         held = held if isinstance(held, bytearray) else bytearray()
         if len(held) != offset:
             raise NeedEmbeddings("the worker does not hold the parts of this step that came before")
-        if offset + len(data) > wire.MAX_STEP:
-            raise Oversized(f"a step of more than {wire.MAX_STEP} bytes")
+        if offset + len(data) > payloads.MAX_STEP:
+            raise Oversized(f"a step of more than {payloads.MAX_STEP} bytes")
         held += data
         self.put(state, _PARTS, held)
 
@@ -239,33 +239,33 @@ class DenoiserBody:
     def new_state(self) -> ImageState:
         return ImageState(self.held)
 
-    def begin(self, state: ImageState, request: wire.AnyRequest, data: memoryview) -> list[DenoiserRun]:
+    def begin(self, state: ImageState, request: payloads.AnyRequest, data: memoryview) -> list[DenoiserRun]:
         match request:
-            case wire.Condition():
+            case payloads.Condition():
                 self._condition(state, request, data)
                 return []
-            case wire.Denoise():
+            case payloads.Denoise():
                 return [self._run(state, request, data)]
-            case wire.Part():
+            case payloads.TensorPart():
                 self.held.extend(state, request.offset, data)
                 return []
-            case wire.Rest():
+            case payloads.PartRequest():
                 return []
         raise Malformed(f"a {type(request).__name__} for an image model")
 
     def reply(
-        self, state: ImageState, request: wire.AnyRequest, output: torch.Tensor
-    ) -> tuple[wire.AnyReply, memoryview | bytes]:
+        self, state: ImageState, request: payloads.AnyRequest, output: torch.Tensor
+    ) -> tuple[payloads.AnyReply, memoryview | bytes]:
         match request:
-            case wire.Denoise():
+            case payloads.Denoise():
                 array, data = self._encode(output, request.codec)
-                if array.nbytes > wire.PART_BYTES:
+                if array.nbytes > payloads.PART_BYTES:
                     self.held.put(state, _OUTPUT, bytes(data))
-                return wire.Denoised(array), memoryview(data)[: wire.PART_BYTES]
-            case wire.Rest():
+                return payloads.Denoised(array), memoryview(data)[: payloads.PART_BYTES]
+            case payloads.PartRequest():
                 part = self.held.output(state, request.offset, request.size)
-                return wire.Part(request.offset, request.size), part
-        return wire.Done(), b""
+                return payloads.TensorPart(request.offset, request.size), part
+        return payloads.Done(), b""
 
     def launch(self, runs: Sequence[DenoiserRun]) -> GroupedForward:
         """Starts a forward for each group of steps of one shape."""
@@ -306,7 +306,7 @@ class DenoiserBody:
         output = compute(_joined([run.tensors for run in runs]), job)
         return Forward(output, [len(run.rows) for run in runs])
 
-    def _encode(self, output: torch.Tensor, codec: wire.Codec) -> tuple[wire.Array, bytes | memoryview]:
+    def _encode(self, output: torch.Tensor, codec: payloads.Codec) -> tuple[payloads.Array, bytes | memoryview]:
         """An output on the host as it travels; the GPU quantizes it, if there is one. Raises NonFinite."""
         if self._beside is None or codec in DTYPES:
             return encode(output, codec)
@@ -316,13 +316,13 @@ class DenoiserBody:
     def _with_room(self, compute: Callable[[], _T]) -> _T:
         return compute() if self._graphs is None else self._graphs.with_room(compute)
 
-    def _condition(self, state: ImageState, request: wire.Condition, data: memoryview) -> None:
+    def _condition(self, state: ImageState, request: payloads.Condition, data: memoryview) -> None:
         self._middle.check_job([array.shape for array in request.arrays], len(request.scales))
         if not all(map(math.isfinite, request.scales)):
             raise Malformed("scales of a job that are not finite")
         self.held.put(state, request.key, Job(tuple(self._decode(request.arrays, data)), tuple(request.scales)))
 
-    def _run(self, state: ImageState, request: wire.Denoise, data: memoryview) -> DenoiserRun:
+    def _run(self, state: ImageState, request: payloads.Denoise, data: memoryview) -> DenoiserRun:
         shapes = [array.shape for array in request.arrays]
         self._check(request, shapes)
         data = self.held.whole(state, request.sent, data)
@@ -335,7 +335,7 @@ class DenoiserBody:
         group = shapes_of_rows, tensors[0].is_contiguous(), self._middle.together(job)
         return DenoiserRun(tensors, job, request.rows, group)
 
-    def _decode(self, arrays: list[wire.Array], data: memoryview) -> list[torch.Tensor]:
+    def _decode(self, arrays: list[payloads.Array], data: memoryview) -> list[torch.Tensor]:
         def decoded() -> list[torch.Tensor]:
             parts = zip(arrays, accumulate((array.nbytes for array in arrays), initial=0), strict=False)
             return [
@@ -345,7 +345,7 @@ class DenoiserBody:
 
         return self._with_room(decoded)
 
-    def _check(self, request: wire.Denoise, shapes: list[list[int]]) -> None:
+    def _check(self, request: payloads.Denoise, shapes: list[list[int]]) -> None:
         """Raises Malformed for shapes that do not fit the body, Oversized if a step or its answer is too large."""
         wanted = self._plan.step_shapes(self._split, shapes)
         if shapes != wanted:
@@ -354,10 +354,10 @@ class DenoiserBody:
             raise Malformed(f"a step of an image does not fit the model: {detail}")
         if len(request.rows) != shapes[0][0]:
             raise Malformed(f"a step of {shapes[0][0]} rows that names {len(request.rows)}")
-        output = wire.Array(request.codec, self._plan.output_shape(self._split, shapes))
+        output = payloads.Array(request.codec, self._plan.output_shape(self._split, shapes))
         if request.sent > request.step_bytes:
             raise Malformed(f"a step of {request.step_bytes} bytes, of which {request.sent} came before")
-        if max(request.step_bytes, output.nbytes) > wire.MAX_STEP:
+        if max(request.step_bytes, output.nbytes) > payloads.MAX_STEP:
             raise Oversized(f"a step of {request.step_bytes} bytes whose answer has {output.nbytes}")
 
     @staticmethod

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from split_common import wire
+from split_common import headers, payloads
 from split_common.engine.forward import Forward
 from split_common.engine.runner import Runner
 from split_common.engine.sequences import KVSequence, TokenRun
@@ -34,7 +34,7 @@ class Rows:
     def holds_memory(self) -> bool:
         return bool(self.sequences)
 
-    def begin(self, step: wire.Step, states: torch.Tensor, runner: Runner) -> list[TokenRun[Any]]:
+    def begin(self, step: payloads.Step, states: torch.Tensor, runner: Runner) -> list[TokenRun[Any]]:
         """Makes the rows ready for a step over states `[tokens, width]`: selected, and cut back to its starts.
 
         Tokens of a step that fails later stay behind; the `start` of the next one cuts them off.
@@ -57,7 +57,7 @@ class Rows:
             runs.append(TokenRun(sequence, part, run.positions))
         return runs
 
-    def _check(self, step: wire.Step, source: list[int], runner: Runner) -> None:
+    def _check(self, step: payloads.Step, source: list[int], runner: Runner) -> None:
         if step.width != runner.width:
             raise Malformed(f"hidden states of width {step.width}, the model has {runner.width}")
         if any(old >= len(self.sequences) for old in source):
@@ -131,11 +131,11 @@ class LanguageBody:
     def new_state(self) -> Rows:
         return Rows()
 
-    def begin(self, state: Rows, request: wire.AnyRequest, data: memoryview) -> list[TokenRun[Any]]:
-        if not isinstance(request, wire.Step):
+    def begin(self, state: Rows, request: payloads.AnyRequest, data: memoryview) -> list[TokenRun[Any]]:
+        if not isinstance(request, payloads.Step):
             raise Malformed(f"a {type(request).__name__} for a language model")
         size = request.tokens * request.width * self.dtype.itemsize
-        if size > wire.MAX_BODY // 2:
+        if size > headers.MAX_BODY // 2:
             # The answer, in the body's dtype, would not fit into a message.
             raise Oversized(f"a step whose answer has {size} bytes: send it in chunks")
         states = from_bytes(data, request.dtype, request.tokens, request.width)
@@ -145,12 +145,12 @@ class LanguageBody:
         return self.runner.launch(runs)
 
     def reply(
-        self, state: Rows, request: wire.AnyRequest, output: torch.Tensor
-    ) -> tuple[wire.AnyReply, memoryview | bytes]:
-        if not isinstance(request, wire.Step):
-            return wire.Done(), b""
+        self, state: Rows, request: payloads.AnyRequest, output: torch.Tensor
+    ) -> tuple[payloads.AnyReply, memoryview | bytes]:
+        if not isinstance(request, payloads.Step):
+            return payloads.Done(), b""
         data = to_bytes(output)
-        return wire.Result(dtype_name(output.dtype), output.shape[0], output.shape[1]), data
+        return payloads.Result(dtype_name(output.dtype), output.shape[0], output.shape[1]), data
 
     def memory(self) -> dict[str, float]:
         return {"kv_tokens": self.store.capacity, "kv_tokens_used": self.store.capacity - self.store.free_tokens}

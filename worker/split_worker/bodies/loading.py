@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from split_common import wire
+from split_common import headers
 from split_common.checkpoint import Checkpoint
 from split_common.diffusion.kinds import is_denoiser, plan_image
 from split_common.engine.linear import pack_linears
@@ -43,7 +43,7 @@ class Serving:
     """A loaded body, the service that it is offered as, and the model's name, for people."""
 
     body: AnyBody
-    service: wire.Service
+    service: headers.Service
     model: str
 
 
@@ -93,7 +93,7 @@ def load_body(
         split = image.split(cut or CUT) if layers is None else image.check(Split.parse(image.blocks, layers))
         manifest = find_manifest(fleet, checkpoint, image.own_tensors(split, "worker"))
         body = DenoiserBody(image, split, device, dtype, memory)
-    return Serving(body, wire.Service(manifest.root, split.first, split.last), manifest.name)
+    return Serving(body, headers.Service(manifest.root, split.first, split.last), manifest.name)
 
 
 def load_language_body(
