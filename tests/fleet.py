@@ -14,7 +14,7 @@ from split_common.fleet import Fleet, load_fleet
 from split_common.transport import connect
 from split_device import SplitModelForCausalLM
 from split_worker.bodies.loading import load_body
-from split_worker.sessions import SessionTable
+from split_worker.limits import Limits
 from split_worker.worker import Worker
 from valkeys import Valkey, running_valkey
 
@@ -31,7 +31,7 @@ def start_worker(
     broker: str,
     layers: str | None = None,
     fleet: Fleet | None = None,
-    sessions: SessionTable | None = None,
+    limits: Limits | None = None,
     dtype: torch.dtype | None = None,
     cut: str | None = None,
     ip_adapter: Path | None = None,
@@ -50,7 +50,7 @@ def start_worker(
     )
     identity = fleet.identity("worker")
     transport = connect(broker, fleet, identity)
-    worker = Worker(serving.body, serving.service, serving.model, identity, fleet, transport, sessions)
+    worker = Worker(serving.body, serving.service, serving.model, identity, fleet, transport, limits)
     worker.start()
     return worker
 

@@ -48,7 +48,7 @@ from split_worker import watchdog as watchdog_module
 from split_worker import worker as worker_module
 from split_worker.bodies.language import LanguageBody
 from split_worker.compute import Batch, ComputeLoop
-from split_worker.sessions import SessionTable
+from split_worker.limits import Limits
 from split_worker.worker import Worker
 
 #: What the layers compute with: integers, exact in float32.
@@ -395,11 +395,9 @@ class World:
             patch.setattr(module, "new_peer_id", lambda _: self.random.randbytes(8))
         patch.setattr(worker_module, "ComputeLoop", Compute)
         patch.setattr(pool_module, "PAGE_TOKENS", 4)
-        patch.setattr(sessions_module, "GROWTH", 4)
-        patch.setattr(sessions_module, "EVICT_AFTER", self.random.choice([0.2, 10.0]))
-        chunk, queued = self.random.choice([(8, 10**9), (32, 40), (4096, 10**9)])
+        self.evict_after = self.random.choice([0.2, 10.0])
+        chunk, self.max_queued_bytes = self.random.choice([(8, 10**9), (32, 40), (4096, 10**9)])
         patch.setattr(remote_module, "CHUNK_BYTES", chunk)
-        patch.setattr(worker_module, "MAX_QUEUED_BYTES", queued)
         patch.setattr(history_module, "BLOCK_BYTES", 32)
         patch.setattr(broker_module, "PROBE_INTERVAL", 0.5)
         seal = channel_module.Box.seal
@@ -454,9 +452,14 @@ class World:
         """It joins as events pass, since its start must not wait in the middle of what another one does."""
         link = Link(self, "worker-1")
         layers: Any = Layers(self.pages, self.asynchronous)
-        table = SessionTable(self.random.choice([2, 3, 100]))
+        limits = Limits(
+            max_sessions=self.random.choice([2, 3, 100]),
+            evict_after=self.evict_after,
+            growth=4,
+            max_queued_bytes=self.max_queued_bytes,
+        )
         identity = self.fleet.identity("worker")
-        worker = Worker(LanguageBody(layers, 0), SERVICE, "simulated", identity, self.fleet, link, table)
+        worker = Worker(LanguageBody(layers, 0), SERVICE, "simulated", identity, self.fleet, link, limits)
         compute: Any = worker._compute
         compute.world, compute.link = self, link
         self.workers.append(worker)

@@ -48,9 +48,8 @@ from split_device import SplitModelForCausalLM
 from split_device.remote import Call, SessionLayer, Traits
 from split_device.sessions import client as client_module
 from split_device.sessions import session as session_module
-from split_worker import sessions as sessions_module
 from split_worker import worker as worker_module
-from split_worker.sessions import IDLE_TIMEOUT
+from split_worker.limits import Limits
 from split_worker.worker import Worker
 from wiretap import LATE, Setting, cheat, on_loop, run_steps, step, wait_until
 
@@ -361,7 +360,7 @@ def test_sessions_are_freed_on_close_idleness_and_the_devices_death(
         closed.close()
         wait_until(lambda: len(held) == 1)
         (left,) = held._sessions.values()
-        left.used -= IDLE_TIMEOUT
+        left.used -= Limits().idle_timeout
         wait_until(lambda: len(held) == 0)
         with pytest.raises(SessionLost, match="does not hold"):
             idle.call([step(1)])
@@ -435,15 +434,12 @@ def test_many_requests_at_once_are_answered_in_order(setting: Setting, expected:
 # --- room --------------------------------------------------------------------------------------------------
 
 
-def test_a_device_waits_for_room_and_goes_on(
-    checkpoint: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sessions_module, "EVICT_AFTER", 600.0)
+def test_a_device_waits_for_room_and_goes_on(checkpoint: Path, setting: Setting) -> None:
     prompt = torch.tensor([[5, 6, 7, 8]])
     wanted = tiny.build("llama").generate(prompt, max_new_tokens=5, do_sample=False)
     with (
         setting.broker() as broker,
-        setting.worker(broker.address, max_sessions=1) as worker,
+        setting.worker(broker.address, max_sessions=1, evict_after=600.0) as worker,
         setting.client(broker.address) as other,
         SplitModelForCausalLM.from_pretrained(
             checkpoint, broker=broker.address, keys=setting.fleet.path, patience=60

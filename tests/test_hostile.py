@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -27,8 +28,8 @@ from split_device import SplitModelForCausalLM
 from split_device.sessions import client as client_module
 from split_device.sessions import session as session_module
 from split_device.sessions.client import STEP_TIMEOUT, Client
-from split_worker.compute import PendingRequest
-from split_worker.sessions import SessionTable
+from split_worker.limits import Limits
+from split_worker.requests import PendingRequest
 from split_worker.worker import Worker
 from wiretap import LATE, FakeTransport, Setting, changed, cheat, run_steps, step, wait_until
 
@@ -272,7 +273,7 @@ class Bench:
             setting.fleet.read_identity("worker-1"),
             setting.own_fleet(),
             self.transport,
-            SessionTable(max_sessions=8),
+            Limits(max_sessions=8),
         )
         self.worker.start()
         self.sessions = 100_000
@@ -503,7 +504,8 @@ def test_a_queue_that_is_full_says_so(bench: Bench, channel: Channel, monkeypatc
     keys = channel.session_keys(4000, 0)
     first = bench.request(keys, 4000, 0, *step(0))
     with monkeypatch.context() as patch:
-        patch.setattr("split_worker.worker.MAX_QUEUED_BYTES", 100)
+        limits = bench.worker._sessions.limits
+        patch.setattr(bench.worker._sessions, "limits", replace(limits, max_queued_bytes=100))
         assert bench.deliver(*first) == ""
         told = refusal(bench, channel)
         assert (told.reason, told.session, told.seq) == ("full", 4000, 0)
@@ -519,11 +521,12 @@ def test_replies_that_nobody_acknowledges_give_way(
 ) -> None:
     """And whoever asks for one again is told so, rather than waiting for ever."""
     keys = {number: channel.session_keys(number, 0) for number in (4400, 4401)}
-    monkeypatch.setattr("split_worker.sessions.COUNTED_EVERY", 0)
+    limits = replace(bench.worker._sessions.limits, count_replies_every=0)
+    monkeypatch.setattr(bench.worker._sessions, "limits", limits)
     first = bench.request(keys[4400], 4400, 0, *step(0))
     bench.deliver(*first)
     ((_, body),) = bench.replies()
-    monkeypatch.setattr("split_worker.sessions.MAX_REPLIES", 3 * len(body))
+    monkeypatch.setattr(bench.worker._sessions, "limits", replace(limits, max_replies=3 * len(body)))
     requests = [bench.request(keys[4401], 4401, seq, *step(seq)) for seq in range(3)]
     answers = []
     for request in requests:

@@ -27,7 +27,8 @@ from split_device import SplitModelForCausalLM
 from split_device.sessions import dead_letters
 from split_device.sessions.client import STEP_TIMEOUT
 from split_worker import watchdog
-from split_worker.watchdog import Watchdog
+from split_worker.limits import Limits
+from split_worker.watchdog import FIRST_TURN, Watchdog
 from split_worker.worker import Worker
 from wiretap import LATE, wait_until
 
@@ -123,7 +124,7 @@ def test_a_worker_that_hangs_is_left_and_what_it_says_late_is_dropped(
 def test_a_long_prefill_and_a_first_forward_have_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
-    watch = Watchdog()
+    watch = Watchdog(FIRST_TURN, Limits().hung_after)
 
     def overdue_after(tokens: int, seconds: float) -> bool:
         nonlocal now
@@ -237,10 +238,9 @@ def test_a_worker_process_whose_compute_loop_fails_ends_with_one_line(checkpoint
 def test_a_worker_that_hangs_can_be_ended(checkpoint: Path) -> None:
     begun, release = threading.Event(), threading.Event()
     with running_broker() as broker, ThreadPoolExecutor(1) as pool:
-        worker = start_worker(checkpoint, broker.address)
+        worker = start_worker(checkpoint, broker.address, limits=Limits(hung_after=0.5))
         with SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address, patience=0.0) as model:
             model.generate(PROMPT, **GREEDY)
-            worker._compute._watchdog.hung_after = 0.5
             hang(worker, release, begun.set)
             work = pool.submit(model.generate, PROMPT, **GREEDY)
             assert begun.wait(LATE)
@@ -254,12 +254,8 @@ def test_a_worker_that_hangs_can_be_ended(checkpoint: Path) -> None:
 
 # --- too slow ----------------------------------------------------------------------------------------------
 
-
-def patient_worker(checkpoint: Path, broker: str) -> Worker:
-    """A worker that does not count as hung for long."""
-    worker = start_worker(checkpoint, broker)
-    worker._compute._watchdog.hung_after = 100.0
-    return worker
+#: Of workers that do not count as hung.
+PATIENT = Limits(hung_after=100.0)
 
 
 def hurry(model: Any, number: int) -> None:
@@ -271,7 +267,7 @@ def hurry(model: Any, number: int) -> None:
 def test_a_worker_that_is_too_slow_is_left_for_another_one(checkpoint: Path, wanted: torch.Tensor) -> None:
     release = threading.Event()
     with running_broker() as broker:
-        workers = [patient_worker(checkpoint, broker.address) for _ in range(2)]
+        workers = [start_worker(checkpoint, broker.address, limits=PATIENT) for _ in range(2)]
         try:
             with SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address) as model:
                 at_call(model, 6, lambda: hang(holder(workers), release))
@@ -291,7 +287,7 @@ def test_a_worker_that_is_too_slow_is_left_for_another_one(checkpoint: Path, wan
 def test_the_only_worker_may_take_its_time(checkpoint: Path, wanted: torch.Tensor) -> None:
     release = threading.Event()
     with running_broker() as broker:
-        worker = patient_worker(checkpoint, broker.address)
+        worker = start_worker(checkpoint, broker.address, limits=PATIENT)
         try:
             with SplitModelForCausalLM.from_pretrained(
                 checkpoint, broker=broker.address, step_timeout=0.3
@@ -309,7 +305,7 @@ def test_the_only_worker_may_take_its_time(checkpoint: Path, wanted: torch.Tenso
 def test_a_step_does_not_wander_between_slow_workers(checkpoint: Path, wanted: torch.Tensor) -> None:
     release = threading.Event()
     with running_broker() as broker:
-        workers = [patient_worker(checkpoint, broker.address) for _ in range(2)]
+        workers = [start_worker(checkpoint, broker.address, limits=PATIENT) for _ in range(2)]
         try:
             with SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address) as model:
                 slow = threading.Semaphore(len(workers) - 1)
@@ -337,10 +333,9 @@ def test_a_full_queue_pushes_back_and_nothing_is_lost(checkpoint: Path, monkeypa
     expected = tiny.build("llama").generate(prompt, **GREEDY)
     # Chunks of four tokens, of which the queue holds three.
     monkeypatch.setattr("split_device.remote.CHUNK_BYTES", 512)
-    monkeypatch.setattr("split_worker.worker.MAX_QUEUED_BYTES", 1600)
-    monkeypatch.setattr("split_worker.worker.FULL_RETRY", 0.01)
+    limits = Limits(max_queued_bytes=1600, full_retry=0.01)
     with running_broker() as broker:
-        worker = start_worker(checkpoint, broker.address)
+        worker = start_worker(checkpoint, broker.address, limits=limits)
         try:
             with SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address) as model:
                 at_once = threading.Event()

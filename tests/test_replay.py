@@ -20,7 +20,7 @@ from split_common.engine.pool import PAGE_TOKENS, PagePool
 from split_common.errors import SessionLost, StepFailed
 from split_device import SplitModelForCausalLM
 from split_device.sessions.client import PATIENCE
-from split_worker.sessions import SessionTable
+from split_worker.limits import Limits
 from split_worker.worker import Worker
 from wiretap import LATE
 
@@ -43,8 +43,8 @@ MODES: dict[str, Callable[[Any], torch.Tensor]] = {
 class Workers:
     """Workers of one checkpoint, of which there is always at least one; `strike` ends the one in use."""
 
-    def __init__(self, checkpoint: Path, broker: str) -> None:
-        self._start = lambda: start_worker(checkpoint, broker)
+    def __init__(self, checkpoint: Path, broker: str, limits: Limits | None) -> None:
+        self._start = lambda: start_worker(checkpoint, broker, limits=limits)
         self.running: list[Worker] = [self._start()]
         self.ended = 0
 
@@ -63,9 +63,9 @@ class Workers:
 
 
 @contextlib.contextmanager
-def fleet_of(checkpoint: Path, **options: Any) -> Iterator[tuple[Any, Workers]]:
+def fleet_of(checkpoint: Path, limits: Limits | None = None, **options: Any) -> Iterator[tuple[Any, Workers]]:
     with running_broker() as broker:
-        workers = Workers(checkpoint, broker.address)
+        workers = Workers(checkpoint, broker.address, limits)
         try:
             with SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address, **options) as model:
                 yield model, workers
@@ -186,9 +186,9 @@ def test_many_sessions_finish_on_a_pool_for_a_few(tmp_path: Path, monkeypatch: p
     unsplit = tiny.build("llama")
     checkpoint = tiny.save("llama", tmp_path)
     monkeypatch.setattr("fleet.KV_BYTES", _bytes_for(checkpoint, room * (40 + 24)))
-    # Admitted as if they did not grow, so that some have to give way.
-    monkeypatch.setattr("split_worker.sessions.GROWTH", 4)
-    with fleet_of(checkpoint, patience=120.0) as (model, workers), ThreadPoolExecutor(sessions) as pool:
+    # Admitted as if they did not grow, so that some are evicted.
+    limits = Limits(growth=4)
+    with fleet_of(checkpoint, limits, patience=120.0) as (model, workers), ThreadPoolExecutor(sessions) as pool:
         store = workers.running[0]._body.store
         assert isinstance(store, PagePool)
         assert room * 64 <= store.capacity < room * 64 + 2 * PAGE_TOKENS
@@ -201,7 +201,7 @@ def test_many_sessions_finish_on_a_pool_for_a_few(tmp_path: Path, monkeypatch: p
 
 def _bytes_for(checkpoint: Path, tokens: int) -> int:
     with running_broker() as broker:
-        worker = start_worker(checkpoint, broker.address, sessions=SessionTable())
+        worker = start_worker(checkpoint, broker.address)
         try:
             store = worker._body.store
             assert isinstance(store, PagePool)

@@ -27,7 +27,8 @@ from split_device.sessions.client import PATIENCE
 from split_worker.bodies.denoiser import HeldArrays, ImageState
 from split_worker.bodies.language import LanguageBody, Rows
 from split_worker.bodies.loading import load_language_body
-from split_worker.sessions import EVICT_AFTER, GROWTH, MAX_WAITING, Session, SessionTable
+from split_worker.limits import Limits
+from split_worker.sessions import MAX_WAITING, Session, SessionTable
 from split_worker.worker import Worker
 from wiretap import LATE, record_requests
 
@@ -487,9 +488,9 @@ def open_session(table: SessionTable, number: int, free: int = 10_000) -> Sessio
 
 
 def test_table_is_bounded_by_sessions_and_by_memory() -> None:
-    table = SessionTable(max_sessions=2)
+    table = SessionTable(Limits(max_sessions=2))
     assert table.room(10_000) == 2
-    assert table.room(GROWTH) == 1
+    assert table.room(table.limits.growth) == 1
     first = open_session(table, 1)
     with pytest.raises(Busy, match="no room"):
         open_session(table, 2, free=100)
@@ -502,7 +503,7 @@ def test_table_is_bounded_by_sessions_and_by_memory() -> None:
 
 
 def test_sessions_without_kv_memory_are_bounded_by_their_number() -> None:
-    table, held = SessionTable(max_sessions=2), HeldArrays(10)
+    table, held = SessionTable(Limits(max_sessions=2)), HeldArrays(10)
     assert table.room(None) == 2
     for number in (1, 2):
         opened = table.open((b"device00", 1, number, 0), FakeChannel(), ImageState(held), None)  # type: ignore[arg-type]
@@ -518,12 +519,12 @@ def test_the_newest_session_gives_way_unless_one_is_idle() -> None:
         each.state.sequences = [object()]  # type: ignore[list-item]
     assert table.victim(sessions[0]) is sessions[2]
     assert table.victim(sessions[2]) is None
-    sessions[0].used -= EVICT_AFTER + 1
+    sessions[0].used -= table.limits.evict_after + 1
     assert table.victim(sessions[2]) is sessions[0]
 
 
 def test_idle_sessions_are_freed() -> None:
-    table = SessionTable(max_sessions=1, idle_timeout=10)
+    table = SessionTable(Limits(max_sessions=1, idle_timeout=10))
     first = open_session(table, 1)
     first.used -= 11
     second = open_session(table, 2)
@@ -533,7 +534,7 @@ def test_idle_sessions_are_freed() -> None:
 
 def test_full_worker_is_waited_for_and_then_reported(broker: str, tmp_path: Path) -> None:
     checkpoint = tiny.save("qwen3", tmp_path)
-    worker = start_worker(checkpoint, broker, sessions=SessionTable(max_sessions=1))
+    worker = start_worker(checkpoint, broker, limits=Limits(max_sessions=1))
     try:
         with SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker, patience=0.5) as model:
             cache = DynamicCache()

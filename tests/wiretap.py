@@ -29,7 +29,7 @@ from split_common.verification import build_manifest
 from split_device.sessions.client import Client
 from split_device.sessions.session import RemoteSession
 from split_worker.bodies.loading import load_language_body
-from split_worker.sessions import SessionTable
+from split_worker.limits import Limits
 from split_worker.worker import Worker
 
 SPLIT = Split.parse(6, "2:-2")
@@ -95,8 +95,7 @@ class Setting:
         identity = fleet.read_identity(member)
         transport = connect(broker, fleet, identity)
         service = service or self.service
-        table = SessionTable(**limits)
-        worker = Worker(self.body, service, self.manifest.name, identity, fleet, transport, table)
+        worker = Worker(self.body, service, self.manifest.name, identity, fleet, transport, Limits(**limits))
         worker.start()
         try:
             yield worker

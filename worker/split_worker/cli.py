@@ -108,7 +108,7 @@ def worker(
 
     from split_common.tensors import parse_dtype
     from split_worker.bodies.loading import load_body
-    from split_worker.sessions import SessionTable
+    from split_worker.limits import Limits
     from split_worker.worker import Worker
 
     if threads is not None:
@@ -124,9 +124,9 @@ def worker(
         dtype=parse_dtype(dtype),
         memory=kv_bytes,
     )
-    sessions = SessionTable(max_sessions, idle_timeout)
+    limits = Limits(max_sessions=max_sessions, idle_timeout=idle_timeout)
     stop = catch_sigterm()
-    running = Worker(serving.body, serving.service, serving.model, identity, fleet, transport, sessions, stop.set)
+    running = Worker(serving.body, serving.service, serving.model, identity, fleet, transport, limits, stop.set)
     running.start(timeout)
     try:
         _announce(running, serving, identity.certificate.name, json)

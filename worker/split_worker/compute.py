@@ -14,32 +14,15 @@ from typing import Any
 import msgspec
 import torch
 
-from split_common import headers, payloads
-from split_common.engine.scheduler import BatchDelay, ScheduledChunk, ScheduledStep, Scheduler, is_prefill
-from split_common.errors import (
-    Busy,
-    Malformed,
-    NeedEmbeddings,
-    NonFinite,
-    Oversized,
-    PromptTooLong,
-    SplitError,
-)
+from split_common import payloads
+from split_common.engine.scheduler import BatchDelay, ScheduledChunk, ScheduledStep, Scheduler
+from split_common.errors import Busy, SplitError
 from split_worker.bodies.base import AnyBody, Forward
+from split_worker.requests import Closed, Evicted, PendingRequest, refusal
 from split_worker.sessions import Session, SessionTable
 from split_worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-
-#: What a device is told for each error that a request may raise; all others end the session as "failed".
-REASONS: dict[type[Exception], str] = {
-    Busy: "busy",
-    NonFinite: "non-finite",
-    Malformed: "malformed",
-    Oversized: "malformed",
-    PromptTooLong: "too-long",
-    NeedEmbeddings: "embeddings",
-}
 
 #: Seconds for which requests are taken in while others are ready to be computed. Those that need no forward are
 #: answered at once, and their devices' next ones arrive meanwhile.
@@ -47,37 +30,6 @@ TAKE_IN = 0.1
 
 #: Seconds after which a device may try a step again that did not fit into memory.
 MEMORY_RETRY = 0.5
-
-
-class Evicted(SplitError):
-    """The session's memory went to another one."""
-
-
-class Closed(Exception):
-    """The session was closed, and its requests are not answered."""
-
-
-@dataclass(eq=False)
-class PendingRequest:
-    """A request to compute: decrypted, in order, of a session that exists."""
-
-    session: Session[Any]
-    header: headers.Relay
-    payload: payloads.AnyRequest
-    tensor: memoryview
-    #: When it arrived, in seconds of `time.perf_counter`.
-    arrived: float
-    #: Seconds that this process has spent on it so far, without waiting and forwards.
-    host_seconds: float = 0.0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that it appends; 0 for all but a step of a language model."""
-        return self.payload.tokens if isinstance(self.payload, payloads.Step) else 0
-
-    @property
-    def prefill(self) -> bool:
-        return is_prefill(self.tokens)
 
 
 Step = ScheduledStep[PendingRequest, Any]
@@ -129,7 +81,7 @@ class ComputeLoop:
         self._on_failure = on_failure
         #: What ended the loop, unless it was `stop`.
         self.failure: BaseException | None = None
-        self._watchdog = Watchdog(body.first_turn)
+        self._watchdog = Watchdog(body.first_turn, sessions.limits.hung_after)
         self._hung = False
         self._inbox: queue.SimpleQueue[PendingRequest | None] = queue.SimpleQueue()
         self._scheduler = Scheduler[PendingRequest, Any](body.store, divisible=body.divisible)
@@ -346,13 +298,15 @@ class ComputeLoop:
             reply = self._timed(request, reply, began, seconds)
             request.session.state.commit()
         except SplitError as error:
-            reply = self._refusal(error)
+            reply = refusal(error)
             request.session.state.undo()
         except torch.AcceleratorError:
             # The GPU takes no more work from this process.
             raise
         except Exception as error:
-            reply = self._refusal(error)
+            reply = refusal(error)
+        if isinstance(reply, payloads.Refusal):
+            self.counters[f"refused_{reply.reason}"] += 1
         self._reply(request, reply, tensor)
         if isinstance(reply, payloads.Result) and not request.prefill:
             self._delay.answered(request.session, time.perf_counter())
@@ -376,14 +330,6 @@ class ComputeLoop:
         self.counters["tokens"] += request.tokens
         self.counters["queue_us"] += round((began - request.arrived - body) * 1e6)
         return msgspec.structs.replace(reply, body_us=round(body * 1e6), worker_us=round(host * 1e6))
-
-    def _refusal(self, error: Exception) -> payloads.Refusal:
-        reason = "evicted" if isinstance(error, Evicted) else REASONS.get(type(error), "failed")
-        self.counters[f"refused_{reason}"] += 1
-        message, retry_after = type(error).__name__, 0.0
-        if isinstance(error, SplitError):
-            message, retry_after = str(error), min(error.retry_after or 0.0, headers.MAX_RETRY_AFTER)
-        return payloads.Refusal(reason, message[:2048], retry_after)  # type: ignore[arg-type]
 
     # --- memory --------------------------------------------------------------------------------------------
 

@@ -13,28 +13,10 @@ from split_common import headers
 from split_common.channel import Channel, SessionKeys
 from split_common.errors import Busy, OutOfOrder
 from split_worker.bodies.base import State
-
-#: Sessions that a worker holds by default.
-MAX_SESSIONS = 1024
-
-#: Seconds without a request after which a session's memory is freed.
-IDLE_TIMEOUT = 900.0
-
-#: Seconds without a request after which a session may be evicted in favour of another one.
-EVICT_AFTER = 10.0
-
-#: Tokens that each session is expected to grow by: a new one is admitted only if there is memory for that.
-GROWTH = 64
+from split_worker.limits import Limits
 
 #: Requests of one session that may wait; a device does not send more before it gets answers.
 MAX_WAITING = 256
-
-#: Bytes of replies, in all sessions, that are kept to be sent again. If there are more, the least recently used
-#: sessions lose theirs.
-MAX_REPLIES = 1024**3
-
-#: Bytes of new replies after which all of them are counted.
-COUNTED_EVERY = 128 * 1024**2
 
 #: A session: the device's peer id, and its channel, session and epoch numbers.
 SessionId = tuple[bytes, int, int, int]
@@ -95,16 +77,11 @@ class SessionTable:
     """All sessions of a worker. Used under the worker's lock.
 
     Closed sessions wait in `closed` for the thread that computes, which frees them.
-
-    Args:
-        max_sessions: sessions held at once.
-        idle_timeout: seconds without a request after which a session is closed.
     """
 
-    def __init__(self, max_sessions: int = MAX_SESSIONS, idle_timeout: float = IDLE_TIMEOUT) -> None:
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
         self._sessions: dict[SessionId, Session[Any]] = {}
-        self._max_sessions = max_sessions
-        self._idle_timeout = idle_timeout
         self._ages = itertools.count()
         self.closed: deque[Session[Any]] = deque()
         #: Bytes of replies since they were counted.
@@ -123,7 +100,9 @@ class SessionTable:
         return max(idle, self._unused(free_tokens))
 
     def _unused(self, free_tokens: int | None) -> int:
-        allowed = self._max_sessions if free_tokens is None else min(self._max_sessions, free_tokens // GROWTH)
+        allowed = self.limits.max_sessions
+        if free_tokens is not None:
+            allowed = min(allowed, free_tokens // self.limits.growth)
         return max(0, allowed - len(self._sessions))
 
     def get(self, id_: SessionId) -> Session[Any] | None:
@@ -153,11 +132,11 @@ class SessionTable:
         """Keeps a reply of a session, to be sent again."""
         session.answered(frames)
         self._uncounted += len(frames[1])
-        if self._uncounted > COUNTED_EVERY:
+        if self._uncounted > self.limits.count_replies_every:
             self._uncounted = kept = 0
             for each in sorted(self._sessions.values(), key=lambda session: session.used, reverse=True):
                 kept += sum(len(body) for _, body in each.replies.values())
-                if kept > MAX_REPLIES:
+                if kept > self.limits.max_replies:
                     each.replies.clear()
 
     def victim(self, asking: Session[Any]) -> Session[Any] | None:
@@ -174,9 +153,8 @@ class SessionTable:
         longest = min(self._sessions.values(), key=lambda session: session.used, default=None)
         return longest if longest is not None and self._is_idle(longest) else None
 
-    @staticmethod
-    def _is_idle(session: Session[Any]) -> bool:
-        return time.monotonic() - session.used > EVICT_AFTER
+    def _is_idle(self, session: Session[Any]) -> bool:
+        return time.monotonic() - session.used > self.limits.evict_after
 
     def evict(self, session: Session[Any]) -> None:
         """Forgets a session, which the caller frees; its device will be told that it is lost."""
@@ -193,4 +171,4 @@ class SessionTable:
 
     def free_idle(self) -> None:
         now = time.monotonic()
-        self.close_where(lambda id_: now - self._sessions[id_].used > self._idle_timeout)
+        self.close_where(lambda id_: now - self._sessions[id_].used > self.limits.idle_timeout)

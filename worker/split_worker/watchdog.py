@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import time
 
-#: Seconds after which a turn counts as hung, at least: three heartbeats.
-HUNG_AFTER = 3.0
-
 #: A turn with much to compute gets more time: the time that it would take at the pace of the slowest recent turns,
 #: multiplied by this.
 HUNG_FACTOR = 4.0
@@ -25,8 +22,8 @@ class Watchdog:
         hung_after: seconds after which any later turn may count as hung.
     """
 
-    def __init__(self, first_turn: float = FIRST_TURN, hung_after: float = HUNG_AFTER) -> None:
-        self.hung_after = hung_after
+    def __init__(self, first_turn: float, hung_after: float) -> None:
+        self._hung_after = hung_after
         self._allowed = first_turn
         self._began: float | None = None
         self._cost = 1
@@ -36,7 +33,7 @@ class Watchdog:
     def begin(self, cost: int) -> None:
         """A turn begins that computes this much: tokens, or elements of images."""
         if self._slowest is not None:
-            self._allowed = max(self.hung_after, HUNG_FACTOR * self._slowest * cost)
+            self._allowed = max(self._hung_after, HUNG_FACTOR * self._slowest * cost)
         self._cost = cost
         self._began = time.monotonic()
 

@@ -31,7 +31,9 @@ from split_common.handshake import WorkerHandshake
 from split_common.keys import Certificate, Identity, ModelScope, Role
 from split_common.transport import Transport, new_peer_id
 from split_worker.bodies.base import AnyBody
-from split_worker.compute import ComputeLoop, PendingRequest
+from split_worker.compute import ComputeLoop
+from split_worker.limits import Limits
+from split_worker.requests import PendingRequest
 from split_worker.sessions import Session, SessionTable
 
 log = logging.getLogger(__name__)
@@ -47,10 +49,6 @@ MAX_CHANNELS_PER_DEVICE = 8
 
 #: Channels in all: the worker watches the devices of all of them.
 MAX_CHANNELS = headers.MAX_WATCHED
-
-#: Bytes of requests that may wait to be computed; devices are told to send further ones again after these seconds.
-MAX_QUEUED_BYTES = 512 * 1024 * 1024
-FULL_RETRY = 0.5
 
 ChannelId = tuple[bytes, int]
 
@@ -83,7 +81,7 @@ class Worker:
         model: the model's name, for people.
         identity, fleet: who this worker is, and whom it trusts.
         transport: the queue, not started yet.
-        sessions: the table of sessions.
+        limits: how much to take on; None for the default.
         on_failure: called, on some thread, when nothing can be computed any more; `check` then says why.
     """
 
@@ -95,7 +93,7 @@ class Worker:
         identity: Identity,
         fleet: Fleet,
         transport: Transport,
-        sessions: SessionTable | None = None,
+        limits: Limits | None = None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self._body = body
@@ -104,7 +102,7 @@ class Worker:
         self._identity = identity
         self._fleet = fleet
         self._transport = transport
-        self._sessions = sessions if sessions is not None else SessionTable()
+        self._sessions = SessionTable(limits)
         #: Names this worker on the queue, and in dead letters.
         self.id = new_peer_id(identity.certificate.name)
         self._half_open: OrderedDict[ChannelId, HalfOpen] = OrderedDict()
@@ -304,8 +302,9 @@ class Worker:
             if session is None:
                 self._refuse_unopened(link, header, "lost", "the worker does not hold this session")
                 return
-        if self._compute.queued_bytes + len(tensor) > MAX_QUEUED_BYTES and header.seq >= session.expected:
-            self._refuse_unopened(link, header, "full", "the worker's queue is full", FULL_RETRY)
+        limits = self._sessions.limits
+        if self._compute.queued_bytes + len(tensor) > limits.max_queued_bytes and header.seq >= session.expected:
+            self._refuse_unopened(link, header, "full", "the worker's queue is full", limits.full_retry)
             return
         if not session.admit(header.seq):
             if frames := session.replies.get(header.seq):

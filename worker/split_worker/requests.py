@@ -1,0 +1,74 @@
+"""A request on its way through the worker, and the refusal that a device gets in place of an answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from split_common import headers, payloads
+from split_common.engine.scheduler import is_prefill
+from split_common.errors import (
+    Busy,
+    Malformed,
+    NeedEmbeddings,
+    NonFinite,
+    Oversized,
+    PromptTooLong,
+    SplitError,
+)
+from split_worker.sessions import Session
+
+
+class Evicted(SplitError):
+    """The session's memory went to another one."""
+
+
+class Closed(Exception):
+    """The session was closed, and its requests are not answered."""
+
+
+#: What a device is told for each error that a request may raise; all others end the session as "failed".
+REASONS: dict[type[Exception], str] = {
+    Busy: "busy",
+    NonFinite: "non-finite",
+    Malformed: "malformed",
+    Oversized: "malformed",
+    PromptTooLong: "too-long",
+    NeedEmbeddings: "embeddings",
+    Evicted: "evicted",
+}
+
+#: Characters of an error's message that a device is told.
+MAX_MESSAGE = 2048
+
+
+@dataclass(eq=False)
+class PendingRequest:
+    """A request to compute: decrypted, in order, of a session that exists."""
+
+    session: Session[Any]
+    header: headers.Relay
+    payload: payloads.AnyRequest
+    tensor: memoryview
+    #: When it arrived, in seconds of `time.perf_counter`.
+    arrived: float
+    #: Seconds that this process has spent on it so far, without waiting and forwards.
+    host_seconds: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it appends; 0 for all but a step of a language model."""
+        return self.payload.tokens if isinstance(self.payload, payloads.Step) else 0
+
+    @property
+    def prefill(self) -> bool:
+        return is_prefill(self.tokens)
+
+
+def refusal(error: Exception) -> payloads.Refusal:
+    """The answer to a request that ended with an error. An unforeseen error is reported by its type only."""
+    reason = REASONS.get(type(error), "failed")
+    message, retry_after = type(error).__name__, 0.0
+    if isinstance(error, SplitError):
+        message, retry_after = str(error), min(error.retry_after or 0.0, headers.MAX_RETRY_AFTER)
+    return payloads.Refusal(reason, message[:MAX_MESSAGE], retry_after)  # type: ignore[arg-type]
