@@ -60,7 +60,7 @@ def _measure(transport: str, model: Path, options: argparse.Namespace) -> dict[s
     del unsplit
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
         address = stack.enter_context(queue_server(transport, Path(directory)))
-        workers = stack.enter_context(Workers(model, address))
+        workers = stack.enter_context(Workers("--model", str(model), "--broker", address, "--dtype", "float32"))
         workers.start()
         split = stack.enter_context(SplitModelForCausalLM.from_pretrained(model, broker=address, dtype="float32"))
         watch = Watch(split)

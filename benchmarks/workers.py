@@ -1,72 +1,111 @@
-"""Worker processes that are there in no time: forked from one that has imported all they need."""
+"""Worker processes that serve soon: forked from a process that has imported all that they need.
+
+That process is this module run as a script, with the names of the modules to import as arguments. A line of JSON on
+its stdin, the arguments of a `lambda-split` command, starts one, and is answered by what the command prints when it
+is ready. All end with its stdin.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
-import multiprocessing
 import os
-from pathlib import Path
-from typing import Any
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
 
 from split_common.process import PARENT
 
-#: What a worker imports.
-_WORKER_IMPORTS = ["torch", "transformers", "transformers.models.llama.modeling_llama", "split_worker.worker"]
+#: What every worker imports.
+IMPORTS = ("torch", "transformers", "split_worker.cli", "split_worker.worker")
 
 
 class Workers:
-    """Workers of a model on a queue."""
+    """Starts and kills workers. A context manager, which kills those that are left.
 
-    def __init__(self, model: Path, address: str) -> None:
-        self._command = [
-            "worker",
-            "--model",
-            str(model),
-            "--broker",
-            address,
-            "--dtype",
-            "float32",
-            "--threads",
-            "1",
-        ]
-        self._command += ["--kv-memory", "64MiB", "--json"]
-        self._processes = multiprocessing.get_context("forkserver")
-        self._processes.set_forkserver_preload(_WORKER_IMPORTS)
-        #: By the name that each has on the queue.
-        self._running: dict[bytes, Any] = {}
+    Args:
+        options: of `lambda-split worker`, for all workers.
+        imports: names of modules that they need besides torch and transformers.
+    """
+
+    def __init__(self, *options: str, imports: Sequence[str] = ()) -> None:
+        self._command = ["worker", *options, "--threads", "1", "--kv-memory", "64MiB", "--json"]
+        self._parent = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.workers", *IMPORTS, *imports],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        #: Process ids by the id that each worker has on the queue.
+        self._running: dict[bytes, int] = {}
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in list(self._running):
-            self.kill(worker)
+        self._parent.communicate()
 
-    def start(self) -> None:
-        """Returns when the worker serves."""
-        readable, writable = self._processes.Pipe(duplex=False)
-        process = self._processes.Process(target=_serve, args=(self._command, writable), daemon=True)
-        process.start()
-        writable.close()
-        with os.fdopen(os.dup(readable.fileno())) as lines:
-            line = lines.readline()
-        readable.close()
+    def start(self, *options: str) -> bytes:
+        """Starts a worker with further options; returns its id once it serves. Raises RuntimeError if it fails."""
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        self._parent.stdin.write(json.dumps([*self._command, *options]) + "\n")
+        self._parent.stdin.flush()
+        line = self._parent.stdout.readline()
         if not line.startswith("{") or '"error"' in line:
             raise RuntimeError(f"a worker did not start: {line}")
-        self._running[bytes.fromhex(json.loads(line)["id"])] = process
+        facts = json.loads(line)
+        worker = bytes.fromhex(facts["id"])
+        self._running[worker] = int(facts["pid"])
+        return worker
 
     def kill(self, worker: bytes) -> None:
-        process = self._running.pop(worker)
-        process.kill()
-        process.join()
+        """SIGKILL."""
+        os.kill(self._running.pop(worker), signal.SIGKILL)
 
 
-def _serve(command: list[str], ready: Any) -> None:
-    """A worker's process."""
+def main(imports: Sequence[str]) -> None:
+    for name in imports:
+        importlib.import_module(name)
+    started: list[int] = []
+    # Not by sys.stdin: a child must not have what is buffered there.
+    with os.fdopen(0, "rb", buffering=0) as lines:
+        while line := lines.readline():
+            pid, answer = _fork(json.loads(line))
+            started.append(pid)
+            print(answer or json.dumps({"error": "it ended before it was ready"}), flush=True)
+    # None of them was waited for, so that no other process has the id of one that has ended.
+    for pid in started:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _fork(command: list[str]) -> tuple[int, str]:
+    """Starts a command; returns its process id and the first line that it prints, empty if it ends without one."""
+    readable, writable = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.close(readable)
+            code = _run(command, writable)
+        finally:
+            # Nothing of the parent's is flushed or cleaned up a second time.
+            os._exit(code)
+    os.close(writable)
+    with os.fdopen(readable) as out:
+        return pid, out.readline().strip()
+
+
+def _run(command: list[str], writable: int) -> int:
     from split_common.cli import main
 
     os.environ[PARENT] = str(os.getppid())
-    with os.fdopen(os.dup(ready.fileno()), "w") as out, contextlib.redirect_stdout(out):
-        ready.close()
-        main(command)
+    with os.fdopen(writable, "w") as out, contextlib.redirect_stdout(out):
+        return main(command)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

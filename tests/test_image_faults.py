@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +11,7 @@ import pytest
 import torch
 
 import tiny_diffusion
+from benchmarks.workers import Workers
 from fleet import running_broker
 from split_device import SplitFluxTransformer2DModel, SplitSD3Transformer2DModel, SplitUNet2DConditionModel
 from test_diffusion import controlnet, image, latents, lora, mask, pipeline
@@ -25,58 +21,34 @@ from test_ip_adapter import embeddings, load
 DEADLY = 1
 
 
-class Workers:
-    """Worker processes on one queue, of one model each."""
+class Fleet:
+    """A queue, and one worker of each model that is asked for."""
 
-    def __init__(self, broker: str) -> None:
+    def __init__(self, broker: str, workers: Workers) -> None:
         self.broker = broker
-        self._nursery = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("worker_nursery.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._read() == "ready"
-        self._alive: dict[tuple[Path, Path | None], int] = {}
+        self._workers = workers
+        self._serving: dict[tuple[Path, Path | None], bytes] = {}
 
     def ensure(self, model: Path, adapter: Path | None = None) -> None:
         """One worker of a model."""
-        if (model, adapter) not in self._alive:
-            self._alive[model, adapter] = self._start(model, adapter)
+        if (model, adapter) not in self._serving:
+            self._serving[model, adapter] = self._start(model, adapter)
 
     def replace(self, model: Path, adapter: Path | None = None) -> None:
         """Kills it, and has another one ready."""
-        old = self._alive[model, adapter]
-        self._alive[model, adapter] = self._start(model, adapter)
-        os.kill(old, signal.SIGKILL)
+        old = self._serving[model, adapter]
+        self._serving[model, adapter] = self._start(model, adapter)
+        self._workers.kill(old)
 
-    def _start(self, model: Path, adapter: Path | None) -> int:
-        assert self._nursery.stdin is not None
-        wish = [str(model), self.broker, "C", str(adapter) if adapter is not None else None]
-        self._nursery.stdin.write(json.dumps(wish) + "\n")
-        self._nursery.stdin.flush()
-        pid = int(self._read())
-        assert pid
-        return pid
-
-    def _read(self) -> str:
-        assert self._nursery.stdout is not None
-        return self._nursery.stdout.readline().strip()
-
-    def close(self) -> None:
-        assert self._nursery.stdin is not None
-        self._nursery.stdin.close()
-        assert self._nursery.wait(30) == 0
+    def _start(self, model: Path, adapter: Path | None) -> bytes:
+        options = ["--ip-adapter", str(adapter)] if adapter is not None else []
+        return self._workers.start("--model", str(model), "--broker", self.broker, "--cut", "C", *options)
 
 
 @pytest.fixture(scope="module")
-def workers(transport: str) -> Iterator[Workers]:
-    with running_broker() as broker:
-        made = Workers(broker.address)
-        try:
-            yield made
-        finally:
-            made.close()
+def workers(transport: str) -> Iterator[Fleet]:
+    with running_broker() as broker, Workers(imports=["diffusers"]) as workers:
+        yield Fleet(broker.address, workers)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +133,7 @@ CLASSES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_worker_is_killed_in_mid_image(workers: Workers, models: dict[str, Path], name: str) -> None:
+def test_a_worker_is_killed_in_mid_image(workers: Fleet, models: dict[str, Path], name: str) -> None:
     kind, make = PIPELINES[name]
     model, adapter = models[kind], models["adapter"] if name == "IP-Adapter" else None
     part = "unet" if kind == "sdxl" else "transformer"

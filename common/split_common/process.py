@@ -1,4 +1,4 @@
-"""What the long-running commands and those that start them share."""
+"""Processes of commands that run long, and of those that start them: settings, signals, children."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from split_common.errors import SplitError
 #: Seconds that a process may take to end after SIGTERM.
 STOP_TIMEOUT = 10.0
 
-#: Set for processes that `running_command` starts: the process id of the one that started them.
+#: Environment variable of processes that `running_command` starts: the process id of their parent.
 PARENT = "LAMBDA_SPLIT_PARENT"
 
-#: Seconds between two looks at whether that one still runs, and at signals.
+#: Seconds between two looks at signals, and at whether the parent still runs.
 LOOK_INTERVAL = 1.0
 
 #: glibc's names for two of its limits (mallopt(3)), and their values in bytes: freed memory above the first goes
@@ -50,7 +50,7 @@ def passive_threads() -> None:
 
 
 def reuse_memory() -> None:
-    """Lets the buffers of large messages be used again: mapping a megabyte anew costs more than encrypting it.
+    """Lets the buffers of large messages be used again: mapping a new megabyte costs more than encrypting it.
 
     For whole processes of ours; a library does not change how its host allocates. Does nothing without glibc.
     """
@@ -71,7 +71,7 @@ def use_loopback_keys(empty: Path) -> None:
 
 
 def catch_sigterm() -> threading.Event:
-    """From now on SIGTERM only sets the event: to be called before a command says that it is ready."""
+    """From now on SIGTERM only sets the event. A command calls this before it says that it is ready."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     return stop
@@ -79,7 +79,7 @@ def catch_sigterm() -> threading.Event:
 
 @contextlib.contextmanager
 def breakable() -> Iterator[None]:
-    """Lets SIGTERM raise KeyboardInterrupt as well, where `catch_sigterm` catches it: around what may take long."""
+    """Lets SIGTERM raise KeyboardInterrupt as well where `catch_sigterm` catches it: for work that takes long."""
     caught = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or not callable(caught):
         yield
@@ -97,12 +97,13 @@ def breakable() -> Iterator[None]:
 
 
 def wait_for(stop: threading.Event) -> None:
-    """Returns when the event is set; Ctrl-C raises KeyboardInterrupt as ever.
+    """Returns when the event is set.
 
-    A process that `running_command` started ends when the one that started it is gone, however that came about.
+    Raises:
+        KeyboardInterrupt: by Ctrl-C; also in a process that `running_command` started, once its parent is gone.
     """
     parent = int(os.environ.get(PARENT, "0"))
-    # A signal that comes just before the wait begins is seen only when it ends: so it does, again and again.
+    # A signal that comes just before a wait begins is seen only when that wait ends, so each one is short.
     while not stop.wait(LOOK_INTERVAL):
         if parent and os.getppid() != parent:
             raise KeyboardInterrupt
@@ -119,7 +120,7 @@ def running_command(
 
     Args:
         arguments: the command and its options; `--json` is added.
-        log: to whose end its stderr goes; this process's own if None.
+        log: a file to which its stderr is appended; this process's own stderr if None.
         env: further environment variables.
 
     Yields:
@@ -155,9 +156,9 @@ def started(
     stderr: IO[bytes] | int | None,
     env: dict[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[str]]:
-    """Runs a process away from this terminal's Ctrl-C, and ends it on leaving, however that comes about."""
+    """Runs a process in a session of its own, out of reach of Ctrl-C, and ends it on leaving."""
     with contextlib.ExitStack() as stack:
-        # Between the fork and the callback, an exception would leave a process that nobody ends.
+        # An exception between the fork and the callback would leave a process that is never ended.
         with _signals_held_back():
             process = subprocess.Popen(
                 command,
@@ -174,11 +175,11 @@ def started(
 
 @contextlib.contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Lets SIGINT and SIGTERM wait for its end, where they would raise exceptions."""
+    """Delays SIGINT and SIGTERM until its end, where their handlers could raise exceptions."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # SIGTERM's is restored first: where SIGINT raises meanwhile, the process ends.
+    # SIGTERM's handler is restored first: if SIGINT raises before its own is, the process ends all the same.
     numbers = (signal.SIGTERM, signal.SIGINT)
     handlers = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
     came: list[int] = []
@@ -195,7 +196,7 @@ def _signals_held_back() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Turns SIGTERM into an exception, so that what was started is ended; only where nobody else handles it."""
+    """Turns SIGTERM into SystemExit, so that child processes are ended; only where it has no handler yet."""
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield

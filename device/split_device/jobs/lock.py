@@ -1,4 +1,8 @@
-"""One process at a time: a locked file that says who holds it. A killed process holds nothing."""
+"""One process at a time: a locked file with the process id of its holder. The system unlocks it when that one ends.
+
+Not by filelock: its locks are exclusive, so that two processes that only ask for the holder at the same time would
+take each other for it, and `agent stop` would signal the process id of an earlier holder. Here they share the lock.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from pathlib import Path
 from split_common.errors import ConfigError
 from split_common.files import private_dir
 
-#: Seconds to try for: somebody who only looks whether the lock is held holds it for a moment.
+#: Seconds to try for: a process that asks for the holder has a share in the lock for a moment.
 MOMENT = 0.5
 
 
@@ -26,7 +30,12 @@ class Held(Exception):
 
 @contextlib.contextmanager
 def holding(path: Path) -> Iterator[None]:
-    """Holds the lock meanwhile. Raises Held, and ConfigError where the file cannot be made."""
+    """Holds the lock meanwhile.
+
+    Raises:
+        Held: another process holds it.
+        ConfigError: the file cannot be made.
+    """
     file = _open(path)
     try:
         deadline = time.monotonic() + MOMENT
@@ -42,7 +51,7 @@ def holding(path: Path) -> Iterator[None]:
 
 
 def holder(path: Path) -> int | None:
-    """Process id of the one that holds the lock, if anybody does."""
+    """Process id of the holder of the lock, or None. Raises ConfigError if the file cannot be opened."""
     if not path.exists():
         return None
     file = _open(path)
@@ -69,5 +78,5 @@ def _lock(file: int, kind: int) -> bool:
 
 
 def _pid(file: int) -> int:
-    """0 for a moment, while the holder writes it."""
+    """The holder's process id; 0 for a moment, until the holder has written it."""
     return int(os.pread(file, 20, 0) or b"0")
