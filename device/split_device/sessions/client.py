@@ -219,7 +219,7 @@ class Client:
         if own is None or own.revoked:
             self._lose(lambda _: True, CertificateError(f"device {me.name!r} is revoked"))
         error = SessionLost("the worker that held the session is revoked, or its certificate has run out")
-        self._lose(lambda channel: not channel.channel.trusted(roster), error)
+        self._lose(lambda channel: not channel.trusted(roster), error)
 
     # --- channels and sessions -----------------------------------------------------------------------------
 
@@ -268,9 +268,9 @@ class Client:
     def new_session(self, channel: WorkerChannel, number: int, epoch: int) -> RemoteSession | None:
         """A session over this channel; None when the channel was lost or has had as many as it may."""
         with self._lock:
-            if channel.number not in self._channels or not channel.left:
+            if channel.number not in self._channels or not channel.sessions_left:
                 return None
-            channel.left -= 1
+            channel.sessions_left -= 1
             session = RemoteSession(self, channel, number, epoch)
             self._sessions[channel.number, number] = session
             return session
@@ -283,7 +283,7 @@ class Client:
     def _usable(self, avoid: Sequence[bytes]) -> WorkerChannel | None:
         """The newest channel to a worker that is not to be avoided."""
         for channel in reversed(list(self._channels.values())):
-            if channel.left and not channel.channel.expired and channel.worker not in avoid:
+            if channel.usable and channel.worker not in avoid:
                 return channel
         return None
 
@@ -353,7 +353,7 @@ class Client:
             del self._answers[number]
         in_use = {session.channel.number for session in list(self._sessions.values())}
         for old in list(self._channels.values()):
-            if (not old.left or old.channel.expired) and old.number not in in_use:
+            if not old.usable and old.number not in in_use:
                 self._channels.pop(old.number, None)
         # The broker is told at once that this device wants to hear of the worker's death.
         self.transport.announce()

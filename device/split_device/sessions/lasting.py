@@ -133,7 +133,7 @@ class Lasting(Generic[R]):
                 waiting_since = now if waiting_since is None else waiting_since
                 lost = error if isinstance(error, SessionLost) else lost
                 if (remote := self._remote) is not None:
-                    name = remote.channel.channel.peer.name
+                    name = remote.channel.worker_name
                     if isinstance(error, StepFailed):
                         failed.append(name)
                     if isinstance(error, WorkerSlow):
