@@ -74,7 +74,8 @@ def compare(model: Path, cuts: Sequence[str], steps: int, count: int) -> dict[st
                     model, broker=relay.address, cut=cut, dtype="float32", **options
                 ) as unet:
                     make(unet)
-                    relay.up = relay.down = unet.timings.steps = 0
+                    relay.up = relay.down = 0
+                    unet.timings.reset()
                     split, split_s = make(unet)
                     results |= {
                         f"toy.{cut}.{name}.{key}": value

@@ -26,7 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 import tiny
 from fleet import joined, running_broker
 from split_common import wire
-from split_device import remote
+from split_device import cache as cache_module
 from wiretap import record_requests
 
 Model = Any
@@ -335,7 +335,7 @@ def test_equal_states_at_other_positions_are_not_equal_rows(broker: str, checkpo
 
 def test_long_prefill_travels_in_chunks(llama: tuple[Model, Model], monkeypatch: pytest.MonkeyPatch) -> None:
     full, split = llama
-    monkeypatch.setattr(remote, "CHUNK_BYTES", 5 * 32 * 4)
+    monkeypatch.setattr(cache_module, "CHUNK_BYTES", 5 * 32 * 4)
     sent = record_requests(monkeypatch)
     assert padded_batch(split).tolist() == padded_batch(full).tolist()
     assert len(sent) >= 7 + 9
@@ -357,7 +357,7 @@ def test_frequencies_that_depend_on_the_largest_position(
     with joined(broker, tiny.save("llama", tmp_path, rope_parameters=rope)) as (model, _):
         long = PROMPT.repeat(1, 3)
         assert padded_batch(model).tolist() == padded_batch(full).tolist()
-        monkeypatch.setattr(remote, "CHUNK_BYTES", 5 * 32 * 4)
+        monkeypatch.setattr(cache_module, "CHUNK_BYTES", 5 * 32 * 4)
         for mode in (padded_batch, beams, lambda model: model.generate(long, **GREEDY)):
             assert mode(model).tolist() == mode(full).tolist()
 
@@ -422,6 +422,6 @@ def test_timings_cover_a_step(llama: tuple[Model, Model], monkeypatch: pytest.Mo
     sampling = split.timings.seconds["sampling"]
     # As if it had been a while since.
     later = SimpleNamespace(perf_counter=lambda: time.perf_counter() + 600.0)
-    monkeypatch.setattr("split_device.model.time", later)
+    monkeypatch.setattr("split_device.timings.time", later)
     split.generate(PROMPT, **{**GREEDY, "max_new_tokens": 1})
     assert split.timings.seconds["sampling"] - sampling < 600.0

@@ -37,11 +37,12 @@ class Sampler:
         vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
         if not prompt or not all(0 <= token < vocabulary for token in (*request.prompt, *request.generated)):
             raise ConfigError(f"a prompt has at least one token, and all are from 0 to {vocabulary - 1}")
-        if prompt > model._max_positions:
-            raise PromptTooLong(f"{prompt} tokens exceed the model's {model._max_positions} positions")
+        positions: int = model.split_parts.max_positions
+        if prompt > positions:
+            raise PromptTooLong(f"{prompt} tokens exceed the model's {positions} positions")
         config = _prepared(model, request.config, prompt)
         #: Tokens to generate at most: the last one needs no position.
-        self.limit: int = min(int(config.max_length), model._max_positions + 1) - prompt
+        self.limit: int = min(int(config.max_length), positions + 1) - prompt
         eos = config._eos_token_tensor
         self._eos = frozenset() if eos is None else frozenset(eos.reshape(-1).tolist())
         self._logprobs = request.logprobs

@@ -26,6 +26,13 @@ from split_device.joining import Joined, Member
 from split_device.sessions.client import PATIENCE, STEP_TIMEOUT
 
 
+class _Threads(threading.local):
+    """What each thread that makes images has for itself: a session belongs to one thread."""
+
+    session: ImageSession | None = None
+    reuse: Reuse | None = None
+
+
 class SplitDenoiser(Joined):
     """A denoiser of diffusers with its body on a worker. Subclasses derive from the original class as well.
 
@@ -97,8 +104,7 @@ class SplitDenoiser(Joined):
         )
         model._belong(client, split)
         model._plan, model._codec, model._reuse = plan, CODECS[codec], reuse
-        # A session belongs to one thread.
-        model._threads = threading.local()
+        model._threads = _Threads()
         return model
 
     def _cut(self, plan: ImagePlan, split: Split) -> None:
@@ -107,7 +113,7 @@ class SplitDenoiser(Joined):
 
     _codec: wire.Codec | None
     _reuse: float
-    _threads: threading.local
+    _threads: _Threads
 
     def pipeline_options(self) -> dict[str, Any]:
         """What a pipeline's `from_pretrained` is told so that this denoiser is its own."""
@@ -118,17 +124,16 @@ class SplitDenoiser(Joined):
     def session(self) -> ImageSession:
         """The session of this thread; another one may `abandon` it."""
         mine = self._threads
-        if not hasattr(mine, "session"):
+        if mine.session is None:
             mine.session = ImageSession(self._client, self._plan, self.split, self._codec)
             mine.reuse = Reuse(self._reuse, self._base)
-        session: ImageSession = mine.session
-        return session
+        return mine.session
 
     def _run(self, timestep: float, inputs: Inputs) -> torch.Tensor:
-        """The body's output, from a worker or from a step before."""
+        """The body's output, from a worker or from an earlier step."""
         session = self.session
-        output: torch.Tensor = self._threads.reuse.output(timestep, inputs, session.step)
-        return output
+        assert self._threads.reuse is not None
+        return self._threads.reuse.output(timestep, inputs, session.step)
 
     # --- what is refused by name ---------------------------------------------------------------------------
 
@@ -148,10 +153,6 @@ class SplitDenoiser(Joined):
     def add_adapter(self, *_args: Any, **_options: Any) -> None:
         """Refused: training through the split."""
         raise UnsupportedFeature("adapters cannot be trained through the split")
-
-    def save_pretrained(self, *_args: Any, **_options: Any) -> None:
-        """Refused: this process holds a part of the model only."""
-        raise UnsupportedFeature("a split model holds only its own blocks; save the original checkpoint")
 
 
 def arguments(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from split_common.errors import (
 )
 from split_common.keys import Roster
 from split_common.transport import Transport
-from split_device.timings import Timings
+from split_device.timings import StepTimings
 
 #: Seconds without a reply after which a request is sent again; doubles each time, up to the second.
 RETRANSMIT = 3.0
@@ -47,6 +47,9 @@ CHECK_INTERVAL = 0.25
 
 #: What the transport's thread hands over: a message, or what became of the session.
 Event = tuple[wire.AnyHeader, bytes] | SplitError
+
+#: A worker's answer to one request, and its tensor's bytes.
+Reply = tuple[wire.AnyReply, memoryview]
 
 #: Error message: the worker died, left, or does not know the session.
 GONE = "the worker that held the session is gone"
@@ -91,7 +94,6 @@ class SessionHost(Protocol):
     timeout: float
     #: Seconds without a reply after which a worker is too slow, if another one is available.
     step_timeout: float
-    timings: Timings
 
     def new_session(self, channel: WorkerChannel, number: int, epoch: int) -> RemoteSession | None:
         """A session over a channel; None if the channel takes no more of them."""
@@ -140,9 +142,13 @@ class RemoteSession:
         return from_worker and header.epoch == self.epoch and header.seq in self.in_flight
 
     def call(
-        self, requests: Sequence[tuple[wire.Payload, memoryview | bytes]]
-    ) -> list[tuple[wire.AnyReply, memoryview]]:
+        self, requests: Sequence[tuple[wire.Payload, memoryview | bytes]], timings: StepTimings | None = None
+    ) -> list[Reply]:
         """Sends requests, several ahead, and waits for the reply of each.
+
+        Args:
+            requests: the messages and their tensors' bytes.
+            timings: is told how long sealing and opening them took.
 
         Raises:
             SessionLost: the worker is gone or does not hold the session any more.
@@ -151,16 +157,21 @@ class RemoteSession:
         """
         if self._lost is not None:
             raise self._lost
+        timings = timings or StepTimings()
         first = self._seq
         waiting = deque(requests)
-        replies: dict[int, tuple[wire.AnyReply, memoryview]] = {}
+        replies: dict[int, Reply] = {}
         try:
             while len(replies) < len(requests):
                 while waiting and len(self.in_flight) < IN_FLIGHT:
-                    self._send(*waiting.popleft())
+                    request, data = waiting.popleft()
+                    with timings.measure("encrypt"):
+                        frames = self._seal(request, data)
+                    self._send(frames)
                 header, body = self._next_event()
                 try:
-                    reply, tensor = self._open_reply(header, body)
+                    with timings.measure("decrypt"):
+                        reply, tensor = self._open(header, body)
                 except AuthenticationError as error:
                     self._host.count(error)
                     continue
@@ -171,11 +182,11 @@ class RemoteSession:
             self._end(error)
             raise
         answers = [replies[i] for i in range(len(requests))]
-        for (request, _), (reply, _) in zip(requests, answers, strict=True):
+        for (asked, _), (reply, _) in zip(requests, answers, strict=True):
             if isinstance(reply, wire.Refusal):
                 raise refusal_error(reply)
-            if not isinstance(reply, wire.ANSWERS[type(request)]):
-                wrong = SessionLost(f"the worker answered a {type(request).__name__} by a {type(reply).__name__}")
+            if not isinstance(reply, wire.ANSWERS[type(asked)]):
+                wrong = SessionLost(f"the worker answered a {type(asked).__name__} by a {type(reply).__name__}")
                 self._end(wrong)
                 raise wrong
         return answers
@@ -224,12 +235,12 @@ class RemoteSession:
         """Expects nothing more, and frees the session on its worker, which may hold it even after a refusal."""
         if self._lost is None:
             self._lost = error if isinstance(error, SessionLost) else SessionLost("the session was closed")
-            self._send(wire.Close(), b"")
+            self._send(self._seal(wire.Close(), b""))
         self.in_flight.clear()
         self._host.forget(self)
 
-    def _send(self, payload: wire.Payload, tensor: memoryview | bytes) -> None:
-        began = time.perf_counter()
+    def _seal(self, payload: wire.Payload, tensor: memoryview | bytes) -> tuple[wire.Relay, bytes]:
+        """The next request, as it travels."""
         if isinstance(payload, wire.Step | wire.Denoise):
             payload = msgspec.structs.replace(payload, acked=self.acked)
         header = wire.Relay(
@@ -243,8 +254,9 @@ class RemoteSession:
             self._keys.next_counter(),
         )
         plaintext = wire.encode_payload(payload, tensor, overhead=self._keys.tag_size)
-        frames = header, self._keys.seal(header, plaintext)
-        self._host.timings.add("encrypt", time.perf_counter() - began)
+        return header, self._keys.seal(header, plaintext)
+
+    def _send(self, frames: tuple[wire.Relay, bytes]) -> None:
         self.in_flight[self._seq] = frames
         self._seq += 1
         self._host.transport.send(*frames)
@@ -287,10 +299,9 @@ class RemoteSession:
             else:
                 return header, body
 
-    def _open_reply(self, header: wire.Relay, body: bytes) -> tuple[wire.AnyReply, memoryview]:
-        began = time.perf_counter()
+    def _open(self, header: wire.Relay, body: bytes) -> Reply:
+        """A reply. Raises AuthenticationError, and the request then stays in flight."""
         reply, tensor = wire.decode_payload(self._keys.open(header, body), wire.reply_decoder)
-        self._host.timings.add("decrypt", time.perf_counter() - began)
         del self.in_flight[header.seq]
         return reply, tensor
 
