@@ -413,6 +413,21 @@ def test_seed_is_left_alone(broker: str, checkpoint: Callable[[str], Path]) -> N
         assert torch.rand(1) == expected
 
 
+def test_the_layers_may_be_called_without_the_model_around_them(llama: tuple[Model, Model]) -> None:
+    """The mask by its place, too: what is under padding must not be attended to."""
+    with torch.no_grad():
+        theirs, *ours = (
+            owner(BATCH, *args, **named).last_hidden_state[MASK == 1]
+            for owner, args, named in (
+                (llama[0].model, (MASK,), {}),
+                (llama[1].model, (MASK,), {}),
+                (llama[1].model, (), {"attention_mask": MASK}),
+            )
+        )
+    for states in ours:
+        assert torch.allclose(states, theirs, atol=1e-4, rtol=1e-4)
+
+
 def test_timings_cover_a_step(llama: tuple[Model, Model], monkeypatch: pytest.MonkeyPatch) -> None:
     _, split = llama
     split.timings.reset()

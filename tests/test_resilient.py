@@ -215,8 +215,8 @@ def test_deaths_count_by_the_steps_that_share_the_blame(held: int, in_replay: bo
 
 def test_a_workers_death_is_noted_once() -> None:
     blame, remote = Blame(), Remote(1)
-    for _ in range(MAX_DEATHS):
-        blame.note(WorkerGone("gone"), remote, sent=True)  # type: ignore[arg-type]
+    noted = [blame.note(WorkerGone("gone"), remote, sent=True) for _ in range(MAX_DEATHS)]  # type: ignore[arg-type]
+    assert noted == [True, False, False, False]
     assert (blame.deaths, blame.workers, blame.is_enough) == (1.0, ["worker-1"], False)
 
 

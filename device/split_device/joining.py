@@ -1,4 +1,4 @@
-"""Joining the queue with one side of a model: what language models and denoisers have in common."""
+"""What language models and denoisers have in common: joining the queue, and what is refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from split_device.timings import Timings
 
 @dataclass(frozen=True)
 class Member:
-    """A device of a fleet, and its way to the queue: known before a model is loaded, which takes longer."""
+    """A device of a fleet and its transport. It is found before the model is loaded, which takes longer."""
 
     fleet: Fleet
     identity: Identity
@@ -57,7 +57,7 @@ class Joined:
 
     @property
     def timings(self) -> Timings:
-        """Where the time of this model's steps went."""
+        """Where the time of this model's steps went. Any thread may use it."""
         return self._client.timings
 
     @property

@@ -24,7 +24,7 @@ from split_common.split import Split
 from split_device.context import CallContext
 from split_device.model import SplitParts
 
-#: Bytes of keys and values of both ends, unless told otherwise.
+#: Default for the bytes of keys and values of both ends.
 KV_MEMORY = 1024**3
 
 
@@ -58,7 +58,7 @@ class Ends:
         #: The layers of each end; None where there are none.
         self.head, self.tail = runner(0, split.first), runner(split.last, split.layers)
         runners = [runner for runner in (self.head, self.tail) if runner is not None]
-        #: Whether tokens that were appended together must always be.
+        #: Whether tokens that were appended together must be so whenever they are appended again.
         self.indivisible = parts.traits.positions_interact
         #: Tokens that there is memory for; None without layers.
         self.capacity = min((runner.store.capacity for runner in runners), default=None)

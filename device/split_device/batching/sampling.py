@@ -12,7 +12,7 @@ from transformers.generation import GenerationMode
 from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
 from split_device.batching.generation import Logprobs, Request
 
-#: Options that `generate` knows and requests that are batched do not; each with the values that change nothing.
+#: Options of `generate` that are refused for batched requests, each with its values that change nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "num_return_sequences": (None, 1),
     "guidance_scale": (None, 1),
@@ -62,7 +62,7 @@ class Sampler:
 
     @property
     def state(self) -> bytes | None:
-        """Of the random generator; None for greedy decoding."""
+        """The random generator's state; None for greedy decoding."""
         return self._generator.get_state().numpy().tobytes() if self._generator is not None else None
 
     def ends(self, token: int) -> bool:
@@ -132,9 +132,9 @@ def _generator(request: Request) -> torch.Generator:
         try:
             generator.set_state(torch.frombuffer(bytearray(request.sampler), dtype=torch.uint8))
         except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"the state of the sampler is none: {error}") from None
+            raise ConfigError(f"this is not a sampler's state: {error}") from None
     elif request.generated:
-        raise ConfigError("a sampled request goes on from the state of its sampler, and there is none")
+        raise ConfigError("to continue a sampled request takes its sampler's state, which is missing")
     elif request.seed is not None:
         generator.manual_seed(request.seed)
     else:

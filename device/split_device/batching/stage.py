@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Ended(Exception):
-    """Nobody waits for what a forward makes of a request any more."""
+    """The request of a step that is under way has ended: its outcome is not used."""
 
 
 @dataclass(eq=False)
@@ -40,11 +40,11 @@ class Stage:
         return self.runner is None or self.scheduler.idle
 
     def busy(self) -> set[Any]:
-        """Whose steps are in it."""
+        """The keys of the steps that it holds."""
         return self.scheduler.busy_sessions() if self.runner is not None else set()
 
     def cost(self, tokens: int) -> int:
-        """What a row of so many tokens takes."""
+        """What a row of `tokens` tokens takes, in units of the store."""
         store: Store | None = self.runner.store if self.runner is not None else None
         return store.cost(store.new_row(), tokens) if store is not None else 0
 
@@ -60,7 +60,7 @@ class Stage:
         self.scheduler.add(Job(key, key, len(states), lambda: [run], finish))
 
     def forward(self) -> int:
-        """Runs what is ready and fits into one forward; how many rows that were."""
+        """Runs what is ready and fits into one forward; returns how many rows that were."""
         batch = self.scheduler.next_batch() if self.runner is not None else []
         if not batch or self.runner is None:
             return 0

@@ -108,7 +108,7 @@ class SplitDenoiser(Joined):
         return model
 
     def _cut(self, plan: ImagePlan, split: Split) -> None:
-        """Puts slots in the place of the body's blocks."""
+        """Replaces the body's blocks by placeholders."""
         raise NotImplementedError
 
     _codec: wire.Codec | None
@@ -116,7 +116,7 @@ class SplitDenoiser(Joined):
     _threads: _Threads
 
     def pipeline_options(self) -> dict[str, Any]:
-        """What a pipeline's `from_pretrained` is told so that this denoiser is its own."""
+        """Arguments of a pipeline's `from_pretrained` that make this its denoiser."""
         dtype: torch.dtype = self.dtype  # type: ignore[attr-defined]
         return {self._plan.component: self, "dtype": dtype, "variant": self._plan.checkpoint.variant}
 
@@ -156,8 +156,8 @@ class SplitDenoiser(Joined):
 
 
 def arguments(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """What a denoiser is called with, by name. Raises UnsupportedFeature for what the original does not know."""
+    """A denoiser's arguments by name. Raises UnsupportedFeature for those that the original does not take."""
     try:
         return signature.bind(*args, **kwargs).arguments
     except TypeError as error:
-        raise UnsupportedFeature(f"the denoiser cannot be called so: {error}") from None
+        raise UnsupportedFeature(f"the denoiser cannot be called with these arguments: {error}") from None

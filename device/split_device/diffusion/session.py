@@ -1,4 +1,4 @@
-"""A session of image jobs: steps out, outputs in. All that a worker has to know beside a step is its embeddings."""
+"""A session of image jobs: steps out, outputs in. Besides a step, a worker needs only the image's embeddings."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ MAX_EMBEDDINGS = 3
 class Inputs(NamedTuple):
     """What the body is called with, as its plan says: see `split_common.diffusion`."""
 
-    #: Of a step: the states, the embedding of the time, and more.
+    #: Tensors of one step: the states, the embedding of the time, and more.
     tensors: Sequence[torch.Tensor]
-    #: Of the whole image.
+    #: Tensors and scales that are the same for all steps of an image.
     job: Sequence[torch.Tensor] = ()
     scales: Sequence[float] = ()
-    #: What else tells one image from another.
+    #: Further tensors that tell one image from another.
     about: Sequence[torch.Tensor] = ()
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What a worker is sent of an image beside its steps."""
+    """What a worker is sent for an image, besides its steps."""
 
     payload: wire.Condition
     data: bytes
@@ -53,12 +53,12 @@ class Request:
     step: wire.Denoise
     tensors: bytes
     condition: Condition | None
-    #: The output that it calls for.
+    #: The form of the output that it asks for.
     output: wire.Array
     timings: StepTimings
 
     def calls(self) -> list[tuple[wire.Payload, memoryview | bytes]]:
-        """Its messages: those with what does not fit into one, the step itself, and those that ask for the rest."""
+        """Its messages: parts that exceed the step's own one, the step, and requests for the output's rest."""
         data = memoryview(self.tensors)
         parts = [data[begin : begin + wire.PART_BYTES] for begin in range(0, self.step.sent, wire.PART_BYTES)]
         size = self.output.nbytes
@@ -97,7 +97,7 @@ class ImageSession:
 
         Raises:
             NonFinite: the inputs hold NaN or infinity.
-            Oversized: there are too many of them.
+            Oversized: they have too many rows or bytes for a step.
             SplitError: the worker or the queue failed.
         """
         timings = StepTimings()
@@ -117,9 +117,9 @@ class ImageSession:
         self._session.abandon()
 
     def _request(self, inputs: Inputs, timings: StepTimings) -> Request:
-        """A step as it travels. Raises NonFinite, Oversized."""
+        """A step as it travels. Raises NonFinite and Oversized, see `step`."""
         rows, condition = _condition(inputs)
-        # The embedding of the time is small, and everything depends on it.
+        # The embedding of the time travels as it is: it is small, and everything depends on it.
         codecs = (self._codec, None, *[self._codec] * (len(inputs.tensors) - 2))
         codec = self._codec or dtype_name(inputs.tensors[0].dtype)
         shapes = [list(tensor.shape) for tensor in inputs.tensors]
@@ -154,7 +154,7 @@ class ImageSession:
                 with step.timings.measure_rest("queue"):
                     return [self._joined(step, remote.call(calls, step.timings))]
             except NeedEmbeddings as error:
-                # The worker has forgotten something, or another session's came between.
+                # The worker has dropped embeddings, perhaps for those of another session.
                 self._sent.clear()
                 if attempt == MAX_EMBEDDINGS:
                     remote.close()
@@ -168,7 +168,7 @@ class ImageSession:
         return len(step.step.rows), 0, 0
 
     def _joined(self, request: Request, replies: list[Reply]) -> Reply:
-        """The answer to a step, with all bytes of the output. Raises Malformed for one to something else."""
+        """The answer to a step, with all bytes of the output. Raises Malformed if it has another form."""
         answers = [(reply, data) for reply, data in replies if isinstance(reply, wire.Denoised | wire.Part)]
         denoised = answers[0][0]
         assert isinstance(denoised, wire.Denoised)
@@ -181,7 +181,7 @@ class ImageSession:
 
 
 def _condition(inputs: Inputs) -> tuple[list[int], Condition | None]:
-    """Which row of what is sent of the image belongs to each row of the step, -1 for zeros; and what is sent."""
+    """For each row of the step, its row in what is sent for the image, -1 for zeros; and what is sent."""
     count = len(inputs.tensors[0])
     if not inputs.job:
         return [-1] * count, None

@@ -1,4 +1,4 @@
-"""What takes the place of the body's blocks in the device's UNet.
+"""Placeholders of the body's blocks in the device's UNet.
 
 `UNet2DConditionModel.forward` stays as it is. The body's blocks on the way down pass placeholders on, in place of
 their skips; the last one on the way up calls the worker with what the first one was handed.
@@ -33,14 +33,12 @@ class UNetCall:
     context: Any = None
 
     def inputs(self) -> Inputs:
-        """Raises UnsupportedFeature for embeddings that no pipeline of images makes."""
+        """What the body is called with. Raises UnsupportedFeature for embeddings that are not a text's."""
         assert self.sample is not None
         assert self.embedding is not None
         text, images = self.context if isinstance(self.context, tuple) else (self.context, [])
         if not isinstance(text, torch.Tensor) or text.ndim != 3:
-            raise UnsupportedFeature(
-                "embeddings of a text that are no tensor [rows, tokens, width] cannot be split"
-            )
+            raise UnsupportedFeature("a text's embeddings cannot be split unless they are [rows, tokens, width]")
         return Inputs(
             [self.sample, self.embedding, *self.residuals], [text, *images], self.scales if images else ()
         )
@@ -94,7 +92,7 @@ class Slot(nn.Module):
 
     @staticmethod
     def refuse(options: dict[str, Any]) -> None:
-        """Raises UnsupportedFeature for what blocks may be handed and the worker's are not."""
+        """Raises UnsupportedFeature for options of blocks that do not travel to the worker."""
         for name in ("attention_mask", "encoder_attention_mask", "cross_attention_kwargs", "additional_residuals"):
             # A LoRA's scale has been applied already, to the blocks that are here.
             given = options.get(name)

@@ -20,7 +20,7 @@ from split_device.diffusion.denoiser import SplitDenoiser, arguments
 from split_device.diffusion.session import Inputs
 from split_device.joining import refuse_gradients
 
-#: What a transformer may be told that concerns blocks on the worker, and what it is for.
+#: Arguments of a transformer that concern blocks on the worker, and what they are for.
 _REFUSED = {
     "block_controlnet_hidden_states": "a ControlNet of a transformer",
     "controlnet_block_samples": "a ControlNet of a transformer",
@@ -73,7 +73,7 @@ class FirstSlot(Slot):
 
 
 class SplitTransformer(SplitDenoiser):
-    """What both have in common."""
+    """What the split transformers have in common."""
 
     _signature: ClassVar[inspect.Signature]
 
@@ -89,7 +89,7 @@ class SplitTransformer(SplitDenoiser):
         return torch.cat((text, image), 1)
 
     def _job(self, _given: dict[str, Any]) -> Sequence[torch.Tensor]:
-        """What a worker has to know of an image beside its steps."""
+        """What a worker has to know of an image, besides its steps."""
         return ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -63,7 +63,7 @@ class SplitUNet2DConditionModel(SplitDenoiser, UNet2DConditionModel):  # type: i
         if down is None and middle is None:
             return []
         if down is None or middle is None:
-            raise UnsupportedFeature("residuals of a ControlNet come for all blocks, or it is none")
+            raise UnsupportedFeature("a ControlNet must give residuals for all blocks, the middle one included")
         height, width = sample.shape[2:]
         own = 1
         for level in range(self.split.first):

@@ -76,13 +76,21 @@ class Blame:
     #: What the deaths count, see `LEAST_DEATH`.
     deaths: float = 0.0
 
-    def note(self, error: SplitError, remote: RemoteSession, sent: bool) -> None:
-        """Counts what became of the worker of a session; `sent` says whether the step had been sent to it."""
+    def note(self, error: SplitError, remote: RemoteSession, sent: bool) -> bool:
+        """Counts what became of a session's worker; returns whether another worker has died.
+
+        Args:
+            error: what ended the try.
+            remote: the session.
+            sent: whether the step had been sent to the worker, and not only what came before it.
+        """
         if isinstance(error, StepFailed):
             self.failed.append(remote.channel.worker_name)
-        if isinstance(error, WorkerGone) and remote.worker not in self.died:
-            self.died[remote.worker] = remote.channel.worker_name
-            self.deaths += max(LEAST_DEATH, 1 / error.held if sent else 0.0)
+        if not isinstance(error, WorkerGone) or remote.worker in self.died:
+            return False
+        self.died[remote.worker] = remote.channel.worker_name
+        self.deaths += max(LEAST_DEATH, 1 / error.held if sent else 0.0)
+        return True
 
     @property
     def is_enough(self) -> bool:
@@ -143,9 +151,9 @@ class ResilientSession:
             except (Busy, SessionLost, NoWorker) as error:
                 now = time.monotonic()
                 lost = error if isinstance(error, SessionLost) else lost
-                deaths = len(blame.died)
+                slow, died = isinstance(error, WorkerSlow), False
                 if self._remote is not None:
-                    blame.note(error, self._remote, sent)
+                    died = blame.note(error, self._remote, sent)
                     if self._remote.ended or work.is_spoilt(step):
                         avoid = [self._remote.worker]
                         self.close()
@@ -154,8 +162,8 @@ class ResilientSession:
                     avoid = []
                 if blame.is_enough:
                     raise self._give_up(error, blame, work.describe(step)) from None
-                self._patient = self._patient or isinstance(error, WorkerSlow)
-                if waiting_since is None or isinstance(error, WorkerSlow) or len(blame.died) > deaths:
+                self._patient = self._patient or slow
+                if waiting_since is None or slow or died:
                     # The worker may have computed for long: patience starts again.
                     waiting_since = now
                 pause = error.retry_after if isinstance(error, Busy) else RETRY_AFTER
