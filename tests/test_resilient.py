@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from split_common import wire
+from split_common import headers
 from split_common.errors import Busy, Malformed, NoWorker, SessionLost, StepFailed, WorkerGone, WorkerSlow
 from split_device.sessions import dead_letters, resilient
 from split_device.sessions.resilient import LEAST_DEATH, MAX_DEATHS, Blame, ResilientSession
@@ -42,7 +42,7 @@ class Client:
         self.patience = PATIENCE
         self.served = True
         self.counters: Counter[str] = Counter()
-        self.service = wire.Service(bytes(32), 2, 4)
+        self.service = headers.Service(bytes(32), 2, 4)
         self.model = "tiny"
         self.refusals = list(refusals)
         self.opened: list[Remote] = []

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from split_common import wire
+from split_common import payloads
 from split_common.errors import UnsupportedFeature
 from split_common.tensors import dtype_name, raw_bytes, to_bytes
 from split_device.sessions.chunks import Request, cut
@@ -214,7 +214,7 @@ class SessionCacheLayer(BodyLayer):
             sent[rows] = keep[rows]
         starts = cached.sum(1).tolist()
         runs = [
-            wire.Row(index, starts[row], positions[row][keep[row]].tolist())
+            payloads.Run(index, starts[row], positions[row][keep[row]].tolist())
             for index, row in enumerate(rows)
             if keep[row].any()
         ]
@@ -351,15 +351,15 @@ class SessionCacheLayer(BodyLayer):
             yield from requests
 
     def _send(self, remote: RemoteSession, requests: Sequence[Request], timings: StepTimings) -> list[Reply]:
-        steps: list[tuple[wire.Payload, memoryview]] = []
+        steps: list[tuple[payloads.Payload, memoryview]] = []
         for chunk, data in requests:
             select = None if steps else self._select
             dtype, width = dtype_name(chunk.states.dtype), chunk.states.shape[1]
-            steps.append((wire.Step(dtype, width, chunk.rows, select), data))
+            steps.append((payloads.Step(dtype, width, chunk.rows, select), data))
         with timings.measure_rest("queue"):
             replies = remote.call(steps, timings)
             for reply, _ in replies:
-                if isinstance(reply, wire.Result):
+                if isinstance(reply, payloads.Result):
                     timings.add("body", reply.body_us / 1e6)
                     timings.add("worker", reply.worker_us / 1e6)
         # The worker's rows have moved now.
@@ -367,7 +367,7 @@ class SessionCacheLayer(BodyLayer):
         return replies
 
 
-def _encode(runs: list[wire.Row], packed: torch.Tensor, horizon: int | None) -> list[Request]:
+def _encode(runs: list[payloads.Run], packed: torch.Tensor, horizon: int | None) -> list[Request]:
     """Cuts runs and their states `[tokens, width]` into requests. Raises NonFinite."""
     limit = max(1, CHUNK_BYTES // (packed.shape[1] * packed.element_size()))
     return [(chunk, to_bytes(chunk.states)) for chunk in cut(runs, packed, limit, horizon)]
