@@ -76,7 +76,8 @@ def compare(model: Path, cuts: Sequence[str], steps: int, count: int) -> dict[st
                     ) as unet,
                 ):
                     make(unet)
-                    proxy.up = proxy.down = unet.timings.steps = 0
+                    proxy.up = proxy.down = 0
+                    unet.timings.reset()
                     split, split_s = make(unet)
                     results |= {
                         f"toy.{cut}.{name}.{key}": value

@@ -36,10 +36,10 @@ from split_common.transport import HEARTBEAT
 from split_common.transport import zmq_link as link_module
 from split_common.transport.supervised import Supervisor, handled
 from split_common.transport.zmq_link import ZmqLink
-from split_device import remote as remote_module
+from split_device import cache as cache_module
 from split_device.sessions import client as client_module
 from split_device.sessions import history as history_module
-from split_device.sessions import lasting as lasting_module
+from split_device.sessions import resilient as resilient_module
 from split_device.sessions import session as session_module
 from split_device.sessions.client import Client
 from split_worker import compute as compute_module
@@ -373,8 +373,7 @@ class World:
         timed = (
             client_module,
             session_module,
-            lasting_module,
-            remote_module,
+            resilient_module,
             worker_module,
             sessions_module,
             compute_module,
@@ -397,7 +396,7 @@ class World:
         patch.setattr(pool_module, "PAGE_TOKENS", 4)
         self.evict_after = self.random.choice([0.2, 10.0])
         chunk, self.max_queued_bytes = self.random.choice([(8, 10**9), (32, 40), (4096, 10**9)])
-        patch.setattr(remote_module, "CHUNK_BYTES", chunk)
+        patch.setattr(cache_module, "CHUNK_BYTES", chunk)
         patch.setattr(history_module, "BLOCK_BYTES", 32)
         patch.setattr(broker_module, "PROBE_INTERVAL", 0.5)
         seal = channel_module.Box.seal

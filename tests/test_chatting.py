@@ -65,7 +65,7 @@ def test_turns_are_those_of_the_unsplit_model(split: Any, unsplit: Any, tokenize
 
 def test_a_turn_sends_only_what_is_new(split: Any, tokenizer: Any) -> None:
     lengths: list[int] = []
-    stack = split._stack.owner
+    stack = split.split_parts.stack.owner
     hook = stack.register_forward_pre_hook(
         lambda _module, _args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )

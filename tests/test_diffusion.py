@@ -231,12 +231,12 @@ def test_a_step_too_large_for_one_message_travels_in_several(
     calls: list[int] = []
     send = session.RemoteSession.call
 
-    def spy(self: Any, requests: Any) -> Any:
+    def spy(self: Any, requests: Any, timings: Any) -> Any:
         calls.append(len(requests))
         if len(calls) == 3:
             # What was sent before is forgotten in the midst of a step.
             worker._body.held._held.clear()  # type: ignore[attr-defined]
-        return send(self, requests)
+        return send(self, requests, timings)
 
     monkeypatch.setattr(session.RemoteSession, "call", spy)
     assert torch.equal(latents(pipe, num_images_per_prompt=2), wanted)

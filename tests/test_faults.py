@@ -45,7 +45,7 @@ from split_common.servers import free_port
 from split_common.transport import HEARTBEAT, MISSED, OPEN_PATIENCE, connect
 from split_common.verification import find_manifest
 from split_device import SplitModelForCausalLM
-from split_device.remote import Call, SessionLayer, Traits
+from split_device.cache import SessionCacheLayer, StepContext, Traits
 from split_device.sessions import client as client_module
 from split_device.sessions import session as session_module
 from split_worker import worker as worker_module
@@ -322,8 +322,8 @@ def test_a_worker_process_that_hangs_or_is_killed_is_noticed(
 def test_what_nobody_wants_any_more_looks_for_no_worker(setting: Setting) -> None:
     """A broker that has just begun lets devices wait: workers may be about to come back."""
     with setting.broker() as broker, setting.client(broker.address) as client, ThreadPoolExecutor(3) as pool:
-        sessions = [SessionLayer(client, Traits(False, False)) for _ in range(3)]
-        steps = [pool.submit(session.step, torch.zeros(1, 1, 8), Call()) for session in sessions]
+        sessions = [SessionCacheLayer(client, Traits(False, False)) for _ in range(3)]
+        steps = [pool.submit(session.step, torch.zeros(1, 1, 8), StepContext()) for session in sessions]
         wait_until(lambda: client._answers)
         for session in sessions:
             session.abandon()

@@ -26,7 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 import tiny
 from fleet import joined, running_broker
 from split_common import payloads
-from split_device import remote
+from split_device import cache as cache_module
 from wiretap import record_requests
 
 Model = Any
@@ -335,7 +335,7 @@ def test_equal_states_at_other_positions_are_not_equal_rows(broker: str, checkpo
 
 def test_long_prefill_travels_in_chunks(llama: tuple[Model, Model], monkeypatch: pytest.MonkeyPatch) -> None:
     full, split = llama
-    monkeypatch.setattr(remote, "CHUNK_BYTES", 5 * 32 * 4)
+    monkeypatch.setattr(cache_module, "CHUNK_BYTES", 5 * 32 * 4)
     sent = record_requests(monkeypatch)
     assert padded_batch(split).tolist() == padded_batch(full).tolist()
     assert len(sent) >= 7 + 9
@@ -357,7 +357,7 @@ def test_frequencies_that_depend_on_the_largest_position(
     with joined(broker, tiny.save("llama", tmp_path, rope_parameters=rope)) as (model, _):
         long = PROMPT.repeat(1, 3)
         assert padded_batch(model).tolist() == padded_batch(full).tolist()
-        monkeypatch.setattr(remote, "CHUNK_BYTES", 5 * 32 * 4)
+        monkeypatch.setattr(cache_module, "CHUNK_BYTES", 5 * 32 * 4)
         for mode in (padded_batch, beams, lambda model: model.generate(long, **GREEDY)):
             assert mode(model).tolist() == mode(full).tolist()
 
@@ -413,6 +413,21 @@ def test_seed_is_left_alone(broker: str, checkpoint: Callable[[str], Path]) -> N
         assert torch.rand(1) == expected
 
 
+def test_the_layers_may_be_called_without_the_model_around_them(llama: tuple[Model, Model]) -> None:
+    """The mask by its place, too: what is under padding must not be attended to."""
+    with torch.no_grad():
+        theirs, *ours = (
+            owner(BATCH, *args, **named).last_hidden_state[MASK == 1]
+            for owner, args, named in (
+                (llama[0].model, (MASK,), {}),
+                (llama[1].model, (MASK,), {}),
+                (llama[1].model, (), {"attention_mask": MASK}),
+            )
+        )
+    for states in ours:
+        assert torch.allclose(states, theirs, atol=1e-4, rtol=1e-4)
+
+
 def test_timings_cover_a_step(llama: tuple[Model, Model], monkeypatch: pytest.MonkeyPatch) -> None:
     _, split = llama
     split.timings.reset()
@@ -422,6 +437,6 @@ def test_timings_cover_a_step(llama: tuple[Model, Model], monkeypatch: pytest.Mo
     sampling = split.timings.seconds["sampling"]
     # As if it had been a while since.
     later = SimpleNamespace(perf_counter=lambda: time.perf_counter() + 600.0)
-    monkeypatch.setattr("split_device.model.time", later)
+    monkeypatch.setattr("split_device.timings.time", later)
     split.generate(PROMPT, **{**GREEDY, "max_new_tokens": 1})
     assert split.timings.seconds["sampling"] - sampling < 600.0

@@ -133,7 +133,7 @@ def test_positions_that_interact(tmp_path: Path) -> None:
     full = tiny.build("llama", rope_parameters=rope)
     wanted = [alone(full, request) for request in asked]
     with split_model(checkpoint) as model, Generator(model) as generator:
-        assert model._stack.positions_interact
+        assert model.split_parts.stack.positions_interact
         generations = [generator.submit(request) for request in asked]
         assert [each.result(60) for each in generations] == wanted
         resumed = [

@@ -24,7 +24,8 @@ from split_common.errors import (
     UnsupportedArchitecture,
     UnsupportedFeature,
 )
-from split_device import SplitModelForCausalLM, remote
+from split_device import SplitModelForCausalLM
+from split_device import cache as cache_module
 
 Model = Any
 
@@ -219,11 +220,10 @@ def test_packed_sequences(silent: Model) -> None:
 
 
 def test_positions_of_three_dimensions(silent: Model) -> None:
-    call = remote.Call()
-    call.positions = torch.zeros(3, 1, 7, dtype=torch.long)
-    layer = remote.SessionLayer(silent._client, remote.Traits(False, False))
+    context = cache_module.StepContext(positions=torch.zeros(3, 1, 7, dtype=torch.long))
+    layer = cache_module.SessionCacheLayer(silent._client, cache_module.Traits(False, False))
     with pytest.raises(UnsupportedFeature, match="position ids of shape"):
-        layer.step(torch.zeros(1, 7, 32), call)
+        layer.step(torch.zeros(1, 7, 32), context)
 
 
 # --- caches of others --------------------------------------------------------------------------------------
@@ -288,19 +288,18 @@ def test_not_a_number_in_a_prompt(silent: Model) -> None:
 
 def test_not_a_number_under_padding_is_harmless(model: Model) -> None:
     """Padding does not travel. (Through the head, attention would carry it: this is the body alone.)"""
-    call = remote.Call()
-    call.mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
+    context = cache_module.StepContext(mask=torch.tensor([[0, 0, 1, 1, 1, 1, 1]]))
     states = torch.randn(1, 7, 32)
     states[0, :2] = float("nan")
-    layer = remote.SessionLayer(model._client, remote.Traits(False, False))
-    assert torch.isfinite(layer.step(states, call)).all()
+    layer = cache_module.SessionCacheLayer(model._client, cache_module.Traits(False, False))
+    assert torch.isfinite(layer.step(states, context)).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_worker_refuses_what_a_hostile_device_sends(
     model: Model, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "to_bytes", remote.raw_bytes)
+    monkeypatch.setattr(cache_module, "to_bytes", cache_module.raw_bytes)
     embeddings = model.get_input_embeddings()(PROMPT).clone()
     embeddings[0, 3, 1] = value
     cache = DynamicCache()
@@ -345,7 +344,7 @@ def test_session_of_a_refused_step_is_made_anew(headless: Model, monkeypatch: py
     with torch.no_grad():
         headless(PROMPT, past_key_values=cache)
         with monkeypatch.context() as patch:
-            patch.setattr(remote, "to_bytes", remote.raw_bytes)
+            patch.setattr(cache_module, "to_bytes", cache_module.raw_bytes)
             poisoned = headless.get_input_embeddings()(PROMPT).clone()
             poisoned[0, -1] = float("nan")
             with pytest.raises(NonFinite):

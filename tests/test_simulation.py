@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from simulation import FAULTS, PRIME, World, link_of, mixed, outcome
 from split_common.errors import NoWorker
 from split_common.fleet import Fleet
-from split_device.remote import Call, SessionLayer, Traits
+from split_device.cache import SessionCacheLayer, StepContext, Traits
 
 #: Sequences in one test, of which there are CHUNKS.
 SEQUENCES = 500
@@ -47,7 +47,7 @@ def _quietly() -> Iterator[None]:
 class Generation:
     """A cache, and what each of its rows was given, as it would be without a split."""
 
-    def __init__(self, world: World, layer: SessionLayer, rows: int) -> None:
+    def __init__(self, world: World, layer: SessionCacheLayer, rows: int) -> None:
         self.world = world
         self.layer = layer
         self.rows: list[list[int]] = [[] for _ in range(rows)]
@@ -73,11 +73,11 @@ class Generation:
     def _output(self, states: torch.Tensor) -> torch.Tensor:
         """A new session is not waited with for a first worker, one that was lost is."""
         try:
-            return self.layer.step(states, Call())
+            return self.layer.step(states, StepContext())
         except NoWorker:
             assert not self.rows[0]
             self.world.clock.sleep(12.0)
-            return self.layer.step(states, Call())
+            return self.layer.step(states, StepContext())
 
     def crop(self, choose: random.Random) -> None:
         length = len(self.rows[0])
@@ -112,7 +112,7 @@ def run_sequence(fleet: Fleet, number: int, acts: list[str], patch: pytest.Monke
         world.start_worker()
     world.clock.sleep(1.0)
     client = world.start_client(choose.choice([0, 64, 10**6]))
-    generations = [Generation(world, SessionLayer(client, Traits(False, False)), choose.choice([1, 1, 2, 3]))]
+    generations = [Generation(world, SessionCacheLayer(client, Traits(False, False)), choose.choice([1, 1, 2, 3]))]
     faults = 0
     for act in acts:
         generation = choose.choice(generations)
@@ -125,7 +125,7 @@ def run_sequence(fleet: Fleet, number: int, acts: list[str], patch: pytest.Monke
                     generations.append(generation.copy())
                 else:
                     generations[0].layer.reset()
-                    generations[0] = Generation(world, SessionLayer(client, Traits(False, False)), 1)
+                    generations[0] = Generation(world, SessionCacheLayer(client, Traits(False, False)), 1)
             case "drop" if len(generations) > 1:
                 generations.remove(generation)
                 generation.layer.reset()

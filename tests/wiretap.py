@@ -45,9 +45,9 @@ def record_requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     sent: list[Any] = []
     call = RemoteSession.call
 
-    def recording(self: RemoteSession, requests: Any) -> Any:
+    def recording(self: RemoteSession, requests: Any, timings: Any = None) -> Any:
         sent.extend(request for request, _ in requests)
-        return call(self, requests)
+        return call(self, requests, timings)
 
     monkeypatch.setattr(RemoteSession, "call", recording)
     return sent

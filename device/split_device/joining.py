@@ -1,4 +1,4 @@
-"""Joining the queue with one side of a model: what language models and denoisers have in common."""
+"""What language models and denoisers have in common: joining the queue, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from split_common import headers, payloads
+from split_common.errors import UnsupportedFeature
 from split_common.fleet import Fleet, load_fleet
 from split_common.keys import Identity
 from split_common.manifest import Manifest
@@ -20,7 +23,7 @@ from split_device.timings import Timings
 
 @dataclass(frozen=True)
 class Member:
-    """A device of a fleet, and its way to the queue: known before a model is loaded, which takes longer."""
+    """A device of a fleet and its transport. It is found before the model is loaded, which takes longer."""
 
     fleet: Fleet
     identity: Identity
@@ -46,16 +49,15 @@ class Joined:
 
     split: Split
     _client: Client
-    _closed: Any
 
     def _belong(self, client: Client, split: Split) -> None:
         self._client = client
         self.split = split
-        self._closed = weakref.finalize(self, client.close)
+        weakref.finalize(self, client.close)
 
     @property
     def timings(self) -> Timings:
-        """Where the time of this model's steps went."""
+        """Where the time of this model's steps went. Any thread may use it."""
         return self._client.timings
 
     @property
@@ -67,10 +69,20 @@ class Joined:
 
     def close(self) -> None:
         """Leaves the queue; workers free this device's sessions. The model cannot be used afterwards."""
-        self._closed()
+        self._client.close()
+
+    def save_pretrained(self, *_args: Any, **_options: Any) -> Any:
+        """Refused: this process holds a part of the model only."""
+        raise UnsupportedFeature("a split model holds only a part of the weights; save the original checkpoint")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def refuse_gradients(states: torch.Tensor) -> None:
+    """Raises UnsupportedFeature for states that gradients are to flow back to."""
+    if states.requires_grad:
+        raise UnsupportedFeature("gradients do not pass through the worker: use torch.no_grad()")

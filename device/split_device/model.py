@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
+import inspect
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from transformers.cache_utils import Cache
 
 from split_common.errors import PromptTooLong, UnsupportedFeature
 from split_common.part import generation_config, load_part, plan
@@ -16,25 +16,44 @@ from split_common.split import Split
 from split_common.tensors import dtype_name, parse_dtype
 from split_common.transport import DEFAULT_BROKER
 from split_common.verification import find_manifest
+from split_device.body import Generating, RemoteBody, forwarding, generating
+from split_device.cache import StepContext, Traits, is_windowed
 from split_device.joining import Joined, Member
-from split_device.remote import RemoteBody, Traits, is_windowed
 from split_device.sessions.client import PATIENCE, STEP_TIMEOUT, Client
 from split_device.sessions.history import HISTORY_MEMORY
+from split_device.timings import StepTimings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _OwnClass
+else:
+    # The checkpoint's own class is mixed in when a model is loaded.
+    _OwnClass = object
 
 #: What `generate` may be told of the cache: a session is a layer of a dynamic one.
 _DYNAMIC = (None, "dynamic", "dynamic_full")
 
 
-class SplitModelForCausalLM(Joined):
+@dataclass(frozen=True)
+class SplitParts:
+    """What a split language model is made of, for code that runs its layers by itself."""
+
+    client: Client
+    split: Split
+    stack: Stack
+    traits: Traits
+    #: Positions that a sequence may have.
+    max_positions: int
+
+
+class SplitModelForCausalLM(Joined, _OwnClass):  # type: ignore[misc]
     """A causal language model of transformers with its body on a worker. Made by `from_pretrained`.
 
     The object is an instance of the checkpoint's own model class as well: `generate`, `forward` and the tokenizer
-    are used as ever. Close it (or use it as a context manager) to leave the queue.
+    are used as usual. Close it (or use it as a context manager) to leave the queue.
     """
 
-    config: Any
-    generation_config: Any
-    _stack: Stack
+    #: What the model is made of.
+    split_parts: SplitParts
 
     @classmethod
     def from_pretrained(
@@ -52,7 +71,7 @@ class SplitModelForCausalLM(Joined):
         patience: float = PATIENCE,
         history_memory: int = HISTORY_MEMORY,
         step_timeout: float = STEP_TIMEOUT,
-    ) -> Any:
+    ) -> Self:
         """Loads the head and the tail, and joins the queue.
 
         Args:
@@ -69,7 +88,7 @@ class SplitModelForCausalLM(Joined):
             patience: seconds to wait while all workers are full, or none is left to take over.
             history_memory: bytes of what a cache's session has sent, to be replayed, that stay in memory; older
                 ones go to an encrypted temporary file (in $TMPDIR).
-            step_timeout: seconds without an answer after which a worker is too slow, if another one is to be had.
+            step_timeout: seconds without an answer after which a worker is too slow, if another one is available.
 
         Returns:
             An instance of `SplitModelForCausalLM` and of the checkpoint's own class.
@@ -83,6 +102,7 @@ class SplitModelForCausalLM(Joined):
         plan_ = plan(str(name_or_path), revision)
         split = Split.from_head_tail(plan_.layers, head_layers, tail_layers)
         manifest = find_manifest(device.fleet, plan_.checkpoint, plan_.own_tensors(split, "device"))
+        model: Self
         model, stack = load_part(plan_, split, "device", dtype=parse_dtype(dtype), bases=(cls,), fill=RemoteBody)
         model.name_or_path = model.config.name_or_path = str(name_or_path)
         model.generation_config = generation_config(plan_) or model.generation_config
@@ -100,23 +120,21 @@ class SplitModelForCausalLM(Joined):
 
     def _join(self, client: Client, stack: Stack, split: Split) -> None:
         self._belong(client, split)
-        self._stack = stack
         windowed = is_windowed(self.config.get_text_config(decoder=True), split.body)
         traits = Traits(windowed or not stack.takes_positions, stack.positions_interact)
+        self.split_parts = SplitParts(client, split, stack, traits, stack.max_positions)
         self._body.attach(client, split, traits)
-        self._max_positions = stack.max_positions
-        self._called = 0.0
-        #: When the step before this one of the same `generate` ended.
-        self._returned: float | None = None
         self.generation_config.cache_implementation = None
+        #: Names of what the stack's owner may be handed without a name, in its order.
+        _, *self._stack_arguments = inspect.signature(inspect.unwrap(type(stack.owner).forward)).parameters
+        self.register_forward_pre_hook(self._before_forward)
+        self.register_forward_hook(self._after_forward, always_call=True)
         stack.owner.register_forward_pre_hook(self._before_stack, with_kwargs=True)
-        model: Any = self
-        model.register_forward_pre_hook(self._before_forward)
-        model.register_forward_hook(self._after_forward)
+        stack.owner.register_forward_hook(self._after_stack, always_call=True)
 
     @property
     def _body(self) -> RemoteBody:
-        body = self._stack.slots[self.split.first]
+        body = self.split_parts.stack.slots[self.split.first]
         assert isinstance(body, RemoteBody)
         return body
 
@@ -136,17 +154,14 @@ class SplitModelForCausalLM(Joined):
         inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         if isinstance(inputs, torch.Tensor) and inputs.ndim == 2:
             self._check_length(inputs.shape[1])
-        self._returned = None
-        call = self._body.call
-        call.made = [] if all(kwargs.get(name) is None for name in ("cache", "past_key_values")) else None
-        try:
-            output = super().generate(*args, **kwargs)  # type: ignore[misc]
-            # Nobody can use its cache any more: the worker need not wait for the garbage collector.
-            for session in (call.made or []) if isinstance(output, torch.Tensor) else []:
+        own_cache = all(kwargs.get(name) is None for name in ("cache", "past_key_values"))
+        with generating.entered(Generating(self._body)) as scope:
+            output = super().generate(*args, **kwargs)
+        if own_cache and isinstance(output, torch.Tensor):
+            # Its cache is gone: the worker need not wait for the garbage collector.
+            for session in scope.sessions:
                 session.reset()
-            return output
-        finally:
-            self._returned = call.made = None
+        return output
 
     def generate_batch(self, *_args: Any, **_kwargs: Any) -> Any:
         """Refused: transformers' continuous batching keeps a paged cache of all layers in this process."""
@@ -154,43 +169,56 @@ class SplitModelForCausalLM(Joined):
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
 
-    def save_pretrained(self, *_args: Any, **_kwargs: Any) -> Any:
-        """Refused: this process holds a part of the model only."""
-        raise UnsupportedFeature("a split model holds only its head and tail; save the original checkpoint")
-
     def _check_length(self, tokens: int) -> None:
-        if tokens > self._max_positions:
-            raise PromptTooLong(f"{tokens} tokens exceed the model's {self._max_positions} positions")
+        if tokens > (limit := self.split_parts.max_positions):
+            raise PromptTooLong(f"{tokens} tokens exceed the model's {limit} positions")
 
-    # --- hooks ---------------------------------------------------------------------------------------------
+    # --- hooks; those after a call run after one that failed, too ------------------------------------------
+
+    @property
+    def _scope(self) -> Generating | None:
+        """The `generate` of this model under way in this thread."""
+        scope = generating.get()
+        return scope if scope is not None and scope.body is self._body else None
 
     def _before_forward(self, _module: Any, _args: Any) -> None:
-        self._called = time.perf_counter()
-        if self._returned is not None:
-            self.timings.add("sampling", self._called - self._returned)
+        scope = self._scope
+        context = StepContext(timings=StepTimings(scope.stepped if scope is not None else None))
+        context.timings.lap("sampling")
+        forwarding.enter(context)
 
     def _before_stack(self, _owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        config = self.config
-        _refuse_outputs({name: getattr(config, name, False) for name in _OUTPUTS} | kwargs)
-        mask = kwargs.get("attention_mask")
+        given = dict(zip(self._stack_arguments, args, strict=False)) | kwargs
+        mask, cache = given.get("attention_mask"), given.get(self.split_parts.stack.cache_name)
+        # The owner may have been called without the model around it.
+        timings = around.timings if (around := forwarding.get()) is not None else StepTimings()
+        forwarding.enter(StepContext(mask, given.get("position_ids"), timings))
+        _refuse_outputs({name: getattr(self.config, name, False) for name in _OUTPUTS} | given)
         if mask is not None and not isinstance(mask, torch.Tensor):
             raise UnsupportedFeature("prepared attention masks cannot be split: pass a 2-D attention_mask")
-        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         if cache is not None:
             self._body.check_cache(cache)
-        states = kwargs.get("inputs_embeds")
-        tokens = kwargs.get("input_ids", args[0] if args else None) if states is None else states
+        states = given.get("inputs_embeds")
+        tokens = given.get("input_ids") if states is None else states
         if tokens is not None:
             self._check_length((cache.get_seq_length() if cache is not None else 0) + tokens.shape[1])
-        self._body.call.mask = mask
-        self._body.call.positions = kwargs.get("position_ids")
 
-    def _after_forward(self, _module: Any, _args: Any, _output: Any) -> None:
-        self._returned = time.perf_counter()
-        timings = self.timings
-        timings.steps += 1
-        timings.add("head", self._body.entered - self._called)
-        timings.add("tail", self._returned - self._body.left)
+    def _after_stack(self, _owner: Any, _args: Any, _output: Any) -> None:
+        if (context := forwarding.get()) is not None:
+            forwarding.leave(context)
+
+    def _after_forward(self, _module: Any, _args: Any, output: Any) -> None:
+        context = forwarding.get()
+        if context is None:
+            return
+        forwarding.leave(context)
+        if output is None:
+            # The forward failed.
+            return
+        context.timings.lap("tail")
+        self.timings.record(context.timings)
+        if (scope := self._scope) is not None:
+            scope.stepped = context.timings.since
 
 
 _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")

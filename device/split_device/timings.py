@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 #: The stages of a step, in their order. `queue` is all that is not accounted for elsewhere: the way through the
 #: broker and back, and waiting at the worker.
 STAGES = ("head", "encode", "encrypt", "queue", "body", "worker", "decrypt", "decode", "tail", "sampling")
 
 
-@dataclass
-class Timings:
-    """Seconds spent in each stage since the last `reset`, over `steps` calls of the body."""
+class StepTimings:
+    """Seconds that one step spends in each stage. It travels with the step: one thread at a time writes it.
 
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-    steps: int = 0
+    Args:
+        since: when the first lap began, by `time.perf_counter`; None for now.
+    """
 
-    def reset(self) -> None:
+    def __init__(self, since: float | None = None) -> None:
         self.seconds = dict.fromkeys(STAGES, 0.0)
-        self.steps = 0
+        #: When the lap under way began, by `time.perf_counter`.
+        self.since = time.perf_counter() if since is None else since
 
     def add(self, stage: str, seconds: float) -> None:
         self.seconds[stage] += seconds
 
+    def start_lap(self) -> None:
+        """The next lap begins now."""
+        self.since = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Ends a lap, which was spent in this stage, and begins the next one."""
+        began, self.since = self.since, time.perf_counter()
+        self.add(stage, self.since - began)
+
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
+        """Times a block."""
         began = time.perf_counter()
         try:
             yield
@@ -45,6 +56,39 @@ class Timings:
             passed = time.perf_counter() - began
             self.add(stage, max(0.0, passed - (sum(self.seconds.values()) - accounted)))
 
+
+class Timings:
+    """Sums the timings of complete steps since the last `reset`. Any thread may use it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        with self._lock:
+            self._seconds = dict.fromkeys(STAGES, 0.0)
+            self._steps = 0
+
+    def record(self, step: StepTimings) -> None:
+        """Adds a step, which is complete."""
+        with self._lock:
+            self._steps += 1
+            for stage, seconds in step.seconds.items():
+                self._seconds[stage] += seconds
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds spent in each stage."""
+        with self._lock:
+            return dict(self._seconds)
+
+    @property
+    def steps(self) -> int:
+        """Calls of the body."""
+        with self._lock:
+            return self._steps
+
     def per_step_ms(self) -> dict[str, float]:
         """Mean milliseconds of each stage for a call of the body."""
-        return {stage: 1000 * total / max(1, self.steps) for stage, total in self.seconds.items()}
+        with self._lock:
+            return {stage: 1000 * total / max(1, self._steps) for stage, total in self._seconds.items()}

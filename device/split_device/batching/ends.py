@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from split_common.engine.runner import Runner, build_runner
 from split_common.part import strip
 from split_common.slots import PassThrough, Stack
 from split_common.split import Split
+from split_device.context import CallContext
+from split_device.model import SplitParts
 
-#: Bytes of keys and values of both ends, unless told otherwise.
+#: Default for the bytes of keys and values of both ends.
 KV_MEMORY = 1024**3
 
 
@@ -38,7 +41,8 @@ class Ends:
     """
 
     def __init__(self, model: Any, kv_bytes: int = KV_MEMORY) -> None:
-        split: Split = model.split
+        parts: SplitParts = model.split_parts
+        split = parts.split
         self._shell = Shell(model)
         config = model.config.get_text_config(decoder=True)
         layers = split.first + split.layers - split.last
@@ -46,20 +50,19 @@ class Ends:
         def runner(first: int, last: int) -> Runner | None:
             if first == last:
                 return None
-            part = _twin(model, range(first, last))
-            strip(part, part._stack.slots)
+            part, stack = _twin(model, range(first, last))
+            strip(part, stack.slots)
             _lay_out(part)
             share = kv_bytes * (last - first) // layers
-            return build_runner(part._stack, Split(split.layers, first, last), config, share)
+            return build_runner(stack, Split(split.layers, first, last), config, share)
 
         #: The layers of each end; None where there are none.
         self.head, self.tail = runner(0, split.first), runner(split.last, split.layers)
         runners = [runner for runner in (self.head, self.tail) if runner is not None]
-        #: Whether tokens that were appended together must always be.
-        self.indivisible = model._stack.positions_interact
+        #: Whether tokens that were appended together must be so whenever they are appended again.
+        self.indivisible = parts.traits.positions_interact
         #: Tokens that there is memory for; None without layers.
         self.capacity = min((runner.store.capacity for runner in runners), default=None)
-        self.max_positions: int = model._max_positions
 
     def embed(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """What the first layer sees of tokens at these positions, `[tokens, width]`, on the host."""
@@ -70,36 +73,46 @@ class Ends:
         return self._shell.logits(states)
 
 
+@dataclass
+class _Passage:
+    """What passes the shell's slots in one call."""
+
+    #: What is to come out of the last slot; None for what went into it.
+    incoming: torch.Tensor | None = None
+    #: What went into the first slot.
+    seen: torch.Tensor | None = None
+
+
+_passing: CallContext[_Passage] = CallContext("shell")
+
+
 class Shell:
     """The model without any layer."""
 
     def __init__(self, model: Any) -> None:
-        self._model = _twin(model, range(0))
+        self._model, self._stack = _twin(model, range(0))
         _lay_out(self._model)
-        self._stack: Stack = self._model._stack
         self._device = next(self._model.parameters()).device
         self._dtype = model.dtype
-        self._seen: torch.Tensor | None = None
-        self._incoming: torch.Tensor | None = None
         self._stack.slots[0].register_forward_pre_hook(self._look)
         self._stack.slots[-1].register_forward_pre_hook(self._inject)
 
     @torch.inference_mode()
     def embed(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         ids = torch.tensor([list(tokens)], device=self._device)
-        self._stack.owner(input_ids=ids, **self._arguments(positions))
-        seen, self._seen = self._seen, None
-        assert seen is not None
-        return seen[0].cpu()
+        with _passing.entered(_Passage()) as passage:
+            self._stack.owner(input_ids=ids, **self._arguments(positions))
+        assert passage.seen is not None
+        return passage.seen[0].cpu()
 
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         rows = padded_rows(len(states))
         padded = pad(states, (0, 0, 0, rows - len(states)))
-        self._incoming = padded[None].to(self._device, self._dtype)
-        nothing = self._incoming.new_zeros(1, rows, self._stack.width)
-        output = self._model(inputs_embeds=nothing, **self._arguments(range(rows)))
-        self._incoming = None
+        incoming = padded[None].to(self._device, self._dtype)
+        nothing = incoming.new_zeros(1, rows, self._stack.width)
+        with _passing.entered(_Passage(incoming)):
+            output = self._model(inputs_embeds=nothing, **self._arguments(range(rows)))
         logits: torch.Tensor = output.logits[0, : len(states)]
         return logits.float().cpu()
 
@@ -110,17 +123,18 @@ class Shell:
         return arguments
 
     def _look(self, _layer: nn.Module, args: tuple[Any, ...]) -> None:
-        self._seen = args[0]
+        if (passage := _passing.get()) is not None:
+            passage.seen = args[0]
 
     def _inject(self, _layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args if self._incoming is None else (self._incoming, *args[1:])
+        passage = _passing.get()
+        return args if passage is None or passage.incoming is None else (passage.incoming, *args[1:])
 
 
-def _twin(model: Any, kept: range) -> Any:
-    """A copy of a split model, with the same tensors, in which only some layers are left."""
-    stack: Stack = model._stack
+def _twin(model: Any, kept: range) -> tuple[Any, Stack]:
+    """A copy of a split model, with the same tensors, in which only some layers are left; and its stack."""
+    stack: Stack = model.split_parts.stack
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    memo[id(model._closed)] = None
     for index, slot in enumerate(stack.slots):
         if index not in kept:
             empty = PassThrough()
@@ -128,9 +142,10 @@ def _twin(model: Any, kept: range) -> Any:
             empty.returns_tuple = stack.returns_tuple
             memo[id(slot)] = empty
     twin = copy.deepcopy(model, memo)
-    for module in (twin, twin._stack.owner):
+    own: Stack = twin.split_parts.stack
+    for module in (twin, own.owner):
         remove_forward_hooks(module)
-    return twin
+    return twin, own
 
 
 def _lay_out(model: nn.Module) -> None:

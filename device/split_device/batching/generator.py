@@ -29,7 +29,7 @@ from split_device.batching.ends import KV_MEMORY, Ends
 from split_device.batching.generation import FinishReason, Generation, Logprobs, OnToken, Request
 from split_device.batching.sampling import Sampler
 from split_device.batching.stage import Stage
-from split_device.remote import Call, SessionLayer
+from split_device.cache import SessionCacheLayer, StepContext
 
 __all__ = ["Generation", "Generator", "Logprobs", "Request"]
 
@@ -72,7 +72,7 @@ class Flight:
 
     generation: Generation
     sampler: Sampler
-    session: SessionLayer
+    session: SessionCacheLayer
     sequences: tuple[KVSequence | None, KVSequence | None]
     costs: tuple[int, int]
     #: What is to go through the model: tokens that go together.
@@ -109,8 +109,8 @@ class Generator:
 
     def __init__(self, model: Any, *, max_requests: int = MAX_REQUESTS, kv_memory: int | None = None) -> None:
         self._model = model
-        self._client = model._client
-        self._traits = model._body.traits
+        parts = model.split_parts
+        self._client, self._traits = parts.client, parts.traits
         self._max_requests = max_requests
         self._kept_free = max_requests // KEPT_FREE
         self._ends = Ends(model, kv_memory if kv_memory is not None else KV_MEMORY)
@@ -287,7 +287,7 @@ class Generator:
         flight = Flight(
             generation,
             sampler,
-            SessionLayer(
+            SessionCacheLayer(
                 self._client, self._traits, history_memory=self._client.history_memory // self._max_requests
             ),
             (self._new_sequence(self._head), self._new_sequence(self._tail)),
@@ -400,7 +400,7 @@ class Generator:
             outcome: torch.Tensor | Exception
             try:
                 with torch.inference_mode():
-                    outcome = flight.session.step(states[None], Call())[0]
+                    outcome = flight.session.step(states[None], StepContext())[0]
             except Exception as error:
                 outcome = error
             self._inbox.put(functools.partial(self._returned, flight, outcome))

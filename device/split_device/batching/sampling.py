@@ -13,7 +13,7 @@ from split_common.compat.transformers import complete_config, complete_lengths, 
 from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
 from split_device.batching.generation import Logprobs, Request
 
-#: Options that `generate` knows and requests that are batched do not; each with the values that change nothing.
+#: Options of `generate` that are refused for batched requests, each with its values that change nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "num_return_sequences": (None, 1),
     "guidance_scale": (None, 1),
@@ -38,11 +38,12 @@ class Sampler:
         vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
         if not prompt or not all(0 <= token < vocabulary for token in (*request.prompt, *request.generated)):
             raise ConfigError(f"a prompt has at least one token, and all are from 0 to {vocabulary - 1}")
-        if prompt > model._max_positions:
-            raise PromptTooLong(f"{prompt} tokens exceed the model's {model._max_positions} positions")
+        positions: int = model.split_parts.max_positions
+        if prompt > positions:
+            raise PromptTooLong(f"{prompt} tokens exceed the model's {positions} positions")
         config = _prepared(model, request.config, prompt)
         #: Tokens to generate at most: the last one needs no position.
-        self.limit: int = min(int(config.max_length), model._max_positions + 1) - prompt
+        self.limit: int = min(int(config.max_length), positions + 1) - prompt
         self._eos = eos_tokens(config)
         self._logprobs = request.logprobs
         self._processors = logits_processors(model, config, prompt)
@@ -61,7 +62,7 @@ class Sampler:
 
     @property
     def state(self) -> bytes | None:
-        """Of the random generator; None for greedy decoding."""
+        """The random generator's state; None for greedy decoding."""
         return self._generator.get_state().numpy().tobytes() if self._generator is not None else None
 
     def ends(self, token: int) -> bool:
@@ -122,9 +123,9 @@ def _generator(request: Request) -> torch.Generator:
         try:
             generator.set_state(torch.frombuffer(bytearray(request.sampler), dtype=torch.uint8))
         except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"the state of the sampler is none: {error}") from None
+            raise ConfigError(f"this is not a sampler's state: {error}") from None
     elif request.generated:
-        raise ConfigError("a sampled request goes on from the state of its sampler, and there is none")
+        raise ConfigError("to continue a sampled request takes its sampler's state, which is missing")
     elif request.seed is not None:
         generator.manual_seed(request.seed)
     else:

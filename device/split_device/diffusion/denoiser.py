@@ -26,6 +26,13 @@ from split_device.joining import Joined, Member
 from split_device.sessions.client import PATIENCE, STEP_TIMEOUT
 
 
+class _Threads(threading.local):
+    """What each thread that makes images has for itself: a session belongs to one thread."""
+
+    session: ImageSession | None = None
+    reuse: Reuse | None = None
+
+
 class SplitDenoiser(Joined):
     """A denoiser of diffusers with its body on a worker. Subclasses derive from the original class as well.
 
@@ -97,20 +104,19 @@ class SplitDenoiser(Joined):
         )
         model._belong(client, split)
         model._plan, model._codec, model._reuse = plan, CODECS[codec], reuse
-        # A session belongs to one thread.
-        model._threads = threading.local()
+        model._threads = _Threads()
         return model
 
     def _cut(self, plan: ImagePlan, split: Split) -> None:
-        """Puts slots in the place of the body's blocks."""
+        """Replaces the body's blocks by placeholders."""
         raise NotImplementedError
 
     _codec: payloads.Codec | None
     _reuse: float
-    _threads: threading.local
+    _threads: _Threads
 
     def pipeline_options(self) -> dict[str, Any]:
-        """What a pipeline's `from_pretrained` is told so that this denoiser is its own."""
+        """Arguments of a pipeline's `from_pretrained` that make this its denoiser."""
         dtype: torch.dtype = self.dtype  # type: ignore[attr-defined]
         return {self._plan.component: self, "dtype": dtype, "variant": self._plan.checkpoint.variant}
 
@@ -118,17 +124,16 @@ class SplitDenoiser(Joined):
     def session(self) -> ImageSession:
         """The session of this thread; another one may `abandon` it."""
         mine = self._threads
-        if not hasattr(mine, "session"):
+        if mine.session is None:
             mine.session = ImageSession(self._client, self._plan, self.split, self._codec)
             mine.reuse = Reuse(self._reuse, self._base)
-        session: ImageSession = mine.session
-        return session
+        return mine.session
 
     def _run(self, timestep: float, inputs: Inputs) -> torch.Tensor:
-        """The body's output, from a worker or from a step before."""
+        """The body's output, from a worker or from an earlier step."""
         session = self.session
-        output: torch.Tensor = self._threads.reuse.output(timestep, inputs, session.step)
-        return output
+        assert self._threads.reuse is not None
+        return self._threads.reuse.output(timestep, inputs, session.step)
 
     # --- what is refused by name ---------------------------------------------------------------------------
 
@@ -149,14 +154,10 @@ class SplitDenoiser(Joined):
         """Refused: training through the split."""
         raise UnsupportedFeature("adapters cannot be trained through the split")
 
-    def save_pretrained(self, *_args: Any, **_options: Any) -> None:
-        """Refused: this process holds a part of the model only."""
-        raise UnsupportedFeature("a split model holds only its own blocks; save the original checkpoint")
-
 
 def arguments(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """What a denoiser is called with, by name. Raises UnsupportedFeature for what the original does not know."""
+    """A denoiser's arguments by name. Raises UnsupportedFeature for those that the original does not take."""
     try:
         return signature.bind(*args, **kwargs).arguments
     except TypeError as error:
-        raise UnsupportedFeature(f"the denoiser cannot be called so: {error}") from None
+        raise UnsupportedFeature(f"the denoiser cannot be called with these arguments: {error}") from None

@@ -1,4 +1,4 @@
-"""What takes the place of the body's blocks in the device's UNet.
+"""Placeholders of the body's blocks in the device's UNet.
 
 `UNet2DConditionModel.forward` stays as it is. The body's blocks on the way down pass placeholders on, in place of
 their skips; the last one on the way up calls the worker with what the first one was handed.
@@ -6,41 +6,52 @@ their skips; the last one on the way up calls the worker with what the first one
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from split_common.errors import UnsupportedFeature
+from split_device.context import CallContext
 from split_device.diffusion.session import Inputs
 
 
-class Call(threading.local):
+@dataclass
+class UNetCall:
     """What the UNet is called with, on its way through the slots."""
 
-    timestep: float = 0.0
-    sample: torch.Tensor | None = None
-    embedding: torch.Tensor | None = None
-    context: Any = None
+    timestep: float
     #: A ControlNet's, for the body's skips and its middle block.
     residuals: Sequence[torch.Tensor] = ()
     #: An IP-Adapter's, one for each of the body's attentions.
     scales: Sequence[float] = ()
+    #: What the body's first block is handed, once it has been.
+    sample: torch.Tensor | None = None
+    embedding: torch.Tensor | None = None
+    context: Any = None
 
     def inputs(self) -> Inputs:
-        """Raises UnsupportedFeature for embeddings that no pipeline of images makes."""
+        """What the body is called with. Raises UnsupportedFeature for embeddings that are not a text's."""
         assert self.sample is not None
         assert self.embedding is not None
         text, images = self.context if isinstance(self.context, tuple) else (self.context, [])
         if not isinstance(text, torch.Tensor) or text.ndim != 3:
-            raise UnsupportedFeature(
-                "embeddings of a text that are no tensor [rows, tokens, width] cannot be split"
-            )
+            raise UnsupportedFeature("a text's embeddings cannot be split unless they are [rows, tokens, width]")
         return Inputs(
             [self.sample, self.embedding, *self.residuals], [text, *images], self.scales if images else ()
         )
+
+
+#: The call of a UNet under way.
+unet_calls: CallContext[UNetCall] = CallContext("UNet")
+
+
+def _call() -> UNetCall:
+    call = unet_calls.get()
+    assert call is not None, "a slot is called by the UNet"
+    return call
 
 
 class Attention(nn.Module):
@@ -75,14 +86,13 @@ class Slot(nn.Module):
 
     has_cross_attention = True
 
-    def __init__(self, call: Call, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
         outline(self, block)
-        self._call = call
 
     @staticmethod
     def refuse(options: dict[str, Any]) -> None:
-        """Raises UnsupportedFeature for what blocks may be handed and the worker's are not."""
+        """Raises UnsupportedFeature for options of blocks that do not travel to the worker."""
         for name in ("attention_mask", "encoder_attention_mask", "cross_attention_kwargs", "additional_residuals"):
             # A LoRA's scale has been applied already, to the blocks that are here.
             given = options.get(name)
@@ -94,8 +104,8 @@ class Slot(nn.Module):
 class DownSlot(Slot):
     """A block on the way down: makes `skips` skips, which are placeholders."""
 
-    def __init__(self, call: Call, block: nn.Module, skips: int, first: bool) -> None:
-        super().__init__(call, block)
+    def __init__(self, block: nn.Module, skips: int, first: bool) -> None:
+        super().__init__(block)
         self._skips, self._first = skips, first
 
     def forward(
@@ -103,8 +113,8 @@ class DownSlot(Slot):
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         self.refuse(options)
         if self._first:
-            self._call.sample, self._call.embedding = hidden_states, temb
-            self._call.context = encoder_hidden_states
+            call = _call()
+            call.sample, call.embedding, call.context = hidden_states, temb, encoder_hidden_states
         placeholder = hidden_states.new_zeros(())
         return placeholder, (placeholder,) * self._skips
 
@@ -120,8 +130,8 @@ class MiddleSlot(Slot):
 class UpSlot(Slot):
     """A block on the way up, with as many `resnets` as the skips that it takes."""
 
-    def __init__(self, call: Call, block: Any) -> None:
-        super().__init__(call, block)
+    def __init__(self, block: Any) -> None:
+        super().__init__(block)
         # Counted by the UNet.
         self.resnets = nn.ModuleList(nn.Identity() for _ in block.resnets)
 
@@ -134,17 +144,18 @@ class LastSlot(UpSlot):
     """The body's last block: what it returns comes from the worker, but for its upsampler, which is here.
 
     Args:
-        run: calls the body.
+        run: calls the body for the step at this time.
     """
 
-    def __init__(self, call: Call, block: Any, run: Callable[[Inputs], torch.Tensor]) -> None:
-        super().__init__(call, block)
+    def __init__(self, block: Any, run: Callable[[float, Inputs], torch.Tensor]) -> None:
+        super().__init__(block)
         self._run = run
         self.upsamplers = block.upsamplers
 
     def forward(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
         self.refuse(options)
-        output = self._run(self._call.inputs())
+        call = _call()
+        output = self._run(call.timestep, call.inputs())
         for upsampler in self.upsamplers:
             output = upsampler(output, options.get("upsample_size"))
         return output

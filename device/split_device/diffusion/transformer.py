@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,10 +15,12 @@ from split_common.diffusion.plan import ImagePlan
 from split_common.diffusion.transformer import TransformerPlan
 from split_common.errors import UnsupportedFeature
 from split_common.split import Split
+from split_device.context import CallContext
 from split_device.diffusion.denoiser import SplitDenoiser, arguments
 from split_device.diffusion.session import Inputs
+from split_device.joining import refuse_gradients
 
-#: What a transformer may be told that concerns blocks on the worker, and what it is for.
+#: Arguments of a transformer that concern blocks on the worker, and what they are for.
 _REFUSED = {
     "block_controlnet_hidden_states": "a ControlNet of a transformer",
     "controlnet_block_samples": "a ControlNet of a transformer",
@@ -26,13 +28,17 @@ _REFUSED = {
 }
 
 
-class Call(threading.local):
-    """What the transformer is called with, on its way through the slots."""
+@dataclass(frozen=True)
+class TransformerCall:
+    """What the transformer is called with, on its way to the body's first slot."""
 
-    timestep: float = 0.0
+    timestep: float
     #: What tells one image from another, and what a worker has to know of it.
-    about: Sequence[torch.Tensor] = ()
-    job: Sequence[torch.Tensor] = ()
+    about: Sequence[torch.Tensor]
+    job: Sequence[torch.Tensor]
+
+
+_calls: CallContext[TransformerCall] = CallContext("transformer")
 
 
 class Slot(nn.Module):
@@ -50,15 +56,16 @@ class Slot(nn.Module):
 class FirstSlot(Slot):
     """The body's first block: calls the worker, so that the others have nothing to do."""
 
-    def __init__(self, call: Call, run: Callable[[float, Inputs], torch.Tensor]) -> None:
+    def __init__(self, run: Callable[[float, Inputs], torch.Tensor]) -> None:
         super().__init__()
-        self._call, self._run = call, run
+        self._run = run
 
     def forward(
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         super().forward(hidden_states, encoder_hidden_states, temb, **options)
-        call, text = self._call, encoder_hidden_states.shape[1]
+        call, text = _calls.get(), encoder_hidden_states.shape[1]
+        assert call is not None, "a slot is called by the transformer"
         output = self._run(
             call.timestep, Inputs([hidden_states, temb, encoder_hidden_states], call.job, about=call.about)
         )
@@ -66,15 +73,14 @@ class FirstSlot(Slot):
 
 
 class SplitTransformer(SplitDenoiser):
-    """What both have in common."""
+    """What the split transformers have in common."""
 
     _signature: ClassVar[inspect.Signature]
 
     def _cut(self, plan: ImagePlan, split: Split) -> None:
         assert isinstance(plan, TransformerPlan)
-        self._call = Call()
         for number, (stack, index) in enumerate(plan.places(split)):
-            getattr(self, stack)[index] = FirstSlot(self._call, self._run) if number == 0 else Slot()
+            getattr(self, stack)[index] = FirstSlot(self._run) if number == 0 else Slot()
 
     @staticmethod
     def _base(inputs: Inputs) -> torch.Tensor:
@@ -83,26 +89,25 @@ class SplitTransformer(SplitDenoiser):
         return torch.cat((text, image), 1)
 
     def _job(self, _given: dict[str, Any]) -> Sequence[torch.Tensor]:
-        """What a worker has to know of an image beside its steps."""
+        """What a worker has to know of an image, besides its steps."""
         return ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Like diffusers'. Raises UnsupportedFeature, before anything is sent, for what cannot be split."""
         given = arguments(self._signature, self, *args, **kwargs)
-        if given["hidden_states"].requires_grad:
-            raise UnsupportedFeature("gradients do not pass through the worker: use torch.no_grad()")
+        refuse_gradients(given["hidden_states"])
         for name, what in _REFUSED.items():
             if given.get(name) is not None:
                 raise UnsupportedFeature(f"{what} cannot be split: it concerns blocks that are on the worker")
         if set(given.get("skip_layers") or ()) & set(self.split.body):
             raise UnsupportedFeature("layers that are on the worker cannot be skipped")
-        self._call.timestep = float(torch.as_tensor(given["timestep"]).max())
-        self._call.about = given["encoder_hidden_states"], given["pooled_projections"]
-        self._call.job = self._job(given)
-        try:
+        call = TransformerCall(
+            float(torch.as_tensor(given["timestep"]).max()),
+            (given["encoder_hidden_states"], given["pooled_projections"]),
+            self._job(given),
+        )
+        with _calls.entered(call):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self._call.about = self._call.job = ()
 
     def enable_cache(self, *_args: Any, **_options: Any) -> None:
         """Refused: diffusers' caches hook blocks that are on the worker."""

@@ -15,8 +15,8 @@ from split_common.errors import UnsupportedFeature
 from split_common.split import Split
 from split_common.weights import read_tensors
 from split_device.diffusion.denoiser import SplitDenoiser, arguments
-from split_device.diffusion.session import Inputs
-from split_device.diffusion.slots import Call, DownSlot, LastSlot, MiddleSlot, UpSlot
+from split_device.diffusion.slots import DownSlot, LastSlot, MiddleSlot, UNetCall, UpSlot, unet_calls
+from split_device.joining import refuse_gradients
 
 _SIGNATURE = inspect.signature(UNet2DConditionModel.forward)
 
@@ -28,46 +28,43 @@ class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionMod
 
     def _cut(self, plan: ImagePlan, split: Split) -> None:
         assert isinstance(plan, UNetPlan)
-        self._call = Call()
         for level in range(split.first, plan.levels):
             block = self.down_blocks[level]
-            self.down_blocks[level] = DownSlot(self._call, block, plan.skips(level), level == split.first)
+            self.down_blocks[level] = DownSlot(block, plan.skips(level), level == split.first)
         blocks: Any = self
         if blocks.mid_block is not None:
-            blocks.mid_block = MiddleSlot(self._call, blocks.mid_block)
+            blocks.mid_block = MiddleSlot(blocks.mid_block)
         last = plan.levels - split.first - 1
         for index in range(last):
-            self.up_blocks[index] = UpSlot(self._call, self.up_blocks[index])
-        self.up_blocks[last] = LastSlot(self._call, self.up_blocks[last], self._run_body)
+            self.up_blocks[index] = UpSlot(self.up_blocks[index])
+        self.up_blocks[last] = LastSlot(self.up_blocks[last], self._run)
 
     # --- a step --------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Like diffusers'. Raises UnsupportedFeature, before anything is sent, for what cannot be split."""
         given = arguments(_SIGNATURE, self, *args, **kwargs)
-        if given["sample"].requires_grad:
-            raise UnsupportedFeature("gradients do not pass through the worker: use torch.no_grad()")
+        refuse_gradients(given["sample"])
         if given.get("down_intrablock_additional_residuals") is not None:
             raise UnsupportedFeature("a T2I-Adapter cannot be split: it concerns blocks that are on the worker")
-        self._call.timestep = float(torch.as_tensor(given["timestep"]).max())
-        self._call.residuals = self._residuals(
-            given["sample"],
-            given.get("down_block_additional_residuals"),
-            given.get("mid_block_additional_residual"),
+        call = UNetCall(
+            float(torch.as_tensor(given["timestep"]).max()),
+            self._residuals(
+                given["sample"],
+                given.get("down_block_additional_residuals"),
+                given.get("mid_block_additional_residual"),
+            ),
+            self._scales() if self._plan.adapted else (),
         )
-        self._call.scales = self._scales() if self._plan.adapted else ()
-        try:
+        with unet_calls.entered(call):
             return super().forward(*args, **kwargs)
-        finally:
-            self._call.sample = self._call.embedding = self._call.context = None
-            self._call.residuals = self._call.scales = ()
 
     def _residuals(self, sample: torch.Tensor, down: Any, middle: Any) -> list[torch.Tensor]:
         """A ControlNet's residuals for the body. Raises UnsupportedFeature when they do not fit the UNet."""
         if down is None and middle is None:
             return []
         if down is None or middle is None:
-            raise UnsupportedFeature("residuals of a ControlNet come for all blocks, or it is none")
+            raise UnsupportedFeature("a ControlNet must give residuals for all blocks, the middle one included")
         height, width = sample.shape[2:]
         own = 1
         for level in range(self.split.first):
@@ -78,9 +75,6 @@ class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionMod
         if (found := [tuple(residual.shape) for residual in residuals]) != wanted:
             raise UnsupportedFeature(f"the ControlNet is of another size: residuals {found}, not {wanted}")
         return residuals
-
-    def _run_body(self, inputs: Inputs) -> torch.Tensor:
-        return self._run(self._call.timestep, inputs)
 
     # --- an IP-Adapter -------------------------------------------------------------------------------------
 

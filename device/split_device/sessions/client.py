@@ -40,23 +40,22 @@ from split_device.sessions.session import (
 )
 from split_device.timings import Timings
 
-#: Seconds without an answer after which a message of a channel's set-up, which nobody needs long to answer, is sent
-#: again; doubles each time.
+#: Seconds until a message of a channel's set-up is sent again; doubles each time. Answers take little time.
 SET_UP_RETRANSMIT = 1.0
 
-#: Seconds that a device waits for room on a worker before it raises `Busy`.
+#: Seconds that a step waits while workers are full, before it raises `Busy`.
 PATIENCE = 60.0
 
-#: Seconds without a reply after which a device looks for a faster worker. A worker that is full answers late, too.
+#: Seconds without a reply after which a device looks for a faster worker. A full worker answers late, too.
 STEP_TIMEOUT = 60.0
 
 #: Seconds for which a device that found no room elsewhere does not look again.
 CROWDED_FOR = 2.0
 
-#: Of what a device still wanted when it was closed.
+#: Error message: the device was closed meanwhile.
 LEFT = "this device has left the queue"
 
-#: Raises an error when a session that is being opened is not wanted any more.
+#: Raises an error once the session that is being opened was abandoned.
 Check = Callable[[], None]
 
 _T = TypeVar("_T")
@@ -67,13 +66,13 @@ class Client:
 
     Args:
         transport: the queue, not started yet.
-        fleet, identity: whom the device trusts, and who it is.
+        fleet, identity: the members that the device trusts, and its own keys.
         service: the body that it needs.
         model: the model's name, for error messages.
         dtype: of the hidden states that it computes.
         timeout: seconds to wait for the broker, and for the answer to a channel's set-up.
         patience: seconds that sessions wait for room on a worker.
-        step_timeout: seconds without a reply after which a worker is too slow, if there is another one.
+        step_timeout: seconds without a reply after which a worker is too slow, if another one is available.
         history_memory: bytes of each session's history that stay in memory.
         cut: how `lambda-split worker` is told the body, for error messages; None for `--layers FIRST:LAST`.
     """
@@ -98,7 +97,7 @@ class Client:
         self.history_memory = history_memory
         self.step_timeout = step_timeout
         self.timings = Timings()
-        #: Whether a worker of the service was ever found: then its absence may be a matter of time.
+        #: Whether a worker of the service was ever found: if so, one that is missing may come back.
         self.served = False
         #: Messages dropped because they broke the protocol, by type of error.
         self.counters: Counter[str] = Counter()
@@ -130,6 +129,9 @@ class Client:
         self.transport.start(self, self.timeout)
 
     def close(self) -> None:
+        """Leaves the queue; workers free this device's sessions. All but the first call do nothing."""
+        if self._closed:
+            return
         self._closed = True
         for events in list(self._answers.values()):
             events.put(BrokerUnreachable(LEFT))
@@ -155,7 +157,7 @@ class Client:
                 if session is not None and session.expects(header):
                     session.events.put((header, body))
                 else:
-                    # A repetition, or of an epoch that is over: from a worker that was held for dead, say.
+                    # A repetition, or of an earlier epoch, e.g. from a worker that was taken for dead.
                     self.counters["late"] += 1
             case headers.Relay(kind=headers.Kind.UNKNOWN):
                 if not self._deliver(header, body):
@@ -197,7 +199,7 @@ class Client:
         self._lose(lambda channel: channel.worker in gone)
 
     def _lose(self, which: Callable[[WorkerChannel], bool], error: SplitError | None = None) -> None:
-        """Ends channels, and the sessions over them, whose worker is gone, or is not trusted for a reason."""
+        """Ends channels and the sessions over them: their worker is gone, or `error` says what is wrong with it."""
         for channel in [channel for channel in list(self._channels.values()) if which(channel)]:
             with self._lock:
                 self._channels.pop(channel.number, None)
@@ -207,7 +209,7 @@ class Client:
                 session.lose(error or WorkerGone(GONE, max(1, held)))
 
     def on_reset(self) -> None:
-        # Messages of a channel's set-up are sent again soon enough.
+        # Messages of a channel's set-up are sent again soon anyway.
         for session in list(self._sessions.values()):
             session.resend()
 
@@ -219,27 +221,31 @@ class Client:
         if own is None or own.revoked:
             self._lose(lambda _: True, CertificateError(f"device {me.name!r} is revoked"))
         error = SessionLost("the worker that held the session is revoked, or its certificate has run out")
-        self._lose(lambda channel: not channel.channel.trusted(roster), error)
+        self._lose(lambda channel: not channel.trusted(roster), error)
 
     # --- channels and sessions -----------------------------------------------------------------------------
 
     def new_number(self) -> int:
-        """A number for a session, which it keeps on whichever worker it is."""
+        """A number for a session, which it keeps on all its workers."""
         return next(self._session_numbers)
 
     def open_session(
         self, avoid: Sequence[bytes] = (), number: int | None = None, epoch: int = 0, check: Check = lambda: None
     ) -> RemoteSession:
-        """An epoch of a session on some worker, which learns of it with the first request.
+        """An epoch of a session on some worker, which learns of it by the first request.
 
         Args:
             avoid: workers that are taken only if there is no other one.
             number: the session's; None for a new one.
-            epoch: higher than any before of this session; its worker forgets lower ones.
-            check: called again and again meanwhile; what it raises ends the search.
+            epoch: higher than all earlier ones of this session; its worker forgets lower ones.
+            check: called repeatedly meanwhile; what it raises ends the search.
 
         Raises:
-            NoWorker, Busy, BrokerUnreachable, AuthenticationError: there is none to be had.
+            NoWorker: no worker serves the body.
+            Busy: all workers are full, or none answered in time.
+            BrokerUnreachable: the broker does not answer, or the client was closed.
+            AuthenticationError: only workers that this device does not trust are left, or it has no valid
+                certificate itself.
         """
         number = number if number is not None else self.new_number()
         while True:
@@ -252,7 +258,7 @@ class Client:
                 return session
 
     def has_other(self, worker: bytes) -> bool:
-        """Whether another worker is to be had, too; sets up a channel to it, unless somebody is about to."""
+        """Whether another worker is available. Sets up a channel to it, unless another thread is setting one up."""
         if self._usable([worker]) is not None:
             return True
         if not self._setting_up.acquire(blocking=False):
@@ -266,11 +272,11 @@ class Client:
             self._setting_up.release()
 
     def new_session(self, channel: WorkerChannel, number: int, epoch: int) -> RemoteSession | None:
-        """A session over this channel; None when the channel was lost or has had as many as it may."""
+        """A session over this channel; None if the channel was lost or takes no more of them."""
         with self._lock:
-            if channel.number not in self._channels or not channel.left:
+            if channel.number not in self._channels or not channel.sessions_left:
                 return None
-            channel.left -= 1
+            channel.sessions_left -= 1
             session = RemoteSession(self, channel, number, epoch)
             self._sessions[channel.number, number] = session
             return session
@@ -283,7 +289,7 @@ class Client:
     def _usable(self, avoid: Sequence[bytes]) -> WorkerChannel | None:
         """The newest channel to a worker that is not to be avoided."""
         for channel in reversed(list(self._channels.values())):
-            if channel.left and not channel.channel.expired and channel.worker not in avoid:
+            if channel.usable and channel.worker not in avoid:
                 return channel
         return None
 
@@ -291,7 +297,7 @@ class Client:
         distrusted: dict[bytes, CertificateError] = {}
         with self._setting_up:
             while True:
-                # Another thread may have set one up meanwhile; and one to a worker that was full may do after all.
+                # Another thread may have set one up meanwhile; and a worker that was full may have room again.
                 if (channel := self._usable(avoid)) is not None:
                     return channel
                 known = len(distrusted)
@@ -353,7 +359,7 @@ class Client:
             del self._answers[number]
         in_use = {session.channel.number for session in list(self._sessions.values())}
         for old in list(self._channels.values()):
-            if (not old.left or old.channel.expired) and old.number not in in_use:
+            if not old.usable and old.number not in in_use:
                 self._channels.pop(old.number, None)
         # The broker is told at once that this device wants to hear of the worker's death.
         self.transport.announce()
@@ -423,5 +429,5 @@ class Client:
         return self._fleet.verify(certificate, role, scope)
 
     def count(self, error: SplitError) -> None:
-        """Notes a message that was dropped."""
+        """Counts a message that was dropped."""
         count_dropped(self.counters, error)

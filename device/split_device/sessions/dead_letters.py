@@ -1,4 +1,4 @@
-"""Steps that made workers fail, and are not tried any more: what to look into. Never states, text or keys."""
+"""Records of steps that were given up, because workers failed or died at them. Never states, text or keys."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from split_common.files import private_dir, state_dir
 
 log = logging.getLogger(__name__)
 
-#: Characters of a reason, which a worker may have given, that are kept.
+#: Most characters that are kept of a reason, which may come from a worker.
 MAX_REASON = 500
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
-    """A step that was given up. `tokens` of `rows` rows were to be appended to `cached` columns."""
+    """A step that was given up: `tokens` tokens, of `rows` rows in all, to append to `cached` columns."""
 
     model: str
     layers: str
@@ -33,7 +33,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def record(letter: DeadLetter) -> None:
-    """Appends a letter to the file; where that cannot be, the log has to do."""
+    """Appends a letter to the file; if that fails, it is only logged."""
     log.warning("a step was given up: %s", letter.reason)
     letter = msgspec.structs.replace(letter, reason=letter.reason[:MAX_REASON])
     try:
@@ -48,7 +48,11 @@ def record(letter: DeadLetter) -> None:
 
 
 def read() -> list[DeadLetter]:
-    """All letters, the oldest first; what is no letter is left out. Raises ConfigError."""
+    """All letters, the oldest first; lines that are not letters are skipped.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     try:
         lines = _path().read_bytes().splitlines()
     except FileNotFoundError:
@@ -60,12 +64,12 @@ def read() -> list[DeadLetter]:
         try:
             letters.append(msgspec.json.decode(line, type=DeadLetter))
         except msgspec.DecodeError:
-            log.warning("%s holds a line that is no letter", _path())
+            log.warning("%s has a line that is not a dead letter", _path())
     return letters
 
 
 def clear() -> None:
-    """Raises ConfigError."""
+    """Deletes all letters. Raises ConfigError if the file cannot be removed."""
     try:
         _path().unlink(missing_ok=True)
     except OSError as error:

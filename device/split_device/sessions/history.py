@@ -20,15 +20,15 @@ from split_device.sessions.spill import SpillFile
 
 log = logging.getLogger(__name__)
 
-#: Bytes of a session's hidden states that stay in memory unless told otherwise; older ones are spilled.
+#: Default for the bytes of a session's hidden states that stay in memory; older ones are spilled.
 HISTORY_MEMORY = 64 * 1024 * 1024
 
-#: Bytes of hidden states that are spilled and read back together, at most; of one column if that has more.
+#: Most bytes of hidden states that are spilled and read back together; one column may have more.
 BLOCK_BYTES = 1024 * 1024
 
 
 class Block:
-    """Hidden states `[rows, columns, width]` and positions `[rows, columns]` that change no more.
+    """Hidden states `[rows, columns, width]` and positions `[rows, columns]` that no longer change.
 
     In memory or spilled. Copies of a history share its blocks.
     """
@@ -77,7 +77,7 @@ class Part:
 
     @property
     def size(self) -> int:
-        """Bytes of states, as if all rows were of their own."""
+        """Bytes of states, each row counted, though rows may share a row of the block."""
         return len(self.rows) * self.columns * self.block.token_bytes
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,8 +91,8 @@ class Part:
 class History:
     """Hidden states and positions of a batch's cached columns, padding included.
 
-    A list of parts: to crop or reorder it moves no states, nor does a copy. Neighbours are merged while they are
-    small, so that there are few.
+    Kept as a list of parts, so that cropping, reordering and copying move no states. Neighbours are merged while
+    they are small, which keeps the list short.
 
     Args:
         memory: bytes of states to keep in memory, besides those of the last block.
@@ -101,7 +101,7 @@ class History:
     def __init__(self, memory: int = HISTORY_MEMORY) -> None:
         self._memory = memory
         self._length = 0
-        #: Where the calls ended that appended columns, and the largest position of each.
+        #: The length after each call that appended columns, and the largest position of each.
         self._ends: list[int] = []
         self._horizons: list[int] = []
         self._parts: list[Part] = []
@@ -116,7 +116,7 @@ class History:
     def append(self, states: torch.Tensor, positions: torch.Tensor) -> None:
         """Adds columns: states `[batch, columns, width]` and positions `[batch, columns]`.
 
-        Never fails: a history that can be kept no longer is given up, and told of when it is needed.
+        Never fails: if the history cannot be kept any longer, `replay` will say so.
         """
         self._length += states.shape[1]
         self._ends.append(self._length)
@@ -159,15 +159,14 @@ class History:
     def replay(
         self, columns: torch.Tensor, by_call: bool
     ) -> Iterator[tuple[list[payloads.Run], torch.Tensor, int | None]]:
-        """The runs that make the cache anew, their states `[tokens, width]`, and their call's largest position.
+        """The runs that rebuild the cache, their states `[tokens, width]`, and their call's largest position.
 
         Args:
             columns: which columns hold tokens, bool `[batch, columns]`.
-            by_call: whether to keep apart, and whole, what was appended in several calls; else there is no largest
-                position.
+            by_call: whether to yield what was appended by each call as a whole; if not, the position is None.
 
         Raises:
-            HistoryLost: it could not be kept, or not be read back.
+            HistoryLost: it could not be kept, or cannot be read back.
         """
         if self._lost is not None:
             raise self._lost
@@ -192,7 +191,7 @@ class History:
                 begin, pieces, call = stop, [], call + 1
 
     def _merge(self) -> None:
-        """Merges the last parts while they are alike in size: each state is copied a few times in all."""
+        """Merges the last parts while they are of similar size, so that each state is copied only a few times."""
         while len(self._parts) > 1:
             one, two = self._parts[-2:]
             if 2 * two.size < one.size or one.size + two.size > BLOCK_BYTES:
@@ -203,7 +202,7 @@ class History:
             self._parts[-2:] = [_part(torch.cat([first, second], 1), torch.cat([before, after], 1))]
 
     def _spill(self) -> None:
-        """Spills the oldest parts above the limit; without room for them the history is of no more use."""
+        """Spills the oldest parts above the limit; if there is no room for them, the history is lost."""
         excess = self.resident - self._memory
         try:
             for part in self._parts[:-1]:

@@ -9,17 +9,18 @@ from collections import deque
 
 from split_common.channel import SUITES, Box, preferred_suites
 
-#: Bytes of plaintext in a slot, at most.
+#: Most bytes of plaintext in a slot.
 SLOT_BYTES = 1024 * 1024
 
 _LABEL = b"lambda-split spilled states"
 
 
 class SpillFile:
-    """A file without a name, under a key that only this process's memory has: both end with the process.
+    """A file without a name, under a key that is only in this process's memory: both end with the process.
 
-    It has slots of one size, which are used again. Each is sealed under a nonce of its own, which stays in memory
-    too: what was changed, swapped or put back in the file does not open.
+    It has slots of one size, which are reused. Each is sealed under a nonce of its own, which stays in memory too,
+    so that a slot that was changed, swapped or put back by others does not open. One thread at a time uses it, but
+    `release` may be called in any.
 
     Raises:
         OSError: there is no temporary directory that can be written to.
@@ -32,7 +33,7 @@ class SpillFile:
         self._file = tempfile.TemporaryFile(prefix="lambda-split-", buffering=0)  # noqa: SIM115
         self._nonces = itertools.count(1)
         self._new = itertools.count()
-        # Blocks are freed by the garbage collector, in any thread: no lock is taken for that.
+        # Blocks are freed by the garbage collector, in any thread: a deque needs no lock.
         self._free: deque[int] = deque()
         #: By slot: the nonce and the bytes of ciphertext.
         self._written: dict[int, tuple[int, int]] = {}
@@ -53,7 +54,7 @@ class SpillFile:
         return slots
 
     def read(self, slots: list[int]) -> bytearray:
-        """What was written. Raises OSError, and AuthenticationError for what is not what was written."""
+        """The data in these slots. Raises OSError, and AuthenticationError if it is not what was written."""
         data = bytearray()
         for slot in slots:
             nonce, size = self._written[slot]
