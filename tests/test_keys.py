@@ -639,6 +639,6 @@ def test_loopback_keys_stay_on_the_machine(address: str, local: bool, fleet: Fle
 
 
 def test_keys_need_no_torch() -> None:
-    code = "import sys, split_common.keys_cli as _; print({'torch', 'transformers'} & set(sys.modules))"
+    code = "import sys, split_common.cli.keys as _; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -13,10 +13,10 @@ import typer
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
+from split_common.cli.keys import register
 from split_common.errors import ConfigError, KeysError, UnknownModel
 from split_common.fleet import Fleet
 from split_common.keys import ModelScope
-from split_common.keys_cli import register
 
 app = typer.Typer()
 register(app)

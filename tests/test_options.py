@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from split_common import cli
+from split_common.cli import application
 
 #: One line for each argument and option of each command. A line that changes is a change that users see.
 GOLDEN = Path(__file__).parent / "golden" / "options.txt"
@@ -46,10 +46,10 @@ def line(parameter: Any) -> str:
 
 
 def test_options_stay() -> None:
-    cli.load_commands()
+    application.load_commands()
     lines = [
         f"{path}: {line(parameter)}"
-        for path, command in commands(typer.main.get_command(cli.app))
+        for path, command in commands(typer.main.get_command(application.app))
         for parameter in sorted(command.params, key=line)
     ]
     assert "\n".join(lines) + "\n" == GOLDEN.read_text()

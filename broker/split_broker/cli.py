@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from split_common.cli.options import DEFAULT_BROKER, JsonOption, KeysOption
 from split_common.console import emit_json, stderr
 from split_common.fleet import load_fleet
-from split_common.options import DEFAULT_BROKER, JsonOption, KeysOption
 from split_common.process import catch_sigterm, wait_for
 
 

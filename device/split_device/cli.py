@@ -13,11 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from split_common.console import emit_json, stderr, stdout
-from split_common.errors import ConfigError, SessionLost, SplitError, StepFailed
-from split_common.fleet import load_fleet
-from split_common.keys import verify_certificate
-from split_common.options import (
+from split_common.cli.options import (
     DEFAULT_BROKER,
     BrokerOption,
     DtypeOption,
@@ -30,6 +26,10 @@ from split_common.options import (
     parse_size,
     resolve_model,
 )
+from split_common.console import emit_json, stderr, stdout
+from split_common.errors import ConfigError, SessionLost, SplitError, StepFailed
+from split_common.fleet import load_fleet
+from split_common.keys import verify_certificate
 from split_common.process import passive_threads
 from split_common.transport import connect
 from split_device.options import (

@@ -13,9 +13,9 @@ from typing import Annotated
 
 import typer
 
+from split_common.cli.options import JsonOption, ModelOption, given, resolve_model
 from split_common.console import emit_json, stderr
 from split_common.errors import ConfigError, SplitError
-from split_common.options import JsonOption, ModelOption, given, resolve_model
 from split_common.process import LOOK_INTERVAL, passive_threads, running_command, use_loopback_keys
 from split_device.diffusion.demo import image_demo
 from split_device.settings import Sampling

@@ -18,11 +18,7 @@ import typer
 
 from split_common import wire
 from split_common.address import masked
-from split_common.console import emit_json, stdout
-from split_common.errors import InvalidSplit, KeysError, NoWorker, SplitError
-from split_common.fleet import Fleet, load_fleet
-from split_common.keys import Identity, Role
-from split_common.options import (
+from split_common.cli.options import (
     DEFAULT_BROKER,
     MODEL_PANEL,
     BrokerOption,
@@ -31,6 +27,10 @@ from split_common.options import (
     MemberOption,
     TimeoutOption,
 )
+from split_common.console import emit_json, stdout
+from split_common.errors import InvalidSplit, KeysError, NoWorker, SplitError
+from split_common.fleet import Fleet, load_fleet
+from split_common.keys import Identity, Role
 from split_common.transport import connect, new_peer_id
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from split_common.options import MODEL_PANEL, QUEUE_PANEL
+from split_common.cli.options import MODEL_PANEL, QUEUE_PANEL
 
 _SAMPLING = "Sampling"
 

@@ -7,10 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from split_common.console import emit_json, stderr
-from split_common.errors import ConfigError
-from split_common.fleet import load_fleet
-from split_common.options import (
+from split_common.cli.options import (
     DEFAULT_BROKER,
     MODEL_PANEL,
     BrokerOption,
@@ -25,6 +22,9 @@ from split_common.options import (
     parse_size,
     resolve_model,
 )
+from split_common.console import emit_json, stderr
+from split_common.errors import ConfigError
+from split_common.fleet import load_fleet
 from split_common.process import catch_sigterm, passive_threads, wait_for
 from split_common.transport import connect
 

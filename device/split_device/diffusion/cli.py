@@ -9,11 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from split_common.console import emit_json, stderr
-from split_common.errors import ConfigError
-from split_common.files import write_private
-from split_common.fleet import load_fleet
-from split_common.options import (
+from split_common.cli.options import (
     DEFAULT_BROKER,
     MODEL_PANEL,
     BrokerOption,
@@ -23,6 +19,10 @@ from split_common.options import (
     MemberOption,
     TimeoutOption,
 )
+from split_common.console import emit_json, stderr
+from split_common.errors import ConfigError
+from split_common.files import write_private
+from split_common.fleet import load_fleet
 from split_common.process import exit_on_sigterm, passive_threads
 from split_common.transport import connect
 from split_device.diffusion.options import (

@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from split_common.cli.options import MODEL_PANEL
 from split_common.console import stderr
 from split_common.errors import ConfigError
-from split_common.options import MODEL_PANEL
 from split_device.diffusion.saving import parse_reuse
 from split_device.diffusion.settings import ImageSettings, check_size, image_format, parse_pixels
 

@@ -10,9 +10,7 @@ from typing import Annotated
 
 import typer
 
-from split_common.console import emit_json, stderr
-from split_common.errors import AgentError, ConfigError
-from split_common.options import (
+from split_common.cli.options import (
     DEFAULT_BROKER,
     BrokerOption,
     JsonOption,
@@ -21,6 +19,8 @@ from split_common.options import (
     TimeoutOption,
     parse_size,
 )
+from split_common.console import emit_json, stderr
+from split_common.errors import AgentError, ConfigError
 from split_common.process import catch_sigterm, passive_threads
 from split_device.jobs import agent
 from split_device.jobs.lock import Held, holding

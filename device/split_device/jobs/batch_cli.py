@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from split_common.console import emit_json, stderr
-from split_common.errors import ConfigError, JobsError
-from split_common.options import (
+from split_common.cli.options import (
     DEFAULT_BROKER,
     BrokerOption,
     DtypeOption,
@@ -24,6 +22,8 @@ from split_common.options import (
     TimeoutOption,
     parse_size,
 )
+from split_common.console import emit_json, stderr
+from split_common.errors import ConfigError, JobsError
 from split_common.process import catch_sigterm, passive_threads
 from split_device.jobs import batch as batches
 from split_device.jobs.job import ModelChoice

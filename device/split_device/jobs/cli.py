@@ -13,10 +13,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from split_common.cli.options import MODEL_PANEL, DtypeOption, JsonOption, RevisionOption, given
 from split_common.console import emit_json, stderr, stdout
 from split_common.errors import AgentError, ConfigError
 from split_common.files import write_private
-from split_common.options import MODEL_PANEL, DtypeOption, JsonOption, RevisionOption, given
 from split_device.diffusion.options import (
     IMAGE_MODEL,
     CodecOption,

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from split_common.cli.options import resolve_model
 from split_common.errors import ConfigError
-from split_common.options import resolve_model
 
 STORE_PANEL = "Jobs"
 

@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from split_common.console import emit_json, stderr
-from split_common.errors import ConfigError, SplitError
-from split_common.options import (
+from split_common.cli.options import (
     DEFAULT_BROKER,
     MODEL_PANEL,
     BrokerOption,
@@ -31,6 +29,8 @@ from split_common.options import (
     given,
     parse_size,
 )
+from split_common.console import emit_json, stderr
+from split_common.errors import ConfigError, SplitError
 from split_common.process import catch_sigterm, passive_threads, wait_for
 from split_device.diffusion.options import (
     CodecOption,

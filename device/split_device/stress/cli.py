@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from split_common.address import is_redis
+from split_common.cli.options import MODEL_PANEL, QUEUE_PANEL, JsonOption, KeysOption
 from split_common.console import emit_json, stderr, stdout
 from split_common.errors import ConfigError
-from split_common.options import MODEL_PANEL, QUEUE_PANEL, JsonOption, KeysOption
 from split_common.process import passive_threads
 from split_device.diffusion.options import need_diffusers
 from split_device.options import HeadOption, TailOption

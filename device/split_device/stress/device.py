@@ -10,9 +10,9 @@ from typing import Annotated, Any, Protocol
 
 import typer
 
+from split_common.cli.options import JsonOption
 from split_common.console import emit_json
 from split_common.errors import SplitError
-from split_common.options import JsonOption
 from split_common.process import catch_sigterm, passive_threads
 from split_device.stress.events import Answered, Asked, Decoded, Event, Failed, Traffic, encode
 from split_device.stress.plan import CUT, Kind

@@ -13,12 +13,12 @@ from typing import Annotated, Literal
 
 import typer
 
+from split_common.cli.options import JsonOption, KeysOption
 from split_common.console import emit_json, stderr
 from split_common.errors import KeysError
 from split_common.files import private_dir, read_private, write_private
 from split_common.fleet import load_fleet
 from split_common.keys import Role
-from split_common.options import JsonOption, KeysOption
 from split_common.transport import member_mark
 from split_common.transport.redis.keys import Keys
 

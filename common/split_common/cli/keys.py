@@ -1,4 +1,4 @@
-"""The `lambda-split keys` commands: what the operator of a fleet does with its keys."""
+"""The `lambda-split keys` commands, with which the operator of a fleet manages its keys."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rich.table import Table
 
 from split_common.address import is_redis, masked, parse_address
 from split_common.checkpoint import Checkpoint
+from split_common.cli.options import BrokerOption, FleetOption, IpAdapterOption, JsonOption, KeysOption
 from split_common.console import emit_json, stderr
 from split_common.errors import ConfigError, KeysError
 from split_common.fleet import DAYS, Fleet, check_address, keys_dir, load_fleet
 from split_common.keys import Certificate, Member, ModelScope, Role
 from split_common.manifest import Manifest, build_manifest
-from split_common.options import BrokerOption, FleetOption, IpAdapterOption, JsonOption, KeysOption
 from split_common.transport.redis.acl import redis_acl
 
 keys_app = typer.Typer(no_args_is_help=True)
