@@ -110,7 +110,7 @@ def test_models_and_scoped_workers(model: Path, tmp_path: Path) -> None:
 def test_bad_layers(model: Path, layers: str) -> None:
     keys("init")
     keys("add-model", model)
-    with pytest.raises(ConfigError, match="write FIRST:LAST"):
+    with pytest.raises(ConfigError, match="expected FIRST:LAST"):
         keys("add-worker", "w", "--model", "tiny", f"--layers={layers}")
 
 

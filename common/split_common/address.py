@@ -8,6 +8,9 @@ from typing import Final
 
 from split_common.errors import ConfigError
 
+#: Where the broker listens, and where peers look for it, when no address is given.
+DEFAULT_BROKER = "tcp://127.0.0.1:7411"
+
 #: What each scheme of Redis stands for: one server, the master that Sentinels name, a cluster; and over TLS or not.
 REDIS_SCHEMES: Final[dict[str, tuple[str, bool]]] = {
     "redis": ("server", False),

@@ -83,7 +83,7 @@ def plan(model: str | Checkpoint, revision: str | None = None) -> Plan:
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
     name = getattr(config, "model_type", type(config).__name__)
     if model_class is None or getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedArchitecture(f"{name} is no decoder-only language model")
+        raise UnsupportedArchitecture(f"{name} is not a decoder-only language model")
     if isinstance(model_class, list | tuple):
         model_class = model_class[0]
     quantization = getattr(config, "quantization_config", None)

@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 import typer
 
 from split_common.errors import ConfigError
-from split_common.transport import DEFAULT_BROKER
 
 #: Headings in a command's help.
 MODEL_PANEL = "Model"
@@ -25,7 +24,7 @@ KeysOption = Annotated[
         metavar="DIR",
         rich_help_panel=QUEUE_PANEL,
         help="The fleet's directory. Default: $LAMBDA_SPLIT_KEYS, else `keys` in the settings directory, else "
-        "keys that are made for this machine's loopback alone.",
+        "keys made for this machine's loopback only.",
     ),
 ]
 FleetOption = Annotated[
@@ -52,7 +51,7 @@ ModelOption = Annotated[
 ]
 RevisionOption = Annotated[
     str | None,
-    typer.Option(metavar="REVISION", rich_help_panel=MODEL_PANEL, help="Branch, tag or commit of a hub id."),
+    typer.Option(metavar="REVISION", rich_help_panel=MODEL_PANEL, help="Branch, tag or commit of a hub model."),
 ]
 IpAdapterOption = Annotated[
     Path | None,
@@ -60,7 +59,7 @@ IpAdapterOption = Annotated[
         "--ip-adapter",
         metavar="FILE",
         rich_help_panel=MODEL_PANEL,
-        help="Of a diffusion model: an IP-Adapter's .safetensors file. With it, it is a model of its own.",
+        help="An IP-Adapter's .safetensors file, for a diffusion model. With it, the model counts as another one.",
     ),
 ]
 BrokerOption = Annotated[
@@ -70,8 +69,8 @@ BrokerOption = Annotated[
         metavar="ADDRESS",
         envvar="LAMBDA_SPLIT_BROKER",
         rich_help_panel=QUEUE_PANEL,
-        help="The queue: tcp://HOST:PORT, zmq://HOST:PORT or ipc://PATH of a broker; or Redis or Valkey at "
-        "redis://HOST:PORT, rediss://…, redis+sentinel://HOST:PORT,…/SERVICE or redis+cluster://HOST:PORT,….",
+        help="Address of the queue: tcp://HOST:PORT, zmq://HOST:PORT or ipc://PATH of a broker; or of Redis or "
+        "Valkey, redis://HOST:PORT, rediss://…, redis+sentinel://HOST:PORT,…/SERVICE or redis+cluster://HOST:PORT,….",
     ),
 ]
 MemberOption = Annotated[
@@ -80,40 +79,45 @@ MemberOption = Annotated[
         "--member",
         metavar="NAME",
         rich_help_panel=QUEUE_PANEL,
-        help="This member's name, if the keys of several lie in the directory.",
+        help="This member's name, if the directory holds the keys of several.",
     ),
 ]
 TimeoutOption = Annotated[
-    float, typer.Option(min=0.1, metavar="SECONDS", rich_help_panel=QUEUE_PANEL, help="To wait for the broker.")
+    float,
+    typer.Option(min=0.1, metavar="SECONDS", rich_help_panel=QUEUE_PANEL, help="How long to wait for the broker."),
 ]
 DtypeOption = Annotated[
     DtypeName,
-    typer.Option(rich_help_panel=MODEL_PANEL, help="Of weights and hidden states; auto takes the checkpoint's."),
+    typer.Option(
+        rich_help_panel=MODEL_PANEL, help="Data type of weights and hidden states; auto takes the checkpoint's."
+    ),
 ]
 
-__all__ = ["DEFAULT_BROKER"]
 
-
-def resolve_model(model: str | None) -> str:
-    """The checkpoint to use; the demo model where none is named. Raises ModelError."""
-    if model is not None:
-        return model
-    from split_common.demo_model import ensure_demo_model
-
-    return str(ensure_demo_model())
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size like `4GiB`, `512MiB` or `1000000`. Raises ConfigError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
+def parse_size(size: str | int) -> int:
+    """Bytes of a size like `4GiB`, `512MiB` or `1000000`; a number of bytes stays. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", str(size).strip(), re.IGNORECASE)
     if not match:
-        raise ConfigError(f"{text!r} is no size: write it like 4GiB or 512MiB")
+        raise ConfigError(f"invalid size {size!r}: expected a number of bytes, or e.g. 4GiB or 512MiB")
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
-def given(context: typer.Context, names: Iterable[str]) -> list[str]:
-    """Those of these parameters that stand on the command line, as options are written."""
-    sources = {name: context.get_parameter_source(name) for name in names}
-    return [
-        f"--{name.replace('_', '-')}" for name, source in sources.items() if source and source.name == "COMMANDLINE"
-    ]
+def given(context: typer.Context, options: Iterable[str]) -> list[str]:
+    """Those of these options, like `--max-tokens`, that stand on the command line."""
+    names = {option: parameter.name for parameter in context.command.params for option in parameter.opts}
+    return [option for option in options if _is_given(context, names[option])]
+
+
+def given_words(context: typer.Context, but: Iterable[str] = ()) -> list[str]:
+    """The options that stand on the command line, with their values, to be passed to another command."""
+    words = []
+    for parameter in context.command.params:
+        option = parameter.opts[0]
+        if _is_given(context, parameter.name) and option not in but:
+            words += [option, str(context.params[parameter.name or ""])]
+    return words
+
+
+def _is_given(context: typer.Context, name: str | None) -> bool:
+    source = context.get_parameter_source(name or "")
+    return source is not None and source.name == "COMMANDLINE"

@@ -65,7 +65,7 @@ class ImagePlan:
     def split(self, cut: str) -> Split:
         """The body of a cut by name. Raises ConfigError, InvalidSplit."""
         if cut not in CUTS:
-            raise ConfigError(f"{cut!r} is no cut: take {' or '.join(CUTS)}")
+            raise ConfigError(f"invalid cut {cut!r}: expected {' or '.join(CUTS)}")
         ends = self.ends(cut)
         if 2 * ends >= self.blocks:
             raise InvalidSplit(f"{self.checkpoint.name} has {self.blocks} blocks: cut {cut} leaves no body")
@@ -74,7 +74,7 @@ class ImagePlan:
     def check(self, split: Split) -> Split:
         """Raises InvalidSplit for blocks that cannot be a body."""
         if not 0 < split.first < split.last < split.layers:
-            raise InvalidSplit(f"blocks {split} of {self.blocks} are no body: leave some at each end, like 1:-1")
+            raise InvalidSplit(f"blocks {split} of {self.blocks} leave no body: keep some at each end, like 1:-1")
         return split
 
     def own_tensors(self, split: Split, side: Side) -> list[str]:

@@ -89,7 +89,7 @@ class UNetPlan(ImagePlan):
         """Raises InvalidSplit for a body that does not begin and end at the same level."""
         if not (0 < split.first < self.levels and split.first == split.layers - split.last):
             raise InvalidSplit(
-                f"blocks {split} of {self.blocks} are no body: take as many from each end, like 1:-1"
+                f"blocks {split} of {self.blocks} do not make a body: take as many from each end, like 1:-1"
             )
         return split
 

@@ -24,9 +24,6 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-#: Where the broker listens, and where peers look for it, when no address is given.
-DEFAULT_BROKER = "tcp://127.0.0.1:7411"
-
 #: Seconds between two announcements of a peer; after `MISSED` of them without one it is held for dead.
 HEARTBEAT = 1.0
 MISSED = 3

@@ -114,7 +114,7 @@ class Store:
                 self._vault = self._open(key_file)
         except sqlite3.DatabaseError as error:
             self.close()
-            raise ConfigError(f"{path} is no store of jobs: {error}") from None
+            raise ConfigError(f"{path} is not a store of jobs: {error}") from None
         except SplitError:
             self.close()
             raise
@@ -193,7 +193,7 @@ class Store:
             job = self._job(row)
             # A seed that was drawn for it is no part of what was asked.
             if job.task != (task.with_seed(job.task.seed) if task.needs_seed else task):
-                raise JobsError(f"job {job.id} has this key, and asks for something else")
+                raise JobsError(f"job {job.id} has this key already, and asks for something else: use another key")
             return job
         if task.needs_seed:
             # Drawn now, so that the job has one output however often it is interrupted.
@@ -273,7 +273,7 @@ class Store:
         with self._transaction():
             job = self.get(id_)
             if job.state not in ("failed", "cancelled"):
-                raise JobsError(f"job {id_} is {job.state}: only a failed or cancelled one can be tried again")
+                raise JobsError(f"job {id_} is {job.state}: only a failed or cancelled job can be retried")
             self._db.execute(
                 "UPDATE jobs SET state = 'queued', cancelling = 0, finished = NULL, error = NULL WHERE id = ?",
                 (id_,),

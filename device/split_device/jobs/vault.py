@@ -38,7 +38,7 @@ def read_key(path: Path) -> bytes:
     """The key in a file. Raises KeysError."""
     key = read_private(path)
     if len(key) != KEY_BYTES:
-        raise KeysError(f"{path} holds no key of {KEY_BYTES} bytes")
+        raise KeysError(f"{path} does not hold a key of {KEY_BYTES} bytes")
     return key
 
 

@@ -45,14 +45,14 @@ def follow(
         if running_agent() is not None:
             agent_at = now
         elif now - agent_at > AGENT_GRACE:
-            raise AgentError(f"job {id_} is {job.state}, and no agent runs: `lambda-split agent start`")
+            raise AgentError(f"job {id_} is {job.state}, and no agent runs: `lambda-split agent start` starts one")
         time.sleep(POLL_INTERVAL)
 
 
 def answer(store: Store, job: Job) -> str:
     """The text of a job that has succeeded. Raises JobsError for others."""
     if job.kind != "text":
-        raise JobsError(f"job {job.id} makes an image, no text")
+        raise JobsError(f"job {job.id} makes an image, not a text")
     _check_succeeded(job)
     return store.progress(job.id).text
 
@@ -60,7 +60,7 @@ def answer(store: Store, job: Job) -> str:
 def picture(store: Store, job: Job) -> bytes:
     """The image of a job that has succeeded, as a PNG file. Raises JobsError for others."""
     if job.kind != "image":
-        raise JobsError(f"job {job.id} makes a text, no image")
+        raise JobsError(f"job {job.id} makes a text, not an image")
     _check_succeeded(job)
     return store.image(job.id)
 

@@ -27,7 +27,7 @@ from split_common.errors import (
 from split_common.fleet import Fleet
 from split_common.keys import Certificate, Identity, ModelScope, Role
 from split_common.transport import Transport, count_dropped, new_peer_id
-from split_device.sessions.history import HISTORY_MEMORY
+from split_device.sessions.connection import HISTORY_MEMORY, PATIENCE, STEP_TIMEOUT, TIMEOUT
 from split_device.sessions.session import (
     CHECK_INTERVAL,
     GONE,
@@ -43,12 +43,6 @@ from split_device.timings import Timings
 #: Seconds without an answer after which a message of a channel's set-up, which nobody needs long to answer, is sent
 #: again; doubles each time.
 SET_UP_RETRANSMIT = 1.0
-
-#: Seconds that a device waits for room on a worker before it raises `Busy`.
-PATIENCE = 60.0
-
-#: Seconds without a reply after which a device looks for a faster worker. A worker that is full answers late, too.
-STEP_TIMEOUT = 60.0
 
 #: Seconds for which a device that found no room elsewhere does not look again.
 CROWDED_FOR = 2.0
@@ -86,7 +80,7 @@ class Client:
         service: wire.Service,
         model: str,
         dtype: wire.Dtype,
-        timeout: float = 10.0,
+        timeout: float = TIMEOUT,
         patience: float = PATIENCE,
         history_memory: int = HISTORY_MEMORY,
         step_timeout: float = STEP_TIMEOUT,

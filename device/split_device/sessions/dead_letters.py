@@ -60,7 +60,7 @@ def read() -> list[DeadLetter]:
         try:
             letters.append(msgspec.json.decode(line, type=DeadLetter))
         except msgspec.DecodeError:
-            log.warning("%s holds a line that is no letter", _path())
+            log.warning("%s holds a line that is not a dead letter", _path())
     return letters
 
 

@@ -16,12 +16,10 @@ import torch
 from split_common import wire
 from split_common.errors import AuthenticationError, HistoryLost
 from split_common.tensors import raw_bytes
+from split_device.sessions.connection import HISTORY_MEMORY
 from split_device.sessions.spill import SpillFile
 
 log = logging.getLogger(__name__)
-
-#: Bytes of a session's hidden states that stay in memory unless told otherwise; older ones are spilled.
-HISTORY_MEMORY = 64 * 1024 * 1024
 
 #: Bytes of hidden states that are spilled and read back together, at most; of one column if that has more.
 BLOCK_BYTES = 1024 * 1024

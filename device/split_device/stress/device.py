@@ -1,4 +1,4 @@
-"""A device process of the stress command: asks, compares with the unsplit model, and tells of it on stdout."""
+"""A device process of the stress command: makes requests, compares with the unsplit model, reports on stdout."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import itertools
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
-import typer
-
-from split_common.cli.options import JsonOption
 from split_common.console import emit_json
 from split_common.errors import SplitError
 from split_common.process import catch_sigterm, passive_threads
@@ -41,20 +38,26 @@ class Asker(Protocol):
         """Fields of `Answered` about an output: how much there is of it, and whether it is the unsplit model's."""
 
 
-def stress_device(
-    model: Annotated[str, typer.Option()],
-    broker: Annotated[str, typer.Option()],
-    index: Annotated[int, typer.Option()],
-    kind: Annotated[Kind, typer.Option()] = "text",
-    seed: Annotated[int, typer.Option()] = 0,
-    requests: Annotated[int | None, typer.Option()] = None,
-    reference: Annotated[str | None, typer.Option()] = None,
-    head_layers: Annotated[int, typer.Option()] = 2,
-    tail_layers: Annotated[int, typer.Option()] = 2,
-    keys: Annotated[Path | None, typer.Option()] = None,
-    json: JsonOption = False,
+def run_device(
+    model: str,
+    broker: str,
+    index: int,
+    *,
+    kind: Kind,
+    seed: int,
+    requests: int | None,
+    reference: str | None,
+    head_layers: int,
+    tail_layers: int,
+    keys: Path | None,
 ) -> None:
-    """A device of `lambda-split stress`, which starts it: makes requests until SIGTERM, then ends the last one."""
+    """Makes requests until SIGTERM, then ends the last one.
+
+    Args:
+        index: of this device among those of the run.
+        requests: number of requests; None for no end.
+        reference: the unsplit checkpoint to compare with; `model` if None.
+    """
     passive_threads()
 
     import torch
