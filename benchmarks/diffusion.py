@@ -9,7 +9,7 @@ from benchmarks.denoisers import SHAPES, shares
 from benchmarks.harness import arguments, note, report
 from benchmarks.pictures import CUTS, compare
 from split_common.process import passive_threads
-from split_device.diffusion.demo import DIGITS_MODEL
+from split_device.cli.demo.image import DIGITS_MODEL
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ def test_lines_and_bad_lines(run: Any, checkpoint: Path, address: str, worker: N
     assert not work_path(output).exists()
 
     again = run("batch", source, "-o", output, *options)
-    assert (again.code, "is there already" in again.err) == (2, True)
+    assert (again.code, "exists already" in again.err) == (2, True)
 
 
 @pytest.mark.timeout(480)  # a dozen processes are started, on a machine that may be busy

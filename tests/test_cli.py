@@ -19,10 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
+from split_common.address import DEFAULT_BROKER
 from split_common.errors import Busy
 from split_common.fleet import Fleet
 from split_common.process import running_command
-from split_common.transport import DEFAULT_BROKER
 from split_device import SplitModelForCausalLM
 from wiretap import FakePeer, wait_until
 

@@ -11,7 +11,8 @@ from importlib.metadata import EntryPoint, version
 import pytest
 import typer
 
-from split_common import cli
+from split_common.cli import application as cli
+from split_common.console import emit_json
 from split_common.errors import ConfigError, SplitError
 
 Capture = pytest.CaptureFixture[str]
@@ -51,7 +52,7 @@ def failing(error: BaseException) -> Callable[..., object]:
 
 
 def test_a_contributed_command_runs(command: AddCommand, capsys: Capture) -> None:
-    command(lambda: cli.emit_json({"text": "wörld"}))
+    command(lambda: emit_json({"text": "wörld"}))
     assert cli.main(["go"]) == 0
     assert capsys.readouterr().out == '{"text": "wörld"}\n'
 
@@ -194,7 +195,7 @@ def test_log_level(
 def test_a_reader_that_leaves_is_no_error() -> None:
     script = """
 import sys
-from split_common import cli
+from split_common.cli import application as cli
 
 cli.load_commands = lambda: None
 
@@ -219,7 +220,7 @@ sys.exit(cli.main(["spam"]))
 def test_an_error_reaches_stderr_though_the_reader_has_left() -> None:
     script = """
 import sys
-from split_common import cli
+from split_common.cli import application as cli
 
 cli.load_commands = lambda: None
 
@@ -248,7 +249,7 @@ sys.exit(cli.main(["go", "--json"]))
 
 def test_the_command_starts_without_torch() -> None:
     script = (
-        "import sys; from split_common import cli; cli.load_commands();"
+        "import sys; from split_common.cli import application as cli; cli.load_commands();"
         "sys.exit(' '.join({'torch', 'transformers'} & set(sys.modules)) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

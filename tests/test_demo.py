@@ -16,7 +16,7 @@ import pytest
 
 import tiny
 from serving import Unsplit
-from split_device.demo import QUESTIONS
+from split_device.cli.demo.language import QUESTIONS
 
 #: Seconds that something may take on a busy machine.
 PATIENCE = 60.0

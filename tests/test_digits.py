@@ -142,8 +142,8 @@ def test_the_demo(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ("arguments", "words"),
     [
         (["--image", "a seven"], "only one can be had"),
-        (["--image", "-o", "sheet.txt"], "no name of a .png"),
-        (["--image", "-o", "/no/such/sheet.png"], "no name of a .png"),
+        (["--image", "-o", "sheet.txt"], "expected a .png file"),
+        (["--image", "-o", "/no/such/sheet.png"], "expected a .png file"),
     ],
 )
 def test_bad_input_to_the_demo(run: Any, arguments: list[str], words: str) -> None:

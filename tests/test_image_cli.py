@@ -108,18 +108,18 @@ def test_an_image_begins_with_another_one(options: list[str], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["-o", "a.txt"], 2, "no name of an image"),
-        (["-o", "nowhere/a.png"], 2, "no directory"),
-        (["-o", "a.png", "--size", "big"], 2, "no size"),
-        (["-o", "a.png", "--size", "32x33"], 2, "makes no side of 33 pixels: take a multiple of 8"),
-        (["-o", "a.png", "--size", "8192"], 2, "4096 pixels at most"),
+        (["-o", "a.txt"], 2, "invalid image file"),
+        (["-o", "nowhere/a.png"], 2, "not a directory"),
+        (["-o", "a.png", "--size", "big"], 2, "invalid size"),
+        (["-o", "a.png", "--size", "32x33"], 2, "cannot make a side of 33 pixels: expected a multiple of 8"),
+        (["-o", "a.png", "--size", "8192"], 2, "at most 4096"),
         (["-o", "/proc/a.png"], 2, "cannot be written"),
         (["-o", "a.png", "--init-image", "gone.png"], 2, "cannot be read as an image: No such file"),
         (["-o", "a.png", "--init-image", "gone.png", "--strength", "0"], 2, "changes nothing"),
-        (["-o", "a.png", "--model", "/proc"], 2, "no directory of a pipeline"),
+        (["-o", "a.png", "--model", "/proc"], 2, "not the directory of a pipeline"),
         (["-o", "a.png", "--cut", "A"], 1, "layers 1:6): start one with `lambda-split worker --cut A` and"),
         (["-o", "a.png", "--reuse", "1.5"], 2, "number of steps"),
-        (["-o", "a.png", "--reuse", "often"], 2, "neither a number of steps"),
+        (["-o", "a.png", "--reuse", "often"], 2, "expected a number of steps"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(

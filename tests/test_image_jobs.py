@@ -96,7 +96,7 @@ def test_from_submission_to_the_image(run: Any, model: Path, address: str, tmp_p
     wrong = run(*asked, "--size", "32x33", "--wait")
     assert (wrong.code, wrong.err) == (
         2,
-        f"error: {model.name} makes no side of 33 pixels: take a multiple of 8, 4096 pixels at most\n",
+        f"error: {model.name} cannot make a side of 33 pixels: expected a multiple of 8, at most 4096\n",
     )
     with pytest.raises(ConfigError, match="a multiple of 8"):
         ImageDevice(model).submit("a seven", height=0)
@@ -170,12 +170,12 @@ def test_images_at_once_share_weights_and_nothing_that_changes(model: Path) -> N
     ("arguments", "message"),
     [
         (("submit", "--image", "a seven"), "no model: give --model DIR"),
-        (("submit", "--image", "a seven", "--model", "/nowhere"), "is no directory of a pipeline"),
-        (("submit", "--image", "a seven", "--max-tokens", 3), "--max-tokens goes with texts"),
+        (("submit", "--image", "a seven", "--model", "/nowhere"), "is not the directory of a pipeline"),
+        (("submit", "--image", "a seven", "--max-tokens", 3), "--max-tokens is for texts"),
         (("submit", "a seven", "--steps", 3), "--steps needs --image"),
-        (("submit", "--image", "a seven", "--reuse", "often"), "neither a number of steps"),
-        (("submit", "--image", "a seven", "-o", "a.png"), "-o goes with --wait"),
-        (("submit", "--image", "a seven", "-o", "a.txt", "--wait"), "no name of an image"),
+        (("submit", "--image", "a seven", "--reuse", "often"), "expected a number of steps"),
+        (("submit", "--image", "a seven", "-o", "a.png"), "-o needs --wait"),
+        (("submit", "--image", "a seven", "-o", "a.txt", "--wait"), "invalid image file"),
         (("submit", "--image", "a seven", "-o", "a.png", "--wait"), "no agent runs, so nothing was submitted"),
     ],
 )

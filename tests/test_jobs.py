@@ -192,14 +192,14 @@ def test_from_python(run: Any, checkpoint: Path, address: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("submit",), "give a prompt, or --file"),
-        (("submit", "a", "--file", "-"), "give a prompt, or --file"),
+        (("submit",), "give either a prompt or --file"),
+        (("submit", "a", "--file", "-"), "give either a prompt or --file"),
         (("submit", " "), "the prompt is empty"),
         (("submit", "a", "--model", "any", "--key", ""), "the key is empty: leave it out, or give one"),
         (("submit", "--file", "/no/such/file"), "cannot be read"),
         (("jobs", "show", "job-none"), "there is no job job-none"),
-        (("jobs", "list", "--state", "lost"), "'lost' is no state"),
-        (("jobs", "prune", "--older-than", "soon"), "'soon' is no age"),
+        (("jobs", "list", "--state", "lost"), "invalid state 'lost'"),
+        (("jobs", "prune", "--older-than", "soon"), "invalid age 'soon'"),
         (("agent", "logs"), "there is no log"),
     ],
 )

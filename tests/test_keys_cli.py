@@ -13,10 +13,10 @@ import typer
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
+from split_common.cli.keys import register
 from split_common.errors import ConfigError, KeysError, UnknownModel
 from split_common.fleet import Fleet
 from split_common.keys import ModelScope
-from split_common.keys_cli import register
 
 app = typer.Typer()
 register(app)
@@ -110,7 +110,7 @@ def test_models_and_scoped_workers(model: Path, tmp_path: Path) -> None:
 def test_bad_layers(model: Path, layers: str) -> None:
     keys("init")
     keys("add-model", model)
-    with pytest.raises(ConfigError, match="write FIRST:LAST"):
+    with pytest.raises(ConfigError, match="expected FIRST:LAST"):
         keys("add-worker", "w", "--model", "tiny", f"--layers={layers}")
 
 

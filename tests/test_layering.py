@@ -36,8 +36,8 @@ LIGHT = [
 ]
 
 
-def imported(source: str) -> set[str]:
-    """Top-level names of all that a module imports, wherever in it."""
+def modules(source: str) -> set[str]:
+    """All that a module imports, wherever in it."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -47,7 +47,12 @@ def imported(source: str) -> set[str]:
             names.add(node.module or "")
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             names.update(arg.value for arg in node.args if isinstance(arg, ast.Constant))
-    return {name.split(".")[0] for name in names}
+    return names
+
+
+def imported(source: str) -> set[str]:
+    """Top-level names of all that a module imports."""
+    return {name.split(".")[0] for name in modules(source)}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -57,6 +62,23 @@ def test_imports_run_one_way(package: str) -> None:
     strangers = set(PACKAGES) - {package, "split_common"}
     for path in files:
         assert not imported(path.read_text()) & strangers, path
+
+
+def commands_of(path: Path) -> bool:
+    """Whether a module belongs to the command line: to a `cli` package, or a component's module of that name."""
+    return "cli" in path.parts or path.name in ("cli.py", "__main__.py")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_only_commands_need_the_command_line(package: str) -> None:
+    root = PACKAGES[package] / package
+    files = [path.relative_to(root) for path in sorted(root.rglob("*.py"))]
+    # This one is to become a command of `split_common.cli`.
+    files = [path for path in files if not commands_of(path) and path.name != "acl.py"]
+    assert files
+    for path in files:
+        names = modules((root / path).read_text())
+        assert not {name for name in names if {"typer", "cli"} & set(name.split("."))}, path
 
 
 def test_the_check_sees_an_import_wherever_it_is() -> None:

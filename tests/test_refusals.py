@@ -396,7 +396,7 @@ def test_unknown_dtype(broker: str, checkpoint: Path) -> None:
 
 REASONS = {
     "mamba": "mamba: the cache of layer 0 is a LinearAttentionLayer",
-    "t5": "t5 is no decoder-only language model",
+    "t5": "t5 is not a decoder-only language model",
     "qwen3_next": "qwen3_next: the cache of layer 0 is a LinearAttentionLayer",
     "gemma3n_text": "layer",
     "gemma4_text": "layer",

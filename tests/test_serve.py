@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 import tiny
 from serving import KEY, Unsplit, hanging_up, serving
 from split_common.errors import SplitError
-from split_device.openai.serve_cli import answering
+from split_device.openai.listener import answering
 from wiretap import wait_until
 
 #: Seconds that something may take on a busy machine.

@@ -94,7 +94,7 @@ def test_both_models_are_served(client: openai.OpenAI) -> None:
         ({"n": 11}, "n", "<= 10"),
         ({"prompt": ""}, "prompt", "length >= 1"),
         ({"quality": "best"}, "quality", "Invalid enum value"),
-        ({"size": "large"}, None, "no size"),
+        ({"size": "large"}, None, "invalid size"),
         ({"size": "99999x99999"}, None, "4096 pixels at most"),
         ({"size": "33x31"}, None, "a multiple of 8"),
         ({"extra_body": {"mask": "x"}}, None, "unknown field"),

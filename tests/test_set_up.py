@@ -281,7 +281,7 @@ def test_a_fleet_may_be_updated_one_machine_at_a_time(
             monkeypatch.setattr(worker_module, "WorkerHandshake", Version1Worker)
         with setting.client(broker.address) as client:
             session = client.open_session()
-            assert session.channel.channel.capabilities == VERSION_1_CAPABILITIES
+            assert session.channel.crypto.capabilities == VERSION_1_CAPABILITIES
             assert run_steps(client, 3, session=session) == expected
 
 
@@ -293,7 +293,7 @@ def test_what_a_worker_lacks_is_not_asked_of_it(setting: Setting, monkeypatch: p
     monkeypatch.setattr(worker_module, "WorkerHandshake", limited)
     with setting.broker() as broker, setting.worker(broker.address), setting.client(broker.address) as client:
         session = client.open_session()
-        assert session.channel.channel.capabilities == {"int8"}
+        assert session.channel.crypto.capabilities == {"int8"}
         session.call([step(0, 7)])
         with pytest.raises(SessionLost, match="does not copy sessions"):
             session.fork(client.new_number(), 0)

@@ -22,9 +22,9 @@ from diffusers import UNet2DConditionModel
 from split_common.cli import main
 from split_common.errors import ConfigError, SplitError
 from split_common.servers import free_port
+from split_device.cli.stress import KINDS, parse_chaos
 from split_device.stress import images, tiny_model, tiny_unet
 from split_device.stress.chaos import INTERVALS, Chaos
-from split_device.stress.cli import KINDS, parse_chaos
 from split_device.stress.events import Answered, Asked, Decoded, Failed, Traffic, decode, encode
 from split_device.stress.ledger import Ledger
 from split_device.stress.memory import MIB, Memory, Resident
@@ -473,9 +473,9 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     [
         (["--workers", "0"], "--workers 0 needs --broker"),
         (["--workers", "0", "--broker", "tcp://127.0.0.1:7411"], "needs --model"),
-        (["--keys", "somewhere"], "--keys goes with --broker"),
-        (["--chaos", "boom"], "--chaos boom"),
-        (["--plot", "/no/such/directory/out.png"], "no directory"),
+        (["--keys", "somewhere"], "--keys needs --broker"),
+        (["--chaos", "boom"], "invalid fault 'boom'"),
+        (["--plot", "/no/such/directory/out.png"], "not a directory"),
         (["--plot", "out.movie"], "of the kinds"),
         (["--transport", "pigeon"], "pigeon"),
         (["--devices", "0"], "devices"),

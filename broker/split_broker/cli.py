@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from split_common.address import DEFAULT_BROKER
+from split_common.cli.options import JsonOption, KeysOption
 from split_common.console import emit_json, stderr
 from split_common.fleet import load_fleet
-from split_common.options import DEFAULT_BROKER, JsonOption, KeysOption
 from split_common.process import catch_sigterm, wait_for
 
 
@@ -31,7 +32,7 @@ def broker(
 ) -> None:
     """Run the message queue between devices and workers, until SIGTERM or Ctrl-C.
 
-    It routes sealed messages and sees no text. It keeps nothing that a restart would lose.
+    It routes encrypted messages and sees no text. It keeps nothing that a restart would lose.
     """
     from split_broker.broker import Broker
 

@@ -104,7 +104,7 @@ class Checkpoint:
         directory = Path(name_or_path).expanduser()
         adapter = Path(ip_adapter).expanduser() if ip_adapter is not None else None
         if adapter is not None and not adapter.is_file():
-            raise UnknownModel(f"{adapter} is no file: give an IP-Adapter's .safetensors file")
+            raise UnknownModel(f"{adapter} is not a file: give an IP-Adapter's .safetensors file")
         if directory.is_dir():
             return cls(directory.resolve().name, None, _local(_denoiser(directory)), adapter)
         if directory.exists() or not _HUB_ID.fullmatch(text):
@@ -233,7 +233,7 @@ class Checkpoint:
             raise ModelError(f"{self.name}: {path.name} is malformed: {error}") from None
         for file in set(files.values()):
             if not _SHARD.fullmatch(file):
-                raise ModelError(f"{self.name}: {path.name} names {file!r}, which is no plain .safetensors file")
+                raise ModelError(f"{self.name}: {path.name} names {file!r}, which is not a plain .safetensors file")
         return files
 
     def _header(self, file: str) -> dict[str, TensorEntry]:

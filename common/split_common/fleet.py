@@ -184,7 +184,7 @@ class Fleet:
         try:
             msgspec.convert(name, Name)
         except msgspec.ValidationError:
-            raise KeysError(f"{name!r} is no name of a member: {NAME_RULE}") from None
+            raise KeysError(f"{name!r} is not a name for a member: {NAME_RULE}") from None
         with self.locked():
             operator = self._operator()
             self.refresh()

@@ -80,7 +80,7 @@ def plan(model: str | Checkpoint, revision: str | None = None) -> Plan:
     model_class = causal_class(config)
     name = getattr(config, "model_type", type(config).__name__)
     if model_class is None or getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedArchitecture(f"{name} is no decoder-only language model")
+        raise UnsupportedArchitecture(f"{name} is not a decoder-only language model")
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         raise UnsupportedArchitecture(f"{name}: quantized checkpoints cannot be split, take the original weights")

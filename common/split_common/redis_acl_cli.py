@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from split_common.cli.options import JsonOption, KeysOption
 from split_common.console import emit_json, stderr
 from split_common.files import private_dir, read_private, write_private
 from split_common.fleet import load_fleet
-from split_common.options import JsonOption, KeysOption
 from split_common.transport.redis import acl
 from split_common.transport.redis.keys import Keys
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from split_common.errors import ConfigError, InvalidSplit
 
+#: Decoder layers that the device keeps at each end unless told otherwise.
+END_LAYERS = 2
+
 
 @dataclass(frozen=True)
 class Split:
@@ -45,7 +48,7 @@ class Split:
         stop += layers if stop < 0 else 0
         if not 0 <= start < stop <= layers:
             raise InvalidSplit(
-                f"--layers {text} is not within a model of {layers} layers: 2:-2 leaves two at each end"
+                f"--layers {text} is not a part of a model of {layers} layers: 2:-2 leaves two at each end"
             )
         return cls(layers, start, stop)
 

@@ -6,16 +6,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from split_device.batching.generation import Request
     from split_device.batching.generator import Generator
+    from split_device.batching.limits import Limits
+    from split_device.diffusion.settings import ImageSettings
     from split_device.diffusion.transformer import SplitFluxTransformer2DModel, SplitSD3Transformer2DModel
     from split_device.diffusion.unet import SplitUNet2DConditionModel
     from split_device.jobs.device import Device, ImageDevice
     from split_device.model import SplitModelForCausalLM
+    from split_device.sessions.connection import Connection
+    from split_device.settings import Sampling
 
 __all__ = [
+    "Connection",
     "Device",
     "Generator",
     "ImageDevice",
+    "ImageSettings",
+    "Limits",
     "Request",
+    "Sampling",
     "SplitFluxTransformer2DModel",
     "SplitModelForCausalLM",
     "SplitSD3Transformer2DModel",
@@ -23,10 +31,14 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Connection": "split_device.sessions.connection",
     "Device": "split_device.jobs.device",
     "Generator": "split_device.batching.generator",
     "ImageDevice": "split_device.jobs.device",
+    "ImageSettings": "split_device.diffusion.settings",
+    "Limits": "split_device.batching.limits",
     "Request": "split_device.batching.generation",
+    "Sampling": "split_device.settings",
     "SplitFluxTransformer2DModel": "split_device.diffusion.transformer",
     "SplitModelForCausalLM": "split_device.model",
     "SplitSD3Transformer2DModel": "split_device.diffusion.transformer",

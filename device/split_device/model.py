@@ -12,15 +12,14 @@ import torch
 from split_common.errors import PromptTooLong, UnsupportedFeature
 from split_common.part import generation_config, load_part, plan
 from split_common.slots import Stack
-from split_common.split import Split
+from split_common.split import END_LAYERS, Split
 from split_common.tensors import dtype_name, parse_dtype
-from split_common.transport import DEFAULT_BROKER
 from split_common.verification import find_manifest
 from split_device.body import Generating, RemoteBody, forwarding, generating
 from split_device.cache import StepContext, Traits, is_windowed
 from split_device.joining import Joined, Member
-from split_device.sessions.client import PATIENCE, STEP_TIMEOUT, Client
-from split_device.sessions.history import HISTORY_MEMORY
+from split_device.sessions.client import Client
+from split_device.sessions.connection import Connection
 from split_device.timings import StepTimings
 
 if TYPE_CHECKING:
@@ -60,35 +59,24 @@ class SplitModelForCausalLM(Joined, _OwnClass):  # type: ignore[misc]
         cls,
         name_or_path: str | Path,
         *,
-        broker: str = DEFAULT_BROKER,
-        head_layers: int = 2,
-        tail_layers: int = 2,
+        connection: Connection | None = None,
+        head_layers: int = END_LAYERS,
+        tail_layers: int = END_LAYERS,
         dtype: str | torch.dtype = "auto",
         revision: str | None = None,
-        keys: str | Path | None = None,
-        member: str | None = None,
-        timeout: float = 10.0,
-        patience: float = PATIENCE,
-        history_memory: int = HISTORY_MEMORY,
-        step_timeout: float = STEP_TIMEOUT,
+        **fields: Any,
     ) -> Self:
         """Loads the head and the tail, and joins the queue.
 
         Args:
             name_or_path: a directory or hub id of a safetensors checkpoint.
-            broker: `zmq://HOST:PORT`, `tcp://HOST:PORT` or `ipc://PATH`.
+            connection: how the workers are reached, and how long to wait for them.
             head_layers: decoder layers before the body, from 0.
             tail_layers: decoder layers after the body, from 0.
             dtype: of parameters and hidden states: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
             revision: branch, tag or commit of a hub id.
-            keys: the fleet's directory; by default $LAMBDA_SPLIT_KEYS, the user's configuration, or a fleet for
-                this machine's loopback alone.
-            member: this device's name in the fleet; needed when the directory holds several devices' keys.
-            timeout: seconds to wait for the broker.
-            patience: seconds to wait while all workers are full, or none is left to take over.
-            history_memory: bytes of what a cache's session has sent, to be replayed, that stay in memory; older
-                ones go to an encrypted temporary file (in $TMPDIR).
-            step_timeout: seconds without an answer after which a worker is too slow, if another one is available.
+            fields: instead of the connection's: `broker`, `keys`, `member`, `timeout`, `patience`,
+                `step_timeout` and `history_memory` (see `Connection`).
 
         Returns:
             An instance of `SplitModelForCausalLM` and of the checkpoint's own class.
@@ -98,7 +86,8 @@ class SplitModelForCausalLM(Joined, _OwnClass):  # type: ignore[misc]
             KeysError, ConfigError: of the fleet or an argument.
             BrokerUnreachable: the broker did not answer in time.
         """
-        device = Member.find(broker, keys, member)
+        connection = Connection.of(connection, fields)
+        device = Member.find(connection.broker, connection.keys, connection.member)
         plan_ = plan(str(name_or_path), revision)
         split = Split.from_head_tail(plan_.layers, head_layers, tail_layers)
         manifest = find_manifest(device.fleet, plan_.checkpoint, plan_.own_tensors(split, "device"))
@@ -110,10 +99,10 @@ class SplitModelForCausalLM(Joined, _OwnClass):  # type: ignore[misc]
             manifest,
             split,
             dtype_name(model.dtype),
-            timeout=timeout,
-            patience=patience,
-            history_memory=history_memory,
-            step_timeout=step_timeout,
+            timeout=connection.timeout,
+            patience=connection.patience,
+            history_memory=connection.history_memory,
+            step_timeout=connection.step_timeout,
         )
         model._join(client, stack, split)
         return model

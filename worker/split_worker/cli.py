@@ -7,11 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from split_common.console import emit_json, stderr
-from split_common.errors import ConfigError
-from split_common.fleet import load_fleet
-from split_common.options import (
-    DEFAULT_BROKER,
+from split_common.address import DEFAULT_BROKER
+from split_common.cli.options import (
     MODEL_PANEL,
     BrokerOption,
     DtypeOption,
@@ -23,8 +20,11 @@ from split_common.options import (
     RevisionOption,
     TimeoutOption,
     parse_size,
-    resolve_model,
 )
+from split_common.console import emit_json, stderr
+from split_common.demo_model import resolve_model
+from split_common.errors import ConfigError
+from split_common.fleet import load_fleet
 from split_common.process import catch_sigterm, passive_threads, wait_for
 from split_common.transport import connect
 

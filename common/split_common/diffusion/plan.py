@@ -70,7 +70,7 @@ class ImagePlan:
             InvalidSplit: the cut leaves no body.
         """
         if cut not in CUTS:
-            raise ConfigError(f"{cut!r} is not a cut: use {' or '.join(CUTS)}")
+            raise ConfigError(f"invalid cut {cut!r}: expected {' or '.join(CUTS)}")
         ends = self.ends(cut)
         if 2 * ends >= self.blocks:
             raise InvalidSplit(f"{self.checkpoint.name} has {self.blocks} blocks: cut {cut} leaves no body")
@@ -79,9 +79,7 @@ class ImagePlan:
     def check(self, split: Split) -> Split:
         """Returns the split. Raises InvalidSplit if its blocks cannot be a body."""
         if not 0 < split.first < split.last < split.layers:
-            raise InvalidSplit(
-                f"blocks {split} of {self.blocks} cannot be a body: leave blocks at each end, like 1:-1"
-            )
+            raise InvalidSplit(f"blocks {split} of {self.blocks} leave no body: keep some at each end, like 1:-1")
         return split
 
     def own_tensors(self, split: Split, side: Side) -> list[str]:

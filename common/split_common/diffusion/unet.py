@@ -89,7 +89,7 @@ class UNetPlan(ImagePlan):
         """Returns the split. Raises InvalidSplit if the body does not begin and end at the same level."""
         if not (0 < split.first < self.levels and split.first == split.layers - split.last):
             raise InvalidSplit(
-                f"blocks {split} of {self.blocks} cannot be a body: leave as many at each end, like 1:-1"
+                f"blocks {split} of {self.blocks} do not make a body: take as many from each end, like 1:-1"
             )
         return split
 

@@ -27,6 +27,7 @@ from split_common.engine.sequences import KVSequence
 from split_common.errors import Busy, PromptTooLong, SplitError
 from split_device.batching.ends import KV_MEMORY, Ends
 from split_device.batching.generation import FinishReason, Generation, Logprobs, OnToken, Request
+from split_device.batching.limits import Limits
 from split_device.batching.sampling import Sampler
 from split_device.batching.stage import Stage
 from split_device.cache import SessionCacheLayer, StepContext
@@ -34,9 +35,6 @@ from split_device.cache import SessionCacheLayer, StepContext
 __all__ = ["Generation", "Generator", "Logprobs", "Request"]
 
 log = logging.getLogger(__name__)
-
-#: Requests that are under way at once unless told otherwise.
-MAX_REQUESTS = 64
 
 #: One in so many of these places is kept for requests of a priority above 0.
 KEPT_FREE = 8
@@ -100,14 +98,24 @@ class Generator:
 
     Args:
         model: what `SplitModelForCausalLM.from_pretrained` gives; it may be used besides, and outlives this.
-        max_requests: under way at once; the others wait their turn.
-        kv_memory: bytes for the keys and values of head and tail.
+        limits: how much runs at once.
+        max_requests, kv_memory: instead of the limits' `requests` and `kv_memory`.
 
     Raises:
         ModelError: the memory holds not even one page of tokens.
     """
 
-    def __init__(self, model: Any, *, max_requests: int = MAX_REQUESTS, kv_memory: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        limits: Limits | None = None,
+        max_requests: int | None = None,
+        kv_memory: int | None = None,
+    ) -> None:
+        limits = limits or Limits()
+        max_requests = limits.requests if max_requests is None else max_requests
+        kv_memory = limits.kv_memory if kv_memory is None else kv_memory
         self._model = model
         parts = model.split_parts
         self._client, self._traits = parts.client, parts.traits

@@ -17,13 +17,12 @@ from split_common.diffusion.plan import ImagePlan, load_weights
 from split_common.errors import ConfigError, UnsupportedArchitecture, UnsupportedFeature
 from split_common.split import Split
 from split_common.tensors import dtype_name, parse_dtype
-from split_common.transport import DEFAULT_BROKER
 from split_common.verification import find_manifest
 from split_device.diffusion.reuse import Base, Reuse
 from split_device.diffusion.saving import CODECS, check_reuse
 from split_device.diffusion.session import ImageSession, Inputs
 from split_device.joining import Joined, Member
-from split_device.sessions.client import PATIENCE, STEP_TIMEOUT
+from split_device.sessions.connection import Connection
 
 
 class _Threads(threading.local):
@@ -48,23 +47,19 @@ class SplitDenoiser(Joined):
         cls,
         path: str | Path,
         *,
-        broker: str = DEFAULT_BROKER,
+        connection: Connection | None = None,
         cut: str = "C",
         codec: str = "none",
         reuse: float = 1,
         ip_adapter: str | Path | None = None,
         dtype: str | torch.dtype = "auto",
-        keys: str | Path | None = None,
-        member: str | None = None,
-        timeout: float = 10.0,
-        patience: float = PATIENCE,
-        step_timeout: float = STEP_TIMEOUT,
+        **fields: Any,
     ) -> Self:
         """Loads the device's blocks, and joins the queue.
 
         Args:
             path: the directory of a pipeline, or of its denoiser, in safetensors format.
-            broker: the queue, as for `SplitModelForCausalLM`.
+            connection: how the workers are reached, and how long to wait for them.
             cut: "C" leaves the device the blocks of a UNet's first level, or a transformer's first and last block;
                 "A" those of the first two levels, or a sixth of the blocks at each end.
             codec: how states travel: "none" (as they are), "fp16", "int8" or "int4" (with scales for each channel
@@ -74,7 +69,8 @@ class SplitDenoiser(Joined):
             ip_adapter: the safetensors file of the IP-Adapter that the pipeline will load (`load_ip_adapter`).
                 Workers must serve the model with the same one.
             dtype: of parameters and states: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
-            keys, member, timeout, patience, step_timeout: as for `SplitModelForCausalLM`.
+            fields: instead of the connection's: `broker`, `keys`, `member`, `timeout`, `patience` and
+                `step_timeout` (see `Connection`).
 
         Raises:
             UnknownModel, UnsupportedArchitecture, InvalidSplit, MissingTensor, TensorMismatch: of the model.
@@ -82,9 +78,10 @@ class SplitDenoiser(Joined):
             BrokerUnreachable: the broker did not answer in time.
         """
         if codec not in CODECS:
-            raise ConfigError(f"{codec!r} is no codec: take {', '.join(CODECS)}")
+            raise ConfigError(f"invalid codec {codec!r}: expected one of {', '.join(CODECS)}")
         check_reuse(reuse)
-        device = Member.find(broker, keys, member)
+        connection = Connection.of(connection, fields)
+        device = Member.find(connection.broker, connection.keys, connection.member)
         plan = plan_image(Checkpoint.resolve(path, ip_adapter=ip_adapter))
         if not issubclass(cls, getattr(diffusers, plan.class_name)):
             raise UnsupportedArchitecture(f"{plan.checkpoint.name} is a {plan.class_name}")
@@ -97,9 +94,9 @@ class SplitDenoiser(Joined):
             manifest,
             split,
             dtype_name(model.dtype),  # type: ignore[attr-defined]
-            timeout=timeout,
-            patience=patience,
-            step_timeout=step_timeout,
+            timeout=connection.timeout,
+            patience=connection.patience,
+            step_timeout=connection.step_timeout,
             cut=f"--cut {cut}" + (f" --ip-adapter {ip_adapter}" if ip_adapter is not None else ""),
         )
         model._belong(client, split)

@@ -174,7 +174,7 @@ def _load(directory: str, denoiser: SplitDenoiser, from_image: bool) -> Any:
         pipeline = kind.from_pretrained(directory, **denoiser.pipeline_options(), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{directory} cannot be loaded as a pipeline: {reason[0]}") from None
+        raise ModelError(f"the pipeline in {directory} cannot be loaded: {reason[0]}") from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

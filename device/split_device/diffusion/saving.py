@@ -1,4 +1,4 @@
-"""How users say that fewer bytes, or fewer calls of the worker, will do. Needs no torch."""
+"""How users ask for fewer bytes or fewer calls of the worker. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CODECS: dict[str, payloads.Codec | None] = {"none": None, "fp16": "float16", "in
 def check_reuse(reuse: float) -> float:
     """Takes a number of steps from 1, or a threshold below 1. Raises ConfigError."""
     if not (0 < reuse < 1 or (reuse >= 1 and float(reuse).is_integer())):
-        raise ConfigError(f"reuse={reuse}: it is a number of steps from 1, or a threshold between 0 and 1")
+        raise ConfigError(f"invalid reuse {reuse}: expected a number of steps, or a threshold between 0 and 1")
     return reuse
 
 
@@ -21,4 +21,6 @@ def parse_reuse(text: str) -> float:
     try:
         return check_reuse(float(text))
     except ValueError:
-        raise ConfigError(f"{text!r} is neither a number of steps, like 2, nor a threshold, like 0.05") from None
+        raise ConfigError(
+            f"invalid reuse {text!r}: expected a number of steps, like 2, or a threshold, like 0.05"
+        ) from None

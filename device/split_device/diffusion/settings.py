@@ -1,9 +1,11 @@
-"""How an image is made, and how it is written down."""
+"""How an image is made, and what it takes: settings, formats, the pipeline's directory."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +13,9 @@ from typing import Annotated, Any
 import msgspec
 
 from split_common.errors import ConfigError
+
+#: Environment variable with the default image model.
+IMAGE_MODEL = "LAMBDA_SPLIT_IMAGE_MODEL"
 
 #: Names of files, and what Pillow calls their formats.
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -46,12 +51,27 @@ def parse_pixels(size: str) -> tuple[int, int]:
     """Width and height of a size like `512x768` or `512`. Raises ConfigError."""
     match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", size, re.ASCII)
     if match is None:
-        raise ConfigError(f"{size!r} is no size: write it like 512x512")
+        raise ConfigError(f"invalid size {size!r}: expected WIDTHxHEIGHT, e.g. 512x512")
     return int(match[1]), int(match[2] or match[1])
 
 
+def pipeline_directory(model: str | None) -> str:
+    """The pipeline's absolute directory. Raises ConfigError if there is none."""
+    if model is None:
+        raise ConfigError(f"no model: give --model DIR, the directory of a pipeline, or set {IMAGE_MODEL}")
+    if not (Path(model) / "model_index.json").is_file():
+        raise ConfigError(f"{model} is not the directory of a pipeline: it has no model_index.json")
+    return str(Path(model).resolve())
+
+
+def need_diffusers() -> None:
+    """Raises ConfigError if the packages for images are missing."""
+    if importlib.util.find_spec("diffusers") is None or importlib.util.find_spec("PIL") is None:
+        raise ConfigError("images need more packages: pip install 'lambda-split[diffusion]'")
+
+
 class _Vae(msgspec.Struct):
-    """Of the configuration of a pipeline's VAE: one entry for each level, of which each but the last halves."""
+    """The configuration of a pipeline's VAE: one entry for each level; each except the last halves the sides."""
 
     block_out_channels: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)]
 
@@ -64,15 +84,17 @@ def check_size(directory: str, settings: ImageSettings) -> None:
     try:
         vae = msgspec.json.decode((Path(directory) / "vae/config.json").read_bytes(), type=_Vae)
     except (OSError, UnicodeDecodeError, msgspec.MsgspecError):
-        raise ConfigError(f"{directory} is no directory of a pipeline: vae/config.json cannot be read") from None
+        raise ConfigError(
+            f"{directory} is not the directory of a pipeline: it lacks a valid vae/config.json"
+        ) from None
     scale = 2 ** (len(vae.block_out_channels) - 1)
     # Pipelines of UNets want sides by 8, whatever their VAE; transformers take 2x2 of its pixels for one token.
     multiple = max(8, scale) if (Path(directory) / "unet").is_dir() else 2 * scale
     for side in sides:
         if side not in range(multiple, MAX_SIDE + 1, multiple):
             raise ConfigError(
-                f"{Path(directory).name} makes no side of {side} pixels: "
-                f"take a multiple of {multiple}, {MAX_SIDE} pixels at most"
+                f"{Path(directory).name} cannot make a side of {side} pixels: "
+                f"expected a multiple of {multiple}, at most {MAX_SIDE}"
             )
 
 
@@ -80,7 +102,7 @@ def image_format(name: str) -> str:
     """What Pillow calls the format of a file of this name. Raises ConfigError."""
     ending = name[name.rfind(".") :].lower()
     if ending not in FORMATS:
-        raise ConfigError(f"{name} is no name of an image: take one of {', '.join(FORMATS)}")
+        raise ConfigError(f"invalid image file {name!r}: expected a name ending in {', '.join(FORMATS)}")
     return FORMATS[ending]
 
 
@@ -89,3 +111,17 @@ def image_bytes(image: Any, format_: str = "PNG") -> bytes:
     content = io.BytesIO()
     image.save(content, format_)
     return content.getvalue()
+
+
+def check_output(path: Path) -> None:
+    """Raises ConfigError if no image could be written to this path, before any work is done for it."""
+    image_format(path.name)
+    directory = path.absolute().parent
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is not a directory")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory")
+    try:
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be written: {error.strerror}") from None

@@ -53,7 +53,7 @@ def start(options: Sequence[str]) -> dict[str, Any]:
     facts: dict[str, Any] = msgspec.json.decode(line) if line.startswith(b"{") else {}
     if "pid" not in facts:
         process.wait()
-        words = facts.get("error", {}).get("message", f"it ended without an error message; see {log_path()}")
+        words = facts.get("error", {}).get("message", f"it ended without a message; see {log_path()}")
         raise AgentError(f"the agent did not start: {words}")
     return facts
 

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from split_device.diffusion.options import pipeline_directory
-from split_device.diffusion.settings import ImageSettings, check_size
-from split_device.jobs.job import FINAL, AnyTask, ImageChoice, ImageTask, Job, Message, ModelChoice, Task
-from split_device.jobs.options import checkpoint
+from split_device.diffusion.settings import ImageSettings, check_size, pipeline_directory
+from split_device.jobs.job import (
+    FINAL,
+    AnyTask,
+    ImageChoice,
+    ImageTask,
+    Job,
+    Message,
+    ModelChoice,
+    Task,
+    checkpoint,
+)
 from split_device.jobs.store import Store, store_path
 from split_device.jobs.watch import POLL_INTERVAL, answer, picture
 from split_device.settings import Sampling
@@ -43,7 +52,8 @@ class Device:
         stop: Sequence[str] = (),
         priority: int = 0,
         key: str | None = None,
-        **sampling: Any,
+        sampling: Sampling | None = None,
+        **fields: Any,
     ) -> Submitted[str]:
         """Submits a user's message, or a conversation.
 
@@ -51,7 +61,8 @@ class Device:
             stop: texts at which the answer ends.
             priority: jobs with a higher one run first.
             key: if there is a job of this key, it is the one.
-            sampling: fields of `Sampling`: `max_tokens`, `temperature`, `top_p`, `top_k`, `seed`.
+            sampling: how tokens are chosen, and how many at most.
+            fields: instead of the sampling's: `max_tokens`, `temperature`, `top_p`, `top_k`, `seed`.
 
         Raises:
             JobsError: the job of this key asks for something else.
@@ -62,7 +73,7 @@ class Device:
         task = Task(
             model=self._model,
             prompt=tuple(Message(message["role"], message["content"]) for message in messages),
-            sampling=Sampling(**sampling),
+            sampling=dataclasses.replace(sampling or Sampling(), **fields),
             stop=tuple(stop),
         )
         return _submit(task, priority, key, self._store_key, answer)
@@ -82,20 +93,28 @@ class ImageDevice:
         self._store_key = store_key
 
     def submit(
-        self, prompt: str, *, priority: int = 0, key: str | None = None, **settings: Any
+        self,
+        prompt: str,
+        *,
+        priority: int = 0,
+        key: str | None = None,
+        settings: ImageSettings | None = None,
+        **fields: Any,
     ) -> Submitted[Image.Image]:
         """Submits a prompt.
 
         Args:
             priority, key: as for `Device`.
-            settings: fields of `ImageSettings`: `steps`, `width`, `height`, `guidance`, `negative`, `seed`.
+            settings: how the image is made.
+            fields: instead of the settings': `steps`, `width`, `height`, `guidance`, `negative`, `seed`.
 
         Raises:
             JobsError: the job of this key asks for something else.
             ConfigError: the model makes no image of this size, or the key is empty.
             StoreLocked, ConfigError: the store cannot be opened.
         """
-        task = ImageTask(model=self._model, prompt=prompt, settings=ImageSettings(**settings))
+        settings = dataclasses.replace(settings or ImageSettings(), **fields)
+        task = ImageTask(model=self._model, prompt=prompt, settings=settings)
         check_size(task.model.name, task.settings)
         return _submit(task, priority, key, self._store_key, _opened)
 

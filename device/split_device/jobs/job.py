@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from split_common.demo_model import resolve_model
+from split_common.split import END_LAYERS
 from split_device.diffusion.settings import ImageSettings
 from split_device.settings import Sampling
 
@@ -23,9 +26,19 @@ class ModelChoice(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     revision: str | None = None
-    head_layers: int = 2
-    tail_layers: int = 2
+    head_layers: int = END_LAYERS
+    tail_layers: int = END_LAYERS
     dtype: str = "auto"
+
+
+def checkpoint(model: str | None) -> str:
+    """The name for a `ModelChoice`, valid in whichever process and directory loads it; the demo model's for None.
+
+    Raises:
+        ModelError: the demo model is missing and cannot be made.
+    """
+    name = resolve_model(model)
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 class ImageChoice(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
@@ -13,43 +12,19 @@ from split_common.errors import PromptTooLong
 from split_common.process import breakable
 from split_common.slots import max_positions
 from split_device.batching.generator import Generator, Request
-from split_device.diffusion.options import need_diffusers
+from split_device.batching.limits import Limits
+from split_device.diffusion.settings import need_diffusers
 from split_device.jobs.job import ImageChoice, ModelChoice, Progress, Task
 from split_device.model import SplitModelForCausalLM
+from split_device.sessions.connection import Connection
 from split_device.tokenizing import encode_chat, encode_text, end_tokens, load_tokenizer, pad_token
 
 if TYPE_CHECKING:
+    from split_device.diffusion.denoiser import SplitDenoiser
     from split_device.diffusion.painter import Painter
 
 #: Seeds of torch's generator are taken modulo this.
 _SEEDS = 2**64
-
-
-@dataclass(frozen=True)
-class Queue:
-    """How the workers are reached; see `SplitModelForCausalLM.from_pretrained`."""
-
-    broker: str
-    keys: Path | None = None
-    member: str | None = None
-    timeout: float = 10.0
-    patience: float = 60.0
-    step_timeout: float = 60.0
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What may be used at once.
-
-    Args:
-        jobs: generations.
-        kv_memory: bytes for the keys and values of each model's head and tail.
-        images: images.
-    """
-
-    jobs: int = 64
-    kv_memory: int | None = None
-    images: int = 2
 
 
 @dataclass(frozen=True)
@@ -95,12 +70,38 @@ class Loaded:
         )
 
 
+def load_model(choice: ModelChoice, connection: Connection) -> Any:
+    """The language model of a choice, split. Errors are those of `SplitModelForCausalLM.from_pretrained`."""
+    return SplitModelForCausalLM.from_pretrained(
+        choice.name,
+        connection=connection,
+        head_layers=choice.head_layers,
+        tail_layers=choice.tail_layers,
+        dtype=choice.dtype,
+        revision=choice.revision,
+    )
+
+
+def load_image_model(choice: ImageChoice, connection: Connection) -> SplitDenoiser:
+    """The denoiser of a choice, split. Errors are those of `load_denoiser`."""
+    from split_device.diffusion.kinds import load_denoiser
+
+    return load_denoiser(
+        choice.name,
+        connection=connection,
+        cut=choice.cut,
+        codec=choice.codec,
+        reuse=choice.reuse,
+        dtype=choice.dtype,
+    )
+
+
 class Models:
     """Loads models when they are asked for first. A context manager, which closes them."""
 
-    def __init__(self, queue: Queue, limits: Limits) -> None:
+    def __init__(self, connection: Connection, limits: Limits) -> None:
         self.limits = limits
-        self._queue = queue
+        self._connection = connection
         self._loaded: dict[ModelChoice, Loaded] = {}
         self._painters: dict[ImageChoice, Painter] = {}
         self._stack = contextlib.ExitStack()
@@ -114,25 +115,9 @@ class Models:
 
     def _load(self, choice: ModelChoice) -> Loaded:
         tokenizer = load_tokenizer(choice.name, choice.revision)
-        queue = self._queue
-        model = self._stack.enter_context(
-            SplitModelForCausalLM.from_pretrained(
-                choice.name,
-                broker=queue.broker,
-                head_layers=choice.head_layers,
-                tail_layers=choice.tail_layers,
-                dtype=choice.dtype,
-                revision=choice.revision,
-                keys=queue.keys,
-                member=queue.member,
-                timeout=queue.timeout,
-                patience=queue.patience,
-                step_timeout=queue.step_timeout,
-            )
-        )
-        limits = self.limits
-        generator = Generator(model, max_requests=limits.jobs, kv_memory=limits.kv_memory)
-        return Loaded(model, tokenizer, self._stack.enter_context(generator))
+        model = self._stack.enter_context(load_model(choice, self._connection))
+        generator = self._stack.enter_context(Generator(model, limits=self.limits))
+        return Loaded(model, tokenizer, generator)
 
     def painter(self, choice: ImageChoice) -> Painter:
         """Raises what `load_denoiser` and `Painter` raise."""
@@ -143,25 +128,9 @@ class Models:
 
     def _load_painter(self, choice: ImageChoice) -> Painter:
         need_diffusers()
-        from split_device.diffusion.kinds import load_denoiser
         from split_device.diffusion.painter import Painter
 
-        queue = self._queue
-        denoiser = self._stack.enter_context(
-            load_denoiser(
-                choice.name,
-                broker=queue.broker,
-                cut=choice.cut,
-                codec=choice.codec,
-                reuse=choice.reuse,
-                dtype=choice.dtype,
-                keys=queue.keys,
-                member=queue.member,
-                timeout=queue.timeout,
-                patience=queue.patience,
-                step_timeout=queue.step_timeout,
-            )
-        )
+        denoiser = self._stack.enter_context(load_image_model(choice, self._connection))
         return Painter(choice.name, denoiser, at_once=self.limits.images)
 
     def __enter__(self) -> Models:

@@ -55,7 +55,7 @@ class Runner:
 
     def turn(self) -> None:
         """Starts jobs up to the limits, cancels what users cancelled, and writes progress."""
-        self._start("text", self._models.limits.jobs)
+        self._start("text", self._models.limits.requests)
         self._start("image", self._models.limits.images)
         for id_ in self._store.cancelling():
             if id_ in self._running:

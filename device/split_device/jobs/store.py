@@ -194,7 +194,7 @@ class Store:
             job = self._job(row)
             # The seed that was drawn for a job is not part of the request.
             if job.task != (task.with_seed(job.task.seed) if task.needs_seed else task):
-                raise JobsError(f"job {job.id} has this key, and asks for something else")
+                raise JobsError(f"job {job.id} has this key already, and asks for something else: use another key")
             return job
         if task.needs_seed:
             # Drawn now, so that the output is the same however often the job is interrupted.
@@ -284,7 +284,7 @@ class Store:
         with self._transaction():
             job = self.get(id_)
             if job.state not in ("failed", "cancelled"):
-                raise JobsError(f"job {id_} is {job.state}: only a failed or cancelled one can be tried again")
+                raise JobsError(f"job {id_} is {job.state}: only a failed or cancelled job can be retried")
             self._db.execute(
                 "UPDATE jobs SET state = 'queued', cancelling = 0, finished = NULL, error = NULL WHERE id = ?",
                 (id_,),

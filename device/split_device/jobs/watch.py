@@ -45,7 +45,7 @@ def follow(
         if running_agent() is not None:
             agent_at = now
         elif now - agent_at > AGENT_GRACE:
-            raise AgentError(f"job {id_} is {job.state}, and no agent runs: `lambda-split agent start`")
+            raise AgentError(f"job {id_} is {job.state}, and no agent runs: `lambda-split agent start` starts one")
         time.sleep(POLL_INTERVAL)
 
 

@@ -27,7 +27,7 @@ from split_common.fleet import Fleet
 from split_common.handshake import DeviceHandshake
 from split_common.keys import Certificate, Identity, ModelScope, Role
 from split_common.transport import Transport, count_dropped, new_peer_id
-from split_device.sessions.history import HISTORY_MEMORY
+from split_device.sessions.connection import HISTORY_MEMORY, PATIENCE, STEP_TIMEOUT, TIMEOUT
 from split_device.sessions.session import (
     CHECK_INTERVAL,
     GONE,
@@ -42,12 +42,6 @@ from split_device.timings import Timings
 
 #: Seconds until a message of a channel's set-up is sent again; doubles each time. Answers take little time.
 SET_UP_RETRANSMIT = 1.0
-
-#: Seconds that a step waits while workers are full, before it raises `Busy`.
-PATIENCE = 60.0
-
-#: Seconds without a reply after which a device looks for a faster worker. A full worker answers late, too.
-STEP_TIMEOUT = 60.0
 
 #: Seconds for which a device that found no room elsewhere does not look again.
 CROWDED_FOR = 2.0
@@ -85,7 +79,7 @@ class Client:
         service: headers.Service,
         model: str,
         dtype: payloads.Dtype,
-        timeout: float = 10.0,
+        timeout: float = TIMEOUT,
         patience: float = PATIENCE,
         history_memory: int = HISTORY_MEMORY,
         step_timeout: float = STEP_TIMEOUT,

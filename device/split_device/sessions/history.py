@@ -16,12 +16,10 @@ import torch
 from split_common import payloads
 from split_common.errors import AuthenticationError, HistoryLost
 from split_common.tensors import raw_bytes
+from split_device.sessions.connection import HISTORY_MEMORY
 from split_device.sessions.spill import SpillFile
 
 log = logging.getLogger(__name__)
-
-#: Default for the bytes of a session's hidden states that stay in memory; older ones are spilled.
-HISTORY_MEMORY = 64 * 1024 * 1024
 
 #: Most bytes of hidden states that are spilled and read back together; one column may have more.
 BLOCK_BYTES = 1024 * 1024

@@ -6,13 +6,10 @@ import itertools
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Any, Protocol
-
-import typer
+from typing import Any, Protocol
 
 from split_common.console import emit_json
 from split_common.errors import SplitError
-from split_common.options import JsonOption
 from split_common.process import catch_sigterm, passive_threads
 from split_device.stress.events import Answered, Asked, Decoded, Event, Failed, Traffic, encode
 from split_device.stress.plan import CUT, Kind
@@ -41,20 +38,26 @@ class Asker(Protocol):
         """Fields of `Answered` about an output: its size, and whether it equals the unsplit model's."""
 
 
-def stress_device(
-    model: Annotated[str, typer.Option()],
-    broker: Annotated[str, typer.Option()],
-    index: Annotated[int, typer.Option()],
-    kind: Annotated[Kind, typer.Option()] = "text",
-    seed: Annotated[int, typer.Option()] = 0,
-    requests: Annotated[int | None, typer.Option()] = None,
-    reference: Annotated[str | None, typer.Option()] = None,
-    head_layers: Annotated[int, typer.Option()] = 2,
-    tail_layers: Annotated[int, typer.Option()] = 2,
-    keys: Annotated[Path | None, typer.Option()] = None,
-    json: JsonOption = False,
+def run_device(
+    model: str,
+    broker: str,
+    index: int,
+    *,
+    kind: Kind,
+    seed: int,
+    requests: int | None,
+    reference: str | None,
+    head_layers: int,
+    tail_layers: int,
+    keys: Path | None,
 ) -> None:
-    """A device of `lambda-split stress`, which starts it: makes requests until SIGTERM, then ends the last one."""
+    """Makes requests until SIGTERM, then ends the last one.
+
+    Args:
+        index: of this device among those of the run.
+        requests: number of requests; None for no end.
+        reference: the unsplit checkpoint to compare with; `model` if None.
+    """
     passive_threads()
 
     import torch

@@ -1,10 +1,13 @@
-"""What a run of the stress command is to be."""
+"""What a run of the stress command does."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from split_common.split import END_LAYERS
 
 TransportName = Literal["zmq", "redis"]
 Kind = Literal["text", "image"]
@@ -18,23 +21,24 @@ CUT = "C"
 class Plan:
     """What to run: the command's options, checked."""
 
-    workload: Workload
-    devices: int
-    workers: int
+    workload: Workload = "text"
+    devices: int = 8
+    workers: int = 3
     #: Requests of each device; None to go on until the time is over.
-    requests: int | None
-    seconds: float | None
-    transport: TransportName
+    requests: int | None = 25
+    seconds: float | None = None
+    transport: TransportName = "zmq"
     #: A queue that runs already; None to start one.
-    broker: str | None
+    broker: str | None = None
     #: A checkpoint; None for a small random model of each kind.
-    model: str | None
-    reference: str | None
-    head_layers: int
-    tail_layers: int
-    chaos: list[str]
-    seed: int
-    keys: Path | None
+    model: str | None = None
+    reference: str | None = None
+    head_layers: int = END_LAYERS
+    tail_layers: int = END_LAYERS
+    #: The kinds of faults.
+    chaos: Sequence[str] = ()
+    seed: int = 0
+    keys: Path | None = None
 
     def kind(self, index: int) -> Kind:
         """What the device or the worker of this index is for."""

@@ -18,7 +18,7 @@ def check_plot(path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'lambda-split[plot]'")
     if not path.parent.is_dir():
-        raise ConfigError(f"{path.parent} is no directory")
+        raise ConfigError(f"{path.parent} is not a directory")
     from matplotlib.figure import Figure
 
     formats = Figure().canvas.get_supported_filetypes()

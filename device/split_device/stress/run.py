@@ -89,7 +89,7 @@ def run(plan: Plan, directory: Path, stack: contextlib.ExitStack) -> Outcome:
     ]
     stack.enter_context(_finished(devices))
 
-    chaos = Chaos(plan.chaos, plan.seed, workers, queue, proxy) if plan.chaos else None
+    chaos = Chaos(list(plan.chaos), plan.seed, workers, queue, proxy) if plan.chaos else None
     kept = [*workers, *([queue] if queue is not None else [])]
     ledger.began = time.monotonic()
     memory, interrupted = _watch(plan, ledger, chaos, kept, devices)

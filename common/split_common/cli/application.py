@@ -1,4 +1,4 @@
-"""The `lambda-split` command: what is common to all sub-commands, which the components contribute."""
+"""The `lambda-split` application: what all sub-commands share. Components contribute the sub-commands."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from split_common.console import emit_json, stderr
+from split_common.console import emit_json
 from split_common.errors import ConfigError, SplitError
 from split_common.process import reuse_memory
-
-__all__ = ["app", "emit_json", "main", "stderr"]
 
 #: Entry points of this group name functions `register(app: typer.Typer) -> None`. Their modules import torch
 #: and transformers inside their commands only, so that `lambda-split --help` answers at once.
@@ -54,7 +52,9 @@ def _print_version(wanted: bool) -> None:
 def _options(
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
-        typer.Option(envvar="LAMBDA_SPLIT_LOG", case_sensitive=False, help="What is logged to stderr."),
+        typer.Option(
+            envvar="LAMBDA_SPLIT_LOG", case_sensitive=False, help="Lowest level that is logged to stderr."
+        ),
     ] = "warning",
     _version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
@@ -62,7 +62,7 @@ def _options(
 ) -> None:
     """Run a model split between this device and workers, over an encrypted queue."""
     reuse_memory()
-    # What goes wrong with a hub is said in one line at the end, not at each of its retries.
+    # An error of a hub is reported once, at the end, not at each retry.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
@@ -82,7 +82,7 @@ def load_commands() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; whatever goes wrong ends as one line on stderr and an exit code."""
+    """Run the command line; every error ends as one line on stderr and an exit code."""
     arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
     as_json = "--json" in arguments
     try:
@@ -117,7 +117,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _wrong_usage(error: typer.TyperException) -> str:
-    """What is wrong, and where to read how it is right."""
+    """What is wrong, and where to read about correct usage."""
     message = error.format_message().replace("Value error, ", "").rstrip(".")
     context = getattr(error, "ctx", None)
     return f"{message}; see `{context.command_path} --help`" if context is not None else message
@@ -127,7 +127,7 @@ def _fail(name: str, message: str, code: int, as_json: bool) -> int:
     """Report the exception that is being handled and return the exit code."""
     if os.environ.get("LAMBDA_SPLIT_DEBUG") == "1":
         traceback.print_exc()
-    # What a peer sent may be part of a message: it gets neither a second line nor a terminal's control codes.
+    # The message may contain text from a peer: no line breaks and no control codes for the terminal.
     line = "".join(char if char.isprintable() else "?" for char in " ".join(message.split()))
     print(f"error: {line}", file=sys.stderr)
     if as_json:
@@ -139,5 +139,5 @@ def _fail(name: str, message: str, code: int, as_json: bool) -> int:
 
 
 def _drop_stdout() -> None:
-    """Whoever read stdout has left; let nothing complain when the interpreter flushes it at exit."""
+    """The reader of stdout is gone: avoid an error when the interpreter flushes stdout at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,81 +10,53 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from split_common.cli.groups import grouped
+from split_common.cli.options import JsonOption
 from split_common.console import emit_json, stderr
 from split_common.errors import ConfigError, JobsError
-from split_common.options import (
-    DEFAULT_BROKER,
-    BrokerOption,
-    DtypeOption,
-    JsonOption,
-    KeysOption,
-    MemberOption,
-    ModelOption,
-    RevisionOption,
-    TimeoutOption,
-    parse_size,
-)
 from split_common.process import catch_sigterm, passive_threads
+from split_device.batching.limits import Limits
+from split_device.cli.groups import LIMITS, ConnectionOptions, TextModelOptions
+from split_device.cli.options import GIVE_UP, GiveUpOption, StoreKeyOption
 from split_device.jobs import batch as batches
-from split_device.jobs.job import ModelChoice
 from split_device.jobs.lock import Held, holding
-from split_device.jobs.options import (
-    GIVE_UP,
-    ConcurrencyOption,
-    GiveUpOption,
-    KvMemoryOption,
-    StoreKeyOption,
-    checkpoint,
-)
 from split_device.jobs.store import Store
-from split_device.options import HeadOption, PatienceOption, TailOption
+from split_device.sessions.connection import Connection
 
 if TYPE_CHECKING:
     from split_device.jobs.runner import Runner
 
 
+@grouped
 def batch(
-    requests: Annotated[
-        Path, typer.Argument(metavar="IN.jsonl", help="Requests in the format of OpenAI's batches.")
+    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Requests in the format of OpenAI's batches.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT.jsonl", help="Where to write the answers.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.jsonl", help="Where the answers go.")],
+    model: TextModelOptions,
+    connection: ConnectionOptions,
+    limits: Annotated[Limits, LIMITS.without("images")],
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file of answers if it is there.")
+        bool, typer.Option("--overwrite", help="Replace the file of answers if it exists.")
     ] = False,
-    model: ModelOption = None,
-    broker: BrokerOption = DEFAULT_BROKER,
-    max_jobs: ConcurrencyOption = 64,
-    kv_memory: KvMemoryOption = None,
     give_up: GiveUpOption = GIVE_UP,
     store_key: StoreKeyOption = None,
-    head_layers: HeadOption = 2,
-    tail_layers: TailOption = 2,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    keys: KeysOption = None,
-    member: MemberOption = None,
-    timeout: TimeoutOption = 10.0,
-    patience: PatienceOption = 60.0,
     json: JsonOption = False,
 ) -> None:
-    """Answer a file of requests, many at once; after Ctrl-C or a crash, the same command goes on.
+    """Answer a file of requests, many at once; after Ctrl-C or a crash, the same command resumes.
 
     Each line is a request: `custom_id`, `method` (POST), `url` (/v1/chat/completions or /v1/completions) and
     `body`. OUT.jsonl gets one line for each, in the same order, all at once, when all are done: a `response`, or
     an `error`. --model answers whatever model the lines name. Exit code 1 if a line was answered by an error.
     """
     passive_threads()
-    memory = parse_size(kv_memory) if kv_memory is not None else None
     if output.is_dir():
         raise ConfigError(f"{output} is a directory")
     if output.exists() and not overwrite:
-        raise ConfigError(f"{output} is there already: remove it, or give --overwrite")
-    choice = ModelChoice(
-        name=checkpoint(model), revision=revision, head_layers=head_layers, tail_layers=tail_layers, dtype=dtype
-    )
-    lines = batches.read(requests, choice)
+        raise ConfigError(f"{output} exists already: remove it, or give --overwrite")
+    lines = batches.read(source, model.choice())
     if not lines:
-        raise ConfigError(f"{requests} has no lines")
+        raise ConfigError(f"{source} has no lines")
     began = time.perf_counter()
     stop = catch_sigterm()
     work = batches.work_path(output)
@@ -95,12 +67,7 @@ def batch(
                 before = store.generated()
                 asked = batches.Batch(lines, store)
                 if asked.jobs:
-                    from split_device.jobs.models import Limits, Models, Queue
-                    from split_device.jobs.runner import Runner
-
-                    queue = Queue(broker, keys, member, timeout, patience)
-                    with Models(queue, Limits(max_jobs, memory)) as models:
-                        _run(Runner(store, models, give_up, stderr.print), store, asked, stop)
+                    _run(store, asked, connection, limits, give_up, stop)
                 tokens = store.generated() - before
                 count, errors = batches.write(output, asked.records())
             batches.remove(work)
@@ -123,8 +90,23 @@ def batch(
         raise typer.Exit(1)
 
 
-def _run(runner: Runner, store: Store, asked: batches.Batch, stop: threading.Event) -> None:
+def _run(
+    store: Store,
+    asked: batches.Batch,
+    connection: Connection,
+    limits: Limits,
+    give_up: float,
+    stop: threading.Event,
+) -> None:
     """Runs a batch's jobs to their end. Raises KeyboardInterrupt after SIGTERM."""
+    from split_device.jobs.models import Models
+    from split_device.jobs.runner import Runner
+
+    with Models(connection, limits) as models:
+        _follow(Runner(store, models, give_up, stderr.print), store, asked, stop)
+
+
+def _follow(runner: Runner, store: Store, asked: batches.Batch, stop: threading.Event) -> None:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""The `lambda-split keys` commands: what the operator of a fleet does with its keys."""
+"""The `lambda-split keys` commands, with which the operator of a fleet manages its keys."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rich.table import Table
 
 from split_common.address import is_redis, masked, parse_address
 from split_common.checkpoint import Checkpoint
+from split_common.cli.options import BrokerOption, FleetOption, IpAdapterOption, JsonOption, KeysOption
 from split_common.console import emit_json, stderr
 from split_common.errors import ConfigError, KeysError
 from split_common.fleet import DAYS, Fleet, keys_dir, load_fleet
 from split_common.keys import Certificate, Member, ModelScope, Role
 from split_common.manifest import Manifest
-from split_common.options import BrokerOption, FleetOption, IpAdapterOption, JsonOption, KeysOption
 from split_common.redis_acl_cli import redis_acl
 from split_common.transport import check_address
 from split_common.verification import build_manifest
@@ -68,13 +68,13 @@ def add_worker(
     ],
     model: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Let it serve this model of the fleet only; see --layers."),
+        typer.Option(metavar="NAME", help="Let it serve only this model of the fleet; needs --layers."),
     ] = None,
     layers: Annotated[
         str | None,
         typer.Option(
             metavar="FIRST:LAST",
-            help="The layers of --model that it may serve, like 2:28; of an image model its blocks.",
+            help="The layers of --model that it may serve, like 2:28; for an image model, its blocks.",
         ),
     ] = None,
     keys: FleetOption = None,
@@ -97,7 +97,7 @@ def add_model(
         str, typer.Argument(metavar="MODEL", help="A directory with a safetensors checkpoint, or a hub id.")
     ],
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Its name in the fleet. Default: the checkpoint's.")
+        str | None, typer.Option(metavar="NAME", help="The model's name in the fleet. Default: the checkpoint's.")
     ] = None,
     revision: Annotated[
         str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of a hub id.")
@@ -118,7 +118,7 @@ def add_model(
 
 @keys_app.command()
 def show(keys: KeysOption = None, json: JsonOption = False) -> None:
-    """List the fleet's members and models. A certificate's end is known only where its NAME.key is."""
+    """List the fleet's members and models. A certificate's end is known only if its NAME.key is here."""
     fleet = load_fleet(keys)
     if json:
         emit_json(_summary(fleet))
@@ -141,7 +141,7 @@ def show(keys: KeysOption = None, json: JsonOption = False) -> None:
 
 @keys_app.command()
 def revoke(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The member to shut out, for good.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The member to revoke, for good.")],
     keys: FleetOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -157,7 +157,9 @@ def publish(broker: BrokerOption, keys: KeysOption = None, json: JsonOption = Fa
     """Store the roster in Redis, where all members follow within seconds. A ZeroMQ broker serves its own."""
     address = parse_address(broker)
     if not is_redis(address):
-        raise ConfigError("--broker names no Redis server; a ZeroMQ broker follows the roster in its own directory")
+        raise ConfigError(
+            "--broker must be the address of a Redis server; a ZeroMQ broker reads the roster in its own directory"
+        )
     from split_common.transport.redis.roster import publish as publish_roster
 
     fleet = load_fleet(keys)
@@ -166,7 +168,7 @@ def publish(broker: BrokerOption, keys: KeysOption = None, json: JsonOption = Fa
     there = publish_roster(address, fleet)
     message = f"{masked(address)} has the roster of version {there}"
     if there > own:
-        message += f", which is newer than version {own} here was, and was taken over"
+        message += f", which is newer than version {own} here and has replaced it"
     _report(json, message, {"broker": masked(address), "keys": str(fleet.path), "roster_version": there})
 
 
@@ -198,7 +200,7 @@ def _layer_range(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text, re.ASCII)
     first, last = map(int, match.groups()) if match else (0, 0)
     if first >= last:
-        raise ConfigError(f"--layers {text!r}: write FIRST:LAST with 0 <= FIRST < LAST")
+        raise ConfigError(f"invalid --layers {text!r}: expected FIRST:LAST with 0 <= FIRST < LAST")
     return first, last
 
 
@@ -211,7 +213,7 @@ def _manifest(fleet: Fleet, name: str) -> Manifest:
 
 
 def _certificate(fleet: Fleet, member: Member) -> Certificate | None:
-    """The member's certificate where its key file is in the directory."""
+    """The member's certificate if its key file is in the directory."""
     if not (fleet.path / f"{member.name}.key").exists():
         return None
     return fleet.read_identity(member.name).certificate

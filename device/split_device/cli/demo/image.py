@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,11 @@ from typing import Any
 from split_common.console import emit_json, stderr
 from split_common.errors import ConfigError
 from split_common.files import write_private
-from split_common.process import passive_threads, running_command, use_loopback_keys
+from split_common.process import passive_threads
+from split_device.cli.demo.fleet import running_fleet
 
 #: The trained toy SDXL in a clone of the repository; a wheel does not carry it.
-DIGITS_MODEL = Path(__file__).parents[3] / "examples" / "digits-sdxl"
+DIGITS_MODEL = Path(__file__).parents[4] / "examples" / "digits-sdxl"
 
 #: What it was trained on: a column of the sheet for each digit, a row for each colour.
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -27,52 +26,40 @@ SEED = 0
 
 MB = 1e6
 
-#: Times that a picture is enlarged on the sheet.
+#: By how much the sheet enlarges a picture.
 ENLARGED = 2
 
 
 def image_demo(output: Path, json: bool) -> None:
     """Makes the sheet twice, unsplit and split, and says how the two compare.
 
-    Raises ConfigError where the model is not there, or the sheet cannot be.
+    Raises:
+        ConfigError: the model is missing, or the sheet cannot be written.
     """
     if not DIGITS_MODEL.is_dir():
         raise ConfigError(
-            f"{DIGITS_MODEL} is not there: the model comes with a clone of the repository, not with the package; "
+            f"{DIGITS_MODEL} is missing: the model comes with a clone of the repository, not with the package; "
             "run `make demo-image` in a clone"
         )
     if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir():
-        raise ConfigError(f"{output} is no name of a .png file in a directory that is there")
+        raise ConfigError(f"invalid output {str(output)!r}: expected a .png file in an existing directory")
     passive_threads()
-    with tempfile.TemporaryDirectory(prefix="lambda-split-demo-") as directory, contextlib.ExitStack() as stack:
-        use_loopback_keys(Path(directory))
-        log = Path(directory) / "broker.log"
-        start = stack.enter_context
-        stderr.print("starting a broker and a worker on this machine …")
-        _, queue = start(
-            running_command(["broker", "--bind", "tcp://127.0.0.1:*"], log, {"LAMBDA_SPLIT_LOG": "debug"})
-        )
-        served = ["--model", str(DIGITS_MODEL), "--cut", CUT, "--dtype", "float32"]
-        start(running_command(["worker", "--broker", queue["address"], *served]))
-
+    with running_fleet(["--model", str(DIGITS_MODEL), "--cut", CUT, "--dtype", "float32"]) as fleet:
         import torch
 
-        from split_device.demo import last_routed
         from split_device.diffusion.unet import SplitUNet2DConditionModel
 
         pipeline = _load(DIGITS_MODEL)
         parameters = _parameters(pipeline.unet)
         unsplit, unsplit_s = _make(pipeline, "unsplit")
-        unet = start(
-            SplitUNet2DConditionModel.from_pretrained(
-                DIGITS_MODEL, broker=queue["address"], cut=CUT, dtype="float32"
-            )
-        )
-        pipeline.unet = unet
-        before, opened = unet.traffic, unet.timings.steps
-        split, split_s = _make(pipeline, "split")
-        after, calls = unet.traffic, unet.timings.steps - opened
-        seen = last_routed(log)
+        with SplitUNet2DConditionModel.from_pretrained(
+            DIGITS_MODEL, broker=fleet.address, cut=CUT, dtype="float32"
+        ) as unet:
+            pipeline.unet = unet
+            before, opened = unet.traffic, unet.timings.steps
+            split, split_s = _make(pipeline, "split")
+            after, calls = unet.traffic, unet.timings.steps - opened
+            seen = fleet.last_routed()
     sheet = _sheet(split)
     content = io.BytesIO()
     sheet.save(content, "PNG", optimize=True)
@@ -159,7 +146,7 @@ def _tell(facts: dict[str, Any]) -> None:
         f"and {facts['device_params_share']:.0%} of the UNet's parameters",
         "what the broker saw of the last step, the body sealed between device and worker:",
         *(f"  {line}" for line in facts["broker_saw"]),
-        "the worker opens what it computes on: who runs the worker can find out prompts and pictures",
+        "the worker decrypts what it computes on: whoever runs it can find out prompts and pictures",
     ):
         stderr.print(line, soft_wrap=True)
     print(facts["output"], flush=True)

@@ -1,4 +1,4 @@
-"""`lambda-split doctor`: is everything in place, and what to do where it is not."""
+"""`lambda-split doctor`: checks that everything is in place, and says what to do where it is not."""
 
 from __future__ import annotations
 
@@ -18,57 +18,51 @@ import typer
 
 from split_common import headers
 from split_common.address import masked
+from split_common.cli.groups import grouped
+from split_common.cli.options import MODEL_PANEL, JsonOption
 from split_common.console import emit_json, stdout
 from split_common.errors import InvalidSplit, KeysError, NoWorker, SplitError
 from split_common.fleet import Fleet, load_fleet
 from split_common.keys import Identity, Role
-from split_common.options import (
-    DEFAULT_BROKER,
-    MODEL_PANEL,
-    BrokerOption,
-    JsonOption,
-    KeysOption,
-    MemberOption,
-    TimeoutOption,
-)
 from split_common.transport import connect, new_peer_id
+from split_device.cli.groups import CONNECTION
+from split_device.sessions.connection import Connection
 
 if TYPE_CHECKING:
     from split_common.diffusion.plan import ImagePlan
 
 Status = Literal["ok", "note", "problem"]
 
-#: Days before a certificate's end from which on the doctor speaks of it.
-SOON = 14
+#: A certificate that ends within this many days is mentioned.
+EXPIRES_SOON = 14
 
-
-#: Layers of a model that are tried, from the first one of the body on.
+#: Number of the body's first layers that are tried.
 TRIED_LAYERS = 8
 
-#: Memory for the keys and values of that trial, in bytes.
+#: Memory for keys and values in that trial, in bytes.
 TRIAL_BYTES = 16 * 1024**2
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """One thing that was checked."""
 
     subject: str
     status: Status
     detail: str
 
 
+@grouped
 def doctor(
-    broker: BrokerOption = DEFAULT_BROKER,
-    keys: KeysOption = None,
-    member: MemberOption = None,
-    timeout: TimeoutOption = 5.0,
+    connection: Annotated[
+        Connection, CONNECTION.without("patience", "step_timeout", "history_memory")
+    ] = Connection(timeout=5.0),
     model: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
             rich_help_panel=MODEL_PANEL,
-            help="Directory or hub id of a checkpoint: tell how a worker would run its layers, or how an image "
+            help="Directory or hub id of a checkpoint: say how a worker would run its layers, or how an image "
             "model is cut.",
         ),
     ] = None,
@@ -79,7 +73,7 @@ def doctor(
     The exit code is 1 if anything is a problem.
     """
     findings = []
-    for finding in itertools.chain(_findings(broker, keys, member, timeout), _layers(model)):
+    for finding in itertools.chain(_findings(connection), _layers(model)):
         findings.append(finding)
         if not json:
             _print(finding)
@@ -97,12 +91,12 @@ def _print(finding: Finding) -> None:
     console.print(f"{finding.subject}: {finding.detail}", soft_wrap=True)
 
 
-def _findings(broker: str, keys: KeysOption, member: MemberOption, timeout: float) -> Iterator[Finding]:
+def _findings(connection: Connection) -> Iterator[Finding]:
     yield from _versions()
     yield from _hardware()
     try:
-        fleet = load_fleet(keys)
-        identity = _identity(fleet, member)
+        fleet = load_fleet(Path(connection.keys) if connection.keys is not None else None)
+        identity = _identity(fleet, connection.member)
     except SplitError as error:
         yield Finding("keys", "problem", str(error))
         return
@@ -110,10 +104,10 @@ def _findings(broker: str, keys: KeysOption, member: MemberOption, timeout: floa
     if certificate.status == "problem":
         return
     if identity.certificate.role == "broker":
-        detail = "not asked: this machine has the key of a broker alone, and brokers answer devices and workers"
+        detail = "not asked: this machine has only a broker's key, and brokers answer devices and workers"
         yield Finding("broker", "note", detail)
     else:
-        yield from _queue(broker, fleet, identity, timeout)
+        yield from _queue(connection.broker, fleet, identity, connection.timeout)
 
 
 def _versions() -> Iterator[Finding]:
@@ -132,7 +126,7 @@ def _hardware() -> Iterator[Finding]:
     elif torch.version.cuda is None:
         yield Finding("GPU", "note", "torch is built for the CPU; a worker on a GPU needs a CUDA build of torch")
     else:
-        yield Finding("GPU", "note", "torch sees none; if there is one, check that `nvidia-smi` lists it")
+        yield Finding("GPU", "note", "torch finds none; if there is one, check that `nvidia-smi` lists it")
     threads, cores = torch.get_num_threads(), _cores()
     detail = f"torch uses {threads} on {cores} {'core' if cores == 1 else 'cores'}"
     if threads > cores:
@@ -145,7 +139,7 @@ def _hardware() -> Iterator[Finding]:
 
 
 def _layers(model: str | None) -> Iterator[Finding]:
-    """Whether many sessions share a forward of a model's layers: some of them are run; of a denoiser, its cuts."""
+    """Whether many sessions share one forward of a model's layers, found by running some; a denoiser's cuts."""
     if model is None:
         return
     from split_common.checkpoint import Checkpoint
@@ -174,7 +168,7 @@ def _layers(model: str | None) -> Iterator[Finding]:
 
 
 def _blocks(plan: ImagePlan) -> Finding:
-    """What the cuts of a denoiser leave to the device."""
+    """How much of a denoiser each cut leaves to the device."""
     from split_common.diffusion.plan import CUTS
 
     checkpoint = plan.checkpoint
@@ -199,7 +193,7 @@ def _cores() -> int:
 
 
 def _identity(fleet: Fleet, member: str | None) -> Identity:
-    """Who is asking: a device if its key is here, else whoever's key is."""
+    """This machine's identity: a device's if its key is here, else a worker's or a broker's."""
     if member is not None:
         return fleet.read_identity(member)
     others: tuple[Role, ...] = ("worker", "broker")
@@ -225,7 +219,7 @@ def _certificate(fleet: Fleet, identity: Identity) -> Finding:
         return Finding("keys", "problem", f"{about} is revoked: {ask}")
     if days <= 0:
         return Finding("keys", "problem", f"{about} has expired: {ask}")
-    if days < SOON and not fleet.is_loopback:
+    if days < EXPIRES_SOON and not fleet.is_loopback:
         return Finding("keys", "note", f"{about} is valid for {days:.0f} more days: {ask}")
     return Finding("keys", "ok", f"{about} is valid for {days:.0f} more days")
 
@@ -256,7 +250,7 @@ def _queue(broker: str, fleet: Fleet, identity: Identity, timeout: float) -> Ite
 
 
 def _workers(client: object) -> Finding:
-    """What is served: the broker says it when it is asked for something that nobody serves."""
+    """What is served: the broker says so when it is asked for a model that no worker serves."""
     from split_device.sessions.client import Client
 
     assert isinstance(client, Client)
@@ -272,7 +266,7 @@ def _workers(client: object) -> Finding:
 
 
 class _Knock:
-    """A worker that serves nothing, just to hear whether the broker answers (a transport's `Handler`)."""
+    """A worker that serves nothing and only finds out whether the broker answers (a transport's `Handler`)."""
 
     def __init__(self, identity: Identity) -> None:
         name = identity.certificate.name

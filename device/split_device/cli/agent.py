@@ -4,38 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from split_common.cli.groups import grouped
+from split_common.cli.options import JsonOption, given_words
 from split_common.console import emit_json, stderr
 from split_common.errors import AgentError, ConfigError
-from split_common.options import (
-    DEFAULT_BROKER,
-    BrokerOption,
-    JsonOption,
-    KeysOption,
-    MemberOption,
-    TimeoutOption,
-    parse_size,
-)
 from split_common.process import catch_sigterm, passive_threads
+from split_device.cli.groups import ConnectionOptions, LimitOptions
+from split_device.cli.options import GIVE_UP, GiveUpOption, KeepOption, StoreKeyOption, parse_age
 from split_device.jobs import agent
 from split_device.jobs.lock import Held, holding
-from split_device.jobs.options import (
-    GIVE_UP,
-    ConcurrencyOption,
-    GiveUpOption,
-    KeepOption,
-    KvMemoryOption,
-    MaxImagesOption,
-    StoreKeyOption,
-    parse_age,
-)
 from split_device.jobs.store import Store, store_path
-from split_device.options import PatienceOption
+
+if TYPE_CHECKING:
+    from split_device.jobs.runner import Runner
 
 app = typer.Typer(no_args_is_help=True, help="Run this user's jobs in the background.", rich_markup_mode="markdown")
 
@@ -47,89 +34,72 @@ LOG_INTERVAL = 0.2
 
 
 @app.command()
+@grouped
 def run(
-    broker: BrokerOption = DEFAULT_BROKER,
-    max_jobs: ConcurrencyOption = 64,
-    max_images: MaxImagesOption = 2,
-    kv_memory: KvMemoryOption = None,
+    connection: ConnectionOptions,
+    limits: LimitOptions,
     give_up: GiveUpOption = GIVE_UP,
     keep: KeepOption = None,
     store_key: StoreKeyOption = None,
-    keys: KeysOption = None,
-    member: MemberOption = None,
-    timeout: TimeoutOption = 10.0,
-    patience: PatienceOption = 60.0,
     json: JsonOption = False,
 ) -> None:
     """Run jobs in the foreground, until Ctrl-C or SIGTERM.
 
-    What runs then is broken off and goes on from there when an agent runs again. With --json one object is printed
-    when it is ready.
+    Jobs that run then are interrupted, and resume when an agent runs again. With --json one object is printed when
+    the agent is ready.
     """
     passive_threads()
-    memory = parse_size(kv_memory) if kv_memory is not None else None
     kept = parse_age(keep) if keep is not None else None
     stop = catch_sigterm()
     try:
         with holding(agent.lock_path()), Store(store_path(), store_key) as store:
             left = store.recover()
-            from split_device.jobs.models import Limits, Models, Queue
+            from split_device.jobs.models import Models
             from split_device.jobs.runner import Runner
 
-            facts = {"pid": os.getpid(), "store": str(store.path), "jobs": store.count()}
             if json:
-                emit_json(facts)
+                emit_json({"pid": os.getpid(), "store": str(store.path), "jobs": store.count()})
             stderr.print(f"agent {os.getpid()} runs the jobs of {store.path}; {left} go on", soft_wrap=True)
-            queue = Queue(broker, keys, member, timeout, patience)
-            with Models(queue, Limits(max_jobs, memory, max_images)) as models:
-                runner = Runner(store, models, give_up)
-                try:
-                    prune_at = 0.0
-                    while not stop.is_set():
-                        runner.turn()
-                        if kept is not None and time.monotonic() >= prune_at:
-                            store.prune(time.time() - kept)
-                            prune_at = time.monotonic() + PRUNE_INTERVAL
-                except KeyboardInterrupt:
-                    if not stop.is_set():
-                        raise
-                finally:
-                    runner.stop()
+            with Models(connection, limits) as models:
+                _work(Runner(store, models, give_up), store, kept, stop)
     except Held as held:
         raise AgentError(f"an agent runs already, process {held.pid}") from None
 
 
+def _work(runner: Runner, store: Store, kept: int | None, stop: threading.Event) -> None:
+    """Runs jobs until the event is set.
+
+    Args:
+        kept: seconds for which jobs that ended are kept; None keeps them.
+    """
+    prune_at = 0.0
+    try:
+        while not stop.is_set():
+            runner.turn()
+            if kept is not None and time.monotonic() >= prune_at:
+                store.prune(time.time() - kept)
+                prune_at = time.monotonic() + PRUNE_INTERVAL
+    except KeyboardInterrupt:
+        if not stop.is_set():
+            raise
+    finally:
+        runner.stop()
+
+
 @app.command()
+@grouped
 def start(
-    broker: BrokerOption = DEFAULT_BROKER,
-    max_jobs: ConcurrencyOption = 64,
-    max_images: MaxImagesOption = 2,
-    kv_memory: KvMemoryOption = None,
+    context: typer.Context,
+    connection: ConnectionOptions,
+    limits: LimitOptions,
     give_up: GiveUpOption = GIVE_UP,
     keep: KeepOption = None,
     store_key: StoreKeyOption = None,
-    keys: KeysOption = None,
-    member: MemberOption = None,
-    timeout: TimeoutOption = 10.0,
-    patience: PatienceOption = 60.0,
     json: JsonOption = False,
 ) -> None:
     """Run jobs in the background; returns when the agent is ready."""
-    given: dict[str, object] = {
-        "--broker": broker,
-        "--max-jobs": max_jobs,
-        "--max-images": max_images,
-        "--kv-memory": kv_memory,
-        "--give-up": give_up,
-        "--keep": keep,
-        "--store-key": _absolute(store_key),
-        "--keys": _absolute(keys),
-        "--member": member,
-        "--timeout": timeout,
-        "--patience": patience,
-    }
-    options = [str(word) for name, value in given.items() if value is not None for word in (name, value)]
-    facts = agent.start(options)
+    # The options are those of `agent run`, in this directory and this environment.
+    facts = agent.start(given_words(context, but=["--json"]))
     if json:
         emit_json(facts)
     else:
@@ -138,10 +108,12 @@ def start(
 
 @app.command()
 def stop(
-    timeout: Annotated[float, typer.Option(min=0.0, metavar="SECONDS", help="To wait for its end.")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.0, metavar="SECONDS", help="How long to wait for its end.")
+    ] = 60.0,
     json: JsonOption = False,
 ) -> None:
-    """End the agent; what it runs goes on from there when it is started again."""
+    """Stop the agent; the jobs that it runs resume when it is started again."""
     pid = agent.stop(timeout)
     if json:
         emit_json({"stopped": pid})
@@ -166,8 +138,10 @@ def status(store_key: StoreKeyOption = None, json: JsonOption = False) -> None:
 
 @app.command()
 def logs(
-    lines: Annotated[int, typer.Option("--lines", "-n", min=0, metavar="N", help="The last so many.")] = 50,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
+    lines: Annotated[
+        int, typer.Option("--lines", "-n", min=0, metavar="N", help="Number of lines from the end of the log.")
+    ] = 50,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show new lines as well, until Ctrl-C.")] = False,
 ) -> None:
     """Show the log of agents that ran in the background. It holds neither prompts nor answers."""
     try:
@@ -179,7 +153,3 @@ def logs(
                 time.sleep(LOG_INTERVAL)
     except FileNotFoundError:
         raise ConfigError("there is no log: no agent has run in the background") from None
-
-
-def _absolute(path: Path | None) -> Path | None:
-    return None if path is None else path.absolute()

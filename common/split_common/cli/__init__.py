@@ -1,0 +1,5 @@
+"""The `lambda-split` command: the application, the options that components share, and the operator's commands."""
+
+from split_common.cli.application import main
+
+__all__ = ["main"]

@@ -1,0 +1,82 @@
+"""`lambda-split chat`: a conversation in a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator
+
+from split_common.cli.groups import grouped
+from split_common.cli.options import JsonOption
+from split_common.console import emit_json, stderr
+from split_common.errors import ConfigError, SplitError
+from split_common.process import passive_threads
+from split_device.cli.checks import check_connection
+from split_device.cli.groups import ConnectionOptions, SamplingOptions, TextModelOptions
+from split_device.cli.options import SystemOption
+from split_device.cli.terminal import answer_line
+from split_device.settings import Sampling
+
+
+@grouped
+def chat(
+    model: TextModelOptions,
+    connection: ConnectionOptions,
+    sampling: SamplingOptions = Sampling(max_tokens=512),
+    system: SystemOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Talk with a split model; each turn sends only what is new.
+
+    One line is one turn. /reset forgets the conversation; /quit or Ctrl-D ends it. In a terminal Ctrl-C stops an
+    answer. With --json the turns are printed at the end, as one object.
+    """
+    passive_threads()
+    check_connection(connection)
+    choice = model.choice()
+
+    from split_device.chatting import Conversation
+    from split_device.jobs.models import load_model
+    from split_device.tokenizing import load_tokenizer
+
+    tokenizer = load_tokenizer(choice.name, choice.revision)
+    with load_model(choice, connection) as split:
+        start = [{"role": "system", "content": system}] if system else []
+        conversation = Conversation(split, tokenizer, start)
+        turns = []
+        interactive = sys.stdin.isatty()
+        if interactive:
+            stderr.print("/reset forgets the conversation; /quit or Ctrl-D ends it")
+        while (line := _read_line(interactive)) is not None and line != "/quit":
+            if line == "/reset":
+                conversation.reset()
+            elif line:
+                with _survived() if interactive else contextlib.nullcontext(), answer_line(json) as on_text:
+                    answer = conversation.say(line, sampling, on_text)
+                    turns.append({"prompt": line} | dataclasses.asdict(answer))
+        if json:
+            emit_json({"turns": turns, "traffic": split.traffic})
+
+
+@contextlib.contextmanager
+def _survived() -> Iterator[None]:
+    """In a terminal, an error or Ctrl-C ends a turn, not the conversation."""
+    try:
+        yield
+    except SplitError as error:
+        stderr.print(f"error: {error}", soft_wrap=True)
+    except KeyboardInterrupt:
+        stderr.print("stopped; the turn is forgotten")
+
+
+def _read_line(interactive: bool) -> str | None:
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
+    try:
+        return input("> " if interactive else "").strip()
+    except EOFError:
+        return None
+    except UnicodeDecodeError:
+        raise ConfigError("stdin is not UTF-8") from None

@@ -1,0 +1,32 @@
+"""What commands check before they do anything slow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from split_common.errors import ConfigError
+from split_device.sessions.connection import Connection
+
+
+def check_prompt(text: str) -> str:
+    """Raises ConfigError for a prompt that is empty or not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeError:
+        raise ConfigError("the prompt is not UTF-8") from None
+    if not text.strip():
+        raise ConfigError("the prompt is empty")
+    return text
+
+
+def check_connection(connection: Connection) -> None:
+    """Raises ConfigError or CertificateError for a wrong address or wrong keys; connects to nothing."""
+    from split_common.fleet import load_fleet
+    from split_common.keys import verify_certificate
+    from split_common.transport import connect
+
+    fleet = load_fleet(Path(connection.keys) if connection.keys is not None else None)
+    identity = fleet.identity("device", connection.member)
+    connect(connection.broker, fleet, identity).close()
+    # The roster here may be old; the broker's counts.
+    verify_certificate(identity.certificate_bytes, operator_key=fleet.operator_key, roster=None, role="device")

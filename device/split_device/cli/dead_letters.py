@@ -1,0 +1,39 @@
+"""`lambda-split dead-letters`: the steps that were given up."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from split_common.cli.options import JsonOption
+from split_common.console import emit_json, stderr
+
+
+def dead_letters(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove them after they were shown.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Show the steps of this user's generations that were given up, because workers failed or died at them.
+
+    Their content is not recorded: neither text nor states.
+    """
+    import msgspec
+
+    from split_device.sessions import dead_letters as letters
+    from split_device.sessions.session import printable
+
+    found = letters.read()
+    if json:
+        emit_json({"dead_letters": [msgspec.to_builtins(letter) for letter in found]})
+    for letter in found if not json else ():
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(letter.time))
+        print(
+            f"{when} {letter.model} layers {letter.layers}: {letter.tokens} tokens of {letter.rows} rows after "
+            f"{letter.cached}, at {', '.join(letter.workers)}: {printable(letter.reason)}"
+        )
+    if not found and not json:
+        stderr.print("no step was given up")
+    if clear:
+        letters.clear()

@@ -1,0 +1,1 @@
+"""`lambda-split demo`: a broker, workers and a device on this machine, in one command."""

@@ -1,0 +1,59 @@
+"""The broker and the workers of a demo, as processes on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from split_common.console import stderr
+from split_common.process import running_command, use_loopback_keys
+
+
+@dataclass(frozen=True)
+class DemoFleet:
+    """A broker and workers that run."""
+
+    #: The broker's.
+    address: str
+    #: The name of the model that the workers serve.
+    model: str
+    #: A directory for the demo's files.
+    directory: Path
+
+    def last_routed(self) -> list[str]:
+        """The last step in the broker's log: a request and its reply."""
+        log = _log(self.directory).read_text().splitlines()
+        lines = [line.partition(": routed ")[2] for line in log if ": routed " in line]
+        last = max((index for index, line in enumerate(lines) if line.startswith("REPLY")), default=-1)
+        return lines[max(0, last - 1) : last + 1]
+
+
+@contextlib.contextmanager
+def running_fleet(served: Sequence[str], workers: int = 1) -> Iterator[DemoFleet]:
+    """Starts a broker and workers, with keys of their own; ends them on leaving.
+
+    Args:
+        served: options of the workers that name the model.
+
+    Raises:
+        SplitError: a process ended before it was ready.
+    """
+    with tempfile.TemporaryDirectory(prefix="lambda-split-demo-") as name, contextlib.ExitStack() as stack:
+        directory = Path(name)
+        use_loopback_keys(directory)
+        stderr.print(
+            f"starting a broker and {'a worker' if workers == 1 else f'{workers} workers'} on this machine …"
+        )
+        command = ["broker", "--bind", "tcp://127.0.0.1:*"]
+        debug = {"LAMBDA_SPLIT_LOG": "debug"}
+        _, queue = stack.enter_context(running_command(command, _log(directory), debug))
+        command = ["worker", "--broker", queue["address"], *served]
+        bodies = [stack.enter_context(running_command(command))[1] for _ in range(workers)]
+        yield DemoFleet(queue["address"], str(bodies[0]["model"]), directory)
+
+
+def _log(directory: Path) -> Path:
+    return directory / "broker.log"

@@ -1,0 +1,88 @@
+"""`lambda-split generate`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Annotated
+
+import typer
+
+from split_common.cli.groups import grouped
+from split_common.cli.options import JsonOption
+from split_common.console import emit_json, stderr
+from split_common.errors import ConfigError, SessionLost, StepFailed
+from split_common.process import passive_threads
+from split_device.cli.checks import check_connection, check_prompt
+from split_device.cli.groups import ConnectionOptions, SamplingOptions, TextModelOptions
+from split_device.cli.options import RawOption, SystemOption
+from split_device.cli.tables import timings_table
+from split_device.cli.terminal import answer_line
+
+
+@grouped
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; `-` reads it from stdin.")],
+    model: TextModelOptions,
+    connection: ConnectionOptions,
+    sampling: SamplingOptions,
+    system: SystemOption = None,
+    raw: RawOption = False,
+    timings: Annotated[
+        bool, typer.Option("--timings", help="Print on stderr how long each stage of prompt and tokens took.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Answer a prompt through a split model; the text streams to stdout as it comes.
+
+    Needs a running `lambda-split broker`, or Redis, and a `lambda-split worker` that serves the same model and
+    layers.
+    """
+    text = _text(prompt)
+    if raw and system:
+        raise ConfigError("--raw and --system do not go together: a raw prompt has no messages")
+    passive_threads()
+    check_connection(connection)
+    choice = model.choice()
+
+    from split_device.chatting import Conversation
+    from split_device.jobs.models import load_model
+    from split_device.tokenizing import encode_chat, encode_text, load_tokenizer
+
+    tokenizer = load_tokenizer(choice.name, choice.revision)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": text})
+    input_ids = encode_text(tokenizer, text) if raw else encode_chat(tokenizer, messages)
+    prompt_ms: dict[str, float] = {}
+    with load_model(choice, connection) as split:
+
+        def note_prompt() -> None:
+            prompt_ms.update(split.timings.per_step_ms())
+            split.timings.reset()
+
+        with answer_line(json) as on_text:
+            try:
+                answer = Conversation(split, tokenizer).complete(input_ids, sampling, on_text, note_prompt)
+            except StepFailed:
+                raise
+            except SessionLost as lost:
+                waited = f"{connection.patience:g} s"
+                raise SessionLost(f"{lost}, and no other took over within {waited}: start one") from None
+        token_ms = split.timings.per_step_ms()
+        if timings:
+            stderr.print(timings_table(prompt_ms, token_ms))
+            stderr.print(f"{answer.tokens} tokens, {answer.tokens_per_second:.1f} tokens/s after the first")
+        if json:
+            emit_json(
+                dataclasses.asdict(answer)
+                | {"tokens_per_second": answer.tokens_per_second}
+                | {"prompt_timings_ms": prompt_ms, "timings_ms": token_ms, "traffic": split.traffic}
+            )
+
+
+def _text(prompt: str) -> str:
+    """The prompt, or stdin for `-`. Raises ConfigError."""
+    try:
+        return check_prompt(sys.stdin.read() if prompt == "-" else prompt)
+    except UnicodeError:
+        raise ConfigError("the prompt is not UTF-8") from None

@@ -1,0 +1,109 @@
+"""`lambda-split image`: an image by a split diffusion model."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from split_common.cli.groups import grouped
+from split_common.cli.options import JsonOption
+from split_common.console import emit_json, stderr
+from split_common.errors import ConfigError
+from split_common.files import write_private
+from split_common.process import exit_on_sigterm, passive_threads
+from split_device.cli.checks import check_connection
+from split_device.cli.groups import CONNECTION, IMAGE_MODEL_CUT, ImageModel, PictureOptions, PipelineOption
+from split_device.cli.terminal import step_progress
+from split_device.diffusion.settings import check_output, image_bytes, image_format
+from split_device.sessions.connection import Connection
+
+#: Bits of a seed that is drawn: few enough that it can be typed again.
+SEED_BITS = 32
+
+
+@grouped
+def image(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the image should show.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Where to write the image: a .png, .jpg or .webp file. An existing file is replaced.",
+        ),
+    ],
+    model: Annotated[ImageModel, IMAGE_MODEL_CUT.plus(pipeline=PipelineOption)],
+    picture: PictureOptions,
+    connection: Annotated[Connection, CONNECTION.without("step_timeout", "history_memory")],
+    init_image: Annotated[
+        Path | None, typer.Option("--init-image", metavar="FILE", help="Start from this image instead of noise.")
+    ] = None,
+    strength: Annotated[
+        float, typer.Option(min=0.0, max=1.0, metavar="S", help="How much of the initial image to change.")
+    ] = 0.6,
+    json: JsonOption = False,
+) -> None:
+    """Make an image with a split diffusion model.
+
+    Needs a running `lambda-split broker`, or Redis, and a `lambda-split worker --cut …` that serves the same model.
+    Ctrl-C ends it without writing anything.
+    """
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty")
+    check_output(output)
+    if init_image is not None and picture.size is not None:
+        raise ConfigError("--init-image and --size do not go together: the initial image has a size")
+    if init_image is not None and int(picture.steps * strength) < 1:
+        raise ConfigError(f"--strength {strength:g} changes nothing in {picture.steps} steps")
+    choice = model.choice()
+    # A seed that is drawn is printed, so that the image can be made again.
+    seed = secrets.randbits(SEED_BITS) if picture.seed is None else picture.seed
+    settings = dataclasses.replace(picture, seed=seed).settings(choice.name)
+    passive_threads()
+    check_connection(connection)
+    more = {"image": _read_image(init_image), "strength": strength} if init_image is not None else {}
+
+    from split_device.diffusion.painter import Painter
+    from split_device.jobs.models import load_image_model
+
+    with exit_on_sigterm(), load_image_model(choice, connection) as denoiser:
+        painter = Painter(choice.name, denoiser, from_image=init_image is not None)
+        began = time.perf_counter()
+        with step_progress(picture.steps, json) as advance:
+            made = painter.paint(prompt, settings, advance, **more)
+        seconds = time.perf_counter() - began
+        write_private(output.absolute(), image_bytes(made, image_format(output.name)))
+        calls = denoiser.timings.steps
+        if json:
+            emit_json(
+                {
+                    "output": str(output),
+                    "width": made.width,
+                    "height": made.height,
+                    "seed": seed,
+                    "seconds": seconds,
+                    "calls": calls,
+                    "timings_ms": denoiser.timings.per_step_ms(),
+                    "traffic": denoiser.traffic,
+                }
+            )
+        else:
+            facts = f"{made.width}x{made.height}, seed {seed}, {seconds:.1f} s, {calls} calls of the worker"
+            stderr.print(f"{output}: {facts}", soft_wrap=True)
+
+
+def _read_image(path: Path) -> Any:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path} cannot be read as an image: {reason}") from None

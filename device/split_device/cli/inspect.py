@@ -1,0 +1,51 @@
+"""`lambda-split inspect`: the parts of a split model, and their sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from split_common.cli.groups import grouped
+from split_common.cli.options import JsonOption
+from split_common.console import emit_json, stdout
+from split_device.cli.groups import TEXT_MODEL, TextModel
+from split_device.cli.tables import parts_table
+
+
+@grouped
+def inspect(
+    cut: Annotated[TextModel, TEXT_MODEL.without("model")],
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Directory or hub id. Default: the demo model.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Show which parts of a model the device keeps and which the worker runs; no weights are read."""
+    choice = dataclasses.replace(cut, model=model).choice()
+
+    import msgspec
+
+    from split_common.part import plan
+    from split_common.split import Split
+    from split_common.tensors import parse_dtype
+    from split_device.parts import bytes_per_token, parts
+
+    plan_ = plan(choice.name, choice.revision)
+    split = Split.from_head_tail(plan_.layers, choice.head_layers, choice.tail_layers)
+    dtype = parse_dtype(choice.dtype)
+    rows = parts(plan_, split, dtype)
+    states = bytes_per_token(plan_, dtype)
+    if json:
+        emit_json(
+            {
+                "model": plan_.checkpoint.name,
+                "layers": plan_.layers,
+                "bytes_per_token": states,
+                "parts": [msgspec.to_builtins(row) for row in rows],
+            }
+        )
+    else:
+        stdout().print(parts_table(plan_.checkpoint.name, rows))
+        print(f"{states:,} bytes of hidden states travel in each direction for each token")

@@ -1,0 +1,227 @@
+"""Options that several of the device's commands share."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from split_common.cli.options import MODEL_PANEL, QUEUE_PANEL, parse_size
+from split_common.errors import ConfigError
+from split_device.diffusion.saving import parse_reuse
+from split_device.sessions.connection import HISTORY_MEMORY
+
+STORE_PANEL = "Jobs"
+_SAMPLING_PANEL = "Sampling"
+_TRAFFIC_PANEL = "Traffic"
+
+#: Default of `--give-up`, in seconds.
+GIVE_UP = 3600.0
+
+#: Seconds in the units of an age.
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_age(text: str) -> int:
+    """Seconds of an age like `90s`, `30m`, `12h` or `7d`. Raises ConfigError."""
+    match = re.fullmatch(r"(\d{1,9})([smhd])", text.strip(), re.ASCII)
+    if not match:
+        raise ConfigError(f"invalid age {text!r}: expected a number with s, m, h or d, e.g. 12h or 7d")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+# --- language models ---------------------------------------------------------------------------------------
+
+HeadOption = Annotated[
+    int,
+    typer.Option(
+        "--head-layers",
+        min=0,
+        metavar="N",
+        rich_help_panel=MODEL_PANEL,
+        help="Number of decoder layers before the body.",
+    ),
+]
+TailOption = Annotated[
+    int,
+    typer.Option(
+        "--tail-layers",
+        min=0,
+        metavar="N",
+        rich_help_panel=MODEL_PANEL,
+        help="Number of decoder layers after the body.",
+    ),
+]
+MaxTokensOption = Annotated[
+    int, typer.Option("--max-tokens", min=1, metavar="N", help="Maximum number of tokens to generate.")
+]
+TemperatureOption = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        metavar="T",
+        rich_help_panel=_SAMPLING_PANEL,
+        help="Sampling temperature; 0 always takes the most likely token.",
+    ),
+]
+TopPOption = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        metavar="P",
+        rich_help_panel=_SAMPLING_PANEL,
+        help="Sample among the most likely tokens whose probabilities add up to P.",
+    ),
+]
+TopKOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="K",
+        rich_help_panel=_SAMPLING_PANEL,
+        help="Sample among the K most likely tokens; 0 for all.",
+    ),
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", rich_help_panel=_SAMPLING_PANEL, help="The same seed gives the same output."),
+]
+SystemOption = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message before the conversation.")]
+RawOption = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")]
+
+# --- image models ------------------------------------------------------------------------------------------
+
+StepsOption = Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="Number of denoising steps.")]
+ImageSeedOption = Annotated[int | None, typer.Option(metavar="N", help="The same seed gives the same image.")]
+SizeOption = Annotated[
+    str | None,
+    typer.Option(metavar="WIDTHxHEIGHT", help="Size in pixels. Default: the size that the model was made for."),
+]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(min=0.0, metavar="G", help="How closely to follow the prompt; 1 turns guidance off."),
+]
+NegativeOption = Annotated[str | None, typer.Option(metavar="TEXT", help="What the image should not show.")]
+CutOption = Annotated[
+    Literal["A", "C"],
+    typer.Option(
+        rich_help_panel=MODEL_PANEL,
+        help="Where the model is cut: A keeps more of it on this device than C. Workers must use the same cut.",
+    ),
+]
+CodecOption = Annotated[
+    Literal["none", "fp16", "int8", "int4"],
+    typer.Option(rich_help_panel=_TRAFFIC_PANEL, help="How hidden states are compressed; none sends them as is."),
+]
+ReuseOption = Annotated[
+    float,
+    typer.Option(
+        parser=parse_reuse,
+        metavar="N|SHARE",
+        rich_help_panel=_TRAFFIC_PANEL,
+        help="When to call the worker. From 1: at every N-th step only. Below 1, like 0.05: only when its input "
+        "has changed by more than this share since the last call. Other steps reuse its last output. 1 is exact.",
+    ),
+]
+
+# --- the queue and its workers -----------------------------------------------------------------------------
+
+PatienceOption = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        metavar="SECONDS",
+        rich_help_panel=QUEUE_PANEL,
+        help="How long to wait while all workers are full, or none is left to take over.",
+    ),
+]
+StepTimeoutOption = Annotated[
+    float,
+    typer.Option(
+        "--step-timeout",
+        min=1.0,
+        metavar="SECONDS",
+        rich_help_panel=QUEUE_PANEL,
+        help="How long a worker may take to answer before another one is tried, if there is one.",
+    ),
+]
+HistoryOption = Annotated[
+    int,
+    typer.Option(
+        "--history-memory",
+        parser=parse_size,
+        metavar="SIZE",
+        show_default=f"{HISTORY_MEMORY // 2**20}MiB",
+        rich_help_panel=QUEUE_PANEL,
+        help="Memory for the states needed to resume on another worker. The rest spills to an encrypted temporary "
+        "file.",
+    ),
+]
+
+# --- jobs --------------------------------------------------------------------------------------------------
+
+StoreKeyOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--store-key",
+        metavar="FILE",
+        envvar="LAMBDA_SPLIT_STORE_KEY",
+        rich_help_panel=STORE_PANEL,
+        help="Encrypt prompts and answers on disk under the key in this file. The file is made with the first job, "
+        "and needed from then on.",
+    ),
+]
+MaxJobsOption = Annotated[
+    int,
+    typer.Option(
+        "--max-jobs",
+        min=1,
+        max=4096,
+        metavar="N",
+        rich_help_panel=STORE_PANEL,
+        help="Maximum number of jobs that run at once.",
+    ),
+]
+MaxImagesOption = Annotated[
+    int,
+    typer.Option(
+        "--max-images",
+        min=1,
+        max=64,
+        metavar="N",
+        rich_help_panel=STORE_PANEL,
+        help="Maximum number of images that are made at once.",
+    ),
+]
+KvMemoryOption = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-memory",
+        parser=parse_size,
+        metavar="SIZE",
+        rich_help_panel=STORE_PANEL,
+        help="Memory for the keys and values of each model's head and tail. Default: 1GiB.",
+    ),
+]
+GiveUpOption = Annotated[
+    float,
+    typer.Option(
+        "--give-up",
+        min=0.0,
+        metavar="SECONDS",
+        rich_help_panel=STORE_PANEL,
+        help="How long to keep trying while there is no broker or no worker; then jobs fail.",
+    ),
+]
+KeepOption = Annotated[
+    str | None,
+    typer.Option(
+        "--keep",
+        metavar="AGE",
+        rich_help_panel=STORE_PANEL,
+        help="Remove jobs that ended longer ago than this, like 12h or 7d. Default: keep them until `jobs prune`.",
+    ),
+]

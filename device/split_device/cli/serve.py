@@ -1,0 +1,100 @@
+"""`lambda-split serve`: an HTTP server for OpenAI's clients."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from split_common.cli.groups import grouped
+from split_common.cli.options import MODEL_PANEL, JsonOption, given
+from split_common.console import emit_json, stderr
+from split_common.errors import ConfigError
+from split_common.process import catch_sigterm, passive_threads, wait_for
+from split_device.cli.groups import ConnectionOptions, ImageModelOptions, LimitOptions, TextModelOptions
+from split_device.jobs.job import ImageChoice, ModelChoice
+from split_device.openai.listener import HOST, answering, listening
+
+#: Options that are for images only.
+_OF_IMAGES = ("--cut", "--codec", "--reuse", "--max-images")
+
+
+@grouped
+def serve(
+    context: typer.Context,
+    model: TextModelOptions,
+    images: ImageModelOptions,
+    connection: ConnectionOptions,
+    limits: LimitOptions,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="N", help="Port of the loopback; 0 takes a free one.")
+    ] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LAMBDA_SPLIT_API_KEY",
+            metavar="KEY",
+            help="Key that clients must send. Better in the environment: other users see a command's options.",
+        ),
+    ] = None,
+    image_model: Annotated[
+        str | None,
+        typer.Option(
+            "--image-model",
+            metavar="DIR",
+            rich_help_panel=MODEL_PANEL,
+            help="Directory of a pipeline that makes images. Without --model only images are served.",
+        ),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Serve split models to OpenAI's clients on this machine, many requests at once, until Ctrl-C or SIGTERM.
+
+    Offers /v1/chat/completions, /v1/completions, /v1/images/generations, /v1/models, /health and, at /, a page to
+    chat in a browser. Needs `lambda-split[serve]`. With --json one object is printed when it is ready.
+    """
+    passive_threads()
+    if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:
+        raise ConfigError("serve needs more packages: pip install 'lambda-split[serve]'")
+    if api_key is not None and not re.fullmatch("[!-~]+", api_key):
+        raise ConfigError("invalid API key: expected ASCII letters, digits and punctuation, without spaces")
+    stop = catch_sigterm()
+    image_choice = None
+    if image_model is not None:
+        image_choice = dataclasses.replace(images, pipeline=image_model).choice()
+    elif ignored := given(context, _OF_IMAGES):
+        raise ConfigError(f"{ignored[0]} needs --image-model")
+    choice = model.choice() if model.model is not None or image_choice is None else None
+    name, image_name = _name(choice), _name(image_choice)
+    with listening(port) as listener:
+        from split_device.jobs.models import Models
+        from split_device.openai.completions import Completions
+        from split_device.openai.images import Images
+        from split_device.openai.server import Server
+
+        with Models(connection, limits) as models:
+            completions = Completions(models.get(choice), choice, name) if choice and name else None
+            painting = Images(models.painter(image_choice), image_name) if image_choice and image_name else None
+            with answering(Server(completions, painting, api_key).app(), listener, stop):
+                _announce(f"http://{HOST}:{listener.getsockname()[1]}/", name, image_name, json)
+                wait_for(stop)
+
+
+def _announce(page: str, name: str | None, image_name: str | None, json: bool) -> None:
+    """Says what is served, and where."""
+    if json:
+        emit_json({"url": f"{page}v1", "page": page, "model": name, "image_model": image_name, "pid": os.getpid()})
+    served = " and ".join(each for each in (name, image_name) if each)
+    stderr.print(f"serving {served} at {page}v1, and a page to chat at {page}", soft_wrap=True)
+
+
+def _name(choice: ModelChoice | ImageChoice | None) -> str | None:
+    """What clients call a model."""
+    if choice is None:
+        return None
+    return Path(choice.name).name if Path(choice.name).is_dir() else choice.name

@@ -1,0 +1,209 @@
+"""`lambda-split stress`: a fleet of processes under faults."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from split_common.address import is_redis
+from split_common.cli.groups import Group, grouped
+from split_common.cli.options import MODEL_PANEL, QUEUE_PANEL, JsonOption, KeysOption
+from split_common.console import emit_json, stderr, stdout
+from split_common.errors import ConfigError
+from split_common.process import passive_threads
+from split_common.split import END_LAYERS
+from split_device.cli.options import HeadOption, TailOption
+from split_device.diffusion.settings import need_diffusers
+from split_device.stress.plan import Kind, Plan, TransportName, Workload
+
+#: Kinds of faults.
+KINDS = ("kill", "stop", "broker", "lag", "drop", "corrupt")
+
+_PLAN = Group(
+    devices=Annotated[int, typer.Option(min=1, metavar="N", help="Number of device processes.")],
+    requests=Annotated[int, typer.Option(min=1, metavar="N", help="Number of requests of each device.")],
+    seconds=Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            metavar="SECONDS",
+            help="Make requests for this long instead, however many; those that have begun are finished.",
+        ),
+    ],
+    workload=Annotated[
+        Workload,
+        typer.Option(help="What devices ask for; mixed: images for every other device and worker."),
+    ],
+    workers=Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Number of worker processes. 0 needs --broker, and uses the workers there."
+        ),
+    ],
+    seed=Annotated[int, typer.Option(metavar="N", help="Determines requests, faults and the random model.")],
+    model=Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            rich_help_panel=MODEL_PANEL,
+            help="Directory or hub id of a checkpoint; for images, the directory of a pipeline or a UNet. Default: "
+            "a small random model, which loads fast.",
+        ),
+    ],
+    reference=Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            rich_help_panel=MODEL_PANEL,
+            help="Compare with this unsplit checkpoint instead of the same one.",
+        ),
+    ],
+    head_layers=HeadOption,
+    tail_layers=TailOption,
+    transport=Annotated[
+        TransportName, typer.Option(rich_help_panel=QUEUE_PANEL, help="Start a ZeroMQ broker or a Redis server.")
+    ],
+    broker=Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", rich_help_panel=QUEUE_PANEL, help="Join the queue at this address and start none."
+        ),
+    ],
+    keys=KeysOption,
+)
+
+
+@grouped
+def stress(
+    plan: Annotated[Plan, _PLAN],
+    chaos: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KINDS",
+            help="Faults, separated by commas: kill and stop (workers), broker (killed and started again), lag, "
+            "drop and corrupt (connections); or none. Default: all that are possible.",
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw throughput over time, with the faults, e.g. to out.png."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Run a fleet of processes under faults, and compare every output with the unsplit model's.
+
+    Starts a queue, workers and devices on this machine. Workers are killed (SIGKILL) and stopped (SIGSTOP) and the
+    queue's server is killed; all are started again. Connections pass a proxy that delays, resets, truncates,
+    swallows and corrupts. When the faults happen is drawn from the seed. The first Ctrl-C ends the requests, a
+    second one ends everything.
+
+    In the report, *lost* counts requests that ended with an error, or with their process, or not at all;
+    *duplicated* counts outputs beyond the first to one request, and outputs with more tokens than the unsplit
+    model's; *mismatched* counts outputs that differ from the unsplit model's: texts in any token, images in latents
+    by more than 1e-5 of their largest number (images that share a forward round differently). The exit code is 1 if
+    any of them is not 0, or if nothing was completed.
+    """
+    plan = _checked(plan, chaos)
+    passive_threads()
+
+    from split_device.stress.plot import check_plot, draw
+    from split_device.stress.report import table
+    from split_device.stress.run import run
+
+    if plot is not None:
+        check_plot(plot)
+    with tempfile.TemporaryDirectory(prefix="lambda-split-stress-") as directory, contextlib.ExitStack() as stack:
+        outcome = run(plan, Path(directory), stack)
+    report = outcome.report
+    if json:
+        emit_json(report.facts())
+    else:
+        stdout().print(table(report))
+    if plot is not None:
+        draw(plot, outcome.ledger, outcome.chaos, report.seconds)
+        stderr.print(f"drawn: {plot}", soft_wrap=True)
+    if not report.sound or not report.completed:
+        raise typer.Exit(1)
+    if report.interrupted:
+        raise KeyboardInterrupt
+
+
+def stress_device(
+    model: Annotated[str, typer.Option()],
+    broker: Annotated[str, typer.Option()],
+    index: Annotated[int, typer.Option()],
+    kind: Annotated[Kind, typer.Option()] = "text",
+    seed: Annotated[int, typer.Option()] = 0,
+    requests: Annotated[int | None, typer.Option()] = None,
+    reference: Annotated[str | None, typer.Option()] = None,
+    head_layers: Annotated[int, typer.Option()] = END_LAYERS,
+    tail_layers: Annotated[int, typer.Option()] = END_LAYERS,
+    keys: Annotated[Path | None, typer.Option()] = None,
+    json: JsonOption = False,
+) -> None:
+    """A device of `lambda-split stress`, which starts it."""
+    from split_device.stress.device import run_device
+
+    run_device(
+        model,
+        broker,
+        index,
+        kind=kind,
+        seed=seed,
+        requests=requests,
+        reference=reference,
+        head_layers=head_layers,
+        tail_layers=tail_layers,
+        keys=keys,
+    )
+
+
+def _checked(plan: Plan, chaos: str | None) -> Plan:
+    """The plan, with all that follows from its options. Raises ConfigError if they do not go together."""
+    if plan.workers == 0 and plan.broker is None:
+        raise ConfigError("--workers 0 needs --broker: without it, the only workers are those started here")
+    if plan.workers == 0 and plan.model is None:
+        raise ConfigError("--workers 0 needs --model: the workers there do not serve a random one")
+    if plan.keys is not None and plan.broker is None:
+        raise ConfigError("--keys needs --broker: a fleet that is started here has its own keys")
+    if plan.workload == "mixed" and (plan.model is not None or plan.workers < 2):
+        raise ConfigError("--workload mixed runs two small models of its own: it needs 2 workers, and no --model")
+    if plan.workload != "text":
+        need_diffusers()
+    return dataclasses.replace(
+        plan,
+        requests=plan.requests if plan.seconds is None else None,
+        transport=plan.transport if plan.broker is None else "redis" if is_redis(plan.broker) else "zmq",
+        chaos=parse_chaos(chaos, plan.workers > 0, plan.broker),
+    )
+
+
+def parse_chaos(text: str | None, has_workers: bool, broker: str | None) -> list[str]:
+    """The kinds of faults that `--chaos` names; all that are possible if it is None.
+
+    Raises:
+        ConfigError: a kind is unknown, or this command cannot cause it.
+    """
+    impossible = {
+        **({} if has_workers else dict.fromkeys(("kill", "stop"), "this command starts no worker")),
+        **({} if broker is None else {"broker": "this command does not start the queue"}),
+        **(
+            {}
+            if broker is None or broker.startswith(("tcp://", "zmq://", "redis://"))
+            else dict.fromkeys(("lag", "drop", "corrupt"), f"no proxy can be put before {broker}")
+        ),
+    }
+    if text is None:
+        return [kind for kind in KINDS if kind not in impossible]
+    kinds = [kind.strip() for kind in text.split(",") if kind.strip()]
+    for kind in kinds if kinds != ["none"] else []:
+        if kind not in KINDS:
+            raise ConfigError(f"invalid fault {kind!r} in --chaos: expected {', '.join(KINDS)} or none")
+        if kind in impossible:
+            raise ConfigError(f"--chaos {kind}: {impossible[kind]}")
+    return [] if kinds == ["none"] else list(dict.fromkeys(kinds))

@@ -1,0 +1,163 @@
+"""`lambda-split submit`: asking for a text or an image now, and coming back for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from split_common.cli.groups import grouped
+from split_common.cli.options import MODEL_PANEL, JsonOption, given
+from split_common.console import emit_json, stderr
+from split_common.errors import AgentError, ConfigError
+from split_device.cli.checks import check_prompt
+from split_device.cli.groups import (
+    PICTURE,
+    TEXT_MODEL,
+    ImageModel,
+    ImageModelOptions,
+    Picture,
+    SamplingOptions,
+    TextModel,
+)
+from split_device.cli.job_output import job_facts, show_output
+from split_device.cli.options import STORE_PANEL, RawOption, StoreKeyOption, SystemOption
+from split_device.diffusion.settings import IMAGE_MODEL, check_output
+from split_device.jobs.agent import running_agent
+from split_device.jobs.job import AnyTask, ImageTask, Message, Task
+from split_device.jobs.store import Store, store_path
+from split_device.settings import Sampling
+
+#: Options of `submit` that are for texts only, and for images only.
+_OF_TEXTS = (
+    "--max-tokens",
+    "--temperature",
+    "--top-p",
+    "--top-k",
+    "--stop",
+    "--system",
+    "--raw",
+    "--head-layers",
+    "--tail-layers",
+)
+_OF_IMAGES = ("--output", "--steps", "--size", "--guidance", "--negative", "--cut", "--codec", "--reuse")
+
+
+@grouped
+def submit(
+    context: typer.Context,
+    sampling: SamplingOptions,
+    picture: Annotated[Picture, PICTURE.without("seed")],
+    text_model: Annotated[TextModel, TEXT_MODEL.without("model")],
+    image_model: ImageModelOptions,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.")] = None,
+    file: Annotated[
+        str | None, typer.Option("--file", metavar="FILE", help="Read the prompt from a file; `-` is stdin.")
+    ] = None,
+    image: Annotated[bool, typer.Option("--image", help="Ask for an image instead of a text.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Stream the answer, and end with it.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            rich_help_panel=MODEL_PANEL,
+            help="Directory or hub id of a checkpoint; with --image, the directory of a pipeline. "
+            f"Default: $LAMBDA_SPLIT_MODEL, else SmolLM2-135M-Instruct; with --image, ${IMAGE_MODEL}.",
+        ),
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")
+    ] = None,
+    system: SystemOption = None,
+    raw: RawOption = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="With --image and --wait: a .png, .jpg or .webp file."),
+    ] = None,
+    priority: Annotated[
+        int, typer.Option(metavar="N", rich_help_panel=STORE_PANEL, help="Jobs of higher priority run first.")
+    ] = 0,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            rich_help_panel=STORE_PANEL,
+            help="A name for the job: if a job with this key exists, no second one is submitted.",
+        ),
+    ] = None,
+    store_key: StoreKeyOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Ask for an answer to a prompt, or with --image for an image, and print the job's id.
+
+    `lambda-split agent start` runs it. It is kept on this machine's disk, readable by this user alone, until
+    `jobs prune` removes it.
+    """
+    text = _prompt(prompt, file)
+    _check_kind(context, image)
+    if raw and system:
+        raise ConfigError("--raw and --system do not go together: a raw prompt has no messages")
+    if output is not None:
+        if not wait:
+            raise ConfigError("-o needs --wait; later, `lambda-split jobs result JOB -o FILE` writes the image")
+        check_output(output)
+    if wait and running_agent() is None:
+        raise AgentError("no agent runs, so nothing was submitted: start one with `lambda-split agent start`")
+    task: AnyTask
+    if image:
+        pipeline = model or os.environ.get(IMAGE_MODEL)
+        task = _image_task(
+            text,
+            dataclasses.replace(image_model, pipeline=pipeline),
+            dataclasses.replace(picture, seed=sampling.seed),
+        )
+    else:
+        text_model = dataclasses.replace(text_model, model=model or os.environ.get("LAMBDA_SPLIT_MODEL"))
+        task = _text_task(text, text_model, sampling, tuple(stop or ()), system, raw)
+    with Store(store_path(), store_key) as store:
+        job = store.submit(task, priority, key)
+        if wait:
+            stderr.print(job.id)
+            show_output(store, job, output, json)
+        elif json:
+            emit_json(job_facts(job))
+        else:
+            print(job.id)
+        if running_agent() is None:
+            stderr.print("no agent runs: `lambda-split agent start` starts one")
+
+
+def _text_task(
+    text: str, model: TextModel, sampling: Sampling, stop: tuple[str, ...], system: str | None, raw: bool
+) -> Task:
+    messages = (*((Message("system", system),) if system else ()), Message("user", text))
+    return Task(model=model.choice(), prompt=text if raw else messages, sampling=sampling, stop=stop)
+
+
+def _image_task(text: str, model: ImageModel, picture: Picture) -> ImageTask:
+    choice = model.choice()
+    return ImageTask(model=choice, prompt=text, settings=picture.settings(choice.name))
+
+
+def _check_kind(context: typer.Context, image: bool) -> None:
+    """Raises ConfigError for an option of the other kind."""
+    for option in given(context, _OF_TEXTS if image else _OF_IMAGES):
+        raise ConfigError(f"{option} is for texts: leave --image out" if image else f"{option} needs --image")
+
+
+def _prompt(prompt: str | None, file: str | None) -> str:
+    """Raises ConfigError."""
+    if (prompt is None) == (file is None):
+        raise ConfigError("give either a prompt or --file")
+    try:
+        text = prompt if prompt is not None else sys.stdin.read() if file == "-" else Path(file or "").read_text()
+    except UnicodeError:
+        raise ConfigError("the prompt is not UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    return check_prompt(text)

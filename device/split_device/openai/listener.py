@@ -1,0 +1,72 @@
+"""Where the HTTP server listens, and the thread that runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from split_common.errors import ConfigError, SplitError
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+HOST = "127.0.0.1"
+
+#: Seconds that open answers have to end when the server stops.
+GRACE = 2
+
+#: Seconds between two looks at whether the server has begun to listen.
+START_INTERVAL = 0.01
+
+
+@contextlib.contextmanager
+def listening(port: int) -> Iterator[socket.socket]:
+    """A socket on a port of the loopback; 0 takes a free one. Raises ConfigError if the port cannot be used."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError as error:
+            raise ConfigError(f"port {port} cannot be used: {error.strerror}") from None
+        yield listener
+
+
+@contextlib.contextmanager
+def answering(app: Starlette, listener: socket.socket, stop: threading.Event) -> Iterator[None]:
+    """Answers HTTP requests in a thread until it is left. The event is set if the server ends by itself.
+
+    Raises:
+        SplitError: it cannot listen, or has ended by itself.
+    """
+    import uvicorn
+
+    failures: list[Exception] = []
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="off")
+    )
+
+    def run() -> None:
+        try:
+            server.run([listener])
+        except Exception as error:
+            failures.append(error)
+        finally:
+            stop.set()
+
+    # The main thread waits for signals.
+    thread = threading.Thread(target=run, name="http")
+    thread.start()
+    try:
+        while thread.is_alive() and not server.started:
+            time.sleep(START_INTERVAL)
+        if server.started:
+            yield
+        if not thread.is_alive():
+            raise SplitError(f"the HTTP server has ended: {failures[0] if failures else 'for no known reason'}")
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,53 @@
+"""How a device reaches the workers, and how long it waits for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from split_common.address import DEFAULT_BROKER
+
+#: Seconds to wait for the broker.
+TIMEOUT = 10.0
+
+#: Seconds that a device waits for room on a worker before it raises `Busy`.
+PATIENCE = 60.0
+
+#: Seconds without a reply after which a device looks for a faster worker. A full worker answers late, too.
+STEP_TIMEOUT = 60.0
+
+#: Bytes of a session's hidden states that stay in memory; older ones are spilled.
+HISTORY_MEMORY = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How a device reaches the workers.
+
+    Args:
+        broker: the queue: `zmq://HOST:PORT`, `tcp://HOST:PORT` or `ipc://PATH` of a broker, or an address of Redis
+            or Valkey.
+        keys: the fleet's directory; by default $LAMBDA_SPLIT_KEYS, the user's configuration, or a fleet for this
+            machine's loopback alone.
+        member: this device's name in the fleet; needed when the directory holds several devices' keys.
+        timeout: seconds to wait for the broker.
+        patience: seconds to wait while all workers are full, or none is left to take over.
+        step_timeout: seconds without an answer after which a worker counts as too slow, if there is another one.
+        history_memory: bytes of the hidden states that each session of a language model keeps in memory, to resume
+            on another worker; the rest goes to an encrypted temporary file (in $TMPDIR).
+    """
+
+    broker: str = DEFAULT_BROKER
+    keys: str | Path | None = None
+    member: str | None = None
+    timeout: float = TIMEOUT
+    patience: float = PATIENCE
+    step_timeout: float = STEP_TIMEOUT
+    history_memory: int = HISTORY_MEMORY
+
+    @classmethod
+    def of(cls, connection: Connection | None, fields: dict[str, Any]) -> Connection:
+        """A connection, the default one if None, with some fields replaced. Raises TypeError for unknown fields."""
+        return dataclasses.replace(connection or cls(), **fields)
