@@ -65,7 +65,7 @@ def unet(broker: Any, sdxl: Path, worker: Worker) -> Iterator[SplitUNet2DConditi
 
 
 def pipeline(path: Path, kind: str = "StableDiffusionXLPipeline", **parts: Any) -> Any:
-    pipe = getattr(diffusers, kind).from_pretrained(path, **parts)
+    pipe = tiny_diffusion.frozen(getattr(diffusers, kind).from_pretrained(path, **parts))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -374,6 +374,7 @@ def test_a_lora_of_the_workers_blocks_is_refused_until_it_is_fused(
     whole.load_lora_weights(dict(weights))
     whole.fuse_lora()
     whole.unload_lora_weights()
+    tiny_diffusion.frozen(whole)
     whole.save_pretrained(tmp_path / "fused")
     worker = start_worker(tmp_path / "fused", broker.address)
     try:

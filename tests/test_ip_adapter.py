@@ -64,6 +64,7 @@ def unet(broker: Any, sdxl: Path, adapter: Path, worker: Worker, cut: str) -> It
 
 def load(pipe: Any, adapter: Path) -> None:
     pipe.load_ip_adapter(adapter.parent, subfolder="", weight_name=adapter.name, image_encoder_folder=None)
+    tiny_diffusion.frozen(pipe)
 
 
 def embeddings(seed: int = 0) -> list[torch.Tensor]:
