@@ -22,7 +22,7 @@ from split_device.jobs.batch import work_path
 from split_device.jobs.store import Store
 
 #: Seconds that something in another process may take on a busy machine.
-PATIENCE = 120.0
+PATIENCE = 300.0
 
 LINES = 40
 TOKENS = 24
@@ -123,7 +123,6 @@ def test_lines_and_bad_lines(run: Any, checkpoint: Path, address: str, worker: N
     assert (again.code, "is there already" in again.err) == (2, True)
 
 
-@pytest.mark.timeout(480)  # a dozen processes are started, on a machine that may be busy
 def test_a_batch_that_is_killed_again_and_again(checkpoint: Path, address: str, tmp_path: Path) -> None:
     """Every line is answered once, by the tokens of the unsplit model, whoever dies meanwhile."""
     lines = batch_faults.requests(LINES, TOKENS)

@@ -20,6 +20,7 @@ from fleet import running_broker
 from split_device import SplitFluxTransformer2DModel, SplitSD3Transformer2DModel, SplitUNet2DConditionModel
 from test_diffusion import controlnet, image, latents, lora, mask, pipeline
 from test_ip_adapter import embeddings, load
+from wiretap import LATE
 
 #: The step after which the worker dies.
 DEADLY = 1
@@ -66,7 +67,7 @@ class Workers:
     def close(self) -> None:
         assert self._nursery.stdin is not None
         self._nursery.stdin.close()
-        assert self._nursery.wait(30) == 0
+        assert self._nursery.wait(LATE) == 0
 
 
 @pytest.fixture(scope="module")

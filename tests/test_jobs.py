@@ -22,7 +22,7 @@ from split_device.jobs.store import Store, store_path
 from wiretap import wait_until
 
 #: Seconds that something in another process may take on a busy machine.
-PATIENCE = 120.0
+PATIENCE = 300.0
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from split_device import SplitModelForCausalLM
 from split_device.chatting import Conversation, encode_chat, load_tokenizer
 from split_device.settings import Sampling
 
-pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.real_model
 
 QUESTION = "What is the capital of France, and what is it known for?"
 

@@ -112,11 +112,11 @@ def test_a_server_that_fails_in_mid_generation_loses_nothing(
         with in_background(lambda: model.generate(prompt, max_new_tokens=200, do_sample=False)) as generation:
             for _ in range(2 if down < LEASE else 1):
                 for _ in range(30):
-                    assert passes.acquire(timeout=60)
+                    assert passes.acquire(timeout=LATE)
                 server.kill()
                 time.sleep(down)
                 server.start()
-            assert torch.equal(generation.result(120), wanted)
+            assert torch.equal(generation.result(LATE), wanted)
         if down < LEASE:
             # Not even replayed: the session is where it was.
             assert model.traffic["replays"] == 0
@@ -551,7 +551,7 @@ def test_a_full_lane_pushes_back_and_nothing_is_dropped(
         session.call([step(0)])
         reader, blocked = worker._transport._reader, threading.Event()
         take = reader._take
-        monkeypatch.setattr(reader, "_take", lambda fields: (blocked.wait(60), take(fields))[0])
+        monkeypatch.setattr(reader, "_take", lambda fields: (blocked.wait(LATE), take(fields))[0])
         with in_background(lambda: session.call([step(1 + 30 * i, 30) for i in range(7)])) as work:
             time.sleep(0.2)
             padding = server.client()
@@ -561,7 +561,7 @@ def test_a_full_lane_pushes_back_and_nothing_is_dropped(
             session.resend()
             wait_until(lambda: client.transport.counters["bounced_full"] > 0)
             blocked.set()
-            assert len(work.result(60)) == 7
+            assert len(work.result(LATE)) == 7
         wait_until(lambda: not client.transport._keeper.full)
 
 

@@ -157,8 +157,8 @@ def test_the_doctor_looks_at_redis(setting: Setting, server: Valkey) -> None:
     with setting.worker(server.address):
         command = [sys.executable, "-m", "split_common", "doctor", "--keys", str(setting.fleet.path), "--broker"]
         address = server.address.replace("//", "//user:secret@")
-        healthy = subprocess.run([*command, server.address], capture_output=True, text=True, timeout=120)
-        broken = subprocess.run([*command, address], capture_output=True, text=True, timeout=120)
+        healthy = subprocess.run([*command, server.address], capture_output=True, text=True, timeout=LATE)
+        broken = subprocess.run([*command, address], capture_output=True, text=True, timeout=LATE)
     assert healthy.returncode == 0, healthy.stdout + healthy.stderr
     assert "layers 2:4" in healthy.stdout
     assert broken.returncode == 1
@@ -167,7 +167,7 @@ def test_the_doctor_looks_at_redis(setting: Setting, server: Valkey) -> None:
 
 def test_a_broker_is_not_run_for_redis(server: Valkey) -> None:
     command = [sys.executable, "-m", "split_common", "broker", "--bind", server.address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LATE)
     assert done.returncode == 2
     assert "there is no broker" in done.stderr
 
@@ -216,7 +216,7 @@ def test_a_failover_loses_nothing(setting: Setting, expected: list[bytes], monke
             assert killing.wait(LATE)
             master.kill()
             killed.set()
-            work.result(120)
+            work.result(LATE)
         assert replica.client().info()["role"] == "master"
         assert [bytes(answer) for answer in answers] == expected
 

@@ -33,7 +33,7 @@ def free_port() -> int:
 
 
 #: Seconds that servers may take to start, or to stop, on a machine that is busy.
-START_TIMEOUT = 60.0
+START_TIMEOUT = 300.0
 
 
 class Valkey:
