@@ -177,6 +177,7 @@ def test_reports(capsys: pytest.CaptureFixture[str]) -> None:
     assert "True" in shown
 
 
+@pytest.mark.numbers
 @pytest.mark.long
 def test_diffusion() -> None:
     results = run("diffusion", "--steps", 4, "--pictures", 1, "--cuts", "C")
@@ -198,6 +199,7 @@ def test_diffusion() -> None:
     assert results["toy.C.reuse3.ssim"] < results["toy.C.reuse2.ssim"] < 1
 
 
+@pytest.mark.numbers
 @pytest.mark.long
 def test_images() -> None:
     results = run("images", "--images", 1, "--steps", 2, "--size", 64)
@@ -205,6 +207,7 @@ def test_images() -> None:
     assert results["max_difference"] <= 1e-5
 
 
+@pytest.mark.numbers
 @pytest.mark.long
 def test_denoising_on_a_device() -> None:
     results = run("images", "--device", "cpu", "--shape", "tiny", "--steps", 2)

@@ -31,6 +31,8 @@ from split_device.diffusion import session
 from split_worker.worker import Worker
 from wiretap import record_requests
 
+pytestmark = pytest.mark.numbers
+
 SIZE = 64
 PROMPT = "a red seven"
 

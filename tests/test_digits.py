@@ -121,6 +121,7 @@ def test_bad_input_to_the_training(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "--steps" in capsys.readouterr().err
 
 
+@pytest.mark.numbers
 def test_the_demo(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 

@@ -29,6 +29,8 @@ from split_common import wire
 from split_device import remote
 from wiretap import record_requests
 
+pytestmark = pytest.mark.numbers
+
 Model = Any
 
 #: Long enough to leave every sliding window (8 tokens) and to take several chunks where chunks are made small.

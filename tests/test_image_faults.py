@@ -161,6 +161,7 @@ CLASSES: dict[str, Any] = {
 }
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_worker_is_killed_in_mid_image(workers: Workers, models: dict[str, Path], name: str) -> None:
     kind, make = PIPELINES[name]

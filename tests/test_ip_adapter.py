@@ -25,6 +25,8 @@ from split_worker.worker import Worker
 from test_diffusion import latents, pipeline
 from test_image_steps import GOOD, KEY, WIDTH, begin, encode
 
+pytestmark = pytest.mark.numbers
+
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -70,6 +70,7 @@ def assert_same_picture(picture: Image.Image, wanted: np.ndarray) -> None:
     assert np.abs(np.asarray(picture, int) - wanted).max() <= 1
 
 
+@pytest.mark.numbers
 def test_images_are_those_of_the_unsplit_model(client: openai.OpenAI, model: Path) -> None:
     one = ask(client, size="32x48", user="me", style="vivid")
     assert one.size == "32x48"

@@ -364,6 +364,7 @@ def session() -> Session:
     return Session((b"device00", 1, 1, 0), None)  # type: ignore[arg-type]
 
 
+@pytest.mark.numbers
 def test_row_is_cut_back_beyond_its_window(body: Body) -> None:
     """Twenty tokens and then back to five, as if the others had never been."""
     row, fresh = body.store.new_row(), body.store.new_row()
@@ -375,6 +376,7 @@ def test_row_is_cut_back_beyond_its_window(body: Body) -> None:
     assert torch.allclose(ours, expected, atol=1e-5)
 
 
+@pytest.mark.numbers
 def test_forked_row_is_independent(body: Body) -> None:
     row = body.store.new_row()
     forward(body, row, states(10), list(range(10)))
@@ -388,6 +390,7 @@ def test_forked_row_is_independent(body: Body) -> None:
     assert torch.allclose(ours, expected, atol=1e-5)
 
 
+@pytest.mark.numbers
 def test_step_may_be_repeated(body: Body) -> None:
     """A step begins at a stated place, so that running it twice is running it once."""
     once, twice = session(), session()

@@ -29,6 +29,8 @@ from split_common.engine.rows import Row
 from split_worker.diffusion import DiffusionBody, ImageRun
 from split_worker.step_graphs import CAPTURED, MAX_COUNTED, MAX_GRAPHS, StepGraphs
 
+pytestmark = pytest.mark.numbers
+
 KINDS = ["unet C", "unet A", "controlnet", "ip-adapter", "sd3", "flux"]
 WIDTH = 2 * tiny_diffusion.TEXT
 TEXT_TOKENS = 12

@@ -27,6 +27,8 @@ from split_worker.worker import Worker
 from test_diffusion import image, latents, lora_of, pipeline
 from wiretap import record_requests
 
+pytestmark = pytest.mark.numbers
+
 #: How each kind's pipeline and split class are called, and a longest prompt that its pipeline may be told.
 KINDS: dict[str, tuple[str, Any]] = {
     "sd3": ("StableDiffusion3", SplitSD3Transformer2DModel),
