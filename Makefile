@@ -51,7 +51,7 @@ test: $(INSTALLED) ## Run the tests; pass pytest's arguments as ARGS="...".
 
 test-long: $(INSTALLED) ## Run the longer tests, and those that compare numbers as on other CPUs.
 	$(call job,long and not nightly,)
-	$(foreach cpu,$(OTHER_CPUS),$(call job,numbers and not nightly,$(cpu)))
+	$(foreach cpu,$(OTHER_CPUS),$(call job,numbers and not long and not nightly,$(cpu)))
 
 test-nightly: $(INSTALLED) ## Run what takes too long for every change.
 	$(call job,nightly,)

@@ -95,9 +95,8 @@ def _own_directories() -> Iterator[None]:
 @pytest.fixture(scope="module", params=fleet.TRANSPORTS)
 def transport(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the tests that use it over each transport."""
-    fleet.transport = request.param
-    yield request.param
-    fleet.transport = "zmq"
+    with fleet.using(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module", autouse=True)

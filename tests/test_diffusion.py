@@ -15,7 +15,7 @@ from PIL import Image
 
 import tiny
 import tiny_diffusion
-from fleet import running_broker, start_worker
+from fleet import TRANSPORTS_IN_TURN, running_broker, start_worker, using
 from split_common import wire
 from split_common.errors import (
     ConfigError,
@@ -45,6 +45,12 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_diffusion.save_sd15(tmp_path_factory.mktemp("sd15"))
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS_IN_TURN)
+def transport(request: pytest.FixtureRequest) -> Iterator[str]:
+    with using(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")

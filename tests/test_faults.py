@@ -297,19 +297,20 @@ def test_a_worker_process_that_hangs_or_is_killed_is_noticed(
                 # One that hangs is known by its silence; one that was killed is, long before, by its connection.
                 for kill, missed in ((signal.SIGSTOP, MISSED), (signal.SIGKILL, 600)):
                     monkeypatch.setattr(broker_module, "MISSED", missed)
-                    model.generate(prompt, max_new_tokens=3)
+                    # On a busy machine it may have seemed dead before, and has just come back.
+                    wait_until(lambda: fleets.generates(model, prompt))
                     (worker,) = [peer for peer in list(broker._peers.values()) if peer.role == "worker"]
+                    begun = model.timings.steps
                     with in_background(
                         lambda: [model.generate(prompt, max_new_tokens=240) for _ in range(99)]
                     ) as work:
-                        time.sleep(0.5)
+                        wait_until(lambda begun=begun: model.timings.steps > begun + 5)
                         os.kill(process.pid, kill)
                         with pytest.raises(SessionLost):
                             work.result(HEARTBEAT * MISSED + LATE)
                     if kill == signal.SIGSTOP:
                         assert time.monotonic() - worker.seen > HEARTBEAT * MISSED
                         os.kill(process.pid, signal.SIGCONT)
-                        wait_until(lambda: any(peer.role == "worker" for peer in list(broker._peers.values())))
                 with pytest.raises(NoWorker):
                     model.generate(prompt, max_new_tokens=1)
         finally:

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import tiny
-from fleet import joined, running_broker
+from fleet import TRANSPORTS_IN_TURN, joined, running_broker, using
 from split_common import wire
 from split_device import remote
 from wiretap import record_requests
@@ -123,6 +123,12 @@ CASES = [
     ("qwen2_sw", (4, 1)),
     ("qwen2_sw", (1, 3)),
 ]
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS_IN_TURN)
+def transport(request: pytest.FixtureRequest) -> Iterator[str]:
+    with using(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")

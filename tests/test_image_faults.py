@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import tiny_diffusion
-from fleet import running_broker
+from fleet import TRANSPORTS_IN_TURN, running_broker, using
 from split_device import SplitFluxTransformer2DModel, SplitSD3Transformer2DModel, SplitUNet2DConditionModel
 from test_diffusion import controlnet, image, latents, lora, mask, pipeline
 from test_ip_adapter import embeddings, load
@@ -68,6 +68,12 @@ class Workers:
         assert self._nursery.stdin is not None
         self._nursery.stdin.close()
         assert self._nursery.wait(LATE) == 0
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS_IN_TURN)
+def transport(request: pytest.FixtureRequest) -> Iterator[str]:
+    with using(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")

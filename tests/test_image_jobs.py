@@ -16,8 +16,8 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 import tiny_diffusion
+from fleet import serving_here
 from split_common.errors import ConfigError
-from split_common.process import running_command
 from split_device import ImageDevice
 from split_device.diffusion.painter import _own
 from split_device.jobs.agent import log_path, running_agent
@@ -36,10 +36,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(model: Path) -> Iterator[str]:
     """A broker and a worker of the tiny model."""
-    with running_command(["broker", "--bind", "tcp://127.0.0.1:*"]) as (_, broker):
-        options = ["--model", str(model), "--cut", "C", "--broker", broker["address"]]
-        with running_command(["worker", *options]):
-            yield broker["address"]
+    with serving_here(model, cut="C") as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import tiny_diffusion
-from fleet import running_broker, start_worker
+from fleet import TRANSPORTS_IN_TURN, running_broker, start_worker, using
 from split_common import wire
 from split_common.checkpoint import Checkpoint
 from split_common.diffusion.codecs import encode
@@ -35,6 +35,12 @@ KINDS: dict[str, tuple[str, Any]] = {
     "flux": ("Flux", SplitFluxTransformer2DModel),
 }
 SHORT = {"max_sequence_length": tiny_diffusion.TOKENS}
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS_IN_TURN)
+def transport(request: pytest.FixtureRequest) -> Iterator[str]:
+    with using(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")
