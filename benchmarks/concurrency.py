@@ -147,7 +147,7 @@ class Driver:
     """A client without a model: replays hidden states in as many sessions as it is told."""
 
     def __init__(self, model: Path, address: str) -> None:
-        from split_common import wire
+        from split_common import headers
         from split_common.fleet import load_fleet
         from split_common.manifest import find_manifest
         from split_common.part import plan
@@ -160,7 +160,7 @@ class Driver:
         plan_ = plan(str(model))
         split = Split.from_head_tail(plan_.layers, HEAD, TAIL)
         manifest = find_manifest(fleet_, plan_.checkpoint, plan_.own_tensors(split, "device"))
-        service = wire.Service(manifest.root, split.first, split.last)
+        service = headers.Service(manifest.root, split.first, split.last)
         transport = connect(address, fleet_, identity)
         self.client = Client(transport, fleet_, identity, service, manifest.name, "float32")
         self.client.start()
@@ -196,11 +196,11 @@ class Driver:
 
     @staticmethod
     def _step(states: Any, begin: int, end: int, acked: int) -> tuple[Any, Any]:
-        from split_common import wire
+        from split_common import payloads
         from split_common.tensors import to_bytes
 
-        row = wire.Row(0, begin, list(range(begin, end)))
-        return wire.Step("float32", states.shape[1], [row], None, acked), to_bytes(states[begin:end])
+        row = payloads.Run(0, begin, list(range(begin, end)))
+        return payloads.Step("float32", states.shape[1], [row], None, acked), to_bytes(states[begin:end])
 
     def inter_token_latency(self, states: Any) -> tuple[float, float]:
         """p99 in ms of one decoding session: alone, and while long prefills come in one after another."""

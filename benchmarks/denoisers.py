@@ -80,7 +80,7 @@ def shares(name: str) -> dict[str, Any]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from split_common import wire
+    from split_common import payloads
     from split_common.diffusion.kinds import KINDS
     from split_common.diffusion.plan import CUTS
 
@@ -108,9 +108,9 @@ def shares(name: str) -> dict[str, Any]:
         down = plan.output_shape(split, up_shapes)
         for codec, coded in CODECS.items():
             codecs: list[Any] = [coded, "float16", *[coded] * (len(up_shapes) - 2)]
-            arrays = [wire.Array(each, up) for each, up in zip(codecs, up_shapes, strict=True)]
+            arrays = [payloads.Array(each, up) for each, up in zip(codecs, up_shapes, strict=True)]
             results[f"{name}.{cut}.{codec}.bytes_up_per_step"] = sum(array.nbytes for array in arrays)
-            results[f"{name}.{cut}.{codec}.bytes_down_per_step"] = wire.Array(codecs[0], down).nbytes
+            results[f"{name}.{cut}.{codec}.bytes_down_per_step"] = payloads.Array(codecs[0], down).nbytes
         results |= {
             f"{name}.{cut}.device_flops_share": 1 - body / flops["Global"],
             f"{name}.{cut}.device_params_share": mine / sum(parameters.values()),

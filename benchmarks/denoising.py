@@ -159,7 +159,7 @@ def _body(model: Path, place: Any, shape: dict[str, Any]) -> Callable[[], object
     """A step of the worker's body in this process: from its bytes to those of the answer."""
     import torch
 
-    from split_common import wire
+    from split_common import payloads
     from split_common.checkpoint import Checkpoint
     from split_common.diffusion.codecs import encode
     from split_common.diffusion.kinds import plan_image
@@ -172,9 +172,9 @@ def _body(model: Path, place: Any, shape: dict[str, Any]) -> Callable[[], object
     count = shape["rows"]
     text, data = encode(torch.randn(count, shape["tokens"], plan.config["cross_attention_dim"]).bfloat16())
     key = bytes(32)
-    body.start(rows, wire.Condition(key, [text]), memoryview(data))
+    body.start(rows, payloads.Condition(key, [text]), memoryview(data))
     states = [encode(torch.randn(sizes).bfloat16()) for sizes in denoisers.step_shapes(plan, split, **shape)]
-    request = wire.Denoise(key, list(range(count)), [array for array, _ in states], "bfloat16")
+    request = payloads.Denoise(key, list(range(count)), [array for array, _ in states], "bfloat16")
     step = memoryview(b"".join(data for _, data in states))
 
     def run() -> object:

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.harness import note, queue_server, report
-from split_common import wire
+from split_common import headers, payloads
 from split_common.channel import SUITES, Box, preferred_suites
 from split_common.fleet import load_fleet
 from split_common.keys import Role
@@ -45,7 +45,7 @@ HEADER = bytes(33)
 BURST = 32
 
 #: The service that is neither model nor layers: nothing is computed.
-SERVICE = wire.Service(b"nothing is computed by this body", 0, 1)
+SERVICE = headers.Service(b"nothing is computed by this body", 0, 1)
 
 RoundTrip = Callable[[], object]
 
@@ -125,9 +125,9 @@ def _four_passes(box: Box, plaintext: bytes) -> None:
 # --- everything on -----------------------------------------------------------------------------------------
 
 
-def _step(count: int) -> tuple[wire.Step, bytes]:
+def _step(count: int) -> tuple[payloads.Step, bytes]:
     tokens = count // (4 * WIDTH)
-    return wire.Step("float32", WIDTH, [wire.Row(0, 0, list(range(tokens)))]), bytes(count)
+    return payloads.Step("float32", WIDTH, [payloads.Run(0, 0, list(range(tokens)))]), bytes(count)
 
 
 @contextlib.contextmanager
@@ -151,13 +151,13 @@ def _be_a_worker(address: str) -> None:
     class Echo(Worker):
         """Gives back what it gets, on the transport's thread."""
 
-        def _request(self, header: wire.Relay, body: bytes) -> None:
+        def _request(self, header: headers.Relay, body: bytes) -> None:
             link = self._links[header.sender, header.channel]
             keys = sessions.get(header.session) or link.channel.session_keys(header.session, header.epoch)
             sessions[header.session] = keys
-            request, tensor = wire.decode_payload(keys.open(header, body), wire.request_decoder)
-            if isinstance(request, wire.Step):
-                self._reply(keys, header, wire.Result(request.dtype, request.tokens, request.width), tensor)
+            request, tensor = payloads.decode_payload(keys.open(header, body), payloads.request_decoder)
+            if isinstance(request, payloads.Step):
+                self._reply(keys, header, payloads.Result(request.dtype, request.tokens, request.width), tensor)
 
     sessions: dict[int, Any] = {}
     fleet = load_fleet()

@@ -24,7 +24,7 @@ from split_broker import broker as broker_module
 from split_broker import lanes as lanes_module
 from split_broker.broker import Broker
 from split_common import channel as channel_module
-from split_common import wire
+from split_common import headers
 from split_common.engine import pool as pool_module
 from split_common.engine import scheduler as scheduler_module
 from split_common.engine.pool import LayerShape, PagePool
@@ -55,7 +55,7 @@ PRIME = 8191
 #: Seconds after which a sequence must have ended.
 LIFETIME = 1200.0
 
-SERVICE = wire.Service(bytes(32), 1, 3)
+SERVICE = headers.Service(bytes(32), 1, 3)
 
 
 class Clock:
@@ -217,7 +217,7 @@ class Link(ZmqLink):
             self._pump()
             self.world.after(HEARTBEAT, self._beat)
 
-    def send(self, header: wire.Header, body: bytes = b"") -> None:
+    def send(self, header: headers.Header, body: bytes = b"") -> None:
         super().send(header, body)
         self._wake()
 
@@ -257,7 +257,7 @@ class Link(ZmqLink):
             return
         self._received += len(frames[1])
         try:
-            self._dispatch(wire.decode_header(frames[0]), wire.check_body(frames[1]))
+            self._dispatch(headers.decode_header(frames[0]), headers.check_body(frames[1]))
         except SplitError as error:
             count_dropped(self.counters, error)
         except Exception:

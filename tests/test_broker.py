@@ -21,14 +21,14 @@ import tiny
 from split_broker import broker as broker_module
 from split_broker.broker import GRACE, Broker
 from split_broker.lanes import LANE_BYTES, LANE_MESSAGES, WINDOW, Lane
-from split_common import wire
+from split_common import headers
 from split_common.errors import BrokerUnreachable, ConfigError, KeysError, Oversized
 from split_common.keys import Identity
 from split_common.transport import HEARTBEAT, connect, parse_address
 from split_common.transport.zmq_link import ZmqLink
 from wiretap import LATE, FakePeer, Setting, on_loop, wait_until
 
-SERVICE = wire.Service(b"r" * 32, 2, 4)
+SERVICE = headers.Service(b"r" * 32, 2, 4)
 
 pytestmark = pytest.mark.usefixtures("patient_queue")
 
@@ -65,9 +65,9 @@ def join(setting: Setting, broker: Broker) -> Iterator[object]:
         peer.socket.close()
 
 
-def relay(sender: FakePeer, to: FakePeer, **fields: object) -> wire.Relay:
-    kind = wire.Kind.REQUEST if sender.role == "device" else wire.Kind.REPLY
-    return wire.Relay(**{"to": to.id, "sender": sender.id, "kind": kind, "channel": 1, "session": 1, **fields})  # type: ignore[arg-type]
+def relay(sender: FakePeer, to: FakePeer, **fields: object) -> headers.Relay:
+    kind = headers.Kind.REQUEST if sender.role == "device" else headers.Kind.REPLY
+    return headers.Relay(**{"to": to.id, "sender": sender.id, "kind": kind, "channel": 1, "session": 1, **fields})  # type: ignore[arg-type]
 
 
 # --- routing -----------------------------------------------------------------------------------------------
@@ -76,21 +76,21 @@ def relay(sender: FakePeer, to: FakePeer, **fields: object) -> wire.Relay:
 def test_messages_go_to_whom_they_are_for_and_no_farther(join, broker) -> None:
     device, worker, other = join("device-1"), join("worker-1"), join("worker-2")
     device.send(relay(device, worker, seq=7), b"sealed")
-    header, body = worker.receive(wire.Relay)
+    header, body = worker.receive(headers.Relay)
     assert (header, body) == (relay(device, worker, seq=7), b"sealed")
     worker.send(relay(worker, device, seq=7), b"answer")
-    assert device.receive(wire.Relay)[1] == b"answer"
-    assert other.silent(wire.Relay)
+    assert device.receive(headers.Relay)[1] == b"answer"
+    assert other.silent(headers.Relay)
 
 
 def test_a_sender_must_be_the_connections_own_peer(join, broker) -> None:
     device, worker, other = join("device-1"), join("worker-1"), join("device-2")
     other.send(relay(device, worker))
-    other.send(wire.Open(device.id, 1, SERVICE))
-    other.send(wire.RosterRequest(device.id))
+    other.send(headers.Open(device.id, 1, SERVICE))
+    other.send(headers.RosterRequest(device.id))
     wait_until(lambda: broker.counters["unannounced"] == 3)
-    assert worker.silent(wire.Relay | wire.Open)
-    assert device.silent(wire.RosterReply)
+    assert worker.silent(headers.Relay | headers.Open)
+    assert device.silent(headers.RosterReply)
 
 
 def test_peers_of_one_role_cannot_write_to_each_other(join, broker) -> None:
@@ -98,9 +98,9 @@ def test_peers_of_one_role_cannot_write_to_each_other(join, broker) -> None:
     one.send(relay(one, other))
     worker, colleague = join("worker-1"), join("worker-2")
     worker.send(relay(worker, colleague))
-    worker.send(wire.Open(worker.id, 1, SERVICE))
+    worker.send(headers.Open(worker.id, 1, SERVICE))
     wait_until(lambda: broker.counters["Malformed"] == 3)
-    assert other.silent(wire.Relay)
+    assert other.silent(headers.Relay)
 
 
 def test_nobody_announces_himself_as_another(join, setting: Setting, broker) -> None:
@@ -119,23 +119,23 @@ def test_nobody_announces_himself_as_another(join, setting: Setting, broker) -> 
         wait_until(lambda: broker.counters["Malformed"] == 7)
     assert {id_ for id_, peer in broker._peers.items() if peer.member != "device-2"} == {device.id, worker.id}
     device.send(relay(device, worker))
-    worker.receive(wire.Relay)
+    worker.receive(headers.Relay)
 
 
 def test_a_device_that_offers_a_service_is_given_no_wishes(join, broker) -> None:
     device, liar = join("device-1"), join("device-2", service=SERVICE, model="bait", room=10_000)
-    device.send(wire.Open(device.id, 1, SERVICE))
-    bounce = device.receive(wire.Bounce)[0]
+    device.send(headers.Open(device.id, 1, SERVICE))
+    bounce = device.receive(headers.Bounce)[0]
     assert bounce.reason == "no-worker"
     assert "bait" not in bounce.detail
-    assert liar.silent(wire.Open)
+    assert liar.silent(headers.Open)
 
 
 def test_what_is_for_nobody_comes_back_as_gone(join, broker) -> None:
     device = join("device-1")
     nobody = SimpleNamespace(id=bytes(8))
     device.send(relay(device, nobody, seq=5))
-    bounce = device.receive(wire.Bounce)[0]
+    bounce = device.receive(headers.Bounce)[0]
     assert (bounce.reason, bounce.session, bounce.seq, bounce.peer) == ("gone", 1, 5, bytes(8))
 
 
@@ -143,7 +143,7 @@ def test_a_new_broker_says_full_not_gone_until_it_knows_who_lives(join, broker) 
     device = join("device-1", watching=[bytes(8)])
     broker._started += 600
     device.send(relay(device, SimpleNamespace(id=bytes(8))))
-    bounce = device.receive(wire.Bounce)[0]
+    bounce = device.receive(headers.Bounce)[0]
     assert bounce.reason == "full"
     assert 0 < bounce.retry_after < GRACE
     assert device.join(watching=[bytes(8)]).gone == []
@@ -157,9 +157,9 @@ def test_a_new_broker_says_full_not_gone_until_it_knows_who_lives(join, broker) 
 def test_the_worker_with_the_most_room_is_given_a_wish(join) -> None:
     device, small, large = join("device-1"), join("worker-1", room=1), join("worker-2", room=2)
     for channel in (1, 2, 3):
-        device.send(wire.Open(device.id, channel, SERVICE), b"hello")
-    received = [large.receive(wire.Open)[0].channel, large.receive(wire.Open)[0].channel]
-    received.append(small.receive(wire.Open)[0].channel)
+        device.send(headers.Open(device.id, channel, SERVICE), b"hello")
+    received = [large.receive(headers.Open)[0].channel, large.receive(headers.Open)[0].channel]
+    received.append(small.receive(headers.Open)[0].channel)
     assert sorted(received) == [1, 2, 3]
 
 
@@ -169,29 +169,29 @@ def test_a_wish_waits_for_room_and_a_device_has_one_at_a_time(
     monkeypatch.setattr(broker_module, "OPEN_PATIENCE", 600.0)
     device, worker = join("device-1"), join("worker-1", room=0)
     for channel in range(50):
-        device.send(wire.Open(device.id, channel, SERVICE))
+        device.send(headers.Open(device.id, channel, SERVICE))
     wait_until(lambda: [wish.header.channel for wish in list(broker._wishes.values())] == [49])
-    assert worker.silent(wire.Open)
+    assert worker.silent(headers.Open)
     worker.announce(service=SERVICE, room=5)
-    assert worker.receive(wire.Open)[0].channel == 49
-    assert worker.silent(wire.Open)
+    assert worker.receive(headers.Open)[0].channel == 49
+    assert worker.silent(headers.Open)
     wait_until(lambda: not broker._wishes)
 
 
 def test_a_wish_that_cannot_be_met_is_answered(join, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(broker_module, "OPEN_PATIENCE", 0.3)
     device, worker = join("device-1"), join("worker-1", room=0)
-    device.send(wire.Open(device.id, 1, SERVICE))
-    full = device.receive(wire.Bounce)[0]
+    device.send(headers.Open(device.id, 1, SERVICE))
+    full = device.receive(headers.Bounce)[0]
     assert (full.reason, full.channel) == ("busy", 1)
     assert full.retry_after > 0
     # What waiting does not help is answered without.
     monkeypatch.setattr(broker_module, "OPEN_PATIENCE", 600.0)
     worker.announce(service=SERVICE, room=5, model="tiny")
-    device.send(wire.Open(device.id, 2, SERVICE, [worker.id]))
-    assert device.receive(wire.Bounce)[0].reason == "busy"
-    device.send(wire.Open(device.id, 3, wire.Service(b"x" * 32, 2, 4)))
-    wrong = device.receive(wire.Bounce)[0]
+    device.send(headers.Open(device.id, 2, SERVICE, [worker.id]))
+    assert device.receive(headers.Bounce)[0].reason == "busy"
+    device.send(headers.Open(device.id, 3, headers.Service(b"x" * 32, 2, 4)))
+    wrong = device.receive(headers.Bounce)[0]
     assert wrong.reason == "no-worker"
     assert wrong.detail == "tiny layers 2:4"
 
@@ -199,10 +199,10 @@ def test_a_wish_that_cannot_be_met_is_answered(join, monkeypatch: pytest.MonkeyP
 def test_wishes_for_services_that_nobody_has_leave_nothing_behind(join, broker) -> None:
     device = join("device-1")
     for number in range(200):
-        device.send(wire.Open(device.id, number, wire.Service(secrets.token_bytes(32), 0, 1)))
+        device.send(headers.Open(device.id, number, headers.Service(secrets.token_bytes(32), 0, 1)))
     wait_until(lambda: broker.counters["bounced_no-worker"] >= 1)
     wait_until(lambda: not broker._wishes)
-    device.send(wire.Open(device.id, 999, SERVICE))
+    device.send(headers.Open(device.id, 999, SERVICE))
     device.announce(leaving=True)
     wait_until(lambda: not (broker._peers or broker._wishes or broker._routes))
 
@@ -215,7 +215,7 @@ def test_a_workers_closed_connection_is_seen_at_once(join, broker) -> None:
     device = join("device-1", watching=[worker.id])
     worker.socket.close()
     # By its silence it would not be seen for minutes.
-    assert device.receive(wire.Welcome)[0].gone == [worker.id]
+    assert device.receive(headers.Welcome)[0].gone == [worker.id]
 
 
 def test_a_workers_death_is_seen_though_its_lane_waits_for_credit(join, broker) -> None:
@@ -225,7 +225,7 @@ def test_a_workers_death_is_seen_though_its_lane_waits_for_credit(join, broker) 
     device.send(relay(device, worker), b"waits")
     wait_until(lambda: broker._peers[worker.id].lane.waiting)
     worker.socket.close()
-    assert device.receive(wire.Welcome)[0].gone == [worker.id]
+    assert device.receive(headers.Welcome)[0].gone == [worker.id]
 
 
 def test_a_silent_peer_is_gone_after_three_heartbeats(join, broker) -> None:
@@ -236,7 +236,7 @@ def test_a_silent_peer_is_gone_after_three_heartbeats(join, broker) -> None:
     on_loop(broker, lambda: broker._housekeeping(now))
     assert set(broker._peers) == {worker.id, device.id}
     on_loop(broker, lambda: broker._housekeeping(now + 1e-6))
-    assert device.receive(wire.Welcome)[0].gone == [worker.id]
+    assert device.receive(headers.Welcome)[0].gone == [worker.id]
     assert set(broker._peers) == {device.id}
 
 
@@ -248,7 +248,7 @@ def test_nobody_is_held_for_dead_because_the_broker_was_held_up(join, broker, mo
     for _ in range(2):
         on_loop(broker, lambda: None)
     assert set(broker._peers) == {worker.id, device.id}
-    assert device.silent(wire.Welcome)
+    assert device.silent(headers.Welcome)
 
 
 def test_a_peer_that_was_held_for_dead_learns_that_nobody_waits_for_it(join, broker) -> None:
@@ -256,7 +256,7 @@ def test_a_peer_that_was_held_for_dead_learns_that_nobody_waits_for_it(join, bro
     worker = join("worker-1")
     device = join("device-1", watching=[worker.id])
     broker._peers[worker.id].seen -= 1000
-    assert device.receive(wire.Welcome)[0].gone == [worker.id]
+    assert device.receive(headers.Welcome)[0].gone == [worker.id]
     assert worker.join(service=SERVICE, watching=[device.id]).gone == [device.id]
     assert worker.join(service=SERVICE, watching=[device.id]).gone == []
 
@@ -288,13 +288,13 @@ def test_a_device_that_comes_back_on_a_new_connection_gets_what_was_kept(setting
     reached = [True]
     while reached[-1]:
         # Until the broker's socket knows that nobody is there.
-        on_loop(broker, lambda: reached.append(broker._send(peer, (wire.encode_header(wire.Probe()), b""))))
+        on_loop(broker, lambda: reached.append(broker._send(peer, (headers.encode_header(headers.Probe()), b""))))
     for number in range(3):
         worker.send(relay(worker, device, seq=number))
     wait_until(lambda: len(peer.lane.waiting) == 3)
     with FakePeer(broker.address, setting.fleet, setting.fleet.read_identity("device-1"), device.id) as back:
         back.announce()
-        assert [back.receive(wire.Relay)[0].seq for _ in range(3)] == [0, 1, 2]
+        assert [back.receive(headers.Relay)[0].seq for _ in range(3)] == [0, 1, 2]
 
 
 def test_revoked_members_are_put_out_while_the_broker_runs(tmp_path: Path, setting: Setting) -> None:
@@ -309,7 +309,7 @@ def test_revoked_members_are_put_out_while_the_broker_runs(tmp_path: Path, setti
             device.join(watching=[worker.id])
             own.fleet.revoke("worker-1")
             wait_until(lambda: worker.id not in broker._peers)
-            gone = [device.receive(wire.Welcome)[0] for _ in range(2)]
+            gone = [device.receive(headers.Welcome)[0] for _ in range(2)]
             assert [worker.id] in [welcome.gone for welcome in gone]
             assert {welcome.roster_version for welcome in gone} == {2}
             worker.announce(service=SERVICE)
@@ -321,7 +321,7 @@ def test_revoked_members_are_put_out_while_the_broker_runs(tmp_path: Path, setti
             with late:
                 late.announce(service=SERVICE)
                 wait_until(lambda: broker.counters["AuthenticationError"] >= 1)
-                assert late.silent(wire.Header)
+                assert late.silent(headers.Header)
 
 
 # --- bounds ------------------------------------------------------------------------------------------------
@@ -329,9 +329,9 @@ def test_revoked_members_are_put_out_while_the_broker_runs(tmp_path: Path, setti
 
 def test_a_lane_is_bounded_in_bytes_and_messages() -> None:
     lane = Lane()
-    piece = b"", bytes(wire.MAX_BODY)
-    assert [lane.put(piece) for _ in range(LANE_BYTES // wire.MAX_BODY + 1)] == [True] * (
-        LANE_BYTES // wire.MAX_BODY
+    piece = b"", bytes(headers.MAX_BODY)
+    assert [lane.put(piece) for _ in range(LANE_BYTES // headers.MAX_BODY + 1)] == [True] * (
+        LANE_BYTES // headers.MAX_BODY
     ) + [False]
     small = Lane()
     assert all(small.put((b"", b"")) for _ in range(LANE_MESSAGES))
@@ -341,17 +341,17 @@ def test_a_lane_is_bounded_in_bytes_and_messages() -> None:
 def test_a_lane_stops_at_its_credit_and_a_peer_cannot_lend_itself_more() -> None:
     lane = Lane()
     for _ in range(12):
-        lane.put((b"", bytes(wire.MAX_BODY)))
+        lane.put((b"", bytes(headers.MAX_BODY)))
     lane.credit(1000)
     sent = 0
     while lane.take() is not None:
         sent += 1
-    assert sent * wire.MAX_BODY == WINDOW + wire.MAX_BODY
+    assert sent * headers.MAX_BODY == WINDOW + headers.MAX_BODY
     lane.credit(1000 + 2**60)
     before = lane.sent
     while lane.take() is not None:
         pass
-    assert lane.sent - before <= WINDOW + wire.MAX_BODY
+    assert lane.sent - before <= WINDOW + headers.MAX_BODY
     lane.credit(1000 + lane.sent)
     assert lane.sent == lane.received
 
@@ -362,8 +362,8 @@ def test_a_slow_reader_does_not_hold_up_others_and_gets_all_in_order(join, broke
     for number in range(count):
         worker.send(relay(worker, slow, seq=number), bytes(20_000))
     worker.send(relay(worker, device))
-    device.receive(wire.Relay)
-    assert [slow.receive(wire.Relay)[0].seq for _ in range(count)] == list(range(count))
+    device.receive(headers.Relay)
+    assert [slow.receive(headers.Relay)[0].seq for _ in range(count)] == list(range(count))
 
 
 def test_a_full_lane_is_told_to_the_sender(join, broker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +371,7 @@ def test_a_full_lane_is_told_to_the_sender(join, broker, monkeypatch: pytest.Mon
     lane = broker._peers[worker.id].lane
     lane.waiting_bytes = LANE_BYTES
     device.send(relay(device, worker, seq=3), b"x")
-    bounce = device.receive(wire.Bounce)[0]
+    bounce = device.receive(headers.Bounce)[0]
     assert (bounce.reason, bounce.seq) == ("full", 3)
 
 
@@ -386,19 +386,19 @@ def test_garbage_is_counted_and_the_broker_goes_on(join, broker) -> None:
         [b""],
         [b"", b""],
         [b"\x02rest", b""],
-        [bytes(wire.MAX_HEADER + 1), b""],
+        [bytes(headers.MAX_HEADER + 1), b""],
         [nested, b""],
-        [wire.encode_header(relay(device, worker)), b"", b"third"],
-        [wire.encode_header(relay(device, worker)), bytes(wire.MAX_BODY + 1)],
-        [wire.encode_header(wire.Welcome(bytes(8))), b""],
-        [wire.encode_header(wire.RosterReply()), b""],
+        [headers.encode_header(relay(device, worker)), b"", b"third"],
+        [headers.encode_header(relay(device, worker)), bytes(headers.MAX_BODY + 1)],
+        [headers.encode_header(headers.Welcome(bytes(8))), b""],
+        [headers.encode_header(headers.RosterReply()), b""],
     ):
         device.socket.send_multipart(frames)
     wait_until(lambda: sum(broker.counters[name] for name in ("Malformed", "Oversized", "VersionMismatch")) == 9)
     assert (broker.counters["Oversized"], broker.counters["VersionMismatch"]) == (2, 1)
     assert broker.counters["failures"] == 0
     device.send(relay(device, worker))
-    assert worker.receive(wire.Relay)[0] == relay(device, worker)
+    assert worker.receive(headers.Relay)[0] == relay(device, worker)
 
 
 @pytest.fixture(scope="module")
@@ -410,7 +410,7 @@ def offline(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Itera
     broker._started -= GRACE
     for id_, route, role in ((b"device-1", b"r1", "device"), (b"worker-1", b"r2", "worker")):
         service = SERVICE if role == "worker" else None
-        broker._announced(wire.Announce(id_, role, id_.decode(), service=service, room=1), route, id_.decode())
+        broker._announced(headers.Announce(id_, role, id_.decode(), service=service, room=1), route, id_.decode())
     yield broker
     broker.stop()
 
@@ -421,15 +421,15 @@ def test_no_frame_makes_the_broker_fail(offline: Broker, data: st.DataObject) ->
     valid = data.draw(
         st.sampled_from(
             [
-                wire.Announce(b"device-1", "device", "device-1", watching=[b"worker-1"]),
-                wire.Relay(b"worker-1", b"device-1", wire.Kind.REQUEST, 1, 2, 0, 3, 4),
-                wire.Open(b"device-1", 1, SERVICE, [bytes(8)]),
-                wire.RosterRequest(b"device-1"),
-                wire.Bounce("gone"),
+                headers.Announce(b"device-1", "device", "device-1", watching=[b"worker-1"]),
+                headers.Relay(b"worker-1", b"device-1", headers.Kind.REQUEST, 1, 2, 0, 3, 4),
+                headers.Open(b"device-1", 1, SERVICE, [bytes(8)]),
+                headers.RosterRequest(b"device-1"),
+                headers.Bounce("gone"),
             ]
         )
     )
-    frame = bytearray(wire.encode_header(valid))
+    frame = bytearray(headers.encode_header(valid))
     for _ in range(data.draw(st.integers(0, 3))):
         frame[data.draw(st.integers(1, len(frame) - 1))] = data.draw(st.integers(0, 255))
     del frame[data.draw(st.integers(1, len(frame))) :]
@@ -445,17 +445,17 @@ def test_no_frame_makes_the_broker_fail(offline: Broker, data: st.DataObject) ->
 def test_ten_thousand_frames_of_all_kinds_leave_nothing_behind(offline: Broker) -> None:
     choose = random.Random(0)
     good = [
-        wire.encode_header(header)
+        headers.encode_header(header)
         for header in (
-            wire.Announce(b"device-1", "device", "device-1", watching=[b"worker-1"]),
-            wire.Announce(b"device-2", "device", "device-1"),
-            wire.Relay(b"worker-1", b"device-1", wire.Kind.REQUEST, 1, 2, 0, 3, 4),
-            wire.Relay(b"device-1", b"worker-1", wire.Kind.REPLY, 1, 2, 0, 3, 4),
-            wire.Open(b"device-1", 1, SERVICE, [bytes(8)]),
-            wire.Open(b"device-9", 1, wire.Service(bytes(32), 1, 2)),
-            wire.RosterRequest(b"device-1"),
-            wire.RosterReply(),
-            wire.Welcome(bytes(8), 9, [b"worker-1"]),
+            headers.Announce(b"device-1", "device", "device-1", watching=[b"worker-1"]),
+            headers.Announce(b"device-2", "device", "device-1"),
+            headers.Relay(b"worker-1", b"device-1", headers.Kind.REQUEST, 1, 2, 0, 3, 4),
+            headers.Relay(b"device-1", b"worker-1", headers.Kind.REPLY, 1, 2, 0, 3, 4),
+            headers.Open(b"device-1", 1, SERVICE, [bytes(8)]),
+            headers.Open(b"device-9", 1, headers.Service(bytes(32), 1, 2)),
+            headers.RosterRequest(b"device-1"),
+            headers.RosterReply(),
+            headers.Welcome(bytes(8), 9, [b"worker-1"]),
         )
     ]
     offline.counters.clear()
@@ -488,7 +488,7 @@ def test_an_unforeseen_failure_does_not_end_the_loop(join, broker, monkeypatch: 
         device.send(relay(device, worker))
         wait_until(lambda: broker.counters["failures"] == 1)
     device.send(relay(device, worker))
-    worker.receive(wire.Relay)
+    worker.receive(headers.Relay)
 
 
 # --- the door ----------------------------------------------------------------------------------------------
@@ -500,14 +500,14 @@ def test_only_keys_of_the_roster_get_in(tmp_path: Path, setting: Setting, broker
     with FakePeer(broker.address, setting.fleet, stranger) as peer:
         peer.announce()
         wait_until(lambda: broker.counters["AuthenticationError"] >= 1)
-        assert peer.silent(wire.Header)
+        assert peer.silent(headers.Header)
     # Without CURVE there is no way in either.
     plain = zmq.Context.instance().socket(zmq.DEALER)
     plain.linger = 0
     plain.connect(broker.address)
     plain.sndtimeo = 300
     with contextlib.suppress(zmq.Again):
-        plain.send_multipart([wire.encode_header(wire.Announce(bytes(8), "device", "device-1")), b""])
+        plain.send_multipart([headers.encode_header(headers.Announce(bytes(8), "device", "device-1")), b""])
     assert not plain.poll(300)
     plain.close()
     assert not broker._peers
@@ -518,7 +518,7 @@ def test_an_unknown_device_is_told_so_in_time(tmp_path: Path, setting: Setting, 
     link = connect(broker.address, setting.own_fleet(), stranger)
     began = time.monotonic()
     with pytest.raises(BrokerUnreachable, match="in its roster"):
-        link.start(SimpleNamespace(announcement=lambda: wire.Announce(bytes(8), "device", "device-1")), 1.0)  # type: ignore[arg-type]
+        link.start(SimpleNamespace(announcement=lambda: headers.Announce(bytes(8), "device", "device-1")), 1.0)  # type: ignore[arg-type]
     assert time.monotonic() - began < 1.0 + LATE
 
 
@@ -612,14 +612,14 @@ def test_stopping_is_prompt_and_leaves_no_thread(setting: Setting) -> None:
 def test_a_body_too_large_to_travel_is_refused_by_the_sender(setting: Setting) -> None:
     link = ZmqLink("tcp://127.0.0.1:9", setting.own_fleet(), setting.fleet.read_identity("device-1"))
     with pytest.raises(Oversized):
-        link.send(wire.RosterRequest(bytes(8)), bytes(wire.MAX_BODY + 1))
+        link.send(headers.RosterRequest(bytes(8)), bytes(headers.MAX_BODY + 1))
     link.close()
 
 
 def test_the_largest_body_travels_over_curve(join) -> None:
     device, worker = join("device-1"), join("worker-1")
-    device.send(relay(device, worker), bytes(wire.MAX_BODY))
-    assert len(worker.receive(wire.Relay)[1]) == wire.MAX_BODY
+    device.send(relay(device, worker), bytes(headers.MAX_BODY))
+    assert len(worker.receive(headers.Relay)[1]) == headers.MAX_BODY
 
 
 def test_a_link_survives_garbage_and_a_failing_handler(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -630,10 +630,10 @@ def test_a_link_survives_garbage_and_a_failing_handler(setting: Setting, monkeyp
         fail = lambda *_: 1 / 0  # noqa: E731
         with monkeypatch.context() as patch:
             patch.setattr(client, "on_message", fail)
-            on_loop(broker, lambda: broker._put(peer, (wire.encode_header(wire.Bounce("full")), b"")))
+            on_loop(broker, lambda: broker._put(peer, (headers.encode_header(headers.Bounce("full")), b"")))
             wait_until(lambda: link.counters["HandlerError"] == 1)
-        announce = wire.encode_header(wire.Announce(bytes(8), "device", "x"))
-        forged = wire.encode_header(wire.RosterReply())
+        announce = headers.encode_header(headers.Announce(bytes(8), "device", "x"))
+        forged = headers.encode_header(headers.RosterReply())
         messages = [(b"", b""), (b"\x07", b""), (forged, b"forged"), (announce, b"")]
         on_loop(broker, lambda: [broker._put(peer, message) for message in messages])
         wait_until(lambda: link.counters["Malformed"] == 2)
@@ -648,7 +648,7 @@ def test_a_link_bounds_what_it_has_not_sent(setting: Setting, monkeypatch: pytes
         broker.stop()
 
         def is_full() -> bool:
-            client.transport.send(wire.Relay(bytes(8), client.id, wire.Kind.REQUEST, 1), bytes(100_000))
+            client.transport.send(headers.Relay(bytes(8), client.id, headers.Kind.REQUEST, 1), bytes(100_000))
             return client.transport.counters["outbox_full"] >= 20
 
         wait_until(is_full)

@@ -14,7 +14,7 @@ import zmq
 import tiny
 from split_broker.lanes import Body, Message, Peer
 from split_common import channel as channels
-from split_common import wire
+from split_common import headers, payloads
 from split_device import SplitModelForCausalLM
 from wiretap import Setting
 
@@ -44,9 +44,9 @@ def state_needles(plaintexts: Iterable[bytes]) -> set[bytes]:
     """Pieces of the hidden states in all payloads."""
     needles: set[bytes] = set()
     for body in plaintexts:
-        for decoder in (wire.request_decoder, wire.reply_decoder):
+        for decoder in (payloads.request_decoder, payloads.reply_decoder):
             try:
-                _, tensor = wire.decode_payload(body, decoder)
+                _, tensor = payloads.decode_payload(body, decoder)
             except Exception:
                 continue
             needles.update(bytes(tensor[at : at + NEEDLE]) for at in range(0, len(tensor) - NEEDLE, NEEDLE))
@@ -67,7 +67,7 @@ class Recording:
         self._patch = patch
         seal = channels.SessionKeys.seal
 
-        def record_plaintext(keys: channels.SessionKeys, header: wire.Relay, plaintext: bytes) -> bytes:
+        def record_plaintext(keys: channels.SessionKeys, header: headers.Relay, plaintext: bytes) -> bytes:
             self.plaintexts.append(plaintext)
             return seal(keys, header, plaintext)
 
@@ -143,13 +143,13 @@ def test_decode_steps_look_alike_to_the_broker(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recording = Recording(setting, tmp_path, monkeypatch)
-    sizes: dict[wire.Kind, set[int]] = {}
+    sizes: dict[headers.Kind, set[int]] = {}
     for head, body in zip(recording.frames, recording.frames[1:], strict=False):
         try:
-            header = wire.decode_header(head)
+            header = headers.decode_header(head)
         except Exception:
             continue
-        if isinstance(header, wire.Relay) and header.session and 0 < header.seq < 19:
+        if isinstance(header, headers.Relay) and header.session and 0 < header.seq < 19:
             sizes.setdefault(header.kind, set()).add(len(body))
     assert {len(found_sizes) for found_sizes in sizes.values()} == {1}
-    assert set(sizes) == {wire.Kind.REQUEST, wire.Kind.REPLY}
+    assert set(sizes) == {headers.Kind.REQUEST, headers.Kind.REPLY}

@@ -13,22 +13,14 @@ from hypothesis import strategies as st
 from nacl.signing import SigningKey
 
 from split_common import channel as channels
-from split_common import wire
-from split_common.channel import (
-    AEGIS,
-    XCHACHA,
-    Answer,
-    Channel,
-    DeviceHandshake,
-    Hello,
-    SessionKeys,
-    WorkerHandshake,
-)
+from split_common import headers
+from split_common.channel import AEGIS, XCHACHA, Channel, SessionKeys
 from split_common.errors import AuthenticationError, CertificateError, Malformed, ProtocolError
+from split_common.handshake import Answer, DeviceHandshake, Hello, WorkerHandshake
 from split_common.keys import Certificate, Identity, Member, ModelScope, Role, Roster, verify_certificate
 
 OPERATOR = SigningKey(bytes(32))
-SERVICE = wire.Service(b"r" * 32, 2, 28)
+SERVICE = headers.Service(b"r" * 32, 2, 28)
 NOW = int(time.time())
 
 
@@ -78,8 +70,8 @@ def suite(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ch
     return request.param  # type: ignore[no-any-return]
 
 
-def request_header(counter: int = 1, session: int = 3) -> wire.Relay:
-    return wire.Relay(b"worker..", b"device..", wire.Kind.REQUEST, 5, session, 0, 9, counter)
+def request_header(counter: int = 1, session: int = 3) -> headers.Relay:
+    return headers.Relay(b"worker..", b"device..", headers.Kind.REQUEST, 5, session, 0, 9, counter)
 
 
 def test_both_ends_know_each_other_and_share_keys(suite: channels.Suite) -> None:
@@ -92,7 +84,7 @@ def test_both_ends_know_each_other_and_share_keys(suite: channels.Suite) -> None
     assert b"hidden" not in sealed
     assert len(sealed) == len(b"hidden states") + suite.tag_size
     assert other.open(header, sealed) == b"hidden states"
-    back = msgspec.structs.replace(header, kind=wire.Kind.REPLY, counter=other.next_counter())
+    back = msgspec.structs.replace(header, kind=headers.Kind.REPLY, counter=other.next_counter())
     assert one.open(back, other.seal(back, b"answer")) == b"answer"
 
 
@@ -102,7 +94,7 @@ def test_what_a_body_belongs_to_cannot_be_changed(suite: channels.Suite, name: s
     one, other = of_device.session_keys(3, 0), of_worker.session_keys(3, 0)
     header = request_header(one.next_counter())
     sealed = one.seal(header, b"x")
-    wrong = msgspec.structs.replace(header, **{name: wire.Kind.REPLY if name == "kind" else 8})
+    wrong = msgspec.structs.replace(header, **{name: headers.Kind.REPLY if name == "kind" else 8})
     with pytest.raises(AuthenticationError):
         other.open(wrong, sealed)
 
@@ -128,7 +120,7 @@ def test_the_version_of_the_protocol_is_authenticated(monkeypatch: pytest.Monkey
     of_device, of_worker = shake_hands()
     header = request_header()
     sealed = of_device.session_keys(3, 0).seal(header, b"x")
-    monkeypatch.setattr(wire, "VERSION", 2)
+    monkeypatch.setattr(headers, "VERSION", 2)
     with pytest.raises(AuthenticationError):
         of_worker.session_keys(3, 0).open(header, sealed)
 
@@ -254,7 +246,7 @@ def test_a_worker_refuses_what_it_does_not_serve() -> None:
             WorkerHandshake(WORKER, VERIFY, SERVICE, initiator.hello)
 
 
-def replace_service(**changes: object) -> wire.Service:
+def replace_service(**changes: object) -> headers.Service:
     return msgspec.structs.replace(SERVICE, **changes)
 
 

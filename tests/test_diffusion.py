@@ -16,7 +16,7 @@ from PIL import Image
 import tiny
 import tiny_diffusion
 from fleet import TRANSPORTS_IN_TURN, running_broker, start_worker, using
-from split_common import wire
+from split_common import payloads
 from split_common.errors import (
     ConfigError,
     InvalidSplit,
@@ -185,8 +185,8 @@ def test_embeddings_travel_once_and_default_negatives_not_at_all(
     pipe("something else", num_inference_steps=3, height=SIZE, width=SIZE, output_type="latent")
     # On a machine that is very busy a worker may seem dead: then all goes to it once more.
     again = unet.traffic["replays"] - before
-    conditions = [request for request in sent if isinstance(request, wire.Condition)]
-    steps = [request for request in sent if isinstance(request, wire.Denoise)]
+    conditions = [request for request in sent if isinstance(request, payloads.Condition)]
+    steps = [request for request in sent if isinstance(request, payloads.Denoise)]
     assert len(conditions) == 1 + again
     assert conditions[0].arrays[0].shape == [1, tiny_diffusion.TOKENS, 2 * tiny_diffusion.TEXT]
     assert [step.rows for step in steps] == [[-1, 0]] * (3 + again)
@@ -233,7 +233,7 @@ def test_a_step_too_large_for_one_message_travels_in_several(
     pipe = pipeline(sdxl, unet=unet)
     wanted = latents(pipe, num_images_per_prompt=2)
     # One row has 32 × 16 × 16 numbers up and 64 × 16 × 16 down; there are four.
-    monkeypatch.setattr(wire, "PART_BYTES", 50_000)
+    monkeypatch.setattr(payloads, "PART_BYTES", 50_000)
     before = worker.counters["steps"], worker.counters["refused_embeddings"]
     calls: list[int] = []
     send = session.RemoteSession.call
@@ -250,7 +250,7 @@ def test_a_step_too_large_for_one_message_travels_in_several(
     assert (worker.counters["steps"], worker.counters["refused_embeddings"]) == (before[0] + 4, before[1] + 1 + 5)
     # Two parts, a step, and the rest of its output in five; once the embeddings again.
     assert calls == [8, 8, 8, 9, 8]
-    monkeypatch.setattr(wire, "MAX_STEP", 100_000)
+    monkeypatch.setattr(payloads, "MAX_STEP", 100_000)
     with pytest.raises(Oversized, match="smaller codec"):
         latents(pipe)
 

@@ -27,8 +27,8 @@ from split_broker import broker as broker_module
 from split_broker.broker import GRACE, Broker
 from split_broker.lanes import Message, Peer
 from split_common import channel as channels
+from split_common import headers
 from split_common import keys as keys_module
-from split_common import wire
 from split_common.errors import (
     BrokerUnreachable,
     Busy,
@@ -144,13 +144,13 @@ def test_tokens_are_the_same_over_a_restart(checkpoint: Path, setting: Setting) 
         seen = threading.Event()
         count = 0
 
-        def watch(_peer: Peer, header: wire.AnyHeader, message: Message) -> list[Message]:
+        def watch(_peer: Peer, header: headers.AnyHeader, message: Message) -> list[Message]:
             nonlocal count
-            count += isinstance(header, wire.Relay)
+            count += isinstance(header, headers.Relay)
             if count == 60:
                 seen.set()
             # It does not get to its end before the restart.
-            return [] if count >= 60 and isinstance(header, wire.Relay) else [message]
+            return [] if count >= 60 and isinstance(header, headers.Relay) else [message]
 
         cheat(broker, watch)
         with in_background(lambda: model.generate(prompt, max_new_tokens=80, do_sample=False)) as generation:
@@ -160,19 +160,22 @@ def test_tokens_are_the_same_over_a_restart(checkpoint: Path, setting: Setting) 
             assert torch.equal(generation.result(LATE), wanted)
 
 
-MESSAGES: dict[str, Callable[[wire.AnyHeader], bool]] = {
-    "open": lambda header: isinstance(header, wire.Open),
-    "answer": lambda header: isinstance(header, wire.Relay) and header.kind == wire.Kind.ANSWER,
-    "finish": lambda header: isinstance(header, wire.Relay) and header.kind == wire.Kind.FINISH,
+MESSAGES: dict[str, Callable[[headers.AnyHeader], bool]] = {
+    "open": lambda header: isinstance(header, headers.Open),
+    "answer": lambda header: isinstance(header, headers.Relay) and header.kind == headers.Kind.ANSWER,
+    "finish": lambda header: isinstance(header, headers.Relay) and header.kind == headers.Kind.FINISH,
     "confirmation": lambda header: (
-        isinstance(header, wire.Relay) and header.kind == wire.Kind.REPLY and not header.session
+        isinstance(header, headers.Relay) and header.kind == headers.Kind.REPLY and not header.session
     ),
-    "first request": lambda header: isinstance(header, wire.Relay) and header.kind == wire.Kind.REQUEST,
+    "first request": lambda header: isinstance(header, headers.Relay) and header.kind == headers.Kind.REQUEST,
     "later request": lambda header: (
-        isinstance(header, wire.Relay) and header.kind == wire.Kind.REQUEST and header.seq == 5
+        isinstance(header, headers.Relay) and header.kind == headers.Kind.REQUEST and header.seq == 5
     ),
     "reply": lambda header: (
-        isinstance(header, wire.Relay) and header.kind == wire.Kind.REPLY and header.session > 0 and header.seq == 5
+        isinstance(header, headers.Relay)
+        and header.kind == headers.Kind.REPLY
+        and header.session > 0
+        and header.seq == 5
     ),
 }
 
@@ -187,7 +190,7 @@ def test_any_message_may_be_lost(
     monkeypatch.setattr(client_module, "SET_UP_RETRANSMIT", 0.3)
     dropped = threading.Event()
 
-    def drop(_peer: Peer, header: wire.AnyHeader, message: Message) -> list[Message]:
+    def drop(_peer: Peer, header: headers.AnyHeader, message: Message) -> list[Message]:
         if MESSAGES[lost](header) and not dropped.is_set():
             dropped.set()
             return []
@@ -221,9 +224,9 @@ def test_no_nonce_seals_two_plaintexts_whatever_is_lost_and_repeated(
     monkeypatch.setattr(session_module, "RETRANSMIT", 0.2)
     calls = 0
 
-    def lose_and_repeat(_peer: Peer, header: wire.AnyHeader, message: Message) -> list[Message]:
+    def lose_and_repeat(_peer: Peer, header: headers.AnyHeader, message: Message) -> list[Message]:
         nonlocal calls
-        if not isinstance(header, wire.Relay):
+        if not isinstance(header, headers.Relay):
             return [message]
         calls += 1
         return [] if calls % 17 == 0 else [message] * (1 + calls % 3)
@@ -681,7 +684,7 @@ def test_the_garbage_collector_may_close_sessions_in_any_thread(setting: Setting
     ):
         announcement = client.announcement
 
-        def collecting() -> wire.Announce:
+        def collecting() -> headers.Announce:
             with client._lock:
                 gc.collect()
                 return announcement()
@@ -708,7 +711,7 @@ def test_a_link_closed_by_its_own_thread_ends(setting: Setting) -> None:
     with setting.broker() as broker, setting.client(broker.address) as client:
         client.on_reset = client.close  # type: ignore[method-assign]
         (peer,) = broker._peers.values()
-        on_loop(broker, lambda: broker._put(peer, (wire.encode_header(wire.Welcome(bytes(8))), b"")))
+        on_loop(broker, lambda: broker._put(peer, (headers.encode_header(headers.Welcome(bytes(8))), b"")))
         thread = client.transport._thread  # type: ignore[attr-defined]
         thread.join(LATE)
         assert not thread.is_alive()
@@ -740,7 +743,7 @@ def test_half_open_channels_are_bounded_and_cost_no_session(setting: Setting) ->
             hello = channels.DeviceHandshake(
                 setting.fleet.read_identity("device-1"), lambda *_: None, setting.service, "float32"
             ).hello
-            worker.on_message(wire.Open(bytes(8), number, setting.service), hello)
+            worker.on_message(headers.Open(bytes(8), number, setting.service), hello)
         assert len(worker._half_open) == worker_module.MAX_HALF_OPEN
         assert len(worker._sessions) == len(worker._links) == 0
         with worker._lock:

@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import tiny
 from fleet import TRANSPORTS_IN_TURN, joined, running_broker, using
-from split_common import wire
+from split_common import payloads
 from split_device import remote
 from wiretap import record_requests
 
@@ -306,7 +306,7 @@ def test_padding_between_turns(llama: tuple[Model, Model]) -> None:
 
 def tokens_in(sent: list[Any]) -> int:
     """Tokens whose hidden states were sent."""
-    return sum(request.tokens for request in sent if isinstance(request, wire.Step))
+    return sum(request.tokens for request in sent if isinstance(request, payloads.Step))
 
 
 def test_second_turn_does_not_send_the_first_again(

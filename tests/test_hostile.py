@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 import tiny
 from split_broker.lanes import Message, Peer
-from split_common import wire
-from split_common.channel import Channel, DeviceHandshake, SessionKeys
+from split_common import headers, payloads
+from split_common.channel import Channel, SessionKeys
 from split_common.errors import AuthenticationError, Busy, NonFinite, OutOfOrder, ProtocolError, SessionLost
+from split_common.handshake import DeviceHandshake
 from split_common.keys import Certificate, ModelScope, Role, verify_certificate
 from split_device import SplitModelForCausalLM
 from split_device.sessions import client as client_module
@@ -60,8 +61,8 @@ class Mallory:
         self.held: list[Message] = []
         self.forged = 0
 
-    def __call__(self, _peer: Peer, header: wire.AnyHeader, message: Message) -> list[Message]:
-        if not isinstance(header, wire.Relay | wire.Open):
+    def __call__(self, _peer: Peer, header: headers.AnyHeader, message: Message) -> list[Message]:
+        if not isinstance(header, headers.Relay | headers.Open):
             return [message]
         self.past = [*self.past[-100:], message]
         forgeries = [self._forge(header, message) for _ in range(4)]
@@ -72,7 +73,7 @@ class Mallory:
             honest, self.held = self.held, honest
         return [*forgeries[:2], *honest, *forgeries[2:]]
 
-    def _forge(self, header: wire.Relay | wire.Open, message: Message) -> Message:
+    def _forge(self, header: headers.Relay | headers.Open, message: Message) -> Message:
         head, body = message
         body = body or bytes(1)
         at = self.random.randrange(max(1, len(body)))
@@ -90,7 +91,7 @@ class Mallory:
                 return head, self.random.choice(self.past)[1]
             case 5:
                 return head[: self.random.randrange(len(head))], body
-        if isinstance(header, wire.Open):
+        if isinstance(header, headers.Open):
             return changed(header, channel=header.channel + 1), body
         field = self.random.choice(["session", "epoch", "seq", "counter", "channel"])
         return changed(header, **{field: getattr(header, field) + self.random.choice([1, 2])}), body
@@ -154,10 +155,10 @@ def test_a_broker_that_pretends_to_restart_gets_no_storm(setting: Setting, expec
     """Each new name of the broker makes a device send again what is in flight, once."""
     number = 0
 
-    def rename(_peer: Peer, header: wire.AnyHeader, message: Message) -> list[Message]:
+    def rename(_peer: Peer, header: headers.AnyHeader, message: Message) -> list[Message]:
         nonlocal number
         number += 1
-        return [message, (wire.encode_header(wire.Welcome(number.to_bytes(8, "big"))), b"")]
+        return [message, (headers.encode_header(headers.Welcome(number.to_bytes(8, "big"))), b"")]
 
     with (
         setting.broker() as broker,
@@ -165,7 +166,7 @@ def test_a_broker_that_pretends_to_restart_gets_no_storm(setting: Setting, expec
         setting.client(broker.address) as client,
     ):
         # Only the device hears of it, or announcement and welcome would answer each other for ever.
-        cheat(broker, lambda peer, *rest: rename(peer, *rest) if isinstance(rest[0], wire.Relay) else [rest[1]])
+        cheat(broker, lambda peer, *rest: rename(peer, *rest) if isinstance(rest[0], headers.Relay) else [rest[1]])
         assert run_steps(client, STEPS) == expected
         assert worker.counters["steps"] == STEPS + 1
         assert client.transport.counters["messages_sent"] < STEPS + 30  # type: ignore[attr-defined]
@@ -174,15 +175,21 @@ def test_a_broker_that_pretends_to_restart_gets_no_storm(setting: Setting, expec
 @pytest.mark.parametrize(
     "lie",
     [
-        lambda session: (wire.Welcome(bytes(8), gone=[session.worker]), b""),
+        lambda session: (headers.Welcome(bytes(8), gone=[session.worker]), b""),
         lambda session: (
-            wire.Relay(
-                session._client.id, session.worker, wire.Kind.UNKNOWN, session.channel.number, session.number, 0, 1
+            headers.Relay(
+                session._client.id,
+                session.worker,
+                headers.Kind.UNKNOWN,
+                session.channel.number,
+                session.number,
+                0,
+                1,
             ),
-            wire.echo(*session.in_flight[1]),
+            headers.echo(*session.in_flight[1]),
         ),
-        lambda session: (wire.Bounce("gone", session.channel.number, session.number, 1), b""),
-        lambda session: (wire.Bounce("revoked", session.channel.number, session.number, 1), b""),
+        lambda session: (headers.Bounce("gone", session.channel.number, session.number, 1), b""),
+        lambda session: (headers.Bounce("revoked", session.channel.number, session.number, 1), b""),
     ],
     ids=["gone", "unknown channel", "bounced", "revoked"],
 )
@@ -198,13 +205,13 @@ def test_a_false_death_ends_a_session_by_a_typed_error_and_another_can_be_had(
         session.call([step(0)])
         told = False
 
-        def answer_by_a_lie(_peer: Peer, header: wire.AnyHeader, message: Message) -> list[Message]:
+        def answer_by_a_lie(_peer: Peer, header: headers.AnyHeader, message: Message) -> list[Message]:
             nonlocal told
-            if told or not (isinstance(header, wire.Relay) and header.kind == wire.Kind.REPLY):
+            if told or not (isinstance(header, headers.Relay) and header.kind == headers.Kind.REPLY):
                 return [message]
             told = True
             head, body = lie(session)
-            return [(wire.encode_header(head), body)]
+            return [(headers.encode_header(head), body)]
 
         cheat(broker, answer_by_a_lie)
         with pytest.raises(SessionLost):
@@ -221,7 +228,7 @@ def test_a_full_queue_makes_no_storm(setting: Setting, monkeypatch: pytest.Monke
         session.call([step(0)])
         relay = broker._relay
 
-        def bounce(sender: Peer, header: wire.Relay, message: Message) -> None:
+        def bounce(sender: Peer, header: headers.Relay, message: Message) -> None:
             nonlocal refused
             if sender.role == "device" and refused < 100:
                 refused += 1
@@ -278,40 +285,40 @@ class Bench:
             data, operator_key=fleet.operator_key, roster=fleet.roster(), role=role, scope=scope
         )
 
-    def deliver(self, header: wire.Header, body: bytes) -> str:
+    def deliver(self, header: headers.Header, body: bytes) -> str:
         """What a transport does with a message: the name of the error that it counts."""
         try:
-            self.worker.on_message(wire.decode_header(wire.encode_header(header)), body)
+            self.worker.on_message(headers.decode_header(headers.encode_header(header)), body)
         except (ProtocolError, AuthenticationError, Busy) as error:
             return type(error).__name__
         return ""
 
     def channel(self, number: int) -> Channel:
         handshake = DeviceHandshake(self.identity, self.verify, self.setting.service, "float32")
-        self.worker.on_message(wire.Open(self.device, number, self.setting.service), handshake.hello)
+        self.worker.on_message(headers.Open(self.device, number, self.setting.service), handshake.hello)
         (_, answer) = self.transport.take()[-1]
         finish, channel = handshake.finish(answer)
-        self.worker.on_message(self.header(wire.Kind.FINISH, number), finish)
+        self.worker.on_message(self.header(headers.Kind.FINISH, number), finish)
         (header, body) = self.transport.take()[-1]
-        assert isinstance(header, wire.Relay)
+        assert isinstance(header, headers.Relay)
         channel.session_keys(0, 0).open(header, body)
         return channel
 
-    def header(self, kind: wire.Kind, *numbers: int) -> wire.Relay:
-        return wire.Relay(self.worker.id, self.device, kind, *numbers)
+    def header(self, kind: headers.Kind, *numbers: int) -> headers.Relay:
+        return headers.Relay(self.worker.id, self.device, kind, *numbers)
 
     def request(
         self,
         keys: SessionKeys,
         session: int,
         seq: int,
-        payload: wire.Payload,
+        payload: payloads.Payload,
         tensor: Any = b"",
         channel: int = 1,
         epoch: int = 0,
-    ) -> tuple[wire.Relay, bytes]:
-        header = self.header(wire.Kind.REQUEST, channel, session, epoch, seq, keys.next_counter())
-        return header, keys.seal(header, wire.encode_payload(payload, tensor, overhead=keys.tag_size))
+    ) -> tuple[headers.Relay, bytes]:
+        header = self.header(headers.Kind.REQUEST, channel, session, epoch, seq, keys.next_counter())
+        return header, keys.seal(header, payloads.encode_payload(payload, tensor, overhead=keys.tag_size))
 
     def replies(self, count: int = 1) -> list[tuple[Any, bytes]]:
         wait_until(lambda: len(self.transport.sent) >= count)
@@ -332,26 +339,26 @@ def channel(bench: Bench) -> Channel:
 
 def test_a_refusal_comes_sealed_and_the_session_goes_on(bench: Bench, channel: Channel) -> None:
     keys = channel.session_keys(1000, 0)
-    wrong: list[tuple[wire.Payload, Any, str]] = [
-        (wire.Step("float32", 16, [wire.Row(0, 0, [0])]), bytes(64), "malformed"),
-        (wire.Step("float32", 32, [wire.Row(0, 5, [5])]), bytes(128), "malformed"),
-        (wire.Step("float32", 32, [wire.Row(0, 0, [0])], [3]), bytes(128), "malformed"),
-        (wire.Step("float32", 32, [wire.Row(0, 0, [99_999])]), bytes(128), "too-long"),
-        (wire.Step("float32", 32, [wire.Row(4000, 0, [0])]), bytes(128), "malformed"),
-        (wire.Step("float32", 32, [wire.Row(0, 0, [0])]), b"\xff" * 128, "non-finite"),
-        (wire.Step("bfloat16", 32, [wire.Row(0, 0, [0] * 100_000)]), bytes(6_400_000), "malformed"),
-        (wire.Fork(77, 0), b"", "evicted"),
+    wrong: list[tuple[payloads.Payload, Any, str]] = [
+        (payloads.Step("float32", 16, [payloads.Run(0, 0, [0])]), bytes(64), "malformed"),
+        (payloads.Step("float32", 32, [payloads.Run(0, 5, [5])]), bytes(128), "malformed"),
+        (payloads.Step("float32", 32, [payloads.Run(0, 0, [0])], [3]), bytes(128), "malformed"),
+        (payloads.Step("float32", 32, [payloads.Run(0, 0, [99_999])]), bytes(128), "too-long"),
+        (payloads.Step("float32", 32, [payloads.Run(4000, 0, [0])]), bytes(128), "malformed"),
+        (payloads.Step("float32", 32, [payloads.Run(0, 0, [0])]), b"\xff" * 128, "non-finite"),
+        (payloads.Step("bfloat16", 32, [payloads.Run(0, 0, [0] * 100_000)]), bytes(6_400_000), "malformed"),
+        (payloads.Fork(77, 0), b"", "evicted"),
     ]
     for seq, (payload, tensor, reason) in enumerate(wrong):
         assert bench.deliver(*bench.request(keys, 1000, seq, payload, tensor)) == ""
         ((header, body),) = bench.replies()
-        reply, _ = wire.decode_payload(keys.open(header, body), wire.reply_decoder)
-        assert isinstance(reply, wire.Refusal)
+        reply, _ = payloads.decode_payload(keys.open(header, body), payloads.reply_decoder)
+        assert isinstance(reply, payloads.Refusal)
         assert reply.reason == reason, payload
     assert bench.deliver(*bench.request(keys, 1000, len(wrong), *step(0))) == ""
     ((header, body),) = bench.replies()
-    assert isinstance(wire.decode_payload(keys.open(header, body), wire.reply_decoder)[0], wire.Result)
-    assert bench.deliver(*bench.request(keys, 1000, len(wrong) + 1, wire.Close())) == ""
+    assert isinstance(payloads.decode_payload(keys.open(header, body), payloads.reply_decoder)[0], payloads.Result)
+    assert bench.deliver(*bench.request(keys, 1000, len(wrong) + 1, payloads.Close())) == ""
     assert len(bench.worker._sessions) == 0
 
 
@@ -363,7 +370,7 @@ def test_a_session_is_never_opened_twice(bench: Bench, channel: Channel) -> None
     (answer,) = bench.replies()
     bench.deliver(*first)
     assert bench.replies() == [answer]
-    bench.deliver(*bench.request(keys, 2000, 1, wire.Close()))
+    bench.deliver(*bench.request(keys, 2000, 1, payloads.Close()))
     for _ in range(3):
         bench.deliver(*first)
         told = refusal(bench, channel)
@@ -371,7 +378,7 @@ def test_a_session_is_never_opened_twice(bench: Bench, channel: Channel) -> None
     # A close that comes before the first request counts as well.
     late = channel.session_keys(2001, 0)
     request = bench.request(late, 2001, 0, *step(0))
-    bench.deliver(*bench.request(late, 2001, 1, wire.Close()))
+    bench.deliver(*bench.request(late, 2001, 1, payloads.Close()))
     bench.deliver(*request)
     assert bench.replies()[0][0].session == 0
     assert len(bench.worker._sessions) == 0
@@ -403,7 +410,7 @@ def test_a_higher_epoch_ends_lower_ones_at_once_and_for_good(bench: Bench, chann
         bench.deliver(*bench.request(keys, number, 0, *step(0), epoch=epoch))
         assert refusal(bench, channel).reason == "lost"
     assert len(sessions) == 1
-    bench.deliver(*bench.request(newest, number, 1, wire.Close(), channel=60, epoch=7))
+    bench.deliver(*bench.request(newest, number, 1, payloads.Close(), channel=60, epoch=7))
     bench.deliver(*bench.request(channel.session_keys(number, 6), number, 0, *step(0), epoch=6))
     assert refusal(bench, channel).reason == "lost"
     assert len(sessions) == 0
@@ -417,7 +424,7 @@ def test_requests_out_of_order_are_refused_and_the_right_one_still_taken(bench: 
     assert bench.deliver(*requests[2]) == OutOfOrder.__name__
     assert bench.deliver(*requests[1]) == bench.deliver(*requests[2]) == ""
     assert [header.seq for header, _ in bench.replies(3)] == [0, 1, 2]
-    bench.deliver(*bench.request(keys, 3000, 3, wire.Close()))
+    bench.deliver(*bench.request(keys, 3000, 3, payloads.Close()))
 
 
 @given(st.data())
@@ -428,7 +435,7 @@ def test_no_message_makes_a_worker_fail(bench: Bench, channel: Channel, data: st
     number = bench.sessions
     keys = channel.session_keys(number, 0)
     good, body = bench.request(keys, number, 0, *step(0))
-    bad: wire.Header = good
+    bad: headers.Header = good
     spoiled = bytearray(body)
     match data.draw(st.sampled_from(["flip", "cut", "field", "kind", "open", "header"])):
         case "flip":
@@ -441,27 +448,33 @@ def test_no_message_makes_a_worker_fail(bench: Bench, channel: Channel, data: st
             bad = msgspec.structs.replace(good, **{field: b"another." if field == "sender" else value})
         case "kind":
             bad = msgspec.structs.replace(
-                good, kind=data.draw(st.sampled_from([wire.Kind.ANSWER, wire.Kind.REPLY, wire.Kind.UNKNOWN]))
+                good,
+                kind=data.draw(st.sampled_from([headers.Kind.ANSWER, headers.Kind.REPLY, headers.Kind.UNKNOWN])),
             )
         case "open":
             bad, spoiled = (
-                wire.Open(bench.device, number + 10, bench.setting.service),
+                headers.Open(bench.device, number + 10, bench.setting.service),
                 bytearray(data.draw(st.binary())),
             )
         case "header":
-            bad = data.draw(st.sampled_from([wire.Probe(), wire.RosterRequest(bytes(8)), wire.Bounce("gone")]))
+            bad = data.draw(
+                st.sampled_from([headers.Probe(), headers.RosterRequest(bytes(8)), headers.Bounce("gone")])
+            )
     steps, held = bench.worker.counters["steps"], len(bench.worker._sessions)
     error = bench.deliver(bad, bytes(spoiled))
-    assert error or isinstance(bad, wire.Bounce)
+    assert error or isinstance(bad, headers.Bounce)
     assert len(bench.worker._sessions) == held
     assert all(
-        isinstance(header, wire.Relay) and header.kind == wire.Kind.UNKNOWN for header, _ in bench.transport.take()
+        isinstance(header, headers.Relay) and header.kind == headers.Kind.UNKNOWN
+        for header, _ in bench.transport.take()
     )
     if number % 20 == 0:
         assert bench.deliver(good, body) == ""
         ((header, answer),) = bench.replies()
-        assert isinstance(wire.decode_payload(keys.open(header, answer), wire.reply_decoder)[0], wire.Result)
-        bench.deliver(*bench.request(keys, number, 1, wire.Close()))
+        assert isinstance(
+            payloads.decode_payload(keys.open(header, answer), payloads.reply_decoder)[0], payloads.Result
+        )
+        bench.deliver(*bench.request(keys, number, 1, payloads.Close()))
         assert bench.worker.counters["steps"] == steps + 1
 
 
@@ -471,18 +484,18 @@ def test_a_member_that_seals_garbage_is_refused_too(bench: Bench, channel: Chann
     bench.sessions += 1
     number = 500_000 + bench.sessions
     keys = channel.session_keys(number, 0)
-    header = bench.header(wire.Kind.REQUEST, 1, number, 0, 0, keys.next_counter())
+    header = bench.header(headers.Kind.REQUEST, 1, number, 0, 0, keys.next_counter())
     error = bench.deliver(header, keys.seal(header, garbage))
     assert error in ("Malformed", "Oversized") or not garbage.strip(b"\0\x01\x91\x03")
     bench.transport.take()
 
 
-def refusal(bench: Bench, channel: Channel) -> wire.Refusal:
+def refusal(bench: Bench, channel: Channel) -> payloads.Refusal:
     """What a worker says of a request that it did not take."""
     ((header, body),) = bench.replies()
     assert header.session == 0
-    refusal, _ = wire.decode_payload(channel.session_keys(0, 0).open(header, body), wire.reply_decoder)
-    assert isinstance(refusal, wire.Refusal)
+    refusal, _ = payloads.decode_payload(channel.session_keys(0, 0).open(header, body), payloads.reply_decoder)
+    assert isinstance(refusal, payloads.Refusal)
     return refusal
 
 
@@ -497,7 +510,7 @@ def test_a_queue_that_is_full_says_so(bench: Bench, channel: Channel, monkeypatc
         assert told.retry_after > 0
     bench.deliver(*first)
     assert bench.replies()[0][0].session == 4000
-    bench.deliver(*bench.request(keys, 4000, 1, wire.Close()))
+    bench.deliver(*bench.request(keys, 4000, 1, payloads.Close()))
     assert bench.worker._compute.queued_bytes == 0
 
 
@@ -522,7 +535,7 @@ def test_replies_that_nobody_acknowledges_give_way(
     told = refusal(bench, channel)
     assert (told.reason, told.session, told.seq) == ("lost", 4400, 0)
     for number, seq in ((4400, 1), (4401, 3)):
-        bench.deliver(*bench.request(keys[number], number, seq, wire.Close()))
+        bench.deliver(*bench.request(keys[number], number, seq, payloads.Close()))
 
 
 def test_what_needs_no_forward_keeps_nobody_from_theirs(
@@ -534,9 +547,9 @@ def test_what_needs_no_forward_keeps_nobody_from_theirs(
     over, ended = threading.Event(), threading.Event()
 
     def send() -> None:
-        bench.deliver(*bench.request(flood, 4500, next(seq), wire.Fork(77, 0)))
+        bench.deliver(*bench.request(flood, 4500, next(seq), payloads.Fork(77, 0)))
 
-    def answer(task: Task, payload: wire.Payload, tensor: Any) -> None:
+    def answer(task: Task, payload: payloads.Payload, tensor: Any) -> None:
         reply(task, payload, tensor)
         if task.header.session == 4500:
             ended.set() if over.is_set() or time.monotonic() > last else send()
@@ -548,23 +561,23 @@ def test_what_needs_no_forward_keeps_nobody_from_theirs(
     over.set()
     assert ended.wait(LATE)
     for number, keys, after in ((4500, flood, next(seq)), (4501, honest, 1)):
-        bench.deliver(*bench.request(keys, number, after, wire.Close()))
+        bench.deliver(*bench.request(keys, number, after, payloads.Close()))
     bench.transport.take()
 
 
 def test_the_oldest_set_up_may_be_finished_after_a_damaged_attempt(bench: Bench) -> None:
     handshake = DeviceHandshake(bench.identity, bench.verify, bench.setting.service, "float32")
-    bench.deliver(wire.Open(bench.device, 50, bench.setting.service), handshake.hello)
-    bench.deliver(wire.Open(bench.device, 50, bench.setting.service), handshake.hello)
+    bench.deliver(headers.Open(bench.device, 50, bench.setting.service), handshake.hello)
+    bench.deliver(headers.Open(bench.device, 50, bench.setting.service), handshake.hello)
     (_, one), (_, two) = bench.transport.take()
     assert one == two, "an open that is delivered twice must have one answer"
     finish, _ = handshake.finish(one)
     for damaged in (b"", finish[:-1], bytes(len(finish))):
-        assert bench.deliver(bench.header(wire.Kind.FINISH, 50), damaged) == "AuthenticationError"
-    assert bench.deliver(bench.header(wire.Kind.FINISH, 50), finish) == ""
-    assert bench.deliver(bench.header(wire.Kind.FINISH, 50), finish) == ""
+        assert bench.deliver(bench.header(headers.Kind.FINISH, 50), damaged) == "AuthenticationError"
+    assert bench.deliver(bench.header(headers.Kind.FINISH, 50), finish) == ""
+    assert bench.deliver(bench.header(headers.Kind.FINISH, 50), finish) == ""
     kinds = [header.kind for header, _ in bench.transport.take()]  # type: ignore[attr-defined]
-    assert kinds == [wire.Kind.REPLY] * 2
+    assert kinds == [headers.Kind.REPLY] * 2
 
 
 # --- the device, handed its messages by hand ---------------------------------------------------------------
@@ -577,10 +590,12 @@ def test_no_message_makes_a_device_fail(device: tuple[Client, Any], data: st.Dat
     header = data.draw(
         st.one_of(
             st.builds(
-                wire.Relay,
+                headers.Relay,
                 st.just(client.id),
                 st.sampled_from([session.worker, bytes(8)]),
-                st.sampled_from([wire.Kind.ANSWER, wire.Kind.FINISH, wire.Kind.REQUEST, wire.Kind.REPLY]),
+                st.sampled_from(
+                    [headers.Kind.ANSWER, headers.Kind.FINISH, headers.Kind.REQUEST, headers.Kind.REPLY]
+                ),
                 st.sampled_from([0, 1, session.channel.number, 99]),
                 st.sampled_from([0, 1, session.number, 99]),
                 st.sampled_from([0, 1]),
@@ -588,10 +603,10 @@ def test_no_message_makes_a_device_fail(device: tuple[Client, Any], data: st.Dat
                 st.integers(0, 2**62 - 1),
             ),
             st.builds(
-                wire.Bounce, st.sampled_from(["busy", "full", "no-worker"]), st.integers(0, 3), st.integers(0, 3)
+                headers.Bounce, st.sampled_from(["busy", "full", "no-worker"]), st.integers(0, 3), st.integers(0, 3)
             ),
-            st.just(wire.Probe()),
-            st.just(wire.Open(bytes(8), 1, wire.Service(bytes(32), 0, 1))),
+            st.just(headers.Probe()),
+            st.just(headers.Open(bytes(8), 1, headers.Service(bytes(32), 0, 1))),
         )
     )
     with contextlib.suppress(ProtocolError, AuthenticationError):
@@ -638,7 +653,7 @@ def flood(honest: list[Frame], foreign: list[Frame], seed: int) -> Iterator[tupl
 def take(handler: Any, head: bytes, body: bytes) -> bool:
     """What a link does with a frame; whether it was refused."""
     try:
-        handler.on_message(wire.decode_header(head), wire.check_body(body))
+        handler.on_message(headers.decode_header(head), headers.check_body(body))
     except (ProtocolError, AuthenticationError, Busy):
         return True
     return False
@@ -657,14 +672,14 @@ def test_a_flood_does_not_reach_what_a_worker_computes(bench: Bench, channel: Ch
         assert bench.deliver(header, body) == ""
     answers = {header.seq: body for header, body in bench.replies(20)}
     steps, held = bench.worker.counters["steps"], len(bench.worker._sessions)
-    frames = [(wire.encode_header(header), body) for header, body in honest]
+    frames = [(headers.encode_header(header), body) for header, body in honest]
     refused = sent = 0
     for kind, head, body in flood(frames, foreign, 1):
         refused += (was_refused := take(bench.worker, head, body))
         for header, sealed in bench.transport.take():
-            assert isinstance(header, wire.Relay)
+            assert isinstance(header, headers.Relay)
             # To what it has answered it gives the same answer; of channels that it has not it says so.
-            again = header.kind == wire.Kind.REPLY and header.session == number
+            again = header.kind == headers.Kind.REPLY and header.session == number
             assert not again or sealed == answers[header.seq]
             sent += again
         assert was_refused or kind not in ("corrupt body", "cut body", "foreign")
@@ -673,16 +688,16 @@ def test_a_flood_does_not_reach_what_a_worker_computes(bench: Bench, channel: Ch
     assert (bench.worker.counters["steps"], len(bench.worker._sessions)) == (steps, held)
     assert bench.deliver(*bench.request(keys, number, 20, *step(20))) == ""
     ((header, body),) = bench.replies()
-    assert isinstance(wire.decode_payload(keys.open(header, body), wire.reply_decoder)[0], wire.Result)
-    bench.deliver(*bench.request(keys, number, 21, wire.Close()))
+    assert isinstance(payloads.decode_payload(keys.open(header, body), payloads.reply_decoder)[0], payloads.Result)
+    bench.deliver(*bench.request(keys, number, 21, payloads.Close()))
 
 
 def test_a_flood_does_not_reach_a_generation(setting: Setting, expected: list[bytes]) -> None:
     """Every reply of one session, and another's, are turned against a session while it runs."""
     seen: list[Frame] = []
 
-    def watch(peer: Peer, header: wire.AnyHeader, message: Message) -> list[Message]:
-        if peer.role == "device" and isinstance(header, wire.Relay):
+    def watch(peer: Peer, header: headers.AnyHeader, message: Message) -> list[Message]:
+        if peer.role == "device" and isinstance(header, headers.Relay):
             seen.append((bytes(message[0]), bytes(message[1])))
         return [message]
 
@@ -713,8 +728,8 @@ def test_a_flood_does_not_reach_a_generation(setting: Setting, expected: list[by
 # --- a worker that lies ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reply", [wire.Done(), wire.Refusal("failed", "\x1b[31m")])
-def test_a_wrong_kind_of_answer_ends_the_session(setting: Setting, reply: wire.Payload) -> None:
+@pytest.mark.parametrize("reply", [payloads.Done(), payloads.Refusal("failed", "\x1b[31m")])
+def test_a_wrong_kind_of_answer_ends_the_session(setting: Setting, reply: payloads.Payload) -> None:
     with (
         setting.broker() as broker,
         setting.worker(broker.address) as worker,
@@ -733,7 +748,7 @@ def test_states_that_are_not_finite_do_not_reach_the_model(setting: Setting) -> 
     def poison(task: Any, *_: Any) -> None:
         tokens = task.request.tokens
         states = torch.full((tokens, 32), float("nan"))
-        result = wire.Result("float32", tokens, 32)
+        result = payloads.Result("float32", tokens, 32)
         worker._reply(task.session.keys, task.header, result, memoryview(states.numpy().tobytes()))
 
     with (

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny_diffusion
-from split_common import wire
+from split_common import payloads
 from split_common.checkpoint import Checkpoint
 from split_common.diffusion.codecs import decode, encode
 from split_common.diffusion.kinds import is_denoiser, plan_image
@@ -44,19 +44,19 @@ def body(plan: ImagePlan) -> DiffusionBody:
     return DiffusionBody(plan, plan.split("C"), torch.device("cpu"))
 
 
-def pack(*tensors: torch.Tensor) -> tuple[list[wire.Array], memoryview]:
+def pack(*tensors: torch.Tensor) -> tuple[list[payloads.Array], memoryview]:
     parts = [encode(tensor) for tensor in tensors]
     return [array for array, _ in parts], memoryview(b"".join(data for _, data in parts))
 
 
 def condition(body: DiffusionBody, rows: list[Row], count: int = 1, width: int = WIDTH, key: bytes = KEY) -> None:
     array, data = encode(torch.ones(count, 4, width))
-    assert body.start(rows, wire.Condition(key, [array]), memoryview(data)) == []
+    assert body.start(rows, payloads.Condition(key, [array]), memoryview(data)) == []
 
 
 def begin(body: DiffusionBody, rows: list[Row], wanted: list[int], *tensors: torch.Tensor) -> Any:
     arrays, data = pack(*tensors)
-    return body.start(rows, wire.Denoise(KEY, wanted, arrays, "float32"), data)
+    return body.start(rows, payloads.Denoise(KEY, wanted, arrays, "float32"), data)
 
 
 GOOD = torch.ones(1, 32, 16, 16), torch.ones(1, 128)
@@ -91,7 +91,7 @@ def test_steps_that_do_not_fit_are_refused(body: DiffusionBody, rows: list[int],
 
 
 def test_a_step_of_a_language_model_is_refused(body: DiffusionBody) -> None:
-    step = wire.Step("float32", 1, [wire.Row(0, 0, [0])])
+    step = payloads.Step("float32", 1, [payloads.Run(0, 0, [0])])
     with pytest.raises(Malformed, match="Step for an image model"):
         body.start([], step, memoryview(bytes(4)))
 
@@ -108,15 +108,15 @@ def test_states_that_are_not_finite_are_refused(body: DiffusionBody) -> None:
     bad = bytearray(data)
     bad[:4] = b"\xff" * 4
     with pytest.raises(NonFinite):
-        body.start(rows, wire.Denoise(KEY, [0], [array, time], "float32"), memoryview(bytes(bad) + after))
+        body.start(rows, payloads.Denoise(KEY, [0], [array, time], "float32"), memoryview(bytes(bad) + after))
 
 
 def test_an_answer_that_is_too_large_is_refused(body: DiffusionBody) -> None:
     rows: list[Row] = []
     condition(body, rows)
-    arrays = [wire.Array("int4", [8, 32, 512, 1024]), wire.Array("float32", [8, 128])]
+    arrays = [payloads.Array("int4", [8, 32, 512, 1024]), payloads.Array("float32", [8, 128])]
     with pytest.raises(Oversized):
-        body.start(rows, wire.Denoise(KEY, [0] * 8, arrays, "float32"), memoryview(b""))
+        body.start(rows, payloads.Denoise(KEY, [0] * 8, arrays, "float32"), memoryview(b""))
 
 
 def test_a_step_in_parts(body: DiffusionBody, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,11 +126,11 @@ def test_a_step_in_parts(body: DiffusionBody, monkeypatch: pytest.MonkeyPatch) -
     (whole,) = begin(body, rows, [0], *GOOD)
     arrays, data = pack(*GOOD)
     half = len(data) // 2
-    step = wire.Denoise(KEY, [0], arrays, "float32", sent=half)
+    step = payloads.Denoise(KEY, [0], arrays, "float32", sent=half)
     nothing = torch.empty(0)
 
     def part(offset: int, size: int) -> None:
-        assert body.start(rows, wire.Part(offset, size), data[offset : offset + size]) == []
+        assert body.start(rows, payloads.TensorPart(offset, size), data[offset : offset + size]) == []
 
     with pytest.raises(NeedEmbeddings):
         body.start(rows, step, data[half:])
@@ -145,21 +145,21 @@ def test_a_step_in_parts(body: DiffusionBody, monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(run, ImageRun)
     assert all(map(torch.equal, run.tensors, whole.tensors))
     with pytest.raises(NeedEmbeddings):
-        body.answer(rows, wire.Rest(0, 1), nothing)
-    monkeypatch.setattr(wire, "PART_BYTES", 10_000)
+        body.answer(rows, payloads.PartRequest(0, 1), nothing)
+    monkeypatch.setattr(payloads, "PART_BYTES", 10_000)
     (output,) = body.launch([run]).wait()
     reply, first = body.answer(rows, step, output)
-    assert isinstance(reply, wire.Denoised)
+    assert isinstance(reply, payloads.Denoised)
     answers = [
-        body.answer(rows, wire.Rest(10_000, 40_000), nothing),
-        body.answer(rows, wire.Rest(50_000, 15_536), nothing),
+        body.answer(rows, payloads.PartRequest(10_000, 40_000), nothing),
+        body.answer(rows, payloads.PartRequest(50_000, 15_536), nothing),
     ]
     assert torch.equal(decode(reply.output, memoryview(b"".join((first, *(more for _, more in answers))))), output)
     with pytest.raises(Malformed):
-        body.answer(rows, wire.Rest(50_000, 15_537), nothing)
+        body.answer(rows, payloads.PartRequest(50_000, 15_537), nothing)
     with pytest.raises(Malformed):
-        body.start(rows, wire.Denoise(KEY, [0], arrays, "float32", sent=len(data) + 1), memoryview(b""))
-    monkeypatch.setattr(wire, "MAX_STEP", half)
+        body.start(rows, payloads.Denoise(KEY, [0], arrays, "float32", sent=len(data) + 1), memoryview(b""))
+    monkeypatch.setattr(payloads, "MAX_STEP", half)
     part(0, half)
     with pytest.raises(Oversized):
         part(half, 1)
@@ -189,7 +189,7 @@ def test_embeddings_that_were_used_least_lately_are_forgotten_first(plan: ImageP
     condition(body, other, key=b"2" * 32)
     begin(body, rows, [0], *GOOD)
     with pytest.raises(NeedEmbeddings):
-        body.start(other, wire.Denoise(b"1" * 32, [0], *pack(*GOOD)[:1], "float32"), pack(*GOOD)[1])
+        body.start(other, payloads.Denoise(b"1" * 32, [0], *pack(*GOOD)[:1], "float32"), pack(*GOOD)[1])
     rows[0].free()
     with pytest.raises(NeedEmbeddings):
         begin(body, rows, [0], *GOOD)
@@ -203,7 +203,7 @@ def test_what_is_held_is_counted(body: DiffusionBody, monkeypatch: pytest.Monkey
     condition(body, rows)
     assert store.used - before == 4 * WIDTH * 4
     for offset in (0, 0, 10):
-        body.start(rows, wire.Part(offset, 10), memoryview(bytes(10)))
+        body.start(rows, payloads.TensorPart(offset, 10), memoryview(bytes(10)))
     assert store.used - before == 4 * WIDTH * 4 + 20
     rows[0].free()
     assert store.used == before
@@ -218,7 +218,7 @@ def test_a_step_without_embeddings_is_refused(body: DiffusionBody) -> None:
     """Before it shares a launch with others', which would fail with it."""
     arrays, data = pack(*GOOD)
     with pytest.raises(Malformed, match="embeddings"):
-        body.start([], wire.Denoise(None, [0], arrays, "float32"), data)
+        body.start([], payloads.Denoise(None, [0], arrays, "float32"), data)
 
 
 def test_cuts(plan: ImagePlan, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_what_is_no_unet(tmp_path: Path) -> None:
     ("codec", "steps"), [("float32", 0), ("float16", 1024), ("bfloat16", 128), ("int8", 127), ("int4", 7)]
 )
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 3, 5, 1), (3, 7)])
-def test_numbers_come_back_within_half_a_step(codec: wire.Codec, steps: int, shape: tuple[int, ...]) -> None:
+def test_numbers_come_back_within_half_a_step(codec: payloads.Codec, steps: int, shape: tuple[int, ...]) -> None:
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 5
     array, data = encode(tensor, codec)
     assert len(data) == array.nbytes
@@ -295,13 +295,13 @@ def test_zeros_and_what_overflows() -> None:
 
 
 @given(
-    codec=st.sampled_from(list(wire.CODEC_BITS)),
+    codec=st.sampled_from(list(payloads.CODEC_BITS)),
     shape=st.lists(st.integers(1, 4), min_size=2, max_size=4),
     data=st.data(),
 )
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_are_finite_numbers_or_refused(codec: Any, shape: list[int], data: st.DataObject) -> None:
-    array = wire.Array(codec, shape, data.draw(st.booleans()))
+    array = payloads.Array(codec, shape, data.draw(st.booleans()))
     content = data.draw(st.binary(min_size=array.nbytes, max_size=array.nbytes))
     try:
         assert torch.isfinite(decode(array, memoryview(content))).all()
@@ -310,8 +310,8 @@ def test_any_bytes_are_finite_numbers_or_refused(codec: Any, shape: list[int], d
 
 
 def test_a_payload_that_names_more_than_follows_is_refused() -> None:
-    huge = wire.Array("float32", [2**20 - 1] * 4)
-    step = wire.Denoise(KEY, [0], [huge, huge], "float32")
-    body = wire.encode_payload(step, b"")
+    huge = payloads.Array("float32", [2**20 - 1] * 4)
+    step = payloads.Denoise(KEY, [0], [huge, huge], "float32")
+    body = payloads.encode_payload(step, b"")
     with pytest.raises(Malformed, match="names a tensor"):
-        wire.decode_payload(body, wire.request_decoder)
+        payloads.decode_payload(body, payloads.request_decoder)

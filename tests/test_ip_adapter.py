@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_diffusion
 from fleet import running_broker, start_worker
-from split_common import wire
+from split_common import payloads
 from split_common.checkpoint import Checkpoint
 from split_common.cli import main
 from split_common.diffusion.kinds import plan_image
@@ -169,7 +169,7 @@ def test_jobs_that_do_not_fit_the_adapter_are_refused(sdxl: Path, adapter: Path)
     def send(shapes: list[list[int]], scales: list[float]) -> None:
         parts = [encode(torch.ones(shape)) for shape in shapes]
         arrays, data = [array for array, _ in parts], b"".join(data for _, data in parts)
-        assert body.start(rows, wire.Condition(KEY, arrays, scales), memoryview(data)) == []
+        assert body.start(rows, payloads.Condition(KEY, arrays, scales), memoryview(data)) == []
 
     text, images = [1, 4, WIDTH], [1, 1, 4, WIDTH]
     count = len(plan.body_attentions(plan.split("C")))  # type: ignore[attr-defined]

@@ -21,7 +21,16 @@ LIGHT = [
     "split_broker.lanes",
     *(
         f"split_common.{name}"
-        for name in ("wire", "channel", "transport.zmq_link", "transport.redis.link", "keys", "fleet", "errors")
+        for name in (
+            "headers",
+            "payloads",
+            "channel",
+            "transport.zmq_link",
+            "transport.redis.link",
+            "keys",
+            "fleet",
+            "errors",
+        )
     ),
 ]
 

@@ -18,7 +18,7 @@ import zmq
 
 from fleet import running_broker
 from split_broker.broker import Broker
-from split_common import wire
+from split_common import headers
 from split_common.fleet import load_fleet
 from split_common.transport import leading, new_peer_id, zmq_link
 from split_common.transport.zmq_link import SILENCE, ZmqLink
@@ -35,12 +35,12 @@ class Peer:
         self.readers: dict[int, threading.Thread] = {}
         self.announcers: list[threading.Thread] = []
 
-    def announcement(self) -> wire.Announce:
+    def announcement(self) -> headers.Announce:
         self.announcers.append(threading.current_thread())
-        return wire.Announce(self.id, "device", "device-1")
+        return headers.Announce(self.id, "device", "device-1")
 
-    def on_message(self, header: wire.AnyHeader, body: bytes) -> None:
-        assert isinstance(header, wire.Relay)
+    def on_message(self, header: headers.AnyHeader, body: bytes) -> None:
+        assert isinstance(header, headers.Relay)
         self.readers[header.seq] = threading.current_thread()
         self.arrived[header.session].put(header.seq)
 
@@ -124,7 +124,7 @@ class Pair:
     pool: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 4))
 
     def number(self, seq: int, session: int = 0) -> None:
-        self.worker.send(wire.Relay(self.device.id, self.worker.id, wire.Kind.REPLY, 1, session, 0, seq))
+        self.worker.send(headers.Relay(self.device.id, self.worker.id, headers.Kind.REPLY, 1, session, 0, seq))
 
     def receive(self, timeout: float = LATE, session: int = 0) -> int:
         return self.link.receive(self.device.arrived[session], timeout)
@@ -210,8 +210,8 @@ def test_heartbeats_go_on_while_a_caller_reads(pair: Pair, monkeypatch: pytest.M
 
 
 def test_what_is_broken_does_not_reach_the_caller_that_reads(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_peer: Any, header: wire.AnyHeader, message: Any) -> list[Any]:
-        if not isinstance(header, wire.Relay):
+    def broken(_peer: Any, header: headers.AnyHeader, message: Any) -> list[Any]:
+        if not isinstance(header, headers.Relay):
             return [message]
         head, body = message
         return [(b"\xffhead", body), (b"", body), (head[:-1], body), (head, body, body), (head, body)]
@@ -276,14 +276,14 @@ def test_who_sends_takes_nothing_from_the_caller_that_reads(pair: Pair) -> None:
     assert about_to_wait.wait(LATE)
     pair.number(1)
     wait_until(lambda: poll(0))
-    pair.link.send(wire.Relay(pair.worker.id, pair.device.id, wire.Kind.REQUEST, 1))
+    pair.link.send(headers.Relay(pair.worker.id, pair.device.id, headers.Kind.REQUEST, 1))
     sent.set()
     assert caller.result(LATE) == 1
 
 
 def test_what_is_sent_while_the_socket_is_in_use_goes_out_at_once(pair: Pair) -> None:
     """The garbage collector may send in the very thread that uses the socket, whose caller may not come back."""
-    ready, wanted = pair.link._ready, [wire.Relay(pair.worker.id, pair.device.id, wire.Kind.REQUEST, 1)]
+    ready, wanted = pair.link._ready, [headers.Relay(pair.worker.id, pair.device.id, headers.Kind.REQUEST, 1)]
 
     def ready_and_sending(sock: Any) -> int:
         events = ready(sock)
@@ -296,7 +296,7 @@ def test_what_is_sent_while_the_socket_is_in_use_goes_out_at_once(pair: Pair) ->
     pair.number(1)
     assert pair.receive() == 1
     assert not wanted
-    pair.worker.receive(wire.Relay)
+    pair.worker.receive(headers.Relay)
 
 
 def test_a_link_can_be_closed_while_a_caller_reads(pair: Pair) -> None:

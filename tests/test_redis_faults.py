@@ -25,7 +25,7 @@ from redis.exceptions import InvalidResponse
 
 import tiny
 from fleet import generates
-from split_common import wire
+from split_common import headers
 from split_common.errors import BrokerUnreachable, Busy, NoWorker, SessionLost
 from split_common.fleet import load_fleet
 from split_common.manifest import find_manifest
@@ -200,8 +200,8 @@ def test_a_server_that_hangs_holds_no_sender_up_and_gets_all_in_order(setting: S
         session = client.open_session()
         session.call([step(0)])
         worker._transport._caller.message = lambda header, _: arrived.append(header.seq)
-        header = wire.Relay(
-            worker.id, client.id, wire.Kind.REQUEST, session.channel.number, session.number, 0, 0, 0
+        header = headers.Relay(
+            worker.id, client.id, headers.Kind.REQUEST, session.channel.number, session.number, 0, 0, 0
         )
 
         def send_all() -> None:
@@ -298,8 +298,8 @@ def test_who_waits_beside_a_caller_that_reads_is_read_for_when_that_one_leaves(
         link._caller.message = lambda header, _: arrived[header.seq].put(header.seq)
 
         def reply(seq: int) -> None:
-            header = wire.Relay(client.id, bytes(8), wire.Kind.REPLY, 1, 1, 0, seq, 1)
-            server.client().xadd(link._keeper.lane, {"h": wire.encode_header(header), "b": b""})
+            header = headers.Relay(client.id, bytes(8), headers.Kind.REPLY, 1, 1, 0, seq, 1)
+            server.client().xadd(link._keeper.lane, {"h": headers.encode_header(header), "b": b""})
 
         link._reader.lead._left = time.monotonic()
         wait_until(lambda: not link._reader.lead.turn.locked())
@@ -436,7 +436,7 @@ def announce_no_room(worker: Worker, server: Valkey, keys: Keys) -> None:
     worker._transport.announce()
 
     def is_full() -> bool:
-        announced: Any = wire.decode_header(server.client().hget(keys.workers, worker.id.hex()))  # type: ignore[arg-type]
+        announced: Any = headers.decode_header(server.client().hget(keys.workers, worker.id.hex()))  # type: ignore[arg-type]
         return int(announced.room) == 0
 
     wait_until(is_full)
@@ -450,7 +450,7 @@ def test_a_wish_that_cannot_be_met_is_answered(
         with pytest.raises(NoWorker, match="served here: none"):
             client.open_session()
         with setting.worker(server.address, max_sessions=1) as worker:
-            other = wire.Service(bytes(32), 0, 1)
+            other = headers.Service(bytes(32), 0, 1)
             with (
                 setting.client(server.address, patience=0, service=other) as stranger,
                 pytest.raises(NoWorker, match="layers 2:4"),
@@ -523,8 +523,8 @@ def test_dead_workers_are_taken_off_the_list(
     monkeypatch.setattr(redis_keeper, "CLEAN_UP", 1)
     client, keys = server.client(), Keys(setting.fleet.operator_key)
     dead = new_peer_id("worker-1")
-    announce = wire.Announce(dead, "worker", "worker-1", service=setting.service, model="dead", room=5)
-    client.hset(keys.workers, dead.hex(), wire.encode_header(announce))
+    announce = headers.Announce(dead, "worker", "worker-1", service=setting.service, model="dead", room=5)
+    client.hset(keys.workers, dead.hex(), headers.encode_header(announce))
     client.hset(keys.workers, "nonsense", b"x")
     with setting.client(server.address, patience=0) as device:
         with pytest.raises(NoWorker, match="served here: none"):
@@ -579,8 +579,8 @@ def test_what_is_for_nobody_comes_back(setting: Setting, server: Valkey) -> None
             self.id = new_peer_id("device-1")
             self.heard: list[Any] = []
 
-        def announcement(self) -> wire.Announce:
-            return wire.Announce(self.id, "device", "device-1")
+        def announcement(self) -> headers.Announce:
+            return headers.Announce(self.id, "device", "device-1")
 
         def on_message(self, header: Any, body: bytes) -> None:
             self.heard.append(header)
@@ -595,7 +595,7 @@ def test_what_is_for_nobody_comes_back(setting: Setting, server: Valkey) -> None
     link = connect(server.address, setting.fleet, setting.fleet.identity("device"))
     link.start(peer, LATE)
     try:
-        link.send(wire.Relay(nobody, peer.id, wire.Kind.REQUEST, 3, 4, 0, 5), b"x")
+        link.send(headers.Relay(nobody, peer.id, headers.Kind.REQUEST, 3, 4, 0, 5), b"x")
         wait_until(lambda: peer.heard)
         bounce = peer.heard[0]
         assert (bounce.reason, bounce.channel, bounce.session, bounce.seq) == ("gone", 3, 4, 5)

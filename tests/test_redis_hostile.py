@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 import tiny
-from split_common import wire
+from split_common import headers
 from split_common.errors import SplitError
 from split_common.transport import new_peer_id
 from split_common.transport.redis.keys import GROUP, Keys
@@ -77,22 +77,22 @@ class Spoiler:
             case "cut body":
                 body = body[: self.random.randrange(len(body) or 1)]
             case "foreign":
-                header = wire.decode_header(head)
-                if isinstance(header, wire.Relay):
+                header = headers.decode_header(head)
+                if isinstance(header, headers.Relay):
                     field = self.random.choice(["to", "sender", "channel", "session", "epoch", "seq", "counter"])
                     value = new_peer_id("x") if field in ("to", "sender") else self.random.randrange(2**62)
-                    head = wire.encode_header(msgspec.structs.replace(header, **{field: value}))
+                    head = headers.encode_header(msgspec.structs.replace(header, **{field: value}))
             case "broker":
-                gone = [header.sender for header in map(wire.decode_header, [head]) if hasattr(header, "sender")]
-                head = wire.encode_header(
+                gone = [header.sender for header in map(headers.decode_header, [head]) if hasattr(header, "sender")]
+                head = headers.encode_header(
                     self.random.choice(
                         [
-                            wire.Welcome(bytes(8), 99, gone),
-                            wire.Probe(),
-                            wire.RosterReply(),
-                            wire.Bounce("gone", 1, 1, 0),
-                            wire.Bounce("no-worker", 1),
-                            wire.Announce(bytes(8), "worker", "worker-1", leaving=True),
+                            headers.Welcome(bytes(8), 99, gone),
+                            headers.Probe(),
+                            headers.RosterReply(),
+                            headers.Bounce("gone", 1, 1, 0),
+                            headers.Bounce("no-worker", 1),
+                            headers.Announce(bytes(8), "worker", "worker-1", leaving=True),
                         ]
                     )
                 )
@@ -162,7 +162,10 @@ def test_an_entry_above_the_limit_is_refused(setting: Setting, server: Valkey) -
     with setting.worker(server.address) as worker, setting.client(server.address) as client:
         expected = run_steps(client, 5)
         link: Any = worker._transport
-        for head, body in ((b"\x01" + bytes(wire.MAX_HEADER), b""), (b"\x01\x91\x03", bytes(wire.MAX_BODY + 1))):
+        for head, body in (
+            (b"\x01" + bytes(headers.MAX_HEADER), b""),
+            (b"\x01\x91\x03", bytes(headers.MAX_BODY + 1)),
+        ):
             server.client().xadd(link._keeper.lane, {"h": head, "b": body})
         wait_until(lambda: link.counters["Oversized"] == 2)
         assert run_steps(client, 5) == expected
@@ -174,9 +177,11 @@ def test_a_list_of_workers_that_lies_stalls_no_device(setting: Setting, server: 
     with setting.worker(server.address) as worker:
         for number in range(200):
             liar = new_peer_id(f"worker-{number}")
-            announce = wire.Announce(liar, "worker", "worker-1", service=setting.service, model="bait", room=10_000)
+            announce = headers.Announce(
+                liar, "worker", "worker-1", service=setting.service, model="bait", room=10_000
+            )
             name = liar.hex() if number % 3 else new_peer_id("x").hex()
-            client.hset(keys.workers, name, wire.encode_header(announce)[: None if number % 2 else -1])
+            client.hset(keys.workers, name, headers.encode_header(announce)[: None if number % 2 else -1])
         with setting.client(server.address) as device:
             session = device.open_session()
             session.call([step(0)])

@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, QuantizedCache, 
 
 import tiny
 from fleet import joined, running_broker, start_worker
-from split_common import wire
+from split_common import payloads
 from split_common.errors import (
     ConfigError,
     InvalidSplit,
@@ -314,18 +314,18 @@ def test_worker_refuses_what_a_hostile_device_sends(
 @pytest.mark.parametrize(
     ("rows", "select", "width"),
     [
-        ([wire.Row(0, 3, [3])], None, 32),
-        ([wire.Row(0, 0, [0])], [1], 32),
-        ([wire.Row(0, 0, [0])], None, 16),
-        ([wire.Row(0, 0, [0]), wire.Row(0, 0, [0])], None, 8),
+        ([payloads.Run(0, 3, [3])], None, 32),
+        ([payloads.Run(0, 0, [0])], [1], 32),
+        ([payloads.Run(0, 0, [0])], None, 16),
+        ([payloads.Run(0, 0, [0]), payloads.Run(0, 0, [0])], None, 8),
     ],
     ids=["gap", "select", "width", "narrow"],
 )
 def test_worker_refuses_a_step_that_does_not_fit(
-    model: Model, rows: list[wire.Row], select: list[int] | None, width: int
+    model: Model, rows: list[payloads.Run], select: list[int] | None, width: int
 ) -> None:
     session = model._client.open_session()
-    step = wire.Step("float32", width, rows, select)
+    step = payloads.Step("float32", width, rows, select)
     with pytest.raises(Malformed, match="the worker refused"):
         session.call([(step, bytes(step.tensor_bytes))])
     session.close()
@@ -333,7 +333,7 @@ def test_worker_refuses_a_step_that_does_not_fit(
 
 def test_worker_refuses_positions_beyond_the_models(model: Model) -> None:
     session = model._client.open_session()
-    step = wire.Step("float32", 32, [wire.Row(0, 0, [256])])
+    step = payloads.Step("float32", 32, [payloads.Run(0, 0, [256])])
     with pytest.raises(PromptTooLong, match="the worker refused"):
         session.call([(step, bytes(step.tensor_bytes))])
     session.close()

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 import tiny
 from fleet import KV_BYTES, joined, running_broker, start_worker
-from split_common import wire
+from split_common import headers, payloads
 from split_common.engine.rows import Row, Run
 from split_common.errors import Busy, Malformed, NonFinite, OutOfOrder, PromptTooLong, SessionLost
 from split_common.part import plan
@@ -335,12 +335,12 @@ def states(tokens: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(tokens, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def step(*rows: wire.Row, select: list[int] | None = None, width: int = 32) -> wire.Step:
-    return wire.Step("float32", width, list(rows), select)
+def step(*rows: payloads.Run, select: list[int] | None = None, width: int = 32) -> payloads.Step:
+    return payloads.Step("float32", width, list(rows), select)
 
 
-def run(start: int, count: int, row: int = 0) -> wire.Row:
-    return wire.Row(row, start, list(range(start, start + count)))
+def run(start: int, count: int, row: int = 0) -> payloads.Run:
+    return payloads.Run(row, start, list(range(start, start + count)))
 
 
 def forward(body: Body, row: Row, hidden: torch.Tensor, positions: list[int]) -> torch.Tensor:
@@ -348,7 +348,7 @@ def forward(body: Body, row: Row, hidden: torch.Tensor, positions: list[int]) ->
     return output
 
 
-def run_step(holder: Session, body: Body, request: wire.Step, hidden: torch.Tensor) -> torch.Tensor:
+def run_step(holder: Session, body: Body, request: payloads.Step, hidden: torch.Tensor) -> torch.Tensor:
     runs = holder.begin(request, hidden, body)
     try:
         output = torch.cat(body.run(runs)) if runs else hidden
@@ -415,12 +415,12 @@ def test_rows_of_a_step_do_not_see_each_other(body: Body) -> None:
         (step(run(3, 2), run(6, 1)), Malformed),
         (step(run(0, 1), select=[1]), Malformed),
         (step(run(0, 1), width=31), Malformed),
-        (step(wire.Row(0, 0, [256])), PromptTooLong),
+        (step(payloads.Run(0, 0, [256])), PromptTooLong),
         (step(run(0, 257)), PromptTooLong),
     ],
     ids=["gap", "gap in the step", "select", "width", "position", "length"],
 )
-def test_refused_step_changes_nothing(body: Body, bad: wire.Step, error: type[Exception]) -> None:
+def test_refused_step_changes_nothing(body: Body, bad: payloads.Step, error: type[Exception]) -> None:
     holder = session()
     run_step(holder, body, step(run(0, 4)), states(4))
     rows = holder.rows
@@ -445,7 +445,7 @@ def test_every_request_is_run_once_and_in_order() -> None:
     holder = session()
     assert holder.admit(0)
     assert not holder.admit(0)
-    header = wire.Relay(b"device00", b"worker00", wire.Kind.REPLY, 1, seq=0)
+    header = headers.Relay(b"device00", b"worker00", headers.Kind.REPLY, 1, seq=0)
     holder.answered((header, b"reply"))
     assert not holder.admit(0)
     assert holder.replies[0] == (header, b"reply")
@@ -463,7 +463,7 @@ def test_waiting_requests_are_bounded() -> None:
         assert holder.admit(seq)
     with pytest.raises(OutOfOrder):
         holder.admit(MAX_WAITING)
-    header = wire.Relay(b"device00", b"worker00", wire.Kind.REPLY, 1, seq=0)
+    header = headers.Relay(b"device00", b"worker00", headers.Kind.REPLY, 1, seq=0)
     holder.answered((header, b"reply"))
     assert holder.admit(MAX_WAITING)
 
@@ -472,7 +472,7 @@ def test_a_session_may_have_any_number_of_requests() -> None:
     holder = session()
     for seq in range(3 * MAX_WAITING):
         assert holder.admit(seq)
-        holder.answered((wire.Relay(b"device00", b"worker00", wire.Kind.REPLY, 1, seq=seq), b"reply"))
+        holder.answered((headers.Relay(b"device00", b"worker00", headers.Kind.REPLY, 1, seq=seq), b"reply"))
         holder.forget(seq)
 
 
@@ -543,5 +543,5 @@ def test_replies_that_are_never_acknowledged_are_bounded() -> None:
     holder = session()
     for seq in range(2 * MAX_WAITING):
         assert holder.admit(seq)
-        holder.answered((wire.Relay(b"device00", b"worker00", wire.Kind.REPLY, 1, seq=seq), b"reply"))
+        holder.answered((headers.Relay(b"device00", b"worker00", headers.Kind.REPLY, 1, seq=seq), b"reply"))
     assert list(holder.replies) == list(range(MAX_WAITING, 2 * MAX_WAITING))

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tiny_diffusion
-from split_common import wire
+from split_common import payloads
 from split_common.checkpoint import Checkpoint
 from split_common.diffusion.codecs import decode, encode
 from split_common.diffusion.kinds import plan_image
@@ -83,7 +83,7 @@ class Image:
             scales = [scale] * len(plan.body_attentions(self.body._split))
         if tensors:
             arrays, data = zip(*map(encode, tensors), strict=True)
-            self.body.start(self.rows, wire.Condition(key, list(arrays), scales), memoryview(b"".join(data)))
+            self.body.start(self.rows, payloads.Condition(key, list(arrays), scales), memoryview(b"".join(data)))
         return key
 
     def step(self, seed: int, key: bytes) -> ImageRun:
@@ -98,7 +98,7 @@ class Image:
         if self.channels_last:
             tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
         arrays, data = zip(*map(encode, tensors), strict=True)
-        request = wire.Denoise(None if self.kind == "sd3" else key, list(range(count)), list(arrays), "float32")
+        request = payloads.Denoise(None if self.kind == "sd3" else key, list(range(count)), list(arrays), "float32")
         (run,) = self.body.start(self.rows, request, memoryview(b"".join(data)))
         assert isinstance(run, ImageRun)
         return run

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import tiny_diffusion
 from fleet import TRANSPORTS_IN_TURN, running_broker, start_worker, using
-from split_common import wire
+from split_common import payloads
 from split_common.checkpoint import Checkpoint
 from split_common.diffusion.codecs import encode
 from split_common.diffusion.kinds import plan_image
@@ -129,15 +129,15 @@ def test_what_travels(
 ) -> None:
     """No embeddings of the text; for Flux the places of the tokens, once; and what is too large, in parts."""
     sent = record_requests(monkeypatch)
-    monkeypatch.setattr(wire, "PART_BYTES", 10_000)
+    monkeypatch.setattr(payloads, "PART_BYTES", 10_000)
     pipe = pipe_of(kind, model, transformer=transformer)
     wanted = latents(pipe_of(kind, model), **SHORT, height=32)
     assert torch.equal(latents(pipe, **SHORT, height=32), wanted)
     kinds = [type(request) for request in sent]
-    assert kinds.count(wire.Condition) == (kind == "flux")
-    assert kinds.count(wire.Denoise) == 4
-    assert kinds.count(wire.Part) > 0
-    assert kinds.count(wire.Rest) > 0
+    assert kinds.count(payloads.Condition) == (kind == "flux")
+    assert kinds.count(payloads.Denoise) == 4
+    assert kinds.count(payloads.TensorPart) > 0
+    assert kinds.count(payloads.PartRequest) > 0
 
 
 def test_devices_share_forwards(broker: Any, kind: str, model: Path, worker: Worker) -> None:
@@ -264,21 +264,21 @@ def test_steps_that_do_not_fit_are_refused(kind: str, model: Path, tensors: tupl
     places, data = encode(torch.ones(1, 13, 3))
     if kind == "flux":
         condition = KEY
-        for array in (wire.Array("float32", [1, 13, 2]), wire.Array("float32", [2, 13, 3])):
+        for array in (payloads.Array("float32", [1, 13, 2]), payloads.Array("float32", [2, 13, 3])):
             with pytest.raises(Malformed, match="places"):
-                body.start(rows, wire.Condition(KEY, [array]), memoryview(b""))
-        body.start(rows, wire.Condition(KEY, [places]), memoryview(data))
+                body.start(rows, payloads.Condition(KEY, [array]), memoryview(b""))
+        body.start(rows, payloads.Condition(KEY, [places]), memoryview(data))
         shorter = [encode(tensor) for tensor in (IMAGE[:, 1:], TIME, TEXT)]
-        step = wire.Denoise(KEY, [0, 0], [array for array, _ in shorter], "float32")
+        step = payloads.Denoise(KEY, [0, 0], [array for array, _ in shorter], "float32")
         with pytest.raises(Malformed, match="where they are"):
             body.start(rows, step, memoryview(b"".join(data for _, data in shorter)))
     else:
         with pytest.raises(Malformed, match="none"):
-            body.start(rows, wire.Condition(KEY, [places]), memoryview(data))
+            body.start(rows, payloads.Condition(KEY, [places]), memoryview(data))
 
     def send(*sent: torch.Tensor) -> Any:
         parts = [encode(tensor) for tensor in sent]
-        step = wire.Denoise(condition, [0, 0], [array for array, _ in parts], "float32")
+        step = payloads.Denoise(condition, [0, 0], [array for array, _ in parts], "float32")
         return body.start(rows, step, memoryview(b"".join(data for _, data in parts)))
 
     with pytest.raises(Malformed):

@@ -17,7 +17,7 @@ import zmq
 
 from split_broker.broker import Broker
 from split_broker.lanes import Message, Peer
-from split_common import wire
+from split_common import headers, payloads
 from split_common.fleet import Fleet
 from split_common.keys import Identity
 from split_common.manifest import build_manifest
@@ -73,7 +73,7 @@ class Setting:
         self.plan = plan(str(checkpoint))
         self.manifest = build_manifest(self.plan.checkpoint)
         self.fleet.add_manifest(self.manifest)
-        self.service = wire.Service(self.manifest.root, SPLIT.first, SPLIT.last)
+        self.service = headers.Service(self.manifest.root, SPLIT.first, SPLIT.last)
         self.body = Body(self.plan, SPLIT, torch.device("cpu"), kv_bytes=64 * 1024**2)
 
     def own_fleet(self) -> Fleet:
@@ -91,7 +91,7 @@ class Setting:
 
     @contextlib.contextmanager
     def worker(
-        self, broker: str, member: str = "worker-1", service: wire.Service | None = None, **limits: Any
+        self, broker: str, member: str = "worker-1", service: headers.Service | None = None, **limits: Any
     ) -> Iterator[Worker]:
         fleet = self.own_fleet()
         identity = fleet.read_identity(member)
@@ -107,7 +107,7 @@ class Setting:
 
     @contextlib.contextmanager
     def client(
-        self, broker: str, member: str = "device-1", service: wire.Service | None = None, **options: Any
+        self, broker: str, member: str = "device-1", service: headers.Service | None = None, **options: Any
     ) -> Iterator[Client]:
         fleet = self.own_fleet()
         identity = fleet.read_identity(member)
@@ -121,12 +121,12 @@ class Setting:
             client.close()
 
 
-def step(start: int, tokens: int = 1, seed: int = 0) -> tuple[wire.Step, memoryview]:
+def step(start: int, tokens: int = 1, seed: int = 0) -> tuple[payloads.Step, memoryview]:
     """A step of one row, and its hidden states: always the same for the same arguments."""
     generator = torch.Generator().manual_seed(1000 * seed + start)
     states = torch.randn(tokens, WIDTH, generator=generator)
-    rows = [wire.Row(0, start, list(range(start, start + tokens)))]
-    return wire.Step("float32", WIDTH, rows), to_bytes(states)
+    rows = [payloads.Run(0, start, list(range(start, start + tokens)))]
+    return payloads.Step("float32", WIDTH, rows), to_bytes(states)
 
 
 class States(bytes):
@@ -171,20 +171,20 @@ class FakePeer:
     def __exit__(self, *_: object) -> None:
         self.socket.close()
 
-    def send(self, header: wire.Header, body: bytes = b"") -> None:
+    def send(self, header: headers.Header, body: bytes = b"") -> None:
         with contextlib.suppress(zmq.Again):
-            self.socket.send_multipart([wire.encode_header(header), body])
+            self.socket.send_multipart([headers.encode_header(header), body])
 
     def announce(self, **fields: Any) -> None:
         known = {"sender": self.id, "role": self.role, "member": self.member}
-        self.send(wire.Announce(**{**known, **fields}))
+        self.send(headers.Announce(**{**known, **fields}))
 
     def receive(self, kind: Any, timeout: float = LATE) -> tuple[Any, bytes]:
         """The next message of a kind; others are skipped."""
         deadline = time.monotonic() + timeout
         while self.socket.poll(max(0, int(1000 * (deadline - time.monotonic())))):
             head, body = self.socket.recv_multipart()
-            header = wire.decode_header(head)
+            header = headers.decode_header(head)
             if isinstance(header, kind):
                 return header, body
         raise TimeoutError(f"no {kind} came")
@@ -197,9 +197,9 @@ class FakePeer:
             return True
         return False
 
-    def join(self, **fields: Any) -> wire.Welcome:
+    def join(self, **fields: Any) -> headers.Welcome:
         self.announce(**fields)
-        welcome: wire.Welcome = self.receive(wire.Welcome)[0]
+        welcome: headers.Welcome = self.receive(headers.Welcome)[0]
         return welcome
 
 
@@ -209,38 +209,38 @@ class FakeTransport:
     alive = True
 
     def __init__(self) -> None:
-        self.sent: list[tuple[wire.Header, bytes]] = []
+        self.sent: list[tuple[headers.Header, bytes]] = []
         self.counters: Counter[str] = Counter()
 
     def start(self, handler: Any, timeout: float) -> None: ...
 
-    def send(self, header: wire.Header, body: bytes = b"") -> None:
+    def send(self, header: headers.Header, body: bytes = b"") -> None:
         self.sent.append((header, body))
 
     def announce(self) -> None: ...
 
     def close(self) -> None: ...
 
-    def take(self) -> list[tuple[wire.Header, bytes]]:
+    def take(self) -> list[tuple[headers.Header, bytes]]:
         sent, self.sent = self.sent, []
         return sent
 
 
-def cheat(broker: Broker, change: Callable[[Peer, wire.AnyHeader, Message], list[Message]]) -> None:
+def cheat(broker: Broker, change: Callable[[Peer, headers.AnyHeader, Message], list[Message]]) -> None:
     """Makes a broker deliver what `change` makes of each message, instead of the message."""
     deliver = broker._put
 
     def put(peer: Peer, message: Message) -> bool:
         head, body = message[0], bytes(memoryview(message[1]))  # type: ignore[arg-type]
-        delivered = [deliver(peer, one) for one in change(peer, wire.decode_header(head), (head, body))]
+        delivered = [deliver(peer, one) for one in change(peer, headers.decode_header(head), (head, body))]
         return all(delivered)
 
     broker._put = put  # type: ignore[method-assign]
 
 
-def changed(header: wire.Header, **fields: Any) -> bytes:
+def changed(header: headers.Header, **fields: Any) -> bytes:
     """A header with some fields changed, encoded."""
-    return wire.encode_header(msgspec.structs.replace(header, **fields))
+    return headers.encode_header(msgspec.structs.replace(header, **fields))
 
 
 def on_loop(broker: Broker, call: Callable[[], object]) -> None:

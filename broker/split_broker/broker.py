@@ -26,7 +26,7 @@ import zmq.utils.z85
 from zmq.auth.thread import ThreadAuthenticator
 
 from split_broker.lanes import Body, Message, Peer, Waiting
-from split_common import wire
+from split_common import headers
 from split_common.address import is_redis, parse_address
 from split_common.errors import AuthenticationError, ConfigError, Malformed, SplitError
 from split_common.fleet import Fleet, check_address
@@ -45,7 +45,7 @@ FLUSH_INTERVAL = 0.005
 IDLE = 0.05
 
 #: What an announced peer may send.
-_FROM_PEERS = wire.Relay, wire.Open, wire.RosterRequest
+_FROM_PEERS = headers.Relay, headers.Open, headers.RosterRequest
 
 _T = TypeVar("_T")
 
@@ -88,7 +88,7 @@ class Broker:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
         self._socket.router_mandatory = True
-        self._socket.maxmsgsize = wire.MAX_FRAME
+        self._socket.maxmsgsize = headers.MAX_FRAME
         self._socket.ipv6 = "[" in address
         self._socket.sndhwm = self._socket.rcvhwm = 256
         self._socket.rcvtimeo = int(1000 * IDLE)
@@ -193,12 +193,12 @@ class Broker:
     def _take(self, frames: list[zmq.Frame]) -> None:
         if len(frames) != 3:
             raise Malformed(f"{len(frames)} frames")
-        self._handle(frames[0], frames[1].bytes, wire.check_body(frames[2]))
+        self._handle(frames[0], frames[1].bytes, headers.check_body(frames[2]))
 
     def _handle(self, envelope: zmq.Frame, head: bytes, body: Body) -> None:
         route = envelope.bytes
-        header = wire.decode_header(head)
-        if isinstance(header, wire.Announce):
+        header = headers.decode_header(head)
+        if isinstance(header, headers.Announce):
             self._announced(header, route, self._member(envelope, header))
             return
         if not isinstance(header, _FROM_PEERS):
@@ -212,14 +212,14 @@ class Broker:
             return
         sender = self._peers[header.sender]
         match header:
-            case wire.Relay():
+            case headers.Relay():
                 self._relay(sender, header, (head, body))
-            case wire.Open():
+            case headers.Open():
                 self._open(sender, header, (head, body))
-            case wire.RosterRequest():
+            case headers.RosterRequest():
                 self._put(sender, self._roster())
 
-    def _relay(self, sender: Peer, header: wire.Relay, message: Message) -> None:
+    def _relay(self, sender: Peer, header: headers.Relay, message: Message) -> None:
         target = self._peers.get(header.to)
         if target is not None and target.role == sender.role:
             raise Malformed(f"a {sender.role} wrote to a {target.role}")
@@ -239,7 +239,7 @@ class Broker:
         """Whether peers that are alive may not have announced themselves to this broker yet."""
         return time.monotonic() - self._started < GRACE
 
-    def _open(self, sender: Peer, header: wire.Open, message: Message) -> None:
+    def _open(self, sender: Peer, header: headers.Open, message: Message) -> None:
         if sender.role != "device":
             raise Malformed(f"a {sender.role} asked for a worker")
         known = self._wishes.get(sender.id)
@@ -247,7 +247,7 @@ class Broker:
             self._wishes[sender.id] = Waiting(header, message, time.monotonic() + OPEN_PATIENCE)
         self._assign(header.service)
 
-    def _assign(self, service: wire.Service) -> None:
+    def _assign(self, service: headers.Service) -> None:
         """Hands waiting wishes to workers with room, the most room first."""
         workers = self._serving(service)
         for wish in [wish for wish in self._wishes.values() if wish.header.service == service]:
@@ -258,10 +258,10 @@ class Broker:
                 if self._put(worker, wish.message):
                     del self._wishes[wish.header.sender]
 
-    def _serving(self, service: wire.Service) -> list[Peer]:
+    def _serving(self, service: headers.Service) -> list[Peer]:
         return [peer for peer in self._peers.values() if peer.service == service]
 
-    def _announced(self, header: wire.Announce, route: bytes, member: str) -> None:
+    def _announced(self, header: headers.Announce, route: bytes, member: str) -> None:
         peer = self._peers.get(header.sender)
         if self._routes.get(route, header.sender) != header.sender:
             raise Malformed("a second peer on one connection")
@@ -297,7 +297,7 @@ class Broker:
         if peer.service is not None:
             self._assign(peer.service)
 
-    def _member(self, envelope: zmq.Frame, header: wire.Announce) -> str:
+    def _member(self, envelope: zmq.Frame, header: headers.Announce) -> str:
         """The name under which a peer is authenticated: by its CURVE key, or on ipc its own word."""
         if self._auth is None:
             member = self._fleet.roster().by_name(header.member)
@@ -350,21 +350,21 @@ class Broker:
             self._put(watcher, self._welcome([peer.id]))
 
     def _welcome(self, gone: list[bytes]) -> Message:
-        return wire.encode_header(wire.Welcome(self._boot, self._fleet.roster().version, gone)), b""
+        return headers.encode_header(headers.Welcome(self._boot, self._fleet.roster().version, gone)), b""
 
     def _roster(self) -> Message:
-        return wire.encode_header(wire.RosterReply()), self._fleet.roster_bytes()
+        return headers.encode_header(headers.RosterReply()), self._fleet.roster_bytes()
 
     def _bounce(
-        self, to: Peer, header: wire.Relay | wire.Open, reason: Any, detail: str, retry_after: float = 0.0
+        self, to: Peer, header: headers.Relay | headers.Open, reason: Any, detail: str, retry_after: float = 0.0
     ) -> None:
         self.counters[f"bounced_{reason}"] += 1
-        bounce = wire.Bounce(reason, header.channel, detail=detail[:4096], retry_after=retry_after)
-        if isinstance(header, wire.Relay):
+        bounce = headers.Bounce(reason, header.channel, detail=detail[:4096], retry_after=retry_after)
+        if isinstance(header, headers.Relay):
             bounce = msgspec.structs.replace(
                 bounce, session=header.session, epoch=header.epoch, seq=header.seq, peer=header.to
             )
-        self._put(to, (wire.encode_header(bounce), b""))
+        self._put(to, (headers.encode_header(bounce), b""))
 
     def _housekeeping(self, now: float) -> None:
         if self._fleet.refresh():
@@ -372,7 +372,7 @@ class Broker:
         if self._fleet.roster().version > self._enforced:
             self._enforced = self._fleet.roster().version
             self._enforce_roster()
-        probe = wire.encode_header(wire.Probe()), b""
+        probe = headers.encode_header(headers.Probe()), b""
         for peer in list(self._peers.values()):
             if now - peer.seen > HEARTBEAT * MISSED:
                 self._remove(peer, "fell silent")
@@ -411,7 +411,7 @@ class Broker:
                 self._put(peer, self._welcome([]))
 
 
-def _describe(sender: Peer, target: Peer, header: wire.Relay, body: Body) -> str:
+def _describe(sender: Peer, target: Peer, header: headers.Relay, body: Body) -> str:
     """All that the broker can know of a message."""
     start = memoryview(body)[:16]  # type: ignore[arg-type]
     return (

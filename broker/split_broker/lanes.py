@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from split_common.wire import Open, Service
+from split_common.headers import Open, Service
 
 #: Bytes that may be on the way to a peer without its having said that it received them.
 WINDOW = 64 * 1024 * 1024

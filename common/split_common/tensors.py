@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from split_common.errors import ConfigError, Malformed, NonFinite
-from split_common.wire import Dtype
+from split_common.payloads import Dtype
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,

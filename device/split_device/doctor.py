@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from split_common import wire
+from split_common import headers
 from split_common.address import masked
 from split_common.console import emit_json, stdout
 from split_common.errors import InvalidSplit, KeysError, NoWorker, SplitError
@@ -233,7 +233,7 @@ def _certificate(fleet: Fleet, identity: Identity) -> Finding:
 def _queue(broker: str, fleet: Fleet, identity: Identity, timeout: float) -> Iterator[Finding]:
     from split_device.sessions.client import Client
 
-    nothing = wire.Service(bytes(32), 0, 1)
+    nothing = headers.Service(bytes(32), 0, 1)
     try:
         transport = connect(broker, fleet, identity)
         if identity.certificate.role == "device":
@@ -276,12 +276,12 @@ class _Knock:
 
     def __init__(self, identity: Identity) -> None:
         name = identity.certificate.name
-        self._announce = wire.Announce(new_peer_id(name), "worker", name)
+        self._announce = headers.Announce(new_peer_id(name), "worker", name)
 
-    def announcement(self) -> wire.Announce:
+    def announcement(self) -> headers.Announce:
         return self._announce
 
-    def on_message(self, header: wire.AnyHeader, body: bytes) -> None:
+    def on_message(self, header: headers.AnyHeader, body: bytes) -> None:
         pass
 
     def on_gone(self, peers: Iterable[bytes]) -> None:

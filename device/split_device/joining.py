@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from split_common import wire
+from split_common import headers, payloads
 from split_common.fleet import Fleet, load_fleet
 from split_common.keys import Identity
 from split_common.manifest import Manifest
@@ -33,9 +33,9 @@ class Member:
         identity = fleet.identity("device", member)
         return cls(fleet, identity, connect(broker, fleet, identity))
 
-    def join(self, manifest: Manifest, split: Split, dtype: wire.Dtype, **options: Any) -> Client:
+    def join(self, manifest: Manifest, split: Split, dtype: payloads.Dtype, **options: Any) -> Client:
         """Joins the queue to find workers of a body. `options` are those of `Client`. Raises BrokerUnreachable."""
-        service = wire.Service(manifest.root, split.first, split.last)
+        service = headers.Service(manifest.root, split.first, split.last)
         client = Client(self.transport, self.fleet, self.identity, service, manifest.name, dtype, **options)
         client.start()
         return client

@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from split_common import wire
+from split_common import payloads
 from split_common.errors import Busy, SessionLost, UnsupportedFeature
 from split_common.slots import PassThrough
 from split_common.split import Split
@@ -180,7 +180,7 @@ class SessionLayer(Lasting[Request], BodyLayer):
         positions = self._positions(batch, tokens, call.positions)
         sent, copies = self._distinct(hidden, keep, positions)
         rows = [
-            wire.Row(index, starts[row], positions[row][keep[row]].tolist())
+            payloads.Run(index, starts[row], positions[row][keep[row]].tolist())
             for index, row in enumerate(sent)
             if keep[row].any()
         ]
@@ -253,7 +253,7 @@ class SessionLayer(Lasting[Request], BodyLayer):
             copies.append(seen[key])
         return sent, copies
 
-    def _exchange(self, rows: list[wire.Row], packed: torch.Tensor, horizon: int | None) -> torch.Tensor:
+    def _exchange(self, rows: list[payloads.Run], packed: torch.Tensor, horizon: int | None) -> torch.Tensor:
         """Sends runs of tokens and their states `[tokens, width]`; waits while workers are full."""
         requests = self._requests(rows, packed, horizon)
         replies = self._persist(requests)
@@ -263,7 +263,7 @@ class SessionLayer(Lasting[Request], BodyLayer):
             output = parts[0] if len(parts) == 1 else torch.cat(parts)
         return output.to(packed)
 
-    def _requests(self, rows: list[wire.Row], packed: torch.Tensor, horizon: int | None) -> list[Request]:
+    def _requests(self, rows: list[payloads.Run], packed: torch.Tensor, horizon: int | None) -> list[Request]:
         with self.client.timings.measure("encode"):
             limit = max(1, CHUNK_BYTES // (packed.shape[1] * packed.element_size()))
             chunks = cut(rows, packed, limit, horizon)
@@ -302,17 +302,17 @@ class SessionLayer(Lasting[Request], BodyLayer):
             raise
         self.client.counters["replays"] += 1
 
-    def _send(self, remote: RemoteSession, requests: list[Request]) -> list[tuple[wire.AnyReply, memoryview]]:
+    def _send(self, remote: RemoteSession, requests: list[Request]) -> list[tuple[payloads.AnyReply, memoryview]]:
         timings = self.client.timings
-        steps: list[tuple[wire.Payload, memoryview]] = []
+        steps: list[tuple[payloads.Payload, memoryview]] = []
         for chunk, data in requests:
             select = None if steps else self._select
             dtype, width = dtype_name(chunk.states.dtype), chunk.states.shape[1]
-            steps.append((wire.Step(dtype, width, chunk.rows, select, remote.acked), data))
+            steps.append((payloads.Step(dtype, width, chunk.rows, select, remote.acked), data))
         with timings.measure_rest("queue"):
             replies = remote.call(steps)
             for reply, _ in replies:
-                if isinstance(reply, wire.Result):
+                if isinstance(reply, payloads.Result):
                     timings.add("body", reply.body_us / 1e6)
                     timings.add("worker", reply.worker_us / 1e6)
         return replies

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from split_common import wire
+from split_common import headers, payloads
 from split_common.engine.rows import Run
 from split_common.engine.runner import Launched, Runner
 from split_common.engine.scheduler import DECODE_TOKENS, Gathering, Job, Piece, Scheduler
@@ -62,8 +62,8 @@ class Task:
     """A request to run: decrypted, in order, of a session that exists."""
 
     session: Session
-    header: wire.Relay
-    request: wire.AnyRequest
+    header: headers.Relay
+    request: payloads.AnyRequest
     tensor: memoryview
     arrived: float
     host_seconds: float = 0.0
@@ -82,7 +82,7 @@ class Forward:
 
 
 #: Seals and sends the reply of a task.
-Reply = Callable[[Task, wire.Payload, memoryview | bytes], None]
+Reply = Callable[[Task, payloads.Payload, memoryview | bytes], None]
 
 
 class ComputeLoop:
@@ -227,7 +227,7 @@ class ComputeLoop:
             return
         self._gathering.came(task.session, task.arrived)
         request = task.request
-        tokens = request.tokens if isinstance(request, wire.Step) else 0
+        tokens = request.tokens if isinstance(request, payloads.Step) else 0
         self._scheduler.add(
             Job(
                 task.session,
@@ -239,13 +239,13 @@ class ComputeLoop:
         )
 
     def _start(self, task: Task) -> Sequence[Run]:
-        if isinstance(task.request, wire.Fork):
+        if isinstance(task.request, payloads.Fork):
             self._fork(task, task.request)
             return []
         began = time.perf_counter()
         if isinstance(self._runner, DiffusionBody):
             runs: Sequence[Run] = self._runner.start(task.session.rows, task.request, task.tensor)
-        elif isinstance(task.request, wire.Step):
+        elif isinstance(task.request, payloads.Step):
             self._check_size(task.request)
             states = from_bytes(task.tensor, task.request.dtype, task.request.tokens, task.request.width)
             runs = task.session.begin(task.request, states, self._runner)
@@ -254,13 +254,13 @@ class ComputeLoop:
         task.host_seconds += time.perf_counter() - began
         return runs
 
-    def _check_size(self, step: wire.Step) -> None:
+    def _check_size(self, step: payloads.Step) -> None:
         """Raises Oversized when the answer, in the body's dtype, would be no message any more."""
         size = step.tokens * step.width * self._runner.dtype.itemsize
-        if size > wire.MAX_BODY // 2:
+        if size > headers.MAX_BODY // 2:
             raise Oversized(f"a step whose answer has {size} bytes: send it in chunks")
 
-    def _fork(self, task: Task, request: wire.Fork) -> None:
+    def _fork(self, task: Task, request: payloads.Fork) -> None:
         device, channel, *_ = task.session.id
         with self._lock:
             parent = self._sessions.get((device, channel, request.parent, request.parent_epoch))
@@ -309,21 +309,21 @@ class ComputeLoop:
         if isinstance(outcome, Closed):
             return
         began = time.perf_counter()
-        reply: wire.Payload
+        reply: payloads.Payload
         tensor: memoryview | bytes = b""
         try:
             if isinstance(outcome, Exception):
                 raise outcome
-            if isinstance(task.request, wire.Step):
+            if isinstance(task.request, payloads.Step):
                 tensor = to_bytes(outcome)
                 reply = self._result(task, task.request, outcome, began)
             elif isinstance(self._runner, DiffusionBody):
                 reply, tensor = self._runner.answer(task.session.rows, task.request, outcome)
-                if isinstance(reply, wire.Denoised) and isinstance(task.request, wire.Denoise):
+                if isinstance(reply, payloads.Denoised) and isinstance(task.request, payloads.Denoise):
                     body_us, worker_us = self._account(task, task.request, began)
                     reply = msgspec.structs.replace(reply, body_us=body_us, worker_us=worker_us)
             else:
-                reply = wire.Done()
+                reply = payloads.Done()
             task.session.commit()
         except SplitError as error:
             reply = self._refusal(error)
@@ -334,21 +334,21 @@ class ComputeLoop:
         except Exception as error:
             reply = self._refusal(error)
         self._reply(task, reply, tensor)
-        if isinstance(reply, wire.Result) and reply.tokens <= DECODE_TOKENS:
+        if isinstance(reply, payloads.Result) and reply.tokens <= DECODE_TOKENS:
             self._gathering.answered(task.session, time.perf_counter())
-        if isinstance(reply, wire.Refusal) and reply.reason == "failed":
+        if isinstance(reply, payloads.Refusal) and reply.reason == "failed":
             # Its rows may be half written: the device starts another session.
             with self._lock:
                 self._sessions.close(task.session.id)
             self.wake()
 
-    def _result(self, task: Task, step: wire.Step, output: torch.Tensor, began: float) -> wire.Result:
+    def _result(self, task: Task, step: payloads.Step, output: torch.Tensor, began: float) -> payloads.Result:
         self.counters["tokens"] += step.tokens
-        return wire.Result(
+        return payloads.Result(
             dtype_name(output.dtype), output.shape[0], output.shape[1], *self._account(task, step, began)
         )
 
-    def _account(self, task: Task, step: wire.Step | wire.Denoise, began: float) -> tuple[int, int]:
+    def _account(self, task: Task, step: payloads.Step | payloads.Denoise, began: float) -> tuple[int, int]:
         """Counts a step that has run: microseconds in the body, and elsewhere in this process."""
         task.session.forget(step.acked)
         host = task.host_seconds + time.perf_counter() - began
@@ -357,12 +357,12 @@ class ComputeLoop:
         self.counters["queue_us"] += round((began - task.arrived - body) * 1e6)
         return round(body * 1e6), round(host * 1e6)
 
-    def _refusal(self, error: Exception) -> wire.Refusal:
+    def _refusal(self, error: Exception) -> payloads.Refusal:
         reason = "evicted" if isinstance(error, Evicted) else REASONS.get(type(error), "failed")
         self.counters[f"refused_{reason}"] += 1
         message = str(error) if isinstance(error, SplitError) else type(error).__name__
-        retry_after = min(getattr(error, "retry_after", 0.0), wire.MAX_RETRY_AFTER)
-        return wire.Refusal(reason, message[:2048], retry_after)  # type: ignore[arg-type]
+        retry_after = min(getattr(error, "retry_after", 0.0), headers.MAX_RETRY_AFTER)
+        return payloads.Refusal(reason, message[:2048], retry_after)  # type: ignore[arg-type]
 
     def _make_room(self, job: Job) -> bool:
         """Frees the memory of one session for a job that does not fit."""

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from split_common import wire
+from split_common import payloads
 from split_common.diffusion.codecs import decode, encode
 from split_common.diffusion.plan import ImagePlan, Job
 from split_common.engine.graphs import new_capture
@@ -112,8 +112,8 @@ class ConditionStore:
         held = held if isinstance(held, bytearray) else bytearray()
         if len(held) != offset:
             raise NeedEmbeddings("the worker does not hold the parts of this step that came before")
-        if offset + len(data) > wire.MAX_STEP:
-            raise Oversized(f"a step of more than {wire.MAX_STEP} bytes")
+        if offset + len(data) > payloads.MAX_STEP:
+            raise Oversized(f"a step of more than {payloads.MAX_STEP} bytes")
         held += data
         self.put(row, _PARTS, held)
 
@@ -222,7 +222,7 @@ class DiffusionBody:
         self.parameter_bytes = sum(p.numel() * p.element_size() for p in self._middle.parameters())
         self.store = ConditionStore(MEMORY if memory is None else memory)
 
-    def start(self, rows: list[Row], request: wire.Payload, data: memoryview) -> list[Run]:
+    def start(self, rows: list[Row], request: payloads.Payload, data: memoryview) -> list[Run]:
         """Takes a request of a session with these rows: the runs of a step, none for anything else.
 
         Raises:
@@ -234,34 +234,34 @@ class DiffusionBody:
         row = rows[0]
         assert isinstance(row, ConditionRow)
         match request:
-            case wire.Condition():
+            case payloads.Condition():
                 self._condition(row, request, data)
                 return []
-            case wire.Denoise():
+            case payloads.Denoise():
                 return [self._run(row, request, data)]
-            case wire.Part():
+            case payloads.TensorPart():
                 self.store.extend(row, request.offset, data)
                 return []
-            case wire.Rest():
+            case payloads.PartRequest():
                 return []
         raise Malformed(f"a {type(request).__name__} for an image model")
 
     def answer(
-        self, rows: list[Row], request: wire.Payload, output: torch.Tensor
-    ) -> tuple[wire.Payload, memoryview | bytes]:
+        self, rows: list[Row], request: payloads.Payload, output: torch.Tensor
+    ) -> tuple[payloads.Payload, memoryview | bytes]:
         """What a request is answered with, given the output of its runs. Raises NonFinite, NeedEmbeddings."""
         row = rows[0]
         assert isinstance(row, ConditionRow)
         match request:
-            case wire.Denoise():
+            case payloads.Denoise():
                 array, data = self._encode(output, request.codec)
-                if array.nbytes > wire.PART_BYTES:
+                if array.nbytes > payloads.PART_BYTES:
                     self.store.put(row, _OUTPUT, bytes(data))
-                return wire.Denoised(array), memoryview(data)[: wire.PART_BYTES]
-            case wire.Rest():
+                return payloads.Denoised(array), memoryview(data)[: payloads.PART_BYTES]
+            case payloads.PartRequest():
                 part = self.store.output(row, request.offset, request.size)
-                return wire.Part(request.offset, request.size), part
-        return wire.Done(), b""
+                return payloads.TensorPart(request.offset, request.size), part
+        return payloads.Done(), b""
 
     def launch(self, runs: Sequence[Run]) -> LaunchedImages:
         """Starts a forward for each group of steps of one shape."""
@@ -291,7 +291,7 @@ class DiffusionBody:
         output = compute(_joined([run.tensors for run in runs]), job)
         return Launched(output, [len(run.states) for run in runs], range(len(runs)))
 
-    def _encode(self, output: torch.Tensor, codec: wire.Codec) -> tuple[wire.Array, bytes | memoryview]:
+    def _encode(self, output: torch.Tensor, codec: payloads.Codec) -> tuple[payloads.Array, bytes | memoryview]:
         """An output of the host as it travels; what takes long is done on the GPU. Raises NonFinite."""
         if self._beside is None or codec in DTYPES:
             return encode(output, codec)
@@ -301,13 +301,13 @@ class DiffusionBody:
     def _with_room(self, compute: Callable[[], _T]) -> _T:
         return compute() if self._graphs is None else self._graphs.with_room(compute)
 
-    def _condition(self, row: ConditionRow, request: wire.Condition, data: memoryview) -> None:
+    def _condition(self, row: ConditionRow, request: payloads.Condition, data: memoryview) -> None:
         self._middle.check_job([array.shape for array in request.arrays], len(request.scales))
         if not all(map(math.isfinite, request.scales)):
             raise Malformed("scales of a job that are not finite")
         self.store.put(row, request.key, Job(tuple(self._decode(request.arrays, data)), tuple(request.scales)))
 
-    def _run(self, row: ConditionRow, request: wire.Denoise, data: memoryview) -> ImageRun:
+    def _run(self, row: ConditionRow, request: payloads.Denoise, data: memoryview) -> ImageRun:
         shapes = [array.shape for array in request.arrays]
         self._check(request, shapes)
         data = self.store.whole(row, request.sent, data)
@@ -321,7 +321,7 @@ class DiffusionBody:
         group = shapes_of_rows, states.is_contiguous(), self._middle.together(job)
         return ImageRun(row, states, range(states.numel()), more, job, request.rows, group)
 
-    def _decode(self, arrays: list[wire.Array], data: memoryview) -> list[torch.Tensor]:
+    def _decode(self, arrays: list[payloads.Array], data: memoryview) -> list[torch.Tensor]:
         def decoded() -> list[torch.Tensor]:
             parts = zip(arrays, accumulate((array.nbytes for array in arrays), initial=0), strict=False)
             return [
@@ -331,7 +331,7 @@ class DiffusionBody:
 
         return self._with_room(decoded)
 
-    def _check(self, request: wire.Denoise, shapes: list[list[int]]) -> None:
+    def _check(self, request: payloads.Denoise, shapes: list[list[int]]) -> None:
         """Raises Malformed or Oversized for shapes that are not the body's."""
         wanted = self._plan.step_shapes(self._split, shapes)
         if shapes != wanted:
@@ -340,10 +340,10 @@ class DiffusionBody:
             raise Malformed(f"a step of an image does not fit the model: {detail}")
         if len(request.rows) != shapes[0][0]:
             raise Malformed(f"a step of {shapes[0][0]} rows that names {len(request.rows)}")
-        output = wire.Array(request.codec, self._plan.output_shape(self._split, shapes))
+        output = payloads.Array(request.codec, self._plan.output_shape(self._split, shapes))
         if request.sent > request.step_bytes:
             raise Malformed(f"a step of {request.step_bytes} bytes, of which {request.sent} came before")
-        if max(request.step_bytes, output.nbytes) > wire.MAX_STEP:
+        if max(request.step_bytes, output.nbytes) > payloads.MAX_STEP:
             raise Oversized(f"a step of {request.step_bytes} bytes whose answer has {output.nbytes}")
 
     @staticmethod

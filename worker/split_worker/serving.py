@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from split_common import wire
+from split_common import headers
 from split_common.checkpoint import Checkpoint
 from split_common.diffusion.kinds import is_denoiser, plan_image
 from split_common.errors import ConfigError
@@ -28,7 +28,7 @@ class Serving:
     """A loaded body, and under what it is served: the model's name is for people."""
 
     body: Body | DiffusionBody
-    service: wire.Service
+    service: headers.Service
     model: str
 
 
@@ -74,4 +74,4 @@ def load_body(
         split = image.split(cut or CUT) if layers is None else image.check(Split.parse(image.blocks, layers))
         manifest = find_manifest(fleet, checkpoint, image.own_tensors(split, "worker"))
         body = DiffusionBody(image, split, device, dtype, memory)
-    return Serving(body, wire.Service(manifest.root, split.first, split.last), manifest.name)
+    return Serving(body, headers.Service(manifest.root, split.first, split.last), manifest.name)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from split_common import wire
+from split_common import headers, payloads
 from split_common.channel import Channel, SessionKeys
 from split_common.engine.rows import Row, Run
 from split_common.engine.runner import Runner
@@ -41,7 +41,7 @@ COUNTED_EVERY = 128 * 1024**2
 
 #: A session: the device's peer id, and its channel, session and epoch numbers.
 SessionId = tuple[bytes, int, int, int]
-Frames = tuple[wire.Relay, bytes]
+Frames = tuple[headers.Relay, bytes]
 
 
 @dataclass(eq=False)
@@ -87,7 +87,7 @@ class Session:
         for seq in [seq for seq in self.replies if seq < acked]:
             del self.replies[seq]
 
-    def begin(self, step: wire.Step, states: torch.Tensor, runner: Runner) -> list[Run]:
+    def begin(self, step: payloads.Step, states: torch.Tensor, runner: Runner) -> list[Run]:
         """Makes the rows ready for a step over states `[tokens, width]`: selected, and cut back to its starts.
 
         Tokens of a step that fails later stay behind: the next one's `start` cuts them off.
@@ -109,7 +109,7 @@ class Session:
             runs.append(Run(self.rows[run.row], part, run.positions))
         return runs
 
-    def _check(self, step: wire.Step, source: list[int], runner: Runner) -> None:
+    def _check(self, step: payloads.Step, source: list[int], runner: Runner) -> None:
         if step.width != runner.width:
             raise Malformed(f"hidden states of width {step.width}, the model has {runner.width}")
         if any(old >= len(self.rows) for old in source):

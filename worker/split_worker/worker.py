@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from split_common import wire
-from split_common.channel import CHANNEL_LIFETIME, CHANNEL_SESSIONS, Channel, SessionKeys, WorkerHandshake
+from split_common import headers, payloads
+from split_common.channel import CHANNEL_LIFETIME, CHANNEL_SESSIONS, Channel, SessionKeys
 from split_common.errors import (
     AuthenticationError,
     Busy,
@@ -26,6 +26,7 @@ from split_common.errors import (
     WorkerFailed,
 )
 from split_common.fleet import Fleet
+from split_common.handshake import WorkerHandshake
 from split_common.keys import Certificate, Identity, ModelScope, Role
 from split_common.transport import Transport, new_peer_id
 from split_worker.body import Body
@@ -45,7 +46,7 @@ HALF_OPEN_TIMEOUT = 60.0
 MAX_CHANNELS_PER_DEVICE = 8
 
 #: Channels in all: the worker watches the devices of all of them.
-MAX_CHANNELS = wire.MAX_WATCHED
+MAX_CHANNELS = headers.MAX_WATCHED
 
 #: Bytes of requests that may wait to be computed; devices are told to send further ones again after these seconds.
 MAX_QUEUED_BYTES = 512 * 1024 * 1024
@@ -89,7 +90,7 @@ class Worker:
     def __init__(
         self,
         body: Body | DiffusionBody,
-        service: wire.Service,
+        service: headers.Service,
         model: str,
         identity: Identity,
         fleet: Fleet,
@@ -181,14 +182,14 @@ class Worker:
 
     # --- the transport's thread ----------------------------------------------------------------------------
 
-    def announcement(self) -> wire.Announce:
+    def announcement(self) -> headers.Announce:
         """A heartbeat says that the worker computes what it has, not only that its process lives."""
         with self._lock:
             self._sessions.free_idle()
             self._forget_channels()
-            watching = list({peer for peer, _ in self._links})[: wire.MAX_WATCHED]
+            watching = list({peer for peer, _ in self._links})[: headers.MAX_WATCHED]
             room = 0 if self._draining else self._sessions.room(self._body.store.free_tokens)
-        return wire.Announce(
+        return headers.Announce(
             self.id,
             "worker",
             self._identity.certificate.name,
@@ -199,16 +200,16 @@ class Worker:
             leaving=self._compute.failure is not None or self._compute.stuck(),
         )
 
-    def on_message(self, header: wire.AnyHeader, body: bytes) -> None:
+    def on_message(self, header: headers.AnyHeader, body: bytes) -> None:
         with self._lock:
             match header:
-                case wire.Open():
+                case headers.Open():
                     self._open_channel(header, body)
-                case wire.Relay(kind=wire.Kind.FINISH):
+                case headers.Relay(kind=headers.Kind.FINISH):
                     self._finish_channel(header, body)
-                case wire.Relay(kind=wire.Kind.REQUEST):
+                case headers.Relay(kind=headers.Kind.REQUEST):
                     self._request(header, body)
-                case wire.Bounce():
+                case headers.Bounce():
                     log.debug("a reply was not delivered: %s", header.reason)
                 case _:
                     raise Malformed(f"a worker takes no {type(header).__name__}")
@@ -228,7 +229,7 @@ class Worker:
         with self._lock:
             self._forget_channels()
 
-    def _open_channel(self, header: wire.Open, body: bytes) -> None:
+    def _open_channel(self, header: headers.Open, body: bytes) -> None:
         id_ = (header.sender, header.channel)
         half = self._half_open.get(id_)
         if half is None or half.hello != body:
@@ -236,10 +237,10 @@ class Worker:
             self._half_open[id_] = half
             if len(self._half_open) > MAX_HALF_OPEN:
                 self._half_open.popitem(last=False)
-        answer = wire.Relay(header.sender, self.id, wire.Kind.ANSWER, header.channel)
+        answer = headers.Relay(header.sender, self.id, headers.Kind.ANSWER, header.channel)
         self._transport.send(answer, half.handshake.answer)
 
-    def _finish_channel(self, header: wire.Relay, body: bytes) -> None:
+    def _finish_channel(self, header: headers.Relay, body: bytes) -> None:
         id_ = (header.sender, header.channel)
         half = self._half_open.get(id_)
         if half is not None:
@@ -259,7 +260,7 @@ class Worker:
             self._unknown_channel(header, body)
             raise AuthenticationError("the end of a channel set-up that did not begin")
         confirmed = msgspec.structs.replace(header, session=0, epoch=0, seq=0)
-        self._reply(self._links[id_].control, confirmed, wire.Done())
+        self._reply(self._links[id_].control, confirmed, payloads.Done())
 
     def _make_room(self, device: bytes) -> None:
         """Closes what a new channel of a device has to give way."""
@@ -269,16 +270,16 @@ class Worker:
         elif len(self._links) >= MAX_CHANNELS:
             self._close_channel(next(iter(self._links)))
 
-    def _unknown_channel(self, header: wire.Relay, body: bytes) -> None:
+    def _unknown_channel(self, header: headers.Relay, body: bytes) -> None:
         """Tells a device, as well as one without keys can, that it has to set up a new channel."""
-        unknown = msgspec.structs.replace(header, to=header.sender, sender=self.id, kind=wire.Kind.UNKNOWN)
-        self._transport.send(unknown, wire.echo(header, body))
+        unknown = msgspec.structs.replace(header, to=header.sender, sender=self.id, kind=headers.Kind.UNKNOWN)
+        self._transport.send(unknown, headers.echo(header, body))
 
     def _verify(self, certificate: bytes, role: Role) -> Certificate:
         scope = ModelScope(self._service.root, self._service.first, self._service.last)
         return self._fleet.verify(certificate, role, scope)
 
-    def _request(self, header: wire.Relay, body: bytes) -> None:
+    def _request(self, header: headers.Relay, body: bytes) -> None:
         began = time.perf_counter()
         link = self._links.get((header.sender, header.channel))
         if link is None:
@@ -290,8 +291,8 @@ class Worker:
         plaintext = keys.open(header, body)
         link.used = time.monotonic()
         self._links.move_to_end((header.sender, header.channel))
-        request, tensor = wire.decode_payload(plaintext, wire.request_decoder)
-        if isinstance(request, wire.Close):
+        request, tensor = payloads.decode_payload(plaintext, payloads.request_decoder)
+        if isinstance(request, payloads.Close):
             # Also when it overtook the session's first request, which must not open the session any more.
             link.epochs[header.session] = max(header.epoch, link.epochs.get(header.session, 0))
             self._sessions.close(id_)
@@ -317,7 +318,7 @@ class Worker:
             return
         self._compute.put(Task(session, header, request, tensor, began, time.perf_counter() - began))
 
-    def _open_session(self, link: Link, header: wire.Relay, request: wire.AnyRequest) -> Session | None:
+    def _open_session(self, link: Link, header: headers.Relay, request: payloads.AnyRequest) -> Session | None:
         if header.session == 0 or header.epoch <= link.epochs.get(header.session, -1):
             return None
         if header.seq != 0:
@@ -326,7 +327,7 @@ class Worker:
             self._end_epochs(link, header)
         if self._draining or len(link.epochs) >= 2 * CHANNEL_SESSIONS:
             raise Busy("the worker takes no new sessions", retry_after=1.0)
-        tokens = request.tokens if isinstance(request, wire.Step) else 0
+        tokens = request.tokens if isinstance(request, payloads.Step) else 0
         id_ = (header.sender, header.channel, header.session, header.epoch)
         try:
             session = self._sessions.open(id_, link.channel, tokens, self._body.store.free_tokens)
@@ -337,7 +338,7 @@ class Worker:
         link.epochs[header.session] = header.epoch
         return session
 
-    def _end_epochs(self, link: Link, header: wire.Relay) -> None:
+    def _end_epochs(self, link: Link, header: headers.Relay) -> None:
         """Frees what a device's session had here in earlier epochs, whose requests are not taken any more."""
         for id_, other in self._links.items():
             known = other.epochs.get(header.session, -1)
@@ -347,11 +348,11 @@ class Worker:
         self._compute.wake()
 
     def _refuse_unopened(
-        self, link: Link, header: wire.Relay, reason: str, message: str, retry_after: float = 0.0
+        self, link: Link, header: headers.Relay, reason: str, message: str, retry_after: float = 0.0
     ) -> None:
         """Refuses a request of a session that has no keys in use, under the channel's control keys."""
         self.counters[f"refused_{reason}"] += 1
-        refusal = wire.Refusal(reason, message, retry_after, header.session, header.epoch, header.seq)  # type: ignore[arg-type]
+        refusal = payloads.Refusal(reason, message, retry_after, header.session, header.epoch, header.seq)  # type: ignore[arg-type]
         self._reply(link.control, msgspec.structs.replace(header, session=0, epoch=0, seq=0), refusal)
 
     def _close_channel(self, id_: ChannelId) -> None:
@@ -375,18 +376,18 @@ class Worker:
 
     # --- replies -------------------------------------------------------------------------------------------
 
-    def _answer(self, task: Task, reply: wire.Payload, tensor: memoryview | bytes) -> None:
+    def _answer(self, task: Task, reply: payloads.Payload, tensor: memoryview | bytes) -> None:
         """Sends a task's reply and keeps it; on the compute loop's thread."""
         frames = self._reply(task.session.keys, task.header, reply, tensor)
         with self._lock:
             self._sessions.answered(task.session, frames)
 
     def _reply(
-        self, keys: SessionKeys, request: wire.Relay, reply: wire.Payload, tensor: memoryview | bytes = b""
-    ) -> tuple[wire.Relay, bytes]:
+        self, keys: SessionKeys, request: headers.Relay, reply: payloads.Payload, tensor: memoryview | bytes = b""
+    ) -> tuple[headers.Relay, bytes]:
         header = msgspec.structs.replace(
-            request, to=request.sender, sender=self.id, kind=wire.Kind.REPLY, counter=keys.next_counter()
+            request, to=request.sender, sender=self.id, kind=headers.Kind.REPLY, counter=keys.next_counter()
         )
-        body = keys.seal(header, wire.encode_payload(reply, tensor, overhead=keys.tag_size))
+        body = keys.seal(header, payloads.encode_payload(reply, tensor, overhead=keys.tag_size))
         self._transport.send(header, body)
         return header, body

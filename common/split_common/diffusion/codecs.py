@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from split_common import wire
+from split_common import payloads
 from split_common.errors import Malformed
 from split_common.tensors import DTYPES, check_finite, dtype_name, raw_bytes
 
@@ -12,7 +12,7 @@ from split_common.tensors import DTYPES, check_finite, dtype_name, raw_bytes
 _LARGEST = {"int8": 127, "int4": 7}
 
 
-def encode(tensor: torch.Tensor, codec: wire.Codec | None = None) -> tuple[wire.Array, bytes | memoryview]:
+def encode(tensor: torch.Tensor, codec: payloads.Codec | None = None) -> tuple[payloads.Array, bytes | memoryview]:
     """A tensor of at least two dimensions (rows, channels, …) as it travels. It is converted where it is.
 
     Args:
@@ -23,7 +23,7 @@ def encode(tensor: torch.Tensor, codec: wire.Codec | None = None) -> tuple[wire.
         Malformed: its dtype does not travel.
     """
     codec = codec or dtype_name(tensor.dtype)
-    array = wire.Array(codec, list(tensor.shape), _is_channels_last(tensor))
+    array = payloads.Array(codec, list(tensor.shape), _is_channels_last(tensor))
     if codec in DTYPES:
         tensor = tensor.to(DTYPES[codec])
         check_finite(tensor)
@@ -41,7 +41,7 @@ def encode(tensor: torch.Tensor, codec: wire.Codec | None = None) -> tuple[wire.
     return array, b"".join((raw_bytes(scales), raw_bytes(integers)))
 
 
-def decode(array: wire.Array, data: memoryview, device: torch.device | None = None) -> torch.Tensor:
+def decode(array: payloads.Array, data: memoryview, device: torch.device | None = None) -> torch.Tensor:
     """A tensor from its bytes, in the layout that it had; of codecs with scales in float32.
 
     Args:
@@ -55,7 +55,7 @@ def decode(array: wire.Array, data: memoryview, device: torch.device | None = No
         raise Malformed(f"{len(data)} bytes of a tensor, expected {array.nbytes}")
     if array.codec in DTYPES:
         return _restored(_moved(data, DTYPES[array.codec], device), array)
-    border = array.scales * wire.SCALE_BYTES
+    border = array.scales * payloads.SCALE_BYTES
     scales = _moved(data[:border], torch.float32, device)
     check_finite(scales)
     if bool((scales < 0).any()):
@@ -77,7 +77,7 @@ def _is_channels_last(tensor: torch.Tensor) -> bool:
     )
 
 
-def _restored(numbers: torch.Tensor, array: wire.Array) -> torch.Tensor:
+def _restored(numbers: torch.Tensor, array: payloads.Array) -> torch.Tensor:
     tensor = numbers.view(array.shape)
     check_finite(tensor)
     last = array.channels_last and tensor.ndim == 4

@@ -1,6 +1,6 @@
 """What devices and workers need of a queue, whatever carries it.
 
-A transport moves messages (`split_common.wire`) between peers and says when peers die. It may lose, repeat or
+A transport moves messages (`split_common.headers`) between peers and says when peers die. It may lose, repeat or
 delay messages: sessions are built so that at-least-once delivery is enough.
 """
 
@@ -17,8 +17,8 @@ from typing import Protocol, TypeVar
 from split_common.address import is_redis, parse_address
 from split_common.errors import ConfigError, SplitError
 from split_common.fleet import Fleet, check_address
+from split_common.headers import Announce, AnyHeader, Header
 from split_common.keys import Identity
-from split_common.wire import Announce, AnyHeader, Header
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ import msgspec
 import zmq
 import zmq.utils.z85
 
-from split_common import wire
+from split_common import headers
 from split_common.errors import BrokerUnreachable, ConfigError, KeysError, Malformed, Oversized, SplitError
 from split_common.fleet import Fleet
 from split_common.keys import Identity
@@ -154,7 +154,7 @@ class ZmqLink:
             sock.linger = 500
             sock.immediate = True
             sock.ipv6 = "[" in self._address
-            sock.maxmsgsize = wire.MAX_FRAME
+            sock.maxmsgsize = headers.MAX_FRAME
             sock.sndhwm = sock.rcvhwm = 256
             sock.reconnect_ivl, sock.reconnect_ivl_max = 50, 1000
             if self._address.startswith("tcp://"):
@@ -168,10 +168,10 @@ class ZmqLink:
             raise
         return sock
 
-    def send(self, header: wire.Header, body: bytes = b"") -> None:
-        if len(body) > wire.MAX_BODY:
-            raise Oversized(f"body of {len(body)} bytes (at most {wire.MAX_BODY})")
-        self._handed.append((wire.encode_header(header), body))
+    def send(self, header: headers.Header, body: bytes = b"") -> None:
+        if len(body) > headers.MAX_BODY:
+            raise Oversized(f"body of {len(body)} bytes (at most {headers.MAX_BODY})")
+        self._handed.append((headers.encode_header(header), body))
         self._pass_on()
 
     def receive(self, events: queue.SimpleQueue[_T], timeout: float) -> _T:
@@ -331,7 +331,7 @@ class ZmqLink:
         )
         with self._turn:
             try:
-                send_frames(sock, wire.encode_header(announcement), b"")
+                send_frames(sock, headers.encode_header(announcement), b"")
                 self._announced = True
             except zmq.Again:
                 self._announced = False
@@ -357,7 +357,7 @@ class ZmqLink:
         try:
             if len(frames) != 2:
                 raise Malformed(f"{len(frames)} frames")
-            self._dispatch(wire.decode_header(frames[0]), wire.check_body(frames[1]))
+            self._dispatch(headers.decode_header(frames[0]), headers.check_body(frames[1]))
         except SplitError as error:
             count_dropped(self.counters, error)
         except Exception:
@@ -369,20 +369,20 @@ class ZmqLink:
         self.counters["HandlerError"] += 1
         log.exception("a message handler failed")
 
-    def _dispatch(self, header: wire.AnyHeader, body: bytes) -> None:
+    def _dispatch(self, header: headers.AnyHeader, body: bytes) -> None:
         self._heard = time.monotonic()
         match header:
-            case wire.Probe():
+            case headers.Probe():
                 pass
-            case wire.Welcome():
+            case headers.Welcome():
                 self._greet(header)
-            case wire.RosterReply():
+            case headers.RosterReply():
                 self._fleet.accept_roster(body)
                 self._check_roster()
             case _:
                 self._handler.on_message(header, body)
 
-    def _greet(self, welcome: wire.Welcome) -> None:
+    def _greet(self, welcome: headers.Welcome) -> None:
         known, self._boot = self._boot, welcome.boot
         self._welcomed.set()
         # A broker that changes its name with every message must not be sent everything again each time.
@@ -393,7 +393,7 @@ class ZmqLink:
         if welcome.gone:
             self._handler.on_gone(welcome.gone)
         if welcome.roster_version > self._fleet.roster().version:
-            self.send(wire.RosterRequest(self._sender))
+            self.send(headers.RosterRequest(self._sender))
         self._check_roster()
 
     def _check_roster(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import diffusers
 import torch
 
-from split_common import wire
+from split_common import payloads
 from split_common.checkpoint import Checkpoint
 from split_common.diffusion.kinds import plan_image
 from split_common.diffusion.plan import ImagePlan, load_weights
@@ -105,7 +105,7 @@ class SplitDenoiser(Joined):
         """Puts slots in the place of the body's blocks."""
         raise NotImplementedError
 
-    _codec: wire.Codec | None
+    _codec: payloads.Codec | None
     _reuse: float
     _threads: threading.local
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from split_common import wire
+from split_common import payloads
 from split_common.errors import ConfigError
 
 #: Codecs of the states on the way, by the names that users give them; "none" sends them as they are.
-CODECS: dict[str, wire.Codec | None] = {"none": None, "fp16": "float16", "int8": "int8", "int4": "int4"}
+CODECS: dict[str, payloads.Codec | None] = {"none": None, "fp16": "float16", "int8": "int8", "int4": "int4"}
 
 
 def check_reuse(reuse: float) -> float:

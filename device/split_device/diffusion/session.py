@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from split_common import wire
+from split_common import payloads
 from split_common.diffusion.codecs import decode, encode
 from split_common.diffusion.plan import ImagePlan
 from split_common.errors import Malformed, NeedEmbeddings, Oversized, SessionLost
@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
 class Condition:
     """What a worker is sent of an image beside its steps."""
 
-    payload: wire.Condition
+    payload: payloads.Condition
     data: bytes
 
 
@@ -48,23 +48,28 @@ class Condition:
 class Request:
     """A step, and what it needs of its image."""
 
-    step: wire.Denoise
+    step: payloads.Denoise
     tensors: bytes
     condition: Condition | None
     #: The output that it calls for.
-    output: wire.Array
+    output: payloads.Array
 
-    def calls(self) -> list[tuple[wire.Payload, memoryview | bytes]]:
+    def calls(self) -> list[tuple[payloads.Payload, memoryview | bytes]]:
         """Its messages: those with what does not fit into one, the step itself, and those that ask for the rest."""
         data = memoryview(self.tensors)
-        parts = [data[begin : begin + wire.PART_BYTES] for begin in range(0, self.step.sent, wire.PART_BYTES)]
+        parts = [
+            data[begin : begin + payloads.PART_BYTES] for begin in range(0, self.step.sent, payloads.PART_BYTES)
+        ]
         size = self.output.nbytes
         return [
-            *((wire.Part(index * wire.PART_BYTES, len(part)), part) for index, part in enumerate(parts)),
+            *(
+                (payloads.TensorPart(index * payloads.PART_BYTES, len(part)), part)
+                for index, part in enumerate(parts)
+            ),
             (self.step, data[self.step.sent :]),
             *(
-                (wire.Rest(begin, min(wire.PART_BYTES, size - begin)), b"")
-                for begin in range(wire.PART_BYTES, size, wire.PART_BYTES)
+                (payloads.PartRequest(begin, min(payloads.PART_BYTES, size - begin)), b"")
+                for begin in range(payloads.PART_BYTES, size, payloads.PART_BYTES)
             ),
         ]
 
@@ -78,7 +83,7 @@ class ImageSession(Lasting[Request]):
         codec: of the states on the way; None sends them as they are.
     """
 
-    def __init__(self, client: Client, plan: ImagePlan, split: Split, codec: wire.Codec | None = None) -> None:
+    def __init__(self, client: Client, plan: ImagePlan, split: Split, codec: payloads.Codec | None = None) -> None:
         super().__init__(client)
         self._plan, self._split, self._codec = plan, split, codec
         #: Keys of embeddings that the worker was sent.
@@ -99,7 +104,7 @@ class ImageSession(Lasting[Request]):
         self._steps += 1
         self.client.timings.steps += 1
         with self.client.timings.measure("decode"):
-            assert isinstance(reply, wire.Denoised)
+            assert isinstance(reply, payloads.Denoised)
             states = inputs.tensors[0]
             return decode(reply.output, data, states.device).to(states.dtype)
 
@@ -110,18 +115,18 @@ class ImageSession(Lasting[Request]):
         codecs = (self._codec, None, *[self._codec] * (len(inputs.tensors) - 2))
         codec = self._codec or dtype_name(inputs.tensors[0].dtype)
         shapes = [list(tensor.shape) for tensor in inputs.tensors]
-        output = wire.Array(codec, self._plan.output_shape(self._split, shapes))
+        output = payloads.Array(codec, self._plan.output_shape(self._split, shapes))
         states = [encode(tensor, codec) for tensor, codec in zip(inputs.tensors, codecs, strict=True)]
         data = b"".join(data for _, data in states)
         most = max(len(data), output.nbytes)
-        if len(rows) > wire.MAX_IMAGE_ROWS or most > wire.MAX_STEP:
+        if len(rows) > payloads.MAX_IMAGE_ROWS or most > payloads.MAX_STEP:
             raise Oversized(
-                f"a step of {len(rows)} rows with {most:,} bytes, and not {wire.MAX_IMAGE_ROWS} with "
-                f"{wire.MAX_STEP:,} at most: choose a smaller codec, or make fewer images at once"
+                f"a step of {len(rows)} rows with {most:,} bytes, and not {payloads.MAX_IMAGE_ROWS} with "
+                f"{payloads.MAX_STEP:,} at most: choose a smaller codec, or make fewer images at once"
             )
         key = condition.payload.key if condition is not None else None
-        sent = (len(data) - 1) // wire.PART_BYTES * wire.PART_BYTES
-        step = wire.Denoise(key, rows, [array for array, _ in states], codec, sent=sent)
+        sent = (len(data) - 1) // payloads.PART_BYTES * payloads.PART_BYTES
+        step = payloads.Denoise(key, rows, [array for array, _ in states], codec, sent=sent)
         return Request(step, data, condition, output)
 
     # --- what the session does wherever it is --------------------------------------------------------------
@@ -132,7 +137,7 @@ class ImageSession(Lasting[Request]):
         # Nothing is sent again but embeddings, and the step that was lost.
         self.client.counters["replays"] += self._steps > 0
 
-    def _send(self, remote: RemoteSession, requests: list[Request]) -> list[tuple[wire.AnyReply, memoryview]]:
+    def _send(self, remote: RemoteSession, requests: list[Request]) -> list[tuple[payloads.AnyReply, memoryview]]:
         timings = self.client.timings
         (request,) = requests
         for attempt in itertools.count(1):
@@ -154,12 +159,14 @@ class ImageSession(Lasting[Request]):
         raise AssertionError
 
     def _joined(
-        self, request: Request, replies: list[tuple[wire.AnyReply, memoryview]]
-    ) -> tuple[wire.AnyReply, memoryview]:
+        self, request: Request, replies: list[tuple[payloads.AnyReply, memoryview]]
+    ) -> tuple[payloads.AnyReply, memoryview]:
         """The answer to a step, with all bytes of the output. Raises Malformed for one to something else."""
-        answers = [(reply, data) for reply, data in replies if isinstance(reply, wire.Denoised | wire.Part)]
+        answers = [
+            (reply, data) for reply, data in replies if isinstance(reply, payloads.Denoised | payloads.TensorPart)
+        ]
         denoised = answers[0][0]
-        assert isinstance(denoised, wire.Denoised)
+        assert isinstance(denoised, payloads.Denoised)
         self.client.timings.add("body", denoised.body_us / 1e6)
         self.client.timings.add("worker", denoised.worker_us / 1e6)
         wanted = request.output
@@ -184,7 +191,7 @@ def _condition(inputs: Inputs) -> tuple[list[int], Condition | None]:
     arrays, data = [array for array, _ in encoded], b"".join(data for _, data in encoded)
     scales = list(inputs.scales)
     key = hashlib.blake2b(repr((arrays, scales)).encode() + data, digest_size=32).digest()
-    return rows, Condition(wire.Condition(key, arrays, scales), data)
+    return rows, Condition(payloads.Condition(key, arrays, scales), data)
 
 
 def _distinct(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from split_common import wire
+from split_common import payloads
 from split_common.errors import Malformed
 from split_common.tensors import from_bytes
 
@@ -15,20 +15,20 @@ from split_common.tensors import from_bytes
 class Chunk:
     """Runs of tokens that travel in one message, and their states `[tokens, width]`."""
 
-    rows: list[wire.Row]
+    rows: list[payloads.Run]
     states: torch.Tensor
     #: Whose output counts, bool `[tokens]`; None for all.
     own: torch.Tensor | None = None
 
-    def output(self, reply: wire.AnyReply, data: memoryview) -> torch.Tensor:
+    def output(self, reply: payloads.AnyReply, data: memoryview) -> torch.Tensor:
         """Raises Malformed or NonFinite for an answer to something else."""
-        if not isinstance(reply, wire.Result) or (reply.tokens, reply.width) != self.states.shape:
+        if not isinstance(reply, payloads.Result) or (reply.tokens, reply.width) != self.states.shape:
             raise Malformed(f"the worker returned no states of the shape {tuple(self.states.shape)}")
         output = from_bytes(data, reply.dtype, reply.tokens, reply.width)
         return output if self.own is None else output[self.own]
 
 
-def cut(rows: list[wire.Row], packed: torch.Tensor, limit: int, horizon: int | None = None) -> list[Chunk]:
+def cut(rows: list[payloads.Run], packed: torch.Tensor, limit: int, horizon: int | None = None) -> list[Chunk]:
     """Cuts runs so that no chunk has more than `limit` tokens.
 
     Where positions interact, the worker must see the largest one of the call, `horizon`, in every run: a run that
@@ -48,13 +48,13 @@ def cut(rows: list[wire.Row], packed: torch.Tensor, limit: int, horizon: int | N
         for run, part, extra in zip(runs, torch.split(states, lengths), short, strict=True):
             pieces += [part, part[-1:]] if extra else [part]
             own += [True] * len(part) + [False] * extra
-            extended.append(wire.Row(run.row, run.start, [*run.positions, *[horizon] * extra]))
+            extended.append(payloads.Run(run.row, run.start, [*run.positions, *[horizon] * extra]))
         chunks.append(Chunk(extended, torch.cat(pieces), torch.tensor(own)))
     return chunks
 
 
-def _runs(rows: list[wire.Row], limit: int) -> list[list[wire.Row]]:
-    chunks: list[list[wire.Row]] = [[]]
+def _runs(rows: list[payloads.Run], limit: int) -> list[list[payloads.Run]]:
+    chunks: list[list[payloads.Run]] = [[]]
     room = limit
     for row in rows:
         done = 0
@@ -63,7 +63,7 @@ def _runs(rows: list[wire.Row], limit: int) -> list[list[wire.Row]]:
                 chunks.append([])
                 room = limit
             part = row.positions[done : done + room]
-            chunks[-1].append(wire.Row(row.row, row.start + done, part))
+            chunks[-1].append(payloads.Run(row.row, row.start + done, part))
             done += len(part)
             room -= len(part)
     return chunks

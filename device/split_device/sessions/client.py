@@ -10,8 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from split_common import wire
-from split_common.channel import DeviceHandshake
+from split_common import headers, payloads
 from split_common.errors import (
     AuthenticationError,
     BrokerUnreachable,
@@ -25,6 +24,7 @@ from split_common.errors import (
     WorkerGone,
 )
 from split_common.fleet import Fleet
+from split_common.handshake import DeviceHandshake
 from split_common.keys import Certificate, Identity, ModelScope, Role
 from split_common.transport import Transport, count_dropped, new_peer_id
 from split_device.sessions.history import HISTORY_MEMORY
@@ -83,9 +83,9 @@ class Client:
         transport: Transport,
         fleet: Fleet,
         identity: Identity,
-        service: wire.Service,
+        service: headers.Service,
         model: str,
-        dtype: wire.Dtype,
+        dtype: payloads.Dtype,
         timeout: float = 10.0,
         patience: float = PATIENCE,
         history_memory: int = HISTORY_MEMORY,
@@ -107,7 +107,7 @@ class Client:
         self.service = service
         self.model = model
         self._cut = cut or f"--layers {service.first}:{service.last}"
-        self._dtype: wire.Dtype = dtype
+        self._dtype: payloads.Dtype = dtype
         self.id = new_peer_id(identity.certificate.name)
         # Joins a session to its channel. The garbage collector closes sessions in whichever thread it runs, perhaps
         # under this very lock: closing takes none, and what it removes from is copied before it is looked through.
@@ -137,58 +137,58 @@ class Client:
 
     # --- the transport's thread ----------------------------------------------------------------------------
 
-    def announcement(self) -> wire.Announce:
+    def announcement(self) -> headers.Announce:
         self.on_roster()
         workers = list({channel.worker for channel in list(self._channels.values())})
         name = self._identity.certificate.name
-        return wire.Announce(self.id, "device", name, watching=workers[: wire.MAX_WATCHED])
+        return headers.Announce(self.id, "device", name, watching=workers[: headers.MAX_WATCHED])
 
-    def on_message(self, header: wire.AnyHeader, body: bytes) -> None:
+    def on_message(self, header: headers.AnyHeader, body: bytes) -> None:
         match header:
-            case wire.Relay(kind=wire.Kind.ANSWER) | wire.Bounce(session=0):
+            case headers.Relay(kind=headers.Kind.ANSWER) | headers.Bounce(session=0):
                 self._deliver(header, body)
-            case wire.Relay(kind=wire.Kind.REPLY, session=0):
+            case headers.Relay(kind=headers.Kind.REPLY, session=0):
                 if not self._deliver(header, body):
                     self._refused_unopened(header, body)
-            case wire.Relay(kind=wire.Kind.REPLY) | wire.Bounce():
+            case headers.Relay(kind=headers.Kind.REPLY) | headers.Bounce():
                 session = self._sessions.get((header.channel, header.session))
                 if session is not None and session.expects(header):
                     session.events.put((header, body))
                 else:
                     # A repetition, or of an epoch that is over: from a worker that was held for dead, say.
                     self.counters["late"] += 1
-            case wire.Relay(kind=wire.Kind.UNKNOWN):
+            case headers.Relay(kind=headers.Kind.UNKNOWN):
                 if not self._deliver(header, body):
                     self._channel_unknown(header, body)
             case _:
                 raise Malformed(f"a device takes no {type(header).__name__}")
 
-    def _deliver(self, header: wire.Relay | wire.Bounce, body: bytes) -> bool:
+    def _deliver(self, header: headers.Relay | headers.Bounce, body: bytes) -> bool:
         """Hands a message to the set-up of its channel, if there is one."""
         events = self._answers.get(header.channel)
         if events is not None:
             events.put((header, body))
         return events is not None
 
-    def _refused_unopened(self, header: wire.Relay, body: bytes) -> None:
+    def _refused_unopened(self, header: headers.Relay, body: bytes) -> None:
         channel = self._channels.get(header.channel)
         if channel is None:
             return
-        refusal, _ = wire.decode_payload(channel.control.open(header, body), wire.reply_decoder)
-        if isinstance(refusal, wire.Refusal):
+        refusal, _ = payloads.decode_payload(channel.control.open(header, body), payloads.reply_decoder)
+        if isinstance(refusal, payloads.Refusal):
             session = self._sessions.get((header.channel, refusal.session))
             if session is None or session.epoch != refusal.epoch or refusal.seq not in session.in_flight:
                 self.counters["late"] += 1
             elif refusal.reason == "full":
-                again = wire.Bounce("full", seq=refusal.seq, retry_after=refusal.retry_after)
+                again = headers.Bounce("full", seq=refusal.seq, retry_after=refusal.retry_after)
                 session.events.put((again, b""))
             else:
                 session.events.put(refusal_error(refusal))
 
-    def _channel_unknown(self, header: wire.Relay, body: bytes) -> None:
+    def _channel_unknown(self, header: headers.Relay, body: bytes) -> None:
         session = self._sessions.get((header.channel, header.session))
         request = session.in_flight.get(header.seq) if session is not None else None
-        if session is None or request is None or body != wire.echo(*request):
+        if session is None or request is None or body != headers.echo(*request):
             raise AuthenticationError("an unknown channel, of no request in flight")
         self._lose(lambda channel: channel is session.channel)
 
@@ -323,10 +323,10 @@ class Client:
         self._answers[number] = events
         try:
             handshake = DeviceHandshake(self._identity, self._verify, self.service, self._dtype)
-            wish = wire.Open(self.id, number, self.service, list(avoid)[:64])
+            wish = headers.Open(self.id, number, self.service, list(avoid)[:64])
 
-            def take_answer(header: wire.Relay, body: bytes) -> tuple[bytes, WorkerChannel] | None:
-                if header.kind != wire.Kind.ANSWER or header.sender in distrusted:
+            def take_answer(header: headers.Relay, body: bytes) -> tuple[bytes, WorkerChannel] | None:
+                if header.kind != headers.Kind.ANSWER or header.sender in distrusted:
                     return None
                 try:
                     finish, channel = handshake.finish(body)
@@ -336,16 +336,16 @@ class Client:
                     raise Busy("the worker's certificate will not do", retry_after=0.0) from None
                 return finish, WorkerChannel(header.sender, number, channel, channel.session_keys(0, 0))
 
-            def take_confirmation(header: wire.Relay, body: bytes) -> bool | None:
-                if header.sender != made.worker or header.kind == wire.Kind.ANSWER:
+            def take_confirmation(header: headers.Relay, body: bytes) -> bool | None:
+                if header.sender != made.worker or header.kind == headers.Kind.ANSWER:
                     return None
-                if header.kind == wire.Kind.UNKNOWN and body == wire.echo(last, finish):
+                if header.kind == headers.Kind.UNKNOWN and body == headers.echo(last, finish):
                     raise Busy("the worker did not accept this device", retry_after=0.5)
-                wire.decode_payload(made.control.open(header, body), wire.reply_decoder)
+                payloads.decode_payload(made.control.open(header, body), payloads.reply_decoder)
                 return True
 
             finish, made = self._ask(events, wish, handshake.hello, take_answer, check)
-            last = wire.Relay(made.worker, self.id, wire.Kind.FINISH, number)
+            last = headers.Relay(made.worker, self.id, headers.Kind.FINISH, number)
             self._ask(events, last, finish, take_confirmation, check)
             self._channels[number] = made
             self.served = True
@@ -362,9 +362,9 @@ class Client:
     def _ask(
         self,
         events: queue.SimpleQueue[Event],
-        request: wire.Open | wire.Relay,
+        request: headers.Open | headers.Relay,
         body: bytes,
-        take: Callable[[wire.Relay, bytes], _T | None],
+        take: Callable[[headers.Relay, bytes], _T | None],
         check: Check,
     ) -> _T:
         """Sends a message of a set-up until `take` makes something of an answer; others are dropped."""
@@ -388,10 +388,10 @@ class Client:
                 continue
             if isinstance(event, SplitError):
                 raise event
-            if isinstance(event[0], wire.Bounce):
+            if isinstance(event[0], headers.Bounce):
                 send_at = time.monotonic() + self._bounced(event[0])
             else:
-                assert isinstance(event[0], wire.Relay)
+                assert isinstance(event[0], headers.Relay)
                 try:
                     taken = take(event[0], event[1])
                 except (ProtocolError, AuthenticationError) as error:
@@ -400,7 +400,7 @@ class Client:
                 if taken is not None:
                     return taken
 
-    def _bounced(self, bounce: wire.Bounce) -> float:
+    def _bounced(self, bounce: headers.Bounce) -> float:
         """Seconds until a message of a set-up should be sent again."""
         match bounce.reason:
             case "full":

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from split_common import wire
+from split_common import payloads
 from split_common.errors import AuthenticationError, HistoryLost
 from split_common.tensors import raw_bytes
 from split_device.sessions.spill import SpillFile
@@ -158,7 +158,7 @@ class History:
 
     def replay(
         self, columns: torch.Tensor, by_call: bool
-    ) -> Iterator[tuple[list[wire.Row], torch.Tensor, int | None]]:
+    ) -> Iterator[tuple[list[payloads.Run], torch.Tensor, int | None]]:
         """The runs that make the cache anew, their states `[tokens, width]`, and their call's largest position.
 
         Args:
@@ -226,12 +226,12 @@ def _part(states: torch.Tensor, positions: torch.Tensor) -> Part:
     return Part(Block(states, positions), list(range(states.shape[0])), states.shape[1])
 
 
-def _runs(columns: torch.Tensor, begin: int, positions: torch.Tensor) -> list[wire.Row]:
+def _runs(columns: torch.Tensor, begin: int, positions: torch.Tensor) -> list[payloads.Run]:
     """The runs of tokens in the columns from `begin` on whose positions `[batch, columns]` are given."""
     mine = columns[:, begin : begin + positions.shape[1]]
     starts = columns[:, :begin].sum(1).tolist()
     return [
-        wire.Row(row, starts[row], positions[row][kept].tolist())
+        payloads.Run(row, starts[row], positions[row][kept].tolist())
         for row, kept in enumerate(mine)
         if bool(kept.any())
     ]

@@ -7,7 +7,7 @@ import time
 import weakref
 from typing import Any, Generic, TypeVar
 
-from split_common import wire
+from split_common import payloads
 from split_common.errors import (
     Busy,
     NoWorker,
@@ -57,7 +57,7 @@ class Lasting(Generic[R]):
         """Opens a session on some worker and hands it to `_hold`."""
         raise NotImplementedError
 
-    def _send(self, remote: RemoteSession, requests: list[R]) -> list[tuple[wire.AnyReply, memoryview]]:
+    def _send(self, remote: RemoteSession, requests: list[R]) -> list[tuple[payloads.AnyReply, memoryview]]:
         """Sends the requests of a step and waits for their replies."""
         raise NotImplementedError
 
@@ -104,7 +104,7 @@ class Lasting(Generic[R]):
         while not self._abandoned and (left := until - time.monotonic()) > 0:
             time.sleep(min(left, CHECK_INTERVAL))
 
-    def _persist(self, requests: list[R]) -> list[tuple[wire.AnyReply, memoryview]]:
+    def _persist(self, requests: list[R]) -> list[tuple[payloads.AnyReply, memoryview]]:
         """Sends requests until a worker answers them, whatever becomes of the first ones.
 
         A session that is lost is opened on another worker, which is told first what it has to know.

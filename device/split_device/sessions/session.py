@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from split_common import wire
+from split_common import headers, payloads
 from split_common.channel import CHANNEL_SESSIONS, Channel, SessionKeys
 from split_common.errors import (
     AuthenticationError,
@@ -46,7 +46,7 @@ MIN_RETRY = 0.1
 CHECK_INTERVAL = 0.25
 
 #: What the transport's thread hands over: a message, or what became of the session.
-Event = tuple[wire.AnyHeader, bytes] | SplitError
+Event = tuple[headers.AnyHeader, bytes] | SplitError
 
 #: Of a session whose worker died, left, or knows nothing of it.
 GONE = "the worker that held the session is gone"
@@ -83,7 +83,7 @@ class RemoteSession:
         self._keys = channel.channel.session_keys(number, epoch)
         self._seq = 0
         #: Requests that were sent and not answered, by sequence number.
-        self.in_flight: dict[int, tuple[wire.Relay, bytes]] = {}
+        self.in_flight: dict[int, tuple[headers.Relay, bytes]] = {}
         self._lost: SplitError | None = None
         # When requests that were sent back are sent again, whatever arrives meanwhile.
         self._again_at = math.inf
@@ -95,14 +95,14 @@ class RemoteSession:
         """All replies below this sequence number have arrived."""
         return min(list(self.in_flight), default=self._seq)
 
-    def expects(self, header: wire.Relay | wire.Bounce) -> bool:
+    def expects(self, header: headers.Relay | headers.Bounce) -> bool:
         """Whether a message may be about a request in flight."""
-        from_worker = not isinstance(header, wire.Relay) or header.sender == self.worker
+        from_worker = not isinstance(header, headers.Relay) or header.sender == self.worker
         return from_worker and header.epoch == self.epoch and header.seq in self.in_flight
 
     def call(
-        self, requests: Sequence[tuple[wire.Payload, memoryview | bytes]]
-    ) -> list[tuple[wire.AnyReply, memoryview]]:
+        self, requests: Sequence[tuple[payloads.Payload, memoryview | bytes]]
+    ) -> list[tuple[payloads.AnyReply, memoryview]]:
         """Sends requests, several ahead, and waits for the reply of each.
 
         Raises:
@@ -114,7 +114,7 @@ class RemoteSession:
             raise self._lost
         first = self._seq
         waiting = deque(requests)
-        replies: dict[int, tuple[wire.AnyReply, memoryview]] = {}
+        replies: dict[int, tuple[payloads.AnyReply, memoryview]] = {}
         try:
             while len(replies) < len(requests):
                 while waiting and len(self.in_flight) < IN_FLIGHT:
@@ -126,16 +126,16 @@ class RemoteSession:
                     self._client.count(error)
                     continue
                 replies[header.seq - first] = reply, tensor
-                if isinstance(reply, wire.Refusal) and isinstance(refused := refusal_error(reply), SessionLost):
+                if isinstance(reply, payloads.Refusal) and isinstance(refused := refusal_error(reply), SessionLost):
                     raise refused
         except BaseException as error:
             self._end(error)
             raise
         answers = [replies[i] for i in range(len(requests))]
         for (request, _), (reply, _) in zip(requests, answers, strict=True):
-            if isinstance(reply, wire.Refusal):
+            if isinstance(reply, payloads.Refusal):
                 raise refusal_error(reply)
-            if not isinstance(reply, wire.ANSWERS[type(request)]):
+            if not isinstance(reply, payloads.ANSWERS[type(request)]):
                 wrong = SessionLost(f"the worker answered a {type(request).__name__} by a {type(reply).__name__}")
                 self._end(wrong)
                 raise wrong
@@ -149,7 +149,7 @@ class RemoteSession:
         if child is None:
             raise SessionLost("the channel to the worker takes no more sessions")
         try:
-            child.call([(wire.Fork(self.number, self.epoch), b"")])
+            child.call([(payloads.Fork(self.number, self.epoch), b"")])
         except SplitError:
             child.close()
             raise
@@ -185,32 +185,32 @@ class RemoteSession:
         """Expects nothing more, and frees the session on its worker, which may hold it even after a refusal."""
         if self._lost is None:
             self._lost = error if isinstance(error, SessionLost) else SessionLost("the session was closed")
-            self._send(wire.Close(), b"")
+            self._send(payloads.Close(), b"")
         self.in_flight.clear()
         self._client.forget(self)
 
-    def _send(self, payload: wire.Payload, tensor: memoryview | bytes) -> None:
+    def _send(self, payload: payloads.Payload, tensor: memoryview | bytes) -> None:
         began = time.perf_counter()
-        if isinstance(payload, wire.Step | wire.Denoise):
+        if isinstance(payload, payloads.Step | payloads.Denoise):
             payload = msgspec.structs.replace(payload, acked=self.acked)
-        header = wire.Relay(
+        header = headers.Relay(
             self.worker,
             self._client.id,
-            wire.Kind.REQUEST,
+            headers.Kind.REQUEST,
             self.channel.number,
             self.number,
             self.epoch,
             self._seq,
             self._keys.next_counter(),
         )
-        plaintext = wire.encode_payload(payload, tensor, overhead=self._keys.tag_size)
+        plaintext = payloads.encode_payload(payload, tensor, overhead=self._keys.tag_size)
         frames = header, self._keys.seal(header, plaintext)
         self._client.timings.add("encrypt", time.perf_counter() - began)
         self.in_flight[self._seq] = frames
         self._seq += 1
         self._client.transport.send(*frames)
 
-    def _next_event(self) -> tuple[wire.Relay, bytes]:
+    def _next_event(self) -> tuple[headers.Relay, bytes]:
         """The next reply to a request in flight; sends the requests again when it takes long."""
         silent_since: float | None = None
         interval = RETRANSMIT
@@ -237,10 +237,10 @@ class RemoteSession:
             if isinstance(event, SplitError):
                 raise event
             header, body = event
-            assert isinstance(header, wire.Bounce | wire.Relay)
+            assert isinstance(header, headers.Bounce | headers.Relay)
             if header.seq not in self.in_flight:
                 continue
-            if isinstance(header, wire.Bounce):
+            if isinstance(header, headers.Bounce):
                 if header.reason in ("gone", "revoked"):
                     raise WorkerGone(GONE)
                 # One of several, perhaps: all are sent again at once.
@@ -248,15 +248,15 @@ class RemoteSession:
             else:
                 return header, body
 
-    def _open_reply(self, header: wire.Relay, body: bytes) -> tuple[wire.AnyReply, memoryview]:
+    def _open_reply(self, header: headers.Relay, body: bytes) -> tuple[payloads.AnyReply, memoryview]:
         began = time.perf_counter()
-        reply, tensor = wire.decode_payload(self._keys.open(header, body), wire.reply_decoder)
+        reply, tensor = payloads.decode_payload(self._keys.open(header, body), payloads.reply_decoder)
         self._client.timings.add("decrypt", time.perf_counter() - began)
         del self.in_flight[header.seq]
         return reply, tensor
 
 
-def refusal_error(refusal: wire.Refusal) -> SplitError:
+def refusal_error(refusal: payloads.Refusal) -> SplitError:
     message = f"the worker refused: {printable(refusal.message)}"
     match refusal.reason:
         case "busy":

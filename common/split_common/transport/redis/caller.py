@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from split_common import wire
+from split_common import headers
 from split_common.errors import SplitError
 from split_common.transport import Handler, count_dropped
 
@@ -22,7 +22,7 @@ class Caller:
         self._counters = counters
         self._lock = threading.Lock()
 
-    def message(self, header: wire.AnyHeader, body: bytes) -> None:
+    def message(self, header: headers.AnyHeader, body: bytes) -> None:
         self._call(lambda: self._handler.on_message(header, body))
 
     def gone(self, peers: Iterable[bytes]) -> None:
@@ -34,9 +34,9 @@ class Caller:
     def roster(self) -> None:
         self._call(self._handler.on_roster)
 
-    def announcement(self) -> wire.Announce | None:
+    def announcement(self) -> headers.Announce | None:
         """None when the handler failed."""
-        announcements: list[wire.Announce] = []
+        announcements: list[headers.Announce] = []
         self._call(lambda: announcements.append(self._handler.announcement()))
         return announcements[0] if announcements else None
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from split_common import wire
+from split_common import headers
 from split_common.errors import BrokerUnreachable, SplitError
 from split_common.fleet import Fleet
 from split_common.keys import Role
@@ -72,7 +72,7 @@ class Keeper:
         keys: Keys,
         fleet: Fleet,
         caller: Caller,
-        first: wire.Announce,
+        first: headers.Announce,
         take_open: Callable[[bytes, Any], None],
         counters: Counter[str],
     ) -> None:
@@ -100,10 +100,10 @@ class Keeper:
         #: Sessions that this worker has room for, less the wishes that it took since it said so.
         self.room = 0
         self._closing = threading.Event()
-        self._inbox: queue.SimpleQueue[Wish | wire.Relay | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Wish | headers.Relay | None] = queue.SimpleQueue()
         self._wishes = Wishes(line, keys, caller, counters)
         # Messages whose receivers had no lane.
-        self._undelivered: list[wire.Relay] = []
+        self._undelivered: list[headers.Relay] = []
         self._watching: set[bytes] = set()
         self._own_boot = os.urandom(8)
         self._boot: bytes | None = None
@@ -122,10 +122,10 @@ class Keeper:
         """Whether peers that are alive may not have made their lanes anew yet."""
         return time.monotonic() < self._early_until
 
-    def wish(self, header: wire.Open, body: bytes) -> None:
+    def wish(self, header: headers.Open, body: bytes) -> None:
         self._inbox.put(Wish(header, body))
 
-    def undelivered(self, header: wire.Relay) -> None:
+    def undelivered(self, header: headers.Relay) -> None:
         """The receiver of a message has no lane: it is gone, or the server has just forgotten everything."""
         self._inbox.put(header)
 
@@ -178,7 +178,7 @@ class Keeper:
         with contextlib.suppress(queue.Empty):
             item = self._inbox.get(timeout=0.0 if self._broken else wait)
             while True:
-                if isinstance(item, wire.Relay):
+                if isinstance(item, headers.Relay):
                     self._undelivered.append(item)
                 elif item is not None:
                     self._wishes.take(item)
@@ -232,7 +232,7 @@ class Keeper:
             self.room = 0
             return [(self._keys.workers, ("HDEL", self._keys.workers, self._announcement.sender.hex()))]
         self.room = self._announcement.room
-        public = wire.encode_header(msgspec.structs.replace(self._announcement, watching=[]))
+        public = headers.encode_header(msgspec.structs.replace(self._announcement, watching=[]))
         return [
             (self._keys.workers, ("HSET", self._keys.workers, self._announcement.sender.hex(), public)),
             *((key, ("PEXPIRE", key, int(OPENS_LEASE * 1000))) for key in (self._keys.workers, self.opens)),
@@ -334,10 +334,10 @@ class Keeper:
             else:
                 self.bounce(header, "gone", "the peer is not connected")
 
-    def bounce(self, header: wire.Relay, reason: Any, detail: str, retry_after: float = 0.0) -> None:
+    def bounce(self, header: headers.Relay, reason: Any, detail: str, retry_after: float = 0.0) -> None:
         """Tells the sender that a message was not delivered."""
         self._counters[f"bounced_{reason}"] += 1
-        bounce = wire.Bounce(
+        bounce = headers.Bounce(
             reason, header.channel, header.session, header.seq, header.to, detail, retry_after, header.epoch
         )
         self._caller.message(bounce, b"")

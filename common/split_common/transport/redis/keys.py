@@ -17,7 +17,7 @@ import hashlib
 import re
 from typing import Any
 
-from split_common import wire
+from split_common import headers
 from split_common.errors import Malformed
 from split_common.keys import Role
 from split_common.transport import member_mark
@@ -47,7 +47,7 @@ class Keys:
         """A pattern for the lanes of all of a role, or of one member."""
         return f"{self._prefix}:{{{role[0]}:{member_mark(member).hex() if member else ''}*"
 
-    def opens(self, service: wire.Service) -> str:
+    def opens(self, service: headers.Service) -> str:
         return f"{self._prefix}:{{open:{service.root.hex()}:{service.first}:{service.last}}}"
 
     @property

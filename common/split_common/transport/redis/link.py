@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from split_common import wire
+from split_common import headers
 from split_common.errors import BrokerUnreachable, Malformed, Oversized, SplitError
 from split_common.fleet import Fleet
 from split_common.keys import Identity
@@ -102,16 +102,16 @@ class RedisLink:
         self._threads.append(thread)
         thread.start()
 
-    def send(self, header: wire.Header, body: bytes = b"") -> None:
-        if len(body) > wire.MAX_BODY:
-            raise Oversized(f"body of {len(body)} bytes (at most {wire.MAX_BODY})")
+    def send(self, header: headers.Header, body: bytes = b"") -> None:
+        if len(body) > headers.MAX_BODY:
+            raise Oversized(f"body of {len(body)} bytes (at most {headers.MAX_BODY})")
         if self._keeper is None or self._writer is None:
             return
-        if isinstance(header, wire.Open):
+        if isinstance(header, headers.Open):
             self._keeper.wish(header, body)
-        elif isinstance(header, wire.Relay):
+        elif isinstance(header, headers.Relay):
             lane = self._keys.lane(self._keeper.other_role, header.to)
-            head = wire.encode_header(header)
+            head = headers.encode_header(header)
             command = lane, ("XADD", lane, "NOMKSTREAM", "*", *entry(head, body))
             self._writer.put(Outgoing(command, header, len(head) + len(body)))
 
@@ -150,16 +150,16 @@ class RedisLink:
             head, body = read_entry(fields)
             self.counters["messages_received"] += 1
             self.counters["bytes_received"] += len(head) + len(body)
-            header = wire.decode_header(head)
-            wire.check_body(body)
-            if isinstance(header, wire.Relay) and header.to != self._me:
+            header = headers.decode_header(head)
+            headers.check_body(body)
+            if isinstance(header, headers.Relay) and header.to != self._me:
                 raise Malformed("a message for another peer")
-            if not isinstance(header, wire.Relay | wire.Open):
+            if not isinstance(header, headers.Relay | headers.Open):
                 raise Malformed(f"a peer sent a {type(header).__name__}")
         except SplitError as error:
             count_dropped(self.counters, error)
             return
-        if isinstance(header, wire.Relay) and header.kind == wire.Kind.ANSWER and self._keeper is not None:
+        if isinstance(header, headers.Relay) and header.kind == headers.Kind.ANSWER and self._keeper is not None:
             self._keeper.answered(header.channel)
         self._caller.message(header, body)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from split_common import wire
+from split_common import headers
 from split_common.errors import Malformed, SplitError
 from split_common.keys import Role
 from split_common.transport import OPEN_PATIENCE, count_dropped
@@ -25,7 +25,9 @@ def lane_sizes(line: Line, keys: Keys, role: Role, peers: Iterable[bytes]) -> di
     return {peer: size for peer, size in zip(peers, answers, strict=True) if isinstance(size, int)}
 
 
-def read_workers(line: Line, keys: Keys, counters: Counter[str]) -> tuple[dict[bytes, wire.Announce], list[bytes]]:
+def read_workers(
+    line: Line, keys: Keys, counters: Counter[str]
+) -> tuple[dict[bytes, headers.Announce], list[bytes]]:
     """The list of workers, dead ones among them, and the fields of it that are none."""
     (flat,) = line.run_allowed([(keys.workers, ("HGETALL", keys.workers))])
     if failed(flat):
@@ -33,8 +35,8 @@ def read_workers(line: Line, keys: Keys, counters: Counter[str]) -> tuple[dict[b
     announced, wrong = {}, []
     for name, value in zip(flat[::2], flat[1::2], strict=True):
         try:
-            header = wire.decode_header(value)
-            if not isinstance(header, wire.Announce) or header.sender.hex().encode() != name:
+            header = headers.decode_header(value)
+            if not isinstance(header, headers.Announce) or header.sender.hex().encode() != name:
                 raise Malformed("an announcement of another peer")
             announced[header.sender] = header
         except SplitError as error:
@@ -47,7 +49,7 @@ def read_workers(line: Line, keys: Keys, counters: Counter[str]) -> tuple[dict[b
 class Wish:
     """A device's wish for a worker."""
 
-    header: wire.Open
+    header: headers.Open
     body: bytes
     #: Whether it waits in the stream that all workers of the service read.
     placed: bool = False
@@ -102,14 +104,14 @@ class Wishes:
         elif workers and time.monotonic() > wish.deadline:
             self._refuse(wish, "busy", "every worker is full", 1.0)
 
-    def _workers(self) -> list[wire.Announce]:
+    def _workers(self) -> list[headers.Announce]:
         """The announcements of all workers that are alive."""
         announced, _ = read_workers(self._line, self._keys, self._counters)
         alive = lane_sizes(self._line, self._keys, "worker", announced)
         return [worker for peer, worker in announced.items() if peer in alive]
 
-    def _place(self, wish: Wish, able: list[wire.Announce]) -> None:
-        message = entry(wire.encode_header(wish.header), wish.body)
+    def _place(self, wish: Wish, able: list[headers.Announce]) -> None:
+        message = entry(headers.encode_header(wish.header), wish.body)
         if wish.header.avoid:
             # Not to all workers: one that is to be avoided would have to pass it on.
             roomiest = max(able, key=lambda worker: worker.room)
@@ -136,7 +138,7 @@ class Wishes:
     def _refuse(self, wish: Wish, reason: Any, detail: str, retry_after: float) -> None:
         self._done(wish)
         self._counters[f"bounced_{reason}"] += 1
-        bounce = wire.Bounce(reason, wish.header.channel, detail=detail[:4096], retry_after=retry_after)
+        bounce = headers.Bounce(reason, wish.header.channel, detail=detail[:4096], retry_after=retry_after)
         self._caller.message(bounce, b"")
 
     def _done(self, wish: Wish) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from redis.exceptions import OutOfMemoryError, ResponseError
 
-from split_common import wire
+from split_common import headers
 from split_common.errors import BrokerUnreachable
 from split_common.transport import count_dropped
 from split_common.transport.redis.keeper import RECONNECT, RECONNECT_MAX, RETRY_AFTER, Keeper
@@ -44,7 +44,7 @@ class Outgoing:
     """A command to be sent; `header` and `size` of a message."""
 
     command: Command
-    header: wire.Relay | None = None
+    header: headers.Relay | None = None
     size: int = 0
 
 
