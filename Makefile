@@ -11,10 +11,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo demo-image test lint clean
+# One thread for each of pytest's two processes: threads that outnumber the cores only fight.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist worksteal
+
+# Stand in for other CPUs than this one: how far torch, MKL and oneDNN may go.
+OTHER_CPUS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
+	MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+
+# Runs the tests of some marks, with a setting if one is named, and says how long that took.
+define job
+@echo "--- $(strip $(1) $(2))"; began=$$(date +%s); env $(2) $(PYTEST) -m "$(1)" $(ARGS); code=$$?; \
+	echo "--- $(strip $(1) $(2)): $$(($$(date +%s) - began)) s"; exit $$code
+
+endef
+
+.PHONY: help demo demo-image test test-long test-nightly lint clean
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 # The stamp is written last, so that an interrupted set-up is taken up again. torch comes first and from its
 # constraint alone: a build made for this machine (say 2.13.0+cpu) then counts as that version.
@@ -32,9 +46,15 @@ demo: $(INSTALLED) ## Split a small model between this process and a worker, ove
 demo-image: $(INSTALLED) ## Make a sheet of pictures by a small diffusion model that is split in the same way.
 	$(BIN)/lambda-split demo --image
 
-# One thread for each of pytest's two processes: threads that outnumber the cores only fight.
 test: $(INSTALLED) ## Run the tests; pass pytest's arguments as ARGS="...".
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
+	$(PYTEST) -m "not long and not nightly" $(ARGS)
+
+test-long: $(INSTALLED) ## Run the longer tests, and those that compare numbers as on other CPUs.
+	$(call job,long and not nightly,)
+	$(foreach cpu,$(OTHER_CPUS),$(call job,numbers and not long and not nightly,$(cpu)))
+
+test-nightly: $(INSTALLED) ## Run what takes too long for every change.
+	$(call job,nightly,)
 
 lint: $(INSTALLED) ## Check style, format and types.
 	$(BIN)/ruff check .

@@ -51,7 +51,8 @@ def _measure(model: Path, images: int, steps: int, size: int) -> dict[str, Any]:
         return ImageRequest(drawn.options | fixed | {"width": size, "height": size}, number)
 
     inner = model / "unet"
-    unsplit = UNet2DConditionModel.from_pretrained(inner if inner.is_dir() else model, dtype=torch.float32).eval()
+    unsplit = UNet2DConditionModel.from_pretrained(inner if inner.is_dir() else model, dtype=torch.float32)
+    unsplit.eval().requires_grad_(False)
     request(unsplit, 0).run(unsplit)
     began = time.perf_counter()
     wanted = [request(unsplit, number).run(unsplit) for number in range(images)]

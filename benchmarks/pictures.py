@@ -43,7 +43,8 @@ def compare(model: Path, cuts: Sequence[str], steps: int, count: int) -> dict[st
 
     pipeline = AutoPipelineForText2Image.from_pretrained(model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    whole = pipeline.unet
+    # Frozen as the split one's parts are: torch rounds differently where weights want gradients.
+    whole = pipeline.unet.requires_grad_(False)
 
     def make(unet: Any) -> tuple[Any, float]:
         """The pictures `[count, height, width, 3]` from 0 to 1, and the seconds of one."""

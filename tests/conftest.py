@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+
+# Nothing is written where the tests happen to be started.
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(__file__).parent.parent / ".hypothesis"))
 
 # Before torch and transformers are imported: one thread for each test process, and no hub.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -28,11 +32,18 @@ from split_common.demo_model import ensure_demo_model
 from split_common.errors import ModelError
 from split_common.transport.redis import lease
 
+# Signals may be ignored or blocked where the tests are started (in a job in the background, by cron), and then they
+# are in every process that a test starts. Not SIGHUP, which no test sends and `nohup` wants ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
 #: The user's own cache, if one is set: the small real model is fetched once, not once in every run.
 USER_CACHE = os.environ.get("LAMBDA_SPLIT_CACHE")
 
 #: Seconds that a child process may take to go away after the last test.
-CHILD_GRACE = 20.0
+CHILD_GRACE = 300.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -84,14 +95,16 @@ def _own_directories() -> Iterator[None]:
 @pytest.fixture(scope="module", params=fleet.TRANSPORTS)
 def transport(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the tests that use it over each transport."""
-    fleet.transport = request.param
-    yield request.param
-    fleet.transport = "zmq"
+    with fleet.using(request.param):
+        yield request.param
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def patient_queue() -> Iterator[None]:
-    """No peer in this process is taken for dead because it is silent: on a busy machine a heartbeat may be late."""
+    """No peer is taken for dead by its silence: on a busy machine a heartbeat may be late.
+
+    Tests of that silence set the limits themselves.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(broker, "MISSED", 600)
         patch.setattr(lease, "LEASE", 600.0)

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from split_broker.broker import Broker
+from split_common.errors import NoWorker, SessionLost
 from split_common.fleet import Fleet, load_fleet
 from split_common.transport import connect
 from split_device import SplitModelForCausalLM
@@ -21,6 +23,9 @@ from valkeys import Valkey, running_valkey
 #: What `running_broker` starts; tests that use the fixture `transport` run with each.
 TRANSPORTS = ("zmq", "redis")
 transport = "zmq"
+
+#: For tests of numbers, which do not depend on the transport: Redis is left to `make test-long`.
+TRANSPORTS_IN_TURN = ("zmq", pytest.param("redis", marks=pytest.mark.long))
 
 #: Memory for keys and values of a worker.
 KV_BYTES = 64 * 1024**2
@@ -56,6 +61,15 @@ def start_worker(
 
 
 @contextlib.contextmanager
+def using(name: str) -> Iterator[str]:
+    """Makes `running_broker` start a transport's queue."""
+    global transport
+    transport = name
+    yield name
+    transport = "zmq"
+
+
+@contextlib.contextmanager
 def running_broker() -> Iterator[Broker | Valkey]:
     """A broker in this process, or a Valkey server."""
     if transport == "redis":
@@ -68,6 +82,17 @@ def running_broker() -> Iterator[Broker | Valkey]:
         yield broker
     finally:
         broker.stop()
+
+
+@contextlib.contextmanager
+def serving_here(checkpoint: Path, cut: str | None = None) -> Iterator[str]:
+    """The address of a broker in this process that has a worker of a checkpoint, here as well."""
+    with running_broker() as broker:
+        worker = start_worker(checkpoint, broker.address, cut=cut)
+        try:
+            yield broker.address
+        finally:
+            worker.stop()
 
 
 @contextlib.contextmanager
@@ -90,3 +115,11 @@ def split_model(checkpoint: Path, head: int = 2, tail: int = 2, **options: Any) 
     """A split model with a broker and a worker of its own."""
     with running_broker() as broker, joined(broker.address, checkpoint, head, tail, **options) as (model, _):
         yield model
+
+
+def generates(model: Any, prompt: torch.Tensor) -> bool:
+    """Whether there is a worker, and it stays for as long as a generation takes."""
+    with contextlib.suppress(NoWorker, SessionLost):
+        model.generate(prompt, max_new_tokens=3)
+        return True
+    return False

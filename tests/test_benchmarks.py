@@ -1,4 +1,7 @@
-"""The benchmarks run and report what they should; how fast anything is, no test asks."""
+"""The benchmarks run and report what they should; how fast anything is, no test asks.
+
+`make test` runs one of them, `make test-long` all.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import tiny
 from benchmarks.harness import counted, prompt, report
 from split_common.channel import SUITES
 from split_device.timings import STAGES
+from wiretap import LATE, wait_until
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,6 +59,7 @@ def test_overhead(checkpoint: Path) -> None:
     assert 0 < results["payload_efficiency"] < 1
 
 
+@pytest.mark.long
 def test_decoding_against_the_bandwidth() -> None:
     results = run("concurrency", "--device", "cpu", "--shape", "tiny", "--sessions", "1,3")
     assert set(results) == {"hardware", "attention", "compiled", "copy_gb_s", "weight_bytes", "decode"}
@@ -64,6 +69,7 @@ def test_decoding_against_the_bandwidth() -> None:
         assert step["share"] == pytest.approx(step["bound_ms"] / step["ms"])
 
 
+@pytest.mark.long
 def test_first_token(tmp_path: Path) -> None:
     checkpoint = tiny.save_tokenizer(tiny.save("llama", tmp_path / "tiny", max_position_embeddings=4096))
     results = run("first_token", "--model", checkpoint, "--rounds", 1)
@@ -73,6 +79,7 @@ def test_first_token(tmp_path: Path) -> None:
     assert min(results.values()) > 0
 
 
+@pytest.mark.long
 def test_memory(checkpoint: Path) -> None:
     results = run("memory", "--model", checkpoint)
     assert set(results) == {
@@ -87,6 +94,7 @@ def test_memory(checkpoint: Path) -> None:
     assert results["empty_process_mib"] > 0
 
 
+@pytest.mark.long
 def test_batch(checkpoint: Path) -> None:
     results = run("batch", "--model", checkpoint, "--prompts", 6, "--sequential", 3)
     assert results.pop("identical") is True
@@ -105,6 +113,7 @@ def test_batch(checkpoint: Path) -> None:
     assert all(value > 0 for value in results.values())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("transport", ["zmq", "redis"])
 def test_recovery(transport: str, checkpoint: Path) -> None:
     results = run("recovery", "--model", checkpoint, "--kills", 2, "--transports", transport)
@@ -118,6 +127,7 @@ def test_recovery(transport: str, checkpoint: Path) -> None:
     assert measured["overhead_ms_p99"] <= measured["total_ms_p99"]
 
 
+@pytest.mark.long
 def test_queue() -> None:
     results = run("queue", "--rounds", 1, "--share", 0.02)
     assert results.pop("aead") in SUITES
@@ -133,15 +143,15 @@ def test_the_proxy_counts_what_passes() -> None:
         counted(f"tcp://127.0.0.1:{server.getsockname()[1]}") as (proxy, address),
     ):
         host, _, port = address.removeprefix("tcp://").rpartition(":")
-        with socket.create_connection((host, int(port)), timeout=60) as near:
+        with socket.create_connection((host, int(port)), timeout=LATE) as near:
             near.sendall(bytes(1000))
             far, _ = server.accept()
             with far:
-                far.settimeout(60)
+                far.settimeout(LATE)
                 assert far.recv(1000, socket.MSG_WAITALL) == bytes(1000)
                 far.sendall(b"x")
                 assert near.recv(1) == b"x"
-        assert (proxy.up, proxy.down) == (1000, 1)
+        wait_until(lambda: (proxy.up, proxy.down) == (1000, 1))
 
 
 def test_prompts_fit_the_vocabulary() -> None:
@@ -162,6 +172,8 @@ def test_reports(capsys: pytest.CaptureFixture[str]) -> None:
     assert "True" in shown
 
 
+@pytest.mark.numbers
+@pytest.mark.long
 def test_diffusion() -> None:
     results = run("diffusion", "--steps", 4, "--pictures", 1, "--cuts", "C")
     assert round(results["sdxl.C.device_flops_share"], 3) == 0.085
@@ -172,8 +184,8 @@ def test_diffusion() -> None:
         assert 26e6 < results[f"{name}.A.fp16.bytes_up_per_step"] < 29e6
         assert results[f"{name}.C.embeddings_bytes"] == embeddings
     assert results["toy.C.reuse2.calls"] == 2
-    assert results["toy.C.none.max_abs_diff"] == 0.0
-    assert results["toy.C.none.ssim"] == 1.0
+    assert results["toy.C.none.max_abs_diff"] <= 1e-5
+    assert results["toy.C.none.ssim"] == pytest.approx(1.0)
     assert results["toy.C.int8.calls"] == 4
     assert results["toy.C.int4.bytes_down_per_step"] < results["toy.C.int8.bytes_down_per_step"]
     assert results["toy.C.int4.psnr_db"] < results["toy.C.int8.psnr_db"]
@@ -182,12 +194,16 @@ def test_diffusion() -> None:
     assert results["toy.C.reuse3.ssim"] < results["toy.C.reuse2.ssim"] < 1
 
 
+@pytest.mark.numbers
+@pytest.mark.long
 def test_images() -> None:
     results = run("images", "--images", 1, "--steps", 2, "--size", 64)
     assert {f"{devices}.steps_per_s" for devices in ("unsplit", 1, 2, 4)} < set(results)
     assert results["max_difference"] <= 1e-5
 
 
+@pytest.mark.numbers
+@pytest.mark.long
 def test_denoising_on_a_device() -> None:
     results = run("images", "--device", "cpu", "--shape", "tiny", "--steps", 2)
     ways = {"1", "2", "1.int8", "2.int8"}
@@ -198,5 +214,6 @@ def test_denoising_on_a_device() -> None:
     assert results["body_steps_per_s"] > 0
     # 2 rows of 32 channels of 4x4 bfloat16 up, and of 64 down, in messages that are larger than that.
     assert 2048 < results["bytes_up_per_step"]["1"] < 4096 < results["bytes_down_per_step"]["1"] < 8192
-    assert results["max_difference"]["1"] == 0.0
+    # Some units in the last place of bfloat16.
+    assert results["max_difference"]["1"] <= 0.02
     assert 0 < results["max_difference"]["1.int8"] < 0.1

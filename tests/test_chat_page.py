@@ -17,7 +17,7 @@ import tiny
 from serving import KEY, Unsplit, serving
 
 #: Milliseconds that something may take on a busy machine.
-PATIENCE = 60_000
+PATIENCE = 300_000
 
 POSITIONS = 4096
 

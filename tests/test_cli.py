@@ -27,7 +27,7 @@ from split_device import SplitModelForCausalLM
 from wiretap import FakePeer, wait_until
 
 #: Seconds that something in another process may take on a busy machine.
-PATIENCE = 60.0
+PATIENCE = 300.0
 
 POSITIONS = 4096
 

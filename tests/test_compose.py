@@ -26,6 +26,7 @@ from split_common.cli import main
 from split_common.servers import free_port
 from split_device import SplitModelForCausalLM
 from valkeys import BINARY, tls_before
+from wiretap import LATE
 
 ROOT = Path(__file__).parent.parent
 PROMPT = torch.tensor([[5, 17, 33, 4, 61, 12, 80, 7, 29, 44]])
@@ -157,7 +158,7 @@ class Host:
                 words, env={**os.environ, **env}, stdout=output, stderr=output, stdin=subprocess.DEVNULL
             )
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + LATE
             while not re.search(ready, log.read_text()):
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
@@ -165,7 +166,7 @@ class Host:
             yield
         finally:
             process.terminate()
-            process.wait(60)
+            process.wait(LATE)
 
 
 def _dockerfile(service: Any) -> tuple[list[str], dict[str, str]]:

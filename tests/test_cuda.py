@@ -15,7 +15,7 @@ import tiny
 from split_common.process import running_command
 from split_device import SplitModelForCausalLM
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.gpu
 
 WIDE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 6}
 PROMPTS = [

@@ -19,7 +19,7 @@ from serving import Unsplit
 from split_device.cli.demo.language import QUESTIONS
 
 #: Seconds that something may take on a busy machine.
-PATIENCE = 60.0
+PATIENCE = 300.0
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,6 @@ def left_in(models: Path) -> list[str]:
 
 
 @pytest.mark.real_model
-@pytest.mark.timeout(600)
 def test_answers_as_a_chat_model(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     model = AutoModelForCausalLM.from_pretrained(smollm2)
@@ -42,7 +41,6 @@ def test_answers_as_a_chat_model(smollm2: Path) -> None:
 
 
 @pytest.mark.real_model
-@pytest.mark.timeout(600)
 def test_is_an_ordinary_fp32_checkpoint_with_tied_embeddings(smollm2: Path) -> None:
     assert "quantization_config" not in json.loads((smollm2 / "config.json").read_text())
     with safe_open(smollm2 / "model.safetensors", "pt") as weights:

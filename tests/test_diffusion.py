@@ -15,7 +15,7 @@ from PIL import Image
 
 import tiny
 import tiny_diffusion
-from fleet import running_broker, start_worker
+from fleet import TRANSPORTS_IN_TURN, running_broker, start_worker, using
 from split_common import payloads
 from split_common.errors import (
     ConfigError,
@@ -31,6 +31,8 @@ from split_device.diffusion import session
 from split_worker.worker import Worker
 from wiretap import record_requests
 
+pytestmark = pytest.mark.numbers
+
 SIZE = 64
 PROMPT = "a red seven"
 
@@ -43,6 +45,12 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_diffusion.save_sd15(tmp_path_factory.mktemp("sd15"))
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS_IN_TURN)
+def transport(request: pytest.FixtureRequest) -> Iterator[str]:
+    with using(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +73,7 @@ def unet(broker: Any, sdxl: Path, worker: Worker) -> Iterator[SplitUNet2DConditi
 
 
 def pipeline(path: Path, kind: str = "StableDiffusionXLPipeline", **parts: Any) -> Any:
-    pipe = getattr(diffusers, kind).from_pretrained(path, **parts)
+    pipe = tiny_diffusion.frozen(getattr(diffusers, kind).from_pretrained(path, **parts))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -375,6 +383,7 @@ def test_a_lora_of_the_workers_blocks_is_refused_until_it_is_fused(
     whole.load_lora_weights(dict(weights))
     whole.fuse_lora()
     whole.unload_lora_weights()
+    tiny_diffusion.frozen(whole)
     whole.save_pretrained(tmp_path / "fused")
     worker = start_worker(tmp_path / "fused", broker.address)
     try:

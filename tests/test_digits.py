@@ -121,6 +121,7 @@ def test_bad_input_to_the_training(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "--steps" in capsys.readouterr().err
 
 
+@pytest.mark.numbers
 def test_the_demo(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
@@ -129,7 +130,8 @@ def test_the_demo(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     done = run("demo", "--image", "-o", tmp_path / "sheet.png", "--json")
     assert done.code == 0
     facts = done.json
-    assert (facts["images"], facts["steps"], facts["max_abs_diff"]) == (10, 2, 0.0)
+    assert (facts["images"], facts["steps"]) == (10, 2)
+    assert facts["max_abs_diff"] <= 1e-5
     # Of 20 rows a float32 sample of 32×4×4 up, and of 64×4×4 down.
     assert facts["bytes_sent"] > 2 * 20 * 32 * 4 * 4 * 4
     assert facts["bytes_received"] > 2 * 20 * 64 * 4 * 4 * 4

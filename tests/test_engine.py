@@ -26,6 +26,8 @@ from split_common.engine.sequences import KVSequence, TokenRun
 from split_common.part import load_part, plan
 from split_common.split import Split
 
+pytestmark = pytest.mark.numbers
+
 KV_BYTES = 1 << 20
 SEPARATE = ("falcon", "bloom")
 

@@ -51,7 +51,7 @@ from split_device.sessions import session as session_module
 from split_worker import worker as worker_module
 from split_worker.limits import Limits
 from split_worker.worker import Worker
-from wiretap import LATE, Setting, cheat, on_loop, run_steps, step, wait_until
+from wiretap import LATE, SOON, Setting, cheat, on_loop, run_steps, step, wait_until
 
 STEPS = 60
 
@@ -127,7 +127,7 @@ def test_a_broker_restarted_in_mid_generation_loses_nothing(
                 first = Broker(address, setting.own_fleet())
                 first.start()
                 stack.callback(first.stop)
-            assert generation.result(60) == expected
+            assert generation.result(LATE) == expected
         assert worker.counters["channels"] == 1
         assert worker.counters["steps"] == STEPS + 1
 
@@ -157,7 +157,7 @@ def test_tokens_are_the_same_over_a_restart(checkpoint: Path, setting: Setting) 
             assert seen.wait(LATE)
             broker.stop()
             stack.enter_context(setting.broker(broker.address))
-            assert torch.equal(generation.result(60), wanted)
+            assert torch.equal(generation.result(LATE), wanted)
 
 
 MESSAGES: dict[str, Callable[[headers.AnyHeader], bool]] = {
@@ -300,19 +300,20 @@ def test_a_worker_process_that_hangs_or_is_killed_is_noticed(
                 # One that hangs is known by its silence; one that was killed is, long before, by its connection.
                 for kill, missed in ((signal.SIGSTOP, MISSED), (signal.SIGKILL, 600)):
                     monkeypatch.setattr(broker_module, "MISSED", missed)
-                    model.generate(prompt, max_new_tokens=3)
+                    # On a busy machine it may have seemed dead before, and has just come back.
+                    wait_until(lambda: fleets.generates(model, prompt))
                     (worker,) = [peer for peer in list(broker._peers.values()) if peer.role == "worker"]
+                    begun = model.timings.steps
                     with in_background(
                         lambda: [model.generate(prompt, max_new_tokens=240) for _ in range(99)]
                     ) as work:
-                        time.sleep(0.5)
+                        wait_until(lambda begun=begun: model.timings.steps > begun + 5)
                         os.kill(process.pid, kill)
                         with pytest.raises(SessionLost):
                             work.result(HEARTBEAT * MISSED + LATE)
                     if kill == signal.SIGSTOP:
                         assert time.monotonic() - worker.seen > HEARTBEAT * MISSED
                         os.kill(process.pid, signal.SIGCONT)
-                        wait_until(lambda: any(peer.role == "worker" for peer in list(broker._peers.values())))
                 with pytest.raises(NoWorker):
                     model.generate(prompt, max_new_tokens=1)
         finally:
@@ -470,7 +471,7 @@ def test_patience_ends_with_busy(setting: Setting) -> None:
         with pytest.raises(Busy, match="full"):
             client.open_session()
         # Sooner than it would be by the patience that a device has unless told otherwise.
-        assert time.monotonic() - began < OPEN_PATIENCE + 1.0 + LATE < client_module.PATIENCE
+        assert time.monotonic() - began < OPEN_PATIENCE + 1.0 + SOON < client_module.PATIENCE
 
 
 # --- bad input ---------------------------------------------------------------------------------------------
@@ -513,7 +514,7 @@ def test_other_weights_or_ranges_find_no_worker(tmp_path: Path, setting: Setting
             began = time.monotonic()
             with pytest.raises(NoWorker, match=f"served here: {setting.manifest.name} layers 2:4"):
                 client.open_session()
-            assert time.monotonic() - began < LATE < client_module.PATIENCE
+            assert time.monotonic() - began < SOON < client_module.PATIENCE
             assert worker.counters["steps"] == 0
 
 

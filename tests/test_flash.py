@@ -28,6 +28,8 @@ from split_common.part import load_part, plan
 from split_common.split import Split
 from test_engine import EngineMachine, make_oracle, make_runner
 
+pytestmark = pytest.mark.numbers
+
 PAGE_TOKENS = 16
 
 

@@ -24,10 +24,12 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import tiny
-from fleet import joined, running_broker
+from fleet import TRANSPORTS_IN_TURN, joined, running_broker, using
 from split_common import payloads
 from split_device import cache as cache_module
 from wiretap import record_requests
+
+pytestmark = pytest.mark.numbers
 
 Model = Any
 
@@ -121,6 +123,12 @@ CASES = [
     ("qwen2_sw", (4, 1)),
     ("qwen2_sw", (1, 3)),
 ]
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS_IN_TURN)
+def transport(request: pytest.FixtureRequest) -> Iterator[str]:
+    with using(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")

@@ -94,7 +94,7 @@ def test_the_tokens_are_those_of_each_alone(arch: str, cut: tuple[int, int], tmp
     wanted = [alone(full, request) for request in requests(8)]
     with split_model(checkpoint, *cut) as model, Generator(model) as generator:
         generations = [generator.submit(request) for request in requests(8)]
-        assert [generation.result(60) for generation in generations] == wanted
+        assert [generation.result(LATE) for generation in generations] == wanted
         assert [generation.finish_reason for generation in generations] == [
             "length" if len(tokens) == request.config.max_new_tokens else "stop"
             for tokens, request in zip(wanted, requests(8), strict=True)
@@ -105,7 +105,7 @@ def test_requests_share_forwards(split: Any, unsplit: Any) -> None:
     asked = [Request(prompt, greedy(20)) for prompt in prompts(24)]
     with Generator(split, max_requests=48) as generator:
         generations = [generator.submit(request) for request in asked]
-        assert [each.result(60) for each in generations] == [alone(unsplit, request) for request in asked]
+        assert [each.result(LATE) for each in generations] == [alone(unsplit, request) for request in asked]
         counters = generator.counters
     assert counters["tokens"] == 24 * 20
     assert counters["tail_rows"] >= 24 * 20
@@ -117,7 +117,7 @@ def test_over_each_transport(transport: str, llama: Path, unsplit: Any) -> None:
     asked = requests(6)
     with split_model(llama) as model, Generator(model) as generator:
         generations = [generator.submit(request) for request in asked]
-        assert [each.result(60) for each in generations] == [alone(unsplit, request) for request in asked]
+        assert [each.result(LATE) for each in generations] == [alone(unsplit, request) for request in asked]
 
 
 def test_positions_that_interact(tmp_path: Path) -> None:
@@ -135,12 +135,12 @@ def test_positions_that_interact(tmp_path: Path) -> None:
     with split_model(checkpoint) as model, Generator(model) as generator:
         assert model.split_parts.stack.positions_interact
         generations = [generator.submit(request) for request in asked]
-        assert [each.result(60) for each in generations] == wanted
+        assert [each.result(LATE) for each in generations] == wanted
         resumed = [
             generator.submit(Request(each.prompt, each.config, generated=tokens[:3]))
             for each, tokens in zip(asked, wanted, strict=True)
         ]
-        assert [each.result(60) for each in resumed] == wanted
+        assert [each.result(LATE) for each in resumed] == wanted
 
 
 @contextlib.contextmanager
@@ -182,7 +182,7 @@ def test_workers_that_are_killed(llama: Path, unsplit: Any) -> None:
 
         generations = [generator.submit(request) for request in asked[:-1]]
         generations.append(generator.submit(asked[-1], strike))
-        assert [each.result(60) for each in generations] == wanted
+        assert [each.result(LATE) for each in generations] == wanted
         assert started
         assert model.traffic["replays"] > 0
 
@@ -203,7 +203,7 @@ def test_cancelled_ones_disturb_nobody_and_leave_nothing(llama: Path, unsplit: A
             generations += [generator.submit(request, cancel if request is asked[0] else None) for request in asked]
             submitted.set()
             for request, generation in zip(asked, generations, strict=True):
-                tokens, wanted = generation.result(60), alone(unsplit, request)
+                tokens, wanted = generation.result(LATE), alone(unsplit, request)
                 if generation in generations[::2]:
                     assert tokens == wanted[: len(tokens)]
                     assert generation.finish_reason == "cancelled" or tokens == wanted
@@ -221,12 +221,12 @@ def test_it_goes_on_where_it_was(config: GenerationConfig, split: Any, unsplit: 
     wanted = alone(unsplit, request)
     states: list[bytes | None] = []
     with Generator(split) as generator:
-        generator.submit(request, lambda _token, _logprobs, state: states.append(state)).result(60)
+        generator.submit(request, lambda _token, _logprobs, state: states.append(state)).result(LATE)
         for done in (1, 17, 29, 30):
             resumed = Request([5, 17, 33], config, generated=wanted[:done], sampler=states[done - 1])
             generation = generator.submit(resumed)
             assert list(generation) == wanted[done:]
-            assert generation.result(60) == wanted
+            assert generation.result(LATE) == wanted
             assert generation.finish_reason == "length"
 
 
@@ -272,7 +272,7 @@ def test_a_higher_priority_goes_first(split: Any) -> None:
         batch = [submit(f"batch {index}", 0, 60, hurry if not index else None) for index in range(20)]
         submitted.set()
         for generation in batch:
-            generation.result(60)
+            generation.result(LATE)
     assert order[0] == "urgent"
 
 
@@ -293,7 +293,7 @@ def test_a_stream_of_urgent_requests_holds_nobody_back_for_good(
         for _ in range(8):
             submit()
         try:
-            assert generator.submit(low).result(60) == alone(unsplit, low)
+            assert generator.submit(low).result(LATE) == alone(unsplit, low)
         finally:
             enough.set()
 
@@ -304,7 +304,7 @@ def test_a_low_priority_waits_for_nobody_who_is_not_there(
     monkeypatch.setattr("split_device.batching.generator.HOLD", 600.0)
     request = Request([5, 17, 33], greedy(10), priority=-1)
     with Generator(split) as generator:
-        assert generator.submit(request).result(60) == alone(unsplit, request)
+        assert generator.submit(request).result(LATE) == alone(unsplit, request)
 
 
 def test_generate_and_the_generator_share_a_model(split: Any, unsplit: Any) -> None:
@@ -314,7 +314,7 @@ def test_generate_and_the_generator_share_a_model(split: Any, unsplit: Any) -> N
     with Generator(split) as generator:
         generations = [generator.submit(request) for request in asked]
         beams = split.generate(ids, **options)
-        assert [each.result(60) for each in generations] == [alone(unsplit, request) for request in asked]
+        assert [each.result(LATE) for each in generations] == [alone(unsplit, request) for request in asked]
     assert torch.equal(beams, unsplit.generate(ids, **options))
 
 
@@ -325,7 +325,7 @@ def test_many_threads_submit(split: Any, unsplit: Any) -> None:
     with Generator(split, max_requests=5) as generator:
 
         def ask(index: int) -> None:
-            found[index] = generator.submit(asked[index]).result(60)
+            found[index] = generator.submit(asked[index]).result(LATE)
 
         threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(asked))]
         for thread in threads:
@@ -341,7 +341,7 @@ def test_memory_for_a_few_at_a_time(split: Any, unsplit: Any) -> None:
     with Generator(split, kv_memory=4 * 16 * 4 * 2 * 2 * 8 * 4) as generator:
         assert generator._ends.capacity == 64
         generations = [generator.submit(request) for request in asked]
-        assert [each.result(60) for each in generations] == [alone(unsplit, request) for request in asked]
+        assert [each.result(LATE) for each in generations] == [alone(unsplit, request) for request in asked]
         with pytest.raises(PromptTooLong, match="memory"):
             generator.submit(Request([5] * 60, greedy(10)))
 
@@ -362,7 +362,7 @@ def test_those_that_find_no_room_on_the_worker_begin_again(
                 enqueue = generator._enqueue
                 monkeypatch.setattr(generator, "_enqueue", lambda *each: (waits.append(each[0]), enqueue(*each)))
                 generations = [generator.submit(request) for request in asked]
-                assert [each.result(60) for each in generations] == [alone(unsplit, request) for request in asked]
+                assert [each.result(LATE) for each in generations] == [alone(unsplit, request) for request in asked]
             # Eight came, of whom six had to wait; none of them in a session's own patience.
             assert len(waits) > len(asked)
         finally:
@@ -372,7 +372,7 @@ def test_those_that_find_no_room_on_the_worker_begin_again(
 def test_the_models_positions_end_a_text(split: Any) -> None:
     with Generator(split) as generator:
         generation = generator.submit(Request([5] * 250, greedy(100)))
-        assert len(generation.result(60)) == 7
+        assert len(generation.result(LATE)) == 7
         assert generation.finish_reason == "length"
         with pytest.raises(PromptTooLong):
             generator.submit(Request([5] * 257, greedy(1)))
@@ -420,9 +420,9 @@ def test_a_callback_that_raises_ends_its_request_alone(split: Any, unsplit: Any)
     with Generator(split) as generator:
         failing, other = generator.submit(request, fail), generator.submit(request)
         with pytest.raises(ZeroDivisionError):
-            failing.result(60)
+            failing.result(LATE)
         assert isinstance(failing.error, ZeroDivisionError)
-        assert other.result(60) == alone(unsplit, request)
+        assert other.result(LATE) == alone(unsplit, request)
 
 
 def test_closing_cancels(split: Any) -> None:

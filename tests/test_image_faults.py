@@ -12,7 +12,7 @@ import torch
 
 import tiny_diffusion
 from benchmarks.workers import Workers
-from fleet import running_broker
+from fleet import TRANSPORTS_IN_TURN, running_broker, using
 from split_device import SplitFluxTransformer2DModel, SplitSD3Transformer2DModel, SplitUNet2DConditionModel
 from test_diffusion import controlnet, image, latents, lora, mask, pipeline
 from test_ip_adapter import embeddings, load
@@ -43,6 +43,12 @@ class Fleet:
     def _start(self, model: Path, adapter: Path | None) -> bytes:
         options = ["--ip-adapter", str(adapter)] if adapter is not None else []
         return self._workers.start("--model", str(model), "--broker", self.broker, "--cut", "C", *options)
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS_IN_TURN)
+def transport(request: pytest.FixtureRequest) -> Iterator[str]:
+    with using(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +138,7 @@ CLASSES: dict[str, Any] = {
 }
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_worker_is_killed_in_mid_image(workers: Fleet, models: dict[str, Path], name: str) -> None:
     kind, make = PIPELINES[name]

@@ -24,6 +24,8 @@ from split_worker.worker import Worker
 from test_diffusion import latents, pipeline
 from test_image_steps import GOOD, KEY, WIDTH, begin, encode
 
+pytestmark = pytest.mark.numbers
+
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -63,6 +65,7 @@ def unet(broker: Any, sdxl: Path, adapter: Path, worker: Worker, cut: str) -> It
 
 def load(pipe: Any, adapter: Path) -> None:
     pipe.load_ip_adapter(adapter.parent, subfolder="", weight_name=adapter.name, image_encoder_folder=None)
+    tiny_diffusion.frozen(pipe)
 
 
 def embeddings(seed: int = 0) -> list[torch.Tensor]:

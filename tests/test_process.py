@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
@@ -47,3 +49,22 @@ def test_no_wait_is_without_end() -> None:
     waits: list[float] = []
     wait_for(Stop())
     assert 0 < max(waits) <= 1.0
+
+
+def test_the_tests_pass_wherever_they_are_started(tmp_path: Path) -> None:
+    """In a job in the background, by cron, in a container: signals ignored or blocked, no stdin, anywhere."""
+    script = f"""
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGINT, signal.SIGTERM}})
+os.close(0)
+tests = "{Path(__file__)}::{test_a_signal_while_a_process_is_being_started_ends_that_too.__name__}"
+os.execv(sys.executable, [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tests])
+"""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from split_device.chatting import Conversation
 from split_device.settings import Sampling
 from split_device.tokenizing import encode_chat, load_tokenizer
 
-pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.real_model
 
 QUESTION = "What is the capital of France, and what is it known for?"
 

@@ -18,7 +18,7 @@ from split_common.errors import SplitError
 from split_common.transport import new_peer_id
 from split_common.transport.redis.keys import GROUP, Keys
 from valkeys import Valkey, running_valkey
-from wiretap import Setting, run_steps, step, wait_until
+from wiretap import LATE, Setting, run_steps, step, wait_until
 
 STEPS = 40
 #: Entries that are put into each of the streams.
@@ -137,8 +137,8 @@ def test_thousands_of_bad_entries_change_nothing(
         received = link.counters["messages_received"]
         with ThreadPoolExecutor(2) as pool:
             flooding = pool.submit(flood, server, stream, spoiler.entry)
-            assert pool.submit(run_steps, client, STEPS).result(120) == expected
-            flooding.result(120)
+            assert pool.submit(run_steps, client, STEPS).result(LATE) == expected
+            flooding.result(LATE)
         assert len(spoiler.kinds) == 9
         wait_until(lambda: server.client().xlen(stream) == 0, 60.0)
         assert run_steps(client, STEPS) == expected

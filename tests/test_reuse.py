@@ -88,6 +88,7 @@ def test_what_is_neither_number_nor_threshold(text: str) -> None:
         parse_reuse(text)
 
 
+@pytest.mark.numbers
 def test_a_threshold_through_a_worker(tmp_path: Path) -> None:
     """The higher, the fewer calls; the same each time; and near the image without."""
     model = tiny_diffusion.save_sdxl(tmp_path)

@@ -24,7 +24,7 @@ from split_device.openai.listener import answering
 from wiretap import wait_until
 
 #: Seconds that something may take on a busy machine.
-PATIENCE = 60.0
+PATIENCE = 300.0
 
 POSITIONS = 4096
 

@@ -25,7 +25,7 @@ from serving import KEY, hanging_up, serving
 from wiretap import wait_until
 
 #: Seconds that something may take on a busy machine.
-PATIENCE = 60.0
+PATIENCE = 300.0
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -59,16 +59,22 @@ def ask(client: openai.OpenAI, steps: int = 2, **options: Any) -> Any:
 
 
 def unsplit(model: Path, prompt: str, steps: int, seed: int, **options: Any) -> np.ndarray:
-    pipeline = StableDiffusionXLPipeline.from_pretrained(model)
+    pipeline = tiny_diffusion.frozen(StableDiffusionXLPipeline.from_pretrained(model))
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     return np.asarray(pipeline(prompt, num_inference_steps=steps, generator=generator, **options).images[0], int)
 
 
+def assert_same_picture(picture: Image.Image, wanted: np.ndarray) -> None:
+    """Two processes may round differently, and so do steps of several images that share a forward."""
+    assert np.abs(np.asarray(picture, int) - wanted).max() <= 1
+
+
+@pytest.mark.numbers
 def test_images_are_those_of_the_unsplit_model(client: openai.OpenAI, model: Path) -> None:
     one = ask(client, size="32x48", user="me", style="vivid")
     assert one.size == "32x48"
-    assert np.array_equal(image_of(one.data[0]), unsplit(model, "a seven", 2, 5, width=32, height=48))
+    assert_same_picture(image_of(one.data[0]), unsplit(model, "a seven", 2, 5, width=32, height=48))
     two = ask(client, n=2, output_format="webp", response_format="b64_json")
     first, second = map(image_of, two.data)
     assert (first.format, first.size) == ("WEBP", (64, 64))
@@ -76,7 +82,7 @@ def test_images_are_those_of_the_unsplit_model(client: openai.OpenAI, model: Pat
     assert [entry.seed for entry in two.data] == [5, 6]
     drawn = ask(client, quality="low", extra_body={"guidance": 2, "negative_prompt": "blue"})
     wanted = unsplit(model, "a seven", 10, drawn.data[0].seed, guidance_scale=2.0, negative_prompt="blue")
-    assert np.array_equal(image_of(drawn.data[0]), wanted)
+    assert_same_picture(image_of(drawn.data[0]), wanted)
 
 
 def test_both_models_are_served(client: openai.OpenAI) -> None:
@@ -127,9 +133,7 @@ def test_many_at_once(server: tuple[str, Any], model: Path) -> None:
             return list(await asyncio.gather(*asked))
 
     for index, made in enumerate(asyncio.run(all_of_them())):
-        # Steps of several images may have shared a forward, which rounds differently.
-        wanted = unsplit(model, f"number {index}", 3, index)
-        assert np.abs(np.asarray(image_of(made.data[0]), int) - wanted).max() <= 1
+        assert_same_picture(image_of(made.data[0]), unsplit(model, f"number {index}", 3, index))
 
 
 def test_a_client_that_hangs_up_ends_its_images(server: tuple[str, Any]) -> None:

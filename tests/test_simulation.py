@@ -1,6 +1,7 @@
-"""Ten thousand sequences of events against the real device, broker and worker: every output is the right one.
+"""Sequences of events against the real device, broker and worker: every output is the right one.
 
-A failure prints the seed and the shortest list of acts that still fails. SIMULATION_SEED=N tries other ones.
+`make test` runs a thousand sequences, `make test-long` ten thousand, `make test-nightly` fifty thousand others. A
+failure prints the seed and the shortest list of acts that still fails. SIMULATION_SEED=N tries other ones.
 """
 
 from __future__ import annotations
@@ -24,9 +25,15 @@ from split_common.errors import NoWorker
 from split_common.fleet import Fleet
 from split_device.cache import SessionCacheLayer, StepContext, Traits
 
-#: Sequences in one test, of which there are CHUNKS.
+#: Sequences in one test.
 SEQUENCES = 500
-CHUNKS = 20
+
+#: The tests of `make test`, of `make test-long` as well, and of `make test-nightly`.
+CHUNKS = [
+    *range(2),
+    *(pytest.param(chunk, marks=pytest.mark.long) for chunk in range(2, 20)),
+    *(pytest.param(chunk, marks=pytest.mark.nightly) for chunk in range(20, 120)),
+]
 
 #: What a sequence is made of, and how often.
 ACTS = ("step",) * 8 + ("crop", "reorder", "repeat", "copy", "drop", "wait") + FAULTS
@@ -190,9 +197,9 @@ def test_a_seed_gives_the_same_sequence_again(fleet: Fleet) -> None:
         assert ends[0] == ends[1]
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize("chunk", CHUNKS)
 def test_every_output_is_right_whatever_happens(fleet: Fleet, chunk: int) -> None:
-    @seed(chunk + CHUNKS * int(os.environ.get("SIMULATION_SEED", "0")))
+    @seed(chunk + len(CHUNKS) * int(os.environ.get("SIMULATION_SEED", "0")))
     @settings(max_examples=SEQUENCES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.integers(0, 2**63), st.lists(st.sampled_from(ACTS), min_size=2, max_size=10))
     def run(number: int, acts: list[str]) -> None:

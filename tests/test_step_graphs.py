@@ -28,6 +28,8 @@ from split_common.diffusion.unet import UNetPlan
 from split_worker.bodies.denoiser import DenoiserBody, DenoiserRun, ImageState
 from split_worker.bodies.step_graphs import CAPTURED, MAX_COUNTED, MAX_GRAPHS, StepGraphs
 
+pytestmark = pytest.mark.numbers
+
 KINDS = ["unet C", "unet A", "controlnet", "ip-adapter", "sd3", "flux"]
 WIDTH = 2 * tiny_diffusion.TEXT
 TEXT_TOKENS = 12

@@ -1,4 +1,7 @@
-"""`lambda-split stress` as a user runs it: a fleet of real processes under faults."""
+"""`lambda-split stress` as a user runs it: a fleet of real processes under faults.
+
+`make test` runs a short one, `make test-long` all.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ import pytest
 import tiny
 from fleet import running_broker, start_worker
 from split_device.stress import tiny_model
-from wiretap import wait_until
+from wiretap import LATE, wait_until
 
 KEYS = {
     "requests",
@@ -56,7 +59,7 @@ def start(tmp_path: Path, *arguments: object) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str], tmp_path: Path, code: int = 0) -> Any:
     """The report. Nothing may be left of the run."""
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=3 * LATE)
     assert process.returncode == code, err
     assert "Traceback" not in err, err
     assert out.count("\n") == 1
@@ -72,24 +75,26 @@ def check_sound(report: Any) -> None:
     assert report["memory_within"], report["memory"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("transport", ["zmq", "redis"])
 def test_nothing_is_lost(transport: str, tmp_path: Path) -> None:
-    # With a third worker, one may be stopped though the killed one takes long to come back. With this seed
-    # the first restart of the queue comes as early as with any, after 10 s: chaos may be late.
-    arguments = ["--transport", transport, "--devices", 2, "--workers", 3, "--seconds", 15, "--seed", 15]
+    # With a third worker, one may be stopped though the killed one takes long to come back. With this seed the
+    # first restart of the queue is due after 10 s, as early as with any: there is time for it to be late.
+    arguments = ["--transport", transport, "--devices", 2, "--workers", 3, "--seconds", 40, "--seed", 15]
     report = finish(start(tmp_path, *arguments), tmp_path)
     check_sound(report)
     assert report["worker_kills"] >= 1
     assert report["worker_stops"] >= 1
-    assert report["broker_restarts"] == 1
+    assert report["broker_restarts"] >= 1
     assert set(report["faults"]) >= {"kill", "stop", "broker", "lag", "corruption"}
     assert report["left"] == (None if transport == "zmq" else {"entries": 0, "pending": 0})
     names = {each["process"] for each in report["memory"]}
     assert {"broker" if transport == "zmq" else "redis", "device 0", "device 1"} <= names
 
 
+@pytest.mark.long
 def test_no_image_is_lost(tmp_path: Path) -> None:
-    arguments = ["--workload", "image", "--devices", 2, "--workers", 2, "--seconds", 8, "--seed", 7]
+    arguments = ["--workload", "image", "--devices", 2, "--workers", 2, "--seconds", 30, "--seed", 7]
     report = finish(start(tmp_path, *arguments), tmp_path)
     check_sound(report)
     assert report["images"] == report["completed"]
@@ -98,6 +103,7 @@ def test_no_image_is_lost(tmp_path: Path) -> None:
     assert report["worker_kills"] >= 1
 
 
+@pytest.mark.long
 def test_another_models_outputs_are_mismatched(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     other = tiny_model.build(tmp_path_factory.mktemp("other") / "model", 99)
     arguments = ["--devices", 1, "--requests", 3, "--workers", 1, "--chaos", "none", "--reference", other]
@@ -122,7 +128,7 @@ def test_it_joins_a_queue_that_runs(tmp_path: Path, tmp_path_factory: pytest.Tem
     assert report["worker_kills"] == report["broker_restarts"] == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_it_ends_in_order(number: signal.Signals, tmp_path: Path) -> None:
     process = start(tmp_path, "--devices", 1, "--workers", 1, "--seconds", 600, "--chaos", "stop,lag")
     try:
@@ -135,10 +141,10 @@ def test_it_ends_in_order(number: signal.Signals, tmp_path: Path) -> None:
             assert report["interrupted"]
             check_sound(report)
         else:
-            process.communicate(timeout=120)
+            process.communicate(timeout=LATE)
             assert process.returncode == 143
             assert not list(tmp_path.iterdir())
-        _, alive = psutil.wait_procs(children, timeout=60)
+        _, alive = psutil.wait_procs(children, timeout=LATE)
         assert not alive
     finally:
         process.kill()
@@ -153,13 +159,13 @@ def wait_for_a_fault(process: subprocess.Popen[str]) -> list[Any]:
         children[:] = psutil.Process(process.pid).children()
         return any(child.status() == psutil.STATUS_STOPPED for child in children)
 
-    wait_until(is_struck, 120)
+    wait_until(is_struck)
     return children
 
 
 def test_a_fleet_that_cannot_start_says_why(tmp_path: Path) -> None:
     process = start(tmp_path, "--devices", 1, "--workers", 1, "--model", tmp_path / "nothing")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=LATE)
     assert process.returncode == 1
     assert json.loads(out)["error"]["message"]
     assert "Traceback" not in err

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import tiny_diffusion
-from fleet import running_broker, start_worker
+from fleet import TRANSPORTS_IN_TURN, running_broker, start_worker, using
 from split_common import payloads
 from split_common.checkpoint import Checkpoint
 from split_common.diffusion.codecs import encode
@@ -26,12 +26,20 @@ from split_worker.worker import Worker
 from test_diffusion import image, latents, lora_of, pipeline
 from wiretap import record_requests
 
+pytestmark = pytest.mark.numbers
+
 #: How each kind's pipeline and split class are called, and a longest prompt that its pipeline may be told.
 KINDS: dict[str, tuple[str, Any]] = {
     "sd3": ("StableDiffusion3", SplitSD3Transformer2DModel),
     "flux": ("Flux", SplitFluxTransformer2DModel),
 }
 SHORT = {"max_sequence_length": tiny_diffusion.TOKENS}
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS_IN_TURN)
+def transport(request: pytest.FixtureRequest) -> Iterator[str]:
+    with using(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,17 @@ TEXT = 32
 IMAGE = 24
 
 
+def frozen(pipeline: Any) -> Any:
+    """A pipeline whose denoiser is frozen, as the parts of a split one are: a reference that is equal bit by bit.
+
+    `torch.matmul` folds batches, or does not, by whether a factor wants a gradient; the two round differently.
+    """
+    for name in ("unet", "transformer"):
+        if (denoiser := pipeline.components.get(name)) is not None:
+            denoiser.requires_grad_(False)
+    return pipeline
+
+
 def tokenizer(directory: Path) -> CLIPTokenizer:
     """One token for each letter."""
     letters = [chr(code) for code in range(33, 127)]

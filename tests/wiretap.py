@@ -35,9 +35,11 @@ from split_worker.worker import Worker
 SPLIT = Split.parse(6, "2:-2")
 WIDTH = 32
 
-#: Seconds by which a busy machine may be late. What happens "in time" is given so much more; where that is not
-#: enough to tell right from wrong, a test looks at the order of things instead.
-LATE = 20.0
+#: Seconds after which what is waited for will not come: a bound on a hang, many times what anything takes.
+LATE = 300.0
+
+#: Seconds within which something comes that otherwise one of the product's limits, a minute each, would bring.
+SOON = 50.0
 
 
 def record_requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:

@@ -15,7 +15,7 @@ from split_common.errors import ConfigError, SplitError
 from split_common.process import started
 
 #: Seconds that a server may take to answer, on a machine that is busy.
-START_TIMEOUT = 60.0
+START_TIMEOUT = 300.0
 
 #: Seconds between two looks at whether it answers.
 POLL = 0.02

@@ -95,6 +95,8 @@ def _load(path: Path) -> Any:
         path, dtype=torch.float32, local_files_only=True, add_watermarker=False
     )
     pipeline.set_progress_bar_config(disable=True)
+    # Frozen as the split UNet's parts are: torch rounds differently where weights want gradients.
+    pipeline.unet.requires_grad_(False)
     return pipeline
 
 
