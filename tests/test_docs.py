@@ -238,7 +238,8 @@ def diagram_faults(code: str) -> list[str]:
     if kind not in DIAGRAMS:
         return [f"a diagram of the unknown type {kind!r}"]
     faults = []
-    begins = sum(re.match(r"(subgraph|alt|loop|opt|par|critical|rect|box)\b", line) is not None for line in lines)
+    blocks = {"flowchart": "subgraph", "sequenceDiagram": "alt|loop|opt|par|critical|break|rect|box"}.get(kind, "(?!)")
+    begins = sum(re.match(rf"({blocks})\b", line) is not None for line in lines)
     ends = lines.count("end")
     if begins != ends:
         faults.append(f"{begins} blocks begin in a diagram, and {ends} end")
@@ -263,6 +264,9 @@ def faults(page: Path, text: str, known: Names) -> list[str]:
     if len(re.findall(r"^`{3,}", text, re.MULTILINE)) % 2:
         found.append("a code block that does not end")
     found += [f"no module or name {name}" for name in MODULE.findall(text) if not module_exists(name, known)]
+    for name in re.findall(r"-m benchmarks\.(\w+)", text):
+        if not (ROOT / "benchmarks" / f"{name}.py").exists():
+            found.append(f"no benchmark {name}")
     for block in FENCE.finditer(text):
         if block["language"] == "mermaid":
             found += diagram_faults(block["code"])
@@ -296,6 +300,7 @@ MADE_UP: Mapping[str, str] = {
     "`TeleportLink`": "no name TeleportLink",
     "`SplitError.teleport`": "no name SplitError.teleport",
     "`MAX_TELEPORTS`": "no name MAX_TELEPORTS",
+    "`python -m benchmarks.teleport`": "no benchmark teleport",
     "`LAMBDA_SPLIT_TELEPORT`": "no name LAMBDA_SPLIT_TELEPORT",
     "`teleport_all()`": "no name teleport_all",
     "`common/split_common/teleport.py`": "no file common/split_common/teleport.py",
