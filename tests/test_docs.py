@@ -264,6 +264,9 @@ def faults(page: Path, text: str, known: Names) -> list[str]:
     if len(re.findall(r"^`{3,}", text, re.MULTILINE)) % 2:
         found.append("a code block that does not end")
     found += [f"no module or name {name}" for name in MODULE.findall(text) if not module_exists(name, known)]
+    for module, imported in re.findall(r"^from (split_[\w.]+) import ([\w, ]+)$", text, re.MULTILINE):
+        dotted = [f"{module}.{name.strip()}" for name in imported.split(",")]
+        found += [f"no module or name {name}" for name in dotted if not module_exists(name, known)]
     for name in re.findall(r"-m benchmarks\.(\w+)", text):
         if not (ROOT / "benchmarks" / f"{name}.py").exists():
             found.append(f"no benchmark {name}")
@@ -296,6 +299,7 @@ def test_what_the_docs_name_exists(page: Path) -> None:
 MADE_UP: Mapping[str, str] = {
     "split_common.protocol.teleport": "no module or name split_common.protocol.teleport",
     "in a block\n```\nsplit_worker.nothing\n```": "no module or name split_worker.nothing",
+    "```python\nfrom split_device import Teleport\n```": "no module or name split_device.Teleport",
     "`split_common.errors.NoSuchError`": "no module or name split_common.errors.NoSuchError",
     "`TeleportLink`": "no name TeleportLink",
     "`SplitError.teleport`": "no name SplitError.teleport",
