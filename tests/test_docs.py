@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import functools
 import re
 from collections.abc import Iterator, Mapping
@@ -24,26 +25,15 @@ PACKAGES = {
 #: What the docs may name though this project does not define it, and whose it is.
 OTHERS = {
     "torch": "varlen_attn",
-    "transformers": """AttentionInterface AutoTokenizer DynamicCache GenerationConfig chat_template key_mapping
-        pad_token_id scale_attn_by_inverse_layer_idx use_cache generate_batch""",
-    "architectures of transformers": "BLOOM Falcon StableLM",
-    "diffusers": "StableDiffusionXLPipeline load_ip_adapter UNet2DConditionModel",
-    "pyzmq": """ROUTER DEALER ROUTER_MANDATORY IMMEDIATE ROUTER_HANDOVER MAXMSGSIZE send_multipart recv_multipart
-        CURVE ZAP""",
-    "libsodium": "crypto_kx crypto_sign",
-    "Redis": """ACL DELUSER MAXLEN MEMORY MINID NOMKSTREAM USAGE XACK XADD XDEL XREAD XTRIM xadd xread
-        ssl_ca_certs sentinel_username sentinel_password noeviction""",
-    "SQLite": "WAL secure_delete",
-    "OpenSSL": "subjectAltName",
-    "Mermaid": "sequenceDiagram",
-    "the GNU C library and OpenMP": """GOMP_SPINCOUNT MALLOC_TRIM_THRESHOLD_ MALLOC_MMAP_THRESHOLD_ OMP_NUM_THREADS
-        OMP_WAIT_POLICY TMPDIR""",
-    "the operating system": "SIGINT SIGKILL SIGSTOP SIGTERM",
-    "HTTP": "Host Origin POST GET",
-    "a placeholder in a command or path": "DIR FILE MODEL NAME PATH PROMPT USER HOST PORT AGE WORKERS MACHINE ARGS",
-    "a file of its own kind": "Dockerfile Makefile LICENSE README CHANGELOG",
-    "compose.yaml": "WORKERS",
-    "a name of a part, of another project or of an algorithm": "README AEGIS MKL oneDNN",
+    "transformers": "DynamicCache GenerationConfig generate_batch key_mapping scale_attn_by_inverse_layer_idx",
+    "diffusers": "load_ip_adapter",
+    "pyzmq": "ROUTER_MANDATORY send_multipart recv_multipart",
+    "libsodium": "crypto_kx",
+    "Redis": "MAXLEN NOMKSTREAM XADD sentinel_password sentinel_username",
+    "the GNU C library and OpenMP": """GOMP_SPINCOUNT MALLOC_TRIM_THRESHOLD_ MALLOC_MMAP_THRESHOLD_ OMP_WAIT_POLICY""",
+    "HTTP": "Host Origin",
+    "Docker": "Dockerfile WORKERS",
+    "a placeholder in a command": "NAME WIDTHxHEIGHT",
 }
 OTHERS_NAMES = {name for names in OTHERS.values() for name in names.split()}
 
@@ -139,7 +129,11 @@ def _bound(body: list[ast.stmt]) -> Iterator[str]:
 
 def _assigned_to_self(cls: ast.ClassDef) -> Iterator[str]:
     for node in ast.walk(cls):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and ast.unparse(node.value) == "self"
+        ):
             yield node.attr
 
 
@@ -190,7 +184,7 @@ def identifier_exists(token: str, known: Names) -> bool:
     camel = bare[:1].isupper() and any(letter.islower() for letter in bare)
     upper = len(bare) > 1 and bare.isupper()
     snake = "_" in bare and bare.islower()
-    if not (camel or upper or snake) or first in OTHERS_NAMES:
+    if not (camel or upper or snake) or first in OTHERS_NAMES or hasattr(builtins, first):
         return True
     if upper and first.startswith("LAMBDA_SPLIT_"):
         return first in known.words
@@ -238,7 +232,9 @@ def diagram_faults(code: str) -> list[str]:
     if kind not in DIAGRAMS:
         return [f"a diagram of the unknown type {kind!r}"]
     faults = []
-    blocks = {"flowchart": "subgraph", "sequenceDiagram": "alt|loop|opt|par|critical|break|rect|box"}.get(kind, "(?!)")
+    blocks = {"flowchart": "subgraph", "sequenceDiagram": "alt|loop|opt|par|critical|break|rect|box"}.get(
+        kind, "(?!)"
+    )
     begins = sum(re.match(rf"({blocks})\b", line) is not None for line in lines)
     ends = lines.count("end")
     if begins != ends:
@@ -250,7 +246,9 @@ def diagram_faults(code: str) -> list[str]:
         faults.append("an odd number of quotation marks in a diagram")
     text = re.sub(r'"[^"\n]*"', "", text)
     if kind != "sequenceDiagram":
-        text = re.sub(r"^(?=[^\n]*:)[^\n:]*:.*$", "", text, flags=re.MULTILINE) if kind.startswith("state") else text
+        text = (
+            re.sub(r"^(?=[^\n]*:)[^\n:]*:.*$", "", text, flags=re.MULTILINE) if kind.startswith("state") else text
+        )
         for opening, closing in ("[]", "()", "{}"):
             if text.count(opening) != text.count(closing):
                 faults.append(f"{opening} and {closing} are not balanced in a diagram")
