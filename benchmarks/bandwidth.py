@@ -43,8 +43,8 @@ def decode(device: str, shape: str, sessions: list[int]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from split_common.engine.runner import build_runner
-    from split_common.slots import Stack
-    from split_common.split import Split
+    from split_common.models.layer_stack import Stack
+    from split_common.models.split import Split
 
     place = torch.device(device)
     bandwidth = _bandwidth(place)

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from benchmarks.harness import arguments, checkpoint, fleet, note, report
-from split_common.process import passive_threads
+from split_common.system.process import passive_threads
 
 PROMPTS = 64
 SHORTEST, LONGEST = 8, 128
@@ -80,7 +80,7 @@ def _batch(split: Any, prompts: list[list[int]]) -> tuple[float, list[list[int]]
     """Tokens/s, the answers, and the generator's counters."""
     from transformers import GenerationConfig
 
-    from split_device.batching.generator import Generator, Request
+    from split_device.generation.generator import Generator, Request
 
     with Generator(split, max_requests=2 * len(prompts)) as generator:
         began = time.perf_counter()

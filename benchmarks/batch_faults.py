@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import arguments, checkpoint, note, report
-from split_common.process import PARENT, passive_threads, running_command
-from split_device.jobs.batch import work_path
+from split_common.system.process import PARENT, passive_threads, running_command
 from split_device.jobs.store import Store
+from split_device.openai.batch_file import work_path
 
 LINES = 200
 NEW_TOKENS = 16

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.bandwidth import SHAPES, decode
 from benchmarks.harness import arguments, checkpoint, fleet, note, report
-from split_common.process import passive_threads
+from split_common.system.process import passive_threads
 
 PROMPT_TOKENS = 64
 NEW_TOKENS = 64
@@ -147,12 +147,12 @@ class Driver:
     """A client without a model: replays hidden states in as many sessions as it is told."""
 
     def __init__(self, model: Path, address: str) -> None:
-        from split_common import headers
-        from split_common.fleet import load_fleet
-        from split_common.part import plan
-        from split_common.split import Split
+        from split_common.models.loading import plan
+        from split_common.models.split import Split
+        from split_common.models.verification import find_manifest
+        from split_common.protocol import headers
         from split_common.transport import connect
-        from split_common.verification import find_manifest
+        from split_common.trust.fleet import load_fleet
         from split_device.sessions.client import Client
 
         fleet_ = load_fleet()
@@ -196,8 +196,8 @@ class Driver:
 
     @staticmethod
     def _step(states: Any, begin: int, end: int, acked: int) -> tuple[Any, Any]:
-        from split_common import payloads
-        from split_common.tensors import to_bytes
+        from split_common.models.tensors import to_bytes
+        from split_common.protocol import payloads
 
         row = payloads.Run(0, begin, list(range(begin, end)))
         return payloads.Step("float32", states.shape[1], [row], None, acked), to_bytes(states[begin:end])

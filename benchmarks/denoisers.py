@@ -80,9 +80,9 @@ def shares(name: str) -> dict[str, Any]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from split_common import payloads
-    from split_common.diffusion.kinds import KINDS
-    from split_common.diffusion.plan import CUTS
+    from split_common.models.denoisers.registry import KINDS
+    from split_common.models.denoisers.spec import CUTS
+    from split_common.protocol import payloads
 
     shape = SHAPES[name]
     counter = FlopCounterMode(display=False)

@@ -159,10 +159,10 @@ def _body(model: Path, place: Any, shape: dict[str, Any]) -> Callable[[], object
     """A step of the worker's body in this process: from its bytes to those of the answer."""
     import torch
 
-    from split_common import payloads
-    from split_common.checkpoint import Checkpoint
-    from split_common.diffusion.codecs import encode
-    from split_common.diffusion.kinds import plan_image
+    from split_common.models.checkpoint import Checkpoint
+    from split_common.models.denoisers.codecs import encode
+    from split_common.models.denoisers.registry import plan_image
+    from split_common.protocol import payloads
     from split_worker.bodies.denoiser import DenoiserBody
 
     plan = plan_image(Checkpoint.resolve(model))

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.denoisers import SHAPES, shares
 from benchmarks.harness import arguments, note, report
 from benchmarks.pictures import CUTS, compare
-from split_common.process import passive_threads
+from split_common.system.process import passive_threads
 from split_device.cli.demo.image import DIGITS_MODEL
 
 

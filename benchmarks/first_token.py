@@ -21,9 +21,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from benchmarks.harness import arguments, checkpoint, fleet, note, report
-from split_common.process import passive_threads, running_command
-from split_device.jobs.batch import work_path
+from split_common.system.process import passive_threads, running_command
 from split_device.jobs.store import Store
+from split_device.openai.batch_file import work_path
 
 #: Requests of the batch, all of which run at once, and tokens of each: more than there is time for.
 BATCH = 64
@@ -75,7 +75,7 @@ def _one_device(model: Path, address: str, rounds: int) -> tuple[float, float]:
     from transformers import GenerationConfig
 
     from split_device import SplitModelForCausalLM
-    from split_device.batching.generator import Generator, Request
+    from split_device.generation.generator import Generator, Request
 
     draw = random.Random(6)
 

@@ -14,9 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from split_common.demo_model import ensure_demo_model
-from split_common.process import running_command
-from split_common.servers import RedisServer
+from split_common.models.demo_model import ensure_demo_model
+from split_common.system.process import running_command
+from split_common.system.servers import RedisServer
 from split_device.stress.proxy import Proxy, proxied
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.denoising import SHAPES, denoise
 from benchmarks.harness import arguments, fleet, note, report
-from split_common.process import passive_threads
+from split_common.system.process import passive_threads
 
 DEVICES = (1, 2, 4)
 

@@ -30,9 +30,9 @@ def main() -> None:
         print(json.dumps({"rss": _measure(options.role, model, options.broker)}), flush=True)
         return
 
-    from split_common.part import plan
-    from split_common.split import Split
-    from split_device.parts import parts
+    from split_common.models.loading import plan
+    from split_common.models.split import Split
+    from split_device.models.sizes import parts
 
     plan_ = plan(str(model))
     sizes = {part.name: part.bytes / MIB for part in parts(plan_, Split.from_head_tail(plan_.layers, 2, 2))}
@@ -64,8 +64,8 @@ def _measure(role: str, model: Path, broker: str) -> int:
     import transformers
 
     import split_worker.worker  # noqa: F401
-    from split_common.part import plan
-    from split_device.model import SplitModelForCausalLM
+    from split_common.models.loading import plan
+    from split_device.models.language import SplitModelForCausalLM
 
     plan(str(model))
     if role == "device":

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from benchmarks.harness import arguments, checkpoint, counted, fleet, note, prompt, report
-from split_common.process import passive_threads
+from split_common.system.process import passive_threads
 from split_device.stress.proxy import Proxy
 
 PROMPT_TOKENS = 64

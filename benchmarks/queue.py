@@ -24,13 +24,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.harness import note, queue_server, report
-from split_common import headers, payloads
-from split_common.channel import SUITES, Box, preferred_suites
-from split_common.fleet import load_fleet
-from split_common.keys import Role
-from split_common.process import passive_threads, reuse_memory
+from split_common.protocol import headers, payloads
+from split_common.protocol.channel import SUITES, Box, preferred_suites
+from split_common.system.process import passive_threads, reuse_memory
 from split_common.transport import connect
 from split_common.transport.zmq_link import curve_client, curve_z85
+from split_common.trust.fleet import load_fleet
+from split_common.trust.keys import Role
 
 #: Bytes of hidden states in a message, and how many round trips each round makes.
 SIZES = {"2k": (2048, 50), "64k": (65536, 25), "1m": (1024 * 1024, 8)}

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.harness import arguments, checkpoint, note, prompt, queue_server, report
 from benchmarks.workers import Workers
-from split_common.process import passive_threads
+from split_common.system.process import passive_threads
 
 PROMPT_TOKENS = 64
 NEW_TOKENS = 128

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from split_common.process import PARENT
+from split_common.system.process import PARENT
 
 #: What every worker imports.
 IMPORTS = ("torch", "transformers", "split_worker.cli", "split_worker.worker")

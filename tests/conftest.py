@@ -28,8 +28,8 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import fleet
 from split_broker import broker
 from split_common.cli import main
-from split_common.demo_model import ensure_demo_model
 from split_common.errors import ModelError
+from split_common.models.demo_model import ensure_demo_model
 from split_common.transport.redis import lease
 
 # Signals may be ignored or blocked where the tests are started (in a job in the background, by cron), and then they

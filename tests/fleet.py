@@ -12,8 +12,8 @@ import torch
 
 from split_broker.broker import Broker
 from split_common.errors import NoWorker, SessionLost
-from split_common.fleet import Fleet, load_fleet
 from split_common.transport import connect
+from split_common.trust.fleet import Fleet, load_fleet
 from split_device import SplitModelForCausalLM
 from split_worker.bodies.loading import load_body
 from split_worker.limits import Limits

@@ -8,9 +8,9 @@ from pathlib import Path
 from nacl.public import PrivateKey
 from nacl.signing import SigningKey
 
-from split_common import headers
-from split_common.keys import Certificate, Identity, Member, ModelScope, Role, Roster, seal
-from split_common.manifest import Manifest
+from split_common.protocol import headers
+from split_common.trust.keys import Certificate, Identity, Member, ModelScope, Role, Roster, seal
+from split_common.trust.manifest import Manifest
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fleet import running_broker, start_worker
-from split_common.process import running_command
+from split_common.system.process import running_command
 
 KEY = "a-key"
 

@@ -24,19 +24,19 @@ import zmq
 from split_broker import broker as broker_module
 from split_broker import peer_queue as peer_queue_module
 from split_broker.broker import Broker
-from split_common import channel as channel_module
-from split_common import headers
 from split_common.engine import pool as pool_module
 from split_common.engine import scheduler as scheduler_module
 from split_common.engine.forward import Forward
 from split_common.engine.pool import LayerShape, PagePool
 from split_common.engine.sequences import TokenRun
-from split_common.fleet import Fleet
+from split_common.protocol import channel as channel_module
+from split_common.protocol import headers
 from split_common.transport import HEARTBEAT
 from split_common.transport import zmq_link as link_module
 from split_common.transport.supervised import Supervisor, handled
 from split_common.transport.zmq_link import ZmqLink
-from split_device import cache as cache_module
+from split_common.trust.fleet import Fleet
+from split_device.models import cache as cache_module
 from split_device.sessions import client as client_module
 from split_device.sessions import history as history_module
 from split_device.sessions import resilient as resilient_module

@@ -103,7 +103,7 @@ def test_the_broker_imports_no_torch() -> None:
         ("split_common.transport.redis.link", {"zmq"}),
         ("split_common.transport.zmq_link", {"redis"}),
         ("split_common.options", {"nacl", "msgspec", "zmq", "redis"}),
-        ("split_common.fleet", {"zmq", "redis"}),
+        ("split_common.trust.fleet", {"zmq", "redis"}),
     ],
 )
 def test_a_module_loads_only_the_libraries_that_it_needs(module: str, unwanted: set[str]) -> None:

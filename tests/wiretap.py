@@ -17,15 +17,15 @@ import zmq
 
 from split_broker.broker import Broker
 from split_broker.peer_queue import Message, Peer
-from split_common import headers, payloads
-from split_common.fleet import Fleet
-from split_common.keys import Identity
-from split_common.part import plan
-from split_common.split import Split
-from split_common.tensors import to_bytes
+from split_common.models.loading import plan
+from split_common.models.split import Split
+from split_common.models.tensors import to_bytes
+from split_common.models.verification import build_manifest
+from split_common.protocol import headers, payloads
 from split_common.transport import connect, new_peer_id
 from split_common.transport.zmq_link import curve_client
-from split_common.verification import build_manifest
+from split_common.trust.fleet import Fleet
+from split_common.trust.keys import Identity
 from split_device.sessions.client import Client
 from split_device.sessions.session import RemoteSession
 from split_worker.bodies.loading import load_language_body

@@ -23,15 +23,15 @@ import zmq.utils.z85
 from zmq.auth.thread import ThreadAuthenticator
 
 from split_broker.peer_queue import Body, Message, Peer
-from split_common import headers
-from split_common.address import is_redis, parse_address
 from split_common.errors import AuthenticationError, ConfigError, Malformed
-from split_common.fleet import Fleet
+from split_common.protocol import headers
+from split_common.transport.address import is_redis, parse_address
 from split_common.transport.base import GRACE, HEARTBEAT, MISSED, OPEN_PATIENCE
 from split_common.transport.links import check_address
 from split_common.transport.placement import GONE, Assign, Candidate, PendingOpen, Refuse, decide, full
 from split_common.transport.supervised import Supervisor, count_dropped
 from split_common.transport.zmq_link import curve_z85, receive_frames, send_frames
+from split_common.trust.fleet import Fleet
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from split_common.address import DEFAULT_BROKER
 from split_common.cli.options import JsonOption, KeysOption
-from split_common.console import emit_json, stderr
-from split_common.fleet import load_fleet
-from split_common.process import catch_sigterm, wait_for
+from split_common.system.console import emit_json, stderr
+from split_common.system.process import catch_sigterm, wait_for
+from split_common.transport.address import DEFAULT_BROKER
+from split_common.trust.fleet import load_fleet
 
 
 def register(app: typer.Typer) -> None:

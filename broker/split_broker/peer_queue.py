@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from split_common.headers import Service
+from split_common.protocol.headers import Service
 from split_common.transport.base import QUEUE_BYTES
 
 #: Bytes that may be on the way to a peer that has not said yet that it received them.

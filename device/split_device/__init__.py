@@ -4,16 +4,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from split_device.batching.generation import Request
-    from split_device.batching.generator import Generator
-    from split_device.batching.limits import Limits
-    from split_device.diffusion.settings import ImageSettings
-    from split_device.diffusion.transformer import SplitFluxTransformer2DModel, SplitSD3Transformer2DModel
-    from split_device.diffusion.unet import SplitUNet2DConditionModel
-    from split_device.jobs.device import Device, ImageDevice
-    from split_device.model import SplitModelForCausalLM
+    from split_device.generation.limits import Limits
+    from split_device.generation.generator import Generator
+    from split_device.generation.request import Request
+    from split_device.generation.settings import Sampling
+    from split_device.images.settings import ImageSettings
+    from split_device.jobs.submit import Device, ImageDevice
+    from split_device.models.language import SplitModelForCausalLM
+    from split_device.models.transformer import SplitFluxTransformer2DModel, SplitSD3Transformer2DModel
+    from split_device.models.unet import SplitUNet2DConditionModel
     from split_device.sessions.connection import Connection
-    from split_device.settings import Sampling
 
 __all__ = [
     "Connection",
@@ -32,17 +32,17 @@ __all__ = [
 
 _MODULES = {
     "Connection": "split_device.sessions.connection",
-    "Device": "split_device.jobs.device",
-    "Generator": "split_device.batching.generator",
-    "ImageDevice": "split_device.jobs.device",
-    "ImageSettings": "split_device.diffusion.settings",
-    "Limits": "split_device.batching.limits",
-    "Request": "split_device.batching.generation",
-    "Sampling": "split_device.settings",
-    "SplitFluxTransformer2DModel": "split_device.diffusion.transformer",
-    "SplitModelForCausalLM": "split_device.model",
-    "SplitSD3Transformer2DModel": "split_device.diffusion.transformer",
-    "SplitUNet2DConditionModel": "split_device.diffusion.unet",
+    "Device": "split_device.jobs.submit",
+    "Generator": "split_device.generation.generator",
+    "ImageDevice": "split_device.jobs.submit",
+    "ImageSettings": "split_device.images.settings",
+    "Limits": "split_device.generation.limits",
+    "Request": "split_device.generation.request",
+    "Sampling": "split_device.generation.settings",
+    "SplitFluxTransformer2DModel": "split_device.models.transformer",
+    "SplitModelForCausalLM": "split_device.models.language",
+    "SplitSD3Transformer2DModel": "split_device.models.transformer",
+    "SplitUNet2DConditionModel": "split_device.models.unet",
 }
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from split_common.address import DEFAULT_BROKER
 from split_common.cli.options import (
     MODEL_PANEL,
     BrokerOption,
@@ -21,12 +20,13 @@ from split_common.cli.options import (
     TimeoutOption,
     parse_size,
 )
-from split_common.console import emit_json, stderr
-from split_common.demo_model import resolve_model
 from split_common.errors import ConfigError
-from split_common.fleet import load_fleet
-from split_common.process import catch_sigterm, passive_threads, wait_for
+from split_common.models.demo_model import resolve_model
+from split_common.system.console import emit_json, stderr
+from split_common.system.process import catch_sigterm, passive_threads, wait_for
 from split_common.transport import connect
+from split_common.transport.address import DEFAULT_BROKER
+from split_common.trust.fleet import load_fleet
 
 if TYPE_CHECKING:
     from split_worker.bodies.loading import Serving
@@ -106,7 +106,7 @@ def worker(
 
     import torch
 
-    from split_common.tensors import parse_dtype
+    from split_common.models.tensors import parse_dtype
     from split_worker.bodies.loading import load_body
     from split_worker.limits import Limits
     from split_worker.worker import Worker

@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 import torch
 
-from split_common import payloads
 from split_common.engine.scheduler import BatchDelay, ScheduledChunk, ScheduledStep, Scheduler
 from split_common.errors import Busy, SplitError
+from split_common.protocol import payloads
 from split_worker.bodies.base import AnyBody, Forward
 from split_worker.requests import Closed, Evicted, PendingRequest, refusal
 from split_worker.sessions import Session, SessionTable

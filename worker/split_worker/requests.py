@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from split_common import headers, payloads
 from split_common.engine.scheduler import is_prefill
 from split_common.errors import (
     Busy,
@@ -16,6 +15,7 @@ from split_common.errors import (
     PromptTooLong,
     SplitError,
 )
+from split_common.protocol import headers, payloads
 from split_worker.sessions import Session
 
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
-from split_common import headers
-from split_common.channel import Channel, SessionKeys
 from split_common.errors import Busy, OutOfOrder
+from split_common.protocol import headers
+from split_common.protocol.channel import Channel, SessionKeys
 from split_worker.bodies.base import State
 from split_worker.limits import Limits
 

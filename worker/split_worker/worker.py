@@ -16,8 +16,6 @@ from typing import Any
 
 import msgspec
 
-from split_common import headers, payloads
-from split_common.channel import CHANNEL_LIFETIME, CHANNEL_SESSIONS, Channel, SessionKeys
 from split_common.errors import (
     AuthenticationError,
     Busy,
@@ -26,10 +24,12 @@ from split_common.errors import (
     OutOfOrder,
     WorkerFailed,
 )
-from split_common.fleet import Fleet
-from split_common.handshake import WorkerHandshake
-from split_common.keys import Certificate, Identity, ModelScope, Role
+from split_common.protocol import headers, payloads
+from split_common.protocol.channel import CHANNEL_LIFETIME, CHANNEL_SESSIONS, Channel, SessionKeys
+from split_common.protocol.handshake import WorkerHandshake
 from split_common.transport import Transport, new_peer_id
+from split_common.trust.fleet import Fleet
+from split_common.trust.keys import Certificate, Identity, ModelScope, Role
 from split_worker.bodies.base import AnyBody
 from split_worker.compute import ComputeLoop
 from split_worker.limits import Limits

@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from split_common.console import emit_json
 from split_common.errors import ConfigError, SplitError
-from split_common.process import reuse_memory
+from split_common.system.console import emit_json
+from split_common.system.process import reuse_memory
 
 #: Entry points of this group name functions `register(app: typer.Typer) -> None`. Their modules import torch
 #: and transformers inside their commands only, so that `lambda-split --help` answers at once.

@@ -12,17 +12,17 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from split_common.address import is_redis, masked, parse_address
-from split_common.checkpoint import Checkpoint
 from split_common.cli.options import BrokerOption, FleetOption, IpAdapterOption, JsonOption, KeysOption
-from split_common.console import emit_json, stderr
+from split_common.cli.redis_acl import redis_acl
 from split_common.errors import ConfigError, KeysError
-from split_common.fleet import DAYS, Fleet, keys_dir, load_fleet
-from split_common.keys import Certificate, Member, ModelScope, Role
-from split_common.manifest import Manifest
-from split_common.redis_acl_cli import redis_acl
+from split_common.models.checkpoint import Checkpoint
+from split_common.models.verification import build_manifest
+from split_common.system.console import emit_json, stderr
 from split_common.transport import check_address
-from split_common.verification import build_manifest
+from split_common.transport.address import is_redis, masked, parse_address
+from split_common.trust.fleet import DAYS, Fleet, keys_dir, load_fleet
+from split_common.trust.keys import Certificate, Member, ModelScope, Role
+from split_common.trust.manifest import Manifest
 
 keys_app = typer.Typer(no_args_is_help=True)
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from split_common.engine.rotary import isolate_rotary
-from split_common.slots import Stack
-from split_common.split import Split
+from split_common.models.layer_stack import Stack
+from split_common.models.split import Split
 
 
 class LayerRange:

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from split_common.engine.forward import Forward
 from split_common.engine.layers import LayerRange
 from split_common.engine.sequences import TokenRun
-from split_common.split import Split
+from split_common.models.split import Split
 
 #: Tokens that a store holds before it is known how many bytes each takes.
 UNMEASURED = 2**31

@@ -12,8 +12,8 @@ from split_common.engine.layers import LayerRange
 from split_common.engine.per_sequence import CacheStore, PerSequenceExecutor
 from split_common.engine.probe import NotPackable, check_layers, compile_checked, packed_executor
 from split_common.engine.sequences import TokenRun
-from split_common.slots import Stack
-from split_common.split import Split
+from split_common.models.layer_stack import Stack
+from split_common.models.split import Split
 
 
 class Runner:

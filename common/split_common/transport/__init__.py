@@ -1,6 +1,6 @@
 """The queue between devices and workers: the interface (`base`), and the transport for an address (`links`)."""
 
-from split_common.address import DEFAULT_BROKER, parse_address
+from split_common.transport.address import DEFAULT_BROKER, parse_address
 from split_common.transport.base import (
     GRACE,
     HEARTBEAT,

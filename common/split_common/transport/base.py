@@ -1,6 +1,6 @@
 """What devices and workers need of a queue, whatever carries it: the interface of a transport, and its limits.
 
-A transport moves messages (`split_common.headers`) between the peers of a fleet and says when peers die. It may
+A transport moves messages (`split_common.protocol.headers`) between the peers of a fleet and says when peers die. It may
 lose, repeat, delay and reorder messages, and does not read them: sessions number, acknowledge and repeat what they
 send, and seal it. To add one, write a class that keeps the promises of `Transport`, choose it by its address in
 `split_common.transport.links.connect`, add it to `TRANSPORTS` in tests/fleet.py, and run the tests that take the
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     # The rest of this module is light: `--help` reads it.
-    from split_common.headers import Announce, AnyHeader, Header
+    from split_common.protocol.headers import Announce, AnyHeader, Header
 
 _T = TypeVar("_T")
 

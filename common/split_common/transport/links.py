@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from split_common.address import is_local, is_redis, masked, parse_address
 from split_common.errors import ConfigError
+from split_common.transport.address import is_local, is_redis, masked, parse_address
 
 if TYPE_CHECKING:
-    from split_common.fleet import Fleet
-    from split_common.keys import Identity
     from split_common.transport.base import Transport
+    from split_common.trust.fleet import Fleet
+    from split_common.trust.keys import Identity
 
 
 def connect(address: str, fleet: Fleet, identity: Identity) -> Transport:
     """The transport for an address, not started yet.
 
     Args:
-        address: of a broker (`tcp://`, `zmq://`, `ipc://`) or of Redis (`split_common.address.REDIS_SCHEMES`).
+        address: of a broker (`tcp://`, `zmq://`, `ipc://`) or of Redis (`split_common.transport.address.REDIS_SCHEMES`).
         fleet: whose roster and keys count.
         identity: of the member that connects.
 

@@ -12,7 +12,7 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from split_common import headers
+from split_common.protocol import headers
 from split_common.transport.base import FULL_RETRY
 
 #: Seconds after which a device may try again when every worker was full.

@@ -21,13 +21,13 @@ import msgspec
 import zmq
 import zmq.utils.z85
 
-from split_common import headers
 from split_common.errors import BrokerUnreachable, ConfigError, KeysError, Malformed, SplitError
-from split_common.fleet import Fleet
-from split_common.keys import Identity
+from split_common.protocol import headers
 from split_common.transport.base import HEARTBEAT, MISSED, OUTBOX_BYTES, Handler
 from split_common.transport.leader import LeaderLock
 from split_common.transport.supervised import Supervisor, handled
+from split_common.trust.fleet import Fleet
+from split_common.trust.keys import Identity
 
 _T = TypeVar("_T")
 

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 
 from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption
-from split_common.console import emit_json, stderr
 from split_common.errors import ConfigError, SplitError
-from split_common.process import passive_threads
+from split_common.system.console import emit_json, stderr
+from split_common.system.process import passive_threads
 from split_device.cli.checks import check_connection
 from split_device.cli.groups import ConnectionOptions, SamplingOptions, TextModelOptions
 from split_device.cli.options import SystemOption
 from split_device.cli.terminal import answer_line
-from split_device.settings import Sampling
+from split_device.generation.settings import Sampling
 
 
 @grouped
@@ -36,9 +36,9 @@ def chat(
     check_connection(connection)
     choice = model.choice()
 
-    from split_device.chatting import Conversation
+    from split_device.generation.chat import Conversation
+    from split_device.generation.tokenizing import load_tokenizer
     from split_device.jobs.models import load_model
-    from split_device.tokenizing import load_tokenizer
 
     tokenizer = load_tokenizer(choice.name, choice.revision)
     with load_model(choice, connection) as split:

@@ -21,9 +21,9 @@ def check_prompt(text: str) -> str:
 
 def check_connection(connection: Connection) -> None:
     """Raises ConfigError or CertificateError for a wrong address or wrong keys; connects to nothing."""
-    from split_common.fleet import load_fleet
-    from split_common.keys import verify_certificate
     from split_common.transport import connect
+    from split_common.trust.fleet import load_fleet
+    from split_common.trust.keys import verify_certificate
 
     fleet = load_fleet(Path(connection.keys) if connection.keys is not None else None)
     identity = fleet.identity("device", connection.member)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from split_common.cli.options import JsonOption
-from split_common.console import emit_json, stderr
+from split_common.system.console import emit_json, stderr
 
 
 def dead_letters(

@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from split_common import headers
-from split_common.address import masked
 from split_common.cli.groups import grouped
 from split_common.cli.options import MODEL_PANEL, JsonOption
-from split_common.console import emit_json, stdout
 from split_common.errors import InvalidSplit, KeysError, NoWorker, SplitError
-from split_common.fleet import Fleet, load_fleet
-from split_common.keys import Identity, Role
+from split_common.protocol import headers
+from split_common.system.console import emit_json, stdout
 from split_common.transport import connect, new_peer_id
+from split_common.transport.address import masked
+from split_common.trust.fleet import Fleet, load_fleet
+from split_common.trust.keys import Identity, Role
 from split_device.cli.groups import CONNECTION
 from split_device.sessions.connection import Connection
 
 if TYPE_CHECKING:
-    from split_common.diffusion.plan import ImagePlan
+    from split_common.models.denoisers.spec import ImagePlan
 
 Status = Literal["ok", "note", "problem"]
 
@@ -119,7 +119,7 @@ def _versions() -> Iterator[Finding]:
 def _hardware() -> Iterator[Finding]:
     import torch
 
-    from split_common.channel import preferred_suites
+    from split_common.protocol.channel import preferred_suites
 
     if torch.cuda.is_available():
         yield Finding("GPU", "ok", torch.cuda.get_device_name())
@@ -142,11 +142,11 @@ def _layers(model: str | None) -> Iterator[Finding]:
     """Whether many sessions share one forward of a model's layers, found by running some; a denoiser's cuts."""
     if model is None:
         return
-    from split_common.checkpoint import Checkpoint
-    from split_common.diffusion.kinds import is_denoiser, plan_image
     from split_common.engine.runner import build_runner
-    from split_common.part import load_part, plan
-    from split_common.split import Split
+    from split_common.models.checkpoint import Checkpoint
+    from split_common.models.denoisers.registry import is_denoiser, plan_image
+    from split_common.models.loading import load_part, plan
+    from split_common.models.split import Split
 
     try:
         checkpoint = Checkpoint.resolve(model)
@@ -169,7 +169,7 @@ def _layers(model: str | None) -> Iterator[Finding]:
 
 def _blocks(plan: ImagePlan) -> Finding:
     """How much of a denoiser each cut leaves to the device."""
-    from split_common.diffusion.plan import CUTS
+    from split_common.models.denoisers.spec import CUTS
 
     checkpoint = plan.checkpoint
     total = checkpoint.nbytes(checkpoint.tensor_names)

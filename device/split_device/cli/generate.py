@@ -10,9 +10,9 @@ import typer
 
 from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption
-from split_common.console import emit_json, stderr
 from split_common.errors import ConfigError, SessionLost, StepFailed
-from split_common.process import passive_threads
+from split_common.system.console import emit_json, stderr
+from split_common.system.process import passive_threads
 from split_device.cli.checks import check_connection, check_prompt
 from split_device.cli.groups import ConnectionOptions, SamplingOptions, TextModelOptions
 from split_device.cli.options import RawOption, SystemOption
@@ -45,9 +45,9 @@ def generate(
     check_connection(connection)
     choice = model.choice()
 
-    from split_device.chatting import Conversation
+    from split_device.generation.chat import Conversation
+    from split_device.generation.tokenizing import encode_chat, encode_text, load_tokenizer
     from split_device.jobs.models import load_model
-    from split_device.tokenizing import encode_chat, encode_text, load_tokenizer
 
     tokenizer = load_tokenizer(choice.name, choice.revision)
     messages = [{"role": "system", "content": system}] if system else []

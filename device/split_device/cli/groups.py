@@ -18,8 +18,8 @@ from split_common.cli.options import (
     RevisionOption,
     TimeoutOption,
 )
-from split_common.split import END_LAYERS
-from split_device.batching.limits import Limits
+from split_common.models.split import END_LAYERS
+from split_device.generation.limits import Limits
 from split_device.cli.options import (
     CodecOption,
     CutOption,
@@ -43,7 +43,8 @@ from split_device.cli.options import (
     TopKOption,
     TopPOption,
 )
-from split_device.diffusion.settings import (
+from split_device.generation.settings import Sampling
+from split_device.images.settings import (
     IMAGE_MODEL,
     ImageSettings,
     check_size,
@@ -53,7 +54,6 @@ from split_device.diffusion.settings import (
 )
 from split_device.jobs.job import ImageChoice, ModelChoice, checkpoint
 from split_device.sessions.connection import Connection
-from split_device.settings import Sampling
 
 
 @dataclass(frozen=True)

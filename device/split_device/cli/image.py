@@ -12,14 +12,14 @@ import typer
 
 from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption
-from split_common.console import emit_json, stderr
 from split_common.errors import ConfigError
-from split_common.files import write_private
-from split_common.process import exit_on_sigterm, passive_threads
+from split_common.system.console import emit_json, stderr
+from split_common.system.files import write_private
+from split_common.system.process import exit_on_sigterm, passive_threads
 from split_device.cli.checks import check_connection
 from split_device.cli.groups import CONNECTION, IMAGE_MODEL_CUT, ImageModel, PictureOptions, PipelineOption
 from split_device.cli.terminal import step_progress
-from split_device.diffusion.settings import check_output, image_bytes, image_format
+from split_device.images.settings import check_output, image_bytes, image_format
 from split_device.sessions.connection import Connection
 
 #: Bits of a seed that is drawn: few enough that it can be typed again.
@@ -69,7 +69,7 @@ def image(
     check_connection(connection)
     more = {"image": _read_image(init_image), "strength": strength} if init_image is not None else {}
 
-    from split_device.diffusion.painter import Painter
+    from split_device.images.pipeline import Painter
     from split_device.jobs.models import load_image_model
 
     with exit_on_sigterm(), load_image_model(choice, connection) as denoiser:

@@ -9,7 +9,7 @@ import typer
 
 from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption
-from split_common.console import emit_json, stdout
+from split_common.system.console import emit_json, stdout
 from split_device.cli.groups import TEXT_MODEL, TextModel
 from split_device.cli.tables import parts_table
 
@@ -27,10 +27,10 @@ def inspect(
 
     import msgspec
 
-    from split_common.part import plan
-    from split_common.split import Split
-    from split_common.tensors import parse_dtype
-    from split_device.parts import bytes_per_token, parts
+    from split_common.models.loading import plan
+    from split_common.models.split import Split
+    from split_common.models.tensors import parse_dtype
+    from split_device.models.sizes import bytes_per_token, parts
 
     plan_ = plan(choice.name, choice.revision)
     split = Split.from_head_tail(plan_.layers, choice.head_layers, choice.tail_layers)

@@ -6,13 +6,13 @@ import io
 from pathlib import Path
 from typing import Any
 
-from split_common.console import emit_json, stderr
-from split_common.files import write_private
+from split_common.system.console import emit_json, stderr
+from split_common.system.files import write_private
 from split_device.cli.terminal import step_progress
-from split_device.diffusion.settings import image_bytes, image_format
+from split_device.images.settings import image_bytes, image_format
+from split_device.jobs.follow import answer, follow, picture
 from split_device.jobs.job import ImageTask, Job
 from split_device.jobs.store import Store
-from split_device.jobs.watch import answer, follow, picture
 
 
 def show_output(store: Store, job: Job, output: Path | None, json: bool) -> None:

@@ -11,14 +11,14 @@ import typer
 from rich.table import Table
 
 from split_common.cli.options import JsonOption
-from split_common.console import emit_json, stderr, stdout
 from split_common.errors import ConfigError
+from split_common.system.console import emit_json, stderr, stdout
 from split_device.cli.job_output import job_facts, show_output, write_image
 from split_device.cli.options import StoreKeyOption, parse_age
-from split_device.diffusion.settings import check_output
+from split_device.images.settings import check_output
+from split_device.jobs.follow import answer, picture
 from split_device.jobs.job import FINAL, ImageTask, Job, State
 from split_device.jobs.store import Store, store_path
-from split_device.jobs.watch import answer, picture
 
 app = typer.Typer(no_args_is_help=True, help="Manage the jobs that were submitted.", rich_markup_mode="markdown")
 

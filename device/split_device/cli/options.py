@@ -10,7 +10,7 @@ import typer
 
 from split_common.cli.options import MODEL_PANEL, QUEUE_PANEL, parse_size
 from split_common.errors import ConfigError
-from split_device.diffusion.saving import parse_reuse
+from split_device.models.compression import parse_reuse
 from split_device.sessions.connection import HISTORY_MEMORY
 
 STORE_PANEL = "Jobs"

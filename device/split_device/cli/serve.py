@@ -13,9 +13,9 @@ import typer
 
 from split_common.cli.groups import grouped
 from split_common.cli.options import MODEL_PANEL, JsonOption, given
-from split_common.console import emit_json, stderr
 from split_common.errors import ConfigError
-from split_common.process import catch_sigterm, passive_threads, wait_for
+from split_common.system.console import emit_json, stderr
+from split_common.system.process import catch_sigterm, passive_threads, wait_for
 from split_device.cli.groups import ConnectionOptions, ImageModelOptions, LimitOptions, TextModelOptions
 from split_device.jobs.job import ImageChoice, ModelChoice
 from split_device.openai.listener import HOST, answering, listening

@@ -10,15 +10,15 @@ from typing import Annotated
 
 import typer
 
-from split_common.address import is_redis
 from split_common.cli.groups import Group, grouped
 from split_common.cli.options import MODEL_PANEL, QUEUE_PANEL, JsonOption, KeysOption
-from split_common.console import emit_json, stderr, stdout
 from split_common.errors import ConfigError
-from split_common.process import passive_threads
-from split_common.split import END_LAYERS
+from split_common.models.split import END_LAYERS
+from split_common.system.console import emit_json, stderr, stdout
+from split_common.system.process import passive_threads
+from split_common.transport.address import is_redis
 from split_device.cli.options import HeadOption, TailOption
-from split_device.diffusion.settings import need_diffusers
+from split_device.images.settings import need_diffusers
 from split_device.stress.plan import Kind, Plan, TransportName, Workload
 
 #: Kinds of faults.

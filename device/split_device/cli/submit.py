@@ -12,8 +12,8 @@ import typer
 
 from split_common.cli.groups import grouped
 from split_common.cli.options import MODEL_PANEL, JsonOption, given
-from split_common.console import emit_json, stderr
 from split_common.errors import AgentError, ConfigError
+from split_common.system.console import emit_json, stderr
 from split_device.cli.checks import check_prompt
 from split_device.cli.groups import (
     PICTURE,
@@ -26,11 +26,11 @@ from split_device.cli.groups import (
 )
 from split_device.cli.job_output import job_facts, show_output
 from split_device.cli.options import STORE_PANEL, RawOption, StoreKeyOption, SystemOption
-from split_device.diffusion.settings import IMAGE_MODEL, check_output
+from split_device.generation.settings import Sampling
+from split_device.images.settings import IMAGE_MODEL, check_output
 from split_device.jobs.agent import running_agent
 from split_device.jobs.job import AnyTask, ImageTask, Message, Task
 from split_device.jobs.store import Store, store_path
-from split_device.settings import Sampling
 
 #: Options of `submit` that are for texts only, and for images only.
 _OF_TEXTS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from split_common.console import stderr
+from split_common.system.console import stderr
 
 
 @contextlib.contextmanager

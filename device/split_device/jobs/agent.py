@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 
 from split_common.errors import AgentError
-from split_common.files import private_dir, state_dir
-from split_common.process import PARENT
+from split_common.system.files import private_dir, state_dir
+from split_common.system.process import PARENT
 from split_device.jobs.lock import holder
 
 

@@ -8,10 +8,10 @@ from typing import Literal
 
 import msgspec
 
-from split_common.demo_model import resolve_model
-from split_common.split import END_LAYERS
-from split_device.diffusion.settings import ImageSettings
-from split_device.settings import Sampling
+from split_common.models.demo_model import resolve_model
+from split_common.models.split import END_LAYERS
+from split_device.generation.settings import Sampling
+from split_device.images.settings import ImageSettings
 
 Kind = Literal["text", "image"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]

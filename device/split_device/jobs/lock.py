@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from split_common.errors import ConfigError
-from split_common.files import private_dir
+from split_common.system.files import private_dir
 
 #: Seconds to try for: a process that asks for the holder has a share in the lock for a moment.
 MOMENT = 0.5

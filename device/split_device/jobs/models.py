@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationConfig
 
 from split_common.errors import PromptTooLong
-from split_common.process import breakable
-from split_common.slots import max_positions
-from split_device.batching.generator import Generator, Request
-from split_device.batching.limits import Limits
-from split_device.diffusion.settings import need_diffusers
+from split_common.models.layer_stack import max_positions
+from split_common.system.process import breakable
+from split_device.generation.limits import Limits
+from split_device.generation.generator import Generator, Request
+from split_device.generation.tokenizing import encode_chat, encode_text, end_tokens, load_tokenizer, pad_token
+from split_device.images.settings import need_diffusers
 from split_device.jobs.job import ImageChoice, ModelChoice, Progress, Task
-from split_device.model import SplitModelForCausalLM
+from split_device.models.language import SplitModelForCausalLM
 from split_device.sessions.connection import Connection
-from split_device.tokenizing import encode_chat, encode_text, end_tokens, load_tokenizer, pad_token
 
 if TYPE_CHECKING:
-    from split_device.diffusion.denoiser import SplitDenoiser
-    from split_device.diffusion.painter import Painter
+    from split_device.images.pipeline import Painter
+    from split_device.models.denoiser import SplitDenoiser
 
 #: Seeds of torch's generator are taken modulo this.
 _SEEDS = 2**64
@@ -84,7 +84,7 @@ def load_model(choice: ModelChoice, connection: Connection) -> Any:
 
 def load_image_model(choice: ImageChoice, connection: Connection) -> SplitDenoiser:
     """The denoiser of a choice, split. Errors are those of `load_denoiser`."""
-    from split_device.diffusion.kinds import load_denoiser
+    from split_device.models.registry import load_denoiser
 
     return load_denoiser(
         choice.name,
@@ -128,7 +128,7 @@ class Models:
 
     def _load_painter(self, choice: ImageChoice) -> Painter:
         need_diffusers()
-        from split_device.diffusion.painter import Painter
+        from split_device.images.pipeline import Painter
 
         denoiser = self._stack.enter_context(load_image_model(choice, self._connection))
         return Painter(choice.name, denoiser, at_once=self.limits.images)

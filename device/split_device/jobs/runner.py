@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from split_common.errors import BrokerUnreachable, Busy, NoWorker, SessionLost, SplitError, StepFailed
+from split_device.jobs.execution import ImageRun, Running, TextRun
 from split_device.jobs.job import AnyChoice, ImageTask, Job, Kind, Update
 from split_device.jobs.models import Models
-from split_device.jobs.running import ImageRun, Running, TextRun
 from split_device.jobs.store import Store
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from split_common.errors import ConfigError, JobsError, SplitError, StoreLocked, UnknownJob
-from split_common.files import private_dir, state_dir
+from split_common.system.files import private_dir, state_dir
 from split_device.jobs.job import (
     FINAL,
     AnyChoice,

@@ -9,7 +9,7 @@ from nacl.exceptions import CryptoError
 from nacl.secret import Aead
 
 from split_common.errors import KeysError, StoreLocked
-from split_common.files import read_private, write_private
+from split_common.system.files import read_private, write_private
 
 #: Size of a key, in bytes.
 KEY_BYTES = Aead.KEY_SIZE

@@ -15,10 +15,10 @@ from starlette.types import Receive, Scope, Send
 
 from split_device.jobs.job import ModelChoice
 from split_device.jobs.models import Loaded
-from split_device.openai.answering import Answering
-from split_device.openai.answers import chunk, completion, usage_chunk
 from split_device.openai.http import LEFT, api_error, read_json, unless_disconnected
 from split_device.openai.requests import KINDS, Query, check_model, parse
+from split_device.openai.responses import chunk, completion, usage_chunk
+from split_device.openai.streaming import Answering
 
 
 class Completions:

@@ -14,12 +14,12 @@ from msgspec import Meta
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from split_device.diffusion.settings import ImageSettings, image_bytes, parse_pixels
+from split_device.images.settings import ImageSettings, image_bytes, parse_pixels
 from split_device.openai.http import LEFT, read_json, unless_disconnected
 from split_device.openai.requests import check_model, convert, supported
 
 if TYPE_CHECKING:
-    from split_device.diffusion.painter import Painter, Painting
+    from split_device.images.pipeline import Painter, Painting
 
 #: Number of denoising steps by quality, unless the request has `steps`.
 STEPS = {"auto": 20, "standard": 20, "medium": 20, "low": 10, "high": 40, "hd": 40}

@@ -11,8 +11,8 @@ import msgspec
 from msgspec import Meta
 
 from split_common.errors import SplitError
+from split_device.generation.settings import Sampling
 from split_device.jobs.job import Message, ModelChoice, Task
-from split_device.settings import Sampling
 
 Kind = Literal["chat", "text"]
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from split_common import payloads
 from split_common.errors import Malformed
-from split_common.tensors import from_bytes
+from split_common.models.tensors import from_bytes
+from split_common.protocol import payloads
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from split_common import headers, payloads
 from split_common.errors import (
     AuthenticationError,
     BrokerUnreachable,
@@ -23,10 +22,11 @@ from split_common.errors import (
     SplitError,
     WorkerGone,
 )
-from split_common.fleet import Fleet
-from split_common.handshake import DeviceHandshake
-from split_common.keys import Certificate, Identity, ModelScope, Role
+from split_common.protocol import headers, payloads
+from split_common.protocol.handshake import DeviceHandshake
 from split_common.transport import Transport, count_dropped, new_peer_id
+from split_common.trust.fleet import Fleet
+from split_common.trust.keys import Certificate, Identity, ModelScope, Role
 from split_device.sessions.connection import HISTORY_MEMORY, PATIENCE, STEP_TIMEOUT, TIMEOUT
 from split_device.sessions.session import (
     CHECK_INTERVAL,
@@ -38,7 +38,7 @@ from split_device.sessions.session import (
     printable,
     refusal_error,
 )
-from split_device.timings import Timings
+from split_device.sessions.timings import Timings
 
 #: Seconds until a message of a channel's set-up is sent again; doubles each time. Answers take little time.
 SET_UP_RETRANSMIT = 1.0

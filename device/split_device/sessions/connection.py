@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from split_common.address import DEFAULT_BROKER
+from split_common.transport.address import DEFAULT_BROKER
 
 #: Seconds to wait for the broker.
 TIMEOUT = 10.0

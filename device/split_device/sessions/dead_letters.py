@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from split_common.errors import ConfigError
-from split_common.files import private_dir, state_dir
+from split_common.system.files import private_dir, state_dir
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from split_common import payloads
 from split_common.errors import AuthenticationError, HistoryLost
-from split_common.tensors import raw_bytes
+from split_common.models.tensors import raw_bytes
+from split_common.protocol import payloads
 from split_device.sessions.connection import HISTORY_MEMORY
 from split_device.sessions.spill import SpillFile
 

@@ -12,8 +12,6 @@ from typing import Protocol
 
 import msgspec
 
-from split_common import headers, payloads
-from split_common.channel import CHANNEL_SESSIONS, Channel, SessionKeys
 from split_common.errors import (
     AuthenticationError,
     BrokerUnreachable,
@@ -28,9 +26,11 @@ from split_common.errors import (
     WorkerGone,
     WorkerSlow,
 )
-from split_common.keys import Roster
+from split_common.protocol import headers, payloads
+from split_common.protocol.channel import CHANNEL_SESSIONS, Channel, SessionKeys
 from split_common.transport import Transport
-from split_device.timings import StepTimings
+from split_common.trust.keys import Roster
+from split_device.sessions.timings import StepTimings
 
 #: Seconds without a reply after which a request is sent again; doubles each time, up to the second.
 RETRANSMIT = 3.0

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections import deque
 
-from split_common.channel import SUITES, Box, preferred_suites
+from split_common.protocol.channel import SUITES, Box, preferred_suites
 
 #: Most bytes of plaintext in a slot.
 SLOT_BYTES = 1024 * 1024

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from split_common.console import emit_json
 from split_common.errors import SplitError
-from split_common.process import catch_sigterm, passive_threads
+from split_common.system.console import emit_json
+from split_common.system.process import catch_sigterm, passive_threads
 from split_device.stress.events import Answered, Asked, Decoded, Event, Failed, Traffic, encode
 from split_device.stress.plan import CUT, Kind
 
@@ -100,7 +100,7 @@ class TextAsker:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from split_device.model import SplitModelForCausalLM
+        from split_device.models.language import SplitModelForCausalLM
 
         self._place = seed, index
         self._unsplit = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
@@ -129,7 +129,7 @@ class ImageAsker:
         from diffusers import UNet2DConditionModel
         from diffusers.utils import logging
 
-        from split_device.diffusion.unet import SplitUNet2DConditionModel
+        from split_device.models.unet import SplitUNet2DConditionModel
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()

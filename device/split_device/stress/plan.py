@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from split_common.split import END_LAYERS
+from split_common.models.split import END_LAYERS
 
 TransportName = Literal["zmq", "redis"]
 Kind = Literal["text", "image"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from split_common.errors import SplitError
-from split_common.process import running_command
+from split_common.system.process import running_command
 from split_device.stress.events import decode
 from split_device.stress.ledger import Ledger
 

@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from split_common.console import stderr
-from split_common.process import exit_on_sigterm
-from split_common.servers import RedisServer, free_port
+from split_common.system.console import stderr
+from split_common.system.process import exit_on_sigterm
+from split_common.system.servers import RedisServer, free_port
 from split_device.stress import tiny_model, tiny_unet
 from split_device.stress.chaos import OF_THE_NETWORK, Chaos
 from split_device.stress.ledger import Ledger
+from split_device.stress.live import shown
 from split_device.stress.memory import Memory, Resident
 from split_device.stress.plan import CUT, Kind, Plan
 from split_device.stress.processes import Device, Kept, command
 from split_device.stress.proxy import proxied
 from split_device.stress.report import Report, report
-from split_device.stress.table import shown
 
 #: Seconds between two looks at what goes on.
 TURN = 0.25

@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from split_common import payloads
 from split_common.engine.sequences import KVStore, Run
+from split_common.protocol import payloads
 
 
 class SessionState(Protocol):

@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from split_common import payloads
-from split_common.diffusion.codecs import decode, encode
-from split_common.diffusion.plan import ImagePlan, Job
 from split_common.engine.forward import Forward
 from split_common.engine.graphs import new_capture
 from split_common.engine.sequences import Run
 from split_common.errors import Malformed, ModelError, NeedEmbeddings, Oversized
-from split_common.split import Split
-from split_common.tensors import DTYPES
+from split_common.models.denoisers.codecs import decode, encode
+from split_common.models.denoisers.spec import ImagePlan, Job
+from split_common.models.split import Split
+from split_common.models.tensors import DTYPES
+from split_common.protocol import payloads
 from split_worker.bodies.step_graphs import RunBlocks, StepGraphs
 
 #: Bytes that are held for image jobs by default: embeddings, and steps and outputs that travel in parts.

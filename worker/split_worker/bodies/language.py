@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from split_common import headers, payloads
 from split_common.engine.forward import Forward
 from split_common.engine.runner import Runner
 from split_common.engine.sequences import KVSequence, TokenRun
 from split_common.errors import Malformed, Oversized, PromptTooLong
-from split_common.tensors import dtype_name, from_bytes, to_bytes
+from split_common.models.tensors import dtype_name, from_bytes, to_bytes
+from split_common.protocol import headers, payloads
 from split_worker.watchdog import FIRST_TURN
 
 #: Rows that one session may have.

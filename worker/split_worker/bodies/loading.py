@@ -9,17 +9,17 @@ from typing import Any
 import psutil
 import torch
 
-from split_common import headers
-from split_common.checkpoint import Checkpoint
 from split_common.compat.transformers import no_split_modules
-from split_common.diffusion.kinds import is_denoiser, plan_image
 from split_common.engine.linear import pack_linears
 from split_common.engine.runner import build_runner
 from split_common.errors import ConfigError, ModelError
-from split_common.fleet import Fleet
-from split_common.part import Plan, load_part, plan
-from split_common.split import Split
-from split_common.verification import find_manifest
+from split_common.models.checkpoint import Checkpoint
+from split_common.models.denoisers.registry import is_denoiser, plan_image
+from split_common.models.loading import Plan, load_part, plan
+from split_common.models.split import Split
+from split_common.models.verification import find_manifest
+from split_common.protocol import headers
+from split_common.trust.fleet import Fleet
 from split_worker.bodies.base import AnyBody
 from split_worker.bodies.denoiser import DenoiserBody
 from split_worker.bodies.language import LanguageBody

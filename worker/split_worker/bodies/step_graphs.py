@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import torch
 
-from split_common.diffusion.plan import Job
 from split_common.engine.graphs import Capture
+from split_common.models.denoisers.spec import Job
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Literal
 
 from split_common.errors import KeysError
-from split_common.keys import Role, Roster
 from split_common.transport.peer_id import member_mark
-from split_common.transport.redis.keys import Keys
+from split_common.transport.redis.key_names import Keys
+from split_common.trust.keys import Role, Roster
 
 #: The user that `lambda-split keys publish` needs; no member can have this name.
 OPERATOR = "operator"

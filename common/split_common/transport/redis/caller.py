@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 
-from split_common import headers
+from split_common.protocol import headers
 from split_common.transport.base import Handler
 from split_common.transport.placement import Refuse
 from split_common.transport.supervised import handled

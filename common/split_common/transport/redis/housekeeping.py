@@ -13,19 +13,19 @@ import queue
 import threading
 import time
 
-from split_common import headers
 from split_common.errors import BrokerUnreachable
-from split_common.fleet import Fleet
-from split_common.keys import Role
+from split_common.protocol import headers
 from split_common.transport.base import HEARTBEAT
 from split_common.transport.placement import GONE, full
 from split_common.transport.redis.caller import Caller
-from split_common.transport.redis.keys import Keys
+from split_common.transport.redis.key_names import Keys
 from split_common.transport.redis.lease import Found, Lease
 from split_common.transport.redis.membership import Registry
 from split_common.transport.redis.opens import DeviceOpens, WorkerOpens
 from split_common.transport.redis.roster import RosterSync
 from split_common.transport.redis.server import RECONNECT, RECONNECT_MAX, Command, Line, Refused
+from split_common.trust.fleet import Fleet
+from split_common.trust.keys import Role
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ import time
 from collections.abc import Sequence
 from enum import Enum, auto
 
-from split_common import headers
+from split_common.protocol import headers
 from split_common.transport.base import GRACE, HEARTBEAT, MISSED
-from split_common.transport.redis.keys import Keys, entry
+from split_common.transport.redis.key_names import Keys, entry
 from split_common.transport.redis.server import Command, Line, Refused, failed
 
 #: Seconds after which a lane expires unless its owner's heartbeat puts that off.

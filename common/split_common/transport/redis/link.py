@@ -14,14 +14,12 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from split_common import headers
 from split_common.errors import BrokerUnreachable, Malformed, SplitError
-from split_common.fleet import Fleet
-from split_common.keys import Identity, Role
+from split_common.protocol import headers
 from split_common.transport.base import HEARTBEAT, MISSED, Handler
 from split_common.transport.redis.caller import Caller
 from split_common.transport.redis.housekeeping import Housekeeper, Inbox
-from split_common.transport.redis.keys import Keys, entry, read_entry
+from split_common.transport.redis.key_names import Keys, entry, read_entry
 from split_common.transport.redis.lease import Lease
 from split_common.transport.redis.membership import Registry
 from split_common.transport.redis.opens import DeviceOpens, WorkerOpens
@@ -29,6 +27,8 @@ from split_common.transport.redis.reader import Reader
 from split_common.transport.redis.server import Line, Server
 from split_common.transport.redis.writer import LINGER, Outgoing, Writer
 from split_common.transport.supervised import Supervisor, count_dropped
+from split_common.trust.fleet import Fleet
+from split_common.trust.keys import Identity, Role
 
 _T = TypeVar("_T")
 
@@ -37,7 +37,7 @@ class RedisLink:
     """A peer's connection to Redis or Valkey (`split_common.transport.base.Transport`).
 
     Args:
-        address: as `split_common.address.parse_redis` takes it apart.
+        address: as `split_common.transport.address.parse_redis` takes it apart.
 
     Raises:
         ConfigError: an option in the address is wrong.

@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 import msgspec
 
-from split_common import headers
 from split_common.errors import Malformed, SplitError
-from split_common.keys import Role
+from split_common.protocol import headers
 from split_common.transport.base import QUEUE_BYTES
-from split_common.transport.redis.keys import Keys
+from split_common.transport.redis.key_names import Keys
 from split_common.transport.redis.server import Command, Line, failed
 from split_common.transport.supervised import count_dropped
+from split_common.trust.keys import Role
 
 #: Seconds after which the list of workers, and the opens of a service, expire if no worker is left to renew them.
 OPENS_LEASE = 60.0

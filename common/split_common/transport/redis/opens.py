@@ -14,11 +14,11 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from split_common import headers
+from split_common.protocol import headers
 from split_common.transport.base import HEARTBEAT, OPEN_PATIENCE
 from split_common.transport.placement import Assign, Candidate, PendingOpen, Refuse, decide
 from split_common.transport.redis.caller import Caller
-from split_common.transport.redis.keys import GROUP, Keys, entry, next_id
+from split_common.transport.redis.key_names import GROUP, Keys, entry, next_id
 from split_common.transport.redis.membership import OPENS_LEASE, Registry
 from split_common.transport.redis.reader import READ_WAIT
 from split_common.transport.redis.server import RECONNECT, Command, Line, Refused, Unreachable, failed

@@ -12,7 +12,7 @@ from redis.exceptions import ResponseError
 
 from split_common.errors import BrokerUnreachable
 from split_common.transport.leader import LeaderLock
-from split_common.transport.redis.keys import next_id
+from split_common.transport.redis.key_names import next_id
 from split_common.transport.redis.lease import Lease
 from split_common.transport.redis.server import RECONNECT, Command, Line, Refused
 from split_common.transport.supervised import Supervisor, count_dropped

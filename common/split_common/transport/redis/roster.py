@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from split_common.errors import BrokerUnreachable, Malformed
-from split_common.fleet import Fleet
-from split_common.keys import MAX_SIGNED
-from split_common.transport.redis.keys import Keys
+from split_common.transport.redis.key_names import Keys
 from split_common.transport.redis.server import Command, Line, Server, failed
+from split_common.trust.fleet import Fleet
+from split_common.trust.keys import MAX_SIGNED
 
 #: Digits that a roster's version may have.
 _DIGITS = 18

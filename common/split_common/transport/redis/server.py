@@ -37,9 +37,9 @@ from redis.exceptions import (
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
-from split_common.address import RedisAddress, masked, parse_redis
 from split_common.compat.redis import new_connection, reload_slots
 from split_common.errors import BrokerUnreachable, ConfigError
+from split_common.transport.address import RedisAddress, masked, parse_redis
 
 #: Environment variable with the password, if the address has none.
 PASSWORD_VARIABLE = "LAMBDA_SPLIT_REDIS_PASSWORD"  # noqa: S105

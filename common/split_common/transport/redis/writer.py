@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from redis.exceptions import OutOfMemoryError, ResponseError
 
-from split_common import headers
 from split_common.errors import BrokerUnreachable
+from split_common.protocol import headers
 from split_common.transport.base import FULL_RETRY, OUTBOX_BYTES
 from split_common.transport.placement import full
 from split_common.transport.redis.caller import Caller

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from split_common.cli.options import JsonOption, ModelOption, given
-from split_common.demo_model import resolve_model
 from split_common.errors import ConfigError
-from split_common.process import passive_threads
+from split_common.models.demo_model import resolve_model
+from split_common.system.process import passive_threads
 from split_device.cli.demo.fleet import running_fleet
 from split_device.cli.demo.image import image_demo
 from split_device.cli.demo.language import QUESTION, answer_batch, ask, serve_demo

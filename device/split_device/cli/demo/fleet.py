@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from split_common.console import stderr
-from split_common.process import running_command, use_loopback_keys
+from split_common.system.console import stderr
+from split_common.system.process import running_command, use_loopback_keys
 
 
 @dataclass(frozen=True)

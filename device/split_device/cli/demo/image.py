@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from split_common.console import emit_json, stderr
 from split_common.errors import ConfigError
-from split_common.files import write_private
-from split_common.process import passive_threads
+from split_common.system.console import emit_json, stderr
+from split_common.system.files import write_private
+from split_common.system.process import passive_threads
 from split_device.cli.demo.fleet import running_fleet
 
 #: The trained toy SDXL in a clone of the repository; a wheel does not carry it.
@@ -47,7 +47,7 @@ def image_demo(output: Path, json: bool) -> None:
     with running_fleet(["--model", str(DIGITS_MODEL), "--cut", CUT, "--dtype", "float32"]) as fleet:
         import torch
 
-        from split_device.diffusion.unet import SplitUNet2DConditionModel
+        from split_device.models.unet import SplitUNet2DConditionModel
 
         pipeline = _load(DIGITS_MODEL)
         parameters = _parameters(pipeline.unet)

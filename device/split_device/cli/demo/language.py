@@ -9,11 +9,11 @@ from collections.abc import Callable
 from json import dumps, loads
 from pathlib import Path
 
-from split_common.console import emit_json, stderr
 from split_common.errors import SplitError
-from split_common.process import LOOK_INTERVAL, running_command
+from split_common.system.console import emit_json, stderr
+from split_common.system.process import LOOK_INTERVAL, running_command
 from split_device.cli.demo.fleet import DemoFleet
-from split_device.settings import Sampling
+from split_device.generation.settings import Sampling
 
 QUESTION = "What is the capital of France, and what is it known for?"
 
@@ -36,12 +36,12 @@ QUESTIONS = (
 
 def ask(fleet: DemoFleet, prompt: str, checkpoint: str, max_tokens: int, json: bool) -> None:
     """Asks one question from this process; shows the model's parts, and what the broker saw."""
-    from split_common.part import plan
-    from split_device.chatting import Conversation
+    from split_common.models.loading import plan
     from split_device.cli.tables import parts_table
-    from split_device.model import SplitModelForCausalLM
-    from split_device.parts import parts
-    from split_device.tokenizing import encode_chat, load_tokenizer
+    from split_device.generation.chat import Conversation
+    from split_device.generation.tokenizing import encode_chat, load_tokenizer
+    from split_device.models.language import SplitModelForCausalLM
+    from split_device.models.sizes import parts
 
     tokenizer = load_tokenizer(checkpoint)
     plan_ = plan(checkpoint)

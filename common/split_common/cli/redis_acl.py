@@ -1,0 +1,70 @@
+"""The `lambda-split redis-acl` command."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from split_common.cli.options import JsonOption, KeysOption
+from split_common.system.console import emit_json, stderr
+from split_common.system.files import private_dir, read_private, write_private
+from split_common.transport.redis import acl
+from split_common.transport.redis.key_names import Keys
+from split_common.trust.fleet import load_fleet
+
+
+def redis_acl(
+    keys: KeysOption = None,
+    layout: Annotated[
+        Literal["setuser", "aclfile"],
+        typer.Option("--format", help="Commands for a server that runs, or lines of its aclfile."),
+    ] = "setuser",
+    passwords: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Put hashes of the passwords in DIR/NAME.password into the rules; makes files that are missing.",
+        ),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Print the access rules of Redis or Valkey for each member of the fleet: one user for each.
+
+    Without --passwords the rules leave passwords as they are, and a new user cannot log in before it has one.
+    """
+    fleet = load_fleet(keys)
+    users = acl.users(Keys(fleet.operator_key), fleet.roster())
+    revoked = [member.name for member in fleet.roster().members if member.revoked and member.role != "broker"]
+    if passwords is not None:
+        private_dir(passwords)
+        users = {user: ["resetpass", _password_hash(passwords, user), *words] for user, words in users.items()}
+    users = {user: ["on", *words] for user, words in users.items()}
+    if json:
+        emit_json({"users": users, "revoked": revoked})
+        return
+    for user, words in users.items():
+        print(("user" if layout == "aclfile" else "ACL SETUSER"), user, *_quoted(words, layout))
+    if layout == "setuser":
+        for name in revoked:
+            print("ACL DELUSER", name)
+    if passwords is not None:
+        stderr.print(
+            f"each member's password is in {passwords}: it belongs in $LAMBDA_SPLIT_REDIS_PASSWORD there",
+            soft_wrap=True,
+        )
+
+
+def _password_hash(directory: Path, user: str) -> str:
+    path = directory / f"{user}.password"
+    if not path.exists():
+        write_private(path, secrets.token_urlsafe(32).encode())
+    return "#" + hashlib.sha256(read_private(path).strip()).hexdigest()
+
+
+def _quoted(words: list[str], layout: str) -> list[str]:
+    """In a command a selector's spaces need quotes; in an aclfile they have none."""
+    return words if layout == "aclfile" else [f'"{word}"' if " " in word else word for word in words]

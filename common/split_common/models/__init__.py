@@ -1,0 +1,1 @@
+"""Checkpoints, the layers of a model, and loading and verifying one side of it."""

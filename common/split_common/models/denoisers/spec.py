@@ -1,0 +1,179 @@
+"""The common interface of denoisers: what is known before weights are read, and the body.
+
+A denoiser is a sequence of blocks. The device keeps some at each end, according to the cut; the body is the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from split_common.errors import ConfigError, InvalidSplit, MissingTensor, ModelError, UnsupportedArchitecture
+from split_common.models.checkpoint import Checkpoint
+from split_common.models.split import Split
+from split_common.models.weights import Side, read_tensors
+
+Cut = Literal["C", "A"]
+
+#: Names of cuts. C leaves the device up to a tenth of the computation, A a third; more of SD 1.5.
+CUTS = ("C", "A")
+
+
+@dataclass
+class ImagePlan:
+    """A denoiser's checkpoint before weights are read. Made by `split_common.models.denoisers.registry.plan_image`."""
+
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+
+    #: The class's name in diffusers, and its component name in a pipeline.
+    class_name: ClassVar[str]
+    component: ClassVar[str]
+
+    @property
+    def blocks(self) -> int:
+        raise NotImplementedError
+
+    def ends(self, cut: str) -> int:
+        """The number of blocks that a cut leaves to the device at each end."""
+        raise NotImplementedError
+
+    def in_body(self, tensor: str, split: Split) -> bool:
+        """Whether a tensor belongs to the body."""
+        raise NotImplementedError
+
+    def step_shapes(self, split: Split, shapes: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The shapes that a step's tensors must have, given the shape of the first one, the states.
+
+        Raises:
+            Malformed: no step has tensors of these shapes.
+        """
+        raise NotImplementedError
+
+    def output_shape(self, split: Split, shapes: Sequence[Sequence[int]]) -> list[int]:
+        """The shape of the body's output for a step with tensors of these shapes."""
+        raise NotImplementedError
+
+    def middle(self, split: Split, dtype: torch.dtype | None = None) -> Middle:
+        """Loads the body. Raises ModelError if the tensors do not fit."""
+        raise NotImplementedError
+
+    def split(self, cut: str) -> Split:
+        """The split of a named cut.
+
+        Raises:
+            ConfigError: there is no cut of this name.
+            InvalidSplit: the cut leaves no body.
+        """
+        if cut not in CUTS:
+            raise ConfigError(f"invalid cut {cut!r}: expected {' or '.join(CUTS)}")
+        ends = self.ends(cut)
+        if 2 * ends >= self.blocks:
+            raise InvalidSplit(f"{self.checkpoint.name} has {self.blocks} blocks: cut {cut} leaves no body")
+        return self.check(Split(self.blocks, ends, self.blocks - ends))
+
+    def check(self, split: Split) -> Split:
+        """Returns the split. Raises InvalidSplit if its blocks cannot be a body."""
+        if not 0 < split.first < split.last < split.layers:
+            raise InvalidSplit(f"blocks {split} of {self.blocks} leave no body: keep some at each end, like 1:-1")
+        return split
+
+    def own_tensors(self, split: Split, side: Side) -> list[str]:
+        """Names of the tensors that a side loads. The device gets an adapter's when its pipeline loads it."""
+        return [name for name in self.checkpoint.tensor_names if self.in_body(name, split) == (side == "worker")]
+
+    def module_name(self, tensor: str) -> str:
+        """The model's name of a tensor of the checkpoint."""
+        return tensor
+
+    def build(self, model_class: Any = None) -> Any:
+        """The denoiser on the `meta` device, without memory for weights, as `model_class` if that is given."""
+        import diffusers
+
+        try:
+            with torch.device("meta"):
+                return (model_class or getattr(diffusers, self.class_name)).from_config(self.config)
+        except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as error:
+            raise UnsupportedArchitecture(f"{self.checkpoint.name} cannot be built: {error}") from None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all steps of an image share, for each row of a step.
+
+    `tensors` depend on the kind of denoiser; `scales` are an IP-Adapter's, one for each of its attentions.
+    """
+
+    tensors: tuple[torch.Tensor, ...] = ()
+    scales: tuple[float, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+class Middle(nn.Module):
+    """The body of a denoiser. It is stateless.
+
+    Args:
+        plan: the denoiser.
+        split: the body's blocks.
+    """
+
+    #: Whether each row of a forward has its own rows of the job's tensors. If not, all rows share them.
+    per_row = True
+
+    def __init__(self, plan: ImagePlan, split: Split) -> None:
+        super().__init__()
+        self.plan, self.split = plan, split
+
+    def check_job(self, shapes: Sequence[Sequence[int]], scales: int) -> None:
+        """Raises Malformed if a job's tensors or scales do not fit this model."""
+        raise NotImplementedError
+
+    def check_step(self, shapes: Sequence[Sequence[int]], job: Job) -> None:
+        """Raises Malformed if a step's tensors, which fit the model, do not fit the job."""
+
+    def together(self, job: Job) -> Hashable:
+        """Jobs with equal keys may share a forward."""
+        return tuple(tuple(tensor.shape[1:]) for tensor in job.tensors), job.scales
+
+    def forward(self, tensors: Sequence[torch.Tensor], job: Job) -> torch.Tensor:
+        """The output of the last block for a step's tensors: the states, the time embedding, and others."""
+        raise NotImplementedError
+
+
+def load_weights(module: nn.Module, plan: ImagePlan, split: Split, side: Side, dtype: torch.dtype | None) -> None:
+    """Loads a side's tensors into a module that was built on `meta` with only that side's parameters.
+
+    Args:
+        dtype: dtype of the parameters; None keeps the checkpoint's.
+
+    Raises:
+        MissingTensor: the checkpoint lacks a tensor.
+        ModelError: the tensors do not fit the module.
+    """
+    name = plan.checkpoint.name
+    own = plan.own_tensors(split, side)
+    if side == "device":
+        own = [key for key in own if key not in plan.checkpoint.adapter_names]
+    tensors = read_tensors(plan.checkpoint, own)
+    state = {plan.module_name(key): tensor for key, tensor in tensors.items()}
+    if missing := sorted(module.state_dict().keys() - state.keys()):
+        raise MissingTensor(f"{name} lacks the tensor {missing[0]}")
+    if dtype is None and plan.checkpoint.adapter_names:
+        dtype = next(iter(state.values())).dtype
+    if dtype is not None:
+        state = {key: tensor.to(dtype) for key, tensor in state.items()}
+    try:
+        module.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ModelError(f"{name}: its tensors do not make the model: {reason}") from None
+    if unset := [key for key, buffer in module.named_buffers() if buffer.is_meta]:
+        raise UnsupportedArchitecture(f"{name}: the checkpoint does not say what {unset[0]} is")
+    module.eval().requires_grad_(False)

@@ -1,0 +1,235 @@
+"""Loading one side of a split model: only its own tensors, under their own names, checked against the manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from split_common.compat.transformers import UNTIED_CLASS, causal_class, load_state, untie
+from split_common.errors import MissingTensor, ModelError, SplitError, UnknownModel, UnsupportedArchitecture
+from split_common.models.checkpoint import Checkpoint
+from split_common.models.layer_stack import Absent, PassThrough, Stack, find_stack
+from split_common.models.split import Split
+from split_common.models.weights import Side, read_tensors
+
+#: A tensor of an outermost stack of modules: the stack's name, and the index in it.
+_LAYER = re.compile(r"(?P<prefix>[^\d.]\w*(?:\.[^\d.]\w*)*)\.(?P<index>\d+)\.", re.ASCII)
+
+
+@dataclass
+class Plan:
+    """What a checkpoint is, before any weight is read."""
+
+    checkpoint: Checkpoint
+    config: Any
+    model_class: type[nn.Module]
+    #: Where the layers' tensors are in the checkpoint: `model.layers`, `h` and the like.
+    prefix: str
+
+    @property
+    def layers(self) -> int:
+        return int(self.text_config.num_hidden_layers)
+
+    @property
+    def text_config(self) -> Any:
+        return self.config.get_text_config(decoder=True)
+
+    def layer_of(self, tensor: str) -> int | None:
+        """The decoder layer that a checkpoint's tensor belongs to; None for embeddings, norms and the head."""
+        match = _LAYER.match(tensor)
+        return int(match["index"]) if match and match["prefix"] == self.prefix else None
+
+    def own_tensors(self, split: Split, side: Side) -> list[str]:
+        """Checkpoint names of the tensors that a side loads."""
+        own = []
+        for name in self.checkpoint.tensor_names:
+            layer = self.layer_of(name)
+            in_body = layer is not None and layer in split.body
+            if in_body == (side == "worker") and (layer is None or layer < self.layers):
+                own.append(name)
+        return own
+
+
+def plan(model: str | Checkpoint, revision: str | None = None) -> Plan:
+    """Reads the configuration of a checkpoint, or of that in a directory or of a hub id.
+
+    Raises:
+        UnknownModel: no checkpoint is found, or transformers does not know its type.
+        UnsupportedArchitecture: it is not a decoder-only language model that can be cut.
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.resolve(model, revision)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path("config.json").parent)
+    except (ValueError, KeyError, OSError) as error:
+        if checkpoint.class_name is not None:
+            raise UnsupportedArchitecture(
+                f"{checkpoint.name} is a {checkpoint.class_name} of diffusers, not a language model: "
+                "`lambda-split image` runs diffusion models, `lambda-split doctor --model` tells how one is cut"
+            ) from None
+        raise UnknownModel(f"{checkpoint.name}: {_first_line(error)}") from None
+    model_class = causal_class(config)
+    name = getattr(config, "model_type", type(config).__name__)
+    if model_class is None or getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedArchitecture(f"{name} is not a decoder-only language model")
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        raise UnsupportedArchitecture(f"{name}: quantized checkpoints cannot be split, take the original weights")
+    try:
+        layers = int(config.get_text_config(decoder=True).num_hidden_layers)
+        _check_cache(config, name)
+        with torch.device("meta"):
+            _, stack_name = find_stack(model_class(config), layers)
+    except SplitError:
+        raise
+    except Exception as error:
+        raise UnsupportedArchitecture(f"{name} cannot be built: {_first_line(error)}") from None
+    return Plan(checkpoint, config, model_class, _find_prefix(checkpoint, layers, stack_name, name))
+
+
+def _find_prefix(checkpoint: Checkpoint, layers: int, stack_name: str, name: str) -> str:
+    """The name of the stack of layers in a checkpoint, which may differ from the model's own."""
+    found: dict[str, set[int]] = {}
+    for tensor in checkpoint.tensor_names:
+        if match := _LAYER.match(tensor):
+            found.setdefault(match["prefix"], set()).add(int(match["index"]))
+    stacks = [prefix for prefix, indices in found.items() if indices & set(range(layers))]
+    named = [prefix for prefix in stacks if prefix.rpartition(".")[2] == stack_name]
+    candidates = named or [prefix for prefix in stacks if found[prefix] >= set(range(layers))]
+    if len(candidates) != 1:
+        kind = f"several stacks of layers ({', '.join(candidates)})" if candidates else "no layer of the stack"
+        raise UnsupportedArchitecture(f"{name}: the checkpoint has {kind}")
+    return candidates[0]
+
+
+def _check_cache(config: Any, name: str) -> None:
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise UnsupportedArchitecture(
+                f"{name}: the cache of layer {index} is a {type(layer).__name__}, not keys and values of its own"
+            )
+
+
+def load_part(
+    plan: Plan,
+    split: Split,
+    side: Side,
+    *,
+    dtype: torch.dtype | None = None,
+    bases: tuple[type, ...] = (),
+    fill: Callable[[], PassThrough] = PassThrough,
+) -> tuple[Any, Stack]:
+    """Loads a side's part of a model, on the CPU; unconverted tensors stay mapped from the file.
+
+    Args:
+        split: where the model is cut.
+        side: "device" keeps all but the body's layers, "worker" the body's layers alone.
+        dtype: of the parameters; None keeps the checkpoint's.
+        bases: classes that the model's class should derive from as well.
+        fill: makes the layer for the first of the other side's slots in the body (device only).
+
+    Raises:
+        MissingTensor: the checkpoint lacks a tensor of the part.
+        UnsupportedArchitecture: the model cannot be cut between its layers.
+    """
+    model_class = _part_class(plan, split, side, bases, fill)
+    state = read_tensors(plan.checkpoint, plan.own_tensors(split, side))
+    try:
+        with _quiet():
+            model, info = load_state(model_class, plan.config, state, dtype)
+        if info["missing_keys"]:
+            raise MissingTensor(f"{plan.checkpoint.name} lacks the tensor {min(info['missing_keys'])}")
+        if info["mismatched_keys"]:
+            tensor, found, expected = min(info["mismatched_keys"])
+            raise ModelError(f"{plan.checkpoint.name}: {tensor} has the shape {list(found)}, not {list(expected)}")
+        model.eval().requires_grad_(False)
+        return model, Stack(model, plan.layers)
+    except (AttributeError, TypeError) as error:
+        name = plan.model_class.__name__
+        raise UnsupportedArchitecture(f"{name} cannot be loaded in parts: {_first_line(error)}") from None
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = _first_line(error).partition(" For details")[0]
+        raise ModelError(f"{plan.checkpoint.name}: its tensors do not make the model: {reason}") from None
+
+
+def generation_config(plan: Plan) -> GenerationConfig | None:
+    """The checkpoint's defaults of `generate`, if it has any. Raises ModelError where they are malformed."""
+    try:
+        directory = plan.checkpoint.path("generation_config.json").parent
+    except ModelError:
+        return None
+    try:
+        return GenerationConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{plan.checkpoint.name}: generation_config.json: {_first_line(error)}") from None
+
+
+def _part_class(
+    plan: Plan, split: Split, side: Side, bases: tuple[type, ...], fill: Callable[[], PassThrough]
+) -> Any:
+    """The model's class with the other side's layers replaced before weights are loaded.
+
+    It carries the original's module and name, by which transformers finds the conversions of its checkpoints.
+    """
+    original: Any = plan.model_class
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        original.__init__(self, config, *args, **kwargs)
+        owner, attribute = find_stack(self, plan.layers)
+        slots = getattr(owner, attribute)
+        for index in range(plan.layers):
+            if (index in split.body) == (side == "device"):
+                slot = fill() if side == "device" and index == split.first else PassThrough()
+                slot.imitate(slots[index])
+                slots[index] = slot
+        if side == "worker":
+            strip(self, slots)
+            untie(self)
+
+    namespace = {
+        "__init__": __init__,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+    }
+    if side == "worker":
+        namespace |= UNTIED_CLASS
+    return type(original.__name__, (*bases, original), namespace)
+
+
+def strip(module: nn.Module, stack: nn.ModuleList) -> None:
+    """Replaces everything with parameters beside the stack."""
+    for name, child in list(module.named_children()):
+        if child is stack:
+            continue
+        if any(inner is stack for inner in child.modules()):
+            strip(child, stack)
+        elif next(child.parameters(), None) is not None:
+            setattr(module, name, Absent())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences transformers' load report and progress bar: each side loads a part on purpose."""
+    logger = transformers.utils.logging
+    level, bars = logger.get_verbosity(), logger.is_progress_bar_enabled()
+    logger.set_verbosity(logging.ERROR)
+    logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.set_verbosity(level)
+        if bars:
+            logger.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,72 @@
+"""Hidden states as raw bytes, and back."""
+
+from __future__ import annotations
+
+import torch
+
+from split_common.errors import ConfigError, Malformed, NonFinite
+from split_common.protocol.payloads import Dtype
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> Dtype:
+    """The name of a dtype in messages. Raises Malformed for one that cannot be sent."""
+    if dtype not in _NAMES:
+        raise Malformed(f"hidden states of {dtype} cannot be sent: use float32, bfloat16 or float16")
+    return _NAMES[dtype]  # type: ignore[return-value]
+
+
+def to_bytes(states: torch.Tensor) -> memoryview:
+    """The bytes of hidden states `[tokens, width]`, in C order and native byte order (little-endian).
+
+    Raises:
+        NonFinite: they hold NaN or infinity.
+    """
+    check_finite(states)
+    return raw_bytes(states)
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes, in C order and native byte order."""
+    # Made contiguous where it is: a GPU does that faster.
+    return memoryview(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data).cast("B")
+
+
+def from_bytes(data: memoryview, dtype: str, tokens: int, width: int) -> torch.Tensor:
+    """Hidden states `[tokens, width]` from their bytes.
+
+    Raises:
+        Malformed: the size does not fit the shape.
+        NonFinite: they hold NaN or infinity.
+    """
+    expected = tokens * width * DTYPES[dtype].itemsize
+    if len(data) != expected:
+        raise Malformed(f"{len(data)} bytes of hidden states, expected {expected}")
+    states = torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).view(tokens, width)
+    check_finite(states)
+    return states
+
+
+def check_finite(states: torch.Tensor) -> None:
+    """Raises NonFinite."""
+    # Both extremes are NaN if any number is. One pass over them, where `isfinite` makes several.
+    if states.numel() and not torch.isfinite(torch.stack(torch.aminmax(states))).all():
+        raise NonFinite("hidden states hold NaN or infinity")
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """A dtype of hidden states; None for "auto". Raises ConfigError."""
+    if isinstance(dtype, torch.dtype):
+        dtype_name(dtype)
+        return dtype
+    if dtype == "auto":
+        return None
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]

@@ -1,0 +1,67 @@
+"""Checking a checkpoint against the fleet's signed manifests; a side checks the part that it loads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import msgspec
+
+from split_common.errors import KeysError, TensorMismatch
+from split_common.models.checkpoint import Checkpoint, Progress
+from split_common.trust.fleet import Fleet
+from split_common.trust.manifest import Manifest, ModelName
+
+
+def build_manifest(checkpoint: Checkpoint, name: str | None = None, progress: Progress | None = None) -> Manifest:
+    """Hash the whole checkpoint; `name` defaults to the checkpoint's.
+
+    Raises `KeysError` where `name` is no `ModelName`, else as `Checkpoint.digest`.
+    """
+    name = name or re.sub(r"[^A-Za-z0-9._@+/-]", "-", checkpoint.name)[:96]
+    try:
+        msgspec.convert(name, ModelName)
+    except msgspec.ValidationError as error:
+        raise KeysError(f"{name!r} cannot name a model: {error}") from None
+    return Manifest(name, checkpoint.config_sha256, checkpoint.digest(checkpoint.tensor_names, progress))
+
+
+def find_manifest(fleet: Fleet, checkpoint: Checkpoint, own_names: Iterable[str]) -> Manifest:
+    """The fleet's manifest of this checkpoint, once the tensors `own_names` are shown to match it.
+
+    Of several that match, one of the checkpoint's name is preferred. A loopback fleet without a match hashes
+    the whole checkpoint and keeps the manifest for the processes to come. Raises `KeysError` where a
+    configured fleet has none of this config.json, `TensorMismatch` where it has but a tensor differs, else as
+    `Checkpoint.digest`.
+    """
+    digests = checkpoint.digest(own_names)
+    try:
+        return _matching(fleet, checkpoint, digests)
+    except (KeysError, TensorMismatch):
+        if not fleet.is_loopback:
+            raise
+    with fleet.locked():
+        try:
+            return _matching(fleet, checkpoint, digests)
+        except (KeysError, TensorMismatch):
+            manifest = build_manifest(checkpoint)
+            fleet.add_manifest(manifest)
+    manifest.check(digests)
+    return manifest
+
+
+def _matching(fleet: Fleet, checkpoint: Checkpoint, digests: dict[str, bytes]) -> Manifest:
+    same_config = [found for found in fleet.manifests() if found.config == checkpoint.config_sha256]
+    same_config.sort(key=lambda found: found.name != checkpoint.name)
+    mismatch: TensorMismatch | None = None
+    for manifest in same_config:
+        try:
+            manifest.check(digests)
+        except TensorMismatch as error:
+            mismatch = mismatch or error
+        else:
+            return manifest
+    raise mismatch or KeysError(
+        f"no manifest of {checkpoint.name} (with this config.json) in {fleet.path}; "
+        "run `lambda-split keys add-model MODEL` there"
+    )

@@ -1,0 +1,35 @@
+"""Reading some of a checkpoint's tensors with torch, and which side of a split model they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+
+from split_common.errors import MissingTensor
+from split_common.models.checkpoint import Checkpoint
+
+#: Who loads a part of a model: the device its head and tail, the worker its body.
+Side = Literal["device", "worker"]
+
+
+def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Reads some of a checkpoint's tensors, by name; each stays mapped from its file.
+
+    Raises:
+        MissingTensor: a file lacks a tensor that the index says it holds.
+    """
+    by_file: dict[str, list[str]] = {}
+    for name in names:
+        by_file.setdefault(checkpoint.files[name], []).append(name)
+    state = {}
+    for file, tensors in by_file.items():
+        with safe_open(checkpoint.path(file), framework="pt") as handle:
+            present = set(handle.keys())
+            for name in tensors:
+                if name not in present:
+                    raise MissingTensor(f"{checkpoint.name}: {file} lacks the tensor {name}")
+                state[name] = handle.get_tensor(name)
+    return state

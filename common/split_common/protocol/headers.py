@@ -1,0 +1,211 @@
+"""Routing headers: the first frame of each message, in the clear. It is all that the broker reads.
+
+A message is two frames. The first is a version byte and a msgspec header. The second is a body that only the two
+ends can open (`split_common.protocol.payloads`, `split_common.protocol.channel`); the broker passes it on unread.
+
+Headers are untrusted input: decoding checks each length and range, and raises a `ProtocolError`. They travel as
+arrays, so the order of fields and the tags are the format; the names of classes and fields are not.
+
+Nothing here imports torch: the broker is small.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sized
+from enum import IntEnum
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+
+from split_common.errors import Malformed, Oversized, VersionMismatch
+
+#: Version of the protocol, the first byte of every header. Peers with another version are refused.
+VERSION = 1
+
+#: Largest header, in bytes.
+MAX_HEADER = 64 * 1024
+
+#: Largest body, in bytes. Larger steps travel in several messages.
+MAX_BODY = 16 * 1024 * 1024
+
+#: Largest frame that a socket accepts, in bytes; a larger one closes the connection. It exceeds `MAX_BODY`: a body
+#: slightly above that limit arrives, and is refused and counted.
+MAX_FRAME = MAX_BODY + 64 * 1024
+
+#: Longest wait that one peer may ask another for, in seconds.
+MAX_RETRY_AFTER = 60.0
+
+#: Most peers that one announcement may watch.
+MAX_WATCHED = 4096
+
+#: Identifies a connection of a member for as long as its process runs (`split_common.transport.new_peer_id`).
+PeerId = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
+#: A SHA-256 or BLAKE2b digest, or an X25519 public key.
+Hash = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+Natural = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+Text = Annotated[str, msgspec.Meta(max_length=512)]
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=MAX_RETRY_AFTER)]
+
+
+class Header(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """Base of all headers."""
+
+
+class Service(msgspec.Struct, array_like=True, frozen=True):
+    """What a worker serves: the body `[first, last)` of the model with this manifest root."""
+
+    root: Hash
+    first: Natural
+    last: Natural
+
+
+class Announce(Header, frozen=True, tag=1):
+    """A peer's heartbeat. It says everything about the peer that a newly started broker needs to know.
+
+    Devices leave `service`, `model` and `room` at their defaults.
+    """
+
+    sender: PeerId
+    role: Literal["device", "worker"]
+    member: Text
+    #: Bytes of all bodies received so far; the broker limits how many more may be on the way.
+    received: Natural = 0
+    #: Peers about whose death this peer is to be told.
+    watching: Annotated[list[PeerId], msgspec.Meta(max_length=MAX_WATCHED)] = []
+    service: Service | None = None
+    model: Text = ""
+    #: Further sessions that the worker can hold.
+    room: Natural = 0
+    #: The peer no longer serves: its process ends, or its compute loop is stuck.
+    leaving: bool = False
+
+
+class Welcome(Header, frozen=True, tag=2):
+    """The broker's answer to an announcement; also sent when a watched peer is gone."""
+
+    #: Identifies this run of the broker. A different one means that what was in flight is lost.
+    boot: PeerId
+    roster_version: Natural = 0
+    gone: Annotated[list[PeerId], msgspec.Meta(max_length=MAX_WATCHED)] = []
+
+
+class Probe(Header, frozen=True, tag=3):
+    """Sent by the broker to test a connection; peers ignore it."""
+
+
+class RosterRequest(Header, frozen=True, tag=4):
+    """A peer asks for the fleet's roster."""
+
+    sender: PeerId
+
+
+class RosterReply(Header, frozen=True, tag=5):
+    """Answers a `RosterRequest`; the body is the signed roster."""
+
+
+class Open(Header, frozen=True, tag=6):
+    """A device asks for a channel to any worker of a service; the body is the channel's `Hello`."""
+
+    sender: PeerId
+    channel: Natural
+    service: Service
+    #: Workers that the device does not want, e.g. because they refused it recently.
+    avoid: Annotated[list[PeerId], msgspec.Meta(max_length=64)] = []
+
+
+class Kind(IntEnum):
+    """What a relayed body is. Replies with session 0 concern the channel itself."""
+
+    ANSWER = 1
+    FINISH = 2
+    REQUEST = 3
+    REPLY = 4
+    #: The worker does not know the channel, or no longer does, and has no keys to say so with. The body is a digest
+    #: of the message that it answers (`echo`); the device ignores it unless that message is in flight.
+    UNKNOWN = 5
+
+
+class Relay(Header, frozen=True, tag=7):
+    """A message over a channel, from one peer to another."""
+
+    to: PeerId
+    sender: PeerId
+    kind: Kind
+    channel: Natural
+    session: Natural = 0
+    epoch: Natural = 0
+    seq: Natural = 0
+    #: Nonce of this body, never used twice in one direction of a session's epoch.
+    counter: Natural = 0
+
+    def associated_data(self) -> bytes:
+        """The bytes that the body's AEAD authenticates with it. Peers and direction are bound by the key."""
+        return struct.pack(
+            "<BBQQQQQ", VERSION, self.kind, self.channel, self.session, self.epoch, self.seq, self.counter
+        )
+
+
+class Bounce(Header, frozen=True, tag=8):
+    """A message could not be delivered. The fields repeat those of its header; `peer` is its receiver."""
+
+    reason: Literal["no-worker", "busy", "gone", "full", "revoked"]
+    channel: Natural = 0
+    session: Natural = 0
+    seq: Natural = 0
+    peer: PeerId = bytes(8)
+    detail: Annotated[str, msgspec.Meta(max_length=4096)] = ""
+    retry_after: Seconds = 0.0
+    epoch: Natural = 0
+
+
+AnyHeader = Announce | Welcome | Probe | RosterRequest | RosterReply | Open | Relay | Bounce
+
+_Sized = TypeVar("_Sized", bound=Sized)
+
+_header_decoder = msgspec.msgpack.Decoder(AnyHeader)
+_header_encoder = msgspec.msgpack.Encoder()
+
+
+def encode_header(header: Header) -> bytes:
+    """Returns the first frame of a message."""
+    return bytes((VERSION,)) + _header_encoder.encode(header)
+
+
+def decode_header(frame: bytes | memoryview) -> AnyHeader:
+    """Decodes the first frame of a message.
+
+    Raises:
+        Oversized: the frame is larger than `MAX_HEADER`.
+        VersionMismatch: it was made by another version of the protocol.
+        Malformed: it is not a header, or a field is out of its range.
+    """
+    if len(frame) > MAX_HEADER:
+        raise Oversized(f"header of {len(frame)} bytes (at most {MAX_HEADER})")
+    if not len(frame):
+        raise Malformed("empty header")
+    view = memoryview(frame)
+    if view[0] != VERSION:
+        raise VersionMismatch(f"the peer speaks protocol version {view[0]}, this is version {VERSION}")
+    try:
+        header: AnyHeader = _header_decoder.decode(view[1:])
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise Malformed(f"header: {error}") from None
+    return header
+
+
+def echo(header: Relay, body: bytes) -> bytes:
+    """Returns the body of an `UNKNOWN`: a digest (32 bytes) of the message that it answers, as it arrived."""
+    return hashlib.blake2b(header.sender + header.associated_data() + body, digest_size=32).digest()
+
+
+def check_body(frame: _Sized) -> _Sized:
+    """Returns the second frame of a message unchanged.
+
+    Raises:
+        Oversized: it is larger than `MAX_BODY`.
+    """
+    if len(frame) > MAX_BODY:
+        raise Oversized(f"body of {len(frame)} bytes (at most {MAX_BODY})")
+    return frame

@@ -1,0 +1,361 @@
+"""Payloads: what a message's body holds once it is opened, for texts and for images.
+
+A body's plaintext is a length (4 bytes, little-endian), a msgspec payload, the raw bytes of the tensors that the
+payload names, and padding. `split_common.protocol.channel` seals it; the broker never sees it.
+
+Payloads are untrusted input: decoding checks each length and range, and raises a `ProtocolError`. They travel as
+arrays, so the order of fields and the tags are the format; the names of classes and fields are not.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+
+from split_common.errors import Malformed, Oversized
+from split_common.protocol.headers import MAX_BODY, Hash, Natural, Seconds
+
+#: Largest msgspec payload of a body, in bytes, without tensors: it bounds what is decoded into objects.
+MAX_PAYLOAD = 1024 * 1024
+
+#: Bytes of a number in each dtype that hidden states may have on the wire.
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+#: Encoding of an image's tensors: floats, or integers with one fp32 scale for each channel of each row.
+Codec = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+
+#: Bits of a number in each codec, and bytes of a scale of the integer codecs.
+CODEC_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
+SCALE_BYTES = 4
+
+#: Most rows (images and their negatives) and most tensors of one step of an image.
+MAX_IMAGE_ROWS = 256
+MAX_ARRAYS = 64
+
+#: Most bytes of the tensors of one step of an image, and of its answer; and most that one message has of them.
+MAX_STEP = 512 * 1024**2
+PART_BYTES = 4 * 1024**2
+
+#: Most IP-Adapter scales of an image.
+MAX_SCALES = 4096
+
+#: What a peer may lack; the two ends of a channel agree on what both have. "fork" is a copy of a session on its
+#: worker, "int4" and "int8" are codecs. New kinds of requests, rows and codecs add their names here.
+CAPABILITIES = frozenset({"fork", "int4", "int8"})
+
+
+class Payload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """Base of all payloads."""
+
+    @property
+    def reserved(self) -> int:
+        """Least bytes that the encoded payload takes up: a body's size must not reveal the numbers in it."""
+        return 64
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of the tensors that follow it in the body."""
+        return 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Capabilities that its receiver must have."""
+        return frozenset()
+
+
+class Run(msgspec.Struct, array_like=True, frozen=True):
+    """A run of tokens to append to one row of a session."""
+
+    row: Annotated[int, msgspec.Meta(ge=0, lt=4096)]
+    #: Cache length of the row before the run; the worker truncates the row to it.
+    start: Natural
+    #: Position of each token, for rotary embeddings; with padding it differs from the index in the cache.
+    positions: Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]], msgspec.Meta(min_length=1)]
+
+
+class Step(Payload, frozen=True, tag=1):
+    """One call of a language model's body. The tensor is the hidden states of all runs, `[tokens, width]`."""
+
+    dtype: Dtype
+    width: Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
+    #: In the order of the hidden states.
+    rows: Annotated[list[Run], msgspec.Meta(max_length=4096)]
+    #: Before the runs are appended, row i becomes old row `select[i]`. None leaves the rows as they are.
+    select: Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(max_length=4096)] | None = None
+    #: All replies below this sequence number have arrived.
+    acked: Natural = 0
+
+    @property
+    def reserved(self) -> int:
+        return 64 + 12 * len(self.rows) + 5 * self.tokens + 3 * max(len(self.rows), len(self.select or ()))
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row.positions) for row in self.rows)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.tokens * self.width * DTYPES[self.dtype]
+
+
+class Fork(Payload, frozen=True, tag=2):
+    """Opens the session as a copy of another session on the same channel."""
+
+    parent: Natural
+    parent_epoch: Natural
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"fork"})
+
+
+class Close(Payload, frozen=True, tag=3):
+    """Frees the session. It is not answered."""
+
+
+class Result(Payload, frozen=True, tag=4):
+    """Answer to a `Step`. The tensor is the body's output, `[tokens, width]`."""
+
+    dtype: Dtype
+    tokens: Natural
+    width: Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
+    #: Microseconds in the body, and elsewhere in the worker's process.
+    body_us: Natural = 0
+    worker_us: Natural = 0
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.tokens * self.width * DTYPES[self.dtype]
+
+
+class Done(Payload, frozen=True, tag=5):
+    """Answer to a request without output; on session 0, the worker's confirmation of a channel's set-up."""
+
+
+class Array(msgspec.Struct, array_like=True, frozen=True):
+    """One of the tensors of a body. Scales, `[rows, channels]` in fp32, come before the numbers."""
+
+    codec: Codec
+    #: Rows and channels first.
+    shape: Annotated[list[Annotated[int, msgspec.Meta(ge=1, lt=2**20)]], msgspec.Meta(min_length=2, max_length=4)]
+    #: Memory layout at the sender. The receiver restores it, since convolutions round differently in another one.
+    #: The numbers travel in C order.
+    channels_last: bool = False
+
+    @property
+    def size(self) -> int:
+        """Numbers in the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def scales(self) -> int:
+        """Scales before the numbers; 0 for float codecs."""
+        return self.shape[0] * self.shape[1] if self.codec in ("int8", "int4") else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of scales and numbers."""
+        return (self.size * CODEC_BITS[self.codec] + 7) // 8 + self.scales * SCALE_BYTES
+
+
+class Condition(Payload, frozen=True, tag=7):
+    """The conditioning of an image, e.g. the prompt's embeddings `[rows, tokens, width]`. Sent once for each image.
+
+    A worker may drop it; it then refuses a step that names it with "embeddings".
+    """
+
+    #: Digest of the rest, by which steps name it.
+    key: Hash
+    arrays: Annotated[list[Array], msgspec.Meta(min_length=1, max_length=MAX_ARRAYS)]
+    #: Weight of each of the body's attentions to the images of an IP-Adapter.
+    scales: Annotated[list[float], msgspec.Meta(max_length=MAX_SCALES)] = []
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+
+class Denoise(Payload, frozen=True, tag=8):
+    """One call of a denoiser's body. Apart from its `Condition` it needs nothing that the worker holds.
+
+    The tensors are the states, e.g. `[rows, channels, height, width]`, the embedding of the timestep,
+    `[rows, width]`, and what else the kind of model takes (`split_common.diffusion`).
+    """
+
+    #: Key of the image's `Condition`, if it has one; and for each row here the row of the condition, -1 for zeros.
+    condition: Hash | None
+    rows: Annotated[
+        list[Annotated[int, msgspec.Meta(ge=-1, lt=MAX_IMAGE_ROWS)]],
+        msgspec.Meta(min_length=1, max_length=MAX_IMAGE_ROWS),
+    ]
+    arrays: Annotated[list[Array], msgspec.Meta(min_length=2, max_length=MAX_ARRAYS)]
+    #: Encoding of the answer.
+    codec: Codec
+    #: All replies below this sequence number have arrived.
+    acked: Natural = 0
+    #: Bytes of the tensors that came before in `TensorPart`s; the rest follows in this body.
+    sent: Natural = 0
+
+    @property
+    def reserved(self) -> int:
+        return 128 + 32 * len(self.arrays) + 3 * len(self.rows)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return CAPABILITIES.intersection((self.codec, *(array.codec for array in self.arrays)))
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of all tensors of the step."""
+        return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return max(0, self.step_bytes - self.sent)
+
+
+class Denoised(Payload, frozen=True, tag=9):
+    """Answer to a `Denoise`: the body's output, of which the first `PART_BYTES` follow in this body."""
+
+    output: Array
+    #: Microseconds in the body, and elsewhere in the worker's process.
+    body_us: Natural = 0
+    worker_us: Natural = 0
+
+    @property
+    def reserved(self) -> int:
+        return 96
+
+    @property
+    def tensor_bytes(self) -> int:
+        return min(PART_BYTES, self.output.nbytes)
+
+
+class TensorPart(Payload, frozen=True, tag=10):
+    """Some bytes of the tensors of the session's next `Denoise`; or, in answer to a `PartRequest`, of an output."""
+
+    offset: Natural
+    size: Annotated[int, msgspec.Meta(ge=1, le=PART_BYTES)]
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.size
+
+
+class PartRequest(Payload, frozen=True, tag=11):
+    """Asks for some bytes of the output of the session's last `Denoise`."""
+
+    offset: Natural
+    size: Annotated[int, msgspec.Meta(ge=1, le=PART_BYTES)]
+
+
+class Refusal(Payload, frozen=True, tag=6):
+    """A request was refused and changed nothing.
+
+    If the worker does not hold the request's session, or did not take the request into it, the refusal travels
+    under the channel's own keys, as session 0. `session`, `epoch` and `seq` then say which request it means. One
+    that was refused as "full" is to be sent again after `retry_after` seconds.
+    """
+
+    reason: Literal[
+        "busy", "full", "non-finite", "malformed", "lost", "failed", "too-long", "evicted", "embeddings"
+    ]
+    message: Annotated[str, msgspec.Meta(max_length=2048)] = ""
+    retry_after: Seconds = 0.0
+    session: Natural = 0
+    epoch: Natural = 0
+    seq: Natural = 0
+
+
+AnyRequest = Step | Fork | Close | Condition | Denoise | TensorPart | PartRequest
+AnyReply = Result | Done | Refusal | Denoised | TensorPart
+
+#: The type of the answer to each type of request, unless it is refused.
+ANSWERS: dict[type[Payload], type[Payload]] = {
+    Step: Result,
+    Fork: Done,
+    Condition: Done,
+    TensorPart: Done,
+    Denoise: Denoised,
+    PartRequest: TensorPart,
+}
+
+_P = TypeVar("_P", bound=Payload)
+_LENGTH = struct.Struct("<I")
+_encoder = msgspec.msgpack.Encoder()
+request_decoder = msgspec.msgpack.Decoder(AnyRequest)
+reply_decoder = msgspec.msgpack.Decoder(AnyReply)
+
+
+def padded_size(size: int) -> int:
+    """Rounds a size up so that it reveals only O(log log size) bits; at most 12 % larger (Padmé).
+
+    Source: Nikitin et al., "Reducing Metadata Leakage from Encrypted Files and Communication with PURBs", PETS
+    2019, algorithm 1.
+    """
+    if size < 2:
+        return size
+    exponent = size.bit_length() - 1
+    low_bits = exponent - exponent.bit_length()
+    mask = (1 << low_bits) - 1
+    return (size + mask) & ~mask
+
+
+def encode_payload(payload: Payload, tensor: bytes | memoryview = b"", *, overhead: int = 0) -> bytes:
+    """Returns a body's plaintext, padded to a Padmé size.
+
+    Args:
+        payload: what the body says.
+        tensor: the bytes of the tensors that it names, one after another.
+        overhead: bytes that sealing adds (the AEAD tag); the padded size includes them.
+
+    Raises:
+        Oversized: the sealed body would exceed `MAX_BODY`.
+    """
+    head = _encoder.encode(payload)
+    size = _LENGTH.size + max(len(head), payload.reserved) + len(tensor) + overhead
+    padded = padded_size(size)
+    if padded > MAX_BODY:
+        raise Oversized(f"body of {padded} bytes (at most {MAX_BODY})")
+    padding = padded - overhead - _LENGTH.size - len(head) - len(tensor)
+    return b"".join((_LENGTH.pack(len(head)), head, tensor, bytes(padding)))
+
+
+def decode_payload(body: bytes | memoryview, decoder: msgspec.msgpack.Decoder[_P]) -> tuple[_P, memoryview]:
+    """Splits a body's plaintext into its payload and the bytes of its tensors.
+
+    Args:
+        body: the plaintext.
+        decoder: `request_decoder` or `reply_decoder`.
+
+    Returns:
+        The payload, and a view of the tensors' bytes in `body`, without padding.
+
+    Raises:
+        Malformed: the payload cannot be decoded, or the body ends before the tensors that it names.
+        Oversized: the payload is larger than `MAX_PAYLOAD`.
+    """
+    if len(body) < _LENGTH.size:
+        raise Malformed("truncated payload")
+    view = memoryview(body)
+    (length,) = _LENGTH.unpack_from(view)
+    start = _LENGTH.size + length
+    if length > MAX_PAYLOAD:
+        raise Oversized(f"payload of {length} bytes (at most {MAX_PAYLOAD})")
+    if start > len(body):
+        raise Malformed("truncated payload")
+    try:
+        payload = decoder.decode(view[_LENGTH.size : start])
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise Malformed(f"payload: {error}") from None
+    size = payload.tensor_bytes
+    if size > len(body) - start:
+        raise Malformed(f"payload names a tensor of {size} bytes, {len(body) - start} follow")
+    return payload, view[start : start + size]

@@ -1,0 +1,78 @@
+"""Names of the keys in Redis, and how entries of streams look.
+
+    ls:FLEET:{w:PEER}                   a worker's lane: what devices send it
+    ls:FLEET:{d:PEER}                   a device's lane: the replies to it
+    ls:FLEET:{open:ROOT:FIRST:LAST}     opens: devices that look for a worker of a service, read by a group of those
+    ls:FLEET:{fleet}:workers            hash of each worker's newest announcement, by peer
+    ls:FLEET:{fleet}:boot               changes when the server has forgotten everything
+    ls:FLEET:{fleet}:roster[-version]   the signed roster
+
+A peer is alive as long as its lane is there: lanes expire, and their owners' heartbeats put that off. The part in
+braces decides where a cluster keeps a key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+from split_common.errors import Malformed
+from split_common.protocol import headers
+from split_common.transport.peer_id import member_mark
+from split_common.trust.keys import Role
+
+#: The group of readers that the workers of a service are.
+GROUP = "workers"
+
+#: The largest number of a stream's entry: nothing can be added after it.
+LAST_ID = 2**64 - 1
+
+
+class Keys:
+    """The keys of a fleet."""
+
+    def __init__(self, operator_key: bytes) -> None:
+        self._prefix = "ls:" + hashlib.blake2b(operator_key, digest_size=4).hexdigest()
+        self.fleet = f"{self._prefix}:{{fleet}}:"
+        self.workers = f"{self.fleet}workers"
+        self.boot = f"{self.fleet}boot"
+        self.roster = f"{self.fleet}roster"
+        self.roster_version = f"{self.fleet}roster-version"
+
+    def lane(self, role: Role, peer: bytes) -> str:
+        return f"{self._prefix}:{{{role[0]}:{peer.hex()}}}"
+
+    def lanes(self, role: Role, member: str = "") -> str:
+        """A pattern for the lanes of all peers of a role, or of one member."""
+        return f"{self._prefix}:{{{role[0]}:{member_mark(member).hex() if member else ''}*"
+
+    def opens(self, service: headers.Service) -> str:
+        return f"{self._prefix}:{{open:{service.root.hex()}:{service.first}:{service.last}}}"
+
+    @property
+    def all_opens(self) -> str:
+        """A pattern for the opens of all services."""
+        return f"{self._prefix}:{{open:*"
+
+
+def entry(head: bytes, body: bytes) -> tuple[bytes | str, ...]:
+    """The fields of a message in a stream."""
+    return "h", head, "b", body
+
+
+def read_entry(fields: Any) -> tuple[bytes, bytes]:
+    """The two frames of a message. Raises Malformed."""
+    if not isinstance(fields, list) or len(fields) != 4 or fields[0] != b"h" or fields[2] != b"b":
+        raise Malformed("an entry that is no message")
+    return fields[1], fields[3]
+
+
+def next_id(id_: bytes) -> str | None:
+    """The least id above an entry's; None if there is none. Raises Malformed."""
+    if not isinstance(id_, bytes) or not re.fullmatch(rb"\d{1,20}-\d{1,20}", id_):
+        raise Malformed("an entry without an id")
+    milliseconds, _, number = id_.decode().partition("-")
+    if int(number) < LAST_ID:
+        return f"{milliseconds}-{int(number) + 1}"
+    return f"{int(milliseconds) + 1}-0" if int(milliseconds) < LAST_ID else None

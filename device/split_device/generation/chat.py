@@ -1,0 +1,164 @@
+"""Conversations with a split model: prompts, streamed answers, and a cache that is continued."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from split_common.compat.transformers import cache_name
+from split_common.errors import PromptTooLong
+from split_common.models.layer_stack import max_positions
+from split_device.generation.detokenize import TextStream
+from split_device.generation.settings import Sampling
+from split_device.generation.tokenizing import Message, encode_chat, end_tokens, pad_token
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated text. Times in seconds; the first token's includes the prompt's prefill."""
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    finish_reason: str
+    first_token_seconds: float
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding: the first token, which waits for the prompt, is left out."""
+        return (self.tokens - 1) / (self.seconds - self.first_token_seconds) if self.tokens > 1 else 0.0
+
+
+def _nothing(_text: str = "") -> None:
+    pass
+
+
+class _Streamer(BaseStreamer):  # type: ignore[misc]
+    """Passes text on as soon as it is complete, and notes when the first token came. `generate` calls it."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], on_first_token: Callable[[], None]) -> None:
+        self._stream = TextStream(tokenizer)
+        self._on_text = on_text
+        self._on_first_token = on_first_token
+        self._prompt_came = False
+        #: Time of the first token, by `time.perf_counter`.
+        self.first_token: float | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes the prompt, and then each time the tokens that were generated."""
+        if not self._prompt_came:
+            self._prompt_came = True
+            return
+        if self.first_token is None:
+            self.first_token = time.perf_counter()
+            self._on_first_token()
+        for token in value.reshape(-1).tolist():
+            self._pass_on(self._stream.push(token))
+
+    def end(self) -> None:
+        self._pass_on(self._stream.end())
+
+    def _pass_on(self, text: str) -> None:
+        if text:
+            self._on_text(text)
+
+
+class Conversation:
+    """A conversation whose turns share one cache: only what is new is sent.
+
+    Args:
+        model: a split model (any causal language model of transformers will do).
+        tokenizer: its tokenizer.
+        start: messages before the first turn, e.g. a system message.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, start: Sequence[Message] = ()) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._start = tuple(start)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all turns."""
+        self.messages: list[Message] = list(self._start)
+        self._cached = torch.zeros(1, 0, dtype=torch.long)
+        self._cache = DynamicCache(config=self._model.config)
+
+    def forget_cache(self) -> None:
+        """Keeps the turns, but sends them again with the next one."""
+        self._cached = self._cached[:, :0]
+        self._cache = DynamicCache(config=self._model.config)
+
+    def say(self, text: str, sampling: Sampling, on_text: Callable[[str], None] = _nothing) -> Answer:
+        """Answers the user. Raises PromptTooLong, and what `generate` raises; the turn is then undone."""
+        self.messages.append({"role": "user", "content": text})
+        try:
+            answer = self.complete(encode_chat(self._tokenizer, self.messages), sampling, on_text)
+        except BaseException:
+            self.messages.pop()
+            self.forget_cache()
+            raise
+        self.messages.append({"role": "assistant", "content": answer.text})
+        return answer
+
+    def complete(
+        self,
+        input_ids: torch.Tensor,
+        sampling: Sampling,
+        on_text: Callable[[str], None] = _nothing,
+        on_first_token: Callable[[], None] = _nothing,
+    ) -> Answer:
+        """Continues token ids `[1, tokens]`; what the cache already holds of them is not sent again."""
+        prompt_tokens = input_ids.shape[1]
+        limit = max_positions(self._model.config)
+        if prompt_tokens >= limit:
+            raise PromptTooLong(f"{prompt_tokens} tokens leave no room in the model's {limit} positions")
+        self._keep_common_prefix(input_ids)
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        streamer = _Streamer(self._tokenizer, on_text, on_first_token)
+        began = time.perf_counter()
+        output = self._model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=min(sampling.max_tokens, limit - prompt_tokens),
+            streamer=streamer,
+            pad_token_id=pad_token(self._tokenizer),
+            **{cache_name(type(self._model)): self._cache},
+            **sampling.options(),
+        )
+        ended = time.perf_counter()
+        # The last token was chosen, but never went through the model.
+        self._cached = output[:, :-1]
+        new = output[0, prompt_tokens:]
+        stopped = len(new) > 0 and int(new[-1]) in end_tokens(self._model)
+        return Answer(
+            text=self._tokenizer.decode(new, skip_special_tokens=True),
+            prompt_tokens=prompt_tokens,
+            tokens=len(new),
+            finish_reason="stop" if stopped else "length",
+            first_token_seconds=(streamer.first_token or ended) - began,
+            seconds=ended - began,
+        )
+
+    def _keep_common_prefix(self, input_ids: torch.Tensor) -> None:
+        """Rolls the cache back to where the new prompt departs from what it holds."""
+        limit = min(self._cached.shape[1], input_ids.shape[1] - 1)
+        differs = (self._cached[0, :limit] != input_ids[0, :limit]).nonzero()
+        common = int(differs[0]) if len(differs) else limit
+        surplus = self._cached.shape[1] - common
+        if not surplus:
+            return
+        try:
+            self._cache.crop(-surplus)
+            self._cached = self._cached[:, :common]
+        except (RuntimeError, ValueError):
+            # A layer with a sliding window has dropped what would be needed again.
+            self.forget_cache()

@@ -1,0 +1,154 @@
+"""The device's own layers for many requests at once: head and tail run as a worker runs the body.
+
+Both ends are copies of the device's model that share its tensors, so that `generate` goes on working on the model
+itself. In each copy the layers of one range are left; a third one without any does what comes before the first
+layer and after the last: embeddings, norm, logits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import pad
+
+from split_common.compat.torch import remove_forward_hooks
+from split_common.engine.linear import pack_linears, padded_rows
+from split_common.engine.runner import Runner, build_runner
+from split_common.models.layer_stack import PassThrough, Stack
+from split_common.models.loading import strip
+from split_common.models.split import Split
+from split_device.models.context import CallContext
+from split_device.models.language import SplitParts
+
+#: Default for the bytes of keys and values of both ends.
+KV_MEMORY = 1024**3
+
+
+class Ends:
+    """Head and tail of a split model. Not thread-safe: one thread computes.
+
+    Args:
+        model: what `SplitModelForCausalLM.from_pretrained` gives.
+        kv_bytes: memory for keys and values of both ends.
+
+    Raises:
+        ModelError: the memory holds not even one page of tokens.
+    """
+
+    def __init__(self, model: Any, kv_bytes: int = KV_MEMORY) -> None:
+        parts: SplitParts = model.split_parts
+        split = parts.split
+        self._shell = Shell(model)
+        config = model.config.get_text_config(decoder=True)
+        layers = split.first + split.layers - split.last
+
+        def runner(first: int, last: int) -> Runner | None:
+            if first == last:
+                return None
+            part, stack = _twin(model, range(first, last))
+            strip(part, stack.slots)
+            _lay_out(part)
+            share = kv_bytes * (last - first) // layers
+            return build_runner(stack, Split(split.layers, first, last), config, share)
+
+        #: The layers of each end; None where there are none.
+        self.head, self.tail = runner(0, split.first), runner(split.last, split.layers)
+        runners = [runner for runner in (self.head, self.tail) if runner is not None]
+        #: Whether tokens that were appended together must be so whenever they are appended again.
+        self.indivisible = parts.traits.positions_interact
+        #: Tokens that there is memory for; None without layers.
+        self.capacity = min((runner.store.capacity for runner in runners), default=None)
+
+    def embed(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        """What the first layer sees of tokens at these positions, `[tokens, width]`, on the host."""
+        return self._shell.embed(tokens, positions)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits, float32 `[rows, vocabulary]`, of what the last layer makes of tokens, `[rows, width]`."""
+        return self._shell.logits(states)
+
+
+@dataclass
+class _Passage:
+    """What passes the shell's slots in one call."""
+
+    #: What is to come out of the last slot; None for what went into it.
+    incoming: torch.Tensor | None = None
+    #: What went into the first slot.
+    seen: torch.Tensor | None = None
+
+
+_passing: CallContext[_Passage] = CallContext("shell")
+
+
+class Shell:
+    """The model without any layer."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._stack = _twin(model, range(0))
+        _lay_out(self._model)
+        self._device = next(self._model.parameters()).device
+        self._dtype = model.dtype
+        self._stack.slots[0].register_forward_pre_hook(self._look)
+        self._stack.slots[-1].register_forward_pre_hook(self._inject)
+
+    @torch.inference_mode()
+    def embed(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        ids = torch.tensor([list(tokens)], device=self._device)
+        with _passing.entered(_Passage()) as passage:
+            self._stack.owner(input_ids=ids, **self._arguments(positions))
+        assert passage.seen is not None
+        return passage.seen[0].cpu()
+
+    @torch.inference_mode()
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        rows = padded_rows(len(states))
+        padded = pad(states, (0, 0, 0, rows - len(states)))
+        incoming = padded[None].to(self._device, self._dtype)
+        nothing = incoming.new_zeros(1, rows, self._stack.width)
+        with _passing.entered(_Passage(incoming)):
+            output = self._model(inputs_embeds=nothing, **self._arguments(range(rows)))
+        logits: torch.Tensor = output.logits[0, : len(states)]
+        return logits.float().cpu()
+
+    def _arguments(self, positions: Sequence[int]) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"use_cache": False}
+        if self._stack.takes_positions:
+            arguments["position_ids"] = torch.tensor([list(positions)], device=self._device)
+        return arguments
+
+    def _look(self, _layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if (passage := _passing.get()) is not None:
+            passage.seen = args[0]
+
+    def _inject(self, _layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        passage = _passing.get()
+        return args if passage is None or passage.incoming is None else (passage.incoming, *args[1:])
+
+
+def _twin(model: Any, kept: range) -> tuple[Any, Stack]:
+    """A copy of a split model, with the same tensors, in which only some layers are left; and its stack."""
+    stack: Stack = model.split_parts.stack
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for index, slot in enumerate(stack.slots):
+        if index not in kept:
+            empty = PassThrough()
+            empty.imitate(slot)
+            empty.returns_tuple = stack.returns_tuple
+            memo[id(slot)] = empty
+    twin = copy.deepcopy(model, memo)
+    own: Stack = twin.split_parts.stack
+    for module in (twin, own.owner):
+        remove_forward_hooks(module)
+    return twin, own
+
+
+def _lay_out(model: nn.Module) -> None:
+    """Makes linear layers fast for several rows, where they are on the CPU."""
+    if all(parameter.device.type == "cpu" for parameter in model.parameters()):
+        pack_linears(model)

@@ -1,0 +1,59 @@
+"""Tokenizers: how they are loaded, and token ids of texts and conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from split_common.errors import ConfigError, UnknownModel
+from split_common.models.checkpoint import Checkpoint
+
+#: A message of a conversation: its `role` and its `content`.
+Message = dict[str, str]
+
+
+def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
+    """The checkpoint's tokenizer. Raises UnknownModel."""
+    checkpoint = Checkpoint.resolve(name_or_path, revision)
+    directory = Path(name_or_path)
+    if directory.is_dir() and not [*directory.glob("tokenizer*"), *directory.glob("vocab*")]:
+        raise UnknownModel(f"{name_or_path} has no tokenizer: put the model's tokenizer.json beside its weights")
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.name if revision else name_or_path, revision=revision)
+    except Exception as error:
+        raise UnknownModel(f"the tokenizer of {name_or_path} cannot be loaded: {error}") from None
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> torch.Tensor:
+    """Token ids `[1, tokens]` of a conversation; of its plain text where there is no chat template."""
+    if not tokenizer.chat_template:
+        return encode_text(tokenizer, "\n".join(message["content"] for message in messages))
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        # The template is a program of the model's: e.g. some know no system message.
+        raise ConfigError(f"the model's chat template refuses this conversation: {error}") from None
+    ids: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def encode_text(tokenizer: Any, text: str) -> torch.Tensor:
+    """Token ids `[1, tokens]` of plain text."""
+    ids: torch.Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
+    return ids
+
+
+def end_tokens(model: Any) -> set[int]:
+    """Token ids that end a text."""
+    ids = model.generation_config.eos_token_id
+    return set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+
+
+def pad_token(tokenizer: Any) -> int:
+    """A token id to pad with; the end token's where the tokenizer has none."""
+    pad = tokenizer.pad_token_id
+    return int(pad if pad is not None else tokenizer.eos_token_id or 0)

@@ -1,0 +1,190 @@
+"""A diffusers pipeline around a split denoiser: generates several images at once, each in its own thread."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from transformers import PreTrainedTokenizerBase
+
+from split_common.errors import ConfigError, ModelError, SplitError
+from split_device.images.settings import ImageSettings, check_size
+from split_device.models.denoiser import SplitDenoiser
+
+#: torch's generators take seeds modulo this.
+_SEEDS = 2**64
+
+#: Called on the image's thread with the number of steps done and the total.
+OnStep = Callable[[int, int], None]
+
+
+class Cancelled(Exception):
+    """The image was cancelled."""
+
+
+class Painting:
+    """An image in progress. Its methods may be called from any thread."""
+
+    def __init__(self, make: Callable[[Painting], Any]) -> None:
+        #: The Pillow image, or the error: `Cancelled` after `cancel`.
+        self.future: Future[Any] = Future()
+        # Only `cancel` ends the image: abandoning the future must not.
+        self.future.set_running_or_notify_cancel()
+        #: Number of steps done so far.
+        self.steps = 0
+        self._abandon: Callable[[], None] | None = None
+        #: Whether `cancel` was called.
+        self.cancelled = False
+        # Not a daemon thread: torch crashes if the interpreter exits under it. The caller cancels the image.
+        threading.Thread(target=self._run, args=(make,), name="painting").start()
+
+    @property
+    def done(self) -> bool:
+        return self.future.done()
+
+    def cancel(self) -> None:
+        """Ends the image after its current step, which stops waiting for a worker."""
+        self.cancelled = True
+        if (abandon := self._abandon) is not None:
+            abandon()
+
+    def check(self) -> None:
+        """Raises Cancelled if the image was cancelled."""
+        if self.cancelled:
+            raise Cancelled
+
+    def holds(self, abandon: Callable[[], None]) -> None:
+        """Registers what interrupts a step that waits for a worker. Raises Cancelled if the image was cancelled."""
+        self._abandon = abandon
+        self.check()
+
+    def _run(self, make: Callable[[Painting], Any]) -> None:
+        try:
+            image = make(self)
+        except BaseException as error:
+            self.future.set_exception(Cancelled() if self.cancelled else error)
+        else:
+            self.future.set_result(image)
+
+
+class Painter:
+    """Generates images with one model.
+
+    Args:
+        directory: the pipeline's directory.
+        denoiser: the split denoiser of the pipeline. The caller closes it.
+        from_image: whether the pipeline is image-to-image.
+        at_once: the number of images generated at once; further ones wait.
+
+    Raises:
+        ModelError: the pipeline cannot be loaded.
+    """
+
+    def __init__(
+        self, directory: str, denoiser: SplitDenoiser, *, from_image: bool = False, at_once: int = 1
+    ) -> None:
+        self.denoiser = denoiser
+        self._directory = directory
+        #: Copies of the pipeline that are not in use.
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        pipeline = _load(directory, denoiser, from_image)
+        for _ in range(at_once):
+            self._idle.put(_own(pipeline))
+
+    def start(self, prompt: str, settings: ImageSettings) -> Painting:
+        """Starts an image in its own thread. Raises ConfigError for a size that the model cannot make."""
+        check_size(self._directory, settings)
+
+        def make(painting: Painting) -> Any:
+            with self._turn() as pipeline:
+                painting.holds(self.denoiser.session.abandon)
+
+                def advance(steps: int, _total: int) -> None:
+                    painting.check()
+                    painting.steps = steps
+
+                return _paint(pipeline, prompt, settings, advance)
+
+        return Painting(make)
+
+    def paint(self, prompt: str, settings: ImageSettings, on_step: OnStep | None = None, **more: Any) -> Any:
+        """Generates an image on the calling thread; returns it as a Pillow image.
+
+        Args:
+            more: further arguments of the pipeline.
+
+        Raises:
+            ConfigError: the pipeline refuses an argument.
+            SplitError: the worker or the queue failed, or the model cannot be split in this way.
+        """
+        with self._turn() as pipeline:
+            return _paint(pipeline, prompt, settings, on_step, **more)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[Any]:
+        """Borrows a copy of the pipeline, waiting for one if all are in use."""
+        pipeline = self._idle.get()
+        try:
+            yield pipeline
+        finally:
+            self._idle.put(pipeline)
+
+
+def _paint(pipeline: Any, prompt: str, settings: ImageSettings, on_step: OnStep | None, **more: Any) -> Any:
+    def advance(used: Any, step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if on_step is not None:
+            on_step(step + 1, getattr(used, "num_timesteps", settings.steps))
+        return values
+
+    options = settings.options() | more
+    if settings.seed is not None:
+        options["generator"] = torch.Generator().manual_seed(settings.seed % _SEEDS)
+    with _refused_input():
+        return pipeline(prompt, callback_on_step_end=advance, **options).images[0]
+
+
+def _own(pipeline: Any) -> Any:
+    """A copy that shares the weights and owns every component that changes during a call."""
+    own = copy.copy(pipeline)
+    for name, part in pipeline.components.items():
+        # A tokenizer stores its padding; a half-precision VAE may be upcast for decoding, and cast back.
+        changes = isinstance(part, SchedulerMixin | PreTrainedTokenizerBase)
+        if changes or (name == "vae" and part.dtype == torch.float16 and part.config.force_upcast):
+            setattr(own, name, copy.deepcopy(part))
+    return own
+
+
+def _load(directory: str, denoiser: SplitDenoiser, from_image: bool) -> Any:
+    """The checkpoint's own pipeline with the split denoiser. Raises ModelError."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    kind = diffusers.AutoPipelineForImage2Image if from_image else diffusers.AutoPipelineForText2Image
+    try:
+        pipeline = kind.from_pretrained(directory, **denoiser.pipeline_options(), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"the pipeline in {directory} cannot be loaded: {reason[0]}") from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextlib.contextmanager
+def _refused_input() -> Iterator[None]:
+    """Reports a pipeline's complaint about its arguments as a ConfigError."""
+    try:
+        yield
+    except SplitError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

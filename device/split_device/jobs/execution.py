@@ -1,0 +1,146 @@
+"""Running jobs: how each kind starts, is interrupted, and ends."""
+
+from __future__ import annotations
+
+import queue
+from typing import TYPE_CHECKING
+
+from split_device.generation.detokenize import TextStream
+from split_device.generation.generator import Generation
+from split_device.images.settings import image_bytes
+from split_device.jobs.job import FinishReason, ImageTask, Job, Piece, Progress, Task, Update
+from split_device.jobs.models import Loaded
+
+if TYPE_CHECKING:
+    from split_device.images.pipeline import Painter
+
+
+class Running:
+    """A running job. `update` holds what is not written yet."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.update = Update(id=job.id)
+        #: Whether a user has cancelled the job.
+        self.cancelled = False
+
+    @property
+    def done(self) -> bool:
+        raise NotImplementedError
+
+    def cancel(self) -> None:
+        """Interrupts the job, which then ends soon."""
+        raise NotImplementedError
+
+    def collect(self) -> bool:
+        """Moves new output into `update`; returns whether there was any."""
+        raise NotImplementedError
+
+    def conclude(self) -> BaseException | None:
+        """Puts the end of the job into `update`, or returns the error with which it failed."""
+        raise NotImplementedError
+
+    def broken_off(self) -> None:
+        """Records an interruption: the job runs again, unless a user cancelled it."""
+        self.update.state = "cancelled" if self.cancelled else "queued"
+
+
+class TextRun(Running):
+    """A generation, which continues where it stopped.
+
+    Raises:
+        PromptTooLong: the prompt leaves no room for an answer.
+        ConfigError: the chat template or a setting is refused.
+    """
+
+    def __init__(self, job: Job, task: Task, loaded: Loaded, progress: Progress) -> None:
+        super().__init__(job)
+        request = loaded.request(task, progress, job.priority)
+        self.update.prompt_tokens = len(request.prompt)
+        self._text = TextStream(loaded.tokenizer, task.stop)
+        for token in progress.tokens:
+            self._text.push(token)
+        #: Filled by the generator's thread: a token, and the state of the random generator after it.
+        self._tokens: queue.SimpleQueue[tuple[int, bytes | None]] = queue.SimpleQueue()
+        self._generation: Generation | None = None
+        #: Set if the process was killed between the last token and the end of the job.
+        self._reason: FinishReason | None = None
+        if self._text.stopped or (progress.tokens and progress.tokens[-1] in loaded.end_tokens):
+            self._reason = "stop"
+        elif len(progress.tokens) >= request.config.max_new_tokens:
+            self._reason = "length"
+        else:
+            self._generation = loaded.generator.submit(
+                request, lambda token, _logprobs, sampler: self._tokens.put((token, sampler))
+            )
+
+    @property
+    def done(self) -> bool:
+        return self._generation is None or self._generation.done
+
+    def cancel(self) -> None:
+        if self._generation is not None:
+            self._generation.cancel()
+
+    def collect(self) -> bool:
+        came = not self._tokens.empty()
+        while not self._tokens.empty():
+            token, sampler = self._tokens.get()
+            if not self._text.stopped:
+                text = self.update.piece.text + self._text.push(token)
+                self.update.piece = Piece([*self.update.piece.tokens, token], text)
+                self.update.sampler = sampler
+        if self._text.stopped and not self.done:
+            self.cancel()
+        return came
+
+    def conclude(self) -> BaseException | None:
+        generation = self._generation
+        if generation is None:
+            self._succeed(self._reason or "stop")
+        elif self._text.stopped or generation.finish_reason == "stop":
+            self._succeed("stop")
+        elif generation.error is not None:
+            return generation.error
+        elif generation.finish_reason == "length":
+            self._succeed("length")
+        else:
+            self.broken_off()
+        return None
+
+    def _succeed(self, reason: FinishReason) -> None:
+        update = self.update
+        update.piece = Piece(update.piece.tokens, update.piece.text + self._text.end())
+        update.state, update.finish_reason = "succeeded", reason
+
+
+class ImageRun(Running):
+    """An image. It starts over whenever its job runs; the seed makes the result the same."""
+
+    def __init__(self, job: Job, task: ImageTask, painter: Painter) -> None:
+        super().__init__(job)
+        self._steps = self.update.steps = 0
+        self._painting = painter.start(task.prompt, task.settings)
+
+    @property
+    def done(self) -> bool:
+        return self._painting.done
+
+    def cancel(self) -> None:
+        self._painting.cancel()
+
+    def collect(self) -> bool:
+        if self._painting.steps == self._steps:
+            return False
+        self._steps = self.update.steps = self._painting.steps
+        return True
+
+    def conclude(self) -> BaseException | None:
+        error = self._painting.future.exception()
+        if error is not None and self._painting.cancelled:
+            self.broken_off()
+            return None
+        if error is None:
+            self.update.image = image_bytes(self._painting.future.result())
+            self.update.state = "succeeded"
+        return error

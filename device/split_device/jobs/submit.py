@@ -1,0 +1,171 @@
+"""Jobs from Python: `Device(…).submit(…)` or `ImageDevice(…).submit(…)`, and `await` what it gives."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import io
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from split_device.generation.settings import Sampling
+from split_device.images.settings import ImageSettings, check_size, pipeline_directory
+from split_device.jobs.follow import POLL_INTERVAL, answer, picture
+from split_device.jobs.job import (
+    FINAL,
+    AnyTask,
+    ImageChoice,
+    ImageTask,
+    Job,
+    Message,
+    ModelChoice,
+    Task,
+    checkpoint,
+)
+from split_device.jobs.store import Store, store_path
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_T = TypeVar("_T")
+
+
+class Device:
+    """Submits jobs to this user's store; an agent (`lambda-split agent start`) runs them.
+
+    Args:
+        model: a directory or hub id; the demo model if None.
+        store_key: the file of the key that seals the store, if it is sealed.
+        options: `revision`, `head_layers`, `tail_layers` and `dtype`, as for `SplitModelForCausalLM`.
+    """
+
+    def __init__(self, model: str | Path | None = None, *, store_key: Path | None = None, **options: Any) -> None:
+        self._model = ModelChoice(name=checkpoint(None if model is None else str(model)), **options)
+        self._store_key = store_key
+
+    def submit(
+        self,
+        prompt: str | Sequence[Mapping[str, str]],
+        *,
+        stop: Sequence[str] = (),
+        priority: int = 0,
+        key: str | None = None,
+        sampling: Sampling | None = None,
+        **fields: Any,
+    ) -> Submitted[str]:
+        """Submits a user's message, or a conversation.
+
+        Args:
+            stop: texts at which the answer ends.
+            priority: jobs with a higher one run first.
+            key: if there is a job of this key, it is the one.
+            sampling: how tokens are chosen, and how many at most.
+            fields: instead of the sampling's: `max_tokens`, `temperature`, `top_p`, `top_k`, `seed`.
+
+        Raises:
+            JobsError: the job of this key asks for something else.
+            ConfigError: the key is empty.
+            StoreLocked, ConfigError: the store cannot be opened.
+        """
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        task = Task(
+            model=self._model,
+            prompt=tuple(Message(message["role"], message["content"]) for message in messages),
+            sampling=dataclasses.replace(sampling or Sampling(), **fields),
+            stop=tuple(stop),
+        )
+        return _submit(task, priority, key, self._store_key, answer)
+
+
+class ImageDevice:
+    """Submits images to this user's store, like `Device`.
+
+    Args:
+        model: the directory of a pipeline.
+        store_key: the file of the key that seals the store, if it is sealed.
+        options: `cut`, `codec`, `reuse` and `dtype`, as for `SplitUNet2DConditionModel`.
+    """
+
+    def __init__(self, model: str | Path, *, store_key: Path | None = None, **options: Any) -> None:
+        self._model = ImageChoice(name=pipeline_directory(str(model)), **options)
+        self._store_key = store_key
+
+    def submit(
+        self,
+        prompt: str,
+        *,
+        priority: int = 0,
+        key: str | None = None,
+        settings: ImageSettings | None = None,
+        **fields: Any,
+    ) -> Submitted[Image.Image]:
+        """Submits a prompt.
+
+        Args:
+            priority, key: as for `Device`.
+            settings: how the image is made.
+            fields: instead of the settings': `steps`, `width`, `height`, `guidance`, `negative`, `seed`.
+
+        Raises:
+            JobsError: the job of this key asks for something else.
+            ConfigError: the model makes no image of this size, or the key is empty.
+            StoreLocked, ConfigError: the store cannot be opened.
+        """
+        settings = dataclasses.replace(settings or ImageSettings(), **fields)
+        task = ImageTask(model=self._model, prompt=prompt, settings=settings)
+        check_size(task.model.name, task.settings)
+        return _submit(task, priority, key, self._store_key, _opened)
+
+
+def _submit(
+    task: AnyTask, priority: int, key: str | None, store_key: Path | None, output: Callable[[Store, Job], _T]
+) -> Submitted[_T]:
+    with Store(store_path(), store_key) as store:
+        return Submitted(store.submit(task, priority, key).id, store_key, output)
+
+
+def _opened(store: Store, job: Job) -> Image.Image:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(picture(store, job)))
+
+
+class Submitted(Generic[_T]):
+    """A job in the store. Awaiting it gives its output: a text, or an image of Pillow. So does `result`."""
+
+    def __init__(self, id_: str, store_key: Path | None, output: Callable[[Store, Job], _T]) -> None:
+        self.id = id_
+        self._store_key = store_key
+        self._output = output
+
+    def job(self) -> Job:
+        """How it stands now. Raises UnknownJob."""
+        with Store(store_path(), self._store_key) as store:
+            return store.get(self.id)
+
+    def cancel(self) -> None:
+        """Raises JobsError if it has ended."""
+        with Store(store_path(), self._store_key) as store:
+            store.cancel(self.id)
+
+    def result(self, timeout: float | None = None) -> _T:
+        """The output. Raises JobsError if the job failed or was cancelled, TimeoutError after so many seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not (found := self._found()):
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(f"job {self.id} has not ended after {timeout:g} s")
+            time.sleep(POLL_INTERVAL)
+        return found[0]
+
+    def __await__(self) -> Generator[Any, None, _T]:
+        while not (found := self._found()):
+            yield from asyncio.sleep(POLL_INTERVAL).__await__()
+        return found[0]
+
+    def _found(self) -> list[_T]:
+        """The output, once there is one."""
+        with Store(store_path(), self._store_key) as store:
+            job = store.get(self.id)
+            return [self._output(store, job)] if job.state in FINAL else []

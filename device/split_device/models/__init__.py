@@ -1,0 +1,1 @@
+"""The classes of transformers and diffusers, with the body elsewhere."""

@@ -1,0 +1,113 @@
+"""The body's place in the device's model: what goes into slot `first` comes back from a worker."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+from split_common.errors import UnsupportedFeature
+from split_common.models.layer_stack import PassThrough
+from split_common.models.split import Split
+from split_device.models.cache import BodyLayer, SessionCacheLayer, StepContext, Traits
+from split_device.models.connected import refuse_gradients
+from split_device.models.context import CallContext
+from split_device.sessions.client import Client
+
+
+@dataclass
+class Generating:
+    """A `generate` under way."""
+
+    body: RemoteBody
+    #: The sessions that it has opened.
+    sessions: list[SessionCacheLayer] = field(default_factory=list)
+    #: When its last step ended, by `time.perf_counter`; None before.
+    stepped: float | None = None
+
+
+#: The forward of a model under way.
+forwarding: CallContext[StepContext] = CallContext("forward")
+
+#: The `generate` under way.
+generating: CallContext[Generating] = CallContext("generate")
+
+
+class RemoteBody(PassThrough):
+    """The layer in the body's first slot. Refuses, by name and before anything is sent, what cannot be split."""
+
+    def attach(self, client: Client, split: Split, traits: Traits) -> None:
+        """Tells it whom to call, the body's layers, and their traits."""
+        self._client = client
+        self._split = split
+        self._traits = traits
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        context = forwarding.get() or StepContext()
+        context.timings.lap("head")
+        refuse_gradients(hidden)
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        with self._session(cache, context, hidden.shape[1]) as session:
+            step = session.prepare(hidden, context)
+            output = session.exchange(step)
+            output = session.commit(step, output)
+        context.timings.start_lap()
+        return self.wrap(output)
+
+    def check_cache(self, cache: Any) -> None:
+        """Raises UnsupportedFeature for a cache that a session cannot be a layer of."""
+        if type(cache) is not DynamicCache:
+            raise UnsupportedFeature(f"a {type(cache).__name__} cannot be split: use a DynamicCache")
+        if getattr(cache, "offloading", False):
+            raise UnsupportedFeature("an offloaded cache cannot be split: use a plain DynamicCache")
+        session = next((layer for layer in cache.layers if isinstance(layer, SessionCacheLayer)), None)
+        if session is None:
+            if cache.get_seq_length():
+                raise UnsupportedFeature("a cache that was filled by an unsplit model cannot be continued here")
+        elif session.client is not self._client or session is not cache.layers[self._split.first]:
+            raise UnsupportedFeature("a cache that was filled by another split model cannot be continued here")
+
+    @contextlib.contextmanager
+    def _session(self, cache: Cache | None, context: StepContext, tokens: int) -> Iterator[SessionCacheLayer]:
+        """The session for a forward of new tokens: the cache's, or one that lasts no longer than the block."""
+        if cache is None:
+            positions = context.positions
+            if context.mask is None and positions is not None and bool((positions.diff() != 1).any()):
+                raise UnsupportedFeature("packed sequences cannot be split: pass them as rows of a batch")
+            session = SessionCacheLayer(self._client, self._traits)
+            try:
+                yield session
+            finally:
+                session.reset()
+            return
+        try:
+            yield self._session_of(cache)
+        except BaseException:
+            self._take_back(cache, tokens)
+            raise
+
+    def _session_of(self, cache: Cache) -> SessionCacheLayer:
+        """The cache's session, which is put in the place of the body's layers if there is none yet."""
+        split = self._split
+        cache.layers += [DynamicLayer() for _ in range(split.layers - len(cache.layers))]
+        session = cache.layers[split.first]
+        if not isinstance(session, SessionCacheLayer):
+            windows = [getattr(cache.layers[index], "sliding_window", None) for index in split.body]
+            session = SessionCacheLayer(self._client, self._traits, windows[0])
+            if (scope := generating.get()) is not None and scope.body is self:
+                scope.sessions.append(session)
+            others = [BodyLayer(session, window) for window in windows[1:]]
+            cache.layers[split.first : split.last] = [session, *others]
+        return session
+
+    def _take_back(self, cache: Cache, tokens: int) -> None:
+        """Undoes what the head's layers have cached of a step that failed, so that it may be tried again."""
+        for layer in cache.layers[: self._split.first]:
+            # A sliding window that has forgotten cannot be rolled back; such a cache cannot be used again.
+            with contextlib.suppress(RuntimeError):
+                layer.crop(-tokens)

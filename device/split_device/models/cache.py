@@ -1,0 +1,383 @@
+"""The body's KV cache as layers of transformers' own cache, so that `generate` crops, reorders and copies it.
+
+Such changes cost no message: they travel with the next step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from split_common.errors import UnsupportedFeature
+from split_common.models.tensors import dtype_name, raw_bytes, to_bytes
+from split_common.protocol import payloads
+from split_device.sessions.chunks import Request, cut
+from split_device.sessions.client import Client
+from split_device.sessions.distinct import distinct
+from split_device.sessions.history import History
+from split_device.sessions.resilient import ResilientSession
+from split_device.sessions.session import RemoteSession, Reply
+from split_device.sessions.timings import StepTimings
+
+#: Bytes of hidden states in one message; a longer prefill travels in several.
+CHUNK_BYTES = 1024 * 1024
+
+#: Chunks of history that are under way to a new worker at once.
+REPLAY_WINDOW = 8
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the device must know of the body's layers, which it does not have."""
+
+    #: Whether some may count the cache's indices instead of the tokens' positions: those with sliding windows, or
+    #: without position ids.
+    counts_indices: bool
+    #: Whether what a token is handed depends on the largest position of the call.
+    positions_interact: bool
+
+
+@dataclass
+class StepContext:
+    """What the layers' owner was called with and its layers are not told, and the step's timings so far."""
+
+    #: 2-D `[batch, cached and new tokens]`, zero for padding; None without padding.
+    mask: torch.Tensor | None = None
+    #: int64 `[batch or 1, new tokens]`; None for those that follow the cached columns.
+    positions: torch.Tensor | None = None
+    timings: StepTimings = field(default_factory=StepTimings)
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """A step as it travels, and what it takes to put its output in place."""
+
+    #: `[batch, tokens, width]`.
+    hidden: torch.Tensor
+    #: int64 `[batch, tokens]`, on the CPU.
+    positions: torch.Tensor
+    #: Which columns hold tokens once the step has run, bool `[batch, columns]`.
+    columns: torch.Tensor
+    #: Which of the new tokens travel, bool `[batch, tokens]`; None for all.
+    sent: torch.Tensor | None
+    #: The rows that travel, and for each row the index among them of the one that it equals; None if all travel.
+    copies: tuple[list[int], list[int]] | None
+    #: Empty if there is nothing but padding.
+    requests: list[Request]
+    timings: StepTimings
+
+
+class BodyLayer(DynamicLayer):  # type: ignore[misc]
+    """The cache layer of a slot of the body: as long and as wide as the unsplit model's, and empty.
+
+    Args:
+        holder: the layer that has the session; None where it is this one.
+        window: the sliding window's size in tokens; None without one.
+    """
+
+    def __init__(self, holder: SessionCacheLayer | None, window: int | None) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self.is_sliding = window is not None
+        self._window = window
+        self._holder = holder
+
+    def get_seq_length(self) -> int:
+        return self._holder.get_seq_length() if self._holder is not None else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        length = self.get_seq_length()
+        hidden = 0 if self._window is None else max(0, length - self._window + 1)
+        return length - hidden + query_length, hidden
+
+    def get_max_length(self) -> int:
+        return -1 if self._window is None else self._window
+
+    get_max_cache_shape = get_max_length
+
+    def update(self, *_args: Any, **_kwargs: Any) -> Any:
+        raise UnsupportedFeature("the body's keys and values are on the worker")
+
+    def offload(self) -> None:
+        raise UnsupportedFeature("an offloaded cache cannot be split: the body's keys and values are on the worker")
+
+    def _nothing_here(self, *_args: Any) -> None:
+        """Done by the session's layer, for the whole body."""
+
+    reset = crop = reorder_cache = batch_select_indices = batch_repeat_interleave = _nothing_here
+
+
+class SessionCacheLayer(BodyLayer):
+    """The body's KV cache, on a worker: the cache layer in the body's first slot. It has a session that survives.
+
+    Not thread-safe, but any thread may `abandon` it.
+
+    Args:
+        client: opens the session when the first step is sent.
+        traits: of the body.
+        window: of the first slot, see `BodyLayer`.
+        history_memory: bytes of history that stay in memory; None takes the client's.
+    """
+
+    def __init__(
+        self, client: Client, traits: Traits, window: int | None = None, history_memory: int | None = None
+    ) -> None:
+        super().__init__(None, window)
+        self.client = client
+        self._session = ResilientSession(client)
+        self._history_memory = client.history_memory if history_memory is None else history_memory
+        self._traits = traits
+        #: Which columns hold tokens and not padding, bool `[batch, columns]`; None before the first step.
+        self._columns: torch.Tensor | None = None
+        #: The worker's row of each row, where rows moved since the last step.
+        self._select: list[int] | None = None
+        self._history = History(self._history_memory)
+
+    # --- what transformers asks of a cache layer -----------------------------------------------------------
+
+    def get_seq_length(self) -> int:
+        return 0 if self._columns is None else int(self._columns.shape[1])
+
+    def crop(self, tokens: int) -> None:
+        """Removes the last `-tokens` columns; a positive number is the length to keep (older transformers)."""
+        if self._columns is not None:
+            self._columns = self._columns[:, : tokens if tokens > 0 else max(0, self.get_seq_length() + tokens)]
+            self._history.crop(self._columns.shape[1])
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._take(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        rows = torch.arange(0 if self._columns is None else len(self._columns))
+        self._take(rows[indices.cpu()].tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        count = 0 if self._columns is None else len(self._columns)
+        self._take([row for row in range(count) for _ in range(repeats)])
+
+    def reset(self) -> None:
+        self._session.close()
+        self._columns = self._select = None
+        self._history = History(self._history_memory)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SessionCacheLayer:
+        twin = SessionCacheLayer(self.client, self._traits, self._window, self._history_memory)
+        memo[id(self)] = twin
+        twin._columns = None if self._columns is None else self._columns.clone()
+        twin._select = None if self._select is None else list(self._select)
+        twin._history = self._history.clone()
+        twin._session = self._session.fork()
+        return twin
+
+    def _take(self, rows: list[int]) -> None:
+        if self._columns is None:
+            return
+        self._columns = self._columns[rows]
+        self._select = rows if self._select is None else [self._select[row] for row in rows]
+        self._history.select(rows)
+
+    # --- a step --------------------------------------------------------------------------------------------
+
+    def step(self, hidden: torch.Tensor, context: StepContext) -> torch.Tensor:
+        """Runs the body over hidden states `[batch, tokens, width]`, and counts this as a step of its own.
+
+        Raises:
+            UnsupportedFeature, NonFinite, SplitError: see `prepare` and `exchange`.
+        """
+        step = self.prepare(hidden, context)
+        result = self.commit(step, self.exchange(step))
+        self.client.timings.record(step.timings)
+        return result
+
+    def prepare(self, hidden: torch.Tensor, context: StepContext) -> PreparedStep:
+        """What is to travel of hidden states `[batch, tokens, width]`: no padding, and equal rows once.
+
+        Changes nothing.
+
+        Raises:
+            UnsupportedFeature: the mask or the positions cannot be expressed as a KV cache.
+            NonFinite: the states hold NaN or infinity.
+        """
+        batch, tokens, _ = hidden.shape
+        cached, keep = self._masked(batch, tokens, context.mask)
+        positions = self._positions(batch, tokens, context.positions)
+        rows, copies = self._distinct(hidden, keep, positions)
+        sent: torch.Tensor | None = None
+        if len(rows) < batch or not keep.all():
+            sent = torch.zeros_like(keep)
+            sent[rows] = keep[rows]
+        starts = cached.sum(1).tolist()
+        runs = [
+            payloads.Run(index, starts[row], positions[row][keep[row]].tolist())
+            for index, row in enumerate(rows)
+            if keep[row].any()
+        ]
+        with context.timings.measure("encode"):
+            packed = hidden.flatten(0, 1) if sent is None else hidden[sent]
+            horizon = int(positions.max()) if self._traits.positions_interact else None
+            requests = _encode(runs, packed, horizon) if runs else []
+        return PreparedStep(
+            hidden,
+            positions,
+            torch.cat([cached, keep], 1),
+            sent,
+            (rows, copies) if len(rows) < batch else None,
+            requests,
+            context.timings,
+        )
+
+    def exchange(self, step: PreparedStep) -> torch.Tensor:
+        """The body's output for the tokens that travel, `[tokens, width]`. Waits while workers are full.
+
+        Raises:
+            SplitError: the worker or the queue failed, and no other worker took over.
+        """
+        if not step.requests:
+            return step.hidden.new_empty(0, step.hidden.shape[-1])
+        replies = self._session.call(self, step)
+        with step.timings.measure("decode"):
+            parts = [chunk.output(*reply) for (chunk, _), reply in zip(step.requests, replies, strict=True)]
+            output = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return output.to(step.hidden)
+
+    def commit(self, step: PreparedStep, output: torch.Tensor) -> torch.Tensor:
+        """Remembers a step that has run; returns its output `[batch, tokens, width]`, zero for padding."""
+        if step.sent is None:
+            result = output.view(step.hidden.shape)
+        else:
+            result = step.hidden.new_zeros(step.hidden.shape)
+            result[step.sent] = output
+        if step.copies is not None:
+            rows, copies = step.copies
+            result = result[[rows[copy] for copy in copies]]
+            self._select = copies
+        self._columns = step.columns
+        self._history.append(step.hidden, step.positions)
+        return result
+
+    def abandon(self) -> None:
+        """Makes the step under way in another thread, and all later ones, fail soon."""
+        self._session.abandon()
+
+    def _masked(self, batch: int, tokens: int, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which columns are cached, and which of the new ones are tokens: both bool `[batch, …]`, on the CPU."""
+        cached = self._columns if self._columns is not None else torch.ones(batch, 0, dtype=torch.bool)
+        if len(cached) != batch:
+            raise UnsupportedFeature(f"the cache has {len(cached)} rows, the batch has {batch}")
+        past = cached.shape[1]
+        if mask is None:
+            full = torch.ones(batch, past + tokens, dtype=torch.bool)
+        elif mask.ndim != 2 or tuple(mask.shape) != (batch, past + tokens):
+            raise UnsupportedFeature(
+                f"an attention mask of shape {tuple(mask.shape)} cannot be split: it must be 2-D, "
+                f"[{batch}, {past + tokens}] (batch, cached and new tokens)"
+            )
+        else:
+            full = mask.to("cpu", torch.bool)
+        if not torch.equal(full[:, :past], cached):
+            raise UnsupportedFeature(
+                "the attention mask hides or reveals tokens that are already cached, e.g. a pad token that was "
+                "generated in an earlier turn: pass an attention_mask that keeps them as they were"
+            )
+        if self._traits.counts_indices:
+            before = full.cummax(1).values & ~full
+            if bool((before.cummax(1).values & full)[:, past:].any()):
+                raise UnsupportedFeature(
+                    "padding between tokens cannot be split with layers that count cache indices (sliding windows)"
+                )
+        return cached, full[:, past:]
+
+    def _positions(self, batch: int, tokens: int, positions: torch.Tensor | None) -> torch.Tensor:
+        """int64 `[batch, tokens]`, on the CPU."""
+        if positions is None:
+            past = self.get_seq_length()
+            positions = torch.arange(past, past + tokens)[None]
+        if positions.ndim != 2:
+            raise UnsupportedFeature(f"position ids of shape {tuple(positions.shape)} cannot be split: not 2-D")
+        return positions.cpu().expand(batch, tokens)
+
+    def _distinct(
+        self, hidden: torch.Tensor, keep: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[list[int], list[int]]:
+        """The rows to send, and for each row the index among them of the one that it equals.
+
+        At a session's start equal rows travel once, and the worker forks them: beams, and returned sequences.
+        """
+        every = list(range(len(hidden)))
+        if self._columns is not None or len(hidden) == 1:
+            return every, every
+        return distinct(
+            tuple(bytes(raw_bytes(tensor)) for tensor in (mine, positions[row][mine], hidden[row][mine]))
+            for row, mine in enumerate(keep)
+        )
+
+    # --- what fail-over asks of a step (`Replayable`) ------------------------------------------------------
+
+    @property
+    def is_new(self) -> bool:
+        return not self.get_seq_length()
+
+    def replay(self, remote: RemoteSession, step: PreparedStep) -> None:
+        """Fills a worker's cache with what is cached here. Raises HistoryLost, and what `send` raises."""
+        # The history has its rows in their present order.
+        self._select = None
+        requests = self._replayed(step.timings)
+        while window := list(itertools.islice(requests, REPLAY_WINDOW)):
+            self._send(remote, window, step.timings)
+
+    def send(self, remote: RemoteSession, step: PreparedStep) -> list[Reply]:
+        return self._send(remote, step.requests, step.timings)
+
+    def is_spoilt(self, step: PreparedStep) -> bool:
+        # Some of several chunks may have run, and with the first one the selection.
+        return self._select is not None and len(step.requests) > 1
+
+    def describe(self, step: PreparedStep) -> tuple[int, int, int]:
+        rows = {run.row for chunk, _ in step.requests for run in chunk.rows}
+        return len(rows), sum(len(chunk.states) for chunk, _ in step.requests), self.get_seq_length()
+
+    def _replayed(self, timings: StepTimings) -> Iterator[Request]:
+        if self._columns is None:
+            return
+        for runs, packed, horizon in self._history.replay(self._columns, self._traits.positions_interact):
+            with timings.measure("encode"):
+                requests = _encode(runs, packed, horizon)
+            yield from requests
+
+    def _send(self, remote: RemoteSession, requests: Sequence[Request], timings: StepTimings) -> list[Reply]:
+        steps: list[tuple[payloads.Payload, memoryview]] = []
+        for chunk, data in requests:
+            select = None if steps else self._select
+            dtype, width = dtype_name(chunk.states.dtype), chunk.states.shape[1]
+            steps.append((payloads.Step(dtype, width, chunk.rows, select), data))
+        with timings.measure_rest("queue"):
+            replies = remote.call(steps, timings)
+            for reply, _ in replies:
+                if isinstance(reply, payloads.Result):
+                    timings.add("body", reply.body_us / 1e6)
+                    timings.add("worker", reply.worker_us / 1e6)
+        # The worker's rows have moved now.
+        self._select = None
+        return replies
+
+
+def _encode(runs: list[payloads.Run], packed: torch.Tensor, horizon: int | None) -> list[Request]:
+    """Cuts runs and their states `[tokens, width]` into requests. Raises NonFinite."""
+    limit = max(1, CHUNK_BYTES // (packed.shape[1] * packed.element_size()))
+    return [(chunk, to_bytes(chunk.states)) for chunk in cut(runs, packed, limit, horizon)]
+
+
+def is_windowed(config: Any, body: range) -> bool:
+    """Whether any of the body's layers attends to a window of the cache only."""
+    layers = DynamicCache(config=config).layers
+    if any(layer.is_sliding for layer in layers):
+        return any(layer.is_sliding for layer in layers[body.start : body.stop])
+    # Older architectures mask a window in their layers, and their caches know nothing of it.
+    names = ("window", "window_size")
+    return any(isinstance(size, int) and size > 1 for name, size in vars(config).items() if name.endswith(names))

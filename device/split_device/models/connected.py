@@ -1,0 +1,88 @@
+"""What language models and denoisers have in common: joining the queue, and what is refused."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from split_common.errors import UnsupportedFeature
+from split_common.models.split import Split
+from split_common.protocol import headers, payloads
+from split_common.transport import Transport, connect
+from split_common.trust.fleet import Fleet, load_fleet
+from split_common.trust.keys import Identity
+from split_common.trust.manifest import Manifest
+from split_device.sessions.client import Client
+from split_device.sessions.timings import Timings
+
+
+@dataclass(frozen=True)
+class Member:
+    """A device of a fleet and its transport. It is found before the model is loaded, which takes longer."""
+
+    fleet: Fleet
+    identity: Identity
+    transport: Transport
+
+    @classmethod
+    def find(cls, broker: str, keys: str | Path | None, member: str | None) -> Member:
+        """Raises KeysError, ConfigError."""
+        fleet = load_fleet(Path(keys) if keys is not None else None)
+        identity = fleet.identity("device", member)
+        return cls(fleet, identity, connect(broker, fleet, identity))
+
+    def join(self, manifest: Manifest, split: Split, dtype: payloads.Dtype, **options: Any) -> Client:
+        """Joins the queue to find workers of a body. `options` are those of `Client`. Raises BrokerUnreachable."""
+        service = headers.Service(manifest.root, split.first, split.last)
+        client = Client(self.transport, self.fleet, self.identity, service, manifest.name, dtype, **options)
+        client.start()
+        return client
+
+
+class Joined:
+    """A model that has joined the queue: `close` it, or use it as a context manager, to leave."""
+
+    split: Split
+    _client: Client
+
+    def _belong(self, client: Client, split: Split) -> None:
+        self._client = client
+        self.split = split
+        weakref.finalize(self, client.close)
+
+    @property
+    def timings(self) -> Timings:
+        """Where the time of this model's steps went. Any thread may use it."""
+        return self._client.timings
+
+    @property
+    def traffic(self) -> Counter[str]:
+        """Messages and bytes sent and received, and messages refused by type of error, since the start."""
+        transport: Any = self._client.transport
+        # Other threads count meanwhile: each is copied in one step.
+        return Counter(dict(transport.counters)) + Counter(dict(self._client.counters))
+
+    def close(self) -> None:
+        """Leaves the queue; workers free this device's sessions. The model cannot be used afterwards."""
+        self._client.close()
+
+    def save_pretrained(self, *_args: Any, **_options: Any) -> Any:
+        """Refused: this process holds a part of the model only."""
+        raise UnsupportedFeature("a split model holds only a part of the weights; save the original checkpoint")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def refuse_gradients(states: torch.Tensor) -> None:
+    """Raises UnsupportedFeature for states that gradients are to flow back to."""
+    if states.requires_grad:
+        raise UnsupportedFeature("gradients do not pass through the worker: use torch.no_grad()")

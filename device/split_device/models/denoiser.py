@@ -1,0 +1,160 @@
+"""What all split denoisers have in common: loading the device's blocks, and calling the body."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from pathlib import Path
+from typing import Any, Self
+
+import diffusers
+import torch
+
+from split_common.errors import ConfigError, UnsupportedArchitecture, UnsupportedFeature
+from split_common.models.checkpoint import Checkpoint
+from split_common.models.denoisers.registry import plan_image
+from split_common.models.denoisers.spec import ImagePlan, load_weights
+from split_common.models.split import Split
+from split_common.models.tensors import dtype_name, parse_dtype
+from split_common.models.verification import find_manifest
+from split_common.protocol import payloads
+from split_device.models.compression import CODECS, check_reuse
+from split_device.models.connected import Joined, Member
+from split_device.models.reuse import Base, Reuse
+from split_device.sessions.connection import Connection
+from split_device.sessions.images import ImageSession, Inputs
+
+
+class _Threads(threading.local):
+    """What each thread that makes images has for itself: a session belongs to one thread."""
+
+    session: ImageSession | None = None
+    reuse: Reuse | None = None
+
+
+class SplitDenoiser(Joined):
+    """A denoiser of diffusers with its body on a worker. Subclasses derive from the original class as well.
+
+    Text encoders, scheduler, noise, VAE, and the denoiser's first and last blocks are the device's.
+    """
+
+    _plan: ImagePlan
+    #: What the body's output is added to, if to anything.
+    _base: Base | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        connection: Connection | None = None,
+        cut: str = "C",
+        codec: str = "none",
+        reuse: float = 1,
+        ip_adapter: str | Path | None = None,
+        dtype: str | torch.dtype = "auto",
+        **fields: Any,
+    ) -> Self:
+        """Loads the device's blocks, and joins the queue.
+
+        Args:
+            path: the directory of a pipeline, or of its denoiser, in safetensors format.
+            connection: how the workers are reached, and how long to wait for them.
+            cut: "C" leaves the device the blocks of a UNet's first level, or a transformer's first and last block;
+                "A" those of the first two levels, or a sixth of the blocks at each end.
+            codec: how states travel: "none" (as they are), "fp16", "int8" or "int4" (with scales for each channel
+                of a UNet, for each token of a transformer).
+            reuse: from 1, call the worker at every step of this number only; below 1, only when the body's input
+                has changed by more than this share since the last call. Its output is reused between. 1 is exact.
+            ip_adapter: the safetensors file of the IP-Adapter that the pipeline will load (`load_ip_adapter`).
+                Workers must serve the model with the same one.
+            dtype: of parameters and states: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
+            fields: instead of the connection's: `broker`, `keys`, `member`, `timeout`, `patience` and
+                `step_timeout` (see `Connection`).
+
+        Raises:
+            UnknownModel, UnsupportedArchitecture, InvalidSplit, MissingTensor, TensorMismatch: of the model.
+            KeysError, ConfigError: of the fleet or an argument.
+            BrokerUnreachable: the broker did not answer in time.
+        """
+        if codec not in CODECS:
+            raise ConfigError(f"invalid codec {codec!r}: expected one of {', '.join(CODECS)}")
+        check_reuse(reuse)
+        connection = Connection.of(connection, fields)
+        device = Member.find(connection.broker, connection.keys, connection.member)
+        plan = plan_image(Checkpoint.resolve(path, ip_adapter=ip_adapter))
+        if not issubclass(cls, getattr(diffusers, plan.class_name)):
+            raise UnsupportedArchitecture(f"{plan.checkpoint.name} is a {plan.class_name}")
+        split = plan.split(cut)
+        manifest = find_manifest(device.fleet, plan.checkpoint, plan.own_tensors(split, "device"))
+        model: Self = plan.build(cls)
+        model._cut(plan, split)
+        load_weights(model, plan, split, "device", parse_dtype(dtype))  # type: ignore[arg-type]
+        client = device.join(
+            manifest,
+            split,
+            dtype_name(model.dtype),  # type: ignore[attr-defined]
+            timeout=connection.timeout,
+            patience=connection.patience,
+            step_timeout=connection.step_timeout,
+            cut=f"--cut {cut}" + (f" --ip-adapter {ip_adapter}" if ip_adapter is not None else ""),
+        )
+        model._belong(client, split)
+        model._plan, model._codec, model._reuse = plan, CODECS[codec], reuse
+        model._threads = _Threads()
+        return model
+
+    def _cut(self, plan: ImagePlan, split: Split) -> None:
+        """Replaces the body's blocks by placeholders."""
+        raise NotImplementedError
+
+    _codec: payloads.Codec | None
+    _reuse: float
+    _threads: _Threads
+
+    def pipeline_options(self) -> dict[str, Any]:
+        """Arguments of a pipeline's `from_pretrained` that make this its denoiser."""
+        dtype: torch.dtype = self.dtype  # type: ignore[attr-defined]
+        return {self._plan.component: self, "dtype": dtype, "variant": self._plan.checkpoint.variant}
+
+    @property
+    def session(self) -> ImageSession:
+        """The session of this thread; another one may `abandon` it."""
+        mine = self._threads
+        if mine.session is None:
+            mine.session = ImageSession(self._client, self._plan, self.split, self._codec)
+            mine.reuse = Reuse(self._reuse, self._base)
+        return mine.session
+
+    def _run(self, timestep: float, inputs: Inputs) -> torch.Tensor:
+        """The body's output, from a worker or from an earlier step."""
+        session = self.session
+        assert self._threads.reuse is not None
+        return self._threads.reuse.output(timestep, inputs, session.step)
+
+    # --- what is refused by name ---------------------------------------------------------------------------
+
+    def load_lora_adapter(self, weights: Any, prefix: str | None = "transformer", **options: Any) -> Any:
+        """Like diffusers'. Raises UnsupportedFeature for weights of blocks that are on the worker."""
+        if not isinstance(weights, dict):
+            raise UnsupportedFeature("load a LoRA by the pipeline's load_lora_weights, or pass its state dict")
+        start = f"{prefix}." if prefix is not None else ""
+        for name in weights:
+            if name.startswith(start) and self._plan.in_body(name.removeprefix(start), self.split):
+                raise UnsupportedFeature(
+                    f"the LoRA has weights of {name}, which is on the worker: fuse it into the checkpoint that "
+                    "device and workers load (fuse_lora, unload_lora_weights, save_pretrained)"
+                )
+        return super().load_lora_adapter(weights, prefix=prefix, **options)  # type: ignore[misc]
+
+    def add_adapter(self, *_args: Any, **_options: Any) -> None:
+        """Refused: training through the split."""
+        raise UnsupportedFeature("adapters cannot be trained through the split")
+
+
+def arguments(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """A denoiser's arguments by name. Raises UnsupportedFeature for those that the original does not take."""
+    try:
+        return signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise UnsupportedFeature(f"the denoiser cannot be called with these arguments: {error}") from None

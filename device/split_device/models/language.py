@@ -1,0 +1,219 @@
+"""`SplitModelForCausalLM`: a language model whose middle layers run on a worker."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from split_common.errors import PromptTooLong, UnsupportedFeature
+from split_common.models.layer_stack import Stack
+from split_common.models.loading import generation_config, load_part, plan
+from split_common.models.split import END_LAYERS, Split
+from split_common.models.tensors import dtype_name, parse_dtype
+from split_common.models.verification import find_manifest
+from split_device.models.body import Generating, RemoteBody, forwarding, generating
+from split_device.models.cache import StepContext, Traits, is_windowed
+from split_device.models.connected import Joined, Member
+from split_device.sessions.client import Client
+from split_device.sessions.connection import Connection
+from split_device.sessions.timings import StepTimings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _OwnClass
+else:
+    # The checkpoint's own class is mixed in when a model is loaded.
+    _OwnClass = object
+
+#: What `generate` may be told of the cache: a session is a layer of a dynamic one.
+_DYNAMIC = (None, "dynamic", "dynamic_full")
+
+
+@dataclass(frozen=True)
+class SplitParts:
+    """What a split language model is made of, for code that runs its layers by itself."""
+
+    client: Client
+    split: Split
+    stack: Stack
+    traits: Traits
+    #: Positions that a sequence may have.
+    max_positions: int
+
+
+class SplitModelForCausalLM(Joined, _OwnClass):  # type: ignore[misc]
+    """A causal language model of transformers with its body on a worker. Made by `from_pretrained`.
+
+    The object is an instance of the checkpoint's own model class as well: `generate`, `forward` and the tokenizer
+    are used as usual. Close it (or use it as a context manager) to leave the queue.
+    """
+
+    #: What the model is made of.
+    split_parts: SplitParts
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        connection: Connection | None = None,
+        head_layers: int = END_LAYERS,
+        tail_layers: int = END_LAYERS,
+        dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        **fields: Any,
+    ) -> Self:
+        """Loads the head and the tail, and joins the queue.
+
+        Args:
+            name_or_path: a directory or hub id of a safetensors checkpoint.
+            connection: how the workers are reached, and how long to wait for them.
+            head_layers: decoder layers before the body, from 0.
+            tail_layers: decoder layers after the body, from 0.
+            dtype: of parameters and hidden states: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
+            revision: branch, tag or commit of a hub id.
+            fields: instead of the connection's: `broker`, `keys`, `member`, `timeout`, `patience`,
+                `step_timeout` and `history_memory` (see `Connection`).
+
+        Returns:
+            An instance of `SplitModelForCausalLM` and of the checkpoint's own class.
+
+        Raises:
+            UnknownModel, UnsupportedArchitecture, InvalidSplit, MissingTensor, TensorMismatch: of the model.
+            KeysError, ConfigError: of the fleet or an argument.
+            BrokerUnreachable: the broker did not answer in time.
+        """
+        connection = Connection.of(connection, fields)
+        device = Member.find(connection.broker, connection.keys, connection.member)
+        plan_ = plan(str(name_or_path), revision)
+        split = Split.from_head_tail(plan_.layers, head_layers, tail_layers)
+        manifest = find_manifest(device.fleet, plan_.checkpoint, plan_.own_tensors(split, "device"))
+        model: Self
+        model, stack = load_part(plan_, split, "device", dtype=parse_dtype(dtype), bases=(cls,), fill=RemoteBody)
+        model.name_or_path = model.config.name_or_path = str(name_or_path)
+        model.generation_config = generation_config(plan_) or model.generation_config
+        client = device.join(
+            manifest,
+            split,
+            dtype_name(model.dtype),
+            timeout=connection.timeout,
+            patience=connection.patience,
+            history_memory=connection.history_memory,
+            step_timeout=connection.step_timeout,
+        )
+        model._join(client, stack, split)
+        return model
+
+    def _join(self, client: Client, stack: Stack, split: Split) -> None:
+        self._belong(client, split)
+        windowed = is_windowed(self.config.get_text_config(decoder=True), split.body)
+        traits = Traits(windowed or not stack.takes_positions, stack.positions_interact)
+        self.split_parts = SplitParts(client, split, stack, traits, stack.max_positions)
+        self._body.attach(client, split, traits)
+        self.generation_config.cache_implementation = None
+        #: Names of what the stack's owner may be handed without a name, in its order.
+        _, *self._stack_arguments = inspect.signature(inspect.unwrap(type(stack.owner).forward)).parameters
+        self.register_forward_pre_hook(self._before_forward)
+        self.register_forward_hook(self._after_forward, always_call=True)
+        stack.owner.register_forward_pre_hook(self._before_stack, with_kwargs=True)
+        stack.owner.register_forward_hook(self._after_stack, always_call=True)
+
+    @property
+    def _body(self) -> RemoteBody:
+        body = self.split_parts.stack.slots[self.split.first]
+        assert isinstance(body, RemoteBody)
+        return body
+
+    # --- what is refused by name ---------------------------------------------------------------------------
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Like transformers'. Raises UnsupportedFeature, before anything is sent, for what cannot be split."""
+        config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        for options in (vars(config) if config is not None else {}, kwargs):
+            if options.get("cache_implementation") not in _DYNAMIC:
+                name = options["cache_implementation"]
+                raise UnsupportedFeature(f"cache_implementation={name!r} cannot be split: only a dynamic cache can")
+            _refuse_outputs(options)
+        for name in ("cache", "past_key_values"):
+            if kwargs.get(name) is not None:
+                self._body.check_cache(kwargs[name])
+        inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if isinstance(inputs, torch.Tensor) and inputs.ndim == 2:
+            self._check_length(inputs.shape[1])
+        own_cache = all(kwargs.get(name) is None for name in ("cache", "past_key_values"))
+        with generating.entered(Generating(self._body)) as scope:
+            output = super().generate(*args, **kwargs)
+        if own_cache and isinstance(output, torch.Tensor):
+            # Its cache is gone: the worker need not wait for the garbage collector.
+            for session in scope.sessions:
+                session.reset()
+        return output
+
+    def generate_batch(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Refused: transformers' continuous batching keeps a paged cache of all layers in this process."""
+        raise UnsupportedFeature("generate_batch cannot be split: use generate, the worker batches by itself")
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens > (limit := self.split_parts.max_positions):
+            raise PromptTooLong(f"{tokens} tokens exceed the model's {limit} positions")
+
+    # --- hooks; those after a call run after one that failed, too ------------------------------------------
+
+    @property
+    def _scope(self) -> Generating | None:
+        """The `generate` of this model under way in this thread."""
+        scope = generating.get()
+        return scope if scope is not None and scope.body is self._body else None
+
+    def _before_forward(self, _module: Any, _args: Any) -> None:
+        scope = self._scope
+        context = StepContext(timings=StepTimings(scope.stepped if scope is not None else None))
+        context.timings.lap("sampling")
+        forwarding.enter(context)
+
+    def _before_stack(self, _owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(self._stack_arguments, args, strict=False)) | kwargs
+        mask, cache = given.get("attention_mask"), given.get(self.split_parts.stack.cache_name)
+        # The owner may have been called without the model around it.
+        timings = around.timings if (around := forwarding.get()) is not None else StepTimings()
+        forwarding.enter(StepContext(mask, given.get("position_ids"), timings))
+        _refuse_outputs({name: getattr(self.config, name, False) for name in _OUTPUTS} | given)
+        if mask is not None and not isinstance(mask, torch.Tensor):
+            raise UnsupportedFeature("prepared attention masks cannot be split: pass a 2-D attention_mask")
+        if cache is not None:
+            self._body.check_cache(cache)
+        states = given.get("inputs_embeds")
+        tokens = given.get("input_ids") if states is None else states
+        if tokens is not None:
+            self._check_length((cache.get_seq_length() if cache is not None else 0) + tokens.shape[1])
+
+    def _after_stack(self, _owner: Any, _args: Any, _output: Any) -> None:
+        if (context := forwarding.get()) is not None:
+            forwarding.leave(context)
+
+    def _after_forward(self, _module: Any, _args: Any, output: Any) -> None:
+        context = forwarding.get()
+        if context is None:
+            return
+        forwarding.leave(context)
+        if output is None:
+            # The forward failed.
+            return
+        context.timings.lap("tail")
+        self.timings.record(context.timings)
+        if (scope := self._scope) is not None:
+            scope.stepped = context.timings.since
+
+
+_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+def _refuse_outputs(options: dict[str, Any]) -> None:
+    for name in _OUTPUTS:
+        if options.get(name):
+            raise UnsupportedFeature(f"{name} cannot be split: the body's are on the worker")

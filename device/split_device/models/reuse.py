@@ -1,0 +1,78 @@
+"""Skips calls of the worker: the body's output changes slowly from one denoising step to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from split_device.models.compression import check_reuse
+from split_device.sessions.images import Inputs
+
+#: Number of images, or of halves under guidance, whose last output is kept.
+MAX_KEPT = 2
+
+#: The part of the inputs to which the output is a residual, as in a transformer.
+Base = Callable[[Inputs], torch.Tensor]
+
+
+@dataclass(eq=False)
+class Kept:
+    """The last call of the body for an image in progress."""
+
+    about: tuple[torch.Tensor, ...]
+    states: torch.Tensor
+    #: The output, or the residual if there is a base.
+    output: torch.Tensor
+    timestep: float
+    #: Number of steps that used the output.
+    steps: int = 1
+
+
+class Reuse:
+    """Reuses the body's output at some steps of an image.
+
+    The first step of an image always calls it. A step is the first one if its timestep does not decrease, or if the
+    embeddings or the size differ from the previous call's.
+
+    Args:
+        reuse: from 1: call the body at every `reuse`-th step. Below 1: whenever its input has changed by more than
+            this fraction of its norm since the last call.
+        base: selects the inputs to which the output is a residual; None if it is not one.
+    """
+
+    def __init__(self, reuse: float, base: Base | None = None) -> None:
+        self._reuse = check_reuse(reuse)
+        self._base = base
+        # The most recently used one comes last.
+        self._images: list[Kept] = []
+
+    def output(self, timestep: float, inputs: Inputs, call: Callable[[Inputs], torch.Tensor]) -> torch.Tensor:
+        """The body's output for the step at this time."""
+        if self._reuse == 1:
+            return call(inputs)
+        about, states = (*inputs.job, *inputs.about), inputs.tensors[0]
+        kept = self._take(about, states)
+        if kept is not None and timestep < kept.timestep and not self._is_due(kept, states):
+            kept.steps += 1
+            kept.timestep = timestep
+            self._images.append(kept)
+            return kept.output if self._base is None else self._base(inputs) + kept.output
+        output = call(inputs)
+        more = output if self._base is None else output - self._base(inputs)
+        self._images = [*self._images, Kept(about, states, more, timestep)][-MAX_KEPT:]
+        return output
+
+    def _take(self, about: tuple[torch.Tensor, ...], states: torch.Tensor) -> Kept | None:
+        """Removes and returns the last call for an image."""
+        for index, kept in enumerate(self._images):
+            same = kept.states.shape == states.shape and len(kept.about) == len(about)
+            if same and all(map(torch.equal, kept.about, about)):
+                return self._images.pop(index)
+        return None
+
+    def _is_due(self, kept: Kept, states: torch.Tensor) -> bool:
+        if self._reuse >= 1:
+            return kept.steps >= self._reuse
+        return bool((states - kept.states).norm() > self._reuse * kept.states.norm())

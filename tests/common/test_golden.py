@@ -1,0 +1,430 @@
+"""What travels and what lies on disks stays as it is: golden samples of each message, signed file and record.
+
+The samples are in `golden/`: hexadecimal where they are bytes. Those of a channel's set-up are in `test_set_up.py`.
+A format that is to change needs a new version and a sample of it; the old sample stays as long as that version is
+read. For a new message, add a sample here and run `python tests/common/test_golden.py`, which adds what is missing and
+changes nothing that is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+import sqlite3
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+import pytest
+
+from recorded import (
+    ADD,
+    BROKER,
+    DEVICE,
+    DEVICE_ID,
+    GOLDEN,
+    KEY,
+    MANIFEST,
+    OPERATOR,
+    OPERATOR_KEY,
+    REPLY,
+    REQUEST,
+    ROOT,
+    ROSTER,
+    SERVICE,
+    WORKER,
+    WORKER_ID,
+    check_bytes,
+    check_text,
+    read_bytes,
+)
+from split_common.protocol import handshake, headers, payloads
+from split_common.protocol.channel import AEGIS
+from split_common.protocol.handshake import Answer, Credentials, Hello
+from split_common.system.files import private_dir, write_private, write_public
+from split_common.transport import member_mark
+from split_common.transport.redis.key_names import GROUP, Keys, entry, read_entry
+from split_common.trust import keys, manifest
+from split_common.trust.fleet import Fleet
+from split_common.trust.keys import Certificate, Identity, Roster, Signed, open_signed, seal
+from split_common.trust.manifest import Manifest
+from split_device import doctor
+from split_device.generation import chat as chatting
+from split_device.generation.settings import Sampling
+from split_device.images.settings import ImageSettings
+from split_device.jobs import job as jobs
+from split_device.jobs.job import ImageChoice, ImageTask, Message, ModelChoice, Piece, Task, Update
+from split_device.jobs.store import VERSION, Store
+from split_device.jobs.vault import Vault
+from split_device.models import sizes as parts
+from split_device.sessions import dead_letters
+from split_device.sessions.dead_letters import DeadLetter
+from split_device.stress import report
+
+# --- headers and payloads ----------------------------------------------------------------------------------
+
+HEADERS: dict[str, headers.Header] = {
+    "announce-device": headers.Announce(DEVICE_ID, "device", "device-1", 1000, [WORKER_ID]),
+    "announce-worker": headers.Announce(
+        WORKER_ID, "worker", "worker-1", 70_000, [DEVICE_ID, b"device-C"], SERVICE, "org/model", 17, True
+    ),
+    "welcome": headers.Welcome(b"bootboot", 3, [WORKER_ID]),
+    "probe": headers.Probe(),
+    "roster-request": headers.RosterRequest(DEVICE_ID),
+    "roster-reply": headers.RosterReply(),
+    "open": headers.Open(DEVICE_ID, 5, SERVICE, [WORKER_ID]),
+    "relay-answer": headers.Relay(DEVICE_ID, WORKER_ID, headers.Kind.ANSWER, 5),
+    "relay-finish": headers.Relay(WORKER_ID, DEVICE_ID, headers.Kind.FINISH, 5),
+    "relay-request": REQUEST,
+    "relay-reply": REPLY,
+    "relay-unknown": headers.Relay(DEVICE_ID, WORKER_ID, headers.Kind.UNKNOWN, 5, 6, 7, 8, 9),
+    "bounce-no-worker": headers.Bounce("no-worker", 5, detail="org/model layers 2:28"),
+    "bounce-busy": headers.Bounce("busy", 5, 6, 8, WORKER_ID, "every worker is full", 1.5, 7),
+    "bounce-gone": headers.Bounce("gone", 5, 6, 8, WORKER_ID),
+    "bounce-full": headers.Bounce("full", 5, 6, 8, WORKER_ID),
+    "bounce-revoked": headers.Bounce("revoked", 5, 6, 8, WORKER_ID),
+}
+
+REQUESTS: dict[str, payloads.Payload] = {
+    "step-prefill": payloads.Step("bfloat16", 2, [payloads.Run(0, 0, [0, 1, 2]), payloads.Run(1, 4, [300])]),
+    "step-decode": payloads.Step("float32", 1, [payloads.Run(0, 7, [6])], [1, 0], 8),
+    "step-float16": payloads.Step("float16", 1, [payloads.Run(4095, 2**40, [2**31 - 1])]),
+    "fork": payloads.Fork(6, 7),
+    "close": payloads.Close(),
+    "condition": payloads.Condition(KEY, [payloads.Array("float16", [1, 2, 3])], [0.5, 1.0]),
+    "denoise": payloads.Denoise(
+        KEY,
+        [0, -1],
+        [
+            payloads.Array("int8", [2, 1, 2, 2], True),
+            payloads.Array("float32", [2, 2]),
+            payloads.Array("int4", [2, 3, 1]),
+        ],
+        "bfloat16",
+        4,
+        3,
+    ),
+    "denoise-unconditioned": payloads.Denoise(
+        None, [-1], [payloads.Array("float32", [1, 1]), payloads.Array("bfloat16", [1, 1])], "int8"
+    ),
+    "part": payloads.TensorPart(4096, 6),
+    "rest": payloads.PartRequest(4096, 1024),
+}
+REPLIES: dict[str, payloads.Payload] = {
+    "result": payloads.Result("bfloat16", 3, 2, 1500, 2500),
+    "done": payloads.Done(),
+    "denoised": payloads.Denoised(payloads.Array("float32", [1, 1, 2, 2], True), 1500, 2500),
+    "part": payloads.TensorPart(4096, 6),
+    "refusal": payloads.Refusal("full", "the worker's queue is full", 0.5, 6, 7, 8),
+} | {
+    f"refusal-{reason}": payloads.Refusal(reason)
+    for reason in ("busy", "non-finite", "malformed", "lost", "failed", "too-long", "evicted", "embeddings")
+}
+
+
+def tensor_of(payload: payloads.Payload) -> bytes:
+    return bytes(byte % 251 for byte in range(payload.tensor_bytes))
+
+
+def test_headers() -> None:
+    golden = check_bytes("headers", {name: headers.encode_header(header) for name, header in HEADERS.items()})
+    assert {name: headers.decode_header(frame) for name, frame in golden.items()} == HEADERS
+
+
+def test_what_a_header_authenticates() -> None:
+    samples = {"associated-data": REQUEST.associated_data(), "echo": headers.echo(REQUEST, b"body")}
+    check_bytes("authenticated", samples)
+
+
+@pytest.mark.parametrize(("name", "samples"), [("requests", REQUESTS), ("replies", REPLIES)])
+def test_payloads(name: str, samples: dict[str, payloads.Payload]) -> None:
+    """With their tensors, reserved bytes and padding, where 16 bytes of a tag follow."""
+    decoder: Any = payloads.request_decoder if name == "requests" else payloads.reply_decoder
+    golden = check_bytes(
+        name,
+        {
+            key: payloads.encode_payload(payload, tensor_of(payload), overhead=16)
+            for key, payload in samples.items()
+        },
+    )
+    for key, body in golden.items():
+        payload, tensor = payloads.decode_payload(body, decoder)
+        assert (payload, bytes(tensor)) == (samples[key], tensor_of(samples[key]))
+
+
+# --- the fleet ---------------------------------------------------------------------------------------------
+
+
+def test_signed_files() -> None:
+    golden = check_bytes(
+        "signed",
+        {
+            "certificate-device": DEVICE.certificate_bytes,
+            "certificate-worker": WORKER.certificate_bytes,
+            "roster": seal("roster", ROSTER, OPERATOR),
+            "manifest": seal("manifest", MANIFEST, OPERATOR),
+            "device-1.key": DEVICE.encode(),
+            "manifest-root": MANIFEST.root,
+        },
+    )
+    assert open_signed("certificate", Certificate, golden["certificate-worker"], OPERATOR_KEY) == WORKER.certificate
+    assert open_signed("roster", Roster, golden["roster"], OPERATOR_KEY) == ROSTER
+    assert open_signed("manifest", Manifest, golden["manifest"], OPERATOR_KEY) == MANIFEST
+    assert Identity.decode(golden["device-1.key"]) == DEVICE
+
+
+# --- Redis -------------------------------------------------------------------------------------------------
+
+
+def test_names_in_redis() -> None:
+    names = Keys(OPERATOR_KEY)
+    lines = {
+        "workers": names.workers,
+        "boot": names.boot,
+        "roster": names.roster,
+        "roster-version": names.roster_version,
+        "lane of a device": names.lane("device", DEVICE_ID),
+        "lane of a worker": names.lane("worker", WORKER_ID),
+        "lanes of all devices": names.lanes("device"),
+        "lanes of a worker": names.lanes("worker", "worker-1"),
+        "wishes": names.opens(SERVICE),
+        "wishes of all services": names.all_opens,
+        "group": GROUP,
+        "mark of a member": member_mark("worker-1").hex(),
+        "fields of an entry": repr(entry(b"header", b"body")),
+    }
+    check_text("redis.txt", "".join(f"{name}: {value}\n" for name, value in lines.items()))
+    assert read_entry([b"h", b"header", b"b", b"body"]) == (b"header", b"body")
+
+
+# --- jobs and dead letters ---------------------------------------------------------------------------------
+
+MODEL = ModelChoice(name="org/model", revision="main", head_layers=3, tail_layers=4, dtype="bfloat16")
+TASK = Task(
+    model=MODEL,
+    prompt=(Message("system", "Be terse."), Message("user", "Hello")),
+    sampling=Sampling(17, 0.5, 0.75, 40, 123),
+    stop=("\n\n", "END"),
+)
+PLAIN = Task(model=ModelChoice(name="org/other"), prompt="Once upon a time")
+IMAGE = ImageTask(
+    model=ImageChoice(name="/models/sdxl", cut="B", codec="int8", reuse=2, dtype="float16"),
+    prompt="a cat",
+    settings=ImageSettings(30, 512, 768, 7.5, "a dog", 321),
+)
+TASKS = {"text": TASK, "plain": PLAIN, "image": IMAGE}
+
+
+@pytest.fixture
+def store_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A database with a job in each state."""
+    ids = iter(range(1, 100))
+    times = iter(range(1_750_000_000, 1_750_001_000))
+    monkeypatch.setattr(secrets, "token_hex", lambda size: f"{next(ids):0{2 * size}x}")
+    monkeypatch.setattr(time, "time", lambda: next(times) + 0.5)
+    path = tmp_path / "state" / "jobs.db"
+    with Store(path) as store:
+        store.submit(TASK, priority=5, key="night")
+        store.submit_all([(PLAIN, 0, None), (IMAGE, -1, None), (PLAIN, 1, None), (PLAIN, 2, None)])
+        names = [job.id for job in reversed(store.jobs())]
+        store.claim(2)
+        store.claim(1, kind="image")
+        store.write(
+            [
+                Update(id=names[0], piece=Piece([1, 200, 70_000], "one"), sampler=b"state", prompt_tokens=9),
+                Update(id=names[2], steps=30, image=b"PNG", state="succeeded", finish_reason="stop"),
+                Update(id=names[4], state="failed", error="no worker"),
+            ]
+        )
+        store.write([Update(id=names[0], piece=Piece([2], " two"), sampler=b"later")])
+        store.cancel(names[0])
+        store.cancel(names[1])
+    monkeypatch.undo()
+    return path
+
+
+def dump(path: Path) -> str:
+    """All that an SQLite file holds, as SQL."""
+    database = sqlite3.connect(path)
+    lines = [f"PRAGMA user_version = {database.execute('PRAGMA user_version').fetchone()[0]}"]
+    schema = "SELECT name, type, sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'"
+    entries = database.execute(f"{schema} ORDER BY rowid").fetchall()
+    lines += [sql for _, _, sql in entries]
+    for table in [name for name, type_, _ in entries if type_ == "table"]:
+        columns = [row[1] for row in database.execute(f"PRAGMA table_info({table})")]
+        quoted = ", ".join(f"quote({column})" for column in columns)
+        for row in database.execute(f"SELECT {quoted} FROM {table}"):
+            lines.append(f"INSERT INTO {table} ({', '.join(columns)}) VALUES\n  ({', '.join(row)})")
+    database.close()
+    return "".join(f"{line};\n" for line in lines)
+
+
+def test_the_database_of_jobs(store_file: Path, tmp_path: Path) -> None:
+    golden = check_text("jobs.sql", dump(store_file))
+    assert f"user_version = {VERSION}" in golden
+    old = tmp_path / "old" / "jobs.db"
+    private_dir(old.parent)
+    database = sqlite3.connect(old)
+    database.executescript(golden)
+    database.close()
+    with Store(old) as store, Store(store_file) as now:
+        assert store.jobs() == now.jobs()
+        found = {job.id[-1]: job for job in store.jobs()}
+        assert [found[name].task for name in "12345"] == [TASK, PLAIN, IMAGE, PLAIN, PLAIN]
+        assert [found[name].state for name in "12345"] == [
+            *("running", "cancelled", "succeeded", "queued", "failed"),
+        ]
+        progress = store.progress(found["1"].id)
+        assert (progress.tokens, progress.text, progress.sampler) == ([1, 200, 70_000, 2], "one two", b"later")
+        assert (found["5"].error, store.image(found["3"].id)) == ("no worker", b"PNG")
+        # The digest of the key, and the name of the model as the store looks for it.
+        assert store.submit(TASK, key="night").id == found["1"].id
+        assert store.claim(9, [PLAIN.model]) == []
+
+
+def test_tasks_and_pieces() -> None:
+    """As the store keeps them, once it has opened what it sealed."""
+    samples = {name: msgspec.msgpack.encode(task) for name, task in TASKS.items()}
+    samples["piece"] = msgspec.msgpack.encode(Piece([1, 200, 70_000], "one"))
+    golden = check_bytes("tasks", samples)
+    assert {name: msgspec.msgpack.decode(golden[name], type=jobs.AnyTask) for name in TASKS} == TASKS
+    assert msgspec.msgpack.decode(golden["piece"], type=Piece) == Piece([1, 200, 70_000], "one")
+
+
+def test_a_sealed_value() -> None:
+    """Sealing draws a nonce, so only what opens it is compared."""
+    path = GOLDEN / "sealed.hex"
+    if ADD and not path.exists():
+        check_bytes("sealed", {"task": Vault(KEY).seal(b"a task", "job-1/task")})
+    assert Vault(KEY).open(read_bytes(path)["task"], "job-1/task") == b"a task"
+
+
+LETTER = DeadLetter(
+    model="org/model",
+    layers="2:28",
+    workers=["worker-1", "worker-2"],
+    rows=2,
+    tokens=3,
+    cached=40,
+    reason="it died",
+    time=1_750_000_000.5,
+)
+
+
+def test_dead_letters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(tmp_path / "state"))
+    dead_letters.record(LETTER)
+    path = tmp_path / "state" / "dead-letters.jsonl"
+    path.write_text(check_text("dead-letters.jsonl", path.read_text()))
+    assert dead_letters.read() == [LETTER]
+
+
+# --- what commands print for programs ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    directory = private_dir(tmp_path / "keys")
+    write_private(directory / "operator.key", bytes(OPERATOR))
+    write_public(directory / "operator.pub", OPERATOR_KEY)
+    write_public(directory / "roster", seal("roster", ROSTER, OPERATOR))
+    for member in (BROKER, DEVICE, WORKER):
+        write_private(directory / f"{member.certificate.name}.key", member.encode())
+    fleet = Fleet.open(directory)
+    fleet.add_manifest(MANIFEST)
+    return fleet
+
+
+def test_json_of_the_fleet(run: Any, fleet: Fleet) -> None:
+    assert (fleet.path / "models" / "org%2Fmodel.manifest").read_bytes() == seal("manifest", MANIFEST, OPERATOR)
+    for name, command in (("keys-show", ("keys", "show")), ("redis-acl", ("redis-acl",))):
+        printed = run(*command, "--keys", fleet.path, "--json").json
+        printed.update({"keys": "/keys"} if "keys" in printed else {})
+        check_text(f"{name}.json", json.dumps(printed, indent=1) + "\n")
+
+
+def test_json_of_jobs_and_dead_letters(run: Any, store_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(store_file.parent))
+    check_text("jobs-list.json", json.dumps(run("jobs", "list", "--json").json, indent=1) + "\n")
+    dead_letters.record(LETTER)
+    check_text("dead-letters.json", json.dumps(run("dead-letters", "--json").json, indent=1) + "\n")
+
+
+def test_json_of_records() -> None:
+    """Records whose fields are printed by their names."""
+    records = {
+        "answer": chatting.Answer("Hi", 3, 2, "stop", 0.5, 1.5),
+        "finding": doctor.Finding("keys", "ok", "/keys"),
+        "part": parts.Part("body", "2:28", 10, 20, 0.5),
+        "report": report.Report(*range(len(dataclasses.fields(report.Report)))),
+    }
+    check_text("records.json", json.dumps(msgspec.to_builtins(records), indent=1) + "\n")
+
+
+# --- nothing is left out -----------------------------------------------------------------------------------
+
+#: Modules whose structs travel or are stored.
+MODULES: tuple[ModuleType, ...] = (headers, payloads, handshake, keys, manifest, dead_letters, jobs)
+
+#: Structs of theirs that do neither.
+NOT_STORED: set[type] = {headers.Header, payloads.Payload, jobs.Job, jobs.Progress, jobs.Update}
+
+SAMPLES = (
+    *(HEADERS, REQUESTS, REPLIES, ROSTER, MANIFEST, DEVICE.certificate, WORKER.certificate),
+    *(TASKS, Piece([1], "one"), LETTER),
+    Hello(ROOT, [AEGIS.name], SERVICE, "bfloat16", 2, ["fork"]),
+    Answer(ROOT, AEGIS.name, b"credentials", 2, ["fork"]),
+    Credentials(b"certificate", bytes(64)),
+    Signed(b"payload", bytes(64)),
+)
+
+
+def structs(value: Any) -> Iterator[Any]:
+    """All structs and dataclasses in a value."""
+    if isinstance(value, msgspec.Struct):
+        yield value
+        yield from structs([getattr(value, name) for name in value.__struct_fields__])
+    elif dataclasses.is_dataclass(value):
+        yield value
+    elif isinstance(value, dict):
+        yield from structs(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from structs(item)
+
+
+def test_every_struct_has_a_sample() -> None:
+    sampled = {type(value) for value in structs(SAMPLES)}
+    for module in MODULES:
+        defined = {
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, msgspec.Struct) and value.__module__ == module.__name__
+        }
+        missing = {type_.__name__ for type_ in defined - NOT_STORED - sampled}
+        assert not missing, f"{module.__name__}: no golden sample of {missing}"
+
+
+def test_every_field_of_a_sample_is_set() -> None:
+    """Otherwise two fields that change places would not be noticed."""
+    left_out = set()
+    for type_ in {type(value) for value in structs(SAMPLES)}:
+        samples = [value for value in structs(SAMPLES) if type(value) is type_]
+        info = msgspec.inspect.type_info(type_)
+        assert isinstance(info, msgspec.inspect.StructType | msgspec.inspect.DataclassType)
+        for field in info.fields:
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            if all(getattr(sample, field.name) == default for sample in samples):
+                left_out.add(f"{type_.__name__}.{field.name}")
+    assert left_out == {"Certificate.version", "Manifest.version"}
+
+
+if __name__ == "__main__":
+    os.environ["LAMBDA_SPLIT_ADD_GOLDEN"] = "1"
+    sys.exit(pytest.main([__file__]))

@@ -1,0 +1,219 @@
+"""The benchmarks run and report what they should; how fast anything is, no test asks.
+
+`make test` runs one of them, `make test-long` all.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from benchmarks.harness import counted, prompt, report
+from split_common.protocol.channel import SUITES
+from split_device.sessions.timings import STAGES
+from wiretap import LATE, wait_until
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny")
+
+
+def run(name: str, *arguments: object) -> Any:
+    """The one object on the one line that a benchmark prints."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    return json.loads(done.stdout)
+
+
+def test_overhead(checkpoint: Path) -> None:
+    results = run("overhead", "--model", checkpoint, "--rounds", 1)
+    assert set(results) == {
+        "split_tok_s",
+        "unsplit_tok_s",
+        "ratio",
+        "bytes_per_token_up",
+        "bytes_per_token_down",
+        "payload_efficiency",
+        "identical",
+        "threads",
+        "stages_ms",
+    }
+    assert results["identical"] is True
+    assert tuple(results["stages_ms"]) == STAGES
+    # 32 float32 each way, in messages that are larger than that.
+    assert results["bytes_per_token_up"] > 128
+    assert results["bytes_per_token_down"] > 128
+    assert 0 < results["payload_efficiency"] < 1
+
+
+@pytest.mark.long
+def test_decoding_against_the_bandwidth() -> None:
+    results = run("concurrency", "--device", "cpu", "--shape", "tiny", "--sessions", "1,3")
+    assert set(results) == {"hardware", "attention", "compiled", "copy_gb_s", "weight_bytes", "decode"}
+    assert results["attention"] == "sdpa"
+    assert list(results["decode"]) == ["1", "3"]
+    for step in results["decode"].values():
+        assert step["share"] == pytest.approx(step["bound_ms"] / step["ms"])
+
+
+@pytest.mark.long
+def test_first_token(tmp_path: Path) -> None:
+    checkpoint = tiny.save_tokenizer(tiny.save("llama", tmp_path / "tiny", max_position_embeddings=4096))
+    results = run("first_token", "--model", checkpoint, "--rounds", 1)
+    assert results["first_token_ratio"] == results["first_token_ms_busy"] / results["first_token_ms_idle"]
+    assert results["one_device_ratio"] == results["one_device_ms_busy"] / results["one_device_ms_idle"]
+    assert len(results) == 6
+    assert min(results.values()) > 0
+
+
+@pytest.mark.long
+def test_memory(checkpoint: Path) -> None:
+    results = run("memory", "--model", checkpoint)
+    assert set(results) == {
+        "device_mib",
+        "worker_mib",
+        "unsplit_mib",
+        "device_expected_mib",
+        "worker_expected_mib",
+        "empty_process_mib",
+    }
+    assert results["worker_expected_mib"] > 0
+    assert results["empty_process_mib"] > 0
+
+
+@pytest.mark.long
+def test_batch(checkpoint: Path) -> None:
+    results = run("batch", "--model", checkpoint, "--prompts", 6, "--sequential", 3)
+    assert results.pop("identical") is True
+    assert results.pop("same_as_batched") == 1
+    assert results.pop("prompts") == 6
+    assert results.pop("tokens") == 6 * 48
+    assert set(results) == {
+        "batch_tok_s",
+        "unsplit_sequential_tok_s",
+        "unsplit_batched_tok_s",
+        "ratio_sequential",
+        "ratio_batched",
+        "rows_per_forward",
+        "threads",
+    }
+    assert all(value > 0 for value in results.values())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("transport", ["zmq", "redis"])
+def test_recovery(transport: str, checkpoint: Path) -> None:
+    results = run("recovery", "--model", checkpoint, "--kills", 2, "--transports", transport)
+    assert set(results) == {transport}
+    measured = results[transport]
+    assert measured["kills"] == 2
+    assert measured["identical"] is True
+    for what in ("detect_ms", "total_ms", "overhead_ms"):
+        assert 0 < measured[f"{what}_p50"] <= measured[f"{what}_p99"]
+    assert measured["detect_ms_p99"] <= measured["total_ms_p99"]
+    assert measured["overhead_ms_p99"] <= measured["total_ms_p99"]
+
+
+@pytest.mark.long
+def test_queue() -> None:
+    results = run("queue", "--rounds", 1, "--share", 0.02)
+    assert results.pop("aead") in SUITES
+    kinds = ("ms", "per_s", "plain_ms", "aead_ms", "ratio")
+    names = [f"{transport}_{kind}" for transport in ("zmq", "ipc", "redis") for kind in kinds]
+    assert set(results) == {f"{name}_{size}" for name in names for size in ("2k", "64k", "1m")}
+    assert all(value > 0 for value in results.values())
+
+
+def test_the_proxy_counts_what_passes() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        counted(f"tcp://127.0.0.1:{server.getsockname()[1]}") as (proxy, address),
+    ):
+        host, _, port = address.removeprefix("tcp://").rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=LATE) as near:
+            near.sendall(bytes(1000))
+            far, _ = server.accept()
+            with far:
+                far.settimeout(LATE)
+                assert far.recv(1000, socket.MSG_WAITALL) == bytes(1000)
+                far.sendall(b"x")
+                assert near.recv(1) == b"x"
+        wait_until(lambda: (proxy.up, proxy.down) == (1000, 1))
+
+
+def test_prompts_fit_the_vocabulary() -> None:
+    for vocabulary in (2, 97, 50_000):
+        ids = prompt(vocabulary, 64)
+        assert ids.shape == (1, 64)
+        assert int(ids.max()) < vocabulary
+        assert torch.equal(ids, prompt(vocabulary, 64))
+    assert int(prompt(50_000, 64).min()) >= 100
+
+
+def test_reports(capsys: pytest.CaptureFixture[str]) -> None:
+    report({"ratio": 0.5, "identical": True}, as_json=True, title="t")
+    assert json.loads(capsys.readouterr().out) == {"ratio": 0.5, "identical": True}
+    report({"ratio": 0.5, "identical": True}, as_json=False, title="t")
+    shown = capsys.readouterr().out
+    assert "0.500" in shown
+    assert "True" in shown
+
+
+@pytest.mark.numbers
+@pytest.mark.long
+def test_diffusion() -> None:
+    results = run("diffusion", "--steps", 4, "--pictures", 1, "--cuts", "C")
+    assert round(results["sdxl.C.device_flops_share"], 3) == 0.085
+    assert results["sdxl.C.int8.bytes_up_per_step"] + results["sdxl.C.int8.bytes_down_per_step"] < 8e6
+    for name, embeddings in (("sd3_medium", 0), ("flux", 4608 * 3 * 4)):
+        assert results[f"{name}.C.device_flops_share"] < 0.1
+        assert results[f"{name}.C.device_params_share"] < 0.1
+        assert 26e6 < results[f"{name}.A.fp16.bytes_up_per_step"] < 29e6
+        assert results[f"{name}.C.embeddings_bytes"] == embeddings
+    assert results["toy.C.reuse2.calls"] == 2
+    assert results["toy.C.none.max_abs_diff"] <= 1e-5
+    assert results["toy.C.none.ssim"] == pytest.approx(1.0)
+    assert results["toy.C.int8.calls"] == 4
+    assert results["toy.C.int4.bytes_down_per_step"] < results["toy.C.int8.bytes_down_per_step"]
+    assert results["toy.C.int4.psnr_db"] < results["toy.C.int8.psnr_db"]
+    assert results["toy.C.int8.psnr_db"] >= 60
+    assert results["toy.C.reuse3.calls"] == 2
+    assert results["toy.C.reuse3.ssim"] < results["toy.C.reuse2.ssim"] < 1
+
+
+@pytest.mark.numbers
+@pytest.mark.long
+def test_images() -> None:
+    results = run("images", "--images", 1, "--steps", 2, "--size", 64)
+    assert {f"{devices}.steps_per_s" for devices in ("unsplit", 1, 2, 4)} < set(results)
+    assert results["max_difference"] <= 1e-5
+
+
+@pytest.mark.numbers
+@pytest.mark.long
+def test_denoising_on_a_device() -> None:
+    results = run("images", "--device", "cpu", "--shape", "tiny", "--steps", 2)
+    ways = {"1", "2", "1.int8", "2.int8"}
+    for key in ("split_steps_per_s", "ratio", "stages_ms", "bytes_down_per_step"):
+        assert set(results[key]) == ways
+    assert results["hardware"] == "cpu"
+    assert results["unsplit_steps_per_s"] > 0
+    assert results["body_steps_per_s"] > 0
+    # 2 rows of 32 channels of 4x4 bfloat16 up, and of 64 down, in messages that are larger than that.
+    assert 2048 < results["bytes_up_per_step"]["1"] < 4096 < results["bytes_down_per_step"]["1"] < 8192
+    # Some units in the last place of bfloat16.
+    assert results["max_difference"]["1"] <= 0.02
+    assert 0 < results["max_difference"]["1.int8"] < 0.1

@@ -1,0 +1,209 @@
+"""Sequences of events against the real device, broker and worker: every output is the right one.
+
+`make test` runs a thousand sequences, `make test-long` ten thousand, `make test-nightly` fifty thousand others. A
+failure prints the seed and the shortest list of acts that still fails. SIMULATION_SEED=N tries other ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+from simulation import FAULTS, PRIME, World, link_of, mixed, outcome
+from split_common.errors import NoWorker
+from split_common.trust.fleet import Fleet
+from split_device.models.cache import SessionCacheLayer, StepContext, Traits
+
+#: Sequences in one test.
+SEQUENCES = 500
+
+#: The tests of `make test`, of `make test-long` as well, and of `make test-nightly`.
+CHUNKS = [
+    *range(2),
+    *(pytest.param(chunk, marks=pytest.mark.long) for chunk in range(2, 20)),
+    *(pytest.param(chunk, marks=pytest.mark.nightly) for chunk in range(20, 120)),
+]
+
+#: What a sequence is made of, and how often.
+ACTS = ("step",) * 8 + ("crop", "reorder", "repeat", "copy", "drop", "wait") + FAULTS
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    return Fleet.create(tmp_path_factory.mktemp("fleet") / "keys")
+
+
+@pytest.fixture(autouse=True)
+def _quietly() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+class Generation:
+    """A cache, and what each of its rows was given, as it would be without a split."""
+
+    def __init__(self, world: World, layer: SessionCacheLayer, rows: int) -> None:
+        self.world = world
+        self.layer = layer
+        self.rows: list[list[int]] = [[] for _ in range(rows)]
+
+    def step(self, choose: random.Random) -> None:
+        tokens = choose.choice([1, 1, 1, 2, 3, 9])
+        while len(self.rows) * (2 + (len(self.rows[0]) + tokens) // 4) > 14:
+            # More than the smallest worker's memory holds.
+            self.crop(choose)
+            tokens = 1
+        length = len(self.rows[0])
+        states = torch.tensor([[[float(choose.randrange(PRIME))] for _ in range(tokens)] for _ in self.rows])
+        if not length and choose.random() < 0.5:
+            # Equal rows travel once.
+            states = states[:1].expand_as(states).clone()
+        self.world.spare_step()
+        output = self._output(states)
+        positions = np.arange(length, length + tokens)
+        for row, given_, got in zip(self.rows, states, output, strict=True):
+            row += mixed(given_.view(-1).numpy(), positions).astype(int).tolist()
+            assert got.view(-1).tolist() == outcome(np.asarray(row), tokens).tolist()
+
+    def _output(self, states: torch.Tensor) -> torch.Tensor:
+        """A new session is not waited with for a first worker, one that was lost is."""
+        try:
+            return self.layer.step(states, StepContext())
+        except NoWorker:
+            assert not self.rows[0]
+            self.world.clock.sleep(12.0)
+            return self.layer.step(states, StepContext())
+
+    def crop(self, choose: random.Random) -> None:
+        length = len(self.rows[0])
+        if length > 1:
+            keep = choose.choice([1, length - 1, choose.randrange(1, length)])
+            self.layer.crop(keep - length)
+            self.rows = [row[:keep] for row in self.rows]
+
+    def reorder(self, choose: random.Random) -> None:
+        if self.rows[0]:
+            rows = [choose.randrange(len(self.rows)) for _ in self.rows]
+            self.layer.reorder_cache(torch.tensor(rows))
+            self.rows = [list(self.rows[row]) for row in rows]
+
+    def repeat(self, choose: random.Random) -> None:
+        if self.rows[0] and len(self.rows) < 3:
+            self.layer.batch_repeat_interleave(2)
+            self.rows = [list(row) for row in self.rows for _ in range(2)]
+
+    def copy(self) -> Generation:
+        twin = Generation(self.world, copy.deepcopy(self.layer), 0)
+        twin.rows = [list(row) for row in self.rows]
+        return twin
+
+
+def run_sequence(fleet: Fleet, number: int, acts: list[str], patch: pytest.MonkeyPatch) -> World:
+    """Raises when anything is lost, wrong or left behind."""
+    world = World(fleet, number, patch)
+    choose = world.random
+    workers = choose.choice([1, 2, 3])
+    for _ in range(workers):
+        world.start_worker()
+    world.clock.sleep(1.0)
+    client = world.start_client(choose.choice([0, 64, 10**6]))
+    generations = [Generation(world, SessionCacheLayer(client, Traits(False, False)), choose.choice([1, 1, 2, 3]))]
+    faults = 0
+    for act in acts:
+        generation = choose.choice(generations)
+        match act:
+            case "step":
+                generation.step(choose)
+                faults = 0
+            case "copy":
+                if len(generations) < 4:
+                    generations.append(generation.copy())
+                else:
+                    generations[0].layer.reset()
+                    generations[0] = Generation(world, SessionCacheLayer(client, Traits(False, False)), 1)
+            case "drop" if len(generations) > 1:
+                generations.remove(generation)
+                generation.layer.reset()
+            case "wait":
+                world.clock.sleep(choose.choice([0.5, 5.0, 15.0]))
+            case "crop" | "reorder" | "repeat":
+                getattr(generation, act)(choose)
+            case _ if act in FAULTS and faults < 3:
+                faults += 1
+                world.fault(act, choose.choice([0.0, choose.uniform(0, 0.1), choose.uniform(0, 1.0)]))
+    for generation in generations:
+        generation.step(choose)
+        generation.layer.reset()
+    check_nothing_left(world, client)
+    world.counters = client.counters + sum((worker.counters for worker in world.workers), Counter())
+    return world
+
+
+def check_nothing_left(world: World, client: Any) -> None:
+    world.loss = 0.0
+    world.clock.sleep(10.0)
+    assert not client._sessions
+    client.close()
+    world.clock.sleep(8.0)
+    for worker in world.workers:
+        link = link_of(worker)
+        if link.up:
+            assert (len(worker._sessions), worker._compute.queued_bytes) == (0, 0)
+            assert worker._body.store.free == worker._body.store.pages  # type: ignore[attr-defined]
+            assert not worker._links
+            assert worker._compute.failure is None
+    for link in world.links.values():
+        assert link.counters["HandlerError"] == 0
+    assert world.broker.counters["failures"] == 0
+
+
+def acts_of(number: int) -> list[str]:
+    choose = random.Random(number)
+    return [choose.choice(ACTS) for _ in range(14)]
+
+
+def test_the_world_is_rough(fleet: Fleet) -> None:
+    """What the other tests rely on does happen."""
+    seen: Counter[str] = Counter()
+    for number in range(300):
+        with pytest.MonkeyPatch.context() as patch:
+            seen += run_sequence(fleet, number, acts_of(number), patch).counters
+    happened = ("replays", "late", "evictions", "hung", "channels", "steps")
+    refused = ("busy", "full", "lost", "failed", "evicted")
+    assert [name for name in (*happened, *(f"refused_{reason}" for reason in refused)) if not seen[name]] == []
+
+
+def test_a_seed_gives_the_same_sequence_again(fleet: Fleet) -> None:
+    for number in range(5):
+        ends = []
+        for _ in range(2):
+            with pytest.MonkeyPatch.context() as patch:
+                world = run_sequence(fleet, number, acts_of(number), patch)
+                times = ("queue_us", "body_us")
+                counters = {name: count for name, count in world.counters.items() if name not in times}
+                ends.append((counters, round(world.clock.now - world.began, 3), world.random.random()))
+        assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_every_output_is_right_whatever_happens(fleet: Fleet, chunk: int) -> None:
+    @seed(chunk + len(CHUNKS) * int(os.environ.get("SIMULATION_SEED", "0")))
+    @settings(max_examples=SEQUENCES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.integers(0, 2**63), st.lists(st.sampled_from(ACTS), min_size=2, max_size=10))
+    def run(number: int, acts: list[str]) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            run_sequence(fleet, number, acts, patch)
+
+    run()
