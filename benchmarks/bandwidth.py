@@ -43,7 +43,7 @@ def decode(device: str, shape: str, sessions: list[int]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from split_common.engine.runner import build_runner
-    from split_common.models.layer_stack import Stack
+    from split_common.models.layer_stack import LayerStack
     from split_common.models.split import Split
 
     place = torch.device(device)
@@ -56,7 +56,7 @@ def decode(device: str, shape: str, sessions: list[int]) -> dict[str, Any]:
     weights = sum(parameter.nbytes for parameter in model.model.layers.parameters())
     token = 2 * 2 * layers * config.num_key_value_heads * config.head_dim
     room = token * 2 * (CONTEXT + STEPS + WARM + 256) * max(sessions)
-    runner = build_runner(Stack(model, layers), Split(layers, 0, layers), config, room)
+    runner = build_runner(LayerStack(model, layers), Split(layers, 0, layers), config, room)
     results: dict[str, Any] = {}
     for count in sessions:
         seconds = _step(runner, count)

@@ -147,7 +147,7 @@ class Driver:
     """A client without a model: replays hidden states in as many sessions as it is told."""
 
     def __init__(self, model: Path, address: str) -> None:
-        from split_common.models.loading import plan
+        from split_common.models.loading import read_spec
         from split_common.models.split import Split
         from split_common.models.verification import find_manifest
         from split_common.protocol import headers
@@ -157,7 +157,7 @@ class Driver:
 
         fleet_ = load_fleet()
         identity = fleet_.identity("device")
-        plan_ = plan(str(model))
+        plan_ = read_spec(str(model))
         split = Split.from_head_tail(plan_.layers, HEAD, TAIL)
         manifest = find_manifest(fleet_, plan_.checkpoint, plan_.own_tensors(split, "device"))
         service = headers.Service(manifest.root, split.first, split.last)

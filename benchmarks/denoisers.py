@@ -80,7 +80,7 @@ def shares(name: str) -> dict[str, Any]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from split_common.models.denoisers.registry import KINDS
+    from split_common.models.denoisers.registry import DENOISERS
     from split_common.models.denoisers.spec import CUTS
     from split_common.protocol import payloads
 
@@ -96,7 +96,7 @@ def shares(name: str) -> dict[str, Any]:
     }
     parameters = {key: parameter.numel() for key, parameter in model.named_parameters()}
     checkpoint: Any = SimpleNamespace(name=name, adapter_names=frozenset())
-    plan: Any = KINDS[shape["class"]](checkpoint, dict(model.config))
+    plan: Any = DENOISERS[shape["class"]](checkpoint, dict(model.config))
     results: dict[str, Any] = {}
     for cut in CUTS:
         split = plan.split(cut)

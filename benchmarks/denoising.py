@@ -161,18 +161,18 @@ def _body(model: Path, place: Any, shape: dict[str, Any]) -> Callable[[], object
 
     from split_common.models.checkpoint import Checkpoint
     from split_common.models.denoisers.codecs import encode
-    from split_common.models.denoisers.registry import plan_image
+    from split_common.models.denoisers.registry import read_denoiser_spec
     from split_common.protocol import payloads
     from split_worker.bodies.denoiser import DenoiserBody
 
-    plan = plan_image(Checkpoint.resolve(model))
+    plan = read_denoiser_spec(Checkpoint.resolve(model))
     split = plan.split("C")
     body = DenoiserBody(plan, split, place)
     state = body.new_state()
     count = shape["rows"]
     text, data = encode(torch.randn(count, shape["tokens"], plan.config["cross_attention_dim"]).bfloat16())
     key = bytes(32)
-    body.begin(state, payloads.Condition(key, [text]), memoryview(data))
+    body.begin(state, payloads.Conditioning(key, [text]), memoryview(data))
     states = [encode(torch.randn(sizes).bfloat16()) for sizes in denoisers.step_shapes(plan, split, **shape)]
     request = payloads.Denoise(key, list(range(count)), [array for array, _ in states], "bfloat16")
     step = memoryview(b"".join(data for _, data in states))

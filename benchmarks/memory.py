@@ -30,11 +30,11 @@ def main() -> None:
         print(json.dumps({"rss": _measure(options.role, model, options.broker)}), flush=True)
         return
 
-    from split_common.models.loading import plan
+    from split_common.models.loading import read_spec
     from split_common.models.split import Split
     from split_device.models.sizes import parts
 
-    plan_ = plan(str(model))
+    plan_ = read_spec(str(model))
     sizes = {part.name: part.bytes / MIB for part in parts(plan_, Split.from_head_tail(plan_.layers, 2, 2))}
     empty = _in_process("empty", model)
     unsplit = _in_process("unsplit", model)
@@ -64,10 +64,10 @@ def _measure(role: str, model: Path, broker: str) -> int:
     import transformers
 
     import split_worker.worker  # noqa: F401
-    from split_common.models.loading import plan
+    from split_common.models.loading import read_spec
     from split_device.models.language import SplitModelForCausalLM
 
-    plan(str(model))
+    read_spec(str(model))
     if role == "device":
         with SplitModelForCausalLM.from_pretrained(model, broker=broker) as split:
             _generate(split)

@@ -16,7 +16,7 @@ from split_common.transport import connect
 from split_common.trust.fleet import Fleet, load_fleet
 from split_device import SplitModelForCausalLM
 from split_worker.bodies.loading import load_body
-from split_worker.limits import Limits
+from split_worker.limits import WorkerLimits
 from split_worker.worker import Worker
 from valkeys import Valkey, running_valkey
 
@@ -36,7 +36,7 @@ def start_worker(
     broker: str,
     layers: str | None = None,
     fleet: Fleet | None = None,
-    limits: Limits | None = None,
+    limits: WorkerLimits | None = None,
     dtype: torch.dtype | None = None,
     cut: str | None = None,
     ip_adapter: Path | None = None,

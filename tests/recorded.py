@@ -63,8 +63,8 @@ def check_text(name: str, text: str) -> str:
 ROOT = bytes(range(32))
 DEVICE_ID, WORKER_ID = b"device-A", b"worker-B"
 SERVICE = headers.Service(ROOT, 2, 28)
-REQUEST = headers.Relay(WORKER_ID, DEVICE_ID, headers.Kind.REQUEST, 5, 6, 7, 8, 9)
-REPLY = headers.Relay(DEVICE_ID, WORKER_ID, headers.Kind.REPLY, 5, 6, 7, 8, 90_000)
+REQUEST = headers.Relay(WORKER_ID, DEVICE_ID, headers.RelayKind.REQUEST, 5, 6, 7, 8, 9)
+REPLY = headers.Relay(DEVICE_ID, WORKER_ID, headers.RelayKind.REPLY, 5, 6, 7, 8, 90_000)
 KEY = bytes(range(100, 132))
 
 OPERATOR = SigningKey(b"operator" * 4)

@@ -48,7 +48,7 @@ from split_worker import watchdog as watchdog_module
 from split_worker import worker as worker_module
 from split_worker.bodies.language import LanguageBody
 from split_worker.compute import Batch, ComputeLoop
-from split_worker.limits import Limits
+from split_worker.limits import WorkerLimits
 from split_worker.worker import Worker
 
 #: What the layers compute with: integers, exact in float32.
@@ -451,7 +451,7 @@ class World:
         """It joins as events pass, since its start must not wait in the middle of what another one does."""
         link = Link(self, "worker-1")
         layers: Any = Layers(self.pages, self.asynchronous)
-        limits = Limits(
+        limits = WorkerLimits(
             max_sessions=self.random.choice([2, 3, 100]),
             evict_after=self.evict_after,
             growth=4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ OTHERS = {
     "pyzmq": "ROUTER_MANDATORY send_multipart recv_multipart",
     "libsodium": "crypto_kx",
     "Redis": "MAXLEN NOMKSTREAM XADD sentinel_password sentinel_username",
-    "the GNU C library and OpenMP": """GOMP_SPINCOUNT MALLOC_TRIM_THRESHOLD_ MALLOC_MMAP_THRESHOLD_ OMP_WAIT_POLICY""",
+    "glibc and OpenMP": "GOMP_SPINCOUNT MALLOC_TRIM_THRESHOLD_ MALLOC_MMAP_THRESHOLD_ OMP_WAIT_POLICY",
     "HTTP": "Host Origin",
     "Docker": "Dockerfile WORKERS",
     "a placeholder in a command": "NAME WIDTHxHEIGHT",
@@ -173,7 +174,7 @@ def module_exists(dotted: str, known: Names) -> bool:
             return True
         if rest[0] not in known.modules[module]:
             return False
-        return all(known.has_attribute(cls, name) for cls, name in zip(rest, rest[1:], strict=False))
+        return all(known.has_attribute(cls, name) for cls, name in itertools.pairwise(rest))
     return False
 
 
@@ -189,12 +190,12 @@ def identifier_exists(token: str, known: Names) -> bool:
     if upper and first.startswith("LAMBDA_SPLIT_"):
         return first in known.words
     if camel and first in known.classes:
-        return all(known.has_attribute(cls, name) for cls, name in zip([first, *rest], rest, strict=False))
+        return all(known.has_attribute(cls, name) for cls, name in itertools.pairwise([first, *rest]))
     return first in known.defined or (snake and first in known.words)
 
 
 def path_exists(token: str, page: Path, root: Path = ROOT) -> bool:
-    """Whether a path is in the tree: from the root, from a package, or from the page. Users' paths are not looked at."""
+    """Whether a path is in the tree: from the root, a package, or the page. Users' paths are not looked at."""
     first = token.partition("/")[0]
     ours = {"common", "broker", "worker", "device", "tests", "benchmarks", "docs", "examples", ".ci"}
     if not token.endswith(".py") and not ("/" in token and first in ours):
@@ -325,8 +326,9 @@ def test_what_is_made_up_is_found(text: str) -> None:
 
 def test_what_is_real_is_not() -> None:
     text = (
-        "`split_common.errors.SplitError`, `SplitError`, `SplitError.exit_code`, `LAMBDA_SPLIT_KEYS`, `DynamicCache`, "
-        "`max_tokens`, `tests/tiny.py`, `errors.py`, [the docs](docs/keys.md#make-it), `models/NAME.manifest`, "
+        "`split_common.errors.SplitError`, `SplitError`, `SplitError.exit_code`, `LAMBDA_SPLIT_KEYS`, "
+        "`DynamicCache`, `max_tokens`, `tests/tiny.py`, `errors.py`, [the docs](docs/keys.md#make-it), "
+        "`models/NAME.manifest`, "
         "`--keys`, `tcp://HOST:7411`\n```mermaid\nflowchart LR\nsubgraph a\nb[c]\nend\n```\n"
         "<!-- names that are gone -->\n| `split_common.gone` | `split_common.errors` |\n"
         "<!-- end of names that are gone -->"

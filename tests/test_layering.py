@@ -1,10 +1,14 @@
-"""Components know `common`, never each other; and the broker needs neither torch nor transformers."""
+"""The floors: who may import whom, between components and within them.
+
+Every import counts, wherever in a module it stands: also within a function, or for type checkers only.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,74 +20,175 @@ PACKAGES = {
     "split_worker": ROOT / "worker",
     "split_device": ROOT / "device",
 }
+
+#: The floors of each component, lowest first: sub-packages, and modules that lie beside them. A module may import
+#: from its own floor and from lower ones. A component's own `__init__`, its public names, is above all of them.
+FLOORS = {
+    "split_common": ["errors", "compat", "system", "trust", "protocol", "transport", "models", "engine", "cli"],
+    "split_device": ["sessions", "models", "generation", "images", "jobs", "openai", "stress", "cli"],
+    "split_worker": ["limits", "watchdog", "bodies", "sessions", "requests", "compute", "worker", "cli"],
+    "split_broker": ["peer_queue", "broker", "cli"],
+}
+
+#: The packages that alone may import a library. Of all that devices and workers share, only what loads and runs
+#: models needs torch.
+CONFINED = {
+    "typer": ["split_common.cli", "split_broker.cli", "split_worker.cli", "split_device.cli"],
+    "torch": ["split_common.models", "split_common.engine", "split_common.compat", "split_worker", "split_device"],
+    "transformers": [
+        "split_common.models",
+        "split_common.engine",
+        "split_common.compat",
+        "split_worker",
+        "split_device",
+    ],
+}
+
+#: What a broker imports, and a peer before it loads a model.
 LIGHT = [
     "split_broker.broker",
     "split_broker.peer_queue",
-    *(
-        f"split_common.{name}"
-        for name in (
-            "headers",
-            "payloads",
-            "channel",
-            "handshake",
-            "transport.zmq_link",
-            "transport.redis.link",
-            "keys",
-            "fleet",
-            "errors",
-        )
-    ),
+    "split_common.errors",
+    "split_common.protocol.headers",
+    "split_common.protocol.payloads",
+    "split_common.protocol.channel",
+    "split_common.protocol.handshake",
+    "split_common.transport.zmq_link",
+    "split_common.transport.redis.link",
+    "split_common.trust.keys",
+    "split_common.trust.fleet",
 ]
 
 
-def modules(source: str) -> set[str]:
-    """All that a module imports, wherever in it."""
+def modules() -> dict[str, Path]:
+    """All modules of all components, by name."""
+    found = {}
+    for package, directory in PACKAGES.items():
+        for path in sorted((directory / package).rglob("*.py")):
+            parts = path.relative_to(directory).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imported(source: str, known: set[str] | None = None) -> set[str]:
+    """The modules that a source imports, wherever in it; of `from a import b`, `a.b` if that is a module."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide where they lead"
-            names.add(node.module or "")
+            base = node.module or ""
+            members = {f"{base}.{alias.name}" for alias in node.names}
+            submodules = members & (MODULES.keys() if known is None else known)
+            names.update(submodules)
+            if len(submodules) < len(members):
+                names.add(base)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             names.update(arg.value for arg in node.args if isinstance(arg, ast.Constant))
     return names
 
 
-def imported(source: str) -> set[str]:
-    """Top-level names of all that a module imports."""
-    return {name.split(".")[0] for name in modules(source)}
+IMPORTS = {name: imported(path.read_text()) for name, path in MODULES.items()}
+
+
+def top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def floor(name: str) -> int:
+    """The height of a module in its component. Raises ValueError for one that is on no floor."""
+    component, _, rest = name.partition(".")
+    room = rest.partition(".")[0]
+    return FLOORS[component].index(room) if room not in ("", "__main__") else len(FLOORS[component])
+
+
+def arrows_up(imports: dict[str, set[str]]) -> Iterator[str]:
+    """The imports, within a component, from a higher floor."""
+    for name, targets in imports.items():
+        for target in sorted(targets):
+            if top(target) == top(name) and floor(target) > floor(name):
+                yield f"{name} imports {target}"
+
+
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of modules that import each other: Tarjan's strongly connected components."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for target in imports[name] & imports.keys():
+            if target not in index:
+                visit(target)
+                low[name] = min(low[name], low[target])
+            elif target in stack:
+                low[name] = min(low[name], index[target])
+        if low[name] == index[name]:
+            group = stack[stack.index(name) :]
+            del stack[stack.index(name) :]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for name in imports:
+        if name not in index:
+            visit(name)
+    return found
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_imports_run_one_way(package: str) -> None:
-    files = sorted((PACKAGES[package] / package).rglob("*.py"))
-    assert files
+def test_components_know_only_common(package: str) -> None:
     strangers = set(PACKAGES) - {package, "split_common"}
-    for path in files:
-        assert not imported(path.read_text()) & strangers, path
+    own = {name: targets for name, targets in IMPORTS.items() if top(name) == package}
+    assert own
+    for name, targets in own.items():
+        assert not {top(target) for target in targets} & strangers, name
 
 
-def commands_of(path: Path) -> bool:
-    """Whether a module belongs to the command line: to a `cli` package, or a component's module of that name."""
-    return "cli" in path.parts or path.name in ("cli.py", "__main__.py")
+def test_every_module_has_a_floor() -> None:
+    for name in MODULES:
+        floor(name)
+    for component, rooms in FLOORS.items():
+        assert {f"{component}.{room}" for room in rooms} <= MODULES.keys()
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_only_commands_need_the_command_line(package: str) -> None:
-    root = PACKAGES[package] / package
-    files = [path.relative_to(root) for path in sorted(root.rglob("*.py"))]
-    # This one is to become a command of `split_common.cli`.
-    files = [path for path in files if not commands_of(path) and path.name != "acl.py"]
-    assert files
-    for path in files:
-        names = modules((root / path).read_text())
-        assert not {name for name in names if {"typer", "cli"} & set(name.split("."))}, path
+def test_no_import_leads_up() -> None:
+    assert not list(arrows_up(IMPORTS))
 
 
-def test_the_check_sees_an_import_wherever_it_is() -> None:
-    hidden = "def f():\n    from split_worker.bodies import base\n    importlib.import_module('a.b')"
-    assert {"split_worker", "a"} <= imported(hidden)
+def test_no_circle_of_imports() -> None:
+    assert not circles(IMPORTS)
+
+
+@pytest.mark.parametrize("library", CONFINED)
+def test_libraries_stay_where_they_belong(library: str) -> None:
+    for name, targets in IMPORTS.items():
+        if library in {top(target) for target in targets}:
+            assert any(is_within(name, place) for place in CONFINED[library]), f"{name} imports {library}"
+
+
+def test_the_checks_see_what_they_are_for() -> None:
+    hidden = "def f():\n    from split_worker.nowhere import Body\n    importlib.import_module('a.b')"
+    assert imported(hidden) == {"split_worker.nowhere", "a.b"}
+    assert imported("from p import m, n", {"p.m"}) == {"p.m", "p"}
+    up: dict[str, set[str]] = {
+        "split_common.errors": {"split_common.models.split"},
+        "split_common.models.split": set(),
+    }
+    assert list(arrows_up(up)) == ["split_common.errors imports split_common.models.split"]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    with pytest.raises(ValueError, match="is not in list"):
+        floor("split_common.nowhere")
 
 
 def test_the_broker_imports_no_torch() -> None:
@@ -102,7 +207,7 @@ def test_the_broker_imports_no_torch() -> None:
     [
         ("split_common.transport.redis.link", {"zmq"}),
         ("split_common.transport.zmq_link", {"redis"}),
-        ("split_common.options", {"nacl", "msgspec", "zmq", "redis"}),
+        ("split_common.cli.options", {"torch", "transformers", "zmq", "redis"}),
         ("split_common.trust.fleet", {"zmq", "redis"}),
     ],
 )

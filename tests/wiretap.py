@@ -16,8 +16,8 @@ import torch
 import zmq
 
 from split_broker.broker import Broker
-from split_broker.peer_queue import Message, Peer
-from split_common.models.loading import plan
+from split_broker.peer_queue import Peer, RoutedMessage
+from split_common.models.loading import read_spec
 from split_common.models.split import Split
 from split_common.models.tensors import to_bytes
 from split_common.models.verification import build_manifest
@@ -29,7 +29,7 @@ from split_common.trust.keys import Identity
 from split_device.sessions.client import Client
 from split_device.sessions.session import RemoteSession
 from split_worker.bodies.loading import load_language_body
-from split_worker.limits import Limits
+from split_worker.limits import WorkerLimits
 from split_worker.worker import Worker
 
 SPLIT = Split.parse(6, "2:-2")
@@ -70,7 +70,7 @@ class Setting:
     def __init__(self, directory: Path, checkpoint: Path) -> None:
         self.fleet = Fleet.create(directory / "keys")
         self.checkpoint = checkpoint
-        self.plan = plan(str(checkpoint))
+        self.plan = read_spec(str(checkpoint))
         self.manifest = build_manifest(self.plan.checkpoint)
         self.fleet.add_manifest(self.manifest)
         self.service = headers.Service(self.manifest.root, SPLIT.first, SPLIT.last)
@@ -97,7 +97,7 @@ class Setting:
         identity = fleet.read_identity(member)
         transport = connect(broker, fleet, identity)
         service = service or self.service
-        worker = Worker(self.body, service, self.manifest.name, identity, fleet, transport, Limits(**limits))
+        worker = Worker(self.body, service, self.manifest.name, identity, fleet, transport, WorkerLimits(**limits))
         worker.start()
         try:
             yield worker
@@ -225,11 +225,11 @@ class FakeTransport:
         return sent
 
 
-def cheat(broker: Broker, change: Callable[[Peer, headers.AnyHeader, Message], list[Message]]) -> None:
+def cheat(broker: Broker, change: Callable[[Peer, headers.AnyHeader, RoutedMessage], list[RoutedMessage]]) -> None:
     """Makes a broker deliver what `change` makes of each message, instead of the message."""
     deliver = broker._put
 
-    def put(peer: Peer, message: Message) -> bool:
+    def put(peer: Peer, message: RoutedMessage) -> bool:
         head, body = message[0], bytes(memoryview(message[1]))  # type: ignore[arg-type]
         delivered = [deliver(peer, one) for one in change(peer, headers.decode_header(head), (head, body))]
         return all(delivered)

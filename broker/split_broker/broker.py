@@ -22,7 +22,7 @@ import zmq
 import zmq.utils.z85
 from zmq.auth.thread import ThreadAuthenticator
 
-from split_broker.peer_queue import Body, Message, Peer
+from split_broker.peer_queue import BodyBytes, Peer, RoutedMessage
 from split_common.errors import AuthenticationError, ConfigError, Malformed
 from split_common.protocol import headers
 from split_common.transport.address import is_redis, parse_address
@@ -74,7 +74,7 @@ class Broker:
         # Peers whose connection takes no more for the moment.
         self._blocked: set[bytes] = set()
         # By device, the oldest first: each has one at a time.
-        self._pending: dict[bytes, PendingOpen[Body]] = {}
+        self._pending: dict[bytes, PendingOpen[BodyBytes]] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lambda-split-broker", daemon=True)
         #: Messages and bytes routed; messages refused by reason, and dropped by type of error.
@@ -184,7 +184,7 @@ class Broker:
             raise Malformed(f"{len(frames)} frames")
         self._handle(frames[0], frames[1].bytes, headers.check_body(frames[2]))
 
-    def _handle(self, envelope: zmq.Frame, head: bytes, body: Body) -> None:
+    def _handle(self, envelope: zmq.Frame, head: bytes, body: BodyBytes) -> None:
         route = envelope.bytes
         header = headers.decode_header(head)
         if isinstance(header, headers.Announce):
@@ -208,7 +208,7 @@ class Broker:
             case headers.RosterRequest():
                 self._put(sender, self._roster())
 
-    def _relay(self, sender: Peer, header: headers.Relay, message: Message) -> None:
+    def _relay(self, sender: Peer, header: headers.Relay, message: RoutedMessage) -> None:
         target = self._peers.get(header.to)
         if target is not None and target.role == sender.role:
             raise Malformed(f"a {sender.role} wrote to a {target.role}")
@@ -234,7 +234,7 @@ class Broker:
 
     # --- placement -----------------------------------------------------------------------------------------
 
-    def _open(self, sender: Peer, header: headers.Open, message: Message) -> None:
+    def _open(self, sender: Peer, header: headers.Open, message: RoutedMessage) -> None:
         if sender.role != "device":
             raise Malformed(f"a {sender.role} asked for a worker")
         now = time.monotonic()
@@ -244,7 +244,7 @@ class Broker:
             known = self._pending[sender.id] = PendingOpen(header, message, now + OPEN_PATIENCE)
         self._place([known], now)
 
-    def _place(self, pending: list[PendingOpen[Body]], now: float) -> None:
+    def _place(self, pending: list[PendingOpen[BodyBytes]], now: float) -> None:
         """Decides on pending opens in their order, at the time `now`."""
         workers = self._candidates() if pending else []
         for one in pending:
@@ -326,7 +326,7 @@ class Broker:
 
     # --- delivery and death --------------------------------------------------------------------------------
 
-    def _put(self, peer: Peer, message: Message) -> bool:
+    def _put(self, peer: Peer, message: RoutedMessage) -> bool:
         """Queues and sends. False if the message will not be delivered: the queue is full, or the peer has gone."""
         if not peer.queue.put(message):
             return False
@@ -340,7 +340,7 @@ class Broker:
                 peer.queue.put_back(message)
                 return
 
-    def _send(self, peer: Peer, message: Message) -> bool:
+    def _send(self, peer: Peer, message: RoutedMessage) -> bool:
         try:
             send_frames(self._socket, peer.route, *message)
         except zmq.Again:
@@ -366,10 +366,10 @@ class Broker:
         for watcher in [other for other in self._peers.values() if peer.id in other.watching]:
             self._put(watcher, self._welcome([peer.id]))
 
-    def _welcome(self, gone: list[bytes]) -> Message:
+    def _welcome(self, gone: list[bytes]) -> RoutedMessage:
         return headers.encode_header(headers.Welcome(self._boot, self._fleet.roster().version, gone)), b""
 
-    def _roster(self) -> Message:
+    def _roster(self) -> RoutedMessage:
         return headers.encode_header(headers.RosterReply()), self._fleet.roster_bytes()
 
     def _housekeeping(self, now: float) -> None:
@@ -398,7 +398,7 @@ class Broker:
                 self._put(peer, self._welcome([]))
 
 
-def _describe(sender: Peer, target: Peer, header: headers.Relay, body: Body) -> str:
+def _describe(sender: Peer, target: Peer, header: headers.Relay, body: BodyBytes) -> str:
     """All that the broker can know of a message, for the log."""
     start = memoryview(body)[:16]  # type: ignore[arg-type]
     return (

@@ -21,16 +21,16 @@ WINDOW = 64 * 1024 * 1024
 QUEUE_MESSAGES = 4096
 
 #: A message's second frame: as it was received, so that a large one is not copied, or one of the broker's own.
-Body = zmq.Frame | bytes
+BodyBytes = zmq.Frame | bytes
 
-Message = tuple[bytes, Body]
+RoutedMessage = tuple[bytes, BodyBytes]
 
 
 @dataclass
 class PeerQueue:
     """Messages for one peer, under a byte credit: the peer's announcements say how much it has received."""
 
-    waiting: deque[Message] = field(default_factory=deque)
+    waiting: deque[RoutedMessage] = field(default_factory=deque)
     waiting_bytes: int = 0
     #: Bytes sent over this connection, and those of them that the peer says it has received.
     sent: int = 0
@@ -38,7 +38,7 @@ class PeerQueue:
     #: Bytes that the peer had received before this connection; None until it has said so.
     baseline: int | None = None
 
-    def put(self, message: Message) -> bool:
+    def put(self, message: RoutedMessage) -> bool:
         """Queues a message. False if the queue is full."""
         if self.waiting_bytes + len(message[1]) > QUEUE_BYTES or len(self.waiting) >= QUEUE_MESSAGES:
             return False
@@ -46,7 +46,7 @@ class PeerQueue:
         self.waiting_bytes += len(message[1])
         return True
 
-    def take(self) -> Message | None:
+    def take(self) -> RoutedMessage | None:
         """The next message that the peer's credit allows."""
         if not self.waiting or self.sent - self.received > WINDOW:
             return None
@@ -55,7 +55,7 @@ class PeerQueue:
         self.sent += len(message[1])
         return message
 
-    def put_back(self, message: Message) -> None:
+    def put_back(self, message: RoutedMessage) -> None:
         """Undoes `take`: the socket did not accept the message."""
         self.waiting.appendleft(message)
         self.waiting_bytes += len(message[1])

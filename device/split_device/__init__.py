@@ -4,8 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from split_device.generation.limits import Limits
     from split_device.generation.generator import Generator
+    from split_device.generation.limits import Limits
     from split_device.generation.request import Request
     from split_device.generation.settings import Sampling
     from split_device.images.settings import ImageSettings

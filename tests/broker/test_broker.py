@@ -67,7 +67,7 @@ def join(setting: Setting, broker: Broker) -> Iterator[object]:
 
 
 def relay(sender: FakePeer, to: FakePeer, **fields: object) -> headers.Relay:
-    kind = headers.Kind.REQUEST if sender.role == "device" else headers.Kind.REPLY
+    kind = headers.RelayKind.REQUEST if sender.role == "device" else headers.RelayKind.REPLY
     return headers.Relay(**{"to": to.id, "sender": sender.id, "kind": kind, "channel": 1, "session": 1, **fields})  # type: ignore[arg-type]
 
 
@@ -423,7 +423,7 @@ def test_no_frame_makes_the_broker_fail(offline: Broker, data: st.DataObject) ->
         st.sampled_from(
             [
                 headers.Announce(b"device-1", "device", "device-1", watching=[b"worker-1"]),
-                headers.Relay(b"worker-1", b"device-1", headers.Kind.REQUEST, 1, 2, 0, 3, 4),
+                headers.Relay(b"worker-1", b"device-1", headers.RelayKind.REQUEST, 1, 2, 0, 3, 4),
                 headers.Open(b"device-1", 1, SERVICE, [bytes(8)]),
                 headers.RosterRequest(b"device-1"),
                 headers.Bounce("gone"),
@@ -450,8 +450,8 @@ def test_ten_thousand_frames_of_all_kinds_leave_nothing_behind(offline: Broker) 
         for header in (
             headers.Announce(b"device-1", "device", "device-1", watching=[b"worker-1"]),
             headers.Announce(b"device-2", "device", "device-1"),
-            headers.Relay(b"worker-1", b"device-1", headers.Kind.REQUEST, 1, 2, 0, 3, 4),
-            headers.Relay(b"device-1", b"worker-1", headers.Kind.REPLY, 1, 2, 0, 3, 4),
+            headers.Relay(b"worker-1", b"device-1", headers.RelayKind.REQUEST, 1, 2, 0, 3, 4),
+            headers.Relay(b"device-1", b"worker-1", headers.RelayKind.REPLY, 1, 2, 0, 3, 4),
             headers.Open(b"device-1", 1, SERVICE, [bytes(8)]),
             headers.Open(b"device-9", 1, headers.Service(bytes(32), 1, 2)),
             headers.RosterRequest(b"device-1"),
@@ -649,7 +649,7 @@ def test_a_link_bounds_what_it_has_not_sent(setting: Setting, monkeypatch: pytes
         broker.stop()
 
         def is_full() -> bool:
-            client.transport.send(headers.Relay(bytes(8), client.id, headers.Kind.REQUEST, 1), bytes(100_000))
+            client.transport.send(headers.Relay(bytes(8), client.id, headers.RelayKind.REQUEST, 1), bytes(100_000))
             return client.transport.counters["outbox_full"] >= 20
 
         wait_until(is_full)

@@ -70,7 +70,7 @@ def suite(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Su
 
 
 def request_header(counter: int = 1, session: int = 3) -> headers.Relay:
-    return headers.Relay(b"worker..", b"device..", headers.Kind.REQUEST, 5, session, 0, 9, counter)
+    return headers.Relay(b"worker..", b"device..", headers.RelayKind.REQUEST, 5, session, 0, 9, counter)
 
 
 def test_both_ends_know_each_other_and_share_keys(suite: Suite) -> None:
@@ -83,7 +83,7 @@ def test_both_ends_know_each_other_and_share_keys(suite: Suite) -> None:
     assert b"hidden" not in sealed
     assert len(sealed) == len(b"hidden states") + suite.tag_size
     assert other.open(header, sealed) == b"hidden states"
-    back = msgspec.structs.replace(header, kind=headers.Kind.REPLY, counter=other.next_counter())
+    back = msgspec.structs.replace(header, kind=headers.RelayKind.REPLY, counter=other.next_counter())
     assert one.open(back, other.seal(back, b"answer")) == b"answer"
 
 
@@ -93,7 +93,7 @@ def test_what_a_body_belongs_to_cannot_be_changed(suite: Suite, name: str) -> No
     one, other = of_device.session_keys(3, 0), of_worker.session_keys(3, 0)
     header = request_header(one.next_counter())
     sealed = one.seal(header, b"x")
-    wrong = msgspec.structs.replace(header, **{name: headers.Kind.REPLY if name == "kind" else 8})
+    wrong = msgspec.structs.replace(header, **{name: headers.RelayKind.REPLY if name == "kind" else 8})
     with pytest.raises(AuthenticationError):
         other.open(wrong, sealed)
 

@@ -321,7 +321,7 @@ def test_the_check_sees_a_private_name(code: str) -> None:
 
 
 def test_the_check_lets_our_own_pass() -> None:
-    code = "from split_common.models.loading import _first_line\nself._x = model._stack\nurl._replace(netloc='')\na.__dict__"
+    code = "from split_common.errors import _x\nself._x = model._stack\nurl._replace(netloc='')\na.__dict__"
     assert not foreign(ast.parse(code), {"_stack", *defined(ast.parse(code))})
 
 

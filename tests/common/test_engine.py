@@ -23,7 +23,7 @@ from split_common.engine.linear import pack_linears, padded_rows
 from split_common.engine.pool import PagePool
 from split_common.engine.runner import Runner, build_runner
 from split_common.engine.sequences import KVSequence, TokenRun
-from split_common.models.loading import load_part, plan
+from split_common.models.loading import load_part, read_spec
 from split_common.models.split import Split
 
 pytestmark = pytest.mark.numbers
@@ -34,7 +34,7 @@ SEPARATE = ("falcon", "bloom")
 
 def make_runner(directory: Path, arch: str, **config: Any) -> Runner:
     checkpoint = tiny.save(arch, directory, **config)
-    plan_ = plan(str(checkpoint))
+    plan_ = read_spec(str(checkpoint))
     split = Split.parse(plan_.layers, "1:-2")
     model, stack = load_part(plan_, split, "worker")
     if attention.NAME != "eager":

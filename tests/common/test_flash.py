@@ -25,7 +25,7 @@ from split_common.engine.pool import PagePool
 from split_common.engine.runner import Runner, build_runner
 from split_common.engine.sequences import TokenRun
 from split_common.errors import ModelError
-from split_common.models.loading import load_part, plan
+from split_common.models.loading import load_part, read_spec
 from split_common.models.split import Split
 
 pytestmark = pytest.mark.numbers
@@ -327,7 +327,7 @@ def test_on_cuda_the_body_runs_packed_in_full_precision(arch: str, tmp_path: Pat
 
 def on_cuda(arch: str, directory: Path, dtype: torch.dtype) -> Runner:
     wide = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 6}
-    plan_ = plan(str(tiny.save(arch, directory, **wide)))
+    plan_ = read_spec(str(tiny.save(arch, directory, **wide)))
     split = Split.parse(plan_.layers, "1:-2")
     model, stack = load_part(plan_, split, "worker", dtype=dtype)
     model.to("cuda")

@@ -2,8 +2,8 @@
 
 The samples are in `golden/`: hexadecimal where they are bytes. Those of a channel's set-up are in `test_set_up.py`.
 A format that is to change needs a new version and a sample of it; the old sample stays as long as that version is
-read. For a new message, add a sample here and run `python tests/common/test_golden.py`, which adds what is missing and
-changes nothing that is there.
+read. For a new message, add a sample here and run `python tests/common/test_golden.py`, which adds what is
+missing and changes nothing that is there.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ from split_common.trust import keys, manifest
 from split_common.trust.fleet import Fleet
 from split_common.trust.keys import Certificate, Identity, Roster, Signed, open_signed, seal
 from split_common.trust.manifest import Manifest
-from split_device import doctor
+from split_device.cli import doctor
 from split_device.generation import chat as chatting
 from split_device.generation.settings import Sampling
 from split_device.images.settings import ImageSettings
 from split_device.jobs import job as jobs
-from split_device.jobs.job import ImageChoice, ImageTask, Message, ModelChoice, Piece, Task, Update
-from split_device.jobs.store import VERSION, Store
+from split_device.jobs.job import ImageChoice, ImageTask, Message, ModelChoice, Task, TextPiece, Update
+from split_device.jobs.store import SCHEMA_VERSION, Store
 from split_device.jobs.vault import Vault
 from split_device.models import sizes as parts
 from split_device.sessions import dead_letters
@@ -79,11 +79,11 @@ HEADERS: dict[str, headers.Header] = {
     "roster-request": headers.RosterRequest(DEVICE_ID),
     "roster-reply": headers.RosterReply(),
     "open": headers.Open(DEVICE_ID, 5, SERVICE, [WORKER_ID]),
-    "relay-answer": headers.Relay(DEVICE_ID, WORKER_ID, headers.Kind.ANSWER, 5),
-    "relay-finish": headers.Relay(WORKER_ID, DEVICE_ID, headers.Kind.FINISH, 5),
+    "relay-answer": headers.Relay(DEVICE_ID, WORKER_ID, headers.RelayKind.ANSWER, 5),
+    "relay-finish": headers.Relay(WORKER_ID, DEVICE_ID, headers.RelayKind.FINISH, 5),
     "relay-request": REQUEST,
     "relay-reply": REPLY,
-    "relay-unknown": headers.Relay(DEVICE_ID, WORKER_ID, headers.Kind.UNKNOWN, 5, 6, 7, 8, 9),
+    "relay-unknown": headers.Relay(DEVICE_ID, WORKER_ID, headers.RelayKind.UNKNOWN, 5, 6, 7, 8, 9),
     "bounce-no-worker": headers.Bounce("no-worker", 5, detail="org/model layers 2:28"),
     "bounce-busy": headers.Bounce("busy", 5, 6, 8, WORKER_ID, "every worker is full", 1.5, 7),
     "bounce-gone": headers.Bounce("gone", 5, 6, 8, WORKER_ID),
@@ -97,7 +97,7 @@ REQUESTS: dict[str, payloads.Payload] = {
     "step-float16": payloads.Step("float16", 1, [payloads.Run(4095, 2**40, [2**31 - 1])]),
     "fork": payloads.Fork(6, 7),
     "close": payloads.Close(),
-    "condition": payloads.Condition(KEY, [payloads.Array("float16", [1, 2, 3])], [0.5, 1.0]),
+    "condition": payloads.Conditioning(KEY, [payloads.Array("float16", [1, 2, 3])], [0.5, 1.0]),
     "denoise": payloads.Denoise(
         KEY,
         [0, -1],
@@ -237,12 +237,12 @@ def store_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         store.claim(1, kind="image")
         store.write(
             [
-                Update(id=names[0], piece=Piece([1, 200, 70_000], "one"), sampler=b"state", prompt_tokens=9),
+                Update(id=names[0], piece=TextPiece([1, 200, 70_000], "one"), sampler=b"state", prompt_tokens=9),
                 Update(id=names[2], steps=30, image=b"PNG", state="succeeded", finish_reason="stop"),
                 Update(id=names[4], state="failed", error="no worker"),
             ]
         )
-        store.write([Update(id=names[0], piece=Piece([2], " two"), sampler=b"later")])
+        store.write([Update(id=names[0], piece=TextPiece([2], " two"), sampler=b"later")])
         store.cancel(names[0])
         store.cancel(names[1])
     monkeypatch.undo()
@@ -267,7 +267,7 @@ def dump(path: Path) -> str:
 
 def test_the_database_of_jobs(store_file: Path, tmp_path: Path) -> None:
     golden = check_text("jobs.sql", dump(store_file))
-    assert f"user_version = {VERSION}" in golden
+    assert f"user_version = {SCHEMA_VERSION}" in golden
     old = tmp_path / "old" / "jobs.db"
     private_dir(old.parent)
     database = sqlite3.connect(old)
@@ -291,10 +291,10 @@ def test_the_database_of_jobs(store_file: Path, tmp_path: Path) -> None:
 def test_tasks_and_pieces() -> None:
     """As the store keeps them, once it has opened what it sealed."""
     samples = {name: msgspec.msgpack.encode(task) for name, task in TASKS.items()}
-    samples["piece"] = msgspec.msgpack.encode(Piece([1, 200, 70_000], "one"))
+    samples["piece"] = msgspec.msgpack.encode(TextPiece([1, 200, 70_000], "one"))
     golden = check_bytes("tasks", samples)
     assert {name: msgspec.msgpack.decode(golden[name], type=jobs.AnyTask) for name in TASKS} == TASKS
-    assert msgspec.msgpack.decode(golden["piece"], type=Piece) == Piece([1, 200, 70_000], "one")
+    assert msgspec.msgpack.decode(golden["piece"], type=TextPiece) == TextPiece([1, 200, 70_000], "one")
 
 
 def test_a_sealed_value() -> None:
@@ -359,9 +359,9 @@ def test_json_of_jobs_and_dead_letters(run: Any, store_file: Path, monkeypatch: 
 def test_json_of_records() -> None:
     """Records whose fields are printed by their names."""
     records = {
-        "answer": chatting.Answer("Hi", 3, 2, "stop", 0.5, 1.5),
+        "answer": chatting.ChatAnswer("Hi", 3, 2, "stop", 0.5, 1.5),
         "finding": doctor.Finding("keys", "ok", "/keys"),
-        "part": parts.Part("body", "2:28", 10, 20, 0.5),
+        "part": parts.PartSize("body", "2:28", 10, 20, 0.5),
         "report": report.Report(*range(len(dataclasses.fields(report.Report)))),
     }
     check_text("records.json", json.dumps(msgspec.to_builtins(records), indent=1) + "\n")
@@ -373,11 +373,11 @@ def test_json_of_records() -> None:
 MODULES: tuple[ModuleType, ...] = (headers, payloads, handshake, keys, manifest, dead_letters, jobs)
 
 #: Structs of theirs that do neither.
-NOT_STORED: set[type] = {headers.Header, payloads.Payload, jobs.Job, jobs.Progress, jobs.Update}
+NOT_STORED: set[type] = {headers.Header, payloads.Payload, jobs.Job, jobs.JobProgress, jobs.Update}
 
 SAMPLES = (
     *(HEADERS, REQUESTS, REPLIES, ROSTER, MANIFEST, DEVICE.certificate, WORKER.certificate),
-    *(TASKS, Piece([1], "one"), LETTER),
+    *(TASKS, TextPiece([1], "one"), LETTER),
     Hello(ROOT, [AEGIS.name], SERVICE, "bfloat16", 2, ["fork"]),
     Answer(ROOT, AEGIS.name, b"credentials", 2, ["fork"]),
     Credentials(b"certificate", bytes(64)),

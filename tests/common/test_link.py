@@ -124,7 +124,7 @@ class Pair:
     pool: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 4))
 
     def number(self, seq: int, session: int = 0) -> None:
-        self.worker.send(headers.Relay(self.device.id, self.worker.id, headers.Kind.REPLY, 1, session, 0, seq))
+        self.worker.send(headers.Relay(self.device.id, self.worker.id, headers.RelayKind.REPLY, 1, session, 0, seq))
 
     def receive(self, timeout: float = LATE, session: int = 0) -> int:
         return self.link.receive(self.device.arrived[session], timeout)
@@ -276,14 +276,14 @@ def test_who_sends_takes_nothing_from_the_caller_that_reads(pair: Pair) -> None:
     assert about_to_wait.wait(LATE)
     pair.number(1)
     wait_until(lambda: poll(0))
-    pair.link.send(headers.Relay(pair.worker.id, pair.device.id, headers.Kind.REQUEST, 1))
+    pair.link.send(headers.Relay(pair.worker.id, pair.device.id, headers.RelayKind.REQUEST, 1))
     sent.set()
     assert caller.result(LATE) == 1
 
 
 def test_what_is_sent_while_the_socket_is_in_use_goes_out_at_once(pair: Pair) -> None:
     """The garbage collector may send in the very thread that uses the socket, whose caller may not come back."""
-    ready, wanted = pair.link._ready, [headers.Relay(pair.worker.id, pair.device.id, headers.Kind.REQUEST, 1)]
+    ready, wanted = pair.link._ready, [headers.Relay(pair.worker.id, pair.device.id, headers.RelayKind.REQUEST, 1)]
 
     def ready_and_sending(sock: Any) -> int:
         events = ready(sock)

@@ -287,9 +287,9 @@ def test_lying_headers_are_refused(tmp_path: Path, lie: str) -> None:
 def test_header_size_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = file_of({"a": entry(0, 4)}, 4)
     size = len(data) - 12
-    monkeypatch.setattr(checkpoint_module, "MAX_HEADER", size)
+    monkeypatch.setattr(checkpoint_module, "MAX_SAFETENSORS_HEADER", size)
     assert Checkpoint.resolve(write_raw(tmp_path, data)).tensor_names == ["a"]
-    monkeypatch.setattr(checkpoint_module, "MAX_HEADER", size - 1)
+    monkeypatch.setattr(checkpoint_module, "MAX_SAFETENSORS_HEADER", size - 1)
     with pytest.raises(ModelError, match=f"a header of {size} bytes"):
         Checkpoint.resolve(write_raw(tmp_path, data))
 

@@ -31,7 +31,7 @@ _headers = st.one_of(
     st.builds(headers.RosterRequest, _peers),
     st.just(headers.RosterReply()),
     st.builds(headers.Open, _peers, _naturals, _services, st.lists(_peers, max_size=64)),
-    st.builds(headers.Relay, _peers, _peers, st.sampled_from(headers.Kind), *[_naturals] * 5),
+    st.builds(headers.Relay, _peers, _peers, st.sampled_from(headers.RelayKind), *[_naturals] * 5),
     st.builds(
         headers.Bounce,
         st.sampled_from(["no-worker", "busy", "gone", "full", "revoked"]),
@@ -56,7 +56,7 @@ _arrays = st.builds(
 _keys = st.binary(min_size=32, max_size=32)
 _requests = st.one_of(
     st.builds(
-        payloads.Condition,
+        payloads.Conditioning,
         _keys,
         st.lists(_arrays, min_size=1, max_size=3),
         st.lists(st.floats(allow_nan=False), max_size=5),

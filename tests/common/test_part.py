@@ -21,8 +21,8 @@ from split_common.errors import (
     UnsupportedArchitecture,
 )
 from split_common.models import checkpoint as checkpoint_module
-from split_common.models.layer_stack import PassThrough, Stack
-from split_common.models.loading import load_part, plan
+from split_common.models.layer_stack import LayerStack, PassThrough
+from split_common.models.loading import load_part, read_spec
 from split_common.models.split import Split
 from split_common.models.verification import build_manifest, find_manifest
 from split_common.models.weights import Side
@@ -51,7 +51,7 @@ def dropping(part: str) -> Callable[[str, torch.Tensor], torch.Tensor | None]:
 
 @pytest.mark.parametrize("arch", tiny.LISTED)
 def test_sides_share_no_tensor_and_lack_none(arch: str, tmp_path: Path) -> None:
-    plan_ = plan(str(tiny.save(arch, tmp_path)))
+    plan_ = read_spec(str(tiny.save(arch, tmp_path)))
     device, worker = (plan_.own_tensors(SPLIT, side) for side in SIDES)
     assert sorted(device + worker) == plan_.checkpoint.tensor_names
     assert {plan_.layer_of(name) for name in worker} == {2, 3}
@@ -61,8 +61,8 @@ def test_sides_share_no_tensor_and_lack_none(arch: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral"])
 def test_parameters_of_a_part(arch: str, tmp_path: Path) -> None:
     """Each side has the unsplit model's weights in its own layers, and no parameter in the other's."""
-    full = Stack(tiny.build(arch), tiny.LAYERS)
-    plan_ = plan(str(tiny.save(arch, tmp_path)))
+    full = LayerStack(tiny.build(arch), tiny.LAYERS)
+    plan_ = read_spec(str(tiny.save(arch, tmp_path)))
     for side in SIDES:
         model, stack = load_part(plan_, SPLIT, side)
         for index, (slot, layer) in enumerate(zip(stack.slots, full.slots, strict=True)):
@@ -82,7 +82,7 @@ def test_tensors_beyond_the_last_layer_are_left_out(tmp_path: Path) -> None:
     extra = {"model.layers.6.mlp.up_proj.weight": torch.zeros(48, 32)}
     file = tiny.save("llama", tmp_path) / "model.safetensors"
     save_file({**load_file(file), **extra}, file, metadata={"format": "pt"})
-    plan_ = plan(str(tmp_path))
+    plan_ = read_spec(str(tmp_path))
     assert all("layers.6" not in name for side in SIDES for name in plan_.own_tensors(SPLIT, side))
     for side in SIDES:
         load_part(plan_, SPLIT, side)
@@ -95,7 +95,7 @@ def test_checkpoint_with_names_of_its_own(tmp_path: Path) -> None:
     renamed = {re.sub(r"model\.layers\.", "transformer.h.", name): t for name, t in load_file(file).items()}
     renamed["transformer.h.0.mlp.experts.0.bias"] = torch.zeros(1)
     save_file(renamed, file, metadata={"format": "pt"})
-    plan_ = plan(str(tmp_path))
+    plan_ = read_spec(str(tmp_path))
     assert plan_.prefix == "transformer.h"
     assert {plan_.layer_of(name) for name in plan_.own_tensors(SPLIT, "worker")} == {2, 3}
 
@@ -106,7 +106,7 @@ def test_checkpoint_with_two_stacks(tmp_path: Path) -> None:
     vision = {f"vision.layers.{index}.weight": torch.zeros(1) for index in range(4)}
     save_file({**tensors, **vision}, file, metadata={"format": "pt"})
     with pytest.raises(UnsupportedArchitecture, match=r"several stacks of layers \(model.layers, vision.layers\)"):
-        plan(str(tmp_path))
+        read_spec(str(tmp_path))
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral"])
@@ -131,7 +131,7 @@ def test_only_the_shards_needed_are_fetched(arch: str, tmp_path: Path, monkeypat
     shards: dict[Side, set[str]] = {}
     for side in SIDES:
         fetched.clear()
-        plan_ = plan("org/model")
+        plan_ = read_spec("org/model")
         own = plan_.own_tensors(SPLIT, side)
         find_manifest(fleet, plan_.checkpoint, own)
         load_part(plan_, SPLIT, side)
@@ -165,7 +165,7 @@ def test_sharded_checkpoint_gives_the_same_tokens(tmp_path: Path) -> None:
 )
 def test_missing_tensor(part: str, side: Side, tmp_path: Path) -> None:
     """The side that needs it says so; the other one does not care."""
-    plan_ = plan(str(rewrite(tiny.save("llama", tmp_path), dropping(part))))
+    plan_ = read_spec(str(rewrite(tiny.save("llama", tmp_path), dropping(part))))
     with pytest.raises(MissingTensor, match=re.escape(part)):
         load_part(plan_, SPLIT, side)
     load_part(plan_, SPLIT, "device" if side == "worker" else "worker")
@@ -186,14 +186,14 @@ def test_missing_tensor_from_end_to_end(tmp_path: Path) -> None:
 )
 def test_missing_tensor_of_those_that_are_merged(arch: str, part: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has the shape|do not make the model"):
-        load_part(plan(str(rewrite(tiny.save(arch, tmp_path), dropping(part)))), SPLIT, "worker")
+        load_part(read_spec(str(rewrite(tiny.save(arch, tmp_path), dropping(part)))), SPLIT, "worker")
 
 
 def test_tensor_of_another_shape(tmp_path: Path) -> None:
     def shorten(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor[:-1] if "layers.3.mlp.up_proj" in name else tensor
 
-    plan_ = plan(str(rewrite(tiny.save("llama", tmp_path), shorten)))
+    plan_ = read_spec(str(rewrite(tiny.save("llama", tmp_path), shorten)))
     with pytest.raises(ModelError, match=r"layers.3.mlp.up_proj.weight has the shape \[47, 32\], not \[48, 32\]"):
         load_part(plan_, SPLIT, "worker")
 
@@ -291,12 +291,12 @@ def furthest(self: Any, inputs_embeds: torch.Tensor, position_ids: Any = None, *
 )
 def test_stack_that_cannot_be_cut(forward: Callable[..., Any], reason: str) -> None:
     with pytest.raises(UnsupportedArchitecture, match=reason):
-        Stack(Editor(forward).model, tiny.LAYERS)
+        LayerStack(Editor(forward).model, tiny.LAYERS)
 
 
 @pytest.mark.parametrize(("forward", "interact"), [(plain, False), (furthest, True)])
 def test_positions_that_interact(forward: Callable[..., Any], interact: bool) -> None:
-    assert Stack(Editor(forward).model, tiny.LAYERS).positions_interact == interact
+    assert LayerStack(Editor(forward).model, tiny.LAYERS).positions_interact == interact
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_positions_that_interact(forward: Callable[..., Any], interact: bool) ->
     [("llama", False, True), ("bloom", True, False), ("opt", False, True)],
 )
 def test_traits_of_a_stack(arch: str, returns_tuple: bool, takes_positions: bool) -> None:
-    stack = Stack(tiny.build(arch), tiny.LAYERS)
+    stack = LayerStack(tiny.build(arch), tiny.LAYERS)
     assert (stack.returns_tuple, stack.takes_positions) == (returns_tuple, takes_positions)
     assert stack.positions_interact is False
     assert stack.width == 32
@@ -313,7 +313,7 @@ def test_traits_of_a_stack(arch: str, returns_tuple: bool, takes_positions: bool
 def test_stack_is_left_as_it_was() -> None:
     model = tiny.build("llama")
     before = list(model.model.layers)
-    Stack(model, tiny.LAYERS)
+    LayerStack(model, tiny.LAYERS)
     assert all(one is other for one, other in zip(model.model.layers, before, strict=True))
 
 
@@ -330,4 +330,4 @@ def test_pass_through_has_the_settings_of_its_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layers", [0, 5, 7])
 def test_model_without_a_stack_of_that_many_layers(layers: int) -> None:
     with pytest.raises(UnsupportedArchitecture, match=f"no stack of {layers} layers"):
-        Stack(tiny.build("llama"), layers)
+        LayerStack(tiny.build("llama"), layers)

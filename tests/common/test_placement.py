@@ -109,7 +109,7 @@ def test_what_is_served_is_listed_once_each_and_in_order() -> None:
 
 
 def test_a_refusal_names_the_message_that_it_is_about() -> None:
-    relay = headers.Relay(peer("worker"), peer("device"), headers.Kind.REQUEST, 1, 2, 3, 4, 5)
+    relay = headers.Relay(peer("worker"), peer("device"), headers.RelayKind.REQUEST, 1, 2, 3, 4, 5)
     assert GONE.bounce(relay) == headers.Bounce(
         "gone", 1, 2, 4, peer("worker"), "the peer is not connected", 0.0, epoch=3
     )

@@ -185,7 +185,7 @@ def test_embeddings_travel_once_and_default_negatives_not_at_all(
     pipe("something else", num_inference_steps=3, height=SIZE, width=SIZE, output_type="latent")
     # On a machine that is very busy a worker may seem dead: then all goes to it once more.
     again = unet.traffic["replays"] - before
-    conditions = [request for request in sent if isinstance(request, payloads.Condition)]
+    conditions = [request for request in sent if isinstance(request, payloads.Conditioning)]
     steps = [request for request in sent if isinstance(request, payloads.Denoise)]
     assert len(conditions) == 1 + again
     assert conditions[0].arrays[0].shape == [1, tiny_diffusion.TOKENS, 2 * tiny_diffusion.TEXT]

@@ -22,7 +22,7 @@ from fleet import joined, running_broker, split_model, start_worker
 from split_common.errors import ConfigError, NoWorker, PromptTooLong, SplitError, UnsupportedFeature
 from split_device import SplitModelForCausalLM
 from split_device.generation.generator import Generator, Logprobs, Request
-from split_worker.limits import Limits
+from split_worker.limits import WorkerLimits
 from split_worker.worker import Worker
 from wiretap import LATE, wait_until
 
@@ -349,10 +349,10 @@ def test_memory_for_a_few_at_a_time(split: Any, unsplit: Any) -> None:
 def test_those_that_find_no_room_on_the_worker_begin_again(
     llama: Path, unsplit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("split_device.generation.generator.RETRY_AFTER", 0.05)
+    monkeypatch.setattr("split_device.generation.generator.NO_ROOM_RETRY", 0.05)
     asked = [Request(prompt, greedy(20)) for prompt in prompts(8)]
     with running_broker() as broker:
-        worker = start_worker(llama, broker.address, limits=Limits(max_sessions=2))
+        worker = start_worker(llama, broker.address, limits=WorkerLimits(max_sessions=2))
         try:
             with (
                 SplitModelForCausalLM.from_pretrained(llama, broker=broker.address, patience=0.0) as model,

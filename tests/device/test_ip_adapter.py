@@ -17,7 +17,7 @@ from fleet import running_broker, start_worker
 from split_common.cli import main
 from split_common.errors import Malformed, MissingTensor, NoWorker, UnknownModel, UnsupportedFeature
 from split_common.models.checkpoint import Checkpoint
-from split_common.models.denoisers.registry import plan_image
+from split_common.models.denoisers.registry import read_denoiser_spec
 from split_common.protocol import payloads
 from split_common.trust.fleet import load_fleet
 from split_device import SplitUNet2DConditionModel
@@ -155,20 +155,20 @@ def test_what_is_no_adapter(sdxl: Path, adapter: Path, tmp_path: Path) -> None:
     tensors = load_file(adapter)
     del tensors["ip_adapter.5.to_k_ip.weight"]
     save_file(tensors, tmp_path / "short.safetensors")
-    plan = plan_image(Checkpoint.resolve(sdxl, ip_adapter=tmp_path / "short.safetensors"))
+    plan = read_denoiser_spec(Checkpoint.resolve(sdxl, ip_adapter=tmp_path / "short.safetensors"))
     with pytest.raises(MissingTensor, match="to_k_ip"):
         plan.middle(plan.split("C"))
 
 
 def test_jobs_that_do_not_fit_the_adapter_are_refused(sdxl: Path, adapter: Path) -> None:
-    plan = plan_image(Checkpoint.resolve(sdxl, ip_adapter=adapter))
+    plan = read_denoiser_spec(Checkpoint.resolve(sdxl, ip_adapter=adapter))
     body = DenoiserBody(plan, plan.split("C"), torch.device("cpu"))
     state = body.new_state()
 
     def send(shapes: list[list[int]], scales: list[float]) -> None:
         parts = [encode(torch.ones(shape)) for shape in shapes]
         arrays, data = [array for array, _ in parts], b"".join(data for _, data in parts)
-        assert body.begin(state, payloads.Condition(KEY, arrays, scales), memoryview(data)) == []
+        assert body.begin(state, payloads.Conditioning(KEY, arrays, scales), memoryview(data)) == []
 
     text, images = [1, 4, WIDTH], [1, 1, 4, WIDTH]
     count = len(plan.body_attentions(plan.split("C")))  # type: ignore[attr-defined]

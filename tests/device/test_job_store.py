@@ -12,7 +12,7 @@ import pytest
 from split_common.errors import ConfigError, JobsError, KeysError, StoreLocked, UnknownJob
 from split_device.generation.settings import Sampling
 from split_device.images.settings import ImageSettings
-from split_device.jobs.job import ImageChoice, ImageTask, Message, ModelChoice, Piece, Task, Update
+from split_device.jobs.job import ImageChoice, ImageTask, Message, ModelChoice, Task, TextPiece, Update
 from split_device.jobs.store import Store
 
 MODEL = ModelChoice(name="/models/tiny")
@@ -47,8 +47,8 @@ def test_tokens_are_kept_with_the_samplers_state(path: Path) -> None:
     with Store(path) as store:
         (job,) = store.submit_all([(task(), 0, None)])
         store.claim(1)
-        store.write([Update(id=job.id, piece=Piece([1, 2], "ab"), sampler=b"after b", prompt_tokens=7)])
-        store.write([Update(id=job.id, piece=Piece([3], "c"), sampler=b"after c")])
+        store.write([Update(id=job.id, piece=TextPiece([1, 2], "ab"), sampler=b"after b", prompt_tokens=7)])
+        store.write([Update(id=job.id, piece=TextPiece([3], "c"), sampler=b"after c")])
     with Store(path) as store:
         progress = store.progress(job.id)
         assert (progress.tokens, progress.text, progress.sampler) == ([1, 2, 3], "abc", b"after c")
@@ -73,9 +73,9 @@ def test_settings_of_a_wrong_type_are_refused(settings: dict[str, Any], path: Pa
 def test_updates_are_written_all_or_none(path: Path) -> None:
     with Store(path) as store:
         job = store.submit(task())
-        good = Update(id=job.id, piece=Piece([1], "a"))
+        good = Update(id=job.id, piece=TextPiece([1], "a"))
         with pytest.raises(Exception, match="FOREIGN KEY"):
-            store.write([good, Update(id="job-gone", piece=Piece([1], "a"))])
+            store.write([good, Update(id="job-gone", piece=TextPiece([1], "a"))])
         assert store.progress(job.id).tokens == []
 
 
@@ -134,7 +134,7 @@ def test_prune_removes_what_ended_before(path: Path) -> None:
     with Store(path) as store:
         kept = store.submit(task()).id
         gone = store.submit(task("to be removed")).id
-        store.write([Update(id=gone, piece=Piece([1], "an answer to be removed"), state="succeeded")])
+        store.write([Update(id=gone, piece=TextPiece([1], "an answer to be removed"), state="succeeded")])
         assert store.prune(time.time() - 60) == 0
         assert store.prune(time.time() + 1) == 1
         assert [job.id for job in store.jobs()] == [kept]
@@ -147,7 +147,9 @@ def test_sealed_with_a_key_file(path: Path, tmp_path: Path) -> None:
     with Store(path, key) as store:
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
         job = store.submit(task())
-        store.write([Update(id=job.id, piece=Piece([1], "what it says"), sampler=b"its state", state="succeeded")])
+        store.write(
+            [Update(id=job.id, piece=TextPiece([1], "what it says"), sampler=b"its state", state="succeeded")]
+        )
         wal = path.with_name("jobs.db-wal").read_bytes()
         assert PROMPT.encode() not in path.read_bytes() + wal
         assert b"what it says" not in path.read_bytes() + wal

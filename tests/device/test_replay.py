@@ -20,7 +20,7 @@ from split_common.engine.pool import PAGE_TOKENS, PagePool
 from split_common.errors import SessionLost, StepFailed
 from split_device import SplitModelForCausalLM
 from split_device.sessions.client import PATIENCE
-from split_worker.limits import Limits
+from split_worker.limits import WorkerLimits
 from split_worker.worker import Worker
 from wiretap import LATE, SOON
 
@@ -43,7 +43,7 @@ MODES: dict[str, Callable[[Any], torch.Tensor]] = {
 class Workers:
     """Workers of one checkpoint, of which there is always at least one; `strike` ends the one in use."""
 
-    def __init__(self, checkpoint: Path, broker: str, limits: Limits | None) -> None:
+    def __init__(self, checkpoint: Path, broker: str, limits: WorkerLimits | None) -> None:
         self._start = lambda: start_worker(checkpoint, broker, limits=limits)
         self.running: list[Worker] = [self._start()]
         self.ended = 0
@@ -63,7 +63,7 @@ class Workers:
 
 
 @contextlib.contextmanager
-def fleet_of(checkpoint: Path, limits: Limits | None = None, **options: Any) -> Iterator[tuple[Any, Workers]]:
+def fleet_of(checkpoint: Path, limits: WorkerLimits | None = None, **options: Any) -> Iterator[tuple[Any, Workers]]:
     with running_broker() as broker:
         workers = Workers(checkpoint, broker.address, limits)
         try:
@@ -187,7 +187,7 @@ def test_many_sessions_finish_on_a_pool_for_a_few(tmp_path: Path, monkeypatch: p
     checkpoint = tiny.save("llama", tmp_path)
     monkeypatch.setattr("fleet.KV_BYTES", _bytes_for(checkpoint, room * (40 + 24)))
     # Admitted as if they did not grow, so that some are evicted.
-    limits = Limits(growth=4)
+    limits = WorkerLimits(growth=4)
     with fleet_of(checkpoint, limits, patience=120.0) as (model, workers), ThreadPoolExecutor(sessions) as pool:
         store = workers.running[0]._body.store
         assert isinstance(store, PagePool)

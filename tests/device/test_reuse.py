@@ -15,7 +15,7 @@ from split_common.errors import ConfigError
 from split_device import SplitUNet2DConditionModel
 from split_device.models.compression import parse_reuse
 from split_device.models.reuse import Base, Reuse
-from split_device.sessions.images import Inputs
+from split_device.sessions.images import DenoiserInputs
 
 TEXT = torch.ones(1, 2)
 
@@ -28,11 +28,11 @@ class Image:
         self.calls: list[float] = []
 
     def step(self, timestep: float, states: float, text: torch.Tensor = TEXT, size: int = 1) -> float:
-        def call(inputs: Inputs) -> torch.Tensor:
+        def call(inputs: DenoiserInputs) -> torch.Tensor:
             self.calls.append(timestep)
             return inputs.tensors[0] * 10
 
-        inputs = Inputs([torch.full((1, size), states), torch.zeros(1, 1)], [text])
+        inputs = DenoiserInputs([torch.full((1, size), states), torch.zeros(1, 1)], [text])
         return float(self.reuse.output(timestep, inputs, call)[0, 0])
 
 

@@ -18,7 +18,7 @@ import tiny
 from fleet import KV_BYTES, joined, running_broker, start_worker
 from split_common.engine.sequences import KVSequence, TokenRun
 from split_common.errors import Busy, Malformed, NonFinite, OutOfOrder, PromptTooLong, SessionLost
-from split_common.models.loading import plan
+from split_common.models.loading import read_spec
 from split_common.models.split import Split
 from split_common.models.tensors import check_finite
 from split_common.protocol import headers, payloads
@@ -27,7 +27,7 @@ from split_device.sessions.client import PATIENCE
 from split_worker.bodies.denoiser import HeldArrays, ImageState
 from split_worker.bodies.language import LanguageBody, Rows
 from split_worker.bodies.loading import load_language_body
-from split_worker.limits import Limits
+from split_worker.limits import WorkerLimits
 from split_worker.sessions import MAX_WAITING, Session, SessionTable
 from split_worker.worker import Worker
 from wiretap import LATE, SOON, record_requests
@@ -330,7 +330,7 @@ def test_cache_of_a_worker_that_is_gone(broker: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module", params=["llama", "gemma2", "bloom"])
 def body(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LanguageBody:
-    plan_ = plan(str(tiny.save(request.param, tmp_path_factory.mktemp("body"))))
+    plan_ = read_spec(str(tiny.save(request.param, tmp_path_factory.mktemp("body"))))
     return load_language_body(
         plan_, Split.from_head_tail(plan_.layers, 1, 2), torch.device("cpu"), kv_bytes=KV_BYTES
     )
@@ -450,7 +450,7 @@ def test_every_request_is_run_once_and_in_order() -> None:
     holder = session()
     assert holder.admit(0)
     assert not holder.admit(0)
-    header = headers.Relay(b"device00", b"worker00", headers.Kind.REPLY, 1, seq=0)
+    header = headers.Relay(b"device00", b"worker00", headers.RelayKind.REPLY, 1, seq=0)
     holder.answered((header, b"reply"))
     assert not holder.admit(0)
     assert holder.replies[0] == (header, b"reply")
@@ -468,7 +468,7 @@ def test_waiting_requests_are_bounded() -> None:
         assert holder.admit(seq)
     with pytest.raises(OutOfOrder):
         holder.admit(MAX_WAITING)
-    header = headers.Relay(b"device00", b"worker00", headers.Kind.REPLY, 1, seq=0)
+    header = headers.Relay(b"device00", b"worker00", headers.RelayKind.REPLY, 1, seq=0)
     holder.answered((header, b"reply"))
     assert holder.admit(MAX_WAITING)
 
@@ -477,7 +477,7 @@ def test_a_session_may_have_any_number_of_requests() -> None:
     holder = session()
     for seq in range(3 * MAX_WAITING):
         assert holder.admit(seq)
-        holder.answered((headers.Relay(b"device00", b"worker00", headers.Kind.REPLY, 1, seq=seq), b"reply"))
+        holder.answered((headers.Relay(b"device00", b"worker00", headers.RelayKind.REPLY, 1, seq=seq), b"reply"))
         holder.forget(seq)
 
 
@@ -491,7 +491,7 @@ def open_session(table: SessionTable, number: int, free: int = 10_000) -> Sessio
 
 
 def test_table_is_bounded_by_sessions_and_by_memory() -> None:
-    table = SessionTable(Limits(max_sessions=2))
+    table = SessionTable(WorkerLimits(max_sessions=2))
     assert table.room(10_000) == 2
     assert table.room(table.limits.growth) == 1
     first = open_session(table, 1)
@@ -506,7 +506,7 @@ def test_table_is_bounded_by_sessions_and_by_memory() -> None:
 
 
 def test_sessions_without_kv_memory_are_bounded_by_their_number() -> None:
-    table, held = SessionTable(Limits(max_sessions=2)), HeldArrays(10)
+    table, held = SessionTable(WorkerLimits(max_sessions=2)), HeldArrays(10)
     assert table.room(None) == 2
     for number in (1, 2):
         opened = table.open((b"device00", 1, number, 0), FakeChannel(), ImageState(held), None)  # type: ignore[arg-type]
@@ -527,7 +527,7 @@ def test_the_newest_session_gives_way_unless_one_is_idle() -> None:
 
 
 def test_idle_sessions_are_freed() -> None:
-    table = SessionTable(Limits(max_sessions=1, idle_timeout=10))
+    table = SessionTable(WorkerLimits(max_sessions=1, idle_timeout=10))
     first = open_session(table, 1)
     first.used -= 11
     second = open_session(table, 2)
@@ -537,7 +537,7 @@ def test_idle_sessions_are_freed() -> None:
 
 def test_full_worker_is_waited_for_and_then_reported(broker: str, tmp_path: Path) -> None:
     checkpoint = tiny.save("qwen3", tmp_path)
-    worker = start_worker(checkpoint, broker, limits=Limits(max_sessions=1))
+    worker = start_worker(checkpoint, broker, limits=WorkerLimits(max_sessions=1))
     try:
         with SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker, patience=0.5) as model:
             cache = DynamicCache()
@@ -558,5 +558,5 @@ def test_replies_that_are_never_acknowledged_are_bounded() -> None:
     holder = session()
     for seq in range(2 * MAX_WAITING):
         assert holder.admit(seq)
-        holder.answered((headers.Relay(b"device00", b"worker00", headers.Kind.REPLY, 1, seq=seq), b"reply"))
+        holder.answered((headers.Relay(b"device00", b"worker00", headers.RelayKind.REPLY, 1, seq=seq), b"reply"))
     assert list(holder.replies) == list(range(MAX_WAITING, 2 * MAX_WAITING))

@@ -28,9 +28,9 @@ from split_device.stress.chaos import INTERVALS, Chaos
 from split_device.stress.events import Answered, Asked, Decoded, Failed, Traffic, decode, encode
 from split_device.stress.ledger import Ledger
 from split_device.stress.memory import MIB, Memory, Resident
-from split_device.stress.plan import Plan
+from split_device.stress.plan import StressPlan
 from split_device.stress.plot import draw
-from split_device.stress.processes import Kept
+from split_device.stress.processes import Supervised
 from split_device.stress.proxy import Proxy
 from split_device.stress.report import percentiles, report
 from split_device.stress.workload import draw as draw_request
@@ -268,7 +268,7 @@ def sleeper() -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_kept_process_is_started_again() -> None:
-    kept = Kept("sleeper", sleeper)
+    kept = Supervised("sleeper", sleeper)
     kept.start()
     try:
         kept.wait()
@@ -296,7 +296,7 @@ def test_a_process_that_cannot_be_started_says_why() -> None:
         raise SplitError("no such thing")
         yield
 
-    kept = Kept("broken", broken)
+    kept = Supervised("broken", broken)
     kept.start()
     with pytest.raises(SplitError, match="no such thing"):
         kept.wait()
@@ -314,7 +314,7 @@ def test_memory_is_compared_with_that_after_ten_seconds() -> None:
 def test_memory_of_what_is_there_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("split_device.stress.memory.SETTLED", 0.0)
     memory = Memory()
-    kept = Kept("worker 0", sleeper)
+    kept = Supervised("worker 0", sleeper)
     kept.start()
     try:
         kept.wait()
@@ -351,7 +351,7 @@ def test_images_are_drawn_and_compared(tmp_path: Path) -> None:
 
 
 def test_every_other_process_of_a_mixed_run_has_images() -> None:
-    plan = Plan("mixed", 4, 4, None, 1.0, "zmq", None, None, None, 2, 2, [], 0, None)
+    plan = StressPlan("mixed", 4, 4, None, 1.0, "zmq", None, None, None, 2, 2, [], 0, None)
     assert [plan.kind(index) for index in range(4)] == ["text", "image", "text", "image"]
     assert main(["stress", "--workload", "mixed", "--workers", "1"]) == 2
     assert main(["stress", "--workload", "mixed", "--model", "x"]) == 2

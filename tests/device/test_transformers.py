@@ -18,7 +18,7 @@ from fleet import TRANSPORTS_IN_TURN, running_broker, start_worker, using
 from split_common.errors import InvalidSplit, Malformed, NonFinite, UnsupportedArchitecture, UnsupportedFeature
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.denoisers.codecs import encode
-from split_common.models.denoisers.registry import plan_image
+from split_common.models.denoisers.registry import read_denoiser_spec
 from split_common.models.split import Split
 from split_common.protocol import payloads
 from split_device import SplitFluxTransformer2DModel, SplitSD3Transformer2DModel, SplitUNet2DConditionModel
@@ -133,7 +133,7 @@ def test_what_travels(
     wanted = latents(pipe_of(kind, model), **SHORT, height=32)
     assert torch.equal(latents(pipe, **SHORT, height=32), wanted)
     kinds = [type(request) for request in sent]
-    assert kinds.count(payloads.Condition) == (kind == "flux")
+    assert kinds.count(payloads.Conditioning) == (kind == "flux")
     assert kinds.count(payloads.Denoise) == 4
     assert kinds.count(payloads.TensorPart) > 0
     assert kinds.count(payloads.PartRequest) > 0
@@ -210,7 +210,7 @@ def test_what_is_refused(kind: str, model: Path, transformer: Any, worker: Worke
     save_file({"ip_adapter.1.to_k_ip.weight": torch.zeros(1)}, model.parent / "ip.safetensors")
     adapted = Checkpoint.resolve(model, ip_adapter=model.parent / "ip.safetensors")
     with pytest.raises(UnsupportedArchitecture, match="IP-Adapter"):
-        plan_image(adapted)
+        read_denoiser_spec(adapted)
     assert worker.counters["steps"] == before
 
 
@@ -256,7 +256,7 @@ TIME, IMAGE, TEXT = torch.ones(2, 32), torch.ones(2, 9, 32), torch.ones(2, 4, 32
     ids=lambda tensors: " ".join(str(list(tensor.shape)) for tensor in tensors),
 )
 def test_steps_that_do_not_fit_are_refused(kind: str, model: Path, tensors: tuple[torch.Tensor, ...]) -> None:
-    plan = plan_image(Checkpoint.resolve(model))
+    plan = read_denoiser_spec(Checkpoint.resolve(model))
     body = DenoiserBody(plan, plan.split("C"), torch.device("cpu"))
     state = body.new_state()
     condition = None
@@ -265,15 +265,15 @@ def test_steps_that_do_not_fit_are_refused(kind: str, model: Path, tensors: tupl
         condition = KEY
         for array in (payloads.Array("float32", [1, 13, 2]), payloads.Array("float32", [2, 13, 3])):
             with pytest.raises(Malformed, match="places"):
-                body.begin(state, payloads.Condition(KEY, [array]), memoryview(b""))
-        body.begin(state, payloads.Condition(KEY, [places]), memoryview(data))
+                body.begin(state, payloads.Conditioning(KEY, [array]), memoryview(b""))
+        body.begin(state, payloads.Conditioning(KEY, [places]), memoryview(data))
         shorter = [encode(tensor) for tensor in (IMAGE[:, 1:], TIME, TEXT)]
         step = payloads.Denoise(KEY, [0, 0], [array for array, _ in shorter], "float32")
         with pytest.raises(Malformed, match="where they are"):
             body.begin(state, step, memoryview(b"".join(data for _, data in shorter)))
     else:
         with pytest.raises(Malformed, match="none"):
-            body.begin(state, payloads.Condition(KEY, [places]), memoryview(data))
+            body.begin(state, payloads.Conditioning(KEY, [places]), memoryview(data))
 
     def send(*sent: torch.Tensor) -> Any:
         parts = [encode(tensor) for tensor in sent]
@@ -286,7 +286,7 @@ def test_steps_that_do_not_fit_are_refused(kind: str, model: Path, tensors: tupl
 
 
 def test_bodies(kind: str, model: Path) -> None:
-    plan = plan_image(Checkpoint.resolve(model))
+    plan = read_denoiser_spec(Checkpoint.resolve(model))
     assert str(plan.split("C")) == "1:6"
     assert str(plan.check(Split(7, 3, 4))) == "3:4"
     for first, last in ((0, 6), (1, 7)):

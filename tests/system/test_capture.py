@@ -12,7 +12,7 @@ import torch
 import zmq
 
 import tiny
-from split_broker.peer_queue import Body, Message, Peer
+from split_broker.peer_queue import BodyBytes, Peer, RoutedMessage
 from split_common.protocol import channel as channels
 from split_common.protocol import handshake, headers, payloads
 from split_device import SplitModelForCausalLM
@@ -76,11 +76,11 @@ class Recording:
         with setting.broker(f"ipc://{directory}/b") as broker:
             handle, put = broker._handle, broker._put
 
-            def record_received(envelope: zmq.Frame, head: bytes, body: Body) -> None:
+            def record_received(envelope: zmq.Frame, head: bytes, body: BodyBytes) -> None:
                 self.frames += [envelope.bytes, head, bytes(memoryview(body))]  # type: ignore[arg-type]
                 handle(envelope, head, body)
 
-            def record_sent(peer: Peer, message: Message) -> bool:
+            def record_sent(peer: Peer, message: RoutedMessage) -> bool:
                 self.frames += [message[0], bytes(memoryview(message[1]))]  # type: ignore[arg-type]
                 return put(peer, message)
 
@@ -144,7 +144,7 @@ def test_decode_steps_look_alike_to_the_broker(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recording = Recording(setting, tmp_path, monkeypatch)
-    sizes: dict[headers.Kind, set[int]] = {}
+    sizes: dict[headers.RelayKind, set[int]] = {}
     for head, body in zip(recording.frames, recording.frames[1:], strict=False):
         try:
             header = headers.decode_header(head)
@@ -153,4 +153,4 @@ def test_decode_steps_look_alike_to_the_broker(
         if isinstance(header, headers.Relay) and header.session and 0 < header.seq < 19:
             sizes.setdefault(header.kind, set()).add(len(body))
     assert {len(found_sizes) for found_sizes in sizes.values()} == {1}
-    assert set(sizes) == {headers.Kind.REQUEST, headers.Kind.REPLY}
+    assert set(sizes) == {headers.RelayKind.REQUEST, headers.RelayKind.REPLY}

@@ -14,7 +14,7 @@ from torch import nn
 
 import digits
 import train_digits_sdxl as trainer
-from split_device.diffusion import demo
+from split_device.cli.demo import image as demo
 
 
 def test_the_model_that_ships_is_small_and_in_half_precision() -> None:

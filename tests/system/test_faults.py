@@ -25,7 +25,7 @@ import fleet as fleets
 import tiny
 from split_broker import broker as broker_module
 from split_broker.broker import GRACE, Broker
-from split_broker.peer_queue import Message, Peer
+from split_broker.peer_queue import Peer, RoutedMessage
 from split_common.errors import (
     BrokerUnreachable,
     Busy,
@@ -34,7 +34,7 @@ from split_common.errors import (
     NoWorker,
     SessionLost,
 )
-from split_common.models.loading import plan
+from split_common.models.loading import read_spec
 from split_common.models.verification import find_manifest
 from split_common.protocol import channel as channels
 from split_common.protocol import headers
@@ -49,7 +49,7 @@ from split_device.models.cache import SessionCacheLayer, StepContext, Traits
 from split_device.sessions import client as client_module
 from split_device.sessions import session as session_module
 from split_worker import worker as worker_module
-from split_worker.limits import Limits
+from split_worker.limits import WorkerLimits
 from split_worker.worker import Worker
 from wiretap import LATE, SOON, Setting, cheat, on_loop, run_steps, step, wait_until
 
@@ -144,7 +144,7 @@ def test_tokens_are_the_same_over_a_restart(checkpoint: Path, setting: Setting) 
         seen = threading.Event()
         count = 0
 
-        def watch(_peer: Peer, header: headers.AnyHeader, message: Message) -> list[Message]:
+        def watch(_peer: Peer, header: headers.AnyHeader, message: RoutedMessage) -> list[RoutedMessage]:
             nonlocal count
             count += isinstance(header, headers.Relay)
             if count == 60:
@@ -162,18 +162,18 @@ def test_tokens_are_the_same_over_a_restart(checkpoint: Path, setting: Setting) 
 
 MESSAGES: dict[str, Callable[[headers.AnyHeader], bool]] = {
     "open": lambda header: isinstance(header, headers.Open),
-    "answer": lambda header: isinstance(header, headers.Relay) and header.kind == headers.Kind.ANSWER,
-    "finish": lambda header: isinstance(header, headers.Relay) and header.kind == headers.Kind.FINISH,
+    "answer": lambda header: isinstance(header, headers.Relay) and header.kind == headers.RelayKind.ANSWER,
+    "finish": lambda header: isinstance(header, headers.Relay) and header.kind == headers.RelayKind.FINISH,
     "confirmation": lambda header: (
-        isinstance(header, headers.Relay) and header.kind == headers.Kind.REPLY and not header.session
+        isinstance(header, headers.Relay) and header.kind == headers.RelayKind.REPLY and not header.session
     ),
-    "first request": lambda header: isinstance(header, headers.Relay) and header.kind == headers.Kind.REQUEST,
+    "first request": lambda header: isinstance(header, headers.Relay) and header.kind == headers.RelayKind.REQUEST,
     "later request": lambda header: (
-        isinstance(header, headers.Relay) and header.kind == headers.Kind.REQUEST and header.seq == 5
+        isinstance(header, headers.Relay) and header.kind == headers.RelayKind.REQUEST and header.seq == 5
     ),
     "reply": lambda header: (
         isinstance(header, headers.Relay)
-        and header.kind == headers.Kind.REPLY
+        and header.kind == headers.RelayKind.REPLY
         and header.session > 0
         and header.seq == 5
     ),
@@ -190,7 +190,7 @@ def test_any_message_may_be_lost(
     monkeypatch.setattr(client_module, "SET_UP_RETRANSMIT", 0.3)
     dropped = threading.Event()
 
-    def drop(_peer: Peer, header: headers.AnyHeader, message: Message) -> list[Message]:
+    def drop(_peer: Peer, header: headers.AnyHeader, message: RoutedMessage) -> list[RoutedMessage]:
         if MESSAGES[lost](header) and not dropped.is_set():
             dropped.set()
             return []
@@ -224,7 +224,7 @@ def test_no_nonce_seals_two_plaintexts_whatever_is_lost_and_repeated(
     monkeypatch.setattr(session_module, "RETRANSMIT", 0.2)
     calls = 0
 
-    def lose_and_repeat(_peer: Peer, header: headers.AnyHeader, message: Message) -> list[Message]:
+    def lose_and_repeat(_peer: Peer, header: headers.AnyHeader, message: RoutedMessage) -> list[RoutedMessage]:
         nonlocal calls
         if not isinstance(header, headers.Relay):
             return [message]
@@ -281,7 +281,7 @@ def generate_on_and_on(model: Any, prompt: torch.Tensor) -> None:
 def test_a_worker_process_that_hangs_or_is_killed_is_noticed(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find_manifest(load_fleet(), plan(str(checkpoint)).checkpoint, [])
+    find_manifest(load_fleet(), read_spec(str(checkpoint)).checkpoint, [])
     with (
         fleets.running_broker() as broker,
         subprocess.Popen(
@@ -361,7 +361,7 @@ def test_sessions_are_freed_on_close_idleness_and_the_devices_death(
         closed.close()
         wait_until(lambda: len(held) == 1)
         (left,) = held._sessions.values()
-        left.used -= Limits().idle_timeout
+        left.used -= WorkerLimits().idle_timeout
         wait_until(lambda: len(held) == 0)
         with pytest.raises(SessionLost, match="does not hold"):
             idle.call([step(1)])

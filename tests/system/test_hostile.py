@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from split_broker.peer_queue import Message, Peer
+from split_broker.peer_queue import Peer, RoutedMessage
 from split_common.errors import AuthenticationError, Busy, NonFinite, OutOfOrder, ProtocolError, SessionLost
 from split_common.protocol import headers, payloads
 from split_common.protocol.channel import Channel, SessionKeys
@@ -28,7 +28,7 @@ from split_device import SplitModelForCausalLM
 from split_device.sessions import client as client_module
 from split_device.sessions import session as session_module
 from split_device.sessions.client import STEP_TIMEOUT, Client
-from split_worker.limits import Limits
+from split_worker.limits import WorkerLimits
 from split_worker.requests import PendingRequest
 from split_worker.worker import Worker
 from wiretap import LATE, SOON, FakeTransport, Setting, changed, cheat, run_steps, step, wait_until
@@ -58,11 +58,11 @@ class Mallory:
     def __init__(self, seed: int, swallow: float = 0.0) -> None:
         self.random = random.Random(seed)
         self.swallow = swallow
-        self.past: list[Message] = []
-        self.held: list[Message] = []
+        self.past: list[RoutedMessage] = []
+        self.held: list[RoutedMessage] = []
         self.forged = 0
 
-    def __call__(self, _peer: Peer, header: headers.AnyHeader, message: Message) -> list[Message]:
+    def __call__(self, _peer: Peer, header: headers.AnyHeader, message: RoutedMessage) -> list[RoutedMessage]:
         if not isinstance(header, headers.Relay | headers.Open):
             return [message]
         self.past = [*self.past[-100:], message]
@@ -74,7 +74,7 @@ class Mallory:
             honest, self.held = self.held, honest
         return [*forgeries[:2], *honest, *forgeries[2:]]
 
-    def _forge(self, header: headers.Relay | headers.Open, message: Message) -> Message:
+    def _forge(self, header: headers.Relay | headers.Open, message: RoutedMessage) -> RoutedMessage:
         head, body = message
         body = body or bytes(1)
         at = self.random.randrange(max(1, len(body)))
@@ -156,7 +156,7 @@ def test_a_broker_that_pretends_to_restart_gets_no_storm(setting: Setting, expec
     """Each new name of the broker makes a device send again what is in flight, once."""
     number = 0
 
-    def rename(_peer: Peer, header: headers.AnyHeader, message: Message) -> list[Message]:
+    def rename(_peer: Peer, header: headers.AnyHeader, message: RoutedMessage) -> list[RoutedMessage]:
         nonlocal number
         number += 1
         return [message, (headers.encode_header(headers.Welcome(number.to_bytes(8, "big"))), b"")]
@@ -181,7 +181,7 @@ def test_a_broker_that_pretends_to_restart_gets_no_storm(setting: Setting, expec
             headers.Relay(
                 session._client.id,
                 session.worker,
-                headers.Kind.UNKNOWN,
+                headers.RelayKind.UNKNOWN,
                 session.channel.number,
                 session.number,
                 0,
@@ -206,9 +206,9 @@ def test_a_false_death_ends_a_session_by_a_typed_error_and_another_can_be_had(
         session.call([step(0)])
         told = False
 
-        def answer_by_a_lie(_peer: Peer, header: headers.AnyHeader, message: Message) -> list[Message]:
+        def answer_by_a_lie(_peer: Peer, header: headers.AnyHeader, message: RoutedMessage) -> list[RoutedMessage]:
             nonlocal told
-            if told or not (isinstance(header, headers.Relay) and header.kind == headers.Kind.REPLY):
+            if told or not (isinstance(header, headers.Relay) and header.kind == headers.RelayKind.REPLY):
                 return [message]
             told = True
             head, body = lie(session)
@@ -229,7 +229,7 @@ def test_a_full_queue_makes_no_storm(setting: Setting, monkeypatch: pytest.Monke
         session.call([step(0)])
         relay = broker._relay
 
-        def bounce(sender: Peer, header: headers.Relay, message: Message) -> None:
+        def bounce(sender: Peer, header: headers.Relay, message: RoutedMessage) -> None:
             nonlocal refused
             if sender.role == "device" and refused < 100:
                 refused += 1
@@ -273,7 +273,7 @@ class Bench:
             setting.fleet.read_identity("worker-1"),
             setting.own_fleet(),
             self.transport,
-            Limits(max_sessions=8),
+            WorkerLimits(max_sessions=8),
         )
         self.worker.start()
         self.sessions = 100_000
@@ -299,13 +299,13 @@ class Bench:
         self.worker.on_message(headers.Open(self.device, number, self.setting.service), handshake.hello)
         (_, answer) = self.transport.take()[-1]
         finish, channel = handshake.finish(answer)
-        self.worker.on_message(self.header(headers.Kind.FINISH, number), finish)
+        self.worker.on_message(self.header(headers.RelayKind.FINISH, number), finish)
         (header, body) = self.transport.take()[-1]
         assert isinstance(header, headers.Relay)
         channel.session_keys(0, 0).open(header, body)
         return channel
 
-    def header(self, kind: headers.Kind, *numbers: int) -> headers.Relay:
+    def header(self, kind: headers.RelayKind, *numbers: int) -> headers.Relay:
         return headers.Relay(self.worker.id, self.device, kind, *numbers)
 
     def request(
@@ -318,7 +318,7 @@ class Bench:
         channel: int = 1,
         epoch: int = 0,
     ) -> tuple[headers.Relay, bytes]:
-        header = self.header(headers.Kind.REQUEST, channel, session, epoch, seq, keys.next_counter())
+        header = self.header(headers.RelayKind.REQUEST, channel, session, epoch, seq, keys.next_counter())
         return header, keys.seal(header, payloads.encode_payload(payload, tensor, overhead=keys.tag_size))
 
     def replies(self, count: int = 1) -> list[tuple[Any, bytes]]:
@@ -450,7 +450,9 @@ def test_no_message_makes_a_worker_fail(bench: Bench, channel: Channel, data: st
         case "kind":
             bad = msgspec.structs.replace(
                 good,
-                kind=data.draw(st.sampled_from([headers.Kind.ANSWER, headers.Kind.REPLY, headers.Kind.UNKNOWN])),
+                kind=data.draw(
+                    st.sampled_from([headers.RelayKind.ANSWER, headers.RelayKind.REPLY, headers.RelayKind.UNKNOWN])
+                ),
             )
         case "open":
             bad, spoiled = (
@@ -466,7 +468,7 @@ def test_no_message_makes_a_worker_fail(bench: Bench, channel: Channel, data: st
     assert error or isinstance(bad, headers.Bounce)
     assert len(bench.worker._sessions) == held
     assert all(
-        isinstance(header, headers.Relay) and header.kind == headers.Kind.UNKNOWN
+        isinstance(header, headers.Relay) and header.kind == headers.RelayKind.UNKNOWN
         for header, _ in bench.transport.take()
     )
     if number % 20 == 0:
@@ -485,7 +487,7 @@ def test_a_member_that_seals_garbage_is_refused_too(bench: Bench, channel: Chann
     bench.sessions += 1
     number = 500_000 + bench.sessions
     keys = channel.session_keys(number, 0)
-    header = bench.header(headers.Kind.REQUEST, 1, number, 0, 0, keys.next_counter())
+    header = bench.header(headers.RelayKind.REQUEST, 1, number, 0, 0, keys.next_counter())
     error = bench.deliver(header, keys.seal(header, garbage))
     assert error in ("Malformed", "Oversized") or not garbage.strip(b"\0\x01\x91\x03")
     bench.transport.take()
@@ -576,11 +578,11 @@ def test_the_oldest_set_up_may_be_finished_after_a_damaged_attempt(bench: Bench)
     assert one == two, "an open that is delivered twice must have one answer"
     finish, _ = handshake.finish(one)
     for damaged in (b"", finish[:-1], bytes(len(finish))):
-        assert bench.deliver(bench.header(headers.Kind.FINISH, 50), damaged) == "AuthenticationError"
-    assert bench.deliver(bench.header(headers.Kind.FINISH, 50), finish) == ""
-    assert bench.deliver(bench.header(headers.Kind.FINISH, 50), finish) == ""
+        assert bench.deliver(bench.header(headers.RelayKind.FINISH, 50), damaged) == "AuthenticationError"
+    assert bench.deliver(bench.header(headers.RelayKind.FINISH, 50), finish) == ""
+    assert bench.deliver(bench.header(headers.RelayKind.FINISH, 50), finish) == ""
     kinds = [header.kind for header, _ in bench.transport.take()]  # type: ignore[attr-defined]
-    assert kinds == [headers.Kind.REPLY] * 2
+    assert kinds == [headers.RelayKind.REPLY] * 2
 
 
 # --- the device, handed its messages by hand ---------------------------------------------------------------
@@ -597,7 +599,12 @@ def test_no_message_makes_a_device_fail(device: tuple[Client, Any], data: st.Dat
                 st.just(client.id),
                 st.sampled_from([session.worker, bytes(8)]),
                 st.sampled_from(
-                    [headers.Kind.ANSWER, headers.Kind.FINISH, headers.Kind.REQUEST, headers.Kind.REPLY]
+                    [
+                        headers.RelayKind.ANSWER,
+                        headers.RelayKind.FINISH,
+                        headers.RelayKind.REQUEST,
+                        headers.RelayKind.REPLY,
+                    ]
                 ),
                 st.sampled_from([0, 1, session.channel.number, 99]),
                 st.sampled_from([0, 1, session.number, 99]),
@@ -682,7 +689,7 @@ def test_a_flood_does_not_reach_what_a_worker_computes(bench: Bench, channel: Ch
         for header, sealed in bench.transport.take():
             assert isinstance(header, headers.Relay)
             # To what it has answered it gives the same answer; of channels that it has not it says so.
-            again = header.kind == headers.Kind.REPLY and header.session == number
+            again = header.kind == headers.RelayKind.REPLY and header.session == number
             assert not again or sealed == answers[header.seq]
             sent += again
         assert was_refused or kind not in ("corrupt body", "cut body", "foreign")
@@ -699,7 +706,7 @@ def test_a_flood_does_not_reach_a_generation(setting: Setting, expected: list[by
     """Every reply of one session, and another's, are turned against a session while it runs."""
     seen: list[Frame] = []
 
-    def watch(peer: Peer, header: headers.AnyHeader, message: Message) -> list[Message]:
+    def watch(peer: Peer, header: headers.AnyHeader, message: RoutedMessage) -> list[RoutedMessage]:
         if peer.role == "device" and isinstance(header, headers.Relay):
             seen.append((bytes(message[0]), bytes(message[1])))
         return [message]

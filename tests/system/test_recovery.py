@@ -27,7 +27,7 @@ from split_device import SplitModelForCausalLM
 from split_device.sessions import dead_letters
 from split_device.sessions.client import STEP_TIMEOUT
 from split_worker import watchdog
-from split_worker.limits import Limits
+from split_worker.limits import WorkerLimits
 from split_worker.watchdog import FIRST_TURN, Watchdog
 from split_worker.worker import Worker
 from wiretap import LATE, SOON, wait_until
@@ -124,7 +124,7 @@ def test_a_worker_that_hangs_is_left_and_what_it_says_late_is_dropped(
 def test_a_long_prefill_and_a_first_forward_have_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
-    watch = Watchdog(FIRST_TURN, Limits().hung_after)
+    watch = Watchdog(FIRST_TURN, WorkerLimits().hung_after)
 
     def overdue_after(tokens: int, seconds: float) -> bool:
         nonlocal now
@@ -238,7 +238,7 @@ def test_a_worker_process_whose_compute_loop_fails_ends_with_one_line(checkpoint
 def test_a_worker_that_hangs_can_be_ended(checkpoint: Path) -> None:
     begun, release = threading.Event(), threading.Event()
     with running_broker() as broker, ThreadPoolExecutor(1) as pool:
-        worker = start_worker(checkpoint, broker.address, limits=Limits(hung_after=0.5))
+        worker = start_worker(checkpoint, broker.address, limits=WorkerLimits(hung_after=0.5))
         with SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address, patience=0.0) as model:
             model.generate(PROMPT, **GREEDY)
             hang(worker, release, begun.set)
@@ -255,7 +255,7 @@ def test_a_worker_that_hangs_can_be_ended(checkpoint: Path) -> None:
 # --- too slow ----------------------------------------------------------------------------------------------
 
 #: Of workers that do not count as hung.
-PATIENT = Limits(hung_after=100.0)
+PATIENT = WorkerLimits(hung_after=100.0)
 
 
 def hurry(model: Any, number: int) -> None:
@@ -333,7 +333,7 @@ def test_a_full_queue_pushes_back_and_nothing_is_lost(checkpoint: Path, monkeypa
     expected = tiny.build("llama").generate(prompt, **GREEDY)
     # Chunks of four tokens, of which the queue holds three.
     monkeypatch.setattr("split_device.models.cache.CHUNK_BYTES", 512)
-    limits = Limits(max_queued_bytes=1600, full_retry=0.01)
+    limits = WorkerLimits(max_queued_bytes=1600, full_retry=0.01)
     with running_broker() as broker:
         worker = start_worker(checkpoint, broker.address, limits=limits)
         try:

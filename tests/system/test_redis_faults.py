@@ -26,14 +26,14 @@ from redis.exceptions import InvalidResponse
 import tiny
 from fleet import generates
 from split_common.errors import BrokerUnreachable, Busy, NoWorker, SessionLost
-from split_common.models.loading import plan
+from split_common.models.loading import read_spec
 from split_common.models.verification import find_manifest
 from split_common.protocol import headers
 from split_common.transport import HEARTBEAT, MISSED, OPEN_PATIENCE, connect, leader, new_peer_id
 from split_common.transport.redis import housekeeping, lease, membership, opens
 from split_common.transport.redis.key_names import GROUP, Keys
 from split_common.transport.redis.lease import LEASE
-from split_common.transport.redis.server import Line
+from split_common.transport.redis.server import RedisConnections
 from split_common.trust.fleet import load_fleet
 from split_device import SplitModelForCausalLM
 from split_worker.worker import Worker
@@ -151,7 +151,7 @@ def test_a_message_that_is_written_twice_is_computed_once(
     setting: Setting, server: Valkey, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when the answer to a write is lost: the writer cannot know, and writes again."""
-    run, post = Line.run, Line.post
+    run, post = RedisConnections.run, RedisConnections.post
     written = Counter[str]()
 
     def run_twice(line: Any, commands: Any, posted: int = 0) -> Any:
@@ -168,8 +168,8 @@ def test_a_message_that_is_written_twice_is_computed_once(
             server.client().execute_command(*command[1])
         return posted
 
-    monkeypatch.setattr(Line, "run", run_twice)
-    monkeypatch.setattr(Line, "post", post_twice)
+    monkeypatch.setattr(RedisConnections, "run", run_twice)
+    monkeypatch.setattr(RedisConnections, "post", post_twice)
     with setting.worker(server.address) as worker, setting.client(server.address) as client:
         assert run_steps(client, STEPS) == expected
         assert worker.counters["steps"] == STEPS + 1
@@ -200,7 +200,7 @@ def test_a_server_that_hangs_holds_no_sender_up_and_gets_all_in_order(setting: S
         session.call([step(0)])
         worker._transport._parts._caller.message = lambda header, _: arrived.append(header.seq)
         header = headers.Relay(
-            worker.id, client.id, headers.Kind.REQUEST, session.channel.number, session.number, 0, 0, 0
+            worker.id, client.id, headers.RelayKind.REQUEST, session.channel.number, session.number, 0, 0, 0
         )
 
         def send_all() -> None:
@@ -297,7 +297,7 @@ def test_who_waits_beside_a_caller_that_reads_is_read_for_when_that_one_leaves(
         link._parts._caller.message = lambda header, _: arrived[header.seq].put(header.seq)
 
         def reply(seq: int) -> None:
-            header = headers.Relay(client.id, bytes(8), headers.Kind.REPLY, 1, 1, 0, seq, 1)
+            header = headers.Relay(client.id, bytes(8), headers.RelayKind.REPLY, 1, 1, 0, seq, 1)
             server.client().xadd(link._parts.lease.lane, {"h": headers.encode_header(header), "b": b""})
 
         link._parts.reader.leader_lock._left = time.monotonic()
@@ -351,7 +351,7 @@ def worker_process(checkpoint: Path, address: str) -> Iterator[subprocess.Popen[
 
 
 def test_a_worker_process_that_hangs_or_is_killed_is_noticed(checkpoint: Path, server: Valkey) -> None:
-    find_manifest(load_fleet(), plan(str(checkpoint)).checkpoint, [])
+    find_manifest(load_fleet(), read_spec(str(checkpoint)).checkpoint, [])
     prompt = torch.tensor([[5, 6, 7, 8]])
     with (
         worker_process(checkpoint, server.address) as process,
@@ -600,7 +600,7 @@ def test_what_is_for_nobody_comes_back(setting: Setting, server: Valkey) -> None
     link = connect(server.address, setting.fleet, setting.fleet.identity("device"))
     link.start(peer, LATE)
     try:
-        link.send(headers.Relay(nobody, peer.id, headers.Kind.REQUEST, 3, 4, 0, 5), b"x")
+        link.send(headers.Relay(nobody, peer.id, headers.RelayKind.REQUEST, 3, 4, 0, 5), b"x")
         wait_until(lambda: peer.heard)
         bounce = peer.heard[0]
         assert (bounce.reason, bounce.channel, bounce.session, bounce.seq) == ("gone", 3, 4, 5)

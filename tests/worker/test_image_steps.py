@@ -23,8 +23,8 @@ from split_common.errors import (
 )
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.denoisers.codecs import decode, encode
-from split_common.models.denoisers.registry import is_denoiser, plan_image
-from split_common.models.denoisers.spec import ImagePlan
+from split_common.models.denoisers.registry import is_denoiser, read_denoiser_spec
+from split_common.models.denoisers.spec import DenoiserSpec
 from split_common.protocol import payloads
 from split_worker.bodies.denoiser import DenoiserBody, DenoiserRun, ImageState
 
@@ -33,13 +33,13 @@ WIDTH = 2 * tiny_diffusion.TEXT
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> ImagePlan:
+def plan(tmp_path_factory: pytest.TempPathFactory) -> DenoiserSpec:
     path = tiny_diffusion.save_sdxl(tmp_path_factory.mktemp("sdxl"))
-    return plan_image(Checkpoint.resolve(path))
+    return read_denoiser_spec(Checkpoint.resolve(path))
 
 
 @pytest.fixture(scope="module")
-def body(plan: ImagePlan) -> DenoiserBody:
+def body(plan: DenoiserSpec) -> DenoiserBody:
     return DenoiserBody(plan, plan.split("C"), torch.device("cpu"))
 
 
@@ -50,7 +50,7 @@ def pack(*tensors: torch.Tensor) -> tuple[list[payloads.Array], memoryview]:
 
 def condition(body: DenoiserBody, state: ImageState, count: int = 1, width: int = WIDTH, key: bytes = KEY) -> None:
     array, data = encode(torch.ones(count, 4, width))
-    assert body.begin(state, payloads.Condition(key, [array]), memoryview(data)) == []
+    assert body.begin(state, payloads.Conditioning(key, [array]), memoryview(data)) == []
 
 
 def begin(body: DenoiserBody, state: ImageState, wanted: list[int], *tensors: torch.Tensor) -> Any:
@@ -178,7 +178,7 @@ def test_embeddings_that_grow_by_their_rows_are_refused(
         begin(body, state, [0, -1, 0], *many)
 
 
-def test_embeddings_that_were_used_least_lately_are_forgotten_first(plan: ImagePlan) -> None:
+def test_embeddings_that_were_used_least_lately_are_forgotten_first(plan: DenoiserSpec) -> None:
     body = DenoiserBody(plan, plan.split("C"), torch.device("cpu"), memory=2 * 4 * WIDTH * 4)
     state, other = body.new_state(), body.new_state()
     condition(body, state)
@@ -219,7 +219,7 @@ def test_a_step_without_embeddings_is_refused(body: DenoiserBody) -> None:
         body.begin(body.new_state(), payloads.Denoise(None, [0], arrays, "float32"), data)
 
 
-def test_cuts(plan: ImagePlan, tmp_path: Path) -> None:
+def test_cuts(plan: DenoiserSpec, tmp_path: Path) -> None:
     assert str(plan.split("C")) == "1:6"
     assert str(plan.split("A")) == "2:5"
     with pytest.raises(ConfigError):
@@ -241,7 +241,7 @@ def test_a_sharded_checkpoint(tmp_path: Path) -> None:
     torch.manual_seed(0)
     diffusers.UNet2DConditionModel(**tiny_diffusion.SDXL).save_pretrained(tmp_path, max_shard_size="4MB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    sharded = plan_image(Checkpoint.resolve(tmp_path))
+    sharded = read_denoiser_spec(Checkpoint.resolve(tmp_path))
     split = sharded.split("A")
     body = DenoiserBody(sharded, split, torch.device("cpu"))
     assert body.parameter_bytes == sharded.checkpoint.nbytes(sharded.own_tensors(split, "worker"))
@@ -251,11 +251,11 @@ def test_what_is_no_unet(tmp_path: Path) -> None:
     path = tiny_diffusion.save_sdxl(tmp_path)
     assert is_denoiser(Checkpoint.resolve(path))
     with pytest.raises(UnsupportedArchitecture):
-        plan_image(Checkpoint.resolve(path / "vae"))
+        read_denoiser_spec(Checkpoint.resolve(path / "vae"))
     config = path / "unet" / "config.json"
     config.write_text(config.read_text().replace('"UpBlock2D"', '"AttnUpBlock2D"'))
     with pytest.raises(UnsupportedArchitecture, match="AttnUpBlock2D"):
-        plan_image(Checkpoint.resolve(path))
+        read_denoiser_spec(Checkpoint.resolve(path))
 
 
 # --- codecs ------------------------------------------------------------------------------------------------

@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 import tiny_diffusion
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.denoisers.codecs import decode, encode
-from split_common.models.denoisers.registry import plan_image
-from split_common.models.denoisers.spec import Job
-from split_common.models.denoisers.unet import UNetPlan
+from split_common.models.denoisers.registry import read_denoiser_spec
+from split_common.models.denoisers.spec import StepConditioning
+from split_common.models.denoisers.unet import UNetSpec
 from split_common.protocol import payloads
 from split_worker.bodies.denoiser import DenoiserBody, DenoiserRun, ImageState
 from split_worker.bodies.step_graphs import CAPTURED, MAX_COUNTED, MAX_GRAPHS, StepGraphs
@@ -48,7 +48,7 @@ def load_body(kind: str, directory: Path, place: str = "cpu") -> DenoiserBody:
         if kind == "ip-adapter":
             adapter = tiny_diffusion.save_ip_adapter(directory / "ip.safetensors", directory)
         directory = directory / "unet"
-    plan = plan_image(Checkpoint.resolve(directory, ip_adapter=adapter))
+    plan = read_denoiser_spec(Checkpoint.resolve(directory, ip_adapter=adapter))
     return DenoiserBody(plan, plan.split("A" if kind == "unet A" else "C"), torch.device(place), torch.float32)
 
 
@@ -81,16 +81,18 @@ class Image:
         if self.kind == "ip-adapter":
             tensors.append(self._random(seed + 100, self.count, 1, 4, WIDTH))
             plan = self.body._plan
-            assert isinstance(plan, UNetPlan)
+            assert isinstance(plan, UNetSpec)
             scales = [scale] * len(plan.body_attentions(self.body._split))
         if tensors:
             arrays, data = zip(*map(encode, tensors), strict=True)
-            self.body.begin(self.state, payloads.Condition(key, list(arrays), scales), memoryview(b"".join(data)))
+            self.body.begin(
+                self.state, payloads.Conditioning(key, list(arrays), scales), memoryview(b"".join(data))
+            )
         return key
 
     def step(self, seed: int, key: bytes) -> DenoiserRun:
         plan, split, count = self.body._plan, self.body._split, self.count
-        if isinstance(plan, UNetPlan):
+        if isinstance(plan, UNetSpec):
             residuals = plan.skip_shapes(split, self.size, self.size)
             shapes = [(count, *residuals[0]), (count, plan.embedding)]
             shapes += [(count, *shape) for shape in residuals] if self.kind == "controlnet" else []
@@ -162,7 +164,7 @@ def test_a_forward_reads_nothing_of_the_host(any_body: tuple[str, DenoiserBody])
     )
     state = dict(zip(body._middle.state_dict(), weights, strict=True))
     with torch.no_grad(), OnlyOnMeta():
-        torch.func.functional_call(body._middle, state, (tensors, Job(tuple(job), run.job.scales)))
+        torch.func.functional_call(body._middle, state, (tensors, StepConditioning(tuple(job), run.job.scales)))
 
 
 class OnlyOnMeta(TorchDispatchMode):
@@ -229,7 +231,7 @@ def test_sizes_that_come_once_are_not_captured_and_forgotten() -> None:
     graphs = StepGraphs(lambda tensors, _: tensors[0] + 1, captures)
     for _ in range(CAPTURED + 1):
         for size in range(MAX_COUNTED + 10):
-            assert torch.equal(graphs.run([torch.zeros(size)], Job()), torch.ones(size))
+            assert torch.equal(graphs.run([torch.zeros(size)], StepConditioning()), torch.ones(size))
     assert captures.graphs == 0
     assert len(graphs._came) == MAX_COUNTED
 
@@ -240,7 +242,9 @@ def test_large_steps_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = StepGraphs(lambda tensors, _: tensors[0] + 1, captures)
     for size in (8, 9):
         for _ in range(CAPTURED + 1):
-            assert torch.equal(graphs.run([torch.zeros(size)], Job((torch.zeros(2),))), torch.ones(size))
+            assert torch.equal(
+                graphs.run([torch.zeros(size)], StepConditioning((torch.zeros(2),))), torch.ones(size)
+            )
     assert captures.graphs == 1
 
 
@@ -281,7 +285,7 @@ def test_a_forward_without_memory_takes_that_of_the_graphs() -> None:
     captures = Captures()
     calls: list[int] = []
 
-    def forward(tensors: Any, _: Job) -> torch.Tensor:
+    def forward(tensors: Any, _: StepConditioning) -> torch.Tensor:
         calls.append(len(tensors[0]))
         if len(tensors[0]) == 5 and (graphs._graphs or len(calls) > 10):
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -289,13 +293,13 @@ def test_a_forward_without_memory_takes_that_of_the_graphs() -> None:
 
     graphs = StepGraphs(forward, captures)
     for _ in range(CAPTURED):
-        graphs.run([torch.ones(1)], Job())
+        graphs.run([torch.ones(1)], StepConditioning())
     assert len(graphs._graphs) == 1
-    assert torch.equal(graphs.run([torch.ones(5)], Job()), torch.ones(5) * 2)
+    assert torch.equal(graphs.run([torch.ones(5)], StepConditioning()), torch.ones(5) * 2)
     assert not graphs._graphs
     calls += [0] * 10
     with pytest.raises(torch.OutOfMemoryError):
-        graphs.run([torch.ones(5)], Job())
+        graphs.run([torch.ones(5)], StepConditioning())
 
 
 def test_what_surrounds_a_forward_takes_the_memory_of_the_graphs(

@@ -108,7 +108,7 @@ def worker(
 
     from split_common.models.tensors import parse_dtype
     from split_worker.bodies.loading import load_body
-    from split_worker.limits import Limits
+    from split_worker.limits import WorkerLimits
     from split_worker.worker import Worker
 
     if threads is not None:
@@ -124,7 +124,7 @@ def worker(
         dtype=parse_dtype(dtype),
         memory=kv_bytes,
     )
-    limits = Limits(max_sessions=max_sessions, idle_timeout=idle_timeout)
+    limits = WorkerLimits(max_sessions=max_sessions, idle_timeout=idle_timeout)
     stop = catch_sigterm()
     running = Worker(serving.body, serving.service, serving.model, identity, fleet, transport, limits, stop.set)
     running.start(timeout)

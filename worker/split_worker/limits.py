@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Limits:
+class WorkerLimits:
     """What bounds a worker's sessions and queue, beside memory for keys and values."""
 
     #: Sessions held at once.

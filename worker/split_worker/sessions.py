@@ -13,7 +13,7 @@ from split_common.errors import Busy, OutOfOrder
 from split_common.protocol import headers
 from split_common.protocol.channel import Channel, SessionKeys
 from split_worker.bodies.base import State
-from split_worker.limits import Limits
+from split_worker.limits import WorkerLimits
 
 #: Requests of one session that may wait; a device does not send more before it gets answers.
 MAX_WAITING = 256
@@ -79,8 +79,8 @@ class SessionTable:
     Closed sessions wait in `closed` for the thread that computes, which frees them.
     """
 
-    def __init__(self, limits: Limits | None = None) -> None:
-        self.limits = limits or Limits()
+    def __init__(self, limits: WorkerLimits | None = None) -> None:
+        self.limits = limits or WorkerLimits()
         self._sessions: dict[SessionId, Session[Any]] = {}
         self._ages = itertools.count()
         self.closed: deque[Session[Any]] = deque()

@@ -32,7 +32,7 @@ from split_common.trust.fleet import Fleet
 from split_common.trust.keys import Certificate, Identity, ModelScope, Role
 from split_worker.bodies.base import AnyBody
 from split_worker.compute import ComputeLoop
-from split_worker.limits import Limits
+from split_worker.limits import WorkerLimits
 from split_worker.requests import PendingRequest
 from split_worker.sessions import Session, SessionTable
 
@@ -93,7 +93,7 @@ class Worker:
         identity: Identity,
         fleet: Fleet,
         transport: Transport,
-        limits: Limits | None = None,
+        limits: WorkerLimits | None = None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self._body = body
@@ -197,9 +197,9 @@ class Worker:
             match header:
                 case headers.Open():
                     self._open_channel(header, body)
-                case headers.Relay(kind=headers.Kind.FINISH):
+                case headers.Relay(kind=headers.RelayKind.FINISH):
                     self._finish_channel(header, body)
-                case headers.Relay(kind=headers.Kind.REQUEST):
+                case headers.Relay(kind=headers.RelayKind.REQUEST):
                     self._request(header, body)
                 case headers.Bounce():
                     log.debug("a reply was not delivered: %s", header.reason)
@@ -229,7 +229,7 @@ class Worker:
             self._half_open[id_] = half
             if len(self._half_open) > MAX_HALF_OPEN:
                 self._half_open.popitem(last=False)
-        answer = headers.Relay(header.sender, self.id, headers.Kind.ANSWER, header.channel)
+        answer = headers.Relay(header.sender, self.id, headers.RelayKind.ANSWER, header.channel)
         self._transport.send(answer, half.handshake.answer)
 
     def _finish_channel(self, header: headers.Relay, body: bytes) -> None:
@@ -264,7 +264,7 @@ class Worker:
 
     def _unknown_channel(self, header: headers.Relay, body: bytes) -> None:
         """Tells a device, as well as one without keys can, that it has to set up a new channel."""
-        unknown = msgspec.structs.replace(header, to=header.sender, sender=self.id, kind=headers.Kind.UNKNOWN)
+        unknown = msgspec.structs.replace(header, to=header.sender, sender=self.id, kind=headers.RelayKind.UNKNOWN)
         self._transport.send(unknown, headers.echo(header, body))
 
     def _verify(self, certificate: bytes, role: Role) -> Certificate:
@@ -387,7 +387,7 @@ class Worker:
         self, keys: SessionKeys, request: headers.Relay, reply: payloads.Payload, tensor: memoryview | bytes = b""
     ) -> tuple[headers.Relay, bytes]:
         header = msgspec.structs.replace(
-            request, to=request.sender, sender=self.id, kind=headers.Kind.REPLY, counter=keys.next_counter()
+            request, to=request.sender, sender=self.id, kind=headers.RelayKind.REPLY, counter=keys.next_counter()
         )
         body = keys.seal(header, payloads.encode_payload(reply, tensor, overhead=keys.tag_size))
         self._transport.send(header, body)

@@ -25,7 +25,7 @@ from split_common.engine.pool import PagePool
 log = logging.getLogger(__name__)
 
 #: Sequences in the largest batch that is captured.
-MAX_ROWS = 256
+MAX_GRAPH_ROWS = 256
 
 #: Alignment of the tensors in a buffer, in bytes.
 ALIGNMENT = 16
@@ -223,7 +223,7 @@ class DecodeGraphs:
         Returns:
             The layers' output `[rows, width]`, to be copied before the next call; None if there is no graph.
         """
-        if len(spans) > MAX_ROWS or not flash.reads_in_place(spans):
+        if len(spans) > MAX_GRAPH_ROWS or not flash.reads_in_place(spans):
             return None
         key = _next_power(len(spans)), _next_power(max(len(span.sequence.pages) for span in spans))
         if key not in self._graphs:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from split_common.engine.rotary import isolate_rotary
-from split_common.models.layer_stack import Stack
+from split_common.models.layer_stack import LayerStack
 from split_common.models.split import Split
 
 
@@ -24,7 +24,7 @@ class LayerRange:
         width: of the hidden states.
     """
 
-    def __init__(self, stack: Stack, split: Split, width: int) -> None:
+    def __init__(self, stack: LayerStack, split: Split, width: int) -> None:
         self.stack, self.split, self.width = stack, split, width
         #: The module that calls the layers.
         self.owner: Any = stack.owner

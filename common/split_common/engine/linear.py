@@ -26,7 +26,7 @@ LAYOUT_ROWS = 64
 LEAST_ROWS = 4
 
 #: Largest error of a layer that is accepted, relative to its largest output.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+LINEAR_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 #: Share of the free memory that the copied weights may take.
 MEMORY_SHARE = 0.6
@@ -91,6 +91,6 @@ def _packed(linear: nn.Module) -> nn.Module:
     states = torch.randn(3, linear.in_features, generator=generator).to(linear.weight.dtype)
     wanted, got = linear(states), packed(states)
     error = (got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-9)
-    if not error < TOLERANCE[linear.weight.dtype]:
+    if not error < LINEAR_TOLERANCE[linear.weight.dtype]:
         raise RuntimeError(f"a packed layer's output differs by {error:.1e}")
     return packed

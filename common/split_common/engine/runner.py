@@ -12,7 +12,7 @@ from split_common.engine.layers import LayerRange
 from split_common.engine.per_sequence import CacheStore, PerSequenceExecutor
 from split_common.engine.probe import NotPackable, check_layers, compile_checked, packed_executor
 from split_common.engine.sequences import TokenRun
-from split_common.models.layer_stack import Stack
+from split_common.models.layer_stack import LayerStack
 from split_common.models.split import Split
 
 
@@ -72,7 +72,7 @@ class Runner:
             raise
 
 
-def build_runner(stack: Stack, split: Split, config: Any, kv_bytes: int) -> Runner:
+def build_runner(stack: LayerStack, split: Split, config: Any, kv_bytes: int) -> Runner:
     """Finds out how layers can be run, by running some, and makes their runner.
 
     Args:

@@ -22,10 +22,10 @@ from msgspec import Meta, Struct
 from split_common.errors import MissingTensor, ModelError, UnknownModel
 
 #: Called with the number of bytes just hashed, from several threads.
-Progress = Callable[[int], None]
+HashProgress = Callable[[int], None]
 
 #: The largest safetensors header that is read, in bytes (the limit of the format's own library).
-MAX_HEADER: Final = 100_000_000
+MAX_SAFETENSORS_HEADER: Final = 100_000_000
 #: How much of a tensor is read and hashed at a time, in bytes.
 CHUNK: Final = 4 << 20
 
@@ -161,7 +161,7 @@ class Checkpoint:
         """Bytes of these tensors together; errors as of `entry`."""
         return sum(entry.end - entry.begin for entry in map(self.entry, names))
 
-    def digest(self, names: Iterable[str], progress: Progress | None = None) -> dict[str, bytes]:
+    def digest(self, names: Iterable[str], progress: HashProgress | None = None) -> dict[str, bytes]:
         """SHA-256 (32 bytes) of each tensor: of its dtype, its shape as compact JSON, and its raw bytes.
 
         Tensors are hashed in parallel (hashlib and file reads release the GIL). Raises as `entry`, and
@@ -172,7 +172,7 @@ class Checkpoint:
             hashes = pool.map(lambda entry: self._hash(entry, progress), entries.values())
             return dict(zip(entries, hashes, strict=True))
 
-    def _hash(self, entry: TensorEntry, progress: Progress | None) -> bytes:
+    def _hash(self, entry: TensorEntry, progress: HashProgress | None) -> bytes:
         state = hashlib.sha256(entry.dtype.encode() + msgspec.json.encode(entry.shape))
         left = entry.end - entry.begin
         buffer = memoryview(bytearray(min(CHUNK, left)))
@@ -264,7 +264,7 @@ def _read_header(file: str, stream: BinaryIO) -> dict[str, TensorEntry]:
     """
     size = os.fstat(stream.fileno()).st_size
     length = int.from_bytes(stream.read(8), "little")
-    if size < 8 or length > min(MAX_HEADER, size - 8):
+    if size < 8 or length > min(MAX_SAFETENSORS_HEADER, size - 8):
         raise ValueError(f"a header of {length} bytes in a file of {size}")
     fields = msgspec.json.decode(stream.read(length), type=dict[str, msgspec.Raw])
     fields.pop("__metadata__", None)

@@ -88,7 +88,7 @@ class _Recorder(PassThrough):
 _CallOfSlot = tuple[int, Any, dict[str, Any]]
 
 
-class Stack:
+class LayerStack:
     """The slots of a loaded model, and how they are called.
 
     Args:

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from split_common.compat.transformers import UNTIED_CLASS, causal_class, load_state, untie
 from split_common.errors import MissingTensor, ModelError, SplitError, UnknownModel, UnsupportedArchitecture
 from split_common.models.checkpoint import Checkpoint
-from split_common.models.layer_stack import Absent, PassThrough, Stack, find_stack
+from split_common.models.layer_stack import Absent, LayerStack, PassThrough, find_stack
 from split_common.models.split import Split
 from split_common.models.weights import Side, read_tensors
 
@@ -27,7 +27,7 @@ _LAYER = re.compile(r"(?P<prefix>[^\d.]\w*(?:\.[^\d.]\w*)*)\.(?P<index>\d+)\.", 
 
 
 @dataclass
-class Plan:
+class ModelSpec:
     """What a checkpoint is, before any weight is read."""
 
     checkpoint: Checkpoint
@@ -60,7 +60,7 @@ class Plan:
         return own
 
 
-def plan(model: str | Checkpoint, revision: str | None = None) -> Plan:
+def read_spec(model: str | Checkpoint, revision: str | None = None) -> ModelSpec:
     """Reads the configuration of a checkpoint, or of that in a directory or of a hub id.
 
     Raises:
@@ -93,7 +93,7 @@ def plan(model: str | Checkpoint, revision: str | None = None) -> Plan:
         raise
     except Exception as error:
         raise UnsupportedArchitecture(f"{name} cannot be built: {_first_line(error)}") from None
-    return Plan(checkpoint, config, model_class, _find_prefix(checkpoint, layers, stack_name, name))
+    return ModelSpec(checkpoint, config, model_class, _find_prefix(checkpoint, layers, stack_name, name))
 
 
 def _find_prefix(checkpoint: Checkpoint, layers: int, stack_name: str, name: str) -> str:
@@ -120,14 +120,14 @@ def _check_cache(config: Any, name: str) -> None:
 
 
 def load_part(
-    plan: Plan,
+    plan: ModelSpec,
     split: Split,
     side: Side,
     *,
     dtype: torch.dtype | None = None,
     bases: tuple[type, ...] = (),
     fill: Callable[[], PassThrough] = PassThrough,
-) -> tuple[Any, Stack]:
+) -> tuple[Any, LayerStack]:
     """Loads a side's part of a model, on the CPU; unconverted tensors stay mapped from the file.
 
     Args:
@@ -152,7 +152,7 @@ def load_part(
             tensor, found, expected = min(info["mismatched_keys"])
             raise ModelError(f"{plan.checkpoint.name}: {tensor} has the shape {list(found)}, not {list(expected)}")
         model.eval().requires_grad_(False)
-        return model, Stack(model, plan.layers)
+        return model, LayerStack(model, plan.layers)
     except (AttributeError, TypeError) as error:
         name = plan.model_class.__name__
         raise UnsupportedArchitecture(f"{name} cannot be loaded in parts: {_first_line(error)}") from None
@@ -161,7 +161,7 @@ def load_part(
         raise ModelError(f"{plan.checkpoint.name}: its tensors do not make the model: {reason}") from None
 
 
-def generation_config(plan: Plan) -> GenerationConfig | None:
+def generation_config(plan: ModelSpec) -> GenerationConfig | None:
     """The checkpoint's defaults of `generate`, if it has any. Raises ModelError where they are malformed."""
     try:
         directory = plan.checkpoint.path("generation_config.json").parent
@@ -174,7 +174,7 @@ def generation_config(plan: Plan) -> GenerationConfig | None:
 
 
 def _part_class(
-    plan: Plan, split: Split, side: Side, bases: tuple[type, ...], fill: Callable[[], PassThrough]
+    plan: ModelSpec, split: Split, side: Side, bases: tuple[type, ...], fill: Callable[[], PassThrough]
 ) -> Any:
     """The model's class with the other side's layers replaced before weights are loaded.
 

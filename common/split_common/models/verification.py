@@ -8,12 +8,14 @@ from collections.abc import Iterable
 import msgspec
 
 from split_common.errors import KeysError, TensorMismatch
-from split_common.models.checkpoint import Checkpoint, Progress
+from split_common.models.checkpoint import Checkpoint, HashProgress
 from split_common.trust.fleet import Fleet
 from split_common.trust.manifest import Manifest, ModelName
 
 
-def build_manifest(checkpoint: Checkpoint, name: str | None = None, progress: Progress | None = None) -> Manifest:
+def build_manifest(
+    checkpoint: Checkpoint, name: str | None = None, progress: HashProgress | None = None
+) -> Manifest:
     """Hash the whole checkpoint; `name` defaults to the checkpoint's.
 
     Raises `KeysError` where `name` is no `ModelName`, else as `Checkpoint.digest`.

@@ -1,4 +1,4 @@
-"""End-to-end encryption between one device and one worker, once a channel is set up (`split_common.protocol.handshake`).
+"""End-to-end encryption between a device and a worker. `split_common.protocol.handshake` sets a channel up.
 
 Each session and epoch has its own keys, derived from the channel's. Every body has a fresh nonce, its header's
 counter. A body that is sent again is sent byte for byte as before, never sealed again.

@@ -115,7 +115,7 @@ class Open(Header, frozen=True, tag=6):
     avoid: Annotated[list[PeerId], msgspec.Meta(max_length=64)] = []
 
 
-class Kind(IntEnum):
+class RelayKind(IntEnum):
     """What a relayed body is. Replies with session 0 concern the channel itself."""
 
     ANSWER = 1
@@ -132,7 +132,7 @@ class Relay(Header, frozen=True, tag=7):
 
     to: PeerId
     sender: PeerId
-    kind: Kind
+    kind: RelayKind
     channel: Natural
     session: Natural = 0
     epoch: Natural = 0

@@ -165,7 +165,7 @@ class Array(msgspec.Struct, array_like=True, frozen=True):
         return (self.size * CODEC_BITS[self.codec] + 7) // 8 + self.scales * SCALE_BYTES
 
 
-class Condition(Payload, frozen=True, tag=7):
+class Conditioning(Payload, frozen=True, tag=7):
     """The conditioning of an image, e.g. the prompt's embeddings `[rows, tokens, width]`. Sent once for each image.
 
     A worker may drop it; it then refuses a step that names it with "embeddings".
@@ -183,13 +183,13 @@ class Condition(Payload, frozen=True, tag=7):
 
 
 class Denoise(Payload, frozen=True, tag=8):
-    """One call of a denoiser's body. Apart from its `Condition` it needs nothing that the worker holds.
+    """One call of a denoiser's body. Apart from its `Conditioning` it needs nothing that the worker holds.
 
     The tensors are the states, e.g. `[rows, channels, height, width]`, the embedding of the timestep,
-    `[rows, width]`, and what else the kind of model takes (`split_common.diffusion`).
+    `[rows, width]`, and what else the kind of model takes (`split_common.models.denoisers`).
     """
 
-    #: Key of the image's `Condition`, if it has one; and for each row here the row of the condition, -1 for zeros.
+    #: Key of the image's `Conditioning`, if it has one, and its row for each row of the step; -1 for zeros.
     condition: Hash | None
     rows: Annotated[
         list[Annotated[int, msgspec.Meta(ge=-1, lt=MAX_IMAGE_ROWS)]],
@@ -274,14 +274,14 @@ class Refusal(Payload, frozen=True, tag=6):
     seq: Natural = 0
 
 
-AnyRequest = Step | Fork | Close | Condition | Denoise | TensorPart | PartRequest
+AnyRequest = Step | Fork | Close | Conditioning | Denoise | TensorPart | PartRequest
 AnyReply = Result | Done | Refusal | Denoised | TensorPart
 
 #: The type of the answer to each type of request, unless it is refused.
 ANSWERS: dict[type[Payload], type[Payload]] = {
     Step: Result,
     Fork: Done,
-    Condition: Done,
+    Conditioning: Done,
     TensorPart: Done,
     Denoise: Denoised,
     PartRequest: TensorPart,

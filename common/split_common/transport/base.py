@@ -1,10 +1,10 @@
 """What devices and workers need of a queue, whatever carries it: the interface of a transport, and its limits.
 
-A transport moves messages (`split_common.protocol.headers`) between the peers of a fleet and says when peers die. It may
-lose, repeat, delay and reorder messages, and does not read them: sessions number, acknowledge and repeat what they
-send, and seal it. To add one, write a class that keeps the promises of `Transport`, choose it by its address in
-`split_common.transport.links.connect`, add it to `TRANSPORTS` in tests/fleet.py, and run the tests that take the
-fixture `transport`.
+A transport moves messages (`split_common.protocol.headers`) between the peers of a fleet and says when peers die.
+It may lose, repeat, delay and reorder messages, and does not read them: sessions number, acknowledge and repeat
+what they send, and seal it. To add one, write a class that keeps the promises of `Transport`, choose it by its
+address in `split_common.transport.links.connect`, add it to `TRANSPORTS` in tests/fleet.py, and run the tests that
+take the fixture `transport`.
 
 What a transport promises:
 

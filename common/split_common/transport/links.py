@@ -17,7 +17,7 @@ def connect(address: str, fleet: Fleet, identity: Identity) -> Transport:
     """The transport for an address, not started yet.
 
     Args:
-        address: of a broker (`tcp://`, `zmq://`, `ipc://`) or of Redis (`split_common.transport.address.REDIS_SCHEMES`).
+        address: of a broker (`tcp://`, `zmq://`, `ipc://`) or of Redis (`address.REDIS_SCHEMES`).
         fleet: whose roster and keys count.
         identity: of the member that connects.
 

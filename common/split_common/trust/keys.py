@@ -23,7 +23,7 @@ from nacl.signing import SigningKey, VerifyKey
 from split_common.errors import CertificateError, KeysError
 
 Role = Literal["broker", "device", "worker"]
-Kind = Literal["certificate", "roster", "manifest"]
+SignedKind = Literal["certificate", "roster", "manifest"]
 
 #: A key or a SHA-256 digest: 32 bytes.
 Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -35,7 +35,7 @@ NAME_RULE = "up to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or 
 Seconds = Annotated[int, Meta(ge=0)]
 
 #: The largest signed file of each kind that is read, in bytes.
-MAX_SIGNED: Final[dict[Kind, int]] = {"certificate": 64 << 10, "roster": 16 << 20, "manifest": 64 << 20}
+MAX_SIGNED: Final[dict[SignedKind, int]] = {"certificate": 64 << 10, "roster": 16 << 20, "manifest": 64 << 20}
 
 _Sealed = TypeVar("_Sealed", bound=Struct)
 
@@ -134,7 +134,7 @@ class Signed(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
 
 
-def seal(kind: Kind, value: Struct, operator: SigningKey) -> bytes:
+def seal(kind: SignedKind, value: Struct, operator: SigningKey) -> bytes:
     """Encode and sign `value`; `KeysError` when it breaks the rules of its own type or is too large."""
     payload = msgspec.msgpack.encode(value)
     try:
@@ -147,7 +147,7 @@ def seal(kind: Kind, value: Struct, operator: SigningKey) -> bytes:
     return data
 
 
-def open_signed(kind: Kind, type_: type[_Sealed], data: bytes, operator_key: bytes) -> _Sealed:
+def open_signed(kind: SignedKind, type_: type[_Sealed], data: bytes, operator_key: bytes) -> _Sealed:
     """Verify and decode what `seal` made.
 
     `operator_key` is the operator's Ed25519 public key (32 bytes). Nothing but the envelope is parsed before
@@ -251,14 +251,14 @@ class Identity:
 _IdentityFile = tuple[Literal[1], bytes, Bytes32, Bytes32, Bytes32]
 
 
-def _decode(kind: Kind, type_: type[_Sealed], data: bytes) -> _Sealed:
+def _decode(kind: SignedKind, type_: type[_Sealed], data: bytes) -> _Sealed:
     try:
         return msgspec.msgpack.decode(data, type=type_)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CertificateError(f"{kind} is damaged: {error}") from None
 
 
-def _signed_message(kind: Kind, payload: bytes) -> bytes:
+def _signed_message(kind: SignedKind, payload: bytes) -> bytes:
     """The kind is signed too: a signed roster is never a signed certificate."""
     return b"lambda-split " + kind.encode() + b"\0" + payload
 

@@ -22,7 +22,7 @@ from split_device.jobs.lock import Held, holding
 from split_device.jobs.store import Store, store_path
 
 if TYPE_CHECKING:
-    from split_device.jobs.runner import Runner
+    from split_device.jobs.runner import JobRunner
 
 app = typer.Typer(no_args_is_help=True, help="Run this user's jobs in the background.", rich_markup_mode="markdown")
 
@@ -55,18 +55,18 @@ def run(
         with holding(agent.lock_path()), Store(store_path(), store_key) as store:
             left = store.recover()
             from split_device.jobs.models import Models
-            from split_device.jobs.runner import Runner
+            from split_device.jobs.runner import JobRunner
 
             if json:
                 emit_json({"pid": os.getpid(), "store": str(store.path), "jobs": store.count()})
             stderr.print(f"agent {os.getpid()} runs the jobs of {store.path}; {left} go on", soft_wrap=True)
             with Models(connection, limits) as models:
-                _work(Runner(store, models, give_up), store, kept, stop)
+                _work(JobRunner(store, models, give_up), store, kept, stop)
     except Held as held:
         raise AgentError(f"an agent runs already, process {held.pid}") from None
 
 
-def _work(runner: Runner, store: Store, kept: int | None, stop: threading.Event) -> None:
+def _work(runner: JobRunner, store: Store, kept: int | None, stop: threading.Event) -> None:
     """Runs jobs until the event is set.
 
     Args:

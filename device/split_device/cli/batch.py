@@ -15,16 +15,16 @@ from split_common.cli.options import JsonOption
 from split_common.errors import ConfigError, JobsError
 from split_common.system.console import emit_json, stderr
 from split_common.system.process import catch_sigterm, passive_threads
-from split_device.generation.limits import Limits
 from split_device.cli.groups import LIMITS, ConnectionOptions, TextModelOptions
 from split_device.cli.options import GIVE_UP, GiveUpOption, StoreKeyOption
+from split_device.generation.limits import Limits
 from split_device.jobs.lock import Held, holding
 from split_device.jobs.store import Store
 from split_device.openai import batch_file as batches
 from split_device.sessions.connection import Connection
 
 if TYPE_CHECKING:
-    from split_device.jobs.runner import Runner
+    from split_device.jobs.runner import JobRunner
 
 
 @grouped
@@ -65,7 +65,7 @@ def batch(
             with Store(work, store_key) as store:
                 store.recover()
                 before = store.generated()
-                asked = batches.Batch(lines, store)
+                asked = batches.BatchJobs(lines, store)
                 if asked.jobs:
                     _run(store, asked, connection, limits, give_up, stop)
                 tokens = store.generated() - before
@@ -92,7 +92,7 @@ def batch(
 
 def _run(
     store: Store,
-    asked: batches.Batch,
+    asked: batches.BatchJobs,
     connection: Connection,
     limits: Limits,
     give_up: float,
@@ -100,13 +100,13 @@ def _run(
 ) -> None:
     """Runs a batch's jobs to their end. Raises KeyboardInterrupt after SIGTERM."""
     from split_device.jobs.models import Models
-    from split_device.jobs.runner import Runner
+    from split_device.jobs.runner import JobRunner
 
     with Models(connection, limits) as models:
-        _follow(Runner(store, models, give_up, stderr.print), store, asked, stop)
+        _follow(JobRunner(store, models, give_up, stderr.print), store, asked, stop)
 
 
-def _follow(runner: Runner, store: Store, asked: batches.Batch, stop: threading.Event) -> None:
+def _follow(runner: JobRunner, store: Store, asked: batches.BatchJobs, stop: threading.Event) -> None:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -29,7 +29,7 @@ from split_device.cli.groups import CONNECTION
 from split_device.sessions.connection import Connection
 
 if TYPE_CHECKING:
-    from split_common.models.denoisers.spec import ImagePlan
+    from split_common.models.denoisers.spec import DenoiserSpec
 
 Status = Literal["ok", "note", "problem"]
 
@@ -144,16 +144,16 @@ def _layers(model: str | None) -> Iterator[Finding]:
         return
     from split_common.engine.runner import build_runner
     from split_common.models.checkpoint import Checkpoint
-    from split_common.models.denoisers.registry import is_denoiser, plan_image
-    from split_common.models.loading import load_part, plan
+    from split_common.models.denoisers.registry import is_denoiser, read_denoiser_spec
+    from split_common.models.loading import load_part, read_spec
     from split_common.models.split import Split
 
     try:
         checkpoint = Checkpoint.resolve(model)
         if is_denoiser(checkpoint):
-            yield _blocks(plan_image(checkpoint))
+            yield _blocks(read_denoiser_spec(checkpoint))
             return
-        plan_ = plan(checkpoint)
+        plan_ = read_spec(checkpoint)
         first = min(2, plan_.layers - 1)
         split = Split(plan_.layers, first, min(first + TRIED_LAYERS, plan_.layers))
         _, stack = load_part(plan_, split, "worker")
@@ -167,7 +167,7 @@ def _layers(model: str | None) -> Iterator[Finding]:
         yield Finding("model", "note", f"a worker runs sessions one at a time: {runner.unpacked_because}")
 
 
-def _blocks(plan: ImagePlan) -> Finding:
+def _blocks(plan: DenoiserSpec) -> Finding:
     """How much of a denoiser each cut leaves to the device."""
     from split_common.models.denoisers.spec import CUTS
 

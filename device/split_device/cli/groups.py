@@ -19,7 +19,6 @@ from split_common.cli.options import (
     TimeoutOption,
 )
 from split_common.models.split import END_LAYERS
-from split_device.generation.limits import Limits
 from split_device.cli.options import (
     CodecOption,
     CutOption,
@@ -43,6 +42,7 @@ from split_device.cli.options import (
     TopKOption,
     TopPOption,
 )
+from split_device.generation.limits import Limits
 from split_device.generation.settings import Sampling
 from split_device.images.settings import (
     IMAGE_MODEL,

@@ -69,11 +69,11 @@ def image(
     check_connection(connection)
     more = {"image": _read_image(init_image), "strength": strength} if init_image is not None else {}
 
-    from split_device.images.pipeline import Painter
+    from split_device.images.pipeline import ImagePipeline
     from split_device.jobs.models import load_image_model
 
     with exit_on_sigterm(), load_image_model(choice, connection) as denoiser:
-        painter = Painter(choice.name, denoiser, from_image=init_image is not None)
+        painter = ImagePipeline(choice.name, denoiser, from_image=init_image is not None)
         began = time.perf_counter()
         with step_progress(picture.steps, json) as advance:
             made = painter.paint(prompt, settings, advance, **more)

@@ -27,12 +27,12 @@ def inspect(
 
     import msgspec
 
-    from split_common.models.loading import plan
+    from split_common.models.loading import read_spec
     from split_common.models.split import Split
     from split_common.models.tensors import parse_dtype
     from split_device.models.sizes import bytes_per_token, parts
 
-    plan_ = plan(choice.name, choice.revision)
+    plan_ = read_spec(choice.name, choice.revision)
     split = Split.from_head_tail(plan_.layers, choice.head_layers, choice.tail_layers)
     dtype = parse_dtype(choice.dtype)
     rows = parts(plan_, split, dtype)

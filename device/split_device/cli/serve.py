@@ -75,12 +75,12 @@ def serve(
         from split_device.jobs.models import Models
         from split_device.openai.completions import Completions
         from split_device.openai.images import Images
-        from split_device.openai.server import Server
+        from split_device.openai.server import CompletionServer
 
         with Models(connection, limits) as models:
             completions = Completions(models.get(choice), choice, name) if choice and name else None
             painting = Images(models.painter(image_choice), image_name) if image_choice and image_name else None
-            with answering(Server(completions, painting, api_key).app(), listener, stop):
+            with answering(CompletionServer(completions, painting, api_key).app(), listener, stop):
                 _announce(f"http://{HOST}:{listener.getsockname()[1]}/", name, image_name, json)
                 wait_for(stop)
 

@@ -19,7 +19,7 @@ from split_common.system.process import passive_threads
 from split_common.transport.address import is_redis
 from split_device.cli.options import HeadOption, TailOption
 from split_device.images.settings import need_diffusers
-from split_device.stress.plan import Kind, Plan, TransportName, Workload
+from split_device.stress.plan import StressPlan, TransportName, Workload, WorkloadKind
 
 #: Kinds of faults.
 KINDS = ("kill", "stop", "broker", "lag", "drop", "corrupt")
@@ -80,7 +80,7 @@ _PLAN = Group(
 
 @grouped
 def stress(
-    plan: Annotated[Plan, _PLAN],
+    plan: Annotated[StressPlan, _PLAN],
     chaos: Annotated[
         str | None,
         typer.Option(
@@ -137,7 +137,7 @@ def stress_device(
     model: Annotated[str, typer.Option()],
     broker: Annotated[str, typer.Option()],
     index: Annotated[int, typer.Option()],
-    kind: Annotated[Kind, typer.Option()] = "text",
+    kind: Annotated[WorkloadKind, typer.Option()] = "text",
     seed: Annotated[int, typer.Option()] = 0,
     requests: Annotated[int | None, typer.Option()] = None,
     reference: Annotated[str | None, typer.Option()] = None,
@@ -163,7 +163,7 @@ def stress_device(
     )
 
 
-def _checked(plan: Plan, chaos: str | None) -> Plan:
+def _checked(plan: StressPlan, chaos: str | None) -> StressPlan:
     """The plan, with all that follows from its options. Raises ConfigError if they do not go together."""
     if plan.workers == 0 and plan.broker is None:
         raise ConfigError("--workers 0 needs --broker: without it, the only workers are those started here")

@@ -16,11 +16,11 @@ from split_common.errors import PromptTooLong
 from split_common.models.layer_stack import max_positions
 from split_device.generation.detokenize import TextStream
 from split_device.generation.settings import Sampling
-from split_device.generation.tokenizing import Message, encode_chat, end_tokens, pad_token
+from split_device.generation.tokenizing import ChatMessage, encode_chat, end_tokens, pad_token
 
 
 @dataclass(frozen=True)
-class Answer:
+class ChatAnswer:
     """A generated text. Times in seconds; the first token's includes the prompt's prefill."""
 
     text: str
@@ -79,7 +79,7 @@ class Conversation:
         start: messages before the first turn, e.g. a system message.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, start: Sequence[Message] = ()) -> None:
+    def __init__(self, model: Any, tokenizer: Any, start: Sequence[ChatMessage] = ()) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._start = tuple(start)
@@ -87,7 +87,7 @@ class Conversation:
 
     def reset(self) -> None:
         """Forgets all turns."""
-        self.messages: list[Message] = list(self._start)
+        self.messages: list[ChatMessage] = list(self._start)
         self._cached = torch.zeros(1, 0, dtype=torch.long)
         self._cache = DynamicCache(config=self._model.config)
 
@@ -96,7 +96,7 @@ class Conversation:
         self._cached = self._cached[:, :0]
         self._cache = DynamicCache(config=self._model.config)
 
-    def say(self, text: str, sampling: Sampling, on_text: Callable[[str], None] = _nothing) -> Answer:
+    def say(self, text: str, sampling: Sampling, on_text: Callable[[str], None] = _nothing) -> ChatAnswer:
         """Answers the user. Raises PromptTooLong, and what `generate` raises; the turn is then undone."""
         self.messages.append({"role": "user", "content": text})
         try:
@@ -114,7 +114,7 @@ class Conversation:
         sampling: Sampling,
         on_text: Callable[[str], None] = _nothing,
         on_first_token: Callable[[], None] = _nothing,
-    ) -> Answer:
+    ) -> ChatAnswer:
         """Continues token ids `[1, tokens]`; what the cache already holds of them is not sent again."""
         prompt_tokens = input_ids.shape[1]
         limit = max_positions(self._model.config)
@@ -139,7 +139,7 @@ class Conversation:
         self._cached = output[:, :-1]
         new = output[0, prompt_tokens:]
         stopped = len(new) > 0 and int(new[-1]) in end_tokens(self._model)
-        return Answer(
+        return ChatAnswer(
             text=self._tokenizer.decode(new, skip_special_tokens=True),
             prompt_tokens=prompt_tokens,
             tokens=len(new),

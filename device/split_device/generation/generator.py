@@ -26,7 +26,7 @@ from split_common.engine.scheduler import is_prefill
 from split_common.engine.sequences import KVSequence
 from split_common.errors import Busy, PromptTooLong, SplitError
 from split_device.generation.limits import Limits
-from split_device.generation.local_layers import KV_MEMORY, Ends
+from split_device.generation.local_layers import KV_MEMORY, LocalLayers
 from split_device.generation.request import FinishReason, Generation, Logprobs, OnToken, Request
 from split_device.generation.sampling import Sampler
 from split_device.generation.stage import Stage
@@ -58,14 +58,14 @@ GATHER = 0.003
 MAX_GATHER = 0.05
 
 #: Seconds until a request is tried again for which no worker had room.
-RETRY_AFTER = 1.0
+NO_ROOM_RETRY = 1.0
 
 #: Seconds that closing waits for sessions to be freed on their workers.
 CLOSE_TIMEOUT = 2.0
 
 
 @dataclass(eq=False)
-class Flight:
+class ActiveRequest:
     """A request that has rows in both ends and a session."""
 
     generation: Generation
@@ -121,23 +121,23 @@ class Generator:
         self._client, self._traits = parts.client, parts.traits
         self._max_requests = max_requests
         self._kept_free = max_requests // KEPT_FREE
-        self._ends = Ends(model, kv_memory if kv_memory is not None else KV_MEMORY)
+        self._ends = LocalLayers(model, kv_memory if kv_memory is not None else KV_MEMORY)
         self._head, self._tail = Stage(self._ends.head), Stage(self._ends.tail)
         #: What others want the loop's thread to do.
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         #: Requests that wait to begin, those of the highest priority and the oldest first.
         self._waiting: list[tuple[int, int, Generation, Sampler]] = []
         self._order = itertools.count()
-        self._flights: dict[Generation, Flight] = {}
+        self._flights: dict[Generation, ActiveRequest] = {}
         #: Requests whose next tokens go to the head.
-        self._entering: list[Flight] = []
+        self._entering: list[ActiveRequest] = []
         #: What has come back from workers, to go into the tail.
-        self._arrived: list[tuple[Flight, torch.Tensor]] = []
+        self._arrived: list[tuple[ActiveRequest, torch.Tensor]] = []
         #: What the head has made, to go to the workers; what has come through the tail, to be sampled.
-        self._outgoing: list[tuple[Flight, torch.Tensor]] = []
-        self._ready: list[tuple[Flight, torch.Tensor]] = []
+        self._outgoing: list[tuple[ActiveRequest, torch.Tensor]] = []
+        self._ready: list[tuple[ActiveRequest, torch.Tensor]] = []
         #: Tokens of each request that are at a worker.
-        self._away: dict[Flight, int] = {}
+        self._away: dict[ActiveRequest, int] = {}
         self._paused_until = 0.0
         self._held_until = 0.0
         #: The time in this turn: what it decides to wait for, the next one finds in the future or lets go.
@@ -229,7 +229,7 @@ class Generator:
         for flight, outcome in self._forward("tail", self._tail):
             self._tailed(flight, outcome)
 
-    def _forward(self, end: str, stage: Stage) -> Iterator[tuple[Flight, torch.Tensor | Exception]]:
+    def _forward(self, end: str, stage: Stage) -> Iterator[tuple[ActiveRequest, torch.Tensor | Exception]]:
         """Runs one forward, or more until requests in favour of which others are delayed are through.
 
         Yields:
@@ -292,7 +292,7 @@ class Generator:
         # What was decoded token by token may not be the same when it goes through together.
         later = [[token] for token in done] if self._ends.indivisible else []
         first = request.prompt if self._ends.indivisible else [*request.prompt, *done]
-        flight = Flight(
+        flight = ActiveRequest(
             generation,
             sampler,
             SessionCacheLayer(
@@ -336,7 +336,7 @@ class Generator:
 
         self._inbox.put(cancel)
 
-    def _end(self, flight: Flight, outcome: FinishReason | BaseException | None) -> None:
+    def _end(self, flight: ActiveRequest, outcome: FinishReason | BaseException | None) -> None:
         """Frees all that a request has; with no outcome it will begin again."""
         if flight.ended:
             return
@@ -374,7 +374,7 @@ class Generator:
                 flight.entered += len(mine)
                 self._head.add(flight, flight.sequences[0], begin, mine)
 
-    def _headed(self, flight: Flight, outcome: torch.Tensor | Exception) -> None:
+    def _headed(self, flight: ActiveRequest, outcome: torch.Tensor | Exception) -> None:
         if self._goes_on(flight, outcome):
             assert isinstance(outcome, torch.Tensor)
             flight.waits_since = time.monotonic()
@@ -382,7 +382,7 @@ class Generator:
 
     def _send_off(self) -> None:
         """Sends states to the workers, but not too many prompts at once, and not what is held back."""
-        kept: list[tuple[Flight, torch.Tensor]] = []
+        kept: list[tuple[ActiveRequest, torch.Tensor]] = []
         urgent = self._urgent
         prompts = sum(flight.prompt for flight in self._flights.values() if flight.fresh)
         rush = prompts > RUSH and self._now < self._held_until
@@ -402,7 +402,7 @@ class Generator:
             flight.outbox.put(states)
         self._outgoing = kept
 
-    def _carry(self, flight: Flight) -> None:
+    def _carry(self, flight: ActiveRequest) -> None:
         """A courier's thread: takes states to the worker and brings back what it made of them."""
         while (states := flight.outbox.get()) is not None:
             outcome: torch.Tensor | Exception
@@ -414,13 +414,13 @@ class Generator:
             self._inbox.put(functools.partial(self._returned, flight, outcome))
         flight.session.reset()
 
-    def _returned(self, flight: Flight, outcome: torch.Tensor | Exception) -> None:
+    def _returned(self, flight: ActiveRequest, outcome: torch.Tensor | Exception) -> None:
         self._away.pop(flight, None)
         if isinstance(outcome, Busy) and not flight.ended and len(self._flights) > 1:
             # Those that run make room some time.
             self._end(flight, None)
             self._enqueue(flight.generation, flight.sampler)
-            self._paused_until = time.monotonic() + RETRY_AFTER
+            self._paused_until = time.monotonic() + NO_ROOM_RETRY
         elif self._goes_on(flight, outcome):
             assert isinstance(outcome, torch.Tensor)
             flight.waits_since = time.monotonic()
@@ -432,7 +432,7 @@ class Generator:
         fresh = [flight.priority for flight in self._flights.values() if flight.fresh]
         return max(fresh) if fresh and self._now < self._held_until else -math.inf
 
-    def _yields(self, flight: Flight, urgent: float) -> bool:
+    def _yields(self, flight: ActiveRequest, urgent: float) -> bool:
         """Whether a request is held back for those of this priority."""
         return flight.priority < urgent and self._now < flight.waits_since + HOLD
 
@@ -446,7 +446,7 @@ class Generator:
                 begin, flight.left = flight.left, flight.left + len(states)
                 self._tail.add(flight, flight.sequences[1], begin, states)
 
-    def _tailed(self, flight: Flight, outcome: torch.Tensor | Exception) -> None:
+    def _tailed(self, flight: ActiveRequest, outcome: torch.Tensor | Exception) -> None:
         if self._goes_on(flight, outcome):
             assert isinstance(outcome, torch.Tensor)
             if flight.pending:
@@ -454,7 +454,7 @@ class Generator:
             else:
                 self._ready.append((flight, outcome[-1]))
 
-    def _goes_on(self, flight: Flight, outcome: torch.Tensor | Exception) -> bool:
+    def _goes_on(self, flight: ActiveRequest, outcome: torch.Tensor | Exception) -> bool:
         """Whether a request is still under way; ends it if a step has failed."""
         if isinstance(outcome, Exception):
             self._end(flight, outcome)
@@ -473,7 +473,7 @@ class Generator:
             except Exception as error:
                 self._end(flight, error)
 
-    def _advance(self, flight: Flight, logits: torch.Tensor, likeliest: int) -> None:
+    def _advance(self, flight: ActiveRequest, logits: torch.Tensor, likeliest: int) -> None:
         sampler, generation = flight.sampler, flight.generation
         token, logprobs = (likeliest, None) if sampler.plain else sampler.choose(logits)
         sampler.accept(token)

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from split_common.compat.torch import remove_forward_hooks
 from split_common.engine.linear import pack_linears, padded_rows
 from split_common.engine.runner import Runner, build_runner
-from split_common.models.layer_stack import PassThrough, Stack
+from split_common.models.layer_stack import LayerStack, PassThrough
 from split_common.models.loading import strip
 from split_common.models.split import Split
 from split_device.models.context import CallContext
@@ -29,7 +29,7 @@ from split_device.models.language import SplitParts
 KV_MEMORY = 1024**3
 
 
-class Ends:
+class LocalLayers:
     """Head and tail of a split model. Not thread-safe: one thread computes.
 
     Args:
@@ -43,14 +43,14 @@ class Ends:
     def __init__(self, model: Any, kv_bytes: int = KV_MEMORY) -> None:
         parts: SplitParts = model.split_parts
         split = parts.split
-        self._shell = Shell(model)
+        self._shell = EmbeddingAndHead(model)
         config = model.config.get_text_config(decoder=True)
         layers = split.first + split.layers - split.last
 
         def runner(first: int, last: int) -> Runner | None:
             if first == last:
                 return None
-            part, stack = _twin(model, range(first, last))
+            part, stack = _shared_copy(model, range(first, last))
             strip(part, stack.slots)
             _lay_out(part)
             share = kv_bytes * (last - first) // layers
@@ -86,11 +86,11 @@ class _Passage:
 _passing: CallContext[_Passage] = CallContext("shell")
 
 
-class Shell:
+class EmbeddingAndHead:
     """The model without any layer."""
 
     def __init__(self, model: Any) -> None:
-        self._model, self._stack = _twin(model, range(0))
+        self._model, self._stack = _shared_copy(model, range(0))
         _lay_out(self._model)
         self._device = next(self._model.parameters()).device
         self._dtype = model.dtype
@@ -131,9 +131,9 @@ class Shell:
         return args if passage is None or passage.incoming is None else (passage.incoming, *args[1:])
 
 
-def _twin(model: Any, kept: range) -> tuple[Any, Stack]:
+def _shared_copy(model: Any, kept: range) -> tuple[Any, LayerStack]:
     """A copy of a split model, with the same tensors, in which only some layers are left; and its stack."""
-    stack: Stack = model.split_parts.stack
+    stack: LayerStack = model.split_parts.stack
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for index, slot in enumerate(stack.slots):
         if index not in kept:
@@ -142,7 +142,7 @@ def _twin(model: Any, kept: range) -> tuple[Any, Stack]:
             empty.returns_tuple = stack.returns_tuple
             memo[id(slot)] = empty
     twin = copy.deepcopy(model, memo)
-    own: Stack = twin.split_parts.stack
+    own: LayerStack = twin.split_parts.stack
     for module in (twin, own.owner):
         remove_forward_hooks(module)
     return twin, own

@@ -13,7 +13,7 @@ from split_common.errors import ConfigError, UnknownModel
 from split_common.models.checkpoint import Checkpoint
 
 #: A message of a conversation: its `role` and its `content`.
-Message = dict[str, str]
+ChatMessage = dict[str, str]
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
@@ -28,7 +28,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
         raise UnknownModel(f"the tokenizer of {name_or_path} cannot be loaded: {error}") from None
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> torch.Tensor:
+def encode_chat(tokenizer: Any, messages: Sequence[ChatMessage]) -> torch.Tensor:
     """Token ids `[1, tokens]` of a conversation; of its plain text where there is no chat template."""
     if not tokenizer.chat_template:
         return encode_text(tokenizer, "\n".join(message["content"] for message in messages))

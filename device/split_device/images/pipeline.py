@@ -29,10 +29,10 @@ class Cancelled(Exception):
     """The image was cancelled."""
 
 
-class Painting:
+class ImageGeneration:
     """An image in progress. Its methods may be called from any thread."""
 
-    def __init__(self, make: Callable[[Painting], Any]) -> None:
+    def __init__(self, make: Callable[[ImageGeneration], Any]) -> None:
         #: The Pillow image, or the error: `Cancelled` after `cancel`.
         self.future: Future[Any] = Future()
         # Only `cancel` ends the image: abandoning the future must not.
@@ -65,7 +65,7 @@ class Painting:
         self._abandon = abandon
         self.check()
 
-    def _run(self, make: Callable[[Painting], Any]) -> None:
+    def _run(self, make: Callable[[ImageGeneration], Any]) -> None:
         try:
             image = make(self)
         except BaseException as error:
@@ -74,7 +74,7 @@ class Painting:
             self.future.set_result(image)
 
 
-class Painter:
+class ImagePipeline:
     """Generates images with one model.
 
     Args:
@@ -98,11 +98,11 @@ class Painter:
         for _ in range(at_once):
             self._idle.put(_own(pipeline))
 
-    def start(self, prompt: str, settings: ImageSettings) -> Painting:
+    def start(self, prompt: str, settings: ImageSettings) -> ImageGeneration:
         """Starts an image in its own thread. Raises ConfigError for a size that the model cannot make."""
         check_size(self._directory, settings)
 
-        def make(painting: Painting) -> Any:
+        def make(painting: ImageGeneration) -> Any:
             with self._turn() as pipeline:
                 painting.holds(self.denoiser.session.abandon)
 
@@ -112,7 +112,7 @@ class Painter:
 
                 return _paint(pipeline, prompt, settings, advance)
 
-        return Painting(make)
+        return ImageGeneration(make)
 
     def paint(self, prompt: str, settings: ImageSettings, on_step: OnStep | None = None, **more: Any) -> Any:
         """Generates an image on the calling thread; returns it as a Pillow image.

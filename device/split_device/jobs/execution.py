@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from split_device.generation.detokenize import TextStream
 from split_device.generation.generator import Generation
 from split_device.images.settings import image_bytes
-from split_device.jobs.job import FinishReason, ImageTask, Job, Piece, Progress, Task, Update
+from split_device.jobs.job import ImageTask, Job, JobFinishReason, JobProgress, Task, TextPiece, Update
 from split_device.jobs.models import Loaded
 
 if TYPE_CHECKING:
-    from split_device.images.pipeline import Painter
+    from split_device.images.pipeline import ImagePipeline
 
 
-class Running:
+class JobExecution:
     """A running job. `update` holds what is not written yet."""
 
     def __init__(self, job: Job) -> None:
@@ -45,7 +45,7 @@ class Running:
         self.update.state = "cancelled" if self.cancelled else "queued"
 
 
-class TextRun(Running):
+class TextExecution(JobExecution):
     """A generation, which continues where it stopped.
 
     Raises:
@@ -53,7 +53,7 @@ class TextRun(Running):
         ConfigError: the chat template or a setting is refused.
     """
 
-    def __init__(self, job: Job, task: Task, loaded: Loaded, progress: Progress) -> None:
+    def __init__(self, job: Job, task: Task, loaded: Loaded, progress: JobProgress) -> None:
         super().__init__(job)
         request = loaded.request(task, progress, job.priority)
         self.update.prompt_tokens = len(request.prompt)
@@ -64,7 +64,7 @@ class TextRun(Running):
         self._tokens: queue.SimpleQueue[tuple[int, bytes | None]] = queue.SimpleQueue()
         self._generation: Generation | None = None
         #: Set if the process was killed between the last token and the end of the job.
-        self._reason: FinishReason | None = None
+        self._reason: JobFinishReason | None = None
         if self._text.stopped or (progress.tokens and progress.tokens[-1] in loaded.end_tokens):
             self._reason = "stop"
         elif len(progress.tokens) >= request.config.max_new_tokens:
@@ -88,7 +88,7 @@ class TextRun(Running):
             token, sampler = self._tokens.get()
             if not self._text.stopped:
                 text = self.update.piece.text + self._text.push(token)
-                self.update.piece = Piece([*self.update.piece.tokens, token], text)
+                self.update.piece = TextPiece([*self.update.piece.tokens, token], text)
                 self.update.sampler = sampler
         if self._text.stopped and not self.done:
             self.cancel()
@@ -108,16 +108,16 @@ class TextRun(Running):
             self.broken_off()
         return None
 
-    def _succeed(self, reason: FinishReason) -> None:
+    def _succeed(self, reason: JobFinishReason) -> None:
         update = self.update
-        update.piece = Piece(update.piece.tokens, update.piece.text + self._text.end())
+        update.piece = TextPiece(update.piece.tokens, update.piece.text + self._text.end())
         update.state, update.finish_reason = "succeeded", reason
 
 
-class ImageRun(Running):
+class ImageExecution(JobExecution):
     """An image. It starts over whenever its job runs; the seed makes the result the same."""
 
-    def __init__(self, job: Job, task: ImageTask, painter: Painter) -> None:
+    def __init__(self, job: Job, task: ImageTask, painter: ImagePipeline) -> None:
         super().__init__(job)
         self._steps = self.update.steps = 0
         self._painting = painter.start(task.prompt, task.settings)

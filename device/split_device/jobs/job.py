@@ -13,9 +13,9 @@ from split_common.models.split import END_LAYERS
 from split_device.generation.settings import Sampling
 from split_device.images.settings import ImageSettings
 
-Kind = Literal["text", "image"]
+JobKind = Literal["text", "image"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-FinishReason = Literal["stop", "length"]
+JobFinishReason = Literal["stop", "length"]
 
 #: States that a job leaves only by `retry`.
 FINAL: tuple[State, ...] = ("succeeded", "failed", "cancelled")
@@ -120,22 +120,22 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
     #: Number of denoising steps done so far.
     steps: int
-    finish_reason: FinishReason | None
+    finish_reason: JobFinishReason | None
     error: str | None
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> JobKind:
         return kind_of(self.task)
 
 
-class Piece(msgspec.Struct, frozen=True, array_like=True):
+class TextPiece(msgspec.Struct, frozen=True, array_like=True):
     """Consecutive generated tokens, and the text that they completed."""
 
     tokens: list[int] = []
     text: str = ""
 
 
-class Progress(msgspec.Struct, frozen=True):
+class JobProgress(msgspec.Struct, frozen=True):
     """The state from which a job continues as if it had never been interrupted."""
 
     tokens: list[int]
@@ -148,7 +148,7 @@ class Update(msgspec.Struct, kw_only=True):
     """What has changed in a job since it was last written."""
 
     id: str
-    piece: Piece = Piece()
+    piece: TextPiece = TextPiece()
     #: State of the random generator after the piece.
     sampler: bytes | None = None
     prompt_tokens: int | None = None
@@ -158,7 +158,7 @@ class Update(msgspec.Struct, kw_only=True):
     image: bytes | None = None
     #: The final state, or "queued" to run the job again; None while it runs.
     state: State | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: JobFinishReason | None = None
     error: str | None = None
 
     @property
@@ -166,5 +166,5 @@ class Update(msgspec.Struct, kw_only=True):
         return bool(self.piece.tokens or self.state or self.prompt_tokens or self.steps is not None)
 
 
-def kind_of(task: AnyTask) -> Kind:
+def kind_of(task: AnyTask) -> JobKind:
     return "image" if isinstance(task, ImageTask) else "text"

@@ -11,16 +11,16 @@ from transformers import GenerationConfig
 from split_common.errors import PromptTooLong
 from split_common.models.layer_stack import max_positions
 from split_common.system.process import breakable
-from split_device.generation.limits import Limits
 from split_device.generation.generator import Generator, Request
+from split_device.generation.limits import Limits
 from split_device.generation.tokenizing import encode_chat, encode_text, end_tokens, load_tokenizer, pad_token
 from split_device.images.settings import need_diffusers
-from split_device.jobs.job import ImageChoice, ModelChoice, Progress, Task
+from split_device.jobs.job import ImageChoice, JobProgress, ModelChoice, Task
 from split_device.models.language import SplitModelForCausalLM
 from split_device.sessions.connection import Connection
 
 if TYPE_CHECKING:
-    from split_device.images.pipeline import Painter
+    from split_device.images.pipeline import ImagePipeline
     from split_device.models.denoiser import SplitDenoiser
 
 #: Seeds of torch's generator are taken modulo this.
@@ -39,7 +39,7 @@ class Loaded:
     def end_tokens(self) -> set[int]:
         return end_tokens(self.model)
 
-    def request(self, task: Task, progress: Progress, priority: int) -> Request:
+    def request(self, task: Task, progress: JobProgress, priority: int) -> Request:
         """What the generator is asked for. Raises PromptTooLong, and ConfigError of the chat template."""
         if isinstance(task.prompt, str):
             ids = encode_text(self.tokenizer, task.prompt)
@@ -103,7 +103,7 @@ class Models:
         self.limits = limits
         self._connection = connection
         self._loaded: dict[ModelChoice, Loaded] = {}
-        self._painters: dict[ImageChoice, Painter] = {}
+        self._painters: dict[ImageChoice, ImagePipeline] = {}
         self._stack = contextlib.ExitStack()
 
     def get(self, choice: ModelChoice) -> Loaded:
@@ -119,19 +119,19 @@ class Models:
         generator = self._stack.enter_context(Generator(model, limits=self.limits))
         return Loaded(model, tokenizer, generator)
 
-    def painter(self, choice: ImageChoice) -> Painter:
-        """Raises what `load_denoiser` and `Painter` raise."""
+    def painter(self, choice: ImageChoice) -> ImagePipeline:
+        """Raises what `load_denoiser` and `ImagePipeline` raise."""
         if choice not in self._painters:
             with breakable():
                 self._painters[choice] = self._load_painter(choice)
         return self._painters[choice]
 
-    def _load_painter(self, choice: ImageChoice) -> Painter:
+    def _load_painter(self, choice: ImageChoice) -> ImagePipeline:
         need_diffusers()
-        from split_device.images.pipeline import Painter
+        from split_device.images.pipeline import ImagePipeline
 
         denoiser = self._stack.enter_context(load_image_model(choice, self._connection))
-        return Painter(choice.name, denoiser, at_once=self.limits.images)
+        return ImagePipeline(choice.name, denoiser, at_once=self.limits.images)
 
     def __enter__(self) -> Models:
         return self

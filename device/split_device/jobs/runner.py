@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from split_common.errors import BrokerUnreachable, Busy, NoWorker, SessionLost, SplitError, StepFailed
-from split_device.jobs.execution import ImageRun, Running, TextRun
-from split_device.jobs.job import AnyChoice, ImageTask, Job, Kind, Update
+from split_device.jobs.execution import ImageExecution, JobExecution, TextExecution
+from split_device.jobs.job import AnyChoice, ImageTask, Job, JobKind, Update
 from split_device.jobs.models import Models
 from split_device.jobs.store import Store
 
@@ -35,7 +35,7 @@ class _Trouble:
     until: float
 
 
-class Runner:
+class JobRunner:
     """Runs the jobs of a store with the models of `models`, as many at once as its limits allow.
 
     Args:
@@ -50,7 +50,7 @@ class Runner:
         self._models = models
         self._give_up = give_up
         self._notice = notice
-        self._running: dict[str, Running] = {}
+        self._running: dict[str, JobExecution] = {}
         self._trouble: dict[AnyChoice, _Trouble] = {}
 
     def turn(self) -> None:
@@ -74,7 +74,7 @@ class Runner:
         # Jobs that were claimed but not begun.
         self._store.recover()
 
-    def _start(self, kind: Kind, limit: int) -> None:
+    def _start(self, kind: JobKind, limit: int) -> None:
         room = limit - sum(running.job.kind == kind for running in self._running.values())
         now = time.monotonic()
         waiting = [choice for choice, trouble in self._trouble.items() if trouble.until > now]
@@ -89,10 +89,10 @@ class Runner:
                 self._fail(job, update, error)
                 self._store.write([update])
 
-    def _begin(self, job: Job) -> Running:
+    def _begin(self, job: Job) -> JobExecution:
         if isinstance(job.task, ImageTask):
-            return ImageRun(job, job.task, self._models.painter(job.task.model))
-        return TextRun(job, job.task, self._models.get(job.task.model), self._store.progress(job.id))
+            return ImageExecution(job, job.task, self._models.painter(job.task.model))
+        return TextExecution(job, job.task, self._models.get(job.task.model), self._store.progress(job.id))
 
     def _write(self) -> None:
         # Checked before collecting: all output of a job that is done by now is there to be collected.

@@ -20,19 +20,19 @@ from split_device.jobs.job import (
     FINAL,
     AnyChoice,
     AnyTask,
-    FinishReason,
     Job,
-    Kind,
-    Piece,
-    Progress,
+    JobFinishReason,
+    JobKind,
+    JobProgress,
     State,
+    TextPiece,
     Update,
     kind_of,
 )
 from split_device.jobs.vault import Vault, make_key, read_key
 
 #: Version of the schema (`PRAGMA user_version`). A store of another version is refused.
-VERSION = 2
+SCHEMA_VERSION = 2
 
 #: How long a write waits for another process to finish its own, in seconds.
 BUSY_TIMEOUT = 30.0
@@ -122,7 +122,7 @@ class Store:
 
     def _open(self, key_file: Path | None) -> Vault:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version not in (0, VERSION):
+        if version not in (0, SCHEMA_VERSION):
             raise ConfigError(f"{self.path} was made by another version of lambda-split")
         if not version:
             key = None
@@ -132,7 +132,7 @@ class Store:
             for statement in _SCHEMA.split(";"):
                 self._db.execute(statement)
             self._db.execute("INSERT INTO mark VALUES (?)", (vault.seal(_MARK, "mark"),))
-            self._db.execute(f"PRAGMA user_version = {VERSION}")
+            self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             return vault
         (mark,) = self._db.execute("SELECT value FROM mark").fetchone()
         if (mark == _MARK) != (key_file is None):
@@ -230,13 +230,13 @@ class Store:
         (tokens,) = self._db.execute("SELECT coalesce(sum(tokens), 0) FROM jobs").fetchone()
         return int(tokens)
 
-    def pieces(self, id_: str, skip: int = 0) -> list[Piece]:
+    def pieces(self, id_: str, skip: int = 0) -> list[TextPiece]:
         """What a job has generated, without the first `skip` pieces."""
         query = "SELECT number, data FROM pieces WHERE job = ? AND number >= ? ORDER BY number"
         rows = self._db.execute(query, (id_, skip)).fetchall()
-        return [self._decode(self._vault.open(data, f"{id_}/{number}"), Piece) for number, data in rows]
+        return [self._decode(self._vault.open(data, f"{id_}/{number}"), TextPiece) for number, data in rows]
 
-    def progress(self, id_: str) -> Progress:
+    def progress(self, id_: str) -> JobProgress:
         """What a job has generated, and the state from which it continues. Raises UnknownJob."""
         with self._transaction():
             row = self._db.execute("SELECT sampler FROM jobs WHERE id = ?", (id_,)).fetchone()
@@ -244,7 +244,7 @@ class Store:
         if row is None:
             raise UnknownJob(f"there is no job {id_}")
         sampler = row["sampler"]
-        return Progress(
+        return JobProgress(
             [token for piece in pieces for token in piece.tokens],
             "".join(piece.text for piece in pieces),
             None if sampler is None else self._vault.open(sampler, f"{id_}/sampler"),
@@ -319,7 +319,7 @@ class Store:
                 self._end(id_, "cancelled")
             return self._db.execute("UPDATE jobs SET state = 'queued' WHERE state = 'running'").rowcount
 
-    def claim(self, limit: int, without: Collection[AnyChoice] = (), kind: Kind = "text") -> list[Job]:
+    def claim(self, limit: int, without: Collection[AnyChoice] = (), kind: JobKind = "text") -> list[Job]:
         """Marks up to `limit` queued jobs as running, by priority, then age; skips the models in `without`."""
         names = [_name(choice) for choice in without]
         query = (
@@ -370,7 +370,7 @@ class Store:
             self._end(id_, update.state, update.finish_reason, update.error)
 
     def _end(
-        self, id_: str, state: State, finish_reason: FinishReason | None = None, error: str | None = None
+        self, id_: str, state: State, finish_reason: JobFinishReason | None = None, error: str | None = None
     ) -> None:
         sealed = None if error is None else self._vault.seal(error.encode(), f"{id_}/error")
         self._db.execute(

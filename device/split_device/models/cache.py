@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from split_common.errors import UnsupportedFeature
 from split_common.models.tensors import dtype_name, raw_bytes, to_bytes
 from split_common.protocol import payloads
-from split_device.sessions.chunks import Request, cut
+from split_device.sessions.chunks import ChunkRequest, cut
 from split_device.sessions.client import Client
 from split_device.sessions.distinct import distinct
 from split_device.sessions.history import History
@@ -69,7 +69,7 @@ class PreparedStep:
     #: The rows that travel, and for each row the index among them of the one that it equals; None if all travel.
     copies: tuple[list[int], list[int]] | None
     #: Empty if there is nothing but padding.
-    requests: list[Request]
+    requests: list[ChunkRequest]
     timings: StepTimings
 
 
@@ -342,7 +342,7 @@ class SessionCacheLayer(BodyLayer):
         rows = {run.row for chunk, _ in step.requests for run in chunk.rows}
         return len(rows), sum(len(chunk.states) for chunk, _ in step.requests), self.get_seq_length()
 
-    def _replayed(self, timings: StepTimings) -> Iterator[Request]:
+    def _replayed(self, timings: StepTimings) -> Iterator[ChunkRequest]:
         if self._columns is None:
             return
         for runs, packed, horizon in self._history.replay(self._columns, self._traits.positions_interact):
@@ -350,7 +350,7 @@ class SessionCacheLayer(BodyLayer):
                 requests = _encode(runs, packed, horizon)
             yield from requests
 
-    def _send(self, remote: RemoteSession, requests: Sequence[Request], timings: StepTimings) -> list[Reply]:
+    def _send(self, remote: RemoteSession, requests: Sequence[ChunkRequest], timings: StepTimings) -> list[Reply]:
         steps: list[tuple[payloads.Payload, memoryview]] = []
         for chunk, data in requests:
             select = None if steps else self._select
@@ -367,7 +367,7 @@ class SessionCacheLayer(BodyLayer):
         return replies
 
 
-def _encode(runs: list[payloads.Run], packed: torch.Tensor, horizon: int | None) -> list[Request]:
+def _encode(runs: list[payloads.Run], packed: torch.Tensor, horizon: int | None) -> list[ChunkRequest]:
     """Cuts runs and their states `[tokens, width]` into requests. Raises NonFinite."""
     limit = max(1, CHUNK_BYTES // (packed.shape[1] * packed.element_size()))
     return [(chunk, to_bytes(chunk.states)) for chunk in cut(runs, packed, limit, horizon)]

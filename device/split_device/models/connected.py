@@ -22,7 +22,7 @@ from split_device.sessions.timings import Timings
 
 
 @dataclass(frozen=True)
-class Member:
+class Endpoint:
     """A device of a fleet and its transport. It is found before the model is loaded, which takes longer."""
 
     fleet: Fleet
@@ -30,7 +30,7 @@ class Member:
     transport: Transport
 
     @classmethod
-    def find(cls, broker: str, keys: str | Path | None, member: str | None) -> Member:
+    def find(cls, broker: str, keys: str | Path | None, member: str | None) -> Endpoint:
         """Raises KeysError, ConfigError."""
         fleet = load_fleet(Path(keys) if keys is not None else None)
         identity = fleet.identity("device", member)
@@ -44,7 +44,7 @@ class Member:
         return client
 
 
-class Joined:
+class ConnectedModel:
     """A model that has joined the queue: `close` it, or use it as a context manager, to leave."""
 
     split: Split

@@ -12,17 +12,17 @@ import torch
 
 from split_common.errors import ConfigError, UnsupportedArchitecture, UnsupportedFeature
 from split_common.models.checkpoint import Checkpoint
-from split_common.models.denoisers.registry import plan_image
-from split_common.models.denoisers.spec import ImagePlan, load_weights
+from split_common.models.denoisers.registry import read_denoiser_spec
+from split_common.models.denoisers.spec import DenoiserSpec, load_weights
 from split_common.models.split import Split
 from split_common.models.tensors import dtype_name, parse_dtype
 from split_common.models.verification import find_manifest
 from split_common.protocol import payloads
 from split_device.models.compression import CODECS, check_reuse
-from split_device.models.connected import Joined, Member
+from split_device.models.connected import ConnectedModel, Endpoint
 from split_device.models.reuse import Base, Reuse
 from split_device.sessions.connection import Connection
-from split_device.sessions.images import ImageSession, Inputs
+from split_device.sessions.images import DenoiserInputs, ImageSession
 
 
 class _Threads(threading.local):
@@ -32,13 +32,13 @@ class _Threads(threading.local):
     reuse: Reuse | None = None
 
 
-class SplitDenoiser(Joined):
+class SplitDenoiser(ConnectedModel):
     """A denoiser of diffusers with its body on a worker. Subclasses derive from the original class as well.
 
     Text encoders, scheduler, noise, VAE, and the denoiser's first and last blocks are the device's.
     """
 
-    _plan: ImagePlan
+    _plan: DenoiserSpec
     #: What the body's output is added to, if to anything.
     _base: Base | None = None
 
@@ -81,8 +81,8 @@ class SplitDenoiser(Joined):
             raise ConfigError(f"invalid codec {codec!r}: expected one of {', '.join(CODECS)}")
         check_reuse(reuse)
         connection = Connection.of(connection, fields)
-        device = Member.find(connection.broker, connection.keys, connection.member)
-        plan = plan_image(Checkpoint.resolve(path, ip_adapter=ip_adapter))
+        device = Endpoint.find(connection.broker, connection.keys, connection.member)
+        plan = read_denoiser_spec(Checkpoint.resolve(path, ip_adapter=ip_adapter))
         if not issubclass(cls, getattr(diffusers, plan.class_name)):
             raise UnsupportedArchitecture(f"{plan.checkpoint.name} is a {plan.class_name}")
         split = plan.split(cut)
@@ -104,7 +104,7 @@ class SplitDenoiser(Joined):
         model._threads = _Threads()
         return model
 
-    def _cut(self, plan: ImagePlan, split: Split) -> None:
+    def _cut(self, plan: DenoiserSpec, split: Split) -> None:
         """Replaces the body's blocks by placeholders."""
         raise NotImplementedError
 
@@ -126,7 +126,7 @@ class SplitDenoiser(Joined):
             mine.reuse = Reuse(self._reuse, self._base)
         return mine.session
 
-    def _run(self, timestep: float, inputs: Inputs) -> torch.Tensor:
+    def _run(self, timestep: float, inputs: DenoiserInputs) -> torch.Tensor:
         """The body's output, from a worker or from an earlier step."""
         session = self.session
         assert self._threads.reuse is not None

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from split_common.errors import PromptTooLong, UnsupportedFeature
-from split_common.models.layer_stack import Stack
-from split_common.models.loading import generation_config, load_part, plan
+from split_common.models.layer_stack import LayerStack
+from split_common.models.loading import generation_config, load_part, read_spec
 from split_common.models.split import END_LAYERS, Split
 from split_common.models.tensors import dtype_name, parse_dtype
 from split_common.models.verification import find_manifest
 from split_device.models.body import Generating, RemoteBody, forwarding, generating
 from split_device.models.cache import StepContext, Traits, is_windowed
-from split_device.models.connected import Joined, Member
+from split_device.models.connected import ConnectedModel, Endpoint
 from split_device.sessions.client import Client
 from split_device.sessions.connection import Connection
 from split_device.sessions.timings import StepTimings
@@ -38,13 +38,13 @@ class SplitParts:
 
     client: Client
     split: Split
-    stack: Stack
+    stack: LayerStack
     traits: Traits
     #: Positions that a sequence may have.
     max_positions: int
 
 
-class SplitModelForCausalLM(Joined, _OwnClass):  # type: ignore[misc]
+class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
     """A causal language model of transformers with its body on a worker. Made by `from_pretrained`.
 
     The object is an instance of the checkpoint's own model class as well: `generate`, `forward` and the tokenizer
@@ -87,8 +87,8 @@ class SplitModelForCausalLM(Joined, _OwnClass):  # type: ignore[misc]
             BrokerUnreachable: the broker did not answer in time.
         """
         connection = Connection.of(connection, fields)
-        device = Member.find(connection.broker, connection.keys, connection.member)
-        plan_ = plan(str(name_or_path), revision)
+        device = Endpoint.find(connection.broker, connection.keys, connection.member)
+        plan_ = read_spec(str(name_or_path), revision)
         split = Split.from_head_tail(plan_.layers, head_layers, tail_layers)
         manifest = find_manifest(device.fleet, plan_.checkpoint, plan_.own_tensors(split, "device"))
         model: Self
@@ -107,7 +107,7 @@ class SplitModelForCausalLM(Joined, _OwnClass):  # type: ignore[misc]
         model._join(client, stack, split)
         return model
 
-    def _join(self, client: Client, stack: Stack, split: Split) -> None:
+    def _join(self, client: Client, stack: LayerStack, split: Split) -> None:
         self._belong(client, split)
         windowed = is_windowed(self.config.get_text_config(decoder=True), split.body)
         traits = Traits(windowed or not stack.takes_positions, stack.positions_interact)

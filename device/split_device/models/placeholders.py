@@ -15,7 +15,7 @@ from torch import nn
 
 from split_common.errors import UnsupportedFeature
 from split_device.models.context import CallContext
-from split_device.sessions.images import Inputs
+from split_device.sessions.images import DenoiserInputs
 
 
 @dataclass
@@ -32,14 +32,14 @@ class UNetCall:
     embedding: torch.Tensor | None = None
     context: Any = None
 
-    def inputs(self) -> Inputs:
+    def inputs(self) -> DenoiserInputs:
         """What the body is called with. Raises UnsupportedFeature for embeddings that are not a text's."""
         assert self.sample is not None
         assert self.embedding is not None
         text, images = self.context if isinstance(self.context, tuple) else (self.context, [])
         if not isinstance(text, torch.Tensor) or text.ndim != 3:
             raise UnsupportedFeature("a text's embeddings cannot be split unless they are [rows, tokens, width]")
-        return Inputs(
+        return DenoiserInputs(
             [self.sample, self.embedding, *self.residuals], [text, *images], self.scales if images else ()
         )
 
@@ -81,7 +81,7 @@ def outline(module: nn.Module, of: nn.Module) -> nn.Module | None:
     return module if next(module.children(), None) is not None else None
 
 
-class Slot(nn.Module):
+class UNetSlot(nn.Module):
     """A block of the body, on the worker. Has no parameters."""
 
     has_cross_attention = True
@@ -101,7 +101,7 @@ class Slot(nn.Module):
             raise UnsupportedFeature(f"{name} cannot be split: it concerns blocks that are on the worker")
 
 
-class DownSlot(Slot):
+class DownSlot(UNetSlot):
     """A block on the way down: makes `skips` skips, which are placeholders."""
 
     def __init__(self, block: nn.Module, skips: int, first: bool) -> None:
@@ -119,7 +119,7 @@ class DownSlot(Slot):
         return placeholder, (placeholder,) * self._skips
 
 
-class MiddleSlot(Slot):
+class MiddleSlot(UNetSlot):
     """The block in the middle: passes the placeholder on."""
 
     def forward(self, hidden_states: torch.Tensor, _embedding: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -127,7 +127,7 @@ class MiddleSlot(Slot):
         return hidden_states
 
 
-class UpSlot(Slot):
+class UpSlot(UNetSlot):
     """A block on the way up, with as many `resnets` as the skips that it takes."""
 
     def __init__(self, block: Any) -> None:
@@ -147,7 +147,7 @@ class LastSlot(UpSlot):
         run: calls the body for the step at this time.
     """
 
-    def __init__(self, block: Any, run: Callable[[float, Inputs], torch.Tensor]) -> None:
+    def __init__(self, block: Any, run: Callable[[float, DenoiserInputs], torch.Tensor]) -> None:
         super().__init__(block)
         self._run = run
         self.upsamplers = block.upsamplers

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from split_common.models.checkpoint import Checkpoint
-from split_common.models.denoisers.registry import plan_image
+from split_common.models.denoisers.registry import read_denoiser_spec
 from split_device.models.denoiser import SplitDenoiser
 from split_device.models.transformer import SplitFluxTransformer2DModel, SplitSD3Transformer2DModel
 from split_device.models.unet import SplitUNet2DConditionModel
@@ -21,4 +21,4 @@ CLASSES: dict[str, type[SplitDenoiser]] = {
 
 def load_denoiser(path: str | Path, **options: Any) -> SplitDenoiser:
     """The denoiser of a pipeline, split. Options and errors are those of its class's `from_pretrained`."""
-    return CLASSES[plan_image(Checkpoint.resolve(path)).class_name].from_pretrained(path, **options)
+    return CLASSES[read_denoiser_spec(Checkpoint.resolve(path)).class_name].from_pretrained(path, **options)

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 
 from split_device.models.compression import check_reuse
-from split_device.sessions.images import Inputs
+from split_device.sessions.images import DenoiserInputs
 
 #: Number of images, or of halves under guidance, whose last output is kept.
 MAX_KEPT = 2
 
 #: The part of the inputs to which the output is a residual, as in a transformer.
-Base = Callable[[Inputs], torch.Tensor]
+Base = Callable[[DenoiserInputs], torch.Tensor]
 
 
 @dataclass(eq=False)
-class Kept:
+class LastCall:
     """The last call of the body for an image in progress."""
 
     about: tuple[torch.Tensor, ...]
@@ -46,9 +46,11 @@ class Reuse:
         self._reuse = check_reuse(reuse)
         self._base = base
         # The most recently used one comes last.
-        self._images: list[Kept] = []
+        self._images: list[LastCall] = []
 
-    def output(self, timestep: float, inputs: Inputs, call: Callable[[Inputs], torch.Tensor]) -> torch.Tensor:
+    def output(
+        self, timestep: float, inputs: DenoiserInputs, call: Callable[[DenoiserInputs], torch.Tensor]
+    ) -> torch.Tensor:
         """The body's output for the step at this time."""
         if self._reuse == 1:
             return call(inputs)
@@ -61,10 +63,10 @@ class Reuse:
             return kept.output if self._base is None else self._base(inputs) + kept.output
         output = call(inputs)
         more = output if self._base is None else output - self._base(inputs)
-        self._images = [*self._images, Kept(about, states, more, timestep)][-MAX_KEPT:]
+        self._images = [*self._images, LastCall(about, states, more, timestep)][-MAX_KEPT:]
         return output
 
-    def _take(self, about: tuple[torch.Tensor, ...], states: torch.Tensor) -> Kept | None:
+    def _take(self, about: tuple[torch.Tensor, ...], states: torch.Tensor) -> LastCall | None:
         """Removes and returns the last call for an image."""
         for index, kept in enumerate(self._images):
             same = kept.states.shape == states.shape and len(kept.about) == len(about)
@@ -72,7 +74,7 @@ class Reuse:
                 return self._images.pop(index)
         return None
 
-    def _is_due(self, kept: Kept, states: torch.Tensor) -> bool:
+    def _is_due(self, kept: LastCall, states: torch.Tensor) -> bool:
         if self._reuse >= 1:
             return kept.steps >= self._reuse
         return bool((states - kept.states).norm() > self._reuse * kept.states.norm())

@@ -8,11 +8,11 @@ import msgspec
 import torch
 
 from split_common.models.layer_stack import find_stack
-from split_common.models.loading import Plan
+from split_common.models.loading import ModelSpec
 from split_common.models.split import Split
 
 
-class Part(msgspec.Struct, frozen=True):
+class PartSize(msgspec.Struct, frozen=True):
     """One part of a split model. Tied weights count where they are used first."""
 
     name: str
@@ -22,7 +22,7 @@ class Part(msgspec.Struct, frozen=True):
     share: float
 
 
-def parts(plan: Plan, split: Split, dtype: torch.dtype | None = None) -> list[Part]:
+def parts(plan: ModelSpec, split: Split, dtype: torch.dtype | None = None) -> list[PartSize]:
     """Head, body and tail of a model; no weight is read.
 
     Args:
@@ -55,10 +55,10 @@ def parts(plan: Plan, split: Split, dtype: torch.dtype | None = None) -> list[Pa
         "tail": f"{split.last}:{split.layers}",
     }
     total = sum(counts.values())
-    return [Part(name, ranges[name], count, count * itemsize, count / total) for name, count in counts.items()]
+    return [PartSize(name, ranges[name], count, count * itemsize, count / total) for name, count in counts.items()]
 
 
-def bytes_per_token(plan: Plan, dtype: torch.dtype | None = None) -> int:
+def bytes_per_token(plan: ModelSpec, dtype: torch.dtype | None = None) -> int:
     """Bytes of a token's hidden states, which travel to the worker and back."""
     return int(plan.text_config.hidden_size) * (dtype or _config_dtype(plan.config)).itemsize
 

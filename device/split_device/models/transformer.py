@@ -12,13 +12,13 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 
 from split_common.errors import UnsupportedFeature
-from split_common.models.denoisers.spec import ImagePlan
-from split_common.models.denoisers.transformer import TransformerPlan
+from split_common.models.denoisers.spec import DenoiserSpec
+from split_common.models.denoisers.transformer import TransformerSpec
 from split_common.models.split import Split
 from split_device.models.connected import refuse_gradients
 from split_device.models.context import CallContext
 from split_device.models.denoiser import SplitDenoiser, arguments
-from split_device.sessions.images import Inputs
+from split_device.sessions.images import DenoiserInputs
 
 #: Arguments of a transformer that concern blocks on the worker, and what they are for.
 _REFUSED = {
@@ -41,7 +41,7 @@ class TransformerCall:
 _calls: CallContext[TransformerCall] = CallContext("transformer")
 
 
-class Slot(nn.Module):
+class TransformerSlot(nn.Module):
     """A block of the body, on the worker. Passes on what it is handed."""
 
     def forward(
@@ -53,10 +53,10 @@ class Slot(nn.Module):
         return encoder_hidden_states, hidden_states
 
 
-class FirstSlot(Slot):
+class FirstSlot(TransformerSlot):
     """The body's first block: calls the worker, so that the others have nothing to do."""
 
-    def __init__(self, run: Callable[[float, Inputs], torch.Tensor]) -> None:
+    def __init__(self, run: Callable[[float, DenoiserInputs], torch.Tensor]) -> None:
         super().__init__()
         self._run = run
 
@@ -67,7 +67,7 @@ class FirstSlot(Slot):
         call, text = _calls.get(), encoder_hidden_states.shape[1]
         assert call is not None, "a slot is called by the transformer"
         output = self._run(
-            call.timestep, Inputs([hidden_states, temb, encoder_hidden_states], call.job, about=call.about)
+            call.timestep, DenoiserInputs([hidden_states, temb, encoder_hidden_states], call.job, about=call.about)
         )
         return output[:, :text], output[:, text:]
 
@@ -77,13 +77,13 @@ class SplitTransformer(SplitDenoiser):
 
     _signature: ClassVar[inspect.Signature]
 
-    def _cut(self, plan: ImagePlan, split: Split) -> None:
-        assert isinstance(plan, TransformerPlan)
+    def _cut(self, plan: DenoiserSpec, split: Split) -> None:
+        assert isinstance(plan, TransformerSpec)
         for number, (stack, index) in enumerate(plan.places(split)):
-            getattr(self, stack)[index] = FirstSlot(self._run) if number == 0 else Slot()
+            getattr(self, stack)[index] = FirstSlot(self._run) if number == 0 else TransformerSlot()
 
     @staticmethod
-    def _base(inputs: Inputs) -> torch.Tensor:
+    def _base(inputs: DenoiserInputs) -> torch.Tensor:
         """The blocks add to the tokens that they are handed."""
         image, _, text = inputs.tensors
         return torch.cat((text, image), 1)

@@ -10,8 +10,8 @@ from diffusers import UNet2DConditionModel
 
 from split_common.compat.diffusers import ChecksAdapter
 from split_common.errors import UnsupportedFeature
-from split_common.models.denoisers.spec import ImagePlan
-from split_common.models.denoisers.unet import UNetPlan
+from split_common.models.denoisers.spec import DenoiserSpec
+from split_common.models.denoisers.unet import UNetSpec
 from split_common.models.split import Split
 from split_common.models.weights import read_tensors
 from split_device.models.connected import refuse_gradients
@@ -24,10 +24,10 @@ _SIGNATURE = inspect.signature(UNet2DConditionModel.forward)
 class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionModel):  # type: ignore[misc]
     """A UNet of diffusers with its body on a worker, for `unet=` of a pipeline. Made by `from_pretrained`."""
 
-    _plan: UNetPlan
+    _plan: UNetSpec
 
-    def _cut(self, plan: ImagePlan, split: Split) -> None:
-        assert isinstance(plan, UNetPlan)
+    def _cut(self, plan: DenoiserSpec, split: Split) -> None:
+        assert isinstance(plan, UNetSpec)
         for level in range(split.first, plan.levels):
             block = self.down_blocks[level]
             self.down_blocks[level] = DownSlot(block, plan.skips(level), level == split.first)

@@ -20,7 +20,7 @@ from split_common.errors import ConfigError, SplitError
 from split_common.system.files import state_dir, write_private
 from split_device.jobs.job import FINAL, Job, ModelChoice, Task
 from split_device.jobs.store import Store
-from split_device.openai.requests import KINDS, ApiError, Query, parse
+from split_device.openai.requests import COMPLETION_PATHS, ApiError, Query, parse
 from split_device.openai.responses import Choice, completion
 
 
@@ -69,9 +69,9 @@ def _line(number: int, text: bytes, model: ModelChoice, seen: set[str]) -> Line:
         seen.add(custom_id)
         if fields.get("method", "POST") != "POST":
             raise BadLine("method is not POST")
-        kind = KINDS.get(str(fields.get("url")))
+        kind = COMPLETION_PATHS.get(str(fields.get("url")))
         if kind is None:
-            raise BadLine(f"url is none of {', '.join(KINDS)}")
+            raise BadLine(f"url is none of {', '.join(COMPLETION_PATHS)}")
         query = parse(kind, fields.get("body"), model)
         if query.stream:
             raise BadLine("a line of a batch cannot be streamed")
@@ -95,7 +95,7 @@ def _fields(text: bytes) -> dict[str, Any]:
     return fields
 
 
-class Batch:
+class BatchJobs:
     """The requests of a file as jobs of a store."""
 
     def __init__(self, lines: Sequence[Line], store: Store) -> None:

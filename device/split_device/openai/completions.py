@@ -15,8 +15,8 @@ from starlette.types import Receive, Scope, Send
 
 from split_device.jobs.job import ModelChoice
 from split_device.jobs.models import Loaded
-from split_device.openai.http import LEFT, api_error, read_json, unless_disconnected
-from split_device.openai.requests import KINDS, Query, check_model, parse
+from split_device.openai.http import CLIENT_CLOSED_REQUEST, api_error, read_json, unless_disconnected
+from split_device.openai.requests import COMPLETION_PATHS, Query, check_model, parse
 from split_device.openai.responses import chunk, completion, usage_chunk
 from split_device.openai.streaming import Answering
 
@@ -56,7 +56,7 @@ class Completions:
         """Answers a request. Raises ApiError, and other errors that `api_error` reports to the client."""
         answerings: list[Answering] = []
         try:
-            query = parse(KINDS[request.url.path], await read_json(request), self._choice)
+            query = parse(COMPLETION_PATHS[request.url.path], await read_json(request), self._choice)
             check_model(query.model, self.name)
             for task in query.tasks:
                 answerings.append(Answering(self._loaded, task, query.logprobs))
@@ -68,7 +68,7 @@ class Completions:
             choices = await unless_disconnected(request, whole)
         except ClientDisconnect:
             _cancel(answerings)
-            return Response(status_code=LEFT)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         except BaseException:
             _cancel(answerings)
             raise

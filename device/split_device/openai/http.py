@@ -27,10 +27,10 @@ from split_device.openai.requests import ApiError
 log = logging.getLogger(__name__)
 
 #: Largest body of a request, in bytes.
-MAX_BODY = 4 * 1024**2
+MAX_REQUEST_BODY = 4 * 1024**2
 
 #: nginx's status code for a client that closed the connection; it only shows in logs.
-LEFT = 499
+CLIENT_CLOSED_REQUEST = 499
 
 _T = TypeVar("_T")
 
@@ -40,8 +40,8 @@ async def read_json(request: Request) -> object:
     data = bytearray()
     async for part in request.stream():
         data += part
-        if len(data) > MAX_BODY:
-            raise ApiError(f"the body has more than {MAX_BODY} bytes", 413)
+        if len(data) > MAX_REQUEST_BODY:
+            raise ApiError(f"the body has more than {MAX_REQUEST_BODY} bytes", 413)
     try:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

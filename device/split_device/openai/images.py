@@ -15,14 +15,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from split_device.images.settings import ImageSettings, image_bytes, parse_pixels
-from split_device.openai.http import LEFT, read_json, unless_disconnected
+from split_device.openai.http import CLIENT_CLOSED_REQUEST, read_json, unless_disconnected
 from split_device.openai.requests import check_model, convert, supported
 
 if TYPE_CHECKING:
-    from split_device.images.pipeline import Painter, Painting
+    from split_device.images.pipeline import ImageGeneration, ImagePipeline
 
 #: Number of denoising steps by quality, unless the request has `steps`.
-STEPS = {"auto": 20, "standard": 20, "medium": 20, "low": 10, "high": 40, "hd": 40}
+STEPS_BY_QUALITY = {"auto": 20, "standard": 20, "medium": 20, "low": 10, "high": 40, "hd": 40}
 
 #: Fields that are accepted and have no effect.
 _IGNORED = frozenset({"user", "moderation", "style"})
@@ -59,7 +59,7 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         width, height = parse_pixels(self.size) if self.size != "auto" else (None, None)
         first = secrets.randbelow(_SEEDS) if self.seed is None else self.seed
         settings = ImageSettings(
-            self.steps or STEPS[self.quality], width, height, self.guidance, self.negative_prompt, first
+            self.steps or STEPS_BY_QUALITY[self.quality], width, height, self.guidance, self.negative_prompt, first
         )
         # With one seed, all images would be the same.
         return [dataclasses.replace(settings, seed=(first + index) % _SEEDS) for index in range(self.n)]
@@ -72,7 +72,7 @@ class Images:
         name: what clients call the model.
     """
 
-    def __init__(self, painter: Painter, name: str) -> None:
+    def __init__(self, painter: ImagePipeline, name: str) -> None:
         self.name = name
         self._painter = painter
 
@@ -96,7 +96,7 @@ class Images:
 
     async def make(self, request: Request) -> Response:
         """Answers a request. Raises ApiError, and other errors that `api_error` reports to the client."""
-        paintings: list[Painting] = []
+        paintings: list[ImageGeneration] = []
         try:
             body = convert(supported(await read_json(request), _IGNORED, _NEUTRAL), _Body)
             if body.model is not None:
@@ -106,7 +106,7 @@ class Images:
             all_of_them = asyncio.gather(*(asyncio.wrap_future(painting.future) for painting in paintings))
             made = await unless_disconnected(request, all_of_them)
         except ClientDisconnect:
-            return Response(status_code=LEFT)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         finally:
             for painting in paintings:
                 painting.cancel()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 
 #: Seconds that open answers have to end when the server stops.
-GRACE = 2
+SHUTDOWN_GRACE = 2
 
 #: Seconds between two looks at whether the server has begun to listen.
 START_INTERVAL = 0.01
@@ -46,7 +46,9 @@ def answering(app: Starlette, listener: socket.socket, stop: threading.Event) ->
 
     failures: list[Exception] = []
     server = uvicorn.Server(
-        uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="off")
+        uvicorn.Config(
+            app, log_level="error", access_log=False, timeout_graceful_shutdown=SHUTDOWN_GRACE, lifespan="off"
+        )
     )
 
     def run() -> None:

@@ -14,10 +14,10 @@ from split_common.errors import SplitError
 from split_device.generation.settings import Sampling
 from split_device.jobs.job import Message, ModelChoice, Task
 
-Kind = Literal["chat", "text"]
+CompletionKind = Literal["chat", "text"]
 
 #: The kinds of completion, by path.
-KINDS: dict[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "text"}
+COMPLETION_PATHS: dict[str, CompletionKind] = {"/v1/chat/completions": "chat", "/v1/completions": "text"}
 
 #: `max_tokens` of a chat without a limit: generation ends where the model's positions end.
 UNLIMITED = 2**31 - 1
@@ -117,7 +117,7 @@ class _Text(_Body, frozen=True, kw_only=True):
 class Query:
     """A request: one task for each choice of its answer."""
 
-    kind: Kind
+    kind: CompletionKind
     #: The model's name as the request has it.
     model: str
     tasks: tuple[Task, ...]
@@ -127,7 +127,7 @@ class Query:
     logprobs: int | None
 
 
-def parse(kind: Kind, body: object, model: ModelChoice) -> Query:
+def parse(kind: CompletionKind, body: object, model: ModelChoice) -> Query:
     """Parses a body into tasks for `model`, whatever model the body names. Raises ApiError."""
     fields = supported(body, _IGNORED, _NEUTRAL)
     if kind == "chat":
@@ -141,7 +141,7 @@ def parse(kind: Kind, body: object, model: ModelChoice) -> Query:
 
 
 def _query(
-    kind: Kind,
+    kind: CompletionKind,
     body: _Body,
     prompt: str | tuple[Message, ...],
     max_tokens: int,

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from split_device.openai.requests import Kind
+from split_device.openai.requests import CompletionKind
 
 #: By kind: the prefix of a response's id, and its `object`.
-NAMES: dict[Kind, tuple[str, str]] = {"chat": ("chatcmpl", "chat.completion"), "text": ("cmpl", "text_completion")}
+NAMES: dict[CompletionKind, tuple[str, str]] = {
+    "chat": ("chatcmpl", "chat.completion"),
+    "text": ("cmpl", "text_completion"),
+}
 
 #: By kind: the `object` of a streamed chunk.
-CHUNKS: dict[Kind, str] = {"chat": "chat.completion.chunk", "text": "text_completion"}
+CHUNKS: dict[CompletionKind, str] = {"chat": "chat.completion.chunk", "text": "text_completion"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Choice:
 
 
 def completion(
-    kind: Kind, id_: str, created: int, model: str, prompt_tokens: int, choices: Sequence[Choice]
+    kind: CompletionKind, id_: str, created: int, model: str, prompt_tokens: int, choices: Sequence[Choice]
 ) -> dict[str, Any]:
     """A whole response."""
     prefix, name = NAMES[kind]
@@ -49,7 +52,9 @@ def completion(
     }
 
 
-def chunk(kind: Kind, id_: str, created: int, model: str, index: int, piece: Choice, first: bool) -> dict[str, Any]:
+def chunk(
+    kind: CompletionKind, id_: str, created: int, model: str, index: int, piece: Choice, first: bool
+) -> dict[str, Any]:
     """A chunk of a streamed response. The first one of a chat names the role."""
     content: dict[str, Any] = {"text": piece.text}
     if kind == "chat":
@@ -63,12 +68,14 @@ def chunk(kind: Kind, id_: str, created: int, model: str, index: int, piece: Cho
     return _chunk(kind, id_, created, model) | {"choices": [choice]}
 
 
-def usage_chunk(kind: Kind, id_: str, created: int, model: str, prompt_tokens: int, tokens: int) -> dict[str, Any]:
+def usage_chunk(
+    kind: CompletionKind, id_: str, created: int, model: str, prompt_tokens: int, tokens: int
+) -> dict[str, Any]:
     """The last chunk of a stream with `include_usage`."""
     return _chunk(kind, id_, created, model) | {"choices": [], "usage": usage(prompt_tokens, tokens)}
 
 
-def _chunk(kind: Kind, id_: str, created: int, model: str) -> dict[str, Any]:
+def _chunk(kind: CompletionKind, id_: str, created: int, model: str) -> dict[str, Any]:
     return {"id": f"{NAMES[kind][0]}-{id_}", "object": CHUNKS[kind], "created": created, "model": model}
 
 
@@ -80,7 +87,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
-def _choice(kind: Kind, index: int, choice: Choice) -> dict[str, Any]:
+def _choice(kind: CompletionKind, index: int, choice: Choice) -> dict[str, Any]:
     content: dict[str, Any] = {"text": choice.text}
     if kind == "chat":
         content = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
@@ -88,7 +95,7 @@ def _choice(kind: Kind, index: int, choice: Choice) -> dict[str, Any]:
     return {"index": index, **content, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
 
-def _logprobs(kind: Kind, tokens: list[TokenLogprobs] | None) -> dict[str, Any] | None:
+def _logprobs(kind: CompletionKind, tokens: list[TokenLogprobs] | None) -> dict[str, Any] | None:
     if tokens is None:
         return None
     if kind == "chat":

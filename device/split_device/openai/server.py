@@ -21,17 +21,17 @@ from split_device.openai import page
 from split_device.openai.completions import Completions
 from split_device.openai.http import refuse
 from split_device.openai.images import Images
-from split_device.openai.requests import KINDS, ApiError
+from split_device.openai.requests import COMPLETION_PATHS, ApiError
 
 #: Host names that requests may carry. Others are refused: they are a page's own name, rebound to this machine.
 HOSTS = ("127.0.0.1", "localhost")
 
 IMAGES_PATH = "/v1/images/generations"
 
-Answer = Callable[[Request], Awaitable[Response]]
+RouteHandler = Callable[[Request], Awaitable[Response]]
 
 
-class Server:
+class CompletionServer:
     """Answers requests with the loaded models.
 
     Args:
@@ -49,7 +49,7 @@ class Server:
         complete = self._completions.complete if self._completions is not None else _none("language")
         make = self._images.make if self._images is not None else _none("image")
         routes = [
-            *(self._private(path, complete, "POST") for path in KINDS),
+            *(self._private(path, complete, "POST") for path in COMPLETION_PATHS),
             self._private(IMAGES_PATH, make, "POST"),
             self._private("/v1/models", self._models),
             self._private("/v1/models/{name:path}", self._model),
@@ -63,7 +63,7 @@ class Server:
             exception_handlers={SplitError: refuse, HTTPException: refuse, Exception: refuse},
         )
 
-    def _private(self, path: str, answer: Answer, method: str = "GET") -> Route:
+    def _private(self, path: str, answer: RouteHandler, method: str = "GET") -> Route:
         """A route that requires the API key."""
 
         async def authorized(request: Request) -> Response:
@@ -115,7 +115,7 @@ class Server:
         return {"id": name, "object": "model", "created": self._began, "owned_by": "lambda-split"}
 
 
-def _none(kind: str) -> Answer:
+def _none(kind: str) -> RouteHandler:
     """The handler for a kind of model that is not served."""
 
     async def answer(_request: Request) -> Response:

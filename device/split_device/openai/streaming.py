@@ -9,14 +9,14 @@ from typing import Any
 
 from split_device.generation.detokenize import TextStream
 from split_device.generation.generator import Generation, Logprobs
-from split_device.jobs.job import Progress, Task
+from split_device.jobs.job import JobProgress, Task
 from split_device.jobs.models import Loaded
 from split_device.openai.responses import Choice, TokenLogprobs
 
 #: Priority of interactive requests, for which the generator reserves capacity.
 PRIORITY = 1
 
-_NOTHING = Progress([], "", None)
+_NOTHING = JobProgress([], "", None)
 
 
 class Answering:

@@ -70,4 +70,4 @@ def _runs(rows: list[payloads.Run], limit: int) -> list[list[payloads.Run]]:
 
 
 #: A chunk and its states' bytes.
-Request = tuple[Chunk, memoryview]
+ChunkRequest = tuple[Chunk, memoryview]

@@ -141,19 +141,19 @@ class Client:
 
     def on_message(self, header: headers.AnyHeader, body: bytes) -> None:
         match header:
-            case headers.Relay(kind=headers.Kind.ANSWER) | headers.Bounce(session=0):
+            case headers.Relay(kind=headers.RelayKind.ANSWER) | headers.Bounce(session=0):
                 self._deliver(header, body)
-            case headers.Relay(kind=headers.Kind.REPLY, session=0):
+            case headers.Relay(kind=headers.RelayKind.REPLY, session=0):
                 if not self._deliver(header, body):
                     self._refused_unopened(header, body)
-            case headers.Relay(kind=headers.Kind.REPLY) | headers.Bounce():
+            case headers.Relay(kind=headers.RelayKind.REPLY) | headers.Bounce():
                 session = self._sessions.get((header.channel, header.session))
                 if session is not None and session.expects(header):
                     session.events.put((header, body))
                 else:
                     # A repetition, or of an earlier epoch, e.g. from a worker that was taken for dead.
                     self.counters["late"] += 1
-            case headers.Relay(kind=headers.Kind.UNKNOWN):
+            case headers.Relay(kind=headers.RelayKind.UNKNOWN):
                 if not self._deliver(header, body):
                     self._channel_unknown(header, body)
             case _:
@@ -326,7 +326,7 @@ class Client:
             wish = headers.Open(self.id, number, self.service, list(avoid)[:64])
 
             def take_answer(header: headers.Relay, body: bytes) -> tuple[bytes, WorkerChannel] | None:
-                if header.kind != headers.Kind.ANSWER or header.sender in distrusted:
+                if header.kind != headers.RelayKind.ANSWER or header.sender in distrusted:
                     return None
                 try:
                     finish, channel = handshake.finish(body)
@@ -337,15 +337,15 @@ class Client:
                 return finish, WorkerChannel(header.sender, number, channel, channel.session_keys(0, 0))
 
             def take_confirmation(header: headers.Relay, body: bytes) -> bool | None:
-                if header.sender != made.worker or header.kind == headers.Kind.ANSWER:
+                if header.sender != made.worker or header.kind == headers.RelayKind.ANSWER:
                     return None
-                if header.kind == headers.Kind.UNKNOWN and body == headers.echo(last, finish):
+                if header.kind == headers.RelayKind.UNKNOWN and body == headers.echo(last, finish):
                     raise Busy("the worker did not accept this device", retry_after=0.5)
                 payloads.decode_payload(made.control.open(header, body), payloads.reply_decoder)
                 return True
 
             finish, made = self._ask(events, wish, handshake.hello, take_answer, check)
-            last = headers.Relay(made.worker, self.id, headers.Kind.FINISH, number)
+            last = headers.Relay(made.worker, self.id, headers.RelayKind.FINISH, number)
             self._ask(events, last, finish, take_confirmation, check)
             self._channels[number] = made
             self.served = True

@@ -66,7 +66,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Part:
+class BlockView:
     """The first columns of a block; row i of the session is the block's row `rows[i]`."""
 
     block: Block
@@ -102,7 +102,7 @@ class History:
         #: The length after each call that appended columns, and the largest position of each.
         self._ends: list[int] = []
         self._horizons: list[int] = []
-        self._parts: list[Part] = []
+        self._parts: list[BlockView] = []
         self._file: SpillFile | None = None
         self._lost: HistoryLost | None = None
 
@@ -219,8 +219,8 @@ class History:
             log.warning("%s", self._lost)
 
 
-def _part(states: torch.Tensor, positions: torch.Tensor) -> Part:
-    return Part(Block(states, positions), list(range(states.shape[0])), states.shape[1])
+def _part(states: torch.Tensor, positions: torch.Tensor) -> BlockView:
+    return BlockView(Block(states, positions), list(range(states.shape[0])), states.shape[1])
 
 
 def _runs(columns: torch.Tensor, begin: int, positions: torch.Tensor) -> list[payloads.Run]:

@@ -12,7 +12,7 @@ import torch
 
 from split_common.errors import Malformed, NeedEmbeddings, Oversized, SessionLost
 from split_common.models.denoisers.codecs import decode, encode
-from split_common.models.denoisers.spec import ImagePlan
+from split_common.models.denoisers.spec import DenoiserSpec
 from split_common.models.split import Split
 from split_common.models.tensors import dtype_name, raw_bytes
 from split_common.protocol import payloads
@@ -26,8 +26,8 @@ from split_device.sessions.timings import StepTimings
 MAX_EMBEDDINGS = 3
 
 
-class Inputs(NamedTuple):
-    """What the body is called with, as its plan says: see `split_common.diffusion`."""
+class DenoiserInputs(NamedTuple):
+    """What the body is called with, as its plan says: see `split_common.models.denoisers`."""
 
     #: Tensors of one step: the states, the embedding of the time, and more.
     tensors: Sequence[torch.Tensor]
@@ -39,20 +39,20 @@ class Inputs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Condition:
+class EncodedConditioning:
     """What a worker is sent for an image, besides its steps."""
 
-    payload: payloads.Condition
+    payload: payloads.Conditioning
     data: bytes
 
 
 @dataclass(frozen=True)
-class Request:
+class DenoiseRequest:
     """A step, and what it needs of its image."""
 
     step: payloads.Denoise
     tensors: bytes
-    condition: Condition | None
+    condition: EncodedConditioning | None
     #: The form of the output that it asks for.
     output: payloads.Array
     timings: StepTimings
@@ -88,7 +88,9 @@ class ImageSession:
         codec: of the states on the way; None sends them as they are.
     """
 
-    def __init__(self, client: Client, plan: ImagePlan, split: Split, codec: payloads.Codec | None = None) -> None:
+    def __init__(
+        self, client: Client, plan: DenoiserSpec, split: Split, codec: payloads.Codec | None = None
+    ) -> None:
         self._client = client
         self._session = ResilientSession(client)
         self._plan, self._split, self._codec = plan, split, codec
@@ -97,7 +99,7 @@ class ImageSession:
         #: Whether no step has run yet.
         self.is_new = True
 
-    def step(self, inputs: Inputs) -> torch.Tensor:
+    def step(self, inputs: DenoiserInputs) -> torch.Tensor:
         """The body's output.
 
         Raises:
@@ -121,7 +123,7 @@ class ImageSession:
         """Makes the step under way in another thread, and all later ones, fail soon."""
         self._session.abandon()
 
-    def _request(self, inputs: Inputs, timings: StepTimings) -> Request:
+    def _request(self, inputs: DenoiserInputs, timings: StepTimings) -> DenoiseRequest:
         """A step as it travels. Raises NonFinite and Oversized, see `step`."""
         rows, condition = _condition(inputs)
         # The embedding of the time travels as it is: it is small, and everything depends on it.
@@ -140,15 +142,15 @@ class ImageSession:
         key = condition.payload.key if condition is not None else None
         sent = (len(data) - 1) // payloads.PART_BYTES * payloads.PART_BYTES
         step = payloads.Denoise(key, rows, [array for array, _ in states], codec, sent=sent)
-        return Request(step, data, condition, output, timings)
+        return DenoiseRequest(step, data, condition, output, timings)
 
     # --- what fail-over asks of a step (`Replayable`) ------------------------------------------------------
 
-    def replay(self, _remote: RemoteSession, _step: Request) -> None:
+    def replay(self, _remote: RemoteSession, _step: DenoiseRequest) -> None:
         """Nothing is sent ahead of a step: `send` sends a new worker the embeddings again."""
         self._sent = set()
 
-    def send(self, remote: RemoteSession, step: Request) -> list[Reply]:
+    def send(self, remote: RemoteSession, step: DenoiseRequest) -> list[Reply]:
         for attempt in itertools.count(1):
             calls = step.calls()
             new = step.condition
@@ -166,13 +168,13 @@ class ImageSession:
                     raise SessionLost(f"{error}, though it was sent them {attempt} times") from None
         raise AssertionError
 
-    def is_spoilt(self, _step: Request) -> bool:
+    def is_spoilt(self, _step: DenoiseRequest) -> bool:
         return False
 
-    def describe(self, step: Request) -> tuple[int, int, int]:
+    def describe(self, step: DenoiseRequest) -> tuple[int, int, int]:
         return len(step.step.rows), 0, 0
 
-    def _joined(self, request: Request, replies: list[Reply]) -> Reply:
+    def _joined(self, request: DenoiseRequest, replies: list[Reply]) -> Reply:
         """The answer to a step, with all bytes of the output. Raises Malformed if it has another form."""
         answers = [
             (reply, data) for reply, data in replies if isinstance(reply, payloads.Denoised | payloads.TensorPart)
@@ -187,7 +189,7 @@ class ImageSession:
         return denoised, memoryview(b"".join(data for _, data in answers)) if len(answers) > 1 else answers[0][1]
 
 
-def _condition(inputs: Inputs) -> tuple[list[int], Condition | None]:
+def _condition(inputs: DenoiserInputs) -> tuple[list[int], EncodedConditioning | None]:
     """For each row of the step, its row in what is sent for the image, -1 for zeros; and what is sent."""
     count = len(inputs.tensors[0])
     if not inputs.job:
@@ -198,7 +200,7 @@ def _condition(inputs: Inputs) -> tuple[list[int], Condition | None]:
     arrays, data = [array for array, _ in encoded], b"".join(data for _, data in encoded)
     scales = list(inputs.scales)
     key = hashlib.blake2b(repr((arrays, scales)).encode() + data, digest_size=32).digest()
-    return rows, Condition(payloads.Condition(key, arrays, scales), data)
+    return rows, EncodedConditioning(payloads.Conditioning(key, arrays, scales), data)
 
 
 def _row_key(parts: Sequence[torch.Tensor]) -> bytes | None:

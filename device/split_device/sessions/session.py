@@ -256,7 +256,7 @@ class RemoteSession:
         header = headers.Relay(
             self.worker,
             self._host.id,
-            headers.Kind.REQUEST,
+            headers.RelayKind.REQUEST,
             self.channel.number,
             self.number,
             self.epoch,

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-from split_device.stress.processes import Kept
+from split_device.stress.processes import Supervised
 from split_device.stress.proxy import Proxy
 
 #: Least and most seconds between two faults of a kind.
@@ -61,8 +61,8 @@ class Chaos:
         self,
         kinds: list[str],
         seed: int,
-        workers: list[Kept],
-        queue: Kept | None,
+        workers: list[Supervised],
+        queue: Supervised | None,
         proxy: Proxy | None,
     ) -> None:
         self._workers = workers
@@ -138,7 +138,7 @@ class Chaos:
         self._later(rng.uniform(*STOPPED), worker.resume)
         return "stop"
 
-    def _victim(self, rng: random.Random) -> Kept | None:
+    def _victim(self, rng: random.Random) -> Supervised | None:
         running = [worker for worker in self._workers if worker.running]
         return rng.choice(running) if len(running) >= min(2, len(self._workers)) else None
 

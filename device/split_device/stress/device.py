@@ -12,14 +12,14 @@ from split_common.errors import SplitError
 from split_common.system.console import emit_json
 from split_common.system.process import catch_sigterm, passive_threads
 from split_device.stress.events import Answered, Asked, Decoded, Event, Failed, Traffic, encode
-from split_device.stress.plan import CUT, Kind
+from split_device.stress.plan import STRESS_CUT, WorkloadKind
 
 #: Interval between two `Decoded` events, in seconds.
 DECODED_INTERVAL = 0.25
 
 #: How long a device waits for a broker, and for workers, in seconds.
-TIMEOUT = 60.0
-PATIENCE = 180.0
+BROKER_TIMEOUT = 60.0
+WORKER_PATIENCE = 180.0
 
 #: Added to the process's niceness, so that workers and broker run as if on machines of their own.
 NICENESS = 10
@@ -43,7 +43,7 @@ def run_device(
     broker: str,
     index: int,
     *,
-    kind: Kind,
+    kind: WorkloadKind,
     seed: int,
     requests: int | None,
     reference: str | None,
@@ -64,7 +64,13 @@ def run_device(
 
     torch.set_num_threads(1)
     stop = catch_sigterm()
-    queue = {"broker": broker, "dtype": "float32", "keys": keys, "timeout": TIMEOUT, "patience": PATIENCE}
+    queue = {
+        "broker": broker,
+        "dtype": "float32",
+        "keys": keys,
+        "timeout": BROKER_TIMEOUT,
+        "patience": WORKER_PATIENCE,
+    }
     asker: Asker
     if kind == "image":
         asker = ImageAsker(model, reference or model, seed, index, queue)
@@ -135,7 +141,7 @@ class ImageAsker:
         logging.disable_progress_bar()
         self._place = seed, index
         self._unsplit = UNet2DConditionModel.from_pretrained(_unet_directory(reference), dtype=torch.float32).eval()
-        self.split = SplitUNet2DConditionModel.from_pretrained(model, cut=CUT, **queue)
+        self.split = SplitUNet2DConditionModel.from_pretrained(model, cut=STRESS_CUT, **queue)
 
     def _request(self, number: int) -> Any:
         from split_device.stress.images import draw

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 #: Fewest and most denoising steps of an image.
-STEPS = 3, 8
+STEPS_RANGE = 3, 8
 
 #: Lengths of a side, in pixels; those of latents are an eighth.
 SIDES = (64, 96, 128)
@@ -19,7 +19,7 @@ TOKENS = 8
 
 #: Largest deviation from the unsplit pipeline's latents, relative to their maximum: a step that shares a forward
 #: with other devices' steps rounds differently.
-TOLERANCE = 1e-5
+LATENT_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def draw(seed: int, device: int, number: int, config: Any) -> ImageRequest:
     rng = random.Random(f"{seed} {device} {number}")
     noise = torch.Generator().manual_seed(rng.getrandbits(63))
     options: dict[str, Any] = {
-        "num_inference_steps": rng.randint(*STEPS),
+        "num_inference_steps": rng.randint(*STEPS_RANGE),
         "num_images_per_prompt": rng.choice((1, 1, 2)),
         "guidance_scale": rng.choice((1.0, 4.0)),
         "width": rng.choice(SIDES),
@@ -61,10 +61,10 @@ def draw(seed: int, device: int, number: int, config: Any) -> ImageRequest:
 
 
 def agree(latents: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Whether latents equal the unsplit pipeline's within `TOLERANCE`."""
+    """Whether latents equal the unsplit pipeline's within `LATENT_TOLERANCE`."""
     if latents.shape != wanted.shape:
         return False
-    return bool((latents - wanted).abs().max() <= TOLERANCE * wanted.abs().max().clamp_min(1))
+    return bool((latents - wanted).abs().max() <= LATENT_TOLERANCE * wanted.abs().max().clamp_min(1))
 
 
 def _pipeline(unet: Any) -> Any:

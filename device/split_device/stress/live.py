@@ -12,14 +12,14 @@ from rich.table import Table
 from split_common.system.console import stderr
 from split_device.stress.chaos import Chaos
 from split_device.stress.ledger import Ledger
-from split_device.stress.processes import Kept
+from split_device.stress.processes import Supervised
 
 #: Interval between two lines if stderr is not a terminal, in seconds.
 LINE_INTERVAL = 15.0
 
 
 @contextlib.contextmanager
-def shown(ledger: Ledger, chaos: Chaos | None, workers: list[Kept]) -> Iterator[Callable[[], None]]:
+def shown(ledger: Ledger, chaos: Chaos | None, workers: list[Supervised]) -> Iterator[Callable[[], None]]:
     """Yields the function that refreshes the view; call it often."""
     if stderr.is_terminal:
         with Live(console=stderr, auto_refresh=False, transient=True) as live:
@@ -36,7 +36,7 @@ def shown(ledger: Ledger, chaos: Chaos | None, workers: list[Kept]) -> Iterator[
     yield line
 
 
-def _table(ledger: Ledger, chaos: Chaos | None, workers: list[Kept]) -> Table:
+def _table(ledger: Ledger, chaos: Chaos | None, workers: list[Supervised]) -> Table:
     devices = Table("device", title=_line(ledger, chaos, workers), title_justify="left")
     for column in ("asked", "answered", "replays"):
         devices.add_column(column, justify="right")
@@ -51,7 +51,7 @@ def _table(ledger: Ledger, chaos: Chaos | None, workers: list[Kept]) -> Table:
     return both
 
 
-def _workers(workers: list[Kept]) -> Table:
+def _workers(workers: list[Supervised]) -> Table:
     table = Table("worker", "state", title=" ")
     for worker in workers:
         state = "stopped" if worker.stopped else "running" if worker.running else "starting"
@@ -59,7 +59,7 @@ def _workers(workers: list[Kept]) -> Table:
     return table
 
 
-def _line(ledger: Ledger, chaos: Chaos | None, workers: list[Kept]) -> str:
+def _line(ledger: Ledger, chaos: Chaos | None, workers: list[Supervised]) -> str:
     passed = time.monotonic() - ledger.began
     running = sum(worker.running for worker in workers)
     faults = sum(chaos.counts.values()) if chaos is not None else 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from split_device.stress.processes import Device, Kept
+from split_device.stress.processes import DeviceProcess, Supervised
 
 #: Seconds after a process is ready when its memory counts as that of its start.
 SETTLED = 10.0
@@ -49,11 +49,11 @@ class Memory:
     def residents(self) -> list[Resident]:
         return [resident for _, resident in self._found.values()]
 
-    def look(self, processes: Iterable[Kept | Device]) -> None:
+    def look(self, processes: Iterable[Supervised | DeviceProcess]) -> None:
         """Takes note of the memory of all that run."""
         for each in processes:
             if (process := each.process) is None:
-                if isinstance(each, Kept):
+                if isinstance(each, Supervised):
                     self._found.pop(each.name, None)
                 continue
             with contextlib.suppress(psutil.Error):

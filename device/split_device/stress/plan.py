@@ -10,15 +10,15 @@ from typing import Literal
 from split_common.models.split import END_LAYERS
 
 TransportName = Literal["zmq", "redis"]
-Kind = Literal["text", "image"]
+WorkloadKind = Literal["text", "image"]
 Workload = Literal["text", "image", "mixed"]
 
 #: Where UNets are cut.
-CUT = "C"
+STRESS_CUT = "C"
 
 
 @dataclass(frozen=True)
-class Plan:
+class StressPlan:
     """What to run: the command's options, checked."""
 
     workload: Workload = "text"
@@ -40,12 +40,12 @@ class Plan:
     seed: int = 0
     keys: Path | None = None
 
-    def kind(self, index: int) -> Kind:
+    def kind(self, index: int) -> WorkloadKind:
         """What the device or the worker of this index is for."""
         if self.workload == "mixed":
             return "image" if index % 2 else "text"
         return self.workload
 
     @property
-    def kinds(self) -> list[Kind]:
+    def kinds(self) -> list[WorkloadKind]:
         return ["text", "image"] if self.workload == "mixed" else [self.workload]

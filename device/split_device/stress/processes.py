@@ -22,12 +22,12 @@ from split_device.stress.ledger import Ledger
 POLL = 0.05
 
 #: Seconds before another attempt to start what could not be started again.
-RETRY_AFTER = 0.5
+RESTART_DELAY = 0.5
 
 Start = Callable[[], AbstractContextManager["subprocess.Popen[str]"]]
 
 
-class Kept:
+class Supervised:
     """A process that is started again whenever it ends, until `close`."""
 
     def __init__(self, name: str, start: Start) -> None:
@@ -66,7 +66,7 @@ class Kept:
                     self._error = error if isinstance(error, SplitError) else SplitError(f"{self.name}: {error}")
                     self._first.set()
                     return
-                self._ending.wait(RETRY_AFTER)
+                self._ending.wait(RESTART_DELAY)
 
     @property
     def running(self) -> bool:
@@ -101,7 +101,7 @@ class Kept:
             self._thread.join()
 
 
-class Device:
+class DeviceProcess:
     """A device process; its events go to the ledger."""
 
     def __init__(self, index: int, arguments: list[str], log: Path, env: dict[str, str], ledger: Ledger) -> None:

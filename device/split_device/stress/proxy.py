@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(eq=False)
-class Connection:
+class ProxiedConnection:
     """A connection of a peer (near) to the queue (far), and what is done to it."""
 
     near: asyncio.StreamWriter
@@ -76,7 +76,7 @@ class Proxy:
         self._target = host, port
         #: Bytes that were passed on to the queue, and from it, as they are on the wire.
         self.up = self.down = 0
-        self._connections: list[Connection] = []
+        self._connections: list[ProxiedConnection] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="stress-proxy", daemon=True)
         self._thread.start()
@@ -104,12 +104,12 @@ class Proxy:
 
     def reset(self, rng: random.Random) -> int:
         """Ends a connection by a TCP reset."""
-        return self._strike(rng, Connection.reset)
+        return self._strike(rng, ProxiedConnection.reset)
 
     def blackhole(self, rng: random.Random, seconds: float) -> int:
         """Swallows all that a connection carries, and resets it after a while."""
 
-        def strike(connection: Connection) -> None:
+        def strike(connection: ProxiedConnection) -> None:
             connection.dark = True
             self._loop.call_later(seconds, connection.reset)
 
@@ -133,7 +133,7 @@ class Proxy:
 
         return self._strike(rng, lambda connection: setattr(connection, "spoil", flip))
 
-    def _strike(self, rng: random.Random, fault: Callable[[Connection], None]) -> int:
+    def _strike(self, rng: random.Random, fault: Callable[[ProxiedConnection], None]) -> int:
         async def strike() -> int:
             if not self._connections:
                 return 0
@@ -150,7 +150,7 @@ class Proxy:
         except OSError:
             near.close()
             return
-        connection = Connection(near, far)
+        connection = ProxiedConnection(near, far)
         self._connections.append(connection)
         both = [
             asyncio.create_task(connection.pump(reader, far, self._count_up)),

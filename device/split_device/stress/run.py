@@ -16,8 +16,8 @@ from split_device.stress.chaos import OF_THE_NETWORK, Chaos
 from split_device.stress.ledger import Ledger
 from split_device.stress.live import shown
 from split_device.stress.memory import Memory, Resident
-from split_device.stress.plan import CUT, Kind, Plan
-from split_device.stress.processes import Device, Kept, command
+from split_device.stress.plan import STRESS_CUT, StressPlan, WorkloadKind
+from split_device.stress.processes import DeviceProcess, Supervised, command
 from split_device.stress.proxy import proxied
 from split_device.stress.report import Report, report
 
@@ -38,7 +38,7 @@ DRAIN = "2"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StressOutcome:
     """What the command prints and draws."""
 
     report: Report
@@ -46,7 +46,7 @@ class Outcome:
     chaos: Chaos | None
 
 
-def run(plan: Plan, directory: Path, stack: contextlib.ExitStack) -> Outcome:
+def run(plan: StressPlan, directory: Path, stack: contextlib.ExitStack) -> StressOutcome:
     """Runs the plan; `directory` takes the model, logs and keys of the run. What it starts, `stack` ends.
 
     Raises:
@@ -69,7 +69,7 @@ def run(plan: Plan, directory: Path, stack: contextlib.ExitStack) -> Outcome:
         proxy, address = proxied(server)
         stack.callback(proxy.close)
     workers = [
-        Kept(
+        Supervised(
             f"worker {index}",
             command(_serve(plan, plan.kind(index), models, address), directory / f"worker-{index}.log", env),
         )
@@ -78,7 +78,7 @@ def run(plan: Plan, directory: Path, stack: contextlib.ExitStack) -> Outcome:
     stack.enter_context(_started(workers))
     ledger = Ledger()
     devices = [
-        Device(
+        DeviceProcess(
             index,
             [*_ask(plan, plan.kind(index), models, address), "--index", str(index)],
             directory / f"device-{index}.log",
@@ -95,22 +95,22 @@ def run(plan: Plan, directory: Path, stack: contextlib.ExitStack) -> Outcome:
     memory, interrupted = _watch(plan, ledger, chaos, kept, devices)
     seconds = time.monotonic() - ledger.began
     left = _left(server) if queue is not None and plan.transport == "redis" else None
-    return Outcome(
+    return StressOutcome(
         report(plan.transport, plan.seed, seconds, ledger, chaos, memory, left, interrupted), ledger, chaos
     )
 
 
-def _serve(plan: Plan, kind: Kind, models: dict[Kind, str], address: str) -> list[str]:
+def _serve(plan: StressPlan, kind: WorkloadKind, models: dict[WorkloadKind, str], address: str) -> list[str]:
     """The command of a worker."""
     serve = ["worker", "--model", models[kind], "--broker", address, "--dtype", "float32", *_keys(plan)]
     serve += ["--threads", "1", "--drain-timeout", DRAIN]
     if kind == "image":
-        return [*serve, "--cut", CUT]
+        return [*serve, "--cut", STRESS_CUT]
     serve += ["--layers", f"{plan.head_layers}:{-plan.tail_layers or ''}"]
     return [*serve, *(["--kv-memory", KV_MEMORY] if plan.model is None else [])]
 
 
-def _ask(plan: Plan, kind: Kind, models: dict[Kind, str], address: str) -> list[str]:
+def _ask(plan: StressPlan, kind: WorkloadKind, models: dict[WorkloadKind, str], address: str) -> list[str]:
     """The command of a device."""
     ask = ["stress-device", "--kind", kind, "--model", models[kind], "--broker", address, *_keys(plan)]
     ask += ["--seed", str(plan.seed)]
@@ -120,29 +120,29 @@ def _ask(plan: Plan, kind: Kind, models: dict[Kind, str], address: str) -> list[
     return ask
 
 
-def _keys(plan: Plan) -> list[str]:
+def _keys(plan: StressPlan) -> list[str]:
     return ["--keys", str(plan.keys)] if plan.keys is not None else []
 
 
 def _queue(
-    plan: Plan, directory: Path, env: dict[str, str], stack: contextlib.ExitStack
-) -> tuple[Kept | None, str]:
+    plan: StressPlan, directory: Path, env: dict[str, str], stack: contextlib.ExitStack
+) -> tuple[Supervised | None, str]:
     """The queue's server, unless there is one already, and the queue's address."""
     if plan.broker is not None:
         return None, plan.broker
     if plan.transport == "redis":
         server = RedisServer(directory, persistent=True)
         address = server.address
-        queue = Kept("redis", server.running)
+        queue = Supervised("redis", server.running)
     else:
         address = f"tcp://127.0.0.1:{free_port()}"
-        queue = Kept("broker", command(["broker", "--bind", address], directory / "broker.log", env))
+        queue = Supervised("broker", command(["broker", "--bind", address], directory / "broker.log", env))
     stack.enter_context(_started([queue]))
     return queue, address
 
 
 @contextlib.contextmanager
-def _started(processes: list[Kept]) -> Iterator[None]:
+def _started(processes: list[Supervised]) -> Iterator[None]:
     """Starts processes, waits until all are ready, and ends them at last."""
     try:
         for process in processes:
@@ -154,7 +154,7 @@ def _started(processes: list[Kept]) -> Iterator[None]:
         _end(processes)
 
 
-def _end(processes: list[Kept]) -> None:
+def _end(processes: list[Supervised]) -> None:
     for process in processes:
         process.end()
     for process in processes:
@@ -162,7 +162,7 @@ def _end(processes: list[Kept]) -> None:
 
 
 @contextlib.contextmanager
-def _finished(devices: list[Device]) -> Iterator[None]:
+def _finished(devices: list[DeviceProcess]) -> Iterator[None]:
     """Starts devices, waits until all are ready; those that have not ended at last are killed."""
     try:
         for device in devices:
@@ -178,7 +178,7 @@ def _finished(devices: list[Device]) -> Iterator[None]:
 
 
 def _watch(
-    plan: Plan, ledger: Ledger, chaos: Chaos | None, kept: list[Kept], devices: list[Device]
+    plan: StressPlan, ledger: Ledger, chaos: Chaos | None, kept: list[Supervised], devices: list[DeviceProcess]
 ) -> tuple[list[Resident], bool]:
     """Lets the faults strike until the time is over or all is answered; then devices end what they have.
 

@@ -16,7 +16,7 @@ from split_common.engine.graphs import new_capture
 from split_common.engine.sequences import Run
 from split_common.errors import Malformed, ModelError, NeedEmbeddings, Oversized
 from split_common.models.denoisers.codecs import decode, encode
-from split_common.models.denoisers.spec import ImagePlan, Job
+from split_common.models.denoisers.spec import DenoiserSpec, StepConditioning
 from split_common.models.split import Split
 from split_common.models.tensors import DTYPES
 from split_common.protocol import payloads
@@ -35,7 +35,7 @@ MAX_BATCH_ROWS = 16
 MAX_CONTEXT = 256 * 1024**2
 
 #: Seconds for the first forward: a large image on a CPU takes long.
-FIRST_TURN = 900.0
+FIRST_DENOISE_TURN = 900.0
 
 #: What is held of a session beside its jobs: the parts of a step so far, and an output that is sent in parts.
 _PARTS, _OUTPUT = b"parts", b"output"
@@ -77,28 +77,28 @@ class HeldArrays:
 
     def __init__(self, memory: int) -> None:
         self._memory = memory
-        self._held: OrderedDict[tuple[ImageState, bytes], Job | bytearray | bytes] = OrderedDict()
+        self._held: OrderedDict[tuple[ImageState, bytes], StepConditioning | bytearray | bytes] = OrderedDict()
         #: Bytes that are held.
         self.used = 0
 
-    def put(self, state: ImageState, key: bytes, held: Job | bytearray | bytes) -> None:
+    def put(self, state: ImageState, key: bytes, held: StepConditioning | bytearray | bytes) -> None:
         self._take(state, key)
         self._held[state, key] = held
         self.used += _size(held)
         while len(self._held) > MAX_HELD or (len(self._held) > 1 and self.used > self._memory):
             self._take(*next(iter(self._held)))
 
-    def _take(self, state: ImageState, key: bytes) -> Job | bytearray | bytes | None:
+    def _take(self, state: ImageState, key: bytes) -> StepConditioning | bytearray | bytes | None:
         """Takes out what is held under a key; None if nothing is."""
         held = self._held.pop((state, key), None)
         if held is not None:
             self.used -= _size(held)
         return held
 
-    def job(self, state: ImageState, key: bytes) -> Job:
+    def job(self, state: ImageState, key: bytes) -> StepConditioning:
         """What an image is conditioned on. Raises NeedEmbeddings where it is not held."""
         held = self._held.get((state, key))
-        if not isinstance(held, Job):
+        if not isinstance(held, StepConditioning):
             raise NeedEmbeddings("the worker does not hold the embeddings of this image")
         self._held.move_to_end((state, key))
         return held
@@ -149,8 +149,8 @@ class HeldArrays:
             self._take(*place)
 
 
-def _size(held: Job | bytearray | bytes) -> int:
-    return held.nbytes if isinstance(held, Job) else len(held)
+def _size(held: StepConditioning | bytearray | bytes) -> int:
+    return held.nbytes if isinstance(held, StepConditioning) else len(held)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class DenoiserRun(Run):
 
     #: The step's inputs, as `Middle` takes them; the first are the states.
     tensors: Sequence[torch.Tensor]
-    job: Job
+    job: StepConditioning
     #: Which of the job's rows belongs to each of the step's; -1 for zeros.
     rows: list[int]
     #: Steps that agree in this can share a forward.
@@ -207,11 +207,11 @@ class DenoiserBody:
     store = None
     #: A step of an image goes into one forward.
     divisible = False
-    first_turn = FIRST_TURN
+    first_turn = FIRST_DENOISE_TURN
 
     def __init__(
         self,
-        plan: ImagePlan,
+        plan: DenoiserSpec,
         split: Split,
         device: torch.device,
         dtype: torch.dtype | None = None,
@@ -241,7 +241,7 @@ class DenoiserBody:
 
     def begin(self, state: ImageState, request: payloads.AnyRequest, data: memoryview) -> list[DenoiserRun]:
         match request:
-            case payloads.Condition():
+            case payloads.Conditioning():
                 self._condition(state, request, data)
                 return []
             case payloads.Denoise():
@@ -301,7 +301,7 @@ class DenoiserBody:
         if self._middle.per_row:
             # Not selected before: many rows of a small job may wait.
             selected = [[_rows(tensor, run.rows) for tensor in run.job.tensors] for run in runs]
-            job = Job(_joined(selected), job.scales)
+            job = StepConditioning(_joined(selected), job.scales)
         compute: RunBlocks = self._middle if self._graphs is None else self._graphs.run
         output = compute(_joined([run.tensors for run in runs]), job)
         return Forward(output, [len(run.rows) for run in runs])
@@ -316,18 +316,20 @@ class DenoiserBody:
     def _with_room(self, compute: Callable[[], _T]) -> _T:
         return compute() if self._graphs is None else self._graphs.with_room(compute)
 
-    def _condition(self, state: ImageState, request: payloads.Condition, data: memoryview) -> None:
+    def _condition(self, state: ImageState, request: payloads.Conditioning, data: memoryview) -> None:
         self._middle.check_job([array.shape for array in request.arrays], len(request.scales))
         if not all(map(math.isfinite, request.scales)):
             raise Malformed("scales of a job that are not finite")
-        self.held.put(state, request.key, Job(tuple(self._decode(request.arrays, data)), tuple(request.scales)))
+        self.held.put(
+            state, request.key, StepConditioning(tuple(self._decode(request.arrays, data)), tuple(request.scales))
+        )
 
     def _run(self, state: ImageState, request: payloads.Denoise, data: memoryview) -> DenoiserRun:
         shapes = [array.shape for array in request.arrays]
         self._check(request, shapes)
         data = self.held.whole(state, request.sent, data)
         tensors = self._decode(request.arrays, data)
-        job = self.held.job(state, request.condition) if request.condition is not None else Job()
+        job = self.held.job(state, request.condition) if request.condition is not None else StepConditioning()
         self._middle.check_step(shapes, job)
         if self._middle.per_row:
             self._check_rows(job, request.rows)
@@ -361,7 +363,7 @@ class DenoiserBody:
             raise Oversized(f"a step of {request.step_bytes} bytes whose answer has {output.nbytes}")
 
     @staticmethod
-    def _check_rows(job: Job, rows: list[int]) -> None:
+    def _check_rows(job: StepConditioning, rows: list[int]) -> None:
         """Raises Malformed for a row that the job does not have, Oversized for rows that are too large together."""
         if any(max(rows) >= len(tensor) for tensor in job.tensors):
             raise Malformed(f"a step names row {max(rows)}, which its job does not have")

@@ -16,7 +16,7 @@ from split_common.protocol import headers, payloads
 from split_worker.watchdog import FIRST_TURN
 
 #: Rows that one session may have.
-MAX_ROWS = 256
+MAX_SESSION_ROWS = 256
 
 #: Tokens of the sessions by which a worker's memory is described to people.
 SESSION_TOKENS = 2048
@@ -63,8 +63,11 @@ class Rows:
         if any(old >= len(self.sequences) for old in source):
             raise Malformed("a step selects a row that the session does not have")
         numbers = [run.row for run in step.rows]
-        if len(set(numbers)) < len(numbers) or max([len(source), *(number + 1 for number in numbers)]) > MAX_ROWS:
-            raise Malformed(f"a step has each row at most once, and at most {MAX_ROWS} rows")
+        if (
+            len(set(numbers)) < len(numbers)
+            or max([len(source), *(number + 1 for number in numbers)]) > MAX_SESSION_ROWS
+        ):
+            raise Malformed(f"a step has each row at most once, and at most {MAX_SESSION_ROWS} rows")
         for run in step.rows:
             length = self.sequences[source[run.row]].length if run.row < len(source) else 0
             if run.start > length:

@@ -14,8 +14,8 @@ from split_common.engine.linear import pack_linears
 from split_common.engine.runner import build_runner
 from split_common.errors import ConfigError, ModelError
 from split_common.models.checkpoint import Checkpoint
-from split_common.models.denoisers.registry import is_denoiser, plan_image
-from split_common.models.loading import Plan, load_part, plan
+from split_common.models.denoisers.registry import is_denoiser, read_denoiser_spec
+from split_common.models.loading import ModelSpec, load_part, read_spec
 from split_common.models.split import Split
 from split_common.models.verification import find_manifest
 from split_common.protocol import headers
@@ -83,14 +83,14 @@ def load_body(
         for option, given in (("--cut", cut), ("--ip-adapter", ip_adapter)):
             if given is not None:
                 raise ConfigError(f"{option} is for diffusion models, and {model} is none")
-        text = plan(checkpoint)
+        text = read_spec(checkpoint)
         split = Split.parse(text.layers, layers or LAYERS)
         manifest = find_manifest(fleet, text.checkpoint, text.own_tensors(split, "worker"))
         body: AnyBody = load_language_body(text, split, device, dtype, memory)
     else:
         if cut is not None and layers is not None:
             raise ConfigError("--layers and --cut say the same thing: give one of them")
-        image = plan_image(checkpoint)
+        image = read_denoiser_spec(checkpoint)
         split = image.split(cut or CUT) if layers is None else image.check(Split.parse(image.blocks, layers))
         manifest = find_manifest(fleet, checkpoint, image.own_tensors(split, "worker"))
         body = DenoiserBody(image, split, device, dtype, memory)
@@ -98,7 +98,7 @@ def load_body(
 
 
 def load_language_body(
-    plan: Plan,
+    plan: ModelSpec,
     split: Split,
     device: torch.device,
     dtype: torch.dtype | None = None,

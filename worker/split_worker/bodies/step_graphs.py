@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from split_common.engine.graphs import Capture
-from split_common.models.denoisers.spec import Job
+from split_common.models.denoisers.spec import StepConditioning
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ MAX_COUNTED = 1024
 _T = TypeVar("_T")
 
 #: Computes a body's output from a step's tensors and a job.
-RunBlocks = Callable[[Sequence[torch.Tensor], Job], torch.Tensor]
+RunBlocks = Callable[[Sequence[torch.Tensor], StepConditioning], torch.Tensor]
 
 
 class StepGraph:
@@ -48,18 +48,20 @@ class StepGraph:
         tensors, job: the first step's; all later ones have the same shapes, layouts, dtypes and scales.
     """
 
-    def __init__(self, run_blocks: RunBlocks, capture: Capture, tensors: Sequence[torch.Tensor], job: Job) -> None:
+    def __init__(
+        self, run_blocks: RunBlocks, capture: Capture, tensors: Sequence[torch.Tensor], job: StepConditioning
+    ) -> None:
         own = [torch.empty_like(tensor) for tensor in tensors]
-        own_job = Job(tuple(torch.empty_like(tensor) for tensor in job.tensors), job.scales)
+        own_job = StepConditioning(tuple(torch.empty_like(tensor) for tensor in job.tensors), job.scales)
         self._inputs = [*own, *own_job.tensors]
         self._write(tensors, job)
         self._replay = capture(lambda: run_blocks(own, own_job))
 
-    def run(self, tensors: Sequence[torch.Tensor], job: Job) -> torch.Tensor:
+    def run(self, tensors: Sequence[torch.Tensor], job: StepConditioning) -> torch.Tensor:
         self._write(tensors, job)
         return self._replay()
 
-    def _write(self, tensors: Sequence[torch.Tensor], job: Job) -> None:
+    def _write(self, tensors: Sequence[torch.Tensor], job: StepConditioning) -> None:
         for own, tensor in zip(self._inputs, (*tensors, *job.tensors), strict=True):
             own.copy_(tensor)
 
@@ -79,7 +81,7 @@ class StepGraphs:
         #: How often each combination without a graph came; minus infinity if it cannot be captured.
         self._came: OrderedDict[Hashable, float] = OrderedDict()
 
-    def run(self, tensors: Sequence[torch.Tensor], job: Job) -> torch.Tensor:
+    def run(self, tensors: Sequence[torch.Tensor], job: StepConditioning) -> torch.Tensor:
         """The body's output, to be copied, on the same stream, before the next call."""
 
         def compute() -> torch.Tensor:
@@ -98,7 +100,7 @@ class StepGraphs:
             self._drop()
         return compute()
 
-    def _graph(self, tensors: Sequence[torch.Tensor], job: Job) -> StepGraph | None:
+    def _graph(self, tensors: Sequence[torch.Tensor], job: StepConditioning) -> StepGraph | None:
         """The graph for a step, captured if it is time to; None if there is none."""
         if sum(tensor.nbytes for tensor in (*tensors, *job.tensors)) > MAX_BYTES:
             return None

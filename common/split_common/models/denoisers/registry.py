@@ -4,30 +4,30 @@ from __future__ import annotations
 
 from split_common.errors import UnsupportedArchitecture
 from split_common.models.checkpoint import Checkpoint
-from split_common.models.denoisers.spec import ImagePlan
-from split_common.models.denoisers.transformer import FluxPlan, SD3Plan
-from split_common.models.denoisers.unet import UNetPlan
+from split_common.models.denoisers.spec import DenoiserSpec
+from split_common.models.denoisers.transformer import FluxSpec, SD3Spec
+from split_common.models.denoisers.unet import UNetSpec
 
 #: Denoisers that can be split, by the name of their class in diffusers.
-KINDS: dict[str, type[ImagePlan]] = {plan.class_name: plan for plan in (UNetPlan, SD3Plan, FluxPlan)}
+DENOISERS: dict[str, type[DenoiserSpec]] = {plan.class_name: plan for plan in (UNetSpec, SD3Spec, FluxSpec)}
 
 
 def is_denoiser(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is a diffusion model's denoiser."""
-    return checkpoint.class_name in KINDS
+    return checkpoint.class_name in DENOISERS
 
 
-def plan_image(checkpoint: Checkpoint) -> ImagePlan:
+def read_denoiser_spec(checkpoint: Checkpoint) -> DenoiserSpec:
     """Reads the configuration of a denoiser.
 
     Raises:
         UnsupportedArchitecture: it is not a denoiser that can be split.
         ModelError: config.json is malformed.
     """
-    kind = KINDS.get(checkpoint.class_name or "")
+    kind = DENOISERS.get(checkpoint.class_name or "")
     if kind is None:
-        raise UnsupportedArchitecture(f"{checkpoint.name} is not one of {', '.join(KINDS)}")
+        raise UnsupportedArchitecture(f"{checkpoint.name} is not one of {', '.join(DENOISERS)}")
     plan = kind(checkpoint, checkpoint.config)
-    if checkpoint.adapter_names and not isinstance(plan, UNetPlan):
+    if checkpoint.adapter_names and not isinstance(plan, UNetSpec):
         raise UnsupportedArchitecture(f"{checkpoint.name}: an IP-Adapter of a {kind.class_name} cannot be split")
     return plan

@@ -24,8 +24,8 @@ CUTS = ("C", "A")
 
 
 @dataclass
-class ImagePlan:
-    """A denoiser's checkpoint before weights are read. Made by `split_common.models.denoisers.registry.plan_image`."""
+class DenoiserSpec:
+    """A denoiser's checkpoint before weights are read. `registry.read_denoiser_spec` makes it."""
 
     checkpoint: Checkpoint
     config: dict[str, Any]
@@ -58,7 +58,7 @@ class ImagePlan:
         """The shape of the body's output for a step with tensors of these shapes."""
         raise NotImplementedError
 
-    def middle(self, split: Split, dtype: torch.dtype | None = None) -> Middle:
+    def middle(self, split: Split, dtype: torch.dtype | None = None) -> DenoiserBlocks:
         """Loads the body. Raises ModelError if the tensors do not fit."""
         raise NotImplementedError
 
@@ -102,7 +102,7 @@ class ImagePlan:
 
 
 @dataclass(frozen=True)
-class Job:
+class StepConditioning:
     """What all steps of an image share, for each row of a step.
 
     `tensors` depend on the kind of denoiser; `scales` are an IP-Adapter's, one for each of its attentions.
@@ -116,7 +116,7 @@ class Job:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-class Middle(nn.Module):
+class DenoiserBlocks(nn.Module):
     """The body of a denoiser. It is stateless.
 
     Args:
@@ -127,7 +127,7 @@ class Middle(nn.Module):
     #: Whether each row of a forward has its own rows of the job's tensors. If not, all rows share them.
     per_row = True
 
-    def __init__(self, plan: ImagePlan, split: Split) -> None:
+    def __init__(self, plan: DenoiserSpec, split: Split) -> None:
         super().__init__()
         self.plan, self.split = plan, split
 
@@ -135,19 +135,21 @@ class Middle(nn.Module):
         """Raises Malformed if a job's tensors or scales do not fit this model."""
         raise NotImplementedError
 
-    def check_step(self, shapes: Sequence[Sequence[int]], job: Job) -> None:
+    def check_step(self, shapes: Sequence[Sequence[int]], job: StepConditioning) -> None:
         """Raises Malformed if a step's tensors, which fit the model, do not fit the job."""
 
-    def together(self, job: Job) -> Hashable:
+    def together(self, job: StepConditioning) -> Hashable:
         """Jobs with equal keys may share a forward."""
         return tuple(tuple(tensor.shape[1:]) for tensor in job.tensors), job.scales
 
-    def forward(self, tensors: Sequence[torch.Tensor], job: Job) -> torch.Tensor:
+    def forward(self, tensors: Sequence[torch.Tensor], job: StepConditioning) -> torch.Tensor:
         """The output of the last block for a step's tensors: the states, the time embedding, and others."""
         raise NotImplementedError
 
 
-def load_weights(module: nn.Module, plan: ImagePlan, split: Split, side: Side, dtype: torch.dtype | None) -> None:
+def load_weights(
+    module: nn.Module, plan: DenoiserSpec, split: Split, side: Side, dtype: torch.dtype | None
+) -> None:
     """Loads a side's tensors into a module that was built on `meta` with only that side's parameters.
 
     Args:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from split_common.errors import Malformed, ModelError
-from split_common.models.denoisers.spec import ImagePlan, Job, Middle, load_weights
+from split_common.models.denoisers.spec import DenoiserBlocks, DenoiserSpec, StepConditioning, load_weights
 from split_common.models.split import Split
 
 #: Cut A leaves the device one block in this many at each end; cut C leaves a single block.
@@ -23,7 +23,7 @@ _SHARE_OF_A = 6
 
 
 @dataclass
-class TransformerPlan(ImagePlan):
+class TransformerSpec(DenoiserSpec):
     """A transformer denoiser.
 
     A step's tensors are the image's tokens `[rows, tokens, width]`, the embedding of the time and of the pooled
@@ -80,7 +80,7 @@ class TransformerPlan(ImagePlan):
         return [shapes[0][0], shapes[0][1] + shapes[2][1], self.width]
 
 
-class TransformerMiddle(Middle):
+class TransformerMiddle(DenoiserBlocks):
     """Runs a transformer's body.
 
     Args:
@@ -94,7 +94,7 @@ class TransformerMiddle(Middle):
 
     per_row = False
 
-    def __init__(self, plan: TransformerPlan, split: Split, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, plan: TransformerSpec, split: Split, dtype: torch.dtype | None = None) -> None:
         super().__init__(plan, split)
         model = plan.build()
         blocks: dict[str, nn.ModuleDict] = {}
@@ -106,11 +106,11 @@ class TransformerMiddle(Middle):
         self._blocks = [block for modules in blocks.values() for block in modules.values()]
         load_weights(self, plan, split, "worker", dtype)
 
-    def options(self, job: Job) -> dict[str, Any]:
+    def options(self, job: StepConditioning) -> dict[str, Any]:
         """Further arguments of the blocks."""
         raise NotImplementedError
 
-    def forward(self, tensors: Sequence[torch.Tensor], job: Job) -> torch.Tensor:
+    def forward(self, tensors: Sequence[torch.Tensor], job: StepConditioning) -> torch.Tensor:
         image, embedding, text = tensors
         options = self.options(job)
         for block in self._blocks:
@@ -119,7 +119,7 @@ class TransformerMiddle(Middle):
 
 
 @dataclass
-class SD3Plan(TransformerPlan):
+class SD3Spec(TransformerSpec):
     """The transformer of Stable Diffusion 3 or 3.5. Its jobs have no tensors."""
 
     class_name: ClassVar[str] = "SD3Transformer2DModel"
@@ -134,12 +134,12 @@ class SD3Middle(TransformerMiddle):
     def check_job(self, shapes: Sequence[Sequence[int]], scales: int) -> None:
         raise Malformed("a job with tensors, of a model that calls for none")
 
-    def options(self, job: Job) -> dict[str, Any]:
+    def options(self, job: StepConditioning) -> dict[str, Any]:
         return {}
 
 
 @dataclass
-class FluxPlan(TransformerPlan):
+class FluxSpec(TransformerSpec):
     """The transformer of Flux. A job's tensor `[1, tokens, axes]` has the tokens' positions, the text's first."""
 
     class_name: ClassVar[str] = "FluxTransformer2DModel"
@@ -159,7 +159,7 @@ class FluxPlan(TransformerPlan):
 
 
 class FluxMiddle(TransformerMiddle):
-    def __init__(self, plan: TransformerPlan, split: Split, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, plan: TransformerSpec, split: Split, dtype: torch.dtype | None = None) -> None:
         super().__init__(plan, split, dtype)
         self._positions = plan.build().pos_embed
 
@@ -168,13 +168,13 @@ class FluxMiddle(TransformerMiddle):
         if scales or len(shapes) != 1 or len(shapes[0]) != 3 or (shapes[0][0], shapes[0][2]) != (1, axes):
             raise Malformed(f"a job of shapes {shapes}: it has the places of one row's tokens on {axes} axes")
 
-    def check_step(self, shapes: Sequence[Sequence[int]], job: Job) -> None:
+    def check_step(self, shapes: Sequence[Sequence[int]], job: StepConditioning) -> None:
         tokens = shapes[0][1] + shapes[2][1]
         if not job.tensors or job.tensors[0].shape[1] != tokens:
             raise Malformed(f"a step of {tokens} tokens whose job does not say where they are")
 
-    def together(self, job: Job) -> Hashable:
+    def together(self, job: StepConditioning) -> Hashable:
         return job.tensors[0].shape[1], job.tensors[0].float().cpu().numpy().tobytes()
 
-    def options(self, job: Job) -> dict[str, Any]:
+    def options(self, job: StepConditioning) -> dict[str, Any]:
         return {"image_rotary_emb": self._positions(job.tensors[0][0])}

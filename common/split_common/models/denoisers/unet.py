@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from split_common.errors import InvalidSplit, Malformed, ModelError, UnsupportedArchitecture
-from split_common.models.denoisers.spec import ImagePlan, Job, Middle, load_weights
+from split_common.models.denoisers.spec import DenoiserBlocks, DenoiserSpec, StepConditioning, load_weights
 from split_common.models.split import Split
 
 #: The number of levels that each cut leaves to the device.
@@ -28,7 +28,7 @@ _BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock
 
 
 @dataclass
-class UNetPlan(ImagePlan):
+class UNetSpec(DenoiserSpec):
     """A UNet.
 
     A step's tensors are the states `[rows, channels, height, width]`, the embedding of the time and of the added
@@ -143,8 +143,8 @@ class UNetPlan(ImagePlan):
     def output_shape(self, split: Split, shapes: Sequence[Sequence[int]]) -> list[int]:
         return [shapes[0][0], self.channels[split.first], *shapes[0][2:]]
 
-    def middle(self, split: Split, dtype: torch.dtype | None = None) -> UNetMiddle:
-        return UNetMiddle(self, split, dtype)
+    def middle(self, split: Split, dtype: torch.dtype | None = None) -> UNetBlocks:
+        return UNetBlocks(self, split, dtype)
 
     def skip_shapes(self, split: Split, height: int, width: int) -> list[tuple[int, int, int]]:
         """Shapes `[channels, height, width]` of the skips that the body uses, for an input of this size.
@@ -161,7 +161,7 @@ class UNetPlan(ImagePlan):
         return [*shapes, (self.channels[-1], height, width)]
 
 
-class UNetMiddle(Middle):
+class UNetBlocks(DenoiserBlocks):
     """Runs a UNet's body: the blocks of its lower levels.
 
     Args:
@@ -173,7 +173,7 @@ class UNetMiddle(Middle):
         ModelError: the body cannot be loaded.
     """
 
-    def __init__(self, plan: UNetPlan, split: Split, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, plan: UNetSpec, split: Split, dtype: torch.dtype | None = None) -> None:
         super().__init__(plan, split)
         unet = plan.build()
         first, levels = split.first, plan.levels
@@ -208,11 +208,11 @@ class UNetMiddle(Middle):
         if images and (len(images[0]) != 4 or [images[0][0], images[0][-1]] != [shapes[0][0], shapes[0][-1]]):
             raise Malformed(f"embeddings {images[0]} of images do not fit those of the text, {shapes[0]}")
 
-    def check_step(self, shapes: Sequence[Sequence[int]], job: Job) -> None:
+    def check_step(self, shapes: Sequence[Sequence[int]], job: StepConditioning) -> None:
         if not job.tensors:
             raise Malformed("a step that names no embeddings")
 
-    def forward(self, tensors: Sequence[torch.Tensor], job: Job) -> torch.Tensor:
+    def forward(self, tensors: Sequence[torch.Tensor], job: StepConditioning) -> torch.Tensor:
         """The output of the body's last block, before its upsampler."""
         sample, embedding, *residuals = tensors
         context: Any = job.tensors[0]

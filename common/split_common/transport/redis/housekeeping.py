@@ -23,7 +23,7 @@ from split_common.transport.redis.lease import Found, Lease
 from split_common.transport.redis.membership import Registry
 from split_common.transport.redis.opens import DeviceOpens, WorkerOpens
 from split_common.transport.redis.roster import RosterSync
-from split_common.transport.redis.server import RECONNECT, RECONNECT_MAX, Command, Line, Refused
+from split_common.transport.redis.server import RECONNECT, RECONNECT_MAX, Command, RedisConnections, Refused
 from split_common.trust.fleet import Fleet
 from split_common.trust.keys import Role
 
@@ -78,7 +78,7 @@ class Housekeeper:
 
     def __init__(
         self,
-        line: Line,
+        line: RedisConnections,
         keys: Keys,
         fleet: Fleet,
         caller: Caller,

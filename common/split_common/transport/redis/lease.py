@@ -14,7 +14,7 @@ from enum import Enum, auto
 from split_common.protocol import headers
 from split_common.transport.base import GRACE, HEARTBEAT, MISSED
 from split_common.transport.redis.key_names import Keys, entry
-from split_common.transport.redis.server import Command, Line, Refused, failed
+from split_common.transport.redis.server import Command, RedisConnections, Refused, failed
 
 #: Seconds after which a lane expires unless its owner's heartbeat puts that off.
 LEASE = HEARTBEAT * MISSED
@@ -40,7 +40,7 @@ class Lease:
         first: the peer's first announcement, which says who it is.
     """
 
-    def __init__(self, line: Line, keys: Keys, first: headers.Announce) -> None:
+    def __init__(self, line: RedisConnections, keys: Keys, first: headers.Announce) -> None:
         self._line = line
         self._boot_key = keys.boot
         self._sets_boot = first.role == "worker"

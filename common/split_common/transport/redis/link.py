@@ -24,7 +24,7 @@ from split_common.transport.redis.lease import Lease
 from split_common.transport.redis.membership import Registry
 from split_common.transport.redis.opens import DeviceOpens, WorkerOpens
 from split_common.transport.redis.reader import Reader
-from split_common.transport.redis.server import Line, Server
+from split_common.transport.redis.server import RedisConnections, RedisConnector
 from split_common.transport.redis.writer import LINGER, Outgoing, Writer
 from split_common.transport.supervised import Supervisor, count_dropped
 from split_common.trust.fleet import Fleet
@@ -44,7 +44,7 @@ class RedisLink:
     """
 
     def __init__(self, address: str, fleet: Fleet, identity: Identity) -> None:
-        self._server = Server(address)
+        self._server = RedisConnector(address)
         self._fleet = fleet
         self._member = identity.certificate.name
         self._parts: _Parts | None = None
@@ -100,7 +100,7 @@ class _Parts:
 
     def __init__(
         self,
-        server: Server,
+        server: RedisConnector,
         fleet: Fleet,
         member: str,
         first: headers.Announce,
@@ -114,7 +114,7 @@ class _Parts:
         self._other_role: Role = "worker" if first.role == "device" else "device"
         self._closing = threading.Event()
         self._supervisor = Supervisor("a thread of a Redis link", counters, self._closing)
-        self._lines: list[Line] = []
+        self._lines: list[RedisConnections] = []
         self._threads: list[threading.Thread] = []
         self._keys = keys = Keys(fleet.operator_key)
         self._inbox = Inbox()
@@ -147,8 +147,8 @@ class _Parts:
             self._line(), self.lease, self._take, self._renew_lane, self._supervisor, counters, self._closing
         )
 
-    def _line(self) -> Line:
-        line = Line(self._server)
+    def _line(self) -> RedisConnections:
+        line = RedisConnections(self._server)
         self._lines.append(line)
         return line
 
@@ -201,7 +201,7 @@ class _Parts:
         if (
             self.device_opens is not None
             and isinstance(header, headers.Relay)
-            and header.kind == headers.Kind.ANSWER
+            and header.kind == headers.RelayKind.ANSWER
         ):
             self.device_opens.answered(header.channel)
         self._caller.message(header, body)

@@ -11,7 +11,7 @@ from split_common.errors import Malformed, SplitError
 from split_common.protocol import headers
 from split_common.transport.base import QUEUE_BYTES
 from split_common.transport.redis.key_names import Keys
-from split_common.transport.redis.server import Command, Line, failed
+from split_common.transport.redis.server import Command, RedisConnections, failed
 from split_common.transport.supervised import count_dropped
 from split_common.trust.keys import Role
 
@@ -28,7 +28,7 @@ class Registry:
         counters: of the link.
     """
 
-    def __init__(self, line: Line, keys: Keys, counters: Counter[str]) -> None:
+    def __init__(self, line: RedisConnections, keys: Keys, counters: Counter[str]) -> None:
         self._line = line
         self._keys = keys
         self._counters = counters

@@ -21,7 +21,7 @@ from split_common.transport.redis.caller import Caller
 from split_common.transport.redis.key_names import GROUP, Keys, entry, next_id
 from split_common.transport.redis.membership import OPENS_LEASE, Registry
 from split_common.transport.redis.reader import READ_WAIT
-from split_common.transport.redis.server import RECONNECT, Command, Line, Refused, Unreachable, failed
+from split_common.transport.redis.server import RECONNECT, Command, RedisConnections, Refused, Unreachable, failed
 from split_common.transport.redis.writer import Outgoing, Writer
 
 #: Seconds between two looks whether there is room for another session.
@@ -46,7 +46,7 @@ class DeviceOpens:
         caller: tells the device that it is refused.
     """
 
-    def __init__(self, line: Line, keys: Keys, registry: Registry, caller: Caller) -> None:
+    def __init__(self, line: RedisConnections, keys: Keys, registry: Registry, caller: Caller) -> None:
         self._line = line
         self._keys = keys
         self._registry = registry
@@ -135,8 +135,8 @@ class WorkerOpens:
 
     def __init__(
         self,
-        line: Line,
-        housekeeping_line: Line,
+        line: RedisConnections,
+        housekeeping_line: RedisConnections,
         opens: str,
         member: str,
         take: Callable[[Any], None],
@@ -215,7 +215,7 @@ class WorkerOpens:
         self._writer.put(Outgoing((self._opens, ("XACK", self._opens, GROUP, id_))))
         self._writer.put(Outgoing((self._opens, ("XDEL", self._opens, id_))))
 
-    def _make_group(self, line: Line, anew: bool = False) -> None:
+    def _make_group(self, line: RedisConnections, anew: bool = False) -> None:
         """Makes the stream and the group that reads it, if they are not there, or in place of those that are."""
         commands: list[Command] = [(self._opens, ("DEL", self._opens))] if anew else []
         commands.append((self._opens, ("XGROUP", "CREATE", self._opens, GROUP, "0", "MKSTREAM")))

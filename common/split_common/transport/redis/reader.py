@@ -14,7 +14,7 @@ from split_common.errors import BrokerUnreachable
 from split_common.transport.leader import LeaderLock
 from split_common.transport.redis.key_names import next_id
 from split_common.transport.redis.lease import Lease
-from split_common.transport.redis.server import RECONNECT, Command, Line, Refused
+from split_common.transport.redis.server import RECONNECT, Command, RedisConnections, Refused
 from split_common.transport.supervised import Supervisor, count_dropped
 
 #: Entries that are read in one round trip.
@@ -47,7 +47,7 @@ class Reader:
 
     def __init__(
         self,
-        line: Line,
+        line: RedisConnections,
         lease: Lease,
         take: Callable[[Any], None],
         renew: Callable[[], None],

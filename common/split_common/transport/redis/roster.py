@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from split_common.errors import BrokerUnreachable, Malformed
 from split_common.transport.redis.key_names import Keys
-from split_common.transport.redis.server import Command, Line, Server, failed
+from split_common.transport.redis.server import Command, RedisConnections, RedisConnector, failed
 from split_common.trust.fleet import Fleet
 from split_common.trust.keys import MAX_SIGNED
 
@@ -21,7 +21,7 @@ class RosterSync:
         stores: whether the peer may store its roster in the server, as workers may.
     """
 
-    def __init__(self, line: Line, keys: Keys, fleet: Fleet, stores: bool) -> None:
+    def __init__(self, line: RedisConnections, keys: Keys, fleet: Fleet, stores: bool) -> None:
         self._line = line
         self._keys = keys
         self._fleet = fleet
@@ -55,8 +55,8 @@ def publish(address: str, fleet: Fleet) -> int:
         BrokerUnreachable: the server does not answer, or does not store it.
         CertificateError: the server's newer roster is not signed by this fleet's operator.
     """
-    server = Server(address)
-    line = Line(server)
+    server = RedisConnector(address)
+    line = RedisConnections(server)
     keys = Keys(fleet.operator_key)
     try:
         (answer,) = line.run([_version_command(keys)])
@@ -83,13 +83,13 @@ def _version_of(answer: object) -> int:
     return int(answer or b"0")
 
 
-def _fetch(line: Line, keys: Keys, fleet: Fleet) -> None:
+def _fetch(line: RedisConnections, keys: Keys, fleet: Fleet) -> None:
     """Takes over the server's roster. Raises CertificateError, BrokerUnreachable."""
     (data,) = line.run([(keys.roster, ("GETRANGE", keys.roster, 0, MAX_SIGNED["roster"]))])
     fleet.accept_roster(data)
 
 
-def _put(line: Line, keys: Keys, fleet: Fleet) -> None:
+def _put(line: RedisConnections, keys: Keys, fleet: Fleet) -> None:
     """Stores the fleet's roster. Raises BrokerUnreachable."""
     version, data = fleet.roster().version, fleet.roster_bytes()
     commands = (

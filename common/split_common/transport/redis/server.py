@@ -1,7 +1,7 @@
 """The Redis or Valkey behind an address: one server, the master that Sentinels name, or a cluster.
 
-A `Line` is one thread's connections to it. It sends commands as they are and returns raw answers. It retries only
-after a cluster's redirection: after a lost connection, leases have to be looked after first.
+A `RedisConnections` is one thread's connections to it. It sends commands as they are and returns raw answers. It
+retries only after a cluster's redirection: after a lost connection, leases have to be looked after first.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Refused(BrokerUnreachable):
     """The server answers, and refuses this user or this command. Trying again changes nothing."""
 
 
-class Server:
+class RedisConnector:
     """Makes connections to what an address names. Safe to use from several threads.
 
     Raises:
@@ -149,10 +149,10 @@ class Server:
             raise Unreachable(_reason(self.shown, error)) from None
 
 
-class Line:
+class RedisConnections:
     """One thread's connections. Only `close` may be called from another thread."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: RedisConnector) -> None:
         self._server = server
         # By the id of the client, which is kept, too, so that no other client can get its id.
         self._connections: dict[int, tuple[redis.Redis, Any]] = {}

@@ -24,7 +24,7 @@ from split_common.transport.base import FULL_RETRY, OUTBOX_BYTES
 from split_common.transport.placement import full
 from split_common.transport.redis.caller import Caller
 from split_common.transport.redis.membership import Registry
-from split_common.transport.redis.server import RECONNECT, RECONNECT_MAX, Command, Line, Refused
+from split_common.transport.redis.server import RECONNECT, RECONNECT_MAX, Command, RedisConnections, Refused
 from split_common.transport.supervised import count_dropped
 
 #: Bytes of messages that the writer's thread adds in one round trip, unless a single one is larger.
@@ -64,7 +64,7 @@ class Writer:
 
     def __init__(
         self,
-        line: Line,
+        line: RedisConnections,
         registry: Registry,
         caller: Caller,
         undelivered: Callable[[headers.Relay], None],

@@ -36,7 +36,7 @@ QUESTIONS = (
 
 def ask(fleet: DemoFleet, prompt: str, checkpoint: str, max_tokens: int, json: bool) -> None:
     """Asks one question from this process; shows the model's parts, and what the broker saw."""
-    from split_common.models.loading import plan
+    from split_common.models.loading import read_spec
     from split_device.cli.tables import parts_table
     from split_device.generation.chat import Conversation
     from split_device.generation.tokenizing import encode_chat, load_tokenizer
@@ -44,7 +44,7 @@ def ask(fleet: DemoFleet, prompt: str, checkpoint: str, max_tokens: int, json: b
     from split_device.models.sizes import parts
 
     tokenizer = load_tokenizer(checkpoint)
-    plan_ = plan(checkpoint)
+    plan_ = read_spec(checkpoint)
     with SplitModelForCausalLM.from_pretrained(checkpoint, broker=fleet.address) as split:
         table = parts(plan_, split.split)
         stderr.print(parts_table(fleet.model, table))
