@@ -198,7 +198,7 @@ def identifier_exists(token: str, known: Names) -> bool:
 
 
 def path_exists(token: str, page: Path, root: Path = ROOT) -> bool:
-    """Whether a path is in the tree, seen from the root, a package or the page. Users' own paths are not looked at."""
+    """Whether a path is in the tree, seen from the root, a package or the page. Users' paths are not looked at."""
     first = token.partition("/")[0]
     ours = {"common", "broker", "worker", "device", "tests", "benchmarks", "docs", "examples", ".ci"}
     if not token.endswith(".py") and not ("/" in token and first in ours):
@@ -322,7 +322,8 @@ def test_what_is_made_up_is_found(text: str) -> None:
 def test_what_is_real_is_not() -> None:
     text = (
         "`split_common.errors.SplitError`, `SplitError`, `SplitError.exit_code`, `LAMBDA_SPLIT_KEYS`, "
-        "`DynamicCache`, `max_tokens`, `tests/tiny.py`, `errors.py`, [the docs](docs/keys.md#make-it), `models/NAME.manifest`, "
+        "`DynamicCache`, `max_tokens`, `tests/tiny.py`, `errors.py`, [the docs](docs/keys.md#make-it), "
+        "`models/NAME.manifest`, "
         "`--keys`, `tcp://HOST:7411`\n```mermaid\nflowchart LR\nsubgraph a\nb[c]\nend\n```\n"
         "<!-- names that are gone -->\n| `split_common.gone` | `split_common.errors` |\n"
         "<!-- end of names that are gone -->"
