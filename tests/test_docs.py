@@ -31,8 +31,7 @@ OTHERS = {
     "pyzmq": "ROUTER_MANDATORY send_multipart recv_multipart",
     "libsodium": "crypto_kx",
     "Redis": "MAXLEN NOMKSTREAM XADD sentinel_password sentinel_username",
-    "the GNU C library": "MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_",
-    "OpenMP": "GOMP_SPINCOUNT OMP_WAIT_POLICY",
+    "glibc and OpenMP": "GOMP_SPINCOUNT MALLOC_TRIM_THRESHOLD_ MALLOC_MMAP_THRESHOLD_ OMP_WAIT_POLICY",
     "HTTP": "Host Origin",
     "Docker": "Dockerfile WORKERS",
     "a placeholder in a command": "NAME WIDTHxHEIGHT",
@@ -193,12 +192,12 @@ def identifier_exists(token: str, known: Names) -> bool:
     if upper and first.startswith("LAMBDA_SPLIT_"):
         return first in known.words
     if camel and first in known.classes:
-        return all(known.has_attribute(cls, name) for cls, name in zip([first, *rest], rest, strict=False))
+        return all(known.has_attribute(cls, name) for cls, name in itertools.pairwise([first, *rest]))
     return first in known.defined or (snake and first in known.words)
 
 
 def path_exists(token: str, page: Path, root: Path = ROOT) -> bool:
-    """Whether a path is in the tree, seen from the root, a package or the page. Users' paths are not looked at."""
+    """Whether a path is in the tree: from the root, a package, or the page. Users' paths are not looked at."""
     first = token.partition("/")[0]
     ours = {"common", "broker", "worker", "device", "tests", "benchmarks", "docs", "examples", ".ci"}
     if not token.endswith(".py") and not ("/" in token and first in ours):
