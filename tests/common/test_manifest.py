@@ -220,7 +220,7 @@ def test_index_stays_in_its_directory(tmp_path: Path, file: str) -> None:
     write_single(tmp_path / "up").joinpath("model.safetensors").rename(tmp_path / "up.safetensors")
     index = {"weight_map": {"embed": file}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match=r"no plain \.safetensors file"):
+    with pytest.raises(ModelError, match=r"not a plain \.safetensors file"):
         Checkpoint.resolve(directory)
 
 

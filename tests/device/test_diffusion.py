@@ -408,9 +408,9 @@ def test_adapters_and_saving_are_refused_by_name(unet: Any, tmp_path: Path) -> N
 
 
 def test_cuts_that_are_none(sdxl: Path, broker: Any, worker: Worker) -> None:
-    with pytest.raises(ConfigError, match="no cut"):
+    with pytest.raises(ConfigError, match="invalid cut"):
         SplitUNet2DConditionModel.from_pretrained(sdxl, broker=broker.address, cut="B")
-    with pytest.raises(ConfigError, match="no codec"):
+    with pytest.raises(ConfigError, match="invalid codec"):
         SplitUNet2DConditionModel.from_pretrained(sdxl, broker=broker.address, codec="int2")
     with pytest.raises(InvalidSplit, match="as many from each end"):
         start_worker(sdxl, broker.address, layers="1:-2")

@@ -189,5 +189,5 @@ def test_what_was_moved_to_another_job_does_not_open(path: Path, tmp_path: Path)
 def test_a_file_that_is_no_store(path: Path) -> None:
     path.parent.mkdir(mode=0o700)
     path.write_bytes(b"no database at all, and long enough to be looked at " * 40)
-    with pytest.raises(ConfigError, match="no store of jobs"):
+    with pytest.raises(ConfigError, match="not a store of jobs"):
         Store(path)

@@ -474,7 +474,7 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
         (["--workers", "0"], "--workers 0 needs --broker"),
         (["--workers", "0", "--broker", "tcp://127.0.0.1:7411"], "needs --model"),
         (["--keys", "somewhere"], "--keys needs --broker"),
-        (["--chaos", "boom"], "invalid fault 'boom'"),
+        (["--chaos", "boom"], "--chaos boom"),
         (["--plot", "/no/such/directory/out.png"], "not a directory"),
         (["--plot", "out.movie"], "of the kinds"),
         (["--transport", "pigeon"], "pigeon"),

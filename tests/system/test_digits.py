@@ -143,7 +143,7 @@ def test_the_demo(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--image", "a seven"], "only one can be had"),
+        (["--image", "a seven"], "give only one of them"),
         (["--image", "-o", "sheet.txt"], "expected a .png file"),
         (["--image", "-o", "/no/such/sheet.png"], "expected a .png file"),
     ],

@@ -203,7 +203,7 @@ def parse_chaos(text: str | None, has_workers: bool, broker: str | None) -> list
     kinds = [kind.strip() for kind in text.split(",") if kind.strip()]
     for kind in kinds if kinds != ["none"] else []:
         if kind not in KINDS:
-            raise ConfigError(f"invalid fault {kind!r} in --chaos: expected {', '.join(KINDS)} or none")
+            raise ConfigError(f"invalid --chaos {kind}: expected {', '.join(KINDS)} or none")
         if kind in impossible:
             raise ConfigError(f"--chaos {kind}: {impossible[kind]}")
     return [] if kinds == ["none"] else list(dict.fromkeys(kinds))
