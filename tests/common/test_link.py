@@ -305,3 +305,18 @@ def test_a_link_can_be_closed_while_a_caller_reads(pair: Pair) -> None:
     closing.result(LATE)
     pair.device.arrived[0].put(7)
     assert caller.result(LATE) == 7
+
+
+def test_a_silent_link_connects_again_though_its_heartbeat_cannot_be_sent(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads all that has arrived first; that the socket could also be written to must not keep it there."""
+    old = pair.link._sock
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.link, "_send_announcement", lambda *_, **__: False)
+        patch.setattr(zmq_link, "SILENCE", 0.0)
+        pair.link.announce()
+        wait_until(lambda: pair.link._sock is not old)
+    pair.link.announce()
+    pair.number(1)
+    assert pair.receive() == 1

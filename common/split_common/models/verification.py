@@ -16,9 +16,16 @@ from split_common.trust.manifest import Manifest, ModelName
 def build_manifest(
     checkpoint: Checkpoint, name: str | None = None, progress: HashProgress | None = None
 ) -> Manifest:
-    """Hash the whole checkpoint; `name` defaults to the checkpoint's.
+    """Hashes the whole checkpoint.
 
-    Raises `KeysError` where `name` is no `ModelName`, else as `Checkpoint.digest`.
+    Args:
+        checkpoint: the model.
+        name: of the model in the fleet; by default the checkpoint's.
+        progress: is called with the number of bytes just hashed, from several threads.
+
+    Raises:
+        KeysError: `name` is not a `ModelName`.
+        ModelError: the checkpoint is malformed.
     """
     name = name or re.sub(r"[^A-Za-z0-9._@+/-]", "-", checkpoint.name)[:96]
     try:
@@ -29,12 +36,20 @@ def build_manifest(
 
 
 def find_manifest(fleet: Fleet, checkpoint: Checkpoint, own_names: Iterable[str]) -> Manifest:
-    """The fleet's manifest of this checkpoint, once the tensors `own_names` are shown to match it.
+    """The fleet's manifest of this checkpoint, which the tensors that are about to be loaded match.
 
-    Of several that match, one of the checkpoint's name is preferred. A loopback fleet without a match hashes
-    the whole checkpoint and keeps the manifest for the processes to come. Raises `KeysError` where a
-    configured fleet has none of this config.json, `TensorMismatch` where it has but a tensor differs, else as
-    `Checkpoint.digest`.
+    Of several that match, one with the checkpoint's name is preferred. A loopback fleet without a match hashes the
+    whole checkpoint, and keeps the manifest for other processes.
+
+    Args:
+        fleet: whose manifests count.
+        checkpoint: the model.
+        own_names: names of the tensors that this side loads; only these are hashed.
+
+    Raises:
+        KeysError: a configured fleet has no manifest with this config.json.
+        TensorMismatch: it has one, but a tensor differs.
+        ModelError: the checkpoint is malformed.
     """
     digests = checkpoint.digest(own_names)
     try:

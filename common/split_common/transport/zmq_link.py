@@ -272,8 +272,10 @@ class ZmqLink:
         old = self._sock
         assert old is not None
         # All that waits is read first: this process itself may have stalled.
-        while self._take_arrived(old):
-            pass
+        known = -1
+        while (received := self.counters["messages_received"]) != known:
+            known = received
+            self._take_arrived(old)
         if self._silent:
             self._connected = time.monotonic()
             with contextlib.suppress(SplitError), self._turn:
