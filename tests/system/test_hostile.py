@@ -543,6 +543,22 @@ def test_replies_that_nobody_acknowledges_give_way(
         bench.deliver(*bench.request(keys[number], number, seq, payloads.Close()))
 
 
+def test_a_fork_into_a_session_that_has_rows_leaks_no_memory(bench: Bench, channel: Channel) -> None:
+    store = bench.worker._body.store
+    assert store is not None
+    before = store.free
+    keys = {number: channel.session_keys(number, 0) for number in (4600, 4601)}
+    for number in keys:
+        bench.deliver(*bench.request(keys[number], number, 0, *step(0)))
+        bench.replies()
+    bench.deliver(*bench.request(keys[4601], 4601, 1, payloads.Fork(4600, 0)))
+    bench.replies()
+    assert store.free < before
+    for number, after in ((4600, 1), (4601, 2)):
+        bench.deliver(*bench.request(keys[number], number, after, payloads.Close()))
+    wait_until(lambda: store.free == before)
+
+
 def test_what_needs_no_forward_keeps_nobody_from_theirs(
     bench: Bench, channel: Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

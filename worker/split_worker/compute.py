@@ -31,7 +31,6 @@ TAKE_IN = 0.1
 #: Seconds after which a device may try a step again that did not fit into memory.
 MEMORY_RETRY = 0.5
 
-
 Step = ScheduledStep[PendingRequest, Any]
 Chunk = ScheduledChunk[PendingRequest, Any]
 

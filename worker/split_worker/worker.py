@@ -38,16 +38,16 @@ from split_worker.sessions import Session, SessionTable
 
 log = logging.getLogger(__name__)
 
-#: Channels whose set-up has begun and not ended; the oldest gives way.
+#: Channels whose set-up has begun and not ended; beyond this the oldest is dropped.
 MAX_HALF_OPEN = 256
 
-#: Seconds that a device has to end a channel's set-up.
+#: Seconds that a device has to complete the set-up of a channel.
 HALF_OPEN_TIMEOUT = 60.0
 
-#: Channels that one device may have; the one that was used least lately gives way.
+#: Channels of one device; beyond this the least recently used one is closed.
 MAX_CHANNELS_PER_DEVICE = 8
 
-#: Channels in all: the worker watches the devices of all of them.
+#: Channels of all devices, each of which the worker watches; beyond this the least recently used one is closed.
 MAX_CHANNELS = headers.MAX_WATCHED
 
 ChannelId = tuple[bytes, int]
@@ -64,7 +64,7 @@ class HalfOpen:
 
 @dataclass
 class Link:
-    """A channel in use, the keys of its control messages, and the highest epoch of each session over it so far."""
+    """A channel in use: the keys of its control messages, and the highest epoch so far of each of its sessions."""
 
     channel: Channel
     control: SessionKeys
@@ -77,12 +77,13 @@ class Worker:
 
     Args:
         body: what to serve.
-        service: the manifest root and range under which it is served.
+        service: the manifest root and the range of layers that the body is offered as.
         model: the model's name, for people.
-        identity, fleet: who this worker is, and whom it trusts.
+        identity: this worker's certificate and keys.
+        fleet: which devices it trusts.
         transport: the queue, not started yet.
         limits: how much to take on; None for the default.
-        on_failure: called, on some thread, when nothing can be computed any more; `check` then says why.
+        on_failure: called, on some thread, if the compute loop fails; `check` then tells why.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Worker:
         #: Names this worker on the queue, and in dead letters.
         self.id = new_peer_id(identity.certificate.name)
         self._half_open: OrderedDict[ChannelId, HalfOpen] = OrderedDict()
-        # The one that was used least lately comes first.
+        # The least recently used one comes first.
         self._links: OrderedDict[ChannelId, Link] = OrderedDict()
         self._lock = threading.RLock()
         self._draining = False
@@ -116,13 +117,13 @@ class Worker:
         self.counters: Counter[str] = self._compute.counters
 
     def facts(self) -> dict[str, float]:
-        """How the worker does, now and on average since its start.
+        """The worker's state now, and its averages since its start.
 
         Returns:
-            `sessions` held; `kv_tokens` and `kv_tokens_used` of its memory, or, of an image model, `held_bytes` of
-            embeddings and steps in parts; `queued_bytes` of requests that wait;
-            `steps`, `tokens`, `forwards` and `evictions` so far; `rows_per_forward`; `queue_ms` that a step waited;
-            `tokens_per_second` while it computed.
+            `sessions` held; `kv_tokens` and `kv_tokens_used` of its memory, or, for an image model, `held_bytes` of
+            embeddings and steps in parts; `queued_bytes` of requests that wait; `steps`, `tokens`, `forwards` and
+            `evictions` so far; `rows_per_forward`; `queue_ms`, how long a step waited; `tokens_per_second` while it
+            computed.
         """
         with self._lock:
             counters = Counter(self.counters)
@@ -138,13 +139,21 @@ class Worker:
         }
 
     def start(self, timeout: float = 10.0) -> None:
-        """Joins the queue. Raises BrokerUnreachable; CertificateError when no device would talk to this worker."""
+        """Joins the queue.
+
+        Args:
+            timeout: seconds to wait for the broker.
+
+        Raises:
+            BrokerUnreachable: it did not answer.
+            CertificateError: the worker's certificate does not let it serve this model.
+        """
         self._verify(self._identity.certificate_bytes, "worker")
         self._transport.start(self, timeout)
         self._compute.start()
 
     def drain(self, timeout: float) -> bool:
-        """Takes no new sessions and waits for those there are; whether all ended within `timeout` seconds."""
+        """Takes no new sessions; whether all open ones end within `timeout` seconds."""
         self._draining = True
         self._transport.announce()
         deadline = time.monotonic() + timeout
@@ -156,12 +165,12 @@ class Worker:
         return False
 
     def stop(self) -> None:
-        """Leaves the queue after the step that is being computed."""
+        """Leaves the queue after the forward that is under way."""
         self._compute.stop()
         self._transport.close()
 
     def check(self) -> None:
-        """Raises WorkerFailed when the compute loop has ended by an error."""
+        """Raises WorkerFailed if the compute loop has failed."""
         if self._compute.failure is not None:
             raise WorkerFailed(
                 f"the compute loop failed by an unforeseen {type(self._compute.failure).__name__} "
@@ -175,7 +184,7 @@ class Worker:
     # --- the transport's thread ----------------------------------------------------------------------------
 
     def announcement(self) -> headers.Announce:
-        """A heartbeat says that the worker computes what it has, not only that its process lives."""
+        """The next heartbeat. It tells that the worker leaves if its compute loop has failed or hangs."""
         with self._lock:
             self._sessions.free_idle()
             self._forget_channels()
@@ -255,7 +264,7 @@ class Worker:
         self._reply(self._links[id_].control, confirmed, payloads.Done())
 
     def _make_room(self, device: bytes) -> None:
-        """Closes what a new channel of a device has to give way."""
+        """Closes a channel if a new one of a device would be too many."""
         own = [id_ for id_ in self._links if id_[0] == device]
         if len(own) >= MAX_CHANNELS_PER_DEVICE:
             self._close_channel(own[0])
@@ -263,7 +272,7 @@ class Worker:
             self._close_channel(next(iter(self._links)))
 
     def _unknown_channel(self, header: headers.Relay, body: bytes) -> None:
-        """Tells a device, as well as one without keys can, that it has to set up a new channel."""
+        """Tells a device to set up a new channel; without keys, this cannot be authenticated."""
         unknown = msgspec.structs.replace(header, to=header.sender, sender=self.id, kind=headers.RelayKind.UNKNOWN)
         self._transport.send(unknown, headers.echo(header, body))
 
@@ -288,7 +297,7 @@ class Worker:
             self._refuse_unopened(link, header, "malformed", f"the channel has no {', '.join(sorted(missing))}")
             return
         if isinstance(request, payloads.Close):
-            # Also when it overtook the session's first request, which must not open the session any more.
+            # It may have overtaken the session's first request, which must then not open the session.
             link.epochs[header.session] = max(header.epoch, link.epochs.get(header.session, 0))
             self._sessions.close(id_)
             self._compute.wake()
@@ -330,7 +339,7 @@ class Worker:
         except Busy:
             self._compute.wake()
             raise
-        # Never again: a second session under these keys would repeat nonces.
+        # The epoch is not accepted again: a second session under its keys would repeat nonces.
         link.epochs[header.session] = header.epoch
         return session
 
@@ -340,7 +349,7 @@ class Worker:
         return store.free_tokens - reserved if store is not None else None
 
     def _end_epochs(self, link: Link, header: headers.Relay) -> None:
-        """Frees what a device's session had here in earlier epochs, whose requests are not taken any more."""
+        """Closes a device's session of earlier epochs, whose requests are refused from now on."""
         for id_, other in self._links.items():
             known = other.epochs.get(header.session, -1)
             if id_[0] == header.sender and other.channel.peer == link.channel.peer and known < header.epoch:
@@ -351,7 +360,7 @@ class Worker:
     def _refuse_unopened(
         self, link: Link, header: headers.Relay, reason: str, message: str, retry_after: float = 0.0
     ) -> None:
-        """Refuses a request of a session that has no keys in use, under the channel's control keys."""
+        """Refuses a request outside its session, under the channel's control keys."""
         self.counters[f"refused_{reason}"] += 1
         refusal = payloads.Refusal(reason, message, retry_after, header.session, header.epoch, header.seq)  # type: ignore[arg-type]
         self._reply(link.control, msgspec.structs.replace(header, session=0, epoch=0, seq=0), refusal)
@@ -362,7 +371,7 @@ class Worker:
         self._compute.wake()
 
     def _forget_channels(self) -> None:
-        """Closes channels that nobody uses, and those of devices that are revoked or whose certificate ran out."""
+        """Closes unused channels, and those of devices that are revoked or whose certificate has expired."""
         now = time.monotonic()
         roster = self._fleet.roster()
         for id_, half in list(self._half_open.items()):

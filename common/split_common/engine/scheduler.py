@@ -53,7 +53,7 @@ Request = TypeVar("Request")
 
 
 def is_prefill(tokens: int) -> bool:
-    """Whether a step of so many tokens is prefill, not decoding."""
+    """Whether a step of this many tokens is prefill; if not, it is decoding."""
     return tokens > DECODE_TOKENS
 
 
@@ -173,7 +173,7 @@ class BatchDelay:
 
 
 class Scheduler(Generic[Request, R]):
-    """Steps that wait and steps that run. It calls nobody. Not thread-safe: one thread computes.
+    """Steps that wait and steps that run. It has no callbacks. Not thread-safe: one thread computes.
 
     Args:
         store: the sequences' memory; None if steps take no memory.
