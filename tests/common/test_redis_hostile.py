@@ -16,6 +16,7 @@ import tiny
 from split_common.errors import SplitError
 from split_common.protocol import headers
 from split_common.transport import new_peer_id
+from split_common.transport.redis import keeper
 from split_common.transport.redis.key_names import GROUP, Keys
 from valkeys import Valkey, running_valkey
 from wiretap import LATE, Setting, run_steps, step, wait_until
@@ -123,6 +124,8 @@ def flood(server: Valkey, stream: str, entries: Callable[[], Fields]) -> None:
 def test_thousands_of_bad_entries_change_nothing(
     setting: Setting, server: Valkey, victim: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # On a busy machine, what is late is not removed unread either.
+    monkeypatch.setattr(keeper, "OPEN_PATIENCE", 600.0)
     keys = Keys(setting.fleet.operator_key)
     with setting.worker(server.address) as worker, setting.client(server.address) as client:
         links = {"worker": worker._transport, "device": client.transport, "opens": worker._transport}
@@ -140,7 +143,7 @@ def test_thousands_of_bad_entries_change_nothing(
             assert pool.submit(run_steps, client, STEPS).result(LATE) == expected
             flooding.result(LATE)
         assert len(spoiler.kinds) == 9
-        wait_until(lambda: server.client().xlen(stream) == 0, 60.0)
+        wait_until(lambda: server.client().xlen(stream) == 0)
         assert run_steps(client, STEPS) == expected
         assert worker.counters["steps"] == steps + 2 * (STEPS + 1)
         counters = link.counters + client.counters
