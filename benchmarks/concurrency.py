@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bandwidth import SHAPES, decode
-from benchmarks.harness import arguments, checkpoint, fleet, note, report
+from benchmarks.harness import arguments, checkpoint, fleet, generate_greedily, note, report
 from split_common.system.process import passive_threads
 
 PROMPT_TOKENS = 64
@@ -132,14 +132,7 @@ def _generate(model: Any) -> float:
 
     prompt = torch.randint(100, model.config.vocab_size, (1, PROMPT_TOKENS))
     began = time.perf_counter()
-    model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        min_new_tokens=NEW_TOKENS,
-        max_new_tokens=NEW_TOKENS,
-        pad_token_id=0,
-    )
+    generate_greedily(model, prompt, NEW_TOKENS)
     return NEW_TOKENS / (time.perf_counter() - began)
 
 

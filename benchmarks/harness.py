@@ -41,6 +41,20 @@ def prompt(vocabulary: int, tokens: int) -> Any:
     return torch.randint(first, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
 
 
+def generate_greedily(model: Any, ids: Any, tokens: int) -> Any:
+    """Generates exactly `tokens` tokens greedily after a prompt `[1, tokens]`; returns prompt and answer."""
+    import torch
+
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        pad_token_id=0,
+    )
+
+
 def report(results: dict[str, Any], as_json: bool, title: str) -> None:
     """Prints the results as a table, or as one line of JSON."""
     if as_json:

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.harness import arguments, checkpoint, fleet, note, prompt, report
+from benchmarks.harness import arguments, checkpoint, fleet, generate_greedily, note, prompt, report
 
 PROMPT_TOKENS = 64
 NEW_TOKENS = 64
@@ -81,17 +81,7 @@ def _measure(role: str, model: Path, broker: str) -> int:
 
 
 def _generate(model: Any) -> None:
-    import torch
-
-    ids = prompt(model.config.vocab_size, PROMPT_TOKENS)
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        min_new_tokens=NEW_TOKENS,
-        max_new_tokens=NEW_TOKENS,
-        pad_token_id=0,
-    )
+    generate_greedily(model, prompt(model.config.vocab_size, PROMPT_TOKENS), NEW_TOKENS)
 
 
 if __name__ == "__main__":

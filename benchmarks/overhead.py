@@ -6,7 +6,7 @@ import statistics
 import time
 from typing import Any
 
-from benchmarks.harness import arguments, checkpoint, counted, fleet, note, prompt, report
+from benchmarks.harness import arguments, checkpoint, counted, fleet, generate_greedily, note, prompt, report
 from split_common.system.process import passive_threads
 from split_device.stress.proxy import Proxy
 
@@ -30,14 +30,7 @@ def main() -> None:
     ids = prompt(unsplit.config.vocab_size, PROMPT_TOKENS)
 
     def generate(which: Any, tokens: int = NEW_TOKENS) -> Any:
-        return which.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            min_new_tokens=tokens,
-            max_new_tokens=tokens,
-            pad_token_id=0,
-        )
+        return generate_greedily(which, ids, tokens)
 
     with fleet(model, "2:-2", "--dtype", "float32") as (address, _):
         with SplitModelForCausalLM.from_pretrained(model, broker=address, dtype="float32") as split:

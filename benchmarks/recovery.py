@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import arguments, checkpoint, note, prompt, queue_server, report
+from benchmarks.harness import arguments, checkpoint, generate_greedily, note, prompt, queue_server, report
 from benchmarks.workers import Workers
 from split_common.system.process import passive_threads
 
@@ -56,7 +56,7 @@ def _measure(transport: str, model: Path, options: argparse.Namespace) -> dict[s
     torch.set_num_threads(1)
     unsplit = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     ids = prompt(unsplit.config.vocab_size, PROMPT_TOKENS)
-    wanted = _generate(unsplit, ids)
+    wanted = generate_greedily(unsplit, ids, NEW_TOKENS)
     del unsplit
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
         address = stack.enter_context(queue_server(transport, Path(directory)))
@@ -69,7 +69,7 @@ def _measure(transport: str, model: Path, options: argparse.Namespace) -> dict[s
 
         def decode() -> None:
             while not stop.is_set():
-                outputs.append(_generate(split, ids))
+                outputs.append(generate_greedily(split, ids, NEW_TOKENS))
 
         decoding = threading.Thread(target=decode)
         decoding.start()
@@ -84,19 +84,6 @@ def _measure(transport: str, model: Path, options: argparse.Namespace) -> dict[s
         results[f"{key}_p50"] = round(statistics.median(values), 1)
         results[f"{key}_p99"] = round(values[-(-99 * len(values) // 100) - 1], 1)
     return results
-
-
-def _generate(model: Any, ids: Any) -> Any:
-    import torch
-
-    return model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        min_new_tokens=NEW_TOKENS,
-        max_new_tokens=NEW_TOKENS,
-        pad_token_id=0,
-    )
 
 
 def _kill(workers: Workers, watch: Watch, transport: str, number: int) -> Kill:
