@@ -71,7 +71,9 @@ def using(name: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def running_broker() -> Iterator[Broker | Valkey]:
-    """A broker in this process, or a Valkey server."""
+    """A broker in this process, or a Valkey server. Raises ValueError for another transport than `TRANSPORTS`."""
+    if transport not in TRANSPORTS:
+        raise ValueError(f"unknown transport {transport!r}: expected one of {', '.join(TRANSPORTS)}")
     if transport == "redis":
         with running_valkey() as server:
             yield server

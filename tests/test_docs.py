@@ -28,12 +28,12 @@ OTHERS = {
     "torch": "varlen_attn",
     "transformers": "DynamicCache GenerationConfig generate_batch key_mapping scale_attn_by_inverse_layer_idx",
     "diffusers": "load_ip_adapter",
-    "pyzmq": "ROUTER_MANDATORY send_multipart recv_multipart",
+    "pyzmq": "AuthenticationThread ROUTER_MANDATORY send_multipart recv_multipart",
     "libsodium": "crypto_kx",
     "Redis": "MAXLEN NOMKSTREAM XADD sentinel_password sentinel_username",
     "glibc and OpenMP": "GOMP_SPINCOUNT MALLOC_TRIM_THRESHOLD_ MALLOC_MMAP_THRESHOLD_ OMP_WAIT_POLICY",
     "HTTP": "Host Origin",
-    "Docker": "Dockerfile WORKERS",
+    "Docker": "Dockerfile RUN_AS WORKERS",
     "a placeholder in a command": "NAME WIDTHxHEIGHT",
 }
 OTHERS_NAMES = {name for names in OTHERS.values() for name in names.split()}

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from split_common.cli.options import BrokerOption, FleetOption, IpAdapterOption, JsonOption, KeysOption
+from split_common.cli.options import QUEUE_PANEL, FleetOption, IpAdapterOption, JsonOption, KeysOption
 from split_common.cli.redis_acl import redis_acl
 from split_common.errors import ConfigError, KeysError
 from split_common.models.checkpoint import Checkpoint
@@ -26,6 +26,16 @@ from split_common.trust.manifest import Manifest
 
 keys_app = typer.Typer(no_args_is_help=True)
 
+RedisOption = Annotated[
+    str,
+    typer.Option(
+        "--broker",
+        metavar="ADDRESS",
+        envvar="LAMBDA_SPLIT_BROKER",
+        rich_help_panel=QUEUE_PANEL,
+        help="Address of the Redis or Valkey server.",
+    ),
+]
 DaysOption = Annotated[
     int, typer.Option(min=1, max=36_500, metavar="N", help="How many days the certificates are valid.")
 ]
@@ -153,7 +163,7 @@ def revoke(
 
 
 @keys_app.command()
-def publish(broker: BrokerOption, keys: KeysOption = None, json: JsonOption = False) -> None:
+def publish(broker: RedisOption, keys: KeysOption = None, json: JsonOption = False) -> None:
     """Store the roster in Redis, where all members follow within seconds. A ZeroMQ broker serves its own."""
     address = parse_address(broker)
     if not is_redis(address):

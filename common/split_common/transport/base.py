@@ -2,9 +2,7 @@
 
 A transport moves messages (`split_common.protocol.headers`) between the peers of a fleet and says when peers die.
 It may lose, repeat, delay and reorder messages, and does not read them: sessions number, acknowledge and repeat
-what they send, and seal it. To add one, write a class that keeps the promises of `Transport`, choose it by its
-address in `split_common.transport.links.connect`, add it to `TRANSPORTS` in tests/fleet.py, and run the tests that
-take the fixture `transport`.
+what they send, and seal it. docs/architecture/transport.md has the steps for adding one.
 
 What a transport promises:
 

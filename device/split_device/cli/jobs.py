@@ -117,7 +117,7 @@ def cancel(job: JobArgument, store_key: StoreKeyOption = None, json: JsonOption 
 
 @app.command()
 def retry(job: JobArgument, store_key: StoreKeyOption = None, json: JsonOption = False) -> None:
-    """Resume a failed or cancelled job where it stopped."""
+    """Queue a failed or cancelled job again: a text continues where it stopped, an image starts over."""
     _change(job, store_key, json, Store.retry)
 
 

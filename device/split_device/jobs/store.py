@@ -275,7 +275,7 @@ class Store:
             return self.get(id_)
 
     def retry(self, id_: str) -> Job:
-        """Queues a failed or cancelled job to continue where it stopped.
+        """Queues a failed or cancelled job again: a text continues where it stopped, an image starts over.
 
         Raises:
             UnknownJob: there is no such job.
