@@ -41,11 +41,18 @@ generating: CallContext[Generating] = CallContext("generate")
 class RemoteBody(PassThrough):
     """The layer in the body's first slot. Refuses, by name and before anything is sent, what cannot be split."""
 
-    def attach(self, client: Client, split: Split, traits: Traits) -> None:
-        """Tells it whom to call, the body's layers, and their traits."""
+    def attach(self, client: Client, split: Split, traits: Traits, history_memory: int) -> None:
+        """Sets what a forward needs.
+
+        Args:
+            client: opens sessions.
+            split, traits: the body's layers, and what they are like.
+            history_memory: bytes of each session's history that stay in memory.
+        """
         self._client = client
         self._split = split
         self._traits = traits
+        self._history_memory = history_memory
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         context = forwarding.get() or StepContext()
@@ -79,7 +86,7 @@ class RemoteBody(PassThrough):
             positions = context.positions
             if context.mask is None and positions is not None and bool((positions.diff() != 1).any()):
                 raise UnsupportedFeature("packed sequences cannot be split: pass them as rows of a batch")
-            session = SessionCacheLayer(self._client, self._traits)
+            session = self._new_session(None)
             try:
                 yield session
             finally:
@@ -98,12 +105,15 @@ class RemoteBody(PassThrough):
         session = cache.layers[split.first]
         if not isinstance(session, SessionCacheLayer):
             windows = [getattr(cache.layers[index], "sliding_window", None) for index in split.body]
-            session = SessionCacheLayer(self._client, self._traits, windows[0])
+            session = self._new_session(windows[0])
             if (scope := generating.get()) is not None and scope.body is self:
                 scope.sessions.append(session)
             others = [BodyLayer(session, window) for window in windows[1:]]
             cache.layers[split.first : split.last] = [session, *others]
         return session
+
+    def _new_session(self, window: int | None) -> SessionCacheLayer:
+        return SessionCacheLayer(self._client, self._traits, window, self._history_memory)
 
     def _take_back(self, cache: Cache, tokens: int) -> None:
         """Undoes what the head's layers have cached of a step that failed, so that it may be tried again."""

@@ -19,6 +19,7 @@ from split_common.models.tensors import dtype_name, raw_bytes, to_bytes
 from split_common.protocol import payloads
 from split_device.sessions.chunks import ChunkRequest, cut
 from split_device.sessions.client import Client
+from split_device.sessions.connection import HISTORY_MEMORY
 from split_device.sessions.distinct import distinct
 from split_device.sessions.history import History
 from split_device.sessions.resilient import ResilientSession
@@ -122,16 +123,20 @@ class SessionCacheLayer(BodyLayer):
         client: opens the session when the first step is sent.
         traits: of the body.
         window: of the first slot, see `BodyLayer`.
-        history_memory: bytes of history that stay in memory; None takes the client's.
+        history_memory: bytes of history that stay in memory; the rest is spilled.
     """
 
     def __init__(
-        self, client: Client, traits: Traits, window: int | None = None, history_memory: int | None = None
+        self,
+        client: Client,
+        traits: Traits,
+        window: int | None = None,
+        history_memory: int = HISTORY_MEMORY,
     ) -> None:
         super().__init__(None, window)
         self.client = client
         self._session = ResilientSession(client)
-        self._history_memory = client.history_memory if history_memory is None else history_memory
+        self._history_memory = history_memory
         self._traits = traits
         #: Which columns hold tokens and not padding, bool `[batch, columns]`; None before the first step.
         self._columns: torch.Tensor | None = None

@@ -40,8 +40,10 @@ class SplitParts:
     split: Split
     stack: LayerStack
     traits: Traits
-    #: Positions that a sequence may have.
+    #: Most positions of a sequence.
     max_positions: int
+    #: Bytes of each session's history that stay in memory.
+    history_memory: int
 
 
 class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
@@ -88,31 +90,30 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         """
         connection = Connection.of(connection, fields)
         device = Endpoint.find(connection.broker, connection.keys, connection.member)
-        plan_ = read_spec(str(name_or_path), revision)
-        split = Split.from_head_tail(plan_.layers, head_layers, tail_layers)
-        manifest = find_manifest(device.fleet, plan_.checkpoint, plan_.own_tensors(split, "device"))
+        spec = read_spec(str(name_or_path), revision)
+        split = Split.from_head_tail(spec.layers, head_layers, tail_layers)
+        manifest = find_manifest(device.fleet, spec.checkpoint, spec.own_tensors(split, "device"))
         model: Self
-        model, stack = load_part(plan_, split, "device", dtype=parse_dtype(dtype), bases=(cls,), fill=RemoteBody)
+        model, stack = load_part(spec, split, "device", dtype=parse_dtype(dtype), bases=(cls,), fill=RemoteBody)
         model.name_or_path = model.config.name_or_path = str(name_or_path)
-        model.generation_config = generation_config(plan_) or model.generation_config
+        model.generation_config = generation_config(spec) or model.generation_config
         client = device.join(
             manifest,
             split,
             dtype_name(model.dtype),
             timeout=connection.timeout,
             patience=connection.patience,
-            history_memory=connection.history_memory,
             step_timeout=connection.step_timeout,
         )
-        model._join(client, stack, split)
+        model._join(client, stack, split, connection.history_memory)
         return model
 
-    def _join(self, client: Client, stack: LayerStack, split: Split) -> None:
+    def _join(self, client: Client, stack: LayerStack, split: Split, history_memory: int) -> None:
         self._belong(client, split)
         windowed = is_windowed(self.config.get_text_config(decoder=True), split.body)
         traits = Traits(windowed or not stack.takes_positions, stack.positions_interact)
-        self.split_parts = SplitParts(client, split, stack, traits, stack.max_positions)
-        self._body.attach(client, split, traits)
+        self.split_parts = SplitParts(client, split, stack, traits, stack.max_positions, history_memory)
+        self._body.attach(client, split, traits, history_memory)
         self.generation_config.cache_implementation = None
         #: Names of what the stack's owner may be handed without a name, in its order.
         _, *self._stack_arguments = inspect.signature(inspect.unwrap(type(stack.owner).forward)).parameters

@@ -21,7 +21,7 @@ from split_common.errors import (
 )
 from split_device.sessions.client import Client
 from split_device.sessions.dead_letters import DeadLetter, record
-from split_device.sessions.session import CHECK_INTERVAL, GIVEN_UP, RemoteSession, Reply
+from split_device.sessions.session import ABANDONED, CHECK_INTERVAL, RemoteSession, Reply
 
 #: Seconds to wait before a lost session is opened again.
 RETRY_AFTER = 0.1
@@ -225,7 +225,7 @@ class ResilientSession:
     def _check(self) -> None:
         """Raises SessionLost once the session was abandoned."""
         if self._abandoned:
-            raise SessionLost(GIVEN_UP)
+            raise SessionLost(ABANDONED)
 
     def _pause(self, seconds: float) -> None:
         """Sleeps, but ends soon when the session is abandoned."""

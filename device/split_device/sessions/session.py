@@ -55,7 +55,7 @@ Reply = tuple[payloads.AnyReply, memoryview]
 GONE = "the worker that held the session is gone"
 
 #: Error message: the caller abandoned the session.
-GIVEN_UP = "the session was given up"
+ABANDONED = "the session was given up"
 
 
 @dataclass
@@ -234,7 +234,7 @@ class RemoteSession:
 
     def interrupt(self) -> None:
         """Makes the call under way, or the next one, end by `SessionLost`. Any thread may call it."""
-        self.events.put(SessionLost(GIVEN_UP))
+        self.events.put(SessionLost(ABANDONED))
 
     def resend(self) -> None:
         """Sends again what has not been answered."""
