@@ -14,7 +14,7 @@ from split_device.generation.request import Generation
 from split_device.generation.sampling import Sampler
 from split_device.models.cache import SessionCacheLayer, StepContext
 
-#: What became of a step: states `[tokens, width]`, or an error.
+#: The outcome of a step: states `[tokens, width]`, or an error.
 Outcome = torch.Tensor | Exception
 
 

@@ -47,8 +47,8 @@ class Generator:
     """Generates for many requests at once; a context manager. `close` ends its thread. Any thread may use it.
 
     Args:
-        model: a model made by `SplitModelForCausalLM.from_pretrained`. It may be used otherwise at the same time,
-            and stays open when the generator is closed.
+        model: a model made by `SplitModelForCausalLM.from_pretrained`. Other code may use it at the same
+            time. It stays open when the generator is closed.
         limits: how much runs at once.
         max_requests, kv_memory: instead of the limits' `requests` and `kv_memory`.
 
@@ -72,7 +72,7 @@ class Generator:
         self._max_requests = max_requests
         self._layers = LocalLayers(model, kv_memory if kv_memory is not None else KV_MEMORY)
         self._head, self._tail = Stage(self._layers.head), Stage(self._layers.tail)
-        #: Calls that other threads want made on the loop's thread.
+        #: Calls from other threads, to be made on the loop's thread.
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._admission = Admission(self._head, self._tail, max_requests)
         self._active: dict[Generation, ActiveRequest] = {}
@@ -241,9 +241,9 @@ class Generator:
             ]
             states = self._layers.embed([token for part in tokens for token in part], positions)
             by_request = torch.split(states, [*map(len, tokens)])
-            for request, begin, mine in zip(requests, begins, by_request, strict=True):
-                request.head_tokens += len(mine)
-                self._head.add(request, request.sequences[0], begin, mine)
+            for request, begin, part in zip(requests, begins, by_request, strict=True):
+                request.head_tokens += len(part)
+                self._head.add(request, request.sequences[0], begin, part)
 
     def _run_head(self) -> None:
         for request, outcome in self._forward("head", self._head):
@@ -359,7 +359,7 @@ class Generator:
         self._inbox.put(cancel)
 
     def _end(self, request: ActiveRequest, outcome: FinishReason | BaseException | None) -> None:
-        """Frees all that a request has. Without an outcome, its generation goes on: it will begin again."""
+        """Frees everything that a request holds. With no outcome, its generation stays open: it begins again."""
         if request.ended:
             return
         request.ended = True

@@ -99,7 +99,7 @@ class Sampler:
 
 
 def _prepared(model: Any, given: GenerationConfig, prompt: int) -> Any:
-    """The configuration as `generate` completes it."""
+    """The configuration as `generate` completes it. Raises UnsupportedFeature and ConfigError, see `Sampler`."""
     try:
         config = complete_config(model, given)
         mode = config.get_generation_mode()

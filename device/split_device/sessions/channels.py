@@ -182,7 +182,7 @@ class Channels:
         """Sets up a channel. Each message is repeated until it is answered, because it or the answer may be lost.
 
         Args:
-            distrusted: is told of a worker with a wrong certificate.
+            distrusted: gets the worker's id and the error, if its certificate is wrong.
 
         Raises:
             Busy: all workers are full, none answered in time, or the worker's certificate is wrong: try again.
