@@ -32,7 +32,7 @@ from split_common.transport import Transport
 from split_common.trust.keys import Roster
 from split_device.sessions.timings import StepTimings
 
-#: Seconds without a reply after which a request is sent again; doubles each time, up to the second.
+#: Seconds without a reply after which a request is sent again; doubles each time, up to MAX_RETRANSMIT.
 RETRANSMIT = 3.0
 MAX_RETRANSMIT = 10.0
 
