@@ -464,7 +464,7 @@ class World:
         self.workers.append(worker)
         link.join(worker)
 
-    def start_client(self, history_memory: int) -> Client:
+    def start_client(self) -> Client:
         identity = self.fleet.identity("device")
         link = Link(self, "device-1")
         client = Client(
@@ -476,7 +476,6 @@ class World:
             "float32",
             timeout=30.0,
             patience=60.0,
-            history_memory=history_memory,
             step_timeout=self.random.choice([20.0, 60.0]),
         )
         client.start()

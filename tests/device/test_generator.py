@@ -28,7 +28,7 @@ from wiretap import LATE, wait_until
 
 pytestmark = pytest.mark.usefixtures("patient_queue")
 
-#: Of several kinds: windows, experts, biases, positions of its own, attention that cannot be packed.
+#: Architectures with sliding windows, experts, biases, their own positions, and attention that cannot be packed.
 ARCHITECTURES = ["llama", "qwen2_sw", "gemma2", "gpt2", "gpt_neox", "qwen3_moe", "falcon", "bloom", "opt", "ctrl"]
 
 
@@ -187,7 +187,7 @@ def test_workers_that_are_killed(llama: Path, unsplit: Any) -> None:
         assert model.traffic["replays"] > 0
 
 
-def test_cancelled_ones_disturb_nobody_and_leave_nothing(llama: Path, unsplit: Any) -> None:
+def test_cancelled_requests_disturb_no_other_and_leave_nothing(llama: Path, unsplit: Any) -> None:
     asked = [Request(prompt, greedy(40)) for prompt in prompts(20)]
     with running_broker() as broker, joined(broker.address, llama) as (model, worker):
         with Generator(model, max_requests=12) as generator:
@@ -210,8 +210,8 @@ def test_cancelled_ones_disturb_nobody_and_leave_nothing(llama: Path, unsplit: A
                 else:
                     assert tokens == wanted
             assert any(generation.finish_reason == "cancelled" for generation in generations)
-            assert generator._ends.head.store.free_tokens == generator._ends.head.store.capacity
-            assert generator._ends.tail.store.free_tokens == generator._ends.tail.store.capacity
+            assert generator._layers.head.store.free_tokens == generator._layers.head.store.capacity
+            assert generator._layers.tail.store.free_tokens == generator._layers.tail.store.capacity
         wait_until(lambda: not len(worker._sessions))
 
 
@@ -276,11 +276,11 @@ def test_a_higher_priority_goes_first(split: Any) -> None:
     assert order[0] == "urgent"
 
 
-def test_a_stream_of_urgent_requests_holds_nobody_back_for_good(
+def test_a_stream_of_urgent_requests_delays_others_only_for_a_while(
     split: Any, unsplit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is always one that waits for its first token: each that has it is followed by another."""
-    monkeypatch.setattr("split_device.generation.generator.HOLD", 0.2)
+    monkeypatch.setattr("split_device.generation.first_tokens.MAX_DELAY", 0.2)
     low = Request([5, 17, 33], greedy(4))
     enough = threading.Event()
     with Generator(split, max_requests=16) as generator:
@@ -298,10 +298,8 @@ def test_a_stream_of_urgent_requests_holds_nobody_back_for_good(
             enough.set()
 
 
-def test_a_low_priority_waits_for_nobody_who_is_not_there(
-    split: Any, unsplit: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("split_device.generation.generator.HOLD", 600.0)
+def test_a_low_priority_alone_is_not_delayed(split: Any, unsplit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("split_device.generation.first_tokens.MAX_DELAY", 600.0)
     request = Request([5, 17, 33], greedy(10), priority=-1)
     with Generator(split) as generator:
         assert generator.submit(request).result(LATE) == alone(unsplit, request)
@@ -339,7 +337,7 @@ def test_memory_for_a_few_at_a_time(split: Any, unsplit: Any) -> None:
     asked = [Request(prompt, greedy(10)) for prompt in prompts(10)]
     # Two layers at each end, of two heads with 8 channels: 4 pages of 16 tokens.
     with Generator(split, kv_memory=4 * 16 * 4 * 2 * 2 * 8 * 4) as generator:
-        assert generator._ends.capacity == 64
+        assert generator._layers.capacity == 64
         generations = [generator.submit(request) for request in asked]
         assert [each.result(LATE) for each in generations] == [alone(unsplit, request) for request in asked]
         with pytest.raises(PromptTooLong, match="memory"):
@@ -349,7 +347,7 @@ def test_memory_for_a_few_at_a_time(split: Any, unsplit: Any) -> None:
 def test_those_that_find_no_room_on_the_worker_begin_again(
     llama: Path, unsplit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("split_device.generation.generator.NO_ROOM_RETRY", 0.05)
+    monkeypatch.setattr("split_device.generation.admission.NO_ROOM_RETRY", 0.05)
     asked = [Request(prompt, greedy(20)) for prompt in prompts(8)]
     with running_broker() as broker:
         worker = start_worker(llama, broker.address, limits=WorkerLimits(max_sessions=2))
@@ -359,11 +357,11 @@ def test_those_that_find_no_room_on_the_worker_begin_again(
                 Generator(model) as generator,
             ):
                 waits: list[Any] = []
-                enqueue = generator._enqueue
-                monkeypatch.setattr(generator, "_enqueue", lambda *each: (waits.append(each[0]), enqueue(*each)))
+                add = generator._admission.add
+                monkeypatch.setattr(generator._admission, "add", lambda *each: (waits.append(each[0]), add(*each)))
                 generations = [generator.submit(request) for request in asked]
                 assert [each.result(LATE) for each in generations] == [alone(unsplit, request) for request in asked]
-            # Eight came, of whom six had to wait; none of them in a session's own patience.
+            # Of eight requests six had to wait, none of them inside a session.
             assert len(waits) > len(asked)
         finally:
             worker.stop()
@@ -436,7 +434,7 @@ def test_closing_cancels(split: Any) -> None:
         generator.submit(Request([5], greedy(2)))
 
 
-def test_nobody_serves_the_body(llama: Path) -> None:
+def test_no_worker_serves_the_body(llama: Path) -> None:
     with (
         running_broker() as broker,
         SplitModelForCausalLM.from_pretrained(llama, broker=broker.address) as model,

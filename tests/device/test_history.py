@@ -1,4 +1,4 @@
-"""What a session has sent: it can be had back, in bounded memory, and nobody else can read it."""
+"""A session's history: it can be replayed, its memory is bounded, and no other process can read it."""
 
 from __future__ import annotations
 

@@ -213,8 +213,8 @@ def test_a_loaded_model_keeps_to_them(checkpoint: Path) -> None:
     with running_command(["broker", "--bind", "tcp://127.0.0.1:*"]) as (_, broker):
         connection = Connection(broker["address"], step_timeout=7.0, history_memory=2 * 1024**2)
         with models.Models(connection, Limits(requests=3)) as loaded:
-            client = loaded.get(ModelChoice(name=str(checkpoint))).model._client
-            assert (client.step_timeout, client.history_memory) == (7.0, 2 * 1024**2)
+            parts = loaded.get(ModelChoice(name=str(checkpoint))).model.split_parts
+            assert (parts.client.step_timeout, parts.history_memory) == (7.0, 2 * 1024**2)
 
 
 # --- from Python -------------------------------------------------------------------------------------------

@@ -338,8 +338,8 @@ def test_worker_refuses_positions_beyond_the_models(model: Model) -> None:
     session.close()
 
 
-def test_session_of_a_refused_step_is_made_anew(headless: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a prefill in chunks some may have run before the refusal: going on there could give wrong tokens."""
+def test_session_of_a_refused_step_is_opened_again(headless: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some chunks of a prefill may have run before the refusal: to continue there could give wrong tokens."""
     cache = DynamicCache()
     with torch.no_grad():
         headless(PROMPT, past_key_values=cache)

@@ -46,7 +46,7 @@ class Client:
         self.model = "tiny"
         self.refusals = list(refusals)
         self.opened: list[Remote] = []
-        #: Of each try to open a session: the workers to avoid, and the epoch.
+        #: For each attempt to open a session: the workers to avoid, and the epoch.
         self.asked: list[tuple[list[bytes], int]] = []
 
     def new_number(self) -> int:
@@ -70,13 +70,13 @@ class Work:
         self.is_new = is_new
         self.log: list[tuple[str, int]] = []
 
-    def replay(self, remote: Any, _step: str) -> None:
-        self.log.append(("replay", remote.worker[0]))
-        self._end(remote, next(self.replays, None))
+    def replay(self, session: Any, _step: str) -> None:
+        self.log.append(("replay", session.worker[0]))
+        self._end(session, next(self.replays, None))
 
-    def send(self, remote: Any, step: str) -> list[Any]:
-        self.log.append((step, remote.worker[0]))
-        self._end(remote, next(self.sends))
+    def send(self, session: Any, step: str) -> list[Any]:
+        self.log.append((step, session.worker[0]))
+        self._end(session, next(self.sends))
         return [step]
 
     def is_spoilt(self, step: str) -> bool:
@@ -86,9 +86,9 @@ class Work:
         return 1, 2, 3
 
     @staticmethod
-    def _end(remote: Remote, outcome: Outcome) -> None:
+    def _end(session: Remote, outcome: Outcome) -> None:
         if outcome is not None:
-            remote.ended = isinstance(outcome, SessionLost)
+            session.ended = isinstance(outcome, SessionLost)
             raise outcome
 
 
@@ -185,7 +185,7 @@ def test_a_slow_worker_is_left_once_in_a_step() -> None:
     client = Client()
     session = session_of(client)
     session.call(Work(WorkerSlow("slow"), None), "one")
-    assert [remote.patient for remote in client.opened] == [False, True]
+    assert [session.patient for session in client.opened] == [False, True]
     session.call(Work(None), "two")
     assert not client.opened[-1].patient
 
@@ -214,8 +214,8 @@ def test_deaths_count_by_the_steps_that_share_the_blame(held: int, in_replay: bo
 
 
 def test_a_workers_death_is_noted_once() -> None:
-    blame, remote = Blame(), Remote(1)
-    noted = [blame.note(WorkerGone("gone"), remote, sent=True) for _ in range(MAX_DEATHS)]  # type: ignore[arg-type]
+    blame, session = Blame(), Remote(1)
+    noted = [blame.note(WorkerGone("gone"), session, sent=True) for _ in range(MAX_DEATHS)]  # type: ignore[arg-type]
     assert noted == [True, False, False, False]
     assert (blame.deaths, blame.workers, blame.is_enough) == (1.0, ["worker-1"], False)
 

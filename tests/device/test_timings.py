@@ -92,7 +92,7 @@ def test_a_neighbour_does_not_change_a_steps_timings(
     assert seconds["queue"] + seconds["body"] + seconds["worker"] == pytest.approx(202.0)
 
 
-def test_each_step_is_counted_once_whoever_takes_it(model: Any) -> None:
+def test_each_step_is_counted_once_whatever_thread_takes_it(model: Any) -> None:
     """A generator runs head and tail by itself: its steps are those of the body alone."""
     model.timings.reset()
     with Generator(model) as generator:

@@ -46,8 +46,9 @@ from split_common.trust.fleet import load_fleet
 from split_common.trust.keys import ModelScope
 from split_device import SplitModelForCausalLM
 from split_device.models.cache import SessionCacheLayer, StepContext, Traits
-from split_device.sessions import client as client_module
+from split_device.sessions import channels as channels_module
 from split_device.sessions import session as session_module
+from split_device.sessions.connection import PATIENCE
 from split_worker import worker as worker_module
 from split_worker.limits import WorkerLimits
 from split_worker.worker import Worker
@@ -187,7 +188,7 @@ def test_any_message_may_be_lost(
 ) -> None:
     # A new broker makes a device send again at once; without one, time does.
     monkeypatch.setattr(session_module, "RETRANSMIT", 60.0 if restart else 0.3)
-    monkeypatch.setattr(client_module, "SET_UP_RETRANSMIT", 0.3)
+    monkeypatch.setattr(channels_module, "SET_UP_RETRANSMIT", 0.3)
     dropped = threading.Event()
 
     def drop(_peer: Peer, header: headers.AnyHeader, message: RoutedMessage) -> list[RoutedMessage]:
@@ -325,7 +326,7 @@ def test_what_nobody_wants_any_more_looks_for_no_worker(setting: Setting) -> Non
     with setting.broker() as broker, setting.client(broker.address) as client, ThreadPoolExecutor(3) as pool:
         sessions = [SessionCacheLayer(client, Traits(False, False)) for _ in range(3)]
         steps = [pool.submit(session.step, torch.zeros(1, 1, 8), StepContext()) for session in sessions]
-        wait_until(lambda: client._answers)
+        wait_until(lambda: client._channels._answers)
         for session in sessions:
             session.abandon()
         for outcome in steps:
@@ -471,7 +472,7 @@ def test_patience_ends_with_busy(setting: Setting) -> None:
         with pytest.raises(Busy, match="full"):
             client.open_session()
         # Sooner than it would be by the patience that a device has unless told otherwise.
-        assert time.monotonic() - began < OPEN_PATIENCE + 1.0 + SOON < client_module.PATIENCE
+        assert time.monotonic() - began < OPEN_PATIENCE + 1.0 + SOON < PATIENCE
 
 
 # --- bad input ---------------------------------------------------------------------------------------------
@@ -514,7 +515,7 @@ def test_other_weights_or_ranges_find_no_worker(tmp_path: Path, setting: Setting
             began = time.monotonic()
             with pytest.raises(NoWorker, match=f"served here: {setting.manifest.name} layers 2:4"):
                 client.open_session()
-            assert time.monotonic() - began < SOON < client_module.PATIENCE
+            assert time.monotonic() - began < SOON < PATIENCE
             assert worker.counters["steps"] == 0
 
 

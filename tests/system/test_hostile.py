@@ -25,7 +25,7 @@ from split_common.protocol.channel import Channel, SessionKeys
 from split_common.protocol.handshake import DeviceHandshake
 from split_common.trust.keys import Certificate, ModelScope, Role, verify_certificate
 from split_device import SplitModelForCausalLM
-from split_device.sessions import client as client_module
+from split_device.sessions import channels
 from split_device.sessions import session as session_module
 from split_device.sessions.client import STEP_TIMEOUT, Client
 from split_worker.limits import WorkerLimits
@@ -124,7 +124,7 @@ def test_lost_and_reordered_messages_cost_time_only(
     setting: Setting, expected: list[bytes], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session_module, "RETRANSMIT", 0.1)
-    monkeypatch.setattr(client_module, "SET_UP_RETRANSMIT", 0.1)
+    monkeypatch.setattr(channels, "SET_UP_RETRANSMIT", 0.1)
     with (
         setting.broker() as broker,
         setting.worker(broker.address) as worker,

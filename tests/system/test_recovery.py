@@ -254,7 +254,7 @@ def test_a_worker_that_hangs_can_be_ended(checkpoint: Path) -> None:
 
 # --- too slow ----------------------------------------------------------------------------------------------
 
-#: Of workers that do not count as hung.
+#: Limits of workers that do not count as hung.
 PATIENT = WorkerLimits(hung_after=100.0)
 
 

@@ -40,7 +40,7 @@ from split_common.protocol.handshake import (
     WorkerHandshake,
 )
 from split_common.trust.keys import Certificate, Role, verify_certificate
-from split_device.sessions import client as client_module
+from split_device.sessions import channels
 from split_worker import worker as worker_module
 from wiretap import Setting, run_steps, step
 
@@ -276,7 +276,7 @@ def test_a_fleet_may_be_updated_one_machine_at_a_time(
         with setting.client(broker.address) as client:
             expected = run_steps(client, 3)
         if old == "device":
-            monkeypatch.setattr(client_module, "DeviceHandshake", Version1Device)
+            monkeypatch.setattr(channels, "DeviceHandshake", Version1Device)
         else:
             monkeypatch.setattr(worker_module, "WorkerHandshake", Version1Worker)
         with setting.client(broker.address) as client:

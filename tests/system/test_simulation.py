@@ -118,8 +118,13 @@ def run_sequence(fleet: Fleet, number: int, acts: list[str], patch: pytest.Monke
     for _ in range(workers):
         world.start_worker()
     world.clock.sleep(1.0)
-    client = world.start_client(choose.choice([0, 64, 10**6]))
-    generations = [Generation(world, SessionCacheLayer(client, Traits(False, False)), choose.choice([1, 1, 2, 3]))]
+    memory = choose.choice([0, 64, 10**6])
+    client = world.start_client()
+
+    def new_layer() -> SessionCacheLayer:
+        return SessionCacheLayer(client, Traits(False, False), history_memory=memory)
+
+    generations = [Generation(world, new_layer(), choose.choice([1, 1, 2, 3]))]
     faults = 0
     for act in acts:
         generation = choose.choice(generations)
@@ -132,7 +137,7 @@ def run_sequence(fleet: Fleet, number: int, acts: list[str], patch: pytest.Monke
                     generations.append(generation.copy())
                 else:
                     generations[0].layer.reset()
-                    generations[0] = Generation(world, SessionCacheLayer(client, Traits(False, False)), 1)
+                    generations[0] = Generation(world, new_layer(), 1)
             case "drop" if len(generations) > 1:
                 generations.remove(generation)
                 generation.layer.reset()

@@ -1,4 +1,4 @@
-"""Conversations with a split model: prompts, streamed answers, and a cache that is continued."""
+"""Conversations with a split model: prompts, streamed answers, and a cache that all turns share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ChatAnswer:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decoding: the first token, which waits for the prompt, is left out."""
+        """Decoding speed. The first token, which waits for the prompt, does not count."""
         return (self.tokens - 1) / (self.seconds - self.first_token_seconds) if self.tokens > 1 else 0.0
 
 
@@ -41,7 +41,7 @@ def _nothing(_text: str = "") -> None:
 
 
 class _Streamer(BaseStreamer):  # type: ignore[misc]
-    """Passes text on as soon as it is complete, and notes when the first token came. `generate` calls it."""
+    """Passes text on as soon as it is complete, and notes when the first token came. Called by `generate`."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None], on_first_token: Callable[[], None]) -> None:
         self._stream = TextStream(tokenizer)
@@ -52,7 +52,7 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]
         self.first_token: float | None = None
 
     def put(self, value: torch.Tensor) -> None:
-        """Takes the prompt, and then each time the tokens that were generated."""
+        """Takes the prompt at the first call, and new tokens at all others."""
         if not self._prompt_came:
             self._prompt_came = True
             return
@@ -71,10 +71,10 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]
 
 
 class Conversation:
-    """A conversation whose turns share one cache: only what is new is sent.
+    """A conversation whose turns share one cache, so that only new tokens are sent. Not thread-safe.
 
     Args:
-        model: a split model (any causal language model of transformers will do).
+        model: a split model (or any causal language model of transformers).
         tokenizer: its tokenizer.
         start: messages before the first turn, e.g. a system message.
     """
@@ -92,12 +92,18 @@ class Conversation:
         self._cache = DynamicCache(config=self._model.config)
 
     def forget_cache(self) -> None:
-        """Keeps the turns, but sends them again with the next one."""
+        """Drops the cache: the next turn sends all earlier ones again."""
         self._cached = self._cached[:, :0]
         self._cache = DynamicCache(config=self._model.config)
 
     def say(self, text: str, sampling: Sampling, on_text: Callable[[str], None] = _nothing) -> ChatAnswer:
-        """Answers the user. Raises PromptTooLong, and what `generate` raises; the turn is then undone."""
+        """Answers the user. If it fails, the turn is undone.
+
+        Raises:
+            PromptTooLong: the conversation fills the model's positions.
+            ConfigError: the chat template refuses the conversation.
+            SplitError: raised by `generate`.
+        """
         self.messages.append({"role": "user", "content": text})
         try:
             answer = self.complete(encode_chat(self._tokenizer, self.messages), sampling, on_text)
@@ -115,7 +121,12 @@ class Conversation:
         on_text: Callable[[str], None] = _nothing,
         on_first_token: Callable[[], None] = _nothing,
     ) -> ChatAnswer:
-        """Continues token ids `[1, tokens]`; what the cache already holds of them is not sent again."""
+        """Continues token ids int64 `[1, tokens]`. Tokens that the cache holds already are not sent again.
+
+        Raises:
+            PromptTooLong: the tokens fill the model's positions.
+            SplitError: raised by `generate`.
+        """
         prompt_tokens = input_ids.shape[1]
         limit = max_positions(self._model.config)
         if prompt_tokens >= limit:
@@ -149,7 +160,7 @@ class Conversation:
         )
 
     def _keep_common_prefix(self, input_ids: torch.Tensor) -> None:
-        """Rolls the cache back to where the new prompt departs from what it holds."""
+        """Rolls the cache back to where the new prompt differs from it."""
         limit = min(self._cached.shape[1], input_ids.shape[1] - 1)
         differs = (self._cached[0, :limit] != input_ids[0, :limit]).nonzero()
         common = int(differs[0]) if len(differs) else limit
@@ -160,5 +171,5 @@ class Conversation:
             self._cache.crop(-surplus)
             self._cached = self._cached[:, :common]
         except (RuntimeError, ValueError):
-            # A layer with a sliding window has dropped what would be needed again.
+            # A layer with a sliding window has dropped states that are needed again.
             self.forget_cache()

@@ -1,4 +1,4 @@
-"""Incremental detokenizing: text from tokens as they come, up to a stop text.
+"""Incremental detokenizing: turns tokens into text as they come, up to a stop text.
 
 The offsets are those of Hugging Face's text-generation-inference (`prefix_offset` and `read_offset`).
 `tokenizers.decoders.DecodeStream` works alike and is faster (0.5 µs a token, not 6), but in tokenizers 0.23 it
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-#: Decoders write it in place of bytes that do not make a character, or not yet.
+#: Decoders write it in place of bytes that are not a complete character.
 _INCOMPLETE = "\ufffd"
 
 
@@ -27,8 +27,8 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = tuple(text for text in stop if text)
         self._tokens: list[int] = []
-        # Tokens before `_read` are text already; decoding begins at `_from`, for a token's text depends on earlier
-        # ones.
+        # Tokens before `_read` are text already. Decoding begins at `_from`, because a token's text depends on
+        # earlier tokens.
         self._from = self._read = 0
         self._held = ""
         #: Whether a stop text has come.

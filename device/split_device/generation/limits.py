@@ -1,4 +1,4 @@
-"""How much may run at once."""
+"""Limits of what one process runs at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Limits:
     """How much one process runs at once.
 
     Args:
-        requests: generations (or jobs) at once; further ones wait their turn.
+        requests: generations (or jobs) at once; further ones wait.
         kv_memory: bytes for the keys and values of each model's head and tail; 1 GiB if None.
         images: images at once.
     """

@@ -1,8 +1,8 @@
-"""The device's own layers for many requests at once: head and tail run as a worker runs the body.
+"""Runs the device's own layers for many requests at once, as a worker runs the body.
 
-Both ends are copies of the device's model that share its tensors, so that `generate` goes on working on the model
-itself. In each copy the layers of one range are left; a third one without any does what comes before the first
-layer and after the last: embeddings, norm, logits.
+Head and tail are copies of the device's model that share its tensors, so `generate` still works on the model
+itself. Each copy has the layers of one range. A third copy, without layers, does what comes before the first layer
+and after the last one: embeddings, norm, logits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from split_common.models.split import Split
 from split_device.models.context import CallContext
 from split_device.models.language import SplitParts
 
-#: Default for the bytes of keys and values of both ends.
+#: Default memory for keys and values of head and tail together, in bytes.
 KV_MEMORY = 1024**3
 
 
@@ -33,17 +33,17 @@ class LocalLayers:
     """Head and tail of a split model. Not thread-safe: one thread computes.
 
     Args:
-        model: what `SplitModelForCausalLM.from_pretrained` gives.
-        kv_bytes: memory for keys and values of both ends.
+        model: a model made by `SplitModelForCausalLM.from_pretrained`.
+        kv_bytes: memory for keys and values of head and tail together.
 
     Raises:
-        ModelError: the memory holds not even one page of tokens.
+        ModelError: the memory does not suffice for one page of tokens.
     """
 
     def __init__(self, model: Any, kv_bytes: int = KV_MEMORY) -> None:
         parts: SplitParts = model.split_parts
         split = parts.split
-        self._shell = EmbeddingAndHead(model)
+        self._embedding_and_head = EmbeddingAndHead(model)
         config = model.config.get_text_config(decoder=True)
         layers = split.first + split.layers - split.last
 
@@ -52,49 +52,49 @@ class LocalLayers:
                 return None
             part, stack = _shared_copy(model, range(first, last))
             strip(part, stack.slots)
-            _lay_out(part)
+            _pack(part)
             share = kv_bytes * (last - first) // layers
             return build_runner(stack, Split(split.layers, first, last), config, share)
 
-        #: The layers of each end; None where there are none.
+        #: The layers of head and tail; None for an end without layers.
         self.head, self.tail = runner(0, split.first), runner(split.last, split.layers)
         runners = [runner for runner in (self.head, self.tail) if runner is not None]
-        #: Whether tokens that were appended together must be so whenever they are appended again.
+        #: Whether tokens that were appended together must be appended together again.
         self.indivisible = parts.traits.positions_interact
-        #: Tokens that there is memory for; None without layers.
+        #: Number of tokens for which there is memory; None without layers.
         self.capacity = min((runner.store.capacity for runner in runners), default=None)
 
     def embed(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
-        """What the first layer sees of tokens at these positions, `[tokens, width]`, on the host."""
-        return self._shell.embed(tokens, positions)
+        """The first layer's input for tokens at these positions, `[tokens, width]`, on the CPU."""
+        return self._embedding_and_head.embed(tokens, positions)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits, float32 `[rows, vocabulary]`, of what the last layer makes of tokens, `[rows, width]`."""
-        return self._shell.logits(states)
+        """Logits, float32 `[rows, vocabulary]` on the CPU, of the last layer's output `[rows, width]`."""
+        return self._embedding_and_head.logits(states)
 
 
 @dataclass
 class _Passage:
-    """What passes the shell's slots in one call."""
+    """States that pass the slots of `EmbeddingAndHead` in one call, `[1, tokens, width]`."""
 
-    #: What is to come out of the last slot; None for what went into it.
+    #: Replaces the input of the last slot; None to keep it.
     incoming: torch.Tensor | None = None
-    #: What went into the first slot.
-    seen: torch.Tensor | None = None
+    #: The input of the first slot.
+    first_input: torch.Tensor | None = None
 
 
-_passing: CallContext[_Passage] = CallContext("shell")
+_passing: CallContext[_Passage] = CallContext("embedding and head")
 
 
 class EmbeddingAndHead:
-    """The model without any layer."""
+    """The model without its decoder layers."""
 
     def __init__(self, model: Any) -> None:
         self._model, self._stack = _shared_copy(model, range(0))
-        _lay_out(self._model)
+        _pack(self._model)
         self._device = next(self._model.parameters()).device
         self._dtype = model.dtype
-        self._stack.slots[0].register_forward_pre_hook(self._look)
+        self._stack.slots[0].register_forward_pre_hook(self._record)
         self._stack.slots[-1].register_forward_pre_hook(self._inject)
 
     @torch.inference_mode()
@@ -102,17 +102,17 @@ class EmbeddingAndHead:
         ids = torch.tensor([list(tokens)], device=self._device)
         with _passing.entered(_Passage()) as passage:
             self._stack.owner(input_ids=ids, **self._arguments(positions))
-        assert passage.seen is not None
-        return passage.seen[0].cpu()
+        assert passage.first_input is not None
+        return passage.first_input[0].cpu()
 
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         rows = padded_rows(len(states))
         padded = pad(states, (0, 0, 0, rows - len(states)))
         incoming = padded[None].to(self._device, self._dtype)
-        nothing = incoming.new_zeros(1, rows, self._stack.width)
+        placeholder = incoming.new_zeros(1, rows, self._stack.width)
         with _passing.entered(_Passage(incoming)):
-            output = self._model(inputs_embeds=nothing, **self._arguments(range(rows)))
+            output = self._model(inputs_embeds=placeholder, **self._arguments(range(rows)))
         logits: torch.Tensor = output.logits[0, : len(states)]
         return logits.float().cpu()
 
@@ -122,9 +122,9 @@ class EmbeddingAndHead:
             arguments["position_ids"] = torch.tensor([list(positions)], device=self._device)
         return arguments
 
-    def _look(self, _layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def _record(self, _layer: nn.Module, args: tuple[Any, ...]) -> None:
         if (passage := _passing.get()) is not None:
-            passage.seen = args[0]
+            passage.first_input = args[0]
 
     def _inject(self, _layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         passage = _passing.get()
@@ -132,7 +132,7 @@ class EmbeddingAndHead:
 
 
 def _shared_copy(model: Any, kept: range) -> tuple[Any, LayerStack]:
-    """A copy of a split model, with the same tensors, in which only some layers are left; and its stack."""
+    """A copy of a split model with the same tensors and only the layers `kept`; and its stack."""
     stack: LayerStack = model.split_parts.stack
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for index, slot in enumerate(stack.slots):
@@ -141,14 +141,14 @@ def _shared_copy(model: Any, kept: range) -> tuple[Any, LayerStack]:
             empty.imitate(slot)
             empty.returns_tuple = stack.returns_tuple
             memo[id(slot)] = empty
-    twin = copy.deepcopy(model, memo)
-    own: LayerStack = twin.split_parts.stack
-    for module in (twin, own.owner):
+    copied = copy.deepcopy(model, memo)
+    copied_stack: LayerStack = copied.split_parts.stack
+    for module in (copied, copied_stack.owner):
         remove_forward_hooks(module)
-    return twin, own
+    return copied, copied_stack
 
 
-def _lay_out(model: nn.Module) -> None:
-    """Makes linear layers fast for several rows, where they are on the CPU."""
+def _pack(model: nn.Module) -> None:
+    """Packs the weights of linear layers for several rows, if the model is on the CPU."""
     if all(parameter.device.type == "cpu" for parameter in model.parameters()):
         pack_linears(model)

@@ -28,7 +28,7 @@ class Request:
 
     Args:
         prompt: token ids, at least one. All are attended to, pad tokens included.
-        config: as for `generate`, greedy or sampling. Defaults come from the model's own configuration.
+        config: as for `generate`, greedy or sampling. Defaults come from the model's generation configuration.
         seed: seed of sampling: the tokens equal those of `generate` after `torch.manual_seed(seed)`. None: random.
         generated: the tokens generated so far, to continue an earlier request.
         sampler: the state of the random generator that came with the last of `generated`; None if greedy.

@@ -1,4 +1,4 @@
-"""The next token, by transformers' own logits processors; each request has a random generator of its own."""
+"""Sampling by transformers' own logits processors. Each request has its own random generator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.generation import GenerationMode
 
 from split_common.compat.transformers import complete_config, complete_lengths, eos_tokens, logits_processors
 from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
-from split_device.generation.request import Logprobs, Request
+from split_device.generation.request import FinishReason, Logprobs, Request
 
 #: Options of `generate` that are refused for batched requests, each with its values that change nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
@@ -42,22 +42,23 @@ class Sampler:
         if prompt > positions:
             raise PromptTooLong(f"{prompt} tokens exceed the model's {positions} positions")
         config = _prepared(model, request.config, prompt)
-        #: Tokens to generate at most: the last one needs no position.
-        self.limit: int = min(int(config.max_length), positions + 1) - prompt
+        #: Most tokens of prompt and text together. The last one needs no position.
+        self.max_length: int = min(int(config.max_length), positions + 1)
+        self._max_new_tokens = self.max_length - prompt
         self._eos = eos_tokens(config)
         self._logprobs = request.logprobs
         self._processors = logits_processors(model, config, prompt)
         self._generator: torch.Generator | None = None
         if config.do_sample:
             self._generator = _generator(request)
-        # Processors look at all tokens, so that these are kept as a tensor.
-        self._ids = torch.empty(1, prompt + self.limit, dtype=torch.long)
+        # A tensor, because logits processors look at all tokens.
+        self._ids = torch.empty(1, self.max_length, dtype=torch.long)
         self._length = 0
         self._append([*request.prompt, *request.generated])
 
     @property
     def plain(self) -> bool:
-        """Whether the token is the likeliest one, and nothing more is asked."""
+        """Whether each token is the likeliest one, without processors and log probabilities."""
         return not self._processors and self._generator is None and self._logprobs is None
 
     @property
@@ -65,16 +66,18 @@ class Sampler:
         """The random generator's state; None for greedy decoding."""
         return self._generator.get_state().numpy().tobytes() if self._generator is not None else None
 
-    def ends(self, token: int) -> bool:
-        """Whether a token ends the text."""
-        return token in self._eos
+    def finish_reason(self, generated: Sequence[int]) -> FinishReason | None:
+        """Why a text with these tokens is complete; None if it is not."""
+        if generated and generated[-1] in self._eos:
+            return "stop"
+        return "length" if len(generated) >= self._max_new_tokens else None
 
     def accept(self, token: int) -> None:
-        """The request goes on with this token."""
+        """Continues the text with this token."""
         self._append([token])
 
     def choose(self, logits: torch.Tensor) -> tuple[int, Logprobs | None]:
-        """The next token, from its logits, float32 `[vocabulary]`."""
+        """Chooses the next token from its logits, float32 `[vocabulary]`."""
         scores = self._processors(self._ids[:, : self._length], logits[None].clone())
         if self._generator is None:
             token = int(scores.argmax(-1))
@@ -96,7 +99,7 @@ class Sampler:
 
 
 def _prepared(model: Any, given: GenerationConfig, prompt: int) -> Any:
-    """The configuration as `generate` completes it."""
+    """The configuration as `generate` completes it. Raises UnsupportedFeature and ConfigError, see `Sampler`."""
     try:
         config = complete_config(model, given)
         mode = config.get_generation_mode()

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of a generation: greedy at temperature 0."""
+    """Settings of a generation; greedy if the temperature is 0."""
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -17,7 +17,7 @@ class Sampling:
     seed: int | None = None
 
     def options(self) -> dict[str, Any]:
-        """Arguments of `generate`; the checkpoint's own sampling settings do not count."""
+        """Arguments of `generate`. They replace the checkpoint's own sampling settings."""
         if not self.temperature:
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}

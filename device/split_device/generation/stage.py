@@ -1,4 +1,4 @@
-"""Head or tail of a model, through which the rows of many requests go together."""
+"""Head or tail of a model: runs the steps of many requests together."""
 
 from __future__ import annotations
 
@@ -17,45 +17,60 @@ from split_common.errors import Busy
 
 log = logging.getLogger(__name__)
 
-#: What became of a request's step: its key, and the last layer's output `[tokens, width]` or the error.
-Outcome = tuple[Any, torch.Tensor | Exception]
+#: A key, and the outcome of its step: the last layer's output `[tokens, width]`, or an error.
+KeyedOutcome = tuple[Any, torch.Tensor | Exception]
 
 Step = ScheduledStep[TokenRun[Any], TokenRun[Any]]
 
 
 @dataclass(eq=False)
 class Stage:
-    """One end of the model, and what waits for it; without layers, states pass unchanged. One thread uses it."""
+    """One end of the model, and the steps that wait for it. Without layers, states pass unchanged.
+
+    Not thread-safe. Each request has a key.
+    """
 
     runner: Runner | None
     scheduler: Scheduler[TokenRun[Any], TokenRun[Any]] = field(init=False)
-    #: Memory that no request has been promised, in units of the store.
-    room: int = 0
-    #: States that pass an end without layers, with their keys.
-    _passing: list[Outcome] = field(default_factory=list)
+    #: Memory that is not reserved for a request, in units of the store.
+    unreserved: int = 0
+    #: Steps that pass an end without layers.
+    _passing: list[KeyedOutcome] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.runner is not None:
             self.scheduler = Scheduler(self.runner.store, divisible=not self.runner.positions_interact)
-            self.room = self.runner.store.free
+            self.unreserved = self.runner.store.free
 
     @property
     def idle(self) -> bool:
         return self.runner is None or self.scheduler.idle
 
     def busy(self) -> set[Any]:
-        """Keys that have a step in it."""
+        """Keys that have a step here."""
         return self.scheduler.busy_sessions() if self.runner is not None else set()
 
     def cost(self, tokens: int) -> int:
         """Memory that a sequence of this many tokens takes."""
         return self.runner.store.new_sequence().cost(tokens) if self.runner is not None else 0
 
+    def new_sequence(self) -> KVSequence | None:
+        """An empty sequence; None for an end without layers."""
+        return self.runner.store.new_sequence() if self.runner is not None else None
+
+    def remove(self, key: Hashable, sequence: KVSequence | None) -> None:
+        """Drops a key's steps, and frees its sequence."""
+        if self.runner is not None and sequence is not None:
+            self.scheduler.cancel(key)
+            sequence.free()
+
     def add(self, key: Hashable, sequence: KVSequence | None, begin: int, states: torch.Tensor) -> None:
-        """Takes a step of a request: states `[tokens, width]` from position `begin` on. A key's steps run in order.
+        """Adds a step. The steps of one key run in order.
 
         Args:
-            sequence: the request's; None for an end without layers.
+            sequence: the keys and values that the step extends; None for an end without layers.
+            begin: the position of the first token.
+            states: `[tokens, width]`.
         """
         if self.runner is None:
             self._passing.append((key, states))
@@ -64,16 +79,17 @@ class Stage:
         run = TokenRun(sequence, states, range(begin, begin + len(states)))
         self._start(self.scheduler.add(ScheduledStep(key, key, is_prefill(len(states)), run)))
 
-    def forward(self) -> tuple[int, list[Outcome]]:
-        """Runs what is ready and fits into one forward.
+    def forward(self) -> tuple[int, list[KeyedOutcome]]:
+        """Runs one forward over the steps that are ready, as far as they fit.
 
         Returns:
-            The rows in it, 0 if nothing was ready or it failed; and what became of the steps that are over with it.
+            The number of rows in the forward, 0 if no step was ready or it failed; and the outcomes of the steps
+            that are complete.
         """
         if self.runner is None:
             passed, self._passing = self._passing, []
             return 0, passed
-        outcomes: list[Outcome] = []
+        outcomes: list[KeyedOutcome] = []
         chunks, starved = self.scheduler.next_batch()
         while starved is not None:
             outcomes.append((starved.session, Busy("the KV memory of head and tail is full")))

@@ -1,4 +1,4 @@
-"""Tokenizers: how they are loaded, and token ids of texts and conversations."""
+"""Loads tokenizers, and makes token ids of texts and conversations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ChatMessage = dict[str, str]
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
-    """The checkpoint's tokenizer. Raises UnknownModel."""
+    """Loads the checkpoint's tokenizer. Raises UnknownModel if it has none, or it cannot be loaded."""
     checkpoint = Checkpoint.resolve(name_or_path, revision)
     directory = Path(name_or_path)
     if directory.is_dir() and not [*directory.glob("tokenizer*"), *directory.glob("vocab*")]:
@@ -29,20 +29,24 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[ChatMessage]) -> torch.Tensor:
-    """Token ids `[1, tokens]` of a conversation; of its plain text where there is no chat template."""
+    """Token ids int64 `[1, tokens]` of a conversation; of its plain text if the tokenizer has no chat template.
+
+    Raises:
+        ConfigError: the chat template refuses the conversation.
+    """
     if not tokenizer.chat_template:
         return encode_text(tokenizer, "\n".join(message["content"] for message in messages))
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:
-        # The template is a program of the model's: e.g. some know no system message.
+        # The template is a program in the checkpoint. Some refuse system messages, for example.
         raise ConfigError(f"the model's chat template refuses this conversation: {error}") from None
     ids: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     return ids
 
 
 def encode_text(tokenizer: Any, text: str) -> torch.Tensor:
-    """Token ids `[1, tokens]` of plain text."""
+    """Token ids int64 `[1, tokens]` of plain text."""
     ids: torch.Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
     return ids
 
@@ -54,6 +58,6 @@ def end_tokens(model: Any) -> set[int]:
 
 
 def pad_token(tokenizer: Any) -> int:
-    """A token id to pad with; the end token's where the tokenizer has none."""
+    """The tokenizer's padding token id, else that of its end token, else 0."""
     pad = tokenizer.pad_token_id
     return int(pad if pad is not None else tokenizer.eos_token_id or 0)

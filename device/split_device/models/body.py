@@ -1,4 +1,4 @@
-"""The body's place in the device's model: what goes into slot `first` comes back from a worker."""
+"""The body's place in the device's model: its first slot sends hidden states to a worker."""
 
 from __future__ import annotations
 
@@ -22,30 +22,37 @@ from split_device.sessions.client import Client
 
 @dataclass
 class Generating:
-    """A `generate` under way."""
+    """A call of `generate` that is under way."""
 
     body: RemoteBody
-    #: The sessions that it has opened.
+    #: The sessions opened by it.
     sessions: list[SessionCacheLayer] = field(default_factory=list)
-    #: When its last step ended, by `time.perf_counter`; None before.
-    stepped: float | None = None
+    #: When its last step ended, by `time.perf_counter`; None before the first step.
+    step_ended: float | None = None
 
 
-#: The forward of a model under way.
+#: The forward that is under way.
 forwarding: CallContext[StepContext] = CallContext("forward")
 
-#: The `generate` under way.
+#: The call of `generate` that is under way.
 generating: CallContext[Generating] = CallContext("generate")
 
 
 class RemoteBody(PassThrough):
-    """The layer in the body's first slot. Refuses, by name and before anything is sent, what cannot be split."""
+    """The layer in the body's first slot. Refuses what cannot be split, by name, before anything is sent."""
 
-    def attach(self, client: Client, split: Split, traits: Traits) -> None:
-        """Tells it whom to call, the body's layers, and their traits."""
+    def attach(self, client: Client, split: Split, traits: Traits, history_memory: int) -> None:
+        """Sets what a forward needs.
+
+        Args:
+            client: opens sessions.
+            split, traits: the body's layers, and what they are like.
+            history_memory: bytes of each session's history that stay in memory.
+        """
         self._client = client
         self._split = split
         self._traits = traits
+        self._history_memory = history_memory
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         context = forwarding.get() or StepContext()
@@ -60,7 +67,7 @@ class RemoteBody(PassThrough):
         return self.wrap(output)
 
     def check_cache(self, cache: Any) -> None:
-        """Raises UnsupportedFeature for a cache that a session cannot be a layer of."""
+        """Raises UnsupportedFeature for a cache that cannot have a session as a layer."""
         if type(cache) is not DynamicCache:
             raise UnsupportedFeature(f"a {type(cache).__name__} cannot be split: use a DynamicCache")
         if getattr(cache, "offloading", False):
@@ -74,12 +81,12 @@ class RemoteBody(PassThrough):
 
     @contextlib.contextmanager
     def _session(self, cache: Cache | None, context: StepContext, tokens: int) -> Iterator[SessionCacheLayer]:
-        """The session for a forward of new tokens: the cache's, or one that lasts no longer than the block."""
+        """The session for a forward of `tokens` new tokens: the cache's, or one for this block without a cache."""
         if cache is None:
             positions = context.positions
             if context.mask is None and positions is not None and bool((positions.diff() != 1).any()):
                 raise UnsupportedFeature("packed sequences cannot be split: pass them as rows of a batch")
-            session = SessionCacheLayer(self._client, self._traits)
+            session = self._new_session(None)
             try:
                 yield session
             finally:
@@ -88,26 +95,29 @@ class RemoteBody(PassThrough):
         try:
             yield self._session_of(cache)
         except BaseException:
-            self._take_back(cache, tokens)
+            self._roll_back_head(cache, tokens)
             raise
 
     def _session_of(self, cache: Cache) -> SessionCacheLayer:
-        """The cache's session, which is put in the place of the body's layers if there is none yet."""
+        """The cache's session. If there is none, creates it in place of the body's layers."""
         split = self._split
         cache.layers += [DynamicLayer() for _ in range(split.layers - len(cache.layers))]
         session = cache.layers[split.first]
         if not isinstance(session, SessionCacheLayer):
             windows = [getattr(cache.layers[index], "sliding_window", None) for index in split.body]
-            session = SessionCacheLayer(self._client, self._traits, windows[0])
+            session = self._new_session(windows[0])
             if (scope := generating.get()) is not None and scope.body is self:
                 scope.sessions.append(session)
             others = [BodyLayer(session, window) for window in windows[1:]]
             cache.layers[split.first : split.last] = [session, *others]
         return session
 
-    def _take_back(self, cache: Cache, tokens: int) -> None:
-        """Undoes what the head's layers have cached of a step that failed, so that it may be tried again."""
+    def _new_session(self, window: int | None) -> SessionCacheLayer:
+        return SessionCacheLayer(self._client, self._traits, window, self._history_memory)
+
+    def _roll_back_head(self, cache: Cache, tokens: int) -> None:
+        """Removes a failed step from the cache layers of the head, so that it can be tried again."""
         for layer in cache.layers[: self._split.first]:
-            # A sliding window that has forgotten cannot be rolled back; such a cache cannot be used again.
+            # A sliding window that has dropped tokens cannot be rolled back; its cache cannot be used again.
             with contextlib.suppress(RuntimeError):
                 layer.crop(-tokens)

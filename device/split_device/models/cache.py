@@ -1,6 +1,6 @@
-"""The body's KV cache as layers of transformers' own cache, so that `generate` crops, reorders and copies it.
+"""The body's KV cache as layers of transformers' own cache, which `generate` crops, reorders and copies.
 
-Such changes cost no message: they travel with the next step.
+These changes cost no message: they travel with the next step.
 """
 
 from __future__ import annotations
@@ -19,65 +19,66 @@ from split_common.models.tensors import dtype_name, raw_bytes, to_bytes
 from split_common.protocol import payloads
 from split_device.sessions.chunks import ChunkRequest, cut
 from split_device.sessions.client import Client
+from split_device.sessions.connection import HISTORY_MEMORY
 from split_device.sessions.distinct import distinct
 from split_device.sessions.history import History
 from split_device.sessions.resilient import ResilientSession
 from split_device.sessions.session import RemoteSession, Reply
 from split_device.sessions.timings import StepTimings
 
-#: Bytes of hidden states in one message; a longer prefill travels in several.
+#: Most bytes of hidden states in one message; a longer prefill travels in several messages.
 CHUNK_BYTES = 1024 * 1024
 
-#: Chunks of history that are under way to a new worker at once.
+#: Most chunks of history that travel to a new worker at once.
 REPLAY_WINDOW = 8
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What the device must know of the body's layers, which it does not have."""
+    """Properties of the body's layers, which the device does not have."""
 
-    #: Whether some may count the cache's indices instead of the tokens' positions: those with sliding windows, or
-    #: without position ids.
+    #: Whether a layer may count the cache's indices instead of the tokens' positions, as those with sliding windows
+    #: or without position ids do.
     counts_indices: bool
-    #: Whether what a token is handed depends on the largest position of the call.
+    #: Whether the inputs of a token depend on the largest position of the call.
     positions_interact: bool
 
 
 @dataclass
 class StepContext:
-    """What the layers' owner was called with and its layers are not told, and the step's timings so far."""
+    """Arguments of the layers' owner that its layers do not see, and the step's timings so far."""
 
-    #: 2-D `[batch, cached and new tokens]`, zero for padding; None without padding.
+    #: The attention mask `[batch, cached and new tokens]`, zero for padding; None without padding.
     mask: torch.Tensor | None = None
-    #: int64 `[batch or 1, new tokens]`; None for those that follow the cached columns.
+    #: Position ids, int64 `[batch or 1, new tokens]`; None for those that follow the cached columns.
     positions: torch.Tensor | None = None
     timings: StepTimings = field(default_factory=StepTimings)
 
 
 @dataclass(frozen=True)
 class PreparedStep:
-    """A step as it travels, and what it takes to put its output in place."""
+    """A step as it travels, and how its output is put in place."""
 
-    #: `[batch, tokens, width]`.
+    #: Hidden states `[batch, tokens, width]`.
     hidden: torch.Tensor
     #: int64 `[batch, tokens]`, on the CPU.
     positions: torch.Tensor
-    #: Which columns hold tokens once the step has run, bool `[batch, columns]`.
+    #: Which columns hold tokens after the step, bool `[batch, columns]`.
     columns: torch.Tensor
     #: Which of the new tokens travel, bool `[batch, tokens]`; None for all.
     sent: torch.Tensor | None
-    #: The rows that travel, and for each row the index among them of the one that it equals; None if all travel.
+    #: The rows that travel, and for each row the index of its equal in this list; None if all rows travel.
     copies: tuple[list[int], list[int]] | None
-    #: Empty if there is nothing but padding.
+    #: Empty if all tokens are padding.
     requests: list[ChunkRequest]
     timings: StepTimings
 
 
 class BodyLayer(DynamicLayer):  # type: ignore[misc]
-    """The cache layer of a slot of the body: as long and as wide as the unsplit model's, and empty.
+    """The cache layer of a slot of the body. It reports the length of the unsplit model's layer, but is empty.
 
     Args:
-        holder: the layer that has the session; None where it is this one.
+        holder: the layer that has the session; None if it is this one.
         window: the sliding window's size in tokens; None without one.
     """
 
@@ -108,34 +109,38 @@ class BodyLayer(DynamicLayer):  # type: ignore[misc]
         raise UnsupportedFeature("an offloaded cache cannot be split: the body's keys and values are on the worker")
 
     def _nothing_here(self, *_args: Any) -> None:
-        """Done by the session's layer, for the whole body."""
+        """Does nothing: the layer that has the session does it for the whole body."""
 
     reset = crop = reorder_cache = batch_select_indices = batch_repeat_interleave = _nothing_here
 
 
 class SessionCacheLayer(BodyLayer):
-    """The body's KV cache, on a worker: the cache layer in the body's first slot. It has a session that survives.
+    """The cache layer in the body's first slot. It has the session whose worker holds the body's KV cache.
 
     Not thread-safe, but any thread may `abandon` it.
 
     Args:
         client: opens the session when the first step is sent.
-        traits: of the body.
-        window: of the first slot, see `BodyLayer`.
-        history_memory: bytes of history that stay in memory; None takes the client's.
+        traits: the traits of the body.
+        window: the sliding window of the first slot, see `BodyLayer`.
+        history_memory: bytes of history that stay in memory; the rest is spilled.
     """
 
     def __init__(
-        self, client: Client, traits: Traits, window: int | None = None, history_memory: int | None = None
+        self,
+        client: Client,
+        traits: Traits,
+        window: int | None = None,
+        history_memory: int = HISTORY_MEMORY,
     ) -> None:
         super().__init__(None, window)
         self.client = client
         self._session = ResilientSession(client)
-        self._history_memory = client.history_memory if history_memory is None else history_memory
+        self._history_memory = history_memory
         self._traits = traits
         #: Which columns hold tokens and not padding, bool `[batch, columns]`; None before the first step.
         self._columns: torch.Tensor | None = None
-        #: The worker's row of each row, where rows moved since the last step.
+        #: The worker's row for each row, if rows were moved since the last step; else None.
         self._select: list[int] | None = None
         self._history = History(self._history_memory)
 
@@ -145,21 +150,21 @@ class SessionCacheLayer(BodyLayer):
         return 0 if self._columns is None else int(self._columns.shape[1])
 
     def crop(self, tokens: int) -> None:
-        """Removes the last `-tokens` columns; a positive number is the length to keep (older transformers)."""
+        """Removes the last `-tokens` columns. A positive number is the length to keep (older transformers)."""
         if self._columns is not None:
             self._columns = self._columns[:, : tokens if tokens > 0 else max(0, self.get_seq_length() + tokens)]
             self._history.crop(self._columns.shape[1])
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self._take(beam_idx.tolist())
+        self._select_rows(beam_idx.tolist())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         rows = torch.arange(0 if self._columns is None else len(self._columns))
-        self._take(rows[indices.cpu()].tolist())
+        self._select_rows(rows[indices.cpu()].tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         count = 0 if self._columns is None else len(self._columns)
-        self._take([row for row in range(count) for _ in range(repeats)])
+        self._select_rows([row for row in range(count) for _ in range(repeats)])
 
     def reset(self) -> None:
         self._session.close()
@@ -167,15 +172,15 @@ class SessionCacheLayer(BodyLayer):
         self._history = History(self._history_memory)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SessionCacheLayer:
-        twin = SessionCacheLayer(self.client, self._traits, self._window, self._history_memory)
-        memo[id(self)] = twin
-        twin._columns = None if self._columns is None else self._columns.clone()
-        twin._select = None if self._select is None else list(self._select)
-        twin._history = self._history.clone()
-        twin._session = self._session.fork()
-        return twin
+        copied = SessionCacheLayer(self.client, self._traits, self._window, self._history_memory)
+        memo[id(self)] = copied
+        copied._columns = None if self._columns is None else self._columns.clone()
+        copied._select = None if self._select is None else list(self._select)
+        copied._history = self._history.clone()
+        copied._session = self._session.fork()
+        return copied
 
-    def _take(self, rows: list[int]) -> None:
+    def _select_rows(self, rows: list[int]) -> None:
         if self._columns is None:
             return
         self._columns = self._columns[rows]
@@ -188,7 +193,7 @@ class SessionCacheLayer(BodyLayer):
         """Runs the body over hidden states `[batch, tokens, width]`, and counts this as a step of its own.
 
         Raises:
-            UnsupportedFeature, NonFinite, SplitError: see `prepare` and `exchange`.
+            UnsupportedFeature, NonFinite, SplitError: as `prepare` and `exchange`.
         """
         step = self.prepare(hidden, context)
         result = self.commit(step, self.exchange(step))
@@ -196,9 +201,7 @@ class SessionCacheLayer(BodyLayer):
         return result
 
     def prepare(self, hidden: torch.Tensor, context: StepContext) -> PreparedStep:
-        """What is to travel of hidden states `[batch, tokens, width]`: no padding, and equal rows once.
-
-        Changes nothing.
+        """Encodes hidden states `[batch, tokens, width]`, without padding, and equal rows once. Changes no state.
 
         Raises:
             UnsupportedFeature: the mask or the positions cannot be expressed as a KV cache.
@@ -233,7 +236,7 @@ class SessionCacheLayer(BodyLayer):
         )
 
     def exchange(self, step: PreparedStep) -> torch.Tensor:
-        """The body's output for the tokens that travel, `[tokens, width]`. Waits while workers are full.
+        """Sends a step. Returns the output of its tokens, `[tokens, width]`. Waits while workers are full.
 
         Raises:
             SplitError: the worker or the queue failed, and no other worker took over.
@@ -247,7 +250,7 @@ class SessionCacheLayer(BodyLayer):
         return output.to(step.hidden)
 
     def commit(self, step: PreparedStep, output: torch.Tensor) -> torch.Tensor:
-        """Remembers a step that has run; returns its output `[batch, tokens, width]`, zero for padding."""
+        """Records a step that has run. Returns its output `[batch, tokens, width]`, zero for padding."""
         if step.sent is None:
             result = output.view(step.hidden.shape)
         else:
@@ -266,7 +269,7 @@ class SessionCacheLayer(BodyLayer):
         self._session.abandon()
 
     def _masked(self, batch: int, tokens: int, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which columns are cached, and which of the new ones are tokens: both bool `[batch, …]`, on the CPU."""
+        """Which cached columns, and which of the new ones, are tokens: two bool `[batch, …]` on the CPU."""
         cached = self._columns if self._columns is not None else torch.ones(batch, 0, dtype=torch.bool)
         if len(cached) != batch:
             raise UnsupportedFeature(f"the cache has {len(cached)} rows, the batch has {batch}")
@@ -294,7 +297,7 @@ class SessionCacheLayer(BodyLayer):
         return cached, full[:, past:]
 
     def _positions(self, batch: int, tokens: int, positions: torch.Tensor | None) -> torch.Tensor:
-        """int64 `[batch, tokens]`, on the CPU."""
+        """Position ids, int64 `[batch, tokens]`, on the CPU."""
         if positions is None:
             past = self.get_seq_length()
             positions = torch.arange(past, past + tokens)[None]
@@ -305,9 +308,9 @@ class SessionCacheLayer(BodyLayer):
     def _distinct(
         self, hidden: torch.Tensor, keep: torch.Tensor, positions: torch.Tensor
     ) -> tuple[list[int], list[int]]:
-        """The rows to send, and for each row the index among them of the one that it equals.
+        """The rows to send, and for each row the index of its equal in this list.
 
-        At a session's start equal rows travel once, and the worker forks them: beams, and returned sequences.
+        When a session starts, equal rows (beams, and returned sequences) travel once, and the worker forks them.
         """
         every = list(range(len(hidden)))
         if self._columns is not None or len(hidden) == 1:
@@ -323,23 +326,23 @@ class SessionCacheLayer(BodyLayer):
     def is_new(self) -> bool:
         return not self.get_seq_length()
 
-    def replay(self, remote: RemoteSession, step: PreparedStep) -> None:
-        """Fills a worker's cache with what is cached here. Raises HistoryLost, and what `send` raises."""
-        # The history has its rows in their present order.
+    def replay(self, session: RemoteSession, step: PreparedStep) -> None:
+        """Fills a worker's cache from the history. Raises HistoryLost, and what `send` raises."""
+        # The rows of the history are in their present order already.
         self._select = None
         requests = self._replayed(step.timings)
         while window := list(itertools.islice(requests, REPLAY_WINDOW)):
-            self._send(remote, window, step.timings)
+            self._send(session, window, step.timings)
 
-    def send(self, remote: RemoteSession, step: PreparedStep) -> list[Reply]:
-        return self._send(remote, step.requests, step.timings)
+    def send(self, session: RemoteSession, step: PreparedStep) -> list[Reply]:
+        return self._send(session, step.requests, step.timings)
 
     def is_spoilt(self, step: PreparedStep) -> bool:
-        # Some of several chunks may have run, and with the first one the selection.
+        # Some of several chunks may have run, and the first one moves the worker's rows.
         return self._select is not None and len(step.requests) > 1
 
     def describe(self, step: PreparedStep) -> tuple[int, int, int]:
-        rows = {run.row for chunk, _ in step.requests for run in chunk.rows}
+        rows = {run.row for chunk, _ in step.requests for run in chunk.runs}
         return len(rows), sum(len(chunk.states) for chunk, _ in step.requests), self.get_seq_length()
 
     def _replayed(self, timings: StepTimings) -> Iterator[ChunkRequest]:
@@ -350,19 +353,19 @@ class SessionCacheLayer(BodyLayer):
                 requests = _encode(runs, packed, horizon)
             yield from requests
 
-    def _send(self, remote: RemoteSession, requests: Sequence[ChunkRequest], timings: StepTimings) -> list[Reply]:
+    def _send(self, session: RemoteSession, requests: Sequence[ChunkRequest], timings: StepTimings) -> list[Reply]:
         steps: list[tuple[payloads.Payload, memoryview]] = []
         for chunk, data in requests:
             select = None if steps else self._select
             dtype, width = dtype_name(chunk.states.dtype), chunk.states.shape[1]
-            steps.append((payloads.Step(dtype, width, chunk.rows, select), data))
+            steps.append((payloads.Step(dtype, width, chunk.runs, select), data))
         with timings.measure_rest("queue"):
-            replies = remote.call(steps, timings)
+            replies = session.call(steps, timings)
             for reply, _ in replies:
                 if isinstance(reply, payloads.Result):
                     timings.add("body", reply.body_us / 1e6)
                     timings.add("worker", reply.worker_us / 1e6)
-        # The worker's rows have moved now.
+        # The worker has moved its rows.
         self._select = None
         return replies
 
@@ -374,10 +377,10 @@ def _encode(runs: list[payloads.Run], packed: torch.Tensor, horizon: int | None)
 
 
 def is_windowed(config: Any, body: range) -> bool:
-    """Whether any of the body's layers attends to a window of the cache only."""
+    """Whether any of the body's layers has a sliding window."""
     layers = DynamicCache(config=config).layers
     if any(layer.is_sliding for layer in layers):
         return any(layer.is_sliding for layer in layers[body.start : body.stop])
-    # Older architectures mask a window in their layers, and their caches know nothing of it.
+    # Older architectures mask a window in their layers, and their caches have no trace of it.
     names = ("window", "window_size")
     return any(isinstance(size, int) and size > 1 for name, size in vars(config).items() if name.endswith(names))

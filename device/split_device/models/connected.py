@@ -1,4 +1,4 @@
-"""What language models and denoisers have in common: joining the queue, and what is refused."""
+"""Common base of language models and denoisers: joining the queue, and refusals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from split_device.sessions.timings import Timings
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A device of a fleet and its transport. It is found before the model is loaded, which takes longer."""
+    """A device of a fleet and its transport. Found before the model is loaded, so that mistakes show early."""
 
     fleet: Fleet
     identity: Identity
@@ -31,13 +31,25 @@ class Endpoint:
 
     @classmethod
     def find(cls, broker: str, keys: str | Path | None, member: str | None) -> Endpoint:
-        """Raises KeysError, ConfigError."""
+        """Loads the fleet and this device's keys.
+
+        Raises:
+            KeysError: they are missing or invalid.
+            ConfigError: the broker's address is invalid.
+        """
         fleet = load_fleet(Path(keys) if keys is not None else None)
         identity = fleet.identity("device", member)
         return cls(fleet, identity, connect(broker, fleet, identity))
 
     def join(self, manifest: Manifest, split: Split, dtype: payloads.Dtype, **options: Any) -> Client:
-        """Joins the queue to find workers of a body. `options` are those of `Client`. Raises BrokerUnreachable."""
+        """Joins the queue to find workers of a body.
+
+        Args:
+            options: passed on to `Client`.
+
+        Raises:
+            BrokerUnreachable: the broker did not answer in time.
+        """
         service = headers.Service(manifest.root, split.first, split.last)
         client = Client(self.transport, self.fleet, self.identity, service, manifest.name, dtype, **options)
         client.start()
@@ -50,21 +62,21 @@ class ConnectedModel:
     split: Split
     _client: Client
 
-    def _belong(self, client: Client, split: Split) -> None:
+    def _set_client(self, client: Client, split: Split) -> None:
         self._client = client
         self.split = split
         weakref.finalize(self, client.close)
 
     @property
     def timings(self) -> Timings:
-        """Where the time of this model's steps went. Any thread may use it."""
+        """How long the stages of this model's steps took. Any thread may use it."""
         return self._client.timings
 
     @property
     def traffic(self) -> Counter[str]:
         """Messages and bytes sent and received, and messages refused by type of error, since the start."""
         transport: Any = self._client.transport
-        # Other threads count meanwhile: each is copied in one step.
+        # Other threads count meanwhile, so each counter is copied in one operation.
         return Counter(dict(transport.counters)) + Counter(dict(self._client.counters))
 
     def close(self) -> None:
@@ -72,7 +84,7 @@ class ConnectedModel:
         self._client.close()
 
     def save_pretrained(self, *_args: Any, **_options: Any) -> Any:
-        """Refused: this process holds a part of the model only."""
+        """Refused: this process holds only a part of the model."""
         raise UnsupportedFeature("a split model holds only a part of the weights; save the original checkpoint")
 
     def __enter__(self) -> Self:
@@ -83,6 +95,6 @@ class ConnectedModel:
 
 
 def refuse_gradients(states: torch.Tensor) -> None:
-    """Raises UnsupportedFeature for states that gradients are to flow back to."""
+    """Raises UnsupportedFeature for states that require gradients."""
     if states.requires_grad:
         raise UnsupportedFeature("gradients do not pass through the worker: use torch.no_grad()")

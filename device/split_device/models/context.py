@@ -1,4 +1,4 @@
-"""Values that are handed past a library's code, from around a call of it to a place inside of it."""
+"""Hands values past a library's code: from around a call to a place inside of it."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ T = TypeVar("T")
 
 
 class CallContext(Generic[T]):
-    """What holds during a call of a library's code, in this thread (or asyncio task) alone. Calls may be nested.
+    """A value during a call of a library's code, for this thread (or asyncio task) only. Calls may be nested.
 
-    One is made at the top of a module, never per object: `contextvars` keep their variables.
+    Create one at the top of a module, never one per object: `contextvars` are never freed.
     """
 
     def __init__(self, name: str) -> None:
         self._values: ContextVar[tuple[T, ...]] = ContextVar(name, default=())
 
     def get(self) -> T | None:
-        """The value of the innermost call under way; None outside of any."""
+        """The value of the innermost call; None outside of all calls."""
         values = self._values.get()
         return values[-1] if values else None
 
     def enter(self, value: T) -> None:
-        """A call begins, with this value."""
+        """Begins a call with this value."""
         self._values.set((*self._values.get(), value))
 
     def leave(self, value: T) -> None:
-        """The call of this value ends, and all calls inside of it, however they ended. Else nothing changes."""
+        """Ends the call with this value, and all calls inside of it. Does nothing if there is none."""
         values = self._values.get()
         for depth, entered in enumerate(values):
             if entered is value:
@@ -38,7 +38,7 @@ class CallContext(Generic[T]):
 
     @contextmanager
     def entered(self, value: T) -> Iterator[T]:
-        """Holds a value during a block."""
+        """Sets a value for a block."""
         self.enter(value)
         try:
             yield value

@@ -1,4 +1,4 @@
-"""What all split denoisers have in common: loading the device's blocks, and calling the body."""
+"""Common base of all split denoisers: loading the device's blocks, and calling the body."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from split_device.sessions.connection import Connection
 from split_device.sessions.images import DenoiserInputs, ImageSession
 
 
-class _Threads(threading.local):
-    """What each thread that makes images has for itself: a session belongs to one thread."""
+class _PerThread(threading.local):
+    """State of each thread that makes images. A session belongs to one thread."""
 
     session: ImageSession | None = None
     reuse: Reuse | None = None
@@ -35,11 +35,11 @@ class _Threads(threading.local):
 class SplitDenoiser(ConnectedModel):
     """A denoiser of diffusers with its body on a worker. Subclasses derive from the original class as well.
 
-    Text encoders, scheduler, noise, VAE, and the denoiser's first and last blocks are the device's.
+    The device runs text encoders, scheduler, noise, VAE, and the denoiser's first and last blocks.
     """
 
-    _plan: DenoiserSpec
-    #: What the body's output is added to, if to anything.
+    _spec: DenoiserSpec
+    #: The inputs to which the body adds its output; None if it does not.
     _base: Base | None = None
 
     @classmethod
@@ -62,10 +62,10 @@ class SplitDenoiser(ConnectedModel):
             connection: how the workers are reached, and how long to wait for them.
             cut: "C" leaves the device the blocks of a UNet's first level, or a transformer's first and last block;
                 "A" those of the first two levels, or a sixth of the blocks at each end.
-            codec: how states travel: "none" (as they are), "fp16", "int8" or "int4" (with scales for each channel
-                of a UNet, for each token of a transformer).
-            reuse: from 1, call the worker at every step of this number only; below 1, only when the body's input
-                has changed by more than this share since the last call. Its output is reused between. 1 is exact.
+            codec: encoding of the states for the network: "none", "fp16", "int8" or "int4" (with a scale for each
+                channel of a UNet, or each token of a transformer).
+            reuse: from 1, call the worker at every `reuse`-th step. Below 1, call it when the body's input has
+                changed by more than this fraction since the last call. Other steps reuse its output. 1 is exact.
             ip_adapter: the safetensors file of the IP-Adapter that the pipeline will load (`load_ip_adapter`).
                 Workers must serve the model with the same one.
             dtype: of parameters and states: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
@@ -73,8 +73,10 @@ class SplitDenoiser(ConnectedModel):
                 `step_timeout` (see `Connection`).
 
         Raises:
-            UnknownModel, UnsupportedArchitecture, InvalidSplit, MissingTensor, TensorMismatch: of the model.
-            KeysError, ConfigError: of the fleet or an argument.
+            UnknownModel, UnsupportedArchitecture, InvalidSplit, MissingTensor, TensorMismatch: the model cannot be
+                loaded or split like this.
+            KeysError: the fleet's keys are missing or invalid.
+            ConfigError: an argument is invalid.
             BrokerUnreachable: the broker did not answer in time.
         """
         if codec not in CODECS:
@@ -82,14 +84,14 @@ class SplitDenoiser(ConnectedModel):
         check_reuse(reuse)
         connection = Connection.of(connection, fields)
         device = Endpoint.find(connection.broker, connection.keys, connection.member)
-        plan = read_denoiser_spec(Checkpoint.resolve(path, ip_adapter=ip_adapter))
-        if not issubclass(cls, getattr(diffusers, plan.class_name)):
-            raise UnsupportedArchitecture(f"{plan.checkpoint.name} is a {plan.class_name}")
-        split = plan.split(cut)
-        manifest = find_manifest(device.fleet, plan.checkpoint, plan.own_tensors(split, "device"))
-        model: Self = plan.build(cls)
-        model._cut(plan, split)
-        load_weights(model, plan, split, "device", parse_dtype(dtype))  # type: ignore[arg-type]
+        spec = read_denoiser_spec(Checkpoint.resolve(path, ip_adapter=ip_adapter))
+        if not issubclass(cls, getattr(diffusers, spec.class_name)):
+            raise UnsupportedArchitecture(f"{spec.checkpoint.name} is a {spec.class_name}")
+        split = spec.split(cut)
+        manifest = find_manifest(device.fleet, spec.checkpoint, spec.own_tensors(split, "device"))
+        model: Self = spec.build(cls)
+        model._cut(spec, split)
+        load_weights(model, spec, split, "device", parse_dtype(dtype))  # type: ignore[arg-type]
         client = device.join(
             manifest,
             split,
@@ -99,48 +101,48 @@ class SplitDenoiser(ConnectedModel):
             step_timeout=connection.step_timeout,
             cut=f"--cut {cut}" + (f" --ip-adapter {ip_adapter}" if ip_adapter is not None else ""),
         )
-        model._belong(client, split)
-        model._plan, model._codec, model._reuse = plan, CODECS[codec], reuse
-        model._threads = _Threads()
+        model._set_client(client, split)
+        model._spec, model._codec, model._reuse = spec, CODECS[codec], reuse
+        model._per_thread = _PerThread()
         return model
 
-    def _cut(self, plan: DenoiserSpec, split: Split) -> None:
+    def _cut(self, spec: DenoiserSpec, split: Split) -> None:
         """Replaces the body's blocks by placeholders."""
         raise NotImplementedError
 
     _codec: payloads.Codec | None
     _reuse: float
-    _threads: _Threads
+    _per_thread: _PerThread
 
     def pipeline_options(self) -> dict[str, Any]:
         """Arguments of a pipeline's `from_pretrained` that make this its denoiser."""
         dtype: torch.dtype = self.dtype  # type: ignore[attr-defined]
-        return {self._plan.component: self, "dtype": dtype, "variant": self._plan.checkpoint.variant}
+        return {self._spec.component: self, "dtype": dtype, "variant": self._spec.checkpoint.variant}
 
     @property
     def session(self) -> ImageSession:
-        """The session of this thread; another one may `abandon` it."""
-        mine = self._threads
-        if mine.session is None:
-            mine.session = ImageSession(self._client, self._plan, self.split, self._codec)
-            mine.reuse = Reuse(self._reuse, self._base)
-        return mine.session
+        """The session of the calling thread. Any thread may `abandon` it."""
+        state = self._per_thread
+        if state.session is None:
+            state.session = ImageSession(self._client, self._spec, self.split, self._codec)
+            state.reuse = Reuse(self._reuse, self._base)
+        return state.session
 
     def _run(self, timestep: float, inputs: DenoiserInputs) -> torch.Tensor:
         """The body's output, from a worker or from an earlier step."""
         session = self.session
-        assert self._threads.reuse is not None
-        return self._threads.reuse.output(timestep, inputs, session.step)
+        assert self._per_thread.reuse is not None
+        return self._per_thread.reuse.output(timestep, inputs, session.step)
 
     # --- what is refused by name ---------------------------------------------------------------------------
 
     def load_lora_adapter(self, weights: Any, prefix: str | None = "transformer", **options: Any) -> Any:
-        """Like diffusers'. Raises UnsupportedFeature for weights of blocks that are on the worker."""
+        """Works like diffusers'. Raises UnsupportedFeature for weights of blocks that are on the worker."""
         if not isinstance(weights, dict):
             raise UnsupportedFeature("load a LoRA by the pipeline's load_lora_weights, or pass its state dict")
         start = f"{prefix}." if prefix is not None else ""
         for name in weights:
-            if name.startswith(start) and self._plan.in_body(name.removeprefix(start), self.split):
+            if name.startswith(start) and self._spec.in_body(name.removeprefix(start), self.split):
                 raise UnsupportedFeature(
                     f"the LoRA has weights of {name}, which is on the worker: fuse it into the checkpoint that "
                     "device and workers load (fuse_lora, unload_lora_weights, save_pretrained)"
@@ -153,7 +155,7 @@ class SplitDenoiser(ConnectedModel):
 
 
 def arguments(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """A denoiser's arguments by name. Raises UnsupportedFeature for those that the original does not take."""
+    """A denoiser's arguments by name. Raises UnsupportedFeature if the original class does not take them."""
     try:
         return signature.bind(*args, **kwargs).arguments
     except TypeError as error:

@@ -28,30 +28,31 @@ else:
     # The checkpoint's own class is mixed in when a model is loaded.
     _OwnClass = object
 
-#: What `generate` may be told of the cache: a session is a layer of a dynamic one.
+#: Values of `cache_implementation` that can be split: a session is a layer of a dynamic cache.
 _DYNAMIC = (None, "dynamic", "dynamic_full")
 
 
 @dataclass(frozen=True)
 class SplitParts:
-    """What a split language model is made of, for code that runs its layers by itself."""
+    """The parts of a split language model, for code that runs its layers by itself."""
 
     client: Client
     split: Split
     stack: LayerStack
     traits: Traits
-    #: Positions that a sequence may have.
+    #: Most positions of a sequence.
     max_positions: int
+    #: Bytes of each session's history that stay in memory.
+    history_memory: int
 
 
 class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
     """A causal language model of transformers with its body on a worker. Made by `from_pretrained`.
 
-    The object is an instance of the checkpoint's own model class as well: `generate`, `forward` and the tokenizer
-    are used as usual. Close it (or use it as a context manager) to leave the queue.
+    The object is also an instance of the checkpoint's own model class: use `generate`, `forward` and the tokenizer
+    as usual. Close it, or use it as a context manager, to leave the queue.
     """
 
-    #: What the model is made of.
     split_parts: SplitParts
 
     @classmethod
@@ -82,39 +83,40 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
             An instance of `SplitModelForCausalLM` and of the checkpoint's own class.
 
         Raises:
-            UnknownModel, UnsupportedArchitecture, InvalidSplit, MissingTensor, TensorMismatch: of the model.
-            KeysError, ConfigError: of the fleet or an argument.
+            UnknownModel, UnsupportedArchitecture, InvalidSplit, MissingTensor, TensorMismatch: the model cannot be
+                loaded or split like this.
+            KeysError: the fleet's keys are missing or invalid.
+            ConfigError: an argument is invalid.
             BrokerUnreachable: the broker did not answer in time.
         """
         connection = Connection.of(connection, fields)
         device = Endpoint.find(connection.broker, connection.keys, connection.member)
-        plan_ = read_spec(str(name_or_path), revision)
-        split = Split.from_head_tail(plan_.layers, head_layers, tail_layers)
-        manifest = find_manifest(device.fleet, plan_.checkpoint, plan_.own_tensors(split, "device"))
+        spec = read_spec(str(name_or_path), revision)
+        split = Split.from_head_tail(spec.layers, head_layers, tail_layers)
+        manifest = find_manifest(device.fleet, spec.checkpoint, spec.own_tensors(split, "device"))
         model: Self
-        model, stack = load_part(plan_, split, "device", dtype=parse_dtype(dtype), bases=(cls,), fill=RemoteBody)
+        model, stack = load_part(spec, split, "device", dtype=parse_dtype(dtype), bases=(cls,), fill=RemoteBody)
         model.name_or_path = model.config.name_or_path = str(name_or_path)
-        model.generation_config = generation_config(plan_) or model.generation_config
+        model.generation_config = generation_config(spec) or model.generation_config
         client = device.join(
             manifest,
             split,
             dtype_name(model.dtype),
             timeout=connection.timeout,
             patience=connection.patience,
-            history_memory=connection.history_memory,
             step_timeout=connection.step_timeout,
         )
-        model._join(client, stack, split)
+        model._join(client, stack, split, connection.history_memory)
         return model
 
-    def _join(self, client: Client, stack: LayerStack, split: Split) -> None:
-        self._belong(client, split)
+    def _join(self, client: Client, stack: LayerStack, split: Split, history_memory: int) -> None:
+        self._set_client(client, split)
         windowed = is_windowed(self.config.get_text_config(decoder=True), split.body)
         traits = Traits(windowed or not stack.takes_positions, stack.positions_interact)
-        self.split_parts = SplitParts(client, split, stack, traits, stack.max_positions)
-        self._body.attach(client, split, traits)
+        self.split_parts = SplitParts(client, split, stack, traits, stack.max_positions, history_memory)
+        self._body.attach(client, split, traits, history_memory)
         self.generation_config.cache_implementation = None
-        #: Names of what the stack's owner may be handed without a name, in its order.
+        #: Names of the positional arguments of the stack's owner, in order.
         _, *self._stack_arguments = inspect.signature(inspect.unwrap(type(stack.owner).forward)).parameters
         self.register_forward_pre_hook(self._before_forward)
         self.register_forward_hook(self._after_forward, always_call=True)
@@ -130,7 +132,13 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
     # --- what is refused by name ---------------------------------------------------------------------------
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Like transformers'. Raises UnsupportedFeature, before anything is sent, for what cannot be split."""
+        """Works like transformers' `generate`.
+
+        Raises:
+            UnsupportedFeature: an argument cannot be split; nothing was sent.
+            PromptTooLong: the prompt exceeds the model's positions.
+            SplitError: the worker or the queue failed.
+        """
         config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         for options in (vars(config) if config is not None else {}, kwargs):
             if options.get("cache_implementation") not in _DYNAMIC:
@@ -147,13 +155,13 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         with generating.entered(Generating(self._body)) as scope:
             output = super().generate(*args, **kwargs)
         if own_cache and isinstance(output, torch.Tensor):
-            # Its cache is gone: the worker need not wait for the garbage collector.
+            # Its cache is gone, so the worker need not keep the session until the garbage collector runs.
             for session in scope.sessions:
                 session.reset()
         return output
 
     def generate_batch(self, *_args: Any, **_kwargs: Any) -> Any:
-        """Refused: transformers' continuous batching keeps a paged cache of all layers in this process."""
+        """Refused: transformers' continuous batching has a paged cache of all layers in this process."""
         raise UnsupportedFeature("generate_batch cannot be split: use generate, the worker batches by itself")
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
@@ -162,17 +170,17 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         if tokens > (limit := self.split_parts.max_positions):
             raise PromptTooLong(f"{tokens} tokens exceed the model's {limit} positions")
 
-    # --- hooks; those after a call run after one that failed, too ------------------------------------------
+    # --- hooks; the `_after` hooks run after a failed call, too --------------------------------------------
 
     @property
     def _scope(self) -> Generating | None:
-        """The `generate` of this model under way in this thread."""
+        """The call of `generate` of this model that is under way on this thread."""
         scope = generating.get()
         return scope if scope is not None and scope.body is self._body else None
 
     def _before_forward(self, _module: Any, _args: Any) -> None:
         scope = self._scope
-        context = StepContext(timings=StepTimings(scope.stepped if scope is not None else None))
+        context = StepContext(timings=StepTimings(scope.step_ended if scope is not None else None))
         context.timings.lap("sampling")
         forwarding.enter(context)
 
@@ -207,7 +215,7 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         context.timings.lap("tail")
         self.timings.record(context.timings)
         if (scope := self._scope) is not None:
-            scope.stepped = context.timings.since
+            scope.step_ended = context.timings.since
 
 
 _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")

@@ -1,7 +1,7 @@
 """Placeholders of the body's blocks in the device's UNet.
 
-`UNet2DConditionModel.forward` stays as it is. The body's blocks on the way down pass placeholders on, in place of
-their skips; the last one on the way up calls the worker with what the first one was handed.
+`UNet2DConditionModel.forward` stays as it is. Slots on the way down return placeholders instead of skips. The last
+slot on the way up calls the worker with the inputs of the first one.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from split_device.sessions.images import DenoiserInputs
 
 @dataclass
 class UNetCall:
-    """What the UNet is called with, on its way through the slots."""
+    """The arguments of a UNet's call that its slots need."""
 
     timestep: float
-    #: A ControlNet's, for the body's skips and its middle block.
+    #: Residuals of a ControlNet, for the body's skips and its middle block.
     residuals: Sequence[torch.Tensor] = ()
-    #: An IP-Adapter's, one for each of the body's attentions.
+    #: Scales of an IP-Adapter, one for each of the body's attentions.
     scales: Sequence[float] = ()
-    #: What the body's first block is handed, once it has been.
+    #: The inputs of the body's first block; None before its call.
     sample: torch.Tensor | None = None
     embedding: torch.Tensor | None = None
     context: Any = None
 
     def inputs(self) -> DenoiserInputs:
-        """What the body is called with. Raises UnsupportedFeature for embeddings that are not a text's."""
+        """The body's inputs. Raises UnsupportedFeature if the embeddings are not those of a text."""
         assert self.sample is not None
         assert self.embedding is not None
         text, images = self.context if isinstance(self.context, tuple) else (self.context, [])
@@ -44,7 +44,7 @@ class UNetCall:
         )
 
 
-#: The call of a UNet under way.
+#: The call of a UNet that is under way.
 unet_calls: CallContext[UNetCall] = CallContext("UNet")
 
 
@@ -55,7 +55,7 @@ def _call() -> UNetCall:
 
 
 class Attention(nn.Module):
-    """Stands for an attention of the body, so that an IP-Adapter finds it. Its weights are the worker's."""
+    """Stands in for an attention of the body, so that an IP-Adapter finds it. The worker has its weights."""
 
     def __init__(self, processor: Any) -> None:
         super().__init__()
@@ -72,17 +72,17 @@ class Attention(nn.Module):
 
 
 def outline(module: nn.Module, of: nn.Module) -> nn.Module | None:
-    """Gives a module the attentions of another one, under their names; None if it has none."""
+    """Adds stand-ins for the attentions of `of` to `module`, under the same names; None if it has none."""
     for name, child in of.named_children():
         processor: Any = getattr(child, "get_processor", None)
-        made = Attention(processor()) if processor is not None else outline(nn.Module(), child)
-        if made is not None:
-            module.add_module(name, made)
+        stand_in = Attention(processor()) if processor is not None else outline(nn.Module(), child)
+        if stand_in is not None:
+            module.add_module(name, stand_in)
     return module if next(module.children(), None) is not None else None
 
 
 class UNetSlot(nn.Module):
-    """A block of the body, on the worker. Has no parameters."""
+    """The place of a block that is on the worker. Has no parameters."""
 
     has_cross_attention = True
 
@@ -92,9 +92,9 @@ class UNetSlot(nn.Module):
 
     @staticmethod
     def refuse(options: dict[str, Any]) -> None:
-        """Raises UnsupportedFeature for options of blocks that do not travel to the worker."""
+        """Raises UnsupportedFeature for options that concern the blocks on the worker."""
         for name in ("attention_mask", "encoder_attention_mask", "cross_attention_kwargs", "additional_residuals"):
-            # A LoRA's scale has been applied already, to the blocks that are here.
+            # The scale of a LoRA is already applied to the blocks on this device.
             given = options.get(name)
             if given is None or (isinstance(given, dict) and not given.keys() - {"scale"}):
                 continue
@@ -102,7 +102,7 @@ class UNetSlot(nn.Module):
 
 
 class DownSlot(UNetSlot):
-    """A block on the way down: makes `skips` skips, which are placeholders."""
+    """A block on the way down. Returns `skips` placeholders as its skips."""
 
     def __init__(self, block: nn.Module, skips: int, first: bool) -> None:
         super().__init__(block)
@@ -120,7 +120,7 @@ class DownSlot(UNetSlot):
 
 
 class MiddleSlot(UNetSlot):
-    """The block in the middle: passes the placeholder on."""
+    """The block in the middle. Returns the placeholder."""
 
     def forward(self, hidden_states: torch.Tensor, _embedding: torch.Tensor, **options: Any) -> torch.Tensor:
         self.refuse(options)
@@ -128,11 +128,11 @@ class MiddleSlot(UNetSlot):
 
 
 class UpSlot(UNetSlot):
-    """A block on the way up, with as many `resnets` as the skips that it takes."""
+    """A block on the way up. It has one entry in `resnets` for each skip that it takes."""
 
     def __init__(self, block: Any) -> None:
         super().__init__(block)
-        # Counted by the UNet.
+        # The UNet counts them.
         self.resnets = nn.ModuleList(nn.Identity() for _ in block.resnets)
 
     def forward(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -141,10 +141,10 @@ class UpSlot(UNetSlot):
 
 
 class LastSlot(UpSlot):
-    """The body's last block: what it returns comes from the worker, but for its upsampler, which is here.
+    """The body's last block: returns the worker's output. Its upsampler runs on this device.
 
     Args:
-        run: calls the body for the step at this time.
+        run: calls the body, given the timestep and the inputs.
     """
 
     def __init__(self, block: Any, run: Callable[[float, DenoiserInputs], torch.Tensor]) -> None:

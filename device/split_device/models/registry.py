@@ -1,4 +1,4 @@
-"""The split denoiser that a pipeline calls for."""
+"""The split class of each denoiser."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from split_device.models.denoiser import SplitDenoiser
 from split_device.models.transformer import SplitFluxTransformer2DModel, SplitSD3Transformer2DModel
 from split_device.models.unet import SplitUNet2DConditionModel
 
-#: By the name of the original's class in diffusers.
+#: Split classes by the name of the original class in diffusers.
 CLASSES: dict[str, type[SplitDenoiser]] = {
     "UNet2DConditionModel": SplitUNet2DConditionModel,
     "SD3Transformer2DModel": SplitSD3Transformer2DModel,
@@ -20,5 +20,5 @@ CLASSES: dict[str, type[SplitDenoiser]] = {
 
 
 def load_denoiser(path: str | Path, **options: Any) -> SplitDenoiser:
-    """The denoiser of a pipeline, split. Options and errors are those of its class's `from_pretrained`."""
+    """Loads the split denoiser of a pipeline. Options and errors: see `SplitDenoiser.from_pretrained`."""
     return CLASSES[read_denoiser_spec(Checkpoint.resolve(path)).class_name].from_pretrained(path, **options)

@@ -1,4 +1,4 @@
-"""Skips calls of the worker: the body's output changes slowly from one denoising step to the next."""
+"""Skips calls of the worker, because the body's output changes slowly between denoising steps."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 from split_device.models.compression import check_reuse
 from split_device.sessions.images import DenoiserInputs
 
-#: Number of images, or of halves under guidance, whose last output is kept.
+#: Number of images, or of halves under guidance, whose last call is kept.
 MAX_KEPT = 2
 
-#: The part of the inputs to which the output is a residual, as in a transformer.
+#: Selects the inputs to which the output is a residual, as in a transformer.
 Base = Callable[[DenoiserInputs], torch.Tensor]
 
 
 @dataclass(eq=False)
 class LastCall:
-    """The last call of the body for an image in progress."""
+    """The last call of the body for an image that is being made."""
 
     about: tuple[torch.Tensor, ...]
     states: torch.Tensor
     #: The output, or the residual if there is a base.
     output: torch.Tensor
     timestep: float
-    #: Number of steps that used the output.
+    #: Number of steps that have used the output.
     steps: int = 1
 
 
@@ -45,22 +45,27 @@ class Reuse:
     def __init__(self, reuse: float, base: Base | None = None) -> None:
         self._reuse = check_reuse(reuse)
         self._base = base
-        # The most recently used one comes last.
+        # The most recently used image comes last.
         self._images: list[LastCall] = []
 
     def output(
         self, timestep: float, inputs: DenoiserInputs, call: Callable[[DenoiserInputs], torch.Tensor]
     ) -> torch.Tensor:
-        """The body's output for the step at this time."""
+        """The body's output for a step.
+
+        Args:
+            timestep: of the step; it decreases during an image.
+            call: calls the body.
+        """
         if self._reuse == 1:
             return call(inputs)
         about, states = (*inputs.job, *inputs.about), inputs.tensors[0]
-        kept = self._take(about, states)
-        if kept is not None and timestep < kept.timestep and not self._is_due(kept, states):
-            kept.steps += 1
-            kept.timestep = timestep
-            self._images.append(kept)
-            return kept.output if self._base is None else self._base(inputs) + kept.output
+        last = self._take(about, states)
+        if last is not None and timestep < last.timestep and not self._is_due(last, states):
+            last.steps += 1
+            last.timestep = timestep
+            self._images.append(last)
+            return last.output if self._base is None else self._base(inputs) + last.output
         output = call(inputs)
         more = output if self._base is None else output - self._base(inputs)
         self._images = [*self._images, LastCall(about, states, more, timestep)][-MAX_KEPT:]
@@ -68,13 +73,13 @@ class Reuse:
 
     def _take(self, about: tuple[torch.Tensor, ...], states: torch.Tensor) -> LastCall | None:
         """Removes and returns the last call for an image."""
-        for index, kept in enumerate(self._images):
-            same = kept.states.shape == states.shape and len(kept.about) == len(about)
-            if same and all(map(torch.equal, kept.about, about)):
+        for index, last in enumerate(self._images):
+            same = last.states.shape == states.shape and len(last.about) == len(about)
+            if same and all(map(torch.equal, last.about, about)):
                 return self._images.pop(index)
         return None
 
-    def _is_due(self, kept: LastCall, states: torch.Tensor) -> bool:
+    def _is_due(self, last: LastCall, states: torch.Tensor) -> bool:
         if self._reuse >= 1:
-            return kept.steps >= self._reuse
-        return bool((states - kept.states).norm() > self._reuse * kept.states.norm())
+            return last.steps >= self._reuse
+        return bool((states - last.states).norm() > self._reuse * last.states.norm())

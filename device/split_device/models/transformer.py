@@ -20,7 +20,7 @@ from split_device.models.context import CallContext
 from split_device.models.denoiser import SplitDenoiser, arguments
 from split_device.sessions.images import DenoiserInputs
 
-#: Arguments of a transformer that concern blocks on the worker, and what they are for.
+#: Arguments of a transformer that concern blocks on the worker, and the features that use them.
 _REFUSED = {
     "block_controlnet_hidden_states": "a ControlNet of a transformer",
     "controlnet_block_samples": "a ControlNet of a transformer",
@@ -30,11 +30,12 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class TransformerCall:
-    """What the transformer is called with, on its way to the body's first slot."""
+    """The arguments of a transformer's call that the body's first slot needs."""
 
     timestep: float
-    #: What tells one image from another, and what a worker has to know of it.
+    #: Tensors that tell one image from another.
     about: Sequence[torch.Tensor]
+    #: Tensors of an image that the worker needs besides its steps.
     job: Sequence[torch.Tensor]
 
 
@@ -42,19 +43,19 @@ _calls: CallContext[TransformerCall] = CallContext("transformer")
 
 
 class TransformerSlot(nn.Module):
-    """A block of the body, on the worker. Passes on what it is handed."""
+    """The place of a block that is on the worker. Passes its inputs on."""
 
     def forward(
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # A LoRA's scale has been applied already, to the blocks that are here.
+        # The scale of a LoRA is already applied to the blocks on this device.
         if strange := sorted((options.get("joint_attention_kwargs") or {}).keys() - {"scale"}):
             raise UnsupportedFeature(f"{strange[0]} cannot be split: it concerns blocks that are on the worker")
         return encoder_hidden_states, hidden_states
 
 
 class FirstSlot(TransformerSlot):
-    """The body's first block: calls the worker, so that the others have nothing to do."""
+    """The body's first block: calls the worker, so the other slots only pass its output on."""
 
     def __init__(self, run: Callable[[float, DenoiserInputs], torch.Tensor]) -> None:
         super().__init__()
@@ -73,27 +74,32 @@ class FirstSlot(TransformerSlot):
 
 
 class SplitTransformer(SplitDenoiser):
-    """What the split transformers have in common."""
+    """Common base of the split transformers."""
 
     _signature: ClassVar[inspect.Signature]
 
-    def _cut(self, plan: DenoiserSpec, split: Split) -> None:
-        assert isinstance(plan, TransformerSpec)
-        for number, (stack, index) in enumerate(plan.places(split)):
+    def _cut(self, spec: DenoiserSpec, split: Split) -> None:
+        assert isinstance(spec, TransformerSpec)
+        for number, (stack, index) in enumerate(spec.places(split)):
             getattr(self, stack)[index] = FirstSlot(self._run) if number == 0 else TransformerSlot()
 
     @staticmethod
     def _base(inputs: DenoiserInputs) -> torch.Tensor:
-        """The blocks add to the tokens that they are handed."""
+        """The text's and the image's tokens, to which the blocks add their output."""
         image, _, text = inputs.tensors
         return torch.cat((text, image), 1)
 
     def _job(self, _given: dict[str, Any]) -> Sequence[torch.Tensor]:
-        """What a worker has to know of an image, besides its steps."""
+        """Tensors of an image that the worker needs besides its steps."""
         return ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Like diffusers'. Raises UnsupportedFeature, before anything is sent, for what cannot be split."""
+        """Works like diffusers'.
+
+        Raises:
+            UnsupportedFeature: an argument cannot be split; nothing was sent.
+            SplitError: the worker or the queue failed.
+        """
         given = arguments(self._signature, self, *args, **kwargs)
         refuse_gradients(given["hidden_states"])
         for name, what in _REFUSED.items():
@@ -126,6 +132,6 @@ class SplitFluxTransformer2DModel(SplitTransformer, FluxTransformer2DModel):  # 
     _signature = inspect.signature(FluxTransformer2DModel.forward)
 
     def _job(self, given: dict[str, Any]) -> Sequence[torch.Tensor]:
-        """Where the tokens are; the same for all rows."""
+        """The positions of the tokens, the same for all rows."""
         places = [given[name] if given[name].ndim == 2 else given[name][0] for name in ("txt_ids", "img_ids")]
         return [torch.cat(places).float().expand(len(given["hidden_states"]), -1, -1)]

@@ -24,17 +24,17 @@ _SIGNATURE = inspect.signature(UNet2DConditionModel.forward)
 class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionModel):  # type: ignore[misc]
     """A UNet of diffusers with its body on a worker, for `unet=` of a pipeline. Made by `from_pretrained`."""
 
-    _plan: UNetSpec
+    _spec: UNetSpec
 
-    def _cut(self, plan: DenoiserSpec, split: Split) -> None:
-        assert isinstance(plan, UNetSpec)
-        for level in range(split.first, plan.levels):
+    def _cut(self, spec: DenoiserSpec, split: Split) -> None:
+        assert isinstance(spec, UNetSpec)
+        for level in range(split.first, spec.levels):
             block = self.down_blocks[level]
-            self.down_blocks[level] = DownSlot(block, plan.skips(level), level == split.first)
+            self.down_blocks[level] = DownSlot(block, spec.skips(level), level == split.first)
         blocks: Any = self
         if blocks.mid_block is not None:
             blocks.mid_block = MiddleSlot(blocks.mid_block)
-        last = plan.levels - split.first - 1
+        last = spec.levels - split.first - 1
         for index in range(last):
             self.up_blocks[index] = UpSlot(self.up_blocks[index])
         self.up_blocks[last] = LastSlot(self.up_blocks[last], self._run)
@@ -42,7 +42,12 @@ class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionMod
     # --- a step --------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Like diffusers'. Raises UnsupportedFeature, before anything is sent, for what cannot be split."""
+        """Works like diffusers'.
+
+        Raises:
+            UnsupportedFeature: an argument cannot be split; nothing was sent.
+            SplitError: the worker or the queue failed.
+        """
         given = arguments(_SIGNATURE, self, *args, **kwargs)
         refuse_gradients(given["sample"])
         if given.get("down_intrablock_additional_residuals") is not None:
@@ -54,13 +59,13 @@ class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionMod
                 given.get("down_block_additional_residuals"),
                 given.get("mid_block_additional_residual"),
             ),
-            self._scales() if self._plan.adapted else (),
+            self._scales() if self._spec.adapted else (),
         )
         with unet_calls.entered(call):
             return super().forward(*args, **kwargs)
 
     def _residuals(self, sample: torch.Tensor, down: Any, middle: Any) -> list[torch.Tensor]:
-        """A ControlNet's residuals for the body. Raises UnsupportedFeature when they do not fit the UNet."""
+        """A ControlNet's residuals for the body. Raises UnsupportedFeature if they do not fit the UNet."""
         if down is None and middle is None:
             return []
         if down is None or middle is None:
@@ -69,9 +74,9 @@ class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionMod
         own = 1
         for level in range(self.split.first):
             height, width = (height + 1) // 2, (width + 1) // 2
-            own += self._plan.skips(level)
+            own += self._spec.skips(level)
         residuals = [*down[own - 1 :], middle]
-        wanted = [(len(sample), *shape) for shape in self._plan.skip_shapes(self.split, height, width)]
+        wanted = [(len(sample), *shape) for shape in self._spec.skip_shapes(self.split, height, width)]
         if (found := [tuple(residual.shape) for residual in residuals]) != wanted:
             raise UnsupportedFeature(f"the ControlNet is of another size: residuals {found}, not {wanted}")
         return residuals
@@ -79,14 +84,14 @@ class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionMod
     # --- an IP-Adapter -------------------------------------------------------------------------------------
 
     def check_adapters(self, states: list[Any]) -> None:
-        """Raises UnsupportedFeature for another IP-Adapter than the one that the model was opened with."""
+        """Raises UnsupportedFeature if this is not the IP-Adapter with which the model was opened."""
         given = {
             f"{part}.{name}": tensor
             for state in states
             for part, tensors in state.items()
             for name, tensor in tensors.items()
         }
-        names = self._plan.checkpoint.adapter_names
+        names = self._spec.checkpoint.adapter_names
         if not names or len(states) != 1 or given.keys() != names:
             raise UnsupportedFeature(
                 "most of an IP-Adapter's weights are the worker's: open the model with ip_adapter=FILE, run its "
@@ -94,14 +99,18 @@ class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionMod
             )
         if strange := sorted(name for name in names if "_lora." in name):
             raise UnsupportedFeature(f"an IP-Adapter with a LoRA cannot be split: {strange[0]}")
-        own = read_tensors(self._plan.checkpoint, sorted(names))
+        own = read_tensors(self._spec.checkpoint, sorted(names))
         if different := sorted(name for name in names if not torch.equal(given[name].cpu(), own[name])):
             raise UnsupportedFeature(f"{different[0]} is not that of the IP-Adapter that the model was opened with")
 
     def _scales(self) -> list[float]:
-        """How much each of the body's attentions to an IP-Adapter's images counts. Raises UnsupportedFeature."""
+        """The IP-Adapter's scale for each of the body's attentions.
+
+        Raises:
+            UnsupportedFeature: a scale differs between images.
+        """
         scales = []
-        for name in self._plan.body_attentions(self.split):
+        for name in self._spec.body_attentions(self.split):
             (scale,) = getattr(self.get_submodule(name).get_processor(), "scale", [0.0])
             if not isinstance(scale, float | int):
                 raise UnsupportedFeature(
@@ -113,7 +122,7 @@ class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionMod
     # --- what is refused by name ---------------------------------------------------------------------------
 
     def load_attn_procs(self, *_args: Any, **_options: Any) -> None:
-        """Refused: attention processors with weights belong to the worker's blocks as well."""
+        """Refused: most attention processors belong to blocks that are on the worker."""
         raise UnsupportedFeature("attention processors with weights cannot be split: most are on the worker")
 
     def enable_freeu(self, *_args: Any, **_options: Any) -> None:

@@ -1,1 +1,1 @@
-"""Sessions on workers: the connection, one epoch, what outlives it, and what is kept to replay."""
+"""Sessions on workers: the connection, channels, one epoch, fail-over, and the history that is replayed."""

@@ -12,7 +12,7 @@ from split_common.transport.address import DEFAULT_BROKER
 #: Seconds to wait for the broker.
 TIMEOUT = 10.0
 
-#: Seconds that a device waits for room on a worker before it raises `Busy`.
+#: Seconds that a device waits while all workers are full, before it raises `Busy`.
 PATIENCE = 60.0
 
 #: Seconds without a reply after which a device looks for a faster worker. A full worker answers late, too.

@@ -1,4 +1,4 @@
-"""Records of steps that were given up, because workers failed or died at them. Never states, text or keys."""
+"""Records of steps that were given up because workers failed or died at them. No states, text or keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_REASON = 500
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
-    """A step that was given up: `tokens` tokens, of `rows` rows in all, to append to `cached` columns."""
+    """A step that was given up: `tokens` tokens in `rows` rows together, to append to `cached` columns."""
 
     model: str
     layers: str
@@ -33,7 +33,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def record(letter: DeadLetter) -> None:
-    """Appends a letter to the file; if that fails, it is only logged."""
+    """Appends a letter to the file. If that fails, it logs a warning."""
     log.warning("a step was given up: %s", letter.reason)
     letter = msgspec.structs.replace(letter, reason=letter.reason[:MAX_REASON])
     try:

@@ -1,4 +1,4 @@
-"""Equal rows travel once."""
+"""Finds equal rows, so that they travel once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ def distinct(keys: Iterable[Hashable | None]) -> tuple[list[int], list[int]]:
     """Finds equal rows by their keys.
 
     Args:
-        keys: one of each row; None for a row that need not travel.
+        keys: one for each row; None for a row that need not travel.
 
     Returns:
-        The indices of the rows that travel, ascending: the first one of each key. And for each row the index among
-        those of the one that it equals, -1 for a row without a key.
+        The indices of the rows that travel, ascending: the first row of each key. And for each row the index, in
+        this list, of the row that it equals; -1 for a row without a key.
     """
     seen: dict[Hashable, int] = {}
     sent: list[int] = []

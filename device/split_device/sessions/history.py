@@ -1,7 +1,7 @@
-"""What a session has sent: enough to fill another worker's KV cache.
+"""The history of a session: the hidden states that fill another worker's KV cache.
 
-The end-to-end argument: no queue and no worker promises to lose nothing, so the device does. Most of a long history
-lies in an encrypted temporary file.
+By the end-to-end argument, the device keeps it: neither the queue nor a worker promises to lose nothing. Most of a
+long history lies in an encrypted temporary file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BLOCK_BYTES = 1024 * 1024
 
 
 class Block:
-    """Hidden states `[rows, columns, width]` and positions `[rows, columns]` that no longer change.
+    """Hidden states `[rows, columns, width]` and positions int64 `[rows, columns]` that no longer change.
 
     In memory or spilled. Copies of a history share its blocks.
     """
@@ -35,7 +35,7 @@ class Block:
         self.positions = positions
         self._states: torch.Tensor | None = states
         self._shape, self._dtype = states.shape, states.dtype
-        #: Bytes of one row's column.
+        #: Bytes of one column in one row.
         self.token_bytes = states.shape[2] * states.element_size()
         self._spilled: tuple[SpillFile, list[int]] | None = None
 
@@ -46,7 +46,7 @@ class Block:
 
     @property
     def states(self) -> torch.Tensor:
-        """Raises OSError or AuthenticationError when spilled states cannot be read back as they were."""
+        """The states. Raises OSError or AuthenticationError if spilled states cannot be read back unchanged."""
         if (states := self._states) is not None:
             return states
         assert self._spilled is not None
@@ -54,7 +54,7 @@ class Block:
         return torch.frombuffer(file.read(slots), dtype=self._dtype).view(self._shape)
 
     def spill(self, file: SpillFile) -> None:
-        """Raises OSError; the states then stay in memory."""
+        """Moves the states to a file. Raises OSError if that fails; they then stay in memory."""
         if self._states is not None:
             self._spilled = file, file.write(raw_bytes(self._states))
             self._states = None
@@ -75,11 +75,11 @@ class BlockView:
 
     @property
     def size(self) -> int:
-        """Bytes of states, each row counted, though rows may share a row of the block."""
+        """Bytes of the states of all rows; rows that share a row of the block count once each."""
         return len(self.rows) * self.columns * self.block.token_bytes
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """States `[rows, columns, width]` and positions `[rows, columns]`."""
+        """States `[rows, columns, width]` and positions `[rows, columns]`. Raises what `Block.states` raises."""
         states, positions = self.block.states[:, : self.columns], self.block.positions[:, : self.columns]
         if self.rows == list(range(len(states))):
             return states, positions
@@ -89,18 +89,18 @@ class BlockView:
 class History:
     """Hidden states and positions of a batch's cached columns, padding included.
 
-    Kept as a list of parts, so that cropping, reordering and copying move no states. Neighbours are merged while
-    they are small, which keeps the list short.
+    It is a list of parts, so that cropping, reordering and copying move no states. Small neighbours are merged,
+    which keeps the list short. Not thread-safe.
 
     Args:
-        memory: bytes of states to keep in memory, besides those of the last block.
+        memory: bytes of states to keep in memory, not counting the last block.
     """
 
     def __init__(self, memory: int = HISTORY_MEMORY) -> None:
         self._memory = memory
         self._length = 0
-        #: The length after each call that appended columns, and the largest position of each.
-        self._ends: list[int] = []
+        #: For each call that appended columns, the length after it and its largest position.
+        self._call_ends: list[int] = []
         self._horizons: list[int] = []
         self._parts: list[BlockView] = []
         self._file: SpillFile | None = None
@@ -114,10 +114,10 @@ class History:
     def append(self, states: torch.Tensor, positions: torch.Tensor) -> None:
         """Adds columns: states `[batch, columns, width]` and positions `[batch, columns]`.
 
-        Never fails: if the history cannot be kept any longer, `replay` will say so.
+        Never fails: if the history can no longer be kept, `replay` raises HistoryLost.
         """
         self._length += states.shape[1]
-        self._ends.append(self._length)
+        self._call_ends.append(self._length)
         self._horizons.append(int(positions.max()))
         if self._lost is not None:
             return
@@ -130,29 +130,29 @@ class History:
                 self._spill()
 
     def crop(self, columns: int) -> None:
-        """Keeps the first columns."""
-        calls = bisect.bisect_left(self._ends, columns) + (columns > 0)
-        left = self._length - columns
-        del self._ends[calls:], self._horizons[calls:]
-        if left > 0:
+        """Keeps the first `columns` columns."""
+        calls = bisect.bisect_left(self._call_ends, columns) + (columns > 0)
+        surplus = self._length - columns
+        del self._call_ends[calls:], self._horizons[calls:]
+        if surplus > 0:
             self._length = columns
-            self._ends[-1:] = [columns] if columns else []
-        while self._parts and left > 0:
+            self._call_ends[-1:] = [columns] if columns else []
+        while self._parts and surplus > 0:
             last = self._parts.pop()
-            if last.columns > left:
-                self._parts.append(replace(last, columns=last.columns - left))
-            left -= last.columns
+            if last.columns > surplus:
+                self._parts.append(replace(last, columns=last.columns - surplus))
+            surplus -= last.columns
 
     def select(self, rows: list[int]) -> None:
         """Row i becomes what row `rows[i]` was."""
         self._parts = [replace(part, rows=[part.rows[row] for row in rows]) for part in self._parts]
 
     def clone(self) -> History:
-        twin = History(self._memory)
-        twin._length, twin._parts = self._length, list(self._parts)
-        twin._ends, twin._horizons = list(self._ends), list(self._horizons)
-        twin._file, twin._lost = self._file, self._lost
-        return twin
+        copy = History(self._memory)
+        copy._length, copy._parts = self._length, list(self._parts)
+        copy._call_ends, copy._horizons = list(self._call_ends), list(self._horizons)
+        copy._file, copy._lost = self._file, self._lost
+        return copy
 
     def replay(
         self, columns: torch.Tensor, by_call: bool
@@ -160,11 +160,11 @@ class History:
         """The runs that rebuild the cache, their states `[tokens, width]`, and their call's largest position.
 
         Args:
-            columns: which columns hold tokens, bool `[batch, columns]`.
-            by_call: whether to yield what was appended by each call as a whole; if not, the position is None.
+            columns: which columns hold tokens and not padding, bool `[batch, columns]`.
+            by_call: whether to yield the columns of each call together; if not, the position is None.
 
         Raises:
-            HistoryLost: it could not be kept, or cannot be read back.
+            HistoryLost: the history could not be kept, or cannot be read back.
         """
         if self._lost is not None:
             raise self._lost
@@ -177,11 +177,11 @@ class History:
                 raise HistoryLost(f"the session's spilled history cannot be read back: {error}") from None
             offset, end = done, done + part.columns
             while done < end:
-                stop = min(end, self._ends[call]) if by_call else end
+                stop = min(end, self._call_ends[call]) if by_call else end
                 here = slice(done - offset, stop - offset)
                 pieces.append((states[:, here], positions[:, here]))
                 done = stop
-                if by_call and stop < self._ends[call]:
+                if by_call and stop < self._call_ends[call]:
                     break
                 if runs := _runs(columns, begin, torch.cat([places for _, places in pieces], 1)):
                     packed = torch.cat([piece for piece, _ in pieces], 1)[columns[:, begin:stop]]
@@ -189,7 +189,7 @@ class History:
                 begin, pieces, call = stop, [], call + 1
 
     def _merge(self) -> None:
-        """Merges the last parts while they are of similar size, so that each state is copied only a few times."""
+        """Merges the last parts while their sizes are similar, so that each state is copied only a few times."""
         while len(self._parts) > 1:
             one, two = self._parts[-2:]
             if 2 * two.size < one.size or one.size + two.size > BLOCK_BYTES:
@@ -200,7 +200,7 @@ class History:
             self._parts[-2:] = [_part(torch.cat([first, second], 1), torch.cat([before, after], 1))]
 
     def _spill(self) -> None:
-        """Spills the oldest parts above the limit; if there is no room for them, the history is lost."""
+        """Spills the oldest parts above the limit. If the disk is full, the history is lost."""
         excess = self.resident - self._memory
         try:
             for part in self._parts[:-1]:
@@ -224,7 +224,7 @@ def _part(states: torch.Tensor, positions: torch.Tensor) -> BlockView:
 
 
 def _runs(columns: torch.Tensor, begin: int, positions: torch.Tensor) -> list[payloads.Run]:
-    """The runs of tokens in the columns from `begin` on whose positions `[batch, columns]` are given."""
+    """The runs of tokens in columns from `begin` on, given their positions `[batch, columns]`."""
     mine = columns[:, begin : begin + positions.shape[1]]
     starts = columns[:, :begin].sum(1).tolist()
     return [

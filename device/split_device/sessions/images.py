@@ -1,4 +1,7 @@
-"""A session of image jobs: steps out, outputs in. Besides a step, a worker needs only the image's embeddings."""
+"""The session of an image: calls the body of a denoiser on a worker.
+
+A step needs nothing from earlier steps, only the image's embeddings. Any worker can therefore take over.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,14 @@ from split_device.sessions.resilient import ResilientSession
 from split_device.sessions.session import RemoteSession, Reply
 from split_device.sessions.timings import StepTimings
 
-#: How often a worker is sent everything for one step before another one is looked for: others may need its memory.
+#: How often a worker gets the embeddings for one step before the session moves: other sessions may need its memory.
 MAX_EMBEDDINGS = 3
 
 
 class DenoiserInputs(NamedTuple):
-    """What the body is called with, as its plan says: see `split_common.models.denoisers`."""
+    """The arguments of the body, as its spec defines them: see `split_common.models.denoisers`."""
 
-    #: Tensors of one step: the states, the embedding of the time, and more.
+    #: Tensors of one step: the states, the embedding of the timestep, and others.
     tensors: Sequence[torch.Tensor]
     #: Tensors and scales that are the same for all steps of an image.
     job: Sequence[torch.Tensor] = ()
@@ -40,7 +43,7 @@ class DenoiserInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedConditioning:
-    """What a worker is sent for an image, besides its steps."""
+    """The conditioning of an image, encoded: a worker needs it once, before the steps."""
 
     payload: payloads.Conditioning
     data: bytes
@@ -48,17 +51,17 @@ class EncodedConditioning:
 
 @dataclass(frozen=True)
 class DenoiseRequest:
-    """A step, and what it needs of its image."""
+    """A step as it travels, and the conditioning of its image."""
 
     step: payloads.Denoise
     tensors: bytes
-    condition: EncodedConditioning | None
-    #: The form of the output that it asks for.
+    conditioning: EncodedConditioning | None
+    #: The codec and shape of the output that it asks for.
     output: payloads.Array
     timings: StepTimings
 
     def calls(self) -> list[tuple[payloads.Payload, memoryview | bytes]]:
-        """Its messages: parts that exceed the step's own one, the step, and requests for the output's rest."""
+        """Its messages: parts of tensors that exceed one message, the step, and requests for the output's rest."""
         data = memoryview(self.tensors)
         parts = [
             data[begin : begin + payloads.PART_BYTES] for begin in range(0, self.step.sent, payloads.PART_BYTES)
@@ -84,23 +87,23 @@ class ImageSession:
 
     Args:
         client: finds workers.
-        plan, split: the denoiser, and its body's blocks.
-        codec: of the states on the way; None sends them as they are.
+        spec, split: the denoiser, and its body's blocks.
+        codec: encodes the states for the network; None sends them as they are.
     """
 
     def __init__(
-        self, client: Client, plan: DenoiserSpec, split: Split, codec: payloads.Codec | None = None
+        self, client: Client, spec: DenoiserSpec, split: Split, codec: payloads.Codec | None = None
     ) -> None:
         self._client = client
         self._session = ResilientSession(client)
-        self._plan, self._split, self._codec = plan, split, codec
-        #: Keys of embeddings that the worker was sent.
+        self._spec, self._split, self._codec = spec, split, codec
+        #: Keys of the embeddings that were sent to the worker.
         self._sent: set[bytes] = set()
         #: Whether no step has run yet.
         self.is_new = True
 
     def step(self, inputs: DenoiserInputs) -> torch.Tensor:
-        """The body's output.
+        """Returns the body's output.
 
         Raises:
             NonFinite: the inputs hold NaN or infinity.
@@ -124,13 +127,13 @@ class ImageSession:
         self._session.abandon()
 
     def _request(self, inputs: DenoiserInputs, timings: StepTimings) -> DenoiseRequest:
-        """A step as it travels. Raises NonFinite and Oversized, see `step`."""
-        rows, condition = _condition(inputs)
-        # The embedding of the time travels as it is: it is small, and everything depends on it.
+        """Encodes a step. Raises NonFinite and Oversized, see `step`."""
+        rows, conditioning = _conditioning(inputs)
+        # The embedding of the timestep travels as it is: it is small, and everything depends on it.
         codecs = (self._codec, None, *[self._codec] * (len(inputs.tensors) - 2))
         codec = self._codec or dtype_name(inputs.tensors[0].dtype)
         shapes = [list(tensor.shape) for tensor in inputs.tensors]
-        output = payloads.Array(codec, self._plan.output_shape(self._split, shapes))
+        output = payloads.Array(codec, self._spec.output_shape(self._split, shapes))
         states = [encode(tensor, codec) for tensor, codec in zip(inputs.tensors, codecs, strict=True)]
         data = b"".join(data for _, data in states)
         most = max(len(data), output.nbytes)
@@ -139,32 +142,32 @@ class ImageSession:
                 f"a step of {len(rows)} rows with {most:,} bytes, and not {payloads.MAX_IMAGE_ROWS} with "
                 f"{payloads.MAX_STEP:,} at most: choose a smaller codec, or make fewer images at once"
             )
-        key = condition.payload.key if condition is not None else None
+        key = conditioning.payload.key if conditioning is not None else None
         sent = (len(data) - 1) // payloads.PART_BYTES * payloads.PART_BYTES
         step = payloads.Denoise(key, rows, [array for array, _ in states], codec, sent=sent)
-        return DenoiseRequest(step, data, condition, output, timings)
+        return DenoiseRequest(step, data, conditioning, output, timings)
 
     # --- what fail-over asks of a step (`Replayable`) ------------------------------------------------------
 
-    def replay(self, _remote: RemoteSession, _step: DenoiseRequest) -> None:
+    def replay(self, _session: RemoteSession, _step: DenoiseRequest) -> None:
         """Nothing is sent ahead of a step: `send` sends a new worker the embeddings again."""
         self._sent = set()
 
-    def send(self, remote: RemoteSession, step: DenoiseRequest) -> list[Reply]:
+    def send(self, session: RemoteSession, step: DenoiseRequest) -> list[Reply]:
         for attempt in itertools.count(1):
             calls = step.calls()
-            new = step.condition
+            new = step.conditioning
             if new is not None and new.payload.key not in self._sent:
                 calls.insert(0, (new.payload, new.data))
                 self._sent.add(new.payload.key)
             try:
                 with step.timings.measure_rest("queue"):
-                    return [self._joined(step, remote.call(calls, step.timings))]
+                    return [self._join_parts(step, session.call(calls, step.timings))]
             except NeedEmbeddings as error:
-                # The worker has dropped embeddings, perhaps for those of another session.
+                # The worker has dropped the embeddings, perhaps in favour of another session.
                 self._sent.clear()
                 if attempt == MAX_EMBEDDINGS:
-                    remote.close()
+                    session.close()
                     raise SessionLost(f"{error}, though it was sent them {attempt} times") from None
         raise AssertionError
 
@@ -174,8 +177,8 @@ class ImageSession:
     def describe(self, step: DenoiseRequest) -> tuple[int, int, int]:
         return len(step.step.rows), 0, 0
 
-    def _joined(self, request: DenoiseRequest, replies: list[Reply]) -> Reply:
-        """The answer to a step, with all bytes of the output. Raises Malformed if it has another form."""
+    def _join_parts(self, request: DenoiseRequest, replies: list[Reply]) -> Reply:
+        """The answer to a step, with all bytes of the output. Raises Malformed if codec or shape differ."""
         answers = [
             (reply, data) for reply, data in replies if isinstance(reply, payloads.Denoised | payloads.TensorPart)
         ]
@@ -189,8 +192,8 @@ class ImageSession:
         return denoised, memoryview(b"".join(data for _, data in answers)) if len(answers) > 1 else answers[0][1]
 
 
-def _condition(inputs: DenoiserInputs) -> tuple[list[int], EncodedConditioning | None]:
-    """For each row of the step, its row in what is sent for the image, -1 for zeros; and what is sent."""
+def _conditioning(inputs: DenoiserInputs) -> tuple[list[int], EncodedConditioning | None]:
+    """For each row of the step, its row in the conditioning, -1 for zeros; and the conditioning."""
     count = len(inputs.tensors[0])
     if not inputs.job:
         return [-1] * count, None
@@ -204,7 +207,7 @@ def _condition(inputs: DenoiserInputs) -> tuple[list[int], EncodedConditioning |
 
 
 def _row_key(parts: Sequence[torch.Tensor]) -> bytes | None:
-    """Equal for equal rows; None for one of zeros, as the default negative embeddings of SDXL are."""
+    """A key that is equal for equal rows; None for a row of zeros, such as SDXL's default negative embeddings."""
     if not any(part.any() for part in parts):
         return None
     return hashlib.blake2b(b"".join(map(raw_bytes, parts))).digest()

@@ -1,4 +1,4 @@
-"""One session on one worker: requests out, replies in, whatever is lost on the way."""
+"""One epoch of a session, on one worker: sends requests until each is answered."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from split_common.transport import Transport
 from split_common.trust.keys import Roster
 from split_device.sessions.timings import StepTimings
 
-#: Seconds without a reply after which a request is sent again; doubles each time, up to the second.
+#: Seconds without a reply after which a request is sent again; doubles each time, up to MAX_RETRANSMIT.
 RETRANSMIT = 3.0
 MAX_RETRANSMIT = 10.0
 
@@ -42,10 +42,10 @@ IN_FLIGHT = 32
 #: Least seconds before a retry, whatever a peer asks for.
 MIN_RETRY = 0.1
 
-#: Seconds between two checks, while no message comes, of whether to go on waiting.
+#: Seconds between two checks of whether to give up, while no message comes.
 CHECK_INTERVAL = 0.25
 
-#: What the transport's thread hands over: a message, or what became of the session.
+#: Handed over by the transport's thread: a message, or the error that ended the session.
 Event = tuple[headers.AnyHeader, bytes] | SplitError
 
 #: A worker's answer to one request, and its tensor's bytes.
@@ -55,7 +55,7 @@ Reply = tuple[payloads.AnyReply, memoryview]
 GONE = "the worker that held the session is gone"
 
 #: Error message: the caller abandoned the session.
-GIVEN_UP = "the session was given up"
+ABANDONED = "the session was given up"
 
 
 @dataclass
@@ -96,10 +96,10 @@ class SessionHost(Protocol):
     step_timeout: float
 
     def new_session(self, channel: WorkerChannel, number: int, epoch: int) -> RemoteSession | None:
-        """A session over a channel; None if the channel takes no more of them."""
+        """A session over a channel; None if the channel was lost or takes no more sessions."""
 
     def forget(self, session: RemoteSession) -> None:
-        """No more messages are delivered to the session."""
+        """Stops delivering messages to the session."""
 
     def has_other(self, worker: bytes) -> bool:
         """Whether a worker other than this one is available. May set up a channel to it."""
@@ -109,9 +109,9 @@ class SessionHost(Protocol):
 
 
 class RemoteSession:
-    """One epoch of a session, on one worker. Requests are answered in order; lost ones are sent again as they were.
+    """One epoch of a session, on one worker. Requests are answered in order. Lost ones are sent again unchanged.
 
-    Not thread-safe: one thread at a time calls it. `close`, `interrupt`, `lose` and `resend` may be called in any.
+    Not thread-safe: one thread at a time calls it. Any thread may call `close`, `interrupt`, `lose` and `resend`.
     """
 
     def __init__(self, host: SessionHost, channel: WorkerChannel, number: int, epoch: int) -> None:
@@ -123,17 +123,17 @@ class RemoteSession:
         self._host = host
         self._keys = channel.crypto.session_keys(number, epoch)
         self._seq = 0
-        #: Requests that were sent and not answered, by sequence number.
+        #: Requests without a reply, by sequence number.
         self.in_flight: dict[int, tuple[headers.Relay, bytes]] = {}
         self._lost: SplitError | None = None
-        # When requests that were bounced are sent again, whatever arrives before.
-        self._again_at = math.inf
-        #: Whether the worker may take as long as it likes.
+        # When bounced requests are sent again, even if other messages arrive before; by `time.monotonic`.
+        self._bounced_until = math.inf
+        #: Whether to wait for a slow worker.
         self.patient = False
 
     @property
     def acked(self) -> int:
-        """All replies below this sequence number have arrived."""
+        """The lowest sequence number without a reply."""
         return min(list(self.in_flight), default=self._seq)
 
     def expects(self, header: headers.Relay | headers.Bounce) -> bool:
@@ -148,11 +148,12 @@ class RemoteSession:
 
         Args:
             requests: the messages and their tensors' bytes.
-            timings: is told how long sealing and opening them took.
+            timings: gets the time that encryption and decryption took.
 
         Raises:
-            SessionLost: the worker is gone or does not hold the session any more.
-            Busy, NonFinite, Malformed, PromptTooLong, NeedEmbeddings: the worker refused a request.
+            SessionLost: the worker is gone, or no longer holds the session.
+            WorkerSlow: the worker has not answered for the step timeout, and another one is available.
+            Busy, NonFinite, Malformed, PromptTooLong, NeedEmbeddings, StepFailed: the worker refused a request.
             UnsupportedFeature: the worker lacks a capability that a request needs; nothing was sent.
             BrokerUnreachable: the broker has been silent for the client's timeout.
         """
@@ -198,8 +199,8 @@ class RemoteSession:
         """A copy of the session on its worker, under its own number.
 
         Raises:
-            SessionLost: the worker or the channel takes no copies; the session itself may go on.
-            SplitError: as `call`.
+            SessionLost: the worker or the channel cannot hold the copy, or the session is lost.
+            SplitError: see `call`.
         """
         if self._lost is not None:
             raise self._lost
@@ -221,28 +222,28 @@ class RemoteSession:
         return self._lost is not None
 
     def close(self) -> None:
-        """Frees the session on its worker; not waited for. The garbage collector may call it, in any thread."""
+        """Frees the session on its worker, without waiting. The garbage collector may call it, on any thread."""
         if self._lost is None:
             self._end(SessionLost("the session was closed"))
 
     def lose(self, error: SplitError) -> None:
-        """The worker does not hold the session any more, or must not be written to: there is nothing to free."""
+        """Ends the session with an error: the worker no longer holds it, or must not be written to."""
         if self._lost is None:
             self._lost = error
             self._host.forget(self)
             self.events.put(error)
 
     def interrupt(self) -> None:
-        """Makes the call under way, or the next one, end by `SessionLost`. Any thread may call it."""
-        self.events.put(SessionLost(GIVEN_UP))
+        """Makes the call under way, or the next one, raise `SessionLost`. Any thread may call it."""
+        self.events.put(SessionLost(ABANDONED))
 
     def resend(self) -> None:
-        """Sends again what has not been answered."""
+        """Sends all requests without a reply again. Any thread may call it."""
         for frames in list(self.in_flight.values()):
             self._host.transport.send(*frames)
 
     def _end(self, error: BaseException) -> None:
-        """Expects nothing more, and frees the session on its worker, which may hold it even after a refusal."""
+        """Ends the session, and frees it on its worker, which may hold it even after a refusal."""
         if self._lost is None:
             self._lost = error if isinstance(error, SessionLost) else SessionLost("the session was closed")
             self._send(self._seal(payloads.Close(), b""))
@@ -250,7 +251,7 @@ class RemoteSession:
         self._host.forget(self)
 
     def _seal(self, payload: payloads.Payload, tensor: memoryview | bytes) -> tuple[headers.Relay, bytes]:
-        """The next request, as it travels."""
+        """Seals the next request."""
         if isinstance(payload, payloads.Step | payloads.Denoise):
             payload = msgspec.structs.replace(payload, acked=self.acked)
         header = headers.Relay(
@@ -272,10 +273,15 @@ class RemoteSession:
         self._host.transport.send(*frames)
 
     def _next_event(self) -> tuple[headers.Relay, bytes]:
-        """The next reply to a request in flight; sends the requests again when it takes long."""
+        """The next reply to a request in flight. Sends the requests again if it takes long.
+
+        Raises:
+            WorkerSlow, WorkerGone, BrokerUnreachable: see `call`.
+            SplitError: the error that ended the session.
+        """
         silent_since: float | None = None
         interval = RETRANSMIT
-        resend_at = min(time.monotonic() + interval, self._again_at)
+        resend_at = min(time.monotonic() + interval, self._bounced_until)
         too_slow_at = time.monotonic() + self._host.step_timeout
         while True:
             now = time.monotonic()
@@ -288,7 +294,7 @@ class RemoteSession:
                 raise BrokerUnreachable("the broker does not answer any more")
             if now >= resend_at:
                 self.resend()
-                self._again_at = math.inf
+                self._bounced_until = math.inf
                 interval = min(2 * interval, MAX_RETRANSMIT)
                 resend_at = now + interval
             try:
@@ -304,19 +310,20 @@ class RemoteSession:
             if isinstance(header, headers.Bounce):
                 if header.reason in ("gone", "revoked"):
                     raise WorkerGone(GONE)
-                # One of several, perhaps: all are sent again at once.
-                self._again_at = resend_at = min(resend_at, now + max(MIN_RETRY, header.retry_after))
+                # If several requests are bounced, all are sent again together.
+                self._bounced_until = resend_at = min(resend_at, now + max(MIN_RETRY, header.retry_after))
             else:
                 return header, body
 
     def _open(self, header: headers.Relay, body: bytes) -> Reply:
-        """A reply. Raises AuthenticationError, and the request then stays in flight."""
+        """Opens a reply. Raises AuthenticationError if it is not authentic; the request then stays in flight."""
         reply, tensor = payloads.decode_payload(self._keys.open(header, body), payloads.reply_decoder)
         del self.in_flight[header.seq]
         return reply, tensor
 
 
 def refusal_error(refusal: payloads.Refusal) -> SplitError:
+    """The error that a worker's refusal stands for."""
     message = f"the worker refused: {printable(refusal.message)}"
     match refusal.reason:
         case "busy":
@@ -336,5 +343,5 @@ def refusal_error(refusal: payloads.Refusal) -> SplitError:
 
 
 def printable(text: str) -> str:
-    """What a peer said, fit for a terminal."""
+    """A peer's text without the characters that a terminal does not print."""
     return "".join(character for character in text if character.isprintable())

@@ -1,4 +1,4 @@
-"""An encrypted temporary file, for what memory should not hold."""
+"""An encrypted temporary file for states that exceed the memory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _LABEL = b"lambda-split spilled states"
 
 
 class SpillFile:
-    """A file without a name, under a key that is only in this process's memory: both end with the process.
+    """A file without a name, encrypted with a key in this process's memory. Both end with the process.
 
-    It has slots of one size, which are reused. Each is sealed under a nonce of its own, which stays in memory too,
-    so that a slot that was changed, swapped or put back by others does not open. One thread at a time uses it, but
-    `release` may be called in any.
+    It has slots of one size, which are reused. Each is sealed under its own nonce, which stays in memory too.
+    Therefore a slot that others changed, swapped or put back does not open. Not thread-safe, but any thread may
+    call `release`.
 
     Raises:
-        OSError: there is no temporary directory that can be written to.
+        OSError: no temporary directory can be written to.
     """
 
     def __init__(self) -> None:
@@ -33,13 +33,13 @@ class SpillFile:
         self._file = tempfile.TemporaryFile(prefix="lambda-split-", buffering=0)  # noqa: SIM115
         self._nonces = itertools.count(1)
         self._new = itertools.count()
-        # Blocks are freed by the garbage collector, in any thread: a deque needs no lock.
+        # The garbage collector frees blocks on any thread. A deque needs no lock.
         self._free: deque[int] = deque()
-        #: By slot: the nonce and the bytes of ciphertext.
+        #: For each slot, the nonce and the number of bytes of ciphertext.
         self._written: dict[int, tuple[int, int]] = {}
 
     def write(self, data: memoryview) -> list[int]:
-        """Seals data; returns the slots that hold it. Raises OSError, and has then written nothing."""
+        """Seals data and returns the slots that hold it. Raises OSError if that fails; no slot is then used."""
         slots: list[int] = []
         try:
             for begin in range(0, len(data), SLOT_BYTES):
@@ -54,7 +54,7 @@ class SpillFile:
         return slots
 
     def read(self, slots: list[int]) -> bytearray:
-        """The data in these slots. Raises OSError, and AuthenticationError if it is not what was written."""
+        """The data in these slots. Raises OSError, or AuthenticationError if the data were changed."""
         data = bytearray()
         for slot in slots:
             nonce, size = self._written[slot]

@@ -1,4 +1,4 @@
-"""Where a token's time goes."""
+"""Measures how long each stage of a step takes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: The stages of a step, in their order. `queue` is all that is not accounted for elsewhere: the way through the
-#: broker and back, and waiting at the worker.
+#: The stages of a step, in order. `queue` is the rest of a call: the way through the broker and back, and waiting
+#: at the worker.
 STAGES = ("head", "encode", "encrypt", "queue", "body", "worker", "decrypt", "decode", "tail", "sampling")
 
 
 class StepTimings:
-    """Seconds that one step spends in each stage. It travels with the step: one thread at a time writes it.
+    """Seconds that one step spends in each stage. It travels with the step. Not thread-safe.
 
     Args:
         since: when the first lap began, by `time.perf_counter`; None for now.
@@ -32,7 +32,7 @@ class StepTimings:
         self.since = time.perf_counter()
 
     def lap(self, stage: str) -> None:
-        """Ends a lap, which was spent in this stage, and begins the next one."""
+        """Ends a lap, counts it to this stage, and begins the next lap."""
         began, self.since = self.since, time.perf_counter()
         self.add(stage, self.since - began)
 
@@ -47,7 +47,7 @@ class StepTimings:
 
     @contextmanager
     def measure_rest(self, stage: str) -> Iterator[None]:
-        """Times a block, less what is added to other stages meanwhile."""
+        """Times a block without the seconds that are added to other stages meanwhile."""
         accounted = sum(self.seconds.values())
         began = time.perf_counter()
         try:
@@ -70,7 +70,7 @@ class Timings:
             self._steps = 0
 
     def record(self, step: StepTimings) -> None:
-        """Adds a step, which is complete."""
+        """Adds a complete step."""
         with self._lock:
             self._steps += 1
             for stage, seconds in step.seconds.items():
@@ -89,6 +89,6 @@ class Timings:
             return self._steps
 
     def per_step_ms(self) -> dict[str, float]:
-        """Mean milliseconds of each stage for a call of the body."""
+        """Mean milliseconds of each stage in one call of the body."""
         with self._lock:
             return {stage: 1000 * total / max(1, self._steps) for stage, total in self._seconds.items()}
