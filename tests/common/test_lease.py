@@ -29,6 +29,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(lease_module, "time", clock)
+    monkeypatch.setattr(lease_module, "LEASE", LEASE)
     return clock
 
 
@@ -37,8 +38,8 @@ def lease(clock: Clock) -> Lease:
     def run_allowed(commands: Sequence[Any]) -> list[Any]:
         return [b"OK" for _ in commands]
 
-    line: Any = SimpleNamespace(run_allowed=run_allowed)
-    made = Lease(line, Keys(bytes(32)), headers.Announce(b"device-1", "device", "device-1"))
+    connections: Any = SimpleNamespace(run_allowed=run_allowed)
+    made = Lease(connections, Keys(bytes(32)), headers.Announce(b"device-1", "device", "device-1"))
     assert made.renewed(clock.now, 0, BOOT) == Found.NOTHING
     assert made.lanes_made == 1
     return made

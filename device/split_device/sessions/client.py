@@ -323,7 +323,7 @@ class Client:
         self._answers[number] = events
         try:
             handshake = DeviceHandshake(self._identity, self._verify, self.service, self._dtype)
-            wish = headers.Open(self.id, number, self.service, list(avoid)[:64])
+            open_header = headers.Open(self.id, number, self.service, list(avoid)[:64])
 
             def take_answer(header: headers.Relay, body: bytes) -> tuple[bytes, WorkerChannel] | None:
                 if header.kind != headers.RelayKind.ANSWER or header.sender in distrusted:
@@ -344,7 +344,7 @@ class Client:
                 payloads.decode_payload(made.control.open(header, body), payloads.reply_decoder)
                 return True
 
-            finish, made = self._ask(events, wish, handshake.hello, take_answer, check)
+            finish, made = self._ask(events, open_header, handshake.hello, take_answer, check)
             last = headers.Relay(made.worker, self.id, headers.RelayKind.FINISH, number)
             self._ask(events, last, finish, take_confirmation, check)
             self._channels[number] = made

@@ -67,7 +67,7 @@ class Housekeeper:
     """Looks after one peer; `run` is its thread.
 
     Args:
-        line: to the server; this thread's own.
+        connections: to the server; this thread's own.
         keys, fleet: names of the fleet's keys, and whose roster counts.
         caller: calls the peer's handler.
         first: the peer's first announcement, which says who it is.
@@ -78,7 +78,7 @@ class Housekeeper:
 
     def __init__(
         self,
-        line: RedisConnections,
+        connections: RedisConnections,
         keys: Keys,
         fleet: Fleet,
         caller: Caller,
@@ -89,7 +89,7 @@ class Housekeeper:
         device_opens: DeviceOpens | None,
         worker_opens: WorkerOpens | None,
     ) -> None:
-        self._line = line
+        self._connections = connections
         self._fleet = fleet
         self._caller = caller
         self._announcement = first
@@ -98,7 +98,7 @@ class Housekeeper:
         self._registry = registry
         self._device_opens = device_opens
         self._worker_opens = worker_opens
-        self._rosters = RosterSync(line, keys, fleet, stores=first.role == "worker")
+        self._rosters = RosterSync(connections, keys, fleet, stores=first.role == "worker")
         self._other_role: Role = "worker" if first.role == "device" else "device"
         self._watch_interval = WATCH_INTERVAL if first.role == "device" else HEARTBEAT
         #: Set when the server has answered for the first time, or will never.
@@ -178,7 +178,7 @@ class Housekeeper:
             self._withdraw()
             return
         commands = [*self._lease.renewal(), self._rosters.version_command, *self._registration()]
-        existed, boot, roster_version, *_ = self._line.run_allowed(commands)
+        existed, boot, roster_version, *_ = self._connections.run_allowed(commands)
         match self._lease.renewed(sent, existed, boot):
             case Found.TAKEN_FOR_DEAD:
                 self._caller.gone(list(self._watching))

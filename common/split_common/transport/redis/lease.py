@@ -35,13 +35,13 @@ class Lease:
     """Keeps one peer's lane. For the housekeeping thread; other threads may read its attributes, and `spoil` it.
 
     Args:
-        line: to the server.
+        connections: to the server.
         keys: names of the fleet's keys.
         first: the peer's first announcement, which says who it is.
     """
 
-    def __init__(self, line: RedisConnections, keys: Keys, first: headers.Announce) -> None:
-        self._line = line
+    def __init__(self, connections: RedisConnections, keys: Keys, first: headers.Announce) -> None:
+        self._connections = connections
         self._boot_key = keys.boot
         self._sets_boot = first.role == "worker"
         #: The key of the peer's lane.
@@ -132,12 +132,12 @@ class Lease:
             ("PEXPIRE", lane, int(LEASE * 1000)),
             ("EXEC",),
         )
-        self._line.run_allowed([(lane, words) for words in commands])
+        self._connections.run_allowed([(lane, words) for words in commands])
         self._spoiled = False
         self.lanes_made += 1
 
     def end(self, more: Sequence[Command] = ()) -> None:
         """Deletes the lane, so that those that watch this peer need not wait for the lease to end; runs `more`."""
-        self._line.run_allowed([(self.lane, ("DEL", self.lane)), *more])
+        self._connections.run_allowed([(self.lane, ("DEL", self.lane)), *more])
         self._away, self.disconnected = True, False
         self.heard = time.monotonic()

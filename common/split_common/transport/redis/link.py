@@ -114,25 +114,31 @@ class _Parts:
         self._other_role: Role = "worker" if first.role == "device" else "device"
         self._closing = threading.Event()
         self._supervisor = Supervisor("a thread of a Redis link", counters, self._closing)
-        self._lines: list[RedisConnections] = []
+        self._opened: list[RedisConnections] = []
         self._threads: list[threading.Thread] = []
         self._keys = keys = Keys(fleet.operator_key)
         self._inbox = Inbox()
 
-        line = self._line()
-        self.lease = Lease(line, keys, first)
-        self.registry = Registry(line, keys, counters)
-        self.writer = Writer(self._line(), self.registry, caller, self._inbox.undelivered, counters)
+        connections = self._new_connections()
+        self.lease = Lease(connections, keys, first)
+        self.registry = Registry(connections, keys, counters)
+        self.writer = Writer(self._new_connections(), self.registry, caller, self._inbox.undelivered, counters)
         self.device_opens: DeviceOpens | None = None
         self.worker_opens: WorkerOpens | None = None
         if first.role == "device":
-            self.device_opens = DeviceOpens(line, keys, self.registry, caller)
+            self.device_opens = DeviceOpens(connections, keys, self.registry, caller)
         elif first.service is not None:
             self.worker_opens = WorkerOpens(
-                self._line(), line, keys.opens(first.service), member, self._take, self.writer, self._closing
+                self._new_connections(),
+                connections,
+                keys.opens(first.service),
+                member,
+                self._take,
+                self.writer,
+                self._closing,
             )
         self.housekeeper = Housekeeper(
-            line,
+            connections,
             keys,
             fleet,
             caller,
@@ -144,13 +150,19 @@ class _Parts:
             self.worker_opens,
         )
         self.reader = Reader(
-            self._line(), self.lease, self._take, self._renew_lane, self._supervisor, counters, self._closing
+            self._new_connections(),
+            self.lease,
+            self._take,
+            self._renew_lane,
+            self._supervisor,
+            counters,
+            self._closing,
         )
 
-    def _line(self) -> RedisConnections:
-        line = RedisConnections(self._server)
-        self._lines.append(line)
-        return line
+    def _new_connections(self) -> RedisConnections:
+        connections = RedisConnections(self._server)
+        self._opened.append(connections)
+        return connections
 
     def start_housekeeping(self) -> None:
         self._start(self.housekeeper.run, "housekeeper")
@@ -183,8 +195,8 @@ class _Parts:
         for thread in others[:2]:
             # The housekeeper says good-bye, and the writer writes what is queued.
             thread.join(max(0.0, deadline - time.monotonic()))
-        for line in self._lines:
-            line.close()
+        for connections in self._opened:
+            connections.close()
         for thread in others:
             # One that is connecting cannot be woken; it ends by itself.
             thread.join(LINGER)

@@ -23,13 +23,13 @@ class Registry:
     """The fleet's peers, as the server has them. Used by the housekeeping thread; others may read `full`.
 
     Args:
-        line: to the server.
+        connections: to the server.
         keys: names of the fleet's keys.
         counters: of the link.
     """
 
-    def __init__(self, line: RedisConnections, keys: Keys, counters: Counter[str]) -> None:
-        self._line = line
+    def __init__(self, connections: RedisConnections, keys: Keys, counters: Counter[str]) -> None:
+        self._connections = connections
         self._keys = keys
         self._counters = counters
         #: Watched peers whose lanes are full.
@@ -56,7 +56,7 @@ class Registry:
         """The peers that are alive, and the bytes in the lane of each."""
         peers = list(peers)
         lanes = [self._keys.lane(role, peer) for peer in peers]
-        answers = self._line.run_allowed([(lane, ("MEMORY", "USAGE", lane)) for lane in lanes])
+        answers = self._connections.run_allowed([(lane, ("MEMORY", "USAGE", lane)) for lane in lanes])
         return {peer: size for peer, size in zip(peers, answers, strict=True) if isinstance(size, int)}
 
     def watch(self, role: Role, peers: Iterable[bytes]) -> list[bytes]:
@@ -81,11 +81,11 @@ class Registry:
         announced, wrong = self._listed()
         alive = self.alive("worker", announced)
         if gone := self.removal(*(peer.hex() for peer in announced if peer not in alive), *wrong):
-            self._line.run_allowed(gone)
+            self._connections.run_allowed(gone)
 
     def _listed(self) -> tuple[dict[bytes, headers.Announce], list[bytes]]:
         """All announcements on the list, of dead workers too, and the names of entries that are none."""
-        (flat,) = self._line.run_allowed([(self._keys.workers, ("HGETALL", self._keys.workers))])
+        (flat,) = self._connections.run_allowed([(self._keys.workers, ("HGETALL", self._keys.workers))])
         if failed(flat):
             raise Malformed("the list of workers is no hash")
         announced, wrong = {}, []

@@ -40,14 +40,14 @@ class DeviceOpens:
     """The open of one device, until a worker answers it. Used by the housekeeping thread, but for `answered`.
 
     Args:
-        line: to the server.
+        connections: to the server.
         keys: names of the fleet's keys.
         registry: knows the workers that are alive.
         caller: tells the device that it is refused.
     """
 
-    def __init__(self, line: RedisConnections, keys: Keys, registry: Registry, caller: Caller) -> None:
-        self._line = line
+    def __init__(self, connections: RedisConnections, keys: Keys, registry: Registry, caller: Caller) -> None:
+        self._connections = connections
         self._keys = keys
         self._registry = registry
         self._caller = caller
@@ -102,7 +102,7 @@ class DeviceOpens:
         """
         avoids = bool(pending.header.avoid)
         key = self._keys.lane("worker", worker) if avoids else self._keys.opens(pending.header.service)
-        (id_,) = self._line.run_allowed([(key, ("XADD", key, "NOMKSTREAM", "*", *entry(*pending.frames)))])
+        (id_,) = self._connections.run_allowed([(key, ("XADD", key, "NOMKSTREAM", "*", *entry(*pending.frames)))])
         if not isinstance(id_, bytes):
             return
         if avoids:
@@ -113,7 +113,7 @@ class DeviceOpens:
     def _is_taken(self, pending: PendingOpen[bytes]) -> bool:
         """Whether an open that was added to the stream has left it: workers delete what they answered."""
         opens = self._keys.opens(pending.header.service)
-        (length,) = self._line.run_allowed([(opens, ("XLEN", opens))])
+        (length,) = self._connections.run_allowed([(opens, ("XLEN", opens))])
         return not (isinstance(length, int) and length > 0)
 
     def _done(self, pending: PendingOpen[bytes]) -> None:
@@ -125,7 +125,7 @@ class WorkerOpens:
     """A worker's side of the stream. `run` reads it, on a thread of its own; `tend` is for the housekeeping thread.
 
     Args:
-        line, housekeeping_line: to the server, one for each of the two threads.
+        connections, housekeeping_connections: to the server, one for each of the two threads.
         opens: the key of the stream.
         member: the worker's name, under which the group of readers knows it.
         take: is handed the fields of each open, and queues its answer.
@@ -135,16 +135,16 @@ class WorkerOpens:
 
     def __init__(
         self,
-        line: RedisConnections,
-        housekeeping_line: RedisConnections,
+        connections: RedisConnections,
+        housekeeping_connections: RedisConnections,
         opens: str,
         member: str,
         take: Callable[[Any], None],
         writer: Writer,
         closing: threading.Event,
     ) -> None:
-        self._line = line
-        self._housekeeping_line = housekeeping_line
+        self._connections = connections
+        self._housekeeping_connections = housekeeping_connections
         self._opens = opens
         self._member = member
         self._take = take
@@ -164,7 +164,7 @@ class WorkerOpens:
         opens = self._opens
         oldest = max(0, self._server_time - int(STALE * 1000))
         idle = int(HEARTBEAT * 1000)
-        moment, _, claimed = self._housekeeping_line.run_allowed(
+        moment, _, claimed = self._housekeeping_connections.run_allowed(
             [
                 (opens, ("TIME",)),
                 (opens, ("XTRIM", opens, "MINID", oldest)),
@@ -172,7 +172,7 @@ class WorkerOpens:
             ]
         )
         if failed(claimed):
-            self._make_group(self._housekeeping_line)
+            self._make_group(self._housekeeping_connections)
         else:
             for id_, fields in claimed[1]:
                 self._take_open(id_, fields)
@@ -195,18 +195,18 @@ class WorkerOpens:
 
     def _read(self, command: Command) -> None:
         """Takes the next open, if one comes. Raises Unreachable, Refused."""
-        (answer,) = self._line.run([command])
+        (answer,) = self._connections.run([command])
         if isinstance(answer, ResponseError):
             if "NOGROUP" not in str(answer):
                 raise Refused(str(answer))
-            self._make_group(self._line)
+            self._make_group(self._connections)
             self._closing.wait(RECONNECT)
             return
         for id_, fields in answer[0][1] if answer else []:
             self._take_open(id_, fields)
             if next_id(id_) is None:
                 # Nothing can be added after it.
-                self._make_group(self._line, anew=True)
+                self._make_group(self._connections, anew=True)
 
     def _take_open(self, id_: bytes, fields: Any) -> None:
         """An open that waited for a worker. Its answer is queued before it is taken out of the stream."""
@@ -215,9 +215,9 @@ class WorkerOpens:
         self._writer.put(Outgoing((self._opens, ("XACK", self._opens, GROUP, id_))))
         self._writer.put(Outgoing((self._opens, ("XDEL", self._opens, id_))))
 
-    def _make_group(self, line: RedisConnections, anew: bool = False) -> None:
+    def _make_group(self, connections: RedisConnections, anew: bool = False) -> None:
         """Makes the stream and the group that reads it, if they are not there, or in place of those that are."""
         commands: list[Command] = [(self._opens, ("DEL", self._opens))] if anew else []
         commands.append((self._opens, ("XGROUP", "CREATE", self._opens, GROUP, "0", "MKSTREAM")))
-        for answer in line.run(commands):
+        for answer in connections.run(commands):
             failed(answer)

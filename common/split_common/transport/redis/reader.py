@@ -37,7 +37,7 @@ class Reader:
     """Reads a lane, until `closing` is set. `run` is its thread.
 
     Args:
-        line: to the server; the reader's own.
+        connections: to the server; the reader's own.
         lease: makes the lane.
         take: is handed the fields of each entry.
         renew: has the lane made anew, because nothing can be added to it any more.
@@ -47,7 +47,7 @@ class Reader:
 
     def __init__(
         self,
-        line: RedisConnections,
+        connections: RedisConnections,
         lease: Lease,
         take: Callable[[Any], None],
         renew: Callable[[], None],
@@ -55,7 +55,7 @@ class Reader:
         counters: Counter[str],
         closing: threading.Event,
     ) -> None:
-        self._line = line
+        self._connections = connections
         self._lease = lease
         self._take = take
         self._renew = renew
@@ -81,7 +81,7 @@ class Reader:
     def _read_supervised(self, wait: float) -> None:
         if not self._supervisor.run(self._read, wait):
             # Damaged answers may look like anything: none of them is believed.
-            self._line.disconnect()
+            self._connections.disconnect()
             self._resync()
 
     def _resync(self) -> None:
@@ -126,7 +126,7 @@ class Reader:
     def _entries(self, commands: list[Command]) -> list[Any] | None:
         """The entries that the last of some commands reads. None, after a pause, if it cannot."""
         try:
-            *_, answer = self._line.run(commands)
+            *_, answer = self._connections.run(commands)
         except BrokerUnreachable as error:
             log.debug("not read: %s", error)
         else:
@@ -151,7 +151,7 @@ class Reader:
     def _holds_something(self) -> bool:
         lane = self._lease.lane
         try:
-            (length,) = self._line.run([(lane, ("XLEN", lane))])
+            (length,) = self._connections.run([(lane, ("XLEN", lane))])
         except BrokerUnreachable:
             return False
         return isinstance(length, int) and length > 0

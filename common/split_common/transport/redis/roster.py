@@ -16,13 +16,13 @@ class RosterSync:
     """Keeps a peer's roster and the server's the same: the newer one counts.
 
     Args:
-        line: to the server.
+        connections: to the server.
         keys, fleet: names of the fleet's keys, and the peer's own roster.
         stores: whether the peer may store its roster in the server, as workers may.
     """
 
-    def __init__(self, line: RedisConnections, keys: Keys, fleet: Fleet, stores: bool) -> None:
-        self._line = line
+    def __init__(self, connections: RedisConnections, keys: Keys, fleet: Fleet, stores: bool) -> None:
+        self._connections = connections
         self._keys = keys
         self._fleet = fleet
         self._stores = stores
@@ -40,9 +40,9 @@ class RosterSync:
         self._fleet.refresh()
         there, here = _version_of(answer), self._fleet.roster().version
         if there > here:
-            _fetch(self._line, self._keys, self._fleet)
+            _fetch(self._connections, self._keys, self._fleet)
         elif there < here and self._stores:
-            _put(self._line, self._keys, self._fleet)
+            _put(self._connections, self._keys, self._fleet)
         known, self._version = self._version, self._fleet.roster().version
         return self._version > known
 
@@ -56,18 +56,18 @@ def publish(address: str, fleet: Fleet) -> int:
         CertificateError: the server's newer roster is not signed by this fleet's operator.
     """
     server = RedisConnector(address)
-    line = RedisConnections(server)
+    connections = RedisConnections(server)
     keys = Keys(fleet.operator_key)
     try:
-        (answer,) = line.run([_version_command(keys)])
+        (answer,) = connections.run([_version_command(keys)])
         if problem := failed(answer):
             raise BrokerUnreachable(f"{server.shown}: {problem}")
         if _version_of(answer) > fleet.roster().version:
-            _fetch(line, keys, fleet)
+            _fetch(connections, keys, fleet)
         else:
-            _put(line, keys, fleet)
+            _put(connections, keys, fleet)
     finally:
-        line.close()
+        connections.close()
         server.close()
     return fleet.roster().version
 
@@ -83,13 +83,13 @@ def _version_of(answer: object) -> int:
     return int(answer or b"0")
 
 
-def _fetch(line: RedisConnections, keys: Keys, fleet: Fleet) -> None:
+def _fetch(connections: RedisConnections, keys: Keys, fleet: Fleet) -> None:
     """Takes over the server's roster. Raises CertificateError, BrokerUnreachable."""
-    (data,) = line.run([(keys.roster, ("GETRANGE", keys.roster, 0, MAX_SIGNED["roster"]))])
+    (data,) = connections.run([(keys.roster, ("GETRANGE", keys.roster, 0, MAX_SIGNED["roster"]))])
     fleet.accept_roster(data)
 
 
-def _put(line: RedisConnections, keys: Keys, fleet: Fleet) -> None:
+def _put(connections: RedisConnections, keys: Keys, fleet: Fleet) -> None:
     """Stores the fleet's roster. Raises BrokerUnreachable."""
     version, data = fleet.roster().version, fleet.roster_bytes()
     commands = (
@@ -98,6 +98,6 @@ def _put(line: RedisConnections, keys: Keys, fleet: Fleet) -> None:
         ("SET", keys.roster_version, version),
         ("EXEC",),
     )
-    for answer in line.run([(keys.roster, words) for words in commands]):
+    for answer in connections.run([(keys.roster, words) for words in commands]):
         if problem := failed(answer):
             raise BrokerUnreachable(f"the roster was not stored: {problem}")

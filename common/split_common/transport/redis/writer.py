@@ -55,7 +55,7 @@ class Writer:
     """Writes what is `put`, until `close`. `run` is its thread.
 
     Args:
-        line: to the server; the writer's own.
+        connections: to the server; the writer's own.
         registry: knows whose lane is full.
         caller: tells the peer which of its messages were refused.
         undelivered: is told of a message whose receiver has no lane.
@@ -64,18 +64,18 @@ class Writer:
 
     def __init__(
         self,
-        line: RedisConnections,
+        connections: RedisConnections,
         registry: Registry,
         caller: Caller,
         undelivered: Callable[[headers.Relay], None],
         counters: Counter[str],
     ) -> None:
-        self._line = line
+        self._connections = connections
         self._registry = registry
         self._caller = caller
         self._undelivered = undelivered
         self._counters = counters
-        # Guards the line and all below but `_handed`. `put` never waits for it.
+        # Guards the connections and all below but `_handed`. `put` never waits for it.
         self._turn = threading.Lock()
         self._handed: deque[Outgoing] = deque()
         self._unsent: deque[Outgoing] = deque()
@@ -110,7 +110,7 @@ class Writer:
         size = self._posted_bytes + outgoing.size
         if self._handed or self._unsent or size > DIRECT_BYTES or self._full(outgoing):
             return False
-        if not self._line.post(outgoing.command):
+        if not self._connections.post(outgoing.command):
             return False
         self._posted.append(outgoing)
         self._posted_bytes = size
@@ -157,7 +157,7 @@ class Writer:
         self._collect()
         batch = posted + self._next_batch()
         try:
-            answers = self._line.run([outgoing.command for outgoing in batch], posted=len(posted))
+            answers = self._connections.run([outgoing.command for outgoing in batch], posted=len(posted))
         except BrokerUnreachable:
             # It is sent again, though some of it may have arrived: sessions know by its number what they have.
             self._unsent.extendleft(reversed(batch))
