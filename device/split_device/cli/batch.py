@@ -15,7 +15,8 @@ from split_common.cli.options import JsonOption
 from split_common.errors import ConfigError, JobsError
 from split_common.system.console import emit_json, stderr
 from split_common.system.lock import Held, holding
-from split_common.system.process import catch_sigterm, passive_threads
+from split_common.system.process import passive_threads
+from split_common.system.signals import catch_sigterm
 from split_device.cli.groups import LIMITS, ConnectionOptions, TextModelOptions
 from split_device.cli.options import GIVE_UP, GiveUpOption, StoreKeyOption
 from split_device.generation.limits import Limits
