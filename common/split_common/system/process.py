@@ -93,8 +93,8 @@ def running_command(
         line = process.stdout.readline()
         ready = json.loads(line) if line.startswith("{") else {}
         if "error" in ready or not ready:
-            words = ready.get("error", {}).get("message", "it ended without a word")
-            raise SplitError(f"lambda-split {arguments[0]}: {words}")
+            message = ready.get("error", {}).get("message", "it ended without a message")
+            raise SplitError(f"lambda-split {arguments[0]}: {message}")
         yield process, ready
 
 

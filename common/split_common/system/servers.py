@@ -105,7 +105,7 @@ class RedisServer:
 
     def _last_words(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
-        return lines[-1] if lines else "without a word"
+        return lines[-1] if lines else "its log is empty"
 
 
 def redis_binary() -> Path:

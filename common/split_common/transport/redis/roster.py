@@ -13,12 +13,12 @@ _DIGITS = 18
 
 
 class RosterSync:
-    """Keeps a peer's roster and the server's the same: the newer one counts.
+    """Keeps a peer's roster and the server's the same: the newer one replaces the other.
 
     Args:
         connections: to the server.
         keys, fleet: names of the fleet's keys, and the peer's own roster.
-        stores: whether the peer may store its roster in the server, as workers may.
+        stores: whether the peer may write its roster to the server, as workers may.
     """
 
     def __init__(self, connections: RedisConnections, keys: Keys, fleet: Fleet, stores: bool) -> None:
@@ -27,11 +27,11 @@ class RosterSync:
         self._fleet = fleet
         self._stores = stores
         self._version = fleet.roster().version
-        #: Asks for the version of the server's roster; `compare` takes the answer.
+        #: The command whose answer `compare` takes: the version of the server's roster.
         self.version_command = _version_command(keys)
 
     def compare(self, answer: object) -> bool:
-        """Fetches or stores the roster if need be. True if the peer has a newer one than at the last call.
+        """Fetches or stores the roster if necessary. True if the peer has a newer one than at the last call.
 
         Raises:
             Malformed, CertificateError: the server's roster is not one of this fleet.
@@ -48,7 +48,7 @@ class RosterSync:
 
 
 def publish(address: str, fleet: Fleet) -> int:
-    """Stores the roster, or takes over the server's if that is newer. Returns the version that is there afterwards.
+    """Stores the roster, or adopts the server's if that is newer. Returns the version that is then in both places.
 
     Raises:
         ConfigError: the address is malformed.
@@ -77,20 +77,33 @@ def _version_command(keys: Keys) -> Command:
 
 
 def _version_of(answer: object) -> int:
-    """The version that the server's roster claims to have; 0 if there is none. Raises Malformed."""
+    """The version of the server's roster, which is not verified; 0 if there is none.
+
+    Raises:
+        Malformed: it is not a number.
+    """
     if not isinstance(answer, bytes) or not (answer.isdigit() or not answer):
-        raise Malformed("the roster's version is no number")
+        raise Malformed("the roster's version is not a number")
     return int(answer or b"0")
 
 
 def _fetch(connections: RedisConnections, keys: Keys, fleet: Fleet) -> None:
-    """Takes over the server's roster. Raises CertificateError, BrokerUnreachable."""
+    """Adopts the server's roster.
+
+    Raises:
+        CertificateError: it is not this fleet's, or older than the peer's.
+        BrokerUnreachable: the server does not answer.
+    """
     (data,) = connections.run([(keys.roster, ("GETRANGE", keys.roster, 0, MAX_SIGNED["roster"]))])
     fleet.accept_roster(data)
 
 
 def _put(connections: RedisConnections, keys: Keys, fleet: Fleet) -> None:
-    """Stores the fleet's roster. Raises BrokerUnreachable."""
+    """Stores the peer's roster.
+
+    Raises:
+        BrokerUnreachable: the server does not answer, or does not store it.
+    """
     version, data = fleet.roster().version, fleet.roster_bytes()
     commands = (
         ("MULTI",),
