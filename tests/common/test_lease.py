@@ -107,7 +107,7 @@ def test_a_server_that_changes_its_boot_all_the_time_makes_no_storm(lease: Lease
     assert found.count(Found.RESET) == 5
 
 
-def test_a_full_lane_is_replaced_and_nothing_is_lost_by_it(lease: Lease, clock: Clock) -> None:
+def test_an_exhausted_lane_is_replaced_and_nothing_is_lost_by_it(lease: Lease, clock: Clock) -> None:
     lease.replace_lane()
     clock.now += HEARTBEAT
     assert lease.renewed(clock.now, 1, BOOT) == Found.NOTHING

@@ -52,8 +52,8 @@ class Lease:
         self.heard = 0.0
         #: Whether the server did not answer when it was last tried.
         self.disconnected = False
-        # Whether nothing more can be added to the lane.
-        self._is_full = False
+        # Whether the lane has its last possible id, so nothing more can be added.
+        self._is_exhausted = False
         # Whether the peer has taken itself out of the queue for a while.
         self._away = False
         self._own_boot = os.urandom(8)
@@ -68,7 +68,7 @@ class Lease:
 
     def replace_lane(self) -> None:
         """Makes the next heartbeat replace the lane, because nothing more can be added to it."""
-        self._is_full = True
+        self._is_exhausted = True
 
     def renewal(self) -> list[Command]:
         """The commands of a heartbeat; `renewed` takes their two answers."""
@@ -99,7 +99,7 @@ class Lease:
             self._early_until = max(self._early_until, sent + min(GRACE, absent + HEARTBEAT))
         if forgot:
             self._early_until = sent + GRACE
-        if not existed or self._is_full:
+        if not existed or self._is_exhausted:
             self._make_lane()
         returned, self.disconnected = self.disconnected, False
         self.lanes_made = max(self.lanes_made, 1)
@@ -134,7 +134,7 @@ class Lease:
             ("EXEC",),
         )
         self._connections.run_allowed([(lane, words) for words in commands])
-        self._is_full = False
+        self._is_exhausted = False
         self.lanes_made += 1
 
     def end(self, more: Sequence[Command] = ()) -> None:
