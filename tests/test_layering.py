@@ -44,6 +44,9 @@ CONFINED = {
     ],
 }
 
+#: All that `protocol` may import beside the standard library and lower floors. It computes bytes: no sockets.
+PROTOCOL_LIBRARIES = {"msgspec", "nacl"}
+
 #: What a broker imports, and a peer before it loads a model.
 LIGHT = [
     "split_broker.broker",
@@ -175,6 +178,14 @@ def test_libraries_stay_where_they_belong(library: str) -> None:
     for name, targets in IMPORTS.items():
         if library in {top(target) for target in targets}:
             assert any(is_within(name, place) for place in CONFINED[library]), f"{name} imports {library}"
+
+
+def test_the_protocol_needs_few_libraries_and_no_socket() -> None:
+    for name, targets in IMPORTS.items():
+        if is_within(name, "split_common.protocol"):
+            used = {top(target) for target in targets} - {"split_common"}
+            assert used - sys.stdlib_module_names <= PROTOCOL_LIBRARIES, name
+            assert not used & {"socket", "socketserver", "ssl", "asyncio", "http"}, name
 
 
 def test_the_checks_see_what_they_are_for() -> None:

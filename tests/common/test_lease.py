@@ -29,6 +29,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(lease_module, "time", clock)
+    # The fixture that all tests have makes leases last, so that slow machines keep theirs.
     monkeypatch.setattr(lease_module, "LEASE", LEASE)
     return clock
 
