@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import arguments, checkpoint, note, report
-from split_common.system.process import PARENT, passive_threads, running_command
+from split_common.system.process import passive_threads, running_command
+from split_common.system.signals import PARENT
 from split_device.jobs.store import Store
 from split_device.openai.batch_file import work_path
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from split_common.system.process import PARENT
+from split_common.system.signals import PARENT
 
 #: What every worker imports.
 IMPORTS = ("torch", "transformers", "split_worker.cli", "split_worker.worker")

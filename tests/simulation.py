@@ -23,6 +23,7 @@ import zmq
 
 from split_broker import broker as broker_module
 from split_broker import peer_queue as peer_queue_module
+from split_broker.access import Authentication
 from split_broker.broker import Broker
 from split_common.engine import pool as pool_module
 from split_common.engine import scheduler as scheduler_module
@@ -271,9 +272,9 @@ class SimulatedBroker(Broker):
         self._started = world.clock.now
         self._enforced = world.fleet.roster().version
         self._peers, self._routes, self._blocked, self._pending = {}, {}, set(), {}
-        self._auth = None
         self._socket: Any = Socket(self._out)
         self.counters: Counter[str] = Counter()
+        self._authentication = Authentication(self._fleet, self.counters)
         self._supervisor = Supervisor("the broker", self.counters, threading.Event(), pause=0.0)
         self.up = True
         self._tick()

@@ -27,7 +27,7 @@ FLOORS = {
     "split_common": ["errors", "compat", "system", "trust", "protocol", "transport", "models", "engine", "cli"],
     "split_device": ["sessions", "models", "generation", "images", "jobs", "openai", "stress", "cli"],
     "split_worker": ["limits", "watchdog", "bodies", "sessions", "requests", "compute", "worker", "cli"],
-    "split_broker": ["peer_queue", "broker", "cli"],
+    "split_broker": ["peer_queue", "access", "broker", "cli"],
 }
 
 #: The packages that alone may import a library. Of all that devices and workers share, only what loads and runs

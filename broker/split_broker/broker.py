@@ -11,26 +11,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
-import stat
 import threading
 import time
 from collections import Counter
 from pathlib import Path
 
 import zmq
-import zmq.utils.z85
-from zmq.auth.thread import ThreadAuthenticator
 
+from split_broker.access import Authentication, claim
 from split_broker.peer_queue import BodyBytes, Peer, RoutedMessage
-from split_common.errors import AuthenticationError, ConfigError, Malformed
+from split_common.errors import ConfigError, Malformed
 from split_common.protocol import headers
 from split_common.transport.address import is_redis, parse_address
 from split_common.transport.base import GRACE, HEARTBEAT, MISSED, OPEN_PATIENCE
 from split_common.transport.links import check_address
 from split_common.transport.placement import GONE, Assign, Candidate, PendingOpen, Refuse, decide, full
-from split_common.transport.supervised import Supervisor, count_dropped
-from split_common.transport.zmq_link import curve_z85, receive_frames, send_frames
+from split_common.transport.supervised import Supervisor
+from split_common.transport.zmq_link import receive_frames, send_frames
 from split_common.trust.fleet import Fleet
 
 log = logging.getLogger(__name__)
@@ -41,7 +38,7 @@ PROBE_INTERVAL = 0.2
 #: Seconds between two attempts to send to peers whose socket was full.
 FLUSH_INTERVAL = 0.005
 
-#: Seconds that the loop waits for a message before it does anything else that is due.
+#: Longest time, in seconds, that the loop waits for a message before it does what else is due.
 IDLE = 0.05
 
 #: Messages that an announced peer may send.
@@ -49,15 +46,15 @@ _FROM_PEERS = headers.Relay, headers.Open, headers.RosterRequest
 
 
 class Broker:
-    """A broker bound to an address; `start` runs it in a thread of its own, `stop` ends it.
+    """A broker, bound to an address. `start` runs its loop on a thread; `stop` ends it.
 
     Args:
         address: `tcp://HOST:PORT` (port `*` for a free one), `zmq://HOST:PORT` or `ipc://PATH`.
-        fleet: whose members may connect. On TCP they prove it with CurveZMQ (RFC 26); an ipc socket is guarded by
-            its directory's permissions.
+        fleet: its members may connect (`split_broker.access`).
 
     Raises:
         ConfigError: the address is malformed, in use, or not loopback though no keys are configured.
+        KeysError: the broker's key is not here.
     """
 
     def __init__(self, address: str, fleet: Fleet) -> None:
@@ -71,9 +68,9 @@ class Broker:
         self._enforced = fleet.roster().version
         self._peers: dict[bytes, Peer] = {}
         self._routes: dict[bytes, bytes] = {}
-        # Peers whose connection takes no more for the moment.
+        # Peers, by id, whose connection accepts nothing for the moment.
         self._blocked: set[bytes] = set()
-        # By device, the oldest first: each has one at a time.
+        # By the device's id, oldest first. A device has one at a time.
         self._pending: dict[bytes, PendingOpen[BodyBytes]] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lambda-split-broker", daemon=True)
@@ -83,7 +80,7 @@ class Broker:
 
         self._path: Path | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._auth: ThreadAuthenticator | None = None
+        self._authentication = Authentication(fleet, self.counters)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
         self._socket.router_mandatory = True
@@ -93,9 +90,9 @@ class Broker:
         self._socket.rcvtimeo = int(1000 * IDLE)
         try:
             if address.startswith("tcp://"):
-                self._secure()
+                self._authentication.secure(self._context, self._socket)
             else:
-                _claim(Path(address.removeprefix("ipc://")))
+                claim(Path(address.removeprefix("ipc://")))
             try:
                 self._socket.bind(address)
             except zmq.ZMQError as error:
@@ -105,42 +102,25 @@ class Broker:
             raise
         if address.startswith("ipc://"):
             self._path = Path(address.removeprefix("ipc://"))
-        #: Where it listens: the address with its real port.
+        #: The address, with the real port in place of `*`.
         self.address = bytes(self._socket.last_endpoint).decode().rstrip("\0")  # type: ignore[arg-type]
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the loop and frees the address. Peers find out by the missing heartbeats and reconnect."""
+        """Ends the loop and frees the address. Peers notice the missing answers, and reconnect."""
         self._closing.set()
         if self._thread.ident is not None:
             self._thread.join()
         else:
             self._release()
 
-    def _secure(self) -> None:
-        self._auth = ThreadAuthenticator(self._context)
-        self._auth.start()
-        self._auth.configure_curve_callback("*", credentials_provider=self)
-        _, secret = curve_z85(self._fleet.identity("broker"))
-        self._socket.curve_server = True
-        self._socket.curve_secretkey = secret
-
-    def callback(self, _domain: str, key: bytes) -> bool:
-        """Whether a CURVE key (Z85) may connect: ZAP's question (RFC 27)."""
-        member = self._fleet.roster().by_curve_key(zmq.utils.z85.decode(key))
-        accepted = member is not None and not member.revoked
-        if not accepted:
-            count_dropped(self.counters, AuthenticationError("a connection whose key is not in the roster"))
-        return accepted
-
     def _release(self) -> None:
         if self._path is not None:
             self._path.unlink(missing_ok=True)
         self._socket.close()
-        if self._auth is not None:
-            self._auth.stop()
+        self._authentication.stop()
         self._context.term()
 
     # --- the loop ------------------------------------------------------------------------------------------
@@ -188,13 +168,13 @@ class Broker:
         route = envelope.bytes
         header = headers.decode_header(head)
         if isinstance(header, headers.Announce):
-            self._announced(header, route, self._member(envelope, header))
+            self._announced(header, route, self._authentication.member(envelope, header))
             return
         if not isinstance(header, _FROM_PEERS):
             raise Malformed(f"a peer sent a broker's message: {type(header).__name__}")
         if self._routes.get(route) != header.sender:
-            # A peer that this broker has not met yet, or another's id. The welcome says that this broker is new, so
-            # that the peer sends again what was dropped.
+            # The peer has not announced itself to this broker yet, or uses another peer's id. The welcome says that
+            # this broker is new, so the peer announces itself and sends again what was dropped.
             self.counters["unannounced"] += 1
             with contextlib.suppress(zmq.ZMQError):
                 send_frames(self._socket, route, *self._welcome([]))
@@ -239,7 +219,7 @@ class Broker:
             raise Malformed(f"a {sender.role} asked for a worker")
         now = time.monotonic()
         known = self._pending.get(sender.id)
-        # The same one again keeps its deadline.
+        # An open that is repeated keeps its deadline.
         if known is None or known.header.channel != header.channel:
             known = self._pending[sender.id] = PendingOpen(header, message, now + OPEN_PATIENCE)
         self._place([known], now)
@@ -256,7 +236,7 @@ class Broker:
                     if self._put(worker, one.frames):
                         del self._pending[device]
                     else:
-                        # It is gone, or takes nothing more until its next announcement says so.
+                        # It is gone, or takes nothing more until its next announcement.
                         worker.room = 0
                     workers = self._candidates()
                 case Refuse() as refusal:
@@ -284,7 +264,7 @@ class Broker:
             peer = self._peers[header.sender] = Peer(header.sender, route, header.role, member)
             self._routes[route] = peer.id
             log.info("%s %s joined", header.role, member)
-            # It may have been taken for dead: those that it watches were told so, and hold nothing of it.
+            # It may have counted as dead: the peers that it watches were told so, and have dropped its sessions.
             if not self._early:
                 gone = header.watching
         elif (peer.member, peer.role) != (member, header.role):
@@ -310,24 +290,10 @@ class Broker:
             waiting = [one for one in self._pending.values() if one.header.service == peer.service]
             self._place(waiting, peer.seen)
 
-    def _member(self, envelope: zmq.Frame, header: headers.Announce) -> str:
-        """The member as which a peer is authenticated: by its CURVE key on TCP; on ipc, its own word.
-
-        Raises:
-            Malformed: it is unknown or revoked, or announces another name or role.
-        """
-        if self._auth is None:
-            member = self._fleet.roster().by_name(header.member)
-        else:
-            member = self._fleet.roster().by_curve_key(zmq.utils.z85.decode(str(envelope.get("User-Id"))))
-        if member is None or member.revoked or member.role != header.role or member.name != header.member:
-            raise Malformed("an announcement that its sender's key does not allow")
-        return member.name
-
     # --- delivery and death --------------------------------------------------------------------------------
 
     def _put(self, peer: Peer, message: RoutedMessage) -> bool:
-        """Queues and sends. False if the message will not be delivered: the queue is full, or the peer has gone."""
+        """Queues a message and sends what it can. False if the queue is full, or the peer has gone."""
         if not peer.queue.put(message):
             return False
         self._flush(peer)
@@ -347,7 +313,7 @@ class Broker:
             self._blocked.add(peer.id)
             return False
         except zmq.ZMQError:
-            # A worker's closed connection is its death. A device's may come back: its heartbeats decide.
+            # A worker whose connection is closed is dead. A device may reconnect: its heartbeats decide.
             if peer.role == "worker":
                 self._remove(peer, "lost its connection")
             return False
@@ -383,7 +349,7 @@ class Broker:
             if now - peer.seen > HEARTBEAT * MISSED:
                 self._remove(peer, "fell silent")
             elif peer.role == "worker":
-                # Past its queue, which may be waiting for credit.
+                # Not through its queue, which may be waiting for credit.
                 self._send(peer, probe)
         self._place(list(self._pending.values()), now)
 
@@ -391,7 +357,7 @@ class Broker:
         for peer in list(self._peers.values()):
             member = self._fleet.roster().by_name(peer.member)
             if member is None or member.revoked:
-                # It is told why. On TCP its connection stands, but nothing that it sends is accepted any more.
+                # The roster tells it why. On TCP its connection stands, but nothing that it sends is accepted.
                 self._put(peer, self._roster())
                 self._remove(peer, "was revoked")
             else:
@@ -399,29 +365,9 @@ class Broker:
 
 
 def _describe(sender: Peer, target: Peer, header: headers.Relay, body: BodyBytes) -> str:
-    """All that the broker can know of a message, for the log."""
+    """What the broker can see of a message, for the log."""
     start = memoryview(body)[:16]  # type: ignore[arg-type]
     return (
         f"{header.kind.name} {sender.member} -> {target.member}: channel {header.channel}, "
         f"session {header.session}, seq {header.seq}, {len(body)} bytes {start.hex()}…"
     )
-
-
-def _claim(path: Path) -> None:
-    """Prepares the path of an ipc socket.
-
-    Raises:
-        ConfigError: its directory cannot be made or is open to other users, or a broker listens there already.
-    """
-    directory = path.parent
-    try:
-        directory.mkdir(parents=True, mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{directory} cannot be made: {error.strerror}") from None
-    found = directory.stat()
-    if stat.S_IMODE(found.st_mode) & 0o077 or found.st_uid != os.getuid():
-        raise ConfigError(f"{directory} is open to other users: `chmod 700` it, or bind to a directory of your own")
-    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
-        # A second bind would silently take the path away from the first.
-        probe.connect(str(path))
-        raise ConfigError(f"cannot listen on ipc://{path}: a broker is there")

@@ -9,7 +9,7 @@ import typer
 
 from split_common.cli.options import JsonOption, KeysOption
 from split_common.system.console import emit_json, stderr
-from split_common.system.process import catch_sigterm, wait_for
+from split_common.system.signals import catch_sigterm, wait_until_set
 from split_common.transport.address import DEFAULT_BROKER
 from split_common.trust.fleet import load_fleet
 
@@ -46,6 +46,6 @@ def broker(
         else:
             whose = "this machine's own keys" if fleet.is_loopback else f"the keys in {fleet.path}"
             stderr.print(f"broker on {running.address}, with {whose}", soft_wrap=True)
-        wait_for(stop)
+        wait_until_set(stop)
     finally:
         running.stop()

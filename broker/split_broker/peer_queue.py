@@ -1,6 +1,7 @@
-"""What the broker knows of its peers: who is connected, what is queued for whom, and how much of it is unread.
+"""What the broker knows of its peers: which are connected, and what is queued for each.
 
-All of it is soft state. A peer's next announcement rebuilds it in a broker that has just started.
+All of it is soft state: in a broker that has just started, the peers' next announcements rebuild it. Only the
+broker's loop uses it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import zmq
 from split_common.protocol.headers import Service
 from split_common.transport.base import QUEUE_BYTES
 
-#: Bytes that may be on the way to a peer that has not said yet that it received them.
+#: Bytes that may be on the way to a peer without being confirmed by it.
 WINDOW = 64 * 1024 * 1024
 
 #: Messages that may wait for one peer.
 QUEUE_MESSAGES = 4096
 
-#: A message's second frame: as it was received, so that a large one is not copied, or one of the broker's own.
+#: A message's second frame: a ZeroMQ frame as it was received, which is not copied, or bytes of the broker's own.
 BodyBytes = zmq.Frame | bytes
 
 RoutedMessage = tuple[bytes, BodyBytes]
@@ -32,10 +33,10 @@ class PeerQueue:
 
     waiting: deque[RoutedMessage] = field(default_factory=deque)
     waiting_bytes: int = 0
-    #: Bytes sent over this connection, and those of them that the peer says it has received.
+    #: Bytes sent over this connection, and how many of them the peer has confirmed.
     sent: int = 0
     received: int = 0
-    #: Bytes that the peer had received before this connection; None until it has said so.
+    #: Bytes that the peer had received before this connection; None until its first announcement over it.
     baseline: int | None = None
 
     def put(self, message: RoutedMessage) -> bool:
@@ -47,7 +48,7 @@ class PeerQueue:
         return True
 
     def take(self) -> RoutedMessage | None:
-        """The next message that the peer's credit allows."""
+        """Removes and returns the next message. None if there is none, or the peer's credit is used up."""
         if not self.waiting or self.sent - self.received > WINDOW:
             return None
         message = self.waiting.popleft()
@@ -62,13 +63,13 @@ class PeerQueue:
         self.sent -= len(message[1])
 
     def credit(self, received: int) -> None:
-        """The peer says how many bytes it has received since it started. More than was sent is not believed."""
+        """Notes how many bytes the peer has received since it started. More than was sent is not believed."""
         if self.baseline is None:
             self.baseline = received
         self.received = min(received - self.baseline, self.sent)
 
     def reconnected(self) -> None:
-        """What was on its way over the old connection is lost, and its credit with it."""
+        """Begins a new connection: what was on its way over the old one is lost."""
         self.sent = self.received = 0
         self.baseline = None
 
@@ -81,14 +82,14 @@ class Peer:
     #: The connection, as the ROUTER socket names it.
     route: bytes
     role: str
-    #: The member as which it is authenticated.
+    #: Name of the member that it is authenticated as.
     member: str
     queue: PeerQueue = field(default_factory=PeerQueue)
-    #: When it was last heard, by `time.monotonic`.
+    #: Time of its last announcement, by `time.monotonic`.
     seen: float = field(default_factory=time.monotonic)
-    #: Peers whose death it wants to hear of.
+    #: Peers, by id, of whose death it is told.
     watching: frozenset[bytes] = frozenset()
-    #: What a worker serves and calls it, and the sessions that it has room for.
+    #: A worker's service, the name of its model, and the further sessions that it can hold.
     service: Service | None = None
     model: str = ""
     room: int = 0

@@ -1,6 +1,6 @@
-"""Every error that lambda-split raises on purpose; a command that one ends prints it as one line.
+"""Every error that lambda-split raises on purpose. A command that one of them ends prints it as one line.
 
-The exit code of such a command stands in parentheses where it is not 1::
+The exit code of the command is in parentheses if it is not 1::
 
     SplitError
     ├── ConfigError (2)
@@ -43,10 +43,10 @@ from __future__ import annotations
 class SplitError(Exception):
     """Base of all errors of lambda-split."""
 
-    #: Exit code of the command line when this error ends a command.
+    #: Exit code of a command that this error ends.
     exit_code = 1
 
-    #: Seconds after which another attempt may succeed; None where the error does not say.
+    #: Seconds after which another attempt may succeed; None if that is not known.
     retry_after: float | None = None
 
 
@@ -64,11 +64,11 @@ class KeysError(ConfigError):
 
 
 class ModelError(SplitError):
-    """The model cannot be loaded or cut as asked."""
+    """The model cannot be loaded or split as requested."""
 
 
 class UnknownModel(ModelError):
-    """No checkpoint is found under this name or path."""
+    """There is no checkpoint with this name or path."""
 
     exit_code = 2
 
@@ -80,38 +80,38 @@ class InvalidSplit(ModelError, ValueError):
 
 
 class MissingTensor(ModelError):
-    """The checkpoint lacks a tensor of the part that was to be loaded."""
+    """The checkpoint lacks a tensor of the part to be loaded."""
 
 
 class TensorMismatch(ModelError):
-    """A tensor differs from the one that the signed manifest names."""
+    """A tensor differs from the one in the signed manifest."""
 
 
 class UnsupportedArchitecture(ModelError):
-    """The model's class cannot be cut between layers; the message says why."""
+    """The model's class cannot be split between layers; the message says why."""
 
 
 class UnsupportedFeature(SplitError, ValueError):
-    """An option of `generate` or `forward` that cannot be split; refused before anything is sent."""
+    """An option of `generate` or `forward` does not work with a split model; refused before anything is sent."""
 
 
 class PromptTooLong(SplitError, ValueError):
-    """The prompt (with the tokens to generate) exceeds the model's positions."""
+    """The prompt, with the tokens to generate, is longer than the model supports."""
 
 
 # --- what comes from the network ---------------------------------------------------------------------------
 
 
 class ProtocolError(SplitError):
-    """A message that breaks the protocol; it is dropped and counted."""
+    """A message breaks the protocol; it is dropped and counted."""
 
 
 class Malformed(ProtocolError):
-    """Bytes that are not a message of this protocol, or fields that do not fit each other."""
+    """The bytes are not a message of this protocol, or its fields contradict each other."""
 
 
 class Oversized(ProtocolError):
-    """A message or tensor above the limit."""
+    """A message or tensor is larger than allowed."""
 
 
 class VersionMismatch(ProtocolError):
@@ -119,23 +119,23 @@ class VersionMismatch(ProtocolError):
 
 
 class NonFinite(ProtocolError):
-    """Hidden states that hold NaN or infinity."""
+    """Hidden states contain NaN or infinity."""
 
 
 class OutOfOrder(ProtocolError):
-    """A step whose sequence number or start position does not follow the session's state."""
+    """The sequence number or start position of a step does not follow from the session's state."""
 
 
 class AuthenticationError(SplitError):
-    """A peer, signature or ciphertext that cannot be trusted."""
+    """A peer, signature or ciphertext cannot be trusted."""
 
 
 class CertificateError(AuthenticationError):
-    """A certificate of another fleet, outside its validity, of another role, or revoked."""
+    """A certificate or roster is damaged, of another fleet or role, outside its validity, revoked or outdated."""
 
 
 class NeedEmbeddings(SplitError):
-    """The worker does not hold the embeddings that a step of an image job names; the device sends them again."""
+    """The worker lacks the embeddings that a step of an image needs; the device sends them again."""
 
 
 # --- the queue and its sessions ----------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class BrokerUnreachable(SplitError):
 
 
 class NoWorker(SplitError):
-    """No worker serves this model with this body; `served` says what is served here."""
+    """No worker serves this body of this model; `served` says what workers serve."""
 
     def __init__(self, message: str, served: str = "") -> None:
         super().__init__(message)
@@ -164,14 +164,14 @@ class Busy(SplitError):
 
 
 class SessionLost(SplitError):
-    """The worker that held the session's KV cache is gone, or refused to go on."""
+    """The worker that held the session is gone, or refused to continue it."""
 
 
 class WorkerGone(SessionLost):
     """The worker that held the session died, left or fell silent.
 
     Args:
-        held: number of this device's sessions of which it held a step then.
+        held: number of this device's sessions that had a step at the worker.
     """
 
     def __init__(self, message: str, held: int = 1) -> None:
@@ -180,30 +180,30 @@ class WorkerGone(SessionLost):
 
 
 class WorkerSlow(SessionLost):
-    """The worker that holds the session does not answer in time, and there is another one."""
+    """The worker that holds the session did not answer in time, and there is another one."""
 
 
 class StepFailed(SessionLost):
-    """The worker failed at a step; the session went with it."""
+    """The worker failed at a step, and lost the session."""
 
 
 class HistoryLost(SplitError):
-    """A session was lost, and what is needed to rebuild it could not be kept."""
+    """A session was lost, and the states needed to rebuild it were not kept."""
 
 
 class WorkerFailed(SplitError):
-    """A worker cannot compute any more."""
+    """A worker can no longer compute."""
 
 
 # --- jobs --------------------------------------------------------------------------------------------------
 
 
 class JobsError(SplitError):
-    """What was asked of a job, or of the store of jobs, cannot be done."""
+    """An operation on a job, or on the store of jobs, is not possible."""
 
 
 class UnknownJob(JobsError):
-    """The store has no job of this id."""
+    """The store has no job with this id."""
 
 
 class StoreLocked(JobsError):
@@ -213,4 +213,4 @@ class StoreLocked(JobsError):
 
 
 class AgentError(SplitError):
-    """The agent runs already, does not run, or did not do as it was told."""
+    """The agent already runs, does not run, or did not obey a command."""

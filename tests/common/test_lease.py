@@ -39,8 +39,8 @@ def lease(clock: Clock) -> Lease:
     def run_allowed(commands: Sequence[Any]) -> list[Any]:
         return [b"OK" for _ in commands]
 
-    line: Any = SimpleNamespace(run_allowed=run_allowed)
-    made = Lease(line, Keys(bytes(32)), headers.Announce(b"device-1", "device", "device-1"))
+    connections: Any = SimpleNamespace(run_allowed=run_allowed)
+    made = Lease(connections, Keys(bytes(32)), headers.Announce(b"device-1", "device", "device-1"))
     assert made.renewed(clock.now, 0, BOOT) == Found.NOTHING
     assert made.lanes_made == 1
     return made
@@ -55,8 +55,8 @@ def lease(clock: Clock) -> Lease:
         # The lane was lost, though not for long enough that the peer can have been taken for dead.
         (HEARTBEAT, True, 0, BOOT, Found.RESET, 2),
         # The lease ended: those that watch it were told.
-        (LEASE, True, 0, BOOT, Found.TAKEN_FOR_DEAD, 2),
-        (LEASE, False, 0, BOOT, Found.TAKEN_FOR_DEAD, 2),
+        (LEASE, True, 0, BOOT, Found.LEASE_ENDED, 2),
+        (LEASE, False, 0, BOOT, Found.LEASE_ENDED, 2),
         # The server has forgotten everything: nobody was told anything.
         (LEASE, True, 0, OTHER_BOOT, Found.RESET, 2),
         (HEARTBEAT, False, 0, OTHER_BOOT, Found.RESET, 2),
@@ -108,8 +108,8 @@ def test_a_server_that_changes_its_boot_all_the_time_makes_no_storm(lease: Lease
     assert found.count(Found.RESET) == 5
 
 
-def test_a_spoiled_lane_is_made_anew_and_nothing_is_lost_by_it(lease: Lease, clock: Clock) -> None:
-    lease.spoil()
+def test_an_exhausted_lane_is_replaced_and_nothing_is_lost_by_it(lease: Lease, clock: Clock) -> None:
+    lease.replace_lane()
     clock.now += HEARTBEAT
     assert lease.renewed(clock.now, 1, BOOT) == Found.NOTHING
     assert lease.lanes_made == 2
@@ -118,11 +118,11 @@ def test_a_spoiled_lane_is_made_anew_and_nothing_is_lost_by_it(lease: Lease, clo
 def test_a_peer_that_took_itself_out_was_taken_for_dead(lease: Lease, clock: Clock) -> None:
     lease.end()
     clock.now += HEARTBEAT
-    assert lease.renewed(clock.now, 0, BOOT) == Found.TAKEN_FOR_DEAD
+    assert lease.renewed(clock.now, 0, BOOT) == Found.LEASE_ENDED
 
 
 def test_a_server_of_another_kind_is_refused(lease: Lease, clock: Clock) -> None:
     from redis.exceptions import ResponseError
 
-    with pytest.raises(Refused, match="no Redis 7"):
+    with pytest.raises(Refused, match="not Redis 7"):
         lease.renewed(clock.now, 1, ResponseError("syntax error"))

@@ -10,14 +10,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from split_common.system.process import wait_for
+from split_common.system.signals import wait_until_set
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_a_process_is_being_started_ends_that_too(number: int, code: int) -> None:
     script = f"""
 import contextlib, signal, subprocess, sys
-from split_common.system import process
+from split_common.system import process, signals
 
 class Interrupted(subprocess.Popen):
     def __init__(self, *args, **options):
@@ -27,7 +27,7 @@ class Interrupted(subprocess.Popen):
 
 subprocess.Popen = Interrupted
 try:
-    with process.exit_on_sigterm(), process.started(["sleep", "60"], subprocess.DEVNULL, None):
+    with signals.exit_on_sigterm(), process.started(["sleep", "60"], subprocess.DEVNULL, None):
         print("went on")
 except KeyboardInterrupt:
     sys.exit(130)
@@ -47,7 +47,7 @@ def test_no_wait_is_without_end() -> None:
             return len(waits) > 1
 
     waits: list[float] = []
-    wait_for(Stop())
+    wait_until_set(Stop())
     assert 0 < max(waits) <= 1.0
 
 

@@ -16,7 +16,7 @@ import tiny
 from split_common.errors import SplitError
 from split_common.protocol import headers
 from split_common.transport import new_peer_id
-from split_common.transport.redis import keeper
+from split_common.transport.redis import opens
 from split_common.transport.redis.key_names import GROUP, Keys
 from valkeys import Valkey, running_valkey
 from wiretap import LATE, Setting, run_steps, step, wait_until
@@ -125,7 +125,7 @@ def test_thousands_of_bad_entries_change_nothing(
     setting: Setting, server: Valkey, victim: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # On a busy machine, what is late is not removed unread either.
-    monkeypatch.setattr(keeper, "OPEN_PATIENCE", 600.0)
+    monkeypatch.setattr(opens, "OPEN_PATIENCE", 600.0)
     keys = Keys(setting.fleet.operator_key)
     with setting.worker(server.address) as worker, setting.client(server.address) as client:
         links = {"worker": worker._transport, "device": client.transport, "opens": worker._transport}

@@ -154,15 +154,15 @@ def test_a_message_that_is_written_twice_is_computed_once(
     run, post = RedisConnections.run, RedisConnections.post
     written = Counter[str]()
 
-    def run_twice(line: Any, commands: Any, posted: int = 0) -> Any:
-        answers = run(line, commands, posted)
+    def run_twice(connections: Any, commands: Any, posted: int = 0) -> Any:
+        answers = run(connections, commands, posted)
         if any(words[0] == "XADD" for _, words in commands[posted:]):
             written["by the thread"] += 1
-            run(line, commands[posted:])
+            run(connections, commands[posted:])
         return answers
 
-    def post_twice(line: Any, command: Any) -> bool:
-        posted = post(line, command)
+    def post_twice(connections: Any, command: Any) -> bool:
+        posted = post(connections, command)
         if posted and command[1][0] == "XADD":
             written["by the sender"] += 1
             server.client().execute_command(*command[1])

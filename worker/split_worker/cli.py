@@ -23,7 +23,8 @@ from split_common.cli.options import (
 from split_common.errors import ConfigError
 from split_common.models.demo_model import resolve_model
 from split_common.system.console import emit_json, stderr
-from split_common.system.process import catch_sigterm, passive_threads, wait_for
+from split_common.system.process import passive_threads
+from split_common.system.signals import catch_sigterm, wait_until_set
 from split_common.transport import connect
 from split_common.transport.address import DEFAULT_BROKER
 from split_common.trust.fleet import load_fleet
@@ -130,7 +131,7 @@ def worker(
     running.start(timeout)
     try:
         _announce(running, serving, identity.certificate.name, json)
-        wait_for(stop)
+        wait_until_set(stop)
         running.check()
         _drain(running, drain_timeout)
     finally:

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class ChecksAdapter(ABC):
-    """A base beside `UNet2DConditionModel`: looks at an IP-Adapter's weights before a pipeline loads them.
+    """A base class beside `UNet2DConditionModel`: checks an IP-Adapter's weights before a pipeline loads them.
 
     Written against diffusers 0.42. If it breaks, look at what `IPAdapterMixin.load_ip_adapter` in
     `loaders/ip_adapter.py` calls, and at that method of `UNet2DConditionLoadersMixin` in `loaders/unet.py`.
@@ -15,10 +15,10 @@ class ChecksAdapter(ABC):
 
     @abstractmethod
     def check_adapters(self, states: list[Any]) -> None:
-        """Raises for weights that must not be loaded.
+        """Raises an error if the weights must not be loaded.
 
         Args:
-            states: of each IP-Adapter its parts, `image_proj` and `ip_adapter`; each the tensors by their names.
+            states: the parts of each IP-Adapter, `image_proj` and `ip_adapter`: tensors by their names.
         """
 
     def _load_ip_adapter_weights(self, state_dicts: Any, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""What is not part of redis-py's documented interface. Written against 8.1."""
+"""What redis-py does not document. Written against 8.1."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def _encode(word: bytes | str | int) -> bytes:
 
 
 def new_connection(client: redis.Redis, large: int) -> Any:
-    """A connection of one's own to a client's server, outside its pool's bookkeeping; it is not connected yet.
+    """A new connection to a client's server, which the client's pool does not manage. It is not connected yet.
 
     Args:
-        client: of one server, or of the master that Sentinels name.
-        large: bytes of an argument above which it is sent as it is. hiredis' packer, the default, copies every
-            argument into one piece.
+        client: the client of one server, or of the master that Sentinels name.
+        large: size in bytes above which an argument is sent without being copied. hiredis' packer, the default,
+            copies all arguments into one buffer.
 
     Returns:
         An object with `connect`, `disconnect`, `is_connected`, `pack_commands`, `send_packed_command` and

@@ -8,17 +8,17 @@ import torch
 from torch import nn
 from torch._inductor import config as inductor
 
-#: What `torch.nn.attention.varlen.varlen_attn` calls; only this takes the lengths of keys that lie apart in torch
-#: 2.11. Written against torch 2.11 to 2.13; if it breaks, look at `torch/nn/attention/varlen.py`, and at
-#: `_flash_attention_forward` in ATen's `native_functions.yaml`.
+#: What `torch.nn.attention.varlen.varlen_attn` calls. In torch 2.11 only this takes the lengths of sequences whose
+#: keys are not contiguous. Written against torch 2.11 to 2.13; if it breaks, look at
+#: `torch/nn/attention/varlen.py`, and at `_flash_attention_forward` in ATen's `native_functions.yaml`.
 flash_attention_forward: Any = torch.ops.aten._flash_attention_forward
 
 
 def reorder_linear_weight(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """The weight `[out, in]` of a linear layer in the blocked layout that oneDNN prefers for inputs of some rows.
+    """The weight `[out, in]` of a linear layer, in the layout that oneDNN prefers for inputs of `rows` rows.
 
     Raises:
-        RuntimeError, AttributeError: this build of torch, or this CPU, cannot.
+        RuntimeError, AttributeError: this build of torch, or this CPU, does not support it.
 
     Written against torch 2.13. If it breaks, look at `torch/_inductor/fx_passes/mkldnn_fusion.py`, which calls it.
     """
@@ -27,7 +27,7 @@ def reorder_linear_weight(weight: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def reordered_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The linear layer, by a weight that `reorder_linear_weight` made.
+    """Applies a linear layer, with a weight that `reorder_linear_weight` made, to states `[..., in]`.
 
     Written against torch 2.13. If it breaks, look at `torch/_inductor/mkldnn_ir.py`, which calls it.
     """
@@ -36,7 +36,7 @@ def reordered_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
 
 
 def compile_in_this_process() -> None:
-    """Has `torch.compile` compile in this process: by default it starts one for each core, and they stay.
+    """Makes `torch.compile` compile in this process. By default it starts a process for each core, and keeps them.
 
     Written against torch 2.13. If it breaks, look at `compile_threads` in `torch/_inductor/config.py`.
     """
@@ -44,7 +44,7 @@ def compile_in_this_process() -> None:
 
 
 def remove_forward_hooks(module: nn.Module) -> None:
-    """Removes all hooks of a module's forward, whoever registered them; those of its children stay.
+    """Removes all hooks of a module's forward. Those of its children stay.
 
     Written against torch 2.13. If it breaks, look at `Module.__init__` in `torch/nn/modules/module.py`.
     """

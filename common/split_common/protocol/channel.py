@@ -1,7 +1,7 @@
 """End-to-end encryption between a device and a worker. `split_common.protocol.handshake` sets a channel up.
 
-Each session and epoch has its own keys, derived from the channel's. Every body has a fresh nonce, its header's
-counter. A body that is sent again is sent byte for byte as before, never sealed again.
+Each session and epoch has its own keys, derived from the channel's. The nonce of a body is its header's counter,
+which is never used twice. A body that is sent again is sent byte for byte as before, not sealed again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from split_common.protocol.headers import Relay
 from split_common.protocol.payloads import Dtype
 from split_common.trust.keys import Certificate, Roster
 
-#: Age of a channel, in seconds, after which a device sets up another one for new sessions.
+#: Age of a channel, in seconds, above which a device sets up another one for new sessions.
 CHANNEL_LIFETIME = 3600.0
 
 #: Sessions that a device opens over one channel before it sets up another one.
@@ -63,7 +63,7 @@ def preferred_suites() -> list[str]:
 
 
 class Box:
-    """One direction of encryption: an AEAD under one key. The nonce is a counter, which a caller never repeats."""
+    """One direction of encryption: an AEAD with one key. The nonce is a counter, which a caller must not repeat."""
 
     def __init__(self, suite: Suite, key: bytes) -> None:
         self.suite = suite
@@ -88,12 +88,12 @@ class Box:
 
 
 def derive_key(key: bytes, label: bytes, context: bytes = b"") -> bytes:
-    """Derives a key from a key, 32 bytes each (BLAKE2b, keyed and personalized, RFC 7693)."""
+    """Derives a key from a key, 32 bytes each, by keyed and personalized BLAKE2b (RFC 7693)."""
     return blake2b(context, key=key, person=label.ljust(16, b"\0"), encoder=RawEncoder)
 
 
 class SessionKeys:
-    """The keys of one session's epoch, one for each direction, and the counter of the bodies sealed here."""
+    """The keys of one session's epoch, one for each direction, and the counter of the bodies that are sealed."""
 
     def __init__(self, suite: Suite, send: bytes, receive: bytes, context: bytes) -> None:
         self._outgoing = Box(suite, derive_key(send, b"session", context))
@@ -120,7 +120,7 @@ class SessionKeys:
 
 @dataclass
 class Channel:
-    """An authenticated channel: who the peer is, what both ends can do, and the keys of the channel's sessions."""
+    """An authenticated channel: its peer, what both ends support, and the keys for its sessions."""
 
     peer: Certificate
     suite: Suite
@@ -142,10 +142,10 @@ class Channel:
         return member is not None and not member.revoked and time.time() < self.peer.not_after
 
     def require(self, needs: frozenset[str]) -> None:
-        """Checks that the peer has what a request to it needs.
+        """Checks that the peer has the capabilities that a request needs.
 
         Raises:
-            UnsupportedFeature: it lacks one of these capabilities.
+            UnsupportedFeature: it lacks one of them.
         """
         if missing := needs - self.capabilities:
             raise UnsupportedFeature(

@@ -12,7 +12,7 @@ Authenticated Diffie-Hellman", 2003) over libsodium's `crypto_kx`:
 The worker confirms the third message under the channel's own keys (those of session 0), so any of them may be lost
 and sent again. Neither side spends memory on a session before that.
 
-Ephemeral keys are forgotten after set-up: a key stolen later does not open what was recorded earlier.
+Ephemeral keys are dropped after set-up: a key stolen later does not decrypt what was recorded earlier.
 
 **Versions and capabilities.** The two sides use the lower of their versions, and the capabilities that both name;
 names that a side does not know are ignored. Peers of version 1, which has neither field, are still understood: a
@@ -23,8 +23,8 @@ fleet can be updated one machine at a time. This works because
 - a worker answers a hello of version 1 with an answer of version 1;
 - a peer of version 1 counts as having what version 1 had, `VERSION_1_CAPABILITIES`.
 
-A change that every peer has to follow is not a capability. It needs another `headers.VERSION`; a peer without it is
-refused by name.
+A change that every peer has to follow is not a capability. It needs another `headers.VERSION`, and peers of other
+versions are refused with a `VersionMismatch`.
 
 **Downgrades.** Signatures and keys depend on the transcript: the whole hello, and all of the answer. Each side
 computes it from what it sent itself and what it received. If a version or capability is changed on the way, the two
@@ -117,9 +117,9 @@ class DeviceHandshake:
     Args:
         identity: this device.
         verify: checks the worker's certificate.
-        service: the body that is asked for.
-        dtype: of the hidden states.
-        capabilities: what this device can do beyond what every version can.
+        service: the body that the device needs.
+        dtype: dtype of the hidden states.
+        capabilities: this device's capabilities.
     """
 
     def __init__(
@@ -182,11 +182,11 @@ class WorkerHandshake:
         verify: checks the device's certificate.
         service: the body that this worker serves.
         message: the device's hello.
-        capabilities: what this worker can do beyond what every version can.
+        capabilities: this worker's capabilities.
 
     Raises:
         Malformed: the message is not a hello.
-        AuthenticationError: it asks for another body, offers no cipher that is known here, or its key is unusable.
+        AuthenticationError: it asks for another body, offers no known cipher, or its key is unusable.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class WorkerHandshake:
 
         Raises:
             Malformed: the message is too large, or does not hold credentials.
-            AuthenticationError: it does not prove that a device took this answer.
+            AuthenticationError: it does not prove that a device received this answer.
             CertificateError: the device's certificate is of another fleet, role, time or body, or is revoked.
         """
         if len(message) > MAX_HANDSHAKE:
@@ -259,7 +259,7 @@ def _named(message: Hello | Answer) -> frozenset[str]:
 
 
 def _transcript(hello: bytes, answer: Answer) -> bytes:
-    """Digest of the hello, byte for byte, and of all fields of the answer that are in the clear."""
+    """Digest of the hello, byte for byte, and of the answer's unencrypted fields."""
     if answer.version == 1:
         return _hash(hello, answer.ephemeral, answer.suite.encode())
     version = struct.pack("<Q", answer.version)

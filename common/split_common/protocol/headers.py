@@ -6,7 +6,7 @@ ends can open (`split_common.protocol.payloads`, `split_common.protocol.channel`
 Headers are untrusted input: decoding checks each length and range, and raises a `ProtocolError`. They travel as
 arrays, so the order of fields and the tags are the format; the names of classes and fields are not.
 
-Nothing here imports torch: the broker is small.
+Nothing here imports torch, so the broker stays small.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import msgspec
 
 from split_common.errors import Malformed, Oversized, VersionMismatch
 
-#: Version of the protocol, the first byte of every header. Peers with another version are refused.
+#: Version of the protocol: the first byte of every header. Peers of other versions are refused.
 VERSION = 1
 
 #: Largest header, in bytes.
@@ -72,7 +72,7 @@ class Announce(Header, frozen=True, tag=1):
     member: Text
     #: Bytes of all bodies received so far; the broker limits how many more may be on the way.
     received: Natural = 0
-    #: Peers about whose death this peer is to be told.
+    #: Peers of whose death this peer is told.
     watching: Annotated[list[PeerId], msgspec.Meta(max_length=MAX_WATCHED)] = []
     service: Service | None = None
     model: Text = ""
@@ -111,7 +111,7 @@ class Open(Header, frozen=True, tag=6):
     sender: PeerId
     channel: Natural
     service: Service
-    #: Workers that the device does not want, e.g. because they refused it recently.
+    #: Workers that must not get the open, e.g. because they refused the device recently.
     avoid: Annotated[list[PeerId], msgspec.Meta(max_length=64)] = []
 
 
@@ -122,8 +122,8 @@ class RelayKind(IntEnum):
     FINISH = 2
     REQUEST = 3
     REPLY = 4
-    #: The worker does not know the channel, or no longer does, and has no keys to say so with. The body is a digest
-    #: of the message that it answers (`echo`); the device ignores it unless that message is in flight.
+    #: The worker does not know the channel, so it has no keys to seal its answer. The body is a digest (`echo`) of
+    #: the message that it answers; the device ignores it unless that message is in flight.
     UNKNOWN = 5
 
 

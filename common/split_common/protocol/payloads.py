@@ -1,4 +1,4 @@
-"""Payloads: what a message's body holds once it is opened, for texts and for images.
+"""Payloads: what a message's body holds once it is decrypted, for texts and for images.
 
 A body's plaintext is a length (4 bytes, little-endian), a msgspec payload, the raw bytes of the tensors that the
 payload names, and padding. `split_common.protocol.channel` seals it; the broker never sees it.
@@ -39,15 +39,15 @@ SCALE_BYTES = 4
 MAX_IMAGE_ROWS = 256
 MAX_ARRAYS = 64
 
-#: Most bytes of the tensors of one step of an image, and of its answer; and most that one message has of them.
+#: Most bytes of the tensors of one step of an image or of its answer, and most of them in one message.
 MAX_STEP = 512 * 1024**2
 PART_BYTES = 4 * 1024**2
 
 #: Most IP-Adapter scales of an image.
 MAX_SCALES = 4096
 
-#: What a peer may lack; the two ends of a channel agree on what both have. "fork" is a copy of a session on its
-#: worker, "int4" and "int8" are codecs. New kinds of requests, rows and codecs add their names here.
+#: What a peer may not support; the two ends of a channel use what both have. "fork" copies a session on its worker;
+#: "int4" and "int8" are codecs. New kinds of requests, rows and codecs add their names here.
 CAPABILITIES = frozenset({"fork", "int4", "int8"})
 
 
@@ -56,12 +56,12 @@ class Payload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_field
 
     @property
     def reserved(self) -> int:
-        """Least bytes that the encoded payload takes up: a body's size must not reveal the numbers in it."""
+        """Least bytes of the encoded payload, so that a body's size does not reveal the numbers in it."""
         return 64
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of the tensors that follow it in the body."""
+        """Bytes of the tensors that follow in the body."""
         return 0
 
     @property
@@ -85,7 +85,7 @@ class Step(Payload, frozen=True, tag=1):
 
     dtype: Dtype
     width: Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
-    #: In the order of the hidden states.
+    #: The runs, in the order of the hidden states.
     rows: Annotated[list[Run], msgspec.Meta(max_length=4096)]
     #: Before the runs are appended, row i becomes old row `select[i]`. None leaves the rows as they are.
     select: Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(max_length=4096)] | None = None
@@ -168,10 +168,10 @@ class Array(msgspec.Struct, array_like=True, frozen=True):
 class Conditioning(Payload, frozen=True, tag=7):
     """The conditioning of an image, e.g. the prompt's embeddings `[rows, tokens, width]`. Sent once for each image.
 
-    A worker may drop it; it then refuses a step that names it with "embeddings".
+    A worker may drop it. It then refuses steps that name it, with the reason "embeddings".
     """
 
-    #: Digest of the rest, by which steps name it.
+    #: Digest of the other fields and the tensors, by which steps name it.
     key: Hash
     arrays: Annotated[list[Array], msgspec.Meta(min_length=1, max_length=MAX_ARRAYS)]
     #: Weight of each of the body's attentions to the images of an IP-Adapter.
@@ -185,8 +185,8 @@ class Conditioning(Payload, frozen=True, tag=7):
 class Denoise(Payload, frozen=True, tag=8):
     """One call of a denoiser's body. Apart from its `Conditioning` it needs nothing that the worker holds.
 
-    The tensors are the states, e.g. `[rows, channels, height, width]`, the embedding of the timestep,
-    `[rows, width]`, and what else the kind of model takes (`split_common.models.denoisers`).
+    The tensors are the states, e.g. `[rows, channels, height, width]`, the timestep's embedding `[rows, width]`,
+    and further ones for some kinds of models (`split_common.models.denoisers`).
     """
 
     #: Key of the image's `Conditioning`, if it has one, and its row for each row of the step; -1 for zeros.
@@ -200,7 +200,7 @@ class Denoise(Payload, frozen=True, tag=8):
     codec: Codec
     #: All replies below this sequence number have arrived.
     acked: Natural = 0
-    #: Bytes of the tensors that came before in `TensorPart`s; the rest follows in this body.
+    #: Bytes of the tensors that were sent before, in `TensorPart`s; the rest follows in this body.
     sent: Natural = 0
 
     @property
@@ -222,7 +222,7 @@ class Denoise(Payload, frozen=True, tag=8):
 
 
 class Denoised(Payload, frozen=True, tag=9):
-    """Answer to a `Denoise`: the body's output, of which the first `PART_BYTES` follow in this body."""
+    """Answer to a `Denoise`: the output, of which the first `PART_BYTES` follow in this message."""
 
     output: Array
     #: Microseconds in the body, and elsewhere in the worker's process.
@@ -239,7 +239,7 @@ class Denoised(Payload, frozen=True, tag=9):
 
 
 class TensorPart(Payload, frozen=True, tag=10):
-    """Some bytes of the tensors of the session's next `Denoise`; or, in answer to a `PartRequest`, of an output."""
+    """Some bytes of the tensors of the session's next `Denoise`, or of the output of the last one."""
 
     offset: Natural
     size: Annotated[int, msgspec.Meta(ge=1, le=PART_BYTES)]
@@ -312,7 +312,7 @@ def encode_payload(payload: Payload, tensor: bytes | memoryview = b"", *, overhe
     """Returns a body's plaintext, padded to a Padmé size.
 
     Args:
-        payload: what the body says.
+        payload: the payload.
         tensor: the bytes of the tensors that it names, one after another.
         overhead: bytes that sealing adds (the AEAD tag); the padded size includes them.
 

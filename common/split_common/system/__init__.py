@@ -1,1 +1,1 @@
-"""Files, processes, signals and the console."""
+"""Files, locks, processes, signals, servers for tests, and the console."""

@@ -1,4 +1,4 @@
-"""Where lambda-split keeps its files, and how it writes and reads those that must not leak or tear."""
+"""Where lambda-split keeps its files, and how it reads and writes those that are secret or must stay whole."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ _APP = "lambda-split"
 
 
 def config_dir() -> Path:
-    """The user's settings and keys; `LAMBDA_SPLIT_CONFIG` overrides the platform's place."""
+    """The directory for the user's settings and keys: `LAMBDA_SPLIT_CONFIG`, or else the platform's."""
     return Path(os.environ.get("LAMBDA_SPLIT_CONFIG") or platformdirs.user_config_path(_APP, appauthor=False))
 
 
 def cache_dir() -> Path:
-    """What can be made again; `LAMBDA_SPLIT_CACHE` overrides the platform's place."""
+    """The directory for what can be made again: `LAMBDA_SPLIT_CACHE`, or else the platform's."""
     return Path(os.environ.get("LAMBDA_SPLIT_CACHE") or platformdirs.user_cache_path(_APP, appauthor=False))
 
 
 def state_dir() -> Path:
-    """What happened, to be looked into; `LAMBDA_SPLIT_STATE` overrides the platform's place."""
+    """The directory for jobs, logs and dead letters: `LAMBDA_SPLIT_STATE`, or else the platform's."""
     return Path(os.environ.get("LAMBDA_SPLIT_STATE") or platformdirs.user_state_path(_APP, appauthor=False))
 
 
 def runtime_dir() -> Path:
-    """What may vanish with the login; `LAMBDA_SPLIT_RUNTIME` overrides the platform's place."""
+    """The directory for what may vanish at logout: `LAMBDA_SPLIT_RUNTIME`, or else the platform's."""
     configured = os.environ.get("LAMBDA_SPLIT_RUNTIME")
     if configured:
         return Path(configured)
-    with warnings.catch_warnings(action="ignore"):  # that it falls back to /tmp: see private_dir
+    with warnings.catch_warnings(action="ignore"):  # It may fall back to /tmp: see `private_dir`.
         return platformdirs.user_runtime_path(_APP, appauthor=False)
 
 
 def private_dir(path: Path) -> Path:
-    """Create `path` and its missing parents with mode 0700, and return it.
+    """Creates a directory and its missing parents with mode 0700, and returns it.
 
-    Raises `KeysError` when it cannot be made, when another user may write to it, and when its parent is
-    another user's (root's is fine): the platform's runtime directory may lie under `/tmp`, where anyone can
-    be first.
+    Raises:
+        KeysError: the directory cannot be created, another user may write to it, or its parent belongs to another
+            user than root: the platform's runtime directory may lie under `/tmp`, where anyone can create it first.
     """
     try:
         _make_dirs(path)
@@ -60,20 +60,25 @@ def private_dir(path: Path) -> Path:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write `data` atomically to a file of mode 0600; a crash leaves the old file or the new one.
+    """Writes a file of mode 0600 atomically: a crash leaves the old file or the new one.
 
-    Raises `KeysError` where that fails.
+    Raises:
+        KeysError: the file cannot be written.
     """
     _write(path, data, 0o600)
 
 
 def write_public(path: Path, data: bytes) -> None:
-    """Like `write_private`, with mode 0644."""
+    """As `write_private`, with mode 0644."""
     _write(path, data, 0o644)
 
 
 def read_private(path: Path) -> bytes:
-    """The bytes of a secret file; `KeysError` when it is missing, or its group or others may use it."""
+    """The bytes of a secret file.
+
+    Raises:
+        KeysError: it is missing, cannot be read, or is open to its group or to others.
+    """
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
@@ -84,7 +89,11 @@ def read_private(path: Path) -> bytes:
 
 
 def read_public(path: Path) -> bytes:
-    """The bytes of a file that is no secret; `KeysError` when it is missing."""
+    """The bytes of a file that is not secret.
+
+    Raises:
+        KeysError: it is missing or cannot be read.
+    """
     try:
         return path.read_bytes()
     except OSError as error:
@@ -98,7 +107,7 @@ def _unreadable(path: Path, error: OSError) -> KeysError:
 
 
 def _make_dirs(path: Path) -> None:
-    """`Path.mkdir(parents=True)` would give the parents the default mode."""
+    """Creates a directory and its parents with mode 0700; `Path.mkdir` would give the parents the default mode."""
     for folder in reversed([path, *path.parents]):
         if not folder.exists():
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -129,7 +138,7 @@ def _replace(path: Path, data: bytes, mode: int) -> None:
 
 
 def _sync_directory(path: Path) -> None:
-    """Make a rename in `path` last through a power cut."""
+    """Makes renames in a directory survive a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

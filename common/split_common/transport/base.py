@@ -1,4 +1,4 @@
-"""What devices and workers need of a queue, whatever carries it: the interface of a transport, and its limits.
+"""What devices and workers need from a queue: the interface of a transport, and its limits.
 
 A transport moves messages (`split_common.protocol.headers`) between the peers of a fleet and says when peers die.
 It may lose, repeat, delay and reorder messages, and does not read them: sessions number, acknowledge and repeat
@@ -6,16 +6,16 @@ what they send, and seal it. docs/architecture/transport.md has the steps for ad
 
 What a transport promises:
 
-1. *Delivery is best effort, refusal is said.* A message that the transport knows it cannot deliver comes back to
-   its sender as a `headers.Bounce`: `gone` if the peer is not connected, `full` if too much waits for it. Anything
-   else may be lost without a word.
+1. *Delivery is best effort; a refusal is reported.* A message that the transport knows it cannot deliver comes back
+   to its sender as a `headers.Bounce`: `gone` if the peer is not connected, `full` if too much waits for it. Any
+   other message may be lost without notice.
 2. *Nothing grows without bound.* At most `OUTBOX_BYTES` wait at a sender, and about `QUEUE_BYTES` for a receiver.
 3. *A device's `headers.Open` goes to one worker of its service that has room* and that the device does not avoid,
    or is refused with `no-worker` or `busy`. `split_common.transport.placement` decides.
 4. *Death is noticed.* Every peer announces itself each `HEARTBEAT`. After `MISSED` of them without one, those that
-   watch it are told by `Handler.on_gone`. A peer that was wrongly taken for dead and comes back is itself told
-   that those it watches are gone: both sides then hold nothing of each other.
-5. *A queue that restarts says so* by `Handler.on_reset`, and reports no death for the first `GRACE` seconds.
+   watch it are told by `Handler.on_gone`. A peer that wrongly counted as dead and comes back is itself told that
+   the peers it watches are gone: both sides have then dropped each other's sessions.
+5. *A restarted queue says so* by `Handler.on_reset`, and reports no death for the first `GRACE` seconds.
 6. *Rosters travel.* A newer roster reaches every peer, and is checked against the operator's key before it is
    used.
 7. *Damaged or hostile bytes do no harm.* What breaks the protocol is counted and dropped. No error but
@@ -29,12 +29,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    # The rest of this module is light: `--help` reads it.
+    # `--help` imports this module, which must load nothing else.
     from split_common.protocol.headers import Announce, AnyHeader, Header
 
 _T = TypeVar("_T")
 
-#: Seconds between two announcements of a peer. After `MISSED` of them without one it is taken for dead.
+#: Seconds between two announcements of a peer. After `MISSED` of them without one it counts as dead.
 HEARTBEAT = 1.0
 MISSED = 3
 
@@ -50,7 +50,7 @@ QUEUE_BYTES = 256 * 1024 * 1024
 #: Bytes that may wait at one sender. More are dropped: a queue that takes nothing must not fill the memory.
 OUTBOX_BYTES = 256 * 1024 * 1024
 
-#: Seconds after which a sender may try again what was refused because a queue was full.
+#: Seconds after which a sender may repeat a message that was refused because a queue was full.
 FULL_RETRY = 0.5
 
 
@@ -58,8 +58,8 @@ class Handler(Protocol):
     """What a peer does with what arrives.
 
     A transport calls it on its own threads, or on a thread that waits in `Transport.receive`, one call at a time.
-    Handlers must not block. What one raises is counted and logged: a `SplitError` as a message that was dropped, by
-    its type, anything else as `HandlerError`.
+    Handlers must not block. Their errors are counted and logged: a `SplitError` as a dropped message, by its type,
+    anything else as `HandlerError`.
     """
 
     def on_message(self, header: AnyHeader, body: bytes) -> None:
@@ -69,13 +69,13 @@ class Handler(Protocol):
         """Watched peers, by id, that died or left."""
 
     def on_reset(self) -> None:
-        """The queue was restarted, or the connection was away: what was in flight may be lost."""
+        """The queue was restarted, or the connection was lost for a while: what was in flight may be lost."""
 
     def on_roster(self) -> None:
         """The fleet has a newer roster."""
 
     def announcement(self) -> Announce:
-        """This peer's heartbeat: who it is, whom it watches, and a worker's room.
+        """This peer's heartbeat: its identity, the peers that it watches, and a worker's room.
 
         The transport fills in `received`. An announcement with `leaving` takes the peer out of the queue until the
         next one without it.
@@ -98,10 +98,10 @@ class Transport(Protocol):
         """
 
     def send(self, header: Header, body: bytes = b"") -> None:
-        """Takes a message and never blocks. Safe where the garbage collector calls it, within any other call.
+        """Takes a message and never blocks. The garbage collector may call it within any other call.
 
         Messages from one thread to one peer are delivered in the order in which they were sent, as long as the
-        connection stands. `body` is sent without being copied if it is large.
+        connection lasts. A large `body` is sent without being copied.
 
         Raises:
             Oversized: the body is larger than `headers.MAX_BODY`.

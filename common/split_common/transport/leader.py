@@ -1,9 +1,8 @@
 """Which thread reads what arrives for a peer: a caller that waits for a message, or else the transport's own.
 
-A caller reads as the leader among those that wait (Schmidt et al., "Pattern-Oriented Software Architecture",
-volume 2, 2000: leader/followers), so that its message need not change threads. It leads for a short while, and
-only if no other thread reads. Otherwise the transport's thread reads, and leaves a gap for callers that come back
-soon.
+One of the callers that wait reads as their leader (leader/followers: Schmidt et al., "Pattern-Oriented Software
+Architecture", volume 2, 2000), so its message does not have to change threads. It leads for a short while, and only
+if no other thread reads. Otherwise the transport's thread reads, after a gap for callers that come back soon.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-#: Seconds for which a caller reads, at most, before it leaves reading to the transport's thread.
+#: Longest time, in seconds, that a caller reads before it leaves reading to the transport's thread.
 LEAD_WAIT = 0.05
 
 #: Seconds after a caller got its message during which the transport's thread leaves reading to callers.
@@ -27,8 +26,8 @@ class LeaderLock:
     """The right to read, which one thread at a time has.
 
     Args:
-        read: takes what arrives within a number of seconds. It lets no error out: what is wrong with a connection,
-            or with another caller's message, must not hit the caller that reads.
+        read: takes what arrives within a number of seconds. It must not raise: a broken connection, or another
+            caller's message, must not concern the caller that reads.
         closing: set when reading is to end.
     """
 
@@ -38,7 +37,7 @@ class LeaderLock:
         #: Held by the thread that reads.
         self.turn = threading.Lock()
         self._leader: int | None = None
-        # Queues of callers that wait without reading, and when a caller last stopped to wait or to read.
+        # Queues of callers that wait without reading, and the time when a caller last stopped waiting or reading.
         self._waiting: set[queue.SimpleQueue[Any]] = set()
         self._left = float("-inf")
         self._wanted = threading.Event()

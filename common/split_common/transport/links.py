@@ -18,11 +18,11 @@ def connect(address: str, fleet: Fleet, identity: Identity) -> Transport:
 
     Args:
         address: of a broker (`tcp://`, `zmq://`, `ipc://`) or of Redis (`address.REDIS_SCHEMES`).
-        fleet: whose roster and keys count.
+        fleet: its roster and keys apply.
         identity: of the member that connects.
 
     Raises:
-        ConfigError: the address is malformed, or other machines reach it though no keys are configured.
+        ConfigError: the address is malformed, or open to other machines though no keys are configured.
     """
     address = parse_address(address)
     if address.endswith(":*"):
@@ -38,13 +38,13 @@ def connect(address: str, fleet: Fleet, identity: Identity) -> Transport:
 
 
 def check_address(address: str, fleet: Fleet) -> None:
-    """Refuses the loopback fleet, whose keys are made on the fly, at an address that other machines reach.
+    """Refuses the loopback fleet, whose keys are made on the fly, at an address that other machines can reach.
 
     Args:
         address: as `parse_address` returns it, such as `tcp://127.0.0.1:5555` or `ipc:///run/queue`.
 
     Raises:
-        ConfigError: no keys are configured, and the address is not this machine's alone.
+        ConfigError: no keys are configured, and other machines can reach the address.
     """
     if fleet.is_loopback and not is_local(address):
         raise ConfigError(

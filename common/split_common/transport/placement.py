@@ -1,7 +1,7 @@
-"""Which worker a device is given: the one policy of all transports. Pure: no I/O, no state, no clock of its own.
+"""Which worker a device gets: the policy of all transports. Pure: no I/O, no state, no clock.
 
-A device without a worker sends an `Open`. It waits as a `PendingOpen`, and each time that something changes
-`decide` says what becomes of it, given all workers that are alive.
+A device without a worker sends an `Open`, which waits as a `PendingOpen`. Each time that something changes,
+`decide` says what happens to it, given all workers that are alive.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from split_common.transport.base import FULL_RETRY
 #: Seconds after which a device may try again when every worker was full.
 BUSY_RETRY = 1.0
 
-#: Characters of a refusal's explanation, at most.
+#: Most characters of a refusal's explanation.
 MAX_DETAIL = 4096
 
 _Body = TypeVar("_Body")
@@ -29,11 +29,11 @@ class PendingOpen(Generic[_Body]):
     """A device's `Open` that no worker has been given yet. A device has one at a time."""
 
     header: headers.Open
-    #: The message, to be passed on as it came.
+    #: The message, which is passed on unchanged.
     frames: tuple[bytes, _Body]
-    #: When the device is told to try again, by the clock of whoever calls `decide`.
+    #: Time at which the device is told to try again, by the clock of the caller of `decide`.
     deadline: float
-    #: Whether it lies where any worker of its service may take it, so that it must not be assigned again.
+    #: Whether any worker of its service can already take it, so it must not be assigned again.
     placed: bool = False
 
 
@@ -43,7 +43,7 @@ class Candidate(NamedTuple):
     id: bytes
     service: headers.Service
     model: str
-    #: Sessions that it has room for.
+    #: Further sessions that it can hold.
     room: int
 
 
@@ -66,7 +66,7 @@ class Refuse(NamedTuple):
     retry_after: float = 0.0
 
     def bounce(self, header: headers.Relay | headers.Open) -> headers.Bounce:
-        """What the sender of a message with this header is told."""
+        """The message for the sender of a message with this header."""
         bounce = headers.Bounce(
             self.reason, header.channel, detail=self.detail[:MAX_DETAIL], retry_after=self.retry_after
         )
@@ -77,25 +77,25 @@ class Refuse(NamedTuple):
         )
 
 
-#: The receiver of a message is not there.
+#: The receiver of a message is not connected.
 GONE = Refuse("gone", "the peer is not connected")
 
 
 def full(why: str, retry_after: float = FULL_RETRY) -> Refuse:
-    """The receiver of a message takes no more for the moment."""
+    """The receiver of a message accepts nothing for the moment."""
     return Refuse("full", why, retry_after)
 
 
 def decide(
     pending: PendingOpen[_Body], workers: Sequence[Candidate], early: bool, now: float
 ) -> Assign | Refuse | Wait:
-    """What becomes of an open: the worker with the most room gets it, of those that the device does not avoid.
+    """What happens to an open. Of the workers that the device does not avoid, the one with the most room gets it.
 
     Args:
         pending: the open.
-        workers: all that are alive, of every service. Of several with equal room the first is taken.
-        early: whether workers that are alive may be missing, because the queue has just started. Until they had
-            time to come back, no device is told that there is no worker, or none that it does not avoid.
+        workers: all that are alive, of every service. Of several with equal room the first one gets it.
+        early: whether workers that are alive may be missing, because the queue has just started. While it is,
+            no device is told that there is no worker, or none that it does not avoid.
         now: the time, by the same clock as the open's deadline.
     """
     serving = [worker for worker in workers if worker.service == pending.header.service]
@@ -111,6 +111,6 @@ def decide(
 
 
 def served(workers: Iterable[Candidate]) -> str:
-    """The models and layers that workers serve, for people to read."""
+    """The models and layers that workers serve, for a message."""
     services = sorted({(worker.model, worker.service.first, worker.service.last) for worker in workers})
     return ", ".join(f"{model} layers {first}:{last}" for model, first, last in services) or "none"

@@ -1,8 +1,8 @@
-"""Where errors end: each thread of a transport has one place, at its top, that counts them and goes on.
+"""Where errors end: at the top of each thread of a transport, which counts them and continues.
 
-The promise is that no message, answer or handler ends a thread, whatever is in it. A message that breaks the
-protocol is counted by the name of its error (`SplitError`), a handler that fails as `HandlerError`. Anything else
-is unforeseen, and is counted as `failures`.
+No message, answer or handler ends a thread, whatever it holds or raises. A message that breaks the protocol is
+counted by the name of its error (`SplitError`), a failing handler as `HandlerError`, and anything unforeseen as
+`failures`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 
 def count_dropped(counters: Counter[str], error: SplitError) -> None:
-    """Counts a message that was refused, by type of error. Logs the 1st, 2nd, 4th…: a flood must not fill disks."""
+    """Counts a dropped message by type of error. Logs the 1st, 2nd, 4th…, so a flood does not fill the disk."""
     name = type(error).__name__
     counters[name] += 1
     if counters[name].bit_count() == 1:
@@ -30,7 +30,7 @@ def count_dropped(counters: Counter[str], error: SplitError) -> None:
 
 
 def handled(counters: Counter[str], call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T | None:
-    """Handles one message, or asks a handler for something. None if that fails, which is counted."""
+    """Calls a handler. Returns None if it fails, and counts the failure."""
     try:
         return call(*args, **kwargs)
     except SplitError as error:
@@ -46,8 +46,8 @@ class Supervisor:
     Args:
         name: of the link or broker, for the log.
         counters: where errors are counted.
-        closing: ends pauses.
-        pause: seconds to wait after a failure, so that one that repeats itself does not keep a processor busy.
+        closing: ends pauses when it is set.
+        pause: seconds to wait after a failure, so that a repeated one does not keep a processor busy.
     """
 
     def __init__(self, name: str, counters: Counter[str], closing: threading.Event, pause: float = 0.05) -> None:
@@ -57,7 +57,7 @@ class Supervisor:
         self._pause = pause
 
     def run(self, act: Callable[_P, object], *args: _P.args, **kwargs: _P.kwargs) -> bool:
-        """Does something once. False, after a pause, if it fails; no error gets out."""
+        """Does something once. Returns False, after a pause, if it fails; does not raise."""
         try:
             act(*args, **kwargs)
         except SplitError as error:
@@ -71,7 +71,7 @@ class Supervisor:
         return False
 
     def start(self, loop: Callable[[], object], name: str) -> threading.Thread:
-        """Starts a thread that runs a loop until it returns. If it fails it runs again, unless all is closing."""
+        """Starts a thread that runs a loop until it returns. After a failure it runs again, if not closing."""
 
         def again_and_again() -> None:
             while not self.run(loop) and not self._closing.is_set():

@@ -1,9 +1,9 @@
 """The ZeroMQ transport: a peer's DEALER socket, which one thread at a time uses.
 
-A thread that sends uses the socket itself, unless another thread has it just then and sends for it. The thread
-that reads (`split_common.transport.leader`) waits for what arrives, and sends heartbeats and what the socket did
-not accept before. libzmq's file descriptor signals a change only once: a thread that may have consumed the signal
-by using the socket wakes the one that reads.
+A thread that sends uses the socket itself, unless another thread has it and sends for both. The thread that reads
+(`split_common.transport.leader`) waits for what arrives, and sends heartbeats and what the socket did not accept
+before. libzmq's file descriptor signals a change only once, so a thread that may have consumed the signal by using
+the socket wakes the one that reads.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from split_common.trust.keys import Identity
 
 _T = TypeVar("_T")
 
-#: Bytes received after which a peer tells the broker so at once, not with its next heartbeat.
+#: Bytes received after which a peer confirms them at once, not with its next heartbeat.
 CREDIT_STEP = 4 * 1024 * 1024
 
-#: Seconds of silence from the broker after which the link connects again. libzmq abandons a connection for good if
-#: what arrives over it breaks ZMTP or CURVE, as damaged bytes do.
+#: Seconds of silence from the broker after which the link connects again. libzmq gives a connection up for good if
+#: damaged bytes break ZMTP or CURVE.
 SILENCE = HEARTBEAT * MISSED
 
-#: As plain integers: arithmetic with pyzmq's enums takes longer than the calls that they are for.
+#: Plain integers, because arithmetic with pyzmq's enums takes longer than the calls that use them.
 POLLIN, POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
 NOBLOCK, NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 
-#: Messages taken in one turn: a flood must not keep heartbeats from being sent.
+#: Most messages taken in one turn: a flood must not delay heartbeats.
 TURN = 256
 
 
@@ -52,7 +52,7 @@ def curve_z85(identity: Identity) -> tuple[bytes, bytes]:
 
 
 def curve_client(sock: zmq.Socket[bytes], fleet: Fleet, identity: Identity) -> None:
-    """Secures a client socket with CurveZMQ (RFC 26): it will talk to the fleet's broker only.
+    """Secures a client socket with CurveZMQ (RFC 26): it talks to the fleet's broker only.
 
     Raises:
         KeysError: the roster lists no broker that is not revoked.
@@ -100,7 +100,7 @@ class ZmqLink:
         self._turn = threading.Lock()
         self._sock: zmq.Socket[bytes] | None = None
         self._poller = select.poll()
-        # Messages that `send` hands over, and those that the thread with the turn has taken from there and counted.
+        # Messages that `send` handed over, and those that the thread with the turn has taken over and counted.
         self._handed: deque[tuple[bytes, bytes]] = deque()
         self._unsent: deque[tuple[bytes, bytes]] = deque()
         self._unsent_bytes = 0
@@ -149,7 +149,7 @@ class ZmqLink:
             )
 
     def _connect(self, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
-        """A socket that connects by itself, also if the broker is away for a while.
+        """A socket that connects by itself, even if the broker is away for a while.
 
         Raises:
             KeysError: the fleet's roster lists no broker.
@@ -194,7 +194,7 @@ class ZmqLink:
             self._thread.join()
 
     def _wake(self) -> None:
-        # A full pipe wakes the thread as well as one more byte would. A closed one has no thread to wake.
+        # A full pipe wakes the thread, too. A closed one has no thread to wake.
         with contextlib.suppress(OSError):
             self._wake_write.send(b"\0")
 
@@ -205,12 +205,12 @@ class ZmqLink:
     # --- sending -------------------------------------------------------------------------------------------
 
     def _pass_on(self) -> None:
-        """Sends what was handed over, unless another thread has the socket: that one does so after its turn."""
+        """Sends what was handed over. If another thread has the socket, that thread does so after its turn."""
         while self._handed and self._sock is not None and self._turn.acquire(blocking=False):
             try:
                 if self._sock is not None:
                     self._flush(self._sock)
-                    # A thread that begins to read looks at the socket first; one that waits has to be woken.
+                    # A thread that begins to read checks the socket first; one that waits has to be woken.
                     if self._leader_lock.held_by_another and self._ready(self._sock):
                         self._wake()
             finally:
@@ -225,7 +225,7 @@ class ZmqLink:
                 continue
             self._unsent.append(frames)
             self._unsent_bytes += len(frames[1])
-        # Nothing goes before the announcement: a broker that has just started must know this peer.
+        # The announcement goes first: a broker that has just started must know this peer.
         while self._unsent and self._announced:
             frames = self._unsent[0]
             try:
@@ -238,7 +238,7 @@ class ZmqLink:
             self.counters["bytes_sent"] += len(frames[0]) + len(frames[1])
 
     def _ready(self, sock: zmq.Socket[bytes]) -> int:
-        """Which of POLLIN and POLLOUT the thread that reads has to act on. The caller has the turn."""
+        """Those of POLLIN and POLLOUT that the thread that reads has to handle. The caller has the turn."""
         waiting = (self._unsent and self._announced) or self._announce_now
         return int(sock.get(zmq.EVENTS)) & (POLLIN | POLLOUT if waiting else POLLIN)
 
@@ -268,10 +268,10 @@ class ZmqLink:
         return time.monotonic() - max(self._connected, self._heard) > SILENCE
 
     def _connect_again(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        """Replaces a connection over which nothing has come for long, unless no other one can be made."""
+        """Replaces a connection over which nothing has come for `SILENCE`, if a new one can be made."""
         old = self._sock
         assert old is not None
-        # All that waits is read first: this process itself may have stalled.
+        # What has already arrived is read first: this process itself may have stalled.
         known = -1
         while (received := self.counters["messages_received"]) != known:
             known = received
@@ -294,7 +294,7 @@ class ZmqLink:
     # --- on the thread that reads ----------------------------------------------------------------------------
 
     def _read(self, wait: float) -> None:
-        """Sends what is due and takes what has arrived, or else what arrives within `wait` seconds."""
+        """Sends what is due, and takes what has arrived or arrives within `wait` seconds."""
         sock = self._sock
         assert sock is not None
         now = time.monotonic()
@@ -315,7 +315,7 @@ class ZmqLink:
         self._take_arrived(sock)
 
     def _send_announcement(self, sock: zmq.Socket[bytes], leaving: bool = False) -> bool:
-        """Announces this peer. False if there is no connection to do so."""
+        """Announces this peer. False if there is no connection."""
         announcement = handled(self.counters, self._handler.announcement)
         if announcement is None:
             return True
@@ -333,12 +333,12 @@ class ZmqLink:
             return self._announced
 
     def _take_arrived(self, sock: zmq.Socket[bytes]) -> bool:
-        """Takes what has arrived. Whether anything had, or the socket can send what waits."""
+        """Takes what has arrived. True if anything had, or if the socket can send what waits."""
         for taken in range(TURN):
             with self._turn:
                 ready = self._ready(sock)
                 frames = [frame.bytes for frame in receive_frames(sock)] if ready & POLLIN else None
-            # Meanwhile others may have handed over messages instead of sending them themselves.
+            # Meanwhile other threads may have handed over messages because this one had the turn.
             self._pass_on()
             if frames is None:
                 return taken > 0 or ready != 0
@@ -372,7 +372,7 @@ class ZmqLink:
     def _greet(self, welcome: headers.Welcome) -> None:
         known, self._boot = self._boot, welcome.boot
         self._welcomed.set()
-        # A broker that names a new boot with every message must not make this peer send everything again each time.
+        # A broker that names a new boot in every message must not make this peer send everything again each time.
         if known not in (None, welcome.boot) and time.monotonic() >= self._next_reset:
             self._next_reset = time.monotonic() + HEARTBEAT
             self._announce_now = True

@@ -1,1 +1,1 @@
-"""Who may take part: keys, certificates, the roster, a fleet's directory, signed lists of tensors."""
+"""Who may take part: keys, certificates, the roster, the fleet's directory, and signed lists of tensors."""

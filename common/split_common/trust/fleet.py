@@ -15,7 +15,6 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from typing import Final
 from urllib.parse import quote
 
 import msgspec
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from msgspec.structs import replace
 from nacl.signing import SigningKey
 
@@ -52,12 +51,13 @@ from split_common.trust.keys import (
     verify_certificate,
 )
 from split_common.trust.manifest import Manifest
+from split_common.trust.roster_store import RosterStore
 
 log = logging.getLogger(__name__)
 
-#: How long a certificate is valid unless told otherwise, in days.
+#: Validity of a certificate by default, in days.
 DAYS: Final = 365
-#: A certificate is valid from this long before it was made, in seconds: clocks differ.
+#: Seconds before it was made from which a certificate is valid: clocks differ.
 CLOCK_LEEWAY: Final = 3600
 #: The members of a new fleet.
 FIRST_MEMBERS: Final[tuple[tuple[Role, str], ...]] = (
@@ -70,11 +70,14 @@ _DAY: Final = 86_400
 
 
 class Fleet:
-    """An open fleet directory. Its roster is what this process enforces; it only ever gets newer.
+    """An open fleet directory. This process enforces its roster, which only ever gets newer.
 
-    Attributes: `path` (the directory), `operator_key` (the operator's Ed25519 public key, 32 bytes),
-    `is_loopback` (made on the fly for this user on this machine). Safe to use from several threads; writers
-    of several processes take turns.
+    Any thread may call its methods. Processes that write to the directory take turns.
+
+    Args:
+        path: the directory.
+        operator_key: the operator's Ed25519 public key (32 bytes).
+        is_loopback: whether the fleet was made on the fly, for this user on this machine.
     """
 
     def __init__(self, path: Path, operator_key: bytes, *, is_loopback: bool = False) -> None:
@@ -82,17 +85,23 @@ class Fleet:
         self.path = path
         self.operator_key = operator_key
         self.is_loopback = is_loopback
-        self._current: tuple[Roster, bytes] = (Roster(0, 0, ()), b"")
-        self._stamp: tuple[int, int, int] | None = (0, 0, 0)
-        self._adopting = threading.Lock()
         self._file_lock = FileLock(path / ".lock", mode=0o600)
+        self._roster_store = RosterStore(path / "roster", operator_key, self._file_lock)
 
     def __repr__(self) -> str:
         return f"Fleet({str(self.path)!r}, roster version {self.roster().version})"
 
     @classmethod
     def create(cls, path: Path, days: float = DAYS) -> Fleet:
-        """A new fleet of `FIRST_MEMBERS`, certified for `days`; `KeysError` where there is one already."""
+        """Makes a fleet of `FIRST_MEMBERS`.
+
+        Args:
+            path: the directory.
+            days: validity of the certificates.
+
+        Raises:
+            KeysError: there is a fleet already, or the directory cannot be used.
+        """
         private_dir(path)
         operator = SigningKey.generate()
         fleet = cls(path, bytes(operator.verify_key))
@@ -107,17 +116,25 @@ class Fleet:
 
     @classmethod
     def open(cls, path: Path, *, is_loopback: bool = False) -> Fleet:
-        """The fleet in `path`; `KeysError` where there is none or it is damaged."""
+        """Opens the fleet in a directory.
+
+        Raises:
+            KeysError: there is none, or it is damaged.
+        """
         operator_key = read_public(path / "operator.pub")
         if len(operator_key) != 32:
             raise KeysError(f"{path / 'operator.pub'} is damaged")
         fleet = cls(path, operator_key, is_loopback=is_loopback)
-        fleet._load()
+        fleet._roster_store.load()
         return fleet
 
     @classmethod
     def loopback(cls) -> Fleet:
-        """This user's fleet for when no keys are configured; made once, renewed when expired or damaged."""
+        """This user's fleet for when no keys are configured; made once, and again if it has expired or is damaged.
+
+        Raises:
+            KeysError: other users can write to its directory.
+        """
         home = private_dir(runtime_dir())
         path = home / "loopback"
         with FileLock(home / "loopback.lock", mode=0o600):
@@ -128,7 +145,7 @@ class Fleet:
                     return fleet
             except KeysError as error:
                 if path.exists():
-                    log.warning("making the loopback fleet anew: %s", error)
+                    log.warning("making a new loopback fleet: %s", error)
             _swap_in_new(path)
             return cls.open(path, is_loopback=True)
 
@@ -136,23 +153,28 @@ class Fleet:
 
     def roster(self) -> Roster:
         """The newest roster that this process has accepted."""
-        return self._current[0]
+        return self._roster_store.roster
 
     def verify(self, certificate: bytes, role: Role, scope: ModelScope) -> Certificate:
-        """What `verify_certificate` gives and raises, by this fleet's operator and its newest roster."""
+        """Calls `verify_certificate` with this fleet's operator and its newest roster."""
         return verify_certificate(
             certificate, operator_key=self.operator_key, roster=self.roster(), role=role, scope=scope
         )
 
     def roster_bytes(self) -> bytes:
-        """The same as the operator signed it, to be served to others."""
-        return self._current[1]
+        """The newest roster as the operator signed it, for other peers."""
+        return self._roster_store.data
 
     def identity(self, role: Role, name: str | None = None) -> Identity:
-        """The identity of this role whose key is here; `name` chooses among several.
+        """The identity of this role whose key is here.
 
-        Raises `KeysError` for none, for several without `name` (it lists them), for one of another role or
-        fleet, and for a revoked one.
+        Args:
+            role: the member's role.
+            name: chooses among several keys.
+
+        Raises:
+            KeysError: there is no such key; there are several and no `name` (the message lists them); or the key
+                is of another role or fleet, or revoked.
         """
         if name is not None:
             return self._identity(role, name)
@@ -164,7 +186,11 @@ class Fleet:
         raise KeysError(f"several {role} keys in {self.path}; choose one of: {', '.join(names)}")
 
     def read_identity(self, name: str) -> Identity:
-        """The identity in `NAME.key` of any role, revoked or not; `KeysError` if missing or damaged."""
+        """The identity in `NAME.key`, of any role, revoked or not.
+
+        Raises:
+            KeysError: the file is missing, damaged, or of another fleet.
+        """
         path = self.path / f"{name}.key"
         data = read_private(path)
         try:
@@ -176,10 +202,16 @@ class Fleet:
         return identity
 
     def add_member(self, role: Role, name: str, models: Iterable[ModelScope] = (), days: float = DAYS) -> Identity:
-        """New keys and a certificate in `NAME.key`, and a new roster; `models` empty means any.
+        """Writes new keys and a certificate to `NAME.key`, and a new roster.
 
-        Raises `KeysError` for a name that is taken (by a revoked member, too) or not allowed, and without the
-        operator's key.
+        Args:
+            role: the member's role.
+            name: the member's name.
+            models: what the member may serve or use; empty for any model.
+            days: validity of the certificate.
+
+        Raises:
+            KeysError: the name is not allowed, or is or was a member's; or the operator's key is not here.
         """
         try:
             msgspec.convert(name, Name)
@@ -195,9 +227,13 @@ class Fleet:
         return identity
 
     def revoke(self, name: str) -> Roster:
-        """A new roster in which `name` is revoked, for good; the old one where it was already.
+        """Publishes a roster in which the member is revoked for good, unless it is already.
 
-        Raises `KeysError` for an unknown name and without the operator's key.
+        Returns:
+            The roster in force.
+
+        Raises:
+            KeysError: no member has this name, or the operator's key is not here.
         """
         with self.locked():
             operator = self._operator()
@@ -211,87 +247,33 @@ class Fleet:
                 self._publish(operator, members)
         return self.roster()
 
-    # --- the roster's life ---------------------------------------------------------------------------------
+    # --- the roster ----------------------------------------------------------------------------------------
 
     def accept_roster(self, data: bytes) -> Roster:
-        """Take over a roster that someone else sent, and keep it in the directory where that can be written.
+        """Adopts a roster that another peer sent if it is newer, and keeps it in the directory if possible.
 
-        Raises `CertificateError` for one that the operator did not sign, of a lower version (rollback), or of
-        the same version with other content.
+        Returns:
+            The roster in force.
+
+        Raises:
+            CertificateError: the operator did not sign it, its version is lower (a rollback), or it has the same
+                version as the current one and other content.
         """
-        roster = open_signed("roster", Roster, data, self.operator_key)
-        self.refresh()
-        if self._is_newer(roster, data):
-            self._adopt(roster, data)
-            # Another process may hold the directory for long, while it hashes a model, say.
-            if not self._keep(data, wait=False):
-                threading.Thread(target=self._keep, args=(data, True), daemon=True).start()
+        self._roster_store.accept(data)
         return self.roster()
 
-    def _keep(self, data: bytes, wait: bool) -> bool:
-        """Writes an accepted roster to the directory, if that can be; False where one would have to wait."""
-        try:
-            self._file_lock.acquire(blocking=wait)
-        except Timeout:
-            return False
-        except OSError as error:
-            log.info("the new roster is kept in memory only: %s", error.strerror)
-            return True
-        try:
-            self.refresh()
-            if self._current[1] == data:
-                write_public(self.path / "roster", data)
-        except KeysError as error:
-            log.info("the new roster is kept in memory only: %s", error)
-        finally:
-            self._file_lock.release()
-        return True
-
     def refresh(self) -> bool:
-        """Reread the roster's file if it changed; True when it is newer. A bad file is logged and ignored."""
-        try:
-            return self._load()
-        except KeysError as error:
-            log.warning("the roster of version %d stays in force: %s", self.roster().version, error)
-            return False
-
-    def _load(self) -> bool:
-        path = self.path / "roster"
-        try:
-            found = path.stat()
-        except OSError:
-            found = None
-        stamp = found and (found.st_mtime_ns, found.st_size, found.st_ino)
-        if stamp == self._stamp:
-            return False
-        self._stamp = stamp
-        data = read_public(path)
-        try:
-            roster = open_signed("roster", Roster, data, self.operator_key)
-            return self._is_newer(roster, data) and self._adopt(roster, data)
-        except CertificateError as error:
-            raise KeysError(f"{path}: {error}") from None
-
-    def _is_newer(self, roster: Roster, data: bytes) -> bool:
-        """False for the very roster in force; `CertificateError` for an older or a contradicting one."""
-        current, current_data = self._current
-        if roster.version < current.version:
-            raise CertificateError(f"roster of version {roster.version} is older than {current.version}")
-        if roster.version == current.version and data != current_data:
-            raise CertificateError(f"two rosters of version {roster.version} contradict each other")
-        return roster.version > current.version
-
-    def _adopt(self, roster: Roster, data: bytes) -> bool:
-        with self._adopting:
-            newer = roster.version > self._current[0].version
-            if newer:
-                self._current = (roster, data)
-        return newer
+        """Reads the roster's file if it has changed. True if it is newer. A bad file is logged and ignored."""
+        return self._roster_store.refresh()
 
     # --- models --------------------------------------------------------------------------------------------
 
     def manifests(self) -> list[Manifest]:
-        """All models' manifests, by name; `KeysError` for a damaged one or one of another operator."""
+        """All models' manifests, sorted by name.
+
+        Raises:
+            KeysError: one is damaged, or another operator signed it.
+        """
         manifests = []
         for path in sorted((self.path / "models").glob("*.manifest")):
             try:
@@ -301,7 +283,11 @@ class Fleet:
         return sorted(manifests, key=lambda manifest: manifest.name)
 
     def add_manifest(self, manifest: Manifest) -> None:
-        """Sign and keep it, in place of any of its name; `KeysError` without the operator's key."""
+        """Signs and keeps a manifest; it replaces one of the same name.
+
+        Raises:
+            KeysError: the operator's key is not here, or the directory cannot be written.
+        """
         with self.locked():
             data = seal("manifest", manifest, self._operator())
             write_public(self.path / "models" / f"{quote(manifest.name, safe='@+')}.manifest", data)
@@ -310,7 +296,11 @@ class Fleet:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Let no other process change the directory; may be nested. `KeysError` where it is read-only."""
+        """Keeps other processes from changing the directory; may be nested.
+
+        Raises:
+            KeysError: the directory cannot be written.
+        """
         try:
             self._file_lock.acquire()
         except OSError as error:
@@ -321,7 +311,11 @@ class Fleet:
             self._file_lock.release()
 
     def require_operator(self) -> None:
-        """Raise `KeysError` unless the operator's key is here: worth asking before a long preparation."""
+        """Checks that the operator's key is here: to be called before a long preparation.
+
+        Raises:
+            KeysError: it is not here, or damaged.
+        """
         self._operator()
 
     def _operator(self) -> SigningKey:
@@ -344,11 +338,10 @@ class Fleet:
     def _publish(self, operator: SigningKey, members: Iterable[Member]) -> None:
         roster = Roster(self.roster().version + 1, int(time.time()), tuple(members))
         data = seal("roster", roster, operator)
-        write_public(self.path / "roster", data)
-        self._adopt(roster, data)
+        self._roster_store.replace(roster, data)
 
     def _names_here(self, role: Role) -> list[str]:
-        """Members of this role, not revoked, whose keys are here; the roster may not list them yet."""
+        """Members of this role whose keys are here and not revoked; the roster may not list them yet."""
         names = (path.stem for path in sorted(self.path.glob("*.key")) if path.name != "operator.key")
         return [n for n in names if not self._revoked(n) and self.read_identity(n).certificate.role == role]
 
@@ -366,7 +359,7 @@ class Fleet:
 
 
 def keys_dir(keys: Path | None = None) -> Path:
-    """Where keys are meant to be: `keys`, else `LAMBDA_SPLIT_KEYS`, else `keys` in the settings directory."""
+    """The directory for keys: `keys`, else `LAMBDA_SPLIT_KEYS`, else `keys` in the settings directory."""
     if keys is not None:
         return keys
     configured = os.environ.get("LAMBDA_SPLIT_KEYS")
@@ -374,7 +367,11 @@ def keys_dir(keys: Path | None = None) -> Path:
 
 
 def load_fleet(keys: Path | None = None) -> Fleet:
-    """The fleet in `keys_dir(keys)`; the loopback fleet where nothing is configured. Raises `KeysError`."""
+    """The fleet in `keys_dir(keys)`; the loopback fleet if no keys are configured.
+
+    Raises:
+        KeysError: there is no fleet in the directory, or it is damaged.
+    """
     path = keys_dir(keys)
     if keys is None and not os.environ.get("LAMBDA_SPLIT_KEYS") and not path.exists():
         return Fleet.loopback()
@@ -394,7 +391,7 @@ def _issue(operator: SigningKey, role: Role, name: str, models: tuple[ModelScope
 
 
 def _swap_in_new(path: Path) -> None:
-    """Put a new fleet at `path`, whole or not at all; under the loopback lock."""
+    """Puts a new fleet at `path`, whole or not at all. The caller holds the lock of the loopback fleet."""
     work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}."))
     Fleet.create(work / "new")
     if path.exists():

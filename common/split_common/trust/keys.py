@@ -1,7 +1,7 @@
-"""Certificates, rosters and identities: their formats, their signatures and the rules that they must meet.
+"""Certificates, rosters and identities: their formats, their signatures and their rules.
 
-One operator key (Ed25519, RFC 8032) is a fleet's root of trust. It signs a certificate for each member and a
-roster of all of them. Nothing here touches a file or a socket.
+A fleet's root of trust is one operator key (Ed25519, RFC 8032). It signs a certificate for each member, and a
+roster of all members. Nothing here touches a file or a socket.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SignedKind = Literal["certificate", "roster", "manifest"]
 Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 #: A member's name: 1 to 64 characters, safe in a file name; not `operator`, whose file `operator.key` is.
 Name = Annotated[str, Meta(pattern=r"\A(?!operator\Z)[a-z0-9][a-z0-9._-]{0,63}\Z")]
-#: How a message says what a name may be.
+#: Rule for names, for messages.
 NAME_RULE = "up to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit, and not 'operator'"
 #: Seconds since 1970.
 Seconds = Annotated[int, Meta(ge=0)]
@@ -41,7 +41,7 @@ _Sealed = TypeVar("_Sealed", bound=Struct)
 
 
 class ModelScope(Struct, frozen=True, forbid_unknown_fields=True):
-    """Body layers [first, last) of the model whose manifest has this root."""
+    """Body layers `[first, last)` of the model whose manifest has this root."""
 
     root: Bytes32
     first: Annotated[int, Meta(ge=0)]
@@ -52,22 +52,21 @@ class ModelScope(Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"no layers in {self.first}:{self.last}")
 
     def covers(self, other: ModelScope) -> bool:
-        """Whether `other` is of the same model and within these layers."""
+        """Whether `other` names layers of the same model that are all in this scope."""
         return self.root == other.root and self.first <= other.first and other.last <= self.last
 
 
 class Certificate(Struct, frozen=True, forbid_unknown_fields=True):
-    """What the operator vouches for: a member's role, its Ed25519 and X25519 public keys, and until when.
-
-    `models` empty means any model of the fleet; `not_before` and `not_after` are in seconds since 1970.
-    """
+    """The operator's statement about a member: its role, its public keys, and how long they are valid."""
 
     role: Role
     name: Name
+    #: Ed25519 and X25519 public keys.
     sign_key: Bytes32
     curve_key: Bytes32
     not_before: Seconds
     not_after: Seconds
+    #: Empty for any model of the fleet.
     models: tuple[ModelScope, ...] = ()
     version: Literal[1] = 1
 
@@ -92,7 +91,7 @@ class Member(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Roster(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
-    """All members of a fleet, revoked ones too; a higher version replaces a lower one, never the reverse."""
+    """All members of a fleet, including revoked ones. A higher version replaces a lower one."""
 
     version: Annotated[int, Meta(ge=1)]
     issued: Seconds
@@ -135,7 +134,11 @@ class Signed(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
 
 def seal(kind: SignedKind, value: Struct, operator: SigningKey) -> bytes:
-    """Encode and sign `value`; `KeysError` when it breaks the rules of its own type or is too large."""
+    """Encodes and signs a value.
+
+    Raises:
+        KeysError: it breaks a rule of its own type, or is too large.
+    """
     payload = msgspec.msgpack.encode(value)
     try:
         msgspec.msgpack.decode(payload, type=type(value))
@@ -148,10 +151,15 @@ def seal(kind: SignedKind, value: Struct, operator: SigningKey) -> bytes:
 
 
 def open_signed(kind: SignedKind, type_: type[_Sealed], data: bytes, operator_key: bytes) -> _Sealed:
-    """Verify and decode what `seal` made.
+    """Verifies and decodes what `seal` made. Only the envelope is parsed before the signature is verified.
 
-    `operator_key` is the operator's Ed25519 public key (32 bytes). Nothing but the envelope is parsed before
-    the signature holds. Raises `CertificateError` for anything else than a sound `kind` of this operator.
+    Args:
+        kind, type_: what is expected, and its type.
+        data: the signed bytes.
+        operator_key: the operator's Ed25519 public key (32 bytes).
+
+    Raises:
+        CertificateError: the bytes are too large or damaged, of another kind, or not signed by this operator.
     """
     if len(data) > MAX_SIGNED[kind]:
         raise CertificateError(f"{kind} of {len(data)} bytes; at most {MAX_SIGNED[kind]} are allowed")
@@ -172,12 +180,20 @@ def verify_certificate(
     now: float | None = None,
     scope: ModelScope | None = None,
 ) -> Certificate:
-    """The certificate in `data`, once it is shown to be good for `role`, `scope` and the time `now`.
+    """Checks a signed certificate and returns it.
 
-    `roster` None skips the roster; `now` is in seconds since 1970, None meaning the clock's. Raises
-    `CertificateError`, naming the member, for: another operator or damage (there no name can be trusted),
-    another role, a member that the roster lacks, has revoked or has under other keys, a time outside the
-    validity, a scope that no entry of `models` covers.
+    Args:
+        data: the certificate as the operator signed it.
+        operator_key: the operator's Ed25519 public key (32 bytes).
+        roster: None leaves the roster out.
+        role: that the certificate must have.
+        now: seconds since 1970; None for the current time.
+        scope: layers that the certificate must cover; None for any.
+
+    Raises:
+        CertificateError: the certificate is damaged or another operator's, has another role, does not agree with
+            the roster or is revoked there, is not valid now, or does not cover the scope. The message names the
+            member, unless the signature is wrong.
     """
     certificate = open_signed("certificate", Certificate, data, operator_key)
     who = f"{certificate.role} {certificate.name!r}"
@@ -200,7 +216,7 @@ def verify_certificate(
 
 @dataclass(frozen=True, repr=False)
 class Identity:
-    """A member's secrets: its certificate, the Ed25519 and X25519 secret keys of it, and whom it trusts."""
+    """A member's certificate, its secret keys (Ed25519 and X25519), and the operator that it trusts."""
 
     #: The certificate as the operator signed it, and decoded.
     certificate_bytes: bytes
@@ -216,21 +232,25 @@ class Identity:
 
     @classmethod
     def issue(cls, operator: SigningKey, certify: Callable[[bytes, bytes], Certificate]) -> Identity:
-        """New secrets, and the certificate that `certify(sign_key, curve_key)` words for them, signed."""
+        """Makes new secrets, and signs the certificate that `certify(sign_key, curve_key)` returns for them."""
         signing_key, curve = SigningKey.generate(), PrivateKey.generate()
         certificate = certify(bytes(signing_key.verify_key), bytes(curve.public_key))
         sealed = seal("certificate", certificate, operator)
         return cls(sealed, certificate, signing_key, bytes(curve), bytes(operator.verify_key))
 
     def encode(self) -> bytes:
-        """The bytes of a `.key` file, secrets included."""
+        """The bytes of a `.key` file, including the secrets."""
         return msgspec.msgpack.encode(
             (1, self.certificate_bytes, bytes(self.signing_key), self.curve_secret, self.operator_key)
         )
 
     @classmethod
     def decode(cls, data: bytes) -> Identity:
-        """Read what `encode` made; `KeysError` when it is damaged or its keys do not belong together."""
+        """Reads what `encode` made.
+
+        Raises:
+            KeysError: it is damaged, or its keys do not belong together.
+        """
         try:
             _, sealed, seed, curve_secret, operator_key = msgspec.msgpack.decode(data, type=_IdentityFile)
             certificate = open_signed("certificate", Certificate, sealed, operator_key)
@@ -243,7 +263,7 @@ class Identity:
         return cls(sealed, certificate, signing_key, curve_secret, operator_key)
 
     def sign(self, message: bytes) -> bytes:
-        """Ed25519 signature (64 bytes); the caller's message says what it is for."""
+        """Ed25519 signature (64 bytes) of a message, which must begin with its purpose."""
         return self.signing_key.sign(message).signature
 
 
@@ -259,7 +279,7 @@ def _decode(kind: SignedKind, type_: type[_Sealed], data: bytes) -> _Sealed:
 
 
 def _signed_message(kind: SignedKind, payload: bytes) -> bytes:
-    """The kind is signed too: a signed roster is never a signed certificate."""
+    """The bytes that are signed. They begin with the kind, so a signed roster cannot pass for a certificate."""
     return b"lambda-split " + kind.encode() + b"\0" + payload
 
 

@@ -12,12 +12,12 @@ from msgspec import Meta, Struct
 from split_common.errors import TensorMismatch
 from split_common.trust.keys import Bytes32
 
-#: A model's name in its fleet: 1 to 96 characters, as hub ids have them.
+#: A model's name in its fleet: 1 to 96 of the characters that hub ids consist of.
 ModelName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._@+/-]{1,96}\Z")]
 
 
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
-    """What a checkpoint holds: the SHA-256 of its config.json and of each tensor (`Checkpoint.digest`)."""
+    """The SHA-256 of a checkpoint's config.json and of each of its tensors (`Checkpoint.digest`)."""
 
     name: ModelName
     config: Bytes32
@@ -26,12 +26,16 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
 
     @cached_property
     def root(self) -> bytes:
-        """SHA-256 (32 bytes) that stands for the config and all tensors; the name does not count."""
+        """SHA-256 (32 bytes) of the config's and all tensors' digests, whatever the model's name."""
         content = msgspec.msgpack.encode((self.version, self.config, sorted(self.tensors.items())))
         return hashlib.sha256(b"lambda-split manifest root\0" + content).digest()
 
     def check(self, digests: dict[str, bytes]) -> None:
-        """Raise `TensorMismatch` naming the first of these tensors that differs or is not listed."""
+        """Compares digests of tensors, by name, with the manifest's.
+
+        Raises:
+            TensorMismatch: a tensor differs or is not listed; the message names the first one.
+        """
         for name, digest in digests.items():
             if name not in self.tensors:
                 raise TensorMismatch(f"the manifest of {self.name} lists no tensor {name!r}")

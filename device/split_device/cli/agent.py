@@ -14,11 +14,12 @@ from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption, given_words
 from split_common.errors import AgentError, ConfigError
 from split_common.system.console import emit_json, stderr
-from split_common.system.process import catch_sigterm, passive_threads
+from split_common.system.lock import Held, holding
+from split_common.system.process import passive_threads
+from split_common.system.signals import catch_sigterm
 from split_device.cli.groups import ConnectionOptions, LimitOptions
 from split_device.cli.options import GIVE_UP, GiveUpOption, KeepOption, StoreKeyOption, parse_age
 from split_device.jobs import agent
-from split_device.jobs.lock import Held, holding
 from split_device.jobs.store import Store, store_path
 
 if TYPE_CHECKING:

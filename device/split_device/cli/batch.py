@@ -14,11 +14,12 @@ from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption
 from split_common.errors import ConfigError, JobsError
 from split_common.system.console import emit_json, stderr
-from split_common.system.process import catch_sigterm, passive_threads
+from split_common.system.lock import Held, holding
+from split_common.system.process import passive_threads
+from split_common.system.signals import catch_sigterm
 from split_device.cli.groups import LIMITS, ConnectionOptions, TextModelOptions
 from split_device.cli.options import GIVE_UP, GiveUpOption, StoreKeyOption
 from split_device.generation.limits import Limits
-from split_device.jobs.lock import Held, holding
 from split_device.jobs.store import Store
 from split_device.openai import batch_file as batches
 from split_device.sessions.connection import Connection

@@ -15,7 +15,8 @@ from split_common.cli.options import JsonOption
 from split_common.errors import ConfigError
 from split_common.system.console import emit_json, stderr
 from split_common.system.files import write_private
-from split_common.system.process import exit_on_sigterm, passive_threads
+from split_common.system.process import passive_threads
+from split_common.system.signals import exit_on_sigterm
 from split_device.cli.checks import check_connection
 from split_device.cli.groups import CONNECTION, IMAGE_MODEL_CUT, ImageModel, PictureOptions, PipelineOption
 from split_device.cli.terminal import step_progress

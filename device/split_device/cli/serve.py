@@ -15,7 +15,8 @@ from split_common.cli.groups import grouped
 from split_common.cli.options import MODEL_PANEL, JsonOption, given
 from split_common.errors import ConfigError
 from split_common.system.console import emit_json, stderr
-from split_common.system.process import catch_sigterm, passive_threads, wait_for
+from split_common.system.process import passive_threads
+from split_common.system.signals import catch_sigterm, wait_until_set
 from split_device.cli.groups import ConnectionOptions, ImageModelOptions, LimitOptions, TextModelOptions
 from split_device.jobs.job import ImageChoice, ModelChoice
 from split_device.openai.listener import HOST, answering, listening
@@ -82,7 +83,7 @@ def serve(
             painting = Images(models.painter(image_choice), image_name) if image_choice and image_name else None
             with answering(CompletionServer(completions, painting, api_key).app(), listener, stop):
                 _announce(f"http://{HOST}:{listener.getsockname()[1]}/", name, image_name, json)
-                wait_for(stop)
+                wait_until_set(stop)
 
 
 def _announce(page: str, name: str | None, image_name: str | None, json: bool) -> None:

@@ -15,8 +15,8 @@ import msgspec
 
 from split_common.errors import AgentError
 from split_common.system.files import private_dir, state_dir
-from split_common.system.process import PARENT
-from split_device.jobs.lock import holder
+from split_common.system.lock import holder
+from split_common.system.signals import PARENT
 
 
 def lock_path() -> Path:

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from split_common.errors import PromptTooLong
 from split_common.models.layer_stack import max_positions
-from split_common.system.process import breakable
+from split_common.system.signals import interrupt_on_sigterm
 from split_device.generation.generator import Generator, Request
 from split_device.generation.limits import Limits
 from split_device.generation.tokenizing import encode_chat, encode_text, end_tokens, load_tokenizer, pad_token
@@ -109,7 +109,7 @@ class Models:
     def get(self, choice: ModelChoice) -> Loaded:
         """Raises what `SplitModelForCausalLM.from_pretrained` and `load_tokenizer` raise."""
         if choice not in self._loaded:
-            with breakable():
+            with interrupt_on_sigterm():
                 self._loaded[choice] = self._load(choice)
         return self._loaded[choice]
 
@@ -122,7 +122,7 @@ class Models:
     def painter(self, choice: ImageChoice) -> ImagePipeline:
         """Raises what `load_denoiser` and `ImagePipeline` raise."""
         if choice not in self._painters:
-            with breakable():
+            with interrupt_on_sigterm():
                 self._painters[choice] = self._load_painter(choice)
         return self._painters[choice]
 

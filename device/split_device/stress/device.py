@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from split_common.errors import SplitError
 from split_common.system.console import emit_json
-from split_common.system.process import catch_sigterm, passive_threads
+from split_common.system.process import passive_threads
+from split_common.system.signals import catch_sigterm
 from split_device.stress.events import Answered, Asked, Decoded, Event, Failed, Traffic, encode
 from split_device.stress.plan import STRESS_CUT, WorkloadKind
 

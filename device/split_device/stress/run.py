@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from split_common.system.console import stderr
-from split_common.system.process import exit_on_sigterm
 from split_common.system.servers import RedisServer, free_port
+from split_common.system.signals import exit_on_sigterm
 from split_device.stress import tiny_model, tiny_unet
 from split_device.stress.chaos import OF_THE_NETWORK, Chaos
 from split_device.stress.ledger import Ledger

@@ -1,1 +1,1 @@
-"""The queue in a Redis or Valkey server, or a cluster of them: streams, leases and rules of access."""
+"""The queue in a Redis or Valkey server, or in a cluster of them: streams, leases and access rules."""

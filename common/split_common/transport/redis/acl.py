@@ -1,7 +1,7 @@
-"""Rules of access: the least that each member's Redis user must be allowed to do.
+"""Access rules: the least that each member's Redis user must be allowed to do.
 
-A device reads its own replies alone, and can only add to workers' lanes and to opens. A worker reads its own lane
-and the opens. Rules tell lanes apart by the mark of their owner's name, with which all ids of its peers begin.
+A device reads its own lane only, and can only add to workers' lanes and to opens. A worker reads its own lane and
+the opens. Rules recognize a lane's owner by the member's mark, with which the ids of all its peers begin.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from split_common.transport.peer_id import member_mark
 from split_common.transport.redis.key_names import Keys
 from split_common.trust.keys import Role, Roster
 
-#: The user that `lambda-split keys publish` needs; no member can have this name.
+#: The user for `lambda-split keys publish`; no member can have this name.
 OPERATOR = "operator"
 
 #: What a peer does with its own lane.
 _OWN = "+xread +xadd +xlen +xtrim +pexpire +del +memory|usage +multi +exec"
 
-#: What redis-py asks a cluster, and what an address that names a database needs.
+#: What redis-py asks a cluster, and what an address with a number of a database needs.
 _CONNECT = "+cluster|slots +cluster|shards +cluster|myid +command +select +ping"
 
 
@@ -27,7 +27,9 @@ def rules(keys: Keys, role: Role | Literal["operator"], member: str) -> list[str
     """What a member's user may do, as words of `ACL SETUSER`; selectors in parentheses are one word each.
 
     Args:
-        role: of the member; a broker has no business here.
+        keys: names of the fleet's keys.
+        role: the member's role, which is not "broker".
+        member: the member's name.
     """
     reset = ["resetkeys", "resetchannels", "clearselectors", "-@all", *_CONNECT.split()]
     read_fleet = f"(%R~{keys.fleet}* +get +getrange +hgetall)"
@@ -56,7 +58,7 @@ def users(keys: Keys, roster: Roster) -> dict[str, list[str]]:
     """The rules of each member that may connect, and of the operator, by name.
 
     Raises:
-        KeysError: two members' names have the same mark, so that one could read what is for the other.
+        KeysError: two members' names have the same mark, so one could read the other's messages.
     """
     found: dict[str, list[str]] = {}
     marks: dict[bytes, str] = {}

@@ -1,4 +1,4 @@
-"""How the threads of a Redis link call the peer's handler, which expects one call at a time."""
+"""Calls of a peer's handler by the threads of a Redis link: one at a time, as handlers expect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from split_common.transport.supervised import handled
 
 
 class Caller:
-    """Calls a peer's handler from several threads, one at a time. What it raises is counted and goes no further."""
+    """Calls a peer's handler from several threads, one at a time. The handler's errors are counted, not raised."""
 
     def __init__(self, handler: Handler, counters: Counter[str]) -> None:
         self._handler = handler
@@ -25,7 +25,7 @@ class Caller:
             handled(self._counters, self._handler.on_message, header, body)
 
     def refuse(self, header: headers.Relay | headers.Open, refusal: Refuse) -> None:
-        """Tells the peer that a message which it sent was not delivered."""
+        """Tells the peer that its message was not delivered."""
         self._counters[f"bounced_{refusal.reason}"] += 1
         self.message(refusal.bounce(header), b"")
 
@@ -42,6 +42,6 @@ class Caller:
             handled(self._counters, self._handler.on_roster)
 
     def announcement(self) -> headers.Announce | None:
-        """None if the handler failed."""
+        """The peer's heartbeat; None if the handler failed."""
         with self._lock:
             return handled(self._counters, self._handler.announcement)

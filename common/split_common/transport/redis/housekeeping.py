@@ -1,7 +1,7 @@
-"""What the ZeroMQ broker does for a peer and a Redis link does itself: heartbeats, and looking after other peers.
+"""What a ZeroMQ broker does for its peers, and a Redis link does itself: heartbeats and watching other peers.
 
-One thread renews the lease on the peer's lane (`lease`), looks after the leases of the peers that this one watches
-and keeps a worker's announcement where devices find it (`membership`), places a device's open or tends the stream
+One thread renews the lease on the peer's lane (`lease`), checks the leases of the peers that this one watches and
+keeps a worker's announcement where devices find it (`membership`), places a device's open or maintains the stream
 of a worker's service (`opens`), and compares rosters (`roster`).
 """
 
@@ -29,7 +29,7 @@ from split_common.trust.keys import Role
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two looks at the leases of a device's workers, and at its open.
+#: Seconds between two checks of the leases of a device's workers, and of its open.
 WATCH_INTERVAL = 0.2
 
 #: Heartbeats between two clean-ups of the list of workers.
@@ -37,7 +37,7 @@ CLEAN_UP = 10
 
 
 class Inbox:
-    """What other threads of a link have for the housekeeper. The garbage collector may call its methods, too."""
+    """What other threads of a link hand to the housekeeper. The garbage collector may call its methods, too."""
 
     def __init__(self) -> None:
         self._items: queue.SimpleQueue[tuple[headers.Open, bytes] | headers.Relay | None] = queue.SimpleQueue()
@@ -47,14 +47,14 @@ class Inbox:
         self._items.put((header, body))
 
     def undelivered(self, header: headers.Relay) -> None:
-        """The receiver of a message has no lane: it is gone, or the server has just forgotten everything."""
+        """The receiver of a message has no lane: it is gone, or the server has just lost its data."""
         self._items.put(header)
 
     def wake(self) -> None:
         self._items.put(None)
 
     def take(self, timeout: float) -> list[tuple[headers.Open, bytes] | headers.Relay | None]:
-        """All there is, after waiting for the first item for `timeout` seconds at most."""
+        """All items, after waiting at most `timeout` seconds for the first one."""
         items = []
         with contextlib.suppress(queue.Empty):
             items.append(self._items.get(timeout=timeout))
@@ -64,21 +64,21 @@ class Inbox:
 
 
 class Housekeeper:
-    """Looks after one peer; `run` is its thread.
+    """Renews one peer's lease and watches other peers. `run` is its thread.
 
     Args:
-        line: to the server; this thread's own.
-        keys, fleet: names of the fleet's keys, and whose roster counts.
+        connections: to the server; this thread's own.
+        keys, fleet: names of the fleet's keys, and the fleet, whose roster applies.
         caller: calls the peer's handler.
-        first: the peer's first announcement, which says who it is.
-        inbox: what other threads have for this one.
-        lease, registry: the peer's lane, and other peers.
-        device_opens, worker_opens: a device's side of opens, or that of a worker that serves something.
+        first: the peer's first announcement.
+        inbox: what other threads hand to this one.
+        lease, registry: the lease on the peer's lane, and the other peers.
+        device_opens, worker_opens: a device's side of opens, or that of a worker with a service.
     """
 
     def __init__(
         self,
-        line: RedisConnections,
+        connections: RedisConnections,
         keys: Keys,
         fleet: Fleet,
         caller: Caller,
@@ -89,7 +89,7 @@ class Housekeeper:
         device_opens: DeviceOpens | None,
         worker_opens: WorkerOpens | None,
     ) -> None:
-        self._line = line
+        self._connections = connections
         self._fleet = fleet
         self._caller = caller
         self._announcement = first
@@ -98,12 +98,12 @@ class Housekeeper:
         self._registry = registry
         self._device_opens = device_opens
         self._worker_opens = worker_opens
-        self._rosters = RosterSync(line, keys, fleet, stores=first.role == "worker")
+        self._rosters = RosterSync(connections, keys, fleet, stores=first.role == "worker")
         self._other_role: Role = "worker" if first.role == "device" else "device"
         self._watch_interval = WATCH_INTERVAL if first.role == "device" else HEARTBEAT
-        #: Set when the server has answered for the first time, or will never.
+        #: Set when the server has answered for the first time, or has refused this user.
         self.settled = threading.Event()
-        #: Why the server could not be used when it was last tried; empty while it can.
+        #: Why the server could not be used at the last attempt; empty while it can be used.
         self.failure = ""
         self._closing = threading.Event()
         # Messages whose receivers had no lane.
@@ -114,7 +114,7 @@ class Housekeeper:
         self._beats = 0
 
     def announce(self) -> None:
-        """Has a heartbeat sent at once."""
+        """Makes the thread send a heartbeat at once."""
         self._next_beat = 0.0
         self._inbox.wake()
 
@@ -162,7 +162,7 @@ class Housekeeper:
         self._lease.disconnected = True
         self.failure = str(error)
         if isinstance(error, Refused):
-            # At the start this is the end. Later on, permissions may come back.
+            # The start fails. Later, the permissions may come back.
             self.settled.set()
         self._closing.wait(self._pause)
         self._pause = min(2 * self._pause, RECONNECT_MAX)
@@ -174,13 +174,13 @@ class Housekeeper:
         self._announcement = self._caller.announcement() or self._announcement
         self._watching = set(self._announcement.watching)
         if self._announcement.leaving:
-            # Until it says otherwise: it is alive, but of no use to those that watch it.
+            # Until the next announcement without `leaving`: the peer is alive, but of no use to others.
             self._withdraw()
             return
         commands = [*self._lease.renewal(), self._rosters.version_command, *self._registration()]
-        existed, boot, roster_version, *_ = self._line.run_allowed(commands)
+        existed, boot, roster_version, *_ = self._connections.run_allowed(commands)
         match self._lease.renewed(sent, existed, boot):
-            case Found.TAKEN_FOR_DEAD:
+            case Found.LEASE_ENDED:
                 self._caller.gone(list(self._watching))
             case Found.RESET:
                 self._caller.reset()
@@ -205,7 +205,7 @@ class Housekeeper:
         return [*self._registry.registration(self._announcement), *self._worker_opens.renewal()]
 
     def _removal(self) -> list[Command]:
-        """Takes a worker with a service off the list; it takes no more opens."""
+        """The commands that take a worker with a service off the list. It takes no more opens."""
         if self._worker_opens is None:
             return []
         self._worker_opens.room = 0
@@ -220,13 +220,13 @@ class Housekeeper:
                 self._withdraw()
                 return
             except BrokerUnreachable as error:
-                # A broken connection is made again once.
-                log.debug("left without a word: %s", error)
+                # A broken connection is replaced once.
+                log.debug("the lane was not deleted: %s", error)
 
     # --- other peers -----------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        """Tells the handler of watched peers whose lease has ended."""
+        """Tells the handler which watched peers are gone."""
         gone = self._registry.watch(self._other_role, self._watching)
         if gone and not self._lease.early:
             self._watching.difference_update(gone)
@@ -235,7 +235,7 @@ class Housekeeper:
     def _return_to_sender(self) -> None:
         """Refuses messages whose receivers had no lane.
 
-        After a heartbeat, which would have noticed a server that has forgotten everything.
+        Called after a heartbeat, which would have noticed a server that has lost its data.
         """
         back = self._registry.alive(self._other_role, {header.to for header in self._undelivered})
         undelivered, self._undelivered = self._undelivered, []

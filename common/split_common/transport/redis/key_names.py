@@ -1,14 +1,14 @@
-"""Names of the keys in Redis, and how entries of streams look.
+"""Names of the keys in Redis, and the format of stream entries.
 
-    ls:FLEET:{w:PEER}                   a worker's lane: what devices send it
-    ls:FLEET:{d:PEER}                   a device's lane: the replies to it
-    ls:FLEET:{open:ROOT:FIRST:LAST}     opens: devices that look for a worker of a service, read by a group of those
+    ls:FLEET:{w:PEER}                   a worker's lane: messages from devices
+    ls:FLEET:{d:PEER}                   a device's lane: replies
+    ls:FLEET:{open:ROOT:FIRST:LAST}     opens of devices that look for a worker; the service's workers read them
     ls:FLEET:{fleet}:workers            hash of each worker's newest announcement, by peer
-    ls:FLEET:{fleet}:boot               changes when the server has forgotten everything
+    ls:FLEET:{fleet}:boot               random; changes when the server has lost its data
     ls:FLEET:{fleet}:roster[-version]   the signed roster
 
-A peer is alive as long as its lane is there: lanes expire, and their owners' heartbeats put that off. The part in
-braces decides where a cluster keeps a key.
+A lane is the stream of messages for one peer. The peer is alive as long as its lane exists: a lane expires unless
+its owner's heartbeats renew it. A cluster chooses the server of a key by the part in braces.
 """
 
 from __future__ import annotations
@@ -22,15 +22,19 @@ from split_common.protocol import headers
 from split_common.transport.peer_id import member_mark
 from split_common.trust.keys import Role
 
-#: The group of readers that the workers of a service are.
+#: The consumer group in which a service's workers read its opens.
 GROUP = "workers"
 
-#: The largest number of a stream's entry: nothing can be added after it.
+#: The largest number in the id of a stream's entry: nothing can be added after it.
 LAST_ID = 2**64 - 1
 
 
 class Keys:
-    """The keys of a fleet."""
+    """The names of a fleet's keys.
+
+    Args:
+        operator_key: the operator's Ed25519 public key (32 bytes), which tells fleets on one server apart.
+    """
 
     def __init__(self, operator_key: bytes) -> None:
         self._prefix = "ls:" + hashlib.blake2b(operator_key, digest_size=4).hexdigest()
@@ -41,6 +45,7 @@ class Keys:
         self.roster_version = f"{self.fleet}roster-version"
 
     def lane(self, role: Role, peer: bytes) -> str:
+        """The stream of messages for a peer."""
         return f"{self._prefix}:{{{role[0]}:{peer.hex()}}}"
 
     def lanes(self, role: Role, member: str = "") -> str:
@@ -48,6 +53,7 @@ class Keys:
         return f"{self._prefix}:{{{role[0]}:{member_mark(member).hex() if member else ''}*"
 
     def opens(self, service: headers.Service) -> str:
+        """The stream of opens for a service."""
         return f"{self._prefix}:{{open:{service.root.hex()}:{service.first}:{service.last}}}"
 
     @property
@@ -62,14 +68,22 @@ def entry(head: bytes, body: bytes) -> tuple[bytes | str, ...]:
 
 
 def read_entry(fields: Any) -> tuple[bytes, bytes]:
-    """The two frames of a message. Raises Malformed."""
+    """The two frames of a message in a stream.
+
+    Raises:
+        Malformed: the entry is not a message.
+    """
     if not isinstance(fields, list) or len(fields) != 4 or fields[0] != b"h" or fields[2] != b"b":
-        raise Malformed("an entry that is no message")
+        raise Malformed("an entry that is not a message")
     return fields[1], fields[3]
 
 
 def next_id(id_: bytes) -> str | None:
-    """The least id above an entry's; None if there is none. Raises Malformed."""
+    """The least id above an entry's; None if it has the largest id.
+
+    Raises:
+        Malformed: this is not an entry's id.
+    """
     if not isinstance(id_, bytes) or not re.fullmatch(rb"\d{1,20}-\d{1,20}", id_):
         raise Malformed("an entry without an id")
     milliseconds, _, number = id_.decode().partition("-")

@@ -1,7 +1,7 @@
-"""A peer's own lane, and the lease on it: a peer is alive as long as its lane is there.
+"""A peer's own lane, and the lease on it: a peer is alive as long as its lane exists.
 
-Lanes expire by themselves, and heartbeats put that off. What a heartbeat finds, a lease lost or a server that has
-forgotten everything, says what may have happened to the peer's messages.
+A lane expires unless its owner's heartbeats renew it. If a heartbeat finds that the lease has ended, or that the
+server has lost its data, messages may have been lost.
 """
 
 from __future__ import annotations
@@ -16,43 +16,44 @@ from split_common.transport.base import GRACE, HEARTBEAT, MISSED
 from split_common.transport.redis.key_names import Keys, entry
 from split_common.transport.redis.server import Command, RedisConnections, Refused, failed
 
-#: Seconds after which a lane expires unless its owner's heartbeat puts that off.
+#: Seconds after which a lane expires unless its owner's heartbeat renews it.
 LEASE = HEARTBEAT * MISSED
 
 
 class Found(Enum):
-    """What a heartbeat finds to have happened since the one before."""
+    """What has happened since the last heartbeat."""
 
     #: Nothing of note, or this was the first.
     NOTHING = auto()
     #: Messages that were in flight may be lost.
     RESET = auto()
-    #: The lease had ended: peers that watch this one were told that it is gone, and hold nothing of it.
-    TAKEN_FOR_DEAD = auto()
+    #: The lease had ended: the peers that watch this one were told that it is gone, and have dropped its sessions.
+    LEASE_ENDED = auto()
 
 
 class Lease:
-    """Keeps one peer's lane. For the housekeeping thread; other threads may read its attributes, and `spoil` it.
+    """Keeps one peer's lane. For the housekeeping thread; others may read its attributes and call `replace_lane`.
 
     Args:
-        line: to the server.
+        connections: to the server.
         keys: names of the fleet's keys.
-        first: the peer's first announcement, which says who it is.
+        first: the peer's first announcement, with its id and role.
     """
 
-    def __init__(self, line: RedisConnections, keys: Keys, first: headers.Announce) -> None:
-        self._line = line
+    def __init__(self, connections: RedisConnections, keys: Keys, first: headers.Announce) -> None:
+        self._connections = connections
         self._boot_key = keys.boot
         self._sets_boot = first.role == "worker"
         #: The key of the peer's lane.
         self.lane = keys.lane(first.role, first.sender)
-        #: How often the lane was made. Whoever reads it begins anew when this changes.
+        #: Times that the lane was made. When this changes, its reader begins again.
         self.lanes_made = 0
         #: When the server last answered, by `time.monotonic`.
         self.heard = 0.0
         #: Whether the server did not answer when it was last tried.
         self.disconnected = False
-        self._spoiled = False
+        # Whether the lane has its last possible id, so nothing more can be added.
+        self._is_exhausted = False
         # Whether the peer has taken itself out of the queue for a while.
         self._away = False
         self._own_boot = os.urandom(8)
@@ -62,12 +63,12 @@ class Lease:
 
     @property
     def early(self) -> bool:
-        """Whether peers that are alive may not have renewed their leases yet, as the server was away."""
+        """Whether peers that are alive may not have renewed their leases yet, because the server was away."""
         return time.monotonic() < self._early_until
 
-    def spoil(self) -> None:
-        """Has the lane made anew by the next heartbeat, because nothing more can be added to it."""
-        self._spoiled = True
+    def replace_lane(self) -> None:
+        """Makes the next heartbeat replace the lane, because nothing more can be added to it."""
+        self._is_exhausted = True
 
     def renewal(self) -> list[Command]:
         """The commands of a heartbeat; `renewed` takes their two answers."""
@@ -78,27 +79,27 @@ class Lease:
         ]
 
     def renewed(self, sent: float, existed: object, boot: object) -> Found:
-        """What the answers to a `renewal` mean. Makes the lane if it is not there, or spoiled.
+        """What the answers to a `renewal` mean. Makes the lane if it is missing, or has to be replaced.
 
         Args:
             sent: when the commands were sent, by `time.monotonic`.
             existed, boot: the two answers.
 
         Raises:
-            Refused: these are not the answers of a server that can be used.
+            Refused: the server does not support the commands, or the keys hold something else.
             BrokerUnreachable: the lane could not be made.
         """
         if problem := failed(existed) or failed(boot):
-            raise Refused(f"it is no Redis 7 or Valkey, or its keys are in use for something else: {problem}")
+            raise Refused(f"it is not Redis 7 or Valkey, or its keys are in use for something else: {problem}")
         joined, absent = self.lanes_made > 0, sent - self.heard
         self.heard = time.monotonic()
         forgot = self._compare_boot(boot) and joined
         if joined and self.disconnected:
-            # Others may have been unable to renew their leases for as long.
+            # Other peers may have been unable to renew their leases for as long.
             self._early_until = max(self._early_until, sent + min(GRACE, absent + HEARTBEAT))
         if forgot:
             self._early_until = sent + GRACE
-        if not existed or self._spoiled:
+        if not existed or self._is_exhausted:
             self._make_lane()
         returned, self.disconnected = self.disconnected, False
         self.lanes_made = max(self.lanes_made, 1)
@@ -106,7 +107,7 @@ class Lease:
             return Found.NOTHING
         away, self._away = self._away or absent >= LEASE, False
         if not existed and not forgot and away:
-            return Found.TAKEN_FOR_DEAD
+            return Found.LEASE_ENDED
         # A server that changes its boot all the time must not make this peer send everything again each time.
         if (returned or forgot or not existed) and sent >= self._next_reset:
             self._next_reset = sent + HEARTBEAT
@@ -114,7 +115,7 @@ class Lease:
         return Found.NOTHING
 
     def _compare_boot(self, found: object) -> bool:
-        """Whether the server has forgotten everything since it was last asked. `boot`, once set, never changes."""
+        """Whether the server has lost its data since the last heartbeat: `boot`, once set, never changes."""
         boot = found if isinstance(found, bytes) else None
         if boot is None and self._sets_boot:
             boot = self._own_boot
@@ -122,7 +123,7 @@ class Lease:
         return boot is not None and known not in (None, boot)
 
     def _make_lane(self) -> None:
-        """Makes an empty lane under a lease: whoever adds to a lane that is not there learns so."""
+        """Makes an empty lane under a lease. Peers add only to lanes that exist, and notice one that is missing."""
         lane = self.lane
         commands = (
             ("MULTI",),
@@ -132,12 +133,12 @@ class Lease:
             ("PEXPIRE", lane, int(LEASE * 1000)),
             ("EXEC",),
         )
-        self._line.run_allowed([(lane, words) for words in commands])
-        self._spoiled = False
+        self._connections.run_allowed([(lane, words) for words in commands])
+        self._is_exhausted = False
         self.lanes_made += 1
 
     def end(self, more: Sequence[Command] = ()) -> None:
-        """Deletes the lane, so that those that watch this peer need not wait for the lease to end; runs `more`."""
-        self._line.run_allowed([(self.lane, ("DEL", self.lane)), *more])
+        """Deletes the lane, so watching peers need not wait for the lease to end. Runs the commands `more`, too."""
+        self._connections.run_allowed([(self.lane, ("DEL", self.lane)), *more])
         self._away, self.disconnected = True, False
         self.heard = time.monotonic()

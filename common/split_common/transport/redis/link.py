@@ -1,8 +1,8 @@
-"""The Redis transport: a peer's lane, the streams that it adds to, and the threads that read and write them.
+"""The Redis transport, without a broker process: the threads that read and write a peer's streams.
 
-There is no broker process. One thread writes (`writer`), one reads the peer's lane (`reader`), and one sends
-heartbeats and looks after other peers (`housekeeping`). A worker has a fourth, which reads the opens of its
-service (`opens`). Each has connections of its own, so that none of them waits for another one's answers.
+One thread writes to other peers' lanes (`writer`), one reads the peer's own lane (`reader`), and one sends
+heartbeats and watches other peers (`housekeeping`). A worker has a fourth, which reads the opens of its service
+(`opens`). Each has its own connections, so it never waits for another thread's answers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class RedisLink:
     """A peer's connection to Redis or Valkey (`split_common.transport.base.Transport`).
 
     Args:
-        address: as `split_common.transport.address.parse_redis` takes it apart.
+        address: of the form that `split_common.transport.address.parse_redis` expects.
+        fleet: its roster and keys apply.
+        identity: of the member that connects.
 
     Raises:
         ConfigError: an option in the address is wrong.
@@ -88,11 +90,11 @@ class RedisLink:
 
 
 class _Parts:
-    """What a link is made of, once its handler has said who the peer is.
+    """The parts of a link. They are made once its handler has announced the peer.
 
     Args:
-        server: that the link uses.
-        fleet, member: the fleet, and the peer's name in it.
+        server: makes connections to the server.
+        fleet, member: the fleet, and the name of the peer's member in it.
         first: the peer's first announcement.
         caller: calls the peer's handler.
         counters: of the link.
@@ -114,25 +116,31 @@ class _Parts:
         self._other_role: Role = "worker" if first.role == "device" else "device"
         self._closing = threading.Event()
         self._supervisor = Supervisor("a thread of a Redis link", counters, self._closing)
-        self._lines: list[RedisConnections] = []
+        self._opened: list[RedisConnections] = []
         self._threads: list[threading.Thread] = []
         self._keys = keys = Keys(fleet.operator_key)
         self._inbox = Inbox()
 
-        line = self._line()
-        self.lease = Lease(line, keys, first)
-        self.registry = Registry(line, keys, counters)
-        self.writer = Writer(self._line(), self.registry, caller, self._inbox.undelivered, counters)
+        connections = self._new_connections()
+        self.lease = Lease(connections, keys, first)
+        self.registry = Registry(connections, keys, counters)
+        self.writer = Writer(self._new_connections(), self.registry, caller, self._inbox.undelivered, counters)
         self.device_opens: DeviceOpens | None = None
         self.worker_opens: WorkerOpens | None = None
         if first.role == "device":
-            self.device_opens = DeviceOpens(line, keys, self.registry, caller)
+            self.device_opens = DeviceOpens(connections, keys, self.registry, caller)
         elif first.service is not None:
             self.worker_opens = WorkerOpens(
-                self._line(), line, keys.opens(first.service), member, self._take, self.writer, self._closing
+                self._new_connections(),
+                connections,
+                keys.opens(first.service),
+                member,
+                self._take,
+                self.writer,
+                self._closing,
             )
         self.housekeeper = Housekeeper(
-            line,
+            connections,
             keys,
             fleet,
             caller,
@@ -144,19 +152,25 @@ class _Parts:
             self.worker_opens,
         )
         self.reader = Reader(
-            self._line(), self.lease, self._take, self._renew_lane, self._supervisor, counters, self._closing
+            self._new_connections(),
+            self.lease,
+            self._take,
+            self._replace_lane,
+            self._supervisor,
+            counters,
+            self._closing,
         )
 
-    def _line(self) -> RedisConnections:
-        line = RedisConnections(self._server)
-        self._lines.append(line)
-        return line
+    def _new_connections(self) -> RedisConnections:
+        connections = RedisConnections(self._server)
+        self._opened.append(connections)
+        return connections
 
     def start_housekeeping(self) -> None:
         self._start(self.housekeeper.run, "housekeeper")
 
     def start(self) -> None:
-        """Starts all other threads. The lane must be there."""
+        """Starts all other threads. The lane must exist."""
         self._start(self.writer.run, "writer")
         self._start(self.reader.run, "reader")
         if self.worker_opens is not None:
@@ -181,18 +195,18 @@ class _Parts:
         others = [thread for thread in self._threads if thread is not threading.current_thread()]
         deadline = time.monotonic() + 2 * LINGER
         for thread in others[:2]:
-            # The housekeeper says good-bye, and the writer writes what is queued.
+            # The housekeeper deletes the lane, and the writer writes what is queued.
             thread.join(max(0.0, deadline - time.monotonic()))
-        for line in self._lines:
-            line.close()
+        for connections in self._opened:
+            connections.close()
         for thread in others:
-            # One that is connecting cannot be woken; it ends by itself.
+            # A thread that is connecting cannot be woken; it ends by itself.
             thread.join(LINGER)
 
     # --- reading -------------------------------------------------------------------------------------------
 
     def _take(self, fields: Any) -> None:
-        """Takes an entry of another peer."""
+        """Takes an entry that another peer added."""
         try:
             header, body = self._read_message(fields)
         except SplitError as error:
@@ -207,7 +221,7 @@ class _Parts:
         self._caller.message(header, body)
 
     def _read_message(self, fields: Any) -> tuple[headers.Relay | headers.Open, bytes]:
-        """The message in an entry. No peer may say what only a broker would.
+        """The message in an entry. A peer must not send what only a broker would.
 
         Raises:
             Malformed, Oversized, VersionMismatch: it is not a message to this peer.
@@ -223,6 +237,6 @@ class _Parts:
             raise Malformed(f"a peer sent a {type(header).__name__}")
         return header, body
 
-    def _renew_lane(self) -> None:
-        self.lease.spoil()
+    def _replace_lane(self) -> None:
+        self.lease.replace_lane()
         self.housekeeper.announce()

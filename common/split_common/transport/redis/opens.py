@@ -1,7 +1,7 @@
 """The stream of a service's opens: devices that look for a worker add to it, and the service's workers read it.
 
-The workers are one group of readers, so that each open goes to one of them. A worker reads one at a time, only
-while it has room, and takes an open out of the stream once its answer is queued.
+The workers are a consumer group, so each open goes to one of them. A worker reads one at a time, only while it has
+room, and deletes an open from the stream once its answer is queued.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from split_common.transport.redis.reader import READ_WAIT
 from split_common.transport.redis.server import RECONNECT, Command, RedisConnections, Refused, Unreachable, failed
 from split_common.transport.redis.writer import Outgoing, Writer
 
-#: Seconds between two looks whether there is room for another session.
+#: Seconds between two checks whether there is room for another session.
 ROOM_INTERVAL = 0.2
 
-#: Seconds after which an open in the stream is dropped: its device has long been told to try again.
+#: Seconds after which an open in the stream is dropped: its device was told to try again before.
 STALE = 2 * OPEN_PATIENCE
 
-#: Opens of dead workers that are taken over at once.
+#: Most opens of dead workers that are taken over in one heartbeat.
 CLAIM_COUNT = 16
 
 log = logging.getLogger(__name__)
 
 
 class DeviceOpens:
-    """The open of one device, until a worker answers it. Used by the housekeeping thread, but for `answered`.
+    """A device's open, until a worker answers it. For the housekeeping thread; any thread may call `answered`.
 
     Args:
-        line: to the server.
+        connections: to the server.
         keys: names of the fleet's keys.
         registry: knows the workers that are alive.
-        caller: tells the device that it is refused.
+        caller: tells the device that its open is refused.
     """
 
-    def __init__(self, line: RedisConnections, keys: Keys, registry: Registry, caller: Caller) -> None:
-        self._line = line
+    def __init__(self, connections: RedisConnections, keys: Keys, registry: Registry, caller: Caller) -> None:
+        self._connections = connections
         self._keys = keys
         self._registry = registry
         self._caller = caller
@@ -58,19 +58,19 @@ class DeviceOpens:
         return self._pending is not None
 
     def take(self, header: headers.Open, body: bytes) -> None:
-        """A new open, or the same one again, which keeps its deadline."""
+        """Takes a new open. One that is repeated keeps its deadline."""
         if self._pending is None or self._pending.header.channel != header.channel:
             frames = headers.encode_header(header), body
             self._pending = PendingOpen(header, frames, time.monotonic() + OPEN_PATIENCE)
 
     def answered(self, channel: int) -> None:
-        """A worker has answered the open of this channel."""
+        """Forgets the open of a channel: a worker has answered it."""
         pending = self._pending
         if pending is not None and pending.header.channel == channel:
             self._pending = None
 
     def place(self, early: bool) -> None:
-        """Hands the open to the workers of its service, or tells the device that none can take it.
+        """Adds the open to its service's stream, or tells the device that no worker can take it.
 
         Args:
             early: whether workers that are alive may be missing.
@@ -97,12 +97,12 @@ class DeviceOpens:
     def _add(self, pending: PendingOpen[bytes], worker: bytes) -> None:
         """Adds an open to the stream, where any worker with room takes it.
 
-        If the device avoids some, it goes to the lane of the chosen worker instead: the stream might hand it to one
-        of those, which would have to pass it on.
+        If the device avoids some workers, the open goes to the lane of the chosen one instead, because the stream
+        might hand it to one that is avoided.
         """
         avoids = bool(pending.header.avoid)
         key = self._keys.lane("worker", worker) if avoids else self._keys.opens(pending.header.service)
-        (id_,) = self._line.run_allowed([(key, ("XADD", key, "NOMKSTREAM", "*", *entry(*pending.frames)))])
+        (id_,) = self._connections.run_allowed([(key, ("XADD", key, "NOMKSTREAM", "*", *entry(*pending.frames)))])
         if not isinstance(id_, bytes):
             return
         if avoids:
@@ -113,7 +113,7 @@ class DeviceOpens:
     def _is_taken(self, pending: PendingOpen[bytes]) -> bool:
         """Whether an open that was added to the stream has left it: workers delete what they answered."""
         opens = self._keys.opens(pending.header.service)
-        (length,) = self._line.run_allowed([(opens, ("XLEN", opens))])
+        (length,) = self._connections.run_allowed([(opens, ("XLEN", opens))])
         return not (isinstance(length, int) and length > 0)
 
     def _done(self, pending: PendingOpen[bytes]) -> None:
@@ -122,12 +122,12 @@ class DeviceOpens:
 
 
 class WorkerOpens:
-    """A worker's side of the stream. `run` reads it, on a thread of its own; `tend` is for the housekeeping thread.
+    """A worker's side of the stream. `run` reads it on its own thread; `tend` is for the housekeeping thread.
 
     Args:
-        line, housekeeping_line: to the server, one for each of the two threads.
+        connections, housekeeping_connections: to the server, one for each of the two threads.
         opens: the key of the stream.
-        member: the worker's name, under which the group of readers knows it.
+        member: the worker's name in the consumer group.
         take: is handed the fields of each open, and queues its answer.
         writer: of the link.
         closing: ends `run`.
@@ -135,16 +135,16 @@ class WorkerOpens:
 
     def __init__(
         self,
-        line: RedisConnections,
-        housekeeping_line: RedisConnections,
+        connections: RedisConnections,
+        housekeeping_connections: RedisConnections,
         opens: str,
         member: str,
         take: Callable[[Any], None],
         writer: Writer,
         closing: threading.Event,
     ) -> None:
-        self._line = line
-        self._housekeeping_line = housekeeping_line
+        self._connections = connections
+        self._housekeeping_connections = housekeeping_connections
         self._opens = opens
         self._member = member
         self._take = take
@@ -156,15 +156,15 @@ class WorkerOpens:
         self._server_time = 0
 
     def renewal(self) -> list[Command]:
-        """What a heartbeat adds to keep the stream."""
+        """The commands that keep the stream for as long as there are heartbeats."""
         return [(self._opens, ("PEXPIRE", self._opens, int(OPENS_LEASE * 1000)))]
 
     def tend(self) -> None:
-        """Takes over what dead workers have read and not answered; drops opens that no device waits for."""
+        """Takes over opens that dead workers read and did not answer; drops opens that no device waits for."""
         opens = self._opens
         oldest = max(0, self._server_time - int(STALE * 1000))
         idle = int(HEARTBEAT * 1000)
-        moment, _, claimed = self._housekeeping_line.run_allowed(
+        moment, _, claimed = self._housekeeping_connections.run_allowed(
             [
                 (opens, ("TIME",)),
                 (opens, ("XTRIM", opens, "MINID", oldest)),
@@ -172,7 +172,7 @@ class WorkerOpens:
             ]
         )
         if failed(claimed):
-            self._make_group(self._housekeeping_line)
+            self._make_group(self._housekeeping_connections)
         else:
             for id_, fields in claimed[1]:
                 self._take_open(id_, fields)
@@ -195,29 +195,29 @@ class WorkerOpens:
 
     def _read(self, command: Command) -> None:
         """Takes the next open, if one comes. Raises Unreachable, Refused."""
-        (answer,) = self._line.run([command])
+        (answer,) = self._connections.run([command])
         if isinstance(answer, ResponseError):
             if "NOGROUP" not in str(answer):
                 raise Refused(str(answer))
-            self._make_group(self._line)
+            self._make_group(self._connections)
             self._closing.wait(RECONNECT)
             return
         for id_, fields in answer[0][1] if answer else []:
             self._take_open(id_, fields)
             if next_id(id_) is None:
                 # Nothing can be added after it.
-                self._make_group(self._line, anew=True)
+                self._make_group(self._connections, replace=True)
 
     def _take_open(self, id_: bytes, fields: Any) -> None:
-        """An open that waited for a worker. Its answer is queued before it is taken out of the stream."""
+        """Takes an open. Its answer is queued before it is deleted from the stream."""
         self.room -= 1
         self._take(fields)
         self._writer.put(Outgoing((self._opens, ("XACK", self._opens, GROUP, id_))))
         self._writer.put(Outgoing((self._opens, ("XDEL", self._opens, id_))))
 
-    def _make_group(self, line: RedisConnections, anew: bool = False) -> None:
-        """Makes the stream and the group that reads it, if they are not there, or in place of those that are."""
-        commands: list[Command] = [(self._opens, ("DEL", self._opens))] if anew else []
+    def _make_group(self, connections: RedisConnections, replace: bool = False) -> None:
+        """Makes the stream and its consumer group if they are missing; `replace` deletes the old ones first."""
+        commands: list[Command] = [(self._opens, ("DEL", self._opens))] if replace else []
         commands.append((self._opens, ("XGROUP", "CREATE", self._opens, GROUP, "0", "MKSTREAM")))
-        for answer in line.run(commands):
+        for answer in connections.run(commands):
             failed(answer)

@@ -1,4 +1,4 @@
-"""How a Redis link reads its peer's lane, on whichever thread leads (`split_common.transport.leader`)."""
+"""Reads a peer's own lane, on the thread that leads (`split_common.transport.leader`)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ READ_COUNT = 16
 #: Seconds that a read of the link's thread waits for an entry.
 READ_WAIT = 1.0
 
-#: Reads in a row that find nothing though the lane holds something, before it is read from its beginning.
+#: Consecutive reads that find nothing though the lane is not empty, after which it is read from its beginning.
 OVERLOOKED = 2
 
-#: Bytes that are read before they are cut off the lane, and seconds without an entry after which they are.
+#: What has been read is trimmed from the lane after this many bytes, or after this many seconds without an entry.
 TRIM_BYTES = 256 * 1024
 TRIM_DELAY = 0.2
 
@@ -37,34 +37,35 @@ class Reader:
     """Reads a lane, until `closing` is set. `run` is its thread.
 
     Args:
-        line: to the server; the reader's own.
+        connections: to the server; the reader's own.
         lease: makes the lane.
         take: is handed the fields of each entry.
-        renew: has the lane made anew, because nothing can be added to it any more.
-        supervisor: counts what goes wrong: no error reaches a caller that reads.
+        replace_lane: makes the next heartbeat replace the lane, because nothing more can be added to it.
+        supervisor: counts errors, so none of them reaches a caller that reads.
         counters: of the link.
+        closing: ends `run` when it is set.
     """
 
     def __init__(
         self,
-        line: RedisConnections,
+        connections: RedisConnections,
         lease: Lease,
         take: Callable[[Any], None],
-        renew: Callable[[], None],
+        replace_lane: Callable[[], None],
         supervisor: Supervisor,
         counters: Counter[str],
         closing: threading.Event,
     ) -> None:
-        self._line = line
+        self._connections = connections
         self._lease = lease
         self._take = take
-        self._renew = renew
+        self._replace_lane = replace_lane
         self._supervisor = supervisor
         self._counters = counters
         self._closing = closing
-        #: Which thread reads.
+        #: Decides which thread reads.
         self.leader_lock = LeaderLock(self._read_supervised, closing)
-        # Which lane this is, its last entry read, the least id not read yet, and the one below which it is cut off.
+        # Which lane this is, the last entry read, the least id not read yet, and the id below which it is trimmed.
         self._lane_made = 0
         self._after: bytes | str = "0-0"
         self._unread = self._cut = "0-0"
@@ -80,17 +81,17 @@ class Reader:
 
     def _read_supervised(self, wait: float) -> None:
         if not self._supervisor.run(self._read, wait):
-            # Damaged answers may look like anything: none of them is believed.
-            self._line.disconnect()
+            # Damaged answers may look like anything, so all are discarded.
+            self._connections.disconnect()
             self._resync()
 
     def _resync(self) -> None:
-        """Reads the lane from its beginning. Sessions know by their numbers the messages that they have."""
+        """Reads the lane from its beginning. Sessions recognize repeated messages by their numbers."""
         self._after = self._unread = self._cut = "0-0"
         self._overlooked = 0
 
     def _read(self, wait: float) -> None:
-        """Takes what comes within `wait` seconds."""
+        """Takes the entries that come within `wait` seconds."""
         if self._lane_made != self._lease.lanes_made:
             self._lane_made = self._lease.lanes_made
             self._resync()
@@ -107,12 +108,12 @@ class Reader:
             self._after = id_
             self._take(fields)
             if following is None:
-                self._renew()
+                self._replace_lane()
             else:
                 self._unread = following
 
     def _commands(self, wait: float) -> list[Command]:
-        """A read, before which what was read is cut off the lane: much at a time, or when nothing comes."""
+        """The commands of one read, which first trims the lane if `TRIM_BYTES` were read or nothing has come."""
         lane, commands = self._lease.lane, list[Command]()
         received = self._counters["bytes_received"]
         if self._unread != self._cut and (not self._found or received - self._cut_bytes > TRIM_BYTES):
@@ -124,24 +125,24 @@ class Reader:
         return [*commands, (lane, ("XREAD", "COUNT", READ_COUNT, "BLOCK", block, "STREAMS", lane, self._after))]
 
     def _entries(self, commands: list[Command]) -> list[Any] | None:
-        """The entries that the last of some commands reads. None, after a pause, if it cannot."""
+        """Runs commands, of which the last is a read. Returns its entries; None, after a pause, if that fails."""
         try:
-            *_, answer = self._line.run(commands)
+            *_, answer = self._connections.run(commands)
         except BrokerUnreachable as error:
             log.debug("not read: %s", error)
         else:
             if not isinstance(answer, ResponseError):
                 return answer[0][1] if answer else []
             count_dropped(self._counters, Refused(str(answer)))
-        # Whether anything was cut off is not known.
+        # It is not known whether the lane was trimmed.
         self._cut = "0-0"
         self._closing.wait(RECONNECT)
         return None
 
     def _look_for_overlooked(self) -> None:
-        """Begins anew if the lane holds entries that reads do not find.
+        """Reads from the beginning if the lane holds entries that reads do not find.
 
-        An id that was damaged on its way here may be larger than all that come later.
+        An id that was damaged on its way here may be larger than all later ones.
         """
         overlooked = self._unread == self._cut and self._holds_something()
         self._overlooked = self._overlooked + 1 if overlooked else 0
@@ -151,7 +152,7 @@ class Reader:
     def _holds_something(self) -> bool:
         lane = self._lease.lane
         try:
-            (length,) = self._line.run([(lane, ("XLEN", lane))])
+            (length,) = self._connections.run([(lane, ("XLEN", lane))])
         except BrokerUnreachable:
             return False
         return isinstance(length, int) and length > 0

@@ -13,25 +13,25 @@ _DIGITS = 18
 
 
 class RosterSync:
-    """Keeps a peer's roster and the server's the same: the newer one counts.
+    """Keeps a peer's roster and the server's the same: the newer one replaces the other.
 
     Args:
-        line: to the server.
+        connections: to the server.
         keys, fleet: names of the fleet's keys, and the peer's own roster.
-        stores: whether the peer may store its roster in the server, as workers may.
+        stores: whether the peer may write its roster to the server, as workers may.
     """
 
-    def __init__(self, line: RedisConnections, keys: Keys, fleet: Fleet, stores: bool) -> None:
-        self._line = line
+    def __init__(self, connections: RedisConnections, keys: Keys, fleet: Fleet, stores: bool) -> None:
+        self._connections = connections
         self._keys = keys
         self._fleet = fleet
         self._stores = stores
         self._version = fleet.roster().version
-        #: Asks for the version of the server's roster; `compare` takes the answer.
+        #: The command whose answer `compare` takes: the version of the server's roster.
         self.version_command = _version_command(keys)
 
     def compare(self, answer: object) -> bool:
-        """Fetches or stores the roster if need be. True if the peer has a newer one than at the last call.
+        """Fetches or stores the roster if necessary. True if the peer has a newer one than at the last call.
 
         Raises:
             Malformed, CertificateError: the server's roster is not one of this fleet.
@@ -40,15 +40,15 @@ class RosterSync:
         self._fleet.refresh()
         there, here = _version_of(answer), self._fleet.roster().version
         if there > here:
-            _fetch(self._line, self._keys, self._fleet)
+            _fetch(self._connections, self._keys, self._fleet)
         elif there < here and self._stores:
-            _put(self._line, self._keys, self._fleet)
+            _put(self._connections, self._keys, self._fleet)
         known, self._version = self._version, self._fleet.roster().version
         return self._version > known
 
 
 def publish(address: str, fleet: Fleet) -> int:
-    """Stores the roster, or takes over the server's if that is newer. Returns the version that is there afterwards.
+    """Stores the roster, or adopts the server's if that is newer. Returns the version that is then in both places.
 
     Raises:
         ConfigError: the address is malformed.
@@ -56,18 +56,18 @@ def publish(address: str, fleet: Fleet) -> int:
         CertificateError: the server's newer roster is not signed by this fleet's operator.
     """
     server = RedisConnector(address)
-    line = RedisConnections(server)
+    connections = RedisConnections(server)
     keys = Keys(fleet.operator_key)
     try:
-        (answer,) = line.run([_version_command(keys)])
+        (answer,) = connections.run([_version_command(keys)])
         if problem := failed(answer):
             raise BrokerUnreachable(f"{server.shown}: {problem}")
         if _version_of(answer) > fleet.roster().version:
-            _fetch(line, keys, fleet)
+            _fetch(connections, keys, fleet)
         else:
-            _put(line, keys, fleet)
+            _put(connections, keys, fleet)
     finally:
-        line.close()
+        connections.close()
         server.close()
     return fleet.roster().version
 
@@ -77,20 +77,33 @@ def _version_command(keys: Keys) -> Command:
 
 
 def _version_of(answer: object) -> int:
-    """The version that the server's roster claims to have; 0 if there is none. Raises Malformed."""
+    """The version of the server's roster, which is not verified; 0 if there is none.
+
+    Raises:
+        Malformed: it is not a number.
+    """
     if not isinstance(answer, bytes) or not (answer.isdigit() or not answer):
-        raise Malformed("the roster's version is no number")
+        raise Malformed("the roster's version is not a number")
     return int(answer or b"0")
 
 
-def _fetch(line: RedisConnections, keys: Keys, fleet: Fleet) -> None:
-    """Takes over the server's roster. Raises CertificateError, BrokerUnreachable."""
-    (data,) = line.run([(keys.roster, ("GETRANGE", keys.roster, 0, MAX_SIGNED["roster"]))])
+def _fetch(connections: RedisConnections, keys: Keys, fleet: Fleet) -> None:
+    """Adopts the server's roster.
+
+    Raises:
+        CertificateError: it is not this fleet's, or older than the peer's.
+        BrokerUnreachable: the server does not answer.
+    """
+    (data,) = connections.run([(keys.roster, ("GETRANGE", keys.roster, 0, MAX_SIGNED["roster"]))])
     fleet.accept_roster(data)
 
 
-def _put(line: RedisConnections, keys: Keys, fleet: Fleet) -> None:
-    """Stores the fleet's roster. Raises BrokerUnreachable."""
+def _put(connections: RedisConnections, keys: Keys, fleet: Fleet) -> None:
+    """Stores the peer's roster.
+
+    Raises:
+        BrokerUnreachable: the server does not answer, or does not store it.
+    """
     version, data = fleet.roster().version, fleet.roster_bytes()
     commands = (
         ("MULTI",),
@@ -98,6 +111,6 @@ def _put(line: RedisConnections, keys: Keys, fleet: Fleet) -> None:
         ("SET", keys.roster_version, version),
         ("EXEC",),
     )
-    for answer in line.run([(keys.roster, words) for words in commands]):
+    for answer in connections.run([(keys.roster, words) for words in commands]):
         if problem := failed(answer):
             raise BrokerUnreachable(f"the roster was not stored: {problem}")

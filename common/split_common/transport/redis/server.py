@@ -1,7 +1,7 @@
 """The Redis or Valkey behind an address: one server, the master that Sentinels name, or a cluster.
 
-A `RedisConnections` is one thread's connections to it. It sends commands as they are and returns raw answers. It
-retries only after a cluster's redirection: after a lost connection, leases have to be looked after first.
+A `RedisConnections` is one thread's connections to it. It sends commands unchanged and returns raw answers. It
+retries only after a cluster's redirection: after a lost connection, leases must be checked first.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ CONNECT_TIMEOUT = 3.0
 RECONNECT = 0.05
 RECONNECT_MAX = 0.5
 
-#: Bytes of an argument above which it is sent as it is, not copied into one buffer with the others.
+#: Size in bytes above which an argument is not copied into one buffer with the others.
 LARGE = 256 * 1024
 
-#: Times that a command follows a cluster's redirections.
+#: Most redirections of a cluster that a command follows.
 REDIRECTIONS = 5
 
 _ELSEWHERE = (MovedError, AskError, TryAgainError, ClusterDownError)
@@ -67,15 +67,15 @@ Command = tuple[str, Sequence[bytes | str | int]]
 
 
 class Unreachable(BrokerUnreachable):
-    """The server does not answer for the moment. It may later."""
+    """The server does not answer at the moment."""
 
 
 class Refused(BrokerUnreachable):
-    """The server answers, and refuses this user or this command. Trying again changes nothing."""
+    """The server refuses this user or this command. Trying again does not help."""
 
 
 class RedisConnector:
-    """Makes connections to what an address names. Safe to use from several threads.
+    """Makes connections to the server or servers of an address. Any thread may call its methods.
 
     Raises:
         ConfigError: the address is malformed, or has an option that redis-py does not know.
@@ -105,7 +105,13 @@ class RedisConnector:
         return self._single
 
     def holder(self, key: str) -> redis.Redis:
-        """The client of the server that holds a key. Raises Unreachable, Refused, ConfigError."""
+        """The client of the server that holds a key.
+
+        Raises:
+            Unreachable: no server of the cluster answers.
+            Refused: the cluster does not accept this user.
+            ConfigError: redis-py does not accept an option of the address.
+        """
         if self._single is not None:
             return self._single
         with self._lock, self.contained():
@@ -121,7 +127,7 @@ class RedisConnector:
             return client
 
     def look_again(self) -> None:
-        """Asks a cluster which server holds which keys: after a redirection, or if one does not answer."""
+        """Asks a cluster again which server holds which keys."""
         with self._lock, self.contained():
             if self._cluster is not None:
                 reload_slots(self._cluster)
@@ -143,7 +149,7 @@ class RedisConnector:
             ) from None
         except (
             *(ConnectionError, TimeoutError, OSError, RedisClusterException, ClusterError),
-            # What arrived is not an answer of a Redis server: bytes were damaged.
+            # Damaged bytes are not an answer of a Redis server.
             InvalidResponse,
         ) as error:
             raise Unreachable(_reason(self.shown, error)) from None
@@ -154,7 +160,7 @@ class RedisConnections:
 
     def __init__(self, server: RedisConnector) -> None:
         self._server = server
-        # By the id of the client, which is kept, too, so that no other client can get its id.
+        # Clients and their connections, by the client's `id`. A client that is kept here keeps its `id`.
         self._connections: dict[int, tuple[redis.Redis, Any]] = {}
         self._closed = False
 
@@ -164,7 +170,7 @@ class RedisConnections:
         if connection is None or not connection.is_connected:
             return False
         with contextlib.suppress(Exception):
-            # However it breaks, or is closed meanwhile, `run` will notice.
+            # If it breaks or is closed meanwhile, `run` notices.
             connection.send_packed_command(connection.pack_commands([command[1]]))
         return True
 
@@ -215,7 +221,7 @@ class RedisConnections:
         answers: list[Any] = []
         try:
             with self._server.contained():
-                connection = self._connection(client, anew=not posted)
+                connection = self._connection(client, may_connect=not posted)
                 unsent = [commands[n][1] for n in numbers if n >= posted]
                 connection.send_packed_command(connection.pack_commands(unsent))
                 for _ in numbers:
@@ -226,22 +232,22 @@ class RedisConnections:
                     except ResponseError as error:
                         answers.append(error)
         except BaseException:
-            # Answers that were not read must not pass for those of later commands.
+            # Answers that were not read must not be taken for those of later commands.
             self.disconnect()
             with contextlib.suppress(BrokerUnreachable):
                 self._server.look_again()
             raise
         return answers
 
-    def _connection(self, client: redis.Redis, anew: bool) -> Any:
+    def _connection(self, client: redis.Redis, may_connect: bool) -> Any:
         if self._closed:
             raise ConnectionError("closed")
         if id(client) not in self._connections:
             self._connections[id(client)] = client, new_connection(client, LARGE)
         connection = self._connections[id(client)][1]
-        if not (anew or connection.is_connected):
+        if not (may_connect or connection.is_connected):
             raise ConnectionError("the connection broke")
-        # Sending would connect, too, but to the master that Sentinels named last time.
+        # Sending connects, too, but to the master that Sentinels named last time.
         connection.connect()
         return connection
 
@@ -251,13 +257,13 @@ class RedisConnections:
             connection.disconnect()
 
     def close(self) -> None:
-        """Closes the connections for good, and ends a command that waits."""
+        """Closes the connections for good. A command that waits ends."""
         self._closed = True
         self.disconnect()
 
 
 def failed(answer: object) -> str:
-    """The message of a command's own error; empty if it did not fail.
+    """The error message in a command's answer; empty if the command did not fail.
 
     Raises:
         Refused: the user lacks a permission.
@@ -294,7 +300,7 @@ def _options(address: RedisAddress) -> dict[str, Any]:
 
 
 def _sentinel(address: RedisAddress, options: dict[str, Any]) -> redis.Redis:
-    """A client of the master. The Sentinels themselves have passwords of their own, if any are set."""
+    """A client of the master. The Sentinels may have their own user names and passwords."""
     names = {"sentinel_username": "username", "sentinel_password": "password"}
     own = {to: options.pop(name) for name, to in names.items() if name in options}
     shared = {name: value for name, value in options.items() if name not in ("username", "password", "db")}
@@ -304,7 +310,7 @@ def _sentinel(address: RedisAddress, options: dict[str, Any]) -> redis.Redis:
 
 
 def _reason(shown: str, error: Exception) -> str:
-    """Why there is no answer, in words that help."""
+    """The message for a missing answer, with what to do."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLError):

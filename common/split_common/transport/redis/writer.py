@@ -1,8 +1,8 @@
-"""How a Redis link writes: messages go to the lanes of other peers in the order in which they were handed over.
+"""Writes messages to other peers' lanes, in the order in which they were handed over.
 
-A thread that sends writes to the connection itself if that cannot block: it is there, nothing else waits to be
-sent, and what the server has not answered yet fits into a socket's buffer. The writer's thread sends everything
-else. It alone reads answers, because these may call the peer's handler.
+A thread that sends writes to the connection itself if that cannot block: the connection stands, nothing else waits
+to be sent, and what the server has not answered yet fits into a socket's buffer. The writer's thread sends the
+rest. It alone reads answers, because they may lead to calls of the peer's handler.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from split_common.transport.redis.membership import Registry
 from split_common.transport.redis.server import RECONNECT, RECONNECT_MAX, Command, RedisConnections, Refused
 from split_common.transport.supervised import count_dropped
 
-#: Bytes of messages that the writer's thread adds in one round trip, unless a single one is larger.
+#: Most bytes of messages in one round trip of the writer's thread, unless a single one is larger.
 BATCH_BYTES = 4 * 1024 * 1024
 
-#: Bytes of unanswered messages up to which senders write themselves: any socket's buffer holds as much.
+#: Bytes of unanswered messages up to which senders write themselves: a socket's buffer always holds as much.
 DIRECT_BYTES = 32 * 1024
 
-#: Seconds after which the answers to what senders wrote are read.
+#: Seconds after which the answers to senders' own writes are read.
 ANSWER_DELAY = 0.01
 
 #: Seconds that closing may take to write what is queued.
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Outgoing:
-    """A command to be sent. If it adds a message to a lane, the message's `header` and its size in bytes."""
+    """A command to be sent. If it adds a message to a lane, also the message's header and size in bytes."""
 
     command: Command
     header: headers.Relay | None = None
@@ -55,32 +55,32 @@ class Writer:
     """Writes what is `put`, until `close`. `run` is its thread.
 
     Args:
-        line: to the server; the writer's own.
-        registry: knows whose lane is full.
+        connections: to the server; the writer's own.
+        registry: knows the peers whose lanes are full.
         caller: tells the peer which of its messages were refused.
-        undelivered: is told of a message whose receiver has no lane.
+        undelivered: gets the header of each message whose receiver has no lane.
         counters: of the link.
     """
 
     def __init__(
         self,
-        line: RedisConnections,
+        connections: RedisConnections,
         registry: Registry,
         caller: Caller,
         undelivered: Callable[[headers.Relay], None],
         counters: Counter[str],
     ) -> None:
-        self._line = line
+        self._connections = connections
         self._registry = registry
         self._caller = caller
         self._undelivered = undelivered
         self._counters = counters
-        # Guards the line and all below but `_handed`. `put` never waits for it.
+        # Guards the connections and all below but `_handed`. `put` never waits for it.
         self._turn = threading.Lock()
         self._handed: deque[Outgoing] = deque()
         self._unsent: deque[Outgoing] = deque()
         self._unsent_bytes = 0
-        # What senders wrote themselves, and whose answers are not read yet.
+        # Commands that senders wrote themselves and whose answers have not been read.
         self._posted: list[Outgoing] = []
         self._posted_bytes = 0
         # Wakes the thread. `SimpleQueue.put` is reentrant: the garbage collector may call `put` within itself.
@@ -88,7 +88,7 @@ class Writer:
         self._closing = threading.Event()
 
     def put(self, outgoing: Outgoing) -> None:
-        """Takes a command and never blocks. Any thread may call it, and the garbage collector in any of them."""
+        """Takes a command and never blocks. Any thread may call it, and so may the garbage collector."""
         if self._turn.acquire(blocking=False):
             try:
                 idle = not self._posted
@@ -106,11 +106,11 @@ class Writer:
         self._wakes.put(None)
 
     def _post(self, outgoing: Outgoing) -> bool:
-        """Sends a command at once, if that cannot block and nothing waits before it."""
+        """Sends a command at once, unless that could block or something else waits to be sent. Whether it did."""
         size = self._posted_bytes + outgoing.size
         if self._handed or self._unsent or size > DIRECT_BYTES or self._full(outgoing):
             return False
-        if not self._line.post(outgoing.command):
+        if not self._connections.post(outgoing.command):
             return False
         self._posted.append(outgoing)
         self._posted_bytes = size
@@ -148,25 +148,29 @@ class Writer:
         self._wakes.get()
         with contextlib.suppress(queue.Empty):
             while True:
-                # If senders wrote themselves, only answers are due, which can wait a little.
+                # If senders wrote themselves, only answers are due, and they can wait.
                 self._wakes.get(timeout=0.0 if self._handed or self._closing.is_set() else ANSWER_DELAY)
 
     def _exchange(self) -> list[tuple[Outgoing, object]]:
-        """Sends a batch, and reads the answers to it and to what senders wrote. Raises BrokerUnreachable."""
+        """Sends a batch, and reads the answers to it and to senders' own writes.
+
+        Raises:
+            BrokerUnreachable: the server does not answer. The commands will be sent again.
+        """
         posted, self._posted, self._posted_bytes = self._posted, [], 0
         self._collect()
         batch = posted + self._next_batch()
         try:
-            answers = self._line.run([outgoing.command for outgoing in batch], posted=len(posted))
+            answers = self._connections.run([outgoing.command for outgoing in batch], posted=len(posted))
         except BrokerUnreachable:
-            # It is sent again, though some of it may have arrived: sessions know by its number what they have.
+            # Some of it may have arrived. It is sent again: sessions recognize repeated messages by their numbers.
             self._unsent.extendleft(reversed(batch))
             self._unsent_bytes += sum(outgoing.size for outgoing in batch)
             raise
         return list(zip(batch, answers, strict=True))
 
     def _collect(self) -> None:
-        """Takes over what was handed over, as far as there is room."""
+        """Takes over what was handed over. Drops what exceeds `OUTBOX_BYTES`."""
         while self._handed:
             outgoing = self._handed.popleft()
             if self._unsent_bytes + outgoing.size > OUTBOX_BYTES:
@@ -176,7 +180,7 @@ class Writer:
                 self._unsent_bytes += outgoing.size
 
     def _next_batch(self) -> list[Outgoing]:
-        """What is sent next. Messages for a peer whose lane is full are refused."""
+        """Takes the commands to be sent next. Refuses messages for peers whose lanes are full."""
         batch: list[Outgoing] = []
         size = 0
         while self._unsent and size < BATCH_BYTES:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from split_common.errors import SplitError
 from split_common.system.console import emit_json, stderr
-from split_common.system.process import LOOK_INTERVAL, running_command
+from split_common.system.process import running_command
+from split_common.system.signals import POLL_INTERVAL
 from split_device.cli.demo.fleet import DemoFleet
 from split_device.generation.settings import Sampling
 
@@ -119,9 +120,9 @@ def serve_demo(options: list[str], json: bool) -> None:
             emit_json(facts)
         _say("Ctrl-C ends it")
         while server.poll() is None:
-            # As in `wait_for`: a signal is seen when a wait ends.
+            # As in `wait_until_set`: a signal is seen when a wait ends.
             with contextlib.suppress(subprocess.TimeoutExpired):
-                server.wait(LOOK_INTERVAL)
+                server.wait(POLL_INTERVAL)
         raise SplitError("lambda-split serve has ended by itself")
 
 

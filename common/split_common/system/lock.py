@@ -1,7 +1,7 @@
-"""One process at a time: a locked file with the process id of its holder. The system unlocks it when that one ends.
+"""A lock between processes: a file with its holder's process id. The system unlocks it when the holder ends.
 
-Not by filelock: its locks are exclusive, so that two processes that only ask for the holder at the same time would
-take each other for it, and `agent stop` would signal the process id of an earlier holder. Here they share the lock.
+Processes that only ask for the holder share the lock. With the exclusive locks of filelock, two of them would take
+each other for the holder, and `agent stop` would signal the process id that an earlier holder left in the file.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from pathlib import Path
 from split_common.errors import ConfigError
 from split_common.system.files import private_dir
 
-#: Seconds to try for: a process that asks for the holder has a share in the lock for a moment.
-MOMENT = 0.5
+#: Seconds to try for the lock: a process that asks for the holder shares it briefly.
+ACQUIRE_TIMEOUT = 0.5
+
+#: Seconds between two attempts.
+ACQUIRE_INTERVAL = 0.02
 
 
 class Held(Exception):
@@ -30,19 +33,19 @@ class Held(Exception):
 
 @contextlib.contextmanager
 def holding(path: Path) -> Iterator[None]:
-    """Holds the lock meanwhile.
+    """Holds the lock within a block.
 
     Raises:
         Held: another process holds it.
-        ConfigError: the file cannot be made.
+        ConfigError: the file cannot be opened.
     """
     file = _open(path)
     try:
-        deadline = time.monotonic() + MOMENT
+        deadline = time.monotonic() + ACQUIRE_TIMEOUT
         while not _lock(file, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
                 raise Held(_pid(file))
-            time.sleep(0.02)
+            time.sleep(ACQUIRE_INTERVAL)
         os.ftruncate(file, 0)
         os.pwrite(file, str(os.getpid()).encode(), 0)
         yield
@@ -51,7 +54,11 @@ def holding(path: Path) -> Iterator[None]:
 
 
 def holder(path: Path) -> int | None:
-    """Process id of the holder of the lock, or None. Raises ConfigError if the file cannot be opened."""
+    """The holder's process id, or None.
+
+    Raises:
+        ConfigError: the file cannot be opened.
+    """
     if not path.exists():
         return None
     file = _open(path)
@@ -78,5 +85,5 @@ def _lock(file: int, kind: int) -> bool:
 
 
 def _pid(file: int) -> int:
-    """The holder's process id; 0 for a moment, until the holder has written it."""
+    """The process id in the file; 0 if the holder has not written its own yet."""
     return int(os.pread(file, 20, 0) or b"0")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from split_device.jobs.lock import Held, holder, holding
+from split_common.system.lock import Held, holder, holding
 
-HOLD = "import sys, pathlib\nfrom split_device.jobs.lock import holding\n" + (
+HOLD = "import sys, pathlib\nfrom split_common.system.lock import holding\n" + (
     "with holding(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
 )
 
