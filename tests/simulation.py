@@ -42,6 +42,7 @@ from split_device.sessions import history as history_module
 from split_device.sessions import resilient as resilient_module
 from split_device.sessions import session as session_module
 from split_device.sessions.client import Client
+from split_worker import channels as channels_module
 from split_worker import compute as compute_module
 from split_worker import sessions as sessions_module
 from split_worker import watchdog as watchdog_module
@@ -374,6 +375,7 @@ class World:
             client_module,
             session_module,
             resilient_module,
+            channels_module,
             worker_module,
             sessions_module,
             compute_module,
@@ -540,8 +542,8 @@ class World:
     def _forget(self) -> None:
         """A worker loses its channels, as one does that has too many."""
         if (worker := self._any()) is not None:
-            for id_ in list(worker._links):
-                worker._close_channel(id_)
+            for id_ in list(worker._channels.open):
+                worker._channels.close(id_)
 
     def _broker(self) -> None:
         self.broker.up = False

@@ -34,12 +34,12 @@ SEPARATE = ("falcon", "bloom")
 
 def make_runner(directory: Path, arch: str, **config: Any) -> Runner:
     checkpoint = tiny.save(arch, directory, **config)
-    plan_ = read_spec(str(checkpoint))
-    split = Split.parse(plan_.layers, "1:-2")
-    model, stack = load_part(plan_, split, "worker")
+    spec = read_spec(str(checkpoint))
+    split = Split.parse(spec.layers, "1:-2")
+    model, stack = load_part(spec, split, "worker")
     if attention.NAME != "eager":
         pack_linears(model)
-    return build_runner(stack, split, plan_.text_config, KV_BYTES)
+    return build_runner(stack, split, spec.text_config, KV_BYTES)
 
 
 def test_kernels_are_few(tmp_path: Path) -> None:

@@ -330,10 +330,8 @@ def test_cache_of_a_worker_that_is_gone(broker: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module", params=["llama", "gemma2", "bloom"])
 def body(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LanguageBody:
-    plan_ = read_spec(str(tiny.save(request.param, tmp_path_factory.mktemp("body"))))
-    return load_language_body(
-        plan_, Split.from_head_tail(plan_.layers, 1, 2), torch.device("cpu"), kv_bytes=KV_BYTES
-    )
+    spec = read_spec(str(tiny.save(request.param, tmp_path_factory.mktemp("body"))))
+    return load_language_body(spec, Split.from_head_tail(spec.layers, 1, 2), torch.device("cpu"), kv_bytes=KV_BYTES)
 
 
 def states(tokens: int, seed: int = 0) -> torch.Tensor:

@@ -38,7 +38,7 @@ class SplitDenoiser(ConnectedModel):
     Text encoders, scheduler, noise, VAE, and the denoiser's first and last blocks are the device's.
     """
 
-    _plan: DenoiserSpec
+    _spec: DenoiserSpec
     #: What the body's output is added to, if to anything.
     _base: Base | None = None
 
@@ -82,14 +82,14 @@ class SplitDenoiser(ConnectedModel):
         check_reuse(reuse)
         connection = Connection.of(connection, fields)
         device = Endpoint.find(connection.broker, connection.keys, connection.member)
-        plan = read_denoiser_spec(Checkpoint.resolve(path, ip_adapter=ip_adapter))
-        if not issubclass(cls, getattr(diffusers, plan.class_name)):
-            raise UnsupportedArchitecture(f"{plan.checkpoint.name} is a {plan.class_name}")
-        split = plan.split(cut)
-        manifest = find_manifest(device.fleet, plan.checkpoint, plan.own_tensors(split, "device"))
-        model: Self = plan.build(cls)
-        model._cut(plan, split)
-        load_weights(model, plan, split, "device", parse_dtype(dtype))  # type: ignore[arg-type]
+        spec = read_denoiser_spec(Checkpoint.resolve(path, ip_adapter=ip_adapter))
+        if not issubclass(cls, getattr(diffusers, spec.class_name)):
+            raise UnsupportedArchitecture(f"{spec.checkpoint.name} is a {spec.class_name}")
+        split = spec.split(cut)
+        manifest = find_manifest(device.fleet, spec.checkpoint, spec.own_tensors(split, "device"))
+        model: Self = spec.build(cls)
+        model._cut(spec, split)
+        load_weights(model, spec, split, "device", parse_dtype(dtype))  # type: ignore[arg-type]
         client = device.join(
             manifest,
             split,
@@ -100,11 +100,11 @@ class SplitDenoiser(ConnectedModel):
             cut=f"--cut {cut}" + (f" --ip-adapter {ip_adapter}" if ip_adapter is not None else ""),
         )
         model._belong(client, split)
-        model._plan, model._codec, model._reuse = plan, CODECS[codec], reuse
+        model._spec, model._codec, model._reuse = spec, CODECS[codec], reuse
         model._threads = _Threads()
         return model
 
-    def _cut(self, plan: DenoiserSpec, split: Split) -> None:
+    def _cut(self, spec: DenoiserSpec, split: Split) -> None:
         """Replaces the body's blocks by placeholders."""
         raise NotImplementedError
 
@@ -115,14 +115,14 @@ class SplitDenoiser(ConnectedModel):
     def pipeline_options(self) -> dict[str, Any]:
         """Arguments of a pipeline's `from_pretrained` that make this its denoiser."""
         dtype: torch.dtype = self.dtype  # type: ignore[attr-defined]
-        return {self._plan.component: self, "dtype": dtype, "variant": self._plan.checkpoint.variant}
+        return {self._spec.component: self, "dtype": dtype, "variant": self._spec.checkpoint.variant}
 
     @property
     def session(self) -> ImageSession:
         """The session of this thread; another one may `abandon` it."""
         mine = self._threads
         if mine.session is None:
-            mine.session = ImageSession(self._client, self._plan, self.split, self._codec)
+            mine.session = ImageSession(self._client, self._spec, self.split, self._codec)
             mine.reuse = Reuse(self._reuse, self._base)
         return mine.session
 
@@ -140,7 +140,7 @@ class SplitDenoiser(ConnectedModel):
             raise UnsupportedFeature("load a LoRA by the pipeline's load_lora_weights, or pass its state dict")
         start = f"{prefix}." if prefix is not None else ""
         for name in weights:
-            if name.startswith(start) and self._plan.in_body(name.removeprefix(start), self.split):
+            if name.startswith(start) and self._spec.in_body(name.removeprefix(start), self.split):
                 raise UnsupportedFeature(
                     f"the LoRA has weights of {name}, which is on the worker: fuse it into the checkpoint that "
                     "device and workers load (fuse_lora, unload_lora_weights, save_pretrained)"

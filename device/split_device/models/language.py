@@ -88,13 +88,13 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         """
         connection = Connection.of(connection, fields)
         device = Endpoint.find(connection.broker, connection.keys, connection.member)
-        plan_ = read_spec(str(name_or_path), revision)
-        split = Split.from_head_tail(plan_.layers, head_layers, tail_layers)
-        manifest = find_manifest(device.fleet, plan_.checkpoint, plan_.own_tensors(split, "device"))
+        spec = read_spec(str(name_or_path), revision)
+        split = Split.from_head_tail(spec.layers, head_layers, tail_layers)
+        manifest = find_manifest(device.fleet, spec.checkpoint, spec.own_tensors(split, "device"))
         model: Self
-        model, stack = load_part(plan_, split, "device", dtype=parse_dtype(dtype), bases=(cls,), fill=RemoteBody)
+        model, stack = load_part(spec, split, "device", dtype=parse_dtype(dtype), bases=(cls,), fill=RemoteBody)
         model.name_or_path = model.config.name_or_path = str(name_or_path)
-        model.generation_config = generation_config(plan_) or model.generation_config
+        model.generation_config = generation_config(spec) or model.generation_config
         client = device.join(
             manifest,
             split,

@@ -54,7 +54,7 @@ class Reuse:
         """The body's output for the step at this time."""
         if self._reuse == 1:
             return call(inputs)
-        about, states = (*inputs.job, *inputs.about), inputs.tensors[0]
+        about, states = (*inputs.conditioning, *inputs.about), inputs.tensors[0]
         kept = self._take(about, states)
         if kept is not None and timestep < kept.timestep and not self._is_due(kept, states):
             kept.steps += 1

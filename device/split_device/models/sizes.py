@@ -22,18 +22,18 @@ class PartSize(msgspec.Struct, frozen=True):
     share: float
 
 
-def parts(plan: ModelSpec, split: Split, dtype: torch.dtype | None = None) -> list[PartSize]:
+def parts(spec: ModelSpec, split: Split, dtype: torch.dtype | None = None) -> list[PartSize]:
     """Head, body and tail of a model; no weight is read.
 
     Args:
         dtype: that the parts are loaded in; None for the checkpoint's.
     """
-    itemsize = (dtype or _config_dtype(plan.config)).itemsize
+    itemsize = (dtype or _config_dtype(spec.config)).itemsize
     with torch.device("meta"):
-        model: Any = plan.model_class(plan.config)
-    if plan.config.get_text_config(decoder=True).tie_word_embeddings:
+        model: Any = spec.model_class(spec.config)
+    if spec.config.get_text_config(decoder=True).tie_word_embeddings:
         model.tie_weights()
-    owner, attribute = find_stack(model, plan.layers)
+    owner, attribute = find_stack(model, spec.layers)
     layer_of = {
         id(parameter): index
         for index, layer in enumerate(getattr(owner, attribute))
@@ -58,9 +58,9 @@ def parts(plan: ModelSpec, split: Split, dtype: torch.dtype | None = None) -> li
     return [PartSize(name, ranges[name], count, count * itemsize, count / total) for name, count in counts.items()]
 
 
-def bytes_per_token(plan: ModelSpec, dtype: torch.dtype | None = None) -> int:
+def bytes_per_token(spec: ModelSpec, dtype: torch.dtype | None = None) -> int:
     """Bytes of a token's hidden states, which travel to the worker and back."""
-    return int(plan.text_config.hidden_size) * (dtype or _config_dtype(plan.config)).itemsize
+    return int(spec.text_config.hidden_size) * (dtype or _config_dtype(spec.config)).itemsize
 
 
 def _config_dtype(config: Any) -> torch.dtype:

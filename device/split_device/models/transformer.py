@@ -35,7 +35,7 @@ class TransformerCall:
     timestep: float
     #: What tells one image from another, and what a worker has to know of it.
     about: Sequence[torch.Tensor]
-    job: Sequence[torch.Tensor]
+    conditioning: Sequence[torch.Tensor]
 
 
 _calls: CallContext[TransformerCall] = CallContext("transformer")
@@ -67,7 +67,8 @@ class FirstSlot(TransformerSlot):
         call, text = _calls.get(), encoder_hidden_states.shape[1]
         assert call is not None, "a slot is called by the transformer"
         output = self._run(
-            call.timestep, DenoiserInputs([hidden_states, temb, encoder_hidden_states], call.job, about=call.about)
+            call.timestep,
+            DenoiserInputs([hidden_states, temb, encoder_hidden_states], call.conditioning, about=call.about),
         )
         return output[:, :text], output[:, text:]
 
@@ -77,9 +78,9 @@ class SplitTransformer(SplitDenoiser):
 
     _signature: ClassVar[inspect.Signature]
 
-    def _cut(self, plan: DenoiserSpec, split: Split) -> None:
-        assert isinstance(plan, TransformerSpec)
-        for number, (stack, index) in enumerate(plan.places(split)):
+    def _cut(self, spec: DenoiserSpec, split: Split) -> None:
+        assert isinstance(spec, TransformerSpec)
+        for number, (stack, index) in enumerate(spec.places(split)):
             getattr(self, stack)[index] = FirstSlot(self._run) if number == 0 else TransformerSlot()
 
     @staticmethod

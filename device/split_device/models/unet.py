@@ -24,17 +24,17 @@ _SIGNATURE = inspect.signature(UNet2DConditionModel.forward)
 class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionModel):  # type: ignore[misc]
     """A UNet of diffusers with its body on a worker, for `unet=` of a pipeline. Made by `from_pretrained`."""
 
-    _plan: UNetSpec
+    _spec: UNetSpec
 
-    def _cut(self, plan: DenoiserSpec, split: Split) -> None:
-        assert isinstance(plan, UNetSpec)
-        for level in range(split.first, plan.levels):
+    def _cut(self, spec: DenoiserSpec, split: Split) -> None:
+        assert isinstance(spec, UNetSpec)
+        for level in range(split.first, spec.levels):
             block = self.down_blocks[level]
-            self.down_blocks[level] = DownSlot(block, plan.skips(level), level == split.first)
+            self.down_blocks[level] = DownSlot(block, spec.skips(level), level == split.first)
         blocks: Any = self
         if blocks.mid_block is not None:
             blocks.mid_block = MiddleSlot(blocks.mid_block)
-        last = plan.levels - split.first - 1
+        last = spec.levels - split.first - 1
         for index in range(last):
             self.up_blocks[index] = UpSlot(self.up_blocks[index])
         self.up_blocks[last] = LastSlot(self.up_blocks[last], self._run)
@@ -54,7 +54,7 @@ class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionMod
                 given.get("down_block_additional_residuals"),
                 given.get("mid_block_additional_residual"),
             ),
-            self._scales() if self._plan.adapted else (),
+            self._scales() if self._spec.adapted else (),
         )
         with unet_calls.entered(call):
             return super().forward(*args, **kwargs)
@@ -69,9 +69,9 @@ class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionMod
         own = 1
         for level in range(self.split.first):
             height, width = (height + 1) // 2, (width + 1) // 2
-            own += self._plan.skips(level)
+            own += self._spec.skips(level)
         residuals = [*down[own - 1 :], middle]
-        wanted = [(len(sample), *shape) for shape in self._plan.skip_shapes(self.split, height, width)]
+        wanted = [(len(sample), *shape) for shape in self._spec.skip_shapes(self.split, height, width)]
         if (found := [tuple(residual.shape) for residual in residuals]) != wanted:
             raise UnsupportedFeature(f"the ControlNet is of another size: residuals {found}, not {wanted}")
         return residuals
@@ -86,7 +86,7 @@ class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionMod
             for part, tensors in state.items()
             for name, tensor in tensors.items()
         }
-        names = self._plan.checkpoint.adapter_names
+        names = self._spec.checkpoint.adapter_names
         if not names or len(states) != 1 or given.keys() != names:
             raise UnsupportedFeature(
                 "most of an IP-Adapter's weights are the worker's: open the model with ip_adapter=FILE, run its "
@@ -94,14 +94,14 @@ class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionMod
             )
         if strange := sorted(name for name in names if "_lora." in name):
             raise UnsupportedFeature(f"an IP-Adapter with a LoRA cannot be split: {strange[0]}")
-        own = read_tensors(self._plan.checkpoint, sorted(names))
+        own = read_tensors(self._spec.checkpoint, sorted(names))
         if different := sorted(name for name in names if not torch.equal(given[name].cpu(), own[name])):
             raise UnsupportedFeature(f"{different[0]} is not that of the IP-Adapter that the model was opened with")
 
     def _scales(self) -> list[float]:
         """How much each of the body's attentions to an IP-Adapter's images counts. Raises UnsupportedFeature."""
         scales = []
-        for name in self._plan.body_attentions(self.split):
+        for name in self._spec.body_attentions(self.split):
             (scale,) = getattr(self.get_submodule(name).get_processor(), "scale", [0.0])
             if not isinstance(scale, float | int):
                 raise UnsupportedFeature(

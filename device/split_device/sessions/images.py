@@ -27,12 +27,12 @@ MAX_EMBEDDINGS = 3
 
 
 class DenoiserInputs(NamedTuple):
-    """What the body is called with, as its plan says: see `split_common.models.denoisers`."""
+    """What the body is called with, as its spec says: see `split_common.models.denoisers`."""
 
     #: Tensors of one step: the states, the embedding of the time, and more.
     tensors: Sequence[torch.Tensor]
     #: Tensors and scales that are the same for all steps of an image.
-    job: Sequence[torch.Tensor] = ()
+    conditioning: Sequence[torch.Tensor] = ()
     scales: Sequence[float] = ()
     #: Further tensors that tell one image from another.
     about: Sequence[torch.Tensor] = ()
@@ -84,16 +84,16 @@ class ImageSession:
 
     Args:
         client: finds workers.
-        plan, split: the denoiser, and its body's blocks.
+        spec, split: the denoiser, and its body's blocks.
         codec: of the states on the way; None sends them as they are.
     """
 
     def __init__(
-        self, client: Client, plan: DenoiserSpec, split: Split, codec: payloads.Codec | None = None
+        self, client: Client, spec: DenoiserSpec, split: Split, codec: payloads.Codec | None = None
     ) -> None:
         self._client = client
         self._session = ResilientSession(client)
-        self._plan, self._split, self._codec = plan, split, codec
+        self._spec, self._split, self._codec = spec, split, codec
         #: Keys of embeddings that the worker was sent.
         self._sent: set[bytes] = set()
         #: Whether no step has run yet.
@@ -130,7 +130,7 @@ class ImageSession:
         codecs = (self._codec, None, *[self._codec] * (len(inputs.tensors) - 2))
         codec = self._codec or dtype_name(inputs.tensors[0].dtype)
         shapes = [list(tensor.shape) for tensor in inputs.tensors]
-        output = payloads.Array(codec, self._plan.output_shape(self._split, shapes))
+        output = payloads.Array(codec, self._spec.output_shape(self._split, shapes))
         states = [encode(tensor, codec) for tensor, codec in zip(inputs.tensors, codecs, strict=True)]
         data = b"".join(data for _, data in states)
         most = max(len(data), output.nbytes)
@@ -192,11 +192,11 @@ class ImageSession:
 def _condition(inputs: DenoiserInputs) -> tuple[list[int], EncodedConditioning | None]:
     """For each row of the step, its row in what is sent for the image, -1 for zeros; and what is sent."""
     count = len(inputs.tensors[0])
-    if not inputs.job:
+    if not inputs.conditioning:
         return [-1] * count, None
     # Pipelines repeat embeddings for each image of a prompt.
-    sent, rows = distinct(map(_row_key, zip(*inputs.job, strict=True)))
-    encoded = [encode(tensor[sent or [0]]) for tensor in inputs.job]
+    sent, rows = distinct(map(_row_key, zip(*inputs.conditioning, strict=True)))
+    encoded = [encode(tensor[sent or [0]]) for tensor in inputs.conditioning]
     arrays, data = [array for array, _ in encoded], b"".join(data for _, data in encoded)
     scales = list(inputs.scales)
     key = hashlib.blake2b(repr((arrays, scales)).encode() + data, digest_size=32).digest()
