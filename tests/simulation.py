@@ -395,7 +395,7 @@ class World:
         for module in (client_module, worker_module):
             patch.setattr(module, "new_peer_id", lambda _: self.random.randbytes(8))
         patch.setattr(worker_module, "ComputeLoop", Compute)
-        patch.setattr(pool_module, "PAGE_TOKENS", 4)
+        patch.setattr(pool_module, "DEFAULT_PAGE_TOKENS", 4)
         self.evict_after = self.random.choice([0.2, 10.0])
         chunk, self.max_queued_bytes = self.random.choice([(8, 10**9), (32, 40), (4096, 10**9)])
         patch.setattr(cache_module, "CHUNK_BYTES", chunk)

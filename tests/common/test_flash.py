@@ -125,7 +125,7 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     monkeypatch.setattr(probe, "compile_layers", lambda _: None)
     monkeypatch.setattr(flash, "varlen_attn", reference_varlen_attn)
     monkeypatch.setattr(flash, "flash_attention_forward", reference_flash_forward)
-    monkeypatch.setattr(flash, "PAGE_TOKENS", PAGE_TOKENS)
+    monkeypatch.setattr(flash, "FLASH_PAGE_TOKENS", PAGE_TOKENS)
     monkeypatch.setattr(flash.FlashAttention, "page_tokens", PAGE_TOKENS)
     monkeypatch.setattr(flash, "usable", lambda *_: True)
     monkeypatch.setattr(packed, "new_capture", lambda: capture)

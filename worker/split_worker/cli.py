@@ -58,7 +58,7 @@ def worker(
         CutName | None,
         typer.Option(
             rich_help_panel=MODEL_PANEL,
-            help="Where to cut a diffusion model, instead of --layers. C leaves the device a UNet's first level, or "
+            help="Where to cut a diffusion model, instead of --layers. C leaves the device a UNet's first level or "
             "a transformer's first and last block; A leaves it two levels, or a sixth of the blocks at each "
             "end. Default: C.",
         ),

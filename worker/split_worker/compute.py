@@ -165,7 +165,7 @@ class ComputeLoop:
         return None
 
     def _take_in(self, patient: bool) -> None:
-        """Takes the requests that have arrived. If patient, waits for a first one, and for sessions that are due."""
+        """Takes the requests that have arrived. If patient, waits for a first one, and for due sessions."""
         if self._scheduler.idle and patient:
             self._accept(self._inbox.get())
         enough = time.perf_counter() + TAKE_IN

@@ -87,9 +87,9 @@ class Worker:
 
         Returns:
             `sessions`: open sessions. `kv_tokens` and `kv_tokens_used`: tokens that fit into the KV memory, and
-            those in it; for an image model `held_bytes`, of embeddings and steps in parts. `queued_bytes`: bytes of
-            requests that wait. `steps`, `tokens`, `forwards` and `evictions`: totals. `rows_per_forward`: an average.
-            `queue_ms`: how long a step waited on average. `tokens_per_second`: while it computed.
+            those in it; for an image model `held_bytes`, of embeddings and steps in parts. `queued_bytes`: bytes
+            of requests that wait. `steps`, `tokens`, `forwards` and `evictions`: totals. `rows_per_forward`: an
+            average. `queue_ms`: how long a step waited on average. `tokens_per_second`: while it computed.
         """
         with self._lock:
             counters = Counter(self.counters)
