@@ -264,7 +264,7 @@ def test_steps_that_do_not_fit_are_refused(kind: str, model: Path, tensors: tupl
     if kind == "flux":
         condition = KEY
         for array in (payloads.Array("float32", [1, 13, 2]), payloads.Array("float32", [2, 13, 3])):
-            with pytest.raises(Malformed, match="places"):
+            with pytest.raises(Malformed, match="positions"):
                 body.begin(state, payloads.Conditioning(KEY, [array]), memoryview(b""))
         body.begin(state, payloads.Conditioning(KEY, [places]), memoryview(data))
         shorter = [encode(tensor) for tensor in (IMAGE[:, 1:], TIME, TEXT)]

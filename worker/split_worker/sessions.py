@@ -87,6 +87,7 @@ class SessionTable:
         self.limits = limits or WorkerLimits()
         self._sessions: dict[SessionId, Session[Any]] = {}
         self._ages = itertools.count()
+        #: Closed sessions that have not been freed.
         self.closed: deque[Session[Any]] = deque()
         #: Bytes of replies that were added after the last count.
         self._uncounted = 0

@@ -65,8 +65,7 @@ class ScheduledStep(Generic[_Request, _Run]):
     Args:
         session: the session, whose steps run one after the other.
         device: the session's device; devices take turns.
-        prefill: whether it may wait, and may be computed in chunks. Any other step goes into the next forward
-        whole.
+        prefill: whether it may wait, and may be computed in chunks. All other steps go whole into the next forward.
         request: the caller's object, which the scheduler does not read.
     """
 
@@ -185,9 +184,8 @@ class Scheduler(Generic[_Request, _Run]):
 
     Args:
         store: the sequences' memory; None if steps take no memory.
-        divisible: whether prefill may be computed in chunks. It may not if rotary embeddings depend on a prompt's
-        last
-            position.
+        divisible: whether prefill may be computed in chunks. It may not if rotary embeddings depend on a
+            prompt's last position.
     """
 
     def __init__(self, store: KVStore | None, *, divisible: bool = True) -> None:

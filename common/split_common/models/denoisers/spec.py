@@ -49,7 +49,11 @@ class DenoiserSpec:
         raise NotImplementedError
 
     def step_shapes(self, split: Split, shapes: Sequence[Sequence[int]]) -> list[list[int]]:
-        """The shapes that a step's tensors must have, given those of the states.
+        """The shapes that a step's tensors must have. The sizes of the image and the text are taken from `shapes`.
+
+        Args:
+            split: the body.
+            shapes: those that the step's tensors have; the states come first.
 
         Raises:
             Malformed: no step has tensors of these shapes.

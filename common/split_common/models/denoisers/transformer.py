@@ -168,7 +168,7 @@ class FluxBlocks(TransformerBlocks):
         axes = len(self._positions.axes_dim)
         if scales or len(shapes) != 1 or len(shapes[0]) != 3 or (shapes[0][0], shapes[0][2]) != (1, axes):
             raise Malformed(
-                f"conditioning of the shapes {shapes}: expected one tensor [1, tokens, {axes}] of places"
+                f"conditioning of the shapes {shapes}: expected the tokens' positions [1, tokens, {axes}]"
             )
 
     def check_step(self, shapes: Sequence[Sequence[int]], conditioning: StepConditioning) -> None:
