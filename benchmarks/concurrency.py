@@ -150,9 +150,9 @@ class Driver:
 
         fleet_ = load_fleet()
         identity = fleet_.identity("device")
-        plan_ = read_spec(str(model))
-        split = Split.from_head_tail(plan_.layers, HEAD, TAIL)
-        manifest = find_manifest(fleet_, plan_.checkpoint, plan_.own_tensors(split, "device"))
+        spec = read_spec(str(model))
+        split = Split.from_head_tail(spec.layers, HEAD, TAIL)
+        manifest = find_manifest(fleet_, spec.checkpoint, spec.own_tensors(split, "device"))
         service = headers.Service(manifest.root, split.first, split.last)
         transport = connect(address, fleet_, identity)
         self.client = Client(transport, fleet_, identity, service, manifest.name, "float32")

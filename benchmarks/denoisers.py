@@ -96,16 +96,16 @@ def shares(name: str) -> dict[str, Any]:
     }
     parameters = {key: parameter.numel() for key, parameter in model.named_parameters()}
     checkpoint: Any = SimpleNamespace(name=name, adapter_names=frozenset())
-    plan: Any = DENOISERS[shape["class"]](checkpoint, dict(model.config))
+    spec: Any = DENOISERS[shape["class"]](checkpoint, dict(model.config))
     results: dict[str, Any] = {}
     for cut in CUTS:
-        split = plan.split(cut)
-        mine = sum(count for key, count in parameters.items() if not plan.in_body(key, split))
-        theirs = {module for module in flops if _is_body(plan, split, module)}
+        split = spec.split(cut)
+        mine = sum(count for key, count in parameters.items() if not spec.in_body(key, split))
+        theirs = {module for module in flops if _is_body(spec, split, module)}
         # Those that are in no other one.
         body = sum(flops[module] for module in theirs if not theirs.intersection(_around(module)))
-        up_shapes = step_shapes(plan, split, **shape)
-        down = plan.output_shape(split, up_shapes)
+        up_shapes = step_shapes(spec, split, **shape)
+        down = spec.output_shape(split, up_shapes)
         for codec, coded in CODECS.items():
             codecs: list[Any] = [coded, "float16", *[coded] * (len(up_shapes) - 2)]
             arrays = [payloads.Array(each, up) for each, up in zip(codecs, up_shapes, strict=True)]
@@ -119,10 +119,10 @@ def shares(name: str) -> dict[str, Any]:
     return results
 
 
-def _is_body(plan: Any, split: Any, module: str) -> bool:
+def _is_body(spec: Any, split: Any, module: str) -> bool:
     """Whether all of a module is the worker's: the last block of a UNet's body leaves its upsampler here."""
-    last = f"up_blocks.{plan.levels - split.first - 1}" if plan.component == "unet" else None
-    return module not in ("", last) and plan.in_body(f"{module}.", split)
+    last = f"up_blocks.{spec.levels - split.first - 1}" if spec.component == "unet" else None
+    return module not in ("", last) and spec.in_body(f"{module}.", split)
 
 
 def _around(module: str) -> list[str]:
@@ -165,13 +165,13 @@ def _inputs(settings: Any, size: int, tokens: int, rows: int, **shape: Any) -> d
     }
 
 
-def step_shapes(plan: Any, split: Any, size: int, tokens: int, rows: int, **_: Any) -> list[list[int]]:
+def step_shapes(spec: Any, split: Any, size: int, tokens: int, rows: int, **_: Any) -> list[list[int]]:
     """Shapes of what travels to the worker at each step."""
     latent = size // 8
-    if plan.component == "unet":
+    if spec.component == "unet":
         side = latent >> split.first
-        return [[rows, plan.channels[split.first - 1], side, side], [rows, plan.embedding]]
-    return [[rows, (latent // 2) ** 2, plan.width], [rows, plan.width], [rows, tokens, plan.width]]
+        return [[rows, spec.channels[split.first - 1], side, side], [rows, spec.embedding]]
+    return [[rows, (latent // 2) ** 2, spec.width], [rows, spec.width], [rows, tokens, spec.width]]
 
 
 def _embeddings(settings: Any, size: int, tokens: int, **shape: Any) -> int:

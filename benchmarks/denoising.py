@@ -165,15 +165,15 @@ def _body(model: Path, place: Any, shape: dict[str, Any]) -> Callable[[], object
     from split_common.protocol import payloads
     from split_worker.bodies.denoiser import DenoiserBody
 
-    plan = read_denoiser_spec(Checkpoint.resolve(model))
-    split = plan.split("C")
-    body = DenoiserBody(plan, split, place)
+    spec = read_denoiser_spec(Checkpoint.resolve(model))
+    split = spec.split("C")
+    body = DenoiserBody(spec, split, place)
     state = body.new_state()
     count = shape["rows"]
-    text, data = encode(torch.randn(count, shape["tokens"], plan.config["cross_attention_dim"]).bfloat16())
+    text, data = encode(torch.randn(count, shape["tokens"], spec.config["cross_attention_dim"]).bfloat16())
     key = bytes(32)
     body.begin(state, payloads.Conditioning(key, [text]), memoryview(data))
-    states = [encode(torch.randn(sizes).bfloat16()) for sizes in denoisers.step_shapes(plan, split, **shape)]
+    states = [encode(torch.randn(sizes).bfloat16()) for sizes in denoisers.step_shapes(spec, split, **shape)]
     request = payloads.Denoise(key, list(range(count)), [array for array, _ in states], "bfloat16")
     step = memoryview(b"".join(data for _, data in states))
 

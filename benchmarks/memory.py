@@ -34,8 +34,8 @@ def main() -> None:
     from split_common.models.split import Split
     from split_device.models.sizes import parts
 
-    plan_ = read_spec(str(model))
-    sizes = {part.name: part.bytes / MIB for part in parts(plan_, Split.from_head_tail(plan_.layers, 2, 2))}
+    spec = read_spec(str(model))
+    sizes = {part.name: part.bytes / MIB for part in parts(spec, Split.from_head_tail(spec.layers, 2, 2))}
     empty = _in_process("empty", model)
     unsplit = _in_process("unsplit", model)
     with fleet(model) as (address, pid):

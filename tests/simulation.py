@@ -43,6 +43,7 @@ from split_device.sessions import history as history_module
 from split_device.sessions import resilient as resilient_module
 from split_device.sessions import session as session_module
 from split_device.sessions.client import Client
+from split_worker import channels as channels_module
 from split_worker import compute as compute_module
 from split_worker import sessions as sessions_module
 from split_worker import watchdog as watchdog_module
@@ -375,6 +376,7 @@ class World:
             client_module,
             session_module,
             resilient_module,
+            channels_module,
             worker_module,
             sessions_module,
             compute_module,
@@ -394,7 +396,7 @@ class World:
         for module in (client_module, worker_module):
             patch.setattr(module, "new_peer_id", lambda _: self.random.randbytes(8))
         patch.setattr(worker_module, "ComputeLoop", Compute)
-        patch.setattr(pool_module, "PAGE_TOKENS", 4)
+        patch.setattr(pool_module, "DEFAULT_PAGE_TOKENS", 4)
         self.evict_after = self.random.choice([0.2, 10.0])
         chunk, self.max_queued_bytes = self.random.choice([(8, 10**9), (32, 40), (4096, 10**9)])
         patch.setattr(cache_module, "CHUNK_BYTES", chunk)
@@ -540,8 +542,8 @@ class World:
     def _forget(self) -> None:
         """A worker loses its channels, as one does that has too many."""
         if (worker := self._any()) is not None:
-            for id_ in list(worker._links):
-                worker._close_channel(id_)
+            for id_ in list(worker._channels.open):
+                worker._channels.close(id_)
 
     def _broker(self) -> None:
         self.broker.up = False

@@ -26,7 +26,17 @@ PACKAGES = {
 FLOORS = {
     "split_common": ["errors", "compat", "system", "trust", "protocol", "transport", "models", "engine", "cli"],
     "split_device": ["sessions", "models", "generation", "images", "jobs", "openai", "stress", "cli"],
-    "split_worker": ["limits", "watchdog", "bodies", "sessions", "requests", "compute", "worker", "cli"],
+    "split_worker": [
+        "limits",
+        "watchdog",
+        "channels",
+        "bodies",
+        "sessions",
+        "requests",
+        "compute",
+        "worker",
+        "cli",
+    ],
     "split_broker": ["peer_queue", "access", "broker", "cli"],
 }
 

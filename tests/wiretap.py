@@ -70,11 +70,11 @@ class Setting:
     def __init__(self, directory: Path, checkpoint: Path) -> None:
         self.fleet = Fleet.create(directory / "keys")
         self.checkpoint = checkpoint
-        self.plan = read_spec(str(checkpoint))
-        self.manifest = build_manifest(self.plan.checkpoint)
+        self.spec = read_spec(str(checkpoint))
+        self.manifest = build_manifest(self.spec.checkpoint)
         self.fleet.add_manifest(self.manifest)
         self.service = headers.Service(self.manifest.root, SPLIT.first, SPLIT.last)
-        self.body = load_language_body(self.plan, SPLIT, torch.device("cpu"), kv_bytes=64 * 1024**2)
+        self.body = load_language_body(self.spec, SPLIT, torch.device("cpu"), kv_bytes=64 * 1024**2)
 
     def own_fleet(self) -> Fleet:
         """The fleet as another process has it."""

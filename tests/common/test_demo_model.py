@@ -51,8 +51,8 @@ def test_is_an_ordinary_fp32_checkpoint_with_tied_embeddings(smollm2: Path) -> N
 
 
 def test_a_model_in_the_cache_is_returned_as_it_is(models: Path) -> None:
-    (models / demo_model.NAME).mkdir(parents=True)
-    assert ensure_demo_model(progress=False) == models / demo_model.NAME
+    (models / demo_model.DEMO_MODEL).mkdir(parents=True)
+    assert ensure_demo_model(progress=False) == models / demo_model.DEMO_MODEL
 
 
 def test_two_at_once_build_once(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def test_two_at_once_build_once(models: Path, monkeypatch: pytest.MonkeyPatch) -
     for thread in threads:
         thread.join()
     assert len(builds) == 1
-    assert left_in(models) == [demo_model.NAME]
+    assert left_in(models) == [demo_model.DEMO_MODEL]
 
 
 def test_an_interrupted_build_leaves_nothing(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

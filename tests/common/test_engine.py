@@ -34,12 +34,12 @@ SEPARATE = ("falcon", "bloom")
 
 def make_runner(directory: Path, arch: str, **config: Any) -> Runner:
     checkpoint = tiny.save(arch, directory, **config)
-    plan_ = read_spec(str(checkpoint))
-    split = Split.parse(plan_.layers, "1:-2")
-    model, stack = load_part(plan_, split, "worker")
-    if attention.NAME != "eager":
+    spec = read_spec(str(checkpoint))
+    split = Split.parse(spec.layers, "1:-2")
+    model, stack = load_part(spec, split, "worker")
+    if attention.ATTENTION_NAME != "eager":
         pack_linears(model)
-    return build_runner(stack, split, plan_.text_config, KV_BYTES)
+    return build_runner(stack, split, spec.text_config, KV_BYTES)
 
 
 def test_kernels_are_few(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_kernels_are_few(tmp_path: Path) -> None:
 def make_oracle(directory: Path, arch: str, monkeypatch: pytest.MonkeyPatch, **config: Any) -> Runner:
     """A runner that keeps the model's own attention and layers, and runs one row at a time."""
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "NAME", "eager")
+        patch.setattr(attention, "ATTENTION_NAME", "eager")
         runner = make_runner(directory, arch, **config)
     assert runner.unpacked_because
     return runner

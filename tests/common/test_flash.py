@@ -125,7 +125,7 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     monkeypatch.setattr(probe, "compile_layers", lambda _: None)
     monkeypatch.setattr(flash, "varlen_attn", reference_varlen_attn)
     monkeypatch.setattr(flash, "flash_attention_forward", reference_flash_forward)
-    monkeypatch.setattr(flash, "PAGE_TOKENS", PAGE_TOKENS)
+    monkeypatch.setattr(flash, "FLASH_PAGE_TOKENS", PAGE_TOKENS)
     monkeypatch.setattr(flash.FlashAttention, "page_tokens", PAGE_TOKENS)
     monkeypatch.setattr(flash, "usable", lambda *_: True)
     monkeypatch.setattr(packed, "new_capture", lambda: capture)
@@ -327,11 +327,11 @@ def test_on_cuda_the_body_runs_packed_in_full_precision(arch: str, tmp_path: Pat
 
 def on_cuda(arch: str, directory: Path, dtype: torch.dtype) -> Runner:
     wide = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 6}
-    plan_ = read_spec(str(tiny.save(arch, directory, **wide)))
-    split = Split.parse(plan_.layers, "1:-2")
-    model, stack = load_part(plan_, split, "worker", dtype=dtype)
+    spec = read_spec(str(tiny.save(arch, directory, **wide)))
+    split = Split.parse(spec.layers, "1:-2")
+    model, stack = load_part(spec, split, "worker", dtype=dtype)
     model.to("cuda")
-    return build_runner(stack, split, plan_.text_config, 1 << 28)
+    return build_runner(stack, split, spec.text_config, 1 << 28)
 
 
 def check_decoding(engine: Runner, tolerance: float) -> None:

@@ -92,7 +92,7 @@ def test_tensors_are_found_where_they_are(tmp_path: Path, write: Callable[[Path]
 def test_digest_in_chunks_reports_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Checkpoint.resolve(write_single(tmp_path / "tiny"))
     whole = found.digest(TENSORS)
-    monkeypatch.setattr(checkpoint_module, "CHUNK", 5)
+    monkeypatch.setattr(checkpoint_module, "HASHED_BYTES", 5)
     counts: list[int] = []
     assert found.digest(TENSORS, counts.append) == whole
     assert list(whole) == list(TENSORS)

@@ -51,20 +51,20 @@ def dropping(part: str) -> Callable[[str, torch.Tensor], torch.Tensor | None]:
 
 @pytest.mark.parametrize("arch", tiny.LISTED)
 def test_sides_share_no_tensor_and_lack_none(arch: str, tmp_path: Path) -> None:
-    plan_ = read_spec(str(tiny.save(arch, tmp_path)))
-    device, worker = (plan_.own_tensors(SPLIT, side) for side in SIDES)
-    assert sorted(device + worker) == plan_.checkpoint.tensor_names
-    assert {plan_.layer_of(name) for name in worker} == {2, 3}
-    assert {plan_.layer_of(name) for name in device} == {None, 0, 1, 4, 5}
+    spec = read_spec(str(tiny.save(arch, tmp_path)))
+    device, worker = (spec.own_tensors(SPLIT, side) for side in SIDES)
+    assert sorted(device + worker) == spec.checkpoint.tensor_names
+    assert {spec.layer_of(name) for name in worker} == {2, 3}
+    assert {spec.layer_of(name) for name in device} == {None, 0, 1, 4, 5}
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral"])
 def test_parameters_of_a_part(arch: str, tmp_path: Path) -> None:
     """Each side has the unsplit model's weights in its own layers, and no parameter in the other's."""
     full = LayerStack(tiny.build(arch), tiny.LAYERS)
-    plan_ = read_spec(str(tiny.save(arch, tmp_path)))
+    spec = read_spec(str(tiny.save(arch, tmp_path)))
     for side in SIDES:
-        model, stack = load_part(plan_, SPLIT, side)
+        model, stack = load_part(spec, SPLIT, side)
         for index, (slot, layer) in enumerate(zip(stack.slots, full.slots, strict=True)):
             if (index in SPLIT.body) == (side == "worker"):
                 assert slot.state_dict().keys() == layer.state_dict().keys()
@@ -82,10 +82,10 @@ def test_tensors_beyond_the_last_layer_are_left_out(tmp_path: Path) -> None:
     extra = {"model.layers.6.mlp.up_proj.weight": torch.zeros(48, 32)}
     file = tiny.save("llama", tmp_path) / "model.safetensors"
     save_file({**load_file(file), **extra}, file, metadata={"format": "pt"})
-    plan_ = read_spec(str(tmp_path))
-    assert all("layers.6" not in name for side in SIDES for name in plan_.own_tensors(SPLIT, side))
+    spec = read_spec(str(tmp_path))
+    assert all("layers.6" not in name for side in SIDES for name in spec.own_tensors(SPLIT, side))
     for side in SIDES:
-        load_part(plan_, SPLIT, side)
+        load_part(spec, SPLIT, side)
 
 
 def test_checkpoint_with_names_of_its_own(tmp_path: Path) -> None:
@@ -95,9 +95,9 @@ def test_checkpoint_with_names_of_its_own(tmp_path: Path) -> None:
     renamed = {re.sub(r"model\.layers\.", "transformer.h.", name): t for name, t in load_file(file).items()}
     renamed["transformer.h.0.mlp.experts.0.bias"] = torch.zeros(1)
     save_file(renamed, file, metadata={"format": "pt"})
-    plan_ = read_spec(str(tmp_path))
-    assert plan_.prefix == "transformer.h"
-    assert {plan_.layer_of(name) for name in plan_.own_tensors(SPLIT, "worker")} == {2, 3}
+    spec = read_spec(str(tmp_path))
+    assert spec.prefix == "transformer.h"
+    assert {spec.layer_of(name) for name in spec.own_tensors(SPLIT, "worker")} == {2, 3}
 
 
 def test_checkpoint_with_two_stacks(tmp_path: Path) -> None:
@@ -131,12 +131,12 @@ def test_only_the_shards_needed_are_fetched(arch: str, tmp_path: Path, monkeypat
     shards: dict[Side, set[str]] = {}
     for side in SIDES:
         fetched.clear()
-        plan_ = read_spec("org/model")
-        own = plan_.own_tensors(SPLIT, side)
-        find_manifest(fleet, plan_.checkpoint, own)
-        load_part(plan_, SPLIT, side)
+        spec = read_spec("org/model")
+        own = spec.own_tensors(SPLIT, side)
+        find_manifest(fleet, spec.checkpoint, own)
+        load_part(spec, SPLIT, side)
         shards[side] = {file for file in fetched if file.endswith(".safetensors")}
-        assert shards[side] == {plan_.checkpoint.files[name] for name in own}
+        assert shards[side] == {spec.checkpoint.files[name] for name in own}
     assert shards["device"] - shards["worker"]
     assert shards["worker"] - shards["device"]
 
@@ -165,10 +165,10 @@ def test_sharded_checkpoint_gives_the_same_tokens(tmp_path: Path) -> None:
 )
 def test_missing_tensor(part: str, side: Side, tmp_path: Path) -> None:
     """The side that needs it says so; the other one does not care."""
-    plan_ = read_spec(str(rewrite(tiny.save("llama", tmp_path), dropping(part))))
+    spec = read_spec(str(rewrite(tiny.save("llama", tmp_path), dropping(part))))
     with pytest.raises(MissingTensor, match=re.escape(part)):
-        load_part(plan_, SPLIT, side)
-    load_part(plan_, SPLIT, "device" if side == "worker" else "worker")
+        load_part(spec, SPLIT, side)
+    load_part(spec, SPLIT, "device" if side == "worker" else "worker")
 
 
 def test_missing_tensor_from_end_to_end(tmp_path: Path) -> None:
@@ -193,9 +193,9 @@ def test_tensor_of_another_shape(tmp_path: Path) -> None:
     def shorten(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor[:-1] if "layers.3.mlp.up_proj" in name else tensor
 
-    plan_ = read_spec(str(rewrite(tiny.save("llama", tmp_path), shorten)))
+    spec = read_spec(str(rewrite(tiny.save("llama", tmp_path), shorten)))
     with pytest.raises(ModelError, match=r"layers.3.mlp.up_proj.weight has the shape \[47, 32\], not \[48, 32\]"):
-        load_part(plan_, SPLIT, "worker")
+        load_part(spec, SPLIT, "worker")
 
 
 def nudged(name: str, tensor: torch.Tensor) -> torch.Tensor:

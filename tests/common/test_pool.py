@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from split_common.engine.pool import PAGE_TOKENS, LayerShape, OutOfPages, PagedSequence, PagePool
+from split_common.engine.pool import DEFAULT_PAGE_TOKENS, LayerShape, OutOfPages, PagedSequence, PagePool
 
 
 def make_pool(pages: int = 8) -> PagePool:
@@ -31,7 +31,7 @@ def read(pool: PagePool, sequence: PagedSequence) -> list[float]:
 def test_a_sequence_grows_in_place_while_its_neighbour_is_free() -> None:
     pool = make_pool()
     sequence = pool.new_sequence()
-    for _ in range(3 * PAGE_TOKENS):
+    for _ in range(3 * DEFAULT_PAGE_TOKENS):
         write(pool, sequence, 1, 1.0)
     assert sequence.contiguous
     assert sequence.pages == [0, 1, 2]
@@ -42,7 +42,7 @@ def test_a_second_sequence_leaves_the_first_room_to_grow() -> None:
     first, second = pool.new_sequence(), pool.new_sequence()
     write(pool, first, 1, 1.0)
     write(pool, second, 1, 2.0)
-    write(pool, first, 3 * PAGE_TOKENS, 1.0)
+    write(pool, first, 3 * DEFAULT_PAGE_TOKENS, 1.0)
     assert first.contiguous
     assert second.contiguous
 
@@ -50,14 +50,14 @@ def test_a_second_sequence_leaves_the_first_room_to_grow() -> None:
 def test_a_fork_shares_pages_until_one_of_the_two_writes() -> None:
     pool = make_pool()
     first = pool.new_sequence()
-    write(pool, first, PAGE_TOKENS + 4, 1.0)
+    write(pool, first, DEFAULT_PAGE_TOKENS + 4, 1.0)
     second = first.fork()
     assert pool.free == 6
     write(pool, second, 1, 2.0)
     assert pool.free == 5
     write(pool, first, 1, 3.0)
-    assert read(pool, first) == [1.0] * (PAGE_TOKENS + 4) + [3.0]
-    assert read(pool, second) == [1.0] * (PAGE_TOKENS + 4) + [2.0]
+    assert read(pool, first) == [1.0] * (DEFAULT_PAGE_TOKENS + 4) + [3.0]
+    assert read(pool, second) == [1.0] * (DEFAULT_PAGE_TOKENS + 4) + [2.0]
     first.free()
     second.free()
     assert pool.free == 8
@@ -66,13 +66,13 @@ def test_a_fork_shares_pages_until_one_of_the_two_writes() -> None:
 def test_a_full_pool_refuses_and_changes_nothing() -> None:
     pool = make_pool(pages=2)
     first, second = pool.new_sequence(), pool.new_sequence()
-    write(pool, first, PAGE_TOKENS, 1.0)
+    write(pool, first, DEFAULT_PAGE_TOKENS, 1.0)
     write(pool, second, 3, 2.0)
     with pytest.raises(OutOfPages):
         first.append(1)
     with pytest.raises(OutOfPages):
-        second.append(PAGE_TOKENS)
-    assert read(pool, first) == [1.0] * PAGE_TOKENS
+        second.append(DEFAULT_PAGE_TOKENS)
+    assert read(pool, first) == [1.0] * DEFAULT_PAGE_TOKENS
     assert read(pool, second) == [2.0] * 3
 
 

@@ -217,14 +217,14 @@ def test_a_worker_that_forgets_the_embeddings_each_time_is_left(
     wanted = latents(pipe)
     body: Any = worker._body
     held = body.held
-    job, times = held.job, iter(range(session.MAX_EMBEDDINGS + 1))
+    conditioning, times = held.conditioning, iter(range(session.MAX_EMBEDDINGS + 1))
 
     def crowded(state: Any, key: bytes) -> Any:
         if next(times, None) is not None:
             held.forget(state)
-        return job(state, key)
+        return conditioning(state, key)
 
-    monkeypatch.setattr(held, "job", crowded)
+    monkeypatch.setattr(held, "conditioning", crowded)
     assert torch.equal(latents(pipe), wanted)
 
 

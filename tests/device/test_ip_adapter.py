@@ -155,14 +155,14 @@ def test_what_is_no_adapter(sdxl: Path, adapter: Path, tmp_path: Path) -> None:
     tensors = load_file(adapter)
     del tensors["ip_adapter.5.to_k_ip.weight"]
     save_file(tensors, tmp_path / "short.safetensors")
-    plan = read_denoiser_spec(Checkpoint.resolve(sdxl, ip_adapter=tmp_path / "short.safetensors"))
+    spec = read_denoiser_spec(Checkpoint.resolve(sdxl, ip_adapter=tmp_path / "short.safetensors"))
     with pytest.raises(MissingTensor, match="to_k_ip"):
-        plan.middle(plan.split("C"))
+        spec.load_blocks(spec.split("C"))
 
 
 def test_jobs_that_do_not_fit_the_adapter_are_refused(sdxl: Path, adapter: Path) -> None:
-    plan = read_denoiser_spec(Checkpoint.resolve(sdxl, ip_adapter=adapter))
-    body = DenoiserBody(plan, plan.split("C"), torch.device("cpu"))
+    spec = read_denoiser_spec(Checkpoint.resolve(sdxl, ip_adapter=adapter))
+    body = DenoiserBody(spec, spec.split("C"), torch.device("cpu"))
     state = body.new_state()
 
     def send(shapes: list[list[int]], scales: list[float]) -> None:
@@ -171,7 +171,7 @@ def test_jobs_that_do_not_fit_the_adapter_are_refused(sdxl: Path, adapter: Path)
         assert body.begin(state, payloads.Conditioning(KEY, arrays, scales), memoryview(data)) == []
 
     text, images = [1, 4, WIDTH], [1, 1, 4, WIDTH]
-    count = len(plan.body_attentions(plan.split("C")))  # type: ignore[attr-defined]
+    count = len(spec.body_attentions(spec.split("C")))  # type: ignore[attr-defined]
     for shapes, scales in (
         ([text, images], [1.0] * (count - 1)),
         ([text], [1.0] * count),

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 import tiny
 from fleet import running_broker, start_worker
-from split_common.engine.pool import PAGE_TOKENS, PagePool
+from split_common.engine.pool import DEFAULT_PAGE_TOKENS, PagePool
 from split_common.errors import SessionLost, StepFailed
 from split_device import SplitModelForCausalLM
 from split_device.sessions.client import PATIENCE
@@ -191,7 +191,7 @@ def test_many_sessions_finish_on_a_pool_for_a_few(tmp_path: Path, monkeypatch: p
     with fleet_of(checkpoint, limits, patience=120.0) as (model, workers), ThreadPoolExecutor(sessions) as pool:
         store = workers.running[0]._body.store
         assert isinstance(store, PagePool)
-        assert room * 64 <= store.capacity < room * 64 + 2 * PAGE_TOKENS
+        assert room * 64 <= store.capacity < room * 64 + 2 * DEFAULT_PAGE_TOKENS
         outputs = list(pool.map(lambda prompt: model.generate(prompt[None], **GREEDY), prompts))
         for prompt, output in zip(prompts, outputs, strict=True):
             assert torch.equal(output, unsplit.generate(prompt[None], **GREEDY))
@@ -206,6 +206,6 @@ def _bytes_for(checkpoint: Path, tokens: int) -> int:
             store = worker._body.store
             assert isinstance(store, PagePool)
             held = sum(keys.nbytes + values.nbytes for keys, values in store.layers.values())
-            return held * -(-tokens // PAGE_TOKENS) // store.pages
+            return held * -(-tokens // DEFAULT_PAGE_TOKENS) // store.pages
         finally:
             worker.stop()

@@ -256,15 +256,15 @@ TIME, IMAGE, TEXT = torch.ones(2, 32), torch.ones(2, 9, 32), torch.ones(2, 4, 32
     ids=lambda tensors: " ".join(str(list(tensor.shape)) for tensor in tensors),
 )
 def test_steps_that_do_not_fit_are_refused(kind: str, model: Path, tensors: tuple[torch.Tensor, ...]) -> None:
-    plan = read_denoiser_spec(Checkpoint.resolve(model))
-    body = DenoiserBody(plan, plan.split("C"), torch.device("cpu"))
+    spec = read_denoiser_spec(Checkpoint.resolve(model))
+    body = DenoiserBody(spec, spec.split("C"), torch.device("cpu"))
     state = body.new_state()
     condition = None
     places, data = encode(torch.ones(1, 13, 3))
     if kind == "flux":
         condition = KEY
         for array in (payloads.Array("float32", [1, 13, 2]), payloads.Array("float32", [2, 13, 3])):
-            with pytest.raises(Malformed, match="places"):
+            with pytest.raises(Malformed, match="positions"):
                 body.begin(state, payloads.Conditioning(KEY, [array]), memoryview(b""))
         body.begin(state, payloads.Conditioning(KEY, [places]), memoryview(data))
         shorter = [encode(tensor) for tensor in (IMAGE[:, 1:], TIME, TEXT)]
@@ -286,12 +286,12 @@ def test_steps_that_do_not_fit_are_refused(kind: str, model: Path, tensors: tupl
 
 
 def test_bodies(kind: str, model: Path) -> None:
-    plan = read_denoiser_spec(Checkpoint.resolve(model))
-    assert str(plan.split("C")) == "1:6"
-    assert str(plan.check(Split(7, 3, 4))) == "3:4"
+    spec = read_denoiser_spec(Checkpoint.resolve(model))
+    assert str(spec.split("C")) == "1:6"
+    assert str(spec.check(Split(7, 3, 4))) == "3:4"
     for first, last in ((0, 6), (1, 7)):
         with pytest.raises(InvalidSplit, match="some at each end"):
-            plan.check(Split(7, first, last))
-    mine, theirs = (set(plan.own_tensors(plan.split("A"), side)) for side in ("device", "worker"))
+            spec.check(Split(7, first, last))
+    mine, theirs = (set(spec.own_tensors(spec.split("A"), side)) for side in ("device", "worker"))
     assert not mine & theirs
-    assert mine | theirs == set(plan.checkpoint.tensor_names)
+    assert mine | theirs == set(spec.checkpoint.tensor_names)

@@ -49,7 +49,7 @@ from split_device.models.cache import SessionCacheLayer, StepContext, Traits
 from split_device.sessions import channels as channels_module
 from split_device.sessions import session as session_module
 from split_device.sessions.connection import PATIENCE
-from split_worker import worker as worker_module
+from split_worker import channels as worker_channels
 from split_worker.limits import WorkerLimits
 from split_worker.worker import Worker
 from wiretap import LATE, SOON, Setting, cheat, on_loop, run_steps, step, wait_until
@@ -589,7 +589,7 @@ def test_a_device_whose_certificate_runs_out_is_put_out(own: Setting, monkeypatc
         session = client.open_session()
         session.call([step(0)])
         days_pass(1, monkeypatch)
-        wait_until(lambda: not worker._links)
+        wait_until(lambda: not worker._channels.open)
         wait_until(lambda: len(worker._sessions) == 0)
         with pytest.raises(SessionLost):
             session.call([step(1)])
@@ -643,7 +643,7 @@ def test_a_fleet_shared_by_threads_is_obeyed_as_well(own: Setting) -> None:
         worker.start()
         client.open_session().call([step(0)])
         own.fleet.revoke("device-1")
-        wait_until(lambda: not worker._links)
+        wait_until(lambda: not worker._channels.open)
         worker.stop()
 
 
@@ -720,7 +720,7 @@ def test_a_link_closed_by_its_own_thread_ends(setting: Setting) -> None:
 def test_channels_are_bounded_and_a_forgotten_one_is_told(
     setting: Setting, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module, "MAX_CHANNELS_PER_DEVICE", 2)
+    monkeypatch.setattr(worker_channels, "MAX_CHANNELS_PER_DEVICE", 2)
     monkeypatch.setattr(session_module, "CHANNEL_SESSIONS", 2)
     with (
         setting.broker() as broker,
@@ -729,7 +729,7 @@ def test_channels_are_bounded_and_a_forgotten_one_is_told(
     ):
         sessions = [client.open_session() for _ in range(6)]
         assert len({session.channel.number for session in sessions}) == 3
-        assert len(worker._links) == 2
+        assert len(worker._channels.open) == 2
         with pytest.raises(SessionLost):
             sessions[0].call([step(0)])
         assert sessions[1].ended
@@ -738,18 +738,18 @@ def test_channels_are_bounded_and_a_forgotten_one_is_told(
 
 def test_half_open_channels_are_bounded_and_cost_no_session(setting: Setting) -> None:
     with setting.broker() as broker, setting.worker(broker.address) as worker:
-        for number in range(worker_module.MAX_HALF_OPEN + 50):
+        for number in range(worker_channels.MAX_HALF_OPEN + 50):
             hello = DeviceHandshake(
                 setting.fleet.read_identity("device-1"), lambda *_: None, setting.service, "float32"
             ).hello
             worker.on_message(headers.Open(bytes(8), number, setting.service), hello)
-        assert len(worker._half_open) == worker_module.MAX_HALF_OPEN
-        assert len(worker._sessions) == len(worker._links) == 0
+        assert len(worker._channels.half_open) == worker_channels.MAX_HALF_OPEN
+        assert len(worker._sessions) == len(worker._channels.open) == 0
         with worker._lock:
-            for half in worker._half_open.values():
-                half.since -= worker_module.HALF_OPEN_TIMEOUT
+            for half in worker._channels.half_open.values():
+                half.since -= worker_channels.HALF_OPEN_TIMEOUT
         worker.announcement()
-        assert not worker._half_open
+        assert not worker._channels.half_open
 
 
 def test_threads_share_one_channel(setting: Setting, expected: list[bytes]) -> None:

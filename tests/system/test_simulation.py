@@ -167,7 +167,7 @@ def check_nothing_left(world: World, client: Any) -> None:
         if link.up:
             assert (len(worker._sessions), worker._compute.queued_bytes) == (0, 0)
             assert worker._body.store.free == worker._body.store.pages  # type: ignore[attr-defined]
-            assert not worker._links
+            assert not worker._channels.open
             assert worker._compute.failure is None
     for link in world.links.values():
         assert link.counters["HandlerError"] == 0

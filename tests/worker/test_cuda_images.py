@@ -134,7 +134,7 @@ def test_two_devices_at_once(broker: str, model: Path, unsplit: Any) -> None:
 def test_a_body_replays_what_it_would_run(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = load_body(kind, tmp_path, PLACE)
     images = [Image(body, kind), Image(body, kind)]
-    keys = [image.job(number) for number, image in enumerate(images)]
+    keys = [image.condition(number) for number, image in enumerate(images)]
     assert body._graphs is not None
     graphs = body._graphs._graphs
 
@@ -160,11 +160,11 @@ def test_a_body_replays_what_it_would_run(kind: str, tmp_path: Path, monkeypatch
 #: Captures fail, and the process goes on.
 FAILING = f"""
 import torch
-from split_common.models.denoisers.spec import Job
+from split_common.models.denoisers.spec import StepConditioning
 from split_common.engine.graphs import new_capture
 from split_worker.bodies.step_graphs import StepGraphs
 
-def forward(tensors, job):
+def forward(tensors, conditioning):
     (states,) = tensors
     return states * states.sum().item() if len(states) in (3, 6) else states + 1
 
@@ -173,7 +173,7 @@ with torch.inference_mode():
     for size, captured in ((3, 0), (4, 1), (6, 1), (5, 2), (3, 2), (4, 2)):
         for number in range({CAPTURED} + 3):
             states = torch.full((size,), float(number), device="cuda")
-            output = graphs.run([states], Job()).cpu()
+            output = graphs.run([states], StepConditioning()).cpu()
             wanted = size * number**2 if size in (3, 6) else number + 1
             assert output.tolist() == [wanted] * size, (size, number, output)
         assert len(graphs._graphs) == captured, (size, captured)

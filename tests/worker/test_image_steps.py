@@ -33,14 +33,14 @@ WIDTH = 2 * tiny_diffusion.TEXT
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> DenoiserSpec:
+def spec(tmp_path_factory: pytest.TempPathFactory) -> DenoiserSpec:
     path = tiny_diffusion.save_sdxl(tmp_path_factory.mktemp("sdxl"))
     return read_denoiser_spec(Checkpoint.resolve(path))
 
 
 @pytest.fixture(scope="module")
-def body(plan: DenoiserSpec) -> DenoiserBody:
-    return DenoiserBody(plan, plan.split("C"), torch.device("cpu"))
+def body(spec: DenoiserSpec) -> DenoiserBody:
+    return DenoiserBody(spec, spec.split("C"), torch.device("cpu"))
 
 
 def pack(*tensors: torch.Tensor) -> tuple[list[payloads.Array], memoryview]:
@@ -173,13 +173,13 @@ def test_embeddings_that_grow_by_their_rows_are_refused(
     many = torch.ones(3, 32, 16, 16), torch.ones(3, 128)
     (run,) = begin(body, state, [0, -1], many[0][:2], many[1][:2])
     # While it waits, it holds them once.
-    assert run.job is body.held.job(state, KEY)
+    assert run.conditioning is body.held.conditioning(state, KEY)
     with pytest.raises(Oversized):
         begin(body, state, [0, -1, 0], *many)
 
 
-def test_embeddings_that_were_used_least_lately_are_forgotten_first(plan: DenoiserSpec) -> None:
-    body = DenoiserBody(plan, plan.split("C"), torch.device("cpu"), memory=2 * 4 * WIDTH * 4)
+def test_embeddings_that_were_used_least_lately_are_forgotten_first(spec: DenoiserSpec) -> None:
+    body = DenoiserBody(spec, spec.split("C"), torch.device("cpu"), memory=2 * 4 * WIDTH * 4)
     state, other = body.new_state(), body.new_state()
     condition(body, state)
     condition(body, other, key=b"1" * 32)
@@ -219,22 +219,22 @@ def test_a_step_without_embeddings_is_refused(body: DenoiserBody) -> None:
         body.begin(body.new_state(), payloads.Denoise(None, [0], arrays, "float32"), data)
 
 
-def test_cuts(plan: DenoiserSpec, tmp_path: Path) -> None:
-    assert str(plan.split("C")) == "1:6"
-    assert str(plan.split("A")) == "2:5"
+def test_cuts(spec: DenoiserSpec, tmp_path: Path) -> None:
+    assert str(spec.split("C")) == "1:6"
+    assert str(spec.split("A")) == "2:5"
     with pytest.raises(ConfigError):
-        plan.split("D")
-    mine, theirs = (set(plan.own_tensors(plan.split("C"), side)) for side in ("device", "worker"))
+        spec.split("D")
+    mine, theirs = (set(spec.own_tensors(spec.split("C"), side)) for side in ("device", "worker"))
     assert not mine & theirs
-    assert mine | theirs == set(plan.checkpoint.tensor_names)
+    assert mine | theirs == set(spec.checkpoint.tensor_names)
     assert "up_blocks.1.upsamplers.0.conv.weight" in mine
     assert "up_blocks.0.upsamplers.0.conv.weight" in theirs
-    plan.config["block_out_channels"] = [32]
+    spec.config["block_out_channels"] = [32]
     try:
         with pytest.raises(InvalidSplit):
-            plan.split("C")
+            spec.split("C")
     finally:
-        plan.config["block_out_channels"] = [32, 64, 96]
+        spec.config["block_out_channels"] = [32, 64, 96]
 
 
 def test_a_sharded_checkpoint(tmp_path: Path) -> None:

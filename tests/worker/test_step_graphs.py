@@ -48,8 +48,8 @@ def load_body(kind: str, directory: Path, place: str = "cpu") -> DenoiserBody:
         if kind == "ip-adapter":
             adapter = tiny_diffusion.save_ip_adapter(directory / "ip.safetensors", directory)
         directory = directory / "unet"
-    plan = read_denoiser_spec(Checkpoint.resolve(directory, ip_adapter=adapter))
-    return DenoiserBody(plan, plan.split("A" if kind == "unet A" else "C"), torch.device(place), torch.float32)
+    spec = read_denoiser_spec(Checkpoint.resolve(directory, ip_adapter=adapter))
+    return DenoiserBody(spec, spec.split("A" if kind == "unet A" else "C"), torch.device(place), torch.float32)
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Image:
     def _random(self, seed: int, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
-    def job(self, seed: int, scale: float = 1.0, places: float = 1.0) -> bytes:
+    def condition(self, seed: int, scale: float = 1.0, places: float = 1.0) -> bytes:
         """Tells the body of an image; its key."""
         key = bytes([seed]) * 32
         tensors, scales = [], []
@@ -80,9 +80,9 @@ class Image:
             tensors = [self._random(seed, self.count, TEXT_TOKENS, WIDTH)]
         if self.kind == "ip-adapter":
             tensors.append(self._random(seed + 100, self.count, 1, 4, WIDTH))
-            plan = self.body._plan
-            assert isinstance(plan, UNetSpec)
-            scales = [scale] * len(plan.body_attentions(self.body._split))
+            spec = self.body._spec
+            assert isinstance(spec, UNetSpec)
+            scales = [scale] * len(spec.body_attentions(self.body._split))
         if tensors:
             arrays, data = zip(*map(encode, tensors), strict=True)
             self.body.begin(
@@ -91,10 +91,10 @@ class Image:
         return key
 
     def step(self, seed: int, key: bytes) -> DenoiserRun:
-        plan, split, count = self.body._plan, self.body._split, self.count
-        if isinstance(plan, UNetSpec):
-            residuals = plan.skip_shapes(split, self.size, self.size)
-            shapes = [(count, *residuals[0]), (count, plan.embedding)]
+        spec, split, count = self.body._spec, self.body._split, self.count
+        if isinstance(spec, UNetSpec):
+            residuals = spec.skip_shapes(split, self.size, self.size)
+            shapes = [(count, *residuals[0]), (count, spec.embedding)]
             shapes += [(count, *shape) for shape in residuals] if self.kind == "controlnet" else []
         else:
             shapes = [(count, self.size**2, 32), (count, 32), (count, TEXT_TOKENS, 32)]
@@ -139,7 +139,7 @@ class Captures:
 
 def with_graphs(body: DenoiserBody, *errors: Exception) -> Captures:
     captures = Captures(list(errors))
-    body._graphs = StepGraphs(body._middle, captures)
+    body._graphs = StepGraphs(body._blocks, captures)
     return captures
 
 
@@ -157,14 +157,16 @@ def test_a_forward_reads_nothing_of_the_host(any_body: tuple[str, DenoiserBody])
     """No tensor but its own, its weights and what it makes there; and no number of one of them."""
     kind, body = any_body
     image = Image(body, kind)
-    run = image.step(1, image.job(1))
-    tensors, job, weights = (
+    run = image.step(1, image.condition(1))
+    tensors, conditioning, weights = (
         [each.to("meta") for each in group]
-        for group in (run.tensors, run.job.tensors, body._middle.state_dict().values())
+        for group in (run.tensors, run.conditioning.tensors, body._blocks.state_dict().values())
     )
-    state = dict(zip(body._middle.state_dict(), weights, strict=True))
+    state = dict(zip(body._blocks.state_dict(), weights, strict=True))
     with torch.no_grad(), OnlyOnMeta():
-        torch.func.functional_call(body._middle, state, (tensors, StepConditioning(tuple(job), run.job.scales)))
+        torch.func.functional_call(
+            body._blocks, state, (tensors, StepConditioning(tuple(conditioning), run.conditioning.scales))
+        )
 
 
 class OnlyOnMeta(TorchDispatchMode):
@@ -181,7 +183,7 @@ def test_steps_and_jobs_of_one_shape_share_a_graph(any_body: tuple[str, Denoiser
     kind, body = any_body
     captures = with_graphs(body)
     image, other = Image(body, kind), Image(body, kind)
-    keys = [image.job(1), image.job(2, places=2.0)]
+    keys = [image.condition(1), image.condition(2, places=2.0)]
     outputs = []
     for seed in range(CAPTURED + 4):
         run = image.step(seed, keys[seed % 2])
@@ -190,9 +192,9 @@ def test_steps_and_jobs_of_one_shape_share_a_graph(any_body: tuple[str, Denoiser
         outputs.append(output)
     assert captures.graphs == 1
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(outputs))
-    # Of equal states with another job, and of two images in one forward.
+    # Of equal states with another conditioning, and of two images in one forward.
     assert torch.equal(body.launch([image.step(0, keys[1])]).wait()[0], outputs[0]) == (kind == "sd3")
-    key = other.job(1)
+    key = other.condition(1)
     for seed in range(CAPTURED + 2):
         runs = [image.step(seed, keys[0]), other.step(seed + 50, key)]
         assert all(map(torch.equal, body.launch(runs).wait(), plainly(body, runs)))
@@ -203,7 +205,7 @@ def test_each_scale_of_an_ip_adapter_has_a_graph(tmp_path: Path) -> None:
     body = load_body("ip-adapter", tmp_path)
     captures = with_graphs(body)
     image = Image(body, "ip-adapter")
-    keys = [image.job(seed, scale) for seed, scale in enumerate((0.5, 0.0, 1.5))]
+    keys = [image.condition(seed, scale) for seed, scale in enumerate((0.5, 0.0, 1.5))]
     for seed in range(3 * (CAPTURED + 1)):
         run = image.step(seed, keys[seed % 3])
         assert torch.equal(body.launch([run]).wait()[0], plainly(body, [run])[0])
@@ -216,7 +218,7 @@ def test_layouts_and_sizes_do_not_share_a_graph_and_few_are_kept(unet: DenoiserB
     images[1].channels_last = True
     images.append(Image(unet, "unet A", images[1].size))
     for image in images:
-        key = image.job(1)
+        key = image.condition(1)
         for seed in range(CAPTURED + 1):
             run = image.step(seed, key)
             assert torch.equal(unet.launch([run]).wait()[0], plainly(unet, [run])[0])
@@ -237,7 +239,7 @@ def test_sizes_that_come_once_are_not_captured_and_forgotten() -> None:
 
 
 def test_large_steps_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("split_worker.bodies.step_graphs.MAX_BYTES", 40)
+    monkeypatch.setattr("split_worker.bodies.step_graphs.MAX_GRAPH_BYTES", 40)
     captures = Captures()
     graphs = StepGraphs(lambda tensors, _: tensors[0] + 1, captures)
     for size in (8, 9):
@@ -251,7 +253,7 @@ def test_large_steps_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_captured_runs_as_it_is(unet: DenoiserBody, caplog: pytest.LogCaptureFixture) -> None:
     captures = with_graphs(unet, RuntimeError("operation not permitted\nwhen stream is capturing"))
     image = Image(unet, "unet A")
-    key = image.job(1)
+    key = image.condition(1)
     for seed in range(3 * CAPTURED):
         run = image.step(seed, key)
         assert torch.equal(unet.launch([run]).wait()[0], plainly(unet, [run])[0])
@@ -262,19 +264,19 @@ def test_what_cannot_be_captured_runs_as_it_is(unet: DenoiserBody, caplog: pytes
 def test_without_memory_for_a_graph_all_are_dropped(unet: DenoiserBody) -> None:
     captures = with_graphs(unet)
     small, large = Image(unet, "unet A", 4), Image(unet, "unet A", 6)
-    key = small.job(1)
+    key = small.condition(1)
     assert unet._graphs is not None
     graphs = unet._graphs._graphs
     for seed in range(CAPTURED):
         unet.launch([small.step(seed, key)]).wait()
     assert len(graphs) == 1
     captures.errors.append(torch.OutOfMemoryError("CUDA out of memory"))
-    key = large.job(1)
+    key = large.condition(1)
     for seed in range(2 * CAPTURED):
         run = large.step(seed, key)
         assert torch.equal(unet.launch([run]).wait()[0], plainly(unet, [run])[0])
     assert not graphs
-    key = small.job(1)
+    key = small.condition(1)
     for seed in range(CAPTURED):
         unet.launch([small.step(seed, key)]).wait()
     # Memory in which a capture failed, or no graph is left, is not used again.
@@ -308,7 +310,7 @@ def test_what_surrounds_a_forward_takes_the_memory_of_the_graphs(
     with_graphs(unet)
     assert unet._graphs is not None
     image = Image(unet, "unet A")
-    key = image.job(1)
+    key = image.condition(1)
     for seed in range(CAPTURED):
         unet.launch([image.step(seed, key)]).wait()
     assert len(unet._graphs._graphs) == 1

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 DeviceName = Literal["auto", "cpu", "cuda"]
 CutName = Literal["A", "C"]
 
-#: Seconds of draining that are not announced.
-UNANNOUNCED = 0.2
+#: Seconds of draining after which a message says what is waited for.
+SILENT_DRAIN = 0.2
 
 
 def register(app: typer.Typer) -> None:
@@ -52,38 +52,40 @@ def worker(
         typer.Option(
             metavar="FIRST:LAST",
             rich_help_panel=MODEL_PANEL,
-            help="The body's layers, as a slice. Default: 2:-2, which leaves two at each end.",
+            help="The layers to serve, as a slice. Default: 2:-2, which leaves the device two at each end.",
         ),
     ] = None,
     cut: Annotated[
         CutName | None,
         typer.Option(
             rich_help_panel=MODEL_PANEL,
-            help="For diffusion models, instead of --layers. C leaves the device a UNet's first level, or a "
-            "transformer's first and last block; A leaves it two levels, or a sixth of the blocks at each end. "
-            "Default: C.",
+            help="Where to cut a diffusion model, instead of --layers. C leaves the device a UNet's first level or "
+            "a transformer's first and last block; A leaves it two levels, or a sixth of the blocks at each "
+            "end. Default: C.",
         ),
     ] = None,
     ip_adapter: IpAdapterOption = None,
     broker: BrokerOption = DEFAULT_BROKER,
     device: Annotated[
-        DeviceName, typer.Option(help="Where the body runs; auto takes a GPU if there is one.")
+        DeviceName, typer.Option(help="Where to compute. With auto, on a GPU if there is one.")
     ] = "auto",
     dtype: DtypeOption = "auto",
     threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="CPU threads. Default: one per core.")
+        int | None, typer.Option(min=1, metavar="N", help="Number of CPU threads. Default: one per core.")
     ] = None,
     kv_memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory for keys and values, like 4GiB. Default: a share of what is free. For diffusion models, "
-            "memory for embeddings. Default: 1GiB.",
+            help="Memory for keys and values, e.g. 4GiB. Default: a share of the free memory. For diffusion "
+            "models: memory for embeddings. Default: 1GiB.",
         ),
     ] = None,
-    max_sessions: Annotated[int, typer.Option(min=1, metavar="N", help="Most sessions held at once.")] = 1024,
+    max_sessions: Annotated[
+        int, typer.Option(min=1, metavar="N", help="How many sessions may be open at once.")
+    ] = 1024,
     idle_timeout: Annotated[
-        float, typer.Option(min=1, metavar="SECONDS", help="How long a session may be idle before it is freed.")
+        float, typer.Option(min=1, metavar="SECONDS", help="How long a session may be idle before it is closed.")
     ] = 900.0,
     drain_timeout: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="How long to wait for open sessions after SIGTERM.")
@@ -94,7 +96,7 @@ def worker(
     timeout: TimeoutOption = 10.0,
     json: JsonOption = False,
 ) -> None:
-    """Serve a model's body to devices, until SIGTERM (which lets sessions end) or Ctrl-C.
+    """Serve a model's body to devices until SIGTERM, which lets open sessions end, or Ctrl-C.
 
     Needs a running `lambda-split broker`, or a Redis or Valkey server.
     """
@@ -139,7 +141,7 @@ def worker(
 
 
 def _announce(running: Worker, serving: Serving, name: str, json: bool) -> None:
-    """Says what is served."""
+    """Prints what is served: text on stderr, or JSON on stdout."""
     body, layers = serving.body, f"{serving.service.first}:{serving.service.last}"
     if not json:
         first, *more = body.describe(layers)
@@ -160,8 +162,8 @@ def _announce(running: Worker, serving: Serving, name: str, json: bool) -> None:
 
 
 def _drain(running: Worker, timeout: float) -> None:
-    """Waits for open sessions to end."""
-    if running.drain(min(timeout, UNANNOUNCED)):
+    """Waits for open sessions to end, for at most `timeout` seconds."""
+    if running.drain(min(timeout, SILENT_DRAIN)):
         return
     stderr.print(f"draining: no new sessions; those that are open have {timeout:g} s to end")
     if not running.drain(timeout):
@@ -169,6 +171,7 @@ def _drain(running: Worker, timeout: float) -> None:
 
 
 def _device(name: DeviceName) -> str:
+    """The device of a name. Raises ConfigError if torch does not find it."""
     import torch
 
     available = torch.cuda.is_available()

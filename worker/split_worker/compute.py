@@ -1,4 +1,4 @@
-"""The compute loop: requests in, batches through the body, replies out. The worker's hot path."""
+"""The compute loop: takes requests, runs them through the body in batches, and replies. The worker's hot path."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from split_worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-#: Seconds for which requests are taken in while others are ready to be computed. Those that need no forward are
-#: answered at once, and their devices' next ones arrive meanwhile.
+#: Most seconds for which a turn takes in requests that have arrived. It needs a limit, because requests without a
+#: forward are answered at once, and their devices' next ones arrive meanwhile.
 TAKE_IN = 0.1
 
-#: Seconds after which a device may try a step again that did not fit into memory.
+#: Seconds after which a device may repeat a step that did not fit into memory.
 MEMORY_RETRY = 0.5
 
 Step = ScheduledStep[PendingRequest, Any]
 Chunk = ScheduledChunk[PendingRequest, Any]
 
-#: Forwards that were launched, with the chunks of each.
+#: The forwards that were launched, each with its chunks.
 Launched = list[tuple[Sequence[Chunk], Forward]]
 
 
@@ -42,12 +42,12 @@ Launched = list[tuple[Sequence[Chunk], Forward]]
 class Batch:
     """Forwards that were launched together: one, or several after a failure."""
 
-    #: When, in seconds of `time.perf_counter`.
+    #: When they were launched, in seconds of `time.perf_counter`.
     began: float
     forwards: Launched
 
     def wait(self) -> list[tuple[Sequence[Chunk], list[torch.Tensor]]]:
-        """The output of each chunk."""
+        """Waits for the forwards. Returns the chunks of each, and the output of each chunk."""
         return [(chunks, forward.wait()) for chunks, forward in self.forwards]
 
 
@@ -56,13 +56,14 @@ Reply = Callable[[PendingRequest, payloads.Payload, memoryview | bytes], None]
 
 
 class ComputeLoop:
-    """Computes requests in a thread of its own, as many in one forward as are ready.
+    """Computes requests on a thread of its own, all that are ready in one forward.
 
     Args:
-        body: what computes.
+        body: the body that computes.
         sessions: the worker's sessions, used under `lock`.
-        reply: called for each request, on this thread.
-        on_failure: called, on this thread, when the loop has ended by an error.
+        lock: the worker's.
+        reply: called on the loop's thread for each request.
+        on_failure: called on the loop's thread when an error has ended the loop.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class ComputeLoop:
         self._lock = lock
         self._reply = reply
         self._on_failure = on_failure
-        #: What ended the loop, unless it was `stop`.
+        #: The error that ended the loop, if one did.
         self.failure: BaseException | None = None
         self._watchdog = Watchdog(body.first_turn, sessions.limits.hung_after)
         self._hung = False
@@ -92,23 +93,23 @@ class ComputeLoop:
         #: Bytes of requests that wait to be computed.
         self.queued_bytes = 0
         #: Forwards and the rows in them, steps and their tokens, microseconds that steps waited and that forwards
-        #: took, evictions, refusals by reason.
+        #: took, evictions, and refusals by reason.
         self.counters: Counter[str] = Counter()
 
     def start(self) -> None:
         self._thread.start()
 
     def put(self, request: PendingRequest) -> None:
-        """Called under the lock."""
+        """Queues a request. Called under the lock."""
         self.queued_bytes += len(request.tensor)
         self._inbox.put(request)
 
     def wake(self) -> None:
-        """Has closed sessions freed. Called on any thread."""
+        """Makes the loop free closed sessions soon. Called on any thread."""
         self._inbox.put(None)
 
     def stop(self) -> None:
-        """Ends after the forward that is under way, unless that one hangs."""
+        """Ends the loop and waits for the current forward, unless that one hangs."""
         self._stopping.set()
         self.wake()
         while self._thread.is_alive() and not self._watchdog.overdue():
@@ -139,13 +140,13 @@ class ComputeLoop:
             self._on_failure()
 
     def turn(self, under_way: Batch | None) -> Batch | None:
-        """Takes requests in, schedules and launches one batch, and answers one; waits if there is nothing to do.
+        """Takes requests in, schedules and launches one batch, and answers one. Waits if there is nothing to do.
 
         Args:
-            under_way: the batch that the turn before has left running.
+            under_way: the batch that the previous turn has left running.
 
         Returns:
-            The batch that this turn leaves running: on CUDA, where the host answers one while the next one runs.
+            The batch that this turn leaves running. On CUDA, the host answers one batch while the next one runs.
         """
         if under_way is not None:
             under_way.wait()
@@ -164,7 +165,7 @@ class ComputeLoop:
         return None
 
     def _take_in(self, patient: bool) -> None:
-        """Takes what has arrived. If patient, waits for the first request, and for sessions that are due back."""
+        """Takes the requests that have arrived. If patient, waits for a first one, and for due sessions."""
         if self._scheduler.idle and patient:
             self._accept(self._inbox.get())
         enough = time.perf_counter() + TAKE_IN
@@ -187,7 +188,7 @@ class ComputeLoop:
         with self._lock:
             held = self._sessions.get(request.session.id) is request.session
         if not held:
-            # The session was evicted or closed while the request was queued, and its memory is free by now.
+            # The session was evicted or closed while the request was queued. Its memory has been freed.
             self._answer(request, Evicted("the session's memory went to an older one"))
             return
         self._delay.returned(request.session, request.arrived)
@@ -195,7 +196,7 @@ class ComputeLoop:
         self._start(self._scheduler.add(ScheduledStep(request.session, device, request.prefill, request)))
 
     def _schedule(self) -> list[Chunk]:
-        """The chunks of the next forward. A step that does not fit gets another session's memory, or is refused."""
+        """The chunks of the next forward. If a step does not fit, evicts another session, or refuses the step."""
         while not self._stopping.is_set():
             chunks, starved = self._scheduler.next_batch()
             if starved is None:
@@ -205,7 +206,7 @@ class ComputeLoop:
         return []
 
     def _launch(self, chunks: Sequence[Chunk]) -> Launched:
-        """Launches a forward. If that fails, launches one for each step, and refuses the steps whose own fails."""
+        """Launches one forward. If that fails, launches one for each step, and refuses steps whose own fails."""
         try:
             return [(chunks, self._body.launch([chunk.run for chunk in chunks]))]
         except torch.AcceleratorError:
@@ -225,7 +226,7 @@ class ComputeLoop:
         """Waits for a batch and answers the steps that are complete with it."""
         outputs = batch.wait()
         now = time.perf_counter()
-        # A batch that was launched while another one ran has waited for that one.
+        # If this batch was launched while another one ran, it has waited for that one.
         seconds = now - max(batch.began, self._completed)
         self._completed = now
         for chunks, tensors in outputs:
@@ -238,7 +239,7 @@ class ComputeLoop:
     # --- steps begin and end -------------------------------------------------------------------------------
 
     def _start(self, step: Step | None) -> None:
-        """Starts a step; if it needs no forward or is refused, answers it, and starts the session's next one."""
+        """Starts a step. If it needs no forward or is refused, answers it, and starts the session's next one."""
         while step is not None:
             outcome: torch.Tensor | Exception
             try:
@@ -257,7 +258,7 @@ class ComputeLoop:
         self._start(self._scheduler.end(step))
 
     def _begin(self, request: PendingRequest) -> Sequence[Any]:
-        """The runs of a request. Raises what it is refused with."""
+        """The runs of a request. Raises the error that it is refused with."""
         session, payload = request.session, request.payload
         if isinstance(payload, payloads.Fork):
             self._fork(session, payload)
@@ -278,10 +279,10 @@ class ComputeLoop:
         session.state = state
 
     def _answer(self, request: PendingRequest, outcome: torch.Tensor | Exception, seconds: float = 0.0) -> None:
-        """Answers a request with its output, or with the error that it is refused with.
+        """Answers a request with its output, or refuses it with an error.
 
         Args:
-            seconds: that the forward took by which it is complete; 0 if it needed none.
+            seconds: how long the forward took that completed it; 0 if it needed none.
         """
         with self._lock:
             self.queued_bytes -= len(request.tensor)
@@ -310,7 +311,7 @@ class ComputeLoop:
         if isinstance(reply, payloads.Result) and not request.prefill:
             self._delay.answered(request.session, time.perf_counter())
         if isinstance(reply, payloads.Refusal) and reply.reason == "failed":
-            # What the session holds may be half written: the device starts another one.
+            # The session's state may be half written, so the device has to open another one.
             with self._lock:
                 self._sessions.close(request.session.id)
             self.wake()
@@ -318,7 +319,7 @@ class ComputeLoop:
     def _timed(
         self, request: PendingRequest, reply: payloads.AnyReply, began: float, seconds: float
     ) -> payloads.AnyReply:
-        """Counts a step that has run, and notes in its reply how long that took."""
+        """Counts a step that has run, and adds to its reply how long that took."""
         if not isinstance(request.payload, payloads.Step | payloads.Denoise):
             return reply
         assert isinstance(reply, payloads.Result | payloads.Denoised)
@@ -333,7 +334,7 @@ class ComputeLoop:
     # --- memory --------------------------------------------------------------------------------------------
 
     def _evict_for(self, asking: Session[Any]) -> bool:
-        """Frees the memory of one session for another one, if one may be evicted."""
+        """Evicts a session to free memory for another one. Returns whether there was one to evict."""
         with self._lock:
             victim = self._sessions.victim(asking)
             if victim is None:
@@ -350,7 +351,7 @@ class ComputeLoop:
             self._drop(session, Closed())
 
     def _drop(self, session: Session[Any], error: Exception) -> None:
-        """Answers all steps of a session with an error, and frees its memory."""
+        """Refuses all steps of a session with an error, and frees its memory."""
         for step in self._scheduler.cancel(session):
             self._answer(step.request, error)
         self._delay.forget(session)

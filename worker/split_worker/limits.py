@@ -1,4 +1,4 @@
-"""How much a worker takes on."""
+"""The limits of a worker's sessions and queue."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WorkerLimits:
-    """What bounds a worker's sessions and queue, beside memory for keys and values."""
+    """Limits of a worker's sessions and queue. Memory for keys and values is limited by the body."""
 
-    #: Sessions held at once.
+    #: Most sessions held at once.
     max_sessions: int = 1024
     #: Seconds without a request after which a session is closed.
     idle_timeout: float = 900.0
     #: Seconds without a request after which a session may be evicted in favour of another one.
     evict_after: float = 10.0
-    #: Tokens that each session is expected to grow by: a new one is admitted only if there is memory for that.
+    #: Tokens by which each session is expected to grow. A new one is admitted only if there is memory for them.
     growth: int = 64
-    #: Bytes of replies, in all sessions, that are kept to be sent again. If there are more, the least recently used
-    #: sessions lose theirs.
+    #: Most bytes of replies, over all sessions, that are kept to be sent again. If there are more, the least
+    #: recently used sessions lose theirs.
     max_replies: int = 1024**3
     #: Bytes of new replies after which all of them are counted.
     count_replies_every: int = 128 * 1024**2
-    #: Bytes of requests that may wait to be computed; further ones are refused.
+    #: Most bytes of requests that wait to be computed; further ones are refused.
     max_queued_bytes: int = 512 * 1024**2
-    #: Seconds after which devices send such a request again.
+    #: Seconds after which devices repeat a request that was refused because the queue is full.
     full_retry: float = 0.5
     #: Seconds after which a turn of the compute loop may count as hung: three heartbeats.
     hung_after: float = 3.0

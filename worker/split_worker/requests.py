@@ -1,4 +1,4 @@
-"""A request on its way through the worker, and the refusal that a device gets in place of an answer."""
+"""A request on its way through the worker, and the refusal that a device gets instead of an answer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Closed(Exception):
     """The session was closed, and its requests are not answered."""
 
 
-#: What a device is told for each error that a request may raise; all others end the session as "failed".
+#: The reason that a device is told for each error. All other errors end the session as "failed".
 REASONS: dict[type[Exception], str] = {
     Busy: "busy",
     NonFinite: "non-finite",
@@ -38,13 +38,13 @@ REASONS: dict[type[Exception], str] = {
     Evicted: "evicted",
 }
 
-#: Characters of an error's message that a device is told.
+#: Most characters of an error's message that a device is told.
 MAX_MESSAGE = 2048
 
 
 @dataclass(eq=False)
 class PendingRequest:
-    """A request to compute: decrypted, in order, of a session that exists."""
+    """A request to compute: decrypted, in order, and of an open session."""
 
     session: Session[Any]
     header: headers.Relay
@@ -52,21 +52,22 @@ class PendingRequest:
     tensor: memoryview
     #: When it arrived, in seconds of `time.perf_counter`.
     arrived: float
-    #: Seconds that this process has spent on it so far, without waiting and forwards.
+    #: Seconds that this process has spent on it so far, apart from waiting and forwards.
     host_seconds: float = 0.0
 
     @property
     def tokens(self) -> int:
-        """Tokens that it appends; 0 for all but a step of a language model."""
+        """Tokens that it appends; 0 unless it is a step of a language model."""
         return self.payload.tokens if isinstance(self.payload, payloads.Step) else 0
 
     @property
     def prefill(self) -> bool:
+        """Whether it is prefill, which may wait and may be computed in chunks."""
         return is_prefill(self.tokens)
 
 
 def refusal(error: Exception) -> payloads.Refusal:
-    """The answer to a request that ended with an error. An unforeseen error is reported by its type only."""
+    """The answer to a request that has failed. Of an unforeseen error, only the type is reported."""
     reason = REASONS.get(type(error), "failed")
     message, retry_after = type(error).__name__, 0.0
     if isinstance(error, SplitError):

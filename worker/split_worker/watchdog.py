@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import time
 
-#: A turn with much to compute gets more time: the time that it would take at the pace of the slowest recent turns,
-#: multiplied by this.
+#: A turn counts as hung after this many times the time that it would take at the pace of the slowest recent turns.
 HUNG_FACTOR = 4.0
 
-#: Seconds for the first turn, whose pace is not known.
+#: Seconds that the first turn may take, because its pace is not known.
 FIRST_TURN = 60.0
 
 
 class Watchdog:
-    """Whether a turn takes so much longer than others that it may never end.
+    """Tells whether a turn takes so much longer than others that it may never end.
 
-    `begin` and `end` are called by the thread that computes, `overdue` by any.
+    `begin` and `end` are called on the compute loop's thread, `overdue` on any thread.
 
     Args:
-        first_turn: seconds for the first turn.
-        hung_after: seconds after which any later turn may count as hung.
+        first_turn: seconds that the first turn may take.
+        hung_after: seconds that any later turn may take at least.
     """
 
     def __init__(self, first_turn: float, hung_after: float) -> None:
@@ -31,19 +30,20 @@ class Watchdog:
         self._slowest: float | None = None
 
     def begin(self, cost: int) -> None:
-        """A turn begins that computes this much: tokens, or elements of images."""
+        """Notes that a turn begins, and how much it computes: tokens, or elements of images."""
         if self._slowest is not None:
             self._allowed = max(self._hung_after, HUNG_FACTOR * self._slowest * cost)
         self._cost = cost
         self._began = time.monotonic()
 
     def end(self) -> None:
+        """Notes that the turn has ended."""
         assert self._began is not None
         pace = (time.monotonic() - self._began) / self._cost
         self._slowest = max(0.9 * (self._slowest or 0.0), pace)
         self._began = None
 
     def overdue(self) -> float:
-        """Seconds that the turn under way has taken if it counts as hung; else 0."""
+        """Seconds that the current turn has taken, if it counts as hung; else 0."""
         took = time.monotonic() - began if (began := self._began) is not None else 0.0
         return took if took > self._allowed else 0.0

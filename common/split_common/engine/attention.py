@@ -1,8 +1,8 @@
-"""Attention of packed sequences over their pages: what transformers' layers call in place of their own.
+"""Attention of packed sequences over their pages, which transformers' layers call instead of their own.
 
-The function is registered with transformers' `AttentionInterface`. It finds the batch in flight through a context
-variable, because some layers drop the keyword arguments that they are handed. A backend computes the attention:
-`sdpa` runs everywhere and expresses everything, `flash` is for half precision on CUDA.
+`packed_attention` is registered with transformers' `AttentionInterface`. It finds the current batch through a
+context variable, because some layers drop keyword arguments. A backend computes the attention: `sdpa` runs on every
+device and supports every call, `flash` is for half precision on CUDA.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from transformers import AttentionInterface
 
 from split_common.engine.pool import PagedSequence, PagePool
 
-#: The name under which transformers knows this attention.
-NAME = "lambda_split_packed"
+#: The name under which `packed_attention` is registered with transformers.
+ATTENTION_NAME = "lambda_split_packed"
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """A layer's request for attention, without its tensors."""
+    """What a layer passes to its attention, except for query, keys and values."""
 
     layer: int
     scale: float
@@ -35,7 +35,7 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class Span:
-    """The tokens `[begin, begin + count)` of the packed batch, which are the last ones of a sequence."""
+    """The tokens `[begin, begin + count)` of the packed batch, which are the last tokens of a sequence."""
 
     sequence: PagedSequence
     begin: int
@@ -43,7 +43,7 @@ class Span:
 
 
 class AttentionPlan(Protocol):
-    """How one batch is attended to; computed once for all layers."""
+    """How one batch is attended to. Computed once for all layers."""
 
     def attend(
         self, call: AttentionCall, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -63,23 +63,25 @@ class AttentionPlan(Protocol):
 
 
 class Backend(Protocol):
-    """Makes plans."""
+    """A way to compute attention over pages."""
 
+    #: Its name in messages and `worker --json`.
     name: str
     #: Tokens in a page of its pools.
     page_tokens: int
     #: Whether decoding batches can be captured in CUDA graphs.
     capturable: bool
 
-    def plan(self, pool: PagePool, spans: Sequence[Span], device: torch.device) -> AttentionPlan: ...
+    def plan(self, pool: PagePool, spans: Sequence[Span], device: torch.device) -> AttentionPlan:
+        """Prepares the attention of a batch, whose layers begin on `device`."""
 
 
 @dataclass
 class PackedBatch:
-    """A batch in flight: where its keys and values go, and how it is attended to."""
+    """The current batch: where its keys and values go, and how it is attended to."""
 
     pool: PagePool
-    #: Tokens of each sequence, in the order of the batch; the last count may be of padding.
+    #: Tokens of each sequence, in the order of the batch. The last entry may be padding.
     counts: Sequence[int]
     #: Slots of the sequences' new tokens in the pool, int64 `[tokens]`.
     slots: torch.Tensor
@@ -87,15 +89,16 @@ class PackedBatch:
     _slots: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
     def slots_on(self, device: torch.device) -> torch.Tensor:
-        """The slots on a layer's device: a body may be spread over several."""
+        """The slots on a layer's device, since a body may be spread over several."""
         if device not in self._slots:
             self._slots[device] = self.slots.to(device)
         return self._slots[device]
 
 
+#: The batch that the layers are running over.
 current: ContextVar[PackedBatch] = ContextVar("packed batch")
 
-#: The calls so far, each with the names of the further arguments that the layer passed; None unless it is probed.
+#: The calls so far, each with the names of the layer's further arguments; None unless the layers are being probed.
 recording: ContextVar[list[tuple[AttentionCall, list[str]]] | None] = ContextVar("recorded calls", default=None)
 
 
@@ -112,12 +115,12 @@ def packed_attention(
     s_aux: torch.Tensor | None = None,
     **other: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention interface over a packed batch.
+    """Attention over a packed batch, with the signature of transformers' attention interface.
 
     Args:
-        query: `[1, heads, tokens, key_width]`; key, value: `[1, key_heads, tokens, width]` of the new tokens. The
-            last tokens may be padding, which has no slot.
-        sliding_window: how many tokens each token attends to, itself included.
+        query: `[1, heads, tokens, key_width]`. The last tokens may be padding, which has no slots.
+        key, value: `[1, key_heads, tokens, width]` of the same tokens.
+        sliding_window: how many tokens each token attends to, including itself.
         softcap: attention logits are capped to ±softcap (Gemma 2 report, arXiv 2408.00118).
         s_aux: learned logits `[heads]` that take part of the attention (attention sinks, arXiv 2309.17453).
 
@@ -139,4 +142,4 @@ def packed_attention(
     return pad(output, (0, 0, 0, 0, 0, padding))[None] if padding else output[None], None
 
 
-AttentionInterface.register(NAME, packed_attention)
+AttentionInterface.register(ATTENTION_NAME, packed_attention)

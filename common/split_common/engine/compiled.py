@@ -1,8 +1,8 @@
 """Layers compiled by torch.compile: the operations between two matrix products become one kernel.
 
-A decoding step on a GPU reads each weight once, which takes microseconds per product. Without compilation,
-normalization, rotation and activation, of a dozen small kernels each, take as long again. Layers of one class share
-the compiled code.
+A decoding step on a GPU reads each weight once, which takes microseconds per product. Without compilation, the
+dozens of small kernels of normalization, rotation and activation take as long again. Layers of one class share the
+compiled code.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import nn
 from transformers import AttentionInterface
 
 from split_common.compat.torch import compile_in_this_process
-from split_common.engine.attention import NAME, packed_attention
+from split_common.engine.attention import ATTENTION_NAME, packed_attention
 
-#: Options of inductor for forwards of one token. Its product with a matrix is fused with the operations around it,
-#: and kernels are tuned on the device that they run on.
+#: Options of inductor for forwards of one token: matrix products are fused with the operations around them, and
+#: kernels are tuned on the device that they run on.
 ONE_TOKEN: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
 
 
 def compile_layers(layers: Sequence[nn.Module]) -> None:
     """Compiles layers at their next calls: once for one token, and once for any other number of tokens."""
     compile_in_this_process()
-    # It reads a context variable, which cannot be traced.
-    AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))  # type: ignore[no-untyped-call]
+    # It reads a context variable, which torch.compile cannot trace.
+    AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(packed_attention))  # type: ignore[no-untyped-call]
     for layer in layers:
         layer.forward = _compiled(layer.forward)
 
@@ -45,6 +45,6 @@ def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def forget_compiled(layers: Sequence[nn.Module]) -> None:
     """Undoes `compile_layers`."""
-    AttentionInterface.register(NAME, packed_attention)
+    AttentionInterface.register(ATTENTION_NAME, packed_attention)
     for layer in layers:
         vars(layer).pop("forward", None)

@@ -1,8 +1,9 @@
 """Attention by FlashAttention over the pages themselves, for half precision on CUDA.
 
 `varlen_attn` (torch.nn.attention.varlen) reads keys and values through a block table: nothing is gathered or
-padded, and the plan is a few tensors, so that a decoding batch can be captured in a CUDA graph (`graphs`). In torch
-2.11 the kernel takes no block table: sequences whose pages are contiguous are read in place, all others are copied.
+padded. The plan is a few tensors, so that a decoding batch can be captured in a CUDA graph (`graphs`). In torch
+2.11 the kernel does not take a block table: sequences whose pages are contiguous are read in place, all others are
+copied.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from split_common.compat.torch import flash_attention_forward
 from split_common.engine.attention import AttentionCall, Span
 from split_common.engine.pool import PagePool
 
-#: Tokens in a page: FlashAttention 2 takes multiples of 256.
-PAGE_TOKENS = 256
+#: Tokens in a page. FlashAttention 2 requires a multiple of 256.
+FLASH_PAGE_TOKENS = 256
 
-#: Widest head that it supports.
-MAX_WIDTH = 256
+#: The widest head that the kernel supports.
+MAX_HEAD_WIDTH = 256
 
-#: Whether it takes a block table, as from torch 2.12 on.
+#: Whether the kernel takes a block table, as it does from torch 2.12 on.
 READS_PAGES = "block_table" in (varlen_attn.__kwdefaults__ or ())
 
-#: The tensors of a plan.
+#: The names of the tensors in a plan.
 TABLES = ("cu_seqlens_q", "block_table", "seqused_k", "cu_seqlens_k")
 
 
@@ -38,10 +39,10 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class FlashAttention:
-    """The backend (`split_common.engine.attention.Backend`)."""
+    """FlashAttention (a `split_common.engine.attention.Backend`)."""
 
     name = "flash"
-    page_tokens = PAGE_TOKENS
+    page_tokens = FLASH_PAGE_TOKENS
     capturable = True
 
     def plan(self, pool: PagePool, spans: Sequence[Span], device: torch.device) -> FlashPlan:
@@ -50,7 +51,7 @@ class FlashAttention:
         if not reads_in_place(spans):
             # The pages of all sequences, one sequence after the other.
             block_table = torch.tensor([page for pages in held for page in pages], dtype=torch.int32)
-            cu_seqlens_k = _cumulated(map(len, held)) * PAGE_TOKENS
+            cu_seqlens_k = _cumulated(map(len, held)) * FLASH_PAGE_TOKENS
         return FlashPlan(
             cu_seqlens_q=_cumulated(span.count for span in spans),
             cu_seqlens_k=cu_seqlens_k,
@@ -62,7 +63,7 @@ class FlashAttention:
 
 
 def reads_in_place(spans: Sequence[Span]) -> bool:
-    """Whether the kernel reads sequences from the pool, not from a copy of their pages."""
+    """Whether the kernel reads the sequences from the pool rather than from a copy of their pages."""
     return READS_PAGES or all(span.sequence.contiguous for span in spans)
 
 
@@ -72,15 +73,16 @@ def make_tables(
     """The `block_table`, `seqused_k` and `cu_seqlens_k` of a plan that reads in place, on the host.
 
     Args:
-        rows: of the tables; those beyond the spans are padding, of one token in the scratch page.
+        spans: the batch.
+        rows: of the tables. Those beyond the spans are padding: sequences of one token in the scratch page.
         pages: columns of the block table.
-        scratch: fills the block table up.
+        scratch: the page that fills unused entries of the block table.
     """
     missing = rows - len(spans)
     held = [span.sequence.pages for span in spans] + [[]] * missing
     block_table = np.array([row + [scratch] * (pages - len(row)) for row in held], dtype=np.int32)
     seqused_k = np.array([span.sequence.length for span in spans] + [1] * missing, dtype=np.int32)
-    cu_seqlens_k = np.append(block_table[:, 0] * PAGE_TOKENS, 0).astype(np.int32)
+    cu_seqlens_k = np.append(block_table[:, 0] * FLASH_PAGE_TOKENS, 0).astype(np.int32)
     return torch.from_numpy(block_table), torch.from_numpy(seqused_k), torch.from_numpy(cu_seqlens_k)
 
 
@@ -94,14 +96,14 @@ class FlashPlan:
     """A batch of `n` spans, in FlashAttention's own terms.
 
     Args:
-        cu_seqlens_q: where each span begins in the batch, and the last one ends, int32 `[n + 1]`.
-        cu_seqlens_k: the token at which each sequence begins in the pool, or in a copy of its pages, int32
-            `[n + 1]`. The last one is not read; the sequences end where `seqused_k` says.
+        cu_seqlens_q: where each span begins in the batch, and where the last one ends, int32 `[n + 1]`.
+        cu_seqlens_k: the token at which each sequence begins in the pool, or in the copy of its pages, int32
+            `[n + 1]`. The last entry is not read, because `seqused_k` says where the sequences end.
         seqused_k: lengths of the sequences in tokens, int32 `[n]`.
         block_table: each sequence's pages, int32 `[n, pages]`; entries beyond its length are not read. If the pages
-            are to be copied, those of all sequences, int32 `[pages]`.
-        max_seqlen_q: most tokens in a span.
-        max_seqlen_k: most tokens in a sequence.
+            have to be copied: those of all sequences, one sequence after the other, int32 `[pages]`.
+        max_seqlen_q: tokens in the longest span.
+        max_seqlen_k: tokens in the longest sequence.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -115,11 +117,11 @@ class FlashPlan:
         self, call: AttentionCall, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         if call.softcap is not None or call.sinks is not None:
-            raise NotImplementedError("FlashAttention is used here without a cap on logits and without sinks")
-        if keys.shape[-1] != values.shape[-1] or keys.shape[-1] > MAX_WIDTH:
-            raise NotImplementedError(f"FlashAttention needs keys as wide as values, at most {MAX_WIDTH}")
-        keys, values = (stored.view(-1, PAGE_TOKENS, *stored.shape[1:]) for stored in (keys, values))
-        # One query at the end sees all keys anyway. Without a causal mask the kernel can split long sequences.
+            raise NotImplementedError("this FlashAttention backend supports neither capped logits nor sinks")
+        if keys.shape[-1] != values.shape[-1] or keys.shape[-1] > MAX_HEAD_WIDTH:
+            raise NotImplementedError(f"FlashAttention needs keys as wide as values, at most {MAX_HEAD_WIDTH}")
+        keys, values = (stored.view(-1, FLASH_PAGE_TOKENS, *stored.shape[1:]) for stored in (keys, values))
+        # A single query at the end sees all keys anyway. Without a causal mask the kernel can split long sequences.
         alone = self.max_seqlen_q == 1 and call.window is None
         window = (-1, -1) if alone else (-1 if call.window is None else call.window - 1, 0)
         here = self.on(query.device)
@@ -127,7 +129,7 @@ class FlashPlan:
         return attend(query.transpose(0, 1), keys, values, call.scale, window).transpose(0, 1)
 
     def on(self, device: torch.device) -> FlashPlan:
-        """The plan on a layer's device: a body may be spread over several."""
+        """The plan on a layer's device, since a body may be spread over several."""
         if device == self.block_table.device:
             return self
         tables = {name: getattr(self, name).to(device, non_blocking=True) for name in TABLES}

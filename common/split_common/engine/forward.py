@@ -1,4 +1,4 @@
-"""What launches forwards, and a forward under way: on CUDA it runs while the host does something else."""
+"""A forward that was launched, which on CUDA runs while the host does other work; and what launches it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from split_common.engine.sequences import KVStore, TokenRun
 
 
 class Forward:
-    """Starts to copy a forward's output to the host.
+    """A forward that was launched, whose output is being copied to the host.
 
     Args:
         output: of all runs, `[rows, ...]`, on the device that computes it. It may be overwritten, on the same
-            stream, as soon as this returns.
-        counts: rows of each run in the output.
-        order: index of the run that each count belongs to; None if they are in order.
+            stream, as soon as the constructor returns.
+        counts: how many rows of the output belong to each run.
+        order: the index of the run of each count; None if the runs are in order.
     """
 
     def __init__(self, output: torch.Tensor, counts: Sequence[int], order: Sequence[int] | None = None) -> None:
@@ -43,11 +43,12 @@ class Executor(Protocol):
     """One way to run layers over many sequences, and to keep their keys and values."""
 
     @property
-    def store(self) -> KVStore: ...
+    def store(self) -> KVStore:
+        """The sequences' memory."""
 
     @property
     def attention(self) -> str | None:
-        """The name of the packed attention; None where sequences run one at a time."""
+        """The name of the attention backend; None if sequences run one at a time."""
 
     def launch(self, runs: Sequence[TokenRun[Any]]) -> Forward:
         """Starts a forward that appends tokens to sequences of the store."""

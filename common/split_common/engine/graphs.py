@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +24,7 @@ from split_common.engine.pool import PagePool
 
 log = logging.getLogger(__name__)
 
-#: Sequences in the largest batch that is captured.
+#: Most sequences in a batch that is captured.
 MAX_GRAPH_ROWS = 256
 
 #: Alignment of the tensors in a buffer, in bytes.
@@ -33,7 +33,7 @@ ALIGNMENT = 16
 #: Runs the layers over states `[tokens, width]`, positions `[1, tokens]` and a batch.
 RunLayers = Callable[[torch.Tensor, torch.Tensor, PackedBatch], torch.Tensor]
 
-#: Captures a computation over fixed tensors; what it returns repeats the computation.
+#: Captures a computation over fixed tensors. Returns a function that repeats the computation.
 Capture = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 
 
@@ -44,10 +44,10 @@ def _capture_stream() -> Any:
 
 
 def new_capture() -> Capture:
-    """Captures computations in CUDA graphs that share memory, since they run one after the other.
+    """Returns a `Capture` whose CUDA graphs share memory, because they run one after the other.
 
-    The output of a replay is overwritten by the next replay of any of them. A new capture is needed after a
-    failure, and when none of its graphs is left, because torch has taken back their memory by then.
+    The next replay of any of them overwrites the output of a replay. A new `Capture` is needed after a failure, and
+    when all its graphs have been dropped, because torch has freed their memory by then.
     """
     memory = torch.cuda.graph_pool_handle()
 
@@ -56,13 +56,13 @@ def new_capture() -> Capture:
         warm_up.wait_stream(current)
         try:
             with torch.cuda.stream(warm_up):
-                # Libraries initialize themselves on first use, which cannot be captured.
+                # Libraries initialize themselves when they are first used, which cannot be captured.
                 compute()
         finally:
-            # What it reads may be freed only after it.
+            # The tensors that it reads may be freed only when it is done.
             current.wait_stream(warm_up)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use CUDA meanwhile. If a capture fails, only the outer context restores the stream.
+        # Other threads may use CUDA meanwhile. If the capture fails, only the outer context restores the stream.
         with (
             torch.cuda.stream(current),
             torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"),
@@ -78,14 +78,14 @@ def new_capture() -> Capture:
     return capture
 
 
-class Inputs:
-    """All that a graph reads, in a buffer on the host and one on the device, so that one copy transfers it.
+class GraphInputs:
+    """All that a graph reads, in one buffer on the host and one on the device, so that one copy transfers it.
 
     Args:
         rows: sequences in the batch.
-        pages: of the longest sequence in it.
+        pages: of the longest sequence in the batch.
         width, dtype: of the hidden states.
-        device: where the graph reads.
+        device: the device of the graph.
     """
 
     def __init__(self, rows: int, pages: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -121,35 +121,46 @@ class Inputs:
         return self.written
 
     def copy(self) -> None:
+        """Starts to copy the tensors on the host to the device."""
         self._device.copy_(self._host, non_blocking=True)
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self._device.device))
 
 
-class DecodeGraph:
-    """One graph, and what it reads.
+@dataclass(frozen=True)
+class GraphedModel:
+    """What all graphs of one model share.
 
     Args:
-        scratch: a page that no sequence owns.
-        rows: sequences in the batch.
-        pages: of the longest sequence in it.
+        run_layers: runs the layers.
+        pool: holds keys and values.
+        width, dtype: of the hidden states.
+        scratch: a page of the pool that no sequence owns.
     """
 
-    def __init__(
-        self,
-        run_layers: RunLayers,
-        pool: PagePool,
-        width: int,
-        dtype: torch.dtype,
-        capture: Capture,
-        scratch: int,
-        rows: int,
-        pages: int,
-    ) -> None:
+    run_layers: RunLayers
+    pool: PagePool
+    width: int
+    dtype: torch.dtype
+    scratch: int
+
+
+class DecodeGraph:
+    """One graph, and the tensors that it reads.
+
+    Args:
+        model: what the graph runs.
+        capture: captures it.
+        rows: sequences in the batch.
+        pages: of the longest sequence in the batch.
+    """
+
+    def __init__(self, model: GraphedModel, capture: Capture, rows: int, pages: int) -> None:
+        pool, width, dtype = model.pool, model.width, model.dtype
         device = next(iter(pool.layers.values()))[0].device
-        self._scratch = scratch
+        self._scratch = model.scratch
         self._page_tokens = pool.page_tokens
-        self._inputs = Inputs(rows, pages, width, dtype, device)
+        self._inputs = GraphInputs(rows, pages, width, dtype, device)
         self._write([], torch.empty(0, width), torch.empty(1, 0), torch.empty(0))
         read = self._inputs.read
         # Kept because the graph reads its tensors.
@@ -162,7 +173,7 @@ class DecodeGraph:
             max_seqlen_k=pages * pool.page_tokens,
         )
         batch = PackedBatch(pool, [1] * rows, read.slots, self._plan)
-        self._replay = capture(lambda: run_layers(read.states, read.positions, batch))
+        self._replay = capture(lambda: model.run_layers(read.states, read.positions, batch))
 
     def run(
         self, spans: Sequence[Span], states: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
@@ -190,7 +201,7 @@ class DecodeGraphs:
 
     Args:
         run_layers: runs the layers.
-        pool: the keys and values.
+        pool: holds keys and values.
         width, dtype: of the hidden states.
         new_capture: makes a `Capture` whose graphs share memory.
     """
@@ -203,25 +214,26 @@ class DecodeGraphs:
         dtype: torch.dtype,
         new_capture: Callable[[], Capture],
     ) -> None:
-        self._make = partial(DecodeGraph, run_layers, pool, width, dtype, scratch=pool.reserve())
+        self._model = GraphedModel(run_layers, pool, width, dtype, pool.reserve())
         self._new_capture = new_capture
         self._capture = new_capture()
-        #: Graphs by rows and pages; None where it could not be captured.
+        #: Graphs by rows and pages; None for one that could not be captured.
         self._graphs: dict[tuple[int, int], DecodeGraph | None] = {}
 
     def run(
         self, spans: Sequence[Span], states: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor | None:
-        """Runs a batch as a graph, which is captured if need be.
+        """Runs a batch as a graph, which is captured first if need be.
 
         Args:
             spans: the batch, each of one token.
-            states: `[rows, width]`, on the host like all others.
+            states: `[rows, width]`. All tensors are on the host.
             positions: int64 `[1, rows]`.
             slots: int64 `[rows]`.
 
         Returns:
-            The layers' output `[rows, width]`, to be copied before the next call; None if there is no graph.
+            The layers' output `[rows, width]`, which must be copied before the next call; None if there is no
+            graph.
         """
         if len(spans) > MAX_GRAPH_ROWS or not flash.reads_in_place(spans):
             return None
@@ -233,7 +245,7 @@ class DecodeGraphs:
 
     def _captured(self, rows: int, pages: int) -> DecodeGraph | None:
         try:
-            return self._make(capture=self._capture, rows=rows, pages=pages)
+            return DecodeGraph(self._model, self._capture, rows=rows, pages=pages)
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             log.warning("batches of %d rows and %d pages run without a CUDA graph: %s", rows, pages, reason)
@@ -245,5 +257,5 @@ class DecodeGraphs:
 
 
 def _next_power(number: int) -> int:
-    """The smallest power of two that is not below a number."""
+    """The smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()

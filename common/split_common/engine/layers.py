@@ -15,8 +15,8 @@ from split_common.models.split import Split
 class LayerRange:
     """Runs the layers `[split.first, split.last)` of a model by transformers' own forward.
 
-    The hidden states are put in place of the first layer's input, and the last layer's output is taken; slots
-    outside the range pass their input through. Not thread-safe: one thread computes.
+    Hooks replace the first layer's input by the hidden states, and take the last layer's output. Slots outside the
+    range pass their input through. Not thread-safe: one thread computes.
 
     Args:
         stack: the slots of a loaded model.
@@ -29,10 +29,11 @@ class LayerRange:
         #: The module that calls the layers.
         self.owner: Any = stack.owner
         parameter = next(self.owner.parameters())
-        #: Where the first layer is, and what all of them compute in.
+        #: The device of the first layer.
         self.device: torch.device = parameter.device
+        #: The dtype that all layers compute in.
         self.dtype: torch.dtype = parameter.dtype
-        #: Whether a forward that was launched runs while the host does something else.
+        #: Whether a forward that was launched runs while the host does other work.
         self.asynchronous = self.device.type == "cuda"
         self._incoming: torch.Tensor | None = None
         self._outgoing: torch.Tensor | None = None
@@ -42,15 +43,16 @@ class LayerRange:
 
     @property
     def modules(self) -> list[nn.Module]:
+        """The layers of the range."""
         return list(self.stack.slots[self.split.first : self.split.last])
 
     @property
     def on_several_gpus(self) -> bool:
-        """Whether a layer is on another GPU than the first, on which CUDA graphs are captured."""
+        """Whether some layer is on another GPU than the first one, on which CUDA graphs are captured."""
         return any(parameter.device.index for parameter in self.owner.parameters())
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of the host on the first layer's device; the host does not wait for the copy."""
+        """Copies a tensor of the host to the first layer's device, without waiting for the copy."""
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.asynchronous else tensor
 
     def forward(self, states: torch.Tensor, positions: torch.Tensor, **arguments: Any) -> torch.Tensor:
@@ -59,12 +61,12 @@ class LayerRange:
         Args:
             states: `[tokens, width]`, of any dtype, on the first layer's device.
             positions: rotary positions, int64 `[1, tokens]`, on the same device.
-            arguments: what else the model's forward takes, such as its cache.
+            arguments: further arguments of the model's forward, such as its cache.
         """
         self._incoming = states[None].to(self.dtype)
         if self.stack.takes_positions:
             arguments["position_ids"] = positions
-        # The embeddings are on the other side; their place holds zeros until `_inject` replaces them.
+        # The other side has the embeddings. Zeros stand in for them until `_inject` replaces them.
         self.owner(inputs_embeds=torch.zeros_like(self._incoming), **arguments)
         output, self._incoming, self._outgoing = self._outgoing, None, None
         assert output is not None

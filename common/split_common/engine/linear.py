@@ -1,10 +1,10 @@
 """Linear layers whose weights are laid out for this CPU.
 
-A step of a few rows is bound by reading the weights, yet MKL takes twice as long for two rows as for one. oneDNN
-takes hardly longer for sixteen rows than for one, if weights are in its own blocked layout.
+A step of a few rows is bound by reading the weights, yet MKL takes twice as long for two rows as for one. With
+weights in its own blocked layout, oneDNN takes hardly longer for sixteen rows than for one.
 
-oneDNN compiles a kernel for each number of rows, which takes a millisecond and half a MiB. Rows are padded, so that
-there are few such numbers.
+oneDNN compiles a kernel for each number of rows, which takes a millisecond and half a MiB. Rows are padded to keep
+the number of kernels small.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from split_common.compat.torch import reorder_linear_weight, reordered_linear
 
 log = logging.getLogger(__name__)
 
-#: Rows that the layout is chosen for; it suits one row as well as hundreds.
+#: Number of rows for which oneDNN chooses the layout. The layout suits one row as well as hundreds.
 LAYOUT_ROWS = 64
 
-#: Smallest number of rows, and smallest step between two: oneDNN is faster for four rows than for one.
+#: Smallest padded number of rows, and smallest difference of two, because oneDNN is faster for four rows than for
+#: one.
 LEAST_ROWS = 4
 
 #: Largest error of a layer that is accepted, relative to its largest output.
 LINEAR_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 #: Share of the free memory that the copied weights may take.
-MEMORY_SHARE = 0.6
+COPY_SHARE = 0.6
 
 
 class PackedLinear(nn.Module):
-    """Computes what an `nn.Linear` does, from a copy of its weight in oneDNN's layout.
+    """Computes the same as an `nn.Linear`, from a copy of its weight in oneDNN's layout.
 
     Raises:
         RuntimeError: this build of torch, or this CPU, does not support it.
@@ -56,7 +57,7 @@ class PackedLinear(nn.Module):
 
 
 def padded_rows(rows: int) -> int:
-    """How many rows to compute for `rows`: at most a quarter more, except for the first few."""
+    """The number of rows to compute for `rows` rows: at most a quarter more, except for the first few."""
     step = max(LEAST_ROWS, 1 << max(0, (rows - 1).bit_length() - 3))
     return -(-rows // step) * step
 
@@ -69,7 +70,7 @@ def pack_linears(model: nn.Module) -> None:
     """
     linears = {module for module in model.modules() if type(module) is nn.Linear and not module.weight.is_meta}
     needed = sum(linear.weight.nbytes for linear in linears)
-    if needed > MEMORY_SHARE * psutil.virtual_memory().available:
+    if needed > COPY_SHARE * psutil.virtual_memory().available:
         log.info("linear layers keep their layout: %d bytes of weights would be copied", needed)
         return
     try:
@@ -85,6 +86,7 @@ def pack_linears(model: nn.Module) -> None:
 
 
 def _packed(linear: nn.Module) -> nn.Module:
+    """A packed layer in place of a linear one. Raises RuntimeError if its output differs."""
     assert isinstance(linear, nn.Linear)
     packed = PackedLinear(linear)
     generator = torch.Generator().manual_seed(0)

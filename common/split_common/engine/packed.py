@@ -1,4 +1,4 @@
-"""Many sequences in one forward: their tokens packed, their keys and values in pages."""
+"""Runs many sequences in one forward: their tokens are packed, their keys and values are in pages."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class PackedExecutor:
     """Runs all tokens of a batch in one forward (an `Executor`).
 
     Args:
-        layers: what to run; their attention is `split_common.engine.attention`'s.
-        pool: the keys and values.
+        layers: the layers to run, which use the attention of `split_common.engine.attention`.
+        pool: holds keys and values.
         backend: computes the attention.
     """
 
@@ -31,7 +31,7 @@ class PackedExecutor:
         self._layers = layers
         self.store = pool
         self.backend = backend
-        #: Graphs of decoding batches, where `capture_graphs` was called.
+        #: Graphs of decoding batches; None unless `capture_graphs` was called.
         self.graphs: DecodeGraphs | None = None
 
     @property
@@ -46,13 +46,13 @@ class PackedExecutor:
         return self.backend.capturable and not (layers.stack.positions_interact or layers.on_several_gpus)
 
     def capture_graphs(self) -> None:
-        """From now on decoding batches run as CUDA graphs, each captured when it is first needed."""
+        """Makes decoding batches run as CUDA graphs from now on. Each is captured when it is first needed."""
         layers = self._layers
         self.graphs = DecodeGraphs(self._run_layers, self.store, layers.width, layers.dtype, new_capture)
 
     @torch.inference_mode()
     def launch(self, runs: Sequence[TokenRun[PagedSequence]]) -> Forward:
-        """Appends the runs' tokens to their sequences. Raises OutOfPages where the pool lacks memory."""
+        """Appends the runs' tokens to their sequences. Raises OutOfPages if the pool lacks memory."""
         # Decoding sequences come first, so that attention can take them together.
         order = sorted(range(len(runs)), key=lambda index: len(runs[index].positions) > 1)
         runs = [runs[index] for index in order]
@@ -72,7 +72,7 @@ class PackedExecutor:
     def _replay(
         self, spans: Sequence[Span], states: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor | None:
-        """The output by a graph; None if there is none for this batch."""
+        """The output of a graph; None if there is no graph for this batch."""
         if self.graphs is None or len(spans) < len(states):
             return None
         return self.graphs.run(spans, states, positions, slots)

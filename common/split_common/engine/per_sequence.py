@@ -1,4 +1,4 @@
-"""One forward for each sequence, over a cache of transformers: always right, if slower than the packed path."""
+"""One forward for each sequence, with a cache of transformers: always right, but slower than packed forwards."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from split_common.engine.layers import LayerRange
 from split_common.engine.sequences import TokenRun
 from split_common.models.split import Split
 
-#: Tokens that a store holds before it is known how many bytes each takes.
+#: Capacity of a store in tokens, until it is known how many bytes a token takes.
 UNMEASURED = 2**31
 
 
 class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
-    """All keys and values of a sliding-window layer, also those outside the window: a sequence may be cut back."""
+    """A sliding-window layer that keeps keys and values outside the window, so that it can be truncated."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -85,7 +85,7 @@ class CacheStore:
     Args:
         config: the model's text configuration.
         split: which layers have keys and values.
-        capacity: tokens to hold at most, over all sequences.
+        capacity: most tokens to hold, over all sequences.
     """
 
     def __init__(self, config: Any, split: Split, capacity: int = UNMEASURED) -> None:
@@ -105,7 +105,7 @@ class CacheStore:
         return CachedSequence(self, self.new_cache())
 
     def new_cache(self) -> DynamicCache:
-        """An empty cache with a layer of the right kind at each index of the body."""
+        """An empty cache, with a cache layer of the right kind at each index of the body."""
         cache = DynamicCache(config=self._config)
         cache.layers += [DynamicLayer() for _ in range(self._split.layers - len(cache.layers))]
         body = [
@@ -113,7 +113,7 @@ class CacheStore:
             for layer in cache.layers[self._split.first : self._split.last]
         ]
         alike = {layer.is_sliding: layer for layer in reversed(body)}
-        # transformers takes a mask's size from the first layer of a kind, be it one that runs elsewhere.
+        # transformers takes a mask's size from the first layer of a kind, even if that layer runs elsewhere.
         cache.layers = [alike.get(layer.is_sliding, body[0]) for layer in cache.layers]
         cache.layers[self._split.first : self._split.last] = body
         return cache

@@ -1,8 +1,8 @@
 """The KV pool: pages of tokens, allocated once, counted by reference, copied on write.
 
-A sequence takes the page after its last one if that is free. While its pages are contiguous, its keys and values
-are one slice, and attention reads them without a copy. A new sequence starts in the middle of the largest gap, so
-that it and its neighbours can grow.
+A sequence grows into the page after its last one if that is free. While its pages are contiguous, its keys and
+values are one slice, which attention reads without a copy. A new sequence starts in the middle of the largest gap,
+so that it and its neighbours can grow.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-#: Tokens in a page, unless the attention backend needs another size.
-PAGE_TOKENS = 16
+#: Tokens in a page, unless the attention backend requires another number.
+DEFAULT_PAGE_TOKENS = 16
 
-#: Free pages in a row that the place of a new sequence should have.
+#: Contiguous free pages that a new sequence should find; the pool uses more of its memory if there is no such gap.
 GAP_PAGES = 64
 
 
 class OutOfPages(Exception):
-    """The pool has too few free pages; nothing was changed."""
+    """The pool has too few free pages. Nothing was changed."""
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Shape of one layer's keys and values for one token, and the device that they are on."""
+    """The shape of one layer's keys and values for one token, and their device."""
 
     heads: int
     key_width: int
@@ -35,6 +35,7 @@ class LayerShape:
 
     @property
     def elements(self) -> int:
+        """Numbers in the keys and values of one token."""
         return self.heads * (self.key_width + self.value_width)
 
 
@@ -45,7 +46,7 @@ class PagedSequence:
     pool: PagePool
     pages: list[int] = field(default_factory=list)
     length: int = 0
-    #: Whether its pages follow one another in the pool.
+    #: Whether its pages are adjacent and in order.
     contiguous: bool = True
 
     def truncate(self, tokens: int) -> None:
@@ -57,7 +58,7 @@ class PagedSequence:
         self.contiguous = self.contiguous or _follow(self.pages)
 
     def fork(self) -> PagedSequence:
-        """Returns a sequence with the same tokens; the two share pages until one writes to them."""
+        """Returns a sequence with the same tokens. The two share each page until one of them writes to it."""
         self.pool.share(self.pages)
         return PagedSequence(self.pool, list(self.pages), self.length, self.contiguous)
 
@@ -66,7 +67,7 @@ class PagedSequence:
         self.truncate(0)
 
     def cost(self, tokens: int) -> int:
-        """Pages that appending `tokens` tokens takes from the pool."""
+        """How many pages appending `tokens` tokens takes from the pool."""
         more = -(-(self.length + tokens) // self.pool.page_tokens) - len(self.pages)
         return more + (tokens > 0 and self._shares_last_page())
 
@@ -77,7 +78,7 @@ class PagedSequence:
             Their slots in the pool, int64 `[tokens]`.
 
         Raises:
-            OutOfPages: the pool has too few free pages; the sequence is unchanged.
+            OutOfPages: the pool has too few free pages. The sequence is unchanged.
         """
         if self.cost(tokens) > self.pool.free:
             raise OutOfPages
@@ -94,7 +95,7 @@ class PagedSequence:
         return self.slots(begin)
 
     def slots(self, begin: int = 0) -> np.ndarray:
-        """Slots of the tokens from `begin` on, int64 `[length - begin]`."""
+        """The slots of the tokens from `begin` on, int64 `[length - begin]`."""
         if begin == self.length - 1:
             size = self.pool.page_tokens
             return np.array([self.pages[begin // size] * size + begin % size])
@@ -112,17 +113,17 @@ class PagePool:
     """Keys and values of all sequences of one range of layers (a `KVStore`).
 
     Args:
-        shapes: shape of each layer's keys and values, by layer index.
+        shapes: the shape of each layer's keys and values, by layer index.
         pages: how many pages to allocate.
         dtype: of keys and values.
-        page_tokens: tokens in a page.
+        page_tokens: tokens in a page; None for the default.
     """
 
     def __init__(
         self, shapes: dict[int, LayerShape], pages: int, dtype: torch.dtype, page_tokens: int | None = None
     ) -> None:
         #: Tokens in a page.
-        self.page_tokens = page_tokens or PAGE_TOKENS
+        self.page_tokens = page_tokens or DEFAULT_PAGE_TOKENS
         tokens = pages * self.page_tokens
         #: Keys `[tokens, heads, key_width]` and values `[tokens, heads, value_width]` of each layer.
         self.layers = {
@@ -136,13 +137,18 @@ class PagePool:
         #: Number of free pages.
         self.free = pages
         self._reserved = 0
-        # Only the first pages, as many as this, are used, until they are too few: memory that was never written to
-        # costs nothing.
+        # How many pages are used, from the first on. It grows on demand, because the operating system gives memory
+        # only to pages that are written to.
         self._span = min(GAP_PAGES, pages)
         self._references = np.zeros(pages, dtype=np.int32)
 
     def storage(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's keys and values `[slots, heads, width]`, given new ones `[1, heads, tokens, width]`."""
+        """A layer's storage of keys and of values, each `[slots, heads, width]`.
+
+        Args:
+            layer: the layer's index.
+            key, value: new keys and values `[1, heads, tokens, width]`, which tell their shapes.
+        """
         return self.layers[layer]
 
     @staticmethod
@@ -161,7 +167,7 @@ class PagePool:
         return self.free * self.page_tokens
 
     def reserve(self) -> int:
-        """Takes a page that no sequence will ever own. Raises OutOfPages where none is free."""
+        """Takes a page that no sequence will own. Raises OutOfPages if none is free."""
         self._reserved += 1
         return self.take(None)
 
@@ -169,7 +175,7 @@ class PagePool:
         return PagedSequence(self)
 
     def take(self, after: int | None) -> int:
-        """Takes a free page: the one after `after` if that is free. Raises OutOfPages where none is free."""
+        """Takes a free page, preferably the one after `after`. Raises OutOfPages if none is free."""
         if after is not None and after + 1 < self.pages and not self._references[after + 1]:
             page = after + 1
         else:
@@ -179,7 +185,7 @@ class PagePool:
         return page
 
     def copy(self, page: int, tokens: int, after: int | None) -> int:
-        """Copies the first `tokens` tokens of a shared page to a new page, near `after` (copy on write)."""
+        """Copies the first `tokens` tokens of a shared page to a new page, preferably the one after `after`."""
         twin = self.take(after)
         source, target = page * self.page_tokens, twin * self.page_tokens
         for keys, values in self.layers.values():
@@ -188,9 +194,11 @@ class PagePool:
         return twin
 
     def share(self, pages: list[int]) -> None:
+        """Adds an owner to each page."""
         self._references[pages] += 1
 
     def release(self, pages: list[int]) -> None:
+        """Removes an owner from each page. Pages without owners are free."""
         self._references[pages] -= 1
         self.free += int((self._references[pages] == 0).sum()) if pages else 0
 
@@ -198,7 +206,7 @@ class PagePool:
         return bool(self._references[page] > 1)
 
     def _middle_of_largest_gap(self) -> int:
-        """A page in the used part of the pool, which grows while none of its gaps has `GAP_PAGES` free pages."""
+        """A free page in the used part of the pool, which grows while it has no gap of `GAP_PAGES` pages."""
         while True:
             used = np.flatnonzero(self._references[: self._span])
             edges = np.concatenate(([-1], used, [self._span]))
@@ -209,7 +217,7 @@ class PagePool:
             self._span = min(2 * self._span, self.pages)
         if gaps[largest] < 1:
             raise OutOfPages
-        # No sequence grows into a gap at the start of the pool, so it is used from its start.
+        # No sequence can grow into a gap at the start of the pool, so that gap is filled from its start.
         first = int(edges[largest]) + 1
         return first if largest == 0 else first + int(gaps[largest]) // 2
 
@@ -219,7 +227,7 @@ def _follow(pages: list[int]) -> bool:
 
 
 class ProbePool(PagePool):
-    """A small pool that learns each layer's shape from the first keys and values that it is given."""
+    """A small pool that learns each layer's shape from its first keys and values."""
 
     def __init__(self, pages: int, page_tokens: int) -> None:
         super().__init__({}, pages, torch.float32, page_tokens)

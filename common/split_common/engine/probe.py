@@ -1,6 +1,6 @@
-"""How can these layers be run? Packed if that gives the output of one sequence at a time, which is always right.
+"""Finds out how layers can be run: packed, if the output is that of one sequence at a time, which is always right.
 
-Nothing is known of an architecture but what a rehearsal shows: a few steps of two sequences over random states.
+Architectures are known only by a rehearsal: a few steps of two sequences over random states.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from split_common.errors import ModelError, UnsupportedArchitecture
 
 log = logging.getLogger(__name__)
 
-#: Largest error of packed output that is accepted, relative to the largest output of one sequence at a time.
+#: Largest accepted error of packed output, relative to the largest output of one sequence at a time.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
-#: Largest error of compiled layers that is accepted, in half precision, relative to the norm of all outputs.
+#: Largest accepted error of compiled layers in half precision, relative to the norm of all outputs.
 COMPILED_TOLERANCE = 0.25
 
-#: Pages of the pool that a rehearsal takes.
+#: Pages in the pool of a rehearsal.
 PROBE_PAGES = 8
 
-#: Keyword arguments of attention that the packed path may ignore.
+#: Keyword arguments of attention that packed forwards may ignore.
 _HARMLESS = {"position_ids", "use_cache", "cache", "past_key_values", "cache_position", "is_causal", "training"}
 
 
 class NotPackable(Exception):
-    """The layers cannot be run packed; the message says why."""
+    """The layers cannot be run packed. The message says why."""
 
 
 def check_layers(layers: LayerRange, reference: PerSequenceExecutor) -> tuple[int, torch.Tensor]:
@@ -79,9 +79,9 @@ def packed_executor(
     """The executor of the fastest backend whose packed output is right.
 
     Args:
-        layers: their attention becomes the packed one, unless NotPackable is raised.
-        reference: tells which layers have a sliding window.
-        expected: what the rehearsal gives, `[tokens, width]`.
+        layers: the layers, whose attention becomes the packed one unless NotPackable is raised.
+        reference: shows which layers have a sliding window.
+        expected: the rehearsal's output of one sequence at a time, `[tokens, width]`.
         kv_bytes: memory for keys and values.
 
     Raises:
@@ -103,15 +103,15 @@ def packed_executor(
 
 
 def compile_checked(layers: LayerRange, executor: PackedExecutor) -> bool:
-    """Compiles the layers, unless that fails or changes their output by too much; whether they are compiled.
+    """Compiles the layers, unless that fails or changes their output too much. Returns whether they are compiled.
 
-    Compiled kernels round less often, which changes a deep stack's output as much as half precision does anyway.
+    Compiled kernels round less often, which changes a deep stack's output as much as half precision itself does.
     """
     expected = _rehearse(layers, executor)
     compile_layers(layers.modules)
     try:
         output = _rehearse(layers, executor)
-        # The last token was computed by itself, by other kernels than the rest.
+        # The last token ran in a forward of its own, with other kernels than the rest.
         parts = (slice(-1), slice(-1, None))
         error = max(float((output[part] - expected[part]).norm() / expected[part].norm()) for part in parts)
         if error < COMPILED_TOLERANCE:
@@ -132,7 +132,7 @@ def _backends(layers: LayerRange) -> list[Backend]:
 
 def _make_pool(layers: LayerRange, backend: Backend, shapes: dict[int, LayerShape], kv_bytes: int) -> PagePool:
     pages = kv_bytes // (PagePool.bytes_per_token(shapes, layers.dtype) * backend.page_tokens)
-    # Graphs reserve a scratch page; beside it a sequence needs one.
+    # A sequence needs a page, and graphs reserve a scratch page.
     least = 2 if backend.capturable else 1
     if pages < least:
         raise ModelError(
@@ -173,7 +173,7 @@ def _check_packed(
     calls: list[tuple[AttentionCall, list[str]]] = []
     token = attention.recording.set(calls)
     try:
-        layers.owner.set_attn_implementation(attention.NAME)
+        layers.owner.set_attn_implementation(attention.ATTENTION_NAME)
         output = _rehearse(layers, PackedExecutor(layers, pool, backend))
     except Exception as error:
         raise NotPackable(f"their attention fails: {type(error).__name__}: {error}") from error
@@ -187,7 +187,7 @@ def _check_packed(
 
 
 def _check_calls(layers: LayerRange, reference: CacheStore, calls: list[tuple[AttentionCall, list[str]]]) -> None:
-    """Raises NotPackable where layers ask their attention for something that it does not do."""
+    """Raises NotPackable if layers ask their attention for something that it does not support."""
     cache = reference.new_cache()
     called = [call.layer for call, _ in calls]
     if not called or called != list(layers.split.body) * (len(called) // len(layers.split.body)):

@@ -1,7 +1,7 @@
 """Rotary embeddings that depend on a sequence's length, computed for each sequence separately.
 
 Dynamic-NTK and LongRoPE scaling choose frequencies by the largest position of the whole batch. Packed with a longer
-sequence, a shorter one would be rotated differently than alone.
+sequence, a shorter one would be rotated differently than when it runs alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from split_common.engine.attention import current
 
 
 class PerSequenceRotary(nn.Module):
-    """Wraps a rotary embedding of transformers; called with the packed positions `[1, tokens]`."""
+    """Wraps a rotary embedding of transformers. Takes the packed positions, int64 `[1, tokens]`."""
 
     def __init__(self, rotary: nn.Module) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class PerSequenceRotary(nn.Module):
         return tuple(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
 
     def _reset(self) -> None:
-        """Forgets the longest sequence so far, like a model that was just loaded."""
+        """Forgets the longest sequence so far, as in a model that was just loaded."""
         rotary: Any = self.rotary
         for name, original in list(vars(rotary).items()) + list(rotary.named_buffers()):
             if name.endswith("original_inv_freq"):

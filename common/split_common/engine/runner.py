@@ -1,4 +1,4 @@
-"""The runner: forwards of transformers' own layers over new tokens of many sequences."""
+"""The runner: runs transformers' own layers over new tokens of many sequences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Runner:
 
     Args:
         layers: the range.
-        executor: how they are run.
+        executor: runs them.
         compiled: whether they were compiled.
         unpacked_because: why sequences are run one at a time; None if they are packed.
     """
@@ -33,13 +33,13 @@ class Runner:
         self.executor = executor
         self.compiled = compiled
         self.unpacked_because = unpacked_because
-        #: Where the first layer is, and what all of them compute in.
+        #: The device of the first layer, and the dtype that all layers compute in.
         self.device, self.dtype = layers.device, layers.dtype
-        #: Whether a forward that was launched runs while the host does something else.
+        #: Whether a forward that was launched runs while the host does other work.
         self.asynchronous = layers.asynchronous
         #: Width of the hidden states.
         self.width = layers.width
-        #: Positions that a sequence may have.
+        #: How many positions a sequence may have.
         self.max_positions = layers.stack.max_positions
         #: Whether a token's rotary embedding depends on the positions after it in the same forward.
         self.positions_interact = layers.stack.positions_interact
@@ -57,7 +57,8 @@ class Runner:
     def launch(self, runs: Sequence[TokenRun[Any]]) -> Forward:
         """Starts a forward that appends tokens to sequences, for which the store must have memory.
 
-        Later forwards see what earlier ones wrote. If this fails, the sequences are as long as before.
+        Later forwards see what earlier ones wrote. If this fails, the sequences are truncated to their former
+        lengths.
         """
         lengths = [run.sequence.length for run in runs]
         try:
@@ -73,7 +74,7 @@ class Runner:
 
 
 def build_runner(stack: LayerStack, split: Split, config: Any, kv_bytes: int) -> Runner:
-    """Finds out how layers can be run, by running some, and makes their runner.
+    """Makes the runner of some layers, after trial runs that show how they can be run.
 
     Args:
         stack: the slots of a loaded model; those outside the range pass their input through.
@@ -82,7 +83,7 @@ def build_runner(stack: LayerStack, split: Split, config: Any, kv_bytes: int) ->
         kv_bytes: memory for keys and values.
 
     Raises:
-        ModelError: the memory does not hold one page of tokens.
+        ModelError: the memory does not hold the pages that are needed at least.
         UnsupportedArchitecture: the layers cannot run alone, or keep more than keys and values between steps.
     """
     layers = LayerRange(stack, split, int(config.hidden_size))

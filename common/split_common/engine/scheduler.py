@@ -1,10 +1,10 @@
 """The scheduler: which tokens go into the next forward.
 
-Every decoding step that is ready goes into it. The rest of the budget goes to prefills, in chunks, so that decoding
-waits for one chunk at most; devices take turns. Where forwards are slow, prefill of a device that is not decoding
-goes first.
+All decoding steps that are ready go into it. The rest of the budget goes to prefills, in chunks, so that decoding
+waits for one chunk at most. Devices take turns. If forwards are slow, prefill of devices that are not decoding goes
+first.
 
-A step passes through it like this; the caller acts on what each call returns:
+A step passes through the scheduler like this. The caller acts on what each call returns:
 
     add -> (the session's earlier steps end) -> start -> next_batch -> finish, until it is complete -> end
 """
@@ -21,35 +21,36 @@ import torch
 
 from split_common.engine.sequences import KVStore, Run
 
-#: Tokens of a decoding step, at most: speculative decoding verifies several at once. A longer step is prefill.
+#: Most tokens of a decoding step, because speculative decoding verifies several at once. A longer step is prefill.
 DECODE_TOKENS = 16
 
-#: Runs in one forward, at most.
+#: Most runs in one forward.
 MAX_ROWS = 256
 
-#: Tokens of prefill in one forward, at least and at most.
+#: Fewest and most tokens of prefill in one forward, if any are ready.
 MIN_CHUNK = 16
 MAX_CHUNK = 512
 
-#: How much prefill may lengthen a forward while there is decoding, as a share of a forward without prefill.
+#: How much longer prefill may make a forward while sessions decode, as a share of a forward without prefill.
 SLACK = 1.0
 
-#: How long a session counts as decoding after its last step, in seconds.
+#: Seconds for which a session counts as decoding after its last step.
 DECODING_FOR = 1.0
 
-#: Seconds. Where forwards take longer, prefill does not wait for sessions that are due back, and prefill of devices
-#: that are not decoding goes before all else. It brings a first token, and on such hardware two forwards take no
-#: longer than one of both.
+#: Seconds above which a forward is slow. Prefill then does not wait for sessions that are due back, and prefill of
+#: devices that are not decoding goes first, because it brings a first token. On such hardware, two forwards take no
+#: longer than one forward of both.
 SLOW_FORWARD = 0.05
 
-#: How far ahead a forward waits for sessions that are due back, and how late they may be, in forwards.
+#: How far ahead a forward waits for sessions that are due back, and how late they may be, in durations of a
+#: forward.
 WAIT_AHEAD = 1.0
 
-#: How long after its answer a session is waited for at most, in forwards.
+#: How long after its answer a session is waited for at most, in durations of a forward.
 MAX_WAIT = 5.0
 
-R = TypeVar("R", bound=Run)
-Request = TypeVar("Request")
+_Run = TypeVar("_Run", bound=Run)
+_Request = TypeVar("_Request")
 
 
 def is_prefill(tokens: int) -> bool:
@@ -58,55 +59,57 @@ def is_prefill(tokens: int) -> bool:
 
 
 @dataclass(eq=False)
-class ScheduledStep(Generic[Request, R]):
+class ScheduledStep(Generic[_Request, _Run]):
     """A step of a session.
 
     Args:
-        session: its steps run one after the other.
-        device: whose session it is; devices take turns.
-        prefill: whether it may wait, and go in chunks. Every other step goes whole into the next forward.
-        request: the caller's own; the scheduler only hands it back.
+        session: the session, whose steps run one after the other.
+        device: the session's device; devices take turns.
+        prefill: whether it may wait, and may be computed in chunks. All other steps go whole into the next forward.
+        request: the caller's object, which the scheduler does not read.
     """
 
     session: Hashable
     device: Hashable
     prefill: bool
-    request: Request
-    #: What is to be computed, once it has started.
-    runs: Sequence[R] = ()
-    #: Whether a forward with a part of it is under way: there is one at a time.
+    request: _Request
+    #: What is to be computed; empty until the step has started.
+    runs: Sequence[_Run] = ()
+    #: Whether a forward with a part of it is running. Only one does at a time.
     in_flight: bool = False
-    #: How much of each run is done, in its `cost`.
+    #: How much of each run has been computed, in units of its `cost`.
     done: list[int] = field(default_factory=list)
+    #: The outputs of each run's chunks so far.
     outputs: list[list[torch.Tensor]] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
+        """Whether all its runs have been computed."""
         return all(done == run.cost for done, run in zip(self.done, self.runs, strict=True))
 
     def output(self) -> torch.Tensor:
-        """Of all runs, one after the other: `[tokens, width]` for tokens; empty if there are no runs."""
+        """The outputs of all runs, concatenated: `[tokens, width]` for tokens; empty if there are no runs."""
         outputs = [part for parts in self.outputs for part in parts]
-        # Most have one part, which may be large: it is not copied.
+        # Most steps have a single output, which may be large, so it is not copied.
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0] if outputs else torch.empty(0, 0)
 
 
 @dataclass(frozen=True)
-class ScheduledChunk(Generic[Request, R]):
-    """A part of a step's run number `index`, or all of it, to go into the next forward."""
+class ScheduledChunk(Generic[_Request, _Run]):
+    """The part of a step's run number `index`, or the whole run, that goes into the next forward."""
 
-    step: ScheduledStep[Request, R]
+    step: ScheduledStep[_Request, _Run]
     index: int
-    run: R
+    run: _Run
 
 
 class ChunkBudget:
-    """How many tokens of prefill a forward may take: as many as fit into the slack, by how long forwards take."""
+    """How many tokens of prefill a forward may take, learned from how long forwards take."""
 
     def __init__(self) -> None:
-        #: Seconds that a forward without prefill takes; 0 until there was one.
+        #: Average seconds of a forward without prefill; 0 before the first one.
         self.base = 0.0
-        #: Seconds that a token of prefill adds to it.
+        #: Average seconds that a token of prefill adds to a forward.
         self._token = 0.0
         self._decoded_at = float("-inf")
 
@@ -136,28 +139,32 @@ def _average(old: float, new: float) -> float:
 class BatchDelay:
     """How long the next forward waits for sessions that are due back with their next step (dynamic batching).
 
-    A forward of many sequences takes hardly longer than one of a few. A session that returns just after the start
-    would wait for all of it, and sessions that once stepped together would drift apart.
+    A forward of many sequences takes hardly longer than one of a few. Without the delay, a session that returns
+    just after the start would wait for the whole forward, and sessions that once shared forwards would drift apart.
     """
 
     def __init__(self) -> None:
-        #: When each session was answered that has not returned yet, and how long it usually takes to return.
+        #: When each session that has not returned yet was answered.
         self._away: dict[Hashable, float] = {}
+        #: Average seconds between a session's answer and its return.
         self._turnaround: dict[Hashable, float] = {}
 
     def answered(self, session: Hashable, now: float) -> None:
+        """Notes that a session was answered, and so may return."""
         self._away[session] = now
 
     def returned(self, session: Hashable, now: float) -> None:
+        """Notes that a session has sent its next step."""
         if (since := self._away.pop(session, None)) is not None:
             self._turnaround[session] = _average(self._turnaround.get(session, 0.0), now - since)
 
     def forget(self, session: Hashable) -> None:
+        """Forgets a session that has ended."""
         self._away.pop(session, None)
         self._turnaround.pop(session, None)
 
     def until(self, forward: float, now: float) -> float:
-        """Deadline for starting the next forward; 0 if no session is due.
+        """The deadline for starting the next forward; 0 if no session is due.
 
         Args:
             forward: expected duration of the next forward, in seconds.
@@ -172,55 +179,57 @@ class BatchDelay:
         return until
 
 
-class Scheduler(Generic[Request, R]):
-    """Steps that wait and steps that run. It has no callbacks. Not thread-safe: one thread computes.
+class Scheduler(Generic[_Request, _Run]):
+    """Holds the steps that wait or run, and chooses those of each forward. Not thread-safe: one thread computes.
 
     Args:
         store: the sequences' memory; None if steps take no memory.
-        divisible: whether prefill may go in chunks; not if rotary embeddings depend on a prompt's last position.
+        divisible: whether prefill may be computed in chunks. It may not if rotary embeddings depend on a
+            prompt's last position.
     """
 
     def __init__(self, store: KVStore | None, *, divisible: bool = True) -> None:
         self._store = store
         self._divisible = divisible
-        #: The step of each session that has started, or is about to.
-        self._active: OrderedDict[Hashable, ScheduledStep[Request, R]] = OrderedDict()
-        self._waiting: dict[Hashable, deque[ScheduledStep[Request, R]]] = {}
-        # Devices that had a chunk of prefill, the most recent one last.
+        #: The first step of each session, which has started or may start.
+        self._active: OrderedDict[Hashable, ScheduledStep[_Request, _Run]] = OrderedDict()
+        self._waiting: dict[Hashable, deque[ScheduledStep[_Request, _Run]]] = {}
+        # Devices that had a chunk of prefill, the most recent one last. An ordered set.
         self._turns: dict[Hashable, None] = {}
         # When each device was last decoding.
         self._decoded_at: dict[Hashable, float] = {}
-        # Whether urgent prefills had the last turn.
+        # Whether the last forward was of urgent prefills.
         self._urgent_went = False
         self.budget = ChunkBudget()
 
     @property
     def idle(self) -> bool:
+        """Whether there are no steps."""
         return not self._active
 
     def busy_sessions(self) -> set[Hashable]:
-        """Sessions that have a step here."""
+        """The sessions that have steps."""
         return set(self._active)
 
-    def add(self, step: ScheduledStep[Request, R]) -> ScheduledStep[Request, R] | None:
-        """Takes a step. Returns it if it may start now; if not, `end` returns it when its turn has come."""
+    def add(self, step: ScheduledStep[_Request, _Run]) -> ScheduledStep[_Request, _Run] | None:
+        """Takes a step. Returns it if it may start now. If not, `end` returns it when it may."""
         if step.session in self._active:
             self._waiting.setdefault(step.session, deque()).append(step)
             return None
         self._active[step.session] = step
         return step
 
-    def start(self, step: ScheduledStep[Request, R], runs: Sequence[R]) -> None:
-        """Lets a step's runs go into forwards. A step that is `complete` without any is to be ended."""
+    def start(self, step: ScheduledStep[_Request, _Run], runs: Sequence[_Run]) -> None:
+        """Makes a step's runs ready for forwards. The caller ends a step that is `complete` without any."""
         step.runs = [run for run in runs if run.cost]
         step.done = [0] * len(step.runs)
         step.outputs = [[] for _ in step.runs]
         self._active.move_to_end(step.session)
 
-    def urgent_prefills(self) -> list[ScheduledStep[Request, R]]:
-        """Prefills that do not wait for decoding, because forwards are slow and their devices are not decoding.
+    def urgent_prefills(self) -> list[ScheduledStep[_Request, _Run]]:
+        """Prefills that go before decoding, because forwards are slow and their devices are not decoding.
 
-        After each forward of theirs the others have a turn.
+        They do not get two forwards in a row while others wait.
         """
         now = time.monotonic()
         self._decoded_at = {device: then for device, then in self._decoded_at.items() if now - then < DECODING_FOR}
@@ -230,16 +239,16 @@ class Scheduler(Generic[Request, R]):
 
     @property
     def has_urgent_prefill(self) -> bool:
-        """Whether the next forward should not wait for sessions that are due back: prefill can run meanwhile."""
+        """Whether prefill can run at once, so that the next forward should not wait for sessions that are due."""
         return self.budget.base >= SLOW_FORWARD and any(step.prefill for step in self._active.values())
 
-    def next_batch(self) -> tuple[list[ScheduledChunk[Request, R]], ScheduledStep[Request, R] | None]:
-        """What goes into the next forward, beside what is under way.
+    def next_batch(self) -> tuple[list[ScheduledChunk[_Request, _Run]], ScheduledStep[_Request, _Run] | None]:
+        """Chooses what goes into the next forward, from the steps that are not in flight.
 
         Returns:
-            The chunks, which are in flight from now on, and None; no chunks if no step is ready. If no ready step
-            fits into memory: no chunks, and the oldest such step. The caller makes room for it or ends it, and asks
-            again.
+            The chunks, which are in flight from now on, and None. There are no chunks if no step is ready. If none
+            of the ready steps fits into memory: no chunks, and the oldest such step. The caller then frees memory
+            for it or ends it, and asks again.
         """
         urgent = self.urgent_prefills()
         batch = self._fill(urgent) if urgent else []
@@ -247,7 +256,7 @@ class Scheduler(Generic[Request, R]):
         if not batch and (ready := self._ready()):
             batch = self._fill(ready)
             if not batch:
-                # Urgent prefills do not fit either: they had their turn when the caller asks again.
+                # Urgent prefills do not fit either. They have had their turn when the caller asks again.
                 self._urgent_went = True
                 return [], ready[0]
         for chunk in batch:
@@ -255,12 +264,12 @@ class Scheduler(Generic[Request, R]):
         return batch, None
 
     def finish(
-        self, batch: Sequence[ScheduledChunk[Request, R]], outputs: Sequence[torch.Tensor], seconds: float
-    ) -> list[ScheduledStep[Request, R]]:
-        """Takes the outputs of a forward, and how long it took.
+        self, batch: Sequence[ScheduledChunk[_Request, _Run]], outputs: Sequence[torch.Tensor], seconds: float
+    ) -> list[ScheduledStep[_Request, _Run]]:
+        """Takes the outputs of a forward, and how long it took in seconds.
 
         Returns:
-            The steps that are complete with it. They stay active until `end`.
+            The steps that it has completed. They stay active until `end`.
         """
         prefill = sum(chunk.run.cost for chunk in batch if chunk.step.prefill)
         self.budget.observe(sum(not chunk.step.prefill for chunk in batch), prefill, seconds)
@@ -273,18 +282,18 @@ class Scheduler(Generic[Request, R]):
             if not step.prefill:
                 self._decoded_at[step.device] = time.monotonic()
             if self._active.get(step.session) is not step:
-                # It was cancelled meanwhile.
+                # The step was cancelled meanwhile.
                 continue
             if step.prefill:
-                # The next forward's chunk is another device's.
+                # The next chunk of prefill is another device's.
                 self._turns.pop(step.device, None)
                 self._turns[step.device] = None
             if step.complete:
                 complete.append(step)
         return complete
 
-    def end(self, step: ScheduledStep[Request, R]) -> ScheduledStep[Request, R] | None:
-        """Drops an active step, whatever became of it. Returns the session's next one, which may start now."""
+    def end(self, step: ScheduledStep[_Request, _Run]) -> ScheduledStep[_Request, _Run] | None:
+        """Drops an active step, complete or not. Returns the session's next one, which may start now."""
         del self._active[step.session]
         waiting = self._waiting.get(step.session)
         if not waiting:
@@ -295,16 +304,16 @@ class Scheduler(Generic[Request, R]):
         self._active[step.session] = following
         return following
 
-    def cancel(self, session: Hashable) -> list[ScheduledStep[Request, R]]:
-        """Drops all steps of a session, and returns them. The output of a forward under way will be ignored."""
+    def cancel(self, session: Hashable) -> list[ScheduledStep[_Request, _Run]]:
+        """Drops all steps of a session, and returns them. The output of a running forward will be ignored."""
         steps = [self._active.pop(session)] if session in self._active else []
         return [*steps, *self._waiting.pop(session, ())]
 
-    def _ready(self) -> list[ScheduledStep[Request, R]]:
+    def _ready(self) -> list[ScheduledStep[_Request, _Run]]:
         return [step for step in self._active.values() if not step.in_flight]
 
-    def _fill(self, ready: Sequence[ScheduledStep[Request, R]]) -> list[ScheduledChunk[Request, R]]:
-        batch: list[ScheduledChunk[Request, R]] = []
+    def _fill(self, ready: Sequence[ScheduledStep[_Request, _Run]]) -> list[ScheduledChunk[_Request, _Run]]:
+        batch: list[ScheduledChunk[_Request, _Run]] = []
         free = self._store.free if self._store is not None else 0
         for step in ready:
             if step.prefill:
@@ -329,9 +338,9 @@ class Scheduler(Generic[Request, R]):
                 batch.append(ScheduledChunk(step, index, run.part(begin, count)))
         return batch
 
-    def _in_turns(self, ready: Sequence[ScheduledStep[Request, R]]) -> list[ScheduledStep[Request, R]]:
-        """Prefills, one of each device before the second of any; the device of the last chunk comes last."""
-        queues: dict[Hashable, deque[ScheduledStep[Request, R]]] = {}
+    def _in_turns(self, ready: Sequence[ScheduledStep[_Request, _Run]]) -> list[ScheduledStep[_Request, _Run]]:
+        """Prefills in turns: each device's first before any second. The device of the last chunk comes last."""
+        queues: dict[Hashable, deque[ScheduledStep[_Request, _Run]]] = {}
         for step in ready:
             if step.prefill:
                 queues.setdefault(step.device, deque()).append(step)
@@ -341,7 +350,7 @@ class Scheduler(Generic[Request, R]):
         queues = {
             device: queues[device] for device in [*(each for each in queues if each not in self._turns), *last]
         }
-        order: list[ScheduledStep[Request, R]] = []
+        order: list[ScheduledStep[_Request, _Run]] = []
         while queues:
             for device in list(queues):
                 order.append(queues[device].popleft())

@@ -1,6 +1,6 @@
-"""Attention by torch's SDPA, on any device: spans one by one, many short decoding ones at once.
+"""Attention by torch's SDPA on any device: span by span, but many short decoding spans in one call.
 
-Keys and values of a sequence whose pages are contiguous are one slice, which is not copied.
+If a sequence's pages are contiguous, its keys and values are one slice, which is read without a copy.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from split_common.engine.attention import AttentionCall, Span
-from split_common.engine.pool import PAGE_TOKENS, PagePool
+from split_common.engine.pool import DEFAULT_PAGE_TOKENS, PagePool
 
-#: Decoding sequences are attended to in one call if their padded keys have at most this many tokens in all.
+#: Most tokens in the padded keys of all decoding sequences, if one call is to attend to all of them.
 BATCHED_TOKENS = 8192
 
-#: Fewer sequences than this are attended to one by one.
+#: Fewest decoding sequences for which one call attends to all of them.
 BATCHED_SEQUENCES = 4
 
 
 class SdpaAttention:
-    """The backend (`split_common.engine.attention.Backend`)."""
+    """SDPA (a `split_common.engine.attention.Backend`)."""
 
     name = "sdpa"
-    page_tokens = PAGE_TOKENS
+    page_tokens = DEFAULT_PAGE_TOKENS
     capturable = False
 
     def plan(self, pool: PagePool, spans: Sequence[Span], device: torch.device) -> SdpaPlan:
@@ -33,7 +33,7 @@ class SdpaAttention:
 
 
 class SdpaPlan:
-    """A batch of spans, those of one token first. Keeps masks and gathered slots for the next layer."""
+    """A batch of spans, those of one token first. Keeps masks and gathered slots for the following layers."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
         self._spans = spans
@@ -44,16 +44,16 @@ class SdpaPlan:
         self, call: AttentionCall, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         plain = call.softcap is None and call.sinks is None
-        together = self._decoding(call.window) if plain else []
+        batched = self._decoding(call.window) if plain else []
         parts: list[torch.Tensor] = []
-        if together:
-            parts.append(self._attend_batched(call, query[:, : len(together)], keys, values, together))
-        for span in self._spans[len(together) :]:
+        if batched:
+            parts.append(self._attend_batched(call, query[:, : len(batched)], keys, values, batched))
+        for span in self._spans[len(batched) :]:
             parts.append(self._attend_one(call, query[:, span.begin : span.begin + span.count], span, keys, values))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _decoding(self, window: int | None) -> Sequence[Span]:
-        """The batch's leading spans of one token, if they are many and short."""
+        """The batch's leading spans of one token; empty if they are few or their sequences are long."""
         count = 0
         longest = 0
         for span in self._spans:
@@ -113,7 +113,7 @@ class SdpaPlan:
         return output[0]
 
     def _mask(self, count: int, visible: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-        """Which keys each query attends to, bool `[count, visible]`; None if it is all of them."""
+        """Which keys each query attends to, bool `[count, visible]`; None if each attends to all of them."""
         if count == 1:
             return None
         key = (count, visible, window, device)
@@ -143,7 +143,8 @@ def _gather(spans: Sequence[Span], window: int | None, query: torch.Tensor) -> t
     for index, span in enumerate(spans):
         visible = _visible(span.sequence.length, window)
         slots[index, longest - visible :] = span.sequence.slots(span.sequence.length - visible)
-        # Padding repeats a visible token: a free slot may hold NaN, which no mask removes from a sum.
+        # Padding repeats a visible token, because a free slot may hold NaN, which a mask does not remove from a
+        # sum.
         slots[index, : longest - visible] = slots[index, longest - visible]
         mask[index, :, :, longest - visible :] = 0.0
     return torch.from_numpy(slots.reshape(-1)).to(query.device), mask.to(query.device)

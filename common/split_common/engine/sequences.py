@@ -1,4 +1,4 @@
-"""What the engine runs, however keys and values are kept: sequences, their memory, and runs of new tokens."""
+"""Sequences, their KV memory, and runs of new tokens: the interfaces that packed and unpacked forwards share."""
 
 from __future__ import annotations
 
@@ -14,41 +14,42 @@ class KVSequence(Protocol):
 
     @property
     def length(self) -> int:
-        """Tokens that it holds."""
+        """How many tokens it holds."""
 
     def cost(self, tokens: int) -> int:
         """Memory that appending `tokens` tokens takes, in units of the store's `free`."""
 
     def truncate(self, tokens: int) -> None:
-        """Cuts it back to its first `tokens` tokens."""
+        """Cuts the sequence back to its first `tokens` tokens."""
 
     def fork(self) -> KVSequence:
         """Returns a sequence with the same tokens, which grows independently."""
 
     def free(self) -> None:
-        """Gives its memory back."""
+        """Frees its memory."""
 
 
 class KVStore(Protocol):
     """Makes sequences, and accounts for their memory."""
 
-    def new_sequence(self) -> KVSequence: ...
+    def new_sequence(self) -> KVSequence:
+        """Returns an empty sequence."""
 
     @property
     def free(self) -> int:
-        """Memory that is left: pages, or tokens where there are no pages."""
+        """Free memory: in pages, or in tokens if there are no pages."""
 
     @property
     def free_tokens(self) -> int:
-        """Tokens that fit into the memory that is left."""
+        """Tokens that fit into the free memory."""
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit into all of the memory."""
+        """Tokens that fit into the whole memory."""
 
 
 class Run(Protocol):
-    """What a step has the layers compute. It goes into a forward whole, unless it is prefill."""
+    """A part of a step, for one sequence or image. It goes into a forward whole, unless it is prefill."""
 
     @property
     def cost(self) -> int:

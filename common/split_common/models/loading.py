@@ -22,26 +22,28 @@ from split_common.models.layer_stack import Absent, LayerStack, PassThrough, fin
 from split_common.models.split import Split
 from split_common.models.weights import Side, read_tensors
 
-#: A tensor of an outermost stack of modules: the stack's name, and the index in it.
+#: The name of a tensor in an outermost stack of modules: the stack's name, and the index in the stack.
 _LAYER = re.compile(r"(?P<prefix>[^\d.]\w*(?:\.[^\d.]\w*)*)\.(?P<index>\d+)\.", re.ASCII)
 
 
 @dataclass
 class ModelSpec:
-    """What a checkpoint is, before any weight is read."""
+    """What a language model's checkpoint is, before any weight is read. Made by `read_spec`."""
 
     checkpoint: Checkpoint
     config: Any
     model_class: type[nn.Module]
-    #: Where the layers' tensors are in the checkpoint: `model.layers`, `h` and the like.
+    #: What precedes a layer's index in the names of the checkpoint's tensors, like `model.layers` or `h`.
     prefix: str
 
     @property
     def layers(self) -> int:
+        """The number of decoder layers."""
         return int(self.text_config.num_hidden_layers)
 
     @property
     def text_config(self) -> Any:
+        """The configuration of the decoder, which may be a part of the whole."""
         return self.config.get_text_config(decoder=True)
 
     def layer_of(self, tensor: str) -> int | None:
@@ -61,7 +63,11 @@ class ModelSpec:
 
 
 def read_spec(model: str | Checkpoint, revision: str | None = None) -> ModelSpec:
-    """Reads the configuration of a checkpoint, or of that in a directory or of a hub id.
+    """Reads the configuration of a language model.
+
+    Args:
+        model: a checkpoint, a directory with one, or a hub id.
+        revision: of a hub id.
 
     Raises:
         UnknownModel: no checkpoint is found, or transformers does not know its type.
@@ -74,7 +80,7 @@ def read_spec(model: str | Checkpoint, revision: str | None = None) -> ModelSpec
         if checkpoint.class_name is not None:
             raise UnsupportedArchitecture(
                 f"{checkpoint.name} is a {checkpoint.class_name} of diffusers, not a language model: "
-                "`lambda-split image` runs diffusion models, `lambda-split doctor --model` tells how one is cut"
+                "`lambda-split image` runs diffusion models, `lambda-split doctor --model` shows how one is cut"
             ) from None
         raise UnknownModel(f"{checkpoint.name}: {_first_line(error)}") from None
     model_class = causal_class(config)
@@ -83,7 +89,7 @@ def read_spec(model: str | Checkpoint, revision: str | None = None) -> ModelSpec
         raise UnsupportedArchitecture(f"{name} is not a decoder-only language model")
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        raise UnsupportedArchitecture(f"{name}: quantized checkpoints cannot be split, take the original weights")
+        raise UnsupportedArchitecture(f"{name}: quantized checkpoints cannot be split: use the original weights")
     try:
         layers = int(config.get_text_config(decoder=True).num_hidden_layers)
         _check_cache(config, name)
@@ -97,7 +103,7 @@ def read_spec(model: str | Checkpoint, revision: str | None = None) -> ModelSpec
 
 
 def _find_prefix(checkpoint: Checkpoint, layers: int, stack_name: str, name: str) -> str:
-    """The name of the stack of layers in a checkpoint, which may differ from the model's own."""
+    """The name of the stack of layers in a checkpoint, which may differ from that in the model."""
     found: dict[str, set[int]] = {}
     for tensor in checkpoint.tensor_names:
         if match := _LAYER.match(tensor):
@@ -112,6 +118,7 @@ def _find_prefix(checkpoint: Checkpoint, layers: int, stack_name: str, name: str
 
 
 def _check_cache(config: Any, name: str) -> None:
+    """Raises UnsupportedArchitecture if a layer keeps anything but keys and values of its own."""
     for index, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise UnsupportedArchitecture(
@@ -120,7 +127,7 @@ def _check_cache(config: Any, name: str) -> None:
 
 
 def load_part(
-    plan: ModelSpec,
+    spec: ModelSpec,
     split: Split,
     side: Side,
     *,
@@ -128,65 +135,66 @@ def load_part(
     bases: tuple[type, ...] = (),
     fill: Callable[[], PassThrough] = PassThrough,
 ) -> tuple[Any, LayerStack]:
-    """Loads a side's part of a model, on the CPU; unconverted tensors stay mapped from the file.
+    """Loads a side's part of a model on the CPU. Tensors whose dtype stays the same are mapped from the file.
 
     Args:
         split: where the model is cut.
         side: "device" keeps all but the body's layers, "worker" the body's layers alone.
         dtype: of the parameters; None keeps the checkpoint's.
-        bases: classes that the model's class should derive from as well.
-        fill: makes the layer for the first of the other side's slots in the body (device only).
+        bases: further classes that the model's class derives from.
+        fill: makes the layer in the first of the body's slots (device only).
 
     Raises:
         MissingTensor: the checkpoint lacks a tensor of the part.
+        ModelError: its tensors do not fit the model.
         UnsupportedArchitecture: the model cannot be cut between its layers.
     """
-    model_class = _part_class(plan, split, side, bases, fill)
-    state = read_tensors(plan.checkpoint, plan.own_tensors(split, side))
+    model_class = _part_class(spec, split, side, bases, fill)
+    state = read_tensors(spec.checkpoint, spec.own_tensors(split, side))
     try:
         with _quiet():
-            model, info = load_state(model_class, plan.config, state, dtype)
+            model, info = load_state(model_class, spec.config, state, dtype)
         if info["missing_keys"]:
-            raise MissingTensor(f"{plan.checkpoint.name} lacks the tensor {min(info['missing_keys'])}")
+            raise MissingTensor(f"{spec.checkpoint.name} lacks the tensor {min(info['missing_keys'])}")
         if info["mismatched_keys"]:
             tensor, found, expected = min(info["mismatched_keys"])
-            raise ModelError(f"{plan.checkpoint.name}: {tensor} has the shape {list(found)}, not {list(expected)}")
+            raise ModelError(f"{spec.checkpoint.name}: {tensor} has the shape {list(found)}, not {list(expected)}")
         model.eval().requires_grad_(False)
-        return model, LayerStack(model, plan.layers)
+        return model, LayerStack(model, spec.layers)
     except (AttributeError, TypeError) as error:
-        name = plan.model_class.__name__
+        name = spec.model_class.__name__
         raise UnsupportedArchitecture(f"{name} cannot be loaded in parts: {_first_line(error)}") from None
     except (ValueError, RuntimeError, OSError) as error:
         reason = _first_line(error).partition(" For details")[0]
-        raise ModelError(f"{plan.checkpoint.name}: its tensors do not make the model: {reason}") from None
+        raise ModelError(f"{spec.checkpoint.name}: its tensors do not make the model: {reason}") from None
 
 
-def generation_config(plan: ModelSpec) -> GenerationConfig | None:
-    """The checkpoint's defaults of `generate`, if it has any. Raises ModelError where they are malformed."""
+def generation_config(spec: ModelSpec) -> GenerationConfig | None:
+    """The checkpoint's defaults for `generate`, if it has any. Raises ModelError if they are malformed."""
     try:
-        directory = plan.checkpoint.path("generation_config.json").parent
+        directory = spec.checkpoint.path("generation_config.json").parent
     except ModelError:
         return None
     try:
         return GenerationConfig.from_pretrained(directory)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{plan.checkpoint.name}: generation_config.json: {_first_line(error)}") from None
+        raise ModelError(f"{spec.checkpoint.name}: generation_config.json: {_first_line(error)}") from None
 
 
 def _part_class(
-    plan: ModelSpec, split: Split, side: Side, bases: tuple[type, ...], fill: Callable[[], PassThrough]
+    spec: ModelSpec, split: Split, side: Side, bases: tuple[type, ...], fill: Callable[[], PassThrough]
 ) -> Any:
     """The model's class with the other side's layers replaced before weights are loaded.
 
-    It carries the original's module and name, by which transformers finds the conversions of its checkpoints.
+    It keeps the original's module and name, by which transformers finds the conversions for its checkpoints.
     """
-    original: Any = plan.model_class
+    original: Any = spec.model_class
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original.__init__(self, config, *args, **kwargs)
-        owner, attribute = find_stack(self, plan.layers)
+        owner, attribute = find_stack(self, spec.layers)
         slots = getattr(owner, attribute)
-        for index in range(plan.layers):
+        for index in range(spec.layers):
             if (index in split.body) == (side == "device"):
                 slot = fill() if side == "device" and index == split.first else PassThrough()
                 slot.imitate(slots[index])
@@ -206,7 +214,7 @@ def _part_class(
 
 
 def strip(module: nn.Module, stack: nn.ModuleList) -> None:
-    """Replaces everything with parameters beside the stack."""
+    """Replaces all modules with parameters that are not in the stack."""
     for name, child in list(module.named_children()):
         if child is stack:
             continue
@@ -218,7 +226,7 @@ def strip(module: nn.Module, stack: nn.ModuleList) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences transformers' load report and progress bar: each side loads a part on purpose."""
+    """Silences transformers' load report and progress bar, which would report the other side's part as missing."""
     logger = transformers.utils.logging
     level, bars = logger.get_verbosity(), logger.is_progress_bar_enabled()
     logger.set_verbosity(logging.ERROR)

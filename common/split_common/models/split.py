@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from split_common.errors import ConfigError, InvalidSplit
 
-#: Decoder layers that the device keeps at each end unless told otherwise.
+#: Decoder layers that the device keeps at each end by default.
 END_LAYERS = 2
 
 
 @dataclass(frozen=True)
 class Split:
-    """A cut of a stack of `layers` layers; the body is never empty."""
+    """A cut of a stack of `layers` layers. Raises InvalidSplit if no layer is left for the body."""
 
     layers: int
     first: int
@@ -27,7 +27,11 @@ class Split:
 
     @classmethod
     def from_head_tail(cls, layers: int, head: int, tail: int) -> Split:
-        """Raises InvalidSplit when either is negative or no layer is left for the body."""
+        """The split that leaves `head` and `tail` layers at the ends.
+
+        Raises:
+            InvalidSplit: either number is negative, or no layer is left for the body.
+        """
         return cls(layers, head, layers - tail)
 
     @classmethod
@@ -44,7 +48,7 @@ class Split:
         except ValueError:
             colon = ""
         if not colon:
-            raise ConfigError(f"--layers takes FIRST:LAST like 2:-2, not {text!r}")
+            raise ConfigError(f"invalid --layers {text!r}: expected FIRST:LAST, e.g. 2:-2")
         stop += layers if stop < 0 else 0
         if not 0 <= start < stop <= layers:
             raise InvalidSplit(
@@ -54,6 +58,7 @@ class Split:
 
     @property
     def body(self) -> range:
+        """Indices of the body's layers."""
         return range(self.first, self.last)
 
     def __str__(self) -> str:

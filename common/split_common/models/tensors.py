@@ -7,6 +7,7 @@ import torch
 from split_common.errors import ConfigError, Malformed, NonFinite
 from split_common.protocol.payloads import Dtype
 
+#: The dtypes of hidden states, by their names in messages.
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -34,15 +35,15 @@ def to_bytes(states: torch.Tensor) -> memoryview:
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """A tensor's bytes, in C order and native byte order."""
-    # Made contiguous where it is: a GPU does that faster.
+    # Made contiguous on its own device, because a GPU does that faster.
     return memoryview(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data).cast("B")
 
 
 def from_bytes(data: memoryview, dtype: str, tokens: int, width: int) -> torch.Tensor:
-    """Hidden states `[tokens, width]` from their bytes.
+    """Hidden states `[tokens, width]` from their bytes, on the host.
 
     Raises:
-        Malformed: the size does not fit the shape.
+        Malformed: the number of bytes does not match the shape.
         NonFinite: they hold NaN or infinity.
     """
     expected = tokens * width * DTYPES[dtype].itemsize
@@ -54,19 +55,24 @@ def from_bytes(data: memoryview, dtype: str, tokens: int, width: int) -> torch.T
 
 
 def check_finite(states: torch.Tensor) -> None:
-    """Raises NonFinite."""
-    # Both extremes are NaN if any number is. One pass over them, where `isfinite` makes several.
+    """Raises NonFinite if a tensor holds NaN or infinity."""
+    # Both extremes are NaN if any number is. This takes one pass; `isfinite` over all numbers takes several.
     if states.numel() and not torch.isfinite(torch.stack(torch.aminmax(states))).all():
         raise NonFinite("hidden states hold NaN or infinity")
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """A dtype of hidden states; None for "auto". Raises ConfigError."""
+    """The dtype of a name; None for "auto".
+
+    Raises:
+        ConfigError: there is no dtype of this name.
+        Malformed: hidden states of this dtype cannot be sent.
+    """
     if isinstance(dtype, torch.dtype):
         dtype_name(dtype)
         return dtype
     if dtype == "auto":
         return None
     if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+        raise ConfigError(f"invalid dtype {dtype!r}: expected auto or one of {', '.join(DTYPES)}")
     return DTYPES[dtype]

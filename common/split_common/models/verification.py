@@ -1,4 +1,4 @@
-"""Checking a checkpoint against the fleet's signed manifests; a side checks the part that it loads."""
+"""Checks a checkpoint against the fleet's signed manifests. Each side checks the part that it loads."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def build_manifest(
 
     Args:
         checkpoint: the model.
-        name: of the model in the fleet; by default the checkpoint's.
-        progress: is called with the number of bytes just hashed, from several threads.
+        name: the model's name in the fleet; None for the checkpoint's.
+        progress: called with the number of bytes just hashed, from several threads.
 
     Raises:
         KeysError: `name` is not a `ModelName`.
@@ -36,13 +36,13 @@ def build_manifest(
 
 
 def find_manifest(fleet: Fleet, checkpoint: Checkpoint, own_names: Iterable[str]) -> Manifest:
-    """The fleet's manifest of this checkpoint, which the tensors that are about to be loaded match.
+    """The fleet's manifest of this checkpoint, against which the tensors to be loaded have been checked.
 
-    Of several that match, one with the checkpoint's name is preferred. A loopback fleet without a match hashes the
-    whole checkpoint, and keeps the manifest for other processes.
+    If several match, one with the checkpoint's name is preferred. A loopback fleet without a match hashes the whole
+    checkpoint, and stores the manifest for other processes.
 
     Args:
-        fleet: whose manifests count.
+        fleet: whose manifests are searched.
         checkpoint: the model.
         own_names: names of the tensors that this side loads; only these are hashed.
 

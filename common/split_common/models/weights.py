@@ -1,4 +1,4 @@
-"""Reading some of a checkpoint's tensors with torch, and which side of a split model they are for."""
+"""Reads some of a checkpoint's tensors with torch; and the two sides of a split model that do so."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from safetensors import safe_open
 from split_common.errors import MissingTensor
 from split_common.models.checkpoint import Checkpoint
 
-#: Who loads a part of a model: the device its head and tail, the worker its body.
+#: The side that loads a part of a model: the device its head and tail, the worker its body.
 Side = Literal["device", "worker"]
 
 
 def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Reads some of a checkpoint's tensors, by name; each stays mapped from its file.
+    """Reads some of a checkpoint's tensors, by name. They stay mapped from their files.
 
     Raises:
         MissingTensor: a file lacks a tensor that the index says it holds.

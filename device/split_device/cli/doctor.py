@@ -153,11 +153,11 @@ def _layers(model: str | None) -> Iterator[Finding]:
         if is_denoiser(checkpoint):
             yield _blocks(read_denoiser_spec(checkpoint))
             return
-        plan_ = read_spec(checkpoint)
-        first = min(2, plan_.layers - 1)
-        split = Split(plan_.layers, first, min(first + TRIED_LAYERS, plan_.layers))
-        _, stack = load_part(plan_, split, "worker")
-        runner = build_runner(stack, split, plan_.text_config, TRIAL_BYTES)
+        spec = read_spec(checkpoint)
+        first = min(2, spec.layers - 1)
+        split = Split(spec.layers, first, min(first + TRIED_LAYERS, spec.layers))
+        _, stack = load_part(spec, split, "worker")
+        runner = build_runner(stack, split, spec.text_config, TRIAL_BYTES)
     except SplitError as error:
         yield Finding("model", "problem", str(error))
         return
@@ -167,19 +167,19 @@ def _layers(model: str | None) -> Iterator[Finding]:
         yield Finding("model", "note", f"a worker runs sessions one at a time: {runner.unpacked_because}")
 
 
-def _blocks(plan: DenoiserSpec) -> Finding:
+def _blocks(spec: DenoiserSpec) -> Finding:
     """How much of a denoiser each cut leaves to the device."""
     from split_common.models.denoisers.spec import CUTS
 
-    checkpoint = plan.checkpoint
+    checkpoint = spec.checkpoint
     total = checkpoint.nbytes(checkpoint.tensor_names)
     shares = []
     for cut in CUTS:
         with contextlib.suppress(InvalidSplit):
-            split = plan.split(cut)
-            share = checkpoint.nbytes(plan.own_tensors(split, "device")) / total
+            split = spec.split(cut)
+            share = checkpoint.nbytes(spec.own_tensors(split, "device")) / total
             shares.append(f"cut {cut} (blocks {split}) leaves {share:.1%} of its {total:,} bytes here")
-    return Finding("model", "ok", f"a {plan.class_name}: {', '.join(shares)}")
+    return Finding("model", "ok", f"a {spec.class_name}: {', '.join(shares)}")
 
 
 def _cores() -> int:

@@ -32,20 +32,20 @@ def inspect(
     from split_common.models.tensors import parse_dtype
     from split_device.models.sizes import bytes_per_token, parts
 
-    plan_ = read_spec(choice.name, choice.revision)
-    split = Split.from_head_tail(plan_.layers, choice.head_layers, choice.tail_layers)
+    spec = read_spec(choice.name, choice.revision)
+    split = Split.from_head_tail(spec.layers, choice.head_layers, choice.tail_layers)
     dtype = parse_dtype(choice.dtype)
-    rows = parts(plan_, split, dtype)
-    states = bytes_per_token(plan_, dtype)
+    rows = parts(spec, split, dtype)
+    states = bytes_per_token(spec, dtype)
     if json:
         emit_json(
             {
-                "model": plan_.checkpoint.name,
-                "layers": plan_.layers,
+                "model": spec.checkpoint.name,
+                "layers": spec.layers,
                 "bytes_per_token": states,
                 "parts": [msgspec.to_builtins(row) for row in rows],
             }
         )
     else:
-        stdout().print(parts_table(plan_.checkpoint.name, rows))
+        stdout().print(parts_table(spec.checkpoint.name, rows))
         print(f"{states:,} bytes of hidden states travel in each direction for each token")

@@ -59,7 +59,7 @@ class Reuse:
         """
         if self._reuse == 1:
             return call(inputs)
-        about, states = (*inputs.job, *inputs.about), inputs.tensors[0]
+        about, states = (*inputs.conditioning, *inputs.about), inputs.tensors[0]
         last = self._take(about, states)
         if last is not None and timestep < last.timestep and not self._is_due(last, states):
             last.steps += 1

@@ -36,7 +36,7 @@ class TransformerCall:
     #: Tensors that tell one image from another.
     about: Sequence[torch.Tensor]
     #: Tensors of an image that the worker needs besides its steps.
-    job: Sequence[torch.Tensor]
+    conditioning: Sequence[torch.Tensor]
 
 
 _calls: CallContext[TransformerCall] = CallContext("transformer")
@@ -68,7 +68,8 @@ class FirstSlot(TransformerSlot):
         call, text = _calls.get(), encoder_hidden_states.shape[1]
         assert call is not None, "a slot is called by the transformer"
         output = self._run(
-            call.timestep, DenoiserInputs([hidden_states, temb, encoder_hidden_states], call.job, about=call.about)
+            call.timestep,
+            DenoiserInputs([hidden_states, temb, encoder_hidden_states], call.conditioning, about=call.about),
         )
         return output[:, :text], output[:, text:]
 

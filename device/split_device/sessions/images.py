@@ -35,7 +35,7 @@ class DenoiserInputs(NamedTuple):
     #: Tensors of one step: the states, the embedding of the timestep, and others.
     tensors: Sequence[torch.Tensor]
     #: Tensors and scales that are the same for all steps of an image.
-    job: Sequence[torch.Tensor] = ()
+    conditioning: Sequence[torch.Tensor] = ()
     scales: Sequence[float] = ()
     #: Further tensors that tell one image from another.
     about: Sequence[torch.Tensor] = ()
@@ -195,11 +195,11 @@ class ImageSession:
 def _conditioning(inputs: DenoiserInputs) -> tuple[list[int], EncodedConditioning | None]:
     """For each row of the step, its row in the conditioning, -1 for zeros; and the conditioning."""
     count = len(inputs.tensors[0])
-    if not inputs.job:
+    if not inputs.conditioning:
         return [-1] * count, None
     # Pipelines repeat embeddings for each image of a prompt.
-    sent, rows = distinct(map(_row_key, zip(*inputs.job, strict=True)))
-    encoded = [encode(tensor[sent or [0]]) for tensor in inputs.job]
+    sent, rows = distinct(map(_row_key, zip(*inputs.conditioning, strict=True)))
+    encoded = [encode(tensor[sent or [0]]) for tensor in inputs.conditioning]
     arrays, data = [array for array, _ in encoded], b"".join(data for _, data in encoded)
     scales = list(inputs.scales)
     key = hashlib.blake2b(repr((arrays, scales)).encode() + data, digest_size=32).digest()

@@ -1,7 +1,7 @@
-"""The interface of a body: all that the worker and its compute loop know of what they serve.
+"""The interface of a body: all that the worker and its compute loop know about what they serve.
 
-A request passes through `begin`, `launch` and `reply`, called in this order on the thread that computes. The loop
-decides which requests share a forward; only the body knows what is in its runs and in a session's state.
+A request passes through `begin`, `launch` and `reply`, which the compute loop calls in this order on its thread.
+The loop decides which requests share a forward. Only the body knows what its runs and a session's state hold.
 """
 
 from __future__ import annotations
@@ -16,46 +16,48 @@ from split_common.protocol import payloads
 
 
 class SessionState(Protocol):
-    """What a body keeps of a session from one step to the next. Used by the thread that computes."""
+    """What a body keeps of a session between steps. Used by the compute loop's thread."""
 
     @property
     def holds_memory(self) -> bool:
-        """Whether `free` would give KV memory back."""
+        """Whether `free` would free KV memory."""
 
     def fork(self) -> SessionState:
         """Returns a copy for another session."""
 
     def commit(self) -> None:
-        """The step that was begun last is answered."""
+        """Called when the step that was begun last has been answered."""
 
     def undo(self) -> None:
-        """The step that was begun last is refused, and may come again: its changes are undone."""
+        """Reverts the step that was begun last, because it is refused and may come again."""
 
     def free(self) -> None:
-        """Gives all memory back."""
+        """Frees all memory."""
 
 
 class Forward(Protocol):
-    """A forward that was launched. On CUDA it runs while the host does something else."""
+    """A forward that was launched. On CUDA it runs while the host does other work."""
 
     def wait(self) -> list[torch.Tensor]:
-        """The output of each run, on the host."""
+        """Waits for the output, and returns that of each run, on the host."""
 
 
-State = TypeVar("State", bound=SessionState)
-R = TypeVar("R", bound=Run)
+_State = TypeVar("_State", bound=SessionState)
+_Run = TypeVar("_Run", bound=Run)
 
 
-class Body(Protocol[State, R]):
+class Body(Protocol[_State, _Run]):
     """A loaded body: layers of a language model, or blocks of a denoiser."""
 
+    #: The device that takes its inputs.
     device: torch.device
-    #: What it computes in.
+    #: The dtype that it computes in.
     dtype: torch.dtype
+    #: Bytes of its weights.
     parameter_bytes: int
-    #: Whether a forward that was launched runs while the host does something else.
+    #: Whether a forward that was launched runs while the host does other work.
     asynchronous: bool
-    #: Whether prefill may go in chunks.
+    #: Whether prefill may be computed in chunks.
     divisible: bool
     #: Seconds that the first forward may take before the worker counts as hung.
     first_turn: float
@@ -64,48 +66,56 @@ class Body(Protocol[State, R]):
     def store(self) -> KVStore | None:
         """The sessions' KV memory; None if sessions take none."""
 
-    def new_state(self) -> State:
+    def new_state(self) -> _State:
         """The state of a new session. Called on any thread."""
 
-    def begin(self, state: State, request: payloads.AnyRequest, data: memoryview) -> Sequence[R]:
-        """Checks a request, and makes the session ready for it.
+    def begin(self, state: _State, request: payloads.AnyRequest, data: memoryview) -> Sequence[_Run]:
+        """Checks a request, and prepares the session for it.
 
         Args:
             state: the session's.
-            request: any but a Fork or Close, which are the compute loop's.
-            data: the request's tensors.
+            request: any but Fork and Close, which the worker handles itself.
+            data: the bytes of the request's tensors.
 
         Returns:
-            What is to be computed; nothing if the request needs no forward.
+            What is to be computed; empty if the request needs no forward.
 
         Raises:
-            Malformed, Oversized, NonFinite, PromptTooLong, NeedEmbeddings: the request is refused.
+            Malformed: the request does not fit the body or the session.
+            Oversized: the request or its answer is too large.
+            NonFinite: its tensors hold NaN or infinity.
+            PromptTooLong: a row would exceed the model's positions or the KV memory.
+            NeedEmbeddings: embeddings or earlier parts that it builds on are not held.
         """
 
-    def launch(self, runs: Sequence[R]) -> Forward:
-        """Starts a forward over the runs of several sessions. If that fails, the sessions are as before."""
+    def launch(self, runs: Sequence[_Run]) -> Forward:
+        """Starts a forward over the runs of several sessions. If that fails, the sessions are unchanged."""
 
     def reply(
-        self, state: State, request: payloads.AnyRequest, output: torch.Tensor
+        self, state: _State, request: payloads.AnyRequest, output: torch.Tensor
     ) -> tuple[payloads.AnyReply, memoryview | bytes]:
-        """The answer to a request, and its tensors.
+        """The answer to a request, and the bytes of its tensors.
 
         Args:
-            output: of the request's runs, one after the other; empty if there were none.
+            state: the session's.
+            request: the request.
+            output: the outputs of its runs, concatenated; empty if there were none.
 
         Raises:
-            NonFinite, NeedEmbeddings, Malformed: the request is refused.
+            NonFinite: the output holds NaN or infinity.
+            NeedEmbeddings: the output that is asked for is not held.
+            Malformed: it ends before the bytes that are asked for.
         """
 
     def memory(self) -> dict[str, float]:
-        """How much memory sessions may take and how much they take, by the name of the fact."""
+        """How much memory sessions may take and do take, by the names of `Worker.facts`."""
 
     def facts(self) -> dict[str, Any]:
-        """What `worker --json` reports of this kind of body."""
+        """What `worker --json` reports about this kind of body."""
 
     def describe(self, layers: str) -> list[str]:
-        """The same for people: a phrase that continues "worker NAME serves MODEL", and further lines."""
+        """The same as text: a phrase that continues "worker NAME serves MODEL", and further lines."""
 
 
-#: A body of any kind: the compute loop hands each its own states and runs back.
+#: A body of any kind. The compute loop passes a body only states and runs that the same body has made.
 AnyBody = Body[Any, Any]

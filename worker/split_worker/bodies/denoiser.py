@@ -1,4 +1,4 @@
-"""The body of a diffusion model's denoiser: each step is independent, and steps of one shape share a forward."""
+"""The body of a diffusion model's denoiser: steps are independent, and steps of one shape share a forward."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from split_common.models.tensors import DTYPES
 from split_common.protocol import payloads
 from split_worker.bodies.step_graphs import RunBlocks, StepGraphs
 
-#: Bytes that are held for image jobs by default: embeddings, and steps and outputs that travel in parts.
-MEMORY = 1024**3
+#: Bytes that are held for images by default: embeddings, and steps and outputs that travel in parts.
+HELD_BYTES = 1024**3
 
-#: Embeddings, steps and outputs that are held, at most: small ones take more memory than their bytes.
+#: Most embeddings, steps and outputs held at once, because small ones take more memory than their bytes.
 MAX_HELD = 8192
 
-#: Rows in one forward, at most; a step with more has one of its own.
+#: Most rows in one forward; a step with more has a forward of its own.
 MAX_BATCH_ROWS = 16
 
-#: Bytes of the embeddings for all rows of one step, at most.
+#: Most bytes of embeddings for all rows of one step.
 MAX_CONTEXT = 256 * 1024**2
 
 #: Seconds for the first forward: a large image on a CPU takes long.
 FIRST_DENOISE_TURN = 900.0
 
-#: What is held of a session beside its jobs: the parts of a step so far, and an output that is sent in parts.
+#: Keys of what is held of a session beside embeddings: the parts of a step so far, and an output sent in parts.
 _PARTS, _OUTPUT = b"parts", b"output"
 
 
@@ -45,9 +45,9 @@ _T = TypeVar("_T")
 
 
 class ImageState:
-    """A session of image jobs (a `SessionState`): what is held for it is in `HeldArrays`, under this key.
+    """A session of images (a `SessionState`). `HeldArrays` holds its arrays, with this object in their keys.
 
-    Steps change nothing that would have to be undone, since what is held may be forgotten at any time.
+    A refused step leaves nothing to undo, because what is held may be forgotten at any time.
     """
 
     holds_memory = False
@@ -67,12 +67,12 @@ class ImageState:
 
 
 class HeldArrays:
-    """What is held for image jobs, by session and key; the least recently used is dropped first.
+    """What is held for images, by session and key. The least recently used is dropped first.
 
     Used by the thread that computes.
 
     Args:
-        memory: bytes to hold at most, unless a single thing is larger.
+        memory: most bytes to hold; a single item may be larger.
     """
 
     def __init__(self, memory: int) -> None:
@@ -95,8 +95,8 @@ class HeldArrays:
             self.used -= _size(held)
         return held
 
-    def job(self, state: ImageState, key: bytes) -> StepConditioning:
-        """What an image is conditioned on. Raises NeedEmbeddings where it is not held."""
+    def conditioning(self, state: ImageState, key: bytes) -> StepConditioning:
+        """What an image is conditioned on. Raises NeedEmbeddings if it is not held."""
         held = self._held.get((state, key))
         if not isinstance(held, StepConditioning):
             raise NeedEmbeddings("the worker does not hold the embeddings of this image")
@@ -104,7 +104,7 @@ class HeldArrays:
         return held
 
     def extend(self, state: ImageState, offset: int, data: memoryview) -> None:
-        """Takes bytes of a step that follow those that are held.
+        """Appends bytes of a step to those that are held.
 
         Raises:
             NeedEmbeddings: the bytes before them are not held.
@@ -120,7 +120,7 @@ class HeldArrays:
         self.put(state, _PARTS, held)
 
     def whole(self, state: ImageState, sent: int, data: memoryview) -> memoryview:
-        """All bytes of a step, of which `sent` came before. Raises NeedEmbeddings where those are not held."""
+        """All bytes of a step, of which `sent` came before. Raises NeedEmbeddings if those are not held."""
         held = self._take(state, _PARTS)
         self._take(state, _OUTPUT)
         if not sent:
@@ -131,17 +131,17 @@ class HeldArrays:
         return memoryview(held)
 
     def output(self, state: ImageState, offset: int, size: int) -> bytes:
-        """Some bytes of the last step's output.
+        """The bytes `[offset, offset + size)` of the last step's output.
 
         Raises:
             NeedEmbeddings: the output is not held.
-            Malformed: it has fewer bytes.
+            Malformed: it ends before that.
         """
         held = self._held.get((state, _OUTPUT))
         if not isinstance(held, bytes):
             raise NeedEmbeddings("the worker does not hold the output of this step")
         if offset + size > len(held):
-            raise Malformed(f"an output of {len(held)} bytes has none up to {offset + size}")
+            raise Malformed(f"bytes up to {offset + size} of an output that has {len(held)}")
         return held[offset : offset + size]
 
     def forget(self, state: ImageState) -> None:
@@ -157,13 +157,13 @@ def _size(held: StepConditioning | bytearray | bytes) -> int:
 class DenoiserRun(Run):
     """One step of an image."""
 
-    #: The step's inputs, as `Middle` takes them; the first are the states.
+    #: The step's inputs, as `DenoiserBlocks` takes them. The first one holds the states.
     tensors: Sequence[torch.Tensor]
-    job: StepConditioning
-    #: Which of the job's rows belongs to each of the step's; -1 for zeros.
+    conditioning: StepConditioning
+    #: The row of the conditioning that belongs to each row of the step; -1 for zeros.
     rows: list[int]
-    #: Steps that agree in this can share a forward.
-    group: Hashable
+    #: Steps with equal keys can share a forward.
+    batch_key: Hashable
 
     @property
     def cost(self) -> int:
@@ -174,7 +174,7 @@ class GroupedForward:
     """Forwards of several shapes that were launched together (a `Forward`).
 
     Args:
-        forwards: each with the indices of its runs.
+        forwards: the indices of the runs in each forward, and the forward.
     """
 
     def __init__(self, forwards: list[tuple[Sequence[int], Forward]]) -> None:
@@ -190,10 +190,10 @@ class GroupedForward:
 
 
 class DenoiserBody:
-    """Middle blocks of a denoiser (a `Body`).
+    """The blocks between a denoiser's ends (a `Body`).
 
     Args:
-        plan: the denoiser.
+        spec: the denoiser.
         split: the body's blocks.
         device: where it runs.
         dtype: what it computes in; None takes the checkpoint's.
@@ -203,38 +203,38 @@ class DenoiserBody:
         ModelError: the body cannot be loaded.
     """
 
-    #: Steps leave nothing behind, so that sessions are admitted by their number alone.
+    #: Steps leave no keys and values behind, so that only the number of sessions is limited.
     store = None
-    #: A step of an image goes into one forward.
+    #: A step of an image goes into one forward whole.
     divisible = False
     first_turn = FIRST_DENOISE_TURN
 
     def __init__(
         self,
-        plan: DenoiserSpec,
+        spec: DenoiserSpec,
         split: Split,
         device: torch.device,
         dtype: torch.dtype | None = None,
         memory: int | None = None,
     ) -> None:
-        self._plan, self._split = plan, split
-        middle = plan.middle(split, dtype)
+        self._spec, self._split = spec, split
+        blocks = spec.load_blocks(split, dtype)
         try:
-            self._middle = middle.to(device)
+            self._blocks = blocks.to(device)
         except torch.OutOfMemoryError:
             raise ModelError(
-                f"the body of {plan.checkpoint.name} does not fit on the GPU: use --cut A, --dtype bfloat16 or "
+                f"the body of {spec.checkpoint.name} does not fit on the GPU: use --cut A, --dtype bfloat16 or "
                 "--device cpu"
             ) from None
-        parameter = next(self._middle.parameters())
+        parameter = next(self._blocks.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.asynchronous = self.device.type == "cuda"
-        self._graphs = StepGraphs(self._middle, new_capture) if self.asynchronous else None
-        #: The stream on which answers are quantized while the next forward runs.
-        self._beside = torch.cuda.Stream(self.device, -1) if self.asynchronous else None  # type: ignore[no-untyped-call]
-        self.parameter_bytes = sum(p.numel() * p.element_size() for p in self._middle.parameters())
+        self._graphs = StepGraphs(self._blocks, new_capture) if self.asynchronous else None
+        #: The CUDA stream on which outputs are quantized while the next forward runs.
+        self._quantizing = torch.cuda.Stream(self.device, -1) if self.asynchronous else None  # type: ignore[no-untyped-call]
+        self.parameter_bytes = sum(p.numel() * p.element_size() for p in self._blocks.parameters())
         #: What is held for sessions.
-        self.held = HeldArrays(MEMORY if memory is None else memory)
+        self.held = HeldArrays(HELD_BYTES if memory is None else memory)
 
     def new_state(self) -> ImageState:
         return ImageState(self.held)
@@ -271,7 +271,7 @@ class DenoiserBody:
         """Starts a forward for each group of steps of one shape."""
         groups: dict[Hashable, list[list[int]]] = {}
         for index, run in enumerate(runs):
-            batches = groups.setdefault(run.group, [[]])
+            batches = groups.setdefault(run.batch_key, [[]])
             if batches[-1] and sum(len(runs[i].rows) for i in [*batches[-1], index]) > MAX_BATCH_ROWS:
                 batches.append([])
             batches[-1].append(index)
@@ -297,29 +297,29 @@ class DenoiserBody:
         ]
 
     def _forward(self, runs: Sequence[DenoiserRun]) -> Forward:
-        job = runs[0].job
-        if self._middle.per_row:
-            # Not selected before: many rows of a small job may wait.
-            selected = [[_rows(tensor, run.rows) for tensor in run.job.tensors] for run in runs]
-            job = StepConditioning(_joined(selected), job.scales)
-        compute: RunBlocks = self._middle if self._graphs is None else self._graphs.run
-        output = compute(_joined([run.tensors for run in runs]), job)
+        conditioning = runs[0].conditioning
+        if self._blocks.per_row:
+            # Selected only now, because all rows of all waiting steps would take much more memory.
+            selected = [[_rows(tensor, run.rows) for tensor in run.conditioning.tensors] for run in runs]
+            conditioning = StepConditioning(_joined(selected), conditioning.scales)
+        compute: RunBlocks = self._blocks if self._graphs is None else self._graphs.run
+        output = compute(_joined([run.tensors for run in runs]), conditioning)
         return Forward(output, [len(run.rows) for run in runs])
 
     def _encode(self, output: torch.Tensor, codec: payloads.Codec) -> tuple[payloads.Array, bytes | memoryview]:
-        """An output on the host as it travels; the GPU quantizes it, if there is one. Raises NonFinite."""
-        if self._beside is None or codec in DTYPES:
+        """Encodes an output on the host, by the GPU if there is one. Raises NonFinite."""
+        if self._quantizing is None or codec in DTYPES:
             return encode(output, codec)
-        with torch.cuda.stream(self._beside):
+        with torch.cuda.stream(self._quantizing):
             return self._with_room(lambda: encode(output.to(self.device, non_blocking=True), codec))
 
     def _with_room(self, compute: Callable[[], _T]) -> _T:
         return compute() if self._graphs is None else self._graphs.with_room(compute)
 
     def _condition(self, state: ImageState, request: payloads.Conditioning, data: memoryview) -> None:
-        self._middle.check_job([array.shape for array in request.arrays], len(request.scales))
+        self._blocks.check_conditioning([array.shape for array in request.arrays], len(request.scales))
         if not all(map(math.isfinite, request.scales)):
-            raise Malformed("scales of a job that are not finite")
+            raise Malformed("an IP-Adapter's scales that are not finite")
         self.held.put(
             state, request.key, StepConditioning(tuple(self._decode(request.arrays, data)), tuple(request.scales))
         )
@@ -329,13 +329,17 @@ class DenoiserBody:
         self._check(request, shapes)
         data = self.held.whole(state, request.sent, data)
         tensors = self._decode(request.arrays, data)
-        job = self.held.job(state, request.condition) if request.condition is not None else StepConditioning()
-        self._middle.check_step(shapes, job)
-        if self._middle.per_row:
-            self._check_rows(job, request.rows)
-        shapes_of_rows = tuple(tensor.shape[1:] for tensor in tensors)
-        group = shapes_of_rows, tensors[0].is_contiguous(), self._middle.together(job)
-        return DenoiserRun(tensors, job, request.rows, group)
+        conditioning = (
+            self.held.conditioning(state, request.condition)
+            if request.condition is not None
+            else StepConditioning()
+        )
+        self._blocks.check_step(shapes, conditioning)
+        if self._blocks.per_row:
+            self._check_rows(conditioning, request.rows)
+        row_shapes = tuple(tensor.shape[1:] for tensor in tensors)
+        batch_key = row_shapes, tensors[0].is_contiguous(), self._blocks.batch_key(conditioning)
+        return DenoiserRun(tensors, conditioning, request.rows, batch_key)
 
     def _decode(self, arrays: list[payloads.Array], data: memoryview) -> list[torch.Tensor]:
         def decoded() -> list[torch.Tensor]:
@@ -348,26 +352,26 @@ class DenoiserBody:
         return self._with_room(decoded)
 
     def _check(self, request: payloads.Denoise, shapes: list[list[int]]) -> None:
-        """Raises Malformed for shapes that do not fit the body, Oversized if a step or its answer is too large."""
-        wanted = self._plan.step_shapes(self._split, shapes)
+        """Raises Malformed if a step does not fit the body, Oversized if it or its answer is too large."""
+        wanted = self._spec.step_shapes(self._split, shapes)
         if shapes != wanted:
             wrong = next((pair for pair in zip(shapes, wanted, strict=False) if pair[0] != pair[1]), None)
             detail = f"{wrong[0]}, not {wrong[1]}" if wrong else f"{len(shapes)} tensors, not {len(wanted)}"
             raise Malformed(f"a step of an image does not fit the model: {detail}")
         if len(request.rows) != shapes[0][0]:
             raise Malformed(f"a step of {shapes[0][0]} rows that names {len(request.rows)}")
-        output = payloads.Array(request.codec, self._plan.output_shape(self._split, shapes))
+        output = payloads.Array(request.codec, self._spec.output_shape(self._split, shapes))
         if request.sent > request.step_bytes:
             raise Malformed(f"a step of {request.step_bytes} bytes, of which {request.sent} came before")
         if max(request.step_bytes, output.nbytes) > payloads.MAX_STEP:
             raise Oversized(f"a step of {request.step_bytes} bytes whose answer has {output.nbytes}")
 
     @staticmethod
-    def _check_rows(job: StepConditioning, rows: list[int]) -> None:
-        """Raises Malformed for a row that the job does not have, Oversized for rows that are too large together."""
-        if any(max(rows) >= len(tensor) for tensor in job.tensors):
-            raise Malformed(f"a step names row {max(rows)}, which its job does not have")
-        if (size := len(rows) * sum(tensor[0].nbytes for tensor in job.tensors)) > MAX_CONTEXT:
+    def _check_rows(conditioning: StepConditioning, rows: list[int]) -> None:
+        """Raises Malformed if a row is not in the conditioning, Oversized if all rows take too much memory."""
+        if any(max(rows) >= len(tensor) for tensor in conditioning.tensors):
+            raise Malformed(f"a step names row {max(rows)}, which its conditioning does not have")
+        if (size := len(rows) * sum(tensor[0].nbytes for tensor in conditioning.tensors)) > MAX_CONTEXT:
             raise Oversized(f"{len(rows)} rows of embeddings with {size} bytes")
 
 

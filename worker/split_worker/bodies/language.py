@@ -15,10 +15,10 @@ from split_common.models.tensors import dtype_name, from_bytes, to_bytes
 from split_common.protocol import headers, payloads
 from split_worker.watchdog import FIRST_TURN
 
-#: Rows that one session may have.
+#: Most rows that one session may have.
 MAX_SESSION_ROWS = 256
 
-#: Tokens of the sessions by which a worker's memory is described to people.
+#: Tokens per session for which a worker reports how many sessions fit into its memory.
 SESSION_TOKENS = 2048
 
 
@@ -35,9 +35,9 @@ class Rows:
         return bool(self.sequences)
 
     def begin(self, step: payloads.Step, states: torch.Tensor, runner: Runner) -> list[TokenRun[Any]]:
-        """Makes the rows ready for a step over states `[tokens, width]`: selected, and cut back to its starts.
+        """Prepares the rows for a step over states `[tokens, width]`: selects and truncates them as it says.
 
-        Tokens of a step that fails later stay behind; the `start` of the next one cuts them off.
+        If the step fails later, its tokens stay until the next step's `start` truncates them.
 
         Raises:
             Malformed: rows, positions or width do not fit the session; nothing was changed.
@@ -59,7 +59,7 @@ class Rows:
 
     def _check(self, step: payloads.Step, source: list[int], runner: Runner) -> None:
         if step.width != runner.width:
-            raise Malformed(f"hidden states of width {step.width}, the model has {runner.width}")
+            raise Malformed(f"hidden states of width {step.width}: the model's width is {runner.width}")
         if any(old >= len(self.sequences) for old in source):
             raise Malformed("a step selects a row that the session does not have")
         numbers = [run.row for run in step.rows]
@@ -67,11 +67,11 @@ class Rows:
             len(set(numbers)) < len(numbers)
             or max([len(source), *(number + 1 for number in numbers)]) > MAX_SESSION_ROWS
         ):
-            raise Malformed(f"a step has each row at most once, and at most {MAX_SESSION_ROWS} rows")
+            raise Malformed(f"a step may have each row once, and at most {MAX_SESSION_ROWS} rows")
         for run in step.rows:
             length = self.sequences[source[run.row]].length if run.row < len(source) else 0
             if run.start > length:
-                raise Malformed(f"a run starts at {run.start}, its row has {length} tokens")
+                raise Malformed(f"a run starts at {run.start}, but its row has {length} tokens")
             tokens = run.start + len(run.positions)
             if max(tokens, max(run.positions) + 1) > runner.max_positions:
                 raise PromptTooLong(f"a row exceeds the model's {runner.max_positions} positions")
@@ -79,7 +79,7 @@ class Rows:
                 raise PromptTooLong(f"{tokens} tokens exceed the worker's memory for {runner.store.capacity}")
 
     def _select(self, select: list[int]) -> None:
-        """Row `select[i]` becomes row i; a row that is selected again is forked."""
+        """Makes row `select[i]` row i. A row that is selected twice is forked."""
         self._before = self.sequences
         self.sequences = [
             self._before[old].fork() if old in select[:new] else self._before[old] for new, old in enumerate(select)
@@ -96,7 +96,7 @@ class Rows:
         self._before = []
 
     def undo(self) -> None:
-        """Takes the step's selection back."""
+        """Reverts the step's selection."""
         if self._before:
             _free_all_but(self._before, self.sequences)
             self.sequences, self._before = self._before, []
@@ -114,11 +114,11 @@ def _free_all_but(kept: list[KVSequence], sequences: list[KVSequence]) -> None:
 
 
 class LanguageBody:
-    """Middle layers of a language model (a `Body`).
+    """The layers between a language model's ends (a `Body`).
 
     Args:
         runner: runs the layers.
-        parameter_bytes: of their weights.
+        parameter_bytes: bytes of their weights.
     """
 
     first_turn = FIRST_TURN

@@ -1,4 +1,4 @@
-"""Loads the body that a worker serves, of whichever kind its checkpoint is, and checks it against the manifest."""
+"""Loads the body that a worker serves, of a language or an image model, and checks it against the manifest."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from split_worker.bodies.base import AnyBody
 from split_worker.bodies.denoiser import DenoiserBody
 from split_worker.bodies.language import LanguageBody
 
-#: The default body of a language model, and the default cut of an image model.
-LAYERS = "2:-2"
-CUT = "C"
+#: The layers of a language model that are the body by default, and the default cut of an image model.
+DEFAULT_LAYERS = "2:-2"
+DEFAULT_CUT = "C"
 
-#: Share of the free memory that keys and values get by default; the rest is for forwards.
-CPU_SHARE = 0.5
-CUDA_SHARE = 0.85
+#: Share of the free memory that keys and values get by default. The rest is for forwards.
+CPU_KV_SHARE = 0.5
+CUDA_KV_SHARE = 0.85
 
 #: Share of a GPU's free memory that weights may take.
 WEIGHTS_SHARE = 0.9
 
-#: Bytes of main memory, which other processes need too, that keys and values get by default, at most.
-CPU_MOST = 4 * 1024**3
+#: Most bytes of main memory that keys and values get by default, because other processes need memory too.
+MAX_CPU_KV_BYTES = 4 * 1024**3
 
 
 @dataclass(frozen=True)
 class Serving:
-    """A loaded body, the service that it is offered as, and the model's name, for people."""
+    """A loaded body, the service that it is offered as, and the name of the model, which is only shown."""
 
     body: AnyBody
     service: headers.Service
@@ -64,41 +64,47 @@ def load_body(
 
     Args:
         model: a directory or hub id.
-        fleet: its manifest must match the tensors.
+        fleet: one of its manifests must match the tensors.
         revision: of a hub id.
         layers: the body's layers, or a denoiser's blocks, as `FIRST:LAST`; None for the default.
         cut: the name of a denoiser's cut, instead of `layers`.
-        ip_adapter: the safetensors file of an IP-Adapter of a UNet.
+        ip_adapter: the safetensors file of an IP-Adapter for a UNet.
         device: where the body runs.
         dtype: what it computes in; None takes the checkpoint's.
         memory: bytes for keys and values, or for embeddings; None for the default.
 
     Raises:
-        ConfigError, InvalidSplit: the model cannot be cut as asked.
+        ConfigError: options do not fit the model or each other.
+        InvalidSplit: the model cannot be cut like this.
         ModelError: it cannot be loaded, or does not fit into memory.
         KeysError: the fleet has no manifest of it.
+        TensorMismatch: the manifest names other tensors.
     """
     checkpoint = Checkpoint.resolve(model, revision, ip_adapter)
     if not is_denoiser(checkpoint):
         for option, given in (("--cut", cut), ("--ip-adapter", ip_adapter)):
             if given is not None:
-                raise ConfigError(f"{option} is for diffusion models, and {model} is none")
-        text = read_spec(checkpoint)
-        split = Split.parse(text.layers, layers or LAYERS)
-        manifest = find_manifest(fleet, text.checkpoint, text.own_tensors(split, "worker"))
-        body: AnyBody = load_language_body(text, split, device, dtype, memory)
+                raise ConfigError(f"{option} is for diffusion models, which {model} is not")
+        spec = read_spec(checkpoint)
+        split = Split.parse(spec.layers, layers or DEFAULT_LAYERS)
+        manifest = find_manifest(fleet, spec.checkpoint, spec.own_tensors(split, "worker"))
+        body: AnyBody = load_language_body(spec, split, device, dtype, memory)
     else:
         if cut is not None and layers is not None:
             raise ConfigError("--layers and --cut say the same thing: give one of them")
-        image = read_denoiser_spec(checkpoint)
-        split = image.split(cut or CUT) if layers is None else image.check(Split.parse(image.blocks, layers))
-        manifest = find_manifest(fleet, checkpoint, image.own_tensors(split, "worker"))
-        body = DenoiserBody(image, split, device, dtype, memory)
+        denoiser = read_denoiser_spec(checkpoint)
+        split = (
+            denoiser.split(cut or DEFAULT_CUT)
+            if layers is None
+            else denoiser.check(Split.parse(denoiser.blocks, layers))
+        )
+        manifest = find_manifest(fleet, checkpoint, denoiser.own_tensors(split, "worker"))
+        body = DenoiserBody(denoiser, split, device, dtype, memory)
     return Serving(body, headers.Service(manifest.root, split.first, split.last), manifest.name)
 
 
 def load_language_body(
-    plan: ModelSpec,
+    spec: ModelSpec,
     split: Split,
     device: torch.device,
     dtype: torch.dtype | None = None,
@@ -107,29 +113,29 @@ def load_language_body(
     """Loads the body of a language model.
 
     Args:
-        plan: the model.
+        spec: the model.
         split: which layers are the body's.
         device: where it runs.
         dtype: what it computes in; None takes the checkpoint's.
         kv_bytes: memory for keys and values; None takes a share of what is free.
 
     Raises:
-        ModelError: the part cannot be loaded, or the memory does not hold one page of tokens.
+        ModelError: the part cannot be loaded, or the memory for keys and values is too small.
     """
-    model, stack = load_part(plan, split, "worker", dtype=dtype)
+    model, stack = load_part(spec, split, "worker", dtype=dtype)
     parameter_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     if device.type == "cpu":
         pack_linears(model)
     else:
         place_on_gpus(model, parameter_bytes, device)
-    places = {parameter.device for parameter in model.parameters()}
-    free = len(places) * min(free_memory(place) for place in places)
-    runner = build_runner(stack, split, plan.text_config, kv_bytes if kv_bytes is not None else free)
+    devices = {parameter.device for parameter in model.parameters()}
+    free = len(devices) * min(kv_share(place) for place in devices)
+    runner = build_runner(stack, split, spec.text_config, kv_bytes if kv_bytes is not None else free)
     return LanguageBody(runner, parameter_bytes)
 
 
 def place_on_gpus(model: Any, parameter_bytes: int, device: torch.device) -> None:
-    """Moves a body to a GPU, or spreads it over all of them if one is too small (by accelerate's device map).
+    """Moves a body to a GPU, or spreads it over all GPUs by accelerate's device map if one is too small.
 
     Raises:
         ModelError: all GPUs together are too small.
@@ -138,20 +144,20 @@ def place_on_gpus(model: Any, parameter_bytes: int, device: torch.device) -> Non
         model.to(device)
         return
     free = {index: torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())}
-    most = {index: int(WEIGHTS_SHARE * bytes_) for index, bytes_ in free.items()}
-    if parameter_bytes > sum(most.values()):
+    allowed = {index: int(WEIGHTS_SHARE * bytes_) for index, bytes_ in free.items()}
+    if parameter_bytes > sum(allowed.values()):
         raise ModelError(
             f"{parameter_bytes:,} bytes of weights do not fit on {len(free)} GPUs with {sum(free.values()):,} "
             "free: serve fewer layers (--layers), or use --dtype bfloat16 or --device cpu"
         )
     from accelerate import dispatch_model, infer_auto_device_map
 
-    places = infer_auto_device_map(model, most, no_split_module_classes=no_split_modules(model))
-    dispatch_model(model, places)
+    device_map = infer_auto_device_map(model, allowed, no_split_module_classes=no_split_modules(model))
+    dispatch_model(model, device_map)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that keys and values get on a device by default."""
+def kv_share(device: torch.device) -> int:
+    """Bytes that keys and values get by default on a device."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE)
-    return min(CPU_MOST, int(psutil.virtual_memory().available * CPU_SHARE))
+        return int(torch.cuda.mem_get_info(device)[0] * CUDA_KV_SHARE)
+    return min(MAX_CPU_KV_BYTES, int(psutil.virtual_memory().available * CPU_KV_SHARE))

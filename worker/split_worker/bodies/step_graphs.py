@@ -1,7 +1,7 @@
 """A denoiser's forwards as CUDA graphs: thousands of kernels, launched at once.
 
 A graph has fixed addresses, shapes and Python numbers. So there is one for each common combination of shapes and
-numbers, and the tensors of each step are copied to where its graph reads them.
+scales, and the tensors of each step are copied to the addresses that its graph reads.
 """
 
 from __future__ import annotations
@@ -19,50 +19,58 @@ from split_common.models.denoisers.spec import StepConditioning
 
 log = logging.getLogger(__name__)
 
-#: Which forward of a combination is captured. Capturing takes as long as two forwards, and an image has many steps.
+#: The forward of a combination that is captured, counted from 1. Capturing takes as long as two forwards.
 CAPTURED = 3
 
-#: Graphs that are kept; the least recently used one is dropped first.
+#: Most graphs that are kept; the least recently used one is dropped first.
 MAX_GRAPHS = 8
 
-#: Forwards of a combination before its graph, once dropped, is captured again. With more combinations than graphs,
-#: capturing them in turn would cost more than it gains.
+#: Forwards of a combination before its graph, once dropped, is captured again. If there are more combinations than
+#: graphs, capturing them in turn would cost more than it gains.
 CAPTURED_AGAIN = 50
 
-#: Bytes of steps and jobs that a graph reads, at most. Larger steps keep a GPU busy without a graph.
-MAX_BYTES = 128 * 1024**2
+#: Most bytes of a step and its conditioning that a graph reads. Larger steps keep a GPU busy without a graph.
+MAX_GRAPH_BYTES = 128 * 1024**2
 
-#: Combinations without a graph that are counted, at most.
+#: Most combinations without a graph that are counted.
 MAX_COUNTED = 1024
 
 _T = TypeVar("_T")
 
-#: Computes a body's output from a step's tensors and a job.
+#: Computes a body's output from a step's tensors and their conditioning.
 RunBlocks = Callable[[Sequence[torch.Tensor], StepConditioning], torch.Tensor]
 
 
 class StepGraph:
-    """One graph, and what it reads.
+    """One graph, and the tensors that it reads.
 
     Args:
-        tensors, job: the first step's; all later ones have the same shapes, layouts, dtypes and scales.
+        run_blocks: the computation to capture.
+        capture: captures it.
+        tensors, conditioning: of the first step. Later ones have the same shapes, strides, dtypes and scales.
     """
 
     def __init__(
-        self, run_blocks: RunBlocks, capture: Capture, tensors: Sequence[torch.Tensor], job: StepConditioning
+        self,
+        run_blocks: RunBlocks,
+        capture: Capture,
+        tensors: Sequence[torch.Tensor],
+        conditioning: StepConditioning,
     ) -> None:
         own = [torch.empty_like(tensor) for tensor in tensors]
-        own_job = StepConditioning(tuple(torch.empty_like(tensor) for tensor in job.tensors), job.scales)
-        self._inputs = [*own, *own_job.tensors]
-        self._write(tensors, job)
-        self._replay = capture(lambda: run_blocks(own, own_job))
+        own_conditioning = StepConditioning(
+            tuple(torch.empty_like(tensor) for tensor in conditioning.tensors), conditioning.scales
+        )
+        self._inputs = [*own, *own_conditioning.tensors]
+        self._write(tensors, conditioning)
+        self._replay = capture(lambda: run_blocks(own, own_conditioning))
 
-    def run(self, tensors: Sequence[torch.Tensor], job: StepConditioning) -> torch.Tensor:
-        self._write(tensors, job)
+    def run(self, tensors: Sequence[torch.Tensor], conditioning: StepConditioning) -> torch.Tensor:
+        self._write(tensors, conditioning)
         return self._replay()
 
-    def _write(self, tensors: Sequence[torch.Tensor], job: StepConditioning) -> None:
-        for own, tensor in zip(self._inputs, (*tensors, *job.tensors), strict=True):
+    def _write(self, tensors: Sequence[torch.Tensor], conditioning: StepConditioning) -> None:
+        for own, tensor in zip(self._inputs, (*tensors, *conditioning.tensors), strict=True):
             own.copy_(tensor)
 
 
@@ -70,7 +78,7 @@ class StepGraphs:
     """The graphs of one body.
 
     Args:
-        run_blocks: runs the body. It keeps nothing, and depends on no Python value but shapes, layouts and scales.
+        run_blocks: runs the body. It is stateless, and depends on no Python values but shapes, strides and scales.
         new_capture: makes a `Capture` whose graphs share memory.
     """
 
@@ -78,20 +86,20 @@ class StepGraphs:
         self._run_blocks, self._new_capture = run_blocks, new_capture
         self._capture: Capture
         self._graphs: OrderedDict[Hashable, StepGraph] = OrderedDict()
-        #: How often each combination without a graph came; minus infinity if it cannot be captured.
+        #: How many forwards each combination without a graph has had; minus infinity if it cannot be captured.
         self._came: OrderedDict[Hashable, float] = OrderedDict()
 
-    def run(self, tensors: Sequence[torch.Tensor], job: StepConditioning) -> torch.Tensor:
-        """The body's output, to be copied, on the same stream, before the next call."""
+    def run(self, tensors: Sequence[torch.Tensor], conditioning: StepConditioning) -> torch.Tensor:
+        """The body's output. It must be copied, on the same stream, before the next call."""
 
         def compute() -> torch.Tensor:
-            graph = self._graph(tensors, job)
-            return graph.run(tensors, job) if graph else self._run_blocks(tensors, job)
+            graph = self._graph(tensors, conditioning)
+            return graph.run(tensors, conditioning) if graph else self._run_blocks(tensors, conditioning)
 
         return self.with_room(compute)
 
     def with_room(self, compute: Callable[[], _T]) -> _T:
-        """Computes something; if memory runs out, again without the graphs, which give theirs back."""
+        """Computes something. If memory runs out, frees the graphs and computes it again."""
         try:
             return compute()
         except torch.OutOfMemoryError:
@@ -100,11 +108,11 @@ class StepGraphs:
             self._drop()
         return compute()
 
-    def _graph(self, tensors: Sequence[torch.Tensor], job: StepConditioning) -> StepGraph | None:
-        """The graph for a step, captured if it is time to; None if there is none."""
-        if sum(tensor.nbytes for tensor in (*tensors, *job.tensors)) > MAX_BYTES:
+    def _graph(self, tensors: Sequence[torch.Tensor], conditioning: StepConditioning) -> StepGraph | None:
+        """The graph for a step, which is captured when it is due; None if there is none."""
+        if sum(tensor.nbytes for tensor in (*tensors, *conditioning.tensors)) > MAX_GRAPH_BYTES:
             return None
-        key = _kinds(tensors), _kinds(job.tensors), job.scales
+        key = _layouts(tensors), _layouts(conditioning.tensors), conditioning.scales
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
@@ -113,7 +121,7 @@ class StepGraphs:
             try:
                 if not self._graphs:
                     self._capture = self._new_capture()
-                self._graphs[key] = StepGraph(self._run_blocks, self._capture, tensors, job)
+                self._graphs[key] = StepGraph(self._run_blocks, self._capture, tensors, conditioning)
             except RuntimeError as error:
                 log.warning("steps of one shape run without a CUDA graph: %s", " ".join(str(error).split())[:200])
                 came = -math.inf
@@ -133,9 +141,9 @@ class StepGraphs:
 
     def _drop(self) -> None:
         if self._graphs:
-            log.warning("the memory of %d CUDA graphs is given back", len(self._graphs))
+            log.warning("%d CUDA graphs are dropped to free memory", len(self._graphs))
         self._graphs.clear()
 
 
-def _kinds(tensors: Sequence[torch.Tensor]) -> Hashable:
+def _layouts(tensors: Sequence[torch.Tensor]) -> Hashable:
     return tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)

@@ -1,1 +1,1 @@
-"""Denoisers of diffusion models, cut between their blocks. Only what loads weights imports diffusers."""
+"""Denoisers of diffusion models, cut between their blocks. diffusers is imported only where a model is built."""

@@ -1,4 +1,4 @@
-"""Encodes image states: as floats, or as integers with one scale per channel of each row."""
+"""Codecs of image states: floats, or integers with one float32 scale per channel of each row."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _LARGEST = {"int8": 127, "int4": 7}
 
 
 def encode(tensor: torch.Tensor, codec: payloads.Codec | None = None) -> tuple[payloads.Array, bytes | memoryview]:
-    """Encodes a tensor `[rows, channels, …]`, on its own device.
+    """Encodes a tensor `[rows, channels, …]` on the device that holds it.
 
     Args:
-        codec: None keeps the numbers as they are.
+        codec: None keeps the tensor's dtype.
 
     Raises:
-        NonFinite: it holds NaN or infinity, or would in this codec.
+        NonFinite: the tensor holds NaN or infinity, or would in this codec.
         Malformed: its dtype cannot be sent.
     """
     codec = codec or dtype_name(tensor.dtype)
@@ -48,8 +48,8 @@ def decode(array: payloads.Array, data: memoryview, device: torch.device | None 
         device: the device of the result; None for the CPU.
 
     Raises:
-        Malformed: the size does not fit the shape, or a scale is negative.
-        NonFinite: it holds NaN or infinity.
+        Malformed: the number of bytes does not match the shape, or a scale is negative.
+        NonFinite: the tensor or its scales hold NaN or infinity.
     """
     if len(data) != array.nbytes:
         raise Malformed(f"{len(data)} bytes of a tensor, expected {array.nbytes}")
@@ -62,7 +62,7 @@ def decode(array: payloads.Array, data: memoryview, device: torch.device | None 
         raise Malformed("a tensor's scales are negative")
     integers = _moved(data[border:], torch.int8, device)
     if array.codec == "int4":
-        # The lower half's sign is restored by moving it up and back.
+        # Shifting left and right again extends the sign of the lower four bits.
         integers = torch.stack(((integers << 4) >> 4, integers >> 4), 1).flatten()[: array.size]
     return _restored(integers.view(array.scales, -1).float() * scales[:, None], array)
 

@@ -8,8 +8,8 @@ from split_common.models.denoisers.spec import DenoiserSpec
 from split_common.models.denoisers.transformer import FluxSpec, SD3Spec
 from split_common.models.denoisers.unet import UNetSpec
 
-#: Denoisers that can be split, by the name of their class in diffusers.
-DENOISERS: dict[str, type[DenoiserSpec]] = {plan.class_name: plan for plan in (UNetSpec, SD3Spec, FluxSpec)}
+#: The spec class of each denoiser that can be split, by the name of the denoiser's class in diffusers.
+DENOISERS: dict[str, type[DenoiserSpec]] = {kind.class_name: kind for kind in (UNetSpec, SD3Spec, FluxSpec)}
 
 
 def is_denoiser(checkpoint: Checkpoint) -> bool:
@@ -27,7 +27,7 @@ def read_denoiser_spec(checkpoint: Checkpoint) -> DenoiserSpec:
     kind = DENOISERS.get(checkpoint.class_name or "")
     if kind is None:
         raise UnsupportedArchitecture(f"{checkpoint.name} is not one of {', '.join(DENOISERS)}")
-    plan = kind(checkpoint, checkpoint.config)
-    if checkpoint.adapter_names and not isinstance(plan, UNetSpec):
+    spec = kind(checkpoint, checkpoint.config)
+    if checkpoint.adapter_names and not isinstance(spec, UNetSpec):
         raise UnsupportedArchitecture(f"{checkpoint.name}: an IP-Adapter of a {kind.class_name} cannot be split")
-    return plan
+    return spec

@@ -1,6 +1,6 @@
-"""The common interface of denoisers: what is known before weights are read, and the body.
+"""The interface of denoisers: what is known before weights are read, and the body.
 
-A denoiser is a sequence of blocks. The device keeps some at each end, according to the cut; the body is the rest.
+A denoiser is a sequence of blocks. The cut says how many the device keeps at each end; the body is the rest.
 """
 
 from __future__ import annotations
@@ -19,26 +19,28 @@ from split_common.models.weights import Side, read_tensors
 
 Cut = Literal["C", "A"]
 
-#: Names of cuts. C leaves the device up to a tenth of the computation, A a third; more of SD 1.5.
+#: Names of cuts. C leaves the device up to a tenth of the computation and A a third, or more for SD 1.5.
 CUTS = ("C", "A")
 
 
 @dataclass
 class DenoiserSpec:
-    """A denoiser's checkpoint before weights are read. `registry.read_denoiser_spec` makes it."""
+    """What a denoiser's checkpoint is, before any weight is read. Made by `registry.read_denoiser_spec`."""
 
     checkpoint: Checkpoint
     config: dict[str, Any]
 
-    #: The class's name in diffusers, and its component name in a pipeline.
+    #: The name of the denoiser's class in diffusers.
     class_name: ClassVar[str]
+    #: The denoiser's name in a pipeline of diffusers.
     component: ClassVar[str]
 
     @property
     def blocks(self) -> int:
+        """The number of blocks."""
         raise NotImplementedError
 
-    def ends(self, cut: str) -> int:
+    def end_blocks(self, cut: str) -> int:
         """The number of blocks that a cut leaves to the device at each end."""
         raise NotImplementedError
 
@@ -47,7 +49,11 @@ class DenoiserSpec:
         raise NotImplementedError
 
     def step_shapes(self, split: Split, shapes: Sequence[Sequence[int]]) -> list[list[int]]:
-        """The shapes that a step's tensors must have, given the shape of the first one, the states.
+        """The shapes that a step's tensors must have. The sizes of the image and the text are taken from `shapes`.
+
+        Args:
+            split: the body.
+            shapes: those that the step's tensors have; the states come first.
 
         Raises:
             Malformed: no step has tensors of these shapes.
@@ -58,8 +64,17 @@ class DenoiserSpec:
         """The shape of the body's output for a step with tensors of these shapes."""
         raise NotImplementedError
 
-    def middle(self, split: Split, dtype: torch.dtype | None = None) -> DenoiserBlocks:
-        """Loads the body. Raises ModelError if the tensors do not fit."""
+    def load_blocks(self, split: Split, dtype: torch.dtype | None = None) -> DenoiserBlocks:
+        """Loads the body.
+
+        Args:
+            dtype: of the parameters; None keeps the checkpoint's.
+
+        Raises:
+            MissingTensor: the checkpoint lacks a tensor of the body.
+            ModelError: the tensors do not fit the configuration.
+            UnsupportedArchitecture: diffusers cannot build the model.
+        """
         raise NotImplementedError
 
     def split(self, cut: str) -> Split:
@@ -71,27 +86,34 @@ class DenoiserSpec:
         """
         if cut not in CUTS:
             raise ConfigError(f"invalid cut {cut!r}: expected {' or '.join(CUTS)}")
-        ends = self.ends(cut)
-        if 2 * ends >= self.blocks:
+        count = self.end_blocks(cut)
+        if 2 * count >= self.blocks:
             raise InvalidSplit(f"{self.checkpoint.name} has {self.blocks} blocks: cut {cut} leaves no body")
-        return self.check(Split(self.blocks, ends, self.blocks - ends))
+        return self.check(Split(self.blocks, count, self.blocks - count))
 
     def check(self, split: Split) -> Split:
-        """Returns the split. Raises InvalidSplit if its blocks cannot be a body."""
+        """Returns the split. Raises InvalidSplit if these blocks cannot be a body."""
         if not 0 < split.first < split.last < split.layers:
             raise InvalidSplit(f"blocks {split} of {self.blocks} leave no body: keep some at each end, like 1:-1")
         return split
 
     def own_tensors(self, split: Split, side: Side) -> list[str]:
-        """Names of the tensors that a side loads. The device gets an adapter's when its pipeline loads it."""
+        """Checkpoint names of the tensors that a side loads, an IP-Adapter's included."""
         return [name for name in self.checkpoint.tensor_names if self.in_body(name, split) == (side == "worker")]
 
     def module_name(self, tensor: str) -> str:
-        """The model's name of a tensor of the checkpoint."""
+        """The name in the model of a tensor in the checkpoint."""
         return tensor
 
     def build(self, model_class: Any = None) -> Any:
-        """The denoiser on the `meta` device, without memory for weights, as `model_class` if that is given."""
+        """Builds the denoiser on the `meta` device, without memory for weights.
+
+        Args:
+            model_class: the class to build; None for that of diffusers.
+
+        Raises:
+            UnsupportedArchitecture: the configuration does not suit the class.
+        """
         import diffusers
 
         try:
@@ -103,9 +125,9 @@ class DenoiserSpec:
 
 @dataclass(frozen=True)
 class StepConditioning:
-    """What all steps of an image share, for each row of a step.
+    """What all steps of an image share: for a UNet the embeddings, for Flux the positions of the tokens.
 
-    `tensors` depend on the kind of denoiser; `scales` are an IP-Adapter's, one for each of its attentions.
+    The spec's class says which `tensors` these are. `scales` are an IP-Adapter's, one for each of its attentions.
     """
 
     tensors: tuple[torch.Tensor, ...] = ()
@@ -120,54 +142,57 @@ class DenoiserBlocks(nn.Module):
     """The body of a denoiser. It is stateless.
 
     Args:
-        plan: the denoiser.
+        spec: the denoiser.
         split: the body's blocks.
     """
 
-    #: Whether each row of a forward has its own rows of the job's tensors. If not, all rows share them.
+    #: Whether each row of a forward has its own row of the conditioning's tensors. If not, all rows share them.
     per_row = True
 
-    def __init__(self, plan: DenoiserSpec, split: Split) -> None:
+    def __init__(self, spec: DenoiserSpec, split: Split) -> None:
         super().__init__()
-        self.plan, self.split = plan, split
+        self.spec, self.split = spec, split
 
-    def check_job(self, shapes: Sequence[Sequence[int]], scales: int) -> None:
-        """Raises Malformed if a job's tensors or scales do not fit this model."""
+    def check_conditioning(self, shapes: Sequence[Sequence[int]], scales: int) -> None:
+        """Raises Malformed if tensors of these shapes, with this many scales, do not fit the model."""
         raise NotImplementedError
 
-    def check_step(self, shapes: Sequence[Sequence[int]], job: StepConditioning) -> None:
-        """Raises Malformed if a step's tensors, which fit the model, do not fit the job."""
+    def check_step(self, shapes: Sequence[Sequence[int]], conditioning: StepConditioning) -> None:
+        """Raises Malformed if a step's tensors, which fit the model, do not fit its conditioning."""
 
-    def together(self, job: StepConditioning) -> Hashable:
-        """Jobs with equal keys may share a forward."""
-        return tuple(tuple(tensor.shape[1:]) for tensor in job.tensors), job.scales
+    def batch_key(self, conditioning: StepConditioning) -> Hashable:
+        """Steps whose conditioning has equal keys may share a forward."""
+        return tuple(tuple(tensor.shape[1:]) for tensor in conditioning.tensors), conditioning.scales
 
-    def forward(self, tensors: Sequence[torch.Tensor], job: StepConditioning) -> torch.Tensor:
-        """The output of the last block for a step's tensors: the states, the time embedding, and others."""
+    def forward(self, tensors: Sequence[torch.Tensor], conditioning: StepConditioning) -> torch.Tensor:
+        """The output of the last block for a step's tensors, which the spec lists."""
         raise NotImplementedError
 
 
 def load_weights(
-    module: nn.Module, plan: DenoiserSpec, split: Split, side: Side, dtype: torch.dtype | None
+    module: nn.Module, spec: DenoiserSpec, split: Split, side: Side, dtype: torch.dtype | None
 ) -> None:
     """Loads a side's tensors into a module that was built on `meta` with only that side's parameters.
 
+    The device leaves out an IP-Adapter's tensors, which its pipeline loads later.
+
     Args:
-        dtype: dtype of the parameters; None keeps the checkpoint's.
+        dtype: of the parameters; None keeps the checkpoint's.
 
     Raises:
-        MissingTensor: the checkpoint lacks a tensor.
+        MissingTensor: the checkpoint lacks a tensor of this side.
         ModelError: the tensors do not fit the module.
+        UnsupportedArchitecture: the module needs a buffer that no checkpoint holds.
     """
-    name = plan.checkpoint.name
-    own = plan.own_tensors(split, side)
+    name = spec.checkpoint.name
+    own = spec.own_tensors(split, side)
     if side == "device":
-        own = [key for key in own if key not in plan.checkpoint.adapter_names]
-    tensors = read_tensors(plan.checkpoint, own)
-    state = {plan.module_name(key): tensor for key, tensor in tensors.items()}
+        own = [key for key in own if key not in spec.checkpoint.adapter_names]
+    tensors = read_tensors(spec.checkpoint, own)
+    state = {spec.module_name(key): tensor for key, tensor in tensors.items()}
     if missing := sorted(module.state_dict().keys() - state.keys()):
         raise MissingTensor(f"{name} lacks the tensor {missing[0]}")
-    if dtype is None and plan.checkpoint.adapter_names:
+    if dtype is None and spec.checkpoint.adapter_names:
         dtype = next(iter(state.values())).dtype
     if dtype is not None:
         state = {key: tensor.to(dtype) for key, tensor in state.items()}

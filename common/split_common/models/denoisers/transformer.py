@@ -1,8 +1,8 @@
 """Transformer denoisers: where they are cut, and their body.
 
-The blocks attend to the image's and the text's tokens together and update both, so both are the states of a step.
-The text's embeddings never travel. For Flux, the positions of the tokens do. The body is any range of blocks that
-leaves some at each end.
+The blocks attend to the image's and the text's tokens together and update both, so both are states and travel with
+each step. The text's original embeddings never travel. For Flux, the positions of the tokens are the conditioning.
+The body is any range of blocks that leaves at least one at each end.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class TransformerSpec(DenoiserSpec):
     """
 
     component: ClassVar[str] = "transformer"
-    #: The stacks of blocks in order of execution, and the setting with the length of each.
+    #: The stacks of blocks in the order in which they run, and the setting that holds the length of each.
     stacks: ClassVar[dict[str, str]]
-    #: Defaults of the settings in diffusers.
+    #: Default values of the settings in diffusers.
     defaults: ClassVar[dict[str, int]]
 
     def __post_init__(self) -> None:
@@ -46,6 +46,7 @@ class TransformerSpec(DenoiserSpec):
                 raise ModelError(f"{self.checkpoint.name}: config.json: {name} is {value!r}")
 
     def setting(self, name: str) -> int:
+        """A setting of the configuration, or its default."""
         return self.config.get(name, self.defaults[name])  # type: ignore[no-any-return]
 
     @property
@@ -58,11 +59,11 @@ class TransformerSpec(DenoiserSpec):
         return sum(map(self.setting, self.stacks.values()))
 
     def places(self, split: Split) -> list[tuple[str, int]]:
-        """The body's blocks: the stack of each, and its index there."""
+        """The stack of each of the body's blocks, and its index in that stack."""
         places = [(stack, index) for stack, count in self.stacks.items() for index in range(self.setting(count))]
         return places[split.first : split.last]
 
-    def ends(self, cut: str) -> int:
+    def end_blocks(self, cut: str) -> int:
         return 1 if cut == "C" else -(-self.blocks // _SHARE_OF_A)
 
     def in_body(self, tensor: str, split: Split) -> bool:
@@ -72,7 +73,7 @@ class TransformerSpec(DenoiserSpec):
 
     def step_shapes(self, split: Split, shapes: Sequence[Sequence[int]]) -> list[list[int]]:
         if len(shapes) != 3 or len(shapes[0]) != 3 or len(shapes[2]) != 3:
-            raise Malformed(f"states of the shapes {shapes}: tokens have rows, a number and a width")
+            raise Malformed(f"a step of the shapes {shapes}: expected image tokens, an embedding and text tokens")
         rows = shapes[0][0]
         return [[rows, shapes[0][1], self.width], [rows, self.width], [rows, shapes[2][1], self.width]]
 
@@ -80,11 +81,11 @@ class TransformerSpec(DenoiserSpec):
         return [shapes[0][0], shapes[0][1] + shapes[2][1], self.width]
 
 
-class TransformerMiddle(DenoiserBlocks):
+class TransformerBlocks(DenoiserBlocks):
     """Runs a transformer's body.
 
     Args:
-        plan: the transformer.
+        spec: the transformer.
         split: the body's blocks.
         dtype: of the parameters; None keeps the checkpoint's.
 
@@ -94,25 +95,25 @@ class TransformerMiddle(DenoiserBlocks):
 
     per_row = False
 
-    def __init__(self, plan: TransformerSpec, split: Split, dtype: torch.dtype | None = None) -> None:
-        super().__init__(plan, split)
-        model = plan.build()
+    def __init__(self, spec: TransformerSpec, split: Split, dtype: torch.dtype | None = None) -> None:
+        super().__init__(spec, split)
+        model = spec.build()
         blocks: dict[str, nn.ModuleDict] = {}
-        for stack, index in plan.places(split):
+        for stack, index in spec.places(split):
             # Names are the original's: no block is renumbered.
             blocks.setdefault(stack, nn.ModuleDict())[str(index)] = getattr(model, stack)[index]
         for stack, modules in blocks.items():
             self.add_module(stack, modules)
         self._blocks = [block for modules in blocks.values() for block in modules.values()]
-        load_weights(self, plan, split, "worker", dtype)
+        load_weights(self, spec, split, "worker", dtype)
 
-    def options(self, job: StepConditioning) -> dict[str, Any]:
+    def options(self, conditioning: StepConditioning) -> dict[str, Any]:
         """Further arguments of the blocks."""
         raise NotImplementedError
 
-    def forward(self, tensors: Sequence[torch.Tensor], job: StepConditioning) -> torch.Tensor:
+    def forward(self, tensors: Sequence[torch.Tensor], conditioning: StepConditioning) -> torch.Tensor:
         image, embedding, text = tensors
-        options = self.options(job)
+        options = self.options(conditioning)
         for block in self._blocks:
             text, image = block(hidden_states=image, encoder_hidden_states=text, temb=embedding, **options)
         return torch.cat((text, image), 1)
@@ -120,27 +121,27 @@ class TransformerMiddle(DenoiserBlocks):
 
 @dataclass
 class SD3Spec(TransformerSpec):
-    """The transformer of Stable Diffusion 3 or 3.5. Its jobs have no tensors."""
+    """The transformer of Stable Diffusion 3 or 3.5. It takes no conditioning."""
 
     class_name: ClassVar[str] = "SD3Transformer2DModel"
     stacks: ClassVar[dict[str, str]] = {"transformer_blocks": "num_layers"}
     defaults: ClassVar[dict[str, int]] = {"num_layers": 18, "num_attention_heads": 18, "attention_head_dim": 64}
 
-    def middle(self, split: Split, dtype: torch.dtype | None = None) -> TransformerMiddle:
-        return SD3Middle(self, split, dtype)
+    def load_blocks(self, split: Split, dtype: torch.dtype | None = None) -> TransformerBlocks:
+        return SD3Blocks(self, split, dtype)
 
 
-class SD3Middle(TransformerMiddle):
-    def check_job(self, shapes: Sequence[Sequence[int]], scales: int) -> None:
-        raise Malformed("a job with tensors, of a model that calls for none")
+class SD3Blocks(TransformerBlocks):
+    def check_conditioning(self, shapes: Sequence[Sequence[int]], scales: int) -> None:
+        raise Malformed("conditioning with tensors for a model that takes none")
 
-    def options(self, job: StepConditioning) -> dict[str, Any]:
+    def options(self, conditioning: StepConditioning) -> dict[str, Any]:
         return {}
 
 
 @dataclass
 class FluxSpec(TransformerSpec):
-    """The transformer of Flux. A job's tensor `[1, tokens, axes]` has the tokens' positions, the text's first."""
+    """The transformer of Flux. The conditioning is the tokens' positions `[1, tokens, axes]`, the text's first."""
 
     class_name: ClassVar[str] = "FluxTransformer2DModel"
     stacks: ClassVar[dict[str, str]] = {
@@ -154,27 +155,29 @@ class FluxSpec(TransformerSpec):
         "attention_head_dim": 128,
     }
 
-    def middle(self, split: Split, dtype: torch.dtype | None = None) -> TransformerMiddle:
-        return FluxMiddle(self, split, dtype)
+    def load_blocks(self, split: Split, dtype: torch.dtype | None = None) -> TransformerBlocks:
+        return FluxBlocks(self, split, dtype)
 
 
-class FluxMiddle(TransformerMiddle):
-    def __init__(self, plan: TransformerSpec, split: Split, dtype: torch.dtype | None = None) -> None:
-        super().__init__(plan, split, dtype)
-        self._positions = plan.build().pos_embed
+class FluxBlocks(TransformerBlocks):
+    def __init__(self, spec: TransformerSpec, split: Split, dtype: torch.dtype | None = None) -> None:
+        super().__init__(spec, split, dtype)
+        self._positions = spec.build().pos_embed
 
-    def check_job(self, shapes: Sequence[Sequence[int]], scales: int) -> None:
+    def check_conditioning(self, shapes: Sequence[Sequence[int]], scales: int) -> None:
         axes = len(self._positions.axes_dim)
         if scales or len(shapes) != 1 or len(shapes[0]) != 3 or (shapes[0][0], shapes[0][2]) != (1, axes):
-            raise Malformed(f"a job of shapes {shapes}: it has the places of one row's tokens on {axes} axes")
+            raise Malformed(
+                f"conditioning of the shapes {shapes}: expected the tokens' positions [1, tokens, {axes}]"
+            )
 
-    def check_step(self, shapes: Sequence[Sequence[int]], job: StepConditioning) -> None:
+    def check_step(self, shapes: Sequence[Sequence[int]], conditioning: StepConditioning) -> None:
         tokens = shapes[0][1] + shapes[2][1]
-        if not job.tensors or job.tensors[0].shape[1] != tokens:
-            raise Malformed(f"a step of {tokens} tokens whose job does not say where they are")
+        if not conditioning.tensors or conditioning.tensors[0].shape[1] != tokens:
+            raise Malformed(f"a step of {tokens} tokens, whose conditioning does not say where they are")
 
-    def together(self, job: StepConditioning) -> Hashable:
-        return job.tensors[0].shape[1], job.tensors[0].float().cpu().numpy().tobytes()
+    def batch_key(self, conditioning: StepConditioning) -> Hashable:
+        return conditioning.tensors[0].shape[1], conditioning.tensors[0].float().cpu().numpy().tobytes()
 
-    def options(self, job: StepConditioning) -> dict[str, Any]:
-        return {"image_rotary_emb": self._positions(job.tensors[0][0])}
+    def options(self, conditioning: StepConditioning) -> dict[str, Any]:
+        return {"image_rotary_emb": self._positions(conditioning.tensors[0][0])}

@@ -1,9 +1,9 @@
 """UNets: where they are cut, and their body.
 
 A UNet of n levels has 2n + 1 blocks: down 0 … n-1, the middle block, up 0 … n-1. The body is the blocks
-`[d, 2n + 1 - d)`, that is, all levels from d on. The cut on the way down lies behind a downsampler. Its output is
-also the only skip connection that crosses the cut. The upsampler of the body's last block runs on the device, since
-the states before it are a quarter as large.
+`[d, 2n + 1 - d)`, that is, all levels from d on. On the way down, the cut lies behind a downsampler, whose output
+is also the only skip connection that crosses the cut. The upsampler of the body's last block runs on the device,
+because the states before it are a quarter as large.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from split_common.models.split import Split
 #: The number of levels that each cut leaves to the device.
 _LEVELS = {"C": 1, "A": 2}
 
-#: Types of blocks that the body knows how to call.
+#: Types of blocks that `UNetBlocks.forward` knows how to call.
 _BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn"}
 
 
@@ -32,9 +32,9 @@ class UNetSpec(DenoiserSpec):
     """A UNet.
 
     A step's tensors are the states `[rows, channels, height, width]`, the embedding of the time and of the added
-    conditions `[rows, width]`, and a ControlNet's residuals, if there is one, as in `skip_shapes`. A job's is the
-    text's embeddings `[rows, tokens, width]`, and an IP-Adapter's of images `[rows, images, tokens, width]`, with a
-    scale for each of `body_attentions`.
+    conditions `[rows, width]`, and the residuals of a ControlNet, if there is one, as in `skip_shapes`. The
+    conditioning is the text's embeddings `[rows, tokens, width]` and, with an IP-Adapter, those of images
+    `[rows, images, tokens, width]` with a scale for each of `body_attentions`.
 
     Raises:
         ModelError, UnsupportedArchitecture: the configuration is malformed, or has blocks that cannot be split.
@@ -47,7 +47,7 @@ class UNetSpec(DenoiserSpec):
         name, config = self.checkpoint.name, self.config
         channels = config.get("block_out_channels")
         if not (isinstance(channels, list | tuple) and channels and all(isinstance(c, int) for c in channels)):
-            raise ModelError(f"{name}: config.json names no channels of its blocks")
+            raise ModelError(f"{name}: config.json must list its blocks' channels (block_out_channels)")
         kinds = {
             *config.get("down_block_types", ()),
             *config.get("up_block_types", ()),
@@ -65,6 +65,7 @@ class UNetSpec(DenoiserSpec):
 
     @property
     def levels(self) -> int:
+        """The number of levels."""
         return len(self.channels)
 
     @property
@@ -82,7 +83,7 @@ class UNetSpec(DenoiserSpec):
         own = layers if isinstance(layers, int) else layers[level]
         return int(own) + (level < self.levels - 1)
 
-    def ends(self, cut: str) -> int:
+    def end_blocks(self, cut: str) -> int:
         return _LEVELS[cut]
 
     def check(self, split: Split) -> Split:
@@ -105,6 +106,7 @@ class UNetSpec(DenoiserSpec):
         return [name.removesuffix(".processor") for name in processors if not name.endswith("attn1.processor")]
 
     def body_attentions(self, split: Split) -> list[str]:
+        """Those of `attentions` that are in the body, in the same order."""
         return [name for name in self.attentions if self.in_body(name, split)]
 
     @cached_property
@@ -135,7 +137,7 @@ class UNetSpec(DenoiserSpec):
 
     def step_shapes(self, split: Split, shapes: Sequence[Sequence[int]]) -> list[list[int]]:
         if len(shapes[0]) != 4:
-            raise Malformed(f"states of the shape {shapes[0]}: they have rows, channels, height and width")
+            raise Malformed(f"states of the shape {shapes[0]}: expected [rows, channels, height, width]")
         rows, _, height, width = shapes[0]
         skips = [[rows, *shape] for shape in self.skip_shapes(split, height, width)]
         return [skips[0], [rows, self.embedding], *(skips if len(shapes) > 2 else ())]
@@ -143,7 +145,7 @@ class UNetSpec(DenoiserSpec):
     def output_shape(self, split: Split, shapes: Sequence[Sequence[int]]) -> list[int]:
         return [shapes[0][0], self.channels[split.first], *shapes[0][2:]]
 
-    def middle(self, split: Split, dtype: torch.dtype | None = None) -> UNetBlocks:
+    def load_blocks(self, split: Split, dtype: torch.dtype | None = None) -> UNetBlocks:
         return UNetBlocks(self, split, dtype)
 
     def skip_shapes(self, split: Split, height: int, width: int) -> list[tuple[int, int, int]]:
@@ -165,7 +167,7 @@ class UNetBlocks(DenoiserBlocks):
     """Runs a UNet's body: the blocks of its lower levels.
 
     Args:
-        plan: the UNet.
+        spec: the UNet.
         split: the body's blocks.
         dtype: of the parameters; None keeps the checkpoint's.
 
@@ -173,24 +175,24 @@ class UNetBlocks(DenoiserBlocks):
         ModelError: the body cannot be loaded.
     """
 
-    def __init__(self, plan: UNetSpec, split: Split, dtype: torch.dtype | None = None) -> None:
-        super().__init__(plan, split)
-        unet = plan.build()
-        first, levels = split.first, plan.levels
+    def __init__(self, spec: UNetSpec, split: Split, dtype: torch.dtype | None = None) -> None:
+        super().__init__(spec, split)
+        unet = spec.build()
+        first, levels = split.first, spec.levels
         # Names are the original's: no block is renumbered.
         self.down_blocks = nn.ModuleDict({str(index): unet.down_blocks[index] for index in range(first, levels)})
         self.mid_block = unet.mid_block
         self.up_blocks = nn.ModuleDict({str(index): unet.up_blocks[index] for index in range(levels - first)})
         unet.up_blocks[levels - first - 1].upsamplers = None
         #: Processors of the IP-Adapter, one for each of the body's attentions.
-        self._adapters = [self._adapt(name) for name in plan.body_attentions(split)] if plan.adapted else []
-        load_weights(self, plan, split, "worker", dtype)
+        self._adapters = [self._adapt(name) for name in spec.body_attentions(split)] if spec.adapted else []
+        load_weights(self, spec, split, "worker", dtype)
         widths = (p.shape[1] for name, p in self.named_parameters() if name.endswith("attn2.to_k.weight"))
-        #: Width of the embeddings that the body attends to; None if it attends to none.
+        #: Width of the embeddings that the body attends to; None if none of its blocks does.
         self._width: int | None = next(widths, None)
 
     def _adapt(self, name: str) -> Any:
-        """Makes an attention of the body attend to the IP-Adapter's images, too."""
+        """Makes an attention of the body also attend to the IP-Adapter's images. Returns its processor."""
         from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
         attention: Any = self.get_submodule(name)
@@ -199,28 +201,30 @@ class UNetBlocks(DenoiserBlocks):
         attention.set_processor(processor)
         return processor
 
-    def check_job(self, shapes: Sequence[Sequence[int]], scales: int) -> None:
+    def check_conditioning(self, shapes: Sequence[Sequence[int]], scales: int) -> None:
         if len(shapes[0]) != 3 or self._width not in (None, shapes[0][-1]):
-            raise Malformed(f"embeddings {shapes[0]}, the model's width is {self._width}")
+            raise Malformed(f"embeddings of the shape {shapes[0]}: the model's width is {self._width}")
         images = shapes[1:]
         if len(images) > bool(self._adapters) or scales != len(images) * len(self._adapters):
             raise Malformed(f"{len(images)} embeddings of images and {scales} scales do not fit the IP-Adapter")
         if images and (len(images[0]) != 4 or [images[0][0], images[0][-1]] != [shapes[0][0], shapes[0][-1]]):
-            raise Malformed(f"embeddings {images[0]} of images do not fit those of the text, {shapes[0]}")
+            raise Malformed(f"embeddings {images[0]} of images do not match those of the text, {shapes[0]}")
 
-    def check_step(self, shapes: Sequence[Sequence[int]], job: StepConditioning) -> None:
-        if not job.tensors:
-            raise Malformed("a step that names no embeddings")
+    def check_step(self, shapes: Sequence[Sequence[int]], conditioning: StepConditioning) -> None:
+        if not conditioning.tensors:
+            raise Malformed("a step of a UNet must name its embeddings")
 
-    def forward(self, tensors: Sequence[torch.Tensor], job: StepConditioning) -> torch.Tensor:
+    def forward(self, tensors: Sequence[torch.Tensor], conditioning: StepConditioning) -> torch.Tensor:
         """The output of the body's last block, before its upsampler."""
         sample, embedding, *residuals = tensors
-        context: Any = job.tensors[0]
+        context: Any = conditioning.tensors[0]
         if self._adapters:
-            images = list(job.tensors[1:])
-            for processor, scale in zip(self._adapters, job.scales or [0.0] * len(self._adapters), strict=True):
+            images = list(conditioning.tensors[1:])
+            for processor, scale in zip(
+                self._adapters, conditioning.scales or [0.0] * len(self._adapters), strict=True
+            ):
                 processor.scale = [scale]
-            # With scales of 0, the embeddings are not read.
+            # The embeddings of images are not read if the scales are 0.
             context = context, images or [context]
         skips = [sample]
         for block in self.down_blocks.values():

@@ -45,9 +45,9 @@ def ask(fleet: DemoFleet, prompt: str, checkpoint: str, max_tokens: int, json: b
     from split_device.models.sizes import parts
 
     tokenizer = load_tokenizer(checkpoint)
-    plan_ = read_spec(checkpoint)
+    spec = read_spec(checkpoint)
     with SplitModelForCausalLM.from_pretrained(checkpoint, broker=fleet.address) as split:
-        table = parts(plan_, split.split)
+        table = parts(spec, split.split)
         stderr.print(parts_table(fleet.model, table))
         stderr.print(prompt, style="bold", soft_wrap=True)
         input_ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
