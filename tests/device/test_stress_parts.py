@@ -268,25 +268,25 @@ def sleeper() -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_kept_process_is_started_again() -> None:
-    kept = Supervised("sleeper", sleeper)
-    kept.start()
+    supervised = Supervised("sleeper", sleeper)
+    supervised.start()
     try:
-        kept.wait()
-        assert kept.process is not None
-        first = kept.process
-        kept.stop()
-        assert kept.stopped
-        assert not kept.running
-        kept.resume()
-        assert kept.running
-        kept.kill()
-        wait_until(lambda: kept.process is not None)
-        assert kept.process.pid != first.pid
-        second = kept.process
-        kept.stop()
+        supervised.wait()
+        assert supervised.process is not None
+        first = supervised.process
+        supervised.stop()
+        assert supervised.stopped
+        assert not supervised.running
+        supervised.resume()
+        assert supervised.running
+        supervised.kill()
+        wait_until(lambda: supervised.process is not None)
+        assert supervised.process.pid != first.pid
+        second = supervised.process
+        supervised.stop()
     finally:
-        kept.end()
-        kept.join()
+        supervised.end()
+        supervised.join()
     assert second.poll() is not None
 
 
@@ -296,11 +296,11 @@ def test_a_process_that_cannot_be_started_says_why() -> None:
         raise SplitError("no such thing")
         yield
 
-    kept = Supervised("broken", broken)
-    kept.start()
+    supervised = Supervised("broken", broken)
+    supervised.start()
     with pytest.raises(SplitError, match="no such thing"):
-        kept.wait()
-    kept.join()
+        supervised.wait()
+    supervised.join()
 
 
 def test_memory_is_compared_with_that_after_ten_seconds() -> None:
@@ -314,19 +314,19 @@ def test_memory_is_compared_with_that_after_ten_seconds() -> None:
 def test_memory_of_what_is_there_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("split_device.stress.memory.SETTLED", 0.0)
     memory = Memory()
-    kept = Supervised("worker 0", sleeper)
-    kept.start()
+    supervised = Supervised("worker 0", sleeper)
+    supervised.start()
     try:
-        kept.wait()
-        memory.look([kept])
+        supervised.wait()
+        memory.sample([supervised])
         [resident] = memory.residents
         assert resident.settled == resident.last > 0
-        kept.process = None
-        memory.look([kept])
+        supervised.process = None
+        memory.sample([supervised])
         assert not memory.residents
     finally:
-        kept.end()
-        kept.join()
+        supervised.end()
+        supervised.join()
 
 
 # --- what is asked for -------------------------------------------------------------------------------------
@@ -476,7 +476,7 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
         (["--keys", "somewhere"], "--keys needs --broker"),
         (["--chaos", "boom"], "--chaos boom"),
         (["--plot", "/no/such/directory/out.png"], "not a directory"),
-        (["--plot", "out.movie"], "of the kinds"),
+        (["--plot", "out.movie"], "invalid plot file"),
         (["--transport", "pigeon"], "pigeon"),
         (["--devices", "0"], "devices"),
     ],

@@ -1,4 +1,4 @@
-"""`lambda-split image`: an image by a split diffusion model."""
+"""`lambda-split image`: an image made by a split diffusion model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from split_device.cli.terminal import step_progress
 from split_device.images.settings import check_output, image_bytes, image_format
 from split_device.sessions.connection import Connection
 
-#: Bits of a seed that is drawn: few enough that it can be typed again.
-SEED_BITS = 32
+#: Size of the seed that is drawn if none is given, in bits: short enough to type again.
+DRAWN_SEED_BITS = 32
 
 
 @grouped
@@ -52,7 +52,7 @@ def image(
     """Make an image with a split diffusion model.
 
     Needs a running `lambda-split broker`, or Redis, and a `lambda-split worker --cut …` that serves the same model.
-    Ctrl-C ends it without writing anything.
+    Ctrl-C ends the command, and no file is written.
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty")
@@ -63,7 +63,7 @@ def image(
         raise ConfigError(f"--strength {strength:g} changes nothing in {picture.steps} steps")
     choice = model.choice()
     # A seed that is drawn is printed, so that the image can be made again.
-    seed = secrets.randbits(SEED_BITS) if picture.seed is None else picture.seed
+    seed = secrets.randbits(DRAWN_SEED_BITS) if picture.seed is None else picture.seed
     settings = dataclasses.replace(picture, seed=seed).settings(choice.name)
     passive_threads()
     check_connection(connection)
@@ -73,10 +73,10 @@ def image(
     from split_device.jobs.models import load_image_model
 
     with exit_on_sigterm(), load_image_model(choice, connection) as denoiser:
-        painter = ImagePipeline(choice.name, denoiser, from_image=init_image is not None)
+        pipeline = ImagePipeline(choice.name, denoiser, from_image=init_image is not None)
         began = time.perf_counter()
         with step_progress(picture.steps, json) as advance:
-            made = painter.paint(prompt, settings, advance, **more)
+            made = pipeline.generate(prompt, settings, advance, **more)
         seconds = time.perf_counter() - began
         write_private(output.absolute(), image_bytes(made, image_format(output.name)))
         calls = denoiser.timings.steps

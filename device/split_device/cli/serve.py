@@ -18,10 +18,10 @@ from split_common.system.console import emit_json, stderr
 from split_common.system.process import catch_sigterm, passive_threads, wait_for
 from split_device.cli.groups import ConnectionOptions, ImageModelOptions, LimitOptions, TextModelOptions
 from split_device.jobs.job import ImageChoice, ModelChoice
-from split_device.openai.listener import HOST, answering, listening
+from split_device.openai.listener import HOST, listening, running_server
 
-#: Options that are for images only.
-_OF_IMAGES = ("--cut", "--codec", "--reuse", "--max-images")
+#: Options for images only.
+_IMAGE_OPTIONS = ("--cut", "--codec", "--reuse", "--max-images")
 
 
 @grouped
@@ -39,7 +39,7 @@ def serve(
         typer.Option(
             envvar="LAMBDA_SPLIT_API_KEY",
             metavar="KEY",
-            help="Key that clients must send. Better in the environment: other users see a command's options.",
+            help="Key that clients must send. Better set it in the environment: other users can see options.",
         ),
     ] = None,
     image_model: Annotated[
@@ -56,7 +56,7 @@ def serve(
     """Serve split models to OpenAI's clients on this machine, many requests at once, until Ctrl-C or SIGTERM.
 
     Offers /v1/chat/completions, /v1/completions, /v1/images/generations, /v1/models, /health and, at /, a page to
-    chat in a browser. Needs `lambda-split[serve]`. With --json one object is printed when it is ready.
+    chat in a browser. Needs `lambda-split[serve]`. With --json, one object is printed when the server is ready.
     """
     passive_threads()
     if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:
@@ -67,7 +67,7 @@ def serve(
     image_choice = None
     if image_model is not None:
         image_choice = dataclasses.replace(images, pipeline=image_model).choice()
-    elif ignored := given(context, _OF_IMAGES):
+    elif ignored := given(context, _IMAGE_OPTIONS):
         raise ConfigError(f"{ignored[0]} needs --image-model")
     choice = model.choice() if model.model is not None or image_choice is None else None
     name, image_name = _name(choice), _name(image_choice)
@@ -79,14 +79,16 @@ def serve(
 
         with Models(connection, limits) as models:
             completions = Completions(models.get(choice), choice, name) if choice and name else None
-            painting = Images(models.painter(image_choice), image_name) if image_choice and image_name else None
-            with answering(CompletionServer(completions, painting, api_key).app(), listener, stop):
+            image_endpoint = (
+                Images(models.pipeline(image_choice), image_name) if image_choice and image_name else None
+            )
+            with running_server(CompletionServer(completions, image_endpoint, api_key).app(), listener, stop):
                 _announce(f"http://{HOST}:{listener.getsockname()[1]}/", name, image_name, json)
                 wait_for(stop)
 
 
 def _announce(page: str, name: str | None, image_name: str | None, json: bool) -> None:
-    """Says what is served, and where."""
+    """Prints what is served, and where."""
     if json:
         emit_json({"url": f"{page}v1", "page": page, "model": name, "image_model": image_name, "pid": os.getpid()})
     served = " and ".join(each for each in (name, image_name) if each)
@@ -94,7 +96,7 @@ def _announce(page: str, name: str | None, image_name: str | None, json: bool) -
 
 
 def _name(choice: ModelChoice | ImageChoice | None) -> str | None:
-    """What clients call a model."""
+    """The name by which clients choose a model."""
     if choice is None:
         return None
     return Path(choice.name).name if Path(choice.name).is_dir() else choice.name

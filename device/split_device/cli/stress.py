@@ -32,12 +32,12 @@ _PLAN = Group(
         typer.Option(
             min=1,
             metavar="SECONDS",
-            help="Make requests for this long instead, however many; those that have begun are finished.",
+            help="Make requests for this long, instead of --requests; those in progress are then finished.",
         ),
     ],
     workload=Annotated[
         Workload,
-        typer.Option(help="What devices ask for; mixed: images for every other device and worker."),
+        typer.Option(help="What devices generate; mixed: texts and images, by every other device and worker."),
     ],
     workers=Annotated[
         int,
@@ -60,7 +60,7 @@ _PLAN = Group(
         typer.Option(
             metavar="MODEL",
             rich_help_panel=MODEL_PANEL,
-            help="Compare with this unsplit checkpoint instead of the same one.",
+            help="Compare with this unsplit checkpoint, instead of that of --model.",
         ),
     ],
     head_layers=HeadOption,
@@ -71,7 +71,7 @@ _PLAN = Group(
     broker=Annotated[
         str | None,
         typer.Option(
-            metavar="ADDRESS", rich_help_panel=QUEUE_PANEL, help="Join the queue at this address and start none."
+            metavar="ADDRESS", rich_help_panel=QUEUE_PANEL, help="Use the queue at this address, and start none."
         ),
     ],
     keys=KeysOption,
@@ -85,7 +85,7 @@ def stress(
         str | None,
         typer.Option(
             metavar="KINDS",
-            help="Faults, separated by commas: kill and stop (workers), broker (killed and started again), lag, "
+            help="Faults, separated by commas: kill and stop (workers), broker (killed and restarted), lag, "
             "drop and corrupt (connections); or none. Default: all that are possible.",
         ),
     ] = None,
@@ -97,12 +97,12 @@ def stress(
 ) -> None:
     """Run a fleet of processes under faults, and compare every output with the unsplit model's.
 
-    Starts a queue, workers and devices on this machine. Workers are killed (SIGKILL) and stopped (SIGSTOP) and the
-    queue's server is killed; all are started again. Connections pass a proxy that delays, resets, truncates,
-    swallows and corrupts. When the faults happen is drawn from the seed. The first Ctrl-C ends the requests, a
-    second one ends everything.
+    Starts a queue, workers and devices on this machine. Workers are killed (SIGKILL) and stopped (SIGSTOP), and the
+    queue's server is killed; all are restarted. Connections pass a proxy that delays, resets, truncates, swallows
+    and corrupts. The times of the faults are drawn from the seed. The first Ctrl-C ends the requests, a second one
+    ends everything.
 
-    In the report, *lost* counts requests that ended with an error, or with their process, or not at all;
+    In the report, *lost* counts requests that ended with an error or with their process, or that did not end;
     *duplicated* counts outputs beyond the first to one request, and outputs with more tokens than the unsplit
     model's; *mismatched* counts outputs that differ from the unsplit model's: texts in any token, images in latents
     by more than 1e-5 of their largest number (images that share a forward round differently). The exit code is 1 if
@@ -126,7 +126,7 @@ def stress(
         stdout().print(table(report))
     if plot is not None:
         draw(plot, outcome.ledger, outcome.chaos, report.seconds)
-        stderr.print(f"drawn: {plot}", soft_wrap=True)
+        stderr.print(f"wrote {plot}", soft_wrap=True)
     if not report.sound or not report.completed:
         raise typer.Exit(1)
     if report.interrupted:
@@ -164,7 +164,7 @@ def stress_device(
 
 
 def _checked(plan: StressPlan, chaos: str | None) -> StressPlan:
-    """The plan, with all that follows from its options. Raises ConfigError if they do not go together."""
+    """The plan, with the values that follow from others. Raises ConfigError if options contradict each other."""
     if plan.workers == 0 and plan.broker is None:
         raise ConfigError("--workers 0 needs --broker: without it, the only workers are those started here")
     if plan.workers == 0 and plan.model is None:

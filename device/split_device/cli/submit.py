@@ -1,4 +1,4 @@
-"""`lambda-split submit`: asking for a text or an image now, and coming back for it."""
+"""`lambda-split submit`: adds a job for a text or an image, which the agent runs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from split_device.jobs.agent import running_agent
 from split_device.jobs.job import AnyTask, ImageTask, Message, Task
 from split_device.jobs.store import Store, store_path
 
-#: Options of `submit` that are for texts only, and for images only.
-_OF_TEXTS = (
+#: Options for texts only, and for images only.
+_TEXT_OPTIONS = (
     "--max-tokens",
     "--temperature",
     "--top-p",
@@ -44,7 +44,7 @@ _OF_TEXTS = (
     "--head-layers",
     "--tail-layers",
 )
-_OF_IMAGES = ("--output", "--steps", "--size", "--guidance", "--negative", "--cut", "--codec", "--reuse")
+_IMAGE_OPTIONS = ("--output", "--steps", "--size", "--guidance", "--negative", "--cut", "--codec", "--reuse")
 
 
 @grouped
@@ -58,8 +58,8 @@ def submit(
     file: Annotated[
         str | None, typer.Option("--file", metavar="FILE", help="Read the prompt from a file; `-` is stdin.")
     ] = None,
-    image: Annotated[bool, typer.Option("--image", help="Ask for an image instead of a text.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Stream the answer, and end with it.")] = False,
+    image: Annotated[bool, typer.Option("--image", help="Make an image instead of a text.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Stream the answer, and end when the job ends.")] = False,
     model: Annotated[
         str | None,
         typer.Option(
@@ -77,7 +77,12 @@ def submit(
     raw: RawOption = False,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="With --image and --wait: a .png, .jpg or .webp file."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Where to write the image: a .png, .jpg or .webp file. Needs --image and --wait.",
+        ),
     ] = None,
     priority: Annotated[
         int, typer.Option(metavar="N", rich_help_panel=STORE_PANEL, help="Jobs of higher priority run first.")
@@ -87,16 +92,16 @@ def submit(
         typer.Option(
             metavar="KEY",
             rich_help_panel=STORE_PANEL,
-            help="A name for the job: if a job with this key exists, no second one is submitted.",
+            help="A name for the job. If a job with this key exists, its id is printed and none is added.",
         ),
     ] = None,
     store_key: StoreKeyOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Ask for an answer to a prompt, or with --image for an image, and print the job's id.
+    """Submit a prompt for an answer, or with --image for an image, and print the job's id.
 
-    `lambda-split agent start` runs it. It is kept on this machine's disk, readable by this user alone, until
-    `jobs prune` removes it.
+    The agent, started by `lambda-split agent start`, runs the job. Prompt and answer stay on this machine's disk,
+    readable by this user only, until `jobs prune` removes them.
     """
     text = _prompt(prompt, file)
     _check_kind(context, image)
@@ -146,7 +151,7 @@ def _image_task(text: str, model: ImageModel, picture: Picture) -> ImageTask:
 
 def _check_kind(context: typer.Context, image: bool) -> None:
     """Raises ConfigError for an option of the other kind."""
-    for option in given(context, _OF_TEXTS if image else _OF_IMAGES):
+    for option in given(context, _TEXT_OPTIONS if image else _IMAGE_OPTIONS):
         raise ConfigError(f"{option} is for texts: leave --image out" if image else f"{option} needs --image")
 
 

@@ -1,4 +1,4 @@
-"""The jobs of a device, in an SQLite file that survives whatever happens to the processes that use it."""
+"""A device's jobs in an SQLite file, which survives crashes of the processes that use it."""
 
 from __future__ import annotations
 
@@ -127,13 +127,13 @@ class Store:
         return int(tokens)
 
     def pieces(self, id_: str, skip: int = 0) -> list[TextPiece]:
-        """What a job has generated, without the first `skip` pieces."""
+        """The pieces of text that a job has generated, without the first `skip`."""
         query = "SELECT number, data FROM pieces WHERE job = ? AND number >= ? ORDER BY number"
         rows = self._db.execute(query, (id_, skip)).fetchall()
         return [self._decode(self._vault.open(data, f"{id_}/{number}"), TextPiece) for number, data in rows]
 
     def progress(self, id_: str) -> JobProgress:
-        """What a job has generated, and the state from which it continues. Raises UnknownJob."""
+        """The output of a job so far, and the state from which it continues. Raises UnknownJob."""
         with transaction(self._db, self.path):
             row = self._db.execute("SELECT sampler FROM jobs WHERE id = ?", (id_,)).fetchone()
             pieces = self.pieces(id_)

@@ -16,7 +16,7 @@ from split_common.errors import ConfigError, ModelError
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.denoisers.registry import is_denoiser, read_denoiser_spec
 from split_common.models.loading import ModelSpec, load_part, read_spec
-from split_common.models.split import Split
+from split_common.models.split import DEFAULT_CUT, Split
 from split_common.models.verification import find_manifest
 from split_common.protocol import headers
 from split_common.trust.fleet import Fleet
@@ -24,9 +24,8 @@ from split_worker.bodies.base import AnyBody
 from split_worker.bodies.denoiser import DenoiserBody
 from split_worker.bodies.language import LanguageBody
 
-#: The default body of a language model, and the default cut of an image model.
+#: The default body of a language model.
 LAYERS = "2:-2"
-CUT = "C"
 
 #: Share of the free memory that keys and values get by default; the rest is for forwards.
 CPU_SHARE = 0.5
@@ -91,7 +90,9 @@ def load_body(
         if cut is not None and layers is not None:
             raise ConfigError("--layers and --cut say the same thing: give one of them")
         image = read_denoiser_spec(checkpoint)
-        split = image.split(cut or CUT) if layers is None else image.check(Split.parse(image.blocks, layers))
+        split = (
+            image.split(cut or DEFAULT_CUT) if layers is None else image.check(Split.parse(image.blocks, layers))
+        )
         manifest = find_manifest(fleet, checkpoint, image.own_tensors(split, "worker"))
         body = DenoiserBody(image, split, device, dtype, memory)
     return Serving(body, headers.Service(manifest.root, split.first, split.last), manifest.name)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from split_common.errors import ConfigError
+from split_common.models.split import DEFAULT_CUT
 from split_common.system.console import emit_json, stderr
 from split_common.system.files import write_private
 from split_common.system.process import passive_threads
@@ -20,9 +21,11 @@ DIGITS_MODEL = Path(__file__).parents[4] / "examples" / "digits-sdxl"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
 
-CUT = "C"
-STEPS = 20
-SEED = 0
+#: Denoising steps of the sheet.
+DEMO_STEPS = 20
+
+#: Seed of the sheet.
+DEMO_SEED = 0
 
 MB = 1e6
 
@@ -44,7 +47,7 @@ def image_demo(output: Path, json: bool) -> None:
     if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir():
         raise ConfigError(f"invalid output {str(output)!r}: expected a .png file in an existing directory")
     passive_threads()
-    with running_fleet(["--model", str(DIGITS_MODEL), "--cut", CUT, "--dtype", "float32"]) as fleet:
+    with running_fleet(["--model", str(DIGITS_MODEL), "--cut", DEFAULT_CUT, "--dtype", "float32"]) as fleet:
         import torch
 
         from split_device.models.unet import SplitUNet2DConditionModel
@@ -53,7 +56,7 @@ def image_demo(output: Path, json: bool) -> None:
         parameters = _parameters(pipeline.unet)
         unsplit, unsplit_s = _make(pipeline, "unsplit")
         with SplitUNet2DConditionModel.from_pretrained(
-            DIGITS_MODEL, broker=fleet.address, cut=CUT, dtype="float32"
+            DIGITS_MODEL, broker=fleet.address, cut=DEFAULT_CUT, dtype="float32"
         ) as unet:
             pipeline.unet = unet
             before, opened = unet.traffic, unet.timings.steps
@@ -107,7 +110,7 @@ def _make(pipeline: Any, how: str) -> tuple[Any, float]:
 
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("step {task.completed}/{task.total}")
     with Progress(*columns, TimeElapsedColumn(), console=stderr) as bar:
-        task = bar.add_task(f"{len(DIGITS) * len(COLOURS)} pictures, {how}", total=STEPS)
+        task = bar.add_task(f"{len(DIGITS) * len(COLOURS)} pictures, {how}", total=DEMO_STEPS)
 
         def advance(_pipeline: Any, _step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
             bar.advance(task)
@@ -116,8 +119,8 @@ def _make(pipeline: Any, how: str) -> tuple[Any, float]:
         began = time.perf_counter()
         pictures = pipeline(
             [f"a photo of the digit {digit} in {colour}" for colour in COLOURS for digit in DIGITS],
-            num_inference_steps=STEPS,
-            generator=torch.Generator().manual_seed(SEED),
+            num_inference_steps=DEMO_STEPS,
+            generator=torch.Generator().manual_seed(DEMO_SEED),
             output_type="pt",
             callback_on_step_end=advance,
         ).images
