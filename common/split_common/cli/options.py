@@ -37,7 +37,7 @@ FleetOption = Annotated[
     ),
 ]
 JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print the result on stdout, as one JSON object on one line.")
+    bool, typer.Option("--json", help="Print one JSON object on one line of stdout, and nothing else there.")
 ]
 ModelOption = Annotated[
     str | None,

@@ -6,7 +6,7 @@ import dataclasses
 import secrets
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,10 +17,13 @@ from split_common.system.console import emit_json, stderr
 from split_common.system.files import write_private
 from split_common.system.process import exit_on_sigterm, passive_threads
 from split_device.cli.checks import check_connection
-from split_device.cli.groups import CONNECTION, IMAGE_MODEL_CUT, ImageModel, PictureOptions, PipelineOption
+from split_device.cli.groups import CONNECTION, IMAGE_MODEL_CUT, ImageModel, Picture, PictureOptions, PipelineOption
 from split_device.cli.terminal import step_progress
 from split_device.images.settings import check_output, image_bytes, image_format
 from split_device.sessions.connection import Connection
+
+if TYPE_CHECKING:
+    from split_device.models.denoiser import SplitDenoiser
 
 #: Size of the seed that is drawn if none is given, in bits: short enough to type again.
 DRAWN_SEED_BITS = 32
@@ -57,10 +60,8 @@ def image(
     if not prompt.strip():
         raise ConfigError("the prompt is empty")
     check_output(output)
-    if init_image is not None and picture.size is not None:
-        raise ConfigError("--init-image and --size do not go together: the initial image has a size")
-    if init_image is not None and int(picture.steps * strength) < 1:
-        raise ConfigError(f"--strength {strength:g} changes nothing in {picture.steps} steps")
+    if init_image is not None:
+        _check_init_image(picture, strength)
     choice = model.choice()
     # A seed that is drawn is printed, so that the image can be made again.
     seed = secrets.randbits(DRAWN_SEED_BITS) if picture.seed is None else picture.seed
@@ -79,23 +80,36 @@ def image(
             made = pipeline.generate(prompt, settings, advance, **more)
         seconds = time.perf_counter() - began
         write_private(output.absolute(), image_bytes(made, image_format(output.name)))
-        calls = denoiser.timings.steps
-        if json:
-            emit_json(
-                {
-                    "output": str(output),
-                    "width": made.width,
-                    "height": made.height,
-                    "seed": seed,
-                    "seconds": seconds,
-                    "calls": calls,
-                    "timings_ms": denoiser.timings.per_step_ms(),
-                    "traffic": denoiser.traffic,
-                }
-            )
-        else:
-            facts = f"{made.width}x{made.height}, seed {seed}, {seconds:.1f} s, {calls} calls of the worker"
-            stderr.print(f"{output}: {facts}", soft_wrap=True)
+        _report(output, made, seed, seconds, denoiser, json)
+
+
+def _check_init_image(picture: Picture, strength: float) -> None:
+    """Raises ConfigError if other options contradict an initial image."""
+    if picture.size is not None:
+        raise ConfigError("--init-image and --size do not go together: the initial image has a size")
+    if int(picture.steps * strength) < 1:
+        raise ConfigError(f"--strength {strength:g} changes nothing in {picture.steps} steps")
+
+
+def _report(output: Path, made: Any, seed: int, seconds: float, denoiser: SplitDenoiser, json: bool) -> None:
+    """Prints how an image was made."""
+    calls = denoiser.timings.steps
+    if json:
+        emit_json(
+            {
+                "output": str(output),
+                "width": made.width,
+                "height": made.height,
+                "seed": seed,
+                "seconds": seconds,
+                "calls": calls,
+                "timings_ms": denoiser.timings.per_step_ms(),
+                "traffic": denoiser.traffic,
+            }
+        )
+    else:
+        facts = f"{made.width}x{made.height}, seed {seed}, {seconds:.1f} s, {calls} calls of the worker"
+        stderr.print(f"{output}: {facts}", soft_wrap=True)
 
 
 def _read_image(path: Path) -> Any:

@@ -39,7 +39,8 @@ def serve(
         typer.Option(
             envvar="LAMBDA_SPLIT_API_KEY",
             metavar="KEY",
-            help="Key that clients must send. Better set it in the environment: other users can see options.",
+            help="Key that clients must send. Better set it in the environment, because other users can see the "
+            "options of a command.",
         ),
     ] = None,
     image_model: Annotated[

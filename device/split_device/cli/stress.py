@@ -37,7 +37,7 @@ _PLAN = Group(
     ],
     workload=Annotated[
         Workload,
-        typer.Option(help="What devices generate; mixed: texts and images, by every other device and worker."),
+        typer.Option(help="What devices generate; mixed alternates texts and images from device to device."),
     ],
     workers=Annotated[
         int,

@@ -108,22 +108,14 @@ def submit(
     if raw and system:
         raise ConfigError("--raw and --system do not go together: a raw prompt has no messages")
     if output is not None:
-        if not wait:
-            raise ConfigError("-o needs --wait; later, `lambda-split jobs result JOB -o FILE` writes the image")
-        check_output(output)
+        _check_output(output, wait)
     if wait and running_agent() is None:
         raise AgentError("no agent runs, so nothing was submitted: start one with `lambda-split agent start`")
     task: AnyTask
     if image:
-        pipeline = model or os.environ.get(IMAGE_MODEL)
-        task = _image_task(
-            text,
-            dataclasses.replace(image_model, pipeline=pipeline),
-            dataclasses.replace(picture, seed=sampling.seed),
-        )
+        task = _image_task(text, model, image_model, dataclasses.replace(picture, seed=sampling.seed))
     else:
-        text_model = dataclasses.replace(text_model, model=model or os.environ.get("LAMBDA_SPLIT_MODEL"))
-        task = _text_task(text, text_model, sampling, tuple(stop or ()), system, raw)
+        task = _text_task(text, model, text_model, sampling, tuple(stop or ()), system, raw)
     with Store(store_path(), store_key) as store:
         job = store.submit(task, priority, key)
         if wait:
@@ -133,30 +125,44 @@ def submit(
             emit_json(job_facts(job))
         else:
             print(job.id)
-        if running_agent() is None:
-            stderr.print("no agent runs: `lambda-split agent start` starts one")
+    if running_agent() is None:
+        stderr.print("no agent runs: `lambda-split agent start` starts one")
 
 
 def _text_task(
-    text: str, model: TextModel, sampling: Sampling, stop: tuple[str, ...], system: str | None, raw: bool
+    text: str,
+    model: str | None,
+    options: TextModel,
+    sampling: Sampling,
+    stop: tuple[str, ...],
+    system: str | None,
+    raw: bool,
 ) -> Task:
     messages = (*((Message("system", system),) if system else ()), Message("user", text))
-    return Task(model=model.choice(), prompt=text if raw else messages, sampling=sampling, stop=stop)
+    choice = dataclasses.replace(options, model=model or os.environ.get("LAMBDA_SPLIT_MODEL")).choice()
+    return Task(model=choice, prompt=text if raw else messages, sampling=sampling, stop=stop)
 
 
-def _image_task(text: str, model: ImageModel, picture: Picture) -> ImageTask:
-    choice = model.choice()
+def _image_task(text: str, model: str | None, options: ImageModel, picture: Picture) -> ImageTask:
+    choice = dataclasses.replace(options, pipeline=model or os.environ.get(IMAGE_MODEL)).choice()
     return ImageTask(model=choice, prompt=text, settings=picture.settings(choice.name))
 
 
+def _check_output(output: Path, wait: bool) -> None:
+    """Raises ConfigError if the image cannot be written there, or not by this command."""
+    if not wait:
+        raise ConfigError("-o needs --wait; later, `lambda-split jobs result JOB -o FILE` writes the image")
+    check_output(output)
+
+
 def _check_kind(context: typer.Context, image: bool) -> None:
-    """Raises ConfigError for an option of the other kind."""
+    """Raises ConfigError for an option of texts if the job is an image, and the reverse."""
     for option in given(context, _TEXT_OPTIONS if image else _IMAGE_OPTIONS):
         raise ConfigError(f"{option} is for texts: leave --image out" if image else f"{option} needs --image")
 
 
 def _prompt(prompt: str | None, file: str | None) -> str:
-    """Raises ConfigError."""
+    """The prompt from the command line, a file or stdin. Raises ConfigError."""
     if (prompt is None) == (file is None):
         raise ConfigError("give either a prompt or --file")
     try:

@@ -1,4 +1,4 @@
-"""`lambda-split demo --image`: a sheet of small pictures by a split UNet, and what left the device for it."""
+"""`lambda-split demo --image`: a sheet of small pictures made by a split UNet, and what left the device."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from split_common.system.files import write_private
 from split_common.system.process import passive_threads
 from split_device.cli.demo.fleet import running_fleet
 
-#: The trained toy SDXL in a clone of the repository; a wheel does not carry it.
+#: The trained toy SDXL in a clone of the repository; wheels do not contain it.
 DIGITS_MODEL = Path(__file__).parents[4] / "examples" / "digits-sdxl"
 
-#: What it was trained on: a column of the sheet for each digit, a row for each colour.
+#: The digits and colours of its training: the columns and rows of the sheet.
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
 
@@ -27,14 +27,15 @@ DEMO_STEPS = 20
 #: Seed of the sheet.
 DEMO_SEED = 0
 
+#: Bytes of a megabyte.
 MB = 1e6
 
-#: By how much the sheet enlarges a picture.
-ENLARGED = 2
+#: Factor by which the sheet enlarges pictures.
+ENLARGEMENT = 2
 
 
 def image_demo(output: Path, json: bool) -> None:
-    """Makes the sheet twice, unsplit and split, and says how the two compare.
+    """Makes the sheet twice, unsplit and split, and prints a comparison.
 
     Raises:
         ConfigError: the model is missing, or the sheet cannot be written.
@@ -83,7 +84,7 @@ def image_demo(output: Path, json: bool) -> None:
     if json:
         emit_json(facts)
     else:
-        _tell(facts)
+        _print_facts(facts)
 
 
 def _load(path: Path) -> Any:
@@ -98,13 +99,13 @@ def _load(path: Path) -> Any:
         path, dtype=torch.float32, local_files_only=True, add_watermarker=False
     )
     pipeline.set_progress_bar_config(disable=True)
-    # Frozen as the split UNet's parts are: torch rounds differently where weights want gradients.
+    # Frozen like the parts of the split UNet: torch rounds differently if weights require gradients.
     pipeline.unet.requires_grad_(False)
     return pipeline
 
 
 def _make(pipeline: Any, how: str) -> tuple[Any, float]:
-    """The pictures `[n, 3, height, width]` from 0 to 1, and the seconds that they took."""
+    """The pictures `[n, 3, height, width]`, from 0 to 1, and the time they took, in seconds."""
     import torch
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -132,16 +133,16 @@ def _parameters(unet: Any) -> int:
 
 
 def _sheet(pictures: Any) -> Any:
-    """The pictures, side by side."""
+    """The pictures side by side, as a Pillow image."""
     from PIL import Image
 
     rows = pictures.unflatten(0, (len(COLOURS), len(DIGITS)))
     pixels = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     sheet = Image.fromarray((pixels * 255).round().byte().numpy())
-    return sheet.resize((sheet.width * ENLARGED, sheet.height * ENLARGED), Image.Resampling.LANCZOS)
+    return sheet.resize((sheet.width * ENLARGEMENT, sheet.height * ENLARGEMENT), Image.Resampling.LANCZOS)
 
 
-def _tell(facts: dict[str, Any]) -> None:
+def _print_facts(facts: dict[str, Any]) -> None:
     for line in (
         f"{facts['images']} pictures in {facts['split_s']:.1f} s, unsplit in {facts['unsplit_s']:.1f} s; "
         f"largest difference of a pixel {facts['max_abs_diff']:.1g}",
