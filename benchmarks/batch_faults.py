@@ -147,17 +147,17 @@ class Batch:
         return records(output)
 
     def disturbed(self, output: Path, workers: Workers, batch_kills: int, worker_kills: int) -> dict[str, int]:
-        """Runs the batch to its end under so many kills, spread over its tokens.
+        """Runs the batch to its end, with kills spread over its tokens.
 
         Returns:
-            What was killed; how many tokens the store had when the last run began (`kept`, at least), and how many
-            that run generated (`added`).
+            The numbers of kills; `kept`, a lower bound of the tokens in the store when the last run began; and
+            `added`, the number of tokens that the last run generated.
         """
         lines = [json.loads(line) for line in self._source.read_text().splitlines()]
         total = sum(line["body"]["max_tokens"] for line in lines)
         victims = ["batch"] * batch_kills + ["worker"] * worker_kills
         random.Random(4).shuffle(victims)
-        # Answers may end before their limit.
+        # Kills are due in the first half of all tokens, because answers may end before their limit.
         goals = deque(total * (index + 1) // (2 * len(victims)) for index in range(len(victims)))
         killed: Counter[str] = Counter()
         kept = 0

@@ -22,13 +22,13 @@ from diffusers import UNet2DConditionModel
 from split_common.cli import main
 from split_common.errors import ConfigError, SplitError
 from split_common.system.servers import free_port
-from split_device.cli.stress import KINDS, parse_chaos
+from split_device.cli.stress import parse_chaos
 from split_device.stress import images, tiny_model, tiny_unet
 from split_device.stress.chaos import INTERVALS, Chaos
 from split_device.stress.events import Answered, Asked, Decoded, Failed, Traffic, decode, encode
 from split_device.stress.ledger import Ledger
 from split_device.stress.memory import MIB, Memory, Resident
-from split_device.stress.plan import StressPlan
+from split_device.stress.plan import FAULTS, StressPlan
 from split_device.stress.plot import draw
 from split_device.stress.processes import Supervised
 from split_device.stress.proxy import Proxy
@@ -212,7 +212,7 @@ def test_the_same_seed_draws_the_same_faults(monkeypatch: pytest.MonkeyPatch) ->
 
     def strike(seed: int) -> list[str]:
         workers: list[Any] = [Victim(), Victim()]
-        chaos = Chaos(list(KINDS), seed, workers, Victim(), Victim())  # type: ignore[arg-type]
+        chaos = Chaos(list(FAULTS), seed, workers, Victim(), Victim())  # type: ignore[arg-type]
         chaos.start()
         wait_until(lambda: set(chaos.counts) >= {"kill", "stop", "broker", "lag", "corruption"})
         wait_until(lambda: len(chaos.history) >= 12)
@@ -239,7 +239,7 @@ def test_the_last_worker_that_runs_is_spared(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_faults_that_can_be_asked_for() -> None:
-    assert parse_chaos(None, True, None) == list(KINDS) == list(INTERVALS)
+    assert parse_chaos(None, True, None) == list(FAULTS) == list(INTERVALS)
     assert parse_chaos("none", True, None) == []
     assert parse_chaos("lag, kill,kill", True, None) == ["lag", "kill"]
     assert parse_chaos(None, False, "tcp://127.0.0.1:7411") == ["lag", "drop", "corrupt"]

@@ -30,6 +30,7 @@ from split_device.sessions.connection import Connection
 
 if TYPE_CHECKING:
     from split_common.models.denoisers.spec import DenoiserSpec
+    from split_device.sessions.client import Client
 
 Status = Literal["ok", "note", "problem"]
 
@@ -139,7 +140,7 @@ def _hardware() -> Iterator[Finding]:
 
 
 def _layers(model: str | None) -> Iterator[Finding]:
-    """Whether many sessions share one forward of a model's layers, found by running some; a denoiser's cuts."""
+    """Whether a worker can run many sessions in one forward, found by running some layers; or a denoiser's cuts."""
     if model is None:
         return
     from split_common.engine.runner import build_runner
@@ -246,16 +247,13 @@ def _queue(broker: str, fleet: Fleet, identity: Identity, timeout: float) -> Ite
         if client is not None:
             yield _workers(client)
         else:
-            yield Finding("workers", "note", "not asked: there is no device's key here, and only devices may ask")
+            yield Finding("workers", "note", "not asked: only devices may ask, and there is no device's key here")
     finally:
         transport.close()
 
 
-def _workers(client: object) -> Finding:
+def _workers(client: Client) -> Finding:
     """What is served: the broker's answer to a request for a model that no worker serves."""
-    from split_device.sessions.client import Client
-
-    assert isinstance(client, Client)
     try:
         client.open_session()
     except NoWorker as answer:
@@ -268,7 +266,7 @@ def _workers(client: object) -> Finding:
 
 
 class _Probe:
-    """A worker that serves nothing and only finds out whether the broker answers (a transport's `Handler`)."""
+    """A transport's `Handler` for a worker that serves nothing: it only finds out whether the broker answers."""
 
     def __init__(self, identity: Identity) -> None:
         name = identity.certificate.name

@@ -148,11 +148,11 @@ def _change(id_: str, store_key: Path | None, json: bool, change: Callable[[Stor
     if json:
         emit_json(job_facts(job))
     else:
-        stderr.print(f"{job.id} is {'cancelled soon' if job.cancelling else job.state}")
+        stderr.print(f"{job.id} {'will be cancelled soon' if job.cancelling else f'is {job.state}'}")
 
 
 def _made(job: Job) -> str:
-    """How far a job has come."""
+    """A job's progress, for the table."""
     if isinstance(job.task, ImageTask):
         return f"{job.steps} of {job.task.settings.steps} steps"
     return f"{job.tokens} tokens"

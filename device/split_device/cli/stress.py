@@ -19,10 +19,7 @@ from split_common.system.process import passive_threads
 from split_common.transport.address import is_redis
 from split_device.cli.options import HeadOption, TailOption
 from split_device.images.settings import need_diffusers
-from split_device.stress.plan import StressPlan, TransportName, Workload, WorkloadKind
-
-#: Kinds of faults.
-KINDS = ("kill", "stop", "broker", "lag", "drop", "corrupt")
+from split_device.stress.plan import FAULTS, NETWORK_FAULTS, StressPlan, TransportName, Workload, WorkloadKind
 
 _PLAN = Group(
     devices=Annotated[int, typer.Option(min=1, metavar="N", help="Number of device processes.")],
@@ -166,13 +163,15 @@ def stress_device(
 def _checked(plan: StressPlan, chaos: str | None) -> StressPlan:
     """The plan, with the values that follow from others. Raises ConfigError if options contradict each other."""
     if plan.workers == 0 and plan.broker is None:
-        raise ConfigError("--workers 0 needs --broker: without it, the only workers are those started here")
+        raise ConfigError("--workers 0 needs --broker: a queue that is started here has no other workers")
     if plan.workers == 0 and plan.model is None:
-        raise ConfigError("--workers 0 needs --model: the workers there do not serve a random one")
+        raise ConfigError("--workers 0 needs --model: running workers do not serve the small random model")
     if plan.keys is not None and plan.broker is None:
         raise ConfigError("--keys needs --broker: a fleet that is started here has its own keys")
     if plan.workload == "mixed" and (plan.model is not None or plan.workers < 2):
-        raise ConfigError("--workload mixed runs two small models of its own: it needs 2 workers, and no --model")
+        raise ConfigError(
+            "--workload mixed uses two small random models: give at least 2 --workers, and no --model"
+        )
     if plan.workload != "text":
         need_diffusers()
     return dataclasses.replace(
@@ -195,15 +194,15 @@ def parse_chaos(text: str | None, has_workers: bool, broker: str | None) -> list
         **(
             {}
             if broker is None or broker.startswith(("tcp://", "zmq://", "redis://"))
-            else dict.fromkeys(("lag", "drop", "corrupt"), f"no proxy can be put before {broker}")
+            else dict.fromkeys(NETWORK_FAULTS, f"no proxy can be put before {broker}")
         ),
     }
     if text is None:
-        return [kind for kind in KINDS if kind not in impossible]
+        return [kind for kind in FAULTS if kind not in impossible]
     kinds = [kind.strip() for kind in text.split(",") if kind.strip()]
     for kind in kinds if kinds != ["none"] else []:
-        if kind not in KINDS:
-            raise ConfigError(f"invalid --chaos {kind}: expected {', '.join(KINDS)} or none")
+        if kind not in FAULTS:
+            raise ConfigError(f"invalid --chaos {kind}: expected {', '.join(FAULTS)} or none")
         if kind in impossible:
             raise ConfigError(f"--chaos {kind}: {impossible[kind]}")
     return [] if kinds == ["none"] else list(dict.fromkeys(kinds))

@@ -1,4 +1,4 @@
-"""Follows a job that another process runs."""
+"""Follows a job that another process runs, and reads its output."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ class Store:
             elif job.state == "queued":
                 self._end(id_, "cancelled")
             else:
-                raise JobsError(f"job {id_} has {job.state} already")
+                raise JobsError(f"job {id_} {'was' if job.state == 'cancelled' else 'has'} {job.state} already")
             return self.get(id_)
 
     def retry(self, id_: str) -> Job:

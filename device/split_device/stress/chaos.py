@@ -24,9 +24,6 @@ INTERVALS = {
     "corrupt": (9.0, 15.0),
 }
 
-#: Kinds that need the proxy.
-NETWORK_FAULTS = ("lag", "drop", "corrupt")
-
 #: Share of its interval after which the first fault of a kind comes, so that short runs have some too.
 FIRST_SHARE = 0.2
 

@@ -13,6 +13,12 @@ TransportName = Literal["zmq", "redis"]
 WorkloadKind = Literal["text", "image"]
 Workload = Literal["text", "image", "mixed"]
 
+#: Kinds of faults.
+FAULTS = ("kill", "stop", "broker", "lag", "drop", "corrupt")
+
+#: Kinds of faults that need the proxy.
+NETWORK_FAULTS = ("lag", "drop", "corrupt")
+
 
 @dataclass(frozen=True)
 class StressPlan:
@@ -32,7 +38,7 @@ class StressPlan:
     reference: str | None = None
     head_layers: int = END_LAYERS
     tail_layers: int = END_LAYERS
-    #: The kinds of faults.
+    #: Kinds of faults, out of `FAULTS`.
     chaos: Sequence[str] = ()
     seed: int = 0
     keys: Path | None = None

@@ -13,11 +13,11 @@ from split_common.system.console import stderr
 from split_common.system.process import exit_on_sigterm
 from split_common.system.servers import RedisServer, free_port
 from split_device.stress import tiny_model, tiny_unet
-from split_device.stress.chaos import NETWORK_FAULTS, Chaos
+from split_device.stress.chaos import Chaos
 from split_device.stress.ledger import Ledger
 from split_device.stress.live import shown
 from split_device.stress.memory import Memory, Resident
-from split_device.stress.plan import StressPlan, WorkloadKind
+from split_device.stress.plan import NETWORK_FAULTS, StressPlan, WorkloadKind
 from split_device.stress.processes import DeviceProcess, Supervised, command
 from split_device.stress.proxy import proxied
 from split_device.stress.report import Report, report
