@@ -53,13 +53,13 @@ def run(
     stop = catch_sigterm()
     try:
         with holding(agent.lock_path()), Store(store_path(), store_key) as store:
-            left = store.recover()
+            resumed = store.recover()
             from split_device.jobs.models import Models
             from split_device.jobs.runner import JobRunner
 
             if json:
                 emit_json({"pid": os.getpid(), "store": str(store.path), "jobs": store.count()})
-            stderr.print(f"agent {os.getpid()} runs the jobs of {store.path}; {left} resume", soft_wrap=True)
+            stderr.print(f"agent {os.getpid()} runs the jobs of {store.path}; {resumed} resume", soft_wrap=True)
             with Models(connection, limits) as models:
                 _work(JobRunner(store, models, give_up), store, max_age, stop)
     except Held as held:

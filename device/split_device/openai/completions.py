@@ -95,14 +95,14 @@ class Completions:
 
         forwarders = [asyncio.create_task(forward(*each)) for each in enumerate(streams)]
         try:
-            left = len(forwarders)
-            while left:
+            remaining = len(forwarders)
+            while remaining:
                 event = await ready.get()
                 if isinstance(event, BaseException):
                     yield _event({"error": api_error(event).fields()})
                     return
                 if event is None:
-                    left -= 1
+                    remaining -= 1
                 else:
                     yield _event(event)
             if query.include_usage:
