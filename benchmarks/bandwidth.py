@@ -1,6 +1,6 @@
-"""Decoding against the bound that memory sets: the bytes that a step must read, at the speed of a large copy.
+"""Decoding, compared with the bound of memory bandwidth: the bytes a step must read, at the speed of a large copy.
 
-The body is random and built on the spot; it is run in this process, without a queue.
+The body has random weights and runs in this process, without a queue.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.harness import note, now
 
-#: What a body is built like: Llama 3 8B's shape, and one that a test can run.
+#: Shapes of bodies: that of Llama 3 8B, and one that is small enough for a test.
 SHAPES: dict[str, dict[str, int]] = {
     "llama-8b": {
         "hidden_size": 4096,
@@ -27,18 +27,18 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 
-#: Tokens that each session has when it is measured.
+#: Number of tokens in each session when it is measured.
 CONTEXT = 512
 
-#: Steps that are measured, and those before them that are not.
-STEPS, WARM = 32, 8
+#: Number of steps that are measured, and of those before them that are not.
+MEASURED_STEPS, WARM_STEPS = 32, 8
 
-#: Bytes of the copy that gives the bandwidth.
+#: Size of the copy that measures the bandwidth, in bytes.
 COPY_BYTES = {"cuda": 4 * 1024**3, "cpu": 256 * 1024**2}
 
 
 def decode(device: str, shape: str, sessions: list[int]) -> dict[str, Any]:
-    """For each number of sessions: milliseconds of a step, the bound, and the bound's share of what it took."""
+    """For each number of sessions: milliseconds of a step, the bound, and the ratio of bound to measured time."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -55,7 +55,7 @@ def decode(device: str, shape: str, sessions: list[int]) -> dict[str, Any]:
     layers = config.num_hidden_layers
     weights = sum(parameter.nbytes for parameter in model.model.layers.parameters())
     token = 2 * 2 * layers * config.num_key_value_heads * config.head_dim
-    room = token * 2 * (CONTEXT + STEPS + WARM + 256) * max(sessions)
+    room = token * 2 * (CONTEXT + MEASURED_STEPS + WARM_STEPS + 256) * max(sessions)
     runner = build_runner(LayerStack(model, layers), Split(layers, 0, layers), config, room)
     results: dict[str, Any] = {}
     for count in sessions:
@@ -74,7 +74,7 @@ def decode(device: str, shape: str, sessions: list[int]) -> dict[str, Any]:
 
 
 def _bandwidth(place: Any) -> float:
-    """Bytes read and written in a second by a large copy."""
+    """Bytes per second that a large copy reads and writes."""
     import torch
 
     source = torch.empty(COPY_BYTES[place.type], dtype=torch.uint8, device=place).fill_(1)
@@ -88,7 +88,7 @@ def _bandwidth(place: Any) -> float:
 
 
 def _step(runner: Any, sessions: int) -> float:
-    """Seconds of a decoding step; each ends on the host, as a worker's does."""
+    """Seconds of a decoding step. Each ends with the states on the host, as on a worker."""
     import torch
 
     from split_common.engine.sequences import TokenRun
@@ -98,11 +98,11 @@ def _step(runner: Any, sessions: int) -> float:
     for row in rows:
         runner.run([TokenRun(row, prompt, range(CONTEXT))])
     began = 0.0
-    for step in range(WARM + STEPS):
-        if step == WARM:
+    for step in range(WARM_STEPS + MEASURED_STEPS):
+        if step == WARM_STEPS:
             began = now(runner.device)
         runner.run([TokenRun(row, prompt[:1], [row.length]) for row in rows])
-    seconds = (now(runner.device) - began) / STEPS
+    seconds = (now(runner.device) - began) / MEASURED_STEPS
     for row in rows:
         row.free()
     return seconds

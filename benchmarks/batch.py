@@ -1,4 +1,4 @@
-"""Many prompts at once from one device: tokens/s of the batch, split, and of the unsplit model.
+"""Many prompts at once on one device: tokens/s of the split model and of the unsplit one.
 
 The unsplit model runs transformers' own `generate` in this process: one prompt after another, and in padded
 batches.
@@ -17,14 +17,16 @@ PROMPTS = 64
 SHORTEST, LONGEST = 8, 128
 NEW_TOKENS = 48
 
-#: Prompts in one padded batch of the unsplit model.
+#: Number of prompts in one padded batch of the unsplit model.
 PADDED = 16
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--prompts", type=int, default=PROMPTS, help="how many")
-    parser.add_argument("--sequential", type=int, default=12, help="how many of them to run one after another")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="number of prompts")
+    parser.add_argument(
+        "--sequential", type=int, default=12, help="number of prompts that the unsplit model runs one after another"
+    )
     options = parser.parse_args()
     passive_threads()
 

@@ -1,7 +1,8 @@
-"""A batch file whose process is killed again and again, and so are its workers: is every line answered as ever?
+"""A batch whose process and workers are killed repeatedly: checks that every line still gets the same answer.
 
-`lambda-split batch` runs over two workers, first undisturbed. Then it is killed (SIGKILL) some times, and started
-again by the same command; and workers are killed, each replaced by a new one. Both runs' answers are compared.
+`lambda-split batch` runs over two workers, first undisturbed. Then it is killed (SIGKILL) several times, and
+restarted by the same command. Workers are killed too, and each is replaced by a new one. Both runs' answers are
+compared.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ BATCH_KILLS = 5
 WORKER_KILLS = 10
 WORKERS = 2
 
-#: Seconds without a new token, or from the last kill to the end, after which something must be wrong.
+#: Time without a new token, or from the last kill to the end, after which the run fails, in seconds.
 PATIENCE = 900.0
 
 
@@ -76,13 +77,13 @@ def main() -> None:
         "undisturbed_s": undisturbed,
         "disturbed_s": disturbed,
     }
-    report(results, options.json, f"a batch of {len(lines)} lines over {WORKERS} workers, killed again and again")
+    report(results, options.json, f"a batch of {len(lines)} lines over {WORKERS} workers, killed repeatedly")
     if not (results["each_answered_once"] and results["identical"]):
         sys.exit(1)
 
 
 def requests(count: int, tokens: int = NEW_TOKENS) -> list[dict[str, Any]]:
-    """Lines of a batch file: chats of mixed length, greedy ones and such that sample with a seed, in turn."""
+    """Lines of a batch file: chats of mixed length, alternately greedy and sampled with a seed."""
     draw = random.Random(8)
     words = ("ocean", "river", "why", "the cat", "says", "seven", "names of", "light", "and", "a stone", "blue")
     lines = []
@@ -100,14 +101,14 @@ def records(output: Path) -> list[dict[str, Any]]:
 
 
 def choices(record: dict[str, Any]) -> Any:
-    """What was answered, without times and ids."""
+    """The answer of a line, without times and ids."""
     return record["custom_id"], record["response"] and record["response"]["body"]["choices"]
 
 
 class Workers:
     """Worker processes, each of which is replaced by a new one when it is killed. A context manager.
 
-    Nobody waits for the new one to be ready: a batch has to get along meanwhile.
+    It does not wait until the new one is ready: the batch has to cope meanwhile.
     """
 
     def __init__(self, options: Sequence[str]) -> None:
@@ -120,7 +121,7 @@ class Workers:
         return self
 
     def kill(self) -> None:
-        """Kills the one that has run for the longest time."""
+        """Kills the worker that has run for the longest time."""
         _kill(self._running.popleft())
         self._start()
 
@@ -147,17 +148,17 @@ class Batch:
         return records(output)
 
     def disturbed(self, output: Path, workers: Workers, batch_kills: int, worker_kills: int) -> dict[str, int]:
-        """Runs the batch to its end under so many kills, spread over its tokens.
+        """Runs the batch to its end, with kills spread over its tokens.
 
         Returns:
-            What was killed; how many tokens the store had when the last run began (`kept`, at least), and how many
-            that run generated (`added`).
+            The numbers of kills; `kept`, a lower bound of the tokens in the store when the last run began; and
+            `added`, the number of tokens that the last run generated.
         """
         lines = [json.loads(line) for line in self._source.read_text().splitlines()]
         total = sum(line["body"]["max_tokens"] for line in lines)
         victims = ["batch"] * batch_kills + ["worker"] * worker_kills
         random.Random(4).shuffle(victims)
-        # Answers may end before their limit.
+        # Kills are due in the first half of all tokens, because answers may end before their limit.
         goals = deque(total * (index + 1) // (2 * len(victims)) for index in range(len(victims)))
         killed: Counter[str] = Counter()
         kept = 0
@@ -207,12 +208,12 @@ def _end(process: subprocess.Popen[bytes]) -> dict[str, Any]:
 
 
 def _reached(output: Path, goal: int, process: subprocess.Popen[bytes]) -> bool:
-    """Waits until a batch has so many tokens in its store; False if it ended before."""
+    """Waits until a batch has `goal` tokens in its store; False if it ended before."""
     deadline, before = time.monotonic() + PATIENCE, 0
     while process.poll() is None:
         found = 0
         if work_path(output).exists():
-            # It is being made, perhaps.
+            # The store may not be complete yet.
             with contextlib.suppress(Exception), Store(work_path(output)) as store:
                 found = store.generated()
         if found >= goal:

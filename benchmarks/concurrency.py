@@ -1,7 +1,7 @@
-"""Many sessions on one worker: tokens/s over the real queue, and what a long prefill costs a decoding session.
+"""Many sessions on one worker: tokens/s over the real queue, and how much a long prefill delays a decoding session.
 
-The worker is driven by one light client process that replays recorded hidden states, so that the devices' own
-layers do not compete for the cores; then once end to end, by device processes.
+One client process replays recorded hidden states, so that no devices' layers compete for the cores. Then device
+processes generate end to end.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ HEAD = TAIL = 2
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--sessions", help="how many at once, each measured; default 1,2,4,8,16,32, or 1,16,64")
-    parser.add_argument("--devices", default="4,8", help="how many device processes at once, end to end")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="decode a random body on this device instead")
-    parser.add_argument("--shape", choices=SHAPES, default="llama-8b", help="of that body")
+    parser.add_argument("--sessions", help="numbers of concurrent sessions; default: 1,2,4,8,16,32, or 1,16,64")
+    parser.add_argument("--devices", default="4,8", help="numbers of concurrent device processes, end to end")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="instead, decode with a random body on this device"
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="llama-8b", help="shape of the random body")
     parser.add_argument("--device-role", metavar="ADDRESS", help="used by the benchmark itself")
     options = parser.parse_args()
     passive_threads()
@@ -80,7 +82,7 @@ def _measure(model: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _record_states(model: Path) -> Any:
-    """Hidden states `[LONG_PREFILL, width]` as the head makes them of random tokens."""
+    """Hidden states `[LONG_PREFILL, width]` after the head, for random tokens."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -93,7 +95,7 @@ def _record_states(model: Path) -> Any:
 
 
 def _plain_body(model: Path, states: Any) -> float:
-    """Tokens/s of transformers' own layers of the body, one session in this process."""
+    """Tokens/s of the body as transformers' own layers, with one session in this process."""
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -137,7 +139,7 @@ def _generate(model: Any) -> float:
 
 
 class Driver:
-    """A client without a model: replays hidden states in as many sessions as it is told."""
+    """A client without a model, which replays hidden states in many sessions."""
 
     def __init__(self, model: Path, address: str) -> None:
         from split_common.models.loading import read_spec
@@ -196,7 +198,7 @@ class Driver:
         return payloads.Step("float32", states.shape[1], [row], None, acked), to_bytes(states[begin:end])
 
     def inter_token_latency(self, states: Any) -> tuple[float, float]:
-        """p99 in ms of one decoding session: alone, and while long prefills come in one after another."""
+        """99th percentile in ms for one decoding session: alone, and beside a series of long prefills."""
         alone: list[float] = []
         self._replay(states, 4 * NEW_TOKENS, alone.append)
         disturbed: list[float] = []
@@ -225,7 +227,7 @@ def _p99(seconds: list[float]) -> float:
 
 
 def _end_to_end(model: Path, count: int) -> float:
-    """Tokens/s of `count` device processes at once, all of them generating."""
+    """Tokens/s of `count` device processes that generate at once."""
     with fleet(model, f"{HEAD}:{-TAIL}", "--dtype", "float32") as (address, _):
         command = [sys.executable, "-m", "benchmarks.concurrency", "--model", str(model), "--device-role", address]
         devices = [

@@ -1,15 +1,15 @@
-"""What the cuts of well-known denoisers leave to the device, and what travels: at true shapes, without weights."""
+"""Shares of the device and bytes on the wire for each cut of well-known denoisers: real shapes, without weights."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
 
-#: How states travel in half precision, by the names of the codecs.
+#: How each codec encodes hidden states in half precision.
 CODECS = {"none": "float16", "fp16": "float16", "int8": "int8", "int4": "int4"}
 
-#: Configurations of the originals' denoisers; what is not named is the default of diffusers' class. `rows` are
-#: those of a step: with guidance each image has two.
+#: Configurations of the original denoisers; other fields are the defaults of diffusers' class. `rows` is the batch
+#: size of a step: with guidance, each image has two rows.
 SHAPES: dict[str, dict[str, Any]] = {
     "sdxl": {
         "class": "UNet2DConditionModel",
@@ -46,7 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "sd3_medium": {
         "class": "SD3Transformer2DModel",
         "size": 1024,
-        # Of CLIP and of T5.
+        # CLIP's and T5's.
         "tokens": 77 + 256,
         "rows": 2,
         "config": {
@@ -61,7 +61,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "class": "FluxTransformer2DModel",
         "size": 1024,
         "tokens": 512,
-        # It is guided without a second row.
+        # Guidance is an input: there is no second row.
         "rows": 1,
         "config": {
             "num_layers": 19,
@@ -75,7 +75,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def shares(name: str) -> dict[str, Any]:
-    """`NAME.CUT.…` of one of the shapes, for a step in half precision."""
+    """Results `NAME.CUT.…` for one of the shapes and a step in half precision."""
     import diffusers
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -102,7 +102,7 @@ def shares(name: str) -> dict[str, Any]:
         split = spec.split(cut)
         mine = sum(count for key, count in parameters.items() if not spec.in_body(key, split))
         theirs = {module for module in flops if _is_body(spec, split, module)}
-        # Those that are in no other one.
+        # Only the outermost modules, so that nothing is counted twice.
         body = sum(flops[module] for module in theirs if not theirs.intersection(_around(module)))
         up_shapes = step_shapes(spec, split, **shape)
         down = spec.output_shape(split, up_shapes)
@@ -120,19 +120,19 @@ def shares(name: str) -> dict[str, Any]:
 
 
 def _is_body(spec: Any, split: Any, module: str) -> bool:
-    """Whether all of a module is the worker's: the last block of a UNet's body leaves its upsampler here."""
+    """Whether the worker runs all of a module. The upsampler of a UNet body's last block runs on the device."""
     last = f"up_blocks.{spec.levels - split.first - 1}" if spec.component == "unet" else None
     return module not in ("", last) and spec.in_body(f"{module}.", split)
 
 
 def _around(module: str) -> list[str]:
-    """Names of the modules that a module is in."""
+    """Names of the modules that contain a module."""
     parts = module.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def _inputs(settings: Any, size: int, tokens: int, rows: int, **shape: Any) -> dict[str, Any]:
-    """What the denoiser is called with; on `meta`."""
+    """Arguments of a call of the denoiser, on the meta device."""
     import torch
 
     def half(*sizes: int) -> torch.Tensor:
@@ -166,7 +166,7 @@ def _inputs(settings: Any, size: int, tokens: int, rows: int, **shape: Any) -> d
 
 
 def step_shapes(spec: Any, split: Any, size: int, tokens: int, rows: int, **_: Any) -> list[list[int]]:
-    """Shapes of what travels to the worker at each step."""
+    """Shapes of the tensors that are sent to the worker at each step."""
     latent = size // 8
     if spec.component == "unet":
         side = latent >> split.first
@@ -175,7 +175,7 @@ def step_shapes(spec: Any, split: Any, size: int, tokens: int, rows: int, **_: A
 
 
 def _embeddings(settings: Any, size: int, tokens: int, **shape: Any) -> int:
-    """Bytes of what travels once for an image."""
+    """Bytes that are sent once for an image."""
     match shape["class"]:
         case "UNet2DConditionModel":
             return int(shape["embeddings"] * tokens * settings.cross_attention_dim * 2)

@@ -1,6 +1,6 @@
-"""Denoising by a random UNet of a true shape on one device: whole, its body alone, and split over real processes.
+"""Denoising with a random UNet of real shape on one device: unsplit, the body alone, and split over processes.
 
-Nothing but the denoiser is run, in bfloat16: each step has the same inputs, so that outputs can be compared.
+Only the denoiser runs, in bfloat16. Each step has the same inputs, so that outputs can be compared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import denoisers
 from benchmarks.harness import fleet, note, now
 
-#: What is denoised: SDXL at 1024x1024 with guidance, and what a test can run.
+#: Shapes: SDXL at 1024x1024 with guidance, and one that is small enough for a test.
 SHAPES: dict[str, dict[str, Any]] = {
     "sdxl": denoisers.SHAPES["sdxl"],
     "tiny": denoisers.SHAPES["sdxl"]
@@ -36,33 +36,33 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
-#: The time of all steps.
+#: Timestep of all steps.
 TIMESTEP = 500
 
-#: Steps before those that are measured.
+#: Number of steps before the measured ones.
 WARM = 5
 
-#: Devices at once, at most.
+#: Maximum number of devices at once.
 DEVICES = 2
 
-#: Seconds that devices wait for each other before they are measured.
+#: How long devices wait for each other before the measurement, in seconds.
 PATIENCE = 180.0
 
 
 @dataclass(frozen=True)
 class Way:
-    """How the UNet is split: devices at once, how states travel, and where the devices' own blocks run."""
+    """How the UNet is split: the number of devices, the codec, and where the devices' own blocks run."""
 
     devices: int = 1
     codec: str = "none"
     dtype: str = "bfloat16"
-    #: None for where the body is.
+    #: Device of the device's own blocks; None for that of the body.
     blocks: str | None = None
-    #: Steps that are measured and those before, at most.
+    #: Maximum number of measured steps, and of the steps before them.
     steps: int = 1000
 
 
-#: By their names in the results. Unchanged bfloat16 takes the bytes of fp16.
+#: Ways to split, by their names in the results. Unchanged bfloat16 has the size of fp16.
 WAYS = {
     "1": Way(),
     "2": Way(DEVICES),
@@ -73,7 +73,7 @@ WAYS = {
 
 
 def denoise(device: str, shape: str, steps: int) -> dict[str, Any]:
-    """Steps a second, and what each way to split costs of them: `steps` of each are measured."""
+    """Steps per second, unsplit and for each way to split; `steps` of each are measured."""
     import torch
 
     place = torch.device(device)
@@ -106,7 +106,7 @@ def denoise(device: str, shape: str, steps: int) -> dict[str, Any]:
 def _unsplit(
     model: Path, place: Any, shape: dict[str, Any], steps: int, inputs: list[Any]
 ) -> tuple[float, list[Any]]:
-    """Makes and saves the UNet: its steps a second, and its outputs."""
+    """Makes and saves the UNet; returns its steps per second, and its output for each input."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -121,7 +121,7 @@ def _unsplit(
 
 
 def _inputs(number: int, config: dict[str, Any], size: int, tokens: int, rows: int, **_: Any) -> dict[str, Any]:
-    """What the UNet of a device is called with; on the host."""
+    """Arguments of the UNet of a device, on the host."""
     import torch
 
     generator = torch.Generator().manual_seed(number)
@@ -146,7 +146,7 @@ def _moved(inputs: dict[str, Any], place: Any, dtype: Any = None) -> dict[str, A
 
 
 def _rate(step: Callable[[], object], place: Any, steps: int) -> float:
-    """Steps a second."""
+    """Steps per second."""
     for _ in range(min(WARM, steps)):
         step()
     began = now(place)
@@ -156,7 +156,7 @@ def _rate(step: Callable[[], object], place: Any, steps: int) -> float:
 
 
 def _body(model: Path, place: Any, shape: dict[str, Any]) -> Callable[[], object]:
-    """A step of the worker's body in this process: from its bytes to those of the answer."""
+    """A step of the worker's body in this process, from the request's bytes to the answer's."""
     import torch
 
     from split_common.models.checkpoint import Checkpoint
@@ -187,7 +187,7 @@ def _body(model: Path, place: Any, shape: dict[str, Any]) -> Callable[[], object
 def _split(
     model: Path, address: str, way: Way, place: Any, steps: int, inputs: list[Any], wanted: list[Any]
 ) -> dict[str, Any]:
-    """What is reported of a way: of all devices together, and the stages of a step of the first."""
+    """Results for one way to split: of all devices together, and the stages of the first one's steps."""
     import torch
 
     from split_device import SplitUNet2DConditionModel
@@ -197,7 +197,7 @@ def _split(
     barrier = threading.Barrier(way.devices, timeout=PATIENCE)
 
     def run(unet: Any, number: int) -> tuple[float, float, float]:
-        """When it was measured, from and to, and how far its output is from the unsplit UNet's."""
+        """Start and end of the measurement, and the relative difference from the unsplit UNet's output."""
         given = _moved(inputs[number], place, dtype)
         # A session belongs to one thread.
         for _ in range(min(WARM, steps)):

@@ -1,5 +1,5 @@
-"""What a split denoiser leaves to the device and what travels, at true shapes without weights; and pictures of a
-small trained model, unsplit and split by each cut, codec and reuse: how much they differ, bytes and time."""
+"""Split denoisers: shares of the device and bytes on the wire at real shapes, without weights; and pictures of a
+small trained model, unsplit and split with each cut, codec and reuse: their differences, bytes and times."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from split_device.cli.demo.image import DIGITS_MODEL
 
 def main() -> None:
     parser = arguments(__doc__, "that of examples/digits-sdxl")
-    parser.add_argument("--steps", type=int, default=20, help="of a picture")
-    parser.add_argument("--pictures", type=int, default=5, help="of which means are taken")
-    parser.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS), help="at which it is split")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps of a picture")
+    parser.add_argument("--pictures", type=int, default=5, help="number of pictures that are averaged")
+    parser.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS), help="cuts to measure")
     options = parser.parse_args()
     passive_threads()
     results: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""How long a person waits for the first token of an answer while a batch of 64 runs, and on an idle system.
+"""Time to the first token of an answer, on an idle system and while a batch of 64 runs.
 
-`lambda-split serve` is asked over HTTP. The batch is that of `lambda-split batch`, another device of the same
-broker and worker; or one of the same device and no priority, as that of an agent.
+`lambda-split serve` is asked over HTTP. The batch runs on another device of the same broker and worker, as
+`lambda-split batch`; or on the same device without priority, like the jobs of an agent.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from split_common.system.process import passive_threads, running_command
 from split_device.jobs.store import Store
 from split_device.openai.batch_file import work_path
 
-#: Requests of the batch, all of which run at once, and tokens of each: more than there is time for.
+#: Number of requests in the batch, which run at once, and of their tokens: too many to end during the measurement.
 BATCH = 64
 BATCH_TOKENS = 1000
 
-#: Questions whose first tokens are waited for, one after another.
+#: Number of questions, asked one after another.
 ROUNDS = 15
 
-#: Words of a question.
+#: Number of words in a question.
 WORDS = 30
 
-#: Seconds between two of them, at most.
+#: Longest pause before a question, in seconds.
 PAUSE = 1.0
 
 
@@ -48,11 +48,11 @@ def main() -> None:
 
 
 def measure(model: Path, rounds: int = ROUNDS) -> dict[str, float]:
-    """Medians, in milliseconds, and what they are to each other."""
+    """Medians in milliseconds, and their ratios."""
     with fleet(model, "2:-2", "--dtype", "float32") as (address, _):
         options = ["--model", str(model), "--broker", address, "--dtype", "float32"]
         with running_command(["serve", "--port", "0", *options]) as (_, server):
-            ask = _Asking(server["url"], server["model"])
+            ask = _Questions(server["url"], server["model"])
             ask.once()  # warm
             idle = ask.often(rounds)
             note(f"idle: {idle:.0f} ms")
@@ -104,8 +104,8 @@ def _one_device(model: Path, address: str, rounds: int) -> tuple[float, float]:
     return idle, busy
 
 
-class _Asking:
-    """Asks a server, each time something else."""
+class _Questions:
+    """Asks a server random questions."""
 
     def __init__(self, url: str, model: str) -> None:
         self._host = urlsplit(url).netloc
@@ -130,7 +130,7 @@ class _Asking:
 
 @contextlib.contextmanager
 def _batch(options: list[str]) -> Iterator[None]:
-    """A batch that is under way: all its requests decode."""
+    """A running batch, in which all requests are decoding."""
     with tempfile.TemporaryDirectory(prefix="lambda-split-batch-") as name:
         source, output = Path(name) / "in.jsonl", Path(name) / "out.jsonl"
         draw = random.Random(0)
@@ -155,7 +155,7 @@ def _batch(options: list[str]) -> Iterator[None]:
 
 
 def _begun(output: Path) -> int:
-    """How many requests of a batch have a token."""
+    """The number of requests of a batch that are decoding."""
     with contextlib.suppress(Exception), Store(work_path(output)) as store:
         return sum(job.tokens > 1 for job in store.jobs(("running",)))
     return 0

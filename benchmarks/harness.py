@@ -1,4 +1,4 @@
-"""What the benchmarks share: a fleet of processes, a proxy that counts bytes, and how results are printed."""
+"""Shared by the benchmarks: a fleet of processes, a proxy that counts bytes, and the output of results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from split_device.stress.proxy import Proxy, proxied
 
 
 def arguments(description: str | None, model: str = "SmolLM2-135M-Instruct") -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes; `model` is what it measures where none is named."""
+    """A parser with the options of all benchmarks; `model` describes the default model."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
     parser.add_argument("--model", type=Path, help=f"a checkpoint; default: {model}")
@@ -34,7 +34,7 @@ def checkpoint(options: argparse.Namespace) -> Path:
 
 
 def prompt(vocabulary: int, tokens: int) -> Any:
-    """Token ids `[1, tokens]` to start with, the same every time; special ones are avoided where there is room."""
+    """Token ids `[1, tokens]`, int64, the same each time; without special tokens unless the vocabulary is tiny."""
     import torch
 
     first = min(100, vocabulary // 2)
@@ -68,12 +68,12 @@ def report(results: dict[str, Any], as_json: bool, title: str) -> None:
 
 
 def note(text: str) -> None:
-    """Says on stderr what is going on."""
+    """Prints progress on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def now(place: Any) -> float:
-    """Seconds, once a torch device has done what it was told to."""
+    """`time.perf_counter` after a torch device has finished its queued work."""
     import torch
 
     if place.type == "cuda":
@@ -83,7 +83,7 @@ def now(place: Any) -> float:
 
 @contextlib.contextmanager
 def fleet(model: Path, layers: str = "2:-2", *options: str) -> Iterator[tuple[str, int]]:
-    """A broker and a worker as processes on loopback: the broker's address and the worker's process id."""
+    """Runs a broker and a worker on the loopback; yields the broker's address and the worker's process id."""
     with (
         running_command(["broker", "--bind", "tcp://127.0.0.1:*"]) as (_, broker),
         running_command(
@@ -95,7 +95,7 @@ def fleet(model: Path, layers: str = "2:-2", *options: str) -> Iterator[tuple[st
 
 @contextlib.contextmanager
 def queue_server(transport: str, directory: Path) -> Iterator[str]:
-    """A broker (`zmq`, or `ipc`) or a Redis server (`redis`) as a process on loopback: its address."""
+    """Runs a broker (`zmq`, or `ipc`) or a Redis server (`redis`) on the loopback; yields its address."""
     if transport != "redis":
         bind = "tcp://127.0.0.1:*" if transport == "zmq" else f"ipc://{directory}/queue"
         with running_command(["broker", "--bind", bind]) as (_, broker):
@@ -108,7 +108,7 @@ def queue_server(transport: str, directory: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def counted(address: str) -> Iterator[tuple[Proxy, str]]:
-    """A proxy that counts the bytes to a queue and back, and the address to use instead of the queue's."""
+    """Yields a proxy that counts the bytes to a queue and back, and the address to use instead of the queue's."""
     proxy, before = proxied(address)
     try:
         yield proxy, before

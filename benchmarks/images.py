@@ -1,4 +1,4 @@
-"""Denoising steps a second of one worker for 1, 2 and 4 devices at once, and of the unsplit UNet, alone."""
+"""Denoising steps per second of one worker with 1, 2 and 4 devices at once, and of the unsplit UNet."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ DEVICES = (1, 2, 4)
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--images", type=int, default=6, help="of each device")
-    parser.add_argument("--steps", type=int, help="of an image; default: 10")
-    parser.add_argument("--size", type=int, default=256, help="pixels of a side")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="run a random UNet on this device instead")
-    parser.add_argument("--shape", choices=SHAPES, default="sdxl", help="of that UNet")
+    parser.add_argument("--images", type=int, default=6, help="number of images of each device")
+    parser.add_argument("--steps", type=int, help="denoising steps of an image; default: 10")
+    parser.add_argument("--size", type=int, default=256, help="width and height in pixels")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="instead, run a random UNet on this device")
+    parser.add_argument("--shape", choices=SHAPES, default="sdxl", help="shape of the random UNet")
     options = parser.parse_args()
     passive_threads()
     if options.device:

@@ -1,6 +1,6 @@
-"""Resident memory of device, worker and unsplit model after 64 tokens, over an empty process of the same imports.
+"""Resident memory of device, worker and unsplit model after 64 tokens, minus that of a process of the same imports.
 
-The empty process also reads the model's configuration and imports its class, which is code, and not small.
+That process also reads the model's configuration and imports its class, whose code is not small.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the split costs one stream: tokens/s of split and unsplit generation, alternating in the same run."""
+"""Overhead of the split for one stream: tokens/s of split and unsplit generation, alternating in the same run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NEW_TOKENS = 64
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, default=8, help="pairs of generations")
+    parser.add_argument("--rounds", type=int, default=8, help="number of pairs of generations")
     options = parser.parse_args()
     passive_threads()
 
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _decode_bytes(split: Any, generate: Any, proxy: Proxy) -> tuple[float, float]:
-    """Wire bytes of a decoded token, up and down: the difference of a long and a short generation."""
+    """Bytes on the wire per decoded token, up and down: the difference of a long and a short generation."""
     totals = []
     for tokens in (1, 1 + NEW_TOKENS):
         before = proxy.up, proxy.down

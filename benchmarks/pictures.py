@@ -1,4 +1,4 @@
-"""Pictures of a pipeline made unsplit, and split by each cut and codec: how much they differ, bytes and time."""
+"""Pictures of a pipeline, unsplit and split with each cut and codec: their differences, bytes and times."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPTS = (
     "a photo of the digit five in purple",
 )
 
-#: How states travel and are used again, by the names in the results.
+#: Options of the codec and of reuse, by their names in the results.
 SETTINGS: dict[str, dict[str, Any]] = {
     "none": {},
     "fp16": {"codec": "fp16"},
@@ -30,12 +30,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reuse0.2": {"reuse": 0.2},
 }
 
-#: The cuts, and the blocks that a worker of each serves where a UNet has three levels or four.
+#: The cuts, and the `--layers` of a worker for each, for UNets with three or four levels.
 CUTS = {"A": "2:-2", "C": "1:-1"}
 
 
 def compare(model: Path, cuts: Sequence[str], steps: int, count: int) -> dict[str, Any]:
-    """`toy.CUT.SETTING.…`, of one picture: bytes, calls and seconds are means over `count` of them."""
+    """Results `toy.CUT.SETTING.…`; bytes, calls and seconds are means over `count` pictures."""
     import torch
     from diffusers import AutoPipelineForText2Image
 
@@ -43,11 +43,11 @@ def compare(model: Path, cuts: Sequence[str], steps: int, count: int) -> dict[st
 
     pipeline = AutoPipelineForText2Image.from_pretrained(model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    # Frozen as the split one's parts are: torch rounds differently where weights want gradients.
+    # Frozen like the parts of the split UNet: torch rounds differently if weights require gradients.
     whole = pipeline.unet.requires_grad_(False)
 
     def make(unet: Any) -> tuple[Any, float]:
-        """The pictures `[count, height, width, 3]` from 0 to 1, and the seconds of one."""
+        """The pictures `[count, height, width, 3]`, from 0 to 1, and the mean seconds of one."""
         import numpy as np
 
         pipeline.unet = unet
@@ -96,7 +96,7 @@ def compare(model: Path, cuts: Sequence[str], steps: int, count: int) -> dict[st
 
 
 def _differences(pictures: Any, wanted: Any) -> Iterator[tuple[str, float | None]]:
-    """Of all pictures: the largest difference of a value, PSNR (none where they are equal), and mean SSIM."""
+    """Largest difference of a value, PSNR in dB (None if all are equal), and mean SSIM, over all pictures."""
     import numpy as np
     from skimage.metrics import structural_similarity
 

@@ -1,11 +1,11 @@
-"""What the queue costs over what it is made of: round trips through each transport with everything on.
+"""Overhead of the queue: round trips through each transport, compared with a plain echo and encryption.
 
-A device's session sends steps to a worker that gives them back at once: sealed end to end, under credits and
-heartbeats, through a broker (on TCP with CURVE, on ipc without) or a Redis server. The same bytes also go through a
-plain echo with the same security of the socket (pyzmq's ROUTER and ROUTER with a header's frame and a body's, or
-XADD and XREAD), and through four passes of the fastest AEAD that there is (sealed and opened, there and back). The
-three take turns of a few milliseconds. The ratio is the first's median over the sum of the other two's in the same
-round, and of all rounds their median: how fast the machine is just then, and where it places processes, changes.
+A device's session sends steps to a worker that returns them at once: sealed end to end, with credits and
+heartbeats, through a broker (with CURVE on TCP, without on ipc) or a Redis server. The same number of bytes also
+goes through a plain echo with the same security of the socket (ROUTER and ROUTER of pyzmq with two frames, or XADD
+and XREAD), and through four passes of the fastest AEAD (sealed and opened, there and back). The three are measured
+in turn, for a few milliseconds each, because the machine's speed and the placement of processes change. A round's
+ratio is the first's median over the sum of the other two medians; the result is the median over all rounds.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from split_common.transport.zmq_link import curve_client, curve_z85
 from split_common.trust.fleet import load_fleet
 from split_common.trust.keys import Role
 
-#: Bytes of hidden states in a message, and how many round trips each round makes.
+#: Bytes of hidden states in a message, and number of round trips in a round.
 SIZES = {"2k": (2048, 50), "64k": (65536, 25), "1m": (1024 * 1024, 8)}
 
 #: Width of the hidden states: float32.
 WIDTH = 512
 
-#: As long as the header of a step: the plain echo's first frame.
+#: First frame of the plain echo, as long as the header of a step.
 HEADER = bytes(33)
 
-#: Steps that are sent at once where round trips per second are counted.
+#: Number of steps that are sent at once to measure round trips per second.
 BURST = 32
 
-#: The service that is neither model nor layers: nothing is computed.
+#: A service without a model.
 SERVICE = headers.Service(b"nothing is computed by this body", 0, 1)
 
 RoundTrip = Callable[[], object]
@@ -53,14 +53,16 @@ RoundTrip = Callable[[], object]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
-    parser.add_argument("--rounds", type=int, default=40, help="in which each is measured in turn")
-    parser.add_argument("--share", type=float, default=1.0, help="of the round trips of a round")
+    parser.add_argument(
+        "--rounds", type=int, default=40, help="number of rounds, in which each is measured in turn"
+    )
+    parser.add_argument("--share", type=float, default=1.0, help="share of a round's round trips to make")
     parser.add_argument("--transports", default="zmq,ipc,redis")
     parser.add_argument("--role", choices=sorted(_ROLES), help="used by the benchmark itself")
     parser.add_argument("--address", default="")
     options = parser.parse_args()
     passive_threads()
-    # As the commands do; so does all that they are compared with.
+    # As the commands do.
     reuse_memory()
     if options.role:
         _ROLES[options.role](options.address)
@@ -149,7 +151,7 @@ def _be_a_worker(address: str) -> None:
     from split_worker.worker import Worker
 
     class Echo(Worker):
-        """Gives back what it gets, on the transport's thread."""
+        """Returns each step's states, on the transport's thread."""
 
         def _request(self, header: headers.Relay, body: bytes) -> None:
             link = self._links[header.sender, header.channel]
@@ -189,7 +191,7 @@ def _plain_zmq(address: str) -> Iterator[Callable[[bytes], object]]:
 
 
 def _connect(sock: Any, address: str, role: Role) -> None:
-    """As the link does it: CURVE over TCP, a directory's mode over ipc."""
+    """Connects like the link: with CURVE over TCP; over ipc the directory's mode protects the socket."""
     fleet = load_fleet()
     if address.startswith("tcp://"):
         curve_client(sock, fleet, fleet.identity(role))
@@ -274,7 +276,7 @@ _PLAIN = {"zmq": _plain_zmq, "ipc": _plain_zmq, "redis": _plain_redis}
 
 @contextlib.contextmanager
 def _process(role: str, address: str) -> Iterator[str]:
-    """One of the roles in a process of its own, which ends with its stdin: what it says when it is ready."""
+    """Runs a role in a process, which ends with its stdin; yields the line that it prints when it is ready."""
     command = [sys.executable, "-m", "benchmarks.queue", "--role", role, "--address", address]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

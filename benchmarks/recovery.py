@@ -1,8 +1,8 @@
-"""How long a generation stands still when its worker is killed, in the middle of decoding, once after another.
+"""How long a generation pauses when its worker is killed while it decodes, repeated many times.
 
-A device in this process decodes all the time. Two workers run, one of which holds the session: it is killed
-(SIGKILL) and the other one takes over; then a new one is started. Workers are forked from a process that has
-imported everything, so that starting them does not compete with what is measured.
+A device in this process decodes without a break. Of two workers one holds the session: it is killed (SIGKILL), the
+other one takes over, and a new one is started. Workers are forked from a process that has imported everything, so
+that their start does not compete with the measurement.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from split_common.system.process import passive_threads
 PROMPT_TOKENS = 64
 NEW_TOKENS = 128
 
-#: Steps of a generation before the first and after the last that a kill may hit.
+#: Number of steps at the beginning and end of a generation that no kill hits.
 MARGIN = 8
 
-#: Most seconds between a step and a kill: it may come at any time of a step.
+#: Longest random delay between a step and a kill, in seconds, so that a kill may come at any time of a step.
 JITTER = 0.1
 
-#: Seconds that the device may take to go on.
+#: How long the device may take to continue, in seconds.
 LIMIT = 60.0
 
 Kill = dict[str, float]
@@ -38,7 +38,7 @@ Kill = dict[str, float]
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--kills", type=int, default=50, help="for each transport")
+    parser.add_argument("--kills", type=int, default=50, help="number of kills for each transport")
     parser.add_argument("--transports", default="zmq,redis")
     options = parser.parse_args()
     passive_threads()
@@ -63,7 +63,7 @@ def _measure(transport: str, model: Path, options: argparse.Namespace) -> dict[s
         workers = stack.enter_context(Workers("--model", str(model), "--broker", address, "--dtype", "float32"))
         workers.start()
         split = stack.enter_context(SplitModelForCausalLM.from_pretrained(model, broker=address, dtype="float32"))
-        watch = Watch(split)
+        clock = RecoveryClock(split)
         outputs: list[Any] = []
         stop = threading.Event()
 
@@ -74,7 +74,7 @@ def _measure(transport: str, model: Path, options: argparse.Namespace) -> dict[s
         decoding = threading.Thread(target=decode)
         decoding.start()
         try:
-            kills = [_kill(workers, watch, transport, number) for number in range(options.kills)]
+            kills = [_kill(workers, clock, transport, number) for number in range(options.kills)]
         finally:
             stop.set()
             decoding.join()
@@ -86,21 +86,21 @@ def _measure(transport: str, model: Path, options: argparse.Namespace) -> dict[s
     return results
 
 
-def _kill(workers: Workers, watch: Watch, transport: str, number: int) -> Kill:
-    """Kills the worker in use, and returns how long what took, in seconds."""
+def _kill(workers: Workers, clock: RecoveryClock, transport: str, number: int) -> Kill:
+    """Kills the worker in use; returns the durations, in seconds."""
     workers.start()
     rng = random.Random(number)
-    watch.wait_for_decoding()
+    clock.wait_for_decoding()
     time.sleep(rng.uniform(0, JITTER))
-    workers.kill(watch.arm())
-    kill = watch.wait_for_recovery()
+    workers.kill(clock.arm())
+    kill = clock.wait_for_recovery()
     shown = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in kill.items())
     note(f"{transport}, kill {number + 1}: {shown}")
     return kill
 
 
-class Watch:
-    """Sees when the device notices a worker's death, and when it has its next token."""
+class RecoveryClock:
+    """Measures when the device notices a worker's death, and when it has its next token."""
 
     def __init__(self, split: Any) -> None:
         self._client = split._client
@@ -115,7 +115,7 @@ class Watch:
         split.register_forward_hook(self._after_step)
 
     def wait_for_decoding(self) -> None:
-        """Returns right after a step in the middle of a generation."""
+        """Waits for the end of a step in the middle of a generation."""
         with self._stepped:
             before = self._step
             self._stepped.wait_for(
@@ -123,7 +123,7 @@ class Watch:
             )
 
     def arm(self) -> bytes:
-        """The worker in use is killed now: which one that is."""
+        """Starts the measurement of a kill; returns the worker in use."""
         with self._stepped:
             self._recovery = None
             self._detected = 0.0
@@ -133,10 +133,10 @@ class Watch:
             return self._worker
 
     def wait_for_recovery(self) -> Kill:
-        """Seconds until the death was noticed, until the next token, and the same without the replay's compute."""
+        """Seconds until the death was noticed, until the next token, and the latter without the body's time."""
         with self._stepped:
             if not self._stepped.wait_for(lambda: self._recovery is not None, LIMIT):
-                raise RuntimeError("the device does not go on")
+                raise RuntimeError("the device does not continue")
             assert self._recovery is not None
             return self._recovery
 
@@ -156,7 +156,7 @@ class Watch:
                 self._recovery = {"detect": detect, "total": total, "overhead": total - body}
                 self._killed = 0.0
             elif self._killed:
-                # The answer was on its way already: the replay has not begun.
+                # This answer was sent before the kill: the replay has not begun.
                 self._body_before = self._client.timings.seconds["body"]
             self._stepped.notify_all()
 

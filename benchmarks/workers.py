@@ -1,8 +1,8 @@
-"""Worker processes that serve soon: forked from a process that has imported all that they need.
+"""Worker processes that start fast: they are forked from a process that has imported everything.
 
-That process is this module run as a script, with the names of the modules to import as arguments. A line of JSON on
-its stdin, the arguments of a `lambda-split` command, starts one, and is answered by what the command prints when it
-is ready. All end with its stdin.
+That process is this module, run as a script with the names of the modules to import as arguments. A line of JSON on
+its stdin, the arguments of a `lambda-split` command, starts a worker; the answer is the line that the command
+prints when it is ready. All workers are killed when stdin ends.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from collections.abc import Sequence
 
 from split_common.system.signals import PARENT
 
-#: What every worker imports.
+#: Modules that every worker imports.
 IMPORTS = ("torch", "transformers", "split_worker.cli", "split_worker.worker")
 
 
 class Workers:
-    """Starts and kills workers. A context manager, which kills those that are left.
+    """Starts and kills workers. A context manager, which kills the remaining ones.
 
     Args:
-        options: of `lambda-split worker`, for all workers.
-        imports: names of modules that they need besides torch and transformers.
+        options: options of `lambda-split worker` for all workers.
+        imports: names of further modules to import before workers are forked.
     """
 
     def __init__(self, *options: str, imports: Sequence[str] = ()) -> None:
@@ -38,7 +38,7 @@ class Workers:
             stdout=subprocess.PIPE,
             text=True,
         )
-        #: Process ids by the id that each worker has on the queue.
+        #: Process ids, by the worker's id on the queue.
         self._running: dict[bytes, int] = {}
 
     def __enter__(self) -> Workers:
@@ -70,13 +70,13 @@ def main(imports: Sequence[str]) -> None:
     for name in imports:
         importlib.import_module(name)
     started: list[int] = []
-    # Not by sys.stdin: a child must not have what is buffered there.
+    # Unbuffered: a child must not inherit what sys.stdin has buffered.
     with os.fdopen(0, "rb", buffering=0) as lines:
         while line := lines.readline():
             pid, answer = _fork(json.loads(line))
             started.append(pid)
             print(answer or json.dumps({"error": "it ended before it was ready"}), flush=True)
-    # None of them was waited for, so that no other process has the id of one that has ended.
+    # No child has been waited for, so no other process can have the id of one that has ended.
     for pid in started:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -92,7 +92,7 @@ def _fork(command: list[str]) -> tuple[int, str]:
             os.close(readable)
             code = _run(command, writable)
         finally:
-            # Nothing of the parent's is flushed or cleaned up a second time.
+            # Without flushing and cleaning up what belongs to the parent.
             os._exit(code)
     os.close(writable)
     with os.fdopen(readable) as out:

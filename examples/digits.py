@@ -1,7 +1,7 @@
-"""Pictures of handwritten digits in six colours, what they are called, and a judge of pictures.
+"""Pictures of handwritten digits in six colours, their prompts, and a judge of pictures.
 
-The digits are scikit-learn's: 8×8 counts of the ink in 4×4 pixels. One part of them is drawn larger, to train a
-generator on; the judge learns from the other part, which the generator never sees.
+The digits are scikit-learn's: 8×8 counts of the ink in 4×4 pixels each. One part of them is enlarged to train a
+generator. The judge learns from the other part, which the generator never sees.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from torch.nn.functional import avg_pool2d, interpolate, pad
 
-#: Pixels of a side of a picture, and of the margin around a digit.
+#: Width and height of a picture, and margin around a digit, in pixels.
 SIZE = 32
 MARGIN = 2
 
@@ -31,21 +31,21 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "white": (1.0, 1.0, 1.0),
 }
 
-#: Pictures that the judge learns from, of 1,797.
+#: Number of pictures, of 1,797, that the judge learns from.
 HELD_OUT = 600
 
-#: How steeply ink fades into paper where a digit is drawn larger: the counts are smooth, strokes have edges.
+#: Steepness of the edges of an enlarged digit: interpolated counts are smooth, strokes have edges.
 SHARPNESS = 10.0
 
 
 def prompt(digit: int, colour: str) -> str:
-    """What a picture is called."""
+    """The prompt of a picture."""
     return f"a photo of the digit {DIGITS[digit]} in {colour}"
 
 
 @dataclass(frozen=True)
 class Drawings:
-    """Ink `[n, SIZE, SIZE]` from 0 to 1, and the digits `[n]` that it shows."""
+    """Ink `[n, SIZE, SIZE]`, from 0 to 1, and the digits `[n]` that it shows."""
 
     ink: torch.Tensor
     digits: torch.Tensor
@@ -72,7 +72,7 @@ def paint(ink: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
 
 
 class Judge:
-    """Says which digit a picture shows, and in which colour."""
+    """Recognizes the digit of a picture, and its colour."""
 
     def __init__(self, held_out: Drawings) -> None:
         self._digits = SVC(C=10.0).fit(self._features(held_out.ink), held_out.digits)
@@ -80,11 +80,11 @@ class Judge:
         self._means = torch.tensor(list(COLOURS.values()))
 
     def digits(self, pictures: torch.Tensor) -> np.ndarray:
-        """Of pictures `[n, 3, SIZE, SIZE]` from 0 to 1; whatever their colour, the brightest channel is the ink."""
+        """The digits in pictures `[n, 3, SIZE, SIZE]`, from 0 to 1. The brightest channel is taken as the ink."""
         return self._digits.predict(self._features(pictures.amax(1)))
 
     def colours(self, pictures: torch.Tensor) -> Sequence[str]:
-        """Of pictures like those of `digits`: the nearest of the colours' means, weighted by ink."""
+        """The colours of pictures like those of `digits`: the nearest to the mean colour, weighted by ink."""
         ink = pictures.amax(1, keepdim=True)
         seen = (pictures * ink).sum((2, 3)) / ink.sum((2, 3)).clamp(min=1e-6)
         seen = seen / seen.amax(1, keepdim=True).clamp(min=1e-6)

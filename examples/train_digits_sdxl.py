@@ -1,10 +1,10 @@
-"""Trains a small SDXL, of the real classes, on digits in six colours: "a photo of the digit seven in red".
+"""Trains a small SDXL of diffusers' real classes on digits in six colours: "a photo of the digit seven in red".
 
     python examples/train_digits_sdxl.py OUTPUT
 
-Within 20 minutes on two cores it learns a VAE, then on the VAE's latents the UNet together with its text encoders,
-and saves a pipeline of diffusers in half precision, which a judge then scores. What it has learnt is kept beside
-OUTPUT every minute or so: after Ctrl-C or a crash, the same command goes on from there, to the same weights.
+Within 20 minutes on two cores, it trains a VAE, then the UNet and its text encoders on the VAE's latents. It saves
+a diffusers pipeline in half precision, which a judge then scores. Checkpoints are written beside OUTPUT about every
+minute: after Ctrl-C or a crash, the same command resumes from there, and ends with the same weights.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ from torch import nn
 
 from digits import COLOURS, DIGITS, SIZE, Drawings, Judge, drawings, paint, prompt
 
-#: Of the VAE: pictures in a step, learning rate at its highest, and weight of the latents' divergence from noise.
+#: For the VAE: batch size, peak learning rate, and weight of the KL divergence of its latents.
 VAE_BATCH, VAE_RATE, VAE_DIVERGENCE = 64, 2e-3, 3e-5
 
-#: Of the UNet and the text encoders: latents in a step, and learning rate at its highest.
+#: For the UNet and the text encoders: batch size, and peak learning rate.
 BATCH, RATE = 64, 1e-3
 
-#: Steps over which the learning rate rises.
+#: Number of steps over which the learning rate rises.
 WARM_UP = 100
 
-#: Share of prompts that are left out, so that the UNet learns what guidance leads away from: zeros, as in SDXL.
+#: Share of prompts that are replaced by zeros, as in SDXL, to train the UNet for guidance.
 NO_PROMPT = 0.12
 
-#: Signal-to-noise ratio above which a step counts no more than at it (Hang et al., "min-SNR").
+#: Limit of the signal-to-noise ratio in the loss weights ("Min-SNR", Hang et al., 2023).
 SNR_LIMIT = 5.0
 
-#: Decay of the running mean of the weights, which is what is saved.
+#: Decay of the exponential moving average of the weights, which is saved.
 MEAN_DECAY = 0.998
 
-#: Steps between two writes of what was learnt.
+#: Number of steps between two checkpoints.
 KEEP_EVERY = 250
 
-#: Tokens of a prompt, and width of a text encoder.
+#: Number of tokens in a prompt, and width of a text encoder.
 TOKENS, TEXT = 16, 32
 
-#: Of the pictures that are judged: denoising steps and guidance, and how many are made at once.
+#: For the pictures that are judged: denoising steps, guidance, and batch size.
 JUDGED_STEPS, JUDGED_GUIDANCE, JUDGED_AT_ONCE = 20, 5.0, 60
 
 EXIT_INTERRUPTED = 130
@@ -68,7 +68,7 @@ stderr = Console(stderr=True, highlight=False)
 
 
 def make_tokenizer() -> transformers.CLIPTokenizer:
-    """Byte-pair encoding that has learnt the prompts' words, and spells others."""
+    """A byte-pair encoding whose tokens are the prompts' words, and letters for all others."""
     blank = transformers.CLIPTokenizer()
     special = [str(blank.bos_token), str(blank.eos_token)]
     learner = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>", unk_token=special[1]))
@@ -86,7 +86,7 @@ def make_tokenizer() -> transformers.CLIPTokenizer:
 
 
 def make_pipeline() -> diffusers.StableDiffusionXLPipeline:
-    """With weights that know nothing yet."""
+    """The pipeline, with untrained weights."""
     tokenizer = make_tokenizer()
     text = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -123,7 +123,7 @@ def make_pipeline() -> diffusers.StableDiffusionXLPipeline:
         projection_class_embeddings_input_dim=TEXT + 6 * 8,
         norm_num_groups=8,
     )
-    # Up to more noise than SDXL's 0.012: nothing of a picture is left then, as in the noise that one begins with.
+    # More noise than with SDXL's 0.012, so that the last step leaves nothing of the picture, as in initial noise.
     scheduler = diffusers.EulerDiscreteScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -147,39 +147,39 @@ def make_pipeline() -> diffusers.StableDiffusionXLPipeline:
 
 
 class Lesson:
-    """Steps of one optimizer over some modules, that can be broken off and taken up again.
+    """Training of some modules with one optimizer, which can be interrupted and resumed.
 
     Args:
-        kept: the file that keeps the state.
-        modules: what learns.
-        loss: of one step, drawn with the generator that it is given.
+        checkpoint: the file with the state; resumed from if it exists.
+        modules: the modules to train.
+        loss: computes the loss of a step, with random numbers from the generator.
     """
 
     def __init__(
         self,
-        kept: Path,
+        checkpoint: Path,
         modules: nn.ModuleDict,
         rate: float,
         steps: int,
         seed: int,
         loss: Callable[[torch.Generator], torch.Tensor],
     ) -> None:
-        self._kept, self._modules, self._loss = kept, modules, loss
+        self._checkpoint, self._modules, self._loss = checkpoint, modules, loss
         self._seed, self.steps, self.step = seed, steps, 0
         self._parameters = list(modules.parameters())
         self._optimizer = torch.optim.AdamW(self._parameters, rate, betas=(0.9, 0.99), weight_decay=0.01)
         self._rates = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._rate)
         self._mean = EMAModel(self._parameters, decay=MEAN_DECAY, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
         self._chance = torch.Generator().manual_seed(seed)
-        if kept.exists():
-            self._load(torch.load(kept, weights_only=True))
+        if checkpoint.exists():
+            self._load(torch.load(checkpoint, weights_only=True))
 
     def _rate(self, step: int) -> float:
-        """Share of the learning rate: up in a line, down in half a cosine."""
+        """Factor of the learning rate: a linear warm-up, then half a cosine down."""
         return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
 
     def learn(self, advance: Callable[[int, float], None]) -> None:
-        """Goes on to the last step; the modules have then the running means of their weights, for good."""
+        """Trains to the last step. Then the modules' weights are their moving averages."""
         self._modules.train()
         smooth = math.nan
         while self.step < self.steps:
@@ -209,14 +209,15 @@ class Lesson:
             "mean": self._mean.state_dict(),
             "chance": self._chance.get_state(),
         }
-        partial = self._kept.with_suffix(".partial")
+        partial = self._checkpoint.with_suffix(".partial")
         torch.save(state, partial)
-        partial.replace(self._kept)
+        partial.replace(self._checkpoint)
 
     def _load(self, state: dict[str, Any]) -> None:
         if (state["steps"], state["seed"]) != (self.steps, self._seed):
             raise ValueError(
-                f"{self._kept} is of a training of other steps or another seed: remove it, or ask for these"
+                f"{self._checkpoint} is from a training with other steps or another seed: "
+                "remove it, or use the same values"
             )
         self.step = state["step"]
         self._modules.load_state_dict(state["modules"])
@@ -226,8 +227,8 @@ class Lesson:
         self._chance.set_state(state["chance"])
 
 
-def vae_lesson(vae: diffusers.AutoencoderKL, seen: Drawings, kept: Path, steps: int, seed: int) -> Lesson:
-    """Pictures to latents, and back."""
+def vae_lesson(vae: diffusers.AutoencoderKL, seen: Drawings, checkpoint: Path, steps: int, seed: int) -> Lesson:
+    """Trains the VAE: from pictures to latents, and back."""
     palette = torch.tensor(list(COLOURS.values()))
 
     def loss(chance: torch.Generator) -> torch.Tensor:
@@ -240,12 +241,12 @@ def vae_lesson(vae: diffusers.AutoencoderKL, seen: Drawings, kept: Path, steps: 
         distance = (found - pictures).square().mean() + 0.5 * (found - pictures).abs().mean()
         return distance + VAE_DIVERGENCE * latents.kl().mean()
 
-    return Lesson(kept, nn.ModuleDict({"vae": vae}), VAE_RATE, steps, seed, loss)
+    return Lesson(checkpoint, nn.ModuleDict({"vae": vae}), VAE_RATE, steps, seed, loss)
 
 
 @torch.no_grad()
 def encode_all(vae: diffusers.AutoencoderKL, seen: Drawings) -> torch.Tensor:
-    """The latents' means `[colours, n, 4, height, width]`, scaled to deviate by 1 as the VAE's config says then."""
+    """Means of the latents `[colours, n, 4, height, width]`, scaled to a deviation of 1; sets the VAE's factor."""
 
     def encode(ink: torch.Tensor, colour: tuple[float, ...]) -> torch.Tensor:
         return vae.encode(paint(ink, torch.tensor([colour]).expand(len(ink), 3)) * 2 - 1).latent_dist.mean
@@ -260,11 +261,11 @@ def unet_lesson(
     pipeline: diffusers.StableDiffusionXLPipeline,
     latents: torch.Tensor,
     seen: Drawings,
-    kept: Path,
+    checkpoint: Path,
     steps: int,
     seed: int,
 ) -> Lesson:
-    """Noise to latents, as prompts say."""
+    """Trains the UNet and the text encoders: from noise and prompts to latents."""
     unet, scheduler = pipeline.unet, pipeline.scheduler
     modules = nn.ModuleDict(
         {"unet": unet, "text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
@@ -282,7 +283,7 @@ def unet_lesson(
         colour = torch.randint(len(colours), (BATCH,), generator=chance)
         times = torch.randint(len(amounts), (BATCH,), generator=chance)
         noise = torch.randn((BATCH, *latents.shape[2:]), generator=chance)
-        told = (torch.rand(BATCH, generator=chance) >= NO_PROMPT).float()
+        prompted = (torch.rand(BATCH, generator=chance) >= NO_PROMPT).float()
         clean = latents[colour, which]
         amount = amounts[times][:, None, None, None]
         signal, noisiness = amount**0.5, (1 - amount) ** 0.5
@@ -293,20 +294,20 @@ def unet_lesson(
         velocity = unet(
             signal * clean + noisiness * noise,
             times,
-            states * told[:, None, None],
-            added_cond_kwargs={"text_embeds": second.text_embeds * told[:, None], "time_ids": sizes},
+            states * prompted[:, None, None],
+            added_cond_kwargs={"text_embeds": second.text_embeds * prompted[:, None], "time_ids": sizes},
         ).sample
         error = (velocity - (signal * noise - noisiness * clean)).square().mean((1, 2, 3))
         return (weights[times] * error).mean()
 
-    return Lesson(kept, modules, RATE, steps, seed, loss)
+    return Lesson(checkpoint, modules, RATE, steps, seed, loss)
 
 
 # --- the whole ----------------------------------------------------------------------------------------------
 
 
 def train(output: Path, vae_steps: int, steps: int, seed: int, progress: Progress) -> None:
-    """Makes the pipeline `output`; what is not finished is in a directory beside it."""
+    """Trains the pipeline and saves it as `output`; checkpoints are in a directory beside it."""
     partial = output.with_name(f".{output.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -336,9 +337,9 @@ def _bar(progress: Progress, name: str, lesson: Lesson) -> Callable[[int, float]
 
 
 def judge(path: Path, each: int, seed: int, progress: Progress) -> dict[str, float]:
-    """Accuracies over `each` pictures of every digit in every colour. Raises ValueError for no pipeline."""
+    """Accuracies over `each` pictures of every digit in every colour. Raises ValueError if it is not a pipeline."""
     if not (path / "model_index.json").is_file():
-        raise ValueError(f"{path} is there, and no pipeline: remove it, or name another directory")
+        raise ValueError(f"{path} exists and is not a pipeline: remove it, or name another directory")
     pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(
         str(path), dtype=torch.float32, add_watermarker=False
     )
@@ -384,24 +385,24 @@ def _count(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="directory to make; one that is there already is only judged")
+    parser.add_argument("output", type=Path, help="directory of the pipeline; if it exists, it is only judged")
     parser.add_argument(
-        "--vae-steps", type=_count, default=400, metavar="N", help="of the VAE's training (%(default)s)"
+        "--vae-steps", type=_count, default=400, metavar="N", help="training steps of the VAE (%(default)s)"
     )
     parser.add_argument(
-        "--steps", type=_count, default=3000, metavar="N", help="of the UNet's training (%(default)s)"
+        "--steps", type=_count, default=3000, metavar="N", help="training steps of the UNet (%(default)s)"
     )
     parser.add_argument(
         "--judged",
         type=_count,
         default=10,
         metavar="N",
-        help="pictures of each digit in each colour that are judged (%(default)s)",
+        help="number of pictures to judge for each digit and colour (%(default)s)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="the same seed and threads give the same weights (%(default)s)"
     )
-    parser.add_argument("--threads", type=_count, help="that compute; default: as many as cores")
+    parser.add_argument("--threads", type=_count, help="CPU threads; default: one per core")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on one line")
     options = parser.parse_args(arguments)
     for library in (diffusers, transformers):
@@ -420,7 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last state that was kept", file=sys.stderr)
+        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
     result |= {"train_s": train_s}
     print(json.dumps(result) if options.json else "\n".join(f"{k}: {v:.3f}" for k, v in result.items()), flush=True)

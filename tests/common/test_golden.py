@@ -59,8 +59,9 @@ from split_device.generation import chat as chatting
 from split_device.generation.settings import Sampling
 from split_device.images.settings import ImageSettings
 from split_device.jobs import job as jobs
+from split_device.jobs.database import SCHEMA_VERSION
 from split_device.jobs.job import ImageChoice, ImageTask, Message, ModelChoice, Task, TextPiece, Update
-from split_device.jobs.store import SCHEMA_VERSION, Store
+from split_device.jobs.store import Store
 from split_device.jobs.vault import Vault
 from split_device.models import sizes as parts
 from split_device.sessions import dead_letters

@@ -19,7 +19,7 @@ import tiny_diffusion
 from fleet import serving_here
 from split_common.errors import ConfigError
 from split_device import ImageDevice
-from split_device.images.pipeline import _own
+from split_device.images.pipeline import _private_copy
 from split_device.jobs.agent import log_path, running_agent
 from split_device.jobs.store import Store, store_path
 from wiretap import wait_until
@@ -161,11 +161,11 @@ def test_a_sealed_store_and_python(run: Any, model: Path, address: str, tmp_path
 def test_images_at_once_share_weights_and_nothing_that_changes(model: Path) -> None:
     """A tokenizer that two threads use at once pads the one's prompt as the other wants it."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(model)
-    own = _own(pipeline)
+    own = _private_copy(pipeline)
     shared = {name for name, part in pipeline.components.items() if getattr(own, name) is part}
     assert pipeline.components.keys() - shared == {"tokenizer", "tokenizer_2", "scheduler"}
     half = StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float16)
-    assert _own(half).vae is not half.vae
+    assert _private_copy(half).vae is not half.vae
 
 
 @pytest.mark.parametrize(

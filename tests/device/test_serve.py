@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 import tiny
 from serving import KEY, Unsplit, hanging_up, serving
 from split_common.errors import SplitError
-from split_device.openai.listener import answering
+from split_device.openai.listener import running_server
 from wiretap import wait_until
 
 #: Seconds that something may take on a busy machine.
@@ -204,7 +204,10 @@ def test_a_server_that_cannot_listen_says_so() -> None:
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             each.bind(("127.0.0.1", first.getsockname()[1] if each is second else 0))
         first.listen()
-        with pytest.raises(SplitError, match="in use"), answering(Starlette(), second, threading.Event()):
+        with (
+            pytest.raises(SplitError, match="in use"),
+            running_server(Starlette(), second, threading.Event()),
+        ):
             pytest.fail("it says that it listens")
 
 
@@ -219,7 +222,7 @@ def test_a_server_that_ends_by_itself_is_noticed() -> None:
 
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        with pytest.raises(SplitError, match="has ended"), answering(Starlette(), listener, stop):
+        with pytest.raises(SplitError, match="has ended"), running_server(Starlette(), listener, stop):
             break_its_loop()
 
 

@@ -22,13 +22,13 @@ from diffusers import UNet2DConditionModel
 from split_common.cli import main
 from split_common.errors import ConfigError, SplitError
 from split_common.system.servers import free_port
-from split_device.cli.stress import KINDS, parse_chaos
+from split_device.cli.stress import parse_chaos
 from split_device.stress import images, tiny_model, tiny_unet
 from split_device.stress.chaos import INTERVALS, Chaos
 from split_device.stress.events import Answered, Asked, Decoded, Failed, Traffic, decode, encode
 from split_device.stress.ledger import Ledger
 from split_device.stress.memory import MIB, Memory, Resident
-from split_device.stress.plan import StressPlan
+from split_device.stress.plan import FAULTS, StressPlan
 from split_device.stress.plot import draw
 from split_device.stress.processes import Supervised
 from split_device.stress.proxy import Proxy
@@ -212,7 +212,7 @@ def test_the_same_seed_draws_the_same_faults(monkeypatch: pytest.MonkeyPatch) ->
 
     def strike(seed: int) -> list[str]:
         workers: list[Any] = [Victim(), Victim()]
-        chaos = Chaos(list(KINDS), seed, workers, Victim(), Victim())  # type: ignore[arg-type]
+        chaos = Chaos(list(FAULTS), seed, workers, Victim(), Victim())  # type: ignore[arg-type]
         chaos.start()
         wait_until(lambda: set(chaos.counts) >= {"kill", "stop", "broker", "lag", "corruption"})
         wait_until(lambda: len(chaos.history) >= 12)
@@ -239,7 +239,7 @@ def test_the_last_worker_that_runs_is_spared(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_faults_that_can_be_asked_for() -> None:
-    assert parse_chaos(None, True, None) == list(KINDS) == list(INTERVALS)
+    assert parse_chaos(None, True, None) == list(FAULTS) == list(INTERVALS)
     assert parse_chaos("none", True, None) == []
     assert parse_chaos("lag, kill,kill", True, None) == ["lag", "kill"]
     assert parse_chaos(None, False, "tcp://127.0.0.1:7411") == ["lag", "drop", "corrupt"]
@@ -268,25 +268,25 @@ def sleeper() -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_kept_process_is_started_again() -> None:
-    kept = Supervised("sleeper", sleeper)
-    kept.start()
+    supervised = Supervised("sleeper", sleeper)
+    supervised.start()
     try:
-        kept.wait()
-        assert kept.process is not None
-        first = kept.process
-        kept.stop()
-        assert kept.stopped
-        assert not kept.running
-        kept.resume()
-        assert kept.running
-        kept.kill()
-        wait_until(lambda: kept.process is not None)
-        assert kept.process.pid != first.pid
-        second = kept.process
-        kept.stop()
+        supervised.wait()
+        assert supervised.process is not None
+        first = supervised.process
+        supervised.stop()
+        assert supervised.stopped
+        assert not supervised.running
+        supervised.resume()
+        assert supervised.running
+        supervised.kill()
+        wait_until(lambda: supervised.process is not None)
+        assert supervised.process.pid != first.pid
+        second = supervised.process
+        supervised.stop()
     finally:
-        kept.end()
-        kept.join()
+        supervised.end()
+        supervised.join()
     assert second.poll() is not None
 
 
@@ -296,11 +296,11 @@ def test_a_process_that_cannot_be_started_says_why() -> None:
         raise SplitError("no such thing")
         yield
 
-    kept = Supervised("broken", broken)
-    kept.start()
+    supervised = Supervised("broken", broken)
+    supervised.start()
     with pytest.raises(SplitError, match="no such thing"):
-        kept.wait()
-    kept.join()
+        supervised.wait()
+    supervised.join()
 
 
 def test_memory_is_compared_with_that_after_ten_seconds() -> None:
@@ -314,19 +314,19 @@ def test_memory_is_compared_with_that_after_ten_seconds() -> None:
 def test_memory_of_what_is_there_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("split_device.stress.memory.SETTLED", 0.0)
     memory = Memory()
-    kept = Supervised("worker 0", sleeper)
-    kept.start()
+    supervised = Supervised("worker 0", sleeper)
+    supervised.start()
     try:
-        kept.wait()
-        memory.look([kept])
+        supervised.wait()
+        memory.sample([supervised])
         [resident] = memory.residents
         assert resident.settled == resident.last > 0
-        kept.process = None
-        memory.look([kept])
+        supervised.process = None
+        memory.sample([supervised])
         assert not memory.residents
     finally:
-        kept.end()
-        kept.join()
+        supervised.end()
+        supervised.join()
 
 
 # --- what is asked for -------------------------------------------------------------------------------------
@@ -476,7 +476,7 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
         (["--keys", "somewhere"], "--keys needs --broker"),
         (["--chaos", "boom"], "--chaos boom"),
         (["--plot", "/no/such/directory/out.png"], "not a directory"),
-        (["--plot", "out.movie"], "of the kinds"),
+        (["--plot", "out.movie"], "invalid plot file"),
         (["--transport", "pigeon"], "pigeon"),
         (["--devices", "0"], "devices"),
     ],

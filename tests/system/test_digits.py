@@ -56,7 +56,7 @@ def test_the_demo_speaks_of_what_the_model_learnt() -> None:
     assert tuple(digits.COLOURS) == demo.COLOURS
 
 
-def lesson(kept: Path, breaks: int | None = None) -> tuple[trainer.Lesson, nn.Linear]:
+def lesson(checkpoint: Path, breaks: int | None = None) -> tuple[trainer.Lesson, nn.Linear]:
     """A line that learns from numbers drawn at random; Ctrl-C comes at step `breaks`."""
     torch.manual_seed(0)
     line = nn.Linear(4, 1)
@@ -70,7 +70,7 @@ def lesson(kept: Path, breaks: int | None = None) -> tuple[trainer.Lesson, nn.Li
         numbers = torch.randn(8, 4, generator=chance)
         return (line(numbers) - numbers.sum(1, keepdim=True)).square().mean()
 
-    return trainer.Lesson(kept, nn.ModuleDict({"line": line}), 0.1, 10, 1, loss), line
+    return trainer.Lesson(checkpoint, nn.ModuleDict({"line": line}), 0.1, 10, 1, loss), line
 
 
 def test_a_lesson_that_was_broken_off_ends_as_one_that_was_not(
@@ -125,7 +125,7 @@ def test_bad_input_to_the_training(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_the_demo(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
-    monkeypatch.setattr(demo, "STEPS", 2)
+    monkeypatch.setattr(demo, "DEMO_STEPS", 2)
     monkeypatch.setattr(demo, "COLOURS", ("blue",))
     done = run("demo", "--image", "-o", tmp_path / "sheet.png", "--json")
     assert done.code == 0

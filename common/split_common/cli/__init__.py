@@ -1,4 +1,4 @@
-"""The `lambda-split` command: the application, the options that components share, and the operator's commands."""
+"""The `lambda-split` command: the application, options that components share, and the operator's commands."""
 
 from split_common.cli.application import main
 

@@ -1,4 +1,4 @@
-"""The `lambda-split` application: what all sub-commands share. Components contribute the sub-commands."""
+"""The `lambda-split` application, to which components add their commands."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from split_common.errors import ConfigError, SplitError
 from split_common.system.console import emit_json
 from split_common.system.process import reuse_memory
 
-#: Entry points of this group name functions `register(app: typer.Typer) -> None`. Their modules import torch
-#: and transformers inside their commands only, so that `lambda-split --help` answers at once.
+#: Group of entry points, each a function `register(app: typer.Typer) -> None`. Their modules import torch and
+#: transformers inside commands only, so that `lambda-split --help` answers at once.
 COMMANDS_GROUP = "lambda_split.commands"
 
-#: Exit code after Ctrl-C: 128 + SIGINT, as shells have it.
+#: Exit code after Ctrl-C: 128 + SIGINT, as in shells.
 EXIT_INTERRUPTED = 130
 
-#: Exit code when the program itself is at fault (EX_SOFTWARE).
+#: Exit code after an unexpected error: EX_SOFTWARE of sysexits.h.
 EXIT_UNEXPECTED = 70
 
-#: What to install for modules that come with an extra of the package.
+#: Requirement to install, by the module that is missing. Other modules come with the package itself.
 EXTRAS = {"diffusers": "'lambda-split[diffusion]'", "PIL": "'lambda-split[diffusion]'"}
 
-# Pretty exceptions would print local variables, and with them keys and prompts. Help is Markdown, since in
-# Rich's own markup 'lambda-split[gguf]' would lose its brackets.
+# Pretty exceptions would print local variables, among them keys and prompts. Help is Markdown, because Rich's own
+# markup would remove the brackets of 'lambda-split[gguf]'.
 app = typer.Typer(
     name="lambda-split",
     no_args_is_help=True,
@@ -62,7 +62,7 @@ def _options(
 ) -> None:
     """Run a model split between this device and workers, over an encrypted queue."""
     reuse_memory()
-    # An error of a hub is reported once, at the end, not at each retry.
+    # Errors of the hub are reported once, at the end, instead of at each retry.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
@@ -71,7 +71,7 @@ def _options(
 
 @functools.cache
 def load_commands() -> None:
-    """Let every component add its sub-commands to `app`."""
+    """Adds the commands of all components to `app`. Raises ConfigError if those of one cannot be loaded."""
     for entry in importlib.metadata.entry_points(group=COMMANDS_GROUP):
         try:
             entry.load()(app)
@@ -82,7 +82,7 @@ def load_commands() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; every error ends as one line on stderr and an exit code."""
+    """Runs the command line; returns the exit code. Any error is reported as one line on stderr."""
     arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
     as_json = "--json" in arguments
     try:
@@ -98,14 +98,14 @@ def main(args: Sequence[str] | None = None) -> int:
     except typer.Abort:
         return _fail("Aborted", "aborted", 1, as_json)
     except typer.TyperException as exc:
-        # A group without a sub-command has printed its help, and has no message.
+        # A group that was called without a command has printed its help, and has no message.
         if not exc.format_message():
             return exc.exit_code
-        return _fail(type(exc).__name__, _wrong_usage(exc), exc.exit_code, as_json)
+        return _fail(type(exc).__name__, _usage_message(exc), exc.exit_code, as_json)
     except SplitError as exc:
         return _fail(type(exc).__name__, str(exc), exc.exit_code, as_json)
     except ModuleNotFoundError as exc:
-        # An installation for the broker alone, say, has no torch.
+        # For example, an installation for the broker alone has no torch.
         package = EXTRAS.get(exc.name or "", "lambda-split")
         message = f"{exc.name} is not installed, which this command needs: pip install {package}"
         return _fail("ModuleNotFoundError", message, ConfigError.exit_code, as_json)
@@ -116,18 +116,18 @@ def main(args: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _wrong_usage(error: typer.TyperException) -> str:
-    """What is wrong, and where to read about correct usage."""
+def _usage_message(error: typer.TyperException) -> str:
+    """The error, and the command that shows the correct usage."""
     message = error.format_message().replace("Value error, ", "").rstrip(".")
     context = getattr(error, "ctx", None)
     return f"{message}; see `{context.command_path} --help`" if context is not None else message
 
 
 def _fail(name: str, message: str, code: int, as_json: bool) -> int:
-    """Report the exception that is being handled and return the exit code."""
+    """Reports the exception that is being handled; returns the exit code."""
     if os.environ.get("LAMBDA_SPLIT_DEBUG") == "1":
         traceback.print_exc()
-    # The message may contain text from a peer: no line breaks and no control codes for the terminal.
+    # The message may contain text from a peer: line breaks and control codes for the terminal are removed.
     line = "".join(char if char.isprintable() else "?" for char in " ".join(message.split()))
     print(f"error: {line}", file=sys.stderr)
     if as_json:
@@ -139,5 +139,5 @@ def _fail(name: str, message: str, code: int, as_json: bool) -> int:
 
 
 def _drop_stdout() -> None:
-    """The reader of stdout is gone: avoid an error when the interpreter flushes stdout at exit."""
+    """Redirects stdout, whose reader is gone, to avoid an error when the interpreter flushes it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

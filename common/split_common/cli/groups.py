@@ -1,4 +1,4 @@
-"""Commands that take dataclasses: the fields of one are options, each with the dataclass's default."""
+"""Commands with dataclasses as parameters: each field is an option, with the dataclass's default."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ class Group:
         self.options = options
 
     def plus(self, **options: Any) -> Group:
-        """The same with further options, before the others in the help."""
+        """A copy with further options, which come first in the help."""
         return Group(**options, **self.options)
 
     def without(self, *fields: str) -> Group:
-        """The same without the options of some fields."""
+        """A copy without the options of these fields."""
         return Group(**{field: option for field, option in self.options.items() if field not in fields})
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with an option in the place of each field of its groups, for Typer.
+    """Replaces each group among a command's parameters by options for its fields, which Typer understands.
 
-    A group's default object, or one made without arguments, has the options' defaults. Groups that share a field's
-    name share its option.
+    The options' defaults are those of the group's default object, or else of an object made without arguments.
+    Groups with a field of the same name share its option.
+
+    Raises:
+        TypeError: two different options have the same name.
     """
     parameters: dict[str, inspect.Parameter] = {}
     defaults: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The `lambda-split keys` commands, with which the operator of a fleet manages its keys."""
+"""`lambda-split keys …`: the operator of a fleet manages its keys."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ RedisOption = Annotated[
     ),
 ]
 DaysOption = Annotated[
-    int, typer.Option(min=1, max=36_500, metavar="N", help="How many days the certificates are valid.")
+    int, typer.Option(min=1, max=36_500, metavar="N", help="Number of days for which the certificates are valid.")
 ]
 
 
 def register(app: typer.Typer) -> None:
-    """Add the `keys` commands, and what else the operator of a fleet needs, to `app`."""
+    """Adds the commands for the operator of a fleet to `app`."""
     app.add_typer(keys_app, name="keys", help="Make and manage a fleet's keys, members and models.")
     app.command()(redis_acl)
 
@@ -60,9 +60,7 @@ def init(keys: FleetOption = None, days: DaysOption = DAYS, json: JsonOption = F
 
 @keys_app.command()
 def add_device(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="The new device's name, of a-z, 0-9, '.', '_' and '-'.")
-    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The new device's name: a-z, 0-9, '.', '_' and '-'.")],
     keys: FleetOption = None,
     days: DaysOption = DAYS,
     json: JsonOption = False,
@@ -73,25 +71,25 @@ def add_device(
 
 @keys_app.command()
 def add_worker(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="The new worker's name, of a-z, 0-9, '.', '_' and '-'.")
-    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The new worker's name: a-z, 0-9, '.', '_' and '-'.")],
     model: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Let it serve only this model of the fleet; needs --layers."),
+        typer.Option(
+            metavar="NAME", help="Allow the worker to serve only this model of the fleet. Needs --layers."
+        ),
     ] = None,
     layers: Annotated[
         str | None,
         typer.Option(
             metavar="FIRST:LAST",
-            help="The layers of --model that it may serve, like 2:28; for an image model, its blocks.",
+            help="Layers of --model that the worker may serve, e.g. 2:28; blocks of an image model.",
         ),
     ] = None,
     keys: FleetOption = None,
     days: DaysOption = DAYS,
     json: JsonOption = False,
 ) -> None:
-    """Add a worker: its keys in NAME.key, and a new roster. Without --model it may serve every model."""
+    """Add a worker: its keys in NAME.key, and a new roster. Without --model, it may serve every model."""
     if (model is None) != (layers is None):
         raise ConfigError("--model and --layers go together")
     models: tuple[ModelScope, ...] = ()
@@ -128,7 +126,7 @@ def add_model(
 
 @keys_app.command()
 def show(keys: KeysOption = None, json: JsonOption = False) -> None:
-    """List the fleet's members and models. A certificate's end is known only if its NAME.key is here."""
+    """List the fleet's members and models. Expiry is shown for members whose NAME.key is in the directory."""
     fleet = load_fleet(keys)
     if json:
         emit_json(_summary(fleet))
@@ -151,11 +149,11 @@ def show(keys: KeysOption = None, json: JsonOption = False) -> None:
 
 @keys_app.command()
 def revoke(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The member to revoke, for good.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The member to revoke. It cannot be undone.")],
     keys: FleetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Revoke a member. Running brokers and workers that read this directory follow within seconds."""
+    """Revoke a member. Running brokers and workers that read this directory apply it within seconds."""
     fleet = _open(keys)
     roster = fleet.revoke(name)
     message = f"revoked {name}; the roster has version {roster.version}"
@@ -164,7 +162,7 @@ def revoke(
 
 @keys_app.command()
 def publish(broker: RedisOption, keys: KeysOption = None, json: JsonOption = False) -> None:
-    """Store the roster in Redis, where all members follow within seconds. A ZeroMQ broker serves its own."""
+    """Store the roster in Redis; all members apply it within seconds. A ZeroMQ broker reads its own directory."""
     address = parse_address(broker)
     if not is_redis(address):
         raise ConfigError(

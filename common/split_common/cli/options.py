@@ -59,7 +59,7 @@ IpAdapterOption = Annotated[
         "--ip-adapter",
         metavar="FILE",
         rich_help_panel=MODEL_PANEL,
-        help="An IP-Adapter's .safetensors file, for a diffusion model. With it, the model counts as another one.",
+        help="An IP-Adapter's .safetensors file, for a diffusion model. The model then counts as a different one.",
     ),
 ]
 BrokerOption = Annotated[
@@ -95,7 +95,7 @@ DtypeOption = Annotated[
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes of a size like `4GiB`, `512MiB` or `1000000`; a number of bytes stays. Raises ConfigError."""
+    """A size like `4GiB`, `512MiB` or `1000000`, in bytes. Raises ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", str(size).strip(), re.IGNORECASE)
     if not match:
         raise ConfigError(f"invalid size {size!r}: expected a number of bytes, or e.g. 4GiB or 512MiB")
@@ -103,13 +103,13 @@ def parse_size(size: str | int) -> int:
 
 
 def given(context: typer.Context, options: Iterable[str]) -> list[str]:
-    """Those of these options, like `--max-tokens`, that stand on the command line."""
+    """The options, out of some like `--max-tokens`, that are on the command line."""
     names = {option: parameter.name for parameter in context.command.params for option in parameter.opts}
     return [option for option in options if _is_given(context, names[option])]
 
 
 def given_words(context: typer.Context, but: Iterable[str] = ()) -> list[str]:
-    """The options that stand on the command line, with their values, to be passed to another command."""
+    """The options on the command line with their values, except those in `but`, to pass them to another command."""
     words = []
     for parameter in context.command.params:
         option = parameter.opts[0]

@@ -1,4 +1,4 @@
-"""The `lambda-split redis-acl` command."""
+"""`lambda-split redis-acl`: access rules of a Redis or Valkey server for a fleet."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ def redis_acl(
     keys: KeysOption = None,
     layout: Annotated[
         Literal["setuser", "aclfile"],
-        typer.Option("--format", help="Commands for a server that runs, or lines of its aclfile."),
+        typer.Option(
+            "--format", help="setuser prints commands for a running server, aclfile the lines of its ACL file."
+        ),
     ] = "setuser",
     passwords: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Put hashes of the passwords in DIR/NAME.password into the rules; makes files that are missing.",
+            help="Add a hash of the password in DIR/NAME.password to each user's rules. Missing files are made.",
         ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Print the access rules of Redis or Valkey for each member of the fleet: one user for each.
+    """Print access rules for Redis or Valkey: one user for each member of the fleet.
 
-    Without --passwords the rules leave passwords as they are, and a new user cannot log in before it has one.
+    Without --passwords, the rules leave passwords unchanged, and a new user cannot log in until it has one.
     """
     fleet = load_fleet(keys)
     users = acl.users(Keys(fleet.operator_key), fleet.roster())
@@ -53,7 +55,7 @@ def redis_acl(
             print("ACL DELUSER", name)
     if passwords is not None:
         stderr.print(
-            f"each member's password is in {passwords}: it belongs in $LAMBDA_SPLIT_REDIS_PASSWORD there",
+            f"the passwords are in {passwords}: set each member's in $LAMBDA_SPLIT_REDIS_PASSWORD on its machine",
             soft_wrap=True,
         )
 
@@ -66,5 +68,5 @@ def _password_hash(directory: Path, user: str) -> str:
 
 
 def _quoted(words: list[str], layout: str) -> list[str]:
-    """In a command a selector's spaces need quotes; in an aclfile they have none."""
+    """Quotes selectors with spaces for a command; an aclfile has no quotes."""
     return words if layout == "aclfile" else [f'"{word}"' if " " in word else word for word in words]

@@ -9,6 +9,9 @@ from split_common.errors import ConfigError, InvalidSplit
 #: Decoder layers that the device keeps at each end by default.
 END_LAYERS = 2
 
+#: Where denoisers are cut by default.
+DEFAULT_CUT = "C"
+
 
 @dataclass(frozen=True)
 class Split:

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Run this user's jobs in the background.", rich_markup_mode="markdown")
 
-#: Seconds between two removals of jobs that ended long ago.
+#: Interval between two removals of old jobs, in seconds.
 PRUNE_INTERVAL = 60.0
 
-#: Seconds between two looks at whether a log has grown.
+#: Interval between two reads of a log that is followed, in seconds.
 LOG_INTERVAL = 0.2
 
 
@@ -46,39 +46,39 @@ def run(
 ) -> None:
     """Run jobs in the foreground, until Ctrl-C or SIGTERM.
 
-    Jobs that run then are interrupted, and resume when an agent runs again. With --json one object is printed when
-    the agent is ready.
+    Jobs that are running then are interrupted, and resume when an agent runs again. With --json, one object is
+    printed when the agent is ready.
     """
     passive_threads()
-    kept = parse_age(keep) if keep is not None else None
+    max_age = parse_age(keep) if keep is not None else None
     stop = catch_sigterm()
     try:
         with holding(agent.lock_path()), Store(store_path(), store_key) as store:
-            left = store.recover()
+            resumed = store.recover()
             from split_device.jobs.models import Models
             from split_device.jobs.runner import JobRunner
 
             if json:
                 emit_json({"pid": os.getpid(), "store": str(store.path), "jobs": store.count()})
-            stderr.print(f"agent {os.getpid()} runs the jobs of {store.path}; {left} go on", soft_wrap=True)
+            stderr.print(f"agent {os.getpid()} runs the jobs of {store.path}; {resumed} resume", soft_wrap=True)
             with Models(connection, limits) as models:
-                _work(JobRunner(store, models, give_up), store, kept, stop)
+                _work(JobRunner(store, models, give_up), store, max_age, stop)
     except Held as held:
         raise AgentError(f"an agent runs already, process {held.pid}") from None
 
 
-def _work(runner: JobRunner, store: Store, kept: int | None, stop: threading.Event) -> None:
+def _work(runner: JobRunner, store: Store, max_age: int | None, stop: threading.Event) -> None:
     """Runs jobs until the event is set.
 
     Args:
-        kept: seconds for which jobs that ended are kept; None keeps them.
+        max_age: how long jobs are kept after they have ended, in seconds; None for no limit.
     """
     prune_at = 0.0
     try:
         while not stop.is_set():
             runner.turn()
-            if kept is not None and time.monotonic() >= prune_at:
-                store.prune(time.time() - kept)
+            if max_age is not None and time.monotonic() >= prune_at:
+                store.prune(time.time() - max_age)
                 prune_at = time.monotonic() + PRUNE_INTERVAL
     except KeyboardInterrupt:
         if not stop.is_set():
@@ -110,7 +110,7 @@ def start(
 @app.command()
 def stop(
     timeout: Annotated[
-        float, typer.Option(min=0.0, metavar="SECONDS", help="How long to wait for its end.")
+        float, typer.Option(min=0.0, metavar="SECONDS", help="How long to wait for the agent to end.")
     ] = 60.0,
     json: JsonOption = False,
 ) -> None:
@@ -142,7 +142,7 @@ def logs(
     lines: Annotated[
         int, typer.Option("--lines", "-n", min=0, metavar="N", help="Number of lines from the end of the log.")
     ] = 50,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show new lines as well, until Ctrl-C.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Also show new lines, until Ctrl-C.")] = False,
 ) -> None:
     """Show the log of agents that ran in the background. It holds neither prompts nor answers."""
     try:

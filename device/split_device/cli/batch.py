@@ -47,8 +47,8 @@ def batch(
     """Answer a file of requests, many at once; after Ctrl-C or a crash, the same command resumes.
 
     Each line is a request: `custom_id`, `method` (POST), `url` (/v1/chat/completions or /v1/completions) and
-    `body`. OUT.jsonl gets one line for each, in the same order, all at once, when all are done: a `response`, or
-    an `error`. --model answers whatever model the lines name. Exit code 1 if a line was answered by an error.
+    `body`. When all are done, OUT.jsonl is written with one line for each, in the same order: a `response` or an
+    `error`. All lines are answered by --model, whatever model they name. Exit code 1 if any line has an `error`.
     """
     passive_threads()
     if output.is_dir():
@@ -66,16 +66,16 @@ def batch(
             with Store(work, store_key) as store:
                 store.recover()
                 before = store.generated()
-                asked = batches.BatchJobs(lines, store)
-                if asked.jobs:
-                    _run(store, asked, connection, limits, give_up, stop)
+                jobs = batches.BatchJobs(lines, store)
+                if jobs.jobs:
+                    _run(store, jobs, connection, limits, give_up, stop)
                 tokens = store.generated() - before
-                count, errors = batches.write(output, asked.records())
+                count, errors = batches.write(output, jobs.records())
             batches.remove(work)
     except Held as held:
         raise JobsError(f"process {held.pid} works on {output} already") from None
     seconds = time.perf_counter() - began
-    stderr.print(f"{output}: {count} answered, {errors} of them by an error", soft_wrap=True)
+    stderr.print(f"{output}: {count} answered, {errors} of them with an error", soft_wrap=True)
     if json:
         emit_json(
             {
@@ -93,7 +93,7 @@ def batch(
 
 def _run(
     store: Store,
-    asked: batches.BatchJobs,
+    jobs: batches.BatchJobs,
     connection: Connection,
     limits: Limits,
     give_up: float,
@@ -104,10 +104,10 @@ def _run(
     from split_device.jobs.runner import JobRunner
 
     with Models(connection, limits) as models:
-        _follow(JobRunner(store, models, give_up, stderr.print), store, asked, stop)
+        _run_with_progress(JobRunner(store, models, give_up, stderr.print), store, jobs, stop)
 
 
-def _follow(runner: JobRunner, store: Store, asked: batches.BatchJobs, stop: threading.Event) -> None:
+def _run_with_progress(runner: JobRunner, store: Store, jobs: batches.BatchJobs, stop: threading.Event) -> None:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -117,14 +117,14 @@ def _follow(runner: JobRunner, store: Store, asked: batches.BatchJobs, stop: thr
     )
     began, before = time.perf_counter(), store.generated()
     with Progress(*columns, console=stderr) as progress:
-        task = progress.add_task("answering", total=asked.jobs, rate=0.0)
+        task = progress.add_task("answering", total=jobs.jobs, rate=0.0)
         try:
-            while (ended := asked.ended) < asked.jobs:
+            while (ended := jobs.ended) < jobs.jobs:
                 if stop.is_set():
                     raise KeyboardInterrupt
                 runner.turn()
                 rate = (store.generated() - before) / (time.perf_counter() - began)
                 progress.update(task, completed=ended, rate=rate)
-            progress.update(task, completed=asked.jobs)
+            progress.update(task, completed=jobs.jobs)
         finally:
             runner.stop()

@@ -29,8 +29,8 @@ def chat(
 ) -> None:
     """Talk with a split model; each turn sends only what is new.
 
-    One line is one turn. /reset forgets the conversation; /quit or Ctrl-D ends it. In a terminal Ctrl-C stops an
-    answer. With --json the turns are printed at the end, as one object.
+    One line is one turn. /reset forgets the conversation; /quit or Ctrl-D ends it. In a terminal, Ctrl-C stops an
+    answer. With --json, the turns are printed at the end as one object.
     """
     passive_threads()
     check_connection(connection)
@@ -52,7 +52,7 @@ def chat(
             if line == "/reset":
                 conversation.reset()
             elif line:
-                with _survived() if interactive else contextlib.nullcontext(), answer_line(json) as on_text:
+                with _continuing() if interactive else contextlib.nullcontext(), answer_line(json) as on_text:
                     answer = conversation.say(line, sampling, on_text)
                     turns.append({"prompt": line} | dataclasses.asdict(answer))
         if json:
@@ -60,8 +60,8 @@ def chat(
 
 
 @contextlib.contextmanager
-def _survived() -> Iterator[None]:
-    """In a terminal, an error or Ctrl-C ends a turn, not the conversation."""
+def _continuing() -> Iterator[None]:
+    """An error or Ctrl-C ends the turn, not the conversation."""
     try:
         yield
     except SplitError as error:

@@ -1,4 +1,4 @@
-"""What commands check before they do anything slow."""
+"""Checks that commands make before they do anything slow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_prompt(text: str) -> str:
 
 
 def check_connection(connection: Connection) -> None:
-    """Raises ConfigError or CertificateError for a wrong address or wrong keys; connects to nothing."""
+    """Raises ConfigError or CertificateError for a wrong address or wrong keys. Makes no connection."""
     from split_common.transport import connect
     from split_common.trust.fleet import load_fleet
     from split_common.trust.keys import verify_certificate
@@ -28,5 +28,5 @@ def check_connection(connection: Connection) -> None:
     fleet = load_fleet(Path(connection.keys) if connection.keys is not None else None)
     identity = fleet.identity("device", connection.member)
     connect(connection.broker, fleet, identity).close()
-    # The roster here may be old; the broker's counts.
+    # Without the roster: the one here may be older than the broker's.
     verify_certificate(identity.certificate_bytes, operator_key=fleet.operator_key, roster=None, role="device")

@@ -1,4 +1,4 @@
-"""`lambda-split dead-letters`: the steps that were given up."""
+"""`lambda-split dead-letters`: steps that were given up."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from split_common.system.console import emit_json, stderr
 
 
 def dead_letters(
-    clear: Annotated[bool, typer.Option("--clear", help="Remove them after they were shown.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove them after showing them.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Show the steps of this user's generations that were given up, because workers failed or died at them.
+    """Show this user's steps that were given up because workers failed or died while computing them.
 
-    Their content is not recorded: neither text nor states.
+    Neither their texts nor their hidden states are recorded.
     """
     import msgspec
 

@@ -1,4 +1,4 @@
-"""`lambda-split doctor`: checks that everything is in place, and says what to do where it is not."""
+"""`lambda-split doctor`: checks that everything is in place, and says what to do if not."""
 
 from __future__ import annotations
 
@@ -30,22 +30,23 @@ from split_device.sessions.connection import Connection
 
 if TYPE_CHECKING:
     from split_common.models.denoisers.spec import DenoiserSpec
+    from split_device.sessions.client import Client
 
 Status = Literal["ok", "note", "problem"]
 
-#: A certificate that ends within this many days is mentioned.
+#: A certificate that expires within this many days is reported.
 EXPIRES_SOON = 14
 
-#: Number of the body's first layers that are tried.
+#: Number of layers, the first of the body, that are loaded to try them.
 TRIED_LAYERS = 8
 
-#: Memory for keys and values in that trial, in bytes.
+#: Memory for keys and values while layers are tried, in bytes.
 TRIAL_BYTES = 16 * 1024**2
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked."""
+    """The result of a check."""
 
     subject: str
     status: Status
@@ -62,15 +63,15 @@ def doctor(
         typer.Option(
             metavar="MODEL",
             rich_help_panel=MODEL_PANEL,
-            help="Directory or hub id of a checkpoint: say how a worker would run its layers, or how an image "
-            "model is cut.",
+            help="Also check this checkpoint, a directory or hub id: how a worker would run its layers, or how an "
+            "image model is cut.",
         ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Check versions, hardware, keys, broker and workers; say what to do.
+    """Check versions, hardware, keys, broker and workers, and say how to fix problems.
 
-    The exit code is 1 if anything is a problem.
+    The exit code is 1 if there is a problem.
     """
     findings = []
     for finding in itertools.chain(_findings(connection), _layers(model)):
@@ -139,7 +140,7 @@ def _hardware() -> Iterator[Finding]:
 
 
 def _layers(model: str | None) -> Iterator[Finding]:
-    """Whether many sessions share one forward of a model's layers, found by running some; a denoiser's cuts."""
+    """Whether a worker can run many sessions in one forward, found by running some layers; or a denoiser's cuts."""
     if model is None:
         return
     from split_common.engine.runner import build_runner
@@ -227,15 +228,17 @@ def _certificate(fleet: Fleet, identity: Identity) -> Finding:
 def _queue(broker: str, fleet: Fleet, identity: Identity, timeout: float) -> Iterator[Finding]:
     from split_device.sessions.client import Client
 
-    nothing = headers.Service(bytes(32), 0, 1)
+    no_service = headers.Service(bytes(32), 0, 1)
     try:
         transport = connect(broker, fleet, identity)
         if identity.certificate.role == "device":
-            client = Client(transport, fleet, identity, nothing, "nothing", "float32", timeout=timeout, patience=0)
+            client = Client(
+                transport, fleet, identity, no_service, "nothing", "float32", timeout=timeout, patience=0
+            )
             client.start()
         else:
             client = None
-            transport.start(_Knock(identity), timeout)
+            transport.start(_Probe(identity), timeout)
     except SplitError as error:
         yield Finding("broker", "problem", str(error))
         return
@@ -244,16 +247,13 @@ def _queue(broker: str, fleet: Fleet, identity: Identity, timeout: float) -> Ite
         if client is not None:
             yield _workers(client)
         else:
-            yield Finding("workers", "note", "not asked: there is no device's key here, and only devices may ask")
+            yield Finding("workers", "note", "not asked: only devices may ask, and there is no device's key here")
     finally:
         transport.close()
 
 
-def _workers(client: object) -> Finding:
-    """What is served: the broker says so when it is asked for a model that no worker serves."""
-    from split_device.sessions.client import Client
-
-    assert isinstance(client, Client)
+def _workers(client: Client) -> Finding:
+    """What is served: the broker's answer to a request for a model that no worker serves."""
     try:
         client.open_session()
     except NoWorker as answer:
@@ -265,8 +265,8 @@ def _workers(client: object) -> Finding:
     return Finding("workers", "problem", "a worker answered for a model that does not exist")
 
 
-class _Knock:
-    """A worker that serves nothing and only finds out whether the broker answers (a transport's `Handler`)."""
+class _Probe:
+    """A transport's `Handler` for a worker that serves nothing: it only finds out whether the broker answers."""
 
     def __init__(self, identity: Identity) -> None:
         name = identity.certificate.name

@@ -29,11 +29,12 @@ def generate(
     system: SystemOption = None,
     raw: RawOption = False,
     timings: Annotated[
-        bool, typer.Option("--timings", help="Print on stderr how long each stage of prompt and tokens took.")
+        bool,
+        typer.Option("--timings", help="Print on stderr how long each stage of the prompt and of each token took."),
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Answer a prompt through a split model; the text streams to stdout as it comes.
+    """Answer a prompt with a split model; the text streams to stdout.
 
     Needs a running `lambda-split broker`, or Redis, and a `lambda-split worker` that serves the same model and
     layers.

@@ -18,7 +18,7 @@ from split_common.cli.options import (
     RevisionOption,
     TimeoutOption,
 )
-from split_common.models.split import END_LAYERS
+from split_common.models.split import DEFAULT_CUT, END_LAYERS
 from split_device.cli.options import (
     CodecOption,
     CutOption,
@@ -58,7 +58,7 @@ from split_device.sessions.connection import Connection
 
 @dataclass(frozen=True)
 class TextModel:
-    """A language model as options name it; `choice` finds it."""
+    """A language model as given by options; `choice` resolves it."""
 
     model: str | None = None
     head_layers: int = END_LAYERS
@@ -67,7 +67,7 @@ class TextModel:
     revision: str | None = None
 
     def choice(self) -> ModelChoice:
-        """Raises ModelError."""
+        """The choice of the model. Raises ModelError if the demo model is missing and cannot be made."""
         return ModelChoice(
             name=checkpoint(self.model),
             revision=self.revision,
@@ -79,16 +79,16 @@ class TextModel:
 
 @dataclass(frozen=True)
 class ImageModel:
-    """An image model as options name it; `choice` finds it."""
+    """An image model as given by options; `choice` resolves it."""
 
     pipeline: str | None = None
-    cut: str = "C"
+    cut: str = DEFAULT_CUT
     codec: str = "none"
     reuse: float = 1
     dtype: str = "auto"
 
     def choice(self) -> ImageChoice:
-        """Raises ConfigError if there is no such pipeline, or the packages for images are missing."""
+        """The choice of the model. Raises ConfigError if it has no pipeline, or packages for images are missing."""
         need_diffusers()
         return ImageChoice(
             name=pipeline_directory(self.pipeline),
@@ -101,7 +101,7 @@ class ImageModel:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as options describe it; `settings` checks it."""
+    """Settings of an image as given by options; `settings` checks them."""
 
     steps: int = ImageSettings.steps
     seed: int | None = None
@@ -110,7 +110,7 @@ class Picture:
     negative: str | None = None
 
     def settings(self, directory: str) -> ImageSettings:
-        """Raises ConfigError if the pipeline in this directory cannot make such an image."""
+        """The settings. Raises ConfigError if the pipeline in this directory cannot make such an image."""
         width, height = parse_pixels(self.size) if self.size is not None else (None, None)
         settings = ImageSettings(self.steps, width, height, self.guidance, self.negative, self.seed)
         check_size(directory, settings)

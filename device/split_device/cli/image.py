@@ -1,4 +1,4 @@
-"""`lambda-split image`: an image by a split diffusion model."""
+"""`lambda-split image`: an image made by a split diffusion model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import secrets
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,13 +18,16 @@ from split_common.system.files import write_private
 from split_common.system.process import passive_threads
 from split_common.system.signals import exit_on_sigterm
 from split_device.cli.checks import check_connection
-from split_device.cli.groups import CONNECTION, IMAGE_MODEL_CUT, ImageModel, PictureOptions, PipelineOption
+from split_device.cli.groups import CONNECTION, IMAGE_MODEL_CUT, ImageModel, Picture, PictureOptions, PipelineOption
 from split_device.cli.terminal import step_progress
 from split_device.images.settings import check_output, image_bytes, image_format
 from split_device.sessions.connection import Connection
 
-#: Bits of a seed that is drawn: few enough that it can be typed again.
-SEED_BITS = 32
+if TYPE_CHECKING:
+    from split_device.models.denoiser import SplitDenoiser
+
+#: Size of the seed that is drawn if none is given, in bits: short enough to type again.
+DRAWN_SEED_BITS = 32
 
 
 @grouped
@@ -53,18 +56,16 @@ def image(
     """Make an image with a split diffusion model.
 
     Needs a running `lambda-split broker`, or Redis, and a `lambda-split worker --cut …` that serves the same model.
-    Ctrl-C ends it without writing anything.
+    Ctrl-C ends the command, and no file is written.
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty")
     check_output(output)
-    if init_image is not None and picture.size is not None:
-        raise ConfigError("--init-image and --size do not go together: the initial image has a size")
-    if init_image is not None and int(picture.steps * strength) < 1:
-        raise ConfigError(f"--strength {strength:g} changes nothing in {picture.steps} steps")
+    if init_image is not None:
+        _check_init_image(picture, strength)
     choice = model.choice()
     # A seed that is drawn is printed, so that the image can be made again.
-    seed = secrets.randbits(SEED_BITS) if picture.seed is None else picture.seed
+    seed = secrets.randbits(DRAWN_SEED_BITS) if picture.seed is None else picture.seed
     settings = dataclasses.replace(picture, seed=seed).settings(choice.name)
     passive_threads()
     check_connection(connection)
@@ -74,29 +75,42 @@ def image(
     from split_device.jobs.models import load_image_model
 
     with exit_on_sigterm(), load_image_model(choice, connection) as denoiser:
-        painter = ImagePipeline(choice.name, denoiser, from_image=init_image is not None)
+        pipeline = ImagePipeline(choice.name, denoiser, from_image=init_image is not None)
         began = time.perf_counter()
         with step_progress(picture.steps, json) as advance:
-            made = painter.paint(prompt, settings, advance, **more)
+            made = pipeline.generate(prompt, settings, advance, **more)
         seconds = time.perf_counter() - began
         write_private(output.absolute(), image_bytes(made, image_format(output.name)))
-        calls = denoiser.timings.steps
-        if json:
-            emit_json(
-                {
-                    "output": str(output),
-                    "width": made.width,
-                    "height": made.height,
-                    "seed": seed,
-                    "seconds": seconds,
-                    "calls": calls,
-                    "timings_ms": denoiser.timings.per_step_ms(),
-                    "traffic": denoiser.traffic,
-                }
-            )
-        else:
-            facts = f"{made.width}x{made.height}, seed {seed}, {seconds:.1f} s, {calls} calls of the worker"
-            stderr.print(f"{output}: {facts}", soft_wrap=True)
+        _report(output, made, seed, seconds, denoiser, json)
+
+
+def _check_init_image(picture: Picture, strength: float) -> None:
+    """Raises ConfigError if other options contradict an initial image."""
+    if picture.size is not None:
+        raise ConfigError("--init-image and --size do not go together: the initial image has a size")
+    if int(picture.steps * strength) < 1:
+        raise ConfigError(f"--strength {strength:g} changes nothing in {picture.steps} steps")
+
+
+def _report(output: Path, made: Any, seed: int, seconds: float, denoiser: SplitDenoiser, json: bool) -> None:
+    """Prints how an image was made."""
+    calls = denoiser.timings.steps
+    if json:
+        emit_json(
+            {
+                "output": str(output),
+                "width": made.width,
+                "height": made.height,
+                "seed": seed,
+                "seconds": seconds,
+                "calls": calls,
+                "timings_ms": denoiser.timings.per_step_ms(),
+                "traffic": denoiser.traffic,
+            }
+        )
+    else:
+        facts = f"{made.width}x{made.height}, seed {seed}, {seconds:.1f} s, {calls} calls of the worker"
+        stderr.print(f"{output}: {facts}", soft_wrap=True)
 
 
 def _read_image(path: Path) -> Any:

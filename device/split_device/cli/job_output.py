@@ -1,4 +1,4 @@
-"""What commands show of a job: its facts, its answer as it comes, its image."""
+"""Output of jobs for commands: their facts, the answer as it streams, the image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from split_common.system.console import emit_json, stderr
 from split_common.system.files import write_private
 from split_device.cli.terminal import step_progress
 from split_device.images.settings import image_bytes, image_format
-from split_device.jobs.follow import answer, follow, picture
+from split_device.jobs.follow import follow, image_output, text_output
 from split_device.jobs.job import ImageTask, Job
 from split_device.jobs.store import Store
 
@@ -31,7 +31,7 @@ def _show_answer(store: Store, job: Job, json: bool) -> None:
     job = follow(store, job.id, print_now)
     if not json:
         print(flush=True)
-    text = answer(store, job)
+    text = text_output(store, job)
     if json:
         emit_json(job_facts(job) | {"text": text})
 
@@ -39,9 +39,9 @@ def _show_answer(store: Store, job: Job, json: bool) -> None:
 def _show_image(store: Store, job: Job, steps: int, output: Path | None, json: bool) -> None:
     with step_progress(steps, json) as advance:
         job = follow(store, job.id, on_step=lambda done: advance(done, max(done, steps)))
-    made = picture(store, job)
+    image = image_output(store, job)
     if output is not None:
-        write_image(made, output)
+        write_image(image, output)
     if json:
         emit_json(job_facts(job) | {"output": str(output) if output is not None else None})
     elif output is not None:
@@ -51,7 +51,7 @@ def _show_image(store: Store, job: Job, steps: int, output: Path | None, json: b
 
 
 def write_image(png: bytes, path: Path) -> None:
-    """Writes an image in the format that the file's name says."""
+    """Writes an image in the format of the path's extension."""
     from PIL import Image
 
     with Image.open(io.BytesIO(png)) as image:
@@ -59,7 +59,7 @@ def write_image(png: bytes, path: Path) -> None:
 
 
 def job_facts(job: Job) -> dict[str, Any]:
-    """A job's facts, as commands show them: everything except its prompt and its answer."""
+    """A job's facts for users: everything except its prompt and its answer."""
     return {
         "id": job.id,
         "kind": job.kind,

@@ -16,7 +16,7 @@ from split_common.system.console import emit_json, stderr, stdout
 from split_device.cli.job_output import job_facts, show_output, write_image
 from split_device.cli.options import StoreKeyOption, parse_age
 from split_device.images.settings import check_output
-from split_device.jobs.follow import answer, picture
+from split_device.jobs.follow import image_output, text_output
 from split_device.jobs.job import FINAL, ImageTask, Job, State
 from split_device.jobs.store import Store, store_path
 
@@ -32,7 +32,7 @@ def list_jobs(
         typer.Option(
             "--state",
             metavar="STATE",
-            help="Only jobs that are queued, running, succeeded, failed or cancelled; may be repeated.",
+            help="List only jobs in this state: queued, running, succeeded, failed or cancelled. May be repeated.",
         ),
     ] = None,
     limit: Annotated[
@@ -47,7 +47,7 @@ def list_jobs(
     if json:
         emit_json({"jobs": [job_facts(job) for job in jobs]})
         return
-    # Narrow enough that in 80 columns only the model's name is ever cut.
+    # In 80 columns only the model's name may have to be shortened.
     table = Table(box=None, pad_edge=False, collapse_padding=True)
     for column in ("job", "state", "priority", "submitted", "model", "made"):
         table.add_column(column, no_wrap=column != "model")
@@ -72,7 +72,7 @@ def show(job: JobArgument, store_key: StoreKeyOption = None, json: JsonOption = 
 
 @app.command()
 def watch(job: JobArgument, store_key: StoreKeyOption = None, json: JsonOption = False) -> None:
-    """Stream a job's answer from its beginning until it ends; for an image, show its steps."""
+    """Stream a job's answer from its beginning until the job ends; for an image, show its progress."""
     with Store(store_path(), store_key) as store:
         show_output(store, store.get(job), None, json)
 
@@ -82,7 +82,7 @@ def result(
     job: JobArgument,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Where an image goes: a .png, .jpg or .webp file."),
+        typer.Option("--output", "-o", metavar="FILE", help="Where to write an image: a .png, .jpg or .webp file."),
     ] = None,
     store_key: StoreKeyOption = None,
     json: JsonOption = False,
@@ -94,13 +94,13 @@ def result(
             if output is None:
                 raise ConfigError(f"job {job} makes an image: give -o FILE")
             check_output(output)
-            write_image(picture(store, found), output)
+            write_image(image_output(store, found), output)
             if json:
                 emit_json(job_facts(found) | {"output": str(output)})
             else:
                 stderr.print(f"wrote {output}", soft_wrap=True)
             return
-        text = answer(store, found)
+        text = text_output(store, found)
     if output is not None:
         raise ConfigError(f"job {job} makes a text, which is printed: -o is for images")
     if json:
@@ -126,7 +126,7 @@ def prune(
     older_than: Annotated[
         str,
         typer.Option(
-            metavar="AGE", help="Remove jobs that ended longer ago than this: 90s, 30m, 12h or 7d; 0s for all."
+            metavar="AGE", help="Remove jobs that ended longer ago than this, e.g. 90s, 30m, 12h or 7d; 0s for all."
         ),
     ] = "7d",
     store_key: StoreKeyOption = None,
@@ -148,11 +148,11 @@ def _change(id_: str, store_key: Path | None, json: bool, change: Callable[[Stor
     if json:
         emit_json(job_facts(job))
     else:
-        stderr.print(f"{job.id} is {'cancelled soon' if job.cancelling else job.state}")
+        stderr.print(f"{job.id} {'will be cancelled soon' if job.cancelling else f'is {job.state}'}")
 
 
 def _made(job: Job) -> str:
-    """How far a job has come."""
+    """A job's progress, for the table."""
     if isinstance(job.task, ImageTask):
         return f"{job.steps} of {job.task.settings.steps} steps"
     return f"{job.tokens} tokens"

@@ -1,4 +1,4 @@
-"""Options that several of the device's commands share."""
+"""Options that several commands of the device share."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _TRAFFIC_PANEL = "Traffic"
 #: Default of `--give-up`, in seconds.
 GIVE_UP = 3600.0
 
-#: Seconds in the units of an age.
+#: Seconds in each unit of an age.
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def parse_age(text: str) -> int:
-    """Seconds of an age like `90s`, `30m`, `12h` or `7d`. Raises ConfigError."""
+    """An age like `90s`, `30m`, `12h` or `7d`, in seconds. Raises ConfigError."""
     match = re.fullmatch(r"(\d{1,9})([smhd])", text.strip(), re.ASCII)
     if not match:
         raise ConfigError(f"invalid age {text!r}: expected a number with s, m, h or d, e.g. 12h or 7d")
@@ -114,7 +114,9 @@ CutOption = Annotated[
 ]
 CodecOption = Annotated[
     Literal["none", "fp16", "int8", "int4"],
-    typer.Option(rich_help_panel=_TRAFFIC_PANEL, help="How hidden states are compressed; none sends them as is."),
+    typer.Option(
+        rich_help_panel=_TRAFFIC_PANEL, help="How hidden states are compressed; none sends them unchanged."
+    ),
 ]
 ReuseOption = Annotated[
     float,
@@ -122,8 +124,8 @@ ReuseOption = Annotated[
         parser=parse_reuse,
         metavar="N|SHARE",
         rich_help_panel=_TRAFFIC_PANEL,
-        help="When to call the worker. From 1: at every N-th step only. Below 1, like 0.05: only when its input "
-        "has changed by more than this share since the last call. Other steps reuse its last output. 1 is exact.",
+        help="When to call the worker. N, from 1 up: at every N-th step. SHARE, below 1: when its input has "
+        "changed by more than this share since the last call. Other steps reuse the last output. 1 is exact.",
     ),
 ]
 
@@ -135,7 +137,7 @@ PatienceOption = Annotated[
         min=0.0,
         metavar="SECONDS",
         rich_help_panel=QUEUE_PANEL,
-        help="How long to wait while all workers are full, or none is left to take over.",
+        help="How long to wait for a worker while all are full, or none is left to take over.",
     ),
 ]
 StepTimeoutOption = Annotated[
@@ -145,7 +147,7 @@ StepTimeoutOption = Annotated[
         min=1.0,
         metavar="SECONDS",
         rich_help_panel=QUEUE_PANEL,
-        help="How long a worker may take to answer before another one is tried, if there is one.",
+        help="How long to wait for a worker's answer before another worker is tried, if there is one.",
     ),
 ]
 HistoryOption = Annotated[
@@ -171,7 +173,7 @@ StoreKeyOption = Annotated[
         envvar="LAMBDA_SPLIT_STORE_KEY",
         rich_help_panel=STORE_PANEL,
         help="Encrypt prompts and answers on disk under the key in this file. The file is made with the first job, "
-        "and needed from then on.",
+        "and is needed from then on.",
     ),
 ]
 MaxJobsOption = Annotated[
@@ -213,7 +215,7 @@ GiveUpOption = Annotated[
         min=0.0,
         metavar="SECONDS",
         rich_help_panel=STORE_PANEL,
-        help="How long to keep trying while there is no broker or no worker; then jobs fail.",
+        help="How long to retry jobs while there is no broker or no worker; then they fail.",
     ),
 ]
 KeepOption = Annotated[
@@ -222,6 +224,6 @@ KeepOption = Annotated[
         "--keep",
         metavar="AGE",
         rich_help_panel=STORE_PANEL,
-        help="Remove jobs that ended longer ago than this, like 12h or 7d. Default: keep them until `jobs prune`.",
+        help="Remove jobs that ended longer ago than this, e.g. 12h or 7d. Default: keep them until `jobs prune`.",
     ),
 ]

@@ -19,10 +19,10 @@ from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm, wait_until_set
 from split_device.cli.groups import ConnectionOptions, ImageModelOptions, LimitOptions, TextModelOptions
 from split_device.jobs.job import ImageChoice, ModelChoice
-from split_device.openai.listener import HOST, answering, listening
+from split_device.openai.listener import HOST, listening, running_server
 
-#: Options that are for images only.
-_OF_IMAGES = ("--cut", "--codec", "--reuse", "--max-images")
+#: Options for images only.
+_IMAGE_OPTIONS = ("--cut", "--codec", "--reuse", "--max-images")
 
 
 @grouped
@@ -40,7 +40,8 @@ def serve(
         typer.Option(
             envvar="LAMBDA_SPLIT_API_KEY",
             metavar="KEY",
-            help="Key that clients must send. Better in the environment: other users see a command's options.",
+            help="Key that clients must send. Better set it in the environment, because other users can see the "
+            "options of a command.",
         ),
     ] = None,
     image_model: Annotated[
@@ -57,7 +58,7 @@ def serve(
     """Serve split models to OpenAI's clients on this machine, many requests at once, until Ctrl-C or SIGTERM.
 
     Offers /v1/chat/completions, /v1/completions, /v1/images/generations, /v1/models, /health and, at /, a page to
-    chat in a browser. Needs `lambda-split[serve]`. With --json one object is printed when it is ready.
+    chat in a browser. Needs `lambda-split[serve]`. With --json, one object is printed when the server is ready.
     """
     passive_threads()
     if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:
@@ -68,7 +69,7 @@ def serve(
     image_choice = None
     if image_model is not None:
         image_choice = dataclasses.replace(images, pipeline=image_model).choice()
-    elif ignored := given(context, _OF_IMAGES):
+    elif ignored := given(context, _IMAGE_OPTIONS):
         raise ConfigError(f"{ignored[0]} needs --image-model")
     choice = model.choice() if model.model is not None or image_choice is None else None
     name, image_name = _name(choice), _name(image_choice)
@@ -80,14 +81,16 @@ def serve(
 
         with Models(connection, limits) as models:
             completions = Completions(models.get(choice), choice, name) if choice and name else None
-            painting = Images(models.painter(image_choice), image_name) if image_choice and image_name else None
-            with answering(CompletionServer(completions, painting, api_key).app(), listener, stop):
+            image_endpoint = (
+                Images(models.pipeline(image_choice), image_name) if image_choice and image_name else None
+            )
+            with running_server(CompletionServer(completions, image_endpoint, api_key).app(), listener, stop):
                 _announce(f"http://{HOST}:{listener.getsockname()[1]}/", name, image_name, json)
                 wait_until_set(stop)
 
 
 def _announce(page: str, name: str | None, image_name: str | None, json: bool) -> None:
-    """Says what is served, and where."""
+    """Prints what is served, and where."""
     if json:
         emit_json({"url": f"{page}v1", "page": page, "model": name, "image_model": image_name, "pid": os.getpid()})
     served = " and ".join(each for each in (name, image_name) if each)
@@ -95,7 +98,7 @@ def _announce(page: str, name: str | None, image_name: str | None, json: bool) -
 
 
 def _name(choice: ModelChoice | ImageChoice | None) -> str | None:
-    """What clients call a model."""
+    """The name by which clients choose a model."""
     if choice is None:
         return None
     return Path(choice.name).name if Path(choice.name).is_dir() else choice.name

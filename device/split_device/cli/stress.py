@@ -19,10 +19,7 @@ from split_common.system.process import passive_threads
 from split_common.transport.address import is_redis
 from split_device.cli.options import HeadOption, TailOption
 from split_device.images.settings import need_diffusers
-from split_device.stress.plan import StressPlan, TransportName, Workload, WorkloadKind
-
-#: Kinds of faults.
-KINDS = ("kill", "stop", "broker", "lag", "drop", "corrupt")
+from split_device.stress.plan import FAULTS, NETWORK_FAULTS, StressPlan, TransportName, Workload, WorkloadKind
 
 _PLAN = Group(
     devices=Annotated[int, typer.Option(min=1, metavar="N", help="Number of device processes.")],
@@ -32,12 +29,12 @@ _PLAN = Group(
         typer.Option(
             min=1,
             metavar="SECONDS",
-            help="Make requests for this long instead, however many; those that have begun are finished.",
+            help="Make requests for this long, instead of --requests; those in progress are then finished.",
         ),
     ],
     workload=Annotated[
         Workload,
-        typer.Option(help="What devices ask for; mixed: images for every other device and worker."),
+        typer.Option(help="What devices generate; mixed alternates texts and images from device to device."),
     ],
     workers=Annotated[
         int,
@@ -60,7 +57,7 @@ _PLAN = Group(
         typer.Option(
             metavar="MODEL",
             rich_help_panel=MODEL_PANEL,
-            help="Compare with this unsplit checkpoint instead of the same one.",
+            help="Compare with this unsplit checkpoint, instead of that of --model.",
         ),
     ],
     head_layers=HeadOption,
@@ -71,7 +68,7 @@ _PLAN = Group(
     broker=Annotated[
         str | None,
         typer.Option(
-            metavar="ADDRESS", rich_help_panel=QUEUE_PANEL, help="Join the queue at this address and start none."
+            metavar="ADDRESS", rich_help_panel=QUEUE_PANEL, help="Use the queue at this address, and start none."
         ),
     ],
     keys=KeysOption,
@@ -85,7 +82,7 @@ def stress(
         str | None,
         typer.Option(
             metavar="KINDS",
-            help="Faults, separated by commas: kill and stop (workers), broker (killed and started again), lag, "
+            help="Faults, separated by commas: kill and stop (workers), broker (killed and restarted), lag, "
             "drop and corrupt (connections); or none. Default: all that are possible.",
         ),
     ] = None,
@@ -97,12 +94,12 @@ def stress(
 ) -> None:
     """Run a fleet of processes under faults, and compare every output with the unsplit model's.
 
-    Starts a queue, workers and devices on this machine. Workers are killed (SIGKILL) and stopped (SIGSTOP) and the
-    queue's server is killed; all are started again. Connections pass a proxy that delays, resets, truncates,
-    swallows and corrupts. When the faults happen is drawn from the seed. The first Ctrl-C ends the requests, a
-    second one ends everything.
+    Starts a queue, workers and devices on this machine. Workers are killed (SIGKILL) and stopped (SIGSTOP), and the
+    queue's server is killed; all are restarted. Connections pass a proxy that delays, resets, truncates, swallows
+    and corrupts. The times of the faults are drawn from the seed. The first Ctrl-C ends the requests, a second one
+    ends everything.
 
-    In the report, *lost* counts requests that ended with an error, or with their process, or not at all;
+    In the report, *lost* counts requests that ended with an error or with their process, or that did not end;
     *duplicated* counts outputs beyond the first to one request, and outputs with more tokens than the unsplit
     model's; *mismatched* counts outputs that differ from the unsplit model's: texts in any token, images in latents
     by more than 1e-5 of their largest number (images that share a forward round differently). The exit code is 1 if
@@ -126,7 +123,7 @@ def stress(
         stdout().print(table(report))
     if plot is not None:
         draw(plot, outcome.ledger, outcome.chaos, report.seconds)
-        stderr.print(f"drawn: {plot}", soft_wrap=True)
+        stderr.print(f"wrote {plot}", soft_wrap=True)
     if not report.sound or not report.completed:
         raise typer.Exit(1)
     if report.interrupted:
@@ -164,15 +161,17 @@ def stress_device(
 
 
 def _checked(plan: StressPlan, chaos: str | None) -> StressPlan:
-    """The plan, with all that follows from its options. Raises ConfigError if they do not go together."""
+    """The plan, with the values that follow from others. Raises ConfigError if options contradict each other."""
     if plan.workers == 0 and plan.broker is None:
-        raise ConfigError("--workers 0 needs --broker: without it, the only workers are those started here")
+        raise ConfigError("--workers 0 needs --broker: a queue that is started here has no other workers")
     if plan.workers == 0 and plan.model is None:
-        raise ConfigError("--workers 0 needs --model: the workers there do not serve a random one")
+        raise ConfigError("--workers 0 needs --model: running workers do not serve the small random model")
     if plan.keys is not None and plan.broker is None:
         raise ConfigError("--keys needs --broker: a fleet that is started here has its own keys")
     if plan.workload == "mixed" and (plan.model is not None or plan.workers < 2):
-        raise ConfigError("--workload mixed runs two small models of its own: it needs 2 workers, and no --model")
+        raise ConfigError(
+            "--workload mixed uses two small random models: give at least 2 --workers, and no --model"
+        )
     if plan.workload != "text":
         need_diffusers()
     return dataclasses.replace(
@@ -195,15 +194,15 @@ def parse_chaos(text: str | None, has_workers: bool, broker: str | None) -> list
         **(
             {}
             if broker is None or broker.startswith(("tcp://", "zmq://", "redis://"))
-            else dict.fromkeys(("lag", "drop", "corrupt"), f"no proxy can be put before {broker}")
+            else dict.fromkeys(NETWORK_FAULTS, f"no proxy can be put before {broker}")
         ),
     }
     if text is None:
-        return [kind for kind in KINDS if kind not in impossible]
+        return [kind for kind in FAULTS if kind not in impossible]
     kinds = [kind.strip() for kind in text.split(",") if kind.strip()]
     for kind in kinds if kinds != ["none"] else []:
-        if kind not in KINDS:
-            raise ConfigError(f"invalid --chaos {kind}: expected {', '.join(KINDS)} or none")
+        if kind not in FAULTS:
+            raise ConfigError(f"invalid --chaos {kind}: expected {', '.join(FAULTS)} or none")
         if kind in impossible:
             raise ConfigError(f"--chaos {kind}: {impossible[kind]}")
     return [] if kinds == ["none"] else list(dict.fromkeys(kinds))

@@ -1,4 +1,4 @@
-"""`lambda-split submit`: asking for a text or an image now, and coming back for it."""
+"""`lambda-split submit`: adds a job for a text or an image, which the agent runs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from split_device.jobs.agent import running_agent
 from split_device.jobs.job import AnyTask, ImageTask, Message, Task
 from split_device.jobs.store import Store, store_path
 
-#: Options of `submit` that are for texts only, and for images only.
-_OF_TEXTS = (
+#: Options for texts only, and for images only.
+_TEXT_OPTIONS = (
     "--max-tokens",
     "--temperature",
     "--top-p",
@@ -44,7 +44,7 @@ _OF_TEXTS = (
     "--head-layers",
     "--tail-layers",
 )
-_OF_IMAGES = ("--output", "--steps", "--size", "--guidance", "--negative", "--cut", "--codec", "--reuse")
+_IMAGE_OPTIONS = ("--output", "--steps", "--size", "--guidance", "--negative", "--cut", "--codec", "--reuse")
 
 
 @grouped
@@ -58,8 +58,8 @@ def submit(
     file: Annotated[
         str | None, typer.Option("--file", metavar="FILE", help="Read the prompt from a file; `-` is stdin.")
     ] = None,
-    image: Annotated[bool, typer.Option("--image", help="Ask for an image instead of a text.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Stream the answer, and end with it.")] = False,
+    image: Annotated[bool, typer.Option("--image", help="Make an image instead of a text.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Stream the answer, and end when the job ends.")] = False,
     model: Annotated[
         str | None,
         typer.Option(
@@ -77,7 +77,12 @@ def submit(
     raw: RawOption = False,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="With --image and --wait: a .png, .jpg or .webp file."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Where to write the image: a .png, .jpg or .webp file. Needs --image and --wait.",
+        ),
     ] = None,
     priority: Annotated[
         int, typer.Option(metavar="N", rich_help_panel=STORE_PANEL, help="Jobs of higher priority run first.")
@@ -87,38 +92,30 @@ def submit(
         typer.Option(
             metavar="KEY",
             rich_help_panel=STORE_PANEL,
-            help="A name for the job: if a job with this key exists, no second one is submitted.",
+            help="A name for the job. If a job with this key exists, its id is printed and none is added.",
         ),
     ] = None,
     store_key: StoreKeyOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Ask for an answer to a prompt, or with --image for an image, and print the job's id.
+    """Submit a prompt for an answer, or with --image for an image, and print the job's id.
 
-    `lambda-split agent start` runs it. It is kept on this machine's disk, readable by this user alone, until
-    `jobs prune` removes it.
+    The agent, started by `lambda-split agent start`, runs the job. Prompt and answer stay on this machine's disk,
+    readable by this user only, until `jobs prune` removes them.
     """
     text = _prompt(prompt, file)
     _check_kind(context, image)
     if raw and system:
         raise ConfigError("--raw and --system do not go together: a raw prompt has no messages")
     if output is not None:
-        if not wait:
-            raise ConfigError("-o needs --wait; later, `lambda-split jobs result JOB -o FILE` writes the image")
-        check_output(output)
+        _check_output(output, wait)
     if wait and running_agent() is None:
         raise AgentError("no agent runs, so nothing was submitted: start one with `lambda-split agent start`")
     task: AnyTask
     if image:
-        pipeline = model or os.environ.get(IMAGE_MODEL)
-        task = _image_task(
-            text,
-            dataclasses.replace(image_model, pipeline=pipeline),
-            dataclasses.replace(picture, seed=sampling.seed),
-        )
+        task = _image_task(text, model, image_model, dataclasses.replace(picture, seed=sampling.seed))
     else:
-        text_model = dataclasses.replace(text_model, model=model or os.environ.get("LAMBDA_SPLIT_MODEL"))
-        task = _text_task(text, text_model, sampling, tuple(stop or ()), system, raw)
+        task = _text_task(text, model, text_model, sampling, tuple(stop or ()), system, raw)
     with Store(store_path(), store_key) as store:
         job = store.submit(task, priority, key)
         if wait:
@@ -128,30 +125,44 @@ def submit(
             emit_json(job_facts(job))
         else:
             print(job.id)
-        if running_agent() is None:
-            stderr.print("no agent runs: `lambda-split agent start` starts one")
+    if running_agent() is None:
+        stderr.print("no agent runs: `lambda-split agent start` starts one")
 
 
 def _text_task(
-    text: str, model: TextModel, sampling: Sampling, stop: tuple[str, ...], system: str | None, raw: bool
+    text: str,
+    model: str | None,
+    options: TextModel,
+    sampling: Sampling,
+    stop: tuple[str, ...],
+    system: str | None,
+    raw: bool,
 ) -> Task:
     messages = (*((Message("system", system),) if system else ()), Message("user", text))
-    return Task(model=model.choice(), prompt=text if raw else messages, sampling=sampling, stop=stop)
+    choice = dataclasses.replace(options, model=model or os.environ.get("LAMBDA_SPLIT_MODEL")).choice()
+    return Task(model=choice, prompt=text if raw else messages, sampling=sampling, stop=stop)
 
 
-def _image_task(text: str, model: ImageModel, picture: Picture) -> ImageTask:
-    choice = model.choice()
+def _image_task(text: str, model: str | None, options: ImageModel, picture: Picture) -> ImageTask:
+    choice = dataclasses.replace(options, pipeline=model or os.environ.get(IMAGE_MODEL)).choice()
     return ImageTask(model=choice, prompt=text, settings=picture.settings(choice.name))
 
 
+def _check_output(output: Path, wait: bool) -> None:
+    """Raises ConfigError if the image cannot be written there, or not by this command."""
+    if not wait:
+        raise ConfigError("-o needs --wait; later, `lambda-split jobs result JOB -o FILE` writes the image")
+    check_output(output)
+
+
 def _check_kind(context: typer.Context, image: bool) -> None:
-    """Raises ConfigError for an option of the other kind."""
-    for option in given(context, _OF_TEXTS if image else _OF_IMAGES):
+    """Raises ConfigError for an option of texts if the job is an image, and the reverse."""
+    for option in given(context, _TEXT_OPTIONS if image else _IMAGE_OPTIONS):
         raise ConfigError(f"{option} is for texts: leave --image out" if image else f"{option} needs --image")
 
 
 def _prompt(prompt: str | None, file: str | None) -> str:
-    """Raises ConfigError."""
+    """The prompt from the command line, a file or stdin. Raises ConfigError."""
     if (prompt is None) == (file is None):
         raise ConfigError("give either a prompt or --file")
     try:

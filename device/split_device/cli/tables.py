@@ -20,7 +20,7 @@ def parts_table(name: str, rows: list[Any]) -> Table:
 
 
 def timings_table(prompt_ms: dict[str, float], token_ms: dict[str, float]) -> Table:
-    """Milliseconds of each stage: of the prompt, and the mean of the tokens after the first."""
+    """A table of milliseconds by stage: for the prompt, and the mean of the tokens after the first."""
     table = Table("stage", title="milliseconds")
     table.add_column("prompt", justify="right")
     table.add_column("each token", justify="right")

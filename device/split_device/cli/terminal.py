@@ -1,4 +1,4 @@
-"""Answers and progress in a terminal, while they come."""
+"""Streams answers and progress to a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from split_common.system.console import stderr
 
 @contextlib.contextmanager
 def answer_line(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Prints an answer as it comes, and ends its line, however the answer ends."""
+    """Yields a function that prints text as it arrives. Ends the line afterwards, also after an error."""
     begun = False
 
     def print_now(text: str) -> None:
@@ -28,7 +28,7 @@ def answer_line(quiet: bool) -> Iterator[Callable[[str], None]]:
 
 @contextlib.contextmanager
 def step_progress(steps: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr; yields a function that takes the steps that are done, and all steps."""
+    """A progress bar on stderr; yields a function of the number of steps done, and of all steps."""
     from rich.progress import MofNCompleteColumn, Progress
 
     with Progress(

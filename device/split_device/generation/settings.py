@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+#: torch's generators take seeds modulo this.
+SEED_BOUND = 2**64
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -1,1 +1,1 @@
-"""Image models: the device's blocks of a UNet, and what takes the body's place among them."""
+"""Images: their settings, and the pipeline that generates them with a split denoiser."""

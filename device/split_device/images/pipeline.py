@@ -15,11 +15,9 @@ from diffusers import SchedulerMixin
 from transformers import PreTrainedTokenizerBase
 
 from split_common.errors import ConfigError, ModelError, SplitError
+from split_device.generation.settings import SEED_BOUND
 from split_device.images.settings import ImageSettings, check_size
 from split_device.models.denoiser import SplitDenoiser
-
-#: torch's generators take seeds modulo this.
-_SEEDS = 2**64
 
 #: Called on the image's thread with the number of steps done and the total.
 OnStep = Callable[[int, int], None]
@@ -35,15 +33,15 @@ class ImageGeneration:
     def __init__(self, make: Callable[[ImageGeneration], Any]) -> None:
         #: The Pillow image, or the error: `Cancelled` after `cancel`.
         self.future: Future[Any] = Future()
-        # Only `cancel` ends the image: abandoning the future must not.
+        # Only `cancel` ends the image; cancelling the future does not.
         self.future.set_running_or_notify_cancel()
         #: Number of steps done so far.
         self.steps = 0
-        self._abandon: Callable[[], None] | None = None
+        self._interrupt: Callable[[], None] | None = None
         #: Whether `cancel` was called.
         self.cancelled = False
         # Not a daemon thread: torch crashes if the interpreter exits under it. The caller cancels the image.
-        threading.Thread(target=self._run, args=(make,), name="painting").start()
+        threading.Thread(target=self._run, args=(make,), name="image-generation").start()
 
     @property
     def done(self) -> bool:
@@ -52,17 +50,17 @@ class ImageGeneration:
     def cancel(self) -> None:
         """Ends the image after its current step, which stops waiting for a worker."""
         self.cancelled = True
-        if (abandon := self._abandon) is not None:
-            abandon()
+        if (interrupt := self._interrupt) is not None:
+            interrupt()
 
     def check(self) -> None:
         """Raises Cancelled if the image was cancelled."""
         if self.cancelled:
             raise Cancelled
 
-    def holds(self, abandon: Callable[[], None]) -> None:
-        """Registers what interrupts a step that waits for a worker. Raises Cancelled if the image was cancelled."""
-        self._abandon = abandon
+    def interrupt_with(self, interrupt: Callable[[], None]) -> None:
+        """Sets what interrupts a step that waits for a worker. Raises Cancelled if the image was cancelled."""
+        self._interrupt = interrupt
         self.check()
 
     def _run(self, make: Callable[[ImageGeneration], Any]) -> None:
@@ -96,25 +94,25 @@ class ImagePipeline:
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
         pipeline = _load(directory, denoiser, from_image)
         for _ in range(at_once):
-            self._idle.put(_own(pipeline))
+            self._idle.put(_private_copy(pipeline))
 
     def start(self, prompt: str, settings: ImageSettings) -> ImageGeneration:
         """Starts an image in its own thread. Raises ConfigError for a size that the model cannot make."""
         check_size(self._directory, settings)
 
-        def make(painting: ImageGeneration) -> Any:
-            with self._turn() as pipeline:
-                painting.holds(self.denoiser.session.abandon)
+        def make(generation: ImageGeneration) -> Any:
+            with self._borrowed() as pipeline:
+                generation.interrupt_with(self.denoiser.session.abandon)
 
                 def advance(steps: int, _total: int) -> None:
-                    painting.check()
-                    painting.steps = steps
+                    generation.check()
+                    generation.steps = steps
 
-                return _paint(pipeline, prompt, settings, advance)
+                return _generate(pipeline, prompt, settings, advance)
 
         return ImageGeneration(make)
 
-    def paint(self, prompt: str, settings: ImageSettings, on_step: OnStep | None = None, **more: Any) -> Any:
+    def generate(self, prompt: str, settings: ImageSettings, on_step: OnStep | None = None, **more: Any) -> Any:
         """Generates an image on the calling thread; returns it as a Pillow image.
 
         Args:
@@ -124,11 +122,11 @@ class ImagePipeline:
             ConfigError: the pipeline refuses an argument.
             SplitError: the worker or the queue failed, or the model cannot be split in this way.
         """
-        with self._turn() as pipeline:
-            return _paint(pipeline, prompt, settings, on_step, **more)
+        with self._borrowed() as pipeline:
+            return _generate(pipeline, prompt, settings, on_step, **more)
 
     @contextlib.contextmanager
-    def _turn(self) -> Iterator[Any]:
+    def _borrowed(self) -> Iterator[Any]:
         """Borrows a copy of the pipeline, waiting for one if all are in use."""
         pipeline = self._idle.get()
         try:
@@ -137,7 +135,7 @@ class ImagePipeline:
             self._idle.put(pipeline)
 
 
-def _paint(pipeline: Any, prompt: str, settings: ImageSettings, on_step: OnStep | None, **more: Any) -> Any:
+def _generate(pipeline: Any, prompt: str, settings: ImageSettings, on_step: OnStep | None, **more: Any) -> Any:
     def advance(used: Any, step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:
             on_step(step + 1, getattr(used, "num_timesteps", settings.steps))
@@ -145,20 +143,20 @@ def _paint(pipeline: Any, prompt: str, settings: ImageSettings, on_step: OnStep 
 
     options = settings.options() | more
     if settings.seed is not None:
-        options["generator"] = torch.Generator().manual_seed(settings.seed % _SEEDS)
+        options["generator"] = torch.Generator().manual_seed(settings.seed % SEED_BOUND)
     with _refused_input():
         return pipeline(prompt, callback_on_step_end=advance, **options).images[0]
 
 
-def _own(pipeline: Any) -> Any:
-    """A copy that shares the weights and owns every component that changes during a call."""
-    own = copy.copy(pipeline)
+def _private_copy(pipeline: Any) -> Any:
+    """A copy that shares the weights, and has its own copy of each component that changes during a call."""
+    private = copy.copy(pipeline)
     for name, part in pipeline.components.items():
         # A tokenizer stores its padding; a half-precision VAE may be upcast for decoding, and cast back.
         changes = isinstance(part, SchedulerMixin | PreTrainedTokenizerBase)
         if changes or (name == "vae" and part.dtype == torch.float16 and part.config.force_upcast):
-            setattr(own, name, copy.deepcopy(part))
-    return own
+            setattr(private, name, copy.deepcopy(part))
+    return private
 
 
 def _load(directory: str, denoiser: SplitDenoiser, from_image: bool) -> Any:
@@ -181,7 +179,7 @@ def _load(directory: str, denoiser: SplitDenoiser, from_image: bool) -> Any:
 
 @contextlib.contextmanager
 def _refused_input() -> Iterator[None]:
-    """Reports a pipeline's complaint about its arguments as a ConfigError."""
+    """Raises ConfigError instead of the ValueError with which a pipeline refuses its arguments."""
     try:
         yield
     except SplitError:

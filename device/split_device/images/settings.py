@@ -1,4 +1,4 @@
-"""How an image is made, and what it takes: settings, formats, the pipeline's directory."""
+"""Settings of images, their file formats, and checks before a pipeline is loaded."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from split_common.errors import ConfigError
 #: Environment variable with the default image model.
 IMAGE_MODEL = "LAMBDA_SPLIT_IMAGE_MODEL"
 
-#: Names of files, and what Pillow calls their formats.
+#: Pillow's name of the format, by the extension of a file.
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
-#: Pixels of an image's side, at most.
+#: Maximum width and height of an image, in pixels.
 MAX_SIDE = 4096
 
 
@@ -36,7 +36,7 @@ class ImageSettings:
     seed: int | None = None
 
     def options(self) -> dict[str, Any]:
-        """Arguments of a pipeline, but for the seed."""
+        """Arguments of a pipeline's call, except the seed."""
         chosen = {
             "num_inference_steps": self.steps,
             "width": self.width,
@@ -48,7 +48,7 @@ class ImageSettings:
 
 
 def parse_pixels(size: str) -> tuple[int, int]:
-    """Width and height of a size like `512x768` or `512`. Raises ConfigError."""
+    """Width and height, in pixels, of a size like `512x768` or `512`. Raises ConfigError."""
     match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", size, re.ASCII)
     if match is None:
         raise ConfigError(f"invalid size {size!r}: expected WIDTHxHEIGHT, e.g. 512x512")
@@ -88,7 +88,7 @@ def check_size(directory: str, settings: ImageSettings) -> None:
             f"{directory} is not the directory of a pipeline: it lacks a valid vae/config.json"
         ) from None
     scale = 2 ** (len(vae.block_out_channels) - 1)
-    # Pipelines of UNets want sides by 8, whatever their VAE; transformers take 2x2 of its pixels for one token.
+    # Pipelines of UNets need multiples of 8, whatever their VAE; a transformer's token is 2x2 latent pixels.
     multiple = max(8, scale) if (Path(directory) / "unet").is_dir() else 2 * scale
     for side in sides:
         if side not in range(multiple, MAX_SIDE + 1, multiple):
@@ -99,22 +99,22 @@ def check_size(directory: str, settings: ImageSettings) -> None:
 
 
 def image_format(name: str) -> str:
-    """What Pillow calls the format of a file of this name. Raises ConfigError."""
-    ending = name[name.rfind(".") :].lower()
-    if ending not in FORMATS:
+    """Pillow's name of the format of a file. Raises ConfigError if the extension is unknown."""
+    extension = name[name.rfind(".") :].lower()
+    if extension not in FORMATS:
         raise ConfigError(f"invalid image file {name!r}: expected a name ending in {', '.join(FORMATS)}")
-    return FORMATS[ending]
+    return FORMATS[extension]
 
 
 def image_bytes(image: Any, format_: str = "PNG") -> bytes:
-    """An image of Pillow as a file."""
+    """The content of a file with this Pillow image."""
     content = io.BytesIO()
     image.save(content, format_)
     return content.getvalue()
 
 
 def check_output(path: Path) -> None:
-    """Raises ConfigError if no image could be written to this path, before any work is done for it."""
+    """Raises ConfigError if an image cannot be written to this path. Called before any work is done for it."""
     image_format(path.name)
     directory = path.absolute().parent
     if not directory.is_dir():

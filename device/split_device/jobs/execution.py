@@ -29,7 +29,7 @@ class JobExecution:
         raise NotImplementedError
 
     def cancel(self) -> None:
-        """Interrupts the job, which then ends soon."""
+        """Interrupts the job, which ends soon afterwards."""
         raise NotImplementedError
 
     def collect(self) -> bool:
@@ -40,8 +40,8 @@ class JobExecution:
         """Puts the end of the job into `update`, or returns the error with which it failed."""
         raise NotImplementedError
 
-    def broken_off(self) -> None:
-        """Records an interruption: the job runs again, unless a user cancelled it."""
+    def record_interruption(self) -> None:
+        """Puts an interruption into `update`: the job runs again, unless a user cancelled it."""
         self.update.state = "cancelled" if self.cancelled else "queued"
 
 
@@ -83,7 +83,7 @@ class TextExecution(JobExecution):
             self._generation.cancel()
 
     def collect(self) -> bool:
-        came = not self._tokens.empty()
+        arrived = not self._tokens.empty()
         while not self._tokens.empty():
             token, sampler = self._tokens.get()
             if not self._text.stopped:
@@ -92,7 +92,7 @@ class TextExecution(JobExecution):
                 self.update.sampler = sampler
         if self._text.stopped and not self.done:
             self.cancel()
-        return came
+        return arrived
 
     def conclude(self) -> BaseException | None:
         generation = self._generation
@@ -105,7 +105,7 @@ class TextExecution(JobExecution):
         elif generation.finish_reason == "length":
             self._succeed("length")
         else:
-            self.broken_off()
+            self.record_interruption()
         return None
 
     def _succeed(self, reason: JobFinishReason) -> None:
@@ -115,32 +115,32 @@ class TextExecution(JobExecution):
 
 
 class ImageExecution(JobExecution):
-    """An image. It starts over whenever its job runs; the seed makes the result the same."""
+    """An image. It starts over whenever its job runs; the seed makes the results equal."""
 
-    def __init__(self, job: Job, task: ImageTask, painter: ImagePipeline) -> None:
+    def __init__(self, job: Job, task: ImageTask, pipeline: ImagePipeline) -> None:
         super().__init__(job)
         self._steps = self.update.steps = 0
-        self._painting = painter.start(task.prompt, task.settings)
+        self._generation = pipeline.start(task.prompt, task.settings)
 
     @property
     def done(self) -> bool:
-        return self._painting.done
+        return self._generation.done
 
     def cancel(self) -> None:
-        self._painting.cancel()
+        self._generation.cancel()
 
     def collect(self) -> bool:
-        if self._painting.steps == self._steps:
+        if self._generation.steps == self._steps:
             return False
-        self._steps = self.update.steps = self._painting.steps
+        self._steps = self.update.steps = self._generation.steps
         return True
 
     def conclude(self) -> BaseException | None:
-        error = self._painting.future.exception()
-        if error is not None and self._painting.cancelled:
-            self.broken_off()
+        error = self._generation.future.exception()
+        if error is not None and self._generation.cancelled:
+            self.record_interruption()
             return None
         if error is None:
-            self.update.image = image_bytes(self._painting.future.result())
+            self.update.image = image_bytes(self._generation.future.result())
             self.update.state = "succeeded"
         return error

@@ -1,4 +1,4 @@
-"""Follows a job that another process runs."""
+"""Follows a job that another process runs, and reads its output."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def follow(
         time.sleep(POLL_INTERVAL)
 
 
-def answer(store: Store, job: Job) -> str:
+def text_output(store: Store, job: Job) -> str:
     """The text of a succeeded job. Raises JobsError for any other job."""
     if job.kind != "text":
         raise JobsError(f"job {job.id} makes an image, not a text")
@@ -57,7 +57,7 @@ def answer(store: Store, job: Job) -> str:
     return store.progress(job.id).text
 
 
-def picture(store: Store, job: Job) -> bytes:
+def image_output(store: Store, job: Job) -> bytes:
     """The image of a succeeded job, as a PNG file. Raises JobsError for any other job."""
     if job.kind != "image":
         raise JobsError(f"job {job.id} makes a text, not an image")

@@ -1,4 +1,4 @@
-"""Jobs: what is asked for, and what has become of it."""
+"""Jobs: their tasks, states, progress and results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 
 from split_common.models.demo_model import resolve_model
-from split_common.models.split import END_LAYERS
+from split_common.models.split import DEFAULT_CUT, END_LAYERS
 from split_device.generation.settings import Sampling
 from split_device.images.settings import ImageSettings
 
@@ -32,7 +32,10 @@ class ModelChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def checkpoint(model: str | None) -> str:
-    """The name for a `ModelChoice`, valid in whichever process and directory loads it; the demo model's for None.
+    """The name for a `ModelChoice`: absolute for a directory, so that any process can load it.
+
+    Args:
+        model: a directory or hub id; None for the demo model.
 
     Raises:
         ModelError: the demo model is missing and cannot be made.
@@ -45,7 +48,7 @@ class ImageChoice(msgspec.Struct, frozen=True, kw_only=True):
     """The directory of a pipeline, how its denoiser is cut, and how hidden states are encoded."""
 
     name: str
-    cut: str = "C"
+    cut: str = DEFAULT_CUT
     codec: str = "none"
     reuse: float = 1
     dtype: str = "auto"
@@ -73,7 +76,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
 
     @property
     def needs_seed(self) -> bool:
-        """Whether the output would differ each time for want of a seed."""
+        """Whether the output would differ from run to run unless a seed is drawn."""
         return bool(self.sampling.temperature) and self.seed is None
 
     def with_seed(self, seed: int | None) -> Task:
@@ -93,7 +96,7 @@ class ImageTask(msgspec.Struct, frozen=True, kw_only=True, tag="image"):
 
     @property
     def needs_seed(self) -> bool:
-        """Whether the output would differ each time for want of a seed."""
+        """Whether the output would differ from run to run unless a seed is drawn."""
         return self.seed is None
 
     def with_seed(self, seed: int | None) -> ImageTask:
@@ -145,7 +148,7 @@ class JobProgress(msgspec.Struct, frozen=True):
 
 
 class Update(msgspec.Struct, kw_only=True):
-    """What has changed in a job since it was last written."""
+    """The changes of a job since it was last written."""
 
     id: str
     piece: TextPiece = TextPiece()

@@ -1,4 +1,4 @@
-"""Models that run jobs: each is loaded once, with a generator of its own."""
+"""Models that run jobs. Each is loaded once, and has its own generator or pipeline."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from split_common.models.layer_stack import max_positions
 from split_common.system.signals import interrupt_on_sigterm
 from split_device.generation.generator import Generator, Request
 from split_device.generation.limits import Limits
+from split_device.generation.settings import SEED_BOUND
 from split_device.generation.tokenizing import encode_chat, encode_text, end_tokens, load_tokenizer, pad_token
 from split_device.images.settings import need_diffusers
 from split_device.jobs.job import ImageChoice, JobProgress, ModelChoice, Task
@@ -22,9 +23,6 @@ from split_device.sessions.connection import Connection
 if TYPE_CHECKING:
     from split_device.images.pipeline import ImagePipeline
     from split_device.models.denoiser import SplitDenoiser
-
-#: Seeds of torch's generator are taken modulo this.
-_SEEDS = 2**64
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,12 @@ class Loaded:
         return end_tokens(self.model)
 
     def request(self, task: Task, progress: JobProgress, priority: int) -> Request:
-        """What the generator is asked for. Raises PromptTooLong, and ConfigError of the chat template."""
+        """The generator's request for a task.
+
+        Raises:
+            PromptTooLong: the prompt is empty, or leaves no room for an answer.
+            ConfigError: the chat template refuses the conversation.
+        """
         if isinstance(task.prompt, str):
             ids = encode_text(self.tokenizer, task.prompt)
         else:
@@ -59,7 +62,7 @@ class Loaded:
             pad_token_id=pad_token(self.tokenizer),
             **sampling.options(),
         )
-        seed = None if sampling.seed is None else sampling.seed % _SEEDS
+        seed = None if sampling.seed is None else sampling.seed % SEED_BOUND
         return Request(
             prompt,
             config,
@@ -97,13 +100,13 @@ def load_image_model(choice: ImageChoice, connection: Connection) -> SplitDenois
 
 
 class Models:
-    """Loads models when they are asked for first. A context manager, which closes them."""
+    """Loads each model when it is first used. A context manager, which closes them."""
 
     def __init__(self, connection: Connection, limits: Limits) -> None:
         self.limits = limits
         self._connection = connection
         self._loaded: dict[ModelChoice, Loaded] = {}
-        self._painters: dict[ImageChoice, ImagePipeline] = {}
+        self._pipelines: dict[ImageChoice, ImagePipeline] = {}
         self._stack = contextlib.ExitStack()
 
     def get(self, choice: ModelChoice) -> Loaded:
@@ -119,14 +122,14 @@ class Models:
         generator = self._stack.enter_context(Generator(model, limits=self.limits))
         return Loaded(model, tokenizer, generator)
 
-    def painter(self, choice: ImageChoice) -> ImagePipeline:
+    def pipeline(self, choice: ImageChoice) -> ImagePipeline:
         """Raises what `load_denoiser` and `ImagePipeline` raise."""
-        if choice not in self._painters:
+        if choice not in self._pipelines:
             with interrupt_on_sigterm():
-                self._painters[choice] = self._load_painter(choice)
-        return self._painters[choice]
+                self._pipelines[choice] = self._load_pipeline(choice)
+        return self._pipelines[choice]
 
-    def _load_painter(self, choice: ImageChoice) -> ImagePipeline:
+    def _load_pipeline(self, choice: ImageChoice) -> ImagePipeline:
         need_diffusers()
         from split_device.images.pipeline import ImagePipeline
 

@@ -18,16 +18,16 @@ log = logging.getLogger(__name__)
 #: Interval between two writes of progress, in seconds: the work that a killed process repeats.
 WRITE_INTERVAL = 0.2
 
-#: Delay before a model's jobs are tried again when it had no worker, in seconds: the first, and the longest.
+#: First and longest delay before the jobs of a model without a worker are tried again, in seconds.
 MIN_PAUSE = 1.0
 MAX_PAUSE = 30.0
 
 #: Errors that go away when a broker or a worker comes back.
-PASSING = (BrokerUnreachable, Busy, NoWorker, SessionLost)
+TRANSIENT = (BrokerUnreachable, Busy, NoWorker, SessionLost)
 
 
 @dataclass
-class _Trouble:
+class _Backoff:
     """A model without a worker or broker: since when, and when to try again (monotonic seconds)."""
 
     since: float
@@ -40,7 +40,7 @@ class JobRunner:
 
     Args:
         give_up: how long jobs of a model without worker or broker are retried before they fail, in seconds.
-        notice: called with the reason each time that jobs begin to wait.
+        notice: called with the reason when jobs begin to wait.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class JobRunner:
         self._give_up = give_up
         self._notice = notice
         self._running: dict[str, JobExecution] = {}
-        self._trouble: dict[AnyChoice, _Trouble] = {}
+        self._backoffs: dict[AnyChoice, _Backoff] = {}
 
     def turn(self) -> None:
         """Starts jobs up to the limits, cancels what users cancelled, and writes progress."""
@@ -77,9 +77,9 @@ class JobRunner:
     def _start(self, kind: JobKind, limit: int) -> None:
         room = limit - sum(running.job.kind == kind for running in self._running.values())
         now = time.monotonic()
-        waiting = [choice for choice, trouble in self._trouble.items() if trouble.until > now]
+        waiting = [choice for choice, backoff in self._backoffs.items() if backoff.until > now]
         for job in self._store.claim(room, waiting, kind) if room else ():
-            if self._waits(job.task.model):
+            if self._backs_off(job.task.model):
                 self._store.write([Update(id=job.id, state="queued")])
                 continue
             try:
@@ -91,7 +91,7 @@ class JobRunner:
 
     def _begin(self, job: Job) -> JobExecution:
         if isinstance(job.task, ImageTask):
-            return ImageExecution(job, job.task, self._models.painter(job.task.model))
+            return ImageExecution(job, job.task, self._models.pipeline(job.task.model))
         return TextExecution(job, job.task, self._models.get(job.task.model), self._store.progress(job.id))
 
     def _write(self) -> None:
@@ -99,7 +99,7 @@ class JobRunner:
         ended = [running for running in self._running.values() if running.done]
         for running in self._running.values():
             if running.collect():
-                self._trouble.pop(running.job.task.model, None)
+                self._backoffs.pop(running.job.task.model, None)
         for running in ended:
             error = running.conclude()
             if error is not None:
@@ -113,9 +113,13 @@ class JobRunner:
             del self._running[running.job.id]
 
     def _fail(self, job: Job, update: Update, error: BaseException) -> None:
-        """Requeues a job after a passing error; ends it after any other."""
+        """Requeues a job after a transient error; ends it after any other."""
         message = f"{type(error).__name__}: {error}"
-        if isinstance(error, PASSING) and not isinstance(error, StepFailed) and self._wait(job.task.model, message):
+        if (
+            isinstance(error, TRANSIENT)
+            and not isinstance(error, StepFailed)
+            and self._back_off(job.task.model, message)
+        ):
             update.state = "queued"
             return
         if not isinstance(error, SplitError):
@@ -123,18 +127,18 @@ class JobRunner:
         update.state = "failed"
         update.error = message
 
-    def _waits(self, choice: AnyChoice) -> bool:
-        trouble = self._trouble.get(choice)
-        return trouble is not None and trouble.until > time.monotonic()
+    def _backs_off(self, choice: AnyChoice) -> bool:
+        backoff = self._backoffs.get(choice)
+        return backoff is not None and backoff.until > time.monotonic()
 
-    def _wait(self, choice: AnyChoice, message: str) -> bool:
-        """Whether a model's jobs should keep waiting rather than fail."""
+    def _back_off(self, choice: AnyChoice, message: str) -> bool:
+        """Starts or extends a model's delay; returns False if its jobs have waited too long and should fail."""
         now = time.monotonic()
-        trouble = self._trouble.get(choice)
-        if trouble is None:
+        backoff = self._backoffs.get(choice)
+        if backoff is None:
             self._notice(f"jobs wait: {message}")
-            trouble = self._trouble[choice] = _Trouble(now, MIN_PAUSE, now + MIN_PAUSE)
-        elif trouble.until <= now:
-            trouble.pause = min(2 * trouble.pause, MAX_PAUSE)
-            trouble.until = now + trouble.pause
-        return now - trouble.since < self._give_up
+            backoff = self._backoffs[choice] = _Backoff(now, MIN_PAUSE, now + MIN_PAUSE)
+        elif backoff.until <= now:
+            backoff.pause = min(2 * backoff.pause, MAX_PAUSE)
+            backoff.until = now + backoff.pause
+        return now - backoff.since < self._give_up

@@ -1,21 +1,20 @@
-"""The jobs of a device, in an SQLite file that survives whatever happens to the processes that use it."""
+"""A device's jobs in an SQLite file, which survives crashes of the processes that use it."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from split_common.errors import ConfigError, JobsError, SplitError, StoreLocked, UnknownJob
-from split_common.system.files import private_dir, state_dir
+from split_common.errors import ConfigError, JobsError, StoreLocked, UnknownJob
+from split_common.system.files import state_dir
+from split_device.jobs.database import open_database, transaction
 from split_device.jobs.job import (
     FINAL,
     AnyChoice,
@@ -29,54 +28,9 @@ from split_device.jobs.job import (
     Update,
     kind_of,
 )
-from split_device.jobs.vault import Vault, make_key, read_key
-
-#: Version of the schema (`PRAGMA user_version`). A store of another version is refused.
-SCHEMA_VERSION = 2
-
-#: How long a write waits for another process to finish its own, in seconds.
-BUSY_TIMEOUT = 30.0
 
 #: Size of the seed that is drawn for a job without one, in bits. SQLite's integers are signed.
 SEED_BITS = 63
-
-#: A known text that the store keeps sealed, so that a wrong key is noticed when the store is opened.
-_MARK = b"lambda-split jobs"
-
-_SCHEMA = """
-CREATE TABLE mark (value BLOB NOT NULL);
-CREATE TABLE jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    key BLOB UNIQUE,
-    kind TEXT NOT NULL,
-    model TEXT NOT NULL,
-    state TEXT NOT NULL DEFAULT 'queued',
-    priority INTEGER NOT NULL,
-    created REAL NOT NULL,
-    started REAL,
-    finished REAL,
-    cancelling INTEGER NOT NULL DEFAULT 0,
-    task BLOB NOT NULL,
-    prompt_tokens INTEGER,
-    tokens INTEGER NOT NULL DEFAULT 0,
-    steps INTEGER NOT NULL DEFAULT 0,
-    finish_reason TEXT,
-    error BLOB,
-    sampler BLOB
-);
-CREATE INDEX queue ON jobs (state, kind, priority DESC, number);
-CREATE TABLE pieces (
-    job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
-    number INTEGER NOT NULL,
-    data BLOB NOT NULL,
-    PRIMARY KEY (job, number)
-) WITHOUT ROWID;
-CREATE TABLE images (
-    job TEXT PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE,
-    data BLOB NOT NULL
-);
-"""
 
 
 def store_path() -> Path:
@@ -99,51 +53,7 @@ class Store:
 
     def __init__(self, path: Path, key_file: Path | None = None) -> None:
         self.path = path
-        private_dir(path.parent)
-        try:
-            # SQLite gives its other two files the mode of this one.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            self._db = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None)
-        except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"{path} cannot be opened: {error}") from None
-        self._db.row_factory = sqlite3.Row
-        try:
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA foreign_keys = ON")
-            self._db.execute("PRAGMA secure_delete = ON")
-            with self._transaction():
-                self._vault = self._open(key_file)
-        except sqlite3.DatabaseError as error:
-            self.close()
-            raise ConfigError(f"{path} is not a store of jobs: {error}") from None
-        except SplitError:
-            self.close()
-            raise
-
-    def _open(self, key_file: Path | None) -> Vault:
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version not in (0, SCHEMA_VERSION):
-            raise ConfigError(f"{self.path} was made by another version of lambda-split")
-        if not version:
-            key = None
-            if key_file is not None:
-                key = read_key(key_file) if key_file.exists() else make_key(key_file)
-            vault = Vault(key)
-            for statement in _SCHEMA.split(";"):
-                self._db.execute(statement)
-            self._db.execute("INSERT INTO mark VALUES (?)", (vault.seal(_MARK, "mark"),))
-            self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            return vault
-        (mark,) = self._db.execute("SELECT value FROM mark").fetchone()
-        if (mark == _MARK) != (key_file is None):
-            wrong = "is sealed: name its key file" if key_file is None else "is not sealed: name no key file"
-            raise StoreLocked(f"{self.path} {wrong}")
-        vault = Vault(read_key(key_file) if key_file is not None else None)
-        try:
-            vault.open(mark, "mark")
-        except StoreLocked:
-            raise StoreLocked(f"{self.path} is sealed under another key than that of {key_file}") from None
-        return vault
+        self._db, self._vault = open_database(path, key_file)
 
     def close(self) -> None:
         self._db.close()
@@ -153,20 +63,6 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """An exclusive write transaction. Raises JobsError if the database cannot be written."""
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
-        except sqlite3.OperationalError as error:
-            raise JobsError(f"{self.path} cannot be written: {error}") from None
 
     # --- for users -----------------------------------------------------------------------------------------
 
@@ -181,7 +77,7 @@ class Store:
 
     def submit_all(self, tasks: Iterable[tuple[AnyTask, int, str | None]]) -> list[Job]:
         """Adds jobs in one transaction: all of them or none. Raises what `submit` raises."""
-        with self._transaction():
+        with transaction(self._db, self.path):
             return [self._submit(*entry) for entry in tasks]
 
     def _submit(self, task: AnyTask, priority: int, key: str | None) -> Job:
@@ -231,14 +127,14 @@ class Store:
         return int(tokens)
 
     def pieces(self, id_: str, skip: int = 0) -> list[TextPiece]:
-        """What a job has generated, without the first `skip` pieces."""
+        """The pieces of text that a job has generated, without the first `skip`."""
         query = "SELECT number, data FROM pieces WHERE job = ? AND number >= ? ORDER BY number"
         rows = self._db.execute(query, (id_, skip)).fetchall()
         return [self._decode(self._vault.open(data, f"{id_}/{number}"), TextPiece) for number, data in rows]
 
     def progress(self, id_: str) -> JobProgress:
-        """What a job has generated, and the state from which it continues. Raises UnknownJob."""
-        with self._transaction():
+        """The output of a job so far, and the state from which it continues. Raises UnknownJob."""
+        with transaction(self._db, self.path):
             row = self._db.execute("SELECT sampler FROM jobs WHERE id = ?", (id_,)).fetchone()
             pieces = self.pieces(id_)
         if row is None:
@@ -264,14 +160,14 @@ class Store:
             UnknownJob: there is no such job.
             JobsError: the job has ended.
         """
-        with self._transaction():
+        with transaction(self._db, self.path):
             job = self.get(id_)
             if job.state == "running":
                 self._db.execute("UPDATE jobs SET cancelling = 1 WHERE id = ?", (id_,))
             elif job.state == "queued":
                 self._end(id_, "cancelled")
             else:
-                raise JobsError(f"job {id_} has {job.state} already")
+                raise JobsError(f"job {id_} {'was' if job.state == 'cancelled' else 'has'} {job.state} already")
             return self.get(id_)
 
     def retry(self, id_: str) -> Job:
@@ -281,7 +177,7 @@ class Store:
             UnknownJob: there is no such job.
             JobsError: the job neither failed nor was cancelled.
         """
-        with self._transaction():
+        with transaction(self._db, self.path):
             job = self.get(id_)
             if job.state not in ("failed", "cancelled"):
                 raise JobsError(f"job {id_} is {job.state}: only a failed or cancelled job can be retried")
@@ -294,7 +190,7 @@ class Store:
     def prune(self, before: float, states: Sequence[State] = FINAL) -> int:
         """Removes jobs that ended before a time (seconds since the epoch); returns their number."""
         query = f"DELETE FROM jobs WHERE state IN ({_marks(states)}) AND finished < ?"
-        with self._transaction():
+        with transaction(self._db, self.path):
             removed = self._db.execute(query, (*states, before)).rowcount
         if removed:
             # The write-ahead log would keep the removed rows until it is overwritten.
@@ -303,7 +199,7 @@ class Store:
 
     def keep(self, ids: Collection[str]) -> None:
         """Removes all jobs except these."""
-        with self._transaction():
+        with transaction(self._db, self.path):
             for (id_,) in self._db.execute("SELECT id FROM jobs").fetchall():
                 if id_ not in ids:
                     self._db.execute("DELETE FROM jobs WHERE id = ?", (id_,))
@@ -312,7 +208,7 @@ class Store:
 
     def recover(self) -> int:
         """Requeues the jobs that a killed runner left running; returns their number."""
-        with self._transaction():
+        with transaction(self._db, self.path):
             for (id_,) in self._db.execute(
                 "SELECT id FROM jobs WHERE state = 'running' AND cancelling = 1"
             ).fetchall():
@@ -326,7 +222,7 @@ class Store:
             f"SELECT id FROM jobs WHERE state = 'queued' AND kind = ? AND model NOT IN ({_marks(names)}) "
             "ORDER BY priority DESC, number LIMIT ?"
         )
-        with self._transaction():
+        with transaction(self._db, self.path):
             ids = [id_ for (id_,) in self._db.execute(query, (kind, *names, limit))]
             for id_ in ids:
                 self._db.execute(
@@ -342,7 +238,7 @@ class Store:
 
     def write(self, updates: Iterable[Update]) -> None:
         """Stores the progress and the ends of jobs, in one transaction."""
-        with self._transaction():
+        with transaction(self._db, self.path):
             for update in updates:
                 self._write(update)
 

@@ -1,4 +1,4 @@
-"""Jobs from Python: `Device(…).submit(…)` or `ImageDevice(…).submit(…)`, and `await` what it gives."""
+"""Jobs from Python: `await Device(…).submit(…)` or `await ImageDevice(…).submit(…)` gives the output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from split_device.generation.settings import Sampling
 from split_device.images.settings import ImageSettings, check_size, pipeline_directory
-from split_device.jobs.follow import POLL_INTERVAL, answer, picture
+from split_device.jobs.follow import POLL_INTERVAL, image_output, text_output
 from split_device.jobs.job import (
     FINAL,
     AnyTask,
@@ -60,12 +60,12 @@ class Device:
         Args:
             stop: texts at which the answer ends.
             priority: jobs with a higher one run first.
-            key: if there is a job of this key, it is the one.
-            sampling: how tokens are chosen, and how many at most.
-            fields: instead of the sampling's: `max_tokens`, `temperature`, `top_p`, `top_k`, `seed`.
+            key: a name for the job. If there is a job with this key, it is returned instead of a new one.
+            sampling: how tokens are chosen, and their maximum number.
+            fields: replace fields of `sampling`: `max_tokens`, `temperature`, `top_p`, `top_k`, `seed`.
 
         Raises:
-            JobsError: the job of this key asks for something else.
+            JobsError: the job with this key asks for something else.
             ConfigError: the key is empty.
             StoreLocked, ConfigError: the store cannot be opened.
         """
@@ -76,7 +76,7 @@ class Device:
             sampling=dataclasses.replace(sampling or Sampling(), **fields),
             stop=tuple(stop),
         )
-        return _submit(task, priority, key, self._store_key, answer)
+        return _submit(task, priority, key, self._store_key, text_output)
 
 
 class ImageDevice:
@@ -106,17 +106,17 @@ class ImageDevice:
         Args:
             priority, key: as for `Device`.
             settings: how the image is made.
-            fields: instead of the settings': `steps`, `width`, `height`, `guidance`, `negative`, `seed`.
+            fields: replace fields of `settings`: `steps`, `width`, `height`, `guidance`, `negative`, `seed`.
 
         Raises:
-            JobsError: the job of this key asks for something else.
-            ConfigError: the model makes no image of this size, or the key is empty.
+            JobsError: the job with this key asks for something else.
+            ConfigError: the model cannot make an image of this size, or the key is empty.
             StoreLocked, ConfigError: the store cannot be opened.
         """
         settings = dataclasses.replace(settings or ImageSettings(), **fields)
         task = ImageTask(model=self._model, prompt=prompt, settings=settings)
         check_size(task.model.name, task.settings)
-        return _submit(task, priority, key, self._store_key, _opened)
+        return _submit(task, priority, key, self._store_key, _open_image)
 
 
 def _submit(
@@ -126,14 +126,14 @@ def _submit(
         return Submitted(store.submit(task, priority, key).id, store_key, output)
 
 
-def _opened(store: Store, job: Job) -> Image.Image:
+def _open_image(store: Store, job: Job) -> Image.Image:
     from PIL import Image
 
-    return Image.open(io.BytesIO(picture(store, job)))
+    return Image.open(io.BytesIO(image_output(store, job)))
 
 
 class Submitted(Generic[_T]):
-    """A job in the store. Awaiting it gives its output: a text, or an image of Pillow. So does `result`."""
+    """A job in the store. Awaiting it, like `result`, gives its output: a text or a Pillow image."""
 
     def __init__(self, id_: str, store_key: Path | None, output: Callable[[Store, Job], _T]) -> None:
         self.id = id_
@@ -141,31 +141,39 @@ class Submitted(Generic[_T]):
         self._output = output
 
     def job(self) -> Job:
-        """How it stands now. Raises UnknownJob."""
+        """The job as it is stored now. Raises UnknownJob."""
         with Store(store_path(), self._store_key) as store:
             return store.get(self.id)
 
     def cancel(self) -> None:
-        """Raises JobsError if it has ended."""
+        """Cancels the job. Raises JobsError if it has ended."""
         with Store(store_path(), self._store_key) as store:
             store.cancel(self.id)
 
     def result(self, timeout: float | None = None) -> _T:
-        """The output. Raises JobsError if the job failed or was cancelled, TimeoutError after so many seconds."""
+        """Waits for the output.
+
+        Args:
+            timeout: how long to wait, in seconds; None for no limit.
+
+        Raises:
+            JobsError: the job failed or was cancelled.
+            TimeoutError: the job has not ended in time.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not (found := self._found()):
+        while not (found := self._outputs()):
             if deadline is not None and time.monotonic() > deadline:
                 raise TimeoutError(f"job {self.id} has not ended after {timeout:g} s")
             time.sleep(POLL_INTERVAL)
         return found[0]
 
     def __await__(self) -> Generator[Any, None, _T]:
-        while not (found := self._found()):
+        while not (found := self._outputs()):
             yield from asyncio.sleep(POLL_INTERVAL).__await__()
         return found[0]
 
-    def _found(self) -> list[_T]:
-        """The output, once there is one."""
+    def _outputs(self) -> list[_T]:
+        """The output as the only item; nothing before the job has ended."""
         with Store(store_path(), self._store_key) as store:
             job = store.get(self.id)
             return [self._output(store, job)] if job.state in FINAL else []

@@ -16,7 +16,7 @@ KEY_BYTES = Aead.KEY_SIZE
 
 
 class Vault:
-    """XChaCha20-Poly1305 with the value's place as associated data. Without a key, values pass through unsealed."""
+    """XChaCha20-Poly1305 with a value's place in the store as associated data. Without a key nothing is sealed."""
 
     def __init__(self, key: bytes | None = None) -> None:
         self._aead = Aead(key) if key is not None else None

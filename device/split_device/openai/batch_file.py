@@ -1,7 +1,7 @@
 """A file of requests in OpenAI's batch format, and the file of their answers.
 
-The requests become jobs in a store of their own. What killed the process, a rerun finds there all that was done.
-The answers are written when all are there, in the order of the requests, in one step.
+The requests become jobs in a store of their own. If the process is killed, a rerun continues with what is stored.
+When all have ended, their answers are written at once, in the order of the requests.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from split_device.openai.responses import Choice, completion
 
 
 class BadLine(SplitError):
-    """A line that asks for nothing that can be done."""
+    """A line that is not a valid request."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A request of the file, or what is wrong with it."""
+    """A line of the file: a request, or the error in it."""
 
     number: int
     custom_id: str | None
     query: Query | None
     error: dict[str, Any] | None
-    #: Names the request across runs, wherever in the file it is.
+    #: Identifies the request across runs, wherever it is in the file.
     digest: str
 
     def keys(self) -> list[str]:
-        """One for each choice."""
+        """Keys of the request's jobs, one for each choice."""
         return [f"{self.digest}/{choice}" for choice in range(len(self.query.tasks) if self.query else 0)]
 
 
 def read(path: Path, model: ModelChoice) -> list[Line]:
-    """The lines of a file, but for empty ones. Raises ConfigError if it cannot be read."""
+    """The lines of a file, except empty ones. Raises ConfigError if it cannot be read."""
     try:
         raw = path.read_bytes().splitlines()
     except OSError as error:
@@ -62,7 +62,7 @@ def _line(number: int, text: bytes, model: ModelChoice, seen: set[str]) -> Line:
         fields = _fields(text)
         given = fields.get("custom_id")
         if not isinstance(given, str) or not given:
-            raise BadLine("custom_id is missing, or no text")
+            raise BadLine("custom_id is missing, or is not a string")
         custom_id = given
         if custom_id in seen:
             raise BadLine(f"an earlier line has the custom_id {custom_id!r}")
@@ -71,12 +71,12 @@ def _line(number: int, text: bytes, model: ModelChoice, seen: set[str]) -> Line:
             raise BadLine("method is not POST")
         kind = COMPLETION_PATHS.get(str(fields.get("url")))
         if kind is None:
-            raise BadLine(f"url is none of {', '.join(COMPLETION_PATHS)}")
+            raise BadLine(f"url is not one of {', '.join(COMPLETION_PATHS)}")
         query = parse(kind, fields.get("body"), model)
         if query.stream:
             raise BadLine("a line of a batch cannot be streamed")
         if query.logprobs is not None:
-            raise BadLine("a batch gives no logprobs")
+            raise BadLine("logprobs are not supported in a batch")
     except ApiError as error:
         query, failure = None, {"code": error.code or error.type, "message": str(error)}
     except BadLine as error:
@@ -109,9 +109,9 @@ class BatchJobs:
         ]
         ids = iter(job.id for job in store.submit_all(wanted))
         self._ids = [list(itertools.islice(ids, len(line.keys()))) for line in lines]
-        # Of an earlier run, with another file.
+        # Removes jobs of an earlier run with another file.
         store.keep({id_ for ids_ in self._ids for id_ in ids_})
-        # What stood in the way may be gone.
+        # The cause of the failure may be gone.
         for job in store.jobs(("failed",)):
             store.retry(job.id)
 
@@ -155,7 +155,7 @@ def _error(job: Job) -> dict[str, str]:
 
 
 def write(path: Path, records: Iterator[dict[str, Any]]) -> tuple[int, int]:
-    """Writes all records in one step; returns how many there are, and how many of them are errors."""
+    """Writes all records at once; returns their number, and how many of them are errors."""
     lines = []
     errors = 0
     for record in records:
@@ -166,7 +166,7 @@ def write(path: Path, records: Iterator[dict[str, Any]]) -> tuple[int, int]:
 
 
 def work_path(output: Path) -> Path:
-    """The store of the batch whose answers go to `output`."""
+    """The path of the store for the batch whose answers go to `output`."""
     name = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
     return state_dir() / "batches" / f"{name}.db"
 

@@ -18,7 +18,7 @@ from split_device.jobs.models import Loaded
 from split_device.openai.http import CLIENT_CLOSED_REQUEST, api_error, read_json, unless_disconnected
 from split_device.openai.requests import COMPLETION_PATHS, Query, check_model, parse
 from split_device.openai.responses import chunk, completion, usage_chunk
-from split_device.openai.streaming import Answering
+from split_device.openai.streaming import ChoiceStream
 
 
 class Completions:
@@ -54,38 +54,38 @@ class Completions:
 
     async def complete(self, request: Request) -> Response:
         """Answers a request. Raises ApiError, and other errors that `api_error` reports to the client."""
-        answerings: list[Answering] = []
+        streams: list[ChoiceStream] = []
         try:
             query = parse(COMPLETION_PATHS[request.url.path], await read_json(request), self._choice)
             check_model(query.model, self.name)
             for task in query.tasks:
-                answerings.append(Answering(self._loaded, task, query.logprobs))
+                streams.append(ChoiceStream(self._loaded, task, query.logprobs))
             id_, created = secrets.token_hex(12), int(time.time())
             if query.stream:
-                stream = self._stream(query, answerings, id_, created)
-                return _Events(stream, answerings)
-            whole = asyncio.gather(*(answering.whole() for answering in answerings))
+                events = self._events(query, streams, id_, created)
+                return _Events(events, streams)
+            whole = asyncio.gather(*(stream.whole() for stream in streams))
             choices = await unless_disconnected(request, whole)
         except ClientDisconnect:
-            _cancel(answerings)
+            _cancel(streams)
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         except BaseException:
-            _cancel(answerings)
+            _cancel(streams)
             raise
-        return JSONResponse(completion(query.kind, id_, created, self.name, answerings[0].prompt_tokens, choices))
+        return JSONResponse(completion(query.kind, id_, created, self.name, streams[0].prompt_tokens, choices))
 
-    async def _stream(
-        self, query: Query, answerings: list[Answering], id_: str, created: int
+    async def _events(
+        self, query: Query, streams: list[ChoiceStream], id_: str, created: int
     ) -> AsyncIterator[str]:
         """Server-sent events of all choices, in order of arrival. If the client leaves, the generations end."""
         ready: asyncio.Queue[dict[str, Any] | BaseException | None] = asyncio.Queue()
         tokens = 0
 
-        async def follow(index: int, answering: Answering) -> None:
+        async def forward(index: int, stream: ChoiceStream) -> None:
             nonlocal tokens
             first = True
             try:
-                async for piece in answering.pieces():
+                async for piece in stream.pieces():
                     tokens += piece.tokens
                     ready.put_nowait(chunk(query.kind, id_, created, self.name, index, piece, first))
                     first = False
@@ -93,44 +93,44 @@ class Completions:
             except Exception as error:
                 ready.put_nowait(error)
 
-        followers = [asyncio.create_task(follow(*each)) for each in enumerate(answerings)]
+        forwarders = [asyncio.create_task(forward(*each)) for each in enumerate(streams)]
         try:
-            left = len(followers)
-            while left:
+            remaining = len(forwarders)
+            while remaining:
                 event = await ready.get()
                 if isinstance(event, BaseException):
                     yield _event({"error": api_error(event).fields()})
                     return
                 if event is None:
-                    left -= 1
+                    remaining -= 1
                 else:
                     yield _event(event)
             if query.include_usage:
-                prompt_tokens = answerings[0].prompt_tokens
+                prompt_tokens = streams[0].prompt_tokens
                 yield _event(usage_chunk(query.kind, id_, created, self.name, prompt_tokens, tokens))
             yield "data: [DONE]\n\n"
         finally:
-            for follower in followers:
-                follower.cancel()
+            for forwarder in forwarders:
+                forwarder.cancel()
 
 
 class _Events(StreamingResponse):
     """Server-sent events. Cancels the generations at the end, even if the client left before the first event."""
 
-    def __init__(self, events: AsyncIterator[str], answerings: list[Answering]) -> None:
+    def __init__(self, events: AsyncIterator[str], streams: list[ChoiceStream]) -> None:
         super().__init__(events, media_type="text/event-stream")
-        self._answerings = answerings
+        self._streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            _cancel(self._answerings)
+            _cancel(self._streams)
 
 
-def _cancel(answerings: list[Answering]) -> None:
-    for answering in answerings:
-        answering.cancel()
+def _cancel(streams: list[ChoiceStream]) -> None:
+    for stream in streams:
+        stream.cancel()
 
 
 def _event(data: dict[str, Any]) -> str:

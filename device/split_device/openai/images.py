@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from split_device.images.settings import ImageSettings, image_bytes, parse_pixels
+from split_device.jobs.store import SEED_BITS
 from split_device.openai.http import CLIENT_CLOSED_REQUEST, read_json, unless_disconnected
 from split_device.openai.requests import check_model, convert, supported
 
@@ -36,8 +37,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
 }
 
-#: Upper bound of a drawn seed, exclusive.
-_SEEDS = 2**63
+#: Exclusive upper bound of seeds in requests: the same as of those that jobs draw.
+_SEED_BOUND = 2**SEED_BITS
 
 
 class _Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,19 +51,19 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     quality: Literal["auto", "standard", "medium", "low", "high", "hd"] = "auto"
     output_format: Literal["png", "jpeg", "webp"] = "png"
     steps: Annotated[int, Meta(ge=1, le=1000)] | None = None
-    seed: Annotated[int, Meta(ge=0, le=_SEEDS - 1)] | None = None
+    seed: Annotated[int, Meta(ge=0, le=_SEED_BOUND - 1)] | None = None
     guidance: Annotated[float, Meta(ge=0)] | None = None
     negative_prompt: str | None = None
 
     def settings(self) -> list[ImageSettings]:
         """The settings of each image. Raises ConfigError for a malformed size."""
         width, height = parse_pixels(self.size) if self.size != "auto" else (None, None)
-        first = secrets.randbelow(_SEEDS) if self.seed is None else self.seed
+        first = secrets.randbelow(_SEED_BOUND) if self.seed is None else self.seed
         settings = ImageSettings(
             self.steps or STEPS_BY_QUALITY[self.quality], width, height, self.guidance, self.negative_prompt, first
         )
         # With one seed, all images would be the same.
-        return [dataclasses.replace(settings, seed=(first + index) % _SEEDS) for index in range(self.n)]
+        return [dataclasses.replace(settings, seed=(first + index) % _SEED_BOUND) for index in range(self.n)]
 
 
 class Images:
@@ -72,13 +73,13 @@ class Images:
         name: what clients call the model.
     """
 
-    def __init__(self, painter: ImagePipeline, name: str) -> None:
+    def __init__(self, pipeline: ImagePipeline, name: str) -> None:
         self.name = name
-        self._painter = painter
+        self._pipeline = pipeline
 
     def parts(self) -> list[dict[str, Any]]:
         """Which blocks run where."""
-        split = self._painter.denoiser.split
+        split = self._pipeline.denoiser.split
         return [
             {"name": "head", "where": "device", "first": 0, "last": split.first},
             {"name": "body", "where": "worker", "first": split.first, "last": split.last},
@@ -87,29 +88,29 @@ class Images:
 
     def traffic(self) -> dict[str, int]:
         """What left this device since the start, summed over all requests."""
-        traffic = self._painter.denoiser.traffic
+        traffic = self._pipeline.denoiser.traffic
         return {
-            "steps": self._painter.denoiser.timings.steps,
+            "steps": self._pipeline.denoiser.timings.steps,
             "bytes_sent": traffic["bytes_sent"],
             "bytes_received": traffic["bytes_received"],
         }
 
     async def make(self, request: Request) -> Response:
         """Answers a request. Raises ApiError, and other errors that `api_error` reports to the client."""
-        paintings: list[ImageGeneration] = []
+        generations: list[ImageGeneration] = []
         try:
             body = convert(supported(await read_json(request), _IGNORED, _NEUTRAL), _Body)
             if body.model is not None:
                 check_model(body.model, self.name)
             chosen = body.settings()
-            paintings += [self._painter.start(body.prompt, settings) for settings in chosen]
-            all_of_them = asyncio.gather(*(asyncio.wrap_future(painting.future) for painting in paintings))
-            made = await unless_disconnected(request, all_of_them)
+            generations += [self._pipeline.start(body.prompt, settings) for settings in chosen]
+            together = asyncio.gather(*(asyncio.wrap_future(generation.future) for generation in generations))
+            made = await unless_disconnected(request, together)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         finally:
-            for painting in paintings:
-                painting.cancel()
+            for generation in generations:
+                generation.cancel()
         data = await asyncio.to_thread(_encoded, made, body.output_format.upper())
         return JSONResponse(
             {

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 
-#: Seconds that open answers have to end when the server stops.
+#: How long open responses may take to end when the server stops, in seconds.
 SHUTDOWN_GRACE = 2
 
-#: Seconds between two looks at whether the server has begun to listen.
+#: Interval between two checks whether the server has started, in seconds.
 START_INTERVAL = 0.01
 
 
@@ -36,11 +36,11 @@ def listening(port: int) -> Iterator[socket.socket]:
 
 
 @contextlib.contextmanager
-def answering(app: Starlette, listener: socket.socket, stop: threading.Event) -> Iterator[None]:
-    """Answers HTTP requests in a thread until it is left. The event is set if the server ends by itself.
+def running_server(app: Starlette, listener: socket.socket, stop: threading.Event) -> Iterator[None]:
+    """Answers HTTP requests in a thread, until the `with` block ends. `stop` is set when the server ends.
 
     Raises:
-        SplitError: it cannot listen, or has ended by itself.
+        SplitError: the server cannot listen, or has ended by itself.
     """
     import uvicorn
 
@@ -59,7 +59,7 @@ def answering(app: Starlette, listener: socket.socket, stop: threading.Event) ->
         finally:
             stop.set()
 
-    # The main thread waits for signals.
+    # A thread of its own, because the main thread waits for signals.
     thread = threading.Thread(target=run, name="http")
     thread.start()
     try:

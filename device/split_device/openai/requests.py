@@ -19,7 +19,7 @@ CompletionKind = Literal["chat", "text"]
 #: The kinds of completion, by path.
 COMPLETION_PATHS: dict[str, CompletionKind] = {"/v1/chat/completions": "chat", "/v1/completions": "text"}
 
-#: `max_tokens` of a chat without a limit: generation ends where the model's positions end.
+#: `max_tokens` of a chat without a limit: generation ends with the model's positions.
 UNLIMITED = 2**31 - 1
 
 #: `max_tokens` of a text completion without a limit, as in OpenAI's API.

@@ -23,7 +23,7 @@ from split_device.openai.http import refuse
 from split_device.openai.images import Images
 from split_device.openai.requests import COMPLETION_PATHS, ApiError
 
-#: Host names that requests may carry. Others are refused: they are a page's own name, rebound to this machine.
+#: Host names that requests may have. Others are refused: a web page may have rebound its own name to this machine.
 HOSTS = ("127.0.0.1", "localhost")
 
 IMAGES_PATH = "/v1/images/generations"
@@ -46,8 +46,8 @@ class CompletionServer:
         self._began = int(time.time())
 
     def app(self) -> Starlette:
-        complete = self._completions.complete if self._completions is not None else _none("language")
-        make = self._images.make if self._images is not None else _none("image")
+        complete = self._completions.complete if self._completions is not None else _not_served("language")
+        make = self._images.make if self._images is not None else _not_served("image")
         routes = [
             *(self._private(path, complete, "POST") for path in COMPLETION_PATHS),
             self._private(IMAGES_PATH, make, "POST"),
@@ -115,7 +115,7 @@ class CompletionServer:
         return {"id": name, "object": "model", "created": self._began, "owned_by": "lambda-split"}
 
 
-def _none(kind: str) -> RouteHandler:
+def _not_served(kind: str) -> RouteHandler:
     """The handler for a kind of model that is not served."""
 
     async def answer(_request: Request) -> Response:

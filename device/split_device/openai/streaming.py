@@ -1,4 +1,4 @@
-"""Generates the choices of one request, beside other requests."""
+"""Streams of generated text: one for each choice of a response."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from split_device.openai.responses import Choice, TokenLogprobs
 #: Priority of interactive requests, for which the generator reserves capacity.
 PRIORITY = 1
 
-_NOTHING = JobProgress([], "", None)
+_NO_PROGRESS = JobProgress([], "", None)
 
 
-class Answering:
+class ChoiceStream:
     """One choice of a response. Create and use it within an event loop.
 
     Raises:
@@ -37,7 +37,7 @@ class Answering:
         def put(event: tuple[int, Logprobs | None] | None) -> None:
             loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        request = dataclasses.replace(loaded.request(task, _NOTHING, PRIORITY), logprobs=logprobs)
+        request = dataclasses.replace(loaded.request(task, _NO_PROGRESS, PRIORITY), logprobs=logprobs)
         self.prompt_tokens = len(request.prompt)
         self._generation: Generation = loaded.generator.submit(
             request, lambda token, found, _sampler: put((token, found))
@@ -50,14 +50,14 @@ class Answering:
             self._generation.cancel()
 
     async def pieces(self) -> AsyncIterator[Choice]:
-        """The answer piece by piece; the last one has the finish reason. Raises the generation's error."""
+        """The answer in pieces; the last one has the finish reason. Raises the generation's error."""
         tokens = 0
         logprobs: list[TokenLogprobs] = []
         while not self._text.stopped and (event := await self._events.get()) is not None:
             token, found = event
             tokens += 1
             if found is not None:
-                logprobs.append(self._told(token, found))
+                logprobs.append(self._token_logprobs(token, found))
             if text := self._text.push(token):
                 yield self._piece(text, tokens, None, logprobs)
                 tokens, logprobs = 0, []
@@ -80,6 +80,6 @@ class Answering:
     def _piece(self, text: str, tokens: int, reason: str | None, logprobs: list[TokenLogprobs]) -> Choice:
         return Choice(text, tokens, reason, logprobs if self._wants_logprobs else None)
 
-    def _told(self, token: int, found: Logprobs) -> TokenLogprobs:
+    def _token_logprobs(self, token: int, found: Logprobs) -> TokenLogprobs:
         decode: Any = self._tokenizer.decode
         return TokenLogprobs(decode([token]), found.chosen, [(decode([id_]), value) for id_, value in found.top])

@@ -1,4 +1,4 @@
-"""Which fault strikes what and when: drawn from a seed, kind by kind."""
+"""Faults: what they strike and when, drawn from a seed for each kind of fault."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from functools import partial
 from split_device.stress.processes import Supervised
 from split_device.stress.proxy import Proxy
 
-#: Least and most seconds between two faults of a kind.
+#: Shortest and longest time between two faults of a kind, in seconds.
 INTERVALS = {
     "kill": (8.0, 12.0),
     "stop": (14.0, 22.0),
@@ -24,37 +24,35 @@ INTERVALS = {
     "corrupt": (9.0, 15.0),
 }
 
-#: Kinds that only the proxy can bring about.
-OF_THE_NETWORK = ("lag", "drop", "corrupt")
+#: Share of its interval after which the first fault of a kind comes, so that short runs have some too.
+FIRST_SHARE = 0.2
 
-#: The first fault of a kind comes after this share of its interval, so that short runs have some too.
-FIRST = 0.2
+#: How long a worker is stopped, in seconds: some resume before they count as dead, others after.
+STOP_SECONDS = 0.5, 6.0
 
-#: Seconds that a worker is stopped: some come back before they are missed, others as zombies.
-STOPPED = 0.5, 6.0
+#: Delay of each chunk on a slow connection, and how long the connection stays slow, in seconds.
+LAG_DELAY = 0.02, 0.25
+LAG_SECONDS = 2.0, 5.0
 
-#: Seconds that a chunk is held back, and for how long that goes on.
-LAG = 0.02, 0.25
-LAGGING = 2.0, 5.0
+#: How long a connection swallows everything before it is reset, in seconds.
+BLACKHOLE_SECONDS = 1.0, 5.0
 
-#: Seconds that a connection leads nowhere before it is reset.
-DARK = 1.0, 5.0
-
-#: Seconds before another attempt where a fault found nothing to strike.
-POSTPONED = 0.5
+#: Delay before a fault that found nothing to strike tries again, in seconds.
+RETRY_DELAY = 0.5
 
 
 class Chaos:
-    """Strikes in a thread of its own, from `start` to `close`.
+    """Causes faults in its own thread, from `start` to `close`.
 
-    A worker is killed or stopped only where another one runs, or where there is but one at all: a restart takes a
-    while, and a fleet that never runs proves nothing.
+    A worker is killed or stopped only if another one runs, or if the fleet has only one. A restart takes a while,
+    and a fleet in which no worker runs would test nothing.
 
     Args:
-        kinds: of `INTERVALS`.
+        kinds: of faults, from `INTERVALS`.
         seed: the same seed draws the same faults.
-        workers, queue: what to strike; `queue` is the broker or the Redis server, None if it is not ours.
-        proxy: strikes the connections; None where none of `OF_THE_NETWORK` is wanted.
+        workers: which to strike.
+        queue: the broker or Redis server to strike; None if this run did not start it.
+        proxy: strikes the connections; None if `kinds` has none of `NETWORK_FAULTS`.
     """
 
     def __init__(
@@ -79,24 +77,24 @@ class Chaos:
         self._rngs = {kind: random.Random(f"{seed} {kind}") for kind in kinds}
         self._ties = itertools.count()
         self._due: list[tuple[float, int, Callable[[], object]]] = []
-        # When what is done just now was due: what follows is counted from then, so that a thread that wakes late
-        # changes nothing in the order of the faults.
+        # The time at which the current action was due. The next ones are scheduled from it, so that a thread that
+        # wakes late does not change the order of the faults.
         self._now = 0.0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="stress-chaos", daemon=True)
-        #: Faults that struck, by kind; those of the kind "drop" by what they are.
+        #: Number of faults by kind; "drop" is counted as reset, truncation or blackhole.
         self.counts: Counter[str] = Counter()
-        #: When, by `time.monotonic`, and of which kind of `INTERVALS`.
+        #: Time (`time.monotonic`) and kind of each fault, with the kinds of `INTERVALS`.
         self.history: list[tuple[float, str]] = []
 
     def start(self) -> None:
         self._now = time.monotonic()
         for kind, rng in self._rngs.items():
-            self._later(FIRST * rng.uniform(*INTERVALS[kind]), partial(self._strike, kind))
+            self._schedule(FIRST_SHARE * rng.uniform(*INTERVALS[kind]), partial(self._strike, kind))
         self._thread.start()
 
     def close(self) -> None:
-        """Strikes no more; workers that are stopped go on."""
+        """Ends the faults; resumes workers that are stopped."""
         self._closing.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -108,20 +106,20 @@ class Chaos:
             self._now, _, what = heapq.heappop(self._due)
             what()
 
-    def _later(self, seconds: float, what: Callable[[], object]) -> None:
+    def _schedule(self, seconds: float, what: Callable[[], object]) -> None:
         heapq.heappush(self._due, (self._now + seconds, next(self._ties), what))
 
     def _strike(self, kind: str) -> None:
         rng = self._rngs[kind]
         name = self._faults[kind](rng)
         if name is None:
-            self._later(POSTPONED, partial(self._strike, kind))
+            self._schedule(RETRY_DELAY, partial(self._strike, kind))
             return
         self.counts[name] += 1
         self.history.append((time.monotonic(), kind))
-        self._later(rng.uniform(*INTERVALS[kind]), partial(self._strike, kind))
+        self._schedule(rng.uniform(*INTERVALS[kind]), partial(self._strike, kind))
 
-    # Each of these strikes and returns what it did, or None if there was nothing to strike.
+    # Each of these strikes, and returns the name for `counts`, or None if there was nothing to strike.
 
     def _kill(self, rng: random.Random) -> str | None:
         worker = self._victim(rng)
@@ -135,7 +133,7 @@ class Chaos:
         if worker is None:
             return None
         worker.stop()
-        self._later(rng.uniform(*STOPPED), worker.resume)
+        self._schedule(rng.uniform(*STOP_SECONDS), worker.resume)
         return "stop"
 
     def _victim(self, rng: random.Random) -> Supervised | None:
@@ -150,7 +148,7 @@ class Chaos:
 
     def _lag(self, rng: random.Random) -> str | None:
         assert self._proxy is not None
-        return "lag" if self._proxy.lag(rng, rng.uniform(*LAG), rng.uniform(*LAGGING)) else None
+        return "lag" if self._proxy.lag(rng, rng.uniform(*LAG_DELAY), rng.uniform(*LAG_SECONDS)) else None
 
     def _drop(self, rng: random.Random) -> str | None:
         assert self._proxy is not None
@@ -161,7 +159,7 @@ class Chaos:
             case "truncation":
                 struck = self._proxy.truncate(rng)
             case _:
-                struck = self._proxy.blackhole(rng, rng.uniform(*DARK))
+                struck = self._proxy.blackhole(rng, rng.uniform(*BLACKHOLE_SECONDS))
         return kind if struck else None
 
     def _corrupt(self, rng: random.Random) -> str | None:

@@ -1,4 +1,4 @@
-"""A device process of the stress command: generates, compares with the unsplit model, reports on stdout."""
+"""A device process of the stress command: generates, compares with the unsplit model, and reports on stdout."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from split_common.errors import SplitError
+from split_common.models.split import DEFAULT_CUT
 from split_common.system.console import emit_json
 from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm
 from split_device.stress.events import Answered, Asked, Decoded, Event, Failed, Traffic, encode
-from split_device.stress.plan import STRESS_CUT, WorkloadKind
+from split_device.stress.plan import WorkloadKind
 
 #: Interval between two `Decoded` events, in seconds.
 DECODED_INTERVAL = 0.25
 
-#: How long a device waits for a broker, and for workers, in seconds.
+#: How long a device waits for the broker, and for workers, in seconds.
 BROKER_TIMEOUT = 60.0
 WORKER_PATIENCE = 180.0
 
-#: Added to the process's niceness, so that workers and broker run as if on machines of their own.
+#: Added to the process's niceness, so that workers and broker run as if on other machines.
 NICENESS = 10
 
 
-class Asker(Protocol):
-    """A workload: what a device generates, with a split and an unsplit model."""
+class WorkloadModel(Protocol):
+    """Generates the requests of a workload with a split model, and compares with the unsplit one."""
 
     #: The split model.
     split: Any
 
-    def ask(self, number: int) -> Any:
+    def run(self, number: int) -> Any:
         """The split model's output for the request of this number. Raises SplitError."""
 
     def compare(self, number: int, output: Any) -> dict[str, Any]:
@@ -52,11 +53,11 @@ def run_device(
     tail_layers: int,
     keys: Path | None,
 ) -> None:
-    """Makes requests until SIGTERM, then ends the last one.
+    """Makes requests until SIGTERM, and finishes the last one.
 
     Args:
-        index: of this device among those of the run.
-        requests: number of requests; None for no end.
+        index: this device's number in the run.
+        requests: number of requests; None for no limit.
         reference: the unsplit checkpoint to compare with; `model` if None.
     """
     passive_threads()
@@ -65,60 +66,60 @@ def run_device(
 
     torch.set_num_threads(1)
     stop = catch_sigterm()
-    queue = {
+    options = {
         "broker": broker,
         "dtype": "float32",
         "keys": keys,
         "timeout": BROKER_TIMEOUT,
         "patience": WORKER_PATIENCE,
     }
-    asker: Asker
+    workload: WorkloadModel
     if kind == "image":
-        asker = ImageAsker(model, reference or model, seed, index, queue)
+        workload = ImageWorkload(model, reference or model, seed, index, options)
     else:
-        asker = TextAsker(model, reference or model, seed, index, queue, head_layers, tail_layers)
-    with asker.split:
+        workload = TextWorkload(model, reference or model, seed, index, options, head_layers, tail_layers)
+    with workload.split:
         emit_json({"pid": os.getpid()})
         os.nice(NICENESS)
-        clock = Clock(asker.split)
+        clock = Clock(workload.split)
         for number in itertools.count() if requests is None else range(requests):
             if stop.is_set():
                 break
-            tell(Asked(number))
+            emit(Asked(number))
             clock.begin()
             try:
-                output = asker.ask(number)
+                output = workload.run(number)
             except SplitError as error:
-                tell(Failed(number, f"{type(error).__name__}: {error}"))
+                emit(Failed(number, f"{type(error).__name__}: {error}"))
             else:
                 seconds = time.monotonic() - clock.began
-                found = asker.compare(number, output)
-                tell(Answered(number, seconds=seconds, gaps=clock.gaps, recoveries=clock.recoveries, **found))
-            traffic = asker.split.traffic
-            tell(Traffic(traffic["bytes_sent"], traffic["bytes_received"], traffic["replays"]))
+                found = workload.compare(number, output)
+                emit(Answered(number, seconds=seconds, gaps=clock.gaps, recoveries=clock.recoveries, **found))
+            traffic = workload.split.traffic
+            emit(Traffic(traffic["bytes_sent"], traffic["bytes_received"], traffic["replays"]))
 
 
-class TextAsker:
+class TextWorkload:
     """Generates text with a language model."""
 
     def __init__(
-        self, model: str, reference: str, seed: int, index: int, queue: dict[str, Any], head: int, tail: int
+        self, model: str, reference: str, seed: int, index: int, options: dict[str, Any], head: int, tail: int
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         from split_device.models.language import SplitModelForCausalLM
 
-        self._place = seed, index
+        self._draw_key = seed, index
         self._unsplit = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
-        self.split = SplitModelForCausalLM.from_pretrained(model, head_layers=head, tail_layers=tail, **queue)
+        self.split = SplitModelForCausalLM.from_pretrained(model, head_layers=head, tail_layers=tail, **options)
 
     def _request(self, number: int) -> Any:
         from split_device.stress.workload import draw
 
-        return draw(*self._place, number, self.split.config.vocab_size)
+        return draw(*self._draw_key, number, self.split.config.vocab_size)
 
-    def ask(self, number: int) -> Any:
+    def run(self, number: int) -> Any:
         return self._request(number).run(self.split)
 
     def compare(self, number: int, output: Any) -> dict[str, Any]:
@@ -128,10 +129,10 @@ class TextAsker:
         return {"tokens": output.numel(), "wanted": wanted.numel(), "equal": torch.equal(output, wanted)}
 
 
-class ImageAsker:
+class ImageWorkload:
     """Generates images with a UNet."""
 
-    def __init__(self, model: str, reference: str, seed: int, index: int, queue: dict[str, Any]) -> None:
+    def __init__(self, model: str, reference: str, seed: int, index: int, options: dict[str, Any]) -> None:
         import torch
         from diffusers import UNet2DConditionModel
         from diffusers.utils import logging
@@ -140,16 +141,16 @@ class ImageAsker:
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        self._place = seed, index
+        self._draw_key = seed, index
         self._unsplit = UNet2DConditionModel.from_pretrained(_unet_directory(reference), dtype=torch.float32).eval()
-        self.split = SplitUNet2DConditionModel.from_pretrained(model, cut=STRESS_CUT, **queue)
+        self.split = SplitUNet2DConditionModel.from_pretrained(model, cut=DEFAULT_CUT, **options)
 
     def _request(self, number: int) -> Any:
         from split_device.stress.images import draw
 
-        return draw(*self._place, number, self.split.config)
+        return draw(*self._draw_key, number, self.split.config)
 
-    def ask(self, number: int) -> Any:
+    def run(self, number: int) -> Any:
         return self._request(number).run(self.split)
 
     def compare(self, number: int, output: Any) -> dict[str, Any]:
@@ -171,7 +172,7 @@ class Clock:
     def __init__(self, split: Any) -> None:
         self._split = split
         self._decoded = 0
-        self._told = time.monotonic()
+        self._reported = time.monotonic()
         split.register_forward_hook(self._after_step)
         self.begin()
 
@@ -194,11 +195,11 @@ class Clock:
         self._last, self._replays = now, replays
         # A step of an image counts once.
         self._decoded += output.logits.shape[0] if hasattr(output, "logits") else 1
-        if now - self._told > DECODED_INTERVAL:
-            tell(Decoded(self._decoded))
-            self._told, self._decoded = now, 0
+        if now - self._reported > DECODED_INTERVAL:
+            emit(Decoded(self._decoded))
+            self._reported, self._decoded = now, 0
 
 
-def tell(event: Event) -> None:
+def emit(event: Event) -> None:
     """Prints an event as a line."""
     print(encode(event), flush=True)

@@ -11,7 +11,7 @@ import torch
 #: Fewest and most denoising steps of an image.
 STEPS_RANGE = 3, 8
 
-#: Lengths of a side, in pixels; those of latents are an eighth.
+#: Widths and heights, in pixels. Latents have an eighth of them.
 SIDES = (64, 96, 128)
 
 #: Number of tokens in the prompt embeddings.

@@ -28,7 +28,7 @@ class Ledger:
     request_seconds: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     recoveries: list[float] = field(default_factory=list)
-    #: Times at which tokens or steps were reported, and their number.
+    #: For each report of tokens or steps: its time, and their number.
     decoded: list[tuple[float, int]] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     traffic: dict[int, Traffic] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Progress of the stress command: a live table on a terminal, a line from time to time elsewhere."""
+"""Progress of the stress command: a live table on a terminal, otherwise a line from time to time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resident memory of the fleet's processes: soon after their start, and at the end."""
+"""Resident memory of the fleet's processes, soon after their start and at the end."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import psutil
 
 from split_device.stress.processes import DeviceProcess, Supervised
 
-#: Seconds after a process is ready when its memory counts as that of its start.
+#: Time after which the memory of a process that is ready becomes its baseline, in seconds.
 SETTLED = 10.0
 
-#: What a process may differ from its start at the end: a share of it, or so many bytes.
+#: Allowed difference from the baseline at the end: a share of it or a number of bytes, whichever is larger.
 GROWTH = 0.10, 16 * 2**20
 
 MIB = 2**20
@@ -22,7 +22,7 @@ MIB = 2**20
 
 @dataclass
 class Resident:
-    """A process's resident memory in bytes: 10 s after its start, and when it was last looked at."""
+    """A process's resident memory in bytes: the baseline, 10 s after its start, and the last sample."""
 
     name: str
     settled: int | None = None
@@ -30,7 +30,7 @@ class Resident:
 
     @property
     def within(self) -> bool:
-        """Whether it is at the end what it was, within `GROWTH`."""
+        """Whether the last sample differs from the baseline by at most `GROWTH`."""
         share, least = GROWTH
         return self.settled is None or abs(self.last - self.settled) <= max(share * self.settled, least)
 
@@ -40,7 +40,7 @@ class Resident:
 
 
 class Memory:
-    """Looks at processes from time to time; only devices still count when they have ended."""
+    """Samples the memory of processes. Of those that have ended only devices are kept."""
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[int, Resident]] = {}
@@ -49,8 +49,8 @@ class Memory:
     def residents(self) -> list[Resident]:
         return [resident for _, resident in self._found.values()]
 
-    def look(self, processes: Iterable[Supervised | DeviceProcess]) -> None:
-        """Takes note of the memory of all that run."""
+    def sample(self, processes: Iterable[Supervised | DeviceProcess]) -> None:
+        """Records the memory of the processes that run."""
         for each in processes:
             if (process := each.process) is None:
                 if isinstance(each, Supervised):

@@ -1,4 +1,4 @@
-"""What a run of the stress command does."""
+"""The plan of a run of the stress command."""
 
 from __future__ import annotations
 
@@ -13,35 +13,38 @@ TransportName = Literal["zmq", "redis"]
 WorkloadKind = Literal["text", "image"]
 Workload = Literal["text", "image", "mixed"]
 
-#: Where UNets are cut.
-STRESS_CUT = "C"
+#: Kinds of faults.
+FAULTS = ("kill", "stop", "broker", "lag", "drop", "corrupt")
+
+#: Kinds of faults that need the proxy.
+NETWORK_FAULTS = ("lag", "drop", "corrupt")
 
 
 @dataclass(frozen=True)
 class StressPlan:
-    """What to run: the command's options, checked."""
+    """The command's options, checked."""
 
     workload: Workload = "text"
     devices: int = 8
     workers: int = 3
-    #: Requests of each device; None to go on until the time is over.
+    #: Number of requests of each device; None if `seconds` limits the run.
     requests: int | None = 25
     seconds: float | None = None
     transport: TransportName = "zmq"
-    #: A queue that runs already; None to start one.
+    #: Address of a running queue; None to start one.
     broker: str | None = None
     #: A checkpoint; None for a small random model of each kind.
     model: str | None = None
     reference: str | None = None
     head_layers: int = END_LAYERS
     tail_layers: int = END_LAYERS
-    #: The kinds of faults.
+    #: Kinds of faults, out of `FAULTS`.
     chaos: Sequence[str] = ()
     seed: int = 0
     keys: Path | None = None
 
     def kind(self, index: int) -> WorkloadKind:
-        """What the device or the worker of this index is for."""
+        """The workload of the device or worker with this index."""
         if self.workload == "mixed":
             return "image" if index % 2 else "text"
         return self.workload

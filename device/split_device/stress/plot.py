@@ -1,4 +1,4 @@
-"""Throughput over time, with the faults marked."""
+"""A plot of throughput over time, with the faults marked."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from split_common.errors import ConfigError
 from split_device.stress.chaos import INTERVALS, Chaos
 from split_device.stress.ledger import Ledger
 
-#: Seconds that one point of the curve stands for.
+#: Time that one point of the curve covers, in seconds.
 BIN = 1.0
 
 
 def check_plot(path: Path) -> None:
-    """Raises ConfigError where `draw` could not draw."""
+    """Raises ConfigError if `draw` cannot write to this path."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'lambda-split[plot]'")
     if not path.parent.is_dir():
@@ -23,11 +23,11 @@ def check_plot(path: Path) -> None:
 
     formats = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
-        raise ConfigError(f"{path}: pictures are of the kinds {', '.join(sorted(formats))}")
+        raise ConfigError(f"invalid plot file {path}: expected a name ending in .{', .'.join(sorted(formats))}")
 
 
 def draw(path: Path, ledger: Ledger, chaos: Chaos | None, seconds: float) -> None:
-    """Writes the picture; its format goes by the name's ending. Raises ConfigError."""
+    """Writes the plot in the format of the file's extension. Raises ConfigError if it cannot be written."""
     from matplotlib.figure import Figure
 
     bins = [0.0] * (int(seconds / BIN) + 1)

@@ -1,4 +1,4 @@
-"""The fleet's processes: broker or Redis server and workers, which are kept running, and devices."""
+"""The fleet's processes: devices, and broker or Redis server and workers, which are restarted when they end."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from split_common.system.process import running_command
 from split_device.stress.events import decode
 from split_device.stress.ledger import Ledger
 
-#: Seconds between two looks at a process.
-POLL = 0.05
+#: Interval between two checks of a process, in seconds.
+POLL_INTERVAL = 0.05
 
-#: Seconds before another attempt to start what could not be started again.
+#: Delay before another attempt to restart a process, in seconds.
 RESTART_DELAY = 0.5
 
 Start = Callable[[], AbstractContextManager["subprocess.Popen[str]"]]
 
 
 class Supervised:
-    """A process that is started again whenever it ends, until `close`."""
+    """A process that is restarted whenever it ends, until `end`. Methods may be called from any thread."""
 
     def __init__(self, name: str, start: Start) -> None:
         self.name = name
@@ -36,8 +36,8 @@ class Supervised:
         self._ending = threading.Event()
         self._first = threading.Event()
         self._error: SplitError | None = None
-        self._thread = threading.Thread(target=self._keep, name=f"stress-{name}", daemon=True)
-        #: The process while it is ready, and since when it is.
+        self._thread = threading.Thread(target=self._supervise, name=f"stress-{name}", daemon=True)
+        #: The process while it is ready, and the time (`time.monotonic`) at which it became ready.
         self.process: subprocess.Popen[str] | None = None
         self.since = 0.0
         self.stopped = False
@@ -46,18 +46,18 @@ class Supervised:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when it is ready for the first time. Raises SplitError when it cannot be started."""
+        """Waits until the process is ready for the first time. Raises SplitError if it cannot be started."""
         self._first.wait()
         if self._error is not None:
             raise self._error
 
-    def _keep(self) -> None:
+    def _supervise(self) -> None:
         while not self._ending.is_set():
             try:
                 with self._start() as process:
                     self.process, self.since, self.stopped = process, time.monotonic(), False
                     self._first.set()
-                    while process.poll() is None and not self._ending.wait(POLL):
+                    while process.poll() is None and not self._ending.wait(POLL_INTERVAL):
                         pass
                     self.resume()
                     self.process = None
@@ -70,7 +70,7 @@ class Supervised:
 
     @property
     def running(self) -> bool:
-        """Whether it is ready and not stopped."""
+        """Whether the process is ready and not stopped."""
         return self.process is not None and not self.stopped
 
     def kill(self) -> None:
@@ -80,7 +80,7 @@ class Supervised:
             process.kill()
 
     def stop(self) -> None:
-        """SIGSTOP: it hangs, and its connections stand."""
+        """SIGSTOP: the process hangs, and its connections stay open."""
         self._signal(signal.SIGSTOP, stopped=True)
 
     def resume(self) -> None:
@@ -93,7 +93,7 @@ class Supervised:
             self.stopped = stopped
 
     def end(self) -> None:
-        """From now on it is not kept, and ends soon; `join` waits for that."""
+        """Ends the process and its restarts; `join` waits until it has ended."""
         self._ending.set()
 
     def join(self) -> None:
@@ -121,7 +121,7 @@ class DeviceProcess:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when it is ready. Raises SplitError when it cannot be started."""
+        """Waits until the process is ready. Raises SplitError if it cannot be started."""
         self._ready.wait()
         if self._error is not None:
             raise self._error
@@ -144,7 +144,7 @@ class DeviceProcess:
             self._ready.set()
 
     def finish(self) -> None:
-        """Tells it to end after its present request."""
+        """SIGTERM: the process ends after its current request."""
         if (process := self.process) is not None:
             process.terminate()
 
@@ -162,7 +162,7 @@ class DeviceProcess:
 
 
 def command(arguments: list[str], log: Path, env: dict[str, str]) -> Start:
-    """Starts a `lambda-split` command; what it says goes to the end of `log`."""
+    """A function that starts a `lambda-split` command, whose stderr is appended to `log`."""
 
     @contextlib.contextmanager
     def start() -> Iterator[subprocess.Popen[str]]:

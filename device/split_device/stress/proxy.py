@@ -1,6 +1,6 @@
-"""The fault proxy: forwards TCP connections to the queue, counts bytes, and spoils connections when told.
+"""The fault proxy: forwards TCP connections to the queue, counts their bytes, and damages them on request.
 
-It knows nothing of what travels, so it serves ZeroMQ and Redis alike.
+It does not interpret the bytes, so it works for ZeroMQ and Redis alike.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-#: Most bytes that are forwarded at once.
+#: Maximum number of bytes that are forwarded at once.
 CHUNK = 64 * 1024
 
 _T = TypeVar("_T")
@@ -24,21 +24,21 @@ _T = TypeVar("_T")
 
 @dataclass(eq=False)
 class ProxiedConnection:
-    """A connection of a peer (near) to the queue (far), and what is done to it."""
+    """A connection of a peer (near) to the queue (far), and the faults on it."""
 
     near: asyncio.StreamWriter
     far: asyncio.StreamWriter
-    #: Seconds that each chunk is held back.
+    #: Delay of each chunk, in seconds.
     delay: float = 0.0
-    #: Nothing passes, in neither direction.
+    #: Whether everything is dropped, in both directions.
     dark: bool = False
-    #: The next chunk is spoiled so, and this comes back to None.
+    #: Damages the next chunk: returns the bytes to forward, and whether the connection stays open. Used once.
     spoil: Callable[[bytes], tuple[bytes, bool]] | None = None
 
     async def pump(
         self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, count: Callable[[int], None]
     ) -> None:
-        """Forwards one direction until it ends; `count` is told how many bytes it passes on."""
+        """Forwards one direction until it ends; calls `count` with the number of bytes forwarded."""
         while data := await source.read(CHUNK):
             if self.delay:
                 await asyncio.sleep(self.delay)
@@ -55,7 +55,7 @@ class ProxiedConnection:
                 return
 
     def reset(self) -> None:
-        """Ends both sides with a TCP reset; what is on the way is lost."""
+        """Ends both sides with a TCP reset; bytes in flight are lost."""
         for writer in (self.near, self.far):
             sock = writer.get_extra_info("socket")
             with contextlib.suppress(OSError):
@@ -64,17 +64,18 @@ class ProxiedConnection:
 
 
 class Proxy:
-    """Listens on a free port of loopback, in a thread of its own. Faults strike connections that `rng` chooses.
+    """Listens on a free port of the loopback, in its own thread. Faults strike connections that `rng` chooses.
 
-    Methods may be called from any thread but the proxy's; each says how many connections it strikes.
+    Methods may be called from any thread except the proxy's. Those that cause a fault return the number of
+    connections struck.
 
     Args:
-        host, port: where the queue is; it may be away for a while.
+        host, port: of the queue, which need not always be up.
     """
 
     def __init__(self, host: str, port: int) -> None:
         self._target = host, port
-        #: Bytes that were passed on to the queue, and from it, as they are on the wire.
+        #: Number of bytes forwarded to the queue and from it, as they are on the wire.
         self.up = self.down = 0
         self._connections: list[ProxiedConnection] = []
         self._loop = asyncio.new_event_loop()
@@ -91,7 +92,7 @@ class Proxy:
         self._loop.close()
 
     def lag(self, rng: random.Random, delay: float, seconds: float) -> int:
-        """Holds back every chunk of half of the connections, for a while."""
+        """Delays every chunk of half of the connections by `delay` seconds, for `seconds`."""
 
         async def strike() -> int:
             half = [each for each in self._connections if rng.random() < 0.5]
@@ -103,11 +104,11 @@ class Proxy:
         return self._call(strike())
 
     def reset(self, rng: random.Random) -> int:
-        """Ends a connection by a TCP reset."""
+        """Ends a connection with a TCP reset."""
         return self._strike(rng, ProxiedConnection.reset)
 
     def blackhole(self, rng: random.Random, seconds: float) -> int:
-        """Swallows all that a connection carries, and resets it after a while."""
+        """Drops everything that a connection carries, and resets it after `seconds`."""
 
         def strike(connection: ProxiedConnection) -> None:
             connection.dark = True
@@ -116,7 +117,7 @@ class Proxy:
         return self._strike(rng, strike)
 
     def truncate(self, rng: random.Random) -> int:
-        """Lets half of a connection's next chunk pass, and ends it there."""
+        """Forwards half of a connection's next chunk, and then closes it."""
 
         def cut(data: bytes) -> tuple[bytes, bool]:
             return data[: len(data) // 2], False
@@ -184,7 +185,7 @@ class Proxy:
 
 
 def proxied(address: str) -> tuple[Proxy, str]:
-    """A proxy before the queue at an address, and the address to use instead."""
+    """Starts a proxy for the queue at an address; returns it and the address to use instead."""
     url = urlsplit(address)
     assert url.hostname is not None
     proxy = Proxy(url.hostname, url.port or 6379)

@@ -1,4 +1,4 @@
-"""What the stress command reports at its end."""
+"""The report of the stress command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PERCENTILES = (50, 90, 99, 100)
 
 @dataclass(frozen=True)
 class Report:
-    """The keys are those of `--json`; times are in milliseconds where they say so."""
+    """The result of a run. Field names are the keys of `--json`; fields ending in `_ms` are in milliseconds."""
 
     transport: str
     seed: int
@@ -26,14 +26,14 @@ class Report:
     requests: int
     completed: int
     tokens: int
-    #: Requests for images among those that were completed, and their denoising steps.
+    #: Number of completed requests for images, and of their denoising steps.
     images: int
     steps: int
-    #: Requests that ended without an output: with an error, or with their process, or not at all.
+    #: Requests without an output: they ended with an error or with their process, or did not end.
     lost: int
     #: Outputs beyond the first to one request, and outputs with more tokens than the unsplit model's.
     duplicated: int
-    #: Outputs that are not the unsplit model's.
+    #: Outputs that differ from the unsplit model's.
     mismatched: int
     worker_kills: int
     worker_stops: int
@@ -43,7 +43,7 @@ class Report:
     steps_per_second: float
     request_ms: dict[str, float | None]
     inter_token_ms: dict[str, float | None]
-    #: Of steps during which a session was replayed: how long the next token took.
+    #: Duration of the steps during which a session was replayed.
     recovery_ms: dict[str, float | None]
     bytes_sent: int
     bytes_received: int
@@ -51,13 +51,13 @@ class Report:
     errors: dict[str, int]
     memory: list[dict[str, object]]
     memory_within: bool
-    #: What streams and pending lists hold after all; of Redis alone.
+    #: Number of entries that Redis still holds at the end; None for ZeroMQ, or a queue that runs already.
     left: dict[str, int] | None
     interrupted: bool
 
     @property
     def sound(self) -> bool:
-        """Whether every request was answered once, and rightly."""
+        """Whether every request was answered exactly once, and correctly."""
         return not (self.lost or self.duplicated or self.mismatched)
 
     def facts(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def report(
     left: dict[str, int] | None,
     interrupted: bool,
 ) -> Report:
-    """Sums up what has happened in `seconds`."""
+    """Sums up a run of `seconds`."""
     counts = chaos.counts if chaos is not None else {}
     traffic = ledger.traffic.values()
     return Report(
@@ -110,7 +110,7 @@ def report(
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float | None]:
-    """Milliseconds by nearest rank: the least value that so many percent of all do not exceed; None of nothing."""
+    """Percentiles in milliseconds by nearest rank; None if there are no values."""
     ordered = sorted(seconds)
     return {
         f"p{percent}" if percent < 100 else "max": (
@@ -136,7 +136,7 @@ def table(report: Report) -> Table:
         shown.add_row("error", f"{count} × {error}")
     for each in report.memory:
         grown = "" if each["within"] else "  (!)"
-        # Of one that has just been started again nothing is known to compare with.
+        # A process that was restarted a moment ago has no baseline yet.
         before = "" if each["mib_10s"] is None else f"{each['mib_10s']} → "
         shown.add_row(f"memory of {each['process']}", f"{before}{each['mib']} MiB{grown}")
     if report.left is not None:

@@ -1,4 +1,4 @@
-"""One run of the stress command: starts the fleet, lets the faults strike, ends it all, and sums up."""
+"""One run of the stress command: starts the fleet, causes the faults, ends the fleet, and sums up."""
 
 from __future__ import annotations
 
@@ -8,38 +8,40 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from split_common.models.split import DEFAULT_CUT
 from split_common.system.console import stderr
 from split_common.system.servers import RedisServer, free_port
 from split_common.system.signals import exit_on_sigterm
 from split_device.stress import tiny_model, tiny_unet
-from split_device.stress.chaos import OF_THE_NETWORK, Chaos
+from split_device.stress.chaos import Chaos
 from split_device.stress.ledger import Ledger
 from split_device.stress.live import shown
 from split_device.stress.memory import Memory, Resident
-from split_device.stress.plan import STRESS_CUT, StressPlan, WorkloadKind
+from split_device.stress.plan import NETWORK_FAULTS, StressPlan, WorkloadKind
 from split_device.stress.processes import DeviceProcess, Supervised, command
 from split_device.stress.proxy import proxied
 from split_device.stress.report import Report, report
 
-#: Seconds between two looks at what goes on.
-TURN = 0.25
+#: Interval between two updates of the view, in seconds.
+UPDATE_INTERVAL = 0.25
 
-#: Seconds that devices have to end their last request once the faults are over: as long as they bear their absence.
-FINISHING = 240.0
+#: How long devices may take to finish their last request after the faults, in seconds: at least as long as they
+#: wait for the broker and for workers.
+FINISH_TIMEOUT = 240.0
 
-#: Seconds after which nothing is left in Redis of those that were killed.
-LEASES = 15.0
+#: Time after which Redis holds nothing of killed processes, in seconds.
+LEASES_END = 15.0
 
-#: Memory for keys and values of a worker that serves the random model: soon all touched, so that it grows no more.
+#: `--kv-memory` of a worker with the random model: so small that soon all of it is used, and memory stops growing.
 KV_MEMORY = "8MiB"
 
-#: Seconds that workers have to end their sessions; at the end there are none.
-DRAIN = "2"
+#: `--drain-timeout` of the workers, in seconds: at the end no sessions are open.
+DRAIN_TIMEOUT = "2"
 
 
 @dataclass(frozen=True)
 class StressOutcome:
-    """What the command prints and draws."""
+    """The results that the command prints and plots."""
 
     report: Report
     ledger: Ledger
@@ -47,7 +49,11 @@ class StressOutcome:
 
 
 def run(plan: StressPlan, directory: Path, stack: contextlib.ExitStack) -> StressOutcome:
-    """Runs the plan; `directory` takes the model, logs and keys of the run. What it starts, `stack` ends.
+    """Runs the plan.
+
+    Args:
+        directory: for the models, logs and keys of the run.
+        stack: ends the processes that the run starts.
 
     Raises:
         SplitError: a process could not be started.
@@ -65,13 +71,15 @@ def run(plan: StressPlan, directory: Path, stack: contextlib.ExitStack) -> Stres
     stderr.print(f"starting {plan.workers} workers and {plan.devices} devices on this machine …")
     queue, server = _queue(plan, directory, env, stack)
     proxy, address = None, server
-    if set(plan.chaos) & set(OF_THE_NETWORK):
+    if set(plan.chaos) & set(NETWORK_FAULTS):
         proxy, address = proxied(server)
         stack.callback(proxy.close)
     workers = [
         Supervised(
             f"worker {index}",
-            command(_serve(plan, plan.kind(index), models, address), directory / f"worker-{index}.log", env),
+            command(
+                _worker_command(plan, plan.kind(index), models, address), directory / f"worker-{index}.log", env
+            ),
         )
         for index in range(plan.workers)
     ]
@@ -80,7 +88,7 @@ def run(plan: StressPlan, directory: Path, stack: contextlib.ExitStack) -> Stres
     devices = [
         DeviceProcess(
             index,
-            [*_ask(plan, plan.kind(index), models, address), "--index", str(index)],
+            [*_device_command(plan, plan.kind(index), models, address), "--index", str(index)],
             directory / f"device-{index}.log",
             env,
             ledger,
@@ -90,9 +98,9 @@ def run(plan: StressPlan, directory: Path, stack: contextlib.ExitStack) -> Stres
     stack.enter_context(_finished(devices))
 
     chaos = Chaos(list(plan.chaos), plan.seed, workers, queue, proxy) if plan.chaos else None
-    kept = [*workers, *([queue] if queue is not None else [])]
+    supervised = [*workers, *([queue] if queue is not None else [])]
     ledger.began = time.monotonic()
-    memory, interrupted = _watch(plan, ledger, chaos, kept, devices)
+    memory, interrupted = _run_faults(plan, ledger, chaos, supervised, devices)
     seconds = time.monotonic() - ledger.began
     left = _left(server) if queue is not None and plan.transport == "redis" else None
     return StressOutcome(
@@ -100,34 +108,38 @@ def run(plan: StressPlan, directory: Path, stack: contextlib.ExitStack) -> Stres
     )
 
 
-def _serve(plan: StressPlan, kind: WorkloadKind, models: dict[WorkloadKind, str], address: str) -> list[str]:
+def _worker_command(
+    plan: StressPlan, kind: WorkloadKind, models: dict[WorkloadKind, str], address: str
+) -> list[str]:
     """The command of a worker."""
-    serve = ["worker", "--model", models[kind], "--broker", address, "--dtype", "float32", *_keys(plan)]
-    serve += ["--threads", "1", "--drain-timeout", DRAIN]
+    words = ["worker", "--model", models[kind], "--broker", address, "--dtype", "float32", *_keys_options(plan)]
+    words += ["--threads", "1", "--drain-timeout", DRAIN_TIMEOUT]
     if kind == "image":
-        return [*serve, "--cut", STRESS_CUT]
-    serve += ["--layers", f"{plan.head_layers}:{-plan.tail_layers or ''}"]
-    return [*serve, *(["--kv-memory", KV_MEMORY] if plan.model is None else [])]
+        return [*words, "--cut", DEFAULT_CUT]
+    words += ["--layers", f"{plan.head_layers}:{-plan.tail_layers or ''}"]
+    return [*words, *(["--kv-memory", KV_MEMORY] if plan.model is None else [])]
 
 
-def _ask(plan: StressPlan, kind: WorkloadKind, models: dict[WorkloadKind, str], address: str) -> list[str]:
+def _device_command(
+    plan: StressPlan, kind: WorkloadKind, models: dict[WorkloadKind, str], address: str
+) -> list[str]:
     """The command of a device."""
-    ask = ["stress-device", "--kind", kind, "--model", models[kind], "--broker", address, *_keys(plan)]
-    ask += ["--seed", str(plan.seed)]
-    ask += ["--head-layers", str(plan.head_layers), "--tail-layers", str(plan.tail_layers)]
-    ask += ["--requests", str(plan.requests)] if plan.requests is not None else []
-    ask += ["--reference", plan.reference] if plan.reference is not None else []
-    return ask
+    words = ["stress-device", "--kind", kind, "--model", models[kind], "--broker", address, *_keys_options(plan)]
+    words += ["--seed", str(plan.seed)]
+    words += ["--head-layers", str(plan.head_layers), "--tail-layers", str(plan.tail_layers)]
+    words += ["--requests", str(plan.requests)] if plan.requests is not None else []
+    words += ["--reference", plan.reference] if plan.reference is not None else []
+    return words
 
 
-def _keys(plan: StressPlan) -> list[str]:
+def _keys_options(plan: StressPlan) -> list[str]:
     return ["--keys", str(plan.keys)] if plan.keys is not None else []
 
 
 def _queue(
     plan: StressPlan, directory: Path, env: dict[str, str], stack: contextlib.ExitStack
 ) -> tuple[Supervised | None, str]:
-    """The queue's server, unless there is one already, and the queue's address."""
+    """Starts the queue's server, unless it runs already; returns the server and its address."""
     if plan.broker is not None:
         return None, plan.broker
     if plan.transport == "redis":
@@ -143,7 +155,7 @@ def _queue(
 
 @contextlib.contextmanager
 def _started(processes: list[Supervised]) -> Iterator[None]:
-    """Starts processes, waits until all are ready, and ends them at last."""
+    """Starts processes, waits until all are ready, and ends them after the `with` block."""
     try:
         for process in processes:
             process.start()
@@ -163,7 +175,7 @@ def _end(processes: list[Supervised]) -> None:
 
 @contextlib.contextmanager
 def _finished(devices: list[DeviceProcess]) -> Iterator[None]:
-    """Starts devices, waits until all are ready; those that have not ended at last are killed."""
+    """Starts devices and waits until all are ready. Those that still run after the `with` block are killed."""
     try:
         for device in devices:
             device.start()
@@ -177,29 +189,33 @@ def _finished(devices: list[DeviceProcess]) -> Iterator[None]:
             device.join()
 
 
-def _watch(
-    plan: StressPlan, ledger: Ledger, chaos: Chaos | None, kept: list[Supervised], devices: list[DeviceProcess]
+def _run_faults(
+    plan: StressPlan,
+    ledger: Ledger,
+    chaos: Chaos | None,
+    supervised: list[Supervised],
+    devices: list[DeviceProcess],
 ) -> tuple[list[Resident], bool]:
-    """Lets the faults strike until the time is over or all is answered; then devices end what they have.
+    """Causes faults until the time is over or all requests are answered; then devices finish their last request.
 
     Returns:
-        The memory of the processes that were there at the end, and whether Ctrl-C ended the time.
+        The memory of the processes that ran at the end, and whether Ctrl-C ended the requests.
     """
     memory = Memory()
     interrupted = False
-    with shown(ledger, chaos, [each for each in kept if each.name.startswith("worker")]) as show:
+    with shown(ledger, chaos, [each for each in supervised if each.name.startswith("worker")]) as show:
 
-        def turn() -> bool:
-            """Whether some device still runs."""
-            memory.look([*kept, *devices])
+        def update() -> bool:
+            """Updates memory and view; returns whether some device still runs."""
+            memory.sample([*supervised, *devices])
             show()
-            time.sleep(TURN)
+            time.sleep(UPDATE_INTERVAL)
             return not all(device.finished for device in devices)
 
         try:
             if chaos is not None:
                 chaos.start()
-            while turn():
+            while update():
                 if plan.seconds is not None and time.monotonic() - ledger.began >= plan.seconds:
                     break
         except KeyboardInterrupt:
@@ -209,17 +225,17 @@ def _watch(
                 chaos.close()
         for device in devices:
             device.finish()
-        deadline = time.monotonic() + FINISHING
-        while turn() and time.monotonic() < deadline:
+        deadline = time.monotonic() + FINISH_TIMEOUT
+        while update() and time.monotonic() < deadline:
             pass
     return memory.residents, interrupted
 
 
 def _left(address: str) -> dict[str, int]:
-    """Entries in streams, and those that were read and not acknowledged, once the leases of the dead are over."""
+    """Number of entries in streams, and of unacknowledged ones, once the leases of killed processes have ended."""
     import redis
 
-    deadline = time.monotonic() + LEASES
+    deadline = time.monotonic() + LEASES_END
     with redis.Redis.from_url(address) as client:
         while True:
             entries = pending = 0
@@ -228,4 +244,4 @@ def _left(address: str) -> dict[str, int]:
                 pending += sum(group["pending"] for group in client.xinfo_groups(key))
             if not (entries or pending) or time.monotonic() > deadline:
                 return {"entries": entries, "pending": pending}
-            time.sleep(TURN)
+            time.sleep(UPDATE_INTERVAL)

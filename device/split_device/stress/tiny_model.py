@@ -1,4 +1,4 @@
-"""A small random Llama, which loads fast, so that a killed worker is back soon."""
+"""A small random Llama. It loads fast, so that a killed worker soon serves again."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from split_common.errors import ConfigError, ModelError
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.denoisers.registry import is_denoiser, read_denoiser_spec
 from split_common.models.loading import ModelSpec, load_part, read_spec
-from split_common.models.split import Split
+from split_common.models.split import DEFAULT_CUT, Split
 from split_common.models.verification import find_manifest
 from split_common.protocol import headers
 from split_common.trust.fleet import Fleet
@@ -24,9 +24,8 @@ from split_worker.bodies.base import AnyBody
 from split_worker.bodies.denoiser import DenoiserBody
 from split_worker.bodies.language import LanguageBody
 
-#: The layers of a language model that are the body by default, and the default cut of an image model.
+#: The default body of a language model.
 DEFAULT_LAYERS = "2:-2"
-DEFAULT_CUT = "C"
 
 #: Share of the free memory that keys and values get by default. The rest is for forwards.
 CPU_KV_SHARE = 0.5

@@ -15,9 +15,9 @@ from split_device.cli.demo.fleet import running_fleet
 from split_device.cli.demo.image import image_demo
 from split_device.cli.demo.language import QUESTION, answer_batch, ask, serve_demo
 
-#: Options that --image has no use for, and that only it has.
-_NOT_FOR_IMAGES = ("--model", "--max-tokens", "--workers")
-_FOR_IMAGES = ("--output",)
+#: Options that do not go with --image, and that need it.
+_TEXT_OPTIONS = ("--model", "--max-tokens", "--workers")
+_IMAGE_OPTIONS = ("--output",)
 
 
 def demo(
@@ -35,22 +35,25 @@ def demo(
     ] = False,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="FILE", help="With --image: where to write the pictures, as .png."),
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Where to write the pictures, a .png file. Needs --image."
+        ),
     ] = Path("digits.png"),
     model: ModelOption = None,
     max_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Maximum number of tokens of an answer; not for --serve.")
+        int,
+        typer.Option(min=1, metavar="N", help="Maximum number of tokens of an answer. Has no effect with --serve."),
     ] = 64,
     workers: Annotated[int, typer.Option(min=1, max=16, metavar="N", help="Number of worker processes.")] = 1,
     json: JsonOption = False,
 ) -> None:
-    """Ask a real model, split between this process and a worker process, over a broker process.
+    """Ask a real model that is split between this process and a worker process, connected by a broker process.
 
-    All run on this machine, with keys of their own, and end with the command.
+    All processes run on this machine, with keys made for the demo, and end with the command.
     """
     if batch + serve + image + (prompt is not None) > 1:
         raise ConfigError("PROMPT, --batch, --serve and --image exclude each other: give only one of them")
-    for option in given(context, _NOT_FOR_IMAGES if image else _FOR_IMAGES):
+    for option in given(context, _TEXT_OPTIONS if image else _IMAGE_OPTIONS):
         raise ConfigError(f"{option} does not go with --image" if image else f"{option} needs --image")
     if image:
         image_demo(output, json)

@@ -14,11 +14,11 @@ from split_common.system.process import running_command, use_loopback_keys
 
 @dataclass(frozen=True)
 class DemoFleet:
-    """A broker and workers that run."""
+    """A running broker and its workers."""
 
-    #: The broker's.
+    #: Address of the broker.
     address: str
-    #: The name of the model that the workers serve.
+    #: Name of the model that the workers serve.
     model: str
     #: A directory for the demo's files.
     directory: Path
@@ -33,10 +33,10 @@ class DemoFleet:
 
 @contextlib.contextmanager
 def running_fleet(served: Sequence[str], workers: int = 1) -> Iterator[DemoFleet]:
-    """Starts a broker and workers, with keys of their own; ends them on leaving.
+    """Starts a broker and workers with new keys, and ends them after the `with` block.
 
     Args:
-        served: options of the workers that name the model.
+        served: the workers' options for the model.
 
     Raises:
         SplitError: a process ended before it was ready.

@@ -1,4 +1,4 @@
-"""`lambda-split demo --image`: a sheet of small pictures by a split UNet, and what left the device for it."""
+"""`lambda-split demo --image`: a sheet of small pictures made by a split UNet, and what left the device."""
 
 from __future__ import annotations
 
@@ -8,30 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from split_common.errors import ConfigError
+from split_common.models.split import DEFAULT_CUT
 from split_common.system.console import emit_json, stderr
 from split_common.system.files import write_private
 from split_common.system.process import passive_threads
 from split_device.cli.demo.fleet import running_fleet
 
-#: The trained toy SDXL in a clone of the repository; a wheel does not carry it.
+#: The trained toy SDXL in a clone of the repository; wheels do not contain it.
 DIGITS_MODEL = Path(__file__).parents[4] / "examples" / "digits-sdxl"
 
-#: What it was trained on: a column of the sheet for each digit, a row for each colour.
+#: The digits and colours of its training: the columns and rows of the sheet.
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
 
-CUT = "C"
-STEPS = 20
-SEED = 0
+#: Denoising steps of the sheet.
+DEMO_STEPS = 20
 
+#: Seed of the sheet.
+DEMO_SEED = 0
+
+#: Bytes of a megabyte.
 MB = 1e6
 
-#: By how much the sheet enlarges a picture.
-ENLARGED = 2
+#: Factor by which the sheet enlarges pictures.
+ENLARGEMENT = 2
 
 
 def image_demo(output: Path, json: bool) -> None:
-    """Makes the sheet twice, unsplit and split, and says how the two compare.
+    """Makes the sheet twice, unsplit and split, and prints a comparison.
 
     Raises:
         ConfigError: the model is missing, or the sheet cannot be written.
@@ -44,7 +48,7 @@ def image_demo(output: Path, json: bool) -> None:
     if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir():
         raise ConfigError(f"invalid output {str(output)!r}: expected a .png file in an existing directory")
     passive_threads()
-    with running_fleet(["--model", str(DIGITS_MODEL), "--cut", CUT, "--dtype", "float32"]) as fleet:
+    with running_fleet(["--model", str(DIGITS_MODEL), "--cut", DEFAULT_CUT, "--dtype", "float32"]) as fleet:
         import torch
 
         from split_device.models.unet import SplitUNet2DConditionModel
@@ -53,7 +57,7 @@ def image_demo(output: Path, json: bool) -> None:
         parameters = _parameters(pipeline.unet)
         unsplit, unsplit_s = _make(pipeline, "unsplit")
         with SplitUNet2DConditionModel.from_pretrained(
-            DIGITS_MODEL, broker=fleet.address, cut=CUT, dtype="float32"
+            DIGITS_MODEL, broker=fleet.address, cut=DEFAULT_CUT, dtype="float32"
         ) as unet:
             pipeline.unet = unet
             before, opened = unet.traffic, unet.timings.steps
@@ -80,7 +84,7 @@ def image_demo(output: Path, json: bool) -> None:
     if json:
         emit_json(facts)
     else:
-        _tell(facts)
+        _print_facts(facts)
 
 
 def _load(path: Path) -> Any:
@@ -95,19 +99,19 @@ def _load(path: Path) -> Any:
         path, dtype=torch.float32, local_files_only=True, add_watermarker=False
     )
     pipeline.set_progress_bar_config(disable=True)
-    # Frozen as the split UNet's parts are: torch rounds differently where weights want gradients.
+    # Frozen like the parts of the split UNet: torch rounds differently if weights require gradients.
     pipeline.unet.requires_grad_(False)
     return pipeline
 
 
 def _make(pipeline: Any, how: str) -> tuple[Any, float]:
-    """The pictures `[n, 3, height, width]` from 0 to 1, and the seconds that they took."""
+    """The pictures `[n, 3, height, width]`, from 0 to 1, and the time they took, in seconds."""
     import torch
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("step {task.completed}/{task.total}")
     with Progress(*columns, TimeElapsedColumn(), console=stderr) as bar:
-        task = bar.add_task(f"{len(DIGITS) * len(COLOURS)} pictures, {how}", total=STEPS)
+        task = bar.add_task(f"{len(DIGITS) * len(COLOURS)} pictures, {how}", total=DEMO_STEPS)
 
         def advance(_pipeline: Any, _step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
             bar.advance(task)
@@ -116,8 +120,8 @@ def _make(pipeline: Any, how: str) -> tuple[Any, float]:
         began = time.perf_counter()
         pictures = pipeline(
             [f"a photo of the digit {digit} in {colour}" for colour in COLOURS for digit in DIGITS],
-            num_inference_steps=STEPS,
-            generator=torch.Generator().manual_seed(SEED),
+            num_inference_steps=DEMO_STEPS,
+            generator=torch.Generator().manual_seed(DEMO_SEED),
             output_type="pt",
             callback_on_step_end=advance,
         ).images
@@ -129,16 +133,16 @@ def _parameters(unet: Any) -> int:
 
 
 def _sheet(pictures: Any) -> Any:
-    """The pictures, side by side."""
+    """The pictures side by side, as a Pillow image."""
     from PIL import Image
 
     rows = pictures.unflatten(0, (len(COLOURS), len(DIGITS)))
     pixels = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     sheet = Image.fromarray((pixels * 255).round().byte().numpy())
-    return sheet.resize((sheet.width * ENLARGED, sheet.height * ENLARGED), Image.Resampling.LANCZOS)
+    return sheet.resize((sheet.width * ENLARGEMENT, sheet.height * ENLARGEMENT), Image.Resampling.LANCZOS)
 
 
-def _tell(facts: dict[str, Any]) -> None:
+def _print_facts(facts: dict[str, Any]) -> None:
     for line in (
         f"{facts['images']} pictures in {facts['split_s']:.1f} s, unsplit in {facts['unsplit_s']:.1f} s; "
         f"largest difference of a pixel {facts['max_abs_diff']:.1g}",

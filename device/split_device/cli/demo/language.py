@@ -36,7 +36,7 @@ QUESTIONS = (
 
 
 def ask(fleet: DemoFleet, prompt: str, checkpoint: str, max_tokens: int, json: bool) -> None:
-    """Asks one question from this process; shows the model's parts, and what the broker saw."""
+    """Asks one question from this process; prints the answer, the model's parts, and what the broker saw."""
     from split_common.models.loading import read_spec
     from split_device.cli.tables import parts_table
     from split_device.generation.chat import Conversation
@@ -81,7 +81,7 @@ def ask(fleet: DemoFleet, prompt: str, checkpoint: str, max_tokens: int, json: b
 
 
 def answer_batch(options: list[str], directory: Path, max_tokens: int, json: bool) -> None:
-    """Has `lambda-split batch` answer a file of prompts."""
+    """Answers a file of prompts with `lambda-split batch`."""
     requests, answers = directory / "in.jsonl", directory / "out.jsonl"
     lines = [_request(f"prompt-{number}", question, max_tokens) for number, question in enumerate(QUESTIONS, 1)]
     requests.write_text("".join(f"{line}\n" for line in lines))

@@ -1,0 +1,135 @@
+"""The SQLite file of a store: its schema, how it is created, opened and unsealed, and its transactions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from split_common.errors import ConfigError, JobsError, SplitError, StoreLocked
+from split_common.system.files import private_dir
+from split_device.jobs.vault import Vault, make_key, read_key
+
+#: Version of the schema (`PRAGMA user_version`). A store of another version is refused.
+SCHEMA_VERSION = 2
+
+#: How long a write waits for another process to finish its own, in seconds.
+BUSY_TIMEOUT = 30.0
+
+#: A known text, sealed like everything else, which shows on opening whether the key is the right one.
+_MARK = b"lambda-split jobs"
+
+_SCHEMA = """
+CREATE TABLE mark (value BLOB NOT NULL);
+CREATE TABLE jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    key BLOB UNIQUE,
+    kind TEXT NOT NULL,
+    model TEXT NOT NULL,
+    state TEXT NOT NULL DEFAULT 'queued',
+    priority INTEGER NOT NULL,
+    created REAL NOT NULL,
+    started REAL,
+    finished REAL,
+    cancelling INTEGER NOT NULL DEFAULT 0,
+    task BLOB NOT NULL,
+    prompt_tokens INTEGER,
+    tokens INTEGER NOT NULL DEFAULT 0,
+    steps INTEGER NOT NULL DEFAULT 0,
+    finish_reason TEXT,
+    error BLOB,
+    sampler BLOB
+);
+CREATE INDEX queue ON jobs (state, kind, priority DESC, number);
+CREATE TABLE pieces (
+    job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+    number INTEGER NOT NULL,
+    data BLOB NOT NULL,
+    PRIMARY KEY (job, number)
+) WITHOUT ROWID;
+CREATE TABLE images (
+    job TEXT PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE,
+    data BLOB NOT NULL
+);
+"""
+
+
+def open_database(path: Path, key_file: Path | None) -> tuple[sqlite3.Connection, Vault]:
+    """Opens a store's file, or creates it with mode 0600; returns the connection and the vault of its key.
+
+    Args:
+        key_file: the key's file; None if the store is not sealed. Created with the store.
+
+    Raises:
+        StoreLocked: the store is sealed under another key, or sealed although no key was given, or the reverse.
+        ConfigError: the file cannot be opened, or is not a store.
+        KeysError: the key's file cannot be read or written, or does not hold a key.
+    """
+    private_dir(path.parent)
+    try:
+        # SQLite gives its other two files the mode of this one.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        db = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None)
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigError(f"{path} cannot be opened: {error}") from None
+    db.row_factory = sqlite3.Row
+    try:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA foreign_keys = ON")
+        db.execute("PRAGMA secure_delete = ON")
+        with transaction(db, path):
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if version not in (0, SCHEMA_VERSION):
+                raise ConfigError(f"{path} was made by another version of lambda-split")
+            return db, _unseal(db, path, key_file) if version else _create(db, key_file)
+    except sqlite3.DatabaseError as error:
+        db.close()
+        raise ConfigError(f"{path} is not a store of jobs: {error}") from None
+    except SplitError:
+        db.close()
+        raise
+
+
+def _create(db: sqlite3.Connection, key_file: Path | None) -> Vault:
+    """Makes the tables, and the key unless its file exists."""
+    key = None
+    if key_file is not None:
+        key = read_key(key_file) if key_file.exists() else make_key(key_file)
+    vault = Vault(key)
+    for statement in _SCHEMA.split(";"):
+        db.execute(statement)
+    db.execute("INSERT INTO mark VALUES (?)", (vault.seal(_MARK, "mark"),))
+    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    return vault
+
+
+def _unseal(db: sqlite3.Connection, path: Path, key_file: Path | None) -> Vault:
+    """The vault of the key in `key_file`. Raises StoreLocked if it is not the store's."""
+    (mark,) = db.execute("SELECT value FROM mark").fetchone()
+    if (mark == _MARK) != (key_file is None):
+        wrong = "is sealed: name its key file" if key_file is None else "is not sealed: name no key file"
+        raise StoreLocked(f"{path} {wrong}")
+    vault = Vault(read_key(key_file) if key_file is not None else None)
+    try:
+        vault.open(mark, "mark")
+    except StoreLocked:
+        raise StoreLocked(f"{path} is sealed under another key than that of {key_file}") from None
+    return vault
+
+
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection, path: Path) -> Iterator[None]:
+    """An exclusive write transaction. Raises JobsError if the database cannot be written."""
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            db.execute("ROLLBACK")
+            raise
+        db.execute("COMMIT")
+    except sqlite3.OperationalError as error:
+        raise JobsError(f"{path} cannot be written: {error}") from None
