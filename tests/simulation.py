@@ -38,6 +38,7 @@ from split_common.transport.supervised import Supervisor, handled
 from split_common.transport.zmq_link import ZmqLink
 from split_common.trust.fleet import Fleet
 from split_device.models import cache as cache_module
+from split_device.sessions import channels as channels_module
 from split_device.sessions import client as client_module
 from split_device.sessions import history as history_module
 from split_device.sessions import resilient as resilient_module
@@ -373,7 +374,7 @@ class World:
 
     def _patch(self, patch: pytest.MonkeyPatch) -> None:
         timed = (
-            client_module,
+            channels_module,
             session_module,
             resilient_module,
             channels_module,
@@ -391,7 +392,7 @@ class World:
             peer_queue_module,
         ):
             patch.setattr(module, "time", self.clock)
-        for module in (client_module, session_module):
+        for module in (channels_module, session_module):
             patch.setattr(module, "queue", Queues(self))
         for module in (client_module, worker_module):
             patch.setattr(module, "new_peer_id", lambda _: self.random.randbytes(8))
