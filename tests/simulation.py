@@ -44,7 +44,7 @@ from split_device.sessions import history as history_module
 from split_device.sessions import resilient as resilient_module
 from split_device.sessions import session as session_module
 from split_device.sessions.client import Client
-from split_worker import channels as channels_module
+from split_worker import channels as worker_channels_module
 from split_worker import compute as compute_module
 from split_worker import sessions as sessions_module
 from split_worker import watchdog as watchdog_module
@@ -377,7 +377,7 @@ class World:
             channels_module,
             session_module,
             resilient_module,
-            channels_module,
+            worker_channels_module,
             worker_module,
             sessions_module,
             compute_module,

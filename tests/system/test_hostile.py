@@ -217,6 +217,8 @@ def test_a_false_death_ends_a_session_by_a_typed_error_and_another_can_be_had(
         cheat(broker, answer_by_a_lie)
         with pytest.raises(SessionLost):
             session.call([step(1)])
+        # No other session is opened over the channel, only to find the worker gone.
+        assert session.channel not in client._channels.all()
         assert run_steps(client, STEPS) == expected
         wait_until(lambda: len(worker._sessions) <= 1)
 

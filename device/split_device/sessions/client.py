@@ -113,11 +113,14 @@ class Client:
                     self._refused_unopened(header, body)
             case headers.Relay(kind=headers.RelayKind.REPLY) | headers.Bounce():
                 session = self._sessions.get((header.channel, header.session))
-                if session is not None and session.expects(header):
-                    session.events.put((header, body))
-                else:
+                if session is None or not session.expects(header):
                     # Repeated, or of an earlier epoch, e.g. from a worker that counted as dead.
                     self.counters["late"] += 1
+                elif isinstance(header, headers.Bounce) and header.reason in ("gone", "revoked"):
+                    # The queue has noticed it before this device was told: no session may use the channel any more.
+                    self._lose(lambda channel: channel is session.channel)
+                else:
+                    session.events.put((header, body))
             case headers.Relay(kind=headers.RelayKind.UNKNOWN):
                 if not self._channels.deliver(header, body):
                     self._channel_unknown(header, body)

@@ -23,7 +23,6 @@ from split_common.errors import (
     SessionLost,
     SplitError,
     StepFailed,
-    WorkerGone,
     WorkerSlow,
 )
 from split_common.protocol import headers, payloads
@@ -308,8 +307,6 @@ class RemoteSession:
             if header.seq not in self.in_flight:
                 continue
             if isinstance(header, headers.Bounce):
-                if header.reason in ("gone", "revoked"):
-                    raise WorkerGone(GONE)
                 # If several requests are bounced, all are sent again together.
                 self._bounced_until = resend_at = min(resend_at, now + max(MIN_RETRY, header.retry_after))
             else:
