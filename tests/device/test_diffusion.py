@@ -430,7 +430,7 @@ def test_a_worker_without_blocks_of_images(sdxl: Path, broker: Any, worker: Work
             with pytest.raises(NoWorker, match="2:5"):
                 latents(pipe)
             unet._client.service = language._service
-            with pytest.raises(Malformed, match="Condition for a language model"):
+            with pytest.raises(Malformed, match="Conditioning for a language model"):
                 latents(pipe)
             assert language.counters["refused_malformed"] == 2
     finally:
