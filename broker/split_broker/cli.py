@@ -32,7 +32,7 @@ def broker(
 ) -> None:
     """Run the message queue between devices and workers, until SIGTERM or Ctrl-C.
 
-    It routes encrypted messages and sees no text. It keeps nothing that a restart would lose.
+    It routes encrypted messages and sees no text. It can be restarted at any time: sessions continue.
     """
     from split_broker.broker import Broker
 

@@ -77,12 +77,12 @@ def worker(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory for keys and values, e.g. 4GiB. Default: a share of the free memory. For diffusion "
-            "models: memory for embeddings. Default: 1GiB.",
+            help="Language models: memory for keys and values; by default a share of the free memory. Diffusion "
+            "models: memory for embeddings; by default 1GiB.",
         ),
     ] = None,
     max_sessions: Annotated[
-        int, typer.Option(min=1, metavar="N", help="How many sessions may be open at once.")
+        int, typer.Option(min=1, metavar="N", help="Maximum number of sessions that are open at once.")
     ] = 1024,
     idle_timeout: Annotated[
         float, typer.Option(min=1, metavar="SECONDS", help="How long a session may be idle before it is closed.")

@@ -15,7 +15,7 @@ from split_device.sessions.connection import HISTORY_MEMORY
 
 STORE_PANEL = "Jobs"
 _SAMPLING_PANEL = "Sampling"
-_TRAFFIC_PANEL = "Traffic"
+_IMAGE_PANEL = "Images"
 
 #: Default of `--give-up`, in seconds.
 GIVE_UP = 3600.0
@@ -94,28 +94,48 @@ RawOption = Annotated[bool, typer.Option("--raw", help="Continue the prompt as i
 
 # --- image models ------------------------------------------------------------------------------------------
 
-StepsOption = Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="Number of denoising steps.")]
-ImageSeedOption = Annotated[int | None, typer.Option(metavar="N", help="The same seed gives the same image.")]
+StepsOption = Annotated[
+    int,
+    typer.Option(min=1, max=1000, metavar="N", rich_help_panel=_IMAGE_PANEL, help="Number of denoising steps."),
+]
+ImageSeedOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", rich_help_panel=_IMAGE_PANEL, help="The same seed gives the same image."),
+]
 SizeOption = Annotated[
     str | None,
-    typer.Option(metavar="WIDTHxHEIGHT", help="Size in pixels. Default: the size that the model was made for."),
+    typer.Option(
+        metavar="WIDTHxHEIGHT",
+        rich_help_panel=_IMAGE_PANEL,
+        help="Size in pixels. Default: the size that the model was made for.",
+    ),
 ]
 GuidanceOption = Annotated[
     float | None,
-    typer.Option(min=0.0, metavar="G", help="How closely to follow the prompt; 1 turns guidance off."),
+    typer.Option(
+        min=0.0,
+        metavar="G",
+        rich_help_panel=_IMAGE_PANEL,
+        help="How closely to follow the prompt; 1 turns guidance off.",
+    ),
 ]
-NegativeOption = Annotated[str | None, typer.Option(metavar="TEXT", help="What the image should not show.")]
+NegativeOption = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", rich_help_panel=_IMAGE_PANEL, help="What the image should not show."),
+]
 CutOption = Annotated[
     Literal["A", "C"],
     typer.Option(
-        rich_help_panel=MODEL_PANEL,
-        help="Where the model is cut: A keeps more of it on this device than C. Workers must use the same cut.",
+        rich_help_panel=_IMAGE_PANEL,
+        help="Where the image model is cut: C leaves this device up to a tenth of the work, A about a third. "
+        "Workers must use the same cut.",
     ),
 ]
 CodecOption = Annotated[
     Literal["none", "fp16", "int8", "int4"],
     typer.Option(
-        rich_help_panel=_TRAFFIC_PANEL, help="How hidden states are compressed; none sends them unchanged."
+        rich_help_panel=_IMAGE_PANEL,
+        help="How an image's hidden states are compressed; none sends them unchanged.",
     ),
 ]
 ReuseOption = Annotated[
@@ -123,9 +143,9 @@ ReuseOption = Annotated[
     typer.Option(
         parser=parse_reuse,
         metavar="N|SHARE",
-        rich_help_panel=_TRAFFIC_PANEL,
-        help="When to call the worker. N, from 1 up: at every N-th step. SHARE, below 1: when its input has "
-        "changed by more than this share since the last call. Other steps reuse the last output. 1 is exact.",
+        rich_help_panel=_IMAGE_PANEL,
+        help="Call the worker at every N-th step only, or, with a SHARE below 1, only if its input has changed by "
+        "more than this share. Other steps reuse its last output. 1 is exact.",
     ),
 ]
 

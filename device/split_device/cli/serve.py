@@ -50,7 +50,7 @@ def serve(
             "--image-model",
             metavar="DIR",
             rich_help_panel=MODEL_PANEL,
-            help="Directory of a pipeline that makes images. Without --model only images are served.",
+            help="Directory of a pipeline that makes images. If --model is not given, only images are served.",
         ),
     ] = None,
     json: JsonOption = False,

@@ -99,11 +99,11 @@ def stress(
     and corrupts. The times of the faults are drawn from the seed. The first Ctrl-C ends the requests, a second one
     ends everything.
 
-    In the report, *lost* counts requests that ended with an error or with their process, or that did not end;
-    *duplicated* counts outputs beyond the first to one request, and outputs with more tokens than the unsplit
-    model's; *mismatched* counts outputs that differ from the unsplit model's: texts in any token, images in latents
-    by more than 1e-5 of their largest number (images that share a forward round differently). The exit code is 1 if
-    any of them is not 0, or if nothing was completed.
+    The report counts three kinds of faults. *Lost*: requests that failed or never ended. *Duplicated*: further
+    outputs to one request, or outputs with more tokens than the unsplit model's. *Mismatched*: outputs that differ
+    from the unsplit model's, texts in any token, images by more than 1e-5 of the largest latent.
+
+    The exit code is 1 if any count is not 0, or if nothing was completed.
     """
     plan = _checked(plan, chaos)
     passive_threads()

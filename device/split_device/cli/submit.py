@@ -59,7 +59,7 @@ def submit(
         str | None, typer.Option("--file", metavar="FILE", help="Read the prompt from a file; `-` is stdin.")
     ] = None,
     image: Annotated[bool, typer.Option("--image", help="Make an image instead of a text.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Stream the answer, and end when the job ends.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the job and stream its answer.")] = False,
     model: Annotated[
         str | None,
         typer.Option(
@@ -92,7 +92,8 @@ def submit(
         typer.Option(
             metavar="KEY",
             rich_help_panel=STORE_PANEL,
-            help="A name for the job. If a job with this key exists, its id is printed and none is added.",
+            help="A name for the job. If a job with this key exists, its id is printed and none is added; it must "
+            "ask for the same.",
         ),
     ] = None,
     store_key: StoreKeyOption = None,
@@ -100,8 +101,8 @@ def submit(
 ) -> None:
     """Submit a prompt for an answer, or with --image for an image, and print the job's id.
 
-    The agent, started by `lambda-split agent start`, runs the job. Prompt and answer stay on this machine's disk,
-    readable by this user only, until `jobs prune` removes them.
+    The job is kept on this machine's disk, readable by you alone, until it is pruned. An agent runs it: start one
+    with `lambda-split agent start`.
     """
     text = _prompt(prompt, file)
     _check_kind(context, image)

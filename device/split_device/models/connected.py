@@ -18,6 +18,7 @@ from split_common.trust.fleet import Fleet, load_fleet
 from split_common.trust.keys import Identity
 from split_common.trust.manifest import Manifest
 from split_device.sessions.client import Client
+from split_device.sessions.connection import Connection
 from split_device.sessions.timings import Timings
 
 
@@ -28,30 +29,42 @@ class Endpoint:
     fleet: Fleet
     identity: Identity
     transport: Transport
+    connection: Connection
 
     @classmethod
-    def find(cls, broker: str, keys: str | Path | None, member: str | None) -> Endpoint:
+    def find(cls, connection: Connection) -> Endpoint:
         """Loads the fleet and this device's keys.
 
         Raises:
             KeysError: they are missing or invalid.
             ConfigError: the broker's address is invalid.
         """
-        fleet = load_fleet(Path(keys) if keys is not None else None)
-        identity = fleet.identity("device", member)
-        return cls(fleet, identity, connect(broker, fleet, identity))
+        fleet = load_fleet(Path(connection.keys) if connection.keys is not None else None)
+        identity = fleet.identity("device", connection.member)
+        return cls(fleet, identity, connect(connection.broker, fleet, identity), connection)
 
-    def join(self, manifest: Manifest, split: Split, dtype: payloads.Dtype, **options: Any) -> Client:
+    def join(self, manifest: Manifest, split: Split, dtype: payloads.Dtype, cut: str | None = None) -> Client:
         """Joins the queue to find workers of a body.
 
         Args:
-            options: passed on to `Client`.
+            cut: the options that make a worker serve the body, for error messages.
 
         Raises:
             BrokerUnreachable: the broker did not answer in time.
         """
         service = headers.Service(manifest.root, split.first, split.last)
-        client = Client(self.transport, self.fleet, self.identity, service, manifest.name, dtype, **options)
+        client = Client(
+            self.transport,
+            self.fleet,
+            self.identity,
+            service,
+            manifest.name,
+            dtype,
+            timeout=self.connection.timeout,
+            patience=self.connection.patience,
+            step_timeout=self.connection.step_timeout,
+            cut=cut,
+        )
         client.start()
         return client
 

@@ -83,7 +83,7 @@ class SplitDenoiser(ConnectedModel):
             raise ConfigError(f"invalid codec {codec!r}: expected one of {', '.join(CODECS)}")
         check_reuse(reuse)
         connection = Connection.of(connection, fields)
-        device = Endpoint.find(connection.broker, connection.keys, connection.member)
+        device = Endpoint.find(connection)
         spec = read_denoiser_spec(Checkpoint.resolve(path, ip_adapter=ip_adapter))
         if not issubclass(cls, getattr(diffusers, spec.class_name)):
             raise UnsupportedArchitecture(f"{spec.checkpoint.name} is a {spec.class_name}")
@@ -96,9 +96,6 @@ class SplitDenoiser(ConnectedModel):
             manifest,
             split,
             dtype_name(model.dtype),  # type: ignore[attr-defined]
-            timeout=connection.timeout,
-            patience=connection.patience,
-            step_timeout=connection.step_timeout,
             cut=f"--cut {cut}" + (f" --ip-adapter {ip_adapter}" if ip_adapter is not None else ""),
         )
         model._set_client(client, split)

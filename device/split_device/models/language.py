@@ -90,7 +90,7 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
             BrokerUnreachable: the broker did not answer in time.
         """
         connection = Connection.of(connection, fields)
-        device = Endpoint.find(connection.broker, connection.keys, connection.member)
+        device = Endpoint.find(connection)
         spec = read_spec(str(name_or_path), revision)
         split = Split.from_head_tail(spec.layers, head_layers, tail_layers)
         manifest = find_manifest(device.fleet, spec.checkpoint, spec.own_tensors(split, "device"))
@@ -98,14 +98,7 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         model, stack = load_part(spec, split, "device", dtype=parse_dtype(dtype), bases=(cls,), fill=RemoteBody)
         model.name_or_path = model.config.name_or_path = str(name_or_path)
         model.generation_config = generation_config(spec) or model.generation_config
-        client = device.join(
-            manifest,
-            split,
-            dtype_name(model.dtype),
-            timeout=connection.timeout,
-            patience=connection.patience,
-            step_timeout=connection.step_timeout,
-        )
+        client = device.join(manifest, split, dtype_name(model.dtype))
         model._join(client, stack, split, connection.history_memory)
         return model
 
