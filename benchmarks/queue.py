@@ -154,8 +154,8 @@ def _be_a_worker(address: str) -> None:
         """Returns each step's states, on the transport's thread."""
 
         def _request(self, header: headers.Relay, body: bytes) -> None:
-            link = self._links[header.sender, header.channel]
-            keys = sessions.get(header.session) or link.channel.session_keys(header.session, header.epoch)
+            channel = self._channels.open[header.sender, header.channel].channel
+            keys = sessions.get(header.session) or channel.session_keys(header.session, header.epoch)
             sessions[header.session] = keys
             request, tensor = payloads.decode_payload(keys.open(header, body), payloads.request_decoder)
             if isinstance(request, payloads.Step):
