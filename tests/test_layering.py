@@ -24,7 +24,10 @@ PACKAGES = {
 #: The floors of each component, lowest first: sub-packages, and modules that lie beside them. A module may import
 #: from its own floor and from lower ones. A component's own `__init__`, its public names, is above all of them.
 FLOORS = {
-    "split_common": ["errors", "compat", "system", "trust", "protocol", "transport", "models", "engine", "cli"],
+    "split_common": [
+        *("errors", "compat", "system", "trust", "protocol", "transport", "models", "engine"),
+        *("demo_model", "cli"),
+    ],
     "split_device": ["sessions", "models", "generation", "images", "jobs", "openai", "stress", "cli"],
     "split_worker": [
         "limits",
