@@ -412,6 +412,9 @@ def test_cuts_that_are_none(sdxl: Path, broker: Any, worker: Worker) -> None:
         SplitUNet2DConditionModel.from_pretrained(sdxl, broker=broker.address, cut="B")
     with pytest.raises(ConfigError, match="invalid codec"):
         SplitUNet2DConditionModel.from_pretrained(sdxl, broker=broker.address, codec="int2")
+    # A denoiser's sessions have no history.
+    with pytest.raises(TypeError, match="history_memory"):
+        SplitUNet2DConditionModel.from_pretrained(sdxl, broker=broker.address, history_memory=1)
     with pytest.raises(InvalidSplit, match="as many from each end"):
         start_worker(sdxl, broker.address, layers="1:-2")
     with (

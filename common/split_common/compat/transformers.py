@@ -94,12 +94,13 @@ def forward_parameters(module_class: type[nn.Module]) -> frozenset[str]:
     return frozenset(inspect.signature(inspect.unwrap(module_class.forward)).parameters)
 
 
-def attention_implementation(module: Any) -> str:
+def attention_implementation(module: Any) -> str | None:
     """The name of the attention that a model uses, as `set_attn_implementation` takes it.
 
     Written against transformers 5.24. If it breaks, look at `set_attn_implementation` in `modeling_utils.py`.
     """
-    return str(module.config._attn_implementation)
+    name: str | None = module.config._attn_implementation
+    return name
 
 
 # --- generating --------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class SplitDenoiser(ConnectedModel):
         if codec not in CODECS:
             raise ConfigError(f"invalid codec {codec!r}: expected one of {', '.join(CODECS)}")
         check_reuse(reuse)
-        connection = Connection.of(connection, fields)
+        connection = Connection.of(connection, fields, unused=["history_memory"])
         device = Endpoint.find(connection)
         spec = read_denoiser_spec(Checkpoint.resolve(path, ip_adapter=ip_adapter))
         if not issubclass(cls, getattr(diffusers, spec.class_name)):

@@ -119,6 +119,8 @@ class Client:
                 elif isinstance(header, headers.Bounce) and header.reason in ("gone", "revoked"):
                     # The queue has noticed it before this device was told: no session may use the channel any more.
                     self._lose(lambda channel: channel is session.channel)
+                    # The channel may have left the table already.
+                    session.lose(WorkerGone(GONE))
                 else:
                     session.events.put((header, body))
             case headers.Relay(kind=headers.RelayKind.UNKNOWN):
@@ -154,6 +156,7 @@ class Client:
         if session is None or request is None or body != headers.echo(*request):
             raise AuthenticationError("an unknown channel, of no request in flight")
         self._lose(lambda channel: channel is session.channel)
+        session.lose(WorkerGone(GONE))
 
     def on_gone(self, peers: Iterable[bytes]) -> None:
         gone = set(peers)

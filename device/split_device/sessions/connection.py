@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,12 @@ class Connection:
     history_memory: int = HISTORY_MEMORY
 
     @classmethod
-    def of(cls, connection: Connection | None, fields: dict[str, Any]) -> Connection:
-        """A connection, the default one if None, with some fields replaced. Raises TypeError for unknown fields."""
+    def of(cls, connection: Connection | None, fields: dict[str, Any], unused: Collection[str] = ()) -> Connection:
+        """A connection, the default one if None, with some fields replaced.
+
+        Raises:
+            TypeError: a field is unknown, or among those that the caller has no use for.
+        """
+        if wrong := sorted(fields.keys() & set(unused)):
+            raise TypeError(f"unexpected keyword argument {wrong[0]!r}")
         return dataclasses.replace(connection or cls(), **fields)

@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 
 from split_common.errors import BrokerUnreachable
 from split_common.protocol import headers
@@ -74,6 +75,7 @@ class Housekeeper:
         inbox: what other threads hand to this one.
         lease, registry: the lease on the peer's lane, and the other peers.
         device_opens, worker_opens: a device's side of opens, or that of a worker with a service.
+        counters: where rosters that are refused are counted.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Housekeeper:
         registry: Registry,
         device_opens: DeviceOpens | None,
         worker_opens: WorkerOpens | None,
+        counters: Counter[str],
     ) -> None:
         self._connections = connections
         self._fleet = fleet
@@ -98,7 +101,7 @@ class Housekeeper:
         self._registry = registry
         self._device_opens = device_opens
         self._worker_opens = worker_opens
-        self._rosters = RosterSync(connections, keys, fleet, stores=first.role == "worker")
+        self._rosters = RosterSync(connections, keys, fleet, first.role == "worker", counters)
         self._other_role: Role = "worker" if first.role == "device" else "device"
         self._watch_interval = WATCH_INTERVAL if first.role == "device" else HEARTBEAT
         #: Set when the server has answered for the first time, or has refused this user.
@@ -127,6 +130,8 @@ class Housekeeper:
     def run(self) -> None:
         while not self._closing.is_set():
             self._take_inbox()
+            if self._closing.is_set():
+                break
             try:
                 self._turn()
                 self._pause = RECONNECT

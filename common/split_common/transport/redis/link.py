@@ -150,6 +150,7 @@ class _Parts:
             self.registry,
             self.device_opens,
             self.worker_opens,
+            counters,
         )
         self.reader = Reader(
             self._new_connections(),

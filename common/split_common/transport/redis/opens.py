@@ -219,5 +219,7 @@ class WorkerOpens:
         """Makes the stream and its consumer group if they are missing; `replace` deletes the old ones first."""
         commands: list[Command] = [(self._opens, ("DEL", self._opens))] if replace else []
         commands.append((self._opens, ("XGROUP", "CREATE", self._opens, GROUP, "0", "MKSTREAM")))
+        # A new stream would stay for ever if the worker ended before its next heartbeat.
+        commands += self.renewal()
         for answer in connections.run(commands):
             failed(answer)

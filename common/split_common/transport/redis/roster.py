@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from split_common.errors import BrokerUnreachable, Malformed
+from collections import Counter
+
+from split_common.errors import BrokerUnreachable, Malformed, SplitError
 from split_common.transport.redis.key_names import Keys
 from split_common.transport.redis.server import Command, RedisConnections, RedisConnector, failed
+from split_common.transport.supervised import count_dropped
 from split_common.trust.fleet import Fleet
 from split_common.trust.keys import MAX_SIGNED
 
@@ -19,13 +22,17 @@ class RosterSync:
         connections: to the server.
         keys, fleet: names of the fleet's keys, and the peer's own roster.
         stores: whether the peer may write its roster to the server, as workers may.
+        counters: where rosters that are refused are counted, by type of error.
     """
 
-    def __init__(self, connections: RedisConnections, keys: Keys, fleet: Fleet, stores: bool) -> None:
+    def __init__(
+        self, connections: RedisConnections, keys: Keys, fleet: Fleet, stores: bool, counters: Counter[str]
+    ) -> None:
         self._connections = connections
         self._keys = keys
         self._fleet = fleet
         self._stores = stores
+        self._counters = counters
         self._version = fleet.roster().version
         #: The command whose answer `compare` takes: the version of the server's roster.
         self.version_command = _version_command(keys)
@@ -33,18 +40,26 @@ class RosterSync:
     def compare(self, answer: object) -> bool:
         """Fetches or stores the roster if necessary. True if the peer has a newer one than at the last call.
 
+        A roster in the server that is not one of this fleet is counted, and ignored.
+
         Raises:
-            Malformed, CertificateError: the server's roster is not one of this fleet.
             BrokerUnreachable: the server does not answer, or does not store it.
         """
         self._fleet.refresh()
-        there, here = _version_of(answer), self._fleet.roster().version
+        try:
+            self._exchange(_version_of(answer), self._fleet.roster().version)
+        except BrokerUnreachable:
+            raise
+        except SplitError as error:
+            count_dropped(self._counters, error)
+        known, self._version = self._version, self._fleet.roster().version
+        return self._version > known
+
+    def _exchange(self, there: int, here: int) -> None:
         if there > here:
             _fetch(self._connections, self._keys, self._fleet)
         elif there < here and self._stores:
             _put(self._connections, self._keys, self._fleet)
-        known, self._version = self._version, self._fleet.roster().version
-        return self._version > known
 
 
 def publish(address: str, fleet: Fleet) -> int:
