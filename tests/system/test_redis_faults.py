@@ -427,6 +427,26 @@ def test_a_device_that_is_taken_for_dead_frees_its_sessions_and_comes_back(
     wait_until(lambda: not any(streams(server).values()))
 
 
+@pytest.mark.parametrize("version", [b"999999", b"not a number"], ids=["newer", "malformed"])
+def test_a_roster_that_is_refused_keeps_no_death_from_being_noticed(
+    setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch, version: bytes
+) -> None:
+    """The roster in the server is not trusted: whoever may write there can put another one in its place."""
+    monkeypatch.setattr(lease, "LEASE", LEASE)
+    keys = Keys(setting.fleet.operator_key)
+    with setting.worker(server.address) as worker, setting.client(server.address) as client:
+        client.open_session().call([step(0)])
+        counters = worker._transport.counters  # type: ignore[attr-defined]
+        server.client().mset({keys.roster_version: version, keys.roster: b"of another fleet"})
+        try:
+            wait_until(lambda: counters["CertificateError"] + counters["KeysError"] + counters["Malformed"] > 2)
+            with monkeypatch.context() as patch:
+                patch.setattr(client.transport._parts.housekeeper, "_turn", lambda: None)  # type: ignore[attr-defined]
+                wait_until(lambda: len(worker._sessions) == 0, LEASE + LATE)
+        finally:
+            server.client().delete(keys.roster_version, keys.roster)
+
+
 # --- opens -------------------------------------------------------------------------------------------------
 
 
