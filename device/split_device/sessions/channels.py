@@ -57,8 +57,8 @@ class ChannelHost(Protocol):
     def verify(self, certificate: bytes, role: Role) -> Certificate:
         """Raises CertificateError for a certificate that does not hold for this role and body."""
 
-    def channels_in_use(self) -> set[int]:
-        """Numbers of the channels that have sessions."""
+    def discard_unused_channels(self) -> None:
+        """Removes the channels that take no more sessions and have none."""
 
     def count(self, error: SplitError) -> None:
         """Counts a message that was dropped."""
@@ -223,10 +223,7 @@ class Channels:
             self.served = True
         finally:
             del self._answers[number]
-        in_use = host.channels_in_use()
-        for old in self.all():
-            if not old.usable and old.number not in in_use:
-                self.remove(old.number)
+        host.discard_unused_channels()
         # Tells the broker at once that this device wants to hear of the worker's death.
         host.transport.announce()
         return channel

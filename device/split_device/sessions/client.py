@@ -119,8 +119,6 @@ class Client:
                 elif isinstance(header, headers.Bounce) and header.reason in ("gone", "revoked"):
                     # The queue has noticed it before this device was told: no session may use the channel any more.
                     self._lose(lambda channel: channel is session.channel)
-                    # The channel may have left the table already.
-                    session.lose(WorkerGone(GONE))
                 else:
                     session.events.put((header, body))
             case headers.Relay(kind=headers.RelayKind.UNKNOWN):
@@ -156,7 +154,6 @@ class Client:
         if session is None or request is None or body != headers.echo(*request):
             raise AuthenticationError("an unknown channel, of no request in flight")
         self._lose(lambda channel: channel is session.channel)
-        session.lose(WorkerGone(GONE))
 
     def on_gone(self, peers: Iterable[bytes]) -> None:
         gone = set(peers)
@@ -237,9 +234,14 @@ class Client:
         if self._sessions.get(key) is session:
             del self._sessions[key]
 
-    def channels_in_use(self) -> set[int]:
-        """Numbers of the channels that have sessions."""
-        return {session.channel.number for session in list(self._sessions.values())}
+    def discard_unused_channels(self) -> None:
+        """Removes the channels that take no more sessions and have none."""
+        # Under the lock, no session joins a channel between the look and the removal.
+        with self._lock:
+            in_use = {session.channel.number for session in list(self._sessions.values())}
+            for channel in self._channels.all():
+                if not channel.usable and channel.number not in in_use:
+                    self._channels.remove(channel.number)
 
     def verify(self, certificate: bytes, role: Role) -> Certificate:
         """Raises CertificateError for a certificate that does not hold for this role and body."""
