@@ -170,3 +170,29 @@ def test_a_fleet_that_cannot_start_says_why(tmp_path: Path) -> None:
     assert json.loads(out)["error"]["message"]
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("transport", "modes"), [("zmq", ["garbage", "black-hole"]), ("redis", ["garbage", "redis-fleet"])]
+)
+def test_a_hostile_member_is_weighed_against_a_bystander(transport: str, modes: list[str], tmp_path: Path) -> None:
+    arguments = ["--transport", transport, "--devices", 2, "--workers", 2, "--seconds", 16]
+    process = start(tmp_path, *arguments, "--hostile", ",".join(modes))
+    out, err = process.communicate(timeout=3 * LATE)
+    assert "Traceback" not in err, err
+    assert not list(tmp_path.iterdir())
+    report = json.loads(out)
+    assert (report["lost"], report["duplicated"], report["mismatched"]) == (0, 0, 0), report["errors"]
+    assert report["faults"] == {}
+    hostile = report["hostile"]
+    assert list(hostile["modes"]) == modes
+    for mode in hostile["modes"].values():
+        assert mode["acts"] > 0
+        assert mode["failure"] is None
+        assert mode["seconds"] >= 4
+        # The bystander burns as much, as far as the machine lets it.
+        assert 0 < mode["bystander_cpu_seconds"] <= 1.5 * mode["cpu_seconds"] + 1
+    assert hostile["memory_bounded"], hostile["memory"]
+    assert hostile["honest_throughput_share"] == min(mode["share"] for mode in hostile["modes"].values())
+    assert process.returncode == (0 if report["withstood"] else 1)

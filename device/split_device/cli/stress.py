@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,8 @@ from split_common.system.process import passive_threads
 from split_common.transport.address import is_redis
 from split_device.cli.options import HeadOption, TailOption
 from split_device.images.settings import need_diffusers
+from split_device.stress.hostile.modes import described, parse_modes
+from split_device.stress.membership import check_own_fleet
 from split_device.stress.plan import FAULTS, NETWORK_FAULTS, StressPlan, TransportName, Workload, WorkloadKind
 
 _PLAN = Group(
@@ -83,7 +86,14 @@ def stress(
         typer.Option(
             metavar="KINDS",
             help="Faults, separated by commas: kill and stop (workers), broker (killed and restarted), lag, "
-            "drop and corrupt (connections); or none. Default: all that are possible.",
+            "drop and corrupt (connections); or none. Default: all that are possible, and none with --hostile.",
+        ),
+    ] = None,
+    hostile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODES",
+            help="One member does its worst, in these modes, separated by commas, one after another; or all.",
         ),
     ] = None,
     plot: Annotated[
@@ -104,8 +114,14 @@ def stress(
     from the unsplit model's, texts in any token, images by more than 1e-5 of the largest latent.
 
     The exit code is 1 if any count is not 0, or if nothing was completed.
+
+    With --hostile one member with a valid certificate does its worst, in one mode after another, beside honest
+    devices and workers. Each mode has two equal slices of --seconds, by default of 10 seconds: one beside the
+    hostile member, and one beside a process that talks to nobody and burns as much CPU. The exit code is 1 also if
+    honest throughput in the first is below half of that in the second for any mode, or if a process of the fleet
+    takes more memory than the docs say.
     """
-    plan = _checked(plan, chaos)
+    plan = _checked(plan, chaos, hostile)
     passive_threads()
 
     from split_device.stress.plot import check_plot, draw
@@ -124,10 +140,13 @@ def stress(
     if plot is not None:
         draw(plot, outcome.ledger, outcome.chaos, report.seconds)
         stderr.print(f"wrote {plot}", soft_wrap=True)
-    if not report.sound or not report.completed:
+    if not report.sound or not report.completed or not report.withstood:
         raise typer.Exit(1)
     if report.interrupted:
         raise KeyboardInterrupt
+
+
+stress.__doc__ = f"{stress.__doc__}\n\n    Modes of --hostile:\n\n{textwrap.indent(described(), '    ')}\n"
 
 
 def stress_device(
@@ -141,6 +160,7 @@ def stress_device(
     head_layers: Annotated[int, typer.Option()] = END_LAYERS,
     tail_layers: Annotated[int, typer.Option()] = END_LAYERS,
     keys: Annotated[Path | None, typer.Option()] = None,
+    rejoin: Annotated[int | None, typer.Option()] = None,
     json: JsonOption = False,
 ) -> None:
     """A device of `lambda-split stress`, which starts it."""
@@ -157,10 +177,37 @@ def stress_device(
         head_layers=head_layers,
         tail_layers=tail_layers,
         keys=keys,
+        rejoin=rejoin,
     )
 
 
-def _checked(plan: StressPlan, chaos: str | None) -> StressPlan:
+def stress_hostile(
+    mode: Annotated[str, typer.Option()],
+    broker: Annotated[str, typer.Option()],
+    keys: Annotated[Path, typer.Option()],
+    root: Annotated[str, typer.Option()],
+    first: Annotated[int, typer.Option()],
+    last: Annotated[int, typer.Option()],
+    model: Annotated[str, typer.Option()],
+    width: Annotated[int, typer.Option()],
+    seed: Annotated[int, typer.Option()] = 0,
+    json: JsonOption = False,
+) -> None:
+    """A hostile member of `lambda-split stress`, which starts it."""
+    from split_common.protocol.headers import Service
+    from split_device.stress.hostile.process import run_hostile
+
+    run_hostile(mode, broker, keys, Service(bytes.fromhex(root), first, last), model, width, seed)
+
+
+def stress_bystander(cores: Annotated[float, typer.Option()], json: JsonOption = False) -> None:
+    """A process of `lambda-split stress` that burns CPU as a hostile member did."""
+    from split_device.stress.hostile.process import run_bystander
+
+    run_bystander(cores)
+
+
+def _checked(plan: StressPlan, chaos: str | None, hostile: str | None) -> StressPlan:
     """The plan, with the values that follow from others. Raises ConfigError if options contradict each other."""
     if plan.workers == 0 and plan.broker is None:
         raise ConfigError("--workers 0 needs --broker: a queue that is started here has no other workers")
@@ -174,11 +221,15 @@ def _checked(plan: StressPlan, chaos: str | None) -> StressPlan:
         )
     if plan.workload != "text":
         need_diffusers()
+    if hostile is not None:
+        check_own_fleet(plan.broker)
+        chaos = chaos or "none"
     return dataclasses.replace(
         plan,
-        requests=plan.requests if plan.seconds is None else None,
+        requests=plan.requests if plan.seconds is None and hostile is None else None,
         transport=plan.transport if plan.broker is None else "redis" if is_redis(plan.broker) else "zmq",
         chaos=parse_chaos(chaos, plan.workers > 0, plan.broker),
+        hostile=parse_modes(hostile, plan.transport, plan.kinds),
     )
 
 

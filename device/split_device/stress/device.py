@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +17,7 @@ from split_common.system.console import emit_json
 from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm
 from split_device.stress.events import Answered, Asked, Decoded, Event, Failed, Traffic, encode
-from split_device.stress.plan import WorkloadKind
+from split_device.stress.plan import NICENESS, WorkloadKind
 
 #: Interval between two `Decoded` events, in seconds.
 DECODED_INTERVAL = 0.25
@@ -23,15 +26,15 @@ DECODED_INTERVAL = 0.25
 BROKER_TIMEOUT = 60.0
 WORKER_PATIENCE = 180.0
 
-#: Added to the process's niceness, so that workers and broker run as if on other machines.
-NICENESS = 10
-
 
 class WorkloadModel(Protocol):
     """Generates the requests of a workload with a split model, and compares with the unsplit one."""
 
     #: The split model.
     split: Any
+
+    def join(self) -> None:
+        """Joins the queue with a new split model; one that there was is closed first. Raises SplitError."""
 
     def run(self, number: int) -> Any:
         """The split model's output for the request of this number. Raises SplitError."""
@@ -52,6 +55,7 @@ def run_device(
     head_layers: int,
     tail_layers: int,
     keys: Path | None,
+    rejoin: int | None = None,
 ) -> None:
     """Makes requests until SIGTERM, and finishes the last one.
 
@@ -59,6 +63,8 @@ def run_device(
         index: this device's number in the run.
         requests: number of requests; None for no limit.
         reference: the unsplit checkpoint to compare with; `model` if None.
+        rejoin: number of requests after which the device leaves the queue and joins it again, as a new process
+            would: it needs a new channel. None for never.
     """
     passive_threads()
 
@@ -78,25 +84,42 @@ def run_device(
         workload = ImageWorkload(model, reference or model, seed, index, options)
     else:
         workload = TextWorkload(model, reference or model, seed, index, options, head_layers, tail_layers)
-    with workload.split:
-        emit_json({"pid": os.getpid()})
-        os.nice(NICENESS)
-        clock = Clock(workload.split)
-        for number in itertools.count() if requests is None else range(requests):
-            if stop.is_set():
-                break
-            emit(Asked(number))
+    emit_json({"pid": os.getpid()})
+    os.nice(NICENESS)
+    try:
+        _make_requests(workload, itertools.count() if requests is None else range(requests), rejoin, stop)
+    finally:
+        workload.split.close()
+
+
+def _make_requests(
+    workload: WorkloadModel, numbers: Iterable[int], rejoin: int | None, stop: threading.Event
+) -> None:
+    clock = Clock(workload.split)
+    # Of the connections that have been closed.
+    past: Counter[str] = Counter()
+    joined = True
+    for number in numbers:
+        if stop.is_set():
+            return
+        emit(Asked(number))
+        try:
+            if not joined or (rejoin is not None and number and number % rejoin == 0):
+                past += workload.split.traffic if joined else Counter()
+                joined = False
+                workload.join()
+                joined = True
+                clock.watch(workload.split)
             clock.begin()
-            try:
-                output = workload.run(number)
-            except SplitError as error:
-                emit(Failed(number, f"{type(error).__name__}: {error}"))
-            else:
-                seconds = time.monotonic() - clock.began
-                found = workload.compare(number, output)
-                emit(Answered(number, seconds=seconds, gaps=clock.gaps, recoveries=clock.recoveries, **found))
-            traffic = workload.split.traffic
-            emit(Traffic(traffic["bytes_sent"], traffic["bytes_received"], traffic["replays"]))
+            output = workload.run(number)
+        except SplitError as error:
+            emit(Failed(number, f"{type(error).__name__}: {error}"))
+        else:
+            seconds = time.monotonic() - clock.began
+            found = workload.compare(number, output)
+            emit(Answered(number, seconds=seconds, gaps=clock.gaps, recoveries=clock.recoveries, **found))
+        traffic = past + workload.split.traffic if joined else past
+        emit(Traffic(traffic["bytes_sent"], traffic["bytes_received"], traffic["replays"]))
 
 
 class TextWorkload:
@@ -108,11 +131,19 @@ class TextWorkload:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from split_device.models.language import SplitModelForCausalLM
-
         self._draw_key = seed, index
         self._unsplit = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
-        self.split = SplitModelForCausalLM.from_pretrained(model, head_layers=head, tail_layers=tail, **options)
+        self._model = model
+        self._options = {"head_layers": head, "tail_layers": tail, **options}
+        self.split: Any = None
+        self.join()
+
+    def join(self) -> None:
+        from split_device.models.language import SplitModelForCausalLM
+
+        if self.split is not None:
+            self.split.close()
+        self.split = SplitModelForCausalLM.from_pretrained(self._model, **self._options)
 
     def _request(self, number: int) -> Any:
         from split_device.stress.workload import draw
@@ -137,13 +168,21 @@ class ImageWorkload:
         from diffusers import UNet2DConditionModel
         from diffusers.utils import logging
 
-        from split_device.models.unet import SplitUNet2DConditionModel
-
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self._draw_key = seed, index
         self._unsplit = UNet2DConditionModel.from_pretrained(_unet_directory(reference), dtype=torch.float32).eval()
-        self.split = SplitUNet2DConditionModel.from_pretrained(model, cut=DEFAULT_CUT, **options)
+        self._model = model
+        self._options = {"cut": DEFAULT_CUT, **options}
+        self.split: Any = None
+        self.join()
+
+    def join(self) -> None:
+        from split_device.models.unet import SplitUNet2DConditionModel
+
+        if self.split is not None:
+            self.split.close()
+        self.split = SplitUNet2DConditionModel.from_pretrained(self._model, **self._options)
 
     def _request(self, number: int) -> Any:
         from split_device.stress.images import draw
@@ -170,11 +209,15 @@ class Clock:
     """Measures the steps of successive requests."""
 
     def __init__(self, split: Any) -> None:
-        self._split = split
         self._decoded = 0
         self._reported = time.monotonic()
-        split.register_forward_hook(self._after_step)
+        self.watch(split)
         self.begin()
+
+    def watch(self, split: Any) -> None:
+        """Measures the steps of this model from now on."""
+        self._split = split
+        split.register_forward_hook(self._after_step)
 
     def begin(self) -> None:
         """Starts the measurement of a request."""

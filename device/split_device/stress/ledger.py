@@ -31,6 +31,8 @@ class Ledger:
     #: For each report of tokens or steps: its time, and their number.
     decoded: list[tuple[float, int]] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
+    #: Number of requests that ended with an error.
+    failures: int = 0
     traffic: dict[int, Traffic] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -46,6 +48,7 @@ class Ledger:
                     self._answered(device, event)
                 case Failed(_, error):
                     self.errors[error] += 1
+                    self.failures += 1
                 case Traffic():
                     self.traffic[device] = event
 
@@ -65,6 +68,17 @@ class Ledger:
         now = time.monotonic() - self.began
         with self._lock:
             return sum(tokens for when, tokens in self.decoded[-1000:] if when > now - seconds) / seconds
+
+    def decoded_between(self, began: float, ended: float) -> int:
+        """Tokens and steps that were reported in a time, in seconds since the run began."""
+        with self._lock:
+            return sum(tokens for when, tokens in self.decoded if began <= when < ended)
+
+    @property
+    def devices_answered(self) -> int:
+        """Number of devices that have got an answer."""
+        with self._lock:
+            return len({device for (device, _), answers in self.answers.items() if answers})
 
     @property
     def requests(self) -> int:

@@ -19,6 +19,9 @@ FAULTS = ("kill", "stop", "broker", "lag", "drop", "corrupt")
 #: Kinds of faults that need the proxy.
 NETWORK_FAULTS = ("lag", "drop", "corrupt")
 
+#: Added to the niceness of devices and hostile members, so that workers and broker run as if on other machines.
+NICENESS = 10
+
 
 @dataclass(frozen=True)
 class StressPlan:
@@ -42,6 +45,8 @@ class StressPlan:
     chaos: Sequence[str] = ()
     seed: int = 0
     keys: Path | None = None
+    #: Modes of a hostile member, out of `hostile.modes.MODES`, in their order.
+    hostile: Sequence[str] = ()
 
     def kind(self, index: int) -> WorkloadKind:
         """The workload of the device or worker with this index."""

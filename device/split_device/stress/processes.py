@@ -41,6 +41,9 @@ class Supervised:
         self.process: subprocess.Popen[str] | None = None
         self.since = 0.0
         self.stopped = False
+        #: How often the process ended by itself, or could not be started again.
+        self.crashes = 0
+        self._killed = False
 
     def start(self) -> None:
         self._thread.start()
@@ -56,16 +59,19 @@ class Supervised:
             try:
                 with self._start() as process:
                     self.process, self.since, self.stopped = process, time.monotonic(), False
+                    self._killed = False
                     self._first.set()
                     while process.poll() is None and not self._ending.wait(POLL_INTERVAL):
                         pass
                     self.resume()
                     self.process = None
+                    self.crashes += not (self._killed or self._ending.is_set())
             except (SplitError, OSError, ValueError) as error:
                 if not self._first.is_set():
                     self._error = error if isinstance(error, SplitError) else SplitError(f"{self.name}: {error}")
                     self._first.set()
                     return
+                self.crashes += 1
                 self._ending.wait(RESTART_DELAY)
 
     @property
@@ -76,7 +82,7 @@ class Supervised:
     def kill(self) -> None:
         """SIGKILL."""
         if (process := self.process) is not None:
-            self.process = None
+            self.process, self._killed = None, True
             process.kill()
 
     def stop(self) -> None:

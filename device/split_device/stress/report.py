@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from split_device.stress.chaos import Chaos
+from split_device.stress.hostile.outcome import HostileOutcome
 from split_device.stress.ledger import Ledger
 from split_device.stress.memory import Resident
 
@@ -54,6 +55,10 @@ class Report:
     #: Number of entries that Redis still holds at the end; None for ZeroMQ, or a queue that runs already.
     left: dict[str, int] | None
     interrupted: bool
+    #: What a hostile member cost the honest ones (`HostileOutcome.facts`); None without one.
+    hostile: dict[str, Any] | None = None
+    #: Whether the fleet withstood the hostile member, if there was one.
+    withstood: bool = True
 
     @property
     def sound(self) -> bool:
@@ -73,6 +78,7 @@ def report(
     memory: Sequence[Resident],
     left: dict[str, int] | None,
     interrupted: bool,
+    hostile: HostileOutcome | None = None,
 ) -> Report:
     """Sums up a run of `seconds`."""
     counts = chaos.counts if chaos is not None else {}
@@ -106,6 +112,8 @@ def report(
         memory_within=all(resident.within for resident in memory),
         left=left,
         interrupted=interrupted,
+        hostile=hostile.facts() if hostile is not None else None,
+        withstood=hostile is None or hostile.withstood,
     )
 
 
@@ -141,7 +149,23 @@ def table(report: Report) -> Table:
         shown.add_row(f"memory of {each['process']}", f"{before}{each['mib']} MiB{grown}")
     if report.left is not None:
         shown.add_row("left in Redis", ", ".join(f"{count} {what}" for what, count in report.left.items()))
+    if report.hostile is not None:
+        _add_hostile(shown, report.hostile)
     return shown
+
+
+def _add_hostile(shown: Table, hostile: dict[str, Any]) -> None:
+    """Adds a row for each mode: throughput beside the hostile member and its bystander, and what went wrong."""
+    for name, mode in hostile["modes"].items():
+        row = f"{mode['honest_beside_hostile']:,.0f} of {mode['honest_beside_bystander']:,.0f} tokens or steps/s"
+        row += f" = {mode['share']:.2f}, {mode['cpu_seconds']:.1f} s CPU"
+        for what in ("lost", "crashed"):
+            row += f", {mode[what]} {what} (!)" if mode[what] else ""
+        for what in ("failure", "memory_exceeded"):
+            row += f", {what.replace('_', ' ')}: {mode[what]} (!)" if mode[what] else ""
+        shown.add_row(f"hostile {name}", row)
+    shown.add_row("honest throughput share", f"{hostile['honest_throughput_share']:.2f}")
+    shown.add_row("memory bounded", "yes" if hostile["memory_bounded"] else "no (!)")
 
 
 _COUNTS = (

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from split_common.models.split import DEFAULT_CUT
@@ -14,8 +15,11 @@ from split_common.system.servers import RedisServer, free_port
 from split_common.system.signals import exit_on_sigterm
 from split_device.stress import tiny_model, tiny_unet
 from split_device.stress.chaos import Chaos
+from split_device.stress.hostile import fleet as hostile_fleet
+from split_device.stress.hostile.slices import Slices, Update
 from split_device.stress.ledger import Ledger
 from split_device.stress.live import shown
+from split_device.stress.membership import Membership, OwnKeys, SharedKeys
 from split_device.stress.memory import Memory, Resident
 from split_device.stress.plan import NETWORK_FAULTS, StressPlan, WorkloadKind
 from split_device.stress.processes import DeviceProcess, Supervised, command
@@ -34,6 +38,9 @@ LEASES_END = 15.0
 
 #: `--kv-memory` of a worker with the random model: so small that soon all of it is used, and memory stops growing.
 KV_MEMORY = "8MiB"
+
+#: Number of requests after which devices leave the queue and join it again, beside a hostile member.
+REJOIN = "2"
 
 #: `--drain-timeout` of the workers, in seconds: at the end no sessions are open.
 DRAIN_TIMEOUT = "2"
@@ -69,50 +76,79 @@ def run(plan: StressPlan, directory: Path, stack: contextlib.ExitStack) -> Stres
 
     stack.enter_context(exit_on_sigterm())
     stderr.print(f"starting {plan.workers} workers and {plan.devices} devices on this machine …")
-    queue, server = _queue(plan, directory, env, stack)
+    targets = hostile_fleet.read_targets(plan, models) if plan.hostile else {}
+    own = hostile_fleet.own_keys(plan, directory / "members", targets) if plan.hostile else None
+    members: Membership = own or SharedKeys(plan.keys)
+    queue, server = _queue(plan, directory, env, own, stack)
     proxy, address = None, server
     if set(plan.chaos) & set(NETWORK_FAULTS):
         proxy, address = proxied(server)
         stack.callback(proxy.close)
-    workers = [
-        Supervised(
-            f"worker {index}",
-            command(
-                _worker_command(plan, plan.kind(index), models, address), directory / f"worker-{index}.log", env
-            ),
-        )
-        for index in range(plan.workers)
-    ]
+    workers = _workers(plan, models, members, address, directory, env)
     stack.enter_context(_started(workers))
     ledger = Ledger()
-    devices = [
-        DeviceProcess(
-            index,
-            [*_device_command(plan, plan.kind(index), models, address), "--index", str(index)],
-            directory / f"device-{index}.log",
-            env,
-            ledger,
-        )
-        for index in range(plan.devices)
-    ]
+    devices = _devices(plan, models, members, address, directory, env, ledger)
     stack.enter_context(_finished(devices))
 
     chaos = Chaos(list(plan.chaos), plan.seed, workers, queue, proxy) if plan.chaos else None
     supervised = [*workers, *([queue] if queue is not None else [])]
+    slices = None
+    if own is not None:
+        commands = hostile_fleet.Commands(own, targets, server, plan.seed)
+        slices = Slices(plan, ledger, supervised, devices, commands, directory / "hostile.log")
     ledger.began = time.monotonic()
-    memory, interrupted = _run_faults(plan, ledger, chaos, supervised, devices)
+    during = slices.run if slices is not None else partial(_until_the_end, plan, ledger)
+    memory, interrupted = _run_faults(during, ledger, chaos, supervised, devices)
     seconds = time.monotonic() - ledger.began
-    left = _left(server) if queue is not None and plan.transport == "redis" else None
-    return StressOutcome(
-        report(plan.transport, plan.seed, seconds, ledger, chaos, memory, left, interrupted), ledger, chaos
-    )
+    # What a hostile member has left there is its own.
+    left = _left(server) if queue is not None and plan.transport == "redis" and slices is None else None
+    hostile = slices.outcome if slices is not None else None
+    summed_up = report(plan.transport, plan.seed, seconds, ledger, chaos, memory, left, interrupted, hostile)
+    return StressOutcome(summed_up, ledger, chaos)
+
+
+def _workers(
+    plan: StressPlan,
+    models: dict[WorkloadKind, str],
+    members: Membership,
+    address: str,
+    directory: Path,
+    env: dict[str, str],
+) -> list[Supervised]:
+    workers = []
+    for index in range(plan.workers):
+        name = f"worker {index}"
+        words = _worker_command(plan, plan.kind(index), models, members.address(address, name))
+        log = directory / f"worker-{index}.log"
+        start = command([*words, *members.options(name)], log, env | members.env(name))
+        workers.append(Supervised(name, start))
+    return workers
+
+
+def _devices(
+    plan: StressPlan,
+    models: dict[WorkloadKind, str],
+    members: Membership,
+    address: str,
+    directory: Path,
+    env: dict[str, str],
+    ledger: Ledger,
+) -> list[DeviceProcess]:
+    devices = []
+    for index in range(plan.devices):
+        name = f"device {index}"
+        words = _device_command(plan, plan.kind(index), models, members.address(address, name))
+        words += [*members.options(name), "--index", str(index)]
+        log = directory / f"device-{index}.log"
+        devices.append(DeviceProcess(index, words, log, env | members.env(name), ledger))
+    return devices
 
 
 def _worker_command(
     plan: StressPlan, kind: WorkloadKind, models: dict[WorkloadKind, str], address: str
 ) -> list[str]:
-    """The command of a worker."""
-    words = ["worker", "--model", models[kind], "--broker", address, "--dtype", "float32", *_keys_options(plan)]
+    """The command of a worker, without its keys."""
+    words = ["worker", "--model", models[kind], "--broker", address, "--dtype", "float32"]
     words += ["--threads", "1", "--drain-timeout", DRAIN_TIMEOUT]
     if kind == "image":
         return [*words, "--cut", DEFAULT_CUT]
@@ -123,32 +159,33 @@ def _worker_command(
 def _device_command(
     plan: StressPlan, kind: WorkloadKind, models: dict[WorkloadKind, str], address: str
 ) -> list[str]:
-    """The command of a device."""
-    words = ["stress-device", "--kind", kind, "--model", models[kind], "--broker", address, *_keys_options(plan)]
+    """The command of a device, without its keys and its index."""
+    words = ["stress-device", "--kind", kind, "--model", models[kind], "--broker", address]
     words += ["--seed", str(plan.seed)]
     words += ["--head-layers", str(plan.head_layers), "--tail-layers", str(plan.tail_layers)]
     words += ["--requests", str(plan.requests)] if plan.requests is not None else []
     words += ["--reference", plan.reference] if plan.reference is not None else []
+    # A hostile member that attacks set-ups and placement harms only those who need a new channel.
+    words += ["--rejoin", REJOIN] if plan.hostile else []
     return words
 
 
-def _keys_options(plan: StressPlan) -> list[str]:
-    return ["--keys", str(plan.keys)] if plan.keys is not None else []
-
-
 def _queue(
-    plan: StressPlan, directory: Path, env: dict[str, str], stack: contextlib.ExitStack
+    plan: StressPlan, directory: Path, env: dict[str, str], own: OwnKeys | None, stack: contextlib.ExitStack
 ) -> tuple[Supervised | None, str]:
     """Starts the queue's server, unless it runs already; returns the server and its address."""
     if plan.broker is not None:
         return None, plan.broker
     if plan.transport == "redis":
-        server = RedisServer(directory, persistent=True)
+        options = ("--aclfile", str(own.acl_file()), *hostile_fleet.REDIS_LIMITS) if own is not None else ()
+        # What a hostile member fills a server with is not worth a disk's time.
+        server = RedisServer(directory, *options, persistent=own is None)
         address = server.address
         queue = Supervised("redis", server.running)
     else:
         address = f"tcp://127.0.0.1:{free_port()}"
-        queue = Supervised("broker", command(["broker", "--bind", address], directory / "broker.log", env))
+        words = ["broker", "--bind", address, *(own.options("broker") if own is not None else ())]
+        queue = Supervised("broker", command(words, directory / "broker.log", env))
     stack.enter_context(_started([queue]))
     return queue, address
 
@@ -189,14 +226,21 @@ def _finished(devices: list[DeviceProcess]) -> Iterator[None]:
             device.join()
 
 
+def _until_the_end(plan: StressPlan, ledger: Ledger, update: Update) -> None:
+    """Lets time pass until it is over, or all requests are answered."""
+    while update():
+        if plan.seconds is not None and time.monotonic() - ledger.began >= plan.seconds:
+            return
+
+
 def _run_faults(
-    plan: StressPlan,
+    during: Callable[[Update], None],
     ledger: Ledger,
     chaos: Chaos | None,
     supervised: list[Supervised],
     devices: list[DeviceProcess],
 ) -> tuple[list[Resident], bool]:
-    """Causes faults until the time is over or all requests are answered; then devices finish their last request.
+    """Causes faults until `during` returns; then devices finish their last request.
 
     Returns:
         The memory of the processes that ran at the end, and whether Ctrl-C ended the requests.
@@ -215,9 +259,7 @@ def _run_faults(
         try:
             if chaos is not None:
                 chaos.start()
-            while update():
-                if plan.seconds is not None and time.monotonic() - ledger.began >= plan.seconds:
-                    break
+            during(update)
         except KeyboardInterrupt:
             interrupted = True
         finally:

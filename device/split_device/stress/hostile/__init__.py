@@ -1,0 +1,1 @@
+"""`lambda-split stress --hostile`: one member of the fleet does its worst, beside honest ones."""

@@ -1,0 +1,69 @@
+"""Writes to Redis as a member's user may, without the product's transport and its limits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from split_common.protocol import headers
+from split_common.transport.address import is_redis
+from split_device.stress.hostile.peers import LinkPeer
+from split_device.stress.hostile.scene import Scene
+
+if TYPE_CHECKING:
+    import redis
+
+    from split_common.transport.redis.key_names import Keys
+
+
+def redis_client(scene: Scene) -> redis.Redis:
+    """A client with this member's user and password."""
+    import redis
+
+    from split_common.transport.redis.server import PASSWORD_VARIABLE
+
+    return redis.Redis.from_url(scene.address, password=os.environ.get(PASSWORD_VARIABLE))
+
+
+def key_names(scene: Scene) -> Keys:
+    """The names of the fleet's keys."""
+    from split_common.transport.redis.key_names import Keys
+
+    return Keys(scene.fleet.operator_key)
+
+
+class LaneWriter:
+    """Adds any entry to a worker's stream."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._client = redis_client(scene)
+        self._keys = key_names(scene)
+
+    def __enter__(self) -> LaneWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def add_to_worker(self, worker: bytes, head: bytes, body: bytes) -> None:
+        """Adds an entry to a worker's lane. Raises redis.RedisError."""
+        from split_common.transport.redis.key_names import entry
+
+        lane = self._keys.lane("worker", worker)
+        self._client.execute_command("XADD", lane, "NOMKSTREAM", "*", *entry(head, body))
+
+
+def open_sender(scene: Scene, peer: LinkPeer) -> Callable[[headers.Open, bytes], None]:
+    """What sends opens at any rate: over Redis a link sends one at a time, so that they go into the stream."""
+    if not is_redis(scene.address):
+        return peer.send
+    from split_common.transport.redis.key_names import entry
+
+    client, keys = redis_client(scene), key_names(scene)
+
+    def send(header: headers.Open, body: bytes) -> None:
+        words = entry(headers.encode_header(header), body)
+        client.execute_command("XADD", keys.opens(header.service), "NOMKSTREAM", "*", *words)
+
+    return send

@@ -1,0 +1,398 @@
+"""The parts of `lambda-split stress --hostile`: modes, slices, what is counted, and the verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import redis
+
+import tiny
+from split_common.cli import main
+from split_common.errors import AuthenticationError, ConfigError
+from split_common.protocol import headers
+from split_common.system.servers import RedisServer
+from split_common.trust.fleet import Fleet
+from split_device.stress.events import Answered, Asked, Decoded, Failed
+from split_device.stress.hostile import outcome, slices
+from split_device.stress.hostile.curve import CurveConnection
+from split_device.stress.hostile.fleet import HOSTILE, REDIS_LIMITS, Commands, Target
+from split_device.stress.hostile.modes import MODES, described, parse_modes
+from split_device.stress.hostile.outcome import GROWTH, MIB, HostileOutcome, ModeOutcome, Peaks, Window
+from split_device.stress.hostile.process import attacks, burn
+from split_device.stress.hostile.scene import Scene
+from split_device.stress.hostile.slices import Slices, cpu_seconds
+from split_device.stress.ledger import Ledger
+from split_device.stress.membership import OwnKeys, member_name
+from split_device.stress.plan import StressPlan
+from valkeys import BINARY
+from wiretap import LATE, SPLIT, WIDTH, Setting, run_steps, wait_until
+
+# --- modes -------------------------------------------------------------------------------------------------
+
+
+def test_every_mode_has_a_function_and_a_line_of_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert attacks().keys() == MODES.keys()
+    assert described().count("\n") == len(MODES) - 1
+    assert main(["stress", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in MODES)
+
+
+def test_modes_that_can_be_asked_for() -> None:
+    assert parse_modes(None, "zmq", ["text"]) == []
+    assert parse_modes("queue, kv,kv", "zmq", ["text"]) == ["queue", "kv"]
+    over_zmq, over_redis = (parse_modes("all", transport, ["text"]) for transport in ("zmq", "redis"))
+    assert "multipart" in set(over_zmq) - set(over_redis)
+    assert "redis-memory" in set(over_redis) - set(over_zmq)
+    assert "image-steps" not in over_zmq
+    assert set(parse_modes("all", "zmq", ["text", "image"])) - set(over_zmq) == {"image-steps"}
+    assert set(over_zmq) | set(over_redis) | {"image-steps"} == MODES.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hostile", "kindness"], "invalid --hostile kindness"),
+        (["--hostile", ""], "invalid --hostile"),
+        (["--hostile", "redis-memory"], "--hostile redis-memory: it needs --transport redis"),
+        (["--hostile", "multipart", "--transport", "redis"], "--hostile multipart: it needs --transport zmq"),
+        (["--hostile", "image-steps"], "--hostile image-steps: it needs --workload image"),
+        (["--hostile", "all", "--broker", "tcp://127.0.0.1:7411"], "--hostile makes a fleet of its own"),
+        (["--hostile", "kv", "--chaos", "boom"], "--chaos boom"),
+    ],
+)
+def test_wrong_options_start_nothing(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["stress", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+
+
+# --- what is counted, and the verdict ----------------------------------------------------------------------
+
+
+def mode(**changes: Any) -> ModeOutcome:
+    window = Window(0.0, 10.0, 5.0)
+    facts: dict[str, Any] = {
+        **{"hostile": window, "bystander": window, "honest_beside_hostile": 60.0, "honest_beside_bystander": 100.0},
+        **{"lost": 0, "crashed": 0, "acts": 7, "refused": {}, "failure": None, "exceeded": None},
+    }
+    return ModeOutcome(**(facts | changes))
+
+
+def test_throughput_is_that_of_the_slice() -> None:
+    ledger = Ledger()
+    ledger.decoded = [(1.0, 100), (10.0, 20), (14.0, 30), (20.0, 1000)]
+    window = Window(began=10.0, ended=20.0, cpu=5.0)
+    assert window.throughput(ledger) == 5.0
+    assert window.cores == 0.5
+
+
+def test_the_share_is_that_of_throughput_beside_a_bystander() -> None:
+    assert mode().share == 0.6
+    assert mode(honest_beside_hostile=0.0).share == 0.0
+    # Where nothing is left beside the bystander either, the harm has lasted.
+    assert mode(honest_beside_bystander=0.0).share == 0.0
+    assert mode().facts()["cpu_seconds"] == 5.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "withstood"),
+    [
+        ({}, True),
+        ({"honest_beside_hostile": 49.0}, False),
+        # A mode that did nothing proves nothing.
+        ({"acts": 0}, False),
+        ({"failure": "TypeError: no"}, False),
+    ],
+)
+def test_the_worst_mode_decides(changes: dict[str, Any], withstood: bool) -> None:
+    result = HostileOutcome({"a": mode(honest_beside_hostile=99.0), "b": mode(**changes)}, Peaks())
+    assert result.withstood == withstood
+    assert result.facts()["honest_throughput_share"] == round(result.modes["b"].share, 3)
+
+
+def test_memory_is_bounded_by_what_the_docs_say() -> None:
+    memory = Peaks()
+    assert not memory.note("worker 0", 100 * MIB)
+    assert not memory.note("worker 0", 100 * MIB + GROWTH["worker"])
+    assert memory.bounded
+    assert memory.note("worker 0", 101 * MIB + GROWTH["worker"])
+    assert not memory.note("worker 0", 100 * MIB)
+    assert not memory.bounded
+    assert not HostileOutcome({"a": mode()}, memory).withstood
+    assert memory.facts()["worker 0"]["peak_mib"] == 101 + GROWTH["worker"] / MIB
+
+
+def test_failures_and_devices_that_got_answers_are_counted() -> None:
+    ledger = Ledger()
+    for device in (0, 1):
+        ledger.take(device, Asked(0))
+    ledger.take(0, Answered(0, equal=True, seconds=1.0, gaps=[], recoveries=[]))
+    ledger.take(1, Failed(0, "Busy: full"))
+    ledger.take(1, Decoded(5))
+    assert (ledger.failures, ledger.devices_answered, ledger.decoded_between(0.0, LATE)) == (1, 1, 5)
+
+
+# --- slices ------------------------------------------------------------------------------------------------
+
+#: Says that it is ready, and what it did when it is ended.
+_MODE = """
+import json, signal, threading
+stop = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: stop.set())
+print(json.dumps({"pid": 1}), flush=True)
+while not stop.wait(0.01):
+    pass
+print(json.dumps({"counts": {"acts": 3, "Busy": 2}, "failure": None}), flush=True)
+"""
+
+
+class Starts:
+    """Notes what is started."""
+
+    def __init__(self) -> None:
+        self.started: list[tuple[str, float]] = []
+
+    def mode(self, name: str) -> tuple[list[str], dict[str, str]]:
+        self.started.append((name, 0.0))
+        return [name], {"X": "1"}
+
+    def bystander(self, cores: float) -> tuple[list[str], dict[str, str]]:
+        self.started.append(("bystander", cores))
+        return ["bystander"], {}
+
+
+@pytest.fixture
+def slices_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Makes slices of 0.3 seconds of some modes."""
+
+    @contextlib.contextmanager
+    def running(_words: list[str], _log: Path, _env: dict[str, str]) -> Iterator[Any]:
+        with subprocess.Popen([sys.executable, "-c", _MODE], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield process, {}
+
+    monkeypatch.setattr(slices, "running_command", running)
+    monkeypatch.setattr(slices, "SETTLE", 0.0)
+    # Each slice takes one second of CPU time.
+    monkeypatch.setattr(slices, "cpu_seconds", lambda _pid, times=itertools.count(): float(next(times)))
+
+    def make(*modes: str, fleet: Any = ()) -> tuple[Slices, Starts]:
+        plan = StressPlan(seconds=0.6 * len(modes), hostile=modes)
+        starts = Starts()
+        ledger = Ledger()
+        return Slices(plan, ledger, list(fleet), [], starts, tmp_path / "log"), starts
+
+    return make
+
+
+def test_each_mode_has_a_slice_and_its_bystander_burns_as_much(slices_of: Any) -> None:
+    running, starts = slices_of("kv", "queue")
+
+    def update() -> bool:
+        time.sleep(0.02)
+        running._ledger.take(0, Decoded(2))
+        return True
+
+    # Without devices, none is waited for, but then all have ended after the first mode.
+    running._devices = [SimpleNamespace(finished=False)]
+    running._ledger.take(0, Asked(0))
+    running._ledger.take(0, Answered(0, equal=True, seconds=1.0, gaps=[], recoveries=[]))
+    running.run(update)
+    assert [name for name, _ in starts.started] == ["kv", "bystander", "queue", "bystander"]
+    for name, (_, cores) in zip(("kv", "queue"), starts.started[1::2], strict=True):
+        found = running.outcome.modes[name]
+        assert found.hostile.seconds >= 0.3
+        assert found.hostile.ended <= found.bystander.began
+        assert cores == found.hostile.cores == 1.0 / found.hostile.seconds
+        assert found.honest_beside_hostile > 0
+        assert (found.acts, found.refused, found.failure) == (3, {"Busy": 2}, None)
+
+
+def test_a_slice_ends_when_memory_exceeds_its_bound_and_the_process_is_killed(
+    slices_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[str] = []
+    large = SimpleNamespace(
+        name="broker", process=SimpleNamespace(pid=os.getpid()), crashes=0, kill=lambda: killed.append("broker")
+    )
+    running, _ = slices_of("multipart", fleet=[large])
+    running._seconds = LATE
+    running._devices = [SimpleNamespace(finished=False)]
+    running._ledger.answers[0, 0] = 1
+    monkeypatch.setitem(outcome.GROWTH, "broker", -1)
+
+    def update() -> bool:
+        # Beside the bystander it has started again, and is small.
+        large.process = None if killed else large.process
+        running._seconds = 0.1 if killed else LATE
+        time.sleep(0.02)
+        return not killed
+
+    running.run(update)
+    assert killed == ["broker"]
+    assert running.outcome.modes["multipart"].exceeded == "broker"
+    assert not running.outcome.withstood
+
+
+def test_cpu_time_includes_children() -> None:
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
+    with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
+        try:
+            wait_until(lambda: cpu_seconds(process.pid) > 0.5)
+        finally:
+            os.killpg(process.pid, 9)
+    assert cpu_seconds(process.pid) == 0.0
+
+
+def test_a_bystander_burns_no_more_than_its_share() -> None:
+    stop, burned = threading.Event(), []
+    thread = threading.Thread(target=lambda: burned.append(burn(0.2, stop)))
+    began = time.monotonic()
+    thread.start()
+    time.sleep(1.0)
+    stop.set()
+    thread.join()
+    # It may exceed its share by one chunk.
+    assert 0 < burned[0] < 0.2 * (time.monotonic() - began) + 0.2
+
+
+# --- a fleet with a member for each process ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def target(checkpoint: Path) -> Target:
+    return Target.read("text", str(checkpoint), StressPlan())
+
+
+@pytest.fixture(scope="module")
+def members(target: Target, tmp_path_factory: pytest.TempPathFactory) -> OwnKeys:
+    roles: Any = {"worker 0": "worker", "worker 1": "worker", "device 0": "device", **HOSTILE}
+    return OwnKeys(tmp_path_factory.mktemp("members"), roles, [target.manifest])
+
+
+def test_each_process_has_the_keys_of_one_member(members: OwnKeys, target: Target) -> None:
+    for name, role in (("worker 1", "worker"), ("device 0", "device"), ("broker", "broker"), *HOSTILE.items()):
+        option, directory = members.options(name)
+        assert option == "--keys"
+        fleet = Fleet.open(Path(directory))
+        assert fleet.identity(role).certificate.name == member_name(name)  # type: ignore[arg-type]
+        assert len(list(Path(directory).glob("*.key"))) == 1
+        assert fleet.manifests() == [target.manifest]
+    assert (target.service.first, target.service.last, target.width) == (SPLIT.first, SPLIT.last, WIDTH)
+
+
+def test_what_is_started_for_a_mode_is_a_member_of_its_role(members: OwnKeys, target: Target) -> None:
+    commands = Commands(members, {"text": target}, "redis://127.0.0.1:6379", seed=3)
+    words, env = commands.mode("black-hole")
+    assert words[:3] == ["stress-hostile", *members.options("hostile worker")]
+    assert "redis://hostile-worker@127.0.0.1:6379" in words
+    assert env == members.env("hostile worker")
+    assert not any(env["LAMBDA_SPLIT_REDIS_PASSWORD"] in word for word in words)
+    assert commands.bystander(0.25) == (["stress-bystander", "--cores", "0.2500"], {})
+
+
+# --- the modes against real queues -------------------------------------------------------------------------
+
+#: Acts after which a mode has shown that it works.
+ENOUGH = 3
+
+
+def act(scene: Scene, name: str) -> None:
+    """Runs a mode until it has acted for a while."""
+    done = threading.Event()
+
+    def watch() -> None:
+        wait_until(lambda: scene.counts["acts"] >= ENOUGH or done.is_set())
+        scene.stop.set()
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        attacks()[name](scene)
+    finally:
+        done.set()
+        watching.join()
+    assert scene.counts["acts"] >= ENOUGH or name in ("black-hole", "mute")
+
+
+def text_modes(transport: Any) -> list[str]:
+    return parse_modes("all", transport, ["text"])
+
+
+def test_every_mode_acts_over_zeromq(checkpoint: Path, tmp_path: Path) -> None:
+    setting = Setting(tmp_path, checkpoint)
+    hostile: dict[str, Any] = {
+        role: setting.fleet.add_member(role, member_name(name)) for name, role in HOSTILE.items()
+    }
+    with setting.broker() as broker, setting.worker(broker.address), setting.client(broker.address) as client:
+        expected = run_steps(client, 2)
+        for name in text_modes("zmq"):
+            if MODES[name].role == "worker":
+                continue
+            scene = Scene(
+                broker.address,
+                setting.own_fleet(),
+                hostile[MODES[name].role],
+                setting.service,
+                str(checkpoint),
+                WIDTH,
+                threading.Event(),
+            )
+            act(scene, name)
+        assert run_steps(client, 2) == expected
+        assert broker.counters["failures"] == 0
+
+
+def test_a_curve_connection_by_hand_is_a_members(checkpoint: Path, tmp_path: Path) -> None:
+    setting = Setting(tmp_path, checkpoint)
+    identity = setting.fleet.read_identity("device-1")
+    announcement = headers.Announce(b"12345678", "device", "device-1")
+    with setting.broker() as broker:
+        with CurveConnection(broker.address, setting.fleet, identity) as connection:
+            connection.send_frame(headers.encode_header(announcement), more=True)
+            assert b"12345678" not in broker._peers
+            connection.send_frame(b"", more=False)
+            wait_until(lambda: b"12345678" in broker._peers)
+        setting.fleet.revoke("device-1")
+        wait_until(lambda: broker._enforced == setting.fleet.roster().version)
+        with pytest.raises(AuthenticationError):
+            CurveConnection(broker.address, setting.fleet, identity)
+
+
+def test_the_users_of_a_fleet_of_its_own_work(members: OwnKeys, tmp_path: Path) -> None:
+    server = RedisServer(tmp_path, "--aclfile", str(members.acl_file()), *REDIS_LIMITS, binary=BINARY)
+    with server.running():
+        for name in ("worker 0", "device 0", *HOSTILE):
+            password = members.env(name)["LAMBDA_SPLIT_REDIS_PASSWORD"]
+            client = redis.Redis.from_url(members.address(server.address, name), password=password)
+            assert client.ping()
+            client.close()
+        with pytest.raises(redis.AuthenticationError):
+            redis.Redis(port=server.port).ping()
+
+
+def test_options_of_a_run_are_refused_before_anything_starts() -> None:
+    with pytest.raises(ConfigError, match="expected all or"):
+        parse_modes(" , ", "zmq", ["text"])
