@@ -18,20 +18,27 @@ from split_common.system.process import running_command
 
 KEY = "a-key"
 
+#: A name of the host beside those that are always allowed.
+HOST = "gateway.example"
+
 
 @contextlib.contextmanager
 def serving(checkpoint: Path, images: Path | None = None) -> Iterator[tuple[str, Any]]:
     """A server's address, and the worker behind it, which is in this process; with images theirs."""
     with contextlib.ExitStack() as stack:
         broker = stack.enter_context(running_broker())
-        options = ["--model", str(checkpoint), "--broker", broker.address, "--port", "0"]
+        options = ["--model", str(checkpoint), "--broker", broker.address]
         worker = start_worker(checkpoint, broker.address)
         stack.callback(worker.stop)
         if images is not None:
             options += ["--image-model", str(images)]
             worker = start_worker(images, broker.address, cut="C")
             stack.callback(worker.stop)
-        _, facts = stack.enter_context(running_command(["serve", *options], env={"LAMBDA_SPLIT_API_KEY": KEY}))
+        _, facts = stack.enter_context(
+            running_command(
+                ["serve", "--port", "0", "--allowed-host", HOST, *options], env={"LAMBDA_SPLIT_API_KEY": KEY}
+            )
+        )
         assert facts["model"] == checkpoint.name
         assert facts["image_model"] == (images.name if images is not None else None)
         yield facts["url"], worker

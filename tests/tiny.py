@@ -168,9 +168,17 @@ _TEMPLATE = (
 )
 
 
-def save_tokenizer(directory: Path) -> Path:
-    """Save a tokenizer of characters, with a chat template, beside the model in `directory`."""
-    characters = ["\n", *(chr(code) for code in range(32, 127) if chr(code) not in "`|~")]
+#: Characters that end lines for some readers, that terminals obey, that take two to four bytes, or two code units.
+ODD_CHARACTERS = "\x07\x0b\x0c\x1b\x1e\x7f\x85\x9b\u2028\u2029é你🦄"
+
+
+def save_tokenizer(directory: Path, more: str = "") -> Path:
+    """Save a tokenizer of characters, with a chat template, beside the model in `directory`.
+
+    `more` replaces the last of its characters.
+    """
+    usual = ["\n", *(chr(code) for code in range(32, 127) if chr(code) not in "`|~")]
+    characters = [*usual[: len(usual) - len(more)], *more]
     vocabulary = {token: id_ for id_, token in enumerate([*_SPECIAL, *characters])}
     assert len(vocabulary) <= VOCABULARY
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_SPECIAL[3]))

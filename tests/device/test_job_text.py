@@ -95,3 +95,24 @@ def test_spaces_before_words_special_tokens_and_single_bytes(
     pieces = [*map(stream.push, ids), stream.end()]
     assert [piece for piece in pieces if piece] == expected
     assert "".join(expected) == sentencepiece.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "expected"),
+    [
+        (["▁Hello", "</s>", "▁world"], "</s>", ["Hello"]),
+        (["▁Hello", "!", "</s>", "▁world"], "o!</s> w", ["Hell"]),
+        (["▁Hello", "</s>", "!"], "</s>?", ["Hello", "!"]),
+        (["</s>", "▁Hello", "</s>"], "s>He", []),
+        (["▁Hello", "</s>", "<s>", "!"], "<s>!", ["Hello"]),
+        (["▁Hello", "</s>", "<s>"], "</s><s>!", ["Hello"]),
+        (["<0xE2>", "</s>", "!"], "</s>", []),
+    ],
+)
+def test_a_stop_text_may_hold_special_tokens(
+    sentencepiece: Any, tokens: list[str], stop: str, expected: list[str]
+) -> None:
+    stream = TextStream(sentencepiece, [stop])
+    pushed = [*map(stream.push, sentencepiece.convert_tokens_to_ids(tokens)), stream.end()]
+    assert [piece for piece in pushed if piece] == expected
+    assert stream.stopped == (stop not in ("</s>?", "</s><s>!"))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
+import http.client
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -16,6 +19,8 @@ import openai
 import pytest
 import torch
 from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Mount
 
 import tiny
 from serving import KEY, Unsplit, hanging_up, serving
@@ -107,6 +112,8 @@ def test_logprobs_are_those_of_the_unsplit_model(client: openai.OpenAI, unsplit:
     assert [top.logprob for top in told[0].top_logprobs] == pytest.approx(
         expected.topk(3).values.tolist(), abs=1e-4
     )
+    answer = ask(client, logprobs=True).choices[0]
+    assert b"".join(bytes(token.bytes) for token in answer.logprobs.content) == answer.message.content.encode()
     text = client.completions.create(model="tiny", prompt="Once", temperature=0, logprobs=2, max_tokens=4)
     logprobs = text.choices[0].logprobs
     assert "".join(logprobs.tokens) == text.choices[0].text
@@ -138,7 +145,90 @@ def test_errors_are_openai_s(client: openai.OpenAI, fleet: tuple[str, Any]) -> N
     ):
         assert refused.status_code == status
         assert refused.json()["error"]["type"] == "invalid_request_error"
-    assert httpx2.get(f"{url}/models", headers={**headers, "Host": "evil.example"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "content", "status"),
+    [
+        ("GET", "/models", {"Host": "evil.example"}, b"", 400),
+        ("GET", "/models", {"Host": ""}, b"", 400),
+        ("GET", "/made-up", {}, b"", 404),
+        ("OPTIONS", "/chat/completions", {}, b"", 405),
+        ("HEAD", "/chat/completions", {}, b"", 405),
+        ("POST", "/completions", {}, b"\xff", 400),
+        ("POST", "/completions", {}, "{}".encode("utf-16"), 400),
+        ("POST", "/completions", {}, b'{"prompt": "\\ud83d"}', 400),
+        ("POST", "/completions", {"Content-Encoding": "gzip"}, b"x", 415),
+        ("POST", "/completions", {"Content-Type": "application/json; charset=latin-1"}, b"{}", 415),
+        ("POST", "/completions", {"Content-Length": "5000000"}, b"", 413),
+        ("GET", "/models", {"Authorization": "Basic YTpi"}, b"", 401),
+    ],
+)
+def test_every_refusal_is_an_error_object(
+    fleet: tuple[str, Any], method: str, path: str, headers: dict[str, str], content: bytes, status: int
+) -> None:
+    split = urlsplit(fleet[0])
+    assert split.hostname is not None
+    connection = http.client.HTTPConnection(split.hostname, split.port)
+    try:
+        connection.putrequest(method, f"/v1{path}", skip_host=True)
+        usual = {"Host": split.netloc, "Authorization": f"Bearer {KEY}", "Content-Length": str(len(content))}
+        for name, value in {**usual, **headers}.items():
+            connection.putheader(name, value)
+        connection.endheaders(content)
+        response = connection.getresponse()
+        assert response.status == status
+        assert response.headers["Content-Type"] == "application/json"
+        assert (response.headers["Allow"] is not None) == (status == 405)
+        assert (response.headers["WWW-Authenticate"] == "Bearer") == (status == 401)
+        if method != "HEAD":
+            error = json.loads(response.read())["error"]
+            assert set(error) == {"message", "type", "param", "code"}
+            assert error["message"]
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("host", ["LOCALHOST", "localhost.", "127.0.0.1:1", "[::1]:8080", "Gateway.Example:80"])
+def test_names_of_the_host(fleet: tuple[str, Any], host: str) -> None:
+    headers = {"Authorization": f"Bearer {KEY}", "Host": host}
+    assert httpx2.get(f"{fleet[0]}/models", headers=headers).status_code == 200
+
+
+def test_a_refused_host_is_told_the_allowed_ones(fleet: tuple[str, Any]) -> None:
+    refused = httpx2.get(f"{fleet[0]}/models", headers={"Host": "host.docker.internal:8080"})
+    error = refused.json()["error"]
+    assert error["code"] == "invalid_host"
+    for words in ("'host.docker.internal:8080'", "localhost", "gateway.example", "--allowed-host"):
+        assert words in error["message"]
+
+
+def test_the_scheme_of_a_key_has_no_case(fleet: tuple[str, Any]) -> None:
+    for given, status in (("bearer", 200), ("BEARER ", 200), ("Bearer  ", 200), ("Token", 401)):
+        headers = {"Authorization": f"{given} {KEY}"}
+        assert httpx2.get(f"{fleet[0]}/models", headers=headers).status_code == status
+
+
+def test_a_name_that_no_host_has_is_refused(run: Any, checkpoint: Path) -> None:
+    for name in ("http://localhost", "localhost:80", "", "*"):
+        refused = run("serve", "--model", checkpoint, "--port", 0, "--allowed-host", name)
+        assert (refused.code, refused.err.count("\n")) == (2, 1)
+        assert "invalid host name" in refused.err
+
+
+def test_an_answer_goes_back_into_the_conversation(client: openai.OpenAI, unsplit: Unsplit) -> None:
+    said = ask(client).choices[0].message
+    expected = unsplit.say(f"user:Hello</s>assistant:{said.content}</s>user:Hello</s>assistant:", 8)
+    for message in (said, said.model_dump(), said.model_dump(exclude_unset=True)):
+        assert ask(client, messages=[*HELLO, message, *HELLO]).choices[0].message.content == expected
+
+
+def test_a_long_prompt_is_encoded_once_and_holds_nobody_up(client: openai.OpenAI, fleet: tuple[str, Any]) -> None:
+    """Else 128 choices of it would take minutes, in which the server answered nobody."""
+    with hanging_up(f"{fleet[0]}/completions", {"model": "tiny", "prompt": "x " * 1_900_000, "n": 128}, KEY):
+        assert httpx2.get(fleet[0].replace("/v1", "/health"), timeout=PATIENCE).status_code == 200
+        with pytest.raises(openai.BadRequestError, match="leave no room"):
+            client.completions.create(model="tiny", prompt="x" * POSITIONS)
 
 
 def test_web_pages_of_other_origins_are_refused(fleet: tuple[str, Any]) -> None:
@@ -209,6 +299,39 @@ def test_a_server_that_cannot_listen_says_so() -> None:
             running_server(Starlette(), second, threading.Event()),
         ):
             pytest.fail("it says that it listens")
+
+
+def test_connections_without_a_request_are_closed() -> None:
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.5)
+        await Response("done")(scope, receive, send)
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = listener.getsockname()
+        limits = {"head_timeout": 0.1, "most": 3}
+        with (
+            running_server(Starlette(routes=[Mount("/", slow)]), listener, threading.Event(), **limits),
+            socket.create_connection(address, PATIENCE) as silent,
+            socket.create_connection(address, PATIENCE) as dripping,
+            socket.create_connection(address, PATIENCE) as asking,
+        ):
+            dripping.sendall(b"GET / HTTP/1.1\r\n")
+            asking.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            with socket.create_connection(address, PATIENCE) as one_too_many:
+                assert ends(one_too_many) == b""
+            assert ends(silent) == ends(dripping) == b""
+            # A request that is under way has its time, and then another one may come.
+            assert ends(asking).endswith(b"done")
+
+
+def ends(connection: socket.socket) -> bytes:
+    """All that a connection sends until it is closed."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while data := connection.recv(65536):
+            received += data
+    return received
 
 
 def test_a_server_that_ends_by_itself_is_noticed() -> None:

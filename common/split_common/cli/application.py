@@ -9,13 +9,14 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from split_common.errors import ConfigError, SplitError
-from split_common.system.console import emit_json
+from split_common.system.console import emit_json, prepare_output
 from split_common.system.process import reuse_memory
+from split_common.system.text import check_text
 
 #: Group of entry points, each a function `register(app: typer.Typer) -> None`. Their modules import torch and
 #: transformers inside commands only, so that `lambda-split --help` answers at once.
@@ -85,9 +86,10 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code. Any error is reported as one line on stderr."""
     arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
     as_json = "--json" in arguments
+    prepare_output()
     try:
         load_commands()
-        command = typer.main.get_command(app)
+        command = _with_checked_texts(typer.main.get_command(app))
         code = command.main(arguments, prog_name="lambda-split", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -114,6 +116,24 @@ def main(args: Sequence[str] | None = None) -> int:
         message = f"unexpected {name}: {exc} (run with LAMBDA_SPLIT_DEBUG=1 for the traceback)"
         return _fail(name, message, EXIT_UNEXPECTED, as_json)
     return code if isinstance(code, int) else 0
+
+
+def _with_checked_texts(command: Any) -> Any:
+    """The command, or group of commands, with a check before it runs: texts are UTF-8. Paths need not be."""
+    for nested in getattr(command, "commands", {}).values():
+        _with_checked_texts(nested)
+    run = command.invoke
+
+    def checked(context: typer.Context) -> Any:
+        for parameter in command.params:
+            given = context.params.get(parameter.name)
+            for value in given if isinstance(given, list | tuple) else (given,):
+                if isinstance(value, str):
+                    check_text(value, f"{parameter.opts[0] if parameter.opts else parameter.name}")
+        return run(context)
+
+    command.invoke = checked
+    return command
 
 
 def _usage_message(error: typer.TyperException) -> str:

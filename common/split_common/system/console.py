@@ -1,11 +1,19 @@
-"""What commands print: results on stdout, everything else on stderr."""
+"""What commands read and print: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
+import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
+
+from split_common.system.text import decode_text, for_terminal, json_line
 
 #: Progress, notices and errors; stdout is for results only. Text from a model or a peer is not read as markup.
 stderr = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -16,6 +24,58 @@ def stdout() -> Console:
     return Console(highlight=False, markup=False, emoji=False)
 
 
+def prepare_output() -> None:
+    """Lets stdout and stderr take any text: what their encoding lacks is escaped, e.g. as `\\u4f60`."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            # The process was started with the descriptor closed.
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (open as long as the process runs)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def read_stdin() -> str:
+    """All text of stdin. Raises ConfigError if it is not text in stdin's encoding."""
+    data = getattr(sys.stdin, "buffer", None)
+    return decode_text(data.read(), "stdin", stdin_encoding()) if data is not None else sys.stdin.read()
+
+
+def piped_lines() -> Iterator[str]:
+    """The lines of stdin as they come, without blanks around them. Only a line feed ends a line.
+
+    Raises:
+        ConfigError: stdin is not text in its encoding.
+    """
+    encoding = stdin_encoding()
+    for number, line in enumerate(getattr(sys.stdin, "buffer", sys.stdin), 1):
+        if isinstance(line, bytes):
+            yield decode_text(line, f"line {number} of stdin", encoding).strip()
+        else:
+            yield line.strip()
+
+
+def stdin_encoding() -> str:
+    """The encoding of stdin: UTF-8, unless the locale or PYTHONIOENCODING has another one."""
+    name = codecs.lookup(getattr(sys.stdin, "encoding", None) or "utf-8").name
+    return "utf-8" if name == "ascii" else name
+
+
+def print_text(text: str, end: str = "\n", stream: TextIO | None = None) -> None:
+    """Prints a model's text at once; for a terminal, without the control characters that it would obey.
+
+    Args:
+        stream: where to print; None for stdout.
+    """
+    stream = stream or sys.stdout
+    print(for_terminal(text) if stream.isatty() else text, end=end, file=stream, flush=True)
+
+
 def emit_json(obj: object) -> None:
     """Prints an object as one line of JSON on stdout."""
-    print(json.dumps(obj, ensure_ascii=False), file=sys.stdout, flush=True)
+    line = json_line(obj)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(obj)
+    print(line, file=sys.stdout, flush=True)

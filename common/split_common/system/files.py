@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
 import stat
 import tempfile
 import warnings
 from pathlib import Path
+from typing import IO
 
 import platformdirs
 
@@ -59,8 +62,11 @@ def private_dir(path: Path) -> Path:
     return path
 
 
-def write_private(path: Path, data: bytes) -> None:
+def write_private(path: Path, data: bytes | IO[bytes]) -> None:
     """Writes a file of mode 0600 atomically: a crash leaves the old file or the new one.
+
+    Args:
+        data: the content; of a file, the rest of it.
 
     Raises:
         KeysError: the file cannot be written.
@@ -113,7 +119,7 @@ def _make_dirs(path: Path) -> None:
             folder.mkdir(mode=0o700, exist_ok=True)
 
 
-def _write(path: Path, data: bytes, mode: int) -> None:
+def _write(path: Path, data: bytes | IO[bytes], mode: int) -> None:
     try:
         _make_dirs(path.parent)
         _replace(path, data, mode)
@@ -122,13 +128,13 @@ def _write(path: Path, data: bytes, mode: int) -> None:
         raise KeysError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def _replace(path: Path, data: bytes, mode: int) -> None:
+def _replace(path: Path, data: bytes | IO[bytes], mode: int) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             os.fchmod(file.fileno(), mode)
-            file.write(data)
+            shutil.copyfileobj(io.BytesIO(data) if isinstance(data, bytes) else data, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

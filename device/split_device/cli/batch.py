@@ -22,10 +22,15 @@ from split_device.cli.options import GIVE_UP, GiveUpOption, StoreKeyOption
 from split_device.generation.limits import Limits
 from split_device.jobs.store import Store
 from split_device.openai import batch_file as batches
+from split_device.openai.batch_requests import open_requests
 from split_device.sessions.connection import Connection
 
 if TYPE_CHECKING:
     from split_device.jobs.runner import JobRunner
+
+
+#: Interval between two counts of the tokens, for which the whole store is read, in seconds.
+COUNT_INTERVAL = 5.0
 
 
 @grouped
@@ -55,22 +60,19 @@ def batch(
         raise ConfigError(f"{output} is a directory")
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists already: remove it, or give --overwrite")
-    lines = batches.read(source, model.choice())
-    if not lines:
-        raise ConfigError(f"{source} has no lines")
     began = time.perf_counter()
     stop = catch_sigterm()
     work = batches.work_path(output)
     try:
-        with holding(work.with_suffix(".lock")):
+        with open_requests(source, model.choice()) as requests, holding(work.with_suffix(".lock")):
             with Store(work, store_key) as store:
                 store.recover()
                 before = store.generated()
-                jobs = batches.BatchJobs(lines, store)
-                if jobs.jobs:
-                    _run(store, jobs, connection, limits, give_up, stop)
-                tokens = store.generated() - before
-                count, errors = batches.write(output, jobs.records())
+                with batches.BatchJobs(requests, store) as jobs:
+                    if jobs.jobs:
+                        _run(store, jobs, connection, limits, give_up, stop)
+                    tokens = store.generated() - before
+                    count, errors = batches.write(output, jobs.records())
             batches.remove(work)
     except Held as held:
         raise JobsError(f"process {held.pid} works on {output} already") from None
@@ -116,6 +118,7 @@ def _run_with_progress(runner: JobRunner, store: Store, jobs: batches.BatchJobs,
         TimeRemainingColumn(),
     )
     began, before = time.perf_counter(), store.generated()
+    counted = began
     with Progress(*columns, console=stderr) as progress:
         task = progress.add_task("answering", total=jobs.jobs, rate=0.0)
         try:
@@ -123,8 +126,10 @@ def _run_with_progress(runner: JobRunner, store: Store, jobs: batches.BatchJobs,
                 if stop.is_set():
                     raise KeyboardInterrupt
                 runner.turn()
-                rate = (store.generated() - before) / (time.perf_counter() - began)
-                progress.update(task, completed=ended, rate=rate)
+                progress.update(task, completed=ended)
+                if (now := time.perf_counter()) - counted > COUNT_INTERVAL:
+                    progress.update(task, rate=(store.generated() - before) / (now - began))
+                    counted = time.perf_counter()
             progress.update(task, completed=jobs.jobs)
         finally:
             runner.stop()

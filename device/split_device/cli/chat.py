@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption
 from split_common.errors import ConfigError, SplitError
-from split_common.system.console import emit_json, stderr
+from split_common.system.console import emit_json, piped_lines, stderr
 from split_common.system.process import passive_threads
+from split_common.system.text import check_text
 from split_device.cli.checks import check_connection
 from split_device.cli.groups import ConnectionOptions, SamplingOptions, TextModelOptions
 from split_device.cli.options import SystemOption
@@ -48,7 +49,9 @@ def chat(
         interactive = sys.stdin.isatty()
         if interactive:
             stderr.print("/reset forgets the conversation; /quit or Ctrl-D ends it")
-        while (line := _read_line(interactive)) is not None and line != "/quit":
+        for line in _typed_lines() if interactive else piped_lines():
+            if line == "/quit":
+                break
             if line == "/reset":
                 conversation.reset()
             elif line:
@@ -70,13 +73,15 @@ def _continuing() -> Iterator[None]:
         stderr.print("stopped; the turn is forgotten")
 
 
-def _read_line(interactive: bool) -> str | None:
-    if interactive:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401
-    try:
-        return input("> " if interactive else "").strip()
-    except EOFError:
-        return None
-    except UnicodeDecodeError:
-        raise ConfigError("stdin is not UTF-8") from None
+def _typed_lines() -> Iterator[str]:
+    """The lines that the user types, up to Ctrl-D. Raises ConfigError for a line that is not text."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return
+        except UnicodeDecodeError:
+            raise ConfigError("the line is not in the terminal's encoding") from None
+        yield check_text(line, "the line").strip()

@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from split_common.errors import ConfigError
+from split_common.system.text import check_text
 from split_device.sessions.connection import Connection
 
 
 def check_prompt(text: str) -> str:
     """Raises ConfigError for a prompt that is empty or not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeError:
-        raise ConfigError("the prompt is not UTF-8") from None
-    if not text.strip():
+    if not check_text(text, "the prompt").strip():
         raise ConfigError("the prompt is empty")
     return text
 

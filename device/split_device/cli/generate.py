@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from typing import Annotated
 
 import typer
@@ -11,7 +10,7 @@ import typer
 from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption
 from split_common.errors import ConfigError, SessionLost, StepFailed
-from split_common.system.console import emit_json, stderr
+from split_common.system.console import emit_json, read_stdin, stderr
 from split_common.system.process import passive_threads
 from split_device.cli.checks import check_connection, check_prompt
 from split_device.cli.groups import ConnectionOptions, SamplingOptions, TextModelOptions
@@ -39,7 +38,7 @@ def generate(
     Needs a running `lambda-split broker`, or Redis, and a `lambda-split worker` that serves the same model and
     layers.
     """
-    text = _text(prompt)
+    text = check_prompt(read_stdin() if prompt == "-" else prompt)
     if raw and system:
         raise ConfigError("--raw and --system do not go together: a raw prompt has no messages")
     passive_threads()
@@ -79,11 +78,3 @@ def generate(
                 | {"tokens_per_second": answer.tokens_per_second}
                 | {"prompt_timings_ms": prompt_ms, "timings_ms": token_ms, "traffic": split.traffic}
             )
-
-
-def _text(prompt: str) -> str:
-    """The prompt, or stdin for `-`. Raises ConfigError."""
-    try:
-        return check_prompt(sys.stdin.read() if prompt == "-" else prompt)
-    except UnicodeError:
-        raise ConfigError("the prompt is not UTF-8") from None

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from split_common.system.console import emit_json, stderr
+from split_common.system.console import emit_json, print_text, stderr
 from split_common.system.files import write_private
 from split_device.cli.terminal import step_progress
 from split_device.images.settings import image_bytes, image_format
@@ -26,7 +26,7 @@ def show_output(store: Store, job: Job, output: Path | None, json: bool) -> None
 def _show_answer(store: Store, job: Job, json: bool) -> None:
     def print_now(text: str) -> None:
         if not json:
-            print(text, end="", flush=True)
+            print_text(text, end="")
 
     job = follow(store, job.id, print_now)
     if not json:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from split_common.cli.options import JsonOption
 from split_common.errors import ConfigError
-from split_common.system.console import emit_json, stderr, stdout
+from split_common.system.console import emit_json, print_text, stderr, stdout
 from split_device.cli.job_output import job_facts, show_output, write_image
 from split_device.cli.options import StoreKeyOption, parse_age
 from split_device.images.settings import check_output
@@ -106,7 +106,7 @@ def result(
     if json:
         emit_json(job_facts(found) | {"text": text})
     else:
-        print(text)
+        print_text(text)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm, wait_until_set
 from split_device.cli.groups import ConnectionOptions, ImageModelOptions, LimitOptions, TextModelOptions
 from split_device.jobs.job import ImageChoice, ModelChoice
+from split_device.openai.hosts import check_host
 from split_device.openai.listener import HOST, listening, running_server
 
 #: Options for images only.
@@ -44,6 +45,15 @@ def serve(
             "options of a command.",
         ),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host",
+            metavar="NAME",
+            help="Another host name under which clients may reach this server, e.g. host.docker.internal. May be "
+            "repeated. Allowed are localhost, 127.0.0.1 and [::1].",
+        ),
+    ] = None,
     image_model: Annotated[
         str | None,
         typer.Option(
@@ -65,6 +75,7 @@ def serve(
         raise ConfigError("serve needs more packages: pip install 'lambda-split[serve]'")
     if api_key is not None and not re.fullmatch("[!-~]+", api_key):
         raise ConfigError("invalid API key: expected ASCII letters, digits and punctuation, without spaces")
+    hosts = [check_host(name) for name in allowed_host or ()]
     stop = catch_sigterm()
     image_choice = None
     if image_model is not None:
@@ -82,9 +93,12 @@ def serve(
         with Models(connection, limits) as models:
             completions = Completions(models.get(choice), choice, name) if choice and name else None
             image_endpoint = (
-                Images(models.pipeline(image_choice), image_name) if image_choice and image_name else None
+                Images(models.pipeline(image_choice), image_name, limits.images)
+                if image_choice and image_name
+                else None
             )
-            with running_server(CompletionServer(completions, image_endpoint, api_key).app(), listener, stop):
+            server = CompletionServer(completions, image_endpoint, api_key, hosts)
+            with running_server(server.app(), listener, stop):
                 _announce(f"http://{HOST}:{listener.getsockname()[1]}/", name, image_name, json)
                 wait_until_set(stop)
 

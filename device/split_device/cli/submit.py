@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,8 @@ import typer
 from split_common.cli.groups import grouped
 from split_common.cli.options import MODEL_PANEL, JsonOption, given
 from split_common.errors import AgentError, ConfigError
-from split_common.system.console import emit_json, stderr
+from split_common.system.console import emit_json, read_stdin, stderr
+from split_common.system.text import read_text
 from split_device.cli.checks import check_prompt
 from split_device.cli.groups import (
     PICTURE,
@@ -56,7 +56,7 @@ def submit(
     image_model: ImageModelOptions,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.")] = None,
     file: Annotated[
-        str | None, typer.Option("--file", metavar="FILE", help="Read the prompt from a file; `-` is stdin.")
+        Path | None, typer.Option("--file", metavar="FILE", help="Read the prompt from a file; `-` is stdin.")
     ] = None,
     image: Annotated[bool, typer.Option("--image", help="Make an image instead of a text.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the job and stream its answer.")] = False,
@@ -162,14 +162,10 @@ def _check_kind(context: typer.Context, image: bool) -> None:
         raise ConfigError(f"{option} is for texts: leave --image out" if image else f"{option} needs --image")
 
 
-def _prompt(prompt: str | None, file: str | None) -> str:
+def _prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt from the command line, a file or stdin. Raises ConfigError."""
     if (prompt is None) == (file is None):
         raise ConfigError("give either a prompt or --file")
-    try:
-        text = prompt if prompt is not None else sys.stdin.read() if file == "-" else Path(file or "").read_text()
-    except UnicodeError:
-        raise ConfigError("the prompt is not UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
-    return check_prompt(text)
+    if file is None:
+        return check_prompt(prompt or "")
+    return check_prompt(read_stdin() if str(file) == "-" else read_text(file))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from split_common.system.console import stderr
+from split_common.system.console import print_text, stderr
 
 
 @contextlib.contextmanager
@@ -17,7 +17,7 @@ def answer_line(quiet: bool) -> Iterator[Callable[[str], None]]:
         nonlocal begun
         if not quiet:
             begun = True
-            print(text, end="", flush=True)
+            print_text(text, end="")
 
     try:
         yield print_now

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from split_device.generation.special_tokens import special_tokens
+
 #: Decoders write it in place of bytes that are not a complete character.
 _INCOMPLETE = "\ufffd"
 
@@ -20,37 +22,43 @@ class TextStream:
 
     Args:
         tokenizer: a tokenizer of transformers, fast or not.
-        stop: texts at which the stream ends; text that may be the beginning of one is held back.
+        stop: texts at which the stream ends; text that may be the beginning of one is held back. They may hold
+            special tokens as these are written. Empty ones have no effect.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stop = tuple(text for text in stop if text)
         self._tokens: list[int] = []
         # Tokens before `_read` are text already. Decoding begins at `_from`, because a token's text depends on
         # earlier tokens.
         self._from = self._read = 0
-        self._held = ""
-        #: Whether a stop text has come.
-        self.stopped = False
+        self._search = _StopSearch([text for text in stop if text])
+        self._special = special_tokens(tokenizer) if self._search.stops else {}
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text has come."""
+        return self._search.found
 
     def push(self, token: int) -> str:
         """Adds a token. Returns the text that it completes, which may be empty."""
         if self.stopped:
             return ""
         self._tokens.append(token)
+        ready = ""
         text = self._new_text()
-        if not text or text.endswith(_INCOMPLETE):
-            return ""
-        self._from, self._read = self._read, len(self._tokens)
-        return self._pass_on(text)
+        if text and not text.endswith(_INCOMPLETE):
+            self._from, self._read = self._read, len(self._tokens)
+            ready = self._search.push(text)
+        if token in self._special and not self.stopped:
+            ready += self._search.push(self._special[token], hidden=True)
+        return ready
 
     def end(self) -> str:
         """Ends the stream. Returns the text that was held back."""
         if self.stopped:
             return ""
-        held, self._held = self._held + self._new_text(), ""
-        return held
+        return self._search.push(self._new_text()) + self._search.end()
 
     def _new_text(self) -> str:
         known = self._decode(self._tokens[self._from : self._read])
@@ -59,15 +67,37 @@ class TextStream:
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True)) if tokens else ""
 
-    def _pass_on(self, text: str) -> str:
+
+class _StopSearch:
+    """Finds the first of some stop texts in a text that comes in pieces, and returns what is before it.
+
+    Hidden pieces are searched, and not returned.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = tuple(stops)
+        self.found = False
+        #: What may be the beginning of a stop text; `_hidden` says of each character whether it is hidden.
+        self._held = ""
+        self._hidden: list[bool] = []
+
+    def push(self, text: str, hidden: bool = False) -> str:
+        """Adds a piece. Returns the text that is before any stop text."""
         self._held += text
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        self._hidden += [hidden] * len(text)
+        found = [at for stop in self.stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            keep = min(found)
-        else:
-            keep = len(self._held) - max((_overlap(self._held, stop) for stop in self._stop), default=0)
-        ready, self._held = self._held[:keep], self._held[keep:]
+            self.found = True
+            return self._release(min(found))
+        return self._release(len(self._held) - max((_overlap(self._held, stop) for stop in self.stops), default=0))
+
+    def end(self) -> str:
+        """Returns what was held back, unless a stop text has come."""
+        return "" if self.found else self._release(len(self._held))
+
+    def _release(self, size: int) -> str:
+        ready = "".join(char for char, hidden in zip(self._held, self._hidden[:size], strict=False) if not hidden)
+        self._held, self._hidden = self._held[size:], self._hidden[size:]
         return ready
 
 

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from split_common.errors import ConfigError, UnknownModel
 from split_common.models.checkpoint import Checkpoint
+from split_common.system.text import check_text
 
 #: A message of a conversation: its `role` and its `content`.
 ChatMessage = dict[str, str]
@@ -32,8 +33,10 @@ def encode_chat(tokenizer: Any, messages: Sequence[ChatMessage]) -> torch.Tensor
     """Token ids int64 `[1, tokens]` of a conversation; of its plain text if the tokenizer has no chat template.
 
     Raises:
-        ConfigError: the chat template refuses the conversation.
+        ConfigError: the chat template refuses the conversation, or it is not UTF-8.
     """
+    for index, message in enumerate(messages):
+        check_text(message["content"], f"messages[{index}].content")
     if not tokenizer.chat_template:
         return encode_text(tokenizer, "\n".join(message["content"] for message in messages))
     try:
@@ -46,8 +49,8 @@ def encode_chat(tokenizer: Any, messages: Sequence[ChatMessage]) -> torch.Tensor
 
 
 def encode_text(tokenizer: Any, text: str) -> torch.Tensor:
-    """Token ids int64 `[1, tokens]` of plain text."""
-    ids: torch.Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
+    """Token ids int64 `[1, tokens]` of plain text. Raises ConfigError if it is not UTF-8."""
+    ids: torch.Tensor = tokenizer(check_text(text, "the prompt"), return_tensors="pt")["input_ids"]
     return ids
 
 

@@ -96,9 +96,13 @@ class ImagePipeline:
         for _ in range(at_once):
             self._idle.put(_private_copy(pipeline))
 
+    def check(self, settings: ImageSettings) -> None:
+        """Raises ConfigError for a size that the model cannot make."""
+        check_size(self._directory, settings)
+
     def start(self, prompt: str, settings: ImageSettings) -> ImageGeneration:
         """Starts an image in its own thread. Raises ConfigError for a size that the model cannot make."""
-        check_size(self._directory, settings)
+        self.check(settings)
 
         def make(generation: ImageGeneration) -> Any:
             with self._borrowed() as pipeline:

@@ -37,12 +37,12 @@ class Loaded:
     def end_tokens(self) -> set[int]:
         return end_tokens(self.model)
 
-    def request(self, task: Task, progress: JobProgress, priority: int) -> Request:
-        """The generator's request for a task.
+    def encode(self, task: Task) -> list[int]:
+        """The token ids of a task's prompt.
 
         Raises:
             PromptTooLong: the prompt is empty, or leaves no room for an answer.
-            ConfigError: the chat template refuses the conversation.
+            ConfigError: the chat template refuses the conversation, or it is not UTF-8.
         """
         if isinstance(task.prompt, str):
             ids = encode_text(self.tokenizer, task.prompt)
@@ -55,6 +55,19 @@ class Loaded:
             raise PromptTooLong("the prompt has no tokens")
         if len(prompt) >= limit:
             raise PromptTooLong(f"{len(prompt)} tokens leave no room in the model's {limit} positions")
+        return prompt
+
+    def request(self, task: Task, progress: JobProgress, priority: int, prompt: list[int] | None = None) -> Request:
+        """The generator's request for a task.
+
+        Args:
+            prompt: what `encode` returned for the task; None to encode it now.
+
+        Raises:
+            PromptTooLong, ConfigError: as `encode`.
+        """
+        prompt = self.encode(task) if prompt is None else prompt
+        limit = max_positions(self.model.config)
         sampling = task.sampling
         config = GenerationConfig(
             max_new_tokens=min(sampling.max_tokens, limit - len(prompt)),

@@ -80,6 +80,11 @@ class Store:
         with transaction(self._db, self.path):
             return [self._submit(*entry) for entry in tasks]
 
+    def submit_ids(self, tasks: Iterable[tuple[AnyTask, int, str | None]]) -> list[str]:
+        """As `submit_all`, for more jobs than fit into memory: returns their ids only."""
+        with transaction(self._db, self.path):
+            return [self._submit(*entry).id for entry in tasks]
+
     def _submit(self, task: AnyTask, priority: int, key: str | None) -> Job:
         if key is not None and not key.strip():
             raise ConfigError("the key is empty: leave it out, or give one")
@@ -187,6 +192,14 @@ class Store:
             )
             return self.get(id_)
 
+    def retry_failed(self) -> int:
+        """Queues all failed jobs again; returns their number."""
+        query = (
+            "UPDATE jobs SET state = 'queued', cancelling = 0, finished = NULL, error = NULL WHERE state = 'failed'"
+        )
+        with transaction(self._db, self.path):
+            return self._db.execute(query).rowcount
+
     def prune(self, before: float, states: Sequence[State] = FINAL) -> int:
         """Removes jobs that ended before a time (seconds since the epoch); returns their number."""
         query = f"DELETE FROM jobs WHERE state IN ({_marks(states)}) AND finished < ?"
@@ -197,12 +210,13 @@ class Store:
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return removed
 
-    def keep(self, ids: Collection[str]) -> None:
-        """Removes all jobs except these."""
+    def keep(self, ids: Iterable[str]) -> None:
+        """Removes all jobs except these, of which there may be more than fit into memory."""
         with transaction(self._db, self.path):
-            for (id_,) in self._db.execute("SELECT id FROM jobs").fetchall():
-                if id_ not in ids:
-                    self._db.execute("DELETE FROM jobs WHERE id = ?", (id_,))
+            self._db.execute("CREATE TEMP TABLE kept (id TEXT PRIMARY KEY) WITHOUT ROWID")
+            self._db.executemany("INSERT OR IGNORE INTO kept VALUES (?)", ((id_,) for id_ in ids))
+            self._db.execute("DELETE FROM jobs WHERE id NOT IN kept")
+            self._db.execute("DROP TABLE kept")
 
     # --- for the runner ------------------------------------------------------------------------------------
 

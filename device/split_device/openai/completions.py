@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from split_common.system.text import json_line
 from split_device.jobs.job import ModelChoice
 from split_device.jobs.models import Loaded
-from split_device.openai.http import CLIENT_CLOSED_REQUEST, api_error, read_json, unless_disconnected
+from split_device.openai.http import CLIENT_CLOSED_REQUEST, api_error, json_response, read_json, unless_disconnected
 from split_device.openai.requests import COMPLETION_PATHS, Query, check_model, parse
 from split_device.openai.responses import chunk, completion, usage_chunk
 from split_device.openai.streaming import ChoiceStream
@@ -32,6 +33,8 @@ class Completions:
         self.name = name
         self._loaded = loaded
         self._choice = choice
+        #: One thread: a tokenizer may not be called by several at once.
+        self._encoding = ThreadPoolExecutor(1, "encoding")
 
     def parts(self) -> list[dict[str, Any]]:
         """Which layers run where."""
@@ -58,8 +61,11 @@ class Completions:
         try:
             query = parse(COMPLETION_PATHS[request.url.path], await read_json(request), self._choice)
             check_model(query.model, self.name)
+            # All choices have one prompt. A long one takes seconds, in which other requests go on.
+            loop = asyncio.get_running_loop()
+            prompt = await loop.run_in_executor(self._encoding, self._loaded.encode, query.tasks[0])
             for task in query.tasks:
-                streams.append(ChoiceStream(self._loaded, task, query.logprobs))
+                streams.append(ChoiceStream(self._loaded, task, prompt, query.logprobs))
             id_, created = secrets.token_hex(12), int(time.time())
             if query.stream:
                 events = self._events(query, streams, id_, created)
@@ -72,7 +78,7 @@ class Completions:
         except BaseException:
             _cancel(streams)
             raise
-        return JSONResponse(completion(query.kind, id_, created, self.name, streams[0].prompt_tokens, choices))
+        return json_response(completion(query.kind, id_, created, self.name, streams[0].prompt_tokens, choices))
 
     async def _events(
         self, query: Query, streams: list[ChoiceStream], id_: str, created: int
@@ -134,4 +140,4 @@ def _cancel(streams: list[ChoiceStream]) -> None:
 
 
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"data: {json_line(data)}\n\n"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+import re
+from collections.abc import Awaitable, Mapping
 from typing import TypeVar
 
-import msgspec
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from split_common.errors import (
     BrokerUnreachable,
@@ -22,30 +23,67 @@ from split_common.errors import (
     SplitError,
     UnsupportedFeature,
 )
-from split_device.openai.requests import ApiError
+from split_common.system.text import json_line, parse_json
+from split_device.openai.fields import ApiError
 
 log = logging.getLogger(__name__)
 
 #: Largest body of a request, in bytes.
 MAX_REQUEST_BODY = 4 * 1024**2
 
+#: How long a client may take to send the body of a request, in seconds.
+BODY_TIMEOUT = 30.0
+
 #: nginx's status code for a client that closed the connection; it only shows in logs.
 CLIENT_CLOSED_REQUEST = 499
+
+#: What is said of requests that no handler gets, by status code.
+_UNROUTED = {404: "there is no {path} here", 405: "{path} does not answer {method}"}
 
 _T = TypeVar("_T")
 
 
-async def read_json(request: Request) -> object:
-    """The body of a request as JSON. Raises ApiError if it is too large or malformed."""
+def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A response of JSON, which is on one line for any reader of lines."""
+    return Response(json_line(content), status, headers, "application/json")
+
+
+async def read_json(request: Request, timeout: float = BODY_TIMEOUT) -> object:
+    """The body of a request as JSON in UTF-8.
+
+    Args:
+        timeout: how long the client may take to send it, in seconds.
+
+    Raises:
+        ApiError: it is too large, late, encoded or not JSON.
+    """
+    _check_encoding(request.headers)
+    if int(request.headers.get("content-length", 0)) > MAX_REQUEST_BODY:
+        raise _too_large()
     data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MAX_REQUEST_BODY:
-            raise ApiError(f"the body has more than {MAX_REQUEST_BODY} bytes", 413)
     try:
-        return msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise ApiError("the body is not JSON") from None
+        async with asyncio.timeout(timeout):
+            async for part in request.stream():
+                data += part
+                if len(data) > MAX_REQUEST_BODY:
+                    raise _too_large()
+    except TimeoutError:
+        raise ApiError(f"the body did not arrive within {timeout:g} s", 408) from None
+    return parse_json(data, "the body")
+
+
+def _too_large() -> ApiError:
+    return ApiError(f"the body has more than {MAX_REQUEST_BODY} bytes", 413)
+
+
+def _check_encoding(headers: Headers) -> None:
+    """Raises ApiError for a body that is compressed, or not in UTF-8."""
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise ApiError(f"a body with Content-Encoding {encoding!r} is not supported", 415)
+    charset = re.search(r"""charset\s*=\s*["']?([^\s;"']+)""", headers.get("content-type", ""), re.IGNORECASE)
+    if charset is not None and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
+        raise ApiError(f"a body in {charset[1]} is not supported: JSON is UTF-8", 415)
 
 
 async def unless_disconnected(request: Request, answer: Awaitable[_T]) -> _T:
@@ -65,10 +103,16 @@ async def unless_disconnected(request: Request, answer: Awaitable[_T]) -> _T:
         leaving.cancel()
 
 
-async def refuse(_request: Request, error: Exception) -> Response:
+async def refuse(request: Request, error: Exception) -> Response:
     """The response to a request that failed."""
     found = api_error(error)
-    return JSONResponse({"error": found.fields()}, found.status)
+    if isinstance(error, HTTPException) and error.status_code in _UNROUTED:
+        found = ApiError(
+            _UNROUTED[error.status_code].format(path=request.url.path, method=request.method),
+            error.status_code,
+            headers=error.headers,
+        )
+    return json_response({"error": found.fields()}, found.status, found.headers)
 
 
 def api_error(error: BaseException) -> ApiError:
@@ -77,7 +121,7 @@ def api_error(error: BaseException) -> ApiError:
         case ApiError():
             return error
         case HTTPException():
-            return ApiError(error.detail, error.status_code)
+            return ApiError(error.detail, error.status_code, headers=error.headers)
         case PromptTooLong():
             return ApiError(str(error), code="context_length_exceeded")
         case ConfigError() | UnsupportedFeature() | Oversized():

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from split_device.images.settings import ImageSettings, image_bytes, parse_pixels
 from split_device.jobs.store import SEED_BITS
-from split_device.openai.http import CLIENT_CLOSED_REQUEST, read_json, unless_disconnected
-from split_device.openai.requests import check_model, convert, supported
+from split_device.openai.fields import convert, supported
+from split_device.openai.http import CLIENT_CLOSED_REQUEST, json_response, read_json, unless_disconnected
+from split_device.openai.requests import check_model
 
 if TYPE_CHECKING:
-    from split_device.images.pipeline import ImageGeneration, ImagePipeline
+    from split_device.images.pipeline import ImagePipeline
 
 #: Number of denoising steps by quality, unless the request has `steps`.
 STEPS_BY_QUALITY = {"auto": 20, "standard": 20, "medium": 20, "low": 10, "high": 40, "hd": 40}
@@ -71,10 +72,12 @@ class Images:
 
     Args:
         name: what clients call the model.
+        at_once: the number of images made at once; further ones wait.
     """
 
-    def __init__(self, pipeline: ImagePipeline, name: str) -> None:
+    def __init__(self, pipeline: ImagePipeline, name: str, at_once: int) -> None:
         self.name = name
+        self._slots = asyncio.Semaphore(at_once)
         self._pipeline = pipeline
 
     def parts(self) -> list[dict[str, Any]]:
@@ -95,24 +98,33 @@ class Images:
             "bytes_received": traffic["bytes_received"],
         }
 
+    async def _image(self, prompt: str, settings: ImageSettings) -> Any:
+        """Makes an image as soon as one may start; until then it has no thread."""
+        async with self._slots:
+            generation = self._pipeline.start(prompt, settings)
+            try:
+                return await asyncio.wrap_future(generation.future)
+            finally:
+                generation.cancel()
+
     async def make(self, request: Request) -> Response:
         """Answers a request. Raises ApiError, and other errors that `api_error` reports to the client."""
-        generations: list[ImageGeneration] = []
+        images: list[asyncio.Task[Any]] = []
         try:
             body = convert(supported(await read_json(request), _IGNORED, _NEUTRAL), _Body)
             if body.model is not None:
                 check_model(body.model, self.name)
             chosen = body.settings()
-            generations += [self._pipeline.start(body.prompt, settings) for settings in chosen]
-            together = asyncio.gather(*(asyncio.wrap_future(generation.future) for generation in generations))
-            made = await unless_disconnected(request, together)
+            self._pipeline.check(chosen[0])
+            images += [asyncio.create_task(self._image(body.prompt, settings)) for settings in chosen]
+            made = await unless_disconnected(request, asyncio.gather(*images))
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         finally:
-            for generation in generations:
-                generation.cancel()
+            for image in images:
+                image.cancel()
         data = await asyncio.to_thread(_encoded, made, body.output_format.upper())
-        return JSONResponse(
+        return json_response(
             {
                 "created": int(time.time()),
                 "size": f"{made[0].width}x{made[0].height}",

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from split_common.errors import ConfigError, SplitError
 
@@ -36,18 +36,28 @@ def listening(port: int) -> Iterator[socket.socket]:
 
 
 @contextlib.contextmanager
-def running_server(app: Starlette, listener: socket.socket, stop: threading.Event) -> Iterator[None]:
+def running_server(app: Starlette, listener: socket.socket, stop: threading.Event, **limits: Any) -> Iterator[None]:
     """Answers HTTP requests in a thread, until the `with` block ends. `stop` is set when the server ends.
+
+    Args:
+        limits: those of `bounded` in `connections.py`, if they are not the usual ones.
 
     Raises:
         SplitError: the server cannot listen, or has ended by itself.
     """
     import uvicorn
 
+    from split_device.openai.connections import bounded
+
     failures: list[Exception] = []
     server = uvicorn.Server(
         uvicorn.Config(
-            app, log_level="error", access_log=False, timeout_graceful_shutdown=SHUTDOWN_GRACE, lifespan="off"
+            app,
+            http=bounded(**limits),
+            log_level="error",
+            access_log=False,
+            timeout_graceful_shutdown=SHUTDOWN_GRACE,
+            lifespan="off",
         )
     )
 

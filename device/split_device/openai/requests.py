@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from split_common.errors import SplitError
 from split_device.generation.settings import Sampling
 from split_device.jobs.job import Message, ModelChoice, Task
+from split_device.openai.fields import ApiError, convert, present, supported
+from split_device.openai.messages import parse_messages
 
 CompletionKind = Literal["chat", "text"]
 
@@ -41,43 +41,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "prediction": (),
+    "audio": (),
+    "web_search_options": (),
 }
-
-
-class ApiError(SplitError):
-    """A request that is refused or failed, as an error of OpenAI's format."""
-
-    def __init__(
-        self,
-        message: str,
-        status: int = 400,
-        *,
-        type_: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.type = type_
-        self.param = param
-        self.code = code
-
-    def fields(self) -> dict[str, Any]:
-        return {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
-
-
-class _TextPart(msgspec.Struct, frozen=True, tag="text", tag_field="type"):
-    text: str
-
-
-class _ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_TextPart]
-    name: str | None = None
-
-    def message(self) -> Message:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message("system" if self.role == "developer" else self.role, text)
 
 
 class _StreamOptions(msgspec.Struct, frozen=True):
@@ -99,7 +70,7 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class _Chat(_Body, frozen=True, kw_only=True):
-    messages: Annotated[list[_ChatMessage], Meta(min_length=1)]
+    messages: tuple[Message, ...]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
@@ -130,11 +101,16 @@ class Query:
 def parse(kind: CompletionKind, body: object, model: ModelChoice) -> Query:
     """Parses a body into tasks for `model`, whatever model the body names. Raises ApiError."""
     fields = supported(body, _IGNORED, _NEUTRAL)
+    if isinstance(options := fields.get("stream_options"), dict):
+        fields["stream_options"] = present(options)
     if kind == "chat":
+        if "messages" in fields:
+            fields["messages"] = parse_messages(fields["messages"])
         chat = convert(fields, _Chat)
-        prompt: str | tuple[Message, ...] = tuple(message.message() for message in chat.messages)
+        if chat.top_logprobs and not chat.logprobs:
+            raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
         limit = chat.max_completion_tokens or chat.max_tokens or UNLIMITED
-        return _query(kind, chat, prompt, limit, (chat.top_logprobs or 0) if chat.logprobs else None, model)
+        return _query(kind, chat, chat.messages, limit, (chat.top_logprobs or 0) if chat.logprobs else None, model)
     text = convert(fields, _Text)
     prompt = text.prompt if isinstance(text.prompt, str) else text.prompt[0]
     return _query(kind, text, prompt, text.max_tokens or DEFAULT_TEXT_TOKENS, text.logprobs, model)
@@ -165,41 +141,7 @@ def _query(
     return Query(kind, body.model, tasks, bool(body.stream), options.include_usage, logprobs)
 
 
-_T = TypeVar("_T")
-
-
-def supported(body: object, ignored: Collection[str], neutral: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """The fields of a body that have an effect: not null, not ignored, and not at a neutral value.
-
-    Raises:
-        ApiError: an unsupported field is not at a neutral value.
-    """
-    if not isinstance(body, dict):
-        raise ApiError("the body is not a JSON object")
-    fields = {name: value for name, value in body.items() if name not in ignored and value is not None}
-    for name, values in neutral.items():
-        if name in fields and not any(_same(fields[name], value) for value in values):
-            raise ApiError(f"{name} is not supported", param=name, code="unsupported_parameter")
-        fields.pop(name, None)
-    return fields
-
-
-def convert(fields: dict[str, Any], type_: type[_T]) -> _T:
-    """Converts fields to a struct. Raises ApiError that names the wrong field."""
-    try:
-        return msgspec.convert(fields, type_)
-    except msgspec.ValidationError as error:
-        message, _, where = str(error).partition(" - at `$.")
-        param = where.rstrip("`").split(".")[0].split("[")[0] or None
-        raise ApiError(message if param is None else f"{param}: {message}", param=param) from None
-
-
 def check_model(asked: str, name: str) -> None:
     """Raises ApiError if the request names a model other than the one served."""
     if asked != name:
         raise ApiError(f"the model here is {name}", 404, param="model", code="model_not_found")
-
-
-def _same(value: Any, other: Any) -> bool:
-    """Equality in which False is not 0 and True is not 1."""
-    return bool(value == other and isinstance(value, bool) == isinstance(other, bool))

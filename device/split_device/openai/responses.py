@@ -20,11 +20,12 @@ CHUNKS: dict[CompletionKind, str] = {"chat": "chat.completion.chunk", "text": "t
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """A token's text and log probability, and those of the likeliest alternatives."""
+    """A token's text, bytes and log probability, and those of the likeliest alternatives."""
 
     text: str
+    bytes: bytes
     logprob: float
-    top: list[tuple[str, float]]
+    top: Sequence[TokenLogprobs] = ()
 
 
 @dataclass(frozen=True)
@@ -99,17 +100,31 @@ def _logprobs(kind: CompletionKind, tokens: list[TokenLogprobs] | None) -> dict[
     if tokens is None:
         return None
     if kind == "chat":
-        content = [
-            _token(token.text, token.logprob) | {"top_logprobs": [_token(*other) for other in token.top]}
-            for token in tokens
-        ]
+        content = [_token(token) | {"top_logprobs": [_token(other) for other in token.top]} for token in tokens]
         return {"content": content, "refusal": None}
     return {
-        "tokens": [token.text for token in tokens],
+        "tokens": [_name(token) for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [dict(token.top) for token in tokens],
+        "top_logprobs": [_by_name(token.top) for token in tokens],
     }
 
 
-def _token(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _by_name(tokens: Sequence[TokenLogprobs]) -> dict[str, float]:
+    """Log probabilities in descending order, by name; of tokens with one name, that of the likeliest."""
+    named: dict[str, float] = {}
+    for token in tokens:
+        named.setdefault(_name(token), token.logprob)
+    return named
+
+
+def _token(token: TokenLogprobs) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.bytes)}
+
+
+def _name(token: TokenLogprobs) -> str:
+    """A token's text; for a part of a character its bytes, as in `bytes:\\xe4\\xbd`."""
+    try:
+        token.bytes.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.bytes)
+    return token.text

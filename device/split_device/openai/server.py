@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from split_common.errors import SplitError
 from split_device.openai import page
 from split_device.openai.completions import Completions
-from split_device.openai.http import refuse
+from split_device.openai.fields import ApiError
+from split_device.openai.guard import Guard, check_key, check_origin
+from split_device.openai.http import json_response, refuse
 from split_device.openai.images import Images
-from split_device.openai.requests import COMPLETION_PATHS, ApiError
-
-#: Host names that requests may have. Others are refused: a web page may have rebound its own name to this machine.
-HOSTS = ("127.0.0.1", "localhost")
+from split_device.openai.requests import COMPLETION_PATHS
 
 IMAGES_PATH = "/v1/images/generations"
 
@@ -37,12 +34,20 @@ class CompletionServer:
     Args:
         completions, images: what is served; None to serve nothing of that kind.
         api_key: the bearer token that clients must send; None to require none.
+        hosts: host names that requests may have, beside those of the loopback.
     """
 
-    def __init__(self, completions: Completions | None, images: Images | None, api_key: str | None) -> None:
+    def __init__(
+        self,
+        completions: Completions | None,
+        images: Images | None,
+        api_key: str | None,
+        hosts: Sequence[str] = (),
+    ) -> None:
         self._completions = completions
         self._images = images
         self._api_key = api_key
+        self._hosts = hosts
         self._began = int(time.time())
 
     def app(self) -> Starlette:
@@ -59,7 +64,7 @@ class CompletionServer:
         ]
         return Starlette(
             routes=routes,
-            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS))],
+            middleware=[Middleware(Guard, self._hosts)],
             exception_handlers={SplitError: refuse, HTTPException: refuse, Exception: refuse},
         )
 
@@ -67,13 +72,8 @@ class CompletionServer:
         """A route that requires the API key."""
 
         async def authorized(request: Request) -> Response:
-            origin = request.headers.get("origin")
-            if origin is not None and origin.partition("://")[2] != request.headers["host"]:
-                # A browser sends the requests of any page, and only withholds the answer from it.
-                raise ApiError("requests from pages of other origins are refused", 403)
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if self._api_key is not None and not hmac.compare_digest(given.encode(), self._api_key.encode()):
-                raise ApiError("the API key is wrong or missing", 401, code="invalid_api_key")
+            check_origin(request.headers)
+            check_key(request.headers, self._api_key)
             try:
                 return await answer(request)
             except asyncio.CancelledError:
@@ -82,13 +82,13 @@ class CompletionServer:
         return Route(path, authorized, methods=[method])
 
     async def _health(self, _request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        return json_response({"status": "ok"})
 
     async def _split(self, _request: Request) -> Response:
         """Which layers run where, and what left this device since the start, summed over all requests."""
         served = [each for each in (self._completions, self._images) if each is not None]
         traffic = [each.traffic() for each in served]
-        return JSONResponse(
+        return json_response(
             {
                 "model": self._completions.name if self._completions is not None else None,
                 "image_model": self._images.name if self._images is not None else None,
@@ -98,7 +98,7 @@ class CompletionServer:
         )
 
     async def _models(self, _request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card(name) for name in self._names()]})
+        return json_response({"object": "list", "data": [self._card(name) for name in self._names()]})
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -106,7 +106,7 @@ class CompletionServer:
             raise ApiError(
                 f"the models here: {', '.join(self._names())}", 404, param="model", code="model_not_found"
             )
-        return JSONResponse(self._card(name))
+        return json_response(self._card(name))
 
     def _names(self) -> list[str]:
         return [each.name for each in (self._completions, self._images) if each is not None]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
-from typing import Any
 
 from split_device.generation.detokenize import TextStream
 from split_device.generation.generator import Generation, Logprobs
+from split_device.generation.token_bytes import TokenBytes
 from split_device.jobs.job import JobProgress, Task
 from split_device.jobs.models import Loaded
 from split_device.openai.responses import Choice, TokenLogprobs
@@ -22,13 +22,17 @@ _NO_PROGRESS = JobProgress([], "", None)
 class ChoiceStream:
     """One choice of a response. Create and use it within an event loop.
 
+    Args:
+        prompt: the token ids of the task's prompt.
+        logprobs: the number of alternatives to report with each token; None for no log probabilities.
+
     Raises:
-        PromptTooLong: the prompt leaves no room for an answer.
-        ConfigError: the chat template or a setting is refused.
+        ConfigError: a setting is refused.
     """
 
-    def __init__(self, loaded: Loaded, task: Task, logprobs: int | None) -> None:
-        self._tokenizer = loaded.tokenizer
+    def __init__(self, loaded: Loaded, task: Task, prompt: list[int], logprobs: int | None) -> None:
+        self._token_bytes = TokenBytes(loaded.tokenizer)
+        self._previous: int | None = None
         self._wants_logprobs = logprobs is not None
         self._text = TextStream(loaded.tokenizer, task.stop)
         self._events: asyncio.Queue[tuple[int, Logprobs | None] | None] = asyncio.Queue()
@@ -37,7 +41,7 @@ class ChoiceStream:
         def put(event: tuple[int, Logprobs | None] | None) -> None:
             loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        request = dataclasses.replace(loaded.request(task, _NO_PROGRESS, PRIORITY), logprobs=logprobs)
+        request = dataclasses.replace(loaded.request(task, _NO_PROGRESS, PRIORITY, prompt), logprobs=logprobs)
         self.prompt_tokens = len(request.prompt)
         self._generation: Generation = loaded.generator.submit(
             request, lambda token, found, _sampler: put((token, found))
@@ -81,5 +85,6 @@ class ChoiceStream:
         return Choice(text, tokens, reason, logprobs if self._wants_logprobs else None)
 
     def _token_logprobs(self, token: int, found: Logprobs) -> TokenLogprobs:
-        decode: Any = self._tokenizer.decode
-        return TokenLogprobs(decode([token]), found.chosen, [(decode([id_]), value) for id_, value in found.top])
+        previous, self._previous = self._previous, token
+        top = [TokenLogprobs(*self._token_bytes.of(id_, previous), value) for id_, value in found.top]
+        return TokenLogprobs(*self._token_bytes.of(token, previous), found.chosen, top)

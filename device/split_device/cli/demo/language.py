@@ -10,7 +10,7 @@ from json import dumps, loads
 from pathlib import Path
 
 from split_common.errors import SplitError
-from split_common.system.console import emit_json, stderr
+from split_common.system.console import emit_json, print_text, stderr
 from split_common.system.process import running_command
 from split_common.system.signals import POLL_INTERVAL
 from split_device.cli.demo.fleet import DemoFleet
@@ -87,7 +87,7 @@ def answer_batch(options: list[str], directory: Path, max_tokens: int, json: boo
     requests.write_text("".join(f"{line}\n" for line in lines))
     arguments = ["batch", str(requests), "--output", str(answers), *options]
     with running_command(arguments, env={"LAMBDA_SPLIT_STATE": str(directory / "state")}) as (_, facts):
-        records = [loads(line) for line in answers.read_text().splitlines()]
+        records = [loads(line) for line in answers.read_text(encoding="utf-8").split("\n") if line]
     if wrong := next((record["error"] for record in records if record["error"]), None):
         raise SplitError(f"a prompt was not answered: {wrong['message']}")
     texts = [record["response"]["body"]["choices"][0]["message"]["content"] for record in records]
@@ -98,7 +98,7 @@ def answer_batch(options: list[str], directory: Path, max_tokens: int, json: boo
         return
     for question, text in zip(QUESTIONS, texts, strict=True):
         stderr.print(question, style="bold", soft_wrap=True)
-        print(text, flush=True)
+        print_text(text)
     _say(f"{facts['tokens']} tokens for {facts['lines']} prompts, {facts['tokens_per_second']:.1f} tokens/s")
 
 
@@ -132,6 +132,6 @@ def _say(line: str) -> None:
 
 def _print_on(json: bool) -> Callable[[str], None]:
     def print_now(text: str) -> None:
-        print(text, end="", flush=True, file=sys.stderr if json else sys.stdout)
+        print_text(text, end="", stream=sys.stderr if json else sys.stdout)
 
     return print_now

@@ -1,0 +1,85 @@
+"""Fields of requests in OpenAI's formats: which have an effect, what they convert to, and how errors name them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from split_common.errors import SplitError
+
+_T = TypeVar("_T")
+
+#: What msgspec says of a field in a message about the whole object, and what is said here.
+_FIELD_ERRORS = {"contains unknown": "unknown field", "missing required": "required"}
+
+
+class ApiError(SplitError):
+    """A request that is refused or failed, as an error of OpenAI's format."""
+
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        *,
+        type_: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.type = type_
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    def fields(self) -> dict[str, Any]:
+        return {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
+
+
+def present(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that are not null: a null is as good as an absent field."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def supported(
+    body: object, ignored: Collection[str], neutral: Mapping[str, tuple[Any, ...]], where: str = ""
+) -> dict[str, Any]:
+    """The fields of an object that have an effect: not null, not ignored, and not at a neutral value.
+
+    Args:
+        where: the object's path in the body, e.g. `messages[0]`; empty for the body itself.
+
+    Raises:
+        ApiError: it is not an object, or an unsupported field is not at a neutral value.
+    """
+    if not isinstance(body, dict):
+        raise ApiError(f"{where or 'the body'} is not a JSON object", param=where or None)
+    fields = {name: value for name, value in present(body).items() if name not in ignored}
+    for name, values in neutral.items():
+        if name in fields and not any(_same(fields[name], value) for value in values):
+            path = f"{where}.{name}" if where else name
+            raise ApiError(f"{path} is not supported", param=path, code="unsupported_parameter")
+        fields.pop(name, None)
+    return fields
+
+
+def convert(fields: dict[str, Any], type_: type[_T], where: str = "") -> _T:
+    """Converts fields to a struct. Raises ApiError with the path of the wrong field, which begins with `where`."""
+    try:
+        return msgspec.convert(fields, type_)
+    except msgspec.ValidationError as error:
+        message, _, at = str(error).partition(" - at `$")
+        path = where + at.rstrip("`")
+        if found := re.fullmatch("Object (contains unknown|missing required) field `(.*)`", message, re.DOTALL):
+            message, path = _FIELD_ERRORS[found[1]], f"{path}.{found[2]}"
+        path = path.lstrip(".")
+        raise ApiError(f"{path}: {message}" if path else message, param=path or None) from None
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equality in which False is not 0 and True is not 1."""
+    return bool(value == other and isinstance(value, bool) == isinstance(other, bool))

@@ -1,0 +1,92 @@
+"""Requests in OpenAI's formats: what clients send back, what has no effect, and how errors name their place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from openai.types.chat import ChatCompletionMessage
+
+from split_device.jobs.job import Message, ModelChoice
+from split_device.openai.fields import ApiError
+from split_device.openai.requests import parse
+
+MODEL = ModelChoice(name="m")
+HELLO = {"role": "user", "content": "Hello"}
+
+
+def chat(messages: Any, **fields: Any) -> Any:
+    return parse("chat", {"model": "m", "messages": messages, **fields}, MODEL)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"refusal": None, "annotations": None, "audio": None, "function_call": None, "tool_calls": None},
+        {"refusal": "", "annotations": [], "tool_calls": [], "name": "Ada"},
+        {"reasoning_content": None, "some_server_s_own": None},
+    ],
+)
+def test_an_answer_is_taken_back(fields: dict[str, Any]) -> None:
+    said = {"role": "assistant", "content": "Hi"} | fields
+    assert chat([HELLO, said, HELLO]).tasks == chat([HELLO, {"role": "assistant", "content": "Hi"}, HELLO]).tasks
+
+
+def test_the_client_s_own_message_is_taken_back() -> None:
+    said = ChatCompletionMessage(role="assistant", content="Hi")
+    for dumped in (said.model_dump(), said.model_dump(exclude_unset=True)):
+        assert chat([HELLO, dumped]).tasks[0].prompt == (Message("user", "Hello"), Message("assistant", "Hi"))
+
+
+def test_parts_of_a_content() -> None:
+    parts = [{"type": "text", "text": "Hel", "annotations": None}, {"type": "text", "text": "lo"}]
+    assert chat([{"role": "developer", "content": parts}]).tasks[0].prompt == (Message("system", "Hello"),)
+
+
+def test_nulls_are_as_good_as_absent_fields() -> None:
+    nulls = dict.fromkeys(("stop", "n", "seed", "logprobs", "top_logprobs", "tools", "made_up"))
+    assert chat([HELLO], **nulls, stream_options={"include_usage": None}) == chat([HELLO])
+
+
+@pytest.mark.parametrize(
+    ("messages", "param", "code"),
+    [
+        ("Hello", "messages", None),
+        ([], "messages", None),
+        ([HELLO, "Hello"], "messages[1]", None),
+        ([{"role": "user"}], "messages[0].content", None),
+        ([{"role": "assistant", "content": None}], "messages[0].content", None),
+        ([HELLO, {"role": "user", "content": 5}], "messages[1].content", None),
+        ([HELLO, {"role": "tool", "content": "x", "tool_call_id": "y"}], "messages[1].role", None),
+        ([{**HELLO, "colour": "red"}], "messages[0].colour", None),
+        ([{**HELLO, "tool_calls": [{}]}], "messages[0].tool_calls", "unsupported_parameter"),
+        ([{**HELLO, "refusal": "No."}], "messages[0].refusal", "unsupported_parameter"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type", None),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "messages[0].content[0].text", None),
+    ],
+)
+def test_an_error_names_the_message(messages: Any, param: str, code: str | None) -> None:
+    with pytest.raises(ApiError) as refused:
+        chat(messages)
+    assert (refused.value.param, refused.value.code) == (param, code)
+    assert str(refused.value).startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"colour": "red"}, "colour", None),
+        ({"messages": None}, "messages", None),
+        ({"stop": [1]}, "stop[0]", None),
+        ({"top_logprobs": 2}, "top_logprobs", None),
+        ({"reasoning_effort": "high"}, "reasoning_effort", "unsupported_parameter"),
+        ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
+        ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", None),
+    ],
+)
+def test_an_error_names_the_field(fields: dict[str, Any], param: str, code: str | None) -> None:
+    with pytest.raises(ApiError) as refused:
+        parse("chat", {"model": "m", "messages": [HELLO], **fields}, MODEL)
+    assert (refused.value.param, refused.value.code) == (param, code)
+    assert str(refused.value).startswith(param)
