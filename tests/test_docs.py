@@ -30,7 +30,7 @@ OTHERS = {
     "diffusers": "load_ip_adapter",
     "pyzmq": "AuthenticationThread ROUTER_MANDATORY send_multipart recv_multipart",
     "libsodium": "crypto_kx",
-    "Redis": "MAXLEN NOMKSTREAM XADD sentinel_password sentinel_username",
+    "Redis": "MAXLEN MISCONF NOMKSTREAM NOREPLICAS OOM READONLY SETNX XADD sentinel_username",
     "glibc and OpenMP": "GOMP_SPINCOUNT MALLOC_TRIM_THRESHOLD_ MALLOC_MMAP_THRESHOLD_ OMP_WAIT_POLICY",
     "HTTP": "Host Origin",
     "Docker": "Dockerfile RUN_AS WORKERS",

@@ -49,7 +49,7 @@ from split_common.protocol.channel import AEGIS
 from split_common.protocol.handshake import Answer, Credentials, Hello
 from split_common.system.files import private_dir, write_private, write_public
 from split_common.transport import member_mark
-from split_common.transport.redis.key_names import GROUP, Keys, entry, read_entry
+from split_common.transport.redis.key_names import Keys, entry, read_entry
 from split_common.trust import keys, manifest
 from split_common.trust.fleet import Fleet
 from split_common.trust.keys import Certificate, Identity, Roster, Signed, open_signed, seal
@@ -186,17 +186,15 @@ def test_signed_files() -> None:
 def test_names_in_redis() -> None:
     names = Keys(OPERATOR_KEY)
     lines = {
-        "workers": names.workers,
+        "list of a worker": names.workers("worker-1"),
+        "workers of older versions": names.old_workers,
         "boot": names.boot,
         "roster": names.roster,
-        "roster-version": names.roster_version,
+        "roster that a worker keeps": names.roster_copy("worker-1"),
         "lane of a device": names.lane("device", DEVICE_ID),
         "lane of a worker": names.lane("worker", WORKER_ID),
         "lanes of all devices": names.lanes("device"),
         "lanes of a worker": names.lanes("worker", "worker-1"),
-        "wishes": names.opens(SERVICE),
-        "wishes of all services": names.all_opens,
-        "group": GROUP,
         "mark of a member": member_mark("worker-1").hex(),
         "fields of an entry": repr(entry(b"header", b"body")),
     }

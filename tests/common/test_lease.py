@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from split_common.protocol import headers
-from split_common.transport.base import GRACE, HEARTBEAT
+from split_common.transport.base import GRACE, HEARTBEAT, QUEUE_BYTES
 from split_common.transport.redis import lease as lease_module
+from split_common.transport.redis.answers import Refused
 from split_common.transport.redis.key_names import Keys
 from split_common.transport.redis.lease import LEASE, Found, Lease
-from split_common.transport.redis.server import Refused
 
 BOOT, OTHER_BOOT = b"boot 1", b"boot 2"
 
@@ -113,6 +113,13 @@ def test_an_exhausted_lane_is_replaced_and_nothing_is_lost_by_it(lease: Lease, c
     clock.now += HEARTBEAT
     assert lease.renewed(clock.now, 1, BOOT) == Found.NOTHING
     assert lease.lanes_made == 2
+
+
+def test_a_lane_that_is_flooded_is_emptied(lease: Lease, clock: Clock) -> None:
+    for size, lanes in ((2 * QUEUE_BYTES, 1), (2 * QUEUE_BYTES + 1, 2), (None, 2)):
+        clock.now += HEARTBEAT
+        assert lease.renewed(clock.now, 1, BOOT, size) == Found.NOTHING
+        assert lease.lanes_made == lanes
 
 
 def test_a_peer_that_took_itself_out_was_taken_for_dead(lease: Lease, clock: Clock) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,11 +14,15 @@ from typing import Any
 
 import pytest
 import redis
+from msgspec import msgpack
 
 import tiny
+from split_common.cli import main
 from split_common.errors import BrokerUnreachable, CertificateError, NoWorker
 from split_common.transport import new_peer_id
 from split_common.transport.redis.key_names import Keys
+from split_common.transport.redis.roster import publish
+from split_common.transport.redis.sweep import sweep
 from valkeys import Valkey, running_cluster, running_valkey
 from wiretap import LATE, SOON, Setting, run_steps, step, wait_until
 
@@ -124,15 +129,28 @@ FORBIDDEN: dict[str, list[Attempt]] = {
         lambda r, k: r.rename(k["worker-1"], k["device-1"]),
         lambda r, k: r.copy(k["worker-1"], k["device-1"]),
         lambda r, k: r.execute_command("DUMP", k["worker-1"]),
-        lambda r, k: r.xread({k["opens"]: "0"}),
-        lambda r, k: r.xreadgroup("workers", "device-1", {k["opens"]: ">"}),
-        lambda r, k: r.xdel(k["opens"], "1-1"),
-        lambda r, k: r.delete(k["opens"]),
-        lambda r, k: r.hset(k["workers"], "x", "y"),
+        lambda r, k: r.set(k["list of worker-1"], b"x"),
+        lambda r, k: r.delete(k["list of worker-1"]),
         lambda r, k: r.set(k["roster"], b"x"),
         lambda r, k: r.set(k["boot"], b"x"),
+        lambda r, k: r.setnx(k["boot"], b"x"),
     ],
     "worker-1": [
+        # Its own revocation, and what others announce, are none of its business.
+        lambda r, k: r.set(k["roster"], b"x"),
+        lambda r, k: r.setnx(k["roster"], b"x"),
+        lambda r, k: r.delete(k["roster"]),
+        lambda r, k: r.pexpire(k["roster"], 1),
+        lambda r, k: r.append(k["roster"], b"x"),
+        lambda r, k: r.setrange(k["roster"], 0, b"x"),
+        lambda r, k: r.rename(k["roster copy of worker-1"], k["roster"]),
+        lambda r, k: r.set(k["roster copy of worker-2"], b"x"),
+        lambda r, k: r.set(k["boot"], b"x"),
+        lambda r, k: r.delete(k["boot"]),
+        lambda r, k: r.pexpire(k["boot"], 1),
+        lambda r, k: r.set(k["list of worker-2"], b"x"),
+        lambda r, k: r.delete(k["list of worker-2"]),
+        lambda r, k: r.pexpire(k["list of worker-2"], 1),
         lambda r, k: r.xread({k["worker-2"]: "0"}),
         lambda r, k: r.xrange(k["worker-2"]),
         lambda r, k: r.xadd(k["worker-2"], {"h": b"", "b": b""}),
@@ -147,7 +165,7 @@ FORBIDDEN: dict[str, list[Attempt]] = {
     "operator": [
         lambda r, k: r.xread({k["worker-1"]: "0"}),
         lambda r, k: r.xread({k["device-1"]: "0"}),
-        lambda r, k: r.xread({k["opens"]: "0"}),
+        lambda r, k: r.set(k["list of worker-1"], b"x"),
     ],
 }
 #: What no member may do.
@@ -169,8 +187,10 @@ NOBODY = [
 def test_the_rules_forbid_what_is_not_needed(guarded: Guarded, server: Valkey, user: str) -> None:
     keys = guarded.keys
     admin = guarded.client(server, "admin")
-    known = {"workers": keys.workers, "roster": keys.roster, "boot": keys.boot}
-    known["opens"] = keys.opens(guarded.setting.service)
+    known = {"roster": keys.roster, "boot": keys.boot}
+    for worker in ("worker-1", "worker-2"):
+        known[f"list of {worker}"] = keys.workers(worker)
+        known[f"roster copy of {worker}"] = keys.roster_copy(worker)
     for member in ("device-1", "device-2", "worker-1", "worker-2"):
         known[member] = keys.lane(member[:6], new_peer_id(member))  # type: ignore[arg-type]
         admin.xadd(known[member], {"h": b"secret", "b": b""})
@@ -179,6 +199,8 @@ def test_the_rules_forbid_what_is_not_needed(guarded: Guarded, server: Valkey, u
             with pytest.raises(redis.exceptions.NoPermissionError):
                 pytest.fail(f"{user} could do number {number}: {attempt(client, known)}")
         for words in NOBODY:
+            if user == "operator" and words[0] in ("SCAN", "INFO"):
+                continue
             with pytest.raises(redis.exceptions.NoPermissionError):
                 pytest.fail(f"{user} could do {words}: {client.execute_command(*words)}")
         if user.startswith("device"):
@@ -247,27 +269,137 @@ def test_revoked_members_lose_their_channels_while_all_runs(own: Setting, tmp_pa
         if revoked == "device-1":
             wait_until(lambda: len(worker._sessions) == 0)
         # A revoked worker withdraws; a revoked device trusts itself no more.
-        wait_until(lambda: not worker._transport._parts.worker_opens.room or revoked == "device-1")
+        member = Keys(own.fleet.operator_key).workers("worker-1")
+        wait_until(lambda: msgpack.decode(server.client().get(member)) == [] or revoked == "device-1")
         with pytest.raises(CertificateError if revoked == "device-1" else NoWorker):
             client.open_session()
     assert other.own_fleet().roster().version == own.fleet.roster().version
 
 
-def test_a_worker_publishes_a_newer_roster_and_a_false_one_changes_nothing(own: Setting, tmp_path: Path) -> None:
+def test_false_rosters_in_the_server_change_nothing(own: Setting) -> None:
     keys = Keys(own.fleet.operator_key)
     with running_valkey() as server:
         client = server.client()
         client.set(keys.roster, b"not signed")
-        client.set(keys.roster_version, 99)
         with own.worker(server.address) as worker, own.client(server.address) as device:
             assert len(run_steps(device, 3)) == 4
             wait_until(lambda: worker._transport.counters["CertificateError"] > 0)
             wait_until(lambda: device.transport.counters["CertificateError"] > 0)
-            client.set(keys.roster_version, b"nonsense")
-            wait_until(lambda: device.transport.counters["Malformed"] > 0)
-            client.delete(keys.roster, keys.roster_version)
-            wait_until(lambda: client.get(keys.roster) == own.fleet.roster_bytes())
-            own.fleet.add_member("device", "device-9")
-            # The directory that this worker reads is the operator's own here.
-            wait_until(lambda: client.get(keys.roster_version) == str(own.fleet.roster().version).encode())
+            client.set(keys.roster_copy("worker-1"), b"not signed either")
+            wait_until(lambda: client.get(keys.roster_copy("worker-1")) == own.fleet.roster_bytes())
+            client.delete(keys.roster)
+            client.lpush(keys.roster, b"of another type")
+            time.sleep(1.5)
             assert len(run_steps(device, 3)) == 4
+
+
+def test_a_server_that_lost_its_data_gets_the_roster_back_from_workers(own: Setting, tmp_path: Path) -> None:
+    stale = copied(own, tmp_path / "stale")
+    own.fleet.add_member("device", "device-9")
+    with running_valkey() as server, own.worker(server.address):
+        assert server.client().get(Keys(own.fleet.operator_key).roster) is None
+        with stale.client(server.address) as device:
+            wait_until(lambda: device._fleet.roster().version == own.fleet.roster().version)
+            assert len(run_steps(device, 3)) == 4
+
+
+def test_a_worker_cannot_keep_its_own_revocation_from_being_published(
+    guarded: Guarded, server: Valkey, tmp_path: Path
+) -> None:
+    """Whatever it writes with the rights of its user, and whatever an older version's rules allowed it to write."""
+    admin, worker = guarded.client(server, "admin"), guarded.client(server, "worker-2")
+    keys, fleet = guarded.keys, guarded.fleet
+    worker.set(keys.roster_copy("worker-2"), fleet.roster_bytes())
+    older = fleet.roster_bytes()
+    stale = copied(guarded.setting, tmp_path / "stale")
+    fleet.add_member("worker", "worker-9")
+    fleet.revoke("worker-9")
+    for before in (b"", b"junk", older, bytes(2**16), None):
+        admin.delete(keys.roster)
+        if before is None:
+            admin.lpush(keys.roster, b"of another type")
+        elif before:
+            admin.set(keys.roster, before)
+        admin.set(f"{keys.roster}-version", b"999999999999999999")
+        assert publish(guarded.address(server.address, "operator"), fleet) == fleet.roster().version
+        assert admin.get(keys.roster) == fleet.roster_bytes()
+    with stale.client(guarded.address(server.address, "device-1")) as device:
+        wait_until(lambda: device._fleet.roster().version == fleet.roster().version)
+    admin.delete(keys.roster, keys.roster_copy("worker-2"), f"{keys.roster}-version")
+
+
+def test_publishing_never_goes_back(own: Setting, tmp_path: Path) -> None:
+    stale = copied(own, tmp_path / "stale")
+    own.fleet.revoke("device-1")
+    with running_valkey() as server:
+        for setting in (own, stale):
+            published = lambda_split("keys", "publish", "--keys", setting.fleet.path, "--broker", server.address)
+            assert published.returncode == 0, published.stderr
+        assert server.client().get(Keys(own.fleet.operator_key).roster) == own.fleet.roster_bytes()
+    assert "has replaced it" in published.stderr
+    assert stale.own_fleet().roster().version == own.fleet.roster().version
+
+
+# --- what members leave there ------------------------------------------------------------------------------
+
+
+def test_a_sweep_removes_what_has_no_place_there_and_nothing_else(
+    guarded: Guarded, server: Valkey, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet, keys, setting = guarded.fleet, guarded.keys, guarded.setting
+    admin, hostile = guarded.client(server, "admin"), guarded.client(server, "device-2")
+
+    def swept(*options: str) -> Any:
+        monkeypatch.setenv("LAMBDA_SPLIT_BROKER", guarded.address(server.address, "operator"))
+        assert main(["keys", "sweep", "--keys", str(fleet.path), "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    admin.set("of another program", b"x")
+    admin.hset(keys.old_workers, "x", b"of an older version")
+    admin.xadd(f"{keys.prefix}:{{open:00:1:2}}", {"h": b"of an older version"})
+    endless = keys.lane("device", new_peer_id("device-2"))
+    hostile.xadd(endless, {"h": b"", "b": bytes(2**20)})
+    leased = keys.lane("device", new_peer_id("device-2"))
+    hostile.xadd(leased, {"h": b"", "b": bytes(2**10)})
+    hostile.pexpire(leased, 3_000)
+    admin.pexpire(leased, 900_000)
+    with (
+        setting.worker(guarded.address(server.address, "worker-1")) as worker,
+        setting.client(guarded.address(server.address, "device-1")) as device,
+    ):
+        session = device.open_session()
+        session.call([step(0)])
+        planned = swept("--dry-run")
+        assert admin.exists(endless)
+        removed = swept()
+        assert removed["removed"] == planned["removed"]
+        assert removed["removed"]["device-2"]["keys"] == 1
+        assert removed["removed"]["device-2"]["bytes"] > 2**20
+        assert removed["removed"][""]["keys"] == 2
+        assert not admin.exists(endless)
+        assert admin.exists(leased)
+        session.call([step(1)])
+        assert worker.counters["channels"] == 1
+        # What a revoked member has goes, whatever its lease.
+        fleet.add_member("device", "device-8")
+        mine = keys.lane("device", new_peer_id("device-8"))
+        admin.xadd(mine, {"h": b"", "b": b""})
+        admin.pexpire(mine, 3_000_000)
+        fleet.revoke("device-8")
+        assert swept()["removed"] == {"device-8": {"keys": 1, "bytes": pytest.approx(5000, abs=5000)}}
+        session.call([step(2)])
+    assert admin.delete("of another program") == 1
+    admin.delete(leased)
+    assert swept()["removed"] == {}
+
+
+def test_a_sweep_sees_all_of_a_cluster(own: Setting) -> None:
+    keys = Keys(own.fleet.operator_key)
+    with running_cluster() as (address, nodes):
+        strangers = [f"{keys.prefix}:{{x{number}}}" for number in range(30)]
+        for name in strangers:
+            for node in nodes:
+                with contextlib.suppress(redis.exceptions.MovedError):
+                    node.client().set(name, b"x")
+        assert sweep(address, own.fleet).keys == {"": len(strangers)}
+        assert sum(node.client().dbsize() for node in nodes) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections import Counter
@@ -13,11 +14,10 @@ import msgspec
 import pytest
 
 import tiny
-from split_common.errors import SplitError
+from split_common.errors import NoWorker, SplitError
 from split_common.protocol import headers
 from split_common.transport import new_peer_id
-from split_common.transport.redis import opens
-from split_common.transport.redis.key_names import GROUP, Keys
+from split_common.transport.redis.key_names import Keys
 from valkeys import Valkey, running_valkey
 from wiretap import LATE, Setting, run_steps, step, wait_until
 
@@ -30,7 +30,9 @@ Fields = dict[bytes, bytes]
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return Setting(tmp_path_factory.mktemp("fleet"), tiny.save("llama", tmp_path_factory.mktemp("llama")))
+    own = Setting(tmp_path_factory.mktemp("fleet"), tiny.save("llama", tmp_path_factory.mktemp("llama")))
+    own.fleet.add_member("worker", "worker-2")
+    return own
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +53,6 @@ def recorded(link: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, by
         take(fields)
 
     monkeypatch.setattr(parts.reader, "_take", record)
-    if parts.worker_opens is not None:
-        monkeypatch.setattr(parts.worker_opens, "_take", record)
     return seen
 
 
@@ -120,15 +120,12 @@ def flood(server: Valkey, stream: str, entries: Callable[[], Fields]) -> None:
         pipeline.execute()
 
 
-@pytest.mark.parametrize("victim", ["worker", "device", "opens"])
+@pytest.mark.parametrize("victim", ["worker", "device"])
 def test_thousands_of_bad_entries_change_nothing(
     setting: Setting, server: Valkey, victim: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # On a busy machine, what is late is not removed unread either.
-    monkeypatch.setattr(opens, "OPEN_PATIENCE", 600.0)
-    keys = Keys(setting.fleet.operator_key)
     with setting.worker(server.address) as worker, setting.client(server.address) as client:
-        links = {"worker": worker._transport, "device": client.transport, "opens": worker._transport}
+        links = {"worker": worker._transport, "device": client.transport}
         link: Any = links[victim]
         good = recorded(link, monkeypatch)
         expected = run_steps(client, STEPS)
@@ -136,7 +133,7 @@ def test_thousands_of_bad_entries_change_nothing(
             other.open_session().call([step(0)])
         steps = worker.counters["steps"]
         spoiler = Spoiler(list(good), seed=len(victim))
-        stream = keys.opens(setting.service) if victim == "opens" else link._parts.lease.lane
+        stream = link._parts.lease.lane
         received = link.counters["messages_received"]
         with ThreadPoolExecutor(2) as pool:
             flooding = pool.submit(flood, server, stream, spoiler.entry)
@@ -152,10 +149,7 @@ def test_thousands_of_bad_entries_change_nothing(
         read = link.counters["messages_received"] - received
         # All but replays, and what differs from the message only where nothing looks at it.
         assert dropped / read > 0.5 - spoiler.kinds["replay"] / ENTRIES
-        # Opens that no worker has read in time are dropped unread: how many depends on the machine.
-        assert read > (0 if victim == "opens" else ENTRIES / 2)
-    if victim == "opens":
-        assert server.client().xpending(stream, GROUP)["pending"] == 0
+        assert read > ENTRIES / 2
 
 
 def all_errors() -> list[type[SplitError]]:
@@ -178,34 +172,83 @@ def test_an_entry_above_the_limit_is_refused(setting: Setting, server: Valkey) -
         assert run_steps(client, 5) == expected
 
 
+def bait(setting: Setting, member: str) -> headers.Announce:
+    """The announcement of a worker that claims to have room for everybody."""
+    return headers.Announce(
+        new_peer_id(member), "worker", member, service=setting.service, model="bait", room=2**61
+    )
+
+
+def listed(*entries: headers.Header | bytes) -> bytes:
+    return msgspec.msgpack.encode(
+        [entry if isinstance(entry, bytes) else headers.encode_header(entry) for entry in entries]
+    )
+
+
 def test_a_list_of_workers_that_lies_stalls_no_device(setting: Setting, server: Valkey) -> None:
-    """Entries of the dead, of nobody, under another's name, and things that are no announcements."""
+    """Workers that are dead, of another member, things that are no announcements, and a list without end."""
     keys, client = Keys(setting.fleet.operator_key), server.client()
+    liar = keys.workers("worker-2")
     with setting.worker(server.address) as worker:
-        for number in range(200):
-            liar = new_peer_id(f"worker-{number}")
-            announce = headers.Announce(
-                liar, "worker", "worker-1", service=setting.service, model="bait", room=10_000
-            )
-            name = liar.hex() if number % 3 else new_peer_id("x").hex()
-            client.hset(keys.workers, name, headers.encode_header(announce)[: None if number % 2 else -1])
-        with setting.client(server.address) as device:
+        for data in (
+            listed(*(bait(setting, "worker-2") for _ in range(100))),
+            listed(msgspec.structs.replace(bait(setting, "worker-2"), sender=worker.id)),
+            listed(msgspec.structs.replace(bait(setting, "worker-2"), role="device")),
+            listed(b"x", bait(setting, "worker-2")),
+            b"x" * 100,
+            msgspec.msgpack.encode({"a": 1}),
+            b"\xc4" * 2**22,
+        ):
+            client.set(liar, data)
+            with setting.client(server.address) as device:
+                session = device.open_session()
+                session.call([step(0)])
+                assert session.worker == worker.id
+                assert device.counters["HandlerError"] == device.transport.counters["failures"] == 0
+        client.set(keys.workers("worker-1"), b"junk of another process of the worker")
+        worker._transport.announce()
+        wait_until(lambda: b"junk" not in client.get(keys.workers("worker-1")))
+    client.delete(liar)
+
+
+@pytest.mark.parametrize("honest", [1, 2])
+def test_a_worker_that_answers_no_open_keeps_no_device_from_the_others(
+    setting: Setting, server: Valkey, honest: int
+) -> None:
+    """It claims all the room there is, and its lane is there; but nobody answers."""
+    keys, client = Keys(setting.fleet.operator_key), server.client()
+    announce = bait(setting, "worker-2")
+    lane = keys.lane("worker", announce.sender)
+    client.xadd(lane, {"h": b"", "b": b""})
+    client.set(keys.workers("worker-2"), listed(announce))
+    try:
+        with contextlib.ExitStack() as stack:
+            workers = [stack.enter_context(setting.worker(server.address)) for _ in range(honest)]
+            device = stack.enter_context(setting.client(server.address, patience=0))
             session = device.open_session()
             session.call([step(0)])
-            assert session.worker == worker.id
-            assert device.transport.counters["Malformed"] > 0
+            assert session.worker in [worker.id for worker in workers]
+    finally:
+        client.delete(lane, keys.workers("worker-2"))
 
 
-def test_a_stream_of_another_type_is_no_stall(setting: Setting, server: Valkey) -> None:
-    """As a server has it that is used for something else, too."""
-    keys = Keys(setting.fleet.operator_key)
+def test_keys_of_another_type_are_no_stall(setting: Setting, server: Valkey) -> None:
+    """As a server has them that is used for something else, too."""
+    keys, client = Keys(setting.fleet.operator_key), server.client()
+    client.lpush(keys.workers("worker-2"), b"no string")
+    client.lpush(keys.roster_copy("worker-2"), b"no string")
     with setting.client(server.address, patience=0) as device:
-        server.client().set(keys.workers, b"no hash")
-        device.timeout, patient = 3.0, device.timeout
-        with pytest.raises(SplitError):
+        with pytest.raises(NoWorker):
             device.open_session()
-        device.timeout = patient
-        server.client().delete(keys.workers)
         with setting.worker(server.address):
             device.open_session().call([step(0)])
+    client.delete(keys.workers("worker-2"), keys.roster_copy("worker-2"))
     assert threading.active_count() < 50
+
+
+def test_workers_of_an_older_version_are_refused_by_name(setting: Setting, server: Valkey) -> None:
+    keys, client = Keys(setting.fleet.operator_key), server.client()
+    client.hset(keys.old_workers, "00" * 8, b"")
+    with setting.client(server.address, patience=0) as device, pytest.raises(NoWorker, match="older version"):
+        device.open_session()
+    client.delete(keys.old_workers)

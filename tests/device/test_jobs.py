@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,6 +75,8 @@ def test_from_submission_to_the_answer(run: Any, checkpoint: Path, address: str,
 
     agent = run("agent", "start", "--broker", address, "--json").json
     assert agent["pid"] == running_agent()
+    # An address may hold a password, and arguments are everybody's to read.
+    assert not any(address in word for word in psutil.Process(agent["pid"]).cmdline())
     assert agent["jobs"]["queued"] == 1
     again = run("agent", "start", "--broker", address)
     assert (again.code, "runs already" in again.err) == (1, True)

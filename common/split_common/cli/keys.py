@@ -163,21 +163,62 @@ def revoke(
 @keys_app.command()
 def publish(broker: RedisOption, keys: KeysOption = None, json: JsonOption = False) -> None:
     """Store the roster in Redis; all members apply it within seconds. A ZeroMQ broker reads its own directory."""
-    address = parse_address(broker)
-    if not is_redis(address):
-        raise ConfigError(
-            "--broker must be the address of a Redis server; a ZeroMQ broker reads the roster in its own directory"
-        )
     from split_common.transport.redis.roster import publish as publish_roster
 
-    fleet = load_fleet(keys)
-    check_address(address, fleet)
+    address, fleet = _redis(broker, keys)
     own = fleet.roster().version
     there = publish_roster(address, fleet)
     message = f"{masked(address)} has the roster of version {there}"
     if there > own:
         message += f", which is newer than version {own} here and has replaced it"
     _report(json, message, {"broker": masked(address), "keys": str(fleet.path), "roster_version": there})
+
+
+@keys_app.command()
+def sweep(
+    broker: RedisOption,
+    keys: KeysOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Publish the roster, and remove from Redis what revoked members and older versions left there.
+
+    Also removes lanes that would never expire, and says how much each member has stored.
+    """
+    from split_common.transport.redis.sweep import sweep as sweep_server
+
+    address, fleet = _redis(broker, keys)
+    swept = sweep_server(address, fleet, dry_run)
+    if json:
+        emit_json(
+            {
+                "broker": masked(address),
+                "removed": {name: {"keys": swept.keys[name], "bytes": swept.bytes[name]} for name in swept.keys},
+                "left": dict(swept.left),
+            }
+        )
+        return
+    verb = "would remove" if dry_run else "removed"
+    for name, count in swept.keys.items():
+        print(f"{verb} {count} keys of {name or 'nobody'}, {swept.bytes[name]:,} bytes")
+    for name, size in swept.left.most_common():
+        print(f"{name or 'the fleet'} has {size:,} bytes")
+
+
+def _redis(broker: str, keys: Path | None) -> tuple[str, Fleet]:
+    """The address of a Redis server, and the fleet.
+
+    Raises:
+        ConfigError: the address is another one, or open to other machines though no keys are configured.
+    """
+    address = parse_address(broker)
+    if not is_redis(address):
+        raise ConfigError(
+            "--broker must be the address of a Redis server; a ZeroMQ broker reads the roster in its own directory"
+        )
+    fleet = load_fleet(keys)
+    check_address(address, fleet)
+    return address, fleet
 
 
 def _open(keys: Path | None) -> Fleet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import redis
@@ -39,3 +40,17 @@ def reload_slots(cluster: RedisCluster) -> None:
     Written against redis-py 8.1. If it breaks, look at `NodesManager.initialize` in `redis/cluster.py`.
     """
     cluster.nodes_manager.initialize()
+
+
+def check_tls(client: redis.Redis) -> None:
+    """Reads the files and values of a client's TLS options, as connecting would, without a server.
+
+    Raises:
+        OSError, ValueError, RedisError: one of them cannot be used.
+
+    Written against redis-py 8.1, which reads them after it has connected. If it breaks, look at
+    `SSLConnection._wrap_socket_with_ssl` in `redis/connection.py`.
+    """
+    with socket.socket() as unconnected:
+        connection: Any = client.connection_pool.make_connection()
+        connection._wrap_socket_with_ssl(unconnected).close()

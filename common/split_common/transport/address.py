@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import unquote
 
 from split_common.errors import ConfigError
 
@@ -27,13 +28,18 @@ _FORMS = (
 )
 
 
-@dataclass(frozen=True)
+#: What to do if a user name or a password holds a sign with a meaning of its own, for messages.
+ESCAPE = "in a user name or password, write @ as %40, ? as %3F and % as %25"
+
+
+@dataclass(frozen=True, repr=False)
 class RedisAddress:
-    """The parts of a Redis address. `user` is the text before the `@`, still URL-encoded."""
+    """The parts of a Redis address. User name and password are decoded, and empty if there are none."""
 
     kind: str
     tls: bool
     user: str
+    password: str
     hosts: tuple[tuple[str, int], ...]
     #: Sentinel's name for the master; empty without Sentinels.
     service: str
@@ -69,33 +75,42 @@ def parse_address(address: str) -> str:
 def parse_redis(address: str) -> RedisAddress:
     """Parses a Redis address: `SCHEME://[USER[:PASSWORD]@]HOST:PORT[,HOST:PORT…][/SERVICE][/DATABASE][?…]`.
 
+    User name and password may be percent-encoded, and must be where they hold `@`, `?` or `%`.
+
     Raises:
         ConfigError: it is not of this form.
     """
     scheme, _, rest = address.partition("://")
     kind, tls = REDIS_SCHEMES[scheme]
     rest, _, query = rest.partition("?")
-    user, _, place = rest.rpartition("@")
+    credentials, _, place = rest.rpartition("@")
+    if "@" in query:
+        raise _malformed(address, f"has an @ behind a ?; {ESCAPE}")
     netloc, _, path = place.partition("/")
     hosts = tuple(_host(part, address) for part in netloc.split(","))
     service, _, database = path.rpartition("/")
     if kind == "sentinel" and not service:
         service, database = path, ""
     if kind == "sentinel" and not service:
-        raise ConfigError(f"broker address {masked(address)!r} lacks the name of the service after the last host")
+        raise _malformed(address, "lacks the name of the service after the last host")
     if kind != "sentinel" and (service or (kind == "server" and len(hosts) > 1)):
-        raise ConfigError(f"broker address {masked(address)!r} is none of {_FORMS}")
+        raise _malformed(address, f"is none of {_FORMS}")
     if kind == "cluster" and database not in ("", "0"):
         raise ConfigError("a Redis cluster has database 0 alone")
     if database and not (database.isascii() and database.isdigit()):
-        raise ConfigError(f"broker address {masked(address)!r} ends in no number of a database")
-    return RedisAddress(kind, tls, user, hosts, service, int(database or 0), query)
+        raise _malformed(address, "does not end in the number of a database")
+    user, _, password = credentials.partition(":")
+    return RedisAddress(kind, tls, unquote(user), unquote(password), hosts, service, int(database or 0), query)
+
+
+def _malformed(address: str, why: str) -> ConfigError:
+    return ConfigError(f"broker address {masked(address)!r} {why}")
 
 
 def _host(text: str, address: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or not host or not _is_port(port):
-        raise ConfigError(f"broker address {masked(address)!r} lacks a port: redis://HOST:PORT")
+        raise _malformed(address, f"lacks a port: redis://HOST:PORT ({ESCAPE})")
     return _bare(host), int(port)
 
 
@@ -110,8 +125,9 @@ def _is_port(text: str) -> bool:
 
 def masked(address: str) -> str:
     """The address for messages and logs: without user, password and options."""
-    scheme, separator, rest = address.partition("://")
-    if scheme in ("tcp", "zmq", "ipc"):
+    before, separator, after = address.partition("://")
+    scheme, rest = (before, after) if separator else ("", address)
+    if scheme == "ipc":
         return address
     place = rest.rpartition("@")[2]
     # An unescaped @ behind the ? may be part of a secret.

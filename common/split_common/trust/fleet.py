@@ -39,6 +39,7 @@ from split_common.system.files import (
 )
 from split_common.trust.keys import (
     NAME_RULE,
+    RESERVED_NAMES,
     Certificate,
     Identity,
     Member,
@@ -215,8 +216,11 @@ class Fleet:
         """
         try:
             msgspec.convert(name, Name)
+            allowed = name not in RESERVED_NAMES
         except msgspec.ValidationError:
-            raise KeysError(f"{name!r} is not a name for a member: {NAME_RULE}") from None
+            allowed = False
+        if not allowed:
+            raise KeysError(f"{name!r} is not a name for a member: {NAME_RULE}")
         with self.locked():
             operator = self._operator()
             self.refresh()

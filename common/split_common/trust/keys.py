@@ -30,7 +30,11 @@ Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 #: A member's name: 1 to 64 characters, safe in a file name; not `operator`, whose file `operator.key` is.
 Name = Annotated[str, Meta(pattern=r"\A(?!operator\Z)[a-z0-9][a-z0-9._-]{0,63}\Z")]
 #: Rule for names, for messages.
-NAME_RULE = "up to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit, and not 'operator'"
+NAME_RULE = (
+    "up to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit, and neither 'operator' nor 'default'"
+)
+#: Names that no new member gets: the operator's, and that of the user that Redis gives to everybody.
+RESERVED_NAMES: Final = ("operator", "default")
 #: Seconds since 1970.
 Seconds = Annotated[int, Meta(ge=0)]
 

@@ -99,8 +99,11 @@ def start(
     json: JsonOption = False,
 ) -> None:
     """Run jobs in the background; returns when the agent is ready."""
-    # The options are those of `agent run`, in this directory and this environment.
-    facts = agent.start(given_words(context, but=["--json"]))
+    # The options are those of `agent run`, in this directory and this environment. An address may hold a password,
+    # and the arguments of a process are everybody's to read.
+    facts = agent.start(
+        given_words(context, but=["--json", "--broker"]), {"LAMBDA_SPLIT_BROKER": connection.broker}
+    )
     if json:
         emit_json(facts)
     else:

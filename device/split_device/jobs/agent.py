@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,16 @@ def running_agent() -> int | None:
     return holder(lock_path())
 
 
-def start(options: Sequence[str]) -> dict[str, Any]:
-    """Starts `lambda-split agent run` in the background; returns what it printed. Raises AgentError."""
+def start(options: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
+    """Starts `lambda-split agent run` in the background; returns what it printed.
+
+    Args:
+        options: of the command. Other users of the machine can read them for as long as the agent runs.
+        env: environment variables that it gets beside this process's own.
+
+    Raises:
+        AgentError: it did not start.
+    """
     private_dir(state_dir())
     log = os.open(log_path(), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -42,7 +50,7 @@ def start(options: Sequence[str]) -> dict[str, Any]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
-            env={name: value for name, value in os.environ.items() if name != PARENT},
+            env={**{name: value for name, value in os.environ.items() if name != PARENT}, **env},
             start_new_session=True,
         )
     finally:

@@ -1,8 +1,8 @@
 """What a ZeroMQ broker does for its peers, and a Redis link does itself: heartbeats and watching other peers.
 
 One thread renews the lease on the peer's lane (`lease`), checks the leases of the peers that this one watches and
-keeps a worker's announcement where devices find it (`membership`), places a device's open or maintains the stream
-of a worker's service (`opens`), and compares rosters (`roster`).
+keeps a worker's announcement where devices find it (`membership`), places a device's open (`opens`), and compares
+rosters (`roster`).
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ import threading
 import time
 from collections import Counter
 
+import msgspec
+
 from split_common.errors import BrokerUnreachable
 from split_common.protocol import headers
 from split_common.transport.base import HEARTBEAT
 from split_common.transport.placement import GONE, full
+from split_common.transport.redis.answers import Refused
 from split_common.transport.redis.caller import Caller
+from split_common.transport.redis.eviction import refuse_eviction
 from split_common.transport.redis.key_names import Keys
 from split_common.transport.redis.lease import Found, Lease
 from split_common.transport.redis.membership import Registry
-from split_common.transport.redis.opens import DeviceOpens, WorkerOpens
+from split_common.transport.redis.opens import DeviceOpens
 from split_common.transport.redis.roster import RosterSync
-from split_common.transport.redis.server import RECONNECT, RECONNECT_MAX, Command, RedisConnections, Refused
+from split_common.transport.redis.server import RECONNECT, RECONNECT_MAX, REFUSED_PAUSE, RedisConnections
 from split_common.trust.fleet import Fleet
 from split_common.trust.keys import Role
 
@@ -32,9 +36,6 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two checks of the leases of a device's workers, and of its open.
 WATCH_INTERVAL = 0.2
-
-#: Heartbeats between two clean-ups of the list of workers.
-CLEAN_UP = 10
 
 
 class Inbox:
@@ -74,7 +75,7 @@ class Housekeeper:
         first: the peer's first announcement.
         inbox: what other threads hand to this one.
         lease, registry: the lease on the peer's lane, and the other peers.
-        device_opens, worker_opens: a device's side of opens, or that of a worker with a service.
+        device_opens: a device's opens; None for a worker.
         counters: where rosters that are refused are counted.
     """
 
@@ -89,7 +90,6 @@ class Housekeeper:
         lease: Lease,
         registry: Registry,
         device_opens: DeviceOpens | None,
-        worker_opens: WorkerOpens | None,
         counters: Counter[str],
     ) -> None:
         self._connections = connections
@@ -100,8 +100,9 @@ class Housekeeper:
         self._lease = lease
         self._registry = registry
         self._device_opens = device_opens
-        self._worker_opens = worker_opens
-        self._rosters = RosterSync(connections, keys, fleet, first.role == "worker", counters)
+        self._is_listed = first.role == "worker" and first.service is not None
+        own_copy = first.member if first.role == "worker" else ""
+        self._rosters = RosterSync(connections, keys, fleet, own_copy, counters)
         self._other_role: Role = "worker" if first.role == "device" else "device"
         self._watch_interval = WATCH_INTERVAL if first.role == "device" else HEARTBEAT
         #: Set when the server has answered for the first time, or has refused this user.
@@ -114,7 +115,6 @@ class Housekeeper:
         self._watching: set[bytes] = set()
         self._next_beat = self._next_watch = 0.0
         self._pause = RECONNECT
-        self._beats = 0
 
     def announce(self) -> None:
         """Makes the thread send a heartbeat at once."""
@@ -167,8 +167,10 @@ class Housekeeper:
         self._lease.disconnected = True
         self.failure = str(error)
         if isinstance(error, Refused):
-            # The start fails. Later, the permissions may come back.
+            # The start fails. Later, somebody may put it right.
             self.settled.set()
+            self._closing.wait(REFUSED_PAUSE)
+            return
         self._closing.wait(self._pause)
         self._pause = min(2 * self._pause, RECONNECT_MAX)
 
@@ -182,42 +184,33 @@ class Housekeeper:
             # Until the next announcement without `leaving`: the peer is alive, but of no use to others.
             self._withdraw()
             return
-        commands = [*self._lease.renewal(), self._rosters.version_command, *self._registration()]
-        existed, boot, roster_version, *_ = self._connections.run_allowed(commands)
-        match self._lease.renewed(sent, existed, boot):
+        if self._lease.lanes_made == 0 and self._connections.may_ask_all:
+            refuse_eviction(self._connections, self._lease.lane, self._connections.shown)
+        renewal, rosters = self._lease.renewal(), self._rosters.commands()
+        answers = self._connections.run_allowed([*renewal, *rosters])
+        match self._lease.renewed(sent, *answers[: len(renewal)]):
             case Found.LEASE_ENDED:
                 self._caller.gone(list(self._watching))
             case Found.RESET:
                 self._caller.reset()
+        if self._is_listed:
+            self._enlist()
         self.failure = ""
         self.settled.set()
-        if self._worker_opens is not None:
-            self._worker_opens.tend()
-            self._beats += 1
-            if self._beats % CLEAN_UP == 0 and not self._lease.early:
-                self._registry.clean_up()
-        if self._rosters.compare(roster_version):
+        if self._rosters.compare(answers[len(renewal) :]):
             self._caller.roster()
 
-    def _registration(self) -> list[Command]:
-        """What a worker with a service adds to its heartbeat: its announcement, unless it is revoked."""
-        if self._worker_opens is None:
-            return []
+    def _enlist(self) -> None:
+        """Puts a worker with a service where devices find it, unless it is revoked."""
         member = self._fleet.roster().by_name(self._announcement.member)
-        if member is None or member.revoked:
-            return self._removal()
-        self._worker_opens.room = self._announcement.room
-        return [*self._registry.registration(self._announcement), *self._worker_opens.renewal()]
-
-    def _removal(self) -> list[Command]:
-        """The commands that take a worker with a service off the list. It takes no more opens."""
-        if self._worker_opens is None:
-            return []
-        self._worker_opens.room = 0
-        return self._registry.removal(self._announcement.sender.hex())
+        revoked = member is None or member.revoked
+        announcement = msgspec.structs.replace(self._announcement, leaving=revoked)
+        self._registry.enlist(announcement, tidy=not self._lease.early)
 
     def _withdraw(self) -> None:
-        self._lease.end(self._removal())
+        self._lease.end()
+        if self._is_listed:
+            self._registry.enlist(msgspec.structs.replace(self._announcement, leaving=True), tidy=False)
 
     def _leave(self) -> None:
         for _ in range(2):

@@ -1,14 +1,15 @@
 """Names of the keys in Redis, and the format of stream entries.
 
-    ls:FLEET:{w:PEER}                   a worker's lane: messages from devices
-    ls:FLEET:{d:PEER}                   a device's lane: replies
-    ls:FLEET:{open:ROOT:FIRST:LAST}     opens of devices that look for a worker; the service's workers read them
-    ls:FLEET:{fleet}:workers            hash of each worker's newest announcement, by peer
-    ls:FLEET:{fleet}:boot               random; changes when the server has lost its data
-    ls:FLEET:{fleet}:roster[-version]   the signed roster
+    ls:FLEET:{w:PEER}                a worker's lane: messages from devices
+    ls:FLEET:{d:PEER}                a device's lane: replies
+    ls:FLEET:{fleet}:workers:MARK    announcements of the processes of one worker, which alone writes it
+    ls:FLEET:{fleet}:boot            random; changes when the server has lost its data
+    ls:FLEET:{fleet}:roster          the signed roster, as the operator published it
+    ls:FLEET:{fleet}:roster:MARK     a copy that one worker keeps, in case the server loses its data
 
 A lane is the stream of messages for one peer. The peer is alive as long as its lane exists: a lane expires unless
-its owner's heartbeats renew it. A cluster chooses the server of a key by the part in braces.
+its owner's heartbeats renew it. MARK stands for a member (`split_common.transport.peer_id.member_mark`), in hex;
+ids of peers begin with it. A cluster chooses the server of a key by the part in braces.
 """
 
 from __future__ import annotations
@@ -18,12 +19,8 @@ import re
 from typing import Any
 
 from split_common.errors import Malformed
-from split_common.protocol import headers
 from split_common.transport.peer_id import member_mark
 from split_common.trust.keys import Role
-
-#: The consumer group in which a service's workers read its opens.
-GROUP = "workers"
 
 #: The largest number in the id of a stream's entry: nothing can be added after it.
 LAST_ID = 2**64 - 1
@@ -37,29 +34,28 @@ class Keys:
     """
 
     def __init__(self, operator_key: bytes) -> None:
-        self._prefix = "ls:" + hashlib.blake2b(operator_key, digest_size=4).hexdigest()
-        self.fleet = f"{self._prefix}:{{fleet}}:"
-        self.workers = f"{self.fleet}workers"
+        self.prefix = "ls:" + hashlib.blake2b(operator_key, digest_size=4).hexdigest()
+        self.fleet = f"{self.prefix}:{{fleet}}:"
         self.boot = f"{self.fleet}boot"
         self.roster = f"{self.fleet}roster"
-        self.roster_version = f"{self.fleet}roster-version"
+        #: Where workers of older versions announce themselves.
+        self.old_workers = f"{self.fleet}workers"
+
+    def workers(self, member: str) -> str:
+        """The announcements of a worker's processes."""
+        return f"{self.fleet}workers:{member_mark(member).hex()}"
+
+    def roster_copy(self, member: str) -> str:
+        """The roster that a worker keeps."""
+        return f"{self.fleet}roster:{member_mark(member).hex()}"
 
     def lane(self, role: Role, peer: bytes) -> str:
         """The stream of messages for a peer."""
-        return f"{self._prefix}:{{{role[0]}:{peer.hex()}}}"
+        return f"{self.prefix}:{{{role[0]}:{peer.hex()}}}"
 
     def lanes(self, role: Role, member: str = "") -> str:
         """A pattern for the lanes of all peers of a role, or of one member."""
-        return f"{self._prefix}:{{{role[0]}:{member_mark(member).hex() if member else ''}*"
-
-    def opens(self, service: headers.Service) -> str:
-        """The stream of opens for a service."""
-        return f"{self._prefix}:{{open:{service.root.hex()}:{service.first}:{service.last}}}"
-
-    @property
-    def all_opens(self) -> str:
-        """A pattern for the opens of all services."""
-        return f"{self._prefix}:{{open:*"
+        return f"{self.prefix}:{{{role[0]}:{member_mark(member).hex() if member else ''}*"
 
 
 def entry(head: bytes, body: bytes) -> tuple[bytes | str, ...]:

@@ -6,18 +6,30 @@ server has lost its data, messages may have been lost.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Sequence
 from enum import Enum, auto
 
+from redis.exceptions import OutOfMemoryError
+
 from split_common.protocol import headers
-from split_common.transport.base import GRACE, HEARTBEAT, MISSED
+from split_common.transport.base import GRACE, HEARTBEAT, MISSED, QUEUE_BYTES
+from split_common.transport.redis.answers import OUT_OF_MEMORY, Refused, Unreachable, failed
 from split_common.transport.redis.key_names import Keys, entry
-from split_common.transport.redis.server import Command, RedisConnections, Refused, failed
+from split_common.transport.redis.server import Command, RedisConnections
 
 #: Seconds after which a lane expires unless its owner's heartbeat renews it.
 LEASE = HEARTBEAT * MISSED
+
+#: Bytes in a peer's own lane above which it is emptied unread. Honest senders stop soon after `QUEUE_BYTES`.
+MAX_LANE = 2 * QUEUE_BYTES
+
+#: Bytes of the server's mark that are compared.
+_BOOT_BYTES = 32
+
+log = logging.getLogger(__name__)
 
 
 class Found(Enum):
@@ -71,34 +83,38 @@ class Lease:
         self._is_exhausted = True
 
     def renewal(self) -> list[Command]:
-        """The commands of a heartbeat; `renewed` takes their two answers."""
-        own_boot = ("SET", self._boot_key, self._own_boot, "NX", "GET")
+        """The commands of a heartbeat; `renewed` takes their answers."""
         return [
             (self.lane, ("PEXPIRE", self.lane, int(LEASE * 1000))),
-            (self._boot_key, own_boot if self._sets_boot else ("GET", self._boot_key)),
+            (self._boot_key, ("GETRANGE", self._boot_key, 0, _BOOT_BYTES - 1)),
+            (self.lane, ("MEMORY", "USAGE", self.lane)),
         ]
 
-    def renewed(self, sent: float, existed: object, boot: object) -> Found:
+    def renewed(self, sent: float, existed: object, boot: object, size: object = 0) -> Found:
         """What the answers to a `renewal` mean. Makes the lane if it is missing, or has to be replaced.
 
         Args:
             sent: when the commands were sent, by `time.monotonic`.
-            existed, boot: the two answers.
+            existed, boot, size: the answers.
 
         Raises:
             Refused: the server does not support the commands, or the keys hold something else.
-            BrokerUnreachable: the lane could not be made.
+            BrokerUnreachable: the lane could not be made, e.g. because the server's memory is full.
         """
         if problem := failed(existed) or failed(boot):
             raise Refused(f"it is not Redis 7 or Valkey, or its keys are in use for something else: {problem}")
         joined, absent = self.lanes_made > 0, sent - self.heard
         self.heard = time.monotonic()
-        forgot = self._compare_boot(boot) and joined
+        forgot = self._compare_boot(boot or self._set_boot()) and joined
         if joined and self.disconnected:
             # Other peers may have been unable to renew their leases for as long.
             self._early_until = max(self._early_until, sent + min(GRACE, absent + HEARTBEAT))
         if forgot:
             self._early_until = sent + GRACE
+        if isinstance(size, int) and size > MAX_LANE:
+            # Only senders that break the rules fill it so far. What honest ones lose by it, they send again.
+            log.warning("the lane of this peer held %d bytes and was emptied: a member floods it", size)
+            self._is_exhausted = True
         if not existed or self._is_exhausted:
             self._make_lane()
         returned, self.disconnected = self.disconnected, False
@@ -114,11 +130,18 @@ class Lease:
             return Found.RESET
         return Found.NOTHING
 
+    def _set_boot(self) -> object:
+        """Marks the server, which lacks a mark. No worker can change it later. Returns the mark that it has now."""
+        if not self._sets_boot:
+            return b""
+        key = self._boot_key
+        commands = (("SETNX", key, self._own_boot), ("GETRANGE", key, 0, _BOOT_BYTES - 1))
+        _, boot = self._connections.run_allowed([(key, words) for words in commands])
+        return boot
+
     def _compare_boot(self, found: object) -> bool:
         """Whether the server has lost its data since the last heartbeat: `boot`, once set, never changes."""
-        boot = found if isinstance(found, bytes) else None
-        if boot is None and self._sets_boot:
-            boot = self._own_boot
+        boot = found if isinstance(found, bytes) and found else None
         known, self._boot = self._boot, boot or self._boot
         return boot is not None and known not in (None, boot)
 
@@ -133,7 +156,9 @@ class Lease:
             ("PEXPIRE", lane, int(LEASE * 1000)),
             ("EXEC",),
         )
-        self._connections.run_allowed([(lane, words) for words in commands])
+        answers = self._connections.run_allowed([(lane, words) for words in commands])
+        if any(isinstance(answer, OutOfMemoryError) for answer in answers):
+            raise Unreachable(f"{self._connections.shown}: {OUT_OF_MEMORY}")
         self._is_exhausted = False
         self.lanes_made += 1
 

@@ -1,8 +1,8 @@
 """The Redis transport, without a broker process: the threads that read and write a peer's streams.
 
 One thread writes to other peers' lanes (`writer`), one reads the peer's own lane (`reader`), and one sends
-heartbeats and watches other peers (`housekeeping`). A worker has a fourth, which reads the opens of its service
-(`opens`). Each has its own connections, so it never waits for another thread's answers.
+heartbeats, watches other peers and places a device's opens (`housekeeping`). Each has its own connections, so it
+never waits for another thread's answers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from split_common.transport.redis.housekeeping import Housekeeper, Inbox
 from split_common.transport.redis.key_names import Keys, entry, read_entry
 from split_common.transport.redis.lease import Lease
 from split_common.transport.redis.membership import Registry
-from split_common.transport.redis.opens import DeviceOpens, WorkerOpens
+from split_common.transport.redis.opens import DeviceOpens
 from split_common.transport.redis.reader import Reader
 from split_common.transport.redis.server import RedisConnections, RedisConnector
 from split_common.transport.redis.writer import LINGER, Outgoing, Writer
@@ -39,7 +39,7 @@ class RedisLink:
     Args:
         address: of the form that `split_common.transport.address.parse_redis` expects.
         fleet: its roster and keys apply.
-        identity: of the member that connects.
+        identity: of the member that connects, which the peer's announcements name.
 
     Raises:
         ConfigError: an option in the address is wrong.
@@ -48,7 +48,6 @@ class RedisLink:
     def __init__(self, address: str, fleet: Fleet, identity: Identity) -> None:
         self._server = RedisConnector(address)
         self._fleet = fleet
-        self._member = identity.certificate.name
         self._parts: _Parts | None = None
         #: Messages dropped because they broke the protocol, by type of error; and bytes and messages moved.
         self.counters: Counter[str] = Counter()
@@ -59,9 +58,7 @@ class RedisLink:
 
     def start(self, handler: Handler, timeout: float) -> None:
         caller = Caller(handler, self.counters)
-        parts = self._parts = _Parts(
-            self._server, self._fleet, self._member, handler.announcement(), caller, self.counters
-        )
+        parts = self._parts = _Parts(self._server, self._fleet, handler.announcement(), caller, self.counters)
         parts.start_housekeeping()
         if not parts.housekeeper.settled.wait(timeout) or parts.housekeeper.failure:
             why = parts.housekeeper.failure or self._server.silence
@@ -94,7 +91,7 @@ class _Parts:
 
     Args:
         server: makes connections to the server.
-        fleet, member: the fleet, and the name of the peer's member in it.
+        fleet: its roster and keys apply.
         first: the peer's first announcement.
         caller: calls the peer's handler.
         counters: of the link.
@@ -104,7 +101,6 @@ class _Parts:
         self,
         server: RedisConnector,
         fleet: Fleet,
-        member: str,
         first: headers.Announce,
         caller: Caller,
         counters: Counter[str],
@@ -123,22 +119,11 @@ class _Parts:
 
         connections = self._new_connections()
         self.lease = Lease(connections, keys, first)
-        self.registry = Registry(connections, keys, counters)
+        self.registry = Registry(connections, keys, fleet, counters)
         self.writer = Writer(self._new_connections(), self.registry, caller, self._inbox.undelivered, counters)
         self.device_opens: DeviceOpens | None = None
-        self.worker_opens: WorkerOpens | None = None
         if first.role == "device":
             self.device_opens = DeviceOpens(connections, keys, self.registry, caller)
-        elif first.service is not None:
-            self.worker_opens = WorkerOpens(
-                self._new_connections(),
-                connections,
-                keys.opens(first.service),
-                member,
-                self._take,
-                self.writer,
-                self._closing,
-            )
         self.housekeeper = Housekeeper(
             connections,
             keys,
@@ -149,7 +134,6 @@ class _Parts:
             self.lease,
             self.registry,
             self.device_opens,
-            self.worker_opens,
             counters,
         )
         self.reader = Reader(
@@ -174,8 +158,6 @@ class _Parts:
         """Starts all other threads. The lane must exist."""
         self._start(self.writer.run, "writer")
         self._start(self.reader.run, "reader")
-        if self.worker_opens is not None:
-            self._start(self.worker_opens.run, "opens")
 
     def _start(self, loop: Callable[[], None], name: str) -> None:
         self._threads.append(self._supervisor.start(loop, f"lambda-split-redis-{name}"))

@@ -12,9 +12,10 @@ from redis.exceptions import ResponseError
 
 from split_common.errors import BrokerUnreachable
 from split_common.transport.leader import LeaderLock
+from split_common.transport.redis.answers import Refused
 from split_common.transport.redis.key_names import next_id
 from split_common.transport.redis.lease import Lease
-from split_common.transport.redis.server import RECONNECT, Command, RedisConnections, Refused
+from split_common.transport.redis.server import RECONNECT, Command, RedisConnections
 from split_common.transport.supervised import Supervisor, count_dropped
 
 #: Entries that are read in one round trip.

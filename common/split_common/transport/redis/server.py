@@ -7,52 +7,39 @@ retries only after a cluster's redirection: after a lost connection, leases must
 from __future__ import annotations
 
 import contextlib
-import os
-import ssl
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import redis
-from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, RedisCluster
-from redis.connection import parse_url
 from redis.exceptions import (
     AskError,
-    AuthenticationError,
-    AuthorizationError,
     ClusterDownError,
     ClusterError,
     ConnectionError,
     InvalidResponse,
     MovedError,
-    NoPermissionError,
     ReadOnlyError,
     RedisClusterException,
-    RedisError,
     ResponseError,
     TimeoutError,
     TryAgainError,
 )
-from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from split_common.compat.redis import new_connection, reload_slots
-from split_common.errors import BrokerUnreachable, ConfigError
-from split_common.transport.address import RedisAddress, masked, parse_redis
-
-#: Environment variable with the password, if the address has none.
-PASSWORD_VARIABLE = "LAMBDA_SPLIT_REDIS_PASSWORD"  # noqa: S105
-
-#: Seconds that the server may take to answer, or to accept a command.
-ANSWER_TIMEOUT = 5.0
-
-#: Seconds that connecting may take.
-CONNECT_TIMEOUT = 3.0
+from split_common.errors import BrokerUnreachable
+from split_common.transport.redis.answers import Refused, Unreachable, failed, of_connecting, raise_for
+from split_common.transport.redis.options import Options
 
 #: Seconds to wait for the server to come back, first and at most; doubles each time.
 RECONNECT = 0.05
 RECONNECT_MAX = 0.5
+
+#: Seconds during which a server that refused this user, or showed a false certificate, is not tried again.
+REFUSED_PAUSE = 5.0
 
 #: Size in bytes above which an argument is not copied into one buffer with the others.
 LARGE = 256 * 1024
@@ -66,38 +53,30 @@ _ELSEWHERE = (MovedError, AskError, TryAgainError, ClusterDownError)
 Command = tuple[str, Sequence[bytes | str | int]]
 
 
-class Unreachable(BrokerUnreachable):
-    """The server does not answer at the moment."""
-
-
-class Refused(BrokerUnreachable):
-    """The server refuses this user or this command. Trying again does not help."""
-
-
 class RedisConnector:
     """Makes connections to the server or servers of an address. Any thread may call its methods.
 
     Raises:
-        ConfigError: the address is malformed, or has an option that redis-py does not know.
+        ConfigError: the address or one of its options cannot be used (`Options`).
     """
 
     def __init__(self, address: str) -> None:
-        self._address = parse_redis(address)
-        self.shown = masked(address)
+        self._options = options = Options(address)
+        self.shown = options.shown
         #: Error message for when the server does not answer at all.
-        self.silence = f"no answer from {self.shown}" + (": is it a TLS port?" if self._address.tls else "")
+        self.silence = f"no answer from {self.shown}" + (": is it a TLS port?" if options.address.tls else "")
         self._lock = threading.Lock()
         self._single: redis.Redis | None = None
         self._cluster: RedisCluster | None = None
-        self._options = _options(self._address)
-        try:
-            if self._address.kind == "server":
-                host, port = self._address.hosts[0]
-                self._single = redis.Redis(host=host, port=port, **self._options)
-            elif self._address.kind == "sentinel":
-                self._single = _sentinel(self._address, self._options)
-        except (TypeError, ValueError, RedisError) as error:
-            raise ConfigError(f"broker address {self.shown!r}: {error}") from None
+        # Why the server was refused last, and when it may be tried again.
+        self._refusal: Refused | None = None
+        self._refused_until = 0.0
+        if options.address.kind == "server":
+            host, port = options.address.hosts[0]
+            self._single = redis.Redis(host=host, port=port, **options.server)
+        elif options.address.kind == "sentinel":
+            sentinels = Sentinel(list(options.address.hosts), sentinel_kwargs=options.sentinel, **options.server)
+            self._single = sentinels.master_for(options.address.service)
 
     @property
     def single(self) -> redis.Redis | None:
@@ -110,26 +89,47 @@ class RedisConnector:
         Raises:
             Unreachable: no server of the cluster answers.
             Refused: the cluster does not accept this user.
-            ConfigError: redis-py does not accept an option of the address.
         """
         if self._single is not None:
             return self._single
         with self._lock, self.contained():
             if self._cluster is None:
-                nodes = [ClusterNode(host, port) for host, port in self._address.hosts]
-                try:
-                    self._cluster = RedisCluster(startup_nodes=nodes, **self._options)
-                except (TypeError, ValueError) as error:
-                    raise ConfigError(f"broker address {self.shown!r}: {error}") from None
-            node = self._cluster.get_node_from_key(key)
-            assert node is not None
-            client: redis.Redis = self._cluster.get_redis_connection(node)
-            return client
+                self.check_not_refused()
+                nodes = [ClusterNode(host, port) for host, port in self._options.address.hosts]
+                self._cluster = RedisCluster(startup_nodes=nodes, **self._options.server)
+            return self._client_of(self._cluster.get_node_from_key(key))
+
+    def servers(self) -> list[redis.Redis]:
+        """Clients of all servers that hold keys.
+
+        Raises:
+            Unreachable, Refused: as `holder`.
+        """
+        first = self.holder("")
+        if self._cluster is None:
+            return [first]
+        return [self._client_of(node) for node in self._cluster.get_primaries()]
+
+    def importer(self, ask: AskError) -> redis.Redis:
+        """The client of the server to which a cluster is moving a key's slot just now.
+
+        Raises:
+            Unreachable: the cluster does not know it.
+        """
+        with self._lock, self.contained():
+            assert self._cluster is not None
+            return self._client_of(self._cluster.get_node(ask.host, ask.port))
+
+    def _client_of(self, node: ClusterNode | None) -> redis.Redis:
+        if node is None or self._cluster is None:
+            raise Unreachable(f"{self.shown} is being rearranged")
+        client: redis.Redis = self._cluster.get_redis_connection(node)
+        return client
 
     def look_again(self) -> None:
         """Asks a cluster again which server holds which keys."""
         with self._lock, self.contained():
-            if self._cluster is not None:
+            if self._cluster is not None and not self._is_refused():
                 reload_slots(self._cluster)
 
     def close(self) -> None:
@@ -142,17 +142,42 @@ class RedisConnector:
         """Turns redis-py's errors into ours, except those of a command itself (ResponseError)."""
         try:
             yield
-        except (AuthenticationError, AuthorizationError) as error:
-            raise Refused(
-                f"{self.shown} does not accept this user name or password ({error}): put them into the address, or "
-                f"the password into ${PASSWORD_VARIABLE}"
-            ) from None
         except (
             *(ConnectionError, TimeoutError, OSError, RedisClusterException, ClusterError),
             # Damaged bytes are not an answer of a Redis server.
             InvalidResponse,
         ) as error:
-            raise Unreachable(_reason(self.shown, error)) from None
+            raise self._remembered(of_connecting(self.shown, error)) from None
+
+    def connection_failed(self, error: ResponseError) -> BrokerUnreachable:
+        """What it means that a connection was refused while it was made, e.g. because there is no such database."""
+        try:
+            raise_for(error, self.shown)
+        except BrokerUnreachable as problem:
+            return self._remembered(problem)
+        return self._remembered(Refused(f"{self.shown} refuses the connection: {error}"))
+
+    def _remembered(self, problem: BrokerUnreachable) -> BrokerUnreachable:
+        if isinstance(problem, Refused):
+            self._refusal, self._refused_until = problem, time.monotonic() + REFUSED_PAUSE
+        return problem
+
+    def check_not_refused(self) -> None:
+        """Raises Refused if the server has refused a connection just now: another attempt would not fare better."""
+        if self._is_refused():
+            raise Refused(str(self._refusal))
+
+    def _is_refused(self) -> bool:
+        return self._refusal is not None and time.monotonic() < self._refused_until
+
+    @property
+    def may_ask_all(self) -> bool:
+        """Whether this is the server's own user, whom no rules of `lambda-split redis-acl` bind."""
+        return not self._options.address.user
+
+    @property
+    def is_cluster(self) -> bool:
+        return self._single is None
 
 
 class RedisConnections:
@@ -160,6 +185,9 @@ class RedisConnections:
 
     def __init__(self, server: RedisConnector) -> None:
         self._server = server
+        #: The server's address, without secrets.
+        self.shown = server.shown
+        self.may_ask_all = server.may_ask_all
         # Clients and their connections, by the client's `id`. A client that is kept here keeps its `id`.
         self._connections: dict[int, tuple[redis.Redis, Any]] = {}
         self._closed = False
@@ -183,7 +211,7 @@ class RedisConnections:
 
         Raises:
             Unreachable: the server did not answer. Some of the commands may have been run.
-            Refused: the server does not accept this user.
+            Refused: the server does not accept this user, or is not what the address says.
         """
         answers: list[Any] = [None] * len(commands)
         left = list(range(len(commands)))
@@ -194,13 +222,30 @@ class RedisConnections:
                     answers[number] = answer
             posted = 0
             left = [number for number in left if isinstance(answers[number], _ELSEWHERE)]
+            if left and not self._server.is_cluster and isinstance(answers[left[0]], MovedError):
+                raise of_connecting(self.shown, answers[left[0]])
+            left = [number for number in left if not self._follow(commands[number], answers, number)]
             if not left:
                 return answers
             self._server.look_again()
-        raise Unreachable(f"{self._server.shown} is being rearranged: {answers[left[0]]}")
+        raise_for(answers[left[0]], self.shown)
+        raise Unreachable(f"{self.shown} is being rearranged: {answers[left[0]]}")
+
+    def _follow(self, command: Command, answers: list[Any], number: int) -> bool:
+        """Asks the server to which a key's slot is being moved. Whether it has answered."""
+        ask = answers[number]
+        if not isinstance(ask, AskError) or not self._server.is_cluster:
+            return False
+        try:
+            client = self._server.importer(ask)
+        except Unreachable:
+            # A server that is new in the cluster.
+            return False
+        _, answers[number] = self._exchange(client, [(command[0], ("ASKING",)), command], [0, 1], 0)
+        return not isinstance(answers[number], _ELSEWHERE)
 
     def run_allowed(self, commands: Sequence[Command]) -> list[Any]:
-        """As `run`, but raises Refused if the user lacks the permission for one of the commands."""
+        """As `run`, but also raises what `failed` raises for the answer to one of the commands."""
         answers = self.run(commands)
         for answer in answers:
             failed(answer)
@@ -228,7 +273,7 @@ class RedisConnections:
                     try:
                         answers.append(connection.read_response(disconnect_on_error=True))
                     except ReadOnlyError as error:
-                        raise ConnectionError("the server is a replica now") from error
+                        raise_for(error, self.shown)
                     except ResponseError as error:
                         answers.append(error)
         except BaseException:
@@ -247,8 +292,13 @@ class RedisConnections:
         connection = self._connections[id(client)][1]
         if not (may_connect or connection.is_connected):
             raise ConnectionError("the connection broke")
-        # Sending connects, too, but to the master that Sentinels named last time.
-        connection.connect()
+        if not connection.is_connected:
+            self._server.check_not_refused()
+        try:
+            # Sending connects, too, but to the master that Sentinels named last time.
+            connection.connect()
+        except ResponseError as error:
+            raise self._server.connection_failed(error) from None
         return connection
 
     def disconnect(self) -> None:
@@ -260,61 +310,3 @@ class RedisConnections:
         """Closes the connections for good. A command that waits ends."""
         self._closed = True
         self.disconnect()
-
-
-def failed(answer: object) -> str:
-    """The error message in a command's answer; empty if the command did not fail.
-
-    Raises:
-        Refused: the user lacks a permission.
-    """
-    if isinstance(answer, NoPermissionError):
-        raise Refused(f"its user lacks a permission (see `lambda-split redis-acl`): {answer}")
-    return str(answer) if isinstance(answer, ResponseError) else ""
-
-
-def _options(address: RedisAddress) -> dict[str, Any]:
-    scheme = "rediss" if address.tls else "redis"
-    user = f"{address.user}@" if address.user else ""
-    try:
-        options: dict[str, Any] = parse_url(f"{scheme}://{user}host:1?{address.query}")
-    except ValueError as error:
-        raise ConfigError(f"the Redis address has a wrong option: {error}") from None
-    for name in ("host", "port", "connection_class"):
-        options.pop(name, None)
-    if not options.get("password") and (password := os.environ.get(PASSWORD_VARIABLE)):
-        options["password"] = password
-    options.update(
-        protocol=2,
-        socket_timeout=ANSWER_TIMEOUT,
-        socket_connect_timeout=CONNECT_TIMEOUT,
-        socket_read_size=256 * 1024,
-        retry=Retry(NoBackoff(), 0),
-        driver_info=None,
-    )
-    if address.kind != "cluster":
-        options["db"] = address.database
-    if address.tls:
-        options["ssl"] = True
-    return options
-
-
-def _sentinel(address: RedisAddress, options: dict[str, Any]) -> redis.Redis:
-    """A client of the master. The Sentinels may have their own user names and passwords."""
-    names = {"sentinel_username": "username", "sentinel_password": "password"}
-    own = {to: options.pop(name) for name, to in names.items() if name in options}
-    shared = {name: value for name, value in options.items() if name not in ("username", "password", "db")}
-    sentinels = Sentinel(list(address.hosts), sentinel_kwargs={**shared, **own}, **options)
-    client: redis.Redis = sentinels.master_for(address.service)
-    return client
-
-
-def _reason(shown: str, error: Exception) -> str:
-    """The message for a missing answer, with what to do."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ssl.SSLError):
-            why = getattr(cause, "verify_message", "") or cause.reason or str(cause)
-            return f"no TLS connection to {shown}: {why} (is it a TLS port? ?ssl_ca_certs=FILE names the CA)"
-        cause = cause.__cause__ or cause.__context__
-    return f"no answer from {shown}: {error}"

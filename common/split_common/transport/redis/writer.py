@@ -22,9 +22,10 @@ from split_common.errors import BrokerUnreachable
 from split_common.protocol import headers
 from split_common.transport.base import FULL_RETRY, OUTBOX_BYTES
 from split_common.transport.placement import full
+from split_common.transport.redis.answers import Refused
 from split_common.transport.redis.caller import Caller
 from split_common.transport.redis.membership import Registry
-from split_common.transport.redis.server import RECONNECT, RECONNECT_MAX, Command, RedisConnections, Refused
+from split_common.transport.redis.server import RECONNECT, RECONNECT_MAX, Command, RedisConnections
 from split_common.transport.supervised import count_dropped
 
 #: Most bytes of messages in one round trip of the writer's thread, unless a single one is larger.
@@ -44,11 +45,11 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Outgoing:
-    """A command to be sent. If it adds a message to a lane, also the message's header and size in bytes."""
+    """The command that adds a message to a lane, and the message's header and size in bytes."""
 
     command: Command
-    header: headers.Relay | None = None
-    size: int = 0
+    header: headers.Relay
+    size: int
 
 
 class Writer:
@@ -117,7 +118,7 @@ class Writer:
         return True
 
     def _full(self, outgoing: Outgoing) -> bool:
-        return outgoing.header is not None and outgoing.header.to in self._registry.full
+        return outgoing.header.to in self._registry.full
 
     # --- the thread ----------------------------------------------------------------------------------------
 
@@ -186,7 +187,7 @@ class Writer:
         while self._unsent and size < BATCH_BYTES:
             outgoing = self._unsent.popleft()
             self._unsent_bytes -= outgoing.size
-            if outgoing.header is not None and self._full(outgoing):
+            if self._full(outgoing):
                 self._caller.refuse(outgoing.header, full("the queue of the peer is full"))
             else:
                 batch.append(outgoing)
@@ -195,8 +196,6 @@ class Writer:
 
     def _written(self, outgoing: Outgoing, answer: object) -> None:
         header = outgoing.header
-        if header is None:
-            return
         if isinstance(answer, bytes):
             self._counters["messages_sent"] += 1
             self._counters["bytes_sent"] += outgoing.size
