@@ -59,7 +59,6 @@ def test_nulls_are_as_good_as_absent_fields() -> None:
         ([{"role": "assistant", "content": None}], "messages[0].content", None),
         ([HELLO, {"role": "user", "content": 5}], "messages[1].content", None),
         ([HELLO, {"role": "tool", "content": "x", "tool_call_id": "y"}], "messages[1].role", None),
-        ([{**HELLO, "colour": "red"}], "messages[0].colour", None),
         ([{**HELLO, "tool_calls": [{}]}], "messages[0].tool_calls", "unsupported_parameter"),
         ([{**HELLO, "refusal": "No."}], "messages[0].refusal", "unsupported_parameter"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type", None),
@@ -73,10 +72,16 @@ def test_an_error_names_the_message(messages: Any, param: str, code: str | None)
     assert str(refused.value).startswith(param)
 
 
+def test_an_unknown_field_is_named() -> None:
+    with pytest.raises(ApiError, match=r"^colour: unknown field$"):
+        chat([HELLO], colour="red")
+    with pytest.raises(ApiError, match=r"^messages\[1\]\.colour: unknown field$"):
+        chat([HELLO, {**HELLO, "colour": "red"}])
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
     [
-        ({"colour": "red"}, "colour", None),
         ({"messages": None}, "messages", None),
         ({"stop": [1]}, "stop[0]", None),
         ({"top_logprobs": 2}, "top_logprobs", None),

@@ -77,7 +77,9 @@ def convert(fields: dict[str, Any], type_: type[_T], where: str = "") -> _T:
         if found := re.fullmatch("Object (contains unknown|missing required) field `(.*)`", message, re.DOTALL):
             message, path = _FIELD_ERRORS[found[1]], f"{path}.{found[2]}"
         path = path.lstrip(".")
-        raise ApiError(f"{path}: {message}" if path else message, param=path or None) from None
+        # As in OpenAI's API, what is unknown is not a parameter.
+        param = None if message == _FIELD_ERRORS["contains unknown"] else path or None
+        raise ApiError(f"{path}: {message}" if path else message, param=param) from None
 
 
 def _same(value: Any, other: Any) -> bool:
