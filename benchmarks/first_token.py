@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from benchmarks.harness import arguments, checkpoint, fleet, note, report
 from split_common.system.process import passive_threads, running_command
+from split_device.jobs.job import FINAL
 from split_device.jobs.store import Store
 from split_device.openai.batch_file import work_path
 
@@ -130,7 +131,7 @@ class _Questions:
 
 @contextlib.contextmanager
 def _batch(options: list[str]) -> Iterator[None]:
-    """A running batch, in which all requests are decoding."""
+    """A running batch, of which every request has begun to decode; some may have ended."""
     with tempfile.TemporaryDirectory(prefix="lambda-split-batch-") as name:
         source, output = Path(name) / "in.jsonl", Path(name) / "out.jsonl"
         draw = random.Random(0)
@@ -155,9 +156,9 @@ def _batch(options: list[str]) -> Iterator[None]:
 
 
 def _begun(output: Path) -> int:
-    """The number of requests of a batch that are decoding."""
+    """The number of requests of a batch that have begun to decode."""
     with contextlib.suppress(Exception), Store(work_path(output)) as store:
-        return sum(job.tokens > 1 for job in store.jobs(("running",)))
+        return sum(job.tokens > 1 or job.state in FINAL for job in store.jobs())
     return 0
 
 
