@@ -18,6 +18,9 @@ from torch import nn
 from split_common.compat.transformers import cache_name, forward_parameters
 from split_common.errors import UnsupportedArchitecture
 
+#: `max_positions` of a model that names no limit.
+UNLIMITED = 2**31
+
 
 def find_stack(model: nn.Module, layers: int) -> tuple[nn.Module, str]:
     """The module that owns the stack of decoder layers, and the name of the stack's attribute.
@@ -36,8 +39,27 @@ def find_stack(model: nn.Module, layers: int) -> tuple[nn.Module, str]:
 
 
 def max_positions(config: Any) -> int:
-    """How many positions a sequence may have by a model's configuration; 2^31 if it does not say."""
-    return int(getattr(config.get_text_config(decoder=True), "max_position_embeddings", 0) or 2**31)
+    """How many positions a sequence may have by a model's configuration; `UNLIMITED` if it does not say.
+
+    With YaRN (https://arxiv.org/abs/2309.00071) these are the original ones times the factor, and with linear
+    scaling `max_position_embeddings` times the factor, as in vLLM. Other scalings are part of
+    `max_position_embeddings`, or, like dynamic NTK, would change the keys of earlier tokens beyond it.
+    """
+    text = config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return UNLIMITED
+    rope = getattr(text, "rope_parameters", None)
+    # Layers of several types have an entry each, and their models name the length that they were trained for.
+    if not isinstance(rope, dict) or not isinstance(factor := rope.get("factor"), int | float):
+        return positions
+    match rope.get("rope_type"):
+        case "yarn":
+            original = rope.get("original_max_position_embeddings") or positions
+            return max(positions, int(original * factor))
+        case "linear":
+            return max(positions, int(positions * factor))
+    return positions
 
 
 class PassThrough(nn.Module):
@@ -146,7 +168,7 @@ class LayerStack:
         raise UnsupportedArchitecture(f"{self.name} cannot be cut between its layers: {'; '.join(reasons)}")
 
     def _probe_positions(self) -> bool:
-        if not self.takes_positions or not 3 < self.max_positions < 2**31:
+        if not self.takes_positions or not 3 < self.max_positions < UNLIMITED:
             return False
         mask = torch.ones(1, 3, dtype=torch.long)
         try:

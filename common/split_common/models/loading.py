@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -74,6 +75,7 @@ def read_spec(model: str | Checkpoint, revision: str | None = None) -> ModelSpec
         UnsupportedArchitecture: it is not a decoder-only language model that can be cut.
     """
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.resolve(model, revision)
+    _refuse_adapter(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint.path("config.json").parent)
     except (ValueError, KeyError, OSError) as error:
@@ -100,6 +102,18 @@ def read_spec(model: str | Checkpoint, revision: str | None = None) -> ModelSpec
     except Exception as error:
         raise UnsupportedArchitecture(f"{name} cannot be built: {_first_line(error)}") from None
     return ModelSpec(checkpoint, config, model_class, _find_prefix(checkpoint, layers, stack_name, name))
+
+
+def _refuse_adapter(checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedArchitecture for an adapter beside the weights, which transformers would load with them."""
+    try:
+        checkpoint.path("adapter_config.json")
+    except ModelError:
+        return
+    raise UnsupportedArchitecture(
+        f"{checkpoint.name} has an adapter (adapter_config.json) beside its weights: merge it into them "
+        "(merge_and_unload, save_pretrained), or remove it"
+    )
 
 
 def _find_prefix(checkpoint: Checkpoint, layers: int, stack_name: str, name: str) -> str:
@@ -133,7 +147,7 @@ def load_part(
     *,
     dtype: torch.dtype | None = None,
     bases: tuple[type, ...] = (),
-    fill: Callable[[], PassThrough] = PassThrough,
+    fill: Callable[[int], PassThrough] = lambda _: PassThrough(),
 ) -> tuple[Any, LayerStack]:
     """Loads a side's part of a model on the CPU. Tensors whose dtype stays the same are mapped from the file.
 
@@ -142,7 +156,7 @@ def load_part(
         side: "device" keeps all but the body's layers, "worker" the body's layers alone.
         dtype: of the parameters; None keeps the checkpoint's.
         bases: further classes that the model's class derives from.
-        fill: makes the layer in the first of the body's slots (device only).
+        fill: makes the layer in one of the body's slots, given its index (device only).
 
     Raises:
         MissingTensor: the checkpoint lacks a tensor of the part.
@@ -169,20 +183,28 @@ def load_part(
         raise ModelError(f"{spec.checkpoint.name}: its tensors do not make the model: {reason}") from None
 
 
-def generation_config(spec: ModelSpec) -> GenerationConfig | None:
-    """The checkpoint's defaults for `generate`, if it has any. Raises ModelError if they are malformed."""
+def generation_config(spec: ModelSpec) -> GenerationConfig:
+    """The checkpoint's defaults for `generate`: those of generation_config.json, else those in config.json.
+
+    Raises:
+        ModelError: they are malformed.
+    """
     try:
         directory = spec.checkpoint.path("generation_config.json").parent
     except ModelError:
-        return None
+        directory = None
     try:
-        return GenerationConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{spec.checkpoint.name}: generation_config.json: {_first_line(error)}") from None
+        if directory is not None:
+            return GenerationConfig.from_pretrained(directory)
+        # `spec.config` lacks them: the class of a configuration drops what is meant for `generate`.
+        return GenerationConfig.from_model_config(json.loads(spec.checkpoint.path("config.json").read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        name = "config.json" if directory is None else "generation_config.json"
+        raise ModelError(f"{spec.checkpoint.name}: {name}: {_first_line(error)}") from None
 
 
 def _part_class(
-    spec: ModelSpec, split: Split, side: Side, bases: tuple[type, ...], fill: Callable[[], PassThrough]
+    spec: ModelSpec, split: Split, side: Side, bases: tuple[type, ...], fill: Callable[[int], PassThrough]
 ) -> Any:
     """The model's class with the other side's layers replaced before weights are loaded.
 
@@ -196,7 +218,7 @@ def _part_class(
         slots = getattr(owner, attribute)
         for index in range(spec.layers):
             if (index in split.body) == (side == "device"):
-                slot = fill() if side == "device" and index == split.first else PassThrough()
+                slot = fill(index) if side == "device" else PassThrough()
                 slot.imitate(slots[index])
                 slots[index] = slot
         if side == "worker":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -17,6 +18,7 @@ from split_common.models.split import Split
 from split_device.models.cache import BodyLayer, SessionCacheLayer, StepContext, Traits
 from split_device.models.connected import refuse_gradients
 from split_device.models.context import CallContext
+from split_device.models.stand_ins import OnWorker, outline
 from split_device.sessions.client import Client
 
 
@@ -38,7 +40,21 @@ forwarding: CallContext[StepContext] = CallContext("forward")
 generating: CallContext[Generating] = CallContext("generate")
 
 
-class RemoteBody(PassThrough):
+class RemoteLayer(OnWorker, PassThrough):
+    """The layer in a slot of the body. `close_off` gives it stand-ins for the modules of the original layer."""
+
+    def imitate(self, layer: nn.Module) -> None:
+        super().imitate(layer)
+        # Not as a submodule: its weights are not loaded.
+        self.__dict__["_original"] = layer
+
+    def close_off(self, name: str) -> None:
+        """Refuses changes from now on. `name` is the layer's in the model."""
+        outline(self, self.__dict__.pop("_original"))
+        self.seal(name)
+
+
+class RemoteBody(RemoteLayer):
     """The layer in the body's first slot. Refuses what cannot be split, by name, before anything is sent."""
 
     def attach(self, client: Client, split: Split, traits: Traits, history_memory: int) -> None:

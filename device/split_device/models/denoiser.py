@@ -9,6 +9,12 @@ from typing import Any, Self
 
 import diffusers
 import torch
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0,
+)
 
 from split_common.errors import ConfigError, UnsupportedArchitecture, UnsupportedFeature
 from split_common.models.checkpoint import Checkpoint
@@ -21,6 +27,7 @@ from split_common.protocol import payloads
 from split_device.models.compression import CODECS, check_reuse
 from split_device.models.connected import ConnectedModel, Endpoint
 from split_device.models.reuse import Base, Reuse
+from split_device.models.stand_ins import Allows, OnWorker
 from split_device.sessions.connection import Connection
 from split_device.sessions.images import DenoiserInputs, ImageSession
 
@@ -92,6 +99,9 @@ class SplitDenoiser(ConnectedModel):
         model: Self = spec.build(cls)
         model._cut(spec, split)
         load_weights(model, spec, split, "device", parse_dtype(dtype))  # type: ignore[arg-type]
+        for name, slot in model.named_modules():  # type: ignore[attr-defined]
+            if isinstance(slot, OnWorker) and not slot.sealed:
+                slot.seal(name, _allows_processor(ip_adapter is not None))
         client = device.join(
             manifest,
             split,
@@ -149,6 +159,23 @@ class SplitDenoiser(ConnectedModel):
     def add_adapter(self, *_args: Any, **_options: Any) -> None:
         """Refused: training through the split."""
         raise UnsupportedFeature("adapters cannot be trained through the split")
+
+
+def _allows_processor(adapted: bool) -> Allows:
+    """What may be set on blocks of the worker: processors of the kind that it has, and those of its IP-Adapter."""
+    adapters = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0) if adapted else ()
+
+    def allows(module: OnWorker, name: str, value: Any) -> bool:
+        own = type(module.original_settings.get("processor"))
+        same = (AttnProcessor, AttnProcessor2_0) if own is AttnProcessor2_0 else (own,)
+        if name != "processor" or type(value) not in (*same, *adapters):
+            return False
+        # The worker has an adapter's weights.
+        for parameter in value.parameters() if isinstance(value, torch.nn.Module) else ():
+            parameter.data = parameter.data.new_empty(0)
+        return True
+
+    return allows
 
 
 def arguments(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from split_common.errors import PromptTooLong, UnsupportedFeature
+from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
 from split_common.models.layer_stack import LayerStack
 from split_common.models.loading import generation_config, load_part, read_spec
 from split_common.models.split import END_LAYERS, Split
 from split_common.models.tensors import dtype_name, parse_dtype
 from split_common.models.verification import find_manifest
-from split_device.models.body import Generating, RemoteBody, forwarding, generating
+from split_device.models.body import Generating, RemoteBody, RemoteLayer, forwarding, generating
 from split_device.models.cache import StepContext, Traits, is_windowed
 from split_device.models.connected import ConnectedModel, Endpoint
 from split_device.sessions.client import Client
@@ -95,9 +95,16 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         split = Split.from_head_tail(spec.layers, head_layers, tail_layers)
         manifest = find_manifest(device.fleet, spec.checkpoint, spec.own_tensors(split, "device"))
         model: Self
-        model, stack = load_part(spec, split, "device", dtype=parse_dtype(dtype), bases=(cls,), fill=RemoteBody)
+        model, stack = load_part(
+            spec,
+            split,
+            "device",
+            dtype=parse_dtype(dtype),
+            bases=(cls,),
+            fill=lambda index: RemoteBody() if index == split.first else RemoteLayer(),
+        )
         model.name_or_path = model.config.name_or_path = str(name_or_path)
-        model.generation_config = generation_config(spec) or model.generation_config
+        model.generation_config = generation_config(spec)
         client = device.join(manifest, split, dtype_name(model.dtype))
         model._join(client, stack, split, connection.history_memory)
         return model
@@ -108,6 +115,9 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         traits = Traits(windowed or not stack.takes_positions, stack.positions_interact)
         self.split_parts = SplitParts(client, split, stack, traits, stack.max_positions, history_memory)
         self._body.attach(client, split, traits, history_memory)
+        for name, slot in self.named_modules():
+            if isinstance(slot, RemoteLayer):
+                slot.close_off(name)
         self.generation_config.cache_implementation = None
         #: Names of the positional arguments of the stack's owner, in order.
         _, *self._stack_arguments = inspect.signature(inspect.unwrap(type(stack.owner).forward)).parameters
@@ -130,6 +140,7 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         Raises:
             UnsupportedFeature: an argument cannot be split; nothing was sent.
             PromptTooLong: the prompt exceeds the model's positions.
+            ConfigError: a token of the prompt is not one of the model's.
             SplitError: the worker or the queue failed.
         """
         config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
@@ -144,6 +155,7 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         if isinstance(inputs, torch.Tensor) and inputs.ndim == 2:
             self._check_length(inputs.shape[1])
+            check_tokens(self, inputs)
         own_cache = all(kwargs.get(name) is None for name in ("cache", "past_key_values"))
         with generating.entered(Generating(self._body)) as scope:
             output = super().generate(*args, **kwargs)
@@ -192,6 +204,8 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         tokens = given.get("input_ids") if states is None else states
         if tokens is not None:
             self._check_length((cache.get_seq_length() if cache is not None else 0) + tokens.shape[1])
+        if states is None and tokens is not None and self._scope is None:
+            check_tokens(self, tokens)
 
     def _after_stack(self, _owner: Any, _args: Any, _output: Any) -> None:
         if (context := forwarding.get()) is not None:
@@ -209,6 +223,17 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         self.timings.record(context.timings)
         if (scope := self._scope) is not None:
             scope.step_ended = context.timings.since
+
+
+def check_tokens(model: Any, tokens: torch.Tensor) -> None:
+    """Raises ConfigError if a token id, int64 in any shape, has no embedding."""
+    known = len(model.get_input_embeddings().weight)
+    strange = tokens[(tokens < 0) | (tokens >= known)]
+    if strange.numel():
+        raise ConfigError(
+            f"token {int(strange[0])} is not among the model's {known}: if its tokenizer was given more tokens, "
+            "the checkpoint needs their embeddings, too (resize_token_embeddings, save_pretrained)"
+        )
 
 
 _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")

@@ -15,6 +15,7 @@ from torch import nn
 
 from split_common.errors import UnsupportedFeature
 from split_device.models.context import CallContext
+from split_device.models.stand_ins import OnWorker, outline
 from split_device.sessions.images import DenoiserInputs
 
 
@@ -54,35 +55,8 @@ def _call() -> UNetCall:
     return call
 
 
-class Attention(nn.Module):
-    """Stands in for an attention of the body, so that an IP-Adapter finds it. The worker has its weights."""
-
-    def __init__(self, processor: Any) -> None:
-        super().__init__()
-        self.processor = processor
-
-    def get_processor(self) -> Any:
-        return self.processor
-
-    def set_processor(self, processor: Any) -> None:
-        for parameter in processor.parameters() if isinstance(processor, nn.Module) else ():
-            parameter.data = parameter.data.new_empty(0)
-        self._modules.pop("processor", None)
-        self.processor = processor
-
-
-def outline(module: nn.Module, of: nn.Module) -> nn.Module | None:
-    """Adds stand-ins for the attentions of `of` to `module`, under the same names; None if it has none."""
-    for name, child in of.named_children():
-        processor: Any = getattr(child, "get_processor", None)
-        stand_in = Attention(processor()) if processor is not None else outline(nn.Module(), child)
-        if stand_in is not None:
-            module.add_module(name, stand_in)
-    return module if next(module.children(), None) is not None else None
-
-
-class UNetSlot(nn.Module):
-    """The place of a block that is on the worker. Has no parameters."""
+class UNetSlot(OnWorker):
+    """The place of a block that is on the worker. Has stand-ins for its modules, and no parameters."""
 
     has_cross_attention = True
 
@@ -128,12 +102,7 @@ class MiddleSlot(UNetSlot):
 
 
 class UpSlot(UNetSlot):
-    """A block on the way up. It has one entry in `resnets` for each skip that it takes."""
-
-    def __init__(self, block: Any) -> None:
-        super().__init__(block)
-        # The UNet counts them.
-        self.resnets = nn.ModuleList(nn.Identity() for _ in block.resnets)
+    """A block on the way up. The UNet counts its `resnets`: it has one for each skip that it takes."""
 
     def forward(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
         self.refuse(options)
@@ -150,6 +119,7 @@ class LastSlot(UpSlot):
     def __init__(self, block: Any, run: Callable[[float, DenoiserInputs], torch.Tensor]) -> None:
         super().__init__(block)
         self._run = run
+        # In place of the stand-ins.
         self.upsamplers = block.upsamplers
 
     def forward(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:

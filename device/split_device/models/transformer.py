@@ -18,6 +18,7 @@ from split_common.models.split import Split
 from split_device.models.connected import refuse_gradients
 from split_device.models.context import CallContext
 from split_device.models.denoiser import SplitDenoiser, arguments
+from split_device.models.stand_ins import OnWorker, outline
 from split_device.sessions.images import DenoiserInputs
 
 #: Arguments of a transformer that concern blocks on the worker, and the features that use them.
@@ -42,8 +43,12 @@ class TransformerCall:
 _calls: CallContext[TransformerCall] = CallContext("transformer")
 
 
-class TransformerSlot(nn.Module):
-    """The place of a block that is on the worker. Passes its inputs on."""
+class TransformerSlot(OnWorker):
+    """The place of a block that is on the worker. Has stand-ins for its modules, and passes its inputs on."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        outline(self, block)
 
     def forward(
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor, **options: Any
@@ -57,8 +62,8 @@ class TransformerSlot(nn.Module):
 class FirstSlot(TransformerSlot):
     """The body's first block: calls the worker, so the other slots only pass its output on."""
 
-    def __init__(self, run: Callable[[float, DenoiserInputs], torch.Tensor]) -> None:
-        super().__init__()
+    def __init__(self, block: nn.Module, run: Callable[[float, DenoiserInputs], torch.Tensor]) -> None:
+        super().__init__(block)
         self._run = run
 
     def forward(
@@ -82,7 +87,9 @@ class SplitTransformer(SplitDenoiser):
     def _cut(self, spec: DenoiserSpec, split: Split) -> None:
         assert isinstance(spec, TransformerSpec)
         for number, (stack, index) in enumerate(spec.places(split)):
-            getattr(self, stack)[index] = FirstSlot(self._run) if number == 0 else TransformerSlot()
+            blocks = getattr(self, stack)
+            block = blocks[index]
+            blocks[index] = FirstSlot(block, self._run) if number == 0 else TransformerSlot(block)
 
     @staticmethod
     def _base(inputs: DenoiserInputs) -> torch.Tensor:
