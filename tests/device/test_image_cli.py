@@ -105,6 +105,30 @@ def test_an_image_begins_with_another_one(options: list[str], tmp_path: Path) ->
     assert pixels(second).shape == (64, 48, 3)
 
 
+def test_a_photo_is_upright_and_a_prompt_that_is_cut_off_is_noted(
+    options: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    photo = Image.new("RGB", (64, 48), "red")
+    exif = photo.getexif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "photo.jpg", exif=exif)
+    prompt = "a photo of seven in blue"
+    more = ["--init-image", str(tmp_path / "photo.jpg"), "--strength", "0.7", *options]
+    assert main(["image", prompt, "-o", str(tmp_path / "a.png"), *more, "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert (report["width"], report["height"]) == (48, 64)
+    (said,) = report["notes"]
+    assert "blue" in said
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.info["parameters"].startswith(f"{prompt}\nSteps: 3, Sampler: EulerDiscreteScheduler, ")
+        assert "Seed: 1, Size: 48x64, Denoising strength: 0.7" in image.info["parameters"]
+    assert main(["image", prompt, "-o", str(tmp_path / "b.png"), *more, "--no-metadata"]) == 0
+    assert "blue" in capfd.readouterr().err
+    with Image.open(tmp_path / "b.png") as image:
+        assert not image.info
+    assert (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -19,15 +19,15 @@ from split_common.system.process import passive_threads
 from split_common.system.signals import exit_on_sigterm
 from split_device.cli.checks import check_connection
 from split_device.cli.groups import CONNECTION, IMAGE_MODEL_CUT, ImageModel, Picture, PictureOptions, PipelineOption
+from split_device.cli.job_output import print_notes
+from split_device.cli.options import MetadataOption
 from split_device.cli.terminal import step_progress
-from split_device.images.settings import check_output, image_bytes, image_format
+from split_device.images.files import image_bytes, notes, read_image
+from split_device.images.settings import DRAWN_SEED_BITS, check_output, image_format
 from split_device.sessions.connection import Connection
 
 if TYPE_CHECKING:
     from split_device.models.denoiser import SplitDenoiser
-
-#: Size of the seed that is drawn if none is given, in bits: short enough to type again.
-DRAWN_SEED_BITS = 32
 
 
 @grouped
@@ -51,6 +51,7 @@ def image(
     strength: Annotated[
         float, typer.Option(min=0.0, max=1.0, metavar="S", help="How much of the initial image to change.")
     ] = 0.6,
+    metadata: MetadataOption = True,
     json: JsonOption = False,
 ) -> None:
     """Make an image with a split diffusion model.
@@ -69,7 +70,7 @@ def image(
     settings = dataclasses.replace(picture, seed=seed).settings(choice.name)
     passive_threads()
     check_connection(connection)
-    more = {"image": _read_image(init_image), "strength": strength} if init_image is not None else {}
+    more = {"image": read_image(init_image), "strength": strength} if init_image is not None else {}
 
     from split_device.images.pipeline import ImagePipeline
     from split_device.jobs.models import load_image_model
@@ -80,7 +81,7 @@ def image(
         with step_progress(picture.steps, json) as advance:
             made = pipeline.generate(prompt, settings, advance, **more)
         seconds = time.perf_counter() - began
-        write_private(output.absolute(), image_bytes(made, image_format(output.name)))
+        write_private(output.absolute(), image_bytes(made, image_format(output.name), metadata=metadata))
         _report(output, made, seed, seconds, denoiser, json)
 
 
@@ -104,6 +105,7 @@ def _report(output: Path, made: Any, seed: int, seconds: float, denoiser: SplitD
                 "seed": seed,
                 "seconds": seconds,
                 "calls": calls,
+                "notes": notes(made),
                 "timings_ms": denoiser.timings.per_step_ms(),
                 "traffic": denoiser.traffic,
             }
@@ -111,14 +113,4 @@ def _report(output: Path, made: Any, seed: int, seconds: float, denoiser: SplitD
     else:
         facts = f"{made.width}x{made.height}, seed {seed}, {seconds:.1f} s, {calls} calls of the worker"
         stderr.print(f"{output}: {facts}", soft_wrap=True)
-
-
-def _read_image(path: Path) -> Any:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path} cannot be read as an image: {reason}") from None
+        print_notes(made)

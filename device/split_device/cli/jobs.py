@@ -13,8 +13,8 @@ from rich.table import Table
 from split_common.cli.options import JsonOption
 from split_common.errors import ConfigError
 from split_common.system.console import emit_json, print_text, stderr, stdout
-from split_device.cli.job_output import job_facts, show_output, write_image
-from split_device.cli.options import StoreKeyOption, parse_age
+from split_device.cli.job_output import job_facts, report_image, show_output
+from split_device.cli.options import MetadataOption, StoreKeyOption, parse_age
 from split_device.images.settings import check_output
 from split_device.jobs.follow import image_output, text_output
 from split_device.jobs.job import FINAL, ImageTask, Job, State
@@ -84,6 +84,7 @@ def result(
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Where to write an image: a .png, .jpg or .webp file."),
     ] = None,
+    metadata: MetadataOption = True,
     store_key: StoreKeyOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -94,11 +95,7 @@ def result(
             if output is None:
                 raise ConfigError(f"job {job} makes an image: give -o FILE")
             check_output(output)
-            write_image(image_output(store, found), output)
-            if json:
-                emit_json(job_facts(found) | {"output": str(output)})
-            else:
-                stderr.print(f"wrote {output}", soft_wrap=True)
+            report_image(found, image_output(store, found), output, json, metadata)
             return
         text = text_output(store, found)
     if output is not None:

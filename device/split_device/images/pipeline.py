@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from split_common.errors import ConfigError, ModelError, SplitError
 from split_device.generation.settings import SEED_BOUND
+from split_device.images.notices import add_notices, describe
 from split_device.images.settings import ImageSettings, check_size
 from split_device.models.denoiser import SplitDenoiser
 
@@ -97,12 +98,13 @@ class ImagePipeline:
             self._idle.put(_private_copy(pipeline))
 
     def check(self, settings: ImageSettings) -> None:
-        """Raises ConfigError for a size that the model cannot make."""
-        check_size(self._directory, settings)
+        """Raises ConfigError for settings with which the model cannot make an image."""
+        check_size(self._directory, settings.checked())
 
     def start(self, prompt: str, settings: ImageSettings) -> ImageGeneration:
-        """Starts an image in its own thread. Raises ConfigError for a size that the model cannot make."""
+        """Starts an image in its own thread. Raises ConfigError for settings with which none can be made."""
         self.check(settings)
+        settings = settings.checked()
 
         def make(generation: ImageGeneration) -> Any:
             with self._borrowed() as pipeline:
@@ -117,7 +119,7 @@ class ImagePipeline:
         return ImageGeneration(make)
 
     def generate(self, prompt: str, settings: ImageSettings, on_step: OnStep | None = None, **more: Any) -> Any:
-        """Generates an image on the calling thread; returns it as a Pillow image.
+        """Generates an image on the calling thread; returns it as a Pillow image, with settings and notes.
 
         Args:
             more: further arguments of the pipeline.
@@ -126,6 +128,7 @@ class ImagePipeline:
             ConfigError: the pipeline refuses an argument.
             SplitError: the worker or the queue failed, or the model cannot be split in this way.
         """
+        settings = settings.checked()
         with self._borrowed() as pipeline:
             return _generate(pipeline, prompt, settings, on_step, **more)
 
@@ -149,7 +152,11 @@ def _generate(pipeline: Any, prompt: str, settings: ImageSettings, on_step: OnSt
     if settings.seed is not None:
         options["generator"] = torch.Generator().manual_seed(settings.seed % SEED_BOUND)
     with _refused_input():
-        return pipeline(prompt, callback_on_step_end=advance, **options).images[0]
+        output = pipeline(prompt, callback_on_step_end=advance, **options)
+    image = output.images[0]
+    describe(image, pipeline, prompt, settings, more)
+    add_notices(image, pipeline, output, prompt, settings)
+    return image
 
 
 def _private_copy(pipeline: Any) -> Any:

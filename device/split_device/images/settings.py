@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import re
 import tempfile
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import msgspec
 
 from split_common.errors import ConfigError
+from split_device.generation.settings import checked
 
 #: Environment variable with the default image model.
 IMAGE_MODEL = "LAMBDA_SPLIT_IMAGE_MODEL"
@@ -20,8 +20,11 @@ IMAGE_MODEL = "LAMBDA_SPLIT_IMAGE_MODEL"
 #: Pillow's name of the format, by the extension of a file.
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
-#: Maximum width and height of an image, in pixels.
-MAX_SIDE = 4096
+#: Least and largest width and height of an image, in pixels. No VAE makes less of a latent pixel.
+MIN_SIDE, MAX_SIDE = 8, 4096
+
+#: Size of the seed that is drawn if none is given, in bits: short enough to type again, and exact in JavaScript.
+DRAWN_SEED_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class ImageSettings:
     guidance: float | None = None
     negative: str | None = None
     seed: int | None = None
+
+    def checked(self) -> ImageSettings:
+        """A copy whose numbers are within their bounds. Raises ConfigError."""
+        copy: ImageSettings = checked(self, ("steps", "guidance", "seed"))
+        return copy
 
     def options(self) -> dict[str, Any]:
         """Arguments of a pipeline's call, except the seed."""
@@ -104,13 +112,6 @@ def image_format(name: str) -> str:
     if extension not in FORMATS:
         raise ConfigError(f"invalid image file {name!r}: expected a name ending in {', '.join(FORMATS)}")
     return FORMATS[extension]
-
-
-def image_bytes(image: Any, format_: str = "PNG") -> bytes:
-    """The content of a file with this Pillow image."""
-    content = io.BytesIO()
-    image.save(content, format_)
-    return content.getvalue()
 
 
 def check_output(path: Path) -> None:

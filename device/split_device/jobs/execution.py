@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from split_device.generation.detokenize import TextStream
 from split_device.generation.generator import Generation
-from split_device.images.settings import image_bytes
+from split_device.images.files import image_bytes
 from split_device.jobs.job import ImageTask, Job, JobFinishReason, JobProgress, Task, TextPiece, Update
 from split_device.jobs.models import Loaded
 

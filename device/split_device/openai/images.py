@@ -14,8 +14,9 @@ from msgspec import Meta
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from split_device.images.settings import ImageSettings, image_bytes, parse_pixels
-from split_device.jobs.store import SEED_BITS
+from split_device.generation.settings import nth_seed
+from split_device.images.files import image_bytes, notes
+from split_device.images.settings import DRAWN_SEED_BITS, ImageSettings, parse_pixels
 from split_device.openai.fields import convert, supported
 from split_device.openai.http import CLIENT_CLOSED_REQUEST, json_response, read_json, unless_disconnected
 from split_device.openai.requests import check_model
@@ -38,12 +39,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
 }
 
-#: Exclusive upper bound of seeds in requests: the same as of those that jobs draw.
-_SEED_BOUND = 2**SEED_BITS
-
 
 class _Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A request's body. `steps` and what follows are extensions of OpenAI's format."""
+    """A request's body. `steps` and what follows are extensions of OpenAI's format, with the bounds in `BOUNDS`."""
 
     prompt: Annotated[str, Meta(min_length=1, max_length=32_000)]
     model: str | None = None
@@ -51,20 +49,20 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     size: str = "auto"
     quality: Literal["auto", "standard", "medium", "low", "high", "hd"] = "auto"
     output_format: Literal["png", "jpeg", "webp"] = "png"
-    steps: Annotated[int, Meta(ge=1, le=1000)] | None = None
-    seed: Annotated[int, Meta(ge=0, le=_SEED_BOUND - 1)] | None = None
-    guidance: Annotated[float, Meta(ge=0)] | None = None
+    steps: int | None = None
+    seed: int | None = None
+    guidance: float | None = None
     negative_prompt: str | None = None
+    metadata: bool = False
 
     def settings(self) -> list[ImageSettings]:
         """The settings of each image. Raises ConfigError for a malformed size."""
         width, height = parse_pixels(self.size) if self.size != "auto" else (None, None)
-        first = secrets.randbelow(_SEED_BOUND) if self.seed is None else self.seed
+        first = secrets.randbits(DRAWN_SEED_BITS) if self.seed is None else self.seed
         settings = ImageSettings(
             self.steps or STEPS_BY_QUALITY[self.quality], width, height, self.guidance, self.negative_prompt, first
         )
-        # With one seed, all images would be the same.
-        return [dataclasses.replace(settings, seed=(first + index) % _SEED_BOUND) for index in range(self.n)]
+        return [dataclasses.replace(settings, seed=nth_seed(first, index)) for index in range(self.n)]
 
 
 class Images:
@@ -123,18 +121,19 @@ class Images:
         finally:
             for image in images:
                 image.cancel()
-        data = await asyncio.to_thread(_encoded, made, body.output_format.upper())
+        data = await asyncio.to_thread(_encoded, made, body.output_format.upper(), body.metadata)
         return json_response(
             {
                 "created": int(time.time()),
                 "size": f"{made[0].width}x{made[0].height}",
                 "output_format": body.output_format,
                 "data": [
-                    {"b64_json": image, "seed": settings.seed} for image, settings in zip(data, chosen, strict=True)
+                    {"b64_json": content, "seed": settings.seed, "notes": notes(image)}
+                    for content, settings, image in zip(data, chosen, made, strict=True)
                 ],
             }
         )
 
 
-def _encoded(images: list[Any], format_: str) -> list[str]:
-    return [base64.b64encode(image_bytes(image, format_)).decode() for image in images]
+def _encoded(images: list[Any], format_: str, metadata: bool) -> list[str]:
+    return [base64.b64encode(image_bytes(image, format_, metadata=metadata)).decode() for image in images]

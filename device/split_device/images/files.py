@@ -1,0 +1,115 @@
+"""Files of images: one that an image begins with, and those that are made, with their settings and notes.
+
+Settings and notes travel with a Pillow image as texts in its `info`, as they do in a PNG file.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+from split_common.errors import ConfigError
+from split_device.images.settings import MAX_SIDE, MIN_SIDE
+
+#: Pillow's names of the formats that are read. Others may run programs (EPS), or hold no pixels.
+_READ = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+
+#: Key of an image's settings, in the form that other programs read: prompt, negative prompt, a line of the rest.
+PARAMETERS = "parameters"
+
+#: Key of what was noticed while an image was made, one note a line.
+_NOTES = "lambda-split notes"
+
+#: EXIF's tags of the directory with details, and of the comment that JPEG and WebP files carry the settings in.
+_EXIF_DETAILS, _EXIF_COMMENT = 0x8769, 0x9286
+
+#: Largest value of a pixel in Pillow's modes with 16 bits.
+_DEEP = 2**16 - 1
+
+
+def read_image(path: Path) -> Any:
+    """A file as an RGB Pillow image, upright, as diffusers' `load_image` gives it.
+
+    EXIF's orientation is applied, transparency dropped, 16 bits become 8, and of an animation the first image is
+    taken.
+
+    Raises:
+        ConfigError: the file cannot be read as an image, or has too many pixels, or too few.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    Image.init()
+    formats = [name for name in _READ if name in Image.OPEN]
+    try:
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            image = Image.open(path, formats=formats)
+        with image:
+            # Known before any pixel is decoded.
+            if not MIN_SIDE <= min(image.size) <= max(image.size) <= MAX_SIDE:
+                raise ConfigError(
+                    f"{path} has {image.width}x{image.height} pixels: expected {MIN_SIDE} to {MAX_SIDE} a side"
+                )
+            return _rgb(ImageOps.exif_transpose(image))
+    except ConfigError:
+        raise
+    except UnidentifiedImageError:
+        raise ConfigError(f"{path} cannot be read as an image: expected one of {', '.join(formats)}") from None
+    except Image.DecompressionBombWarning as error:
+        raise ConfigError(f"{path} is too large: {error}") from None
+    # Each of Pillow's decoders has errors of its own for damaged files.
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path} cannot be read as an image: {reason}") from None
+
+
+def _rgb(image: Any) -> Any:
+    """A Pillow image of any mode as RGB. Raises ValueError for numbers that are no brightness."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers: convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):
+        # Pillow would cut off at 255.
+        return image.convert("I").point(lambda value: value * (255 / _DEEP)).convert("L").convert("RGB")
+    return image.convert("RGB")
+
+
+def image_bytes(image: Any, format_: str = "PNG", *, metadata: bool = True) -> bytes:
+    """The content of a file with this Pillow image.
+
+    Args:
+        format_: Pillow's name of the format: PNG, JPEG or WEBP.
+        metadata: whether the file carries the image's settings, its prompt included.
+    """
+    content = io.BytesIO()
+    image.save(content, format_, **(_embedded(image, format_) if metadata else {}))
+    return content.getvalue()
+
+
+def _embedded(image: Any, format_: str) -> dict[str, Any]:
+    """Options with which Pillow writes an image's settings and notes."""
+    from PIL import Image, PngImagePlugin
+
+    texts = {key: text for key in (PARAMETERS, _NOTES) if (text := image.info.get(key))}
+    if not texts:
+        return {}
+    if format_ == "PNG":
+        info = PngImagePlugin.PngInfo()
+        for key, text in texts.items():
+            info.add_itxt(key, text)
+        return {"pnginfo": info}
+    exif = Image.Exif()
+    comment = texts.get(PARAMETERS, "").encode("utf-16-be", "replace")
+    exif.get_ifd(_EXIF_DETAILS)[_EXIF_COMMENT] = b"UNICODE\0" + comment
+    return {"exif": exif}
+
+
+def note(image: Any, text: str) -> None:
+    """Adds what was noticed while an image was made to the image."""
+    image.info[_NOTES] = "\n".join([*notes(image), " ".join(text.split())])
+
+
+def notes(image: Any) -> list[str]:
+    """What was noticed while an image was made: a prompt that was cut off, say. Empty if all is well."""
+    text: str = image.info.get(_NOTES, "")
+    return text.splitlines()
