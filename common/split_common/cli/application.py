@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from split_common.cli.numbers import bound_numbers
 from split_common.errors import ConfigError, SplitError
 from split_common.system.console import emit_json, prepare_output
 from split_common.system.process import reuse_memory
@@ -90,6 +91,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         load_commands()
         command = _with_checked_texts(typer.main.get_command(app))
+        bound_numbers(command)
         code = command.main(arguments, prog_name="lambda-split", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:

@@ -99,7 +99,10 @@ def parse_size(size: str | int) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", str(size).strip(), re.IGNORECASE)
     if not match:
         raise ConfigError(f"invalid size {size!r}: expected a number of bytes, or e.g. 4GiB or 512MiB")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    number = float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")
+    if number >= 2**63:
+        raise ConfigError(f"invalid size {size!r}: more bytes than 63 bits count")
+    return int(number)
 
 
 def given(context: typer.Context, options: Iterable[str]) -> list[str]:

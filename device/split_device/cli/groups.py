@@ -113,6 +113,7 @@ class Picture:
         """The settings. Raises ConfigError if the pipeline in this directory cannot make such an image."""
         width, height = parse_pixels(self.size) if self.size is not None else (None, None)
         settings = ImageSettings(self.steps, width, height, self.guidance, self.negative, self.seed)
+        settings = settings.checked()
         check_size(directory, settings)
         return settings
 

@@ -10,6 +10,7 @@ import typer
 
 from split_common.cli.options import MODEL_PANEL, QUEUE_PANEL, parse_size
 from split_common.errors import ConfigError
+from split_device.generation.settings import BOUNDS
 from split_device.models.compression import parse_reuse
 from split_device.sessions.connection import HISTORY_MEMORY
 
@@ -61,6 +62,7 @@ TemperatureOption = Annotated[
     float,
     typer.Option(
         min=0.0,
+        max=BOUNDS["temperature"].high,
         metavar="T",
         rich_help_panel=_SAMPLING_PANEL,
         help="Sampling temperature; 0 always takes the most likely token.",
@@ -73,16 +75,16 @@ TopPOption = Annotated[
         max=1.0,
         metavar="P",
         rich_help_panel=_SAMPLING_PANEL,
-        help="Sample among the most likely tokens whose probabilities add up to P.",
+        help="Sample among the most likely tokens whose probabilities add up to P; 0 takes the most likely one.",
     ),
 ]
 TopKOption = Annotated[
     int,
     typer.Option(
-        min=0,
+        min=-1,
         metavar="K",
         rich_help_panel=_SAMPLING_PANEL,
-        help="Sample among the K most likely tokens; 0 for all.",
+        help="Sample among the K most likely tokens; 0 or -1 for all.",
     ),
 ]
 SeedOption = Annotated[
@@ -114,6 +116,7 @@ GuidanceOption = Annotated[
     float | None,
     typer.Option(
         min=0.0,
+        max=BOUNDS["guidance"].high,
         metavar="G",
         rich_help_panel=_IMAGE_PANEL,
         help="How closely to follow the prompt; 1 turns guidance off.",
@@ -122,6 +125,14 @@ GuidanceOption = Annotated[
 NegativeOption = Annotated[
     str | None,
     typer.Option(metavar="TEXT", rich_help_panel=_IMAGE_PANEL, help="What the image should not show."),
+]
+MetadataOption = Annotated[
+    bool,
+    typer.Option(
+        "--metadata/--no-metadata",
+        rich_help_panel=_IMAGE_PANEL,
+        help="Write the prompt, the seed and the other settings into the image's file.",
+    ),
 ]
 CutOption = Annotated[
     Literal["A", "C"],

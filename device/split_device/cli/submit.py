@@ -25,7 +25,7 @@ from split_device.cli.groups import (
     TextModel,
 )
 from split_device.cli.job_output import job_facts, show_output
-from split_device.cli.options import STORE_PANEL, RawOption, StoreKeyOption, SystemOption
+from split_device.cli.options import STORE_PANEL, MetadataOption, RawOption, StoreKeyOption, SystemOption
 from split_device.generation.settings import Sampling
 from split_device.images.settings import IMAGE_MODEL, check_output
 from split_device.jobs.agent import running_agent
@@ -44,7 +44,17 @@ _TEXT_OPTIONS = (
     "--head-layers",
     "--tail-layers",
 )
-_IMAGE_OPTIONS = ("--output", "--steps", "--size", "--guidance", "--negative", "--cut", "--codec", "--reuse")
+_IMAGE_OPTIONS = (
+    "--output",
+    "--steps",
+    "--size",
+    "--guidance",
+    "--negative",
+    "--cut",
+    "--codec",
+    "--reuse",
+    "--metadata",
+)
 
 
 @grouped
@@ -84,8 +94,16 @@ def submit(
             help="Where to write the image: a .png, .jpg or .webp file. Needs --image and --wait.",
         ),
     ] = None,
+    metadata: MetadataOption = True,
     priority: Annotated[
-        int, typer.Option(metavar="N", rich_help_panel=STORE_PANEL, help="Jobs of higher priority run first.")
+        int,
+        typer.Option(
+            min=-(2**31),
+            max=2**31 - 1,
+            metavar="N",
+            rich_help_panel=STORE_PANEL,
+            help="Jobs of higher priority run first.",
+        ),
     ] = 0,
     key: Annotated[
         str | None,
@@ -121,7 +139,7 @@ def submit(
         job = store.submit(task, priority, key)
         if wait:
             stderr.print(job.id)
-            show_output(store, job, output, json)
+            show_output(store, job, output, json, metadata)
         elif json:
             emit_json(job_facts(job))
         else:
@@ -141,7 +159,7 @@ def _text_task(
 ) -> Task:
     messages = (*((Message("system", system),) if system else ()), Message("user", text))
     choice = dataclasses.replace(options, model=model or os.environ.get("LAMBDA_SPLIT_MODEL")).choice()
-    return Task(model=choice, prompt=text if raw else messages, sampling=sampling, stop=stop)
+    return Task(model=choice, prompt=text if raw else messages, sampling=sampling.checked(), stop=stop)
 
 
 def _image_task(text: str, model: str | None, options: ImageModel, picture: Picture) -> ImageTask:

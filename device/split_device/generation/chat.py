@@ -125,8 +125,10 @@ class Conversation:
 
         Raises:
             PromptTooLong: the tokens fill the model's positions.
+            ConfigError: a number of `sampling` is out of bounds.
             SplitError: raised by `generate`.
         """
+        sampling = sampling.checked()
         prompt_tokens = input_ids.shape[1]
         limit = max_positions(self._model.config)
         if prompt_tokens >= limit:
@@ -134,6 +136,7 @@ class Conversation:
         self._keep_common_prefix(input_ids)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
+        ends = end_tokens(self._model, self._tokenizer)
         streamer = _Streamer(self._tokenizer, on_text, on_first_token)
         began = time.perf_counter()
         output = self._model.generate(
@@ -141,6 +144,7 @@ class Conversation:
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=min(sampling.max_tokens, limit - prompt_tokens),
             streamer=streamer,
+            eos_token_id=sorted(ends) or None,
             pad_token_id=pad_token(self._tokenizer),
             **{cache_name(type(self._model)): self._cache},
             **sampling.options(),
@@ -149,7 +153,7 @@ class Conversation:
         # The last token was chosen, but never went through the model.
         self._cached = output[:, :-1]
         new = output[0, prompt_tokens:]
-        stopped = len(new) > 0 and int(new[-1]) in end_tokens(self._model)
+        stopped = len(new) > 0 and int(new[-1]) in ends
         return ChatAnswer(
             text=self._tokenizer.decode(new, skip_special_tokens=True),
             prompt_tokens=prompt_tokens,

@@ -98,6 +98,11 @@ class Generator:
         self._thread = threading.Thread(target=self._run, name="lambda-split-generator", daemon=True)
         self._thread.start()
 
+    @property
+    def capacity(self) -> int | None:
+        """Most tokens of one request for which head and tail have memory; None if they have no layers."""
+        return self._layers.capacity
+
     def submit(self, request: Request, on_token: OnToken | None = None) -> Generation:
         """Queues a request. It begins when there is memory for it, and by priority.
 
@@ -111,7 +116,7 @@ class Generator:
         """
         generation = Generation(request, on_token, self._cancel)
         sampler = Sampler(self._model, request)
-        tokens, capacity = sampler.max_length, self._layers.capacity
+        tokens, capacity = sampler.max_length, self.capacity
         if capacity is not None and tokens > capacity:
             raise PromptTooLong(f"{tokens} tokens exceed this device's memory for {capacity}")
         if reason := sampler.finish_reason(generation.tokens):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,51 @@ from transformers.generation import GenerationMode
 from split_common.compat.transformers import complete_config, complete_lengths, eos_tokens, logits_processors
 from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
 from split_device.generation.request import FinishReason, Logprobs, Request
+from split_device.generation.settings import Sampling
+from split_device.models.language import check_tokens
 
-#: Options of `generate` that are refused for batched requests, each with its values that change nothing.
+#: Options of `generate` that take more than choosing one token after the other, each with the values that change
+#: nothing. They are refused for batched requests, and as a checkpoint's defaults by all commands.
 _REFUSED: dict[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
     "num_return_sequences": (None, 1),
+    "penalty_alpha": (None, 0),
+    "dola_layers": (None,),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "assistant_early_exit": (None,),
+    "use_mtp": (None, False),
     "guidance_scale": (None, 1),
-    "stop_strings": (None,),
+    "encoder_repetition_penalty": (None, 1),
+    "stop_strings": (None, []),
     "max_time": (None,),
     "token_healing": (None, False),
-    "return_dict_in_generate": (None, False),
 }
+
+
+def check_defaults(model: Any) -> None:
+    """Raises UnsupportedFeature if the checkpoint's defaults for `generate` ask for what no command can do.
+
+    `generate` from Python does these things. Raises ConfigError for defaults that transformers refuses.
+    """
+    for name, value in _refused(model.generation_config):
+        raise UnsupportedFeature(
+            f"the generation defaults of {model.name_or_path} set {name}={value!r}, which lambda-split's commands "
+            "cannot do: remove it from generation_config.json (or config.json), or use generate from Python"
+        )
+    for sampling in (Sampling(max_tokens=1), Sampling(max_tokens=1, temperature=1.0)):
+        try:
+            _prepared(model, GenerationConfig(max_new_tokens=1, **sampling.options()), 1)
+        except ConfigError as error:
+            raise ConfigError(f"the generation defaults of {model.name_or_path}: {error}") from None
+
+
+def _refused(config: GenerationConfig) -> Iterator[tuple[str, Any]]:
+    """The options in a configuration that are refused, and their values."""
+    for name, harmless in _REFUSED.items():
+        if (value := getattr(config, name, None)) not in harmless:
+            yield name, value
 
 
 class Sampler:
@@ -35,24 +70,23 @@ class Sampler:
 
     def __init__(self, model: Any, request: Request) -> None:
         prompt = len(request.prompt)
-        vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
-        if not prompt or not all(0 <= token < vocabulary for token in (*request.prompt, *request.generated)):
-            raise ConfigError(f"a prompt has at least one token, and all are from 0 to {vocabulary - 1}")
+        if not prompt:
+            raise ConfigError("a prompt has at least one token")
+        check_tokens(model, torch.tensor([*request.prompt, *request.generated]))
         positions: int = model.split_parts.max_positions
         if prompt > positions:
             raise PromptTooLong(f"{prompt} tokens exceed the model's {positions} positions")
-        config = _prepared(model, request.config, prompt)
+        config, self._processors = _prepared(model, request.config, prompt)
         #: Most tokens of prompt and text together. The last one needs no position.
         self.max_length: int = min(int(config.max_length), positions + 1)
         self._max_new_tokens = self.max_length - prompt
         self._eos = eos_tokens(config)
         self._logprobs = request.logprobs
-        self._processors = logits_processors(model, config, prompt)
         self._generator: torch.Generator | None = None
         if config.do_sample:
             self._generator = _generator(request)
         # A tensor, because logits processors look at all tokens.
-        self._ids = torch.empty(1, self.max_length, dtype=torch.long)
+        self._ids = torch.empty(1, 0, dtype=torch.long)
         self._length = 0
         self._append([*request.prompt, *request.generated])
 
@@ -93,13 +127,23 @@ class Sampler:
 
     def _append(self, tokens: Sequence[int]) -> None:
         end = self._length + len(tokens)
-        if end <= self._ids.shape[1]:
-            self._ids[0, self._length : end] = torch.tensor(tokens, dtype=torch.long)
-            self._length = end
+        if end > self.max_length:
+            return
+        if end > self._ids.shape[1]:
+            # Grown as needed: models without a limit of positions may allow more tokens than memory holds.
+            larger = torch.empty(1, min(2 * end, self.max_length), dtype=torch.long)
+            larger[:, : self._length] = self._ids[:, : self._length]
+            self._ids = larger
+        self._ids[0, self._length : end] = torch.tensor(tokens, dtype=torch.long)
+        self._length = end
 
 
-def _prepared(model: Any, given: GenerationConfig, prompt: int) -> Any:
-    """The configuration as `generate` completes it. Raises UnsupportedFeature and ConfigError, see `Sampler`."""
+def _prepared(model: Any, given: GenerationConfig, prompt: int) -> tuple[Any, Any]:
+    """The configuration as `generate` completes it, and its logits processors.
+
+    Raises:
+        UnsupportedFeature, ConfigError: see `Sampler`.
+    """
     try:
         config = complete_config(model, given)
         mode = config.get_generation_mode()
@@ -107,17 +151,19 @@ def _prepared(model: Any, given: GenerationConfig, prompt: int) -> Any:
             raise UnsupportedFeature(
                 f"{mode.value.replace('_', ' ')} is not batched with other requests: use generate"
             )
-        for name, harmless in _REFUSED.items():
-            if (value := getattr(config, name, None)) not in harmless:
-                raise UnsupportedFeature(f"{name}={value!r} is not batched with other requests: use generate")
+        if given.return_dict_in_generate:
+            raise UnsupportedFeature("return_dict_in_generate: a request gives tokens alone; use generate")
+        for name, value in _refused(config):
+            raise UnsupportedFeature(f"{name}={value!r} is not batched with other requests: use generate")
         config = complete_lengths(model, config, given, prompt)
+        processors = logits_processors(model, config, prompt)
     except UnsupportedFeature:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"a generation configuration that transformers refuses: {error}") from None
     if config.max_length <= prompt:
         raise ConfigError(f"max_new_tokens or max_length leave no token to generate after a prompt of {prompt}")
-    return config
+    return config, processors
 
 
 def _generator(request: Request) -> torch.Generator:

@@ -54,10 +54,14 @@ def encode_text(tokenizer: Any, text: str) -> torch.Tensor:
     return ids
 
 
-def end_tokens(model: Any) -> set[int]:
-    """Token ids that end a text."""
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Token ids that end a text: those of the model's generation configuration, and the tokenizer's end token.
+
+    Some fine-tuned checkpoints end their turns with the tokenizer's, but still have the base model's configuration.
+    """
     ids = model.generation_config.eos_token_id
-    return set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    own = set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return own | ({int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set())
 
 
 def pad_token(tokenizer: Any) -> int:

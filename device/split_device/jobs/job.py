@@ -77,7 +77,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
     @property
     def needs_seed(self) -> bool:
         """Whether the output would differ from run to run unless a seed is drawn."""
-        return bool(self.sampling.temperature) and self.seed is None
+        return not self.sampling.greedy and self.seed is None
 
     def with_seed(self, seed: int | None) -> Task:
         return msgspec.structs.replace(self, sampling=dataclasses.replace(self.sampling, seed=seed))

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationConfig
 
 from split_common.errors import PromptTooLong
-from split_common.models.layer_stack import max_positions
+from split_common.models.layer_stack import UNLIMITED, max_positions
 from split_common.system.signals import interrupt_on_sigterm
 from split_device.generation.generator import Generator, Request
 from split_device.generation.limits import Limits
+from split_device.generation.sampling import check_defaults
 from split_device.generation.settings import SEED_BOUND
 from split_device.generation.tokenizing import encode_chat, encode_text, end_tokens, load_tokenizer, pad_token
 from split_device.images.settings import need_diffusers
@@ -35,7 +36,13 @@ class Loaded:
 
     @property
     def end_tokens(self) -> set[int]:
-        return end_tokens(self.model)
+        return end_tokens(self.model, self.tokenizer)
+
+    @property
+    def _limit(self) -> int:
+        """Most tokens of prompt and answer. Without a limit of the model's own, memory ends a text."""
+        limit, capacity = max_positions(self.model.config), self.generator.capacity
+        return limit if limit < UNLIMITED or capacity is None else capacity
 
     def encode(self, task: Task) -> list[int]:
         """The token ids of a task's prompt.
@@ -50,7 +57,7 @@ class Loaded:
             messages = [{"role": message.role, "content": message.content} for message in task.prompt]
             ids = encode_chat(self.tokenizer, messages)
         prompt: list[int] = ids[0].tolist()
-        limit = max_positions(self.model.config)
+        limit = self._limit
         if not prompt:
             raise PromptTooLong("the prompt has no tokens")
         if len(prompt) >= limit:
@@ -64,11 +71,11 @@ class Loaded:
             prompt: what `encode` returned for the task; None to encode it now.
 
         Raises:
-            PromptTooLong, ConfigError: as `encode`.
+            PromptTooLong: as `encode`.
+            ConfigError: as `encode`, or a number is out of bounds.
         """
         prompt = self.encode(task) if prompt is None else prompt
-        limit = max_positions(self.model.config)
-        sampling = task.sampling
+        limit, sampling = self._limit, task.sampling.checked()
         config = GenerationConfig(
             max_new_tokens=min(sampling.max_tokens, limit - len(prompt)),
             eos_token_id=sorted(self.end_tokens) or None,
@@ -87,8 +94,13 @@ class Loaded:
 
 
 def load_model(choice: ModelChoice, connection: Connection) -> Any:
-    """The language model of a choice, split. Errors are those of `SplitModelForCausalLM.from_pretrained`."""
-    return SplitModelForCausalLM.from_pretrained(
+    """The language model of a choice, split, for the commands.
+
+    Raises:
+        UnsupportedFeature: the checkpoint's defaults for `generate` are none that the commands can do.
+        SplitError: see `SplitModelForCausalLM.from_pretrained`.
+    """
+    model = SplitModelForCausalLM.from_pretrained(
         choice.name,
         connection=connection,
         head_layers=choice.head_layers,
@@ -96,6 +108,12 @@ def load_model(choice: ModelChoice, connection: Connection) -> Any:
         dtype=choice.dtype,
         revision=choice.revision,
     )
+    try:
+        check_defaults(model)
+    except BaseException:
+        model.close()
+        raise
+    return model
 
 
 def load_image_model(choice: ImageChoice, connection: Connection) -> SplitDenoiser:

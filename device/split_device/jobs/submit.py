@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from split_device.generation.settings import Sampling
+from split_device.generation.settings import Sampling, within_bounds
 from split_device.images.settings import ImageSettings, check_size, pipeline_directory
 from split_device.jobs.follow import POLL_INTERVAL, image_output, text_output
 from split_device.jobs.job import (
@@ -66,14 +66,14 @@ class Device:
 
         Raises:
             JobsError: the job with this key asks for something else.
-            ConfigError: the key is empty.
+            ConfigError: the key is empty, or a number is out of bounds.
             StoreLocked, ConfigError: the store cannot be opened.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         task = Task(
             model=self._model,
             prompt=tuple(Message(message["role"], message["content"]) for message in messages),
-            sampling=dataclasses.replace(sampling or Sampling(), **fields),
+            sampling=dataclasses.replace(sampling or Sampling(), **fields).checked(),
             stop=tuple(stop),
         )
         return _submit(task, priority, key, self._store_key, text_output)
@@ -110,10 +110,11 @@ class ImageDevice:
 
         Raises:
             JobsError: the job with this key asks for something else.
-            ConfigError: the model cannot make an image of this size, or the key is empty.
+            ConfigError: the model cannot make an image of this size, the key is empty, or a number is out of
+                bounds.
             StoreLocked, ConfigError: the store cannot be opened.
         """
-        settings = dataclasses.replace(settings or ImageSettings(), **fields)
+        settings = dataclasses.replace(settings or ImageSettings(), **fields).checked()
         task = ImageTask(model=self._model, prompt=prompt, settings=settings)
         check_size(task.model.name, task.settings)
         return _submit(task, priority, key, self._store_key, _open_image)
@@ -122,6 +123,7 @@ class ImageDevice:
 def _submit(
     task: AnyTask, priority: int, key: str | None, store_key: Path | None, output: Callable[[Store, Job], _T]
 ) -> Submitted[_T]:
+    priority = within_bounds("priority", priority)
     with Store(store_path(), store_key) as store:
         return Submitted(store.submit(task, priority, key).id, store_key, output)
 

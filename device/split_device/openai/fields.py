@@ -8,9 +8,13 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from split_common.errors import SplitError
+from split_common.errors import ConfigError, SplitError
+from split_device.generation.settings import BOUNDS, within_bounds
 
 _T = TypeVar("_T")
+
+#: Fields that have the bounds of another one.
+_BOUNDED = {"max_completion_tokens": "max_tokens"}
 
 #: What msgspec says of a field in a message about the whole object, and what is said here.
 _FIELD_ERRORS = {"contains unknown": "unknown field", "missing required": "required"}
@@ -68,7 +72,12 @@ def supported(
 
 
 def convert(fields: dict[str, Any], type_: type[_T], where: str = "") -> _T:
-    """Converts fields to a struct. Raises ApiError with the path of the wrong field, which begins with `where`."""
+    """Converts fields to a struct; a number like 5.0 is an integer, too.
+
+    Raises:
+        ApiError: a field is wrong; the error has its path, which begins with `where`.
+    """
+    fields = {name: _number(name, value) for name, value in fields.items()}
     try:
         return msgspec.convert(fields, type_)
     except msgspec.ValidationError as error:
@@ -80,6 +89,19 @@ def convert(fields: dict[str, Any], type_: type[_T], where: str = "") -> _T:
         # As in OpenAI's API, what is unknown is not a parameter.
         param = None if message == _FIELD_ERRORS["contains unknown"] else path or None
         raise ApiError(f"{path}: {message}" if path else message, param=param) from None
+
+
+def _number(name: str, value: Any) -> Any:
+    """A field's value; a number within its bounds, and as an integer if it is integral. Raises ApiError."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if (bounded := _BOUNDED.get(name, name)) in BOUNDS:
+        try:
+            return within_bounds(bounded, value)
+        except ConfigError:
+            low, high, _ = BOUNDS[bounded]
+            raise ApiError(f"{name}: {value} is not a number from {low} to {high}", param=name) from None
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _same(value: Any, other: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from split_device.generation.settings import Sampling
+from split_device.generation.settings import Sampling, nth_seed
 from split_device.jobs.job import Message, ModelChoice, Task
 from split_device.openai.fields import ApiError, convert, present, supported
 from split_device.openai.messages import parse_messages
@@ -56,15 +56,15 @@ class _StreamOptions(msgspec.Struct, frozen=True):
 
 
 class _Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Fields of both kinds."""
+    """Fields of both kinds. `BOUNDS` has those of most numbers; temperatures end at 2, as in OpenAI's API."""
 
     model: str
-    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_tokens: int | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_p: float | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     stop: str | Annotated[list[str], Meta(max_length=4)] | None = None
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: int | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
 
@@ -73,7 +73,7 @@ class _Chat(_Body, frozen=True, kw_only=True):
     messages: tuple[Message, ...]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_completion_tokens: int | None = None
 
 
 class _Text(_Body, frozen=True, kw_only=True):
@@ -131,8 +131,9 @@ def _query(
         Task(
             model=model,
             prompt=prompt,
-            # With one seed, all choices would be the same.
-            sampling=sampling if body.seed is None else dataclasses.replace(sampling, seed=body.seed + choice),
+            sampling=sampling
+            if body.seed is None
+            else dataclasses.replace(sampling, seed=nth_seed(body.seed, choice)),
             stop=stop,
         )
         for choice in range(body.n or 1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from split_common.errors import ConfigError
 from split_common.transport.address import DEFAULT_BROKER
 
 #: Seconds to wait for the broker.
@@ -22,10 +23,16 @@ STEP_TIMEOUT = 60.0
 #: Bytes of a session's hidden states that stay in memory; older ones are spilled.
 HISTORY_MEMORY = 64 * 1024 * 1024
 
+#: Longest time to wait, in seconds: three years. The system takes no timeout of centuries.
+MAX_SECONDS = 1e8
+
 
 @dataclass(frozen=True)
 class Connection:
     """How a device reaches the workers.
+
+    Raises:
+        ConfigError: a number is not finite, negative, or larger than `MAX_SECONDS` or 63 bits allow.
 
     Args:
         broker: the queue: `zmq://HOST:PORT`, `tcp://HOST:PORT` or `ipc://PATH` of a broker, or an address of Redis
@@ -47,6 +54,12 @@ class Connection:
     patience: float = PATIENCE
     step_timeout: float = STEP_TIMEOUT
     history_memory: int = HISTORY_MEMORY
+
+    def __post_init__(self) -> None:
+        seconds = dict.fromkeys(("timeout", "patience", "step_timeout"), MAX_SECONDS)
+        for name, most in {**seconds, "history_memory": 2**63 - 1}.items():
+            if not 0 <= (value := getattr(self, name)) <= most:
+                raise ConfigError(f"invalid {name} {value!r}: expected a number from 0 to {most:g}")
 
     @classmethod
     def of(cls, connection: Connection | None, fields: dict[str, Any], unused: Collection[str] = ()) -> Connection:
