@@ -96,7 +96,8 @@ def outline(place: OnWorker, module: nn.Module) -> None:
 
 def _stand_in(module: nn.Module) -> OnWorker:
     """A stand-in for a module. Its parameters and buffers are plain attributes without data, on the meta device."""
-    cls: type[OnWorker] = _stand_in_class(type(module))
+    kind: Any = type(module)
+    cls = _stand_in_class(kind)
     made: OnWorker = cls.__new__(cls)
     nn.Module.__init__(made)
     settings = {name: value for name, value in vars(module).items() if not name.startswith("_")}
