@@ -15,7 +15,7 @@ from split_common.transport.base import HEARTBEAT
 from split_device.stress.hostile.curve import COMMAND, LARGE, CurveConnection, connect
 from split_device.stress.hostile.peers import BarePeer, DeviceChannel, LinkPeer, step
 from split_device.stress.hostile.scene import Scene
-from split_device.stress.hostile.sessions import ROWS, TOKENS, repeat_reply
+from split_device.stress.hostile.sessions import REPLY_ROWS, TOKENS, repeat_reply
 
 #: Connections without a key, the bytes that each claims to send and sends, and how long it stays, in seconds.
 STRANGERS, CLAIMED, SENT, STAY = 16, 16 * 1024**2, 8 * 1024**2, 2.0
@@ -66,7 +66,7 @@ def credit(scene: Scene) -> None:
                 channel = DeviceChannel(scene, peer)
                 session = scene.number()
                 peer.announce(watching=[channel.worker])
-                channel.request(session, 0, *step(scene, ROWS, TOKENS))
+                channel.request(session, 0, *step(scene, REPLY_ROWS, TOKENS))
                 channel.answered()
 
                 def claim(peer: BarePeer = peer, worker: bytes = channel.worker) -> None:

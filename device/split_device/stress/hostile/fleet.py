@@ -23,7 +23,10 @@ from split_device.stress.plan import StressPlan, WorkloadKind
 HOSTILE: dict[str, Role] = {"hostile device": "device", "hostile worker": "worker"}
 
 #: Limits of a Redis server that is attacked: well below the memory of a machine that runs everything.
-REDIS_LIMITS = ("--maxmemory", "1gb", "--maxmemory-policy", "noeviction", "--proto-max-bulk-len", "17mb")
+REDIS_LIMITS = (
+    *("--maxmemory", "1gb", "--maxmemory-policy", "noeviction"),
+    *("--proto-max-bulk-len", "17mb", "--maxmemory-clients", "25%"),
+)
 
 
 @dataclass(frozen=True)

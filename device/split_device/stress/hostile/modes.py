@@ -54,9 +54,9 @@ MODES: dict[str, Mode] = {
     "mute": Mode("sets up channels and never answers a request", role="worker"),
     # hostile/redis_keys.py
     "redis-memory": Mode("adds large entries to streams of its own", transports=("redis",)),
-    "redis-opens": Mode("takes and deletes all devices' opens", role="worker", transports=("redis",)),
+    "redis-lanes": Mode("adds large entries to all workers' streams", transports=("redis",)),
     "redis-fleet": Mode(
-        "rewrites the list of workers, the boot id and the roster", role="worker", transports=("redis",)
+        "rewrites lists of workers, the boot id and the roster", role="worker", transports=("redis",)
     ),
 }
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from split_common.protocol import headers
 from split_common.transport.address import is_redis
@@ -21,7 +23,7 @@ def redis_client(scene: Scene) -> redis.Redis:
     """A client with this member's user and password."""
     import redis
 
-    from split_common.transport.redis.server import PASSWORD_VARIABLE
+    from split_common.transport.redis.answers import PASSWORD_VARIABLE
 
     return redis.Redis.from_url(scene.address, password=os.environ.get(PASSWORD_VARIABLE))
 
@@ -39,12 +41,24 @@ class LaneWriter:
     def __init__(self, scene: Scene) -> None:
         self._client = redis_client(scene)
         self._keys = key_names(scene)
+        self._workers = [member.name for member in scene.fleet.roster().members if member.role == "worker"]
 
     def __enter__(self) -> LaneWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._client.close()
+
+    def workers(self) -> list[bytes]:
+        """The ids of all workers that have announced themselves. Raises redis.RedisError."""
+        found = []
+        for member in self._workers:
+            data: Any = self._client.getrange(self._keys.workers(member), 0, -1)
+            for entry in msgspec.msgpack.decode(data, type=list[bytes]) if data else []:
+                header = headers.decode_header(entry)
+                if isinstance(header, headers.Announce):
+                    found.append(header.sender)
+        return found
 
     def add_to_worker(self, worker: bytes, head: bytes, body: bytes) -> None:
         """Adds an entry to a worker's lane. Raises redis.RedisError."""
@@ -55,15 +69,14 @@ class LaneWriter:
 
 
 def open_sender(scene: Scene, peer: LinkPeer) -> Callable[[headers.Open, bytes], None]:
-    """What sends opens at any rate: over Redis a link sends one at a time, so that they go into the stream."""
+    """What sends opens at any rate: over Redis a link sends one at a time, so that they go into workers' lanes."""
     if not is_redis(scene.address):
         return peer.send
-    from split_common.transport.redis.key_names import entry
-
-    client, keys = redis_client(scene), key_names(scene)
+    writer = LaneWriter(scene)
+    workers = writer.workers()
 
     def send(header: headers.Open, body: bytes) -> None:
-        words = entry(headers.encode_header(header), body)
-        client.execute_command("XADD", keys.opens(header.service), "NOMKSTREAM", "*", *words)
+        for worker in workers:
+            writer.add_to_worker(worker, headers.encode_header(header), body)
 
     return send

@@ -15,6 +15,9 @@ from split_device.stress.hostile.scene import Scene
 #: Rows of a step, and tokens of each row: less than the models' positions, and well below the largest body.
 ROWS, TOKENS = 64, 240
 
+#: Rows of the step whose reply is repeated: it is computed at once, and has a megabyte.
+REPLY_ROWS = 16
+
 #: Seconds between two requests that keep a session from counting as idle (`WorkerLimits.evict_after`).
 KEEP_INTERVAL = 2.0
 
@@ -45,7 +48,8 @@ def _fork_into_itself(scene: Scene, channel: DeviceChannel, session: int) -> Non
         channel.request(session, seq, payloads.Fork(session, 0))
         channel.request(session, seq + 1, *step(scene, ROWS, 16))
         for _ in range(2):
-            channel.answered(NO_LONGER)
+            with contextlib.suppress(queue.Empty):
+                channel.answered(NO_LONGER)
     channel.request(session, 41, payloads.Close())
 
 
@@ -105,7 +109,7 @@ def replies(scene: Scene) -> None:
     while scene.running:
         with scene.attempt(), linked_channel(scene) as channel:
             session = scene.number()
-            channel.request(session, 0, *step(scene, ROWS, TOKENS))
+            channel.request(session, 0, *step(scene, REPLY_ROWS, TOKENS))
             channel.answered()
             repeat_reply(scene, channel, session, lambda: None)
 
