@@ -176,6 +176,28 @@ def test_a_message_that_is_written_twice_is_computed_once(
     assert written["by the sender"] > STEPS
 
 
+def test_a_server_that_takes_no_changes_for_a_while_loses_nothing(
+    checkpoint: Path, setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when it cannot save. All leases end meanwhile, and nothing is given up."""
+    monkeypatch.setattr(lease, "LEASE", LEASE)
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    wanted = tiny.build("llama").generate(prompt, max_new_tokens=40, do_sample=False)
+    with (
+        setting.worker(server.address) as worker,
+        SplitModelForCausalLM.from_pretrained(checkpoint, broker=server.address, keys=setting.fleet.path) as model,
+    ):
+        passes = threading.Semaphore(0)
+        model.register_forward_pre_hook(lambda *_: (passes.release(), time.sleep(0.01))[:0] or None)
+        with in_background(lambda: model.generate(prompt, max_new_tokens=40, do_sample=False)) as generation:
+            assert passes.acquire(timeout=LATE)
+            server.client().config_set("min-replicas-to-write", "1")
+            wait_until(lambda: "NOREPLICAS" in worker._transport._parts.housekeeper.failure)
+            wait_until(lambda: not server.client().exists(worker._transport._parts.lease.lane), LEASE + LATE)
+            server.client().config_set("min-replicas-to-write", "0")
+            assert torch.equal(generation.result(LATE), wanted)
+
+
 def test_a_server_that_stays_away_is_told_in_time(setting: Setting) -> None:
     with (
         running_valkey() as server,

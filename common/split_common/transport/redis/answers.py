@@ -50,10 +50,14 @@ class Refused(BrokerUnreachable):
     """The server refuses this user or this command: a setting is wrong. Trying again does not help."""
 
 
-def failed(answer: object) -> str:
+def failed(answer: object, shown: str = "the server") -> str:
     """The error message in a command's answer; empty if the command did not fail.
 
     A full memory is no more than a message here: what must be stored decides what that means.
+
+    Args:
+        answer: a server's, as `RedisConnections.run` returns it.
+        shown: the server's address, for errors.
 
     Raises:
         Refused: the user lacks a permission.
@@ -63,7 +67,7 @@ def failed(answer: object) -> str:
         return ""
     if isinstance(answer, OutOfMemoryError):
         return f"{OUT_OF_MEMORY}: {answer}"
-    raise_for(answer)
+    raise_for(answer, shown)
     return str(answer)
 
 

@@ -122,12 +122,12 @@ def publish(address: str, fleet: Fleet) -> int:
     key = Keys(fleet.operator_key).roster
     try:
         (stored,) = connections.run([(key, ("GETRANGE", key, 0, MAX_SIGNED["roster"]))])
-        failed(stored)
+        failed(stored, server.shown)
         if _version(stored, fleet) >= fleet.roster().version:
             fleet.accept_roster(stored)
         else:
             (answer,) = connections.run([(key, ("SET", key, fleet.roster_bytes()))])
-            if problem := failed(answer):
+            if problem := failed(answer, server.shown):
                 raise BrokerUnreachable(f"{server.shown} does not store the roster: {problem}")
         if policy := eviction_policy(connections, key):
             log.warning("%s", warning(server.shown, policy))

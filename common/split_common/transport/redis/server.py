@@ -248,7 +248,7 @@ class RedisConnections:
         """As `run`, but also raises what `failed` raises for the answer to one of the commands."""
         answers = self.run(commands)
         for answer in answers:
-            failed(answer)
+            failed(answer, self.shown)
         return answers
 
     def _by_holder(

@@ -103,7 +103,7 @@ def sweep(address: str, fleet: Fleet, dry_run: bool = False) -> Swept:
                 for names in _batches(client, f"{keys.prefix}:*"):
                     _sweep(client, names, owners, dry_run, swept)
     except ResponseError as error:
-        raise Refused(f"{server.shown}: {failed(error)}") from None
+        raise Refused(f"{server.shown}: {failed(error, server.shown)}") from None
     finally:
         server.close()
     return swept

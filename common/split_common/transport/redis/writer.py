@@ -22,7 +22,7 @@ from split_common.errors import BrokerUnreachable
 from split_common.protocol import headers
 from split_common.transport.base import FULL_RETRY, OUTBOX_BYTES
 from split_common.transport.placement import full
-from split_common.transport.redis.answers import Refused
+from split_common.transport.redis.answers import Refused, Unreachable, failed
 from split_common.transport.redis.caller import Caller
 from split_common.transport.redis.membership import Registry
 from split_common.transport.redis.server import RECONNECT, RECONNECT_MAX, Command, RedisConnections
@@ -200,8 +200,15 @@ class Writer:
             self._counters["messages_sent"] += 1
             self._counters["bytes_sent"] += outgoing.size
         elif isinstance(answer, ResponseError):
-            if not isinstance(answer, OutOfMemoryError):
-                count_dropped(self._counters, Refused(str(answer)))
+            try:
+                problem = failed(answer)
+                if not isinstance(answer, OutOfMemoryError):
+                    count_dropped(self._counters, Refused(problem))
+            except Unreachable as error:
+                # The housekeeper says it.
+                log.debug("not written: %s", error)
+            except Refused as error:
+                count_dropped(self._counters, error)
             self._caller.refuse(header, full("the server takes no more", 2 * FULL_RETRY))
         else:
             self._undelivered(header)
