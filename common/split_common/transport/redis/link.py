@@ -200,7 +200,7 @@ class _Parts:
             and isinstance(header, headers.Relay)
             and header.kind == headers.RelayKind.ANSWER
         ):
-            self.device_opens.answered(header.channel)
+            self.device_opens.answered(header.channel, header.sender)
         self._caller.message(header, body)
 
     def _read_message(self, fields: Any) -> tuple[headers.Relay | headers.Open, bytes]:

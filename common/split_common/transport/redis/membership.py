@@ -14,7 +14,7 @@ import msgspec
 from split_common.errors import Malformed, SplitError
 from split_common.protocol import headers
 from split_common.transport.base import QUEUE_BYTES
-from split_common.transport.peer_id import member_mark
+from split_common.transport.peer_id import member_mark, member_of
 from split_common.transport.redis.answers import failed
 from split_common.transport.redis.key_names import Keys
 from split_common.transport.redis.server import RedisConnections
@@ -116,13 +116,13 @@ class Registry:
         announced: dict[bytes, headers.Announce] = {}
         for member, data in zip(members, answers, strict=True):
             try:
-                announced |= {worker.sender: worker for worker in _announcements(member, data)}
+                announced |= {worker.sender: worker for worker in read_list(member, data)}
             except SplitError as error:
                 count_dropped(self._counters, error)
         return announced
 
 
-def _announcements(member: str, data: object) -> list[headers.Announce]:
+def read_list(member: str, data: object) -> list[headers.Announce]:
     """The announcements on a member's list.
 
     Raises:
@@ -137,7 +137,7 @@ def _announcements(member: str, data: object) -> list[headers.Announce]:
     found, mark = [], member_mark(member)
     for entry in entries:
         header = headers.decode_header(entry)
-        if not isinstance(header, headers.Announce) or header.role != "worker" or header.sender[:4] != mark:
+        if not isinstance(header, headers.Announce) or header.role != "worker" or member_of(header.sender) != mark:
             raise Malformed("an announcement of another member")
         found.append(header)
     return found

@@ -13,12 +13,16 @@ import msgspec
 
 from split_common.protocol import headers
 from split_common.transport.base import FULL_RETRY, OPEN_PATIENCE
+from split_common.transport.peer_id import member_of
 from split_common.transport.placement import Assign, Candidate, PendingOpen, Refuse, Wait, decide, full
 from split_common.transport.redis.answers import failed
 from split_common.transport.redis.caller import Caller
 from split_common.transport.redis.key_names import Keys, entry
 from split_common.transport.redis.membership import Registry
 from split_common.transport.redis.server import RedisConnections
+
+#: Seconds during which workers of a member that left an open unanswered are asked last.
+SILENT_PAUSE = 30.0
 
 
 class DeviceOpens:
@@ -40,6 +44,8 @@ class DeviceOpens:
         # The channel of the newest open, and the workers that were given it.
         self._channel = -1
         self._asked: list[bytes] = []
+        # Until when the workers of a member, by its mark, are asked last, because one did not answer.
+        self._silent: dict[bytes, float] = {}
 
     @property
     def waiting(self) -> bool:
@@ -52,9 +58,12 @@ class DeviceOpens:
             self._pending = PendingOpen(header, frames, time.monotonic() + OPEN_PATIENCE)
         if self._channel != header.channel:
             self._channel, self._asked = header.channel, []
+        elif self._asked:
+            self._silent[member_of(self._asked[-1])] = time.monotonic() + SILENT_PAUSE
 
-    def answered(self, channel: int) -> None:
+    def answered(self, channel: int, worker: bytes) -> None:
         """Forgets the open of a channel: a worker has answered it."""
+        self._silent.pop(member_of(worker), None)
         pending = self._pending
         if pending is not None and pending.header.channel == channel:
             self._done(pending)
@@ -85,14 +94,20 @@ class DeviceOpens:
                 self._caller.refuse(pending.header, refusal)
 
     def _decide(self, pending: PendingOpen[bytes], workers: list[Candidate], early: bool) -> Assign | Refuse | Wait:
-        """As the policy decides; workers that did not answer get the open again only if there are no others."""
-        now, asked = time.monotonic(), self._asked
-        if asked:
-            header = msgspec.structs.replace(pending.header, avoid=[*pending.header.avoid, *asked])
+        """As the policy decides.
+
+        Workers of members that left an open unanswered are asked last, and of those the same process comes last: a
+        member can run any number of processes that answer nothing.
+        """
+        now = time.monotonic()
+        self._silent = {member: until for member, until in self._silent.items() if until > now}
+        shunned = [worker.id for worker in workers if member_of(worker.id) in self._silent]
+        for last in ([*shunned, *self._asked], self._asked):
+            header = msgspec.structs.replace(pending.header, avoid=[*pending.header.avoid, *last])
             outcome = decide(PendingOpen(header, pending.frames, pending.deadline), workers, early, now)
             if isinstance(outcome, Assign):
                 return outcome
-            asked.clear()
+        self._asked.clear()
         return decide(pending, workers, early, now)
 
     def _add(self, pending: PendingOpen[bytes], worker: bytes) -> None:

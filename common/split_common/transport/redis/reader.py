@@ -18,8 +18,9 @@ from split_common.transport.redis.lease import Lease
 from split_common.transport.redis.server import RECONNECT, Command, RedisConnections
 from split_common.transport.supervised import Supervisor, count_dropped
 
-#: Entries that are read in one round trip.
+#: Most entries that are read in one round trip, and the bytes that they should not exceed, going by the last ones.
 READ_COUNT = 16
+READ_BYTES = 8 * 1024 * 1024
 
 #: Seconds that a read of the link's thread waits for an entry.
 READ_WAIT = 1.0
@@ -73,6 +74,7 @@ class Reader:
         self._cut_bytes = 0
         self._found = False
         self._overlooked = 0
+        self._count = READ_COUNT
 
     def run(self) -> None:
         while not self._closing.is_set():
@@ -104,6 +106,7 @@ class Reader:
             self._overlooked = 0
         else:
             self._look_for_overlooked()
+        begun = self._counters["bytes_received"]
         for id_, fields in entries:
             following = next_id(id_)
             self._after = id_
@@ -112,6 +115,9 @@ class Reader:
                 self._replace_lane()
             else:
                 self._unread = following
+        if entries:
+            size = (self._counters["bytes_received"] - begun) // len(entries)
+            self._count = max(1, min(READ_COUNT, READ_BYTES // max(1, size)))
 
     def _commands(self, wait: float) -> list[Command]:
         """The commands of one read, which first trims the lane if `TRIM_BYTES` were read or nothing has come."""
@@ -123,7 +129,7 @@ class Reader:
         if self._unread != self._cut:
             wait = min(wait, TRIM_DELAY)
         block = max(1, int(1000 * wait))
-        return [*commands, (lane, ("XREAD", "COUNT", READ_COUNT, "BLOCK", block, "STREAMS", lane, self._after))]
+        return [*commands, (lane, ("XREAD", "COUNT", self._count, "BLOCK", block, "STREAMS", lane, self._after))]
 
     def _entries(self, commands: list[Command]) -> list[Any] | None:
         """Runs commands, of which the last is a read. Returns its entries; None, after a pause, if that fails."""
