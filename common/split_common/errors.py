@@ -12,6 +12,7 @@ The exit code of the command is in parentheses if it is not 1::
     │   ├── TensorMismatch
     │   └── UnsupportedArchitecture
     ├── UnsupportedFeature, a ValueError too
+    ├── ForkedProcess
     ├── PromptTooLong, a ValueError too
     ├── ProtocolError
     │   ├── Malformed
@@ -93,6 +94,10 @@ class UnsupportedArchitecture(ModelError):
 
 class UnsupportedFeature(SplitError, ValueError):
     """An option of `generate` or `forward` does not work with a split model; refused before anything is sent."""
+
+
+class ForkedProcess(SplitError):
+    """A model, generator or store was opened before this process was forked; refused before anything is sent."""
 
 
 class PromptTooLong(SplitError, ValueError):

@@ -127,7 +127,7 @@ def test_only_the_shards_needed_are_fetched(arch: str, tmp_path: Path, monkeypat
 
     fleet = Fleet.create(tmp_path / "fleet")
     fleet.add_manifest(build_manifest(checkpoint_module.Checkpoint.resolve(source), "org/model"))
-    monkeypatch.setattr(checkpoint_module, "_hub", hub)
+    monkeypatch.setattr(checkpoint_module, "hub_files", hub)
     shards: dict[Side, set[str]] = {}
     for side in SIDES:
         fetched.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import tiny
 from benchmarks import batch_faults
 from fleet import running_broker, start_worker
 from serving import Unsplit
+from split_common.cli import main
 from split_device.jobs.store import Store
 from split_device.openai.batch_file import work_path
 
@@ -122,6 +124,23 @@ def test_lines_and_bad_lines(run: Any, checkpoint: Path, address: str, worker: N
 
     again = run("batch", source, "-o", output, *options)
     assert (again.code, "exists already" in again.err) == (2, True)
+
+
+def test_answers_go_where_they_can_be_written(
+    checkpoint: Path, address: str, worker: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--model", str(checkpoint), "--broker", address)
+    source = write(tmp_path / "in.jsonl", chat("a", "Hello"))
+    (tmp_path / "link").symlink_to(source)
+    for output, message in ((tmp_path / "link", "link is the input"), (tmp_path / "none" / "x", "not a directory")):
+        assert main(["batch", str(source), "-o", str(output), "--overwrite", *options]) == 2
+        assert message in capfd.readouterr().err
+    assert json.loads(source.read_text())["custom_id"] == "a"
+
+    assert main(["batch", str(source), "-o", "/dev/stdout", *options]) == 0
+    assert json.loads(capfd.readouterr().out)["custom_id"] == "a"
+    assert main(["batch", str(source), "-o", "/dev/null", *options]) == 0
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
 
 
 @pytest.mark.parametrize("kills", [(1, 1), pytest.param((2, 3), marks=pytest.mark.long)])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -127,6 +130,20 @@ def test_a_photo_is_upright_and_a_prompt_that_is_cut_off_is_noted(
     with Image.open(tmp_path / "b.png") as image:
         assert not image.info
     assert (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")).all()
+
+
+def test_an_image_goes_into_a_pipe_and_not_over_its_input(options: list[str], tmp_path: Path) -> None:
+    fifo, first = tmp_path / "fifo", tmp_path / "first.png"
+    os.mkfifo(fifo)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(fifo.read_bytes()), daemon=True)
+    reader.start()
+    assert main(["image", "a seven", "-o", str(fifo), *options]) == 0
+    reader.join()
+    Image.open(io.BytesIO(read[0])).save(first)
+    before = first.read_bytes()
+    assert main(["image", "a seven", "-o", str(first), "--init-image", str(first), *options]) == 2
+    assert first.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_the_demo(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     [
         (["--image", "a seven"], "give only one of them"),
         (["--image", "-o", "sheet.txt"], "expected a .png file"),
-        (["--image", "-o", "/no/such/sheet.png"], "expected a .png file"),
+        (["--image", "-o", "/no/such/sheet.png"], "/no/such is not a directory"),
     ],
 )
 def test_bad_input_to_the_demo(run: Any, arguments: list[str], words: str) -> None:

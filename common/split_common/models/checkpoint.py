@@ -20,6 +20,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from split_common.errors import MissingTensor, ModelError, UnknownModel
+from split_common.models.checkpoint_files import directory_name, hub_files, local_files, refuse_pointer
+from split_common.system.files import user_path
 
 #: Called with the number of bytes just hashed, from several threads.
 HashProgress = Callable[[int], None]
@@ -69,7 +71,7 @@ class Checkpoint:
     """A model's configuration and tensors, found by `Checkpoint.resolve`.
 
     Args:
-        name: the hub id, or the directory's name.
+        name: the hub id, or that of the directory.
         revision: of a hub checkpoint; None if none was named, or for a directory.
         fetch: returns the local path of a file of the checkpoint. Raises FileNotFoundError if it has no such file.
         ip_adapter: the safetensors file of an IP-Adapter.
@@ -119,15 +121,17 @@ class Checkpoint:
             ModelError: it is malformed.
         """
         text = str(name_or_path)
-        directory = Path(name_or_path).expanduser()
-        adapter = Path(ip_adapter).expanduser() if ip_adapter is not None else None
+        directory = user_path(name_or_path)
+        adapter = user_path(ip_adapter) if ip_adapter is not None else None
         if adapter is not None and not adapter.is_file():
             raise UnknownModel(f"{adapter} is not a file: give an IP-Adapter's .safetensors file")
+        if adapter is not None:
+            refuse_pointer(adapter)
         if directory.is_dir():
-            return cls(directory.resolve().name, None, _local(_denoiser(directory)), adapter)
+            return cls(directory_name(directory), None, local_files(_denoiser(directory)), adapter)
         if directory.exists() or not _HUB_ID.fullmatch(text):
             raise UnknownModel(f"{text!r} is neither a directory with a checkpoint nor the id of a hub model")
-        return cls(text, revision, _hub(text, revision), adapter)
+        return cls(text, revision, hub_files(text, revision), adapter)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -153,8 +157,15 @@ class Checkpoint:
         """The names of all tensors, sorted."""
         return sorted(self.files)
 
+    def find(self, file: str) -> Path | None:
+        """The local path of a file, which is downloaded if need be; None if there is none. Raises as `path`."""
+        try:
+            return self._fetch(file)
+        except FileNotFoundError:
+            return None
+
     def path(self, file: str) -> Path:
-        """The local path of a file, which is downloaded if need be. Raises ModelError if it is missing."""
+        """The local path of a file, which is downloaded if need be. Raises ModelError if it cannot be read."""
         if file == _ADAPTER and self._adapter is not None:
             return self._adapter
         try:
@@ -323,6 +334,7 @@ def _denoiser(directory: Path) -> Path:
     index = directory / _PIPELINE
     if not index.is_file():
         return directory
+    refuse_pointer(index)
     try:
         parts = msgspec.json.decode(index.read_bytes(), type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -332,35 +344,3 @@ def _denoiser(directory: Path) -> Path:
             case [str(), str()]:
                 return directory / part
     raise UnknownModel(f"{directory.name}: {_PIPELINE} names none of {', '.join(_DENOISERS)}")
-
-
-def _local(directory: Path) -> Callable[[str], Path]:
-    def fetch(file: str) -> Path:
-        path = directory / file
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist")
-        return path
-
-    return fetch
-
-
-def _hub(repo: str, revision: str | None) -> Callable[[str], Path]:
-    """Fetches files from the hub; with `HF_HUB_OFFLINE` set, huggingface_hub finds only those in its cache."""
-
-    def fetch(file: str) -> Path:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
-
-        try:
-            return Path(hf_hub_download(repo, file, revision=revision))
-        except LocalEntryNotFoundError:
-            raise FileNotFoundError(f"{file} is not cached, and the hub cannot be reached") from None
-        except (EntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
-            raise FileNotFoundError(f"the hub gives no {file}: {type(error).__name__}") from None
-
-    return fetch

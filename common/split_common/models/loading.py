@@ -77,8 +77,16 @@ def read_spec(model: str | Checkpoint, revision: str | None = None) -> ModelSpec
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.resolve(model, revision)
     _refuse_adapter(checkpoint)
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path("config.json").parent)
-    except (ValueError, KeyError, OSError) as error:
+        # The checkpoint's own Python never runs; if transformers knows the type, it is not needed.
+        config = AutoConfig.from_pretrained(checkpoint.path("config.json").parent, trust_remote_code=False)
+    except SplitError:
+        raise
+    except Exception as error:
+        if checkpoint.config.get("auto_map"):
+            raise UnsupportedArchitecture(
+                f"{checkpoint.name} comes with Python code of its own (auto_map in config.json), which is not run: "
+                f"transformers does not know the type {checkpoint.config.get('model_type')!r}"
+            ) from None
         if checkpoint.class_name is not None:
             raise UnsupportedArchitecture(
                 f"{checkpoint.name} is a {checkpoint.class_name} of diffusers, not a language model: "
@@ -187,19 +195,16 @@ def generation_config(spec: ModelSpec) -> GenerationConfig:
     """The checkpoint's defaults for `generate`: those of generation_config.json, else those in config.json.
 
     Raises:
-        ModelError: they are malformed.
+        ModelError: they are malformed, or their file cannot be read.
     """
+    file = spec.checkpoint.find("generation_config.json")
     try:
-        directory = spec.checkpoint.path("generation_config.json").parent
-    except ModelError:
-        directory = None
-    try:
-        if directory is not None:
-            return GenerationConfig.from_pretrained(directory)
+        if file is not None:
+            return GenerationConfig.from_pretrained(file.parent)
         # `spec.config` lacks them: the class of a configuration drops what is meant for `generate`.
         return GenerationConfig.from_model_config(json.loads(spec.checkpoint.path("config.json").read_bytes()))
     except (OSError, ValueError, TypeError) as error:
-        name = "config.json" if directory is None else "generation_config.json"
+        name = "config.json" if file is None else "generation_config.json"
         raise ModelError(f"{spec.checkpoint.name}: {name}: {_first_line(error)}") from None
 
 

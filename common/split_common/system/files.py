@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
+import atexit
 import os
 import shutil
 import stat
 import tempfile
 import warnings
 from pathlib import Path
-from typing import IO
 
 import platformdirs
 
@@ -18,26 +17,31 @@ from split_common.errors import KeysError
 _APP = "lambda-split"
 
 
+def user_path(path: str | Path) -> Path:
+    """A path as the user wrote it, with `~` expanded. As in a shell, that of an unknown user stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises for an unknown user)
+
+
 def config_dir() -> Path:
     """The directory for the user's settings and keys: `LAMBDA_SPLIT_CONFIG`, or else the platform's."""
-    return Path(os.environ.get("LAMBDA_SPLIT_CONFIG") or platformdirs.user_config_path(_APP, appauthor=False))
+    return user_path(os.environ.get("LAMBDA_SPLIT_CONFIG") or platformdirs.user_config_path(_APP, appauthor=False))
 
 
 def cache_dir() -> Path:
     """The directory for what can be made again: `LAMBDA_SPLIT_CACHE`, or else the platform's."""
-    return Path(os.environ.get("LAMBDA_SPLIT_CACHE") or platformdirs.user_cache_path(_APP, appauthor=False))
+    return user_path(os.environ.get("LAMBDA_SPLIT_CACHE") or platformdirs.user_cache_path(_APP, appauthor=False))
 
 
 def state_dir() -> Path:
     """The directory for jobs, logs and dead letters: `LAMBDA_SPLIT_STATE`, or else the platform's."""
-    return Path(os.environ.get("LAMBDA_SPLIT_STATE") or platformdirs.user_state_path(_APP, appauthor=False))
+    return user_path(os.environ.get("LAMBDA_SPLIT_STATE") or platformdirs.user_state_path(_APP, appauthor=False))
 
 
 def runtime_dir() -> Path:
     """The directory for what may vanish at logout: `LAMBDA_SPLIT_RUNTIME`, or else the platform's."""
     configured = os.environ.get("LAMBDA_SPLIT_RUNTIME")
     if configured:
-        return Path(configured)
+        return user_path(configured)
     with warnings.catch_warnings(action="ignore"):  # It may fall back to /tmp: see `private_dir`.
         return platformdirs.user_runtime_path(_APP, appauthor=False)
 
@@ -46,27 +50,54 @@ def private_dir(path: Path) -> Path:
     """Creates a directory and its missing parents with mode 0700, and returns it.
 
     Raises:
-        KeysError: the directory cannot be created, another user may write to it, or its parent belongs to another
-            user than root: the platform's runtime directory may lie under `/tmp`, where anyone can create it first.
+        KeysError: the directory cannot be created, another user may write to it, or it, its parent or the link in
+            its place belongs to another user: the platform's runtime directory may lie under `/tmp`, where anyone
+            can create it first.
     """
+    whole = path.absolute()
     try:
-        _make_dirs(path)
-        found, parent = path.stat(), path.parent.stat()
+        _make_dirs(whole)
+        parent = os.open(whole.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            above = os.fstat(parent)
+            place = os.lstat(whole.name or ".", dir_fd=parent)
+            found = os.stat(whole.name or ".", dir_fd=parent)
+        finally:
+            os.close(parent)
     except OSError as error:
         raise KeysError(f"{path} cannot be created: {error.strerror}") from None
     me = os.geteuid()
-    if found.st_uid != me or parent.st_uid not in (me, 0):
+    # The owner of a link decides where it leads. In a sticky directory, like /tmp, others cannot replace it.
+    if found.st_uid != me or not {place.st_uid, above.st_uid} <= {me, 0}:
         raise KeysError(f"{path} or its parent belongs to another user")
+    if above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX:
+        raise KeysError(f"{whole.parent} can be written by other users; run: chmod o-w {whole.parent}")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise KeysError(f"{path} can be written by other users; run: chmod 700 {path}")
     return path
 
 
-def write_private(path: Path, data: bytes | IO[bytes]) -> None:
-    """Writes a file of mode 0600 atomically: a crash leaves the old file or the new one.
+def private_cache(name: str) -> Path:
+    """A directory in the cache that only this user can write; one for this process alone if there can be none."""
+    try:
+        return private_dir(cache_dir() / name)
+    except KeysError:
+        fresh = Path(tempfile.mkdtemp(prefix=f"{_APP}-{name}-"))
+        atexit.register(shutil.rmtree, fresh, ignore_errors=True)
+        return fresh
 
-    Args:
-        data: the content; of a file, the rest of it.
+
+def check_writable(directory: Path) -> None:
+    """Creates a directory if it is missing. Raises KeysError if no file can be made in it."""
+    try:
+        _make_dirs(directory)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise KeysError(f"{directory} cannot be written: {error.strerror}") from None
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Writes a file of mode 0600 atomically: a crash leaves the old file or the new one.
 
     Raises:
         KeysError: the file cannot be written.
@@ -83,11 +114,15 @@ def read_private(path: Path) -> bytes:
     """The bytes of a secret file.
 
     Raises:
-        KeysError: it is missing, cannot be read, or is open to its group or to others.
+        KeysError: it is missing, cannot be read, belongs to another user than root, or is open to its group or to
+            others.
     """
     try:
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            found = os.fstat(file.fileno())
+            if found.st_uid not in (os.geteuid(), 0):
+                raise KeysError(f"{path} belongs to another user; run: chown {os.geteuid()} {path}")
+            if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
                 raise KeysError(f"{path} is open to other users; run: chmod 600 {path}")
             return file.read()
     except OSError as error:
@@ -119,7 +154,7 @@ def _make_dirs(path: Path) -> None:
             folder.mkdir(mode=0o700, exist_ok=True)
 
 
-def _write(path: Path, data: bytes | IO[bytes], mode: int) -> None:
+def _write(path: Path, data: bytes, mode: int) -> None:
     try:
         _make_dirs(path.parent)
         _replace(path, data, mode)
@@ -128,13 +163,13 @@ def _write(path: Path, data: bytes | IO[bytes], mode: int) -> None:
         raise KeysError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def _replace(path: Path, data: bytes | IO[bytes], mode: int) -> None:
+def _replace(path: Path, data: bytes, mode: int) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             os.fchmod(file.fileno(), mode)
-            shutil.copyfileobj(io.BytesIO(data) if isinstance(data, bytes) else data, file)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -15,6 +15,7 @@ from split_common.cli.options import JsonOption
 from split_common.errors import ConfigError, JobsError
 from split_common.system.console import emit_json, stderr
 from split_common.system.lock import Held, holding
+from split_common.system.outputs import check_output, is_stream
 from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm
 from split_device.cli.groups import LIMITS, ConnectionOptions, TextModelOptions
@@ -56,13 +57,12 @@ def batch(
     `error`. All lines are answered by --model, whatever model they name. Exit code 1 if any line has an `error`.
     """
     passive_threads()
-    if output.is_dir():
-        raise ConfigError(f"{output} is a directory")
-    if output.exists() and not overwrite:
+    check_output(output, source)
+    if output.exists() and not overwrite and not is_stream(output):
         raise ConfigError(f"{output} exists already: remove it, or give --overwrite")
     began = time.perf_counter()
     stop = catch_sigterm()
-    work = batches.work_path(output)
+    work = batches.work_path(output, source)
     try:
         with open_requests(source, model.choice()) as requests, holding(work.with_suffix(".lock")):
             with Store(work, store_key) as store:

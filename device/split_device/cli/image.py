@@ -14,7 +14,6 @@ from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption
 from split_common.errors import ConfigError
 from split_common.system.console import emit_json, stderr
-from split_common.system.files import write_private
 from split_common.system.process import passive_threads
 from split_common.system.signals import exit_on_sigterm
 from split_device.cli.checks import check_connection
@@ -22,8 +21,8 @@ from split_device.cli.groups import CONNECTION, IMAGE_MODEL_CUT, ImageModel, Pic
 from split_device.cli.job_output import print_notes
 from split_device.cli.options import MetadataOption
 from split_device.cli.terminal import step_progress
-from split_device.images.files import image_bytes, notes, read_image
-from split_device.images.settings import DRAWN_SEED_BITS, check_output, image_format
+from split_device.images.files import notes, read_image, write_image
+from split_device.images.settings import DRAWN_SEED_BITS, check_image_output
 from split_device.sessions.connection import Connection
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def image(
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty")
-    check_output(output)
+    check_image_output(output, init_image)
     if init_image is not None:
         _check_init_image(picture, strength)
     choice = model.choice()
@@ -81,7 +80,7 @@ def image(
         with step_progress(picture.steps, json) as advance:
             made = pipeline.generate(prompt, settings, advance, **more)
         seconds = time.perf_counter() - began
-        write_private(output.absolute(), image_bytes(made, image_format(output.name), metadata=metadata))
+        write_image(made, output, metadata=metadata)
         _report(output, made, seed, seconds, denoiser, json)
 
 

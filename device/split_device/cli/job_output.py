@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from split_common.system.console import emit_json, print_text, stderr
-from split_common.system.files import write_private
 from split_device.cli.terminal import step_progress
-from split_device.images.files import image_bytes, notes
-from split_device.images.settings import image_format
+from split_device.images.files import notes, write_image
 from split_device.jobs.follow import follow, image_output, text_output
 from split_device.jobs.job import ImageTask, Job
 from split_device.jobs.store import Store
@@ -59,7 +57,7 @@ def report_image(job: Job, png: bytes, path: Path, json: bool, metadata: bool) -
     from PIL import Image
 
     with Image.open(io.BytesIO(png)) as image:
-        write_private(path.absolute(), image_bytes(image, image_format(path.name), metadata=metadata))
+        write_image(image, path, metadata=metadata)
         if json:
             emit_json(job_facts(job) | {"output": str(path), "notes": notes(image)})
         else:

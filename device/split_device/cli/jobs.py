@@ -12,10 +12,11 @@ from rich.table import Table
 
 from split_common.cli.options import JsonOption
 from split_common.errors import ConfigError
+from split_common.models.checkpoint_files import model_name
 from split_common.system.console import emit_json, print_text, stderr, stdout
 from split_device.cli.job_output import job_facts, report_image, show_output
 from split_device.cli.options import MetadataOption, StoreKeyOption, parse_age
-from split_device.images.settings import check_output
+from split_device.images.settings import check_image_output
 from split_device.jobs.follow import image_output, text_output
 from split_device.jobs.job import FINAL, ImageTask, Job, State
 from split_device.jobs.store import Store, store_path
@@ -52,7 +53,7 @@ def list_jobs(
     for column in ("job", "state", "priority", "submitted", "model", "made"):
         table.add_column(column, no_wrap=column != "model")
     for job in jobs:
-        model = Path(job.task.model.name).name
+        model = model_name(job.task.model.name).rpartition("/")[2]
         table.add_row(job.id, job.state, str(job.priority), _clock(job.created)[:-3], model, _made(job))
     stdout().print(table)
 
@@ -94,7 +95,7 @@ def result(
         if found.kind == "image":
             if output is None:
                 raise ConfigError(f"job {job} makes an image: give -o FILE")
-            check_output(output)
+            check_image_output(output)
             report_image(found, image_output(store, found), output, json, metadata)
             return
         text = text_output(store, found)

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import os
 import re
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +13,7 @@ import typer
 from split_common.cli.groups import grouped
 from split_common.cli.options import MODEL_PANEL, JsonOption, given
 from split_common.errors import ConfigError
+from split_common.models.checkpoint_files import model_name
 from split_common.system.console import emit_json, stderr
 from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm, wait_until_set
@@ -113,6 +113,4 @@ def _announce(page: str, name: str | None, image_name: str | None, json: bool) -
 
 def _name(choice: ModelChoice | ImageChoice | None) -> str | None:
     """The name by which clients choose a model."""
-    if choice is None:
-        return None
-    return Path(choice.name).name if Path(choice.name).is_dir() else choice.name
+    return model_name(choice.name) if choice is not None else None

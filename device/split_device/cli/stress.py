@@ -16,6 +16,7 @@ from split_common.cli.options import MODEL_PANEL, QUEUE_PANEL, JsonOption, KeysO
 from split_common.errors import ConfigError
 from split_common.models.split import END_LAYERS
 from split_common.system.console import emit_json, stderr, stdout
+from split_common.system.files import user_path
 from split_common.system.process import passive_threads
 from split_common.transport.address import is_redis
 from split_device.cli.options import HeadOption, TailOption
@@ -226,6 +227,8 @@ def _checked(plan: StressPlan, chaos: str | None, hostile: str | None) -> Stress
         chaos = chaos or "none"
     return dataclasses.replace(
         plan,
+        model=plan.model and str(user_path(plan.model)),
+        reference=plan.reference and str(user_path(plan.reference)),
         requests=plan.requests if plan.seconds is None and hostile is None else None,
         transport=plan.transport if plan.broker is None else "redis" if is_redis(plan.broker) else "zmq",
         chaos=parse_chaos(chaos, plan.workers > 0, plan.broker),

@@ -27,7 +27,7 @@ from split_device.cli.groups import (
 from split_device.cli.job_output import job_facts, show_output
 from split_device.cli.options import STORE_PANEL, MetadataOption, RawOption, StoreKeyOption, SystemOption
 from split_device.generation.settings import Sampling
-from split_device.images.settings import IMAGE_MODEL, check_output
+from split_device.images.settings import IMAGE_MODEL, check_image_output
 from split_device.jobs.agent import running_agent
 from split_device.jobs.job import AnyTask, ImageTask, Message, Task
 from split_device.jobs.store import Store, store_path
@@ -171,7 +171,7 @@ def _check_output(output: Path, wait: bool) -> None:
     """Raises ConfigError if the image cannot be written there, or not by this command."""
     if not wait:
         raise ConfigError("-o needs --wait; later, `lambda-split jobs result JOB -o FILE` writes the image")
-    check_output(output)
+    check_image_output(output)
 
 
 def _check_kind(context: typer.Context, image: bool) -> None:

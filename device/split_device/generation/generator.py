@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from split_common.errors import Busy, PromptTooLong, SplitError
+from split_common.system.forks import Birthplace
 from split_device.generation.active import ActiveRequest, Outcome
 from split_device.generation.admission import Admission, Admitted
 from split_device.generation.first_tokens import FirstTokens, is_delayed
@@ -93,6 +94,7 @@ class Generator:
         # Held while a request is handed to the loop, and while the loop is told to end.
         self._lock = threading.Lock()
         self._closing = False
+        self._birthplace = Birthplace("the generator")
         #: Forwards of head and tail and the rows in them, steps sent to workers, and tokens chosen.
         self.counters: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._run, name="lambda-split-generator", daemon=True)
@@ -113,7 +115,9 @@ class Generator:
         Raises:
             UnsupportedFeature, ConfigError, PromptTooLong: the request cannot be done.
             SplitError: the generator is closed.
+            ForkedProcess: this process was forked since the generator was made.
         """
+        self._birthplace.check()
         generation = Generation(request, on_token, self._cancel)
         sampler = Sampler(self._model, request)
         tokens, capacity = sampler.max_length, self.capacity
@@ -129,7 +133,9 @@ class Generator:
         return generation
 
     def close(self) -> None:
-        """Cancels all requests, and ends the thread."""
+        """Cancels all requests, and ends the thread. Does nothing in a forked child, which has no such thread."""
+        if self._birthplace.is_elsewhere:
+            return
         with self._lock:
             self._closing = True
         self._inbox.put(lambda: None)

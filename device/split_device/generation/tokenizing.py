@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from transformers import AutoTokenizer
 
-from split_common.errors import ConfigError, UnknownModel
+from split_common.errors import ConfigError, UnknownModel, UnsupportedArchitecture
 from split_common.models.checkpoint import Checkpoint
+from split_common.models.checkpoint_files import check_tokenizer_files
+from split_common.system.files import user_path
 from split_common.system.text import check_text
 
 #: A message of a conversation: its `role` and its `content`.
@@ -18,15 +20,44 @@ ChatMessage = dict[str, str]
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
-    """Loads the checkpoint's tokenizer. Raises UnknownModel if it has none, or it cannot be loaded."""
+    """Loads the checkpoint's tokenizer, without running Python code of the checkpoint's own.
+
+    Raises:
+        UnknownModel: there is none, or it cannot be loaded.
+        UnsupportedArchitecture: it is code of the checkpoint's own.
+        ModelError: one of its files cannot be read, or is a Git LFS pointer.
+    """
     checkpoint = Checkpoint.resolve(name_or_path, revision)
-    directory = Path(name_or_path)
-    if directory.is_dir() and not [*directory.glob("tokenizer*"), *directory.glob("vocab*")]:
-        raise UnknownModel(f"{name_or_path} has no tokenizer: put the model's tokenizer.json beside its weights")
+    directory = user_path(name_or_path)
+    if directory.is_dir():
+        if not [*directory.glob("tokenizer*"), *directory.glob("vocab*")]:
+            raise UnknownModel(
+                f"{name_or_path} has no tokenizer: put the model's tokenizer.json beside its weights"
+            )
+        check_tokenizer_files(directory)
+    place = directory if directory.is_dir() else checkpoint.name
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.name if revision else name_or_path, revision=revision)
+        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
     except Exception as error:
+        if _brings_code(checkpoint):
+            raise UnsupportedArchitecture(
+                f"the tokenizer of {name_or_path} is Python code of its own (auto_map in tokenizer_config.json), "
+                "which is not run"
+            ) from None
         raise UnknownModel(f"the tokenizer of {name_or_path} cannot be loaded: {error}") from None
+
+
+def _brings_code(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint names code of its own as its tokenizer."""
+    file = checkpoint.find("tokenizer_config.json")
+    try:
+        return file is not None and bool(msgspec.json.decode(file.read_bytes(), type=_TokenizerConfig).auto_map)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+
+
+class _TokenizerConfig(msgspec.Struct):
+    auto_map: Any = None
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[ChatMessage]) -> torch.Tensor:

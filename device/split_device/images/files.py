@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from split_common.errors import ConfigError
-from split_device.images.settings import MAX_SIDE, MIN_SIDE
+from split_common.system.outputs import write_output
+from split_device.images.settings import MAX_SIDE, MIN_SIDE, image_format
 
 #: Pillow's names of the formats that are read. Others may run programs (EPS), or hold no pixels.
 _READ = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
@@ -84,6 +85,11 @@ def image_bytes(image: Any, format_: str = "PNG", *, metadata: bool = True) -> b
     content = io.BytesIO()
     image.save(content, format_, **(_embedded(image, format_) if metadata else {}))
     return content.getvalue()
+
+
+def write_image(image: Any, path: Path, *, metadata: bool = True) -> None:
+    """Writes a Pillow image in the format of the path's extension: see `image_bytes`. Raises ConfigError."""
+    write_output(path, image_bytes(image, image_format(path), metadata=metadata))
 
 
 def _embedded(image: Any, format_: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from diffusers import SchedulerMixin
 from transformers import PreTrainedTokenizerBase
 
 from split_common.errors import ConfigError, ModelError, SplitError
+from split_common.models.checkpoint_files import check_pipeline_files
 from split_device.generation.settings import SEED_BOUND
 from split_device.images.notices import add_notices, describe
 from split_device.images.settings import ImageSettings, check_size
@@ -102,7 +104,13 @@ class ImagePipeline:
         check_size(self._directory, settings.checked())
 
     def start(self, prompt: str, settings: ImageSettings) -> ImageGeneration:
-        """Starts an image in its own thread. Raises ConfigError for settings with which none can be made."""
+        """Starts an image in its own thread.
+
+        Raises:
+            ConfigError: the model cannot make an image with these settings.
+            ForkedProcess: this process was forked since the model was loaded.
+        """
+        self.denoiser.check_process()
         self.check(settings)
         settings = settings.checked()
 
@@ -128,6 +136,7 @@ class ImagePipeline:
             ConfigError: the pipeline refuses an argument.
             SplitError: the worker or the queue failed, or the model cannot be split in this way.
         """
+        self.denoiser.check_process()
         settings = settings.checked()
         with self._borrowed() as pipeline:
             return _generate(pipeline, prompt, settings, on_step, **more)
@@ -171,17 +180,30 @@ def _private_copy(pipeline: Any) -> Any:
 
 
 def _load(directory: str, denoiser: SplitDenoiser, from_image: bool) -> Any:
-    """The checkpoint's own pipeline with the split denoiser. Raises ModelError."""
+    """The checkpoint's own pipeline with the split denoiser. Its code is not run, nor its pickles read.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
     import diffusers
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    check_pipeline_files(Path(directory))
     kind = diffusers.AutoPipelineForImage2Image if from_image else diffusers.AutoPipelineForText2Image
     try:
-        pipeline = kind.from_pretrained(directory, **denoiser.pipeline_options(), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        pipeline = kind.from_pretrained(
+            directory,
+            **denoiser.pipeline_options(),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except SplitError:
+        raise
+    except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"the pipeline in {directory} cannot be loaded: {reason[0]}") from None
     pipeline.set_progress_bar_config(disable=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,9 @@ from typing import Annotated, Any
 import msgspec
 
 from split_common.errors import ConfigError
+from split_common.models.checkpoint_files import directory_name
+from split_common.system.files import user_path
+from split_common.system.outputs import check_output, is_stream
 from split_device.generation.settings import checked
 
 #: Environment variable with the default image model.
@@ -67,9 +69,10 @@ def pipeline_directory(model: str | None) -> str:
     """The pipeline's absolute directory. Raises ConfigError if there is none."""
     if model is None:
         raise ConfigError(f"no model: give --model DIR, the directory of a pipeline, or set {IMAGE_MODEL}")
-    if not (Path(model) / "model_index.json").is_file():
+    directory = user_path(model)
+    if not (directory / "model_index.json").is_file():
         raise ConfigError(f"{model} is not the directory of a pipeline: it has no model_index.json")
-    return str(Path(model).resolve())
+    return str(directory.resolve())
 
 
 def need_diffusers() -> None:
@@ -101,28 +104,22 @@ def check_size(directory: str, settings: ImageSettings) -> None:
     for side in sides:
         if side not in range(multiple, MAX_SIDE + 1, multiple):
             raise ConfigError(
-                f"{Path(directory).name} cannot make a side of {side} pixels: "
+                f"{directory_name(Path(directory))} cannot make a side of {side} pixels: "
                 f"expected a multiple of {multiple}, at most {MAX_SIDE}"
             )
 
 
-def image_format(name: str) -> str:
-    """Pillow's name of the format of a file. Raises ConfigError if the extension is unknown."""
-    extension = name[name.rfind(".") :].lower()
+def image_format(path: Path) -> str:
+    """Pillow's name of the format of a file; PNG for pipes and devices. Raises ConfigError if it is unknown."""
+    extension = path.name[path.name.rfind(".") :].lower()
     if extension not in FORMATS:
-        raise ConfigError(f"invalid image file {name!r}: expected a name ending in {', '.join(FORMATS)}")
+        if is_stream(path):
+            return "PNG"
+        raise ConfigError(f"invalid image file {path.name!r}: expected a name ending in {', '.join(FORMATS)}")
     return FORMATS[extension]
 
 
-def check_output(path: Path) -> None:
-    """Raises ConfigError if an image cannot be written to this path. Called before any work is done for it."""
-    image_format(path.name)
-    directory = path.absolute().parent
-    if not directory.is_dir():
-        raise ConfigError(f"{directory} is not a directory")
-    if path.is_dir():
-        raise ConfigError(f"{path} is a directory")
-    try:
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        raise ConfigError(f"{directory} cannot be written: {error.strerror}") from None
+def check_image_output(path: Path, *inputs: Path | None) -> None:
+    """Raises ConfigError if an image cannot be written to this path: see `split_common.system.outputs`."""
+    image_format(path)
+    check_output(path, *inputs)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from split_common.errors import ConfigError, JobsError, SplitError, StoreLocked
-from split_common.system.files import private_dir
+from split_common.system.files import private_dir, user_path
 from split_device.jobs.vault import Vault, make_key, read_key
 
 #: Version of the schema (`PRAGMA user_version`). A store of another version is refused.
@@ -68,6 +68,8 @@ def open_database(path: Path, key_file: Path | None) -> tuple[sqlite3.Connection
         ConfigError: the file cannot be opened, or is not a store.
         KeysError: the key's file cannot be read or written, or does not hold a key.
     """
+    path = user_path(path)
+    key_file = user_path(key_file) if key_file is not None else None
     private_dir(path.parent)
     try:
         # SQLite gives its other two files the mode of this one.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from split_common.models.demo_model import resolve_model
 from split_common.models.split import DEFAULT_CUT, END_LAYERS
+from split_common.system.files import user_path
 from split_device.generation.settings import Sampling
 from split_device.images.settings import ImageSettings
 
@@ -41,7 +41,8 @@ def checkpoint(model: str | None) -> str:
         ModelError: the demo model is missing and cannot be made.
     """
     name = resolve_model(model)
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    directory = user_path(name)
+    return str(directory.resolve()) if directory.is_dir() else name
 
 
 class ImageChoice(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ import msgspec
 
 from split_common.errors import ConfigError, JobsError, StoreLocked, UnknownJob
 from split_common.system.files import state_dir
+from split_common.system.forks import Birthplace
 from split_device.jobs.database import open_database, transaction
 from split_device.jobs.job import (
     FINAL,
@@ -39,7 +40,9 @@ def store_path() -> Path:
 
 
 class Store:
-    """Jobs in a file of mode 0600. An instance belongs to one thread; several processes may open the same file.
+    """Jobs in a file of mode 0600. Several processes may open the same file, each for itself.
+
+    An instance belongs to one thread. In a forked child all methods but `close` raise ForkedProcess.
 
     Args:
         path: the SQLite file. Created if it is missing.
@@ -53,10 +56,18 @@ class Store:
 
     def __init__(self, path: Path, key_file: Path | None = None) -> None:
         self.path = path
-        self._db, self._vault = open_database(path, key_file)
+        self._birthplace = Birthplace("the store of jobs")
+        self._connection, self._vault = open_database(path, key_file)
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        self._birthplace.check()
+        return self._connection
 
     def close(self) -> None:
-        self._db.close()
+        """Closes the file. Does nothing in a forked child: SQLite's files must not be closed there."""
+        if not self._birthplace.is_elsewhere:
+            self._connection.close()
 
     def __enter__(self) -> Store:
         return self

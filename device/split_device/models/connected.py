@@ -96,6 +96,10 @@ class ConnectedModel:
         """Leaves the queue; workers free this device's sessions. The model cannot be used afterwards."""
         self._client.close()
 
+    def check_process(self) -> None:
+        """Raises ForkedProcess in a process that was forked since the model was loaded, as each call does."""
+        self._client.check_process()
+
     def save_pretrained(self, *_args: Any, **_options: Any) -> Any:
         """Refused: this process holds only a part of the model."""
         raise UnsupportedFeature("a split model holds only a part of the weights; save the original checkpoint")

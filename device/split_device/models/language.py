@@ -143,6 +143,7 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
             ConfigError: a token of the prompt is not one of the model's.
             SplitError: the worker or the queue failed.
         """
+        self.check_process()
         config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         for options in (vars(config) if config is not None else {}, kwargs):
             if options.get("cache_implementation") not in _DYNAMIC:
@@ -184,12 +185,14 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         return scope if scope is not None and scope.body is self._body else None
 
     def _before_forward(self, _module: Any, _args: Any) -> None:
+        self.check_process()
         scope = self._scope
         context = StepContext(timings=StepTimings(scope.step_ended if scope is not None else None))
         context.timings.lap("sampling")
         forwarding.enter(context)
 
     def _before_stack(self, _owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.check_process()
         given = dict(zip(self._stack_arguments, args, strict=False)) | kwargs
         mask, cache = given.get("attention_mask"), given.get(self.split_parts.stack.cache_name)
         # The owner may have been called without the model around it.

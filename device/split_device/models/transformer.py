@@ -109,6 +109,7 @@ class SplitTransformer(SplitDenoiser):
             SplitError: the worker or the queue failed.
         """
         given = arguments(self._signature, self, *args, **kwargs)
+        self.check_process()
         refuse_gradients(given["hidden_states"])
         for name, what in _REFUSED.items():
             if given.get(name) is not None:

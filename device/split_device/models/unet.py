@@ -49,6 +49,7 @@ class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionMod
             SplitError: the worker or the queue failed.
         """
         given = arguments(_SIGNATURE, self, *args, **kwargs)
+        self.check_process()
         refuse_gradients(given["sample"])
         if given.get("down_intrablock_additional_residuals") is not None:
             raise UnsupportedFeature("a T2I-Adapter cannot be split: it concerns blocks that are on the worker")

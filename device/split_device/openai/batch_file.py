@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from split_common.errors import JobsError
-from split_common.system.files import state_dir, write_private
+from split_common.system.files import state_dir
+from split_common.system.outputs import is_stream, write_output
 from split_common.system.text import json_line
 from split_device.jobs.job import FINAL, Job
 from split_device.jobs.store import Store
@@ -114,7 +115,7 @@ def write(path: Path, records: Iterator[dict[str, Any]]) -> tuple[int, int]:
             errors += record["error"] is not None
             lines.write(f"{json_line(record)}\n".encode())
         lines.seek(0)
-        write_private(path, lines)
+        write_output(path, lines)
     return count, errors
 
 
@@ -128,9 +129,12 @@ def _slices(lines: Iterable[Line]) -> Iterator[list[Line]]:
     yield some
 
 
-def work_path(output: Path) -> Path:
-    """The path of the store for the batch whose answers go to `output`."""
-    name = hashlib.sha256(os.fsencode(output.resolve())).hexdigest()[:16]
+def work_path(output: Path, source: Path | None = None) -> Path:
+    """The path of the store for the batch whose answers go to `output`; of a stream, also by its requests."""
+    place = str(output.resolve())
+    if source is not None and is_stream(output):
+        place = f"{source.resolve()}\0{output}"
+    name = hashlib.sha256(os.fsencode(place)).hexdigest()[:16]
     return state_dir() / "batches" / f"{name}.db"
 
 

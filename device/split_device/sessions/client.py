@@ -16,6 +16,7 @@ from split_common.errors import (
     WorkerGone,
 )
 from split_common.protocol import headers, payloads
+from split_common.system.forks import Birthplace
 from split_common.transport import Transport, count_dropped, new_peer_id
 from split_common.trust.fleet import Fleet
 from split_common.trust.keys import Certificate, Identity, ModelScope, Role
@@ -75,6 +76,7 @@ class Client:
         #: By the numbers of channel and session.
         self._sessions: dict[tuple[int, int], RemoteSession] = {}
         self._closed = False
+        self._birthplace = Birthplace("the model")
 
     def __deepcopy__(self, memo: object) -> Client:
         return self
@@ -84,12 +86,19 @@ class Client:
         self.transport.start(self, self.timeout)
 
     def close(self) -> None:
-        """Leaves the queue; workers free this device's sessions. Only the first call has an effect."""
-        if self._closed:
+        """Leaves the queue; workers free this device's sessions.
+
+        Only the first call has an effect, and none in a forked child, whose parent stays in the queue.
+        """
+        if self._closed or self._birthplace.is_elsewhere:
             return
         self._closed = True
         self._channels.close()
         self.transport.close()
+
+    def check_process(self) -> None:
+        """Raises ForkedProcess in a process that was forked since this client was made."""
+        self._birthplace.check()
 
     @property
     def served(self) -> bool:
@@ -208,7 +217,9 @@ class Client:
 
         Raises:
             NoWorker, Busy, BrokerUnreachable, AuthenticationError: as `Channels.choose`.
+            ForkedProcess: this process was forked since this client was made.
         """
+        self.check_process()
         number = number if number is not None else self.new_number()
         while True:
             session = self.new_session(self._channels.choose(avoid, check), number, epoch)

@@ -27,6 +27,7 @@ from split_common.errors import (
 )
 from split_common.protocol import headers, payloads
 from split_common.protocol.channel import CHANNEL_SESSIONS, Channel, SessionKeys
+from split_common.system.forks import Birthplace
 from split_common.transport import Transport
 from split_common.trust.keys import Roster
 from split_device.sessions.timings import StepTimings
@@ -125,6 +126,7 @@ class RemoteSession:
         #: Requests without a reply, by sequence number.
         self.in_flight: dict[int, tuple[headers.Relay, bytes]] = {}
         self._lost: SplitError | None = None
+        self._birthplace = Birthplace("the model")
         # When bounced requests are sent again, even if other messages arrive before; by `time.monotonic`.
         self._bounced_until = math.inf
         #: Whether to wait for a slow worker.
@@ -221,7 +223,10 @@ class RemoteSession:
         return self._lost is not None
 
     def close(self) -> None:
-        """Frees the session on its worker, without waiting. The garbage collector may call it, on any thread."""
+        """Frees the session on its worker, without waiting. The garbage collector may call it, on any thread.
+
+        In a forked child it only forgets the session, which is still its parent's.
+        """
         if self._lost is None:
             self._end(SessionLost("the session was closed"))
 
@@ -245,12 +250,14 @@ class RemoteSession:
         """Ends the session, and frees it on its worker, which may hold it even after a refusal."""
         if self._lost is None:
             self._lost = error if isinstance(error, SessionLost) else SessionLost("the session was closed")
-            self._send(self._seal(payloads.Close(), b""))
+            if not self._birthplace.is_elsewhere:
+                self._send(self._seal(payloads.Close(), b""))
         self.in_flight.clear()
         self._host.forget(self)
 
     def _seal(self, payload: payloads.Payload, tensor: memoryview | bytes) -> tuple[headers.Relay, bytes]:
-        """Seals the next request."""
+        """Seals the next request. Raises ForkedProcess in a forked child: its parent uses the same nonces."""
+        self._birthplace.check()
         if isinstance(payload, payloads.Step | payloads.Denoise):
             payload = msgspec.structs.replace(payload, acked=self.acked)
         header = headers.Relay(

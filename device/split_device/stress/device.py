@@ -132,7 +132,9 @@ class TextWorkload:
         from transformers import AutoModelForCausalLM
 
         self._draw_key = seed, index
-        self._unsplit = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
+        self._unsplit = AutoModelForCausalLM.from_pretrained(
+            reference, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        ).eval()
         self._model = model
         self._options = {"head_layers": head, "tail_layers": tail, **options}
         self.split: Any = None

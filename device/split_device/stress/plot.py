@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from pathlib import Path
 
 from split_common.errors import ConfigError
+from split_common.system.outputs import check_output, write_output
 from split_device.stress.chaos import INTERVALS, Chaos
 from split_device.stress.ledger import Ledger
 
@@ -17,8 +19,7 @@ def check_plot(path: Path) -> None:
     """Raises ConfigError if `draw` cannot write to this path."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'lambda-split[plot]'")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path.parent} is not a directory")
+    check_output(path)
     from matplotlib.figure import Figure
 
     formats = Figure().canvas.get_supported_filetypes()
@@ -55,7 +56,9 @@ def draw(path: Path, ledger: Ledger, chaos: Chaos | None, seconds: float) -> Non
     marks.set_xlabel("seconds")
     marks.set_xlim(0, seconds)
     marks.grid(alpha=0.3, axis="x")
+    content = io.BytesIO()
     try:
-        figure.savefig(path, dpi=120)
+        figure.savefig(content, dpi=120, format=path.suffix[1:].lower())
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot draw {path}: {error}") from None
+    write_output(path, content.getvalue())

@@ -10,7 +10,7 @@ from typing import Any
 from split_common.errors import ConfigError
 from split_common.models.split import DEFAULT_CUT
 from split_common.system.console import emit_json, stderr
-from split_common.system.files import write_private
+from split_common.system.outputs import check_output, write_output
 from split_common.system.process import passive_threads
 from split_device.cli.demo.fleet import running_fleet
 
@@ -45,8 +45,9 @@ def image_demo(output: Path, json: bool) -> None:
             f"{DIGITS_MODEL} is missing: the model comes with a clone of the repository, not with the package; "
             "run `make demo-image` in a clone"
         )
-    if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir():
-        raise ConfigError(f"invalid output {str(output)!r}: expected a .png file in an existing directory")
+    if output.suffix.lower() != ".png":
+        raise ConfigError(f"invalid output {str(output)!r}: expected a .png file")
+    check_output(output)
     passive_threads()
     with running_fleet(["--model", str(DIGITS_MODEL), "--cut", DEFAULT_CUT, "--dtype", "float32"]) as fleet:
         import torch
@@ -67,7 +68,7 @@ def image_demo(output: Path, json: bool) -> None:
     sheet = _sheet(split)
     content = io.BytesIO()
     sheet.save(content, "PNG", optimize=True)
-    write_private(output.absolute(), content.getvalue())
+    write_output(output, content.getvalue())
     facts = {
         "output": str(output.absolute()),
         "images": len(split),
