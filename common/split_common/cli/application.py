@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -16,7 +17,8 @@ import typer
 from split_common.cli.numbers import bound_numbers
 from split_common.errors import ConfigError, SplitError
 from split_common.system.console import emit_json, prepare_output
-from split_common.system.process import reuse_memory
+from split_common.system.files import user_path
+from split_common.system.process import keep_memory_private, reuse_memory
 from split_common.system.text import check_text
 
 #: Group of entry points, each a function `register(app: typer.Typer) -> None`. Their modules import torch and
@@ -64,6 +66,7 @@ def _options(
 ) -> None:
     """Run a model split between this device and workers, over an encrypted queue."""
     reuse_memory()
+    keep_memory_private()
     # Errors of the hub are reported once, at the end, instead of at each retry.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     logging.basicConfig(
@@ -81,6 +84,28 @@ def load_commands() -> None:
             raise ConfigError(
                 f"the {entry.name!r} commands ({entry.value}) cannot be loaded: {type(exc).__name__}: {exc}"
             ) from exc
+    _expand_paths(app)
+
+
+def _expand_paths(commands: typer.Typer) -> None:
+    """Makes commands take `~` in paths also where no shell has expanded it: `--keys=~/keys`, or in a variable."""
+    for command in commands.registered_commands:
+        if command.callback is not None:
+            command.callback = _with_user_paths(command.callback)
+    for group in commands.registered_groups:
+        if group.typer_instance is not None:
+            _expand_paths(group.typer_instance)
+
+
+def _with_user_paths(callback: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(callback)
+    def run(*args: Any, **options: Any) -> Any:
+        return callback(
+            *args,
+            **{name: user_path(value) if isinstance(value, Path) else value for name, value in options.items()},
+        )
+
+    return run
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from split_common.transport.address import is_redis, masked, parse_address
 from split_common.trust.fleet import DAYS, Fleet, keys_dir, load_fleet
 from split_common.trust.keys import Certificate, Member, ModelScope, Role
 from split_common.trust.manifest import Manifest
+from split_common.trust.passphrase import ask_passphrase
 
 keys_app = typer.Typer(no_args_is_help=True)
 
@@ -48,12 +49,24 @@ def register(app: typer.Typer) -> None:
 
 
 @keys_app.command()
-def init(keys: FleetOption = None, days: DaysOption = DAYS, json: JsonOption = False) -> None:
+def init(
+    keys: FleetOption = None,
+    days: DaysOption = DAYS,
+    passphrase: Annotated[
+        bool,
+        typer.Option(
+            "--passphrase",
+            help="Seal operator.key under a passphrase, which is asked for, or is in $LAMBDA_SPLIT_PASSPHRASE.",
+        ),
+    ] = False,
+    json: JsonOption = False,
+) -> None:
     """Make a new fleet: the operator's key, a broker, a device and a worker.
 
     Give each machine its own NAME.key with operator.pub, roster and models/. Keep operator.key to yourself.
     """
-    fleet = Fleet.create(keys_dir(keys), days)
+    path = keys_dir(keys)
+    fleet = Fleet.create(path, days, ask_passphrase(path / "operator.key", again=True) if passphrase else None)
     names = ", ".join(member.name for member in fleet.roster().members)
     _report(json, f"made a fleet in {fleet.path}: {names}", _summary(fleet))
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._inductor import config as inductor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 #: What `torch.nn.attention.varlen.varlen_attn` calls. In torch 2.11 only this takes the lengths of sequences whose
 #: keys are not contiguous. Written against torch 2.11 to 2.13; if it breaks, look at
@@ -41,6 +42,14 @@ def compile_in_this_process() -> None:
     Written against torch 2.13. If it breaks, look at `compile_threads` in `torch/_inductor/config.py`.
     """
     inductor.compile_threads = 1
+
+
+def inductor_cache_default() -> str:
+    """The directory where `torch.compile` keeps compiled code unless another is set: under `/tmp`.
+
+    Written against torch 2.13. If it breaks, look at `torch/_inductor/runtime/cache_dir_utils.py`.
+    """
+    return default_cache_dir()
 
 
 def remove_forward_hooks(module: nn.Module) -> None:

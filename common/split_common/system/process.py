@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,10 @@ MMAP_THRESHOLD = -3, 8 * 1024 * 1024
 SPIN_COUNT = "1000"
 
 
+#: Operation of prctl(2).
+PR_SET_DUMPABLE = 4
+
+
 def passive_threads() -> None:
     """Makes idle OpenMP threads sleep: several processes that spin on few cores slow each other down.
 
@@ -35,6 +40,21 @@ def passive_threads() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+
+
+def keep_memory_private() -> None:
+    """Keeps keys and prompts out of core dumps, and other processes of this user out of this one's memory.
+
+    For commands only. Debuggers and profilers cannot attach either, unless `LAMBDA_SPLIT_DEBUG` is 1. Outside Linux
+    it only forbids core dumps.
+    """
+    if os.environ.get("LAMBDA_SPLIT_DEBUG") == "1":
+        return
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # The limit does not concern a program that the system pipes core dumps to.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def reuse_memory() -> None:
@@ -46,6 +66,14 @@ def reuse_memory() -> None:
         libc = ctypes.CDLL(None)
         for limit in (TRIM_THRESHOLD, MMAP_THRESHOLD):
             libc.mallopt(*limit)
+
+
+def python(*arguments: str) -> list[str]:
+    """The command line that runs this Python in a child process, e.g. with `-m` and a module.
+
+    Without `-P`, `-m` and `-c` import from the current directory first, which may hold anybody's files.
+    """
+    return [sys.executable, "-P", *arguments]
 
 
 def use_loopback_keys(empty: Path) -> None:
@@ -83,7 +111,7 @@ def running_command(
         stderr = stack.enter_context(log.open("ab")) if log is not None else None
         process = stack.enter_context(
             started(
-                [sys.executable, "-m", "split_common", *arguments, "--json"],
+                python("-m", "split_common", *arguments, "--json"),
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 env={**os.environ, **(env or {}), PARENT: str(os.getpid())},

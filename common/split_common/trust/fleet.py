@@ -1,6 +1,7 @@
 """A fleet's directory: the operator's key, the members' keys, the roster and the models' manifests.
 
-    operator.key            the operator's Ed25519 seed (32 bytes, 0600); only on the operator's machine
+    operator.key            the operator's Ed25519 seed (32 bytes, or sealed under a passphrase; 0600); only on the
+                            operator's machine
     operator.pub            its public key (32 bytes)
     roster                  all members, signed
     NAME.key                a member's `Identity` (0600)
@@ -29,11 +30,13 @@ from nacl.signing import SigningKey
 
 from split_common.errors import CertificateError, KeysError
 from split_common.system.files import (
+    check_writable,
     config_dir,
     private_dir,
     read_private,
     read_public,
     runtime_dir,
+    user_path,
     write_private,
     write_public,
 )
@@ -52,6 +55,7 @@ from split_common.trust.keys import (
     verify_certificate,
 )
 from split_common.trust.manifest import Manifest
+from split_common.trust.passphrase import ask_passphrase, is_sealed, open_secret, seal_secret
 from split_common.trust.roster_store import RosterStore
 
 log = logging.getLogger(__name__)
@@ -88,29 +92,33 @@ class Fleet:
         self.is_loopback = is_loopback
         self._file_lock = FileLock(path / ".lock", mode=0o600)
         self._roster_store = RosterStore(path / "roster", operator_key, self._file_lock)
+        #: That of a sealed operator.key, once the passphrase was given.
+        self._seed: bytes | None = None
 
     def __repr__(self) -> str:
         return f"Fleet({str(self.path)!r}, roster version {self.roster().version})"
 
     @classmethod
-    def create(cls, path: Path, days: float = DAYS) -> Fleet:
+    def create(cls, path: Path, days: float = DAYS, passphrase: str | None = None) -> Fleet:
         """Makes a fleet of `FIRST_MEMBERS`.
 
         Args:
             path: the directory.
             days: validity of the certificates.
+            passphrase: seals the operator's key.
 
         Raises:
-            KeysError: there is a fleet already, or the directory cannot be used.
+            KeysError: there is a fleet already, the directory cannot be used, or the passphrase is empty.
         """
         private_dir(path)
         operator = SigningKey.generate()
+        seed = bytes(operator) if passphrase is None else seal_secret(bytes(operator), passphrase)
         fleet = cls(path, bytes(operator.verify_key))
         with fleet.locked():
             if any((path / name).exists() for name in ("operator.key", "operator.pub", "roster")):
                 raise KeysError(f"{path} already holds a fleet")
             identities = [_issue(operator, role, name, (), days) for role, name in FIRST_MEMBERS]
-            write_private(path / "operator.key", bytes(operator))
+            write_private(path / "operator.key", seed)
             write_public(path / "operator.pub", fleet.operator_key)
             fleet._enlist(operator, identities)
         return fleet
@@ -315,18 +323,26 @@ class Fleet:
             self._file_lock.release()
 
     def require_operator(self) -> None:
-        """Checks that the operator's key is here: to be called before a long preparation.
+        """Checks that a manifest can be signed and kept: to be called before a long preparation.
 
         Raises:
-            KeysError: it is not here, or damaged.
+            KeysError: the operator's key is not here, or damaged; or the directory cannot be written.
         """
         self._operator()
+        check_writable(self.path / "models")
 
     def _operator(self) -> SigningKey:
         path = self.path / "operator.key"
         if not path.exists():
             raise KeysError(f"{path} is not here; do this on the operator's machine")
         seed = read_private(path)
+        if is_sealed(seed):
+            if self._seed is None:
+                try:
+                    self._seed = open_secret(seed, ask_passphrase(path))
+                except KeysError as error:
+                    raise KeysError(f"{path}: {error}") from None
+            seed = self._seed
         operator = SigningKey(seed) if len(seed) == 32 else None
         if operator is None or bytes(operator.verify_key) != self.operator_key:
             raise KeysError(f"{path} is damaged, or does not belong to operator.pub")
@@ -364,10 +380,8 @@ class Fleet:
 
 def keys_dir(keys: Path | None = None) -> Path:
     """The directory for keys: `keys`, else `LAMBDA_SPLIT_KEYS`, else `keys` in the settings directory."""
-    if keys is not None:
-        return keys
-    configured = os.environ.get("LAMBDA_SPLIT_KEYS")
-    return Path(configured) if configured else config_dir() / "keys"
+    configured = keys or os.environ.get("LAMBDA_SPLIT_KEYS")
+    return user_path(configured) if configured else config_dir() / "keys"
 
 
 def load_fleet(keys: Path | None = None) -> Fleet:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Run this user's jobs in the background.", rich_markup_mode="markdown")
 
-#: Interval between two removals of old jobs, in seconds.
+#: Interval between two removals of old jobs, and two looks at the length of the log, in seconds.
 PRUNE_INTERVAL = 60.0
 
 #: Interval between two reads of a log that is followed, in seconds.
@@ -74,11 +74,15 @@ def _work(runner: JobRunner, store: Store, max_age: int | None, stop: threading.
         max_age: how long jobs are kept after they have ended, in seconds; None for no limit.
     """
     prune_at = 0.0
+    in_background = agent.logs_to_file()
     try:
         while not stop.is_set():
             runner.turn()
-            if max_age is not None and time.monotonic() >= prune_at:
-                store.prune(time.time() - max_age)
+            if time.monotonic() >= prune_at:
+                if max_age is not None:
+                    store.prune(time.time() - max_age)
+                if in_background:
+                    agent.trim_log()
                 prune_at = time.monotonic() + PRUNE_INTERVAL
     except KeyboardInterrupt:
         if not stop.is_set():
@@ -152,6 +156,8 @@ def logs(
         with agent.log_path().open() as file:
             sys.stdout.writelines(file.readlines()[-lines:] if lines else [])
             while follow:
+                if file.tell() > os.fstat(file.fileno()).st_size:
+                    file.seek(0)  # It was moved away: see `agent.trim_log`.
                 sys.stdout.write(file.read())
                 sys.stdout.flush()
                 time.sleep(LOG_INTERVAL)

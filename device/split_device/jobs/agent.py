@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,11 @@ import msgspec
 from split_common.errors import AgentError
 from split_common.system.files import private_dir, state_dir
 from split_common.system.lock import holder
+from split_common.system.process import python
 from split_common.system.signals import PARENT
+
+#: Bytes after which the log becomes `agent.log.1`, in place of an earlier one.
+MAX_LOG = 4 * 1024 * 1024
 
 
 def lock_path() -> Path:
@@ -25,6 +30,27 @@ def lock_path() -> Path:
 
 def log_path() -> Path:
     return state_dir() / "agent.log"
+
+
+def trim_log() -> None:
+    """Moves the log to `agent.log.1` if it is longer than `MAX_LOG`. The agent goes on writing where it was."""
+    path = log_path()
+    with contextlib.suppress(OSError):
+        if path.stat().st_size > MAX_LOG:
+            with path.open("rb") as log, os.fdopen(_open_private(path.with_name("agent.log.1")), "wb") as old:
+                shutil.copyfileobj(log, old)
+            os.truncate(path, 0)
+
+
+def logs_to_file() -> bool:
+    """Whether this process's stderr is the log."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(2), log_path().stat())
+    return False
+
+
+def _open_private(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def running_agent() -> int | None:
@@ -43,10 +69,11 @@ def start(options: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
         AgentError: it did not start.
     """
     private_dir(state_dir())
+    trim_log()
     log = os.open(log_path(), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "split_common", "--log-level", "info", "agent", "run", *options, "--json"],
+            python("-m", "split_common", "--log-level", "info", "agent", "run", *options, "--json"),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import threading
 import time
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 
+#: Number of connections that may wait until they are accepted.
+BACKLOG = 128
+
 #: How long open responses may take to end when the server stops, in seconds.
 SHUTDOWN_GRACE = 2
 
@@ -25,14 +29,34 @@ START_INTERVAL = 0.01
 
 @contextlib.contextmanager
 def listening(port: int) -> Iterator[socket.socket]:
-    """A socket on a port of the loopback; 0 takes a free one. Raises ConfigError if the port cannot be used."""
+    """A socket that listens on a port of the loopback; 0 takes a free one. Clients that come early wait.
+
+    It listens at once, because another user may take a port that is bound and not listened to.
+
+    Raises:
+        ConfigError: the port cannot be used.
+    """
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((HOST, port))
+            listener.listen(BACKLOG)
         except OSError as error:
             raise ConfigError(f"port {port} cannot be used: {error.strerror}") from None
         yield listener
+
+
+class _TypeOnly(logging.Filter):
+    """Replaces an exception by its type: its message and its traceback may hold a prompt."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[0] is not None:
+            record.msg, record.args = f"{record.getMessage().strip()}: {record.exc_info[0].__name__}", ()
+            record.exc_info = record.exc_text = None
+        return True
+
+
+_type_only = _TypeOnly()
 
 
 @contextlib.contextmanager
@@ -60,6 +84,8 @@ def running_server(app: Starlette, listener: socket.socket, stop: threading.Even
             lifespan="off",
         )
     )
+
+    logging.getLogger("uvicorn.error").addFilter(_type_only)
 
     def run() -> None:
         try:

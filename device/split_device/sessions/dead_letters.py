@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -13,6 +14,9 @@ from split_common.errors import ConfigError
 from split_common.system.files import private_dir, state_dir
 
 log = logging.getLogger(__name__)
+
+#: Bytes after which the file becomes `dead-letters.1.jsonl`, in place of an earlier one: thousands of letters.
+MAX_FILE = 4 * 1024 * 1024
 
 #: Most characters that are kept of a reason, which may come from a worker.
 MAX_REASON = 500
@@ -38,6 +42,9 @@ def record(letter: DeadLetter) -> None:
     letter = msgspec.structs.replace(letter, reason=letter.reason[:MAX_REASON])
     try:
         private_dir(_path().parent)
+        with contextlib.suppress(FileNotFoundError):
+            if _path().stat().st_size > MAX_FILE:
+                _path().replace(_old_path())
         file = os.open(_path(), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             os.write(file, msgspec.json.encode(letter) + b"\n")
@@ -51,30 +58,39 @@ def read() -> list[DeadLetter]:
     """All letters, the oldest first; lines that are not letters are skipped.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: a file of them cannot be read.
     """
+    return [*_read(_old_path()), *_read(_path())]
+
+
+def _read(path: Path) -> list[DeadLetter]:
     try:
-        lines = _path().read_bytes().splitlines()
+        lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise ConfigError(f"{_path()} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     letters = []
     for line in lines:
         try:
             letters.append(msgspec.json.decode(line, type=DeadLetter))
         except msgspec.DecodeError:
-            log.warning("%s has a line that is not a dead letter", _path())
+            log.warning("%s has a line that is not a dead letter", path)
     return letters
 
 
 def clear() -> None:
-    """Deletes all letters. Raises ConfigError if the file cannot be removed."""
-    try:
-        _path().unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{_path()} cannot be removed: {error.strerror}") from None
+    """Deletes all letters. Raises ConfigError if a file of them cannot be removed."""
+    for path in (_old_path(), _path()):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be removed: {error.strerror}") from None
 
 
 def _path() -> Path:
     return state_dir() / "dead-letters.jsonl"
+
+
+def _old_path() -> Path:
+    return state_dir() / "dead-letters.1.jsonl"
