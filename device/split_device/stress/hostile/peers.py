@@ -140,7 +140,7 @@ class BarePeer:
         self.socket.send_multipart(frames)
 
     def announce(self, **fields: Any) -> None:
-        self.send(announcement(self._scene, self.id, **fields))
+        self.send(announcement(self._scene, self.id, **fields), self._scene.identity.certificate_bytes)
 
     def receive(self, wanted: Wanted, timeout: float = PATIENCE) -> Message:
         deadline = time.monotonic() + timeout
