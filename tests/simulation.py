@@ -25,6 +25,7 @@ from split_broker import broker as broker_module
 from split_broker import peer_queue as peer_queue_module
 from split_broker.access import Authentication
 from split_broker.broker import Broker
+from split_broker.set_ups import SetUps
 from split_common.engine import pool as pool_module
 from split_common.engine import scheduler as scheduler_module
 from split_common.engine.forward import Forward
@@ -193,6 +194,7 @@ class Link(ZmqLink):
         #: When the last of its messages, in either direction, arrives.
         self.arrival = 0.0
         self._fleet = world.fleet
+        self._identity = world.fleet.read_identity(member)
         self._roster_version = world.fleet.roster().version
         self._sock = None
         self._turn = link_module.threading.Lock()
@@ -274,6 +276,7 @@ class SimulatedBroker(Broker):
         self._started = world.clock.now
         self._enforced = world.fleet.roster().version
         self._peers, self._routes, self._blocked, self._pending = {}, {}, set(), {}
+        self._set_ups, self._random = SetUps(), world.random
         self._socket: Any = Socket(self._out)
         self.counters: Counter[str] = Counter()
         self._authentication = Authentication(self._fleet, self.counters)

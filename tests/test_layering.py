@@ -40,7 +40,7 @@ FLOORS = {
         "worker",
         "cli",
     ],
-    "split_broker": ["peer_queue", "access", "broker", "cli"],
+    "split_broker": ["peer_queue", "set_ups", "access", "broker", "cli"],
 }
 
 #: The packages that alone may import a library. Of all that devices and workers share, only what loads and runs

@@ -155,6 +155,7 @@ class FakePeer:
     def __init__(self, address: str, fleet: Fleet, identity: Identity, id_: bytes | None = None) -> None:
         self.role = identity.certificate.role
         self.member = identity.certificate.name
+        self.certificate = identity.certificate_bytes
         self.id = id_ or new_peer_id(self.member)
         self.socket = zmq.Context.instance().socket(zmq.DEALER)
         self.socket.linger = 0
@@ -176,7 +177,7 @@ class FakePeer:
 
     def announce(self, **fields: Any) -> None:
         known = {"sender": self.id, "role": self.role, "member": self.member}
-        self.send(headers.Announce(**{**known, **fields}))
+        self.send(headers.Announce(**{**known, **fields}), self.certificate)
 
     def receive(self, kind: Any, timeout: float = LATE) -> tuple[Any, bytes]:
         """The next message of a kind; others are skipped."""

@@ -1,4 +1,7 @@
-"""Who may connect to the broker: members with their keys over TCP, processes of this user over an ipc socket."""
+"""Who may connect to the broker: members with their keys over TCP, processes of this user over an ipc socket.
+
+An announcement also shows the member's certificate, which must hold now and, for a worker, for its service.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,27 @@ import contextlib
 import os
 import socket
 import stat
+import time
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import zmq
 import zmq.utils.z85
 from zmq.auth.thread import ThreadAuthenticator
 
-from split_common.errors import AuthenticationError, ConfigError, Malformed
-from split_common.protocol.headers import Announce
+from split_common.errors import AuthenticationError, CertificateError, ConfigError, Malformed
+from split_common.protocol.headers import Announce, Service
 from split_common.transport.supervised import count_dropped
 from split_common.transport.zmq_link import curve_z85
 from split_common.trust.fleet import Fleet
+from split_common.trust.keys import MAX_SIGNED, Certificate, ModelScope, check_certificate, open_signed
+
+#: Seconds for which devices are told of a worker that is not let in. It tries again sooner.
+TURNED_AWAY = 10.0
+
+#: Certificates whose signature is not verified again with each heartbeat.
+KNOWN_CERTIFICATES = 4096
 
 
 class Authentication:
@@ -35,6 +47,9 @@ class Authentication:
         self._fleet = fleet
         self._counters = counters
         self._curve: ThreadAuthenticator | None = None
+        # Workers, by member, whose certificate does not hold: their service, why, and when it was shown last.
+        self._turned_away: dict[str, tuple[Service, str, float]] = {}
+        self._open = lru_cache(KNOWN_CERTIFICATES)(self._open_certificate)
 
     def secure(self, context: zmq.Context[zmq.Socket[bytes]], sock: zmq.Socket[bytes]) -> None:
         """Makes a socket that is not bound yet accept members' CURVE keys alone. Starts pyzmq's thread for that.
@@ -79,6 +94,53 @@ class Authentication:
         ):
             raise Malformed("an announcement that its sender's key does not allow")
         return member.name
+
+    def certify(self, announcement: Announce, certificate: memoryview) -> bool:
+        """Checks the certificate that a member shows with an announcement that `member` has accepted.
+
+        Args:
+            announcement: names the member, its role and a worker's service.
+            certificate: as the operator signed it; empty from peers of older versions, which show none.
+
+        Returns:
+            Whether there is one.
+
+        Raises:
+            CertificateError: it is damaged, another member's, not valid now, or does not cover the service.
+            Malformed: the service has no layers.
+        """
+        if not certificate:
+            return False
+        service = announcement.service if announcement.role == "worker" else None
+        if service is not None and service.first >= service.last:
+            raise Malformed(f"a service of the layers {service.first}:{service.last}")
+        scope = ModelScope(service.root, service.first, service.last) if service is not None else None
+        try:
+            if len(certificate) > MAX_SIGNED["certificate"]:
+                raise CertificateError(f"{announcement.member!r} shows a certificate of {len(certificate)} bytes")
+            opened = self._open(bytes(certificate))
+            if opened.name != announcement.member:
+                raise CertificateError(f"{announcement.member!r} shows the certificate of {opened.name!r}")
+            check_certificate(opened, roster=self._fleet.roster(), role=announcement.role, scope=scope)
+        except CertificateError as error:
+            if service is not None:
+                self._turned_away[announcement.member] = service, str(error), time.monotonic()
+            raise
+        return True
+
+    def turned_away(self, service: Service, now: float) -> list[str]:
+        """Why workers that offered this service lately were not let in, for devices that miss them.
+
+        Args:
+            service: that they offered.
+            now: the time, by `time.monotonic`.
+        """
+        for member in [one for one, (_, _, shown) in self._turned_away.items() if now - shown > TURNED_AWAY]:
+            del self._turned_away[member]
+        return [why for offered, why, _ in self._turned_away.values() if offered == service]
+
+    def _open_certificate(self, certificate: bytes) -> Certificate:
+        return open_signed("certificate", Certificate, certificate, self._fleet.operator_key)
 
     def stop(self) -> None:
         if self._curve is not None:

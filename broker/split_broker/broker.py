@@ -15,12 +15,14 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 import zmq
 
 from split_broker.access import Authentication, claim
 from split_broker.peer_queue import BodyBytes, Peer, RoutedMessage
-from split_common.errors import ConfigError, Malformed
+from split_broker.set_ups import SetUps
+from split_common.errors import CertificateError, ConfigError, Malformed
 from split_common.protocol import headers
 from split_common.transport.address import is_redis, parse_address
 from split_common.transport.base import GRACE, HEARTBEAT, MISSED, OPEN_PATIENCE
@@ -72,6 +74,8 @@ class Broker:
         self._blocked: set[bytes] = set()
         # By the device's id, oldest first. A device has one at a time.
         self._pending: dict[bytes, PendingOpen[BodyBytes]] = {}
+        self._set_ups = SetUps()
+        self._random = Random()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lambda-split-broker", daemon=True)
         #: Messages and bytes routed; messages refused by reason, and dropped by type of error.
@@ -168,7 +172,8 @@ class Broker:
         route = envelope.bytes
         header = headers.decode_header(head)
         if isinstance(header, headers.Announce):
-            self._announced(header, route, self._authentication.member(envelope, header))
+            member = self._authentication.member(envelope, header)
+            self._announced(header, route, member, self._certified(header, route, body))
             return
         if not isinstance(header, _FROM_PEERS):
             raise Malformed(f"a peer sent a broker's message: {type(header).__name__}")
@@ -192,6 +197,8 @@ class Broker:
         target = self._peers.get(header.to)
         if target is not None and target.role == sender.role:
             raise Malformed(f"a {sender.role} wrote to a {target.role}")
+        if target is not None and sender.role == "device":
+            self._set_ups.sent(sender, target, header, time.monotonic())
         if target is not None and self._put(target, message):
             if log.isEnabledFor(logging.DEBUG):
                 log.debug("routed %s", _describe(sender, target, header, message[1]))
@@ -220,8 +227,9 @@ class Broker:
         now = time.monotonic()
         known = self._pending.get(sender.id)
         # An open that is repeated keeps its deadline.
+        since = self._set_ups.asked(sender, header.channel, now)
         if known is None or known.header.channel != header.channel:
-            known = self._pending[sender.id] = PendingOpen(header, message, now + OPEN_PATIENCE)
+            known = self._pending[sender.id] = PendingOpen(header, message, since + OPEN_PATIENCE)
         self._place([known], now)
 
     def _place(self, pending: list[PendingOpen[BodyBytes]], now: float) -> None:
@@ -229,11 +237,13 @@ class Broker:
         workers = self._candidates() if pending else []
         for one in pending:
             device = one.header.sender
-            match decide(one, workers, self._early, now):
+            silent = self._set_ups.silent(self._peers[device], now)
+            match decide(one, workers, self._early, now, silent, self._random):
                 case Assign(id_):
                     worker = self._peers[id_]
                     worker.room -= 1
                     if self._put(worker, one.frames):
+                        self._set_ups.given(self._peers[device], worker)
                         del self._pending[device]
                     else:
                         # It is gone, or takes nothing more until its next announcement.
@@ -241,19 +251,37 @@ class Broker:
                     workers = self._candidates()
                 case Refuse() as refusal:
                     del self._pending[device]
+                    if refusal.reason == "no-worker":
+                        turned_away = self._authentication.turned_away(one.header.service, now)
+                        refusal = refusal._replace(detail="; not let in: ".join([refusal.detail, *turned_away]))
                     self._refuse(self._peers[device], one.header, refusal)
 
     def _candidates(self) -> list[Candidate]:
         """All workers, in the order in which they joined."""
         return [
-            Candidate(peer.id, peer.service, peer.model, peer.room)
+            Candidate(peer.id, peer.service, peer.model, peer.room, peer.member, peer.certified)
             for peer in self._peers.values()
             if peer.service is not None
         ]
 
     # --- announcements -------------------------------------------------------------------------------------
 
-    def _announced(self, header: headers.Announce, route: bytes, member: str) -> None:
+    def _certified(self, header: headers.Announce, route: bytes, body: BodyBytes) -> bool:
+        """Whether an announcement shows a certificate. A peer whose certificate does not hold is taken out.
+
+        Raises:
+            CertificateError, Malformed: as `Authentication.certify`.
+        """
+        try:
+            return self._authentication.certify(header, memoryview(body))  # type: ignore[arg-type]
+        except CertificateError as error:
+            peer = self._peers.get(header.sender)
+            if peer is not None and self._routes.get(route) == peer.id:
+                log.warning("%s", error)
+                self._remove(peer, "was put out")
+            raise
+
+    def _announced(self, header: headers.Announce, route: bytes, member: str, certified: bool = False) -> None:
         peer = self._peers.get(header.sender)
         if self._routes.get(route, header.sender) != header.sender:
             raise Malformed("a second peer on one connection")
@@ -282,6 +310,7 @@ class Broker:
         peer.watching = frozenset(header.watching)
         if peer.role == "worker":
             peer.service, peer.model, peer.room = header.service, header.model, header.room
+            peer.certified = certified
         if not self._early:
             gone = gone or [id_ for id_ in header.watching if id_ not in self._peers]
         self._put(peer, self._welcome(gone))
@@ -328,6 +357,7 @@ class Broker:
         self.counters[f"{peer.role}s_gone"] += 1
         self._routes.pop(peer.route, None)
         self._pending.pop(peer.id, None)
+        self._set_ups.forget(peer.id)
         self._blocked.discard(peer.id)
         for watcher in [other for other in self._peers.values() if peer.id in other.watching]:
             self._put(watcher, self._welcome([peer.id]))

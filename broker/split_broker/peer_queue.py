@@ -93,3 +93,5 @@ class Peer:
     service: Service | None = None
     model: str = ""
     room: int = 0
+    #: Whether its last announcement showed a certificate.
+    certified: bool = False

@@ -234,7 +234,7 @@ def test_a_silent_peer_is_gone_after_three_heartbeats(join, broker) -> None:
     device = join("device-1", watching=[worker.id])
     silence = HEARTBEAT * broker_module.MISSED
     now = broker._peers[worker.id].seen + silence
-    on_loop(broker, lambda: broker._housekeeping(now))
+    on_loop(broker, lambda: broker._housekeeping(now - 1e-6))
     assert set(broker._peers) == {worker.id, device.id}
     on_loop(broker, lambda: broker._housekeeping(now + 1e-6))
     assert device.receive(headers.Welcome)[0].gone == [worker.id]

@@ -570,9 +570,10 @@ def test_a_worker_whose_certificate_runs_out_is_left_for_one_that_is_good(
         session.call([step(0)])
         days_pass(1, monkeypatch)
         wait_until(lambda: session.ended)
-        with pytest.raises(SessionLost, match="run out"):
+        # The device has seen it by itself, or the broker has put the worker out.
+        with pytest.raises(SessionLost, match=r"run out|gone"):
             session.call([step(1)])
-        with pytest.raises(CertificateError, match="'brief' expired"):
+        with pytest.raises((CertificateError, NoWorker), match="'brief' expired"):
             client.open_session()
         with own.worker(broker.address, max_sessions=1) as good:
             client.open_session().call([step(0)])

@@ -64,7 +64,8 @@ class Service(msgspec.Struct, array_like=True, frozen=True):
 class Announce(Header, frozen=True, tag=1):
     """A peer's heartbeat. It says everything about the peer that a newly started broker needs to know.
 
-    Devices leave `service`, `model` and `room` at their defaults.
+    To a broker, the body is the member's certificate, as the operator signed it. Older peers send none, and older
+    brokers ignore it. Devices leave `service`, `model` and `room` at their defaults.
     """
 
     sender: PeerId

@@ -1,13 +1,15 @@
-"""Which worker a device gets: the policy of all transports. Pure: no I/O, no state, no clock.
+"""Which worker a device gets: the policy of all transports. No I/O and no clock.
 
 A device without a worker sends an `Open`, which waits as a `PendingOpen`. Each time that something changes,
-`decide` says what happens to it, given all workers that are alive.
+`decide` says what happens to it, given all workers that are alive. Workers' claims are not believed far: much room
+is worth little (`choose`), and those that leave devices without an answer are passed over for a while (`Silences`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -21,7 +23,20 @@ BUSY_RETRY = 1.0
 #: Most characters of a refusal's explanation.
 MAX_DETAIL = 4096
 
+#: Room above this counts as this much: what a worker with the default limits has at most.
+MAX_ROOM = 1024
+
+#: Seconds after an open's deadline for which it is given again to workers that have not answered it. Then its
+#: device is told who they are.
+ANSWER_PATIENCE = 3.0
+
+#: Seconds for which a worker is passed over after it left a device without an answer: the first time, and at most.
+#: Each time doubles them.
+PASS_OVER = 5.0
+MAX_PASS_OVER = 300.0
+
 _Body = TypeVar("_Body")
+_Key = TypeVar("_Key")
 
 
 @dataclass
@@ -43,8 +58,12 @@ class Candidate(NamedTuple):
     id: bytes
     service: headers.Service
     model: str
-    #: Further sessions that it can hold.
+    #: Further sessions that it can hold, if it is to be believed.
     room: int
+    #: Name of the member that it is.
+    member: str = ""
+    #: Whether it has shown a certificate that holds for its service.
+    certified: bool = True
 
 
 class Assign(NamedTuple):
@@ -87,27 +106,117 @@ def full(why: str, retry_after: float = FULL_RETRY) -> Refuse:
 
 
 def decide(
-    pending: PendingOpen[_Body], workers: Sequence[Candidate], early: bool, now: float
+    pending: PendingOpen[_Body],
+    workers: Sequence[Candidate],
+    early: bool,
+    now: float,
+    silent: Collection[str] = (),
+    random: Random | None = None,
 ) -> Assign | Refuse | Wait:
-    """What happens to an open. Of the workers that the device does not avoid, the one with the most room gets it.
+    """What happens to an open. `choose` picks among the workers with room that the device does not avoid.
+
+    Workers without a certificate are chosen if none with one has room, and silent ones if there is no other.
 
     Args:
         pending: the open.
-        workers: all that are alive, of every service. Of several with equal room the first one gets it.
+        workers: all that are alive, of every service.
         early: whether workers that are alive may be missing, because the queue has just started. While it is,
             no device is told that there is no worker, or none that it does not avoid.
         now: the time, by the same clock as the open's deadline.
+        silent: names of the members that did not answer this device lately (`Silences`).
+        random: draws among workers; None for a source of its own.
     """
     serving = [worker for worker in workers if worker.service == pending.header.service]
     wanted = [worker for worker in serving if worker.id not in pending.header.avoid]
-    able = [worker for worker in wanted if worker.room > 0]
+    answering = [worker for worker in wanted if worker.member not in silent]
+    if wanted and not answering and now > pending.deadline + ANSWER_PATIENCE:
+        return Refuse("busy", _silence(wanted), BUSY_RETRY)
+    able = [worker for worker in answering or wanted if worker.room > 0]
     if able and not pending.placed:
-        return Assign(max(able, key=lambda worker: worker.room).id)
+        return Assign(choose([worker for worker in able if worker.certified] or able, random).id)
     if not serving:
         return Wait() if early else Refuse("no-worker", served(workers))
     if now > pending.deadline or not (wanted or early):
-        return Refuse("busy", "every worker is full", BUSY_RETRY)
+        unheard = [worker for worker in wanted if worker.member in silent]
+        why = f"{_silence(unheard)}, and every other worker is full" if unheard else "every worker is full"
+        return Refuse("busy", why, BUSY_RETRY)
     return Wait()
+
+
+def choose(able: Sequence[Candidate], random: Random | None = None) -> Candidate:
+    """The roomier of two members drawn at random, each by its roomiest worker; of equals, the first one.
+
+    The power of two choices (Mitzenmacher, IEEE TPDS 12:10, 2001): nearly as even as the most room among all, but a
+    member that claims more room than it has gets an open only when drawn, however many processes it runs.
+
+    Args:
+        able: at least one.
+        random: draws the two; None for a source of its own.
+    """
+    roomiest: dict[str, int] = {}
+    for index, worker in enumerate(able):
+        if worker.member not in roomiest or _room(worker) > _room(able[roomiest[worker.member]]):
+            roomiest[worker.member] = index
+    drawn = sorted(roomiest.values())
+    if len(drawn) > 2:
+        drawn = sorted((random or _random).sample(drawn, 2))
+    return max((able[index] for index in drawn), key=_room)
+
+
+_random = Random()
+
+
+def _room(worker: Candidate) -> int:
+    return min(worker.room, MAX_ROOM)
+
+
+def _silence(workers: Iterable[Candidate]) -> str:
+    """That these workers did not answer."""
+    names = ", ".join(sorted({repr(worker.member) for worker in workers}))
+    return f"worker{'s' * (',' in names)} {names} did not answer"
+
+
+@dataclass
+class _Silence:
+    #: How many times in a row, and until when it is passed over.
+    times: int
+    until: float
+
+
+class Silences(Generic[_Key]):
+    """Who leaves messages without an answer, and is passed over: each time for twice as long.
+
+    Envoy calls this outlier ejection. An answer ends it at once, and so does time: one that is merely slow comes
+    back. Not locked.
+
+    Args:
+        first, most: seconds for which one is passed over after the first time, and at most.
+    """
+
+    def __init__(self, first: float = PASS_OVER, most: float = MAX_PASS_OVER) -> None:
+        self._first = first
+        self._most = most
+        self._known: dict[_Key, _Silence] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def note(self, key: _Key, now: float) -> None:
+        """Notes that one did not answer. Counts once as long as it is passed over: messages may share one cause."""
+        known = self._known.setdefault(key, _Silence(0, now))
+        if now >= known.until:
+            known.until = now + min(self._most, self._first * 2 ** min(known.times, 32))
+            known.times += 1
+
+    def end(self, key: _Key) -> None:
+        """Notes that one has answered."""
+        self._known.pop(key, None)
+
+    def now(self, now: float) -> set[_Key]:
+        """Those that are passed over at this time. Forgets those that have not been for `most` seconds."""
+        for key in [key for key, known in self._known.items() if now >= known.until + self._most]:
+            del self._known[key]
+        return {key for key, known in self._known.items() if now < known.until}
 
 
 def served(workers: Iterable[Candidate]) -> str:

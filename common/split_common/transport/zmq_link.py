@@ -326,7 +326,7 @@ class ZmqLink:
         )
         with self._turn:
             try:
-                send_frames(sock, headers.encode_header(announcement), b"")
+                send_frames(sock, headers.encode_header(announcement), self._identity.certificate_bytes)
                 self._announced = True
             except zmq.Again:
                 self._announced = False

@@ -200,6 +200,26 @@ def verify_certificate(
             member, unless the signature is wrong.
     """
     certificate = open_signed("certificate", Certificate, data, operator_key)
+    check_certificate(certificate, roster=roster, role=role, now=now, scope=scope)
+    return certificate
+
+
+def check_certificate(
+    certificate: Certificate,
+    *,
+    roster: Roster | None,
+    role: Role,
+    now: float | None = None,
+    scope: ModelScope | None = None,
+) -> None:
+    """Checks all of a certificate but its signature, which was verified before.
+
+    Args:
+        certificate, roster, role, now, scope: as `verify_certificate`.
+
+    Raises:
+        CertificateError: as `verify_certificate`.
+    """
     who = f"{certificate.role} {certificate.name!r}"
     if certificate.role != role:
         raise CertificateError(f"{who} is not a {role}")
@@ -215,7 +235,6 @@ def verify_certificate(
             f"the certificate of {who} does not cover layers {scope.first}:{scope.last} "
             f"of model {scope.root.hex()[:16]}"
         )
-    return certificate
 
 
 @dataclass(frozen=True, repr=False)

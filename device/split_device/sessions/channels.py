@@ -21,6 +21,7 @@ from split_common.errors import (
 from split_common.protocol import headers, payloads
 from split_common.protocol.handshake import DeviceHandshake
 from split_common.transport import Transport
+from split_common.transport.placement import Silences
 from split_common.trust.keys import Certificate, Identity, Role
 from split_device.sessions.session import CHECK_INTERVAL, MIN_RETRY, Event, WorkerChannel, printable
 
@@ -29,6 +30,9 @@ SET_UP_RETRANSMIT = 1.0
 
 #: Seconds before a device looks for further workers again, after all of them were full.
 SEARCH_PAUSE = 2.0
+
+#: Most seconds for which a device avoids a worker that did not answer.
+MAX_SILENCE = 30.0
 
 #: Most workers that a device asks the broker to avoid.
 MAX_AVOIDED = 64
@@ -87,6 +91,8 @@ class Channels:
         self._search_at = 0.0
         #: Messages for the channels that are being set up, by number.
         self._answers: dict[int, queue.SimpleQueue[Event]] = {}
+        #: Workers, by id and name, that answered an open and then nothing more. Used by the thread that sets up.
+        self._silences: Silences[tuple[bytes, str]] = Silences(most=MAX_SILENCE)
         self._closed = False
         #: Whether a worker of the service was ever found: if so, one that is missing may come back.
         self.served = False
@@ -174,7 +180,14 @@ class Channels:
                     if isinstance(error, Busy) and (channel := self._usable(())) is not None:
                         self._search_at = time.monotonic() + SEARCH_PAUSE
                         return channel
-                    raise
+                    raise self._naming_silent(error) from None
+
+    def _naming_silent(self, error: Busy | NoWorker) -> Busy | NoWorker:
+        """The error that ends a set-up; if workers are avoided because they did not answer, it names them."""
+        names = sorted({name for _, name in self._silences.now(time.monotonic()) if repr(name) not in str(error)})
+        if isinstance(error, NoWorker) or not names:
+            return error
+        return Busy(f"{error}; no answer from worker {', '.join(map(repr, names))}", error.retry_after)
 
     def _shake_hands(
         self, avoid: Sequence[bytes], distrusted: dict[bytes, CertificateError], check: Check
@@ -215,10 +228,12 @@ class Channels:
                 payloads.decode_payload(channel.control.open(header, body), payloads.reply_decoder)
                 return True
 
-            first = headers.Open(host.id, number, host.service, list(avoid)[:MAX_AVOIDED])
+            unresponsive = [worker for worker, _ in self._silences.now(time.monotonic())]
+            first = headers.Open(host.id, number, host.service, [*avoid, *unresponsive][:MAX_AVOIDED])
             finish, channel = self._ask(events, first, handshake.hello, take_answer, check)
             last = headers.Relay(channel.worker, host.id, headers.RelayKind.FINISH, number)
-            self._ask(events, last, finish, take_confirmation, check)
+            self._ask(events, last, finish, take_confirmation, check, channel)
+            self._silences.end((channel.worker, channel.worker_name))
             self._channels[number] = channel
             self.served = True
         finally:
@@ -235,8 +250,13 @@ class Channels:
         body: bytes,
         take: Callable[[headers.Relay, bytes], _T | None],
         check: Check,
+        channel: WorkerChannel | None = None,
     ) -> _T:
-        """Sends a message of a set-up until `take` accepts an answer. Drops answers for which it returns None."""
+        """Sends a message of a set-up until `take` accepts an answer. Drops answers for which it returns None.
+
+        Args:
+            channel: to the worker that is asked; None while it is not known.
+        """
         host = self._host
         deadline = time.monotonic() + host.timeout
         interval, send_at = SET_UP_RETRANSMIT, 0.0
@@ -248,7 +268,7 @@ class Channels:
             if now >= deadline:
                 if not host.transport.alive:
                     raise BrokerUnreachable("the broker does not answer any more")
-                raise Busy("no worker answered in time", retry_after=0.5)
+                raise self._unanswered(channel, now)
             if now >= send_at:
                 host.transport.send(request, body)
                 interval, send_at = 2 * interval, now + interval
@@ -269,6 +289,13 @@ class Channels:
                     continue
                 if taken is not None:
                     return taken
+
+    def _unanswered(self, channel: WorkerChannel | None, now: float) -> Busy:
+        """The error of a set-up that got no answer. Its worker, if it is known, is avoided for a while."""
+        if channel is None:
+            return Busy("no worker answered in time", retry_after=0.5)
+        self._silences.note((channel.worker, channel.worker_name), now)
+        return Busy(f"worker {channel.worker_name!r} did not answer", retry_after=0.5)
 
     def _bounced(self, bounce: headers.Bounce) -> float:
         """Seconds until a bounced message of a set-up is sent again.

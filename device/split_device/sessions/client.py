@@ -19,7 +19,7 @@ from split_common.protocol import headers, payloads
 from split_common.system.forks import Birthplace
 from split_common.transport import Transport, count_dropped, new_peer_id
 from split_common.trust.fleet import Fleet
-from split_common.trust.keys import Certificate, Identity, ModelScope, Role
+from split_common.trust.keys import Certificate, Identity, ModelScope, Role, check_certificate
 from split_device.sessions.channels import Channels, Check
 from split_device.sessions.connection import PATIENCE, STEP_TIMEOUT, TIMEOUT
 from split_device.sessions.session import GONE, RemoteSession, WorkerChannel, refusal_error
@@ -82,7 +82,14 @@ class Client:
         return self
 
     def start(self) -> None:
-        """Joins the queue. Raises BrokerUnreachable if the broker does not answer within the timeout."""
+        """Joins the queue.
+
+        Raises:
+            CertificateError: this device's certificate is not valid now.
+            BrokerUnreachable: the broker does not answer within the timeout.
+        """
+        # The broker would not answer, and so not say why.
+        check_certificate(self._identity.certificate, roster=None, role="device")
         self.transport.start(self, self.timeout)
 
     def close(self) -> None:
@@ -189,12 +196,17 @@ class Client:
             session.resend()
 
     def on_roster(self) -> None:
-        """Ends channels to workers whose certificate was revoked or has run out; all if the device is revoked."""
+        """Ends channels to workers that are not trusted any more, or all if that holds for this device itself."""
         roster = self._fleet.roster()
         me = self._identity.certificate
         own = roster.by_sign_key(me.sign_key)
         if own is None or own.revoked:
             self._lose(lambda _: True, CertificateError(f"device {me.name!r} is revoked"))
+        try:
+            check_certificate(me, roster=None, role="device")
+        except CertificateError as expired:
+            # The queue does not pass its messages on any more.
+            self._lose(lambda _: True, SessionLost(str(expired)))
         error = SessionLost("the worker that held the session is revoked, or its certificate has run out")
         self._lose(lambda channel: not channel.trusted(roster), error)
 
