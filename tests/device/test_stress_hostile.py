@@ -97,9 +97,10 @@ def mode(**changes: Any) -> ModeOutcome:
 
 def test_throughput_is_that_of_the_slice() -> None:
     ledger = Ledger()
-    ledger.decoded = [(1.0, 100), (10.0, 20), (14.0, 30), (20.0, 1000)]
+    ledger.decoded_by = {0: [(1.0, 100), (10.0, 20), (14.0, 30), (20.0, 1000)], 2: [(11.0, 10)]}
     window = Window(began=10.0, ended=20.0, cpu=5.0)
-    assert window.throughput(ledger) == 5.0
+    assert window.throughput(ledger, [0]) == 5.0
+    assert window.throughput(ledger, [0, 1, 2]) == 6.0
     assert window.cores == 0.5
 
 
@@ -146,7 +147,7 @@ def test_failures_and_devices_that_got_answers_are_counted() -> None:
     ledger.take(0, Answered(0, equal=True, seconds=1.0, gaps=[], recoveries=[]))
     ledger.take(1, Failed(0, "Busy: full"))
     ledger.take(1, Decoded(5))
-    assert (ledger.failures, ledger.devices_answered, ledger.decoded_between(0.0, LATE)) == (1, 1, 5)
+    assert (ledger.failures, ledger.devices_answered, ledger.decoded_between(0.0, LATE, [1])) == (1, 1, 5)
 
 
 # --- slices ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from split_device.stress.events import Answered, Asked, Decoded, Event, Failed, Traffic
@@ -30,6 +31,8 @@ class Ledger:
     recoveries: list[float] = field(default_factory=list)
     #: For each report of tokens or steps: its time, and their number.
     decoded: list[tuple[float, int]] = field(default_factory=list)
+    #: The same for each device, by its index.
+    decoded_by: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
     errors: Counter[str] = field(default_factory=Counter)
     #: Number of requests that ended with an error.
     failures: int = 0
@@ -43,7 +46,9 @@ class Ledger:
                 case Asked(number):
                     self.answers[device, number] = 0
                 case Decoded(tokens):
-                    self.decoded.append((time.monotonic() - self.began, tokens))
+                    report = time.monotonic() - self.began, tokens
+                    self.decoded.append(report)
+                    self.decoded_by.setdefault(device, []).append(report)
                 case Answered():
                     self._answered(device, event)
                 case Failed(_, error):
@@ -69,10 +74,11 @@ class Ledger:
         with self._lock:
             return sum(tokens for when, tokens in self.decoded[-1000:] if when > now - seconds) / seconds
 
-    def decoded_between(self, began: float, ended: float) -> int:
-        """Tokens and steps that were reported in a time, in seconds since the run began."""
+    def decoded_between(self, began: float, ended: float, devices: Iterable[int]) -> int:
+        """Tokens and steps that some devices reported in a time, in seconds since the run began."""
         with self._lock:
-            return sum(tokens for when, tokens in self.decoded if began <= when < ended)
+            reports = [report for device in devices for report in self.decoded_by.get(device, [])]
+        return sum(tokens for when, tokens in reports if began <= when < ended)
 
     @property
     def devices_answered(self) -> int:

@@ -40,9 +40,9 @@ class Window:
         """Seconds of CPU time per second."""
         return self.cpu / max(self.seconds, 1e-9)
 
-    def throughput(self, ledger: Ledger) -> float:
-        """Tokens and denoising steps of honest devices, per second."""
-        return ledger.decoded_between(self.began, self.ended) / max(self.seconds, 1e-9)
+    def throughput(self, ledger: Ledger, devices: Iterable[int]) -> float:
+        """Tokens or denoising steps of these honest devices, per second."""
+        return ledger.decoded_between(self.began, self.ended, devices) / max(self.seconds, 1e-9)
 
 
 @dataclass

@@ -15,6 +15,7 @@ import psutil
 from split_common.system.console import stderr
 from split_common.system.process import running_command
 from split_common.transport.base import GRACE, HEARTBEAT
+from split_device.stress.hostile.modes import MODES
 from split_device.stress.hostile.outcome import HostileOutcome, ModeOutcome, Peaks, Window
 from split_device.stress.ledger import Ledger
 from split_device.stress.plan import StressPlan
@@ -65,7 +66,7 @@ class Slices:
         commands: Starts,
         log: Path,
     ) -> None:
-        self._modes = plan.hostile
+        self._plan = plan
         self._seconds = SLICE if plan.seconds is None else plan.seconds / (2 * len(plan.hostile))
         self._ledger = ledger
         self._fleet = fleet
@@ -80,7 +81,7 @@ class Slices:
         """Runs all modes, or those that there is time for until all devices have ended."""
         self._wait(WARM_UP, update, lambda: self._ledger.devices_answered >= len(self._devices))
         self.outcome.memory.sample(self._fleet)
-        for name in self._modes:
+        for name in self._plan.hostile:
             stderr.print(f"hostile: {name}", soft_wrap=True)
             self.outcome.modes[name] = self._mode(name, update)
             if all(device.finished for device in self._devices):
@@ -88,6 +89,8 @@ class Slices:
 
     def _mode(self, name: str, update: Update) -> ModeOutcome:
         crashes, failures = self._crashes(), self._ledger.failures
+        # In a mixed fleet those count whose model is attacked: a step of an image takes as long as many tokens.
+        honest = [index for index in range(self._plan.devices) if self._plan.kind(index) == MODES[name].kind]
         with self._process(*self._commands.mode(name)) as process:
             hostile = self._slice(process, update)
             counts, failure = _last_words(process)
@@ -102,8 +105,8 @@ class Slices:
         return ModeOutcome(
             hostile,
             bystander,
-            hostile.throughput(self._ledger),
-            bystander.throughput(self._ledger),
+            hostile.throughput(self._ledger, honest),
+            bystander.throughput(self._ledger, honest),
             lost=self._ledger.failures - failures,
             crashed=self._crashes() - crashes,
             acts=counts.pop("acts", 0),
