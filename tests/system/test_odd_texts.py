@@ -35,7 +35,11 @@ TOKENS = 300
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny", max_position_embeddings=1024)
-    return tiny.save_tokenizer(directory, tiny.ODD_CHARACTERS)
+    tiny.save_tokenizer(directory, tiny.ODD_CHARACTERS)
+    # Nothing ends an answer too early.
+    settings = directory / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token": None}))
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,9 @@ def printed(descriptors: tuple[int, int], encoding: str, arguments: list[str], p
     return b"".join(chunks).decode(encoding)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+@pytest.mark.parametrize(
+    "encoding", ["latin-1", *(pytest.param(name, marks=pytest.mark.long) for name in ("utf-8", "ascii"))]
+)
 def test_a_pipe_of_any_encoding_takes_the_answer(
     checkpoint: Path, address: str, answer: str, encoding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +130,20 @@ def test_records_are_lines_for_any_reader(checkpoint: Path, address: str, answer
 def test_texts_of_options_are_utf_8(run: Any, checkpoint: Path, option: str) -> None:
     refused = run("generate", "Hello", "--model", checkpoint, option, "\udce9")
     assert (refused.code, refused.out, refused.err.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("command", ["generate", "submit"])
+def test_a_model_in_a_directory_that_is_not_utf_8(
+    run: Any, checkpoint: Path, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "r\udce9sultats"
+    home.mkdir()
+    monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(home / "state"))
+    monkeypatch.chdir(home)
+    assert run("jobs", "list", "--json").json == {"jobs": []}
+    (home / "m").mkdir()
+    refused = run(command, "Hello", "--model", "m")
+    assert (refused.code, refused.err) == (2, "error: the model's path is not UTF-8\n")
 
 
 def test_prompts_from_files_and_pipes(

@@ -104,7 +104,7 @@ class RedisServer:
         return False
 
     def _last_words(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return lines[-1] if lines else "its log is empty"
 
 

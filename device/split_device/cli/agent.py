@@ -153,7 +153,7 @@ def logs(
 ) -> None:
     """Show the log of agents that ran in the background. It holds neither prompts nor answers."""
     try:
-        with agent.log_path().open() as file:
+        with agent.log_path().open(encoding="utf-8", errors="replace") as file:
             sys.stdout.writelines(file.readlines()[-lines:] if lines else [])
             while follow:
                 if file.tell() > os.fstat(file.fileno()).st_size:

@@ -10,6 +10,7 @@ import msgspec
 from split_common.models.demo_model import resolve_model
 from split_common.models.split import DEFAULT_CUT, END_LAYERS
 from split_common.system.files import user_path
+from split_common.system.text import check_text
 from split_device.generation.settings import Sampling
 from split_device.images.settings import ImageSettings
 
@@ -39,10 +40,11 @@ def checkpoint(model: str | None) -> str:
 
     Raises:
         ModelError: the demo model is missing and cannot be made.
+        ConfigError: the directory's path is not UTF-8, which tokenizers cannot read.
     """
     name = resolve_model(model)
     directory = user_path(name)
-    return str(directory.resolve()) if directory.is_dir() else name
+    return check_text(str(directory.resolve()) if directory.is_dir() else name, "the model's path")
 
 
 class ImageChoice(msgspec.Struct, frozen=True, kw_only=True):

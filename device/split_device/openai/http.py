@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 from collections.abc import Awaitable, Mapping
 from typing import TypeVar
@@ -127,7 +128,8 @@ def api_error(error: BaseException) -> ApiError:
         case ConfigError() | UnsupportedFeature() | Oversized():
             return ApiError(str(error))
         case Busy() | NoWorker() | BrokerUnreachable():
-            return ApiError(str(error), 503, type_="server_error", code=type(error).__name__)
+            later = None if error.retry_after is None else {"Retry-After": str(math.ceil(error.retry_after))}
+            return ApiError(str(error), 503, type_="server_error", code=type(error).__name__, headers=later)
         case SplitError():
             return ApiError(str(error), 500, type_="server_error", code=type(error).__name__)
         case _:

@@ -25,7 +25,7 @@ class DemoFleet:
 
     def last_routed(self) -> list[str]:
         """The last step in the broker's log: a request and its reply."""
-        log = _log(self.directory).read_text().splitlines()
+        log = _log(self.directory).read_text(encoding="utf-8", errors="replace").splitlines()
         lines = [line.partition(": routed ")[2] for line in log if ": routed " in line]
         last = max((index for index, line in enumerate(lines) if line.startswith("REPLY")), default=-1)
         return lines[max(0, last - 1) : last + 1]
