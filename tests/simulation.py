@@ -33,10 +33,11 @@ from split_common.engine.pool import LayerShape, PagePool
 from split_common.engine.sequences import TokenRun
 from split_common.protocol import channel as channel_module
 from split_common.protocol import headers
-from split_common.transport import HEARTBEAT
+from split_common.transport import HEARTBEAT, peer_id
 from split_common.transport import zmq_link as link_module
 from split_common.transport.supervised import Supervisor, handled
 from split_common.transport.zmq_link import ZmqLink
+from split_common.trust import shares as shares_module
 from split_common.trust.fleet import Fleet
 from split_device.models import cache as cache_module
 from split_device.sessions import channels as channels_module
@@ -47,7 +48,9 @@ from split_device.sessions import session as session_module
 from split_device.sessions.client import Client
 from split_worker import channels as worker_channels_module
 from split_worker import compute as compute_module
+from split_worker import repeats as repeats_module
 from split_worker import sessions as sessions_module
+from split_worker import set_ups as set_ups_module
 from split_worker import watchdog as watchdog_module
 from split_worker import worker as worker_module
 from split_worker.bodies.language import LanguageBody
@@ -381,6 +384,9 @@ class World:
             session_module,
             resilient_module,
             worker_channels_module,
+            set_ups_module,
+            repeats_module,
+            shares_module,
             worker_module,
             sessions_module,
             compute_module,
@@ -398,7 +404,9 @@ class World:
         for module in (channels_module, session_module):
             patch.setattr(module, "queue", Queues(self))
         for module in (client_module, worker_module):
-            patch.setattr(module, "new_peer_id", lambda _: self.random.randbytes(8))
+            patch.setattr(
+                module, "new_peer_id", lambda member: peer_id.member_mark(member) + self.random.randbytes(4)
+            )
         patch.setattr(worker_module, "ComputeLoop", Compute)
         patch.setattr(pool_module, "DEFAULT_PAGE_TOKENS", 4)
         self.evict_after = self.random.choice([0.2, 10.0])

@@ -32,9 +32,11 @@ FLOORS = {
     "split_worker": [
         "limits",
         "watchdog",
+        "set_ups",
         "channels",
         "bodies",
         "sessions",
+        "repeats",
         "requests",
         "compute",
         "worker",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -11,17 +13,18 @@ import torch
 
 from split_common.engine.scheduler import (
     MAX_CHUNK,
+    MAX_ROWS,
     MIN_CHUNK,
     SLOW_FORWARD,
     WAIT_AHEAD,
     BatchDelay,
     ChunkBudget,
-    ScheduledChunk,
-    ScheduledStep,
     Scheduler,
     is_prefill,
 )
 from split_common.engine.sequences import TokenRun
+from split_common.engine.steps import ScheduledChunk, ScheduledStep
+from split_common.engine.turns import MAX_TOGETHER, MAX_WEIGHT
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +49,9 @@ Step = ScheduledStep[Runs, TokenRun[Any]]
 Chunk = ScheduledChunk[Runs, TokenRun[Any]]
 
 
-def make_step(session: str, tokens: int, device: str = "") -> Step:
+def make_step(session: str, tokens: int, member: str = "") -> Step:
     run = TokenRun[Any](FakeSequence(), torch.arange(tokens)[:, None], range(tokens))
-    return ScheduledStep(session, device or session, is_prefill(tokens), [run])
+    return ScheduledStep(session, member or session, is_prefill(tokens), [run])
 
 
 class Bench:
@@ -114,19 +117,19 @@ def test_decoding_goes_first_and_prefill_is_cut() -> None:
 def test_devices_take_turns_with_their_prefills() -> None:
     bench = Bench()
     for number in range(3):
-        bench.add(make_step(f"greedy {number}", 2 * MAX_CHUNK, device="greedy"))
-    bench.add(make_step("modest", MAX_CHUNK, device="modest"))
+        bench.add(make_step(f"greedy {number}", 2 * MAX_CHUNK, member="greedy"))
+    bench.add(make_step("modest", MAX_CHUNK, member="modest"))
     batches = bench.run_all()
     assert any("modest" in batch for batch in batches[:2])
 
 
 def test_prefill_of_a_device_that_does_not_decode_goes_first_where_forwards_are_slow() -> None:
     bench = Bench()
-    bench.add(make_step("busy 1", 1, device="busy"))
+    bench.add(make_step("busy 1", 1, member="busy"))
     assert bench.forward(2 * SLOW_FORWARD) == {"busy 1": 1}
     assert not bench.scheduler.has_urgent_prefill
-    bench.add(make_step("busy 1", 1, device="busy"))
-    bench.add(make_step("busy 2", MIN_CHUNK + 1, device="busy"))
+    bench.add(make_step("busy 1", 1, member="busy"))
+    bench.add(make_step("busy 2", MIN_CHUNK + 1, member="busy"))
     bench.add(make_step("new", MIN_CHUNK + 1))
     assert bench.scheduler.has_urgent_prefill
     assert bench.forward(0.1) == {"new": MIN_CHUNK}
@@ -139,10 +142,10 @@ def test_prefill_of_a_device_that_does_not_decode_goes_first_where_forwards_are_
 def test_urgent_prefill_that_does_not_fit_leaves_the_others_their_turn() -> None:
     store = FakeStore()
     bench = Bench(store)
-    bench.add(make_step("busy 1", 1, device="busy"))
+    bench.add(make_step("busy 1", 1, member="busy"))
     bench.forward(2 * SLOW_FORWARD)
     store.free = 0
-    bench.add(make_step("busy 1", 1, device="busy"))
+    bench.add(make_step("busy 1", 1, member="busy"))
     bench.add(make_step("new", MIN_CHUNK + 1))
     batch, starved = bench.scheduler.next_batch()
     assert batch == []
@@ -266,3 +269,84 @@ def test_the_budget_is_small_beside_decoding_and_finds_its_size() -> None:
     for _ in range(10):
         budget.observe(1, budget.tokens(), 0.1 + 0.01 * budget.tokens())
     assert budget.tokens() <= 16
+
+
+# --- steps that take no memory: images ---------------------------------------------------------------------
+
+
+class FakeRun:
+    """A step of an image: it goes into a forward whole."""
+
+    def __init__(self, cost: int) -> None:
+        self.cost = cost
+
+    def memory(self, count: int) -> int:
+        return 0
+
+
+class ImageBench:
+    """A scheduler of steps that wait for their turn, and a caller that starts them when it comes."""
+
+    def __init__(self) -> None:
+        self.scheduler = Scheduler[Any, Any](None, divisible=False)
+        self.numbers = itertools.count()
+
+    def add(self, member: str, cost: int, count: int = 1) -> None:
+        for _ in range(count):
+            step = ScheduledStep[Any, Any](f"{member} {next(self.numbers)}", member, False, None, cost)
+            assert self.scheduler.add(step) is None
+
+    def turn(self) -> list[str]:
+        """The members whose steps ran in the next turn."""
+        for step in self.scheduler.due():
+            self.scheduler.start(step, [FakeRun(int(step.weight))])
+        batch, starved = self.scheduler.next_batch()
+        assert starved is None
+        for step in self.scheduler.finish(batch, [torch.empty(1)] * len(batch), 0.01):
+            self.scheduler.end(step)
+        return sorted(str(chunk.step.member) for chunk in batch)
+
+
+def test_a_member_alone_gets_all_it_asks_for_a_few_at_a_time() -> None:
+    bench = ImageBench()
+    bench.add("a", 10, count=MAX_TOGETHER + 3)
+    assert [len(bench.turn()) for _ in range(3)] == [MAX_TOGETHER, 3, 0]
+
+
+def test_steps_that_take_much_memory_begin_one_at_a_time() -> None:
+    bench = ImageBench()
+    bench.add("a", MAX_WEIGHT - 1, count=3)
+    assert [len(bench.turn()) for _ in range(3)] == [1, 1, 1]
+
+
+def test_one_step_of_each_member_a_turn_however_many_it_has() -> None:
+    bench = ImageBench()
+    bench.add("hog", 10, count=100)
+    bench.add("b", 10)
+    bench.add("c", 10)
+    assert bench.turn() == ["b", "c", "hog"]
+    for _ in range(5):
+        bench.add("b", 10)
+        assert bench.turn() == ["b", "hog"]
+
+
+def test_a_costly_step_waits_until_others_had_as_much() -> None:
+    bench = ImageBench()
+    bench.add("hog", 100, count=5)
+    bench.add("b", 10)
+    assert bench.turn() == ["b", "hog"]
+    ran: Counter[str] = Counter()
+    for _ in range(33):
+        bench.add("b", 10)
+        ran.update(bench.turn())
+    assert ran == {"b": 33, "hog": 3}
+
+
+def test_decoding_steps_take_turns_where_they_do_not_all_fit() -> None:
+    bench = Bench()
+    for number in range(MAX_ROWS + 50):
+        bench.add(make_step(f"hog {number}", 1, member="hog"))
+    bench.add(make_step("modest", 1))
+    batch = bench.next_batch()
+    assert len(batch) == MAX_ROWS
+    assert "modest" in {chunk.step.session for chunk in batch}

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from split_common.models.tensors import check_finite
 from split_common.protocol import headers, payloads
 from split_device import SplitModelForCausalLM
 from split_device.sessions.client import PATIENCE
-from split_worker.bodies.denoiser import HeldArrays, ImageState
+from split_worker.bodies.held import HeldArrays, ImageState
 from split_worker.bodies.language import LanguageBody, Rows
 from split_worker.bodies.loading import load_language_body
 from split_worker.limits import WorkerLimits
@@ -364,7 +365,7 @@ def run_step(holder: Rows, body: LanguageBody, request: payloads.Step, hidden: t
 
 
 def session() -> Session[Rows]:
-    return Session((b"device00", 1, 1, 0), None, Rows())  # type: ignore[arg-type]
+    return Session((b"device00", 1, 1, 0), "device-1", None, Rows())  # type: ignore[arg-type]
 
 
 @pytest.mark.numbers
@@ -480,6 +481,8 @@ def test_a_session_may_have_any_number_of_requests() -> None:
 
 
 class FakeChannel:
+    peer = SimpleNamespace(name="device-1")
+
     def session_keys(self, *_: int) -> None:
         return None
 
@@ -517,7 +520,7 @@ def test_the_newest_session_gives_way_unless_one_is_idle() -> None:
     table = SessionTable()
     sessions = [open_session(table, number) for number in (1, 2, 3)]
     for each in sessions:
-        each.state.sequences = [object()]  # type: ignore[list-item]
+        each.state.sequences = [SimpleNamespace(held_tokens=16)]  # type: ignore[list-item]
     assert table.victim(sessions[0]) is sessions[2]
     assert table.victim(sessions[2]) is None
     sessions[0].used -= table.limits.evict_after + 1

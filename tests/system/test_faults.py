@@ -40,7 +40,7 @@ from split_common.protocol import channel as channels
 from split_common.protocol import headers
 from split_common.protocol.handshake import DeviceHandshake
 from split_common.system.servers import free_port
-from split_common.transport import HEARTBEAT, MISSED, OPEN_PATIENCE, connect
+from split_common.transport import HEARTBEAT, MISSED, OPEN_PATIENCE, connect, new_peer_id
 from split_common.trust import keys as keys_module
 from split_common.trust.fleet import load_fleet
 from split_common.trust.keys import ModelScope
@@ -50,6 +50,7 @@ from split_device.sessions import channels as channels_module
 from split_device.sessions import session as session_module
 from split_device.sessions.connection import PATIENCE
 from split_worker import channels as worker_channels
+from split_worker import set_ups
 from split_worker.limits import WorkerLimits
 from split_worker.worker import Worker
 from wiretap import LATE, SOON, Setting, cheat, on_loop, run_steps, step, wait_until
@@ -739,18 +740,19 @@ def test_channels_are_bounded_and_a_forgotten_one_is_told(
 
 def test_half_open_channels_are_bounded_and_cost_no_session(setting: Setting) -> None:
     with setting.broker() as broker, setting.worker(broker.address) as worker:
-        for number in range(worker_channels.MAX_HALF_OPEN + 50):
+        for number in range(set_ups.MAX_HALF_OPEN + 50):
             hello = DeviceHandshake(
                 setting.fleet.read_identity("device-1"), lambda *_: None, setting.service, "float32"
             ).hello
-            worker.on_message(headers.Open(bytes(8), number, setting.service), hello)
-        assert len(worker._channels.half_open) == worker_channels.MAX_HALF_OPEN
+            worker.on_message(headers.Open(new_peer_id("device-1"), number, setting.service), hello)
+        half_open = worker._channels.set_ups.half_open
+        assert len(half_open) == set_ups.MAX_HALF_OPEN
         assert len(worker._sessions) == len(worker._channels.open) == 0
         with worker._lock:
-            for half in worker._channels.half_open.values():
-                half.since -= worker_channels.HALF_OPEN_TIMEOUT
+            for half in half_open.values():
+                half.since -= set_ups.HALF_OPEN_TIMEOUT
         worker.announcement()
-        assert not worker._channels.half_open
+        assert not half_open
 
 
 def test_threads_share_one_channel(setting: Setting, expected: list[bytes]) -> None:

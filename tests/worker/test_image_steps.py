@@ -26,7 +26,8 @@ from split_common.models.denoisers.codecs import decode, encode
 from split_common.models.denoisers.registry import is_denoiser, read_denoiser_spec
 from split_common.models.denoisers.spec import DenoiserSpec
 from split_common.protocol import payloads
-from split_worker.bodies.denoiser import DenoiserBody, DenoiserRun, ImageState
+from split_worker.bodies.denoiser import DenoiserBody, DenoiserRun
+from split_worker.bodies.held import HeldArrays, ImageState
 
 KEY = bytes(32)
 WIDTH = 2 * tiny_diffusion.TEXT
@@ -205,11 +206,49 @@ def test_what_is_held_is_counted(body: DenoiserBody, monkeypatch: pytest.MonkeyP
     assert held.used - before == 4 * WIDTH * 4 + 20
     state.free()
     assert held.used == before
-    monkeypatch.setattr("split_worker.bodies.denoiser.MAX_HELD", 3)
+    monkeypatch.setattr("split_worker.bodies.held.MAX_HELD", 3)
     for number in range(10):
         condition(body, state, key=bytes([number]) * 32)
     assert held.used == 3 * 4 * WIDTH * 4
     state.free()
+
+
+def test_the_member_that_holds_most_loses_what_it_used_least_recently(body: DenoiserBody) -> None:
+    held = HeldArrays(100)
+    modest, hog = ImageState(held, "modest"), ImageState(held, "hog")
+    held.put(modest, b"a", bytes(40))
+    for number in range(5):
+        held.put(hog, bytes([number]), bytes(30))
+    assert held.used == 100
+    assert list(held._held) == [(modest, b"a"), (hog, b"\3"), (hog, b"\4")]
+    # What was put last stays, even if it is larger than all memory.
+    held.put(modest, b"large", bytes(200))
+    assert list(held._held) == [(modest, b"large")]
+    held.forget(modest)
+    assert held.used == 0
+
+
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(spec: DenoiserSpec) -> None:
+    body = DenoiserBody(spec, spec.split("C"), torch.device("cpu"), max_pixels=256 * 256)
+    state = body.new_state()
+    condition(body, state)
+    assert begin(body, state, [0], *GOOD)
+    with pytest.raises(Oversized, match="an image of 69,632 pixels"):
+        begin(body, state, [0], torch.ones(1, 32, 16, 17), GOOD[1])
+    assert DenoiserBody(spec, spec.split("C"), torch.device("cpu")).facts() == {"max_pixels": 1024**2}
+
+
+def test_a_step_counts_as_it_will_be_decoded(spec: DenoiserSpec) -> None:
+    """Its int4 numbers are an eighth of what they are computed with."""
+    body = DenoiserBody(spec, spec.split("C"), torch.device("cpu"), max_pixels=2**40)
+    state = body.new_state()
+    condition(body, state)
+    rows = 200
+    arrays = [payloads.Array("int4", [rows, 32, 128, 128]), payloads.Array("float32", [rows, 128])]
+    step = payloads.Denoise(KEY, [0] * rows, arrays, "int4")
+    assert step.step_bytes < payloads.MAX_STEP // 8
+    with pytest.raises(Oversized, match="in float32"):
+        body.begin(state, step, memoryview(b""))
 
 
 def test_a_step_without_embeddings_is_refused(body: DenoiserBody) -> None:

@@ -25,7 +25,8 @@ from split_common.models.denoisers.registry import read_denoiser_spec
 from split_common.models.denoisers.spec import StepConditioning
 from split_common.models.denoisers.unet import UNetSpec
 from split_common.protocol import payloads
-from split_worker.bodies.denoiser import DenoiserBody, DenoiserRun, ImageState
+from split_worker.bodies.denoiser import DenoiserBody, DenoiserRun
+from split_worker.bodies.held import ImageState
 from split_worker.bodies.step_graphs import CAPTURED, MAX_COUNTED, MAX_GRAPHS, StepGraphs
 
 pytestmark = pytest.mark.numbers

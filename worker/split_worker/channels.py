@@ -1,4 +1,4 @@
-"""The worker's channels to devices: those that are being set up, and those in use."""
+"""The worker's channels to devices."""
 
 from __future__ import annotations
 
@@ -9,37 +9,26 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from split_common.protocol import headers
-from split_common.protocol.channel import CHANNEL_LIFETIME, Channel, SessionKeys
-from split_common.protocol.handshake import WorkerHandshake
+from split_common.protocol.channel import CHANNEL_LIFETIME, CHANNEL_SESSIONS, Channel, SessionKeys
 from split_common.trust.keys import Roster
+from split_common.trust.shares import Usage
+from split_worker.set_ups import ChannelId, SetUps
 
 log = logging.getLogger(__name__)
-
-#: Most channels that are being set up; beyond this the oldest is dropped.
-MAX_HALF_OPEN = 256
-
-#: Seconds that a device has to complete the set-up of a channel.
-HALF_OPEN_TIMEOUT = 60.0
 
 #: Most channels of one device; beyond this its least recently used one is closed.
 MAX_CHANNELS_PER_DEVICE = 8
 
-#: Most channels of all devices, which is as many peers as a worker may watch; beyond this the least recently used
-#: one is closed.
+#: Most channels of all devices, which is as many peers as a worker may watch; beyond this the member with most
+#: channels loses its least recently used one.
 MAX_CHANNELS = headers.MAX_WATCHED
 
-#: The peer id of a channel's device, and the channel's number.
-ChannelId = tuple[bytes, int]
+#: Most sessions of one channel whose epochs are remembered: twice as many as a device opens over it.
+MAX_EPOCHS = 2 * CHANNEL_SESSIONS
 
-
-@dataclass
-class HalfOpen:
-    """A channel that is being set up: the device's first message, and the handshake that answers it."""
-
-    hello: bytes
-    handshake: WorkerHandshake
-    #: When it began, by the monotonic clock.
-    since: float = field(default_factory=time.monotonic)
+#: Most sessions of one member whose epochs are remembered; beyond this its least recently used channels are closed.
+#: Each takes about 100 bytes.
+MAX_MEMBER_EPOCHS = 8 * MAX_EPOCHS
 
 
 @dataclass
@@ -48,92 +37,96 @@ class OpenChannel:
 
     channel: Channel
     control: SessionKeys
+    #: Written by `ChannelTable.remember` alone.
     epochs: dict[int, int] = field(default_factory=dict)
     #: When a request last came, by the monotonic clock.
     used: float = field(default_factory=time.monotonic)
+
+    @property
+    def member(self) -> str:
+        """The name in the device's certificate, by which its shares are counted."""
+        return self.channel.peer.name
 
 
 class ChannelTable:
     """All channels of a worker. Used under the worker's lock.
 
     Args:
-        new_handshake: answers a device's first message.
+        set_ups: channels that are being set up.
         on_close: called with the id of each channel that was in use and is closed.
     """
 
-    def __init__(
-        self, new_handshake: Callable[[bytes], WorkerHandshake], on_close: Callable[[ChannelId], None]
-    ) -> None:
-        self._new_handshake = new_handshake
+    def __init__(self, set_ups: SetUps, on_close: Callable[[ChannelId], None]) -> None:
+        self.set_ups = set_ups
         self._on_close = on_close
-        #: Channels that are being set up, the oldest first.
-        self.half_open: OrderedDict[ChannelId, HalfOpen] = OrderedDict()
         #: Channels in use, the least recently used first.
         self.open: OrderedDict[ChannelId, OpenChannel] = OrderedDict()
-
-    def begin(self, id_: ChannelId, hello: bytes) -> bytes:
-        """Begins to set up a channel. Returns the answer, which is the same if a message is repeated.
-
-        Raises:
-            AuthenticationError, CertificateError, Malformed: the message is refused.
-        """
-        half = self.half_open.get(id_)
-        if half is None or half.hello != hello:
-            half = HalfOpen(hello, self._new_handshake(hello))
-            self.half_open[id_] = half
-            if len(self.half_open) > MAX_HALF_OPEN:
-                self.half_open.popitem(last=False)
-        return half.handshake.answer
+        # Channels and remembered epochs of each member.
+        self._channels = Usage()
+        self._epochs = Usage()
 
     def finish(self, id_: ChannelId, message: bytes) -> None:
-        """Completes the set-up of a channel in `half_open` with the device's last message.
-
-        Raises:
-            CertificateError: the device's certificate is refused. The message is authentic, so that no other one
-                can complete this set-up.
-            AuthenticationError, Malformed: the message is refused.
-        """
-        channel = self.half_open[id_].handshake.finish(message)
-        del self.half_open[id_]
+        """Completes the set-up of a channel. Raises what `SetUps.finish` does; no other channel then changes."""
+        channel = self.set_ups.finish(id_, message)
         if id_ in self.open:
             self.close(id_)
-        self._make_room(id_[0])
+        self._make_room(id_[0], channel.peer.name)
         self.open[id_] = OpenChannel(channel, channel.session_keys(0, 0))
+        self._channels.add(channel.peer.name, 1)
 
-    def _make_room(self, device: bytes) -> None:
+    def _make_room(self, device: bytes, member: str) -> None:
         """Closes a channel if another one of a device would be too many."""
         own = [id_ for id_ in self.open if id_[0] == device]
         if len(own) >= MAX_CHANNELS_PER_DEVICE:
             self.close(own[0])
         elif len(self.open) >= MAX_CHANNELS:
-            self.close(next(iter(self.open)))
+            self._channels.add(member, 1)
+            largest = self._channels.largest()
+            self._channels.add(member, -1)
+            self.close(next(id_ for id_, open_ in self.open.items() if open_.member == largest))
 
     def touch(self, id_: ChannelId) -> None:
         """Notes that an authentic request has come over a channel."""
         self.open[id_].used = time.monotonic()
         self.open.move_to_end(id_)
 
+    def remember(self, id_: ChannelId, session: int, epoch: int) -> bool:
+        """Notes that a session of this epoch, or of an earlier one, is never opened again.
+
+        Returns:
+            False if the channel remembers as many sessions as it may; it then opens no new ones.
+        """
+        open_ = self.open[id_]
+        if session not in open_.epochs:
+            if len(open_.epochs) >= MAX_EPOCHS:
+                return False
+            self._epochs.add(open_.member, 1)
+        open_.epochs[session] = epoch
+        return True
+
     def close(self, id_: ChannelId) -> None:
-        del self.open[id_]
+        closed = self.open.pop(id_)
+        self._channels.add(closed.member, -1)
+        if closed.epochs:
+            self._epochs.add(closed.member, -len(closed.epochs))
         self._on_close(id_)
 
     def close_gone(self, peers: Iterable[bytes]) -> None:
         """Closes the channels of devices that have left."""
         gone = set(peers)
-        for id_ in [id_ for id_ in self.half_open if id_[0] in gone]:
-            del self.half_open[id_]
+        self.set_ups.drop_gone(gone)
         for id_ in [id_ for id_ in self.open if id_[0] in gone]:
             self.close(id_)
 
     def close_stale(self, roster: Roster) -> None:
-        """Closes unused channels, and those of devices that are revoked or whose certificate has expired."""
+        """Closes channels that are unused, that remember too much, or whose device is not trusted any more."""
+        self.set_ups.drop_stale()
         now = time.monotonic()
-        for id_, half in list(self.half_open.items()):
-            if now - half.since > HALF_OPEN_TIMEOUT:
-                del self.half_open[id_]
         for id_, open_ in list(self.open.items()):
             trusted = open_.channel.trusted(roster)
             if not trusted:
                 log.warning("device %s is revoked, or its certificate has expired", open_.channel.peer.name)
             if not trusted or now - open_.used > 2 * CHANNEL_LIFETIME:
                 self.close(id_)
+        while (largest := self._epochs.largest()) and self._epochs[largest] > MAX_MEMBER_EPOCHS:
+            self.close(next(id_ for id_, open_ in self.open.items() if open_.epochs and open_.member == largest))

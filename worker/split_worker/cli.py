@@ -81,6 +81,15 @@ def worker(
             "models: memory for embeddings; by default 1GiB.",
         ),
     ] = None,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Diffusion models: maximum number of pixels of an image. Default: four times as many as the model "
+            "was made for, and at least 1048576.",
+        ),
+    ] = None,
     max_sessions: Annotated[
         int, typer.Option(min=1, metavar="N", help="Maximum number of sessions that are open at once.")
     ] = 1024,
@@ -126,6 +135,7 @@ def worker(
         device=torch.device(_device(device)),
         dtype=parse_dtype(dtype),
         memory=kv_bytes,
+        max_pixels=max_pixels,
     )
     limits = WorkerLimits(max_sessions=max_sessions, idle_timeout=idle_timeout)
     stop = catch_sigterm()

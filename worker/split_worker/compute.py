@@ -14,9 +14,11 @@ from typing import Any
 import msgspec
 import torch
 
-from split_common.engine.scheduler import BatchDelay, ScheduledChunk, ScheduledStep, Scheduler
-from split_common.errors import Busy, SplitError
+from split_common.engine.scheduler import BatchDelay, Scheduler
+from split_common.engine.steps import ScheduledChunk, ScheduledStep
+from split_common.errors import Busy, Malformed, SplitError
 from split_common.protocol import payloads
+from split_common.trust.shares import Usage
 from split_worker.bodies.base import AnyBody, Forward
 from split_worker.requests import Closed, Evicted, PendingRequest, refusal
 from split_worker.sessions import Session, SessionTable
@@ -90,8 +92,8 @@ class ComputeLoop:
         self._thread = threading.Thread(target=self._run, name="lambda-split-compute", daemon=True)
         #: When the last batch was complete, in seconds of `time.perf_counter`.
         self._completed = 0.0
-        #: Bytes of requests that wait to be computed.
-        self.queued_bytes = 0
+        #: Bytes of requests that wait to be computed, by member. Used under the lock.
+        self._queued = Usage()
         #: Forwards and the rows in them, steps and their tokens, microseconds that steps waited and that forwards
         #: took, evictions, and refusals by reason.
         self.counters: Counter[str] = Counter()
@@ -101,8 +103,23 @@ class ComputeLoop:
 
     def put(self, request: PendingRequest) -> None:
         """Queues a request. Called under the lock."""
-        self.queued_bytes += len(request.tensor)
+        self._queued.add(request.session.member, request.queued_bytes)
         self._inbox.put(request)
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes of requests that wait to be computed."""
+        return self._queued.total
+
+    def is_full(self, member: str, size: int) -> bool:
+        """Whether the queue is full, and has so much of the member that another `size` bytes exceed its share.
+
+        Other members may still add to a full queue, each as much as its share. Called under the lock.
+        """
+        most = self._sessions.limits.max_queued_bytes
+        if self._queued.total + size <= most:
+            return False
+        return self._queued[member] + size > self._queued.level(most, member, size)
 
     def wake(self) -> None:
         """Makes the loop free closed sessions soon. Called on any thread."""
@@ -189,19 +206,24 @@ class ComputeLoop:
             held = self._sessions.get(request.session.id) is request.session
         if not held:
             # The session was evicted or closed while the request was queued. Its memory has been freed.
-            self._answer(request, Evicted("the session's memory went to an older one"))
+            self._answer(request, Evicted("the session's memory went to another one"))
             return
         self._delay.returned(request.session, request.arrived)
-        device = request.session.id[0]
-        self._start(self._scheduler.add(ScheduledStep(request.session, device, request.prefill, request)))
+        member = request.session.member
+        step = ScheduledStep[PendingRequest, Any](
+            request.session, member, request.prefill, request, request.numbers if self._body.store is None else 0
+        )
+        self._start(self._scheduler.add(step))
 
     def _schedule(self) -> list[Chunk]:
         """The chunks of the next forward. If a step does not fit, evicts another session, or refuses the step."""
+        for step in self._scheduler.due():
+            self._start(step)
         while not self._stopping.is_set():
             chunks, starved = self._scheduler.next_batch()
             if starved is None:
                 return chunks
-            if not self._evict_for(starved.request.session):
+            if not self._evict_for(starved):
                 self._end(starved, Busy("the worker's KV memory is full", retry_after=MEMORY_RETRY))
         return []
 
@@ -261,6 +283,8 @@ class ComputeLoop:
         """The runs of a request. Raises the error that it is refused with."""
         session, payload = request.session, request.payload
         if isinstance(payload, payloads.Fork):
+            if request.header.seq or session.state.holds_memory:
+                raise Malformed("only the first request of a session may make it a copy of another one")
             self._fork(session, payload)
             return []
         began = time.perf_counter()
@@ -274,9 +298,7 @@ class ComputeLoop:
             parent = self._sessions.get((device, channel, fork.parent, fork.parent_epoch))
         if parent is None:
             raise Evicted("the worker does not hold the session that was to be copied")
-        state = parent.state.fork()
-        session.free()
-        session.state = state
+        session.state = parent.state.fork()
 
     def _answer(self, request: PendingRequest, outcome: torch.Tensor | Exception, seconds: float = 0.0) -> None:
         """Answers a request with its output, or refuses it with an error.
@@ -285,7 +307,7 @@ class ComputeLoop:
             seconds: how long the forward took that completed it; 0 if it needed none.
         """
         with self._lock:
-            self.queued_bytes -= len(request.tensor)
+            self._queued.add(request.session.member, -request.queued_bytes)
         if isinstance(outcome, Closed):
             return
         began = time.perf_counter()
@@ -323,7 +345,8 @@ class ComputeLoop:
         if not isinstance(request.payload, payloads.Step | payloads.Denoise):
             return reply
         assert isinstance(reply, payloads.Result | payloads.Denoised)
-        request.session.forget(request.payload.acked)
+        with self._lock:
+            self._sessions.forget(request.session, request.payload.acked)
         host = request.host_seconds + time.perf_counter() - began
         body = min(seconds, began - request.arrived)
         self.counters["steps"] += 1
@@ -333,15 +356,16 @@ class ComputeLoop:
 
     # --- memory --------------------------------------------------------------------------------------------
 
-    def _evict_for(self, asking: Session[Any]) -> bool:
-        """Evicts a session to free memory for another one. Returns whether there was one to evict."""
+    def _evict_for(self, starved: Step) -> bool:
+        """Evicts a session to free memory for another one's step. Returns whether there was one to evict."""
+        left = starved.cost - sum(starved.done)
         with self._lock:
-            victim = self._sessions.victim(asking)
+            victim = self._sessions.victim(starved.request.session, left)
             if victim is None:
                 return False
             self._sessions.evict(victim)
         self.counters["evictions"] += 1
-        self._drop(victim, Evicted("the session's memory went to an older one"))
+        self._drop(victim, Evicted("the session's memory went to another one"))
         return True
 
     def _free_closed(self) -> None:

@@ -18,10 +18,13 @@ class WorkerLimits:
     #: Tokens by which each session is expected to grow. A new one is admitted only if there is memory for them.
     growth: int = 64
     #: Most bytes of replies, over all sessions, that are kept to be sent again. If there are more, the least
-    #: recently used sessions lose theirs.
+    #: recently used sessions of the member with the largest share lose theirs.
     max_replies: int = 1024**3
-    #: Bytes of new replies after which all of them are counted.
-    count_replies_every: int = 128 * 1024**2
+    #: Seconds in which a reply is sent again once at most. Devices ask again after three.
+    repeat_after: float = 1.0
+    #: Bytes of replies that are sent again to one member: each second on average, and at once.
+    repeat_rate: int = 16 * 1024**2
+    repeat_burst: int = 64 * 1024**2
     #: Most bytes of requests that wait to be computed; further ones are refused.
     max_queued_bytes: int = 512 * 1024**2
     #: Seconds after which devices repeat a request that was refused because the queue is full.

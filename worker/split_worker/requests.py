@@ -38,6 +38,9 @@ REASONS: dict[type[Exception], str] = {
     Evicted: "evicted",
 }
 
+#: Bytes for which a waiting request counts beside its tensor.
+REQUEST_BYTES = 1024
+
 #: Most characters of an error's message that a device is told.
 MAX_MESSAGE = 2048
 
@@ -59,6 +62,16 @@ class PendingRequest:
     def tokens(self) -> int:
         """Tokens that it appends; 0 unless it is a step of a language model."""
         return self.payload.tokens if isinstance(self.payload, payloads.Step) else 0
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes that it counts for while it waits."""
+        return len(self.tensor) + REQUEST_BYTES
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in its tensors; 0 unless it is a step of an image."""
+        return sum(array.size for array in self.payload.arrays) if isinstance(self.payload, payloads.Denoise) else 0
 
     @property
     def prefill(self) -> bool:

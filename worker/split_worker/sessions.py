@@ -12,11 +12,16 @@ from typing import Any, Generic, TypeVar
 from split_common.errors import Busy, OutOfOrder
 from split_common.protocol import headers
 from split_common.protocol.channel import Channel, SessionKeys
+from split_common.trust.shares import Usage
 from split_worker.bodies.base import SessionState
 from split_worker.limits import WorkerLimits
 
 #: Most requests of one session that may wait. A device does not send more before it gets answers.
 MAX_WAITING = 256
+
+#: Refuses a session, and says after how many seconds a device may try again.
+NO_ROOM = "the worker has no room for another session"
+FULL_RETRY = 0.5
 
 #: The device's peer id, and the numbers of the channel, the session and the epoch.
 SessionId = tuple[bytes, int, int, int]
@@ -31,6 +36,8 @@ class Session(Generic[_State]):
     """A generation, or the images of one device: the protocol's state and the body's."""
 
     id: SessionId
+    #: The name in the device's certificate, by which shares are counted.
+    member: str
     keys: SessionKeys
     #: The body's state.
     state: _State
@@ -42,7 +49,11 @@ class Session(Generic[_State]):
     done: int = 0
     #: Replies by sequence number, until they are acknowledged.
     replies: dict[int, Frames] = field(default_factory=dict)
-    #: When the last request came, by the monotonic clock.
+    #: Bytes of these replies.
+    kept: int = 0
+    #: When each of these replies was sent again, by the monotonic clock.
+    repeated: dict[int, float] = field(default_factory=dict)
+    #: When the last new request came or was answered, by the monotonic clock.
     used: float = field(default_factory=time.monotonic)
 
     def admit(self, seq: int) -> bool:
@@ -51,26 +62,32 @@ class Session(Generic[_State]):
         Raises:
             OutOfOrder: an earlier request has not arrived, or too many wait.
         """
-        self.used = time.monotonic()
         if seq < self.expected:
             return False
         if seq > self.expected or self.expected - self.done >= MAX_WAITING:
             raise OutOfOrder(f"request {seq} of a session that expects {self.expected}")
+        self.used = time.monotonic()
         self.expected += 1
         return True
 
     def answered(self, frames: Frames) -> None:
         """Keeps a reply until it is acknowledged."""
         self.replies[frames[0].seq] = frames
+        self.kept += len(frames[1])
         self.done += 1
+        self.used = time.monotonic()
         if len(self.replies) > MAX_WAITING:
             # A device has at most this many requests in flight, so that it no longer needs the oldest reply.
-            del self.replies[next(iter(self.replies))]
+            self._drop(next(iter(self.replies)))
 
     def forget(self, acked: int) -> None:
         """Drops the replies below a sequence number, which the device has."""
         for seq in [seq for seq in self.replies if seq < acked]:
-            del self.replies[seq]
+            self._drop(seq)
+
+    def _drop(self, seq: int) -> None:
+        self.kept -= len(self.replies.pop(seq)[1])
+        self.repeated.pop(seq, None)
 
     def free(self) -> None:
         """Frees the memory of its state."""
@@ -80,7 +97,8 @@ class Session(Generic[_State]):
 class SessionTable:
     """All sessions of a worker. Used under the worker's lock.
 
-    Closed sessions wait in `closed` until the compute loop's thread frees them.
+    Closed sessions wait in `closed` until the compute loop's thread frees them. If there is too little of
+    something, idle sessions give way first, and then those of the member that has the largest share of it.
     """
 
     def __init__(self, limits: WorkerLimits | None = None) -> None:
@@ -89,8 +107,9 @@ class SessionTable:
         self._ages = itertools.count()
         #: Closed sessions that have not been freed.
         self.closed: deque[Session[Any]] = deque()
-        #: Bytes of replies that were added after the last count.
-        self._uncounted = 0
+        # Sessions, and bytes of kept replies, of each member.
+        self._open = Usage()
+        self._kept = Usage()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -98,11 +117,13 @@ class SessionTable:
     def room(self, free_tokens: int | None) -> int:
         """How many sessions may be opened, if need be by evicting idle ones.
 
+        A worker that is full has room for one more if a member that has no session yet would get one.
+
         Args:
             free_tokens: tokens that fit into the free memory; None if sessions take no memory.
         """
         idle = sum(map(self._is_idle, self._sessions.values()))
-        return max(idle, self._unused(free_tokens))
+        return max(idle, self._unused(free_tokens)) or int(self._has_room_for_others())
 
     def _unused(self, free_tokens: int | None) -> int:
         allowed = self.limits.max_sessions
@@ -110,67 +131,136 @@ class SessionTable:
             allowed = min(allowed, free_tokens // self.limits.growth)
         return max(0, allowed - len(self._sessions))
 
+    def _has_room_for_others(self) -> bool:
+        if len(self._sessions) >= self.limits.max_sessions:
+            return any(count > 1 for count in self._open.of_all().values())
+        return any(tokens > self.limits.growth for tokens in self._tokens().values())
+
     def get(self, id_: SessionId) -> Session[Any] | None:
         return self._sessions.get(id_)
 
-    def open(self, id_: SessionId, channel: Channel, state: _State, free_tokens: int | None) -> Session[_State]:
+    def open(
+        self, id_: SessionId, channel: Channel, state: _State, free_tokens: int | None, tokens: int = 0
+    ) -> Session[_State]:
         """Opens a session.
 
         Args:
             id_: its id, which no open session has.
             channel: the channel whose keys it uses.
             state: a new state of the body.
-            free_tokens: tokens that fit into the free memory after the first step; None if sessions take no memory.
+            free_tokens: tokens that fit into the free memory now; None if sessions take no memory.
+            tokens: tokens of its first step.
 
         Raises:
-            Busy: the worker is full.
+            Busy: the worker is full, and no member has a larger share of it than this one would have.
         """
         self.free_idle()
-        if self._unused(free_tokens) < 1 and len(self._sessions):
-            # An idle session makes room for the device's next try.
-            if (idle := self._idlest()) is not None:
-                self.close(idle.id)
-            raise Busy("the worker has no room for another session", retry_after=0.5)
-        session = Session(id_, channel.session_keys(id_[2], id_[3]), state, next(self._ages))
+        member = channel.peer.name
+        if self._sessions:
+            if len(self._sessions) >= self.limits.max_sessions:
+                self._close_one_for(member)
+            if free_tokens is not None and not self._unused(free_tokens - tokens):
+                self._check_memory(member, max(tokens, self.limits.growth))
+        session = Session(id_, member, channel.session_keys(id_[2], id_[3]), state, next(self._ages))
         self._sessions[id_] = session
+        self._open.add(member, 1)
         return session
 
-    def answered(self, session: Session[Any], frames: Frames) -> None:
-        """Keeps a reply of a session, which may have to be sent again. Drops replies beyond `max_replies` bytes."""
-        session.answered(frames)
-        self._uncounted += len(frames[1])
-        if self._uncounted > self.limits.count_replies_every:
-            self._uncounted = kept = 0
-            for each in sorted(self._sessions.values(), key=lambda session: session.used, reverse=True):
-                kept += sum(len(body) for _, body in each.replies.values())
-                if kept > self.limits.max_replies:
-                    each.replies.clear()
+    def _close_one_for(self, member: str) -> None:
+        """Closes a session so that a member may open one. Raises Busy if none gives way."""
+        victim = self._idlest()
+        if victim is None and self._open[largest := self._open.largest() or member] > self._open[member] + 1:
+            victim = max(
+                (each for each in self._sessions.values() if each.member == largest), key=lambda each: each.age
+            )
+        if victim is None:
+            raise Busy(NO_ROOM, retry_after=FULL_RETRY)
+        self.close(victim.id)
 
-    def victim(self, asking: Session[Any]) -> Session[Any] | None:
-        """Chooses a session to evict for `asking`: an idle one, else the newest if it is newer than `asking`."""
+    def _check_memory(self, member: str, tokens: int) -> None:
+        """Raises Busy if a member's new session would get no memory, because no other has a larger share."""
+        used = self._tokens()
+        if max(used.values(), default=0.0) > used.get(member, 0.0) + tokens:
+            # The compute loop evicts a session once the first step needs its memory.
+            return
+        if (idle := self._idlest()) is not None:
+            # It makes room for the device's next try.
+            self.close(idle.id)
+        raise Busy(NO_ROOM, retry_after=FULL_RETRY)
+
+    def _tokens(self) -> dict[str, float]:
+        """Tokens that the sessions of each member hold in KV memory."""
+        tokens: dict[str, float] = {}
+        for session in self._sessions.values():
+            tokens[session.member] = tokens.get(session.member, 0.0) + session.state.held_tokens
+        return tokens
+
+    def answered(self, session: Session[Any], frames: Frames) -> None:
+        """Keeps a reply of a session, which may have to be sent again.
+
+        If all replies exceed `max_replies` bytes, the least recently used sessions of the member with the largest
+        share lose theirs.
+        """
+        before = session.kept
+        session.answered(frames)
+        if self._sessions.get(session.id) is not session:
+            return
+        self._count_kept(session, before)
+        while self._kept.total > self.limits.max_replies and (largest := self._kept.largest()) is not None:
+            own = (each for each in self._sessions.values() if each.member == largest and each.kept)
+            self._forget(min(own, key=lambda each: each.used), 2**62)
+
+    def forget(self, session: Session[Any], acked: int) -> None:
+        """Drops a session's replies below a sequence number, which the device has."""
+        if self._sessions.get(session.id) is session:
+            self._forget(session, acked)
+
+    def _forget(self, session: Session[Any], acked: int) -> None:
+        before = session.kept
+        session.forget(acked)
+        self._count_kept(session, before)
+
+    def _count_kept(self, session: Session[Any], before: int) -> None:
+        if more := session.kept - before:
+            self._kept.add(session.member, more)
+
+    def victim(self, asking: Session[Any], tokens: int = 0) -> Session[Any] | None:
+        """Chooses a session to evict for a step of `asking` that needs this many more tokens.
+
+        An idle session goes first. Then the newest one of the member that holds most, if that is more than the
+        asking member would hold; or else the newest one of the asking member, if it is newer than `asking`.
+        """
         if (idle := self._idlest()) is not None and idle is not asking:
             return idle
-        others = [
-            session for session in self._sessions.values() if session is not asking and session.state.holds_memory
-        ]
-        newest = max(others, key=lambda session: session.age, default=None)
+        others = [each for each in self._sessions.values() if each is not asking and each.state.holds_memory]
+        member = asking.member
+        if any(each.member != member for each in others):
+            used = self._tokens()
+            used[member] = used.get(member, 0.0) + tokens
+            largest = max(used, key=lambda each: (used[each], each == member))
+            if largest != member:
+                return max((each for each in others if each.member == largest), key=lambda each: each.age)
+        newest = max((each for each in others if each.member == member), key=lambda each: each.age, default=None)
         return newest if newest is not None and newest.age > asking.age else None
 
     def _idlest(self) -> Session[Any] | None:
-        longest = min(self._sessions.values(), key=lambda session: session.used, default=None)
-        return longest if longest is not None and self._is_idle(longest) else None
+        return min(filter(self._is_idle, self._sessions.values()), key=lambda session: session.used, default=None)
 
     def _is_idle(self, session: Session[Any]) -> bool:
-        return time.monotonic() - session.used > self.limits.evict_after
+        return session.done == session.expected and time.monotonic() - session.used > self.limits.evict_after
 
     def evict(self, session: Session[Any]) -> None:
         """Forgets a session, which the caller frees. Its device is told that it is lost when it sends a request."""
         del self._sessions[session.id]
+        self._open.add(session.member, -1)
+        if session.kept:
+            self._kept.add(session.member, -session.kept)
 
     def close(self, id_: SessionId) -> None:
         """Closes a session, if there is one with this id."""
-        session = self._sessions.pop(id_, None)
+        session = self._sessions.get(id_)
         if session is not None:
+            self.evict(session)
             self.closed.append(session)
 
     def close_where(self, condition: Callable[[SessionId], bool]) -> None:

@@ -25,17 +25,19 @@ from split_common.errors import (
     WorkerFailed,
 )
 from split_common.protocol import headers, payloads
-from split_common.protocol.channel import CHANNEL_SESSIONS, SessionKeys
+from split_common.protocol.channel import SessionKeys
 from split_common.protocol.handshake import WorkerHandshake
 from split_common.transport import Transport, new_peer_id
 from split_common.trust.fleet import Fleet
 from split_common.trust.keys import Certificate, Identity, ModelScope, Role
 from split_worker.bodies.base import AnyBody
-from split_worker.channels import ChannelId, ChannelTable, OpenChannel
+from split_worker.channels import MAX_EPOCHS, ChannelTable, OpenChannel
 from split_worker.compute import ComputeLoop
 from split_worker.limits import WorkerLimits
+from split_worker.repeats import Repeats
 from split_worker.requests import PendingRequest
 from split_worker.sessions import Session, SessionTable
+from split_worker.set_ups import ChannelId, SetUps
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +74,10 @@ class Worker:
         self._fleet = fleet
         self._transport = transport
         self._sessions = SessionTable(limits)
+        self._repeats = Repeats(self._sessions.limits)
         #: This worker's peer id on the queue and in dead letters.
         self.id = new_peer_id(identity.certificate.name)
-        self._channels = ChannelTable(self._new_handshake, self._channel_closed)
+        self._channels = ChannelTable(SetUps(self._new_handshake, fleet.roster), self._channel_closed)
         self._lock = threading.RLock()
         self._draining = False
         self._on_failure = on_failure
@@ -193,13 +196,13 @@ class Worker:
             self._channels.close_stale(self._fleet.roster())
 
     def _open_channel(self, header: headers.Open, body: bytes) -> None:
-        answer = self._channels.begin((header.sender, header.channel), body)
+        answer = self._channels.set_ups.begin((header.sender, header.channel), body)
         relay = headers.Relay(header.sender, self.id, headers.RelayKind.ANSWER, header.channel)
         self._transport.send(relay, answer)
 
     def _finish_channel(self, header: headers.Relay, body: bytes) -> None:
         id_ = (header.sender, header.channel)
-        if id_ in self._channels.half_open:
+        if id_ in self._channels.set_ups.half_open:
             try:
                 self._channels.finish(id_, body)
             except CertificateError:
@@ -242,8 +245,11 @@ class Worker:
             self._refuse_unopened(channel, header, "malformed", f"the channel has no {', '.join(sorted(missing))}")
             return
         if isinstance(request, payloads.Close):
-            # If it has overtaken the session's first request, that one must not open the session any more.
-            channel.epochs[header.session] = max(header.epoch, channel.epochs.get(header.session, 0))
+            # If it has overtaken the session's first request, that one must not open the session any more. Where
+            # no more sessions are remembered, none is opened either.
+            self._channels.remember(
+                channel_id, header.session, max(header.epoch, channel.epochs.get(header.session, 0))
+            )
             self._sessions.close(id_)
             self._compute.wake()
             return
@@ -256,17 +262,24 @@ class Worker:
             if session is None:
                 self._refuse_unopened(channel, header, "lost", "the worker does not hold this session")
                 return
-        limits = self._sessions.limits
-        if self._compute.queued_bytes + len(tensor) > limits.max_queued_bytes and header.seq >= session.expected:
-            self._refuse_unopened(channel, header, "full", "the worker's queue is full", limits.full_retry)
+        if header.seq >= session.expected and self._compute.is_full(session.member, len(tensor)):
+            retry = self._sessions.limits.full_retry
+            self._refuse_unopened(channel, header, "full", "the worker's queue is full", retry)
             return
         if not session.admit(header.seq):
-            if frames := session.replies.get(header.seq):
-                self._transport.send(*frames)
-            elif header.seq < session.done:
-                self._refuse_unopened(channel, header, "lost", "the worker does not hold this reply any more")
+            self._repeat(channel, session, header)
             return
         self._compute.put(PendingRequest(session, header, request, tensor, began, time.perf_counter() - began))
+
+    def _repeat(self, channel: OpenChannel, session: Session[Any], header: headers.Relay) -> None:
+        """Answers a request that has come before, if it has been computed and was not answered just now."""
+        if frames := session.replies.get(header.seq):
+            if self._repeats.allow(session, frames):
+                self._transport.send(*frames)
+            else:
+                self.counters["withheld"] += 1
+        elif header.seq < session.done:
+            self._refuse_unopened(channel, header, "lost", "the worker does not hold this reply any more")
 
     def _open_session(
         self, channel: OpenChannel, header: headers.Relay, request: payloads.AnyRequest
@@ -277,23 +290,25 @@ class Worker:
             raise OutOfOrder(f"request {header.seq} of a session whose first has not arrived")
         if header.epoch:
             self._end_epochs(channel, header)
-        if self._draining or len(channel.epochs) >= 2 * CHANNEL_SESSIONS:
+        if self._draining or len(channel.epochs) >= MAX_EPOCHS:
             raise Busy("the worker takes no new sessions", retry_after=1.0)
         tokens = request.tokens if isinstance(request, payloads.Step) else 0
         id_ = (header.sender, header.channel, header.session, header.epoch)
         try:
-            session = self._sessions.open(id_, channel.channel, self._body.new_state(), self._free_tokens(tokens))
+            session = self._sessions.open(
+                id_, channel.channel, self._body.new_state(channel.member), self._free_tokens(), tokens
+            )
         except Busy:
             self._compute.wake()
             raise
         # This epoch is never accepted again, because a second session under its keys would repeat nonces.
-        channel.epochs[header.session] = header.epoch
+        self._channels.remember(id_[:2], header.session, header.epoch)
         return session
 
-    def _free_tokens(self, reserved: int = 0) -> int | None:
-        """Tokens that fit into the free KV memory, without reserved ones; None if sessions take none."""
+    def _free_tokens(self) -> int | None:
+        """Tokens that fit into the free KV memory; None if sessions take none."""
         store = self._body.store
-        return store.free_tokens - reserved if store is not None else None
+        return store.free_tokens if store is not None else None
 
     def _end_epochs(self, channel: OpenChannel, header: headers.Relay) -> None:
         """Closes earlier epochs of a device's session, whose requests are refused from now on."""
@@ -301,7 +316,7 @@ class Worker:
             known = other.epochs.get(header.session, -1)
             if id_[0] == header.sender and other.channel.peer == channel.channel.peer and known < header.epoch:
                 self._sessions.close((*id_, header.session, known))
-                other.epochs[header.session] = header.epoch - 1
+                self._channels.remember(id_, header.session, header.epoch - 1)
         self._compute.wake()
 
     def _refuse_unopened(

@@ -45,6 +45,10 @@ class CachedSequence:
         layers = {id(layer): layer for layer in self.cache.layers}.values()
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
+    @property
+    def held_tokens(self) -> float:
+        return self.length
+
     def cost(self, tokens: int) -> int:
         return tokens
 

@@ -66,6 +66,11 @@ class PagedSequence:
         """Returns all pages to the pool."""
         self.truncate(0)
 
+    @property
+    def held_tokens(self) -> float:
+        """Tokens that fit into its pages. A page that n sequences share counts for each as the n-th part."""
+        return self.pool.page_tokens * self.pool.parts(list(self.pages))
+
     def cost(self, tokens: int) -> int:
         """How many pages appending `tokens` tokens takes from the pool."""
         more = -(-(self.length + tokens) // self.pool.page_tokens) - len(self.pages)
@@ -204,6 +209,10 @@ class PagePool:
 
     def is_shared(self, page: int) -> bool:
         return bool(self._references[page] > 1)
+
+    def parts(self, pages: list[int]) -> float:
+        """The sum of one owner's parts of these pages. Any thread may call it."""
+        return float((1 / np.maximum(self._references[pages], 1)).sum()) if pages else 0.0
 
     def _middle_of_largest_gap(self) -> int:
         """A free page in the used part of the pool, which grows while it has no gap of `GAP_PAGES` pages."""

@@ -1,12 +1,12 @@
 """The scheduler: which tokens go into the next forward.
 
 All decoding steps that are ready go into it. The rest of the budget goes to prefills, in chunks, so that decoding
-waits for one chunk at most. Devices take turns. If forwards are slow, prefill of devices that are not decoding goes
-first.
+waits for one chunk at most. Members take turns, however many devices and sessions each has. If forwards are slow,
+prefill of members that are not decoding goes first.
 
 A step passes through the scheduler like this. The caller acts on what each call returns:
 
-    add -> (the session's earlier steps end) -> start -> next_batch -> finish, until it is complete -> end
+    add -> (the session's earlier steps end, its turn comes) -> start -> next_batch -> finish, until complete -> end
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from __future__ import annotations
 import time
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
 
 from split_common.engine.sequences import KVStore, Run
+from split_common.engine.steps import ScheduledChunk, ScheduledStep
+from split_common.engine.turns import FairTurns, next_few
 
 #: Most tokens of a decoding step, because speculative decoding verifies several at once. A longer step is prefill.
 DECODE_TOKENS = 16
@@ -38,7 +39,7 @@ SLACK = 1.0
 DECODING_FOR = 1.0
 
 #: Seconds above which a forward is slow. Prefill then does not wait for sessions that are due back, and prefill of
-#: devices that are not decoding goes first, because it brings a first token. On such hardware, two forwards take no
+#: members that are not decoding goes first, because it brings a first token. On such hardware, two forwards take no
 #: longer than one forward of both.
 SLOW_FORWARD = 0.05
 
@@ -56,51 +57,6 @@ _Request = TypeVar("_Request")
 def is_prefill(tokens: int) -> bool:
     """Whether a step of this many tokens is prefill; if not, it is decoding."""
     return tokens > DECODE_TOKENS
-
-
-@dataclass(eq=False)
-class ScheduledStep(Generic[_Request, _Run]):
-    """A step of a session.
-
-    Args:
-        session: the session, whose steps run one after the other.
-        device: the session's device; devices take turns.
-        prefill: whether it may wait, and may be computed in chunks. All other steps go whole into the next forward.
-        request: the caller's object, which the scheduler does not read.
-    """
-
-    session: Hashable
-    device: Hashable
-    prefill: bool
-    request: _Request
-    #: What is to be computed; empty until the step has started.
-    runs: Sequence[_Run] = ()
-    #: Whether a forward with a part of it is running. Only one does at a time.
-    in_flight: bool = False
-    #: How much of each run has been computed, in units of its `cost`.
-    done: list[int] = field(default_factory=list)
-    #: The outputs of each run's chunks so far.
-    outputs: list[list[torch.Tensor]] = field(default_factory=list)
-
-    @property
-    def complete(self) -> bool:
-        """Whether all its runs have been computed."""
-        return all(done == run.cost for done, run in zip(self.done, self.runs, strict=True))
-
-    def output(self) -> torch.Tensor:
-        """The outputs of all runs, concatenated: `[tokens, width]` for tokens; empty if there are no runs."""
-        outputs = [part for parts in self.outputs for part in parts]
-        # Most steps have a single output, which may be large, so it is not copied.
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0] if outputs else torch.empty(0, 0)
-
-
-@dataclass(frozen=True)
-class ScheduledChunk(Generic[_Request, _Run]):
-    """The part of a step's run number `index`, or the whole run, that goes into the next forward."""
-
-    step: ScheduledStep[_Request, _Run]
-    index: int
-    run: _Run
 
 
 class ChunkBudget:
@@ -194,9 +150,10 @@ class Scheduler(Generic[_Request, _Run]):
         #: The first step of each session, which has started or may start.
         self._active: OrderedDict[Hashable, ScheduledStep[_Request, _Run]] = OrderedDict()
         self._waiting: dict[Hashable, deque[ScheduledStep[_Request, _Run]]] = {}
-        # Devices that had a chunk of prefill, the most recent one last. An ordered set.
+        # Members that had a chunk of prefill, the most recent one last. An ordered set.
         self._turns: dict[Hashable, None] = {}
-        # When each device was last decoding.
+        self._fair = FairTurns()
+        # When each member was last decoding.
         self._decoded_at: dict[Hashable, float] = {}
         # Whether the last forward was of urgent prefills.
         self._urgent_went = False
@@ -212,30 +169,48 @@ class Scheduler(Generic[_Request, _Run]):
         return set(self._active)
 
     def add(self, step: ScheduledStep[_Request, _Run]) -> ScheduledStep[_Request, _Run] | None:
-        """Takes a step. Returns it if it may start now. If not, `end` returns it when it may."""
+        """Takes a step. Returns it if it may start now. If not, `end` or `due` returns it when it may."""
         if step.session in self._active:
             self._waiting.setdefault(step.session, deque()).append(step)
             return None
+        return self._activate(step)
+
+    def _activate(self, step: ScheduledStep[_Request, _Run]) -> ScheduledStep[_Request, _Run] | None:
+        """Makes a step its session's first one. Returns it if it may start now."""
         self._active[step.session] = step
-        return step
+        if not step.weight:
+            return step
+        step.pending = True
+        step.turn = self._fair.tag(step.member, step.weight)
+        return None
+
+    def due(self) -> list[ScheduledStep[_Request, _Run]]:
+        """The pending steps whose turn it is, which the caller starts now. None while others are ready."""
+        if self._ready():
+            return []
+        return next_few([step for step in self._active.values() if step.pending])
 
     def start(self, step: ScheduledStep[_Request, _Run], runs: Sequence[_Run]) -> None:
         """Makes a step's runs ready for forwards. The caller ends a step that is `complete` without any."""
         step.runs = [run for run in runs if run.cost]
         step.done = [0] * len(step.runs)
         step.outputs = [[] for _ in step.runs]
+        if step.pending:
+            step.pending = False
+        elif not step.prefill:
+            step.turn = self._fair.tag(step.member, step.cost)
         self._active.move_to_end(step.session)
 
     def urgent_prefills(self) -> list[ScheduledStep[_Request, _Run]]:
-        """Prefills that go before decoding, because forwards are slow and their devices are not decoding.
+        """Prefills that go before decoding, because forwards are slow and their members are not decoding.
 
         They do not get two forwards in a row while others wait.
         """
         now = time.monotonic()
-        self._decoded_at = {device: then for device, then in self._decoded_at.items() if now - then < DECODING_FOR}
+        self._decoded_at = {member: then for member, then in self._decoded_at.items() if now - then < DECODING_FOR}
         if self._urgent_went or not self._decoded_at or self.budget.base < SLOW_FORWARD:
             return []
-        return [step for step in self._ready() if step.prefill and step.device not in self._decoded_at]
+        return [step for step in self._ready() if step.prefill and step.member not in self._decoded_at]
 
     @property
     def has_urgent_prefill(self) -> bool:
@@ -280,14 +255,14 @@ class Scheduler(Generic[_Request, _Run]):
         for step in {id(chunk.step): chunk.step for chunk in batch}.values():
             step.in_flight = False
             if not step.prefill:
-                self._decoded_at[step.device] = time.monotonic()
+                self._decoded_at[step.member] = time.monotonic()
             if self._active.get(step.session) is not step:
                 # The step was cancelled meanwhile.
                 continue
             if step.prefill:
-                # The next chunk of prefill is another device's.
-                self._turns.pop(step.device, None)
-                self._turns[step.device] = None
+                # The next chunk of prefill is another member's.
+                self._turns.pop(step.member, None)
+                self._turns[step.member] = None
             if step.complete:
                 complete.append(step)
         return complete
@@ -301,8 +276,7 @@ class Scheduler(Generic[_Request, _Run]):
         following = waiting.popleft()
         if not waiting:
             del self._waiting[step.session]
-        self._active[step.session] = following
-        return following
+        return self._activate(following)
 
     def cancel(self, session: Hashable) -> list[ScheduledStep[_Request, _Run]]:
         """Drops all steps of a session, and returns them. The output of a running forward will be ignored."""
@@ -310,19 +284,19 @@ class Scheduler(Generic[_Request, _Run]):
         return [*steps, *self._waiting.pop(session, ())]
 
     def _ready(self) -> list[ScheduledStep[_Request, _Run]]:
-        return [step for step in self._active.values() if not step.in_flight]
+        return [step for step in self._active.values() if not (step.in_flight or step.pending)]
 
     def _fill(self, ready: Sequence[ScheduledStep[_Request, _Run]]) -> list[ScheduledChunk[_Request, _Run]]:
         batch: list[ScheduledChunk[_Request, _Run]] = []
         free = self._store.free if self._store is not None else 0
-        for step in ready:
-            if step.prefill:
-                continue
+        for step in self._whole(ready):
             chunks = [ScheduledChunk(step, index, run) for index, run in enumerate(step.runs)]
             memory = sum(chunk.run.memory(chunk.run.cost) for chunk in chunks)
             if memory <= free and len(batch) + len(chunks) <= MAX_ROWS:
                 free -= memory
                 batch += chunks
+        if batch:
+            self._fair.went(max(chunk.step.turn for chunk in batch))
         budget = self.budget.tokens()
         for step in self._in_turns(ready):
             for index, run in enumerate(step.runs):
@@ -338,22 +312,29 @@ class Scheduler(Generic[_Request, _Run]):
                 batch.append(ScheduledChunk(step, index, run.part(begin, count)))
         return batch
 
+    def _whole(self, ready: Sequence[ScheduledStep[_Request, _Run]]) -> list[ScheduledStep[_Request, _Run]]:
+        """The steps that are not prefill: in turns, if they do not all go into one forward."""
+        steps = [step for step in ready if not step.prefill]
+        if sum(len(step.runs) for step in steps) > MAX_ROWS:
+            steps.sort(key=lambda step: step.turn)
+        return steps
+
     def _in_turns(self, ready: Sequence[ScheduledStep[_Request, _Run]]) -> list[ScheduledStep[_Request, _Run]]:
-        """Prefills in turns: each device's first before any second. The device of the last chunk comes last."""
+        """Prefills in turns: each member's first before any second. The member of the last chunk comes last."""
         queues: dict[Hashable, deque[ScheduledStep[_Request, _Run]]] = {}
         for step in ready:
             if step.prefill:
-                queues.setdefault(step.device, deque()).append(step)
-        here = {step.device for step in self._active.values()}
-        self._turns = {device: None for device in self._turns if device in here}
-        last = [device for device in self._turns if device in queues]
+                queues.setdefault(step.member, deque()).append(step)
+        here = {step.member for step in self._active.values()}
+        self._turns = {member: None for member in self._turns if member in here}
+        last = [member for member in self._turns if member in queues]
         queues = {
-            device: queues[device] for device in [*(each for each in queues if each not in self._turns), *last]
+            member: queues[member] for member in [*(each for each in queues if each not in self._turns), *last]
         }
         order: list[ScheduledStep[_Request, _Run]] = []
         while queues:
-            for device in list(queues):
-                order.append(queues[device].popleft())
-                if not queues[device]:
-                    del queues[device]
+            for member in list(queues):
+                order.append(queues[member].popleft())
+                if not queues[member]:
+                    del queues[member]
         return order

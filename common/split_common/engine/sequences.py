@@ -16,6 +16,10 @@ class KVSequence(Protocol):
     def length(self) -> int:
         """How many tokens it holds."""
 
+    @property
+    def held_tokens(self) -> float:
+        """Tokens of memory that it holds. A page that n sequences share counts for each as the n-th part."""
+
     def cost(self, tokens: int) -> int:
         """Memory that appending `tokens` tokens takes, in units of the store's `free`."""
 

@@ -10,7 +10,7 @@ from split_common.transport.base import (
     Transport,
 )
 from split_common.transport.links import check_address, connect
-from split_common.transport.peer_id import member_mark, new_peer_id
+from split_common.transport.peer_id import mark_of, member_mark, new_peer_id
 from split_common.transport.supervised import count_dropped
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "check_address",
     "connect",
     "count_dropped",
+    "mark_of",
     "member_mark",
     "new_peer_id",
     "parse_address",

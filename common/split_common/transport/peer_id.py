@@ -11,6 +11,11 @@ def member_mark(member: str) -> bytes:
     return hashlib.blake2b(member.encode(), digest_size=4).digest()
 
 
+def mark_of(peer: bytes) -> bytes:
+    """The mark of the member that a peer's id says it is of."""
+    return peer[:4]
+
+
 def new_peer_id(member: str) -> bytes:
     """A new id (8 bytes), for one run of a device or worker."""
     return member_mark(member) + os.urandom(4)

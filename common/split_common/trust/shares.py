@@ -42,7 +42,7 @@ class Usage:
         if left := self._used.get(member, 0) + amount:
             self._used[member] = left
         else:
-            del self._used[member]
+            self._used.pop(member, None)
 
     def __getitem__(self, member: str) -> int:
         return self._used.get(member, 0)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from split_common.engine.runner import Runner
-from split_common.engine.scheduler import ScheduledStep, Scheduler, is_prefill
+from split_common.engine.scheduler import Scheduler, is_prefill
 from split_common.engine.sequences import KVSequence, TokenRun
+from split_common.engine.steps import ScheduledStep
 from split_common.errors import Busy
 
 log = logging.getLogger(__name__)

@@ -22,6 +22,10 @@ class SessionState(Protocol):
     def holds_memory(self) -> bool:
         """Whether `free` would free KV memory."""
 
+    @property
+    def held_tokens(self) -> float:
+        """Tokens of KV memory that it holds. What several sessions share counts for each in part."""
+
     def fork(self) -> SessionState:
         """Returns a copy for another session."""
 
@@ -66,8 +70,8 @@ class Body(Protocol[_State, _Run]):
     def store(self) -> KVStore | None:
         """The sessions' KV memory; None if sessions take none."""
 
-    def new_state(self) -> _State:
-        """The state of a new session. Called on any thread."""
+    def new_state(self, member: str = "") -> _State:
+        """The state of a new session of a member. Called on any thread."""
 
     def begin(self, state: _State, request: payloads.AnyRequest, data: memoryview) -> Sequence[_Run]:
         """Checks a request, and prepares the session for it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,19 +13,14 @@ import torch
 from split_common.engine.forward import Forward
 from split_common.engine.graphs import new_capture
 from split_common.engine.sequences import Run
-from split_common.errors import Malformed, ModelError, NeedEmbeddings, Oversized
+from split_common.errors import Malformed, ModelError, Oversized
 from split_common.models.denoisers.codecs import decode, encode
 from split_common.models.denoisers.spec import DenoiserSpec, StepConditioning
 from split_common.models.split import Split
 from split_common.models.tensors import DTYPES
 from split_common.protocol import payloads
+from split_worker.bodies.held import HELD_BYTES, OUTPUT, HeldArrays, ImageState
 from split_worker.bodies.step_graphs import RunBlocks, StepGraphs
-
-#: Bytes that are held for images by default: embeddings, and steps and outputs that travel in parts.
-HELD_BYTES = 1024**3
-
-#: Most embeddings, steps and outputs held at once, because small ones take more memory than their bytes.
-MAX_HELD = 8192
 
 #: Most rows in one forward; a step with more has a forward of its own.
 MAX_BATCH_ROWS = 16
@@ -34,123 +28,19 @@ MAX_BATCH_ROWS = 16
 #: Most bytes of embeddings for all rows of one step.
 MAX_CONTEXT = 256 * 1024**2
 
+#: Most pixels of an image by default: as a multiple of what the model was made for, but not less than a megapixel.
+#: Attention takes time by the square of it.
+DEFAULT_SHARE = 4
+MIN_MAX_PIXELS = 1024**2
+
+#: Most bytes of a step's tensors, and of its answer, as the body computes them at most: in float32.
+MAX_DECODED = payloads.MAX_STEP
+FLOAT_BYTES = 4
+
 #: Seconds for the first forward: a large image on a CPU takes long.
 FIRST_DENOISE_TURN = 900.0
 
-#: Keys of what is held of a session beside embeddings: the parts of a step so far, and an output sent in parts.
-_PARTS, _OUTPUT = b"parts", b"output"
-
-
 _T = TypeVar("_T")
-
-
-class ImageState:
-    """A session of images (a `SessionState`). `HeldArrays` holds its arrays, with this object in their keys.
-
-    A refused step leaves nothing to undo, because what is held may be forgotten at any time.
-    """
-
-    holds_memory = False
-
-    def __init__(self, held: HeldArrays) -> None:
-        self._held = held
-
-    def fork(self) -> ImageState:
-        return ImageState(self._held)
-
-    def commit(self) -> None: ...
-
-    def undo(self) -> None: ...
-
-    def free(self) -> None:
-        self._held.forget(self)
-
-
-class HeldArrays:
-    """What is held for images, by session and key. The least recently used is dropped first.
-
-    Used by the thread that computes.
-
-    Args:
-        memory: most bytes to hold; a single item may be larger.
-    """
-
-    def __init__(self, memory: int) -> None:
-        self._memory = memory
-        self._held: OrderedDict[tuple[ImageState, bytes], StepConditioning | bytearray | bytes] = OrderedDict()
-        #: Bytes that are held.
-        self.used = 0
-
-    def put(self, state: ImageState, key: bytes, held: StepConditioning | bytearray | bytes) -> None:
-        self._take(state, key)
-        self._held[state, key] = held
-        self.used += _size(held)
-        while len(self._held) > MAX_HELD or (len(self._held) > 1 and self.used > self._memory):
-            self._take(*next(iter(self._held)))
-
-    def _take(self, state: ImageState, key: bytes) -> StepConditioning | bytearray | bytes | None:
-        """Takes out what is held under a key; None if nothing is."""
-        held = self._held.pop((state, key), None)
-        if held is not None:
-            self.used -= _size(held)
-        return held
-
-    def conditioning(self, state: ImageState, key: bytes) -> StepConditioning:
-        """What an image is conditioned on. Raises NeedEmbeddings if it is not held."""
-        held = self._held.get((state, key))
-        if not isinstance(held, StepConditioning):
-            raise NeedEmbeddings("the worker does not hold the embeddings of this image")
-        self._held.move_to_end((state, key))
-        return held
-
-    def extend(self, state: ImageState, offset: int, data: memoryview) -> None:
-        """Appends bytes of a step to those that are held.
-
-        Raises:
-            NeedEmbeddings: the bytes before them are not held.
-            Oversized: the step would have more than `payloads.MAX_STEP` bytes.
-        """
-        held = self._take(state, _PARTS) if offset else None
-        held = held if isinstance(held, bytearray) else bytearray()
-        if len(held) != offset:
-            raise NeedEmbeddings("the worker does not hold the parts of this step that came before")
-        if offset + len(data) > payloads.MAX_STEP:
-            raise Oversized(f"a step of more than {payloads.MAX_STEP} bytes")
-        held += data
-        self.put(state, _PARTS, held)
-
-    def whole(self, state: ImageState, sent: int, data: memoryview) -> memoryview:
-        """All bytes of a step, of which `sent` came before. Raises NeedEmbeddings if those are not held."""
-        held = self._take(state, _PARTS)
-        self._take(state, _OUTPUT)
-        if not sent:
-            return data
-        if not isinstance(held, bytearray) or len(held) != sent:
-            raise NeedEmbeddings("the worker does not hold the parts of this step that came before")
-        held += data
-        return memoryview(held)
-
-    def output(self, state: ImageState, offset: int, size: int) -> bytes:
-        """The bytes `[offset, offset + size)` of the last step's output.
-
-        Raises:
-            NeedEmbeddings: the output is not held.
-            Malformed: it ends before that.
-        """
-        held = self._held.get((state, _OUTPUT))
-        if not isinstance(held, bytes):
-            raise NeedEmbeddings("the worker does not hold the output of this step")
-        if offset + size > len(held):
-            raise Malformed(f"bytes up to {offset + size} of an output that has {len(held)}")
-        return held[offset : offset + size]
-
-    def forget(self, state: ImageState) -> None:
-        for place in [place for place in self._held if place[0] is state]:
-            self._take(*place)
-
-
-def _size(held: StepConditioning | bytearray | bytes) -> int:
-    return held.nbytes if isinstance(held, StepConditioning) else len(held)
 
 
 @dataclass(frozen=True)
@@ -198,6 +88,7 @@ class DenoiserBody:
         device: where it runs.
         dtype: what it computes in; None takes the checkpoint's.
         memory: bytes of embeddings and steps to hold; None for the default.
+        max_pixels: most pixels of an image; None for the default.
 
     Raises:
         ModelError: the body cannot be loaded.
@@ -216,8 +107,10 @@ class DenoiserBody:
         device: torch.device,
         dtype: torch.dtype | None = None,
         memory: int | None = None,
+        max_pixels: int | None = None,
     ) -> None:
         self._spec, self._split = spec, split
+        self._max_pixels = max_pixels or max(MIN_MAX_PIXELS, DEFAULT_SHARE * spec.native_pixels)
         blocks = spec.load_blocks(split, dtype)
         try:
             self._blocks = blocks.to(device)
@@ -236,8 +129,8 @@ class DenoiserBody:
         #: What is held for sessions.
         self.held = HeldArrays(HELD_BYTES if memory is None else memory)
 
-    def new_state(self) -> ImageState:
-        return ImageState(self.held)
+    def new_state(self, member: str = "") -> ImageState:
+        return ImageState(self.held, member)
 
     def begin(self, state: ImageState, request: payloads.AnyRequest, data: memoryview) -> list[DenoiserRun]:
         match request:
@@ -260,7 +153,7 @@ class DenoiserBody:
             case payloads.Denoise():
                 array, data = self._encode(output, request.codec)
                 if array.nbytes > payloads.PART_BYTES:
-                    self.held.put(state, _OUTPUT, bytes(data))
+                    self.held.put(state, OUTPUT, bytes(data))
                 return payloads.Denoised(array), memoryview(data)[: payloads.PART_BYTES]
             case payloads.PartRequest():
                 part = self.held.output(state, request.offset, request.size)
@@ -288,7 +181,7 @@ class DenoiserBody:
         return {"held_bytes": self.held.used}
 
     def facts(self) -> dict[str, Any]:
-        return {}
+        return {"max_pixels": self._max_pixels}
 
     def describe(self, layers: str) -> list[str]:
         return [
@@ -360,11 +253,19 @@ class DenoiserBody:
             raise Malformed(f"a step of an image does not fit the model: {detail}")
         if len(request.rows) != shapes[0][0]:
             raise Malformed(f"a step of {shapes[0][0]} rows that names {len(request.rows)}")
+        if (pixels := self._spec.image_pixels(self._split, shapes)) > self._max_pixels:
+            raise Oversized(
+                f"an image of {pixels:,} pixels: this worker takes up to {self._max_pixels:,} (worker --max-pixels)"
+            )
         output = payloads.Array(request.codec, self._spec.output_shape(self._split, shapes))
         if request.sent > request.step_bytes:
             raise Malformed(f"a step of {request.step_bytes} bytes, of which {request.sent} came before")
-        if max(request.step_bytes, output.nbytes) > payloads.MAX_STEP:
-            raise Oversized(f"a step of {request.step_bytes} bytes whose answer has {output.nbytes}")
+        decoded = FLOAT_BYTES * max(sum(array.size for array in request.arrays), output.size)
+        if max(request.step_bytes, output.nbytes, decoded) > MAX_DECODED:
+            raise Oversized(
+                f"a step of {request.step_bytes} bytes whose answer has {output.nbytes}, and {decoded} in float32: "
+                f"at most {MAX_DECODED}; send fewer images at once"
+            )
 
     @staticmethod
     def _check_rows(conditioning: StepConditioning, rows: list[int]) -> None:

@@ -34,6 +34,10 @@ class Rows:
     def holds_memory(self) -> bool:
         return bool(self.sequences)
 
+    @property
+    def held_tokens(self) -> float:
+        return sum(sequence.held_tokens for sequence in list(self.sequences))
+
     def begin(self, step: payloads.Step, states: torch.Tensor, runner: Runner) -> list[TokenRun[Any]]:
         """Prepares the rows for a step over states `[tokens, width]`: selects and truncates them as it says.
 
@@ -131,7 +135,7 @@ class LanguageBody:
         self.asynchronous = runner.asynchronous
         self.divisible = not runner.positions_interact
 
-    def new_state(self) -> Rows:
+    def new_state(self, member: str = "") -> Rows:
         return Rows()
 
     def begin(self, state: Rows, request: payloads.AnyRequest, data: memoryview) -> list[TokenRun[Any]]:

@@ -58,6 +58,7 @@ def load_body(
     device: torch.device,
     dtype: torch.dtype | None = None,
     memory: int | None = None,
+    max_pixels: int | None = None,
 ) -> Serving:
     """Loads the body of a language model or of a diffusion model's denoiser.
 
@@ -71,6 +72,7 @@ def load_body(
         device: where the body runs.
         dtype: what it computes in; None takes the checkpoint's.
         memory: bytes for keys and values, or for embeddings; None for the default.
+        max_pixels: most pixels of an image; None for the default.
 
     Raises:
         ConfigError: options do not fit the model or each other.
@@ -81,7 +83,7 @@ def load_body(
     """
     checkpoint = Checkpoint.resolve(model, revision, ip_adapter)
     if not is_denoiser(checkpoint):
-        for option, given in (("--cut", cut), ("--ip-adapter", ip_adapter)):
+        for option, given in (("--cut", cut), ("--ip-adapter", ip_adapter), ("--max-pixels", max_pixels)):
             if given is not None:
                 raise ConfigError(f"{option} is for diffusion models, which {model} is not")
         spec = read_spec(checkpoint)
@@ -98,7 +100,7 @@ def load_body(
             else denoiser.check(Split.parse(denoiser.blocks, layers))
         )
         manifest = find_manifest(fleet, checkpoint, denoiser.own_tensors(split, "worker"))
-        body = DenoiserBody(denoiser, split, device, dtype, memory)
+        body = DenoiserBody(denoiser, split, device, dtype, memory, max_pixels)
     return Serving(body, headers.Service(manifest.root, split.first, split.last), manifest.name)
 
 

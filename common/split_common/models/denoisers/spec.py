@@ -23,6 +23,10 @@ Cut = Literal["C", "A"]
 CUTS = ("C", "A")
 
 
+#: Pixels of an image, in each direction, for one of its latents: what the VAEs of these models have.
+LATENT_PIXELS = 8
+
+
 @dataclass
 class DenoiserSpec:
     """What a denoiser's checkpoint is, before any weight is read. Made by `registry.read_denoiser_spec`."""
@@ -62,6 +66,19 @@ class DenoiserSpec:
 
     def output_shape(self, split: Split, shapes: Sequence[Sequence[int]]) -> list[int]:
         """The shape of the body's output for a step with tensors of these shapes."""
+        raise NotImplementedError
+
+    @property
+    def native_pixels(self) -> int:
+        """Pixels of the images that the model was made for, as far as its configuration says so."""
+        size = self.config.get("sample_size")
+        sides = size if isinstance(size, list | tuple) else (size, size)
+        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            return 0
+        return int(sides[0] * sides[1]) * LATENT_PIXELS**2
+
+    def image_pixels(self, split: Split, shapes: Sequence[Sequence[int]]) -> int:
+        """Pixels of one image of a step with tensors of these shapes, which fit the model."""
         raise NotImplementedError
 
     def load_blocks(self, split: Split, dtype: torch.dtype | None = None) -> DenoiserBlocks:

@@ -15,11 +15,20 @@ import torch
 from torch import nn
 
 from split_common.errors import Malformed, ModelError
-from split_common.models.denoisers.spec import DenoiserBlocks, DenoiserSpec, StepConditioning, load_weights
+from split_common.models.denoisers.spec import (
+    LATENT_PIXELS,
+    DenoiserBlocks,
+    DenoiserSpec,
+    StepConditioning,
+    load_weights,
+)
 from split_common.models.split import Split
 
 #: Cut A leaves the device one block in this many at each end; cut C leaves a single block.
 _SHARE_OF_A = 6
+
+#: Latents of a token, in each direction: SD 3 and Flux both take two.
+TOKEN_LATENTS = 2
 
 
 @dataclass
@@ -76,6 +85,10 @@ class TransformerSpec(DenoiserSpec):
             raise Malformed(f"a step of the shapes {shapes}: expected image tokens, an embedding and text tokens")
         rows = shapes[0][0]
         return [[rows, shapes[0][1], self.width], [rows, self.width], [rows, shapes[2][1], self.width]]
+
+    def image_pixels(self, split: Split, shapes: Sequence[Sequence[int]]) -> int:
+        # The text's tokens are attended to as well, and so count like the image's.
+        return (shapes[0][1] + shapes[2][1]) * (LATENT_PIXELS * TOKEN_LATENTS) ** 2
 
     def output_shape(self, split: Split, shapes: Sequence[Sequence[int]]) -> list[int]:
         return [shapes[0][0], shapes[0][1] + shapes[2][1], self.width]

@@ -17,7 +17,13 @@ import torch
 from torch import nn
 
 from split_common.errors import InvalidSplit, Malformed, ModelError, UnsupportedArchitecture
-from split_common.models.denoisers.spec import DenoiserBlocks, DenoiserSpec, StepConditioning, load_weights
+from split_common.models.denoisers.spec import (
+    LATENT_PIXELS,
+    DenoiserBlocks,
+    DenoiserSpec,
+    StepConditioning,
+    load_weights,
+)
 from split_common.models.split import Split
 
 #: The number of levels that each cut leaves to the device.
@@ -144,6 +150,10 @@ class UNetSpec(DenoiserSpec):
 
     def output_shape(self, split: Split, shapes: Sequence[Sequence[int]]) -> list[int]:
         return [shapes[0][0], self.channels[split.first], *shapes[0][2:]]
+
+    def image_pixels(self, split: Split, shapes: Sequence[Sequence[int]]) -> int:
+        _, _, height, width = shapes[0]
+        return int(height * width * (LATENT_PIXELS * 2**split.first) ** 2)
 
     def load_blocks(self, split: Split, dtype: torch.dtype | None = None) -> UNetBlocks:
         return UNetBlocks(self, split, dtype)

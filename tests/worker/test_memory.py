@@ -1,0 +1,166 @@
+"""Whatever a device sends, and in whatever order: once its sessions are closed, all KV memory is free again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tiny
+from split_common.engine.forward import Forward
+from split_common.engine.per_sequence import CachedSequence, CacheStore
+from split_common.engine.pool import LayerShape, PagePool
+from split_common.engine.sequences import TokenRun
+from split_common.errors import Busy, OutOfOrder
+from split_common.models.split import Split
+from split_common.protocol import headers, payloads
+from split_worker.bodies.language import LanguageBody
+from split_worker.compute import ComputeLoop
+from split_worker.limits import WorkerLimits
+from split_worker.requests import PendingRequest
+from split_worker.sessions import SessionTable
+
+WIDTH = 4
+
+
+class Layers:
+    """Layers that compute nothing, but take the memory that real ones take (a `Runner`)."""
+
+    device, dtype, width, max_positions = torch.device("cpu"), torch.float32, WIDTH, 10_000
+    asynchronous = positions_interact = False
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+
+    def launch(self, runs: Sequence[TokenRun[Any]]) -> Forward:
+        for run in runs:
+            if isinstance(run.sequence, CachedSequence):
+                states = torch.zeros(1, 1, run.cost, 2)
+                for layer in range(2, 4):
+                    run.sequence.cache.update(states, states, layer)
+                run.sequence.extended(run.cost)
+            else:
+                run.sequence.append(run.cost)
+        return Forward(torch.cat([run.states for run in runs]), [run.cost for run in runs])
+
+
+class Driver:
+    """A compute loop, and sessions of some devices whose requests reach it."""
+
+    def __init__(self, store: Any) -> None:
+        self.body = LanguageBody(Layers(store), 0)  # type: ignore[arg-type]
+        self.table = SessionTable(WorkerLimits(growth=1))
+        self.refused: list[str] = []
+        self.loop = ComputeLoop(self.body, self.table, threading.RLock(), self.answer, lambda: None)
+        self.seqs: dict[int, int] = {}
+
+    def answer(self, request: PendingRequest, reply: payloads.Payload, _: Any) -> None:
+        if isinstance(reply, payloads.Refusal):
+            self.refused.append(reply.reason)
+        self.table.answered(request.session, (request.header, b"reply"))
+
+    def send(self, number: int, payload: payloads.AnyRequest) -> None:
+        """Takes a request of a session, which it opens if there is none: its requests then begin at 0."""
+        id_ = (b"device%02d" % (number % 3), 1, number, 0)
+        session = self.table.get(id_)
+        if session is None:
+            channel: Any = SimpleNamespace(
+                session_keys=lambda *_: None, peer=SimpleNamespace(name=f"device-{number % 3}")
+            )
+            try:
+                session = self.table.open(id_, channel, self.body.new_state(), self.body.store.free_tokens)
+            except Busy:
+                return
+            self.seqs[number] = 0
+        header = headers.Relay(b"worker00", id_[0], headers.RelayKind.REQUEST, 1, number, 0, self.seqs[number])
+        try:
+            session.admit(header.seq)
+        except OutOfOrder:
+            return
+        self.seqs[number] += 1
+        data = memoryview(bytes(payload.tensor_bytes))
+        self.loop.put(PendingRequest(session, header, payload, data, time.perf_counter()))
+
+    def close(self, number: int) -> None:
+        self.table.close((b"device%02d" % (number % 3), 1, number, 0))
+
+    def turn(self) -> None:
+        self.loop.wake()
+        self.loop.turn(None)
+
+
+def steps() -> st.SearchStrategy[payloads.Step]:
+    runs = st.builds(
+        lambda row, start, tokens: payloads.Run(row, start, list(range(start, start + tokens))),
+        st.integers(0, 3),
+        st.sampled_from([0, 0, 0, 1, 16, 20]),
+        st.sampled_from([1, 1, 5, 16, 40]),
+    )
+    selects = st.none() | st.lists(st.integers(0, 3), max_size=4)
+    return st.builds(
+        lambda rows, select: payloads.Step("float32", WIDTH, rows, select),
+        st.lists(runs, max_size=4, unique_by=lambda run: run.row),
+        selects,
+    )
+
+
+NUMBERS = st.integers(0, 4)
+ACTS = st.lists(
+    st.one_of(
+        st.tuples(NUMBERS, steps()),
+        st.tuples(NUMBERS, st.builds(payloads.Fork, NUMBERS, st.just(0))),
+        st.tuples(NUMBERS, st.just("close")),
+        st.tuples(NUMBERS, st.just("turn")),
+    ),
+    max_size=30,
+)
+
+
+def paged_store() -> PagePool:
+    return PagePool({2: LayerShape(1, 1, 1)}, pages=24, dtype=torch.float32)
+
+
+CONFIG = tiny.build("llama").config
+
+
+def cache_store() -> CacheStore:
+    return CacheStore(CONFIG, Split(6, 2, 4), capacity=300)
+
+
+@pytest.mark.parametrize("store", [paged_store, cache_store])
+@given(acts=ACTS)
+@settings(max_examples=150, deadline=None)
+def test_all_memory_comes_back(store: Any, acts: list[tuple[int, Any]]) -> None:
+    driver = Driver(store())
+    before = driver.body.store.free
+    for number, act in acts:
+        if act == "close":
+            driver.close(number)
+        elif act == "turn":
+            driver.turn()
+        else:
+            driver.send(number, act)
+    while not driver.loop._scheduler.idle or not driver.loop._inbox.empty():
+        driver.turn()
+    for number in range(5):
+        driver.close(number)
+    driver.turn()
+    assert driver.body.store.free == before
+    assert driver.loop.queued_bytes == 0
+
+
+@pytest.mark.parametrize("store", [paged_store, cache_store])
+def test_only_the_first_request_of_a_session_makes_it_a_copy(store: Any) -> None:
+    driver = Driver(store())
+    row = payloads.Step("float32", WIDTH, [payloads.Run(0, 0, list(range(5)))])
+    for number, payload in ((0, row), (3, payloads.Fork(0, 0)), (3, payloads.Fork(0, 0)), (0, payloads.Fork(3, 0))):
+        driver.send(number, payload)
+        driver.turn()
+    assert driver.refused == ["malformed", "malformed"]

@@ -1,0 +1,200 @@
+"""Shares of a worker: what one member takes, whatever its devices do, leaves the others theirs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from split_common.errors import Busy
+from split_common.protocol import headers, payloads
+from split_worker import repeats as repeats_module
+from split_worker.compute import ComputeLoop
+from split_worker.limits import WorkerLimits
+from split_worker.repeats import Repeats
+from split_worker.requests import REQUEST_BYTES, PendingRequest
+from split_worker.sessions import Session, SessionTable
+
+
+class State:
+    """A session's state that holds some tokens of KV memory."""
+
+    def __init__(self, tokens: float = 0.0) -> None:
+        self.held_tokens = tokens
+
+    @property
+    def holds_memory(self) -> bool:
+        return self.held_tokens > 0
+
+
+class Table:
+    """A table of sessions of members that are named by one letter, and the KV memory that they hold."""
+
+    def __init__(self, memory: int | None = None, **limits: Any) -> None:
+        self.table = SessionTable(WorkerLimits(**limits))
+        self.memory = memory
+        self.number = 0
+
+    def open(self, member: str, tokens: int = 0) -> Session[Any]:
+        """Opens a session whose first step has so many tokens, which it holds from then on."""
+        self.number += 1
+        channel: Any = SimpleNamespace(session_keys=lambda *_: None, peer=SimpleNamespace(name=member))
+        state: Any = State()
+        session = self.table.open((member.encode() * 8, 1, self.number, 0), channel, state, self.free(), tokens)
+        session.state.held_tokens = tokens
+        return session
+
+    def free(self) -> int | None:
+        held = sum(session.state.held_tokens for session in self.table._sessions.values())
+        return None if self.memory is None else int(self.memory - held)
+
+    def members(self) -> str:
+        return "".join(sorted(session.member for session in self.table._sessions.values()))
+
+
+def answer(seq: int, size: int) -> tuple[headers.Relay, bytes]:
+    return headers.Relay(bytes(8), bytes(8), headers.RelayKind.REPLY, 1, 1, 0, seq, 1), bytes(size)
+
+
+# --- sessions ----------------------------------------------------------------------------------------------
+
+
+def test_the_member_with_most_sessions_gives_way_and_no_further_than_to_equal_shares() -> None:
+    table = Table(max_sessions=4)
+    hog = [table.open("h") for _ in range(4)]
+    with pytest.raises(Busy):
+        table.open("h")
+    # A worker that is full of one member's sessions has room for another's.
+    assert table.table.room(None) == 1
+    table.open("a")
+    assert table.members() == "ahhh"
+    assert table.table.get(hog[3].id) is None
+    table.open("a")
+    for member in "ah":
+        with pytest.raises(Busy):
+            table.open(member)
+    table.open("b")
+    assert len(table.members()) == 4
+    assert set(table.members()) == set("abh")
+
+
+def test_one_session_for_each_is_full() -> None:
+    table = Table(max_sessions=2)
+    table.open("a")
+    table.open("b")
+    with pytest.raises(Busy):
+        table.open("c")
+    assert table.table.room(None) == 0
+
+
+def test_the_member_with_most_memory_gives_way() -> None:
+    table = Table(memory=1000, growth=10)
+    first = table.open("h", 600)
+    second = table.open("h", 300)
+    second.state.held_tokens = 400
+    for session in (first, second):
+        assert session.admit(0)
+    assert table.table.room(0) == 1
+    honest = table.open("a", 300)
+    # Its first step finds no memory, and takes that of the newest session of the member that has most.
+    assert table.table.victim(honest, 300) is second
+    table.table.evict(second)
+    # Of two members with about as much neither takes the other's, so that they do not evict each other in turns.
+    honest.state.held_tokens = 500
+    first.state.held_tokens = 500
+    assert table.table.victim(honest, 100) is None
+    assert table.table.victim(first, 100) is None
+    with pytest.raises(Busy):
+        table.open("h", 20)
+
+
+def test_a_session_is_idle_only_if_nothing_of_it_waits() -> None:
+    table = Table(max_sessions=1)
+    session = table.open("a")
+    assert session.admit(0)
+    session.used -= table.table.limits.evict_after + 1
+    with pytest.raises(Busy):
+        table.open("a")
+    table.table.answered(session, answer(0, 1))
+    with pytest.raises(Busy):
+        table.open("a")
+    session.used -= table.table.limits.evict_after + 1
+    table.open("a")
+    assert table.table.get(session.id) is None
+
+
+def test_a_request_that_has_come_before_does_not_keep_a_session_from_being_idle() -> None:
+    table = Table()
+    session = table.open("a")
+    assert session.admit(0)
+    table.table.answered(session, answer(0, 1))
+    session.used = 1.0
+    assert not session.admit(0)
+    assert session.used == 1.0
+
+
+# --- the queue and replies ---------------------------------------------------------------------------------
+
+
+def test_the_queue_is_full_for_the_member_that_fills_it() -> None:
+    table = Table(max_queued_bytes=100_000)
+    body: Any = SimpleNamespace(store=None, divisible=False, first_turn=1.0)
+    loop = ComputeLoop(body, table.table, threading.RLock(), lambda *_: None, lambda: None)
+    size = 10_000
+
+    def put(session: Session[Any]) -> None:
+        header = headers.Relay(bytes(8), bytes(8), headers.RelayKind.REQUEST, 1)
+        loop.put(PendingRequest(session, header, payloads.Close(), memoryview(bytes(size)), time.perf_counter()))
+
+    hog, honest = table.open("h"), table.open("a")
+    while not loop.is_full("h", size):
+        put(hog)
+    assert 100_000 - size - REQUEST_BYTES < loop.queued_bytes <= 100_000
+    assert not loop.is_full("a", size)
+    while not loop.is_full("a", size):
+        put(honest)
+    assert loop.is_full("h", 0)
+    assert not loop.is_full("b", size)
+    assert loop.queued_bytes <= 150_000
+
+
+def test_replies_of_the_member_that_has_most_give_way() -> None:
+    table = Table(max_replies=1000)
+    honest = table.open("a")
+    hogs = [table.open("h") for _ in range(3)]
+    table.table.answered(honest, answer(0, 300))
+    for hog in hogs:
+        table.table.answered(hog, answer(0, 400))
+    assert [len(each.replies) for each in (honest, *hogs)] == [1, 0, 0, 1]
+    table.table.forget(honest, 1)
+    table.table.close(hogs[2].id)
+    assert table.table._kept.total == 0
+    # An answer to a session that was closed meanwhile is not kept.
+    table.table.answered(hogs[2], answer(1, 400))
+    assert table.table._kept.total == 0
+
+
+def test_a_reply_is_repeated_once_a_second_and_no_more_than_the_members_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(repeats_module, "time", clock)
+    monkeypatch.setattr("split_common.trust.shares.time", clock)
+    table, limits = Table(), WorkerLimits(repeat_rate=100, repeat_burst=200)
+    repeats = Repeats(limits)
+    session, other = table.open("h"), table.open("h")
+    frames = answer(0, 100)
+    table.table.answered(session, frames)
+    assert [repeats.allow(session, frames) for _ in range(3)] == [True, False, False]
+    assert repeats.allow(other, answer(0, 100))
+    now += 1.0
+    assert repeats.allow(session, frames)
+    assert not repeats.allow(other, answer(0, 100))
+    assert repeats.allow(table.open("a"), answer(0, 100))
+    # What the device has acknowledged needs no further thought.
+    table.table.forget(session, 1)
+    assert not session.repeated
