@@ -12,7 +12,7 @@ import queue
 import random
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +25,8 @@ from split_broker import broker as broker_module
 from split_broker import peer_queue as peer_queue_module
 from split_broker.access import Authentication
 from split_broker.broker import Broker
+from split_broker.memory import MEMORY_LIMIT
+from split_broker.quotas import Budget, Rates
 from split_broker.set_ups import SetUps
 from split_common.engine import pool as pool_module
 from split_common.engine import scheduler as scheduler_module
@@ -269,6 +271,16 @@ class Link(ZmqLink):
         handled(self.counters, self._dispatch, frames)
 
 
+class SimulatedRouter:
+    """The broker's socket; none of its connections holds anything."""
+
+    def __init__(self, send: Callable[[list[bytes]], None]) -> None:
+        self.send = lambda route, message: send([route, *message])
+        self.look = self.announced = self.left = lambda *_: None
+        self.unsent = lambda *_: 0
+        self.connections = self
+
+
 class SimulatedBroker(Broker):
     """The broker without its socket and thread."""
 
@@ -280,9 +292,10 @@ class SimulatedBroker(Broker):
         self._enforced = world.fleet.roster().version
         self._peers, self._routes, self._blocked, self._pending = {}, {}, set(), {}
         self._set_ups, self._random = SetUps(), world.random
-        self._socket: Any = Socket(self._out)
+        self._budget, self._rates, self._gave_way = Budget(MEMORY_LIMIT), Rates(), deque()
         self.counters: Counter[str] = Counter()
         self._authentication = Authentication(self._fleet, self.counters)
+        self._router: Any = SimulatedRouter(self._out)
         self._supervisor = Supervisor("the broker", self.counters, threading.Event(), pause=0.0)
         self.up = True
         self._tick()
@@ -399,6 +412,7 @@ class World:
             scheduler_module,
             broker_module,
             peer_queue_module,
+            shares_module,
         ):
             patch.setattr(module, "time", self.clock)
         for module in (channels_module, session_module):

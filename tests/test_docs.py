@@ -28,13 +28,14 @@ OTHERS = {
     "torch": "TORCHINDUCTOR_CACHE_DIR varlen_attn",
     "transformers": "DynamicCache GenerationConfig generate_batch key_mapping scale_attn_by_inverse_layer_idx",
     "diffusers": "load_ip_adapter",
-    "pyzmq": "AuthenticationThread ROUTER_MANDATORY send_multipart recv_multipart",
+    "pyzmq": "AuthenticationThread ROUTER_MANDATORY ZAP_ENFORCE_DOMAIN send_multipart recv_multipart",
+    "Linux and systemd": "LimitNOFILE TCP_INFO",
     "libsodium": "crypto_kx",
     "Redis": "MAXLEN MISCONF NOMKSTREAM NOREPLICAS OOM READONLY SETNX XADD sentinel_username",
     "Triton": "TRITON_CACHE_DIR",
     "glibc and OpenMP": "GOMP_SPINCOUNT MALLOC_TRIM_THRESHOLD_ MALLOC_MMAP_THRESHOLD_ OMP_WAIT_POLICY",
     "HTTP": "Host Origin",
-    "Docker": "Dockerfile RUN_AS WORKERS",
+    "Docker": "Dockerfile QUEUE_MEMORY RUN_AS WORKERS",
     "a placeholder in a command": "NAME WIDTHxHEIGHT",
 }
 OTHERS_NAMES = {name for names in OTHERS.values() for name in names.split()}

@@ -42,7 +42,10 @@ FLOORS = {
         "worker",
         "cli",
     ],
-    "split_broker": ["peer_queue", "set_ups", "access", "broker", "cli"],
+    "split_broker": [
+        *("tcp", "connections", "memory", "peer_queue", "set_ups", "access", "guard", "quotas", "router", "broker"),
+        "cli",
+    ],
 }
 
 #: The packages that alone may import a library. Of all that devices and workers share, only what loads and runs

@@ -230,9 +230,9 @@ def cheat(broker: Broker, change: Callable[[Peer, headers.AnyHeader, RoutedMessa
     """Makes a broker deliver what `change` makes of each message, instead of the message."""
     deliver = broker._put
 
-    def put(peer: Peer, message: RoutedMessage) -> bool:
+    def put(peer: Peer, message: RoutedMessage, sender: str = "") -> bool:
         head, body = message[0], bytes(memoryview(message[1]))  # type: ignore[arg-type]
-        delivered = [deliver(peer, one) for one in change(peer, headers.decode_header(head), (head, body))]
+        delivered = [deliver(peer, one, sender) for one in change(peer, headers.decode_header(head), (head, body))]
         return all(delivered)
 
     broker._put = put  # type: ignore[method-assign]

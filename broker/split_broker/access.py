@@ -31,6 +31,13 @@ TURNED_AWAY = 10.0
 #: Certificates whose signature is not verified again with each heartbeat.
 KNOWN_CERTIFICATES = 4096
 
+#: Names the broker's socket in ZAP's requests (RFC 27).
+ZAP_DOMAIN = "lambda-split"
+
+
+#: Seconds during which a member that tried to fill the broker's memory may make no connection.
+BARRED = 30.0
+
 
 class Authentication:
     """Which member a peer is.
@@ -46,6 +53,8 @@ class Authentication:
     def __init__(self, fleet: Fleet, counters: Counter[str]) -> None:
         self._fleet = fleet
         self._counters = counters
+        # Members that may not connect for a while, and until when, by `time.monotonic`.
+        self._barred: dict[str, float] = {}
         self._curve: ThreadAuthenticator | None = None
         # Workers, by member, whose certificate does not hold: their service, why, and when it was shown last.
         self._turned_away: dict[str, tuple[Service, str, float]] = {}
@@ -59,17 +68,22 @@ class Authentication:
         """
         self._curve = ThreadAuthenticator(context)
         self._curve.start()
-        self._curve.configure_curve_callback("*", credentials_provider=self)
+        self._curve.configure_curve_callback(ZAP_DOMAIN, credentials_provider=self)
         _, secret = curve_z85(self._fleet.identity("broker"))
+        sock.zap_domain = ZAP_DOMAIN.encode()
+        # Without this, libzmq lets everybody in once nothing answers ZAP's requests.
+        sock.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
         sock.curve_server = True
         sock.curve_secretkey = secret
 
     def callback(self, _domain: str, key: bytes) -> bool:
         """Whether a CURVE key (Z85) may connect. The thread that answers ZAP's requests (RFC 27) calls this."""
         member = self._fleet.roster().by_curve_key(zmq.utils.z85.decode(key))
-        accepted = member is not None and not member.revoked
+        accepted = (
+            member is not None and not member.revoked and time.monotonic() >= self._barred.get(member.name, 0.0)
+        )
         if not accepted:
-            count_dropped(self._counters, AuthenticationError("a connection whose key is not in the roster"))
+            count_dropped(self._counters, AuthenticationError("a connection whose key may not connect"))
         return accepted
 
     def member(self, envelope: zmq.Frame, announcement: Announce) -> str:
@@ -141,6 +155,10 @@ class Authentication:
 
     def _open_certificate(self, certificate: bytes) -> Certificate:
         return open_signed("certificate", Certificate, certificate, self._fleet.operator_key)
+
+    def bar(self, member: str) -> None:
+        """Refuses a member's new connections for `BARRED` seconds. Over ipc they are not refused."""
+        self._barred[member] = time.monotonic() + BARRED
 
     def stop(self) -> None:
         if self._curve is not None:

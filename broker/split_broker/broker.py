@@ -13,23 +13,25 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
-from pathlib import Path
+from collections import Counter, deque
 from random import Random
 
 import zmq
 
-from split_broker.access import Authentication, claim
-from split_broker.peer_queue import BodyBytes, Peer, RoutedMessage
+from split_broker.connections import REVOKED_LIFETIME, Connection
+from split_broker.memory import MEMORY_LIMIT
+from split_broker.peer_queue import BodyBytes, Peer, PeerQueue, Queued, RoutedMessage
+from split_broker.quotas import ANNOUNCEMENTS, OPENS, ROSTER_REQUESTS, Budget, Rate, Rates, newest_of_largest
+from split_broker.router import Router
 from split_broker.set_ups import SetUps
-from split_common.errors import CertificateError, ConfigError, Malformed
+from split_common.errors import CertificateError, ConfigError, Malformed, Oversized
 from split_common.protocol import headers
+from split_common.protocol.handshake import MAX_HANDSHAKE
 from split_common.transport.address import is_redis, parse_address
 from split_common.transport.base import GRACE, HEARTBEAT, MISSED, OPEN_PATIENCE
 from split_common.transport.links import check_address
-from split_common.transport.placement import GONE, Assign, Candidate, PendingOpen, Refuse, decide, full
+from split_common.transport.placement import BUSY_RETRY, GONE, Assign, Candidate, PendingOpen, Refuse, decide, full
 from split_common.transport.supervised import Supervisor
-from split_common.transport.zmq_link import receive_frames, send_frames
 from split_common.trust.fleet import Fleet
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,15 @@ FLUSH_INTERVAL = 0.005
 #: Longest time, in seconds, that the loop waits for a message before it does what else is due.
 IDLE = 0.05
 
+#: Bytes of memory that a watched peer's id takes.
+WATCHED_BYTES = 80
+
+#: Opens that are pending at a time.
+MAX_PENDING = 1024
+
+#: Answers an open of a member that has more than its share of them.
+TOO_OFTEN = Refuse("busy", "this member asks for too many workers at once", BUSY_RETRY)
+
 #: Messages that an announced peer may send.
 _FROM_PEERS = headers.Relay, headers.Open, headers.RosterRequest
 
@@ -53,13 +64,16 @@ class Broker:
     Args:
         address: `tcp://HOST:PORT` (port `*` for a free one), `zmq://HOST:PORT` or `ipc://PATH`.
         fleet: its members may connect (`split_broker.access`).
+        memory_limit: resident memory of this process, in bytes, above which connections end
+            (`split_broker.memory`); None if the process is not the broker's alone. Messages that wait have half of
+            it, or of `MEMORY_LIMIT`.
 
     Raises:
         ConfigError: the address is malformed, in use, or not loopback though no keys are configured.
         KeysError: the broker's key is not here.
     """
 
-    def __init__(self, address: str, fleet: Fleet) -> None:
+    def __init__(self, address: str, fleet: Fleet, memory_limit: int | None = None) -> None:
         address = parse_address(address)
         if is_redis(address):
             raise ConfigError("with Redis there is no broker: give devices and workers the address of the server")
@@ -76,38 +90,20 @@ class Broker:
         self._pending: dict[bytes, PendingOpen[BodyBytes]] = {}
         self._set_ups = SetUps()
         self._random = Random()
+        self._budget = Budget((memory_limit or MEMORY_LIMIT) // 2)
+        # Messages that lost their place in a queue, of which their senders are still to be told.
+        self._gave_way: deque[Queued] = deque()
+        self._rates = Rates()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lambda-split-broker", daemon=True)
         #: Messages and bytes routed; messages refused by reason, and dropped by type of error.
         self.counters: Counter[str] = Counter()
         self._supervisor = Supervisor("the broker's loop", self.counters, self._closing, pause=0.0)
 
-        self._path: Path | None = None
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._authentication = Authentication(fleet, self.counters)
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.linger = 0
-        self._socket.router_mandatory = True
-        self._socket.maxmsgsize = headers.MAX_FRAME
-        self._socket.ipv6 = "[" in address
-        self._socket.sndhwm = self._socket.rcvhwm = 256
-        self._socket.rcvtimeo = int(1000 * IDLE)
-        try:
-            if address.startswith("tcp://"):
-                self._authentication.secure(self._context, self._socket)
-            else:
-                claim(Path(address.removeprefix("ipc://")))
-            try:
-                self._socket.bind(address)
-            except zmq.ZMQError as error:
-                raise ConfigError(f"cannot listen on {address}: {error}") from None
-        except BaseException:
-            self._release()
-            raise
-        if address.startswith("ipc://"):
-            self._path = Path(address.removeprefix("ipc://"))
+        self._router = Router(address, fleet, self.counters, IDLE, memory_limit, self._queued)
+        self._authentication = self._router.authentication
         #: The address, with the real port in place of `*`.
-        self.address = bytes(self._socket.last_endpoint).decode().rstrip("\0")  # type: ignore[arg-type]
+        self.address = self._router.address
 
     def start(self) -> None:
         self._thread.start()
@@ -118,14 +114,7 @@ class Broker:
         if self._thread.ident is not None:
             self._thread.join()
         else:
-            self._release()
-
-    def _release(self) -> None:
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-        self._socket.close()
-        self._authentication.stop()
-        self._context.term()
+            self._router.close()
 
     # --- the loop ------------------------------------------------------------------------------------------
 
@@ -133,7 +122,8 @@ class Broker:
         next_flush, next_probe = 0.0, time.monotonic()
         try:
             while not self._closing.is_set():
-                if (frames := self._receive()) is not None:
+                # ROUTER does not signal when a full connection takes messages again.
+                if (frames := self._router.receive(FLUSH_INTERVAL if self._blocked else None)) is not None:
                     self._supervisor.run(self._take, frames)
                 now = time.monotonic()
                 if self._blocked and now >= next_flush:
@@ -146,34 +136,27 @@ class Broker:
                     next_probe = now + PROBE_INTERVAL
                     self._supervisor.run(self._housekeeping, now)
         finally:
-            self._release()
+            self._router.close()
 
     def _excuse(self, held_up: float) -> None:
         """Extends all peers' deadlines by the time the broker itself stalled: their heartbeats are still queued."""
         for peer in self._peers.values():
             peer.seen += held_up
-
-    def _receive(self) -> list[zmq.Frame] | None:
-        """The next message; None if none comes within `IDLE` seconds, or sooner while a peer is blocked."""
-        try:
-            # ROUTER does not signal when a full connection takes messages again.
-            if self._blocked and not self._socket.poll(int(1000 * FLUSH_INTERVAL)):
-                return None
-            return receive_frames(self._socket)
-        except zmq.Again:
-            return None
+        self._router.connections.excuse(held_up)
 
     def _take(self, frames: list[zmq.Frame]) -> None:
         if len(frames) != 3:
-            raise Malformed(f"{len(frames)} frames")
+            raise Malformed("a message that is not two frames")
         self._handle(frames[0], frames[1].bytes, headers.check_body(frames[2]))
+        self._tell_gave_way()
 
     def _handle(self, envelope: zmq.Frame, head: bytes, body: BodyBytes) -> None:
         route = envelope.bytes
         header = headers.decode_header(head)
         if isinstance(header, headers.Announce):
             member = self._authentication.member(envelope, header)
-            self._announced(header, route, member, self._certified(header, route, body))
+            if self._admits(member, ANNOUNCEMENTS):
+                self._announced(header, route, member, self._certified(header, route, body))
             return
         if not isinstance(header, _FROM_PEERS):
             raise Malformed(f"a peer sent a broker's message: {type(header).__name__}")
@@ -182,16 +165,18 @@ class Broker:
             # this broker is new, so the peer announces itself and sends again what was dropped.
             self.counters["unannounced"] += 1
             with contextlib.suppress(zmq.ZMQError):
-                send_frames(self._socket, route, *self._welcome([]))
+                self._router.send(route, self._welcome([]))
             return
         sender = self._peers[header.sender]
         match header:
             case headers.Relay():
                 self._relay(sender, header, (head, body))
             case headers.Open():
-                self._open(sender, header, (head, body))
+                if self._admits_open(sender, header, body):
+                    self._open(sender, header, (head, body))
             case headers.RosterRequest():
-                self._put(sender, self._roster())
+                if self._admits(sender.member, ROSTER_REQUESTS):
+                    self._put(sender, self._roster())
 
     def _relay(self, sender: Peer, header: headers.Relay, message: RoutedMessage) -> None:
         target = self._peers.get(header.to)
@@ -199,7 +184,7 @@ class Broker:
             raise Malformed(f"a {sender.role} wrote to a {target.role}")
         if target is not None and sender.role == "device":
             self._set_ups.sent(sender, target, header, time.monotonic())
-        if target is not None and self._put(target, message):
+        if target is not None and self._put(target, message, sender.member):
             if log.isEnabledFor(logging.DEBUG):
                 log.debug("routed %s", _describe(sender, target, header, message[1]))
         elif header.to in self._peers:
@@ -218,6 +203,31 @@ class Broker:
     def _early(self) -> bool:
         """Whether peers that are alive may not have announced themselves to this broker yet."""
         return time.monotonic() - self._started < GRACE
+
+    # --- shares of members -----------------------------------------------------------------------------------
+
+    def _admits(self, member: str, rate: Rate) -> bool:
+        """Whether a member may send one more message of a kind."""
+        admitted = self._rates.admits(member, rate)
+        self.counters["too_often"] += not admitted
+        return admitted
+
+    def _admits_open(self, sender: Peer, header: headers.Open, body: BodyBytes) -> bool:
+        """Whether a device's open may be pending. If not, the device is told."""
+        if len(body) > MAX_HANDSHAKE:
+            raise Oversized(f"a hello of {len(body)} bytes (at most {MAX_HANDSHAKE})")
+        if not self._admits(sender.member, OPENS):
+            self._refuse(sender, header, TOO_OFTEN)
+            return False
+        if len(self._pending) < MAX_PENDING or sender.id in self._pending:
+            return True
+        # The member with the most pending opens loses its newest one.
+        last = newest_of_largest([*self._pending, sender.id], lambda id_: self._peers[id_].member)
+        if last != sender.id:
+            self._refuse(self._peers[last], self._pending.pop(last).header, TOO_OFTEN)
+        else:
+            self._refuse(sender, header, TOO_OFTEN)
+        return last != sender.id
 
     # --- placement -----------------------------------------------------------------------------------------
 
@@ -242,7 +252,7 @@ class Broker:
                 case Assign(id_):
                     worker = self._peers[id_]
                     worker.room -= 1
-                    if self._put(worker, one.frames):
+                    if self._put(worker, one.frames, self._peers[device].member):
                         self._set_ups.given(self._peers[device], worker)
                         del self._pending[device]
                     else:
@@ -287,9 +297,11 @@ class Broker:
             raise Malformed("a second peer on one connection")
         gone: list[bytes] = []
         if peer is None and header.leaving:
+            self._router.connections.left(route)
             return
         if peer is None:
-            peer = self._peers[header.sender] = Peer(header.sender, route, header.role, member)
+            queue = PeerQueue(member, self._budget.usage, self._gave_way.append)
+            peer = self._peers[header.sender] = Peer(header.sender, route, header.role, member, queue)
             self._routes[route] = peer.id
             log.info("%s %s joined", header.role, member)
             # It may have counted as dead: the peers that it watches were told so, and have dropped its sessions.
@@ -299,6 +311,7 @@ class Broker:
             raise Malformed("an announcement under another peer's id")
         elif peer.route != route:
             self._routes.pop(peer.route, None)
+            self._router.connections.left(peer.route)
             self._routes[route] = peer.id
             peer.route = route
             peer.queue.reconnected()
@@ -306,7 +319,8 @@ class Broker:
             self._remove(peer, "left")
             return
         peer.seen = time.monotonic()
-        peer.queue.credit(header.received)
+        self._router.connections.announced(route, member)
+        peer.queue.credit(header.received, self._router.connections.unsent(route))
         peer.watching = frozenset(header.watching)
         if peer.role == "worker":
             peer.service, peer.model, peer.room = header.service, header.model, header.room
@@ -321,23 +335,42 @@ class Broker:
 
     # --- delivery and death --------------------------------------------------------------------------------
 
-    def _put(self, peer: Peer, message: RoutedMessage) -> bool:
-        """Queues a message and sends what it can. False if the queue is full, or the peer has gone."""
-        if not peer.queue.put(message):
+    def _put(self, peer: Peer, message: RoutedMessage, sender: str = "") -> bool:
+        """Queues a message and sends what it can. False if the queue is full, or the peer has gone.
+
+        Args:
+            sender: the member that sent it; empty for the broker's own, which are small.
+        """
+        size = len(message[0]) + len(message[1])
+        if sender and not self._budget.make_room(peer.member, size, self._peers.values(), self._end):
+            return False
+        if not peer.queue.put(message, sender):
             return False
         self._flush(peer)
         return peer.id in self._peers
 
+    def _end(self, peer: Peer) -> None:
+        """Ends the connection of a peer that reads too slowly."""
+        self._router.connections.end_route(peer.route, "slow")
+        peer.queue.reconnected()
+
+    def _tell_gave_way(self) -> None:
+        """Tells the senders of messages that lost their place in a queue."""
+        while self._gave_way:
+            header = headers.decode_header(self._gave_way.popleft().message[0])
+            if isinstance(header, headers.Relay | headers.Open) and header.sender in self._peers:
+                self._refuse(self._peers[header.sender], header, full("others share the queue"))
+
     def _flush(self, peer: Peer) -> None:
         self._blocked.discard(peer.id)
-        while peer.id in self._peers and (message := peer.queue.take()) is not None:
-            if not self._send(peer, message):
-                peer.queue.put_back(message)
+        while peer.id in self._peers and (queued := peer.queue.take()) is not None:
+            if not self._send(peer, queued.message):
+                peer.queue.put_back(queued)
                 return
 
     def _send(self, peer: Peer, message: RoutedMessage) -> bool:
         try:
-            send_frames(self._socket, peer.route, *message)
+            self._router.send(peer.route, message)
         except zmq.Again:
             self._blocked.add(peer.id)
             return False
@@ -356,11 +389,18 @@ class Broker:
         log.info("%s %s %s", peer.role, peer.member, why)
         self.counters[f"{peer.role}s_gone"] += 1
         self._routes.pop(peer.route, None)
+        self._router.connections.left(peer.route)
         self._pending.pop(peer.id, None)
         self._set_ups.forget(peer.id)
+        peer.queue.clear()
         self._blocked.discard(peer.id)
         for watcher in [other for other in self._peers.values() if peer.id in other.watching]:
             self._put(watcher, self._welcome([peer.id]))
+
+    def _queued(self, connection: Connection) -> int:
+        """Bytes that wait for the peer on a connection, and what else is kept of it."""
+        peer = self._peers.get(self._routes.get(connection.route or b"", b""))
+        return peer.queue.waiting_bytes + WATCHED_BYTES * len(peer.watching) if peer is not None else 0
 
     def _welcome(self, gone: list[bytes]) -> RoutedMessage:
         return headers.encode_header(headers.Welcome(self._boot, self._fleet.roster().version, gone)), b""
@@ -382,14 +422,17 @@ class Broker:
                 # Not through its queue, which may be waiting for credit.
                 self._send(peer, probe)
         self._place(list(self._pending.values()), now)
+        self._tell_gave_way()
+        self._router.look(now)
 
     def _enforce_roster(self) -> None:
         for peer in list(self._peers.values()):
             member = self._fleet.roster().by_name(peer.member)
             if member is None or member.revoked:
-                # The roster tells it why. On TCP its connection stands, but nothing that it sends is accepted.
+                # The roster tells it why. Until its connection ends, nothing that it sends is accepted.
                 self._put(peer, self._roster())
                 self._remove(peer, "was revoked")
+                self._router.connections.left(peer.route, REVOKED_LIFETIME)
             else:
                 self._put(peer, self._welcome([]))
 

@@ -7,13 +7,16 @@ broker's loop uses it.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import zmq
 
 from split_common.protocol.headers import Service
 from split_common.transport.base import QUEUE_BYTES
+from split_common.trust.shares import Usage
 
 #: Bytes that may be on the way to a peer without being confirmed by it.
 WINDOW = 64 * 1024 * 1024
@@ -27,51 +30,151 @@ BodyBytes = zmq.Frame | bytes
 RoutedMessage = tuple[bytes, BodyBytes]
 
 
-@dataclass
+class Queued(NamedTuple):
+    """A message that waits, or waited, for a peer."""
+
+    #: Name of the member that sent it; empty if it is the broker's own.
+    sender: str
+    message: RoutedMessage
+
+    @property
+    def size(self) -> int:
+        """Bytes of its header and body."""
+        return len(self.message[0]) + len(self.message[1])
+
+
 class PeerQueue:
-    """Messages for one peer, under a byte credit: the peer's announcements say how much it has received."""
+    """Messages for one peer, under a byte credit: the peer's announcements say how much it has received.
 
-    waiting: deque[RoutedMessage] = field(default_factory=deque)
-    waiting_bytes: int = 0
-    #: Bytes sent over this connection, and how many of them the peer has confirmed.
-    sent: int = 0
-    received: int = 0
-    #: Bytes that the peer had received before this connection; None until its first announcement over it.
-    baseline: int | None = None
+    Senders take turns, so that one that floods the queue delays its own messages. If the queue is full, the sender
+    with the most in it loses its newest message to one with less (longest queue drop: Suter et al., "Design
+    Considerations for Supporting TCP with Per-flow Queueing", INFOCOM 1998), which shares the queue max-min.
 
-    def put(self, message: RoutedMessage) -> bool:
-        """Queues a message. False if the queue is full."""
-        if self.waiting_bytes + len(message[1]) > QUEUE_BYTES or len(self.waiting) >= QUEUE_MESSAGES:
-            return False
-        self.waiting.append(message)
-        self.waiting_bytes += len(message[1])
+    Args:
+        member: the peer's member, under whose name `usage` counts.
+        usage: counts the bytes that wait or are under way, by member.
+        gave_way: is told of each message that loses its place.
+    """
+
+    def __init__(
+        self, member: str = "", usage: Usage | None = None, gave_way: Callable[[Queued], object] = lambda _: None
+    ) -> None:
+        self._member = member
+        self._usage = Usage() if usage is None else usage
+        self._gave_way = gave_way
+        self._counted = 0
+        # By sender, in the order of their turns.
+        self._waiting: OrderedDict[str, deque[Queued]] = OrderedDict()
+        self._bytes, self._messages = Usage(), Usage()
+        #: Bytes of bodies sent over this connection, and how many of them the peer has confirmed.
+        self.sent = 0
+        self.received = 0
+        #: Bytes that the peer had received before this connection; None until its first announcement over it.
+        self.baseline: int | None = None
+
+    def __len__(self) -> int:
+        """The messages that wait."""
+        return self._messages.total
+
+    @property
+    def waiting_bytes(self) -> int:
+        return self._bytes.total
+
+    @property
+    def held(self) -> int:
+        """Bytes that wait, or are under way and not confirmed."""
+        return self._bytes.total + max(0, self.sent - self.received)
+
+    def put(self, message: RoutedMessage, sender: str = "") -> bool:
+        """Queues a message. False if the queue is full, and none of its senders has more in it than this one."""
+        queued = Queued(sender, message)
+        if not self._has_room(queued.size):
+            if self._part(sender, queued) > max(map(self._part, self._waiting), default=0.0):
+                return False
+            while not self._has_room(queued.size):
+                self._drop(max((name for name in self._waiting if name != sender), key=self._part))
+        self._waiting.setdefault(sender, deque()).append(queued)
+        self._add(queued, 1)
         return True
 
-    def take(self) -> RoutedMessage | None:
+    def take(self) -> Queued | None:
         """Removes and returns the next message. None if there is none, or the peer's credit is used up."""
-        if not self.waiting or self.sent - self.received > WINDOW:
+        if not self._waiting or self.sent - self.received > WINDOW:
             return None
-        message = self.waiting.popleft()
-        self.waiting_bytes -= len(message[1])
-        self.sent += len(message[1])
-        return message
+        sender, messages = next(iter(self._waiting.items()))
+        queued = messages.popleft()
+        if messages:
+            self._waiting.move_to_end(sender)
+        else:
+            del self._waiting[sender]
+        self.sent += len(queued.message[1])
+        self._add(queued, -1)
+        return queued
 
-    def put_back(self, message: RoutedMessage) -> None:
+    def put_back(self, queued: Queued) -> None:
         """Undoes `take`: the socket did not accept the message."""
-        self.waiting.appendleft(message)
-        self.waiting_bytes += len(message[1])
-        self.sent -= len(message[1])
+        self._waiting.setdefault(queued.sender, deque()).appendleft(queued)
+        self._waiting.move_to_end(queued.sender, last=False)
+        self.sent -= len(queued.message[1])
+        self._add(queued, 1)
 
-    def credit(self, received: int) -> None:
-        """Notes how many bytes the peer has received since it started. More than was sent is not believed."""
+    def drop_newest(self) -> bool:
+        """Drops the newest message of the sender with the most. False if none waits."""
+        if not self._waiting:
+            return False
+        self._drop(max(self._waiting, key=self._part))
+        return True
+
+    def credit(self, received: int, unsent: int = 0) -> None:
+        """Notes how many bytes the peer has received since it started.
+
+        Args:
+            received: what the peer says. More than was sent is not believed.
+            unsent: bytes that have not left this machine, as the kernel counts them. They are not believed either.
+        """
         if self.baseline is None:
             self.baseline = received
-        self.received = min(received - self.baseline, self.sent)
+        self.received = min(received - self.baseline, self.sent - unsent)
+        self._count()
 
     def reconnected(self) -> None:
         """Begins a new connection: what was on its way over the old one is lost."""
         self.sent = self.received = 0
         self.baseline = None
+        self._count()
+
+    def clear(self) -> None:
+        """Forgets everything: the peer is gone."""
+        self._waiting.clear()
+        self._bytes, self._messages = Usage(), Usage()
+        self.reconnected()
+
+    def _has_room(self, size: int) -> bool:
+        return self._bytes.total + size <= QUEUE_BYTES and len(self) < QUEUE_MESSAGES
+
+    def _part(self, sender: str, more: Queued | None = None) -> float:
+        """A sender's part of the queue, with one message more: of its bytes or of its messages, the larger."""
+        size, count = (more.size, 1) if more is not None else (0, 0)
+        return max((self._bytes[sender] + size) / QUEUE_BYTES, (self._messages[sender] + count) / QUEUE_MESSAGES)
+
+    def _drop(self, sender: str) -> None:
+        messages = self._waiting[sender]
+        queued = messages.pop()
+        if not messages:
+            del self._waiting[sender]
+        self._add(queued, -1)
+        self._gave_way(queued)
+
+    def _add(self, queued: Queued, sign: int) -> None:
+        self._bytes.add(queued.sender, sign * queued.size)
+        self._messages.add(queued.sender, sign)
+        self._count()
+
+    def _count(self) -> None:
+        """Tells `usage` what has changed."""
+        if (change := self.held - self._counted) != 0:
+            self._counted += change
+            self._usage.add(self._member, change)
 
 
 @dataclass

@@ -224,7 +224,7 @@ def test_a_workers_death_is_seen_though_its_queue_waits_for_credit(join, broker)
     device = join("device-1", watching=[worker.id])
     broker._peers[worker.id].queue.sent = 2 * WINDOW
     device.send(relay(device, worker), b"waits")
-    wait_until(lambda: broker._peers[worker.id].queue.waiting)
+    wait_until(lambda: len(broker._peers[worker.id].queue))
     worker.socket.close()
     assert device.receive(headers.Welcome)[0].gone == [worker.id]
 
@@ -292,7 +292,7 @@ def test_a_device_that_comes_back_on_a_new_connection_gets_what_was_kept(setting
         on_loop(broker, lambda: reached.append(broker._send(peer, (headers.encode_header(headers.Probe()), b""))))
     for number in range(3):
         worker.send(relay(worker, device, seq=number))
-    wait_until(lambda: len(peer.queue.waiting) == 3)
+    wait_until(lambda: len(peer.queue) == 3)
     with FakePeer(broker.address, setting.fleet, setting.fleet.read_identity("device-1"), device.id) as back:
         back.announce()
         assert [back.receive(headers.Relay)[0].seq for _ in range(3)] == [0, 1, 2]
@@ -355,6 +355,10 @@ def test_a_queue_stops_at_its_credit_and_a_peer_cannot_lend_itself_more() -> Non
     assert queue.sent - before <= WINDOW + headers.MAX_BODY
     queue.credit(1000 + queue.sent)
     assert queue.sent == queue.received
+    # Bytes that the kernel still has, or that it never got, are not on the peer's side, whatever the peer says.
+    queue.credit(2**60, unsent=2 * WINDOW)
+    queue.put((b"", b"x"))
+    assert queue.take() is None
 
 
 def test_a_slow_reader_does_not_hold_up_others_and_gets_all_in_order(join, broker) -> None:
@@ -369,8 +373,7 @@ def test_a_slow_reader_does_not_hold_up_others_and_gets_all_in_order(join, broke
 
 def test_a_full_queue_is_told_to_the_sender(join, broker, monkeypatch: pytest.MonkeyPatch) -> None:
     device, worker = join("device-1"), join("worker-1")
-    queue = broker._peers[worker.id].queue
-    queue.waiting_bytes = QUEUE_BYTES
+    broker._peers[worker.id].queue._bytes.add("device-1", QUEUE_BYTES)
     device.send(relay(device, worker, seq=3), b"x")
     bounce = device.receive(headers.Bounce)[0]
     assert (bounce.reason, bounce.seq) == ("full", 3)

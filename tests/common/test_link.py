@@ -226,10 +226,10 @@ def test_what_is_broken_does_not_reach_the_caller_that_reads(pair: Pair, monkeyp
     assert pair.link.counters["VersionMismatch"] == 1
     receive, failures = zmq_link.receive_frames, iter([zmq.ZMQError(zmq.EFAULT), MemoryError()])
 
-    def failing(sock: Any) -> Any:
+    def failing(sock: Any, most: int) -> Any:
         if (failure := next(failures, None)) is not None:
             raise failure
-        return receive(sock)
+        return receive(sock, most)
 
     monkeypatch.setattr(zmq_link, "receive_frames", failing)
     pair.number(2)

@@ -80,9 +80,9 @@ class Recording:
                 self.frames += [envelope.bytes, head, bytes(memoryview(body))]  # type: ignore[arg-type]
                 handle(envelope, head, body)
 
-            def record_sent(peer: Peer, message: RoutedMessage) -> bool:
+            def record_sent(peer: Peer, message: RoutedMessage, sender: str = "") -> bool:
                 self.frames += [message[0], bytes(memoryview(message[1]))]  # type: ignore[arg-type]
-                return put(peer, message)
+                return put(peer, message, sender)
 
             patch.setattr(broker, "_handle", record_received)
             patch.setattr(broker, "_put", record_sent)

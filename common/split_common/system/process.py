@@ -76,6 +76,13 @@ def python(*arguments: str) -> list[str]:
     return [sys.executable, "-P", *arguments]
 
 
+def allow_many_files() -> None:
+    """Raises the limit on this process's open files, connections included, as far as it may. For commands only."""
+    with contextlib.suppress(OSError, ValueError):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def use_loopback_keys(empty: Path) -> None:
     """Makes this process, and those that it starts, use the loopback fleet, whatever keys are configured.
 

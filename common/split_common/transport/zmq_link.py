@@ -42,6 +42,13 @@ SILENCE = HEARTBEAT * MISSED
 POLLIN, POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
 NOBLOCK, NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 
+#: Milliseconds that a new connection has for its handshake. Until then a stranger may make it hold one frame.
+HANDSHAKE_LIMIT = 2000
+
+#: Complete messages of one connection that wait in libzmq, in each direction. What exceeds it waits in queues that
+#: count bytes.
+HIGH_WATER = 16
+
 #: Most messages taken in one turn: a flood must not delay heartbeats.
 TURN = 256
 
@@ -77,15 +84,18 @@ def send_frames(sock: zmq.Socket[bytes], *frames: zmq.Frame | bytes) -> None:
     sock.send(frames[-1], NOBLOCK, copy=False)
 
 
-def receive_frames(sock: zmq.Socket[bytes]) -> list[zmq.Frame]:
-    """The next message.
+def receive_frames(sock: zmq.Socket[bytes], most: int) -> list[zmq.Frame]:
+    """The next message. Of one that has more than `most` frames, the first `most + 1`: the rest is not kept.
 
     Raises:
         zmq.Again: none came within the socket's `rcvtimeo`.
     """
     frames = [sock.recv(copy=False)]
-    while frames[-1].more:
+    while frames[-1].more and len(frames) <= most:
         frames.append(sock.recv(copy=False))
+    more = frames[-1].more
+    while more:
+        more = sock.recv(copy=False).more
     return frames
 
 
@@ -161,7 +171,8 @@ class ZmqLink:
             sock.immediate = True
             sock.ipv6 = "[" in self._address
             sock.maxmsgsize = headers.MAX_FRAME
-            sock.sndhwm = sock.rcvhwm = 256
+            sock.sndhwm = sock.rcvhwm = HIGH_WATER
+            sock.handshake_ivl = HANDSHAKE_LIMIT
             sock.reconnect_ivl, sock.reconnect_ivl_max = 50, 1000
             if self._address.startswith("tcp://"):
                 curve_client(sock, self._fleet, self._identity)
@@ -337,7 +348,7 @@ class ZmqLink:
         for taken in range(TURN):
             with self._turn:
                 ready = self._ready(sock)
-                frames = [frame.bytes for frame in receive_frames(sock)] if ready & POLLIN else None
+                frames = [frame.bytes for frame in receive_frames(sock, 2)] if ready & POLLIN else None
             # Meanwhile other threads may have handed over messages because this one had the turn.
             self._pass_on()
             if frames is None:
@@ -355,7 +366,7 @@ class ZmqLink:
 
     def _dispatch(self, frames: list[bytes]) -> None:
         if len(frames) != 2:
-            raise Malformed(f"{len(frames)} frames")
+            raise Malformed("a message that is not two frames")
         header, body = headers.decode_header(frames[0]), headers.check_body(frames[1])
         self._heard = time.monotonic()
         match header:

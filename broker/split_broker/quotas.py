@@ -1,0 +1,80 @@
+"""What one member may ask of the broker, however many connections and peers it has.
+
+Rates bind always, because a message that is dropped costs its sender only a retry. Shares of memory bind while
+there is too little of it: then the member that holds the most gives way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Iterable
+from typing import NamedTuple, TypeVar
+
+from split_broker.peer_queue import Peer
+from split_common.trust.shares import TokenBucket, Usage
+
+_T = TypeVar("_T")
+
+
+class Rate(NamedTuple):
+    """Messages of a kind that one member's peers may send: a second on average, and at once."""
+
+    rate: float
+    burst: float
+
+
+#: Heartbeats: one a second of each peer, one for every 4 MiB received, one for each change of a worker's room.
+ANNOUNCEMENTS = Rate(1000, 4000)
+#: Requests for a worker. A device repeats one every few seconds.
+OPENS = Rate(100, 1000)
+#: Requests for the roster. A new roster makes all peers ask for it at once; what is dropped is asked for again.
+ROSTER_REQUESTS = Rate(50, 1000)
+
+
+class Rates:
+    """A token bucket for each member and kind of message."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[tuple[str, Rate], TokenBucket] = {}
+
+    def admits(self, member: str, rate: Rate) -> bool:
+        """Whether a member may send one more message of a kind; counts it if so."""
+        bucket = self._buckets.get((member, rate))
+        if bucket is None:
+            bucket = self._buckets[member, rate] = TokenBucket(*rate)
+        return bucket.take()
+
+
+class Budget:
+    """The bytes that wait for all peers, or are under way to them, shared max-min by the peers' members.
+
+    Args:
+        capacity: the most of all, in bytes.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.usage = Usage()
+        self._capacity = capacity
+
+    def make_room(self, member: str, size: int, peers: Collection[Peer], end: Callable[[Peer], object]) -> bool:
+        """Makes room for `size` bytes for a member's peer. False if no member holds more than this one.
+
+        Args:
+            peers: all peers.
+            end: ends the connection of a peer to which everything that it holds is under way.
+        """
+        while self.usage.total + size > self._capacity:
+            largest = self.usage.largest()
+            if largest is None or self.usage[member] + size > self.usage[largest]:
+                return False
+            fullest = max((peer for peer in peers if peer.member == largest), key=lambda peer: peer.queue.held)
+            if not fullest.queue.drop_newest():
+                end(fullest)
+        return True
+
+
+def newest_of_largest(items: Iterable[_T], owner: Callable[[_T], Hashable]) -> _T:
+    """Of the owner who has the most items, the last one. There is at least one item."""
+    by_owner: dict[Hashable, list[_T]] = {}
+    for item in items:
+        by_owner.setdefault(owner(item), []).append(item)
+    return max(by_owner.values(), key=len)[-1]

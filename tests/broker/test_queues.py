@@ -1,0 +1,228 @@
+"""Shares of members in the broker: of a queue, of all queues, of opens, and of messages a second."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+
+from split_broker import broker as broker_module
+from split_broker import peer_queue as peer_queue_module
+from split_broker.broker import GRACE, Broker
+from split_broker.peer_queue import Peer, PeerQueue, Queued
+from split_broker.quotas import OPENS, ROSTER_REQUESTS, Budget, Rate, Rates
+from split_common.protocol import headers
+from split_common.protocol.handshake import MAX_HANDSHAKE
+from split_common.trust.fleet import load_fleet
+from split_common.trust.shares import Usage
+
+SERVICE = headers.Service(b"r" * 32, 2, 4)
+
+
+def waiting(queue: PeerQueue) -> list[str]:
+    """The senders of what waits, in the order in which it is sent."""
+    taken = []
+    while (queued := queue.take()) is not None:
+        taken.append(queued.sender)
+    return taken
+
+
+# --- one queue ---------------------------------------------------------------------------------------------
+
+
+def test_senders_take_turns_and_each_ones_messages_stay_in_order() -> None:
+    queue = PeerQueue()
+    for number in range(4):
+        assert queue.put((b"", bytes([number])), "flood")
+    assert queue.put((b"", b"\x07"), "other")
+    taken = [queued for _ in range(5) if (queued := queue.take()) is not None]
+    assert [queued.sender for queued in taken] == ["flood", "other", "flood", "flood", "flood"]
+    assert [queued.message[1] for queued in taken if queued.sender == "flood"] == [b"\0", b"\1", b"\2", b"\3"]
+
+
+def test_what_the_socket_did_not_take_goes_first_again() -> None:
+    queue = PeerQueue()
+    for number in range(3):
+        queue.put((b"", bytes([number])), "one")
+    queue.put((b"", b"x"), "other")
+    first = queue.take()
+    assert first is not None
+    queue.put_back(first)
+    assert queue.sent == 0
+    assert queue.take() == first
+    assert waiting(queue) == ["other", "one", "one"]
+
+
+@pytest.mark.parametrize(("size", "most"), [(100, {"QUEUE_BYTES": 1000}), (1, {"QUEUE_MESSAGES": 10})])
+def test_whoever_fills_a_queue_makes_room_for_others(
+    size: int, most: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in most.items():
+        monkeypatch.setattr(peer_queue_module, name, value)
+    lost: list[Queued] = []
+    queue = PeerQueue(gave_way=lost.append)
+    accepted = [queue.put((b"", bytes(size)), "flood") for _ in range(12)]
+    assert accepted == [True] * 10 + [False] * 2
+    assert not lost
+    # Up to an equal share; then each is told that the queue is full.
+    assert [queue.put((b"", bytes(size)), "other") for _ in range(6)] == [True] * 5 + [False]
+    assert [queued.sender for queued in lost] == ["flood"] * 5
+    assert not queue.put((b"", bytes(size)), "flood")
+    # A third one takes from both.
+    assert [queue.put((b"", bytes(size)), "third") for _ in range(5)] == [True] * 4 + [False]
+    assert sorted(Counter(waiting(queue)).values()) == [3, 3, 4]
+
+
+def test_a_queue_counts_what_waits_and_what_is_under_way() -> None:
+    usage = Usage()
+    queue = PeerQueue("device-1", usage)
+    queue.credit(0)
+    for _ in range(3):
+        queue.put((b"", bytes(100)), "worker-1")
+    queue.take()
+    queue.take()
+    assert usage["device-1"] == usage.total == 300
+    queue.credit(100)
+    assert usage["device-1"] == 200
+    queue.reconnected()
+    assert usage["device-1"] == 100
+    queue.clear()
+    assert usage.total == 0
+    assert not list(usage)
+
+
+# --- all queues --------------------------------------------------------------------------------------------
+
+
+def peer(budget: Budget, member: str, lost: list[Queued]) -> Peer:
+    return Peer(member.encode(), b"", "device", member, PeerQueue(member, budget.usage, lost.append))
+
+
+def test_the_member_that_holds_the_most_makes_room_for_others() -> None:
+    budget, lost, ended = Budget(1000), list[Queued](), list[Peer]()
+    slow, other = peer(budget, "slow", lost), peer(budget, "other", lost)
+    peers = [slow, other]
+
+    def put(to: Peer) -> bool:
+        return budget.make_room(to.member, 100, peers, ended.append) and to.queue.put((b"", bytes(100)), "worker-1")
+
+    assert [put(slow) for _ in range(11)] == [True] * 10 + [False]
+    assert [put(other) for _ in range(6)] == [True] * 5 + [False]
+    assert len(lost) == 5
+    assert (budget.usage["slow"], budget.usage["other"]) == (500, 500)
+    assert not ended
+
+
+def test_a_member_that_reads_nothing_of_what_is_under_way_loses_its_connection() -> None:
+    budget, ended = Budget(1000), list[Peer]()
+    slow, other = peer(budget, "slow", []), peer(budget, "other", [])
+    for _ in range(10):
+        slow.queue.put((b"", bytes(100)), "worker-1")
+        slow.queue.take()
+
+    def end(one: Peer) -> None:
+        ended.append(one)
+        one.queue.reconnected()
+
+    assert budget.make_room("other", 100, [slow, other], end)
+    assert ended == [slow]
+    assert budget.usage.total == 0
+
+
+# --- the broker --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[Broker]:
+    """A broker whose loop does not run, with devices of two members; what it would send is kept in `sent`."""
+    broker = Broker("tcp://127.0.0.1:*", load_fleet())
+    broker._started -= GRACE
+    broker.sent = []  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        broker._router,
+        "send",
+        lambda route, message: broker.sent.append((route, headers.decode_header(message[0]))),  # type: ignore[attr-defined]
+    )
+    for route, role, member in (
+        (b"a1", "device", "a"),
+        (b"a2", "device", "a"),
+        (b"b1", "device", "b"),
+        (b"w1", "worker", "w"),
+    ):
+        service = SERVICE if role == "worker" else None
+        broker._announced(headers.Announce(id_of(route), role, member, service=service), route, member)
+    broker.sent.clear()  # type: ignore[attr-defined]
+    yield broker
+    broker.stop()
+
+
+def id_of(route: bytes) -> bytes:
+    return route.ljust(8, b"-")
+
+
+def handle(broker: Broker, route: bytes, header: headers.Header, body: bytes = b"") -> None:
+    frames = [SimpleNamespace(bytes=route), SimpleNamespace(bytes=headers.encode_header(header)), body]
+    broker._supervisor.run(broker._take, frames)  # type: ignore[arg-type]
+
+
+def told(broker: Broker, route: bytes) -> list[str]:
+    return [one.reason for to, one in broker.sent if to == route and isinstance(one, headers.Bounce)]  # type: ignore[attr-defined]
+
+
+def test_a_message_that_gave_way_comes_back_as_full(offline: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    offline._peers[id_of(b"w1")].queue.sent = 2 * peer_queue_module.WINDOW  # its credit is used up
+    monkeypatch.setattr(peer_queue_module, "QUEUE_MESSAGES", 4)
+    for seq in range(4):
+        handle(offline, b"a1", headers.Relay(id_of(b"w1"), id_of(b"a1"), headers.RelayKind.REQUEST, 1, 1, 0, seq))
+    assert told(offline, b"a1") == []
+    handle(offline, b"b1", headers.Relay(id_of(b"w1"), id_of(b"b1"), headers.RelayKind.REQUEST, 1, 1))
+    assert told(offline, b"a1") == ["full"]
+    assert told(offline, b"b1") == []
+    [(_, bounce)] = offline.sent  # type: ignore[attr-defined]
+    assert bounce.seq == 3
+
+
+def test_a_hello_is_no_larger_than_a_handshake(offline: Broker) -> None:
+    handle(offline, b"a1", headers.Open(id_of(b"a1"), 1, SERVICE), bytes(MAX_HANDSHAKE + 1))
+    assert offline.counters["Oversized"] == 1
+    assert not offline._pending
+    handle(offline, b"a1", headers.Open(id_of(b"a1"), 1, SERVICE), bytes(MAX_HANDSHAKE))
+    assert list(offline._pending) == [id_of(b"a1")]
+
+
+def test_the_member_with_the_most_pending_opens_loses_its_newest(
+    offline: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broker_module, "MAX_PENDING", 2)
+    for route in (b"a1", b"a2"):
+        handle(offline, route, headers.Open(id_of(route), 1, SERVICE))
+    handle(offline, b"b1", headers.Open(id_of(b"b1"), 1, SERVICE))
+    assert list(offline._pending) == [id_of(b"a1"), id_of(b"b1")]
+    assert told(offline, b"a2") == ["busy"]
+    # A device that repeats its own takes no further place, and a member does not push out one with as many.
+    handle(offline, b"b1", headers.Open(id_of(b"b1"), 2, SERVICE))
+    handle(offline, b"a2", headers.Open(id_of(b"a2"), 2, SERVICE))
+    assert list(offline._pending) == [id_of(b"a1"), id_of(b"b1")]
+    assert told(offline, b"a2") == ["busy", "busy"]
+
+
+def test_messages_that_cost_more_than_they_weigh_have_a_rate(offline: Broker) -> None:
+    offline._rates._buckets["a", OPENS] = offline._rates._buckets["a", ROSTER_REQUESTS] = SimpleNamespace(  # type: ignore[assignment]
+        take=lambda: False
+    )
+    handle(offline, b"a1", headers.Open(id_of(b"a1"), 1, SERVICE))
+    handle(offline, b"a2", headers.RosterRequest(id_of(b"a2")))
+    assert told(offline, b"a1") == ["busy"]
+    assert offline.counters["too_often"] == 2
+    handle(offline, b"b1", headers.RosterRequest(id_of(b"b1")))
+    assert [type(header) for to, header in offline.sent if to == b"b1"] == [headers.RosterReply]  # type: ignore[attr-defined]
+    assert not [header for to, header in offline.sent if to == b"a2"]  # type: ignore[attr-defined]
+
+
+def test_a_rate_is_each_members_own() -> None:
+    rates, rate = Rates(), Rate(0.0, 3)
+    assert [rates.admits("a", rate) for _ in range(5)] == [True] * 3 + [False] * 2
+    assert rates.admits("b", rate)
+    assert rates.admits("a", OPENS)
