@@ -17,7 +17,10 @@ import tiny
 from split_common.errors import NoWorker, SplitError
 from split_common.protocol import headers
 from split_common.transport import new_peer_id
+from split_common.transport.placement import Candidate
 from split_common.transport.redis.key_names import Keys
+from split_common.transport.redis.opens import two_of_each
+from split_common.trust.keys import ModelScope
 from valkeys import Valkey, running_valkey
 from wiretap import LATE, Setting, run_steps, step, wait_until
 
@@ -179,9 +182,10 @@ def bait(setting: Setting, member: str) -> headers.Announce:
     )
 
 
-def listed(*entries: headers.Header | bytes) -> bytes:
+def listed(setting: Setting, *entries: headers.Header | bytes, member: str = "worker-2") -> bytes:
+    certificate = setting.fleet.read_identity(member).certificate_bytes
     return msgspec.msgpack.encode(
-        [entry if isinstance(entry, bytes) else headers.encode_header(entry) for entry in entries]
+        (certificate, [entry if isinstance(entry, bytes) else headers.encode_header(entry) for entry in entries])
     )
 
 
@@ -191,10 +195,10 @@ def test_a_list_of_workers_that_lies_stalls_no_device(setting: Setting, server: 
     liar = keys.workers("worker-2")
     with setting.worker(server.address) as worker:
         for data in (
-            listed(*(bait(setting, "worker-2") for _ in range(100))),
-            listed(msgspec.structs.replace(bait(setting, "worker-2"), sender=worker.id)),
-            listed(msgspec.structs.replace(bait(setting, "worker-2"), role="device")),
-            listed(b"x", bait(setting, "worker-2")),
+            listed(setting, *(bait(setting, "worker-2") for _ in range(100))),
+            listed(setting, msgspec.structs.replace(bait(setting, "worker-2"), sender=worker.id)),
+            listed(setting, msgspec.structs.replace(bait(setting, "worker-2"), role="device")),
+            listed(setting, b"x", bait(setting, "worker-2")),
             b"x" * 100,
             msgspec.msgpack.encode({"a": 1}),
             b"\xc4" * 2**22,
@@ -218,7 +222,7 @@ def test_a_member_that_answers_no_open_keeps_no_device_from_the_others(setting: 
     lanes = [keys.lane("worker", announce.sender) for announce in baits]
     for lane in lanes:
         client.xadd(lane, {"h": b"", "b": b""})
-    client.set(keys.workers("worker-2"), listed(*baits))
+    client.set(keys.workers("worker-2"), listed(setting, *baits))
     try:
         with setting.worker(server.address) as worker, setting.client(server.address, patience=0) as device:
             for _ in range(3):
@@ -230,6 +234,30 @@ def test_a_member_that_answers_no_open_keeps_no_device_from_the_others(setting: 
             assert sum(client.xlen(lane) for lane in lanes) <= len(lanes) + 1
     finally:
         client.delete(*lanes, keys.workers("worker-2"))
+
+
+def test_workers_without_a_certificate_for_their_service_get_no_open(setting: Setting, server: Valkey) -> None:
+    keys, client = Keys(setting.fleet.operator_key), server.client()
+    if setting.fleet.roster().by_name("worker-3") is None:
+        setting.fleet.add_member("worker", "worker-3", [ModelScope(setting.service.root, 0, 1)])
+    narrow = bait(setting, "worker-3")
+    lists = {
+        # Of other layers, another member's, and none.
+        "worker-3": listed(setting, narrow, member="worker-3"),
+        "worker-2": listed(setting, bait(setting, "worker-2"), member="worker-1"),
+        "worker-1": msgspec.msgpack.encode((b"", [headers.encode_header(bait(setting, "worker-1"))])),
+    }
+    lane = keys.lane("worker", narrow.sender)
+    client.xadd(lane, {"h": b"", "b": b""})
+    for member, data in lists.items():
+        client.set(keys.workers(member), data)
+    with setting.client(server.address, patience=0) as device:
+        with pytest.raises(NoWorker, match="does not cover layers 2:4"):
+            device.open_session()
+        with setting.worker(server.address) as worker:
+            assert device.open_session().worker == worker.id
+    assert client.xlen(lane) == 1
+    client.delete(lane, *(keys.workers(member) for member in lists))
 
 
 def test_who_has_nobody_else_asks_again_who_did_not_answer(setting: Setting, server: Valkey) -> None:
@@ -273,3 +301,26 @@ def test_workers_of_an_older_version_are_refused_by_name(setting: Setting, serve
     with setting.client(server.address, patience=0) as device, pytest.raises(NoWorker, match="older version"):
         device.open_session()
     client.delete(keys.old_workers)
+
+
+def test_two_workers_with_room_stay_of_each_member_and_service() -> None:
+    one, other = headers.Service(bytes(32), 0, 1), headers.Service(bytes(32), 1, 2)
+    workers = [
+        Candidate(bytes([number]), service, "model", room, member)
+        for number, (member, service, room) in enumerate(
+            [
+                *[("a", one, 4)] * 5,
+                *[("a", other, 4)] * 5,
+                *[("b", one, 4)],
+                *[("b", one, 0)] * 3,
+                *[("c", one, 1)] * 2,
+            ]
+        )
+    ]
+    avoided = workers[0].id
+    for _ in range(100):
+        kept = two_of_each(workers, [avoided])
+        usable = Counter((w.member, w.service) for w in kept if w.room and w.id != avoided)
+        assert usable == {("a", one): 2, ("a", other): 2, ("b", one): 1, ("c", one): 2}
+        assert sum(not worker.room for worker in kept) == 3
+        assert avoided in [worker.id for worker in kept]

@@ -48,6 +48,7 @@ class RedisLink:
     def __init__(self, address: str, fleet: Fleet, identity: Identity) -> None:
         self._server = RedisConnector(address)
         self._fleet = fleet
+        self._certificate = identity.certificate_bytes
         self._parts: _Parts | None = None
         #: Messages dropped because they broke the protocol, by type of error; and bytes and messages moved.
         self.counters: Counter[str] = Counter()
@@ -58,7 +59,9 @@ class RedisLink:
 
     def start(self, handler: Handler, timeout: float) -> None:
         caller = Caller(handler, self.counters)
-        parts = self._parts = _Parts(self._server, self._fleet, handler.announcement(), caller, self.counters)
+        parts = self._parts = _Parts(
+            self._server, self._fleet, self._certificate, handler.announcement(), caller, self.counters
+        )
         parts.start_housekeeping()
         if not parts.housekeeper.settled.wait(timeout) or parts.housekeeper.failure:
             why = parts.housekeeper.failure or self._server.silence
@@ -92,6 +95,7 @@ class _Parts:
     Args:
         server: makes connections to the server.
         fleet: its roster and keys apply.
+        certificate: of the member, as the operator signed it.
         first: the peer's first announcement.
         caller: calls the peer's handler.
         counters: of the link.
@@ -101,6 +105,7 @@ class _Parts:
         self,
         server: RedisConnector,
         fleet: Fleet,
+        certificate: bytes,
         first: headers.Announce,
         caller: Caller,
         counters: Counter[str],
@@ -119,7 +124,7 @@ class _Parts:
 
         connections = self._new_connections()
         self.lease = Lease(connections, keys, first)
-        self.registry = Registry(connections, keys, fleet, counters)
+        self.registry = Registry(connections, keys, fleet, certificate, counters)
         self.writer = Writer(self._new_connections(), self.registry, caller, self._inbox.undelivered, counters)
         self.device_opens: DeviceOpens | None = None
         if first.role == "device":
@@ -166,6 +171,8 @@ class _Parts:
         if isinstance(header, headers.Open):
             self._inbox.open(header, body)
         elif isinstance(header, headers.Relay):
+            if self.device_opens is not None and header.channel == self.device_opens.unproven:
+                self.device_opens.used(header)
             lane = self._keys.lane(self._other_role, header.to)
             head = headers.encode_header(header)
             command = lane, ("XADD", lane, "NOMKSTREAM", "*", *entry(head, body))
@@ -200,7 +207,7 @@ class _Parts:
             and isinstance(header, headers.Relay)
             and header.kind == headers.RelayKind.ANSWER
         ):
-            self.device_opens.answered(header.channel, header.sender)
+            self.device_opens.answered(header.channel)
         self._caller.message(header, body)
 
     def _read_message(self, fields: Any) -> tuple[headers.Relay | headers.Open, bytes]:

@@ -1,32 +1,37 @@
 """The other peers: which workers there are, which peers are alive, and whose lanes are full.
 
-The processes of one member share a list of their announcements, which only that member may write. So no worker can
-remove or change what others announce.
+The processes of one member share a list of their announcements, which only that member may write and which shows
+its certificate. So no worker can remove or change what others announce, or claim a service that is not its own.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Annotated
 
 import msgspec
 
-from split_common.errors import Malformed, SplitError
+from split_common.errors import CertificateError, Malformed, SplitError
 from split_common.protocol import headers
 from split_common.transport.base import QUEUE_BYTES
 from split_common.transport.peer_id import member_mark, member_of
+from split_common.transport.placement import Candidate
 from split_common.transport.redis.answers import failed
 from split_common.transport.redis.key_names import Keys
 from split_common.transport.redis.server import RedisConnections
 from split_common.transport.supervised import count_dropped
 from split_common.trust.fleet import Fleet
-from split_common.trust.keys import Role
+from split_common.trust.keys import ModelScope, Role
 
 #: Seconds after which a member's list expires unless one of its processes renews it.
 LIST_LEASE = 60.0
 
 #: Most bytes of a member's list that are read. A longer one counts as damaged, and its owner begins a new one.
 MAX_LIST = 128 * 1024
+
+#: Most processes of a member that are on its list.
+MAX_LISTED = 128
 
 #: Heartbeats of a worker between two clean-ups of its member's list.
 CLEAN_UP = 10
@@ -38,17 +43,23 @@ class Registry:
     Args:
         connections: to the server.
         keys, fleet: names of the fleet's keys, and the fleet, whose roster says which workers there may be.
+        certificate: of the member that connects, as the operator signed it; a worker shows it.
         counters: of the link.
     """
 
-    def __init__(self, connections: RedisConnections, keys: Keys, fleet: Fleet, counters: Counter[str]) -> None:
+    def __init__(
+        self, connections: RedisConnections, keys: Keys, fleet: Fleet, certificate: bytes, counters: Counter[str]
+    ) -> None:
         self._connections = connections
         self._keys = keys
         self._fleet = fleet
+        self._certificate = certificate
         self._counters = counters
         self._beats = 0
         #: Watched peers whose lanes are full.
         self.full: frozenset[bytes] = frozenset()
+        #: Why workers were left out when `workers` was called last.
+        self.turned_away: list[str] = []
 
     # --- this worker's own entry -----------------------------------------------------------------------------
 
@@ -62,7 +73,9 @@ class Registry:
             announcement: the worker's.
             tidy: whether to take dead processes off the list now and then.
         """
-        listed = self._read([announcement.member])
+        listed = {
+            other.sender: other for _, others in self._read([announcement.member]).values() for other in others
+        }
         listed.pop(announcement.sender, None)
         self._beats += 1
         if listed and tidy and self._beats % CLEAN_UP == 0:
@@ -71,8 +84,9 @@ class Registry:
         entries = [headers.encode_header(other) for other in listed.values()]
         if not announcement.leaving:
             entries.append(headers.encode_header(msgspec.structs.replace(announcement, watching=[])))
-        while len(data := msgspec.msgpack.encode(entries)) > MAX_LIST:
-            # The first one was renewed longest ago.
+        # The first one was renewed longest ago.
+        entries = entries[-MAX_LISTED:]
+        while len(data := msgspec.msgpack.encode((self._certificate, entries))) > MAX_LIST:
             entries.pop(0)
         key, lease = self._keys.workers(announcement.member), int(LIST_LEASE * 1000)
         # A server without memory still renews what it has.
@@ -96,43 +110,63 @@ class Registry:
         self.full = frozenset(peer for peer, size in sizes.items() if size > QUEUE_BYTES)
         return [peer for peer in peers if peer not in sizes]
 
-    def workers(self) -> list[headers.Announce]:
-        """The announcements of all workers that are alive."""
+    def workers(self) -> list[Candidate]:
+        """The workers that are alive and whose certificates hold for their services."""
         members = self._fleet.roster().members
-        announced = self._read(member.name for member in members if member.role == "worker" and not member.revoked)
-        alive = self.alive("worker", announced)
-        return [worker for peer, worker in announced.items() if peer in alive]
+        lists = self._read(member.name for member in members if member.role == "worker" and not member.revoked)
+        self.turned_away = []
+        found = [worker for name, listed in lists.items() for worker in self._certified(name, *listed)]
+        alive = self.alive("worker", (worker.id for worker in found))
+        return [worker for worker in found if worker.id in alive]
+
+    def _certified(
+        self, member: str, certificate: bytes, announcements: Iterable[headers.Announce]
+    ) -> Iterator[Candidate]:
+        for one in announcements:
+            service = one.service
+            if service is None or service.first >= service.last:
+                continue
+            try:
+                scope = ModelScope(service.root, service.first, service.last)
+                if self._fleet.verify(certificate, "worker", scope).name != member:
+                    raise CertificateError(f"{member!r} shows the certificate of another member")
+            except CertificateError as error:
+                self.turned_away.append(str(error))
+                continue
+            yield Candidate(one.sender, service, one.model, one.room, member)
 
     def older_workers(self) -> bool:
         """Whether workers of an older version have announced themselves, which this one cannot use."""
         key = self._keys.old_workers
         return self._connections.run_allowed([(key, ("EXISTS", key))]) == [1]
 
-    def _read(self, members: Iterable[str]) -> dict[bytes, headers.Announce]:
-        """The announcements on members' lists, by peer; even of dead ones."""
+    def _read(self, members: Iterable[str]) -> dict[str, tuple[bytes, list[headers.Announce]]]:
+        """The certificate and the announcements on each member's list; even of dead processes."""
         members = list(members)
         lists = [self._keys.workers(member) for member in members]
         answers = self._connections.run_allowed([(key, ("GETRANGE", key, 0, MAX_LIST)) for key in lists])
-        announced: dict[bytes, headers.Announce] = {}
+        found = {}
         for member, data in zip(members, answers, strict=True):
             try:
-                announced |= {worker.sender: worker for worker in read_list(member, data)}
+                found[member] = read_list(member, data)
             except SplitError as error:
                 count_dropped(self._counters, error)
-        return announced
+        return found
 
 
-def read_list(member: str, data: object) -> list[headers.Announce]:
-    """The announcements on a member's list.
+def read_list(member: str, data: object) -> tuple[bytes, list[headers.Announce]]:
+    """The certificate and the announcements on a member's list.
 
     Raises:
         Malformed, Oversized, VersionMismatch: it is damaged, or holds something else.
     """
     if failed(data) or not isinstance(data, bytes):
         raise Malformed("a worker's list is not a string")
+    if not data:
+        return b"", []
     try:
-        entries = msgspec.msgpack.decode(data, type=list[bytes]) if data else []
-    except msgspec.MsgspecError:
+        certificate, entries = msgspec.msgpack.decode(data, type=_WorkerList)
+    except (msgspec.MsgspecError, RecursionError):
         raise Malformed("a worker's list is damaged") from None
     found, mark = [], member_mark(member)
     for entry in entries:
@@ -140,4 +174,8 @@ def read_list(member: str, data: object) -> list[headers.Announce]:
         if not isinstance(header, headers.Announce) or header.role != "worker" or member_of(header.sender) != mark:
             raise Malformed("an announcement of another member")
         found.append(header)
-    return found
+    return certificate, found
+
+
+#: The member's certificate, and the headers of its processes' announcements.
+_WorkerList = tuple[bytes, Annotated[list[bytes], msgspec.Meta(max_length=MAX_LISTED)]]

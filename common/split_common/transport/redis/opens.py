@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Container, Iterable
 
 import msgspec
 
 from split_common.protocol import headers
 from split_common.transport.base import FULL_RETRY, OPEN_PATIENCE
-from split_common.transport.peer_id import member_of
-from split_common.transport.placement import Assign, Candidate, PendingOpen, Refuse, Wait, decide, full
+from split_common.transport.placement import Assign, Candidate, PendingOpen, Refuse, Silences, Wait, decide, full
 from split_common.transport.redis.answers import failed
 from split_common.transport.redis.caller import Caller
 from split_common.transport.redis.key_names import Keys, entry
 from split_common.transport.redis.membership import Registry
 from split_common.transport.redis.server import RedisConnections
 
-#: Seconds during which workers of a member that left an open unanswered are asked last.
-SILENT_PAUSE = 30.0
-
 
 class DeviceOpens:
-    """A device's open, until it is on a worker's lane. For the housekeeping thread; any may call `answered`.
+    """A device's open, until it is on a worker's lane. For the housekeeping thread.
+
+    Any thread may call `answered` and `used`.
 
     Args:
         connections: to the server.
@@ -41,32 +40,51 @@ class DeviceOpens:
         self._registry = registry
         self._caller = caller
         self._pending: PendingOpen[bytes] | None = None
-        # The channel of the newest open, and the workers that were given it.
+        #: The channel of the newest open, until it is used.
+        self.unproven = -1
+        # When the newest open came first, and the workers that were given it, with their members' names.
         self._channel = -1
-        self._asked: list[bytes] = []
-        # Until when the workers of a member, by its mark, are asked last, because one did not answer.
-        self._silent: dict[bytes, float] = {}
+        self._since = 0.0
+        self._asked: dict[bytes, str] = {}
+        self._silences: Silences[str] = Silences()
+        # The worker over whose channel the device sent its first request.
+        self._proven: bytes | None = None
 
     @property
     def waiting(self) -> bool:
         return self._pending is not None
 
     def take(self, header: headers.Open, body: bytes) -> None:
-        """Takes a new open. One that is repeated while it waits keeps its deadline."""
-        if self._pending is None or self._pending.header.channel != header.channel:
-            frames = headers.encode_header(header), body
-            self._pending = PendingOpen(header, frames, time.monotonic() + OPEN_PATIENCE)
+        """Takes an open. One that is repeated was not answered, and keeps its deadline."""
+        now = time.monotonic()
+        self._end_silence()
         if self._channel != header.channel:
-            self._channel, self._asked = header.channel, []
-        elif self._asked:
-            self._silent[member_of(self._asked[-1])] = time.monotonic() + SILENT_PAUSE
+            self.unproven = self._channel = header.channel
+            self._since, self._asked = now, {}
+        elif self._pending is None and self._asked:
+            *_, member = self._asked.values()
+            self._silences.note(member, now)
+        frames = headers.encode_header(header), body
+        self._pending = PendingOpen(header, frames, self._since + OPEN_PATIENCE)
 
-    def answered(self, channel: int, worker: bytes) -> None:
+    def answered(self, channel: int) -> None:
         """Forgets the open of a channel: a worker has answered it."""
-        self._silent.pop(member_of(worker), None)
         pending = self._pending
         if pending is not None and pending.header.channel == channel:
             self._done(pending)
+
+    def used(self, header: headers.Relay) -> None:
+        """Takes note that the device sends a message over the channel `unproven`.
+
+        Only a request shows that the worker has answered with more than junk.
+        """
+        if header.kind == headers.RelayKind.REQUEST:
+            self.unproven, self._proven = -1, header.to
+
+    def _end_silence(self) -> None:
+        worker, self._proven = self._proven, None
+        if worker in self._asked:
+            self._silences.end(self._asked[worker])
 
     def place(self, early: bool) -> None:
         """Adds the open to a worker's lane, or tells the device that no worker can take it.
@@ -77,45 +95,41 @@ class DeviceOpens:
         pending = self._pending
         if pending is None:
             return
-        workers = [
-            Candidate(worker.sender, worker.service, worker.model, worker.room)
-            for worker in self._registry.workers()
-            if worker.service is not None
-        ]
-        # Devices that look for a worker at the same time must not all take the same one.
-        random.shuffle(workers)
+        workers = self._registry.workers()
         match self._decide(pending, workers, early):
-            case Assign(worker):
-                self._add(pending, worker)
+            case Assign(id_):
+                self._add(pending, next(worker for worker in workers if worker.id == id_))
             case Refuse() as refusal:
-                if refusal.reason == "no-worker" and self._registry.older_workers():
-                    refusal = refusal._replace(detail="only workers of an older version, which have to be updated")
+                if refusal.reason == "no-worker":
+                    refusal = refusal._replace(detail=self._without_worker(refusal.detail))
                 self._done(pending)
                 self._caller.refuse(pending.header, refusal)
 
     def _decide(self, pending: PendingOpen[bytes], workers: list[Candidate], early: bool) -> Assign | Refuse | Wait:
-        """As the policy decides.
-
-        Workers of members that left an open unanswered are asked last, and of those the same process comes last: a
-        member can run any number of processes that answer nothing.
-        """
+        """As the policy decides. A worker gets the same open again only if there is no other one."""
         now = time.monotonic()
-        self._silent = {member: until for member, until in self._silent.items() if until > now}
-        shunned = [worker.id for worker in workers if member_of(worker.id) in self._silent]
-        for last in ([*shunned, *self._asked], self._asked):
-            header = msgspec.structs.replace(pending.header, avoid=[*pending.header.avoid, *last])
-            outcome = decide(PendingOpen(header, pending.frames, pending.deadline), workers, early, now)
-            if isinstance(outcome, Assign):
+        silent = self._silences.now(now)
+        avoid = {*pending.header.avoid, *self._asked}
+        if self._asked:
+            header = msgspec.structs.replace(pending.header, avoid=list(avoid))
+            others = PendingOpen(header, pending.frames, pending.deadline)
+            if isinstance(outcome := decide(others, two_of_each(workers, avoid), early, now, silent), Assign):
                 return outcome
-        self._asked.clear()
-        return decide(pending, workers, early, now)
+        return decide(pending, two_of_each(workers, pending.header.avoid), early, now, silent)
 
-    def _add(self, pending: PendingOpen[bytes], worker: bytes) -> None:
+    def _without_worker(self, served: str) -> str:
+        """What is served instead, and why workers that are there were left out."""
+        if self._registry.older_workers():
+            served += "; workers of an older version have to be updated"
+        return "; not let in: ".join([served, *self._registry.turned_away])
+
+    def _add(self, pending: PendingOpen[bytes], worker: Candidate) -> None:
         """Adds an open to a worker's lane. It stays pending if the worker has gone meanwhile."""
-        lane = self._keys.lane("worker", worker)
+        lane = self._keys.lane("worker", worker.id)
         (id_,) = self._connections.run_allowed([(lane, ("XADD", lane, "NOMKSTREAM", "*", *entry(*pending.frames)))])
         if isinstance(id_, bytes):
-            self._asked.append(worker)
+            self._asked.pop(worker.id, None)
+            self._asked[worker.id] = worker.member
             self._done(pending)
         elif problem := failed(id_):
             self._done(pending)
@@ -124,3 +138,23 @@ class DeviceOpens:
     def _done(self, pending: PendingOpen[bytes]) -> None:
         if self._pending is pending:
             self._pending = None
+
+
+def two_of_each(workers: Iterable[Candidate], avoid: Container[bytes]) -> list[Candidate]:
+    """Of each member and service, at most two of the workers with room, drawn at random; and all that are full.
+
+    Every device decides for itself, by rooms that may be a heartbeat old: if each took the roomiest of a member's
+    processes, all would take the same one.
+    """
+    able: dict[tuple[str, headers.Service], list[Candidate]] = {}
+    kept = []
+    for worker in workers:
+        if worker.room > 0 and worker.id not in avoid:
+            able.setdefault((worker.member, worker.service), []).append(worker)
+        else:
+            kept.append(worker)
+    for group in able.values():
+        # Of equal ones the policy takes the first.
+        kept += random.sample(group, min(2, len(group)))
+    random.shuffle(kept)
+    return kept

@@ -91,9 +91,13 @@ def fleet(scene: Scene) -> None:
 
 def _crowd(scene: Scene) -> bytes:
     """A list of as many workers as fit, all of which claim room and none of which lives."""
+    from split_common.transport.redis.membership import MAX_LISTED
+
     mark = member_mark(scene.member)
     entries: list[bytes] = []
-    while len(data := msgspec.msgpack.encode(entries)) < LIST_BYTES:
+    while len(data := msgspec.msgpack.encode((scene.identity.certificate_bytes, entries))) < LIST_BYTES:
+        if len(entries) >= MAX_LISTED:
+            break
         claimed = announcement(scene, mark + os.urandom(4), service=scene.service, model="hostile", room=2**61)
         entries += [headers.encode_header(claimed)] * 16
     return data

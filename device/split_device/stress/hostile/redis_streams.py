@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from split_common.protocol import headers
 from split_common.transport.address import is_redis
@@ -50,14 +48,13 @@ class LaneWriter:
         self._client.close()
 
     def workers(self) -> list[bytes]:
-        """The ids of all workers that have announced themselves. Raises redis.RedisError."""
-        found = []
+        """The ids of all workers that have announced themselves. Raises redis.RedisError, SplitError."""
+        from split_common.transport.redis.membership import MAX_LIST, read_list
+
+        found: list[bytes] = []
         for member in self._workers:
-            data: Any = self._client.getrange(self._keys.workers(member), 0, -1)
-            for entry in msgspec.msgpack.decode(data, type=list[bytes]) if data else []:
-                header = headers.decode_header(entry)
-                if isinstance(header, headers.Announce):
-                    found.append(header.sender)
+            _, listed = read_list(member, self._client.getrange(self._keys.workers(member), 0, MAX_LIST))
+            found += [worker.sender for worker in listed]
         return found
 
     def add_to_worker(self, worker: bytes, head: bytes, body: bytes) -> None:
