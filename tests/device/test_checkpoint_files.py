@@ -92,7 +92,7 @@ def digest(checkpoint: Checkpoint) -> None:
 def load(model: Path) -> None:
     spec = read_spec(str(model))
     digest(spec.checkpoint)
-    generation_config(spec)
+    generation_config(spec.checkpoint)
     load_tokenizer(str(model))
 
 

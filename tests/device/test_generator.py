@@ -402,12 +402,19 @@ def test_what_is_not_batched_is_refused(options: dict[str, Any], split: Any) -> 
         Request([5], GenerationConfig(max_length=1)),
         Request([5], sampling(4), generated=[6]),
         Request([5], sampling(4), generated=[6], sampler=b"nonsense"),
+        Request([5], sampling(4), seed=2**64),
+        Request([5], greedy(4, repetition_penalty=-1.0)),
     ],
-    ids=range(6),
+    ids=range(8),
 )
 def test_nonsense_is_refused(request_: Request, split: Any) -> None:
     with Generator(split) as generator, pytest.raises(ConfigError):
         generator.submit(request_)
+
+
+def test_a_temperature_at_which_nothing_can_be_drawn(split: Any) -> None:
+    with Generator(split) as generator, pytest.raises(ConfigError, match="temperature"):
+        generator.submit(Request([5], sampling(4, temperature=1e-40), seed=1)).result(LATE)
 
 
 def test_a_callback_that_raises_ends_its_request_alone(split: Any, unsplit: Any) -> None:

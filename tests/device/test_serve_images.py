@@ -85,6 +85,18 @@ def test_images_are_those_of_the_unsplit_model(client: openai.OpenAI, model: Pat
     assert_same_picture(image_of(drawn.data[0]), wanted)
 
 
+def test_notes_and_metadata(client: openai.OpenAI) -> None:
+    prompt, seed = "a photo of seven in blue", 2**64 - 1
+    for metadata in (False, True):
+        made = ask(client, prompt=prompt, extra_body={"steps": 2.0, "seed": seed, "metadata": metadata})
+        assert "blue" in made.data[0].notes[0]
+        assert made.data[0].seed == seed
+        assert ("parameters" in image_of(made.data[0]).info) == metadata
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, extra_body={"seed": 2**64})
+    assert refused.value.param == "seed"
+
+
 def test_both_models_are_served(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny", "tiny-sdxl"]
     assert client.models.retrieve("tiny-sdxl").owned_by == "lambda-split"

@@ -191,21 +191,21 @@ def load_part(
         raise ModelError(f"{spec.checkpoint.name}: its tensors do not make the model: {reason}") from None
 
 
-def generation_config(spec: ModelSpec) -> GenerationConfig:
+def generation_config(checkpoint: Checkpoint) -> GenerationConfig:
     """The checkpoint's defaults for `generate`: those of generation_config.json, else those in config.json.
 
     Raises:
         ModelError: they are malformed, or their file cannot be read.
     """
-    file = spec.checkpoint.find("generation_config.json")
+    file = checkpoint.find("generation_config.json")
     try:
         if file is not None:
             return GenerationConfig.from_pretrained(file.parent)
-        # `spec.config` lacks them: the class of a configuration drops what is meant for `generate`.
-        return GenerationConfig.from_model_config(json.loads(spec.checkpoint.path("config.json").read_bytes()))
+        # The class of a configuration drops what is meant for `generate`.
+        return GenerationConfig.from_model_config(json.loads(checkpoint.path("config.json").read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         name = "config.json" if file is None else "generation_config.json"
-        raise ModelError(f"{spec.checkpoint.name}: {name}: {_first_line(error)}") from None
+        raise ModelError(f"{checkpoint.name}: {name}: {_first_line(error)}") from None
 
 
 def _part_class(

@@ -12,7 +12,7 @@ from transformers.generation import GenerationMode
 from split_common.compat.transformers import complete_config, complete_lengths, eos_tokens, logits_processors
 from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
 from split_device.generation.request import FinishReason, Logprobs, Request
-from split_device.generation.settings import Sampling
+from split_device.generation.settings import SEED_BOUND, Sampling, within_bounds
 from split_device.models.language import check_tokens
 
 #: Options of `generate` that take more than choosing one token after the other, each with the values that change
@@ -35,16 +35,20 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def check_defaults(model: Any) -> None:
-    """Raises UnsupportedFeature if the checkpoint's defaults for `generate` ask for what no command can do.
+def check_defaults(config: GenerationConfig, name: str) -> None:
+    """Raises UnsupportedFeature if the defaults for `generate` of a checkpoint ask for what no command can do.
 
-    `generate` from Python does these things. Raises ConfigError for defaults that transformers refuses.
+    `generate` from Python does these things.
     """
-    for name, value in _refused(model.generation_config):
+    for option, value in _refused(config):
         raise UnsupportedFeature(
-            f"the generation defaults of {model.name_or_path} set {name}={value!r}, which lambda-split's commands "
-            "cannot do: remove it from generation_config.json (or config.json), or use generate from Python"
+            f"the generation defaults of {name} set {option}={value!r}, which lambda-split's commands cannot do: "
+            "remove it from generation_config.json (or config.json), or use generate from Python"
         )
+
+
+def check_values(model: Any) -> None:
+    """Raises ConfigError if transformers refuses a value among the model's defaults for `generate`."""
     for sampling in (Sampling(max_tokens=1), Sampling(max_tokens=1, temperature=1.0)):
         try:
             _prepared(model, GenerationConfig(max_new_tokens=1, **sampling.options()), 1)
@@ -117,7 +121,10 @@ class Sampler:
             token = int(scores.argmax(-1))
         else:
             probabilities = torch.softmax(scores, dim=-1)
-            token = int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))
+            try:
+                token = int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))
+            except RuntimeError as error:
+                raise ConfigError(f"no token can be drawn; is the temperature too small? {error}") from None
         if self._logprobs is None:
             return token, None
         logprobs = torch.log_softmax(logits, -1)
@@ -176,7 +183,7 @@ def _generator(request: Request) -> torch.Generator:
     elif request.generated:
         raise ConfigError("to continue a sampled request takes its sampler's state, which is missing")
     elif request.seed is not None:
-        generator.manual_seed(request.seed)
+        generator.manual_seed(within_bounds("seed", request.seed) % SEED_BOUND)
     else:
         generator.seed()
     return generator

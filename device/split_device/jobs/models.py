@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationConfig
 
 from split_common.errors import PromptTooLong
+from split_common.models.checkpoint import Checkpoint
 from split_common.models.layer_stack import UNLIMITED, max_positions
+from split_common.models.loading import generation_config
 from split_common.system.signals import interrupt_on_sigterm
 from split_device.generation.generator import Generator, Request
 from split_device.generation.limits import Limits
-from split_device.generation.sampling import check_defaults
+from split_device.generation.sampling import check_defaults, check_values
 from split_device.generation.settings import SEED_BOUND
 from split_device.generation.tokenizing import encode_chat, encode_text, end_tokens, load_tokenizer, pad_token
 from split_device.images.settings import need_diffusers
@@ -97,9 +99,12 @@ def load_model(choice: ModelChoice, connection: Connection) -> Any:
     """The language model of a choice, split, for the commands.
 
     Raises:
-        UnsupportedFeature: the checkpoint's defaults for `generate` are none that the commands can do.
+        UnsupportedFeature: a default of the checkpoint for `generate` is none that the commands can do.
         SplitError: see `SplitModelForCausalLM.from_pretrained`.
     """
+    # Before any weights are loaded: jobs of a model that is refused are refused one by one.
+    found = Checkpoint.resolve(choice.name, choice.revision)
+    check_defaults(generation_config(found), choice.name)
     model = SplitModelForCausalLM.from_pretrained(
         choice.name,
         connection=connection,
@@ -109,7 +114,7 @@ def load_model(choice: ModelChoice, connection: Connection) -> Any:
         revision=choice.revision,
     )
     try:
-        check_defaults(model)
+        check_values(model)
     except BaseException:
         model.close()
         raise

@@ -104,7 +104,7 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
             fill=lambda index: RemoteBody() if index == split.first else RemoteLayer(),
         )
         model.name_or_path = model.config.name_or_path = str(name_or_path)
-        model.generation_config = generation_config(spec)
+        model.generation_config = generation_config(spec.checkpoint)
         client = device.join(manifest, split, dtype_name(model.dtype))
         model._join(client, stack, split, connection.history_memory)
         return model
