@@ -248,7 +248,8 @@ class Broker:
         for one in pending:
             device = one.header.sender
             silent = self._set_ups.silent(self._peers[device], now)
-            match decide(one, workers, self._early, now, silent, self._random):
+            asked = self._set_ups.asked_before(self._peers[device])
+            match decide(one, workers, self._early, now, silent, asked, self._random):
                 case Assign(id_):
                     worker = self._peers[id_]
                     worker.room -= 1

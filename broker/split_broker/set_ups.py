@@ -7,12 +7,15 @@ device harms nobody but itself. Only the broker's loop uses this.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from split_broker.peer_queue import Peer
 from split_common.protocol import headers
 from split_common.protocol.headers import RelayKind
 from split_common.transport.placement import Silences
+
+#: Workers that were given an open before and are remembered: more than a device asks by itself.
+MAX_ASKED = 16
 
 
 @dataclass
@@ -25,6 +28,8 @@ class SetUp:
     #: Name of the worker's member that owes an answer, and whether to the device's `FINISH`.
     worker: str | None = None
     finishing: bool = False
+    #: Ids of the workers that were given the device's open.
+    asked: list[bytes] = field(default_factory=list)
 
 
 class SetUps:
@@ -51,6 +56,7 @@ class SetUps:
         """Notes that the device's open went to a worker."""
         if (known := self._newest.get(device.id)) is not None:
             known.worker, known.finishing = worker.member, False
+            known.asked = [*known.asked, worker.id][-MAX_ASKED:]
 
     def sent(self, device: Peer, worker: Peer, header: headers.Relay, now: float) -> None:
         """Notes that a device sent a worker a message over a channel."""
@@ -64,6 +70,11 @@ class SetUps:
         elif header.kind == RelayKind.REQUEST and known.finishing:
             self._silences_of(device).end(worker.member)
             del self._newest[device.id]
+
+    def asked_before(self, device: Peer) -> list[bytes]:
+        """Ids of the workers that were given the device's newest open before."""
+        known = self._newest.get(device.id)
+        return known.asked if known is not None else []
 
     def silent(self, device: Peer, now: float) -> set[str]:
         """The members of workers that did not answer this device's member lately."""

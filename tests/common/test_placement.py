@@ -152,6 +152,15 @@ def test_silent_workers_are_passed_over(
     assert decide(pending(), workers, False, now, silent.split()) == expected
 
 
+def test_of_a_member_that_is_silent_its_other_workers_are_asked_first() -> None:
+    workers = [worker("a1", 9), worker("a2", 3), worker("a3", 0)]
+    asked: list[bytes] = []
+    for expected in ("a1", "a2", "a1"):
+        chosen = decide(pending(), workers, False, 0.0, ["a"], asked)
+        assert chosen == Assign(peer(expected))
+        asked.append(chosen.worker)
+
+
 @pytest.mark.parametrize(
     ("events", "silent_until"),
     [
@@ -190,7 +199,7 @@ def spread(workers: list[Candidate], opens: int, honest: bool = True, seed: int 
     """How many opens each worker is given; the room of honest ones becomes less by each."""
     random, given = Random(seed), Counter[bytes]()
     for _ in range(opens):
-        chosen = decide(pending(), workers, False, 0.0, (), random)
+        chosen = decide(pending(), workers, False, 0.0, random=random)
         assert isinstance(chosen, Assign)
         given[chosen.worker] += 1
         workers = [

@@ -111,6 +111,7 @@ def decide(
     early: bool,
     now: float,
     silent: Collection[str] = (),
+    asked: Collection[bytes] = (),
     random: Random | None = None,
 ) -> Assign | Refuse | Wait:
     """What happens to an open. `choose` picks among the workers with room that the device does not avoid.
@@ -124,6 +125,7 @@ def decide(
             no device is told that there is no worker, or none that it does not avoid.
         now: the time, by the same clock as the open's deadline.
         silent: names of the members that did not answer this device lately (`Silences`).
+        asked: ids of the workers that were given this open before. Of silent ones, they come last.
         random: draws among workers; None for a source of its own.
     """
     serving = [worker for worker in workers if worker.service == pending.header.service]
@@ -132,6 +134,7 @@ def decide(
     if wanted and not answering and now > pending.deadline + ANSWER_PATIENCE:
         return Refuse("busy", _silence(wanted), BUSY_RETRY)
     able = [worker for worker in answering or wanted if worker.room > 0]
+    able = [worker for worker in able if worker.id not in asked] or able
     if able and not pending.placed:
         return Assign(choose([worker for worker in able if worker.certified] or able, random).id)
     if not serving:
