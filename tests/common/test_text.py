@@ -9,6 +9,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from split_common.errors import ConfigError
 from split_common.system import console
@@ -116,6 +117,16 @@ def test_json_is_valid_in_every_encoding(encoding: str, monkeypatch: pytest.Monk
     console.emit_json(facts)
     assert json.loads(output.getvalue()) == facts
     assert output.getvalue().count(b"\n") == 1
+
+
+def test_tables_and_notices_control_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = stdout_of("utf-8", monkeypatch)
+    table = Table("naïve", "b\x1b]0;title\x07")
+    table.add_row("[bold]", "c\x9b2J")
+    console.stdout().print(table, "d\x1b[2J")
+    printed = output.getvalue().decode()
+    assert for_terminal(printed) == printed
+    assert all(word in printed for word in ("naïve", "b]0;title", "[bold]", "c2J", "d[2J"))
 
 
 def test_a_closed_stdout_takes_everything(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,19 @@ def test_an_error_that_nobody_foresaw_is_an_object_without_the_prompt() -> None:
     assert "secret" not in failed.text
 
 
+def test_what_is_not_http_is_answered_by_an_object() -> None:
+    async def complete(_request: Any) -> Response:
+        raise AssertionError("it is a request")
+
+    with answering(complete) as url, socket.create_connection(("127.0.0.1", int(url[17:-3])), PATIENCE) as client:
+        client.sendall(b"no HTTP\r\n\r\n")
+        received = b""
+        while data := client.recv(65536):
+            received += data
+    assert received.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(received[received.index(b"{") :])["error"]["message"] == "Invalid HTTP request received."
+
+
 def test_a_body_that_does_not_arrive() -> None:
     async def complete(request: Any) -> Response:
         await read_json(request, timeout=0.05)

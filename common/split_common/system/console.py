@@ -9,19 +9,31 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
+from rich.text import Text
 
 from split_common.system.text import decode_text, for_terminal, json_line
 
-#: Progress, notices and errors; stdout is for results only. Text from a model or a peer is not read as markup.
-stderr = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+class _PlainConsole(Console):
+    """A console for text of any origin: it is not read as markup, and a terminal obeys nothing in it."""
+
+    def __init__(self, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(for_terminal(text), **options)
+
+
+#: Progress, notices and errors; stdout is for results only.
+stderr = _PlainConsole(stderr=True)
 
 
 def stdout() -> Console:
     """A console for results that are tables or lists. Not kept, because `sys.stdout` may be redirected."""
-    return Console(highlight=False, markup=False, emoji=False)
+    return _PlainConsole()
 
 
 def prepare_output() -> None:

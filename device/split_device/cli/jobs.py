@@ -68,7 +68,7 @@ def show(job: JobArgument, store_key: StoreKeyOption = None, json: JsonOption = 
         return
     for name, value in facts.items():
         if value is not None:
-            print(f"{name}: {_clock(value) if name in ('created', 'started', 'finished') else value}")
+            print_text(f"{name}: {_clock(value) if name in ('created', 'started', 'finished') else value}")
 
 
 @app.command()

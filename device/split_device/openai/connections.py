@@ -6,7 +6,11 @@ import asyncio
 import functools
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from split_common.system.text import json_line
+from split_device.openai.fields import ApiError
 
 #: How long a client may take to send the head of a request, in seconds. It is closed within two such intervals.
 HEAD_TIMEOUT = 10.0
@@ -40,6 +44,14 @@ class BoundedProtocol(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what is not HTTP by an error object, and closes the connection."""
+        body = json_line({"error": ApiError(msg).fields()}).encode()
+        headers = [("Content-Type", "application/json"), ("Connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     def _watch(self) -> None:
         self._timer = self.loop.call_later(self._head_timeout, self._check, self.cycle)
