@@ -50,6 +50,7 @@ from split_common.protocol.handshake import Answer, Credentials, Hello
 from split_common.system.files import private_dir, write_private, write_public
 from split_common.transport import member_mark
 from split_common.transport.redis.key_names import Keys, entry, read_entry
+from split_common.transport.redis.membership import read_list, write_list
 from split_common.trust import keys, manifest
 from split_common.trust.fleet import Fleet
 from split_common.trust.keys import Certificate, Identity, Roster, Signed, open_signed, seal
@@ -186,8 +187,11 @@ def test_signed_files() -> None:
 
 def test_names_in_redis() -> None:
     names = Keys(OPERATOR_KEY)
+    id_ = member_mark("worker-1") + bytes(4)
+    announcement = headers.Announce(id_, "worker", "worker-1", service=SERVICE, model="llama", room=16)
     lines = {
         "list of a worker": names.workers("worker-1"),
+        "content of a list": write_list(b"certificate", [announcement]).hex(),
         "workers of older versions": names.old_workers,
         "boot": names.boot,
         "roster": names.roster,
@@ -199,6 +203,7 @@ def test_names_in_redis() -> None:
         "mark of a member": member_mark("worker-1").hex(),
         "fields of an entry": repr(entry(b"header", b"body")),
     }
+    assert read_list("worker-1", bytes.fromhex(lines["content of a list"])) == (b"certificate", [announcement])
     check_text("redis.txt", "".join(f"{name}: {value}\n" for name, value in lines.items()))
     assert read_entry([b"h", b"header", b"b", b"body"]) == (b"header", b"body")
 

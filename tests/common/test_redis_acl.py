@@ -14,15 +14,18 @@ from typing import Any
 
 import pytest
 import redis
-from msgspec import msgpack
+from msgspec import msgpack, structs
 
 import tiny
 from split_common.cli import main
-from split_common.errors import BrokerUnreachable, CertificateError, NoWorker
+from split_common.errors import BrokerUnreachable, CertificateError, KeysError, NoWorker
 from split_common.transport import new_peer_id
+from split_common.transport.redis.acl import users
 from split_common.transport.redis.key_names import Keys
 from split_common.transport.redis.roster import publish
 from split_common.transport.redis.sweep import sweep
+from split_common.trust.fleet import Fleet
+from split_common.trust.keys import Roster
 from valkeys import Valkey, running_cluster, running_valkey
 from wiretap import LATE, SOON, Setting, run_steps, step, wait_until
 
@@ -229,6 +232,19 @@ def test_the_command(guarded: Guarded) -> None:
     assert set(users) == {"device-1", "worker-1", "device-2", "worker-2", "operator"}
     for path in guarded.passwords.iterdir():
         assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_nobody_is_called_as_redis_calls_everybody(tmp_path: Path) -> None:
+    """Rules for the user `default` would be rules for strangers."""
+    fleet = Fleet.create(tmp_path / "keys")
+    with pytest.raises(KeysError, match="'default'"):
+        fleet.add_member("device", "default")
+    older = fleet.roster().members[1]
+    roster = Roster(1, 0, (structs.replace(older, name="default"),))
+    with pytest.raises(KeysError, match="under another name"):
+        users(Keys(fleet.operator_key), roster)
+    revoked = Roster(2, 0, (structs.replace(older, name="default", revoked=True),))
+    assert list(users(Keys(fleet.operator_key), revoked)) == ["operator"]
 
 
 # --- the roster --------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ its certificate. So no worker can remove or change what others announce, or clai
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated
 
 import msgspec
@@ -81,13 +81,10 @@ class Registry:
         if listed and tidy and self._beats % CLEAN_UP == 0:
             alive = self.alive("worker", listed)
             listed = {peer: other for peer, other in listed.items() if peer in alive}
-        entries = [headers.encode_header(other) for other in listed.values()]
-        if not announcement.leaving:
-            entries.append(headers.encode_header(msgspec.structs.replace(announcement, watching=[])))
         # The first one was renewed longest ago.
-        entries = entries[-MAX_LISTED:]
-        while len(data := msgspec.msgpack.encode((self._certificate, entries))) > MAX_LIST:
-            entries.pop(0)
+        others = list(listed.values())
+        own = [] if announcement.leaving else [msgspec.structs.replace(announcement, watching=[])]
+        data = write_list(self._certificate, [*others, *own])
         key, lease = self._keys.workers(announcement.member), int(LIST_LEASE * 1000)
         # A server without memory still renews what it has.
         self._connections.run_allowed(
@@ -152,6 +149,14 @@ class Registry:
             except SplitError as error:
                 count_dropped(self._counters, error)
         return found
+
+
+def write_list(certificate: bytes, announcements: Sequence[headers.Announce]) -> bytes:
+    """What `read_list` reads. If there are too many announcements, the first ones are left out."""
+    entries = [headers.encode_header(one) for one in announcements[-MAX_LISTED:]]
+    while len(data := msgspec.msgpack.encode((certificate, entries))) > MAX_LIST and entries:
+        entries.pop(0)
+    return data
 
 
 def read_list(member: str, data: object) -> tuple[bytes, list[headers.Announce]]:
