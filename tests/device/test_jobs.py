@@ -48,11 +48,12 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> Iterator
 
 
 def unsplit(checkpoint: Path, prompt: str, tokens: int, **options: Any) -> str:
-    """What the unsplit model says."""
+    """What the unsplit model says, until its end token or the tokenizer's."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    ends = {model.generation_config.eos_token_id, tokenizer.eos_token_id}
     ids = tokenizer(f"user:{prompt}</s>assistant:", return_tensors="pt")["input_ids"]
-    chosen = {"do_sample": False, **options}
+    chosen = {"do_sample": False, "eos_token_id": sorted(ends - {None}), **options}
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **chosen)
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 

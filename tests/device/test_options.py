@@ -187,9 +187,11 @@ def test_an_agent_in_the_background_is_told_what_stands_on_the_command_line(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
+    environments: list[dict[str, str]] = []
 
-    def start(options: list[str]) -> dict[str, Any]:
+    def start(options: list[str], env: dict[str, str]) -> dict[str, Any]:
         seen.extend(options)
+        environments.append(env)
         return {"pid": 1}
 
     monkeypatch.setattr(agent, "start", start)
@@ -197,8 +199,8 @@ def test_an_agent_in_the_background_is_told_what_stands_on_the_command_line(
     assert not seen
     assert run("agent", "start", "--keep", "7d", "--max-images", 3, *QUEUE, "--json").code == 0
     words = iter(seen)
+    assert environments[-1] == {"LAMBDA_SPLIT_BROKER": "tcp://127.0.0.1:9"}
     assert dict(zip(words, words, strict=True)) == {
-        "--broker": "tcp://127.0.0.1:9",
         "--member": "me",
         "--timeout": "3.0",
         "--patience": "4.0",
