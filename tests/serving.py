@@ -68,9 +68,10 @@ class Unsplit:
     def say(self, prompt: str, tokens: int, seed: int | None = None, **sampling: Any) -> str:
         """The greedy continuation; or, with a seed, a sampled one."""
         ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
-        options: dict[str, Any] = {"do_sample": False}
+        # The tokenizer's end token ends an answer, whether the model's defaults name it or not.
+        options: dict[str, Any] = {"do_sample": False, "eos_token_id": self.tokenizer.eos_token_id}
         if seed is not None:
             torch.manual_seed(seed)
-            options = {"do_sample": True, "temperature": 1.0, "top_k": 0, **sampling}
+            options |= {"do_sample": True, "temperature": 1.0, "top_k": 0, **sampling}
         output = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options)
         return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
