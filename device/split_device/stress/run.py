@@ -40,7 +40,7 @@ LEASES_END = 15.0
 KV_MEMORY = "8MiB"
 
 #: Number of requests after which devices leave the queue and join it again, beside a hostile member.
-REJOIN = "2"
+REJOIN = "4"
 
 #: `--drain-timeout` of the workers, in seconds: at the end no sessions are open.
 DRAIN_TIMEOUT = "2"
