@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import threading
 import time
@@ -21,6 +20,9 @@ from split_device.stress.plan import NICENESS
 
 #: Seconds that a mode may take to end; then its process ends without it.
 END_TIMEOUT = 0.5
+
+#: Threads of a bystander: as many as a mode and its sockets have, because a busy machine shares itself by threads.
+BYSTANDER_THREADS = 4
 
 #: Bytes that a bystander hashes at a time, which takes less than a millisecond, and the length of its naps in
 #: seconds. hashlib releases the GIL for such sizes, so that threads burn several cores.
@@ -80,9 +82,9 @@ def run_bystander(cores: float) -> None:
     stop = catch_sigterm()
     os.nice(NICENESS)
     emit_json({"pid": os.getpid()})
-    threads = max(1, math.ceil(cores))
-    for _ in range(threads):
-        threading.Thread(target=burn, args=(cores / threads, stop), name="bystander", daemon=True).start()
+    for _ in range(BYSTANDER_THREADS):
+        share = cores / BYSTANDER_THREADS
+        threading.Thread(target=burn, args=(share, stop), name="bystander", daemon=True).start()
     wait_until_set(stop)
     emit_json({"counts": {"acts": 1}, "failure": None})
 
