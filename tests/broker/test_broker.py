@@ -551,6 +551,7 @@ def test_a_roster_without_a_broker_is_a_clear_error(tmp_path: Path, setting: Set
 def test_addresses() -> None:
     assert parse_address("zmq://h:1") == parse_address("tcp://h:1") == "tcp://h:1"
     assert parse_address("ipc:///run/x") == "ipc:///run/x"
+    assert parse_address("ipc://~/x") == f"ipc://{Path.home()}/x"
     assert parse_address("tcp://[::1]:7411") == "tcp://[::1]:7411"
     for wrong in (
         "tcp://h",

@@ -8,6 +8,7 @@ from typing import Final
 from urllib.parse import unquote
 
 from split_common.errors import ConfigError
+from split_common.system.files import user_path
 
 #: Where the broker listens, and where peers look for it, when no address is given.
 DEFAULT_BROKER = "tcp://127.0.0.1:7411"
@@ -52,7 +53,7 @@ def is_redis(address: str) -> bool:
 
 
 def parse_address(address: str) -> str:
-    """Normalizes a broker's address: `zmq://host:port` is short for `tcp://host:port`.
+    """Normalizes a broker's address: `zmq://host:port` is short for `tcp://host:port`, `~` for the home directory.
 
     Raises:
         ConfigError: the scheme is unknown, or something is missing.
@@ -63,7 +64,7 @@ def parse_address(address: str) -> str:
     scheme, separator, rest = address.partition("://")
     # Names with @ or * are not files, so no directory would guard the socket.
     if separator and scheme == "ipc" and rest and rest[0] not in "@*":
-        return address
+        return f"ipc://{user_path(rest)}"
     if separator and scheme in ("zmq", "tcp"):
         host, colon, port = rest.rpartition(":")
         if colon and host and (port == "*" or _is_port(port)):
