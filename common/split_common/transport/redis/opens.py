@@ -10,8 +10,6 @@ import random
 import time
 from collections.abc import Container, Iterable
 
-import msgspec
-
 from split_common.protocol import headers
 from split_common.transport.base import FULL_RETRY, OPEN_PATIENCE
 from split_common.transport.placement import Assign, Candidate, PendingOpen, Refuse, Silences, Wait, decide, full
@@ -106,16 +104,9 @@ class DeviceOpens:
                 self._caller.refuse(pending.header, refusal)
 
     def _decide(self, pending: PendingOpen[bytes], workers: list[Candidate], early: bool) -> Assign | Refuse | Wait:
-        """As the policy decides. A worker gets the same open again only if there is no other one."""
         now = time.monotonic()
-        silent = self._silences.now(now)
-        avoid = {*pending.header.avoid, *self._asked}
-        if self._asked:
-            header = msgspec.structs.replace(pending.header, avoid=list(avoid))
-            others = PendingOpen(header, pending.frames, pending.deadline)
-            if isinstance(outcome := decide(others, two_of_each(workers, avoid), early, now, silent), Assign):
-                return outcome
-        return decide(pending, two_of_each(workers, pending.header.avoid), early, now, silent)
+        drawn = two_of_each(workers, {*pending.header.avoid, *self._asked})
+        return decide(pending, drawn, early, now, self._silences.now(now), self._asked)
 
     def _without_worker(self, served: str) -> str:
         """What is served instead, and why workers that are there were left out."""
@@ -141,7 +132,7 @@ class DeviceOpens:
 
 
 def two_of_each(workers: Iterable[Candidate], avoid: Container[bytes]) -> list[Candidate]:
-    """Of each member and service, at most two of the workers with room, drawn at random; and all that are full.
+    """Of each member and service, at most two of the workers with room, drawn at random; and all others.
 
     Every device decides for itself, by rooms that may be a heartbeat old: if each took the roomiest of a member's
     processes, all would take the same one.
