@@ -20,6 +20,7 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from split_common.errors import AuthenticationError, CertificateError, ConfigError, Malformed
 from split_common.protocol.headers import Announce, Service
+from split_common.transport.peer_id import mark_of, member_mark
 from split_common.transport.supervised import count_dropped
 from split_common.transport.zmq_link import curve_z85
 from split_common.trust.fleet import Fleet
@@ -94,7 +95,8 @@ class Authentication:
             announcement: names the member and its role.
 
         Raises:
-            Malformed: the member is unknown or revoked, or has another name or role.
+            Malformed: the member is unknown or revoked, or has another name or role, or the peer's id bears another
+                member's mark, by which workers count set-ups.
         """
         roster = self._fleet.roster()
         if self._curve is None:
@@ -105,6 +107,7 @@ class Authentication:
             member is None
             or member.revoked
             or (member.role, member.name) != (announcement.role, announcement.member)
+            or mark_of(announcement.sender) != member_mark(member.name)
         ):
             raise Malformed("an announcement that its sender's key does not allow")
         return member.name

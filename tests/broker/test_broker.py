@@ -23,7 +23,7 @@ from split_broker.broker import GRACE, Broker
 from split_broker.peer_queue import QUEUE_MESSAGES, WINDOW, PeerQueue
 from split_common.errors import BrokerUnreachable, ConfigError, KeysError, Oversized
 from split_common.protocol import headers
-from split_common.transport import HEARTBEAT, connect, parse_address
+from split_common.transport import HEARTBEAT, connect, new_peer_id, parse_address
 from split_common.transport.base import QUEUE_BYTES
 from split_common.transport.zmq_link import ZmqLink
 from split_common.trust.keys import Identity
@@ -114,10 +114,11 @@ def test_no_peer_announces_itself_as_another(join, setting: Setting, broker) -> 
         impostor.announce(sender=device.id)
         impostor.announce(sender=worker.id)
         impostor.announce(sender=worker.id, leaving=True)
-        wait_until(lambda: broker.counters["Malformed"] == 6)
-        impostor.join()
-        impostor.announce(sender=secrets.token_bytes(8))
+        impostor.announce(sender=new_peer_id("device-1"))
         wait_until(lambda: broker.counters["Malformed"] == 7)
+        impostor.join()
+        impostor.announce(sender=new_peer_id("device-2"))
+        wait_until(lambda: broker.counters["Malformed"] == 8)
     assert {id_ for id_, peer in broker._peers.items() if peer.member != "device-2"} == {device.id, worker.id}
     device.send(relay(device, worker))
     worker.receive(headers.Relay)

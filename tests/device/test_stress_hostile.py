@@ -22,6 +22,7 @@ from split_common.cli import main
 from split_common.errors import AuthenticationError, ConfigError, SplitError
 from split_common.protocol import headers
 from split_common.system.servers import RedisServer
+from split_common.transport import new_peer_id
 from split_common.trust.fleet import Fleet
 from split_device.sessions.client import Client
 from split_device.stress.events import Answered, Asked, Decoded, Failed
@@ -410,13 +411,14 @@ def fails(client: Client) -> None:
 
 def test_a_curve_connection_by_hand_is_a_members(setting: Setting) -> None:
     identity = setting.fleet.read_identity("device-1")
-    announcement = headers.Announce(b"12345678", "device", "device-1")
+    id_ = new_peer_id("device-1")
+    announcement = headers.Announce(id_, "device", "device-1")
     with setting.broker() as broker:
         with CurveConnection(broker.address, setting.fleet, identity) as connection:
             connection.send_frame(headers.encode_header(announcement), more=True)
-            assert b"12345678" not in broker._peers
+            assert id_ not in broker._peers
             connection.send_frame(b"", more=False)
-            wait_until(lambda: b"12345678" in broker._peers)
+            wait_until(lambda: id_ in broker._peers)
         setting.fleet.revoke("device-1")
         wait_until(lambda: broker._enforced == setting.fleet.roster().version)
         with pytest.raises(AuthenticationError):
