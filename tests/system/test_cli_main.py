@@ -7,6 +7,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, version
+from pathlib import Path
 
 import pytest
 import typer
@@ -55,6 +56,20 @@ def test_a_contributed_command_runs(command: AddCommand, capsys: Capture) -> Non
     command(lambda: emit_json({"text": "wörld"}))
     assert cli.main(["go"]) == 0
     assert capsys.readouterr().out == '{"text": "wörld"}\n'
+
+
+@pytest.mark.parametrize("arguments", [["go"], ["go", "--json"]])
+def test_a_device_that_takes_no_more(
+    command: AddCommand, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def go(_as_json: bool = typer.Option(False, "--json")) -> None:
+        print("an answer")
+
+    command(go)
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(arguments) == 1
+    assert capsys.readouterr().err == "error: the output cannot be written: No space left on device\n"
 
 
 @pytest.mark.usefixtures("entries")

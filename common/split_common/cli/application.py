@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.metadata
 import logging
@@ -30,6 +31,9 @@ EXIT_INTERRUPTED = 130
 
 #: Exit code after an unexpected error: EX_SOFTWARE of sysexits.h.
 EXIT_UNEXPECTED = 70
+
+#: Errors of a disk, or of a device behind stdout, that takes no more.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 #: Requirement to install, by the module that is missing. Other modules come with the package itself.
 EXTRAS = {"diffusers": "'lambda-split[diffusion]'", "PIL": "'lambda-split[diffusion]'"}
@@ -139,6 +143,9 @@ def main(args: Sequence[str] | None = None) -> int:
         message = f"{exc.name} is not installed, which this command needs: pip install {package}"
         return _fail("ModuleNotFoundError", message, ConfigError.exit_code, as_json)
     except Exception as exc:
+        if isinstance(exc, OSError) and exc.errno in FULL and exc.filename is None:
+            _drop_stdout()
+            return _fail("OSError", f"the output cannot be written: {exc.strerror}", SplitError.exit_code, as_json)
         name = type(exc).__name__
         message = f"unexpected {name}: {exc} (run with LAMBDA_SPLIT_DEBUG=1 for the traceback)"
         return _fail(name, message, EXIT_UNEXPECTED, as_json)
