@@ -564,11 +564,12 @@ def test_a_worker_whose_certificate_runs_out_is_left_for_one_that_is_good(
     own.fleet.add_member("worker", "brief", days=1)
     with (
         own.broker() as broker,
-        own.worker(broker.address, "brief", max_sessions=1000),
+        own.worker(broker.address, "brief", max_sessions=1000) as brief,
         own.client(broker.address) as client,
     ):
         session = client.open_session()
         session.call([step(0)])
+        brief.check()
         days_pass(1, monkeypatch)
         wait_until(lambda: session.ended)
         # The device has seen it by itself, or the broker has put the worker out.
@@ -579,6 +580,10 @@ def test_a_worker_whose_certificate_runs_out_is_left_for_one_that_is_good(
         with own.worker(broker.address, max_sessions=1) as good:
             client.open_session().call([step(0)])
             assert good.counters["steps"] == 1
+        # Its process ends.
+        wait_until(lambda: brief.announcement().leaving)
+        with pytest.raises(CertificateError, match="'brief' expired"):
+            brief.check()
 
 
 def test_a_device_whose_certificate_runs_out_is_put_out(own: Setting, monkeypatch: pytest.MonkeyPatch) -> None:

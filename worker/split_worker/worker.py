@@ -29,7 +29,7 @@ from split_common.protocol.channel import SessionKeys
 from split_common.protocol.handshake import WorkerHandshake
 from split_common.transport import Transport, new_peer_id
 from split_common.trust.fleet import Fleet
-from split_common.trust.keys import Certificate, Identity, ModelScope, Role
+from split_common.trust.keys import Certificate, Identity, ModelScope, Role, check_certificate
 from split_worker.bodies.base import AnyBody
 from split_worker.channels import MAX_EPOCHS, ChannelTable, OpenChannel
 from split_worker.compute import ComputeLoop
@@ -53,7 +53,7 @@ class Worker:
         fleet: tells which devices are trusted.
         transport: the queue, not started yet.
         limits: of sessions and of the queue; None for the default.
-        on_failure: called on the compute loop's thread if the loop fails; `check` then raises the reason.
+        on_failure: called if the worker cannot serve any more, on any thread; `check` then raises the reason.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class Worker:
         self._lock = threading.RLock()
         self._draining = False
         self._on_failure = on_failure
+        self._expired: CertificateError | None = None
         self._compute = ComputeLoop(body, self._sessions, self._lock, self._answer, self._compute_failed)
         #: Steps, tokens, forwards, evictions and refusals, by name.
         self.counters: Counter[str] = self._compute.counters
@@ -139,7 +140,14 @@ class Worker:
         self._transport.close()
 
     def check(self) -> None:
-        """Raises WorkerFailed if the compute loop has failed."""
+        """Says why the worker cannot serve any more.
+
+        Raises:
+            WorkerFailed: the compute loop has failed.
+            CertificateError: the worker's certificate has run out.
+        """
+        if self._expired is not None:
+            raise self._expired
         if self._compute.failure is not None:
             raise WorkerFailed(
                 f"the compute loop failed by an unforeseen {type(self._compute.failure).__name__} "
@@ -153,7 +161,15 @@ class Worker:
     # --- the transport's thread ----------------------------------------------------------------------------
 
     def announcement(self) -> headers.Announce:
-        """The next heartbeat. It says that the worker leaves if its compute loop has failed or hangs."""
+        """The next heartbeat.
+
+        It says that the worker leaves if its compute loop has failed or hangs, or if its certificate has run out.
+        """
+        try:
+            check_certificate(self._identity.certificate, roster=None, role="worker")
+        except CertificateError as error:
+            self._expired = error
+            self._on_failure()
         with self._lock:
             self._sessions.free_idle()
             self._channels.close_stale(self._fleet.roster())
@@ -167,7 +183,7 @@ class Worker:
             service=self._service,
             model=self._model,
             room=room,
-            leaving=self._compute.failure is not None or self._compute.stuck(),
+            leaving=self._expired is not None or self._compute.failure is not None or self._compute.stuck(),
         )
 
     def on_message(self, header: headers.AnyHeader, body: bytes) -> None:
