@@ -135,6 +135,11 @@ def test_a_wrong_option_is_named_before_anything_is_sent(setting: Setting, addre
         connect(address, setting.fleet, setting.fleet.identity("device"))
 
 
+def test_options_of_clusters_alone_are_fine(setting: Setting) -> None:
+    address = "redis+cluster://127.0.0.1:1?require_full_coverage=1&socket_keepalive=1"
+    connect(address, setting.fleet, setting.fleet.identity("device")).close()
+
+
 @pytest.mark.parametrize(
     "address",
     [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
+from redis.cluster import RedisCluster
 from redis.connection import parse_url
 from redis.exceptions import RedisError
 from redis.retry import Retry
@@ -68,7 +70,9 @@ class Options:
     def _try_out(self) -> None:
         """Makes a connection that is never connected."""
         try:
-            client = redis.Redis(host="localhost", port=1, **self.server)
+            of_clusters = inspect.signature(RedisCluster).parameters if self.address.kind == "cluster" else {}
+            shared = {name: value for name, value in self.server.items() if name not in of_clusters}
+            client = redis.Redis(host="localhost", port=1, **shared)
             if self.address.tls:
                 check_tls(client)
         except (TypeError, ValueError, OSError, RedisError) as error:
