@@ -245,12 +245,9 @@ def test_a_broker_keeps_below_its_memory_limit(over: str, tmp_path: Path) -> Non
             peers = [stack.enter_context(RawPeer(facts["address"], fleet, identity)) for _ in range(count)]
             for peer in peers:
                 peer.send_header(announcement(member))
-                peer.socket.settimeout(0.01)
             for peer in [peer for _ in range(UNFINISHED_BYTES >> 20) for peer in peers]:
                 try:
                     peer.send(frame, more=True)
-                except TimeoutError:
-                    continue
                 except ConnectionError:
                     cut_off += 1
         assert cut_off
