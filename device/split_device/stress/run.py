@@ -184,7 +184,8 @@ def _queue(
         queue = Supervised("redis", server.running)
     else:
         address = f"tcp://127.0.0.1:{free_port()}"
-        words = ["broker", "--bind", address, *(own.options("broker") if own is not None else ())]
+        words = ["broker", "--bind", address]
+        words += [*own.options("broker"), *hostile_fleet.BROKER_LIMITS] if own is not None else []
         queue = Supervised("broker", command(words, directory / "broker.log", env))
     stack.enter_context(_started([queue]))
     return queue, address

@@ -22,6 +22,9 @@ from split_device.stress.plan import StressPlan, WorkloadKind
 #: The processes of the hostile members, by their role.
 HOSTILE: dict[str, Role] = {"hostile device": "device", "hostile worker": "worker"}
 
+#: The limit of a broker that is attacked, for the same reason as those of a Redis server.
+BROKER_LIMITS = ("--memory-limit", "512MiB")
+
 #: Limits of a Redis server that is attacked: well below the memory of a machine that runs everything.
 REDIS_LIMITS = (
     *("--maxmemory", "1gb", "--maxmemory-policy", "noeviction"),
