@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import struct
 import time
 from collections.abc import Callable
@@ -67,7 +68,7 @@ def credit(scene: Scene) -> None:
                 session = scene.number()
                 peer.announce(watching=[channel.worker])
                 channel.request(session, 0, *step(scene, REPLY_ROWS, TOKENS))
-                channel.answered()
+                _wait_for_reply(scene, peer, channel)
 
                 def claim(peer: BarePeer = peer, worker: bytes = channel.worker) -> None:
                     peer.announce(received=2**60, watching=[worker])
@@ -75,6 +76,15 @@ def credit(scene: Scene) -> None:
                 repeat_reply(scene, channel, session, claim)
     finally:
         context.destroy(0)
+
+
+def _wait_for_reply(scene: Scene, peer: BarePeer, channel: DeviceChannel) -> None:
+    """Waits for a reply, and sends heartbeats meanwhile."""
+    while scene.running:
+        peer.announce(watching=[channel.worker])
+        with contextlib.suppress(queue.Empty):
+            channel.answered(HEARTBEAT)
+            return
 
 
 def peers(scene: Scene) -> None:
