@@ -21,7 +21,16 @@ import zmq
 from split_broker.connections import REVOKED_LIFETIME, Connection
 from split_broker.memory import MEMORY_LIMIT
 from split_broker.peer_queue import BodyBytes, Peer, PeerQueue, Queued, RoutedMessage
-from split_broker.quotas import ANNOUNCEMENTS, OPENS, ROSTER_REQUESTS, Budget, Rate, Rates, newest_of_largest
+from split_broker.quotas import (
+    ANNOUNCEMENTS,
+    OPENS,
+    ROSTER_REQUESTS,
+    STRANGERS_WATCHED,
+    Budget,
+    Rate,
+    Rates,
+    newest_of_largest,
+)
 from split_broker.router import Router
 from split_broker.set_ups import SetUps
 from split_common.errors import CertificateError, ConfigError, Malformed, Oversized
@@ -155,7 +164,7 @@ class Broker:
         header = headers.decode_header(head)
         if isinstance(header, headers.Announce):
             member = self._authentication.member(envelope, header)
-            if self._admits(member, ANNOUNCEMENTS):
+            if self._admits(member, ANNOUNCEMENTS, self._weight(header)):
                 self._announced(header, route, member, self._certified(header, route, body))
             return
         if not isinstance(header, _FROM_PEERS):
@@ -206,11 +215,16 @@ class Broker:
 
     # --- shares of members -----------------------------------------------------------------------------------
 
-    def _admits(self, member: str, rate: Rate) -> bool:
-        """Whether a member may send one more message of a kind."""
-        admitted = self._rates.admits(member, rate)
+    def _admits(self, member: str, rate: Rate, weight: float = 1.0) -> bool:
+        """Whether a member may send one more message of a kind, which counts as `weight` of them."""
+        admitted = self._rates.admits(member, rate, weight)
         self.counters["too_often"] += not admitted
         return admitted
+
+    def _weight(self, header: headers.Announce) -> float:
+        """As how many heartbeats one counts: the answer names each watched peer that is not there."""
+        strangers = 0 if self._early else sum(id_ not in self._peers for id_ in header.watching)
+        return 1.0 + strangers / STRANGERS_WATCHED
 
     def _admits_open(self, sender: Peer, header: headers.Open, body: BodyBytes) -> bool:
         """Whether a device's open may be pending. If not, the device is told."""

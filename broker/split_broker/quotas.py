@@ -24,6 +24,8 @@ class Rate(NamedTuple):
 
 #: Heartbeats: one a second of each peer, one for every 4 MiB received, one for each change of a worker's room.
 ANNOUNCEMENTS = Rate(1000, 4000)
+#: Watched peers that are not there and together count as one more heartbeat: an honest peer forgets them once told.
+STRANGERS_WATCHED = 16
 #: Requests for a worker. A device repeats one every few seconds.
 OPENS = Rate(100, 1000)
 #: Requests for the roster. A new roster makes all peers ask for it at once; what is dropped is asked for again.
@@ -36,12 +38,12 @@ class Rates:
     def __init__(self) -> None:
         self._buckets: dict[tuple[str, Rate], TokenBucket] = {}
 
-    def admits(self, member: str, rate: Rate) -> bool:
-        """Whether a member may send one more message of a kind; counts it if so."""
+    def admits(self, member: str, rate: Rate, weight: float = 1.0) -> bool:
+        """Whether a member may send one more message of a kind; counts it, as `weight` messages, if so."""
         bucket = self._buckets.get((member, rate))
         if bucket is None:
             bucket = self._buckets[member, rate] = TokenBucket(*rate)
-        return bucket.take()
+        return bucket.take(weight)
 
 
 class Budget:

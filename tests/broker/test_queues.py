@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -210,7 +211,7 @@ def test_the_member_with_the_most_pending_opens_loses_its_newest(
 
 def test_messages_that_cost_more_than_they_weigh_have_a_rate(offline: Broker) -> None:
     offline._rates._buckets["a", OPENS] = offline._rates._buckets["a", ROSTER_REQUESTS] = SimpleNamespace(  # type: ignore[assignment]
-        take=lambda: False
+        take=lambda _weight: False
     )
     handle(offline, b"a1", headers.Open(id_of(b"a1"), 1, SERVICE))
     handle(offline, b"a2", headers.RosterRequest(id_of(b"a2")))
@@ -226,3 +227,21 @@ def test_a_rate_is_each_members_own() -> None:
     assert [rates.admits("a", rate) for _ in range(5)] == [True] * 3 + [False] * 2
     assert rates.admits("b", rate)
     assert rates.admits("a", OPENS)
+
+
+def test_a_message_may_count_as_several() -> None:
+    rates, rate = Rates(), Rate(0.0, 4.0)
+    assert rates.admits("a", rate, 3.0)
+    assert not rates.admits("a", rate, 1.5)
+    assert rates.admits("a", rate)
+
+
+def test_a_heartbeat_that_watches_strangers_counts_as_many(offline: Broker) -> None:
+    strangers = [number.to_bytes(8, "big") for number in range(160)]
+    watching = headers.Announce(b"12345678", "device", "device-1", watching=strangers)
+    # While the broker is new, peers that are alive may not have announced themselves.
+    offline._started = time.monotonic()
+    assert offline._weight(watching) == 1
+    offline._started -= GRACE
+    assert offline._weight(watching) == 11
+    assert offline._weight(headers.Announce(b"12345678", "device", "device-1", watching=[id_of(b"a1")])) == 1
