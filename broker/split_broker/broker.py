@@ -223,7 +223,8 @@ class Broker:
 
     def _weight(self, header: headers.Announce) -> float:
         """As how many heartbeats one counts: the answer names each watched peer that is not there."""
-        strangers = 0 if self._early else sum(id_ not in self._peers for id_ in header.watching)
+        known = len(header.watching) if self._early else sum(map(self._peers.__contains__, header.watching))
+        strangers = len(header.watching) - known
         return 1.0 + strangers / STRANGERS_WATCHED
 
     def _admits_open(self, sender: Peer, header: headers.Open, body: BodyBytes) -> bool:
