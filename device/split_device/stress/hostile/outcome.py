@@ -18,9 +18,9 @@ MIB = 2**20
 LEAST_SHARE = 0.5
 
 #: Bytes that a process may take beyond what it has when the first slice begins (docs/security.md), by the first
-#: word of its name in the report. A broker: its `--memory-limit`, and what arrives in a fifth of a second. A worker:
-#: 512 MiB of requests that wait, 1 GiB of kept replies, 256 MiB that wait to be sent, and a forward. A Redis server:
-#: its `maxmemory`, a quarter of that for connections, and what its allocator wastes.
+#: word of its name in the report. A broker: its `--memory-limit`, and what arrives in a fifth of a second.
+#: A worker: 512 MiB of requests that wait, 1 GiB of kept replies, 256 MiB that wait to be sent, and a forward.
+#: A Redis server: its `maxmemory`, a quarter of that for connections, and what its allocator wastes.
 GROWTH = {"broker": 1024 * MIB, "worker": 2048 * MIB, "redis": 1536 * MIB}
 
 
