@@ -360,6 +360,12 @@ class Broker:
         size = len(message[0]) + len(message[1])
         if sender and not self._budget.make_room(peer.member, size, self._peers.values(), self._end):
             return False
+        if peer.queue.skip(len(message[1])):
+            if self._send(peer, message):
+                return True
+            peer.queue.unskip(len(message[1]))
+            if peer.id not in self._peers:
+                return False
         if not peer.queue.put(message, sender):
             return False
         self._flush(peer)

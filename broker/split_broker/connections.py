@@ -132,12 +132,14 @@ class Connections:
         if frames[-1].more:
             self.end(connection, "too_many_frames")
             return
-        connection.taken += sum(self._on_the_wire(len(frame)) for frame in frames[1:])
+        for frame in frames[1:]:
+            connection.taken += self._on_the_wire(len(frame))
 
     def gave(self, route: bytes, message: Sequence[zmq.Frame | bytes]) -> None:
         """Counts a message that was written to a connection."""
         if (connection := self._routes.get(route)) is not None:
-            connection.handed += sum(self._on_the_wire(len(frame)) for frame in message)
+            for frame in message:
+                connection.handed += self._on_the_wire(len(frame))
 
     def announced(self, route: bytes, member: str) -> None:
         """A member's peer is announced on a connection. Ends one if members have too many."""

@@ -374,7 +374,9 @@ def test_a_slow_reader_does_not_hold_up_others_and_gets_all_in_order(join, broke
 
 def test_a_full_queue_is_told_to_the_sender(join, broker, monkeypatch: pytest.MonkeyPatch) -> None:
     device, worker = join("device-1"), join("worker-1")
-    broker._peers[worker.id].queue._bytes.add("device-1", QUEUE_BYTES)
+    queue = broker._peers[worker.id].queue
+    queue.sent = 2 * WINDOW
+    queue._bytes.add("device-1", QUEUE_BYTES)
     device.send(relay(device, worker, seq=3), b"x")
     bounce = device.receive(headers.Bounce)[0]
     assert (bounce.reason, bounce.seq) == ("full", 3)

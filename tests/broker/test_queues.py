@@ -43,6 +43,23 @@ def test_senders_take_turns_and_each_ones_messages_stay_in_order() -> None:
     assert [queued.message[1] for queued in taken if queued.sender == "flood"] == [b"\0", b"\1", b"\2", b"\3"]
 
 
+def test_what_need_not_wait_is_counted_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_queue_module, "WINDOW", 1000)
+    usage = Usage()
+    queue = PeerQueue("device-1", usage)
+    queue.credit(0)
+    assert queue.skip(800)
+    assert queue.skip(800)
+    assert not queue.skip(1), "there is no credit left"
+    assert (queue.sent, usage["device-1"]) == (1600, 1600)
+    queue.unskip(800)
+    assert (queue.sent, usage["device-1"]) == (800, 800)
+    queue.put((b"", b"x"), "one")
+    assert not queue.skip(1), "another message waits"
+    queue.clear()
+    assert usage.total == 0
+
+
 def test_what_the_socket_did_not_take_goes_first_again() -> None:
     queue = PeerQueue()
     for number in range(3):
