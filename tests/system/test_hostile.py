@@ -845,3 +845,28 @@ def test_an_unforeseen_failure_of_a_step_is_told_and_ends_its_session_alone(
             assert time.monotonic() - began < SOON < STEP_TIMEOUT
         assert bytes(bystander.call([step(7)])[0][1]) == expected[1]
         assert worker.counters["refused_failed"] == 1
+
+
+def test_a_flood_of_requests_for_no_session_is_left_unread(setting: Setting, expected: list[bytes]) -> None:
+    with (
+        setting.broker() as broker,
+        setting.worker(broker.address, stray_rate=0.0, stray_burst=50.0) as worker,
+        setting.client(broker.address) as client,
+    ):
+        session = client.open_session()
+        answers = [session.call([step(0, 7)])]
+        wait_until(lambda: worker._channels.open)
+        [(sender, number)] = worker._channels.open
+        closing = headers.Relay(worker.id, sender, headers.RelayKind.REQUEST, number, 10**6, 0, 0, 1)
+        # Sessions that are open are not affected.
+        for _ in range(100):
+            worker_take(worker, closing, bytes(100))
+        answers += [session.call([step(7 + i)]) for i in range(5)]
+        assert [bytes(tensor) for ((_, tensor),) in answers] == expected[:6]
+        assert worker.counters["too_often"] >= 50
+
+
+def worker_take(worker: Worker, header: headers.Relay, body: bytes) -> None:
+    """Hands a worker a message as its transport does."""
+    with contextlib.suppress(AuthenticationError):
+        worker.on_message(header, body)

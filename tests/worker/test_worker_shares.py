@@ -14,7 +14,7 @@ from split_common.protocol import headers, payloads
 from split_worker import repeats as repeats_module
 from split_worker.compute import ComputeLoop
 from split_worker.limits import WorkerLimits
-from split_worker.repeats import Repeats
+from split_worker.repeats import Repeats, Strays
 from split_worker.requests import REQUEST_BYTES, PendingRequest
 from split_worker.sessions import Session, SessionTable
 
@@ -198,3 +198,9 @@ def test_a_reply_is_repeated_once_a_second_and_no_more_than_the_members_share(
     # What the device has acknowledged needs no further thought.
     table.table.forget(session, 1)
     assert not session.repeated
+
+
+def test_requests_for_sessions_that_are_not_open_have_a_rate_by_member() -> None:
+    strays = Strays(WorkerLimits(stray_rate=0.0, stray_burst=3.0))
+    assert [strays.allow("h") for _ in range(5)] == [True] * 3 + [False] * 2
+    assert strays.allow("a")

@@ -1,4 +1,4 @@
-"""Kept replies that are sent again: how often, and how many bytes to one member."""
+"""What one member may ask of a worker again and again: kept replies, and sessions that are not open."""
 
 from __future__ import annotations
 
@@ -33,3 +33,21 @@ class Repeats:
             return False
         session.repeated[header.seq] = now
         return True
+
+
+class Strays:
+    """Decides whether a request for a session that is not open is looked at. Used under the worker's lock.
+
+    It opens the session, or has come too late. Whoever sends many of them makes the worker derive keys for nothing.
+    """
+
+    def __init__(self, limits: WorkerLimits) -> None:
+        self._limits = limits
+        self._rates: dict[str, TokenBucket] = {}
+
+    def allow(self, member: str) -> bool:
+        """Whether one more of a member's is looked at. If so, it is counted."""
+        rate = self._rates.get(member)
+        if rate is None:
+            rate = self._rates[member] = TokenBucket(self._limits.stray_rate, self._limits.stray_burst)
+        return rate.take()

@@ -34,7 +34,7 @@ from split_worker.bodies.base import AnyBody
 from split_worker.channels import MAX_EPOCHS, ChannelTable, OpenChannel
 from split_worker.compute import ComputeLoop
 from split_worker.limits import WorkerLimits
-from split_worker.repeats import Repeats
+from split_worker.repeats import Repeats, Strays
 from split_worker.requests import PendingRequest
 from split_worker.sessions import Session, SessionTable
 from split_worker.set_ups import ChannelId, SetUps
@@ -75,6 +75,7 @@ class Worker:
         self._transport = transport
         self._sessions = SessionTable(limits)
         self._repeats = Repeats(self._sessions.limits)
+        self._strays = Strays(self._sessions.limits)
         #: This worker's peer id on the queue and in dead letters.
         self.id = new_peer_id(identity.certificate.name)
         self._channels = ChannelTable(SetUps(self._new_handshake, fleet.roster), self._channel_closed)
@@ -253,6 +254,10 @@ class Worker:
             raise AuthenticationError("a request over a channel that is not set up")
         id_ = (*channel_id, header.session, header.epoch)
         session = self._sessions.get(id_)
+        if session is None and not self._strays.allow(channel.channel.peer.name):
+            # An honest device repeats it, if it waits for an answer.
+            self.counters["too_often"] += 1
+            return
         keys = session.keys if session is not None else channel.channel.session_keys(header.session, header.epoch)
         plaintext = keys.open(header, body)
         self._channels.touch(channel_id)
