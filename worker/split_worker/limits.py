@@ -25,8 +25,8 @@ class WorkerLimits:
     #: Bytes of replies that are sent again to one member: each second on average, and at once.
     repeat_rate: int = 16 * 1024**2
     repeat_burst: int = 64 * 1024**2
-    #: Requests of one member for sessions that are not open: each second on average, and at once. They open sessions
-    #: or come late, and each costs the derivation of two keys.
+    #: Requests of one member for sessions that are not open: each second on average, and at once. They open
+    #: sessions or come late, and each costs the derivation of two keys.
     stray_rate: float = 250.0
     stray_burst: float = 1000.0
     #: Most bytes of requests that wait to be computed; further ones are refused.
