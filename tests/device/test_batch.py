@@ -174,7 +174,7 @@ def test_ctrl_c_and_another_file(run: Any, checkpoint: Path, address: str, worke
     with process("batch", source, "-o", output, *options) as batch:
         wait_for_tokens(output, 80, batch)
         taken = run("batch", source, "-o", output, *options)
-        assert (taken.code, f"process {batch.pid} works on" in taken.err) == (1, True)
+        assert (taken.code, f"process {batch.pid} is already working on" in taken.err) == (1, True)
         batch.send_signal(signal.SIGINT)
         assert batch.wait(PATIENCE) == 130
     with Store(work_path(output)) as store:

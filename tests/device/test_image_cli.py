@@ -152,7 +152,11 @@ def test_an_image_goes_into_a_pipe_and_not_over_its_input(options: list[str], tm
         (["-o", "a.txt"], 2, "invalid image file"),
         (["-o", "nowhere/a.png"], 2, "not a directory"),
         (["-o", "a.png", "--size", "big"], 2, "invalid size"),
-        (["-o", "a.png", "--size", "32x33"], 2, "cannot make a side of 33 pixels: expected a multiple of 8"),
+        (
+            ["-o", "a.png", "--size", "32x33"],
+            2,
+            "cannot make an image with a side of 33 px: expected a multiple of 8",
+        ),
         (["-o", "a.png", "--size", "8192"], 2, "at most 4096"),
         (["-o", "/proc/a.png"], 2, "cannot be written"),
         (["-o", "a.png", "--init-image", "gone.png"], 2, "cannot be read as an image: No such file"),

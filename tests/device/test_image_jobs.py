@@ -100,7 +100,7 @@ def test_from_submission_to_the_image(run: Any, model: Path, address: str, tmp_p
     wrong = run(*asked, "--size", "32x33", "--wait")
     assert (wrong.code, wrong.err) == (
         2,
-        f"error: {model.name} cannot make a side of 33 pixels: expected a multiple of 8, at most 4096\n",
+        f"error: {model.name} cannot make an image with a side of 33 px: expected a multiple of 8, at most 4096\n",
     )
     with pytest.raises(ConfigError, match="a multiple of 8"):
         ImageDevice(model).submit("a seven", height=0)

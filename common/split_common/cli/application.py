@@ -68,7 +68,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Run a model split between this device and workers, over an encrypted queue."""
+    """Run a model that is split between this device and workers, which exchange encrypted messages."""
     reuse_memory()
     keep_memory_private()
     # Errors of the hub are reported once, at the end, instead of at each retry.

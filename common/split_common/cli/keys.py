@@ -162,11 +162,14 @@ def show(keys: KeysOption = None, json: JsonOption = False) -> None:
 
 @keys_app.command()
 def revoke(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The member to revoke. It cannot be undone.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The member to revoke. This cannot be undone.")],
     keys: FleetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Revoke a member. Running brokers and workers that read this directory apply it within seconds."""
+    """Revoke a member.
+
+    A broker that reads this directory tells all others within seconds. Over Redis, run `keys publish`.
+    """
     fleet = _open(keys)
     roster = fleet.revoke(name)
     message = f"revoked {name}; the roster has version {roster.version}"
@@ -183,7 +186,7 @@ def publish(broker: RedisOption, keys: KeysOption = None, json: JsonOption = Fal
     there = publish_roster(address, fleet)
     message = f"{masked(address)} has the roster of version {there}"
     if there > own:
-        message += f", which is newer than version {own} here and has replaced it"
+        message += f", which is newer than version {own} and has replaced it in this directory"
     _report(json, message, {"broker": masked(address), "keys": str(fleet.path), "roster_version": there})
 
 

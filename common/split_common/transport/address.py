@@ -70,7 +70,7 @@ def parse_address(address: str) -> str:
         if colon and host and (port == "*" or _is_port(port)):
             return f"tcp://{rest}"
         raise ConfigError(f"broker address {masked(address)!r} lacks a port: tcp://HOST:PORT")
-    raise ConfigError(f"broker address {masked(address)!r} is none of {_FORMS}")
+    raise ConfigError(f"broker address {masked(address)!r} has none of these forms: {_FORMS}")
 
 
 def parse_redis(address: str) -> RedisAddress:
@@ -95,11 +95,11 @@ def parse_redis(address: str) -> RedisAddress:
     if kind == "sentinel" and not service:
         raise _malformed(address, "lacks the name of the service after the last host")
     if kind != "sentinel" and (service or (kind == "server" and len(hosts) > 1)):
-        raise _malformed(address, f"is none of {_FORMS}")
+        raise _malformed(address, f"has none of these forms: {_FORMS}")
     if kind == "cluster" and database not in ("", "0"):
-        raise ConfigError("a Redis cluster has database 0 alone")
+        raise ConfigError("a Redis cluster has only database 0")
     if database and not (database.isascii() and database.isdigit()):
-        raise _malformed(address, "does not end in the number of a database")
+        raise _malformed(address, "must end in a database number")
     user, _, password = credentials.partition(":")
     return RedisAddress(kind, tls, unquote(user), unquote(password), hosts, service, int(database or 0), query)
 

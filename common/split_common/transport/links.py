@@ -26,7 +26,7 @@ def connect(address: str, fleet: Fleet, identity: Identity) -> Transport:
     """
     address = parse_address(address)
     if address.endswith(":*"):
-        raise ConfigError(f"broker address {address!r} lacks the port that the broker has taken")
+        raise ConfigError(f"broker address {address!r} has * for a port: give the port that the broker printed")
     check_address(address, fleet)
     if is_redis(address):
         from split_common.transport.redis.link import RedisLink

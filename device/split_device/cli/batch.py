@@ -75,7 +75,7 @@ def batch(
                     count, errors = batches.write(output, jobs.records())
             batches.remove(work)
     except Held as held:
-        raise JobsError(f"process {held.pid} works on {output} already") from None
+        raise JobsError(f"process {held.pid} is already working on {output}") from None
     seconds = time.perf_counter() - began
     stderr.print(f"{output}: {count} answered, {errors} of them with an error", soft_wrap=True)
     if json:

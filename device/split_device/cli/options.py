@@ -138,7 +138,7 @@ CutOption = Annotated[
     Literal["A", "C"],
     typer.Option(
         rich_help_panel=_IMAGE_PANEL,
-        help="Where the image model is cut: C leaves this device up to a tenth of the work, A about a third. "
+        help="Where the image model is cut: C keeps the first and the last block on this device, A more. "
         "Workers must use the same cut.",
     ),
 ]

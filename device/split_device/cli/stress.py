@@ -119,8 +119,8 @@ def stress(
     With --hostile one member with a valid certificate does its worst, in one mode after another, beside honest
     devices and workers. Each mode has two equal slices of --seconds, by default of 10 seconds: one beside the
     hostile member, and one beside a process that talks to nobody and burns as much CPU. The exit code is 1 also if
-    honest throughput in the first is below half of that in the second for any mode, or if a process of the fleet
-    takes more memory than the docs say.
+    honest throughput in the first is below half of that in the second for any mode, or if the memory of
+    the broker, the Redis server or a worker grows by more than 1, 1.5 or 2 GiB.
     """
     plan = _checked(plan, chaos, hostile)
     passive_threads()

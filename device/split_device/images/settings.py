@@ -104,7 +104,7 @@ def check_size(directory: str, settings: ImageSettings) -> None:
     for side in sides:
         if side not in range(multiple, MAX_SIDE + 1, multiple):
             raise ConfigError(
-                f"{directory_name(Path(directory))} cannot make a side of {side} pixels: "
+                f"{directory_name(Path(directory))} cannot make an image with a side of {side} px: "
                 f"expected a multiple of {multiple}, at most {MAX_SIDE}"
             )
 

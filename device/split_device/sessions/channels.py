@@ -217,7 +217,9 @@ class Channels:
                 except CertificateError as error:
                     # Authentic, so it is final for this worker. Another worker may do.
                     distrusted[header.sender] = error
-                    raise Busy("the worker's certificate will not do", retry_after=0.0) from None
+                    raise Busy(
+                        "the worker's certificate is not valid for this body or fleet", retry_after=0.0
+                    ) from None
                 return finish, WorkerChannel(header.sender, number, crypto, crypto.session_keys(0, 0))
 
             def take_confirmation(header: headers.Relay, body: bytes) -> bool | None:

@@ -212,8 +212,8 @@ class History:
         except OSError as error:
             self._lost = HistoryLost(
                 f"the session's history could not be spilled to a temporary file ({error.strerror or error}), so "
-                "that it cannot go on at another worker: make room, set TMPDIR to a directory with more of it, or "
-                "raise history_memory (--history-memory)"
+                "the session cannot continue on another worker: free disk space, set TMPDIR to a larger directory, "
+                "or raise history_memory (--history-memory)"
             )
             self._parts, self._file = [], None
             log.warning("%s", self._lost)

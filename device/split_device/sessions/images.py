@@ -139,8 +139,8 @@ class ImageSession:
         most = max(len(data), output.nbytes)
         if len(rows) > payloads.MAX_IMAGE_ROWS or most > payloads.MAX_STEP:
             raise Oversized(
-                f"a step of {len(rows)} rows with {most:,} bytes, and not {payloads.MAX_IMAGE_ROWS} with "
-                f"{payloads.MAX_STEP:,} at most: choose a smaller codec, or make fewer images at once"
+                f"the step has {len(rows)} rows and {most:,} bytes; the limits are {payloads.MAX_IMAGE_ROWS} rows "
+                f"and {payloads.MAX_STEP:,} bytes: choose a smaller codec, or make fewer images at once"
             )
         key = conditioning.payload.key if conditioning is not None else None
         sent = (len(data) - 1) // payloads.PART_BYTES * payloads.PART_BYTES
