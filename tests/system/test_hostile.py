@@ -522,6 +522,19 @@ def test_a_queue_that_is_full_says_so(bench: Bench, channel: Channel, monkeypatc
     assert bench.worker._compute.queued_bytes == 0
 
 
+def test_a_large_request_is_not_decrypted_for_a_full_queue(
+    bench: Bench, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = channel.session_keys(4002, 0)
+    header, _ = bench.request(keys, 4002, 0, payloads.Close())
+    limits = bench.worker._sessions.limits
+    monkeypatch.setattr(bench.worker._sessions, "limits", replace(limits, max_queued_bytes=100))
+    assert bench.deliver(header, bytes(1 << 20)) == ""
+    told = refusal(bench, channel)
+    assert (told.reason, told.session, told.seq) == ("full", 4002, 0)
+    assert bench.deliver(header, bytes(1 << 10)) == "AuthenticationError"
+
+
 def test_replies_that_nobody_acknowledges_give_way(
     bench: Bench, channel: Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

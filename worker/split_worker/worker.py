@@ -41,6 +41,10 @@ from split_worker.set_ups import ChannelId, SetUps
 
 log = logging.getLogger(__name__)
 
+#: A body of more bytes than this is not decrypted if its member has more than its share in the queue, because it
+#: may come again and again. Smaller ones, such as a `Close`, are always read.
+UNREAD_IF_FULL = 64 * 1024
+
 
 class Worker:
     """Serves one body to a fleet's devices (a `split_common.transport.Handler`).
@@ -258,6 +262,10 @@ class Worker:
             # An honest device repeats it, if it waits for an answer.
             self.counters["too_often"] += 1
             return
+        is_new = session is None or header.seq >= session.expected
+        if is_new and len(body) > UNREAD_IF_FULL and self._compute.is_full(channel.channel.peer.name, len(body)):
+            self._refuse_full(channel, header)
+            return
         keys = session.keys if session is not None else channel.channel.session_keys(header.session, header.epoch)
         plaintext = keys.open(header, body)
         self._channels.touch(channel_id)
@@ -284,13 +292,16 @@ class Worker:
                 self._refuse_unopened(channel, header, "lost", "the worker does not hold this session")
                 return
         if header.seq >= session.expected and self._compute.is_full(session.member, len(tensor)):
-            retry = self._sessions.limits.full_retry
-            self._refuse_unopened(channel, header, "full", "the worker's queue is full", retry)
+            self._refuse_full(channel, header)
             return
         if not session.admit(header.seq):
             self._repeat(channel, session, header)
             return
         self._compute.put(PendingRequest(session, header, request, tensor, began, time.perf_counter() - began))
+
+    def _refuse_full(self, channel: OpenChannel, header: headers.Relay) -> None:
+        retry = self._sessions.limits.full_retry
+        self._refuse_unopened(channel, header, "full", "the worker's queue is full", retry)
 
     def _repeat(self, channel: OpenChannel, session: Session[Any], header: headers.Relay) -> None:
         """Answers a request that has come before, if it has been computed and was not answered just now."""
