@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -220,6 +221,11 @@ def test_a_lora(kind: str, model: Path, transformer: Any, tmp_path: Path) -> Non
         pipe_of(kind, model, transformer=transformer).load_lora_weights(
             lora_of(pipe_of(kind, model), tmp_path, ["to_q"])
         )
+    own = transformer.state_dict()
+    assert own.keys() >= dict(transformer.named_parameters()).keys()
+    assert pickle.loads(pickle.dumps(own)).keys() == own.keys()
+    with pytest.raises(KeyError):
+        own["nothing"]
     weights = lora_of(pipe_of(kind, model), tmp_path, r"transformer_blocks\.0\.ff\.net\.2")
     pipes = [pipe_of(kind, model), pipe_of(kind, model, transformer=transformer)]
     plain = latents(pipes[0], **SHORT)

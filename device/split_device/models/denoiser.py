@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,6 +39,24 @@ class _PerThread(threading.local):
 
     session: ImageSession | None = None
     reuse: Reuse | None = None
+
+
+class _OwnWeights(OrderedDict[str, torch.Tensor]):
+    """A model's weights by name. `check` raises for a name that is missing because its weight is on the worker."""
+
+    def __init__(self, check: Callable[[str], None]) -> None:
+        super().__init__()
+        self._check = check
+        #: Versions of modules, which torch adds.
+        self._metadata: OrderedDict[str, Any] = OrderedDict()
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        self._check(name)
+        raise KeyError(name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are plain dictionaries."""
+        return OrderedDict, (list(self.items()),)
 
 
 class SplitDenoiser(ConnectedModel):
@@ -149,12 +169,26 @@ class SplitDenoiser(ConnectedModel):
             raise UnsupportedFeature("load a LoRA by the pipeline's load_lora_weights, or pass its state dict")
         start = f"{prefix}." if prefix is not None else ""
         for name in weights:
-            if name.startswith(start) and self._spec.in_body(name.removeprefix(start), self.split):
-                raise UnsupportedFeature(
-                    f"the LoRA has weights of {name}, which is on the worker: fuse it into the checkpoint that "
-                    "device and workers load (fuse_lora, unload_lora_weights, save_pretrained)"
-                )
+            if name.startswith(start):
+                self._check_here(name.removeprefix(start))
         return super().load_lora_adapter(weights, prefix=prefix, **options)  # type: ignore[misc]
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        """Works like torch's. Whoever asks it for a weight of a block that is on the worker is refused by name.
+
+        diffusers does, for each weight of a LoRA, before it calls `load_lora_adapter`.
+        """
+        if args or "destination" in options:
+            return super().state_dict(*args, **options)  # type: ignore[misc]
+        return super().state_dict(destination=_OwnWeights(self._check_here), **options)  # type: ignore[misc]
+
+    def _check_here(self, name: str) -> None:
+        """Raises UnsupportedFeature if a weight, or an adapter's of it, is on the worker."""
+        if self._spec.in_body(name, self.split):
+            raise UnsupportedFeature(
+                f"the LoRA has weights of {name}, which is on the worker: fuse it into the checkpoint that "
+                "device and workers load (fuse_lora, unload_lora_weights, save_pretrained)"
+            )
 
     def add_adapter(self, *_args: Any, **_options: Any) -> None:
         """Refused: training through the split."""
