@@ -181,10 +181,13 @@ def test_without_any_worker_a_new_session_is_not_waited_for(clock: Clock) -> Non
     assert clock.now > PATIENCE / 2
 
 
-def test_a_slow_worker_is_left_once_in_a_step() -> None:
+def test_a_slow_worker_is_left_once_in_a_step_and_named(caplog: pytest.LogCaptureFixture) -> None:
     client = Client()
     session = session_of(client)
-    session.call(Work(WorkerSlow("slow"), None), "one")
+    session.call(Work(WorkerSlow("worker 'snail' has not answered for 60 s"), None), "one")
+    assert [record.message for record in caplog.records] == [
+        "worker 'snail' has not answered for 60 s; its session goes to another one"
+    ]
     assert [session.patient for session in client.opened] == [False, True]
     session.call(Work(None), "two")
     assert not client.opened[-1].patient

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import time
 import weakref
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from split_common.errors import (
 from split_device.sessions.client import Client
 from split_device.sessions.dead_letters import DeadLetter, record
 from split_device.sessions.session import ABANDONED, CHECK_INTERVAL, RemoteSession, Reply
+
+log = logging.getLogger(__name__)
 
 #: Seconds to wait before a lost session is opened again.
 RETRY_AFTER = 0.1
@@ -155,6 +158,8 @@ class ResilientSession:
                 now = time.monotonic()
                 lost = error if isinstance(error, SessionLost) else lost
                 slow, died = isinstance(error, WorkerSlow), False
+                if slow:
+                    log.warning("%s; its session goes to another one", error)
                 if self._session is not None:
                     died = blame.note(error, self._session, sent)
                     if self._session.ended or work.is_spoilt(step):

@@ -293,7 +293,8 @@ class RemoteSession:
             now = time.monotonic()
             if now >= too_slow_at and self.events.empty() and not self.patient:
                 if self._host.has_other(self.worker):
-                    raise WorkerSlow(f"the worker has not answered for {self._host.step_timeout:g} s")
+                    name, seconds = self.channel.worker_name, self._host.step_timeout
+                    raise WorkerSlow(f"worker {name!r} has not answered for {seconds:g} s")
                 too_slow_at = time.monotonic() + self._host.step_timeout
             silent_since = None if self._host.transport.alive else silent_since or now
             if silent_since is not None and now - silent_since > self._host.timeout:
