@@ -156,6 +156,7 @@ def worker_process(checkpoint: Path, address: str) -> Iterator[subprocess.Popen[
             process.kill()
 
 
+@pytest.mark.long
 def test_workers_that_are_killed(llama: Path, unsplit: Any) -> None:
     asked = [*requests(30)[:6], *(Request(prompt, greedy(60)) for prompt in prompts(8))]
     wanted = [alone(unsplit, request) for request in asked]

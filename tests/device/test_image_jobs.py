@@ -113,6 +113,7 @@ def test_from_submission_to_the_image(run: Any, model: Path, address: str, tmp_p
         assert store._db.execute("SELECT count(*) FROM images").fetchone()[0] == 0
 
 
+@pytest.mark.long
 def test_a_killed_agent_makes_the_same_image(run: Any, model: Path, address: str) -> None:
     """Two images of many steps at once, neither with a seed of its own; one is cancelled and tried again."""
     asked = ("--image", "--model", model, "--steps", 40)

@@ -27,6 +27,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_tokenizer(tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny"))
 
 
+@pytest.mark.long
 def test_a_batch(run: Any, checkpoint: Path) -> None:
     unsplit = Unsplit(checkpoint)
     done = run("demo", "--batch", "--model", checkpoint, "--max-tokens", 6, "--workers", 2, "--json")

@@ -225,6 +225,7 @@ def test_a_false_death_ends_a_session_by_a_typed_error_and_another_can_be_had(
         wait_until(lambda: len(worker._sessions) <= 1)
 
 
+@pytest.mark.long
 def test_a_full_queue_makes_no_storm(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every bounce asks for all to be sent again: they are, but together, and not at once."""
     refused = 0

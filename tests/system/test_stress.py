@@ -128,7 +128,8 @@ def test_it_joins_a_queue_that_runs(tmp_path: Path, tmp_path_factory: pytest.Tem
     assert report["worker_kills"] == report["broker_restarts"] == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_ends_in_order(number: signal.Signals, tmp_path: Path) -> None:
     process = start(tmp_path, "--devices", 1, "--workers", 1, "--seconds", 600, "--chaos", "stop,lag")
     try:
