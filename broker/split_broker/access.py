@@ -35,7 +35,6 @@ KNOWN_CERTIFICATES = 4096
 #: Names the broker's socket in ZAP's requests (RFC 27).
 ZAP_DOMAIN = "lambda-split"
 
-
 #: Seconds during which a member that tried to fill the broker's memory may make no connection.
 BARRED = 30.0
 

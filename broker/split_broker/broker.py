@@ -29,7 +29,6 @@ from split_broker.quotas import (
     Budget,
     Rate,
     Rates,
-    newest_of_largest,
 )
 from split_broker.router import Router
 from split_broker.set_ups import SetUps
@@ -42,6 +41,7 @@ from split_common.transport.links import check_address
 from split_common.transport.placement import BUSY_RETRY, GONE, Assign, Candidate, PendingOpen, Refuse, decide, full
 from split_common.transport.supervised import Supervisor
 from split_common.trust.fleet import Fleet
+from split_common.trust.shares import newest_of_largest
 
 log = logging.getLogger(__name__)
 
@@ -278,8 +278,7 @@ class Broker:
                 case Refuse() as refusal:
                     del self._pending[device]
                     if refusal.reason == "no-worker":
-                        turned_away = self._authentication.turned_away(one.header.service, now)
-                        refusal = refusal._replace(detail="; not let in: ".join([refusal.detail, *turned_away]))
+                        refusal = refusal.without(self._authentication.turned_away(one.header.service, now))
                     self._refuse(self._peers[device], one.header, refusal)
 
     def _candidates(self) -> list[Candidate]:

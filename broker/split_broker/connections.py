@@ -18,6 +18,7 @@ from zmq.utils.monitor import recv_monitor_message
 from split_broker import tcp
 from split_common.protocol import headers
 from split_common.transport.base import HEARTBEAT, MISSED
+from split_common.trust.shares import newest_of_largest
 
 #: Connections of members that stand at a time, and those on which nobody has announced itself yet.
 MAX_CONNECTIONS = 4096
@@ -47,7 +48,6 @@ class Connection:
 
     fd: int
     inode: int
-    opened: float = field(default_factory=time.monotonic)
     #: How the ROUTER socket names it; None until its first message.
     route: bytes | None = None
     #: The member whose peer is announced on it; empty if nobody is.
@@ -150,7 +150,7 @@ class Connections:
         self._members[connection.fd] = connection
         connection.member = member
         while len(self._members) > MAX_CONNECTIONS:
-            self.end(self._newest_of_the_largest_member(), "too_many")
+            self.end(newest_of_largest(self._members.values(), lambda one: one.member), "too_many")
 
     def left(self, route: bytes, lifetime: float | None = None) -> None:
         """No peer is announced on a connection any more; it ends after `lifetime` seconds if none is again."""
@@ -226,11 +226,6 @@ class Connections:
         for known in (self._strangers, self._members):
             if (connection := known.pop(fd, None)) is not None and connection.route is not None:
                 self._routes.pop(connection.route, None)
-
-    def _newest_of_the_largest_member(self) -> Connection:
-        counts = Counter(connection.member for connection in self._members.values())
-        largest = max(counts, key=counts.__getitem__)
-        return next(one for one in reversed(self._members.values()) if one.member == largest)
 
     def _on_the_wire(self, size: int) -> int:
         """Bytes of a frame of `size` bytes as ZMTP 3 sends it: with a flag, and its size in 1 or 8 bytes."""

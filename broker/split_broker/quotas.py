@@ -6,13 +6,11 @@ there is too little of it: then the member that holds the most gives way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Collection
+from typing import NamedTuple
 
 from split_broker.peer_queue import Peer
-from split_common.trust.shares import TokenBucket, Usage
-
-_T = TypeVar("_T")
+from split_common.trust.shares import TokenBuckets, Usage
 
 
 class Rate(NamedTuple):
@@ -36,14 +34,14 @@ class Rates:
     """A token bucket for each member and kind of message."""
 
     def __init__(self) -> None:
-        self._buckets: dict[tuple[str, Rate], TokenBucket] = {}
+        self._buckets: dict[Rate, TokenBuckets] = {}
 
     def admits(self, member: str, rate: Rate, weight: float = 1.0) -> bool:
         """Whether a member may send one more message of a kind; counts it, as `weight` messages, if so."""
-        bucket = self._buckets.get((member, rate))
-        if bucket is None:
-            bucket = self._buckets[member, rate] = TokenBucket(*rate)
-        return bucket.take(weight)
+        buckets = self._buckets.get(rate)
+        if buckets is None:
+            buckets = self._buckets[rate] = TokenBuckets(*rate)
+        return buckets.take(member, weight)
 
 
 class Budget:
@@ -72,11 +70,3 @@ class Budget:
             if not fullest.queue.drop_newest():
                 end(fullest)
         return True
-
-
-def newest_of_largest(items: Iterable[_T], owner: Callable[[_T], Hashable]) -> _T:
-    """Of the owner who has the most items, the last one. There is at least one item."""
-    by_owner: dict[Hashable, list[_T]] = {}
-    for item in items:
-        by_owner.setdefault(owner(item), []).append(item)
-    return max(by_owner.values(), key=len)[-1]

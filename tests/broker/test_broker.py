@@ -43,13 +43,6 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 
 @pytest.fixture
-def broker(setting: Setting) -> Iterator[Broker]:
-    with setting.broker() as running:
-        running._started -= GRACE
-        yield running
-
-
-@pytest.fixture
 def join(setting: Setting, broker: Broker) -> Iterator[object]:
     peers: list[FakePeer] = []
 

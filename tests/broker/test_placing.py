@@ -10,7 +10,7 @@ import pytest
 
 import tiny
 from split_broker import broker as broker_module
-from split_broker.broker import GRACE, Broker
+from split_broker.broker import Broker
 from split_common.protocol import headers
 from split_common.protocol.headers import RelayKind
 from split_common.transport.base import OPEN_PATIENCE
@@ -36,13 +36,6 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     setting.fleet.add_member("worker", "fit", [ModelScope(SERVICE.root, 0, 9)])
     setting.fleet.add_member("worker", "unfit", [ModelScope(SERVICE.root, 0, 3)])
     return setting
-
-
-@pytest.fixture
-def broker(setting: Setting) -> Iterator[Broker]:
-    with setting.broker() as running:
-        running._started -= GRACE
-        yield running
 
 
 @pytest.fixture

@@ -227,8 +227,8 @@ def test_the_member_with_the_most_pending_opens_loses_its_newest(
 
 
 def test_messages_that_cost_more_than_they_weigh_have_a_rate(offline: Broker) -> None:
-    offline._rates._buckets["a", OPENS] = offline._rates._buckets["a", ROSTER_REQUESTS] = SimpleNamespace(  # type: ignore[assignment]
-        take=lambda _weight: False
+    offline._rates._buckets[OPENS] = offline._rates._buckets[ROSTER_REQUESTS] = SimpleNamespace(  # type: ignore[assignment]
+        take=lambda member, _weight: member != "a"
     )
     handle(offline, b"a1", headers.Open(id_of(b"a1"), 1, SERVICE))
     handle(offline, b"a2", headers.RosterRequest(id_of(b"a2")))

@@ -62,28 +62,6 @@ def test_modes_that_can_be_asked_for() -> None:
     assert set(over_zmq) | set(over_redis) | {"image-steps"} == MODES.keys()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--hostile", "kindness"], "invalid --hostile kindness"),
-        (["--hostile", ""], "invalid --hostile"),
-        (["--hostile", "redis-memory"], "--hostile redis-memory: it needs --transport redis"),
-        (["--hostile", "multipart", "--transport", "redis"], "--hostile multipart: it needs --transport zmq"),
-        (["--hostile", "image-steps"], "--hostile image-steps: it needs --workload image"),
-        (["--hostile", "all", "--broker", "tcp://127.0.0.1:7411"], "--hostile makes a fleet of its own"),
-        (["--hostile", "kv", "--chaos", "boom"], "--chaos boom"),
-    ],
-)
-def test_wrong_options_start_nothing(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["stress", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
-    assert not captured.out
-
-
 # --- what is counted, and the verdict ----------------------------------------------------------------------
 
 

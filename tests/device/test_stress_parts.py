@@ -479,6 +479,13 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
         (["--plot", "out.movie"], "invalid plot file"),
         (["--transport", "pigeon"], "pigeon"),
         (["--devices", "0"], "devices"),
+        (["--hostile", "kindness"], "invalid --hostile kindness"),
+        (["--hostile", ""], "invalid --hostile"),
+        (["--hostile", "redis-memory"], "--hostile redis-memory: it needs --transport redis"),
+        (["--hostile", "multipart", "--transport", "redis"], "--hostile multipart: it needs --transport zmq"),
+        (["--hostile", "image-steps"], "--hostile image-steps: it needs --workload image"),
+        (["--hostile", "all", "--broker", "tcp://127.0.0.1:7411"], "--hostile makes a fleet of its own"),
+        (["--hostile", "kv", "--chaos", "boom"], "--chaos boom"),
     ],
 )
 def test_wrong_options_start_nothing(

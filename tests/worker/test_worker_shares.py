@@ -11,10 +11,11 @@ import pytest
 
 from split_common.errors import Busy
 from split_common.protocol import headers, payloads
+from split_common.trust.shares import TokenBuckets
 from split_worker import repeats as repeats_module
 from split_worker.compute import ComputeLoop
 from split_worker.limits import WorkerLimits
-from split_worker.repeats import Repeats, Strays
+from split_worker.repeats import Repeats
 from split_worker.requests import REQUEST_BYTES, PendingRequest
 from split_worker.sessions import Session, SessionTable
 
@@ -200,7 +201,10 @@ def test_a_reply_is_repeated_once_a_second_and_no_more_than_the_members_share(
     assert not session.repeated
 
 
-def test_requests_for_sessions_that_are_not_open_have_a_rate_by_member() -> None:
-    strays = Strays(WorkerLimits(stray_rate=0.0, stray_burst=3.0))
-    assert [strays.allow("h") for _ in range(5)] == [True] * 3 + [False] * 2
-    assert strays.allow("a")
+def test_each_member_has_a_bucket_of_its_own() -> None:
+    strays = TokenBuckets(rate=0.0, burst=3.0)
+    assert [strays.take("h") for _ in range(5)] == [True] * 3 + [False] * 2
+    assert strays.take("a")
+    strays.keep({"a"})
+    assert strays.take("h")
+    assert not strays.take("a", 2.5)

@@ -12,7 +12,7 @@ from split_common.protocol.channel import Channel
 from split_common.protocol.handshake import WorkerHandshake
 from split_common.transport import mark_of, member_mark
 from split_common.trust.keys import Roster
-from split_common.trust.shares import TokenBucket, Usage
+from split_common.trust.shares import TokenBucket, TokenBuckets, Usage
 
 #: Most channels that are being set up; beyond this the member with most of them loses its oldest.
 MAX_HALF_OPEN = 256
@@ -58,7 +58,7 @@ class SetUps:
         self.half_open: OrderedDict[ChannelId, HalfOpen] = OrderedDict()
         # How many of them each member has, and how many more it may begin now, by its mark as hex digits.
         self._begun = Usage()
-        self._rates: dict[str, TokenBucket] = {}
+        self._rates = TokenBuckets(MEMBER_SET_UP_RATE, SET_UP_BURST)
         self._rate = TokenBucket(SET_UP_RATE, SET_UP_BURST)
         # The marks of the devices in a version of the roster.
         self._marks: tuple[int, frozenset[str]] = (0, frozenset())
@@ -73,8 +73,7 @@ class SetUps:
         mark = _mark(id_)
         if mark not in self._known_marks():
             raise AuthenticationError("a peer id of no device of the fleet asks for a channel")
-        own = self._rates.setdefault(mark, TokenBucket(MEMBER_SET_UP_RATE, SET_UP_BURST))
-        if not (own.take() or self._rate.take()):
+        if not (self._rates.take(mark) or self._rate.take()):
             raise Busy("a member begins to set up too many channels")
         half = self.half_open.get(id_)
         if half is None or half.hello != hello:
@@ -124,7 +123,7 @@ class SetUps:
         if roster.version != self._marks[0]:
             names = [member.name for member in roster.members if member.role == "device" and not member.revoked]
             self._marks = roster.version, frozenset(member_mark(name).hex() for name in names)
-            self._rates = {mark: rate for mark, rate in self._rates.items() if mark in self._marks[1]}
+            self._rates.keep(self._marks[1])
         return self._marks[1]
 
 

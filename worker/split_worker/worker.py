@@ -30,11 +30,12 @@ from split_common.protocol.handshake import WorkerHandshake
 from split_common.transport import Transport, new_peer_id
 from split_common.trust.fleet import Fleet
 from split_common.trust.keys import Certificate, Identity, ModelScope, Role, check_certificate
+from split_common.trust.shares import TokenBuckets
 from split_worker.bodies.base import AnyBody
 from split_worker.channels import MAX_EPOCHS, ChannelTable, OpenChannel
 from split_worker.compute import ComputeLoop
 from split_worker.limits import WorkerLimits
-from split_worker.repeats import Repeats, Strays
+from split_worker.repeats import Repeats
 from split_worker.requests import PendingRequest
 from split_worker.sessions import Session, SessionTable
 from split_worker.set_ups import ChannelId, SetUps
@@ -79,7 +80,8 @@ class Worker:
         self._transport = transport
         self._sessions = SessionTable(limits)
         self._repeats = Repeats(self._sessions.limits)
-        self._strays = Strays(self._sessions.limits)
+        # Requests for sessions that are not open: each makes the worker derive keys, perhaps for nothing.
+        self._strays = TokenBuckets(self._sessions.limits.stray_rate, self._sessions.limits.stray_burst)
         #: This worker's peer id on the queue and in dead letters.
         self.id = new_peer_id(identity.certificate.name)
         self._channels = ChannelTable(SetUps(self._new_handshake, fleet.roster), self._channel_closed)
@@ -258,12 +260,12 @@ class Worker:
             raise AuthenticationError("a request over a channel that is not set up")
         id_ = (*channel_id, header.session, header.epoch)
         session = self._sessions.get(id_)
-        if session is None and not self._strays.allow(channel.channel.peer.name):
+        if session is None and not self._strays.take(channel.member):
             # An honest device repeats it, if it waits for an answer.
             self.counters["too_often"] += 1
             return
         is_new = session is None or header.seq >= session.expected
-        if is_new and len(body) > UNREAD_IF_FULL and self._compute.is_full(channel.channel.peer.name, len(body)):
+        if is_new and len(body) > UNREAD_IF_FULL and self._compute.is_full(channel.member, len(body)):
             self._refuse_full(channel, header)
             return
         keys = session.keys if session is not None else channel.channel.session_keys(header.session, header.epoch)

@@ -58,7 +58,7 @@ def decode_text(data: bytes, name: str, encoding: str = "utf-8") -> str:
     try:
         return text.decode("utf-8" if len(text) < len(data) else encoding)
     except UnicodeError:
-        raise ConfigError(f"{name} is not {_label(encoding)}") from None
+        raise ConfigError(f"{name} is not {encoding.upper()}") from None
 
 
 def read_text(path: Path, name: str | None = None) -> str:
@@ -108,10 +108,6 @@ def json_line(value: object) -> str:
 def for_terminal(text: str) -> str:
     """Text without the control characters that a terminal obeys, except line breaks and tabs."""
     return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
-
-
-def _label(encoding: str) -> str:
-    return encoding.upper()
 
 
 def _is_json(text: bytes) -> bool:

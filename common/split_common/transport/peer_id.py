@@ -19,8 +19,3 @@ def mark_of(peer: bytes) -> bytes:
 def new_peer_id(member: str) -> bytes:
     """A new id (8 bytes), for one run of a device or worker."""
     return member_mark(member) + os.urandom(4)
-
-
-def member_of(peer: bytes) -> bytes:
-    """The mark of the member that a peer belongs to."""
-    return peer[:4]

@@ -84,6 +84,10 @@ class Refuse(NamedTuple):
     #: Seconds after which another attempt may succeed; 0 if waiting does not help.
     retry_after: float = 0.0
 
+    def without(self, turned_away: Iterable[str]) -> Refuse:
+        """The same, with the reasons why further workers were not let in."""
+        return self._replace(detail="; not let in: ".join([self.detail, *turned_away]))
+
     def bounce(self, header: headers.Relay | headers.Open) -> headers.Bounce:
         """The message for the sender of a message with this header."""
         bounce = headers.Bounce(

@@ -7,7 +7,10 @@ level that is the same for all: max-min fairness (Bertsekas and Gallager, Data N
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 
 def max_min_level(demands: Iterable[float], capacity: float) -> float:
@@ -27,6 +30,14 @@ def max_min_level(demands: Iterable[float], capacity: float) -> float:
             return level
         left -= demand
     return float("inf")
+
+
+def newest_of_largest(items: Iterable[_T], owner: Callable[[_T], Hashable]) -> _T:
+    """Of the owner who has the most items, the last one. There is at least one item."""
+    by_owner: dict[Hashable, list[_T]] = {}
+    for item in items:
+        by_owner.setdefault(owner(item), []).append(item)
+    return max(by_owner.values(), key=len)[-1]
 
 
 class Usage:
@@ -84,3 +95,23 @@ class TokenBucket:
             return False
         self._tokens -= amount
         return True
+
+
+class TokenBuckets:
+    """A `TokenBucket` of the same rate and burst for each member. Not locked."""
+
+    def __init__(self, rate: float, burst: float) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._buckets: dict[str, TokenBucket] = {}
+
+    def take(self, member: str, amount: float = 1.0) -> bool:
+        """Takes `amount` tokens of a member's if they are there; returns whether they were."""
+        bucket = self._buckets.get(member)
+        if bucket is None:
+            bucket = self._buckets[member] = TokenBucket(self._rate, self._burst)
+        return bucket.take(amount)
+
+    def keep(self, members: Container[str]) -> None:
+        """Forgets the buckets of all other members."""
+        self._buckets = {member: bucket for member, bucket in self._buckets.items() if member in members}

@@ -15,7 +15,7 @@ import msgspec
 from split_common.errors import CertificateError, Malformed, SplitError
 from split_common.protocol import headers
 from split_common.transport.base import QUEUE_BYTES
-from split_common.transport.peer_id import member_mark, member_of
+from split_common.transport.peer_id import mark_of, member_mark
 from split_common.transport.placement import Candidate
 from split_common.transport.redis.answers import failed
 from split_common.transport.redis.key_names import Keys
@@ -176,7 +176,7 @@ def read_list(member: str, data: object) -> tuple[bytes, list[headers.Announce]]
     found, mark = [], member_mark(member)
     for entry in entries:
         header = headers.decode_header(entry)
-        if not isinstance(header, headers.Announce) or header.role != "worker" or member_of(header.sender) != mark:
+        if not isinstance(header, headers.Announce) or header.role != "worker" or mark_of(header.sender) != mark:
             raise Malformed("an announcement of another member")
         found.append(header)
     return certificate, found

@@ -99,7 +99,7 @@ class DeviceOpens:
                 self._add(pending, next(worker for worker in workers if worker.id == id_))
             case Refuse() as refusal:
                 if refusal.reason == "no-worker":
-                    refusal = refusal._replace(detail=self._without_worker(refusal.detail))
+                    refusal = self._explained(refusal)
                 self._done(pending)
                 self._caller.refuse(pending.header, refusal)
 
@@ -108,11 +108,11 @@ class DeviceOpens:
         drawn = two_of_each(workers, {*pending.header.avoid, *self._asked})
         return decide(pending, drawn, early, now, self._silences.now(now), self._asked)
 
-    def _without_worker(self, served: str) -> str:
-        """What is served instead, and why workers that are there were left out."""
+    def _explained(self, refusal: Refuse) -> Refuse:
+        """The same, with the reasons why workers that are there were left out."""
         if self._registry.older_workers():
-            served += "; workers of an older version have to be updated"
-        return "; not let in: ".join([served, *self._registry.turned_away])
+            refusal = refusal._replace(detail=f"{refusal.detail}; workers of an older version have to be updated")
+        return refusal.without(self._registry.turned_away)
 
     def _add(self, pending: PendingOpen[bytes], worker: Candidate) -> None:
         """Adds an open to a worker's lane. It stays pending if the worker has gone meanwhile."""
