@@ -8,6 +8,7 @@ missing and changes nothing that is there.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -62,7 +63,16 @@ from split_device.generation.settings import Sampling
 from split_device.images.settings import ImageSettings
 from split_device.jobs import job as jobs
 from split_device.jobs.database import SCHEMA_VERSION
-from split_device.jobs.job import ImageChoice, ImageTask, Message, ModelChoice, Task, TextPiece, Update
+from split_device.jobs.job import (
+    ImageChoice,
+    ImageTask,
+    Message,
+    ModelChoice,
+    Selection,
+    Task,
+    TextPiece,
+    Update,
+)
 from split_device.jobs.store import Store
 from split_device.jobs.vault import Vault
 from split_device.models import sizes as parts
@@ -235,7 +245,7 @@ def store_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(time, "time", lambda: next(times) + 0.5)
     path = tmp_path / "state" / "jobs.db"
     with Store(path) as store:
-        store.submit(TASK, priority=5, key="night")
+        store.submit(TASK, priority=5, key="night", group="of the night")
         store.submit_all([(PLAIN, 0, None), (IMAGE, -1, None), (PLAIN, 1, None), (PLAIN, 2, None)])
         names = [job.id for job in reversed(store.jobs())]
         store.claim(2)
@@ -270,27 +280,52 @@ def dump(path: Path) -> str:
     return "".join(f"{line};\n" for line in lines)
 
 
-def test_the_database_of_jobs(store_file: Path, tmp_path: Path) -> None:
-    golden = check_text("jobs.sql", dump(store_file))
-    assert f"user_version = {SCHEMA_VERSION}" in golden
-    old = tmp_path / "old" / "jobs.db"
-    private_dir(old.parent)
-    database = sqlite3.connect(old)
-    database.executescript(golden)
+def restored(name: str, path: Path) -> Path:
+    """A database that is made from a sample."""
+    private_dir(path.parent)
+    database = sqlite3.connect(path)
+    database.executescript((GOLDEN / name).read_text())
     database.close()
-    with Store(old) as store, Store(store_file) as now:
+    return path
+
+
+def test_the_database_of_jobs(store_file: Path, tmp_path: Path) -> None:
+    golden = check_text("jobs-version-3.sql", dump(store_file))
+    assert f"user_version = {SCHEMA_VERSION}" in golden
+    with Store(restored("jobs-version-3.sql", tmp_path / "old" / "jobs.db")) as store, Store(store_file) as now:
         assert store.jobs() == now.jobs()
-        found = {job.id[-1]: job for job in store.jobs()}
-        assert [found[name].task for name in "12345"] == [TASK, PLAIN, IMAGE, PLAIN, PLAIN]
-        assert [found[name].state for name in "12345"] == [
-            *("running", "cancelled", "succeeded", "queued", "failed"),
-        ]
-        progress = store.progress(found["1"].id)
-        assert (progress.tokens, progress.text, progress.sampler) == ([1, 200, 70_000, 2], "one two", b"later")
-        assert (found["5"].error, store.image(found["3"].id)) == ("no worker", b"PNG")
-        # The digest of the key, and the name of the model as the store looks for it.
-        assert store.submit(TASK, key="night").id == found["1"].id
-        assert store.claim(9, [PLAIN.model]) == []
+        check_jobs(store)
+        assert store.get("job-000000000001").group == "of the night"
+        assert store.ids(Selection(group="of the night")) == ["job-000000000001"]
+
+
+def test_a_database_of_version_2_is_brought_up(store_file: Path, tmp_path: Path) -> None:
+    """It has no groups, and gets all tables, columns and indexes of the present version."""
+    path = restored("jobs-version-2.sql", tmp_path / "old" / "jobs.db")
+    with Store(path) as store:
+        assert not any(job.group or job.claimed for job in store.jobs())
+        check_jobs(store)
+        assert store.submit(TASK, group="of the day").group == "of the day"
+    schemas = []
+    for each in (path, store_file):
+        with contextlib.closing(sqlite3.connect(each)) as database:
+            names = [name for (name,) in database.execute("SELECT name FROM sqlite_master ORDER BY name")]
+            schemas.append({name: database.execute(f"PRAGMA table_xinfo({name})").fetchall() for name in names})
+            assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+    assert schemas[0] == schemas[1]
+
+
+def check_jobs(store: Store) -> None:
+    """The jobs of the samples."""
+    found = {job.id[-1]: job for job in store.jobs()}
+    assert [found[name].task for name in "12345"] == [TASK, PLAIN, IMAGE, PLAIN, PLAIN]
+    assert [found[name].state for name in "12345"] == ["running", "cancelled", "succeeded", "queued", "failed"]
+    progress = store.progress(found["1"].id)
+    assert (progress.tokens, progress.text, progress.sampler) == ([1, 200, 70_000, 2], "one two", b"later")
+    assert (found["5"].error, store.image(found["3"].id)) == ("no worker", b"PNG")
+    # The digest of the key, and the name of the model as the store looks for it.
+    assert store.submit(TASK, key="night").id == found["1"].id
+    assert store.claim(9, [PLAIN.model]) == []
 
 
 def test_tasks_and_pieces() -> None:

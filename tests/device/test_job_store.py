@@ -12,7 +12,16 @@ import pytest
 from split_common.errors import ConfigError, JobsError, KeysError, StoreLocked, UnknownJob
 from split_device.generation.settings import Sampling
 from split_device.images.settings import ImageSettings
-from split_device.jobs.job import ImageChoice, ImageTask, Message, ModelChoice, Task, TextPiece, Update
+from split_device.jobs.job import (
+    ImageChoice,
+    ImageTask,
+    Message,
+    ModelChoice,
+    Selection,
+    Task,
+    TextPiece,
+    Update,
+)
 from split_device.jobs.store import Store
 
 MODEL = ModelChoice(name="/models/tiny")
@@ -140,6 +149,47 @@ def test_prune_removes_what_ended_before(path: Path) -> None:
         assert [job.id for job in store.jobs()] == [kept]
         assert store.pieces(gone) == []
     assert b"to be removed" not in path.read_bytes()
+
+
+def test_groups_are_counted_kept_and_queued_by_themselves(path: Path) -> None:
+    night = Selection(group="night")
+    with Store(path) as store:
+        alone = store.submit(task())
+        first, second = store.submit_all([(task("a"), 0, "a"), (task("b"), 0, None)], "night")
+        assert (alone.group, first.group) == (None, "night")
+        # The key names a job that exists, whatever group is given.
+        assert store.submit(task("a"), key="a", group="day").group == "night"
+        third = store.submit(task("c"), group="day")
+        store.write([Update(id=id_, piece=TextPiece([1, 2], "x"), state="failed") for id_ in (alone.id, first.id)])
+        assert store.ids(night) == [first.id, second.id]
+        assert [job.id for job in store.jobs(Selection(group="night", states=("failed",)))] == [first.id]
+        assert (store.count(night)["queued"], store.count(night)["failed"], store.generated(night)) == (1, 1, 2)
+        assert store.ids(Selection(ids=(alone.id, third.id))) == [alone.id, third.id]
+        assert store.ids(Selection(since=time.time() + 60)) == store.ids(Selection(group="nobody's")) == []
+        assert store.retry_failed("night") == 1
+        assert store.get(alone.id).state == "failed"
+        store.keep([second.id], "night")
+        assert store.ids() == [alone.id, second.id, third.id]
+        store.keep([], "day")
+        assert store._db.execute("SELECT count(*) FROM groups").fetchone()[0] == 1
+        for wrong in ("", " ", "two\nlines", "x" * 201, "\udcff"):
+            with pytest.raises(ConfigError, match="group"):
+                store.submit(task(), group=wrong)
+
+
+def test_the_name_of_a_group_is_sealed(path: Path, tmp_path: Path) -> None:
+    with Store(path, tmp_path / "store.key") as store:
+        id_ = store.submit(task(), group="a secret group").id
+        wal = path.with_name("jobs.db-wal").read_bytes()
+    with Store(path, tmp_path / "store.key") as store:
+        assert store.ids(Selection(group="a secret group")) == [id_]
+        assert store.get(id_).group == "a secret group"
+        (digest,) = store._db.execute("SELECT digest FROM groups").fetchone()
+    assert b"a secret group" not in path.read_bytes() + wal
+    # Nobody without the key can try out names.
+    with Store(tmp_path / "plain" / "jobs.db") as plain:
+        plain.submit(task(), group="a secret group")
+        assert plain._db.execute("SELECT digest FROM groups").fetchone() != (digest,)
 
 
 def test_sealed_with_a_key_file(path: Path, tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def job_facts(job: Job) -> dict[str, Any]:
         "state": job.state,
         "cancelling": job.cancelling,
         "priority": job.priority,
+        "group": job.group,
         "created": job.created,
         "started": job.started,
         "finished": job.finished,

@@ -15,10 +15,10 @@ from split_common.errors import ConfigError
 from split_common.models.checkpoint_files import model_name
 from split_common.system.console import emit_json, print_text, stderr, stdout
 from split_device.cli.job_output import job_facts, report_image, show_output
-from split_device.cli.options import MetadataOption, StoreKeyOption, parse_age
+from split_device.cli.options import GroupOption, MetadataOption, StoreKeyOption, parse_age
 from split_device.images.settings import check_image_output
 from split_device.jobs.follow import image_output, text_output
-from split_device.jobs.job import FINAL, ImageTask, Job, State
+from split_device.jobs.job import STATES, ImageTask, Job, Selection, State
 from split_device.jobs.store import Store, store_path
 
 app = typer.Typer(no_args_is_help=True, help="Manage the jobs that were submitted.", rich_markup_mode="markdown")
@@ -36,6 +36,7 @@ def list_jobs(
             help="List only jobs in this state: queued, running, succeeded, failed or cancelled. May be repeated.",
         ),
     ] = None,
+    group: GroupOption = None,
     limit: Annotated[
         int, typer.Option(min=1, metavar="N", help="Maximum number of jobs to list, the newest first.")
     ] = 50,
@@ -44,7 +45,7 @@ def list_jobs(
 ) -> None:
     """List jobs, the newest first."""
     with Store(store_path(), store_key) as store:
-        jobs = store.jobs(_states(state), limit)
+        jobs = store.jobs(Selection(states=_states(state), group=group), limit)
     if json:
         emit_json({"jobs": [job_facts(job) for job in jobs]})
         return
@@ -156,10 +157,10 @@ def _made(job: Job) -> str:
     return f"{job.tokens} tokens"
 
 
-def _states(names: list[str] | None) -> list[State]:
-    known: dict[str, State] = {state: state for state in ("queued", "running", *FINAL)}
+def _states(names: list[str] | None) -> tuple[State, ...]:
+    known: dict[str, State] = {state: state for state in STATES}
     try:
-        return [known[name] for name in names or ()]
+        return tuple(known[name] for name in names or ())
     except KeyError as error:
         raise ConfigError(f"invalid state {error}: expected one of {', '.join(known)}") from None
 

@@ -207,6 +207,15 @@ StoreKeyOption = Annotated[
         "and is needed from then on.",
     ),
 ]
+GroupOption = Annotated[
+    str | None,
+    typer.Option(
+        "--group",
+        metavar="NAME",
+        rich_help_panel=STORE_PANEL,
+        help="Group of jobs. A new job makes the group if it does not exist.",
+    ),
+]
 MaxJobsOption = Annotated[
     int,
     typer.Option(

@@ -25,7 +25,14 @@ from split_device.cli.groups import (
     TextModel,
 )
 from split_device.cli.job_output import job_facts, show_output
-from split_device.cli.options import STORE_PANEL, MetadataOption, RawOption, StoreKeyOption, SystemOption
+from split_device.cli.options import (
+    STORE_PANEL,
+    GroupOption,
+    MetadataOption,
+    RawOption,
+    StoreKeyOption,
+    SystemOption,
+)
 from split_device.generation.settings import Sampling
 from split_device.images.settings import IMAGE_MODEL, check_image_output
 from split_device.jobs.agent import running_agent
@@ -114,6 +121,7 @@ def submit(
             "ask for the same.",
         ),
     ] = None,
+    group: GroupOption = None,
     store_key: StoreKeyOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -136,7 +144,7 @@ def submit(
     else:
         task = _text_task(text, model, text_model, sampling, tuple(stop or ()), system, raw)
     with Store(store_path(), store_key) as store:
-        job = store.submit(task, priority, key)
+        job = store.submit(task, priority, key, group)
         if wait:
             stderr.print(job.id)
             show_output(store, job, output, json, metadata)

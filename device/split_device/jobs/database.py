@@ -12,8 +12,9 @@ from split_common.errors import ConfigError, JobsError, SplitError, StoreLocked
 from split_common.system.files import private_dir, user_path
 from split_device.jobs.vault import Vault, make_key, read_key
 
-#: Version of the schema (`PRAGMA user_version`). A store of another version is refused.
-SCHEMA_VERSION = 2
+#: Version of the schema (`PRAGMA user_version`). A store of an older version that is in `_MIGRATIONS` is brought up
+#: to it when it is opened; any other one is refused.
+SCHEMA_VERSION = 3
 
 #: How long a write waits for another process to finish its own, in seconds.
 BUSY_TIMEOUT = 30.0
@@ -21,6 +22,7 @@ BUSY_TIMEOUT = 30.0
 #: A known text, sealed like everything else, which shows on opening whether the key is the right one.
 _MARK = b"lambda-split jobs"
 
+#: `claimed` and `claimed_tokens`: when a job began to run the last time, and the tokens that it had then.
 _SCHEMA = """
 CREATE TABLE mark (value BLOB NOT NULL);
 CREATE TABLE jobs (
@@ -41,7 +43,10 @@ CREATE TABLE jobs (
     steps INTEGER NOT NULL DEFAULT 0,
     finish_reason TEXT,
     error BLOB,
-    sampler BLOB
+    sampler BLOB,
+    group_number INTEGER REFERENCES groups (number),
+    claimed REAL,
+    claimed_tokens INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX queue ON jobs (state, kind, priority DESC, number);
 CREATE TABLE pieces (
@@ -55,6 +60,35 @@ CREATE TABLE images (
     data BLOB NOT NULL
 );
 """
+
+#: Tables that came with version 3. A hook is what is to happen when a job, or all jobs of a group, have ended.
+_GROUPS = """
+CREATE TABLE groups (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    digest BLOB NOT NULL UNIQUE,
+    name BLOB NOT NULL
+);
+CREATE TABLE hooks (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    job TEXT REFERENCES jobs (id) ON DELETE CASCADE,
+    group_number INTEGER REFERENCES groups (number) ON DELETE CASCADE,
+    action BLOB NOT NULL,
+    fired REAL
+);
+CREATE INDEX members ON jobs (group_number, state);
+CREATE INDEX hooks_of_jobs ON hooks (job);
+CREATE INDEX hooks_of_groups ON hooks (group_number);
+"""
+
+#: What brings a store of a version to the next one.
+_MIGRATIONS = {
+    2: """
+ALTER TABLE jobs ADD COLUMN group_number INTEGER REFERENCES groups (number);
+ALTER TABLE jobs ADD COLUMN claimed REAL;
+ALTER TABLE jobs ADD COLUMN claimed_tokens INTEGER NOT NULL DEFAULT 0;
+"""
+    + _GROUPS
+}
 
 
 def open_database(path: Path, key_file: Path | None) -> tuple[sqlite3.Connection, Vault]:
@@ -84,9 +118,13 @@ def open_database(path: Path, key_file: Path | None) -> tuple[sqlite3.Connection
         db.execute("PRAGMA secure_delete = ON")
         with transaction(db, path):
             (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version not in (0, SCHEMA_VERSION):
+            if version not in (0, *_MIGRATIONS, SCHEMA_VERSION):
                 raise ConfigError(f"{path} was made by another version of lambda-split")
-            return db, _unseal(db, path, key_file) if version else _create(db, key_file)
+            if not version:
+                return db, _create(db, key_file)
+            vault = _unseal(db, path, key_file)
+            _migrate(db, version)
+            return db, vault
     except sqlite3.DatabaseError as error:
         db.close()
         raise ConfigError(f"{path} is not a store of jobs: {error}") from None
@@ -101,11 +139,23 @@ def _create(db: sqlite3.Connection, key_file: Path | None) -> Vault:
     if key_file is not None:
         key = read_key(key_file) if key_file.exists() else make_key(key_file)
     vault = Vault(key)
-    for statement in _SCHEMA.split(";"):
-        db.execute(statement)
+    _execute_all(db, _SCHEMA + _GROUPS)
     db.execute("INSERT INTO mark VALUES (?)", (vault.seal(_MARK, "mark"),))
     db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     return vault
+
+
+def _migrate(db: sqlite3.Connection, version: int) -> None:
+    """Brings the tables from a version to the present one, in the caller's transaction."""
+    for old in range(version, SCHEMA_VERSION):
+        _execute_all(db, _MIGRATIONS[old])
+        db.execute(f"PRAGMA user_version = {old + 1}")
+
+
+def _execute_all(db: sqlite3.Connection, statements: str) -> None:
+    """Executes statements within a transaction, which `executescript` would end."""
+    for statement in statements.split(";"):
+        db.execute(statement)
 
 
 def _unseal(db: sqlite3.Connection, path: Path, key_file: Path | None) -> Vault:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
 
+from split_common.errors import ConfigError
 from split_common.models.demo_model import resolve_model
 from split_common.models.split import DEFAULT_CUT, END_LAYERS
 from split_common.system.files import user_path
@@ -20,6 +22,10 @@ JobFinishReason = Literal["stop", "length"]
 
 #: States that a job leaves only by `retry`.
 FINAL: tuple[State, ...] = ("succeeded", "failed", "cancelled")
+STATES: tuple[State, ...] = ("queued", "running", *FINAL)
+
+#: Longest name of a group, in characters: it stands in a table.
+MAX_GROUP = 200
 
 
 class ModelChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,6 +134,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     finish_reason: JobFinishReason | None
     error: str | None
+    #: Name of the group that it belongs to.
+    group: str | None = None
+    #: When the job began to run the last time, and how many tokens it had then.
+    claimed: float | None = None
+    claimed_tokens: int = 0
 
     @property
     def kind(self) -> JobKind:
@@ -170,6 +181,26 @@ class Update(msgspec.Struct, kw_only=True):
     @property
     def worth_writing(self) -> bool:
         return bool(self.piece.tokens or self.state or self.prompt_tokens or self.steps is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Some of a store's jobs. A field that is empty or None restricts nothing."""
+
+    ids: tuple[str, ...] = ()
+    states: tuple[State, ...] = ()
+    #: Name of a group. No job belongs to a group that does not exist.
+    group: str | None = None
+    #: Only jobs that were submitted then or later, in seconds since the epoch.
+    since: float | None = None
+
+
+def check_group(name: str) -> str:
+    """Returns the name of a group. Raises ConfigError if it is empty, too long, or not one line of text."""
+    check_text(name, "the group's name")
+    if not name.strip() or len(name) > MAX_GROUP or not name.isprintable():
+        raise ConfigError(f"invalid group {name!r}: expected 1 to {MAX_GROUP} printable characters")
+    return name
 
 
 def kind_of(task: AnyTask) -> JobKind:

@@ -18,16 +18,25 @@ from split_common.system.forks import Birthplace
 from split_device.jobs.database import open_database, transaction
 from split_device.jobs.job import (
     FINAL,
+    STATES,
     AnyChoice,
     AnyTask,
     Job,
     JobFinishReason,
     JobKind,
     JobProgress,
+    Selection,
     State,
     TextPiece,
     Update,
+    check_group,
     kind_of,
+)
+
+#: A job's row, with its group.
+_JOBS = (
+    "SELECT jobs.*, groups.digest AS group_digest, groups.name AS group_name "
+    "FROM jobs LEFT JOIN groups ON groups.number = jobs.group_number"
 )
 
 #: Size of the seed that is drawn for a job without one, in bits. SQLite's integers are signed.
@@ -46,8 +55,8 @@ class Store:
 
     Args:
         path: the SQLite file. Created if it is missing.
-        key_file: the key that seals prompts, answers, images, errors and the sampler's state. Created with
-            the store.
+        key_file: the key that seals prompts, answers, images, errors, names of groups and the sampler's state.
+            Created with the store.
 
     Raises:
         StoreLocked: the store is sealed under another key, or sealed although no key was given, or the reverse.
@@ -77,31 +86,48 @@ class Store:
 
     # --- for users -----------------------------------------------------------------------------------------
 
-    def submit(self, task: AnyTask, priority: int = 0, key: str | None = None) -> Job:
+    def submit(self, task: AnyTask, priority: int = 0, key: str | None = None, group: str | None = None) -> Job:
         """Adds a job, or returns the existing job with the same key.
+
+        Args:
+            group: name of the group that a new job belongs to, which is made with its first job.
 
         Raises:
             JobsError: the job with this key asks for something else, or the database cannot be written.
-            ConfigError: the prompt or a setting has a wrong type, or the key is empty.
+            ConfigError: the prompt or a setting has a wrong type, the key is empty, or the group has no valid name.
         """
-        return self.submit_all([(task, priority, key)])[0]
+        return self.submit_all([(task, priority, key)], group)[0]
 
-    def submit_all(self, tasks: Iterable[tuple[AnyTask, int, str | None]]) -> list[Job]:
+    def submit_all(self, tasks: Iterable[tuple[AnyTask, int, str | None]], group: str | None = None) -> list[Job]:
         """Adds jobs in one transaction: all of them or none. Raises what `submit` raises."""
         with transaction(self._db, self.path):
-            return [self._submit(*entry) for entry in tasks]
+            number = self._group(group)
+            return [self._submit(*entry, number) for entry in tasks]
 
-    def submit_ids(self, tasks: Iterable[tuple[AnyTask, int, str | None]]) -> list[str]:
+    def submit_ids(self, tasks: Iterable[tuple[AnyTask, int, str | None]], group: str | None = None) -> list[str]:
         """As `submit_all`, for more jobs than fit into memory: returns their ids only."""
         with transaction(self._db, self.path):
-            return [self._submit(*entry).id for entry in tasks]
+            number = self._group(group)
+            return [self._submit(*entry, number).id for entry in tasks]
 
-    def _submit(self, task: AnyTask, priority: int, key: str | None) -> Job:
+    def _group(self, name: str | None) -> int | None:
+        """The number of a group, which is made if it does not exist. None if there is no name."""
+        if name is None:
+            return None
+        # Who reads the file of a sealed store sees which jobs belong together, and not what the group is called.
+        data = check_group(name).encode()
+        digest = self._vault.digest(data)
+        sealed = self._vault.seal(data, f"group/{digest.hex()}")
+        self._db.execute("INSERT OR IGNORE INTO groups (digest, name) VALUES (?, ?)", (digest, sealed))
+        (number,) = self._db.execute("SELECT number FROM groups WHERE digest = ?", (digest,)).fetchone()
+        return int(number)
+
+    def _submit(self, task: AnyTask, priority: int, key: str | None, group: int | None) -> Job:
         if key is not None and not key.strip():
             raise ConfigError("the key is empty: leave it out, or give one")
         # A key may be as private as the prompt: only its digest is stored.
         digest = None if key is None else hashlib.sha256(key.encode(errors="surrogatepass")).digest()
-        row = self._db.execute("SELECT * FROM jobs WHERE key = ?", (digest,)).fetchone()
+        row = self._db.execute(f"{_JOBS} WHERE key = ?", (digest,)).fetchone()
         if row is not None:
             job = self._job(row)
             # The seed that was drawn for a job is not part of the request.
@@ -114,33 +140,58 @@ class Store:
         id_ = f"job-{secrets.token_hex(6)}"
         sealed = self._vault.seal(_packed(task), f"{id_}/task")
         self._db.execute(
-            "INSERT INTO jobs (id, key, kind, model, priority, created, task) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (id_, digest, kind_of(task), _name(task.model), priority, time.time(), sealed),
+            "INSERT INTO jobs (id, key, kind, model, priority, created, task, group_number) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (id_, digest, kind_of(task), _name(task.model), priority, time.time(), sealed, group),
         )
         return self.get(id_)
 
     def get(self, id_: str) -> Job:
         """The job with this id. Raises UnknownJob."""
-        row = self._db.execute("SELECT * FROM jobs WHERE id = ?", (id_,)).fetchone()
+        row = self._db.execute(f"{_JOBS} WHERE id = ?", (id_,)).fetchone()
         if row is None:
             raise UnknownJob(f"there is no job {id_}")
         return self._job(row)
 
-    def jobs(self, states: Sequence[State] = (), limit: int = -1) -> list[Job]:
-        """The jobs in some states (all states by default), the newest first."""
-        wanted = _marks(states)
-        query = f"SELECT * FROM jobs WHERE ? OR state IN ({wanted}) ORDER BY number DESC LIMIT ?"
-        return [self._job(row) for row in self._db.execute(query, (not states, *states, limit))]
+    def jobs(self, selection: Selection = Selection(), limit: int = -1) -> list[Job]:
+        """The selected jobs, the newest first, `limit` of them at most."""
+        where, values = self._where(selection)
+        query = f"{_JOBS} WHERE {where} ORDER BY jobs.number DESC LIMIT ?"
+        return [self._job(row) for row in self._db.execute(query, (*values, limit))]
 
-    def count(self) -> dict[str, int]:
-        """The number of jobs in each state."""
-        found = self._db.execute("SELECT state, count(*) FROM jobs GROUP BY state")
-        return dict.fromkeys(("queued", "running", *FINAL), 0) | dict(found)
+    def ids(self, selection: Selection = Selection()) -> list[str]:
+        """Ids of the selected jobs, the oldest first."""
+        where, values = self._where(selection)
+        return [id_ for (id_,) in self._db.execute(f"SELECT id FROM jobs WHERE {where} ORDER BY number", values)]
 
-    def generated(self) -> int:
-        """The number of tokens that all jobs have generated."""
-        (tokens,) = self._db.execute("SELECT coalesce(sum(tokens), 0) FROM jobs").fetchone()
+    def count(self, selection: Selection = Selection()) -> dict[str, int]:
+        """The number of selected jobs in each state."""
+        where, values = self._where(selection)
+        found = self._db.execute(f"SELECT state, count(*) FROM jobs WHERE {where} GROUP BY state", values)
+        return dict.fromkeys(STATES, 0) | dict(found)
+
+    def generated(self, selection: Selection = Selection()) -> int:
+        """The number of tokens that the selected jobs have generated."""
+        where, values = self._where(selection)
+        (tokens,) = self._db.execute(f"SELECT coalesce(sum(tokens), 0) FROM jobs WHERE {where}", values).fetchone()
         return int(tokens)
+
+    def _where(self, selection: Selection) -> tuple[str, list[object]]:
+        """A condition on the table `jobs` in SQL, and the values of its placeholders."""
+        conditions, values = ["1"], list[object]()
+        if selection.ids:
+            conditions.append(f"jobs.id IN ({_marks(selection.ids)})")
+            values += selection.ids
+        if selection.states:
+            conditions.append(f"jobs.state IN ({_marks(selection.states)})")
+            values += selection.states
+        if selection.group is not None:
+            conditions.append("jobs.group_number = (SELECT number FROM groups WHERE digest = ?)")
+            values.append(self._vault.digest(selection.group.encode(errors="surrogatepass")))
+        if selection.since is not None:
+            conditions.append("jobs.created >= ?")
+            values.append(selection.since)
+        return " AND ".join(conditions), values
 
     def pieces(self, id_: str, skip: int = 0) -> list[TextPiece]:
         """The pieces of text that a job has generated, without the first `skip`."""
@@ -203,31 +254,38 @@ class Store:
             )
             return self.get(id_)
 
-    def retry_failed(self) -> int:
-        """Queues all failed jobs again; returns their number."""
-        query = (
-            "UPDATE jobs SET state = 'queued', cancelling = 0, finished = NULL, error = NULL WHERE state = 'failed'"
-        )
+    def retry_failed(self, group: str | None = None) -> int:
+        """Queues all failed jobs, or those of a group, again; returns their number."""
+        where, values = self._where(Selection(states=("failed",), group=group))
+        query = f"UPDATE jobs SET state = 'queued', cancelling = 0, finished = NULL, error = NULL WHERE {where}"
         with transaction(self._db, self.path):
-            return self._db.execute(query).rowcount
+            return self._db.execute(query, values).rowcount
 
     def prune(self, before: float, states: Sequence[State] = FINAL) -> int:
         """Removes jobs that ended before a time (seconds since the epoch); returns their number."""
         query = f"DELETE FROM jobs WHERE state IN ({_marks(states)}) AND finished < ?"
         with transaction(self._db, self.path):
             removed = self._db.execute(query, (*states, before)).rowcount
+            self._remove_empty_groups()
         if removed:
             # The write-ahead log would keep the removed rows until it is overwritten.
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return removed
 
-    def keep(self, ids: Iterable[str]) -> None:
-        """Removes all jobs except these, of which there may be more than fit into memory."""
+    def keep(self, ids: Iterable[str], group: str | None = None) -> None:
+        """Removes all jobs, or those of a group, except these, of which there may be more than fit into memory."""
+        where, values = self._where(Selection(group=group))
         with transaction(self._db, self.path):
             self._db.execute("CREATE TEMP TABLE kept (id TEXT PRIMARY KEY) WITHOUT ROWID")
             self._db.executemany("INSERT OR IGNORE INTO kept VALUES (?)", ((id_,) for id_ in ids))
-            self._db.execute("DELETE FROM jobs WHERE id NOT IN kept")
+            self._db.execute(f"DELETE FROM jobs WHERE id NOT IN kept AND {where}", values)
             self._db.execute("DROP TABLE kept")
+            self._remove_empty_groups()
+
+    def _remove_empty_groups(self) -> None:
+        self._db.execute(
+            "DELETE FROM groups WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.group_number = groups.number)"
+        )
 
     # --- for the runner ------------------------------------------------------------------------------------
 
@@ -250,9 +308,11 @@ class Store:
         with transaction(self._db, self.path):
             ids = [id_ for (id_,) in self._db.execute(query, (kind, *names, limit))]
             for id_ in ids:
+                now = time.time()
                 self._db.execute(
-                    "UPDATE jobs SET state = 'running', started = coalesce(started, ?) WHERE id = ?",
-                    (time.time(), id_),
+                    "UPDATE jobs SET state = 'running', started = coalesce(started, ?), claimed = ?, "
+                    "claimed_tokens = tokens WHERE id = ?",
+                    (now, now, id_),
                 )
             return [self.get(id_) for id_ in ids]
 
@@ -317,7 +377,13 @@ class Store:
             steps=row["steps"],
             finish_reason=row["finish_reason"],
             error=None if error is None else self._vault.open(error, f"{id_}/error").decode(),
+            group=self._group_name(row["group_digest"], row["group_name"]),
+            claimed=row["claimed"],
+            claimed_tokens=row["claimed_tokens"],
         )
+
+    def _group_name(self, digest: bytes | None, sealed: bytes) -> str | None:
+        return None if digest is None else self._vault.open(sealed, f"group/{digest.hex()}").decode()
 
     def _decode(self, data: bytes, type_: Any) -> Any:
         try:

@@ -52,6 +52,7 @@ class Device:
         stop: Sequence[str] = (),
         priority: int = 0,
         key: str | None = None,
+        group: str | None = None,
         sampling: Sampling | None = None,
         **fields: Any,
     ) -> Submitted[str]:
@@ -61,12 +62,13 @@ class Device:
             stop: texts at which the answer ends.
             priority: jobs with a higher one run first.
             key: a name for the job. If there is a job with this key, it is returned instead of a new one.
+            group: name of the group that the job belongs to.
             sampling: how tokens are chosen, and their maximum number.
             fields: replace fields of `sampling`: `max_tokens`, `temperature`, `top_p`, `top_k`, `seed`.
 
         Raises:
             JobsError: the job with this key asks for something else.
-            ConfigError: the key is empty, or a number is out of bounds.
+            ConfigError: the key is empty, the group has no valid name, or a number is out of bounds.
             StoreLocked, ConfigError: the store cannot be opened.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -76,7 +78,7 @@ class Device:
             sampling=dataclasses.replace(sampling or Sampling(), **fields).checked(),
             stop=tuple(stop),
         )
-        return _submit(task, priority, key, self._store_key, text_output)
+        return _submit(task, priority, key, group, self._store_key, text_output)
 
 
 class ImageDevice:
@@ -98,34 +100,40 @@ class ImageDevice:
         *,
         priority: int = 0,
         key: str | None = None,
+        group: str | None = None,
         settings: ImageSettings | None = None,
         **fields: Any,
     ) -> Submitted[Image.Image]:
         """Submits a prompt.
 
         Args:
-            priority, key: as for `Device`.
+            priority, key, group: as for `Device`.
             settings: how the image is made.
             fields: replace fields of `settings`: `steps`, `width`, `height`, `guidance`, `negative`, `seed`.
 
         Raises:
             JobsError: the job with this key asks for something else.
-            ConfigError: the model cannot make an image of this size, the key is empty, or a number is out of
-                bounds.
+            ConfigError: the model cannot make an image of this size, the key is empty, the group has no valid name,
+                or a number is out of bounds.
             StoreLocked, ConfigError: the store cannot be opened.
         """
         settings = dataclasses.replace(settings or ImageSettings(), **fields).checked()
         task = ImageTask(model=self._model, prompt=prompt, settings=settings)
         check_size(task.model.name, task.settings)
-        return _submit(task, priority, key, self._store_key, _open_image)
+        return _submit(task, priority, key, group, self._store_key, _open_image)
 
 
 def _submit(
-    task: AnyTask, priority: int, key: str | None, store_key: Path | None, output: Callable[[Store, Job], _T]
+    task: AnyTask,
+    priority: int,
+    key: str | None,
+    group: str | None,
+    store_key: Path | None,
+    output: Callable[[Store, Job], _T],
 ) -> Submitted[_T]:
     priority = within_bounds("priority", priority)
     with Store(store_path(), store_key) as store:
-        return Submitted(store.submit(task, priority, key).id, store_key, output)
+        return Submitted(store.submit(task, priority, key, group).id, store_key, output)
 
 
 def _open_image(store: Store, job: Job) -> Image.Image:
