@@ -116,7 +116,9 @@ def test_every_command_refuses_what_none_can_do(
     model = with_defaults(checkpoint, tmp_path, **{name: value})
     for done in (by_generate(run, model, broker), by_chat(run, model, broker)):
         assert done.code in (1, 2)
-        assert len(done.err.splitlines()) == 1
+        loading, error = done.err.splitlines()
+        assert loading.startswith("loading ")
+        assert error.startswith("error: ")
         assert name in done.err or "penalty" in done.err
     done, answer = by_batch(run, model, broker, tmp_path)
     assert done.code == 1

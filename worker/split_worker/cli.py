@@ -21,12 +21,13 @@ from split_common.cli.options import (
     parse_size,
 )
 from split_common.errors import ConfigError
+from split_common.models.checkpoint_files import model_name
 from split_common.models.demo_model import resolve_model
-from split_common.system.console import emit_json, stderr
+from split_common.system.console import doing, emit_json, stderr
 from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm, wait_until_set
 from split_common.transport import connect
-from split_common.transport.address import DEFAULT_BROKER
+from split_common.transport.address import DEFAULT_BROKER, masked
 from split_common.trust.fleet import load_fleet
 
 if TYPE_CHECKING:
@@ -115,32 +116,32 @@ def worker(
     identity = fleet.identity("worker", member)
     transport = connect(broker, fleet, identity)
     checkpoint = resolve_model(model)
+    with doing(f"loading {model_name(checkpoint)}, connecting to {masked(broker)}"):
+        import torch
 
-    import torch
+        from split_common.models.tensors import parse_dtype
+        from split_worker.bodies.loading import load_body
+        from split_worker.limits import WorkerLimits
+        from split_worker.worker import Worker
 
-    from split_common.models.tensors import parse_dtype
-    from split_worker.bodies.loading import load_body
-    from split_worker.limits import WorkerLimits
-    from split_worker.worker import Worker
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    serving = load_body(
-        checkpoint,
-        fleet,
-        revision=revision,
-        layers=layers,
-        cut=cut,
-        ip_adapter=ip_adapter,
-        device=torch.device(_device(device)),
-        dtype=parse_dtype(dtype),
-        memory=kv_bytes,
-        max_pixels=max_pixels,
-    )
-    limits = WorkerLimits(max_sessions=max_sessions, idle_timeout=idle_timeout)
-    stop = catch_sigterm()
-    running = Worker(serving.body, serving.service, serving.model, identity, fleet, transport, limits, stop.set)
-    running.start(timeout)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        serving = load_body(
+            checkpoint,
+            fleet,
+            revision=revision,
+            layers=layers,
+            cut=cut,
+            ip_adapter=ip_adapter,
+            device=torch.device(_device(device)),
+            dtype=parse_dtype(dtype),
+            memory=kv_bytes,
+            max_pixels=max_pixels,
+        )
+        limits = WorkerLimits(max_sessions=max_sessions, idle_timeout=idle_timeout)
+        stop = catch_sigterm()
+        running = Worker(serving.body, serving.service, serving.model, identity, fleet, transport, limits, stop.set)
+        running.start(timeout)
     try:
         _announce(running, serving, identity.certificate.name, json)
         wait_until_set(stop)

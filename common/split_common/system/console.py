@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import json
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
 from rich.text import Text
 
 from split_common.system.text import decode_text, for_terminal, json_line
@@ -34,6 +37,23 @@ stderr = _PlainConsole(stderr=True)
 def stdout() -> Console:
     """A console for results that are tables or lists. Not kept, because `sys.stdout` may be redirected."""
     return _PlainConsole()
+
+
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Says on stderr what is being done: in a terminal by a line that vanishes at the end, elsewhere for good.
+
+    Args:
+        what: e.g. "loading the model".
+    """
+    line = Text(f"{for_terminal(what)} …")
+    if not stderr.is_terminal or stderr.is_dumb_terminal:
+        stderr.print(line, soft_wrap=True)
+        yield
+        return
+    # stdout stays as it is: it may be a file.
+    with Live(Spinner("dots", line), console=stderr, transient=True, redirect_stdout=False):
+        yield
 
 
 def prepare_output() -> None:

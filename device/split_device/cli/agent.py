@@ -13,7 +13,7 @@ import typer
 from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption, given_words
 from split_common.errors import AgentError, ConfigError
-from split_common.system.console import emit_json, stderr
+from split_common.system.console import doing, emit_json, stderr
 from split_common.system.lock import Held, holding
 from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm
@@ -55,8 +55,9 @@ def run(
     try:
         with holding(agent.lock_path()), Store(store_path(), store_key) as store:
             resumed = store.recover()
-            from split_device.jobs.models import Models
-            from split_device.jobs.runner import JobRunner
+            with doing("loading torch"):
+                from split_device.jobs.models import Models
+                from split_device.jobs.runner import JobRunner
 
             if json:
                 emit_json({"pid": os.getpid(), "store": str(store.path), "jobs": store.count()})
@@ -105,9 +106,10 @@ def start(
     """Run jobs in the background; returns when the agent is ready."""
     # The options are those of `agent run`, in this directory and this environment. An address may hold a password,
     # and the arguments of a process are everybody's to read.
-    facts = agent.start(
-        given_words(context, but=["--json", "--broker"]), {"LAMBDA_SPLIT_BROKER": connection.broker}
-    )
+    with doing("starting an agent"):
+        facts = agent.start(
+            given_words(context, but=["--json", "--broker"]), {"LAMBDA_SPLIT_BROKER": connection.broker}
+        )
     if json:
         emit_json(facts)
     else:

@@ -20,6 +20,7 @@ from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm
 from split_device.cli.groups import LIMITS, ConnectionOptions, TextModelOptions
 from split_device.cli.options import GIVE_UP, GiveUpOption, StoreKeyOption
+from split_device.cli.terminal import loading
 from split_device.generation.limits import Limits
 from split_device.jobs.store import Store
 from split_device.openai import batch_file as batches
@@ -63,14 +64,15 @@ def batch(
     began = time.perf_counter()
     stop = catch_sigterm()
     work = batches.work_path(output, source)
+    choice = model.choice()
     try:
-        with open_requests(source, model.choice()) as requests, holding(work.with_suffix(".lock")):
+        with open_requests(source, choice) as requests, holding(work.with_suffix(".lock")):
             with Store(work, store_key) as store:
                 store.recover()
                 before = store.generated()
                 with batches.BatchJobs(requests, store) as jobs:
                     if jobs.jobs:
-                        _run(store, jobs, connection, limits, give_up, stop)
+                        _run(choice.name, store, jobs, connection, limits, give_up, stop)
                     tokens = store.generated() - before
                     count, errors = batches.write(output, jobs.records())
             batches.remove(work)
@@ -94,6 +96,7 @@ def batch(
 
 
 def _run(
+    name: str,
     store: Store,
     jobs: batches.BatchJobs,
     connection: Connection,
@@ -101,9 +104,10 @@ def _run(
     give_up: float,
     stop: threading.Event,
 ) -> None:
-    """Runs a batch's jobs to their end. Raises KeyboardInterrupt after SIGTERM."""
-    from split_device.jobs.models import Models
-    from split_device.jobs.runner import JobRunner
+    """Runs a batch's jobs to their end, by the model of this name. Raises KeyboardInterrupt after SIGTERM."""
+    with loading(connection, name):
+        from split_device.jobs.models import Models
+        from split_device.jobs.runner import JobRunner
 
     with Models(connection, limits) as models:
         _run_with_progress(JobRunner(store, models, give_up, stderr.print), store, jobs, stop)

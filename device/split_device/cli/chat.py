@@ -16,7 +16,7 @@ from split_common.system.text import check_text
 from split_device.cli.checks import check_connection
 from split_device.cli.groups import ConnectionOptions, SamplingOptions, TextModelOptions
 from split_device.cli.options import SystemOption
-from split_device.cli.terminal import answer_line
+from split_device.cli.terminal import answer_line, loading
 from split_device.generation.settings import Sampling
 
 
@@ -37,12 +37,14 @@ def chat(
     check_connection(connection)
     choice = model.choice()
 
-    from split_device.generation.chat import Conversation
-    from split_device.generation.tokenizing import load_tokenizer
-    from split_device.jobs.models import load_model
+    with loading(connection, choice.name):
+        from split_device.generation.chat import Conversation
+        from split_device.generation.tokenizing import load_tokenizer
+        from split_device.jobs.models import load_model
 
-    tokenizer = load_tokenizer(choice.name, choice.revision)
-    with load_model(choice, connection) as split:
+        tokenizer = load_tokenizer(choice.name, choice.revision)
+        split = load_model(choice, connection)
+    with split:
         start = [{"role": "system", "content": system}] if system else []
         conversation = Conversation(split, tokenizer, start)
         turns = []

@@ -20,7 +20,7 @@ from split_common.cli.groups import grouped
 from split_common.cli.options import MODEL_PANEL, JsonOption
 from split_common.errors import InvalidSplit, KeysError, NoWorker, SplitError
 from split_common.protocol import headers
-from split_common.system.console import emit_json, stdout
+from split_common.system.console import doing, emit_json, stdout
 from split_common.transport import connect, new_peer_id
 from split_common.transport.address import masked
 from split_common.trust.fleet import Fleet, load_fleet
@@ -74,10 +74,12 @@ def doctor(
     The exit code is 1 if there is a problem.
     """
     findings = []
-    for finding in itertools.chain(_findings(connection), _layers(model)):
-        findings.append(finding)
-        if not json:
-            _print(finding)
+    # Without --json, each finding is printed as it comes, the first one at once.
+    with doing("checking this machine, the broker and the workers") if json else contextlib.nullcontext():
+        for finding in itertools.chain(_findings(connection), _layers(model)):
+            findings.append(finding)
+            if not json:
+                _print(finding)
     healthy = all(finding.status != "problem" for finding in findings)
     if json:
         emit_json({"healthy": healthy, "findings": [asdict(finding) for finding in findings]})

@@ -16,7 +16,7 @@ from split_device.cli.checks import check_connection, check_prompt
 from split_device.cli.groups import ConnectionOptions, SamplingOptions, TextModelOptions
 from split_device.cli.options import RawOption, SystemOption
 from split_device.cli.tables import timings_table
-from split_device.cli.terminal import answer_line
+from split_device.cli.terminal import answer_line, loading
 
 
 @grouped
@@ -45,16 +45,18 @@ def generate(
     check_connection(connection)
     choice = model.choice()
 
-    from split_device.generation.chat import Conversation
-    from split_device.generation.tokenizing import encode_chat, encode_text, load_tokenizer
-    from split_device.jobs.models import load_model
+    with loading(connection, choice.name):
+        from split_device.generation.chat import Conversation
+        from split_device.generation.tokenizing import encode_chat, encode_text, load_tokenizer
+        from split_device.jobs.models import load_model
 
-    tokenizer = load_tokenizer(choice.name, choice.revision)
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": text})
-    input_ids = encode_text(tokenizer, text) if raw else encode_chat(tokenizer, messages)
+        tokenizer = load_tokenizer(choice.name, choice.revision)
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": text})
+        input_ids = encode_text(tokenizer, text) if raw else encode_chat(tokenizer, messages)
+        split = load_model(choice, connection)
     prompt_ms: dict[str, float] = {}
-    with load_model(choice, connection) as split:
+    with split:
 
         def note_prompt() -> None:
             prompt_ms.update(split.timings.per_step_ms())

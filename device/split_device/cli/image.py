@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,14 +15,15 @@ import typer
 from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption
 from split_common.errors import ConfigError
-from split_common.system.console import emit_json, stderr
+from split_common.system.console import emit_json, print_text
+from split_common.system.outputs import is_stream
 from split_common.system.process import passive_threads
 from split_common.system.signals import exit_on_sigterm
 from split_device.cli.checks import check_connection
 from split_device.cli.groups import CONNECTION, IMAGE_MODEL_CUT, ImageModel, Picture, PictureOptions, PipelineOption
 from split_device.cli.job_output import print_notes
 from split_device.cli.options import MetadataOption
-from split_device.cli.terminal import step_progress
+from split_device.cli.terminal import loading, step_progress
 from split_device.images.files import notes, read_image, write_image
 from split_device.images.settings import DRAWN_SEED_BITS, check_image_output
 from split_device.sessions.connection import Connection
@@ -70,12 +73,13 @@ def image(
     passive_threads()
     check_connection(connection)
     more = {"image": read_image(init_image), "strength": strength} if init_image is not None else {}
+    with exit_on_sigterm(), contextlib.ExitStack() as stack:
+        with loading(connection, choice.name):
+            from split_device.images.pipeline import ImagePipeline
+            from split_device.jobs.models import load_image_model
 
-    from split_device.images.pipeline import ImagePipeline
-    from split_device.jobs.models import load_image_model
-
-    with exit_on_sigterm(), load_image_model(choice, connection) as denoiser:
-        pipeline = ImagePipeline(choice.name, denoiser, from_image=init_image is not None)
+            denoiser = stack.enter_context(load_image_model(choice, connection))
+            pipeline = ImagePipeline(choice.name, denoiser, from_image=init_image is not None)
         began = time.perf_counter()
         with step_progress(picture.steps, json) as advance:
             made = pipeline.generate(prompt, settings, advance, **more)
@@ -111,5 +115,6 @@ def _report(output: Path, made: Any, seed: int, seconds: float, denoiser: SplitD
         )
     else:
         facts = f"{made.width}x{made.height}, seed {seed}, {seconds:.1f} s, {calls} calls of the worker"
-        stderr.print(f"{output}: {facts}", soft_wrap=True)
+        # Where the image went into a pipe, it may be stdout.
+        print_text(f"{output}: {facts}", stream=sys.stderr if is_stream(output) else sys.stdout)
         print_notes(made)

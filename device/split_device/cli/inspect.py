@@ -9,7 +9,8 @@ import typer
 
 from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption
-from split_common.system.console import emit_json, stdout
+from split_common.models.checkpoint_files import model_name
+from split_common.system.console import doing, emit_json, stdout
 from split_device.cli.groups import TEXT_MODEL, TextModel
 from split_device.cli.tables import parts_table
 
@@ -24,15 +25,15 @@ def inspect(
 ) -> None:
     """Show which parts of a model the device keeps and which the worker runs; no weights are read."""
     choice = dataclasses.replace(cut, model=model).choice()
+    with doing(f"reading the shapes of {model_name(choice.name)}"):
+        import msgspec
 
-    import msgspec
+        from split_common.models.loading import read_spec
+        from split_common.models.split import Split
+        from split_common.models.tensors import parse_dtype
+        from split_device.models.sizes import bytes_per_token, parts
 
-    from split_common.models.loading import read_spec
-    from split_common.models.split import Split
-    from split_common.models.tensors import parse_dtype
-    from split_device.models.sizes import bytes_per_token, parts
-
-    spec = read_spec(choice.name, choice.revision)
+        spec = read_spec(choice.name, choice.revision)
     split = Split.from_head_tail(spec.layers, choice.head_layers, choice.tail_layers)
     dtype = parse_dtype(choice.dtype)
     rows = parts(spec, split, dtype)

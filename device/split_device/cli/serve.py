@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -18,6 +19,7 @@ from split_common.system.console import emit_json, stderr
 from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm, wait_until_set
 from split_device.cli.groups import ConnectionOptions, ImageModelOptions, LimitOptions, TextModelOptions
+from split_device.cli.terminal import loading
 from split_device.jobs.job import ImageChoice, ModelChoice
 from split_device.openai.hosts import check_host
 from split_device.openai.listener import HOST, listening, running_server
@@ -84,23 +86,24 @@ def serve(
         raise ConfigError(f"{ignored[0]} needs --image-model")
     choice = model.choice() if model.model is not None or image_choice is None else None
     name, image_name = _name(choice), _name(image_choice)
-    with listening(port) as listener:
-        from split_device.jobs.models import Models
-        from split_device.openai.completions import Completions
-        from split_device.openai.images import Images
-        from split_device.openai.server import CompletionServer
+    with listening(port) as listener, contextlib.ExitStack() as stack:
+        with loading(connection, name, image_name):
+            from split_device.jobs.models import Models
+            from split_device.openai.completions import Completions
+            from split_device.openai.images import Images
+            from split_device.openai.server import CompletionServer
 
-        with Models(connection, limits) as models:
+            models = stack.enter_context(Models(connection, limits))
             completions = Completions(models.get(choice), choice, name) if choice and name else None
             image_endpoint = (
                 Images(models.pipeline(image_choice), image_name, limits.images)
                 if image_choice and image_name
                 else None
             )
-            server = CompletionServer(completions, image_endpoint, api_key, hosts)
-            with running_server(server.app(), listener, stop):
-                _announce(f"http://{HOST}:{listener.getsockname()[1]}/", name, image_name, json)
-                wait_until_set(stop)
+        server = CompletionServer(completions, image_endpoint, api_key, hosts)
+        with running_server(server.app(), listener, stop):
+            _announce(f"http://{HOST}:{listener.getsockname()[1]}/", name, image_name, json)
+            wait_until_set(stop)
 
 
 def _announce(page: str, name: str | None, image_name: str | None, json: bool) -> None:

@@ -15,7 +15,7 @@ from split_common.cli.groups import Group, grouped
 from split_common.cli.options import MODEL_PANEL, QUEUE_PANEL, JsonOption, KeysOption
 from split_common.errors import ConfigError
 from split_common.models.split import END_LAYERS
-from split_common.system.console import emit_json, stderr, stdout
+from split_common.system.console import doing, emit_json, stderr, stdout
 from split_common.system.files import user_path
 from split_common.system.process import passive_threads
 from split_common.transport.address import is_redis
@@ -124,10 +124,10 @@ def stress(
     """
     plan = _checked(plan, chaos, hostile)
     passive_threads()
-
-    from split_device.stress.plot import check_plot, draw
-    from split_device.stress.report import table
-    from split_device.stress.run import run
+    with doing("loading torch"):
+        from split_device.stress.plot import check_plot, draw
+        from split_device.stress.report import table
+        from split_device.stress.run import run
 
     if plot is not None:
         check_plot(plot)

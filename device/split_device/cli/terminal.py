@@ -1,11 +1,24 @@
-"""Streams answers and progress to a terminal."""
+"""What commands show while they work: what they load, answers as they come, progress."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 
-from split_common.system.console import print_text, stderr
+from split_common.models.checkpoint_files import model_name
+from split_common.system.console import doing, print_text, stderr
+from split_common.transport.address import masked
+from split_device.sessions.connection import Connection
+
+
+def loading(connection: Connection, *names: str | None) -> contextlib.AbstractContextManager[None]:
+    """Says that models are being loaded, and which queue is joined. Enter it before torch is imported.
+
+    Args:
+        names: directories, hub ids or names of the models; None for no model.
+    """
+    models = " and ".join(model_name(name) for name in names if name)
+    return doing(f"loading {models}, connecting to {masked(connection.broker)}")
 
 
 @contextlib.contextmanager

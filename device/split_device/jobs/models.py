@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from transformers import GenerationConfig
 
 from split_common.errors import PromptTooLong
 from split_common.models.checkpoint import Checkpoint
+from split_common.models.checkpoint_files import model_name
 from split_common.models.layer_stack import UNLIMITED, max_positions
 from split_common.models.loading import generation_config
 from split_common.system.signals import interrupt_on_sigterm
@@ -26,6 +28,8 @@ from split_device.sessions.connection import Connection
 if TYPE_CHECKING:
     from split_device.images.pipeline import ImagePipeline
     from split_device.models.denoiser import SplitDenoiser
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,7 @@ class Models:
         return self._loaded[choice]
 
     def _load(self, choice: ModelChoice) -> Loaded:
+        log.info("loading %s", model_name(choice.name))
         tokenizer = load_tokenizer(choice.name, choice.revision)
         model = self._stack.enter_context(load_model(choice, self._connection))
         generator = self._stack.enter_context(Generator(model, limits=self.limits))
@@ -169,6 +174,7 @@ class Models:
         need_diffusers()
         from split_device.images.pipeline import ImagePipeline
 
+        log.info("loading %s", model_name(choice.name))
         denoiser = self._stack.enter_context(load_image_model(choice, self._connection))
         return ImagePipeline(choice.name, denoiser, at_once=self.limits.images)
 

@@ -65,6 +65,7 @@ def run(plan: StressPlan, directory: Path, stack: contextlib.ExitStack) -> Stres
     Raises:
         SplitError: a process could not be started.
     """
+    stderr.print(f"starting {plan.workers} workers and {plan.devices} devices on this machine …")
     build = {"text": tiny_model.build, "image": tiny_unet.build}
     models = {kind: plan.model or str(build[kind](directory / f"stress-{kind}", plan.seed)) for kind in plan.kinds}
     env = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
@@ -75,7 +76,6 @@ def run(plan: StressPlan, directory: Path, stack: contextlib.ExitStack) -> Stres
         env |= {"LAMBDA_SPLIT_RUNTIME": str(directory / "runtime")}
 
     stack.enter_context(exit_on_sigterm())
-    stderr.print(f"starting {plan.workers} workers and {plan.devices} devices on this machine …")
     targets = hostile_fleet.read_targets(plan, models) if plan.hostile else {}
     own = hostile_fleet.own_keys(plan, directory / "members", targets) if plan.hostile else None
     members: Membership = own or SharedKeys(plan.keys)
