@@ -29,6 +29,7 @@ def broker(
         str,
         typer.Option(
             metavar="ADDRESS",
+            envvar="LAMBDA_SPLIT_BIND",
             help="Where to listen: tcp://HOST:PORT (port * for a free one), zmq://HOST:PORT or ipc://PATH.",
         ),
     ] = DEFAULT_BROKER,

@@ -74,7 +74,7 @@ def steps_of(id_: str) -> int:
 
 
 def test_from_submission_to_the_image(run: Any, model: Path, address: str, tmp_path: Path) -> None:
-    asked = ("submit", "--image", "a seven", "--model", model, "--steps", 3, "--seed", 5)
+    asked = ("submit", "--image", "a seven", "--image-model", model, "--steps", 3, "--seed", 5)
     early = run(*asked, "--size", 48, "--guidance", 3, "--negative", "blue", "--key", "one", "--json")
     assert "no agent runs" in early.err
     assert (early.json["kind"], early.json["state"], early.json["steps"]) == ("image", "queued", 0)
@@ -116,7 +116,7 @@ def test_from_submission_to_the_image(run: Any, model: Path, address: str, tmp_p
 @pytest.mark.long
 def test_a_killed_agent_makes_the_same_image(run: Any, model: Path, address: str) -> None:
     """Two images of many steps at once, neither with a seed of its own; one is cancelled and tried again."""
-    asked = ("--image", "--model", model, "--steps", 40)
+    asked = ("--image", "--image-model", model, "--steps", 40)
     ids = [run("submit", *asked, prompt).out.strip() for prompt in ("a seven", "an eight")]
     pid = run("agent", "start", "--broker", address, "--json").json["pid"]
     wait_until(lambda: all(steps_of(id_) > 5 for id_ in ids), PATIENCE)
@@ -172,10 +172,11 @@ def test_images_at_once_share_weights_and_nothing_that_changes(model: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("submit", "--image", "a seven"), "no model: give --model DIR"),
-        (("submit", "--image", "a seven", "--model", "/nowhere"), "is not the directory of a pipeline"),
+        (("submit", "--image", "a seven"), "no image model: give --image-model"),
+        (("submit", "--image", "a seven", "--image-model", "/nowhere"), "is not the directory of a pipeline"),
         (("submit", "--image", "a seven", "--max-tokens", 3), "--max-tokens is for texts"),
         (("submit", "a seven", "--steps", 3), "--steps needs --image"),
+        (("submit", "a seven", "--image-model", "/nowhere"), "--image-model needs --image"),
         (("submit", "--image", "a seven", "--reuse", "often"), "expected a number of steps"),
         (("submit", "--image", "a seven", "-o", "a.png"), "-o needs --wait"),
         (("submit", "--image", "a seven", "-o", "a.txt", "--wait"), "invalid image file"),
@@ -187,3 +188,9 @@ def test_wrong_usage_is_one_line(run: Any, arguments: tuple[Any, ...], message: 
     assert done.code in (1, 2)
     assert message in done.err
     assert done.err.count("\n") == 1
+
+
+def test_an_image_model_has_an_old_option(run: Any) -> None:
+    done = run("submit", "--image", "a seven", "--model", "/nowhere")
+    assert "warning: with --image, --model is an old name: use --image-model" in done.err
+    assert "/nowhere is not the directory of a pipeline" in done.err

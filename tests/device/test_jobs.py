@@ -142,7 +142,7 @@ def test_jobs_wait_for_a_worker_and_can_be_cancelled(
     run: Any, checkpoint: Path, address: str, tmp_path: Path
 ) -> None:
     """Nobody serves this cut: the job waits, and fails when there was time enough."""
-    options = ("--model", checkpoint, "--head-layers", 1, "--tail-layers", 1)
+    options = ("--model", checkpoint, "--layers", "1:-1")
     waiting = run("submit", "Hello", *options).out.strip()
     run("agent", "start", "--broker", address, "--give-up", 4)
     wait_until(lambda: "jobs wait: NoWorker" in log_path().read_text(), PATIENCE)

@@ -16,6 +16,7 @@ import tiny
 from split_common.cli import application
 from split_common.cli.groups import Group, grouped
 from split_common.errors import SplitError
+from split_common.models.split import Split
 from split_common.system.process import running_command
 from split_device import Connection, Device, Generator, Limits, Sampling, SplitModelForCausalLM
 from split_device.jobs import agent, models
@@ -46,7 +47,7 @@ def line(parameter: Any) -> str:
         words.append("repeated")
     if parameter.required:
         words.append("required")
-    elif parameter.default is not None and parameter.default is not False:
+    elif isinstance(parameter.show_default, str) or not (parameter.default is None or parameter.default is False):
         shown = parameter.show_default
         words.append(f"= {shown if isinstance(shown, str) else parameter.default}")
     if parameter.envvar:
@@ -249,3 +250,38 @@ def test_a_job_takes_an_object_or_single_names(
         task = job.job().task
         assert isinstance(task, Task)
         assert task.sampling == wanted
+
+
+# --- where a model is cut ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", ["2:-3", "2:3", ":", ":-1", "1:"])
+def test_a_worker_and_a_device_read_the_same_layers(layers: str, run: Any, checkpoint: Path) -> None:
+    body = Split.parse(tiny.LAYERS, layers)
+    parts = run("inspect", checkpoint, f"--layers={layers}", "--json").json["parts"]
+    assert {part["name"]: part["layers"] for part in parts}["body"] == f"{body.first}:{body.last}"
+
+
+@pytest.mark.parametrize(("old", "new"), [(("1", "3"), "1:-3"), (("1", None), "1:-2"), ((None, "0"), "2:")])
+def test_layers_have_old_names(old: tuple[str | None, str | None], new: str, run: Any, checkpoint: Path) -> None:
+    given = [
+        word
+        for name, value in zip(("--head-layers", "--tail-layers"), old, strict=True)
+        if value is not None
+        for word in (name, value)
+    ]
+    done = run("inspect", checkpoint, *given, "--json")
+    assert done.json == run("inspect", checkpoint, "--layers", new, "--json").json
+    assert f"warning: {given[0]} is an old name: use --layers FIRST:LAST" in done.err
+
+
+def test_old_and_new_names_of_layers_exclude_each_other(run: Any, checkpoint: Path) -> None:
+    assert run("inspect", checkpoint, "--layers", "2:-2", "--head-layers", 2).code == 2
+
+
+def test_stopping_an_agent_has_an_old_option(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(tmp_path / "state"))
+    done = run("agent", "stop", "--timeout", 3)
+    assert done.code == 0
+    assert "warning: --timeout is an old name: use --grace" in done.err
+    assert "warning" not in run("agent", "stop", "--grace", 3).err

@@ -21,6 +21,7 @@ from diffusers import UNet2DConditionModel
 
 from split_common.cli import main
 from split_common.errors import ConfigError, SplitError
+from split_common.models.split import DEFAULT_LAYERS
 from split_common.system.servers import free_port
 from split_device.cli.stress import parse_chaos
 from split_device.stress import images, tiny_model, tiny_unet
@@ -351,7 +352,7 @@ def test_images_are_drawn_and_compared(tmp_path: Path) -> None:
 
 
 def test_every_other_process_of_a_mixed_run_has_images() -> None:
-    plan = StressPlan("mixed", 4, 4, None, 1.0, "zmq", None, None, None, 2, 2, [], 0, None)
+    plan = StressPlan("mixed", 4, 4, None, 1.0, "zmq", None, None, None, DEFAULT_LAYERS, [], 0, None)
     assert [plan.kind(index) for index in range(4)] == ["text", "image", "text", "image"]
     assert main(["stress", "--workload", "mixed", "--workers", "1"]) == 2
     assert main(["stress", "--workload", "mixed", "--model", "x"]) == 2

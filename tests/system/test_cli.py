@@ -138,7 +138,7 @@ def test_a_seed_makes_sampling_repeatable(run: Any, here: list[object]) -> None:
 
 
 def test_layers_that_nobody_serves(run: Any, here: list[object]) -> None:
-    done = run("generate", "Hello", *here, "--head-layers", 1, "--json")
+    done = run("generate", "Hello", *here, "--layers", "1:4", "--json")
     assert done.code == 1
     assert done.json["error"]["type"] == "NoWorker"
     assert "served here: tiny layers 2:4" in done.err
@@ -200,7 +200,7 @@ def test_in_a_terminal_a_turn_may_fail_or_be_stopped(
 
 
 def test_inspect(run: Any, checkpoint: Path) -> None:
-    done = run("inspect", checkpoint, "--head-layers", 1, "--dtype", "bfloat16", "--json")
+    done = run("inspect", checkpoint, "--layers", "1:-2", "--dtype", "bfloat16", "--json")
     assert done.code == 0
     facts = done.json
     assert (facts["model"], facts["layers"], facts["bytes_per_token"]) == ("tiny", 6, 64)
@@ -238,14 +238,17 @@ def test_doctor_finds_everything_in_place(run: Any, address: str) -> None:
     ],
 )
 def test_doctor_says_how_a_model_would_run(
-    arch: str, wanted: tuple[str, str], run: Any, address: str, tmp_path: Path
+    arch: str, wanted: tuple[str, str], run: Any, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = tiny.save(arch, tmp_path)
     done = run("doctor", "--broker", address, "--model", directory, "--json")
     found = done.json["findings"][-1]
     assert (found["subject"], found["status"]) == ("model", wanted[0])
     assert found["detail"].startswith(wanted[1])
-    assert run("doctor", "--broker", address, "--model", tmp_path / "none").code == 1
+    monkeypatch.setenv("LAMBDA_SPLIT_MODEL", str(tmp_path / "none"))
+    done = run("doctor", "--broker", address)
+    assert done.code == 1
+    assert f"{tmp_path / 'none'}" in done.out
 
 
 def test_doctor_says_what_to_do(run: Any) -> None:
@@ -282,13 +285,15 @@ NOBODY = ["--broker", "tcp://127.0.0.1:9", "--timeout", "0.3"]
         (["generate", "x", "--keys", "/no/such/keys"], 2, "/no/such/keys"),
         (["generate", "x", "--member", "nobody"], 2, "nobody"),
         (["generate", "x", "--model", "CHECKPOINT", *NOBODY], 1, "is `lambda-split broker` running"),
-        (["generate", "x", "--model", "CHECKPOINT", "--head-layers", "4", *NOBODY], 2, "no body left"),
+        (["generate", "x", "--model", "CHECKPOINT", "--layers", "4:-2", *NOBODY], 2, "no body left"),
+        (["generate", "x", "--model", "CHECKPOINT", "--layers", "2:9", *NOBODY], 2, "6 layers"),
+        (["generate", "x", "--model", "CHECKPOINT", "--layers", "2", *NOBODY], 2, "FIRST:LAST"),
         (["worker", "--model", "CHECKPOINT", *NOBODY], 1, "is `lambda-split broker` running"),
         (["worker", "--model", "CHECKPOINT", "--layers", "2"], 2, "FIRST:LAST"),
         (["worker", "--model", "CHECKPOINT", "--kv-memory", "much"], 2, "4GiB"),
         (["worker", "--model", "CHECKPOINT", "--kv-memory", "1K"], 1, "1,024 bytes"),
         (["worker", "--model", "CHECKPOINT", "--layers", "2:9"], 2, "6 layers"),
-        (["inspect", "CHECKPOINT", "--tail-layers", "6"], 2, "no body left"),
+        (["inspect", "CHECKPOINT", "--layers", ":-6"], 2, "no body left"),
     ],
 )
 def test_an_error_is_one_line_that_helps(

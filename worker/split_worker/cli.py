@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from split_common.cli.options import (
-    MODEL_PANEL,
     BrokerOption,
+    CutOption,
+    DeviceName,
+    DeviceOption,
     DtypeOption,
     IpAdapterOption,
     JsonOption,
     KeysOption,
+    LayersOption,
     MemberOption,
     ModelOption,
     RevisionOption,
+    ThreadsOption,
     TimeoutOption,
     parse_size,
 )
@@ -34,9 +38,6 @@ if TYPE_CHECKING:
     from split_worker.bodies.loading import Serving
     from split_worker.worker import Worker
 
-DeviceName = Literal["auto", "cpu", "cuda"]
-CutName = Literal["A", "C"]
-
 #: Seconds of draining after which a message says what is waited for.
 SILENT_DRAIN = 0.2
 
@@ -48,38 +49,19 @@ def register(app: typer.Typer) -> None:
 
 def worker(
     model: ModelOption = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FIRST:LAST",
-            rich_help_panel=MODEL_PANEL,
-            help="The layers to serve, as a slice. Default: 2:-2, which leaves the device two at each end.",
-        ),
-    ] = None,
-    cut: Annotated[
-        CutName | None,
-        typer.Option(
-            rich_help_panel=MODEL_PANEL,
-            help="Where to cut a diffusion model, instead of --layers. C leaves the device a UNet's first level or "
-            "a transformer's first and last block; A leaves it two levels, or a sixth of the blocks at each "
-            "end. Default: C.",
-        ),
-    ] = None,
+    layers: LayersOption = None,
+    cut: CutOption = None,
     ip_adapter: IpAdapterOption = None,
     broker: BrokerOption = DEFAULT_BROKER,
-    device: Annotated[
-        DeviceName, typer.Option(help="Where to compute. With auto, on a GPU if there is one.")
-    ] = "auto",
+    device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Number of CPU threads. Default: one per core.")
-    ] = None,
+    threads: ThreadsOption = None,
     kv_memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Language models: memory for keys and values; by default a share of the free memory. Diffusion "
-            "models: memory for embeddings; by default 1GiB.",
+            show_default="a share of the free memory; for image models, 1GiB",
+            help="Memory for the keys and values of a language model, or the embeddings of an image model.",
         ),
     ] = None,
     max_pixels: Annotated[
@@ -87,8 +69,8 @@ def worker(
         typer.Option(
             min=1,
             metavar="N",
-            help="Diffusion models: maximum number of pixels of an image. Default: four times as many as the model "
-            "was made for, and at least 1048576.",
+            show_default="four times as many as the model was made for, and at least 1048576",
+            help="Image models: maximum number of pixels of an image.",
         ),
     ] = None,
     max_sessions: Annotated[
@@ -130,7 +112,7 @@ def worker(
             checkpoint,
             fleet,
             revision=revision,
-            layers=layers,
+            layers=None if layers is None else str(layers),
             cut=cut,
             ip_adapter=ip_adapter,
             device=torch.device(_device(device)),

@@ -12,14 +12,21 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from split_common.cli.options import QUEUE_PANEL, FleetOption, IpAdapterOption, JsonOption, KeysOption
+from split_common.cli.options import (
+    BrokerOption,
+    FleetOption,
+    IpAdapterOption,
+    JsonOption,
+    KeysOption,
+    RevisionOption,
+)
 from split_common.cli.redis_acl import redis_acl
 from split_common.errors import ConfigError, KeysError
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.verification import build_manifest
 from split_common.system.console import emit_json, stderr
 from split_common.transport import check_address
-from split_common.transport.address import is_redis, masked, parse_address
+from split_common.transport.address import DEFAULT_BROKER, is_redis, masked, parse_address
 from split_common.trust.fleet import DAYS, Fleet, keys_dir, load_fleet
 from split_common.trust.keys import Certificate, Member, ModelScope, Role
 from split_common.trust.manifest import Manifest
@@ -27,16 +34,6 @@ from split_common.trust.passphrase import ask_passphrase
 
 keys_app = typer.Typer(no_args_is_help=True)
 
-RedisOption = Annotated[
-    str,
-    typer.Option(
-        "--broker",
-        metavar="ADDRESS",
-        envvar="LAMBDA_SPLIT_BROKER",
-        rich_help_panel=QUEUE_PANEL,
-        help="Address of the Redis or Valkey server.",
-    ),
-]
 DaysOption = Annotated[
     int, typer.Option(min=1, max=36_500, metavar="N", help="Number of days for which the certificates are valid.")
 ]
@@ -118,11 +115,10 @@ def add_model(
         str, typer.Argument(metavar="MODEL", help="A directory with a safetensors checkpoint, or a hub id.")
     ],
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The model's name in the fleet. Default: the checkpoint's.")
+        str | None,
+        typer.Option(metavar="NAME", show_default="the checkpoint's", help="The model's name in the fleet."),
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of a hub id.")
-    ] = None,
+    revision: RevisionOption = None,
     ip_adapter: IpAdapterOption = None,
     keys: FleetOption = None,
     json: JsonOption = False,
@@ -177,7 +173,7 @@ def revoke(
 
 
 @keys_app.command()
-def publish(broker: RedisOption, keys: KeysOption = None, json: JsonOption = False) -> None:
+def publish(broker: BrokerOption = DEFAULT_BROKER, keys: KeysOption = None, json: JsonOption = False) -> None:
     """Store the roster in Redis; all members apply it within seconds. A ZeroMQ broker reads its own directory."""
     from split_common.transport.redis.roster import publish as publish_roster
 
@@ -192,7 +188,7 @@ def publish(broker: RedisOption, keys: KeysOption = None, json: JsonOption = Fal
 
 @keys_app.command()
 def sweep(
-    broker: RedisOption,
+    broker: BrokerOption = DEFAULT_BROKER,
     keys: KeysOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     json: JsonOption = False,
@@ -230,7 +226,8 @@ def _redis(broker: str, keys: Path | None) -> tuple[str, Fleet]:
     address = parse_address(broker)
     if not is_redis(address):
         raise ConfigError(
-            "--broker must be the address of a Redis server; a ZeroMQ broker reads the roster in its own directory"
+            f"{masked(address)} is not the address of a Redis server: give it with --broker; a ZeroMQ broker reads "
+            "the roster in its own directory"
         )
     fleet = load_fleet(keys)
     check_address(address, fleet)

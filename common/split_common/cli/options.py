@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from split_common.errors import ConfigError
+from split_common.models.split import DEFAULT_CUT, DEFAULT_LAYERS, Layers
+from split_common.system.console import stderr
 
 #: Headings in a command's help.
 MODEL_PANEL = "Model"
 QUEUE_PANEL = "Queue and keys"
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+CutName = Literal["A", "C"]
 
 KeysOption = Annotated[
     Path | None,
@@ -23,8 +27,8 @@ KeysOption = Annotated[
         "--keys",
         metavar="DIR",
         rich_help_panel=QUEUE_PANEL,
-        help="The fleet's directory. Default: $LAMBDA_SPLIT_KEYS, else `keys` in the settings directory, else "
-        "keys made for this machine's loopback only.",
+        show_default="$LAMBDA_SPLIT_KEYS, else `keys` in the settings directory, else keys for this machine alone",
+        help="The fleet's directory.",
     ),
 ]
 FleetOption = Annotated[
@@ -33,7 +37,8 @@ FleetOption = Annotated[
         "--keys",
         metavar="DIR",
         rich_help_panel=QUEUE_PANEL,
-        help="The fleet's directory. Default: $LAMBDA_SPLIT_KEYS, else `keys` in the settings directory.",
+        show_default="$LAMBDA_SPLIT_KEYS, else `keys` in the settings directory",
+        help="The fleet's directory.",
     ),
 ]
 JsonOption = Annotated[
@@ -46,12 +51,57 @@ ModelOption = Annotated[
         metavar="MODEL",
         envvar="LAMBDA_SPLIT_MODEL",
         rich_help_panel=MODEL_PANEL,
-        help="Directory or hub id of a safetensors checkpoint. Default: SmolLM2-135M-Instruct, fetched once.",
+        show_default="SmolLM2-135M-Instruct, fetched once",
+        help="Directory or hub id of a safetensors checkpoint.",
+    ),
+]
+LayersOption = Annotated[
+    Layers | None,
+    typer.Option(
+        "--layers",
+        parser=Layers.parse,
+        metavar="FIRST:LAST",
+        show_default=str(DEFAULT_LAYERS),
+        rich_help_panel=MODEL_PANEL,
+        help="The layers that workers run, as a slice: 2:-2 leaves the device two at each end. Devices and workers "
+        "need the same.",
+    ),
+]
+CutOption = Annotated[
+    CutName | None,
+    typer.Option(
+        "--cut",
+        show_default=DEFAULT_CUT,
+        rich_help_panel=MODEL_PANEL,
+        help="Where an image model is cut. C leaves the device a UNet's first level, or a transformer's first and "
+        "last block; A leaves it two levels, or a sixth of the blocks at each end. Devices and workers need the "
+        "same.",
+    ),
+]
+DeviceOption = Annotated[
+    DeviceName,
+    typer.Option(
+        "--device",
+        rich_help_panel=MODEL_PANEL,
+        help="Where this process computes its part of the model. With auto, on a GPU if there is one.",
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        metavar="N",
+        show_default="one per core",
+        rich_help_panel=MODEL_PANEL,
+        help="Number of CPU threads that compute.",
     ),
 ]
 RevisionOption = Annotated[
     str | None,
-    typer.Option(metavar="REVISION", rich_help_panel=MODEL_PANEL, help="Branch, tag or commit of a hub model."),
+    typer.Option(
+        "--revision", metavar="REVISION", rich_help_panel=MODEL_PANEL, help="Branch, tag or commit of a hub model."
+    ),
 ]
 IpAdapterOption = Annotated[
     Path | None,
@@ -84,14 +134,42 @@ MemberOption = Annotated[
 ]
 TimeoutOption = Annotated[
     float,
-    typer.Option(min=0.1, metavar="SECONDS", rich_help_panel=QUEUE_PANEL, help="How long to wait for the broker."),
+    typer.Option(
+        "--timeout",
+        min=0.1,
+        metavar="SECONDS",
+        rich_help_panel=QUEUE_PANEL,
+        help="How long to wait for the broker.",
+    ),
 ]
 DtypeOption = Annotated[
     DtypeName,
     typer.Option(
-        rich_help_panel=MODEL_PANEL, help="Data type of weights and hidden states; auto takes the checkpoint's."
+        "--dtype",
+        rich_help_panel=MODEL_PANEL,
+        help="Data type of weights and hidden states; auto takes the checkpoint's.",
     ),
 ]
+
+
+def old_name(name: str, new: str, least: float = 0) -> Any:
+    """Marks an option that has another name now: it is hidden, and warns if it is given.
+
+    Args:
+        name: the old name, like `--head-layers`.
+        new: what to write instead, for the warning.
+        least: the smallest value.
+    """
+    return typer.Option(name, min=least, hidden=True, callback=_warning(name, new))
+
+
+def _warning(name: str, new: str) -> Callable[[Any], Any]:
+    def warn(value: Any) -> Any:
+        if value is not None:
+            stderr.print(f"warning: {name} is an old name: use {new}", soft_wrap=True, markup=False)
+        return value
+
+    return warn
 
 
 def parse_size(size: str | int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from split_common.errors import ConfigError, InvalidSplit
@@ -11,6 +13,59 @@ END_LAYERS = 2
 
 #: Where denoisers are cut by default.
 DEFAULT_CUT = "C"
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A body's range as a Python slice, for a model of any number of layers: `2:-2` leaves two at each end.
+
+    Args:
+        first: index of the first layer, from 0.
+        last: index after the last layer; a negative one counts from the model's end, and None is the end.
+    """
+
+    first: int
+    last: int | None
+
+    @classmethod
+    def parse(cls, text: str | Layers) -> Layers:
+        """Reads `FIRST:LAST`, of which either may be missing. Raises ConfigError if the text is another one."""
+        match = re.fullmatch(r"(\d{1,9})?:(-?\d{1,9})?", str(text), re.ASCII)
+        if match is None:
+            raise ConfigError(f"invalid --layers {str(text)!r}: expected FIRST:LAST, e.g. 2:-2")
+        return cls(int(match[1] or 0), int(match[2]) if match[2] else None)
+
+    def ends(self, count: Callable[[], int]) -> tuple[int, int]:
+        """Numbers of layers before and after the body.
+
+        Args:
+            count: returns the number of the model's layers. Called only if the range ends at a layer that is
+                counted from the model's start.
+
+        Raises:
+            InvalidSplit: the range is not a part of the model.
+        """
+        if self.last is None or self.last < 0:
+            return self.first, -(self.last or 0)
+        split = self.split(count())
+        return split.first, split.layers - split.last
+
+    def split(self, layers: int) -> Split:
+        """The range in a model of `layers` layers. Raises InvalidSplit if it is not a part of the model."""
+        last = layers if self.last is None else self.last
+        last += layers if last < 0 else 0
+        if not 0 <= self.first < last <= layers:
+            raise InvalidSplit(
+                f"--layers {self} is not a part of a model of {layers} layers: 2:-2 leaves two at each end"
+            )
+        return Split(layers, self.first, last)
+
+    def __str__(self) -> str:
+        return f"{self.first}:{'' if self.last is None else self.last}"
+
+
+#: The default body of a language model.
+DEFAULT_LAYERS = Layers(END_LAYERS, -END_LAYERS)
 
 
 @dataclass(frozen=True)
@@ -39,25 +94,13 @@ class Split:
 
     @classmethod
     def parse(cls, layers: int, text: str) -> Split:
-        """Reads `FIRST:LAST`, the body's range as a Python slice: `2:-2` leaves two layers at each end.
+        """Reads the body's range of a model of `layers` layers: see `Layers`.
 
         Raises:
             ConfigError: the text is not such a range.
             InvalidSplit: the range leaves no body.
         """
-        first, colon, last = text.partition(":")
-        try:
-            start, stop = int(first or 0), int(last) if last else layers
-        except ValueError:
-            colon = ""
-        if not colon:
-            raise ConfigError(f"invalid --layers {text!r}: expected FIRST:LAST, e.g. 2:-2")
-        stop += layers if stop < 0 else 0
-        if not 0 <= start < stop <= layers:
-            raise InvalidSplit(
-                f"--layers {text} is not a part of a model of {layers} layers: 2:-2 leaves two at each end"
-            )
-        return cls(layers, start, stop)
+        return Layers.parse(text).split(layers)
 
     @property
     def body(self) -> range:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from split_common.cli.groups import grouped
-from split_common.cli.options import JsonOption, given_words
+from split_common.cli.options import JsonOption, given_words, old_name
 from split_common.errors import AgentError, ConfigError
 from split_common.system.console import doing, emit_json, stderr
 from split_common.system.lock import Held, holding
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from split_device.jobs.runner import JobRunner
 
 app = typer.Typer(no_args_is_help=True, help="Run this user's jobs in the background.", rich_markup_mode="markdown")
+
+OldGraceOption = Annotated[float | None, old_name("--timeout", "--grace")]
 
 #: Interval between two removals of old jobs, and two looks at the length of the log, in seconds.
 PRUNE_INTERVAL = 60.0
@@ -118,13 +120,14 @@ def start(
 
 @app.command()
 def stop(
-    timeout: Annotated[
+    grace: Annotated[
         float, typer.Option(min=0.0, metavar="SECONDS", help="How long to wait for the agent to end.")
     ] = 60.0,
+    timeout: OldGraceOption = None,
     json: JsonOption = False,
 ) -> None:
     """Stop the agent; the jobs that it runs resume when it is started again."""
-    pid = agent.stop(timeout)
+    pid = agent.stop(grace if timeout is None else timeout)
     if json:
         emit_json({"stopped": pid})
     else:

@@ -55,13 +55,12 @@ class Finding:
 
 @grouped
 def doctor(
-    connection: Annotated[
-        Connection, CONNECTION.without("patience", "step_timeout", "history_memory")
-    ] = Connection(timeout=5.0),
+    connection: Annotated[Connection, CONNECTION.without("patience", "step_timeout", "history_memory")],
     model: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
+            envvar="LAMBDA_SPLIT_MODEL",
             rich_help_panel=MODEL_PANEL,
             help="Also check this checkpoint, a directory or hub id: how a worker would run its layers, or how an "
             "image model is cut.",

@@ -5,27 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-import typer
-
 from split_common.cli.groups import Group
 from split_common.cli.options import (
-    MODEL_PANEL,
     BrokerOption,
+    CutOption,
     DtypeOption,
     KeysOption,
+    LayersOption,
     MemberOption,
     ModelOption,
     RevisionOption,
     TimeoutOption,
+    old_name,
 )
-from split_common.models.split import DEFAULT_CUT, END_LAYERS
+from split_common.errors import ConfigError
+from split_common.models.split import DEFAULT_CUT, DEFAULT_LAYERS, END_LAYERS, Layers
 from split_device.cli.options import (
     CodecOption,
-    CutOption,
     GuidanceOption,
-    HeadOption,
     HistoryOption,
-    ImageSeedOption,
+    ImageModelOption,
     KvMemoryOption,
     MaxImagesOption,
     MaxJobsOption,
@@ -37,7 +36,6 @@ from split_device.cli.options import (
     SizeOption,
     StepsOption,
     StepTimeoutOption,
-    TailOption,
     TemperatureOption,
     TopKOption,
     TopPOption,
@@ -45,7 +43,6 @@ from split_device.cli.options import (
 from split_device.generation.limits import Limits
 from split_device.generation.settings import Sampling
 from split_device.images.settings import (
-    IMAGE_MODEL,
     ImageSettings,
     check_size,
     need_diffusers,
@@ -61,28 +58,48 @@ class TextModel:
     """A language model as given by options; `choice` resolves it."""
 
     model: str | None = None
-    head_layers: int = END_LAYERS
-    tail_layers: int = END_LAYERS
+    layers: Layers | None = None
     dtype: str = "auto"
     revision: str | None = None
+    #: Numbers of layers before and after the body, as options used to name them.
+    head_layers: int | None = None
+    tail_layers: int | None = None
 
     def choice(self) -> ModelChoice:
-        """The choice of the model. Raises ModelError if the demo model is missing and cannot be made."""
-        return ModelChoice(
-            name=checkpoint(self.model),
-            revision=self.revision,
-            head_layers=self.head_layers,
-            tail_layers=self.tail_layers,
-            dtype=self.dtype,
-        )
+        """The choice of the model. Reads its configuration if --layers ends at a layer counted from the start.
+
+        Raises:
+            ModelError: the demo model is missing and cannot be made, or the configuration cannot be read.
+            InvalidSplit: --layers is not a part of the model.
+            ConfigError: the layers are named in two ways.
+        """
+        name = checkpoint(self.model)
+
+        def count() -> int:
+            from split_common.models.loading import read_spec
+
+            return read_spec(name, self.revision).layers
+
+        head, tail = chosen_layers(self.layers, self.head_layers, self.tail_layers).ends(count)
+        return ModelChoice(name=name, revision=self.revision, head_layers=head, tail_layers=tail, dtype=self.dtype)
+
+
+def chosen_layers(layers: Layers | None, head_layers: int | None, tail_layers: int | None) -> Layers:
+    """The body's range, named by --layers or by the options that it had before. Raises ConfigError for both."""
+    if head_layers is None and tail_layers is None:
+        return layers or DEFAULT_LAYERS
+    if layers is not None:
+        raise ConfigError("--head-layers and --tail-layers are old names of --layers: give --layers alone")
+    head, tail = (END_LAYERS if ends is None else ends for ends in (head_layers, tail_layers))
+    return Layers(head, -tail or None)
 
 
 @dataclass(frozen=True)
 class ImageModel:
     """An image model as given by options; `choice` resolves it."""
 
-    pipeline: str | None = None
-    cut: str = DEFAULT_CUT
+    image_model: str | None = None
+    cut: str | None = None
     codec: str = "none"
     reuse: float = 1
     dtype: str = "auto"
@@ -91,8 +108,8 @@ class ImageModel:
         """The choice of the model. Raises ConfigError if it has no pipeline, or packages for images are missing."""
         need_diffusers()
         return ImageChoice(
-            name=pipeline_directory(self.pipeline),
-            cut=self.cut,
+            name=pipeline_directory(self.image_model),
+            cut=self.cut or DEFAULT_CUT,
             codec=self.codec,
             reuse=self.reuse,
             dtype=self.dtype,
@@ -118,16 +135,8 @@ class Picture:
         return settings
 
 
-PipelineOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="DIR",
-        envvar=IMAGE_MODEL,
-        rich_help_panel=MODEL_PANEL,
-        help="Directory of a pipeline in diffusers' safetensors format.",
-    ),
-]
+OldHeadOption = Annotated[int | None, old_name("--head-layers", "--layers FIRST:LAST")]
+OldTailOption = Annotated[int | None, old_name("--tail-layers", "--layers FIRST:LAST")]
 
 CONNECTION = Group(
     broker=BrokerOption,
@@ -141,20 +150,22 @@ CONNECTION = Group(
 LIMITS = Group(requests=MaxJobsOption, images=MaxImagesOption, kv_memory=KvMemoryOption)
 TEXT_MODEL = Group(
     model=ModelOption,
-    head_layers=HeadOption,
-    tail_layers=TailOption,
+    layers=LayersOption,
     dtype=DtypeOption,
     revision=RevisionOption,
+    head_layers=OldHeadOption,
+    tail_layers=OldTailOption,
 )
-IMAGE_MODEL_CUT = Group(cut=CutOption, codec=CodecOption, reuse=ReuseOption, dtype=DtypeOption)
+IMAGE_MODEL_CUT = Group(
+    image_model=ImageModelOption, cut=CutOption, codec=CodecOption, reuse=ReuseOption, dtype=DtypeOption
+)
 PICTURE = Group(
-    steps=StepsOption, seed=ImageSeedOption, size=SizeOption, guidance=GuidanceOption, negative=NegativeOption
+    steps=StepsOption, seed=SeedOption, size=SizeOption, guidance=GuidanceOption, negative=NegativeOption
 )
 
 ConnectionOptions = Annotated[Connection, CONNECTION]
 LimitOptions = Annotated[Limits, LIMITS]
 TextModelOptions = Annotated[TextModel, TEXT_MODEL]
-#: Without the pipeline, which each command names in its own way.
 ImageModelOptions = Annotated[ImageModel, IMAGE_MODEL_CUT]
 PictureOptions = Annotated[Picture, PICTURE]
 SamplingOptions = Annotated[

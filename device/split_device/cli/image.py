@@ -13,23 +13,36 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from split_common.cli.groups import grouped
-from split_common.cli.options import JsonOption
+from split_common.cli.options import MODEL_PANEL, JsonOption
 from split_common.errors import ConfigError
 from split_common.system.console import emit_json, print_text
 from split_common.system.outputs import is_stream
 from split_common.system.process import passive_threads
 from split_common.system.signals import exit_on_sigterm
 from split_device.cli.checks import check_connection
-from split_device.cli.groups import CONNECTION, IMAGE_MODEL_CUT, ImageModel, Picture, PictureOptions, PipelineOption
+from split_device.cli.groups import CONNECTION, IMAGE_MODEL_CUT, ImageModel, Picture, PictureOptions
 from split_device.cli.job_output import print_notes
-from split_device.cli.options import MetadataOption
+from split_device.cli.options import IMAGE_MODEL_HELP, InitImageOption, MetadataOption, StrengthOption
 from split_device.cli.terminal import loading, step_progress
 from split_device.images.files import notes, read_image, write_image
-from split_device.images.settings import DRAWN_SEED_BITS, check_image_output
+from split_device.images.settings import DRAWN_SEED_BITS, IMAGE_MODEL, STRENGTH, check_image_output
 from split_device.sessions.connection import Connection
 
 if TYPE_CHECKING:
     from split_device.models.denoiser import SplitDenoiser
+
+#: `--image-model`, which has a shorter name where no other model is meant.
+_AliasedModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--image-model",
+        "--model",
+        metavar="DIR",
+        envvar=IMAGE_MODEL,
+        rich_help_panel=MODEL_PANEL,
+        help=IMAGE_MODEL_HELP,
+    ),
+]
 
 
 @grouped
@@ -44,15 +57,11 @@ def image(
             help="Where to write the image: a .png, .jpg or .webp file. An existing file is replaced.",
         ),
     ],
-    model: Annotated[ImageModel, IMAGE_MODEL_CUT.plus(pipeline=PipelineOption)],
+    model: Annotated[ImageModel, IMAGE_MODEL_CUT.without("image_model").plus(image_model=_AliasedModelOption)],
     picture: PictureOptions,
-    connection: Annotated[Connection, CONNECTION.without("step_timeout", "history_memory")],
-    init_image: Annotated[
-        Path | None, typer.Option("--init-image", metavar="FILE", help="Start from this image instead of noise.")
-    ] = None,
-    strength: Annotated[
-        float, typer.Option(min=0.0, max=1.0, metavar="S", help="How much of the initial image to change.")
-    ] = 0.6,
+    connection: Annotated[Connection, CONNECTION.without("history_memory")],
+    init_image: InitImageOption = None,
+    strength: StrengthOption = STRENGTH,
     metadata: MetadataOption = True,
     json: JsonOption = False,
 ) -> None:

@@ -19,7 +19,13 @@ from split_device.cli.tables import parts_table
 def inspect(
     cut: Annotated[TextModel, TEXT_MODEL.without("model")],
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Directory or hub id. Default: the demo model.")
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            envvar="LAMBDA_SPLIT_MODEL",
+            show_default="SmolLM2-135M-Instruct, fetched once",
+            help="Directory or hub id of a safetensors checkpoint.",
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> None:

@@ -11,6 +11,7 @@ import typer
 from split_common.cli.options import MODEL_PANEL, QUEUE_PANEL, parse_size
 from split_common.errors import ConfigError
 from split_device.generation.settings import BOUNDS
+from split_device.images.settings import IMAGE_MODEL
 from split_device.models.compression import parse_reuse
 from split_device.sessions.connection import HISTORY_MEMORY
 
@@ -35,32 +36,13 @@ def parse_age(text: str) -> int:
 
 # --- language models ---------------------------------------------------------------------------------------
 
-HeadOption = Annotated[
-    int,
-    typer.Option(
-        "--head-layers",
-        min=0,
-        metavar="N",
-        rich_help_panel=MODEL_PANEL,
-        help="Number of decoder layers before the body.",
-    ),
-]
-TailOption = Annotated[
-    int,
-    typer.Option(
-        "--tail-layers",
-        min=0,
-        metavar="N",
-        rich_help_panel=MODEL_PANEL,
-        help="Number of decoder layers after the body.",
-    ),
-]
 MaxTokensOption = Annotated[
     int, typer.Option("--max-tokens", min=1, metavar="N", help="Maximum number of tokens to generate.")
 ]
 TemperatureOption = Annotated[
     float,
     typer.Option(
+        "--temperature",
         min=0.0,
         max=BOUNDS["temperature"].high,
         metavar="T",
@@ -71,6 +53,7 @@ TemperatureOption = Annotated[
 TopPOption = Annotated[
     float,
     typer.Option(
+        "--top-p",
         min=0.0,
         max=1.0,
         metavar="P",
@@ -81,6 +64,7 @@ TopPOption = Annotated[
 TopKOption = Annotated[
     int,
     typer.Option(
+        "--top-k",
         min=-1,
         metavar="K",
         rich_help_panel=_SAMPLING_PANEL,
@@ -89,42 +73,93 @@ TopKOption = Annotated[
 ]
 SeedOption = Annotated[
     int | None,
-    typer.Option(metavar="N", rich_help_panel=_SAMPLING_PANEL, help="The same seed gives the same output."),
+    typer.Option(
+        "--seed",
+        metavar="N",
+        show_default="drawn",
+        help="Seed of what is drawn at random. The same seed gives the same output.",
+    ),
 ]
-SystemOption = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message before the conversation.")]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="TEXT", help="End before this text. May be repeated."),
+]
+SystemOption = Annotated[
+    str | None, typer.Option("--system", metavar="TEXT", help="A system message before the conversation.")
+]
 RawOption = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")]
 
 # --- image models ------------------------------------------------------------------------------------------
 
+IMAGE_MODEL_HELP = "Directory of a pipeline in diffusers' safetensors format."
+ImageModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--image-model",
+        metavar="DIR",
+        envvar=IMAGE_MODEL,
+        rich_help_panel=MODEL_PANEL,
+        help=IMAGE_MODEL_HELP,
+    ),
+]
 StepsOption = Annotated[
     int,
-    typer.Option(min=1, max=1000, metavar="N", rich_help_panel=_IMAGE_PANEL, help="Number of denoising steps."),
-]
-ImageSeedOption = Annotated[
-    int | None,
-    typer.Option(metavar="N", rich_help_panel=_IMAGE_PANEL, help="The same seed gives the same image."),
+    typer.Option(
+        "--steps",
+        min=1,
+        max=1000,
+        metavar="N",
+        rich_help_panel=_IMAGE_PANEL,
+        help="Number of denoising steps.",
+    ),
 ]
 SizeOption = Annotated[
     str | None,
     typer.Option(
+        "--size",
         metavar="WIDTHxHEIGHT",
         rich_help_panel=_IMAGE_PANEL,
-        help="Size in pixels. Default: the size that the model was made for.",
+        show_default="the size that the model was made for",
+        help="Size in pixels.",
     ),
 ]
 GuidanceOption = Annotated[
     float | None,
     typer.Option(
+        "--guidance",
         min=0.0,
         max=BOUNDS["guidance"].high,
         metavar="G",
+        show_default="the pipeline's own",
         rich_help_panel=_IMAGE_PANEL,
         help="How closely to follow the prompt; 1 turns guidance off.",
     ),
 ]
 NegativeOption = Annotated[
     str | None,
-    typer.Option(metavar="TEXT", rich_help_panel=_IMAGE_PANEL, help="What the image should not show."),
+    typer.Option(
+        "--negative", metavar="TEXT", rich_help_panel=_IMAGE_PANEL, help="What the image should not show."
+    ),
+]
+InitImageOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--init-image",
+        metavar="FILE",
+        rich_help_panel=_IMAGE_PANEL,
+        help="Start from this image instead of noise.",
+    ),
+]
+StrengthOption = Annotated[
+    float,
+    typer.Option(
+        "--strength",
+        min=BOUNDS["strength"].low,
+        max=BOUNDS["strength"].high,
+        metavar="S",
+        rich_help_panel=_IMAGE_PANEL,
+        help="How much of the initial image to change. Needs --init-image.",
+    ),
 ]
 MetadataOption = Annotated[
     bool,
@@ -134,17 +169,10 @@ MetadataOption = Annotated[
         help="Write the prompt, the seed and the other settings into the image's file.",
     ),
 ]
-CutOption = Annotated[
-    Literal["A", "C"],
-    typer.Option(
-        rich_help_panel=_IMAGE_PANEL,
-        help="Where the image model is cut: C keeps the first and the last block on this device, A more. "
-        "Workers must use the same cut.",
-    ),
-]
 CodecOption = Annotated[
     Literal["none", "fp16", "int8", "int4"],
     typer.Option(
+        "--codec",
         rich_help_panel=_IMAGE_PANEL,
         help="How an image's hidden states are compressed; none sends them unchanged.",
     ),
@@ -152,6 +180,7 @@ CodecOption = Annotated[
 ReuseOption = Annotated[
     float,
     typer.Option(
+        "--reuse",
         parser=parse_reuse,
         metavar="N|SHARE",
         rich_help_panel=_IMAGE_PANEL,
@@ -165,6 +194,7 @@ ReuseOption = Annotated[
 PatienceOption = Annotated[
     float,
     typer.Option(
+        "--patience",
         min=0.0,
         metavar="SECONDS",
         rich_help_panel=QUEUE_PANEL,
@@ -245,7 +275,8 @@ KvMemoryOption = Annotated[
         parser=parse_size,
         metavar="SIZE",
         rich_help_panel=STORE_PANEL,
-        help="Memory for the keys and values of each model's head and tail. Default: 1GiB.",
+        show_default="1GiB",
+        help="Memory for the keys and values of each model's head and tail.",
     ),
 ]
 GiveUpOption = Annotated[
@@ -264,6 +295,7 @@ KeepOption = Annotated[
         "--keep",
         metavar="AGE",
         rich_help_panel=STORE_PANEL,
-        help="Remove jobs that ended longer ago than this, e.g. 12h or 7d. Default: keep them until `jobs prune`.",
+        show_default="until `jobs prune`",
+        help="Remove jobs that ended longer ago than this, e.g. 12h or 7d.",
     ),
 ]

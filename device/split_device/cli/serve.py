@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import os
 import re
@@ -12,7 +11,7 @@ from typing import Annotated
 import typer
 
 from split_common.cli.groups import grouped
-from split_common.cli.options import MODEL_PANEL, JsonOption, given
+from split_common.cli.options import JsonOption, given
 from split_common.errors import ConfigError
 from split_common.models.checkpoint_files import model_name
 from split_common.system.console import emit_json, stderr
@@ -36,7 +35,8 @@ def serve(
     connection: ConnectionOptions,
     limits: LimitOptions,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, metavar="N", help="Port of the loopback; 0 takes a free one.")
+        int,
+        typer.Option(min=0, max=65535, metavar="N", help="Port of the loopback; 0 takes a free one."),
     ] = 8080,
     api_key: Annotated[
         str | None,
@@ -56,18 +56,11 @@ def serve(
             "repeated. Allowed are localhost, 127.0.0.1 and [::1].",
         ),
     ] = None,
-    image_model: Annotated[
-        str | None,
-        typer.Option(
-            "--image-model",
-            metavar="DIR",
-            rich_help_panel=MODEL_PANEL,
-            help="Directory of a pipeline that makes images. If --model is not given, only images are served.",
-        ),
-    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Serve split models to OpenAI's clients on this machine, many requests at once, until Ctrl-C or SIGTERM.
+
+    If --image-model is given and --model is not, only images are served.
 
     Offers /v1/chat/completions, /v1/completions, /v1/images/generations, /v1/models, /health and, at /, a page to
     chat in a browser. Needs `lambda-split[serve]`. With --json, one object is printed when the server is ready.
@@ -80,11 +73,12 @@ def serve(
     hosts = [check_host(name) for name in allowed_host or ()]
     stop = catch_sigterm()
     image_choice = None
-    if image_model is not None:
-        image_choice = dataclasses.replace(images, pipeline=image_model).choice()
+    if images.image_model is not None:
+        image_choice = images.choice()
     elif ignored := given(context, _IMAGE_OPTIONS):
         raise ConfigError(f"{ignored[0]} needs --image-model")
-    choice = model.choice() if model.model is not None or image_choice is None else None
+    images_alone = model.model is None and given(context, ["--image-model"])
+    choice = model.choice() if not images_alone else None
     name, image_name = _name(choice), _name(image_choice)
     with listening(port) as listener, contextlib.ExitStack() as stack:
         with loading(connection, name, image_name):

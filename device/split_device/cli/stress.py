@@ -12,14 +12,14 @@ from typing import Annotated
 import typer
 
 from split_common.cli.groups import Group, grouped
-from split_common.cli.options import MODEL_PANEL, QUEUE_PANEL, JsonOption, KeysOption
+from split_common.cli.options import MODEL_PANEL, QUEUE_PANEL, JsonOption, KeysOption, LayersOption
 from split_common.errors import ConfigError
-from split_common.models.split import END_LAYERS
+from split_common.models.split import DEFAULT_LAYERS
 from split_common.system.console import doing, emit_json, stderr, stdout
 from split_common.system.files import user_path
 from split_common.system.process import passive_threads
 from split_common.transport.address import is_redis
-from split_device.cli.options import HeadOption, TailOption
+from split_device.cli.groups import OldHeadOption, OldTailOption, chosen_layers
 from split_device.images.settings import need_diffusers
 from split_device.stress.hostile.modes import described, parse_modes
 from split_device.stress.membership import check_own_fleet
@@ -64,8 +64,6 @@ _PLAN = Group(
             help="Compare with this unsplit checkpoint, instead of that of --model.",
         ),
     ],
-    head_layers=HeadOption,
-    tail_layers=TailOption,
     transport=Annotated[
         TransportName, typer.Option(rich_help_panel=QUEUE_PANEL, help="Start a ZeroMQ broker or a Redis server.")
     ],
@@ -101,6 +99,9 @@ def stress(
         Path | None,
         typer.Option(metavar="FILE", help="Draw throughput over time, with the faults, e.g. to out.png."),
     ] = None,
+    layers: LayersOption = None,
+    head_layers: OldHeadOption = None,
+    tail_layers: OldTailOption = None,
     json: JsonOption = False,
 ) -> None:
     """Run a fleet of processes under faults, and compare every output with the unsplit model's.
@@ -122,6 +123,7 @@ def stress(
     honest throughput in the first is below half of that in the second for any mode, or if the memory of
     the broker, the Redis server or a worker grows by more than 1, 1.5 or 2 GiB.
     """
+    plan = dataclasses.replace(plan, layers=chosen_layers(layers, head_layers, tail_layers))
     plan = _checked(plan, chaos, hostile)
     passive_threads()
     with doing("loading torch"):
@@ -158,8 +160,7 @@ def stress_device(
     seed: Annotated[int, typer.Option()] = 0,
     requests: Annotated[int | None, typer.Option()] = None,
     reference: Annotated[str | None, typer.Option()] = None,
-    head_layers: Annotated[int, typer.Option()] = END_LAYERS,
-    tail_layers: Annotated[int, typer.Option()] = END_LAYERS,
+    layers: LayersOption = None,
     keys: Annotated[Path | None, typer.Option()] = None,
     rejoin: Annotated[int | None, typer.Option()] = None,
     json: JsonOption = False,
@@ -175,8 +176,7 @@ def stress_device(
         seed=seed,
         requests=requests,
         reference=reference,
-        head_layers=head_layers,
-        tail_layers=tail_layers,
+        layers=layers or DEFAULT_LAYERS,
         keys=keys,
         rejoin=rejoin,
     )

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from split_common.cli.groups import grouped
-from split_common.cli.options import MODEL_PANEL, JsonOption, given
+from split_common.cli.options import JsonOption, given
 from split_common.errors import AgentError, ConfigError
 from split_common.system.console import emit_json, read_stdin, stderr
 from split_common.system.text import read_text
 from split_device.cli.checks import check_prompt
 from split_device.cli.groups import (
-    PICTURE,
-    TEXT_MODEL,
     ImageModel,
     ImageModelOptions,
     Picture,
+    PictureOptions,
     SamplingOptions,
     TextModel,
+    TextModelOptions,
 )
 from split_device.cli.job_output import job_facts, show_output
 from split_device.cli.options import (
@@ -30,11 +29,12 @@ from split_device.cli.options import (
     GroupOption,
     MetadataOption,
     RawOption,
+    StopOption,
     StoreKeyOption,
     SystemOption,
 )
 from split_device.generation.settings import Sampling
-from split_device.images.settings import IMAGE_MODEL, check_image_output
+from split_device.images.settings import check_image_output
 from split_device.jobs.agent import running_agent
 from split_device.jobs.job import AnyTask, ImageTask, Message, Task
 from split_device.jobs.store import Store, store_path
@@ -48,10 +48,11 @@ _TEXT_OPTIONS = (
     "--stop",
     "--system",
     "--raw",
-    "--head-layers",
-    "--tail-layers",
+    "--layers",
+    "--revision",
 )
 _IMAGE_OPTIONS = (
+    "--image-model",
     "--output",
     "--steps",
     "--size",
@@ -68,28 +69,16 @@ _IMAGE_OPTIONS = (
 def submit(
     context: typer.Context,
     sampling: SamplingOptions,
-    picture: Annotated[Picture, PICTURE.without("seed")],
-    text_model: Annotated[TextModel, TEXT_MODEL.without("model")],
-    image_model: ImageModelOptions,
+    picture: PictureOptions,
+    text_model: TextModelOptions,
+    images: ImageModelOptions,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.")] = None,
     file: Annotated[
         Path | None, typer.Option("--file", metavar="FILE", help="Read the prompt from a file; `-` is stdin.")
     ] = None,
     image: Annotated[bool, typer.Option("--image", help="Make an image instead of a text.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the job and stream its answer.")] = False,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="MODEL",
-            rich_help_panel=MODEL_PANEL,
-            help="Directory or hub id of a checkpoint; with --image, the directory of a pipeline. "
-            f"Default: $LAMBDA_SPLIT_MODEL, else SmolLM2-135M-Instruct; with --image, ${IMAGE_MODEL}.",
-        ),
-    ] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")
-    ] = None,
+    stop: StopOption = None,
     system: SystemOption = None,
     raw: RawOption = False,
     output: Annotated[
@@ -140,9 +129,12 @@ def submit(
         raise AgentError("no agent runs, so nothing was submitted: start one with `lambda-split agent start`")
     task: AnyTask
     if image:
-        task = _image_task(text, model, image_model, dataclasses.replace(picture, seed=sampling.seed))
+        if given(context, ["--model"]):
+            stderr.print("warning: with --image, --model is an old name: use --image-model")
+            images = dataclasses.replace(images, image_model=text_model.model)
+        task = _image_task(text, images, picture)
     else:
-        task = _text_task(text, model, text_model, sampling, tuple(stop or ()), system, raw)
+        task = _text_task(text, text_model, sampling, tuple(stop or ()), system, raw)
     with Store(store_path(), store_key) as store:
         job = store.submit(task, priority, key, group)
         if wait:
@@ -158,20 +150,18 @@ def submit(
 
 def _text_task(
     text: str,
-    model: str | None,
-    options: TextModel,
+    model: TextModel,
     sampling: Sampling,
     stop: tuple[str, ...],
     system: str | None,
     raw: bool,
 ) -> Task:
     messages = (*((Message("system", system),) if system else ()), Message("user", text))
-    choice = dataclasses.replace(options, model=model or os.environ.get("LAMBDA_SPLIT_MODEL")).choice()
-    return Task(model=choice, prompt=text if raw else messages, sampling=sampling.checked(), stop=stop)
+    return Task(model=model.choice(), prompt=text if raw else messages, sampling=sampling.checked(), stop=stop)
 
 
-def _image_task(text: str, model: str | None, options: ImageModel, picture: Picture) -> ImageTask:
-    choice = dataclasses.replace(options, pipeline=model or os.environ.get(IMAGE_MODEL)).choice()
+def _image_task(text: str, model: ImageModel, picture: Picture) -> ImageTask:
+    choice = model.choice()
     return ImageTask(model=choice, prompt=text, settings=picture.settings(choice.name))
 
 

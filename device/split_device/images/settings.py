@@ -19,6 +19,9 @@ from split_device.generation.settings import checked
 #: Environment variable with the default image model.
 IMAGE_MODEL = "LAMBDA_SPLIT_IMAGE_MODEL"
 
+#: How much of an initial image changes if no strength is named: 1 changes all of it.
+STRENGTH = 0.6
+
 #: Pillow's name of the format, by the extension of a file.
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -68,7 +71,7 @@ def parse_pixels(size: str) -> tuple[int, int]:
 def pipeline_directory(model: str | None) -> str:
     """The pipeline's absolute directory. Raises ConfigError if there is none."""
     if model is None:
-        raise ConfigError(f"no model: give --model DIR, the directory of a pipeline, or set {IMAGE_MODEL}")
+        raise ConfigError(f"no image model: give --image-model, a pipeline's directory, or set {IMAGE_MODEL}")
     directory = user_path(model)
     if not (directory / "model_index.json").is_file():
         raise ConfigError(f"{model} is not the directory of a pipeline: it has no model_index.json")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from split_common.errors import SplitError
-from split_common.models.split import DEFAULT_CUT
+from split_common.models.split import DEFAULT_CUT, Layers
 from split_common.system.console import emit_json
 from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm
@@ -52,8 +52,7 @@ def run_device(
     seed: int,
     requests: int | None,
     reference: str | None,
-    head_layers: int,
-    tail_layers: int,
+    layers: Layers,
     keys: Path | None,
     rejoin: int | None = None,
 ) -> None:
@@ -83,7 +82,7 @@ def run_device(
     if kind == "image":
         workload = ImageWorkload(model, reference or model, seed, index, options)
     else:
-        workload = TextWorkload(model, reference or model, seed, index, options, head_layers, tail_layers)
+        workload = TextWorkload(model, reference or model, seed, index, options, layers)
     emit_json({"pid": os.getpid()})
     os.nice(NICENESS)
     try:
@@ -126,7 +125,7 @@ class TextWorkload:
     """Generates text with a language model."""
 
     def __init__(
-        self, model: str, reference: str, seed: int, index: int, options: dict[str, Any], head: int, tail: int
+        self, model: str, reference: str, seed: int, index: int, options: dict[str, Any], layers: Layers
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
@@ -136,6 +135,7 @@ class TextWorkload:
             reference, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
         ).eval()
         self._model = model
+        head, tail = layers.ends(lambda: int(self._unsplit.config.get_text_config(decoder=True).num_hidden_layers))
         self._options = {"head_layers": head, "tail_layers": tail, **options}
         self.split: Any = None
         self.join()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from split_common.models.split import END_LAYERS
+from split_common.models.split import DEFAULT_LAYERS, Layers
 
 TransportName = Literal["zmq", "redis"]
 WorkloadKind = Literal["text", "image"]
@@ -39,8 +39,8 @@ class StressPlan:
     #: A checkpoint; None for a small random model of each kind.
     model: str | None = None
     reference: str | None = None
-    head_layers: int = END_LAYERS
-    tail_layers: int = END_LAYERS
+    #: The body of language models.
+    layers: Layers = DEFAULT_LAYERS
     #: Kinds of faults, out of `FAULTS`.
     chaos: Sequence[str] = ()
     seed: int = 0

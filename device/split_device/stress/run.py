@@ -152,7 +152,7 @@ def _worker_command(
     words += ["--threads", "1", "--drain-timeout", DRAIN_TIMEOUT]
     if kind == "image":
         return [*words, "--cut", DEFAULT_CUT]
-    words += ["--layers", f"{plan.head_layers}:{-plan.tail_layers or ''}"]
+    words += ["--layers", str(plan.layers)]
     return [*words, *(["--kv-memory", KV_MEMORY] if plan.model is None else [])]
 
 
@@ -161,8 +161,7 @@ def _device_command(
 ) -> list[str]:
     """The command of a device, without its keys and its index."""
     words = ["stress-device", "--kind", kind, "--model", models[kind], "--broker", address]
-    words += ["--seed", str(plan.seed)]
-    words += ["--head-layers", str(plan.head_layers), "--tail-layers", str(plan.tail_layers)]
+    words += ["--seed", str(plan.seed), "--layers", str(plan.layers)]
     words += ["--requests", str(plan.requests)] if plan.requests is not None else []
     words += ["--reference", plan.reference] if plan.reference is not None else []
     # A hostile member that attacks set-ups and placement harms only those who need a new channel.

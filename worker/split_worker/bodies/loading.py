@@ -16,16 +16,13 @@ from split_common.errors import ConfigError, ModelError
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.denoisers.registry import is_denoiser, read_denoiser_spec
 from split_common.models.loading import ModelSpec, load_part, read_spec
-from split_common.models.split import DEFAULT_CUT, Split
+from split_common.models.split import DEFAULT_CUT, DEFAULT_LAYERS, Split
 from split_common.models.verification import find_manifest
 from split_common.protocol import headers
 from split_common.trust.fleet import Fleet
 from split_worker.bodies.base import AnyBody
 from split_worker.bodies.denoiser import DenoiserBody
 from split_worker.bodies.language import LanguageBody
-
-#: The default body of a language model.
-DEFAULT_LAYERS = "2:-2"
 
 #: Share of the free memory that keys and values get by default. The rest is for forwards.
 CPU_KV_SHARE = 0.5
@@ -87,7 +84,7 @@ def load_body(
             if given is not None:
                 raise ConfigError(f"{option} is for diffusion models, which {model} is not")
         spec = read_spec(checkpoint)
-        split = Split.parse(spec.layers, layers or DEFAULT_LAYERS)
+        split = Split.parse(spec.layers, layers or str(DEFAULT_LAYERS))
         manifest = find_manifest(fleet, spec.checkpoint, spec.own_tensors(split, "worker"))
         body: AnyBody = load_language_body(spec, split, device, dtype, memory)
     else:

@@ -10,7 +10,7 @@ from typing import Any
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.denoisers.registry import read_denoiser_spec
 from split_common.models.loading import read_spec
-from split_common.models.split import DEFAULT_CUT, Split
+from split_common.models.split import DEFAULT_CUT
 from split_common.models.verification import build_manifest
 from split_common.protocol import headers
 from split_common.trust.keys import Role
@@ -55,7 +55,7 @@ class Target:
             split, width = read_denoiser_spec(checkpoint).split(DEFAULT_CUT), 0
         else:
             spec = read_spec(checkpoint)
-            split = Split.parse(spec.layers, f"{plan.head_layers}:{-plan.tail_layers or ''}")
+            split = plan.layers.split(spec.layers)
             width = int(spec.text_config.hidden_size)
         return cls(manifest, headers.Service(manifest.root, split.first, split.last), model, width)
 
