@@ -27,6 +27,9 @@ DEMO_STEPS = 20
 #: Seed of the sheet.
 DEMO_SEED = 0
 
+#: Difference between two neighbouring shades of a colour that has 8 bits, on a scale from 0 to 1.
+SHADE = 1 / 255
+
 #: Bytes of a megabyte.
 MB = 1e6
 
@@ -146,7 +149,8 @@ def _sheet(pictures: Any) -> Any:
 def _print_facts(facts: dict[str, Any]) -> None:
     for line in (
         f"{facts['images']} pictures in {facts['split_s']:.1f} s, unsplit in {facts['unsplit_s']:.1f} s; "
-        f"largest difference of a pixel {facts['max_abs_diff']:.1g}",
+        f"largest difference of a pixel {facts['max_abs_diff']:.1g} on a scale from 0 to 1 "
+        f"(one shade of 256 is {SHADE:.1g})",
         f"left this process: the prompts' embeddings once, and states at each of {facts['steps']} steps, "
         f"{facts['bytes_sent'] / MB:.1f} MB in all; {facts['bytes_received'] / MB:.1f} MB came back",
         "stayed here: prompts, text encoders, noise, scheduler, VAE, pictures, "
