@@ -23,8 +23,8 @@ from typing import Any
 from benchmarks.harness import arguments, checkpoint, note, report
 from split_common.system.process import passive_threads, running_command
 from split_common.system.signals import PARENT
+from split_device.batches.place import place_of
 from split_device.jobs.store import Store
-from split_device.openai.batch_file import work_path
 
 LINES = 200
 NEW_TOKENS = 16
@@ -212,9 +212,9 @@ def _reached(output: Path, goal: int, process: subprocess.Popen[bytes]) -> bool:
     deadline, before = time.monotonic() + PATIENCE, 0
     while process.poll() is None:
         found = 0
-        if work_path(output).exists():
+        if place_of(output).store.exists():
             # The store may not be complete yet.
-            with contextlib.suppress(Exception), Store(work_path(output)) as store:
+            with contextlib.suppress(Exception), Store(place_of(output).store) as store:
                 found = store.generated()
         if found >= goal:
             return True

@@ -22,9 +22,9 @@ from urllib.parse import urlsplit
 
 from benchmarks.harness import arguments, checkpoint, fleet, note, report
 from split_common.system.process import passive_threads, running_command
+from split_device.batches.place import place_of
 from split_device.jobs.job import FINAL
 from split_device.jobs.store import Store
-from split_device.openai.batch_file import work_path
 
 #: Number of requests in the batch, which run at once, and of their tokens: too many to end during the measurement.
 BATCH = 64
@@ -145,7 +145,7 @@ def _batch(options: list[str]) -> Iterator[None]:
         command = [sys.executable, "-m", "split_common", "batch", str(source), "-o", str(output), *options]
         process = subprocess.Popen([*command, "--max-jobs", str(2 * BATCH)])
         try:
-            while not work_path(output).exists() or _begun(output) < BATCH:
+            while not place_of(output).store.exists() or _begun(output) < BATCH:
                 assert process.poll() is None, "the batch has ended"
                 time.sleep(0.2)
             yield
@@ -157,7 +157,7 @@ def _batch(options: list[str]) -> Iterator[None]:
 
 def _begun(output: Path) -> int:
     """The number of requests of a batch that have begun to decode."""
-    with contextlib.suppress(Exception), Store(work_path(output)) as store:
+    with contextlib.suppress(Exception), Store(place_of(output).store) as store:
         return sum(job.tokens > 1 or job.state in FINAL for job in store.jobs())
     return 0
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
+import re
 import signal
 import stat
 import subprocess
@@ -20,8 +22,10 @@ from benchmarks import batch_faults
 from fleet import running_broker, start_worker
 from serving import Unsplit
 from split_common.cli import main
+from split_common.system.console import stderr
+from split_device.batches.place import batches_dir, place_of
+from split_device.cli.batch_progress import Lines
 from split_device.jobs.store import Store
-from split_device.openai.batch_file import work_path
 
 #: Seconds that something in another process may take on a busy machine.
 PATIENCE = 300.0
@@ -120,10 +124,122 @@ def test_lines_and_bad_lines(run: Any, checkpoint: Path, address: str, worker: N
         ("long", "PromptTooLong"),
         (None, "invalid_request"),
     ]
-    assert not work_path(output).exists()
+    assert len({record["id"] for record in records}) == 13
+    assert facts["reasons"]["invalid_request"] == 7
+    assert sum(facts["reasons"].values()) == 11
+    assert facts["first_error"].startswith("line 4: the line is not JSON")
+    assert "2 answered, 11 failed (7 invalid_request, " in done.err
+    assert "the first: line 4: the line is not JSON" in done.err
+    assert "the same command asks again what failed" in done.err
 
-    again = run("batch", source, "-o", output, *options)
-    assert (again.code, "exists already" in again.err) == (2, True)
+
+def test_a_rerun_asks_again_what_failed(
+    run: Any, checkpoint: Path, address: str, worker: None, tmp_path: Path
+) -> None:
+    source, output = tmp_path / "in.txt", tmp_path / "out.txt"
+    source.write_text("Hello\n" + "x" * 300 + "\nBye\n")
+    asked = ("batch", source, "-o", output, "--model", checkpoint, "--broker", address, "--max-tokens", 8, "--json")
+    first = run(*asked)
+    assert (first.code, first.json["errors"], first.json["resumed"]) == (1, 1, 0)
+    unsplit = Unsplit(checkpoint)
+    hello, bye = (unsplit.say(f"user:{text}</s>assistant:", 8) for text in ("Hello", "Bye"))
+    assert output.read_text() == f"{escaped(hello)}\n\n{escaped(bye)}\n"
+
+    source.write_text("Hello\nshorter\nBye\n")
+    again = run(*asked)
+    assert (again.code, again.json["errors"], again.json["resumed"]) == (0, 0, 2)
+    assert "going on: 2 of 3 are there" in again.err
+    assert 0 < again.json["tokens"] <= 8
+    shorter = unsplit.say("user:shorter</s>assistant:", 8)
+    assert output.read_text().splitlines() == [escaped(text) for text in (hello, shorter, bye)]
+    # Nothing is left of a batch without errors, not even its lock.
+    assert list(batches_dir().iterdir()) == []
+
+    done = run(*asked)
+    assert (done.code, "exists already: remove it, or give --overwrite" in done.err) == (2, True)
+    anew = run(*asked, "--overwrite")
+    assert (anew.code, anew.json["resumed"]) == (0, 0)
+    assert output.read_text().splitlines() == [escaped(text) for text in (hello, shorter, bye)]
+
+
+def escaped(text: str) -> str:
+    """A text as it is on one line of a file of texts."""
+    return text.replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n")
+
+
+def test_a_file_of_somebody_else_is_not_replaced(
+    run: Any, checkpoint: Path, address: str, worker: None, tmp_path: Path
+) -> None:
+    """Also not after a run with errors, whose own file may be replaced by a rerun."""
+    source, output = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    source.write_text("x" * 300)
+    asked = ("batch", source, "-o", output, "--model", checkpoint, "--broker", address)
+    assert run(*asked).code == 1
+    output.write_text("something else")
+    assert (run(*asked).code, output.read_text()) == (2, "something else")
+
+
+def test_a_table_by_a_template(run: Any, checkpoint: Path, address: str, worker: None, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text('word,note\nHello,"a, b"\nBye,\n')
+    asked = ("batch", source, "-o", output, "--model", checkpoint, "--broker", address, "--max-tokens", 8)
+    wrong = run(*asked, "--template", "Say {name}")
+    assert (wrong.code, wrong.err.count("\n")) == (2, 1)
+    assert "the template's field 'name' is not among the fields here: 'word', 'note'" in wrong.err
+    assert list(batches_dir().iterdir()) == []
+
+    done = run(*asked, "--template", "Say {word}", "--progress", "lines")
+    assert done.code == 0
+    assert re.search(r"^batch-\w{16}: 2 lines of .*in\.csv to .*out\.csv$", done.err, re.MULTILINE)
+    assert re.search(r"^batch-\w{16}: 0 of 2$", done.err, re.MULTILINE)
+    unsplit = Unsplit(checkpoint)
+    with output.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["word"], row["note"], row["answer"], row["error"]) for row in rows] == [
+        (word, note, unsplit.say(f"user:Say {word}</s>assistant:", 8), "")
+        for word, note in (("Hello", "a, b"), ("Bye", ""))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("in.txt", (), "give -o OUT, the file of answers"),
+        ("in.txt", ("-o", "OUT", "--image"), "--image needs --output-dir"),
+        ("in.txt", ("-o", "OUT", "--output-dir", "DIR"), "--output-dir needs --image"),
+        ("in.txt", ("-o", "OUT", "--steps", "3"), "--steps needs --image"),
+        ("in.txt", ("--output-dir", "DIR", "--image", "--stop", "x"), "--stop is for texts"),
+        ("in.txt", ("-o", "OUT", "--column", "x"), "--column is for tables"),
+        ("in.txt", ("-o", "OUT", "--raw", "--system", "x"), "--raw and --system do not go together"),
+        ("in.jsonl", ("-o", "OUT", "--template", "{x}"), "--template is for prompts"),
+        ("in.txt", ("-o", "OUT", "--template", "x"), "it has no field"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_leaves_nothing(
+    run: Any, tmp_path: Path, name: str, options: tuple[str, ...], message: str
+) -> None:
+    source = tmp_path / name
+    source.write_text("Hello\n" if name == "in.txt" else json.dumps(chat("a", "x")))
+    paths = {"OUT": str(tmp_path / "out"), "DIR": str(tmp_path / "dir")}
+    done = run("batch", source, *(paths.get(option, option) for option in options))
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert message in done.err
+    assert not batches_dir().exists() or list(batches_dir().iterdir()) == []
+
+
+def test_lines_of_progress() -> None:
+    """One at once, and one a minute."""
+    now = [0.0]
+    with stderr.capture() as capture:
+        lines = Lines("batch-1", 500, lambda: 12.34, lambda: now[0])
+        for seconds, done, failed in ((0, 100, 0), (30, 110, 0), (61, 120, 1), (62, 121, 1), (4000, 200, 2)):
+            now[0] = seconds
+            lines(done, failed)
+    assert capture.get().splitlines() == [
+        "batch-1: 100 of 500, 12.3 tokens/s",
+        "batch-1: 120 of 500, 1 failed, 12.3 tokens/s, about 19 min left",
+        "batch-1: 200 of 500, 2 failed, 12.3 tokens/s, about 3.3 h left",
+    ]
 
 
 def test_answers_go_where_they_can_be_written(
@@ -176,8 +292,12 @@ def test_ctrl_c_and_another_file(run: Any, checkpoint: Path, address: str, worke
         taken = run("batch", source, "-o", output, *options)
         assert (taken.code, f"process {batch.pid} is already working on" in taken.err) == (1, True)
         batch.send_signal(signal.SIGINT)
-        assert batch.wait(PATIENCE) == 130
-    with Store(work_path(output)) as store:
+        _, err = batch.communicate(timeout=PATIENCE)
+        assert batch.returncode == 130
+        kept_answers = re.search(r"interrupted: (\d+) of 16 answers are kept, and the same command goes on", err)
+        assert kept_answers is not None
+    assert not place_of(output).lock.exists()
+    with Store(place_of(output).store) as store:
         assert store.count()["running"] == 0
         kept = store.generated()
     assert kept >= 80
@@ -212,8 +332,8 @@ def wait_for_tokens(output: Path, goal: int, batch: subprocess.Popen[str]) -> No
     while True:
         assert time.monotonic() < deadline, "the batch makes no progress"
         assert batch.poll() is None, "the batch has ended too early"
-        if work_path(output).exists():
-            with contextlib.suppress(Exception), Store(work_path(output)) as store:
+        if place_of(output).store.exists():
+            with contextlib.suppress(Exception), Store(place_of(output).store) as store:
                 if store.generated() >= goal:
                     return
         time.sleep(0.02)

@@ -32,25 +32,50 @@ class Held(Exception):
 
 
 @contextlib.contextmanager
-def holding(path: Path) -> Iterator[None]:
+def holding(path: Path, *, remove: bool = False) -> Iterator[None]:
     """Holds the lock within a block.
+
+    Args:
+        remove: whether the file is removed afterwards. All that hold this lock say so, or none.
 
     Raises:
         Held: another process holds it.
         ConfigError: the file cannot be opened.
     """
-    file = _open(path)
+    file = _acquired(path)
     try:
-        deadline = time.monotonic() + ACQUIRE_TIMEOUT
-        while not _lock(file, fcntl.LOCK_EX):
-            if time.monotonic() > deadline:
-                raise Held(_pid(file))
-            time.sleep(ACQUIRE_INTERVAL)
         os.ftruncate(file, 0)
         os.pwrite(file, str(os.getpid()).encode(), 0)
         yield
     finally:
+        if remove:
+            path.unlink(missing_ok=True)
         os.close(file)
+
+
+def _acquired(path: Path) -> int:
+    """The open file, locked. Raises Held."""
+    deadline = time.monotonic() + ACQUIRE_TIMEOUT
+    while True:
+        file = _open(path)
+        try:
+            # An earlier holder may have removed the file between opening and locking it.
+            if _lock(file, fcntl.LOCK_EX) and _is_at(file, path):
+                return file
+            if time.monotonic() > deadline:
+                raise Held(_pid(file))
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+        time.sleep(ACQUIRE_INTERVAL)
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except OSError:
+        return False
 
 
 def holder(path: Path) -> int | None:
@@ -59,9 +84,12 @@ def holder(path: Path) -> int | None:
     Raises:
         ConfigError: the file cannot be opened.
     """
-    if not path.exists():
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    file = _open(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be opened: {error.strerror}") from None
     try:
         return None if _lock(file, fcntl.LOCK_SH) else _pid(file)
     finally:

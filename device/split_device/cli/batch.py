@@ -1,139 +1,179 @@
-"""`lambda-split batch`: a file of requests to a file of answers."""
+"""`lambda-split batch`: a file of prompts or requests to a file of answers."""
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption
-from split_common.errors import ConfigError, JobsError
-from split_common.system.console import emit_json, stderr
+from split_common.errors import JobsError
 from split_common.system.lock import Held, holding
-from split_common.system.outputs import check_output, is_stream
+from split_common.system.outputs import check_output
 from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm
-from split_device.cli.groups import LIMITS, ConnectionOptions, TextModelOptions
-from split_device.cli.options import GIVE_UP, GiveUpOption, StoreKeyOption
-from split_device.cli.terminal import loading
-from split_device.generation.limits import Limits
-from split_device.jobs.store import Store
-from split_device.openai import batch_file as batches
-from split_device.openai.batch_requests import open_requests
-from split_device.sessions.connection import Connection
+from split_device.batches.finish import clear
+from split_device.batches.outputs import output_form
+from split_device.batches.place import OutputForm, place_of
+from split_device.batches.settings import BatchModels, BatchSettings
+from split_device.batches.source import InputForm, open_source
+from split_device.batches.template import Template
+from split_device.cli.batch_options import check_options, chosen_output, given_settings
+from split_device.cli.batch_progress import ProgressMode
+from split_device.cli.batch_run import Work, report, run
+from split_device.cli.groups import (
+    ConnectionOptions,
+    ImageModelOptions,
+    LimitOptions,
+    PictureOptions,
+    SamplingOptions,
+    TextModelOptions,
+)
+from split_device.cli.options import (
+    GIVE_UP,
+    GiveUpOption,
+    MetadataOption,
+    RawOption,
+    StopOption,
+    StoreKeyOption,
+    SystemOption,
+)
 
-if TYPE_CHECKING:
-    from split_device.jobs.runner import JobRunner
-
-
-#: Interval between two counts of the tokens, for which the whole store is read, in seconds.
-COUNT_INTERVAL = 5.0
+_INPUT, _OUTPUT = "Input", "Output"
 
 
 @grouped
 def batch(
-    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Requests in the format of OpenAI's batches.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="OUT.jsonl", help="Where to write the answers.")
-    ],
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Prompts or requests; `-` is stdin.")],
     model: TextModelOptions,
     connection: ConnectionOptions,
-    limits: Annotated[Limits, LIMITS.without("images")],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file of answers if it exists.")
+    limits: LimitOptions,
+    sampling: SamplingOptions,
+    picture: PictureOptions,
+    images: ImageModelOptions,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            show_default="with --output-dir, results.jsonl in it",
+            help="Where to write the answers.",
+        ),
+    ] = None,
+    input_format: Annotated[
+        InputForm | None,
+        typer.Option(
+            "--input-format",
+            show_default="by the suffix of IN and its first line",
+            rich_help_panel=_INPUT,
+            help="What a line of IN is: a request as in OpenAI's batches, an object with a `prompt`, a prompt, "
+            "or a row of a table.",
+        ),
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            "--column",
+            metavar="NAME",
+            show_default="prompt or text, or the only one",
+            rich_help_panel=_INPUT,
+            help="The column of a table with the prompts.",
+        ),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            "--template",
+            metavar="TEXT",
+            rich_help_panel=_INPUT,
+            help="Make each prompt of this text, with the line's fields for names in braces: 'Summarize: {text}'.",
+        ),
+    ] = None,
+    image: Annotated[
+        bool,
+        typer.Option("--image", rich_help_panel=_INPUT, help="Make an image of each prompt instead of a text."),
     ] = False,
+    output_format: Annotated[
+        OutputForm | None,
+        typer.Option(
+            "--output-format",
+            show_default="by the suffix of OUT",
+            rich_help_panel=_OUTPUT,
+            help="How answers are written: as lines of JSON, as a table, or as one answer a line.",
+        ),
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--output-dir",
+            metavar="DIR",
+            rich_help_panel=_OUTPUT,
+            help="Where to write images. Created if it does not exist.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            rich_help_panel=_OUTPUT,
+            help="Replace files of answers that exist. All lines are answered anew if the batch had ended.",
+        ),
+    ] = False,
+    progress: Annotated[
+        ProgressMode,
+        typer.Option(
+            "--progress",
+            rich_help_panel=_OUTPUT,
+            help="How progress is shown: auto is a bar on a terminal, and a line a minute elsewhere.",
+        ),
+    ] = "auto",
+    stop: StopOption = None,
+    system: SystemOption = None,
+    raw: RawOption = False,
+    metadata: MetadataOption = True,
     give_up: GiveUpOption = GIVE_UP,
     store_key: StoreKeyOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Answer a file of requests, many at once; after Ctrl-C or a crash, the same command resumes.
+    """Answer a file of prompts or requests, many at once; after Ctrl-C or a crash, the same command goes on.
 
-    Each line is a request: `custom_id`, `method` (POST), `url` (/v1/chat/completions or /v1/completions) and
-    `body`. When all are done, OUT.jsonl is written with one line for each, in the same order: a `response` or an
-    `error`. All lines are answered by --model, whatever model they name. Exit code 1 if any line has an `error`.
+    IN has a prompt a line (.txt), objects with a `prompt` or `messages` (.jsonl), a table (.csv, .tsv), or requests
+    in the format of OpenAI's batches. When all are done, OUT is written, with the answers in the order of the
+    lines. Exit code 1 if any line has an error; the same command asks those again.
     """
     passive_threads()
-    check_output(output, source)
-    if output.exists() and not overwrite and not is_stream(output):
-        raise ConfigError(f"{output} exists already: remove it, or give --overwrite")
-    began = time.perf_counter()
-    stop = catch_sigterm()
-    work = batches.work_path(output, source)
-    choice = model.choice()
-    try:
-        with open_requests(source, choice) as requests, holding(work.with_suffix(".lock")):
-            with Store(work, store_key) as store:
-                store.recover()
-                before = store.generated()
-                with batches.BatchJobs(requests, store) as jobs:
-                    if jobs.jobs:
-                        _run(choice.name, store, jobs, connection, limits, give_up, stop)
-                    tokens = store.generated() - before
-                    count, errors = batches.write(output, jobs.records())
-            batches.remove(work)
-    except Held as held:
-        raise JobsError(f"process {held.pid} is already working on {output}") from None
-    seconds = time.perf_counter() - began
-    stderr.print(f"{output}: {count} answered, {errors} of them with an error", soft_wrap=True)
-    if json:
-        emit_json(
-            {
-                "output": str(output),
-                "lines": count,
-                "errors": errors,
-                "tokens": tokens,
-                "seconds": seconds,
-                "tokens_per_second": tokens / seconds,
-            }
-        )
-    if errors:
-        raise typer.Exit(1)
-
-
-def _run(
-    name: str,
-    store: Store,
-    jobs: batches.BatchJobs,
-    connection: Connection,
-    limits: Limits,
-    give_up: float,
-    stop: threading.Event,
-) -> None:
-    """Runs a batch's jobs to their end, by the model of this name. Raises KeyboardInterrupt after SIGTERM."""
-    with loading(connection, name):
-        from split_device.jobs.models import Models
-        from split_device.jobs.runner import JobRunner
-
-    with Models(connection, limits) as models:
-        _run_with_progress(JobRunner(store, models, give_up, stderr.print), store, jobs, stop)
-
-
-def _run_with_progress(runner: JobRunner, store: Store, jobs: batches.BatchJobs, stop: threading.Event) -> None:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.1f} tokens/s"),
-        TimeRemainingColumn(),
+    filled = Template(template) if template is not None else None
+    settings = BatchSettings(
+        BatchModels(model.choice, images.choice),
+        images=image,
+        template=filled,
+        column=column,
+        system=system,
+        raw=raw,
+        sampling=sampling.checked(),
+        stop=tuple(stop or ()),
+        picture=picture.settings,
+        given=given_settings(context),
+        metadata=metadata,
     )
-    began, before = time.perf_counter(), store.generated()
-    counted = began
-    with Progress(*columns, console=stderr) as progress:
-        task = progress.add_task("answering", total=jobs.jobs, rate=0.0)
-        try:
-            while (ended := jobs.ended) < jobs.jobs:
-                if stop.is_set():
-                    raise KeyboardInterrupt
-                runner.turn()
-                progress.update(task, completed=ended)
-                if (now := time.perf_counter()) - counted > COUNT_INTERVAL:
-                    progress.update(task, rate=(store.generated() - before) / (now - began))
-                    counted = time.perf_counter()
-            progress.update(task, completed=jobs.jobs)
-        finally:
-            runner.stop()
+    target = chosen_output(output, output_dir, image)
+    check_output(target, source)
+    began = time.perf_counter()
+    interrupted = catch_sigterm()
+    place = place_of(target, source)
+    try:
+        with open_source(source, input_format, filled is not None) as lines, holding(place.lock, remove=True):
+            check_options(context, lines.form, image, output_dir)
+            work = Work(place, source, target, output_format or output_form(target), output_dir)
+            before = work.check_new(overwrite)
+            with work.begun(lines, settings, store_key, overwrite, before) as begun:
+                answered = run(begun, connection, limits, give_up, progress, interrupted)
+            clear(place, answered.summary.errors)
+    except Held as held:
+        raise JobsError(f"process {held.pid} is already working on {target}") from None
+    report(begun, answered, time.perf_counter() - began, json)

@@ -84,6 +84,14 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def seal(self, data: bytes, place: str) -> bytes:
+        """Data that lies beside the store, sealed if the store is. `place` is not that of anything in the store."""
+        return self._vault.seal(data, place)
+
+    def unseal(self, data: bytes, place: str) -> bytes:
+        """What `seal` made. Raises StoreLocked if it was sealed under another key, or for another place."""
+        return self._vault.open(data, place)
+
     # --- for users -----------------------------------------------------------------------------------------
 
     def submit(self, task: AnyTask, priority: int = 0, key: str | None = None, group: str | None = None) -> Job:

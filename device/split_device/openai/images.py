@@ -4,65 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import dataclasses
 import secrets
 import time
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import msgspec
-from msgspec import Meta
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from split_device.generation.settings import nth_seed
 from split_device.images.files import image_bytes, notes
-from split_device.images.settings import DRAWN_SEED_BITS, ImageSettings, parse_pixels
-from split_device.openai.fields import convert, supported
+from split_device.images.settings import DRAWN_SEED_BITS, ImageSettings
 from split_device.openai.http import CLIENT_CLOSED_REQUEST, json_response, read_json, unless_disconnected
+from split_device.openai.image_requests import parse_image
 from split_device.openai.requests import check_model
 
 if TYPE_CHECKING:
     from split_device.images.pipeline import ImagePipeline
-
-#: Number of denoising steps by quality, unless the request has `steps`.
-STEPS_BY_QUALITY = {"auto": 20, "standard": 20, "medium": 20, "low": 10, "high": 40, "hd": 40}
-
-#: Fields that are accepted and have no effect.
-_IGNORED = frozenset({"user", "moderation", "style"})
-
-#: Fields that are not supported, with the values at which they have no effect.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "response_format": ("b64_json",),
-    "background": ("auto", "opaque"),
-    "output_compression": (100,),
-    "partial_images": (0,),
-    "stream": (False,),
-}
-
-
-class _Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A request's body. `steps` and what follows are extensions of OpenAI's format, with the bounds in `BOUNDS`."""
-
-    prompt: Annotated[str, Meta(min_length=1, max_length=32_000)]
-    model: str | None = None
-    n: Annotated[int, Meta(ge=1, le=10)] = 1
-    size: str = "auto"
-    quality: Literal["auto", "standard", "medium", "low", "high", "hd"] = "auto"
-    output_format: Literal["png", "jpeg", "webp"] = "png"
-    steps: int | None = None
-    seed: int | None = None
-    guidance: float | None = None
-    negative_prompt: str | None = None
-    metadata: bool = False
-
-    def settings(self) -> list[ImageSettings]:
-        """The settings of each image. Raises ConfigError for a malformed size."""
-        width, height = parse_pixels(self.size) if self.size != "auto" else (None, None)
-        first = secrets.randbits(DRAWN_SEED_BITS) if self.seed is None else self.seed
-        settings = ImageSettings(
-            self.steps or STEPS_BY_QUALITY[self.quality], width, height, self.guidance, self.negative_prompt, first
-        )
-        return [dataclasses.replace(settings, seed=nth_seed(first, index)) for index in range(self.n)]
 
 
 class Images:
@@ -109,10 +65,10 @@ class Images:
         """Answers a request. Raises ApiError, and other errors that `api_error` reports to the client."""
         images: list[asyncio.Task[Any]] = []
         try:
-            body = convert(supported(await read_json(request), _IGNORED, _NEUTRAL), _Body)
+            body = parse_image(await read_json(request))
             if body.model is not None:
                 check_model(body.model, self.name)
-            chosen = body.settings()
+            chosen = body.settings(secrets.randbits(DRAWN_SEED_BITS) if body.seed is None else body.seed)
             self._pipeline.check(chosen[0])
             images += [asyncio.create_task(self._image(body.prompt, settings)) for settings in chosen]
             made = await unless_disconnected(request, asyncio.gather(*images))

@@ -1,0 +1,33 @@
+"""The end of a batch: its files are written, and what is on disk for it is kept only as long as it is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from split_device.batches.outputs import write_results
+from split_device.batches.pictures import Pictures
+from split_device.batches.place import Place, Record, now, stamp
+from split_device.batches.plan import Plan
+from split_device.batches.results import Summary, results
+from split_device.jobs.store import Store
+
+
+def finish(place: Place, record: Record, plan: Plan, store: Store) -> Summary:
+    """Writes all answers, and notes it in the record. Raises ConfigError if a file cannot be written.
+
+    The caller holds the lock, and calls `clear` when the store is closed.
+    """
+    if record.output_dir is not None:
+        Pictures(Path(record.output_dir), plan, store).write()
+    output = Path(record.output)
+    summary = write_results(output, record.output_form, results(plan, store))
+    place.write(msgspec.structs.replace(record, finished=now(), errors=summary.errors, written=stamp(output)))
+    return summary
+
+
+def clear(place: Place, errors: int) -> None:
+    """Removes what is on disk of a batch that is finished, unless there are errors, which a rerun asks again."""
+    if not errors:
+        place.remove()

@@ -1,0 +1,65 @@
+"""With what the lines of a batch are answered: models, and settings for lines that have none of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from split_device.batches.template import Template
+from split_device.generation.settings import Sampling
+from split_device.images.settings import ImageSettings
+from split_device.jobs.job import ImageChoice, ModelChoice
+
+
+class BatchModels:
+    """The two models of a batch, each resolved when the first line needs it.
+
+    Args:
+        text, image: resolve a model.
+    """
+
+    def __init__(self, text: Callable[[], ModelChoice], image: Callable[[], ImageChoice]) -> None:
+        self._text, self._image = text, image
+
+    @cached_property
+    def text(self) -> ModelChoice:
+        return self._text()
+
+    @cached_property
+    def image(self) -> ImageChoice:
+        return self._image()
+
+    def names(self) -> list[str]:
+        """Names of the models that lines have needed so far."""
+        return [vars(self)[kind].name for kind in ("text", "image") if kind in vars(self)]
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """Settings of a batch.
+
+    Args:
+        images: whether prompts ask for pictures.
+        template: makes prompts of lines; None if lines have whole prompts.
+        column: the column of a table with the prompts.
+        system: a system message before each prompt.
+        raw: whether prompts are continued as they are.
+        sampling, stop: settings of prompts for texts.
+        picture: settings of prompts for images, by the directory of the pipeline; raises ConfigError if that cannot
+            make such an image.
+        given: fields of `sampling`, and `stop`, that the user gave: they hold for OpenAI's requests, too.
+        metadata: whether pictures' files carry their settings.
+    """
+
+    models: BatchModels
+    images: bool = False
+    template: Template | None = None
+    column: str | None = None
+    system: str | None = None
+    raw: bool = False
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    picture: Callable[[str], ImageSettings] = lambda _directory: ImageSettings()
+    given: frozenset[str] = field(default=frozenset())
+    metadata: bool = True

@@ -1,0 +1,66 @@
+"""Options of `batch`: which of them hold for which lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from split_common.cli.options import given
+from split_common.errors import ConfigError
+from split_device.batches.source import InputForm
+
+#: Options whose values are defaults for OpenAI's requests too, by their fields.
+_DEFAULTS = {
+    "max_tokens": "--max-tokens",
+    "temperature": "--temperature",
+    "top_p": "--top-p",
+    "top_k": "--top-k",
+    "seed": "--seed",
+    "stop": "--stop",
+}
+
+#: Options for prompts, which a request of OpenAI's says for itself, or has no equal of.
+_OF_PROMPTS = ("--column", "--template", "--image", "--system", "--raw")
+
+#: Options for prompts of texts, and for those of images.
+_OF_TEXTS = ("--max-tokens", "--temperature", "--top-p", "--top-k", "--stop", "--system", "--raw")
+_OF_IMAGES = ("--steps", "--size", "--guidance", "--negative", "--metadata")
+
+#: Name of the file of answers in the directory of the pictures, if no other is given.
+RESULTS = "results.jsonl"
+
+
+def given_settings(context: typer.Context) -> frozenset[str]:
+    """The fields of text settings that are on the command line."""
+    found = given(context, _DEFAULTS.values())
+    return frozenset(field for field, option in _DEFAULTS.items() if option in found)
+
+
+def chosen_output(output: Path | None, output_dir: Path | None, image: bool) -> Path:
+    """The file of answers. Makes the directory of the pictures. Raises ConfigError if there can be none."""
+    if output_dir is None:
+        if image:
+            raise ConfigError("--image needs --output-dir, where the images are written")
+        if output is None:
+            raise ConfigError("give -o OUT, the file of answers")
+        return output
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{output_dir} cannot be made: {error.strerror}") from None
+    return output or output_dir / RESULTS
+
+
+def check_options(context: typer.Context, form: InputForm, image: bool, output_dir: Path | None) -> None:
+    """Raises ConfigError for an option that has no effect on these lines."""
+    if form == "openai":
+        for option in given(context, (*_OF_PROMPTS, *_OF_IMAGES)):
+            raise ConfigError(f"{option} is for prompts: the lines here are requests of OpenAI's batches")
+        return
+    for option in given(context, _OF_TEXTS if image else _OF_IMAGES):
+        raise ConfigError(f"{option} is for texts: leave --image out" if image else f"{option} needs --image")
+    if output_dir is not None and not image:
+        raise ConfigError("--output-dir needs --image")
+    if {"--raw", "--system"} <= set(given(context, ("--raw", "--system"))):
+        raise ConfigError("--raw and --system do not go together: a raw prompt has no messages")

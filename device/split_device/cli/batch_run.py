@@ -1,0 +1,229 @@
+"""Answers a batch in the foreground, and says what became of it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from split_common.errors import ConfigError
+from split_common.system.console import emit_json, stderr
+from split_common.system.outputs import is_stream
+from split_common.system.signals import delay_signals
+from split_device.batches.finish import finish
+from split_device.batches.parsing import parsed
+from split_device.batches.pictures import Pictures, clashes
+from split_device.batches.place import OutputForm, Place, Record, now, stamp
+from split_device.batches.plan import Plan
+from split_device.batches.results import Summary
+from split_device.batches.settings import BatchSettings
+from split_device.batches.source import Source
+from split_device.batches.work import counts, prepare
+from split_device.cli.batch_progress import ProgressMode, batch_progress
+from split_device.cli.terminal import loading
+from split_device.generation.limits import Limits
+from split_device.jobs.store import Store
+from split_device.sessions.connection import Connection
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A batch whose lines are jobs of these models. `resumed` of its answers are there from an earlier run."""
+
+    place: Place
+    record: Record
+    plan: Plan
+    store: Store
+    models: list[str]
+    resumed: int
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a run came to. `tokens` is how many it generated."""
+
+    summary: Summary
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a command asks for."""
+
+    place: Place
+    source: Path
+    output: Path
+    output_form: OutputForm
+    output_dir: Path | None
+
+    def check_new(self, overwrite: bool) -> Record | None:
+        """The record of an earlier run that this one continues. Forgets one whose answers are to be replaced.
+
+        Raises:
+            ConfigError: the file of answers exists, and was not written by a run with errors.
+        """
+        before = self.place.record()
+        if before is not None and before.finished is not None and (overwrite or not before.errors):
+            self.place.remove()
+            before = None
+        own = before is not None and before.written is not None and before.written == stamp(self.output)
+        if self.output.exists() and not (own or overwrite or is_stream(self.output)):
+            raise ConfigError(f"{self.output} exists already: remove it, or give --overwrite")
+        return before
+
+    @contextlib.contextmanager
+    def begun(
+        self,
+        source: Source,
+        settings: BatchSettings,
+        store_key: Path | None,
+        overwrite: bool,
+        before: Record | None,
+    ) -> Iterator[Begun]:
+        """Makes jobs of the lines, and says so; what is left of a batch that cannot begin is removed."""
+        old = self.place.store.exists()
+        ready = False
+        try:
+            with Store(self.place.store, store_key) as store:
+                store.recover()
+                prepared = prepare(parsed(source, settings, self.output_dir is not None, _note), self.place, store)
+                if self.output_dir is not None and before is None and not overwrite:
+                    self._check_pictures(self.output_dir, prepared.plan)
+                record = Record(
+                    source=source.name,
+                    output=str(self.output if is_stream(self.output) else self.output.resolve()),
+                    output_dir=str(self.output_dir.resolve()) if self.output_dir is not None else None,
+                    input_form=source.form,
+                    output_form=self.output_form,
+                    lines=prepared.lines,
+                    jobs=prepared.jobs,
+                    created=now() if before is None else before.created,
+                    written=before.written if before is not None else None,
+                )
+                self.place.write(record)
+                ready = True
+                models = settings.models.names()
+                begun = Begun(self.place, record, prepared.plan, store, models, counts(store)[0])
+                _say_begun(begun)
+                yield begun
+        finally:
+            if not ready and not old:
+                self.place.remove()
+
+    def _check_pictures(self, directory: Path, plan: Plan) -> None:
+        if (path := clashes(directory, plan)) is not None:
+            raise ConfigError(f"{path} exists already: remove it, or give --overwrite")
+
+
+def _note(text: str) -> None:
+    stderr.print(f"note: {text}", soft_wrap=True)
+
+
+def _say_begun(begun: Begun) -> None:
+    record, name = begun.record, begun.place.name
+    lines = "1 line" if record.lines == 1 else f"{record.lines} lines"
+    stderr.print(f"{name}: {lines} of {record.source} to {record.output}", soft_wrap=True)
+    if begun.resumed:
+        stderr.print(f"going on: {begun.resumed} of {record.jobs} are there", soft_wrap=True)
+
+
+def run(
+    begun: Begun,
+    connection: Connection,
+    limits: Limits,
+    give_up: float,
+    mode: ProgressMode,
+    interrupted: threading.Event,
+) -> Answered:
+    """Answers a batch, and writes its files.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when it has said what is kept.
+        ConfigError: a file cannot be written.
+    """
+    store, jobs = begun.store, begun.record.jobs
+    tokens = store.generated()
+    try:
+        if begun.resumed < jobs:
+            _run_jobs(begun, connection, limits, give_up, mode, interrupted)
+    except KeyboardInterrupt:
+        ended, failed = counts(store)
+        stderr.print(
+            f"interrupted: {ended - failed} of {jobs} answers are kept, and the same command goes on",
+            soft_wrap=True,
+        )
+        raise
+    # A signal that comes now does not part the files from the record of them.
+    with delay_signals():
+        summary = finish(begun.place, begun.record, begun.plan, store)
+        return Answered(summary, store.generated() - tokens)
+
+
+def _run_jobs(
+    begun: Begun,
+    connection: Connection,
+    limits: Limits,
+    give_up: float,
+    mode: ProgressMode,
+    interrupted: threading.Event,
+) -> None:
+    """Runs the jobs to their end. Raises KeyboardInterrupt after SIGTERM."""
+    record, store = begun.record, begun.store
+    with loading(connection, *begun.models):
+        from split_device.jobs.models import Models
+        from split_device.jobs.runner import JobRunner
+
+    directory = record.output_dir
+    pictures = None if directory is None else Pictures(Path(directory), begun.plan, store)
+    with batch_progress(mode, begun.place.name, record.jobs, store.generated) as advance:
+        with Models(connection, limits) as models:
+            runner = JobRunner(store, models, give_up, stderr.print)
+            try:
+                while (found := counts(store))[0] < record.jobs:
+                    if interrupted.is_set():
+                        raise KeyboardInterrupt
+                    advance(*found)
+                    runner.turn()
+                    if pictures is not None:
+                        pictures.write()
+            finally:
+                runner.stop()
+        advance(*found)
+
+
+def report(begun: Begun, answered: Answered, seconds: float, json: bool) -> None:
+    """Says what became of a batch; exit code 1 if any line has an error."""
+    summary, output = answered.summary, begun.record.output
+    good = summary.lines - summary.errors
+    stderr.print(f"{output}: {good} answered{_failures(summary)}", soft_wrap=True)
+    if summary.first_error is not None:
+        stderr.print(f"the first: {summary.first_error}", soft_wrap=True)
+        stderr.print("the same command asks again what failed", soft_wrap=True)
+    if json:
+        emit_json(
+            {
+                "name": begun.place.name,
+                "output": output,
+                "lines": summary.lines,
+                "errors": summary.errors,
+                "reasons": dict(summary.reasons.most_common()),
+                "first_error": summary.first_error,
+                "resumed": begun.resumed,
+                "tokens": answered.tokens,
+                "seconds": seconds,
+                "tokens_per_second": answered.tokens / seconds,
+            }
+        )
+    if summary.errors:
+        raise typer.Exit(1)
+
+
+def _failures(summary: Summary) -> str:
+    if not summary.errors:
+        return ""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in summary.reasons.most_common())
+    return f", {summary.errors} failed ({reasons})"
