@@ -11,8 +11,8 @@ What a page may hold, and what becomes of it:
 - Anything below `<!-- not run: REASON -->` is not run.
 
 A page is walked in a home directory of its own that has the demo model in its cache, and in a directory in which
-`examples` is the repository's. `STAND_INS` says what is replaced in commands. The queue and the server get free
-ports, and ids of jobs are those that were printed on the way.
+`examples` is the repository's. `PLACEHOLDERS` and `STAND_INS` say what is replaced. The queue and the server get
+free ports, and ids of jobs are those that were printed on the way.
 
 Every line of stdout must be shown, and every line that is shown must be printed, in the same order. Of stderr,
 lines may be left out, because a terminal removes progress when it is done. A line `…` stands for any number of
@@ -41,13 +41,13 @@ INTERVAL = 0.1
 #: Commands that run until they are stopped.
 RUNS_ON = re.compile(r"lambda-split (?:broker|worker|serve|demo --serve|agent run)\b")
 
-#: Parts of commands that are replaced: placeholders, and what depends on the machine or on the network.
+#: What placeholders stand for, in commands and in what they print.
+PLACEHOLDERS = {"<BROKER>": "127.0.0.1", "<KEYS>": "fleet"}
+
+#: Parts of commands that are replaced, because they install something or are seen by the network.
 STAND_INS = {
     r"\bmake demo-image\b": "lambda-split demo --image",
     r"\bmake demo\b": "lambda-split demo",
-    r"<BROKER>": "127.0.0.1",
-    r"<KEYS>": "fleet",
-    r"<MODEL>": "~/.cache/lambda-split/models/smollm2-135m-instruct",
     r"tcp://0\.0\.0\.0:7411": "'tcp://127.0.0.1:*'",
     r"lambda-split broker$": "lambda-split broker --bind 'tcp://127.0.0.1:*'",
     r"--port 8080": "--port 0",
@@ -257,7 +257,7 @@ class Walk:
             "CUDA_VISIBLE_DEVICES": "",
             "HF_HUB_OFFLINE": "1",
         }
-        self._actual: dict[str, str] = {"/home/you/lambda-split": str(self._directory), "/home/you": str(home)}
+        self._actual = PLACEHOLDERS | {"/home/you/lambda-split": str(self._directory), "/home/you": str(home)}
         self._background: list[Running] = []
 
     def __enter__(self) -> Walk:

@@ -120,6 +120,12 @@ def test_models_and_scoped_workers(model: Path, tmp_path: Path) -> None:
     assert [found["name"] for found in shown["models"]] == ["org/tiny", "tiny"]
 
 
+def test_a_model_that_the_environment_names(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys("init")
+    monkeypatch.setenv("LAMBDA_SPLIT_MODEL", str(model))
+    assert keys("add-model", "--json")["model"]["name"] == "tiny"
+
+
 @pytest.mark.parametrize("layers", ["8:2", "2:2", "-1:2", "2", "2:", "a:b", "1:2:3", "٢:٣", "0:9999999999"])
 def test_bad_layers(model: Path, layers: str) -> None:
     keys("init")

@@ -18,11 +18,13 @@ from split_common.cli.options import (
     IpAdapterOption,
     JsonOption,
     KeysOption,
+    ModelArgument,
     RevisionOption,
 )
 from split_common.cli.redis_acl import redis_acl
 from split_common.errors import ConfigError, KeysError
 from split_common.models.checkpoint import Checkpoint
+from split_common.models.demo_model import resolve_model
 from split_common.models.verification import build_manifest
 from split_common.system.console import emit_json, stderr
 from split_common.transport import check_address
@@ -111,9 +113,7 @@ def add_worker(
 
 @keys_app.command()
 def add_model(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A directory with a safetensors checkpoint, or a hub id.")
-    ],
+    model: ModelArgument = None,
     name: Annotated[
         str | None,
         typer.Option(metavar="NAME", show_default="the checkpoint's", help="The model's name in the fleet."),
@@ -126,7 +126,7 @@ def add_model(
     """Sign a list of a model's tensors, so that each side can check the weights it loads."""
     fleet = _open(keys)
     fleet.require_operator()
-    checkpoint = Checkpoint.resolve(model, revision, ip_adapter)
+    checkpoint = Checkpoint.resolve(resolve_model(model), revision, ip_adapter)
     manifest = _hash(checkpoint, name)
     fleet.add_manifest(manifest)
     message = f"added model {manifest.name} ({len(manifest.tensors)} tensors) to {fleet.path}"

@@ -55,6 +55,15 @@ ModelOption = Annotated[
         help="Directory or hub id of a safetensors checkpoint.",
     ),
 ]
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        envvar="LAMBDA_SPLIT_MODEL",
+        show_default="SmolLM2-135M-Instruct, fetched once",
+        help="Directory or hub id of a safetensors checkpoint.",
+    ),
+]
 LayersOption = Annotated[
     Layers | None,
     typer.Option(

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated
 
-import typer
-
 from split_common.cli.groups import grouped
-from split_common.cli.options import JsonOption
+from split_common.cli.options import JsonOption, ModelArgument
 from split_common.models.checkpoint_files import model_name
 from split_common.system.console import doing, emit_json, stdout
 from split_device.cli.groups import TEXT_MODEL, TextModel
@@ -18,15 +16,7 @@ from split_device.cli.tables import parts_table
 @grouped
 def inspect(
     cut: Annotated[TextModel, TEXT_MODEL.without("model")],
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            envvar="LAMBDA_SPLIT_MODEL",
-            show_default="SmolLM2-135M-Instruct, fetched once",
-            help="Directory or hub id of a safetensors checkpoint.",
-        ),
-    ] = None,
+    model: ModelArgument = None,
     json: JsonOption = False,
 ) -> None:
     """Show which parts of a model the device keeps and which the worker runs; no weights are read."""
