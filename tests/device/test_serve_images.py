@@ -6,7 +6,6 @@ import asyncio
 import base64
 import io
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,16 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 import tiny
 import tiny_diffusion
+from chat_page import answered, chromium, faults, needs_chromium, opened, say, set_field, unlock
 from serving import KEY, hanging_up, serving
 from wiretap import wait_until
 
 #: Seconds that something may take on a busy machine.
 PATIENCE = 300.0
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -159,39 +157,57 @@ def test_a_client_that_hangs_up_ends_its_images(server: tuple[str, Any]) -> None
     assert steps(worker) - before < 1000
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, and there is none on the PATH")
-def test_the_page_shows_images(server: tuple[str, Any]) -> None:
-    url = server[0].removesuffix("v1")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, headless=True, args=["--no-sandbox", "--disable-gpu"]
-        )
-        page = browser.new_page()
-        page.set_default_timeout(1000 * PATIENCE)
-        expect.set_options(timeout=1000 * PATIENCE)
-        wrong: list[str] = []
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda message: wrong.append(message.text) if "Security" in message.text else None)
-        page.goto(url)
-        expect(page.get_by_label("asks for its API key")).to_be_focused()
-        page.keyboard.type(KEY)
-        page.keyboard.press("Enter")
+@needs_chromium
+def test_the_page_shows_a_picture_and_the_same_one_again(server: tuple[str, Any]) -> None:
+    seed = 2**63 + 1  # Which JavaScript's numbers do not have.
+    view = {"width": 360, "height": 560}
+    with chromium() as browser, opened(browser, server[0].removesuffix("v1"), viewport=view) as page:
+        unlock(page)
         expect(page.locator("#model")).to_have_text("tiny, tiny-sdxl")
-        message = page.get_by_label("Message")
+        message = page.get_by_label("Message", exact=True)
+        set_field(page, "picture-seed", seed)
+        set_field(page, "picture-size", "64x256")
+        set_field(page, "picture-steps", 3)
         message.fill("/image a seven")
         page.keyboard.press("Enter")
-        expect(page.get_by_role("status")).to_have_text("Answered.")
+        answered(page)
         image = page.get_by_role("img", name="a seven")
-        assert image.evaluate("(image) => [image.naturalWidth, image.naturalHeight]") == [64, 64]
-        expect(page.locator("article.assistant .facts")).to_have_text(re.compile(r"^64x64 · \d+\.\d s · seed \d+$"))
-        expect(page.locator("[data-last=steps]")).to_have_text("20")
-        page.locator("#max-tokens").evaluate("(field) => { field.value = 8 }")
-        message.fill("/imagine")
+        facts = re.compile(rf"^64x256 · 3 steps · \d+\.\d s · seed {seed}$")
+        expect(page.locator("article.assistant .facts")).to_have_text(facts)
+        assert image.evaluate("(image) => [image.naturalWidth, image.naturalHeight]") == [64, 256]
+        expect(page.locator("[data-last=steps]")).to_have_text("3")
+        # It has been scrolled to: question and picture together are higher than what is seen of the conversation.
+        ends = "(element) => [element.getBoundingClientRect().top, element.getBoundingClientRect().bottom]"
+        (top, bottom), (log_top, log_bottom) = image.evaluate(ends), page.locator("#log").evaluate(ends)
+        assert log_top <= top < bottom <= log_bottom
+        assert page.locator("article.user").evaluate(ends)[0] < log_top
+        first = image.get_attribute("src")
+        for field in ("seed", "size", "steps"):
+            set_field(page, f"picture-{field}", "")
+        page.get_by_role("button", name="Same again").click()
+        expect(page.get_by_text("2 of 2")).to_be_visible()
+        answered(page)
+        assert image.get_attribute("src") == first
+        with page.expect_download() as saved:
+            page.get_by_role("button", name="Save the picture").click()
+        assert saved.value.suggested_filename == f"picture-{seed}.png"
+        assert f"data:image/png;base64,{base64.b64encode(saved.value.path().read_bytes()).decode()}" == first
+        assert faults(page) == []
+
+
+@needs_chromium
+def test_what_asks_the_page_for_a_picture(server: tuple[str, Any]) -> None:
+    with chromium() as browser, opened(browser, server[0].removesuffix("v1")) as page:
+        unlock(page)
+        message = page.get_by_label("Message", exact=True)
+        message.fill("/image")
         page.keyboard.press("Enter")
-        expect(page.locator("article.assistant .body").nth(1)).not_to_be_empty()
-        expect(page.locator("article img")).to_have_count(1)
-        browser.close()
-        assert not wrong
+        expect(page.get_by_role("alert")).to_have_text("Say what to show: /image a photo of a lighthouse")
+        expect(message).to_have_value("/image")
+        message.fill("")
+        say(page, "/imagine")
+        expect(page.locator("article.assistant .body")).not_to_be_empty()
+        expect(page.locator("article img")).to_have_count(0)
 
 
 def steps(worker: Any) -> int:

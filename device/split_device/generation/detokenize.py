@@ -24,14 +24,15 @@ class TextStream:
         tokenizer: a tokenizer of transformers, fast or not.
         stop: texts at which the stream ends; text that may be the beginning of one is held back. They may hold
             special tokens as these are written. Empty ones have no effect.
+        before: tokens that the text continues. They are not part of it, but may change how it begins.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
+        self._tokens: list[int] = list(before)
         # Tokens before `_read` are text already. Decoding begins at `_from`, because a token's text depends on
         # earlier tokens.
-        self._from = self._read = 0
+        self._from, self._read = 0, len(before)
         self._search = _StopSearch([text for text in stop if text])
         self._special = special_tokens(tokenizer) if self._search.stops else {}
 

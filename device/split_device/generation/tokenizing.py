@@ -60,8 +60,11 @@ class _TokenizerConfig(msgspec.Struct):
     auto_map: Any = None
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[ChatMessage]) -> torch.Tensor:
+def encode_chat(tokenizer: Any, messages: Sequence[ChatMessage], continues: bool = False) -> torch.Tensor:
     """Token ids int64 `[1, tokens]` of a conversation; of its plain text if the tokenizer has no chat template.
+
+    Args:
+        continues: the last message is to be continued, so it is left open, and no answer is begun after it.
 
     Raises:
         ConfigError: the chat template refuses the conversation, or it is not UTF-8.
@@ -71,7 +74,12 @@ def encode_chat(tokenizer: Any, messages: Sequence[ChatMessage]) -> torch.Tensor
     if not tokenizer.chat_template:
         return encode_text(tokenizer, "\n".join(message["content"] for message in messages))
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
+        )
     except Exception as error:
         # The template is a program in the checkpoint. Some refuse system messages, for example.
         raise ConfigError(f"the model's chat template refuses this conversation: {error}") from None

@@ -45,13 +45,16 @@ class Loaded:
         return end_tokens(self.model, self.tokenizer)
 
     @property
-    def _limit(self) -> int:
+    def limit(self) -> int:
         """Most tokens of prompt and answer. Without a limit of the model's own, memory ends a text."""
         limit, capacity = max_positions(self.model.config), self.generator.capacity
         return limit if limit < UNLIMITED or capacity is None else capacity
 
-    def encode(self, task: Task) -> list[int]:
+    def encode(self, task: Task, continues: bool = False) -> list[int]:
         """The token ids of a task's prompt.
+
+        Args:
+            continues: the conversation's last message is to be continued.
 
         Raises:
             PromptTooLong: the prompt is empty, or leaves no room for an answer.
@@ -61,9 +64,9 @@ class Loaded:
             ids = encode_text(self.tokenizer, task.prompt)
         else:
             messages = [{"role": message.role, "content": message.content} for message in task.prompt]
-            ids = encode_chat(self.tokenizer, messages)
+            ids = encode_chat(self.tokenizer, messages, continues)
         prompt: list[int] = ids[0].tolist()
-        limit = self._limit
+        limit = self.limit
         if not prompt:
             raise PromptTooLong("the prompt has no tokens")
         if len(prompt) >= limit:
@@ -81,7 +84,7 @@ class Loaded:
             ConfigError: as `encode`, or a number is out of bounds.
         """
         prompt = self.encode(task) if prompt is None else prompt
-        limit, sampling = self._limit, task.sampling.checked()
+        limit, sampling = self.limit, task.sampling.checked()
         config = GenerationConfig(
             max_new_tokens=min(sampling.max_tokens, limit - len(prompt)),
             eos_token_id=sorted(self.end_tokens) or None,

@@ -46,6 +46,11 @@ class Completions:
         )
         return [dict(zip(("name", "where", "first", "last"), part, strict=True)) for part in parts]
 
+    @property
+    def context(self) -> int:
+        """Most tokens of prompt and answer."""
+        return self._loaded.limit
+
     def traffic(self) -> dict[str, int]:
         """What left this device since the start, summed over all requests."""
         traffic = self._loaded.model.traffic
@@ -63,9 +68,11 @@ class Completions:
             check_model(query.model, self.name)
             # All choices have one prompt. A long one takes seconds, in which other requests go on.
             loop = asyncio.get_running_loop()
-            prompt = await loop.run_in_executor(self._encoding, self._loaded.encode, query.tasks[0])
+            prompt = await loop.run_in_executor(
+                self._encoding, self._loaded.encode, query.tasks[0], query.continues
+            )
             for task in query.tasks:
-                streams.append(ChoiceStream(self._loaded, task, prompt, query.logprobs))
+                streams.append(ChoiceStream(self._loaded, task, prompt, query.logprobs, query.continues))
             id_, created = secrets.token_hex(12), int(time.time())
             if query.stream:
                 events = self._events(query, streams, id_, created)

@@ -84,7 +84,7 @@ class Images:
                 "size": f"{made[0].width}x{made[0].height}",
                 "output_format": body.output_format,
                 "data": [
-                    {"b64_json": content, "seed": settings.seed, "notes": notes(image)}
+                    {"b64_json": content, "seed": settings.seed, "steps": settings.steps, "notes": notes(image)}
                     for content, settings, image in zip(data, chosen, made, strict=True)
                 ],
             }

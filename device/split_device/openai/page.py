@@ -10,10 +10,21 @@ from starlette.routing import Route
 
 _FILES = Path(__file__).parent / "static"
 
-#: The page loads and runs nothing from elsewhere, and cannot be framed by another page.
+#: What the page consists of, by the ending of a file's name.
+_MEDIA_TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".md": "text/plain",
+    ".LICENSE": "text/plain",
+}
+
+#: The page loads and runs nothing from elsewhere, and cannot be framed by another page. What it shows of a model's
+#: Markdown has passed DOMPurify, whose policy is the only one by which a text becomes HTML.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types dompurify",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
@@ -22,11 +33,15 @@ _HEADERS = {
 
 def routes() -> list[Route]:
     """The page at `/`, and its files."""
-    return [_route("/", "index.html"), _route("/chat.css"), _route("/chat.js")]
+    files = sorted(path for path in _FILES.rglob("*") if path.suffix in _MEDIA_TYPES)
+    return [
+        _route("/", _FILES / "index.html"),
+        *(_route(f"/{path.relative_to(_FILES).as_posix()}", path) for path in files),
+    ]
 
 
-def _route(path: str, name: str | None = None) -> Route:
+def _route(address: str, file: Path) -> Route:
     async def send(_request: Request) -> Response:
-        return FileResponse(_FILES / (name or path[1:]), headers=_HEADERS)
+        return FileResponse(file, headers=_HEADERS, media_type=_MEDIA_TYPES[file.suffix])
 
-    return Route(path, send)
+    return Route(address, send)

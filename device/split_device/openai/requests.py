@@ -74,6 +74,23 @@ class _Chat(_Body, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     max_completion_tokens: int | None = None
+    #: Extensions of OpenAI's format, as vLLM has them: the answer continues the last message.
+    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
+
+    def check(self) -> None:
+        """Raises ApiError for fields that contradict each other."""
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
+        if self.add_generation_prompt not in (None, not self.continue_final_message):
+            raise ApiError(
+                "add_generation_prompt must be the opposite of continue_final_message",
+                param="add_generation_prompt",
+            )
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise ApiError(
+                "continue_final_message needs a last message of the assistant", param="continue_final_message"
+            )
 
 
 class _Text(_Body, frozen=True, kw_only=True):
@@ -96,6 +113,8 @@ class Query:
     include_usage: bool
     #: The number of alternatives to report with each token; None for no log probabilities.
     logprobs: int | None
+    #: Whether the answer continues the conversation's last message.
+    continues: bool = False
 
 
 def parse(kind: CompletionKind, body: object, model: ModelChoice) -> Query:
@@ -107,10 +126,11 @@ def parse(kind: CompletionKind, body: object, model: ModelChoice) -> Query:
         if "messages" in fields:
             fields["messages"] = parse_messages(fields["messages"])
         chat = convert(fields, _Chat)
-        if chat.top_logprobs and not chat.logprobs:
-            raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
+        chat.check()
         limit = chat.max_completion_tokens or chat.max_tokens or UNLIMITED
-        return _query(kind, chat, chat.messages, limit, (chat.top_logprobs or 0) if chat.logprobs else None, model)
+        logprobs = (chat.top_logprobs or 0) if chat.logprobs else None
+        query = _query(kind, chat, chat.messages, limit, logprobs, model)
+        return dataclasses.replace(query, continues=chat.continue_final_message)
     text = convert(fields, _Text)
     prompt = text.prompt if isinstance(text.prompt, str) else text.prompt[0]
     return _query(kind, text, prompt, text.max_tokens or DEFAULT_TEXT_TOKENS, text.logprobs, model)

@@ -92,6 +92,7 @@ class CompletionServer:
             {
                 "model": self._completions.name if self._completions is not None else None,
                 "image_model": self._images.name if self._images is not None else None,
+                "context": self._completions.context if self._completions is not None else None,
                 "parts": served[0].parts(),
                 "traffic": {name: sum(each[name] for each in traffic) for name in traffic[0]},
             }

@@ -16,6 +16,9 @@ from split_device.openai.responses import Choice, TokenLogprobs
 #: Priority of interactive requests, for which the generator reserves capacity.
 PRIORITY = 1
 
+#: How many of a prompt's tokens may change the text of an answer that continues it.
+_CONTINUED = 8
+
 _NO_PROGRESS = JobProgress([], "", None)
 
 
@@ -25,16 +28,19 @@ class ChoiceStream:
     Args:
         prompt: the token ids of the task's prompt.
         logprobs: the number of alternatives to report with each token; None for no log probabilities.
+        continues: the answer goes on where the prompt ends.
 
     Raises:
         ConfigError: a setting is refused.
     """
 
-    def __init__(self, loaded: Loaded, task: Task, prompt: list[int], logprobs: int | None) -> None:
+    def __init__(
+        self, loaded: Loaded, task: Task, prompt: list[int], logprobs: int | None, continues: bool = False
+    ) -> None:
         self._token_bytes = TokenBytes(loaded.tokenizer)
         self._previous: int | None = None
         self._wants_logprobs = logprobs is not None
-        self._text = TextStream(loaded.tokenizer, task.stop)
+        self._text = TextStream(loaded.tokenizer, task.stop, prompt[-_CONTINUED:] if continues else ())
         self._events: asyncio.Queue[tuple[int, Logprobs | None] | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 

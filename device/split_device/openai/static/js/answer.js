@@ -1,0 +1,126 @@
+/** Asking the server: an answer of the language model, or a picture, becomes a message of the conversation. */
+
+import { Locked, aborted, call, events } from "./api.js";
+import { $, fail, focusPrompt, say } from "./dom.js";
+import { chatBody, pictureBody, pictureSettings } from "./settings.js";
+import { begin, look, served, showContext } from "./split.js";
+import { context } from "./thread.js";
+
+/** Milliseconds between two looks at what has left the device, during an answer. */
+const LOOK_INTERVAL = 1000;
+
+/** Aborts the answer under way; null while there is none. */
+let answering = null;
+
+export const busy = () => answering !== null;
+export const stop = () => answering?.abort();
+
+/**
+ * Fills an answer's message by `produce`, which gets a signal to abort by, whatever becomes of it. `save` keeps the
+ * conversation; `locked` asks for the key.
+ */
+async function turn(node, shown, produce, { save, locked }) {
+  answering = new AbortController();
+  show(true);
+  delete node.error;
+  delete node.ended;
+  shown.busy = true;
+  let timer = 0;
+  try {
+    await begin();
+    timer = setInterval(() => look().then(save).catch(() => {}), LOOK_INTERVAL);
+    await produce(answering.signal);
+    say("Answered.");
+  } catch (error) {
+    node.ended = aborted(error) ? "stopped" : "broken";
+    if (!aborted(error)) node.error = error.message || "The server asks for its key.";
+    say(aborted(error) ? "Stopped." : "");
+    if (error instanceof Locked) locked(error);
+  } finally {
+    clearInterval(timer);
+    answering = null;
+    shown.draw();
+    shown.busy = false;
+    shown.article.scrollIntoView({ block: "nearest" });
+    show(false);
+    look().catch(() => {});
+    save();
+  }
+}
+
+/** Whether an answer is under way decides which buttons there are. */
+function show(busy) {
+  document.body.toggleAttribute("data-busy", busy);
+  $("send").hidden = busy;
+  $("stop").hidden = !busy;
+  if (busy) fail("");
+  if (busy) say("Answering …");
+  focusPrompt();
+}
+
+/** An answer to `question`, or, if `node` has a text already, how it goes on. */
+export function answer(conversation, question, node, shown, hooks) {
+  return turn(node, shown, async (signal) => {
+    const messages = context(conversation, question);
+    const goesOn = node.text !== "";
+    if (goesOn) messages.push({ role: "assistant", content: node.text });
+    const more = goesOn ? { continue_final_message: true, add_generation_prompt: false } : {};
+    const body = chatBody(served.model, messages, more);
+    const response = await call("v1/chat/completions", { method: "POST", signal, body });
+    const clock = { began: performance.now(), first: 0, tokens: 0 };
+    const notice = (text) => {
+      shown.notice(text);
+      say(text);
+    };
+    for await (const event of events(response, notice)) {
+      if (event.usage) {
+        clock.tokens = event.usage.completion_tokens;
+        node.context = event.usage.total_tokens;
+        showContext(node.context);
+      }
+      const choice = event.choices[0];
+      if (!choice) continue;
+      if (!clock.first) notice("");
+      clock.first ||= performance.now();
+      node.text += choice.delta.content;
+      node.ended = choice.finish_reason ?? node.ended;
+      shown.grow();
+    }
+    node.facts = facts(clock);
+  }, hooks);
+}
+
+function facts({ began, first, tokens }) {
+  const rate = tokens > 1 ? [`${((1000 * (tokens - 1)) / (performance.now() - first)).toFixed(1)} tokens/s`] : [];
+  const made = tokens === 1 ? "1 token" : `${tokens} tokens`;
+  return [made, ...rate, `first after ${((first - began) / 1000).toFixed(2)} s`].join(" · ");
+}
+
+/** A picture for a prompt, with the settings of the page or those of another picture. */
+export function draw(prompt, node, shown, hooks, settings = pictureSettings()) {
+  return turn(node, shown, async (signal) => {
+    const began = performance.now();
+    const body = pictureBody(served.image_model, prompt, settings);
+    const made = await (await call("v1/images/generations", { method: "POST", signal, body })).json();
+    const [{ b64_json: content, seed, steps, notes }] = made.data;
+    node.picture = {
+      source: `data:image/png;base64,${content}`,
+      size: made.size,
+      steps: String(steps),
+      // A seed that was given is shown as it was given; those that the server draws have 32 bits.
+      seed: settings.seed ?? String(seed),
+    };
+    const seconds = ((performance.now() - began) / 1000).toFixed(1);
+    const { picture } = node;
+    node.facts = [picture.size, `${picture.steps} steps`, `${seconds} s`, `seed ${picture.seed}`, ...notes].join(" · ");
+  }, hooks);
+}
+
+/** What a picture is asked for by a message; null for a message that is to be answered by a text. */
+export function picturePrompt(text) {
+  const found = /^\/image(?:\s+(.*))?$/s.exec(text);
+  if (!found) return served.model ? null : text;
+  if (!served.image_model) throw new Error("No image model is served here: lambda-split serve --image-model MODEL.");
+  if (!found[1]) throw new Error("Say what to show: /image a photo of a lighthouse");
+  return found[1];
+}
