@@ -128,7 +128,7 @@ def test_cancel_and_retry(path: Path) -> None:
         with pytest.raises(JobsError, match="cancelled already"):
             store.cancel(job.id)
         assert store.retry(job.id).state == "queued"
-        with pytest.raises(JobsError, match="is queued"):
+        with pytest.raises(JobsError, match="is queued: only"):
             store.retry(job.id)
         store.claim(1)
         assert store.cancel(job.id).cancelling

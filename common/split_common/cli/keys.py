@@ -27,6 +27,7 @@ from split_common.models.checkpoint import Checkpoint
 from split_common.models.demo_model import resolve_model
 from split_common.models.verification import build_manifest
 from split_common.system.console import emit_json, stderr
+from split_common.system.times import iso_time
 from split_common.transport import check_address
 from split_common.transport.address import DEFAULT_BROKER, is_redis, masked, parse_address
 from split_common.trust.fleet import DAYS, Fleet, keys_dir, load_fleet
@@ -300,6 +301,8 @@ def _member(fleet: Fleet, member: Member) -> dict[str, Any]:
         "revoked": member.revoked,
         "not_before": certificate and certificate.not_before,
         "not_after": certificate and certificate.not_after,
+        "valid_from": iso_time(certificate.not_before) if certificate else None,
+        "valid_until": iso_time(certificate.not_after) if certificate else None,
         "models": [
             {"root": scope.root.hex(), "layers": f"{scope.first}:{scope.last}"}
             for scope in (certificate.models if certificate else ())

@@ -20,6 +20,7 @@ from split_common.system.signals import catch_sigterm
 from split_device.cli.groups import ConnectionOptions, LimitOptions
 from split_device.cli.options import GIVE_UP, GiveUpOption, KeepOption, StoreKeyOption, parse_age
 from split_device.jobs import agent
+from split_device.jobs.shown import shown_counts
 from split_device.jobs.store import Store, store_path
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def run(
                 from split_device.jobs.runner import JobRunner
 
             if json:
-                emit_json({"pid": os.getpid(), "store": str(store.path), "jobs": store.count()})
+                emit_json({"pid": os.getpid(), "store": str(store.path), "jobs": shown_counts(store.count())})
             stderr.print(f"agent {os.getpid()} runs the jobs of {store.path}; {resumed} resume", soft_wrap=True)
             with Models(connection, limits) as models:
                 _work(JobRunner(store, models, give_up), store, max_age, stop)
@@ -141,10 +142,10 @@ def status(store_key: StoreKeyOption = None, json: JsonOption = False) -> None:
     with Store(store_path(), store_key) as store:
         counts = store.count()
     if json:
-        emit_json({"running": pid is not None, "pid": pid, "jobs": counts})
+        emit_json({"running": pid is not None, "pid": pid, "jobs": shown_counts(counts)})
     else:
         print("no agent runs" if pid is None else f"agent {pid} runs")
-        print(", ".join(f"{count} {state}" for state, count in counts.items()))
+        print(", ".join(f"{count} {state}" for state, count in shown_counts(counts).items()))
     if pid is None:
         raise typer.Exit(1)
 

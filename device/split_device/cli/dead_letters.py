@@ -9,6 +9,7 @@ import typer
 
 from split_common.cli.options import JsonOption
 from split_common.system.console import emit_json, stderr
+from split_common.system.times import iso_time
 
 
 def dead_letters(
@@ -26,7 +27,9 @@ def dead_letters(
 
     found = letters.read()
     if json:
-        emit_json({"dead_letters": [msgspec.to_builtins(letter) for letter in found]})
+        # `time`, in seconds since the epoch, is deprecated.
+        listed = [msgspec.to_builtins(letter) | {"recorded_at": iso_time(letter.time)} for letter in found]
+        emit_json({"dead_letters": listed})
     for letter in found if not json else ():
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(letter.time))
         print(

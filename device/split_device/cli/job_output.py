@@ -1,4 +1,4 @@
-"""Output of jobs for commands: their facts, the answer as it streams, the image."""
+"""Output of a job for commands: the answer as it streams, and the image."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import io
 from pathlib import Path
 from typing import Any
 
+from split_common.errors import ConfigError
 from split_common.system.console import emit_json, print_text, stderr
 from split_device.cli.terminal import step_progress
 from split_device.images.files import notes, write_image
 from split_device.jobs.follow import follow, image_output, text_output
 from split_device.jobs.job import ImageTask, Job
+from split_device.jobs.shown import job_facts
 from split_device.jobs.store import Store
 
 
@@ -54,40 +56,48 @@ def _show_image(store: Store, job: Job, steps: int, output: Path | None, json: b
 
 def report_image(job: Job, png: bytes, path: Path, json: bool, metadata: bool) -> None:
     """Writes a job's image in the format of the path's extension, and says so."""
+    found = save_image(png, path, metadata)
+    if json:
+        emit_json(job_facts(job) | {"output": str(path), "notes": found})
+        return
+    stderr.print(f"wrote {path}", soft_wrap=True)
+    for note in found:
+        stderr.print(f"note: {note}", soft_wrap=True)
+
+
+def save_image(png: bytes, path: Path, metadata: bool) -> list[str]:
+    """Writes an image in the format of the path's extension; returns what was noticed while it was made.
+
+    Args:
+        metadata: whether the file carries the image's settings.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     from PIL import Image
 
     with Image.open(io.BytesIO(png)) as image:
         write_image(image, path, metadata=metadata)
-        if json:
-            emit_json(job_facts(job) | {"output": str(path), "notes": notes(image)})
-        else:
-            stderr.print(f"wrote {path}", soft_wrap=True)
-            print_notes(image)
+        return notes(image)
+
+
+def image_directory(path: Path) -> Path:
+    """A directory for images, which is made if it is missing. Raises ConfigError if that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be made: {error.strerror}") from None
+    return path
+
+
+def image_file(directory: Path | None, job: Job) -> Path:
+    """Where a job's image is written. Raises ConfigError if there is no directory for images."""
+    if directory is None:
+        raise ConfigError(f"job {job.id} makes an image: give --output-dir DIR, where it is written")
+    return directory / f"{job.id}.png"
 
 
 def print_notes(image: Any) -> None:
     """Prints on stderr what was noticed while a Pillow image was made."""
     for found in notes(image):
         stderr.print(f"note: {found}", soft_wrap=True)
-
-
-def job_facts(job: Job) -> dict[str, Any]:
-    """A job's facts for users: everything except its prompt and its answer."""
-    return {
-        "id": job.id,
-        "kind": job.kind,
-        "state": job.state,
-        "cancelling": job.cancelling,
-        "priority": job.priority,
-        "group": job.group,
-        "created": job.created,
-        "started": job.started,
-        "finished": job.finished,
-        "model": job.task.model.name,
-        "seed": job.task.seed,
-        "prompt_tokens": job.prompt_tokens,
-        "tokens": job.tokens,
-        "steps": job.steps,
-        "finish_reason": job.finish_reason,
-        "error": job.error,
-    }

@@ -3,73 +3,82 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from split_common.cli.options import JsonOption
 from split_common.errors import ConfigError
-from split_common.models.checkpoint_files import model_name
 from split_common.system.console import emit_json, print_text, stderr, stdout
-from split_device.cli.job_output import job_facts, report_image, show_output
+from split_device.cli.job_export import ExportForm, export_form, records, write_records
+from split_device.cli.job_output import image_directory, report_image, show_output
+from split_device.cli.job_results import show_results
+from split_device.cli.job_selection import (
+    JobArgument,
+    JobsArgument,
+    SinceOption,
+    StateOption,
+    chosen,
+    selected,
+)
+from split_device.cli.job_table import asked, job_lines, job_table
 from split_device.cli.options import GroupOption, MetadataOption, StoreKeyOption, parse_age
 from split_device.images.settings import check_image_output
+from split_device.jobs.agent import running_agent
 from split_device.jobs.follow import image_output, text_output
-from split_device.jobs.job import STATES, ImageTask, Job, Selection, State
-from split_device.jobs.store import Store, store_path
+from split_device.jobs.job import PAST
+from split_device.jobs.shown import job_facts, shown_counts, shown_state, title
+from split_device.jobs.store import Changed, Store, store_path
 
 app = typer.Typer(no_args_is_help=True, help="Manage the jobs that were submitted.", rich_markup_mode="markdown")
 
-JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The id that `submit` printed.")]
+OutputDirOption = Annotated[
+    Path | None,
+    typer.Option("--output-dir", metavar="DIR", help="Where to write images, as JOB.png. Made if it is missing."),
+]
 
 
 @app.command("list")
 def list_jobs(
-    state: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--state",
-            metavar="STATE",
-            help="List only jobs in this state: queued, running, succeeded, failed or cancelled. May be repeated.",
-        ),
-    ] = None,
+    state: StateOption = None,
     group: GroupOption = None,
+    since: SinceOption = None,
     limit: Annotated[
         int, typer.Option(min=1, metavar="N", help="Maximum number of jobs to list, the newest first.")
     ] = 50,
     store_key: StoreKeyOption = None,
     json: JsonOption = False,
 ) -> None:
-    """List jobs, the newest first."""
+    """List jobs, the newest first, with the first words of their prompts."""
     with Store(store_path(), store_key) as store:
-        jobs = store.jobs(Selection(states=_states(state), group=group), limit)
+        selection = selected(store, None, group, state, since)
+        jobs = store.jobs(selection, limit)
+        counts = shown_counts(store.count(selection))
+    total = sum(counts.values())
     if json:
-        emit_json({"jobs": [job_facts(job) for job in jobs]})
+        listed = [job_facts(job) | {"title": title(job.task)} for job in jobs]
+        emit_json({"jobs": listed, "total": total, "counts": counts})
         return
-    # In 80 columns only the model's name may have to be shortened.
-    table = Table(box=None, pad_edge=False, collapse_padding=True)
-    for column in ("job", "state", "priority", "submitted", "model", "made"):
-        table.add_column(column, no_wrap=column != "model")
-    for job in jobs:
-        model = model_name(job.task.model.name).rpartition("/")[2]
-        table.add_row(job.id, job.state, str(job.priority), _clock(job.created)[:-3], model, _made(job))
-    stdout().print(table)
+    for line in job_table(jobs, stdout().width) if jobs else ():
+        print_text(line)
+    words = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    more = f"{len(jobs)} of {total}" if len(jobs) < total else str(total)
+    stderr.print(f"{more} job{'' if total == 1 else 's'}{f': {words}' if words else ''}", soft_wrap=True)
+    if len(jobs) < total:
+        stderr.print("--limit lists more; --state, --group and --since choose some", soft_wrap=True)
 
 
 @app.command()
 def show(job: JobArgument, store_key: StoreKeyOption = None, json: JsonOption = False) -> None:
-    """Show everything about a job except its prompt and its answer."""
+    """Show all about a job except its answer: its state, what was asked, and with which settings."""
     with Store(store_path(), store_key) as store:
-        facts = job_facts(store.get(job))
+        found = store.get(job)
     if json:
-        emit_json(facts)
+        emit_json(job_facts(found) | {"asked": asked(found)})
         return
-    for name, value in facts.items():
-        if value is not None:
-            print_text(f"{name}: {_clock(value) if name in ('created', 'started', 'finished') else value}")
+    for line in job_lines(found):
+        print_text(line)
 
 
 @app.command()
@@ -81,43 +90,138 @@ def watch(job: JobArgument, store_key: StoreKeyOption = None, json: JsonOption =
 
 @app.command()
 def result(
-    job: JobArgument,
+    jobs: JobsArgument = None,
+    group: GroupOption = None,
+    state: StateOption = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Where to write an image: a .png, .jpg or .webp file."),
     ] = None,
+    output_dir: OutputDirOption = None,
     metadata: MetadataOption = True,
     store_key: StoreKeyOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Print the answer of a job that has succeeded, or write its image. Exit code 1 if it has not."""
+    """Print the answers of jobs that have succeeded, or write their images. Exit code 1 if one has not.
+
+    Several answers are printed one after the other, each under a line with its job's id. `jobs export` writes them
+    into one file.
+    """
     with Store(store_path(), store_key) as store:
-        found = store.get(job)
+        ids = chosen(store, jobs, group, state)
+        if not jobs or len(ids) > 1:
+            if output is not None:
+                raise ConfigError("-o is for one image: --output-dir DIR writes several")
+            if not show_results(store, ids, output_dir, metadata, json):
+                raise typer.Exit(1)
+            return
+        found = store.get(ids[0])
         if found.kind == "image":
-            if output is None:
-                raise ConfigError(f"job {job} makes an image: give -o FILE")
-            check_image_output(output)
-            report_image(found, image_output(store, found), output, json, metadata)
+            path = _image_path(found.id, output, output_dir)
+            report_image(found, image_output(store, found), path, json, metadata)
             return
         text = text_output(store, found)
-    if output is not None:
-        raise ConfigError(f"job {job} makes a text, which is printed: -o is for images")
+    if output is not None or output_dir is not None:
+        raise ConfigError(f"job {found.id} makes a text, which is printed: -o and --output-dir are for images")
     if json:
         emit_json(job_facts(found) | {"text": text})
     else:
         print_text(text)
 
 
-@app.command()
-def cancel(job: JobArgument, store_key: StoreKeyOption = None, json: JsonOption = False) -> None:
-    """Cancel a job; the agent cancels a running one within a second."""
-    _change(job, store_key, json, Store.cancel)
+def _image_path(id_: str, output: Path | None, directory: Path | None) -> Path:
+    """Where the image of a job is written. Raises ConfigError if that is not said, or not possible."""
+    if (output is None) == (directory is None):
+        raise ConfigError(f"job {id_} makes an image: give -o FILE or --output-dir DIR")
+    if output is None and directory is not None:
+        output = image_directory(directory) / f"{id_}.png"
+    assert output is not None
+    check_image_output(output)
+    return output
 
 
 @app.command()
-def retry(job: JobArgument, store_key: StoreKeyOption = None, json: JsonOption = False) -> None:
-    """Queue a failed or cancelled job again: a text continues where it stopped, an image starts over."""
-    _change(job, store_key, json, Store.retry)
+def export(
+    jobs: JobsArgument = None,
+    group: GroupOption = None,
+    state: StateOption = None,
+    since: SinceOption = None,
+    form: Annotated[
+        ExportForm | None,
+        typer.Option(
+            "--format",
+            show_default="by the name of the file, else jsonl",
+            help="Lines of JSON; a table; or answers alone, one a line, with line breaks written as \\n.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", show_default="stdout", help="Where to write prompts and answers."
+        ),
+    ] = None,
+    output_dir: OutputDirOption = None,
+    metadata: MetadataOption = True,
+    store_key: StoreKeyOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Write prompts and answers of many jobs, the oldest first, into one file.
+
+    Jobs that have succeeded are exported, or those in the states that --state names.
+    """
+    if json and output is None:
+        raise ConfigError("--json needs -o FILE: without it the jobs themselves are printed")
+    with Store(store_path(), store_key) as store:
+        if jobs:
+            for id_ in jobs:
+                store.get(id_)
+        ids = store.ids(selected(store, jobs, group, state or ["succeeded"], since))
+        counts = shown_counts(store.count(selected(store, jobs, group, None, since)))
+        found = records(store, ids, output_dir, metadata)
+        write_records(found, export_form(form, output), output)
+    left_out = {name: count for name, count in counts.items() if count and name not in (state or ["succeeded"])}
+    if json:
+        emit_json({"output": str(output), "jobs": len(ids), "left_out": left_out})
+        return
+    words = ", ".join(f"{count} {name}" for name, count in left_out.items())
+    rest = f"; left out: {words} (--state exports them)" if words else ""
+    stderr.print(f"{len(ids)} job{'' if len(ids) == 1 else 's'} exported{rest}", soft_wrap=True)
+
+
+@app.command()
+def cancel(
+    jobs: JobsArgument = None,
+    group: GroupOption = None,
+    state: StateOption = None,
+    store_key: StoreKeyOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Cancel jobs; the agent cancels running ones within a second.
+
+    --group and --state choose among those that have not ended.
+    """
+    with Store(store_path(), store_key) as store:
+        ids = chosen(store, jobs, group, state, among=("queued", "running"))
+        changed = store.cancel_all(ids, lambda: running_agent() is None)
+    _report(changed, jobs, json)
+
+
+@app.command()
+def retry(
+    jobs: JobsArgument = None,
+    group: GroupOption = None,
+    state: StateOption = None,
+    store_key: StoreKeyOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Queue failed or cancelled jobs again: a text continues where it stopped, an image starts over.
+
+    --group and --state choose among those that failed or were cancelled.
+    """
+    with Store(store_path(), store_key) as store:
+        ids = chosen(store, jobs, group, state, among=("failed", "cancelled"))
+        changed = store.retry_all(ids)
+    _report(changed, jobs, json)
 
 
 @app.command()
@@ -132,38 +236,40 @@ def prune(
     json: JsonOption = False,
 ) -> None:
     """Remove jobs that have ended, with their prompts and answers."""
-    age = parse_age(older_than)
+    seconds = parse_age(older_than)
     with Store(store_path(), store_key) as store:
-        removed = store.prune(time.time() - age)
+        removed = store.prune(time.time() - seconds)
     if json:
         emit_json({"removed": removed})
     else:
-        stderr.print(f"removed {removed} jobs")
+        stderr.print(f"removed {removed} job{'' if removed == 1 else 's'}")
 
 
-def _change(id_: str, store_key: Path | None, json: bool, change: Callable[[Store, str], Job]) -> None:
-    with Store(store_path(), store_key) as store:
-        job = change(store, id_)
+def _report(changed: Changed, named: list[str] | None, json: bool) -> None:
+    """Says which jobs were changed, and raises for those that could not be.
+
+    Raises:
+        JobsError: the only job that is named could not be changed.
+        Exit: one of several could not.
+    """
+    if named and len(named) == 1:
+        changed.check()
+        job = changed.jobs[0]
+        if json:
+            emit_json(job_facts(job))
+        else:
+            stderr.print(f"{job.id} {'will be cancelled soon' if job.ending else PAST[shown_state(job)]}")
+        return
+    errors: list[dict[str, Any]] = [{"id": id_, "message": str(why)} for id_, why in changed.refused.items()]
     if json:
-        emit_json(job_facts(job))
+        emit_json({"jobs": [job_facts(job) for job in changed.jobs], "errors": errors})
     else:
-        stderr.print(f"{job.id} {'will be cancelled soon' if job.cancelling else f'is {job.state}'}")
-
-
-def _made(job: Job) -> str:
-    """A job's progress, for the table."""
-    if isinstance(job.task, ImageTask):
-        return f"{job.steps} of {job.task.settings.steps} steps"
-    return f"{job.tokens} tokens"
-
-
-def _states(names: list[str] | None) -> tuple[State, ...]:
-    known: dict[str, State] = {state: state for state in STATES}
-    try:
-        return tuple(known[name] for name in names or ())
-    except KeyError as error:
-        raise ConfigError(f"invalid state {error}: expected one of {', '.join(known)}") from None
-
-
-def _clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+        for error in errors:
+            stderr.print(f"error: {error['message']}", soft_wrap=True)
+        soon = sum(job.ending for job in changed.jobs)
+        states = {shown_state(job) for job in changed.jobs if not job.ending}
+        words = [f"{len(changed.jobs) - soon} {state}" for state in states]
+        words += [f"{soon} will be cancelled soon"] if soon else []
+        stderr.print(", ".join(words) or "no job was changed", soft_wrap=True)
+    if errors:
+        raise typer.Exit(1)

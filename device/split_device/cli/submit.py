@@ -23,7 +23,7 @@ from split_device.cli.groups import (
     TextModel,
     TextModelOptions,
 )
-from split_device.cli.job_output import job_facts, show_output
+from split_device.cli.job_output import show_output
 from split_device.cli.options import (
     STORE_PANEL,
     GroupOption,
@@ -37,6 +37,7 @@ from split_device.generation.settings import Sampling
 from split_device.images.settings import check_image_output
 from split_device.jobs.agent import running_agent
 from split_device.jobs.job import AnyTask, ImageTask, Message, Task
+from split_device.jobs.shown import job_facts
 from split_device.jobs.store import Store, store_path
 
 #: Options for texts only, and for images only.

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from split_common.errors import AgentError, JobsError
 from split_device.jobs.agent import running_agent
-from split_device.jobs.job import FINAL, Job
+from split_device.jobs.job import FINAL, PAST, Job
+from split_device.jobs.shown import shown_state
 from split_device.jobs.store import Store
 
 #: Interval between two reads of the store, in seconds.
@@ -45,7 +46,8 @@ def follow(
         if running_agent() is not None:
             agent_at = now
         elif now - agent_at > AGENT_GRACE:
-            raise AgentError(f"job {id_} is {job.state}, and no agent runs: `lambda-split agent start` starts one")
+            words = PAST[shown_state(job)]
+            raise AgentError(f"job {id_} {words}, and no agent runs: `lambda-split agent start` starts one")
         time.sleep(POLL_INTERVAL)
 
 
@@ -70,4 +72,4 @@ def _check_succeeded(job: Job) -> None:
         return
     if job.state == "failed":
         raise JobsError(f"job {job.id} failed: {job.error}")
-    raise JobsError(f"job {job.id} {'was' if job.state == 'cancelled' else 'is'} {job.state}")
+    raise JobsError(f"job {job.id} {PAST[shown_state(job)]}")

@@ -24,6 +24,16 @@ JobFinishReason = Literal["stop", "length"]
 FINAL: tuple[State, ...] = ("succeeded", "failed", "cancelled")
 STATES: tuple[State, ...] = ("queued", "running", *FINAL)
 
+#: How a sentence about a job says its state.
+PAST: dict[str, str] = {
+    "queued": "is queued",
+    "running": "is running",
+    "interrupted": "was interrupted",
+    "succeeded": "has succeeded",
+    "failed": "has failed",
+    "cancelled": "was cancelled",
+}
+
 #: Longest name of a group, in characters: it stands in a table.
 MAX_GROUP = 200
 
@@ -144,6 +154,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     def kind(self) -> JobKind:
         return kind_of(self.task)
 
+    @property
+    def ending(self) -> bool:
+        """Whether a user has cancelled the job, and it still runs."""
+        return self.cancelling and self.state == "running"
+
 
 class TextPiece(msgspec.Struct, frozen=True, array_like=True):
     """Consecutive generated tokens, and the text that they completed."""
@@ -185,10 +200,10 @@ class Update(msgspec.Struct, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Some of a store's jobs. A field that is empty or None restricts nothing."""
+    """Some of a store's jobs. A field that is None restricts nothing."""
 
-    ids: tuple[str, ...] = ()
-    states: tuple[State, ...] = ()
+    ids: tuple[str, ...] | None = None
+    states: tuple[State, ...] | None = None
     #: Name of a group. No job belongs to a group that does not exist.
     group: str | None = None
     #: Only jobs that were submitted then or later, in seconds since the epoch.

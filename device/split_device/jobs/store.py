@@ -4,40 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import sqlite3
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from split_common.errors import ConfigError, JobsError, StoreLocked, UnknownJob
+from split_common.errors import ConfigError, JobsError, UnknownJob
 from split_common.system.files import state_dir
-from split_common.system.forks import Birthplace
-from split_device.jobs.database import open_database, transaction
+from split_device.jobs.database import transaction
 from split_device.jobs.job import (
     FINAL,
-    STATES,
+    PAST,
     AnyChoice,
     AnyTask,
     Job,
     JobFinishReason,
     JobKind,
-    JobProgress,
     Selection,
     State,
-    TextPiece,
     Update,
     check_group,
     kind_of,
 )
-
-#: A job's row, with its group.
-_JOBS = (
-    "SELECT jobs.*, groups.digest AS group_digest, groups.name AS group_name "
-    "FROM jobs LEFT JOIN groups ON groups.number = jobs.group_number"
-)
+from split_device.jobs.reading import JOBS, JobReader, placeholders
 
 #: Size of the seed that is drawn for a job without one, in bits. SQLite's integers are signed.
 SEED_BITS = 63
@@ -48,7 +39,20 @@ def store_path() -> Path:
     return state_dir() / "jobs.db"
 
 
-class Store:
+@dataclass(frozen=True)
+class Changed:
+    """Jobs that were changed, and why others were not, by their ids."""
+
+    jobs: list[Job]
+    refused: dict[str, JobsError | UnknownJob]
+
+    def check(self) -> None:
+        """Raises the first reason why a job was not changed."""
+        for error in self.refused.values():
+            raise error
+
+
+class Store(JobReader):
     """Jobs in a file of mode 0600. Several processes may open the same file, each for itself.
 
     An instance belongs to one thread. In a forked child all methods but `close` raise ForkedProcess.
@@ -62,35 +66,6 @@ class Store:
         StoreLocked: the store is sealed under another key, or sealed although no key was given, or the reverse.
         ConfigError: the file cannot be opened, or is not a store.
     """
-
-    def __init__(self, path: Path, key_file: Path | None = None) -> None:
-        self.path = path
-        self._birthplace = Birthplace("the store of jobs")
-        self._connection, self._vault = open_database(path, key_file)
-
-    @property
-    def _db(self) -> sqlite3.Connection:
-        self._birthplace.check()
-        return self._connection
-
-    def close(self) -> None:
-        """Closes the file. Does nothing in a forked child: SQLite's files must not be closed there."""
-        if not self._birthplace.is_elsewhere:
-            self._connection.close()
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def seal(self, data: bytes, place: str) -> bytes:
-        """Data that lies beside the store, sealed if the store is. `place` is not that of anything in the store."""
-        return self._vault.seal(data, place)
-
-    def unseal(self, data: bytes, place: str) -> bytes:
-        """What `seal` made. Raises StoreLocked if it was sealed under another key, or for another place."""
-        return self._vault.open(data, place)
 
     # --- for users -----------------------------------------------------------------------------------------
 
@@ -135,7 +110,7 @@ class Store:
             raise ConfigError("the key is empty: leave it out, or give one")
         # A key may be as private as the prompt: only its digest is stored.
         digest = None if key is None else hashlib.sha256(key.encode(errors="surrogatepass")).digest()
-        row = self._db.execute(f"{_JOBS} WHERE key = ?", (digest,)).fetchone()
+        row = self._db.execute(f"{JOBS} WHERE key = ?", (digest,)).fetchone()
         if row is not None:
             job = self._job(row)
             # The seed that was drawn for a job is not part of the request.
@@ -154,96 +129,34 @@ class Store:
         )
         return self.get(id_)
 
-    def get(self, id_: str) -> Job:
-        """The job with this id. Raises UnknownJob."""
-        row = self._db.execute(f"{_JOBS} WHERE id = ?", (id_,)).fetchone()
-        if row is None:
-            raise UnknownJob(f"there is no job {id_}")
-        return self._job(row)
-
-    def jobs(self, selection: Selection = Selection(), limit: int = -1) -> list[Job]:
-        """The selected jobs, the newest first, `limit` of them at most."""
-        where, values = self._where(selection)
-        query = f"{_JOBS} WHERE {where} ORDER BY jobs.number DESC LIMIT ?"
-        return [self._job(row) for row in self._db.execute(query, (*values, limit))]
-
-    def ids(self, selection: Selection = Selection()) -> list[str]:
-        """Ids of the selected jobs, the oldest first."""
-        where, values = self._where(selection)
-        return [id_ for (id_,) in self._db.execute(f"SELECT id FROM jobs WHERE {where} ORDER BY number", values)]
-
-    def count(self, selection: Selection = Selection()) -> dict[str, int]:
-        """The number of selected jobs in each state."""
-        where, values = self._where(selection)
-        found = self._db.execute(f"SELECT state, count(*) FROM jobs WHERE {where} GROUP BY state", values)
-        return dict.fromkeys(STATES, 0) | dict(found)
-
-    def generated(self, selection: Selection = Selection()) -> int:
-        """The number of tokens that the selected jobs have generated."""
-        where, values = self._where(selection)
-        (tokens,) = self._db.execute(f"SELECT coalesce(sum(tokens), 0) FROM jobs WHERE {where}", values).fetchone()
-        return int(tokens)
-
-    def _where(self, selection: Selection) -> tuple[str, list[object]]:
-        """A condition on the table `jobs` in SQL, and the values of its placeholders."""
-        conditions, values = ["1"], list[object]()
-        if selection.ids:
-            conditions.append(f"jobs.id IN ({_marks(selection.ids)})")
-            values += selection.ids
-        if selection.states:
-            conditions.append(f"jobs.state IN ({_marks(selection.states)})")
-            values += selection.states
-        if selection.group is not None:
-            conditions.append("jobs.group_number = (SELECT number FROM groups WHERE digest = ?)")
-            values.append(self._vault.digest(selection.group.encode(errors="surrogatepass")))
-        if selection.since is not None:
-            conditions.append("jobs.created >= ?")
-            values.append(selection.since)
-        return " AND ".join(conditions), values
-
-    def pieces(self, id_: str, skip: int = 0) -> list[TextPiece]:
-        """The pieces of text that a job has generated, without the first `skip`."""
-        query = "SELECT number, data FROM pieces WHERE job = ? AND number >= ? ORDER BY number"
-        rows = self._db.execute(query, (id_, skip)).fetchall()
-        return [self._decode(self._vault.open(data, f"{id_}/{number}"), TextPiece) for number, data in rows]
-
-    def progress(self, id_: str) -> JobProgress:
-        """The output of a job so far, and the state from which it continues. Raises UnknownJob."""
-        with transaction(self._db, self.path):
-            row = self._db.execute("SELECT sampler FROM jobs WHERE id = ?", (id_,)).fetchone()
-            pieces = self.pieces(id_)
-        if row is None:
-            raise UnknownJob(f"there is no job {id_}")
-        sampler = row["sampler"]
-        return JobProgress(
-            [token for piece in pieces for token in piece.tokens],
-            "".join(piece.text for piece in pieces),
-            None if sampler is None else self._vault.open(sampler, f"{id_}/sampler"),
-        )
-
-    def image(self, id_: str) -> bytes:
-        """The image of a succeeded job, as a PNG file. Raises UnknownJob, or JobsError if it has no image."""
-        row = self._db.execute("SELECT data FROM images WHERE job = ?", (id_,)).fetchone()
-        if row is None:
-            raise JobsError(f"job {self.get(id_).id} has no image")
-        return self._vault.open(row["data"], f"{id_}/image")
-
-    def cancel(self, id_: str) -> Job:
+    def cancel(self, id_: str, abandoned: Callable[[], bool] = lambda: False) -> Job:
         """Cancels a queued job at once, and marks a running one for its runner.
+
+        Args:
+            abandoned: whether no runner is left that could end a running job, which is then cancelled at once.
 
         Raises:
             UnknownJob: there is no such job.
             JobsError: the job has ended.
         """
         with transaction(self._db, self.path):
-            job = self.get(id_)
-            if job.state == "running":
-                self._db.execute("UPDATE jobs SET cancelling = 1 WHERE id = ?", (id_,))
-            elif job.state == "queued":
-                self._end(id_, "cancelled")
-            else:
-                raise JobsError(f"job {id_} {'was' if job.state == 'cancelled' else 'has'} {job.state} already")
-            return self.get(id_)
+            return self._cancel(id_, abandoned())
+
+    def cancel_all(self, ids: Iterable[str], abandoned: Callable[[], bool] = lambda: False) -> Changed:
+        """Cancels jobs as `cancel` does, in one transaction; returns which, and which could not be cancelled."""
+        with transaction(self._db, self.path):
+            alone = abandoned()
+            return _changed(ids, lambda id_: self._cancel(id_, alone))
+
+    def _cancel(self, id_: str, abandoned: bool) -> Job:
+        job = self.get(id_)
+        if job.state == "queued" or (job.state == "running" and abandoned):
+            self._end(id_, "cancelled")
+        elif job.state == "running":
+            self._db.execute("UPDATE jobs SET cancelling = 1 WHERE id = ?", (id_,))
+        else:
+            raise JobsError(f"job {id_} {PAST[job.state]} already")
+        return self.get(id_)
 
     def retry(self, id_: str) -> Job:
         """Queues a failed or cancelled job again: a text continues where it stopped, an image starts over.
@@ -253,14 +166,21 @@ class Store:
             JobsError: the job neither failed nor was cancelled.
         """
         with transaction(self._db, self.path):
-            job = self.get(id_)
-            if job.state not in ("failed", "cancelled"):
-                raise JobsError(f"job {id_} is {job.state}: only a failed or cancelled job can be retried")
-            self._db.execute(
-                "UPDATE jobs SET state = 'queued', cancelling = 0, finished = NULL, error = NULL WHERE id = ?",
-                (id_,),
-            )
-            return self.get(id_)
+            return self._retry(id_)
+
+    def retry_all(self, ids: Iterable[str]) -> Changed:
+        """Queues jobs again as `retry` does, in one transaction; returns which, and which could not be queued."""
+        with transaction(self._db, self.path):
+            return _changed(ids, self._retry)
+
+    def _retry(self, id_: str) -> Job:
+        job = self.get(id_)
+        if job.state not in ("failed", "cancelled"):
+            raise JobsError(f"job {id_} {PAST[job.state]}: only a failed or cancelled job can be retried")
+        self._db.execute(
+            "UPDATE jobs SET state = 'queued', cancelling = 0, finished = NULL, error = NULL WHERE id = ?", (id_,)
+        )
+        return self.get(id_)
 
     def retry_failed(self, group: str | None = None) -> int:
         """Queues all failed jobs, or those of a group, again; returns their number."""
@@ -271,7 +191,7 @@ class Store:
 
     def prune(self, before: float, states: Sequence[State] = FINAL) -> int:
         """Removes jobs that ended before a time (seconds since the epoch); returns their number."""
-        query = f"DELETE FROM jobs WHERE state IN ({_marks(states)}) AND finished < ?"
+        query = f"DELETE FROM jobs WHERE state IN ({placeholders(states)}) AND finished < ?"
         with transaction(self._db, self.path):
             removed = self._db.execute(query, (*states, before)).rowcount
             self._remove_empty_groups()
@@ -310,7 +230,7 @@ class Store:
         """Marks up to `limit` queued jobs as running, by priority, then age; skips the models in `without`."""
         names = [_name(choice) for choice in without]
         query = (
-            f"SELECT id FROM jobs WHERE state = 'queued' AND kind = ? AND model NOT IN ({_marks(names)}) "
+            f"SELECT id FROM jobs WHERE state = 'queued' AND kind = ? AND model NOT IN ({placeholders(names)}) "
             "ORDER BY priority DESC, number LIMIT ?"
         )
         with transaction(self._db, self.path):
@@ -367,37 +287,16 @@ class Store:
             (state, finish_reason, sealed, time.time(), id_),
         )
 
-    # --- rows ----------------------------------------------------------------------------------------------
 
-    def _job(self, row: sqlite3.Row) -> Job:
-        id_, error = row["id"], row["error"]
-        return Job(
-            id=id_,
-            state=row["state"],
-            priority=row["priority"],
-            created=row["created"],
-            started=row["started"],
-            finished=row["finished"],
-            cancelling=bool(row["cancelling"]),
-            task=self._decode(self._vault.open(row["task"], f"{id_}/task"), AnyTask),
-            prompt_tokens=row["prompt_tokens"],
-            tokens=row["tokens"],
-            steps=row["steps"],
-            finish_reason=row["finish_reason"],
-            error=None if error is None else self._vault.open(error, f"{id_}/error").decode(),
-            group=self._group_name(row["group_digest"], row["group_name"]),
-            claimed=row["claimed"],
-            claimed_tokens=row["claimed_tokens"],
-        )
-
-    def _group_name(self, digest: bytes | None, sealed: bytes) -> str | None:
-        return None if digest is None else self._vault.open(sealed, f"group/{digest.hex()}").decode()
-
-    def _decode(self, data: bytes, type_: Any) -> Any:
+def _changed(ids: Iterable[str], change: Callable[[str], Job]) -> Changed:
+    """Changes one job after the other."""
+    found = Changed([], {})
+    for id_ in ids:
         try:
-            return msgspec.msgpack.decode(data, type=type_)
-        except msgspec.DecodeError:
-            raise StoreLocked(f"{self.path} is damaged") from None
+            found.jobs.append(change(id_))
+        except (JobsError, UnknownJob) as error:
+            found.refused[id_] = error
+    return found
 
 
 def _packed(task: AnyTask) -> bytes:
@@ -412,8 +311,3 @@ def _packed(task: AnyTask) -> bytes:
 
 def _name(choice: AnyChoice) -> str:
     return msgspec.json.encode(choice).decode()
-
-
-def _marks(values: Sequence[object]) -> str:
-    """One placeholder of SQL for each value."""
-    return ", ".join("?" * len(values))

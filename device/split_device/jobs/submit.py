@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from split_device.generation.settings import Sampling, within_bounds
 from split_device.images.settings import ImageSettings, check_size, pipeline_directory
+from split_device.jobs.agent import running_agent
 from split_device.jobs.follow import POLL_INTERVAL, image_output, text_output
 from split_device.jobs.job import (
     FINAL,
@@ -158,7 +159,7 @@ class Submitted(Generic[_T]):
     def cancel(self) -> None:
         """Cancels the job. Raises JobsError if it has ended."""
         with Store(store_path(), self._store_key) as store:
-            store.cancel(self.id)
+            store.cancel(self.id, lambda: running_agent() is None)
 
     def result(self, timeout: float | None = None) -> _T:
         """Waits for the output.

@@ -1,0 +1,113 @@
+"""Prompts and answers of many jobs in one file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from split_common.system.console import print_text
+from split_common.system.files import private_dir, state_dir
+from split_common.system.outputs import check_output, write_output
+from split_common.system.text import json_line
+from split_common.system.times import iso_time
+from split_device.cli.job_output import image_directory, image_file, save_image
+from split_device.jobs.job import ImageTask, Job
+from split_device.jobs.shown import prompt_of, shown_state
+from split_device.jobs.store import Store
+
+ExportForm = Literal["jsonl", "csv", "txt"]
+
+_FORMS: dict[str, ExportForm] = {".csv": "csv", ".txt": "txt"}
+
+
+def export_form(form: ExportForm | None, output: Path | None) -> ExportForm:
+    """The form that is asked for, or else that of the file's name."""
+    return form or (_FORMS.get(output.suffix.lower(), "jsonl") if output is not None else "jsonl")
+
+
+def records(store: Store, ids: list[str], directory: Path | None, metadata: bool) -> Iterator[dict[str, Any]]:
+    """All about these jobs, one after the other. Images are written into a directory, as JOB.png.
+
+    Raises:
+        ConfigError: a job has an image, and there is no directory, or it cannot be written.
+    """
+    if directory is not None:
+        image_directory(directory)
+    for id_ in ids:
+        yield _record(store, store.get(id_), directory, metadata)
+
+
+def _record(store: Store, job: Job, directory: Path | None, metadata: bool) -> dict[str, Any]:
+    answer = file = None
+    if isinstance(job.task, ImageTask):
+        if job.state == "succeeded":
+            path = image_file(directory, job)
+            save_image(store.image(job.id), path, metadata)
+            file = str(path)
+    else:
+        answer = store.progress(job.id).text if job.state == "succeeded" or job.tokens else None
+    return {
+        "id": job.id,
+        "group": job.group,
+        "state": shown_state(job),
+        "created_at": iso_time(job.created),
+        "finished_at": iso_time(job.finished),
+        "model": job.task.model.name,
+        "seed": job.task.seed,
+        "prompt": prompt_of(job.task),
+        "answer": answer,
+        "file": file,
+        "finish_reason": job.finish_reason,
+        "error": job.error,
+    }
+
+
+def write_records(found: Iterator[dict[str, Any]], form: ExportForm, output: Path | None) -> None:
+    """Writes records to a file at once, or prints them. Raises ConfigError if the file cannot be written."""
+    if output is None:
+        for line in _formatted(found, form):
+            print_text(line)
+        return
+    check_output(output)
+    with tempfile.TemporaryFile(dir=private_dir(state_dir())) as lines:
+        for line in _formatted(found, form):
+            lines.write(f"{line}\n".encode())
+        lines.seek(0)
+        write_output(output, lines)
+
+
+def _formatted(found: Iterator[dict[str, Any]], form: ExportForm) -> Iterator[str]:
+    """Lines without their ends; a record of a table may have several."""
+    header = form == "csv"
+    for record in found:
+        if form == "jsonl":
+            yield json_line(record)
+        elif form == "txt":
+            yield _one_line(record["answer"] or record["file"] or "")
+        else:
+            if header:
+                yield _row(list(record))
+                header = False
+            yield _row([_cell(value) for value in record.values()])
+
+
+def _one_line(text: str) -> str:
+    """A text on one line: line breaks and backslashes are escaped, so that every line of the file is an answer."""
+    return text.replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n")
+
+
+def _row(cells: list[str]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue().removesuffix("\n")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
