@@ -21,13 +21,17 @@ from chat_page import (
     chromium,
     faults,
     fits,
+    kept,
     needs_chromium,
     opened,
     say,
+    set_field,
     unlock,
     wait_until_kept,
 )
 from serving import KEY, Unsplit, serving
+from split_device.openai import page as chat_page
+from wiretap import wait_until
 
 POSITIONS = 4096
 
@@ -145,19 +149,6 @@ def test_an_error_is_shown_with_a_way_to_try_again(page: Page) -> None:
     expect(answers(page)).to_have_count(1)
 
 
-@needs_chromium
-def test_a_wrong_key(browser: Browser, server: tuple[str, Any]) -> None:
-    with browser.new_context() as context:
-        page = context.new_page()
-        page.goto(server[0])
-        expect(page.get_by_label("asks for its API key")).to_be_focused()
-        page.keyboard.type("another")
-        page.keyboard.press("Enter")
-        expect(page.get_by_role("alert")).to_have_text("The server refused this key.")
-        expect(page.get_by_label("asks for its API key")).to_be_focused()
-        assert page.evaluate("localStorage.length") == 0
-
-
 #: What has a place of its own on the page, and may be too wide for it.
 RICH = """# Title
 
@@ -197,6 +188,176 @@ def read_in(page: Page, file: object) -> None:
 
 
 @needs_chromium
+def test_versions_of_messages_and_answers(page: Page, checkpoint: Path) -> None:
+    unsplit = Unsplit(checkpoint)
+    say(page, "Hello", 5)
+    answered(page)
+    begun = unsplit.say("user:Hello</s>assistant:", 5)
+    wait_until_kept(page, "Hello", begun)
+    page.get_by_role("button", name="Go on").click()
+    wait_until_kept(page, "Hello", unsplit.say("user:Hello</s>assistant:", 10))
+    # The last question is edited from the empty field by a key. The earlier version stays.
+    page.get_by_label("Message", exact=True).press("ArrowUp")
+    expect(page.get_by_label("Edit the message")).to_have_value("Hello")
+    page.get_by_label("Edit the message").fill("Bye")
+    page.keyboard.press("Enter")
+    bye = unsplit.say("user:Bye</s>assistant:", 5)
+    wait_until_kept(page, "Bye", bye)
+    expect(page.locator("article.user").get_by_text("2 of 2")).to_be_visible()
+    page.get_by_role("button", name="Regenerate").click()
+    expect(page.locator("article.assistant").get_by_text("2 of 2")).to_be_visible()
+    answered(page)
+    wait_until_kept(page, "Bye", bye)
+    page.locator("article.user").get_by_role("button", name="Earlier version").click()
+    wait_until_kept(page, "Hello", unsplit.say("user:Hello</s>assistant:", 10))
+    expect(page.locator("article.user .body")).to_have_text("Hello")
+
+
+@needs_chromium
+def test_an_edit_is_given_up(page: Page) -> None:
+    say(page, "Hello")
+    answered(page)
+    page.get_by_role("button", name="Edit the message").click()
+    page.keyboard.press("Escape")
+    expect(page.locator("article.user .body")).to_have_text("Hello")
+    expect(page.get_by_label("Message", exact=True)).to_be_focused()
+
+
+@needs_chromium
+def test_settings_are_what_is_asked_for(page: Page, checkpoint: Path) -> None:
+    unsplit = Unsplit(checkpoint)
+    given = {
+        "system": "Be brief",
+        "top-p": "0.9",
+        "seed": str(2**63 - 1),
+        "max-tokens": "8",
+        "stop-texts": "~~\\n\n```",
+    }
+    for name, value in given.items():
+        set_field(page, name, value)
+    with page.expect_request("**/completions") as asked:
+        page.get_by_label("Message", exact=True).fill("Hello")
+        page.keyboard.press("Enter")
+    body = json.loads(asked.value.post_data or "")
+    # What is not set is left to the server.
+    assert "temperature" not in body
+    assert (body["top_p"], body["seed"], body["max_tokens"]) == (0.9, 2**63 - 1, 8)
+    assert body["stop"] == ["~~\n", "```"]
+    assert body["messages"][0] == {"role": "system", "content": "Be brief"}
+    answered(page)
+    prompt = len(unsplit.tokenizer("system:Be brief</s>user:Hello</s>assistant:")["input_ids"])
+    expect(page.locator("#context")).to_have_text(f"context: {prompt + 8} of 4,096 tokens")
+    page.reload()
+    expect(page.locator("#seed")).to_have_value(given["seed"])
+    # What cannot be sent is said in the page's words, and the message stays.
+    set_field(page, "max-tokens", 0)
+    page.get_by_label("Message", exact=True).fill("Hello")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_have_text("Most tokens: a whole number from 1, or nothing.")
+    expect(page.get_by_label("Most tokens")).to_be_focused()
+    expect(page.get_by_label("Message", exact=True)).to_have_value("Hello")
+
+
+@needs_chromium
+def test_conversations_are_kept_found_exported_and_read_in_again(page: Page, tmp_path: Path) -> None:
+    page.set_viewport_size({"width": 1280, "height": 700})
+    say(page, "Apples")
+    answered(page)
+    page.get_by_role("button", name="New chat").click()
+    say(page, "Pears")
+    answered(page)
+    names = page.locator("#conversations li button:first-child")
+    expect(names).to_have_text(["Pears", "Apples"])
+    page.reload()
+    expect(names).to_have_text(["Pears", "Apples"])
+    expect(page.locator("article")).to_have_count(0)
+    page.get_by_label("Search conversations").fill("APPLE")
+    expect(names).to_have_text(["Apples"])
+    names.click()
+    expect(page.locator("article")).to_have_count(2)
+    page.get_by_label("Search conversations").fill("")
+    with page.expect_download() as exported:
+        page.get_by_role("button", name="Export").click()
+    exported.value.save_as(tmp_path / "chats.json")
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete “Apples”").click()
+    expect(names).to_have_text(["Pears"])
+    expect(page.locator("article")).to_have_count(0)
+    page.get_by_role("button", name="Delete all").click()
+    expect(page.get_by_text("None yet.")).to_be_visible()
+    page.locator("#import-file").set_input_files(tmp_path / "chats.json")
+    expect(names).to_have_text(["Pears", "Apples"])
+    # What this page would not have written is refused.
+    for file in ({}, conversation("x") | {"version": 2}, conversation(), forged()):
+        read_in(page, file)
+        expect(page.get_by_role("alert")).to_have_text("chats.json is not a file that this page has exported.")
+        page.get_by_role("button", name="New chat").click()
+    expect(names).to_have_text(["Pears", "Apples"])
+
+
+def forged() -> dict[str, Any]:
+    file = conversation("Hello", "")
+    file["conversations"][0]["nodes"][1]["picture"] = {
+        "source": "http://attacker.example/a.png",
+        "size": "1x1",
+        "seed": "1",
+        "steps": "1",
+    }
+    return file
+
+
+@needs_chromium
+def test_nothing_is_kept_if_that_is_wanted(page: Page) -> None:
+    page.set_viewport_size({"width": 1280, "height": 700})
+    say(page, "Apples")
+    answered(page)
+    wait_until(lambda: kept(page) != [], PATIENCE / 1000)
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_label("Keep conversations in this browser").uncheck()
+    wait_until(lambda: kept(page) == [], PATIENCE / 1000)
+    page.get_by_label("Message", exact=True).focus()
+    say(page, "Pears")
+    answered(page)
+    page.reload()
+    expect(page.locator("#model")).to_have_text("tiny")
+    expect(page.get_by_label("Keep conversations in this browser")).not_to_be_checked()
+    assert kept(page) == []
+    assert page.evaluate("Object.keys(localStorage)") == ["lambda-split-keep"]
+
+
+@needs_chromium
+def test_themes_and_help(page: Page) -> None:
+    page.set_viewport_size({"width": 1280, "height": 700})
+    scheme = "getComputedStyle(document.documentElement).colorScheme"
+    assert page.evaluate(scheme) == "light dark"
+    page.get_by_label("Theme").select_option("Dark")
+    assert page.evaluate(scheme) == "dark"
+    page.reload()
+    expect(page.get_by_label("Message", exact=True)).to_be_focused()
+    assert page.evaluate(scheme) == "dark"
+    page.keyboard.type("/help")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog", name="Help")).to_contain_text("edits your last message")
+    assert faults(page) == []
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    expect(page.get_by_label("Message", exact=True)).to_have_value("")
+
+
+@needs_chromium
+def test_a_wrong_key(browser: Browser, server: tuple[str, Any]) -> None:
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.goto(server[0])
+        expect(page.get_by_label("asks for its API key")).to_be_focused()
+        page.keyboard.type("another")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("alert")).to_have_text("The server refused this key.")
+        expect(page.get_by_label("asks for its API key")).to_be_focused()
+        assert page.evaluate("localStorage.length") == 0
+
+
+@needs_chromium
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark"), (320, "light"), (320, "dark")])
 def test_everybody_can_read_it(browser: Browser, server: tuple[str, Any], scheme: Any, width: int) -> None:
     with opened(
@@ -226,3 +387,12 @@ def test_the_page_is_public_and_strict(server: tuple[str, Any]) -> None:
         assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'")
         assert "unsafe" not in policy
     assert httpx2.get(f"{server[0]}split").status_code == 401
+
+
+def test_the_page_is_small_and_has_the_licences_of_others() -> None:
+    files = Path(chat_page.__file__).parent / "static"
+    loaded = [path for path in files.rglob("*") if path.suffix in (".js", ".css")]
+    assert sum(path.stat().st_size for path in loaded) <= 400_000
+    for script in (files / "vendor").glob("*.js"):
+        assert "icense" in script.with_suffix(".LICENSE").read_text("utf-8")
+        assert f"`{script.name}`" in (files / "vendor" / "README.md").read_text("utf-8")

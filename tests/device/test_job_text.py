@@ -64,6 +64,12 @@ def test_stop_texts(tokenizer: Any, text: str, stop: list[str], expected: list[s
     assert texts(tokenizer, text, *stop) == expected
 
 
+def test_a_text_that_continues_another_one_keeps_its_space(sentencepiece: Any) -> None:
+    hello, world = sentencepiece.convert_tokens_to_ids(["▁Hello", "▁world"])
+    assert TextStream(sentencepiece).push(world) == "world"
+    assert TextStream(sentencepiece, before=[hello]).push(world) == " world"
+
+
 def test_it_goes_on_where_it_was(tokenizer: Any) -> None:
     text, stop = "a€ and STO, then STOP", ("STOP",)
     tokens = tokenizer(text)["input_ids"]

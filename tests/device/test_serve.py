@@ -253,6 +253,22 @@ def test_an_answer_goes_back_into_the_conversation(client: openai.OpenAI, unspli
         assert ask(client, messages=[*HELLO, message, *HELLO]).choices[0].message.content == expected
 
 
+def test_an_answer_is_continued(client: openai.OpenAI, unsplit: Unsplit) -> None:
+    first = ask(client, max_tokens=5).choices[0].message.content
+    begun: Any = [*HELLO, {"role": "assistant", "content": first}]
+    more = {"continue_final_message": True, "add_generation_prompt": False}
+    rest = ask(client, messages=begun, max_tokens=3, extra_body=more)
+    assert first + rest.choices[0].message.content == unsplit.say("user:Hello</s>assistant:", 8)
+    for body, param in (
+        ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"continue_final_message": True}, "continue_final_message"),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            ask(client, extra_body=body)
+        assert refused.value.param == param
+
+
 def test_a_long_prompt_is_encoded_once_and_holds_nobody_up(client: openai.OpenAI, fleet: tuple[str, Any]) -> None:
     """Else 128 choices of it would take minutes, in which the server answered nobody."""
     with hanging_up(f"{fleet[0]}/completions", {"model": "tiny", "prompt": "x " * 1_900_000, "n": 128}, KEY):
