@@ -155,13 +155,13 @@ def _be_a_worker(address: str) -> None:
 
         def _request(self, header: headers.Relay, body: bytes) -> None:
             channel = self._channels.open[header.sender, header.channel].channel
-            keys = sessions.get(header.session) or channel.session_keys(header.session, header.epoch)
+            keys = sessions.get(header.session) or channel.epoch_keys(header.session, header.epoch)
             sessions[header.session] = keys
             request, tensor = payloads.decode_payload(keys.open(header, body), payloads.request_decoder)
             if isinstance(request, payloads.Step):
                 self._reply(keys, header, payloads.Result(request.dtype, request.tokens, request.width), tensor)
 
-    sessions: dict[int, Any] = {}
+    sessions: dict[headers.SessionRef, Any] = {}
     fleet = load_fleet()
     identity = fleet.identity("worker")
     body: Any = SimpleNamespace(store=SimpleNamespace(free_tokens=2**20), divisible=True, first_turn=1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
 from nacl.public import PrivateKey
 from nacl.signing import SigningKey
 
@@ -66,6 +67,9 @@ SERVICE = headers.Service(ROOT, 2, 28)
 REQUEST = headers.Relay(WORKER_ID, DEVICE_ID, headers.RelayKind.REQUEST, 5, 6, 7, 8, 9)
 REPLY = headers.Relay(DEVICE_ID, WORKER_ID, headers.RelayKind.REPLY, 5, 6, 7, 8, 90_000)
 KEY = bytes(range(100, 132))
+SESSION_KEY = bytes(range(0xA0, 0xB0))
+KEYED_REQUEST = msgspec.structs.replace(REQUEST, session=SESSION_KEY)
+KEYED_REPLY = msgspec.structs.replace(REPLY, session=SESSION_KEY)
 
 OPERATOR = SigningKey(b"operator" * 4)
 OPERATOR_KEY = bytes(OPERATOR.verify_key)

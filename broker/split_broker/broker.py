@@ -206,6 +206,8 @@ class Broker:
     def _refuse(self, to: Peer, header: headers.Relay | headers.Open, refusal: Refuse) -> None:
         """Tells the sender of a message that it was not delivered."""
         self.counters[f"bounced_{refusal.reason}"] += 1
+        if isinstance(header, headers.Relay) and log.isEnabledFor(logging.DEBUG):
+            log.debug("session %s: bounced, %s", headers.session_label(header.session), refusal.detail)
         self._put(to, (headers.encode_header(refusal.bounce(header)), b""))
 
     @property
@@ -463,5 +465,5 @@ def _describe(sender: Peer, target: Peer, header: headers.Relay, body: BodyBytes
     start = memoryview(body)[:16]  # type: ignore[arg-type]
     return (
         f"{header.kind.name} {sender.member} -> {target.member}: channel {header.channel}, "
-        f"session {header.session}, seq {header.seq}, {len(body)} bytes {start.hex()}…"
+        f"session {headers.session_label(header.session)}, seq {header.seq}, {len(body)} bytes {start.hex()}…"
     )

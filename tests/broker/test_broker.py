@@ -385,7 +385,7 @@ def test_garbage_is_counted_and_the_broker_goes_on(join, broker) -> None:
     for frames in (
         [b""],
         [b"", b""],
-        [b"\x02rest", b""],
+        [b"\x03rest", b""],
         [bytes(headers.MAX_HEADER + 1), b""],
         [nested, b""],
         [headers.encode_header(relay(device, worker)), b"", b"third"],

@@ -14,7 +14,7 @@ from nacl.signing import SigningKey
 
 from split_common.errors import AuthenticationError, CertificateError, Malformed, ProtocolError
 from split_common.protocol import handshake, headers
-from split_common.protocol.channel import AEGIS, XCHACHA, Channel, SessionKeys, Suite
+from split_common.protocol.channel import AEGIS, XCHACHA, Channel, EpochKeys, Suite
 from split_common.protocol.handshake import Answer, DeviceHandshake, Hello, WorkerHandshake
 from split_common.trust.keys import Certificate, Identity, Member, ModelScope, Role, Roster, verify_certificate
 
@@ -69,7 +69,7 @@ def suite(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Su
     return request.param  # type: ignore[no-any-return]
 
 
-def request_header(counter: int = 1, session: int = 3) -> headers.Relay:
+def request_header(counter: int = 1, session: headers.SessionRef = 3) -> headers.Relay:
     return headers.Relay(b"worker..", b"device..", headers.RelayKind.REQUEST, 5, session, 0, 9, counter)
 
 
@@ -77,7 +77,7 @@ def test_both_ends_know_each_other_and_share_keys(suite: Suite) -> None:
     of_device, of_worker = shake_hands()
     assert (of_device.peer, of_worker.peer) == (WORKER.certificate, DEVICE.certificate)
     assert of_device.suite is of_worker.suite is suite
-    one, other = of_device.session_keys(3, 0), of_worker.session_keys(3, 0)
+    one, other = of_device.epoch_keys(3, 0), of_worker.epoch_keys(3, 0)
     header = request_header(one.next_counter())
     sealed = one.seal(header, b"hidden states")
     assert b"hidden" not in sealed
@@ -90,7 +90,7 @@ def test_both_ends_know_each_other_and_share_keys(suite: Suite) -> None:
 @pytest.mark.parametrize("name", ["channel", "session", "epoch", "seq", "counter", "kind"])
 def test_what_a_body_belongs_to_cannot_be_changed(suite: Suite, name: str) -> None:
     of_device, of_worker = shake_hands()
-    one, other = of_device.session_keys(3, 0), of_worker.session_keys(3, 0)
+    one, other = of_device.epoch_keys(3, 0), of_worker.epoch_keys(3, 0)
     header = request_header(one.next_counter())
     sealed = one.seal(header, b"x")
     wrong = msgspec.structs.replace(header, **{name: headers.RelayKind.REPLY if name == "kind" else 8})
@@ -101,31 +101,44 @@ def test_what_a_body_belongs_to_cannot_be_changed(suite: Suite, name: str) -> No
 def test_sessions_epochs_directions_and_channels_have_different_keys(suite: Suite) -> None:
     of_device, of_worker = shake_hands()
     header = request_header()
-    sealed = of_device.session_keys(3, 0).seal(header, b"x")
+    sealed = of_device.epoch_keys(3, 0).seal(header, b"x")
     strangers = [
-        of_worker.session_keys(4, 0),
-        of_worker.session_keys(3, 1),
-        of_worker.session_keys(0, 0),
-        of_device.session_keys(3, 0),
-        shake_hands()[1].session_keys(3, 0),
+        of_worker.epoch_keys(4, 0),
+        of_worker.epoch_keys(3, 1),
+        of_worker.epoch_keys(0, 0),
+        of_device.epoch_keys(3, 0),
+        shake_hands()[1].epoch_keys(3, 0),
     ]
     for keys in strangers:
         with pytest.raises(AuthenticationError):
             keys.open(header, sealed)
-    assert of_worker.session_keys(3, 0).open(header, sealed) == b"x"
+    assert of_worker.epoch_keys(3, 0).open(header, sealed) == b"x"
 
 
 def test_the_version_of_the_protocol_is_authenticated(monkeypatch: pytest.MonkeyPatch) -> None:
     of_device, of_worker = shake_hands()
     header = request_header()
-    sealed = of_device.session_keys(3, 0).seal(header, b"x")
-    monkeypatch.setattr(headers, "VERSION", 2)
+    sealed = of_device.epoch_keys(3, 0).seal(header, b"x")
+    monkeypatch.setattr(headers, "VERSION_1", 3)
     with pytest.raises(AuthenticationError):
-        of_worker.session_keys(3, 0).open(header, sealed)
+        of_worker.epoch_keys(3, 0).open(header, sealed)
+
+
+def test_a_session_key_is_authenticated_and_has_keys_of_its_own() -> None:
+    of_device, of_worker = shake_hands()
+    key, other = bytes(range(16)), bytes(range(1, 17))
+    header = request_header(session=key)
+    sealed = of_device.epoch_keys(key, 0).seal(header, b"x")
+    assert of_worker.epoch_keys(key, 0).open(header, sealed) == b"x"
+    for keys in (of_worker.epoch_keys(other, 0), of_worker.epoch_keys(key, 1)):
+        with pytest.raises(AuthenticationError):
+            keys.open(header, sealed)
+    with pytest.raises(AuthenticationError):
+        of_worker.epoch_keys(key, 0).open(msgspec.structs.replace(header, session=other), sealed)
 
 
 def test_no_nonce_is_given_twice_to_any_thread() -> None:
-    keys = shake_hands()[0].session_keys(1, 0)
+    keys = shake_hands()[0].epoch_keys(1, 0)
     drawn: list[int] = []
     threads = [
         threading.Thread(target=lambda: drawn.extend([keys.next_counter() for _ in range(5000)])) for _ in range(4)
@@ -137,7 +150,7 @@ def test_no_nonce_is_given_twice_to_any_thread() -> None:
     assert len(set(drawn)) == len(drawn) == 20_000
 
 
-_KEYS: list[tuple[SessionKeys, SessionKeys]] = []
+_KEYS: list[tuple[EpochKeys, EpochKeys]] = []
 
 
 @given(st.binary(max_size=100), st.data())
@@ -145,7 +158,7 @@ _KEYS: list[tuple[SessionKeys, SessionKeys]] = []
 def test_damaged_bodies_fail_authentication(plaintext: bytes, data: st.DataObject) -> None:
     if not _KEYS:
         of_device, of_worker = shake_hands()
-        _KEYS.append((of_device.session_keys(1, 0), of_worker.session_keys(1, 0)))
+        _KEYS.append((of_device.epoch_keys(1, 0), of_worker.epoch_keys(1, 0)))
     one, other = _KEYS[0]
     header = request_header(one.next_counter(), session=1)
     sealed = bytearray(one.seal(header, plaintext))

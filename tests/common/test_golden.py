@@ -31,6 +31,8 @@ from recorded import (
     DEVICE_ID,
     GOLDEN,
     KEY,
+    KEYED_REPLY,
+    KEYED_REQUEST,
     MANIFEST,
     OPERATOR,
     OPERATOR_KEY,
@@ -39,6 +41,7 @@ from recorded import (
     ROOT,
     ROSTER,
     SERVICE,
+    SESSION_KEY,
     WORKER,
     WORKER_ID,
     check_bytes,
@@ -141,6 +144,19 @@ REPLIES: dict[str, payloads.Payload] = {
 }
 
 
+#: What names a session by its key, since version 2 of the headers.
+KEYED_HEADERS: dict[str, headers.Header] = {
+    "relay-request": KEYED_REQUEST,
+    "relay-reply": KEYED_REPLY,
+    "relay-unknown": msgspec.structs.replace(KEYED_REPLY, kind=headers.RelayKind.UNKNOWN),
+    "bounce-full": headers.Bounce("full", 5, SESSION_KEY, 8, WORKER_ID, "the queue is full", 0.5, 7),
+}
+KEYED_PAYLOADS: dict[str, payloads.Payload] = {
+    "fork": payloads.Fork(SESSION_KEY, 7),
+    "refusal": payloads.Refusal("full", "the worker's queue is full", 0.5, SESSION_KEY, 7, 8),
+}
+
+
 def tensor_of(payload: payloads.Payload) -> bytes:
     return bytes(byte % 251 for byte in range(payload.tensor_bytes))
 
@@ -148,6 +164,24 @@ def tensor_of(payload: payloads.Payload) -> bytes:
 def test_headers() -> None:
     golden = check_bytes("headers", {name: headers.encode_header(header) for name, header in HEADERS.items()})
     assert {name: headers.decode_header(frame) for name, frame in golden.items()} == HEADERS
+
+
+def test_headers_and_payloads_with_session_keys() -> None:
+    golden = check_bytes(
+        "session-keys",
+        {
+            **{name: headers.encode_header(header) for name, header in KEYED_HEADERS.items()},
+            **{name: payloads.encode_payload(payload, overhead=16) for name, payload in KEYED_PAYLOADS.items()},
+            "associated-data": KEYED_REQUEST.associated_data(),
+            "echo": headers.echo(KEYED_REQUEST, b"body"),
+            "announce": headers.encode_header(HEADERS["announce-device"], headers.VERSION),
+        },
+    )
+    assert {name: headers.decode_header(golden[name]) for name in KEYED_HEADERS} == KEYED_HEADERS
+    assert headers.decode_header(golden["announce"]) == HEADERS["announce-device"]
+    for name, decoder in (("fork", payloads.request_decoder), ("refusal", payloads.reply_decoder)):
+        payload, _ = payloads.decode_payload(golden[name], decoder)  # type: ignore[type-var]
+        assert payload == KEYED_PAYLOADS[name]
 
 
 def test_what_a_header_authenticates() -> None:
@@ -362,6 +396,8 @@ LETTER = DeadLetter(
     cached=40,
     reason="it died",
     time=1_750_000_000.5,
+    request_id="req-1",
+    session="a0a1a2a3",
 )
 
 
@@ -369,8 +405,10 @@ def test_dead_letters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(tmp_path / "state"))
     dead_letters.record(LETTER)
     path = tmp_path / "state" / "dead-letters.jsonl"
-    path.write_text(check_text("dead-letters.jsonl", path.read_text()))
+    path.write_text(check_text("dead-letters-version-2.jsonl", path.read_text()))
     assert dead_letters.read() == [LETTER]
+    path.write_text((GOLDEN / "dead-letters.jsonl").read_text())
+    assert dead_letters.read() == [msgspec.structs.replace(LETTER, request_id="", session="")]
 
 
 def test_dead_letters_do_not_grow_without_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from split_common.protocol import headers, payloads
 
 _peers = st.binary(min_size=8, max_size=8)
 _naturals = st.integers(0, 2**62 - 1)
+_sessions = _naturals | st.binary(min_size=16, max_size=16)
 _services = st.builds(headers.Service, st.binary(min_size=32, max_size=32), _naturals, _naturals)
 _headers = st.one_of(
     st.builds(
@@ -31,11 +32,15 @@ _headers = st.one_of(
     st.builds(headers.RosterRequest, _peers),
     st.just(headers.RosterReply()),
     st.builds(headers.Open, _peers, _naturals, _services, st.lists(_peers, max_size=64)),
-    st.builds(headers.Relay, _peers, _peers, st.sampled_from(headers.RelayKind), *[_naturals] * 5),
+    st.builds(
+        headers.Relay,
+        *(_peers, _peers, st.sampled_from(headers.RelayKind), _naturals, _sessions),
+        *[_naturals] * 3,
+    ),
     st.builds(
         headers.Bounce,
         st.sampled_from(["no-worker", "busy", "gone", "full", "revoked"]),
-        *[_naturals] * 3,
+        *(_naturals, _sessions, _naturals),
         _peers,
         st.text(max_size=50),
         st.floats(0, 60),
@@ -80,7 +85,7 @@ _requests = st.one_of(
         st.none() | st.lists(st.integers(0, 2**40), max_size=9),
         _naturals,
     ),
-    st.builds(payloads.Fork, _naturals, _naturals),
+    st.builds(payloads.Fork, _sessions, _naturals),
     st.just(payloads.Close()),
 )
 
@@ -122,8 +127,8 @@ def test_a_damaged_header_is_another_one_or_refused(header: headers.Header, data
 
 def test_headers_of_another_version_or_size_are_refused_by_name() -> None:
     frame = headers.encode_header(headers.Probe())
-    with pytest.raises(VersionMismatch, match="version 2"):
-        headers.decode_header(b"\x02" + frame[1:])
+    with pytest.raises(VersionMismatch, match="version 3"):
+        headers.decode_header(b"\x03" + frame[1:])
     with pytest.raises(Oversized):
         headers.decode_header(frame + bytes(headers.MAX_HEADER))
     with pytest.raises(Malformed, match="empty"):
@@ -131,6 +136,18 @@ def test_headers_of_another_version_or_size_are_refused_by_name() -> None:
     with pytest.raises(Oversized):
         headers.check_body(bytes(headers.MAX_BODY + 1))
     assert headers.check_body(bytes(headers.MAX_BODY))
+
+
+def test_version_1_has_no_session_keys() -> None:
+    relay = headers.Relay(bytes(8), bytes(8), headers.RelayKind.REQUEST, 1, 2)
+    keyed = msgspec.structs.replace(relay, session=bytes(16))
+    assert [headers.encode_header(header)[0] for header in (headers.Probe(), relay, keyed)] == [1, 1, 2]
+    assert headers.decode_header(headers.encode_header(headers.Probe(), headers.VERSION)) == headers.Probe()
+    with pytest.raises(Malformed, match="session key in a header of version 1"):
+        headers.decode_header(headers.encode_header(keyed, headers.VERSION_1))
+    for wrong in (bytes(15), bytes(17), -1, 2**62, None):
+        with pytest.raises(Malformed):
+            headers.decode_header(headers.encode_header(msgspec.structs.replace(relay, session=wrong)))
 
 
 def test_a_header_nested_too_deeply_is_malformed() -> None:

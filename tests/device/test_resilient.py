@@ -12,6 +12,7 @@ import pytest
 from split_common.errors import Busy, Malformed, NoWorker, SessionLost, StepFailed, WorkerGone, WorkerSlow
 from split_common.protocol import headers
 from split_device.sessions import dead_letters, resilient
+from split_device.sessions.identity import SessionIdentity, SessionNames
 from split_device.sessions.resilient import LEAST_DEATH, MAX_DEATHS, Blame, ResilientSession
 
 PATIENCE = 60.0
@@ -23,9 +24,10 @@ Outcome = Exception | None
 class Remote:
     """A session on worker number `worker`."""
 
-    def __init__(self, worker: int) -> None:
+    def __init__(self, worker: int, key: bytes = b"") -> None:
         self.worker = bytes([worker])
         self.channel = SimpleNamespace(worker_name=f"worker-{worker}")
+        self.ref = key
         self.ended = self.interrupted = self.patient = False
 
     def close(self) -> None:
@@ -49,15 +51,15 @@ class Client:
         #: For each attempt to open a session: the workers to avoid, and the epoch.
         self.asked: list[tuple[list[bytes], int]] = []
 
-    def new_number(self) -> int:
-        return 1
+    def name_session(self, request_id: str | None = None, index: int = 0) -> SessionIdentity:
+        return SessionNames().name(request_id or "req-1", index)
 
-    def open_session(self, avoid: Any, _number: int, epoch: int, check: Callable[[], None]) -> Remote:
+    def open_session(self, avoid: Any, identity: SessionIdentity, epoch: int, check: Callable[[], None]) -> Remote:
         check()
         self.asked.append((list(avoid), epoch))
         if self.refusals:
             raise self.refusals.pop(0)
-        self.opened.append(Remote(len(self.opened) + 1))
+        self.opened.append(Remote(len(self.opened) + 1, identity.key))
         return self.opened[-1]
 
 
@@ -185,8 +187,9 @@ def test_a_slow_worker_is_left_once_in_a_step_and_named(caplog: pytest.LogCaptur
     client = Client()
     session = session_of(client)
     session.call(Work(WorkerSlow("worker 'snail' has not answered for 60 s"), None), "one")
+    names = f"request req-1, session {session.identity.label}"
     assert [record.message for record in caplog.records] == [
-        "worker 'snail' has not answered for 60 s; its session goes to another one"
+        f"{names}: worker 'snail' has not answered for 60 s; its session goes to another one"
     ]
     assert [session.patient for session in client.opened] == [False, True]
     session.call(Work(None), "two")

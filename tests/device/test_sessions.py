@@ -483,7 +483,7 @@ def test_a_session_may_have_any_number_of_requests() -> None:
 class FakeChannel:
     peer = SimpleNamespace(name="device-1")
 
-    def session_keys(self, *_: int) -> None:
+    def epoch_keys(self, *_: int) -> None:
         return None
 
 

@@ -65,13 +65,13 @@ class Recording:
         self.frames: list[bytes] = []
         self.plaintexts: list[bytes] = []
         self._patch = patch
-        seal = channels.SessionKeys.seal
+        seal = channels.EpochKeys.seal
 
-        def record_plaintext(keys: channels.SessionKeys, header: headers.Relay, plaintext: bytes) -> bytes:
+        def record_plaintext(keys: channels.EpochKeys, header: headers.Relay, plaintext: bytes) -> bytes:
             self.plaintexts.append(plaintext)
             return seal(keys, header, plaintext)
 
-        patch.setattr(channels.SessionKeys, "seal", record_plaintext)
+        patch.setattr(channels.EpochKeys, "seal", record_plaintext)
         directory.chmod(0o700)
         with setting.broker(f"ipc://{directory}/b") as broker:
             handle, put = broker._handle, broker._put

@@ -176,7 +176,7 @@ MESSAGES: dict[str, Callable[[headers.AnyHeader], bool]] = {
     "reply": lambda header: (
         isinstance(header, headers.Relay)
         and header.kind == headers.RelayKind.REPLY
-        and header.session > 0
+        and header.session != 0
         and header.seq == 5
     ),
 }

@@ -22,7 +22,7 @@ import tiny
 from split_broker.peer_queue import Peer, RoutedMessage
 from split_common.errors import AuthenticationError, Busy, NonFinite, OutOfOrder, ProtocolError, SessionLost
 from split_common.protocol import headers, payloads
-from split_common.protocol.channel import Channel, SessionKeys
+from split_common.protocol.channel import Channel, EpochKeys
 from split_common.protocol.handshake import DeviceHandshake
 from split_common.transport import new_peer_id
 from split_common.trust.keys import Certificate, ModelScope, Role, verify_certificate
@@ -185,14 +185,14 @@ def test_a_broker_that_pretends_to_restart_gets_no_storm(setting: Setting, expec
                 session.worker,
                 headers.RelayKind.UNKNOWN,
                 session.channel.number,
-                session.number,
+                session.ref,
                 0,
                 1,
             ),
             headers.echo(*session.in_flight[1]),
         ),
-        lambda session: (headers.Bounce("gone", session.channel.number, session.number, 1), b""),
-        lambda session: (headers.Bounce("revoked", session.channel.number, session.number, 1), b""),
+        lambda session: (headers.Bounce("gone", session.channel.number, session.ref, 1), b""),
+        lambda session: (headers.Bounce("revoked", session.channel.number, session.ref, 1), b""),
     ],
     ids=["gone", "unknown channel", "bounced", "revoked"],
 )
@@ -307,7 +307,7 @@ class Bench:
         self.worker.on_message(self.header(headers.RelayKind.FINISH, number), finish)
         (header, body) = self.transport.take()[-1]
         assert isinstance(header, headers.Relay)
-        channel.session_keys(0, 0).open(header, body)
+        channel.epoch_keys(0, 0).open(header, body)
         return channel
 
     def header(self, kind: headers.RelayKind, *numbers: int) -> headers.Relay:
@@ -315,7 +315,7 @@ class Bench:
 
     def request(
         self,
-        keys: SessionKeys,
+        keys: EpochKeys,
         session: int,
         seq: int,
         payload: payloads.Payload,
@@ -344,7 +344,7 @@ def channel(bench: Bench) -> Channel:
 
 
 def test_a_refusal_comes_sealed_and_the_session_goes_on(bench: Bench, channel: Channel) -> None:
-    keys = channel.session_keys(1000, 0)
+    keys = channel.epoch_keys(1000, 0)
     wrong: list[tuple[payloads.Payload, Any, str]] = [
         (payloads.Step("float32", 16, [payloads.Run(0, 0, [0])]), bytes(64), "malformed"),
         (payloads.Step("float32", 32, [payloads.Run(0, 5, [5])]), bytes(128), "malformed"),
@@ -370,7 +370,7 @@ def test_a_refusal_comes_sealed_and_the_session_goes_on(bench: Bench, channel: C
 
 def test_a_session_is_never_opened_twice(bench: Bench, channel: Channel) -> None:
     """Not even by a repetition of its first request: its keys would meet other plaintexts."""
-    keys = channel.session_keys(2000, 0)
+    keys = channel.epoch_keys(2000, 0)
     first = bench.request(keys, 2000, 0, *step(0))
     bench.deliver(*first)
     (answer,) = bench.replies()
@@ -382,7 +382,7 @@ def test_a_session_is_never_opened_twice(bench: Bench, channel: Channel) -> None
         told = refusal(bench, channel)
         assert (told.reason, told.session) == ("lost", 2000)
     # A close that comes before the first request counts as well.
-    late = channel.session_keys(2001, 0)
+    late = channel.epoch_keys(2001, 0)
     request = bench.request(late, 2001, 0, *step(0))
     bench.deliver(*bench.request(late, 2001, 1, payloads.Close()))
     bench.deliver(*request)
@@ -394,9 +394,7 @@ def test_a_higher_epoch_ends_lower_ones_at_once_and_for_good(bench: Bench, chann
     """Over whichever channel of the device it comes; another device's session of the same number stays."""
     sessions, number = bench.worker._sessions, 2500
     second = bench.channel(60)
-    old, new, newest = (
-        each.session_keys(number, epoch) for each, epoch in ((channel, 0), (channel, 1), (second, 7))
-    )
+    old, new, newest = (each.epoch_keys(number, epoch) for each, epoch in ((channel, 0), (channel, 1), (second, 7)))
     first, late = bench.request(old, number, 0, *step(0)), bench.request(old, number, 1, *step(1))
     bench.deliver(*first)
     bench.replies()
@@ -412,18 +410,18 @@ def test_a_higher_epoch_ends_lower_ones_at_once_and_for_good(bench: Bench, chann
     bench.replies()
     assert list(sessions._sessions) == [(bench.device, 60, number, 7)]
     for epoch in (1, 6):
-        keys = channel.session_keys(number, epoch)
+        keys = channel.epoch_keys(number, epoch)
         bench.deliver(*bench.request(keys, number, 0, *step(0), epoch=epoch))
         assert refusal(bench, channel).reason == "lost"
     assert len(sessions) == 1
     bench.deliver(*bench.request(newest, number, 1, payloads.Close(), channel=60, epoch=7))
-    bench.deliver(*bench.request(channel.session_keys(number, 6), number, 0, *step(0), epoch=6))
+    bench.deliver(*bench.request(channel.epoch_keys(number, 6), number, 0, *step(0), epoch=6))
     assert refusal(bench, channel).reason == "lost"
     assert len(sessions) == 0
 
 
 def test_requests_out_of_order_are_refused_and_the_right_one_still_taken(bench: Bench, channel: Channel) -> None:
-    keys = channel.session_keys(3000, 0)
+    keys = channel.epoch_keys(3000, 0)
     requests = [bench.request(keys, 3000, seq, *step(seq)) for seq in range(4)]
     assert bench.deliver(*requests[1]) == OutOfOrder.__name__
     assert bench.deliver(*requests[0]) == ""
@@ -439,7 +437,7 @@ def test_no_message_makes_a_worker_fail(bench: Bench, channel: Channel, data: st
     """Damage of any field or byte of a good request: refused, or not answered, and never computed."""
     bench.sessions += 1
     number = bench.sessions
-    keys = channel.session_keys(number, 0)
+    keys = channel.epoch_keys(number, 0)
     good, body = bench.request(keys, number, 0, *step(0))
     bad: headers.Header = good
     spoiled = bytearray(body)
@@ -491,7 +489,7 @@ def test_no_message_makes_a_worker_fail(bench: Bench, channel: Channel, data: st
 def test_a_member_that_seals_garbage_is_refused_too(bench: Bench, channel: Channel, garbage: bytes) -> None:
     bench.sessions += 1
     number = 500_000 + bench.sessions
-    keys = channel.session_keys(number, 0)
+    keys = channel.epoch_keys(number, 0)
     header = bench.header(headers.RelayKind.REQUEST, 1, number, 0, 0, keys.next_counter())
     error = bench.deliver(header, keys.seal(header, garbage))
     assert error in ("Malformed", "Oversized") or not garbage.strip(b"\0\x01\x91\x03")
@@ -502,13 +500,13 @@ def refusal(bench: Bench, channel: Channel) -> payloads.Refusal:
     """What a worker says of a request that it did not take."""
     ((header, body),) = bench.replies()
     assert header.session == 0
-    refusal, _ = payloads.decode_payload(channel.session_keys(0, 0).open(header, body), payloads.reply_decoder)
+    refusal, _ = payloads.decode_payload(channel.epoch_keys(0, 0).open(header, body), payloads.reply_decoder)
     assert isinstance(refusal, payloads.Refusal)
     return refusal
 
 
 def test_a_queue_that_is_full_says_so(bench: Bench, channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = channel.session_keys(4000, 0)
+    keys = channel.epoch_keys(4000, 0)
     first = bench.request(keys, 4000, 0, *step(0))
     with monkeypatch.context() as patch:
         limits = bench.worker._sessions.limits
@@ -526,7 +524,7 @@ def test_a_queue_that_is_full_says_so(bench: Bench, channel: Channel, monkeypatc
 def test_a_large_request_is_not_decrypted_for_a_full_queue(
     bench: Bench, channel: Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = channel.session_keys(4002, 0)
+    keys = channel.epoch_keys(4002, 0)
     header, _ = bench.request(keys, 4002, 0, payloads.Close())
     limits = bench.worker._sessions.limits
     monkeypatch.setattr(bench.worker._sessions, "limits", replace(limits, max_queued_bytes=100))
@@ -540,7 +538,7 @@ def test_replies_that_nobody_acknowledges_give_way(
     bench: Bench, channel: Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And whoever asks for one again is told so, rather than waiting for ever."""
-    keys = {number: channel.session_keys(number, 0) for number in (4400, 4401)}
+    keys = {number: channel.epoch_keys(number, 0) for number in (4400, 4401)}
     limits = bench.worker._sessions.limits
     first = bench.request(keys[4400], 4400, 0, *step(0))
     bench.deliver(*first)
@@ -565,7 +563,7 @@ def test_a_fork_into_a_session_that_has_rows_leaks_no_memory(bench: Bench, chann
     assert store is not None
     # What earlier tests have closed is freed before the next request is answered.
     wait_until(lambda: not bench.worker._sessions.closed)
-    keys = {number: channel.session_keys(number, 0) for number in (4600, 4601)}
+    keys = {number: channel.epoch_keys(number, 0) for number in (4600, 4601)}
     bench.deliver(*bench.request(keys[4600], 4600, 0, *step(0)))
     bench.replies()
     before = store.free
@@ -585,7 +583,7 @@ def test_what_needs_no_forward_keeps_nobody_from_theirs(
     bench: Bench, channel: Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One session sends its next request as soon as it is answered, so that there is always one to take in."""
-    compute, flood, honest = bench.worker._compute, channel.session_keys(4500, 0), channel.session_keys(4501, 0)
+    compute, flood, honest = bench.worker._compute, channel.epoch_keys(4500, 0), channel.epoch_keys(4501, 0)
     reply, seq, last = compute._reply, itertools.count(), time.monotonic() + 3 * LATE
     over, ended = threading.Event(), threading.Event()
 
@@ -645,7 +643,7 @@ def test_no_message_makes_a_device_fail(device: tuple[Client, Any], data: st.Dat
                     ]
                 ),
                 st.sampled_from([0, 1, session.channel.number, 99]),
-                st.sampled_from([0, 1, session.number, 99]),
+                st.sampled_from([0, 1, session.ref, 99]),
                 st.sampled_from([0, 1]),
                 st.integers(0, 5),
                 st.integers(0, 2**62 - 1),
@@ -709,7 +707,7 @@ def take(handler: Any, head: bytes, body: bytes) -> bool:
 
 def test_a_flood_does_not_reach_what_a_worker_computes(bench: Bench, channel: Channel) -> None:
     number = 800_000
-    keys, other = channel.session_keys(number, 0), bench.channel(70).session_keys(number, 0)
+    keys, other = channel.epoch_keys(number, 0), bench.channel(70).epoch_keys(number, 0)
     honest = [bench.request(keys, number, seq, *step(seq)) for seq in range(20)]
     # Sealed for another channel.
     foreign = []

@@ -221,7 +221,7 @@ def test_a_server_that_hangs_holds_no_sender_up_and_gets_all_in_order(setting: S
         session.call([step(0)])
         worker._transport._parts._caller.message = lambda header, _: arrived.append(header.seq)
         header = headers.Relay(
-            worker.id, client.id, headers.RelayKind.REQUEST, session.channel.number, session.number, 0, 0, 0
+            worker.id, client.id, headers.RelayKind.REQUEST, session.channel.number, session.ref, 0, 0, 0
         )
 
         def send_all() -> None:

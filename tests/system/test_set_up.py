@@ -28,8 +28,15 @@ from recorded import (
     check_bytes,
     read_bytes,
 )
-from split_common.errors import AuthenticationError, Malformed, SessionLost, UnsupportedFeature
-from split_common.protocol import handshake, payloads
+from split_common.errors import (
+    AuthenticationError,
+    BrokerUnreachable,
+    Malformed,
+    SessionLost,
+    UnsupportedFeature,
+    VersionMismatch,
+)
+from split_common.protocol import handshake, headers, payloads
 from split_common.protocol.channel import AEGIS, XCHACHA, Channel
 from split_common.protocol.handshake import (
     MAX_CAPABILITIES,
@@ -76,8 +83,8 @@ def worker(hello: bytes, capabilities: frozenset[str] = ALL) -> WorkerHandshake:
 
 def sealed(of_device: Channel, of_worker: Channel) -> dict[str, bytes]:
     return {
-        "sealed-request": of_device.session_keys(6, 7).seal(REQUEST, b"request"),
-        "sealed-reply": of_worker.session_keys(6, 7).seal(REPLY, b"reply"),
+        "sealed-request": of_device.epoch_keys(6, 7).seal(REQUEST, b"request"),
+        "sealed-reply": of_worker.epoch_keys(6, 7).seal(REPLY, b"reply"),
     }
 
 
@@ -111,8 +118,8 @@ def test_a_worker_understands_a_device_of_version_1(suite: str, monkeypatch: pyt
     assert responder.answer == golden["answer"]
     to_device = responder.finish(golden["finish"])
     assert to_device.capabilities == VERSION_1_CAPABILITIES
-    assert to_device.session_keys(6, 7).open(REQUEST, golden["sealed-request"]) == b"request"
-    assert to_device.session_keys(6, 7).seal(REPLY, b"reply") == golden["sealed-reply"]
+    assert to_device.epoch_keys(6, 7).open(REQUEST, golden["sealed-request"]) == b"request"
+    assert to_device.epoch_keys(6, 7).seal(REPLY, b"reply") == golden["sealed-reply"]
 
 
 def test_a_device_understands_a_worker_of_version_1(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,8 +131,8 @@ def test_a_device_understands_a_worker_of_version_1(suite: str, monkeypatch: pyt
     finish, to_worker = initiator.finish(golden["answer"])
     assert finish == golden["finish"]
     assert to_worker.capabilities == VERSION_1_CAPABILITIES
-    assert to_worker.session_keys(6, 7).open(REPLY, golden["sealed-reply"]) == b"reply"
-    assert to_worker.session_keys(6, 7).seal(REQUEST, b"request") == golden["sealed-request"]
+    assert to_worker.epoch_keys(6, 7).open(REPLY, golden["sealed-reply"]) == b"reply"
+    assert to_worker.epoch_keys(6, 7).seal(REQUEST, b"request") == golden["sealed-request"]
 
 
 def test_peers_of_a_later_version_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +303,7 @@ def test_what_a_worker_lacks_is_not_asked_of_it(setting: Setting, monkeypatch: p
         assert session.channel.crypto.capabilities == {"int8"}
         session.call([step(0, 7)])
         with pytest.raises(SessionLost, match="does not copy sessions"):
-            session.fork(client.new_number(), 0)
+            session.fork(client.name_session(), 0)
         with pytest.raises(UnsupportedFeature, match="worker 'worker-1' does not support int4: it runs an older"):
             session.call([(IMAGE, bytes(IMAGE.tensor_bytes))])
         # Nothing of it was sent: the session goes on.
@@ -318,6 +325,54 @@ def test_a_cache_is_copied_from_the_history_where_the_worker_makes_no_copies(
         for copied in (copy.deepcopy(cache), cache):
             assert model.generate(prompt, past_key_values=copied, **greedy).tolist() == expected
         assert model._client.counters["replays"] == replays + 1
+
+
+@pytest.mark.parametrize("old", ["device", "worker", None])
+def test_sessions_have_keys_where_both_ends_know_them(
+    old: str | None, setting: Setting, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    limited = {"capabilities": ALL}
+    if old == "device":
+        monkeypatch.setattr(channels, "DeviceHandshake", functools.partial(DeviceHandshake, **limited))
+    elif old == "worker":
+        monkeypatch.setattr(worker_module, "WorkerHandshake", functools.partial(WorkerHandshake, **limited))
+    caplog.set_level("INFO", "split_worker.worker")
+    with setting.broker() as broker, setting.worker(broker.address), setting.client(broker.address) as client:
+        first = client.open_session(identity=client.name_session("req-1"))
+        session = client.open_session(identity=client.name_session("req-1"))
+        first.call([step(0, 7)])
+        assert len(run_steps(client, 2, session=session)) == 3
+        copy = first.fork(client.name_session("req-1"), 0)
+        assert copy.call([step(7, 1)])
+    if old is None:
+        assert len({first.ref, session.ref, copy.ref}) == 3
+        assert first.ref == first.identity.key
+        label = first.identity.key.hex()[:8]
+    else:
+        assert [first.ref, session.ref, copy.ref] == [1, 2, 3]
+        label = "1"
+    assert f"session {label} of device device-1 opened" in caplog.messages
+    assert "req-1" not in caplog.text
+
+
+def test_an_older_broker_is_noticed_before_anything_is_asked(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with setting.broker() as broker:
+        decode = headers.decode_header
+
+        def decode_version_1(frame: bytes) -> headers.AnyHeader:
+            if frame[0] != headers.VERSION_1:
+                raise VersionMismatch("the peer speaks protocol version 2, this is version 1")
+            return decode(frame)
+
+        monkeypatch.setattr(headers, "decode_header", decode_version_1)
+        with (
+            pytest.raises(BrokerUnreachable, match="in this version or a later one"),
+            setting.client(broker.address, timeout=0.5),
+        ):
+            pass
+        assert broker.counters["VersionMismatch"] > 0
 
 
 def test_a_worker_refuses_what_was_not_agreed_on(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ class Driver:
         session = self.table.get(id_)
         if session is None:
             channel: Any = SimpleNamespace(
-                session_keys=lambda *_: None, peer=SimpleNamespace(name=f"device-{number % 3}")
+                epoch_keys=lambda *_: None, peer=SimpleNamespace(name=f"device-{number % 3}")
             )
             try:
                 session = self.table.open(id_, channel, self.body.new_state(), self.body.store.free_tokens)

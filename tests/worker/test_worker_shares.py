@@ -42,7 +42,7 @@ class Table:
     def open(self, member: str, tokens: int = 0) -> Session[Any]:
         """Opens a session whose first step has so many tokens, which it holds from then on."""
         self.number += 1
-        channel: Any = SimpleNamespace(session_keys=lambda *_: None, peer=SimpleNamespace(name=member))
+        channel: Any = SimpleNamespace(epoch_keys=lambda *_: None, peer=SimpleNamespace(name=member))
         state: Any = State()
         session = self.table.open((member.encode() * 8, 1, self.number, 0), channel, state, self.free(), tokens)
         session.state.held_tokens = tokens

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from split_common.protocol import headers
-from split_common.protocol.channel import CHANNEL_LIFETIME, CHANNEL_SESSIONS, Channel, SessionKeys
+from split_common.protocol.channel import CHANNEL_LIFETIME, CHANNEL_SESSIONS, Channel, EpochKeys
 from split_common.trust.keys import Roster
 from split_common.trust.shares import Usage
 from split_worker.set_ups import ChannelId, SetUps
@@ -36,9 +36,9 @@ class OpenChannel:
     """A channel in use: the keys of its control messages, and the highest epoch so far of each of its sessions."""
 
     channel: Channel
-    control: SessionKeys
+    control: EpochKeys
     #: Written by `ChannelTable.remember` alone.
-    epochs: dict[int, int] = field(default_factory=dict)
+    epochs: dict[headers.SessionRef, int] = field(default_factory=dict)
     #: When a request last came, by the monotonic clock.
     used: float = field(default_factory=time.monotonic)
 
@@ -71,7 +71,7 @@ class ChannelTable:
         if id_ in self.open:
             self.close(id_)
         self._make_room(id_[0], channel.peer.name)
-        self.open[id_] = OpenChannel(channel, channel.session_keys(0, 0))
+        self.open[id_] = OpenChannel(channel, channel.epoch_keys(0, 0))
         self._channels.add(channel.peer.name, 1)
 
     def _make_room(self, device: bytes, member: str) -> None:
@@ -90,7 +90,7 @@ class ChannelTable:
         self.open[id_].used = time.monotonic()
         self.open.move_to_end(id_)
 
-    def remember(self, id_: ChannelId, session: int, epoch: int) -> bool:
+    def remember(self, id_: ChannelId, session: headers.SessionRef, epoch: int) -> bool:
         """Notes that a session of this epoch, or of an earlier one, is never opened again.
 
         Returns:

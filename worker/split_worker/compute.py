@@ -239,7 +239,8 @@ class ComputeLoop:
             for chunk in chunks:
                 by_step.setdefault(id(chunk.step), []).append(chunk)
             if len(by_step) == 1:
-                log.error("a step failed: %s", type(error).__name__)
+                session = chunks[0].step.request.session
+                log.error("session %s: a step failed: %s", session.label, type(error).__name__)
                 self._end(chunks[0].step, error)
                 return []
         return [launched for own in by_step.values() for launched in self._launch(own)]
@@ -364,6 +365,7 @@ class ComputeLoop:
             if victim is None:
                 return False
             self._sessions.evict(victim)
+        log.info("session %s of device %s evicted", victim.label, victim.member)
         self.counters["evictions"] += 1
         self._drop(victim, Evicted("the session's memory went to another one"))
         return True

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from split_common.errors import Busy, OutOfOrder
 from split_common.protocol import headers
-from split_common.protocol.channel import Channel, SessionKeys
+from split_common.protocol.channel import Channel, EpochKeys
 from split_common.trust.shares import Usage
 from split_worker.bodies.base import SessionState
 from split_worker.limits import WorkerLimits
@@ -23,8 +23,8 @@ MAX_WAITING = 256
 NO_ROOM = "the worker has no room for another session"
 FULL_RETRY = 0.5
 
-#: The device's peer id, and the numbers of the channel, the session and the epoch.
-SessionId = tuple[bytes, int, int, int]
+#: The device's peer id, the channel's number, the session's key or number, and the epoch.
+SessionId = tuple[bytes, int, headers.SessionRef, int]
 #: A reply as it was sent: its header and its sealed body.
 Frames = tuple[headers.Relay, bytes]
 
@@ -38,7 +38,7 @@ class Session(Generic[_State]):
     id: SessionId
     #: The name in the device's certificate, by which shares are counted.
     member: str
-    keys: SessionKeys
+    keys: EpochKeys
     #: The body's state.
     state: _State
     #: Number in the order of opening, because the newest session is evicted first.
@@ -55,6 +55,11 @@ class Session(Generic[_State]):
     repeated: dict[int, float] = field(default_factory=dict)
     #: When the last new request came or was answered, by the monotonic clock.
     used: float = field(default_factory=time.monotonic)
+
+    @property
+    def label(self) -> str:
+        """How logs name it."""
+        return headers.session_label(self.id[2])
 
     def admit(self, seq: int) -> bool:
         """Whether a request is the next one, and so must be computed. If not, it has come before.
@@ -161,7 +166,7 @@ class SessionTable:
                 self._close_one_for(member)
             if free_tokens is not None and not self._unused(free_tokens - tokens):
                 self._check_memory(member, max(tokens, self.limits.growth))
-        session = Session(id_, member, channel.session_keys(id_[2], id_[3]), state, next(self._ages))
+        session = Session(id_, member, channel.epoch_keys(id_[2], id_[3]), state, next(self._ages))
         self._sessions[id_] = session
         self._open.add(member, 1)
         return session

@@ -25,7 +25,7 @@ from split_common.errors import (
     WorkerFailed,
 )
 from split_common.protocol import headers, payloads
-from split_common.protocol.channel import SessionKeys
+from split_common.protocol.channel import EpochKeys
 from split_common.protocol.handshake import WorkerHandshake
 from split_common.transport import Transport, new_peer_id
 from split_common.trust.fleet import Fleet
@@ -268,7 +268,7 @@ class Worker:
         if is_new and len(body) > UNREAD_IF_FULL and self._compute.is_full(channel.member, len(body)):
             self._refuse_full(channel, header)
             return
-        keys = session.keys if session is not None else channel.channel.session_keys(header.session, header.epoch)
+        keys = session.keys if session is not None else channel.channel.epoch_keys(header.session, header.epoch)
         plaintext = keys.open(header, body)
         self._channels.touch(channel_id)
         request, tensor = payloads.decode_payload(plaintext, payloads.request_decoder)
@@ -335,6 +335,7 @@ class Worker:
         except Busy:
             self._compute.wake()
             raise
+        log.info("session %s of device %s opened", session.label, channel.member)
         # This epoch is never accepted again, because a second session under its keys would repeat nonces.
         self._channels.remember(id_[:2], header.session, header.epoch)
         return session
@@ -358,6 +359,7 @@ class Worker:
     ) -> None:
         """Refuses a request outside its session, under the channel's control keys."""
         self.counters[f"refused_{reason}"] += 1
+        log.debug("session %s of device %s: %s", headers.session_label(header.session), channel.member, message)
         refusal = payloads.Refusal(reason, message, retry_after, header.session, header.epoch, header.seq)  # type: ignore[arg-type]
         self._reply(channel.control, msgspec.structs.replace(header, session=0, epoch=0, seq=0), refusal)
 
@@ -374,7 +376,7 @@ class Worker:
             self._sessions.answered(request.session, frames)
 
     def _reply(
-        self, keys: SessionKeys, request: headers.Relay, reply: payloads.Payload, tensor: memoryview | bytes = b""
+        self, keys: EpochKeys, request: headers.Relay, reply: payloads.Payload, tensor: memoryview | bytes = b""
     ) -> tuple[headers.Relay, bytes]:
         header = msgspec.structs.replace(
             request, to=request.sender, sender=self.id, kind=headers.RelayKind.REPLY, counter=keys.next_counter()

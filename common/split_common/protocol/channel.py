@@ -18,7 +18,7 @@ from nacl.encoding import RawEncoder
 from nacl.hash import blake2b
 
 from split_common.errors import AuthenticationError, UnsupportedFeature
-from split_common.protocol.headers import Relay
+from split_common.protocol.headers import Relay, SessionRef
 from split_common.protocol.payloads import Dtype
 from split_common.trust.keys import Certificate, Roster
 
@@ -92,7 +92,7 @@ def derive_key(key: bytes, label: bytes, context: bytes = b"") -> bytes:
     return blake2b(context, key=key, person=label.ljust(16, b"\0"), encoder=RawEncoder)
 
 
-class SessionKeys:
+class EpochKeys:
     """The keys of one session's epoch, one for each direction, and the counter of the bodies that are sealed."""
 
     def __init__(self, suite: Suite, send: bytes, receive: bytes, context: bytes) -> None:
@@ -153,6 +153,7 @@ class Channel:
                 "it runs an older version of lambda-split; update it"
             )
 
-    def session_keys(self, session: int, epoch: int) -> SessionKeys:
+    def epoch_keys(self, session: SessionRef, epoch: int) -> EpochKeys:
         """Derives the keys of a session's epoch. Derive them once: their counter begins at 1."""
-        return SessionKeys(self.suite, self._send, self._receive, struct.pack("<QQ", session, epoch))
+        form = "<16sQ" if isinstance(session, bytes) else "<QQ"
+        return EpochKeys(self.suite, self._send, self._receive, struct.pack(form, session, epoch))

@@ -21,8 +21,12 @@ import msgspec
 
 from split_common.errors import Malformed, Oversized, VersionMismatch
 
-#: Version of the protocol: the first byte of every header. Peers of other versions are refused.
-VERSION = 1
+#: Version of the protocol: the first byte of headers that name a session by its key, and of announcements to the
+#: broker.
+VERSION = 2
+
+#: First byte of all other headers, which peers of version 1 understand. Those peers number their sessions.
+VERSION_1 = 1
 
 #: Largest header, in bytes.
 MAX_HEADER = 64 * 1024
@@ -45,6 +49,10 @@ PeerId = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
 #: A SHA-256 or BLAKE2b digest, or an X25519 public key.
 Hash = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Natural = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+#: Names a session without saying anything about it (`split_device.sessions.identity`).
+SessionKey = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+#: A session's key; its number if one of the peers is of version 1; or 0 for the channel itself.
+SessionRef = Natural | SessionKey
 Text = Annotated[str, msgspec.Meta(max_length=512)]
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=MAX_RETRY_AFTER)]
 
@@ -135,7 +143,7 @@ class Relay(Header, frozen=True, tag=7):
     sender: PeerId
     kind: RelayKind
     channel: Natural
-    session: Natural = 0
+    session: SessionRef = 0
     epoch: Natural = 0
     seq: Natural = 0
     #: Nonce of this body, never used twice in one direction of a session's epoch.
@@ -143,9 +151,8 @@ class Relay(Header, frozen=True, tag=7):
 
     def associated_data(self) -> bytes:
         """The bytes that the body's AEAD authenticates with it. Peers and direction are bound by the key."""
-        return struct.pack(
-            "<BBQQQQQ", VERSION, self.kind, self.channel, self.session, self.epoch, self.seq, self.counter
-        )
+        version, form = (VERSION, "<BBQ16sQQQ") if isinstance(self.session, bytes) else (VERSION_1, "<BBQQQQQ")
+        return struct.pack(form, version, self.kind, self.channel, self.session, self.epoch, self.seq, self.counter)
 
 
 class Bounce(Header, frozen=True, tag=8):
@@ -153,7 +160,7 @@ class Bounce(Header, frozen=True, tag=8):
 
     reason: Literal["no-worker", "busy", "gone", "full", "revoked"]
     channel: Natural = 0
-    session: Natural = 0
+    session: SessionRef = 0
     seq: Natural = 0
     peer: PeerId = bytes(8)
     detail: Annotated[str, msgspec.Meta(max_length=4096)] = ""
@@ -169,9 +176,15 @@ _header_decoder = msgspec.msgpack.Decoder(AnyHeader)
 _header_encoder = msgspec.msgpack.Encoder()
 
 
-def encode_header(header: Header) -> bytes:
-    """Returns the first frame of a message."""
-    return bytes((VERSION,)) + _header_encoder.encode(header)
+def encode_header(header: Header, version: int | None = None) -> bytes:
+    """Returns the first frame of a message.
+
+    Args:
+        version: its first byte; None for the lowest version that has all that the header names.
+    """
+    if version is None:
+        version = VERSION if _names_key(header) else VERSION_1
+    return bytes((version,)) + _header_encoder.encode(header)
 
 
 def decode_header(frame: bytes | memoryview) -> AnyHeader:
@@ -179,21 +192,32 @@ def decode_header(frame: bytes | memoryview) -> AnyHeader:
 
     Raises:
         Oversized: the frame is larger than `MAX_HEADER`.
-        VersionMismatch: it was made by another version of the protocol.
-        Malformed: it is not a header, or a field is out of its range.
+        VersionMismatch: it was made by a later version of the protocol.
+        Malformed: it is not a header, a field is out of its range, or its version does not have session keys.
     """
     if len(frame) > MAX_HEADER:
         raise Oversized(f"header of {len(frame)} bytes (at most {MAX_HEADER})")
     if not len(frame):
         raise Malformed("empty header")
     view = memoryview(frame)
-    if view[0] != VERSION:
+    if view[0] not in (VERSION_1, VERSION):
         raise VersionMismatch(f"the peer speaks protocol version {view[0]}, this is version {VERSION}")
     try:
         header: AnyHeader = _header_decoder.decode(view[1:])
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise Malformed(f"header: {error}") from None
+    if view[0] == VERSION_1 and _names_key(header):
+        raise Malformed("header: a session key in a header of version 1")
     return header
+
+
+def _names_key(header: Header) -> bool:
+    return isinstance(header, Relay | Bounce) and isinstance(header.session, bytes)
+
+
+def session_label(session: SessionRef) -> str:
+    """How logs name a session: by the first 8 hexadecimal digits of its key, or by its number."""
+    return session[:4].hex() if isinstance(session, bytes) else str(session)
 
 
 def echo(header: Relay, body: bytes) -> bytes:

@@ -18,7 +18,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 
 from split_common.errors import Malformed, Oversized
-from split_common.protocol.headers import MAX_BODY, Hash, Natural, Seconds
+from split_common.protocol.headers import MAX_BODY, Hash, Natural, Seconds, SessionRef
 
 #: Largest msgspec payload of a body, in bytes, without tensors: it bounds what is decoded into objects.
 MAX_PAYLOAD = 1024 * 1024
@@ -46,9 +46,13 @@ PART_BYTES = 4 * 1024**2
 #: Most IP-Adapter scales of an image.
 MAX_SCALES = 4096
 
+#: Without this capability, a peer knows sessions by numbers only.
+SESSION_KEYS = "session-keys"
+
 #: What a peer may not support; the two ends of a channel use what both have. "fork" copies a session on its worker;
-#: "int4" and "int8" are codecs. New kinds of requests, rows and codecs add their names here.
-CAPABILITIES = frozenset({"fork", "int4", "int8"})
+#: "int4" and "int8" are codecs; "session-keys" names sessions by keys, as in version 2 of the headers. New kinds of
+#: requests, rows and codecs add their names here.
+CAPABILITIES = frozenset({"fork", "int4", "int8", SESSION_KEYS})
 
 
 class Payload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -108,7 +112,7 @@ class Step(Payload, frozen=True, tag=1):
 class Fork(Payload, frozen=True, tag=2):
     """Opens the session as a copy of another session on the same channel."""
 
-    parent: Natural
+    parent: SessionRef
     parent_epoch: Natural
 
     @property
@@ -269,7 +273,7 @@ class Refusal(Payload, frozen=True, tag=6):
     ]
     message: Annotated[str, msgspec.Meta(max_length=2048)] = ""
     retry_after: Seconds = 0.0
-    session: Natural = 0
+    session: SessionRef = 0
     epoch: Natural = 0
     seq: Natural = 0
 

@@ -155,7 +155,8 @@ class ZmqLink:
             self.close()
             raise BrokerUnreachable(
                 f"no answer from the broker at {self._address} within {timeout:g} s: is `lambda-split broker` "
-                "running there, with the same keys, and is this member in its roster and not revoked?"
+                "running there, in this version or a later one, with the same keys, and is this member in its "
+                "roster and not revoked?"
             )
 
     def _connect(self, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
@@ -337,7 +338,9 @@ class ZmqLink:
         )
         with self._turn:
             try:
-                send_frames(sock, headers.encode_header(announcement), self._identity.certificate_bytes)
+                # In this version, so that an older broker refuses it now: it would refuse requests later.
+                head = headers.encode_header(announcement, headers.VERSION)
+                send_frames(sock, head, self._identity.certificate_bytes)
                 self._announced = True
             except zmq.Again:
                 self._announced = False

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from split_common.cli.options import JsonOption
 from split_common.system.console import emit_json, stderr
 from split_common.system.times import iso_time
+
+if TYPE_CHECKING:
+    from split_device.sessions.dead_letters import DeadLetter
 
 
 def dead_letters(
@@ -33,10 +36,14 @@ def dead_letters(
     for letter in found if not json else ():
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(letter.time))
         print(
-            f"{when} {letter.model} layers {letter.layers}: {letter.tokens} tokens of {letter.rows} rows after "
-            f"{letter.cached}, at {', '.join(letter.workers)}: {printable(letter.reason)}"
+            f"{when} {_names(letter)}{letter.model} layers {letter.layers}: {letter.tokens} tokens of "
+            f"{letter.rows} rows after {letter.cached}, at {', '.join(letter.workers)}: {printable(letter.reason)}"
         )
     if not found and not json:
         stderr.print("no step was given up")
     if clear:
         letters.clear()
+
+
+def _names(letter: DeadLetter) -> str:
+    return f"request {letter.request_id}, session {letter.session}: " if letter.request_id else ""

@@ -307,12 +307,15 @@ class Generator:
                 self._parts.client,
                 self._parts.traits,
                 history_memory=self._parts.history_memory // self._max_requests,
+                request_id=generation.request_id,
+                index=generation.request.index,
             ),
             (self._head.new_sequence(), self._tail.new_sequence()),
             admitted.costs,
             deque([first, *later]),
             len(first),
         )
+        generation.session = request.session.identity.label
         self._active[generation] = request
         self._first_tokens.renew()
         thread = threading.Thread(

@@ -10,6 +10,8 @@ from typing import Literal
 
 from transformers import GenerationConfig
 
+from split_device.sessions.identity import check_request_id, new_request_id
+
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -34,6 +36,8 @@ class Request:
         sampler: the state of the random generator that came with the last of `generated`; None if greedy.
         priority: requests with a higher priority go first.
         logprobs: the number of alternatives to report with each token; None for no log probabilities.
+        request_id: the id by which logs name it, 1 to 128 visible ASCII characters; None for a random one.
+        index: which of the choices of one request id it is, from 0.
     """
 
     prompt: list[int]
@@ -43,6 +47,8 @@ class Request:
     sampler: bytes | None = None
     priority: int = 0
     logprobs: int | None = None
+    request_id: str | None = None
+    index: int = 0
 
 
 #: Called on the generator's thread for each token: the token, its log probabilities if requested, and the state of
@@ -54,10 +60,18 @@ class Generation:
     """A generation in progress. Its methods may be called from any thread.
 
     Iterating yields new tokens as they arrive, until the generation ends.
+
+    Raises:
+        ConfigError: the request's id is not one.
     """
 
     def __init__(self, request: Request, on_token: OnToken | None, on_cancel: Callable[[Generation], None]) -> None:
         self.request = request
+        #: The id by which logs name it.
+        self.request_id = new_request_id() if request.request_id is None else check_request_id(request.request_id)
+        #: By which broker and worker name its session: the first 8 hexadecimal digits of the session's key. None
+        #: before it begins; another one if it has to begin again.
+        self.session: str | None = None
         #: All tokens so far, starting with `request.generated`.
         self.tokens: list[int] = list(request.generated)
         #: Why the generation ended; None while it runs, and after an error.

@@ -29,6 +29,8 @@ class Generating:
     body: RemoteBody
     #: The sessions opened by it.
     sessions: list[SessionCacheLayer] = field(default_factory=list)
+    #: The id of the request that the sessions belong to; None for a random one each.
+    request_id: str | None = None
     #: When its last step ended, by `time.perf_counter`; None before the first step.
     step_ended: float | None = None
 
@@ -121,15 +123,18 @@ class RemoteBody(RemoteLayer):
         session = cache.layers[split.first]
         if not isinstance(session, SessionCacheLayer):
             windows = [getattr(cache.layers[index], "sliding_window", None) for index in split.body]
-            session = self._new_session(windows[0])
-            if (scope := generating.get()) is not None and scope.body is self:
+            scope = generating.get()
+            if scope is None or scope.body is not self:
+                session = self._new_session(windows[0])
+            else:
+                session = self._new_session(windows[0], scope.request_id)
                 scope.sessions.append(session)
             others = [BodyLayer(session, window) for window in windows[1:]]
             cache.layers[split.first : split.last] = [session, *others]
         return session
 
-    def _new_session(self, window: int | None) -> SessionCacheLayer:
-        return SessionCacheLayer(self._client, self._traits, window, self._history_memory)
+    def _new_session(self, window: int | None, request_id: str | None = None) -> SessionCacheLayer:
+        return SessionCacheLayer(self._client, self._traits, window, self._history_memory, request_id)
 
     def _roll_back_head(self, cache: Cache, tokens: int) -> None:
         """Removes a failed step from the cache layers of the head, so that it can be tried again."""

@@ -22,6 +22,7 @@ from split_device.sessions.client import Client
 from split_device.sessions.connection import HISTORY_MEMORY
 from split_device.sessions.distinct import distinct
 from split_device.sessions.history import History
+from split_device.sessions.identity import SessionIdentity
 from split_device.sessions.resilient import ResilientSession
 from split_device.sessions.session import RemoteSession, Reply
 from split_device.sessions.timings import StepTimings
@@ -124,6 +125,10 @@ class SessionCacheLayer(BodyLayer):
         traits: the traits of the body.
         window: the sliding window of the first slot, see `BodyLayer`.
         history_memory: bytes of history that stay in memory; the rest is spilled.
+        request_id, index: of the request that it belongs to, see `ResilientSession`.
+
+    Raises:
+        ConfigError: the request id is not one.
     """
 
     def __init__(
@@ -132,10 +137,12 @@ class SessionCacheLayer(BodyLayer):
         traits: Traits,
         window: int | None = None,
         history_memory: int = HISTORY_MEMORY,
+        request_id: str | None = None,
+        index: int = 0,
     ) -> None:
         super().__init__(None, window)
         self.client = client
-        self._session = ResilientSession(client)
+        self._session = ResilientSession(client, request_id, index)
         self._history_memory = history_memory
         self._traits = traits
         #: Which columns hold tokens and not padding, bool `[batch, columns]`; None before the first step.
@@ -172,7 +179,9 @@ class SessionCacheLayer(BodyLayer):
         self._history = History(self._history_memory)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SessionCacheLayer:
-        copied = SessionCacheLayer(self.client, self._traits, self._window, self._history_memory)
+        copied = SessionCacheLayer(
+            self.client, self._traits, self._window, self._history_memory, self.identity.request_id
+        )
         memo[id(self)] = copied
         copied._columns = None if self._columns is None else self._columns.clone()
         copied._select = None if self._select is None else list(self._select)
@@ -263,6 +272,11 @@ class SessionCacheLayer(BodyLayer):
         self._columns = step.columns
         self._history.append(step.hidden, step.positions)
         return result
+
+    @property
+    def identity(self) -> SessionIdentity:
+        """What its user and its workers call its session."""
+        return self._session.identity
 
     def abandon(self) -> None:
         """Makes the step under way in another thread, and all later ones, fail soon."""

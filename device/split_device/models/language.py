@@ -20,6 +20,7 @@ from split_device.models.cache import StepContext, Traits, is_windowed
 from split_device.models.connected import ConnectedModel, Endpoint
 from split_device.sessions.client import Client
 from split_device.sessions.connection import Connection
+from split_device.sessions.identity import check_request_id
 from split_device.sessions.timings import StepTimings
 
 if TYPE_CHECKING:
@@ -134,13 +135,17 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
 
     # --- what is refused by name ---------------------------------------------------------------------------
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, request_id: str | None = None, **kwargs: Any) -> Any:
         """Works like transformers' `generate`.
+
+        Args:
+            request_id: the id by which logs name the call, 1 to 128 visible ASCII characters; None for a random
+                one. A cache that an earlier call has filled keeps the id of that call.
 
         Raises:
             UnsupportedFeature: an argument cannot be split; nothing was sent.
             PromptTooLong: the prompt exceeds the model's positions.
-            ConfigError: a token of the prompt is not one of the model's.
+            ConfigError: a token of the prompt is not one of the model's, or the request id is not one.
             SplitError: the worker or the queue failed.
         """
         self.check_process()
@@ -158,7 +163,9 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
             self._check_length(inputs.shape[1])
             check_tokens(self, inputs)
         own_cache = all(kwargs.get(name) is None for name in ("cache", "past_key_values"))
-        with generating.entered(Generating(self._body)) as scope:
+        if request_id is not None:
+            check_request_id(request_id)
+        with generating.entered(Generating(self._body, request_id=request_id)) as scope:
             output = super().generate(*args, **kwargs)
         if own_cache and isinstance(output, torch.Tensor):
             # Its cache is gone, so the worker need not keep the session until the garbage collector runs.

@@ -220,7 +220,7 @@ class Channels:
                     raise Busy(
                         "the worker's certificate is not valid for this body or fleet", retry_after=0.0
                     ) from None
-                return finish, WorkerChannel(header.sender, number, crypto, crypto.session_keys(0, 0))
+                return finish, WorkerChannel(header.sender, number, crypto, crypto.epoch_keys(0, 0))
 
             def take_confirmation(header: headers.Relay, body: bytes) -> bool | None:
                 if header.sender != channel.worker or header.kind == headers.RelayKind.ANSWER:

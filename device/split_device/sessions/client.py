@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +21,7 @@ from split_common.trust.fleet import Fleet
 from split_common.trust.keys import Certificate, Identity, ModelScope, Role, check_certificate
 from split_device.sessions.channels import Channels, Check
 from split_device.sessions.connection import PATIENCE, STEP_TIMEOUT, TIMEOUT
+from split_device.sessions.identity import SessionIdentity, SessionNames
 from split_device.sessions.session import GONE, RemoteSession, WorkerChannel, refusal_error
 from split_device.sessions.timings import Timings
 
@@ -72,9 +72,9 @@ class Client:
         # holds this lock. Closing therefore takes no lock, and dictionaries are copied before they are searched.
         self._lock = threading.Lock()
         self._channels = Channels(self, identity, dtype, cut or f"--layers {service.first}:{service.last}")
-        self._session_numbers = itertools.count(1)
-        #: By the numbers of channel and session.
-        self._sessions: dict[tuple[int, int], RemoteSession] = {}
+        self._names = SessionNames()
+        #: By the channel's number, and what headers call the session.
+        self._sessions: dict[tuple[int, headers.SessionRef], RemoteSession] = {}
         self._closed = False
         self._birthplace = Birthplace("the model")
 
@@ -212,18 +212,22 @@ class Client:
 
     # --- sessions ------------------------------------------------------------------------------------------
 
-    def new_number(self) -> int:
-        """A new session's number. It keeps the number on all its workers."""
-        return next(self._session_numbers)
+    def name_session(self, request_id: str | None = None, index: int = 0) -> SessionIdentity:
+        """Names a new session: see `SessionNames.name`."""
+        return self._names.name(request_id, index)
 
     def open_session(
-        self, avoid: Sequence[bytes] = (), number: int | None = None, epoch: int = 0, check: Check = lambda: None
+        self,
+        avoid: Sequence[bytes] = (),
+        identity: SessionIdentity | None = None,
+        epoch: int = 0,
+        check: Check = lambda: None,
     ) -> RemoteSession:
         """Opens an epoch of a session on some worker, which learns of it by the first request.
 
         Args:
             avoid: ids of workers that are used only if there is no other one.
-            number: the session's; None for a new one.
+            identity: the session's; None for a new one.
             epoch: higher than all earlier ones of this session; its worker forgets lower ones.
             check: called repeatedly meanwhile. An exception that it raises ends the search.
 
@@ -232,9 +236,9 @@ class Client:
             ForkedProcess: this process was forked since this client was made.
         """
         self.check_process()
-        number = number if number is not None else self.new_number()
+        identity = identity or self.name_session()
         while True:
-            session = self.new_session(self._channels.choose(avoid, check), number, epoch)
+            session = self.new_session(self._channels.choose(avoid, check), identity, epoch)
             if session is not None:
                 return session
 
@@ -242,18 +246,18 @@ class Client:
         """Whether another worker is available. Sets up a channel to it, unless another thread is setting one up."""
         return self._channels.has_other(worker)
 
-    def new_session(self, channel: WorkerChannel, number: int, epoch: int) -> RemoteSession | None:
+    def new_session(self, channel: WorkerChannel, identity: SessionIdentity, epoch: int) -> RemoteSession | None:
         """A session over this channel; None if the channel was lost or takes no more sessions."""
         with self._lock:
             if self._channels.get(channel.number) is None or not channel.sessions_left:
                 return None
             channel.sessions_left -= 1
-            session = RemoteSession(self, channel, number, epoch)
-            self._sessions[channel.number, number] = session
+            session = RemoteSession(self, channel, identity, epoch)
+            self._sessions[channel.number, session.ref] = session
             return session
 
     def forget(self, session: RemoteSession) -> None:
-        key = session.channel.number, session.number
+        key = session.channel.number, session.ref
         if self._sessions.get(key) is session:
             del self._sessions[key]
 

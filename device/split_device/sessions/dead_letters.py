@@ -34,11 +34,15 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     #: Seconds since 1970.
     time: float = msgspec.field(default_factory=time.time)
+    #: The request that the step belonged to; empty if the letter is from an older version.
+    request_id: str = ""
+    #: The first 8 hexadecimal digits of the session's key, by which broker and worker name it.
+    session: str = ""
 
 
 def record(letter: DeadLetter) -> None:
     """Appends a letter to the file. If that fails, it logs a warning."""
-    log.warning("a step was given up: %s", letter.reason)
+    log.warning("request %s, session %s: a step was given up: %s", letter.request_id, letter.session, letter.reason)
     letter = msgspec.structs.replace(letter, reason=letter.reason[:MAX_REASON])
     try:
         private_dir(_path().parent)

@@ -21,6 +21,7 @@ from split_common.models.tensors import dtype_name, raw_bytes
 from split_common.protocol import payloads
 from split_device.sessions.client import Client
 from split_device.sessions.distinct import distinct
+from split_device.sessions.identity import SessionIdentity
 from split_device.sessions.resilient import ResilientSession
 from split_device.sessions.session import RemoteSession, Reply
 from split_device.sessions.timings import StepTimings
@@ -89,13 +90,22 @@ class ImageSession:
         client: finds workers.
         spec, split: the denoiser, and its body's blocks.
         codec: encodes the states for the network; None sends them as they are.
+        request_id: the id of the request that the image answers; None for a random one.
+
+    Raises:
+        ConfigError: the request id is not one.
     """
 
     def __init__(
-        self, client: Client, spec: DenoiserSpec, split: Split, codec: payloads.Codec | None = None
+        self,
+        client: Client,
+        spec: DenoiserSpec,
+        split: Split,
+        codec: payloads.Codec | None = None,
+        request_id: str | None = None,
     ) -> None:
         self._client = client
-        self._session = ResilientSession(client)
+        self._session = ResilientSession(client, request_id)
         self._spec, self._split, self._codec = spec, split, codec
         #: Keys of the embeddings that were sent to the worker.
         self._sent: set[bytes] = set()
@@ -121,6 +131,11 @@ class ImageSession:
             output = decode(reply.output, data, states.device).to(states.dtype)
         self._client.timings.record(timings)
         return output
+
+    @property
+    def identity(self) -> SessionIdentity:
+        """What its user and its workers call it."""
+        return self._session.identity
 
     def abandon(self) -> None:
         """Makes the step under way in another thread, and all later ones, fail soon."""

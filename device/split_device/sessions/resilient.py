@@ -20,6 +20,7 @@ from split_common.errors import (
     WorkerGone,
     WorkerSlow,
 )
+from split_common.protocol.headers import session_label
 from split_device.sessions.client import Client
 from split_device.sessions.dead_letters import DeadLetter, record
 from split_device.sessions.session import ABANDONED, CHECK_INTERVAL, RemoteSession, Reply
@@ -117,12 +118,19 @@ class ResilientSession:
 
     Args:
         client: finds workers.
+        request_id: the id of the request that it belongs to; None for a random one.
+        index: which of the request's choices it computes, from 0.
+
+    Raises:
+        ConfigError: the request id is not one.
     """
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, request_id: str | None = None, index: int = 0) -> None:
         self._client = client
         self._session: RemoteSession | None = None
-        self._number = client.new_number()
+        #: What its user and its workers call it.
+        self.identity = client.name_session(request_id, index)
+        self._index = index
         self._epochs = itertools.count()
         #: Whether to wait for a slow worker.
         self._patient = False
@@ -159,7 +167,7 @@ class ResilientSession:
                 lost = error if isinstance(error, SessionLost) else lost
                 slow, died = isinstance(error, WorkerSlow), False
                 if slow:
-                    log.warning("%s; its session goes to another one", error)
+                    log.warning("%s: %s; its session goes to another one", self._described, error)
                 if self._session is not None:
                     died = blame.note(error, self._session, sent)
                     if self._session.ended or work.is_spoilt(step):
@@ -190,10 +198,10 @@ class ResilientSession:
         Raises:
             SplitError: the queue failed, or the worker refused although it is not full.
         """
-        copy = ResilientSession(self._client)
+        copy = ResilientSession(self._client, self.identity.request_id, self._index)
         if self._session is not None:
             with contextlib.suppress(SessionLost, Busy):
-                copy._use(self._session.fork(copy._number, next(copy._epochs)))
+                copy._use(self._session.fork(copy.identity, next(copy._epochs)))
         return copy
 
     def close(self) -> None:
@@ -210,8 +218,9 @@ class ResilientSession:
 
     def _open(self, work: Replayable[S], step: S, avoid: Sequence[bytes]) -> RemoteSession:
         """Opens the session on some worker and replays it there."""
-        session = self._client.open_session(avoid, self._number, next(self._epochs), self._check)
+        session = self._client.open_session(avoid, self.identity, next(self._epochs), self._check)
         self._use(session)
+        log.info("%s: on worker %s", self._described, session.channel.worker_name)
         try:
             work.replay(session, step)
         except BaseException:
@@ -229,6 +238,12 @@ class ResilientSession:
             session.interrupt()
         session.patient = self._patient
         self._closer = weakref.finalize(self, session.close)
+
+    @property
+    def _described(self) -> str:
+        """Its names for the log: the user's, and the one that its worker logs."""
+        label = self.identity.label if self._session is None else session_label(self._session.ref)
+        return f"request {self.identity.request_id}, session {label}"
 
     def _check(self) -> None:
         """Raises SessionLost once the session was abandoned."""
@@ -258,6 +273,8 @@ class ResilientSession:
                 tokens=tokens,
                 cached=cached,
                 reason=str(error),
+                request_id=self.identity.request_id,
+                session=self.identity.label,
             )
         )
         return error

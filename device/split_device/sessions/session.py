@@ -26,10 +26,11 @@ from split_common.errors import (
     WorkerSlow,
 )
 from split_common.protocol import headers, payloads
-from split_common.protocol.channel import CHANNEL_SESSIONS, Channel, SessionKeys
+from split_common.protocol.channel import CHANNEL_SESSIONS, Channel, EpochKeys
 from split_common.system.forks import Birthplace
 from split_common.transport import Transport
 from split_common.trust.keys import Roster
+from split_device.sessions.identity import SessionIdentity
 from split_device.sessions.timings import StepTimings
 
 #: Seconds without a reply after which a request is sent again; doubles each time, up to MAX_RETRANSMIT.
@@ -65,7 +66,7 @@ class WorkerChannel:
     worker: bytes
     number: int
     crypto: Channel
-    control: SessionKeys
+    control: EpochKeys
     #: Sessions that may still be opened over it.
     sessions_left: int = field(default_factory=lambda: CHANNEL_SESSIONS)
 
@@ -95,7 +96,7 @@ class SessionHost(Protocol):
     #: Seconds without a reply after which a worker is too slow, if another one is available.
     step_timeout: float
 
-    def new_session(self, channel: WorkerChannel, number: int, epoch: int) -> RemoteSession | None:
+    def new_session(self, channel: WorkerChannel, identity: SessionIdentity, epoch: int) -> RemoteSession | None:
         """A session over a channel; None if the channel was lost or takes no more sessions."""
 
     def forget(self, session: RemoteSession) -> None:
@@ -114,14 +115,16 @@ class RemoteSession:
     Not thread-safe: one thread at a time calls it. Any thread may call `close`, `interrupt`, `lose` and `resend`.
     """
 
-    def __init__(self, host: SessionHost, channel: WorkerChannel, number: int, epoch: int) -> None:
+    def __init__(self, host: SessionHost, channel: WorkerChannel, identity: SessionIdentity, epoch: int) -> None:
         self.channel = channel
         self.worker = channel.worker
-        self.number = number
+        self.identity = identity
+        #: How headers name it on this channel.
+        self.ref = identity.on_wire(payloads.SESSION_KEYS in channel.crypto.capabilities)
         self.epoch = epoch
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._host = host
-        self._keys = channel.crypto.session_keys(number, epoch)
+        self._keys = channel.crypto.epoch_keys(self.ref, epoch)
         self._seq = 0
         #: Requests without a reply, by sequence number.
         self.in_flight: dict[int, tuple[headers.Relay, bytes]] = {}
@@ -196,8 +199,8 @@ class RemoteSession:
                 raise wrong
         return answers
 
-    def fork(self, number: int, epoch: int) -> RemoteSession:
-        """A copy of the session on its worker, under its own number.
+    def fork(self, identity: SessionIdentity, epoch: int) -> RemoteSession:
+        """A copy of the session on its worker, under its own key.
 
         Raises:
             SessionLost: the worker or the channel cannot hold the copy, or the session is lost.
@@ -207,11 +210,11 @@ class RemoteSession:
             raise self._lost
         if "fork" not in self.channel.crypto.capabilities:
             raise SessionLost("the worker does not copy sessions")
-        child = self._host.new_session(self.channel, number, epoch)
+        child = self._host.new_session(self.channel, identity, epoch)
         if child is None:
             raise SessionLost("the channel to the worker takes no more sessions")
         try:
-            child.call([(payloads.Fork(self.number, self.epoch), b"")])
+            child.call([(payloads.Fork(self.ref, self.epoch), b"")])
         except SplitError:
             child.close()
             raise
@@ -265,7 +268,7 @@ class RemoteSession:
             self._host.id,
             headers.RelayKind.REQUEST,
             self.channel.number,
-            self.number,
+            self.ref,
             self.epoch,
             self._seq,
             self._keys.next_counter(),

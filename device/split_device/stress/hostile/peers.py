@@ -12,7 +12,7 @@ import msgspec
 import zmq
 
 from split_common.protocol import headers, payloads
-from split_common.protocol.channel import Channel, SessionKeys
+from split_common.protocol.channel import Channel, EpochKeys
 from split_common.protocol.handshake import DeviceHandshake
 from split_common.transport import connect, new_peer_id
 from split_common.transport.zmq_link import curve_client
@@ -172,7 +172,7 @@ class DeviceChannel:
         self._peer = peer
         self._scene = scene
         self.number = scene.number()
-        self._keys: dict[tuple[int, int], SessionKeys] = {}
+        self._keys: dict[tuple[headers.SessionRef, int], EpochKeys] = {}
         handshake = DeviceHandshake(scene.identity, scene.verify, scene.service, "float32")
         peer.send(headers.Open(peer.id, self.number, scene.service), handshake.hello)
         header, body = peer.receive(self._is(headers.RelayKind.ANSWER))
@@ -195,12 +195,12 @@ class DeviceChannel:
         )
 
     def seal(
-        self, session: int, seq: int, payload: payloads.Payload, tensor: bytes = b"", epoch: int = 0
+        self, session: headers.SessionRef, seq: int, payload: payloads.Payload, tensor: bytes = b"", epoch: int = 0
     ) -> tuple[headers.Relay, bytes]:
         """The frames of a request."""
         keys = self._keys.get((session, epoch))
         if keys is None:
-            keys = self._keys[session, epoch] = self._channel.session_keys(session, epoch)
+            keys = self._keys[session, epoch] = self._channel.epoch_keys(session, epoch)
         header = headers.Relay(
             self.worker,
             self._peer.id,
@@ -214,7 +214,7 @@ class DeviceChannel:
         return header, keys.seal(header, payloads.encode_payload(payload, tensor, overhead=keys.tag_size))
 
     def request(
-        self, session: int, seq: int, payload: payloads.Payload, tensor: bytes = b"", epoch: int = 0
+        self, session: headers.SessionRef, seq: int, payload: payloads.Payload, tensor: bytes = b"", epoch: int = 0
     ) -> tuple[headers.Relay, bytes]:
         """Sends a request; returns its frames."""
         frames = self.seal(session, seq, payload, tensor, epoch)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 
 from split_common.protocol import headers, payloads
-from split_common.protocol.channel import SessionKeys
+from split_common.protocol.channel import EpochKeys
 from split_common.protocol.handshake import WorkerHandshake
 from split_device.stress.hostile.peers import LinkPeer
 from split_device.stress.hostile.scene import Scene
@@ -37,7 +37,7 @@ class MuteWorker:
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
         self._half_open: dict[tuple[bytes, int], WorkerHandshake] = {}
-        self._control: dict[tuple[bytes, int], SessionKeys] = {}
+        self._control: dict[tuple[bytes, int], EpochKeys] = {}
 
     def take(self, peer: LinkPeer, header: headers.AnyHeader, body: bytes) -> None:
         scene = self._scene
@@ -53,7 +53,7 @@ class MuteWorker:
     def _finish(self, peer: LinkPeer, header: headers.Relay, body: bytes) -> None:
         id_ = header.sender, header.channel
         if (handshake := self._half_open.pop(id_, None)) is not None:
-            self._control[id_] = handshake.finish(body).session_keys(0, 0)
+            self._control[id_] = handshake.finish(body).epoch_keys(0, 0)
         if (keys := self._control.get(id_)) is None:
             return
         reply = headers.Relay(
