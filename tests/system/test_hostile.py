@@ -97,7 +97,9 @@ class Mallory:
         if isinstance(header, headers.Open):
             return changed(header, channel=header.channel + 1), body
         field = self.random.choice(["session", "epoch", "seq", "counter", "channel"])
-        return changed(header, **{field: getattr(header, field) + self.random.choice([1, 2])}), body
+        value = getattr(header, field)
+        other = self.random.randbytes(16) if isinstance(value, bytes) else value + self.random.choice([1, 2])
+        return changed(header, **{field: other}), body
 
 
 @pytest.mark.parametrize("seed", range(3))
