@@ -21,6 +21,7 @@ from split_device.generation.settings import SEED_BOUND
 from split_device.images.notices import add_notices, describe
 from split_device.images.settings import ImageSettings, check_size
 from split_device.models.denoiser import SplitDenoiser
+from split_device.sessions.identity import check_request_id, new_request_id
 
 #: Called on the image's thread with the number of steps done and the total.
 OnStep = Callable[[int, int], None]
@@ -40,6 +41,9 @@ class ImageGeneration:
         self.future.set_running_or_notify_cancel()
         #: Number of steps done so far.
         self.steps = 0
+        #: By which broker and worker name its session: the first 8 hexadecimal digits of the session's key. None
+        #: before it begins.
+        self.session: str | None = None
         self._interrupt: Callable[[], None] | None = None
         #: Whether `cancel` was called.
         self.cancelled = False
@@ -103,20 +107,29 @@ class ImagePipeline:
         """Raises ConfigError for settings with which the model cannot make an image."""
         check_size(self._directory, settings.checked())
 
-    def start(self, prompt: str, settings: ImageSettings) -> ImageGeneration:
+    def start(
+        self, prompt: str, settings: ImageSettings, request_id: str | None = None, index: int = 0
+    ) -> ImageGeneration:
         """Starts an image in its own thread.
 
+        Args:
+            request_id: the id by which logs name it, 1 to 128 visible ASCII characters; None for a random one.
+            index: which of the images of one request id it is, from 0.
+
         Raises:
-            ConfigError: the model cannot make an image with these settings.
+            ConfigError: the model cannot make an image with these settings, or the request id is not one.
             ForkedProcess: this process was forked since the model was loaded.
         """
         self.denoiser.check_process()
         self.check(settings)
         settings = settings.checked()
+        id_ = new_request_id() if request_id is None else check_request_id(request_id)
 
         def make(generation: ImageGeneration) -> Any:
             with self._borrowed() as pipeline:
-                generation.interrupt_with(self.denoiser.session.abandon)
+                session = self.denoiser.begin(id_, index)
+                generation.session = session.identity.label
+                generation.interrupt_with(session.abandon)
 
                 def advance(steps: int, _total: int) -> None:
                     generation.check()

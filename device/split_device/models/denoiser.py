@@ -149,11 +149,22 @@ class SplitDenoiser(ConnectedModel):
     @property
     def session(self) -> ImageSession:
         """The session of the calling thread. Any thread may `abandon` it."""
+        return self._per_thread.session or self.begin()
+
+    def begin(self, request_id: str | None = None, index: int = 0) -> ImageSession:
+        """Begins a session for the next images of the calling thread, and returns it.
+
+        Args:
+            request_id: the id by which logs name it, 1 to 128 visible ASCII characters; None for a random one.
+            index: which of the images of one request id it is, from 0.
+
+        Raises:
+            ConfigError: the request id is not one.
+        """
         state = self._per_thread
-        if state.session is None:
-            state.session = ImageSession(self._client, self._spec, self.split, self._codec)
-            state.reuse = Reuse(self._reuse, self._base)
-        return state.session
+        session = ImageSession(self._client, self._spec, self.split, self._codec, request_id, index)
+        state.session, state.reuse = session, Reuse(self._reuse, self._base)
+        return session
 
     def _run(self, timestep: float, inputs: DenoiserInputs) -> torch.Tensor:
         """The body's output, from a worker or from an earlier step."""

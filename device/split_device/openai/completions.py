@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from split_common.system.text import json_line
 from split_device.jobs.job import ModelChoice
 from split_device.jobs.models import Loaded
 from split_device.openai.http import CLIENT_CLOSED_REQUEST, api_error, json_response, read_json, unless_disconnected
+from split_device.openai.request_ids import request_id
 from split_device.openai.requests import COMPLETION_PATHS, Query, check_model, parse
 from split_device.openai.responses import chunk, completion, usage_chunk
 from split_device.openai.streaming import ChoiceStream
@@ -71,9 +71,12 @@ class Completions:
             prompt = await loop.run_in_executor(
                 self._encoding, self._loaded.encode, query.tasks[0], query.continues
             )
-            for task in query.tasks:
-                streams.append(ChoiceStream(self._loaded, task, prompt, query.logprobs, query.continues))
-            id_, created = secrets.token_hex(12), int(time.time())
+            # As in vLLM, the id of the answer is that of the request, behind its kind.
+            id_, created = request_id(request), int(time.time())
+            for index, task in enumerate(query.tasks):
+                streams.append(
+                    ChoiceStream(self._loaded, task, prompt, query.logprobs, query.continues, id_, index)
+                )
             if query.stream:
                 events = self._events(query, streams, id_, created)
                 return _Events(events, streams)

@@ -15,6 +15,7 @@ from split_device.images.files import image_bytes, notes
 from split_device.images.settings import DRAWN_SEED_BITS, ImageSettings
 from split_device.openai.http import CLIENT_CLOSED_REQUEST, json_response, read_json, unless_disconnected
 from split_device.openai.image_requests import parse_image
+from split_device.openai.request_ids import request_id
 from split_device.openai.requests import check_model
 
 if TYPE_CHECKING:
@@ -52,10 +53,10 @@ class Images:
             "bytes_received": traffic["bytes_received"],
         }
 
-    async def _image(self, prompt: str, settings: ImageSettings) -> Any:
+    async def _image(self, prompt: str, settings: ImageSettings, id_: str, index: int) -> Any:
         """Makes an image as soon as one may start; until then it has no thread."""
         async with self._slots:
-            generation = self._pipeline.start(prompt, settings)
+            generation = self._pipeline.start(prompt, settings, id_, index)
             try:
                 return await asyncio.wrap_future(generation.future)
             finally:
@@ -70,7 +71,10 @@ class Images:
                 check_model(body.model, self.name)
             chosen = body.settings(secrets.randbits(DRAWN_SEED_BITS) if body.seed is None else body.seed)
             self._pipeline.check(chosen[0])
-            images += [asyncio.create_task(self._image(body.prompt, settings)) for settings in chosen]
+            images += [
+                asyncio.create_task(self._image(body.prompt, settings, request_id(request), index))
+                for index, settings in enumerate(chosen)
+            ]
             made = await unless_disconnected(request, asyncio.gather(*images))
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)

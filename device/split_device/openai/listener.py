@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from split_common.errors import ConfigError, SplitError
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
+    from starlette.types import ASGIApp
 
 HOST = "127.0.0.1"
 
@@ -60,7 +60,7 @@ _type_only = _TypeOnly()
 
 
 @contextlib.contextmanager
-def running_server(app: Starlette, listener: socket.socket, stop: threading.Event, **limits: Any) -> Iterator[None]:
+def running_server(app: ASGIApp, listener: socket.socket, stop: threading.Event, **limits: Any) -> Iterator[None]:
     """Answers HTTP requests in a thread, until the `with` block ends. `stop` is set when the server ends.
 
     Args:

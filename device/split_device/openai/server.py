@@ -13,6 +13,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from split_common.errors import SplitError
 from split_device.openai import page
@@ -21,6 +22,7 @@ from split_device.openai.fields import ApiError
 from split_device.openai.guard import Guard, check_key, check_origin
 from split_device.openai.http import json_response, refuse
 from split_device.openai.images import Images
+from split_device.openai.request_ids import RequestIds
 from split_device.openai.requests import COMPLETION_PATHS
 
 IMAGES_PATH = "/v1/images/generations"
@@ -50,7 +52,7 @@ class CompletionServer:
         self._hosts = hosts
         self._began = int(time.time())
 
-    def app(self) -> Starlette:
+    def app(self) -> ASGIApp:
         complete = self._completions.complete if self._completions is not None else _not_served("language")
         make = self._images.make if self._images is not None else _not_served("image")
         routes = [
@@ -62,10 +64,13 @@ class CompletionServer:
             Route("/health", self._health),
             *page.routes(),
         ]
-        return Starlette(
-            routes=routes,
-            middleware=[Middleware(Guard, self._hosts)],
-            exception_handlers={SplitError: refuse, HTTPException: refuse, Exception: refuse},
+        # Outermost, so that answers to requests that fail in any way have an id.
+        return RequestIds(
+            Starlette(
+                routes=routes,
+                middleware=[Middleware(Guard, self._hosts)],
+                exception_handlers={SplitError: refuse, HTTPException: refuse, Exception: refuse},
+            )
         )
 
     def _private(self, path: str, answer: RouteHandler, method: str = "GET") -> Route:

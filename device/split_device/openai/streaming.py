@@ -29,13 +29,21 @@ class ChoiceStream:
         prompt: the token ids of the task's prompt.
         logprobs: the number of alternatives to report with each token; None for no log probabilities.
         continues: the answer goes on where the prompt ends.
+        request_id, index: the id of the request, and which of its choices this is.
 
     Raises:
         ConfigError: a setting is refused.
     """
 
     def __init__(
-        self, loaded: Loaded, task: Task, prompt: list[int], logprobs: int | None, continues: bool = False
+        self,
+        loaded: Loaded,
+        task: Task,
+        prompt: list[int],
+        logprobs: int | None,
+        continues: bool = False,
+        request_id: str | None = None,
+        index: int = 0,
     ) -> None:
         self._token_bytes = TokenBytes(loaded.tokenizer)
         self._previous: int | None = None
@@ -47,7 +55,12 @@ class ChoiceStream:
         def put(event: tuple[int, Logprobs | None] | None) -> None:
             loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        request = dataclasses.replace(loaded.request(task, _NO_PROGRESS, PRIORITY, prompt), logprobs=logprobs)
+        request = dataclasses.replace(
+            loaded.request(task, _NO_PROGRESS, PRIORITY, prompt),
+            logprobs=logprobs,
+            request_id=request_id,
+            index=index,
+        )
         self.prompt_tokens = len(request.prompt)
         self._generation: Generation = loaded.generator.submit(
             request, lambda token, found, _sampler: put((token, found))

@@ -90,7 +90,7 @@ class ImageSession:
         client: finds workers.
         spec, split: the denoiser, and its body's blocks.
         codec: encodes the states for the network; None sends them as they are.
-        request_id: the id of the request that the image answers; None for a random one.
+        request_id, index: of the request that the image answers, see `ResilientSession`.
 
     Raises:
         ConfigError: the request id is not one.
@@ -103,9 +103,10 @@ class ImageSession:
         split: Split,
         codec: payloads.Codec | None = None,
         request_id: str | None = None,
+        index: int = 0,
     ) -> None:
         self._client = client
-        self._session = ResilientSession(client, request_id)
+        self._session = ResilientSession(client, request_id, index)
         self._spec, self._split, self._codec = spec, split, codec
         #: Keys of the embeddings that were sent to the worker.
         self._sent: set[bytes] = set()
