@@ -116,7 +116,7 @@ def test_images_wait_for_their_turn_without_a_thread() -> None:
     started: list[Future[int]] = []
 
     class Pipeline:
-        def start(self, _prompt: str, _settings: ImageSettings) -> Any:
+        def start(self, _prompt: str, _settings: ImageSettings, _id: str, _index: int) -> Any:
             future: Future[int] = Future()
             future.set_running_or_notify_cancel()
             started.append(future)
@@ -125,7 +125,7 @@ def test_images_wait_for_their_turn_without_a_thread() -> None:
     async def run() -> None:
         pipeline: Any = Pipeline()
         images = Images(pipeline, "m", 2)
-        asked = [asyncio.create_task(images._image("x", ImageSettings())) for _ in range(5)]
+        asked = [asyncio.create_task(images._image("x", ImageSettings(), "r", index)) for index in range(5)]
         asked.pop().cancel()
         for index in range(4):
             while len(started) <= index:
