@@ -320,7 +320,7 @@ class Broker:
             queue = PeerQueue(member, self._budget.usage, self._gave_way.append)
             peer = self._peers[header.sender] = Peer(header.sender, route, header.role, member, queue)
             self._routes[route] = peer.id
-            log.info("%s %s joined", header.role, member)
+            log.info("%s %s joined", header.role, peer.name)
             # It may have counted as dead: the peers that it watches were told so, and have dropped its sessions.
             if not self._early:
                 gone = header.watching
@@ -409,7 +409,7 @@ class Broker:
     def _remove(self, peer: Peer, why: str) -> None:
         if self._peers.pop(peer.id, None) is None:
             return
-        log.info("%s %s %s", peer.role, peer.member, why)
+        log.info("%s %s %s", peer.role, peer.name, why)
         self.counters[f"{peer.role}s_gone"] += 1
         self._routes.pop(peer.route, None)
         self._router.connections.left(peer.route)
@@ -464,6 +464,6 @@ def _describe(sender: Peer, target: Peer, header: headers.Relay, body: BodyBytes
     """What the broker can see of a message, for the log."""
     start = memoryview(body)[:16]  # type: ignore[arg-type]
     return (
-        f"{header.kind.name} {sender.member} -> {target.member}: channel {header.channel}, "
+        f"{header.kind.name} {sender.name} -> {target.name}: channel {header.channel}, "
         f"session {headers.session_label(header.session)}, seq {header.seq}, {len(body)} bytes {start.hex()}…"
     )

@@ -16,6 +16,7 @@ import zmq
 
 from split_common.protocol.headers import Service
 from split_common.transport.base import QUEUE_BYTES
+from split_common.transport.peer_id import peer_name
 from split_common.trust.shares import Usage
 
 #: Bytes that may be on the way to a peer without being confirmed by it.
@@ -213,3 +214,8 @@ class Peer:
     room: int = 0
     #: Whether its last announcement showed a certificate.
     certified: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its name in the log, which tells it from the member's other processes."""
+        return peer_name(self.member, self.id)

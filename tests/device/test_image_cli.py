@@ -162,7 +162,7 @@ def test_an_image_goes_into_a_pipe_and_not_over_its_input(options: list[str], tm
         (["-o", "a.png", "--init-image", "gone.png"], 2, "cannot be read as an image: No such file"),
         (["-o", "a.png", "--init-image", "gone.png", "--strength", "0"], 2, "changes nothing"),
         (["-o", "a.png", "--model", "/proc"], 2, "not the directory of a pipeline"),
-        (["-o", "a.png", "--cut", "A"], 1, "layers 1:6): start one with `lambda-split worker --cut A` and"),
+        (["-o", "a.png", "--cut", "A"], 1, "): start one with `lambda-split worker --model "),
         (["-o", "a.png", "--reuse", "1.5"], 2, "number of steps"),
         (["-o", "a.png", "--reuse", "often"], 2, "expected a number of steps"),
     ],

@@ -13,6 +13,7 @@ from split_common.errors import Busy, Malformed, NoWorker, SessionLost, StepFail
 from split_common.protocol import headers
 from split_device.sessions import dead_letters, resilient
 from split_device.sessions.identity import SessionIdentity, SessionNames
+from split_device.sessions.notices import LOOK, Notices
 from split_device.sessions.resilient import LEAST_DEATH, MAX_DEATHS, Blame, ResilientSession
 
 PATIENCE = 60.0
@@ -29,6 +30,7 @@ class Remote:
         self.channel = SimpleNamespace(worker_name=f"worker-{worker}")
         self.ref = key
         self.ended = self.interrupted = self.patient = False
+        self.say: Callable[[str], None] = lambda _: None
 
     def close(self) -> None:
         self.ended = True
@@ -46,6 +48,9 @@ class Client:
         self.counters: Counter[str] = Counter()
         self.service = headers.Service(bytes(32), 2, 4)
         self.model = "tiny"
+        self.command = "lambda-split worker --model tiny"
+        self.said: list[str] = []
+        self.notices = Notices(self.said.append)
         self.refusals = list(refusals)
         self.opened: list[Remote] = []
         #: For each attempt to open a session: the workers to avoid, and the epoch.
@@ -186,14 +191,79 @@ def test_without_any_worker_a_new_session_is_not_waited_for(clock: Clock) -> Non
 def test_a_slow_worker_is_left_once_in_a_step_and_named(caplog: pytest.LogCaptureFixture) -> None:
     client = Client()
     session = session_of(client)
-    session.call(Work(WorkerSlow("worker 'snail' has not answered for 60 s"), None), "one")
+    with caplog.at_level("INFO"):
+        session.call(Work(WorkerSlow("worker snail has not answered for 60 s"), None), "one")
+    assert client.said == ["worker snail has not answered for 60 s; worker worker-2 has taken over"]
+    # For whoever looks for the request in the logs of others.
     names = f"request req-1, session {session.identity.label}"
-    assert [record.message for record in caplog.records] == [
-        f"{names}: worker 'snail' has not answered for 60 s; its session goes to another one"
-    ]
+    assert [record.message for record in caplog.records] == [f"{names}: worker snail has not answered for 60 s"]
     assert [session.patient for session in client.opened] == [False, True]
     session.call(Work(None), "two")
     assert not client.opened[-1].patient
+
+
+def test_a_lost_worker_is_said_once_and_in_both_places() -> None:
+    client, here = Client(), list[str]()
+    session = ResilientSession(client, here.append)  # type: ignore[arg-type]
+    session.call(Work(WorkerGone("worker a is gone"), None), "one")
+    assert client.said == here == ["worker a is gone; worker worker-2 has taken over"]
+    session_of(client).call(Work(WorkerGone("worker a is gone"), None), "one")
+    assert client.said[1:] == ["worker a is gone; worker worker-4 has taken over"]
+
+
+def test_without_another_worker_the_wait_is_said_with_what_to_do(clock: Clock) -> None:
+    client, work = Client(), Work(None, WorkerGone("worker a is gone"), None)
+    session = session_of(client)
+    session.call(work, "one")
+    client.refusals = [NoWorker("none")] * 50
+    session.call(work, "two")
+    waiting = "worker a is gone: waiting 60 s for another one; start one with `lambda-split worker --model tiny`"
+    assert client.said == [waiting, "worker worker-2 has taken over"]
+    # Another session that loses the same worker need not repeat it.
+    client.refusals = [NoWorker("none")]
+    session_of(client).call(Work(WorkerGone("worker a is gone"), None), "one")
+    assert client.said.count(waiting) == 1
+
+
+def test_a_search_that_takes_long_is_said(clock: Clock) -> None:
+    client, work = Client(), Work(None, WorkerGone("worker a is gone"), None)
+    session = session_of(client)
+    session.call(work, "one")
+    opening = client.open_session
+
+    def slowly(avoid: Any, number: int, epoch: int, check: Callable[[], None]) -> Remote:
+        clock.now += LOOK
+        return opening(avoid, number, epoch, check)
+
+    client.open_session = slowly  # type: ignore[method-assign]
+    client.refusals = [NoWorker("none")]
+    session.call(work, "two")
+    assert client.said == [
+        "worker a is gone: looking for another one",
+        "worker a is gone: waiting 60 s for another one; start one with `lambda-split worker --model tiny`",
+        "worker worker-2 has taken over",
+    ]
+
+
+def test_full_workers_are_said_if_they_stay_full() -> None:
+    client = Client(Busy("every worker is full", 0.5))
+    session_of(client).call(Work(None), "one")
+    assert client.said == []
+    client.refusals = [Busy("every worker is full", 0.5)] * 5
+    session_of(client).call(Work(None), "one")
+    assert client.said == ["waiting 60 s for a worker: every worker is full"]
+
+
+def test_when_no_other_worker_took_over_the_error_says_what_to_do() -> None:
+    client, work = Client(), Work(None, WorkerGone("worker a is gone"))
+    session = session_of(client)
+    session.call(work, "one")
+    client.refusals = [NoWorker("none")] * 100_000
+    with pytest.raises(SessionLost) as lost:
+        session.call(work, "two")
+    assert str(lost.value) == (
+        "worker a is gone, and no other took over within 60 s: start one with `lambda-split worker --model tiny`"
+    )
 
 
 def test_a_step_at_which_two_workers_fail_is_given_up() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -61,7 +62,9 @@ def address(checkpoint: Path) -> Iterator[str]:
         options = ["--model", str(checkpoint), "--broker", broker["address"]]
         with running_command(["worker", *options]) as (worker, facts):
             assert facts.pop("pid") == worker.pid
-            assert len(bytes.fromhex(facts.pop("id"))) == 8
+            id_ = facts.pop("id")
+            assert len(bytes.fromhex(id_)) == 8
+            assert facts.pop("name") == f"worker-1/{id_[8:]}"
             assert facts.pop("parameter_bytes") > 0
             assert facts.pop("kv_tokens") > 1000
             assert facts.pop("kv_sessions") > 1
@@ -213,7 +216,7 @@ def test_inspect(run: Any, checkpoint: Path) -> None:
     assert sum(part["parameters"] for part in facts["parts"]) == total
     assert all(part["bytes"] == 2 * part["parameters"] for part in facts["parts"])
     table = run("inspect", checkpoint)
-    assert (table.code, table.err) == (0, "")
+    assert (table.code, table.err) == (0, "reading the shapes of tiny …\n")
     assert "worker" in table.out
     assert "128 bytes" in table.out
 
@@ -222,11 +225,13 @@ def test_doctor_finds_everything_in_place(run: Any, address: str) -> None:
     done = run("doctor", "--broker", address, "--json")
     findings = {finding["subject"]: finding for finding in done.json["findings"]}
     assert list(findings) == ["versions", "GPU", "threads", "encryption", "keys", "broker", "workers"]
-    assert findings["workers"] == {"subject": "workers", "status": "ok", "detail": "serving tiny layers 2:4"}
+    assert findings["workers"]["status"] == "ok"
+    # The name tells this worker from another one of the same member.
+    assert re.fullmatch(r"serving tiny layers 2:4 \(worker-1/[0-9a-f]{8}\)", findings["workers"]["detail"])
     threads_fit = findings["threads"]["status"] == "ok"
     assert (done.json["healthy"], done.code) == (threads_fit, 0 if threads_fit else 1)
     shown = run("doctor", "--broker", address)
-    assert "workers: serving tiny layers 2:4" in shown.out
+    assert "workers: serving tiny layers 2:4 (worker-1/" in shown.out
     assert shown.err == ""
 
 

@@ -138,11 +138,12 @@ def _announce(running: Worker, serving: Serving, name: str, json: bool) -> None:
     body, layers = serving.body, f"{serving.service.first}:{serving.service.last}"
     if not json:
         first, *more = body.describe(layers)
-        for line in (f"worker {name} serves {serving.model} {first}", *more):
+        for line in (f"worker {running.name} serves {serving.model} {first}", *more):
             stderr.print(line, soft_wrap=True)
         return
     facts = {
         "worker": name,
+        "name": running.name,
         "id": running.id.hex(),
         "model": serving.model,
         "layers": layers,

@@ -27,7 +27,7 @@ from split_common.errors import (
 from split_common.protocol import headers, payloads
 from split_common.protocol.channel import EpochKeys
 from split_common.protocol.handshake import WorkerHandshake
-from split_common.transport import Transport, new_peer_id
+from split_common.transport import Transport, new_peer_id, peer_name
 from split_common.trust.fleet import Fleet
 from split_common.trust.keys import Certificate, Identity, ModelScope, Role, check_certificate
 from split_common.trust.shares import TokenBuckets
@@ -84,6 +84,8 @@ class Worker:
         self._strays = TokenBuckets(self._sessions.limits.stray_rate, self._sessions.limits.stray_burst)
         #: This worker's peer id on the queue and in dead letters.
         self.id = new_peer_id(identity.certificate.name)
+        #: Its name in logs, notices and dead letters.
+        self.name = peer_name(identity.certificate.name, self.id)
         self._channels = ChannelTable(SetUps(self._new_handshake, fleet.roster), self._channel_closed)
         self._lock = threading.RLock()
         self._draining = False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import subprocess
 import time
@@ -41,6 +42,11 @@ CHILD_POLL_INTERVAL = 0.2
 def resolve_model(model: str | None) -> str:
     """The checkpoint to use: the demo model if none is named. Raises ModelError."""
     return model if model is not None else str(ensure_demo_model())
+
+
+def model_option(name: str) -> str:
+    """The option by which a command uses a checkpoint, for messages; empty for the demo model, the default."""
+    return "" if Path(name) == cache_dir() / "models" / DEMO_MODEL else f" --model {shlex.quote(name)}"
 
 
 def ensure_demo_model(progress: bool = True) -> Path:

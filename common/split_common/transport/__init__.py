@@ -10,7 +10,7 @@ from split_common.transport.base import (
     Transport,
 )
 from split_common.transport.links import check_address, connect
-from split_common.transport.peer_id import mark_of, member_mark, new_peer_id
+from split_common.transport.peer_id import mark_of, member_mark, new_peer_id, peer_name
 from split_common.transport.supervised import count_dropped
 
 __all__ = [
@@ -28,4 +28,5 @@ __all__ = [
     "member_mark",
     "new_peer_id",
     "parse_address",
+    "peer_name",
 ]

@@ -16,6 +16,11 @@ def mark_of(peer: bytes) -> bytes:
     return peer[:4]
 
 
+def peer_name(member: str, peer: bytes) -> str:
+    """The name of one run of a member's process, for people: the member, and what is random in the peer's id."""
+    return f"{member}/{peer[4:].hex()}"
+
+
 def new_peer_id(member: str) -> bytes:
     """A new id (8 bytes), for one run of a device or worker."""
     return member_mark(member) + os.urandom(4)

@@ -16,12 +16,16 @@ import msgspec
 
 from split_common.protocol import headers
 from split_common.transport.base import FULL_RETRY
+from split_common.transport.peer_id import peer_name
 
 #: Seconds after which a device may try again when every worker was full.
 BUSY_RETRY = 1.0
 
 #: Most characters of a refusal's explanation.
 MAX_DETAIL = 4096
+
+#: Most names of workers in a refusal's explanation, for each model and its layers.
+MAX_NAMES = 4
 
 #: Room above this counts as this much: what a worker with the default limits has at most.
 MAX_ROOM = 1024
@@ -227,6 +231,21 @@ class Silences(Generic[_Key]):
 
 
 def served(workers: Iterable[Candidate]) -> str:
-    """The models and layers that workers serve, for a message."""
-    services = sorted({(worker.model, worker.service.first, worker.service.last) for worker in workers})
-    return ", ".join(f"{model} layers {first}:{last}" for model, first, last in services) or "none"
+    """The models and layers that workers serve, and the workers' names, for a message."""
+    services: dict[tuple[str, int, int], list[str]] = {}
+    for worker in workers:
+        service = worker.model, worker.service.first, worker.service.last
+        services.setdefault(service, []).append(peer_name(worker.member, worker.id))
+    return (
+        ", ".join(
+            f"{model} layers {first}:{last} ({_few(names)})"
+            for (model, first, last), names in sorted(services.items())
+        )
+        or "none"
+    )
+
+
+def _few(names: list[str]) -> str:
+    """Names for a message: some, and the number of further ones."""
+    more = [f"{len(names) - MAX_NAMES} more"] if len(names) > MAX_NAMES else []
+    return ", ".join([*sorted(names)[:MAX_NAMES], *more])

@@ -24,7 +24,7 @@ from split_device.batches.settings import BatchSettings
 from split_device.batches.source import Source
 from split_device.batches.work import counts, prepare
 from split_device.cli.batch_progress import ProgressMode, batch_progress
-from split_device.cli.terminal import loading
+from split_device.cli.terminal import loading, with_notices
 from split_device.generation.limits import Limits
 from split_device.jobs.store import Store
 from split_device.sessions.connection import Connection
@@ -180,7 +180,7 @@ def _run_jobs(
     directory = record.output_dir
     pictures = None if directory is None else Pictures(Path(directory), begun.plan, store)
     with batch_progress(mode, begun.place.name, record.jobs, store.generated) as advance:
-        with Models(connection, limits) as models:
+        with Models(with_notices(connection), limits) as models:
             runner = JobRunner(store, models, give_up, stderr.print)
             try:
                 while (found := counts(store))[0] < record.jobs:

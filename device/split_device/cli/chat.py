@@ -16,7 +16,7 @@ from split_common.system.text import check_text
 from split_device.cli.checks import check_connection
 from split_device.cli.groups import ConnectionOptions, SamplingOptions, TextModelOptions
 from split_device.cli.options import SystemOption
-from split_device.cli.terminal import answer_line, loading
+from split_device.cli.terminal import answer_line, loading, with_notices
 from split_device.generation.settings import Sampling
 
 
@@ -43,7 +43,7 @@ def chat(
         from split_device.jobs.models import load_model
 
         tokenizer = load_tokenizer(choice.name, choice.revision)
-        split = load_model(choice, connection)
+        split = load_model(choice, with_notices(connection))
     with split:
         start = [{"role": "system", "content": system}] if system else []
         conversation = Conversation(split, tokenizer, start)

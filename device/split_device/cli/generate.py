@@ -9,14 +9,14 @@ import typer
 
 from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption
-from split_common.errors import ConfigError, SessionLost, StepFailed
+from split_common.errors import ConfigError
 from split_common.system.console import emit_json, read_stdin, stderr
 from split_common.system.process import passive_threads
 from split_device.cli.checks import check_connection, check_prompt
 from split_device.cli.groups import ConnectionOptions, SamplingOptions, TextModelOptions
 from split_device.cli.options import RawOption, SystemOption
 from split_device.cli.tables import timings_table
-from split_device.cli.terminal import answer_line, loading
+from split_device.cli.terminal import answer_line, loading, with_notices
 
 
 @grouped
@@ -54,7 +54,7 @@ def generate(
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": text})
         input_ids = encode_text(tokenizer, text) if raw else encode_chat(tokenizer, messages)
-        split = load_model(choice, connection)
+        split = load_model(choice, with_notices(connection))
     prompt_ms: dict[str, float] = {}
     with split:
 
@@ -63,13 +63,7 @@ def generate(
             split.timings.reset()
 
         with answer_line(json) as on_text:
-            try:
-                answer = Conversation(split, tokenizer).complete(input_ids, sampling, on_text, note_prompt)
-            except StepFailed:
-                raise
-            except SessionLost as lost:
-                waited = f"{connection.patience:g} s"
-                raise SessionLost(f"{lost}, and no other took over within {waited}: start one") from None
+            answer = Conversation(split, tokenizer).complete(input_ids, sampling, on_text, note_prompt)
         token_ms = split.timings.per_step_ms()
         if timings:
             stderr.print(timings_table(prompt_ms, token_ms))

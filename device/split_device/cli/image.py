@@ -23,7 +23,7 @@ from split_device.cli.checks import check_connection
 from split_device.cli.groups import CONNECTION, IMAGE_MODEL_CUT, ImageModel, Picture, PictureOptions
 from split_device.cli.job_output import print_notes
 from split_device.cli.options import IMAGE_MODEL_HELP, InitImageOption, MetadataOption, StrengthOption
-from split_device.cli.terminal import loading, step_progress
+from split_device.cli.terminal import loading, step_progress, with_notices
 from split_device.images.files import notes, read_image, write_image
 from split_device.images.settings import DRAWN_SEED_BITS, IMAGE_MODEL, STRENGTH, check_image_output
 from split_device.sessions.connection import Connection
@@ -87,7 +87,7 @@ def image(
             from split_device.images.pipeline import ImagePipeline
             from split_device.jobs.models import load_image_model
 
-            denoiser = stack.enter_context(load_image_model(choice, connection))
+            denoiser = stack.enter_context(load_image_model(choice, with_notices(connection)))
             pipeline = ImagePipeline(choice.name, denoiser, from_image=init_image is not None)
         began = time.perf_counter()
         with step_progress(picture.steps, json) as advance:

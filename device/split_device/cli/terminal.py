@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 
 from split_common.models.checkpoint_files import model_name
@@ -21,21 +23,37 @@ def loading(connection: Connection, *names: str | None) -> contextlib.AbstractCo
     return doing(f"loading {models}, connecting to {masked(connection.broker)}")
 
 
+#: Whether a line of an answer has begun in stdout and not ended.
+_line_is_open = False
+
+
+def with_notices(connection: Connection) -> Connection:
+    """The connection, with lines on stderr about workers that are lost, waited for and found."""
+    return dataclasses.replace(connection, on_notice=_print_notice)
+
+
+def _print_notice(text: str) -> None:
+    if _line_is_open and sys.stdout.isatty():
+        stderr.print()
+    stderr.print(text, soft_wrap=True)
+
+
 @contextlib.contextmanager
 def answer_line(quiet: bool) -> Iterator[Callable[[str], None]]:
     """Yields a function that prints text as it arrives. Ends the line afterwards, also after an error."""
-    begun = False
+    global _line_is_open
 
     def print_now(text: str) -> None:
-        nonlocal begun
+        global _line_is_open
         if not quiet:
-            begun = True
+            _line_is_open = True
             print_text(text, end="")
 
     try:
         yield print_now
     finally:
-        if begun:
+        if _line_is_open:
+            _line_is_open = False
             print(flush=True)
 
 

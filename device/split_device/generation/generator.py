@@ -29,6 +29,7 @@ from split_device.generation.request import FinishReason, Generation, Logprobs, 
 from split_device.generation.sampling import Sampler
 from split_device.generation.stage import Stage
 from split_device.models.cache import SessionCacheLayer
+from split_device.sessions.notices import OnNotice
 
 __all__ = ["Generation", "Generator", "Logprobs", "Request"]
 
@@ -105,12 +106,16 @@ class Generator:
         """Most tokens of one request for which head and tail have memory; None if they have no layers."""
         return self._layers.capacity
 
-    def submit(self, request: Request, on_token: OnToken | None = None) -> Generation:
+    def submit(
+        self, request: Request, on_token: OnToken | None = None, on_notice: OnNotice | None = None
+    ) -> Generation:
         """Queues a request. It begins when there is memory for it, and by priority.
 
         Args:
             on_token: called for each token on the generator's thread, so it should not take long. An exception that
                 it raises ends the request.
+            on_notice: takes one line of text when the request's worker is lost, waited for or found. Called on any
+                thread, beside the connection's `on_notice`.
 
         Raises:
             UnsupportedFeature, ConfigError, PromptTooLong: the request cannot be done.
@@ -118,7 +123,7 @@ class Generator:
             ForkedProcess: this process was forked since the generator was made.
         """
         self._birthplace.check()
-        generation = Generation(request, on_token, self._cancel)
+        generation = Generation(request, on_token, self._cancel, on_notice)
         sampler = Sampler(self._model, request)
         tokens, capacity = sampler.max_length, self.capacity
         if capacity is not None and tokens > capacity:
@@ -309,6 +314,7 @@ class Generator:
                 history_memory=self._parts.history_memory // self._max_requests,
                 request_id=generation.request_id,
                 index=generation.request.index,
+                on_notice=generation.on_notice,
             ),
             (self._head.new_sequence(), self._tail.new_sequence()),
             admitted.costs,

@@ -11,6 +11,7 @@ from typing import Literal
 from transformers import GenerationConfig
 
 from split_device.sessions.identity import check_request_id, new_request_id
+from split_device.sessions.notices import OnNotice
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -65,13 +66,20 @@ class Generation:
         ConfigError: the request's id is not one.
     """
 
-    def __init__(self, request: Request, on_token: OnToken | None, on_cancel: Callable[[Generation], None]) -> None:
+    def __init__(
+        self,
+        request: Request,
+        on_token: OnToken | None,
+        on_cancel: Callable[[Generation], None],
+        on_notice: OnNotice | None = None,
+    ) -> None:
         self.request = request
         #: The id by which logs name it.
         self.request_id = new_request_id() if request.request_id is None else check_request_id(request.request_id)
         #: By which broker and worker name its session: the first 8 hexadecimal digits of the session's key. None
         #: before it begins; another one if it has to begin again.
         self.session: str | None = None
+        self.on_notice = on_notice
         #: All tokens so far, starting with `request.generated`.
         self.tokens: list[int] = list(request.generated)
         #: Why the generation ended; None while it runs, and after an error.

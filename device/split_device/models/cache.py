@@ -23,6 +23,7 @@ from split_device.sessions.connection import HISTORY_MEMORY
 from split_device.sessions.distinct import distinct
 from split_device.sessions.history import History
 from split_device.sessions.identity import SessionIdentity
+from split_device.sessions.notices import OnNotice
 from split_device.sessions.resilient import ResilientSession
 from split_device.sessions.session import RemoteSession, Reply
 from split_device.sessions.timings import StepTimings
@@ -126,6 +127,7 @@ class SessionCacheLayer(BodyLayer):
         window: the sliding window of the first slot, see `BodyLayer`.
         history_memory: bytes of history that stay in memory; the rest is spilled.
         request_id, index: of the request that it belongs to, see `ResilientSession`.
+        on_notice: takes what is said while a step waits for a worker, beside the client's notices.
 
     Raises:
         ConfigError: the request id is not one.
@@ -139,10 +141,11 @@ class SessionCacheLayer(BodyLayer):
         history_memory: int = HISTORY_MEMORY,
         request_id: str | None = None,
         index: int = 0,
+        on_notice: OnNotice | None = None,
     ) -> None:
         super().__init__(None, window)
         self.client = client
-        self._session = ResilientSession(client, request_id, index)
+        self._session = ResilientSession(client, request_id, index, on_notice)
         self._history_memory = history_memory
         self._traits = traits
         #: Which columns hold tokens and not padding, bool `[batch, columns]`; None before the first step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import weakref
 from collections import Counter
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from split_common.errors import UnsupportedFeature
 from split_common.models.split import Split
 from split_common.protocol import headers, payloads
 from split_common.transport import Transport, connect
+from split_common.transport.address import DEFAULT_BROKER, masked
 from split_common.trust.fleet import Fleet, load_fleet
 from split_common.trust.keys import Identity
 from split_common.trust.manifest import Manifest
@@ -43,11 +45,11 @@ class Endpoint:
         identity = fleet.identity("device", connection.member)
         return cls(fleet, identity, connect(connection.broker, fleet, identity), connection)
 
-    def join(self, manifest: Manifest, split: Split, dtype: payloads.Dtype, cut: str | None = None) -> Client:
+    def join(self, manifest: Manifest, split: Split, dtype: payloads.Dtype, options: str) -> Client:
         """Joins the queue to find workers of a body.
 
         Args:
-            cut: the options that make a worker serve the body, for error messages.
+            options: of the command that starts a worker of the body, for messages, with a blank before each.
 
         Raises:
             BrokerUnreachable: the broker did not answer in time.
@@ -63,10 +65,16 @@ class Endpoint:
             timeout=self.connection.timeout,
             patience=self.connection.patience,
             step_timeout=self.connection.step_timeout,
-            cut=cut,
+            command=f"lambda-split worker{options}{self._queue_option()}",
+            on_notice=self.connection.on_notice,
         )
         client.start()
         return client
+
+    def _queue_option(self) -> str:
+        """The option with which a worker joins this queue; none for the default one."""
+        address = self.connection.broker
+        return "" if address == DEFAULT_BROKER else f" --broker {shlex.quote(masked(address))}"
 
 
 class ConnectedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -96,8 +97,8 @@ class SplitDenoiser(ConnectedModel):
             ip_adapter: the safetensors file of the IP-Adapter that the pipeline will load (`load_ip_adapter`).
                 Workers must serve the model with the same one.
             dtype: of parameters and states: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
-            fields: instead of the connection's: `broker`, `keys`, `member`, `timeout`, `patience` and
-                `step_timeout` (see `Connection`).
+            fields: instead of the connection's: `broker`, `keys`, `member`, `timeout`, `patience`, `step_timeout`
+                and `on_notice` (see `Connection`).
 
         Raises:
             UnknownModel, UnsupportedArchitecture, InvalidSplit, MissingTensor, TensorMismatch: the model cannot be
@@ -126,7 +127,8 @@ class SplitDenoiser(ConnectedModel):
             manifest,
             split,
             dtype_name(model.dtype),  # type: ignore[attr-defined]
-            cut=f"--cut {cut}" + (f" --ip-adapter {ip_adapter}" if ip_adapter is not None else ""),
+            options=f" --model {shlex.quote(str(path))} --cut {cut}"
+            + (f" --ip-adapter {shlex.quote(str(ip_adapter))}" if ip_adapter is not None else ""),
         )
         model._set_client(client, split)
         model._spec, model._codec, model._reuse = spec, CODECS[codec], reuse

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
+from split_common.models.demo_model import model_option
 from split_common.models.layer_stack import LayerStack
 from split_common.models.loading import generation_config, load_part, read_spec
 from split_common.models.split import END_LAYERS, Split
@@ -106,7 +107,8 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         )
         model.name_or_path = model.config.name_or_path = str(name_or_path)
         model.generation_config = generation_config(spec.checkpoint)
-        client = device.join(manifest, split, dtype_name(model.dtype))
+        options = f"{model_option(str(name_or_path))} --layers {split.first}:{split.last}"
+        client = device.join(manifest, split, dtype_name(model.dtype), options)
         model._join(client, stack, split, connection.history_memory)
         return model
 

@@ -19,7 +19,7 @@ from split_device.openai.http import CLIENT_CLOSED_REQUEST, api_error, json_resp
 from split_device.openai.request_ids import request_id
 from split_device.openai.requests import COMPLETION_PATHS, Query, check_model, parse
 from split_device.openai.responses import chunk, completion, usage_chunk
-from split_device.openai.streaming import ChoiceStream
+from split_device.openai.streaming import ChoiceStream, Notice
 
 
 class Completions:
@@ -94,7 +94,7 @@ class Completions:
         self, query: Query, streams: list[ChoiceStream], id_: str, created: int
     ) -> AsyncIterator[str]:
         """Server-sent events of all choices, in order of arrival. If the client leaves, the generations end."""
-        ready: asyncio.Queue[dict[str, Any] | BaseException | None] = asyncio.Queue()
+        ready: asyncio.Queue[dict[str, Any] | Notice | BaseException | None] = asyncio.Queue()
         tokens = 0
 
         async def forward(index: int, stream: ChoiceStream) -> None:
@@ -102,6 +102,9 @@ class Completions:
             first = True
             try:
                 async for piece in stream.pieces():
+                    if isinstance(piece, Notice):
+                        ready.put_nowait(piece)
+                        continue
                     tokens += piece.tokens
                     ready.put_nowait(chunk(query.kind, id_, created, self.name, index, piece, first))
                     first = False
@@ -119,6 +122,8 @@ class Completions:
                     return
                 if event is None:
                     remaining -= 1
+                elif isinstance(event, Notice):
+                    yield _comment(event.text)
                 else:
                     yield _event(event)
             if query.include_usage:
@@ -147,6 +152,11 @@ class _Events(StreamingResponse):
 def _cancel(streams: list[ChoiceStream]) -> None:
     for stream in streams:
         stream.cancel()
+
+
+def _comment(text: str) -> str:
+    """A line of the stream that clients pass over, unless they look for it."""
+    return f": {' '.join(text.split())}\n\n"
 
 
 def _event(data: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from split_device.generation.detokenize import TextStream
 from split_device.generation.generator import Generation, Logprobs
@@ -20,6 +21,13 @@ PRIORITY = 1
 _CONTINUED = 8
 
 _NO_PROGRESS = JobProgress([], "", None)
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What is said of a generation that waits: that its worker is gone, say, or that another one has taken over."""
+
+    text: str
 
 
 class ChoiceStream:
@@ -49,10 +57,10 @@ class ChoiceStream:
         self._previous: int | None = None
         self._wants_logprobs = logprobs is not None
         self._text = TextStream(loaded.tokenizer, task.stop, prompt[-_CONTINUED:] if continues else ())
-        self._events: asyncio.Queue[tuple[int, Logprobs | None] | None] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[int, Logprobs | None] | Notice | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def put(event: tuple[int, Logprobs | None] | None) -> None:
+        def put(event: tuple[int, Logprobs | None] | Notice | None) -> None:
             loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         request = dataclasses.replace(
@@ -63,7 +71,7 @@ class ChoiceStream:
         )
         self.prompt_tokens = len(request.prompt)
         self._generation: Generation = loaded.generator.submit(
-            request, lambda token, found, _sampler: put((token, found))
+            request, lambda token, found, _sampler: put((token, found)), lambda text: put(Notice(text))
         )
         self._generation.future.add_done_callback(lambda _future: put(None))
 
@@ -72,11 +80,17 @@ class ChoiceStream:
         if not self._generation.done:
             self._generation.cancel()
 
-    async def pieces(self) -> AsyncIterator[Choice]:
-        """The answer in pieces; the last one has the finish reason. Raises the generation's error."""
+    async def pieces(self) -> AsyncIterator[Choice | Notice]:
+        """The answer in pieces, and notices between them; the last piece has the finish reason.
+
+        Raises the generation's error.
+        """
         tokens = 0
         logprobs: list[TokenLogprobs] = []
         while not self._text.stopped and (event := await self._events.get()) is not None:
+            if isinstance(event, Notice):
+                yield event
+                continue
             token, found = event
             tokens += 1
             if found is not None:
@@ -92,7 +106,7 @@ class ChoiceStream:
 
     async def whole(self) -> Choice:
         """The whole answer. Raises what `pieces` raises."""
-        pieces = [piece async for piece in self.pieces()]
+        pieces = [piece async for piece in self.pieces() if isinstance(piece, Choice)]
         return self._piece(
             "".join(piece.text for piece in pieces),
             sum(piece.tokens for piece in pieces),

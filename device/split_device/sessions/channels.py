@@ -57,6 +57,8 @@ class ChannelHost(Protocol):
     #: The body that the workers must serve, and the model's name for error messages.
     service: headers.Service
     model: str
+    #: Starts a worker that serves the body, for messages.
+    command: str
 
     def verify(self, certificate: bytes, role: Role) -> Certificate:
         """Raises CertificateError for a certificate that does not hold for this role and body."""
@@ -75,14 +77,12 @@ class Channels:
         host: the connection.
         identity: the device's keys.
         dtype: of the hidden states that the device computes.
-        cut: the options that make a worker serve the body, for error messages.
     """
 
-    def __init__(self, host: ChannelHost, identity: Identity, dtype: payloads.Dtype, cut: str) -> None:
+    def __init__(self, host: ChannelHost, identity: Identity, dtype: payloads.Dtype) -> None:
         self._host = host
         self._identity = identity
         self._dtype: payloads.Dtype = dtype
-        self._cut = cut
         self._numbers = itertools.count(1)
         self._channels: dict[int, WorkerChannel] = {}
         # Held by the thread that sets up a channel: one at a time.
@@ -313,8 +313,7 @@ class Channels:
                 service, served = self._host.service, printable(bounce.detail) or "none"
                 raise NoWorker(
                     f"no worker serves {self._host.model} layers {service.first}:{service.last} with these weights "
-                    f"(served here: {served}): start one with `lambda-split worker {self._cut}` and the same "
-                    "--model",
+                    f"(served here: {served}): start one with `{self._host.command}`",
                     served,
                 )
             case "busy":

@@ -22,7 +22,8 @@ from split_common.trust.keys import Certificate, Identity, ModelScope, Role, che
 from split_device.sessions.channels import Channels, Check
 from split_device.sessions.connection import PATIENCE, STEP_TIMEOUT, TIMEOUT
 from split_device.sessions.identity import SessionIdentity, SessionNames
-from split_device.sessions.session import GONE, RemoteSession, WorkerChannel, refusal_error
+from split_device.sessions.notices import Notices, OnNotice
+from split_device.sessions.session import RemoteSession, WorkerChannel, refusal_error
 from split_device.sessions.timings import Timings
 
 
@@ -40,7 +41,9 @@ class Client:
         timeout: seconds to wait for the broker, and for the answer to a message of a channel's set-up.
         patience: seconds that sessions wait while all workers are full.
         step_timeout: seconds without a reply after which a worker is too slow, if another one is available.
-        cut: the options that make a worker serve the body, for error messages; None for `--layers FIRST:LAST`.
+        command: starts a worker that serves the body, for messages.
+        on_notice: takes one line of text when a worker is lost, waited for or found; None to log it. Called on any
+            thread.
     """
 
     def __init__(
@@ -54,12 +57,15 @@ class Client:
         timeout: float = TIMEOUT,
         patience: float = PATIENCE,
         step_timeout: float = STEP_TIMEOUT,
-        cut: str | None = None,
+        command: str = "lambda-split worker",
+        on_notice: OnNotice | None = None,
     ) -> None:
         self.transport = transport
         self.timeout = timeout
         self.patience = patience
         self.step_timeout = step_timeout
+        self.command = command
+        self.notices = Notices(on_notice)
         self.timings = Timings()
         #: Messages dropped because they broke the protocol, by type of error.
         self.counters: Counter[str] = Counter()
@@ -71,7 +77,7 @@ class Client:
         # Joins a session to its channel. The garbage collector closes sessions on any thread, perhaps on one that
         # holds this lock. Closing therefore takes no lock, and dictionaries are copied before they are searched.
         self._lock = threading.Lock()
-        self._channels = Channels(self, identity, dtype, cut or f"--layers {service.first}:{service.last}")
+        self._channels = Channels(self, identity, dtype)
         self._names = SessionNames()
         #: By the channel's number, and what headers call the session.
         self._sessions: dict[tuple[int, headers.SessionRef], RemoteSession] = {}
@@ -188,7 +194,7 @@ class Client:
                 lost = [session for session in list(self._sessions.values()) if session.channel is channel]
             held = sum(bool(session.in_flight) for session in lost)
             for session in lost:
-                session.lose(error or WorkerGone(GONE, max(1, held)))
+                session.lose(error or WorkerGone(f"worker {channel.worker_name} is gone", max(1, held)))
 
     def on_reset(self) -> None:
         # A set-up repeats its messages by itself.

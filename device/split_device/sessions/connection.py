@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from split_common.errors import ConfigError
 from split_common.transport.address import DEFAULT_BROKER
+from split_device.sessions.notices import OnNotice
 
 #: Seconds to wait for the broker.
 TIMEOUT = 10.0
@@ -45,6 +46,8 @@ class Connection:
         step_timeout: seconds without an answer after which a worker counts as too slow, if there is another one.
         history_memory: bytes of the hidden states that each session of a language model keeps in memory, to resume
             on another worker; the rest goes to an encrypted temporary file (in $TMPDIR).
+        on_notice: takes one line of text when a worker is lost, waited for or found, on any thread; None logs it as
+            a warning.
     """
 
     broker: str = DEFAULT_BROKER
@@ -54,6 +57,7 @@ class Connection:
     patience: float = PATIENCE
     step_timeout: float = STEP_TIMEOUT
     history_memory: int = HISTORY_MEMORY
+    on_notice: OnNotice | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         seconds = dict.fromkeys(("timeout", "patience", "step_timeout"), MAX_SECONDS)

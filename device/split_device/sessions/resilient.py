@@ -23,6 +23,7 @@ from split_common.errors import (
 from split_common.protocol.headers import session_label
 from split_device.sessions.client import Client
 from split_device.sessions.dead_letters import DeadLetter, record
+from split_device.sessions.notices import OnNotice, WorkerWait
 from split_device.sessions.session import ABANDONED, CHECK_INTERVAL, RemoteSession, Reply
 
 log = logging.getLogger(__name__)
@@ -120,13 +121,20 @@ class ResilientSession:
         client: finds workers.
         request_id: the id of the request that it belongs to; None for a random one.
         index: which of the request's choices it computes, from 0.
+        on_notice: takes what is said while the session waits, beside the client's notices.
 
     Raises:
         ConfigError: the request id is not one.
     """
 
-    def __init__(self, client: Client, request_id: str | None = None, index: int = 0) -> None:
+    def __init__(
+        self, client: Client, request_id: str | None = None, index: int = 0, on_notice: OnNotice | None = None
+    ) -> None:
         self._client = client
+        self._on_notice = on_notice
+        self._say = client.notices.also(on_notice)
+        #: The wait of the step under way.
+        self._wait: WorkerWait | None = None
         self._session: RemoteSession | None = None
         #: What its user and its workers call it.
         self.identity = client.name_session(request_id, index)
@@ -155,19 +163,21 @@ class ResilientSession:
         waiting_since: float | None = None
         # A step leaves a slow worker only once, or it might begin again for ever.
         self._patient = False
+        wait = self._wait = WorkerWait(self._say, self._client.patience, self._client.command)
         while True:
             self._check()
             sent = self._session is not None
             try:
                 session = self._session or self._open(work, step, avoid)
                 session.patient, sent = self._patient, True
+                wait.over(session.channel.worker_name)
                 return work.send(session, step)
             except (Busy, SessionLost, NoWorker) as error:
                 now = time.monotonic()
                 lost = error if isinstance(error, SessionLost) else lost
                 slow, died = isinstance(error, WorkerSlow), False
-                if slow:
-                    log.warning("%s: %s; its session goes to another one", self._described, error)
+                if isinstance(error, SessionLost):
+                    log.info("%s: %s", self._described, error)
                 if self._session is not None:
                     died = blame.note(error, self._session, sent)
                     if self._session.ended or work.is_spoilt(step):
@@ -185,7 +195,8 @@ class ResilientSession:
                 pause = error.retry_after if isinstance(error, Busy) else RETRY_AFTER
                 hopeless = isinstance(error, NoWorker) and lost is None and work.is_new and not self._client.served
                 if hopeless or now + pause > waiting_since + self._client.patience:
-                    raise lost or error from None
+                    raise wait.ended(lost or error) from None
+                wait.failed(error, now)
                 self._pause(pause)
             except SplitError:
                 # Some of several requests may have run, so it is unknown what the worker holds.
@@ -198,7 +209,7 @@ class ResilientSession:
         Raises:
             SplitError: the queue failed, or the worker refused although it is not full.
         """
-        copy = ResilientSession(self._client, self.identity.request_id, self._index)
+        copy = ResilientSession(self._client, self.identity.request_id, self._index, self._on_notice)
         if self._session is not None:
             with contextlib.suppress(SessionLost, Busy):
                 copy._use(self._session.fork(copy.identity, next(copy._epochs)))
@@ -236,7 +247,7 @@ class ResilientSession:
         self._session = session
         if self._abandoned:
             session.interrupt()
-        session.patient = self._patient
+        session.patient, session.say = self._patient, self._say
         self._closer = weakref.finalize(self, session.close)
 
     @property
@@ -246,7 +257,9 @@ class ResilientSession:
         return f"request {self.identity.request_id}, session {label}"
 
     def _check(self) -> None:
-        """Raises SessionLost once the session was abandoned."""
+        """Raises SessionLost once the session was abandoned. Says that a step waits, if it has waited for long."""
+        if self._wait is not None:
+            self._wait.look(time.monotonic())
         if self._abandoned:
             raise SessionLost(ABANDONED)
 
@@ -255,6 +268,8 @@ class ResilientSession:
         until = time.monotonic() + seconds
         while not self._abandoned and (remaining := until - time.monotonic()) > 0:
             time.sleep(min(remaining, CHECK_INTERVAL))
+            if self._wait is not None:
+                self._wait.look(time.monotonic())
 
     def _give_up(self, error: SplitError, blame: Blame, size: tuple[int, int, int]) -> StepFailed:
         """Records a step that must not reach another worker. Returns its error."""

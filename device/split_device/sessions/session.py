@@ -28,9 +28,10 @@ from split_common.errors import (
 from split_common.protocol import headers, payloads
 from split_common.protocol.channel import CHANNEL_SESSIONS, Channel, EpochKeys
 from split_common.system.forks import Birthplace
-from split_common.transport import Transport
+from split_common.transport import Transport, peer_name
 from split_common.trust.keys import Roster
 from split_device.sessions.identity import SessionIdentity
+from split_device.sessions.notices import Notices, OnNotice
 from split_device.sessions.timings import StepTimings
 
 #: Seconds without a reply after which a request is sent again; doubles each time, up to MAX_RETRANSMIT.
@@ -52,9 +53,6 @@ Event = tuple[headers.AnyHeader, bytes] | SplitError
 #: A worker's answer to one request, and its tensor's bytes.
 Reply = tuple[payloads.AnyReply, memoryview]
 
-#: Error message: the worker died, left, or does not know the session.
-GONE = "the worker that held the session is gone"
-
 #: Error message: the caller abandoned the session.
 ABANDONED = "the session was given up"
 
@@ -72,8 +70,8 @@ class WorkerChannel:
 
     @property
     def worker_name(self) -> str:
-        """The worker's name in the fleet, from its certificate."""
-        return self.crypto.peer.name
+        """The worker's name: that in its certificate, and what tells it from the member's other workers."""
+        return peer_name(self.crypto.peer.name, self.worker)
 
     @property
     def usable(self) -> bool:
@@ -95,6 +93,9 @@ class SessionHost(Protocol):
     timeout: float
     #: Seconds without a reply after which a worker is too slow, if another one is available.
     step_timeout: float
+
+    #: Takes what is said of sessions.
+    notices: Notices
 
     def new_session(self, channel: WorkerChannel, identity: SessionIdentity, epoch: int) -> RemoteSession | None:
         """A session over a channel; None if the channel was lost or takes no more sessions."""
@@ -134,6 +135,8 @@ class RemoteSession:
         self._bounced_until = math.inf
         #: Whether to wait for a slow worker.
         self.patient = False
+        #: Takes what is said while a call waits.
+        self.say: OnNotice = host.notices.say
 
     @property
     def acked(self) -> int:
@@ -299,7 +302,11 @@ class RemoteSession:
                     name, seconds = self.channel.worker_name, self._host.step_timeout
                     raise WorkerSlow(f"worker {name!r} has not answered for {seconds:g} s")
                 too_slow_at = time.monotonic() + self._host.step_timeout
-            silent_since = None if self._host.transport.alive else silent_since or now
+            if self._host.transport.alive:
+                silent_since = None
+            elif silent_since is None:
+                silent_since = now
+                self.say(f"the broker does not answer: waiting {self._host.timeout:g} s for it")
             if silent_since is not None and now - silent_since > self._host.timeout:
                 raise BrokerUnreachable("the broker does not answer any more")
             if now >= resend_at:
