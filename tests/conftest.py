@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -132,6 +133,11 @@ class Done:
     code: int
     out: str
     err: str
+
+    @property
+    def notes(self) -> str:
+        """What is on stderr, without the first line if it says what is being loaded."""
+        return re.sub(r"^(loading|reading) .* …\n", "", self.err)
 
     @property
     def json(self) -> Any:

@@ -23,7 +23,7 @@ from split_broker.broker import GRACE, Broker
 from split_broker.peer_queue import QUEUE_MESSAGES, WINDOW, PeerQueue
 from split_common.errors import BrokerUnreachable, ConfigError, KeysError, Oversized
 from split_common.protocol import headers
-from split_common.transport import HEARTBEAT, connect, new_peer_id, parse_address
+from split_common.transport import HEARTBEAT, connect, new_peer_id, parse_address, peer_name
 from split_common.transport.base import QUEUE_BYTES
 from split_common.transport.zmq_link import ZmqLink
 from split_common.trust.keys import Identity
@@ -188,7 +188,7 @@ def test_an_open_that_cannot_be_met_is_answered(join, monkeypatch: pytest.Monkey
     device.send(headers.Open(device.id, 3, headers.Service(b"x" * 32, 2, 4)))
     wrong = device.receive(headers.Bounce)[0]
     assert wrong.reason == "no-worker"
-    assert wrong.detail == "tiny layers 2:4"
+    assert wrong.detail == f"tiny layers 2:4 ({peer_name('worker-1', worker.id)})"
 
 
 def test_opens_for_services_that_nobody_has_leave_nothing_behind(join, broker) -> None:

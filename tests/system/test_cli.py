@@ -101,7 +101,7 @@ def unsplit(checkpoint: Path, prompt: str, tokens: int) -> str:
 
 def test_generate_prints_the_answer_and_nothing_else(run: Any, here: list[object], checkpoint: Path) -> None:
     done = run("generate", "Hello", *here, "--max-tokens", 8)
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.notes) == (0, "")
     assert done.out == unsplit(checkpoint, "user:Hello</s>assistant:", 8) + "\n"
 
 
@@ -145,7 +145,8 @@ def test_layers_that_nobody_serves(run: Any, here: list[object]) -> None:
     assert done.code == 1
     assert done.json["error"]["type"] == "NoWorker"
     assert "served here: tiny layers 2:4" in done.err
-    assert "lambda-split worker --layers 1:4" in done.err
+    command = f"lambda-split worker --model {here[1]} --layers 1:4 --broker {here[3]}"
+    assert f"start one with `{command}`" in done.err
 
 
 # --- chat --------------------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ def test_layers_that_nobody_serves(run: Any, here: list[object]) -> None:
 
 def test_chat_continues(run: Any, here: list[object], checkpoint: Path) -> None:
     done = run("chat", *here, "--max-tokens", 6, "--json", stdin="Hello\n\nMore\n/reset\nHello\n/quit\nHello\n")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.notes) == (0, "")
     turns = done.json["turns"]
     assert [turn["prompt"] for turn in turns] == ["Hello", "More", "Hello"]
     first = unsplit(checkpoint, "user:Hello</s>assistant:", 6)
@@ -163,7 +164,7 @@ def test_chat_continues(run: Any, here: list[object], checkpoint: Path) -> None:
 
 def test_chat_prints_a_line_for_each_turn(run: Any, here: list[object], checkpoint: Path) -> None:
     done = run("chat", *here, "--max-tokens", 6, "--system", "Be terse.", stdin="Hello\n")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.notes) == (0, "")
     assert done.out == unsplit(checkpoint, "system:Be terse.</s>user:Hello</s>assistant:", 6) + "\n"
 
 
@@ -307,9 +308,9 @@ def test_an_error_is_one_line_that_helps(
     arguments = [str(checkpoint) if argument == "CHECKPOINT" else argument for argument in arguments]
     done = run(*arguments)
     assert (done.code, done.out) == (code, "")
-    assert done.err.startswith("error: ")
-    assert done.err.count("\n") == 1
-    assert words in done.err
+    assert done.notes.startswith("error: ")
+    assert done.notes.count("\n") == 1
+    assert words in done.notes
 
 
 def test_a_checkpoint_without_a_tokenizer(run: Any, tmp_path: Path, address: str) -> None:
@@ -344,7 +345,8 @@ def test_ctrl_c_ends_generate(here: list[object], run: Any) -> None:
         assert command.stdout.read(1)
         command.send_signal(signal.SIGINT)
         _, err = command.communicate(timeout=PATIENCE)
-        assert (command.returncode, err) == (130, "")
+        assert command.returncode == 130
+        assert re.fullmatch(r"loading .* …\n", err)
     assert run("generate", "Hello", *here, "--max-tokens", 2).code == 0
 
 
@@ -369,6 +371,7 @@ def test_sigterm_lets_a_workers_sessions_end(checkpoint: Path) -> None:
                 cache = model(input_ids=ids).past_key_values
                 worker.terminate()
                 assert worker.stderr is not None
+                assert worker.stderr.readline().startswith("loading ")
                 assert "draining" in worker.stderr.readline()
                 with pytest.raises(Busy):
                     model(input_ids=ids)
@@ -409,8 +412,8 @@ def test_demo(run: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_p
     assert 128 < facts["bytes_per_token_up"] < 1024
     assert 128 < facts["bytes_per_token_down"] < 1024
     request, reply = facts["broker_saw"]
-    assert request.startswith("REQUEST device-1 -> worker-1")
-    assert reply.startswith("REPLY worker-1 -> device-1")
+    assert re.match(r"REQUEST device-1/[0-9a-f]{8} -> worker-1/[0-9a-f]{8}: ", request)
+    assert re.match(r"REPLY worker-1/[0-9a-f]{8} -> device-1/[0-9a-f]{8}: ", reply)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -135,7 +135,7 @@ def test_the_demo(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     # Of 20 rows a float32 sample of 32×4×4 up, and of 64×4×4 down.
     assert facts["bytes_sent"] > 2 * 20 * 32 * 4 * 4 * 4
     assert facts["bytes_received"] > 2 * 20 * 64 * 4 * 4 * 4
-    assert facts["broker_saw"][0].startswith("REQUEST device-1 -> worker-1")
+    assert facts["broker_saw"][0].startswith("REQUEST device-1/")
     with Image.open(facts["output"]) as sheet:
         assert sheet.size == (640, 64)
 
