@@ -60,6 +60,8 @@ from split_common.trust.fleet import Fleet
 from split_common.trust.keys import Certificate, Identity, Roster, Signed, open_signed, seal
 from split_common.trust.manifest import Manifest
 from split_common.trust.passphrase import open_secret, seal_secret
+from split_device.batches import lines as batch_lines
+from split_device.batches import place as batches
 from split_device.cli import doctor
 from split_device.generation import chat as chatting
 from split_device.generation.settings import Sampling
@@ -270,6 +272,35 @@ IMAGE = ImageTask(
 TASKS = {"text": TASK, "plain": PLAIN, "image": IMAGE}
 
 
+RECORD = batches.Record(
+    source="in.csv",
+    output="/home/user/out.csv",
+    input_form="csv",
+    output_form="text",
+    output_dir="/home/user/pictures",
+    lines=5,
+    jobs=6,
+    created=1.75e9,
+    detached=True,
+    finished=1.76e9,
+    errors=2,
+    written=batches.Written(100, 1_760_000_000_000_000_000),
+    problem="no directory",
+)
+ENTRY = batch_lines.Entry(
+    number=7,
+    name="seven",
+    kind="images",
+    model="any",
+    error={"code": "invalid_request", "message": "line 7: the line is not JSON"},
+    digest="d7",
+    jobs=("job-000000000001", "job-000000000002"),
+    row={"text": "a seven"},
+    files=("00007-seven-1.png", "00007-seven-2.png"),
+    metadata=True,
+)
+
+
 @pytest.fixture
 def store_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A database with a job in each state."""
@@ -371,6 +402,13 @@ def test_tasks_and_pieces() -> None:
     assert msgspec.msgpack.decode(golden["piece"], type=TextPiece) == TextPiece([1, 200, 70_000], "one")
 
 
+def test_what_is_kept_of_a_batch() -> None:
+    """The record beside its store, and a line of its plan once that is opened."""
+    check_bytes("batches", {"record": msgspec.json.encode(RECORD), "entry": msgspec.msgpack.encode(ENTRY)})
+    assert msgspec.json.decode(msgspec.json.encode(RECORD), type=batches.Record) == RECORD
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(ENTRY), type=batch_lines.Entry) == ENTRY
+
+
 def test_a_sealed_value() -> None:
     """Sealing draws a nonce, so only what opens it is compared."""
     path = GOLDEN / "sealed.hex"
@@ -469,14 +507,16 @@ def test_json_of_records() -> None:
 # --- nothing is left out -----------------------------------------------------------------------------------
 
 #: Modules whose structs travel or are stored.
-MODULES: tuple[ModuleType, ...] = (headers, payloads, handshake, keys, manifest, dead_letters, jobs)
+MODULES: tuple[ModuleType, ...] = (
+    *(headers, payloads, handshake, keys, manifest, dead_letters, jobs, batches, batch_lines),
+)
 
 #: Structs of theirs that do neither.
 NOT_STORED: set[type] = {headers.Header, payloads.Payload, jobs.Job, jobs.JobProgress, jobs.Update}
 
 SAMPLES = (
     *(HEADERS, REQUESTS, REPLIES, ROSTER, MANIFEST, DEVICE.certificate, WORKER.certificate),
-    *(TASKS, TextPiece([1], "one"), LETTER),
+    *(TASKS, TextPiece([1], "one"), LETTER, RECORD, ENTRY),
     Hello(ROOT, [AEGIS.name], SERVICE, "bfloat16", 2, ["fork"]),
     Answer(ROOT, AEGIS.name, b"credentials", 2, ["fork"]),
     Credentials(b"certificate", bytes(64)),
@@ -521,7 +561,7 @@ def test_every_field_of_a_sample_is_set() -> None:
             default = field.default_factory() if callable(field.default_factory) else field.default
             if all(getattr(sample, field.name) == default for sample in samples):
                 left_out.add(f"{type_.__name__}.{field.name}")
-    assert left_out == {"Certificate.version", "Manifest.version"}
+    assert left_out == {"Certificate.version", "Manifest.version", "Record.version"}
 
 
 if __name__ == "__main__":

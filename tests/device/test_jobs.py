@@ -109,7 +109,7 @@ def test_from_submission_to_the_answer(run: Any, checkpoint: Path, address: str,
     listed = run("jobs", "list", "--json").json["jobs"]
     assert [job["state"] for job in listed] == ["failed", "succeeded", "succeeded", "succeeded"]
     assert "Hello" not in log_path().read_text()
-    assert run("jobs", "prune", "--older-than", "0s", "--json").json == {"removed": 4}
+    assert run("jobs", "prune", "--older-than", "0s", "--json").json == {"removed": 4, "batches": 0}
     assert run("agent", "stop", "--json").json == {"stopped": agent["pid"]}
     assert run("agent", "stop", "--json").json == {"stopped": None}
     assert f"agent {agent['pid']} runs" in run("agent", "logs").out

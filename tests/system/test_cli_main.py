@@ -170,6 +170,14 @@ def test_ctrl_c_exits_without_a_word(command: AddCommand, capsys: Capture) -> No
     assert capsys.readouterr() == ("", "")
 
 
+def test_ctrl_c_after_the_end_changes_nothing() -> None:
+    """The interpreter takes a moment to shut down."""
+    program = "import os, signal, sys\nfrom split_common.cli import main\ncode = main()\n"
+    program += "os.kill(os.getpid(), signal.SIGINT)\nsys.exit(code)\n"
+    done = subprocess.run([sys.executable, "-c", program, "no-such"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
 def test_exit_codes_of_commands_pass_through(command: AddCommand) -> None:
     command(failing(typer.Exit(3)))
     assert cli.main(["go"]) == 3

@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -113,7 +114,20 @@ def _with_user_paths(callback: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code. Any error is reported as one line on stderr."""
+    """Runs the command line; returns the exit code. Any error is reported as one line on stderr.
+
+    Args:
+        args: the arguments; None for those of this process, which ends afterwards.
+    """
+    code = _main(args)
+    if args is None:
+        # Ctrl-C while the interpreter shuts down would replace the exit code of a command that is done.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(code))
+    return code
+
+
+def _main(args: Sequence[str] | None) -> int:
+    """Runs the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
     as_json = "--json" in arguments
     prepare_output()

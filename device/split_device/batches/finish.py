@@ -8,7 +8,7 @@ import msgspec
 
 from split_device.batches.outputs import write_results
 from split_device.batches.pictures import Pictures
-from split_device.batches.place import Place, Record, now, stamp
+from split_device.batches.place import Place, Record, now, places, stamp
 from split_device.batches.plan import Plan
 from split_device.batches.results import Summary, results
 from split_device.jobs.store import Store
@@ -23,11 +23,24 @@ def finish(place: Place, record: Record, plan: Plan, store: Store) -> Summary:
         Pictures(Path(record.output_dir), plan, store).write()
     output = Path(record.output)
     summary = write_results(output, record.output_form, results(plan, store))
-    place.write(msgspec.structs.replace(record, finished=now(), errors=summary.errors, written=stamp(output)))
+    place.write(
+        msgspec.structs.replace(record, finished=now(), errors=summary.errors, written=stamp(output), problem=None)
+    )
     return summary
 
 
-def clear(place: Place, errors: int) -> None:
-    """Removes what is on disk of a batch that is finished, unless there are errors, which a rerun asks again."""
+def clear(place: Place, record: Record, errors: int) -> None:
+    """Removes what is on disk of a batch that is finished, unless there are errors, which a rerun asks again.
+
+    The record of one that the agent answered stays, so that its user learns of the end.
+    """
     if not errors:
+        place.remove(record_too=not record.detached)
+
+
+def prune(before: float) -> int:
+    """Removes batches that were finished before a time (seconds since the epoch); returns their number."""
+    old = [place for place, record in places() if record.finished is not None and record.finished < before]
+    for place in old:
         place.remove()
+    return len(old)

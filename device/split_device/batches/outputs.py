@@ -60,7 +60,7 @@ def formatted(form: OutputForm, found: Iterator[Result], *, tabs: bool = False) 
                 yield f"{_one_line(text)}\n"
     else:
         for result in found:
-            yield f"{json_line(_object(result))}\n"
+            yield f"{json_line(result_object(result))}\n"
 
 
 def _one_line(text: str) -> str:
@@ -79,7 +79,9 @@ def _answers(result: Result) -> list[str]:
 
 
 def _table(found: Iterator[Result], separator: str) -> Iterator[str]:
-    first = next(found)
+    first = next(found, None)
+    if first is None:
+        return
     columns = list(first.entry.row) if first.entry.row is not None else ["id", "prompt"]
     text = io.StringIO()
     writer = csv.writer(text, delimiter=separator, lineterminator="\n")
@@ -106,7 +108,7 @@ def _free(name: str, columns: list[str]) -> str:
 # --- lines of JSON -----------------------------------------------------------------------------------------
 
 
-def _object(result: Result) -> dict[str, Any]:
+def result_object(result: Result) -> dict[str, Any]:
     return _short(result) if result.entry.kind in ("prompt", "picture") else _response(result)
 
 

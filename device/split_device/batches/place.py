@@ -12,12 +12,19 @@ from typing import Literal
 
 import msgspec
 
+from split_common.errors import UnknownJob
 from split_common.system.files import state_dir, user_path, write_private
+from split_common.system.lock import holder
 from split_common.system.outputs import is_stream
 from split_device.batches.source import InputForm
+from split_device.jobs.agent import running_agent
 
 #: How answers are written: lines of JSON, a table, or texts one a line.
 OutputForm = Literal["jsonl", "csv", "text"]
+
+#: running: a process works on it. waiting: the agent will. interrupted: its command, run again, goes on.
+#: ended: its answers are written.
+BatchState = Literal["running", "waiting", "interrupted", "ended"]
 
 #: Suffix of a plan that is being written.
 NEW_PLAN = ".new"
@@ -47,10 +54,14 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     lines: int
     jobs: int
     created: float
+    #: Whether the agent answers it.
+    detached: bool = False
     #: When the answers were written, and how many of them are errors.
     finished: float | None = None
     errors: int = 0
     written: Written | None = None
+    #: Why the agent cannot go on with it.
+    problem: str | None = None
 
 
 class Place:
@@ -81,10 +92,20 @@ class Place:
         """Raises KeysError if the record cannot be written."""
         write_private(self._record, msgspec.json.encode(record))
 
-    def remove(self) -> None:
-        """Removes all but the lock, whose holder removes it."""
+    def state(self, record: Record) -> BatchState:
+        if holder(self.lock) is not None:
+            return "running"
+        if record.finished is not None:
+            return "ended"
+        waits = record.detached and record.problem is None and running_agent() is not None
+        return "waiting" if waits else "interrupted"
+
+    def remove(self, record_too: bool = True) -> None:
+        """Removes all but the lock, whose holder removes it; the record only if that is wanted."""
         wal, shm = (self.store.with_name(self.store.name + suffix) for suffix in ("-wal", "-shm"))
-        for path in (self._record, self.plan, self.plan.with_suffix(NEW_PLAN), self.store, wal, shm):
+        if record_too:
+            self._record.unlink(missing_ok=True)
+        for path in (self.plan, self.plan.with_suffix(NEW_PLAN), self.store, wal, shm):
             path.unlink(missing_ok=True)
 
 
@@ -99,6 +120,28 @@ def place_of(output: Path, source: Path | None = None) -> Place:
         name = f"{source.resolve()}\0{output}"
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
     return Place(batches_dir() / f"{digest}.db")
+
+
+def places() -> list[tuple[Place, Record]]:
+    """All batches that have a record, the oldest first."""
+    found = [Place(path.with_suffix(".db")) for path in batches_dir().glob("*.json")]
+    known = [(place, record) for place in found if (record := place.record()) is not None]
+    return sorted(known, key=lambda each: each[1].created)
+
+
+def is_batch(name: str) -> bool:
+    """Whether this is the name of a batch, and not of a job."""
+    return name.startswith(PREFIX)
+
+
+def find_batch(name: str) -> tuple[Place, Record]:
+    """The batch of this name. Raises UnknownJob if there is none."""
+    stem = name.removeprefix(PREFIX)
+    place = Place(batches_dir() / f"{stem}.db")
+    record = place.record() if stem.isalnum() else None
+    if record is None:
+        raise UnknownJob(f"there is no {name}: a batch is forgotten when all its answers are written")
+    return place, record
 
 
 def stamp(output: Path) -> Written | None:

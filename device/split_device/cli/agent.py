@@ -17,6 +17,8 @@ from split_common.system.console import doing, emit_json, stderr
 from split_common.system.lock import Held, holding
 from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm
+from split_device.batches.finish import prune as prune_batches
+from split_device.cli.batches import all_batches, print_batches
 from split_device.cli.groups import ConnectionOptions, LimitOptions
 from split_device.cli.options import GIVE_UP, GiveUpOption, KeepOption, StoreKeyOption, parse_age
 from split_device.jobs import agent
@@ -24,6 +26,7 @@ from split_device.jobs.shown import shown_counts
 from split_device.jobs.store import Store, store_path
 
 if TYPE_CHECKING:
+    from split_device.batches.detached import DetachedBatches
     from split_device.jobs.runner import JobRunner
 
 app = typer.Typer(no_args_is_help=True, help="Run this user's jobs in the background.", rich_markup_mode="markdown")
@@ -59,6 +62,7 @@ def run(
         with holding(agent.lock_path()), Store(store_path(), store_key) as store:
             resumed = store.recover()
             with doing("loading torch"):
+                from split_device.batches.detached import DetachedBatches
                 from split_device.jobs.models import Models
                 from split_device.jobs.runner import JobRunner
 
@@ -66,25 +70,35 @@ def run(
                 emit_json({"pid": os.getpid(), "store": str(store.path), "jobs": shown_counts(store.count())})
             stderr.print(f"agent {os.getpid()} runs the jobs of {store.path}; {resumed} resume", soft_wrap=True)
             with Models(connection, limits) as models:
-                _work(JobRunner(store, models, give_up), store, max_age, stop)
+                batches = DetachedBatches(models, give_up, store_key)
+                _work(JobRunner(store, models, give_up), batches, store, max_age, stop)
     except Held as held:
         raise AgentError(f"an agent runs already, process {held.pid}") from None
 
 
-def _work(runner: JobRunner, store: Store, max_age: int | None, stop: threading.Event) -> None:
-    """Runs jobs until the event is set.
+def _work(
+    runner: JobRunner, batches: DetachedBatches, store: Store, max_age: int | None, stop: threading.Event
+) -> None:
+    """Runs jobs, and lines of batches where jobs leave room, until the event is set.
 
     Args:
         max_age: how long jobs are kept after they have ended, in seconds; None for no limit.
     """
+    from split_device.jobs.runner import WRITE_INTERVAL
+
     prune_at = 0.0
     in_background = agent.logs_to_file()
     try:
         while not stop.is_set():
-            runner.turn()
+            runner.begin()
+            batches.begin(runner.running)
+            time.sleep(WRITE_INTERVAL)
+            runner.write()
+            batches.write()
             if time.monotonic() >= prune_at:
                 if max_age is not None:
                     store.prune(time.time() - max_age)
+                    prune_batches(time.time() - max_age)
                 if in_background:
                     agent.trim_log()
                 prune_at = time.monotonic() + PRUNE_INTERVAL
@@ -92,7 +106,10 @@ def _work(runner: JobRunner, store: Store, max_age: int | None, stop: threading.
         if not stop.is_set():
             raise
     finally:
-        runner.stop()
+        try:
+            batches.stop()
+        finally:
+            runner.stop()
 
 
 @app.command()
@@ -141,11 +158,13 @@ def status(store_key: StoreKeyOption = None, json: JsonOption = False) -> None:
     pid = agent.running_agent()
     with Store(store_path(), store_key) as store:
         counts = store.count()
+    batches = all_batches(store_key)
     if json:
-        emit_json({"running": pid is not None, "pid": pid, "jobs": shown_counts(counts)})
+        emit_json({"running": pid is not None, "pid": pid, "jobs": shown_counts(counts), "batches": batches})
     else:
         print("no agent runs" if pid is None else f"agent {pid} runs")
         print(", ".join(f"{count} {state}" for state, count in shown_counts(counts).items()))
+        print_batches(batches)
     if pid is None:
         raise typer.Exit(1)
 

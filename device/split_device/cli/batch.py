@@ -21,6 +21,7 @@ from split_device.batches.place import OutputForm, place_of
 from split_device.batches.settings import BatchModels, BatchSettings
 from split_device.batches.source import InputForm, open_source
 from split_device.batches.template import Template
+from split_device.cli.batch_detach import hand_over, report_detached
 from split_device.cli.batch_options import check_options, chosen_output, given_settings
 from split_device.cli.batch_progress import ProgressMode
 from split_device.cli.batch_run import Work, report, run
@@ -41,6 +42,7 @@ from split_device.cli.options import (
     StoreKeyOption,
     SystemOption,
 )
+from split_device.jobs.agent import running_agent
 
 _INPUT, _OUTPUT = "Input", "Output"
 
@@ -132,6 +134,9 @@ def batch(
             help="How progress is shown: auto is a bar on a terminal, and a line a minute elsewhere.",
         ),
     ] = "auto",
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Let the agent answer it, and return. Starts an agent if none runs.")
+    ] = False,
     stop: StopOption = None,
     system: SystemOption = None,
     raw: RawOption = False,
@@ -169,11 +174,23 @@ def batch(
     try:
         with open_source(source, input_format, filled is not None) as lines, holding(place.lock, remove=True):
             check_options(context, lines.form, image, output_dir)
-            work = Work(place, source, target, output_format or output_form(target), output_dir)
+            work = Work(place, source, target, output_format or output_form(target), output_dir, detach)
             before = work.check_new(overwrite)
             with work.begun(lines, settings, store_key, overwrite, before) as begun:
-                answered = run(begun, connection, limits, give_up, progress, interrupted)
-            clear(place, answered.summary.errors)
+                if not detach:
+                    answered = run(begun, connection, limits, give_up, progress, interrupted)
+            if not detach:
+                clear(place, begun.record, answered.summary.errors)
     except Held as held:
-        raise JobsError(f"process {held.pid} is already working on {target}") from None
-    report(begun, answered, time.perf_counter() - began, json)
+        raise JobsError(_held(held.pid, target, place.name)) from None
+    if detach:
+        report_detached(begun, hand_over(context, connection.broker), json)
+    else:
+        report(begun, answered, time.perf_counter() - began, json)
+
+
+def _held(pid: int, output: Path, name: str) -> str:
+    """The message that another process works on the batch."""
+    if pid == running_agent():
+        return f"the agent is already working on {output}: `lambda-split jobs watch {name}` shows how far it is"
+    return f"process {pid} is already working on {output}"

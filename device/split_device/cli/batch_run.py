@@ -52,13 +52,18 @@ class Answered:
 
 @dataclass(frozen=True)
 class Work:
-    """What a command asks for."""
+    """What a command asks for.
+
+    Args:
+        detach: whether the agent is to answer it.
+    """
 
     place: Place
     source: Path
     output: Path
     output_form: OutputForm
     output_dir: Path | None
+    detach: bool
 
     def check_new(self, overwrite: bool) -> Record | None:
         """The record of an earlier run that this one continues. Forgets one whose answers are to be replaced.
@@ -66,13 +71,16 @@ class Work:
         Raises:
             ConfigError: the file of answers exists, and was not written by a run with errors.
         """
+        if self.detach and is_stream(self.output):
+            raise ConfigError(f"{self.output} is not a file, which --detach needs")
         before = self.place.record()
-        if before is not None and before.finished is not None and (overwrite or not before.errors):
-            self.place.remove()
-            before = None
+        done = before is not None and before.finished is not None and not before.errors
         own = before is not None and before.written is not None and before.written == stamp(self.output)
-        if self.output.exists() and not (own or overwrite or is_stream(self.output)):
+        if self.output.exists() and not (overwrite or is_stream(self.output)) and (done or not own):
             raise ConfigError(f"{self.output} exists already: remove it, or give --overwrite")
+        if before is not None and before.finished is not None and (overwrite or done):
+            self.place.remove()
+            return None
         return before
 
     @contextlib.contextmanager
@@ -102,6 +110,7 @@ class Work:
                     lines=prepared.lines,
                     jobs=prepared.jobs,
                     created=now() if before is None else before.created,
+                    detached=self.detach,
                     written=before.written if before is not None else None,
                 )
                 self.place.write(record)
@@ -153,7 +162,8 @@ def run(
     except KeyboardInterrupt:
         ended, failed = counts(store)
         stderr.print(
-            f"interrupted: {ended - failed} of {jobs} answers are kept, and the same command goes on",
+            f"interrupted: {ended - failed} of {jobs} answers are kept, and the same command goes on; "
+            f"`lambda-split jobs result {begun.place.name}` prints them",
             soft_wrap=True,
         )
         raise

@@ -11,6 +11,17 @@ import typer
 from split_common.cli.options import JsonOption
 from split_common.errors import ConfigError
 from split_common.system.console import emit_json, print_text, stderr, stdout
+from split_device.batches.finish import prune as prune_batches
+from split_device.batches.place import is_batch
+from split_device.cli.batches import (
+    all_batches,
+    batch_result,
+    batches_among,
+    cancel_batches,
+    print_batches,
+    show_batch,
+    watch_batch,
+)
 from split_device.cli.job_export import ExportForm, export_form, records, write_records
 from split_device.cli.job_output import image_directory, report_image, show_output
 from split_device.cli.job_results import show_results
@@ -50,7 +61,11 @@ def list_jobs(
     store_key: StoreKeyOption = None,
     json: JsonOption = False,
 ) -> None:
-    """List jobs, the newest first, with the first words of their prompts."""
+    """List jobs, the newest first, with the first words of their prompts.
+
+    Without options that choose jobs, batches are listed as well.
+    """
+    batches = [] if state or group is not None or since is not None else all_batches(store_key)
     with Store(store_path(), store_key) as store:
         selection = selected(store, None, group, state, since)
         jobs = store.jobs(selection, limit)
@@ -58,8 +73,9 @@ def list_jobs(
     total = sum(counts.values())
     if json:
         listed = [job_facts(job) | {"title": title(job.task)} for job in jobs]
-        emit_json({"jobs": listed, "total": total, "counts": counts})
+        emit_json({"jobs": listed, "total": total, "counts": counts, "batches": batches})
         return
+    print_batches(batches)
     for line in job_table(jobs, stdout().width) if jobs else ():
         print_text(line)
     words = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
@@ -72,6 +88,9 @@ def list_jobs(
 @app.command()
 def show(job: JobArgument, store_key: StoreKeyOption = None, json: JsonOption = False) -> None:
     """Show all about a job except its answer: its state, what was asked, and with which settings."""
+    if is_batch(job):
+        show_batch(job, store_key, json)
+        return
     with Store(store_path(), store_key) as store:
         found = store.get(job)
     if json:
@@ -83,7 +102,13 @@ def show(job: JobArgument, store_key: StoreKeyOption = None, json: JsonOption = 
 
 @app.command()
 def watch(job: JobArgument, store_key: StoreKeyOption = None, json: JsonOption = False) -> None:
-    """Stream a job's answer from its beginning until the job ends; for an image, show its progress."""
+    """Stream a job's answer from its beginning until the job ends; for an image, show its progress.
+
+    Of a batch, it shows how far it is; exit code 1 if any of its lines has an error at the end.
+    """
+    if is_batch(job):
+        watch_batch(job, store_key, json)
+        return
     with Store(store_path(), store_key) as store:
         show_output(store, store.get(job), None, json)
 
@@ -105,8 +130,13 @@ def result(
     """Print the answers of jobs that have succeeded, or write their images. Exit code 1 if one has not.
 
     Several answers are printed one after the other, each under a line with its job's id. `jobs export` writes them
-    into one file.
+    into one file. Of a batch, the answers that are there so far are printed, or written to FILE.
     """
+    if names := batches_among(jobs):
+        if len(names) > 1 or output_dir is not None:
+            raise ConfigError("name one batch; its images are in the directory that `batch` was given")
+        batch_result(names[0], output, store_key, json)
+        return
     with Store(store_path(), store_key) as store:
         ids = chosen(store, jobs, group, state)
         if not jobs or len(ids) > 1:
@@ -198,8 +228,12 @@ def cancel(
 ) -> None:
     """Cancel jobs; the agent cancels running ones within a second.
 
-    --group and --state choose among those that have not ended.
+    --group and --state choose among those that have not ended. A batch that is cancelled ends with the answers that
+    are there.
     """
+    if names := batches_among(jobs):
+        cancel_batches(names, store_key, json)
+        return
     with Store(store_path(), store_key) as store:
         ids = chosen(store, jobs, group, state, among=("queued", "running"))
         changed = store.cancel_all(ids, lambda: running_agent() is None)
@@ -218,6 +252,8 @@ def retry(
 
     --group and --state choose among those that failed or were cancelled.
     """
+    if batches_among(jobs):
+        raise ConfigError("the command that made a batch, run again, asks again what failed")
     with Store(store_path(), store_key) as store:
         ids = chosen(store, jobs, group, state, among=("failed", "cancelled"))
         changed = store.retry_all(ids)
@@ -235,14 +271,16 @@ def prune(
     store_key: StoreKeyOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Remove jobs that have ended, with their prompts and answers."""
-    seconds = parse_age(older_than)
+    """Remove jobs and batches that have ended, with their prompts and answers."""
+    before = time.time() - parse_age(older_than)
     with Store(store_path(), store_key) as store:
-        removed = store.prune(time.time() - seconds)
+        removed = store.prune(before)
+    batches = prune_batches(before)
     if json:
-        emit_json({"removed": removed})
+        emit_json({"removed": removed, "batches": batches})
     else:
-        stderr.print(f"removed {removed} job{'' if removed == 1 else 's'}")
+        more = f" and {batches} batch{'' if batches == 1 else 'es'}" if batches else ""
+        stderr.print(f"removed {removed} job{'' if removed == 1 else 's'}{more}")
 
 
 def _report(changed: Changed, named: list[str] | None, json: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,28 +55,42 @@ class JobRunner:
         self._backoffs: dict[AnyChoice, _Backoff] = {}
 
     def turn(self) -> None:
-        """Starts jobs up to the limits, cancels what users cancelled, and writes progress."""
-        self._start("text", self._models.limits.requests)
-        self._start("image", self._models.limits.images)
+        """Starts jobs, waits for a moment, and writes progress."""
+        self.begin()
+        time.sleep(WRITE_INTERVAL)
+        self.write()
+
+    @property
+    def running(self) -> Counter[JobKind]:
+        """How many jobs of each kind run."""
+        return Counter(running.job.kind for running in self._running.values())
+
+    def begin(self, busy: Counter[JobKind] | None = None) -> None:
+        """Starts jobs up to the limits, and cancels what users cancelled.
+
+        Args:
+            busy: how many jobs other runners run with the same models; they take room.
+        """
+        busy = busy or Counter()
+        self._start("text", self._models.limits.requests - busy["text"])
+        self._start("image", self._models.limits.images - busy["image"])
         for id_ in self._store.cancelling():
             if id_ in self._running:
                 self._running[id_].cancelled = True
                 self._running[id_].cancel()
-        time.sleep(WRITE_INTERVAL)
-        self._write()
 
     def stop(self) -> None:
         """Interrupts the running jobs; they continue where they stopped when they run again."""
         for running in self._running.values():
             running.cancel()
         while self._running:
-            self._write()
+            self.write()
             time.sleep(0.01)
         # Jobs that were claimed but not begun.
         self._store.recover()
 
     def _start(self, kind: JobKind, limit: int) -> None:
-        room = limit - sum(running.job.kind == kind for running in self._running.values())
+        room = max(0, limit - self.running[kind])
         now = time.monotonic()
         waiting = [choice for choice, backoff in self._backoffs.items() if backoff.until > now]
         for job in self._store.claim(room, waiting, kind) if room else ():
@@ -94,7 +109,8 @@ class JobRunner:
             return ImageExecution(job, job.task, self._models.pipeline(job.task.model))
         return TextExecution(job, job.task, self._models.get(job.task.model), self._store.progress(job.id))
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Writes the progress and the ends of the running jobs."""
         # Checked before collecting: all output of a job that is done by now is there to be collected.
         ended = [running for running in self._running.values() if running.done]
         for running in self._running.values():

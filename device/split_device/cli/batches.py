@@ -1,0 +1,142 @@
+"""What `jobs` and `agent` show of batches, and do with one of them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.table import Table
+
+from split_common.errors import AgentError, ConfigError, UnknownJob
+from split_common.system.console import emit_json, print_text, stderr, stdout
+from split_common.system.outputs import check_output, write_output
+from split_device.batches.outputs import formatted, output_form, result_object
+from split_device.batches.place import find_batch, is_batch, places
+from split_device.batches.results import results
+from split_device.batches.shown import batch_facts, opened
+from split_device.batches.shown import cancel as cancel_batch
+from split_device.cli.batch_progress import batch_progress
+from split_device.jobs.agent import running_agent
+from split_device.jobs.follow import AGENT_GRACE
+
+#: Interval between two looks at a batch that is watched, in seconds.
+WATCH_INTERVAL = 0.5
+
+
+def all_batches(store_key: Path | None) -> list[dict[str, Any]]:
+    """The facts of all batches that are not forgotten, the oldest first."""
+    return [batch_facts(place, record, store_key) for place, record in places()]
+
+
+def batches_among(jobs: list[str] | None) -> list[str]:
+    """The names, if they are those of batches; none if they are ids of jobs. Raises ConfigError for both."""
+    names = [name for name in jobs or () if is_batch(name)]
+    if names and len(names) < len(jobs or ()):
+        raise ConfigError("name jobs, or batches, but not both")
+    return list(dict.fromkeys(names))
+
+
+def print_batches(batches: list[dict[str, Any]]) -> None:
+    """Prints a table of batches, if there are any."""
+    if not batches:
+        return
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    for column in ("batch", "state", "answers", "from", "to"):
+        table.add_column(column, no_wrap=column in ("batch", "state"))
+    for facts in batches:
+        names = [Path(facts[end]).name for end in ("source", "output")]
+        table.add_row(facts["name"], facts["state"], _answers(facts), *names)
+    stdout().print(table)
+
+
+def _answers(facts: dict[str, Any]) -> str:
+    """How many answers are there: `112 of 500, 2 failed`."""
+    done = "?" if facts["done"] is None else facts["done"]
+    failed = f", {facts['failed']} failed" if facts["failed"] else ""
+    return f"{done} of {facts['answers']}{failed}"
+
+
+def show_batch(name: str, store_key: Path | None, json: bool) -> None:
+    """Shows everything about a batch except its prompts and answers. Raises UnknownJob."""
+    facts = batch_facts(*find_batch(name), store_key)
+    if json:
+        emit_json(facts)
+        return
+    for key, value in facts.items():
+        if value is not None:
+            print_text(f"{key}: {value}")
+
+
+def batch_result(name: str, output: Path | None, store_key: Path | None, json: bool) -> None:
+    """Prints the answers that a batch has so far, in the order of its lines, or writes them to a file.
+
+    Raises:
+        JobsError: there is no such batch, or its store is gone.
+        ConfigError: the file cannot be written.
+    """
+    if output is not None:
+        check_output(output)
+    with opened(name, store_key) as (place, record, plan, store):
+        form = record.output_form if output is None else output_form(output)
+        found = list(results(plan, store, ended=True))
+        facts = batch_facts(place, record, store_key)
+    lines = "".join(formatted(form, iter(found), tabs=output is not None and output.suffix.lower() == ".tsv"))
+    if output is not None:
+        write_output(output, lines.encode())
+        stderr.print(f"{output}: {_answers(facts)}", soft_wrap=True)
+    elif not json:
+        print_text(lines, end="")
+    if json:
+        emit_json(facts | {"results": [result_object(result) for result in found]})
+
+
+def watch_batch(name: str, store_key: Path | None, json: bool) -> None:
+    """Shows how far a batch is until it has ended; exit code 1 if any line has an error then.
+
+    Raises:
+        UnknownJob: there is no such batch.
+        AgentError: nobody works on it.
+    """
+    place, record = find_batch(name)
+    facts = batch_facts(place, record, store_key)
+    worked_at = time.monotonic()
+    with batch_progress("auto", name, record.jobs, lambda: 0) as advance:
+        while facts["state"] != "ended":
+            advance(facts["done"] or 0, facts["failed"] or 0)
+            if facts["problem"] is not None:
+                raise AgentError(f"{name} cannot go on: {facts['problem']}")
+            if facts["state"] == "running":
+                worked_at = time.monotonic()
+            elif time.monotonic() - worked_at > AGENT_GRACE and running_agent() is None:
+                raise AgentError(f"{name} is interrupted, and no agent runs: {_how_to_go_on(facts)}")
+            time.sleep(WATCH_INTERVAL)
+            try:
+                facts = batch_facts(*find_batch(name), store_key)
+            except UnknownJob:
+                # A batch in the foreground is forgotten when it ends without errors.
+                facts |= {"state": "ended", "errors": 0, "done": facts["answers"]}
+        advance(facts["done"] or 0, facts["failed"] or 0)
+    if json:
+        emit_json(facts)
+    else:
+        errors = f", {facts['errors']} failed" if facts["errors"] else ""
+        stderr.print(f"{facts['output']}: {facts['lines'] - facts['errors']} answered{errors}", soft_wrap=True)
+    if facts["errors"]:
+        raise typer.Exit(1)
+
+
+def _how_to_go_on(facts: dict[str, Any]) -> str:
+    return "`lambda-split agent start` starts one" if facts["detached"] else "run its command again"
+
+
+def cancel_batches(names: list[str], store_key: Path | None, json: bool) -> None:
+    """Cancels batches: their files get the answers that are there. Raises JobsError if one has ended."""
+    for name in names:
+        cancel_batch(name, store_key)
+    if json:
+        emit_json({"batches": [batch["name"] for batch in all_batches(store_key) if batch["name"] in names]})
+        return
+    for name in names:
+        stderr.print(f"{name} ends with the answers that are there", soft_wrap=True)
