@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -141,3 +142,50 @@ def kept(page: Page) -> list[str]:
 
 def wait_until_kept(page: Page, *texts: str) -> None:
     wait_until(lambda: kept(page) == list(texts), PATIENCE / 1000)
+
+
+#: What has a place of its own on the page, and may be too wide for it.
+RICH = """# Title
+
+A **word**, `code`, [a link](https://example.org), and a long one: {long}
+
+- one
+- two
+
+| first | second | third |
+| --- | --- | ---: |
+| {long} | 2 | 3 |
+
+```python
+print("{long}")
+```
+
+$$\\sum_{{i=0}}^n x_i = {long}$$
+
+> quoted
+""".format(long="x" * 300)
+
+
+def conversation(*texts: str) -> dict[str, Any]:
+    """A file of one conversation, as the page exports it."""
+    nodes = [
+        {"parent": index - 1, "role": "assistant" if index % 2 else "user", "text": text}
+        for index, text in enumerate(texts)
+    ]
+    held = {"id": "0" * 32, "created": "2026-01-02T03:04:05Z", "updated": "2026-01-02T03:04:05Z"}
+    conversations = [held | {"leaf": len(nodes) - 1, "nodes": nodes}]
+    return {"format": "lambda-split conversations", "version": 1, "conversations": conversations}
+
+
+def read_in(page: Page, file: object) -> None:
+    content = {"name": "chats.json", "mimeType": "application/json", "buffer": json.dumps(file).encode()}
+    page.locator("#import-file").set_input_files(content)
+
+
+def reached(page: Page) -> set[str]:
+    """The ids of what the Tab key reaches."""
+    found = set()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        found.add(page.evaluate("document.activeElement.id"))
+    return found

@@ -117,6 +117,20 @@ def test_an_answer_that_is_still_coming(page: Page) -> None:
     assert 'href="https://a.b"' in stages[-1]
 
 
+#: Reads a stream of events, given as text. Returns the events, and what was noticed meanwhile.
+EVENTS = """async (text) => {
+  const { events } = await import("./js/api.js");
+  const [found, noticed] = [[], []];
+  for await (const event of events(new Response(text), (notice) => noticed.push(notice))) found.push(event);
+  return [found, noticed];
+}"""
+
+
+def test_comments_of_a_stream_are_noticed(page: Page) -> None:
+    text = ': the worker is gone\n\ndata: {"n": 1}\n\n: another one\n\ndata: {"n": 2}\n\ndata: [DONE]\n\n'
+    assert page.evaluate(EVENTS, text) == [[{"n": 1}, {"n": 2}], ["the worker is gone", "another one"]]
+
+
 #: What could run, load, or cover something, if it were believed.
 HOSTILE = [
     "<script>window.harm = 1</script>",

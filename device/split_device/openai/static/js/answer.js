@@ -68,9 +68,11 @@ export function answer(conversation, question, node, shown, hooks) {
     const body = chatBody(served.model, messages, more);
     const response = await call("v1/chat/completions", { method: "POST", signal, body });
     const clock = { began: performance.now(), first: 0, tokens: 0 };
+    let noticed = false;
     const notice = (text) => {
+      noticed = text !== "";
       shown.notice(text);
-      say(text);
+      say(text || "Answering …");
     };
     for await (const event of events(response, notice)) {
       if (event.usage) {
@@ -80,14 +82,20 @@ export function answer(conversation, question, node, shown, hooks) {
       }
       const choice = event.choices[0];
       if (!choice) continue;
-      if (!clock.first) notice("");
+      if (noticed) notice("");
       clock.first ||= performance.now();
       node.text += choice.delta.content;
       node.ended = choice.finish_reason ?? node.ended;
       shown.grow();
     }
     node.facts = facts(clock);
+    if (sameAsBefore(conversation, node)) node.facts += " · the same as before: a temperature makes it vary";
   }, hooks);
+}
+
+/** Whether an answer that was made again has come out as an earlier one. */
+function sameAsBefore(conversation, node) {
+  return conversation.nodes.some((one) => one !== node && one.parent === node.parent && one.text === node.text);
 }
 
 function facts({ began, first, tokens }) {

@@ -21,7 +21,7 @@ export async function call(path, options = {}) {
   if (response.ok) return response;
   if (response.status === 401) throw new Locked(key ? "The server refused this key." : "");
   const { error } = await response.json().catch(() => ({}));
-  throw new Failure(inWords(error ?? { message: `status ${response.status}` }));
+  throw new Failure(inWords(error ?? { message: `status ${response.status}` }, response));
 }
 
 export const aborted = (error) => error.name === "AbortError";
@@ -45,7 +45,7 @@ export async function* events(response, notice) {
       if (!line.startsWith("data: ")) continue;
       if (line === "data: [DONE]") return;
       const event = JSON.parse(line.slice(6));
-      if (event.error) throw new Failure(inWords(event.error));
+      if (event.error) throw new Failure(inWords(event.error, response));
       yield event;
     }
   }
@@ -66,6 +66,9 @@ const WORDS = {
   Busy: "The server or its workers have no room at the moment. Try again in a while.",
 };
 
-function inWords({ code, message }) {
-  return code in WORDS ? `${WORDS[code]} (${message})` : `The server could not do this: ${message}`;
+/** The request's id is by what the device's log names it. */
+function inWords({ code, message }, response) {
+  const id = response.headers.get("X-Request-Id");
+  const details = id ? `${message}; request ${id}` : message;
+  return Object.hasOwn(WORDS, code) ? `${WORDS[code]} (${details})` : `The server could not do this: ${details}`;
 }

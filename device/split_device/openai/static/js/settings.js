@@ -74,10 +74,10 @@ export function follow() {
 }
 
 /** Which settings there are follows from what is served, and what they are by default from the server. */
-export function offer({ model, image_model: imageModel, sampling }) {
+export function offer({ model, image_model: imageModel, defaults }) {
   $("text-settings").hidden = !model;
   $("picture-settings").hidden = !imageModel;
   for (const [id, name] of [["temperature", "temperature"], ["top-p", "top_p"]]) {
-    $(id).placeholder = sampling?.[name] ?? "the server's";
+    $(id).placeholder = defaults?.[name] ?? "the server's";
   }
 }
