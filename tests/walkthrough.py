@@ -4,8 +4,8 @@ What a page may hold, and what becomes of it:
 
 - `console`: lines that begin with `$ ` are commands, for bash; the lines below one are what it prints. A command
   ends before the next one begins, unless it runs until it is stopped (`RUNS_ON`): then the next one begins when
-  everything that is shown has been printed. `^C` in a line of its own is Ctrl-C, and what follows is printed by it.
-  Lines that begin with `> ` are typed, into `lambda-split chat` for example.
+  everything that is shown has been printed. `^C` in a line of its own is Ctrl-C, which a batch gets when it has an
+  answer; what follows is printed by it. Lines that begin with `> ` are typed, into `lambda-split chat` for example.
 - `bash` and `python`: a script. It has to succeed.
 - `text`: right below a script, what it prints; elsewhere it is not run.
 - Anything below `<!-- not run: REASON -->` is not run.
@@ -21,9 +21,11 @@ lines. `MASKS` says which differences do not count.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -60,6 +62,8 @@ MASKS = {
     r"\b(?=\w*\d)[0-9a-f]{6,}\b…?": "<hex>",
     # Times and rates.
     r"\b\d[\d,]*(?:\.\d+)?(?= (?:ms|s|tokens/s)\b)": "<n>",
+    # How much of a batch was done before Ctrl-C.
+    r"\b\d+(?= of \d+ (?:answers are kept|are there))": "<n>",
     # What has travelled: after a delay, some of it travels twice.
     r"\b\d[\d,.]*(?=(?: bytes)? (?:up|down)\b| MB in all\b| MB came\b)": "<n>",
     # What fits into a worker's memory.
@@ -72,7 +76,7 @@ MASKS = {
 }
 
 #: Ids that a command prints and that later commands name.
-ID = re.compile(r"\b(?:job|batch)-[0-9a-f]{12}\b")
+ID = re.compile(r"\b(?:job|batch)-[0-9a-f]{12,16}\b")
 
 #: A port in the docs, and what prints the one that is used instead.
 PORTS = {
@@ -236,6 +240,12 @@ def _collect(pipe: Iterator[str], lines: list[str]) -> None:
     lines.extend(line.rstrip("\n") for line in pipe)
 
 
+def _answered(store: Path) -> int:
+    """The number of answers in a store of jobs."""
+    with contextlib.closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True)) as connection:
+        return int(connection.execute("SELECT count(*) FROM jobs WHERE state = 'succeeded'").fetchone()[0])
+
+
 class Walk:
     """Runs the blocks of one page; leave it to end what still runs."""
 
@@ -309,6 +319,7 @@ class Walk:
         self._wait_until_ready(block, running, command)
         if command.shown_after_interrupt is not None:
             self._background.remove(running)
+            self._wait_for_an_answer(block, running, command)
             before = len(running.out), len(running.err)
             running.interrupt()
             code = running.wait()
@@ -329,6 +340,15 @@ class Walk:
             self._learn_ports(running)
             time.sleep(INTERVAL)
         self._learn_ports(running)
+
+    def _wait_for_an_answer(self, block: Block, running: Running, command: Command) -> None:
+        """Waits until a batch has an answer in its store; does nothing for other commands."""
+        stores = Path(self._env["HOME"]) / ".local" / "state" / "lambda-split" / "batches"
+        end = time.monotonic() + PATIENCE
+        while "lambda-split batch" in command.text and not any(map(_answered, stores.glob("*.db"))):
+            assert running.process.poll() is None, f"{block}: {command.text} ended{running.printed()}"
+            assert time.monotonic() < end, f"{block}: {command.text} answers nothing{running.printed()}"
+            time.sleep(INTERVAL)
 
     def _learn_ports(self, running: Running) -> None:
         for port, pattern in PORTS.items():
