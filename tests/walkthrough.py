@@ -58,7 +58,7 @@ STAND_INS = {
 #: What differs from run to run or from machine to machine, and what stands in its place in a comparison.
 MASKS = {
     # Ids, names of processes and digests.
-    r"(?<=-\d/)[0-9a-f]{8}\b": "<hex>",
+    r"(?<=-\d/)[0-9a-f]{8}\b|(?<=session )[0-9a-f]{8}\b": "<hex>",
     r"\b(?=\w*\d)[0-9a-f]{6,}\b…?": "<hex>",
     # Times and rates.
     r"\b\d[\d,]*(?:\.\d+)?(?= (?:ms|s|tokens/s)\b)": "<n>",
