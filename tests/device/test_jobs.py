@@ -79,8 +79,12 @@ def test_from_submission_to_the_answer(run: Any, checkpoint: Path, address: str,
     # An address may hold a password, and arguments are everybody's to read.
     assert not any(address in word for word in psutil.Process(agent["pid"]).cmdline())
     assert agent["jobs"]["queued"] == 1
+    assert agent["started"]
     again = run("agent", "start", "--broker", address)
-    assert (again.code, "runs already" in again.err) == (1, True)
+    assert (again.code, f"runs already, process {agent['pid']}" in again.err) == (0, True)
+    once_more = run("agent", "start", "--broker", address, "--json").json
+    assert (once_more["pid"], once_more["started"]) == (agent["pid"], False)
+    assert run("agent", "run", "--broker", address).code == 1
 
     expected = unsplit(checkpoint, "Hello", 8)
     assert run("jobs", "watch", id_).out == expected + "\n"
@@ -210,8 +214,11 @@ def test_from_python(run: Any, checkpoint: Path, address: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("submit",), "give either a prompt or --file"),
-        (("submit", "a", "--file", "-"), "give either a prompt or --file"),
+        (("submit",), "give either a prompt, --file or --each-line"),
+        (("submit", "a", "--file", "-"), "give either a prompt, --file or --each-line"),
+        (("submit", "a", "--each-line", "-"), "goes with neither a prompt nor --file nor --wait"),
+        (("submit", "a", "--column", "b"), "--column needs --each-line"),
+        (("submit", "--each-line", "/no/such/file"), "cannot be read"),
         (("submit", " "), "the prompt is empty"),
         (("submit", "a", "--model", "any", "--key", ""), "the key is empty: leave it out, or give one"),
         (("submit", "--file", "/no/such/file"), "cannot be read"),

@@ -6,6 +6,10 @@ import csv
 import datetime
 import io
 import json
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from split_device.generation.settings import Sampling
 from split_device.images.settings import ImageSettings
 from split_device.jobs.agent import lock_path
 from split_device.jobs.job import ImageChoice, ImageTask, Message, ModelChoice, Task, TextPiece, Update
+from split_device.jobs.shown import prompt_of
 from split_device.jobs.store import Store, store_path
 
 MODEL = ModelChoice(name="/models/tiny")
@@ -63,7 +68,8 @@ def test_a_list_shows_prompts_groups_and_how_many_there_are(run: Any, store: Sto
     assert done.code == 0
     header, newest, second = done.out.splitlines()
     assert header.split() == ["job", "state", "priority", "group", "age", "made", "rate", "prompt"]
-    assert [word in newest for word in ("succeeded", "day", "0s", "2 tokens", "Which ocean?")] == [True] * 5
+    assert [word in newest for word in ("succeeded", "day", "2 tokens", "Which ocean?")] == [True] * 4
+    assert re.search(r" day +\d+[sm] ", newest)
     assert "Say 2, and" in second
     assert max(map(len, done.out.splitlines())) <= 80
     assert "2 of 4 jobs: 3 queued, 1 succeeded" in done.err
@@ -262,3 +268,72 @@ def test_export(run: Any, store: Store, tmp_path: Path) -> None:
     assert run("jobs", "export", "--group", "night", "--json").code == 2
     # A file that cannot be written costs nothing.
     assert run("jobs", "export", "-o", tmp_path / "no" / "out.jsonl").code == 2
+
+
+def test_a_dash_is_stdin(run: Any, store: Store, tmp_path: Path) -> None:
+    asked = ("--model", tmp_path, "--json")
+    ids = [run("submit", *words, *asked, stdin="Hello").json["id"] for words in (["-"], ["--file", "-"])]
+    assert [prompt_of(store.get(id_).task) for id_ in ids] == ["Hello", "Hello"]
+    assert run("submit", "-", *asked, stdin=" ").code == 2
+
+
+def test_each_line_is_a_job(run: Any, store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "prompts.txt"
+    source.write_text("one\n\ntwo\nthree\n")
+    options = ("--model", tmp_path, "--max-tokens", 7, "--group", "night", "--priority", 3, "--key", "k")
+    done = run("submit", "--each-line", source, *options)
+    ids = done.out.splitlines()
+    assert (done.code, done.err.splitlines()[0]) == (0, "3 jobs submitted in group night")
+    jobs = [store.get(id_) for id_ in ids]
+    assert [prompt_of(job.task) for job in jobs] == ["one", "two", "three"]
+    assert {(job.group, job.priority, job.task.sampling.max_tokens) for job in jobs} == {("night", 3, 7)}
+    # The key of a line ends with its number, so the same file again adds nothing.
+    source.write_text("one\n\ntwo\nthree\nfour\n")
+    again = run("submit", "--each-line", source, *options, "--json").json
+    assert (again["ids"][:3], again["jobs"], again["group"], again["errors"]) == (ids, 4, "night", [])
+    assert store.submit(jobs[1].task, key="k-3").id == ids[1]
+
+    piped = run("submit", "--each-line", "-", "--template", "Say {text}.", "--model", tmp_path, stdin="a\nb\n")
+    assert [prompt_of(store.get(id_).task) for id_ in piped.out.splitlines()] == ["Say a.", "Say b."]
+    table = tmp_path / "t.csv"
+    table.write_text('name,question\nx,"Two\nlines"\n')
+    found = run("submit", "--each-line", table, "--column", "question", "--model", tmp_path, "--json").json
+    assert prompt_of(store.get(found["ids"][0]).task) == "Two\nlines"
+
+
+def test_wrong_lines_are_left_out_and_said(run: Any, store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "one", "max_tokens": 5}, {"prompt": ""}, {"prompt": "three"}]
+    source.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    done = run("submit", "--each-line", source, "--model", tmp_path)
+    assert (done.code, len(done.out.splitlines())) == (1, 2)
+    assert "error: 1 line was left out; line 2: the prompt is empty" in done.err
+    assert run("submit", "--each-line", source, "--model", tmp_path, "--json").json["errors"][0]["code"]
+    source.write_text(json.dumps({"custom_id": "a", "url": "/v1/completions", "body": {}}))
+    assert "`lambda-split batch` answers them" in run("submit", "--each-line", source, "--model", tmp_path).err
+
+
+def test_each_line_is_an_image(run: Any, store: Store, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    asked = ("--image", "--image-model", tmp_path, "--steps", 3)
+    done = run("submit", "--each-line", "-", *asked, stdin="a cat\na dog\n")
+    jobs = [store.get(id_) for id_ in done.out.splitlines()]
+    assert [(job.kind, job.task.prompt, job.task.settings.steps) for job in jobs] == [
+        ("image", "a cat", 3),
+        ("image", "a dog", 3),
+    ]
+    assert None not in {job.task.seed for job in jobs}
+
+
+def test_ctrl_c_says_that_the_job_goes_on(store: Store, tmp_path: Path) -> None:
+    """This process holds the agent's lock, and does nothing."""
+    command = [sys.executable, "-m", "split_common", "submit", "Hello", "--wait", "--model", str(tmp_path)]
+    with holding(lock_path()), subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as waiting:
+        assert waiting.stderr is not None
+        while not (line := waiting.stderr.readline()).startswith("job-"):
+            assert line
+        waiting.send_signal(signal.SIGINT)
+        _, said = waiting.communicate(timeout=300)
+    assert waiting.returncode == 130
+    assert f"the job goes on: `lambda-split jobs watch {line.strip()}` follows it" in said
+    assert store.get(line.strip()).state == "queued"

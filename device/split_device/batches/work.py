@@ -46,7 +46,7 @@ def prepare(lines: Iterable[Line], place: Place, store: Store) -> Prepared:
     """
     count = jobs = 0
     with PlanWriter(place.plan, store) as writer:
-        for some in _slices(lines):
+        for some in slices(lines):
             wanted = [(task, 0, key) for line in some for task, key in zip(line.tasks, line.keys(), strict=True)]
             ids = iter(store.submit_ids(wanted))
             for line in some:
@@ -63,7 +63,8 @@ def prepare(lines: Iterable[Line], place: Place, store: Store) -> Prepared:
     return Prepared(plan, count, jobs)
 
 
-def _slices(lines: Iterable[Line]) -> Iterator[list[Line]]:
+def slices(lines: Iterable[Line]) -> Iterator[list[Line]]:
+    """Lines in lists, each for one transaction."""
     some: list[Line] = []
     size = 0
     for line in lines:

@@ -123,17 +123,28 @@ def start(
     store_key: StoreKeyOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Run jobs in the background; returns when the agent is ready."""
+    """Run jobs in the background; returns when the agent is ready. Does nothing if one runs already."""
     # The options are those of `agent run`, in this directory and this environment. An address may hold a password,
     # and the arguments of a process are everybody's to read.
-    with doing("starting an agent"):
-        facts = agent.start(
-            given_words(context, but=["--json", "--broker"]), {"LAMBDA_SPLIT_BROKER": connection.broker}
-        )
+    options = given_words(context, but=["--json", "--broker"])
+    if (pid := agent.running_agent()) is None:
+        try:
+            with doing("starting an agent"):
+                facts = agent.start(options, {"LAMBDA_SPLIT_BROKER": connection.broker})
+        except AgentError:
+            # Another command may have started one at the same time.
+            if (pid := agent.running_agent()) is None:
+                raise
+    if pid is not None:
+        with Store(store_path(), store_key) as store:
+            counts = shown_counts(store.count())
+        facts = {"pid": pid, "store": str(store_path()), "jobs": counts}
     if json:
-        emit_json(facts)
-    else:
+        emit_json(facts | {"started": pid is None})
+    elif pid is None:
         stderr.print(f"agent {facts['pid']} runs; its log is {agent.log_path()}", soft_wrap=True)
+    else:
+        stderr.print(f"an agent runs already, process {pid}, with the options that it was started with")
 
 
 @app.command()

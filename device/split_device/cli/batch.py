@@ -19,11 +19,20 @@ from split_device.batches.finish import clear
 from split_device.batches.outputs import output_form
 from split_device.batches.place import OutputForm, place_of
 from split_device.batches.settings import BatchModels, BatchSettings
-from split_device.batches.source import InputForm, open_source
+from split_device.batches.source import open_source
 from split_device.batches.template import Template
 from split_device.cli.batch_detach import hand_over, report_detached
-from split_device.cli.batch_options import check_options, chosen_output, given_settings
-from split_device.cli.batch_progress import ProgressMode
+from split_device.cli.batch_options import (
+    INPUT_PANEL,
+    OUTPUT_PANEL,
+    ColumnOption,
+    InputFormatOption,
+    ProgressOption,
+    TemplateOption,
+    check_options,
+    chosen_output,
+    given_settings,
+)
 from split_device.cli.batch_run import Work, report, run
 from split_device.cli.groups import (
     ConnectionOptions,
@@ -43,8 +52,6 @@ from split_device.cli.options import (
     SystemOption,
 )
 from split_device.jobs.agent import running_agent
-
-_INPUT, _OUTPUT = "Input", "Output"
 
 
 @grouped
@@ -67,45 +74,21 @@ def batch(
             help="Where to write the answers.",
         ),
     ] = None,
-    input_format: Annotated[
-        InputForm | None,
-        typer.Option(
-            "--input-format",
-            show_default="by the suffix of IN and its first line",
-            rich_help_panel=_INPUT,
-            help="What a line of IN is: a request as in OpenAI's batches, an object with a `prompt`, a prompt, "
-            "or a row of a table.",
-        ),
-    ] = None,
-    column: Annotated[
-        str | None,
-        typer.Option(
-            "--column",
-            metavar="NAME",
-            show_default="prompt or text, or the only one",
-            rich_help_panel=_INPUT,
-            help="The column of a table with the prompts.",
-        ),
-    ] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            "--template",
-            metavar="TEXT",
-            rich_help_panel=_INPUT,
-            help="Make each prompt of this text, with the line's fields for names in braces: 'Summarize: {text}'.",
-        ),
-    ] = None,
+    input_format: InputFormatOption = None,
+    column: ColumnOption = None,
+    template: TemplateOption = None,
     image: Annotated[
         bool,
-        typer.Option("--image", rich_help_panel=_INPUT, help="Make an image of each prompt instead of a text."),
+        typer.Option(
+            "--image", rich_help_panel=INPUT_PANEL, help="Make an image of each prompt instead of a text."
+        ),
     ] = False,
     output_format: Annotated[
         OutputForm | None,
         typer.Option(
             "--output-format",
             show_default="by the suffix of OUT",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT_PANEL,
             help="How answers are written: as lines of JSON, as a table, or as one answer a line.",
         ),
     ] = None,
@@ -114,7 +97,7 @@ def batch(
         typer.Option(
             "--output-dir",
             metavar="DIR",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT_PANEL,
             help="Where to write images. Created if it does not exist.",
         ),
     ] = None,
@@ -122,18 +105,11 @@ def batch(
         bool,
         typer.Option(
             "--overwrite",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT_PANEL,
             help="Replace files of answers that exist. All lines are answered anew if the batch had ended.",
         ),
     ] = False,
-    progress: Annotated[
-        ProgressMode,
-        typer.Option(
-            "--progress",
-            rich_help_panel=_OUTPUT,
-            help="How progress is shown: auto is a bar on a terminal, and a line a minute elsewhere.",
-        ),
-    ] = "auto",
+    progress: ProgressOption = "auto",
     detach: Annotated[
         bool, typer.Option("--detach", help="Let the agent answer it, and return. Starts an agent if none runs.")
     ] = False,

@@ -3,12 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from split_common.cli.options import given
 from split_common.errors import ConfigError
 from split_device.batches.source import InputForm
+from split_device.cli.batch_progress import ProgressMode
+
+INPUT_PANEL, OUTPUT_PANEL = "Input", "Output"
+
+InputFormatOption = Annotated[
+    InputForm | None,
+    typer.Option(
+        "--input-format",
+        show_default="by the file's suffix and its first line",
+        rich_help_panel=INPUT_PANEL,
+        help="What a line of the file is: a request as in OpenAI's batches, an object with a `prompt`, a prompt, "
+        "or a row of a table.",
+    ),
+]
+ColumnOption = Annotated[
+    str | None,
+    typer.Option(
+        "--column",
+        metavar="NAME",
+        show_default="prompt or text, or the only one",
+        rich_help_panel=INPUT_PANEL,
+        help="The column of a table with the prompts.",
+    ),
+]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        metavar="TEXT",
+        rich_help_panel=INPUT_PANEL,
+        help="Make each prompt of this text, with the line's fields for names in braces: 'Summarize: {text}'.",
+    ),
+]
+ProgressOption = Annotated[
+    ProgressMode,
+    typer.Option(
+        "--progress",
+        rich_help_panel=OUTPUT_PANEL,
+        help="How progress is shown: auto is a bar on a terminal, and a line a minute elsewhere.",
+    ),
+]
 
 #: Options whose values are defaults for OpenAI's requests too, by their fields.
 _DEFAULTS = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,20 @@ def show_output(store: Store, job: Job, output: Path | None, json: bool, metadat
         _show_image(store, job, job.task.settings.steps, output, json, metadata)
     else:
         _show_answer(store, job, json)
+
+
+@contextlib.contextmanager
+def interruptible(job: Job) -> Iterator[None]:
+    """Says after Ctrl-C that the job goes on, and how to follow it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        stderr.print(
+            f"the job goes on: `lambda-split jobs watch {job.id}` follows it, `lambda-split jobs cancel {job.id}` "
+            "ends it",
+            soft_wrap=True,
+        )
+        raise
 
 
 def _show_answer(store: Store, job: Job, json: bool) -> None:

@@ -23,7 +23,7 @@ from split_device.cli.batches import (
     watch_batch,
 )
 from split_device.cli.job_export import ExportForm, export_form, records, write_records
-from split_device.cli.job_output import image_directory, report_image, show_output
+from split_device.cli.job_output import image_directory, interruptible, report_image, show_output
 from split_device.cli.job_results import show_results
 from split_device.cli.job_selection import (
     JobArgument,
@@ -110,7 +110,9 @@ def watch(job: JobArgument, store_key: StoreKeyOption = None, json: JsonOption =
         watch_batch(job, store_key, json)
         return
     with Store(store_path(), store_key) as store:
-        show_output(store, store.get(job), None, json)
+        found = store.get(job)
+        with interruptible(found):
+            show_output(store, found, None, json)
 
 
 @app.command()

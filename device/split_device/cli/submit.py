@@ -13,6 +13,9 @@ from split_common.cli.options import JsonOption, given
 from split_common.errors import AgentError, ConfigError
 from split_common.system.console import emit_json, read_stdin, stderr
 from split_common.system.text import read_text
+from split_device.batches.settings import BatchModels, BatchSettings
+from split_device.batches.template import Template
+from split_device.cli.batch_options import INPUT_PANEL, ColumnOption, InputFormatOption, TemplateOption
 from split_device.cli.checks import check_prompt
 from split_device.cli.groups import (
     ImageModel,
@@ -23,7 +26,7 @@ from split_device.cli.groups import (
     TextModel,
     TextModelOptions,
 )
-from split_device.cli.job_output import show_output
+from split_device.cli.job_output import interruptible, show_output
 from split_device.cli.options import (
     STORE_PANEL,
     GroupOption,
@@ -33,6 +36,7 @@ from split_device.cli.options import (
     StoreKeyOption,
     SystemOption,
 )
+from split_device.cli.submit_lines import LineJobs, submit_lines
 from split_device.generation.settings import Sampling
 from split_device.images.settings import check_image_output
 from split_device.jobs.agent import running_agent
@@ -73,10 +77,23 @@ def submit(
     picture: PictureOptions,
     text_model: TextModelOptions,
     images: ImageModelOptions,
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.")] = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt; `-` is stdin.")] = None,
     file: Annotated[
         Path | None, typer.Option("--file", metavar="FILE", help="Read the prompt from a file; `-` is stdin.")
     ] = None,
+    each_line: Annotated[
+        Path | None,
+        typer.Option(
+            "--each-line",
+            metavar="FILE",
+            rich_help_panel=INPUT_PANEL,
+            help="Submit a job for each line of a file: a prompt, an object with a `prompt`, or a row of a table; "
+            "`-` is stdin.",
+        ),
+    ] = None,
+    input_format: InputFormatOption = None,
+    column: ColumnOption = None,
+    template: TemplateOption = None,
     image: Annotated[bool, typer.Option("--image", help="Make an image instead of a text.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the job and stream its answer.")] = False,
     stop: StopOption = None,
@@ -108,7 +125,7 @@ def submit(
             metavar="KEY",
             rich_help_panel=STORE_PANEL,
             help="A name for the job. If a job with this key exists, its id is printed and none is added; it must "
-            "ask for the same.",
+            "ask for the same. With --each-line, each line's key is this one and the line's number.",
         ),
     ] = None,
     group: GroupOption = None,
@@ -117,34 +134,55 @@ def submit(
 ) -> None:
     """Submit a prompt for an answer, or with --image for an image, and print the job's id.
 
-    The job is kept on this machine's disk, readable by you alone, until it is pruned. An agent runs it: start one
-    with `lambda-split agent start`.
+    With --each-line, a job is made of each line of a file, and the ids are printed one a line. Jobs are kept on
+    this machine's disk, readable by you alone, until they are pruned. An agent runs them: start one with
+    `lambda-split agent start`.
     """
-    text = _prompt(prompt, file)
     _check_kind(context, image)
     if raw and system:
         raise ConfigError("--raw and --system do not go together: a raw prompt has no messages")
-    if output is not None:
-        _check_output(output, wait)
-    if wait and running_agent() is None:
-        raise AgentError("no agent runs, so nothing was submitted: start one with `lambda-split agent start`")
-    task: AnyTask
-    if image:
-        if given(context, ["--model"]):
-            stderr.print("warning: with --image, --model is an old name: use --image-model")
-            images = dataclasses.replace(images, image_model=text_model.model)
-        task = _image_task(text, images, picture)
+    if given(context, ["--model"]) and image:
+        stderr.print("warning: with --image, --model is an old name: use --image-model")
+        images = dataclasses.replace(images, image_model=text_model.model)
+    if each_line is not None:
+        if prompt is not None or file is not None or wait:
+            raise ConfigError("--each-line goes with neither a prompt nor --file nor --wait")
+        settings = BatchSettings(
+            BatchModels(text_model.choice, images.choice),
+            images=image,
+            template=Template(template) if template is not None else None,
+            column=column,
+            system=system,
+            raw=raw,
+            sampling=sampling.checked(),
+            stop=tuple(stop or ()),
+            picture=picture.settings,
+        )
+        with Store(store_path(), store_key) as store:
+            submit_lines(store, each_line, input_format, settings, LineJobs(priority, key, group), json)
     else:
-        task = _text_task(text, text_model, sampling, tuple(stop or ()), system, raw)
-    with Store(store_path(), store_key) as store:
-        job = store.submit(task, priority, key, group)
-        if wait:
-            stderr.print(job.id)
-            show_output(store, job, output, json, metadata)
-        elif json:
-            emit_json(job_facts(job))
+        for option in given(context, ("--input-format", "--column", "--template")):
+            raise ConfigError(f"{option} needs --each-line")
+        text = _prompt(prompt, file)
+        if output is not None:
+            _check_output(output, wait)
+        if wait and running_agent() is None:
+            raise AgentError("no agent runs, so nothing was submitted: start one with `lambda-split agent start`")
+        task: AnyTask
+        if image:
+            task = _image_task(text, images, picture)
         else:
-            print(job.id)
+            task = _text_task(text, text_model, sampling, tuple(stop or ()), system, raw)
+        with Store(store_path(), store_key) as store:
+            job = store.submit(task, priority, key, group)
+            if wait:
+                with interruptible(job):
+                    stderr.print(job.id)
+                    show_output(store, job, output, json, metadata)
+            elif json:
+                emit_json(job_facts(job))
+            else:
+                print(job.id)
     if running_agent() is None:
         stderr.print("no agent runs: `lambda-split agent start` starts one")
 
@@ -182,7 +220,7 @@ def _check_kind(context: typer.Context, image: bool) -> None:
 def _prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt from the command line, a file or stdin. Raises ConfigError."""
     if (prompt is None) == (file is None):
-        raise ConfigError("give either a prompt or --file")
-    if file is None:
-        return check_prompt(prompt or "")
-    return check_prompt(read_stdin() if str(file) == "-" else read_text(file))
+        raise ConfigError("give either a prompt, --file or --each-line")
+    if prompt == "-" or (file is not None and str(file) == "-"):
+        return check_prompt(read_stdin())
+    return check_prompt(prompt or "" if file is None else read_text(file))
