@@ -158,6 +158,11 @@ def test_an_image_goes_into_a_pipe_and_not_over_its_input(options: list[str], tm
             "cannot make an image with a side of 33 px: expected a multiple of 8",
         ),
         (["-o", "a.png", "--size", "8192"], 2, "at most 4096"),
+        (
+            ["-o", "a.png", "--size", "1024"],
+            2,
+            "1024x1024 is too large for tiny-sdxl, which was made for 64x64: workers take at most 65,536 pixels",
+        ),
         (["-o", "/proc/a.png"], 2, "cannot be written"),
         (["-o", "a.png", "--init-image", "gone.png"], 2, "cannot be read as an image: No such file"),
         (["-o", "a.png", "--init-image", "gone.png", "--strength", "0"], 2, "changes nothing"),

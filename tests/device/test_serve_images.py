@@ -112,6 +112,7 @@ def test_both_models_are_served(client: openai.OpenAI) -> None:
         ({"quality": "best"}, "quality", "Invalid enum value"),
         ({"size": "large"}, None, "invalid size"),
         ({"size": "99999x99999"}, None, "at most 4096"),
+        ({"size": "1024x1024"}, None, "1024x1024 is too large"),
         ({"size": "33x31"}, None, "a multiple of 8"),
         ({"extra_body": {"mask": "x"}}, None, "unknown field"),
     ],

@@ -27,6 +27,7 @@ from split_common.cli.options import (
 from split_common.errors import ConfigError
 from split_common.models.checkpoint_files import model_name
 from split_common.models.demo_model import resolve_model
+from split_common.models.denoisers.sizes import MAX_PIXELS
 from split_common.system.console import doing, emit_json, stderr
 from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm, wait_until_set
@@ -69,8 +70,10 @@ def worker(
         typer.Option(
             min=1,
             metavar="N",
+            envvar=MAX_PIXELS,
             show_default="four times as many as the model was made for, and at least 1048576",
-            help="Image models: maximum number of pixels of an image.",
+            help="Image models: maximum number of pixels of an image. Devices that ask for more than the default "
+            "need the same variable.",
         ),
     ] = None,
     max_sessions: Annotated[

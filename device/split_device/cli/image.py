@@ -25,7 +25,7 @@ from split_device.cli.job_output import print_notes
 from split_device.cli.options import IMAGE_MODEL_HELP, InitImageOption, MetadataOption, StrengthOption
 from split_device.cli.terminal import loading, step_progress, with_notices
 from split_device.images.files import notes, read_image, write_image
-from split_device.images.settings import DRAWN_SEED_BITS, IMAGE_MODEL, STRENGTH, check_image_output
+from split_device.images.settings import DRAWN_SEED_BITS, IMAGE_MODEL, STRENGTH, check_image_output, check_pixels
 from split_device.sessions.connection import Connection
 
 if TYPE_CHECKING:
@@ -81,7 +81,10 @@ def image(
     settings = dataclasses.replace(picture, seed=seed).settings(choice.name)
     passive_threads()
     check_connection(connection)
-    more = {"image": read_image(init_image), "strength": strength} if init_image is not None else {}
+    more: dict[str, Any] = {}
+    if init_image is not None:
+        more = {"image": read_image(init_image), "strength": strength}
+        check_pixels(choice.name, *more["image"].size)
     with exit_on_sigterm(), contextlib.ExitStack() as stack:
         with loading(connection, choice.name):
             from split_device.images.pipeline import ImagePipeline

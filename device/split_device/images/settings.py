@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from split_common.errors import ConfigError
 from split_common.models.checkpoint_files import directory_name
+from split_common.models.denoisers.sizes import (
+    LATENT_PIXELS,
+    MAX_PIXELS,
+    default_max_pixels,
+    longest_side,
+    sample_sides,
+)
 from split_common.system.files import user_path
 from split_common.system.outputs import check_output, is_stream
 from split_device.generation.settings import checked
+
+_T = TypeVar("_T")
 
 #: Environment variable with the default image model.
 IMAGE_MODEL = "LAMBDA_SPLIT_IMAGE_MODEL"
@@ -95,21 +105,81 @@ def check_size(directory: str, settings: ImageSettings) -> None:
     sides = [side for side in (settings.width, settings.height) if side is not None]
     if not sides:
         return
+    shape = _PipelineShape.read(directory)
+    for side in sides:
+        if side not in range(shape.multiple, shape.longest + 1, shape.multiple):
+            raise ConfigError(
+                f"{shape.name} cannot make an image with a side of {side} px: expected a multiple of "
+                f"{shape.multiple}, at most {shape.longest}"
+            )
+    native = shape.native or (sides[0], sides[0])
+    shape.check_pixels(settings.width or native[0], settings.height or native[1])
+
+
+def check_pixels(directory: str, width: int, height: int) -> None:
+    """Raises ConfigError for an image with more pixels than workers take for the pipeline in `directory`."""
+    _PipelineShape.read(directory).check_pixels(width, height)
+
+
+@dataclass(frozen=True)
+class _PipelineShape:
+    """What sizes of images a pipeline can make."""
+
+    name: str
+    #: What the width and the height are multiples of, and at most.
+    multiple: int
+    longest: int
+    #: Width and height of the images that it was made for; None if that is not known.
+    native: tuple[int, int] | None
+    #: Most pixels of an image.
+    pixels: int
+
+    @classmethod
+    def read(cls, directory: str) -> _PipelineShape:
+        """Raises ConfigError if a configuration is missing, or the environment's limit is not a number."""
+        is_unet = (Path(directory) / "unet").is_dir()
+        vae = _read_config(directory, "vae", _Vae)
+        denoiser = _read_config(directory, "unet" if is_unet else "transformer", dict[str, Any])
+        scale = 2 ** (len(vae.block_out_channels) - 1)
+        latents, sides = longest_side(denoiser), sample_sides(denoiser)
+        # Workers count as if each latent pixel were 8 by 8, whatever the VAE makes of it.
+        limit = (_max_pixels() or default_max_pixels(denoiser)) * scale**2 // LATENT_PIXELS**2
+        return cls(
+            name=directory_name(Path(directory)),
+            # UNets' pipelines need multiples of 8, whatever their VAE; a transformer's token is 2x2 latent pixels.
+            multiple=max(8, scale) if is_unet else 2 * scale,
+            longest=MAX_SIDE if latents is None else min(MAX_SIDE, latents * scale),
+            native=None if sides is None else (sides[1] * scale, sides[0] * scale),
+            pixels=limit,
+        )
+
+    def check_pixels(self, width: int, height: int) -> None:
+        """Raises ConfigError for an image that is too large."""
+        if width * height <= self.pixels:
+            return
+        made_for = f", which was made for {self.native[0]}x{self.native[1]}" if self.native else ""
+        raise ConfigError(
+            f"{width}x{height} is too large for {self.name}{made_for}: workers take at most {self.pixels:,} "
+            f"pixels, unless {MAX_PIXELS} says otherwise, there and here"
+        )
+
+
+def _read_config(directory: str, part: str, type_: type[_T]) -> _T:
+    """The configuration of a part of a pipeline. Raises ConfigError if it has none."""
     try:
-        vae = msgspec.json.decode((Path(directory) / "vae/config.json").read_bytes(), type=_Vae)
+        return msgspec.json.decode((Path(directory) / part / "config.json").read_bytes(), type=type_)
     except (OSError, UnicodeDecodeError, msgspec.MsgspecError):
         raise ConfigError(
-            f"{directory} is not the directory of a pipeline: it lacks a valid vae/config.json"
+            f"{directory} is not the directory of a pipeline: it lacks a valid {part}/config.json"
         ) from None
-    scale = 2 ** (len(vae.block_out_channels) - 1)
-    # Pipelines of UNets need multiples of 8, whatever their VAE; a transformer's token is 2x2 latent pixels.
-    multiple = max(8, scale) if (Path(directory) / "unet").is_dir() else 2 * scale
-    for side in sides:
-        if side not in range(multiple, MAX_SIDE + 1, multiple):
-            raise ConfigError(
-                f"{directory_name(Path(directory))} cannot make an image with a side of {side} px: "
-                f"expected a multiple of {multiple}, at most {MAX_SIDE}"
-            )
+
+
+def _max_pixels() -> int | None:
+    """The most pixels of an image, by the environment. Raises ConfigError if it is not a number."""
+    text = os.environ.get(MAX_PIXELS, "")
+    if text and not (text.isascii() and text.isdigit() and int(text)):
+        raise ConfigError(f"invalid {MAX_PIXELS} {text!r}: expected a number of pixels")
+    return int(text) if text else None
 
 
 def image_format(path: Path) -> str:

@@ -28,11 +28,6 @@ MAX_BATCH_ROWS = 16
 #: Most bytes of embeddings for all rows of one step.
 MAX_CONTEXT = 256 * 1024**2
 
-#: Most pixels of an image by default: as a multiple of what the model was made for, but not less than a megapixel.
-#: Attention takes time by the square of it.
-DEFAULT_SHARE = 4
-MIN_MAX_PIXELS = 1024**2
-
 #: Most bytes of a step's tensors, and of its answer, as the body computes them at most: in float32.
 MAX_DECODED = payloads.MAX_STEP
 FLOAT_BYTES = 4
@@ -110,7 +105,7 @@ class DenoiserBody:
         max_pixels: int | None = None,
     ) -> None:
         self._spec, self._split = spec, split
-        self._max_pixels = max_pixels or max(MIN_MAX_PIXELS, DEFAULT_SHARE * spec.native_pixels)
+        self._max_pixels = max_pixels or spec.default_max_pixels
         blocks = spec.load_blocks(split, dtype)
         try:
             self._blocks = blocks.to(device)

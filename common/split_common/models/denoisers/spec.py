@@ -14,6 +14,7 @@ from torch import nn
 
 from split_common.errors import ConfigError, InvalidSplit, MissingTensor, ModelError, UnsupportedArchitecture
 from split_common.models.checkpoint import Checkpoint
+from split_common.models.denoisers.sizes import default_max_pixels
 from split_common.models.split import Split
 from split_common.models.weights import Side, read_tensors
 
@@ -21,10 +22,6 @@ Cut = Literal["C", "A"]
 
 #: Names of cuts. C leaves the device up to a tenth of the computation and A a third, or more for SD 1.5.
 CUTS = ("C", "A")
-
-
-#: Pixels of an image, in each direction, for one of its latents: what the VAEs of these models have.
-LATENT_PIXELS = 8
 
 
 @dataclass
@@ -69,13 +66,9 @@ class DenoiserSpec:
         raise NotImplementedError
 
     @property
-    def native_pixels(self) -> int:
-        """Pixels of the images that the model was made for, as far as its configuration says so."""
-        size = self.config.get("sample_size")
-        sides = size if isinstance(size, list | tuple) else (size, size)
-        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-            return 0
-        return int(sides[0] * sides[1]) * LATENT_PIXELS**2
+    def default_max_pixels(self) -> int:
+        """Most pixels of an image that a worker takes by default."""
+        return default_max_pixels({**self.config, "_class_name": self.class_name})
 
     def image_pixels(self, split: Split, shapes: Sequence[Sequence[int]]) -> int:
         """Pixels of one image of a step with tensors of these shapes, which fit the model."""

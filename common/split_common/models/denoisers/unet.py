@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from split_common.errors import InvalidSplit, Malformed, ModelError, UnsupportedArchitecture
+from split_common.models.denoisers.sizes import LATENT_PIXELS
 from split_common.models.denoisers.spec import (
-    LATENT_PIXELS,
     DenoiserBlocks,
     DenoiserSpec,
     StepConditioning,
