@@ -6,6 +6,7 @@ What a page may hold, and what becomes of it:
   ends before the next one begins, unless it runs until it is stopped (`RUNS_ON`): then the next one begins when
   everything that is shown has been printed. `^C` in a line of its own is Ctrl-C, which a batch gets when it has an
   answer; what follows is printed by it. Lines that begin with `> ` are typed, into `lambda-split chat` for example.
+  Only a command that ends with a comment like `# exit code 1` fails.
 - `bash` and `python`: a script. It has to succeed.
 - `text`: right below a script, what it prints; elsewhere it is not run.
 - Anything below `<!-- not run: REASON -->` is not run.
@@ -64,6 +65,8 @@ MASKS = {
     r"\b\d[\d,]*(?:\.\d+)?(?= (?:ms|s|tokens/s)\b)": "<n>",
     # How much of a batch was done before Ctrl-C.
     r"\b\d+(?= of \d+ (?:answers are kept|are there))": "<n>",
+    # How long ago a job was submitted.
+    r"(?<= )\d+(?:s|m|h)(?= )": "<n>",
     # What has travelled: after a delay, some of it travels twice.
     r"\b\d[\d,.]*(?=(?: bytes)? (?:up|down)\b| MB in all\b| MB came\b)": "<n>",
     # What fits into a worker's memory.
@@ -74,6 +77,9 @@ MASKS = {
     r"[ \t]+": " ",
     r"[━─]+": "─",
 }
+
+#: Ends a command that fails.
+EXIT_CODE = re.compile(r" # exit code (\d+)$")
 
 #: Ids that a command prints and that later commands name.
 ID = re.compile(r"\b(?:job|batch)-[0-9a-f]{12,16}\b")
@@ -311,7 +317,10 @@ class Walk:
                 code = running.wait()
             finally:
                 running.kill()
-            assert code == 0, f"{block}: {command.text}: exit code {code}{running.printed()}"
+            expected = EXIT_CODE.search(command.text)
+            assert code == (int(expected[1]) if expected else 0), (
+                f"{block}: {command.text}: exit code {code}{running.printed()}"
+            )
             self._compare(block, running, command.shown)
             return
         self._background.append(running)
