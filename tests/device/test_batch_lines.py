@@ -64,7 +64,7 @@ def lines_of(
 
 def prepared(path: Path, place: Place, store: Store) -> Prepared:
     with open_source(path) as opened:
-        return prepare(parsed(opened, settings(), False, print), place, store)
+        return prepare(parsed(opened, settings(sampling=Sampling(temperature=0.0)), False, print), place, store)
 
 
 def messages_of(lines: list[Line]) -> list[str | None]:
@@ -166,9 +166,9 @@ def test_options_are_defaults_of_requests_that_say_nothing(tmp_path: Path) -> No
     )
     found = [line.tasks[0] for line in lines]
     assert [(task.sampling, task.stop) for task in found if isinstance(task, Task)] == [
-        (Sampling(3, 0.25, 1.0, 7), ("z",)),
+        (Sampling(3, 0.25, None, 7), ("z",)),
         (Sampling(9, 0.25, 0.5, 7), ("y",)),
-        (Sampling(5, 0.25, 1.0, 7), ("z",)),
+        (Sampling(5, 0.25, None, 7), ("z",)),
     ]
 
 

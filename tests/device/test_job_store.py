@@ -29,7 +29,7 @@ PROMPT = "the prompt that nobody may read"
 
 
 def task(text: str = PROMPT, model: ModelChoice = MODEL, **sampling: float) -> Task:
-    return Task(model=model, prompt=(Message("user", text),), sampling=Sampling(**sampling))  # type: ignore[arg-type]
+    return Task(model=model, prompt=(Message("user", text),), sampling=Sampling(**{"temperature": 0.0} | sampling))  # type: ignore[arg-type]
 
 
 @pytest.fixture

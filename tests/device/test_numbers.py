@@ -151,7 +151,7 @@ def sampling(**fields: Any) -> Sampling:
 
 
 def test_numbers_that_are_integral_are_integers() -> None:
-    assert sampling(max_tokens=5.0, seed=3.0, n=1.0, temperature=1, top_p=1) == Sampling(5, 1.0, 1.0, 0, 3)
+    assert sampling(max_tokens=5.0, seed=3.0, n=1.0, temperature=1, top_p=1) == Sampling(5, 1.0, 1.0, None, 3)
     assert sampling(max_completion_tokens=7.0).max_tokens == 7
     assert sampling(max_tokens=10**18).max_tokens == 10**18
 
@@ -210,7 +210,7 @@ def test_jobs_from_python(tmp_path: Path, field: str, value: Any) -> None:
 
 def test_a_job_takes_integral_numbers(tmp_path: Path) -> None:
     job = Device(tmp_path).submit("Hello", max_tokens=5.0, seed=2**64 - 1, temperature=1, priority=3.0)
-    assert job.job().task.sampling == Sampling(5, 1.0, 1.0, 0, 2**64 - 1)
+    assert job.job().task.sampling == Sampling(5, 1.0, None, None, 2**64 - 1)
     with pytest.raises(ConfigError, match="priority"):
         Device(tmp_path).submit("Hello", priority=2**70)
 

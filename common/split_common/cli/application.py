@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from split_common.cli.numbers import bound_numbers
+from split_common.cli.presentation import present
 from split_common.errors import ConfigError, SplitError
 from split_common.system.console import emit_json, prepare_output
 from split_common.system.files import user_path
@@ -133,7 +134,7 @@ def _main(args: Sequence[str] | None) -> int:
     prepare_output()
     try:
         load_commands()
-        command = _with_checked_texts(typer.main.get_command(app))
+        command = _with_checked_texts(present(typer.main.get_command(app)))
         bound_numbers(command)
         code = command.main(arguments, prog_name="lambda-split", standalone_mode=False)
         sys.stdout.flush()

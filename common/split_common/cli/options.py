@@ -161,15 +161,15 @@ DtypeOption = Annotated[
 ]
 
 
-def old_name(name: str, new: str, least: float = 0) -> Any:
+def old_name(name: str, new: str, metavar: str) -> Any:
     """Marks an option that has another name now: it is hidden, and warns if it is given.
 
     Args:
         name: the old name, like `--head-layers`.
         new: what to write instead, for the warning.
-        least: the smallest value.
+        metavar: its value, from 0, as help named it.
     """
-    return typer.Option(name, min=least, hidden=True, callback=_warning(name, new))
+    return typer.Option(name, metavar=metavar, min=0, hidden=True, callback=_warning(name, new))
 
 
 def _warning(name: str, new: str) -> Callable[[Any], Any]:

@@ -22,7 +22,8 @@ def redis_acl(
     layout: Annotated[
         Literal["setuser", "aclfile"],
         typer.Option(
-            "--format", help="setuser prints commands for a running server, aclfile the lines of its ACL file."
+            "--format",
+            help="What is printed: setuser is commands for a running server, aclfile the lines of its ACL file.",
         ),
     ] = "setuser",
     passwords: Annotated[

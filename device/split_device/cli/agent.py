@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Run this user's jobs in the background.", rich_markup_mode="markdown")
 
-OldGraceOption = Annotated[float | None, old_name("--timeout", "--grace")]
+OldGraceOption = Annotated[float | None, old_name("--timeout", "--grace", "SECONDS")]
 
 #: Interval between two removals of old jobs, and two looks at the length of the log, in seconds.
 PRUNE_INTERVAL = 60.0

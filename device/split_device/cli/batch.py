@@ -23,7 +23,6 @@ from split_device.batches.source import open_source
 from split_device.batches.template import Template
 from split_device.cli.batch_detach import hand_over, report_detached
 from split_device.cli.batch_options import (
-    INPUT_PANEL,
     OUTPUT_PANEL,
     ColumnOption,
     InputFormatOption,
@@ -45,6 +44,7 @@ from split_device.cli.groups import (
 from split_device.cli.options import (
     GIVE_UP,
     GiveUpOption,
+    ImageOption,
     MetadataOption,
     RawOption,
     StopOption,
@@ -77,12 +77,7 @@ def batch(
     input_format: InputFormatOption = None,
     column: ColumnOption = None,
     template: TemplateOption = None,
-    image: Annotated[
-        bool,
-        typer.Option(
-            "--image", rich_help_panel=INPUT_PANEL, help="Make an image of each prompt instead of a text."
-        ),
-    ] = False,
+    image: ImageOption = False,
     output_format: Annotated[
         OutputForm | None,
         typer.Option(

@@ -17,14 +17,13 @@ from split_device.cli.checks import check_connection
 from split_device.cli.groups import ConnectionOptions, SamplingOptions, TextModelOptions
 from split_device.cli.options import SystemOption
 from split_device.cli.terminal import answer_line, loading, with_notices
-from split_device.generation.settings import Sampling
 
 
 @grouped
 def chat(
     model: TextModelOptions,
     connection: ConnectionOptions,
-    sampling: SamplingOptions = Sampling(max_tokens=512),
+    sampling: SamplingOptions,
     system: SystemOption = None,
     json: JsonOption = False,
 ) -> None:

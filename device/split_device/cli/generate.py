@@ -14,14 +14,14 @@ from split_common.system.console import emit_json, read_stdin, stderr
 from split_common.system.process import passive_threads
 from split_device.cli.checks import check_connection, check_prompt
 from split_device.cli.groups import ConnectionOptions, SamplingOptions, TextModelOptions
-from split_device.cli.options import RawOption, SystemOption
+from split_device.cli.options import PromptArgument, RawOption, SystemOption
 from split_device.cli.tables import timings_table
 from split_device.cli.terminal import answer_line, loading, with_notices
 
 
 @grouped
 def generate(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; `-` reads it from stdin.")],
+    prompt: PromptArgument,
     model: TextModelOptions,
     connection: ConnectionOptions,
     sampling: SamplingOptions,

@@ -135,8 +135,8 @@ class Picture:
         return settings
 
 
-OldHeadOption = Annotated[int | None, old_name("--head-layers", "--layers FIRST:LAST")]
-OldTailOption = Annotated[int | None, old_name("--tail-layers", "--layers FIRST:LAST")]
+OldHeadOption = Annotated[int | None, old_name("--head-layers", "--layers FIRST:LAST", "N")]
+OldTailOption = Annotated[int | None, old_name("--tail-layers", "--layers FIRST:LAST", "N")]
 
 CONNECTION = Group(
     broker=BrokerOption,
@@ -168,13 +168,13 @@ LimitOptions = Annotated[Limits, LIMITS]
 TextModelOptions = Annotated[TextModel, TEXT_MODEL]
 ImageModelOptions = Annotated[ImageModel, IMAGE_MODEL_CUT]
 PictureOptions = Annotated[Picture, PICTURE]
-SamplingOptions = Annotated[
-    Sampling,
-    Group(
-        max_tokens=MaxTokensOption,
-        temperature=TemperatureOption,
-        top_p=TopPOption,
-        top_k=TopKOption,
-        seed=SeedOption,
-    ),
-]
+SAMPLING = Group(
+    max_tokens=MaxTokensOption,
+    temperature=TemperatureOption,
+    top_p=TopPOption,
+    top_k=TopKOption,
+    seed=SeedOption,
+)
+SamplingOptions = Annotated[Sampling, SAMPLING]
+#: Of requests that name none.
+SamplingDefaults = Annotated[Sampling, SAMPLING.without("max_tokens", "seed")]

@@ -15,14 +15,20 @@ import typer
 from split_common.cli.groups import grouped
 from split_common.cli.options import MODEL_PANEL, JsonOption
 from split_common.errors import ConfigError
-from split_common.system.console import emit_json, print_text
+from split_common.system.console import emit_json, print_text, read_stdin
 from split_common.system.outputs import is_stream
 from split_common.system.process import passive_threads
 from split_common.system.signals import exit_on_sigterm
-from split_device.cli.checks import check_connection
+from split_device.cli.checks import check_connection, check_prompt
 from split_device.cli.groups import CONNECTION, IMAGE_MODEL_CUT, ImageModel, Picture, PictureOptions
 from split_device.cli.job_output import print_notes
-from split_device.cli.options import IMAGE_MODEL_HELP, InitImageOption, MetadataOption, StrengthOption
+from split_device.cli.options import (
+    IMAGE_MODEL_HELP,
+    InitImageOption,
+    MetadataOption,
+    PromptArgument,
+    StrengthOption,
+)
 from split_device.cli.terminal import loading, step_progress, with_notices
 from split_device.images.files import notes, read_image, write_image
 from split_device.images.settings import DRAWN_SEED_BITS, IMAGE_MODEL, STRENGTH, check_image_output, check_pixels
@@ -47,7 +53,7 @@ _AliasedModelOption = Annotated[
 
 @grouped
 def image(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the image should show.")],
+    prompt: PromptArgument,
     output: Annotated[
         Path,
         typer.Option(
@@ -70,8 +76,7 @@ def image(
     Needs a running `lambda-split broker`, or Redis, and a `lambda-split worker --cut …` that serves the same model.
     Ctrl-C ends the command, and no file is written.
     """
-    if not prompt.strip():
-        raise ConfigError("the prompt is empty")
+    text = check_prompt(read_stdin() if prompt == "-" else prompt)
     check_image_output(output, init_image)
     if init_image is not None:
         _check_init_image(picture, strength)
@@ -94,7 +99,7 @@ def image(
             pipeline = ImagePipeline(choice.name, denoiser, from_image=init_image is not None)
         began = time.perf_counter()
         with step_progress(picture.steps, json) as advance:
-            made = pipeline.generate(prompt, settings, advance, **more)
+            made = pipeline.generate(text, settings, advance, **more)
         seconds = time.perf_counter() - began
         write_image(made, output, metadata=metadata)
         _report(output, made, seed, seconds, denoiser, json)

@@ -16,7 +16,7 @@ from split_device.models.compression import parse_reuse
 from split_device.sessions.connection import HISTORY_MEMORY
 
 STORE_PANEL = "Jobs"
-_SAMPLING_PANEL = "Sampling"
+SAMPLING_PANEL = "Sampling"
 _IMAGE_PANEL = "Images"
 
 #: Default of `--give-up`, in seconds.
@@ -40,34 +40,37 @@ MaxTokensOption = Annotated[
     int, typer.Option("--max-tokens", min=1, metavar="N", help="Maximum number of tokens to generate.")
 ]
 TemperatureOption = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--temperature",
         min=0.0,
         max=BOUNDS["temperature"].high,
         metavar="T",
-        rich_help_panel=_SAMPLING_PANEL,
+        show_default="the checkpoint's, else 0",
+        rich_help_panel=SAMPLING_PANEL,
         help="Sampling temperature; 0 always takes the most likely token.",
     ),
 ]
 TopPOption = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--top-p",
         min=0.0,
         max=1.0,
         metavar="P",
-        rich_help_panel=_SAMPLING_PANEL,
+        show_default="the checkpoint's, else 1",
+        rich_help_panel=SAMPLING_PANEL,
         help="Sample among the most likely tokens whose probabilities add up to P; 0 takes the most likely one.",
     ),
 ]
 TopKOption = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--top-k",
         min=-1,
         metavar="K",
-        rich_help_panel=_SAMPLING_PANEL,
+        show_default="the checkpoint's, else 0",
+        rich_help_panel=SAMPLING_PANEL,
         help="Sample among the K most likely tokens; 0 or -1 for all.",
     ),
 ]
@@ -88,6 +91,8 @@ SystemOption = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help="A system message before the conversation.")
 ]
 RawOption = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")]
+
+PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; `-` reads it from stdin.")]
 
 # --- image models ------------------------------------------------------------------------------------------
 
@@ -140,6 +145,9 @@ NegativeOption = Annotated[
     typer.Option(
         "--negative", metavar="TEXT", rich_help_panel=_IMAGE_PANEL, help="What the image should not show."
     ),
+]
+ImageOption = Annotated[
+    bool, typer.Option("--image", rich_help_panel=_IMAGE_PANEL, help="Make images instead of texts.")
 ]
 InitImageOption = Annotated[
     Path | None,

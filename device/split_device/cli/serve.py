@@ -17,14 +17,25 @@ from split_common.models.checkpoint_files import model_name
 from split_common.system.console import emit_json, stderr
 from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm, wait_until_set
-from split_device.cli.groups import ConnectionOptions, ImageModelOptions, LimitOptions, TextModelOptions
+from split_device.cli.groups import (
+    ConnectionOptions,
+    ImageModelOptions,
+    LimitOptions,
+    SamplingDefaults,
+    TextModelOptions,
+)
+from split_device.cli.options import SAMPLING_PANEL
 from split_device.cli.terminal import loading
+from split_device.generation.settings import OPENAI_DEFAULTS, Sampling
 from split_device.jobs.job import ImageChoice, ModelChoice
 from split_device.openai.hosts import check_host
 from split_device.openai.listener import HOST, listening, running_server
 
 #: Options for images only.
 _IMAGE_OPTIONS = ("--cut", "--codec", "--reuse", "--max-images")
+
+#: Options for texts only.
+_SAMPLING_OPTIONS = ("--openai-defaults", "--temperature", "--top-p", "--top-k")
 
 
 @grouped
@@ -34,6 +45,15 @@ def serve(
     images: ImageModelOptions,
     connection: ConnectionOptions,
     limits: LimitOptions,
+    sampling: SamplingDefaults,
+    openai_defaults: Annotated[
+        bool,
+        typer.Option(
+            "--openai-defaults",
+            rich_help_panel=SAMPLING_PANEL,
+            help="Answer requests without a temperature as OpenAI does: at temperature 1, with all tokens.",
+        ),
+    ] = False,
     port: Annotated[
         int,
         typer.Option(min=0, max=65535, metavar="N", help="Port of the loopback; 0 takes a free one."),
@@ -60,10 +80,13 @@ def serve(
 ) -> None:
     """Serve split models to OpenAI's clients on this machine, many requests at once, until Ctrl-C or SIGTERM.
 
-    If --image-model is given and --model is not, only images are served.
-
     Offers /v1/chat/completions, /v1/completions, /v1/images/generations, /v1/models, /health and, at /, a page to
-    chat in a browser. Needs `lambda-split[serve]`. With --json, one object is printed when the server is ready.
+    chat in a browser. It listens on this machine's loopback only: put a reverse proxy before it for others, and
+    give its name with --allowed-host.
+
+    If --image-model is given and --model is not, only images are served. Requests that name no temperature, top_p
+    or top_k have those of the options here, else the checkpoint's. Needs `lambda-split[serve]`. With --json, one
+    object is printed when the server is ready.
     """
     passive_threads()
     if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:
@@ -77,7 +100,10 @@ def serve(
         image_choice = images.choice()
     elif ignored := given(context, _IMAGE_OPTIONS):
         raise ConfigError(f"{ignored[0]} needs --image-model")
+    defaults = _defaults(context, sampling, openai_defaults)
     images_alone = model.model is None and given(context, ["--image-model"])
+    if images_alone and (useless := given(context, _SAMPLING_OPTIONS)):
+        raise ConfigError(f"{useless[0]} is for texts: give --model, too")
     choice = model.choice() if not images_alone else None
     name, image_name = _name(choice), _name(image_choice)
     with listening(port) as listener, contextlib.ExitStack() as stack:
@@ -88,7 +114,7 @@ def serve(
             from split_device.openai.server import CompletionServer
 
             models = stack.enter_context(Models(connection, limits))
-            completions = Completions(models.get(choice), choice, name) if choice and name else None
+            completions = Completions(models.get(choice), choice, name, defaults) if choice and name else None
             image_endpoint = (
                 Images(models.pipeline(image_choice), image_name, limits.images)
                 if image_choice and image_name
@@ -96,16 +122,28 @@ def serve(
             )
         server = CompletionServer(completions, image_endpoint, api_key, hosts)
         with running_server(server.app(), listener, stop):
-            _announce(f"http://{HOST}:{listener.getsockname()[1]}/", name, image_name, json)
+            default = completions.sampling() if completions is not None else None
+            _announce(f"http://{HOST}:{listener.getsockname()[1]}/", name, image_name, default, json)
             wait_until_set(stop)
 
 
-def _announce(page: str, name: str | None, image_name: str | None, json: bool) -> None:
-    """Prints what is served, and where."""
+def _defaults(context: typer.Context, sampling: Sampling, openai_defaults: bool) -> Sampling:
+    """The settings of requests that name none. Raises ConfigError if options contradict each other."""
+    if not openai_defaults:
+        return sampling.checked()
+    if others := given(context, _SAMPLING_OPTIONS[1:]):
+        raise ConfigError(f"--openai-defaults and {others[0]} do not go together: both say how to sample")
+    return OPENAI_DEFAULTS
+
+
+def _announce(page: str, name: str | None, image_name: str | None, sampling: Sampling | None, json: bool) -> None:
+    """Prints what is served, where, and how requests that do not say it are sampled."""
     if json:
-        emit_json({"url": f"{page}v1", "page": page, "model": name, "image_model": image_name, "pid": os.getpid()})
+        facts = {"url": f"{page}v1", "page": page, "model": name, "image_model": image_name, "pid": os.getpid()}
+        emit_json(facts | {"defaults": sampling.facts() if sampling is not None else None})
     served = " and ".join(each for each in (name, image_name) if each)
-    stderr.print(f"serving {served} at {page}v1, and a page to chat at {page}", soft_wrap=True)
+    default = f"; requests without a temperature: {sampling}" if sampling is not None else ""
+    stderr.print(f"serving {served} at {page}v1, and a page to chat at {page}{default}", soft_wrap=True)
 
 
 def _name(choice: ModelChoice | ImageChoice | None) -> str | None:

@@ -52,8 +52,8 @@ _PLAN = Group(
         typer.Option(
             metavar="MODEL",
             rich_help_panel=MODEL_PANEL,
-            help="Directory or hub id of a checkpoint; for images, the directory of a pipeline or a UNet. Default: "
-            "a small random model, which loads fast.",
+            show_default="a small random model, which loads fast",
+            help="Directory or hub id of a checkpoint; for images, the directory of a pipeline or a UNet.",
         ),
     ],
     reference=Annotated[
@@ -84,8 +84,9 @@ def stress(
         str | None,
         typer.Option(
             metavar="KINDS",
+            show_default="all that are possible, and none with --hostile",
             help="Faults, separated by commas: kill and stop (workers), broker (killed and restarted), lag, "
-            "drop and corrupt (connections); or none. Default: all that are possible, and none with --hostile.",
+            "drop and corrupt (connections); or none.",
         ),
     ] = None,
     hostile: Annotated[

@@ -30,6 +30,7 @@ from split_device.cli.job_output import interruptible, show_output
 from split_device.cli.options import (
     STORE_PANEL,
     GroupOption,
+    ImageOption,
     MetadataOption,
     RawOption,
     StopOption,
@@ -94,7 +95,7 @@ def submit(
     input_format: InputFormatOption = None,
     column: ColumnOption = None,
     template: TemplateOption = None,
-    image: Annotated[bool, typer.Option("--image", help="Make an image instead of a text.")] = False,
+    image: ImageOption = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the job and stream its answer.")] = False,
     stop: StopOption = None,
     system: SystemOption = None,

@@ -123,12 +123,14 @@ class Conversation:
     ) -> ChatAnswer:
         """Continues token ids int64 `[1, tokens]`. Tokens that the cache holds already are not sent again.
 
+        What `sampling` leaves open is as in the model's generation_config.
+
         Raises:
             PromptTooLong: the tokens fill the model's positions.
             ConfigError: a number of `sampling` is out of bounds.
             SplitError: raised by `generate`.
         """
-        sampling = sampling.checked()
+        sampling = sampling.checked().resolved(self._model.generation_config)
         prompt_tokens = input_ids.shape[1]
         limit = max_positions(self._model.config)
         if prompt_tokens >= limit:

@@ -49,7 +49,7 @@ def check_defaults(config: GenerationConfig, name: str) -> None:
 
 def check_values(model: Any) -> None:
     """Raises ConfigError if transformers refuses a value among the model's defaults for `generate`."""
-    for sampling in (Sampling(max_tokens=1), Sampling(max_tokens=1, temperature=1.0)):
+    for sampling in (Sampling(1, 0.0, 1.0, 0), Sampling(1, 1.0, 1.0, 0)):
         try:
             _prepared(model, GenerationConfig(max_new_tokens=1, **sampling.options()), 1)
         except ConfigError as error:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from split_common.errors import ConfigError
+from split_common.system.files import user_path
 
 #: Seeds count modulo this: torch takes -1 for 2**64 - 1.
 SEED_BOUND = 2**64
@@ -77,14 +83,25 @@ _TOKENS_ALONE = {
 }
 
 
+#: `top_k` of transformers for a checkpoint that samples and names none.
+_CHECKPOINT_TOP_K = 50
+
+
+#: Fields of `Sampling` by which a token is chosen, and of which a checkpoint may have defaults.
+_CHOSEN = ("temperature", "top_p", "top_k")
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of a generation; greedy if the temperature or top_p is 0."""
+    """Settings of a generation; greedy if the temperature or top_p is 0.
 
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
+    A temperature, top_p or top_k of None is left open: `filled` and `resolved` take it from elsewhere.
+    """
+
+    max_tokens: int = 512
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
     seed: int | None = None
 
     def checked(self) -> Sampling:
@@ -92,18 +109,86 @@ class Sampling:
         copy: Sampling = checked(self, [field.name for field in dataclasses.fields(self)])
         return copy
 
+    def filled(self, defaults: Sampling) -> Sampling:
+        """A copy that takes the temperature, top_p and top_k of `defaults` where it has none."""
+        missing = [name for name, value in self.facts().items() if value is None]
+        return dataclasses.replace(self, **{name: getattr(defaults, name) for name in missing})
+
+    def resolved(self, config: Any) -> Sampling:
+        """A copy that has a temperature, top_p and top_k: where it has none, those of a checkpoint.
+
+        The checkpoint's are read as transformers reads them. If it does not sample (`do_sample`), nor does this,
+        unless a top_p or top_k was asked for, which has an effect on sampling alone.
+
+        Args:
+            config: the `GenerationConfig` of the checkpoint.
+        """
+        samples = bool(config.do_sample)
+        temperature = 1.0 if config.temperature is None else config.temperature
+        return self.filled(
+            Sampling(
+                temperature=temperature if samples or self.asks_for_sampling else 0.0,
+                top_p=1.0 if config.top_p is None else config.top_p,
+                top_k=(_CHECKPOINT_TOP_K if samples else 0) if config.top_k is None else config.top_k,
+            )
+        )
+
+    @property
+    def asks_for_sampling(self) -> bool:
+        """Whether a top_p or top_k is set that has an effect on sampling alone."""
+        return (self.top_p is not None and 0 < self.top_p < 1) or (self.top_k or 0) > 0
+
     @property
     def greedy(self) -> bool:
-        """Whether each token is the likeliest one."""
-        return self.temperature < GREEDY_TEMPERATURE or not self.top_p
+        """Whether each token is the likeliest one, whatever the checkpoint's defaults."""
+        return (self.temperature is not None and self.temperature < GREEDY_TEMPERATURE) or self.top_p == 0
+
+    def facts(self) -> dict[str, Any]:
+        """The temperature, top_p and top_k, by these names."""
+        return {name: getattr(self, name) for name in _CHOSEN}
+
+    def __str__(self) -> str:
+        if self.greedy:
+            return "greedy (temperature 0)"
+        return ", ".join(f"{name} {value:g}" for name, value in self.facts().items() if value is not None)
 
     def options(self) -> dict[str, Any]:
-        """Arguments of `generate`. They replace the checkpoint's own sampling settings, and its forms of output."""
+        """Arguments of `generate`, of settings that are `resolved`.
+
+        They replace the checkpoint's own sampling settings, and its forms of output.
+        """
         if self.greedy:
             return _TOKENS_ALONE | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         return _TOKENS_ALONE | {
             "do_sample": True,
             "temperature": self.temperature,
             "top_p": self.top_p,
-            "top_k": max(0, self.top_k),
+            "top_k": max(0, self.top_k or 0),
         }
+
+
+def may_sample(model: str) -> bool:
+    """Whether a model's checkpoint might sample by itself. Reads the defaults of one in a directory, without torch.
+
+    Args:
+        model: a directory, or a hub id, whose files need not be here.
+    """
+    directory = user_path(model)
+    for name in ("generation_config.json", "config.json"):
+        with contextlib.suppress(FileNotFoundError):
+            path = directory / name
+            return _do_sample(path, path.stat().st_mtime_ns)
+    return True
+
+
+@functools.lru_cache(maxsize=16)
+def _do_sample(path: Path, _changed: int) -> bool:
+    """`do_sample` in a file; true if it cannot be read."""
+    try:
+        return bool(msgspec.json.decode(path.read_bytes(), type=dict[str, Any]).get("do_sample"))
+    except (OSError, UnicodeDecodeError, msgspec.MsgspecError):
+        return True
+
+
+#: Of OpenAI's API.
+OPENAI_DEFAULTS = Sampling(temperature=1.0, top_p=1.0, top_k=0)

@@ -13,7 +13,7 @@ from split_common.models.demo_model import resolve_model
 from split_common.models.split import DEFAULT_CUT, END_LAYERS
 from split_common.system.files import user_path
 from split_common.system.text import check_text
-from split_device.generation.settings import Sampling
+from split_device.generation.settings import Sampling, may_sample
 from split_device.images.settings import ImageSettings
 
 JobKind = Literal["text", "image"]
@@ -95,8 +95,11 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
 
     @property
     def needs_seed(self) -> bool:
-        """Whether the output would differ from run to run unless a seed is drawn."""
-        return not self.sampling.greedy and self.seed is None
+        """Whether the output might differ from run to run unless a seed is drawn."""
+        sampling = self.sampling
+        if self.seed is not None or sampling.greedy:
+            return False
+        return sampling.temperature is not None or sampling.asks_for_sampling or may_sample(self.model.name)
 
     def with_seed(self, seed: int | None) -> Task:
         return msgspec.structs.replace(self, sampling=dataclasses.replace(self.sampling, seed=seed))

@@ -74,7 +74,7 @@ class Loaded:
         return prompt
 
     def request(self, task: Task, progress: JobProgress, priority: int, prompt: list[int] | None = None) -> Request:
-        """The generator's request for a task.
+        """The generator's request for a task. What its sampling leaves open is as in the checkpoint.
 
         Args:
             prompt: what `encode` returned for the task; None to encode it now.
@@ -84,7 +84,7 @@ class Loaded:
             ConfigError: as `encode`, or a number is out of bounds.
         """
         prompt = self.encode(task) if prompt is None else prompt
-        limit, sampling = self.limit, task.sampling.checked()
+        limit, sampling = self.limit, task.sampling.checked().resolved(self.model.generation_config)
         config = GenerationConfig(
             max_new_tokens=min(sampling.max_tokens, limit - len(prompt)),
             eos_token_id=sorted(self.end_tokens) or None,

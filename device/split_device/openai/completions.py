@@ -13,6 +13,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from split_common.system.text import json_line
+from split_device.generation.settings import Sampling
 from split_device.jobs.job import ModelChoice
 from split_device.jobs.models import Loaded
 from split_device.openai.http import CLIENT_CLOSED_REQUEST, api_error, json_response, read_json, unless_disconnected
@@ -27,12 +28,14 @@ class Completions:
 
     Args:
         name: what clients call the model.
+        defaults: the temperature, top_p and top_k of requests that name none; None for the checkpoint's.
     """
 
-    def __init__(self, loaded: Loaded, choice: ModelChoice, name: str) -> None:
+    def __init__(self, loaded: Loaded, choice: ModelChoice, name: str, defaults: Sampling = Sampling()) -> None:
         self.name = name
         self._loaded = loaded
         self._choice = choice
+        self._defaults = defaults
         #: One thread: a tokenizer may not be called by several at once.
         self._encoding = ThreadPoolExecutor(1, "encoding")
 
@@ -60,11 +63,17 @@ class Completions:
             "bytes_received": traffic["bytes_received"],
         }
 
+    def sampling(self) -> Sampling:
+        """The temperature, top_p and top_k of a request that names none."""
+        return self._defaults.resolved(self._loaded.model.generation_config)
+
     async def complete(self, request: Request) -> Response:
         """Answers a request. Raises ApiError, and other errors that `api_error` reports to the client."""
         streams: list[ChoiceStream] = []
         try:
-            query = parse(COMPLETION_PATHS[request.url.path], await read_json(request), self._choice)
+            query = parse(
+                COMPLETION_PATHS[request.url.path], await read_json(request), self._choice, self._defaults
+            )
             check_model(query.model, self.name)
             # All choices have one prompt. A long one takes seconds, in which other requests go on.
             loop = asyncio.get_running_loop()

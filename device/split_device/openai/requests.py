@@ -117,8 +117,15 @@ class Query:
     continues: bool = False
 
 
-def parse(kind: CompletionKind, body: object, model: ModelChoice) -> Query:
-    """Parses a body into tasks for `model`, whatever model the body names. Raises ApiError."""
+def parse(kind: CompletionKind, body: object, model: ModelChoice, defaults: Sampling = Sampling()) -> Query:
+    """Parses a body into tasks for `model`, whatever model the body names.
+
+    Args:
+        defaults: the temperature, top_p and top_k of bodies that name none; None for those of the checkpoint.
+
+    Raises:
+        ApiError: the body is not a valid request.
+    """
     fields = supported(body, _IGNORED, _NEUTRAL)
     if isinstance(options := fields.get("stream_options"), dict):
         fields["stream_options"] = present(options)
@@ -129,11 +136,11 @@ def parse(kind: CompletionKind, body: object, model: ModelChoice) -> Query:
         chat.check()
         limit = chat.max_completion_tokens or chat.max_tokens or UNLIMITED
         logprobs = (chat.top_logprobs or 0) if chat.logprobs else None
-        query = _query(kind, chat, chat.messages, limit, logprobs, model)
+        query = _query(kind, chat, chat.messages, limit, logprobs, model, defaults)
         return dataclasses.replace(query, continues=chat.continue_final_message)
     text = convert(fields, _Text)
     prompt = text.prompt if isinstance(text.prompt, str) else text.prompt[0]
-    return _query(kind, text, prompt, text.max_tokens or DEFAULT_TEXT_TOKENS, text.logprobs, model)
+    return _query(kind, text, prompt, text.max_tokens or DEFAULT_TEXT_TOKENS, text.logprobs, model, defaults)
 
 
 def _query(
@@ -143,9 +150,9 @@ def _query(
     max_tokens: int,
     logprobs: int | None,
     model: ModelChoice,
+    defaults: Sampling,
 ) -> Query:
-    temperature = 1.0 if body.temperature is None else body.temperature
-    sampling = Sampling(max_tokens, temperature, 1.0 if body.top_p is None else body.top_p, 0, body.seed)
+    sampling = Sampling(max_tokens, body.temperature, body.top_p, None, body.seed).filled(defaults)
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     tasks = tuple(
         Task(

@@ -90,7 +90,10 @@ class CompletionServer:
         return json_response({"status": "ok"})
 
     async def _split(self, _request: Request) -> Response:
-        """Which layers run where, and what left this device since the start, summed over all requests."""
+        """Which layers run where, how tokens are chosen unless a request says it, and what left this device.
+
+        What left is counted since the start, and summed over all requests.
+        """
         served = [each for each in (self._completions, self._images) if each is not None]
         traffic = [each.traffic() for each in served]
         return json_response(
@@ -99,6 +102,7 @@ class CompletionServer:
                 "image_model": self._images.name if self._images is not None else None,
                 "context": self._completions.context if self._completions is not None else None,
                 "parts": served[0].parts(),
+                "defaults": self._completions.sampling().facts() if self._completions is not None else None,
                 "traffic": {name: sum(each[name] for each in traffic) for name in traffic[0]},
             }
         )

@@ -23,7 +23,8 @@ _IMAGE_OPTIONS = ("--output",)
 def demo(
     context: typer.Context,
     prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="What to ask. Default: a question about Paris.")
+        str | None,
+        typer.Argument(metavar="PROMPT", show_default="a question about Paris", help="What to ask."),
     ] = None,
     batch: Annotated[bool, typer.Option("--batch", help="Answer a small file of prompts instead.")] = False,
     serve: Annotated[
