@@ -93,6 +93,9 @@ def test_an_agent_that_is_killed_goes_on(
     assert run("agent", "start", *asked[6:8]).code == 0
     watched = run("jobs", "watch", name, "--json")
     assert (watched.code, watched.json["state"], watched.json["done"]) == (0, "ended", LINES)
+    assert running_agent() is not None
+    # It is written before it is forgotten.
+    wait_until(lambda: not place.store.exists() and not place.lock.exists(), PATIENCE)
     unsplit = Unsplit(checkpoint)
     assert answers(tmp_path / "out.jsonl") == [
         unsplit.say(f"user:Say {index}</s>assistant:", TOKENS) for index in range(LINES)
@@ -121,6 +124,7 @@ def test_a_batch_is_cancelled_and_goes_on_in_the_foreground(
     ended = run("jobs", "watch", name, "--json")
     assert (ended.code, ended.json["state"]) == (1, "ended")
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == LINES
+    assert running_agent() == started
     assert run("jobs", "cancel", name).err == f"error: {name} has ended already\n"
 
     again = run(*asked, "--json")

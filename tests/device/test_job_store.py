@@ -151,7 +151,7 @@ def test_prune_removes_what_ended_before(path: Path) -> None:
     assert b"to be removed" not in path.read_bytes()
 
 
-def test_groups_are_counted_kept_and_queued_by_themselves(path: Path) -> None:
+def test_groups_are_counted_by_themselves(path: Path) -> None:
     night = Selection(group="night")
     with Store(path) as store:
         alone = store.submit(task())
@@ -166,11 +166,9 @@ def test_groups_are_counted_kept_and_queued_by_themselves(path: Path) -> None:
         assert (store.count(night)["queued"], store.count(night)["failed"], store.generated(night)) == (1, 1, 2)
         assert store.ids(Selection(ids=(alone.id, third.id))) == [alone.id, third.id]
         assert store.ids(Selection(since=time.time() + 60)) == store.ids(Selection(group="nobody's")) == []
-        assert store.retry_failed("night") == 1
-        assert store.get(alone.id).state == "failed"
-        store.keep([second.id], "night")
-        assert store.ids() == [alone.id, second.id, third.id]
-        store.keep([], "day")
+        assert store.retry_unsuccessful() == 2
+        store.keep([alone.id, second.id])
+        assert store.ids() == [alone.id, second.id]
         assert store._db.execute("SELECT count(*) FROM groups").fetchone()[0] == 1
         for wrong in ("", " ", "two\nlines", "x" * 201, "\udcff"):
             with pytest.raises(ConfigError, match="group"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from split_common.errors import SplitError
+from split_common.errors import JobsError, SplitError
 from split_common.system.lock import Held, holding
 from split_device.batches.finish import clear, finish
 from split_device.batches.pictures import Pictures
@@ -40,9 +40,14 @@ class _Open:
         self, place: Place, record: Record, models: Models, give_up: float, store_key: Path | None
     ) -> None:
         self.place, self.record = place, record
-        self._stack = contextlib.ExitStack()
+        #: Number of errors among the answers that are written; None while the batch is not done.
+        self._errors: int | None = None
         with contextlib.ExitStack() as stack:
             stack.enter_context(holding(place.lock, remove=True))
+            if not (place.store.exists() and place.plan.exists()):
+                raise JobsError(f"its files beside {place.store} are gone: run its command again")
+            # When the store is closed, and while the lock is held.
+            stack.callback(self._clear)
             self.store = stack.enter_context(Store(place.store, store_key))
             self.store.recover()
             self.plan = Plan(place.plan, self.store)
@@ -66,9 +71,12 @@ class _Open:
             return False
         summary = finish(self.place, self.record, self.plan, self.store)
         log.info("%s is finished, with %d errors", self.place.name, summary.errors)
-        self.store.close()
-        clear(self.place, self.record, summary.errors)
+        self._errors = summary.errors
         return True
+
+    def _clear(self) -> None:
+        if self._errors is not None:
+            clear(self.place, self.record, self._errors)
 
 
 class DetachedBatches:

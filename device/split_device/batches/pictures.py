@@ -8,6 +8,7 @@ from pathlib import Path
 
 from split_device.batches.plan import Plan
 from split_device.images.files import write_image
+from split_device.jobs.job import Selection
 from split_device.jobs.store import Store
 
 #: An id that is a file's name as it is. Others are put behind the line's number, with underscores for the rest.
@@ -61,8 +62,9 @@ class Pictures:
         """Writes the pictures that have been made since the last call. Raises ConfigError."""
         from PIL import Image
 
-        for id_, (path, metadata) in list(self._missing.items()):
-            if self._store.get(id_).state == "succeeded":
+        for id_ in self._store.ids(Selection(states=("succeeded",))) if self._missing else ():
+            if id_ in self._missing:
+                path, metadata = self._missing[id_]
                 with Image.open(io.BytesIO(self._store.image(id_))) as image:
                     write_image(image, path, metadata=metadata)
                 del self._missing[id_]

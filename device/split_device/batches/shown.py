@@ -21,14 +21,17 @@ from split_device.jobs.store import Store
 def batch_facts(place: Place, record: Record, store_key: Path | None) -> dict[str, Any]:
     """A batch's facts for programs: everything except prompts and answers.
 
-    `done` and `failed` count answers; they are None if the store is sealed and this is not its key.
+    `done` and `failed` count answers. They and `tokens` are None if the store is sealed under another key, and
+    `tokens` is also None if the store is gone.
     """
     done: int | None = record.jobs
     failed: int | None = record.errors
+    tokens: int | None = None
     if place.store.exists():
         try:
             with Store(place.store, store_key) as store:
                 done, failed = counts(store)
+                tokens = store.generated()
         except SplitError:
             done = failed = None
     return {
@@ -41,6 +44,7 @@ def batch_facts(place: Place, record: Record, store_key: Path | None) -> dict[st
         "answers": record.jobs,
         "done": done,
         "failed": failed,
+        "tokens": tokens,
         "errors": record.errors,
         "detached": record.detached,
         "problem": record.problem,

@@ -56,10 +56,7 @@ def prepare(lines: Iterable[Line], place: Place, store: Store) -> Prepared:
             jobs += len(wanted)
         plan = writer.commit()
     store.keep(id_ for entry in plan.entries() for id_ in entry.jobs)
-    for entry in plan.entries():
-        for id_ in entry.jobs:
-            if store.get(id_).state in ("failed", "cancelled"):
-                store.retry(id_)
+    store.retry_unsuccessful()
     return Prepared(plan, count, jobs)
 
 

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from split_common.errors import AgentError, ConfigError, UnknownJob
 from split_common.system.console import emit_json, print_text, stderr, stdout
-from split_common.system.outputs import check_output, write_output
-from split_device.batches.outputs import formatted, output_form, result_object
+from split_common.system.outputs import check_output
+from split_device.batches.outputs import formatted, output_form, result_object, write_results
 from split_device.batches.place import find_batch, is_batch, places
 from split_device.batches.results import results
 from split_device.batches.shown import batch_facts, opened
@@ -79,17 +79,17 @@ def batch_result(name: str, output: Path | None, store_key: Path | None, json: b
     if output is not None:
         check_output(output)
     with opened(name, store_key) as (place, record, plan, store):
-        form = record.output_form if output is None else output_form(output)
-        found = list(results(plan, store, ended=True))
-        facts = batch_facts(place, record, store_key)
-    lines = "".join(formatted(form, iter(found), tabs=output is not None and output.suffix.lower() == ".tsv"))
-    if output is not None:
-        write_output(output, lines.encode())
-        stderr.print(f"{output}: {_answers(facts)}", soft_wrap=True)
-    elif not json:
-        print_text(lines, end="")
-    if json:
-        emit_json(facts | {"results": [result_object(result) for result in found]})
+        found = results(plan, store, ended=True)
+        if output is not None:
+            written = write_results(output, output_form(output), found)
+            stderr.print(f"{output}: {written.lines} of {record.lines} lines", soft_wrap=True)
+        elif not json:
+            for line in formatted(record.output_form, found):
+                print_text(line, end="")
+            stderr.print(f"{_answers(batch_facts(place, record, store_key))} answers are there", soft_wrap=True)
+        if json:
+            facts = batch_facts(place, record, store_key)
+            emit_json(facts | {"results": [result_object(result) for result in results(plan, store, ended=True)]})
 
 
 def watch_batch(name: str, store_key: Path | None, json: bool) -> None:
@@ -102,7 +102,7 @@ def watch_batch(name: str, store_key: Path | None, json: bool) -> None:
     place, record = find_batch(name)
     facts = batch_facts(place, record, store_key)
     worked_at = time.monotonic()
-    with batch_progress("auto", name, record.jobs, lambda: 0) as advance:
+    with batch_progress("auto", name, record.jobs, lambda: facts["tokens"] or 0) as advance:
         while facts["state"] != "ended":
             advance(facts["done"] or 0, facts["failed"] or 0)
             if facts["problem"] is not None:

@@ -182,9 +182,9 @@ class Store(JobReader):
         )
         return self.get(id_)
 
-    def retry_failed(self, group: str | None = None) -> int:
-        """Queues all failed jobs, or those of a group, again; returns their number."""
-        where, values = self._where(Selection(states=("failed",), group=group))
+    def retry_unsuccessful(self) -> int:
+        """Queues all jobs again that failed or were cancelled; returns their number."""
+        where, values = self._where(Selection(states=("failed", "cancelled")))
         query = f"UPDATE jobs SET state = 'queued', cancelling = 0, finished = NULL, error = NULL WHERE {where}"
         with transaction(self._db, self.path):
             return self._db.execute(query, values).rowcount
@@ -200,13 +200,12 @@ class Store(JobReader):
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return removed
 
-    def keep(self, ids: Iterable[str], group: str | None = None) -> None:
-        """Removes all jobs, or those of a group, except these, of which there may be more than fit into memory."""
-        where, values = self._where(Selection(group=group))
+    def keep(self, ids: Iterable[str]) -> None:
+        """Removes all jobs except these, of which there may be more than fit into memory."""
         with transaction(self._db, self.path):
             self._db.execute("CREATE TEMP TABLE kept (id TEXT PRIMARY KEY) WITHOUT ROWID")
             self._db.executemany("INSERT OR IGNORE INTO kept VALUES (?)", ((id_,) for id_ in ids))
-            self._db.execute(f"DELETE FROM jobs WHERE id NOT IN kept AND {where}", values)
+            self._db.execute("DELETE FROM jobs WHERE id NOT IN kept")
             self._db.execute("DROP TABLE kept")
             self._remove_empty_groups()
 
