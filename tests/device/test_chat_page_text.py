@@ -117,6 +117,22 @@ def test_an_answer_that_is_still_coming(page: Page) -> None:
     assert 'href="https://a.b"' in stages[-1]
 
 
+#: What the model is sent, of a conversation in which a picture, and an answer that failed, came before.
+CONTEXT = """async () => {
+  const { add, context, newConversation } = await import("./js/thread.js");
+  const conversation = newConversation();
+  for (const [role, text, asks] of [
+    ["user", "a", "text"], ["assistant", "b", "text"], ["user", "/image c", "picture"],
+    ["assistant", "", "picture"], ["user", "d", "text"], ["assistant", "", "text"], ["user", "e", "text"],
+  ]) add(conversation, conversation.leaf, { role, text, asks });
+  return context(conversation, conversation.leaf).map(({ role, content }) => `${role}: ${content}`);
+}"""
+
+
+def test_the_model_is_sent_texts_that_were_answered(page: Page) -> None:
+    assert page.evaluate(CONTEXT) == ["user: a", "assistant: b", "user: e"]
+
+
 #: Reads a stream of events, given as text. Returns the events, and what was noticed meanwhile.
 EVENTS = """async (text) => {
   const { events } = await import("./js/api.js");

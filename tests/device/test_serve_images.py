@@ -205,10 +205,23 @@ def test_what_asks_the_page_for_a_picture(server: tuple[str, Any]) -> None:
         page.keyboard.press("Enter")
         expect(page.get_by_role("alert")).to_have_text("Say what to show: /image a photo of a lighthouse")
         expect(message).to_have_value("/image")
+        set_field(page, "picture-steps", 1000)
+        message.fill("/image a seven")
+        page.keyboard.press("Enter")
+        wait_until(lambda: len(server[1]._sessions), PATIENCE)
+        page.keyboard.press("Escape")
+        # What came to nothing is not a version of the answer.
+        expect(page.locator("article.assistant .facts")).to_have_text("stopped")
+        wait_until(lambda: not len(server[1]._sessions), PATIENCE)
+        set_field(page, "picture-steps", 1)
+        page.get_by_role("button", name="Try again").click()
+        answered(page)
+        expect(page.get_by_role("img", name="a seven")).to_have_count(1)
+        expect(page.get_by_text("2 of 2")).to_have_count(0)
         message.fill("")
         say(page, "/imagine")
-        expect(page.locator("article.assistant .body")).not_to_be_empty()
-        expect(page.locator("article img")).to_have_count(0)
+        expect(page.locator("article.assistant .body").last).not_to_be_empty()
+        expect(page.locator("article img")).to_have_count(1)
 
 
 def steps(worker: Any) -> int:

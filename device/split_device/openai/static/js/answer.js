@@ -88,7 +88,7 @@ export function answer(conversation, question, node, shown, hooks) {
       node.ended = choice.finish_reason ?? node.ended;
       shown.grow();
     }
-    node.facts = facts(clock);
+    node.facts = facts(clock, goesOn);
     if (sameAsBefore(conversation, node)) node.facts += " · the same as before: a temperature makes it vary";
   }, hooks);
 }
@@ -98,9 +98,9 @@ function sameAsBefore(conversation, node) {
   return conversation.nodes.some((one) => one !== node && one.parent === node.parent && one.text === node.text);
 }
 
-function facts({ began, first, tokens }) {
+function facts({ began, first, tokens }, goesOn) {
   const rate = tokens > 1 ? [`${((1000 * (tokens - 1)) / (performance.now() - first)).toFixed(1)} tokens/s`] : [];
-  const made = tokens === 1 ? "1 token" : `${tokens} tokens`;
+  const made = `${tokens} ${goesOn ? "more " : ""}${tokens === 1 ? "token" : "tokens"}`;
   return [made, ...rate, `first after ${((first - began) / 1000).toFixed(2)} s`].join(" · ");
 }
 
@@ -124,11 +124,21 @@ export function draw(prompt, node, shown, hooks, settings = pictureSettings()) {
   }, hooks);
 }
 
-/** What a picture is asked for by a message; null for a message that is to be answered by a text. */
-export function picturePrompt(text) {
+/** What a message asks for, "text" or "picture". Throws an error for the reader if it is not served. */
+export function asksFor(text) {
   const found = /^\/image(?:\s+(.*))?$/s.exec(text);
-  if (!found) return served.model ? null : text;
-  if (!served.image_model) throw new Error("No image model is served here: lambda-split serve --image-model MODEL.");
-  if (!found[1]) throw new Error("Say what to show: /image a photo of a lighthouse");
-  return found[1];
+  const asks = found || !served.model ? "picture" : "text";
+  check(asks);
+  if (found && !found[1]) throw new Error("Say what to show: /image a photo of a lighthouse");
+  return asks;
+}
+
+/** Throws an error for the reader if no model is served for a "text" or a "picture". */
+export function check(asks) {
+  if (asks === "picture" && !served.image_model) {
+    throw new Error("No image model is served here: start lambda-split serve with --image-model.");
+  }
+  if (asks === "text" && !served.model) {
+    throw new Error("No language model is served here: start lambda-split serve with --model.");
+  }
 }

@@ -53,7 +53,10 @@ export class List {
     const found = [...this._all.values()]
       .filter(({ nodes }) => nodes.some(({ text }) => text.toLowerCase().includes(wanted)))
       .sort((one, other) => other.updated.localeCompare(one.updated));
-    $("conversations").replaceChildren(...found.map((conversation) => this._item(conversation)));
+    const drawn = JSON.stringify(found.map((one) => [one.id, title(one), one === this.current]));
+    // Not in vain: it would take the focus away from what is in the list.
+    if (drawn !== this._drawn) $("conversations").replaceChildren(...found.map((one) => this._item(one)));
+    this._drawn = drawn;
     $("none").hidden = found.length > 0;
     $("none").textContent = wanted ? "None of them has this text." : "None yet.";
     for (const id of ["export", "delete-all"]) $(id).disabled = this._all.size === 0;

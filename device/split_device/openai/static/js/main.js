@@ -1,13 +1,13 @@
 /** The chat page: what the reader does, and what follows from it. */
 
 import { Locked, lock } from "./api.js";
-import { answer, busy, draw, picturePrompt, stop } from "./answer.js";
+import { answer, asksFor, busy, check, draw, stop } from "./answer.js";
 import { $, fail, focusPrompt, say } from "./dom.js";
 import { List } from "./list.js";
 import * as settings from "./settings.js";
 import { look, showContext } from "./split.js";
 import { loadTheme, saveTheme } from "./store.js";
-import { add, newConversation, select } from "./thread.js";
+import { add, newConversation, pictured, select } from "./thread.js";
 import { View } from "./view.js";
 
 let conversation = newConversation();
@@ -18,6 +18,7 @@ const list = new List(open, () => open(newConversation()));
 // --- conversations -------------------------------------------------------------------------------------------
 
 function open(other) {
+  if (other === conversation) return drawer(false);
   stop();
   conversation = other;
   view.show(other);
@@ -46,19 +47,22 @@ function show(index) {
 
 /** Asks a question that follows the message `parent`, and shows it with its answer. */
 function ask(text, parent) {
-  const asks = picturePrompt(text) === null ? "text" : "picture";
-  return reply(add(conversation, parent, { role: "user", text, asks }));
+  return reply(add(conversation, parent, { role: "user", text, asks: asksFor(text) }));
 }
 
-/** Answers a question, by a new message or by filling `index`, an answer that came to nothing. */
-function reply(question, index = null, pictured = undefined) {
+/**
+ * Answers a question, by a new message or by filling `index`, an answer that came to nothing or is to go on; a picture
+ * is made with the size, steps and seed of `like`, if that is given.
+ */
+function reply(question, index = null, like = undefined) {
   const { text, asks } = conversation.nodes[question];
+  check(asks);
   index ??= add(conversation, question, { role: "assistant", text: "", asks });
   const node = conversation.nodes[index];
   const shown = view.show(conversation);
   list.current = conversation;
   list.save(conversation);
-  if (asks === "picture") return draw(picturePrompt(text), node, shown, hooks(), pictured);
+  if (asks === "picture") return draw(pictured(text), node, shown, hooks(), like);
   return answer(conversation, question, node, shown, hooks());
 }
 

@@ -29,6 +29,7 @@ const ALLOWED = {
 marked.use({
   gfm: true,
   extensions,
+  // Raw HTML is no markup, but for line breaks, which tables need.
   tokenizer: {
     html: () => undefined,
     tag: (source) => {
@@ -46,7 +47,6 @@ marked.use({
       if (language === "math") return `<p>${place(text, true)}</p>`;
       return `<pre><code class="language-${language}">${escaped(text)}</code></pre>`;
     },
-    html: ({ text }) => escaped(text),
     image: ({ href, text }) => `<a href="${escaped(href)}">picture: ${escaped(text || href)}</a>`,
     checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
   },

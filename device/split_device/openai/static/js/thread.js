@@ -48,6 +48,9 @@ export function title(conversation) {
   return conversation.nodes[0]?.text.trim().slice(0, 80) || "Untitled";
 }
 
+/** What a picture is to show, of the message that asked for it. */
+export const pictured = (text) => text.replace(/^\/image\s+/, "");
+
 /** What the model is sent to answer a question; pictures, and questions without an answer, are left out. */
 export function context(conversation, question) {
   const nodes = path(conversation, question).map((index) => conversation.nodes[index]);

@@ -2,7 +2,7 @@
 
 import { $, button, copyButton, download, focusPrompt, make } from "./dom.js";
 import { Rendering } from "./markdown.js";
-import { path, siblings } from "./thread.js";
+import { path, pictured, siblings } from "./thread.js";
 
 /**
  * Shows conversations. `doing` has what the buttons do, each with the message's index: `edit` (and the new text),
@@ -70,7 +70,7 @@ export class Shown {
 
   draw() {
     const { text, picture, facts, ended, error } = this.node;
-    if (picture) this.body.replaceChildren(drawn(picture, this._question.text.replace(/^\/image\s+/, "")));
+    if (picture) this.body.replaceChildren(drawn(picture, pictured(this._question.text)));
     else if (this._rendering) this._rendering.finish(text);
     else this.body.textContent = text;
     this.notice(error ?? "");
