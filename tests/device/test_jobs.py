@@ -16,9 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from fleet import serving_here
+from split_common.system.lock import holding
 from split_device import Device
-from split_device.jobs.agent import MAX_LOG, log_path, running_agent, trim_log
-from split_device.jobs.job import ModelChoice, Task
+from split_device.jobs import waits
+from split_device.jobs.agent import MAX_LOG, lock_path, log_path, running_agent, trim_log
+from split_device.jobs.follow import follow
+from split_device.jobs.job import ModelChoice, Task, Update
 from split_device.jobs.store import Store, store_path
 from wiretap import wait_until
 
@@ -150,9 +153,11 @@ def test_jobs_wait_for_a_worker_and_can_be_cancelled(
     waiting = run("submit", "Hello", *options).out.strip()
     run("agent", "start", "--broker", address, "--give-up", 4)
     wait_until(lambda: "jobs wait: NoWorker" in log_path().read_text(), PATIENCE)
+    wait_until(lambda: waits.said().startswith("jobs wait: NoWorker"), PATIENCE)
     for _ in range(5):
         cancelled = run("submit", "Hello", "--model", checkpoint, "--max-tokens", 200).out.strip()
         wait_until(lambda id_=cancelled: tokens_of(id_) > 0, PATIENCE)
+        assert waits.said() == ""
         # On a busy machine it may be through by now.
         if run("jobs", "cancel", cancelled).code == 0:
             break
@@ -164,6 +169,25 @@ def test_jobs_wait_for_a_worker_and_can_be_cancelled(
 
     run("jobs", "retry", cancelled)
     assert run("jobs", "watch", cancelled).out == unsplit(checkpoint, "Hello", 200) + "\n"
+
+
+def test_who_watches_a_job_is_told_what_it_waits_for(checkpoint: Path) -> None:
+    said: list[str] = []
+    with Store(store_path()) as store, holding(lock_path()):
+        job = store.submit(Task(model=ModelChoice(name=str(checkpoint)), prompt="Hello"))
+        waits.say("worker a is gone: waiting 60 s for another one")
+
+        def hear(text: str) -> None:
+            said.append(text)
+            if len(said) == 1:
+                waits.say("worker b has taken over")
+            else:
+                store.write([Update(id=job.id, state="failed", error="enough")])
+
+        assert follow(store, job.id, on_notice=hear).state == "failed"
+    assert said == ["worker a is gone: waiting 60 s for another one", "worker b has taken over"]
+    waits.over()
+    assert waits.said() == ""
 
 
 def test_an_agent_that_waits_for_a_broker_can_be_stopped(run: Any, checkpoint: Path) -> None:

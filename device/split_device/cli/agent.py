@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import threading
@@ -21,7 +22,7 @@ from split_device.batches.finish import prune as prune_batches
 from split_device.cli.batches import all_batches, print_batches
 from split_device.cli.groups import ConnectionOptions, LimitOptions
 from split_device.cli.options import GIVE_UP, GiveUpOption, KeepOption, StoreKeyOption, parse_age
-from split_device.jobs import agent
+from split_device.jobs import agent, waits
 from split_device.jobs.shown import shown_counts
 from split_device.jobs.store import Store, store_path
 
@@ -69,9 +70,12 @@ def run(
             if json:
                 emit_json({"pid": os.getpid(), "store": str(store.path), "jobs": shown_counts(store.count())})
             stderr.print(f"agent {os.getpid()} runs the jobs of {store.path}; {resumed} resume", soft_wrap=True)
+            waits.over()
+            connection = dataclasses.replace(connection, on_notice=waits.say)
             with Models(connection, limits) as models:
                 batches = DetachedBatches(models, give_up, store_key)
-                _work(JobRunner(store, models, give_up), batches, store, max_age, stop)
+                runner = JobRunner(store, models, give_up, waits.say, waits.over)
+                _work(runner, batches, store, max_age, stop)
     except Held as held:
         raise AgentError(f"an agent runs already, process {held.pid}") from None
 

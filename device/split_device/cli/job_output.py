@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from split_common.errors import ConfigError
-from split_common.system.console import emit_json, print_text, stderr
-from split_device.cli.terminal import step_progress
+from split_common.system.console import emit_json, stderr
+from split_device.cli.terminal import answer_line, print_notice, step_progress
 from split_device.images.files import notes, write_image
 from split_device.jobs.follow import follow, image_output, text_output
 from split_device.jobs.job import ImageTask, Job
@@ -46,13 +46,8 @@ def interruptible(job: Job) -> Iterator[None]:
 
 
 def _show_answer(store: Store, job: Job, json: bool) -> None:
-    def print_now(text: str) -> None:
-        if not json:
-            print_text(text, end="")
-
-    job = follow(store, job.id, print_now)
-    if not json:
-        print(flush=True)
+    with answer_line(json) as print_now:
+        job = follow(store, job.id, print_now, on_notice=print_notice)
     text = text_output(store, job)
     if json:
         emit_json(job_facts(job) | {"text": text})
@@ -60,7 +55,7 @@ def _show_answer(store: Store, job: Job, json: bool) -> None:
 
 def _show_image(store: Store, job: Job, steps: int, output: Path | None, json: bool, metadata: bool) -> None:
     with step_progress(steps, json) as advance:
-        job = follow(store, job.id, on_step=lambda done: advance(done, max(done, steps)))
+        job = follow(store, job.id, None, lambda done: advance(done, max(done, steps)), print_notice)
     image = image_output(store, job)
     if output is not None:
         report_image(job, image, output, json, metadata)

@@ -29,10 +29,11 @@ _line_is_open = False
 
 def with_notices(connection: Connection) -> Connection:
     """The connection, with lines on stderr about workers that are lost, waited for and found."""
-    return dataclasses.replace(connection, on_notice=_print_notice)
+    return dataclasses.replace(connection, on_notice=print_notice)
 
 
-def _print_notice(text: str) -> None:
+def print_notice(text: str) -> None:
+    """Prints what is said of workers on stderr, on a line of its own."""
     if _line_is_open and sys.stdout.isatty():
         stderr.print()
     stderr.print(text, soft_wrap=True)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from split_common.errors import AgentError, JobsError
+from split_device.jobs import waits
 from split_device.jobs.agent import running_agent
 from split_device.jobs.job import FINAL, PAST, Job
 from split_device.jobs.shown import shown_state
@@ -23,14 +24,18 @@ def follow(
     id_: str,
     on_text: Callable[[str], None] | None = None,
     on_step: Callable[[int], None] | None = None,
+    on_notice: Callable[[str], None] = lambda _: None,
 ) -> Job:
     """Passes on a job's text, or the number of an image's steps done, from the beginning to the end of the job.
+
+    Args:
+        on_notice: takes what the agent says while jobs wait for a worker.
 
     Raises:
         UnknownJob: there is no such job, or it was removed.
         AgentError: no agent runs that could continue the job.
     """
-    seen = 0
+    seen, told = 0, ""
     agent_at = time.monotonic()
     while True:
         job = store.get(id_)
@@ -45,6 +50,8 @@ def follow(
         now = time.monotonic()
         if running_agent() is not None:
             agent_at = now
+            if (notice := waits.said()) not in ("", told):
+                on_notice(told := notice)
         elif now - agent_at > AGENT_GRACE:
             words = PAST[shown_state(job)]
             raise AgentError(f"job {id_} {words}, and no agent runs: `lambda-split agent start` starts one")

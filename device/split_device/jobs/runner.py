@@ -42,15 +42,22 @@ class JobRunner:
     Args:
         give_up: how long jobs of a model without worker or broker are retried before they fail, in seconds.
         notice: called with the reason when jobs begin to wait.
+        progressed: called when jobs have made progress.
     """
 
     def __init__(
-        self, store: Store, models: Models, give_up: float, notice: Callable[[str], None] = log.warning
+        self,
+        store: Store,
+        models: Models,
+        give_up: float,
+        notice: Callable[[str], None] = log.warning,
+        progressed: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
         self._models = models
         self._give_up = give_up
         self._notice = notice
+        self._progressed = progressed
         self._running: dict[str, JobExecution] = {}
         self._backoffs: dict[AnyChoice, _Backoff] = {}
 
@@ -113,9 +120,11 @@ class JobRunner:
         """Writes the progress and the ends of the running jobs."""
         # Checked before collecting: all output of a job that is done by now is there to be collected.
         ended = [running for running in self._running.values() if running.done]
-        for running in self._running.values():
-            if running.collect():
-                self._backoffs.pop(running.job.task.model, None)
+        moved = [running for running in self._running.values() if running.collect()]
+        for running in moved:
+            self._backoffs.pop(running.job.task.model, None)
+        if moved:
+            self._progressed()
         for running in ended:
             error = running.conclude()
             if error is not None:
