@@ -66,8 +66,10 @@ from split_device.cli import doctor
 from split_device.generation import chat as chatting
 from split_device.generation.settings import Sampling
 from split_device.images.settings import ImageSettings
+from split_device.jobs import hooks
 from split_device.jobs import job as jobs
 from split_device.jobs.database import SCHEMA_VERSION
+from split_device.jobs.hooks import Action, DueHook
 from split_device.jobs.job import (
     ImageChoice,
     ImageTask,
@@ -271,6 +273,7 @@ IMAGE = ImageTask(
     prompt="a cat",
     settings=ImageSettings(30, 512, 768, 7.5, "a dog", 321),
 )
+ACTION = Action(command=("notify", "--now"), directory="/home/user", webhook="https://a.example")
 TASKS = {"text": TASK, "plain": PLAIN, "open": OPEN, "image": IMAGE}
 
 
@@ -327,6 +330,9 @@ def store_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         store.write([Update(id=names[0], piece=TextPiece([2], " two"), sampler=b"later")])
         store.cancel(names[0])
         store.cancel(names[1])
+        store.hooks.add([Action(webhook="https://a.example/b")], group="of the night")
+        store.hooks.add([ACTION], [names[1]])
+        store.hooks.done(1)
     monkeypatch.undo()
     return path
 
@@ -364,6 +370,7 @@ def test_the_database_of_jobs(store_file: Path, tmp_path: Path) -> None:
         check_jobs(store)
         assert store.get("job-000000000001").group == "of the night"
         assert store.ids(Selection(group="of the night")) == ["job-000000000001"]
+        assert store.hooks.due() == [DueHook(2, ACTION, "job-000000000002", None, "cancelled", None)]
 
 
 def test_a_database_of_version_2_is_brought_up(store_file: Path, tmp_path: Path) -> None:
@@ -398,6 +405,7 @@ def check_jobs(store: Store) -> None:
 def test_tasks_and_pieces() -> None:
     """As the store keeps them, once it has opened what it sealed."""
     samples = {name: msgspec.msgpack.encode(task) for name, task in TASKS.items()}
+    samples["action"] = msgspec.msgpack.encode(ACTION)
     samples["piece"] = msgspec.msgpack.encode(TextPiece([1, 200, 70_000], "one"))
     golden = check_bytes("tasks", samples)
     assert {name: msgspec.msgpack.decode(golden[name], type=jobs.AnyTask) for name in TASKS} == TASKS
@@ -510,7 +518,7 @@ def test_json_of_records() -> None:
 
 #: Modules whose structs travel or are stored.
 MODULES: tuple[ModuleType, ...] = (
-    *(headers, payloads, handshake, keys, manifest, dead_letters, jobs, batches, batch_lines),
+    *(headers, payloads, handshake, keys, manifest, dead_letters, jobs, hooks, batches, batch_lines),
 )
 
 #: Structs of theirs that do neither.
@@ -518,7 +526,7 @@ NOT_STORED: set[type] = {headers.Header, payloads.Payload, jobs.Job, jobs.JobPro
 
 SAMPLES = (
     *(HEADERS, REQUESTS, REPLIES, ROSTER, MANIFEST, DEVICE.certificate, WORKER.certificate),
-    *(TASKS, TextPiece([1], "one"), LETTER, RECORD, ENTRY),
+    *(TASKS, ACTION, TextPiece([1], "one"), LETTER, RECORD, ENTRY),
     Hello(ROOT, [AEGIS.name], SERVICE, "bfloat16", 2, ["fork"]),
     Answer(ROOT, AEGIS.name, b"credentials", 2, ["fork"]),
     Credentials(b"certificate", bytes(64)),

@@ -21,6 +21,7 @@ from split_device import Device
 from split_device.jobs import waits
 from split_device.jobs.agent import MAX_LOG, lock_path, log_path, running_agent, trim_log
 from split_device.jobs.follow import follow
+from split_device.jobs.hooks import command_action
 from split_device.jobs.job import ModelChoice, Task, Update
 from split_device.jobs.store import Store, store_path
 from wiretap import wait_until
@@ -213,12 +214,16 @@ def test_the_log_of_an_agent_does_not_grow_without_bound(run: Any, address: str)
     assert log_path().stat().st_size < 10_000
 
 
-def test_an_agent_that_keeps_nothing(run: Any, address: str) -> None:
+def test_an_agent_that_keeps_nothing(run: Any, address: str, tmp_path: Path) -> None:
+    """It does what was to be done at the end of a job before it removes the job."""
+    done = tmp_path / "done"
     with Store(store_path()) as store:
         gone = store.cancel(store.submit(Task(model=ModelChoice(name="any"), prompt="x")).id).id
+        store.hooks.add([command_action(f"touch '{done}'")], [gone])
     run("agent", "start", "--broker", address, "--keep", "0s")
     wait_until(lambda: run("jobs", "show", gone).code == 1, PATIENCE)
-    assert run("agent", "start", "--keep", "long").code == 1
+    wait_until(done.exists, PATIENCE)
+    assert run("agent", "start", "--keep", "long").code == 2
 
 
 def test_from_python(run: Any, checkpoint: Path, address: str, tmp_path: Path) -> None:

@@ -337,3 +337,24 @@ def test_ctrl_c_says_that_the_job_goes_on(store: Store, tmp_path: Path) -> None:
     assert waiting.returncode == 130
     assert f"the job goes on: `lambda-split jobs watch {line.strip()}` follows it" in said
     assert store.get(line.strip()).state == "queued"
+
+
+def test_watching_a_group_until_all_have_ended(run: Any, store: Store) -> None:
+    """This process holds the agent's lock, and ends the jobs."""
+    ids = [store.submit(task(name), group="night").id for name in "ab"]
+    command = [sys.executable, "-m", "split_common", "jobs", "watch", "--group", "night"]
+    with holding(lock_path()), subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as watching:
+        assert watching.stderr is not None
+        assert watching.stderr.readline() == "night: 0 of 2\n"
+        store.write([Update(id=id_, state="succeeded") for id_ in ids])
+        assert watching.communicate(timeout=300)[1] == "night: 2 succeeded\n"
+    assert watching.returncode == 0
+    wrong = failed(store, "c", "night")
+    ended = run("jobs", "watch", "--group", "night", "--json")
+    assert (ended.code, ended.json["counts"]["succeeded"], ended.json["failed"]) == (1, 2, [wrong])
+    said = run("jobs", "watch", *ids, wrong).err
+    assert f"the first to fail: job {wrong}: PromptTooLong: no room\n" in said
+    assert "night" not in said
+    assert run("jobs", "watch", *ids).code == 0
+    assert run("jobs", "watch").code == 2
+    assert run("jobs", "watch", "--group", "nobody's").code == 1

@@ -23,6 +23,7 @@ from split_device.cli.batches import all_batches, print_batches
 from split_device.cli.groups import ConnectionOptions, LimitOptions
 from split_device.cli.options import GIVE_UP, GiveUpOption, KeepOption, StoreKeyOption, parse_age
 from split_device.jobs import agent, waits
+from split_device.jobs.notify import Notifier
 from split_device.jobs.shown import shown_counts
 from split_device.jobs.store import Store, store_path
 
@@ -90,6 +91,7 @@ def _work(
     """
     from split_device.jobs.runner import WRITE_INTERVAL
 
+    notifier = Notifier(store)
     prune_at = 0.0
     in_background = agent.logs_to_file()
     try:
@@ -99,6 +101,7 @@ def _work(
             time.sleep(WRITE_INTERVAL)
             runner.write()
             batches.write()
+            notifier.turn()
             if time.monotonic() >= prune_at:
                 if max_age is not None:
                     store.prune(time.time() - max_age)
@@ -111,6 +114,7 @@ def _work(
             raise
     finally:
         try:
+            notifier.stop()
             batches.stop()
         finally:
             runner.stop()
@@ -131,6 +135,8 @@ def start(
     # The options are those of `agent run`, in this directory and this environment. An address may hold a password,
     # and the arguments of a process are everybody's to read.
     options = given_words(context, but=["--json", "--broker"])
+    if keep is not None:
+        parse_age(keep)
     if (pid := agent.running_agent()) is None:
         try:
             with doing("starting an agent"):

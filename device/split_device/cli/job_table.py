@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import msgspec
 from rich.cells import cell_len, set_cell_size
 
 from split_common.models.checkpoint_files import model_name
+from split_device.jobs.hooks import Action
 from split_device.jobs.job import ImageTask, Job, Task
 from split_device.jobs.shown import job_facts, prompt_of, rate, shown_state, title
 
@@ -84,8 +86,12 @@ def asked(job: Job) -> dict[str, Any]:
     return found
 
 
-def job_lines(job: Job) -> Iterator[str]:
-    """All about a job except its answer. What does not apply is left out."""
+def job_lines(job: Job, actions: list[Action]) -> Iterator[str]:
+    """All about a job except its answer. What does not apply is left out.
+
+    Args:
+        actions: what is to happen when it has ended.
+    """
     facts = job_facts(job)
     yield f"id: {job.id}"
     yield f"kind: {job.kind}"
@@ -105,6 +111,8 @@ def job_lines(job: Job) -> Iterator[str]:
     yield from _lines(msgspec.to_builtins(settings))
     for text in job.task.stop if isinstance(job.task, Task) else ():
         yield f"stop: {text!r}"
+    for action in actions:
+        yield f"on done: {action.webhook or shlex.join(action.command)}"
     prompt = prompt_of(job.task)
     if isinstance(prompt, str):
         yield f"prompt: {prompt}"

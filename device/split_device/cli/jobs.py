@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from split_common.cli.options import JsonOption
@@ -13,6 +14,7 @@ from split_common.errors import ConfigError
 from split_common.system.console import emit_json, print_text, stderr, stdout
 from split_device.batches.finish import prune as prune_batches
 from split_device.batches.place import is_batch
+from split_device.cli.batch_options import ProgressOption
 from split_device.cli.batches import (
     all_batches,
     batch_result,
@@ -34,6 +36,7 @@ from split_device.cli.job_selection import (
     selected,
 )
 from split_device.cli.job_table import asked, job_lines, job_table
+from split_device.cli.job_watch import watch_jobs
 from split_device.cli.options import GroupOption, MetadataOption, StoreKeyOption, parse_age
 from split_device.images.settings import check_image_output
 from split_device.jobs.agent import running_agent
@@ -93,24 +96,41 @@ def show(job: JobArgument, store_key: StoreKeyOption = None, json: JsonOption = 
         return
     with Store(store_path(), store_key) as store:
         found = store.get(job)
+        actions = store.hooks.of_job(job)
     if json:
-        emit_json(job_facts(found) | {"asked": asked(found)})
+        emit_json(job_facts(found) | {"asked": asked(found), "on_done": msgspec.to_builtins(actions)})
         return
-    for line in job_lines(found):
+    for line in job_lines(found, actions):
         print_text(line)
 
 
 @app.command()
-def watch(job: JobArgument, store_key: StoreKeyOption = None, json: JsonOption = False) -> None:
+def watch(
+    jobs: JobsArgument = None,
+    group: GroupOption = None,
+    progress: ProgressOption = "auto",
+    store_key: StoreKeyOption = None,
+    json: JsonOption = False,
+) -> None:
     """Stream a job's answer from its beginning until the job ends; for an image, show its progress.
 
-    Of a batch, it shows how far it is; exit code 1 if any of its lines has an error at the end.
+    Of several jobs, a group or a batch, it shows how many have ended, until all have. Exit code 1 if one has not
+    succeeded.
     """
-    if is_batch(job):
-        watch_batch(job, store_key, json)
+    if names := batches_among(jobs):
+        if len(names) > 1:
+            raise ConfigError("name one batch")
+        watch_batch(names[0], store_key, json)
         return
+    if bool(jobs) == (group is not None):
+        raise ConfigError("which jobs? Name them, or choose them by --group")
     with Store(store_path(), store_key) as store:
-        found = store.get(job)
+        if jobs is None or len(set(jobs)) > 1:
+            for id_ in jobs or ():
+                store.get(id_)
+            watch_jobs(store, selected(store, jobs, group), progress, json)
+            return
+        found = store.get(jobs[0])
         with interruptible(found):
             show_output(store, found, None, json)
 

@@ -254,6 +254,26 @@ GroupOption = Annotated[
         help="Group of jobs. A new job makes the group if it does not exist.",
     ),
 ]
+OnDoneOption = Annotated[
+    str | None,
+    typer.Option(
+        "--on-done",
+        metavar="COMMAND",
+        rich_help_panel=STORE_PANEL,
+        help="Have the agent run a command when the job has ended, or with --group, when all of the group's jobs "
+        "have. No shell reads it; LAMBDA_SPLIT_JOB, LAMBDA_SPLIT_GROUP and LAMBDA_SPLIT_JOB_STATE say what ended.",
+    ),
+]
+WebhookOption = Annotated[
+    str | None,
+    typer.Option(
+        "--webhook",
+        metavar="URL",
+        rich_help_panel=STORE_PANEL,
+        help="Have the agent post the job's id, group and state as JSON when it has ended, or with --group, when "
+        "all of the group's jobs have. The URL is https, or http on this machine.",
+    ),
+]
 MaxJobsOption = Annotated[
     int,
     typer.Option(

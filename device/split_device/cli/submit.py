@@ -32,15 +32,18 @@ from split_device.cli.options import (
     GroupOption,
     ImageOption,
     MetadataOption,
+    OnDoneOption,
     RawOption,
     StopOption,
     StoreKeyOption,
     SystemOption,
+    WebhookOption,
 )
 from split_device.cli.submit_lines import LineJobs, submit_lines
 from split_device.generation.settings import Sampling
 from split_device.images.settings import check_image_output
 from split_device.jobs.agent import running_agent
+from split_device.jobs.hooks import command_action, webhook_action
 from split_device.jobs.job import AnyTask, ImageTask, Message, Task
 from split_device.jobs.shown import job_facts
 from split_device.jobs.store import Store, store_path
@@ -130,6 +133,8 @@ def submit(
         ),
     ] = None,
     group: GroupOption = None,
+    on_done: OnDoneOption = None,
+    webhook: WebhookOption = None,
     store_key: StoreKeyOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -140,6 +145,8 @@ def submit(
     `lambda-split agent start`.
     """
     _check_kind(context, image)
+    actions = [command_action(on_done)] if on_done is not None else []
+    actions += [webhook_action(webhook)] if webhook is not None else []
     if raw and system:
         raise ConfigError("--raw and --system do not go together: a raw prompt has no messages")
     if given(context, ["--model"]) and image:
@@ -160,7 +167,7 @@ def submit(
             picture=picture.settings,
         )
         with Store(store_path(), store_key) as store:
-            submit_lines(store, each_line, input_format, settings, LineJobs(priority, key, group), json)
+            submit_lines(store, each_line, input_format, settings, LineJobs(priority, key, group, actions), json)
     else:
         for option in given(context, ("--input-format", "--column", "--template")):
             raise ConfigError(f"{option} needs --each-line")
@@ -176,6 +183,8 @@ def submit(
             task = _text_task(text, text_model, sampling, tuple(stop or ()), system, raw)
         with Store(store_path(), store_key) as store:
             job = store.submit(task, priority, key, group)
+            # A job with this key may be in another group, or in none.
+            store.hooks.add(actions, [job.id], job.group if group is not None else None)
             if wait:
                 with interruptible(job):
                     stderr.print(job.id)

@@ -16,6 +16,7 @@ from split_device.batches.parsing import parsed
 from split_device.batches.settings import BatchSettings
 from split_device.batches.source import InputForm, open_source
 from split_device.batches.work import slices
+from split_device.jobs.hooks import Action
 from split_device.jobs.job import AnyTask
 from split_device.jobs.store import Store
 
@@ -26,11 +27,13 @@ class LineJobs:
 
     Args:
         key: the beginning of their keys, which end with the number of the line.
+        actions: what is to happen when the group has ended; without a group, when each job has.
     """
 
     priority: int
     key: str | None
     group: str | None
+    actions: list[Action]
 
     def entries(self, lines: list[Line]) -> Iterator[tuple[AnyTask, int, str | None]]:
         """A job for each line, as the store takes it."""
@@ -69,6 +72,9 @@ def submit_lines(
             if ids:
                 stderr.print(f"{_jobs(len(ids))} submitted before this:")
             raise
+    # Not before the last line: the agent may have done all others by then.
+    if ids:
+        store.hooks.add(jobs.actions, ids, jobs.group)
     if json:
         emit_json({"jobs": len(ids), "group": jobs.group, "ids": ids, "errors": errors})
     where = "" if jobs.group is None else f" in group {jobs.group}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from split_common.errors import ConfigError, JobsError, SplitError, StoreLocked
@@ -185,3 +185,8 @@ def transaction(db: sqlite3.Connection, path: Path) -> Iterator[None]:
         db.execute("COMMIT")
     except sqlite3.OperationalError as error:
         raise JobsError(f"{path} cannot be written: {error}") from None
+
+
+def placeholders(values: Sequence[object]) -> str:
+    """One placeholder of SQL for each value."""
+    return ", ".join("?" * len(values))

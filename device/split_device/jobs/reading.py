@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,7 +10,8 @@ import msgspec
 
 from split_common.errors import JobsError, StoreLocked, UnknownJob
 from split_common.system.forks import Birthplace
-from split_device.jobs.database import open_database, transaction
+from split_device.jobs.database import open_database, placeholders, transaction
+from split_device.jobs.hooks import Hooks
 from split_device.jobs.job import STATES, AnyTask, Job, JobProgress, Selection, TextPiece
 
 #: A job's row, with its group.
@@ -32,6 +32,8 @@ class JobReader:
         self.path = path
         self._birthplace = Birthplace("the store of jobs")
         self._connection, self._vault = open_database(path, key_file)
+        #: What is to happen when jobs have ended.
+        self.hooks = Hooks(lambda: self._db, self._vault, path)
 
     @property
     def _db(self) -> sqlite3.Connection:
@@ -162,8 +164,3 @@ class JobReader:
             return msgspec.msgpack.decode(data, type=type_)
         except msgspec.DecodeError:
             raise StoreLocked(f"{self.path} is damaged") from None
-
-
-def placeholders(values: Sequence[object]) -> str:
-    """One placeholder of SQL for each value."""
-    return ", ".join("?" * len(values))

@@ -13,7 +13,7 @@ import msgspec
 
 from split_common.errors import ConfigError, JobsError, UnknownJob
 from split_common.system.files import state_dir
-from split_device.jobs.database import transaction
+from split_device.jobs.database import placeholders, transaction
 from split_device.jobs.job import (
     FINAL,
     PAST,
@@ -28,7 +28,7 @@ from split_device.jobs.job import (
     check_group,
     kind_of,
 )
-from split_device.jobs.reading import JOBS, JobReader, placeholders
+from split_device.jobs.reading import JOBS, JobReader
 
 #: Size of the seed that is drawn for a job without one, in bits. SQLite's integers are signed.
 SEED_BITS = 63
@@ -59,8 +59,8 @@ class Store(JobReader):
 
     Args:
         path: the SQLite file. Created if it is missing.
-        key_file: the key that seals prompts, answers, images, errors, names of groups and the sampler's state.
-            Created with the store.
+        key_file: the key that seals prompts, answers, images, errors, names of groups, hooks and the sampler's
+            state. Created with the store.
 
     Raises:
         StoreLocked: the store is sealed under another key, or sealed although no key was given, or the reverse.
@@ -180,6 +180,7 @@ class Store(JobReader):
         self._db.execute(
             "UPDATE jobs SET state = 'queued', cancelling = 0, finished = NULL, error = NULL WHERE id = ?", (id_,)
         )
+        self.hooks.renew(id_)
         return self.get(id_)
 
     def retry_unsuccessful(self) -> int:
