@@ -20,6 +20,7 @@ from PIL import Image
 from split_common.system.lock import holding
 from split_device.generation.settings import Sampling
 from split_device.images.settings import ImageSettings
+from split_device.jobs import waits
 from split_device.jobs.agent import lock_path
 from split_device.jobs.job import ImageChoice, ImageTask, Message, ModelChoice, Task, TextPiece, Update
 from split_device.jobs.shown import prompt_of
@@ -346,6 +347,8 @@ def test_watching_a_group_until_all_have_ended(run: Any, store: Store) -> None:
     with holding(lock_path()), subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as watching:
         assert watching.stderr is not None
         assert watching.stderr.readline() == "night: 0 of 2\n"
+        waits.say("the worker is gone")
+        assert "the worker is gone" in watching.stderr.readline()
         store.write([Update(id=id_, state="succeeded") for id_ in ids])
         assert watching.communicate(timeout=300)[1] == "night: 2 succeeded\n"
     assert watching.returncode == 0

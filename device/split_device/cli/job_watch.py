@@ -9,6 +9,8 @@ import typer
 from split_common.errors import AgentError
 from split_common.system.console import emit_json, stderr
 from split_device.cli.batch_progress import ProgressMode, batch_progress
+from split_device.cli.terminal import print_notice
+from split_device.jobs import waits
 from split_device.jobs.agent import running_agent
 from split_device.jobs.follow import AGENT_GRACE
 from split_device.jobs.job import FINAL, Selection
@@ -28,7 +30,7 @@ def watch_jobs(store: Store, selection: Selection, progress: ProgressMode, json:
     """
     counts = store.count(selection)
     name = selection.group or "jobs"
-    agent_at = time.monotonic()
+    agent_at, told = time.monotonic(), ""
     try:
         with batch_progress(
             "none" if json else progress, name, sum(counts.values()), lambda: store.generated(selection)
@@ -37,6 +39,8 @@ def watch_jobs(store: Store, selection: Selection, progress: ProgressMode, json:
                 advance(ended, counts["failed"])
                 if running_agent() is not None:
                     agent_at = time.monotonic()
+                    if (notice := waits.said()) not in ("", told):
+                        print_notice(told := notice)
                 elif time.monotonic() - agent_at > AGENT_GRACE:
                     left = sum(counts.values()) - ended
                     raise AgentError(f"{left} wait, and no agent runs: `lambda-split agent start` starts one")
