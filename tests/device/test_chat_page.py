@@ -194,6 +194,7 @@ def test_an_edit_is_given_up(page: Page) -> None:
 
 @needs_chromium
 def test_settings_are_what_is_asked_for(page: Page, checkpoint: Path) -> None:
+    expect(page.locator("#temperature")).to_have_attribute("placeholder", "0")
     unsplit = Unsplit(checkpoint)
     given = {
         "system": "Be brief",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
@@ -13,9 +14,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from playwright.sync_api import expect
 from rich.console import Console
 
 import tiny
+from chat_page import answered, chromium, needs_chromium, opened, say, unlock
 from fleet import running_broker, start_worker
 from serving import KEY
 from split_broker.broker import Broker
@@ -145,6 +148,22 @@ def _stream(url: str, on_comment: Callable[[], None]) -> Iterator[str]:
                 yield text
     finally:
         connection.close()
+
+
+@pytest.mark.long
+@needs_chromium
+def test_the_chat_page_says_so_until_the_answer_goes_on(checkpoint: Path, broker: Broker) -> None:
+    options = ["serve", "--port", "0", "--model", str(checkpoint), "--broker", broker.address]
+    with contextlib.ExitStack() as stack:
+        relief = stack.enter_context(Relief(checkpoint, broker))
+        _, facts = stack.enter_context(running_command(options, env={"LAMBDA_SPLIT_API_KEY": KEY}))
+        page = stack.enter_context(opened(stack.enter_context(chromium()), facts["url"].removesuffix("v1")))
+        say(unlock(page), "Hello", TOKENS)
+        expect(page.get_by_role("alert")).to_have_text(waiting(relief.first.name, checkpoint, broker))
+        expect(page.get_by_role("status")).to_have_text("Waiting …")
+        relief.may_come.set()
+        answered(page)
+        expect(page.get_by_role("alert")).to_have_count(0)
 
 
 def test_without_a_place_of_its_own_a_notice_is_logged(caplog: pytest.LogCaptureFixture) -> None:

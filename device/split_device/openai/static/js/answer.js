@@ -72,7 +72,7 @@ export function answer(conversation, question, node, shown, hooks) {
     const notice = (text) => {
       noticed = text !== "";
       shown.notice(text);
-      say(text || "Answering …");
+      say(text ? "Waiting …" : "Answering …");
     };
     for await (const event of events(response, notice)) {
       if (event.usage) {
