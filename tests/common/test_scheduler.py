@@ -24,7 +24,7 @@ from split_common.engine.scheduler import (
 )
 from split_common.engine.sequences import TokenRun
 from split_common.engine.steps import ScheduledChunk, ScheduledStep
-from split_common.engine.turns import MAX_TOGETHER, MAX_WEIGHT
+from split_common.engine.turns import MAX_TOGETHER, MAX_WEIGHT, PREFILL_BURST, PrefillShares
 
 
 @pytest.fixture(autouse=True)
@@ -350,3 +350,50 @@ def test_decoding_steps_take_turns_where_they_do_not_all_fit() -> None:
     batch = bench.next_batch()
     assert len(batch) == MAX_ROWS
     assert "modest" in {chunk.step.session for chunk in batch}
+
+
+def prefill_beside_decoding(seconds: float) -> tuple[Bench, list[Chunk]]:
+    """A scheduler after a forward with a chunk of one member's prefill, and the next batch beside others' steps."""
+    bench = Bench()
+    bench.add(make_step("decoding", 1))
+    bench.finish(bench.next_batch(), 0.01)
+    bench.add(make_step("long", 400))
+    bench.add(make_step("decoding", 1))
+    bench.finish(bench.next_batch(), seconds)
+    bench.add(make_step("decoding", 1))
+    return bench, bench.next_batch()
+
+
+def test_prefill_within_its_share_goes_beside_decoding() -> None:
+    _, batch = prefill_beside_decoding(PREFILL_BURST / 2)
+    assert [chunk.step.session for chunk in batch] == ["decoding", "long"]
+
+
+def test_prefill_beyond_its_share_takes_what_the_others_leave() -> None:
+    bench, batch = prefill_beside_decoding(PREFILL_BURST * 2)
+    assert [chunk.step.session for chunk in batch] == ["decoding"]
+    bench.finish(batch, 0.01)
+    # Another member's first prompt does not wait for it, and it does not wait longer than that.
+    bench.add(make_step("new", 20))
+    assert [chunk.step.session for chunk in bench.next_batch()] == ["new"]
+    assert [chunk.step.session for chunk in bench.next_batch()] == ["long"]
+
+
+def test_prefill_of_a_member_alone_has_no_share() -> None:
+    bench = Bench()
+    for _ in range(3):
+        bench.add(make_step("a session", 1, "alone"))
+        bench.add(make_step("another", 2000, "alone"))
+        bench.finish(bench.next_batch(), PREFILL_BURST * 2)
+        bench.add(make_step("a session", 1, "alone"))
+        assert {chunk.step.session for chunk in bench.next_batch()} == {"a session", "another"}
+        for session in ("a session", "another"):
+            bench.scheduler.cancel(session)
+
+
+def test_a_debt_of_prefill_is_paid_by_time() -> None:
+    shares = PrefillShares()
+    shares.charge("a", 100 * PREFILL_BURST, 4, 0.0)
+    assert shares.over(4, 0.0) == {"a"}
+    assert shares.over(4, 4 * PREFILL_BURST - 0.1) == {"a"}
+    assert shares.over(4, 4 * PREFILL_BURST + 0.1) == set()

@@ -2,7 +2,8 @@
 
 All decoding steps that are ready go into it. The rest of the budget goes to prefills, in chunks, so that decoding
 waits for one chunk at most. Members take turns, however many devices and sessions each has. If forwards are slow,
-prefill of members that are not decoding goes first.
+prefill of members that are not decoding goes first. A member that prefills for more than its share of the time gets
+what the others leave.
 
 A step passes through the scheduler like this. The caller acts on what each call returns:
 
@@ -20,7 +21,7 @@ import torch
 
 from split_common.engine.sequences import KVStore, Run
 from split_common.engine.steps import ScheduledChunk, ScheduledStep
-from split_common.engine.turns import FairTurns, next_few
+from split_common.engine.turns import FairTurns, PrefillShares, next_few
 
 #: Most tokens of a decoding step, because speculative decoding verifies several at once. A longer step is prefill.
 DECODE_TOKENS = 16
@@ -153,6 +154,9 @@ class Scheduler(Generic[_Request, _Run]):
         # Members that had a chunk of prefill, the most recent one last. An ordered set.
         self._turns: dict[Hashable, None] = {}
         self._fair = FairTurns()
+        self._shares = PrefillShares()
+        # Members whose prefill exceeds their share while others decode.
+        self._over: set[Hashable] = set()
         # When each member was last decoding.
         self._decoded_at: dict[Hashable, float] = {}
         # Whether the last forward was of urgent prefills.
@@ -206,16 +210,16 @@ class Scheduler(Generic[_Request, _Run]):
 
         They do not get two forwards in a row while others wait.
         """
-        now = time.monotonic()
-        self._decoded_at = {member: then for member, then in self._decoded_at.items() if now - then < DECODING_FOR}
         if self._urgent_went or not self._decoded_at or self.budget.base < SLOW_FORWARD:
             return []
-        return [step for step in self._ready() if step.prefill and step.member not in self._decoded_at]
+        known = self._decoded_at.keys() | self._over
+        return [step for step in self._ready() if step.prefill and step.member not in known]
 
     @property
     def has_urgent_prefill(self) -> bool:
         """Whether prefill can run at once, so that the next forward should not wait for sessions that are due."""
-        return self.budget.base >= SLOW_FORWARD and any(step.prefill for step in self._active.values())
+        steps = (step for step in self._active.values() if step.prefill and step.member not in self._over)
+        return self.budget.base >= SLOW_FORWARD and any(steps)
 
     def next_batch(self) -> tuple[list[ScheduledChunk[_Request, _Run]], ScheduledStep[_Request, _Run] | None]:
         """Chooses what goes into the next forward, from the steps that are not in flight.
@@ -225,6 +229,7 @@ class Scheduler(Generic[_Request, _Run]):
             of the ready steps fits into memory: no chunks, and the oldest such step. The caller then frees memory
             for it or ends it, and asks again.
         """
+        self._look_at_shares(time.monotonic())
         urgent = self.urgent_prefills()
         batch = self._fill(urgent) if urgent else []
         self._urgent_went = bool(batch)
@@ -238,6 +243,18 @@ class Scheduler(Generic[_Request, _Run]):
             chunk.step.in_flight = True
         return batch, None
 
+    def _look_at_shares(self, now: float) -> None:
+        """Notes who is decoding, and who of the others prefills for more than its share of the time."""
+        self._decoded_at = {member: then for member, then in self._decoded_at.items() if now - then < DECODING_FOR}
+        self._over = {
+            member for member in self._shares.over(self._members, now) if self._decoded_at.keys() - {member}
+        }
+
+    @property
+    def _members(self) -> int:
+        """How many members there are that decode or have steps."""
+        return len(self._decoded_at.keys() | {step.member for step in self._active.values()})
+
     def finish(
         self, batch: Sequence[ScheduledChunk[_Request, _Run]], outputs: Sequence[torch.Tensor], seconds: float
     ) -> list[ScheduledStep[_Request, _Run]]:
@@ -247,7 +264,9 @@ class Scheduler(Generic[_Request, _Run]):
             The steps that it has completed. They stay active until `end`.
         """
         prefill = sum(chunk.run.cost for chunk in batch if chunk.step.prefill)
-        self.budget.observe(sum(not chunk.step.prefill for chunk in batch), prefill, seconds)
+        decoding = sum(not chunk.step.prefill for chunk in batch)
+        self._charge(batch, prefill, max(0.0, seconds - self.budget.base * (decoding > 0)))
+        self.budget.observe(decoding, prefill, seconds)
         for chunk, output in zip(batch, outputs, strict=True):
             chunk.step.outputs[chunk.index].append(output)
             chunk.step.done[chunk.index] += chunk.run.cost
@@ -266,6 +285,13 @@ class Scheduler(Generic[_Request, _Run]):
             if step.complete:
                 complete.append(step)
         return complete
+
+    def _charge(self, batch: Sequence[ScheduledChunk[_Request, _Run]], prefill: int, seconds: float) -> None:
+        """Counts the seconds that the prefill of a batch took, by the tokens of each member."""
+        now, members = time.monotonic(), self._members
+        for chunk in batch:
+            if chunk.step.prefill:
+                self._shares.charge(chunk.step.member, seconds * chunk.run.cost / prefill, members, now)
 
     def end(self, step: ScheduledStep[_Request, _Run]) -> ScheduledStep[_Request, _Run] | None:
         """Drops an active step, complete or not. Returns the session's next one, which may start now."""
@@ -299,6 +325,8 @@ class Scheduler(Generic[_Request, _Run]):
             self._fair.went(max(chunk.step.turn for chunk in batch))
         budget = self.budget.tokens()
         for step in self._in_turns(ready):
+            if batch and step.member in self._over:
+                continue
             for index, run in enumerate(step.runs):
                 begin = step.done[index]
                 count = run.cost - begin
@@ -320,7 +348,10 @@ class Scheduler(Generic[_Request, _Run]):
         return steps
 
     def _in_turns(self, ready: Sequence[ScheduledStep[_Request, _Run]]) -> list[ScheduledStep[_Request, _Run]]:
-        """Prefills in turns: each member's first before any second. The member of the last chunk comes last."""
+        """Prefills in turns: each member's first before any second. The member of the last chunk comes last.
+
+        Those of members that have had more than their share come after all others.
+        """
         queues: dict[Hashable, deque[ScheduledStep[_Request, _Run]]] = {}
         for step in ready:
             if step.prefill:
@@ -337,4 +368,4 @@ class Scheduler(Generic[_Request, _Run]):
                 order.append(queues[member].popleft())
                 if not queues[member]:
                     del queues[member]
-        return order
+        return sorted(order, key=lambda step: step.member in self._over)

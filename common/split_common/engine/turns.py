@@ -1,4 +1,4 @@
-"""Turns of members by how much is computed for each: start-time fair queueing.
+"""Turns of members by how much is computed for each: start-time fair queueing, and shares of prefill.
 
 Source: Goyal, Vin and Cheng, "Start-Time Fair Queueing", SIGCOMM 1996. In a step's place, there is a packet.
 """
@@ -14,6 +14,9 @@ from split_common.engine.steps import ScheduledStep
 #: ended. A single step may have more numbers.
 MAX_TOGETHER = 16
 MAX_WEIGHT = 128 * 1024**2
+
+#: Seconds of prefill that a member may have beyond its share of the time.
+PREFILL_BURST = 2.0
 
 _Step = TypeVar("_Step", bound=ScheduledStep[Any, Any])
 
@@ -42,6 +45,31 @@ class FairTurns:
         if tag > self._now:
             self._now = tag
             self._ends = {member: end for member, end in self._ends.items() if end > tag}
+
+
+class PrefillShares:
+    """How far members' prefill exceeds their share of the time, which is equal for all: a leaky bucket for each.
+
+    Not thread-safe. Times are in seconds.
+    """
+
+    def __init__(self) -> None:
+        # By member: the seconds of prefill that its share has not paid for yet, and the time at which this was so.
+        self._debts: dict[Hashable, tuple[float, float]] = {}
+
+    def charge(self, member: Hashable, seconds: float, members: int, now: float) -> None:
+        """Counts prefill that a member had, as one of several members. What it had long ago is forgiven."""
+        self._debts[member] = min(self._debt(member, members, now) + seconds, 2 * PREFILL_BURST), now
+
+    def over(self, members: int, now: float) -> set[Hashable]:
+        """Which of several members have had more than their share by `PREFILL_BURST`. Forgets paid debts."""
+        debts = {member: self._debt(member, members, now) for member in self._debts}
+        self._debts = {member: (debt, now) for member, debt in debts.items() if debt}
+        return {member for member, debt in debts.items() if debt > PREFILL_BURST}
+
+    def _debt(self, member: Hashable, members: int, now: float) -> float:
+        debt, since = self._debts.get(member, (0.0, now))
+        return max(0.0, debt - (now - since) / max(1, members))
 
 
 def next_few(pending: Iterable[_Step]) -> list[_Step]:
