@@ -43,7 +43,7 @@ FLOORS = {
         "cli",
     ],
     "split_broker": [
-        *("tcp", "connections", "memory", "peer_queue", "set_ups", "access", "guard", "quotas", "router", "broker"),
+        *("tcp", "connections", "memory", "under_way", "peer_queue", "set_ups", "access", "guard", "quotas", "router", "broker"),
         "cli",
     ],
 }
@@ -69,6 +69,7 @@ PROTOCOL_LIBRARIES = {"msgspec", "nacl"}
 LIGHT = [
     "split_broker.broker",
     "split_broker.peer_queue",
+    "split_broker.under_way",
     "split_common.errors",
     "split_common.protocol.headers",
     "split_common.protocol.payloads",

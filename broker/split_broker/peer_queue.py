@@ -14,13 +14,11 @@ from typing import NamedTuple
 
 import zmq
 
+from split_broker.under_way import UnderWay
 from split_common.protocol.headers import Service
 from split_common.transport.base import QUEUE_BYTES
 from split_common.transport.peer_id import peer_name
 from split_common.trust.shares import Usage
-
-#: Bytes that may be on the way to a peer without being confirmed by it.
-WINDOW = 64 * 1024 * 1024
 
 #: Messages that may wait for one peer.
 QUEUE_MESSAGES = 4096
@@ -67,11 +65,7 @@ class PeerQueue:
         # By sender, in the order of their turns.
         self._waiting: OrderedDict[str, deque[Queued]] = OrderedDict()
         self._bytes, self._messages = Usage(), Usage()
-        #: Bytes of bodies sent over this connection, and how many of them the peer has confirmed.
-        self.sent = 0
-        self.received = 0
-        #: Bytes that the peer had received before this connection; None until its first announcement over it.
-        self.baseline: int | None = None
+        self.under_way = UnderWay()
 
     def __len__(self) -> int:
         """The messages that wait."""
@@ -84,7 +78,7 @@ class PeerQueue:
     @property
     def held(self) -> int:
         """Bytes that wait, or are under way and not confirmed."""
-        return self._bytes.total + max(0, self.sent - self.received)
+        return self._bytes.total + self.under_way.bytes
 
     def put(self, message: RoutedMessage, sender: str = "") -> bool:
         """Queues a message. False if the queue is full, and none of its senders has more in it than this one."""
@@ -98,32 +92,33 @@ class PeerQueue:
         self._add(queued, 1)
         return True
 
-    def skip(self, size: int) -> bool:
+    def skip(self, size: int, sender: str = "") -> bool:
         """Counts a body of `size` bytes that is sent without waiting; False if it has to wait for something."""
-        if self._waiting or self.sent - self.received > WINDOW:
+        if self._waiting or not self.under_way.allows(sender):
             return False
-        self.sent += size
+        self.under_way.add(sender, size)
         # As `_count`, in less time: most messages take this way.
         self._counted += size
         self._usage.add(self._member, size)
         return True
 
-    def unskip(self, size: int) -> None:
+    def unskip(self, size: int, sender: str = "") -> None:
         """Undoes `skip`: the socket did not accept the message."""
-        self.sent -= size
+        self.under_way.undo(sender, size)
         self._count()
 
     def take(self) -> Queued | None:
-        """Removes and returns the next message. None if there is none, or the peer's credit is used up."""
-        if not self._waiting or self.sent - self.received > WINDOW:
+        """Removes and returns the next message. None if no sender with one may send it yet."""
+        sender = next(filter(self.under_way.allows, self._waiting), None)
+        if sender is None:
             return None
-        sender, messages = next(iter(self._waiting.items()))
+        messages = self._waiting[sender]
         queued = messages.popleft()
         if messages:
             self._waiting.move_to_end(sender)
         else:
             del self._waiting[sender]
-        self.sent += len(queued.message[1])
+        self.under_way.add(sender, len(queued.message[1]))
         self._add(queued, -1)
         return queued
 
@@ -131,7 +126,7 @@ class PeerQueue:
         """Undoes `take`: the socket did not accept the message."""
         self._waiting.setdefault(queued.sender, deque()).appendleft(queued)
         self._waiting.move_to_end(queued.sender, last=False)
-        self.sent -= len(queued.message[1])
+        self.under_way.undo(queued.sender, len(queued.message[1]))
         self._add(queued, 1)
 
     def drop_newest(self) -> bool:
@@ -148,15 +143,12 @@ class PeerQueue:
             received: what the peer says. More than was sent is not believed.
             unsent: bytes that have not left this machine, as the kernel counts them. They are not believed either.
         """
-        if self.baseline is None:
-            self.baseline = received
-        self.received = min(received - self.baseline, self.sent - unsent)
+        self.under_way.confirm(received, unsent)
         self._count()
 
     def reconnected(self) -> None:
         """Begins a new connection: what was on its way over the old one is lost."""
-        self.sent = self.received = 0
-        self.baseline = None
+        self.under_way.lose()
         self._count()
 
     def clear(self) -> None:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 import tiny
 from split_broker import broker as broker_module
 from split_broker.broker import GRACE, Broker
-from split_broker.peer_queue import QUEUE_MESSAGES, WINDOW, PeerQueue
+from split_broker.peer_queue import QUEUE_MESSAGES, PeerQueue
+from split_broker.under_way import WINDOW
 from split_common.errors import BrokerUnreachable, ConfigError, KeysError, Oversized
 from split_common.protocol import headers
 from split_common.transport import HEARTBEAT, connect, new_peer_id, parse_address, peer_name
@@ -216,7 +217,7 @@ def test_a_workers_closed_connection_is_seen_at_once(join, broker) -> None:
 def test_a_workers_death_is_seen_though_its_queue_waits_for_credit(join, broker) -> None:
     worker = join("worker-1")
     device = join("device-1", watching=[worker.id])
-    broker._peers[worker.id].queue.sent = 2 * WINDOW
+    broker._peers[worker.id].queue.under_way.sent = 2 * WINDOW
     device.send(relay(device, worker), b"waits")
     wait_until(lambda: len(broker._peers[worker.id].queue))
     worker.socket.close()
@@ -343,12 +344,12 @@ def test_a_queue_stops_at_its_credit_and_a_peer_cannot_lend_itself_more() -> Non
         sent += 1
     assert sent * headers.MAX_BODY == WINDOW + headers.MAX_BODY
     queue.credit(1000 + 2**60)
-    before = queue.sent
+    before = queue.under_way.sent
     while queue.take() is not None:
         pass
-    assert queue.sent - before <= WINDOW + headers.MAX_BODY
-    queue.credit(1000 + queue.sent)
-    assert queue.sent == queue.received
+    assert queue.under_way.sent - before <= WINDOW + headers.MAX_BODY
+    queue.credit(1000 + queue.under_way.sent)
+    assert queue.under_way.sent == queue.under_way.received
     # Bytes that the kernel still has, or that it never got, are not on the peer's side, whatever the peer says.
     queue.credit(2**60, unsent=2 * WINDOW)
     queue.put((b"", b"x"))
@@ -368,7 +369,7 @@ def test_a_slow_reader_does_not_hold_up_others_and_gets_all_in_order(join, broke
 def test_a_full_queue_is_told_to_the_sender(join, broker, monkeypatch: pytest.MonkeyPatch) -> None:
     device, worker = join("device-1"), join("worker-1")
     queue = broker._peers[worker.id].queue
-    queue.sent = 2 * WINDOW
+    queue.under_way.sent = 2 * WINDOW
     queue._bytes.add("device-1", QUEUE_BYTES)
     device.send(relay(device, worker, seq=3), b"x")
     bounce = device.receive(headers.Bounce)[0]

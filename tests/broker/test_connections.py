@@ -11,8 +11,8 @@ import pytest
 
 import tiny
 from split_broker import connections as connections_module
-from split_broker import peer_queue as peer_queue_module
 from split_broker import router as router_module
+from split_broker import under_way as under_way_module
 from split_broker.broker import GRACE, Broker
 from split_broker.connections import STRANGER_BYTES, UNFINISHED_BYTES, Connection
 from split_common.protocol import headers
@@ -160,7 +160,7 @@ def test_a_peer_that_reads_nothing_gets_no_credit_for_saying_that_it_does(
     broker: Broker, setting: Setting, join: Join, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     window, size, count = 1 << 20, 1 << 18, 100
-    monkeypatch.setattr(peer_queue_module, "WINDOW", window)
+    monkeypatch.setattr(under_way_module, "WINDOW", window)
     worker, id_ = join("worker-1"), new_peer_id("device-1")
     with raw(broker, setting, "device-1", buffer=65536) as liar:
         liar.send_header(announcement("device-1", id_))
@@ -169,7 +169,7 @@ def test_a_peer_that_reads_nothing_gets_no_credit_for_saying_that_it_does(
         for seq in range(count):
             worker.send(headers.Relay(id_, worker.id, headers.RelayKind.REPLY, 1, 1, 0, seq), bytes(size))
             liar.send_header(announcement("device-1", id_, received=2**60))
-        wait_until(lambda: len(queue) and queue.sent + queue.waiting_bytes >= count * size)
+        wait_until(lambda: len(queue) and queue.under_way.sent + queue.waiting_bytes >= count * size)
         [connection] = [one for one in connections(broker) if one.member == "device-1"]
         # What the kernels' buffers take has left the broker; they are far smaller than all of it.
         assert 0 < (connection.unsent() or 0) < window + 2 * size

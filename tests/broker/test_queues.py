@@ -11,9 +11,11 @@ import pytest
 
 from split_broker import broker as broker_module
 from split_broker import peer_queue as peer_queue_module
+from split_broker import under_way as under_way_module
 from split_broker.broker import GRACE, Broker
 from split_broker.peer_queue import Peer, PeerQueue, Queued
 from split_broker.quotas import OPENS, ROSTER_REQUESTS, Budget, Rate, Rates
+from split_broker.under_way import SHARED_WINDOW, WRITING_FOR
 from split_common.protocol import headers
 from split_common.protocol.handshake import MAX_HANDSHAKE
 from split_common.trust.fleet import load_fleet
@@ -30,6 +32,62 @@ def waiting(queue: PeerQueue) -> list[str]:
     return taken
 
 
+# --- what is under way ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The time, which stands still unless a test sets `now`."""
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(under_way_module, "time", clock)
+    return clock
+
+
+def test_one_that_floods_a_peer_has_little_under_way_while_others_write_to_it(clock: SimpleNamespace) -> None:
+    queue = PeerQueue()
+    queue.credit(0)
+    size = SHARED_WINDOW // 4
+    assert queue.skip(100, "other")
+    flood = (b"", bytes(size))
+    while queue.skip(size, "flood"):
+        pass
+    assert queue.under_way.bytes == 100 + SHARED_WINDOW + size
+    assert queue.put(flood, "flood")
+    assert queue.put((b"", b"x"), "other")
+    taken = queue.take()
+    assert taken is not None
+    assert taken.sender == "other", "its message does not wait behind the flood"
+    assert queue.take() is None
+    # What the peer confirms makes room for as much.
+    queue.credit(100 + 2 * size)
+    assert [taken.sender if (taken := queue.take()) else None for _ in range(2)] == ["flood", None]
+
+
+def test_one_that_writes_to_a_peer_alone_has_the_whole_window(clock: SimpleNamespace) -> None:
+    queue = PeerQueue()
+    queue.credit(0)
+    assert queue.skip(100, "other")
+    clock.now = WRITING_FOR + 0.1
+    while queue.skip(SHARED_WINDOW, "one"):
+        pass
+    assert queue.under_way.bytes > under_way_module.WINDOW
+
+
+def test_what_a_full_socket_did_not_take_is_not_under_way(clock: SimpleNamespace) -> None:
+    queue = PeerQueue()
+    queue.credit(0)
+    assert queue.skip(100, "other")
+    assert queue.skip(SHARED_WINDOW, "one")
+    assert queue.skip(1, "one")
+    assert not queue.skip(1, "one")
+    queue.unskip(1, "one")
+    assert queue.skip(1, "one")
+    queue.reconnected()
+    assert queue.under_way.bytes == 0
+    assert queue.skip(SHARED_WINDOW, "one")
+    assert queue.skip(1, "one")
+
+
 # --- one queue ---------------------------------------------------------------------------------------------
 
 
@@ -44,16 +102,16 @@ def test_senders_take_turns_and_each_ones_messages_stay_in_order() -> None:
 
 
 def test_what_need_not_wait_is_counted_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_queue_module, "WINDOW", 1000)
+    monkeypatch.setattr(under_way_module, "WINDOW", 1000)
     usage = Usage()
     queue = PeerQueue("device-1", usage)
     queue.credit(0)
     assert queue.skip(800)
     assert queue.skip(800)
     assert not queue.skip(1), "there is no credit left"
-    assert (queue.sent, usage["device-1"]) == (1600, 1600)
+    assert (queue.under_way.sent, usage["device-1"]) == (1600, 1600)
     queue.unskip(800)
-    assert (queue.sent, usage["device-1"]) == (800, 800)
+    assert (queue.under_way.sent, usage["device-1"]) == (800, 800)
     queue.put((b"", b"x"), "one")
     assert not queue.skip(1), "another message waits"
     queue.clear()
@@ -68,7 +126,7 @@ def test_what_the_socket_did_not_take_goes_first_again() -> None:
     first = queue.take()
     assert first is not None
     queue.put_back(first)
-    assert queue.sent == 0
+    assert queue.under_way.sent == 0
     assert queue.take() == first
     assert waiting(queue) == ["other", "one", "one"]
 
@@ -190,7 +248,7 @@ def told(broker: Broker, route: bytes) -> list[str]:
 
 
 def test_a_message_that_gave_way_comes_back_as_full(offline: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    offline._peers[id_of(b"w1")].queue.sent = 2 * peer_queue_module.WINDOW  # its credit is used up
+    offline._peers[id_of(b"w1")].queue.under_way.sent = 2 * under_way_module.WINDOW  # its credit is used up
     monkeypatch.setattr(peer_queue_module, "QUEUE_MESSAGES", 4)
     for seq in range(4):
         handle(offline, b"a1", headers.Relay(id_of(b"w1"), id_of(b"a1"), headers.RelayKind.REQUEST, 1, 1, 0, seq))
