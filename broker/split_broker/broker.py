@@ -38,7 +38,17 @@ from split_common.protocol.handshake import MAX_HANDSHAKE
 from split_common.transport.address import is_redis, parse_address
 from split_common.transport.base import GRACE, HEARTBEAT, MISSED, OPEN_PATIENCE
 from split_common.transport.links import check_address
-from split_common.transport.placement import BUSY_RETRY, GONE, Assign, Candidate, PendingOpen, Refuse, decide, full
+from split_common.transport.placement import (
+    BUSY_RETRY,
+    GONE,
+    Assign,
+    Candidate,
+    PendingOpen,
+    Refuse,
+    Trials,
+    decide,
+    full,
+)
 from split_common.transport.supervised import Supervisor
 from split_common.trust.fleet import Fleet
 from split_common.trust.shares import newest_of_largest
@@ -98,6 +108,7 @@ class Broker:
         # By the device's id, oldest first. A device has one at a time.
         self._pending: dict[bytes, PendingOpen[BodyBytes]] = {}
         self._set_ups = SetUps()
+        self._trials = Trials()
         self._random = Random()
         self._budget = Budget((memory_limit or MEMORY_LIMIT) // 2)
         # Messages that lost their place in a queue, of which their senders are still to be told.
@@ -257,6 +268,7 @@ class Broker:
         since = self._set_ups.asked(sender, header.channel, now)
         if known is None or known.header.channel != header.channel:
             known = self._pending[sender.id] = PendingOpen(header, message, since + OPEN_PATIENCE)
+            self._trials.asks_again(sender.id, now)
         self._place([known], now)
 
     def _place(self, pending: list[PendingOpen[BodyBytes]], now: float) -> None:
@@ -266,12 +278,14 @@ class Broker:
             device = one.header.sender
             silent = self._set_ups.silent(self._peers[device], now)
             asked = self._set_ups.asked_before(self._peers[device])
-            match decide(one, workers, self._early, now, silent, asked, self._random):
+            tried = self._trials.now(now)
+            match decide(one, workers, self._early, now, silent, asked, self._random, tried):
                 case Assign(id_):
                     worker = self._peers[id_]
                     worker.room -= 1
                     if self._put(worker, one.frames, self._peers[device].member):
                         self._set_ups.given(self._peers[device], worker)
+                        self._trials.given(worker.member, device, now)
                         del self._pending[device]
                     else:
                         # It is gone, or takes nothing more until its next announcement.
@@ -342,6 +356,9 @@ class Broker:
         if peer.role == "worker":
             peer.service, peer.model, peer.room = header.service, header.model, header.room
             peer.certified = certified
+        for worker in filter(None, map(self._peers.get, header.answered)):
+            if worker.role == "worker" and peer.role == "device":
+                self._trials.answered(worker.member)
         if not self._early:
             gone = gone or [id_ for id_ in header.watching if id_ not in self._peers]
         self._put(peer, self._welcome(gone))
@@ -361,10 +378,10 @@ class Broker:
         size = len(message[0]) + len(message[1])
         if sender and not self._budget.make_room(peer.member, size, self._peers.values(), self._end):
             return False
-        if peer.queue.skip(len(message[1])):
+        if peer.queue.skip(len(message[1]), sender):
             if self._send(peer, message):
                 return True
-            peer.queue.unskip(len(message[1]))
+            peer.queue.unskip(len(message[1]), sender)
             if peer.id not in self._peers:
                 return False
         if not peer.queue.put(message, sender):
@@ -415,6 +432,7 @@ class Broker:
         self._router.connections.left(peer.route)
         self._pending.pop(peer.id, None)
         self._set_ups.forget(peer.id)
+        self._trials.forget(peer.id)
         peer.queue.clear()
         self._blocked.discard(peer.id)
         for watcher in [other for other in self._peers.values() if peer.id in other.watching]:

@@ -90,10 +90,6 @@ from split_device.stress import report
 # --- headers and payloads ----------------------------------------------------------------------------------
 
 HEADERS: dict[str, headers.Header] = {
-    "announce-device": headers.Announce(DEVICE_ID, "device", "device-1", 1000, [WORKER_ID]),
-    "announce-worker": headers.Announce(
-        WORKER_ID, "worker", "worker-1", 70_000, [DEVICE_ID, b"device-C"], SERVICE, "org/model", 17, True
-    ),
     "welcome": headers.Welcome(b"bootboot", 3, [WORKER_ID]),
     "probe": headers.Probe(),
     "roster-request": headers.RosterRequest(DEVICE_ID),
@@ -149,7 +145,19 @@ REPLIES: dict[str, payloads.Payload] = {
 
 
 #: What names a session by its key, since version 2 of the headers.
+#: As peers of version 1 write them.
+OLD_ANNOUNCEMENTS: dict[str, headers.Header] = {
+    "announce-device": headers.Announce(DEVICE_ID, "device", "device-1", 1000, [WORKER_ID]),
+    "announce-worker": headers.Announce(
+        WORKER_ID, "worker", "worker-1", 70_000, [DEVICE_ID, b"device-C"], SERVICE, "org/model", 17, True
+    ),
+}
+
 KEYED_HEADERS: dict[str, headers.Header] = {
+    **OLD_ANNOUNCEMENTS,
+    "announce-answered": headers.Announce(
+        DEVICE_ID, "device", "device-1", watching=[WORKER_ID], answered=[WORKER_ID]
+    ),
     "relay-request": KEYED_REQUEST,
     "relay-reply": KEYED_REPLY,
     "relay-unknown": msgspec.structs.replace(KEYED_REPLY, kind=headers.RelayKind.UNKNOWN),
@@ -168,6 +176,8 @@ def tensor_of(payload: payloads.Payload) -> bytes:
 def test_headers() -> None:
     golden = check_bytes("headers", {name: headers.encode_header(header) for name, header in HEADERS.items()})
     assert {name: headers.decode_header(frame) for name, frame in golden.items()} == HEADERS
+    old = read_bytes(GOLDEN / "announcements-version-1.hex")
+    assert {name: headers.decode_header(frame) for name, frame in old.items()} == OLD_ANNOUNCEMENTS
 
 
 def test_headers_and_payloads_with_session_keys() -> None:
@@ -178,11 +188,9 @@ def test_headers_and_payloads_with_session_keys() -> None:
             **{name: payloads.encode_payload(payload, overhead=16) for name, payload in KEYED_PAYLOADS.items()},
             "associated-data": KEYED_REQUEST.associated_data(),
             "echo": headers.echo(KEYED_REQUEST, b"body"),
-            "announce": headers.encode_header(HEADERS["announce-device"], headers.VERSION),
         },
     )
     assert {name: headers.decode_header(golden[name]) for name in KEYED_HEADERS} == KEYED_HEADERS
-    assert headers.decode_header(golden["announce"]) == HEADERS["announce-device"]
     for name, decoder in (("fork", payloads.request_decoder), ("refusal", payloads.reply_decoder)):
         payload, _ = payloads.decode_payload(golden[name], decoder)  # type: ignore[type-var]
         assert payload == KEYED_PAYLOADS[name]
@@ -242,6 +250,8 @@ def test_names_in_redis() -> None:
         "content of a list": write_list(b"certificate", [announcement]).hex(),
         "workers of older versions": names.old_workers,
         "boot": names.boot,
+        "a worker has answered": names.answered(member_mark("worker-1")),
+        "a worker is tried": names.trial(member_mark("worker-1")),
         "roster": names.roster,
         "roster that a worker keeps": names.roster_copy("worker-1"),
         "lane of a device": names.lane("device", DEVICE_ID),
@@ -525,7 +535,7 @@ MODULES: tuple[ModuleType, ...] = (
 NOT_STORED: set[type] = {headers.Header, payloads.Payload, jobs.Job, jobs.JobProgress, jobs.Update}
 
 SAMPLES = (
-    *(HEADERS, REQUESTS, REPLIES, ROSTER, MANIFEST, DEVICE.certificate, WORKER.certificate),
+    *(HEADERS, KEYED_HEADERS, REQUESTS, REPLIES, ROSTER, MANIFEST, DEVICE.certificate, WORKER.certificate),
     *(TASKS, ACTION, TextPiece([1], "one"), LETTER, RECORD, ENTRY),
     Hello(ROOT, [AEGIS.name], SERVICE, "bfloat16", 2, ["fork"]),
     Answer(ROOT, AEGIS.name, b"credentials", 2, ["fork"]),

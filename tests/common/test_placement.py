@@ -14,11 +14,14 @@ from split_common.transport.placement import (
     GONE,
     MAX_DETAIL,
     MAX_ROOM,
+    PASS_OVER,
+    TRIAL,
     Assign,
     Candidate,
     PendingOpen,
     Refuse,
     Silences,
+    Trials,
     Wait,
     choose,
     decide,
@@ -194,6 +197,71 @@ def test_who_is_silent_is_passed_over_for_longer_each_time_and_comes_back(
     silences.note("b", silent_until)
     silences.now(silent_until + 1000)
     assert len(silences) == 0
+
+
+# --- workers that have answered nobody yet -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("workers", "tried", "moment", "expected"),
+    [
+        # Another one is given the open, however little room it has; or is waited for, but not for long.
+        ([worker("a", 9), worker("b", 1)], "a", "at first", Assign(peer("b"))),
+        ([worker("a", 9), worker("b", 0)], "a", "at first", Wait()),
+        ([worker("a", 9), worker("b", 0)], "a", "late", Assign(peer("a"))),
+        # Without another one, it is not waited for.
+        ([worker("a", 9)], "a", "at first", Assign(peer("a"))),
+        ([worker("a", 9), worker("b", 1)], "a b", "at first", Assign(peer("a"))),
+        ([worker("a", 9), worker("b", 9, OTHER)], "a", "at first", Assign(peer("a"))),
+        # Nor is one that shows no certificate better.
+        ([worker("a", 9), worker("b", 1, certified=False)], "a", "at first", Assign(peer("a"))),
+    ],
+)
+def test_a_worker_that_is_tried_gets_others_devices_last(
+    workers: list[Candidate], tried: str, moment: str, expected: Assign | Wait
+) -> None:
+    now = {"at first": 0.0, "late": DEADLINE + 1}[moment]
+    assert decide(pending(), workers, False, now, tried=tried.split()) == expected
+
+
+def test_a_worker_is_tried_by_one_device_until_a_device_says_that_it_has_answered() -> None:
+    trials = Trials()
+    trials.given("a", peer("one"), 0.0)
+    trials.given("a", peer("two"), 1.0)
+    assert trials.now(1.0) == {"a"}
+    trials.asks_again(peer("two"), 1.0)
+    trials.forget(peer("two"))
+    assert trials.now(1.0) == {"a"}, "it is the first one's"
+    trials.answered("a")
+    assert trials.now(1.0) == set()
+    trials.given("a", peer("one"), 2.0)
+    assert trials.now(2.0) == set(), "it is known"
+
+
+@pytest.mark.parametrize("how", ["the device asks for another", "time is up"])
+def test_a_worker_that_did_not_answer_its_first_device_is_passed_over(how: str) -> None:
+    trials = Trials()
+    trials.given("a", peer("one"), 0.0)
+    end = TRIAL if how == "time is up" else 1.0
+    if how == "the device asks for another":
+        trials.asks_again(peer("one"), end)
+    assert trials.now(end) == {"a"}
+    assert trials.now(end + PASS_OVER) == set()
+    # The next device's trial is another one; after it, the worker is passed over for longer.
+    trials.given("a", peer("two"), end + PASS_OVER)
+    trials.asks_again(peer("two"), end + PASS_OVER)
+    assert trials.now(end + 3 * PASS_OVER - 0.1) == {"a"}
+    assert trials.now(end + 3 * PASS_OVER) == set()
+
+
+def test_a_trial_ends_with_its_device() -> None:
+    trials = Trials()
+    trials.given("a", peer("one"), 0.0)
+    trials.forget(peer("one"))
+    assert trials.now(0.0) == set()
+
+
+# --- spread ------------------------------------------------------------------------------------------------
 
 
 def spread(workers: list[Candidate], opens: int, honest: bool = True, seed: int = 0) -> Counter[bytes]:

@@ -1,7 +1,9 @@
-"""Real devices among workers that claim much room and do not answer."""
+"""Real devices among workers that claim much room and do not answer, over both transports."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -9,11 +11,14 @@ import pytest
 import tiny
 from split_broker import broker as broker_module
 from split_broker.broker import Broker
-from split_common.errors import Busy
+from split_common.errors import Busy, SplitError
 from split_common.protocol import headers
 from split_common.transport import placement
 from split_device.sessions import channels
-from wiretap import LATE, FakePeer, Setting, run_steps
+from split_device.sessions.client import Client
+from split_device.sessions.session import RemoteSession
+from valkeys import running_valkey
+from wiretap import LATE, FakePeer, Setting, run_steps, step
 
 pytestmark = pytest.mark.usefixtures("patient_queue")
 
@@ -97,3 +102,57 @@ def test_a_worker_that_does_not_confirm_is_named_and_avoided(
             session = client.open_session()
             assert session.channel.worker == good.id
             assert len(run_steps(client, 1, session=session)) == 2
+
+
+@pytest.fixture(params=["zmq", "redis"])
+def address(request: pytest.FixtureRequest, setting: Setting) -> Iterator[str]:
+    """The address of a queue, over each transport."""
+    if request.param == "redis":
+        with running_valkey() as server:
+            yield server.address
+    else:
+        with setting.broker() as broker:
+            yield broker.address
+
+
+def test_a_worker_that_answers_no_request_gets_one_device_at_a_time(
+    address: str, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.ExitStack() as stack:
+        good = stack.enter_context(setting.worker(address))
+        # By this device's word, the good worker answers.
+        first = stack.enter_context(setting.client(address))
+        run_steps(first, 1)
+        mute = stack.enter_context(setting.worker(address, "worker-2"))
+        monkeypatch.setattr(mute, "_request", lambda *_: None)
+        monkeypatch.setattr(mute._sessions, "room", lambda *_: placement.MAX_ROOM)
+        mute._transport.announce()
+        devices = []
+        for _ in range(6):
+            devices.append(stack.enter_context(setting.client(address)))
+            opened = devices[-1].open_session()
+            if opened.worker == mute.id:
+                threading.Thread(target=_ask, args=(opened,), daemon=True).start()
+        got = [device._channels.all()[0].worker for device in devices]
+        assert got.count(mute.id) == 1
+        assert got.count(good.id) == 5
+
+
+def _ask(session: RemoteSession) -> None:
+    with contextlib.suppress(SplitError):
+        session.call([step(0)])
+
+
+def test_once_a_device_has_its_answer_others_get_the_worker_too(address: str, setting: Setting) -> None:
+    with setting.worker(address, max_sessions=8) as known, setting.client(address) as first:
+        run_steps(first, 1)
+        with setting.worker(address, "worker-2") as roomier:
+
+            def has(device: Client) -> bytes:
+                session = device.open_session()
+                run_steps(device, 1, session=session)
+                return session.worker
+
+            with setting.client(address) as second, setting.client(address) as third:
+                assert [has(second), has(third)] == [roomier.id] * 2
+            assert known.counters["channels"] == 1

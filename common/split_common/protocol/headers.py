@@ -21,8 +21,7 @@ import msgspec
 
 from split_common.errors import Malformed, Oversized, VersionMismatch
 
-#: Version of the protocol: the first byte of headers that name a session by its key, and of announcements to the
-#: broker.
+#: Version of the protocol: the first byte of headers that name a session by its key, and of announcements.
 VERSION = 2
 
 #: First byte of all other headers, which peers of version 1 understand. Those peers number their sessions.
@@ -43,6 +42,9 @@ MAX_RETRY_AFTER = 60.0
 
 #: Most peers that one announcement may watch.
 MAX_WATCHED = 4096
+
+#: Most workers that a device can vouch for in one announcement.
+MAX_ANSWERED = 64
 
 #: Identifies a connection of a member for as long as its process runs (`split_common.transport.new_peer_id`).
 PeerId = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
@@ -89,6 +91,8 @@ class Announce(Header, frozen=True, tag=1):
     room: Natural = 0
     #: The peer no longer serves: its process ends, or its compute loop is stuck.
     leaving: bool = False
+    #: Workers that have answered requests of this device.
+    answered: Annotated[list[PeerId], msgspec.Meta(max_length=MAX_ANSWERED)] = []
 
 
 class Welcome(Header, frozen=True, tag=2):
@@ -183,7 +187,7 @@ def encode_header(header: Header, version: int | None = None) -> bytes:
         version: its first byte; None for the lowest version that has all that the header names.
     """
     if version is None:
-        version = VERSION if _names_key(header) else VERSION_1
+        version = VERSION if _is_of_version_2(header) else VERSION_1
     return bytes((version,)) + _header_encoder.encode(header)
 
 
@@ -213,6 +217,10 @@ def decode_header(frame: bytes | memoryview) -> AnyHeader:
 
 def _names_key(header: Header) -> bool:
     return isinstance(header, Relay | Bounce) and isinstance(header.session, bytes)
+
+
+def _is_of_version_2(header: Header) -> bool:
+    return isinstance(header, Announce) or _names_key(header)
 
 
 def session_label(session: SessionRef) -> str:

@@ -2,7 +2,8 @@
 
 A device without a worker sends an `Open`, which waits as a `PendingOpen`. Each time that something changes,
 `decide` says what happens to it, given all workers that are alive. Workers' claims are not believed far: much room
-is worth little (`choose`), and those that leave devices without an answer are passed over for a while (`Silences`).
+is worth little (`choose`), those that leave devices without an answer are passed over for a while (`Silences`), and
+those that have never answered get one device at a time (`Trials`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ MAX_ROOM = 1024
 #: Seconds after an open's deadline for which it is given again to workers that have not answered it. Then its
 #: device is told who they are.
 ANSWER_PATIENCE = 3.0
+
+#: Seconds that a device has to get an answer from a worker that has not answered any device yet.
+TRIAL = 60.0
 
 #: Seconds for which a worker is passed over after it left a device without an answer: the first time, and at most.
 #: Each time doubles them.
@@ -121,10 +125,12 @@ def decide(
     silent: Collection[str] = (),
     asked: Collection[bytes] = (),
     random: Random | None = None,
+    tried: Collection[str] = (),
 ) -> Assign | Refuse | Wait:
     """What happens to an open. `choose` picks among the workers with room that the device does not avoid.
 
-    Workers without a certificate are chosen if none with one has room, and silent ones if there is no other.
+    Workers without a certificate are chosen if none with one has room, silent ones if there is no other, and those
+    that are tried if there is no other, or none has room until the open's deadline.
 
     Args:
         pending: the open.
@@ -135,6 +141,7 @@ def decide(
         silent: names of the members that did not answer this device lately (`Silences`).
         asked: ids of the workers that were given this open before. Of silent ones, they come last.
         random: draws among workers; None for a source of its own.
+        tried: names of the members that have to answer another device first (`Trials`).
     """
     serving = [worker for worker in workers if worker.service == pending.header.service]
     wanted = [worker for worker in serving if worker.id not in pending.header.avoid]
@@ -143,8 +150,11 @@ def decide(
         return Refuse("busy", _silence(wanted), BUSY_RETRY)
     able = [worker for worker in answering or wanted if worker.room > 0]
     able = [worker for worker in able if worker.id not in asked] or able
+    able = [worker for worker in able if worker.certified] or able
+    if now <= pending.deadline and not _all_tried(answering, tried):
+        able = [worker for worker in able if worker.member not in tried]
     if able and not pending.placed:
-        return Assign(choose([worker for worker in able if worker.certified] or able, random).id)
+        return Assign(choose(able, random).id)
     if not serving:
         return Wait() if early else Refuse("no-worker", served(workers))
     if now > pending.deadline or not (wanted or early):
@@ -152,6 +162,12 @@ def decide(
         why = f"{_silence(unheard)}, and every other worker is full" if unheard else "every worker is full"
         return Refuse("busy", why, BUSY_RETRY)
     return Wait()
+
+
+def _all_tried(workers: Sequence[Candidate], tried: Collection[str]) -> bool:
+    """Whether none of these workers may be waited for instead of one that is tried."""
+    certified = [worker for worker in workers if worker.certified] or workers
+    return all(worker.member in tried for worker in certified)
 
 
 def choose(able: Sequence[Candidate], random: Random | None = None) -> Candidate:
@@ -228,6 +244,55 @@ class Silences(Generic[_Key]):
         for key in [key for key, known in self._known.items() if now >= known.until + self._most]:
             del self._known[key]
         return {key for key, known in self._known.items() if now < known.until}
+
+
+class Trials:
+    """Which workers' members must answer one device before others get them: those that never answered any.
+
+    A worker can set up channels and then answer no request; a device notices that only after its step timeout. So
+    such a worker gets one device at a time. Devices say who has answered; a worker cannot vouch for itself. Not
+    locked.
+    """
+
+    def __init__(self) -> None:
+        self._answered: set[str] = set()
+        # By the worker's member: the device that has it, and until when it may be waited for.
+        self._under_way: dict[str, tuple[bytes, float]] = {}
+        self._silences: Silences[str] = Silences()
+
+    def answered(self, member: str) -> None:
+        """A device says that a worker of this member has answered a request."""
+        self._answered.add(member)
+        self._under_way.pop(member, None)
+        self._silences.end(member)
+
+    def given(self, member: str, device: bytes, now: float) -> None:
+        """A device got a worker of this member."""
+        if member not in self._answered:
+            self._under_way.setdefault(member, (device, now + TRIAL))
+
+    def asks_again(self, device: bytes, now: float) -> None:
+        """A device wants another worker: the one that it has does not answer, or not enough."""
+        for member in self._of(device):
+            self._end(member, now)
+
+    def forget(self, device: bytes) -> None:
+        """A device is gone."""
+        for member in self._of(device):
+            del self._under_way[member]
+
+    def now(self, now: float) -> set[str]:
+        """The members that are tried by some device at this time, or did not answer the last one."""
+        for member in [member for member, (_, until) in self._under_way.items() if now >= until]:
+            self._end(member, now)
+        return self._under_way.keys() | self._silences.now(now)
+
+    def _of(self, device: bytes) -> list[str]:
+        return [member for member, (tries, _) in self._under_way.items() if tries == device]
+
+    def _end(self, member: str, now: float) -> None:
+        del self._under_way[member]
+        self._silences.note(member, now)
 
 
 def served(workers: Iterable[Candidate]) -> str:

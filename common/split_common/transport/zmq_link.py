@@ -338,9 +338,7 @@ class ZmqLink:
         )
         with self._turn:
             try:
-                # In this version, so that an older broker refuses it now: it would refuse requests later.
-                head = headers.encode_header(announcement, headers.VERSION)
-                send_frames(sock, head, self._identity.certificate_bytes)
+                send_frames(sock, headers.encode_header(announcement), self._identity.certificate_bytes)
                 self._announced = True
             except zmq.Again:
                 self._announced = False

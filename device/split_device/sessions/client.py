@@ -122,9 +122,16 @@ class Client:
 
     def announcement(self) -> headers.Announce:
         self.on_roster()
-        workers = list({channel.worker for channel in self._channels.all()})
-        name = self._identity.certificate.name
-        return headers.Announce(self.id, "device", name, watching=workers[: headers.MAX_WATCHED])
+        channels = self._channels.all()
+        workers = list({channel.worker for channel in channels})
+        answered = list({channel.worker for channel in channels if channel.answered})
+        return headers.Announce(
+            self.id,
+            "device",
+            self._identity.certificate.name,
+            watching=workers[: headers.MAX_WATCHED],
+            answered=answered[: headers.MAX_ANSWERED],
+        )
 
     def on_message(self, header: headers.AnyHeader, body: bytes) -> None:
         match header:

@@ -65,6 +65,8 @@ class WorkerChannel:
     number: int
     crypto: Channel
     control: EpochKeys
+    #: Whether the worker has answered a request.
+    answered: bool = False
     #: Sessions that may still be opened over it.
     sessions_left: int = field(default_factory=lambda: CHANNEL_SESSIONS)
 
@@ -187,7 +189,9 @@ class RemoteSession:
                     self._host.count(error)
                     continue
                 replies[header.seq - first] = reply, tensor
-                if isinstance(reply, payloads.Refusal) and isinstance(refused := refusal_error(reply), SessionLost):
+                if not isinstance(reply, payloads.Refusal):
+                    self._answered()
+                elif isinstance(refused := refusal_error(reply), SessionLost):
                     raise refused
         except BaseException as error:
             self._end(error)
@@ -201,6 +205,12 @@ class RemoteSession:
                 self._end(wrong)
                 raise wrong
         return answers
+
+    def _answered(self) -> None:
+        """Tells the queue at once if this is the worker's first answer, so that other devices get it, too."""
+        if not self.channel.answered:
+            self.channel.answered = True
+            self._host.transport.announce()
 
     def fork(self, identity: SessionIdentity, epoch: int) -> RemoteSession:
         """A copy of the session on its worker, under its own key.

@@ -1,8 +1,9 @@
 """Access rules: the least that each member's Redis user must be allowed to do.
 
 A device or worker reads its own lanes only, and can only add to others'. Besides lanes, a worker writes two keys of
-its own: the list of its processes, and its copy of the roster. The roster itself is the operator's alone. Rules
-recognize a key's owner by the member's mark, with which the ids of all its peers begin.
+its own: the list of its processes, and its copy of the roster. Devices write which workers have answered. The
+roster itself is the operator's alone. Rules recognize a key's owner by the member's mark, with which the ids of all
+its peers begin.
 
 Scripts and functions would not help: the server runs them with the rights of the user that calls them.
 """
@@ -44,7 +45,8 @@ def rules(keys: Keys, role: Role | Literal["operator"], member: str) -> list[str
         return [*reset, f"~{keys.roster}", "+getrange", "+set", "+info", "+scan", sweep]
     own = [*reset, f"~{keys.lanes(role, member)}", *_OWN.split()]
     if role == "device":
-        return [*own, f"(%W~{keys.lanes('worker')} +xadd +memory|usage)", read_fleet]
+        words = f"(%W~{keys.fleet}answered:* %W~{keys.fleet}trial:* +set)"
+        return [*own, f"(%W~{keys.lanes('worker')} +xadd +memory|usage)", words, read_fleet]
     return [
         *own,
         f"(%W~{keys.lanes('device')} %W~{keys.lanes('worker')} +memory|usage)",

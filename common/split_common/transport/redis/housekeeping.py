@@ -195,6 +195,8 @@ class Housekeeper:
                 self._caller.reset()
         if self._is_listed:
             self._enlist()
+        if self._device_opens is not None:
+            self._device_opens.trials.answered(self._announcement.answered)
         self.failure = ""
         self.settled.set()
         if self._rosters.compare(answers[len(renewal) :]):

@@ -3,6 +3,8 @@
     ls:FLEET:{w:PEER}                a worker's lane: messages from devices
     ls:FLEET:{d:PEER}                a device's lane: replies
     ls:FLEET:{fleet}:workers:MARK    announcements of the processes of one worker, which alone writes it
+    ls:FLEET:{fleet}:answered:MARK   a device says that a worker has answered it
+    ls:FLEET:{fleet}:trial:MARK      a device has a worker that has answered nobody yet
     ls:FLEET:{fleet}:boot            random; changes when the server has lost its data
     ls:FLEET:{fleet}:roster          the signed roster, as the operator published it
     ls:FLEET:{fleet}:roster:MARK     a copy that one worker keeps, in case the server loses its data
@@ -48,6 +50,14 @@ class Keys:
     def roster_copy(self, member: str) -> str:
         """The roster that a worker keeps."""
         return f"{self.fleet}roster:{member_mark(member).hex()}"
+
+    def answered(self, mark: bytes) -> str:
+        """Devices' word that the worker with this mark has answered requests."""
+        return f"{self.fleet}answered:{mark.hex()}"
+
+    def trial(self, mark: bytes) -> str:
+        """That some device has the worker with this mark, which has answered nobody yet."""
+        return f"{self.fleet}trial:{mark.hex()}"
 
     def lane(self, role: Role, peer: bytes) -> str:
         """The stream of messages for a peer."""

@@ -18,6 +18,7 @@ from split_common.transport.redis.caller import Caller
 from split_common.transport.redis.key_names import Keys, entry
 from split_common.transport.redis.membership import Registry
 from split_common.transport.redis.server import RedisConnections
+from split_common.transport.redis.trials import SharedTrials
 
 
 class DeviceOpens:
@@ -45,6 +46,8 @@ class DeviceOpens:
         self._since = 0.0
         self._asked: dict[bytes, str] = {}
         self._silences: Silences[str] = Silences()
+        #: Workers that have answered no device yet.
+        self.trials = SharedTrials(connections, keys)
         # The worker over whose channel the device sent its first request.
         self._proven: bytes | None = None
 
@@ -106,7 +109,16 @@ class DeviceOpens:
     def _decide(self, pending: PendingOpen[bytes], workers: list[Candidate], early: bool) -> Assign | Refuse | Wait:
         now = time.monotonic()
         drawn = two_of_each(workers, {*pending.header.avoid, *self._asked})
-        return decide(pending, drawn, early, now, self._silences.now(now), self._asked)
+        silent = self._silences.now(now)
+        members = {worker.id: worker.member for worker in drawn}
+        tried = self.trials.tried(set(members.values()))
+        while True:
+            decision = decide(pending, drawn, early, now, silent, self._asked, tried=tried)
+            if not isinstance(decision, Assign) or members[decision.worker] in tried:
+                return decision
+            if self.trials.begin(members[decision.worker]):
+                return decision
+            tried.add(members[decision.worker])
 
     def _explained(self, refusal: Refuse) -> Refuse:
         """The same, with the reasons why workers that are there were left out."""

@@ -18,6 +18,7 @@ from split_common.transport.redis.answers import Refused, failed
 from split_common.transport.redis.key_names import Keys
 from split_common.transport.redis.roster import publish
 from split_common.transport.redis.server import RedisConnector
+from split_common.transport.redis.trials import ANSWERED_FOR
 from split_common.trust.fleet import Fleet
 from split_common.trust.keys import Roster
 
@@ -54,6 +55,7 @@ class Owners:
         prefix, fleet = re.escape(keys.prefix), re.escape(keys.fleet)
         self._lane = re.compile(rf"{prefix}:\{{([dw]):([0-9a-f]{{8}})[0-9a-f]{{8}}\}}")
         self._own = re.compile(rf"{fleet}(?:workers|roster):([0-9a-f]{{8}})")
+        self._words = re.compile(rf"{fleet}(?:answered|trial):([0-9a-f]{{8}})")
         self._any = re.compile(rf"{prefix}:\{{(?:[dw]:|fleet\}}:(?:workers|roster):)([0-9a-f]{{8}})")
         self._of_all = {keys.boot, keys.roster}
         marks = [(member_mark(member.name).hex(), member) for member in roster.members if member.role != "broker"]
@@ -76,6 +78,8 @@ class Owners:
             return self._roles.get(lane[2]) == lane[1] and 0 <= ttl <= LONGEST_LEASE
         if own := self._own.fullmatch(key):
             return self._roles.get(own[1]) == "w"
+        if words := self._words.fullmatch(key):
+            return self._roles.get(words[1]) == "w" and 0 <= ttl <= ANSWERED_FOR * 1000
         return key in self._of_all
 
 
