@@ -126,14 +126,15 @@ def stress(
     """
     plan = dataclasses.replace(plan, layers=chosen_layers(layers, head_layers, tail_layers))
     plan = _checked(plan, chaos, hostile)
-    passive_threads()
-    with doing("loading torch"):
-        from split_device.stress.plot import check_plot, draw
-        from split_device.stress.report import table
-        from split_device.stress.run import run
+    from split_device.stress.plot import check_plot, draw
 
     if plot is not None:
         check_plot(plot)
+    passive_threads()
+    with doing("loading torch"):
+        from split_device.stress.report import table
+        from split_device.stress.run import run
+
     with tempfile.TemporaryDirectory(prefix="lambda-split-stress-") as directory, contextlib.ExitStack() as stack:
         outcome = run(plan, Path(directory), stack)
     report = outcome.report
@@ -164,6 +165,7 @@ def stress_device(
     layers: LayersOption = None,
     keys: Annotated[Path | None, typer.Option()] = None,
     rejoin: Annotated[int | None, typer.Option()] = None,
+    niceness: Annotated[int, typer.Option()] = 0,
     json: JsonOption = False,
 ) -> None:
     """A device of `lambda-split stress`, which starts it."""
@@ -180,6 +182,7 @@ def stress_device(
         layers=layers or DEFAULT_LAYERS,
         keys=keys,
         rejoin=rejoin,
+        niceness=niceness,
     )
 
 

@@ -17,7 +17,7 @@ from split_common.system.console import emit_json
 from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm
 from split_device.stress.events import Answered, Asked, Decoded, Event, Failed, Traffic, encode
-from split_device.stress.plan import NICENESS, WorkloadKind
+from split_device.stress.plan import WorkloadKind
 
 #: Interval between two `Decoded` events, in seconds.
 DECODED_INTERVAL = 0.25
@@ -55,6 +55,7 @@ def run_device(
     layers: Layers,
     keys: Path | None,
     rejoin: int | None = None,
+    niceness: int = 0,
 ) -> None:
     """Makes requests until SIGTERM, and finishes the last one.
 
@@ -64,6 +65,7 @@ def run_device(
         reference: the unsplit checkpoint to compare with; `model` if None.
         rejoin: number of requests after which the device leaves the queue and joins it again, as a new process
             would: it needs a new channel. None for never.
+        niceness: added to this process's.
     """
     passive_threads()
 
@@ -84,7 +86,7 @@ def run_device(
     else:
         workload = TextWorkload(model, reference or model, seed, index, options, layers)
     emit_json({"pid": os.getpid()})
-    os.nice(NICENESS)
+    os.nice(niceness)
     try:
         _make_requests(workload, itertools.count() if requests is None else range(requests), rejoin, stop)
     finally:

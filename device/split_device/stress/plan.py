@@ -19,7 +19,7 @@ FAULTS = ("kill", "stop", "broker", "lag", "drop", "corrupt")
 #: Kinds of faults that need the proxy.
 NETWORK_FAULTS = ("lag", "drop", "corrupt")
 
-#: Added to the niceness of devices and hostile members, so that workers and broker run as if on other machines.
+#: Added to the niceness of devices under faults, so that workers and broker run as if on other machines.
 NICENESS = 10
 
 

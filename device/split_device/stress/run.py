@@ -21,7 +21,7 @@ from split_device.stress.ledger import Ledger
 from split_device.stress.live import shown
 from split_device.stress.membership import Membership, OwnKeys, SharedKeys
 from split_device.stress.memory import Memory, Resident
-from split_device.stress.plan import NETWORK_FAULTS, StressPlan, WorkloadKind
+from split_device.stress.plan import NETWORK_FAULTS, NICENESS, StressPlan, WorkloadKind
 from split_device.stress.processes import DeviceProcess, Supervised, command
 from split_device.stress.proxy import proxied
 from split_device.stress.report import Report, report
@@ -164,8 +164,10 @@ def _device_command(
     words += ["--seed", str(plan.seed), "--layers", str(plan.layers)]
     words += ["--requests", str(plan.requests)] if plan.requests is not None else []
     words += ["--reference", plan.reference] if plan.reference is not None else []
-    # A hostile member that attacks set-ups and placement harms only those who need a new channel.
-    words += ["--rejoin", REJOIN] if plan.hostile else []
+    # A hostile member that attacks set-ups and placement harms only those who need a new channel. Beside it, all
+    # processes have the same priority, as each has a machine of its own: what a worker computes for the hostile
+    # member must not take the CPU that honest devices need.
+    words += ["--rejoin", REJOIN] if plan.hostile else ["--niceness", str(NICENESS)]
     return words
 
 

@@ -16,7 +16,6 @@ from split_common.trust.fleet import Fleet
 from split_device.stress.hostile import connections, frames, images, redis_keys, sessions, setups, workers
 from split_device.stress.hostile.modes import MODES
 from split_device.stress.hostile.scene import Scene
-from split_device.stress.plan import NICENESS
 
 #: Seconds that a mode may take to end; then its process ends without it.
 END_TIMEOUT = 0.5
@@ -62,7 +61,6 @@ def run_hostile(
         except Exception as error:
             failure.append(f"{type(error).__name__}: {error}")
 
-    os.nice(NICENESS)
     emit_json({"pid": os.getpid()})
     thread = threading.Thread(target=act, name="hostile", daemon=True)
     thread.start()
@@ -80,7 +78,6 @@ def run_bystander(cores: float) -> None:
         cores: how much, in seconds of CPU time per second.
     """
     stop = catch_sigterm()
-    os.nice(NICENESS)
     emit_json({"pid": os.getpid()})
     for _ in range(BYSTANDER_THREADS):
         share = cores / BYSTANDER_THREADS
