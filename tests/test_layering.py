@@ -43,7 +43,8 @@ FLOORS = {
         "cli",
     ],
     "split_broker": [
-        *("tcp", "connections", "memory", "under_way", "peer_queue", "set_ups", "access", "guard", "quotas", "router", "broker"),
+        *("tcp", "connections", "memory", "under_way", "peer_queue", "set_ups", "access", "guard", "quotas"),
+        *("router", "broker"),
         "cli",
     ],
 }
