@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import tiny
@@ -22,9 +23,11 @@ from benchmarks import batch_faults
 from fleet import running_broker, start_worker
 from serving import Unsplit
 from split_common.cli import main
+from split_common.errors import ConfigError
 from split_common.system.console import stderr
-from split_device.batches.place import batches_dir, place_of
+from split_device.batches.place import Record, batches_dir, place_of
 from split_device.cli.batch_progress import Lines
+from split_device.cli.batch_run import Work
 from split_device.jobs.store import Store
 
 #: Seconds that something in another process may take on a busy machine.
@@ -165,6 +168,25 @@ def test_a_rerun_asks_again_what_failed(
 def escaped(text: str) -> str:
     """A text as it is on one line of a file of texts."""
     return text.replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n")
+
+
+def test_overwrite_goes_on_with_what_was_interrupted(tmp_path: Path) -> None:
+    """Only a batch that has ended is answered anew: the same command goes on, whatever it says."""
+    output = tmp_path / "out.jsonl"
+    output.write_text("of an earlier batch")
+    place = place_of(output)
+    work = Work(place, tmp_path / "in.txt", output, "jsonl", None, False)
+    begun = Record(
+        source="in.txt", output=str(output), input_form="text", output_form="jsonl", lines=1, jobs=1, created=1.0
+    )
+    for record, goes_on in ((begun, True), (msgspec.structs.replace(begun, finished=2.0, errors=1), False)):
+        place.write(record)
+        place.store.write_bytes(b"")
+        assert (work.check_new(True) == record) == goes_on
+        assert place.store.exists() == goes_on
+    place.write(begun)
+    with pytest.raises(ConfigError, match="exists already"):
+        work.check_new(False)
 
 
 def test_a_file_of_somebody_else_is_not_replaced(

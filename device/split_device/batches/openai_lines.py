@@ -62,6 +62,8 @@ def _parsed(fields: dict[str, Any], entry: Entry, settings: BatchSettings) -> tu
         raise BadLine("logprobs are not supported in a batch")
     if query.continues:
         raise BadLine("continue_final_message is not supported in a batch")
+    if query.continues:
+        raise BadLine("continue_final_message is not supported in a batch")
     tasks = _with_given(query.tasks, kind, body, settings)
     return msgspec.structs.replace(entry, kind=kind, model=query.model), tasks
 
