@@ -325,14 +325,20 @@ def store_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(time, "time", lambda: next(times) + 0.5)
     path = tmp_path / "state" / "jobs.db"
     with Store(path) as store:
-        store.submit(TASK, priority=5, key="night", group="of the night")
+        store.submit(TASK, priority=5, key="night", group="of the night", request_id="req-1")
         store.submit_all([(PLAIN, 0, None), (IMAGE, -1, None), (PLAIN, 1, None), (PLAIN, 2, None)])
         names = [job.id for job in reversed(store.jobs())]
         store.claim(2)
         store.claim(1, kind="image")
         store.write(
             [
-                Update(id=names[0], piece=TextPiece([1, 200, 70_000], "one"), sampler=b"state", prompt_tokens=9),
+                Update(
+                    id=names[0],
+                    piece=TextPiece([1, 200, 70_000], "one"),
+                    sampler=b"state",
+                    prompt_tokens=9,
+                    session="a0a1a2a3",
+                ),
                 Update(id=names[2], steps=30, image=b"PNG", state="succeeded", finish_reason="stop"),
                 Update(id=names[4], state="failed", error="no worker"),
             ]
@@ -373,21 +379,25 @@ def restored(name: str, path: Path) -> Path:
 
 
 def test_the_database_of_jobs(store_file: Path, tmp_path: Path) -> None:
-    golden = check_text("jobs-version-3.sql", dump(store_file))
+    golden = check_text("jobs-version-4.sql", dump(store_file))
     assert f"user_version = {SCHEMA_VERSION}" in golden
-    with Store(restored("jobs-version-3.sql", tmp_path / "old" / "jobs.db")) as store, Store(store_file) as now:
+    with Store(restored("jobs-version-4.sql", tmp_path / "old" / "jobs.db")) as store, Store(store_file) as now:
         assert store.jobs() == now.jobs()
         check_jobs(store)
         assert store.get("job-000000000001").group == "of the night"
         assert store.ids(Selection(group="of the night")) == ["job-000000000001"]
         assert store.hooks.due() == [DueHook(2, ACTION, "job-000000000002", None, "cancelled", None)]
+        named = [(job.request_id, job.session) for job in reversed(store.jobs())]
+        assert named[:2] == [("req-1", "a0a1a2a3"), ("job-000000000002", None)]
 
 
-def test_a_database_of_version_2_is_brought_up(store_file: Path, tmp_path: Path) -> None:
-    """It has no groups, and gets all tables, columns and indexes of the present version."""
-    path = restored("jobs-version-2.sql", tmp_path / "old" / "jobs.db")
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_older_database_is_brought_up(version: int, store_file: Path, tmp_path: Path) -> None:
+    """It gets all tables, columns and indexes of the present version."""
+    path = restored(f"jobs-version-{version}.sql", tmp_path / "old" / "jobs.db")
     with Store(path) as store:
-        assert not any(job.group or job.claimed for job in store.jobs())
+        assert any(job.group or job.claimed for job in store.jobs()) == (version > 2)
+        assert all(job.request_id == job.id and job.session is None for job in store.jobs())
         check_jobs(store)
         assert store.submit(TASK, group="of the day").group == "of the day"
     schemas = []
@@ -516,7 +526,7 @@ def test_json_of_jobs_and_dead_letters(run: Any, store_file: Path, monkeypatch: 
 def test_json_of_records() -> None:
     """Records whose fields are printed by their names."""
     records = {
-        "answer": chatting.ChatAnswer("Hi", 3, 2, "stop", 0.5, 1.5),
+        "answer": chatting.ChatAnswer("Hi", 3, 2, "stop", 0.5, 1.5, "req-1", "a0a1a2a3"),
         "finding": doctor.Finding("keys", "ok", "/keys"),
         "part": parts.PartSize("body", "2:28", 10, 20, 0.5),
         "report": report.Report(*range(len(dataclasses.fields(report.Report)))),

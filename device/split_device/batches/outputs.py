@@ -146,4 +146,6 @@ def _response(result: Result) -> dict[str, Any]:
     else:
         kind: CompletionKind = "text" if entry.kind == "text" else "chat"
         body = completion(kind, id_, created, entry.model, jobs[0].prompt_tokens or 0, result.choices)
-    return record | {"response": {"status_code": 200, "request_id": f"req_{id_}", "body": body}, "error": None}
+    # Of several choices, each is a job with a request id of its own.
+    response = {"status_code": 200, "request_id": jobs[0].request_id, "body": body}
+    return record | {"response": response, "error": None}

@@ -67,6 +67,7 @@ def generate(
         token_ms = split.timings.per_step_ms()
         if timings:
             stderr.print(timings_table(prompt_ms, token_ms))
+            stderr.print(f"request {answer.request_id}, session {answer.session}", soft_wrap=True)
             stderr.print(f"{answer.tokens} tokens, {answer.tokens_per_second:.1f} tokens/s after the first")
         if json:
             emit_json(

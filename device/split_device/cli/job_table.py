@@ -94,6 +94,8 @@ def job_lines(job: Job, actions: list[Action]) -> Iterator[str]:
     """
     facts = job_facts(job)
     yield f"id: {job.id}"
+    # Under the second name, the job stands in the logs of broker and worker.
+    yield from _lines({"request id": job.request_id, "session": job.session})
     yield f"kind: {job.kind}"
     yield f"state: {facts['state']}{', will be cancelled soon' if job.ending else ''}"
     yield from _lines({"group": job.group, "priority": job.priority})

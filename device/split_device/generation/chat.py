@@ -17,6 +17,7 @@ from split_common.models.layer_stack import max_positions
 from split_device.generation.detokenize import TextStream
 from split_device.generation.settings import Sampling
 from split_device.generation.tokenizing import ChatMessage, encode_chat, end_tokens, pad_token
+from split_device.models.cache import SessionCacheLayer
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class ChatAnswer:
     finish_reason: str
     first_token_seconds: float
     seconds: float
+    #: The id by which logs name the request, and the name that broker and worker log: the first 8 hexadecimal
+    #: digits of the session's key. All turns of a conversation share them. Empty if the model is not split.
+    request_id: str = ""
+    session: str = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -156,6 +161,8 @@ class Conversation:
         self._cached = output[:, :-1]
         new = output[0, prompt_tokens:]
         stopped = len(new) > 0 and int(new[-1]) in ends
+        layers = (layer for layer in self._cache.layers if isinstance(layer, SessionCacheLayer))
+        identity = next((layer.identity for layer in layers), None)
         return ChatAnswer(
             text=self._tokenizer.decode(new, skip_special_tokens=True),
             prompt_tokens=prompt_tokens,
@@ -163,6 +170,8 @@ class Conversation:
             finish_reason="stop" if stopped else "length",
             first_token_seconds=(streamer.first_token or ended) - began,
             seconds=ended - began,
+            request_id=identity.request_id if identity is not None else "",
+            session=identity.label if identity is not None else "",
         )
 
     def _keep_common_prefix(self, input_ids: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from split_device.jobs.vault import Vault, make_key, read_key
 
 #: Version of the schema (`PRAGMA user_version`). A store of an older version that is in `_MIGRATIONS` is brought up
 #: to it when it is opened; any other one is refused.
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 #: How long a write waits for another process to finish its own, in seconds.
 BUSY_TIMEOUT = 30.0
@@ -23,6 +23,7 @@ BUSY_TIMEOUT = 30.0
 _MARK = b"lambda-split jobs"
 
 #: `claimed` and `claimed_tokens`: when a job began to run the last time, and the tokens that it had then.
+#: `request_id`: if it is not the job's id. `session`: what broker and worker call the job's last session.
 _SCHEMA = """
 CREATE TABLE mark (value BLOB NOT NULL);
 CREATE TABLE jobs (
@@ -46,7 +47,9 @@ CREATE TABLE jobs (
     sampler BLOB,
     group_number INTEGER REFERENCES groups (number),
     claimed REAL,
-    claimed_tokens INTEGER NOT NULL DEFAULT 0
+    claimed_tokens INTEGER NOT NULL DEFAULT 0,
+    request_id BLOB,
+    session TEXT
 );
 CREATE INDEX queue ON jobs (state, kind, priority DESC, number);
 CREATE TABLE pieces (
@@ -87,7 +90,11 @@ ALTER TABLE jobs ADD COLUMN group_number INTEGER REFERENCES groups (number);
 ALTER TABLE jobs ADD COLUMN claimed REAL;
 ALTER TABLE jobs ADD COLUMN claimed_tokens INTEGER NOT NULL DEFAULT 0;
 """
-    + _GROUPS
+    + _GROUPS,
+    3: """
+ALTER TABLE jobs ADD COLUMN request_id BLOB;
+ALTER TABLE jobs ADD COLUMN session TEXT;
+""",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,12 @@ class JobExecution:
         self.update = Update(id=job.id)
         #: Whether a user has cancelled the job.
         self.cancelled = False
+        self._session: str | None = None
+
+    def _note_session(self, session: str | None) -> None:
+        """Puts what broker and worker call its session into `update`, if that is new."""
+        if session is not None and session != self._session:
+            self._session = self.update.session = session
 
     @property
     def done(self) -> bool:
@@ -55,7 +62,7 @@ class TextExecution(JobExecution):
 
     def __init__(self, job: Job, task: Task, loaded: Loaded, progress: JobProgress) -> None:
         super().__init__(job)
-        request = loaded.request(task, progress, job.priority)
+        request = dataclasses.replace(loaded.request(task, progress, job.priority), request_id=job.request_id)
         self.update.prompt_tokens = len(request.prompt)
         self._text = TextStream(loaded.tokenizer, task.stop)
         for token in progress.tokens:
@@ -83,6 +90,8 @@ class TextExecution(JobExecution):
             self._generation.cancel()
 
     def collect(self) -> bool:
+        if self._generation is not None:
+            self._note_session(self._generation.session)
         arrived = not self._tokens.empty()
         while not self._tokens.empty():
             token, sampler = self._tokens.get()
@@ -120,7 +129,7 @@ class ImageExecution(JobExecution):
     def __init__(self, job: Job, task: ImageTask, pipeline: ImagePipeline) -> None:
         super().__init__(job)
         self._steps = self.update.steps = 0
-        self._generation = pipeline.start(task.prompt, task.settings)
+        self._generation = pipeline.start(task.prompt, task.settings, job.request_id)
 
     @property
     def done(self) -> bool:
@@ -130,6 +139,7 @@ class ImageExecution(JobExecution):
         self._generation.cancel()
 
     def collect(self) -> bool:
+        self._note_session(self._generation.session)
         if self._generation.steps == self._steps:
             return False
         self._steps = self.update.steps = self._generation.steps

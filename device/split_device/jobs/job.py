@@ -152,6 +152,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     #: When the job began to run the last time, and how many tokens it had then.
     claimed: float | None = None
     claimed_tokens: int = 0
+    #: The id by which logs name its request: its own id unless another one was given.
+    request_id: str = ""
+    #: By which broker and worker name its last session: the first 8 hexadecimal digits of the session's key.
+    session: str | None = None
 
     @property
     def kind(self) -> JobKind:
@@ -195,10 +199,12 @@ class Update(msgspec.Struct, kw_only=True):
     state: State | None = None
     finish_reason: JobFinishReason | None = None
     error: str | None = None
+    #: By which broker and worker name its session, if it has a new one.
+    session: str | None = None
 
     @property
     def worth_writing(self) -> bool:
-        return bool(self.piece.tokens or self.state or self.prompt_tokens or self.steps is not None)
+        return bool(self.piece.tokens or self.state or self.prompt_tokens or self.steps is not None or self.session)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,7 +136,7 @@ class JobReader:
     # --- rows ----------------------------------------------------------------------------------------------
 
     def _job(self, row: sqlite3.Row) -> Job:
-        id_, error = row["id"], row["error"]
+        id_, error, request = row["id"], row["error"], row["request_id"]
         return Job(
             id=id_,
             state=row["state"],
@@ -154,6 +154,8 @@ class JobReader:
             group=self._group_name(row["group_digest"], row["group_name"]),
             claimed=row["claimed"],
             claimed_tokens=row["claimed_tokens"],
+            request_id=id_ if request is None else self._vault.open(request, f"{id_}/request").decode(),
+            session=row["session"],
         )
 
     def _group_name(self, digest: bytes | None, sealed: bytes) -> str | None:

@@ -101,4 +101,6 @@ def job_facts(job: Job) -> dict[str, Any]:
         "steps": job.steps,
         "finish_reason": job.finish_reason,
         "error": job.error,
+        "request_id": job.request_id,
+        "session": job.session,
     }

@@ -29,6 +29,7 @@ from split_device.jobs.job import (
     kind_of,
 )
 from split_device.jobs.reading import JOBS, JobReader
+from split_device.sessions.identity import check_request_id
 
 #: Size of the seed that is drawn for a job without one, in bits. SQLite's integers are signed.
 SEED_BITS = 63
@@ -69,17 +70,27 @@ class Store(JobReader):
 
     # --- for users -----------------------------------------------------------------------------------------
 
-    def submit(self, task: AnyTask, priority: int = 0, key: str | None = None, group: str | None = None) -> Job:
+    def submit(
+        self,
+        task: AnyTask,
+        priority: int = 0,
+        key: str | None = None,
+        group: str | None = None,
+        request_id: str | None = None,
+    ) -> Job:
         """Adds a job, or returns the existing job with the same key.
 
         Args:
             group: name of the group that a new job belongs to, which is made with its first job.
+            request_id: the id by which logs name a new job's request; None for the job's own id.
 
         Raises:
             JobsError: the job with this key asks for something else, or the database cannot be written.
-            ConfigError: the prompt or a setting has a wrong type, the key is empty, or the group has no valid name.
+            ConfigError: the prompt or a setting has a wrong type, the key is empty, the group has no valid name, or
+                the request id is not one.
         """
-        return self.submit_all([(task, priority, key)], group)[0]
+        with transaction(self._db, self.path):
+            return self._submit(task, priority, key, self._group(group), request_id)
 
     def submit_all(self, tasks: Iterable[tuple[AnyTask, int, str | None]], group: str | None = None) -> list[Job]:
         """Adds jobs in one transaction: all of them or none. Raises what `submit` raises."""
@@ -105,7 +116,14 @@ class Store(JobReader):
         (number,) = self._db.execute("SELECT number FROM groups WHERE digest = ?", (digest,)).fetchone()
         return int(number)
 
-    def _submit(self, task: AnyTask, priority: int, key: str | None, group: int | None) -> Job:
+    def _submit(
+        self,
+        task: AnyTask,
+        priority: int,
+        key: str | None,
+        group: int | None,
+        request_id: str | None = None,
+    ) -> Job:
         if key is not None and not key.strip():
             raise ConfigError("the key is empty: leave it out, or give one")
         # A key may be as private as the prompt: only its digest is stored.
@@ -122,10 +140,13 @@ class Store(JobReader):
             task = task.with_seed(secrets.randbits(SEED_BITS))
         id_ = f"job-{secrets.token_hex(6)}"
         sealed = self._vault.seal(_packed(task), f"{id_}/task")
+        request = None
+        if request_id is not None:
+            request = self._vault.seal(check_request_id(request_id).encode(), f"{id_}/request")
         self._db.execute(
-            "INSERT INTO jobs (id, key, kind, model, priority, created, task, group_number) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (id_, digest, kind_of(task), _name(task.model), priority, time.time(), sealed, group),
+            "INSERT INTO jobs (id, key, kind, model, priority, created, task, group_number, request_id) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (id_, digest, kind_of(task), _name(task.model), priority, time.time(), sealed, group, request),
         )
         return self.get(id_)
 
@@ -268,6 +289,8 @@ class Store(JobReader):
             )
         if update.prompt_tokens is not None:
             self._db.execute("UPDATE jobs SET prompt_tokens = ? WHERE id = ?", (update.prompt_tokens, id_))
+        if update.session is not None:
+            self._db.execute("UPDATE jobs SET session = ? WHERE id = ?", (update.session, id_))
         if update.steps is not None:
             self._db.execute("UPDATE jobs SET steps = ? WHERE id = ?", (update.steps, id_))
         if update.image is not None:

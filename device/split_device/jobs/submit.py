@@ -6,10 +6,11 @@ import asyncio
 import dataclasses
 import io
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from split_common.errors import ConfigError
 from split_device.generation.settings import Sampling, within_bounds
 from split_device.images.settings import ImageSettings, check_size, pipeline_directory
 from split_device.jobs.agent import running_agent
@@ -25,15 +26,17 @@ from split_device.jobs.job import (
     Task,
     checkpoint,
 )
+from split_device.jobs.many import SubmitsMany, SubmittedMany
 from split_device.jobs.store import Store, store_path
 
 if TYPE_CHECKING:
     from PIL import Image
 
 _T = TypeVar("_T")
+_P = TypeVar("_P")
 
 
-class Device:
+class Device(SubmitsMany[str]):
     """Submits jobs to this user's store; an agent (`lambda-split agent start`) runs them.
 
     Args:
@@ -54,6 +57,7 @@ class Device:
         priority: int = 0,
         key: str | None = None,
         group: str | None = None,
+        request_id: str | None = None,
         sampling: Sampling | None = None,
         **fields: Any,
     ) -> Submitted[str]:
@@ -64,25 +68,54 @@ class Device:
             priority: jobs with a higher one run first.
             key: a name for the job. If there is a job with this key, it is returned instead of a new one.
             group: name of the group that the job belongs to.
+            request_id: the id by which logs name the job, 1 to 128 visible ASCII characters; None for the job's
+                own id.
             sampling: how tokens are chosen, and their maximum number.
             fields: replace fields of `sampling`: `max_tokens`, `temperature`, `top_p`, `top_k`, `seed`.
 
         Raises:
             JobsError: the job with this key asks for something else.
-            ConfigError: the key is empty, the group has no valid name, or a number is out of bounds.
+            ConfigError: the key is empty, the group has no valid name, the request id is not one, or a number is
+                out of bounds.
             StoreLocked, ConfigError: the store cannot be opened.
         """
+        task = self._task(prompt, stop, dataclasses.replace(sampling or Sampling(), **fields).checked())
+        return _submit(task, priority, key, group, request_id, self._store_key, text_output)
+
+    def submit_many(
+        self,
+        prompts: Iterable[str | Sequence[Mapping[str, str]]],
+        *,
+        stop: Sequence[str] = (),
+        priority: int = 0,
+        group: str | None = None,
+        sampling: Sampling | None = None,
+        **fields: Any,
+    ) -> SubmittedMany[str]:
+        """Submits users' messages, or conversations: all of them or none.
+
+        Args:
+            stop, priority, group, sampling, fields: as for `submit`, for each prompt.
+
+        Raises:
+            ConfigError: `prompts` is one text, the group has no valid name, or a number is out of bounds.
+            StoreLocked, ConfigError: the store cannot be opened.
+        """
+        chosen = dataclasses.replace(sampling or Sampling(), **fields).checked()
+        tasks = [self._task(prompt, stop, chosen) for prompt in _check_prompts(prompts)]
+        return _submit_many(tasks, priority, group, self._store_key, text_output)
+
+    def _task(self, prompt: str | Sequence[Mapping[str, str]], stop: Sequence[str], sampling: Sampling) -> Task:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        task = Task(
+        return Task(
             model=self._model,
             prompt=tuple(Message(message["role"], message["content"]) for message in messages),
-            sampling=dataclasses.replace(sampling or Sampling(), **fields).checked(),
+            sampling=sampling,
             stop=tuple(stop),
         )
-        return _submit(task, priority, key, group, self._store_key, text_output)
 
 
-class ImageDevice:
+class ImageDevice(SubmitsMany["Image.Image"]):
     """Submits images to this user's store, like `Device`.
 
     Args:
@@ -102,26 +135,53 @@ class ImageDevice:
         priority: int = 0,
         key: str | None = None,
         group: str | None = None,
+        request_id: str | None = None,
         settings: ImageSettings | None = None,
         **fields: Any,
     ) -> Submitted[Image.Image]:
         """Submits a prompt.
 
         Args:
-            priority, key, group: as for `Device`.
+            priority, key, group, request_id: as for `Device`.
             settings: how the image is made.
             fields: replace fields of `settings`: `steps`, `width`, `height`, `guidance`, `negative`, `seed`.
 
         Raises:
             JobsError: the job with this key asks for something else.
             ConfigError: the model cannot make an image of this size, the key is empty, the group has no valid name,
-                or a number is out of bounds.
+                the request id is not one, or a number is out of bounds.
             StoreLocked, ConfigError: the store cannot be opened.
         """
-        settings = dataclasses.replace(settings or ImageSettings(), **fields).checked()
-        task = ImageTask(model=self._model, prompt=prompt, settings=settings)
-        check_size(task.model.name, task.settings)
-        return _submit(task, priority, key, group, self._store_key, _open_image)
+        task = ImageTask(model=self._model, prompt=prompt, settings=self._settings(settings, fields))
+        return _submit(task, priority, key, group, request_id, self._store_key, _open_image)
+
+    def submit_many(
+        self,
+        prompts: Iterable[str],
+        *,
+        priority: int = 0,
+        group: str | None = None,
+        settings: ImageSettings | None = None,
+        **fields: Any,
+    ) -> SubmittedMany[Image.Image]:
+        """Submits prompts: all of them or none.
+
+        Args:
+            priority, group, settings, fields: as for `submit`, for each prompt.
+
+        Raises:
+            ConfigError: `prompts` is one text, the model cannot make an image of this size, the group has no valid
+                name, or a number is out of bounds.
+            StoreLocked, ConfigError: the store cannot be opened.
+        """
+        chosen = self._settings(settings, fields)
+        tasks = [ImageTask(model=self._model, prompt=prompt, settings=chosen) for prompt in _check_prompts(prompts)]
+        return _submit_many(tasks, priority, group, self._store_key, _open_image)
+
+    def _settings(self, settings: ImageSettings | None, fields: dict[str, Any]) -> ImageSettings:
+        chosen = dataclasses.replace(settings or ImageSettings(), **fields).checked()
+        check_size(self._model.name, chosen)
+        return chosen
 
 
 def _submit(
@@ -129,12 +189,32 @@ def _submit(
     priority: int,
     key: str | None,
     group: str | None,
+    request_id: str | None,
     store_key: Path | None,
     output: Callable[[Store, Job], _T],
 ) -> Submitted[_T]:
     priority = within_bounds("priority", priority)
     with Store(store_path(), store_key) as store:
-        return Submitted(store.submit(task, priority, key, group).id, store_key, output)
+        return Submitted(store.submit(task, priority, key, group, request_id).id, store_key, output)
+
+
+def _submit_many(
+    tasks: Sequence[AnyTask],
+    priority: int,
+    group: str | None,
+    store_key: Path | None,
+    output: Callable[[Store, Job], _T],
+) -> SubmittedMany[_T]:
+    priority = within_bounds("priority", priority)
+    with Store(store_path(), store_key) as store:
+        return SubmittedMany(store.submit_ids(((task, priority, None) for task in tasks), group), store_key, output)
+
+
+def _check_prompts(prompts: Iterable[_P]) -> Iterable[_P]:
+    """Returns prompts. Raises ConfigError for one text, whose characters would be prompts."""
+    if isinstance(prompts, str):
+        raise ConfigError("prompts is one text: pass a list of them")
+    return prompts
 
 
 def _open_image(store: Store, job: Job) -> Image.Image:
