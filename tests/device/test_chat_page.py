@@ -328,7 +328,14 @@ def test_a_wrong_key(browser: Browser, server: tuple[str, Any]) -> None:
 
 
 @needs_chromium
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark"), (320, "light")])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        pytest.param(1280, "light", marks=pytest.mark.long),
+        pytest.param(390, "dark", marks=pytest.mark.long),
+        (320, "light"),
+    ],
+)
 def test_everybody_can_read_it(browser: Browser, server: tuple[str, Any], scheme: Any, width: int) -> None:
     with opened(
         browser, server[0], color_scheme=scheme, viewport={"width": width, "height": 800}, reduced_motion="reduce"

@@ -224,6 +224,7 @@ def test_work_grows_with_the_answer_and_not_with_its_square(page: Page) -> None:
     assert large < 1.5 * small
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("text", ["a " * 200_000, "> " * 20_000, "```\n" + "x\n" * 100_000, "*a _b " * 50_000])
 def test_huge_answers(page: Page, text: str) -> None:
     drawn(page, text)
