@@ -336,3 +336,13 @@ def test_every_exception_is_needed() -> None:
     text = "".join(page.read_text() for page in pages())
     used = set(re.findall(r"[A-Za-z_]\w*", text))
     assert sorted(OTHERS_NAMES - used) == []
+
+
+#: Is set by a process for its own children, and by whoever adds a sample to the tests.
+INTERNAL = {"LAMBDA_SPLIT_PARENT", "LAMBDA_SPLIT_ADD_GOLDEN"}
+
+
+def test_every_environment_variable_is_explained() -> None:
+    used = {word for word in names().words if re.fullmatch(r"LAMBDA_SPLIT_[A-Z_]+", word)}
+    explained = set(re.findall(r"`(LAMBDA_SPLIT_[A-Z_]+)`", (ROOT / "docs" / "commands.md").read_text()))
+    assert used - INTERNAL == explained

@@ -52,7 +52,6 @@ STAND_INS = {
     r"\bmake demo-image\b": "lambda-split demo --image",
     r"\bmake demo\b": "lambda-split demo",
     r"tcp://0\.0\.0\.0:7411": "'tcp://127.0.0.1:*'",
-    r"lambda-split broker$": "lambda-split broker --bind 'tcp://127.0.0.1:*'",
     r"--port 8080": "--port 0",
 }
 
@@ -268,6 +267,7 @@ class Walk:
             "HOME": str(home),
             "LAMBDA_SPLIT_CACHE": str(models.parent),
             "LAMBDA_SPLIT_RUNTIME": str(home / "run"),
+            "LAMBDA_SPLIT_BIND": "tcp://127.0.0.1:*",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "COLUMNS": "120",
             # The docs show what runs on a CPU.
