@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 import tiny
+from fleet import running_broker, start_worker
 from split_common.cli import application
 from split_common.cli.groups import Group, grouped
 from split_common.errors import SplitError
@@ -21,6 +23,7 @@ from split_common.system.process import running_command
 from split_device import Connection, Device, Generator, Limits, Sampling, SplitModelForCausalLM
 from split_device.jobs import agent, models
 from split_device.jobs.job import ModelChoice, Task
+from split_device.models.hardware import Hardware
 
 #: One line for each argument and option of each command. A line that changes is a change that users see.
 GOLDEN = Path(__file__).parents[1] / "golden" / "options.txt"
@@ -146,6 +149,7 @@ QUEUE = (
     *("--broker", "tcp://127.0.0.1:9", "--member", "me", "--timeout", "3", "--patience", "4"),
     *("--step-timeout", "7", "--history-memory", "2MiB"),
 )
+COMPUTE = ("--device", "cpu", "--threads", 3)
 CONNECTION = Connection("tcp://127.0.0.1:9", None, "me", 3.0, 4.0, 7.0, 2 * 1024**2)
 
 
@@ -165,8 +169,8 @@ def test_how_to_connect_arrives_where_models_are_loaded(
     seen: list[Any] = []
 
     class Models:
-        def __init__(self, connection: Connection, limits: Limits) -> None:
-            seen.extend((connection, limits))
+        def __init__(self, connection: Connection, limits: Limits, hardware: Hardware) -> None:
+            seen.extend((connection, limits, hardware))
             raise Enough
 
     monkeypatch.setattr(models, "Models", Models)
@@ -180,8 +184,8 @@ def test_how_to_connect_arrives_where_models_are_loaded(
         "batch": ["batch", source, "-o", tmp_path / "out.jsonl", "--model", checkpoint],
         "agent": ["agent", "run"],
     }[command]
-    assert run(*arguments, "--max-jobs", 3, "--kv-memory", "1MiB", *QUEUE).code == 1
-    assert seen == [CONNECTION, Limits(requests=3, kv_memory=1024**2)]
+    assert run(*arguments, "--max-jobs", 3, "--kv-memory", "1MiB", *QUEUE, *COMPUTE).code == 1
+    assert seen == [CONNECTION, Limits(requests=3, kv_memory=1024**2), Hardware("cpu", 3)]
 
 
 def test_an_agent_in_the_background_is_told_what_stands_on_the_command_line(
@@ -198,7 +202,7 @@ def test_an_agent_in_the_background_is_told_what_stands_on_the_command_line(
     monkeypatch.setattr(agent, "start", start)
     assert run("agent", "start", "--json").code == 0
     assert not seen
-    assert run("agent", "start", "--keep", "7d", "--max-images", 3, *QUEUE, "--json").code == 0
+    assert run("agent", "start", "--keep", "7d", "--max-images", 3, *QUEUE, *COMPUTE, "--json").code == 0
     words = iter(seen)
     assert environments[-1] == {"LAMBDA_SPLIT_BROKER": "tcp://127.0.0.1:9"}
     assert dict(zip(words, words, strict=True)) == {
@@ -207,9 +211,38 @@ def test_an_agent_in_the_background_is_told_what_stands_on_the_command_line(
         "--patience": "4.0",
         "--step-timeout": "7.0",
         "--history-memory": str(2 * 1024**2),
+        "--device": "cpu",
+        "--threads": "3",
         "--max-images": "3",
         "--keep": "7d",
     }
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+def test_as_many_threads_compute_as_are_asked_for(run: Any, checkpoint: Path) -> None:
+    with running_broker() as broker:
+        worker = start_worker(checkpoint, broker.address)
+        here = ("--model", checkpoint, "--broker", broker.address, "--max-tokens", 4)
+        for threads in (3, 2):
+            assert run("generate", "Hello", *here, "--device", "cpu", "--threads", threads).code == 0
+            assert torch.get_num_threads() == threads
+        worker.stop()
+
+
+@pytest.mark.parametrize("command", [("generate", "Hello"), ("chat",), ("serve", "--port", 0)])
+def test_a_device_without_a_gpu_says_so(run: Any, checkpoint: Path, command: tuple[Any, ...]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = run(*command, "--model", checkpoint, "--device", "cuda")
+    assert done.code == 2
+    assert "torch sees no CUDA device: use --device cpu" in done.err
 
 
 def test_a_loaded_model_keeps_to_them(checkpoint: Path) -> None:

@@ -10,7 +10,6 @@ import typer
 from split_common.cli.options import (
     BrokerOption,
     CutOption,
-    DeviceName,
     DeviceOption,
     DtypeOption,
     IpAdapterOption,
@@ -24,7 +23,6 @@ from split_common.cli.options import (
     TimeoutOption,
     parse_size,
 )
-from split_common.errors import ConfigError
 from split_common.models.checkpoint_files import model_name
 from split_common.models.demo_model import resolve_model
 from split_common.models.denoisers.sizes import MAX_PIXELS
@@ -104,7 +102,7 @@ def worker(
     with doing(f"loading {model_name(checkpoint)}, connecting to {masked(broker)}"):
         import torch
 
-        from split_common.models.tensors import parse_dtype
+        from split_common.models.tensors import parse_device, parse_dtype
         from split_worker.bodies.loading import load_body
         from split_worker.limits import WorkerLimits
         from split_worker.worker import Worker
@@ -118,7 +116,7 @@ def worker(
             layers=None if layers is None else str(layers),
             cut=cut,
             ip_adapter=ip_adapter,
-            device=torch.device(_device(device)),
+            device=parse_device(device),
             dtype=parse_dtype(dtype),
             memory=kv_bytes,
             max_pixels=max_pixels,
@@ -165,13 +163,3 @@ def _drain(running: Worker, timeout: float) -> None:
     stderr.print(f"draining: no new sessions; those that are open have {timeout:g} s to end")
     if not running.drain(timeout):
         stderr.print(f"sessions were still open after {timeout:g} s")
-
-
-def _device(name: DeviceName) -> str:
-    """The device of a name. Raises ConfigError if torch does not find it."""
-    import torch
-
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ConfigError("torch sees no CUDA device: use --device cpu, or install a CUDA build of torch")
-    return "cuda" if available and name != "cpu" else "cpu"

@@ -23,6 +23,18 @@ def dtype_name(dtype: torch.dtype) -> Dtype:
     return _NAMES[dtype]  # type: ignore[return-value]
 
 
+def parse_device(name: str) -> torch.device:
+    """The device of a name: "cpu", "cuda", or "auto" for a GPU if there is one.
+
+    Raises:
+        ConfigError: torch does not find it.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("torch sees no CUDA device: use --device cpu, or install a CUDA build of torch")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
 def to_bytes(states: torch.Tensor) -> memoryview:
     """The bytes of hidden states `[tokens, width]`, in C order and native byte order (little-endian).
 

@@ -20,7 +20,7 @@ from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm
 from split_device.batches.finish import prune as prune_batches
 from split_device.cli.batches import all_batches, print_batches
-from split_device.cli.groups import ConnectionOptions, LimitOptions
+from split_device.cli.groups import ConnectionOptions, HardwareOptions, LimitOptions
 from split_device.cli.options import GIVE_UP, GiveUpOption, KeepOption, StoreKeyOption, parse_age
 from split_device.jobs import agent, waits
 from split_device.jobs.notify import Notifier
@@ -46,6 +46,7 @@ LOG_INTERVAL = 0.2
 @grouped
 def run(
     connection: ConnectionOptions,
+    hardware: HardwareOptions,
     limits: LimitOptions,
     give_up: GiveUpOption = GIVE_UP,
     keep: KeepOption = None,
@@ -73,7 +74,7 @@ def run(
             stderr.print(f"agent {os.getpid()} runs the jobs of {store.path}; {resumed} resume", soft_wrap=True)
             waits.over()
             connection = dataclasses.replace(connection, on_notice=waits.say)
-            with Models(connection, limits) as models:
+            with Models(connection, limits, hardware) as models:
                 batches = DetachedBatches(models, give_up, store_key)
                 runner = JobRunner(store, models, give_up, waits.say, waits.over)
                 _work(runner, batches, store, max_age, stop)
@@ -125,6 +126,7 @@ def _work(
 def start(
     context: typer.Context,
     connection: ConnectionOptions,
+    hardware: HardwareOptions,
     limits: LimitOptions,
     give_up: GiveUpOption = GIVE_UP,
     keep: KeepOption = None,

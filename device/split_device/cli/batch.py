@@ -35,6 +35,7 @@ from split_device.cli.batch_options import (
 from split_device.cli.batch_run import Work, report, run
 from split_device.cli.groups import (
     ConnectionOptions,
+    HardwareOptions,
     ImageModelOptions,
     LimitOptions,
     PictureOptions,
@@ -60,6 +61,7 @@ def batch(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Prompts or requests; `-` is stdin.")],
     model: TextModelOptions,
     connection: ConnectionOptions,
+    hardware: HardwareOptions,
     limits: LimitOptions,
     sampling: SamplingOptions,
     picture: PictureOptions,
@@ -149,7 +151,7 @@ def batch(
             before = work.check_new(overwrite)
             with work.begun(lines, settings, store_key, overwrite, before) as begun:
                 if not detach:
-                    answered = run(begun, connection, limits, give_up, progress, interrupted)
+                    answered = run(begun, connection, hardware, limits, give_up, progress, interrupted)
             if not detach:
                 clear(place, begun.record, answered.summary.errors)
     except Held as held:

@@ -27,6 +27,7 @@ from split_device.cli.batch_progress import ProgressMode, batch_progress
 from split_device.cli.terminal import loading, with_notices
 from split_device.generation.limits import Limits
 from split_device.jobs.store import Store
+from split_device.models.hardware import Hardware
 from split_device.sessions.connection import Connection
 
 
@@ -143,6 +144,7 @@ def _say_begun(begun: Begun) -> None:
 def run(
     begun: Begun,
     connection: Connection,
+    hardware: Hardware,
     limits: Limits,
     give_up: float,
     mode: ProgressMode,
@@ -158,7 +160,7 @@ def run(
     tokens = store.generated()
     try:
         if begun.resumed < jobs:
-            _run_jobs(begun, connection, limits, give_up, mode, interrupted)
+            _run_jobs(begun, connection, hardware, limits, give_up, mode, interrupted)
     except KeyboardInterrupt:
         ended, failed = counts(store)
         stderr.print(
@@ -176,6 +178,7 @@ def run(
 def _run_jobs(
     begun: Begun,
     connection: Connection,
+    hardware: Hardware,
     limits: Limits,
     give_up: float,
     mode: ProgressMode,
@@ -190,7 +193,7 @@ def _run_jobs(
     directory = record.output_dir
     pictures = None if directory is None else Pictures(Path(directory), begun.plan, store)
     with batch_progress(mode, begun.place.name, record.jobs, store.generated) as advance:
-        with Models(with_notices(connection), limits) as models:
+        with Models(with_notices(connection), limits, hardware) as models:
             runner = JobRunner(store, models, give_up, stderr.print)
             try:
                 while (found := counts(store))[0] < record.jobs:

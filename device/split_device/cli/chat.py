@@ -14,7 +14,7 @@ from split_common.system.console import emit_json, piped_lines, stderr
 from split_common.system.process import passive_threads
 from split_common.system.text import check_text
 from split_device.cli.checks import check_connection
-from split_device.cli.groups import ConnectionOptions, SamplingOptions, TextModelOptions
+from split_device.cli.groups import ConnectionOptions, HardwareOptions, SamplingOptions, TextModelOptions
 from split_device.cli.options import SystemOption
 from split_device.cli.terminal import answer_line, loading, with_notices
 
@@ -23,6 +23,7 @@ from split_device.cli.terminal import answer_line, loading, with_notices
 def chat(
     model: TextModelOptions,
     connection: ConnectionOptions,
+    hardware: HardwareOptions,
     sampling: SamplingOptions,
     system: SystemOption = None,
     json: JsonOption = False,
@@ -42,7 +43,7 @@ def chat(
         from split_device.jobs.models import load_model
 
         tokenizer = load_tokenizer(choice.name, choice.revision)
-        split = load_model(choice, with_notices(connection))
+        split = load_model(choice, with_notices(connection), hardware)
     with split:
         start = [{"role": "system", "content": system}] if system else []
         conversation = Conversation(split, tokenizer, start)

@@ -13,7 +13,7 @@ from split_common.errors import ConfigError
 from split_common.system.console import emit_json, read_stdin, stderr
 from split_common.system.process import passive_threads
 from split_device.cli.checks import check_connection, check_prompt
-from split_device.cli.groups import ConnectionOptions, SamplingOptions, TextModelOptions
+from split_device.cli.groups import ConnectionOptions, HardwareOptions, SamplingOptions, TextModelOptions
 from split_device.cli.options import PromptArgument, RawOption, SystemOption
 from split_device.cli.tables import timings_table
 from split_device.cli.terminal import answer_line, loading, with_notices
@@ -24,6 +24,7 @@ def generate(
     prompt: PromptArgument,
     model: TextModelOptions,
     connection: ConnectionOptions,
+    hardware: HardwareOptions,
     sampling: SamplingOptions,
     system: SystemOption = None,
     raw: RawOption = False,
@@ -54,7 +55,7 @@ def generate(
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": text})
         input_ids = encode_text(tokenizer, text) if raw else encode_chat(tokenizer, messages)
-        split = load_model(choice, with_notices(connection))
+        split = load_model(choice, with_notices(connection), hardware)
     prompt_ms: dict[str, float] = {}
     with split:
 

@@ -9,12 +9,14 @@ from split_common.cli.groups import Group
 from split_common.cli.options import (
     BrokerOption,
     CutOption,
+    DeviceOption,
     DtypeOption,
     KeysOption,
     LayersOption,
     MemberOption,
     ModelOption,
     RevisionOption,
+    ThreadsOption,
     TimeoutOption,
     old_name,
 )
@@ -50,6 +52,7 @@ from split_device.images.settings import (
     pipeline_directory,
 )
 from split_device.jobs.job import ImageChoice, ModelChoice, checkpoint
+from split_device.models.hardware import Hardware
 from split_device.sessions.connection import Connection
 
 
@@ -147,6 +150,7 @@ CONNECTION = Group(
     step_timeout=StepTimeoutOption,
     history_memory=HistoryOption,
 )
+HARDWARE = Group(device=DeviceOption, threads=ThreadsOption)
 LIMITS = Group(requests=MaxJobsOption, images=MaxImagesOption, kv_memory=KvMemoryOption)
 TEXT_MODEL = Group(
     model=ModelOption,
@@ -164,6 +168,7 @@ PICTURE = Group(
 )
 
 ConnectionOptions = Annotated[Connection, CONNECTION]
+HardwareOptions = Annotated[Hardware, HARDWARE]
 LimitOptions = Annotated[Limits, LIMITS]
 TextModelOptions = Annotated[TextModel, TEXT_MODEL]
 ImageModelOptions = Annotated[ImageModel, IMAGE_MODEL_CUT]

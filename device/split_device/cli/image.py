@@ -20,7 +20,14 @@ from split_common.system.outputs import is_stream
 from split_common.system.process import passive_threads
 from split_common.system.signals import exit_on_sigterm
 from split_device.cli.checks import check_connection, check_prompt
-from split_device.cli.groups import CONNECTION, IMAGE_MODEL_CUT, ImageModel, Picture, PictureOptions
+from split_device.cli.groups import (
+    CONNECTION,
+    IMAGE_MODEL_CUT,
+    HardwareOptions,
+    ImageModel,
+    Picture,
+    PictureOptions,
+)
 from split_device.cli.job_output import print_notes
 from split_device.cli.options import (
     IMAGE_MODEL_HELP,
@@ -65,6 +72,7 @@ def image(
     ],
     model: Annotated[ImageModel, IMAGE_MODEL_CUT.without("image_model").plus(image_model=_AliasedModelOption)],
     picture: PictureOptions,
+    hardware: HardwareOptions,
     connection: Annotated[Connection, CONNECTION.without("history_memory")],
     init_image: InitImageOption = None,
     strength: StrengthOption = STRENGTH,
@@ -95,7 +103,7 @@ def image(
             from split_device.images.pipeline import ImagePipeline
             from split_device.jobs.models import load_image_model
 
-            denoiser = stack.enter_context(load_image_model(choice, with_notices(connection)))
+            denoiser = stack.enter_context(load_image_model(choice, with_notices(connection), hardware))
             pipeline = ImagePipeline(choice.name, denoiser, from_image=init_image is not None)
         began = time.perf_counter()
         with step_progress(picture.steps, json) as advance:

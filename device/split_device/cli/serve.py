@@ -19,6 +19,7 @@ from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm, wait_until_set
 from split_device.cli.groups import (
     ConnectionOptions,
+    HardwareOptions,
     ImageModelOptions,
     LimitOptions,
     SamplingDefaults,
@@ -44,6 +45,7 @@ def serve(
     model: TextModelOptions,
     images: ImageModelOptions,
     connection: ConnectionOptions,
+    hardware: HardwareOptions,
     limits: LimitOptions,
     sampling: SamplingDefaults,
     openai_defaults: Annotated[
@@ -113,7 +115,7 @@ def serve(
             from split_device.openai.images import Images
             from split_device.openai.server import CompletionServer
 
-            models = stack.enter_context(Models(connection, limits))
+            models = stack.enter_context(Models(connection, limits, hardware))
             completions = Completions(models.get(choice), choice, name, defaults) if choice and name else None
             image_endpoint = (
                 Images(models.pipeline(image_choice), image_name, limits.images)

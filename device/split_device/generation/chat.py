@@ -135,6 +135,7 @@ class Conversation:
             ConfigError: a number of `sampling` is out of bounds.
             SplitError: raised by `generate`.
         """
+        input_ids = input_ids.to(self._model.device)
         sampling = sampling.checked().resolved(self._model.generation_config)
         prompt_tokens = input_ids.shape[1]
         limit = max_positions(self._model.config)

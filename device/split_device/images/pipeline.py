@@ -100,6 +100,9 @@ class ImagePipeline:
         #: Copies of the pipeline that are not in use.
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
         pipeline = _load(directory, denoiser, from_image)
+        module: Any = denoiser
+        if module.device.type != "cpu":
+            pipeline.to(module.device)
         for _ in range(at_once):
             self._idle.put(_private_copy(pipeline))
 

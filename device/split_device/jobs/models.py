@@ -22,6 +22,7 @@ from split_device.generation.settings import SEED_BOUND
 from split_device.generation.tokenizing import encode_chat, encode_text, end_tokens, load_tokenizer, pad_token
 from split_device.images.settings import need_diffusers
 from split_device.jobs.job import ImageChoice, JobProgress, ModelChoice, Task
+from split_device.models.hardware import Hardware
 from split_device.models.language import SplitModelForCausalLM
 from split_device.sessions.connection import Connection
 
@@ -102,13 +103,15 @@ class Loaded:
         )
 
 
-def load_model(choice: ModelChoice, connection: Connection) -> Any:
+def load_model(choice: ModelChoice, connection: Connection, hardware: Hardware = Hardware()) -> Any:
     """The language model of a choice, split, for the commands.
 
     Raises:
+        ConfigError: there is no such device.
         UnsupportedFeature: a default of the checkpoint for `generate` is none that the commands can do.
         SplitError: see `SplitModelForCausalLM.from_pretrained`.
     """
+    place = hardware.use()
     # Before any weights are loaded: jobs of a model that is refused are refused one by one.
     found = Checkpoint.resolve(choice.name, choice.revision)
     check_defaults(generation_config(found), choice.name)
@@ -122,17 +125,19 @@ def load_model(choice: ModelChoice, connection: Connection) -> Any:
     )
     try:
         check_values(model)
+        model.to(place)
     except BaseException:
         model.close()
         raise
     return model
 
 
-def load_image_model(choice: ImageChoice, connection: Connection) -> SplitDenoiser:
-    """The denoiser of a choice, split. Errors are those of `load_denoiser`."""
+def load_image_model(choice: ImageChoice, connection: Connection, hardware: Hardware = Hardware()) -> SplitDenoiser:
+    """The denoiser of a choice, split. Errors are those of `load_denoiser`, and ConfigError without the device."""
     from split_device.models.registry import load_denoiser
 
-    return load_denoiser(
+    place = hardware.use()
+    denoiser: Any = load_denoiser(
         choice.name,
         connection=connection,
         cut=choice.cut,
@@ -140,13 +145,21 @@ def load_image_model(choice: ImageChoice, connection: Connection) -> SplitDenois
         reuse=choice.reuse,
         dtype=choice.dtype,
     )
+    try:
+        denoiser.to(place)
+    except BaseException:
+        denoiser.close()
+        raise
+    split: SplitDenoiser = denoiser
+    return split
 
 
 class Models:
     """Loads each model when it is first used. A context manager, which closes them."""
 
-    def __init__(self, connection: Connection, limits: Limits) -> None:
+    def __init__(self, connection: Connection, limits: Limits, hardware: Hardware = Hardware()) -> None:
         self.limits = limits
+        self._hardware = hardware
         self._connection = connection
         self._loaded: dict[ModelChoice, Loaded] = {}
         self._pipelines: dict[ImageChoice, ImagePipeline] = {}
@@ -162,7 +175,7 @@ class Models:
     def _load(self, choice: ModelChoice) -> Loaded:
         log.info("loading %s", model_name(choice.name))
         tokenizer = load_tokenizer(choice.name, choice.revision)
-        model = self._stack.enter_context(load_model(choice, self._connection))
+        model = self._stack.enter_context(load_model(choice, self._connection, self._hardware))
         generator = self._stack.enter_context(Generator(model, limits=self.limits))
         return Loaded(model, tokenizer, generator)
 
@@ -178,7 +191,7 @@ class Models:
         from split_device.images.pipeline import ImagePipeline
 
         log.info("loading %s", model_name(choice.name))
-        denoiser = self._stack.enter_context(load_image_model(choice, self._connection))
+        denoiser = self._stack.enter_context(load_image_model(choice, self._connection, self._hardware))
         return ImagePipeline(choice.name, denoiser, at_once=self.limits.images)
 
     def __enter__(self) -> Models:
