@@ -469,12 +469,14 @@ LETTER = DeadLetter(
 )
 
 
-def test_dead_letters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_letters(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(tmp_path / "state"))
     dead_letters.record(LETTER)
     path = tmp_path / "state" / "dead-letters.jsonl"
     path.write_text(check_text("dead-letters-version-2.jsonl", path.read_text()))
     assert dead_letters.read() == [LETTER]
+    shown = run("dead-letters").out
+    assert "request req-1, session a0a1a2a3: org/model layers 2:28: 3 tokens of 2 rows" in shown
     path.write_text((GOLDEN / "dead-letters.jsonl").read_text())
     assert dead_letters.read() == [msgspec.structs.replace(LETTER, request_id="", session="")]
 

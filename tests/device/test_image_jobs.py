@@ -153,6 +153,11 @@ def test_a_sealed_store_and_python(run: Any, model: Path, address: str, tmp_path
     wanted = unsplit(model, "a seven", 1, 2).astype(int)
     assert np.abs(np.asarray(first, int) - wanted).mean() < 1
     assert second.size == (32, 48)
+    images = device.generate_many(["a seven", "an eight"], steps=2, seed=1, timeout=PATIENCE)
+    assert_same_picture(np.asarray(images[0]), np.asarray(first))
+    assert images[1].size == (64, 64)
+    with Store(store_path(), key) as store:
+        assert all(job.request_id == job.id and len(job.session or "") == 8 for job in store.jobs())
     run("agent", "stop")
     kept = b"".join(path.read_bytes() for path in store_path().parent.glob("jobs.db*"))
     assert b"seven" not in kept

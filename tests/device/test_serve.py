@@ -113,8 +113,12 @@ def test_whole_answers(client: openai.OpenAI, unsplit: Unsplit) -> None:
     assert [choice.message.content for choice in both.choices] == [
         unsplit.say("user:Hello</s>assistant:", 8, seed) for seed in (3, 4)
     ]
-    text = client.completions.create(model="tiny", prompt="Once", temperature=0)
+    text = client.completions.create(
+        model="tiny", prompt="Once", temperature=0, extra_headers={"X-Request-Id": "mine"}
+    )
     assert text.choices[0].text == unsplit.say("Once", 16)
+    assert (text.id, text._request_id) == ("cmpl-mine", "mine")
+    assert answer.id == f"chatcmpl-{answer._request_id}"
 
 
 def test_streams(client: openai.OpenAI, unsplit: Unsplit) -> None:

@@ -131,6 +131,7 @@ def test_generate_timings_go_to_stderr(run: Any, here: list[object]) -> None:
     for stage in (*STAGES, "all"):
         assert f" {stage} " in done.err
     assert "4 tokens" in done.err
+    assert re.search(r"^request [0-9a-f]{32}, session [0-9a-f]{8}$", done.err, re.MULTILINE)
     assert "body" not in done.out
 
 
