@@ -176,6 +176,20 @@ def test_commands_answer_as_the_checkpoint_says(
     assert run("chat", *talk, stdin="Hello\n").out.removesuffix("\n") == own
 
 
+def test_generate_and_chat_end_before_a_stop_text(
+    run: Any, checkpoint: Path, broker: str, unsplit: Unsplit
+) -> None:
+    here = ("--model", checkpoint, "--broker", broker, "--max-tokens", TOKENS, "--json")
+    free = unsplit.say(HELLO, TOKENS)
+    stop = free[5:7]
+    answer = run("generate", "Hello", *here, "--stop", "never", "--stop", stop).json
+    assert (answer["text"], answer["finish_reason"]) == (free[: free.index(stop)], "stop")
+    assert answer["tokens"] < TOKENS
+    (turn,) = run("chat", *here, "--stop", stop, stdin="Hello\n").json["turns"]
+    assert turn["text"] == answer["text"]
+    assert run("generate", "Hello", *here, "--stop", "never").json["text"] == free
+
+
 def test_a_batch_answers_as_the_checkpoint_says(
     run: Any, sampling: Path, broker: str, unsplit: Unsplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from split_common.system.process import passive_threads
 from split_common.system.text import check_text
 from split_device.cli.checks import check_connection
 from split_device.cli.groups import ConnectionOptions, HardwareOptions, SamplingOptions, TextModelOptions
-from split_device.cli.options import SystemOption
+from split_device.cli.options import StopOption, SystemOption
 from split_device.cli.terminal import answer_line, loading, with_notices
 
 
@@ -25,6 +25,7 @@ def chat(
     connection: ConnectionOptions,
     hardware: HardwareOptions,
     sampling: SamplingOptions,
+    stop: StopOption = None,
     system: SystemOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -58,7 +59,7 @@ def chat(
                 conversation.reset()
             elif line:
                 with _continuing() if interactive else contextlib.nullcontext(), answer_line(json) as on_text:
-                    answer = conversation.say(line, sampling, on_text)
+                    answer = conversation.say(line, sampling, on_text, stop or ())
                     turns.append({"prompt": line} | dataclasses.asdict(answer))
         if json:
             emit_json({"turns": turns, "traffic": split.traffic})

@@ -14,7 +14,7 @@ from split_common.system.console import emit_json, read_stdin, stderr
 from split_common.system.process import passive_threads
 from split_device.cli.checks import check_connection, check_prompt
 from split_device.cli.groups import ConnectionOptions, HardwareOptions, SamplingOptions, TextModelOptions
-from split_device.cli.options import PromptArgument, RawOption, SystemOption
+from split_device.cli.options import PromptArgument, RawOption, StopOption, SystemOption
 from split_device.cli.tables import timings_table
 from split_device.cli.terminal import answer_line, loading, with_notices
 
@@ -26,6 +26,7 @@ def generate(
     connection: ConnectionOptions,
     hardware: HardwareOptions,
     sampling: SamplingOptions,
+    stop: StopOption = None,
     system: SystemOption = None,
     raw: RawOption = False,
     timings: Annotated[
@@ -64,7 +65,7 @@ def generate(
             split.timings.reset()
 
         with answer_line(json) as on_text:
-            answer = Conversation(split, tokenizer).complete(input_ids, sampling, on_text, note_prompt)
+            answer = Conversation(split, tokenizer).complete(input_ids, sampling, on_text, note_prompt, stop or ())
         token_ms = split.timings.per_step_ms()
         if timings:
             stderr.print(timings_table(prompt_ms, token_ms))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from split_common.compat.transformers import cache_name
@@ -48,11 +48,19 @@ def _nothing(_text: str = "") -> None:
 class _Streamer(BaseStreamer):  # type: ignore[misc]
     """Passes text on as soon as it is complete, and notes when the first token came. Called by `generate`."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], on_first_token: Callable[[], None]) -> None:
-        self._stream = TextStream(tokenizer)
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str],
+        on_text: Callable[[str], None],
+        on_first_token: Callable[[], None],
+    ) -> None:
+        self._stream = TextStream(tokenizer, stop)
         self._on_text = on_text
         self._on_first_token = on_first_token
         self._prompt_came = False
+        #: What was passed on.
+        self.text = ""
         #: Time of the first token, by `time.perf_counter`.
         self.first_token: float | None = None
 
@@ -70,9 +78,25 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]
     def end(self) -> None:
         self._pass_on(self._stream.end())
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text has come."""
+        return self._stream.stopped
+
     def _pass_on(self, text: str) -> None:
         if text:
+            self.text += text
             self._on_text(text)
+
+
+class _UntilStopped(StoppingCriteria):  # type: ignore[misc]
+    """Ends `generate` at a stop text. It is asked after the streamer has been given a token."""
+
+    def __init__(self, streamer: _Streamer) -> None:
+        self._streamer = streamer
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._streamer.stopped, device=input_ids.device)
 
 
 class Conversation:
@@ -101,8 +125,10 @@ class Conversation:
         self._cached = self._cached[:, :0]
         self._cache = DynamicCache(config=self._model.config)
 
-    def say(self, text: str, sampling: Sampling, on_text: Callable[[str], None] = _nothing) -> ChatAnswer:
-        """Answers the user. If it fails, the turn is undone.
+    def say(
+        self, text: str, sampling: Sampling, on_text: Callable[[str], None] = _nothing, stop: Sequence[str] = ()
+    ) -> ChatAnswer:
+        """Answers the user, up to a text in `stop`. If it fails, the turn is undone.
 
         Raises:
             PromptTooLong: the conversation fills the model's positions.
@@ -111,7 +137,7 @@ class Conversation:
         """
         self.messages.append({"role": "user", "content": text})
         try:
-            answer = self.complete(encode_chat(self._tokenizer, self.messages), sampling, on_text)
+            answer = self.complete(encode_chat(self._tokenizer, self.messages), sampling, on_text, stop=stop)
         except BaseException:
             self.messages.pop()
             self.forget_cache()
@@ -125,10 +151,11 @@ class Conversation:
         sampling: Sampling,
         on_text: Callable[[str], None] = _nothing,
         on_first_token: Callable[[], None] = _nothing,
+        stop: Sequence[str] = (),
     ) -> ChatAnswer:
         """Continues token ids int64 `[1, tokens]`. Tokens that the cache holds already are not sent again.
 
-        What `sampling` leaves open is as in the model's generation_config.
+        What `sampling` leaves open is as in the model's generation_config. The answer ends before a text in `stop`.
 
         Raises:
             PromptTooLong: the tokens fill the model's positions.
@@ -145,13 +172,14 @@ class Conversation:
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         ends = end_tokens(self._model, self._tokenizer)
-        streamer = _Streamer(self._tokenizer, on_text, on_first_token)
+        streamer = _Streamer(self._tokenizer, stop, on_text, on_first_token)
         began = time.perf_counter()
         output = self._model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=min(sampling.max_tokens, limit - prompt_tokens),
             streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([_UntilStopped(streamer)] if stop else []),
             eos_token_id=sorted(ends) or None,
             pad_token_id=pad_token(self._tokenizer),
             **{cache_name(type(self._model)): self._cache},
@@ -161,11 +189,11 @@ class Conversation:
         # The last token was chosen, but never went through the model.
         self._cached = output[:, :-1]
         new = output[0, prompt_tokens:]
-        stopped = len(new) > 0 and int(new[-1]) in ends
+        stopped = streamer.stopped or (len(new) > 0 and int(new[-1]) in ends)
         layers = (layer for layer in self._cache.layers if isinstance(layer, SessionCacheLayer))
         identity = next((layer.identity for layer in layers), None)
         return ChatAnswer(
-            text=self._tokenizer.decode(new, skip_special_tokens=True),
+            text=streamer.text if streamer.stopped else self._tokenizer.decode(new, skip_special_tokens=True),
             prompt_tokens=prompt_tokens,
             tokens=len(new),
             finish_reason="stop" if stopped else "length",
