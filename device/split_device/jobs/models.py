@@ -111,7 +111,7 @@ def load_model(choice: ModelChoice, connection: Connection, hardware: Hardware =
         UnsupportedFeature: a default of the checkpoint for `generate` is none that the commands can do.
         SplitError: see `SplitModelForCausalLM.from_pretrained`.
     """
-    place = hardware.use()
+    place = hardware.use(auto="cpu")
     # Before any weights are loaded: jobs of a model that is refused are refused one by one.
     found = Checkpoint.resolve(choice.name, choice.revision)
     check_defaults(generation_config(found), choice.name)
