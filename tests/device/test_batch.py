@@ -26,6 +26,7 @@ from split_common.cli import main
 from split_common.errors import ConfigError
 from split_common.system.console import stderr
 from split_device.batches.place import Record, batches_dir, place_of
+from split_device.cli import batch_run
 from split_device.cli.batch_progress import Lines
 from split_device.cli.batch_run import Work
 from split_device.jobs.store import Store
@@ -302,6 +303,42 @@ def test_a_batch_that_is_killed_again_and_again(
         answer = record["response"]["body"]["choices"][0]["message"]["content"]
         prompt, seed = line["body"]["messages"][0]["content"], line["body"].get("seed")
         assert answer == unsplit.say(f"user:{prompt}</s>assistant:", TOKENS, seed, top_p=0.9)
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(
+    run: Any, checkpoint: Path, address: str, worker: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = write(tmp_path / "in.txt", "one", "two"), tmp_path / "out.csv"
+    command = ("batch", source, "-o", output, "--max-tokens", 3, "--model", checkpoint, "--broker", address)
+    run_jobs = batch_run._run_jobs
+
+    def meddle(*arguments: Any) -> None:
+        run_jobs(*arguments)
+        output.write_text("precious")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_run, "_run_jobs", meddle)
+        refused = run(*command)
+    assert refused.code == 2
+    assert f"{output} was written by something else meanwhile, and is not replaced" in refused.err
+    assert output.read_text() == "precious"
+    output.unlink()
+    done = run(*command, "--json")
+    assert (done.code, done.json["resumed"]) == (0, 2)
+    assert len(output.read_text().splitlines()) == 3
+
+
+def test_answers_that_are_not_used_with_other_settings_are_told(
+    run: Any, checkpoint: Path, address: str, worker: None, tmp_path: Path
+) -> None:
+    # The second line fails, so the answer to the first one is kept.
+    source, output = write(tmp_path / "in.txt", "one", "long " * 600), tmp_path / "out.csv"
+    command = ("batch", source, "-o", output, "--model", checkpoint, "--broker", address)
+    assert run(*command, "--max-tokens", 3).code == 1
+    again = run(*command, "--max-tokens", 4)
+    assert "note: answers of an earlier run that are not used, because their lines or the settings" in again.err
+    assert "are others now: 1\n" in again.err
+    assert "note:" not in run(*command, "--max-tokens", 4).err
 
 
 def test_ctrl_c_and_another_file(run: Any, checkpoint: Path, address: str, worker: None, tmp_path: Path) -> None:

@@ -431,9 +431,9 @@ def test_answers_in_each_form(tmp_path: Path, place: Place) -> None:
         store.write([Update(id=first.id, piece=piece, state="succeeded", finish_reason="stop", prompt_tokens=4)])
         assert [result.entry.number for result in results(plan, store, ended=True)] == [1, 2]
         store.write([Update(id=second.id, state="failed", error="PromptTooLong: too long")])
-        written = {form: list(formatted(form, results(plan, store))) for form in ("csv", "text", "jsonl")}
+        written = {form: list(formatted(form, results(plan, store))) for form in ("csv", "txt", "jsonl")}
         summary = write_results(tmp_path / "out.tsv", "csv", results(plan, store))
-    assert written["text"] == ['a\\\\b\\n"c"\n', "\n", "\n"]
+    assert written["txt"] == ['a\\\\b\\n"c"\n', "\n", "\n"]
     assert "".join(written["csv"]) == (
         "text,answer,answer_2,finish_reason,error\n"
         'Hello,42,"a\\b\n""c""",stop,\n'

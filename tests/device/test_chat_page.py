@@ -137,6 +137,34 @@ def test_an_answer_is_stopped(page: Page, server: tuple[str, Any], by: str) -> N
     answered(page)
 
 
+OVERLAPS = """() => {
+  const seen = (each) => {
+    const [own, around] = [each, each.closest(".fields")].map((one) => one.getBoundingClientRect());
+    return { left: own.left, right: own.right, top: Math.max(own.top, around.top),
+      bottom: Math.min(own.bottom, around.bottom) };
+  };
+  const boxes = [...document.querySelectorAll("#settings label")].filter((each) => each.checkVisibility())
+    .map(seen).filter((box) => box.top < box.bottom);
+  const apart = (a, b) => a.right <= b.left || b.right <= a.left || a.bottom <= b.top || b.bottom <= a.top;
+  return boxes.some((a, index) => boxes.slice(index + 1).some((b) => !apart(a, b)));
+}"""
+
+
+@needs_chromium
+def test_settings_can_be_read_while_an_answer_comes(page: Page) -> None:
+    page.set_viewport_size({"width": 390, "height": 800})
+    say(page, "Hello", 4000)
+    expect(answers(page)).not_to_be_empty()
+    page.locator("#settings summary").click()
+    page.evaluate("document.querySelector('#picture-settings').hidden = false")
+    assert not page.evaluate(OVERLAPS)
+    box = page.locator("#settings").bounding_box()
+    assert box is not None
+    assert box["width"] > 300
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("article.assistant .facts")).to_have_text("stopped")
+
+
 @needs_chromium
 def test_an_error_is_shown_with_a_way_to_try_again(page: Page) -> None:
     page.get_by_label("Message", exact=True).fill("x" * POSITIONS)

@@ -106,7 +106,7 @@ def test_from_submission_to_the_image(run: Any, model: Path, address: str, tmp_p
         ImageDevice(model).submit("a seven", height=0)
     nobody = run(*asked, "--cut", "A", "--wait")
     assert (nobody.code, "failed: NoWorker" in nobody.err) == (1, True)
-    assert "jobs wait: NoWorker" in log_path().read_text()
+    assert "waiting: no worker" in log_path().read_text()
     assert "seven" not in log_path().read_text()
     assert run("jobs", "prune", "--older-than", "0s", "--json").json == {"removed": 3, "batches": 0}
     with Store(store_path()) as store:

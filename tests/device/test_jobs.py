@@ -153,8 +153,8 @@ def test_jobs_wait_for_a_worker_and_can_be_cancelled(
     options = ("--model", checkpoint, "--layers", "1:-1")
     waiting = run("submit", "Hello", *options).out.strip()
     run("agent", "start", "--broker", address, "--give-up", 4)
-    wait_until(lambda: "jobs wait: NoWorker" in log_path().read_text(), PATIENCE)
-    wait_until(lambda: waits.said().startswith("jobs wait: NoWorker"), PATIENCE)
+    wait_until(lambda: "waiting: no worker" in log_path().read_text(), PATIENCE)
+    wait_until(lambda: waits.said().startswith("waiting: no worker"), PATIENCE)
     for _ in range(5):
         cancelled = run("submit", "Hello", "--model", checkpoint, "--max-tokens", 200).out.strip()
         wait_until(lambda id_=cancelled: tokens_of(id_) > 0, PATIENCE)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from split_common.errors import ConfigError
 from split_device.batches.outputs import write_results
 from split_device.batches.pictures import Pictures
 from split_device.batches.place import Place, Record, now, places, stamp
@@ -15,13 +16,21 @@ from split_device.jobs.store import Store
 
 
 def finish(place: Place, record: Record, plan: Plan, store: Store) -> Summary:
-    """Writes all answers, and notes it in the record. Raises ConfigError if a file cannot be written.
+    """Writes all answers, and notes it in the record.
 
     The caller holds the lock, and calls `clear` when the store is closed.
+
+    Raises:
+        ConfigError: a file cannot be written, or the file of answers is not as the batch found or left it.
     """
+    output = Path(record.output)
+    if stamp(output) not in (None, record.written):
+        raise ConfigError(
+            f"{output} was written by something else meanwhile, and is not replaced. Remove it and give the same "
+            f"command, or write the answers elsewhere: `lambda-split jobs result {place.name} -o FILE`"
+        )
     if record.output_dir is not None:
         Pictures(Path(record.output_dir), plan, store).write()
-    output = Path(record.output)
     summary = write_results(output, record.output_form, results(plan, store))
     place.write(
         msgspec.structs.replace(record, finished=now(), errors=summary.errors, written=stamp(output), problem=None)

@@ -21,7 +21,7 @@ from split_device.openai.responses import Choice, completion
 #: Columns of a table of answers, behind those of the table of prompts.
 _ANSWERS = ("answer", "finish_reason", "error")
 
-_FORMS: dict[str, OutputForm] = {".csv": "csv", ".tsv": "csv", ".txt": "text"}
+_FORMS: dict[str, OutputForm] = {".csv": "csv", ".tsv": "csv", ".txt": "txt"}
 
 
 def output_form(path: Path) -> OutputForm:
@@ -54,7 +54,7 @@ def formatted(form: OutputForm, found: Iterator[Result], *, tabs: bool = False) 
     """
     if form == "csv":
         yield from _table(found, "\t" if tabs else ",")
-    elif form == "text":
+    elif form == "txt":
         for result in found:
             for text in _answers(result) or [""]:
                 yield f"{_one_line(text)}\n"

@@ -24,11 +24,15 @@ SLICE_LINES = 256
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch whose lines are jobs: its plan, and the numbers of its lines and jobs."""
+    """A batch whose lines are jobs: its plan, and the numbers of its lines and jobs.
+
+    `dropped` answers of an earlier run were to other lines, or with other settings.
+    """
 
     plan: Plan
     lines: int
     jobs: int
+    dropped: int
 
 
 def counts(store: Store) -> tuple[int, int]:
@@ -55,9 +59,10 @@ def prepare(lines: Iterable[Line], place: Place, store: Store) -> Prepared:
             count += len(some)
             jobs += len(wanted)
         plan = writer.commit()
+    answered = store.count()["succeeded"]
     store.keep(id_ for entry in plan.entries() for id_ in entry.jobs)
     store.retry_unsuccessful()
-    return Prepared(plan, count, jobs)
+    return Prepared(plan, count, jobs, answered - store.count()["succeeded"])
 
 
 def slices(lines: Iterable[Line]) -> Iterator[list[Line]]:

@@ -83,7 +83,7 @@ def batch(
     output_format: Annotated[
         OutputForm | None,
         typer.Option(
-            "--output-format",
+            "--format",
             show_default="by the suffix of OUT",
             rich_help_panel=OUTPUT_PANEL,
             help="How answers are written: as lines of JSON, as a table, or as one answer a line.",

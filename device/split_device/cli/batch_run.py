@@ -112,13 +112,18 @@ class Work:
                     jobs=prepared.jobs,
                     created=now() if before is None else before.created,
                     detached=self.detach,
-                    written=before.written if before is not None else None,
+                    written=stamp(self.output),
                 )
                 self.place.write(record)
                 ready = True
                 models = settings.models.names()
                 begun = Begun(self.place, record, prepared.plan, store, models, counts(store)[0])
                 _say_begun(begun)
+                if prepared.dropped:
+                    _note(
+                        "answers of an earlier run that are not used, because their lines or the settings are "
+                        f"others now: {prepared.dropped}"
+                    )
                 yield begun
         finally:
             if not ready and not old:

@@ -105,7 +105,7 @@ def job_lines(job: Job, actions: list[Action]) -> Iterator[str]:
     yield f"made: {_made(job)}"
     if (found := rate(job)) is not None:
         yield f"rate: {found:.1f} {'tokens' if isinstance(job.task, Task) else 'steps'}/s"
-    yield from _lines({"prompt tokens": job.prompt_tokens, "finish reason": job.finish_reason, "error": job.error})
+    yield from _lines({"prompt tokens": job.prompt_tokens, "finish reason": job.finish_reason})
     choice = msgspec.to_builtins(job.task.model)
     yield f"model: {choice.pop('name')}"
     yield from _lines(choice)
@@ -120,6 +120,8 @@ def job_lines(job: Job, actions: list[Action]) -> Iterator[str]:
         yield f"prompt: {prompt}"
     else:
         yield from (f"{message['role']}: {message['content']}" for message in prompt)
+    # Last, because the prompt may be long.
+    yield from _lines({"error": job.error})
 
 
 def _lines(values: dict[str, Any]) -> Iterator[str]:

@@ -209,7 +209,11 @@ def export(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", show_default="stdout", help="Where to write prompts and answers."
+            "--output",
+            "-o",
+            metavar="FILE",
+            show_default="stdout",
+            help="Where to write prompts and answers. An existing file is replaced.",
         ),
     ] = None,
     output_dir: OutputDirOption = None,
@@ -237,7 +241,8 @@ def export(
         return
     words = ", ".join(f"{count} {name}" for name, count in left_out.items())
     rest = f"; left out: {words} (--state exports them)" if words else ""
-    stderr.print(f"{len(ids)} job{'' if len(ids) == 1 else 's'} exported{rest}", soft_wrap=True)
+    place = f" to {output}" if output is not None else ""
+    stderr.print(f"{len(ids)} job{'' if len(ids) == 1 else 's'} exported{place}{rest}", soft_wrap=True)
 
 
 @app.command()

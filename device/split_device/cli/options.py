@@ -206,7 +206,7 @@ PatienceOption = Annotated[
         min=0.0,
         metavar="SECONDS",
         rich_help_panel=QUEUE_PANEL,
-        help="How long to wait for a worker while all are full, or none is left to take over.",
+        help="How long to wait while all workers are full, or for another one after the last one was lost.",
     ),
 ]
 StepTimeoutOption = Annotated[
@@ -251,7 +251,7 @@ GroupOption = Annotated[
         "--group",
         metavar="NAME",
         rich_help_panel=STORE_PANEL,
-        help="Group of jobs. A new job makes the group if it does not exist.",
+        help="Group of jobs. `submit` makes it if it does not exist.",
     ),
 ]
 OnDoneOption = Annotated[
@@ -282,7 +282,7 @@ MaxJobsOption = Annotated[
         max=4096,
         metavar="N",
         rich_help_panel=STORE_PANEL,
-        help="Maximum number of jobs that run at once.",
+        help="Maximum number of jobs, or of a server's prompts, that are computed at once.",
     ),
 ]
 MaxImagesOption = Annotated[

@@ -122,7 +122,8 @@ class JobRunner:
         ended = [running for running in self._running.values() if running.done]
         moved = [running for running in self._running.values() if running.collect()]
         for running in moved:
-            self._backoffs.pop(running.job.task.model, None)
+            if self._backoffs.pop(running.job.task.model, None) is not None:
+                self._notice("the wait is over")
         if moved:
             self._progressed()
         for running in ended:
@@ -143,7 +144,7 @@ class JobRunner:
         if (
             isinstance(error, TRANSIENT)
             and not isinstance(error, StepFailed)
-            and self._back_off(job.task.model, message)
+            and self._back_off(job.task.model, str(error))
         ):
             update.state = "queued"
             return
@@ -161,7 +162,7 @@ class JobRunner:
         now = time.monotonic()
         backoff = self._backoffs.get(choice)
         if backoff is None:
-            self._notice(f"jobs wait: {message}")
+            self._notice(f"waiting: {message}")
             backoff = self._backoffs[choice] = _Backoff(now, MIN_PAUSE, now + MIN_PAUSE)
         elif backoff.until <= now:
             backoff.pause = min(2 * backoff.pause, MAX_PAUSE)

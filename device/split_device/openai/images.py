@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from split_common.errors import ConfigError
 from split_device.images.files import image_bytes, notes
 from split_device.images.settings import DRAWN_SEED_BITS, ImageSettings
+from split_device.openai.fields import ApiError
 from split_device.openai.http import CLIENT_CLOSED_REQUEST, json_response, read_json, unless_disconnected
-from split_device.openai.image_requests import parse_image
+from split_device.openai.image_requests import ImageBody, parse_image
 from split_device.openai.request_ids import request_id
 from split_device.openai.requests import check_model
 
@@ -62,6 +64,15 @@ class Images:
             finally:
                 generation.cancel()
 
+    def _settings(self, body: ImageBody) -> list[ImageSettings]:
+        """The settings of each image. Raises ApiError for a size that the model cannot make."""
+        try:
+            chosen = body.settings(secrets.randbits(DRAWN_SEED_BITS) if body.seed is None else body.seed)
+            self._pipeline.check(chosen[0])
+        except ConfigError as error:
+            raise ApiError(str(error), param="size") from None
+        return chosen
+
     async def make(self, request: Request) -> Response:
         """Answers a request. Raises ApiError, and other errors that `api_error` reports to the client."""
         images: list[asyncio.Task[Any]] = []
@@ -69,8 +80,7 @@ class Images:
             body = parse_image(await read_json(request))
             if body.model is not None:
                 check_model(body.model, self.name)
-            chosen = body.settings(secrets.randbits(DRAWN_SEED_BITS) if body.seed is None else body.seed)
-            self._pipeline.check(chosen[0])
+            chosen = self._settings(body)
             images += [
                 asyncio.create_task(self._image(body.prompt, settings, request_id(request), index))
                 for index, settings in enumerate(chosen)
