@@ -57,13 +57,13 @@ def formatted(form: OutputForm, found: Iterator[Result], *, tabs: bool = False) 
     elif form == "txt":
         for result in found:
             for text in _answers(result) or [""]:
-                yield f"{_one_line(text)}\n"
+                yield f"{one_line(text)}\n"
     else:
         for result in found:
             yield f"{json_line(result_object(result))}\n"
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """A text on one line: line breaks and backslashes are escaped, so that every line of the file is an answer."""
     return text.replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n")
 

@@ -17,7 +17,7 @@ from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm
 from split_device.batches.finish import clear
 from split_device.batches.outputs import output_form
-from split_device.batches.place import OutputForm, place_of
+from split_device.batches.place import place_of
 from split_device.batches.settings import BatchModels, BatchSettings
 from split_device.batches.source import open_source
 from split_device.batches.template import Template
@@ -25,6 +25,7 @@ from split_device.cli.batch_detach import hand_over, report_detached
 from split_device.cli.batch_options import (
     OUTPUT_PANEL,
     ColumnOption,
+    FormatOption,
     InputFormatOption,
     ProgressOption,
     TemplateOption,
@@ -80,15 +81,7 @@ def batch(
     column: ColumnOption = None,
     template: TemplateOption = None,
     image: ImageOption = False,
-    output_format: Annotated[
-        OutputForm | None,
-        typer.Option(
-            "--format",
-            show_default="by the suffix of OUT",
-            rich_help_panel=OUTPUT_PANEL,
-            help="How answers are written: as lines of JSON, as a table, or as one answer a line.",
-        ),
-    ] = None,
+    output_format: FormatOption = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(

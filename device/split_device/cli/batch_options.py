@@ -9,6 +9,7 @@ import typer
 
 from split_common.cli.options import given
 from split_common.errors import ConfigError
+from split_device.batches.place import OutputForm
 from split_device.batches.source import InputForm
 from split_device.cli.batch_progress import ProgressMode
 
@@ -41,6 +42,16 @@ TemplateOption = Annotated[
         metavar="TEXT",
         rich_help_panel=INPUT_PANEL,
         help="Make each prompt of this text, with the line's fields for names in braces: 'Summarize: {text}'.",
+    ),
+]
+FormatOption = Annotated[
+    OutputForm | None,
+    typer.Option(
+        "--format",
+        show_default="by the name of the file, else jsonl",
+        rich_help_panel=OUTPUT_PANEL,
+        help="How answers are written: as lines of JSON, as a table, or alone, one a line, with line breaks "
+        "written as \\n.",
     ),
 ]
 ProgressOption = Annotated[

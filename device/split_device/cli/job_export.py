@@ -8,24 +8,24 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from split_common.system.console import print_text
 from split_common.system.files import private_dir, state_dir
 from split_common.system.outputs import check_output, write_output
 from split_common.system.text import json_line
 from split_common.system.times import iso_time
+from split_device.batches.outputs import one_line
+from split_device.batches.place import OutputForm
 from split_device.cli.job_output import image_directory, image_file, save_image
 from split_device.jobs.job import ImageTask, Job
 from split_device.jobs.shown import prompt_of, shown_state
 from split_device.jobs.store import Store
 
-ExportForm = Literal["jsonl", "csv", "txt"]
-
-_FORMS: dict[str, ExportForm] = {".csv": "csv", ".txt": "txt"}
+_FORMS: dict[str, OutputForm] = {".csv": "csv", ".txt": "txt"}
 
 
-def export_form(form: ExportForm | None, output: Path | None) -> ExportForm:
+def export_form(form: OutputForm | None, output: Path | None) -> OutputForm:
     """The form that is asked for, or else that of the file's name."""
     return form or (_FORMS.get(output.suffix.lower(), "jsonl") if output is not None else "jsonl")
 
@@ -67,7 +67,7 @@ def _record(store: Store, job: Job, directory: Path | None, metadata: bool) -> d
     }
 
 
-def write_records(found: Iterator[dict[str, Any]], form: ExportForm, output: Path | None) -> None:
+def write_records(found: Iterator[dict[str, Any]], form: OutputForm, output: Path | None) -> None:
     """Writes records to a file at once, or prints them. Raises ConfigError if the file cannot be written."""
     if output is None:
         for line in _formatted(found, form):
@@ -81,24 +81,19 @@ def write_records(found: Iterator[dict[str, Any]], form: ExportForm, output: Pat
         write_output(output, lines)
 
 
-def _formatted(found: Iterator[dict[str, Any]], form: ExportForm) -> Iterator[str]:
+def _formatted(found: Iterator[dict[str, Any]], form: OutputForm) -> Iterator[str]:
     """Lines without their ends; a record of a table may have several."""
     header = form == "csv"
     for record in found:
         if form == "jsonl":
             yield json_line(record)
         elif form == "txt":
-            yield _one_line(record["answer"] or record["file"] or "")
+            yield one_line(record["answer"] or record["file"] or "")
         else:
             if header:
                 yield _row(list(record))
                 header = False
             yield _row([_cell(value) for value in record.values()])
-
-
-def _one_line(text: str) -> str:
-    """A text on one line: line breaks and backslashes are escaped, so that every line of the file is an answer."""
-    return text.replace("\\", "\\\\").replace("\r", "\\r").replace("\n", "\\n")
 
 
 def _row(cells: list[str]) -> str:

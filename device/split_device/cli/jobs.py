@@ -14,7 +14,7 @@ from split_common.errors import ConfigError
 from split_common.system.console import emit_json, print_text, stderr, stdout
 from split_device.batches.finish import prune as prune_batches
 from split_device.batches.place import is_batch
-from split_device.cli.batch_options import ProgressOption
+from split_device.cli.batch_options import FormatOption, ProgressOption
 from split_device.cli.batches import (
     all_batches,
     batch_result,
@@ -24,7 +24,7 @@ from split_device.cli.batches import (
     show_batch,
     watch_batch,
 )
-from split_device.cli.job_export import ExportForm, export_form, records, write_records
+from split_device.cli.job_export import export_form, records, write_records
 from split_device.cli.job_output import image_directory, interruptible, report_image, show_output
 from split_device.cli.job_results import show_results
 from split_device.cli.job_selection import (
@@ -198,14 +198,7 @@ def export(
     group: GroupOption = None,
     state: StateOption = None,
     since: SinceOption = None,
-    form: Annotated[
-        ExportForm | None,
-        typer.Option(
-            "--format",
-            show_default="by the name of the file, else jsonl",
-            help="Lines of JSON; a table; or answers alone, one a line, with line breaks written as \\n.",
-        ),
-    ] = None,
+    form: FormatOption = None,
     output: Annotated[
         Path | None,
         typer.Option(
