@@ -39,11 +39,13 @@ class _Open:
     def __init__(
         self, place: Place, record: Record, models: Models, give_up: float, store_key: Path | None
     ) -> None:
-        self.place, self.record = place, record
+        self.place = place
         #: Number of errors among the answers that are written; None while the batch is not done.
         self._errors: int | None = None
         with contextlib.ExitStack() as stack:
             stack.enter_context(holding(place.lock, remove=True))
+            # Whoever held the lock before may have changed it.
+            self.record = place.record() or record
             if not (place.store.exists() and place.plan.exists()):
                 raise JobsError(f"its files beside {place.store} are gone: run its command again")
             # When the store is closed, and while the lock is held.
@@ -52,7 +54,7 @@ class _Open:
             self.store.recover()
             self.plan = Plan(place.plan, self.store)
             self.runner = JobRunner(self.store, models, give_up)
-            directory = record.output_dir
+            directory = self.record.output_dir
             self.pictures = None if directory is None else Pictures(Path(directory), self.plan, self.store)
             self._stack = stack.pop_all()
 

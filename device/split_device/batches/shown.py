@@ -86,6 +86,9 @@ def cancel(name: str, store_key: Path | None) -> None:
                 store.cancel(id_)
         try:
             with holding(place.lock, remove=True):
+                if (record := place.record() or record).finished is not None:
+                    # The agent was faster.
+                    return
                 store.recover()
                 errors = finish(place, record, plan, store).errors
                 store.close()
