@@ -23,6 +23,7 @@ import zmq
 
 from split_broker import broker as broker_module
 from split_broker import peer_queue as peer_queue_module
+from split_broker import under_way as under_way_module
 from split_broker.access import Authentication
 from split_broker.broker import Broker
 from split_broker.memory import MEMORY_LIMIT
@@ -37,6 +38,7 @@ from split_common.protocol import channel as channel_module
 from split_common.protocol import headers
 from split_common.transport import HEARTBEAT, peer_id
 from split_common.transport import zmq_link as link_module
+from split_common.transport.placement import Trials
 from split_common.transport.supervised import Supervisor, handled
 from split_common.transport.zmq_link import ZmqLink
 from split_common.trust import shares as shares_module
@@ -291,7 +293,7 @@ class SimulatedBroker(Broker):
         self._started = world.clock.now
         self._enforced = world.fleet.roster().version
         self._peers, self._routes, self._blocked, self._pending = {}, {}, set(), {}
-        self._set_ups, self._random = SetUps(), world.random
+        self._set_ups, self._trials, self._random = SetUps(), Trials(), world.random
         self._budget, self._rates, self._gave_way = Budget(MEMORY_LIMIT), Rates(), deque()
         self.counters: Counter[str] = Counter()
         self._authentication = Authentication(self._fleet, self.counters)
@@ -412,6 +414,7 @@ class World:
             scheduler_module,
             broker_module,
             peer_queue_module,
+            under_way_module,
             shares_module,
         ):
             patch.setattr(module, "time", self.clock)

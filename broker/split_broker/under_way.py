@@ -65,9 +65,9 @@ class UnderWay:
             self._last = sender, time.monotonic()
 
     def undo(self, sender: str, size: int) -> None:
-        """Undoes the last `add`: the socket did not accept the message."""
-        self.sent -= size
-        if size:
+        """Undoes the last `add`: the socket did not accept the message. Nothing is left to undo after `lose`."""
+        if size and self._messages:
+            self.sent -= size
             self._messages.pop()
             self._by_sender.add(sender, -size)
 

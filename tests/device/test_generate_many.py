@@ -123,12 +123,13 @@ def test_what_was_not_waited_for_is_cancelled(device: Device) -> None:
         device.generate_many(["x" * (3 * ENDLESS), "Hello"], group="error", **endless)
     assert ends("error")
     with pytest.raises(TimeoutError, match="2 jobs have not ended after 0 s"):
-        device.generate_many(["Hello", "Bye"], timeout=0, group="time-out", **endless)
+        device.generate_many(["Hello", "Hello"], timeout=0, group="time-out", **endless)
     assert ends("time-out")
 
     async def abandoned() -> None:
-        task = asyncio.create_task(device.agenerate_many(["Hello", "Bye"], group="task", **endless))
-        await asyncio.sleep(0.5)
+        task = asyncio.create_task(device.agenerate_many(["Hello", "Hello"], group="task", **endless))
+        while len(ids_of("task")) < 2:
+            await asyncio.sleep(0.01)
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
@@ -136,7 +137,7 @@ def test_what_was_not_waited_for_is_cancelled(device: Device) -> None:
     asyncio.run(abandoned())
     assert ends("task")
     short = device.submit_many(["Hello"], max_tokens=1)
-    short.ids += device.submit_many(["Bye"], group="ctrl-c", **endless).ids
+    short.ids += device.submit_many(["Hello"], group="ctrl-c", **endless).ids
     with pytest.raises(KeyboardInterrupt):
         short.result(PATIENCE, progress=interrupted)
     # A device that only waits leaves the jobs as they are.

@@ -140,7 +140,8 @@ def test_a_model_in_a_directory_that_is_not_utf_8(
     home.mkdir()
     monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(home / "state"))
     monkeypatch.chdir(home)
-    assert run("jobs", "list", "--json").json == {"jobs": []}
+    listed = run("jobs", "list", "--json").json
+    assert (listed["jobs"], listed["batches"]) == ([], [])
     (home / "m").mkdir()
     refused = run(command, "Hello", "--model", "m")
     assert (refused.code, refused.err) == (2, "error: the model's path is not UTF-8\n")

@@ -26,6 +26,7 @@ from split_common.transport import HEARTBEAT, MISSED
 from split_device import SplitModelForCausalLM
 from split_device.sessions import dead_letters
 from split_device.sessions.client import STEP_TIMEOUT
+from split_device.sessions.dead_letters import DeadLetter
 from split_worker import watchdog
 from split_worker.limits import WorkerLimits
 from split_worker.watchdog import FIRST_TURN, Watchdog
@@ -228,7 +229,8 @@ def test_a_worker_process_whose_compute_loop_fails_ends_with_one_line(checkpoint
             ):
                 model.generate(PROMPT, **GREEDY)
             assert process.wait(LATE) == 1
-            lines = process.stderr.read().splitlines()
+            loading, *lines = process.stderr.read().splitlines()
+            assert loading.startswith("loading ")
             assert len(lines) == 1
             assert lines[0].startswith("error: the compute loop failed by an unforeseen ZeroDivisionError")
         finally:
@@ -368,11 +370,11 @@ def test_a_step_that_makes_workers_fail_is_recorded(
     path = state_dir() / "dead-letters.jsonl"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     (letter,) = dead_letters.read()
-    assert (letter.layers, letter.workers, letter.rows) == ("2:4", ["worker-1", "worker-1"], 2)
+    assert (letter.layers, members(letter), letter.rows) == ("2:4", ["worker-1", "worker-1"], 2)
     assert (letter.tokens, letter.cached) == (20, 0)
     assert "ZeroDivisionError" in letter.reason
     assert set(json.loads(path.read_text())) == {
-        *("time", "model", "layers", "workers", "rows", "tokens", "cached", "reason")
+        *("time", "model", "layers", "workers", "rows", "tokens", "cached", "reason", "request_id", "session")
     }
     assert main(["dead-letters"]) == 0
     assert "ZeroDivisionError" in capsys.readouterr().out
@@ -381,6 +383,11 @@ def test_a_step_that_makes_workers_fail_is_recorded(
     assert main(["dead-letters", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"dead_letters": []}
     assert not path.exists()
+
+
+def members(letter: DeadLetter) -> list[str]:
+    """The members of the workers in a dead letter; each process has a name of its own."""
+    return [name.partition("/")[0] for name in letter.workers]
 
 
 def die_when(worker: Worker, condition: Callable[[Any], bool]) -> None:
@@ -412,7 +419,7 @@ def test_a_step_that_kills_workers_does_not_travel_for_ever(checkpoint: Path, wa
             for worker in workers:
                 worker.stop()
     (letter,) = dead_letters.read()
-    assert (letter.workers, letter.tokens) == (["worker-1"] * 4, 3)
+    assert (members(letter), letter.tokens) == (["worker-1"] * 4, 3)
 
 
 def test_workers_that_die_while_they_are_told_the_history(checkpoint: Path, wanted: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import stat
 import time
@@ -84,13 +85,14 @@ class Place:
     def record(self) -> Record | None:
         """The record; None if there is none, or an earlier version wrote none."""
         try:
-            return msgspec.json.decode(self._record.read_bytes(), type=Record)
-        except (OSError, msgspec.MsgspecError):
+            return msgspec.convert(json.loads(self._record.read_bytes()), Record)
+        except (OSError, ValueError, msgspec.MsgspecError):
             return None
 
     def write(self, record: Record) -> None:
         """Raises KeysError if the record cannot be written."""
-        write_private(self._record, msgspec.json.encode(record))
+        # Names of files need not be UTF-8.
+        write_private(self._record, json.dumps(msgspec.to_builtins(record), separators=(",", ":")).encode())
 
     def state(self, record: Record) -> BatchState:
         if holder(self.lock) is not None:
