@@ -322,6 +322,8 @@ def test_tables(tmp_path: Path) -> None:
         ("prompt\n", "has no lines"),
         ("prompt\n\xff\n", "line 2 is not UTF-8"),
         ('prompt\n"x\r"y\r\rz\n', "is not CSV"),
+        ('prompt\n"Hello\nBye\n', "is not CSV"),
+        ("prompt\nHe\0llo\n", "line 2 is not text: it has a NUL byte"),
     ],
 )
 def test_tables_that_are_refused(tmp_path: Path, text: str, message: str) -> None:

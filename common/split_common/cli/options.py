@@ -100,6 +100,7 @@ ThreadsOption = Annotated[
     typer.Option(
         "--threads",
         min=1,
+        max=1024,
         metavar="N",
         show_default="one per core",
         rich_help_panel=MODEL_PANEL,
@@ -183,7 +184,7 @@ def _warning(name: str, new: str) -> Callable[[Any], Any]:
 
 def parse_size(size: str | int) -> int:
     """A size like `4GiB`, `512MiB` or `1000000`, in bytes. Raises ConfigError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", str(size).strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", str(size).strip(), re.IGNORECASE | re.ASCII)
     if not match:
         raise ConfigError(f"invalid size {size!r}: expected a number of bytes, or e.g. 4GiB or 512MiB")
     number = float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")

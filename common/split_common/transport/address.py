@@ -98,7 +98,7 @@ def parse_redis(address: str) -> RedisAddress:
         raise _malformed(address, f"has none of these forms: {_FORMS}")
     if kind == "cluster" and database not in ("", "0"):
         raise ConfigError("a Redis cluster has only database 0")
-    if database and not (database.isascii() and database.isdigit()):
+    if database and not (database.isascii() and database.isdigit() and len(database) < 10):
         raise _malformed(address, "must end in a database number")
     user, _, password = credentials.partition(":")
     return RedisAddress(kind, tls, unquote(user), unquote(password), hosts, service, int(database or 0), query)
@@ -121,7 +121,7 @@ def _bare(host: str) -> str:
 
 
 def _is_port(text: str) -> bool:
-    return text.isascii() and text.isdigit() and 0 < int(text) < 65536
+    return text.isascii() and text.isdigit() and len(text) < 6 and 0 < int(text) < 65536
 
 
 def masked(address: str) -> str:

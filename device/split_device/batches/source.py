@@ -56,7 +56,9 @@ class Source:
         #: Names of a table's columns.
         self.columns: list[str] = []
         if self.form == "csv":
-            self._rows = csv.reader(self._texts(), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+            # Strict, because a quote without its end would swallow the rest of the file.
+            self._rows = csv.reader(self._texts(), delimiter=delimiter, strict=True)
             self.columns = self._header()
 
     def __iter__(self) -> Iterator[RawLine]:
@@ -97,6 +99,8 @@ class Source:
         for number, text in enumerate(self._lines(), 1):
             if text is None:
                 raise ConfigError(f"{self.name}, line {number} has more than {MAX_LINE} bytes")
+            if b"\0" in text:
+                raise ConfigError(f"{self.name}, line {number} is not text: it has a NUL byte")
             try:
                 yield text.decode()
             except UnicodeDecodeError:

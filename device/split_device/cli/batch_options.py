@@ -80,6 +80,9 @@ _OF_PROMPTS = ("--column", "--template", "--image", "--system", "--raw")
 _OF_TEXTS = ("--max-tokens", "--temperature", "--top-p", "--top-k", "--stop", "--system", "--raw")
 _OF_IMAGES = ("--steps", "--size", "--guidance", "--negative", "--metadata")
 
+#: Options of image models, which OpenAI's requests may need.
+_OF_IMAGE_MODELS = ("--cut", "--codec", "--reuse", "--max-images")
+
 #: Name of the file of answers in the directory of the pictures, if no other is given.
 RESULTS = "results.jsonl"
 
@@ -111,7 +114,7 @@ def check_options(context: typer.Context, form: InputForm, image: bool, output_d
         for option in given(context, (*_OF_PROMPTS, *_OF_IMAGES)):
             raise ConfigError(f"{option} is for prompts: the lines here are requests of OpenAI's batches")
         return
-    for option in given(context, _OF_TEXTS if image else _OF_IMAGES):
+    for option in given(context, _OF_TEXTS if image else (*_OF_IMAGES, *_OF_IMAGE_MODELS)):
         raise ConfigError(f"{option} is for texts: leave --image out" if image else f"{option} needs --image")
     if output_dir is not None and not image:
         raise ConfigError("--output-dir needs --image")
