@@ -59,7 +59,7 @@ def list_jobs(
     group: GroupOption = None,
     since: SinceOption = None,
     limit: Annotated[
-        int, typer.Option(min=1, max=10**6, metavar="N", help="Maximum number of jobs to list, the newest first.")
+        int, typer.Option(min=1, max=100_000, metavar="N", help="Maximum number of jobs to list, the newest first.")
     ] = 50,
     store_key: StoreKeyOption = None,
     json: JsonOption = False,
