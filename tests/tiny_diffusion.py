@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -45,6 +46,14 @@ def frozen(pipeline: Any) -> Any:
         if (denoiser := pipeline.components.get(name)) is not None:
             denoiser.requires_grad_(False)
     return pipeline
+
+
+def picture(directory: Path, prompt: str, seed: int, steps: int, **options: Any) -> np.ndarray:
+    """What the unsplit pipeline of SDXL in a directory makes."""
+    pipeline = frozen(StableDiffusionXLPipeline.from_pretrained(directory))
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    return np.asarray(pipeline(prompt, num_inference_steps=steps, generator=generator, **options).images[0])
 
 
 def tokenizer(directory: Path) -> CLIPTokenizer:

@@ -356,9 +356,8 @@ class Broker:
         if peer.role == "worker":
             peer.service, peer.model, peer.room = header.service, header.model, header.room
             peer.certified = certified
-        for worker in filter(None, map(self._peers.get, header.answered)):
-            if worker.role == "worker" and peer.role == "device":
-                self._trials.answered(worker.member)
+        else:
+            self._vouched(header.answered)
         if not self._early:
             gone = gone or [id_ for id_ in header.watching if id_ not in self._peers]
         self._put(peer, self._welcome(gone))
@@ -366,6 +365,12 @@ class Broker:
         if peer.service is not None:
             waiting = [one for one in self._pending.values() if one.header.service == peer.service]
             self._place(waiting, peer.seen)
+
+    def _vouched(self, workers: list[bytes]) -> None:
+        """A device says which workers have answered it."""
+        for worker in filter(None, map(self._peers.get, workers)):
+            if worker.role == "worker":
+                self._trials.answered(worker.member)
 
     # --- delivery and death --------------------------------------------------------------------------------
 

@@ -138,13 +138,18 @@ def test_headers_of_another_version_or_size_are_refused_by_name() -> None:
     assert headers.check_body(bytes(headers.MAX_BODY))
 
 
+def in_version(version: int, header: headers.Header) -> bytes:
+    """A header whose first byte says that it is of this version."""
+    return bytes((version,)) + headers.encode_header(header)[1:]
+
+
 def test_version_1_has_no_session_keys() -> None:
     relay = headers.Relay(bytes(8), bytes(8), headers.RelayKind.REQUEST, 1, 2)
     keyed = msgspec.structs.replace(relay, session=bytes(16))
     assert [headers.encode_header(header)[0] for header in (headers.Probe(), relay, keyed)] == [1, 1, 2]
-    assert headers.decode_header(headers.encode_header(headers.Probe(), headers.VERSION)) == headers.Probe()
+    assert headers.decode_header(in_version(headers.VERSION, headers.Probe())) == headers.Probe()
     with pytest.raises(Malformed, match="session key in a header of version 1"):
-        headers.decode_header(headers.encode_header(keyed, headers.VERSION_1))
+        headers.decode_header(in_version(headers.VERSION_1, keyed))
     for wrong in (bytes(15), bytes(17), -1, 2**62, None):
         with pytest.raises(Malformed):
             headers.decode_header(headers.encode_header(msgspec.structs.replace(relay, session=wrong)))

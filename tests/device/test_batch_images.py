@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 import tiny_diffusion
@@ -32,14 +30,6 @@ def address(model: Path) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(tmp_path / "state"))
-
-
-def unsplit(model: Path, prompt: str, seed: int, steps: int) -> np.ndarray:
-    """What the unsplit pipeline makes."""
-    pipeline = tiny_diffusion.frozen(StableDiffusionXLPipeline.from_pretrained(model))
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(seed)
-    return np.asarray(pipeline(prompt, num_inference_steps=steps, generator=generator).images[0])
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -68,8 +58,10 @@ def test_prompts_and_requests_become_pictures(run: Any, model: Path, address: st
         ("3", None, None),
     ]
     assert "expected a multiple of 8" in records[2]["error"]["message"]
-    assert_same_picture(pixels(pictures / "seven.png"), unsplit(model, "a seven", 5, 2))
-    assert_same_picture(pixels(pictures / "00002.png"), unsplit(model, "a six", records[1]["seed"], 2))
+    assert_same_picture(pixels(pictures / "seven.png"), tiny_diffusion.picture(model, "a seven", 5, 2))
+    assert_same_picture(
+        pixels(pictures / "00002.png"), tiny_diffusion.picture(model, "a six", records[1]["seed"], 2)
+    )
     with Image.open(pictures / "seven.png") as image:
         assert "a seven" in image.info["parameters"]
 

@@ -49,14 +49,6 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> Iterator
     assert running_agent() is None
 
 
-def unsplit(model: Path, prompt: str, seed: int, steps: int, **options: Any) -> np.ndarray:
-    """What the unsplit pipeline makes."""
-    pipeline = tiny_diffusion.frozen(StableDiffusionXLPipeline.from_pretrained(model))
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(seed)
-    return np.asarray(pipeline(prompt, num_inference_steps=steps, generator=generator, **options).images[0])
-
-
 def assert_same_picture(picture: np.ndarray, wanted: np.ndarray) -> None:
     """Two processes may round differently, and so do steps of two images that share a forward."""
     assert picture.shape == wanted.shape
@@ -85,7 +77,9 @@ def test_from_submission_to_the_image(run: Any, model: Path, address: str, tmp_p
     run("agent", "start", "--broker", address, "--give-up", 1)
     assert "the image is made" in run("jobs", "watch", id_).err
     assert run("jobs", "result", id_, "-o", tmp_path / "a.png", "--json").json["output"] == str(tmp_path / "a.png")
-    expected = unsplit(model, "a seven", 5, 3, height=48, width=48, guidance_scale=3.0, negative_prompt="blue")
+    expected = tiny_diffusion.picture(
+        model, "a seven", 5, 3, height=48, width=48, guidance_scale=3.0, negative_prompt="blue"
+    )
     assert_same_picture(pixels(tmp_path / "a.png"), expected)
     again = run(*asked, "--size", 48, "--guidance", 3, "--negative", "blue", "--key", "one")
     assert again.out.strip() == id_
@@ -137,7 +131,7 @@ def test_a_killed_agent_makes_the_same_image(run: Any, model: Path, address: str
             image = store.image(id_)
         path = store_path().with_name("image.png")
         path.write_bytes(image)
-        assert_same_picture(pixels(path), unsplit(model, prompt, made["seed"], 40))
+        assert_same_picture(pixels(path), tiny_diffusion.picture(model, prompt, made["seed"], 40))
 
 
 def test_a_sealed_store_and_python(run: Any, model: Path, address: str, tmp_path: Path) -> None:
@@ -150,7 +144,7 @@ def test_a_sealed_store_and_python(run: Any, model: Path, address: str, tmp_path
         return await asyncio.gather(one, device.submit("an eight", steps=2, width=32, height=48))
 
     first, second = asyncio.run(both())
-    wanted = unsplit(model, "a seven", 1, 2).astype(int)
+    wanted = tiny_diffusion.picture(model, "a seven", 1, 2).astype(int)
     assert np.abs(np.asarray(first, int) - wanted).mean() < 1
     assert second.size == (32, 48)
     images = device.generate_many(["a seven", "an eight"], steps=2, seed=1, timeout=PATIENCE)

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-import torch
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from playwright.sync_api import expect
 
@@ -57,10 +55,7 @@ def ask(client: openai.OpenAI, steps: int = 2, **options: Any) -> Any:
 
 
 def unsplit(model: Path, prompt: str, steps: int, seed: int, **options: Any) -> np.ndarray:
-    pipeline = tiny_diffusion.frozen(StableDiffusionXLPipeline.from_pretrained(model))
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(seed)
-    return np.asarray(pipeline(prompt, num_inference_steps=steps, generator=generator, **options).images[0], int)
+    return tiny_diffusion.picture(model, prompt, seed, steps, **options).astype(int)
 
 
 def assert_same_picture(picture: Image.Image, wanted: np.ndarray) -> None:

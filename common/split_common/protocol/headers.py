@@ -180,14 +180,9 @@ _header_decoder = msgspec.msgpack.Decoder(AnyHeader)
 _header_encoder = msgspec.msgpack.Encoder()
 
 
-def encode_header(header: Header, version: int | None = None) -> bytes:
-    """Returns the first frame of a message.
-
-    Args:
-        version: its first byte; None for the lowest version that has all that the header names.
-    """
-    if version is None:
-        version = VERSION if _is_of_version_2(header) else VERSION_1
+def encode_header(header: Header) -> bytes:
+    """Returns the first frame of a message, in the lowest version that has all that the header names."""
+    version = VERSION if _is_of_version_2(header) else VERSION_1
     return bytes((version,)) + _header_encoder.encode(header)
 
 

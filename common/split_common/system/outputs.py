@@ -14,11 +14,12 @@ import re
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
 from split_common.errors import ConfigError
-from split_common.system.files import user_path
+from split_common.system.files import private_dir, state_dir, user_path
 
 #: Paths of this process's open files. The number says which one.
 _OWN_FILE = re.compile(r"/(?:dev|proc/self)/fd/(\d+)", re.ASCII)
@@ -108,6 +109,15 @@ def write_output(path: Path, data: bytes | IO[bytes]) -> None:
                 _sync(file)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes a file of lines, which have their ends, as `write_output` does. They may be more than memory holds."""
+    with tempfile.TemporaryFile(dir=private_dir(state_dir())) as file:
+        for line in lines:
+            file.write(line.encode())
+        file.seek(0)
+        write_output(path, file)
 
 
 def _descriptor(path: Path) -> int | None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from split_common.system.files import private_dir, state_dir
-from split_common.system.outputs import write_output
+from split_common.system.outputs import write_lines
 from split_common.system.text import json_line
 from split_device.batches.place import OutputForm
 from split_device.batches.results import Result, Summary
@@ -38,11 +36,7 @@ def write_results(path: Path, form: OutputForm, found: Iterator[Result]) -> Summ
             summary.add(result)
             yield result
 
-    with tempfile.TemporaryFile(dir=private_dir(state_dir())) as lines:
-        for line in formatted(form, counted(), tabs=path.suffix.lower() == ".tsv"):
-            lines.write(line.encode())
-        lines.seek(0)
-        write_output(path, lines)
+    write_lines(path, formatted(form, counted(), tabs=path.suffix.lower() == ".tsv"))
     return summary
 
 

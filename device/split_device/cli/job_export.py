@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from split_common.system.console import print_text
-from split_common.system.files import private_dir, state_dir
-from split_common.system.outputs import check_output, write_output
+from split_common.system.outputs import check_output, write_lines
 from split_common.system.text import json_line
 from split_common.system.times import iso_time
 from split_device.batches.outputs import one_line
@@ -74,11 +72,7 @@ def write_records(found: Iterator[dict[str, Any]], form: OutputForm, output: Pat
             print_text(line)
         return
     check_output(output)
-    with tempfile.TemporaryFile(dir=private_dir(state_dir())) as lines:
-        for line in _formatted(found, form):
-            lines.write(f"{line}\n".encode())
-        lines.seek(0)
-        write_output(output, lines)
+    write_lines(output, (f"{line}\n" for line in _formatted(found, form)))
 
 
 def _formatted(found: Iterator[dict[str, Any]], form: OutputForm) -> Iterator[str]:
