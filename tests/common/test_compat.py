@@ -19,6 +19,7 @@ import typer.core
 from redis.connection import ConnectionPool, PythonRespSerializer
 
 import tiny
+import tiny_vision
 from split_common import compat
 from split_common.compat import diffusers as compat_diffusers
 from split_common.compat import redis as compat_redis
@@ -57,9 +58,25 @@ def llama() -> Any:
 
 
 def test_the_class_of_a_configuration(llama: Any) -> None:
-    named(transformers.AutoModelForCausalLM, "_model_mapping", compat_transformers.causal_class)
-    assert compat_transformers.causal_class(llama.config) is transformers.LlamaForCausalLM
-    assert compat_transformers.causal_class(transformers.CLIPTextConfig()) is None
+    ours = compat_transformers.model_class
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        named(auto, "_model_mapping", ours)
+    assert ours(llama.config) == (transformers.LlamaForCausalLM, llama.config)
+    assert ours(llama.config, images=True) is None
+    assert ours(transformers.CLIPTextConfig()) is None
+    both = transformers.Qwen3_5Config()
+    assert ours(both) == (transformers.Qwen3_5ForCausalLM, both.text_config)
+    assert ours(both, images=True) == (transformers.Qwen3_5ForConditionalGeneration, both)
+
+
+def test_what_a_model_calls_the_tensors_of_a_checkpoint() -> None:
+    """Those of the hub's checkpoints lie elsewhere than those of the model."""
+    config = tiny_vision.config("llava")
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(config)
+    renamed = compat_transformers.names_in_model(model, ["language_model.model.layers.3.mlp.up_proj.weight"])
+    assert list(renamed.values()) == ["model.language_model.layers.3.mlp.up_proj.weight"]
+    assert renamed.popitem()[1] in model.state_dict()
 
 
 def test_a_model_is_loaded_from_tensors_past_a_from_pretrained_of_its_own(llama: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+import tiny_vision
 from fleet import joined, running_broker, start_worker
 from split_common.errors import (
     MissingTensor,
@@ -100,13 +101,35 @@ def test_checkpoint_with_names_of_its_own(tmp_path: Path) -> None:
     assert {spec.layer_of(name) for name in spec.own_tensors(SPLIT, "worker")} == {2, 3}
 
 
-def test_checkpoint_with_two_stacks(tmp_path: Path) -> None:
+def test_checkpoint_with_another_stack(tmp_path: Path) -> None:
+    """Of several stacks, the one whose tensors become those of the decoder."""
     file = tiny.save("llama", tmp_path) / "model.safetensors"
     tensors = load_file(file)
-    vision = {f"vision.layers.{index}.weight": torch.zeros(1) for index in range(4)}
+    vision = {f"vision.layers.{index}.weight": torch.zeros(1) for index in range(tiny.LAYERS)}
     save_file({**tensors, **vision}, file, metadata={"format": "pt"})
-    with pytest.raises(UnsupportedArchitecture, match=r"several stacks of layers \(model.layers, vision.layers\)"):
+    assert read_spec(str(tmp_path)).prefix == "model.layers"
+
+
+def test_checkpoint_with_two_stacks_that_may_be_the_decoders(tmp_path: Path) -> None:
+    file = tiny.save("llama", tmp_path) / "model.safetensors"
+    strange = {name.replace("model.layers", "one.layers"): tensor for name, tensor in load_file(file).items()}
+    other = {f"two.layers.{index}.weight": torch.zeros(1) for index in range(tiny.LAYERS)}
+    save_file({**strange, **other}, file, metadata={"format": "pt"})
+    with pytest.raises(UnsupportedArchitecture, match=r"several stacks of layers \(one.layers, two.layers\)"):
         read_spec(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llava_deep", "qwen3_vl"])
+def test_a_worker_loads_the_decoders_layers_alone(kind: str, tmp_path: Path) -> None:
+    """Tower and projector of a model that sees images are the device's."""
+    spec = read_spec(str(tiny_vision.save(kind, tmp_path)))
+    device, worker = (spec.own_tensors(SPLIT, side) for side in SIDES)
+    assert {spec.layer_of(name) for name in worker} == {2, 3}
+    assert not [name for name in worker if "vision" in name or "visual" in name]
+    assert [name for name in device if "vision" in name or "visual" in name]
+    part, stack = load_part(spec, SPLIT, "worker")
+    layers = {id(parameter) for index in (2, 3) for parameter in stack.slots[index].parameters()}
+    assert {id(parameter) for parameter in part.parameters()} == layers
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral"])

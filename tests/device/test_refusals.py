@@ -220,7 +220,8 @@ def test_packed_sequences(silent: Model) -> None:
 
 
 def test_positions_of_three_dimensions(silent: Model) -> None:
-    context = cache_module.StepContext(positions=torch.zeros(3, 1, 7, dtype=torch.long))
+    axes = torch.arange(3)[:, None, None] * torch.ones(1, 1, 7, dtype=torch.long)
+    context = cache_module.StepContext(positions=axes)
     layer = cache_module.SessionCacheLayer(silent._client, cache_module.Traits(False, False))
     with pytest.raises(UnsupportedFeature, match="position ids of shape"):
         layer.step(torch.zeros(1, 7, 32), context)

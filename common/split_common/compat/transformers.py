@@ -3,24 +3,61 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 # --- loading -----------------------------------------------------------------------------------------------
 
 
-def causal_class(config: Any) -> type[nn.Module] | None:
-    """The class that `AutoModelForCausalLM` chooses for a configuration; None if there is none.
+def model_class(config: Any, *, images: bool = False) -> tuple[type[nn.Module], Any] | None:
+    """The class that transformers' auto classes choose for a configuration, and the configuration that it takes.
 
-    Written against transformers 5.24. If it breaks, look at how `_BaseAutoModelClass.from_config` in
-    `models/auto/auto_factory.py` finds the class.
+    Args:
+        config: of a checkpoint.
+        images: whether it must be that of `AutoModelForImageTextToText`; if not, `AutoModelForCausalLM` is asked
+            first. Some types have a class for their text alone, which takes a part of the configuration.
+
+    Returns:
+        None if there is no class.
+
+    Written against transformers 5.24. If it breaks, look at how `_BaseAutoModelClass.from_pretrained` in
+    `models/auto/auto_factory.py` finds the class, and what it does with `text_config`.
     """
-    found = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    first: type[nn.Module] | None = found[0] if isinstance(found, list | tuple) else found
-    return first
+    autos = (AutoModelForImageTextToText,) if images else (AutoModelForCausalLM, AutoModelForImageTextToText)
+    for auto in autos:
+        found = auto._model_mapping.get(type(config), None)
+        chosen: type[nn.Module] | None = found[0] if isinstance(found, list | tuple) else found
+        if chosen is None:
+            continue
+        text = config.sub_configs.get("text_config")
+        is_part = text is not None and getattr(chosen, "config_class", None) is text
+        return chosen, config.get_text_config() if is_part else config
+    return None
+
+
+def names_in_model(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """What a model calls the tensors of a checkpoint, by their names there.
+
+    Written against transformers 5.24. If it breaks, look at how `convert_and_load_state_dict_in_model` in
+    `core_model_loading.py` renames a tensor.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    known = model.state_dict()
+    renamed = {}
+    for name in names:
+        new = rename_source_key(name, renamings, converters, model.base_model_prefix, known)[0]
+        if new not in known and name in known:
+            new = rename_source_key(name, [], [], model.base_model_prefix, known)[0]
+        renamed[name] = new
+    return renamed
 
 
 def load_state(

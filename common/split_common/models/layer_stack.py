@@ -28,7 +28,9 @@ def find_stack(model: nn.Module, layers: int) -> tuple[nn.Module, str]:
     Raises:
         UnsupportedArchitecture: the model has no `ModuleList` of `layers` entries.
     """
-    level = [model]
+    # The tower of a model that sees images may have as many layers, nearer to the root.
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    level = [decoder, model] if isinstance(decoder, nn.Module) else [model]
     while level:
         for module in level:
             for name, child in module.named_children():

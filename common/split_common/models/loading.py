@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +15,13 @@ from torch import nn
 from transformers import AutoConfig, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from split_common.compat.transformers import UNTIED_CLASS, causal_class, load_state, untie
+from split_common.compat.transformers import UNTIED_CLASS, load_state, model_class, untie
 from split_common.errors import MissingTensor, ModelError, SplitError, UnknownModel, UnsupportedArchitecture
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.layer_stack import Absent, LayerStack, PassThrough, find_stack
+from split_common.models.prefix import LAYER, find_prefix
 from split_common.models.split import Split
 from split_common.models.weights import Side, read_tensors
-
-#: The name of a tensor in an outermost stack of modules: the stack's name, and the index in the stack.
-_LAYER = re.compile(r"(?P<prefix>[^\d.]\w*(?:\.[^\d.]\w*)*)\.(?P<index>\d+)\.", re.ASCII)
 
 
 @dataclass
@@ -49,7 +46,7 @@ class ModelSpec:
 
     def layer_of(self, tensor: str) -> int | None:
         """The decoder layer that a checkpoint's tensor belongs to; None for embeddings, norms and the head."""
-        match = _LAYER.match(tensor)
+        match = LAYER.match(tensor)
         return int(match["index"]) if match and match["prefix"] == self.prefix else None
 
     def own_tensors(self, split: Split, side: Side) -> list[str]:
@@ -63,16 +60,17 @@ class ModelSpec:
         return own
 
 
-def read_spec(model: str | Checkpoint, revision: str | None = None) -> ModelSpec:
-    """Reads the configuration of a language model.
+def read_spec(model: str | Checkpoint, revision: str | None = None, *, images: bool = False) -> ModelSpec:
+    """Reads the configuration of a language model, or of one that takes images, too.
 
     Args:
         model: a checkpoint, a directory with one, or a hub id.
         revision: of a hub id.
+        images: whether the class must take images. If not, it is the one for texts, where the type has both.
 
     Raises:
         UnknownModel: no checkpoint is found, or transformers does not know its type.
-        UnsupportedArchitecture: it is not a decoder-only language model that can be cut.
+        UnsupportedArchitecture: it is not a decoder-only model that can be cut, or takes no images.
     """
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.resolve(model, revision)
     _refuse_adapter(checkpoint)
@@ -93,23 +91,26 @@ def read_spec(model: str | Checkpoint, revision: str | None = None) -> ModelSpec
                 "`lambda-split image` runs diffusion models, `lambda-split doctor --model` shows how one is cut"
             ) from None
         raise UnknownModel(f"{checkpoint.name}: {_first_line(error)}") from None
-    model_class = causal_class(config)
+    chosen = model_class(config, images=images)
     name = getattr(config, "model_type", type(config).__name__)
-    if model_class is None or getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedArchitecture(f"{name} is not a decoder-only language model")
+    if chosen is None or getattr(config, "is_encoder_decoder", False):
+        kind = "model for images and text" if images else "language model"
+        raise UnsupportedArchitecture(f"{name} is not a decoder-only {kind}")
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         raise UnsupportedArchitecture(f"{name}: quantized checkpoints cannot be split: use the original weights")
     try:
+        own_class, config = chosen
         layers = int(config.get_text_config(decoder=True).num_hidden_layers)
         _check_cache(config, name)
         with torch.device("meta"):
-            _, stack_name = find_stack(model_class(config), layers)
+            empty = own_class(config)
+        prefix = find_prefix(empty, checkpoint.tensor_names, layers)
     except SplitError:
         raise
     except Exception as error:
         raise UnsupportedArchitecture(f"{name} cannot be built: {_first_line(error)}") from None
-    return ModelSpec(checkpoint, config, model_class, _find_prefix(checkpoint, layers, stack_name, name))
+    return ModelSpec(checkpoint, config, own_class, prefix)
 
 
 def _refuse_adapter(checkpoint: Checkpoint) -> None:
@@ -122,21 +123,6 @@ def _refuse_adapter(checkpoint: Checkpoint) -> None:
         f"{checkpoint.name} has an adapter (adapter_config.json) beside its weights: merge it into them "
         "(merge_and_unload, save_pretrained), or remove it"
     )
-
-
-def _find_prefix(checkpoint: Checkpoint, layers: int, stack_name: str, name: str) -> str:
-    """The name of the stack of layers in a checkpoint, which may differ from that in the model."""
-    found: dict[str, set[int]] = {}
-    for tensor in checkpoint.tensor_names:
-        if match := _LAYER.match(tensor):
-            found.setdefault(match["prefix"], set()).add(int(match["index"]))
-    stacks = [prefix for prefix, indices in found.items() if indices & set(range(layers))]
-    named = [prefix for prefix in stacks if prefix.rpartition(".")[2] == stack_name]
-    candidates = named or [prefix for prefix in stacks if found[prefix] >= set(range(layers))]
-    if len(candidates) != 1:
-        kind = f"several stacks of layers ({', '.join(candidates)})" if candidates else "no layer of the stack"
-        raise UnsupportedArchitecture(f"{name}: the checkpoint has {kind}")
-    return candidates[0]
 
 
 def _check_cache(config: Any, name: str) -> None:

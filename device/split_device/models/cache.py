@@ -318,6 +318,9 @@ class SessionCacheLayer(BodyLayer):
         if positions is None:
             past = self.get_seq_length()
             positions = torch.arange(past, past + tokens)[None]
+        if positions.ndim == 3 and bool((positions == positions[:1]).all()):
+            # Axes that agree, as those of texts do.
+            positions = positions[0]
         if positions.ndim != 2:
             raise UnsupportedFeature(f"position ids of shape {tuple(positions.shape)} cannot be split: not 2-D")
         return positions.cpu().expand(batch, tokens)

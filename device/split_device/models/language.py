@@ -19,6 +19,7 @@ from split_common.models.verification import find_manifest
 from split_device.models.body import Generating, RemoteBody, RemoteLayer, forwarding, generating
 from split_device.models.cache import StepContext, Traits, is_windowed
 from split_device.models.connected import ConnectedModel, Endpoint
+from split_device.models.masks import plain_mask
 from split_device.sessions.client import Client
 from split_device.sessions.connection import Connection
 from split_device.sessions.identity import check_request_id
@@ -122,9 +123,10 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
             if isinstance(slot, RemoteLayer):
                 slot.close_off(name)
         self.generation_config.cache_implementation = None
-        #: Names of the positional arguments of the stack's owner, in order.
+        #: Names of the positional arguments of the stack's owner, and of the model itself, in order.
         _, *self._stack_arguments = inspect.signature(inspect.unwrap(type(stack.owner).forward)).parameters
-        self.register_forward_pre_hook(self._before_forward)
+        _, *self._arguments = inspect.signature(inspect.unwrap(type(self).forward)).parameters
+        self.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self.register_forward_hook(self._after_forward, always_call=True)
         stack.owner.register_forward_pre_hook(self._before_stack, with_kwargs=True)
         stack.owner.register_forward_hook(self._after_stack, always_call=True)
@@ -193,25 +195,29 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         scope = generating.get()
         return scope if scope is not None and scope.body is self._body else None
 
-    def _before_forward(self, _module: Any, _args: Any) -> None:
+    def _before_forward(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.check_process()
         scope = self._scope
-        context = StepContext(timings=StepTimings(scope.step_ended if scope is not None else None))
+        mask = (dict(zip(self._arguments, args, strict=False)) | kwargs).get("attention_mask")
+        context = StepContext(
+            mask if isinstance(mask, torch.Tensor) else None,
+            timings=StepTimings(scope.step_ended if scope is not None else None),
+        )
         context.timings.lap("sampling")
         forwarding.enter(context)
 
     def _before_stack(self, _owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.check_process()
         given = dict(zip(self._stack_arguments, args, strict=False)) | kwargs
-        mask, cache = given.get("attention_mask"), given.get(self.split_parts.stack.cache_name)
+        cache = given.get(self.split_parts.stack.cache_name)
         # The owner may have been called without the model around it.
-        timings = around.timings if (around := forwarding.get()) is not None else StepTimings()
-        forwarding.enter(StepContext(mask, given.get("position_ids"), timings))
+        around = forwarding.get() or StepContext()
+        context = StepContext(None, given.get("position_ids"), around.timings)
+        forwarding.enter(context)
         _refuse_outputs({name: getattr(self.config, name, False) for name in _OUTPUTS} | given)
-        if mask is not None and not isinstance(mask, torch.Tensor):
-            raise UnsupportedFeature("prepared attention masks cannot be split: pass a 2-D attention_mask")
         if cache is not None:
             self._body.check_cache(cache)
+        context.mask = plain_mask(self.config, given, cache, around.mask)
         states = given.get("inputs_embeds")
         tokens = given.get("input_ids") if states is None else states
         if tokens is not None:

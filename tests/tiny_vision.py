@@ -1,0 +1,143 @@
+"""Tiny random models that see images: six decoder layers of width 32, and a tower of two layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from tiny import LAYERS, VOCABULARY
+
+#: The tokens that stand for a place of an image, and for its begin and end.
+IMAGE, BEGIN, END = 93, 94, 95
+
+_TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_TOWER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+}
+_QWEN: dict[str, Any] = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "out_hidden_size": 32}
+_QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": 96,
+    "vision_start_token_id": BEGIN,
+    "vision_end_token_id": END,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
+_WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2)}
+
+_ALL: dict[str, dict[str, Any]] = {
+    "llava": {
+        "text_config": {"model_type": "llama", **_TEXT},
+        "vision_config": {"model_type": "clip_vision_model", "projection_dim": 32, **_TOWER},
+        "image_token_index": IMAGE,
+    },
+    # A tower of as many layers as the decoder has, and nearer to the root.
+    "llava_deep": {
+        "model_type": "llava",
+        "text_config": {"model_type": "llama", **_TEXT},
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "projection_dim": 32,
+            **_TOWER,
+            "num_hidden_layers": LAYERS,
+        },
+        "image_token_index": IMAGE,
+    },
+    "mistral3": {
+        "text_config": {"model_type": "mistral", **_TEXT, "sliding_window": None},
+        "vision_config": {"model_type": "pixtral", "head_dim": 8, **_TOWER},
+        "image_token_index": IMAGE,
+        "spatial_merge_size": 2,
+    },
+    "internvl": {
+        "text_config": {"model_type": "qwen2", **_TEXT},
+        "vision_config": {"model_type": "internvl_vision", **_TOWER, "image_size": [16, 16], "patch_size": [4, 4]},
+        "image_token_id": IMAGE,
+    },
+    "gemma3": {
+        "text_config": {
+            "model_type": "gemma3_text",
+            **_TEXT,
+            **_WINDOWS,
+            "query_pre_attn_scalar": 8,
+            "tie_word_embeddings": False,
+        },
+        "tie_word_embeddings": False,
+        "vision_config": {"model_type": "siglip_vision_model", **_TOWER},
+        "mm_tokens_per_image": 4,
+        "image_token_index": IMAGE,
+        "boi_token_index": BEGIN,
+        "eoi_token_index": END,
+    },
+    "qwen3_vl": {
+        "text_config": {"model_type": "qwen3_vl_text", **_TEXT, "rope_parameters": _ROPE},
+        "vision_config": {
+            "model_type": "qwen3_vl_vision",
+            **_QWEN,
+            "intermediate_size": 48,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        **_QWEN_TOKENS,
+    },
+    "qwen2_5_vl": {
+        "text_config": {"model_type": "qwen2_5_vl_text", **_TEXT, "rope_parameters": _ROPE},
+        "vision_config": {
+            "model_type": "qwen2_5_vl_vision",
+            **_QWEN,
+            "intermediate_size": 48,
+            "fullatt_block_indexes": [0, 1],
+            "window_size": 16,
+        },
+        **_QWEN_TOKENS,
+    },
+}
+
+#: Models for images and text of different builds.
+KINDS = tuple(_ALL)
+
+
+def config(kind: str, **changes: Any) -> Any:
+    """The configuration of a kind of model."""
+    return AutoConfig.for_model(**{"model_type": kind, **_ALL[kind], **changes})
+
+
+def build(kind: str, **changes: Any) -> PreTrainedModel:
+    """Make a model, on the CPU, in fp32: the same weights every time, none of them near to zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(
+            config(kind, **changes), dtype=torch.float32
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0, 0.25)
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def save(kind: str, directory: Path, **changes: Any) -> Path:
+    """Save a model as a checkpoint in `directory`."""
+    build(kind, **changes).save_pretrained(directory)
+    return directory
