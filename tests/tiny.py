@@ -85,7 +85,8 @@ _UNLISTED: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 2},
 }
 
-# Of a build that few share: a projection before the stack, windows that no cache knows of, no position ids.
+# Of a build that few share: a projection before the stack, windows that no cache knows of, no position ids, layers
+# that view attention's output, norms without parameters.
 _ODD: dict[str, dict[str, Any]] = {
     "opt_narrow": {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
     "gpt_neo": {
@@ -95,6 +96,8 @@ _ODD: dict[str, dict[str, Any]] = {
         "num_heads": 4,
     },
     "ctrl": {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 256, "dff": 48},
+    "afmoe": {**_HEAD_DIM, **_WINDOW, **_EXPERTS, "num_dense_layers": 2},
+    "olmo": {},
 }
 _LINEAR = {
     "linear_num_key_heads": 2,

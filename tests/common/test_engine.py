@@ -174,6 +174,18 @@ def test_any_mix_of_steps(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert machine.steps > 50
 
 
+@pytest.mark.parametrize("arch", ["afmoe", "olmo"])
+def test_layers_that_view_the_output_of_attention_or_have_no_parameters_are_packed(arch: str, tmp_path: Path) -> None:
+    """Four tokens are computed without padding rows, which would copy the output."""
+    engine = make_runner(tmp_path, arch)
+    assert engine.unpacked_because is None
+    runs = [TokenRun(engine.store.new_sequence(), torch.randn(2, engine.width), [0, 1]) for _ in range(2)]
+    together = engine.run(runs)
+    for run, output in zip(runs, together, strict=True):
+        (alone,) = engine.run([TokenRun(engine.store.new_sequence(), run.states, [0, 1])])
+        torch.testing.assert_close(output, alone, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("threshold", [1, 10**9])
 def test_batched_and_single_decoding_agree(threshold: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_runner(tmp_path / "engine", "llama")

@@ -78,6 +78,23 @@ def test_parameters_of_a_part(arch: str, tmp_path: Path) -> None:
         assert not any(parameter.is_meta or parameter.requires_grad for parameter in model.parameters())
 
 
+def test_bare_parameters_beside_the_stack_are_the_device_s(tmp_path: Path) -> None:
+    """Neither asked for nor kept by a worker: code around the layers uses them in some calls only."""
+    tiny.save("llama", tmp_path)
+    spec = read_spec(str(tmp_path))
+
+    class WithMark(spec.model_class):  # type: ignore[misc, name-defined]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.model.mark = torch.nn.Parameter(torch.zeros(3))
+
+    spec.model_class = WithMark
+    model, _ = load_part(spec, SPLIT, "worker")
+    assert model.model.mark is None
+    with pytest.raises(MissingTensor, match="model.mark"):
+        load_part(spec, SPLIT, "device")
+
+
 def test_tensors_beyond_the_last_layer_are_left_out(tmp_path: Path) -> None:
     """Some checkpoints carry another layer, which predicts further tokens."""
     extra = {"model.layers.6.mlp.up_proj.weight": torch.zeros(48, 32)}

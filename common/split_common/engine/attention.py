@@ -125,7 +125,7 @@ def packed_attention(
         s_aux: learned logits `[heads]` that take part of the attention (attention sinks, arXiv 2309.17453).
 
     Returns:
-        `[1, tokens, heads, value_width]`.
+        `[1, tokens, heads, value_width]`, contiguous, because some layers view it as `[1, tokens, width]`.
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     call = AttentionCall(int(module.layer_idx), scale, sliding_window, softcap, s_aux)  # type: ignore[arg-type]
@@ -139,7 +139,9 @@ def packed_attention(
     keys.index_copy_(0, slots, key[0, :, :tokens].transpose(0, 1))
     values.index_copy_(0, slots, value[0, :, :tokens].transpose(0, 1))
     output = batch.plan.attend(call, query[0, :, :tokens], keys, values).transpose(0, 1)
-    return pad(output, (0, 0, 0, 0, 0, padding))[None] if padding else output[None], None
+    if padding:
+        output = pad(output, (0, 0, 0, 0, 0, padding))
+    return output[None].contiguous(), None
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention)

@@ -28,11 +28,11 @@ class LayerRange:
         self.stack, self.split, self.width = stack, split, width
         #: The module that calls the layers.
         self.owner: Any = stack.owner
-        parameter = next(self.owner.parameters())
-        #: The device of the first layer.
-        self.device: torch.device = parameter.device
+        parameter = next(self.owner.parameters(), None)
+        #: The device of the first layer. On the CPU, packed linear layers may leave no parameter.
+        self.device: torch.device = parameter.device if parameter is not None else torch.device("cpu")
         #: The dtype that all layers compute in.
-        self.dtype: torch.dtype = parameter.dtype
+        self.dtype: torch.dtype = parameter.dtype if parameter is not None else stack.dtype
         #: Whether a forward that was launched runs while the host does other work.
         self.asynchronous = self.device.type == "cuda"
         self._incoming: torch.Tensor | None = None

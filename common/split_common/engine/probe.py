@@ -143,12 +143,15 @@ def _make_pool(layers: LayerRange, backend: Backend, shapes: dict[int, LayerShap
 
 
 def _rehearse(layers: LayerRange, executor: Executor) -> torch.Tensor:
-    """Prefills, decodes and rolls back two sequences over fixed random states: float32 `[tokens, width]`."""
+    """Prefills, decodes and rolls back sequences over fixed random states: float32 `[tokens, width]`.
+
+    Batches with and without padding rows, of one sequence and of several, take different ways through layers.
+    """
     generator = torch.Generator().manual_seed(0)
-    sequences = [executor.store.new_sequence(), executor.store.new_sequence()]
+    sequences = [executor.store.new_sequence() for _ in range(4)]
     outputs = []
     try:
-        for counts in ((9, 5), (1, 1), (1, 4), (1,)):
+        for counts in ((9, 5), (1, 1), (1, 4), (2, 2), (1, 1, 1, 1), (1,)):
             runs = [
                 TokenRun(
                     sequence,

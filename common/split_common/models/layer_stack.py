@@ -134,6 +134,8 @@ class LayerStack:
         self.cache_name = cache_name(type(self.owner))
         #: Whether the owner takes `position_ids`.
         self.takes_positions = "position_ids" in forward_parameters(type(self.owner))
+        #: The dtype that the layers were loaded in.
+        self.dtype: torch.dtype = model.dtype
         embeddings = getattr(model.get_input_embeddings(), "weight", None)
         #: Width of the embeddings that the owner takes.
         self.width = int(embeddings.shape[1] if embeddings is not None else config.hidden_size)

@@ -227,7 +227,10 @@ def _part_class(
 
 
 def strip(module: nn.Module, stack: nn.ModuleList) -> None:
-    """Replaces all modules with parameters that are not in the stack."""
+    """Replaces all modules with parameters that are not in the stack, and drops bare parameters beside it."""
+    for name, _ in list(module.named_parameters(recurse=False)):
+        # Code that reads it fails when the stack is probed.
+        module.register_parameter(name, None)
     for name, child in list(module.named_children()):
         if child is stack:
             continue

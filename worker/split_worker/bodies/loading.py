@@ -126,7 +126,7 @@ def load_language_body(
         pack_linears(model)
     else:
         place_on_gpus(model, parameter_bytes, device)
-    devices = {parameter.device for parameter in model.parameters()}
+    devices = {parameter.device for parameter in model.parameters()} or {device}
     free = len(devices) * min(kv_share(place) for place in devices)
     runner = build_runner(stack, split, spec.text_config, kv_bytes if kv_bytes is not None else free)
     return LanguageBody(runner, parameter_bytes)
