@@ -22,7 +22,7 @@ from split_common.errors import UnsupportedArchitecture
 UNLIMITED = 2**31
 
 
-def find_stack(model: nn.Module, layers: int) -> tuple[nn.Module, str]:
+def find_stack(model: Any, layers: int) -> tuple[nn.Module, str]:
     """The module that owns the stack of decoder layers, and the name of the stack's attribute.
 
     Raises:

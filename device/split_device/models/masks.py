@@ -1,7 +1,7 @@
 """The 2-D attention mask behind the masks that a model prepares for its decoder.
 
-A model of several parts, such as one that sees images, makes the masks of all layers before it calls its decoder. What
-travels is the mask that the model itself was given, provided that the prepared ones are those that follow from it.
+A model of several parts, such as one that sees images, makes the masks of all layers before it calls its decoder.
+What travels is the mask that the model itself was given, provided that the prepared ones follow from it.
 """
 
 from __future__ import annotations
