@@ -28,7 +28,7 @@ from split_common.protocol import headers, payloads
 from split_common.protocol.channel import SUITES, Box, preferred_suites
 from split_common.system.process import passive_threads, reuse_memory
 from split_common.transport import connect
-from split_common.transport.zmq_link import curve_client, curve_z85
+from split_common.transport.zmq_socket import curve_client, curve_z85
 from split_common.trust.fleet import load_fleet
 from split_common.trust.keys import Role
 

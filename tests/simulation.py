@@ -12,7 +12,7 @@ import queue
 import random
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +26,9 @@ from split_broker import peer_queue as peer_queue_module
 from split_broker import under_way as under_way_module
 from split_broker.access import Authentication
 from split_broker.broker import Broker
+from split_broker.delivery import Delivery
 from split_broker.memory import MEMORY_LIMIT
-from split_broker.quotas import Budget, Rates
+from split_broker.quotas import Rates
 from split_broker.set_ups import SetUps
 from split_common.engine import pool as pool_module
 from split_common.engine import scheduler as scheduler_module
@@ -289,15 +290,16 @@ class SimulatedBroker(Broker):
     def __init__(self, world: World) -> None:
         self._world = world
         self._fleet = world.fleet
-        self._boot = world.random.randbytes(8)
         self._started = world.clock.now
         self._enforced = world.fleet.roster().version
-        self._peers, self._routes, self._blocked, self._pending = {}, {}, set(), {}
+        self._pending = {}
         self._set_ups, self._trials, self._random = SetUps(), Trials(), world.random
-        self._budget, self._rates, self._gave_way = Budget(MEMORY_LIMIT), Rates(), deque()
+        self._rates = Rates()
         self.counters: Counter[str] = Counter()
         self._authentication = Authentication(self._fleet, self.counters)
         self._router: Any = SimulatedRouter(self._out)
+        self._delivery = Delivery(self._router, self._fleet, self.counters, MEMORY_LIMIT, self._gone)
+        self._peers, self._routes = self._delivery.peers, self._delivery.routes
         self._supervisor = Supervisor("the broker", self.counters, threading.Event(), pause=0.0)
         self.up = True
         self._tick()

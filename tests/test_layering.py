@@ -44,7 +44,7 @@ FLOORS = {
     ],
     "split_broker": [
         *("tcp", "connections", "memory", "under_way", "peer_queue", "set_ups", "access", "guard", "quotas"),
-        *("router", "broker"),
+        *("router", "delivery", "broker"),
         "cli",
     ],
 }
@@ -77,6 +77,7 @@ LIGHT = [
     "split_common.protocol.channel",
     "split_common.protocol.handshake",
     "split_common.transport.zmq_link",
+    "split_common.transport.zmq_socket",
     "split_common.transport.redis.link",
     "split_common.trust.keys",
     "split_common.trust.fleet",

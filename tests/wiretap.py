@@ -23,7 +23,7 @@ from split_common.models.tensors import to_bytes
 from split_common.models.verification import build_manifest
 from split_common.protocol import headers, payloads
 from split_common.transport import connect, new_peer_id
-from split_common.transport.zmq_link import curve_client
+from split_common.transport.zmq_socket import curve_client
 from split_common.trust.fleet import Fleet
 from split_common.trust.keys import Identity
 from split_device.sessions.client import Client
@@ -228,14 +228,14 @@ class FakeTransport:
 
 def cheat(broker: Broker, change: Callable[[Peer, headers.AnyHeader, RoutedMessage], list[RoutedMessage]]) -> None:
     """Makes a broker deliver what `change` makes of each message, instead of the message."""
-    deliver = broker._put
+    deliver = broker._delivery.put
 
     def put(peer: Peer, message: RoutedMessage, sender: str = "") -> bool:
         head, body = message[0], bytes(memoryview(message[1]))  # type: ignore[arg-type]
         delivered = [deliver(peer, one, sender) for one in change(peer, headers.decode_header(head), (head, body))]
         return all(delivered)
 
-    broker._put = put  # type: ignore[method-assign]
+    broker._delivery.put = put  # type: ignore[method-assign]
 
 
 def changed(header: headers.Header, **fields: Any) -> bytes:

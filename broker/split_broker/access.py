@@ -22,7 +22,7 @@ from split_common.errors import AuthenticationError, CertificateError, ConfigErr
 from split_common.protocol.headers import Announce, Service
 from split_common.transport.peer_id import mark_of, member_mark
 from split_common.transport.supervised import count_dropped
-from split_common.transport.zmq_link import curve_z85
+from split_common.transport.zmq_socket import curve_z85
 from split_common.trust.fleet import Fleet
 from split_common.trust.keys import MAX_SIGNED, Certificate, ModelScope, check_certificate, open_signed
 

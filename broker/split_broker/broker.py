@@ -1,7 +1,7 @@
 """The embedded ZeroMQ broker: one ROUTER socket, one thread, one loop.
 
 Devices and workers connect to the same socket and announce themselves with every heartbeat. The broker routes by
-peer: each has a bounded queue under a byte credit (`peer_queue`). A device without a worker sends an `Open`, which
+peer: each has a bounded queue under a byte credit (`delivery`). A device without a worker sends an `Open`, which
 `split_common.transport.placement` gives to one. The broker reads headers only: bodies are sealed between device and
 worker. It keeps nothing that a restart would lose.
 """
@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from random import Random
 
 import zmq
 
-from split_broker.connections import REVOKED_LIFETIME, Connection
+from split_broker.connections import REVOKED_LIFETIME
+from split_broker.delivery import Delivery
 from split_broker.memory import MEMORY_LIMIT
-from split_broker.peer_queue import BodyBytes, Peer, PeerQueue, Queued, RoutedMessage
+from split_broker.peer_queue import BodyBytes, Peer, RoutedMessage
 from split_broker.quotas import (
     ANNOUNCEMENTS,
     OPENS,
     ROSTER_REQUESTS,
     STRANGERS_WATCHED,
-    Budget,
+    TOO_OFTENS,
     Rate,
     Rates,
 )
@@ -64,16 +64,13 @@ FLUSH_INTERVAL = 0.005
 #: Longest time, in seconds, that the loop waits for a message before it does what else is due.
 IDLE = 0.05
 
-#: Bytes of memory that a watched peer's id takes.
-WATCHED_BYTES = 80
-
 #: Opens that are pending at a time.
 MAX_PENDING = 1024
 
 #: Answers an open of a member that has more than its share of them.
 TOO_OFTEN = Refuse("busy", "this member asks for too many workers at once", BUSY_RETRY)
 
-#: Messages that an announced peer may send.
+#: What an announced peer may send.
 _FROM_PEERS = headers.Relay, headers.Open, headers.RosterRequest
 
 
@@ -98,21 +95,13 @@ class Broker:
             raise ConfigError("with Redis there is no broker: give devices and workers the address of the server")
         check_address(address, fleet)
         self._fleet = fleet
-        self._boot = os.urandom(8)
         self._started = time.monotonic()
         self._enforced = fleet.roster().version
-        self._peers: dict[bytes, Peer] = {}
-        self._routes: dict[bytes, bytes] = {}
-        # Peers, by id, whose connection accepts nothing for the moment.
-        self._blocked: set[bytes] = set()
         # By the device's id, oldest first. A device has one at a time.
         self._pending: dict[bytes, PendingOpen[BodyBytes]] = {}
         self._set_ups = SetUps()
         self._trials = Trials()
         self._random = Random()
-        self._budget = Budget((memory_limit or MEMORY_LIMIT) // 2)
-        # Messages that lost their place in a queue, of which their senders are still to be told.
-        self._gave_way: deque[Queued] = deque()
         self._rates = Rates()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lambda-split-broker", daemon=True)
@@ -120,7 +109,12 @@ class Broker:
         self.counters: Counter[str] = Counter()
         self._supervisor = Supervisor("the broker's loop", self.counters, self._closing, pause=0.0)
 
-        self._router = Router(address, fleet, self.counters, IDLE, memory_limit, self._queued)
+        capacity = (memory_limit or MEMORY_LIMIT) // 2
+        self._router = Router(
+            address, fleet, self.counters, IDLE, memory_limit, lambda connection: self._delivery.queued(connection)
+        )
+        self._delivery = Delivery(self._router, fleet, self.counters, capacity, self._gone)
+        self._peers, self._routes = self._delivery.peers, self._delivery.routes
         self._authentication = self._router.authentication
         #: The address, with the real port in place of `*`.
         self.address = self._router.address
@@ -143,13 +137,14 @@ class Broker:
         try:
             while not self._closing.is_set():
                 # ROUTER does not signal when a full connection takes messages again.
-                if (frames := self._router.receive(FLUSH_INTERVAL if self._blocked else None)) is not None:
+                blocked = self._delivery.blocked
+                if (frames := self._router.receive(FLUSH_INTERVAL if blocked else None)) is not None:
                     self._supervisor.run(self._take, frames)
                 now = time.monotonic()
-                if self._blocked and now >= next_flush:
+                if blocked and now >= next_flush:
                     next_flush = now + FLUSH_INTERVAL
-                    for peer in [self._peers[id_] for id_ in self._blocked]:
-                        self._supervisor.run(self._flush, peer)
+                    for peer in [self._peers[id_] for id_ in blocked]:
+                        self._supervisor.run(self._delivery.flush, peer)
                 if now >= next_probe:
                     if now - next_probe > HEARTBEAT:
                         self._excuse(now - next_probe)
@@ -168,7 +163,7 @@ class Broker:
         if len(frames) != 3:
             raise Malformed("a message that is not two frames")
         self._handle(frames[0], frames[1].bytes, headers.check_body(frames[2]))
-        self._tell_gave_way()
+        self._delivery.tell_gave_way()
 
     def _handle(self, envelope: zmq.Frame, head: bytes, body: BodyBytes) -> None:
         route = envelope.bytes
@@ -185,7 +180,7 @@ class Broker:
             # this broker is new, so the peer announces itself and sends again what was dropped.
             self.counters["unannounced"] += 1
             with contextlib.suppress(zmq.ZMQError):
-                self._router.send(route, self._welcome([]))
+                self._router.send(route, self._delivery.welcome([]))
             return
         sender = self._peers[header.sender]
         match header:
@@ -196,7 +191,7 @@ class Broker:
                     self._open(sender, header, (head, body))
             case headers.RosterRequest():
                 if self._admits(sender.member, ROSTER_REQUESTS):
-                    self._put(sender, self._roster())
+                    self._delivery.put(sender, self._delivery.roster())
 
     def _relay(self, sender: Peer, header: headers.Relay, message: RoutedMessage) -> None:
         target = self._peers.get(header.to)
@@ -204,22 +199,15 @@ class Broker:
             raise Malformed(f"a {sender.role} wrote to a {target.role}")
         if target is not None and sender.role == "device":
             self._set_ups.sent(sender, target, header, time.monotonic())
-        if target is not None and self._put(target, message, sender.member):
+        if target is not None and self._delivery.put(target, message, sender.member):
             if log.isEnabledFor(logging.DEBUG):
                 log.debug("routed %s", _describe(sender, target, header, message[1]))
         elif header.to in self._peers:
-            self._refuse(sender, header, full("the queue of the worker is full"))
+            self._delivery.refuse(sender, header, full("the queue of the worker is full"))
         elif self._early:
-            self._refuse(sender, header, full("the broker has just started"))
+            self._delivery.refuse(sender, header, full("the broker has just started"))
         else:
-            self._refuse(sender, header, GONE)
-
-    def _refuse(self, to: Peer, header: headers.Relay | headers.Open, refusal: Refuse) -> None:
-        """Tells the sender of a message that it was not delivered."""
-        self.counters[f"bounced_{refusal.reason}"] += 1
-        if isinstance(header, headers.Relay) and log.isEnabledFor(logging.DEBUG):
-            log.debug("session %s: bounced, %s", headers.session_label(header.session), refusal.detail)
-        self._put(to, (headers.encode_header(refusal.bounce(header)), b""))
+            self._delivery.refuse(sender, header, GONE)
 
     @property
     def _early(self) -> bool:
@@ -241,20 +229,21 @@ class Broker:
         return 1.0 + strangers / STRANGERS_WATCHED
 
     def _admits_open(self, sender: Peer, header: headers.Open, body: BodyBytes) -> bool:
-        """Whether a device's open may be pending. If not, the device is told."""
+        """Whether a device's open may be pending. If not, the device is told, unless it asks far too often."""
         if len(body) > MAX_HANDSHAKE:
             raise Oversized(f"a hello of {len(body)} bytes (at most {MAX_HANDSHAKE})")
         if not self._admits(sender.member, OPENS):
-            self._refuse(sender, header, TOO_OFTEN)
+            if self._admits(sender.member, TOO_OFTENS):
+                self._delivery.refuse(sender, header, TOO_OFTEN)
             return False
         if len(self._pending) < MAX_PENDING or sender.id in self._pending:
             return True
         # The member with the most pending opens loses its newest one.
         last = newest_of_largest([*self._pending, sender.id], lambda id_: self._peers[id_].member)
         if last != sender.id:
-            self._refuse(self._peers[last], self._pending.pop(last).header, TOO_OFTEN)
+            self._delivery.refuse(self._peers[last], self._pending.pop(last).header, TOO_OFTEN)
         else:
-            self._refuse(sender, header, TOO_OFTEN)
+            self._delivery.refuse(sender, header, TOO_OFTEN)
         return last != sender.id
 
     # --- placement -----------------------------------------------------------------------------------------
@@ -283,7 +272,7 @@ class Broker:
                 case Assign(id_):
                     worker = self._peers[id_]
                     worker.room -= 1
-                    if self._put(worker, one.frames, self._peers[device].member):
+                    if self._delivery.put(worker, one.frames, self._peers[device].member):
                         self._set_ups.given(self._peers[device], worker)
                         self._trials.given(worker.member, device, now)
                         del self._pending[device]
@@ -295,7 +284,7 @@ class Broker:
                     del self._pending[device]
                     if refusal.reason == "no-worker":
                         refusal = refusal.without(self._authentication.turned_away(one.header.service, now))
-                    self._refuse(self._peers[device], one.header, refusal)
+                    self._delivery.refuse(self._peers[device], one.header, refusal)
 
     def _candidates(self) -> list[Candidate]:
         """All workers, in the order in which they joined."""
@@ -319,7 +308,7 @@ class Broker:
             peer = self._peers.get(header.sender)
             if peer is not None and self._routes.get(route) == peer.id:
                 log.warning("%s", error)
-                self._remove(peer, "was put out")
+                self._delivery.remove(peer, "was put out")
             raise
 
     def _announced(self, header: headers.Announce, route: bytes, member: str, certified: bool = False) -> None:
@@ -331,23 +320,16 @@ class Broker:
             self._router.connections.left(route)
             return
         if peer is None:
-            queue = PeerQueue(member, self._budget.usage, self._gave_way.append)
-            peer = self._peers[header.sender] = Peer(header.sender, route, header.role, member, queue)
-            self._routes[route] = peer.id
-            log.info("%s %s joined", header.role, peer.name)
+            peer = self._delivery.add(header, route, member)
             # It may have counted as dead: the peers that it watches were told so, and have dropped its sessions.
             if not self._early:
                 gone = header.watching
         elif (peer.member, peer.role) != (member, header.role):
             raise Malformed("an announcement under another peer's id")
         elif peer.route != route:
-            self._routes.pop(peer.route, None)
-            self._router.connections.left(peer.route)
-            self._routes[route] = peer.id
-            peer.route = route
-            peer.queue.reconnected()
+            self._delivery.move(peer, route)
         if header.leaving:
-            self._remove(peer, "left")
+            self._delivery.remove(peer, "left")
             return
         peer.seen = time.monotonic()
         self._router.connections.announced(route, member)
@@ -360,8 +342,8 @@ class Broker:
             self._vouched(header.answered)
         if not self._early:
             gone = gone or [id_ for id_ in header.watching if id_ not in self._peers]
-        self._put(peer, self._welcome(gone))
-        self._flush(peer)
+        self._delivery.put(peer, self._delivery.welcome(gone))
+        self._delivery.flush(peer)
         if peer.service is not None:
             waiting = [one for one in self._pending.values() if one.header.service == peer.service]
             self._place(waiting, peer.seen)
@@ -372,87 +354,13 @@ class Broker:
             if worker.role == "worker":
                 self._trials.answered(worker.member)
 
-    # --- delivery and death --------------------------------------------------------------------------------
+    # --- housekeeping --------------------------------------------------------------------------------------
 
-    def _put(self, peer: Peer, message: RoutedMessage, sender: str = "") -> bool:
-        """Queues a message and sends what it can. False if the queue is full, or the peer has gone.
-
-        Args:
-            sender: the member that sent it; empty for the broker's own, which are small.
-        """
-        size = len(message[0]) + len(message[1])
-        if sender and not self._budget.make_room(peer.member, size, self._peers.values(), self._end):
-            return False
-        if peer.queue.skip(len(message[1]), sender):
-            if self._send(peer, message):
-                return True
-            peer.queue.unskip(len(message[1]), sender)
-            if peer.id not in self._peers:
-                return False
-        if not peer.queue.put(message, sender):
-            return False
-        self._flush(peer)
-        return peer.id in self._peers
-
-    def _end(self, peer: Peer) -> None:
-        """Ends the connection of a peer that reads too slowly."""
-        self._router.connections.end_route(peer.route, "slow")
-        peer.queue.reconnected()
-
-    def _tell_gave_way(self) -> None:
-        """Tells the senders of messages that lost their place in a queue."""
-        while self._gave_way:
-            header = headers.decode_header(self._gave_way.popleft().message[0])
-            if isinstance(header, headers.Relay | headers.Open) and header.sender in self._peers:
-                self._refuse(self._peers[header.sender], header, full("others share the queue"))
-
-    def _flush(self, peer: Peer) -> None:
-        self._blocked.discard(peer.id)
-        while peer.id in self._peers and (queued := peer.queue.take()) is not None:
-            if not self._send(peer, queued.message):
-                peer.queue.put_back(queued)
-                return
-
-    def _send(self, peer: Peer, message: RoutedMessage) -> bool:
-        try:
-            self._router.send(peer.route, message)
-        except zmq.Again:
-            self._blocked.add(peer.id)
-            return False
-        except zmq.ZMQError:
-            # A worker whose connection is closed is dead. A device may reconnect: its heartbeats decide.
-            if peer.role == "worker":
-                self._remove(peer, "lost its connection")
-            return False
-        self.counters["messages_routed"] += 1
-        self.counters["bytes_routed"] += len(message[0]) + len(message[1])
-        return True
-
-    def _remove(self, peer: Peer, why: str) -> None:
-        if self._peers.pop(peer.id, None) is None:
-            return
-        log.info("%s %s %s", peer.role, peer.name, why)
-        self.counters[f"{peer.role}s_gone"] += 1
-        self._routes.pop(peer.route, None)
-        self._router.connections.left(peer.route)
+    def _gone(self, peer: Peer) -> None:
+        """Forgets what it knows of a peer that was taken out."""
         self._pending.pop(peer.id, None)
         self._set_ups.forget(peer.id)
         self._trials.forget(peer.id)
-        peer.queue.clear()
-        self._blocked.discard(peer.id)
-        for watcher in [other for other in self._peers.values() if peer.id in other.watching]:
-            self._put(watcher, self._welcome([peer.id]))
-
-    def _queued(self, connection: Connection) -> int:
-        """Bytes that wait for the peer on a connection, and what else is kept of it."""
-        peer = self._peers.get(self._routes.get(connection.route or b"", b""))
-        return peer.queue.waiting_bytes + WATCHED_BYTES * len(peer.watching) if peer is not None else 0
-
-    def _welcome(self, gone: list[bytes]) -> RoutedMessage:
-        return headers.encode_header(headers.Welcome(self._boot, self._fleet.roster().version, gone)), b""
-
-    def _roster(self) -> RoutedMessage:
-        return headers.encode_header(headers.RosterReply()), self._fleet.roster_bytes()
 
     def _housekeeping(self, now: float) -> None:
         if self._fleet.refresh():
@@ -463,12 +371,12 @@ class Broker:
         probe = headers.encode_header(headers.Probe()), b""
         for peer in list(self._peers.values()):
             if now - peer.seen > HEARTBEAT * MISSED:
-                self._remove(peer, "fell silent")
+                self._delivery.remove(peer, "fell silent")
             elif peer.role == "worker":
                 # Not through its queue, which may be waiting for credit.
-                self._send(peer, probe)
+                self._delivery.send(peer, probe)
         self._place(list(self._pending.values()), now)
-        self._tell_gave_way()
+        self._delivery.tell_gave_way()
         self._router.look(now)
 
     def _enforce_roster(self) -> None:
@@ -476,11 +384,11 @@ class Broker:
             member = self._fleet.roster().by_name(peer.member)
             if member is None or member.revoked:
                 # The roster tells it why. Until its connection ends, nothing that it sends is accepted.
-                self._put(peer, self._roster())
-                self._remove(peer, "was revoked")
+                self._delivery.put(peer, self._delivery.roster())
+                self._delivery.remove(peer, "was revoked")
                 self._router.connections.left(peer.route, REVOKED_LIFETIME)
             else:
-                self._put(peer, self._welcome([]))
+                self._delivery.put(peer, self._delivery.welcome([]))
 
 
 def _describe(sender: Peer, target: Peer, header: headers.Relay, body: BodyBytes) -> str:

@@ -26,6 +26,9 @@ ANNOUNCEMENTS = Rate(1000, 4000)
 STRANGERS_WATCHED = 16
 #: Requests for a worker. A device repeats one every few seconds.
 OPENS = Rate(100, 1000)
+#: Answers that a request for a worker comes too often. What is asked beyond that is dropped: an answer costs the
+#: broker as much as a message of somebody else, and a device asks again by itself.
+TOO_OFTENS = Rate(100, 100)
 #: Requests for the roster. A new roster makes all peers ask for it at once; what is dropped is asked for again.
 ROSTER_REQUESTS = Rate(50, 1000)
 

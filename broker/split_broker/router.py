@@ -16,7 +16,7 @@ from split_broker.memory import MemoryWatch
 from split_broker.peer_queue import RoutedMessage
 from split_common.errors import ConfigError
 from split_common.protocol import headers
-from split_common.transport.zmq_link import HANDSHAKE_LIMIT, HIGH_WATER, receive_frames, send_frames
+from split_common.transport.zmq_socket import HANDSHAKE_LIMIT, HIGH_WATER, receive_frames, send_frames
 from split_common.trust.fleet import Fleet
 
 #: Messages that a peer's connection takes before it counts as full. It is higher than `HIGH_WATER`, because ROUTER

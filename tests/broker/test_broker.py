@@ -284,7 +284,10 @@ def test_a_device_that_comes_back_on_a_new_connection_gets_what_was_kept(setting
     reached = [True]
     while reached[-1]:
         # Until the broker's socket knows that nobody is there.
-        on_loop(broker, lambda: reached.append(broker._send(peer, (headers.encode_header(headers.Probe()), b""))))
+        on_loop(
+            broker,
+            lambda: reached.append(broker._delivery.send(peer, (headers.encode_header(headers.Probe()), b""))),
+        )
     for number in range(3):
         worker.send(relay(worker, device, seq=number))
     wait_until(lambda: len(peer.queue) == 3)
@@ -632,12 +635,14 @@ def test_a_link_survives_garbage_and_a_failing_handler(setting: Setting, monkeyp
         fail = lambda *_: 1 / 0  # noqa: E731
         with monkeypatch.context() as patch:
             patch.setattr(client, "on_message", fail)
-            on_loop(broker, lambda: broker._put(peer, (headers.encode_header(headers.Bounce("full")), b"")))
+            on_loop(
+                broker, lambda: broker._delivery.put(peer, (headers.encode_header(headers.Bounce("full")), b""))
+            )
             wait_until(lambda: link.counters["HandlerError"] == 1)
         announce = headers.encode_header(headers.Announce(bytes(8), "device", "x"))
         forged = headers.encode_header(headers.RosterReply())
         messages = [(b"", b""), (b"\x07", b""), (forged, b"forged"), (announce, b"")]
-        on_loop(broker, lambda: [broker._put(peer, message) for message in messages])
+        on_loop(broker, lambda: [broker._delivery.put(peer, message) for message in messages])
         wait_until(lambda: link.counters["Malformed"] == 2)
         assert link.counters["VersionMismatch"] == link.counters["CertificateError"] == 1
         seen = peer.seen

@@ -293,6 +293,10 @@ def test_messages_that_cost_more_than_they_weigh_have_a_rate(offline: Broker) ->
     handle(offline, b"a2", headers.RosterRequest(id_of(b"a2")))
     assert told(offline, b"a1") == ["busy"]
     assert offline.counters["too_often"] == 2
+    # An answer takes as long as another's message: to those who never stop they are not given.
+    for number in range(2, 300):
+        handle(offline, b"a1", headers.Open(id_of(b"a1"), number, SERVICE))
+    assert len(told(offline, b"a1")) < 200
     handle(offline, b"b1", headers.RosterRequest(id_of(b"b1")))
     assert [type(header) for to, header in offline.sent if to == b"b1"] == [headers.RosterReply]  # type: ignore[attr-defined]
     assert not [header for to, header in offline.sent if to == b"a2"]  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from nacl.signing import SigningKey, VerifyKey
 from split_common.errors import CertificateError, ConfigError, KeysError
 from split_common.system import files
 from split_common.transport import check_address
-from split_common.transport.zmq_link import curve_z85
+from split_common.transport.zmq_socket import curve_z85
 from split_common.trust.fleet import Fleet, load_fleet
 from split_common.trust.keys import (
     MAX_SIGNED,

@@ -74,7 +74,7 @@ class Recording:
         patch.setattr(channels.EpochKeys, "seal", record_plaintext)
         directory.chmod(0o700)
         with setting.broker(f"ipc://{directory}/b") as broker:
-            handle, put = broker._handle, broker._put
+            handle, put = broker._handle, broker._delivery.put
 
             def record_received(envelope: zmq.Frame, head: bytes, body: BodyBytes) -> None:
                 self.frames += [envelope.bytes, head, bytes(memoryview(body))]  # type: ignore[arg-type]
@@ -85,7 +85,7 @@ class Recording:
                 return put(peer, message, sender)
 
             patch.setattr(broker, "_handle", record_received)
-            patch.setattr(broker, "_put", record_sent)
+            patch.setattr(broker._delivery, "put", record_sent)
             with (
                 setting.worker(broker.address),
                 SplitModelForCausalLM.from_pretrained(

@@ -717,7 +717,7 @@ def test_a_link_closed_by_its_own_thread_ends(setting: Setting) -> None:
     with setting.broker() as broker, setting.client(broker.address) as client:
         client.on_reset = client.close  # type: ignore[method-assign]
         (peer,) = broker._peers.values()
-        on_loop(broker, lambda: broker._put(peer, (headers.encode_header(headers.Welcome(bytes(8))), b"")))
+        on_loop(broker, lambda: broker._delivery.put(peer, (headers.encode_header(headers.Welcome(bytes(8))), b"")))
         thread = client.transport._thread  # type: ignore[attr-defined]
         thread.join(LATE)
         assert not thread.is_alive()

@@ -50,6 +50,7 @@ from split_common.trust.keys import (
     Name,
     Role,
     Roster,
+    issue_identity,
     open_signed,
     seal,
     verify_certificate,
@@ -62,16 +63,8 @@ log = logging.getLogger(__name__)
 
 #: Validity of a certificate by default, in days.
 DAYS: Final = 365
-#: Seconds before it was made from which a certificate is valid: clocks differ.
-CLOCK_LEEWAY: Final = 3600
 #: The members of a new fleet.
-FIRST_MEMBERS: Final[tuple[tuple[Role, str], ...]] = (
-    ("broker", "broker"),
-    ("device", "device-1"),
-    ("worker", "worker-1"),
-)
-
-_DAY: Final = 86_400
+FIRST_MEMBERS: list[tuple[Role, str]] = [("broker", "broker"), ("device", "device-1"), ("worker", "worker-1")]
 
 
 class Fleet:
@@ -117,7 +110,7 @@ class Fleet:
         with fleet.locked():
             if any((path / name).exists() for name in ("operator.key", "operator.pub", "roster")):
                 raise KeysError(f"{path} already holds a fleet")
-            identities = [_issue(operator, role, name, (), days) for role, name in FIRST_MEMBERS]
+            identities = [issue_identity(operator, role, name, (), days) for role, name in FIRST_MEMBERS]
             write_private(path / "operator.key", seed)
             write_public(path / "operator.pub", fleet.operator_key)
             fleet._enlist(operator, identities)
@@ -234,7 +227,7 @@ class Fleet:
             self.refresh()
             if self.roster().by_name(name) is not None:
                 raise KeysError(f"the fleet already has a member {name!r}; names are never used twice")
-            identity = _issue(operator, role, name, tuple(models), days)
+            identity = issue_identity(operator, role, name, tuple(models), days)
             self._enlist(operator, [identity])
         return identity
 
@@ -394,18 +387,6 @@ def load_fleet(keys: Path | None = None) -> Fleet:
     if keys is None and not os.environ.get("LAMBDA_SPLIT_KEYS") and not path.exists():
         return Fleet.loopback()
     return Fleet.open(path)
-
-
-def _issue(operator: SigningKey, role: Role, name: str, models: tuple[ModelScope, ...], days: float) -> Identity:
-    if days <= 0:
-        raise KeysError(f"a certificate cannot last {days} days")
-    now = int(time.time())
-    return Identity.issue(
-        operator,
-        lambda sign_key, curve_key: Certificate(
-            role, name, sign_key, curve_key, now - CLOCK_LEEWAY, now + int(days * _DAY), models
-        ),
-    )
 
 
 def _swap_in_new(path: Path) -> None:

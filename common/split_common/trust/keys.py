@@ -41,6 +41,11 @@ Seconds = Annotated[int, Meta(ge=0)]
 #: The largest signed file of each kind that is read, in bytes.
 MAX_SIGNED: Final[dict[SignedKind, int]] = {"certificate": 64 << 10, "roster": 16 << 20, "manifest": 64 << 20}
 
+#: Seconds before it was made from which a certificate is valid: clocks differ.
+CLOCK_LEEWAY: Final = 3600
+
+_DAY: Final = 86_400
+
 _Sealed = TypeVar("_Sealed", bound=Struct)
 
 
@@ -288,6 +293,28 @@ class Identity:
     def sign(self, message: bytes) -> bytes:
         """Ed25519 signature (64 bytes) of a message, which must begin with its purpose."""
         return self.signing_key.sign(message).signature
+
+
+def issue_identity(
+    operator: SigningKey, role: Role, name: str, models: tuple[ModelScope, ...], days: float
+) -> Identity:
+    """New secrets and a certificate for a member.
+
+    Args:
+        operator: signs the certificate.
+        role, name, models: what the certificate says.
+        days: how long it is valid.
+
+    Raises:
+        KeysError: `days` is not positive.
+    """
+    if days <= 0:
+        raise KeysError(f"a certificate cannot last {days} days")
+    now = int(time.time())
+    begin, end = now - CLOCK_LEEWAY, now + int(days * _DAY)
+    return Identity.issue(
+        operator, lambda sign_key, curve_key: Certificate(role, name, sign_key, curve_key, begin, end, models)
+    )
 
 
 #: Format version, signed certificate, Ed25519 seed, X25519 secret key, operator's public key.

@@ -127,8 +127,7 @@ class SplitDenoiser(ConnectedModel):
             manifest,
             split,
             dtype_name(model.dtype),  # type: ignore[attr-defined]
-            options=f" --model {shlex.quote(str(path))} --cut {cut}"
-            + (f" --ip-adapter {shlex.quote(str(ip_adapter))}" if ip_adapter is not None else ""),
+            options=_worker_options(path, cut, ip_adapter),
         )
         model._set_client(client, split)
         model._spec, model._codec, model._reuse = spec, CODECS[codec], reuse
@@ -206,6 +205,12 @@ class SplitDenoiser(ConnectedModel):
     def add_adapter(self, *_args: Any, **_options: Any) -> None:
         """Refused: training through the split."""
         raise UnsupportedFeature("adapters cannot be trained through the split")
+
+
+def _worker_options(path: str | Path, cut: str, ip_adapter: str | Path | None) -> str:
+    """The options of a worker that serves such a body, for the messages that name one."""
+    adapter = f" --ip-adapter {shlex.quote(str(ip_adapter))}" if ip_adapter is not None else ""
+    return f" --model {shlex.quote(str(path))} --cut {cut}{adapter}"
 
 
 def _allows_processor(adapted: bool) -> Allows:

@@ -15,7 +15,7 @@ from split_common.protocol import headers, payloads
 from split_common.protocol.channel import Channel, EpochKeys
 from split_common.protocol.handshake import DeviceHandshake
 from split_common.transport import connect, new_peer_id
-from split_common.transport.zmq_link import curve_client
+from split_common.transport.zmq_socket import curve_client
 from split_device.stress.hostile.scene import PATIENCE, Scene
 
 #: Most messages that a peer keeps unread; further ones are dropped.
