@@ -175,7 +175,9 @@ def test_any_mix_of_steps(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("arch", ["afmoe", "olmo"])
-def test_layers_that_view_the_output_of_attention_or_have_no_parameters_are_packed(arch: str, tmp_path: Path) -> None:
+def test_layers_that_view_the_output_of_attention_or_have_no_parameters_are_packed(
+    arch: str, tmp_path: Path
+) -> None:
     """Four tokens are computed without padding rows, which would copy the output."""
     engine = make_runner(tmp_path, arch)
     assert engine.unpacked_because is None

@@ -414,12 +414,3 @@ def test_architecture_that_cannot_be_split(broker: str, tmp_path: Path, arch: st
     if arch in REASONS:
         with pytest.raises(UnsupportedArchitecture, match=REASONS[arch]):
             SplitModelForCausalLM.from_pretrained(tmp_path, broker=broker)
-
-
-def test_quantized_checkpoint(broker: str, checkpoint: Path, tmp_path: Path) -> None:
-    tiny.save("llama", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedArchitecture, match="quantized"):
-        SplitModelForCausalLM.from_pretrained(tmp_path, broker=broker)

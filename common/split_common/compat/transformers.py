@@ -83,6 +83,8 @@ def load_state(
         config=config,
         state_dict=state,
         dtype=dtype if dtype is not None else "auto",
+        # Quantizers would choose a GPU.
+        device_map={"": "cpu"},
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )

@@ -28,7 +28,7 @@ class LayerRange:
         self.stack, self.split, self.width = stack, split, width
         #: The module that calls the layers.
         self.owner: Any = stack.owner
-        parameter = next(self.owner.parameters(), None)
+        parameter = next((p for p in self.owner.parameters() if p.is_floating_point()), None)
         #: The device of the first layer. On the CPU, packed linear layers may leave no parameter.
         self.device: torch.device = parameter.device if parameter is not None else torch.device("cpu")
         #: The dtype that all layers compute in.

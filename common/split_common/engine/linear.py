@@ -10,6 +10,7 @@ the number of kernels small.
 from __future__ import annotations
 
 import logging
+from typing import TypeGuard
 
 import psutil
 import torch
@@ -68,7 +69,9 @@ def pack_linears(model: nn.Module) -> None:
 
     All parameters are then copies, no longer mapped from the checkpoint's file.
     """
-    linears = {module for module in model.modules() if type(module) is nn.Linear and not module.weight.is_meta}
+    linears = {module for module in model.modules() if _is_plain(module)}
+    if not linears:
+        return
     needed = sum(linear.weight.nbytes for linear in linears)
     if needed > COPY_SHARE * psutil.virtual_memory().available:
         log.info("linear layers keep their layout: %d bytes of weights would be copied", needed)
@@ -82,7 +85,16 @@ def pack_linears(model: nn.Module) -> None:
         log.info("linear layers keep their layout: %s", error)
         return
     for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+        if type(parameter) is nn.Parameter:
+            parameter.data = parameter.data.clone()
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is a linear layer with torch's own forward and weight, which quantization may replace."""
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    weight = module.weight
+    return type(weight) is nn.Parameter and weight.dtype in LINEAR_TOLERANCE and not weight.is_meta
 
 
 def _packed(linear: nn.Module) -> nn.Module:

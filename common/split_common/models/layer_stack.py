@@ -192,7 +192,7 @@ class LayerStack:
         calls: list[_CallOfSlot] = []
         slots = self.slots
         recorders = nn.ModuleList(_Recorder(calls, i, slot, returns_tuple) for i, slot in enumerate(slots))
-        reference = next(self.owner.parameters(), None)
+        reference = next((p for p in self.owner.parameters() if p.is_floating_point()), None)
         device, dtype = (reference.device, reference.dtype) if reference is not None else (None, None)
         setattr(self.owner, self.attribute, recorders)
         try:

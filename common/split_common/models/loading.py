@@ -20,6 +20,7 @@ from split_common.errors import MissingTensor, ModelError, SplitError, UnknownMo
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.layer_stack import Absent, LayerStack, PassThrough, find_stack
 from split_common.models.prefix import LAYER, find_prefix
+from split_common.models.quantization import Quantization, prepare_quantization
 from split_common.models.split import Split
 from split_common.models.weights import Side, read_tensors
 
@@ -33,6 +34,8 @@ class ModelSpec:
     model_class: type[nn.Module]
     #: What precedes a layer's index in the names of the checkpoint's tensors, like `model.layers` or `h`.
     prefix: str
+    #: How quantized weights are run; None if they are not quantized.
+    quantization: Quantization | None = None
 
     @property
     def layers(self) -> int:
@@ -96,21 +99,19 @@ def read_spec(model: str | Checkpoint, revision: str | None = None, *, images: b
     if chosen is None or getattr(config, "is_encoder_decoder", False):
         kind = "model for images and text" if images else "language model"
         raise UnsupportedArchitecture(f"{name} is not a decoder-only {kind}")
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        raise UnsupportedArchitecture(f"{name}: quantized checkpoints cannot be split: use the original weights")
+    own_class, own_config = chosen
+    quantization = prepare_quantization(config, own_config, checkpoint.name)
     try:
-        own_class, config = chosen
-        layers = int(config.get_text_config(decoder=True).num_hidden_layers)
-        _check_cache(config, name)
+        layers = int(own_config.get_text_config(decoder=True).num_hidden_layers)
+        _check_cache(own_config, name)
         with torch.device("meta"):
-            empty = own_class(config)
+            empty = own_class(own_config)
         prefix = find_prefix(empty, checkpoint.tensor_names, layers)
     except SplitError:
         raise
     except Exception as error:
         raise UnsupportedArchitecture(f"{name} cannot be built: {_first_line(error)}") from None
-    return ModelSpec(checkpoint, config, own_class, prefix)
+    return ModelSpec(checkpoint, own_config, own_class, prefix, quantization)
 
 
 def _refuse_adapter(checkpoint: Checkpoint) -> None:

@@ -123,12 +123,14 @@ class LanguageBody:
     Args:
         runner: runs the layers.
         parameter_bytes: bytes of their weights.
+        quantization: says how quantized weights are run; None if they are not quantized.
     """
 
     first_turn = FIRST_TURN
 
-    def __init__(self, runner: Runner, parameter_bytes: int) -> None:
+    def __init__(self, runner: Runner, parameter_bytes: int, quantization: str | None = None) -> None:
         self.runner = runner
+        self.quantization = quantization
         self.parameter_bytes = parameter_bytes
         self.store = runner.store
         self.device, self.dtype = runner.device, runner.dtype
@@ -179,6 +181,8 @@ class LanguageBody:
             f"({self.parameter_bytes:,} bytes of weights; keys and values for {self.store.capacity:,} tokens, "
             f"or {self.store.capacity // each:,} sessions of {each:,})"
         ]
+        if self.quantization is not None:
+            lines.append(self.quantization)
         if self.runner.unpacked_because is not None:
             lines.append(f"sessions run one at a time: {self.runner.unpacked_because}")
         return lines

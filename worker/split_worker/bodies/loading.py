@@ -16,7 +16,9 @@ from split_common.errors import ConfigError, ModelError
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.denoisers.registry import is_denoiser, read_denoiser_spec
 from split_common.models.loading import ModelSpec, load_part, read_spec
+from split_common.models.quantization import stored_bytes
 from split_common.models.split import DEFAULT_CUT, DEFAULT_LAYERS, Split
+from split_common.models.tensors import dtype_name
 from split_common.models.verification import find_manifest
 from split_common.protocol import headers
 from split_common.trust.fleet import Fleet
@@ -121,7 +123,7 @@ def load_language_body(
         ModelError: the part cannot be loaded, or the memory for keys and values is too small.
     """
     model, stack = load_part(spec, split, "worker", dtype=dtype)
-    parameter_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    parameter_bytes = sum(map(stored_bytes, model.parameters()))
     if device.type == "cpu":
         pack_linears(model)
     else:
@@ -129,7 +131,15 @@ def load_language_body(
     devices = {parameter.device for parameter in model.parameters()} or {device}
     free = len(devices) * min(kv_share(place) for place in devices)
     runner = build_runner(stack, split, spec.text_config, kv_bytes if kv_bytes is not None else free)
-    return LanguageBody(runner, parameter_bytes)
+    return LanguageBody(runner, parameter_bytes, _quantization(spec, split, runner.dtype))
+
+
+def _quantization(spec: ModelSpec, split: Split, dtype: torch.dtype) -> str | None:
+    """Says how a body's quantized weights are run; None if they are not quantized."""
+    if spec.quantization is None:
+        return None
+    stored = spec.checkpoint.nbytes(spec.own_tensors(split, "worker"))
+    return spec.quantization.describe(stored, dtype_name(dtype))
 
 
 def place_on_gpus(model: Any, parameter_bytes: int, device: torch.device) -> None:

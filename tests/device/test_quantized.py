@@ -1,0 +1,133 @@
+"""Quantized checkpoints: the tokens of the same model unsplit, from each side's own tensors."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import tiny
+from benchmarks.quantized import quantize
+from fleet import KV_BYTES, split_model
+from split_common.errors import TensorMismatch, UnsupportedArchitecture
+from split_common.models.checkpoint import Checkpoint
+from split_common.models.loading import load_part, read_spec
+from split_common.models.split import Split
+from split_common.models.verification import build_manifest
+from split_common.models.weights import Side
+from split_worker.bodies.loading import load_language_body
+
+SPLIT = Split.from_head_tail(tiny.LAYERS, 2, 2)
+#: What each form is made of, if not a Llama.
+_BASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mxfp4": ("gpt_oss", {"intermediate_size": 64}),
+    "fp8": ("deepseek_v3", {}),
+}
+_PACKAGES = {"w4a16": "compressed_tensors", "w8a8_fp8": "compressed_tensors", "bnb_nf4": "bitsandbytes"}
+FORMS = (
+    "mxfp4",
+    "fp8",
+    "w4a16",
+    pytest.param("w8a8_fp8", marks=pytest.mark.long),
+    pytest.param("bnb_nf4", marks=pytest.mark.long),
+)
+
+
+def make(form: str, directory: Path) -> Path:
+    """A tiny checkpoint in a quantized form; skips the test if the form's package is not installed."""
+    if form in _PACKAGES and find_spec(_PACKAGES[form]) is None:
+        pytest.skip(f"{_PACKAGES[form]} is not installed: pip install 'lambda-split[quantization]'")
+    arch, changes = _BASES.get(form, ("llama", {"hidden_size": 64, "intermediate_size": 64}))
+    return quantize(form, tiny.save(arch, directory / "float", **changes), directory / form)
+
+
+def unsplit(checkpoint: Path) -> Any:
+    """The same quantized model in one process, its weights dequantized if they are split."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    if config["quantization_config"]["quant_method"] != "bitsandbytes":
+        config["quantization_config"]["dequantize"] = True
+        (checkpoint / "config.json").write_text(json.dumps(config))
+    return AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tokens_of_the_unsplit_model(form: str, tmp_path: Path) -> None:
+    checkpoint = make(form, tmp_path)
+    prompts = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(prompts)
+    mask[1, :4] = 0
+    options = {"max_new_tokens": 12, "do_sample": False}
+    with split_model(checkpoint) as model:
+        split = [model.generate(prompts, attention_mask=mask, num_beams=beams, **options) for beams in (1, 3)]
+        logits = model(prompts[:1]).logits
+    whole = unsplit(checkpoint)
+    for beams, tokens in zip((1, 3), split, strict=True):
+        assert torch.equal(tokens, whole.generate(prompts, attention_mask=mask, num_beams=beams, **options))
+    assert (logits - whole(prompts[:1]).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("form", ["mxfp4", "fp8", "w4a16"])
+def test_a_side_needs_none_of_the_other_sides_tensors(form: str, tmp_path: Path) -> None:
+    checkpoint = make(form, tmp_path)
+    everything = load_file(file := checkpoint / "model.safetensors")
+    sides: tuple[Side, ...] = ("device", "worker")
+    spec = read_spec(str(checkpoint))
+    own = {side: spec.own_tensors(SPLIT, side) for side in sides}
+    assert sorted(own["device"] + own["worker"]) == sorted(everything)
+    for side in sides:
+        save_file({name: everything[name] for name in own[side]}, file, metadata={"format": "pt"})
+        model, _ = load_part(read_spec(str(checkpoint)), SPLIT, side)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_worker_says_what_its_weights_run_as(tmp_path: Path) -> None:
+    checkpoint = make("w4a16", tmp_path)
+    spec = read_spec(str(checkpoint))
+    lines = load_language_body(spec, SPLIT, torch.device("cpu"), kv_bytes=KV_BYTES).describe("2:4")
+    stored = spec.checkpoint.nbytes(spec.own_tensors(SPLIT, "worker"))
+    assert f"{stored:,} bytes of weights in compressed-tensors are dequantized to float32" in lines
+
+
+def test_the_manifest_covers_tensors_as_they_are_stored(tmp_path: Path) -> None:
+    checkpoint = make("fp8", tmp_path)
+    manifest = build_manifest(Checkpoint.resolve(checkpoint))
+    tensors = load_file(file := checkpoint / "model.safetensors")
+    changed = next(name for name in tensors if name.endswith("_scale_inv"))
+    tensors[changed] = tensors[changed] * 2
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(TensorMismatch, match=changed):
+        manifest.check(Checkpoint.resolve(checkpoint).digest([changed]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (
+            {"quant_method": "bitsandbytes", "load_in_8bit": True},
+            "weights quantized by bitsandbytes_8bit cannot be split",
+        ),
+        ({"quant_method": "gptq", "bits": 4}, r"is quantized \(gptq\): .*install"),
+        ({"quant_method": "made-up"}, "is quantized by 'made-up', which transformers does not know"),
+        ({"bits": 4}, "is quantized by None, which transformers does not know"),
+    ],
+)
+def test_what_is_refused(settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    config = json.loads((tiny.save("llama", tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    with pytest.raises(UnsupportedArchitecture, match=reason):
+        read_spec(str(tmp_path))
+
+
+def test_a_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads((tiny.save("llama", tmp_path) / "config.json").read_text())
+    settings = {"quant_method": "compressed-tensors", "config_groups": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    monkeypatch.setattr("split_common.models.quantization.find_spec", lambda _: None)
+    with pytest.raises(UnsupportedArchitecture, match=r"pip install 'lambda-split\[quantization\]'"):
+        read_spec(str(tmp_path))
