@@ -126,6 +126,7 @@ _REFUSED: dict[str, dict[str, Any]] = {
     "gemma4_text": {**_GEMMA, **_PER_LAYER, "global_head_dim": 8, "num_kv_shared_layers": 0},
     "bert": {"is_decoder": True},
     "openai-gpt": {**_GPT2, "hidden_size": 32},
+    "moshi": {**_HEAD_DIM, **_WINDOW, "ffn_dim": 48},
 }
 
 #: Architectures that the product names as tested, and others that it has no line about.

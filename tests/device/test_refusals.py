@@ -402,6 +402,7 @@ REASONS = {
     "gemma3n_text": "layer",
     "gemma4_text": "layer",
     "bert": "BertLMHeadModel cannot be",
+    "moshi": "the cache of layer . has a window and its attention has none",
 }
 
 

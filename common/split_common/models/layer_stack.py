@@ -5,21 +5,26 @@ and the head's and the tail's on the worker. Masks, rotary embeddings, caches an
 code, so that no architecture is named anywhere. Loading a model probes what the code relies on: each slot is called
 once and in order, its input is one tensor `[batch, tokens, hidden]`, and none of its other arguments depends on the
 text. It also finds out whether a token's arguments depend on the positions after it, because some rotary embeddings
-choose their frequencies by the largest position.
+choose their frequencies by the largest position, and whether attention has the windows that the cache has.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from split_common.compat.transformers import cache_name, forward_parameters
 from split_common.errors import UnsupportedArchitecture
 
 #: `max_positions` of a model that names no limit.
 UNLIMITED = 2**31
+
+#: Tokens in the windows of a probe.
+PROBE_WINDOW = 4
 
 
 def find_stack(model: Any, layers: int) -> tuple[nn.Module, str]:
@@ -125,7 +130,9 @@ class LayerStack:
     """
 
     def __init__(self, model: Any, layers: int) -> None:
-        self.owner, self.attribute = find_stack(model, layers)
+        owner, self.attribute = find_stack(model, layers)
+        #: The module that calls the layers.
+        self.owner: Any = owner
         self.name = type(model).__name__
         config = model.config.get_text_config(decoder=True)
         #: How many positions a sequence may have.
@@ -142,6 +149,7 @@ class LayerStack:
         self.returns_tuple = self._probe()
         #: Whether a token's arguments depend on the largest position of the call.
         self.positions_interact = self._probe_positions()
+        self._refuse_windows_of_the_cache_alone()
         for slot in self.slots:
             if isinstance(slot, PassThrough):
                 slot.returns_tuple = self.returns_tuple
@@ -187,8 +195,45 @@ class LayerStack:
             _same(_first_two(one), _first_two(other)) for (*_, one), (*_, other) in zip(near, far, strict=True)
         )
 
+    def _refuse_windows_of_the_cache_alone(self) -> None:
+        """Raises UnsupportedArchitecture if a cache drops tokens that the masks of a long prompt show.
+
+        Such a model computes another function if a prompt comes in chunks. The probe shrinks the windows, so that a
+        short prompt exceeds them.
+        """
+        config, original = copy.deepcopy(self.owner.config), self.owner.config
+        text = config.get_text_config(decoder=True)
+        for name in ("sliding_window", "attention_chunk_size"):
+            if isinstance(getattr(text, name, None), int):
+                setattr(text, name, PROBE_WINDOW)
+        layers = DynamicCache(config=text).layers
+        windowed = [index for index, layer in enumerate(layers) if getattr(layer, "is_sliding", False)]
+        if not windowed:
+            return
+        self.owner.config = config
+        try:
+            calls = self._record(
+                self.returns_tuple,
+                tokens=2 * PROBE_WINDOW,
+                use_cache=True,
+                **{self.cache_name: DynamicCache(config=text)},
+            )
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UnsupportedArchitecture(f"{self.name} cannot be cut between its layers: {reason}") from None
+        finally:
+            self.owner.config = original
+        for index in windowed:
+            if not any(map(_hides_the_first_token, calls[index][2].values())):
+                raise UnsupportedArchitecture(
+                    f"{self.name}: the cache of layer {index} has a window and its attention has none, so that a "
+                    "prompt in one piece and in chunks gives different outputs"
+                )
+
     @torch.no_grad()
-    def _record(self, returns_tuple: bool, seed: int = 0, **inputs: torch.Tensor) -> list[_CallOfSlot]:
+    def _record(
+        self, returns_tuple: bool, seed: int = 0, tokens: int = 3, use_cache: bool = False, **inputs: Any
+    ) -> list[_CallOfSlot]:
         calls: list[_CallOfSlot] = []
         slots = self.slots
         recorders = nn.ModuleList(_Recorder(calls, i, slot, returns_tuple) for i, slot in enumerate(slots))
@@ -196,9 +241,12 @@ class LayerStack:
         device, dtype = (reference.device, reference.dtype) if reference is not None else (None, None)
         setattr(self.owner, self.attribute, recorders)
         try:
-            embeddings = torch.randn(1, 3, self.width, generator=torch.Generator().manual_seed(seed))
-            inputs = {name: value.to(device) for name, value in inputs.items()}
-            output = self.owner(inputs_embeds=embeddings.to(device, dtype), use_cache=False, **inputs)
+            embeddings = torch.randn(1, tokens, self.width, generator=torch.Generator().manual_seed(seed))
+            inputs = {
+                name: value.to(device) if isinstance(value, torch.Tensor) else value
+                for name, value in inputs.items()
+            }
+            output = self.owner(inputs_embeds=embeddings.to(device, dtype), use_cache=use_cache, **inputs)
         finally:
             setattr(self.owner, self.attribute, slots)
         if output[0].ndim != 3:
@@ -213,6 +261,14 @@ class LayerStack:
                     raise UnsupportedArchitecture(
                         f"{self.name} hands layer {index} `{name}`, which depends on the text and does not travel"
                     )
+
+
+def _hides_the_first_token(mask: Any) -> bool:
+    """Whether an argument of a slot is a mask `[batch, heads, queries, keys]` that hides the first token."""
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+        return False
+    seen = mask if mask.dtype == torch.bool else mask >= 0
+    return not bool(seen[..., -1, 0].any())
 
 
 def _same(one: Any, other: Any) -> bool:
