@@ -168,6 +168,13 @@ def _torchao() -> Any:
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
+def _torchao_rounding() -> Any:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
+
+
 #: llama.cpp's names of a decoder's tensors.
 _GGUF_NAMES: Final = {
     "model.embed_tokens": "token_embd",
@@ -235,5 +242,6 @@ FORMS: Final[dict[str, Callable[[Path, Path], Path]]] = {
     "bnb_nf4": _by_transformers(_nf4),
     "bnb_int8": _by_transformers(_int8),
     "torchao_int8": _by_transformers(_torchao),
+    "torchao_int8_rounding": _by_transformers(_torchao_rounding),
     "gguf": _gguf,
 }

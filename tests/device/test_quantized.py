@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tiny
 from benchmarks.quantized import quantize
 from fleet import KV_BYTES, split_model
-from split_common.errors import TensorMismatch, UnsupportedArchitecture
+from split_common.errors import ModelError, TensorMismatch, UnsupportedArchitecture
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.loading import load_part, read_spec
 from split_common.models.split import Split
@@ -29,13 +31,20 @@ _BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mxfp4": ("gpt_oss", {"intermediate_size": 64}),
     "fp8": ("deepseek_v3", {}),
 }
-_PACKAGES = {"w4a16": "compressed_tensors", "w8a8_fp8": "compressed_tensors", "bnb_nf4": "bitsandbytes"}
+_PACKAGES = {
+    "w4a16": "compressed_tensors",
+    "w8a8_fp8": "compressed_tensors",
+    "bnb_nf4": "bitsandbytes",
+    "torchao_int8": "torchao",
+    "torchao_int8_rounding": "torchao",
+}
 FORMS = (
     "mxfp4",
     "fp8",
     "w4a16",
     pytest.param("w8a8_fp8", marks=pytest.mark.long),
     pytest.param("bnb_nf4", marks=pytest.mark.long),
+    "torchao_int8",
 )
 
 
@@ -50,7 +59,7 @@ def make(form: str, directory: Path) -> Path:
 def unsplit(checkpoint: Path) -> Any:
     """The same quantized model in one process, its weights dequantized if they are split."""
     config = json.loads((checkpoint / "config.json").read_text())
-    if config["quantization_config"]["quant_method"] != "bitsandbytes":
+    if config["quantization_config"]["quant_method"] not in ("bitsandbytes", "torchao"):
         config["quantization_config"]["dequantize"] = True
         (checkpoint / "config.json").write_text(json.dumps(config))
     return AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -103,6 +112,29 @@ def test_the_manifest_covers_tensors_as_they_are_stored(tmp_path: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(TensorMismatch, match=changed):
         manifest.check(Checkpoint.resolve(checkpoint).digest([changed]))
+
+
+def test_the_manifest_covers_how_torchao_puts_tensors_together(tmp_path: Path) -> None:
+    checkpoint = make("torchao_int8", tmp_path)
+    file = checkpoint / "model.safetensors"
+    manifest = build_manifest(Checkpoint.resolve(checkpoint))
+    with safe_open(file, "pt") as handle:
+        metadata = handle.metadata()
+    changed = "model.layers.2.mlp.up_proj.weight"
+    metadata[changed] = metadata[changed].replace("[1, 64]", "[1, 32]")
+    save_file(load_file(file), file, metadata=metadata)
+    with pytest.raises(TensorMismatch, match=r"model\.layers\.2\.mlp\.up_proj\._weight_"):
+        manifest.check((found := Checkpoint.resolve(checkpoint)).digest(found.tensor_names))
+    metadata[changed] = metadata[changed].replace("Int8Tensor", "Tensor8")
+    save_file(load_file(file), file, metadata=metadata)
+    with pytest.raises(ModelError, match=rf"{re.escape(changed)} cannot be put together"):
+        load_part(read_spec(str(checkpoint)), SPLIT, "worker")
+
+
+def test_torchao_that_rounds_activations_is_refused(tmp_path: Path) -> None:
+    checkpoint = make("torchao_int8_rounding", tmp_path)
+    with pytest.raises(UnsupportedArchitecture, match="torchao would round the inputs of model"):
+        load_part(read_spec(str(checkpoint)), SPLIT, "worker")
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,9 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 #: Requirement to install, by the module that is missing. Other modules come with the package itself.
 EXTRAS = {"diffusers": "'lambda-split[diffusion]'", "PIL": "'lambda-split[diffusion]'"}
 
+#: Loggers of libraries that warn while they are imported, whether they are used or not.
+_CHATTY = ("bitsandbytes", "torch.utils._pytree", "torchao")
+
 # Pretty exceptions would print local variables, among them keys and prompts. Help is Markdown, because Rich's own
 # markup would remove the brackets of 'lambda-split[gguf]'.
 app = typer.Typer(
@@ -78,6 +81,8 @@ def _options(
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
+    for chatty in _CHATTY:
+        logging.getLogger(chatty).setLevel(logging.ERROR)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Final, NamedTuple
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from split_common.errors import MissingTensor, ModelError, UnknownModel
 from split_common.models.checkpoint_files import directory_name, hub_files, local_files, refuse_pointer
@@ -58,13 +58,19 @@ _Natural = Annotated[int, Meta(ge=0)]
 
 
 class TensorEntry(NamedTuple):
-    """Where a tensor lies: bytes [begin, end) of `file` hold `shape` elements of `dtype` in C order."""
+    """Where a tensor lies: bytes [begin, end) of `file` hold `shape` elements of `dtype` in C order.
+
+    If it is a part of a torchao tensor, `whole` names that one, and `description` is the JSON that says how it is
+    put together.
+    """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    whole: str = ""
+    description: str = ""
 
 
 class Checkpoint:
@@ -193,7 +199,7 @@ class Checkpoint:
         return sum(entry.end - entry.begin for entry in map(self.entry, names))
 
     def digest(self, names: Iterable[str], progress: HashProgress | None = None) -> dict[str, bytes]:
-        """SHA-256 of each tensor's dtype, its shape as compact JSON, and its raw bytes; 32 bytes each.
+        """SHA-256 of each tensor's dtype, shape as compact JSON, description and raw bytes; 32 bytes each.
 
         Tensors are hashed in parallel, because hashlib and file reads release the GIL.
 
@@ -211,7 +217,7 @@ class Checkpoint:
             return dict(zip(entries, hashes, strict=True))
 
     def _hash(self, entry: TensorEntry, progress: HashProgress | None) -> bytes:
-        state = hashlib.sha256(entry.dtype.encode() + msgspec.json.encode(entry.shape))
+        state = hashlib.sha256(entry.dtype.encode() + msgspec.json.encode(entry.shape) + entry.description.encode())
         left = entry.end - entry.begin
         buffer = memoryview(bytearray(min(HASHED_BYTES, left)))
         with self.path(entry.file).open("rb", buffering=0) as file:
@@ -308,17 +314,17 @@ def _read_header(file: str, stream: BinaryIO) -> dict[str, TensorEntry]:
     if size < 8 or length > min(MAX_SAFETENSORS_HEADER, size - 8):
         raise ValueError(f"a header of {length} bytes in a file of {size}")
     fields = msgspec.json.decode(stream.read(length), type=dict[str, msgspec.Raw])
-    fields.pop("__metadata__", None)
+    wholes = _torchao_parts(fields.pop("__metadata__", msgspec.Raw(b"{}")))
     start = 8 + length
     entries = {}
-    for name, field in fields.items():
-        raw = msgspec.json.decode(field, type=_RawEntry)
+    for name, content in fields.items():
+        raw = msgspec.json.decode(content, type=_RawEntry)
         begin, end = raw.data_offsets
         if raw.dtype not in _BITS:
             raise ValueError(f"tensor {name!r} has unknown dtype {raw.dtype!r}")
         if (end - begin) * 8 != math.prod(raw.shape) * _BITS[raw.dtype]:
             raise ValueError(f"tensor {name!r} has {end - begin} bytes, which its dtype and shape contradict")
-        entries[name] = TensorEntry(file, raw.dtype, raw.shape, start + begin, start + end)
+        entries[name] = TensorEntry(file, raw.dtype, raw.shape, start + begin, start + end, *wholes.get(name, ()))
     position = start
     for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
         if entry.begin != position:
@@ -327,6 +333,28 @@ def _read_header(file: str, stream: BinaryIO) -> dict[str, TensorEntry]:
     if position != size:
         raise ValueError(f"its tensors end at byte {position} of {size}")
     return entries
+
+
+class _TorchaoTensor(Struct):
+    data_names: Annotated[tuple[str, ...], Meta(max_length=64)] = field(name="_tensor_data_names", default=())
+
+
+def _torchao_parts(metadata: msgspec.Raw) -> dict[str, tuple[str, str]]:
+    """What the metadata of a safetensors file says about parts of torchao tensors, by the parts' names.
+
+    Returns:
+        The whole tensor's name and its description, as in the metadata.
+    """
+    if b'"tensor_names"' not in bytes(metadata):
+        return {}
+    texts = msgspec.json.decode(metadata, type=dict[str, str])
+    parts = {}
+    for whole, description in texts.items():
+        module, _, name = whole.rpartition(".")
+        if module and description.startswith("{"):
+            for part in msgspec.json.decode(description, type=_TorchaoTensor).data_names:
+                parts[f"{module}._{name}_{part}"] = (whole, description)
+    return parts
 
 
 def _denoiser(directory: Path) -> Path:

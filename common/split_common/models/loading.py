@@ -20,7 +20,7 @@ from split_common.errors import MissingTensor, ModelError, SplitError, UnknownMo
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.layer_stack import Absent, LayerStack, PassThrough, find_stack
 from split_common.models.prefix import LAYER, find_prefix
-from split_common.models.quantization import Quantization, prepare_quantization
+from split_common.models.quantization import Quantization, assemble_torchao, prepare_quantization
 from split_common.models.split import Split
 from split_common.models.weights import Side, read_tensors
 
@@ -160,6 +160,8 @@ def load_part(
     """
     model_class = _part_class(spec, split, side, bases, fill)
     state = read_tensors(spec.checkpoint, spec.own_tensors(split, side))
+    if spec.quantization is not None and spec.quantization.method == "torchao":
+        state = assemble_torchao(spec.checkpoint, state)
     try:
         with _quiet():
             model, info = load_state(model_class, spec.config, state, dtype)

@@ -7,6 +7,7 @@ those that are computed with it. The others run as they are stored, by the packa
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Final
@@ -16,7 +17,8 @@ from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from split_common.compat.bitsandbytes import import_bitsandbytes
-from split_common.errors import UnsupportedArchitecture
+from split_common.errors import ModelError, UnsupportedArchitecture
+from split_common.models.checkpoint import Checkpoint
 
 #: Methods whose weights run as they are stored, because the package computes each token alike in every forward.
 _AS_STORED: Final = ("awq", "bitsandbytes_4bit", "gptq", "torchao")
@@ -108,6 +110,45 @@ def _method(settings: dict[str, Any]) -> str:
         if settings.get(f"load_in_{bits}bit"):
             return f"bitsandbytes_{bits}bit"
     return str(settings.get("quant_method"))
+
+
+def assemble_torchao(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Puts torchao's tensors together from their parts.
+
+    Args:
+        checkpoint: says which tensor is a part of which, and how they are put together.
+        state: tensors of the checkpoint, by name.
+
+    Returns:
+        The tensors that have no parts, and the assembled ones, by name.
+
+    Raises:
+        ModelError: a description is not one of torchao's, or does not fit the parts.
+        UnsupportedArchitecture: a tensor's activations would be rounded, too.
+    """
+    from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    assembled = {}
+    for name, tensor in state.items():
+        if whole := checkpoint.entry(name).whole:
+            parts.setdefault(whole, {})[name] = tensor
+        else:
+            assembled[name] = tensor
+    for whole, tensors in parts.items():
+        description = checkpoint.entry(next(iter(tensors))).description
+        metadata = {"tensor_names": json.dumps([whole]), whole: description}
+        try:
+            found, _ = unflatten_tensor_state_dict(tensors, metadata)
+        except Exception as error:
+            raise ModelError(f"{checkpoint.name}: {whole} cannot be put together: {error!r}") from None
+        if getattr(found.get(whole), "act_quant_kwargs", None) is not None:
+            raise UnsupportedArchitecture(
+                f"{checkpoint.name}: torchao would round the inputs of {whole}, so that a token would depend on "
+                "those that are computed with it: quantize the weights alone"
+            )
+        assembled |= found
+    return assembled
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
