@@ -102,6 +102,7 @@ class Layers:
     dtype = torch.float32
     max_positions = 4096
     positions_interact = False
+    padding_matters = False
 
     def __init__(self, pages: int, asynchronous: bool) -> None:
         self.asynchronous = asynchronous

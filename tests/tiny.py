@@ -99,6 +99,17 @@ _ODD: dict[str, dict[str, Any]] = {
     "afmoe": {**_HEAD_DIM, **_WINDOW, **_EXPERTS, "num_dense_layers": 2},
     "olmo": {},
 }
+# Whose padded rows are not what they are alone: the mask chooses keys, or the cache's index scales queries.
+_UNPADDED: dict[str, dict[str, Any]] = {
+    "doge": {"keep_window_size": 8},
+    "llama4_text": {
+        **_HEAD_DIM,
+        **_LOCAL_EXPERTS,
+        "attention_chunk_size": 8,
+        "intermediate_size_mlp": 48,
+        "no_rope_layer_interval": 2,
+    },
+}
 _LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
@@ -133,11 +144,13 @@ _REFUSED: dict[str, dict[str, Any]] = {
 LISTED = tuple(_LISTED)
 UNLISTED = tuple(_UNLISTED)
 ODD = tuple(_ODD)
+#: Architectures of which padded rows are refused.
+UNPADDED = tuple(_UNPADDED)
 #: Architectures that cannot be cut, or that keep more between steps than keys and values.
 REFUSED = tuple(_REFUSED)
 
 
-_ALL = {**_LISTED, **_UNLISTED, **_ODD, **_REFUSED}
+_ALL = {**_LISTED, **_UNLISTED, **_ODD, **_UNPADDED, **_REFUSED}
 
 
 def build(arch: str, **changes: Any) -> PreTrainedModel:

@@ -25,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import tiny
 from fleet import TRANSPORTS_IN_TURN, joined, running_broker, using
+from split_common.errors import UnsupportedFeature
 from split_common.protocol import payloads
 from split_device.models import cache as cache_module
 from wiretap import record_requests
@@ -192,6 +193,20 @@ def test_unlisted_architecture(arch: str, broker: str, checkpoint: Callable[[str
     with joined(broker, checkpoint(arch)) as (model, _):
         for mode in (greedy, padded_batch, beams, prompt_lookup, two_turns):
             assert mode(model).tolist() == expected(arch, mode).tolist(), mode.__name__
+
+
+@pytest.mark.parametrize("arch", tiny.UNPADDED)
+def test_rows_that_padding_changes_are_refused(
+    arch: str, broker: str, checkpoint: Callable[[str], Path], expected: Any
+) -> None:
+    with joined(broker, checkpoint(arch)) as (model, worker):
+        assert any("padding" in line for line in worker._body.describe("2:4"))
+        for mode in (greedy, prompt_lookup, two_turns):
+            assert mode(model).tolist() == expected(arch, mode).tolist(), mode.__name__
+        steps = worker.counters["steps"]
+        with pytest.raises(UnsupportedFeature, match="padding cannot be split with this model"):
+            padded_batch(model)
+        assert worker.counters["steps"] == steps
 
 
 def test_logits_are_close(case: tuple[str, Model]) -> None:

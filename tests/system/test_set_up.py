@@ -264,11 +264,11 @@ class Version1Device(DeviceHandshake):
 class Version1Worker(WorkerHandshake):
     """What a worker of version 1 answers, though the hello is of version 2."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, **options: object) -> None:
         with pytest.MonkeyPatch.context() as patch:
             decode = handshake._decode
             patch.setattr(handshake, "_decode", lambda message, type_: version_1(decode(message, type_)))
-            super().__init__(*arguments)  # type: ignore[arg-type]
+            super().__init__(*arguments, **options)  # type: ignore[arg-type]
 
 
 def version_1(message: object) -> object:

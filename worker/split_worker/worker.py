@@ -247,7 +247,7 @@ class Worker:
         self._transport.send(unknown, headers.echo(header, body))
 
     def _new_handshake(self, hello: bytes) -> WorkerHandshake:
-        return WorkerHandshake(self._identity, self._verify, self._service, hello)
+        return WorkerHandshake(self._identity, self._verify, self._service, hello, lacks=self._body.lacks)
 
     def _verify(self, certificate: bytes, role: Role) -> Certificate:
         scope = ModelScope(self._service.root, self._service.first, self._service.last)

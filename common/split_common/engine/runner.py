@@ -9,6 +9,7 @@ import torch
 
 from split_common.engine.forward import Executor, Forward
 from split_common.engine.layers import LayerRange
+from split_common.engine.padding import padding_matters
 from split_common.engine.per_sequence import CacheStore, PerSequenceExecutor
 from split_common.engine.probe import NotPackable, check_layers, compile_checked, packed_executor
 from split_common.engine.sequences import TokenRun
@@ -24,15 +25,23 @@ class Runner:
         executor: runs them.
         compiled: whether they were compiled.
         unpacked_because: why sequences are run one at a time; None if they are packed.
+        padding_matters: whether the unsplit layers compute a row otherwise if it has padding to its left.
     """
 
     def __init__(
-        self, layers: LayerRange, executor: Executor, *, compiled: bool = False, unpacked_because: str | None = None
+        self,
+        layers: LayerRange,
+        executor: Executor,
+        *,
+        compiled: bool = False,
+        unpacked_because: str | None = None,
+        padding_matters: bool = False,
     ) -> None:
         self.layers = layers
         self.executor = executor
         self.compiled = compiled
         self.unpacked_because = unpacked_because
+        self.padding_matters = padding_matters
         #: The device of the first layer, and the dtype that all layers compute in.
         self.device, self.dtype = layers.device, layers.dtype
         #: Whether a forward that was launched runs while the host does other work.
@@ -89,13 +98,14 @@ def build_runner(stack: LayerStack, split: Split, config: Any, kv_bytes: int) ->
     layers = LayerRange(stack, split, int(config.hidden_size))
     reference = PerSequenceExecutor(layers, CacheStore(config, split))
     token_bytes, expected = check_layers(layers, reference)
+    matters = padding_matters(layers, reference.store)
     try:
         packed = packed_executor(layers, reference.store, expected, kv_bytes)
     except NotPackable as reason:
         reference.store.capacity = kv_bytes // token_bytes
-        return Runner(layers, reference, unpacked_because=str(reason))
+        return Runner(layers, reference, unpacked_because=str(reason), padding_matters=matters)
     if not packed.capturable:
-        return Runner(layers, packed)
+        return Runner(layers, packed, padding_matters=matters)
     compiled = compile_checked(layers, packed)
     packed.capture_graphs()
-    return Runner(layers, packed, compiled=compiled)
+    return Runner(layers, packed, compiled=compiled, padding_matters=matters)

@@ -182,7 +182,8 @@ class WorkerHandshake:
         verify: checks the device's certificate.
         service: the body that this worker serves.
         message: the device's hello.
-        capabilities: this worker's capabilities.
+        capabilities: those of this version.
+        lacks: which of them do not hold for this worker's body.
 
     Raises:
         Malformed: the message is not a hello.
@@ -196,7 +197,9 @@ class WorkerHandshake:
         service: Service,
         message: bytes,
         capabilities: frozenset[str] = CAPABILITIES,
+        lacks: frozenset[str] = frozenset(),
     ) -> None:
+        capabilities -= lacks
         hello = _decode(message, Hello)
         if hello.service != service:
             raise AuthenticationError("a device asked for a body that this worker does not serve")

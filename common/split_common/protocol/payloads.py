@@ -49,10 +49,14 @@ MAX_SCALES = 4096
 #: Without this capability, a peer knows sessions by numbers only.
 SESSION_KEYS = "session-keys"
 
+#: A worker with this capability computes a row otherwise than the unsplit model does if it has padding to its left,
+#: which does not travel. Devices refuse such rows.
+UNPADDED = "unpadded"
+
 #: What a peer may not support; the two ends of a channel use what both have. "fork" copies a session on its worker;
 #: "int4" and "int8" are codecs; "session-keys" names sessions by keys, as in version 2 of the headers. New kinds of
 #: requests, rows and codecs add their names here.
-CAPABILITIES = frozenset({"fork", "int4", "int8", SESSION_KEYS})
+CAPABILITIES = frozenset({"fork", "int4", "int8", SESSION_KEYS, UNPADDED})
 
 
 class Payload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):

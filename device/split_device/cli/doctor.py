@@ -167,6 +167,8 @@ def _layers(model: str | None) -> Iterator[Finding]:
         yield Finding("model", "ok", f"a worker runs many sessions in one forward (layers {split} were tried)")
     else:
         yield Finding("model", "note", f"a worker runs sessions one at a time: {runner.unpacked_because}")
+    if runner.padding_matters:
+        yield Finding("padding", "note", "its layers compute a padded row otherwise: rows with padding are refused")
 
 
 def _blocks(spec: DenoiserSpec) -> Finding:

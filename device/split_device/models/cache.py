@@ -348,6 +348,7 @@ class SessionCacheLayer(BodyLayer):
 
     def replay(self, session: RemoteSession, step: PreparedStep) -> None:
         """Fills a worker's cache from the history. Raises HistoryLost, and what `send` raises."""
+        _check_padding(session, step)
         # The rows of the history are in their present order already.
         self._select = None
         requests = self._replayed(step.timings)
@@ -355,6 +356,7 @@ class SessionCacheLayer(BodyLayer):
             self._send(session, window, step.timings)
 
     def send(self, session: RemoteSession, step: PreparedStep) -> list[Reply]:
+        _check_padding(session, step)
         return self._send(session, step.requests, step.timings)
 
     def is_spoilt(self, step: PreparedStep) -> bool:
@@ -388,6 +390,15 @@ class SessionCacheLayer(BodyLayer):
         # The worker has moved its rows.
         self._select = None
         return replies
+
+
+def _check_padding(session: RemoteSession, step: PreparedStep) -> None:
+    """Raises UnsupportedFeature if a row has padding before a token, and the worker's layers would miss it."""
+    if not session.takes_padding and bool(((~step.columns).cummax(1).values & step.columns).any()):
+        raise UnsupportedFeature(
+            "padding cannot be split with this model, because its layers compute a padded row otherwise: pass "
+            "prompts one at a time, or of the same length"
+        )
 
 
 def _encode(runs: list[payloads.Run], packed: torch.Tensor, horizon: int | None) -> list[ChunkRequest]:

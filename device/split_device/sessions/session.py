@@ -141,6 +141,11 @@ class RemoteSession:
         self.say: OnNotice = host.notices.say
 
     @property
+    def takes_padding(self) -> bool:
+        """Whether rows may have padding to their left, which does not travel."""
+        return payloads.UNPADDED not in self.channel.crypto.capabilities
+
+    @property
     def acked(self) -> int:
         """The lowest sequence number without a reply."""
         return min(list(self.in_flight), default=self._seq)

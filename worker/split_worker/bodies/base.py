@@ -63,6 +63,8 @@ class Body(Protocol[_State, _Run]):
     asynchronous: bool
     #: Whether prefill may be computed in chunks.
     divisible: bool
+    #: Capabilities of `protocol/payloads.py` that do not hold for this body.
+    lacks: frozenset[str]
     #: Seconds that the first forward may take before the worker counts as hung.
     first_turn: float
 

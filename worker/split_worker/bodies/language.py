@@ -136,6 +136,7 @@ class LanguageBody:
         self.device, self.dtype = runner.device, runner.dtype
         self.asynchronous = runner.asynchronous
         self.divisible = not runner.positions_interact
+        self.lacks = frozenset[str]() if runner.padding_matters else frozenset({payloads.UNPADDED})
 
     def new_state(self, member: str = "") -> Rows:
         return Rows()
@@ -185,6 +186,8 @@ class LanguageBody:
             lines.append(self.quantization)
         if self.runner.unpacked_because is not None:
             lines.append(f"sessions run one at a time: {self.runner.unpacked_because}")
+        if self.runner.padding_matters:
+            lines.append("rows with padding to their left are refused: these layers compute them otherwise")
         return lines
 
     @property
