@@ -58,6 +58,7 @@ TEXT: dict[str, Any] = _sizes(
         LAYERS,
         """
             num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks layers
+            encoder_layers num_encoder_layers
         """,
     ),
     (
@@ -73,7 +74,7 @@ TEXT: dict[str, Any] = _sizes(
     (
         2,
         """
-            encoder_layers num_encoder_layers num_key_value_heads swa_num_key_value_heads kv_n_heads
+            num_key_value_heads swa_num_key_value_heads kv_n_heads
             num_kv_heads num_global_key_value_heads num_experts_per_tok moe_topk moe_k moe_top_k
             num_experts_per_token zero_expert_num index_n_heads linear_num_key_heads linear_num_value_heads
             o_groups n_groups mamba_expand expand type_vocab_size
@@ -188,6 +189,7 @@ _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)}
 #: What names alone do not say, by the type of a configuration or of a part of one. `...` leaves a value out.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "apertus1p5": {"image_token_offset": 60, "audio_token_offset": 76},
+    "bamba": {"attn_layer_indices": [1, 3, 5, 7]},
     "blt": {
         "encoder_hash_byte_group_vocab": 64,
         "encoder_hash_byte_group_size": [3],
@@ -202,11 +204,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "default", "rope_theta": 1e4, **_SECTIONS["rope_parameters"]}
         }
     },
-    "dbrx": {"attn_config": {"rope_theta": 1e4}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0, "kv_n_heads": 2}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + ["sparse"] * (LAYERS - 1)},
     "deepseek_ocr2_sam_vision_model": _SAM,
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
-    "dots3_note_text": {**_HEADS_ALIKE, "per_layer_config": {}},
+    "dots3_note_text": {**_HEADS_ALIKE, "per_layer_config": {}, "head_dim": 16},
     "emu3": {"vocabulary_map": {"<|extra_200|>": 95, "<image>": 96, "<|visual token 000000|>": 90}},
     "emu3_vqgan": _VQ,
     "ernie4_5_vl_moe_text": _SECTIONS,
@@ -276,7 +278,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "hy_v4_vl_vision": {"max_image_size": 64, "max_vit_seq_len": 64},
     "hunyuan_vl_vision": {"max_image_size": 64, "min_image_size": 28, "max_vit_seq_len": 64},
     "inkling_audio": {"mel_vocab_size": 8, "n_mel_bins": 8},
-    "zamba2": {"layer_types": ["mamba", "hybrid"] * (LAYERS // 2)},
+    "zamba2": {"n_mamba_heads": 8, "layer_types": ["mamba", "hybrid"] * (LAYERS // 2)},
     "zaya": {"num_experts_per_tok": 1},
 }
 

@@ -163,6 +163,17 @@ def test_logits_go_through_the_processors_of_generate(llama: Any) -> None:
     assert scores.isfinite().nonzero()[:, 1].tolist() == [8, 9]
 
 
+def test_the_variables_of_a_chat_template(tmp_path: Path) -> None:
+    named(transformers.utils.chat_template_utils, "_compile_jinja_template", compat_transformers.template_variables)
+    template = "{% generation %}{{ strftime_now('%Y') }}{% for m in messages %}{% if loud is defined %}{% break %}"
+    template += "{% endif %}{% endfor %}{% endgeneration %}"
+    assert compat_transformers.template_variables(template) == {"messages", "loud"}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.save_tokenizer(tmp_path))
+    reserved = compat_transformers.reserved_template_variables(tokenizer)
+    assert {"messages", "tools", "add_generation_prompt", "tokenize", "bos_token"} <= reserved
+    assert not {"documents", "enable_thinking"} & reserved
+
+
 # --- torch -------------------------------------------------------------------------------------------------
 
 

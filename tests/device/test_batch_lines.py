@@ -25,6 +25,7 @@ from split_device.batches.settings import BatchModels, BatchSettings
 from split_device.batches.source import InputForm, open_source
 from split_device.batches.template import Template
 from split_device.batches.work import Prepared, counts, prepare
+from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling
 from split_device.jobs.job import ImageChoice, ImageTask, Message, ModelChoice, Task, TextPiece, Update
 from split_device.jobs.store import Store
@@ -291,6 +292,25 @@ def test_objects_with_prompts(tmp_path: Path) -> None:
             sampling=Sampling(top_k=2, seed=5),
         ),
     )
+
+
+def test_values_for_the_chat_template(tmp_path: Path) -> None:
+    """Of a line before those of the command; a request of OpenAI's says them as it does to a server."""
+    default = ChatTemplate("{{ tone }}", {"tone": "dry", "loud": True})
+    prompts, requests = tmp_path / "in.jsonl", tmp_path / "requests.jsonl"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "b", "chat_template_kwargs": {"tone": "kind"}}\n')
+    body = {"model": "x", "messages": [{"role": "user", "content": "c"}], "chat_template_kwargs": {"tone": "kind"}}
+    requests.write_text(json.dumps({"custom_id": "c", "url": "/v1/chat/completions", "body": body}) + "\n")
+    found = [
+        task.template.kwargs
+        for path in (prompts, requests)
+        for line in lines_of(path, chat_template=default)
+        for task in line.tasks
+        if isinstance(task, Task)
+    ]
+    assert found == [{"tone": "dry", "loud": True}, *2 * [{"tone": "kind", "loud": True}]]
+    (refused,) = [line for line in lines_of(prompts, raw=True) if line.entry.error]
+    assert "a raw prompt has no chat template" in str(refused.entry.error)
 
 
 def test_tables(tmp_path: Path) -> None:

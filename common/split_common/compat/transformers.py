@@ -6,11 +6,13 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
+import jinja2.meta
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import chat_template_utils
 
 # --- loading -----------------------------------------------------------------------------------------------
 
@@ -211,3 +213,29 @@ def logits_processors(model: Any, config: GenerationConfig, prompt: int) -> Any:
     `generation/utils.py`.
     """
     return model._get_logits_processor(config, prompt, device="cpu")
+
+
+# --- chat templates ----------------------------------------------------------------------------------------
+
+
+def template_variables(template: str) -> frozenset[str]:
+    """The variables that a chat template reads, without the functions that transformers gives to all of them.
+
+    Raises:
+        jinja2.TemplateError: it is not a template.
+
+    Written against transformers 5.24. If it breaks, look at `_compile_jinja_template` in
+    `utils/chat_template_utils.py`.
+    """
+    environment = chat_template_utils._compile_jinja_template(template).environment
+    variables: set[str] = jinja2.meta.find_undeclared_variables(environment.parse(template))
+    return frozenset(variables - environment.globals.keys())
+
+
+def reserved_template_variables(tokenizer: Any) -> frozenset[str]:
+    """The variables of chat templates that `apply_chat_template` sets itself, or takes as arguments.
+
+    Written against transformers 5.24. If it breaks, look at `apply_chat_template` in `tokenization_utils_base.py`.
+    """
+    arguments = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"documents", "kwargs"}
+    return frozenset(arguments | {"messages"} | set(tokenizer.special_tokens_map))

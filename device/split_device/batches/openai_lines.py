@@ -55,7 +55,7 @@ def _parsed(fields: dict[str, Any], entry: Entry, settings: BatchSettings) -> tu
     kind = COMPLETION_PATHS.get(url)
     if kind is None:
         raise BadLine(f"url is not one of {', '.join([*COMPLETION_PATHS, IMAGE_PATH])}")
-    query = parse(kind, body, settings.models.text)
+    query = parse(kind, body, settings.models.text, template=settings.chat_template)
     if query.stream:
         raise BadLine("a line of a batch cannot be streamed")
     if query.logprobs is not None:

@@ -41,6 +41,7 @@ class _Object(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     stop: str | list[str] | None = None
     system: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class _Picture(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,12 +179,19 @@ class Prompts:
                 raise BadLine("messages and system exclude each other: a message may have the role system")
         elif not settings.raw:
             prompt = (Message("user", prompt),)
-        elif system:
-            raise BadLine("a raw prompt has no system message")
+        elif system or own.chat_template_kwargs:
+            what = "system message" if system else "chat template"
+            raise BadLine(f"a raw prompt has no {what}")
         if not isinstance(prompt, str) and system and prompt[0].role != "system":
             prompt = (Message("system", system), *prompt)
         stop = settings.stop if own.stop is None else (own.stop,) if isinstance(own.stop, str) else tuple(own.stop)
-        return Task(model=settings.models.text, prompt=prompt, sampling=_merged(settings.sampling, own), stop=stop)
+        return Task(
+            model=settings.models.text,
+            prompt=prompt,
+            sampling=_merged(settings.sampling, own),
+            stop=stop,
+            chat_template=settings.chat_template.with_kwargs(own.chat_template_kwargs).unless_default(),
+        )
 
     def _image(self, prompt: str, own: _Picture) -> ImageTask:
         default, model = self._picture, self._settings.models.image

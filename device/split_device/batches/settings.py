@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from split_device.batches.template import Template
+from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling
 from split_device.images.settings import ImageSettings
 from split_device.jobs.job import ImageChoice, ModelChoice
@@ -45,7 +46,7 @@ class BatchSettings:
         column: the column of a table with the prompts.
         system: a system message before each prompt.
         raw: whether prompts are continued as they are.
-        sampling, stop: settings of prompts for texts.
+        sampling, stop, chat_template: settings of prompts for texts.
         picture: settings of prompts for images, by the directory of the pipeline; raises ConfigError if that cannot
             make such an image.
         given: fields of `sampling`, and `stop`, that the user gave: they hold for OpenAI's requests, too.
@@ -60,6 +61,7 @@ class BatchSettings:
     raw: bool = False
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    chat_template: ChatTemplate = field(default_factory=ChatTemplate)
     picture: Callable[[str], ImageSettings] = lambda _directory: ImageSettings()
     given: frozenset[str] = field(default=frozenset())
     metadata: bool = True

@@ -40,6 +40,7 @@ from split_device.cli.groups import (
     ImageModelOptions,
     LimitOptions,
     PictureOptions,
+    PromptFormatOptions,
     SamplingOptions,
     TextModelOptions,
 )
@@ -65,6 +66,7 @@ def batch(
     hardware: HardwareOptions,
     limits: LimitOptions,
     sampling: SamplingOptions,
+    prompt_format: PromptFormatOptions,
     picture: PictureOptions,
     images: ImageModelOptions,
     output: Annotated[
@@ -128,6 +130,7 @@ def batch(
         raw=raw,
         sampling=sampling.checked(),
         stop=tuple(stop or ()),
+        chat_template=prompt_format.template(),
         picture=picture.settings,
         given=given_settings(context),
         metadata=metadata,

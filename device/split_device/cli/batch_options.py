@@ -77,7 +77,11 @@ _DEFAULTS = {
 _OF_PROMPTS = ("--column", "--template", "--image", "--system", "--raw")
 
 #: Options for prompts of texts, and for those of images.
-_OF_TEXTS = ("--max-tokens", "--temperature", "--top-p", "--top-k", "--stop", "--system", "--raw")
+_OF_CONVERSATIONS = ("--system", "--chat-template", "--chat-template-kwargs")
+_OF_TEXTS = (
+    *("--max-tokens", "--temperature", "--top-p", "--top-k", "--stop", "--raw", "--tokenizer"),
+    *_OF_CONVERSATIONS,
+)
 _OF_IMAGES = ("--steps", "--size", "--guidance", "--negative", "--metadata")
 
 #: Options of image models, which OpenAI's requests may need.
@@ -118,5 +122,5 @@ def check_options(context: typer.Context, form: InputForm, image: bool, output_d
         raise ConfigError(f"{option} is for texts: leave --image out" if image else f"{option} needs --image")
     if output_dir is not None and not image:
         raise ConfigError("--output-dir needs --image")
-    if {"--raw", "--system"} <= set(given(context, ("--raw", "--system"))):
-        raise ConfigError("--raw and --system do not go together: a raw prompt has no messages")
+    if given(context, ("--raw",)) and (others := given(context, _OF_CONVERSATIONS)):
+        raise ConfigError(f"--raw and {others[0]} do not go together: a raw prompt has no messages")

@@ -14,7 +14,13 @@ from split_common.system.console import emit_json, piped_lines, stderr
 from split_common.system.process import passive_threads
 from split_common.system.text import check_text
 from split_device.cli.checks import check_connection
-from split_device.cli.groups import ConnectionOptions, HardwareOptions, SamplingOptions, TextModelOptions
+from split_device.cli.groups import (
+    ConnectionOptions,
+    HardwareOptions,
+    PromptFormatOptions,
+    SamplingOptions,
+    TextModelOptions,
+)
 from split_device.cli.options import StopOption, SystemOption
 from split_device.cli.terminal import answer_line, loading, with_notices
 
@@ -25,6 +31,7 @@ def chat(
     connection: ConnectionOptions,
     hardware: HardwareOptions,
     sampling: SamplingOptions,
+    prompt_format: PromptFormatOptions,
     stop: StopOption = None,
     system: SystemOption = None,
     json: JsonOption = False,
@@ -36,18 +43,19 @@ def chat(
     """
     passive_threads()
     check_connection(connection)
-    choice = model.choice()
+    choice, template = model.choice(), prompt_format.template()
 
     with loading(connection, choice.name):
         from split_device.generation.chat import Conversation
         from split_device.generation.tokenizing import load_tokenizer
         from split_device.jobs.models import load_model
 
-        tokenizer = load_tokenizer(choice.name, choice.revision)
+        tokenizer = load_tokenizer(*choice.tokenizer_place)
+        template.check(tokenizer)
         split = load_model(choice, with_notices(connection), hardware)
     with split:
         start = [{"role": "system", "content": system}] if system else []
-        conversation = Conversation(split, tokenizer, start)
+        conversation = Conversation(split, tokenizer, start, template)
         turns = []
         interactive = sys.stdin.isatty()
         if interactive:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from split_common.errors import ConfigError
 from split_common.system.text import check_text
+from split_device.cli.groups import PromptFormat
 from split_device.sessions.connection import Connection
 
 
@@ -14,6 +15,17 @@ def check_prompt(text: str) -> str:
     if not check_text(text, "the prompt").strip():
         raise ConfigError("the prompt is empty")
     return text
+
+
+def check_raw(raw: bool, system: str | None, prompt_format: PromptFormat) -> None:
+    """Raises ConfigError for an option of conversations if the prompt is continued as it is."""
+    options = {
+        "--system": system,
+        "--chat-template": prompt_format.chat_template,
+        "--chat-template-kwargs": prompt_format.chat_template_kwargs,
+    }
+    if raw and (others := [option for option, value in options.items() if value]):
+        raise ConfigError(f"--raw and {others[0]} do not go together: a raw prompt has no messages")
 
 
 def check_connection(connection: Connection) -> None:

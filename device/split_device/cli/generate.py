@@ -9,11 +9,16 @@ import typer
 
 from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption
-from split_common.errors import ConfigError
 from split_common.system.console import emit_json, read_stdin, stderr
 from split_common.system.process import passive_threads
-from split_device.cli.checks import check_connection, check_prompt
-from split_device.cli.groups import ConnectionOptions, HardwareOptions, SamplingOptions, TextModelOptions
+from split_device.cli.checks import check_connection, check_prompt, check_raw
+from split_device.cli.groups import (
+    ConnectionOptions,
+    HardwareOptions,
+    PromptFormatOptions,
+    SamplingOptions,
+    TextModelOptions,
+)
 from split_device.cli.options import PromptArgument, RawOption, StopOption, SystemOption
 from split_device.cli.tables import timings_table
 from split_device.cli.terminal import answer_line, loading, with_notices
@@ -26,6 +31,7 @@ def generate(
     connection: ConnectionOptions,
     hardware: HardwareOptions,
     sampling: SamplingOptions,
+    prompt_format: PromptFormatOptions,
     stop: StopOption = None,
     system: SystemOption = None,
     raw: RawOption = False,
@@ -41,8 +47,8 @@ def generate(
     layers.
     """
     text = check_prompt(read_stdin() if prompt == "-" else prompt)
-    if raw and system:
-        raise ConfigError("--raw and --system do not go together: a raw prompt has no messages")
+    check_raw(raw, system, prompt_format)
+    template = prompt_format.template()
     passive_threads()
     check_connection(connection)
     choice = model.choice()
@@ -52,10 +58,10 @@ def generate(
         from split_device.generation.tokenizing import encode_chat, encode_text, load_tokenizer
         from split_device.jobs.models import load_model
 
-        tokenizer = load_tokenizer(choice.name, choice.revision)
+        tokenizer = load_tokenizer(*choice.tokenizer_place)
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": text})
-        input_ids = encode_text(tokenizer, text) if raw else encode_chat(tokenizer, messages)
+        input_ids = encode_text(tokenizer, text) if raw else encode_chat(tokenizer, messages, template=template)
         split = load_model(choice, with_notices(connection), hardware)
     prompt_ms: dict[str, float] = {}
     with split:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+import msgspec
+
 from split_common.cli.groups import Group
 from split_common.cli.options import (
     BrokerOption,
@@ -23,6 +25,8 @@ from split_common.cli.options import (
 from split_common.errors import ConfigError
 from split_common.models.split import DEFAULT_CUT, DEFAULT_LAYERS, END_LAYERS, Layers
 from split_device.cli.options import (
+    ChatTemplateKwargsOption,
+    ChatTemplateOption,
     CodecOption,
     GuidanceOption,
     HistoryOption,
@@ -39,9 +43,11 @@ from split_device.cli.options import (
     StepsOption,
     StepTimeoutOption,
     TemperatureOption,
+    TokenizerOption,
     TopKOption,
     TopPOption,
 )
+from split_device.generation.chat_template import ChatTemplate, parse_template
 from split_device.generation.limits import Limits
 from split_device.generation.settings import Sampling
 from split_device.images.settings import (
@@ -64,6 +70,7 @@ class TextModel:
     layers: Layers | None = None
     dtype: str = "auto"
     revision: str | None = None
+    tokenizer: str | None = None
     #: Numbers of layers before and after the body, as options used to name them.
     head_layers: int | None = None
     tail_layers: int | None = None
@@ -84,7 +91,26 @@ class TextModel:
             return read_spec(name, self.revision).layers
 
         head, tail = chosen_layers(self.layers, self.head_layers, self.tail_layers).ends(count)
-        return ModelChoice(name=name, revision=self.revision, head_layers=head, tail_layers=tail, dtype=self.dtype)
+        return ModelChoice(
+            name=name,
+            revision=self.revision,
+            head_layers=head,
+            tail_layers=tail,
+            dtype=self.dtype,
+            tokenizer=checkpoint(self.tokenizer) if self.tokenizer is not None else msgspec.UNSET,
+        )
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How conversations become prompts, as given by options; `template` checks them."""
+
+    chat_template: str | None = None
+    chat_template_kwargs: str | None = None
+
+    def template(self) -> ChatTemplate:
+        """Raises ConfigError if the template cannot be read, or the values are not a JSON object."""
+        return parse_template(self.chat_template, self.chat_template_kwargs)
 
 
 def chosen_layers(layers: Layers | None, head_layers: int | None, tail_layers: int | None) -> Layers:
@@ -157,12 +183,14 @@ TEXT_MODEL = Group(
     layers=LayersOption,
     dtype=DtypeOption,
     revision=RevisionOption,
+    tokenizer=TokenizerOption,
     head_layers=OldHeadOption,
     tail_layers=OldTailOption,
 )
 IMAGE_MODEL_CUT = Group(
     image_model=ImageModelOption, cut=CutOption, codec=CodecOption, reuse=ReuseOption, dtype=DtypeOption
 )
+PROMPT_FORMAT = Group(chat_template=ChatTemplateOption, chat_template_kwargs=ChatTemplateKwargsOption)
 PICTURE = Group(
     steps=StepsOption, seed=SeedOption, size=SizeOption, guidance=GuidanceOption, negative=NegativeOption
 )
@@ -172,6 +200,7 @@ HardwareOptions = Annotated[Hardware, HARDWARE]
 LimitOptions = Annotated[Limits, LIMITS]
 TextModelOptions = Annotated[TextModel, TEXT_MODEL]
 ImageModelOptions = Annotated[ImageModel, IMAGE_MODEL_CUT]
+PromptFormatOptions = Annotated[PromptFormat, PROMPT_FORMAT]
 PictureOptions = Annotated[Picture, PICTURE]
 SAMPLING = Group(
     max_tokens=MaxTokensOption,

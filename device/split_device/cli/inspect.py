@@ -15,7 +15,7 @@ from split_device.cli.tables import parts_table
 
 @grouped
 def inspect(
-    cut: Annotated[TextModel, TEXT_MODEL.without("model")],
+    cut: Annotated[TextModel, TEXT_MODEL.without("model", "tokenizer")],
     model: ModelArgument = None,
     json: JsonOption = False,
 ) -> None:

@@ -90,6 +90,33 @@ StopOption = Annotated[
 SystemOption = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help="A system message before the conversation.")
 ]
+ChatTemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template",
+        metavar="FILE|TEMPLATE",
+        show_default="the tokenizer's",
+        help="Chat template, in Jinja: a file, or the template itself.",
+    ),
+]
+ChatTemplateKwargsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="Values for variables that the chat template reads, as a JSON object: '{\"enable_thinking\": false}'.",
+    ),
+]
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="MODEL",
+        show_default="the model's",
+        rich_help_panel=MODEL_PANEL,
+        help="Directory or hub id of the tokenizer, if it does not lie with the weights.",
+    ),
+]
 RawOption = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")]
 
 PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; `-` reads it from stdin.")]

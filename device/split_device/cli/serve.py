@@ -22,6 +22,7 @@ from split_device.cli.groups import (
     HardwareOptions,
     ImageModelOptions,
     LimitOptions,
+    PromptFormatOptions,
     SamplingDefaults,
     TextModelOptions,
 )
@@ -37,6 +38,7 @@ _IMAGE_OPTIONS = ("--cut", "--codec", "--reuse", "--max-images")
 
 #: Options for texts only.
 _SAMPLING_OPTIONS = ("--openai-defaults", "--temperature", "--top-p", "--top-k")
+_TEXT_OPTIONS = (*_SAMPLING_OPTIONS, "--chat-template", "--chat-template-kwargs", "--tokenizer")
 
 
 @grouped
@@ -48,6 +50,7 @@ def serve(
     hardware: HardwareOptions,
     limits: LimitOptions,
     sampling: SamplingDefaults,
+    prompt_format: PromptFormatOptions,
     openai_defaults: Annotated[
         bool,
         typer.Option(
@@ -103,8 +106,9 @@ def serve(
     elif ignored := given(context, _IMAGE_OPTIONS):
         raise ConfigError(f"{ignored[0]} needs --image-model")
     defaults = _defaults(context, sampling, openai_defaults)
+    template = prompt_format.template()
     images_alone = model.model is None and given(context, ["--image-model"])
-    if images_alone and (useless := given(context, _SAMPLING_OPTIONS)):
+    if images_alone and (useless := given(context, _TEXT_OPTIONS)):
         raise ConfigError(f"{useless[0]} is for texts: give --model, too")
     choice = model.choice() if not images_alone else None
     name, image_name = _name(choice), _name(image_choice)
@@ -116,7 +120,9 @@ def serve(
             from split_device.openai.server import CompletionServer
 
             models = stack.enter_context(Models(connection, limits, hardware))
-            completions = Completions(models.get(choice), choice, name, defaults) if choice and name else None
+            completions = (
+                Completions(models.get(choice), choice, name, defaults, template) if choice and name else None
+            )
             image_endpoint = (
                 Images(models.pipeline(image_choice), image_name, limits.images)
                 if image_choice and image_name

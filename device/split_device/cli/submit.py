@@ -16,14 +16,14 @@ from split_common.system.text import read_text
 from split_device.batches.settings import BatchModels, BatchSettings
 from split_device.batches.template import Template
 from split_device.cli.batch_options import INPUT_PANEL, ColumnOption, InputFormatOption, TemplateOption
-from split_device.cli.checks import check_prompt
+from split_device.cli.checks import check_prompt, check_raw
 from split_device.cli.groups import (
     ImageModel,
     ImageModelOptions,
     Picture,
     PictureOptions,
+    PromptFormatOptions,
     SamplingOptions,
-    TextModel,
     TextModelOptions,
 )
 from split_device.cli.job_output import interruptible, show_output
@@ -40,7 +40,6 @@ from split_device.cli.options import (
     WebhookOption,
 )
 from split_device.cli.submit_lines import LineJobs, submit_lines
-from split_device.generation.settings import Sampling
 from split_device.images.settings import check_image_output
 from split_device.jobs.agent import running_agent
 from split_device.jobs.hooks import command_action, webhook_action
@@ -57,6 +56,9 @@ _TEXT_OPTIONS = (
     "--stop",
     "--system",
     "--raw",
+    "--chat-template",
+    "--chat-template-kwargs",
+    "--tokenizer",
     "--layers",
     "--revision",
 )
@@ -78,6 +80,7 @@ _IMAGE_OPTIONS = (
 def submit(
     context: typer.Context,
     sampling: SamplingOptions,
+    prompt_format: PromptFormatOptions,
     picture: PictureOptions,
     text_model: TextModelOptions,
     images: ImageModelOptions,
@@ -147,8 +150,7 @@ def submit(
     _check_kind(context, image)
     actions = [command_action(on_done)] if on_done is not None else []
     actions += [webhook_action(webhook)] if webhook is not None else []
-    if raw and system:
-        raise ConfigError("--raw and --system do not go together: a raw prompt has no messages")
+    check_raw(raw, system, prompt_format)
     if given(context, ["--model"]) and image:
         stderr.print("warning: with --image, --model is an old name: use --image-model")
         images = dataclasses.replace(images, image_model=text_model.model)
@@ -164,6 +166,7 @@ def submit(
             raw=raw,
             sampling=sampling.checked(),
             stop=tuple(stop or ()),
+            chat_template=prompt_format.template(),
             picture=picture.settings,
         )
         with Store(store_path(), store_key) as store:
@@ -180,7 +183,14 @@ def submit(
         if image:
             task = _image_task(text, images, picture)
         else:
-            task = _text_task(text, text_model, sampling, tuple(stop or ()), system, raw)
+            messages = (*((Message("system", system),) if system else ()), Message("user", text))
+            task = Task(
+                model=text_model.choice(),
+                prompt=text if raw else messages,
+                sampling=sampling.checked(),
+                stop=tuple(stop or ()),
+                chat_template=prompt_format.template().unless_default(),
+            )
         with Store(store_path(), store_key) as store:
             job = store.submit(task, priority, key, group)
             # A job with this key may be in another group, or in none.
@@ -195,18 +205,6 @@ def submit(
                 print(job.id)
     if running_agent() is None:
         stderr.print("no agent runs: `lambda-split agent start` starts one")
-
-
-def _text_task(
-    text: str,
-    model: TextModel,
-    sampling: Sampling,
-    stop: tuple[str, ...],
-    system: str | None,
-    raw: bool,
-) -> Task:
-    messages = (*((Message("system", system),) if system else ()), Message("user", text))
-    return Task(model=model.choice(), prompt=text if raw else messages, sampling=sampling.checked(), stop=stop)
 
 
 def _image_task(text: str, model: ImageModel, picture: Picture) -> ImageTask:

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from split_common.compat.transformers import cache_name
 from split_common.errors import PromptTooLong
 from split_common.models.layer_stack import max_positions
+from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.detokenize import TextStream
 from split_device.generation.settings import Sampling
 from split_device.generation.tokenizing import ChatMessage, encode_chat, end_tokens, pad_token
@@ -106,11 +107,19 @@ class Conversation:
         model: a split model (or any causal language model of transformers).
         tokenizer: its tokenizer.
         start: messages before the first turn, e.g. a system message.
+        template: another chat template, or values for its variables.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, start: Sequence[ChatMessage] = ()) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        start: Sequence[ChatMessage] = (),
+        template: ChatTemplate = ChatTemplate(),
+    ) -> None:
         self._model = model
         self._tokenizer = tokenizer
+        self._template = template
         self._start = tuple(start)
         self.reset()
 
@@ -137,7 +146,8 @@ class Conversation:
         """
         self.messages.append({"role": "user", "content": text})
         try:
-            answer = self.complete(encode_chat(self._tokenizer, self.messages), sampling, on_text, stop=stop)
+            prompt = encode_chat(self._tokenizer, self.messages, template=self._template)
+            answer = self.complete(prompt, sampling, on_text, stop=stop)
         except BaseException:
             self.messages.pop()
             self.forget_cache()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 from transformers import AutoTokenizer
 
-from split_common.errors import ConfigError, UnknownModel, UnsupportedArchitecture
+from split_common.errors import UnknownModel, UnsupportedArchitecture
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.checkpoint_files import check_tokenizer_files
 from split_common.system.files import user_path
 from split_common.system.text import check_text
+from split_device.generation.chat_template import ChatTemplate
 
 #: A message of a conversation: its `role` and its `content`.
 ChatMessage = dict[str, str]
@@ -27,19 +29,20 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
         UnsupportedArchitecture: it is code of the checkpoint's own.
         ModelError: one of its files cannot be read, or is a Git LFS pointer.
     """
-    checkpoint = Checkpoint.resolve(name_or_path, revision)
     directory = user_path(name_or_path)
-    if directory.is_dir():
+    # A tokenizer may lie where no weights do.
+    files = directory if directory.is_dir() else Checkpoint.resolve(name_or_path, revision)
+    if isinstance(files, Path):
         if not [*directory.glob("tokenizer*"), *directory.glob("vocab*")]:
             raise UnknownModel(
                 f"{name_or_path} has no tokenizer: put the model's tokenizer.json beside its weights"
             )
         check_tokenizer_files(directory)
-    place = directory if directory.is_dir() else checkpoint.name
+    place = files if isinstance(files, Path) else files.name
     try:
         return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
     except Exception as error:
-        if _brings_code(checkpoint):
+        if _brings_code(files):
             raise UnsupportedArchitecture(
                 f"the tokenizer of {name_or_path} is Python code of its own (auto_map in tokenizer_config.json), "
                 "which is not run"
@@ -47,9 +50,10 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
         raise UnknownModel(f"the tokenizer of {name_or_path} cannot be loaded: {error}") from None
 
 
-def _brings_code(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint names code of its own as its tokenizer."""
-    file = checkpoint.find("tokenizer_config.json")
+def _brings_code(files: Checkpoint | Path) -> bool:
+    """Whether a checkpoint, or a directory, names code of its own as its tokenizer."""
+    name = "tokenizer_config.json"
+    file = files / name if isinstance(files, Path) else files.find(name)
     try:
         return file is not None and bool(msgspec.json.decode(file.read_bytes(), type=_TokenizerConfig).auto_map)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -60,29 +64,28 @@ class _TokenizerConfig(msgspec.Struct):
     auto_map: Any = None
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[ChatMessage], continues: bool = False) -> torch.Tensor:
+def encode_chat(
+    tokenizer: Any,
+    messages: Sequence[ChatMessage],
+    continues: bool = False,
+    template: ChatTemplate = ChatTemplate(),
+) -> torch.Tensor:
     """Token ids int64 `[1, tokens]` of a conversation; of its plain text if the tokenizer has no chat template.
 
     Args:
         continues: the last message is to be continued, so it is left open, and no answer is begun after it.
+        template: another chat template, or values for its variables.
 
     Raises:
-        ConfigError: the chat template refuses the conversation, or it is not UTF-8.
+        ConfigError: the chat template refuses the conversation, is not one, or does not read a variable that is
+            set; or the conversation is not UTF-8.
     """
     for index, message in enumerate(messages):
         check_text(message["content"], f"messages[{index}].content")
-    if not tokenizer.chat_template:
+    template.check(tokenizer)
+    if template.text is None and not tokenizer.chat_template:
         return encode_text(tokenizer, "\n".join(message["content"] for message in messages))
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=not continues,
-            continue_final_message=continues,
-        )
-    except Exception as error:
-        # The template is a program in the checkpoint. Some refuse system messages, for example.
-        raise ConfigError(f"the model's chat template refuses this conversation: {error}") from None
+    text = template.render(tokenizer, messages, continues)
     ids: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     return ids
 

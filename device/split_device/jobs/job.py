@@ -13,6 +13,7 @@ from split_common.models.demo_model import resolve_model
 from split_common.models.split import DEFAULT_CUT, END_LAYERS
 from split_common.system.files import user_path
 from split_common.system.text import check_text
+from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling, may_sample
 from split_device.images.settings import ImageSettings
 
@@ -46,6 +47,13 @@ class ModelChoice(msgspec.Struct, frozen=True, kw_only=True):
     head_layers: int = END_LAYERS
     tail_layers: int = END_LAYERS
     dtype: str = "auto"
+    #: Where the tokenizer lies, if not with the weights. Older versions know none.
+    tokenizer: str | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def tokenizer_place(self) -> tuple[str, str | None]:
+        """The directory or hub id of the tokenizer, and its revision."""
+        return (self.name, self.revision) if self.tokenizer is msgspec.UNSET else (self.tokenizer, None)
 
 
 def checkpoint(model: str | None) -> str:
@@ -88,6 +96,12 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
     sampling: Sampling = Sampling()
     #: Texts at which the answer ends; they are not part of it.
     stop: tuple[str, ...] = ()
+    #: How a conversation becomes a prompt. Older versions know none.
+    chat_template: ChatTemplate | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def template(self) -> ChatTemplate:
+        return ChatTemplate() if self.chat_template is msgspec.UNSET else self.chat_template
 
     @property
     def seed(self) -> int | None:

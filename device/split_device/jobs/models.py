@@ -59,13 +59,14 @@ class Loaded:
 
         Raises:
             PromptTooLong: the prompt is empty, or leaves no room for an answer.
-            ConfigError: the chat template refuses the conversation, or it is not UTF-8.
+            ConfigError: the chat template refuses the conversation, or does not read a variable that is set; or the
+                conversation is not UTF-8.
         """
         if isinstance(task.prompt, str):
             ids = encode_text(self.tokenizer, task.prompt)
         else:
             messages = [{"role": message.role, "content": message.content} for message in task.prompt]
-            ids = encode_chat(self.tokenizer, messages, continues)
+            ids = encode_chat(self.tokenizer, messages, continues, task.template)
         prompt: list[int] = ids[0].tolist()
         limit = self.limit
         if not prompt:
@@ -174,7 +175,7 @@ class Models:
 
     def _load(self, choice: ModelChoice) -> Loaded:
         log.info("loading %s", model_name(choice.name))
-        tokenizer = load_tokenizer(choice.name, choice.revision)
+        tokenizer = load_tokenizer(*choice.tokenizer_place)
         model = self._stack.enter_context(load_model(choice, self._connection, self._hardware))
         generator = self._stack.enter_context(Generator(model, limits=self.limits))
         return Loaded(model, tokenizer, generator)

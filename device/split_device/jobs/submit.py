@@ -10,7 +10,10 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from msgspec import UNSET
+
 from split_common.errors import ConfigError
+from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling, within_bounds
 from split_device.images.settings import ImageSettings, check_size, pipeline_directory
 from split_device.jobs.agent import running_agent
@@ -42,11 +45,23 @@ class Device(SubmitsMany[str]):
     Args:
         model: a directory or hub id; the demo model if None.
         store_key: the file of the key that seals the store, if it is sealed.
+        tokenizer: directory or hub id of the tokenizer, if it does not lie with the weights.
         options: `revision`, `head_layers`, `tail_layers` and `dtype`, as for `SplitModelForCausalLM`.
     """
 
-    def __init__(self, model: str | Path | None = None, *, store_key: Path | None = None, **options: Any) -> None:
-        self._model = ModelChoice(name=checkpoint(None if model is None else str(model)), **options)
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        store_key: Path | None = None,
+        tokenizer: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        self._model = ModelChoice(
+            name=checkpoint(None if model is None else str(model)),
+            tokenizer=UNSET if tokenizer is None else checkpoint(str(tokenizer)),
+            **options,
+        )
         self._store_key = store_key
 
     def submit(
@@ -59,6 +74,8 @@ class Device(SubmitsMany[str]):
         group: str | None = None,
         request_id: str | None = None,
         sampling: Sampling | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> Submitted[str]:
         """Submits a user's message, or a conversation.
@@ -71,6 +88,8 @@ class Device(SubmitsMany[str]):
             request_id: the id by which logs name the job, 1 to 128 visible ASCII characters; None for the job's
                 own id.
             sampling: how tokens are chosen, and their maximum number.
+            chat_template: a template, in Jinja, instead of the tokenizer's.
+            chat_template_kwargs: values for variables that the template reads.
             fields: replace fields of `sampling`: `max_tokens`, `temperature`, `top_p`, `top_k`, `seed`.
 
         Raises:
@@ -79,7 +98,8 @@ class Device(SubmitsMany[str]):
                 out of bounds.
             StoreLocked, ConfigError: the store cannot be opened.
         """
-        task = self._task(prompt, stop, dataclasses.replace(sampling or Sampling(), **fields).checked())
+        template = ChatTemplate(chat_template, dict(chat_template_kwargs or {}))
+        task = self._task(prompt, stop, dataclasses.replace(sampling or Sampling(), **fields).checked(), template)
         return _submit(task, priority, key, group, request_id, self._store_key, text_output)
 
     def submit_many(
@@ -90,28 +110,39 @@ class Device(SubmitsMany[str]):
         priority: int = 0,
         group: str | None = None,
         sampling: Sampling | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> SubmittedMany[str]:
         """Submits users' messages, or conversations: all of them or none.
 
         Args:
-            stop, priority, group, sampling, fields: as for `submit`, for each prompt.
+            stop, priority, group, sampling, chat_template, chat_template_kwargs, fields: as for `submit`, for each
+                prompt.
 
         Raises:
             ConfigError: `prompts` is one text, the group has no valid name, or a number is out of bounds.
             StoreLocked, ConfigError: the store cannot be opened.
         """
         chosen = dataclasses.replace(sampling or Sampling(), **fields).checked()
-        tasks = [self._task(prompt, stop, chosen) for prompt in _check_prompts(prompts)]
+        template = ChatTemplate(chat_template, dict(chat_template_kwargs or {}))
+        tasks = [self._task(prompt, stop, chosen, template) for prompt in _check_prompts(prompts)]
         return _submit_many(tasks, priority, group, self._store_key, text_output)
 
-    def _task(self, prompt: str | Sequence[Mapping[str, str]], stop: Sequence[str], sampling: Sampling) -> Task:
+    def _task(
+        self,
+        prompt: str | Sequence[Mapping[str, str]],
+        stop: Sequence[str],
+        sampling: Sampling,
+        template: ChatTemplate,
+    ) -> Task:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return Task(
             model=self._model,
             prompt=tuple(Message(message["role"], message["content"]) for message in messages),
             sampling=sampling,
             stop=tuple(stop),
+            chat_template=template.unless_default(),
         )
 
 

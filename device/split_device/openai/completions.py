@@ -13,6 +13,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from split_common.system.text import json_line
+from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling
 from split_device.jobs.job import ModelChoice
 from split_device.jobs.models import Loaded
@@ -29,13 +30,26 @@ class Completions:
     Args:
         name: what clients call the model.
         defaults: the temperature, top_p and top_k of requests that name none; None for the checkpoint's.
+        template: how conversations become prompts.
+
+    Raises:
+        ConfigError: the template is not one, or does not read a variable that is set.
     """
 
-    def __init__(self, loaded: Loaded, choice: ModelChoice, name: str, defaults: Sampling = Sampling()) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        choice: ModelChoice,
+        name: str,
+        defaults: Sampling = Sampling(),
+        template: ChatTemplate = ChatTemplate(),
+    ) -> None:
+        template.check(loaded.tokenizer)
         self.name = name
         self._loaded = loaded
         self._choice = choice
         self._defaults = defaults
+        self._template = template
         #: One thread: a tokenizer may not be called by several at once.
         self._encoding = ThreadPoolExecutor(1, "encoding")
 
@@ -72,7 +86,11 @@ class Completions:
         streams: list[ChoiceStream] = []
         try:
             query = parse(
-                COMPLETION_PATHS[request.url.path], await read_json(request), self._choice, self._defaults
+                COMPLETION_PATHS[request.url.path],
+                await read_json(request),
+                self._choice,
+                self._defaults,
+                self._template,
             )
             check_model(query.model, self.name)
             # All choices have one prompt. A long one takes seconds, in which other requests go on.

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling, nth_seed
 from split_device.jobs.job import Message, ModelChoice, Task
 from split_device.openai.fields import ApiError, convert, present, supported
@@ -77,6 +78,8 @@ class _Chat(_Body, frozen=True, kw_only=True):
     #: Extensions of OpenAI's format, as vLLM has them: the answer continues the last message.
     continue_final_message: bool = False
     add_generation_prompt: bool | None = None
+    #: The same: values for variables of the chat template.
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def check(self) -> None:
         """Raises ApiError for fields that contradict each other."""
@@ -117,11 +120,18 @@ class Query:
     continues: bool = False
 
 
-def parse(kind: CompletionKind, body: object, model: ModelChoice, defaults: Sampling = Sampling()) -> Query:
+def parse(
+    kind: CompletionKind,
+    body: object,
+    model: ModelChoice,
+    defaults: Sampling = Sampling(),
+    template: ChatTemplate = ChatTemplate(),
+) -> Query:
     """Parses a body into tasks for `model`, whatever model the body names.
 
     Args:
         defaults: the temperature, top_p and top_k of bodies that name none; None for those of the checkpoint.
+        template: how conversations become prompts; values of a body's own come before its values.
 
     Raises:
         ApiError: the body is not a valid request.
@@ -137,7 +147,9 @@ def parse(kind: CompletionKind, body: object, model: ModelChoice, defaults: Samp
         limit = chat.max_completion_tokens or chat.max_tokens or UNLIMITED
         logprobs = (chat.top_logprobs or 0) if chat.logprobs else None
         query = _query(kind, chat, chat.messages, limit, logprobs, model, defaults)
-        return dataclasses.replace(query, continues=chat.continue_final_message)
+        own = template.with_kwargs(chat.chat_template_kwargs).unless_default()
+        tasks = tuple(msgspec.structs.replace(task, chat_template=own) for task in query.tasks)
+        return dataclasses.replace(query, tasks=tasks, continues=chat.continue_final_message)
     text = convert(fields, _Text)
     prompt = text.prompt if isinstance(text.prompt, str) else text.prompt[0]
     return _query(kind, text, prompt, text.max_tokens or DEFAULT_TEXT_TOKENS, text.logprobs, model, defaults)

@@ -1,0 +1,109 @@
+"""Chat templates: another one than the checkpoint's, and values for the variables that a template reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from split_common.errors import ConfigError
+from split_common.system.files import user_path
+from split_common.system.text import check_text, parse_json, read_text
+
+_KWARGS = "--chat-template-kwargs"
+
+#: Characters that a template has, and the name of a file seldom.
+_JINJA = frozenset("{}\n")
+
+
+class ChatTemplate(msgspec.Struct, frozen=True):
+    """How a conversation becomes a prompt.
+
+    Args:
+        text: a Jinja template; None takes the checkpoint's.
+        kwargs: values for variables of the template, as in vLLM's `chat_template_kwargs`.
+    """
+
+    text: str | None = None
+    kwargs: dict[str, Any] = {}
+
+    def with_kwargs(self, own: Mapping[str, Any] | None) -> ChatTemplate:
+        """This template, with values of a request's own before these."""
+        return ChatTemplate(self.text, {**self.kwargs, **own}) if own else self
+
+    def unless_default(self) -> ChatTemplate | msgspec.UnsetType:
+        """This template for a field that is left out of what is stored if it says nothing."""
+        return self if self != ChatTemplate() else msgspec.UNSET
+
+    def check(self, tokenizer: Any) -> None:
+        """Raises ConfigError if a value would have no effect with this tokenizer, or the template is not Jinja."""
+        if self.text is None and not tokenizer.chat_template:
+            if self.kwargs:
+                raise ConfigError(
+                    "chat_template_kwargs have no effect: there is no chat template (see --chat-template)"
+                )
+            return
+        # Loading takes seconds, and only what computes has to.
+        from split_common.compat.transformers import reserved_template_variables, template_variables
+
+        try:
+            known = template_variables(tokenizer.get_chat_template(self.text))
+        except Exception as error:
+            raise ConfigError(f"invalid chat template: {error}") from None
+        reserved = reserved_template_variables(tokenizer)
+        for name in self.kwargs:
+            if name in reserved:
+                raise ConfigError(f"chat_template_kwargs cannot set {name!r}, which is set for each conversation")
+            if name not in known:
+                own = ", ".join(sorted(known - reserved)) or "no variables that can be set"
+                raise ConfigError(f"chat_template_kwargs: the chat template does not read {name!r}; it reads {own}")
+
+    def render(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]], continues: bool) -> str:
+        """The text of a conversation. `check` comes before.
+
+        Args:
+            continues: the last message is to be continued, so it is left open, and no answer is begun after it.
+
+        Raises:
+            ConfigError: the template refuses the conversation.
+        """
+        try:
+            text: str = tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self.text,
+                tokenize=False,
+                add_generation_prompt=not continues,
+                continue_final_message=continues,
+                **self.kwargs,
+            )
+        except Exception as error:
+            # The template is a program in the checkpoint. Some refuse system messages, for example.
+            raise ConfigError(f"the model's chat template refuses this conversation: {error}") from None
+        return text
+
+
+def parse_template(text: str | None, kwargs: str | None) -> ChatTemplate:
+    """The template of a command's options.
+
+    Args:
+        text: a file with a template, or the template itself.
+        kwargs: a JSON object.
+
+    Raises:
+        ConfigError: there is no such file, it is not text, or `kwargs` is not an object.
+    """
+    values = parse_json(check_text(kwargs, _KWARGS).encode(), _KWARGS) if kwargs is not None else {}
+    if not isinstance(values, dict):
+        raise ConfigError(f'{_KWARGS} is not a JSON object, e.g. {{"enable_thinking": false}}')
+    return ChatTemplate(None if text is None else _template_text(text), values)
+
+
+def _template_text(given: str) -> str:
+    if _JINJA & set(given):
+        return check_text(given, "the chat template")
+    path = user_path(given)
+    if not path.is_file():
+        raise ConfigError(f"{given} is neither a file nor a chat template")
+    return read_text(Path(path))
