@@ -164,7 +164,9 @@ def _be_a_worker(address: str) -> None:
     sessions: dict[headers.SessionRef, Any] = {}
     fleet = load_fleet()
     identity = fleet.identity("worker")
-    body: Any = SimpleNamespace(store=SimpleNamespace(free_tokens=2**20), divisible=True, first_turn=1.0)
+    body: Any = SimpleNamespace(
+        store=SimpleNamespace(free_tokens=2**20, sequence_tokens=0), divisible=True, first_turn=1.0
+    )
     worker = Echo(body, SERVICE, "nothing", identity, fleet, connect(address, fleet, identity))
     worker.start()
     _wait_for_the_end()

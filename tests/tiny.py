@@ -117,15 +117,49 @@ _LINEAR = {
     "linear_value_head_dim": 8,
     "shared_expert_intermediate_size": 24,
 }
+_MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 4,
+}
+#: Layers that keep states beside those that keep keys and values; in the middle, some layers of each kind.
+_HYBRID: dict[str, dict[str, Any]] = {
+    "qwen3_next": {**_HEAD_DIM, **_EXPERTS, **_LINEAR},
+    "qwen3_5_text": {**_HEAD_DIM, **_LINEAR, "head_dim": 16},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 3, "block_auto_adjust_ff_dim": False},
+    "granitemoehybrid": {
+        **_MAMBA2,
+        **_LOCAL_EXPERTS,
+        "shared_intermediate_size": 24,
+        "layer_types": ["mamba", "mamba", "mamba", "attention", "mamba", "attention"],
+    },
+    "nemotron_h": {
+        **_HEAD_DIM,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 4,
+        "layers_block_type": ["mamba", "moe", "mamba", "attention", "moe", "mamba"],
+        **_EXPERTS,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_shared_expert_intermediate_size": 24,
+    },
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "expand": 2, "chunk_size": 4},
+}
 _PER_LAYER = {
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCABULARY,
     "layer_types": ["sliding_attention", "full_attention"] * 3,
 }
 _REFUSED: dict[str, dict[str, Any]] = {
-    "mamba": {"state_size": 8, "expand": 2, "time_step_rank": 4},
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": LAYERS, "num_heads": 4, "decoder_start_token_id": 0},
-    "qwen3_next": {**_HEAD_DIM, **_EXPERTS, **_LINEAR},
+    "recurrent_gemma": {"attention_window_size": 8, "lru_width": 32, "num_hidden_layers": LAYERS},
     "gemma3n_text": {
         **_GEMMA,
         **_PER_LAYER,
@@ -144,13 +178,14 @@ _REFUSED: dict[str, dict[str, Any]] = {
 LISTED = tuple(_LISTED)
 UNLISTED = tuple(_UNLISTED)
 ODD = tuple(_ODD)
+HYBRID = tuple(_HYBRID)
 #: Architectures of which padded rows are refused.
 UNPADDED = tuple(_UNPADDED)
-#: Architectures that cannot be cut, or that keep more between steps than keys and values.
+#: Architectures that cannot be cut, or that keep something between steps that their cache does not have.
 REFUSED = tuple(_REFUSED)
 
 
-_ALL = {**_LISTED, **_UNLISTED, **_ODD, **_UNPADDED, **_REFUSED}
+_ALL = {**_LISTED, **_UNLISTED, **_ODD, **_HYBRID, **_UNPADDED, **_REFUSED}
 
 
 def build(arch: str, **changes: Any) -> PreTrainedModel:

@@ -31,6 +31,7 @@ The exit code of the command is in parentheses if it is not 1::
     │   ├── WorkerSlow
     │   └── StepFailed
     ├── HistoryLost
+    ├── Evicted
     ├── WorkerFailed
     ├── JobsError
     │   ├── UnknownJob
@@ -194,6 +195,10 @@ class StepFailed(SessionLost):
 
 class HistoryLost(SplitError):
     """A session was lost, and the states needed to rebuild it were not kept."""
+
+
+class Evicted(SplitError):
+    """The worker no longer has what it kept of the session; the device sends it again."""
 
 
 class WorkerFailed(SplitError):

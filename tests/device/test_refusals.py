@@ -396,9 +396,7 @@ def test_unknown_dtype(broker: str, checkpoint: Path) -> None:
 
 
 REASONS = {
-    "mamba": "mamba: the cache of layer 0 is a LinearAttentionLayer",
     "t5": "t5 is not a decoder-only language model",
-    "qwen3_next": "qwen3_next: the cache of layer 0 is a LinearAttentionLayer",
     "gemma3n_text": "layer",
     "gemma4_text": "layer",
     "bert": "BertLMHeadModel cannot be",
@@ -410,7 +408,10 @@ REASONS = {
 def test_architecture_that_cannot_be_split(broker: str, tmp_path: Path, arch: str) -> None:
     """The worker refuses to serve it; the device as well, unless it cannot tell from the layers that it has."""
     tiny.save(arch, tmp_path)
-    with pytest.raises(UnsupportedArchitecture, match=REASONS.get(arch, "cannot be cut between its layers")):
+    with pytest.raises(
+        UnsupportedArchitecture,
+        match=REASONS.get(arch, "cannot be cut between its layers|keeps more between steps"),
+    ):
         start_worker(tmp_path, broker)
     if arch in REASONS:
         with pytest.raises(UnsupportedArchitecture, match=REASONS[arch]):

@@ -16,11 +16,11 @@ import torch
 
 from split_common.engine.scheduler import BatchDelay, Scheduler
 from split_common.engine.steps import ScheduledChunk, ScheduledStep
-from split_common.errors import Busy, Malformed, SplitError
+from split_common.errors import Busy, Evicted, Malformed, SplitError
 from split_common.protocol import payloads
 from split_common.trust.shares import Usage
 from split_worker.bodies.base import AnyBody, Forward
-from split_worker.requests import Closed, Evicted, PendingRequest, refusal
+from split_worker.requests import Closed, PendingRequest, refusal
 from split_worker.sessions import Session, SessionTable
 from split_worker.watchdog import Watchdog
 
@@ -333,8 +333,8 @@ class ComputeLoop:
         self._reply(request, reply, tensor)
         if isinstance(reply, payloads.Result) and not request.prefill:
             self._delay.answered(request.session, time.perf_counter())
-        if isinstance(reply, payloads.Refusal) and reply.reason == "failed":
-            # The session's state may be half written, so the device has to open another one.
+        if isinstance(reply, payloads.Refusal) and reply.reason in ("failed", "evicted"):
+            # The session's state is lost or may be half written, so the device has to open another one.
             with self._lock:
                 self._sessions.close(request.session.id)
             self.wake()

@@ -8,6 +8,7 @@ from typing import Any
 from split_common.engine.scheduler import is_prefill
 from split_common.errors import (
     Busy,
+    Evicted,
     Malformed,
     NeedEmbeddings,
     NonFinite,
@@ -17,10 +18,6 @@ from split_common.errors import (
 )
 from split_common.protocol import headers, payloads
 from split_worker.sessions import Session
-
-
-class Evicted(SplitError):
-    """The session's memory went to another one."""
 
 
 class Closed(Exception):

@@ -104,10 +104,16 @@ class SessionTable:
 
     Closed sessions wait in `closed` until the compute loop's thread frees them. If there is too little of
     something, idle sessions give way first, and then those of the member that has the largest share of it.
+
+    Args:
+        limits: None for the default.
+        sequence_tokens: tokens whose memory a session's row takes beside that of its own tokens.
     """
 
-    def __init__(self, limits: WorkerLimits | None = None) -> None:
+    def __init__(self, limits: WorkerLimits | None = None, sequence_tokens: int = 0) -> None:
         self.limits = limits or WorkerLimits()
+        # Tokens of memory by which a session is expected to grow at least.
+        self._growth = self.limits.growth + sequence_tokens
         self._sessions: dict[SessionId, Session[Any]] = {}
         self._ages = itertools.count()
         #: Closed sessions that have not been freed.
@@ -133,13 +139,13 @@ class SessionTable:
     def _unused(self, free_tokens: int | None) -> int:
         allowed = self.limits.max_sessions
         if free_tokens is not None:
-            allowed = min(allowed, free_tokens // self.limits.growth)
+            allowed = min(allowed, free_tokens // self._growth)
         return max(0, allowed - len(self._sessions))
 
     def _has_room_for_others(self) -> bool:
         if len(self._sessions) >= self.limits.max_sessions:
             return any(count > 1 for count in self._open.of_all().values())
-        return any(tokens > self.limits.growth for tokens in self._tokens().values())
+        return any(tokens > self._growth for tokens in self._tokens().values())
 
     def get(self, id_: SessionId) -> Session[Any] | None:
         return self._sessions.get(id_)
@@ -165,7 +171,7 @@ class SessionTable:
             if len(self._sessions) >= self.limits.max_sessions:
                 self._close_one_for(member)
             if free_tokens is not None and not self._unused(free_tokens - tokens):
-                self._check_memory(member, max(tokens, self.limits.growth))
+                self._check_memory(member, max(tokens, self._growth))
         session = Session(id_, member, channel.epoch_keys(id_[2], id_[3]), state, next(self._ages))
         self._sessions[id_] = session
         self._open.add(member, 1)

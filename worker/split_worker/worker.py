@@ -78,7 +78,7 @@ class Worker:
         self._identity = identity
         self._fleet = fleet
         self._transport = transport
-        self._sessions = SessionTable(limits)
+        self._sessions = SessionTable(limits, body.store.sequence_tokens if body.store is not None else 0)
         self._repeats = Repeats(self._sessions.limits)
         # Requests for sessions that are not open: each makes the worker derive keys, perhaps for nothing.
         self._strays = TokenBuckets(self._sessions.limits.stray_rate, self._sessions.limits.stray_burst)

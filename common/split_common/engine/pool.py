@@ -161,6 +161,8 @@ class PagePool:
         """Bytes that a token takes in all layers."""
         return sum(shape.elements for shape in shapes.values()) * dtype.itemsize
 
+    sequence_tokens = 0
+
     @property
     def capacity(self) -> int:
         """Tokens that fit into the pool."""

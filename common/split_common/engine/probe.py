@@ -16,11 +16,12 @@ from split_common.engine.compiled import compile_layers, forget_compiled
 from split_common.engine.forward import Executor
 from split_common.engine.layers import LayerRange
 from split_common.engine.packed import PackedExecutor
-from split_common.engine.per_sequence import CacheStore, PerSequenceExecutor
+from split_common.engine.per_sequence import CachedSequence, CacheStore, PerSequenceExecutor
 from split_common.engine.pool import LayerShape, PagePool, ProbePool
 from split_common.engine.sdpa import SdpaAttention
 from split_common.engine.sequences import TokenRun
 from split_common.errors import ModelError, UnsupportedArchitecture
+from split_common.models.cache_layers import counts_tokens
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,9 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 #: Largest accepted error of compiled layers in half precision, relative to the norm of all outputs.
 COMPILED_TOLERANCE = 0.25
+
+#: How many tokens each of the steps has in which a sequence is run in parts: prompts, decoding, several at once.
+_PARTS = (2, 1, 2)
 
 #: Pages in the pool of a rehearsal.
 PROBE_PAGES = 8
@@ -41,36 +45,60 @@ class NotPackable(Exception):
     """The layers cannot be run packed. The message says why."""
 
 
-def check_layers(layers: LayerRange, reference: PerSequenceExecutor) -> tuple[int, torch.Tensor]:
-    """Runs three tokens at once and in two steps, which must agree; then rehearses.
+def check_layers(layers: LayerRange, reference: PerSequenceExecutor) -> tuple[int, int, torch.Tensor]:
+    """Runs two sequences, each at once and in parts that take turns, which must agree; then rehearses.
 
     Returns:
-        Bytes of keys and values that a token takes, and the rehearsal's output `[tokens, width]`.
+        Bytes of keys and values that a token takes, bytes of states that a sequence takes, and the rehearsal's
+        output `[tokens, width]`.
 
     Raises:
-        UnsupportedArchitecture: the layers cannot run alone, or keep more than keys and values between steps.
+        UnsupportedArchitecture: the layers cannot run alone, or what they keep between steps is not what their
+            cache has, such as states in their modules.
     """
     name = layers.stack.name
-    states = torch.randn(3, layers.width, generator=torch.Generator().manual_seed(0))
-    whole, parts = reference.store.new_sequence(), reference.store.new_sequence()
+    states = torch.randn(2, sum(_PARTS), layers.width, generator=torch.Generator().manual_seed(0))
+    whole = [reference.store.new_sequence() for _ in states]
+    parts = [reference.store.new_sequence() for _ in states]
     try:
-        (expected,) = reference.launch([TokenRun(whole, states, [0, 1, 2])]).wait()
-        output = torch.cat(
-            [
-                *reference.launch([TokenRun(parts, states[:2], [0, 1])]).wait(),
-                *reference.launch([TokenRun(parts, states[2:], [2])]).wait(),
-            ]
-        )
-        lengths = {layer.get_seq_length() for sequence in (whole, parts) for layer in sequence.cache.layers}
+        expected = torch.cat([_append(reference, *each, sum(_PARTS)) for each in zip(whole, states, strict=True)])
+        turns = [[_append(reference, *each, count) for each in zip(parts, states, strict=True)] for count in _PARTS]
+        output = torch.cat([torch.cat(each) for each in zip(*turns, strict=True)])
+        counting = [
+            layer for sequence in (*whole, *parts) for layer in sequence.cache.layers if counts_tokens(layer)
+        ]
+        lengths = {layer.get_seq_length() for layer in counting}
     except Exception as error:
         raise UnsupportedArchitecture(f"{name} cannot run its layers alone: {error}") from None
     close = (output - expected).norm() <= 0.1 * expected.norm() or not torch.isfinite(expected).all()
-    if lengths != {3} or not close:
-        raise UnsupportedArchitecture(f"{name} keeps more than keys and values between steps")
-    token_bytes = whole.nbytes // whole.length
-    whole.free()
-    parts.free()
-    return token_bytes, _rehearse(layers, reference)
+    if lengths != {sum(_PARTS)} or not close:
+        raise UnsupportedArchitecture(
+            f"{name} computes something else if two sequences run in parts, in turns: it keeps more between steps "
+            "than its cache has, or ignores what the cache has"
+        )
+    if reference.store.has_states and layers.stack.positions_interact:
+        raise UnsupportedArchitecture(
+            f"{name} has states, which are taken back by running tokens again, and rotary embeddings that depend "
+            "on the last position"
+        )
+    token_bytes, state_bytes = whole[0].key_bytes // whole[0].length, whole[0].state_bytes
+    for sequence in (*whole, *parts):
+        sequence.free()
+    return token_bytes, state_bytes, _rehearse(layers, reference)
+
+
+def _append(
+    executor: PerSequenceExecutor, sequence: CachedSequence, states: torch.Tensor, count: int
+) -> torch.Tensor:
+    """Appends the next `count` of a sequence's tokens. Returns their output `[count, width]`.
+
+    Args:
+        states: of all the sequence's tokens, `[tokens, width]`.
+    """
+    begin = sequence.length
+    positions = range(begin, begin + count)
+    (output,) = executor.launch([TokenRun(sequence, states[begin : begin + count], positions)]).wait()
+    return output
 
 
 def packed_executor(
@@ -88,6 +116,8 @@ def packed_executor(
         NotPackable: no backend's output is right.
         ModelError: the memory does not hold the pages that are needed.
     """
+    if reference.has_states:
+        raise NotPackable(f"layer {reference.layers_with_states[0]} keeps a recurrent or convolutional state")
     original = attention_implementation(layers.owner)
     reason = NotPackable("no attention backend was tried")
     for backend in _backends(layers):

@@ -13,6 +13,7 @@ from split_common.engine.padding import padding_matters
 from split_common.engine.per_sequence import CacheStore, PerSequenceExecutor
 from split_common.engine.probe import NotPackable, check_layers, compile_checked, packed_executor
 from split_common.engine.sequences import TokenRun
+from split_common.errors import ModelError
 from split_common.models.layer_stack import LayerStack
 from split_common.models.split import Split
 
@@ -89,20 +90,25 @@ def build_runner(stack: LayerStack, split: Split, config: Any, kv_bytes: int) ->
         stack: the slots of a loaded model; those outside the range pass their input through.
         split: the range.
         config: the model's text configuration.
-        kv_bytes: memory for keys and values.
+        kv_bytes: memory for keys, values and states.
 
     Raises:
-        ModelError: the memory does not hold the pages that are needed at least.
-        UnsupportedArchitecture: the layers cannot run alone, or keep more than keys and values between steps.
+        ModelError: the memory does not hold the pages, or the states, that are needed at least.
+        UnsupportedArchitecture: the layers cannot run alone, or what they keep between steps is not
+            what their cache has.
     """
     layers = LayerRange(stack, split, int(config.hidden_size))
     reference = PerSequenceExecutor(layers, CacheStore(config, split))
-    token_bytes, expected = check_layers(layers, reference)
+    token_bytes, state_bytes, expected = check_layers(layers, reference)
     matters = padding_matters(layers, reference.store)
     try:
         packed = packed_executor(layers, reference.store, expected, kv_bytes)
     except NotPackable as reason:
-        reference.store.capacity = kv_bytes // token_bytes
+        reference.store.measured(kv_bytes, token_bytes, state_bytes)
+        if reference.store.capacity <= reference.store.sequence_tokens:
+            raise ModelError(
+                f"{kv_bytes:,} bytes of KV memory do not hold a sequence: its states alone take {2 * state_bytes:,}"
+            ) from None
         return Runner(layers, reference, unpacked_because=str(reason), padding_matters=matters)
     if not packed.capturable:
         return Runner(layers, packed, padding_matters=matters)

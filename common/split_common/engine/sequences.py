@@ -10,7 +10,7 @@ import torch
 
 
 class KVSequence(Protocol):
-    """The keys and values of one sequence."""
+    """What layers keep of one sequence: keys and values, and states."""
 
     @property
     def length(self) -> int:
@@ -24,7 +24,7 @@ class KVSequence(Protocol):
         """Memory that appending `tokens` tokens takes, in units of the store's `free`."""
 
     def truncate(self, tokens: int) -> None:
-        """Cuts the sequence back to its first `tokens` tokens."""
+        """Cuts the sequence back to its first `tokens` tokens. Raises Evicted if that cannot be done."""
 
     def fork(self) -> KVSequence:
         """Returns a sequence with the same tokens, which grows independently."""
@@ -50,6 +50,10 @@ class KVStore(Protocol):
     @property
     def capacity(self) -> int:
         """Tokens that fit into the whole memory."""
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens whose memory each sequence takes beside that of its own tokens; 0 if layers have no states."""
 
 
 class Run(Protocol):

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import AutoConfig, GenerationConfig
 
 from split_common.compat.transformers import UNTIED_CLASS, load_state, model_class, untie
 from split_common.errors import MissingTensor, ModelError, SplitError, UnknownModel, UnsupportedArchitecture
+from split_common.models.cache_layers import check_cache
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.layer_stack import Absent, LayerStack, PassThrough, find_stack
 from split_common.models.prefix import LAYER, find_prefix
@@ -103,7 +103,7 @@ def read_spec(model: str | Checkpoint, revision: str | None = None, *, images: b
     quantization = prepare_quantization(config, own_config, checkpoint.name)
     try:
         layers = int(own_config.get_text_config(decoder=True).num_hidden_layers)
-        _check_cache(own_config, name)
+        check_cache(own_config, name)
         with torch.device("meta"):
             empty = own_class(own_config)
         prefix = find_prefix(empty, checkpoint.tensor_names, layers)
@@ -124,15 +124,6 @@ def _refuse_adapter(checkpoint: Checkpoint) -> None:
         f"{checkpoint.name} has an adapter (adapter_config.json) beside its weights: merge it into them "
         "(merge_and_unload, save_pretrained), or remove it"
     )
-
-
-def _check_cache(config: Any, name: str) -> None:
-    """Raises UnsupportedArchitecture if a layer keeps anything but keys and values of its own."""
-    for index, layer in enumerate(DynamicCache(config=config).layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise UnsupportedArchitecture(
-                f"{name}: the cache of layer {index} is a {type(layer).__name__}, not keys and values of its own"
-            )
 
 
 def load_part(

@@ -61,8 +61,9 @@ class LocalLayers:
         runners = [runner for runner in (self.head, self.tail) if runner is not None]
         #: Whether tokens that were appended together must be appended together again.
         self.indivisible = parts.traits.positions_interact
-        #: Number of tokens for which there is memory; None without layers.
-        self.capacity = min((runner.store.capacity for runner in runners), default=None)
+        #: Most tokens of one sequence for which there is memory; None without layers.
+        stores = [runner.store for runner in runners]
+        self.capacity = min((store.capacity - store.sequence_tokens for store in stores), default=None)
 
     def embed(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """The first layer's input for tokens at these positions, `[tokens, width]`, on the CPU."""

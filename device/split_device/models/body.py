@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from split_common.errors import UnsupportedFeature
+from split_common.models.cache_layers import States, copy_states, crop_keys, has_states, restore_states, was_used
 from split_common.models.layer_stack import PassThrough
 from split_common.models.split import Split
 from split_device.models.cache import BodyLayer, SessionCacheLayer, StepContext, Traits
@@ -92,7 +93,7 @@ class RemoteBody(RemoteLayer):
             raise UnsupportedFeature("an offloaded cache cannot be split: use a plain DynamicCache")
         session = next((layer for layer in cache.layers if isinstance(layer, SessionCacheLayer)), None)
         if session is None:
-            if cache.get_seq_length():
+            if was_used(cache):
                 raise UnsupportedFeature("a cache that was filled by an unsplit model cannot be continued here")
         elif session.client is not self._client or session is not cache.layers[self._split.first]:
             raise UnsupportedFeature("a cache that was filled by another split model cannot be continued here")
@@ -113,7 +114,7 @@ class RemoteBody(RemoteLayer):
         try:
             yield self._session_of(cache)
         except BaseException:
-            self._roll_back_head(cache, tokens)
+            self._roll_back_head(cache, tokens, context.head_states)
             raise
 
     def _session_of(self, cache: Cache) -> SessionCacheLayer:
@@ -136,9 +137,21 @@ class RemoteBody(RemoteLayer):
     def _new_session(self, window: int | None, request_id: str | None = None) -> SessionCacheLayer:
         return SessionCacheLayer(self._client, self._traits, window, self._history_memory, request_id)
 
-    def _roll_back_head(self, cache: Cache, tokens: int) -> None:
-        """Removes a failed step from the cache layers of the head, so that it can be tried again."""
-        for layer in cache.layers[: self._split.first]:
+    def head_states(self, cache: Cache) -> dict[int, States]:
+        """Copies of the states in the head's cache layers, by the layer's index."""
+        head = enumerate(cache.layers[: self._split.first])
+        return {index: copy_states(layer) for index, layer in head if has_states(layer)}
+
+    def _roll_back_head(self, cache: Cache, tokens: int, states: dict[int, States]) -> None:
+        """Removes a failed step from the cache layers of the head, so that it can be tried again.
+
+        Args:
+            tokens: number of the step's tokens.
+            states: the states before it, see `head_states`.
+        """
+        for index, layer in enumerate(cache.layers[: self._split.first]):
+            if index in states:
+                restore_states(layer, states[index])
             # A sliding window that has dropped tokens cannot be rolled back; its cache cannot be used again.
             with contextlib.suppress(RuntimeError):
-                layer.crop(-tokens)
+                crop_keys(layer, tokens)

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from split_common.errors import UnsupportedFeature
+from split_common.models.cache_layers import States, counts_tokens, has_states
 from split_common.models.tensors import dtype_name, raw_bytes, to_bytes
 from split_common.protocol import payloads
 from split_device.sessions.chunks import ChunkRequest, cut
@@ -39,11 +40,13 @@ REPLAY_WINDOW = 8
 class Traits:
     """Properties of the body's layers, which the device does not have."""
 
-    #: Whether a layer may count the cache's indices instead of the tokens' positions, as those with sliding windows
-    #: or without position ids do.
+    #: Whether padding between tokens would change the output: a layer may count the cache's indices instead of the
+    #: tokens' positions, as those with sliding windows or without position ids do, or have a state, which decays.
     counts_indices: bool
     #: Whether the inputs of a token depend on the largest position of the call.
     positions_interact: bool
+    #: Whether a layer of the whole model attends to earlier tokens. Those with states alone need no mask of them.
+    attends: bool = True
 
 
 @dataclass
@@ -55,6 +58,8 @@ class StepContext:
     #: Position ids, int64 `[batch or 1, new tokens]`; None for those that follow the cached columns.
     positions: torch.Tensor | None = None
     timings: StepTimings = field(default_factory=StepTimings)
+    #: The states of the head's cache layers before the step, by the layer's index.
+    head_states: dict[int, States] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -293,6 +298,8 @@ class SessionCacheLayer(BodyLayer):
         past = cached.shape[1]
         if mask is None:
             full = torch.ones(batch, past + tokens, dtype=torch.bool)
+            if not self._traits.attends:
+                full[:, :past] = cached
         elif mask.ndim != 2 or tuple(mask.shape) != (batch, past + tokens):
             raise UnsupportedFeature(
                 f"an attention mask of shape {tuple(mask.shape)} cannot be split: it must be 2-D, "
@@ -309,7 +316,8 @@ class SessionCacheLayer(BodyLayer):
             before = full.cummax(1).values & ~full
             if bool((before.cummax(1).values & full)[:, past:].any()):
                 raise UnsupportedFeature(
-                    "padding between tokens cannot be split with layers that count cache indices (sliding windows)"
+                    "padding between tokens cannot be split with layers that count cache indices (sliding windows) "
+                    "or keep states (recurrences, convolutions)"
                 )
         return cached, full[:, past:]
 
@@ -407,11 +415,18 @@ def _encode(runs: list[payloads.Run], packed: torch.Tensor, horizon: int | None)
     return [(chunk, to_bytes(chunk.states)) for chunk in cut(runs, packed, limit, horizon)]
 
 
-def is_windowed(config: Any, body: range) -> bool:
-    """Whether any of the body's layers has a sliding window."""
+def attends(config: Any) -> bool:
+    """Whether any layer of the whole model attends to earlier tokens."""
     layers = DynamicCache(config=config).layers
-    if any(layer.is_sliding for layer in layers):
-        return any(layer.is_sliding for layer in layers[body.start : body.stop])
+    return not layers or any(map(counts_tokens, layers))
+
+
+def sees_gaps(config: Any, body: range) -> bool:
+    """Whether any of the body's layers has a sliding window, or a state."""
+    layers = DynamicCache(config=config).layers
+    seeing = [bool(getattr(layer, "is_sliding", False)) or has_states(layer) for layer in layers]
+    if any(seeing):
+        return any(seeing[body.start : body.stop])
     # Older architectures mask a window in their layers, and their caches have no trace of it.
     names = ("window", "window_size")
     return any(isinstance(size, int) and size > 1 for name, size in vars(config).items() if name.endswith(names))

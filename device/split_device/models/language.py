@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
+from split_common.models.cache_layers import cached_tokens, was_used
 from split_common.models.demo_model import model_option
 from split_common.models.layer_stack import LayerStack
 from split_common.models.loading import generation_config, load_part, read_spec
@@ -17,7 +18,7 @@ from split_common.models.split import END_LAYERS, Split
 from split_common.models.tensors import dtype_name, parse_dtype
 from split_common.models.verification import find_manifest
 from split_device.models.body import Generating, RemoteBody, RemoteLayer, forwarding, generating
-from split_device.models.cache import StepContext, Traits, is_windowed
+from split_device.models.cache import StepContext, Traits, attends, sees_gaps
 from split_device.models.connected import ConnectedModel, Endpoint
 from split_device.models.masks import plain_mask
 from split_device.sessions.client import Client
@@ -115,8 +116,9 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
 
     def _join(self, client: Client, stack: LayerStack, split: Split, history_memory: int) -> None:
         self._set_client(client, split)
-        windowed = is_windowed(self.config.get_text_config(decoder=True), split.body)
-        traits = Traits(windowed or not stack.takes_positions, stack.positions_interact)
+        config = self.config.get_text_config(decoder=True)
+        counts_indices = sees_gaps(config, split.body) or not stack.takes_positions
+        traits = Traits(counts_indices, stack.positions_interact, attends(config))
         self.split_parts = SplitParts(client, split, stack, traits, stack.max_positions, history_memory)
         self._body.attach(client, split, traits, history_memory)
         for name, slot in self.named_modules():
@@ -160,8 +162,13 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
                 raise UnsupportedFeature(f"cache_implementation={name!r} cannot be split: only a dynamic cache can")
             _refuse_outputs(options)
         for name in ("cache", "past_key_values"):
-            if kwargs.get(name) is not None:
-                self._body.check_cache(kwargs[name])
+            if (cache := kwargs.get(name)) is not None:
+                self._body.check_cache(cache)
+                if not self.split_parts.traits.attends and was_used(cache):
+                    raise UnsupportedFeature(
+                        "generate cannot continue a cache of states alone, because transformers does not know how "
+                        "many tokens it holds: pass the whole text without a cache"
+                    )
         inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         if isinstance(inputs, torch.Tensor) and inputs.ndim == 2:
             self._check_length(inputs.shape[1])
@@ -217,11 +224,12 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         _refuse_outputs({name: getattr(self.config, name, False) for name in _OUTPUTS} | given)
         if cache is not None:
             self._body.check_cache(cache)
+            context.head_states = self._body.head_states(cache)
         context.mask = plain_mask(self.config, given, cache, around.mask)
         states = given.get("inputs_embeds")
         tokens = given.get("input_ids") if states is None else states
         if tokens is not None:
-            self._check_length((cache.get_seq_length() if cache is not None else 0) + tokens.shape[1])
+            self._check_length((cached_tokens(cache) if cache is not None else 0) + tokens.shape[1])
         if states is None and tokens is not None and self._scope is None:
             check_tokens(self, tokens)
 

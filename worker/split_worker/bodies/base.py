@@ -92,6 +92,7 @@ class Body(Protocol[_State, _Run]):
             NonFinite: its tensors hold NaN or infinity.
             PromptTooLong: a row would exceed the model's positions or the KV memory.
             NeedEmbeddings: embeddings or earlier parts that it builds on are not held.
+            Evicted: the session's state cannot be taken back to where the request begins.
         """
 
     def launch(self, runs: Sequence[_Run]) -> Forward:

@@ -1,4 +1,4 @@
-"""The body of a language model: sessions are rows of keys and values, to which steps append tokens."""
+"""The body of a language model: sessions are rows of keys, values and states, to which steps append tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SESSION_TOKENS = 2048
 
 
 class Rows:
-    """The rows of a session, each with keys and values of its own (a `SessionState`)."""
+    """The rows of a session, each with keys, values and states of its own (a `SessionState`)."""
 
     def __init__(self) -> None:
         self.sequences: list[KVSequence] = []
@@ -46,6 +46,7 @@ class Rows:
         Raises:
             Malformed: rows, positions or width do not fit the session; nothing was changed.
             PromptTooLong: a row would exceed the model's positions, or the worker's whole memory.
+            Evicted: a row has states that cannot be taken back to the step's start.
         """
         source = list(range(len(self.sequences))) if step.select is None else step.select
         self._check(step, source, runner)
@@ -79,8 +80,8 @@ class Rows:
             tokens = run.start + len(run.positions)
             if max(tokens, max(run.positions) + 1) > runner.max_positions:
                 raise PromptTooLong(f"a row exceeds the model's {runner.max_positions} positions")
-            if tokens > runner.store.capacity:
-                raise PromptTooLong(f"{tokens} tokens exceed the worker's memory for {runner.store.capacity}")
+            if tokens > (most := runner.store.capacity - runner.store.sequence_tokens):
+                raise PromptTooLong(f"{tokens} tokens exceed the worker's memory for {most}")
 
     def _select(self, select: list[int]) -> None:
         """Makes row `select[i]` row i. A row that is selected twice is forked."""
@@ -169,18 +170,18 @@ class LanguageBody:
         attention = self.runner.executor.attention
         return {
             "kv_tokens": self.store.capacity,
-            "kv_sessions": self.store.capacity // self._session_tokens,
+            "kv_sessions": self._kv_sessions,
             "packed": attention is not None,
             "attention": attention,
             "compiled": self.runner.compiled,
         }
 
     def describe(self, layers: str) -> list[str]:
-        each = self._session_tokens
+        kept = "keys, values and states" if self.store.sequence_tokens else "keys and values"
         lines = [
             f"layers {layers} on {self.device.type} in {str(self.dtype).removeprefix('torch.')} "
-            f"({self.parameter_bytes:,} bytes of weights; keys and values for {self.store.capacity:,} tokens, "
-            f"or {self.store.capacity // each:,} sessions of {each:,})"
+            f"({self.parameter_bytes:,} bytes of weights; {kept} for {self.store.capacity:,} tokens, "
+            f"or {self._kv_sessions:,} sessions of {self._session_tokens:,})"
         ]
         if self.quantization is not None:
             lines.append(self.quantization)
@@ -189,6 +190,11 @@ class LanguageBody:
         if self.runner.padding_matters:
             lines.append("rows with padding to their left are refused: these layers compute them otherwise")
         return lines
+
+    @property
+    def _kv_sessions(self) -> int:
+        """How many sessions of `_session_tokens` tokens fit into memory, if each has one row."""
+        return self.store.capacity // (self._session_tokens + self.store.sequence_tokens)
 
     @property
     def _session_tokens(self) -> int:
