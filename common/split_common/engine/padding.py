@@ -14,6 +14,7 @@ import torch
 
 from split_common.engine.layers import LayerRange
 from split_common.engine.per_sequence import CacheStore
+from split_common.models.cache_layers import counts_tokens
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def _tokens(layers: LayerRange, store: CacheStore) -> int:
 
 def _shifted(cache: Any, offset: int) -> Any:
     """A cache that reports `offset` columns before those that it holds, as a window does that has dropped them."""
-    for layer in {id(layer): layer for layer in cache.layers}.values():
+    for layer in {id(layer): layer for layer in cache.layers if counts_tokens(layer)}.values():
         _shift(layer, offset)
     return cache
 
