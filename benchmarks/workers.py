@@ -15,11 +15,23 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from split_common.system.signals import PARENT
 
 #: Modules that every worker imports.
-IMPORTS = ("torch", "transformers", "split_worker.cli", "split_worker.worker")
+IMPORTS = ("torch", "transformers", "split_worker.cli", "split_worker.worker", "split_worker.bodies.loading")
+
+
+class DidNotStart(RuntimeError):
+    """A worker ended before it served. `error` is what it said: the error's type, and the message."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(f"a worker did not start: {line}")
+        self.error = "DidNotStart", str(self)
+        if line.startswith("{"):
+            error = json.loads(line)["error"]
+            self.error = error["type"], error["message"]
 
 
 class Workers:
@@ -38,8 +50,8 @@ class Workers:
             stdout=subprocess.PIPE,
             text=True,
         )
-        #: Process ids, by the worker's id on the queue.
-        self._running: dict[bytes, int] = {}
+        #: What each running worker said when it was ready, by its id on the queue.
+        self.facts: dict[bytes, dict[str, Any]] = {}
 
     def __enter__(self) -> Workers:
         return self
@@ -48,22 +60,22 @@ class Workers:
         self._parent.communicate()
 
     def start(self, *options: str) -> bytes:
-        """Starts a worker with further options; returns its id once it serves. Raises RuntimeError if it fails."""
+        """Starts a worker with further options; returns its id once it serves. Raises DidNotStart if it fails."""
         assert self._parent.stdin is not None
         assert self._parent.stdout is not None
         self._parent.stdin.write(json.dumps([*self._command, *options]) + "\n")
         self._parent.stdin.flush()
         line = self._parent.stdout.readline()
         if not line.startswith("{") or '"error"' in line:
-            raise RuntimeError(f"a worker did not start: {line}")
+            raise DidNotStart(line)
         facts = json.loads(line)
         worker = bytes.fromhex(facts["id"])
-        self._running[worker] = int(facts["pid"])
+        self.facts[worker] = facts
         return worker
 
     def kill(self, worker: bytes) -> None:
         """SIGKILL."""
-        os.kill(self._running.pop(worker), signal.SIGKILL)
+        os.kill(int(self.facts.pop(worker)["pid"]), signal.SIGKILL)
 
 
 def main(imports: Sequence[str]) -> None:
@@ -75,7 +87,9 @@ def main(imports: Sequence[str]) -> None:
         while line := lines.readline():
             pid, answer = _fork(json.loads(line))
             started.append(pid)
-            print(answer or json.dumps({"error": "it ended before it was ready"}), flush=True)
+            print(
+                answer or json.dumps({"error": {"type": "", "message": "it ended before it was ready"}}), flush=True
+            )
     # No child has been waited for, so no other process can have the id of one that has ended.
     for pid in started:
         os.kill(pid, signal.SIGKILL)

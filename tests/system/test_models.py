@@ -1,0 +1,65 @@
+"""`benchmarks.models`: small models of many structures, through processes of broker and workers.
+
+`make test` runs two of them, `make test-long` all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from test_benchmarks import run
+
+from benchmarks.models import IDENTICAL, REFUSED, UNAVAILABLE, WRONG, summary
+
+FEATURES = (
+    "greedy",
+    "padded",
+    "beams",
+    "lookup",
+    "assisted",
+    "multi_turn",
+    "fork",
+    "mixed",
+    "replayed",
+    "evicted",
+)
+
+
+def check(results: dict[str, Any]) -> None:
+    assert set(results) == {"identical", "refused", "wrong", "features"}
+    assert results["wrong"] == [], results["features"]
+    for name in results["identical"]:
+        assert tuple(results["features"][name]) == FEATURES
+    assert sorted([*results["identical"], *results["refused"]]) == sorted(results["features"])
+
+
+@pytest.mark.numbers
+def test_two_models() -> None:
+    results = run("models", "--only", "mistral3,gpt_oss_mxfp4")
+    check(results)
+    assert results["identical"] == ["mistral3", "gpt_oss_mxfp4"]
+
+
+@pytest.mark.numbers
+@pytest.mark.long
+def test_all_models() -> None:
+    results = run("models")
+    check(results)
+    assert len(results["features"]) == 24
+    assert len(results["identical"]) >= 10
+
+
+def test_each_model_has_one_outcome() -> None:
+    usual = dict.fromkeys(FEATURES, IDENTICAL)
+    features = {
+        "right": usual | {"assisted": f"{UNAVAILABLE}assistants need a cache"},
+        "refused": usual | {"padded": f"{REFUSED}no padding", "fork": f"{REFUSED}no forks"},
+        "wrong": usual | {"padded": f"{REFUSED}no padding", "fork": f"{WRONG}answers [0] of 3 differ"},
+        "no reference": {"greedy": f"{UNAVAILABLE}AttributeError"},
+    }
+    assert summary(features) == {
+        "identical": ["right"],
+        "refused": {"refused": "padded: no padding"},
+        "wrong": ["wrong", "no reference"],
+    }
