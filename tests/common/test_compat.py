@@ -17,6 +17,7 @@ import torch
 import transformers
 import typer.core
 from redis.connection import ConnectionPool, PythonRespSerializer
+from transformers.utils import output_capturing
 
 import tiny
 import tiny_vision
@@ -172,6 +173,30 @@ def test_the_variables_of_a_chat_template(tmp_path: Path) -> None:
     reserved = compat_transformers.reserved_template_variables(tokenizer)
     assert {"messages", "tools", "add_generation_prompt", "tokenize", "bos_token"} <= reserved
     assert not {"documents", "enable_thinking"} & reserved
+
+
+def test_outputs_of_single_layers_are_captured_by_hooks(llama: Any) -> None:
+    named(output_capturing, "_CAN_RECORD_REGISTRY", compat_transformers.captured_outputs)
+    named(output_capturing, "_active_collector", compat_transformers.active_captures)
+    layer = llama.model.layers[1]
+    counts = compat_transformers.captured_outputs(llama.model, layer, "model.layers.1")
+    assert counts == {"hidden_states": 1, "attentions": 1}
+    compat_transformers.install_capturing_hooks(llama)
+    assert layer._forward_hooks
+    seen = []
+    hook = layer.register_forward_hook(lambda *_: seen.append(compat_transformers.active_captures()))
+    try:
+        llama(torch.tensor([[1, 2]]))
+        captured = llama(torch.tensor([[1, 2]]), output_hidden_states=[1])
+    finally:
+        hook.remove()
+    assert seen[0] == {}
+    assert seen[1].keys() == {"hidden_states"}
+    assert [state is None for state in captured.hidden_states].count(False) == 1
+    captures: dict[str, Any] = {"hidden_states": [], "_hidden_states_layers": {1}}
+    for value in "ab":
+        compat_transformers.capture(captures, "hidden_states", value)
+    assert captures["hidden_states"] == [None, "b"]
 
 
 # --- torch -------------------------------------------------------------------------------------------------

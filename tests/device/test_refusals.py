@@ -99,7 +99,6 @@ def quantized(model: Model) -> QuantizedCache:
             for name in ("static", "offloaded", "offloaded_static", "quantized", "hybrid")
         ),
         ({"generation_config": GenerationConfig(cache_implementation="static")}, "static"),
-        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"generation_config": GenerationConfig(output_attentions=True)}, "output_attentions"),
     ],
@@ -133,15 +132,15 @@ def test_static_cache_by_default(silent: Model, monkeypatch: pytest.MonkeyPatch)
         silent.generate(PROMPT, **GREEDY)
 
 
-@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions", "output_router_logits"])
+@pytest.mark.parametrize("name", ["output_attentions", "output_router_logits"])
 def test_output_of_forward(silent: Model, name: str) -> None:
     with pytest.raises(UnsupportedFeature, match=name):
         silent(PROMPT, **{name: True})
 
 
 def test_output_by_configuration(silent: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(silent.config, "output_hidden_states", True)
-    with pytest.raises(UnsupportedFeature, match="output_hidden_states"):
+    monkeypatch.setattr(silent.config, "output_router_logits", True, raising=False)
+    with pytest.raises(UnsupportedFeature, match="output_router_logits"):
         silent(PROMPT)
 
 
@@ -163,6 +162,14 @@ def test_gradients_of_the_tail(broker: str, tmp_path: Path) -> None:
         model.lm_head.requires_grad_()
         model(PROMPT, labels=PROMPT).loss.backward()
         assert model.lm_head.weight.grad.norm() > 0
+
+
+def test_packed_sequences_are_not_called_too_long(silent: Model) -> None:
+    """Their positions begin again, so more tokens than positions are no reason."""
+    limit = silent.split_parts.max_positions
+    positions = torch.arange(limit).repeat(2)[None]
+    with pytest.raises(UnsupportedFeature, match="packed sequences"):
+        silent(torch.ones_like(positions), position_ids=positions, use_cache=False)
 
 
 # --- masks and positions -----------------------------------------------------------------------------------

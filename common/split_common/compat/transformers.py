@@ -13,6 +13,12 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gene
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import chat_template_utils
+from transformers.utils.output_capturing import (
+    _CAN_RECORD_REGISTRY,
+    OutputRecorder,
+    _active_collector,
+    maybe_install_capturing_hooks,
+)
 
 # --- loading -----------------------------------------------------------------------------------------------
 
@@ -239,3 +245,63 @@ def reserved_template_variables(tokenizer: Any) -> frozenset[str]:
     """
     arguments = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"documents", "kwargs"}
     return frozenset(arguments | {"messages"} | set(tokenizer.special_tokens_map))
+
+
+# --- outputs of single layers ------------------------------------------------------------------------------
+
+
+def captured_outputs(owner: Any, layer: nn.Module, name: str) -> dict[str, int]:
+    """How many outputs transformers' hooks capture in a layer, by their names in a model's output.
+
+    Args:
+        owner: the module that calls the layers.
+        layer: one of them.
+        name: the layer's name in the model.
+
+    Returns:
+        Nothing for models that gather such outputs by code of their own.
+
+    Written against transformers 5.24. If it breaks, look at `recursively_install_hooks` in
+    `utils/output_capturing.py`.
+    """
+    counts: dict[str, int] = {}
+    for key, specs in _CAN_RECORD_REGISTRY.get(owner).items():
+        for spec in specs if isinstance(specs, list) else [specs]:
+            recorder = spec if isinstance(spec, OutputRecorder) else None
+            kind = recorder.target_class if recorder else spec if isinstance(spec, type) else None
+            suffix = recorder.class_name if recorder else spec if isinstance(spec, str) else None
+            part = f".{recorder.layer_name.strip('.')}." if recorder and recorder.layer_name else ""
+            for inner, module in layer.named_modules(prefix=name):
+                matches = (kind is not None and isinstance(module, kind)) or (
+                    suffix is not None and inner.endswith(suffix)
+                )
+                if matches and part in f"{inner}.":
+                    counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+def install_capturing_hooks(model: Any) -> None:
+    """Installs the hooks that capture outputs, which do nothing until an output is asked for.
+
+    Written against transformers 5.24. If it breaks, look at `maybe_install_capturing_hooks` in
+    `utils/output_capturing.py`.
+    """
+    maybe_install_capturing_hooks(model)
+
+
+def active_captures() -> dict[str, Any] | None:
+    """The outputs that are captured in the forward under way, by name; None if none is.
+
+    Written against transformers 5.24. If it breaks, look at `capture_outputs` in `utils/output_capturing.py`.
+    """
+    captures: dict[str, Any] | None = _active_collector.get()
+    return captures
+
+
+def capture(captures: dict[str, Any], name: str, output: Any) -> None:
+    """Adds an output to those that are captured, or None in its place if the caller did not select it.
+
+    Written against transformers 5.24. If it breaks, look at `append_hidden_state` in `utils/output_capturing.py`.
+    """
+    selected = captures.get("_hidden_states_layers") if name == "hidden_states" else None
+    captures[name].append(output if selected is None or len(captures[name]) in selected else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from split_common.compat.transformers import captured_outputs
 from split_common.errors import UnsupportedFeature
 from split_common.models.cache_layers import States, copy_states, crop_keys, has_states, restore_states, was_used
 from split_common.models.layer_stack import PassThrough
@@ -19,6 +20,7 @@ from split_common.models.split import Split
 from split_device.models.cache import BodyLayer, SessionCacheLayer, StepContext, Traits
 from split_device.models.connected import refuse_gradients
 from split_device.models.context import CallContext
+from split_device.models.outputs import record
 from split_device.models.stand_ins import OnWorker, outline
 from split_device.sessions.client import Client
 
@@ -46,14 +48,34 @@ generating: CallContext[Generating] = CallContext("generate")
 class RemoteLayer(OnWorker, PassThrough):
     """The layer in a slot of the body. `close_off` gives it stand-ins for the modules of the original layer."""
 
+    _index = 0
+    #: Whether it is the body's last one.
+    _is_last = False
+    #: How many outputs transformers captures in the original layer, by name.
+    captured: Mapping[str, int] = {}
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # The body's first slot has returned the output of the last one, which is passed on.
+        record(self._index, self.captured, hidden, hidden if self._is_last else None)
+        return self.wrap(hidden)
+
     def imitate(self, layer: nn.Module) -> None:
         super().imitate(layer)
         # Not as a submodule: its weights are not loaded.
         self.__dict__["_original"] = layer
 
-    def close_off(self, name: str) -> None:
-        """Refuses changes from now on. `name` is the layer's in the model."""
-        outline(self, self.__dict__.pop("_original"))
+    def close_off(self, name: str, owner: nn.Module, is_last: bool) -> None:
+        """Refuses changes from now on.
+
+        Args:
+            name: the layer's in the model; it ends with the layer's index.
+            owner: calls the layers.
+            is_last: whether it is the body's last one.
+        """
+        original = self.__dict__.pop("_original")
+        self._index, self._is_last = int(name.rpartition(".")[2]), is_last
+        self.captured = captured_outputs(owner, original, name)
+        outline(self, original)
         self.seal(name)
 
 
@@ -83,6 +105,7 @@ class RemoteBody(RemoteLayer):
             output = session.exchange(step)
             output = session.commit(step, output)
         context.timings.start_lap()
+        record(self._index, self.captured, hidden, output if self._is_last else None)
         return self.wrap(output)
 
     def check_cache(self, cache: Any) -> None:
@@ -102,9 +125,6 @@ class RemoteBody(RemoteLayer):
     def _session(self, cache: Cache | None, context: StepContext, tokens: int) -> Iterator[SessionCacheLayer]:
         """The session for a forward of `tokens` new tokens: the cache's, or one for this block without a cache."""
         if cache is None:
-            positions = context.positions
-            if context.mask is None and positions is not None and bool((positions.diff() != 1).any()):
-                raise UnsupportedFeature("packed sequences cannot be split: pass them as rows of a batch")
             session = self._new_session(None)
             try:
                 yield session

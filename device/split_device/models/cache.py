@@ -96,6 +96,17 @@ class BodyLayer(DynamicLayer):  # type: ignore[misc]
         self._window = window
         self._holder = holder
 
+    @property
+    def keys(self) -> Any:
+        """Refused, as are the values: they are on the worker."""
+        raise UnsupportedFeature("keys and values of the body's layers cannot be split: they are on the worker")
+
+    @keys.setter
+    def keys(self, _nothing: None) -> None:
+        """transformers' constructor sets None."""
+
+    values = keys
+
     def get_seq_length(self) -> int:
         return self._holder.get_seq_length() if self._holder is not None else 0
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from split_common.compat.transformers import attention_implementation, install_capturing_hooks
 from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
 from split_common.models.cache_layers import cached_tokens, was_used
 from split_common.models.demo_model import model_option
@@ -21,6 +22,7 @@ from split_device.models.body import Generating, RemoteBody, RemoteLayer, forwar
 from split_device.models.cache import StepContext, Traits, attends, sees_gaps
 from split_device.models.connected import ConnectedModel, Endpoint
 from split_device.models.masks import plain_mask
+from split_device.models.outputs import PARTIAL, REFUSED, refuse_outputs
 from split_device.sessions.client import Client
 from split_device.sessions.connection import Connection
 from split_device.sessions.identity import check_request_id
@@ -121,9 +123,12 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         traits = Traits(counts_indices, stack.positions_interact, attends(config))
         self.split_parts = SplitParts(client, split, stack, traits, stack.max_positions, history_memory)
         self._body.attach(client, split, traits, history_memory)
+        # Before there are stand-ins, which refuse hooks.
+        install_capturing_hooks(self)
+        last = stack.slots[split.last - 1]
         for name, slot in self.named_modules():
             if isinstance(slot, RemoteLayer):
-                slot.close_off(name)
+                slot.close_off(name, stack.owner, slot is last)
         self.generation_config.cache_implementation = None
         #: Names of the positional arguments of the stack's owner, and of the model itself, in order.
         _, *self._stack_arguments = inspect.signature(inspect.unwrap(type(stack.owner).forward)).parameters
@@ -160,7 +165,7 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
             if options.get("cache_implementation") not in _DYNAMIC:
                 name = options["cache_implementation"]
                 raise UnsupportedFeature(f"cache_implementation={name!r} cannot be split: only a dynamic cache can")
-            _refuse_outputs(options)
+            self._refuse_outputs(options)
         for name in ("cache", "past_key_values"):
             if (cache := kwargs.get(name)) is not None:
                 self._body.check_cache(cache)
@@ -194,6 +199,10 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         if tokens > (limit := self.split_parts.max_positions):
             raise PromptTooLong(f"{tokens} tokens exceed the model's {limit} positions")
 
+    def _refuse_outputs(self, options: dict[str, Any]) -> None:
+        eager = attention_implementation(self.split_parts.stack.owner) == "eager"
+        refuse_outputs(options, self._body.captured, eager=eager)
+
     # --- hooks; the `_after` hooks run after a failed call, too --------------------------------------------
 
     @property
@@ -221,7 +230,7 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         around = forwarding.get() or StepContext()
         context = StepContext(None, given.get("position_ids"), around.timings)
         forwarding.enter(context)
-        _refuse_outputs({name: getattr(self.config, name, False) for name in _OUTPUTS} | given)
+        self._refuse_outputs({name: getattr(self.config, name, False) for name in (*PARTIAL, *REFUSED)} | given)
         if cache is not None:
             self._body.check_cache(cache)
             context.head_states = self._body.head_states(cache)
@@ -229,6 +238,11 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         states = given.get("inputs_embeds")
         tokens = given.get("input_ids") if states is None else states
         if tokens is not None:
+            uses_cache = given.get("use_cache")
+            if cache is None and not (
+                getattr(self.config, "use_cache", True) if uses_cache is None else uses_cache
+            ):
+                _refuse_packing(context)
             self._check_length((cached_tokens(cache) if cache is not None else 0) + tokens.shape[1])
         if states is None and tokens is not None and self._scope is None:
             check_tokens(self, tokens)
@@ -262,10 +276,8 @@ def check_tokens(model: Any, tokens: torch.Tensor) -> None:
         )
 
 
-_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
-
-
-def _refuse_outputs(options: dict[str, Any]) -> None:
-    for name in _OUTPUTS:
-        if options.get(name):
-            raise UnsupportedFeature(f"{name} cannot be split: the body's are on the worker")
+def _refuse_packing(context: StepContext) -> None:
+    """Raises UnsupportedFeature for several sequences in one row, which transformers tells by their positions."""
+    positions = context.positions
+    if context.mask is None and positions is not None and bool((positions.diff() != 1).any()):
+        raise UnsupportedFeature("packed sequences cannot be split: pass them as rows of a batch")
