@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def start_worker(
     dtype: torch.dtype | None = None,
     cut: str | None = None,
     ip_adapter: Path | None = None,
+    adapters: Sequence[str] = (),
 ) -> Worker:
     """A worker of a checkpoint's body, joined to a broker; the caller stops it."""
     fleet = fleet or load_fleet()
@@ -49,6 +50,7 @@ def start_worker(
         layers=layers,
         cut=cut,
         ip_adapter=ip_adapter,
+        adapters=adapters,
         device=torch.device("cpu"),
         dtype=dtype,
         memory=KV_BYTES,

@@ -7,6 +7,7 @@ The exit code of the command is in parentheses if it is not 1::
     │   └── KeysError (2)
     ├── ModelError
     │   ├── UnknownModel (2)
+    │   ├── UnknownAdapter (2)
     │   ├── InvalidSplit (2), a ValueError too
     │   ├── MissingTensor
     │   ├── TensorMismatch
@@ -71,6 +72,12 @@ class ModelError(SplitError):
 
 class UnknownModel(ModelError):
     """There is no checkpoint with this name or path."""
+
+    exit_code = 2
+
+
+class UnknownAdapter(ModelError):
+    """The worker has not loaded the adapter that a session asks for, or the model has none of this name."""
 
     exit_code = 2
 

@@ -131,6 +131,7 @@ REQUESTS: dict[str, payloads.Payload] = {
     ),
     "part": payloads.TensorPart(4096, 6),
     "rest": payloads.PartRequest(4096, 1024),
+    "use-adapter": payloads.UseAdapter("sql", KEY),
 }
 REPLIES: dict[str, payloads.Payload] = {
     "result": payloads.Result("bfloat16", 3, 2, 1500, 2500),
@@ -140,7 +141,17 @@ REPLIES: dict[str, payloads.Payload] = {
     "refusal": payloads.Refusal("full", "the worker's queue is full", 0.5, 6, 7, 8),
 } | {
     f"refusal-{reason}": payloads.Refusal(reason)
-    for reason in ("busy", "non-finite", "malformed", "lost", "failed", "too-long", "evicted", "embeddings")
+    for reason in (
+        "busy",
+        "non-finite",
+        "malformed",
+        "lost",
+        "failed",
+        "too-long",
+        "evicted",
+        "embeddings",
+        "adapter",
+    )
 }
 
 

@@ -65,10 +65,9 @@ def lora(**options: Any) -> Any:
     "load",
     [
         lambda model, path: peft.PeftModel.from_pretrained(model, path),
-        lambda model, path: model.load_adapter(str(path)),
         lambda model, _: peft.get_peft_model(model, lora()),
     ],
-    ids=["from_pretrained", "load_adapter", "get_peft_model"],
+    ids=["from_pretrained", "get_peft_model"],
 )
 def test_a_lora_of_all_layers(split: Any, checkpoint: Path, tmp_path: Path, load: Callable[..., Any]) -> None:
     adapter = save_adapter(checkpoint, tmp_path / "lora", lora())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from split_common.cli.options import (
+    AdaptersOption,
     BrokerOption,
     CutOption,
     DeviceOption,
@@ -51,6 +52,7 @@ def worker(
     layers: LayersOption = None,
     cut: CutOption = None,
     ip_adapter: IpAdapterOption = None,
+    adapter: AdaptersOption = None,
     broker: BrokerOption = DEFAULT_BROKER,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -116,6 +118,7 @@ def worker(
             layers=None if layers is None else str(layers),
             cut=cut,
             ip_adapter=ip_adapter,
+            adapters=adapter or (),
             device=parse_device(device),
             dtype=parse_dtype(dtype),
             memory=kv_bytes,

@@ -15,6 +15,7 @@ from split_common.errors import (
     Oversized,
     PromptTooLong,
     SplitError,
+    UnknownAdapter,
 )
 from split_common.protocol import headers, payloads
 from split_worker.sessions import Session
@@ -32,6 +33,7 @@ REASONS: dict[type[Exception], str] = {
     Oversized: "malformed",
     PromptTooLong: "too-long",
     NeedEmbeddings: "embeddings",
+    UnknownAdapter: "adapter",
     Evicted: "evicted",
 }
 

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from split_common.cli.options import (
+    AdaptersOption,
     BrokerOption,
     FleetOption,
     IpAdapterOption,
@@ -23,6 +24,7 @@ from split_common.cli.options import (
 )
 from split_common.cli.redis_acl import redis_acl
 from split_common.errors import ConfigError, KeysError
+from split_common.models.adapters import parse_adapters, read_adapter
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.demo_model import resolve_model
 from split_common.models.verification import build_manifest
@@ -121,17 +123,25 @@ def add_model(
     ] = None,
     revision: RevisionOption = None,
     ip_adapter: IpAdapterOption = None,
+    adapter: AdaptersOption = None,
     keys: FleetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Sign a list of a model's tensors, so that each side can check the weights it loads."""
+    """Sign a list of a model's tensors, and one of each adapter's, so that each side can check what it loads."""
     fleet = _open(keys)
     fleet.require_operator()
     checkpoint = Checkpoint.resolve(resolve_model(model), revision, ip_adapter)
+    directories = parse_adapters(adapter or ())
     manifest = _hash(checkpoint, name)
-    fleet.add_manifest(manifest)
+    loras = [read_adapter(name, directory, manifest).checkpoint for name, directory in directories.items()]
+    adapters = [_hash(lora, None) for lora in loras]
+    for each in (manifest, *adapters):
+        fleet.add_manifest(each)
     message = f"added model {manifest.name} ({len(manifest.tensors)} tensors) to {fleet.path}"
-    _report(json, message, {"keys": str(fleet.path), "model": _model(manifest)})
+    for each in adapters:
+        message += f"\nadded adapter {each.name} ({len(each.tensors)} tensors)"
+    summary = {"keys": str(fleet.path), "model": _model(manifest)}
+    _report(json, message, summary | ({"adapters": [_model(each) for each in adapters]} if adapters else {}))
 
 
 @keys_app.command()

@@ -122,6 +122,16 @@ IpAdapterOption = Annotated[
         help="An IP-Adapter's .safetensors file, for a diffusion model. The model then counts as a different one.",
     ),
 ]
+AdaptersOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME=DIR",
+        rich_help_panel=MODEL_PANEL,
+        help="Directory of a LoRA in PEFT's format for a language model, and what to call it; without NAME= as the "
+        "directory. A worker and `serve` take several, by repeating it. Devices and workers need the same.",
+    ),
+]
 BrokerOption = Annotated[
     str,
     typer.Option(

@@ -14,6 +14,7 @@ from split_common.engine.forward import Forward
 from split_common.engine.graphs import DecodeGraphs, new_capture
 from split_common.engine.layers import LayerRange
 from split_common.engine.linear import padded_rows
+from split_common.engine.lora import AdapterNumber, adapting, is_adapted
 from split_common.engine.pool import PagedSequence, PagePool
 from split_common.engine.sequences import TokenRun
 
@@ -43,7 +44,9 @@ class PackedExecutor:
     def capturable(self) -> bool:
         """Whether decoding batches can be CUDA graphs."""
         layers = self._layers
-        return self.backend.capturable and not (layers.stack.positions_interact or layers.on_several_gpus)
+        return self.backend.capturable and not (
+            layers.stack.positions_interact or layers.on_several_gpus or is_adapted(layers.owner)
+        )
 
     def capture_graphs(self) -> None:
         """Makes decoding batches run as CUDA graphs from now on. Each is captured when it is first needed."""
@@ -66,7 +69,7 @@ class PackedExecutor:
         slots = torch.from_numpy(np.concatenate(new_slots))
         output = self._replay(spans, states, positions, slots)
         if output is None:
-            output = self._run(spans, states, positions, slots)
+            output = self._run(spans, states, positions, slots, [run.adapter for run in runs])
         return Forward(output, [span.count for span in spans], order)
 
     def _replay(
@@ -78,16 +81,22 @@ class PackedExecutor:
         return self.graphs.run(spans, states, positions, slots)
 
     def _run(
-        self, spans: Sequence[Span], states: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
+        self,
+        spans: Sequence[Span],
+        states: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        adapters: Sequence[AdapterNumber],
     ) -> torch.Tensor:
         layers, tokens = self._layers, len(states)
-        counts = [span.count for span in spans]
+        counts, padding = [span.count for span in spans], 0
         plan = self.backend.plan(self.store, spans, layers.device)
         if layers.device.type == "cpu" and (padding := padded_rows(tokens) - tokens):
             states, positions = pad(states, (0, 0, 0, padding)), pad(positions, (0, padding))
-            counts.append(padding)
-        batch = PackedBatch(self.store, counts, layers.to_device(slots), plan)
-        return self._run_layers(layers.to_device(states), layers.to_device(positions), batch)[:tokens]
+        with_padding = [*counts, padding] if padding else counts
+        batch = PackedBatch(self.store, with_padding, layers.to_device(slots), plan)
+        with adapting(adapters, counts, padding):
+            return self._run_layers(layers.to_device(states), layers.to_device(positions), batch)[:tokens]
 
     def _run_layers(self, states: torch.Tensor, positions: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         token = attention.current.set(batch)

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from split_common.engine.forward import Forward
 from split_common.engine.layers import LayerRange
+from split_common.engine.lora import adapting
 from split_common.engine.sequences import TokenRun
 from split_common.errors import Evicted
 from split_common.models.cache_layers import (
@@ -274,11 +275,12 @@ class PerSequenceExecutor:
         layers, sequence = self._layers, run.sequence
         states, positions = sequence.begin(run.states, run.positions)
         try:
-            output = layers.forward(
-                layers.to_device(states),
-                layers.to_device(torch.tensor([list(positions)])),
-                **{layers.stack.cache_name: sequence.cache, "use_cache": True},
-            )
+            with adapting([run.adapter], [len(states)]):
+                output = layers.forward(
+                    layers.to_device(states),
+                    layers.to_device(torch.tensor([list(positions)])),
+                    **{layers.stack.cache_name: sequence.cache, "use_cache": True},
+                )
         except torch.AcceleratorError:
             raise
         except Exception:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, Self, TypeVar
 
 import torch
@@ -82,6 +82,8 @@ class TokenRun(Run, Generic[_Sequence]):
     sequence: _Sequence
     states: torch.Tensor
     positions: Sequence[int]
+    #: The number of the sequence's adapter; None without one.
+    adapter: int | None = None
 
     @property
     def cost(self) -> int:
@@ -92,4 +94,4 @@ class TokenRun(Run, Generic[_Sequence]):
 
     def part(self, begin: int, count: int) -> TokenRun[_Sequence]:
         end = begin + count
-        return TokenRun(self.sequence, self.states[begin:end], self.positions[begin:end])
+        return replace(self, states=self.states[begin:end], positions=self.positions[begin:end])

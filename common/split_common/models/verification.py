@@ -35,7 +35,12 @@ def build_manifest(
     return Manifest(name, checkpoint.config_sha256, checkpoint.digest(checkpoint.tensor_names, progress))
 
 
-def find_manifest(fleet: Fleet, checkpoint: Checkpoint, own_names: Iterable[str]) -> Manifest:
+def find_manifest(
+    fleet: Fleet,
+    checkpoint: Checkpoint,
+    own_names: Iterable[str],
+    command: str = "lambda-split keys add-model MODEL",
+) -> Manifest:
     """The fleet's manifest of this checkpoint, against which the tensors to be loaded have been checked.
 
     If several match, one with the checkpoint's name is preferred. A loopback fleet without a match hashes the whole
@@ -45,6 +50,7 @@ def find_manifest(fleet: Fleet, checkpoint: Checkpoint, own_names: Iterable[str]
         fleet: whose manifests are searched.
         checkpoint: the model.
         own_names: names of the tensors that this side loads; only these are hashed.
+        command: makes the manifest, for messages.
 
     Raises:
         KeysError: a configured fleet has no manifest with this config.json.
@@ -53,13 +59,13 @@ def find_manifest(fleet: Fleet, checkpoint: Checkpoint, own_names: Iterable[str]
     """
     digests = checkpoint.digest(own_names)
     try:
-        return _matching(fleet, checkpoint, digests)
+        return _matching(fleet, checkpoint, digests, command)
     except (KeysError, TensorMismatch):
         if not fleet.is_loopback:
             raise
     with fleet.locked():
         try:
-            return _matching(fleet, checkpoint, digests)
+            return _matching(fleet, checkpoint, digests, command)
         except (KeysError, TensorMismatch):
             manifest = build_manifest(checkpoint)
             fleet.add_manifest(manifest)
@@ -67,7 +73,7 @@ def find_manifest(fleet: Fleet, checkpoint: Checkpoint, own_names: Iterable[str]
     return manifest
 
 
-def _matching(fleet: Fleet, checkpoint: Checkpoint, digests: dict[str, bytes]) -> Manifest:
+def _matching(fleet: Fleet, checkpoint: Checkpoint, digests: dict[str, bytes], command: str) -> Manifest:
     same_config = [found for found in fleet.manifests() if found.config == checkpoint.config_sha256]
     same_config.sort(key=lambda found: found.name != checkpoint.name)
     mismatch: TensorMismatch | None = None
@@ -79,6 +85,5 @@ def _matching(fleet: Fleet, checkpoint: Checkpoint, digests: dict[str, bytes]) -
         else:
             return manifest
     raise mismatch or KeysError(
-        f"no manifest of {checkpoint.name} (with this config.json) in {fleet.path}; "
-        "run `lambda-split keys add-model MODEL` there"
+        f"no manifest of {checkpoint.name} (with this configuration) in {fleet.path}; run `{command}` there"
     )

@@ -53,10 +53,11 @@ SESSION_KEYS = "session-keys"
 #: which does not travel. Devices refuse such rows.
 UNPADDED = "unpadded"
 
-#: What a peer may not support; the two ends of a channel use what both have. "fork" copies a session on its worker;
-#: "int4" and "int8" are codecs; "session-keys" names sessions by keys, as in version 2 of the headers. New kinds of
-#: requests, rows and codecs add their names here.
-CAPABILITIES = frozenset({"fork", "int4", "int8", SESSION_KEYS, UNPADDED})
+#: What a peer may not support; the two ends of a channel use what both have. "adapters" gives a session one of the
+#: adapters that its worker has loaded; "fork" copies a session on its worker; "int4" and "int8" are codecs;
+#: "session-keys" names sessions by keys, as in version 2 of the headers. New kinds of requests, rows and codecs add
+#: their names here.
+CAPABILITIES = frozenset({"adapters", "fork", "int4", "int8", SESSION_KEYS, UNPADDED})
 
 
 class Payload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -122,6 +123,23 @@ class Fork(Payload, frozen=True, tag=2):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"fork"})
+
+
+class UseAdapter(Payload, frozen=True, tag=12):
+    """Opens the session with an adapter that its worker has loaded; copies of the session have it, too."""
+
+    #: What the device calls it, for messages.
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    #: The root of the adapter's manifest, by which the worker knows it.
+    root: Hash
+
+    @property
+    def reserved(self) -> int:
+        return 256
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"adapters"})
 
 
 class Close(Payload, frozen=True, tag=3):
@@ -273,7 +291,16 @@ class Refusal(Payload, frozen=True, tag=6):
     """
 
     reason: Literal[
-        "busy", "full", "non-finite", "malformed", "lost", "failed", "too-long", "evicted", "embeddings"
+        "busy",
+        "full",
+        "non-finite",
+        "malformed",
+        "lost",
+        "failed",
+        "too-long",
+        "evicted",
+        "embeddings",
+        "adapter",
     ]
     message: Annotated[str, msgspec.Meta(max_length=2048)] = ""
     retry_after: Seconds = 0.0
@@ -282,13 +309,14 @@ class Refusal(Payload, frozen=True, tag=6):
     seq: Natural = 0
 
 
-AnyRequest = Step | Fork | Close | Conditioning | Denoise | TensorPart | PartRequest
+AnyRequest = Step | Fork | UseAdapter | Close | Conditioning | Denoise | TensorPart | PartRequest
 AnyReply = Result | Done | Refusal | Denoised | TensorPart
 
 #: The type of the answer to each type of request, unless it is refused.
 ANSWERS: dict[type[Payload], type[Payload]] = {
     Step: Result,
     Fork: Done,
+    UseAdapter: Done,
     Conditioning: Done,
     TensorPart: Done,
     Denoise: Denoised,

@@ -79,7 +79,7 @@ _OF_PROMPTS = ("--column", "--template", "--image", "--system", "--raw")
 #: Options for prompts of texts, and for those of images.
 _OF_CONVERSATIONS = ("--system", "--chat-template", "--chat-template-kwargs")
 _OF_TEXTS = (
-    *("--max-tokens", "--temperature", "--top-p", "--top-k", "--stop", "--raw", "--tokenizer"),
+    *("--max-tokens", "--temperature", "--top-p", "--top-k", "--stop", "--raw", "--tokenizer", "--adapter"),
     *_OF_CONVERSATIONS,
 )
 _OF_IMAGES = ("--steps", "--size", "--guidance", "--negative", "--metadata")

@@ -9,6 +9,7 @@ import msgspec
 
 from split_common.cli.groups import Group
 from split_common.cli.options import (
+    AdaptersOption,
     BrokerOption,
     CutOption,
     DeviceOption,
@@ -57,7 +58,7 @@ from split_device.images.settings import (
     parse_pixels,
     pipeline_directory,
 )
-from split_device.jobs.job import ImageChoice, ModelChoice, checkpoint
+from split_device.jobs.job import ImageChoice, ModelChoice, adapter_choices, checkpoint
 from split_device.models.hardware import Hardware
 from split_device.sessions.connection import Connection
 
@@ -71,18 +72,27 @@ class TextModel:
     dtype: str = "auto"
     revision: str | None = None
     tokenizer: str | None = None
+    #: LoRA adapters, as `NAME=DIR` or `DIR`.
+    adapter: list[str] | None = None
     #: Numbers of layers before and after the body, as options used to name them.
     head_layers: int | None = None
     tail_layers: int | None = None
 
-    def choice(self) -> ModelChoice:
+    def choice(self, several_adapters: bool = False) -> ModelChoice:
         """The choice of the model. Reads its configuration if --layers ends at a layer counted from the start.
+
+        Args:
+            several_adapters: whether there may be more than one.
 
         Raises:
             ModelError: the demo model is missing and cannot be made, or the configuration cannot be read.
             InvalidSplit: --layers is not a part of the model.
-            ConfigError: the layers are named in two ways.
+            ConfigError: the layers are named in two ways, or there are more adapters than may be.
+            UnknownModel: a directory holds no adapter.
         """
+        adapters = adapter_choices(self.adapter or ())
+        if len(adapters) > 1 and not several_adapters:
+            raise ConfigError("--adapter is given more than once: an answer has one adapter")
         name = checkpoint(self.model)
 
         def count() -> int:
@@ -98,6 +108,7 @@ class TextModel:
             tail_layers=tail,
             dtype=self.dtype,
             tokenizer=checkpoint(self.tokenizer) if self.tokenizer is not None else msgspec.UNSET,
+            adapters=adapters or msgspec.UNSET,
         )
 
 
@@ -184,6 +195,7 @@ TEXT_MODEL = Group(
     dtype=DtypeOption,
     revision=RevisionOption,
     tokenizer=TokenizerOption,
+    adapter=AdaptersOption,
     head_layers=OldHeadOption,
     tail_layers=OldTailOption,
 )

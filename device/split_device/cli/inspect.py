@@ -7,6 +7,7 @@ from typing import Annotated
 
 from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption, ModelArgument
+from split_common.models.adapters import parse_adapters
 from split_common.models.checkpoint_files import model_name
 from split_common.system.console import doing, emit_json, stdout
 from split_device.cli.groups import TEXT_MODEL, TextModel
@@ -20,20 +21,21 @@ def inspect(
     json: JsonOption = False,
 ) -> None:
     """Show which parts of a model the device keeps and which the worker runs; no weights are read."""
-    choice = dataclasses.replace(cut, model=model).choice()
+    choice = dataclasses.replace(cut, model=model).choice(several_adapters=True)
     with doing(f"reading the shapes of {model_name(choice.name)}"):
         import msgspec
 
         from split_common.models.loading import read_spec
         from split_common.models.split import Split
         from split_common.models.tensors import parse_dtype
-        from split_device.models.sizes import bytes_per_token, parts
+        from split_device.models.sizes import adapter_size, bytes_per_token, parts
 
         spec = read_spec(choice.name, choice.revision)
     split = Split.from_head_tail(spec.layers, choice.head_layers, choice.tail_layers)
     dtype = parse_dtype(choice.dtype)
     rows = parts(spec, split, dtype)
     states = bytes_per_token(spec, dtype)
+    adapters = [adapter_size(spec, split, *each) for each in parse_adapters(cut.adapter or ()).items()]
     if json:
         emit_json(
             {
@@ -41,8 +43,14 @@ def inspect(
                 "layers": spec.layers,
                 "bytes_per_token": states,
                 "parts": [msgspec.to_builtins(row) for row in rows],
+                "adapters": [msgspec.to_builtins(adapter) for adapter in adapters],
             }
         )
     else:
         stdout().print(parts_table(spec.checkpoint.name, rows))
+        for adapter in adapters:
+            print(
+                f"adapter {adapter.name} of rank {adapter.highest_rank} adds {adapter.device_bytes:,} bytes to the "
+                f"device and {adapter.worker_bytes:,} to the worker"
+            )
         print(f"{states:,} bytes of hidden states travel in each direction for each token")

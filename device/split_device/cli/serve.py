@@ -6,13 +6,14 @@ import contextlib
 import importlib.util
 import os
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption, given
 from split_common.errors import ConfigError
+from split_common.models.adapters import parse_adapters
 from split_common.models.checkpoint_files import model_name
 from split_common.system.console import emit_json, stderr
 from split_common.system.process import passive_threads
@@ -89,6 +90,8 @@ def serve(
     chat in a browser. It listens on this machine's loopback only: put a reverse proxy before it for others, and
     give its name with --allowed-host.
 
+    Each --adapter is a model of its own name, beside the one without an adapter.
+
     If --image-model is given and --model is not, only images are served. Requests that name no temperature, top_p
     or top_k have those of the options here, else the checkpoint's. Needs `lambda-split[serve]`. With --json, one
     object is printed when the server is ready.
@@ -110,8 +113,13 @@ def serve(
     images_alone = model.model is None and given(context, ["--image-model"])
     if images_alone and (useless := given(context, _TEXT_OPTIONS)):
         raise ConfigError(f"{useless[0]} is for texts: give --model, too")
-    choice = model.choice() if not images_alone else None
+    choice = model.choice(several_adapters=True) if not images_alone else None
     name, image_name = _name(choice), _name(image_choice)
+    adapters = list(parse_adapters(model.adapter or ()))
+    if images_alone and adapters:
+        raise ConfigError("--adapter is for texts: give --model, too")
+    if taken := {name, image_name}.intersection(adapters):
+        raise ConfigError(f"{taken.pop()} is the name of a model and of an adapter: give --adapter another NAME=")
     with listening(port) as listener, contextlib.ExitStack() as stack:
         with loading(connection, name, image_name):
             from split_device.jobs.models import Models
@@ -131,7 +139,7 @@ def serve(
         server = CompletionServer(completions, image_endpoint, api_key, hosts)
         with running_server(server.app(), listener, stop):
             default = completions.sampling() if completions is not None else None
-            _announce(f"http://{HOST}:{listener.getsockname()[1]}/", name, image_name, default, json)
+            _announce(f"http://{HOST}:{listener.getsockname()[1]}/", name, adapters, image_name, default, json)
             wait_until_set(stop)
 
 
@@ -144,12 +152,26 @@ def _defaults(context: typer.Context, sampling: Sampling, openai_defaults: bool)
     return OPENAI_DEFAULTS
 
 
-def _announce(page: str, name: str | None, image_name: str | None, sampling: Sampling | None, json: bool) -> None:
+def _announce(
+    page: str,
+    name: str | None,
+    adapters: list[str],
+    image_name: str | None,
+    sampling: Sampling | None,
+    json: bool,
+) -> None:
     """Prints what is served, where, and how requests that do not say it are sampled."""
     if json:
-        facts = {"url": f"{page}v1", "page": page, "model": name, "image_model": image_name, "pid": os.getpid()}
+        facts: dict[str, Any] = {
+            "url": f"{page}v1",
+            "page": page,
+            "model": name,
+            "image_model": image_name,
+            "pid": os.getpid(),
+        }
+        facts |= {"adapters": adapters}
         emit_json(facts | {"defaults": sampling.facts() if sampling is not None else None})
-    served = " and ".join(each for each in (name, image_name) if each)
+    served = " and ".join(each for each in (name, *adapters, image_name) if each)
     default = f"; requests without a temperature: {sampling}" if sampling is not None else ""
     stderr.print(f"serving {served} at {page}v1, and a page to chat at {page}{default}", soft_wrap=True)
 

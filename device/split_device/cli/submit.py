@@ -61,6 +61,7 @@ _TEXT_OPTIONS = (
     "--tokenizer",
     "--layers",
     "--revision",
+    "--adapter",
 )
 _IMAGE_OPTIONS = (
     "--image-model",

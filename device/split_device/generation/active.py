@@ -47,6 +47,12 @@ class ActiveRequest:
     outbox: queue.SimpleQueue[torch.Tensor | None] = field(default_factory=queue.SimpleQueue)
 
     @property
+    def adapter(self) -> int | None:
+        """The number of its adapter; None without one."""
+        adapter = self.generation.adapter
+        return None if adapter is None else adapter.number
+
+    @property
     def priority(self) -> int:
         return self.generation.request.priority
 

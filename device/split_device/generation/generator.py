@@ -118,12 +118,12 @@ class Generator:
                 thread, beside the connection's `on_notice`.
 
         Raises:
-            UnsupportedFeature, ConfigError, PromptTooLong: the request cannot be done.
+            UnsupportedFeature, UnknownAdapter, ConfigError, PromptTooLong: the request cannot be done.
             SplitError: the generator is closed.
             ForkedProcess: this process was forked since the generator was made.
         """
         self._birthplace.check()
-        generation = Generation(request, on_token, self._cancel, on_notice)
+        generation = Generation(request, on_token, self._cancel, on_notice, self._layers.adapter(request.adapter))
         sampler = Sampler(self._model, request)
         tokens, capacity = sampler.max_length, self.capacity
         if capacity is not None and tokens > capacity:
@@ -218,7 +218,7 @@ class Generator:
                 self._arrived.append((request, states))
             elif not request.ended:
                 begin, request.tail_tokens = request.tail_tokens, request.tail_tokens + len(states)
-                self._tail.add(request, request.sequences[1], begin, states)
+                self._tail.add(request, request.sequences[1], begin, states, request.adapter)
 
     def _run_tail(self) -> None:
         for request, outcome in self._forward("tail", self._tail):
@@ -237,7 +237,8 @@ class Generator:
         self._ready = []
         if not ready:
             return
-        logits = self._layers.logits(torch.stack([state for _, state in ready]))
+        adapters = [request.adapter for request, _ in ready]
+        logits = self._layers.logits(torch.stack([state for _, state in ready]), adapters)
         for (request, _), row, likeliest in zip(ready, logits, logits.argmax(-1).tolist(), strict=True):
             try:
                 self._advance(request, row, likeliest)
@@ -255,11 +256,12 @@ class Generator:
             positions = [
                 begin + index for begin, part in zip(begins, tokens, strict=True) for index in range(len(part))
             ]
-            states = self._layers.embed([token for part in tokens for token in part], positions)
+            adapters = [request.adapter for request, part in zip(requests, tokens, strict=True) for _ in part]
+            states = self._layers.embed([token for part in tokens for token in part], positions, adapters)
             by_request = torch.split(states, [*map(len, tokens)])
             for request, begin, part in zip(requests, begins, by_request, strict=True):
                 request.head_tokens += len(part)
-                self._head.add(request, request.sequences[0], begin, part)
+                self._head.add(request, request.sequences[0], begin, part, request.adapter)
 
     def _run_head(self) -> None:
         for request, outcome in self._forward("head", self._head):
@@ -315,6 +317,7 @@ class Generator:
                 request_id=generation.request_id,
                 index=generation.request.index,
                 on_notice=generation.on_notice,
+                adapter=generation.adapter.request if generation.adapter is not None else None,
             ),
             (self._head.new_sequence(), self._tail.new_sequence()),
             admitted.costs,

@@ -18,10 +18,13 @@ from torch.nn.functional import pad
 
 from split_common.compat.torch import remove_forward_hooks
 from split_common.engine.linear import pack_linears, padded_rows
+from split_common.engine.lora import AdapterNumber, adapting
 from split_common.engine.runner import Runner, build_runner
+from split_common.errors import UnsupportedFeature
 from split_common.models.layer_stack import LayerStack, PassThrough
 from split_common.models.loading import strip
 from split_common.models.split import Split
+from split_device.models.adapters import LoadedAdapter
 from split_device.models.context import CallContext
 from split_device.models.language import SplitParts
 
@@ -42,6 +45,7 @@ class LocalLayers:
 
     def __init__(self, model: Any, kv_bytes: int = KV_MEMORY) -> None:
         parts: SplitParts = model.split_parts
+        self._adapters, self._adapter_count = parts.adapters, len(parts.adapters)
         split = parts.split
         self._embedding_and_head = EmbeddingAndHead(model)
         config = model.config.get_text_config(decoder=True)
@@ -65,13 +69,31 @@ class LocalLayers:
         stores = [runner.store for runner in runners]
         self.capacity = min((store.capacity - store.sequence_tokens for store in stores), default=None)
 
-    def embed(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
-        """The first layer's input for tokens at these positions, `[tokens, width]`, on the CPU."""
-        return self._embedding_and_head.embed(tokens, positions)
+    def adapter(self, name: str | None) -> LoadedAdapter | None:
+        """An adapter by its name; for None the model's active one, for "" none.
 
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        Raises:
+            UnknownAdapter: the model has no adapter of this name.
+            UnsupportedFeature: it was loaded after the copies were made.
+        """
+        if name == "":
+            return None
+        adapter = self._adapters.active if name is None else self._adapters.get(name)
+        if adapter is not None and adapter.number >= self._adapter_count:
+            raise UnsupportedFeature(
+                f"the adapter {adapter.name} was loaded after the generator was made: make another generator"
+            )
+        return adapter
+
+    def embed(
+        self, tokens: Sequence[int], positions: Sequence[int], adapters: Sequence[AdapterNumber]
+    ) -> torch.Tensor:
+        """The first layer's input `[tokens, width]`, on the CPU, for tokens with these positions and adapters."""
+        return self._embedding_and_head.embed(tokens, positions, adapters)
+
+    def logits(self, states: torch.Tensor, adapters: Sequence[AdapterNumber]) -> torch.Tensor:
         """Logits, float32 `[rows, vocabulary]` on the CPU, of the last layer's output `[rows, width]`."""
-        return self._embedding_and_head.logits(states)
+        return self._embedding_and_head.logits(states, adapters)
 
 
 @dataclass
@@ -99,20 +121,22 @@ class EmbeddingAndHead:
         self._stack.slots[-1].register_forward_pre_hook(self._inject)
 
     @torch.inference_mode()
-    def embed(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+    def embed(
+        self, tokens: Sequence[int], positions: Sequence[int], adapters: Sequence[AdapterNumber]
+    ) -> torch.Tensor:
         ids = torch.tensor([list(tokens)], device=self._device)
-        with _passing.entered(_Passage()) as passage:
+        with _passing.entered(_Passage()) as passage, adapting(adapters, [1] * len(adapters)):
             self._stack.owner(input_ids=ids, **self._arguments(positions))
         assert passage.first_input is not None
         return passage.first_input[0].cpu()
 
     @torch.inference_mode()
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
+    def logits(self, states: torch.Tensor, adapters: Sequence[AdapterNumber]) -> torch.Tensor:
         rows = padded_rows(len(states))
         padded = pad(states, (0, 0, 0, rows - len(states)))
         incoming = padded[None].to(self._device, self._dtype)
         placeholder = incoming.new_zeros(1, rows, self._stack.width)
-        with _passing.entered(_Passage(incoming)):
+        with _passing.entered(_Passage(incoming)), adapting(adapters, [1] * len(adapters), rows - len(states)):
             output = self._model(inputs_embeds=placeholder, **self._arguments(range(rows)))
         logits: torch.Tensor = output.logits[0, : len(states)]
         return logits.float().cpu()

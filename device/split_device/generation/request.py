@@ -10,6 +10,7 @@ from typing import Literal
 
 from transformers import GenerationConfig
 
+from split_device.models.adapters import LoadedAdapter
 from split_device.sessions.identity import check_request_id, new_request_id
 from split_device.sessions.notices import OnNotice
 
@@ -39,6 +40,7 @@ class Request:
         logprobs: the number of alternatives to report with each token; None for no log probabilities.
         request_id: the id by which logs name it, 1 to 128 visible ASCII characters; None for a random one.
         index: which of the choices of one request id it is, from 0.
+        adapter: the name of one of the model's adapters; None for the active one, "" for none.
     """
 
     prompt: list[int]
@@ -50,6 +52,7 @@ class Request:
     logprobs: int | None = None
     request_id: str | None = None
     index: int = 0
+    adapter: str | None = None
 
 
 #: Called on the generator's thread for each token: the token, its log probabilities if requested, and the state of
@@ -72,8 +75,11 @@ class Generation:
         on_token: OnToken | None,
         on_cancel: Callable[[Generation], None],
         on_notice: OnNotice | None = None,
+        adapter: LoadedAdapter | None = None,
     ) -> None:
         self.request = request
+        #: The request's adapter, or the model's active one.
+        self.adapter = adapter
         #: The id by which logs name it.
         self.request_id = new_request_id() if request.request_id is None else check_request_id(request.request_id)
         #: By which broker and worker name its session: the first 8 hexadecimal digits of the session's key. None

@@ -65,19 +65,27 @@ class Stage:
             self.scheduler.cancel(key)
             sequence.free()
 
-    def add(self, key: Hashable, sequence: KVSequence | None, begin: int, states: torch.Tensor) -> None:
+    def add(
+        self,
+        key: Hashable,
+        sequence: KVSequence | None,
+        begin: int,
+        states: torch.Tensor,
+        adapter: int | None = None,
+    ) -> None:
         """Adds a step. The steps of one key run in order.
 
         Args:
             sequence: the keys and values that the step extends; None for an end without layers.
             begin: the position of the first token.
             states: `[tokens, width]`.
+            adapter: the number of the sequence's adapter; None without one.
         """
         if self.runner is None:
             self._passing.append((key, states))
             return
         assert sequence is not None
-        run = TokenRun(sequence, states, range(begin, begin + len(states)))
+        run = TokenRun(sequence, states, range(begin, begin + len(states)), adapter)
         self._start(self.scheduler.add(ScheduledStep(key, key, is_prefill(len(states)), run)))
 
     def forward(self) -> tuple[int, list[KeyedOutcome]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
 
 from split_common.errors import ConfigError
+from split_common.models.adapters import parse_adapters
 from split_common.models.demo_model import resolve_model
 from split_common.models.split import DEFAULT_CUT, END_LAYERS
 from split_common.system.files import user_path
@@ -49,6 +51,8 @@ class ModelChoice(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "auto"
     #: Where the tokenizer lies, if not with the weights. Older versions know none.
     tokenizer: str | msgspec.UnsetType = msgspec.UNSET
+    #: LoRA adapters as `NAME=DIR`, with absolute directories. A single one is active. Older versions know none.
+    adapters: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def tokenizer_place(self) -> tuple[str, str | None]:
@@ -69,6 +73,12 @@ def checkpoint(model: str | None) -> str:
     name = resolve_model(model)
     directory = user_path(name)
     return check_text(str(directory.resolve()) if directory.is_dir() else name, "the model's path")
+
+
+def adapter_choices(given: Iterable[str]) -> tuple[str, ...]:
+    """Adapters for a `ModelChoice`, of options like `NAME=DIR` or `DIR`. Raises what `parse_adapters` raises."""
+    found = parse_adapters(given).items()
+    return tuple(check_text(f"{name}={path.resolve()}", "the adapter's path") for name, path in found)
 
 
 class ImageChoice(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationConfig
 
 from split_common.errors import PromptTooLong
+from split_common.models.adapters import parse_adapters
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.checkpoint_files import model_name
 from split_common.models.layer_stack import UNLIMITED, max_positions
@@ -123,8 +124,11 @@ def load_model(choice: ModelChoice, connection: Connection, hardware: Hardware =
         tail_layers=choice.tail_layers,
         dtype=choice.dtype,
         revision=choice.revision,
+        adapter=parse_adapters(choice.adapters or ()),
     )
     try:
+        if len(names := model.split_parts.adapters.names) == 1:
+            model.set_adapter(names)
         check_values(model)
         model.to(place)
     except BaseException:

@@ -27,6 +27,7 @@ from split_device.jobs.job import (
     Message,
     ModelChoice,
     Task,
+    adapter_choices,
     checkpoint,
 )
 from split_device.jobs.many import SubmitsMany, SubmittedMany
@@ -46,6 +47,7 @@ class Device(SubmitsMany[str]):
         model: a directory or hub id; the demo model if None.
         store_key: the file of the key that seals the store, if it is sealed.
         tokenizer: directory or hub id of the tokenizer, if it does not lie with the weights.
+        adapter: the directory of a LoRA in PEFT's format, as `NAME=DIR` or `DIR`.
         options: `revision`, `head_layers`, `tail_layers` and `dtype`, as for `SplitModelForCausalLM`.
     """
 
@@ -55,11 +57,13 @@ class Device(SubmitsMany[str]):
         *,
         store_key: Path | None = None,
         tokenizer: str | Path | None = None,
+        adapter: str | Path | None = None,
         **options: Any,
     ) -> None:
         self._model = ModelChoice(
             name=checkpoint(None if model is None else str(model)),
             tokenizer=UNSET if tokenizer is None else checkpoint(str(tokenizer)),
+            adapters=UNSET if adapter is None else adapter_choices([str(adapter)]),
             **options,
         )
         self._store_key = store_key

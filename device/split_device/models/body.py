@@ -17,6 +17,7 @@ from split_common.errors import UnsupportedFeature
 from split_common.models.cache_layers import States, copy_states, crop_keys, has_states, restore_states, was_used
 from split_common.models.layer_stack import PassThrough
 from split_common.models.split import Split
+from split_device.models.adapters import ModelAdapters
 from split_device.models.cache import BodyLayer, SessionCacheLayer, StepContext, Traits
 from split_device.models.connected import refuse_gradients
 from split_device.models.context import CallContext
@@ -82,18 +83,22 @@ class RemoteLayer(OnWorker, PassThrough):
 class RemoteBody(RemoteLayer):
     """The layer in the body's first slot. Refuses what cannot be split, by name, before anything is sent."""
 
-    def attach(self, client: Client, split: Split, traits: Traits, history_memory: int) -> None:
+    def attach(
+        self, client: Client, split: Split, traits: Traits, history_memory: int, adapters: ModelAdapters
+    ) -> None:
         """Sets what a forward needs.
 
         Args:
             client: opens sessions.
             split, traits: the body's layers, and what they are like.
             history_memory: bytes of each session's history that stay in memory.
+            adapters: the model's, of which new sessions have the active one.
         """
         self._client = client
         self._split = split
         self._traits = traits
         self._history_memory = history_memory
+        self._adapters = adapters
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         context = forwarding.get() or StepContext()
@@ -120,6 +125,11 @@ class RemoteBody(RemoteLayer):
                 raise UnsupportedFeature("a cache that was filled by an unsplit model cannot be continued here")
         elif session.client is not self._client or session is not cache.layers[self._split.first]:
             raise UnsupportedFeature("a cache that was filled by another split model cannot be continued here")
+        elif session.adapter != self._adapters.active_request:
+            raise UnsupportedFeature(
+                "a cache cannot be continued with another adapter than it was begun with: its keys and values are "
+                "that adapter's"
+            )
 
     @contextlib.contextmanager
     def _session(self, cache: Cache | None, context: StepContext, tokens: int) -> Iterator[SessionCacheLayer]:
@@ -155,7 +165,14 @@ class RemoteBody(RemoteLayer):
         return session
 
     def _new_session(self, window: int | None, request_id: str | None = None) -> SessionCacheLayer:
-        return SessionCacheLayer(self._client, self._traits, window, self._history_memory, request_id)
+        return SessionCacheLayer(
+            self._client,
+            self._traits,
+            window,
+            self._history_memory,
+            request_id,
+            adapter=self._adapters.active_request,
+        )
 
     def head_states(self, cache: Cache) -> dict[int, States]:
         """Copies of the states in the head's cache layers, by the layer's index."""

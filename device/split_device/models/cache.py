@@ -143,6 +143,7 @@ class SessionCacheLayer(BodyLayer):
         window: the sliding window of the first slot, see `BodyLayer`.
         history_memory: bytes of history that stay in memory; the rest is spilled.
         request_id, index: of the request that it belongs to, see `ResilientSession`.
+        adapter: the adapter that the session has on its worker; None without one.
         on_notice: takes what is said while a step waits for a worker, beside the client's notices.
 
     Raises:
@@ -158,8 +159,10 @@ class SessionCacheLayer(BodyLayer):
         request_id: str | None = None,
         index: int = 0,
         on_notice: OnNotice | None = None,
+        adapter: payloads.UseAdapter | None = None,
     ) -> None:
         super().__init__(None, window)
+        self.adapter = adapter
         self.client = client
         self._session = ResilientSession(client, request_id, index, on_notice)
         self._history_memory = history_memory
@@ -199,7 +202,12 @@ class SessionCacheLayer(BodyLayer):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SessionCacheLayer:
         copied = SessionCacheLayer(
-            self.client, self._traits, self._window, self._history_memory, self.identity.request_id
+            self.client,
+            self._traits,
+            self._window,
+            self._history_memory,
+            self.identity.request_id,
+            adapter=self.adapter,
         )
         memo[id(self)] = copied
         copied._columns = None if self._columns is None else self._columns.clone()
@@ -366,8 +374,10 @@ class SessionCacheLayer(BodyLayer):
         return not self.get_seq_length()
 
     def replay(self, session: RemoteSession, step: PreparedStep) -> None:
-        """Fills a worker's cache from the history. Raises HistoryLost, and what `send` raises."""
+        """Chooses the adapter, and fills a worker's cache from the history. Raises HistoryLost, and as `send`."""
         _check_padding(session, step)
+        if self.adapter is not None:
+            session.call([(self.adapter, b"")], step.timings)
         # The rows of the history are in their present order already.
         self._select = None
         requests = self._replayed(step.timings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -18,6 +19,7 @@ from split_common.models.loading import generation_config, load_part, read_spec
 from split_common.models.split import END_LAYERS, Split
 from split_common.models.tensors import dtype_name, parse_dtype
 from split_common.models.verification import find_manifest
+from split_device.models.adapters import AdapterDirectories, ModelAdapters, WithAdapters, adapter_directories
 from split_device.models.body import Generating, RemoteBody, RemoteLayer, forwarding, generating
 from split_device.models.cache import StepContext, Traits, attends, sees_gaps
 from split_device.models.connected import ConnectedModel, Endpoint
@@ -46,13 +48,14 @@ class SplitParts:
     split: Split
     stack: LayerStack
     traits: Traits
+    adapters: ModelAdapters
     #: Most positions of a sequence.
     max_positions: int
     #: Bytes of each session's history that stay in memory.
     history_memory: int
 
 
-class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
+class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: ignore[misc]
     """A causal language model of transformers with its body on a worker. Made by `from_pretrained`.
 
     The object is also an instance of the checkpoint's own model class: use `generate`, `forward` and the tokenizer
@@ -71,6 +74,7 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         tail_layers: int = END_LAYERS,
         dtype: str | torch.dtype = "auto",
         revision: str | None = None,
+        adapter: AdapterDirectories | None = None,
         **fields: Any,
     ) -> Self:
         """Loads the head and the tail, and joins the queue.
@@ -82,6 +86,8 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
             tail_layers: decoder layers after the body, from 0.
             dtype: of parameters and hidden states: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
             revision: branch, tag or commit of a hub id.
+            adapter: the directory of a LoRA in PEFT's format, which is active then; or several directories by
+                name, of which `set_adapter` makes one active. Workers need the same.
             fields: instead of the connection's: `broker`, `keys`, `member`, `timeout`, `patience`,
                 `step_timeout` and `history_memory` (see `Connection`).
 
@@ -91,7 +97,8 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         Raises:
             UnknownModel, UnsupportedArchitecture, InvalidSplit, MissingTensor, TensorMismatch: the model cannot be
                 loaded or split like this.
-            KeysError: the fleet's keys are missing or invalid.
+            UnsupportedFeature: an adapter cannot be split.
+            KeysError: the fleet's keys are missing or invalid, or no manifest lists the model or an adapter.
             ConfigError: an argument is invalid.
             BrokerUnreachable: the broker did not answer in time.
         """
@@ -111,18 +118,24 @@ class SplitModelForCausalLM(ConnectedModel, _OwnClass):  # type: ignore[misc]
         )
         model.name_or_path = model.config.name_or_path = str(name_or_path)
         model.generation_config = generation_config(spec.checkpoint)
-        options = f"{model_option(str(name_or_path))} --layers {split.first}:{split.last}"
+        adapters = ModelAdapters(device.fleet, manifest)
+        if adapter is not None:
+            adapters.load(model, stack, split, adapter_directories(adapter))
+            adapters.chosen.number = None if isinstance(adapter, Mapping) else 0
+        options = f"{model_option(str(name_or_path))} --layers {split.first}:{split.last}{adapters.worker_options}"
         client = device.join(manifest, split, dtype_name(model.dtype), options)
-        model._join(client, stack, split, connection.history_memory)
+        model._join(client, stack, split, adapters, connection.history_memory)
         return model
 
-    def _join(self, client: Client, stack: LayerStack, split: Split, history_memory: int) -> None:
+    def _join(
+        self, client: Client, stack: LayerStack, split: Split, adapters: ModelAdapters, history_memory: int
+    ) -> None:
         self._set_client(client, split)
         config = self.config.get_text_config(decoder=True)
         counts_indices = sees_gaps(config, split.body) or not stack.takes_positions
         traits = Traits(counts_indices, stack.positions_interact, attends(config))
-        self.split_parts = SplitParts(client, split, stack, traits, stack.max_positions, history_memory)
-        self._body.attach(client, split, traits, history_memory)
+        self.split_parts = SplitParts(client, split, stack, traits, adapters, stack.max_positions, history_memory)
+        self._body.attach(client, split, traits, history_memory, adapters)
         # Before there are stand-ins, which refuse hooks.
         install_capturing_hooks(self)
         last = stack.slots[split.last - 1]

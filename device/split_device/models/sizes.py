@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 
+from split_common.models.adapters import Adapter, AdapterCheckpoint, layer_of
 from split_common.models.layer_stack import find_stack
 from split_common.models.loading import ModelSpec
 from split_common.models.split import Split
@@ -20,6 +22,31 @@ class PartSize(msgspec.Struct, frozen=True):
     parameters: int
     bytes: int
     share: float
+
+
+class AdapterSize(msgspec.Struct, frozen=True):
+    """The size of an adapter's tensors in its files, by the side that loads them."""
+
+    name: str
+    highest_rank: int
+    device_bytes: int
+    worker_bytes: int
+
+
+def adapter_size(spec: ModelSpec, split: Split, name: str, directory: Path) -> AdapterSize:
+    """The size of an adapter of a model. Reads no weights. Raises what `Adapter` raises."""
+    checkpoint = AdapterCheckpoint(name, directory, bytes(32))
+    adapter = Adapter(name, checkpoint)
+    with torch.device("meta"):
+        model: Any = spec.model_class(spec.config)
+    owner, attribute = find_stack(model, spec.layers)
+    slots = getattr(owner, attribute)
+    (stack,) = (found for found, module in model.named_modules() if module is slots)
+    sizes = {True: 0, False: 0}
+    for module, tensors in adapter.modules.items():
+        sizes[layer_of(module, stack) in split.body] += checkpoint.nbytes(tensors)
+    rank = max(map(adapter.config.rank, adapter.modules), default=0)
+    return AdapterSize(name, rank, sizes[False], sizes[True])
 
 
 def parts(spec: ModelSpec, split: Split, dtype: torch.dtype | None = None) -> list[PartSize]:

@@ -57,7 +57,8 @@ class OnWorker(nn.Module):
         if self._sealed is not None:
             raise UnsupportedFeature(
                 f"{change} of {self._sealed} cannot be split, because it is on the worker: merge an adapter into "
-                "the checkpoint that device and workers load. Load the model again: its parts here may have changed"
+                "the checkpoint that device and workers load, or give a language model's LoRA to both (adapter=, "
+                "--adapter). Load the model again: its parts here may have changed"
             )
 
     def __setattr__(self, name: str, value: Any) -> None:

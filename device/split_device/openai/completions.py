@@ -48,10 +48,17 @@ class Completions:
         self.name = name
         self._loaded = loaded
         self._choice = choice
+        #: What clients call the model with each adapter: the adapter's name.
+        self.adapters: list[str] = loaded.model.split_parts.adapters.names
         self._defaults = defaults
         self._template = template
         #: One thread: a tokenizer may not be called by several at once.
         self._encoding = ThreadPoolExecutor(1, "encoding")
+
+    @property
+    def names(self) -> list[str]:
+        """The names by which requests choose the model alone, or with one of its adapters."""
+        return [self.name, *self.adapters]
 
     def parts(self) -> list[dict[str, Any]]:
         """Which layers run where."""
@@ -92,7 +99,8 @@ class Completions:
                 self._defaults,
                 self._template,
             )
-            check_model(query.model, self.name)
+            check_model(query.model, self.names)
+            adapter = query.model if query.model != self.name else ""
             # All choices have one prompt. A long one takes seconds, in which other requests go on.
             loop = asyncio.get_running_loop()
             prompt = await loop.run_in_executor(
@@ -102,7 +110,7 @@ class Completions:
             id_, created = request_id(request), int(time.time())
             for index, task in enumerate(query.tasks):
                 streams.append(
-                    ChoiceStream(self._loaded, task, prompt, query.logprobs, query.continues, id_, index)
+                    ChoiceStream(self._loaded, task, prompt, query.logprobs, query.continues, id_, index, adapter)
                 )
             if query.stream:
                 events = self._events(query, streams, id_, created)
@@ -115,7 +123,7 @@ class Completions:
         except BaseException:
             _cancel(streams)
             raise
-        return json_response(completion(query.kind, id_, created, self.name, streams[0].prompt_tokens, choices))
+        return json_response(completion(query.kind, id_, created, query.model, streams[0].prompt_tokens, choices))
 
     async def _events(
         self, query: Query, streams: list[ChoiceStream], id_: str, created: int
@@ -133,7 +141,7 @@ class Completions:
                         ready.put_nowait(piece)
                         continue
                     tokens += piece.tokens
-                    ready.put_nowait(chunk(query.kind, id_, created, self.name, index, piece, first))
+                    ready.put_nowait(chunk(query.kind, id_, created, query.model, index, piece, first))
                     first = False
                 ready.put_nowait(None)
             except Exception as error:
@@ -155,7 +163,7 @@ class Completions:
                     yield _event(event)
             if query.include_usage:
                 prompt_tokens = streams[0].prompt_tokens
-                yield _event(usage_chunk(query.kind, id_, created, self.name, prompt_tokens, tokens))
+                yield _event(usage_chunk(query.kind, id_, created, query.model, prompt_tokens, tokens))
             yield "data: [DONE]\n\n"
         finally:
             for forwarder in forwarders:

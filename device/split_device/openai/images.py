@@ -79,7 +79,7 @@ class Images:
         try:
             body = parse_image(await read_json(request))
             if body.model is not None:
-                check_model(body.model, self.name)
+                check_model(body.model, [self.name])
             chosen = self._settings(body)
             images += [
                 asyncio.create_task(self._image(body.prompt, settings, request_id(request), index))

@@ -119,7 +119,8 @@ class CompletionServer:
         return json_response(self._card(name))
 
     def _names(self) -> list[str]:
-        return [each.name for each in (self._completions, self._images) if each is not None]
+        texts = self._completions.names if self._completions is not None else []
+        return texts + ([self._images.name] if self._images is not None else [])
 
     def _card(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._began, "owned_by": "lambda-split"}

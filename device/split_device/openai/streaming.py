@@ -38,6 +38,7 @@ class ChoiceStream:
         logprobs: the number of alternatives to report with each token; None for no log probabilities.
         continues: the answer goes on where the prompt ends.
         request_id, index: the id of the request, and which of its choices this is.
+        adapter: the name of an adapter; "" for none.
 
     Raises:
         ConfigError: a setting is refused.
@@ -52,6 +53,7 @@ class ChoiceStream:
         continues: bool = False,
         request_id: str | None = None,
         index: int = 0,
+        adapter: str = "",
     ) -> None:
         self._token_bytes = TokenBytes(loaded.tokenizer)
         self._previous: int | None = None
@@ -68,6 +70,7 @@ class ChoiceStream:
             logprobs=logprobs,
             request_id=request_id,
             index=index,
+            adapter=adapter,
         )
         self.prompt_tokens = len(request.prompt)
         self._generation: Generation = loaded.generator.submit(

@@ -17,6 +17,7 @@ from split_common.errors import (
     SessionLost,
     SplitError,
     StepFailed,
+    UnknownAdapter,
     WorkerGone,
     WorkerSlow,
 )
@@ -155,10 +156,13 @@ class ResilientSession:
             StepFailed: so many workers failed or died at this step that it is given up; a dead letter records it.
             SessionLost: the session was abandoned, or lost and not taken over in time.
             Busy, NoWorker: no worker could be found in time.
+            UnknownAdapter: no worker that could be found has loaded the session's adapter.
             SplitError: a worker refused the step, or the queue failed; the next step opens the session again.
         """
         blame = Blame()
         avoid: list[bytes] = []
+        #: Workers that have not loaded the session's adapter.
+        lacking: list[bytes] = []
         lost: SessionLost | None = None
         waiting_since: float | None = None
         # A step leaves a slow worker only once, or it might begin again for ever.
@@ -168,7 +172,7 @@ class ResilientSession:
             self._check()
             sent = self._session is not None
             try:
-                session = self._session or self._open(work, step, avoid)
+                session = self._session or self._open(work, step, [*lacking, *avoid])
                 session.patient, sent = self._patient, True
                 wait.over(session.channel.worker_name)
                 return work.send(session, step)
@@ -198,6 +202,13 @@ class ResilientSession:
                     raise wait.ended(lost or error) from None
                 wait.failed(error, now)
                 self._pause(pause)
+            except UnknownAdapter:
+                # Another worker may have loaded it.
+                worker = self._session.worker if self._session is not None else b""
+                self.close()
+                if worker in lacking:
+                    raise
+                lacking.append(worker)
             except SplitError:
                 # Some of several requests may have run, so it is unknown what the worker holds.
                 self.close()

@@ -23,6 +23,7 @@ from split_common.errors import (
     SessionLost,
     SplitError,
     StepFailed,
+    UnknownAdapter,
     WorkerSlow,
 )
 from split_common.protocol import headers, payloads
@@ -167,7 +168,8 @@ class RemoteSession:
         Raises:
             SessionLost: the worker is gone, or no longer holds the session.
             WorkerSlow: the worker has not answered for the step timeout, and another one is available.
-            Busy, NonFinite, Malformed, PromptTooLong, NeedEmbeddings, StepFailed: the worker refused a request.
+            Busy, NonFinite, Malformed, PromptTooLong, NeedEmbeddings, UnknownAdapter, StepFailed: the worker
+                refused a request.
             UnsupportedFeature: the worker lacks a capability that a request needs; nothing was sent.
             BrokerUnreachable: the broker has been silent for the client's timeout.
         """
@@ -366,6 +368,8 @@ def refusal_error(refusal: payloads.Refusal) -> SplitError:
             return PromptTooLong(message)
         case "embeddings":
             return NeedEmbeddings(message)
+        case "adapter":
+            return UnknownAdapter(message)
         case "failed":
             return StepFailed(message)
         case _:

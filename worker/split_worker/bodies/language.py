@@ -10,7 +10,7 @@ import torch
 from split_common.engine.forward import Forward
 from split_common.engine.runner import Runner
 from split_common.engine.sequences import KVSequence, TokenRun
-from split_common.errors import Malformed, Oversized, PromptTooLong
+from split_common.errors import Malformed, Oversized, PromptTooLong, UnknownAdapter
 from split_common.models.tensors import dtype_name, from_bytes, to_bytes
 from split_common.protocol import headers, payloads
 from split_worker.watchdog import FIRST_TURN
@@ -27,6 +27,8 @@ class Rows:
 
     def __init__(self) -> None:
         self.sequences: list[KVSequence] = []
+        #: The number of the session's adapter; None without one.
+        self.adapter: int | None = None
         #: The rows before a step's selection, until the step is answered.
         self._before: list[KVSequence] = []
 
@@ -59,7 +61,7 @@ class Rows:
         for run, part in zip(step.rows, parts, strict=True):
             sequence = self.sequences[run.row]
             sequence.truncate(run.start)
-            runs.append(TokenRun(sequence, part, run.positions))
+            runs.append(TokenRun(sequence, part, run.positions, self.adapter))
         return runs
 
     def _check(self, step: payloads.Step, source: list[int], runner: Runner) -> None:
@@ -93,6 +95,7 @@ class Rows:
     def fork(self) -> Rows:
         twin = Rows()
         twin.sequences = [sequence.fork() for sequence in self.sequences]
+        twin.adapter = self.adapter
         return twin
 
     def commit(self) -> None:
@@ -123,15 +126,24 @@ class LanguageBody:
 
     Args:
         runner: runs the layers.
-        parameter_bytes: bytes of their weights.
+        parameter_bytes: bytes of their weights, with those of adapters.
         quantization: says how quantized weights are run; None if they are not quantized.
+        adapters: what sessions may ask for, in the order of the adapters' numbers.
     """
 
     first_turn = FIRST_TURN
 
-    def __init__(self, runner: Runner, parameter_bytes: int, quantization: str | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        parameter_bytes: int,
+        quantization: str | None = None,
+        adapters: Sequence[payloads.UseAdapter] = (),
+    ) -> None:
         self.runner = runner
         self.quantization = quantization
+        self.adapters = adapters
+        self._numbers = {adapter.root: number for number, adapter in enumerate(adapters)}
         self.parameter_bytes = parameter_bytes
         self.store = runner.store
         self.device, self.dtype = runner.device, runner.dtype
@@ -143,6 +155,9 @@ class LanguageBody:
         return Rows()
 
     def begin(self, state: Rows, request: payloads.AnyRequest, data: memoryview) -> list[TokenRun[Any]]:
+        if isinstance(request, payloads.UseAdapter):
+            self._use_adapter(state, request)
+            return []
         if not isinstance(request, payloads.Step):
             raise Malformed(f"a {type(request).__name__} for a language model")
         size = request.tokens * request.width * self.dtype.itemsize
@@ -151,6 +166,23 @@ class LanguageBody:
             raise Oversized(f"a step whose answer has {size} bytes: send it in chunks")
         states = from_bytes(data, request.dtype, request.tokens, request.width)
         return state.begin(request, states, self.runner)
+
+    def _use_adapter(self, state: Rows, request: payloads.UseAdapter) -> None:
+        """Gives a new session an adapter. Raises Malformed if it is not new, or UnknownAdapter."""
+        if state.sequences or state.adapter is not None:
+            raise Malformed("only the first request of a session may choose its adapter")
+        number = self._numbers.get(request.root)
+        if number is None:
+            names = [adapter.name for adapter in self.adapters]
+            # A name from the network: one without control characters.
+            asked = repr(request.name)
+            if request.name in names:
+                raise UnknownAdapter(f"the adapter {asked} here has other tensors or settings")
+            raise UnknownAdapter(
+                f"no adapter {asked} is loaded (loaded: {', '.join(names) or 'none'}): start the worker with "
+                "--adapter NAME=DIR"
+            )
+        state.adapter = number
 
     def launch(self, runs: Sequence[TokenRun[Any]]) -> Forward:
         return self.runner.launch(runs)
@@ -174,6 +206,7 @@ class LanguageBody:
             "packed": attention is not None,
             "attention": attention,
             "compiled": self.runner.compiled,
+            "adapters": [adapter.name for adapter in self.adapters],
         }
 
     def describe(self, layers: str) -> list[str]:
@@ -185,6 +218,8 @@ class LanguageBody:
         ]
         if self.quantization is not None:
             lines.append(self.quantization)
+        if self.adapters:
+            lines.append(f"adapters: {', '.join(adapter.name for adapter in self.adapters)}")
         if self.runner.unpacked_because is not None:
             lines.append(f"sessions run one at a time: {self.runner.unpacked_because}")
         if self.runner.padding_matters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import psutil
 import torch
 
 from split_common.compat.transformers import no_split_modules
+from split_common.engine.adapter_probe import check_adapters
 from split_common.engine.linear import pack_linears
+from split_common.engine.lora import ChosenAdapter, adapter_bytes, add_adapter
 from split_common.engine.runner import build_runner
 from split_common.errors import ConfigError, ModelError
+from split_common.models.adapters import VerifiedAdapter, parse_adapters, verified_adapters
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.denoisers.registry import is_denoiser, read_denoiser_spec
 from split_common.models.loading import ModelSpec, load_part, read_spec
@@ -54,6 +58,7 @@ def load_body(
     layers: str | None = None,
     cut: str | None = None,
     ip_adapter: str | Path | None = None,
+    adapters: Sequence[str] = (),
     device: torch.device,
     dtype: torch.dtype | None = None,
     memory: int | None = None,
@@ -68,6 +73,7 @@ def load_body(
         layers: the body's layers, or a denoiser's blocks, as `FIRST:LAST`; None for the default.
         cut: the name of a denoiser's cut, instead of `layers`.
         ip_adapter: the safetensors file of an IP-Adapter for a UNet.
+        adapters: directories of LoRA adapters for a language model, as `NAME=DIR` or `DIR`.
         device: where the body runs.
         dtype: what it computes in; None takes the checkpoint's.
         memory: bytes for keys and values, or for embeddings; None for the default.
@@ -76,6 +82,7 @@ def load_body(
     Raises:
         ConfigError: options do not fit the model or each other.
         InvalidSplit: the model cannot be cut like this.
+        UnsupportedFeature: an adapter cannot be split.
         ModelError: it cannot be loaded, or does not fit into memory.
         KeysError: the fleet has no manifest of it.
         TensorMismatch: the manifest names other tensors.
@@ -88,8 +95,11 @@ def load_body(
         spec = read_spec(checkpoint)
         split = Split.parse(spec.layers, layers or str(DEFAULT_LAYERS))
         manifest = find_manifest(fleet, spec.checkpoint, spec.own_tensors(split, "worker"))
-        body: AnyBody = load_language_body(spec, split, device, dtype, memory)
+        loras = verified_adapters(fleet, parse_adapters(adapters), manifest)
+        body: AnyBody = load_language_body(spec, split, device, dtype, memory, loras)
     else:
+        if adapters:
+            raise ConfigError(f"--adapter is for language models, which {model} is not")
         if cut is not None and layers is not None:
             raise ConfigError("--layers and --cut say the same thing: give one of them")
         denoiser = read_denoiser_spec(checkpoint)
@@ -109,6 +119,7 @@ def load_language_body(
     device: torch.device,
     dtype: torch.dtype | None = None,
     kv_bytes: int | None = None,
+    adapters: Sequence[VerifiedAdapter] = (),
 ) -> LanguageBody:
     """Loads the body of a language model.
 
@@ -118,12 +129,16 @@ def load_language_body(
         device: where it runs.
         dtype: what it computes in; None takes the checkpoint's.
         kv_bytes: memory for keys and values; None takes a share of what is free.
+        adapters: what sessions may choose.
 
     Raises:
         ModelError: the part cannot be loaded, or the memory for keys and values is too small.
+        UnsupportedFeature: an adapter changes more than linear layers, or rows with adapters cannot share forwards.
     """
     model, stack = load_part(spec, split, "worker", dtype=dtype)
-    parameter_bytes = sum(map(stored_bytes, model.parameters()))
+    for number, lora in enumerate(adapters):
+        add_adapter(model, stack, split, "worker", lora.adapter, number, ChosenAdapter())
+    parameter_bytes = sum(map(stored_bytes, model.parameters())) + adapter_bytes(model)
     if device.type == "cpu":
         pack_linears(model)
     else:
@@ -131,7 +146,9 @@ def load_language_body(
     devices = {parameter.device for parameter in model.parameters()} or {device}
     free = len(devices) * min(kv_share(place) for place in devices)
     runner = build_runner(stack, split, spec.text_config, kv_bytes if kv_bytes is not None else free)
-    return LanguageBody(runner, parameter_bytes, _quantization(spec, split, runner.dtype))
+    check_adapters(runner, len(adapters))
+    quantization = _quantization(spec, split, runner.dtype)
+    return LanguageBody(runner, parameter_bytes, quantization, [lora.request for lora in adapters])
 
 
 def _quantization(spec: ModelSpec, split: Split, dtype: torch.dtype) -> str | None:
