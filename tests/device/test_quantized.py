@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors import safe_open
@@ -19,7 +21,7 @@ from benchmarks.quantized import quantize
 from fleet import KV_BYTES, split_model
 from split_common.errors import ModelError, TensorMismatch, UnsupportedArchitecture
 from split_common.models.checkpoint import Checkpoint
-from split_common.models.loading import load_part, read_spec
+from split_common.models.loading import generation_config, load_part, read_spec
 from split_common.models.split import Split
 from split_common.models.verification import build_manifest
 from split_common.models.weights import Side
@@ -45,6 +47,7 @@ FORMS = (
     pytest.param("w8a8_fp8", marks=pytest.mark.long),
     pytest.param("bnb_nf4", marks=pytest.mark.long),
     "torchao_int8",
+    "gguf",
 )
 
 
@@ -58,6 +61,8 @@ def make(form: str, directory: Path) -> Path:
 
 def unsplit(checkpoint: Path) -> Any:
     """The same quantized model in one process, its weights dequantized if they are split."""
+    if checkpoint.suffix == ".gguf":
+        return AutoModelForCausalLM.from_pretrained(checkpoint.parent, gguf_file=checkpoint.name)
     config = json.loads((checkpoint / "config.json").read_text())
     if config["quantization_config"]["quant_method"] not in ("bitsandbytes", "torchao"):
         config["quantization_config"]["dequantize"] = True
@@ -93,6 +98,57 @@ def test_a_side_needs_none_of_the_other_sides_tensors(form: str, tmp_path: Path)
         save_file({name: everything[name] for name in own[side]}, file, metadata={"format": "pt"})
         model, _ = load_part(read_spec(str(checkpoint)), SPLIT, side)
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_side_reads_its_own_part_of_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = make("gguf", tmp_path)
+    spec = read_spec(str(file))
+    expected = unsplit(file)
+    read: list[int] = []
+
+    def dequantize(data: Any, kind: Any) -> Any:
+        read.append(data.nbytes)
+        return gguf.quants.dequantize(data, kind)
+
+    monkeypatch.setattr(gguf, "dequantize", dequantize)
+    sides: tuple[Side, ...] = ("device", "worker")
+    for side in sides:
+        model, _ = load_part(spec, SPLIT, side, dtype=torch.bfloat16)
+        assert sum(read) == spec.checkpoint.nbytes(spec.own_tensors(SPLIT, side))
+        read.clear()
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, expected.get_parameter(name).bfloat16())
+
+
+def test_the_manifest_covers_the_metadata_of_a_gguf_file(tmp_path: Path) -> None:
+    file = make("gguf", tmp_path)
+    before = build_manifest(Checkpoint.resolve(file))
+    assert before.name == "model-Q8_0"
+    content = file.read_bytes()
+    # The base of the rotary embedding, 10000.
+    file.write_bytes(content.replace(struct.pack("<f", 10000.0), struct.pack("<f", 20000.0), 1))
+    after = build_manifest(Checkpoint.resolve(file))
+    assert after.tensors == before.tensors
+    assert after.config != before.config
+
+
+def test_gguf_files_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = make("gguf", tmp_path)
+    content = file.read_bytes()
+    for malformed in (content[:100], content[:-1000], b"GGUF" + bytes(64), b"text"):
+        file.write_bytes(malformed)
+        with pytest.raises(ModelError, match=r"model-Q8_0\.gguf is not a GGUF file, or a malformed one"):
+            Checkpoint.resolve(file)
+    file.write_bytes(content)
+    monkeypatch.setattr("split_common.models.gguf_header.find_spec", lambda _: None)
+    with pytest.raises(ModelError, match=r"pip install 'lambda-split\[gguf\]'"):
+        Checkpoint.resolve(file)
+
+
+def test_the_defaults_of_a_gguf_file_are_its_own(tmp_path: Path) -> None:
+    file = make("gguf", tmp_path)
+    (file.parent / "generation_config.json").write_text(json.dumps({"max_new_tokens": 1}))
+    assert generation_config(Checkpoint.resolve(file)).max_new_tokens is None
 
 
 def test_a_worker_says_what_its_weights_run_as(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ ModelOption = Annotated[
         envvar="LAMBDA_SPLIT_MODEL",
         rich_help_panel=MODEL_PANEL,
         show_default="SmolLM2-135M-Instruct, fetched once",
-        help="Directory or hub id of a safetensors checkpoint.",
+        help="Directory or hub id of a safetensors checkpoint, or a GGUF file.",
     ),
 ]
 ModelArgument = Annotated[
@@ -61,7 +61,7 @@ ModelArgument = Annotated[
         metavar="MODEL",
         envvar="LAMBDA_SPLIT_MODEL",
         show_default="SmolLM2-135M-Instruct, fetched once",
-        help="Directory or hub id of a safetensors checkpoint.",
+        help="Directory or hub id of a safetensors checkpoint, or a GGUF file.",
     ),
 ]
 LayersOption = Annotated[

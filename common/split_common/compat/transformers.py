@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 import jinja2.meta
@@ -97,6 +98,46 @@ def load_state(
         ignore_mismatched_sizes=True,
     )
     return model, info
+
+
+def dequantize_gguf(model: Any, file: Path, names: Collection[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Some of a GGUF file's tensors, dequantized one at a time, by their names in a model.
+
+    Args:
+        model: of the class that takes them; its tensors may be on the meta device.
+        file: the GGUF file.
+        names: of the file's tensors. Those that the model does not know are left out.
+        dtype: what they become.
+
+    Raises:
+        ValueError, NotImplementedError: transformers does not know the file's architecture.
+
+    Written against transformers 5.24. If it breaks, look at the second half of `load_gguf_checkpoint` in
+    `modeling_gguf_pytorch_utils.py`, which does the same with all tensors.
+    """
+    from gguf import GGUFReader, dequantize
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+        load_gguf_checkpoint,
+    )
+
+    parsed = load_gguf_checkpoint(str(file)) | {"tensors": {}}
+    reader = GGUFReader(file)
+    architecture = reader.fields["general.architecture"].contents()
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed["config"])
+    known = get_gguf_hf_weights_map(model, processor)
+    for tensor in reader.tensors:
+        if tensor.name not in names:
+            continue
+        weights = dequantize(tensor.data, tensor.tensor_type)
+        weights, name, _ = processor.process(
+            weights=weights, name=tensor.name, tensor_key_mapping=known, parsed_parameters=parsed
+        )
+        if name in known:
+            parsed["tensors"][known[name]] = torch.from_numpy(weights.copy()).to(dtype)
+    return dict(parsed["tensors"])
 
 
 #: Attributes of a model's class that declare its weights not tied: for a part whose embeddings are elsewhere.

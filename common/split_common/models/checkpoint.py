@@ -20,7 +20,14 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 from split_common.errors import MissingTensor, ModelError, UnknownModel
-from split_common.models.checkpoint_files import directory_name, hub_files, local_files, refuse_pointer
+from split_common.models.checkpoint_files import (
+    directory_name,
+    hub_files,
+    local_files,
+    model_name,
+    refuse_pointer,
+)
+from split_common.models.gguf_header import is_gguf, read_gguf_header
 from split_common.system.files import user_path
 
 #: Called with the number of bytes just hashed, from several threads.
@@ -81,6 +88,7 @@ class Checkpoint:
         revision: of a hub checkpoint; None if none was named, or for a directory.
         fetch: returns the local path of a file of the checkpoint. Raises FileNotFoundError if it has no such file.
         ip_adapter: the safetensors file of an IP-Adapter.
+        gguf: the GGUF file that holds configuration and tensors.
 
     Raises:
         UnknownModel: it has no config.json, or no tensors in safetensors format.
@@ -88,7 +96,12 @@ class Checkpoint:
     """
 
     def __init__(
-        self, name: str, revision: str | None, fetch: Callable[[str], Path], ip_adapter: Path | None = None
+        self,
+        name: str,
+        revision: str | None,
+        fetch: Callable[[str], Path],
+        ip_adapter: Path | None = None,
+        gguf: Path | None = None,
     ) -> None:
         #: The checkpoint's name, with the adapter's if it has one.
         self.name = name if ip_adapter is None else f"{name}+{ip_adapter.stem}"
@@ -96,7 +109,9 @@ class Checkpoint:
         self._fetch = functools.cache(fetch)
         self._adapter = ip_adapter
         self._headers: dict[str, dict[str, TensorEntry]] = {}
-        #: The content of config.json.
+        #: The GGUF file that takes the place of config.json and all others; None for safetensors.
+        self.gguf = gguf
+        #: The content of config.json, or all but the tensors of a GGUF file.
         self.config_bytes = self._config()
         #: "fp16" if the tensors are only in files of that name.
         self.variant: str | None = None
@@ -112,18 +127,18 @@ class Checkpoint:
     def resolve(
         cls, name_or_path: str | Path, revision: str | None = None, ip_adapter: str | Path | None = None
     ) -> Checkpoint:
-        """Finds a checkpoint in a directory or on the hub.
+        """Finds a checkpoint in a directory, in a GGUF file, or on the hub.
 
         A directory with a diffusers pipeline gives the denoiser's checkpoint, under the pipeline's name. Of a
         sharded hub checkpoint, only config.json and the index are fetched here.
 
         Args:
-            name_or_path: the directory, or a hub id.
+            name_or_path: the directory, the GGUF file, or a hub id.
             revision: a branch, tag or commit of the hub; None for the default branch.
             ip_adapter: the safetensors file of an IP-Adapter, whose tensors become part of the checkpoint.
 
         Raises:
-            UnknownModel: there is no checkpoint in safetensors format.
+            UnknownModel: there is no checkpoint in safetensors format, and no GGUF file.
             ModelError: it is malformed.
         """
         text = str(name_or_path)
@@ -135,13 +150,21 @@ class Checkpoint:
             refuse_pointer(adapter)
         if directory.is_dir():
             return cls(directory_name(directory), None, local_files(_denoiser(directory)), adapter)
+        if is_gguf(directory):
+            if adapter is not None:
+                raise UnknownModel(f"{adapter} is for image models, which {directory.name} is not")
+            return cls(model_name(text), None, local_files(directory.parent), gguf=directory)
         if directory.exists() or not _HUB_ID.fullmatch(text):
-            raise UnknownModel(f"{text!r} is neither a directory with a checkpoint nor the id of a hub model")
+            raise UnknownModel(
+                f"{text!r} is neither a directory with a checkpoint, nor a .gguf file, nor the id of a hub model"
+            )
         return cls(text, revision, hub_files(text, revision), adapter)
 
     @property
     def config(self) -> dict[str, Any]:
-        """The content of config.json, decoded again by each call. Raises ModelError if it is malformed."""
+        """The content of config.json, decoded at each call; empty for GGUF. Raises ModelError if malformed."""
+        if self.gguf is not None:
+            return {}
         try:
             return msgspec.json.decode(self.config_bytes, type=dict[str, Any])
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -233,6 +256,13 @@ class Checkpoint:
         return state.digest()
 
     def _config(self) -> bytes:
+        if self.gguf is not None:
+            refuse_pointer(self.gguf)
+            header = read_gguf_header(self.gguf)
+            self._headers[self.gguf.name] = {
+                name: TensorEntry(self.gguf.name, *tensor) for name, tensor in header.tensors.items()
+            }
+            return header.content
         try:
             return self._fetch(_CONFIG).read_bytes()
         except FileNotFoundError as error:
@@ -242,6 +272,8 @@ class Checkpoint:
 
     def _weight_map(self) -> dict[str, str]:
         """The file of each tensor. Like transformers, prefers a single file to an index, and both to variants."""
+        if self.gguf is not None:
+            return self._single(self.gguf)
         for variant, name in itertools.product(_VARIANTS, _WEIGHTS):
             single = f"{name}.{variant}.safetensors" if variant else f"{name}.safetensors"
             index = f"{name}.safetensors.index.{variant}.json" if variant else f"{name}.safetensors.index.json"

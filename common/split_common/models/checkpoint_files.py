@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from split_common.errors import ModelError
+from split_common.models.gguf_header import is_gguf
 from split_common.system.files import user_path
 
 #: How a Git LFS pointer begins, the small text file in the place of a large one that was not fetched.
@@ -29,8 +30,10 @@ def directory_name(directory: Path) -> str:
 
 
 def model_name(name_or_path: str) -> str:
-    """The name by which people know a model: a hub id, or the `directory_name` of a directory."""
+    """The name by which people know a model: a hub id, a GGUF file's, or the `directory_name` of a directory."""
     directory = user_path(name_or_path)
+    if is_gguf(directory):
+        return directory.stem
     return directory_name(directory) if directory.is_dir() else name_or_path
 
 

@@ -14,13 +14,13 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
-from split_common.compat.transformers import UNTIED_CLASS, load_state, model_class, untie
+from split_common.compat.transformers import UNTIED_CLASS, dequantize_gguf, load_state, model_class, untie
 from split_common.errors import MissingTensor, ModelError, SplitError, UnknownModel, UnsupportedArchitecture
 from split_common.models.cache_layers import check_cache
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.layer_stack import Absent, LayerStack, PassThrough, find_stack
 from split_common.models.prefix import LAYER, find_prefix
-from split_common.models.quantization import Quantization, assemble_torchao, prepare_quantization
+from split_common.models.quantization import GGUF, Quantization, assemble_torchao, prepare_quantization
 from split_common.models.split import Split
 from split_common.models.weights import Side, read_tensors
 
@@ -78,8 +78,7 @@ def read_spec(model: str | Checkpoint, revision: str | None = None, *, images: b
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.resolve(model, revision)
     _refuse_adapter(checkpoint)
     try:
-        # The checkpoint's own Python never runs; if transformers knows the type, it is not needed.
-        config = AutoConfig.from_pretrained(checkpoint.path("config.json").parent, trust_remote_code=False)
+        config = _config(checkpoint)
     except SplitError:
         raise
     except Exception as error:
@@ -100,7 +99,7 @@ def read_spec(model: str | Checkpoint, revision: str | None = None, *, images: b
         kind = "model for images and text" if images else "language model"
         raise UnsupportedArchitecture(f"{name} is not a decoder-only {kind}")
     own_class, own_config = chosen
-    quantization = prepare_quantization(config, own_config, checkpoint.name)
+    quantization = prepare_quantization(config, own_config, checkpoint.name) if checkpoint.gguf is None else GGUF
     try:
         layers = int(own_config.get_text_config(decoder=True).num_hidden_layers)
         check_cache(own_config, name)
@@ -112,6 +111,14 @@ def read_spec(model: str | Checkpoint, revision: str | None = None, *, images: b
     except Exception as error:
         raise UnsupportedArchitecture(f"{name} cannot be built: {_first_line(error)}") from None
     return ModelSpec(checkpoint, own_config, own_class, prefix, quantization)
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    """The configuration, as transformers reads it."""
+    if (gguf := checkpoint.gguf) is not None:
+        return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The checkpoint's own Python never runs; if transformers knows the type, it is not needed.
+    return AutoConfig.from_pretrained(checkpoint.path("config.json").parent, trust_remote_code=False)
 
 
 def _refuse_adapter(checkpoint: Checkpoint) -> None:
@@ -150,11 +157,9 @@ def load_part(
         UnsupportedArchitecture: the model cannot be cut between its layers.
     """
     model_class = _part_class(spec, split, side, bases, fill)
-    state = read_tensors(spec.checkpoint, spec.own_tensors(split, side))
-    if spec.quantization is not None and spec.quantization.method == "torchao":
-        state = assemble_torchao(spec.checkpoint, state)
     try:
         with _quiet():
+            state = _read_state(spec, model_class, spec.own_tensors(split, side), dtype)
             model, info = load_state(model_class, spec.config, state, dtype)
         if info["missing_keys"]:
             raise MissingTensor(f"{spec.checkpoint.name} lacks the tensor {min(info['missing_keys'])}")
@@ -163,7 +168,7 @@ def load_part(
             raise ModelError(f"{spec.checkpoint.name}: {tensor} has the shape {list(found)}, not {list(expected)}")
         model.eval().requires_grad_(False)
         return model, LayerStack(model, spec.layers)
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, TypeError, NotImplementedError) as error:
         name = spec.model_class.__name__
         raise UnsupportedArchitecture(f"{name} cannot be loaded in parts: {_first_line(error)}") from None
     except (ValueError, RuntimeError, OSError) as error:
@@ -171,12 +176,28 @@ def load_part(
         raise ModelError(f"{spec.checkpoint.name}: its tensors do not make the model: {reason}") from None
 
 
+def _read_state(
+    spec: ModelSpec, model_class: Any, names: list[str], dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """Some of a checkpoint's tensors, by name, as `load_state` takes them."""
+    if (gguf := spec.checkpoint.gguf) is not None:
+        with torch.device("meta"):
+            empty = model_class(spec.config)
+        return dequantize_gguf(empty, gguf, frozenset(names), dtype or torch.get_default_dtype())
+    state = read_tensors(spec.checkpoint, names)
+    if spec.quantization is not None and spec.quantization.method == "torchao":
+        return assemble_torchao(spec.checkpoint, state)
+    return state
+
+
 def generation_config(checkpoint: Checkpoint) -> GenerationConfig:
-    """The checkpoint's defaults for `generate`: those of generation_config.json, else those in config.json.
+    """The checkpoint's defaults for `generate`: those of generation_config.json, else those in config.json or GGUF.
 
     Raises:
         ModelError: they are malformed, or their file cannot be read.
     """
+    if checkpoint.gguf is not None:
+        return GenerationConfig.from_model_config(_config(checkpoint))
     file = checkpoint.find("generation_config.json")
     try:
         if file is not None:

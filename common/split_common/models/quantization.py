@@ -49,6 +49,10 @@ class Quantization:
         return f"{stored:,} bytes of weights in {self.method} {run}"
 
 
+#: How the weights of GGUF files are run.
+GGUF: Final = Quantization("GGUF", dequantized=True)
+
+
 def prepare_quantization(config: Any, own_config: Any, name: str) -> Quantization | None:
     """Finds out how a model's quantized weights can be run, and has transformers dequantize those that it can.
 

@@ -62,8 +62,8 @@ def doctor(
             metavar="MODEL",
             envvar="LAMBDA_SPLIT_MODEL",
             rich_help_panel=MODEL_PANEL,
-            help="Also check this checkpoint, a directory or hub id: how a worker would run its layers, or how an "
-            "image model is cut.",
+            help="Also check this checkpoint, a directory, GGUF file or hub id: how a worker would run its layers, "
+            "or how an image model is cut.",
         ),
     ] = None,
     json: JsonOption = False,

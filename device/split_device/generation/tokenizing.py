@@ -40,6 +40,8 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
         check_tokenizer_files(directory)
     place = files if isinstance(files, Path) else files.name
     try:
+        if isinstance(files, Checkpoint) and (gguf := files.gguf) is not None:
+            return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
     except Exception as error:
         if _brings_code(files):

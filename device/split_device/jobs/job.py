@@ -72,7 +72,7 @@ def checkpoint(model: str | None) -> str:
     """
     name = resolve_model(model)
     directory = user_path(name)
-    return check_text(str(directory.resolve()) if directory.is_dir() else name, "the model's path")
+    return check_text(str(directory.resolve()) if directory.exists() else name, "the model's path")
 
 
 def adapter_choices(given: Iterable[str]) -> tuple[str, ...]:

@@ -80,7 +80,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         """Loads the head and the tail, and joins the queue.
 
         Args:
-            name_or_path: a directory or hub id of a safetensors checkpoint.
+            name_or_path: a directory or hub id of a safetensors checkpoint, or a GGUF file.
             connection: how the workers are reached, and how long to wait for them.
             head_layers: decoder layers before the body, from 0.
             tail_layers: decoder layers after the body, from 0.

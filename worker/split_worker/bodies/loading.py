@@ -67,7 +67,7 @@ def load_body(
     """Loads the body of a language model or of a diffusion model's denoiser.
 
     Args:
-        model: a directory or hub id.
+        model: a directory, GGUF file or hub id.
         fleet: one of its manifests must match the tensors.
         revision: of a hub id.
         layers: the body's layers, or a denoiser's blocks, as `FIRST:LAST`; None for the default.
