@@ -132,7 +132,7 @@ def test_lines_and_bad_lines(run: Any, checkpoint: Path, address: str, worker: N
     assert facts["reasons"]["invalid_request"] == 7
     assert sum(facts["reasons"].values()) == 11
     assert facts["first_error"].startswith("line 4: the line is not JSON")
-    assert "2 answered, 11 failed (7 invalid_request, " in done.err
+    assert "2 answered, 11 failed (7 invalid request, " in done.err
     assert "the first: line 4: the line is not JSON" in done.err
     assert "the same command asks again what failed" in done.err
 

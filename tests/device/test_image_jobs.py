@@ -72,7 +72,7 @@ def test_from_submission_to_the_image(run: Any, model: Path, address: str, tmp_p
     assert (early.json["kind"], early.json["state"], early.json["steps"]) == ("image", "queued", 0)
     id_ = early.json["id"]
     refused = run("jobs", "result", id_, "-o", tmp_path / "a.png")
-    assert (refused.code, refused.err) == (1, f"error: job {id_} is queued\n")
+    assert (refused.code, refused.err) == (1, f"error: {id_} is queued\n")
 
     run("agent", "start", "--broker", address, "--give-up", 1)
     assert "the image is made" in run("jobs", "watch", id_).err

@@ -146,8 +146,8 @@ def test_what_a_failing_command_does(
     gone.unlink()
     with caplog.at_level(logging.WARNING):
         turned(notifier, lambda: "exit code 7" in caplog.text)
-    assert f"the command at the end of job {id_} ended with exit code 7" in caplog.text
-    assert f"the command at the end of job {id_} cannot be run: No such file" in caplog.text
+    assert f"the command at the end of {id_} ended with exit code 7" in caplog.text
+    assert f"the command at the end of {id_} cannot be run: No such file" in caplog.text
     assert str(gone) not in caplog.text
     assert (store.get(id_).state, store.hooks.due()) == ("cancelled", [])
 
@@ -171,7 +171,7 @@ def test_a_webhook(store: Store, notifier: Notifier, server: Server, caplog: pyt
     server.statuses = [503, 302, 404]
     with caplog.at_level(logging.WARNING):
         turned(notifier, lambda: not store.hooks.due())
-    assert f"the webhook at the end of job {second} failed, and is given up: status 404" in caplog.text
+    assert f"the webhook at the end of {second} failed, and is given up: status 404" in caplog.text
     assert server.url not in caplog.text
 
 

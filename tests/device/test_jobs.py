@@ -76,7 +76,7 @@ def test_from_submission_to_the_answer(run: Any, checkpoint: Path, address: str,
     assert run("agent", "status").code == 1
     assert run("submit", "Hi", *model, "--wait").code == 1
     refused = run("jobs", "result", id_)
-    assert (refused.code, refused.err) == (1, f"error: job {id_} is queued\n")
+    assert (refused.code, refused.err) == (1, f"error: {id_} is queued\n")
 
     agent = run("agent", "start", "--broker", address, "--json").json
     assert agent["pid"] == running_agent()
@@ -251,7 +251,7 @@ def test_from_python(run: Any, checkpoint: Path, address: str, tmp_path: Path) -
         (("submit", " "), "the prompt is empty"),
         (("submit", "a", "--model", "any", "--key", ""), "the key is empty: leave it out, or give one"),
         (("submit", "--file", "/no/such/file"), "cannot be read"),
-        (("jobs", "show", "job-none"), "there is no job job-none"),
+        (("jobs", "show", "job-none"), "no job has the id job-none"),
         (("jobs", "list", "--state", "lost"), "invalid state 'lost'"),
         (("jobs", "prune", "--older-than", "soon"), "invalid age 'soon'"),
         (("agent", "logs"), "there is no log"),

@@ -22,7 +22,7 @@ from split_device.generation.settings import Sampling
 from split_device.images.settings import ImageSettings
 from split_device.jobs import waits
 from split_device.jobs.agent import lock_path
-from split_device.jobs.job import ImageChoice, ImageTask, Message, ModelChoice, Task, TextPiece, Update
+from split_device.jobs.job import ImageChoice, ImageTask, Message, ModelChoice, Selection, Task, TextPiece, Update
 from split_device.jobs.shown import prompt_of
 from split_device.jobs.store import Store, store_path
 
@@ -115,7 +115,7 @@ def test_a_running_job_without_an_agent_is_interrupted(run: Any, store: Store) -
     assert run("jobs", "list", "--state", "running", "--json").json["total"] == 0
     counts = run("agent", "status", "--json").json["jobs"]
     assert (counts["interrupted"], counts["running"]) == (1, 0)
-    assert run("jobs", "result", id_).err == f"error: job {id_} was interrupted\n"
+    assert run("jobs", "result", id_).err == f"error: {id_} was interrupted\n"
     with holding(lock_path()):
         assert run("jobs", "show", id_, "--json").json["state"] == "running"
         assert run("jobs", "list", "--state", "running", "--json").json["total"] == 1
@@ -135,8 +135,8 @@ def test_jobs_are_cancelled_and_retried_in_numbers(run: Any, store: Store) -> No
     some = run("jobs", "cancel", first, done, "job-none")
     assert some.code == 1
     assert some.err.splitlines() == [
-        f"error: job {done} has succeeded already",
-        "error: there is no job job-none",
+        f"error: {done} has succeeded already",
+        "error: no job has the id job-none",
         "1 cancelled",
     ]
     again = run("jobs", "cancel", first, done, "--json")
@@ -150,7 +150,7 @@ def test_jobs_are_cancelled_and_retried_in_numbers(run: Any, store: Store) -> No
     retried = run("jobs", "retry", "--group", "night", "--json").json
     assert ([job["id"] for job in retried["jobs"]], retried["errors"]) == ([first, second, third], [])
     assert run("jobs", "cancel", "--state", "queued", "--group", "night").err == "3 cancelled\n"
-    assert run("jobs", "retry", "--state", "failed").err == "1 queued\n"
+    assert run("jobs", "retry", "--state", "failed").err.startswith("1 queued\n")
     assert [store.get(id_).state for id_ in (other, wrong)] == ["queued", "queued"]
     assert run("jobs", "cancel", "--state", "queued").err == "2 cancelled\n"
 
@@ -163,16 +163,34 @@ def test_which_jobs_has_to_be_said(run: Any, command: str) -> None:
     assert (both.code, "but not both" in both.err) == (2, True)
 
 
+def test_a_retry_says_if_the_error_will_come_again(run: Any, store: Store) -> None:
+    wrong, unlucky = failed(store, "a"), store.submit(task("b")).id
+    store.write([Update(id=unlucky, state="failed", error="NoWorker: no worker serves it")])
+    assert run("jobs", "retry", unlucky).err == f"{unlucky} is queued\n"
+    note = f"note: 1 had an error that does not go away by itself; {wrong}: no room"
+    assert run("jobs", "retry", "--state", "failed").err.splitlines() == ["1 queued", note]
+    assert "error:" not in run("jobs", "show", wrong).out
+    store.write([Update(id=wrong, state="failed", error="KeyError: 'x'")])
+    assert "\nerror: KeyError: 'x'\n" in run("jobs", "show", wrong).out
+    assert run("jobs", "show", wrong, "--json").json["error"] == "KeyError: 'x'"
+
+
+def test_more_jobs_are_chosen_than_a_statement_takes_values(run: Any, store: Store) -> None:
+    store.submit_all([(task("a"), 0, None)] * 3, "night")
+    found = store.ids()
+    assert store.count(Selection(ids=(*found, *(f"job-{number}" for number in range(300_000)))))["queued"] == 3
+
+
 def test_messages_about_states_are_english(run: Any, store: Store) -> None:
     done, wrong, waiting = answered(store, "a", "x"), failed(store, "b"), store.submit(task("c")).id
     gone = store.cancel(store.submit(task("d")).id).id
-    assert run("jobs", "cancel", gone).err == f"error: job {gone} was cancelled already\n"
-    assert run("jobs", "cancel", wrong).err == f"error: job {wrong} has failed already\n"
+    assert run("jobs", "cancel", gone).err == f"error: {gone} was cancelled already\n"
+    assert run("jobs", "cancel", wrong).err == f"error: {wrong} has failed already\n"
     only = "only a failed or cancelled job can be retried"
-    assert run("jobs", "retry", done).err == f"error: job {done} has succeeded: {only}\n"
-    assert run("jobs", "retry", waiting).err == f"error: job {waiting} is queued: {only}\n"
-    assert run("jobs", "result", gone).err == f"error: job {gone} was cancelled\n"
-    assert run("jobs", "result", wrong).err == f"error: job {wrong} failed: PromptTooLong: no room\n"
+    assert run("jobs", "retry", done).err == f"error: {done} has succeeded: {only}\n"
+    assert run("jobs", "retry", waiting).err == f"error: {waiting} is queued: {only}\n"
+    assert run("jobs", "result", gone).err == f"error: {gone} was cancelled\n"
+    assert run("jobs", "result", wrong).err == f"error: {wrong} failed: no room\n"
 
 
 def test_show_says_what_was_asked_and_with_which_settings(run: Any, store: Store) -> None:
@@ -217,7 +235,7 @@ def test_results_of_several_jobs(run: Any, store: Store) -> None:
     wrong = failed(store, "c", "night")
     group = run("jobs", "result", "--group", "night", "--json")
     assert (group.code, [job["text"] for job in group.json["jobs"]]) == (1, ["one\ntwo", "three"])
-    assert group.json["errors"] == [{"id": wrong, "message": f"job {wrong} failed: PromptTooLong: no room"}]
+    assert group.json["errors"] == [{"id": wrong, "message": f"{wrong} failed: no room"}]
     assert run("jobs", "result", "--group", "night", "--state", "succeeded").code == 0
     assert "-o is for one image" in run("jobs", "result", first, second, "-o", "a.png").err
 
@@ -267,6 +285,11 @@ def test_export(run: Any, store: Store, tmp_path: Path) -> None:
     assert run("jobs", "export", second, first, "--format", "txt").out == "one\\ntwo\\\\\nthree\n"
     assert run("jobs", "export", "job-none").code == 1
     assert run("jobs", "export", "--group", "night", "--json").code == 2
+    refused = run(*asked, "-o", table)
+    assert (refused.code, "out.csv exists already: remove it, or give --overwrite" in refused.err) == (2, True)
+    assert len(list(csv.DictReader(io.StringIO(table.read_text())))) == 3
+    assert run("jobs", "export", first, "-o", table, "--overwrite").code == 0
+    assert len(list(csv.DictReader(io.StringIO(table.read_text())))) == 1
     # A file that cannot be written costs nothing.
     assert run("jobs", "export", "-o", tmp_path / "no" / "out.jsonl").code == 2
 
@@ -356,8 +379,11 @@ def test_watching_a_group_until_all_have_ended(run: Any, store: Store) -> None:
     ended = run("jobs", "watch", "--group", "night", "--json")
     assert (ended.code, ended.json["counts"]["succeeded"], ended.json["failed"]) == (1, 2, [wrong])
     said = run("jobs", "watch", *ids, wrong).err
-    assert f"the first to fail: job {wrong}: PromptTooLong: no room\n" in said
+    assert f"the first to fail: {wrong}: no room\n" in said
     assert "night" not in said
     assert run("jobs", "watch", *ids).code == 0
+    assert run("jobs", "watch", "--state", "succeeded").err.splitlines()[-1] == "jobs: 2 succeeded"
+    assert run("jobs", "watch", "--state", "queued").err.splitlines()[-1] == "jobs: none"
+    assert run("jobs", "watch", "--group", "night", "--state", "failed", "--json").json["failed"] == [wrong]
     assert run("jobs", "watch").code == 2
     assert run("jobs", "watch", "--group", "nobody's").code == 1

@@ -60,6 +60,12 @@ def check_output(path: Path, *inputs: Path | None) -> None:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
 
 
+def check_absent(path: Path) -> None:
+    """Raises ConfigError for a file that exists: its user may want to keep it. Streams are written to."""
+    if user_path(path).exists() and not is_stream(path):
+        raise ConfigError(f"{path} exists already: remove it, or give --overwrite")
+
+
 def _check(path: Path, inputs: tuple[Path | None, ...]) -> None:
     if is_stream(path):
         if _descriptor(path) is None and not os.access(path, os.W_OK):

@@ -21,19 +21,21 @@ from split_device.jobs.store import Store
 def batch_facts(place: Place, record: Record, store_key: Path | None) -> dict[str, Any]:
     """A batch's facts for programs: everything except prompts and answers.
 
-    `done` and `failed` count answers. They and `tokens` are None if the store is sealed under another key, and
-    `tokens` is also None if the store is gone.
+    `done`, `failed` and `cancelled` count answers. They and `tokens` are None if the store is sealed under another
+    key, and `tokens` is also None if the store is gone.
     """
     done: int | None = record.jobs
     failed: int | None = record.errors
+    cancelled: int | None = 0
     tokens: int | None = None
     if place.store.exists():
         try:
             with Store(place.store, store_key) as store:
                 done, failed = counts(store)
+                cancelled = store.count()["cancelled"]
                 tokens = store.generated()
         except SplitError:
-            done = failed = None
+            done = failed = cancelled = None
     return {
         "name": place.name,
         "state": place.state(record),
@@ -44,6 +46,7 @@ def batch_facts(place: Place, record: Record, store_key: Path | None) -> dict[st
         "answers": record.jobs,
         "done": done,
         "failed": failed,
+        "cancelled": cancelled,
         "tokens": tokens,
         "errors": record.errors,
         "detached": record.detached,

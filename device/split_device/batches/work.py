@@ -36,10 +36,9 @@ class Prepared:
 
 
 def counts(store: Store) -> tuple[int, int]:
-    """How many jobs of a batch's store have ended, and how many of them otherwise than by success."""
+    """How many jobs of a batch's store have ended, and how many of them have failed."""
     found = store.count()
-    ended = sum(found[state] for state in FINAL)
-    return ended, ended - found["succeeded"]
+    return sum(found[state] for state in FINAL), found["failed"]
 
 
 def prepare(lines: Iterable[Line], place: Place, store: Store) -> Prepared:

@@ -27,6 +27,7 @@ from split_device.cli.batch_options import (
     ColumnOption,
     FormatOption,
     InputFormatOption,
+    OverwriteOption,
     ProgressOption,
     TemplateOption,
     check_options,
@@ -93,14 +94,7 @@ def batch(
             help="Where to write images. Created if it does not exist.",
         ),
     ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            rich_help_panel=OUTPUT_PANEL,
-            help="Replace files of answers that exist. All lines are answered anew if the batch had ended.",
-        ),
-    ] = False,
+    overwrite: OverwriteOption = False,
     progress: ProgressOption = "auto",
     detach: Annotated[
         bool, typer.Option("--detach", help="Let the agent answer it, and return. Starts an agent if none runs.")
@@ -117,7 +111,7 @@ def batch(
 
     IN has a prompt a line (.txt), objects with a `prompt` or `messages` (.jsonl), a table (.csv, .tsv), or requests
     in the format of OpenAI's batches. When all are done, OUT is written, with the answers in the order of the
-    lines. Exit code 1 if any line has an error; the same command asks those again.
+    lines. Exit code 1 if any line has an error; the same command asks those again, or with --overwrite all of them.
     """
     passive_threads()
     filled = Template(template) if template is not None else None

@@ -54,6 +54,10 @@ FormatOption = Annotated[
         "written as \\n.",
     ),
 ]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option("--overwrite", rich_help_panel=OUTPUT_PANEL, help="Replace files of answers that exist."),
+]
 ProgressOption = Annotated[
     ProgressMode,
     typer.Option(

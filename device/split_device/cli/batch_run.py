@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ import typer
 
 from split_common.errors import ConfigError
 from split_common.system.console import emit_json, stderr
-from split_common.system.outputs import is_stream
+from split_common.system.outputs import check_absent, is_stream
 from split_common.system.signals import delay_signals
 from split_device.batches.finish import finish
 from split_device.batches.parsing import parsed
@@ -77,8 +79,8 @@ class Work:
         before = self.place.record()
         done = before is not None and before.finished is not None and not before.errors
         own = before is not None and before.written is not None and before.written == stamp(self.output)
-        if self.output.exists() and not (overwrite or is_stream(self.output)) and (done or not own):
-            raise ConfigError(f"{self.output} exists already: remove it, or give --overwrite")
+        if not overwrite and (done or not own):
+            check_absent(self.output)
         if before is not None and before.finished is not None and (overwrite or done):
             self.place.remove()
             return None
@@ -167,9 +169,8 @@ def run(
         if begun.resumed < jobs:
             _run_jobs(begun, connection, hardware, limits, give_up, mode, interrupted)
     except KeyboardInterrupt:
-        ended, failed = counts(store)
         stderr.print(
-            f"interrupted: {ended - failed} of {jobs} answers are kept, and the same command goes on; "
+            f"interrupted: {store.count()['succeeded']} of {jobs} answers are kept, and the same command goes on; "
             f"`lambda-split jobs result {begun.place.name}` prints them",
             soft_wrap=True,
         )
@@ -217,7 +218,7 @@ def report(begun: Begun, answered: Answered, seconds: float, json: bool) -> None
     """Says what became of a batch; exit code 1 if any line has an error."""
     summary, output = answered.summary, begun.record.output
     good = summary.lines - summary.errors
-    stderr.print(f"{output}: {good} answered{_failures(summary)}", soft_wrap=True)
+    stderr.print(f"{output}: {good} answered{failures(summary.reasons)}", soft_wrap=True)
     if summary.first_error is not None:
         stderr.print(f"the first: {summary.first_error}", soft_wrap=True)
         stderr.print("the same command asks again what failed", soft_wrap=True)
@@ -240,8 +241,17 @@ def report(begun: Begun, answered: Answered, seconds: float, json: bool) -> None
         raise typer.Exit(1)
 
 
-def _failures(summary: Summary) -> str:
-    if not summary.errors:
-        return ""
-    reasons = ", ".join(f"{count} {reason}" for reason, count in summary.reasons.most_common())
-    return f", {summary.errors} failed ({reasons})"
+def failures(reasons: Counter[str]) -> str:
+    """Why lines have no answers, for people: `, 3 failed (2 prompt too long, 1 no worker), 5 cancelled`."""
+    failed = Counter[str]()
+    for code, count in reasons.items():
+        if code != "cancelled":
+            failed[_words(code)] += count
+    words = ", ".join(f"{count} {reason}" for reason, count in failed.most_common())
+    found = f", {failed.total()} failed ({words})" if failed else ""
+    return found + (f", {cancelled} cancelled" if (cancelled := reasons["cancelled"]) else "")
+
+
+def _words(code: str) -> str:
+    """The code of an error in words: `PromptTooLong` and `prompt_too_long` are both `prompt too long`."""
+    return re.sub("(?<=[a-z])(?=[A-Z])", " ", code).replace("_", " ").lower()

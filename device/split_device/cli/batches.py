@@ -54,8 +54,8 @@ def print_batches(batches: list[dict[str, Any]]) -> None:
 def _answers(facts: dict[str, Any]) -> str:
     """How many answers are there: `112 of 500, 2 failed`."""
     done = "?" if facts["done"] is None else facts["done"]
-    failed = f", {facts['failed']} failed" if facts["failed"] else ""
-    return f"{done} of {facts['answers']}{failed}"
+    words = "".join(f", {facts[state]} {state}" for state in ("failed", "cancelled") if facts[state])
+    return f"{done} of {facts['answers']}{words}"
 
 
 def show_batch(name: str, store_key: Path | None, json: bool) -> None:
@@ -116,13 +116,15 @@ def watch_batch(name: str, store_key: Path | None, json: bool) -> None:
                 facts = batch_facts(*find_batch(name), store_key)
             except UnknownJob:
                 # A batch in the foreground is forgotten when it ends without errors.
-                facts |= {"state": "ended", "errors": 0, "done": facts["answers"]}
+                facts |= {"state": "ended", "errors": 0, "cancelled": 0, "done": facts["answers"]}
         advance(facts["done"] or 0, facts["failed"] or 0)
     if json:
         emit_json(facts)
     else:
-        errors = f", {facts['errors']} failed" if facts["errors"] else ""
-        stderr.print(f"{facts['output']}: {facts['lines'] - facts['errors']} answered{errors}", soft_wrap=True)
+        cancelled = min(facts["cancelled"] or 0, facts["errors"])
+        counts = {"failed": facts["errors"] - cancelled, "cancelled": cancelled}
+        words = "".join(f", {count} {state}" for state, count in counts.items() if count)
+        stderr.print(f"{facts['output']}: {facts['lines'] - facts['errors']} answered{words}", soft_wrap=True)
     if facts["errors"]:
         raise typer.Exit(1)
 

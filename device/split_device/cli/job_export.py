@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from split_common.system.console import print_text
-from split_common.system.outputs import check_output, write_lines
+from split_common.system.outputs import write_lines
 from split_common.system.text import json_line
 from split_common.system.times import iso_time
 from split_device.batches.outputs import one_line
@@ -71,7 +71,6 @@ def write_records(found: Iterator[dict[str, Any]], form: OutputForm, output: Pat
         for line in _formatted(found, form):
             print_text(line)
         return
-    check_output(output)
     write_lines(output, (f"{line}\n" for line in _formatted(found, form)))
 
 

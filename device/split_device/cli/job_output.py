@@ -104,7 +104,7 @@ def image_directory(path: Path) -> Path:
 def image_file(directory: Path | None, job: Job) -> Path:
     """Where a job's image is written. Raises ConfigError if there is no directory for images."""
     if directory is None:
-        raise ConfigError(f"job {job.id} makes an image: give --output-dir DIR, where it is written")
+        raise ConfigError(f"{job.id} makes an image: give --output-dir DIR, where it is written")
     return directory / f"{job.id}.png"
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
+from split_common.cli.groups import Group
 from split_common.errors import ConfigError, UnknownJob
-from split_device.cli.options import parse_age
+from split_device.cli.batches import batches_among
+from split_device.cli.options import GroupOption, parse_age
 from split_device.jobs.job import STATES, Selection, State
 from split_device.jobs.shown import SHOWN_STATES, stored_states
 from split_device.jobs.store import Store
@@ -34,52 +37,68 @@ SinceOption = Annotated[
 ]
 
 
-def selected(
-    store: Store,
-    jobs: list[str] | None = None,
-    group: str | None = None,
-    state: list[str] | None = None,
-    since: str | None = None,
-) -> Selection:
-    """The jobs that options choose: all if none is given.
+@dataclass(frozen=True)
+class Choice:
+    """The jobs that a command is about: those that are named, or those that options choose."""
 
-    Raises:
-        ConfigError: a state or an age is invalid.
-        UnknownJob: there is no such group.
-    """
-    selection = Selection(
-        ids=tuple(jobs) if jobs else None,
-        group=group,
-        states=stored_states(state) if state else None,
-        since=time.time() - parse_age(since) if since is not None else None,
-    )
-    if group is not None and not any(store.count(Selection(group=group)).values()):
-        raise UnknownJob(f"there is no group {group!r}")
-    return selection
+    jobs: list[str] | None = None
+    group: str | None = None
+    state: list[str] | None = None
+    since: str | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return self == Choice()
+
+    @property
+    def batches(self) -> list[str]:
+        """The names, if they are those of batches. Raises ConfigError for batches among jobs, or with options."""
+        names = batches_among(self.jobs)
+        if names and self != Choice(self.jobs):
+            raise ConfigError("--group, --state and --since choose jobs, not batches")
+        return names
+
+    def selection(self, store: Store, *, default: tuple[State, ...] | None = None) -> Selection:
+        """What it chooses, which may be all jobs. Jobs that are named are chosen if the options choose them too.
+
+        Args:
+            default: states of the jobs if none is given.
+
+        Raises:
+            ConfigError: a state or an age is invalid.
+            UnknownJob: there is no such group, or a job that is named.
+        """
+        for id_ in self.jobs or ():
+            store.get(id_)
+        if self.group is not None and not any(store.count(Selection(group=self.group)).values()):
+            raise UnknownJob(f"there is no group {self.group!r}")
+        return Selection(
+            ids=tuple(self.jobs) if self.jobs else None,
+            group=self.group,
+            states=stored_states(self.state) if self.state else default,
+            since=time.time() - parse_age(self.since) if self.since is not None else None,
+        )
+
+    def ids(self, store: Store, among: tuple[State, ...] = STATES) -> list[str]:
+        """Ids of the jobs that are named, or else of those that options choose, the oldest first.
+
+        Args:
+            among: states of jobs that options may choose.
+
+        Raises:
+            ConfigError: no job is chosen, or some are named and options choose others.
+            UnknownJob: there is no such group.
+        """
+        if self.is_empty:
+            raise ConfigError("which jobs? Name them, or choose them by --group, --state or --since")
+        if self.jobs:
+            if self != Choice(self.jobs):
+                raise ConfigError("name jobs, or choose them by --group, --state and --since, but not both")
+            return list(dict.fromkeys(self.jobs))
+        selection = self.selection(store, default=among)
+        states = tuple(state for state in among if state in (selection.states or ()))
+        return store.ids(dataclasses.replace(selection, states=states))
 
 
-def chosen(
-    store: Store,
-    jobs: list[str] | None,
-    group: str | None,
-    state: list[str] | None,
-    among: tuple[State, ...] = STATES,
-) -> list[str]:
-    """Ids of the jobs that are named, or else of those that options choose, the oldest first.
-
-    Args:
-        among: states of jobs that options may choose.
-
-    Raises:
-        ConfigError: no job is chosen, or some are named and options choose others.
-        UnknownJob: there is no such group.
-    """
-    if jobs and (group is not None or state):
-        raise ConfigError("name jobs, or choose them by --group and --state, but not both")
-    if not jobs and group is None and not state:
-        raise ConfigError("which jobs? Name them, or choose them by --group or --state")
-    if jobs:
-        return list(dict.fromkeys(jobs))
-    selection = selected(store, None, group, state)
-    states = among if selection.states is None else tuple(set(among) & set(selection.states))
-    return store.ids(dataclasses.replace(selection, states=states))
+CHOICE = Group(jobs=JobsArgument, group=GroupOption, state=StateOption, since=SinceOption)
+ChoiceOptions = Annotated[Choice, CHOICE]

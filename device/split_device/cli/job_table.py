@@ -13,7 +13,7 @@ from rich.cells import cell_len, set_cell_size
 from split_common.models.checkpoint_files import model_name
 from split_device.jobs.hooks import Action
 from split_device.jobs.job import ImageTask, Job, Task
-from split_device.jobs.shown import job_facts, prompt_of, rate, shown_state, title
+from split_device.jobs.shown import job_facts, prompt_of, rate, reason, shown_state, title
 
 #: Units of an age, in seconds.
 _UNITS = (("d", 86400), ("h", 3600), ("m", 60))
@@ -121,7 +121,7 @@ def job_lines(job: Job, actions: list[Action]) -> Iterator[str]:
     else:
         yield from (f"{message['role']}: {message['content']}" for message in prompt)
     # Last, because the prompt may be long.
-    yield from _lines({"error": job.error})
+    yield from _lines({"error": reason(job) or None})
 
 
 def _lines(values: dict[str, Any]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from split_device.jobs import waits
 from split_device.jobs.agent import running_agent
 from split_device.jobs.follow import AGENT_GRACE
 from split_device.jobs.job import FINAL, Selection
-from split_device.jobs.shown import shown_counts
+from split_device.jobs.shown import reason, shown_counts
 from split_device.jobs.store import Store
 
 #: Interval between two looks at the jobs, in seconds.
@@ -55,8 +55,8 @@ def watch_jobs(store: Store, selection: Selection, progress: ProgressMode, json:
         emit_json({"group": selection.group, "counts": shown_counts(counts), "failed": failed})
     else:
         words = ", ".join(f"{counts[state]} {state}" for state in FINAL if counts[state])
-        stderr.print(f"{name}: {words}", soft_wrap=True)
+        stderr.print(f"{name}: {words or 'none'}", soft_wrap=True)
         if failed:
-            stderr.print(f"the first to fail: job {failed[0]}: {store.get(failed[0]).error}", soft_wrap=True)
+            stderr.print(f"the first to fail: {failed[0]}: {reason(store.get(failed[0]))}", soft_wrap=True)
     if counts["succeeded"] < sum(counts.values()):
         raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,16 +10,17 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption
 from split_common.errors import ConfigError
 from split_common.system.console import emit_json, print_text, stderr, stdout
+from split_common.system.outputs import check_absent, check_output
 from split_device.batches.finish import prune as prune_batches
 from split_device.batches.place import is_batch
-from split_device.cli.batch_options import FormatOption, ProgressOption
+from split_device.cli.batch_options import FormatOption, OverwriteOption, ProgressOption
 from split_device.cli.batches import (
     all_batches,
     batch_result,
-    batches_among,
     cancel_batches,
     print_batches,
     show_batch,
@@ -27,22 +29,15 @@ from split_device.cli.batches import (
 from split_device.cli.job_export import export_form, records, write_records
 from split_device.cli.job_output import image_directory, interruptible, report_image, show_output
 from split_device.cli.job_results import show_results
-from split_device.cli.job_selection import (
-    JobArgument,
-    JobsArgument,
-    SinceOption,
-    StateOption,
-    chosen,
-    selected,
-)
+from split_device.cli.job_selection import CHOICE, Choice, ChoiceOptions, JobArgument
 from split_device.cli.job_table import asked, job_lines, job_table
 from split_device.cli.job_watch import watch_jobs
-from split_device.cli.options import GroupOption, MetadataOption, StoreKeyOption, parse_age
+from split_device.cli.options import MetadataOption, StoreKeyOption, parse_age
 from split_device.images.settings import check_image_output
 from split_device.jobs.agent import running_agent
 from split_device.jobs.follow import image_output, text_output
-from split_device.jobs.job import PAST
-from split_device.jobs.shown import job_facts, shown_counts, shown_state, title
+from split_device.jobs.job import PAST, Selection
+from split_device.jobs.shown import job_facts, may_pass, reason, shown_counts, shown_state, title
 from split_device.jobs.store import Changed, Store, store_path
 
 app = typer.Typer(no_args_is_help=True, help="Manage the jobs that were submitted.", rich_markup_mode="markdown")
@@ -54,10 +49,9 @@ OutputDirOption = Annotated[
 
 
 @app.command("list")
+@grouped
 def list_jobs(
-    state: StateOption = None,
-    group: GroupOption = None,
-    since: SinceOption = None,
+    choice: Annotated[Choice, CHOICE.without("jobs")],
     limit: Annotated[
         int, typer.Option(min=1, max=100_000, metavar="N", help="Maximum number of jobs to list, the newest first.")
     ] = 50,
@@ -68,9 +62,9 @@ def list_jobs(
 
     Without options that choose jobs, batches are listed as well.
     """
-    batches = [] if state or group is not None or since is not None else all_batches(store_key)
+    batches = all_batches(store_key) if choice.is_empty else []
     with Store(store_path(), store_key) as store:
-        selection = selected(store, None, group, state, since)
+        selection = choice.selection(store)
         jobs = store.jobs(selection, limit)
         counts = shown_counts(store.count(selection))
     total = sum(counts.values())
@@ -105,41 +99,40 @@ def show(job: JobArgument, store_key: StoreKeyOption = None, json: JsonOption = 
 
 
 @app.command()
+@grouped
 def watch(
-    jobs: JobsArgument = None,
-    group: GroupOption = None,
+    choice: ChoiceOptions,
     progress: ProgressOption = "auto",
     store_key: StoreKeyOption = None,
     json: JsonOption = False,
 ) -> None:
     """Stream a job's answer from its beginning until the job ends; for an image, show its progress.
 
-    Of several jobs, a group or a batch, it shows how many have ended, until all have. Exit code 1 if one has not
-    succeeded.
+    Of several jobs, of those that --group, --state and --since choose, or of a batch, it shows how many have ended,
+    until all have. Exit code 1 if one has not succeeded.
     """
-    if names := batches_among(jobs):
+    if names := choice.batches:
         if len(names) > 1:
             raise ConfigError("name one batch")
         watch_batch(names[0], store_key, json)
         return
-    if bool(jobs) == (group is not None):
-        raise ConfigError("which jobs? Name them, or choose them by --group")
     with Store(store_path(), store_key) as store:
-        if jobs is None or len(set(jobs)) > 1:
-            for id_ in jobs or ():
-                store.get(id_)
-            watch_jobs(store, selected(store, jobs, group), progress, json)
+        ids = choice.ids(store)
+        if not choice.jobs or len(ids) > 1:
+            # Of a group, also jobs that join it later; states, though, change while it watches.
+            changing = choice.state or choice.since is not None
+            selection = Selection(ids=tuple(ids)) if changing else choice.selection(store)
+            watch_jobs(store, selection, progress, json)
             return
-        found = store.get(jobs[0])
+        found = store.get(ids[0])
         with interruptible(found):
             show_output(store, found, None, json)
 
 
 @app.command()
+@grouped
 def result(
-    jobs: JobsArgument = None,
-    group: GroupOption = None,
-    state: StateOption = None,
+    choice: ChoiceOptions,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Where to write an image: a .png, .jpg or .webp file."),
@@ -154,14 +147,14 @@ def result(
     Several answers are printed one after the other, each under a line with its job's id. `jobs export` writes them
     into one file. Of a batch, the answers that are there so far are printed, or written to FILE.
     """
-    if names := batches_among(jobs):
+    if names := choice.batches:
         if len(names) > 1 or output_dir is not None:
             raise ConfigError("name one batch; its images are in the directory that `batch` was given")
         batch_result(names[0], output, store_key, json)
         return
     with Store(store_path(), store_key) as store:
-        ids = chosen(store, jobs, group, state)
-        if not jobs or len(ids) > 1:
+        ids = choice.ids(store)
+        if not choice.jobs or len(ids) > 1:
             if output is not None:
                 raise ConfigError("-o is for one image: --output-dir DIR writes several")
             if not show_results(store, ids, output_dir, metadata, json):
@@ -174,7 +167,7 @@ def result(
             return
         text = text_output(store, found)
     if output is not None or output_dir is not None:
-        raise ConfigError(f"job {found.id} makes a text, which is printed: -o and --output-dir are for images")
+        raise ConfigError(f"{found.id} makes a text, which is printed: -o and --output-dir are for images")
     if json:
         emit_json(job_facts(found) | {"text": text})
     else:
@@ -184,7 +177,7 @@ def result(
 def _image_path(id_: str, output: Path | None, directory: Path | None) -> Path:
     """Where the image of a job is written. Raises ConfigError if that is not said, or not possible."""
     if (output is None) == (directory is None):
-        raise ConfigError(f"job {id_} makes an image: give -o FILE or --output-dir DIR")
+        raise ConfigError(f"{id_} makes an image: give -o FILE or --output-dir DIR")
     if output is None and directory is not None:
         output = image_directory(directory) / f"{id_}.png"
     assert output is not None
@@ -193,11 +186,9 @@ def _image_path(id_: str, output: Path | None, directory: Path | None) -> Path:
 
 
 @app.command()
+@grouped
 def export(
-    jobs: JobsArgument = None,
-    group: GroupOption = None,
-    state: StateOption = None,
-    since: SinceOption = None,
+    choice: ChoiceOptions,
     form: FormatOption = None,
     output: Annotated[
         Path | None,
@@ -206,10 +197,11 @@ def export(
             "-o",
             metavar="FILE",
             show_default="stdout",
-            help="Where to write prompts and answers. An existing file is replaced.",
+            help="Where to write prompts and answers.",
         ),
     ] = None,
     output_dir: OutputDirOption = None,
+    overwrite: OverwriteOption = False,
     metadata: MetadataOption = True,
     store_key: StoreKeyOption = None,
     json: JsonOption = False,
@@ -220,15 +212,18 @@ def export(
     """
     if json and output is None:
         raise ConfigError("--json needs -o FILE: without it the jobs themselves are printed")
+    if output is not None:
+        check_output(output)
+        if not overwrite:
+            check_absent(output)
     with Store(store_path(), store_key) as store:
-        if jobs:
-            for id_ in jobs:
-                store.get(id_)
-        ids = store.ids(selected(store, jobs, group, state or ["succeeded"], since))
-        counts = shown_counts(store.count(selected(store, jobs, group, None, since)))
+        ids = store.ids(choice.selection(store, default=("succeeded",)))
+        counts = shown_counts(store.count(dataclasses.replace(choice, state=None).selection(store)))
         found = records(store, ids, output_dir, metadata)
         write_records(found, export_form(form, output), output)
-    left_out = {name: count for name, count in counts.items() if count and name not in (state or ["succeeded"])}
+    left_out = {
+        name: count for name, count in counts.items() if count and name not in (choice.state or ["succeeded"])
+    }
     if json:
         emit_json({"output": str(output), "jobs": len(ids), "left_out": left_out})
         return
@@ -239,45 +234,51 @@ def export(
 
 
 @app.command()
+@grouped
 def cancel(
-    jobs: JobsArgument = None,
-    group: GroupOption = None,
-    state: StateOption = None,
+    choice: ChoiceOptions,
     store_key: StoreKeyOption = None,
     json: JsonOption = False,
 ) -> None:
     """Cancel jobs; the agent cancels running ones within a second.
 
-    --group and --state choose among those that have not ended. A batch that is cancelled ends with the answers that
-    are there.
+    --group, --state and --since choose among those that have not ended. A batch that is cancelled ends with the
+    answers that are there.
     """
-    if names := batches_among(jobs):
+    if names := choice.batches:
         cancel_batches(names, store_key, json)
         return
     with Store(store_path(), store_key) as store:
-        ids = chosen(store, jobs, group, state, among=("queued", "running"))
+        ids = choice.ids(store, among=("queued", "running"))
         changed = store.cancel_all(ids, lambda: running_agent() is None)
-    _report(changed, jobs, json)
+    _report(changed, choice.jobs, json)
 
 
 @app.command()
+@grouped
 def retry(
-    jobs: JobsArgument = None,
-    group: GroupOption = None,
-    state: StateOption = None,
+    choice: ChoiceOptions,
     store_key: StoreKeyOption = None,
     json: JsonOption = False,
 ) -> None:
     """Queue failed or cancelled jobs again: a text continues where it stopped, an image starts over.
 
-    --group and --state choose among those that failed or were cancelled.
+    --group, --state and --since choose among those that failed or were cancelled.
     """
-    if batches_among(jobs):
+    if choice.batches:
         raise ConfigError("the command that made a batch, run again, asks again what failed")
     with Store(store_path(), store_key) as store:
-        ids = chosen(store, jobs, group, state, among=("failed", "cancelled"))
+        ids = choice.ids(store, among=("failed", "cancelled"))
+        failed = store.jobs(Selection(ids=tuple(ids), states=("failed",)))
         changed = store.retry_all(ids)
-    _report(changed, jobs, json)
+    _report(changed, choice.jobs, json)
+    if lasting := [job for job in failed if not may_pass(job)]:
+        first = lasting[-1]
+        stderr.print(
+            f"note: {len(lasting)} had an error that does not go away by itself; {first.id}: {reason(first)}",
+            soft_wrap=True,
+            markup=False,
+        )
 
 
 @app.command()

@@ -9,7 +9,7 @@ from split_common.errors import AgentError, JobsError
 from split_device.jobs import waits
 from split_device.jobs.agent import running_agent
 from split_device.jobs.job import FINAL, PAST, Job
-from split_device.jobs.shown import shown_state
+from split_device.jobs.shown import reason, shown_state
 from split_device.jobs.store import Store
 
 #: Interval between two reads of the store, in seconds.
@@ -54,14 +54,14 @@ def follow(
                 on_notice(told := notice)
         elif now - agent_at > AGENT_GRACE:
             words = PAST[shown_state(job)]
-            raise AgentError(f"job {id_} {words}, and no agent runs: `lambda-split agent start` starts one")
+            raise AgentError(f"{id_} {words}, and no agent runs: `lambda-split agent start` starts one")
         time.sleep(POLL_INTERVAL)
 
 
 def text_output(store: Store, job: Job) -> str:
     """The text of a succeeded job. Raises JobsError for any other job."""
     if job.kind != "text":
-        raise JobsError(f"job {job.id} makes an image, not a text")
+        raise JobsError(f"{job.id} makes an image, not a text")
     _check_succeeded(job)
     return store.progress(job.id).text
 
@@ -69,7 +69,7 @@ def text_output(store: Store, job: Job) -> str:
 def image_output(store: Store, job: Job) -> bytes:
     """The image of a succeeded job, as a PNG file. Raises JobsError for any other job."""
     if job.kind != "image":
-        raise JobsError(f"job {job.id} makes a text, not an image")
+        raise JobsError(f"{job.id} makes a text, not an image")
     _check_succeeded(job)
     return store.image(job.id)
 
@@ -78,5 +78,5 @@ def _check_succeeded(job: Job) -> None:
     if job.state == "succeeded":
         return
     if job.state == "failed":
-        raise JobsError(f"job {job.id} failed: {job.error}")
-    raise JobsError(f"job {job.id} {PAST[shown_state(job)]}")
+        raise JobsError(f"{job.id} failed: {reason(job)}")
+    raise JobsError(f"{job.id} {PAST[shown_state(job)]}")

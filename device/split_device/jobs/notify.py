@@ -126,7 +126,7 @@ class Notifier:
 
 def _of(hook: DueHook) -> str:
     """What ended, for the log, which has no names of groups: they may be secret."""
-    return f"job {hook.job}" if hook.job is not None else "a group"
+    return hook.job if hook.job is not None else "a group"
 
 
 def _environment(hook: DueHook) -> dict[str, str]:

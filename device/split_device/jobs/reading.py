@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from pathlib import Path
 from typing import Any, Self
@@ -63,7 +64,7 @@ class JobReader:
         """The job with this id. Raises UnknownJob."""
         row = self._db.execute(f"{JOBS} WHERE id = ?", (id_,)).fetchone()
         if row is None:
-            raise UnknownJob(f"there is no job {id_}")
+            raise UnknownJob(f"no job has the id {id_}")
         return self._job(row)
 
     def jobs(self, selection: Selection = Selection(), limit: int = -1) -> list[Job]:
@@ -93,8 +94,9 @@ class JobReader:
         """A condition on the table `jobs` in SQL, and the values of its placeholders."""
         conditions, values = ["1"], list[object]()
         if selection.ids is not None:
-            conditions.append(f"jobs.id IN ({placeholders(selection.ids)})")
-            values += selection.ids
+            # One value: SQLite takes no more than some ten thousand.
+            conditions.append("jobs.id IN (SELECT value FROM json_each(?))")
+            values.append(json.dumps(selection.ids))
         if selection.states is not None:
             conditions.append(f"jobs.state IN ({placeholders(selection.states)})")
             values += selection.states
@@ -118,7 +120,7 @@ class JobReader:
             row = self._db.execute("SELECT sampler FROM jobs WHERE id = ?", (id_,)).fetchone()
             pieces = self.pieces(id_)
         if row is None:
-            raise UnknownJob(f"there is no job {id_}")
+            raise UnknownJob(f"no job has the id {id_}")
         sampler = row["sampler"]
         return JobProgress(
             [token for piece in pieces for token in piece.tokens],
@@ -130,7 +132,7 @@ class JobReader:
         """The image of a succeeded job, as a PNG file. Raises UnknownJob, or JobsError if it has no image."""
         row = self._db.execute("SELECT data FROM images WHERE job = ?", (id_,)).fetchone()
         if row is None:
-            raise JobsError(f"job {self.get(id_).id} has no image")
+            raise JobsError(f"{self.get(id_).id} has no image")
         return self._vault.open(row["data"], f"{id_}/image")
 
     # --- rows ----------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from split_common.errors import ConfigError
+from split_common import errors
+from split_common.errors import ConfigError, ModelError, PromptTooLong, SplitError, UnsupportedFeature
 from split_common.system.times import iso_time
 from split_device.jobs.agent import running_agent
 from split_device.jobs.job import FINAL, AnyTask, ImageTask, Job, State
@@ -58,6 +59,24 @@ def prompt_of(task: AnyTask) -> str | list[dict[str, str]]:
     if len(task.prompt) == 1 and task.prompt[0].role == "user":
         return task.prompt[0].content
     return [{"role": message.role, "content": message.content} for message in task.prompt]
+
+
+def reason(job: Job) -> str:
+    """Why a job failed, for people: without the name of the error's class. Empty if it did not fail."""
+    error = job.error or ""
+    return error.partition(": ")[2] or error if _error_class(error) is not None else error
+
+
+def may_pass(job: Job) -> bool:
+    """Whether a job that failed may succeed when it runs again, though nothing else has changed."""
+    cls = _error_class(job.error or "")
+    return cls is None or not issubclass(cls, (ConfigError, ModelError, UnsupportedFeature, PromptTooLong))
+
+
+def _error_class(error: str) -> type[SplitError] | None:
+    """The class whose name an error begins with; None for errors that are not lambda-split's own."""
+    cls = getattr(errors, error.partition(": ")[0], None)
+    return cls if isinstance(cls, type) and issubclass(cls, SplitError) else None
 
 
 def rate(job: Job) -> float | None:

@@ -133,7 +133,7 @@ class Store(JobReader):
             job = self._job(row)
             # The seed that was drawn for a job is not part of the request.
             if job.task != (task.with_seed(job.task.seed) if task.needs_seed else task):
-                raise JobsError(f"job {job.id} has this key already, and asks for something else: use another key")
+                raise JobsError(f"{job.id} has this key already, and asks for something else: use another key")
             return job
         if task.needs_seed:
             # Drawn now, so that the output is the same however often the job is interrupted.
@@ -176,7 +176,7 @@ class Store(JobReader):
         elif job.state == "running":
             self._db.execute("UPDATE jobs SET cancelling = 1 WHERE id = ?", (id_,))
         else:
-            raise JobsError(f"job {id_} {PAST[job.state]} already")
+            raise JobsError(f"{id_} {PAST[job.state]} already")
         return self.get(id_)
 
     def retry(self, id_: str) -> Job:
@@ -197,7 +197,7 @@ class Store(JobReader):
     def _retry(self, id_: str) -> Job:
         job = self.get(id_)
         if job.state not in ("failed", "cancelled"):
-            raise JobsError(f"job {id_} {PAST[job.state]}: only a failed or cancelled job can be retried")
+            raise JobsError(f"{id_} {PAST[job.state]}: only a failed or cancelled job can be retried")
         self._db.execute(
             "UPDATE jobs SET state = 'queued', cancelling = 0, finished = NULL, error = NULL WHERE id = ?", (id_,)
         )

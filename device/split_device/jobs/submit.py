@@ -289,7 +289,7 @@ class Submitted(Generic[_T]):
         deadline = None if timeout is None else time.monotonic() + timeout
         while not (found := self._outputs()):
             if deadline is not None and time.monotonic() > deadline:
-                raise TimeoutError(f"job {self.id} has not ended after {timeout:g} s")
+                raise TimeoutError(f"{self.id} has not ended after {timeout:g} s")
             time.sleep(POLL_INTERVAL)
         return found[0]
 
