@@ -231,6 +231,7 @@ def test_a_table_by_a_template(run: Any, checkpoint: Path, address: str, worker:
         ("in.txt", ("-o", "OUT", "--image"), "--image needs --output-dir"),
         ("in.txt", ("-o", "OUT", "--output-dir", "DIR"), "--output-dir needs --image"),
         ("in.txt", ("-o", "OUT", "--steps", "3"), "--steps needs --image"),
+        ("in.txt", ("-o", "OUT", "--strength", "0.5"), "--strength needs --image"),
         ("in.txt", ("-o", "OUT", "--codec", "int8"), "--codec needs --image"),
         ("in.txt", ("-o", "OUT", "--max-images", "3"), "--max-images needs --image"),
         ("in.txt", ("--output-dir", "DIR", "--image", "--stop", "x"), "--stop is for texts"),

@@ -166,6 +166,8 @@ def test_an_image_goes_into_a_pipe_and_not_over_its_input(options: list[str], tm
         (["-o", "/proc/a.png"], 2, "cannot be written"),
         (["-o", "a.png", "--init-image", "gone.png"], 2, "cannot be read as an image: No such file"),
         (["-o", "a.png", "--init-image", "gone.png", "--strength", "0"], 2, "changes nothing"),
+        (["-o", "a.png", "--strength", "0.5"], 2, "--strength needs --init-image"),
+        (["-o", "a.png", "--init-image", "gone.png", "--size", "32"], 2, "the initial image has a size"),
         (["-o", "a.png", "--model", "/proc"], 2, "not the directory of a pipeline"),
         (["-o", "a.png", "--cut", "A"], 1, "): start one with `lambda-split worker --model "),
         (["-o", "a.png", "--reuse", "1.5"], 2, "number of steps"),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 import tiny_diffusion
@@ -21,6 +21,7 @@ from split_common.errors import ConfigError
 from split_device import ImageDevice
 from split_device.images.pipeline import _private_copy
 from split_device.jobs.agent import log_path, running_agent
+from split_device.jobs.job import ImageTask, InitImage
 from split_device.jobs.store import Store, store_path
 from wiretap import wait_until
 
@@ -65,6 +66,11 @@ def steps_of(id_: str) -> int:
         return store.get(id_).steps
 
 
+def last_job() -> str:
+    with Store(store_path()) as store:
+        return store.jobs(limit=1)[0].id
+
+
 def test_from_submission_to_the_image(run: Any, model: Path, address: str, tmp_path: Path) -> None:
     asked = ("submit", "--image", "a seven", "--image-model", model, "--steps", 3, "--seed", 5)
     early = run(*asked, "--size", 48, "--guidance", 3, "--negative", "blue", "--key", "one", "--json")
@@ -98,11 +104,31 @@ def test_from_submission_to_the_image(run: Any, model: Path, address: str, tmp_p
     )
     with pytest.raises(ConfigError, match="a multiple of 8"):
         ImageDevice(model).submit("a seven", height=0)
+    first = tmp_path / "first.png"
+    Image.new("RGB", (48, 64), "red").save(first)
+    begun = (*asked, "--init-image", first, "--strength", 0.7)
+    assert run(*begun, "--wait", "-o", tmp_path / "c.png").code == 0
+    with Image.open(first) as image:
+        wanted = StableDiffusionXLImg2ImgPipeline.from_pretrained(model)(
+            "a seven",
+            image=image,
+            strength=0.7,
+            num_inference_steps=3,
+            generator=torch.Generator().manual_seed(5),
+        ).images[0]
+    assert_same_picture(pixels(tmp_path / "c.png"), np.asarray(wanted))
+    assert f"init image: {first}\nstrength: 0.7\n" in run("jobs", "show", last_job()).out
+    run("agent", "stop")
+    changed = run(*begun).out.strip()
+    first.write_bytes(first.read_bytes() + b"\0")
+    run("agent", "start", "--broker", address, "--give-up", 1)
+    assert f"{first} has changed since the job was submitted" in run("jobs", "watch", changed).err
+
     nobody = run(*asked, "--cut", "A", "--wait")
-    assert (nobody.code, "failed: NoWorker" in nobody.err) == (1, True)
+    assert (nobody.code, "failed: no worker" in nobody.err) == (1, True)
     assert "waiting: no worker" in log_path().read_text()
     assert "seven" not in log_path().read_text()
-    assert run("jobs", "prune", "--older-than", "0s", "--json").json == {"removed": 3, "batches": 0}
+    assert run("jobs", "prune", "--older-than", "0s", "--json").json == {"removed": 5, "batches": 0}
     with Store(store_path()) as store:
         assert store._db.execute("SELECT count(*) FROM images").fetchone()[0] == 0
 
@@ -168,6 +194,23 @@ def test_images_at_once_share_weights_and_nothing_that_changes(model: Path) -> N
     assert _private_copy(half).vae is not half.vae
 
 
+def test_each_line_begins_with_the_same_image(run: Any, model: Path, tmp_path: Path) -> None:
+    first, source = tmp_path / "first.png", tmp_path / "in.jsonl"
+    Image.new("RGB", (48, 64), "red").save(first)
+    source.write_text('{"prompt": "a", "seed": 1}\n{"prompt": "b", "size": "32x32"}\n{"prompt": "c", "steps": 1}\n')
+    asked = ("submit", "--each-line", source, "--image", "--image-model", model, "--init-image", first)
+    done = run(*asked, "--strength", 0.5, "--json")
+    assert [error["message"] for error in done.json["errors"]] == [
+        "line 2: an initial image and a size do not go together: the initial image has a size",
+        "line 3: a strength of 0.5 changes nothing in 1 steps",
+    ]
+    with Store(store_path()) as store:
+        task = store.get(done.json["ids"][0]).task
+    assert isinstance(task, ImageTask)
+    assert isinstance(task.init_image, InitImage)
+    assert (task.init_image.path, task.init_image.strength) == (str(first), 0.5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -176,6 +219,7 @@ def test_images_at_once_share_weights_and_nothing_that_changes(model: Path) -> N
         (("submit", "--image", "a seven", "--max-tokens", 3), "--max-tokens is for texts"),
         (("submit", "a seven", "--steps", 3), "--steps needs --image"),
         (("submit", "a seven", "--image-model", "/nowhere"), "--image-model needs --image"),
+        (("submit", "a seven", "--strength", 0.5), "--strength needs --image"),
         (("submit", "--image", "a seven", "--reuse", "often"), "expected a number of steps"),
         (("submit", "--image", "a seven", "-o", "a.png"), "-o needs --wait"),
         (("submit", "--image", "a seven", "-o", "a.txt", "--wait"), "invalid image file"),

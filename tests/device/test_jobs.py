@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,18 +107,23 @@ def test_from_submission_to_the_answer(run: Any, checkpoint: Path, address: str,
     options = ("--max-tokens", 8, "--temperature", 1.5, "--top-p", 0.9, "--seed", 5)
     assert run("submit", "--file", "-", *model, *options, "--wait", stdin="Hello").out == sampled + "\n"
 
+    named = run("submit", "Hello", *model, "--max-tokens", 8, "--request-id", "mine", "--json")
+    assert named.json["request_id"] == "mine"
+    assert run("jobs", "watch", named.json["id"]).out == expected + "\n"
+    assert "request mine, session " in log_path().read_text()
+
     stop = expected[4:6]
     shorter = run("submit", "Hello", *model, "--max-tokens", 8, "--stop", stop, "--wait", "--json").json
     assert (shorter["text"], shorter["finish_reason"]) == (expected[: expected.index(stop)], "stop")
 
     failed = run("submit", "x" * 300, *model, "--wait")
     assert failed.code == 1
-    assert "PromptTooLong" in failed.err
+    assert re.search("failed: .* leave no room", failed.err)
 
     listed = run("jobs", "list", "--json").json["jobs"]
-    assert [job["state"] for job in listed] == ["failed", "succeeded", "succeeded", "succeeded"]
+    assert [job["state"] for job in listed] == ["failed", *["succeeded"] * 4]
     assert "Hello" not in log_path().read_text()
-    assert run("jobs", "prune", "--older-than", "0s", "--json").json == {"removed": 4, "batches": 0}
+    assert run("jobs", "prune", "--older-than", "0s", "--json").json == {"removed": 5, "batches": 0}
     assert run("agent", "stop", "--json").json == {"stopped": agent["pid"]}
     assert run("agent", "stop", "--json").json == {"stopped": None}
     assert f"agent {agent['pid']} runs" in run("agent", "logs").out
@@ -166,7 +172,7 @@ def test_jobs_wait_for_a_worker_and_can_be_cancelled(
     assert (failed.code, "was cancelled" in failed.err) == (1, True)
     before = tokens_of(cancelled)
     assert 0 < before < 200
-    assert "failed: NoWorker" in run("jobs", "watch", waiting).err
+    assert "failed: no worker" in run("jobs", "watch", waiting).err
 
     run("jobs", "retry", cancelled)
     assert run("jobs", "watch", cancelled).out == unsplit(checkpoint, "Hello", 200) + "\n"

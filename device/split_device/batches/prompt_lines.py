@@ -16,7 +16,7 @@ from split_device.batches.settings import BatchSettings
 from split_device.batches.source import RawLine, Source
 from split_device.batches.template import UnknownField
 from split_device.generation.settings import Sampling
-from split_device.images.settings import ImageSettings, check_size, parse_pixels
+from split_device.images.settings import ImageSettings, check_size, check_start, parse_pixels
 from split_device.jobs.job import AnyTask, ImageTask, Message, Task
 from split_device.openai.fields import ApiError, convert, present
 from split_device.openai.messages import parse_messages
@@ -76,7 +76,9 @@ class Prompts:
         self._kind: AnswerKind = "picture" if settings.images else "prompt"
         # Found once and for all lines, before any of them.
         if settings.images:
-            self._picture = settings.picture(settings.models.image.name)
+            directory = settings.models.image.name
+            self._picture = settings.picture(directory)
+            self._init_image = settings.start(self._picture, directory)
         else:
             _ = settings.models.text
         if source.form != "csv":
@@ -206,7 +208,9 @@ class Prompts:
             seed=default.seed if own.seed is None else own.seed,
         ).checked()
         check_size(model.name, chosen)
-        return ImageTask(model=model, prompt=prompt, settings=chosen)
+        if not isinstance(self._init_image, msgspec.UnsetType):
+            check_start(chosen, self._init_image.strength)
+        return ImageTask(model=model, prompt=prompt, settings=chosen, init_image=self._init_image)
 
 
 def _merged(sampling: Sampling, own: _Object) -> Sampling:

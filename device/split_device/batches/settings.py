@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import msgspec
+
 from split_device.batches.template import Template
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling
 from split_device.images.settings import ImageSettings
-from split_device.jobs.job import ImageChoice, ModelChoice
+from split_device.jobs.job import ImageChoice, InitImage, ModelChoice
 
 
 class BatchModels:
@@ -49,6 +51,8 @@ class BatchSettings:
         sampling, stop, chat_template: settings of prompts for texts.
         picture: settings of prompts for images, by the directory of the pipeline; raises ConfigError if that cannot
             make such an image.
+        start: the image that all images begin with, by their settings and the directory; raises ConfigError if the
+            settings contradict it.
         given: fields of `sampling`, and `stop`, that the user gave: they hold for OpenAI's requests, too.
         metadata: whether pictures' files carry their settings.
     """
@@ -63,5 +67,6 @@ class BatchSettings:
     stop: tuple[str, ...] = ()
     chat_template: ChatTemplate = field(default_factory=ChatTemplate)
     picture: Callable[[str], ImageSettings] = lambda _directory: ImageSettings()
+    start: Callable[[ImageSettings, str], InitImage | msgspec.UnsetType] = lambda *_: msgspec.UNSET
     given: frozenset[str] = field(default=frozenset())
     metadata: bool = True

@@ -43,6 +43,7 @@ from split_device.cli.groups import (
     PictureOptions,
     PromptFormatOptions,
     SamplingOptions,
+    StartOptions,
     TextModelOptions,
 )
 from split_device.cli.options import (
@@ -69,6 +70,7 @@ def batch(
     sampling: SamplingOptions,
     prompt_format: PromptFormatOptions,
     picture: PictureOptions,
+    start: StartOptions,
     images: ImageModelOptions,
     output: Annotated[
         Path | None,
@@ -126,6 +128,7 @@ def batch(
         stop=tuple(stop or ()),
         chat_template=prompt_format.template(),
         picture=picture.settings,
+        start=start.reference,
         given=given_settings(context),
         metadata=metadata,
     )

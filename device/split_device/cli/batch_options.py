@@ -86,7 +86,7 @@ _OF_TEXTS = (
     *("--max-tokens", "--temperature", "--top-p", "--top-k", "--stop", "--raw", "--tokenizer", "--adapter"),
     *_OF_CONVERSATIONS,
 )
-_OF_IMAGES = ("--steps", "--size", "--guidance", "--negative", "--metadata")
+_OF_IMAGES = ("--steps", "--size", "--guidance", "--negative", "--init-image", "--strength", "--metadata")
 
 #: Options of image models, which OpenAI's requests may need.
 _OF_IMAGE_MODELS = ("--cut", "--codec", "--reuse", "--max-images")

@@ -21,7 +21,7 @@ from split_device.cli.groups import (
     SamplingOptions,
     TextModelOptions,
 )
-from split_device.cli.options import StopOption, SystemOption
+from split_device.cli.options import RequestIdOption, StopOption, SystemOption
 from split_device.cli.terminal import answer_line, loading, with_notices
 
 
@@ -34,6 +34,7 @@ def chat(
     prompt_format: PromptFormatOptions,
     stop: StopOption = None,
     system: SystemOption = None,
+    request_id: RequestIdOption = None,
     json: JsonOption = False,
 ) -> None:
     """Talk with a split model; each turn sends only what is new.
@@ -55,7 +56,7 @@ def chat(
         split = load_model(choice, with_notices(connection), hardware)
     with split:
         start = [{"role": "system", "content": system}] if system else []
-        conversation = Conversation(split, tokenizer, start, template)
+        conversation = Conversation(split, tokenizer, start, template, request_id)
         turns = []
         interactive = sys.stdin.isatty()
         if interactive:

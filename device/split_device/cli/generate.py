@@ -19,7 +19,7 @@ from split_device.cli.groups import (
     SamplingOptions,
     TextModelOptions,
 )
-from split_device.cli.options import PromptArgument, RawOption, StopOption, SystemOption
+from split_device.cli.options import PromptArgument, RawOption, RequestIdOption, StopOption, SystemOption
 from split_device.cli.tables import timings_table
 from split_device.cli.terminal import answer_line, loading, with_notices
 
@@ -39,6 +39,7 @@ def generate(
         bool,
         typer.Option("--timings", help="Print on stderr how long each stage of the prompt and of each token took."),
     ] = False,
+    request_id: RequestIdOption = None,
     json: JsonOption = False,
 ) -> None:
     """Answer a prompt with a split model; the text streams to stdout.
@@ -71,7 +72,8 @@ def generate(
             split.timings.reset()
 
         with answer_line(json) as on_text:
-            answer = Conversation(split, tokenizer).complete(input_ids, sampling, on_text, note_prompt, stop or ())
+            conversation = Conversation(split, tokenizer, request_id=request_id)
+            answer = conversation.complete(input_ids, sampling, on_text, note_prompt, stop or ())
         token_ms = split.timings.per_step_ms()
         if timings:
             stderr.print(timings_table(prompt_ms, token_ms))

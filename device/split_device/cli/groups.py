@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import msgspec
 
@@ -25,6 +26,8 @@ from split_common.cli.options import (
 )
 from split_common.errors import ConfigError
 from split_common.models.split import DEFAULT_CUT, DEFAULT_LAYERS, END_LAYERS, Layers
+from split_common.system.files import user_path
+from split_common.system.text import check_text
 from split_device.cli.options import (
     ChatTemplateKwargsOption,
     ChatTemplateOption,
@@ -32,6 +35,7 @@ from split_device.cli.options import (
     GuidanceOption,
     HistoryOption,
     ImageModelOption,
+    InitImageOption,
     KvMemoryOption,
     MaxImagesOption,
     MaxJobsOption,
@@ -43,6 +47,7 @@ from split_device.cli.options import (
     SizeOption,
     StepsOption,
     StepTimeoutOption,
+    StrengthOption,
     TemperatureOption,
     TokenizerOption,
     TopKOption,
@@ -51,14 +56,18 @@ from split_device.cli.options import (
 from split_device.generation.chat_template import ChatTemplate, parse_template
 from split_device.generation.limits import Limits
 from split_device.generation.settings import Sampling
+from split_device.images.files import file_digest, read_image
 from split_device.images.settings import (
+    STRENGTH,
     ImageSettings,
+    check_pixels,
     check_size,
+    check_start,
     need_diffusers,
     parse_pixels,
     pipeline_directory,
 )
-from split_device.jobs.job import ImageChoice, ModelChoice, adapter_choices, checkpoint
+from split_device.jobs.job import ImageChoice, InitImage, ModelChoice, adapter_choices, checkpoint
 from split_device.models.hardware import Hardware
 from split_device.sessions.connection import Connection
 
@@ -175,6 +184,42 @@ class Picture:
         return settings
 
 
+@dataclass(frozen=True)
+class Start:
+    """The image that an image begins with, as given by options."""
+
+    init_image: Path | None = None
+    strength: float | None = None
+
+    def read(self, settings: ImageSettings, directory: str) -> dict[str, Any]:
+        """Arguments of a pipeline's call: the image, and how much of it is to change; none without an image.
+
+        Raises:
+            ConfigError: the image cannot be read, or is too large for the pipeline in this directory, or the
+                settings contradict it.
+        """
+        if self.init_image is None:
+            if self.strength is not None:
+                raise ConfigError("--strength needs --init-image")
+            return {}
+        strength = STRENGTH if self.strength is None else self.strength
+        check_start(settings, strength)
+        image = read_image(self.init_image)
+        check_pixels(directory, *image.size)
+        return {"image": image, "strength": strength}
+
+    def reference(self, settings: ImageSettings, directory: str) -> InitImage | msgspec.UnsetType:
+        """The same for a job, which reads the image when it runs. Raises ConfigError."""
+        if not (found := self.read(settings, directory)) or self.init_image is None:
+            return msgspec.UNSET
+        path = user_path(self.init_image).resolve()
+        return InitImage(
+            path=check_text(str(path), "the initial image's path"),
+            sha256=file_digest(path),
+            strength=found["strength"],
+        )
+
+
 OldHeadOption = Annotated[int | None, old_name("--head-layers", "--layers FIRST:LAST", "N")]
 OldTailOption = Annotated[int | None, old_name("--tail-layers", "--layers FIRST:LAST", "N")]
 
@@ -214,6 +259,7 @@ TextModelOptions = Annotated[TextModel, TEXT_MODEL]
 ImageModelOptions = Annotated[ImageModel, IMAGE_MODEL_CUT]
 PromptFormatOptions = Annotated[PromptFormat, PROMPT_FORMAT]
 PictureOptions = Annotated[Picture, PICTURE]
+StartOptions = Annotated[Start, Group(init_image=InitImageOption, strength=StrengthOption)]
 SAMPLING = Group(
     max_tokens=MaxTokensOption,
     temperature=TemperatureOption,

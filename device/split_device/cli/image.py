@@ -14,7 +14,6 @@ import typer
 
 from split_common.cli.groups import grouped
 from split_common.cli.options import MODEL_PANEL, JsonOption
-from split_common.errors import ConfigError
 from split_common.system.console import emit_json, print_text, read_stdin
 from split_common.system.outputs import is_stream
 from split_common.system.process import passive_threads
@@ -25,20 +24,19 @@ from split_device.cli.groups import (
     IMAGE_MODEL_CUT,
     HardwareOptions,
     ImageModel,
-    Picture,
     PictureOptions,
+    StartOptions,
 )
 from split_device.cli.job_output import print_notes
 from split_device.cli.options import (
     IMAGE_MODEL_HELP,
-    InitImageOption,
     MetadataOption,
     PromptArgument,
-    StrengthOption,
+    RequestIdOption,
 )
 from split_device.cli.terminal import loading, step_progress, with_notices
-from split_device.images.files import notes, read_image, write_image
-from split_device.images.settings import DRAWN_SEED_BITS, IMAGE_MODEL, STRENGTH, check_image_output, check_pixels
+from split_device.images.files import notes, write_image
+from split_device.images.settings import DRAWN_SEED_BITS, IMAGE_MODEL, check_image_output
 from split_device.sessions.connection import Connection
 
 if TYPE_CHECKING:
@@ -72,11 +70,11 @@ def image(
     ],
     model: Annotated[ImageModel, IMAGE_MODEL_CUT.without("image_model").plus(image_model=_AliasedModelOption)],
     picture: PictureOptions,
+    start: StartOptions,
     hardware: HardwareOptions,
     connection: Annotated[Connection, CONNECTION.without("history_memory")],
-    init_image: InitImageOption = None,
-    strength: StrengthOption = STRENGTH,
     metadata: MetadataOption = True,
+    request_id: RequestIdOption = None,
     json: JsonOption = False,
 ) -> None:
     """Make an image with a split diffusion model.
@@ -85,40 +83,28 @@ def image(
     Ctrl-C ends the command, and no file is written.
     """
     text = check_prompt(read_stdin() if prompt == "-" else prompt)
-    check_image_output(output, init_image)
-    if init_image is not None:
-        _check_init_image(picture, strength)
+    check_image_output(output, start.init_image)
     choice = model.choice()
     # A seed that is drawn is printed, so that the image can be made again.
     seed = secrets.randbits(DRAWN_SEED_BITS) if picture.seed is None else picture.seed
     settings = dataclasses.replace(picture, seed=seed).settings(choice.name)
+    more = start.read(settings, choice.name)
     passive_threads()
     check_connection(connection)
-    more: dict[str, Any] = {}
-    if init_image is not None:
-        more = {"image": read_image(init_image), "strength": strength}
-        check_pixels(choice.name, *more["image"].size)
     with exit_on_sigterm(), contextlib.ExitStack() as stack:
         with loading(connection, choice.name):
             from split_device.images.pipeline import ImagePipeline
             from split_device.jobs.models import load_image_model
 
             denoiser = stack.enter_context(load_image_model(choice, with_notices(connection), hardware))
-            pipeline = ImagePipeline(choice.name, denoiser, from_image=init_image is not None)
+            denoiser.begin(request_id)
+            pipeline = ImagePipeline(choice.name, denoiser)
         began = time.perf_counter()
         with step_progress(picture.steps, json) as advance:
             made = pipeline.generate(text, settings, advance, **more)
         seconds = time.perf_counter() - began
         write_image(made, output, metadata=metadata)
         _report(output, made, seed, seconds, denoiser, json)
-
-
-def _check_init_image(picture: Picture, strength: float) -> None:
-    """Raises ConfigError if other options contradict an initial image."""
-    if picture.size is not None:
-        raise ConfigError("--init-image and --size do not go together: the initial image has a size")
-    if int(picture.steps * strength) < 1:
-        raise ConfigError(f"--strength {strength:g} changes nothing in {picture.steps} steps")
 
 
 def _report(output: Path, made: Any, seed: int, seconds: float, denoiser: SplitDenoiser, json: bool) -> None:

@@ -111,6 +111,8 @@ def job_lines(job: Job, actions: list[Action]) -> Iterator[str]:
     yield from _lines(choice)
     settings = job.task.sampling if isinstance(job.task, Task) else job.task.settings
     yield from _lines(msgspec.to_builtins(settings))
+    if isinstance(job.task, ImageTask) and not isinstance(job.task.init_image, msgspec.UnsetType):
+        yield from _lines({"init image": job.task.init_image.path, "strength": job.task.init_image.strength})
     for text in job.task.stop if isinstance(job.task, Task) else ():
         yield f"stop: {text!r}"
     for action in actions:

@@ -11,9 +11,10 @@ import typer
 from split_common.cli.options import MODEL_PANEL, QUEUE_PANEL, parse_size
 from split_common.errors import ConfigError
 from split_device.generation.settings import BOUNDS
-from split_device.images.settings import IMAGE_MODEL
+from split_device.images.settings import IMAGE_MODEL, STRENGTH
 from split_device.models.compression import parse_reuse
 from split_device.sessions.connection import HISTORY_MEMORY
+from split_device.sessions.identity import check_request_id
 
 STORE_PANEL = "Jobs"
 SAMPLING_PANEL = "Sampling"
@@ -186,9 +187,10 @@ InitImageOption = Annotated[
     ),
 ]
 StrengthOption = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--strength",
+        show_default=f"{STRENGTH:g}",
         min=BOUNDS["strength"].low,
         max=BOUNDS["strength"].high,
         metavar="S",
@@ -256,6 +258,19 @@ HistoryOption = Annotated[
         rich_help_panel=QUEUE_PANEL,
         help="Memory for the states needed to resume on another worker. The rest spills to an encrypted temporary "
         "file.",
+    ),
+]
+
+RequestIdOption = Annotated[
+    str | None,
+    typer.Option(
+        "--request-id",
+        parser=check_request_id,
+        metavar="ID",
+        show_default="drawn",
+        rich_help_panel=QUEUE_PANEL,
+        help="Id by which logs name the request: 1 to 128 visible ASCII characters. Brokers and workers do not "
+        "learn it.",
     ),
 ]
 

@@ -24,6 +24,8 @@ from split_device.cli.groups import (
     PictureOptions,
     PromptFormatOptions,
     SamplingOptions,
+    Start,
+    StartOptions,
     TextModelOptions,
 )
 from split_device.cli.job_output import interruptible, show_output
@@ -34,6 +36,7 @@ from split_device.cli.options import (
     MetadataOption,
     OnDoneOption,
     RawOption,
+    RequestIdOption,
     StopOption,
     StoreKeyOption,
     SystemOption,
@@ -70,6 +73,8 @@ _IMAGE_OPTIONS = (
     "--size",
     "--guidance",
     "--negative",
+    "--init-image",
+    "--strength",
     "--cut",
     "--codec",
     "--reuse",
@@ -83,6 +88,7 @@ def submit(
     sampling: SamplingOptions,
     prompt_format: PromptFormatOptions,
     picture: PictureOptions,
+    start: StartOptions,
     text_model: TextModelOptions,
     images: ImageModelOptions,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt; `-` is stdin.")] = None,
@@ -137,6 +143,7 @@ def submit(
         ),
     ] = None,
     group: GroupOption = None,
+    request_id: RequestIdOption = None,
     on_done: OnDoneOption = None,
     webhook: WebhookOption = None,
     store_key: StoreKeyOption = None,
@@ -156,8 +163,8 @@ def submit(
         stderr.print("warning: with --image, --model is an old name: use --image-model")
         images = dataclasses.replace(images, image_model=text_model.model)
     if each_line is not None:
-        if prompt is not None or file is not None or wait:
-            raise ConfigError("--each-line goes with neither a prompt nor --file nor --wait")
+        if prompt is not None or file is not None or wait or request_id is not None:
+            raise ConfigError("--each-line goes with neither a prompt nor --file, --wait or --request-id")
         settings = BatchSettings(
             BatchModels(text_model.choice, images.choice),
             images=image,
@@ -169,6 +176,7 @@ def submit(
             stop=tuple(stop or ()),
             chat_template=prompt_format.template(),
             picture=picture.settings,
+            start=start.reference,
         )
         with Store(store_path(), store_key) as store:
             submit_lines(store, each_line, input_format, settings, LineJobs(priority, key, group, actions), json)
@@ -182,7 +190,7 @@ def submit(
             raise AgentError("no agent runs, so nothing was submitted: start one with `lambda-split agent start`")
         task: AnyTask
         if image:
-            task = _image_task(text, images, picture)
+            task = _image_task(text, images, picture, start)
         else:
             messages = (*((Message("system", system),) if system else ()), Message("user", text))
             task = Task(
@@ -193,7 +201,9 @@ def submit(
                 chat_template=prompt_format.template().unless_default(),
             )
         with Store(store_path(), store_key) as store:
-            job = store.submit(task, priority, key, group)
+            job = store.submit(task, priority, key, group, request_id)
+            if request_id not in (None, job.request_id):
+                stderr.print(f"note: {job.id} exists, and keeps its request id {job.request_id}", soft_wrap=True)
             # A job with this key may be in another group, or in none.
             store.hooks.add(actions, [job.id], job.group if group is not None else None)
             if wait:
@@ -208,9 +218,11 @@ def submit(
         stderr.print("no agent runs: `lambda-split agent start` starts one")
 
 
-def _image_task(text: str, model: ImageModel, picture: Picture) -> ImageTask:
+def _image_task(text: str, model: ImageModel, picture: Picture, start: Start) -> ImageTask:
     choice = model.choice()
-    return ImageTask(model=choice, prompt=text, settings=picture.settings(choice.name))
+    settings = picture.settings(choice.name)
+    init_image = start.reference(settings, choice.name)
+    return ImageTask(model=choice, prompt=text, settings=settings, init_image=init_image)
 
 
 def _check_output(output: Path, wait: bool) -> None:

@@ -108,6 +108,7 @@ class Conversation:
         tokenizer: its tokenizer.
         start: messages before the first turn, e.g. a system message.
         template: another chat template, or values for its variables.
+        request_id: the id by which logs name it, if the model is split; None for a random one.
     """
 
     def __init__(
@@ -116,11 +117,13 @@ class Conversation:
         tokenizer: Any,
         start: Sequence[ChatMessage] = (),
         template: ChatTemplate = ChatTemplate(),
+        request_id: str | None = None,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._template = template
         self._start = tuple(start)
+        self._named = {} if request_id is None else {"request_id": request_id}
         self.reset()
 
     def reset(self) -> None:
@@ -194,6 +197,7 @@ class Conversation:
             pad_token_id=pad_token(self._tokenizer),
             **{cache_name(type(self._model)): self._cache},
             **sampling.options(),
+            **self._named,
         )
         ended = time.perf_counter()
         # The last token was chosen, but never went through the model.

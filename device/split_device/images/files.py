@@ -5,6 +5,7 @@ Settings and notes travel with a Pillow image as texts in its `info`, as they do
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from pathlib import Path
@@ -63,6 +64,15 @@ def read_image(path: Path) -> Any:
     except Exception as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path} cannot be read as an image: {reason}") from None
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits. Raises ConfigError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _rgb(image: Any) -> Any:

@@ -85,21 +85,18 @@ class ImagePipeline:
     Args:
         directory: the pipeline's directory.
         denoiser: the split denoiser of the pipeline. The caller closes it.
-        from_image: whether the pipeline is image-to-image.
         at_once: the number of images generated at once; further ones wait.
 
     Raises:
         ModelError: the pipeline cannot be loaded.
     """
 
-    def __init__(
-        self, directory: str, denoiser: SplitDenoiser, *, from_image: bool = False, at_once: int = 1
-    ) -> None:
+    def __init__(self, directory: str, denoiser: SplitDenoiser, *, at_once: int = 1) -> None:
         self.denoiser = denoiser
         self._directory = directory
         #: Copies of the pipeline that are not in use.
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        pipeline = _load(directory, denoiser, from_image)
+        pipeline = _load(directory, denoiser)
         module: Any = denoiser
         if module.device.type != "cpu":
             pipeline.to(module.device)
@@ -111,13 +108,14 @@ class ImagePipeline:
         check_size(self._directory, settings.checked())
 
     def start(
-        self, prompt: str, settings: ImageSettings, request_id: str | None = None, index: int = 0
+        self, prompt: str, settings: ImageSettings, request_id: str | None = None, index: int = 0, **more: Any
     ) -> ImageGeneration:
         """Starts an image in its own thread.
 
         Args:
             request_id: the id by which logs name it, 1 to 128 visible ASCII characters; None for a random one.
             index: which of the images of one request id it is, from 0.
+            more: further arguments of the pipeline, as for `generate`.
 
         Raises:
             ConfigError: the model cannot make an image with these settings, or the request id is not one.
@@ -138,7 +136,7 @@ class ImagePipeline:
                     generation.check()
                     generation.steps = steps
 
-                return _generate(pipeline, prompt, settings, advance)
+                return _generate(pipeline, prompt, settings, advance, **more)
 
         return ImageGeneration(make)
 
@@ -146,7 +144,7 @@ class ImagePipeline:
         """Generates an image on the calling thread; returns it as a Pillow image, with settings and notes.
 
         Args:
-            more: further arguments of the pipeline.
+            more: further arguments of the pipeline. `image` makes it begin with that image.
 
         Raises:
             ConfigError: the pipeline refuses an argument.
@@ -173,6 +171,8 @@ def _generate(pipeline: Any, prompt: str, settings: ImageSettings, on_step: OnSt
             on_step(step + 1, getattr(used, "num_timesteps", settings.steps))
         return values
 
+    if "image" in more:
+        pipeline = _image_to_image(pipeline)
     options = settings.options() | more
     if settings.seed is not None:
         options["generator"] = torch.Generator().manual_seed(settings.seed % SEED_BOUND)
@@ -182,6 +182,16 @@ def _generate(pipeline: Any, prompt: str, settings: ImageSettings, on_step: OnSt
     describe(image, pipeline, prompt, settings, more)
     add_notices(image, pipeline, output, prompt, settings)
     return image
+
+
+def _image_to_image(pipeline: Any) -> Any:
+    """A pipeline of the same parts that begins with an image. Raises ConfigError if the model has none."""
+    from diffusers import AutoPipelineForImage2Image
+
+    with _refused_input():
+        found = AutoPipelineForImage2Image.from_pipe(pipeline)
+    found.set_progress_bar_config(disable=True)
+    return found
 
 
 def _private_copy(pipeline: Any) -> Any:
@@ -195,7 +205,7 @@ def _private_copy(pipeline: Any) -> Any:
     return private
 
 
-def _load(directory: str, denoiser: SplitDenoiser, from_image: bool) -> Any:
+def _load(directory: str, denoiser: SplitDenoiser) -> Any:
     """The checkpoint's own pipeline with the split denoiser. Its code is not run, nor its pickles read.
 
     Raises:
@@ -208,9 +218,8 @@ def _load(directory: str, denoiser: SplitDenoiser, from_image: bool) -> Any:
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     check_pipeline_files(Path(directory))
-    kind = diffusers.AutoPipelineForImage2Image if from_image else diffusers.AutoPipelineForText2Image
     try:
-        pipeline = kind.from_pretrained(
+        pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(
             directory,
             **denoiser.pipeline_options(),
             local_files_only=True,

@@ -182,6 +182,14 @@ def _max_pixels() -> int | None:
     return int(text) if text else None
 
 
+def check_start(settings: ImageSettings, strength: float) -> None:
+    """Raises ConfigError for settings that contradict an initial image, of which so much is to change."""
+    if settings.width is not None or settings.height is not None:
+        raise ConfigError("an initial image and a size do not go together: the initial image has a size")
+    if int(settings.steps * strength) < 1:
+        raise ConfigError(f"a strength of {strength:g} changes nothing in {settings.steps} steps")
+
+
 def image_format(path: Path) -> str:
     """Pillow's name of the format of a file; PNG for pipes and devices. Raises ConfigError if it is unknown."""
     extension = path.name[path.name.rfind(".") :].lower()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import queue
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from split_common.errors import ConfigError
 from split_device.generation.detokenize import TextStream
 from split_device.generation.generator import Generation
-from split_device.images.files import image_bytes
-from split_device.jobs.job import ImageTask, Job, JobFinishReason, JobProgress, Task, TextPiece, Update
+from split_device.images.files import file_digest, image_bytes, read_image
+from split_device.jobs.job import ImageTask, InitImage, Job, JobFinishReason, JobProgress, Task, TextPiece, Update
 from split_device.jobs.models import Loaded
 
 if TYPE_CHECKING:
@@ -124,12 +128,16 @@ class TextExecution(JobExecution):
 
 
 class ImageExecution(JobExecution):
-    """An image. It starts over whenever its job runs; the seed makes the results equal."""
+    """An image. It starts over whenever its job runs; the seed makes the results equal.
+
+    Raises:
+        ConfigError: its initial image cannot be read, or is not what it was.
+    """
 
     def __init__(self, job: Job, task: ImageTask, pipeline: ImagePipeline) -> None:
         super().__init__(job)
         self._steps = self.update.steps = 0
-        self._generation = pipeline.start(task.prompt, task.settings, job.request_id)
+        self._generation = pipeline.start(task.prompt, task.settings, job.request_id, **_beginning(task.init_image))
 
     @property
     def done(self) -> bool:
@@ -154,3 +162,13 @@ class ImageExecution(JobExecution):
             self.update.image = image_bytes(self._generation.future.result())
             self.update.state = "succeeded"
         return error
+
+
+def _beginning(init: InitImage | msgspec.UnsetType) -> dict[str, Any]:
+    """Arguments of a pipeline that begins with an image; none without one. Raises ConfigError."""
+    if isinstance(init, msgspec.UnsetType):
+        return {}
+    path = Path(init.path)
+    if file_digest(path) != init.sha256:
+        raise ConfigError(f"{path} has changed since the job was submitted: submit it again")
+    return {"image": read_image(path), "strength": init.strength}

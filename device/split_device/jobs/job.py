@@ -129,12 +129,21 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
         return msgspec.structs.replace(self, sampling=dataclasses.replace(self.sampling, seed=seed))
 
 
+class InitImage(msgspec.Struct, frozen=True, kw_only=True):
+    """The image that an image begins with: a file, the SHA-256 of its content in hex, and how much is to change."""
+
+    path: str
+    sha256: str
+    strength: float
+
+
 class ImageTask(msgspec.Struct, frozen=True, kw_only=True, tag="image"):
     """An image to generate."""
 
     model: ImageChoice
     prompt: str
     settings: ImageSettings = ImageSettings()
+    init_image: InitImage | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def seed(self) -> int | None:
