@@ -56,6 +56,9 @@ class Client:
         #: For each attempt to open a session: the workers to avoid, and the epoch.
         self.asked: list[tuple[list[bytes], int]] = []
 
+    def waits_after(self, error: NoWorker) -> bool:
+        return error.served == "none"
+
     def name_session(self, request_id: str | None = None, index: int = 0) -> SessionIdentity:
         return SessionNames().name(request_id or "req-1", index)
 
@@ -186,6 +189,20 @@ def test_without_any_worker_a_new_session_is_not_waited_for(clock: Clock) -> Non
     with pytest.raises(NoWorker):
         session_of(client).call(Work(is_new=True), "one")
     assert clock.now > PATIENCE / 2
+
+
+def test_the_first_worker_is_waited_for_if_there_is_none_at_all(clock: Clock) -> None:
+    client = Client(*[NoWorker("nobody is here", "none")] * 3)
+    client.served = False
+    session_of(client).call(Work(None, is_new=True), "one")
+    start = "start one with `lambda-split worker --model tiny`"
+    assert client.said == [
+        f"there is no worker yet: waiting 60 s for one; {start}",
+        "worker worker-1 is there",
+    ]
+    client.refusals = [NoWorker("only others", "tiny layers 1:2")]
+    with pytest.raises(NoWorker, match="only others"):
+        session_of(client).call(Work(is_new=True), "one")
 
 
 def test_a_slow_worker_is_left_once_in_a_step_and_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -126,12 +126,12 @@ def test_generate_json(run: Any, here: list[object], checkpoint: Path) -> None:
 
 
 def test_generate_timings_go_to_stderr(run: Any, here: list[object]) -> None:
-    done = run("generate", "Hello", *here, "--max-tokens", 4, "--timings")
+    done = run("generate", "Hello", *here, "--max-tokens", 4, "--timings", "--request-id", "mine")
     assert done.code == 0
     for stage in (*STAGES, "all"):
         assert f" {stage} " in done.err
     assert "4 tokens" in done.err
-    assert re.search(r"^request [0-9a-f]{32}, session [0-9a-f]{8}$", done.err, re.MULTILINE)
+    assert re.search(r"^request mine, session [0-9a-f]{8}$", done.err, re.MULTILINE)
     assert "body" not in done.out
 
 

@@ -22,7 +22,7 @@ from split_device.cli.groups import (
     TextModelOptions,
 )
 from split_device.cli.options import RequestIdOption, StopOption, SystemOption
-from split_device.cli.terminal import answer_line, loading, with_notices
+from split_device.cli.terminal import answer_line, loading, waiting_for_workers
 
 
 @grouped
@@ -53,7 +53,7 @@ def chat(
 
         tokenizer = load_tokenizer(*choice.tokenizer_place)
         template.check(tokenizer)
-        split = load_model(choice, with_notices(connection), hardware)
+        split = load_model(choice, waiting_for_workers(connection), hardware)
     with split:
         start = [{"role": "system", "content": system}] if system else []
         conversation = Conversation(split, tokenizer, start, template, request_id)

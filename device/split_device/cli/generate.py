@@ -21,7 +21,7 @@ from split_device.cli.groups import (
 )
 from split_device.cli.options import PromptArgument, RawOption, RequestIdOption, StopOption, SystemOption
 from split_device.cli.tables import timings_table
-from split_device.cli.terminal import answer_line, loading, with_notices
+from split_device.cli.terminal import answer_line, loading, waiting_for_workers
 
 
 @grouped
@@ -63,7 +63,7 @@ def generate(
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": text})
         input_ids = encode_text(tokenizer, text) if raw else encode_chat(tokenizer, messages, template=template)
-        split = load_model(choice, with_notices(connection), hardware)
+        split = load_model(choice, waiting_for_workers(connection), hardware)
     prompt_ms: dict[str, float] = {}
     with split:
 

@@ -34,7 +34,7 @@ from split_device.cli.options import (
     PromptArgument,
     RequestIdOption,
 )
-from split_device.cli.terminal import loading, step_progress, with_notices
+from split_device.cli.terminal import loading, step_progress, waiting_for_workers
 from split_device.images.files import notes, write_image
 from split_device.images.settings import DRAWN_SEED_BITS, IMAGE_MODEL, check_image_output
 from split_device.sessions.connection import Connection
@@ -96,7 +96,7 @@ def image(
             from split_device.images.pipeline import ImagePipeline
             from split_device.jobs.models import load_image_model
 
-            denoiser = stack.enter_context(load_image_model(choice, with_notices(connection), hardware))
+            denoiser = stack.enter_context(load_image_model(choice, waiting_for_workers(connection), hardware))
             denoiser.begin(request_id)
             pipeline = ImagePipeline(choice.name, denoiser)
         began = time.perf_counter()

@@ -235,7 +235,8 @@ PatienceOption = Annotated[
         min=0.0,
         metavar="SECONDS",
         rich_help_panel=QUEUE_PANEL,
-        help="How long to wait while all workers are full, or for another one after the last one was lost.",
+        help="How long to wait while all workers are full, or for another one after the last one was lost. "
+        "`generate`, `chat` and `image` also wait for the first one.",
     ),
 ]
 StepTimeoutOption = Annotated[

@@ -32,6 +32,11 @@ def with_notices(connection: Connection) -> Connection:
     return dataclasses.replace(connection, on_notice=print_notice)
 
 
+def waiting_for_workers(connection: Connection) -> Connection:
+    """The same for a person who may start the worker after the command."""
+    return dataclasses.replace(with_notices(connection), wait_for_first=True)
+
+
 def print_notice(text: str) -> None:
     """Prints what is said of workers on stderr, on a line of its own."""
     if _line_is_open and sys.stdout.isatty():

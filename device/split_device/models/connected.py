@@ -67,6 +67,7 @@ class Endpoint:
             step_timeout=self.connection.step_timeout,
             command=f"lambda-split worker{options}{self._queue_option()}",
             on_notice=self.connection.on_notice,
+            wait_for_first=self.connection.wait_for_first,
         )
         client.start()
         return client

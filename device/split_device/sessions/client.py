@@ -10,6 +10,7 @@ from split_common.errors import (
     AuthenticationError,
     CertificateError,
     Malformed,
+    NoWorker,
     SessionLost,
     SplitError,
     WorkerGone,
@@ -40,6 +41,7 @@ class Client:
         dtype: of the hidden states that it computes.
         timeout: seconds to wait for the broker, and for the answer to a message of a channel's set-up.
         patience: seconds that sessions wait while all workers are full.
+        wait_for_first: whether they wait so long also if no worker of any model is there.
         step_timeout: seconds without a reply after which a worker is too slow, if another one is available.
         command: starts a worker that serves the body, for messages.
         on_notice: takes one line of text when a worker is lost, waited for or found; None to log it. Called on any
@@ -59,10 +61,12 @@ class Client:
         step_timeout: float = STEP_TIMEOUT,
         command: str = "lambda-split worker",
         on_notice: OnNotice | None = None,
+        wait_for_first: bool = False,
     ) -> None:
         self.transport = transport
         self.timeout = timeout
         self.patience = patience
+        self._wait_for_first = wait_for_first
         self.step_timeout = step_timeout
         self.command = command
         self.notices = Notices(on_notice)
@@ -117,6 +121,10 @@ class Client:
     def served(self) -> bool:
         """Whether a worker of the service was ever found: if so, one that is missing may come back."""
         return self._channels.served
+
+    def waits_after(self, error: NoWorker) -> bool:
+        """Whether to wait although none was ever found: not if there are workers, but of other models or layers."""
+        return self._wait_for_first and error.served == "none"
 
     # --- the transport's thread ----------------------------------------------------------------------------
 

@@ -70,21 +70,28 @@ class WorkerWait:
         self._since: float | None = None
         #: Why another worker is needed, e.g. "worker w is gone"; empty if none is.
         self._lost = ""
+        #: Whether it is the first worker that is waited for.
+        self._first = False
         #: What is said when the step has waited for `LOOK`; empty if it was said.
         self._pending = ""
         self._said = False
         #: Whether it was said how to start a worker.
         self._advised = False
 
-    def failed(self, error: SplitError, now: float) -> None:
-        """Notes why a try has failed, after which there is another one."""
+    def failed(self, error: SplitError, now: float, first: bool = False) -> None:
+        """Notes why a try has failed, after which there is another one.
+
+        Args:
+            first: whether no worker has been there yet.
+        """
         if isinstance(error, WorkerGone | WorkerSlow):
             self._since, self._lost, self._said, self._advised = now, str(error), False, False
             self._pending = f"{error}: looking for another one"
         elif isinstance(error, NoWorker) and not self._advised:
             self._advised = True
-            self._lost = self._lost or "no worker is left"
-            waiting = f"waiting {self._patience:g} s for another one"
+            self._first = first
+            self._lost = self._lost or ("there is no worker yet" if first else "no worker is left")
+            waiting = f"waiting {self._patience:g} s for {'one' if first else 'another one'}"
             self._tell(f"{self._lost}: {waiting}; start one with `{self._command}`")
         elif isinstance(error, Busy) and not self._said:
             self._since = now if self._since is None else self._since
@@ -100,9 +107,10 @@ class WorkerWait:
     def over(self, worker: str) -> None:
         """Notes that a worker of this name has the session."""
         if self._lost:
-            taken = f"worker {worker} has taken over"
+            taken = f"worker {worker} is there" if self._first else f"worker {worker} has taken over"
             self._say(taken if self._said else f"{self._lost}; {taken}")
-        self._since, self._lost, self._pending, self._said, self._advised = None, "", "", False, False
+        self._since, self._lost, self._pending = None, "", ""
+        self._said = self._advised = self._first = False
 
     def ended(self, error: SplitError) -> SplitError:
         """The error that ends the wait for another worker: it says what to do."""

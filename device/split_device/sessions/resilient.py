@@ -197,10 +197,11 @@ class ResilientSession:
                     # The worker may have computed for a long time: patience starts again.
                     waiting_since = now
                 pause = error.retry_after if isinstance(error, Busy) else RETRY_AFTER
-                hopeless = isinstance(error, NoWorker) and lost is None and work.is_new and not self._client.served
+                first = lost is None and work.is_new and not self._client.served
+                hopeless = first and isinstance(error, NoWorker) and not self._client.waits_after(error)
                 if hopeless or now + pause > waiting_since + self._client.patience:
                     raise wait.ended(lost or error) from None
-                wait.failed(error, now)
+                wait.failed(error, now, first)
                 self._pause(pause)
             except UnknownAdapter:
                 # Another worker may have loaded it.
