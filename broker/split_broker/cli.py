@@ -65,5 +65,6 @@ def broker(
             whose = "this machine's own keys" if fleet.is_loopback else f"the keys in {fleet.path}"
             stderr.print(f"broker on {running.address}, with {whose}", soft_wrap=True)
         wait_until_set(stop)
+        stderr.print("stopping: sessions continue when a broker is there again")
     finally:
         running.stop()

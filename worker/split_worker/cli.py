@@ -49,6 +49,7 @@ def register(app: typer.Typer) -> None:
 
 def worker(
     model: ModelOption = None,
+    image_model: Annotated[str | None, typer.Option("--image-model", metavar="DIR", hidden=True)] = None,
     layers: LayersOption = None,
     cut: CutOption = None,
     ip_adapter: IpAdapterOption = None,
@@ -100,7 +101,8 @@ def worker(
     fleet = load_fleet(keys)
     identity = fleet.identity("worker", member)
     transport = connect(broker, fleet, identity)
-    checkpoint = resolve_model(model)
+    # A worker has one model, whatever its kind; devices, which may have two, call it by this name.
+    checkpoint = resolve_model(model if image_model is None else image_model)
     with doing(f"loading {model_name(checkpoint)}, connecting to {masked(broker)}"):
         import torch
 
@@ -132,6 +134,7 @@ def worker(
         _announce(running, serving, identity.certificate.name, json)
         wait_until_set(stop)
         running.check()
+        stderr.print(f"stopping: {running.name} takes no new sessions", soft_wrap=True)
         _drain(running, drain_timeout)
     finally:
         running.stop()
@@ -163,6 +166,6 @@ def _drain(running: Worker, timeout: float) -> None:
     """Waits for open sessions to end, for at most `timeout` seconds."""
     if running.drain(min(timeout, SILENT_DRAIN)):
         return
-    stderr.print(f"draining: no new sessions; those that are open have {timeout:g} s to end")
+    stderr.print(f"draining: sessions that are open have {timeout:g} s to end")
     if not running.drain(timeout):
         stderr.print(f"sessions were still open after {timeout:g} s")

@@ -26,7 +26,7 @@ from split_device.batches.settings import BatchSettings
 from split_device.batches.source import Source
 from split_device.batches.work import counts, prepare
 from split_device.cli.batch_progress import ProgressMode, batch_progress
-from split_device.cli.terminal import loading, with_notices
+from split_device.cli.terminal import loading, print_notice, with_notices
 from split_device.generation.limits import Limits
 from split_device.jobs.store import Store
 from split_device.models.hardware import Hardware
@@ -200,7 +200,7 @@ def _run_jobs(
     pictures = None if directory is None else Pictures(Path(directory), begun.plan, store)
     with batch_progress(mode, begun.place.name, record.jobs, store.generated) as advance:
         with Models(with_notices(connection), limits, hardware) as models:
-            runner = JobRunner(store, models, give_up, stderr.print)
+            runner = JobRunner(store, models, give_up, print_notice)
             try:
                 while (found := counts(store))[0] < record.jobs:
                     if interrupted.is_set():
