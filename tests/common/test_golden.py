@@ -73,6 +73,7 @@ from split_device.jobs.hooks import Action, DueHook
 from split_device.jobs.job import (
     ImageChoice,
     ImageTask,
+    InitImage,
     Message,
     ModelChoice,
     Selection,
@@ -295,7 +296,12 @@ IMAGE = ImageTask(
     settings=ImageSettings(30, 512, 768, 7.5, "a dog", 321),
 )
 ACTION = Action(command=("notify", "--now"), directory="/home/user", webhook="https://a.example")
-TASKS = {"text": TASK, "plain": PLAIN, "open": OPEN, "image": IMAGE}
+BEGUN = ImageTask(
+    model=ImageChoice(name="/models/sdxl"),
+    prompt="a cat",
+    init_image=InitImage(path="/home/user/first.png", sha256="5a" * 32, strength=0.7),
+)
+TASKS = {"text": TASK, "plain": PLAIN, "open": OPEN, "image": IMAGE, "begun": BEGUN}
 
 
 RECORD = batches.Record(

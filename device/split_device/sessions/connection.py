@@ -43,13 +43,13 @@ class Connection:
         member: this device's name in the fleet; needed when the directory holds several devices' keys.
         timeout: seconds to wait for the broker.
         patience: seconds to wait while all workers are full, or none is left to take over.
-        wait_for_first: whether to wait so long also if no worker of any model is there, which is otherwise an error
-            at once.
         step_timeout: seconds without an answer after which a worker counts as too slow, if there is another one.
         history_memory: bytes of the hidden states that each session of a language model keeps in memory, to resume
             on another worker; the rest goes to an encrypted temporary file (in $TMPDIR).
         on_notice: takes one line of text when a worker is lost, waited for or found, on any thread; None logs it as
             a warning.
+        wait_for_first: whether to be patient also if no worker of any model is there, which is otherwise an error at
+            once.
     """
 
     broker: str = DEFAULT_BROKER
@@ -57,10 +57,10 @@ class Connection:
     member: str | None = None
     timeout: float = TIMEOUT
     patience: float = PATIENCE
-    wait_for_first: bool = False
     step_timeout: float = STEP_TIMEOUT
     history_memory: int = HISTORY_MEMORY
     on_notice: OnNotice | None = field(default=None, compare=False, repr=False)
+    wait_for_first: bool = False
 
     def __post_init__(self) -> None:
         seconds = dict.fromkeys(("timeout", "patience", "step_timeout"), MAX_SECONDS)
