@@ -251,7 +251,7 @@ def test_from_python(run: Any, checkpoint: Path, address: str, tmp_path: Path) -
     [
         (("submit",), "give either a prompt, --file or --each-line"),
         (("submit", "a", "--file", "-"), "give either a prompt, --file or --each-line"),
-        (("submit", "a", "--each-line", "-"), "goes with neither a prompt nor --file nor --wait"),
+        (("submit", "a", "--each-line", "-"), "goes with neither a prompt nor --file, --wait or --request-id"),
         (("submit", "a", "--column", "b"), "--column needs --each-line"),
         (("submit", "--each-line", "/no/such/file"), "cannot be read"),
         (("submit", " "), "the prompt is empty"),
