@@ -48,7 +48,7 @@ class Connection:
             on another worker; the rest goes to an encrypted temporary file (in $TMPDIR).
         on_notice: takes one line of text when a worker is lost, waited for or found, on any thread; None logs it as
             a warning.
-        wait_for_first: whether to be patient also if no worker of any model is there, which is otherwise an error at
+        wait_for_first: whether to be patient also if no worker of any model is there, which else is an error at
             once.
     """
 
