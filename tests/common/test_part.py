@@ -23,7 +23,7 @@ from split_common.errors import (
 )
 from split_common.models import checkpoint as checkpoint_module
 from split_common.models.layer_stack import LayerStack, PassThrough
-from split_common.models.loading import load_part, read_spec
+from split_common.models.loading import load_part, read_spec, strip
 from split_common.models.split import Split
 from split_common.models.verification import build_manifest, find_manifest
 from split_common.models.weights import Side
@@ -90,9 +90,25 @@ def test_bare_parameters_beside_the_stack_are_the_device_s(tmp_path: Path) -> No
 
     spec.model_class = WithMark
     model, _ = load_part(spec, SPLIT, "worker")
-    assert model.model.mark is None
+    assert not list(model.model.named_parameters(recurse=False))
+    assert model.model.mark.shape == (3,)
     with pytest.raises(MissingTensor, match=r"model\.mark"):
         load_part(spec, SPLIT, "device")
+
+
+def test_bare_parameters_that_layers_are_handed(tmp_path: Path) -> None:
+    def forward(self: Any, inputs_embeds: torch.Tensor, **_: Any) -> Any:
+        hidden = inputs_embeds
+        for layer in self.layers:
+            hidden = layer(hidden, scale=self.mark)
+        return (hidden,)
+
+    model = Editor(forward).model
+    model.model.mark = torch.nn.Parameter(torch.zeros(3))
+    LayerStack(model, tiny.LAYERS)
+    strip(model, model.model.layers)
+    with pytest.raises(UnsupportedArchitecture, match=r"hands layer 0 `scale`, which depends on .* weights beside"):
+        LayerStack(model, tiny.LAYERS)
 
 
 def test_tensors_beyond_the_last_layer_are_left_out(tmp_path: Path) -> None:

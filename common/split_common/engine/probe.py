@@ -38,7 +38,16 @@ _PARTS = (2, 1, 2)
 PROBE_PAGES = 8
 
 #: Keyword arguments of attention that packed forwards may ignore.
-_HARMLESS = {"position_ids", "use_cache", "cache", "past_key_values", "cache_position", "is_causal", "training"}
+_HARMLESS = {
+    "position_ids",
+    "use_cache",
+    "cache",
+    "past_key_values",
+    "cache_position",
+    "is_causal",
+    "training",
+    "output_attentions",
+}
 
 
 class NotPackable(Exception):

@@ -235,6 +235,9 @@ class LayerStack:
         self, returns_tuple: bool, seed: int = 0, tokens: int = 3, use_cache: bool = False, **inputs: Any
     ) -> list[_CallOfSlot]:
         calls: list[_CallOfSlot] = []
+        for module in self.owner.modules():
+            for name in getattr(module, "absent_parameters", ()):
+                setattr(module, name, torch.full_like(getattr(module, name), seed))
         slots = self.slots
         recorders = nn.ModuleList(_Recorder(calls, i, slot, returns_tuple) for i, slot in enumerate(slots))
         reference = next((p for p in self.owner.parameters() if p.is_floating_point()), None)
@@ -259,7 +262,8 @@ class LayerStack:
             for name, value in one.items():
                 if not _same(value, other.get(name)):
                     raise UnsupportedArchitecture(
-                        f"{self.name} hands layer {index} `{name}`, which depends on the text and does not travel"
+                        f"{self.name} hands layer {index} `{name}`, which depends on the text or on weights "
+                        "beside the layers, and does not travel"
                     )
 
 

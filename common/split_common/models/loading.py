@@ -242,10 +242,16 @@ def _part_class(
 
 
 def strip(module: nn.Module, stack: nn.ModuleList) -> None:
-    """Replaces all modules with parameters that are not in the stack, and drops bare parameters beside it."""
-    for name, _ in list(module.named_parameters(recurse=False)):
-        # Code that reads it fails when the stack is probed.
-        module.register_parameter(name, None)
+    """Replaces all modules with parameters that are not in the stack, and bare parameters beside it.
+
+    In the place of these are buffers of any values, because transformers initializes them. `LayerStack` refuses a
+    model whose layers are handed something that depends on them.
+    """
+    bare = dict(module.named_parameters(recurse=False))
+    for name, parameter in bare.items():
+        delattr(module, name)
+        module.register_buffer(name, parameter.detach().clone(), persistent=False)
+    module.absent_parameters = frozenset(bare)  # type: ignore[assignment]
     for name, child in list(module.named_children()):
         if child is stack:
             continue
