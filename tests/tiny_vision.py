@@ -141,3 +141,33 @@ def save(kind: str, directory: Path, **changes: Any) -> Path:
     """Save a model as a checkpoint in `directory`."""
     build(kind, **changes).save_pretrained(directory)
     return directory
+
+
+#: For each kind: how many tokens an image of 16 x 16 has, and the name of what marks them.
+_PLACES = {"llava": 16, "llava_deep": 16, "mistral3": 4, "internvl": 4, "gemma3": 4, "qwen3_vl": 4, "qwen2_5_vl": 4}
+
+
+def inputs(kind: str, images: int = 2, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Inputs of `generate`: a row with `images` images between texts, and a row with one, padded on the left."""
+    places = [IMAGE] * _PLACES[kind]
+    one = [5, 17, 33, BEGIN, *places, END, 61, 12, 80]
+    rows = [one[:-2] * images + [7, 29, 44], one]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    given = {"input_ids": ids, "attention_mask": mask}
+    generator = torch.Generator().manual_seed(seed)
+    count = images + 1
+    types = (ids == IMAGE).long()
+    match kind:
+        case "qwen3_vl" | "qwen2_5_vl":
+            given["pixel_values"] = torch.randn(16 * count, 3 * 2 * 4 * 4, generator=generator)
+            given["image_grid_thw"] = torch.tensor([[1, 4, 4]] * count)
+            given["mm_token_type_ids"] = types
+        case _:
+            given["pixel_values"] = torch.randn(count, 3, 16, 16, generator=generator)
+            if kind == "gemma3":
+                given["token_type_ids"] = types
+            if kind == "mistral3":
+                given["image_sizes"] = torch.tensor([[16, 16]] * count)
+    return given

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from split_device.generation.settings import Sampling
     from split_device.images.settings import ImageSettings
     from split_device.jobs.submit import Device, ImageDevice
-    from split_device.models.language import SplitModelForCausalLM
+    from split_device.models.language import SplitModelForCausalLM, SplitModelForImageTextToText
     from split_device.models.transformer import SplitFluxTransformer2DModel, SplitSD3Transformer2DModel
     from split_device.models.unet import SplitUNet2DConditionModel
     from split_device.sessions.connection import Connection
@@ -26,6 +26,7 @@ __all__ = [
     "Sampling",
     "SplitFluxTransformer2DModel",
     "SplitModelForCausalLM",
+    "SplitModelForImageTextToText",
     "SplitSD3Transformer2DModel",
     "SplitUNet2DConditionModel",
 ]
@@ -41,6 +42,7 @@ _MODULES = {
     "Sampling": "split_device.generation.settings",
     "SplitFluxTransformer2DModel": "split_device.models.transformer",
     "SplitModelForCausalLM": "split_device.models.language",
+    "SplitModelForImageTextToText": "split_device.models.language",
     "SplitSD3Transformer2DModel": "split_device.models.transformer",
     "SplitUNet2DConditionModel": "split_device.models.unet",
 }

@@ -134,6 +134,15 @@ REQUESTS: dict[str, payloads.Payload] = {
     "rest": payloads.PartRequest(4096, 1024),
     "use-adapter": payloads.UseAdapter("sql", KEY),
 }
+#: Steps that say where the tokens of images are.
+PLACED: dict[str, payloads.Payload] = {
+    "axes": payloads.PlacedStep(
+        "float32", 1, [payloads.Run(0, 0, [0, 1, 1]), payloads.Run(1, 4, [300])], axes=[[0, 1, 1, 0, 1, 2], []]
+    ),
+    "spans": payloads.PlacedStep(
+        "float16", 1, [payloads.Run(0, 7, [7, 8, 9, 10])], [0], 3, spans=[payloads.Span(0, 8, 2)]
+    ),
+}
 REPLIES: dict[str, payloads.Payload] = {
     "result": payloads.Result("bfloat16", 3, 2, 1500, 2500),
     "done": payloads.Done(),
@@ -213,10 +222,12 @@ def test_what_a_header_authenticates() -> None:
     check_bytes("authenticated", samples)
 
 
-@pytest.mark.parametrize(("name", "samples"), [("requests", REQUESTS), ("replies", REPLIES)])
+@pytest.mark.parametrize(
+    ("name", "samples"), [("requests", REQUESTS), ("requests-placed", PLACED), ("replies", REPLIES)]
+)
 def test_payloads(name: str, samples: dict[str, payloads.Payload]) -> None:
     """With their tensors, reserved bytes and padding, where 16 bytes of a tag follow."""
-    decoder: Any = payloads.request_decoder if name == "requests" else payloads.reply_decoder
+    decoder: Any = payloads.request_decoder if name != "replies" else payloads.reply_decoder
     golden = check_bytes(
         name,
         {
@@ -564,7 +575,7 @@ MODULES: tuple[ModuleType, ...] = (
 NOT_STORED: set[type] = {headers.Header, payloads.Payload, jobs.Job, jobs.JobProgress, jobs.Update}
 
 SAMPLES = (
-    *(HEADERS, KEYED_HEADERS, REQUESTS, REPLIES, ROSTER, MANIFEST, DEVICE.certificate, WORKER.certificate),
+    *(HEADERS, KEYED_HEADERS, REQUESTS, PLACED, REPLIES, ROSTER, MANIFEST, DEVICE.certificate, WORKER.certificate),
     *(TASKS, ACTION, TextPiece([1], "one"), LETTER, RECORD, ENTRY),
     Hello(ROOT, [AEGIS.name], SERVICE, "bfloat16", 2, ["fork"]),
     Answer(ROOT, AEGIS.name, b"credentials", 2, ["fork"]),

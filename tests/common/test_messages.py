@@ -85,6 +85,16 @@ _requests = st.one_of(
         st.none() | st.lists(st.integers(0, 2**40), max_size=9),
         _naturals,
     ),
+    st.builds(
+        payloads.PlacedStep,
+        st.sampled_from(sorted(payloads.DTYPES)),
+        st.integers(1, 64),
+        _rows,
+        axes=st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=9), max_size=5),
+        spans=st.lists(
+            st.builds(payloads.Span, st.integers(0, 4095), _naturals, st.integers(2, payloads.MAX_SPAN)), max_size=5
+        ),
+    ),
     st.builds(payloads.Fork, _sessions, _naturals),
     st.just(payloads.Close()),
 )

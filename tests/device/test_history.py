@@ -135,7 +135,7 @@ def test_memory_is_bounded_and_parts_are_few() -> None:
     whole = 5000 * 2 * WIDTH * 4
     assert len(history._parts) <= 2 * whole // 512 + 10
     rows, states, _ = next(iter(history.replay(torch.ones(2, 5000, dtype=torch.bool), False)))
-    assert rows[0].positions[:3] == [0, 1, 2]
+    assert rows[0].positions[:3].tolist() == [0, 1, 2]
     assert states[0, 0] == 0.0
 
 

@@ -8,10 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
+import tiny
 import tiny_vision
-from fleet import joined, running_broker
-from split_common.errors import UnsupportedFeature
+from fleet import joined, running_broker, serving_here
+from split_common.engine import scheduler
+from split_common.errors import UnsupportedArchitecture, UnsupportedFeature
+from split_common.protocol import payloads
+from split_device import SplitModelForImageTextToText
+from split_device.models import cache
+from split_device.models.body import generating
+from split_device.sessions import history
+from wiretap import record_requests
 
 pytestmark = pytest.mark.numbers
 
@@ -26,7 +35,10 @@ GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 10, "suppress_to
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Model, Model]]:
     """A model, and the same model split."""
     checkpoint = tiny_vision.save(request.param, tmp_path_factory.mktemp(request.param))
-    with running_broker() as broker, joined(broker.address, checkpoint) as (split, _):
+    with (
+        serving_here(checkpoint) as broker,
+        SplitModelForImageTextToText.from_pretrained(checkpoint, broker=broker) as split,
+    ):
         yield tiny_vision.build(request.param), split
 
 
@@ -41,12 +53,132 @@ def test_texts(both: tuple[Model, Model]) -> None:
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_images(both: tuple[Model, Model]) -> None:
+    """Two images in one row and one in another, which is padded: tokens, beams, and logits."""
+    full, _ = both
+    given = tiny_vision.inputs(full.config.model_type)
+    for more in ({}, {"num_beams": 3}):
+        expected, output = (model.generate(**given, **GREEDY, **more) for model in both)
+        assert output.tolist() == expected.tolist()
+    with torch.no_grad():
+        expected, output = (model(**given).logits[given["attention_mask"].bool()] for model in both)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_turns_with_images(both: tuple[Model, Model]) -> None:
+    """A second turn brings another image."""
+    full, _ = both
+    first, second = (tiny_vision.inputs(full.config.model_type, 1, seed=seed) for seed in (1, 2))
+    outputs = []
+    for model in both:
+        answer = model.generate(**row(first), **GREEDY, return_dict_in_generate=True)
+        ids = torch.cat([answer.sequences, row(second)["input_ids"]], 1)
+        marks = {
+            name: torch.cat([row(first)[name], torch.zeros(1, 10, dtype=torch.long), row(second)[name]], 1)
+            for name in first
+            if name.endswith("token_type_ids")
+        }
+        images = {
+            name: torch.cat([row(first)[name], row(second)[name]])
+            for name in first
+            if name not in ("input_ids", "attention_mask", *marks)
+        }
+        outputs.append(
+            model.generate(ids, attention_mask=torch.ones_like(ids), **images, **marks, **GREEDY).tolist()
+        )
+    assert outputs[0] == outputs[1]
+
+
+def row(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inputs of the second row alone, which has one image, without padding."""
+    kept = given["attention_mask"][1].bool()
+    images = len(given["input_ids"])
+    return {
+        name: tensor[1:][:, kept]
+        if tensor.shape[:2] == given["input_ids"].shape
+        else tensor[-len(tensor) // images :]
+        for name, tensor in given.items()
+    }
+
+
+class Losing(LogitsProcessor):
+    """Ends the session on its worker before the third and the fifth token."""
+
+    def __init__(self, split: Model) -> None:
+        self.split, self.calls, self.lost = split, 0, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls in (3, 5):
+            for session in generating.get().sessions:
+                session._session.close()
+                self.lost += 1
+        return scores
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_vl"])
+def test_images_travel_in_chunks_and_are_replayed(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a message, nor a forward, nor a block of the history ends within tokens that attend both ways."""
+    monkeypatch.setattr(cache, "CHUNK_BYTES", 6 * 128)
+    monkeypatch.setattr(history, "BLOCK_BYTES", 5 * 2 * 128)
+    monkeypatch.setattr(scheduler, "MAX_CHUNK", 7)
+    monkeypatch.setattr(scheduler, "DECODE_TOKENS", 4)
+    checkpoint = tiny_vision.save(kind, tmp_path)
+    given = tiny_vision.inputs(kind)
+    sent = record_requests(monkeypatch)
+    with running_broker() as broker, joined(broker.address, checkpoint) as (split, _):
+        losing = Losing(split)
+        output = split.generate(**given, **GREEDY, logits_processor=LogitsProcessorList([losing]))
+        assert losing.lost == 2
+        assert split.traffic["replays"] == 2
+    assert output.tolist() == tiny_vision.build(kind).generate(**given, **GREEDY).tolist()
+    placed = [step for step in sent if isinstance(step, payloads.PlacedStep)]
+    assert any(step.spans for step in placed) == (kind == "gemma3")
+    assert any(any(step.axes) for step in placed) == (kind == "qwen3_vl")
+    # Three images, each sent three times, in one piece.
+    assert [span.length for step in placed for span in step.spans] == ([4] * 9 if kind == "gemma3" else [])
+
+
+# --- what is refused ---------------------------------------------------------------------------------------
+
+
+def test_a_head_that_is_too_short(tmp_path: Path) -> None:
+    """The first two layers' outputs get features of images; texts need none."""
+    checkpoint = tiny_vision.save("qwen3_vl", tmp_path)
+    given = tiny_vision.inputs("qwen3_vl")
+    with running_broker() as broker, joined(broker.address, checkpoint, head=1) as (split, worker):
+        with pytest.raises(UnsupportedFeature, match=r"after layer 1, .* a head of at least 2 layers"):
+            split.generate(**given, **GREEDY)
+        assert worker.facts()["steps"] == 0
+        expected = tiny_vision.build("qwen3_vl").generate(TEXTS[:1], **GREEDY)
+        assert split.generate(TEXTS[:1], **GREEDY).tolist() == expected.tolist()
+
+
+def test_a_model_for_texts(tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path)
+    with pytest.raises(UnsupportedArchitecture, match="llama is not a decoder-only model for images and text"):
+        SplitModelForImageTextToText.from_pretrained(tmp_path, broker="tcp://127.0.0.1:1")
+
+
+def test_a_worker_that_is_older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tiny_vision.save("gemma3", tmp_path)
+    with running_broker() as broker, joined(broker.address, checkpoint) as (split, _):
+        split.generate(TEXTS[:1], **GREEDY)
+        (channel,) = split._client._channels.all()
+        monkeypatch.setattr(channel.crypto, "capabilities", frozenset({"fork"}))
+        with pytest.raises(UnsupportedFeature, match="does not support spans"):
+            split.generate(**tiny_vision.inputs("gemma3"), **GREEDY)
+
+
 def test_masks_that_do_not_follow_from_the_padding(tmp_path: Path) -> None:
     checkpoint = tiny_vision.save("gemma3", tmp_path)
     with running_broker() as broker, joined(broker.address, checkpoint) as (split, worker):
         text = split.model.language_model
         states = torch.zeros(1, 4, 32)
         masks = {kind: torch.ones(1, 1, 4, 4, dtype=torch.bool) for kind in ("full_attention", "sliding_attention")}
-        with pytest.raises(UnsupportedFeature, match="depend on what the tokens are"):
+        masks["full_attention"][..., 3, 1] = False
+        with pytest.raises(UnsupportedFeature, match="these do not"):
             text(inputs_embeds=states, attention_mask=masks)
         assert worker.facts()["steps"] == 0

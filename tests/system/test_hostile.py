@@ -356,6 +356,22 @@ def test_a_refusal_comes_sealed_and_the_session_goes_on(bench: Bench, channel: C
         (payloads.Step("float32", 32, [payloads.Run(0, 0, [0])]), b"\xff" * 128, "non-finite"),
         (payloads.Step("bfloat16", 32, [payloads.Run(0, 0, [0] * 100_000)]), bytes(6_400_000), "malformed"),
         (payloads.Fork(77, 0), b"", "malformed"),
+        # Axes and spans of images: for a model for texts, for more runs than there are, outside of a run, twice.
+        (payloads.PlacedStep("float32", 32, [payloads.Run(0, 0, [0])], axes=[[0, 0]]), bytes(128), "malformed"),
+        (payloads.PlacedStep("float32", 32, [payloads.Run(0, 0, [0])], axes=[[], []]), bytes(128), "malformed"),
+        *(
+            (
+                payloads.PlacedStep("float32", 32, [payloads.Run(0, 0, [0, 1, 2])], spans=spans),
+                bytes(384),
+                "malformed",
+            )
+            for spans in (
+                [payloads.Span(1, 0, 2)],
+                [payloads.Span(0, 2, 2)],
+                [payloads.Span(0, 2**63, 2)],
+                [payloads.Span(0, 0, 2), payloads.Span(0, 1, 2)],
+            )
+        ),
     ]
     for seq, (payload, tensor, reason) in enumerate(wrong):
         assert bench.deliver(*bench.request(keys, 1000, seq, payload, tensor)) == ""

@@ -240,6 +240,10 @@ def test_both_sides_name_what_this_version_has() -> None:
 def test_requests_say_what_they_need() -> None:
     numbers, times = payloads.Array("int8", [1, 1]), payloads.Array("float32", [1, 1])
     assert payloads.Step("float32", 1, [payloads.Run(0, 0, [0])]).needs == set()
+    placed = payloads.PlacedStep("float32", 1, [payloads.Run(0, 0, [0])])
+    assert placed.needs == set()
+    assert msgspec.structs.replace(placed, axes=[[1, 2]]).needs == {"position-axes"}
+    assert msgspec.structs.replace(placed, spans=[payloads.Span(0, 0, 2)]).needs == {"spans"}
     assert payloads.Fork(1, 0).needs == {"fork"}
     assert payloads.Denoise(None, [-1], [times, times], "float16").needs == set()
     assert payloads.Denoise(None, [-1], [numbers, times], "int4").needs == {"int8", "int4"}

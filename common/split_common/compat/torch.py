@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -50,6 +52,17 @@ def inductor_cache_default() -> str:
     Written against torch 2.13. If it breaks, look at `torch/_inductor/runtime/cache_dir_utils.py`.
     """
     return default_cache_dir()
+
+
+def twin_with(module: nn.Module, name: str, child: nn.Module) -> nn.Module:
+    """A copy of a module that shares all but one of its children, and has no hooks for its forward.
+
+    Written against torch 2.13. If it breaks, look at `Module.__setstate__` in `nn/modules/module.py`.
+    """
+    twin = copy.copy(module)
+    twin._modules = {**module._modules, name: child}
+    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return twin
 
 
 def remove_forward_hooks(module: nn.Module) -> None:

@@ -40,6 +40,8 @@ class Span:
     sequence: PagedSequence
     begin: int
     count: int
+    #: Begin and end, in the span, of tokens that each attend to those after them as well.
+    both_ways: tuple[tuple[int, int], ...] = ()
 
 
 class AttentionPlan(Protocol):

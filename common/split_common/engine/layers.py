@@ -60,7 +60,7 @@ class LayerRange:
 
         Args:
             states: `[tokens, width]`, of any dtype, on the first layer's device.
-            positions: rotary positions, int64 `[1, tokens]`, on the same device.
+            positions: rotary positions, int64 `[1, tokens]` or `[axes, 1, tokens]`, on the same device.
             arguments: further arguments of the model's forward, such as its cache.
         """
         self._incoming = states[None].to(self.dtype)

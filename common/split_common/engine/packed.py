@@ -16,7 +16,8 @@ from split_common.engine.layers import LayerRange
 from split_common.engine.linear import padded_rows
 from split_common.engine.lora import AdapterNumber, adapting, is_adapted
 from split_common.engine.pool import PagedSequence, PagePool
-from split_common.engine.sequences import TokenRun
+from split_common.engine.sdpa import SdpaAttention
+from split_common.engine.sequences import TokenRun, positions_of
 
 
 class PackedExecutor:
@@ -62,10 +63,10 @@ class PackedExecutor:
         spans, new_slots, begin = [], [], 0
         for run in runs:
             new_slots.append(run.sequence.append(run.cost))
-            spans.append(Span(run.sequence, begin, run.cost))
+            spans.append(Span(run.sequence, begin, run.cost, tuple(run.spans)))
             begin += run.cost
         states = torch.cat([run.states for run in runs])
-        positions = torch.tensor([[position for run in runs for position in run.positions]])
+        positions = positions_of([place for run in runs for place in run.places])
         slots = torch.from_numpy(np.concatenate(new_slots))
         output = self._replay(spans, states, positions, slots)
         if output is None:
@@ -76,7 +77,7 @@ class PackedExecutor:
         self, spans: Sequence[Span], states: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor | None:
         """The output of a graph; None if there is no graph for this batch."""
-        if self.graphs is None or len(spans) < len(states):
+        if self.graphs is None or len(spans) < len(states) or positions.ndim > 2:
             return None
         return self.graphs.run(spans, states, positions, slots)
 
@@ -90,7 +91,9 @@ class PackedExecutor:
     ) -> torch.Tensor:
         layers, tokens = self._layers, len(states)
         counts, padding = [span.count for span in spans], 0
-        plan = self.backend.plan(self.store, spans, layers.device)
+        # Kernels that know causal masks alone cannot show a token those after it.
+        backend = SdpaAttention() if any(span.both_ways for span in spans) else self.backend
+        plan = backend.plan(self.store, spans, layers.device)
         if layers.device.type == "cpu" and (padding := padded_rows(tokens) - tokens):
             states, positions = pad(states, (0, 0, 0, padding)), pad(positions, (0, padding))
         with_padding = [*counts, padding] if padding else counts

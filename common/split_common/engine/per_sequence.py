@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from split_common.engine.forward import Forward
 from split_common.engine.layers import LayerRange
 from split_common.engine.lora import adapting
-from split_common.engine.sequences import TokenRun
+from split_common.engine.sequences import Place, TokenRun, positions_of
 from split_common.errors import Evicted
 from split_common.models.cache_layers import (
     States,
@@ -42,12 +42,12 @@ class Inputs:
     """Inputs of the layers, `[tokens, width]`, and the rotary positions."""
 
     states: torch.Tensor
-    positions: tuple[int, ...]
+    positions: tuple[Place, ...]
 
     def first(self, tokens: int) -> Inputs:
         return Inputs(self.states[:tokens], self.positions[:tokens])
 
-    def followed_by(self, states: torch.Tensor, positions: Sequence[int]) -> Inputs:
+    def followed_by(self, states: torch.Tensor, positions: Sequence[Place]) -> Inputs:
         return Inputs(torch.cat([self.states, states.to(self.states.dtype)]), (*self.positions, *positions))
 
 
@@ -109,7 +109,7 @@ class CachedSequence:
         self._seen = self.length
         self._count()
 
-    def begin(self, states: torch.Tensor, positions: Sequence[int]) -> tuple[torch.Tensor, Sequence[int]]:
+    def begin(self, states: torch.Tensor, positions: Sequence[Place]) -> tuple[torch.Tensor, Sequence[Place]]:
         """The inputs of a forward that appends tokens: theirs, after those that have to run again.
 
         Args:
@@ -273,12 +273,12 @@ class PerSequenceExecutor:
 
     def _run(self, run: TokenRun[CachedSequence]) -> torch.Tensor:
         layers, sequence = self._layers, run.sequence
-        states, positions = sequence.begin(run.states, run.positions)
+        states, positions = sequence.begin(run.states, run.places)
         try:
             with adapting([run.adapter], [len(states)]):
                 output = layers.forward(
                     layers.to_device(states),
-                    layers.to_device(torch.tensor([list(positions)])),
+                    layers.to_device(positions_of(positions)),
                     **{layers.stack.cache_name: sequence.cache, "use_cache": True},
                 )
         except torch.AcceleratorError:

@@ -331,7 +331,7 @@ class Scheduler(Generic[_Request, _Run]):
                 begin = step.done[index]
                 count = run.cost - begin
                 if self._divisible:
-                    count = min(budget, count)
+                    count = run.whole(begin, min(budget, count)) if budget > 0 else 0
                 memory = run.memory(count)
                 if count <= 0 or memory > free or len(batch) >= MAX_ROWS:
                     continue

@@ -6,6 +6,7 @@ If a sequence's pages are contiguous, its keys and values are one slice, which i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class SdpaPlan:
 
     def __init__(self, spans: Sequence[Span]) -> None:
         self._spans = spans
-        self._masks: dict[tuple[int, int, int | None, torch.device], torch.Tensor] = {}
+        self._masks: dict[tuple[Any, ...], torch.Tensor] = {}
         self._gathers: dict[tuple[int | None, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def attend(
@@ -99,7 +100,7 @@ class SdpaPlan:
             slots = torch.from_numpy(sequence.slots(first)).to(keys.device)
             seen_keys, seen_values = keys.index_select(0, slots), values.index_select(0, slots)
         seen_keys, seen_values = seen_keys.transpose(0, 1), seen_values.transpose(0, 1)
-        mask = self._mask(span.count, visible, call.window, query.device)
+        mask = self._mask(span, visible, call.window, query.device)
         if call.softcap is not None or call.sinks is not None:
             return _attend_explicitly(call, query, seen_keys, seen_values, mask)
         output = scaled_dot_product_attention(
@@ -112,17 +113,21 @@ class SdpaPlan:
         )
         return output[0]
 
-    def _mask(self, count: int, visible: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    def _mask(self, span: Span, visible: int, window: int | None, device: torch.device) -> torch.Tensor | None:
         """Which keys each query attends to, bool `[count, visible]`; None if each attends to all of them."""
+        count = span.count
         if count == 1:
             return None
-        key = (count, visible, window, device)
+        key = (count, visible, window, device, span.both_ways)
         if key not in self._masks:
             rows = torch.arange(visible - count, visible, device=device)[:, None]
             columns = torch.arange(visible, device=device)[None]
             mask = columns <= rows
             if window is not None:
                 mask &= columns > rows - window
+            for begin, end in span.both_ways:
+                ahead = visible - count + end
+                mask[begin:end] |= (columns > rows[begin:end]) & (columns < ahead)
             self._masks[key] = mask
         return self._masks[key]
 

@@ -67,10 +67,17 @@ class Run(Protocol):
         """KV memory that the next `count` tokens take, in units of the store's `free`."""
         return 0
 
+    def whole(self, begin: int, count: int) -> int:
+        """The least number of tokens from `count` on, after which a prefill may be cut that goes on at `begin`."""
+        return count
+
     def part(self, begin: int, count: int) -> Self:
         """The tokens `[begin, begin + count)` of a prefill."""
         raise TypeError("this run goes into a forward whole")
 
+
+#: The position of a token, on one axis or on several.
+Place = int | tuple[int, ...]
 
 _Sequence = TypeVar("_Sequence", bound=KVSequence, covariant=True)
 
@@ -84,6 +91,10 @@ class TokenRun(Run, Generic[_Sequence]):
     positions: Sequence[int]
     #: The number of the sequence's adapter; None without one.
     adapter: int | None = None
+    #: Positions on further axes; empty if all axes agree.
+    axes: Sequence[Sequence[int]] = ()
+    #: Begin and end, in the run, of tokens that attend to each other both ways; ascending.
+    spans: Sequence[tuple[int, int]] = ()
 
     @property
     def cost(self) -> int:
@@ -92,6 +103,30 @@ class TokenRun(Run, Generic[_Sequence]):
     def memory(self, count: int) -> int:
         return self.sequence.cost(count)
 
+    @property
+    def places(self) -> Sequence[Place]:
+        """The position of each token: a number, or one on each axis."""
+        return [*zip(self.positions, *self.axes, strict=True)] if self.axes else self.positions
+
+    def whole(self, begin: int, count: int) -> int:
+        cut = begin + count
+        return max([cut, *(last for first, last in self.spans if first < cut < last)]) - begin
+
     def part(self, begin: int, count: int) -> TokenRun[_Sequence]:
         end = begin + count
-        return replace(self, states=self.states[begin:end], positions=self.positions[begin:end])
+        return replace(
+            self,
+            states=self.states[begin:end],
+            positions=self.positions[begin:end],
+            axes=[axis[begin:end] for axis in self.axes],
+            spans=[(first - begin, last - begin) for first, last in self.spans if begin <= first and last <= end],
+        )
+
+
+def positions_of(places: Sequence[Place]) -> torch.Tensor:
+    """Positions, int64 `[1, tokens]`; `[axes, 1, tokens]` if those of some token have several axes."""
+    axes = max((len(place) for place in places if isinstance(place, tuple)), default=0)
+    if not axes:
+        return torch.tensor([[*places]])
+    every = [place if isinstance(place, tuple) else (place,) * axes for place in places]
+    return torch.tensor(every).T[:, None].contiguous()

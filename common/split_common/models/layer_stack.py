@@ -11,12 +11,14 @@ choose their frequencies by the largest position, and whether attention has the 
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import DynamicCache
 
+from split_common.compat.torch import twin_with
 from split_common.compat.transformers import cache_name, forward_parameters
 from split_common.errors import UnsupportedArchitecture
 
@@ -25,6 +27,9 @@ UNLIMITED = 2**31
 
 #: Tokens in the windows of a probe.
 PROBE_WINDOW = 4
+
+#: Most axes that positions may have: one for time, two for a picture.
+MAX_POSITION_AXES = 3
 
 
 def find_stack(model: Any, layers: int) -> tuple[nn.Module, str]:
@@ -150,6 +155,8 @@ class LayerStack:
         #: Whether a token's arguments depend on the largest position of the call.
         self.positions_interact = self._probe_positions()
         self._refuse_windows_of_the_cache_alone()
+        #: How many axes its positions may have: 3 where images have a height and a width; 1 for most models.
+        self.position_axes = self._probe_axes()
         for slot in self.slots:
             if isinstance(slot, PassThrough):
                 slot.returns_tuple = self.returns_tuple
@@ -230,6 +237,51 @@ class LayerStack:
                     "prompt in one piece and in chunks gives different outputs"
                 )
 
+    def _probe_axes(self) -> int:
+        """The least number of axes, above 1, whose positions may differ; 1 if there is none."""
+        if not self.takes_positions or self.positions_interact:
+            return 1
+        mask, text = torch.ones(1, 3, dtype=torch.long), torch.arange(3)[None]
+        plain = self._record(self.returns_tuple, position_ids=text, attention_mask=mask)
+        for axes in range(2, MAX_POSITION_AXES + 1):
+            agreeing = text.expand(axes, 1, 3)
+            try:
+                same = self._record(self.returns_tuple, position_ids=agreeing, attention_mask=mask)
+                each = [
+                    self._record(self.returns_tuple, position_ids=_shifted(agreeing, axis), attention_mask=mask)
+                    for axis in range(axes)
+                ]
+            except Exception:
+                continue
+            if _same_arguments(same, plain) and not any(_same_arguments(other, plain) for other in each):
+                return axes
+        return 1
+
+    @torch.no_grad()
+    def additions(self, arguments: dict[str, Any], more: dict[str, Any]) -> list[int]:
+        """The slots after which the owner adds to the hidden states, e.g. features of images (DeepStack).
+
+        Args:
+            arguments: of a call of the owner, without a cache.
+            more: further ones, which may be why it does.
+
+        Raises:
+            UnsupportedArchitecture: what the slots are handed beside hidden states depends on `more`.
+        """
+        plain, added = (self._calls_of_twin(given) for given in (arguments, {**arguments, **more}))
+        if not all(_same(one, other) for (*_, one), (*_, other) in zip(plain, added, strict=True)):
+            raise UnsupportedArchitecture(f"{self.name} hands its layers {', '.join(more)}, which do not travel")
+        return [index for (index, before, _), (_, after, _) in pairwise(added) if not torch.equal(before, after)]
+
+    def _calls_of_twin(self, arguments: dict[str, Any]) -> list[_CallOfSlot]:
+        """What a call of the owner hands its slots. None of them runs, and other threads may call them."""
+        calls: list[_CallOfSlot] = []
+        recorders = nn.ModuleList(
+            _Recorder(calls, index, slot, self.returns_tuple) for index, slot in enumerate(self.slots)
+        )
+        twin_with(self.owner, self.attribute, recorders)(**arguments, use_cache=False)
+        return calls
+
     @torch.no_grad()
     def _record(
         self, returns_tuple: bool, seed: int = 0, tokens: int = 3, use_cache: bool = False, **inputs: Any
@@ -273,6 +325,24 @@ def _hides_the_first_token(mask: Any) -> bool:
         return False
     seen = mask if mask.dtype == torch.bool else mask >= 0
     return not bool(seen[..., -1, 0].any())
+
+
+def _shifted(positions: torch.Tensor, axis: int) -> torch.Tensor:
+    shifted = positions.clone()
+    shifted[axis] += 1
+    return shifted
+
+
+def _same_arguments(one: list[_CallOfSlot], other: list[_CallOfSlot]) -> bool:
+    """Whether all slots are handed the same, except for the positions themselves."""
+    return all(
+        _same(_but_positions(mine), _but_positions(theirs))
+        for (*_, mine), (*_, theirs) in zip(one, other, strict=True)
+    )
+
+
+def _but_positions(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name != "position_ids"}
 
 
 def _same(one: Any, other: Any) -> bool:

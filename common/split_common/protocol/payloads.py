@@ -43,6 +43,9 @@ MAX_ARRAYS = 64
 MAX_STEP = 512 * 1024**2
 PART_BYTES = 4 * 1024**2
 
+#: Most tokens that attend to each other both ways, which are computed together.
+MAX_SPAN = 4096
+
 #: Most IP-Adapter scales of an image.
 MAX_SCALES = 4096
 
@@ -55,9 +58,9 @@ UNPADDED = "unpadded"
 
 #: What a peer may not support; the two ends of a channel use what both have. "adapters" gives a session one of the
 #: adapters that its worker has loaded; "fork" copies a session on its worker; "int4" and "int8" are codecs;
-#: "session-keys" names sessions by keys, as in version 2 of the headers. New kinds of requests, rows and codecs add
-#: their names here.
-CAPABILITIES = frozenset({"adapters", "fork", "int4", "int8", SESSION_KEYS, UNPADDED})
+#: "position-axes" and "spans" are what a `PlacedStep` says of images; "session-keys" names sessions by keys, as in
+#: version 2 of the headers. New kinds of requests, rows and codecs add their names here.
+CAPABILITIES = frozenset({"adapters", "fork", "int4", "int8", SESSION_KEYS, UNPADDED, "position-axes", "spans"})
 
 
 class Payload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -112,6 +115,33 @@ class Step(Payload, frozen=True, tag=1):
     @property
     def tensor_bytes(self) -> int:
         return self.tokens * self.width * DTYPES[self.dtype]
+
+
+class Span(msgspec.Struct, array_like=True, frozen=True):
+    """Tokens of a row that attend to each other both ways, as those of an image may. They are part of one run."""
+
+    row: Annotated[int, msgspec.Meta(ge=0, lt=4096)]
+    #: Index of the first one in the row.
+    start: Natural
+    length: Annotated[int, msgspec.Meta(ge=2, le=MAX_SPAN)]
+
+
+class PlacedStep(Step, frozen=True, tag=13):
+    """A `Step` that also says where the tokens of images are."""
+
+    #: For each run the positions on the further axes (height and width of images), one axis after the other; empty
+    #: if all axes agree, as for texts.
+    axes: Annotated[list[list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]], msgspec.Meta(max_length=4096)] = []
+    spans: Annotated[list[Span], msgspec.Meta(max_length=4096)] = []
+
+    @property
+    def reserved(self) -> int:
+        return super().reserved + 16 * len(self.spans) + sum(3 + 5 * len(axes) for axes in self.axes)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        asked = {"position-axes": any(self.axes), "spans": bool(self.spans)}
+        return frozenset(name for name, needed in asked.items() if needed)
 
 
 class Fork(Payload, frozen=True, tag=2):
@@ -309,12 +339,13 @@ class Refusal(Payload, frozen=True, tag=6):
     seq: Natural = 0
 
 
-AnyRequest = Step | Fork | UseAdapter | Close | Conditioning | Denoise | TensorPart | PartRequest
+AnyRequest = Step | PlacedStep | Fork | UseAdapter | Close | Conditioning | Denoise | TensorPart | PartRequest
 AnyReply = Result | Done | Refusal | Denoised | TensorPart
 
 #: The type of the answer to each type of request, unless it is refused.
 ANSWERS: dict[type[Payload], type[Payload]] = {
     Step: Result,
+    PlacedStep: Result,
     Fork: Done,
     UseAdapter: Done,
     Conditioning: Done,

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from split_common.errors import UnsupportedFeature
 from split_common.models.cache_layers import States, counts_tokens, has_states
-from split_common.models.tensors import dtype_name, raw_bytes, to_bytes
+from split_common.models.tensors import raw_bytes, to_bytes
 from split_common.protocol import payloads
 from split_device.sessions.chunks import ChunkRequest, cut
 from split_device.sessions.client import Client
@@ -25,6 +25,7 @@ from split_device.sessions.distinct import distinct
 from split_device.sessions.history import History
 from split_device.sessions.identity import SessionIdentity
 from split_device.sessions.notices import OnNotice
+from split_device.sessions.places import PlacedRun, first_axis
 from split_device.sessions.resilient import ResilientSession
 from split_device.sessions.session import RemoteSession, Reply
 from split_device.sessions.timings import StepTimings
@@ -47,6 +48,8 @@ class Traits:
     positions_interact: bool
     #: Whether a layer of the whole model attends to earlier tokens. Those with states alone need no mask of them.
     attends: bool = True
+    #: How many axes positions have in a model that sees images; None for a model for texts.
+    axes: int | None = None
 
 
 @dataclass
@@ -55,8 +58,11 @@ class StepContext:
 
     #: The attention mask `[batch, cached and new tokens]`, zero for padding; None without padding.
     mask: torch.Tensor | None = None
-    #: Position ids, int64 `[batch or 1, new tokens]`; None for those that follow the cached columns.
+    #: Position ids, int64 `[batch or 1, new tokens]`, or the same for each axis, `[axes, batch or 1, new tokens]`;
+    #: None for those that follow the cached columns.
     positions: torch.Tensor | None = None
+    #: How many of the tokens after it each token attends to, int64 `[batch, new tokens]`; None for none.
+    ahead: torch.Tensor | None = None
     timings: StepTimings = field(default_factory=StepTimings)
     #: The states of the head's cache layers before the step, by the layer's index.
     head_states: dict[int, States] = field(default_factory=dict)
@@ -68,8 +74,8 @@ class PreparedStep:
 
     #: Hidden states `[batch, tokens, width]`.
     hidden: torch.Tensor
-    #: int64 `[batch, tokens]`, on the CPU.
-    positions: torch.Tensor
+    #: Their places (`split_device.sessions.places`), on the CPU.
+    places: torch.Tensor
     #: Which columns hold tokens after the step, bool `[batch, columns]`.
     columns: torch.Tensor
     #: Which of the new tokens travel, bool `[batch, tokens]`; None for all.
@@ -245,25 +251,25 @@ class SessionCacheLayer(BodyLayer):
         """
         batch, tokens, _ = hidden.shape
         cached, keep = self._masked(batch, tokens, context.mask)
-        positions = self._positions(batch, tokens, context.positions)
-        rows, copies = self._distinct(hidden, keep, positions)
+        places = self._places(self._positions(batch, tokens, context.positions), context.ahead)
+        rows, copies = self._distinct(hidden, keep, places)
         sent: torch.Tensor | None = None
         if len(rows) < batch or not keep.all():
             sent = torch.zeros_like(keep)
             sent[rows] = keep[rows]
         starts = cached.sum(1).tolist()
         runs = [
-            payloads.Run(index, starts[row], positions[row][keep[row]].tolist())
+            PlacedRun(index, starts[row], places[row][keep[row]])
             for index, row in enumerate(rows)
             if keep[row].any()
         ]
         with context.timings.measure("encode"):
             packed = hidden.flatten(0, 1) if sent is None else hidden[sent]
-            horizon = int(positions.max()) if self._traits.positions_interact else None
+            horizon = int(first_axis(places, 2).max()) if self._traits.positions_interact else None
             requests = _encode(runs, packed, horizon) if runs else []
         return PreparedStep(
             hidden,
-            positions,
+            places,
             torch.cat([cached, keep], 1),
             sent,
             (rows, copies) if len(rows) < batch else None,
@@ -297,7 +303,7 @@ class SessionCacheLayer(BodyLayer):
             result = result[[rows[copy] for copy in copies]]
             self._select = copies
         self._columns = step.columns
-        self._history.append(step.hidden, step.positions)
+        self._history.append(step.hidden, step.places)
         return result
 
     @property
@@ -341,19 +347,33 @@ class SessionCacheLayer(BodyLayer):
         return cached, full[:, past:]
 
     def _positions(self, batch: int, tokens: int, positions: torch.Tensor | None) -> torch.Tensor:
-        """Position ids, int64 `[batch, tokens]`, on the CPU."""
+        """Position ids, int64 `[batch, tokens]`, or `[axes, batch, tokens]` if axes differ, on the CPU."""
         if positions is None:
             past = self.get_seq_length()
             positions = torch.arange(past, past + tokens)[None]
+        axes = self._traits.axes or 1
+        if positions.ndim == 3 and len(positions) == axes + 1:
+            # The first one are those of the text, for masks alone.
+            positions = positions[1:]
         if positions.ndim == 3 and bool((positions == positions[:1]).all()):
-            # Axes that agree, as those of texts do.
             positions = positions[0]
-        if positions.ndim != 2:
-            raise UnsupportedFeature(f"position ids of shape {tuple(positions.shape)} cannot be split: not 2-D")
-        return positions.cpu().expand(batch, tokens)
+        if positions.ndim != 2 and (positions.ndim != 3 or len(positions) != axes):
+            raise UnsupportedFeature(
+                f"position ids of shape {tuple(positions.shape)} cannot be split: expected one axis, or {axes}"
+            )
+        return positions.cpu().expand(*positions.shape[:-2], batch, tokens)
+
+    def _places(self, positions: torch.Tensor, ahead: torch.Tensor | None) -> torch.Tensor:
+        """Positions as places. `ahead` is how many of the tokens after it each token attends to."""
+        if self._traits.axes is None:
+            return positions
+        if positions.ndim == 2:
+            positions = positions.expand(self._traits.axes, *positions.shape)
+        last = torch.zeros_like(positions[0]) if ahead is None else ahead.cpu()
+        return torch.cat([positions, last[None]]).permute(1, 2, 0).contiguous()
 
     def _distinct(
-        self, hidden: torch.Tensor, keep: torch.Tensor, positions: torch.Tensor
+        self, hidden: torch.Tensor, keep: torch.Tensor, places: torch.Tensor
     ) -> tuple[list[int], list[int]]:
         """The rows to send, and for each row the index of its equal in this list.
 
@@ -363,7 +383,7 @@ class SessionCacheLayer(BodyLayer):
         if self._columns is not None or len(hidden) == 1:
             return every, every
         return distinct(
-            tuple(bytes(raw_bytes(tensor)) for tensor in (mine, positions[row][mine], hidden[row][mine]))
+            tuple(bytes(raw_bytes(tensor)) for tensor in (mine, places[row][mine], hidden[row][mine]))
             for row, mine in enumerate(keep)
         )
 
@@ -407,9 +427,7 @@ class SessionCacheLayer(BodyLayer):
     def _send(self, session: RemoteSession, requests: Sequence[ChunkRequest], timings: StepTimings) -> list[Reply]:
         steps: list[tuple[payloads.Payload, memoryview]] = []
         for chunk, data in requests:
-            select = None if steps else self._select
-            dtype, width = dtype_name(chunk.states.dtype), chunk.states.shape[1]
-            steps.append((payloads.Step(dtype, width, chunk.runs, select), data))
+            steps.append((chunk.step(None if steps else self._select), data))
         with timings.measure_rest("queue"):
             replies = session.call(steps, timings)
             for reply, _ in replies:
@@ -430,7 +448,7 @@ def _check_padding(session: RemoteSession, step: PreparedStep) -> None:
         )
 
 
-def _encode(runs: list[payloads.Run], packed: torch.Tensor, horizon: int | None) -> list[ChunkRequest]:
+def _encode(runs: list[PlacedRun], packed: torch.Tensor, horizon: int | None) -> list[ChunkRequest]:
     """Cuts runs and their states `[tokens, width]` into requests. Raises NonFinite."""
     limit = max(1, CHUNK_BYTES // (packed.shape[1] * packed.element_size()))
     return [(chunk, to_bytes(chunk.states)) for chunk in cut(runs, packed, limit, horizon)]

@@ -64,6 +64,9 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
 
     split_parts: SplitParts
 
+    #: Whether the checkpoint's class must be one that takes images.
+    _takes_images = False
+
     @classmethod
     def from_pretrained(
         cls,
@@ -104,7 +107,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         """
         connection = Connection.of(connection, fields)
         device = Endpoint.find(connection)
-        spec = read_spec(str(name_or_path), revision)
+        spec = read_spec(str(name_or_path), revision, images=cls._takes_images)
         split = Split.from_head_tail(spec.layers, head_layers, tail_layers)
         manifest = find_manifest(device.fleet, spec.checkpoint, spec.own_tensors(split, "device"))
         model: Self
@@ -133,7 +136,8 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         self._set_client(client, split)
         config = self.config.get_text_config(decoder=True)
         counts_indices = sees_gaps(config, split.body) or not stack.takes_positions
-        traits = Traits(counts_indices, stack.positions_interact, attends(config))
+        axes = stack.position_axes if self.config is not config else None
+        traits = Traits(counts_indices, stack.positions_interact, attends(config), axes)
         self.split_parts = SplitParts(client, split, stack, traits, adapters, stack.max_positions, history_memory)
         self._body.attach(client, split, traits, history_memory, adapters)
         # Before there are stand-ins, which refuse hooks.
@@ -241,13 +245,16 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         cache = given.get(self.split_parts.stack.cache_name)
         # The owner may have been called without the model around it.
         around = forwarding.get() or StepContext()
-        context = StepContext(None, given.get("position_ids"), around.timings)
+        context = StepContext(positions=given.get("position_ids"), timings=around.timings)
         forwarding.enter(context)
         self._refuse_outputs({name: getattr(self.config, name, False) for name in (*PARTIAL, *REFUSED)} | given)
         if cache is not None:
             self._body.check_cache(cache)
             context.head_states = self._body.head_states(cache)
-        context.mask = plain_mask(self.config, given, cache, around.mask)
+        context.mask, context.ahead = plain_mask(self.config, given, cache, around.mask)
+        if context.ahead is not None and self.split_parts.traits.axes is None:
+            raise UnsupportedFeature("tokens that attend to later ones can be split in models that see images only")
+        self._check_additions(given)
         states = given.get("inputs_embeds")
         tokens = given.get("input_ids") if states is None else states
         if tokens is not None:
@@ -259,6 +266,24 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
             self._check_length((cached_tokens(cache) if cache is not None else 0) + tokens.shape[1])
         if states is None and tokens is not None and self._scope is None:
             check_tokens(self, tokens)
+
+    def _check_additions(self, given: dict[str, Any]) -> None:
+        """Raises UnsupportedFeature if the stack's owner adds something between layers that are on the worker."""
+        stack, split = self.split_parts.stack, self.split
+        more = {
+            name: value
+            for name, value in given.items()
+            if name not in (*_USUAL, stack.cache_name) and isinstance(value, torch.Tensor | list | tuple)
+        }
+        if not more or given.get("inputs_embeds") is None:
+            return
+        usual = {name: given.get(name) for name in ("inputs_embeds", "position_ids", "attention_mask")}
+        inside = [index for index in stack.additions(usual, more) if index < split.last - 1]
+        if inside and inside[-1] >= split.first:
+            raise UnsupportedFeature(
+                f"this model adds features of images after layer {inside[-1]}, which is on the worker: give the "
+                f"device a head of at least {inside[-1] + 1} layers (head_layers, --layers)"
+            )
 
     def _after_stack(self, _owner: Any, _args: Any, _output: Any) -> None:
         if (context := forwarding.get()) is not None:
@@ -278,6 +303,16 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
             scope.step_ended = context.timings.since
 
 
+class SplitModelForImageTextToText(SplitModelForCausalLM):
+    """A model of transformers for images and text, of `AutoModelForImageTextToText`, with its body on a worker.
+
+    The device sees the images: what travels is hidden states, the positions of their tokens, and which tokens
+    attend to those after them. Made by `from_pretrained`; the checkpoint's `AutoProcessor` makes the inputs.
+    """
+
+    _takes_images = True
+
+
 def check_tokens(model: Any, tokens: torch.Tensor) -> None:
     """Raises ConfigError if a token id, int64 in any shape, has no embedding."""
     known = len(model.get_input_embeddings().weight)
@@ -292,5 +327,21 @@ def check_tokens(model: Any, tokens: torch.Tensor) -> None:
 def _refuse_packing(context: StepContext) -> None:
     """Raises UnsupportedFeature for several sequences in one row, which transformers tells by their positions."""
     positions = context.positions
-    if context.mask is None and positions is not None and bool((positions.diff() != 1).any()):
+    if context.mask is not None or positions is None:
+        return
+    # Of several axes, the first one grows, and stays the same within an image.
+    steps = positions.diff() if positions.ndim == 2 else positions[0].diff().clamp(max=0) + 1
+    if bool((steps != 1).any()):
         raise UnsupportedFeature("packed sequences cannot be split: pass them as rows of a batch")
+
+
+#: Arguments of a stack's owner that say nothing that has to travel by itself.
+_USUAL = (
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "use_cache",
+    "cache_position",
+    "logits_to_keep",
+)

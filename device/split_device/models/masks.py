@@ -16,8 +16,10 @@ from split_common.errors import UnsupportedFeature
 _REFUSED = "prepared attention masks cannot be split: pass a 2-D attention_mask"
 
 
-def plain_mask(config: Any, given: dict[str, Any], cache: Any, outer: torch.Tensor | None) -> torch.Tensor | None:
-    """The mask `[batch, cached and new tokens]` of a call of the decoder; None without padding.
+def plain_mask(
+    config: Any, given: dict[str, Any], cache: Any, outer: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The mask `[batch, cached and new tokens]` of a call of the decoder, and which tokens attend to later ones.
 
     Args:
         config: the model's configuration.
@@ -25,14 +27,18 @@ def plain_mask(config: Any, given: dict[str, Any], cache: Any, outer: torch.Tens
         cache: what the tokens are appended to, if anything.
         outer: the mask that the model around the decoder was given.
 
+    Returns:
+        The mask, None without padding; and how many of the tokens after it each token attends to, int64
+        `[batch, new tokens]`, None if there are none.
+
     Raises:
-        UnsupportedFeature: the decoder was given masks that do not follow from a 2-D mask.
+        UnsupportedFeature: the decoder was given masks that do not follow from a 2-D mask and spans of tokens.
     """
     mask, states = given.get("attention_mask"), given.get("inputs_embeds")
     if isinstance(mask, torch.Tensor) and (mask.ndim == 2 or outer is None or outer.ndim != 2):
-        return mask
+        return mask, None
     if mask is None and (outer is None or bool(outer.all())):
-        return outer
+        return outer, None
     if states is None or (outer is not None and outer.ndim != 2):
         raise UnsupportedFeature(_REFUSED)
     plain = create_masks_for_generate(
@@ -47,13 +53,40 @@ def plain_mask(config: Any, given: dict[str, Any], cache: Any, outer: torch.Tens
     expected = plain if isinstance(plain, dict) else {"": plain}
     if not prepared.keys() <= expected.keys():
         raise UnsupportedFeature(_REFUSED)
+    ahead: torch.Tensor | None = None
     for kind, one in prepared.items():
-        if not torch.equal(_visible(one, expected[kind]), _visible(expected[kind], expected[kind])):
+        wanted = expected[kind]
+        if one is not None and wanted is not None and one.ndim == wanted.ndim == 2 and torch.equal(one, wanted):
+            # The padding's, as a recurrent layer takes it.
+            continue
+        base = _visible(wanted, wanted)
+        shown = _visible(one, base)
+        found = _ahead(shown & ~base)
+        if ahead is None:
+            ahead = found
+        if not (torch.equal(found, ahead) and torch.equal(shown, base | _shown(ahead, base))):
             raise UnsupportedFeature(
-                "attention masks that depend on what the tokens are, e.g. of images that attend both ways, cannot "
-                "be split"
+                "attention masks can be split if they follow from a 2-D attention_mask, and show the tokens of a "
+                "span those after them in it: these do not"
             )
-    return outer
+    return outer, ahead if ahead is not None and bool(ahead.any()) else None
+
+
+def _ahead(more: torch.Tensor) -> torch.Tensor:
+    """How many of the tokens after it each token sees, int64 `[batch, queries]`, if `more` is what it also sees."""
+    _, _, queries, keys = more.shape
+    columns = torch.arange(keys, device=more.device)
+    last = torch.where(more[:, 0], columns, -1).amax(-1)
+    own = torch.arange(keys - queries, keys, device=more.device)
+    return (last - own).clamp(min=0)
+
+
+def _shown(ahead: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What tokens see of those after them, bool of the shape of a mask."""
+    queries, keys = like.shape[-2:]
+    own = torch.arange(keys - queries, keys, device=like.device)[None, :, None]
+    columns = torch.arange(keys, device=like.device)[None, None]
+    return ((columns > own) & (columns <= own + ahead[:, :, None]))[:, None].expand(like.shape)
 
 
 def _visible(mask: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor:

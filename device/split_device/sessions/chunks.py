@@ -7,18 +7,28 @@ from dataclasses import dataclass
 import torch
 
 from split_common.errors import Malformed
-from split_common.models.tensors import from_bytes
+from split_common.models.tensors import dtype_name, from_bytes
 from split_common.protocol import payloads
+from split_device.sessions.places import PlacedRun
 
 
 @dataclass(frozen=True)
 class Chunk:
     """Runs of tokens that travel in one message, and their states `[tokens, width]`."""
 
-    runs: list[payloads.Run]
+    runs: list[PlacedRun]
     states: torch.Tensor
     #: Tokens whose output counts, bool `[tokens]`; None for all.
     own: torch.Tensor | None = None
+
+    def step(self, select: list[int] | None) -> payloads.Step:
+        """What travels with the states, given the worker's row for each row."""
+        dtype, width = dtype_name(self.states.dtype), self.states.shape[1]
+        runs = [run.run() for run in self.runs]
+        axes, spans = [run.axes() for run in self.runs], [span for run in self.runs for span in run.spans()]
+        if any(axes) or spans:
+            return payloads.PlacedStep(dtype, width, runs, select, axes=axes if any(axes) else [], spans=spans)
+        return payloads.Step(dtype, width, runs, select)
 
     def output(self, reply: payloads.AnyReply, data: memoryview) -> torch.Tensor:
         """The output `[tokens that count, width]`. Raises Malformed or NonFinite if the reply does not fit."""
@@ -28,8 +38,8 @@ class Chunk:
         return output if self.own is None else output[self.own]
 
 
-def cut(runs: list[payloads.Run], packed: torch.Tensor, limit: int, horizon: int | None = None) -> list[Chunk]:
-    """Cuts runs so that no chunk has more than `limit` tokens.
+def cut(runs: list[PlacedRun], packed: torch.Tensor, limit: int, horizon: int | None = None) -> list[Chunk]:
+    """Cuts runs so that no chunk has more than `limit` tokens, unless they attend to each other both ways.
 
     If positions interact, the worker must see the largest position of the call in every run. A run that ends below
     it gets one more token there. The output of this token is dropped, and the row's next run cuts it off.
@@ -41,10 +51,10 @@ def cut(runs: list[payloads.Run], packed: torch.Tensor, limit: int, horizon: int
     chunks = []
     begin = 0
     for part in _chunked(runs, limit):
-        lengths = [len(run.positions) for run in part]
+        lengths = [len(run) for run in part]
         states = packed[begin : begin + sum(lengths)]
         begin += sum(lengths)
-        short = [horizon is not None and max(run.positions) < horizon for run in part]
+        short = [horizon is not None and int(run.positions.max()) < horizon for run in part]
         if horizon is None or not any(short):
             chunks.append(Chunk(part, states))
             continue
@@ -52,22 +62,23 @@ def cut(runs: list[payloads.Run], packed: torch.Tensor, limit: int, horizon: int
         for run, own_states, extra in zip(part, torch.split(states, lengths), short, strict=True):
             pieces += [own_states, own_states[-1:]] if extra else [own_states]
             own += [True] * len(own_states) + [False] * extra
-            extended.append(payloads.Run(run.row, run.start, [*run.positions, *[horizon] * extra]))
+            places = torch.cat([run.places, torch.full_like(run.places[-1:], horizon)]) if extra else run.places
+            extended.append(PlacedRun(run.row, run.start, places))
         chunks.append(Chunk(extended, torch.cat(pieces), torch.tensor(own)))
     return chunks
 
 
-def _chunked(runs: list[payloads.Run], limit: int) -> list[list[payloads.Run]]:
-    chunks: list[list[payloads.Run]] = [[]]
+def _chunked(runs: list[PlacedRun], limit: int) -> list[list[PlacedRun]]:
+    chunks: list[list[PlacedRun]] = [[]]
     free = limit
     for run in runs:
         done = 0
-        while done < len(run.positions):
-            if not free:
+        while done < len(run):
+            if free <= 0:
                 chunks.append([])
                 free = limit
-            part = run.positions[done : done + free]
-            chunks[-1].append(payloads.Run(run.row, run.start + done, part))
+            part = run.part(done, run.whole(done + free))
+            chunks[-1].append(part)
             done += len(part)
             free -= len(part)
     return chunks

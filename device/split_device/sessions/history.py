@@ -15,8 +15,8 @@ import torch
 
 from split_common.errors import AuthenticationError, HistoryLost
 from split_common.models.tensors import raw_bytes
-from split_common.protocol import payloads
 from split_device.sessions.connection import HISTORY_MEMORY
+from split_device.sessions.places import PlacedRun, first_axis
 from split_device.sessions.spill import SpillFile
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ BLOCK_BYTES = 1024 * 1024
 
 
 class Block:
-    """Hidden states `[rows, columns, width]` and positions int64 `[rows, columns]` that no longer change.
+    """Hidden states `[rows, columns, width]` and places `[rows, columns, ...]` that no longer change.
 
     In memory or spilled. Copies of a history share its blocks.
     """
@@ -79,7 +79,7 @@ class BlockView:
         return len(self.rows) * self.columns * self.block.token_bytes
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """States `[rows, columns, width]` and positions `[rows, columns]`. Raises what `Block.states` raises."""
+        """States `[rows, columns, width]` and places `[rows, columns, ...]`. Raises what `Block.states` raises."""
         states, positions = self.block.states[:, : self.columns], self.block.positions[:, : self.columns]
         if self.rows == list(range(len(states))):
             return states, positions
@@ -87,7 +87,7 @@ class BlockView:
 
 
 class History:
-    """Hidden states and positions of a batch's cached columns, padding included.
+    """Hidden states and places (`split_device.sessions.places`) of a batch's cached columns, padding included.
 
     It is a list of parts, so that cropping, reordering and copying move no states. Small neighbours are merged,
     which keeps the list short. Not thread-safe.
@@ -112,13 +112,13 @@ class History:
         return sum(part.block.resident for part in self._parts)
 
     def append(self, states: torch.Tensor, positions: torch.Tensor) -> None:
-        """Adds columns: states `[batch, columns, width]` and positions `[batch, columns]`.
+        """Adds columns: states `[batch, columns, width]` and places `[batch, columns, ...]`.
 
         Never fails: if the history can no longer be kept, `replay` raises HistoryLost.
         """
         self._length += states.shape[1]
         self._call_ends.append(self._length)
-        self._horizons.append(int(positions.max()))
+        self._horizons.append(int(first_axis(positions, 2).max()))
         if self._lost is not None:
             return
         states, positions = states.detach().cpu(), positions.cpu()
@@ -142,6 +142,11 @@ class History:
             if last.columns > surplus:
                 self._parts.append(replace(last, columns=last.columns - surplus))
             surplus -= last.columns
+        if self._parts and _is_open(self._parts[-1].block.positions[:, : self._parts[-1].columns]):
+            self._lost = HistoryLost(
+                "the session was cut back into an image whose tokens attend both ways, so it cannot continue on "
+                "another worker"
+            )
 
     def select(self, rows: list[int]) -> None:
         """Row i becomes what row `rows[i]` was."""
@@ -156,7 +161,7 @@ class History:
 
     def replay(
         self, columns: torch.Tensor, by_call: bool
-    ) -> Iterator[tuple[list[payloads.Run], torch.Tensor, int | None]]:
+    ) -> Iterator[tuple[list[PlacedRun], torch.Tensor, int | None]]:
         """The runs that rebuild the cache, their states `[tokens, width]`, and their call's largest position.
 
         Args:
@@ -181,7 +186,7 @@ class History:
                 here = slice(done - offset, stop - offset)
                 pieces.append((states[:, here], positions[:, here]))
                 done = stop
-                if by_call and stop < self._call_ends[call]:
+                if (by_call and stop < self._call_ends[call]) or _is_open(positions[:, here]):
                     break
                 if runs := _runs(columns, begin, torch.cat([places for _, places in pieces], 1)):
                     packed = torch.cat([piece for piece, _ in pieces], 1)[columns[:, begin:stop]]
@@ -223,12 +228,13 @@ def _part(states: torch.Tensor, positions: torch.Tensor) -> BlockView:
     return BlockView(Block(states, positions), list(range(states.shape[0])), states.shape[1])
 
 
-def _runs(columns: torch.Tensor, begin: int, positions: torch.Tensor) -> list[payloads.Run]:
-    """The runs of tokens in columns from `begin` on, given their positions `[batch, columns]`."""
+def _is_open(places: torch.Tensor) -> bool:
+    """Whether the last of these columns attends to later ones."""
+    return places.ndim == 3 and bool(places[:, -1, -1].any())
+
+
+def _runs(columns: torch.Tensor, begin: int, positions: torch.Tensor) -> list[PlacedRun]:
+    """The runs of tokens in columns from `begin` on, given their places `[batch, columns, ...]`."""
     mine = columns[:, begin : begin + positions.shape[1]]
     starts = columns[:, :begin].sum(1).tolist()
-    return [
-        payloads.Run(row, starts[row], positions[row][kept].tolist())
-        for row, kept in enumerate(mine)
-        if bool(kept.any())
-    ]
+    return [PlacedRun(row, starts[row], positions[row][kept]) for row, kept in enumerate(mine) if bool(kept.any())]

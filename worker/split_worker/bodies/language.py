@@ -13,6 +13,7 @@ from split_common.engine.sequences import KVSequence, TokenRun
 from split_common.errors import Malformed, Oversized, PromptTooLong, UnknownAdapter
 from split_common.models.tensors import dtype_name, from_bytes, to_bytes
 from split_common.protocol import headers, payloads
+from split_worker.bodies.placement import check_placement, placement
 from split_worker.watchdog import FIRST_TURN
 
 #: Most rows that one session may have.
@@ -58,10 +59,11 @@ class Rows:
         self.sequences += [runner.store.new_sequence() for _ in range(wanted - len(self.sequences))]
         parts = torch.split(states, [len(run.positions) for run in step.rows])
         runs = []
-        for run, part in zip(step.rows, parts, strict=True):
+        for index, (run, part) in enumerate(zip(step.rows, parts, strict=True)):
             sequence = self.sequences[run.row]
             sequence.truncate(run.start)
-            runs.append(TokenRun(sequence, part, run.positions, self.adapter))
+            axes, spans = placement(step, index, runner.layers.stack.position_axes)
+            runs.append(TokenRun(sequence, part, run.positions, self.adapter, axes, spans))
         return runs
 
     def _check(self, step: payloads.Step, source: list[int], runner: Runner) -> None:
@@ -84,6 +86,8 @@ class Rows:
                 raise PromptTooLong(f"a row exceeds the model's {runner.max_positions} positions")
             if tokens > (most := runner.store.capacity - runner.store.sequence_tokens):
                 raise PromptTooLong(f"{tokens} tokens exceed the worker's memory for {most}")
+        if isinstance(step, payloads.PlacedStep):
+            check_placement(step, runner)
 
     def _select(self, select: list[int]) -> None:
         """Makes row `select[i]` row i. A row that is selected twice is forked."""
