@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,3 +95,20 @@ def test_keys_of_the_cache(pair: Any) -> None:
         for name in ("keys", "values"):
             with pytest.raises(UnsupportedFeature, match="keys and values of the body's layers"):
                 getattr(one, name)
+
+
+def test_nothing_is_captured_before_it_is_asked_for(broker: str, tmp_path: Path) -> None:
+    """Hooks take time in each step. A LoRA's search for modules still finds the stand-ins afterwards."""
+    with joined(broker, tiny.save("llama", tmp_path)) as (split, _):
+        assert not any(module._forward_hooks for module in split.split_parts.stack.slots.modules())
+        modules = [name for name, _ in split.named_modules()]
+        outputs(split, output_hidden_states=True)
+        assert split.split_parts.stack.slots[0]._forward_hooks
+        assert [name for name, _ in split.named_modules()] == modules
+
+
+def test_hidden_states_of_beams(pair: Any) -> None:
+    options = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "return_dict_in_generate": True}
+    full, split = (model.generate(PROMPT, output_hidden_states=True, **options) for model in pair)
+    assert split.sequences.tolist() == full.sequences.tolist()
+    torch.testing.assert_close(split.hidden_states[-1][0], full.hidden_states[-1][0], atol=1e-4, rtol=1e-4)

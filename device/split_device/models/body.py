@@ -79,6 +79,16 @@ class RemoteLayer(OnWorker, PassThrough):
         outline(self, original)
         self.seal(name)
 
+    @contextlib.contextmanager
+    def without_stand_ins(self) -> Iterator[None]:
+        """Hides the stand-ins from code that registers hooks on all modules of their classes."""
+        modules = self.__dict__["_modules"]
+        self.__dict__["_modules"] = {}
+        try:
+            yield
+        finally:
+            self.__dict__["_modules"] = modules
+
 
 class RemoteBody(RemoteLayer):
     """The layer in the body's first slot. Refuses what cannot be split, by name, before anything is sent."""

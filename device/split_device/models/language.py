@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -140,8 +141,6 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         traits = Traits(counts_indices, stack.positions_interact, attends(config), axes)
         self.split_parts = SplitParts(client, split, stack, traits, adapters, stack.max_positions, history_memory)
         self._body.attach(client, split, traits, history_memory, adapters)
-        # Before there are stand-ins, which refuse hooks.
-        install_capturing_hooks(self)
         last = stack.slots[split.last - 1]
         for name, slot in self.named_modules():
             if isinstance(slot, RemoteLayer):
@@ -182,7 +181,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
             if options.get("cache_implementation") not in _DYNAMIC:
                 name = options["cache_implementation"]
                 raise UnsupportedFeature(f"cache_implementation={name!r} cannot be split: only a dynamic cache can")
-            self._refuse_outputs(options)
+            self._check_outputs(options)
         for name in ("cache", "past_key_values"):
             if (cache := kwargs.get(name)) is not None:
                 self._body.check_cache(cache)
@@ -216,9 +215,16 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         if tokens > (limit := self.split_parts.max_positions):
             raise PromptTooLong(f"{tokens} tokens exceed the model's {limit} positions")
 
-    def _refuse_outputs(self, options: dict[str, Any]) -> None:
-        eager = attention_implementation(self.split_parts.stack.owner) == "eager"
-        refuse_outputs(options, self._body.captured, eager=eager)
+    def _check_outputs(self, options: dict[str, Any]) -> None:
+        """Has transformers capture the outputs of single layers that a call asks for. Raises UnsupportedFeature."""
+        stack = self.split_parts.stack
+        refuse_outputs(options, self._body.captured, eager=attention_implementation(stack.owner) == "eager")
+        if any(options.get(name) for name in PARTIAL):
+            with contextlib.ExitStack() as without:
+                for slot in stack.slots[self.split.first : self.split.last]:
+                    assert isinstance(slot, RemoteLayer)
+                    without.enter_context(slot.without_stand_ins())
+                install_capturing_hooks(self)
 
     # --- hooks; the `_after` hooks run after a failed call, too --------------------------------------------
 
@@ -230,6 +236,8 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
 
     def _before_forward(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.check_process()
+        # A model around the owner may install hooks of its own before the owner is called.
+        self._check_outputs({name: kwargs.get(name) for name in PARTIAL})
         scope = self._scope
         mask = (dict(zip(self._arguments, args, strict=False)) | kwargs).get("attention_mask")
         context = StepContext(
@@ -247,7 +255,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         around = forwarding.get() or StepContext()
         context = StepContext(positions=given.get("position_ids"), timings=around.timings)
         forwarding.enter(context)
-        self._refuse_outputs({name: getattr(self.config, name, False) for name in (*PARTIAL, *REFUSED)} | given)
+        self._check_outputs({name: getattr(self.config, name, False) for name in (*PARTIAL, *REFUSED)} | given)
         if cache is not None:
             self._body.check_cache(cache)
             context.head_states = self._body.head_states(cache)
