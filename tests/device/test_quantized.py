@@ -22,6 +22,7 @@ from fleet import KV_BYTES, split_model
 from split_common.errors import ModelError, TensorMismatch, UnsupportedArchitecture
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.loading import generation_config, load_part, read_spec
+from split_common.models.quantization import stored_bytes
 from split_common.models.split import Split
 from split_common.models.verification import build_manifest
 from split_common.models.weights import Side
@@ -157,6 +158,22 @@ def test_a_worker_says_what_its_weights_run_as(tmp_path: Path) -> None:
     lines = load_language_body(spec, SPLIT, torch.device("cpu"), kv_bytes=KV_BYTES).describe("2:4")
     stored = spec.checkpoint.nbytes(spec.own_tensors(SPLIT, "worker"))
     assert f"{stored:,} bytes of weights in compressed-tensors are dequantized to float32" in lines
+
+
+@pytest.mark.parametrize("form", ["mxfp4", "torchao_int8"])
+def test_inspect_shows_what_is_stored_and_what_it_runs_as(form: str, run: Any, tmp_path: Path) -> None:
+    checkpoint = make(form, tmp_path)
+    shown = run("inspect", checkpoint, "--json").json
+    body = next(part for part in shown["parts"] if part["name"] == "body")
+    model, _ = load_part(read_spec(str(checkpoint)), SPLIT, "worker")
+    stored = sum(tensor.nbytes for tensor in load_file(checkpoint / "model.safetensors").values())
+    if form == "mxfp4":
+        assert shown["quantization"] == {"method": "mxfp4", "stored_bytes": stored, "dequantized_to": "float32"}
+        assert f"{stored:,} bytes of weights in mxfp4 are dequantized to float32" in run("inspect", checkpoint).out
+    else:
+        assert shown["quantization"]["dequantized_to"] is None
+        assert "bytes of weights in torchao run as they are stored" in run("inspect", checkpoint).out
+    assert body["bytes"] == sum(map(stored_bytes, model.parameters()))
 
 
 def test_the_manifest_covers_tensors_as_they_are_stored(tmp_path: Path) -> None:

@@ -32,6 +32,24 @@ _MODULES: Final = {
 
 
 @dataclass(frozen=True)
+class QuantizedWeights:
+    """Some quantized weights: the method, their bytes in the checkpoint, and what they are dequantized to.
+
+    That is a dtype, or None if they run as they are stored.
+    """
+
+    method: str
+    stored_bytes: int
+    dequantized_to: str | None
+
+    def describe(self) -> str:
+        """One line for people."""
+        to = self.dequantized_to
+        run = f"are dequantized to {to}" if to is not None else "run as they are stored"
+        return f"{self.stored_bytes:,} bytes of weights in {self.method} {run}"
+
+
+@dataclass(frozen=True)
 class Quantization:
     """How a checkpoint's quantized weights are run.
 
@@ -43,10 +61,9 @@ class Quantization:
     method: str
     dequantized: bool
 
-    def describe(self, stored: int, dtype: str) -> str:
-        """Says what the weights run as, given their bytes in the checkpoint and the model's dtype."""
-        run = f"are dequantized to {dtype}" if self.dequantized else "run as they are stored"
-        return f"{stored:,} bytes of weights in {self.method} {run}"
+    def weights(self, stored_bytes: int, dtype: str) -> QuantizedWeights:
+        """Some of the weights, of a model of a dtype."""
+        return QuantizedWeights(self.method, stored_bytes, dtype if self.dequantized else None)
 
 
 #: How the weights of GGUF files are run.

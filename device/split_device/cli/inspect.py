@@ -28,13 +28,14 @@ def inspect(
         from split_common.models.loading import read_spec
         from split_common.models.split import Split
         from split_common.models.tensors import parse_dtype
-        from split_device.models.sizes import adapter_size, bytes_per_token, parts
+        from split_device.models.sizes import adapter_size, bytes_per_token, parts, quantized_weights
 
         spec = read_spec(choice.name, choice.revision)
     split = Split.from_head_tail(spec.layers, choice.head_layers, choice.tail_layers)
     dtype = parse_dtype(choice.dtype)
     rows = parts(spec, split, dtype)
     states = bytes_per_token(spec, dtype)
+    weights = quantized_weights(spec, dtype)
     adapters = [adapter_size(spec, split, *each) for each in parse_adapters(cut.adapter or ()).items()]
     if json:
         emit_json(
@@ -43,11 +44,14 @@ def inspect(
                 "layers": spec.layers,
                 "bytes_per_token": states,
                 "parts": [msgspec.to_builtins(row) for row in rows],
+                "quantization": msgspec.to_builtins(weights),
                 "adapters": [msgspec.to_builtins(adapter) for adapter in adapters],
             }
         )
     else:
         stdout().print(parts_table(spec.checkpoint.name, rows))
+        if weights is not None:
+            print(weights.describe())
         for adapter in adapters:
             print(
                 f"adapter {adapter.name} of rank {adapter.highest_rank} adds {adapter.device_bytes:,} bytes to the "

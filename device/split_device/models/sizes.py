@@ -11,7 +11,17 @@ import torch
 from split_common.models.adapters import Adapter, AdapterCheckpoint, layer_of
 from split_common.models.layer_stack import find_stack
 from split_common.models.loading import ModelSpec
+from split_common.models.quantization import QuantizedWeights
 from split_common.models.split import Split
+from split_common.models.tensors import dtype_name
+
+
+def quantized_weights(spec: ModelSpec, dtype: torch.dtype | None = None) -> QuantizedWeights | None:
+    """A model's quantized weights, run in a dtype; None for the checkpoint's. None if they are not quantized."""
+    if spec.quantization is None:
+        return None
+    stored = spec.checkpoint.nbytes(spec.checkpoint.tensor_names)
+    return spec.quantization.weights(stored, dtype_name(dtype or _config_dtype(spec.config)))
 
 
 class PartSize(msgspec.Struct, frozen=True):
@@ -53,7 +63,7 @@ def parts(spec: ModelSpec, split: Split, dtype: torch.dtype | None = None) -> li
     """Sizes of head, body and tail of a model. Reads no weights.
 
     Args:
-        dtype: of the loaded parts; None for the checkpoint's.
+        dtype: of the loaded parts; None for the checkpoint's. Quantized layers may run as they are stored.
     """
     itemsize = (dtype or _config_dtype(spec.config)).itemsize
     with torch.device("meta"):
@@ -66,23 +76,34 @@ def parts(spec: ModelSpec, split: Split, dtype: torch.dtype | None = None) -> li
         for index, layer in enumerate(getattr(owner, attribute))
         for parameter in layer.parameters()
     }
+    as_stored = spec.quantization is not None and not spec.quantization.dequantized
     counts = {"head": 0, "body": 0, "tail": 0}
+    sizes = dict(counts)
     after_layers = False
     for parameter in model.parameters():
         index = layer_of.get(id(parameter))
         after_layers = after_layers or index is not None
-        if index is None:
-            name = "tail" if after_layers else "head"
-        else:
-            name = "head" if index < split.first else "body" if index < split.last else "tail"
+        name = _part(split, index) if index is not None else "tail" if after_layers else "head"
         counts[name] += parameter.numel()
+        if index is None or not as_stored:
+            sizes[name] += parameter.numel() * itemsize
+    if as_stored:
+        for tensor in spec.checkpoint.tensor_names:
+            index = spec.layer_of(tensor)
+            if index is not None and index < spec.layers:
+                sizes[_part(split, index)] += spec.checkpoint.nbytes([tensor])
     ranges = {
         "head": f"0:{split.first}",
         "body": f"{split.first}:{split.last}",
         "tail": f"{split.last}:{split.layers}",
     }
     total = sum(counts.values())
-    return [PartSize(name, ranges[name], count, count * itemsize, count / total) for name, count in counts.items()]
+    return [PartSize(name, ranges[name], count, sizes[name], count / total) for name, count in counts.items()]
+
+
+def _part(split: Split, layer: int) -> str:
+    """The part that a layer is in."""
+    return "head" if layer < split.first else "body" if layer < split.last else "tail"
 
 
 def bytes_per_token(spec: ModelSpec, dtype: torch.dtype | None = None) -> int:

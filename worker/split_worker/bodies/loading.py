@@ -156,7 +156,7 @@ def _quantization(spec: ModelSpec, split: Split, dtype: torch.dtype) -> str | No
     if spec.quantization is None:
         return None
     stored = spec.checkpoint.nbytes(spec.own_tensors(split, "worker"))
-    return spec.quantization.describe(stored, dtype_name(dtype))
+    return spec.quantization.weights(stored, dtype_name(dtype)).describe()
 
 
 def place_on_gpus(model: Any, parameter_bytes: int, device: torch.device) -> None:
