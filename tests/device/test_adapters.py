@@ -206,15 +206,18 @@ def test_a_worker_without_the_adapter_is_refused_by_name(
         pytest.raises(UnknownAdapter, match=r"no adapter 'other' is loaded \(loaded: a, second\)"),
     ):
         say(split)
-    # Another worker has it, and is found.
-    second = start_worker(llama, broker.address, adapters=[str(unknown)])
-    try:
-        with SplitModelForCausalLM.from_pretrained(llama, broker=broker.address, adapter=unknown) as split:
-            for _ in range(3):
-                assert say(split) == say(lora.unsplit(llama, unknown))
-    finally:
-        second.stop()
     assert worker.facts()["forwards"] == before
+    # A device that is connected to a worker without the adapter finds another one that has it.
+    with SplitModelForCausalLM.from_pretrained(llama, broker=broker.address, adapter=unknown) as split:
+        split.disable_adapters()
+        assert say(split) == say(lora.unsplit(llama))
+        second = start_worker(llama, broker.address, adapters=[str(unknown)])
+        try:
+            split.set_adapter("other")
+            for _ in range(2):
+                assert say(split) == say(lora.unsplit(llama, unknown))
+        finally:
+            second.stop()
     with SplitModelForCausalLM.from_pretrained(llama, broker=broker.address, adapter={"a": unknown}) as split:
         split.set_adapter("a")
         with pytest.raises(UnknownAdapter, match="'a' here has other tensors"):

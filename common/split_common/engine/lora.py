@@ -7,6 +7,7 @@ Punica (https://arxiv.org/abs/2310.18547). Tokens without an adapter are not tou
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -219,7 +220,7 @@ def add_adapter(
         first, second = (tensors[tensor] for tensor in adapter.modules[module])
         adapted = layer if isinstance(layer, AdaptedLinear) else AdaptedLinear(layer, chosen)
         part = LowRank(first, second, adapter.config.scaling(module))
-        adapted.parts[str(number)] = part.to(next(layer.parameters()).device)
+        adapted.parts[str(number)] = part.to(_device(layer))
         parent, _, name = module.rpartition(".")
         setattr(model.get_submodule(parent), name, adapted)
 
@@ -240,6 +241,12 @@ def _own_modules(
                 f"the adapter {adapter.name} is for another model: it changes {module}, which this one lacks"
             ) from None
     return own
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Where a layer's weights are; those of quantized layers may be buffers."""
+    tensors = itertools.chain(layer.parameters(), layer.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def _sizes(layer: nn.Module) -> tuple[int, int] | None:
