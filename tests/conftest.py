@@ -151,7 +151,7 @@ class Done:
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs a command in this process, where torch is imported already."""
 
-    def run(*arguments: object, stdin: str | io.StringIO = "") -> Done:
+    def run(*arguments: object, stdin: str | io.StringIO | None = "") -> Done:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
         # Whatever goes wrong, no test fetches a model. `doctor` looks only at one that is named.
         if "doctor" not in arguments:

@@ -80,6 +80,17 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     assert is_stream(fifo)
 
 
+def test_it_is_said_that_a_pipe_has_no_reader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe, said = tmp_path / "pipe", ""
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=write_output, args=(pipe, b"late"))
+    writer.start()
+    while "waiting for somebody who reads it" not in said:
+        said += capsys.readouterr().err
+    assert pipe.read_bytes() == b"late"
+    writer.join()
+
+
 def test_devices_are_written_to(tmp_path: Path) -> None:
     before = Path("/dev/null").stat().st_rdev
     write(Path("/dev/null"), b"x")

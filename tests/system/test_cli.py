@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -289,7 +290,15 @@ NOBODY = ["--broker", "tcp://127.0.0.1:9", "--timeout", "0.3"]
         (["worker", "--broker", "tcp://192.0.2.1:7411"], 2, "keys init"),
         (["broker", "--bind", "tcp://0.0.0.0:7411"], 2, "keys init"),
         (["broker", "--bind", "tcp://127.0.0.1"], 2, "lacks a port"),
-        (["broker", "--bind", f"tcp://127.0.0.1:{'1' * 5000}"], 2, "lacks a port"),
+        (["broker", "--bind", f"tcp://127.0.0.1:{'1' * 5000}"], 2, "has no port from 1 to 65535"),
+        (["broker", "--bind", "tcp://127.0.0.1:65536"], 2, "has no port from 1 to 65535"),
+        (
+            ["broker", "--bind", "tcp://me:secret@127.0.0.1:7411"],
+            2,
+            "has a user or password, which only Redis takes",
+        ),
+        (["generate", "x", "--model", "x" * 300], 2, f"{'x' * 80}… cannot be read: File name too long"),
+        (["inspect", "x" * 300], 2, "cannot be read: File name too long"),
         (["generate", "x", "--broker", f"redis://127.0.0.1:1/{'1' * 5000}"], 2, "database number"),
         (["worker", "--threads", str(2**63)], 2, "--threads"),
         (["jobs", "list", "--limit", str(2**63)], 2, "--limit"),
@@ -304,6 +313,11 @@ NOBODY = ["--broker", "tcp://127.0.0.1:9", "--timeout", "0.3"]
         (["worker", "--model", "CHECKPOINT", "--layers", "2"], 2, "FIRST:LAST"),
         (["worker", "--model", "CHECKPOINT", "--kv-memory", "much"], 2, "4GiB"),
         (["worker", "--model", "CHECKPOINT", "--kv-memory", "1K"], 1, "1,024 bytes"),
+        (
+            ["worker", "--model", "CHECKPOINT", "--kv-memory", "7000000TiB"],
+            1,
+            "give a smaller --kv-memory",
+        ),
         (["worker", "--model", "CHECKPOINT", "--layers", "2:9"], 2, "6 layers"),
         (["inspect", "CHECKPOINT", "--layers", ":-6"], 2, "no body left"),
     ],
@@ -317,6 +331,25 @@ def test_an_error_is_one_line_that_helps(
     assert done.notes.startswith("error: ")
     assert done.notes.count("\n") == 1
     assert words in done.notes
+
+
+@pytest.mark.parametrize("command", [("generate", "-"), ("submit", "-"), ("batch", "-", "-o", "out.jsonl")])
+def test_a_closed_stdin_is_said(
+    run: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(*command, "--model", checkpoint, stdin=None)
+    assert (done.code, done.notes) == (2, "error: stdin is closed: give the prompt in another way\n")
+
+
+def test_a_model_of_too_many_layers_is_not_built(run: Any, checkpoint: Path, tmp_path: Path) -> None:
+    deep = tmp_path / "deep"
+    shutil.copytree(checkpoint, deep)
+    config = json.loads((deep / "config.json").read_text()) | {"num_hidden_layers": 100_000}
+    config.pop("layer_types", None)
+    (deep / "config.json").write_text(json.dumps(config))
+    done = run("inspect", deep)
+    assert (done.code, done.notes) == (1, "error: deep has 100,000 layers: expected 1 to 4,096\n")
 
 
 def test_a_checkpoint_without_a_tokenizer(run: Any, tmp_path: Path, address: str) -> None:

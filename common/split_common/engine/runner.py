@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import torch
 
 from split_common.engine.forward import Executor, Forward
@@ -83,6 +84,13 @@ class Runner:
             raise
 
 
+def _total_memory(device: torch.device) -> int:
+    """Bytes of memory that a device has, free or not; of all GPUs together, over which a body may be spread."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().total)
+    return sum(torch.cuda.mem_get_info(index)[1] for index in range(torch.cuda.device_count()))
+
+
 def build_runner(stack: LayerStack, split: Split, config: Any, kv_bytes: int) -> Runner:
     """Makes the runner of some layers, after trial runs that show how they can be run.
 
@@ -93,11 +101,15 @@ def build_runner(stack: LayerStack, split: Split, config: Any, kv_bytes: int) ->
         kv_bytes: memory for keys, values and states.
 
     Raises:
-        ModelError: the memory does not hold the pages, or the states, that are needed at least.
+        ModelError: the memory does not hold the pages, or the states, that are needed at least, or is not there.
         UnsupportedArchitecture: the layers cannot run alone, or what they keep between steps is not
             what their cache has.
     """
     layers = LayerRange(stack, split, int(config.hidden_size))
+    if kv_bytes > (room := _total_memory(layers.device)):
+        raise ModelError(
+            f"{kv_bytes:,} bytes of KV memory are more than the {room:,} that there are: give a smaller --kv-memory"
+        )
     reference = PerSequenceExecutor(layers, CacheStore(config, split))
     token_bytes, state_bytes, expected = check_layers(layers, reference)
     matters = padding_matters(layers, reference.store)

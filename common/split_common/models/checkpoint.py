@@ -28,7 +28,7 @@ from split_common.models.checkpoint_files import (
     refuse_pointer,
 )
 from split_common.models.gguf_header import is_gguf, read_gguf_header
-from split_common.system.files import user_path
+from split_common.system.files import is_there, user_path
 
 #: Called with the number of bytes just hashed, from several threads.
 HashProgress = Callable[[int], None]
@@ -140,9 +140,11 @@ class Checkpoint:
         Raises:
             UnknownModel: there is no checkpoint in safetensors format, and no GGUF file.
             ModelError: it is malformed.
+            ConfigError: the name is a path that cannot be looked at.
         """
         text = str(name_or_path)
         directory = user_path(name_or_path)
+        is_there(directory)
         adapter = user_path(ip_adapter) if ip_adapter is not None else None
         if adapter is not None and not adapter.is_file():
             raise UnknownModel(f"{adapter} is not a file: give an IP-Adapter's .safetensors file")

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from split_common.errors import ModelError
 from split_common.system.console import stderr
-from split_common.system.files import cache_dir
+from split_common.system.files import cache_dir, is_there, user_path
 from split_common.system.process import python
 
 #: The checkpoint's directory under `models/` in the cache.
@@ -40,8 +40,16 @@ CHILD_POLL_INTERVAL = 0.2
 
 
 def resolve_model(model: str | None) -> str:
-    """The checkpoint to use: the demo model if none is named. Raises ModelError."""
-    return model if model is not None else str(ensure_demo_model())
+    """The checkpoint to use: the demo model if none is named.
+
+    Raises:
+        ModelError: the demo model is missing and cannot be made.
+        ConfigError: the name is a path that cannot be looked at.
+    """
+    if model is None:
+        return str(ensure_demo_model())
+    is_there(user_path(model))
+    return model
 
 
 def model_option(name: str) -> str:

@@ -24,6 +24,9 @@ from split_common.models.quantization import GGUF, Quantization, assemble_torcha
 from split_common.models.split import Split
 from split_common.models.weights import Side, read_tensors
 
+#: Most layers of a model. Its modules are made, without weights, before anything else is known of it.
+MAX_LAYERS = 4096
+
 
 @dataclass
 class ModelSpec:
@@ -102,6 +105,8 @@ def read_spec(model: str | Checkpoint, revision: str | None = None, *, images: b
     quantization = prepare_quantization(config, own_config, checkpoint.name) if checkpoint.gguf is None else GGUF
     try:
         layers = int(own_config.get_text_config(decoder=True).num_hidden_layers)
+        if not 0 < layers <= MAX_LAYERS:
+            raise UnsupportedArchitecture(f"{checkpoint.name} has {layers:,} layers: expected 1 to {MAX_LAYERS:,}")
         check_cache(own_config, name)
         with torch.device("meta"):
             empty = own_class(own_config)

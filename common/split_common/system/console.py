@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
+from split_common.errors import ConfigError
 from split_common.system.text import decode_text, for_terminal, json_line
 
 
@@ -67,8 +68,15 @@ def prepare_output() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def check_stdin() -> None:
+    """Raises ConfigError if there is no stdin, because whoever started the process has closed it."""
+    if sys.stdin is None:
+        raise ConfigError("stdin is closed: give the prompt in another way")
+
+
 def read_stdin() -> str:
-    """All text of stdin. Raises ConfigError if it is not text in stdin's encoding."""
+    """All text of stdin. Raises ConfigError if it is closed, or not text in stdin's encoding."""
+    check_stdin()
     data = getattr(sys.stdin, "buffer", None)
     return decode_text(data.read(), "stdin", stdin_encoding()) if data is not None else sys.stdin.read()
 
@@ -77,8 +85,9 @@ def piped_lines() -> Iterator[str]:
     """The lines of stdin as they come, without blanks around them. Only a line feed ends a line.
 
     Raises:
-        ConfigError: stdin is not text in its encoding.
+        ConfigError: stdin is closed, or not text in its encoding.
     """
+    check_stdin()
     encoding = stdin_encoding()
     for number, line in enumerate(getattr(sys.stdin, "buffer", sys.stdin), 1):
         if isinstance(line, bytes):

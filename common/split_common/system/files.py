@@ -12,14 +12,30 @@ from pathlib import Path
 
 import platformdirs
 
-from split_common.errors import KeysError
+from split_common.errors import ConfigError, KeysError
 
 _APP = "lambda-split"
+
+#: Longest part of a path in an error message, in characters.
+_SHOWN = 80
 
 
 def user_path(path: str | Path) -> Path:
     """A path as the user wrote it, with `~` expanded. As in a shell, that of an unknown user stays as it is."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises for an unknown user)
+
+
+def is_there(path: Path) -> bool:
+    """Whether something is at a path. Raises ConfigError if the system cannot say: the name is too long, say."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        name = str(path)
+        shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…"
+        raise ConfigError(f"{shown} cannot be read: {error.strerror}") from None
+    return True
 
 
 def config_dir() -> Path:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from split_common.errors import ConfigError
+from split_common.system.console import stderr
 from split_common.system.files import private_dir, state_dir, user_path
 
 #: Paths of this process's open files. The number says which one.
@@ -104,7 +105,7 @@ def write_output(path: Path, data: bytes | IO[bytes]) -> None:
     try:
         if is_stream(path):
             number = _descriptor(path)
-            with path.open("wb") if number is None else os.fdopen(os.dup(number), "wb") as stream:
+            with _opened(path) if number is None else os.fdopen(os.dup(number), "wb") as stream:
                 shutil.copyfileobj(content, stream)
             return
         target = _target(path)
@@ -115,6 +116,19 @@ def write_output(path: Path, data: bytes | IO[bytes]) -> None:
                 _sync(file)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """Opens a pipe or a device. Says so if a pipe has no reader yet, for which this waits."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        stderr.print(f"{path}: waiting for somebody who reads it", soft_wrap=True)
+        return path.open("wb")
+    os.set_blocking(handle, True)
+    return os.fdopen(handle, "wb")
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:

@@ -66,10 +66,15 @@ def parse_address(address: str) -> str:
     if separator and scheme == "ipc" and rest and rest[0] not in "@*":
         return f"ipc://{user_path(rest)}"
     if separator and scheme in ("zmq", "tcp"):
+        if "@" in rest:
+            raise ConfigError(
+                f"broker address {masked(address)!r} has a user or password, which only Redis takes: keys say who "
+                "may use a broker"
+            )
         host, colon, port = rest.rpartition(":")
         if colon and host and (port == "*" or _is_port(port)):
             return f"tcp://{rest}"
-        raise ConfigError(f"broker address {masked(address)!r} lacks a port: tcp://HOST:PORT")
+        raise ConfigError(f"broker address {masked(address)!r} {_port_fault(port)}: tcp://HOST:PORT")
     raise ConfigError(f"broker address {masked(address)!r} has none of these forms: {_FORMS}")
 
 
@@ -111,7 +116,7 @@ def _malformed(address: str, why: str) -> ConfigError:
 def _host(text: str, address: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or not host or not _is_port(port):
-        raise _malformed(address, f"lacks a port: redis://HOST:PORT ({ESCAPE})")
+        raise _malformed(address, f"{_port_fault(port)}: redis://HOST:PORT ({ESCAPE})")
     return _bare(host), int(port)
 
 
@@ -122,6 +127,11 @@ def _bare(host: str) -> str:
 
 def _is_port(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 6 and 0 < int(text) < 65536
+
+
+def _port_fault(text: str) -> str:
+    """What is wrong with what stands in the place of a port."""
+    return "has no port from 1 to 65535" if text.isascii() and text.isdigit() else "lacks a port"
 
 
 def masked(address: str) -> str:

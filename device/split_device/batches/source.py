@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from split_common.errors import ConfigError
+from split_common.system.console import check_stdin
 from split_common.system.text import parse_json, without_mark
 
 #: What a line is: a request as in OpenAI's batches, an object with a prompt, a prompt, or a row of a table.
@@ -144,6 +145,7 @@ def open_source(path: Path, form: InputForm | None = None, templated: bool = Fal
         ConfigError: it cannot be read, is not text in UTF-8, has no lines, or what they are cannot be told.
     """
     if str(path) == "-":
+        check_stdin()
         data = getattr(sys.stdin, "buffer", None) or io.BytesIO(sys.stdin.read().encode())
         yield Source(path, data, form, templated)
         return

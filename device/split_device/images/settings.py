@@ -20,7 +20,7 @@ from split_common.models.denoisers.sizes import (
     longest_side,
     sample_sides,
 )
-from split_common.system.files import user_path
+from split_common.system.files import is_there, user_path
 from split_common.system.outputs import check_output, is_stream
 from split_device.generation.settings import checked
 
@@ -83,6 +83,7 @@ def pipeline_directory(model: str | None) -> str:
     if model is None:
         raise ConfigError(f"no image model: give --image-model, a pipeline's directory, or set {IMAGE_MODEL}")
     directory = user_path(model)
+    is_there(directory)
     if not (directory / "model_index.json").is_file():
         raise ConfigError(f"{model} is not the directory of a pipeline: it has no model_index.json")
     return str(directory.resolve())

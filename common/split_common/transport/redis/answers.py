@@ -18,6 +18,7 @@ from redis.exceptions import (
     ReadOnlyError,
     ResponseError,
 )
+from redis.sentinel import MasterNotFoundError
 
 from split_common.errors import BrokerUnreachable
 from split_common.transport.address import ESCAPE
@@ -113,5 +114,8 @@ def of_connecting(shown: str, error: Exception) -> BrokerUnreachable:
             why = getattr(cause, "verify_message", "") or cause.reason or str(cause)
             kind = Refused if isinstance(cause, ssl.SSLCertVerificationError) else Unreachable
             return kind(f"no TLS connection to {shown}: {why} (is it a TLS port? ?ssl_ca_certs=FILE names the CA)")
+        if isinstance(cause, MasterNotFoundError):
+            # redis-py's own text has its connections' parameters.
+            return Unreachable(f"no Sentinel of {shown} answers, or none knows a master of this name")
         cause = cause.__cause__ or cause.__context__
     return Unreachable(f"no answer from {shown}: {error}")

@@ -15,6 +15,7 @@ from redis.retry import Retry
 
 from split_common.compat.redis import check_tls
 from split_common.errors import ConfigError
+from split_common.system.files import user_path
 from split_common.transport.address import RedisAddress, is_local, masked, parse_redis
 from split_common.transport.redis.answers import PASSWORD_VARIABLE
 
@@ -23,6 +24,9 @@ SENTINEL_PASSWORD_VARIABLE = "LAMBDA_SPLIT_REDIS_SENTINEL_PASSWORD"  # noqa: S10
 
 #: Option of an address: passwords may travel without TLS to other machines.
 INSECURE = "insecure"
+
+#: Options whose values are files.
+_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 
 #: Seconds that the server may take to answer, or to accept a command.
 ANSWER_TIMEOUT = 5.0
@@ -76,9 +80,7 @@ class Options:
             if self.address.tls:
                 check_tls(client)
         except (TypeError, ValueError, OSError, RedisError) as error:
-            files = [
-                self.server[name] for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile") if name in self.server
-            ]
+            files = [self.server[name] for name in _FILES if name in self.server]
             about = f" ({', '.join(files)})" if isinstance(error, OSError) and files else ""
             raise ConfigError(f"broker address {self.shown!r} has a wrong option{about}: {error}") from None
 
@@ -90,6 +92,9 @@ def _parsed(address: RedisAddress, shown: str) -> dict[str, Any]:
         raise ConfigError(f"broker address {shown!r} has a wrong option: {error}") from None
     for name in ("host", "port"):
         options.pop(name, None)
+    for name in _FILES:
+        if isinstance(options.get(name), str):
+            options[name] = str(user_path(options[name]))
     if address.user:
         options["username"] = address.user
     if password := address.password or options.get("password") or os.environ.get(PASSWORD_VARIABLE):
