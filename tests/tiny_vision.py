@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from tiny import LAYERS, VOCABULARY
+from tiny import LAYERS, VOCABULARY, save_tokenizer
 
 #: The tokens that stand for a place of an image, and for its begin and end.
 IMAGE, BEGIN, END = 93, 94, 95
@@ -171,3 +179,36 @@ def inputs(kind: str, images: int = 2, *, seed: int = 0) -> dict[str, torch.Tens
             if kind == "mistral3":
                 given["image_sizes"] = torch.tensor([[16, 16]] * count)
     return given
+
+
+_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}:{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def save_processor(directory: Path) -> Path:
+    """Save a processor of LLaVA's kind beside a model: a tokenizer of characters, and images of 16 x 16."""
+    save_tokenizer(directory)
+    file = directory / "tokenizer.json"
+    described = json.loads(file.read_text())
+    # The character that has the number of the image's token gives way to it.
+    vocabulary = described["model"]["vocab"]
+    vocabulary.pop(next(token for token, number in vocabulary.items() if number == IMAGE))
+    vocabulary["<image>"] = IMAGE
+    file.write_text(json.dumps(described))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, extra_special_tokens={"image_token": "<image>"})
+    size = {"height": 16, "width": 16}
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size)
+    processor = LlavaProcessor(
+        pictures,
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        image_token="<image>",  # noqa: S106
+        num_additional_image_tokens=1,
+        chat_template=_TEMPLATE,
+    )
+    processor.save_pretrained(directory)
+    return directory

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from PIL import Image
+from transformers import AutoProcessor, LogitsProcessor, LogitsProcessorList
 
 import tiny
 import tiny_vision
 from fleet import joined, running_broker, serving_here
+from split_common.cli.application import main
 from split_common.engine import scheduler
 from split_common.errors import UnsupportedArchitecture, UnsupportedFeature
 from split_common.protocol import payloads
@@ -182,3 +186,46 @@ def test_masks_that_do_not_follow_from_the_padding(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedFeature, match="these do not"):
             text(inputs_embeds=states, attention_mask=masks)
         assert worker.facts()["steps"] == 0
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+def test_generate_with_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The answer is that of the unsplit model to what the processor makes; one photograph lies on its side."""
+    checkpoint = tiny_vision.save_processor(tiny_vision.save("llava", tmp_path / "model"))
+    pictures = [Image.effect_noise((24, 16), 90).convert("RGB") for _ in range(2)]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = [tmp_path / "one.png", tmp_path / "two.png"]
+    for picture, file, more in zip(pictures, files, ({}, {"exif": exif}), strict=True):
+        picture.save(file, **more)
+    pictures[1] = pictures[1].transpose(Image.Transpose.ROTATE_270)
+    parts = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": "what?"}]
+    inputs = AutoProcessor.from_pretrained(checkpoint).apply_chat_template(
+        [{"role": "user", "content": parts}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    expected = tiny_vision.build("llava").generate(**inputs, do_sample=False, max_new_tokens=8, eos_token_id=2)
+    text = AutoProcessor.from_pretrained(checkpoint).decode(
+        expected[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    with serving_here(checkpoint) as broker:
+        options = ["--model", checkpoint, "--broker", broker, "--temperature", "0", "--max-tokens", "8", "--json"]
+        shown = [argument for file in files for argument in ("--image", file)]
+        assert main(["generate", "what?", *map(str, (*shown, *options))]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert (answer["text"], answer["prompt_tokens"]) == (text, inputs["input_ids"].shape[1])
+        assert main(["generate", "what?", "--raw", *map(str, (*shown, *options))]) == 2
+        assert "--raw and --image do not go together" in capsys.readouterr().err
+
+
+def test_a_model_for_texts_is_shown_no_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = tiny.save_tokenizer(tiny.save("llama", tmp_path / "model"))
+    picture = tmp_path / "one.png"
+    Image.new("RGB", (16, 16)).save(picture)
+    assert main(["generate", "what?", "--model", str(checkpoint), "--image", str(picture)]) != 0
+    assert re.search("processor of .* cannot be loaded|takes no images", capsys.readouterr().err)

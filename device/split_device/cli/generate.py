@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption
 from split_common.system.console import emit_json, read_stdin, stderr
+from split_common.system.files import user_path
 from split_common.system.process import passive_threads
 from split_device.cli.checks import check_connection, check_prompt, check_raw
 from split_device.cli.groups import (
@@ -22,6 +24,10 @@ from split_device.cli.groups import (
 from split_device.cli.options import PromptArgument, RawOption, RequestIdOption, StopOption, SystemOption
 from split_device.cli.tables import timings_table
 from split_device.cli.terminal import answer_line, loading, waiting_for_workers
+from split_device.images.files import read_image
+
+if TYPE_CHECKING:
+    import torch
 
 
 @grouped
@@ -35,6 +41,14 @@ def generate(
     stop: StopOption = None,
     system: SystemOption = None,
     raw: RawOption = False,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image",
+            metavar="FILE",
+            help="Show the model this image, before the prompt. May be given more than once.",
+        ),
+    ] = None,
     timings: Annotated[
         bool,
         typer.Option("--timings", help="Print on stderr how long each stage of the prompt and of each token took."),
@@ -48,7 +62,8 @@ def generate(
     layers.
     """
     text = check_prompt(read_stdin() if prompt == "-" else prompt)
-    check_raw(raw, system, prompt_format)
+    check_raw(raw, system, prompt_format, image or ())
+    pictures = [read_image(user_path(str(path))) for path in image or ()]
     template = prompt_format.template()
     passive_threads()
     check_connection(connection)
@@ -56,14 +71,21 @@ def generate(
 
     with loading(connection, choice.name):
         from split_device.generation.chat import Conversation
+        from split_device.generation.image_prompts import encode_with_images, load_processor
         from split_device.generation.tokenizing import encode_chat, encode_text, load_tokenizer
         from split_device.jobs.models import load_model
 
         tokenizer = load_tokenizer(*choice.tokenizer_place)
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": text})
-        input_ids = encode_text(tokenizer, text) if raw else encode_chat(tokenizer, messages, template=template)
-        split = load_model(choice, waiting_for_workers(connection), hardware)
+        inputs: dict[str, torch.Tensor] = {}
+        if pictures:
+            processor = load_processor(*choice.tokenizer_place)
+            inputs = encode_with_images(processor, messages, pictures, template)
+            input_ids = inputs["input_ids"]
+        else:
+            input_ids = encode_text(tokenizer, text) if raw else encode_chat(tokenizer, messages, template=template)
+        split = load_model(choice, waiting_for_workers(connection), hardware, images=bool(pictures))
     prompt_ms: dict[str, float] = {}
     with split:
 
@@ -73,7 +95,7 @@ def generate(
 
         with answer_line(json) as on_text:
             conversation = Conversation(split, tokenizer, request_id=request_id)
-            answer = conversation.complete(input_ids, sampling, on_text, note_prompt, stop or ())
+            answer = conversation.complete(input_ids, sampling, on_text, note_prompt, stop or (), inputs)
         token_ms = split.timings.per_step_ms()
         if timings:
             stderr.print(timings_table(prompt_ms, token_ms))

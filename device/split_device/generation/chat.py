@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,8 +165,11 @@ class Conversation:
         on_text: Callable[[str], None] = _nothing,
         on_first_token: Callable[[], None] = _nothing,
         stop: Sequence[str] = (),
+        images: Mapping[str, torch.Tensor] | None = None,
     ) -> ChatAnswer:
         """Continues token ids int64 `[1, tokens]`. Tokens that the cache holds already are not sent again.
+
+        `images` are further arguments of `generate` that a processor made; with them, all tokens are sent.
 
         What `sampling` leaves open is as in the model's generation_config. The answer ends before a text in `stop`.
 
@@ -181,6 +184,8 @@ class Conversation:
         limit = max_positions(self._model.config)
         if prompt_tokens >= limit:
             raise PromptTooLong(f"{prompt_tokens} tokens leave no room in the model's {limit} positions")
+        if images:
+            self.forget_cache()
         self._keep_common_prefix(input_ids)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
@@ -197,6 +202,7 @@ class Conversation:
             pad_token_id=pad_token(self._tokenizer),
             **{cache_name(type(self._model)): self._cache},
             **sampling.options(),
+            **_placed(images or {}, self._model),
             **self._named,
         )
         ended = time.perf_counter()
@@ -231,3 +237,12 @@ class Conversation:
         except (RuntimeError, ValueError):
             # A layer with a sliding window has dropped states that are needed again.
             self.forget_cache()
+
+
+def _placed(images: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """A processor's tensors on a model's device, pixels in its dtype."""
+    return {
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in images.items()
+        if name not in ("input_ids", "attention_mask")
+    }

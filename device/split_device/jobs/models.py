@@ -24,7 +24,7 @@ from split_device.generation.tokenizing import encode_chat, encode_text, end_tok
 from split_device.images.settings import need_diffusers
 from split_device.jobs.job import ImageChoice, JobProgress, ModelChoice, Task
 from split_device.models.hardware import Hardware
-from split_device.models.language import SplitModelForCausalLM
+from split_device.models.language import SplitModelForCausalLM, SplitModelForImageTextToText
 from split_device.sessions.connection import Connection
 
 if TYPE_CHECKING:
@@ -105,8 +105,10 @@ class Loaded:
         )
 
 
-def load_model(choice: ModelChoice, connection: Connection, hardware: Hardware = Hardware()) -> Any:
-    """The language model of a choice, split, for the commands.
+def load_model(
+    choice: ModelChoice, connection: Connection, hardware: Hardware = Hardware(), images: bool = False
+) -> Any:
+    """The language model of a choice, split, for the commands. With `images`, it is one that takes images.
 
     Raises:
         ConfigError: there is no such device.
@@ -117,7 +119,8 @@ def load_model(choice: ModelChoice, connection: Connection, hardware: Hardware =
     # Before any weights are loaded: jobs of a model that is refused are refused one by one.
     found = Checkpoint.resolve(choice.name, choice.revision)
     check_defaults(generation_config(found), choice.name)
-    model = SplitModelForCausalLM.from_pretrained(
+    split_class = SplitModelForImageTextToText if images else SplitModelForCausalLM
+    model = split_class.from_pretrained(
         choice.name,
         connection=connection,
         head_layers=choice.head_layers,
