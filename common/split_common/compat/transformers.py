@@ -110,12 +110,13 @@ def dequantize_gguf(model: Any, file: Path, names: Collection[str], dtype: torch
         dtype: what they become.
 
     Raises:
-        ValueError, NotImplementedError: transformers does not know the file's architecture.
+        ValueError, NotImplementedError: transformers does not know the file's architecture, or reads it otherwise.
 
     Written against transformers 5.24. If it breaks, look at the second half of `load_gguf_checkpoint` in
     `modeling_gguf_pytorch_utils.py`, which does the same with all tensors.
     """
     from gguf import GGUFReader, dequantize
+    from transformers.integrations.gguf.utils import is_gguf_arch_supported
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
         TensorProcessor,
@@ -126,6 +127,8 @@ def dequantize_gguf(model: Any, file: Path, names: Collection[str], dtype: torch
     parsed = load_gguf_checkpoint(str(file)) | {"tensors": {}}
     reader = GGUFReader(file)
     architecture = reader.fields["general.architecture"].contents()
+    if is_gguf_arch_supported(architecture):
+        raise NotImplementedError(f"GGUF files of {architecture} are read as a whole: use safetensors")
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed["config"])
     known = get_gguf_hf_weights_map(model, processor)
     for tensor in reader.tensors:
