@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from split_common.cli import main
 from split_common.errors import KeysError, TensorMismatch
 from split_common.system.process import running_command
 from split_common.trust.fleet import Fleet
+from split_device import SplitModelForCausalLM
 from split_device.cli.groups import TextModel
 from split_device.generation.limits import Limits
 from split_device.generation.settings import Sampling
@@ -101,6 +103,27 @@ def test_a_command_and_a_job_have_one_adapter(
             loaded = models.get(task.model)
             tokens = loaded.generator.submit(loaded.request(task, JobProgress([], "", None), 0)).result()
             assert loaded.tokenizer.decode(tokens, skip_special_tokens=True) == texts[name]
+
+
+@pytest.mark.long
+def test_a_killed_worker_s_session_goes_on_with_its_adapter(checkpoint: Path, sql: Path) -> None:
+    prompt, expected = torch.tensor([[5, 6, 7, 8]]), lora.unsplit(checkpoint, sql)
+
+    def say(model: Any, ids: torch.Tensor, **options: Any) -> Any:
+        return model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, **options)
+
+    with running_broker() as broker, contextlib.ExitStack() as stack:
+        command = ["worker", "--model", str(checkpoint), "--broker", broker.address, "--adapter", str(sql)]
+        first, _ = stack.enter_context(running_command(command))
+        split = stack.enter_context(
+            SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address, adapter=sql)
+        )
+        begun = say(split, prompt, return_dict_in_generate=True)
+        stack.enter_context(running_command(command))
+        first.kill()
+        longer = torch.cat([begun.sequences, prompt], 1)
+        assert say(split, longer, past_key_values=begun.past_key_values).tolist() == say(expected, longer).tolist()
+        assert split.traffic["replays"] == 1
 
 
 def test_sizes_are_shown_by_side(checkpoint: Path, sql: Path, capsys: pytest.CaptureFixture[str]) -> None:
