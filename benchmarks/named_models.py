@@ -66,7 +66,7 @@ MODELS: dict[str, NamedModel] = {
     "deepseek_v32": NamedModel("deepseek_v32"),
     "deepseek_v4": NamedModel("deepseek_v4"),
     "glm4_moe": NamedModel("glm4_moe"),
-    "glm_moe_dsa": NamedModel("glm_moe_dsa"),
+    "glm_moe_dsa": NamedModel("glm_moe_dsa", changes={"indexer_types": ["full", "shared"] * 4}),
     "kimi_linear": NamedModel("kimi_linear"),
     "minimax_m2_fp8": NamedModel("minimax_m2", form="fp8"),
     "nemotron_h": NamedModel("nemotron_h"),

@@ -47,6 +47,8 @@ TEXT: dict[str, Any] = _sizes(
             cross_attention_hidden_size moe_hidden_size lru_width attention_hidden_size backbone_hidden_size
         """,
     ),
+    # With few heads of an indexer most keys score zero alike, and which are chosen depends on how many there are.
+    (16, "index_n_heads"),
     (
         48,
         """
@@ -76,7 +78,7 @@ TEXT: dict[str, Any] = _sizes(
         """
             num_key_value_heads swa_num_key_value_heads kv_n_heads
             num_kv_heads num_global_key_value_heads num_experts_per_tok moe_topk moe_k moe_top_k
-            num_experts_per_token zero_expert_num index_n_heads linear_num_key_heads linear_num_value_heads
+            num_experts_per_token zero_expert_num linear_num_key_heads linear_num_value_heads
             o_groups n_groups mamba_expand expand type_vocab_size
         """,
     ),

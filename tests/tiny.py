@@ -152,6 +152,36 @@ _HYBRID: dict[str, dict[str, Any]] = {
     },
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "expand": 2, "chunk_size": 4},
 }
+_DSA = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "index_head_dim": 8,
+    # With few of them most keys score zero alike, and which are chosen depends on how many there are.
+    "index_n_heads": 16,
+    "index_topk": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+}
+#: Layers that choose their keys by an indexer, and layers that use another layer's keys or its choice.
+_LINKED: dict[str, dict[str, Any]] = {
+    "deepseek_v32": _DSA,
+    "glm_moe_dsa": {**_DSA, "indexer_types": ["full", "full", "full", "shared", "full", "shared"]},
+    "gemma4_unified_text": {
+        **_GEMMA,
+        "global_head_dim": 8,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    },
+}
 _PER_LAYER = {
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCABULARY,
@@ -179,13 +209,15 @@ LISTED = tuple(_LISTED)
 UNLISTED = tuple(_UNLISTED)
 ODD = tuple(_ODD)
 HYBRID = tuple(_HYBRID)
+#: Architectures of which layers choose their keys, or use those of others.
+LINKED = tuple(_LINKED)
 #: Architectures of which padded rows are refused.
 UNPADDED = tuple(_UNPADDED)
 #: Architectures that cannot be cut, or that keep something between steps that their cache does not have.
 REFUSED = tuple(_REFUSED)
 
 
-_ALL = {**_LISTED, **_UNLISTED, **_ODD, **_HYBRID, **_UNPADDED, **_REFUSED}
+_ALL = {**_LISTED, **_UNLISTED, **_ODD, **_HYBRID, **_LINKED, **_UNPADDED, **_REFUSED}
 
 
 def build(arch: str, **changes: Any) -> PreTrainedModel:

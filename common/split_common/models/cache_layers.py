@@ -1,7 +1,7 @@
 """What a layer keeps of a sequence, by the kinds of transformers' cache layers: keys and values, states, or both.
 
-Keys and values are there for each token. A *state*, of a recurrence or a convolution, is there once, and each token
-changes it in place.
+Keys and values are there for each token, as are the keys by which an indexer chooses among them. A *state*, of a
+recurrence or a convolution, is there once, and each token changes it in place.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import (
     CacheLayerMixin,
     DummyLayer,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -29,6 +30,7 @@ from split_common.models.split import Split
 _KNOWN = (
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    DynamicIndexedLayer,
     LinearAttentionLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
@@ -83,17 +85,12 @@ class TokenCounter(DynamicLayer):  # type: ignore[misc]
 
 
 def check_cache(config: Any, name: str) -> None:
-    """Raises UnsupportedArchitecture if a layer keeps something that a sequence cannot hold or share.
+    """Raises UnsupportedArchitecture if a layer keeps something that a sequence cannot hold.
 
     Args:
         config: the model's configuration.
         name: the model's, for the message.
     """
-    sharing = getattr(config.get_text_config(decoder=True), "kv_sharing_modes", None) or ()
-    if "reuse" in sharing:
-        raise UnsupportedArchitecture(
-            f"{name}: layer {list(sharing).index('reuse')} uses keys and values of another layer"
-        )
     for index, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) not in _KNOWN:
             raise UnsupportedArchitecture(
@@ -142,6 +139,11 @@ def has_states(layer: Any) -> bool:
     return isinstance(layer, LinearAttentionCacheLayerMixin)
 
 
+def chooses_keys(layer: Any) -> bool:
+    """Whether a layer attends to the keys that an indexer chooses, by keys of its own."""
+    return isinstance(layer, DynamicIndexedLayer)
+
+
 def copy_states(layer: Any) -> States:
     """A copy of a layer's states, which change in place."""
     return {name: _copied(getattr(layer, name)) for name in _STATES}
@@ -185,6 +187,10 @@ def cut_keys(layer: Any, tokens: int) -> None:
         layer.values = layer.values[..., :tokens, :]
         if layer.is_sliding:
             layer.cumulative_length = tokens
+    if chooses_keys(layer) and layer.indexer_keys is not None:
+        layer.indexer_keys = layer.indexer_keys[:, :tokens]
+        if layer.indexer_position_ids is not None:
+            layer.indexer_position_ids = layer.indexer_position_ids[..., :tokens]
 
 
 def crop_keys(layer: Any, tokens: int) -> None:
@@ -193,16 +199,19 @@ def crop_keys(layer: Any, tokens: int) -> None:
     Raises:
         RuntimeError: it has a sliding window and has dropped tokens.
     """
-    if isinstance(layer, DynamicSlidingWindowLayer):
+    if chooses_keys(layer):
+        layer.crop(-tokens)
+    elif isinstance(layer, DynamicSlidingWindowLayer):
         DynamicSlidingWindowLayer.crop(layer, -tokens)
     elif isinstance(layer, DynamicLayer):
         DynamicLayer.crop(layer, -tokens)
 
 
 def key_bytes(layer: Any) -> int:
-    """Bytes of a layer's keys and values."""
-    keys = getattr(layer, "keys", None)
-    return int(keys.nbytes + layer.values.nbytes) if isinstance(keys, torch.Tensor) else 0
+    """Bytes of a layer's keys and values, and of the keys of its indexer."""
+    names = ("keys", "values", "indexer_keys", "indexer_position_ids")
+    tensors = (getattr(layer, name, None) for name in names)
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
 def state_bytes(layer: Any) -> int:

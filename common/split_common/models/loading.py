@@ -18,6 +18,7 @@ from split_common.compat.transformers import UNTIED_CLASS, dequantize_gguf, load
 from split_common.errors import MissingTensor, ModelError, SplitError, UnknownModel, UnsupportedArchitecture
 from split_common.models.cache_layers import check_cache
 from split_common.models.checkpoint import Checkpoint
+from split_common.models.layer_links import check_links
 from split_common.models.layer_stack import Absent, LayerStack, PassThrough, find_stack
 from split_common.models.prefix import LAYER, find_prefix
 from split_common.models.quantization import GGUF, Quantization, assemble_torchao, prepare_quantization
@@ -157,6 +158,7 @@ def load_part(
         fill: makes the layer in one of the body's slots, given its index (device only).
 
     Raises:
+        InvalidSplit: the cut parts layers of which one uses what the other has computed.
         MissingTensor: the checkpoint lacks a tensor of the part.
         ModelError: its tensors do not fit the model.
         UnsupportedArchitecture: the model cannot be cut between its layers.
@@ -172,13 +174,15 @@ def load_part(
             tensor, found, expected = min(info["mismatched_keys"])
             raise ModelError(f"{spec.checkpoint.name}: {tensor} has the shape {list(found)}, not {list(expected)}")
         model.eval().requires_grad_(False)
-        return model, LayerStack(model, spec.layers)
+        stack = LayerStack(model, spec.layers)
     except (AttributeError, TypeError, NotImplementedError) as error:
         name = spec.model_class.__name__
         raise UnsupportedArchitecture(f"{name} cannot be loaded in parts: {_first_line(error)}") from None
     except (ValueError, RuntimeError, OSError) as error:
         reason = _first_line(error).partition(" For details")[0]
         raise ModelError(f"{spec.checkpoint.name}: its tensors do not make the model: {reason}") from None
+    check_links(spec.text_config, split, spec.checkpoint.name)
+    return model, stack
 
 
 def _read_state(
