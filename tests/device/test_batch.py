@@ -156,14 +156,28 @@ def test_a_rerun_asks_again_what_failed(
     assert 0 < again.json["tokens"] <= 8
     shorter = unsplit.say("user:shorter</s>assistant:", 8)
     assert output.read_text().splitlines() == [escaped(text) for text in (hello, shorter, bye)]
-    # Nothing is left of a batch without errors, not even its lock.
-    assert list(batches_dir().iterdir()) == []
+    # Nothing is left of a batch without errors, not even its lock, but by what it is recognized.
+    assert [path.suffix for path in batches_dir().iterdir()] == [".done"]
+    assert run("jobs", "list", "--json").json["batches"] == []
 
+    written = output.stat().st_mtime_ns
     done = run(*asked)
-    assert (done.code, "exists already: remove it, or give --overwrite" in done.err) == (2, True)
+    assert (done.code, done.json["resumed"], done.json["errors"], done.json["tokens"]) == (0, 3, 0, 0)
+    assert f"{output} has the answers to all 3 lines already: nothing to do" in done.err
+    others = "with answers to other lines or by other settings"
+    assert (run(*asked, "--seed", 1).code, others in run(*asked, "--format", "csv").err) == (2, True)
+    source.write_text("Hello\nBye\nshorter\n")
+    assert (run(*asked).code, output.stat().st_mtime_ns) == (2, written)
+    source.write_text("Hello\nshorter\nBye\n")
+    output.write_text("something else")
+    foreign = run(*asked)
+    assert (foreign.code, "exists already: remove it, or give --overwrite" in foreign.err) == (2, True)
+    assert output.read_text() == "something else"
     anew = run(*asked, "--overwrite")
     assert (anew.code, anew.json["resumed"]) == (0, 0)
     assert output.read_text().splitlines() == [escaped(text) for text in (hello, shorter, bye)]
+    assert run("jobs", "prune", "--older-than", "0s").code == 0
+    assert list(batches_dir().iterdir()) == []
 
 
 def escaped(text: str) -> str:

@@ -102,10 +102,10 @@ def test_an_agent_that_is_killed_goes_on(
     ]
     assert kept > 0
     # Prompts and answers are gone from the state, and the log never had any.
-    assert [path.suffix for path in batches_dir().iterdir()] == [".json"]
+    assert {path.suffix for path in batches_dir().iterdir()} == {".json", ".done"}
     assert "Say" not in log_path().read_text()
     assert "its answers are in" in run("jobs", "result", name).err
-    assert (run(*asked, "--detach").code, run("jobs", "prune", "--older-than", "0s").code) == (2, 0)
+    assert (run(*asked, "--detach").code, run("jobs", "prune", "--older-than", "0s").code) == (0, 0)
     assert list(batches_dir().iterdir()) == []
 
 

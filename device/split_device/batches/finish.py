@@ -7,9 +7,10 @@ from pathlib import Path
 import msgspec
 
 from split_common.errors import ConfigError
+from split_device.batches.done import note_done
 from split_device.batches.outputs import write_results
 from split_device.batches.pictures import Pictures
-from split_device.batches.place import Place, Record, now, places, stamp
+from split_device.batches.place import Place, Record, batches_dir, now, places, stamp
 from split_device.batches.plan import Plan
 from split_device.batches.results import Summary, results
 from split_device.jobs.store import Store
@@ -32,6 +33,7 @@ def finish(place: Place, record: Record, plan: Plan, store: Store) -> Summary:
     if record.output_dir is not None:
         Pictures(Path(record.output_dir), plan, store).write()
     summary = write_results(output, record.output_form, results(plan, store))
+    note_done(place, record, plan, store, summary.errors)
     place.write(
         msgspec.structs.replace(record, finished=now(), errors=summary.errors, written=stamp(output), problem=None)
     )
@@ -52,4 +54,7 @@ def prune(before: float) -> int:
     old = [place for place, record in places() if record.finished is not None and record.finished < before]
     for place in old:
         place.remove()
+    for path in batches_dir().glob("*.done"):
+        if path.stat().st_mtime < before:
+            path.unlink(missing_ok=True)
     return len(old)

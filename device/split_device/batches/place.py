@@ -65,6 +65,16 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     problem: str | None = None
 
 
+class Done(msgspec.Struct, frozen=True):
+    """What is kept of a batch without errors: how many lines and answers it had, of which kind, and the file."""
+
+    lines: int
+    jobs: int
+    #: Identifies all lines with their settings, see `split_device.batches.done`.
+    fingerprint: str
+    written: Written
+
+
 class Place:
     """The files of one batch.
 
@@ -77,6 +87,7 @@ class Place:
         self.plan = store.with_suffix(".plan")
         self.lock = store.with_suffix(".lock")
         self._record = store.with_suffix(".json")
+        self.done = store.with_suffix(".done")
 
     @property
     def name(self) -> str:

@@ -15,8 +15,10 @@ from split_common.system.lock import Held, holding
 from split_common.system.outputs import check_output
 from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm
+from split_device.batches.done import check_same, find_done
 from split_device.batches.finish import clear
 from split_device.batches.outputs import output_form
+from split_device.batches.parsing import parsed
 from split_device.batches.place import place_of
 from split_device.batches.settings import BatchModels, BatchSettings
 from split_device.batches.source import open_source
@@ -34,7 +36,7 @@ from split_device.cli.batch_options import (
     chosen_output,
     given_settings,
 )
-from split_device.cli.batch_run import Work, report, run
+from split_device.cli.batch_run import Work, note, report, report_done, run
 from split_device.cli.groups import (
     ConnectionOptions,
     HardwareOptions,
@@ -141,6 +143,11 @@ def batch(
         with open_source(source, input_format, filled is not None) as lines, holding(place.lock, remove=True):
             check_options(context, lines.form, image, output_dir)
             work = Work(place, source, target, output_format or output_form(target), output_dir, detach)
+            if not overwrite and (done := find_done(place, target)) is not None:
+                entries = (line.entry for line in parsed(lines, settings, output_dir is not None, note))
+                check_same(done, entries, target, work.output_form, output_dir, store_key)
+                report_done(place, target, done, json)
+                return
             before = work.check_new(overwrite)
             with work.begun(lines, settings, store_key, overwrite, before) as begun:
                 if not detach:

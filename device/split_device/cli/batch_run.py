@@ -19,7 +19,7 @@ from split_common.system.signals import delay_signals
 from split_device.batches.finish import finish
 from split_device.batches.parsing import parsed
 from split_device.batches.pictures import Pictures, clashes
-from split_device.batches.place import OutputForm, Place, Record, now, stamp
+from split_device.batches.place import Done, OutputForm, Place, Record, now, stamp
 from split_device.batches.plan import Plan
 from split_device.batches.results import Summary
 from split_device.batches.settings import BatchSettings
@@ -101,7 +101,7 @@ class Work:
         try:
             with Store(self.place.store, store_key) as store:
                 store.recover()
-                prepared = prepare(parsed(source, settings, self.output_dir is not None, _note), self.place, store)
+                prepared = prepare(parsed(source, settings, self.output_dir is not None, note), self.place, store)
                 if self.output_dir is not None and before is None and not overwrite:
                     self._check_pictures(self.output_dir, prepared.plan)
                 record = Record(
@@ -122,7 +122,7 @@ class Work:
                 begun = Begun(self.place, record, prepared.plan, store, models, counts(store)[0])
                 _say_begun(begun)
                 if prepared.dropped:
-                    _note(
+                    note(
                         "answers of an earlier run that are not used, because their lines or the settings are "
                         f"others now: {prepared.dropped}"
                     )
@@ -136,7 +136,7 @@ class Work:
             raise ConfigError(f"{path} exists already: remove it, or give --overwrite")
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
     stderr.print(f"note: {text}", soft_wrap=True)
 
 
@@ -239,6 +239,27 @@ def report(begun: Begun, answered: Answered, seconds: float, json: bool) -> None
         )
     if summary.errors:
         raise typer.Exit(1)
+
+
+def report_done(place: Place, output: Path, done: Done, json: bool) -> None:
+    """Says that there is nothing to do, because the same command has written all answers before."""
+    lines = "1 line" if done.lines == 1 else f"{done.lines} lines"
+    stderr.print(f"{output} has the answers to all {lines} already: nothing to do", soft_wrap=True)
+    if json:
+        emit_json(
+            {
+                "name": place.name,
+                "output": str(output.resolve()),
+                "lines": done.lines,
+                "errors": 0,
+                "reasons": {},
+                "first_error": None,
+                "resumed": done.jobs,
+                "tokens": 0,
+                "seconds": 0.0,
+                "tokens_per_second": 0.0,
+            }
+        )
 
 
 def failures(reasons: Counter[str]) -> str:

@@ -60,6 +60,10 @@ class JobReader:
         """What `seal` made. Raises StoreLocked if it was sealed under another key, or for another place."""
         return self._vault.open(data, place)
 
+    def digest(self, data: bytes) -> bytes:
+        """A digest of data, from which nobody without the store's key can guess the data."""
+        return self._vault.digest(data)
+
     def get(self, id_: str) -> Job:
         """The job with this id. Raises UnknownJob."""
         row = self._db.execute(f"{JOBS} WHERE id = ?", (id_,)).fetchone()
