@@ -165,6 +165,18 @@ def test_logits_go_through_the_processors_of_generate(llama: Any) -> None:
     assert scores.isfinite().nonzero()[:, 1].tolist() == [8, 9]
 
 
+def test_a_stateful_model_may_be_declared_croppable() -> None:
+    prompt = torch.tensor([[5, 6, 7, 5, 6]])
+    model = tiny.build("mamba2")
+    assert compat_transformers.is_stateful(model)
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(prompt, prompt_lookup_num_tokens=2, max_new_tokens=2)
+    compat_transformers.declare_croppable(model)
+    assert not compat_transformers.is_stateful(model)
+    with pytest.raises(ValueError, match="cropped"):
+        model.generate(prompt, prompt_lookup_num_tokens=2, max_new_tokens=2)
+
+
 def test_the_variables_of_a_chat_template(tmp_path: Path) -> None:
     named(transformers.utils.chat_template_utils, "_compile_jinja_template", compat_transformers.template_variables)
     template = "{% generation %}{{ strftime_now('%Y') }}{% for m in messages %}{% if loud is defined %}{% break %}"

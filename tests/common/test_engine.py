@@ -23,7 +23,7 @@ from split_common.engine.linear import pack_linears, padded_rows
 from split_common.engine.pool import PagePool
 from split_common.engine.runner import Runner, build_runner
 from split_common.engine.sequences import KVSequence, TokenRun
-from split_common.errors import Evicted
+from split_common.errors import Evicted, ModelError
 from split_common.models.loading import load_part, read_spec
 from split_common.models.split import Split
 
@@ -260,3 +260,23 @@ def test_the_pool_is_sized_by_its_memory(tmp_path: Path) -> None:
     assert isinstance(engine.store, PagePool)
     held = sum(keys.nbytes + values.nbytes for keys, values in engine.store.layers.values())
     assert KV_BYTES - held < KV_BYTES / engine.store.pages
+
+
+@pytest.mark.parametrize("arch", ["qwen3_next", "mamba2"])
+def test_states_count_as_memory_of_each_sequence(arch: str, tmp_path: Path) -> None:
+    """Twice, because of the snapshot; also where there are no keys and values."""
+    runner = make_runner(tmp_path, arch)
+    store = runner.store
+    row = store.new_sequence()
+    assert (row.cost(5), row.held_tokens) == (5 + store.sequence_tokens, 0)
+    runner.run([TokenRun(row, torch.randn(5, runner.width), range(5))])
+    unit = max(1, row.key_bytes // 5)  # type: ignore[attr-defined]
+    assert store.sequence_tokens * unit >= 2 * row.state_bytes > 0  # type: ignore[attr-defined]
+    assert row.cost(5) == 5
+    twin = row.fork()
+    assert store.capacity - store.free == 2 * row.held_tokens == 2 * (5 + store.sequence_tokens)
+    twin.free()
+    row.truncate(0)
+    assert store.free == store.capacity
+    with pytest.raises(ModelError, match="its states alone take"):
+        build_runner(runner.layers.stack, runner.layers.split, read_spec(str(tmp_path)).text_config, 1000)

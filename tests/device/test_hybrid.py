@@ -14,9 +14,12 @@ from test_generate import (
     GREEDY,
     MASK,
     PROMPT,
+    REPETITIVE,
+    assistant,
     beams,
     greedy,
     padded_batch,
+    prompt_lookup,
     shared_prefix,
     two_turns_configured,
 )
@@ -124,6 +127,22 @@ def test_a_session_is_taken_back(back: int, broker: str, checkpoint: Callable[[s
         assert worker.counters["refused_evicted"] == (back > 5)
         assert model.traffic["replays"] == (back > 5)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.numbers
+@pytest.mark.parametrize("mode", [prompt_lookup, assistant])
+def test_assisted_decoding(mode: Callable[[Model], torch.Tensor], checkpoint: Callable[[str], Path]) -> None:
+    """transformers refuses it for such models. Here it is refused only if states are the device's."""
+    wanted = tiny.build("qwen3_next").generate(REPETITIVE, **GREEDY)
+    with running_broker() as broker:
+        with joined(broker.address, checkpoint("qwen3_next"), 0, 0) as (model, worker):
+            assert mode(model).tolist() == wanted.tolist()
+            assert worker.counters["refused_evicted"] == 0
+        with (
+            joined(broker.address, checkpoint("qwen3_next"), 1, 1) as (model, _),
+            pytest.raises(UnsupportedFeature, match="leave all such layers to the worker"),
+        ):
+            mode(model)
 
 
 @pytest.mark.usefixtures("patient_queue")

@@ -495,6 +495,10 @@ def test_table_is_bounded_by_sessions_and_by_memory() -> None:
     table = SessionTable(WorkerLimits(max_sessions=2))
     assert table.room(10_000) == 2
     assert table.room(table.limits.growth) == 1
+    # States take memory beside that of tokens.
+    hybrid = SessionTable(WorkerLimits(max_sessions=2), sequence_tokens=1000)
+    assert hybrid.room(hybrid.limits.growth + 999) == 0
+    assert hybrid.room(hybrid.limits.growth + 1000) == 1
     first = open_session(table, 1)
     with pytest.raises(Busy, match="no room"):
         open_session(table, 2, free=100)

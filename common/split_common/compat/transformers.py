@@ -197,6 +197,23 @@ def attention_implementation(module: Any) -> str | None:
 # --- generating --------------------------------------------------------------------------------------------
 
 
+def is_stateful(model: Any) -> bool:
+    """Whether a model refuses assisted decoding, because its cache cannot be cropped.
+
+    Written against transformers 5.24. If it breaks, look at what raises "assisted generation is not supported with
+    stateful models" in `generation/utils.py`.
+    """
+    return bool(model._is_stateful)
+
+
+def declare_croppable(model: Any) -> None:
+    """Makes `is_stateful` False for a model, whatever its class says: its caches can be cropped.
+
+    Written against transformers 5.24. If it breaks, look at what `is_stateful` names.
+    """
+    model._is_stateful = False
+
+
 def complete_config(model: Any, given: GenerationConfig) -> GenerationConfig:
     """A copy of a generation configuration, with the model's defaults for what is not given.
 

@@ -460,6 +460,11 @@ def attends(config: Any) -> bool:
     return not layers or any(map(counts_tokens, layers))
 
 
+def has_states_outside(config: Any, body: range) -> bool:
+    """Whether any layer of head or tail keeps states."""
+    return any(has_states(layer) for i, layer in enumerate(DynamicCache(config=config).layers) if i not in body)
+
+
 def sees_gaps(config: Any, body: range) -> bool:
     """Whether any of the body's layers has a sliding window, or a state."""
     layers = DynamicCache(config=config).layers

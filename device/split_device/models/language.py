@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from split_common.compat.transformers import attention_implementation, install_capturing_hooks
+from split_common.compat.transformers import (
+    attention_implementation,
+    declare_croppable,
+    install_capturing_hooks,
+    is_stateful,
+)
 from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
 from split_common.models.cache_layers import cached_tokens, was_used
 from split_common.models.demo_model import model_option
@@ -22,7 +27,7 @@ from split_common.models.tensors import dtype_name, parse_dtype
 from split_common.models.verification import find_manifest
 from split_device.models.adapters import AdapterDirectories, ModelAdapters, WithAdapters, adapter_directories
 from split_device.models.body import Generating, RemoteBody, RemoteLayer, forwarding, generating
-from split_device.models.cache import StepContext, Traits, attends, sees_gaps
+from split_device.models.cache import StepContext, Traits, attends, has_states_outside, sees_gaps
 from split_device.models.connected import ConnectedModel, Endpoint
 from split_device.models.masks import plain_mask
 from split_device.models.outputs import PARTIAL, REFUSED, refuse_outputs
@@ -36,6 +41,9 @@ if TYPE_CHECKING:
 else:
     # The checkpoint's own class is mixed in when a model is loaded.
     _OwnClass = object
+
+#: Options of `generate` that ask for assisted decoding.
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 
 #: Values of `cache_implementation` that can be split: a session is a layer of a dynamic cache.
 _DYNAMIC = (None, "dynamic", "dynamic_full")
@@ -139,6 +147,8 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         counts_indices = sees_gaps(config, split.body) or not stack.takes_positions
         axes = stack.position_axes if self.config is not config else None
         traits = Traits(counts_indices, stack.positions_interact, attends(config), axes)
+        if not has_states_outside(config, split.body):
+            declare_croppable(self)
         self.split_parts = SplitParts(client, split, stack, traits, adapters, stack.max_positions, history_memory)
         self._body.attach(client, split, traits, history_memory, adapters)
         last = stack.slots[split.last - 1]
@@ -182,6 +192,11 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
                 name = options["cache_implementation"]
                 raise UnsupportedFeature(f"cache_implementation={name!r} cannot be split: only a dynamic cache can")
             self._check_outputs(options)
+            if is_stateful(self) and any(options.get(name) for name in _ASSISTED):
+                raise UnsupportedFeature(
+                    "assisted decoding takes tokens back, which the device's layers with states cannot do: use it "
+                    "with head_layers and tail_layers that leave all such layers to the worker, e.g. 0"
+                )
         for name in ("cache", "past_key_values"):
             if (cache := kwargs.get(name)) is not None:
                 self._body.check_cache(cache)
