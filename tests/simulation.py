@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,7 @@ class Layers:
     max_positions = 4096
     positions_interact = False
     padding_matters = False
+    layers = SimpleNamespace(stack=SimpleNamespace(position_axes=1))
 
     def __init__(self, pages: int, asynchronous: bool) -> None:
         self.asynchronous = asynchronous

@@ -35,6 +35,7 @@ class Layers:
 
     device, dtype, width, max_positions = torch.device("cpu"), torch.float32, WIDTH, 10_000
     asynchronous = positions_interact = padding_matters = False
+    layers = SimpleNamespace(stack=SimpleNamespace(position_axes=1))
 
     def __init__(self, store: Any) -> None:
         self.store = store
