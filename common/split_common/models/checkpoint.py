@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Final, NamedTuple
 
 import msgspec
-from msgspec import Meta, Struct, field
+from msgspec import Meta, Struct
 
 from split_common.errors import MissingTensor, ModelError, UnknownModel
 from split_common.models.checkpoint_files import (
@@ -28,6 +28,7 @@ from split_common.models.checkpoint_files import (
     refuse_pointer,
 )
 from split_common.models.gguf_header import is_gguf, read_gguf_header
+from split_common.models.torchao_parts import torchao_parts
 from split_common.system.files import is_there, user_path
 
 #: Called with the number of bytes just hashed, from several threads.
@@ -348,7 +349,7 @@ def _read_header(file: str, stream: BinaryIO) -> dict[str, TensorEntry]:
     if size < 8 or length > min(MAX_SAFETENSORS_HEADER, size - 8):
         raise ValueError(f"a header of {length} bytes in a file of {size}")
     fields = msgspec.json.decode(stream.read(length), type=dict[str, msgspec.Raw])
-    wholes = _torchao_parts(fields.pop("__metadata__", msgspec.Raw(b"{}")))
+    wholes = torchao_parts(fields.pop("__metadata__", msgspec.Raw(b"{}")))
     start = 8 + length
     entries = {}
     for name, content in fields.items():
@@ -367,28 +368,6 @@ def _read_header(file: str, stream: BinaryIO) -> dict[str, TensorEntry]:
     if position != size:
         raise ValueError(f"its tensors end at byte {position} of {size}")
     return entries
-
-
-class _TorchaoTensor(Struct):
-    data_names: Annotated[tuple[str, ...], Meta(max_length=64)] = field(name="_tensor_data_names", default=())
-
-
-def _torchao_parts(metadata: msgspec.Raw) -> dict[str, tuple[str, str]]:
-    """What the metadata of a safetensors file says about parts of torchao tensors, by the parts' names.
-
-    Returns:
-        The whole tensor's name and its description, as in the metadata.
-    """
-    if b'"tensor_names"' not in bytes(metadata):
-        return {}
-    texts = msgspec.json.decode(metadata, type=dict[str, str])
-    parts = {}
-    for whole, description in texts.items():
-        module, _, name = whole.rpartition(".")
-        if module and description.startswith("{"):
-            for part in msgspec.json.decode(description, type=_TorchaoTensor).data_names:
-                parts[f"{module}._{name}_{part}"] = (whole, description)
-    return parts
 
 
 def _denoiser(directory: Path) -> Path:
