@@ -210,6 +210,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + ["sparse"] * (LAYERS - 1)},
     "deepseek_ocr2_sam_vision_model": _SAM,
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
+    "dots3_note_vision_encoder": {"per_layer_config": {}},
+    "dots3_note_audio_encoder": {"adapter_in_dim": WIDTH},
     "dots3_note_text": {**_HEADS_ALIKE, "per_layer_config": {}, "head_dim": 16},
     "emu3": {"vocabulary_map": {"<|extra_200|>": 95, "<image>": 96, "<|visual token 000000|>": 90}},
     "emu3_vqgan": _VQ,

@@ -55,8 +55,14 @@ def test_values_reach_the_template(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (ChatTemplate(TEMPLATE, {"enable_thoughts": 1}), "'enable_thoughts'; it reads enable_thinking, tone"),
-        (ChatTemplate(None, {"tone": 1}), "does not read 'tone'; it reads no variables that can be set"),
+        (
+            ChatTemplate(TEMPLATE, {"tones": 1}),
+            "'tones': the chat template reads enable_thinking, tone",
+        ),
+        (
+            ChatTemplate(None, {"tone": 1}),
+            "'tone': the chat template reads no variables that can be set",
+        ),
         (ChatTemplate(TEMPLATE, {"messages": []}), "cannot set 'messages'"),
         (ChatTemplate(TEMPLATE, {"tokenize": True}), "cannot set 'tokenize'"),
         (ChatTemplate(TEMPLATE, {"bos_token": "x"}), "cannot set 'bos_token'"),

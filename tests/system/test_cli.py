@@ -21,7 +21,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
-from split_common.errors import Busy
+from split_common.errors import Busy, UnsupportedArchitecture
+from split_common.models import loading
+from split_common.models.split import Split
 from split_common.system.process import running_command
 from split_common.transport.address import DEFAULT_BROKER
 from split_common.trust.fleet import Fleet
@@ -77,6 +79,7 @@ def address(checkpoint: Path) -> Iterator[str]:
                 "dtype": "float32",
                 "packed": True,
                 "attention": "sdpa",
+                "adapters": [],
                 "compiled": False,
             }
             yield broker["address"]
@@ -210,6 +213,7 @@ def test_inspect(run: Any, checkpoint: Path) -> None:
     assert done.code == 0
     facts = done.json
     assert (facts["model"], facts["layers"], facts["bytes_per_token"]) == ("tiny", 6, 64)
+    assert (facts["class"], facts["kinds"]) == ("LlamaForCausalLM", {"full_attention": 6})
     assert [(part["name"], part["layers"]) for part in facts["parts"]] == [
         ("head", "0:1"),
         ("body", "1:4"),
@@ -222,6 +226,7 @@ def test_inspect(run: Any, checkpoint: Path) -> None:
     assert (table.code, table.err) == (0, "reading the shapes of tiny …\n")
     assert "worker" in table.out
     assert "128 bytes" in table.out
+    assert "LlamaForCausalLM, 6 layers: 6 of full_attention" in table.out
 
 
 def test_doctor_finds_everything_in_place(run: Any, address: str) -> None:
@@ -241,7 +246,7 @@ def test_doctor_finds_everything_in_place(run: Any, address: str) -> None:
 @pytest.mark.parametrize(
     ("arch", "wanted"),
     [
-        ("llama", ("ok", "a worker runs many sessions in one forward (layers 2:6 were tried)")),
+        ("llama", ("ok", "a worker runs many sessions in one forward (layers 2:4 were tried)")),
         ("falcon", ("note", "a worker runs sessions one at a time: they do not call a registered attention")),
     ],
 )
@@ -250,13 +255,40 @@ def test_doctor_says_how_a_model_would_run(
 ) -> None:
     directory = tiny.save(arch, tmp_path)
     done = run("doctor", "--broker", address, "--model", directory, "--json")
-    found = done.json["findings"][-1]
-    assert (found["subject"], found["status"]) == ("model", wanted[0])
-    assert found["detail"].startswith(wanted[1])
+    found = {finding["subject"]: finding for finding in done.json["findings"]}
+    assert found["model"]["status"] == wanted[0]
+    assert found["model"]["detail"].startswith(wanted[1])
+    assert found["device"]["detail"] == "its own part loads: layers 0:2 and 4:6, embeddings and head"
+    assert found["tokenizer"]["detail"].endswith("--tokenizer names another one")
     monkeypatch.setenv("LAMBDA_SPLIT_MODEL", str(tmp_path / "none"))
     done = run("doctor", "--broker", address)
     assert done.code == 1
     assert f"{tmp_path / 'none'}" in done.out
+
+
+def test_doctor_says_what_a_model_needs(
+    run: Any, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tiny.save_tokenizer(tiny.save("llama4_text", tmp_path))
+    options = ["doctor", "--broker", address, "--model", directory, "--json"]
+    found = {finding["subject"]: finding["detail"] for finding in run(*options).json["findings"]}
+    assert "rows with padding are refused" in found["padding"]
+    assert found["tokenizer"].endswith("with a chat template")
+    (directory / "chat_template.jinja").write_text(
+        "{{ messages }}{% if enable_thinking %}{{ bos_token }}{% endif %}"
+    )
+    load_part = loading.load_part
+
+    def refuse(spec: Any, split: Split, *rest: Any) -> Any:
+        if split.first == 2:
+            raise UnsupportedArchitecture("its layers share keys: use --layers 1:-1")
+        return load_part(spec, split, *rest)
+
+    monkeypatch.setattr(loading, "load_part", refuse)
+    found = {finding["subject"]: finding["detail"] for finding in run(*options).json["findings"]}
+    assert found["layers"] == "only with --layers 1:-1: its layers share keys: use --layers 1:-1"
+    assert found["device"].startswith("its own part loads: layers 0:1 and 5:6")
+    assert found["tokenizer"].endswith("; --chat-template-kwargs sets enable_thinking")
 
 
 def test_doctor_says_what_to_do(run: Any) -> None:

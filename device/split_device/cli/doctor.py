@@ -10,47 +10,31 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from split_common.cli.groups import grouped
 from split_common.cli.options import MODEL_PANEL, JsonOption
-from split_common.errors import InvalidSplit, KeysError, NoWorker, SplitError
+from split_common.errors import KeysError, NoWorker, SplitError
 from split_common.protocol import headers
 from split_common.system.console import doing, emit_json, stdout
 from split_common.transport import connect, new_peer_id
 from split_common.transport.address import masked
 from split_common.trust.fleet import Fleet, load_fleet
 from split_common.trust.keys import Identity, Role
+from split_device.cli.doctor_model import model_findings
+from split_device.cli.finding import Finding
 from split_device.cli.groups import CONNECTION
 from split_device.sessions.connection import Connection
 
 if TYPE_CHECKING:
-    from split_common.models.denoisers.spec import DenoiserSpec
     from split_device.sessions.client import Client
-
-Status = Literal["ok", "note", "problem"]
 
 #: A certificate that expires within this many days is reported.
 EXPIRES_SOON = 14
-
-#: Number of layers, the first of the body, that are loaded to try them.
-TRIED_LAYERS = 8
-
-#: Memory for keys and values while layers are tried, in bytes.
-TRIAL_BYTES = 16 * 1024**2
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of a check."""
-
-    subject: str
-    status: Status
-    detail: str
 
 
 @grouped
@@ -62,8 +46,8 @@ def doctor(
             metavar="MODEL",
             envvar="LAMBDA_SPLIT_MODEL",
             rich_help_panel=MODEL_PANEL,
-            help="Also check this checkpoint, a directory, GGUF file or hub id: how a worker would run its layers, "
-            "or how an image model is cut.",
+            help="Also check this checkpoint, a directory, GGUF file or hub id: whether and how it runs split, and "
+            "what is refused; or how an image model is cut.",
         ),
     ] = None,
     json: JsonOption = False,
@@ -75,7 +59,7 @@ def doctor(
     findings = []
     # Without --json, each finding is printed as it comes, the first one at once.
     with doing("checking this machine, the broker and the workers") if json else contextlib.nullcontext():
-        for finding in itertools.chain(_findings(connection), _layers(model)):
+        for finding in itertools.chain(_findings(connection), model_findings(model) if model is not None else ()):
             findings.append(finding)
             if not json:
                 _print(finding)
@@ -138,52 +122,6 @@ def _hardware() -> Iterator[Finding]:
     suite = preferred_suites()[0]
     hint = "" if suite.startswith("aegis") else ": the CPU has no AES instructions, encryption is slower"
     yield Finding("encryption", "ok" if not hint else "note", suite + hint)
-
-
-def _layers(model: str | None) -> Iterator[Finding]:
-    """Whether a worker can run many sessions in one forward, found by running some layers; or a denoiser's cuts."""
-    if model is None:
-        return
-    from split_common.engine.runner import build_runner
-    from split_common.models.checkpoint import Checkpoint
-    from split_common.models.denoisers.registry import is_denoiser, read_denoiser_spec
-    from split_common.models.loading import load_part, read_spec
-    from split_common.models.split import Split
-
-    try:
-        checkpoint = Checkpoint.resolve(model)
-        if is_denoiser(checkpoint):
-            yield _blocks(read_denoiser_spec(checkpoint))
-            return
-        spec = read_spec(checkpoint)
-        first = min(2, spec.layers - 1)
-        split = Split(spec.layers, first, min(first + TRIED_LAYERS, spec.layers))
-        _, stack = load_part(spec, split, "worker")
-        runner = build_runner(stack, split, spec.text_config, TRIAL_BYTES)
-    except SplitError as error:
-        yield Finding("model", "problem", str(error))
-        return
-    if runner.unpacked_because is None:
-        yield Finding("model", "ok", f"a worker runs many sessions in one forward (layers {split} were tried)")
-    else:
-        yield Finding("model", "note", f"a worker runs sessions one at a time: {runner.unpacked_because}")
-    if runner.padding_matters:
-        yield Finding("padding", "note", "its layers compute a padded row otherwise: rows with padding are refused")
-
-
-def _blocks(spec: DenoiserSpec) -> Finding:
-    """How much of a denoiser each cut leaves to the device."""
-    from split_common.models.denoisers.spec import CUTS
-
-    checkpoint = spec.checkpoint
-    total = checkpoint.nbytes(checkpoint.tensor_names)
-    shares = []
-    for cut in CUTS:
-        with contextlib.suppress(InvalidSplit):
-            split = spec.split(cut)
-            share = checkpoint.nbytes(spec.own_tensors(split, "device")) / total
-            shares.append(f"cut {cut} (blocks {split}) leaves {share:.1%} of its {total:,} bytes here")
-    return Finding("model", "ok", f"a {spec.class_name}: {', '.join(shares)}")
 
 
 def _cores() -> int:

@@ -20,7 +20,11 @@ def inspect(
     model: ModelArgument = None,
     json: JsonOption = False,
 ) -> None:
-    """Show which parts of a model the device keeps and which the worker runs; no weights are read."""
+    """Show which parts of a model the device keeps and which the worker runs; no weights are read.
+
+    A model that cannot be split is refused, with the reason. `lambda-split doctor --model` finds out how one runs,
+    by running some of its layers.
+    """
     choice = dataclasses.replace(cut, model=model).choice(several_adapters=True)
     with doing(f"reading the shapes of {model_name(choice.name)}"):
         import msgspec
@@ -28,7 +32,7 @@ def inspect(
         from split_common.models.loading import read_spec
         from split_common.models.split import Split
         from split_common.models.tensors import parse_dtype
-        from split_device.models.sizes import adapter_size, bytes_per_token, parts, quantized_weights
+        from split_device.models.sizes import adapter_size, bytes_per_token, kinds, parts, quantized_weights
 
         spec = read_spec(choice.name, choice.revision)
     split = Split.from_head_tail(spec.layers, choice.head_layers, choice.tail_layers)
@@ -41,7 +45,9 @@ def inspect(
         emit_json(
             {
                 "model": spec.checkpoint.name,
+                "class": spec.model_class.__name__,
                 "layers": spec.layers,
+                "kinds": kinds(spec),
                 "bytes_per_token": states,
                 "parts": [msgspec.to_builtins(row) for row in rows],
                 "quantization": msgspec.to_builtins(weights),
@@ -50,6 +56,8 @@ def inspect(
         )
     else:
         stdout().print(parts_table(spec.checkpoint.name, rows))
+        layers = ", ".join(f"{count} of {kind}" for kind, count in kinds(spec).items())
+        print(f"{spec.model_class.__name__}, {spec.layers} layers: {layers}")
         if weights is not None:
             print(weights.describe())
         for adapter in adapters:

@@ -45,6 +45,16 @@ class ChatTemplate(msgspec.Struct, frozen=True):
                     "chat_template_kwargs have no effect: there is no chat template (see --chat-template)"
                 )
             return
+        settable = self.variables(tokenizer)
+        for name in self.kwargs:
+            if name not in settable:
+                own = ", ".join(sorted(settable)) or "no variables that can be set"
+                raise ConfigError(f"chat_template_kwargs cannot set {name!r}: the chat template reads {own}")
+
+    def variables(self, tokenizer: Any) -> frozenset[str]:
+        """The variables that the template reads and that can be set. Raises ConfigError if it is not Jinja."""
+        if self.text is None and not tokenizer.chat_template:
+            return frozenset()
         # Loading takes seconds, and only what computes has to.
         from split_common.compat.transformers import reserved_template_variables, template_variables
 
@@ -52,13 +62,7 @@ class ChatTemplate(msgspec.Struct, frozen=True):
             known = template_variables(tokenizer.get_chat_template(self.text))
         except Exception as error:
             raise ConfigError(f"invalid chat template: {error}") from None
-        reserved = reserved_template_variables(tokenizer)
-        for name in self.kwargs:
-            if name in reserved:
-                raise ConfigError(f"chat_template_kwargs cannot set {name!r}, which is set for each conversation")
-            if name not in known:
-                own = ", ".join(sorted(known - reserved)) or "no variables that can be set"
-                raise ConfigError(f"chat_template_kwargs: the chat template does not read {name!r}; it reads {own}")
+        return known - reserved_template_variables(tokenizer)
 
     def render(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]], continues: bool) -> str:
         """The text of a conversation. `check` comes before.

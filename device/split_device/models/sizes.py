@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ def quantized_weights(spec: ModelSpec, dtype: torch.dtype | None = None) -> Quan
         return None
     stored = spec.checkpoint.nbytes(spec.checkpoint.tensor_names)
     return spec.quantization.weights(stored, dtype_name(dtype or _config_dtype(spec.config)))
+
+
+def kinds(spec: ModelSpec) -> dict[str, int]:
+    """How many layers a model has of each kind, by transformers' names, such as `sliding_attention`."""
+    names = getattr(spec.text_config, "layer_types", None) or ["full_attention"] * spec.layers
+    return dict(Counter(map(str, names)))
 
 
 class PartSize(msgspec.Struct, frozen=True):

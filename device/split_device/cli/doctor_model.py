@@ -1,0 +1,119 @@
+"""`lambda-split doctor --model`: whether a checkpoint runs split, how, and what of it is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from split_common.errors import InvalidSplit, SplitError
+from split_device.cli.finding import Finding
+
+if TYPE_CHECKING:
+    from split_common.models.checkpoint import Checkpoint
+    from split_common.models.denoisers.spec import DenoiserSpec
+    from split_common.models.loading import ModelSpec
+    from split_common.models.split import Split
+
+#: Number of layers, the first of the body, that are loaded to try them.
+TRIED_LAYERS = 8
+
+#: Memory for keys and values while layers are tried, in bytes.
+TRIAL_BYTES = 16 * 1024**2
+
+#: The cut in a refusal that names one that would do.
+_OTHER_CUT = re.compile(r"--layers (\d+:-?\d*)")
+
+
+def model_findings(model: str) -> Iterator[Finding]:
+    """How a worker and a device would run a checkpoint, found by loading and running parts of it as they do."""
+    from split_common.models.checkpoint import Checkpoint
+    from split_common.models.denoisers.registry import is_denoiser, read_denoiser_spec
+    from split_common.models.loading import read_spec
+
+    try:
+        checkpoint = Checkpoint.resolve(model)
+        if is_denoiser(checkpoint):
+            yield _blocks(read_denoiser_spec(checkpoint))
+            return
+        spec = read_spec(checkpoint)
+    except SplitError as error:
+        yield Finding("model", "problem", str(error))
+        return
+    yield from _parts(spec)
+    yield from _prompts(model, checkpoint)
+
+
+def _parts(spec: ModelSpec) -> Iterator[Finding]:
+    """Tries the usual cut, and another one if that is refused and the refusal names one that would do."""
+    from split_common.models.split import DEFAULT_LAYERS, Split
+
+    usual = Split.parse(spec.layers, str(DEFAULT_LAYERS)) if spec.layers > 2 else Split(spec.layers, 0, spec.layers)
+    try:
+        yield from _tried(spec, usual)
+    except SplitError as error:
+        other = _OTHER_CUT.search(str(error))
+        if other is None:
+            yield Finding("model", "problem", str(error))
+            return
+        yield Finding("layers", "note", f"only with --layers {other[1]}: {error}")
+        try:
+            yield from _tried(spec, Split.parse(spec.layers, other[1]))
+        except SplitError as still:
+            yield Finding("model", "problem", str(still))
+
+
+def _tried(spec: ModelSpec, split: Split) -> list[Finding]:
+    """What running the first layers of a body, and loading a device's part, shows. Raises SplitError."""
+    from split_common.engine.runner import build_runner
+    from split_common.models.loading import load_part
+    from split_common.models.split import Split
+
+    some = Split(spec.layers, split.first, min(split.first + TRIED_LAYERS, split.last))
+    _, stack = load_part(spec, some, "worker")
+    runner = build_runner(stack, some, spec.text_config, TRIAL_BYTES)
+    if runner.unpacked_because is None:
+        found = [Finding("model", "ok", f"a worker runs many sessions in one forward (layers {some} were tried)")]
+    else:
+        found = [Finding("model", "note", f"a worker runs sessions one at a time: {runner.unpacked_because}")]
+    if runner.padding_matters:
+        refused = "its layers compute a padded row otherwise: rows with padding are refused"
+        found.append(Finding("padding", "note", refused))
+    load_part(spec, split, "device")
+    ends = f"layers 0:{split.first} and {split.last}:{split.layers}"
+    return [*found, Finding("device", "ok", f"its own part loads: {ends}, embeddings and head")]
+
+
+def _prompts(model: str, checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Whether there is a tokenizer, and what its chat template reads."""
+    from split_device.generation.chat_template import ChatTemplate
+    from split_device.generation.tokenizing import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(model)
+        settable = ChatTemplate().variables(tokenizer)
+    except SplitError as error:
+        yield Finding("tokenizer", "note", f"{error}; --tokenizer names another one")
+        return
+    if not tokenizer.chat_template:
+        detail = "no chat template: messages are joined by line ends, and --chat-template gives one"
+        yield Finding("tokenizer", "note", detail)
+        return
+    reads = f"; --chat-template-kwargs sets {', '.join(sorted(settable))}" if settable else ""
+    yield Finding("tokenizer", "ok", f"a {type(tokenizer).__name__} with a chat template{reads}")
+
+
+def _blocks(spec: DenoiserSpec) -> Finding:
+    """How much of a denoiser each cut leaves to the device."""
+    from split_common.models.denoisers.spec import CUTS
+
+    checkpoint = spec.checkpoint
+    total = checkpoint.nbytes(checkpoint.tensor_names)
+    shares = []
+    for cut in CUTS:
+        with contextlib.suppress(InvalidSplit):
+            split = spec.split(cut)
+            share = checkpoint.nbytes(spec.own_tensors(split, "device")) / total
+            shares.append(f"cut {cut} (blocks {split}) leaves {share:.1%} of its {total:,} bytes here")
+    return Finding("model", "ok", f"a {spec.class_name}: {', '.join(shares)}")
