@@ -177,7 +177,6 @@ OPEN: dict[str, Any] = {
 }
 
 _HEADS_ALIKE = {"num_key_value_heads": 4}
-_SECTIONS = {"rope_parameters": {"mrope_section": [2, 1, 1]}}
 _SAM = {"output_channels": 32, "scale": 4}
 _VQ = {
     "base_channels": 32,
@@ -191,6 +190,7 @@ _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)}
 #: What names alone do not say, by the type of a configuration or of a part of one. `...` leaves a value out.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "apertus1p5": {"image_token_offset": 60, "audio_token_offset": 76},
+    "apertus1p5_vision_tokenizer": {"base_channels": 32, "latent_channels": 32, "channel_multiplier": [1, 1]},
     "bamba": {"attn_layer_indices": [1, 3, 5, 7]},
     "blt": {
         "encoder_hash_byte_group_vocab": 64,
@@ -203,19 +203,17 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "chameleon_vqgan": _VQ,
     "cohere_compass_text": {
         "rope_parameters": {
-            "full_attention": {"rope_type": "default", "rope_theta": 1e4, **_SECTIONS["rope_parameters"]}
+            "full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
         }
     },
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0, "kv_n_heads": 2}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + ["sparse"] * (LAYERS - 1)},
     "deepseek_ocr2_sam_vision_model": _SAM,
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
-    "dots3_note_vision_encoder": {"per_layer_config": {}},
-    "dots3_note_audio_encoder": {"adapter_in_dim": WIDTH},
+    "dots3_note_vision_encoder": {"adapter_in_dim": WIDTH, "per_layer_config": {}},
     "dots3_note_text": {**_HEADS_ALIKE, "per_layer_config": {}, "head_dim": 16},
     "emu3": {"vocabulary_map": {"<|extra_200|>": 95, "<image>": 96, "<|visual token 000000|>": 90}},
     "emu3_vqgan": _VQ,
-    "ernie4_5_vl_moe_text": _SECTIONS,
     "glm5_next_text": {**_HEADS_ALIKE, "index_kpool": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2)},
@@ -223,7 +221,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2": _CONVOLUTIONS,
     "lfm2_moe": _CONVOLUTIONS,
     "mamba2": {"num_heads": 8},
-    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [8, 24], "axial_pos_shape": [16, 16]},
+    "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 16, 16]},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_embds_dim": [8, 24],
+        "axial_pos_shape": [16, 16],
+        "attn_layers": ["local", "lsh"] * (LAYERS // 2),
+    },
     "roc_bert": {
         "pronunciation_embed_dim": 16,
         "pronunciation_vocab_size": VOCABULARY,

@@ -8,6 +8,7 @@ layers and before the last 2 leaves each of them in the body.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -121,11 +122,13 @@ class _Shrinking:
                 small[name] = self._value(name, value, sizes, config)
         if "kv_lora_rank" in small:  # such attention has as many keys as queries
             small["num_key_value_heads"] = sizes.get("num_attention_heads", 4)
+        if text and not composite and _has_sections(config):
+            _merge(small, {"rope_parameters": {"mrope_section": _sections(small)}})
         _merge(small, EXCEPTIONS.get(config.model_type, {}))
         return small
 
     def _value(self, name: str, value: Any, sizes: Mapping[str, Any], config: PreTrainedConfig) -> Any:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or value == 0:
             return value
         if value is None and sizes is TEXT:
             return OPEN.get(name)
@@ -161,11 +164,27 @@ def _image_size(value: Any, patch: Any) -> Any:
 
 def _rope(value: dict[str, Any]) -> dict[str, Any]:
     small = {name: _rope(part) if isinstance(part, dict) else part for name, part in value.items()}
-    if "mrope_section" in small:
-        small["mrope_section"] = [2, 1, 1]
     if "original_max_position_embeddings" in small:
         small["original_max_position_embeddings"] = 64
     return small
+
+
+def _has_sections(config: PreTrainedConfig) -> bool:
+    """Whether positions have three axes: the type's code then has default sections, for heads of its usual size."""
+    if not isinstance(getattr(config, "rope_parameters", None), dict):
+        return False
+    code = Path(inspect.getfile(type(config)))
+    modeling = code.with_name(code.name.replace("configuration_", "modeling_"))
+    flat = "rope_type" in config.rope_parameters
+    return flat and modeling.is_file() and "mrope_section" in modeling.read_text()
+
+
+def _sections(small: Mapping[str, Any]) -> list[int]:
+    """How many frequencies of a small head each of three axes has."""
+    head = small.get("head_dim") or small["hidden_size"] // small["num_attention_heads"]
+    partial = small["rope_parameters"].get("partial_rotary_factor") or small.get("partial_rotary_factor") or 1.0
+    half = int(head * partial) // 2
+    return [half - 2 * (half // 4), half // 4, half // 4]
 
 
 def _take_turns(config: PreTrainedConfig) -> None:
