@@ -333,7 +333,9 @@ class ComputeLoop:
         self._reply(request, reply, tensor)
         if isinstance(reply, payloads.Result) and not request.prefill:
             self._delay.answered(request.session, time.perf_counter())
-        if isinstance(reply, payloads.Refusal) and reply.reason in ("failed", "evicted"):
+        if isinstance(reply, payloads.Refusal) and (
+            reply.reason == "failed" or (reply.reason == "evicted" and request.session.state.holds_memory)
+        ):
             # The session's state is lost or may be half written, so the device has to open another one.
             with self._lock:
                 self._sessions.close(request.session.id)

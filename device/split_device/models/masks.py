@@ -59,6 +59,10 @@ def plain_mask(
         if one is not None and wanted is not None and one.ndim == wanted.ndim == 2 and torch.equal(one, wanted):
             # The padding's, as a recurrent layer takes it.
             continue
+        if wanted is None:
+            if one is None:
+                continue
+            raise UnsupportedFeature(_REFUSED)
         base = _visible(wanted, wanted)
         shown = _visible(one, base)
         found = _ahead(shown & ~base)
@@ -89,10 +93,9 @@ def _shown(ahead: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return ((columns > own) & (columns <= own + ahead[:, :, None]))[:, None].expand(like.shape)
 
 
-def _visible(mask: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor:
+def _visible(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     """Which keys each query attends to, bool `[batch, 1, queries, keys]`. None stands for a causal mask."""
     if mask is None:
-        assert like is not None
         queries, keys = like.shape[-2:]
         return (
             torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries).expand(like.shape)
