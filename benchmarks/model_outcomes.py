@@ -18,6 +18,7 @@ from benchmarks.workers import DidNotStart, Workers
 from split_common import errors
 from split_common.errors import SplitError
 from split_device import SplitModelForCausalLM
+from split_worker.bodies.language import SESSION_TOKENS
 
 #: Bytes of memory for keys and values that `Workers` gives each worker.
 KV_BYTES = 64 * 1024**2
@@ -28,8 +29,8 @@ FEW_TOKENS = 192
 #: Gets the answers of a model, unsplit or split.
 Ask = Callable[..., model_features.Tokens]
 
-#: Seconds for which a device waits for a worker.
-PATIENCE = 20.0
+#: Seconds for which a device waits for a worker. A session gives way to another one after 10 seconds.
+PATIENCE = 60.0
 
 
 def examine(name: str, broker: str, workers: Workers) -> dict[str, str]:
@@ -122,8 +123,12 @@ class Pair:
         return f"{WRONG}answers {differing} of {len(wanted)} differ" if differing else IDENTICAL
 
     def _replace(self) -> None:
-        """Kills the worker, and starts one with memory for `FEW_TOKENS`."""
-        kv_bytes = -(-FEW_TOKENS * KV_BYTES // self._workers.facts[self._worker]["kv_tokens"])
+        """Kills the worker, and starts one with memory for `FEW_TOKENS` beside the states of two sessions."""
+        facts = self._workers.facts[self._worker]
+        session_tokens = min(SESSION_TOKENS, self.split.split_parts.max_positions)
+        # A worker says how many sessions fit into its memory, if each has so many tokens, and states.
+        states = max(0, facts["kv_tokens"] // (facts["kv_sessions"] + 1) - session_tokens)
+        kv_bytes = -(-(FEW_TOKENS + 2 * states) * KV_BYTES // facts["kv_tokens"])
         self._workers.kill(self._worker)
         self._worker = b""
         self._start(kv_bytes)

@@ -47,7 +47,7 @@ def test_all_models() -> None:
     results = run("models")
     check(results)
     assert len(results["features"]) == 24
-    assert len(results["identical"]) >= 10
+    assert len(results["identical"]) >= 19
 
 
 def test_each_model_has_one_outcome() -> None:
