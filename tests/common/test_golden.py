@@ -330,6 +330,7 @@ RECORD = batches.Record(
     written=batches.Written(100, 1_760_000_000_000_000_000),
     problem="no directory",
 )
+FINISHED = batches.FinishedBatch(5, 6, "f5" * 32, batches.Written(100, 1_760_000_000_000_000_000))
 ENTRY = batch_lines.Entry(
     number=7,
     name="seven",
@@ -462,7 +463,14 @@ def test_tasks_and_pieces() -> None:
 
 def test_what_is_kept_of_a_batch() -> None:
     """The record beside its store, and a line of its plan once that is opened."""
-    check_bytes("batches", {"record": msgspec.json.encode(RECORD), "entry": msgspec.msgpack.encode(ENTRY)})
+    check_bytes(
+        "batches",
+        {
+            "record": msgspec.json.encode(RECORD),
+            "entry": msgspec.msgpack.encode(ENTRY),
+            "finished": msgspec.json.encode(FINISHED),
+        },
+    )
     assert msgspec.json.decode(msgspec.json.encode(RECORD), type=batches.Record) == RECORD
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(ENTRY), type=batch_lines.Entry) == ENTRY
 
@@ -576,7 +584,7 @@ NOT_STORED: set[type] = {headers.Header, payloads.Payload, jobs.Job, jobs.JobPro
 
 SAMPLES = (
     *(HEADERS, KEYED_HEADERS, REQUESTS, PLACED, REPLIES, ROSTER, MANIFEST, DEVICE.certificate, WORKER.certificate),
-    *(TASKS, ACTION, TextPiece([1], "one"), LETTER, RECORD, ENTRY),
+    *(TASKS, ACTION, TextPiece([1], "one"), LETTER, RECORD, FINISHED, ENTRY),
     Hello(ROOT, [AEGIS.name], SERVICE, "bfloat16", 2, ["fork"]),
     Answer(ROOT, AEGIS.name, b"credentials", 2, ["fork"]),
     Credentials(b"certificate", bytes(64)),

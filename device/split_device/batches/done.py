@@ -11,7 +11,7 @@ import msgspec
 from split_common.errors import ConfigError
 from split_common.system.files import write_private
 from split_device.batches.lines import Entry
-from split_device.batches.place import Done, OutputForm, Place, Record, stamp
+from split_device.batches.place import FinishedBatch, OutputForm, Place, Record, stamp
 from split_device.batches.plan import Plan
 from split_device.jobs.store import Store
 from split_device.jobs.vault import Vault, read_key
@@ -24,21 +24,21 @@ def note_done(place: Place, record: Record, plan: Plan, store: Store, errors: in
         place.done.unlink(missing_ok=True)
         return
     fingerprint = store.digest(_fingerprint(plan.entries(), record.output_form, record.output_dir))
-    done = Done(record.lines, record.jobs, fingerprint.hex(), written)
+    done = FinishedBatch(record.lines, record.jobs, fingerprint.hex(), written)
     write_private(place.done, msgspec.json.encode(done))
 
 
-def find_done(place: Place, output: Path) -> Done | None:
+def find_done(place: Place, output: Path) -> FinishedBatch | None:
     """The batch that wrote this file, without errors; None if there is none, or the file has changed since."""
     try:
-        done = msgspec.json.decode(place.done.read_bytes(), type=Done)
+        done = msgspec.json.decode(place.done.read_bytes(), type=FinishedBatch)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
     return done if done.written == stamp(output) else None
 
 
 def check_same(
-    done: Done,
+    done: FinishedBatch,
     entries: Iterable[Entry],
     output: Path,
     form: OutputForm,

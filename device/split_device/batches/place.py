@@ -65,7 +65,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     problem: str | None = None
 
 
-class Done(msgspec.Struct, frozen=True):
+class FinishedBatch(msgspec.Struct, frozen=True):
     """What is kept of a batch without errors: how many lines and answers it had, of which kind, and the file."""
 
     lines: int

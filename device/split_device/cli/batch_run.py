@@ -19,7 +19,7 @@ from split_common.system.signals import delay_signals
 from split_device.batches.finish import finish
 from split_device.batches.parsing import parsed
 from split_device.batches.pictures import Pictures, clashes
-from split_device.batches.place import Done, OutputForm, Place, Record, now, stamp
+from split_device.batches.place import FinishedBatch, OutputForm, Place, Record, now, stamp
 from split_device.batches.plan import Plan
 from split_device.batches.results import Summary
 from split_device.batches.settings import BatchSettings
@@ -241,7 +241,7 @@ def report(begun: Begun, answered: Answered, seconds: float, json: bool) -> None
         raise typer.Exit(1)
 
 
-def report_done(place: Place, output: Path, done: Done, json: bool) -> None:
+def report_done(place: Place, output: Path, done: FinishedBatch, json: bool) -> None:
     """Says that there is nothing to do, because the same command has written all answers before."""
     lines = "1 line" if done.lines == 1 else f"{done.lines} lines"
     stderr.print(f"{output} has the answers to all {lines} already: nothing to do", soft_wrap=True)
