@@ -88,7 +88,7 @@ def model(broker: Any, worker: Worker, llama: Path, a: Path, b: Path) -> Iterato
 
 
 #: Kinds that are left to the longer tests.
-LATER = ("expression", "some-layers", "one-at-a-time")
+LATER = ("expression", "some-layers", "one-at-a-time", "patterns", "conv1d")
 
 
 @pytest.mark.parametrize(

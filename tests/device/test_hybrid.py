@@ -82,7 +82,7 @@ def test_same_tokens(arch: str, ends: int, broker: str, checkpoint: Callable[[st
 
 
 @pytest.mark.numbers
-@pytest.mark.parametrize("arch", ["qwen3_next", pytest.param("granitemoehybrid", marks=pytest.mark.long)])
+@pytest.mark.parametrize("arch", ["lfm2", pytest.param("granitemoehybrid", marks=pytest.mark.long)])
 def test_many_requests_at_once(arch: str, broker: str, checkpoint: Callable[[str], Path]) -> None:
     """Head and tail of a generator keep states, too; beside it, calls of `generate` use the same worker."""
     full = tiny.build(arch)
@@ -99,6 +99,7 @@ def test_many_requests_at_once(arch: str, broker: str, checkpoint: Callable[[str
     assert beside == [mode(full).tolist() for mode in (greedy, beams, padded_batch)]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("patient_queue")
 def test_a_lost_worker_is_replaced(checkpoint: Callable[[str], Path]) -> None:
     full = tiny.build("qwen3_next")

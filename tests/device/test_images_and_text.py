@@ -35,7 +35,14 @@ TEXTS = torch.tensor([[5, 17, 33, 4, 61, 12, 80, 7, 29, 44, 3], [0, 0, 0, 4, 61,
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 10, "suppress_tokens": [0, *range(90, 97)]}
 
 
-@pytest.fixture(scope="module", params=tiny_vision.KINDS)
+#: Kinds that the shorter tests run: a plain one, one with spans, and one with positions on several axes.
+FIRST = ("llava", "gemma3", "qwen3_vl")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[kind if kind in FIRST else pytest.param(kind, marks=pytest.mark.long) for kind in tiny_vision.KINDS],
+)
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Model, Model]]:
     """A model, and the same model split."""
     checkpoint = tiny_vision.save(request.param, tmp_path_factory.mktemp(request.param))

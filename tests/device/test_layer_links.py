@@ -39,8 +39,10 @@ def broker() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("arch", "ends", "said"),
     [
-        ("glm_moe_dsa", (2, 2), "layer 2 attends to the keys that an indexer chooses"),
-        pytest.param("deepseek_v32", (2, 2), "layer 2 attends", marks=pytest.mark.long),
+        pytest.param(
+            "glm_moe_dsa", (2, 2), "layer 2 attends to the keys that an indexer chooses", marks=pytest.mark.long
+        ),
+        ("deepseek_v32", (2, 2), "layer 2 attends"),
         ("gemma4_unified_text", (2, 0), ""),
         pytest.param("gemma4_unified_text", (0, 4), "", marks=pytest.mark.long),
     ],
@@ -56,6 +58,7 @@ def test_same_tokens(arch: str, ends: tuple[int, int], said: str, broker: str, t
         assert said in worker._body.describe("")[-1]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("patient_queue")
 def test_a_lost_worker_is_replaced(tmp_path: Path) -> None:
     with fleet_of(tiny.save("glm_moe_dsa", tmp_path)) as (model, workers):

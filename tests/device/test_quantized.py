@@ -43,7 +43,7 @@ _PACKAGES = {
 }
 FORMS = (
     "mxfp4",
-    "fp8",
+    pytest.param("fp8", marks=pytest.mark.long),
     "w4a16",
     pytest.param("w8a8_fp8", marks=pytest.mark.long),
     pytest.param("bnb_nf4", marks=pytest.mark.long),
