@@ -165,7 +165,10 @@ def _be_a_worker(address: str) -> None:
     fleet = load_fleet()
     identity = fleet.identity("worker")
     body: Any = SimpleNamespace(
-        store=SimpleNamespace(free_tokens=2**20, sequence_tokens=0), divisible=True, first_turn=1.0
+        store=SimpleNamespace(free_tokens=2**20, sequence_tokens=0),
+        divisible=True,
+        first_turn=1.0,
+        lacks=frozenset(),
     )
     worker = Echo(body, SERVICE, "nothing", identity, fleet, connect(address, fleet, identity))
     worker.start()

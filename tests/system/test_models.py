@@ -40,7 +40,7 @@ def test_a_model() -> None:
     assert results["identical"] == ["gpt_oss_mxfp4"]
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_all_models() -> None:
     results = run("models")
     check(results)
