@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -224,7 +226,11 @@ def build(arch: str, **changes: Any) -> PreTrainedModel:
     """Make the model of `arch`, its configuration changed: on the CPU, in fp32, the same weights every time."""
     options = {**_COMMON, "model_type": arch, **_ALL[arch], **changes}
     config = AutoConfig.for_model(**options)
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return randomized(AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM, config)
+
+
+def randomized(auto_class: Any, config: Any) -> PreTrainedModel:
+    """Make a model on the CPU, in fp32, with the same weights every time."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model: PreTrainedModel = auto_class.from_config(config, dtype=torch.float32)
@@ -236,6 +242,18 @@ def build(arch: str, **changes: Any) -> PreTrainedModel:
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     return model.eval()
+
+
+def saved_once(factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that saves the model of an architecture when it is first asked for it, and returns where."""
+    saved: dict[str, Path] = {}
+
+    def find(arch: str) -> Path:
+        if arch not in saved:
+            saved[arch] = save(arch, factory.mktemp(arch))
+        return saved[arch]
+
+    return find
 
 
 def save(arch: str, directory: Path, max_shard_size: int | str | None = None, **changes: Any) -> Path:

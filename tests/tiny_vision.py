@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from tiny import LAYERS, VOCABULARY, save_tokenizer
+from tiny import LAYERS, VOCABULARY, randomized, save_tokenizer
 
 #: The tokens that stand for a place of an image, and for its begin and end.
 IMAGE, BEGIN, END = 93, 94, 95
@@ -131,18 +131,7 @@ def config(kind: str, **changes: Any) -> Any:
 
 def build(kind: str, **changes: Any) -> PreTrainedModel:
     """Make a model, on the CPU, in fp32: the same weights every time, none of them near to zero."""
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model: PreTrainedModel = AutoModelForImageTextToText.from_config(
-            config(kind, **changes), dtype=torch.float32
-        )
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(0, 0.25)
-    model.generation_config.pad_token_id = 0
-    model.generation_config.eos_token_id = None
-    return model.eval()
+    return randomized(AutoModelForImageTextToText, config(kind, **changes))
 
 
 def save(kind: str, directory: Path, **changes: Any) -> Path:

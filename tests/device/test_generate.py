@@ -140,14 +140,7 @@ def broker(transport: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    saved: dict[str, Path] = {}
-
-    def find(arch: str) -> Path:
-        if arch not in saved:
-            saved[arch] = tiny.save(arch, tmp_path_factory.mktemp(arch))
-        return saved[arch]
-
-    return find
+    return tiny.saved_once(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

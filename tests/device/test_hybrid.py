@@ -46,14 +46,7 @@ def broker() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    saved: dict[str, Path] = {}
-
-    def find(arch: str) -> Path:
-        if arch not in saved:
-            saved[arch] = tiny.save(arch, tmp_path_factory.mktemp(arch))
-        return saved[arch]
-
-    return find
+    return tiny.saved_once(tmp_path_factory)
 
 
 @pytest.mark.numbers

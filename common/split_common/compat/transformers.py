@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -285,6 +286,7 @@ def logits_processors(model: Any, config: GenerationConfig, prompt: int) -> Any:
 # --- chat templates ----------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(16)
 def template_variables(template: str) -> frozenset[str]:
     """The variables that a chat template reads, without the functions that transformers gives to all of them.
 

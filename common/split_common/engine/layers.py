@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from split_common.engine.rotary import isolate_rotary
-from split_common.models.layer_stack import LayerStack
+from split_common.models.layer_stack import LayerStack, floating_parameter
 from split_common.models.split import Split
 
 
@@ -28,7 +28,7 @@ class LayerRange:
         self.stack, self.split, self.width = stack, split, width
         #: The module that calls the layers.
         self.owner: Any = stack.owner
-        parameter = next((p for p in self.owner.parameters() if p.is_floating_point()), None)
+        parameter = floating_parameter(self.owner)
         #: The device of the first layer. On the CPU, packed linear layers may leave no parameter.
         self.device: torch.device = parameter.device if parameter is not None else torch.device("cpu")
         #: The dtype that all layers compute in.

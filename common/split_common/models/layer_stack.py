@@ -50,6 +50,11 @@ def find_stack(model: Any, layers: int) -> tuple[nn.Module, str]:
     raise UnsupportedArchitecture(f"{type(model).__name__} has no stack of {layers} layers to cut")
 
 
+def floating_parameter(module: nn.Module) -> nn.Parameter | None:
+    """The first parameter of a module that is not quantized, which says where and in which dtype it computes."""
+    return next((parameter for parameter in module.parameters() if parameter.is_floating_point()), None)
+
+
 def max_positions(config: Any) -> int:
     """How many positions a sequence may have by a model's configuration; `UNLIMITED` if it does not say.
 
@@ -276,11 +281,12 @@ class LayerStack:
     def _calls_of_twin(self, arguments: dict[str, Any]) -> list[_CallOfSlot]:
         """What a call of the owner hands its slots. None of them runs, and other threads may call them."""
         calls: list[_CallOfSlot] = []
-        recorders = nn.ModuleList(
-            _Recorder(calls, index, slot, self.returns_tuple) for index, slot in enumerate(self.slots)
-        )
+        recorders = self._recorders(calls, self.returns_tuple)
         twin_with(self.owner, self.attribute, recorders)(**arguments, use_cache=False)
         return calls
+
+    def _recorders(self, calls: list[_CallOfSlot], returns_tuple: bool) -> nn.ModuleList:
+        return nn.ModuleList(_Recorder(calls, i, slot, returns_tuple) for i, slot in enumerate(self.slots))
 
     @torch.no_grad()
     def _record(
@@ -291,8 +297,8 @@ class LayerStack:
             for name in getattr(module, "absent_parameters", ()):
                 setattr(module, name, torch.full_like(getattr(module, name), seed))
         slots = self.slots
-        recorders = nn.ModuleList(_Recorder(calls, i, slot, returns_tuple) for i, slot in enumerate(slots))
-        reference = next((p for p in self.owner.parameters() if p.is_floating_point()), None)
+        recorders = self._recorders(calls, returns_tuple)
+        reference = floating_parameter(self.owner)
         device, dtype = (reference.device, reference.dtype) if reference is not None else (None, None)
         setattr(self.owner, self.attribute, recorders)
         try:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -223,22 +224,27 @@ def report(begun: Begun, answered: Answered, seconds: float, json: bool) -> None
         stderr.print(f"the first: {summary.first_error}", soft_wrap=True)
         stderr.print("the same command asks again what failed", soft_wrap=True)
     if json:
-        emit_json(
-            {
-                "name": begun.place.name,
-                "output": output,
-                "lines": summary.lines,
-                "errors": summary.errors,
-                "reasons": dict(summary.reasons.most_common()),
-                "first_error": summary.first_error,
-                "resumed": begun.resumed,
-                "tokens": answered.tokens,
-                "seconds": seconds,
-                "tokens_per_second": answered.tokens / seconds,
-            }
-        )
+        emit_json(_facts(begun.place, output, summary, begun.resumed, answered.tokens, seconds))
     if summary.errors:
         raise typer.Exit(1)
+
+
+def _facts(
+    place: Place, output: str, summary: Summary, resumed: int, tokens: int, seconds: float
+) -> dict[str, Any]:
+    """What `--json` says of a batch."""
+    return {
+        "name": place.name,
+        "output": output,
+        "lines": summary.lines,
+        "errors": summary.errors,
+        "reasons": dict(summary.reasons.most_common()),
+        "first_error": summary.first_error,
+        "resumed": resumed,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds if seconds else 0.0,
+    }
 
 
 def report_done(place: Place, output: Path, done: FinishedBatch, json: bool) -> None:
@@ -246,20 +252,7 @@ def report_done(place: Place, output: Path, done: FinishedBatch, json: bool) -> 
     lines = "1 line" if done.lines == 1 else f"{done.lines} lines"
     stderr.print(f"{output} has the answers to all {lines} already: nothing to do", soft_wrap=True)
     if json:
-        emit_json(
-            {
-                "name": place.name,
-                "output": str(output.resolve()),
-                "lines": done.lines,
-                "errors": 0,
-                "reasons": {},
-                "first_error": None,
-                "resumed": done.jobs,
-                "tokens": 0,
-                "seconds": 0.0,
-                "tokens_per_second": 0.0,
-            }
-        )
+        emit_json(_facts(place, str(output.resolve()), Summary(lines=done.lines), done.jobs, 0, 0.0))
 
 
 def failures(reasons: Counter[str]) -> str:

@@ -9,9 +9,8 @@ import torch
 from transformers import AutoProcessor
 
 from split_common.errors import ConfigError, UnknownModel
-from split_common.system.text import check_text
 from split_device.generation.chat_template import ChatTemplate
-from split_device.generation.tokenizing import ChatMessage
+from split_device.generation.tokenizing import ChatMessage, check_messages
 
 
 def load_processor(name_or_path: str, revision: str | None = None) -> Any:
@@ -46,8 +45,7 @@ def encode_with_images(
     Raises:
         ConfigError: the processor or its chat template refuses the conversation, or it is not UTF-8.
     """
-    for index, message in enumerate(messages):
-        check_text(message["content"], f"messages[{index}].content")
+    check_messages(messages)
     parts: list[list[dict[str, Any]]] = [[{"type": "text", "text": message["content"]}] for message in messages]
     parts[-1] = [*({"type": "image", "image": image} for image in images), *parts[-1]]
     conversation = [

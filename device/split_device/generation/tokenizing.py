@@ -66,6 +66,12 @@ class _TokenizerConfig(msgspec.Struct):
     auto_map: Any = None
 
 
+def check_messages(messages: Sequence[ChatMessage]) -> None:
+    """Raises ConfigError if the text of a message is not UTF-8."""
+    for index, message in enumerate(messages):
+        check_text(message["content"], f"messages[{index}].content")
+
+
 def encode_chat(
     tokenizer: Any,
     messages: Sequence[ChatMessage],
@@ -82,8 +88,7 @@ def encode_chat(
         ConfigError: the chat template refuses the conversation, is not one, or does not read a variable that is
             set; or the conversation is not UTF-8.
     """
-    for index, message in enumerate(messages):
-        check_text(message["content"], f"messages[{index}].content")
+    check_messages(messages)
     template.check(tokenizer)
     if template.text is None and not tokenizer.chat_template:
         return encode_text(tokenizer, "\n".join(message["content"] for message in messages))
