@@ -15,8 +15,8 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from starlette.applications import Starlette
 
 from serving import KEY
-from split_device.openai import page as chat_page
-from split_device.openai.listener import listening, running_server
+from split_device.serving import page as chat_page
+from split_device.serving.listener import listening, running_server
 from wiretap import wait_until
 
 #: Milliseconds that something may take on a busy machine.

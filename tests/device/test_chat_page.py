@@ -34,7 +34,7 @@ from chat_page import (
     wait_until_kept,
 )
 from serving import KEY, Unsplit, serving
-from split_device.openai import page as chat_page
+from split_device.serving import page as chat_page
 from wiretap import wait_until
 
 POSITIONS = 4096

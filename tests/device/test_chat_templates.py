@@ -18,7 +18,7 @@ from split_device.cli.groups import TextModel
 from split_device.generation.chat_template import ChatTemplate, parse_template
 from split_device.generation.tokenizing import encode_chat, encode_text, load_tokenizer
 from split_device.jobs.job import Message, ModelChoice, Task
-from split_device.openai.requests import parse
+from split_device.serving.openai.requests import parse
 
 #: Reads two variables of its own, one of them only if it is set.
 TEMPLATE = (

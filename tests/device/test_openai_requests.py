@@ -8,8 +8,8 @@ import pytest
 from openai.types.chat import ChatCompletionMessage
 
 from split_device.jobs.job import Message, ModelChoice
-from split_device.openai.fields import ApiError
-from split_device.openai.requests import parse
+from split_device.serving.fields import ApiError
+from split_device.serving.openai.requests import parse
 
 MODEL = ModelChoice(name="m")
 HELLO = {"role": "user", "content": "Hello"}

@@ -20,9 +20,9 @@ import fleet
 import tiny
 from split_common.errors import ConfigError
 from split_device import Generator, Request
-from split_device.openai.listener import listening, running_server
-from split_device.openai.request_ids import request_id
-from split_device.openai.server import CompletionServer
+from split_device.serving.listener import listening, running_server
+from split_device.serving.request_ids import request_id
+from split_device.serving.server import CompletionServer
 
 #: Seconds that something may take on a busy machine.
 PATIENCE = 300.0

@@ -26,7 +26,7 @@ from starlette.routing import Mount, Route
 import tiny
 from serving import KEY, Unsplit, hanging_up, serving
 from split_common.errors import ConfigError, SplitError
-from split_device.openai.listener import listening, running_server
+from split_device.serving.listener import listening, running_server
 from wiretap import wait_until
 
 #: Seconds that something may take on a busy machine.

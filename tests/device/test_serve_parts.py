@@ -18,12 +18,12 @@ from starlette.responses import Response
 
 from split_common.errors import Busy, ConfigError
 from split_device.images.settings import ImageSettings
-from split_device.openai.fields import ApiError
-from split_device.openai.guard import Guard
-from split_device.openai.http import api_error, read_json
-from split_device.openai.images import Images
-from split_device.openai.listener import running_server
-from split_device.openai.server import CompletionServer
+from split_device.serving.fields import ApiError
+from split_device.serving.guard import Guard
+from split_device.serving.http import api_error, read_json
+from split_device.serving.listener import running_server
+from split_device.serving.openai.images import Images
+from split_device.serving.server import CompletionServer
 
 #: Seconds that something may take on a busy machine.
 PATIENCE = 300.0

@@ -19,7 +19,7 @@ from split_common.system.process import running_command
 from split_device import Sampling
 from split_device.generation.settings import OPENAI_DEFAULTS
 from split_device.jobs.job import Message, ModelChoice, Task
-from split_device.openai.requests import parse
+from split_device.serving.openai.requests import parse
 
 #: What the sampling checkpoint says. It names no top_k, for which transformers takes 50.
 DEFAULTS = {"do_sample": True, "temperature": 3.0, "top_p": 0.9}

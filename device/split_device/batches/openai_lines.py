@@ -16,9 +16,9 @@ from split_device.batches.settings import BatchSettings
 from split_device.batches.source import RawLine
 from split_device.images.settings import check_size
 from split_device.jobs.job import AnyTask, ImageTask, Task
-from split_device.openai.fields import ApiError
-from split_device.openai.image_requests import IMAGE_PATH, parse_image
-from split_device.openai.requests import COMPLETION_PATHS, CompletionKind, parse
+from split_device.serving.fields import ApiError
+from split_device.serving.openai.image_requests import IMAGE_PATH, parse_image
+from split_device.serving.openai.requests import COMPLETION_PATHS, CompletionKind, parse
 
 
 def openai_line(raw: RawLine, settings: BatchSettings, names: Names) -> Line:

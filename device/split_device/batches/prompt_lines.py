@@ -18,8 +18,8 @@ from split_device.batches.template import UnknownField
 from split_device.generation.settings import Sampling
 from split_device.images.settings import ImageSettings, check_size, check_start, parse_pixels
 from split_device.jobs.job import AnyTask, ImageTask, Message, Task
-from split_device.openai.fields import ApiError, convert, present
-from split_device.openai.messages import parse_messages
+from split_device.serving.fields import ApiError, convert, present
+from split_device.serving.openai.messages import parse_messages
 
 #: Columns that hold a table's prompts if no other is named, the first that is there.
 PROMPT_COLUMNS = ("prompt", "text")

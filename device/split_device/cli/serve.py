@@ -31,8 +31,8 @@ from split_device.cli.options import SAMPLING_PANEL
 from split_device.cli.terminal import loading
 from split_device.generation.settings import OPENAI_DEFAULTS, Sampling
 from split_device.jobs.job import ImageChoice, ModelChoice
-from split_device.openai.hosts import check_host
-from split_device.openai.listener import HOST, listening, running_server
+from split_device.serving.hosts import check_host
+from split_device.serving.listener import HOST, listening, running_server
 
 #: Options for images only.
 _IMAGE_OPTIONS = ("--cut", "--codec", "--reuse", "--max-images")
@@ -123,9 +123,9 @@ def serve(
     with listening(port) as listener, contextlib.ExitStack() as stack:
         with loading(connection, name, image_name):
             from split_device.jobs.models import Models
-            from split_device.openai.completions import Completions
-            from split_device.openai.images import Images
-            from split_device.openai.server import CompletionServer
+            from split_device.serving.openai.completions import Completions
+            from split_device.serving.openai.images import Images
+            from split_device.serving.server import CompletionServer
 
             models = stack.enter_context(Models(connection, limits, hardware))
             completions = (

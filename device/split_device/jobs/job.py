@@ -17,6 +17,8 @@ from split_common.system.files import user_path
 from split_common.system.text import check_text
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling, may_sample
+from split_device.generation.structured import StructuredOutputs
+from split_device.generation.tools import ToolCall, ToolUse
 from split_device.images.settings import ImageSettings
 
 JobKind = Literal["text", "image"]
@@ -92,10 +94,15 @@ class ImageChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Message(msgspec.Struct, frozen=True):
-    """A message of a conversation."""
+    """A message of a conversation. Older versions know its role and content alone."""
 
     role: str
     content: str
+    #: Of an assistant: the tools that it called, and what it thought before it answered.
+    tool_calls: tuple[ToolCall, ...] | msgspec.UnsetType = msgspec.UNSET
+    reasoning: str | msgspec.UnsetType = msgspec.UNSET
+    #: Of a tool's answer: the id of the call that it answers.
+    tool_call_id: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
@@ -108,6 +115,9 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
     stop: tuple[str, ...] = ()
     #: How a conversation becomes a prompt. Older versions know none.
     chat_template: ChatTemplate | msgspec.UnsetType = msgspec.UNSET
+    #: What the answer has to look like. Older versions know none, nor tools.
+    structured: StructuredOutputs | msgspec.UnsetType = msgspec.UNSET
+    tool_use: ToolUse | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def template(self) -> ChatTemplate:

@@ -12,7 +12,7 @@ from split_device.generation.generator import Generation, Logprobs
 from split_device.generation.token_bytes import TokenBytes
 from split_device.jobs.job import JobProgress, Task
 from split_device.jobs.models import Loaded
-from split_device.openai.responses import Choice, TokenLogprobs
+from split_device.serving.choices import Choice, TokenLogprobs
 
 #: Priority of interactive requests, for which the generator reserves capacity.
 PRIORITY = 1

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from split_device.openai.requests import CompletionKind
+from split_device.serving.choices import Choice, TokenLogprobs
+from split_device.serving.openai.requests import CompletionKind
 
 #: By kind: the prefix of a response's id, and its `object`.
 NAMES: dict[CompletionKind, tuple[str, str]] = {
@@ -16,26 +16,6 @@ NAMES: dict[CompletionKind, tuple[str, str]] = {
 
 #: By kind: the `object` of a streamed chunk.
 CHUNKS: dict[CompletionKind, str] = {"chat": "chat.completion.chunk", "text": "text_completion"}
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """A token's text, bytes and log probability, and those of the likeliest alternatives."""
-
-    text: str
-    bytes: bytes
-    logprob: float
-    top: Sequence[TokenLogprobs] = ()
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One choice of a response, or a piece of it. `logprobs` is None if they were not requested."""
-
-    text: str
-    tokens: int
-    finish_reason: str | None
-    logprobs: list[TokenLogprobs] | None = None
 
 
 def completion(

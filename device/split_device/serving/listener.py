@@ -71,7 +71,7 @@ def running_server(app: ASGIApp, listener: socket.socket, stop: threading.Event,
     """
     import uvicorn
 
-    from split_device.openai.connections import bounded
+    from split_device.serving.connections import bounded
 
     failures: list[Exception] = []
     server = uvicorn.Server(

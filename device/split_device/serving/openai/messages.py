@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from split_device.jobs.job import Message
-from split_device.openai.fields import ApiError, convert, present, supported
+from split_device.serving.fields import ApiError, convert, present, supported
 
 #: Fields that are accepted and have no effect. Annotations cite the sources of an answer.
 _IGNORED = frozenset({"name", "annotations"})

@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from split_device.generation.settings import nth_seed
 from split_device.images.settings import ImageSettings, parse_pixels
-from split_device.openai.fields import convert, supported
+from split_device.serving.fields import convert, supported
 
 #: The path of requests for images.
 IMAGE_PATH = "/v1/images/generations"

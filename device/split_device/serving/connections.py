@@ -10,7 +10,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from split_common.system.text import json_line
-from split_device.openai.fields import ApiError
+from split_device.serving.fields import ApiError
 
 #: How long a client may take to send the head of a request, in seconds. It is closed within two such intervals.
 HEAD_TIMEOUT = 10.0

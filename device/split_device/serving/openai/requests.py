@@ -13,8 +13,8 @@ from msgspec import Meta
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling, nth_seed
 from split_device.jobs.job import Message, ModelChoice, Task
-from split_device.openai.fields import ApiError, convert, present, supported
-from split_device.openai.messages import parse_messages
+from split_device.serving.fields import ApiError, convert, present, supported
+from split_device.serving.openai.messages import parse_messages
 
 CompletionKind = Literal["chat", "text"]
 

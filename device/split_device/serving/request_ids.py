@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from split_common.errors import ConfigError
-from split_device.openai.fields import ApiError
-from split_device.openai.http import json_response
+from split_device.serving.fields import ApiError
+from split_device.serving.http import json_response
 from split_device.sessions.identity import check_request_id, new_request_id
 
 #: The header in which clients give ids, and answers return them.

@@ -25,7 +25,7 @@ from split_common.errors import (
     UnsupportedFeature,
 )
 from split_common.system.text import json_line, parse_json
-from split_device.openai.fields import ApiError
+from split_device.serving.fields import ApiError
 
 log = logging.getLogger(__name__)
 

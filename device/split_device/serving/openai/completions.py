@@ -17,11 +17,17 @@ from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling
 from split_device.jobs.job import ModelChoice
 from split_device.jobs.models import Loaded
-from split_device.openai.http import CLIENT_CLOSED_REQUEST, api_error, json_response, read_json, unless_disconnected
-from split_device.openai.request_ids import request_id
-from split_device.openai.requests import COMPLETION_PATHS, Query, check_model, parse
-from split_device.openai.responses import chunk, completion, usage_chunk
-from split_device.openai.streaming import ChoiceStream, Notice
+from split_device.serving.http import (
+    CLIENT_CLOSED_REQUEST,
+    api_error,
+    json_response,
+    read_json,
+    unless_disconnected,
+)
+from split_device.serving.openai.requests import COMPLETION_PATHS, Query, check_model, parse
+from split_device.serving.openai.responses import chunk, completion, usage_chunk
+from split_device.serving.request_ids import request_id
+from split_device.serving.streaming import ChoiceStream, Notice
 
 
 class Completions:

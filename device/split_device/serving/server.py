@@ -16,14 +16,14 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from split_common.errors import SplitError
-from split_device.openai import page
-from split_device.openai.completions import Completions
-from split_device.openai.fields import ApiError
-from split_device.openai.guard import Guard, check_key, check_origin
-from split_device.openai.http import json_response, refuse
-from split_device.openai.images import Images
-from split_device.openai.request_ids import RequestIds
-from split_device.openai.requests import COMPLETION_PATHS
+from split_device.serving import page
+from split_device.serving.fields import ApiError
+from split_device.serving.guard import Guard, check_key, check_origin
+from split_device.serving.http import json_response, refuse
+from split_device.serving.openai.completions import Completions
+from split_device.serving.openai.images import Images
+from split_device.serving.openai.requests import COMPLETION_PATHS
+from split_device.serving.request_ids import RequestIds
 
 IMAGES_PATH = "/v1/images/generations"
 

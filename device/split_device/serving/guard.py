@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from split_device.openai.fields import ApiError
-from split_device.openai.hosts import HOSTS, check_host, host_name
-from split_device.openai.http import json_response
+from split_device.serving.fields import ApiError
+from split_device.serving.hosts import HOSTS, check_host, host_name
+from split_device.serving.http import json_response
 
 #: How many requests may be in progress at once.
 MAX_REQUESTS = 512

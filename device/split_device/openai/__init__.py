@@ -1,1 +1,0 @@
-"""OpenAI's formats: requests, answers and errors."""

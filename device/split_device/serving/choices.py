@@ -1,0 +1,42 @@
+"""A choice of an answer, and its pieces: what all dialects are written from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A token's text, bytes and log probability, and those of the likeliest alternatives."""
+
+    text: str
+    bytes: bytes
+    logprob: float
+    top: Sequence[TokenLogprobs] = ()
+
+
+@dataclass(frozen=True)
+class ToolCallDelta:
+    """A piece of a call of a tool. The first piece of a call has its id and name, the others only arguments."""
+
+    #: Which of the answer's calls it is, from 0.
+    index: int
+    #: A part of the arguments' JSON text.
+    arguments: str
+    id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One choice of a response, or a piece of it, whatever the dialect. `logprobs` is None if not requested."""
+
+    text: str
+    tokens: int
+    #: "stop", "length", "cancelled" or "tool_calls"; None for a piece that others follow.
+    finish_reason: str | None
+    logprobs: list[TokenLogprobs] | None = None
+    #: What the model thought before it answered.
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
