@@ -11,7 +11,7 @@ from split_device.batches.lines import Entry
 from split_device.batches.plan import Plan
 from split_device.jobs.job import FINAL, ImageTask, Job, Task
 from split_device.jobs.store import Store
-from split_device.serving.openai.responses import Choice
+from split_device.serving.choices import Choice
 
 
 @dataclass(frozen=True)
