@@ -21,6 +21,7 @@ import tiny
 from split_common.errors import ConfigError
 from split_device import Generator, Request
 from split_device.serving.listener import listening, running_server
+from split_device.serving.openai.requests import COMPLETION_PATHS
 from split_device.serving.request_ids import request_id
 from split_device.serving.server import CompletionServer
 
@@ -42,8 +43,8 @@ def url() -> Iterator[str]:
             raise ValueError("unforeseen")
         return Response(request_id(request))
 
-    completions: Any = SimpleNamespace(complete=complete, name="m")
-    app = CompletionServer(completions, None, None).app()
+    dialect: Any = SimpleNamespace(handlers=lambda: {("POST", path): complete for path in COMPLETION_PATHS})
+    app = CompletionServer(None, [dialect], None, None).app()
     with listening(0) as listener, running_server(app, listener, threading.Event()):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 

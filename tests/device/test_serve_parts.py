@@ -23,6 +23,7 @@ from split_device.serving.guard import Guard
 from split_device.serving.http import api_error, read_json
 from split_device.serving.listener import running_server
 from split_device.serving.openai.images import Images
+from split_device.serving.openai.requests import COMPLETION_PATHS
 from split_device.serving.server import CompletionServer
 
 #: Seconds that something may take on a busy machine.
@@ -32,10 +33,10 @@ PATIENCE = 300.0
 @contextlib.contextmanager
 def answering(complete: Any) -> Iterator[str]:
     """The address of a server whose completions are answered by a function."""
-    completions: Any = SimpleNamespace(complete=complete, name="m")
+    dialect: Any = SimpleNamespace(handlers=lambda: {("POST", path): complete for path in COMPLETION_PATHS})
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        with running_server(CompletionServer(completions, None, None).app(), listener, threading.Event()):
+        with running_server(CompletionServer(None, [dialect], None, None).app(), listener, threading.Event()):
             yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
 
 

@@ -14,8 +14,8 @@ from split_common.system.text import json_line
 from split_device.batches.place import OutputForm
 from split_device.batches.results import Result, Summary
 from split_device.serving.choices import Choice
+from split_device.serving.openai.answers import completion
 from split_device.serving.openai.requests import CompletionKind
-from split_device.serving.openai.responses import completion
 
 #: Columns of a table of answers, behind those of the table of prompts.
 _ANSWERS = ("answer", "finish_reason", "error")

@@ -123,22 +123,21 @@ def serve(
     with listening(port) as listener, contextlib.ExitStack() as stack:
         with loading(connection, name, image_name):
             from split_device.jobs.models import Models
-            from split_device.serving.openai.completions import Completions
+            from split_device.serving.dialects import dialects
             from split_device.serving.openai.images import Images
             from split_device.serving.server import CompletionServer
+            from split_device.serving.text_model import TextModel
 
             models = stack.enter_context(Models(connection, limits, hardware))
-            completions = (
-                Completions(models.get(choice), choice, name, defaults, template) if choice and name else None
-            )
+            text = TextModel(models.get(choice), choice, name, defaults, template) if choice and name else None
             image_endpoint = (
                 Images(models.pipeline(image_choice), image_name, limits.images)
                 if image_choice and image_name
                 else None
             )
-        server = CompletionServer(completions, image_endpoint, api_key, hosts)
+        server = CompletionServer(text, dialects(text), image_endpoint, api_key, hosts)
         with running_server(server.app(), listener, stop):
-            default = completions.sampling() if completions is not None else None
+            default = text.sampling() if text is not None else None
             _announce(f"http://{HOST}:{listener.getsockname()[1]}/", name, adapters, image_name, default, json)
             wait_until_set(stop)
 

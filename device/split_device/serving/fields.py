@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -42,6 +42,13 @@ class ApiError(SplitError):
 
     def fields(self) -> dict[str, Any]:
         return {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
+
+
+def check_model(asked: str, names: Sequence[str]) -> None:
+    """Raises ApiError if the request names none of the models that are served."""
+    if asked not in names:
+        here = f"the model here is {names[0]}" if len(names) == 1 else f"the models here: {', '.join(names)}"
+        raise ApiError(here, 404, param="model", code="model_not_found")
 
 
 def present(fields: dict[str, Any]) -> dict[str, Any]:

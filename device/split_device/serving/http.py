@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import re
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
 
 from starlette.datastructures import Headers
@@ -40,6 +40,9 @@ CLIENT_CLOSED_REQUEST = 499
 
 #: What is said of requests that no handler gets, by status code.
 _UNROUTED = {404: "there is no {path} here", 405: "{path} does not answer {method}"}
+
+#: Answers a request.
+Handler = Callable[[Request], Awaitable[Response]]
 
 _T = TypeVar("_T")
 
@@ -105,7 +108,9 @@ async def unless_disconnected(request: Request, answer: Awaitable[_T]) -> _T:
 
 
 async def refuse(request: Request, error: Exception) -> Response:
-    """The response to a request that failed."""
+    """The response to a request that failed; one that nobody gets if the client left."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     found = api_error(error)
     if isinstance(error, HTTPException) and error.status_code in _UNROUTED:
         found = ApiError(

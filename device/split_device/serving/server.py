@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -19,44 +19,57 @@ from split_common.errors import SplitError
 from split_device.serving import page
 from split_device.serving.fields import ApiError
 from split_device.serving.guard import Guard, check_key, check_origin
-from split_device.serving.http import json_response, refuse
-from split_device.serving.openai.completions import Completions
+from split_device.serving.http import Handler, json_response, refuse
 from split_device.serving.openai.images import Images
 from split_device.serving.openai.requests import COMPLETION_PATHS
 from split_device.serving.request_ids import RequestIds
+from split_device.serving.text_model import TextModel
 
 IMAGES_PATH = "/v1/images/generations"
 
-RouteHandler = Callable[[Request], Awaitable[Response]]
+#: Methods and paths of all requests for texts.
+TEXT_PATHS = [("POST", path) for path in COMPLETION_PATHS]
+
+
+class Dialect(Protocol):
+    """A format of requests for texts."""
+
+    def handlers(self) -> Mapping[tuple[str, str], Handler]:
+        """What answers which method and path."""
 
 
 class CompletionServer:
     """Answers requests with the loaded models.
 
     Args:
-        completions, images: what is served; None to serve nothing of that kind.
+        model, images: what is served; None to serve nothing of that kind.
+        dialects: the formats of requests to the language model.
         api_key: the bearer token that clients must send; None to require none.
         hosts: host names that requests may have, beside those of the loopback.
     """
 
     def __init__(
         self,
-        completions: Completions | None,
+        model: TextModel | None,
+        dialects: Sequence[Dialect],
         images: Images | None,
         api_key: str | None,
         hosts: Sequence[str] = (),
     ) -> None:
-        self._completions = completions
+        self._text = model
+        self._dialects = dialects
         self._images = images
         self._api_key = api_key
         self._hosts = hosts
         self._began = int(time.time())
 
     def app(self) -> ASGIApp:
-        complete = self._completions.complete if self._completions is not None else _not_served("language")
+        handlers = dict.fromkeys(TEXT_PATHS, _not_served("language"))
+        for dialect in self._dialects:
+            handlers |= dialect.handlers()
         make = self._images.make if self._images is not None else _not_served("image")
         routes = [
-            *(self._private(path, complete, "POST") for path in COMPLETION_PATHS),
+            *(self._private(path, handler, method) for (method, path), handler in handlers.items()),
             self._private(IMAGES_PATH, make, "POST"),
             self._private("/v1/models", self._models),
             self._private("/v1/models/{name:path}", self._model),
@@ -69,11 +82,11 @@ class CompletionServer:
             Starlette(
                 routes=routes,
                 middleware=[Middleware(Guard, self._hosts)],
-                exception_handlers={SplitError: refuse, HTTPException: refuse, Exception: refuse},
+                exception_handlers=dict.fromkeys((SplitError, HTTPException, ClientDisconnect, Exception), refuse),
             )
         )
 
-    def _private(self, path: str, answer: RouteHandler, method: str = "GET") -> Route:
+    def _private(self, path: str, answer: Handler, method: str = "GET") -> Route:
         """A route that requires the API key."""
 
         async def authorized(request: Request) -> Response:
@@ -94,15 +107,15 @@ class CompletionServer:
 
         What left is counted since the start, and summed over all requests.
         """
-        served = [each for each in (self._completions, self._images) if each is not None]
+        served = [each for each in (self._text, self._images) if each is not None]
         traffic = [each.traffic() for each in served]
         return json_response(
             {
-                "model": self._completions.name if self._completions is not None else None,
+                "model": self._text.name if self._text is not None else None,
                 "image_model": self._images.name if self._images is not None else None,
-                "context": self._completions.context if self._completions is not None else None,
+                "context": self._text.context if self._text is not None else None,
                 "parts": served[0].parts(),
-                "defaults": self._completions.sampling().facts() if self._completions is not None else None,
+                "defaults": self._text.sampling().facts() if self._text is not None else None,
                 "traffic": {name: sum(each[name] for each in traffic) for name in traffic[0]},
             }
         )
@@ -119,14 +132,14 @@ class CompletionServer:
         return json_response(self._card(name))
 
     def _names(self) -> list[str]:
-        texts = self._completions.names if self._completions is not None else []
+        texts = self._text.names if self._text is not None else []
         return texts + ([self._images.name] if self._images is not None else [])
 
     def _card(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._began, "owned_by": "lambda-split"}
 
 
-def _not_served(kind: str) -> RouteHandler:
+def _not_served(kind: str) -> Handler:
     """The handler for a kind of model that is not served."""
 
     async def answer(_request: Request) -> Response:

@@ -14,10 +14,9 @@ from starlette.responses import Response
 from split_common.errors import ConfigError
 from split_device.images.files import image_bytes, notes
 from split_device.images.settings import DRAWN_SEED_BITS, ImageSettings
-from split_device.serving.fields import ApiError
+from split_device.serving.fields import ApiError, check_model
 from split_device.serving.http import CLIENT_CLOSED_REQUEST, json_response, read_json, unless_disconnected
 from split_device.serving.openai.image_requests import ImageBody, parse_image
-from split_device.serving.openai.requests import check_model
 from split_device.serving.request_ids import request_id
 
 if TYPE_CHECKING:

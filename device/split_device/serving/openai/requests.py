@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -180,10 +179,3 @@ def _query(
     )
     options = body.stream_options or _StreamOptions()
     return Query(kind, body.model, tasks, bool(body.stream), options.include_usage, logprobs)
-
-
-def check_model(asked: str, names: Sequence[str]) -> None:
-    """Raises ApiError if the request names none of the models that are served."""
-    if asked not in names:
-        here = f"the model here is {names[0]}" if len(names) == 1 else f"the models here: {', '.join(names)}"
-        raise ApiError(here, 404, param="model", code="model_not_found")

@@ -1,0 +1,12 @@
+"""The formats in which requests for texts come."""
+
+from __future__ import annotations
+
+from split_device.serving.openai.completions import Completions
+from split_device.serving.server import Dialect
+from split_device.serving.text_model import TextModel
+
+
+def dialects(model: TextModel | None) -> list[Dialect]:
+    """All formats, for a model; none without one."""
+    return [] if model is None else [Completions(model)]

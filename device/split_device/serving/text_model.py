@@ -1,0 +1,96 @@
+"""The language model that is served: its names, what it does by default, and encoding beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from split_device.generation.chat_template import ChatTemplate
+from split_device.generation.settings import Sampling
+from split_device.jobs.job import ModelChoice, Task
+from split_device.jobs.models import Loaded
+from split_device.serving.fields import check_model
+from split_device.serving.streaming import ChoiceStream
+
+
+class TextModel:
+    """A loaded model, for all dialects.
+
+    Args:
+        name: what clients call the model.
+        defaults: the temperature, top_p and top_k of requests that name none; None for the checkpoint's.
+        template: how conversations become prompts.
+
+    Raises:
+        ConfigError: the template is not one, or does not read a variable that is set.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        choice: ModelChoice,
+        name: str,
+        defaults: Sampling = Sampling(),
+        template: ChatTemplate = ChatTemplate(),
+    ) -> None:
+        template.check(loaded.tokenizer)
+        self.name = name
+        self.loaded = loaded
+        self.choice = choice
+        self.defaults = defaults
+        self.template = template
+        #: What clients call the model with each adapter: the adapter's name.
+        self.adapters: list[str] = loaded.model.split_parts.adapters.names
+        #: One thread: a tokenizer may not be called by several at once.
+        self._encoding = ThreadPoolExecutor(1, "encoding")
+
+    @property
+    def names(self) -> list[str]:
+        """The names by which requests choose the model alone, or with one of its adapters."""
+        return [self.name, *self.adapters]
+
+    def adapter(self, asked: str) -> str:
+        """The adapter of a request for the model of this name; "" for none. Raises ApiError if none has it."""
+        check_model(asked, self.names)
+        return asked if asked != self.name else ""
+
+    def parts(self) -> list[dict[str, Any]]:
+        """Which layers run where."""
+        split = self.loaded.model.split
+        parts = (
+            ("head", "device", 0, split.first),
+            ("body", "worker", split.first, split.last),
+            ("tail", "device", split.last, split.layers),
+        )
+        return [dict(zip(("name", "where", "first", "last"), part, strict=True)) for part in parts]
+
+    @property
+    def context(self) -> int:
+        """Most tokens of prompt and answer."""
+        return self.loaded.limit
+
+    def traffic(self) -> dict[str, int]:
+        """What left this device since the start, summed over all requests."""
+        traffic = self.loaded.model.traffic
+        return {
+            "steps": self.loaded.generator.counters["steps"],
+            "bytes_sent": traffic["bytes_sent"],
+            "bytes_received": traffic["bytes_received"],
+        }
+
+    def sampling(self) -> Sampling:
+        """The temperature, top_p and top_k of a request that names none."""
+        return self.defaults.resolved(self.loaded.model.generation_config)
+
+    async def encode(self, task: Task, continues: bool = False) -> list[int]:
+        """The token ids of a task's prompt. A long one takes seconds, in which other requests go on.
+
+        Raises what `Loaded.encode` raises.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._encoding, self.loaded.encode, task, continues)
+
+    def stream(self, task: Task, prompt: list[int], **options: Any) -> ChoiceStream:
+        """Starts a choice of an answer; arguments are those of `ChoiceStream`."""
+        return ChoiceStream(self.loaded, task, prompt, **options)
