@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from split_common.errors import Busy, PromptTooLong, SplitError
 from split_common.system.forks import Birthplace
 from split_device.generation.active import ActiveRequest, Outcome
+from split_device.generation.active_requests import ActiveRequests
 from split_device.generation.admission import Admission, Admitted
 from split_device.generation.first_tokens import FirstTokens, is_delayed
 from split_device.generation.limits import Limits
@@ -28,7 +29,6 @@ from split_device.generation.local_layers import KV_MEMORY, LocalLayers
 from split_device.generation.request import FinishReason, Generation, Logprobs, OnToken, Request
 from split_device.generation.sampling import Sampler
 from split_device.generation.stage import Stage
-from split_device.models.cache import SessionCacheLayer
 from split_device.sessions.notices import OnNotice
 
 __all__ = ["Generation", "Generator", "Logprobs", "Request"]
@@ -77,7 +77,10 @@ class Generator:
         #: Calls from other threads, to be made on the loop's thread.
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._admission = Admission(self._head, self._tail, max_requests)
-        self._active: dict[Generation, ActiveRequest] = {}
+        self._requests = ActiveRequests(
+            self._parts, self._layers, (self._head, self._tail), self._admission, max_requests, self._on_outcome
+        )
+        self._active = self._requests.by_generation
         self._first_tokens = FirstTokens(self._active.values())
         #: Requests whose next tokens go to the head.
         self._entering: list[ActiveRequest] = []
@@ -91,7 +94,6 @@ class Generator:
         self._at_workers: dict[ActiveRequest, int] = {}
         #: Time at the start of this turn. All decisions of a turn use the same clock reading.
         self._now = time.monotonic()
-        self._session_threads: list[threading.Thread] = []
         # Held while a request is handed to the loop, and while the loop is told to end.
         self._lock = threading.Lock()
         self._closing = False
@@ -145,9 +147,7 @@ class Generator:
             self._closing = True
         self._inbox.put(lambda: None)
         self._thread.join()
-        deadline = time.monotonic() + CLOSE_TIMEOUT
-        for thread in self._session_threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        self._requests.join(CLOSE_TIMEOUT)
 
     def __enter__(self) -> Generator:
         return self
@@ -302,36 +302,8 @@ class Generator:
     # --- a request -----------------------------------------------------------------------------------------
 
     def _begin(self, admitted: Admitted) -> None:
-        generation = admitted.generation
-        prompt, done = generation.request.prompt, generation.tokens
-        # Where positions interact, tokens that were decoded one by one may give other states when they go together.
-        first = prompt if self._layers.indivisible else [*prompt, *done]
-        later = [[token] for token in done] if self._layers.indivisible else []
-        request = ActiveRequest(
-            generation,
-            admitted.sampler,
-            SessionCacheLayer(
-                self._parts.client,
-                self._parts.traits,
-                history_memory=self._parts.history_memory // self._max_requests,
-                request_id=generation.request_id,
-                index=generation.request.index,
-                on_notice=generation.on_notice,
-                adapter=generation.adapter.request if generation.adapter is not None else None,
-            ),
-            (self._head.new_sequence(), self._tail.new_sequence()),
-            admitted.costs,
-            deque([first, *later]),
-            len(first),
-        )
-        generation.session = request.session.identity.label
-        self._active[generation] = request
+        request = self._requests.begin(admitted)
         self._first_tokens.renew()
-        thread = threading.Thread(
-            target=request.session_loop, args=(self._on_outcome,), name="lambda-split-session", daemon=True
-        )
-        self._session_threads = [*filter(threading.Thread.is_alive, self._session_threads), thread]
-        thread.start()
         self._entering.append(request)
 
     def _on_outcome(self, request: ActiveRequest, outcome: Outcome) -> None:
@@ -385,14 +357,7 @@ class Generator:
         """Frees everything that a request holds. With no outcome, its generation stays open: it begins again."""
         if request.ended:
             return
-        request.ended = True
-        del self._active[request.generation]
-        for stage, sequence in zip((self._head, self._tail), request.sequences, strict=True):
-            stage.remove(request, sequence)
-        self._admission.release(request.costs)
-        if self._at_workers.pop(request, None) is not None:
-            request.session.abandon()
-        request.outbox.put(None)
+        self._requests.end(request, self._at_workers.pop(request, None) is not None)
         # Wakes the loop: another request may begin.
         self._inbox.put(lambda: None)
         if outcome is not None:

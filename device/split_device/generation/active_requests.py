@@ -1,0 +1,106 @@
+"""The requests that run: each begins with a session and sequences in head and tail, and frees them when it ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from split_device.generation.active import ActiveRequest, Outcome
+from split_device.generation.admission import Admission, Admitted
+from split_device.generation.local_layers import LocalLayers
+from split_device.generation.request import Generation
+from split_device.generation.stage import Stage
+from split_device.models.cache import SessionCacheLayer
+
+
+class ActiveRequests:
+    """Begins and ends requests, each with a thread that waits for its session. One thread uses it.
+
+    Args:
+        parts: the model's `split_parts`.
+        layers: head and tail, which run in the two stages.
+        stages: where sequences are made and freed, head and tail.
+        admission: where memory was reserved for the requests.
+        max_requests: how many may run at once: they share the memory of histories.
+        on_outcome: called on a session's thread after each of its steps.
+    """
+
+    def __init__(
+        self,
+        parts: Any,
+        layers: LocalLayers,
+        stages: tuple[Stage, Stage],
+        admission: Admission,
+        max_requests: int,
+        on_outcome: Callable[[ActiveRequest, Outcome], None],
+    ) -> None:
+        self._parts = parts
+        self._layers = layers
+        self._stages = stages
+        self._admission = admission
+        self._history_memory = parts.history_memory // max_requests
+        self._on_outcome = on_outcome
+        self._threads: list[threading.Thread] = []
+        #: Those that have not ended.
+        self.by_generation: dict[Generation, ActiveRequest] = {}
+
+    def begin(self, admitted: Admitted) -> ActiveRequest:
+        """Makes a request active; its first tokens are pending."""
+        generation = admitted.generation
+        prompt, done = generation.request.prompt, generation.tokens
+        # Where positions interact, tokens that were decoded one by one may give other states when they go together.
+        first = prompt if self._layers.indivisible else [*prompt, *done]
+        later = [[token] for token in done] if self._layers.indivisible else []
+        head, tail = (stage.new_sequence() for stage in self._stages)
+        request = ActiveRequest(
+            generation,
+            admitted.sampler,
+            self._new_session(generation),
+            (head, tail),
+            admitted.costs,
+            deque([first, *later]),
+            len(first),
+        )
+        generation.session = request.session.identity.label
+        self.by_generation[generation] = request
+        thread = threading.Thread(
+            target=request.session_loop, args=(self._on_outcome,), name="lambda-split-session", daemon=True
+        )
+        self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
+        thread.start()
+        return request
+
+    def _new_session(self, generation: Generation) -> SessionCacheLayer:
+        return SessionCacheLayer(
+            self._parts.client,
+            self._parts.traits,
+            history_memory=self._history_memory,
+            request_id=generation.request_id,
+            index=generation.request.index,
+            on_notice=generation.on_notice,
+            adapter=generation.adapter.request if generation.adapter is not None else None,
+        )
+
+    def end(self, request: ActiveRequest, stepping: bool) -> None:
+        """Frees everything that a request holds.
+
+        Args:
+            stepping: whether a step of it is at a worker, for which nobody waits any more.
+        """
+        request.ended = True
+        del self.by_generation[request.generation]
+        for stage, sequence in zip(self._stages, request.sequences, strict=True):
+            stage.remove(request, sequence)
+        self._admission.release(request.costs)
+        if stepping:
+            request.session.abandon()
+        request.outbox.put(None)
+
+    def join(self, timeout: float) -> None:
+        """Waits for sessions that have ended to be freed on their workers, for at most `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
