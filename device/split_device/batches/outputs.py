@@ -14,8 +14,8 @@ from split_common.system.text import json_line
 from split_device.batches.place import OutputForm
 from split_device.batches.results import Result, Summary
 from split_device.serving.choices import Choice
-from split_device.serving.openai.answers import completion
-from split_device.serving.openai.requests import CompletionKind
+from split_device.serving.openai.answers import Header, completion
+from split_device.serving.openai.query import CompletionKind
 
 #: Columns of a table of answers, behind those of the table of prompts.
 _ANSWERS = ("answer", "finish_reason", "error")
@@ -140,7 +140,7 @@ def _response(result: Result) -> dict[str, Any]:
         body: dict[str, Any] = {"created": created, "model": entry.model, "data": data}
     else:
         kind: CompletionKind = "text" if entry.kind == "text" else "chat"
-        body = completion(kind, id_, created, entry.model, jobs[0].prompt_tokens or 0, result.choices)
+        body = completion(Header(kind, id_, created, entry.model), jobs[0].prompt_tokens or 0, result.choices)
     # Of several choices, each is a job with a request id of its own.
     response = {"status_code": 200, "request_id": jobs[0].request_id, "body": body}
     return record | {"response": response, "error": None}

@@ -16,6 +16,9 @@ from split_device.generation.special_tokens import special_tokens
 #: Decoders write it in place of bytes that are not a complete character.
 _INCOMPLETE = "\ufffd"
 
+#: How many of a prompt's tokens may change the text of an answer that continues it.
+CONTINUED = 8
+
 
 class TextStream:
     """Text of tokens, returned as soon as later tokens cannot change it. Special tokens have no text.

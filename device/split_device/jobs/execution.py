@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from split_common.errors import ConfigError
-from split_device.generation.detokenize import TextStream
+from split_device.generation.detokenize import CONTINUED, TextStream
 from split_device.generation.generator import Generation
 from split_device.images.files import file_digest, image_bytes, read_image
 from split_device.jobs.job import ImageTask, InitImage, Job, JobFinishReason, JobProgress, Task, TextPiece, Update
@@ -68,7 +68,8 @@ class TextExecution(JobExecution):
         super().__init__(job)
         request = dataclasses.replace(loaded.request(task, progress, job.priority), request_id=job.request_id)
         self.update.prompt_tokens = len(request.prompt)
-        self._text = TextStream(loaded.tokenizer, task.stop)
+        ending = request.prompt[-CONTINUED:] if task.continues else ()
+        self._text = TextStream(loaded.tokenizer, task.stop, ending)
         for token in progress.tokens:
             self._text.push(token)
         #: Filled by the generator's thread: a token, and the state of the random generator after it.

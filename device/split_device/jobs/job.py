@@ -115,6 +115,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
     stop: tuple[str, ...] = ()
     #: How a conversation becomes a prompt. Older versions know none.
     chat_template: ChatTemplate | msgspec.UnsetType = msgspec.UNSET
+    #: Whether the answer continues the conversation's last message. Older versions answer it.
+    continue_final_message: bool | msgspec.UnsetType = msgspec.UNSET
     #: What the answer has to look like. Older versions know none, nor tools.
     structured: StructuredOutputs | msgspec.UnsetType = msgspec.UNSET
     tool_use: ToolUse | msgspec.UnsetType = msgspec.UNSET
@@ -122,6 +124,11 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
     @property
     def template(self) -> ChatTemplate:
         return ChatTemplate() if self.chat_template is msgspec.UNSET else self.chat_template
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer goes on where the prompt of a conversation ends."""
+        return self.continue_final_message is True
 
     @property
     def seed(self) -> int | None:

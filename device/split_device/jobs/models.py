@@ -52,11 +52,8 @@ class Loaded:
         limit, capacity = max_positions(self.model.config), self.generator.capacity
         return limit if limit < UNLIMITED or capacity is None else capacity
 
-    def encode(self, task: Task, continues: bool = False) -> list[int]:
+    def encode(self, task: Task) -> list[int]:
         """The token ids of a task's prompt.
-
-        Args:
-            continues: the conversation's last message is to be continued.
 
         Raises:
             PromptTooLong: the prompt is empty, or leaves no room for an answer.
@@ -67,7 +64,7 @@ class Loaded:
             ids = encode_text(self.tokenizer, task.prompt)
         else:
             messages = [{"role": message.role, "content": message.content} for message in task.prompt]
-            ids = encode_chat(self.tokenizer, messages, continues, task.template)
+            ids = encode_chat(self.tokenizer, messages, task.continues, task.template)
         prompt: list[int] = ids[0].tolist()
         limit = self.limit
         if not prompt:

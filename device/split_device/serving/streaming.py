@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from split_device.generation.detokenize import TextStream
+from split_device.generation.detokenize import CONTINUED, TextStream
 from split_device.generation.generator import Generation, Logprobs
 from split_device.generation.token_bytes import TokenBytes
 from split_device.jobs.job import JobProgress, Task
@@ -16,9 +16,6 @@ from split_device.serving.choices import Choice, TokenLogprobs
 
 #: Priority of interactive requests, for which the generator reserves capacity.
 PRIORITY = 1
-
-#: How many of a prompt's tokens may change the text of an answer that continues it.
-_CONTINUED = 8
 
 _NO_PROGRESS = JobProgress([], "", None)
 
@@ -36,7 +33,6 @@ class ChoiceStream:
     Args:
         prompt: the token ids of the task's prompt.
         logprobs: the number of alternatives to report with each token; None for no log probabilities.
-        continues: the answer goes on where the prompt ends.
         request_id, index: the id of the request, and which of its choices this is.
         adapter: the name of an adapter; "" for none.
 
@@ -50,7 +46,6 @@ class ChoiceStream:
         task: Task,
         prompt: list[int],
         logprobs: int | None,
-        continues: bool = False,
         request_id: str | None = None,
         index: int = 0,
         adapter: str = "",
@@ -58,7 +53,7 @@ class ChoiceStream:
         self._token_bytes = TokenBytes(loaded.tokenizer)
         self._previous: int | None = None
         self._wants_logprobs = logprobs is not None
-        self._text = TextStream(loaded.tokenizer, task.stop, prompt[-_CONTINUED:] if continues else ())
+        self._text = TextStream(loaded.tokenizer, task.stop, prompt[-CONTINUED:] if task.continues else ())
         self._events: asyncio.Queue[tuple[int, Logprobs | None] | Notice | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 

@@ -83,13 +83,12 @@ class TextModel:
         """The temperature, top_p and top_k of a request that names none."""
         return self.defaults.resolved(self.loaded.model.generation_config)
 
-    async def encode(self, task: Task, continues: bool = False) -> list[int]:
+    async def encode(self, task: Task) -> list[int]:
         """The token ids of a task's prompt. A long one takes seconds, in which other requests go on.
 
         Raises what `Loaded.encode` raises.
         """
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._encoding, self.loaded.encode, task, continues)
+        return await asyncio.get_running_loop().run_in_executor(self._encoding, self.loaded.encode, task)
 
     def stream(self, task: Task, prompt: list[int], **options: Any) -> ChoiceStream:
         """Starts a choice of an answer; arguments are those of `ChoiceStream`."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from split_device.serving.choices import Choice, TokenLogprobs
-from split_device.serving.openai.requests import CompletionKind
+from split_device.serving.openai.query import CompletionKind
 
 #: By kind: the prefix of a response's id, and its `object`.
 NAMES: dict[CompletionKind, tuple[str, str]] = {
@@ -18,46 +19,45 @@ NAMES: dict[CompletionKind, tuple[str, str]] = {
 CHUNKS: dict[CompletionKind, str] = {"chat": "chat.completion.chunk", "text": "text_completion"}
 
 
-def completion(
-    kind: CompletionKind, id_: str, created: int, model: str, prompt_tokens: int, choices: Sequence[Choice]
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Header:
+    """What an answer, and each chunk of a streamed one, begins with. `created` is in seconds since the epoch."""
+
+    kind: CompletionKind
+    request_id: str
+    created: int
+    model: str
+
+    def fields(self, object_: str) -> dict[str, Any]:
+        id_ = f"{NAMES[self.kind][0]}-{self.request_id}"
+        return {"id": id_, "object": object_, "created": self.created, "model": self.model}
+
+
+def completion(header: Header, prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, Any]:
     """A whole response."""
-    prefix, name = NAMES[kind]
-    return {
-        "id": f"{prefix}-{id_}",
-        "object": name,
-        "created": created,
-        "model": model,
-        "choices": [_choice(kind, index, choice) for index, choice in enumerate(choices)],
+    return header.fields(NAMES[header.kind][1]) | {
+        "choices": [_choice(header.kind, index, choice) for index, choice in enumerate(choices)],
         "usage": usage(prompt_tokens, sum(choice.tokens for choice in choices)),
     }
 
 
-def chunk(
-    kind: CompletionKind, id_: str, created: int, model: str, index: int, piece: Choice, first: bool
-) -> dict[str, Any]:
+def chunk(header: Header, index: int, piece: Choice, first: bool) -> dict[str, Any]:
     """A chunk of a streamed response. The first one of a chat names the role."""
     content: dict[str, Any] = {"text": piece.text}
-    if kind == "chat":
+    if header.kind == "chat":
         content = {"delta": ({"role": "assistant"} if first else {}) | {"content": piece.text}}
     choice = {
         "index": index,
         **content,
-        "logprobs": _logprobs(kind, piece.logprobs),
+        "logprobs": _logprobs(header.kind, piece.logprobs),
         "finish_reason": piece.finish_reason,
     }
-    return _chunk(kind, id_, created, model) | {"choices": [choice]}
+    return header.fields(CHUNKS[header.kind]) | {"choices": [choice]}
 
 
-def usage_chunk(
-    kind: CompletionKind, id_: str, created: int, model: str, prompt_tokens: int, tokens: int
-) -> dict[str, Any]:
+def usage_chunk(header: Header, prompt_tokens: int, tokens: int) -> dict[str, Any]:
     """The last chunk of a stream with `include_usage`."""
-    return _chunk(kind, id_, created, model) | {"choices": [], "usage": usage(prompt_tokens, tokens)}
-
-
-def _chunk(kind: CompletionKind, id_: str, created: int, model: str) -> dict[str, Any]:
-    return {"id": f"{NAMES[kind][0]}-{id_}", "object": CHUNKS[kind], "created": created, "model": model}
+    return header.fields(CHUNKS[header.kind]) | {"choices": [], "usage": usage(prompt_tokens, tokens)}
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

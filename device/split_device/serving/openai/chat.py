@@ -1,0 +1,74 @@
+"""Requests for chat completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from msgspec import UNSET, Meta
+
+from split_device.generation.chat_template import ChatTemplate
+from split_device.generation.settings import Sampling
+from split_device.jobs.job import Message, ModelChoice, Task
+from split_device.serving.fields import ApiError, convert
+from split_device.serving.openai.bodies import Body, choices, fields_of
+from split_device.serving.openai.messages import parse_messages
+from split_device.serving.openai.query import CompletionQuery
+
+#: `max_tokens` of a chat without a limit: generation ends with the model's positions.
+UNLIMITED = 2**31 - 1
+
+
+class ChatBody(Body, frozen=True, kw_only=True):
+    """A request's body."""
+
+    messages: tuple[Message, ...]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    max_completion_tokens: int | None = None
+    #: Extensions of OpenAI's format, as vLLM has them: the answer continues the last message.
+    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
+    #: The same: values for variables of the chat template.
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        """Raises ApiError for fields that contradict each other."""
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
+        if self.add_generation_prompt not in (None, not self.continue_final_message):
+            raise ApiError(
+                "add_generation_prompt must be the opposite of continue_final_message",
+                param="add_generation_prompt",
+            )
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise ApiError(
+                "continue_final_message needs a last message of the assistant", param="continue_final_message"
+            )
+
+
+def parse_chat(body: object, model: ModelChoice, defaults: Sampling, template: ChatTemplate) -> CompletionQuery:
+    """Parses a body into tasks. Arguments and errors are those of `requests.parse`."""
+    fields = fields_of(body)
+    if "messages" in fields:
+        fields["messages"] = parse_messages(fields["messages"])
+    chat = convert(fields, ChatBody)
+    chat.check()
+    limit = chat.max_completion_tokens or chat.max_tokens or UNLIMITED
+    task = Task(
+        model=model,
+        prompt=chat.messages,
+        sampling=chat.sampling(limit, defaults),
+        stop=chat.stop_texts(),
+        chat_template=template.with_kwargs(chat.chat_template_kwargs).unless_default(),
+        continue_final_message=chat.continue_final_message or UNSET,
+    )
+    tasks = choices(task, chat.n or 1)
+    return CompletionQuery(
+        kind="chat",
+        model=chat.model,
+        tasks=tasks,
+        per_prompt=len(tasks),
+        stream=bool(chat.stream),
+        include_usage=chat.include_usage(),
+        logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+    )

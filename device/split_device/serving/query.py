@@ -1,0 +1,22 @@
+"""A request for texts, parsed: what all dialects come down to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from split_device.jobs.job import Task
+
+
+@dataclass(frozen=True)
+class Query:
+    """A request: one task for each choice of its answer."""
+
+    #: The model's name as the request has it.
+    model: str
+    #: Those of the first prompt, then those of the second, and so on.
+    tasks: tuple[Task, ...]
+    #: How many tasks each prompt has.
+    per_prompt: int
+    stream: bool
+    #: The number of alternatives to report with each token; None for no log probabilities.
+    logprobs: int | None
