@@ -42,6 +42,11 @@ class TextStream:
     @property
     def stopped(self) -> bool:
         """Whether a stop text has come."""
+        return self._search.found is not None
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop text that has come; None so far."""
         return self._search.found
 
     def push(self, token: int) -> str:
@@ -80,7 +85,8 @@ class _StopSearch:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = tuple(stops)
-        self.found = False
+        #: The stop text that was found.
+        self.found: str | None = None
         #: What may be the beginning of a stop text; `_hidden` says of each character whether it is hidden.
         self._held = ""
         self._hidden: list[bool] = []
@@ -89,15 +95,15 @@ class _StopSearch:
         """Adds a piece. Returns the text that is before any stop text."""
         self._held += text
         self._hidden += [hidden] * len(text)
-        found = [at for stop in self.stops if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self.stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.found = True
-            return self._release(min(found))
+            at, self.found = min(found)
+            return self._release(at)
         return self._release(len(self._held) - max((_overlap(self._held, stop) for stop in self.stops), default=0))
 
     def end(self) -> str:
         """Returns what was held back, unless a stop text has come."""
-        return "" if self.found else self._release(len(self._held))
+        return "" if self.found is not None else self._release(len(self._held))
 
     def _release(self, size: int) -> str:
         ready = "".join(char for char, hidden in zip(self._held, self._hidden[:size], strict=False) if not hidden)

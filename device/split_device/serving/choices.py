@@ -40,3 +40,5 @@ class Choice:
     #: What the model thought before it answered.
     reasoning: str = ""
     tool_calls: tuple[ToolCallDelta, ...] = ()
+    #: The stop text that ended it, if one did.
+    stop_text: str | None = None

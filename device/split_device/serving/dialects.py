@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from split_device.serving.anthropic.messages import Messages
 from split_device.serving.openai.completions import Completions
 from split_device.serving.server import Dialect
 from split_device.serving.text_model import TextModel
@@ -9,4 +10,4 @@ from split_device.serving.text_model import TextModel
 
 def dialects(model: TextModel | None) -> list[Dialect]:
     """All formats, for a model; none without one."""
-    return [] if model is None else [Completions(model)]
+    return [] if model is None else [Completions(model), Messages(model)]

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from split_device.serving.fields import ApiError
 from split_device.serving.hosts import HOSTS, check_host, host_name
-from split_device.serving.http import json_response
+from split_device.serving.http import REQUEST_ID, refusal
 
 #: How many requests may be in progress at once.
 MAX_REQUESTS = 512
@@ -34,9 +34,9 @@ class Guard:
         self._requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal(scope) if scope["type"] == "http" else None
-        if refusal is not None:
-            await json_response({"error": refusal.fields()}, refusal.status, refusal.headers)(scope, receive, send)
+        refused = self._refusal(scope) if scope["type"] == "http" else None
+        if refused is not None:
+            await refusal(refused, scope["path"], scope.get(REQUEST_ID, ""))(scope, receive, send)
             return
         self._requests += 1
         try:
@@ -71,9 +71,10 @@ def check_origin(headers: Headers) -> None:
 
 
 def check_key(headers: Headers, key: str | None) -> None:
-    """Raises ApiError unless the request has this key as its bearer token. None: no key is needed."""
+    """Raises ApiError unless this key comes as bearer token or `x-api-key`. None: no key is needed."""
     scheme, _, given = headers.get("authorization", "").strip().partition(" ")
-    known = scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), (key or "").encode())
-    if key is not None and not known:
+    keys = [given.strip()] if scheme.lower() == "bearer" else []
+    keys += headers.getlist("x-api-key")
+    if key is not None and not any(hmac.compare_digest(each.encode(), key.encode()) for each in keys):
         challenge = {"WWW-Authenticate": "Bearer"}
         raise ApiError("the API key is wrong or missing", 401, code="invalid_api_key", headers=challenge)

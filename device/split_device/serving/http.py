@@ -25,6 +25,7 @@ from split_common.errors import (
     UnsupportedFeature,
 )
 from split_common.system.text import json_line, parse_json
+from split_device.serving.anthropic.errors import MESSAGES_PATH, error_object
 from split_device.serving.fields import ApiError
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,9 @@ CLIENT_CLOSED_REQUEST = 499
 
 #: What is said of requests that no handler gets, by status code.
 _UNROUTED = {404: "there is no {path} here", 405: "{path} does not answer {method}"}
+
+#: Where the scope of a request keeps its id.
+REQUEST_ID = "lambda_split.request_id"
 
 #: Answers a request.
 Handler = Callable[[Request], Awaitable[Response]]
@@ -118,7 +122,14 @@ async def refuse(request: Request, error: Exception) -> Response:
             error.status_code,
             headers=error.headers,
         )
-    return json_response({"error": found.fields()}, found.status, found.headers)
+    return refusal(found, request.url.path, request.scope.get(REQUEST_ID, ""))
+
+
+def refusal(error: ApiError, path: str, request_id: str) -> Response:
+    """An error as a response, in the format of the dialect that the path belongs to."""
+    anthropic = path == MESSAGES_PATH or path.startswith(f"{MESSAGES_PATH}/")
+    body = error_object(error, request_id) if anthropic else {"error": error.fields()}
+    return json_response(body, error.status, error.headers)
 
 
 def api_error(error: BaseException) -> ApiError:

@@ -10,14 +10,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from split_common.errors import ConfigError
 from split_device.serving.fields import ApiError
-from split_device.serving.http import json_response
+from split_device.serving.http import REQUEST_ID, refusal
 from split_device.sessions.identity import check_request_id, new_request_id
 
 #: The header in which clients give ids, and answers return them.
 HEADER = "X-Request-Id"
-
-#: Where the scope of a request keeps its id.
-_KEY = "lambda_split.request_id"
 
 
 class RequestIds:
@@ -31,24 +28,24 @@ class RequestIds:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get(HEADER)
-        refusal: ApiError | None = None
+        refused: ApiError | None = None
         try:
             id_ = new_request_id() if given is None else check_request_id(given)
         except ConfigError as error:
-            id_, refusal = new_request_id(), ApiError(str(error), param=HEADER, code="invalid_request_id")
+            id_, refused = new_request_id(), ApiError(str(error), param=HEADER, code="invalid_request_id")
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[HEADER] = id_
             await send(message)
 
-        if refusal is not None:
-            await json_response({"error": refusal.fields()}, refusal.status)(scope, receive, send_with_id)
+        if refused is not None:
+            await refusal(refused, scope["path"], id_)(scope, receive, send_with_id)
             return
-        await self._app({**scope, _KEY: id_}, receive, send_with_id)
+        await self._app({**scope, REQUEST_ID: id_}, receive, send_with_id)
 
 
 def request_id(request: Request) -> str:
     """The id of a request that came through `RequestIds`."""
-    id_: Any = request.scope[_KEY]
+    id_: Any = request.scope[REQUEST_ID]
     return str(id_)

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from split_common.errors import SplitError
 from split_device.serving import page
+from split_device.serving.anthropic.errors import COUNT_PATH, MESSAGES_PATH
 from split_device.serving.fields import ApiError
 from split_device.serving.guard import Guard, check_key, check_origin
 from split_device.serving.http import Handler, json_response, refuse
@@ -28,7 +29,7 @@ from split_device.serving.text_model import TextModel
 IMAGES_PATH = "/v1/images/generations"
 
 #: Methods and paths of all requests for texts.
-TEXT_PATHS = [("POST", path) for path in COMPLETION_PATHS]
+TEXT_PATHS = [("POST", path) for path in (*COMPLETION_PATHS, MESSAGES_PATH, COUNT_PATH)]
 
 
 class Dialect(Protocol):

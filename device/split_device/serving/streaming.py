@@ -113,7 +113,8 @@ class ChoiceStream:
         )
 
     def _piece(self, text: str, tokens: int, reason: str | None, logprobs: list[TokenLogprobs]) -> Choice:
-        return Choice(text, tokens, reason, logprobs if self._wants_logprobs else None)
+        stop_text = self._text.stopped_by if reason is not None else None
+        return Choice(text, tokens, reason, logprobs if self._wants_logprobs else None, stop_text=stop_text)
 
     def _token_logprobs(self, token: int, found: Logprobs) -> TokenLogprobs:
         previous, self._previous = self._previous, token

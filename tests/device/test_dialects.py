@@ -1,0 +1,136 @@
+"""OpenAI's Responses API and Anthropic's Messages API, as clients send them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+import tiny
+from serving import KEY, Unsplit, serving
+
+#: Seconds that something may take on a busy machine.
+PATIENCE = 300.0
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_tokenizer(tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def client(checkpoint: Path) -> Iterator[httpx2.Client]:
+    headers = {"x-api-key": KEY, "anthropic-version": "2023-06-01", "anthropic-beta": "some-2026-01-01"}
+    with serving(checkpoint) as (url, _), httpx2.Client(base_url=url, headers=headers, timeout=PATIENCE) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def unsplit(checkpoint: Path) -> Unsplit:
+    return Unsplit(checkpoint)
+
+
+def ask(client: httpx2.Client, path: str = "/messages", **fields: Any) -> httpx2.Response:
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 8, "temperature": 0, **fields}
+    return client.post(path, params={"beta": "true"}, json=body)
+
+
+def events(client: httpx2.Client, **fields: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The events of a stream, with their names."""
+    found = []
+    for block in ask(client, stream=True, **fields).text.split("\n\n"):
+        lines = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+        if lines:
+            found.append((lines["event"], json.loads(lines["data"])))
+    return found
+
+
+def test_a_whole_message(client: httpx2.Client, unsplit: Unsplit) -> None:
+    expected = unsplit.say("system:Be brief.\nNow.</s>user:Hello</s>assistant:", 8)
+    system = [
+        {"type": "text", "text": text, "cache_control": {"type": "ephemeral"}} for text in ("Be brief.", "Now.")
+    ]
+    answer = ask(client, system=system, metadata={"user_id": "x"})
+    said = answer.json()
+    assert said["content"] == [{"type": "text", "text": expected}]
+    assert (said["type"], said["role"], said["model"]) == ("message", "assistant", "tiny")
+    assert (said["stop_reason"], said["stop_sequence"]) == ("max_tokens", None)
+    assert said["usage"]["output_tokens"] == 8
+    assert said["id"] == f"msg_{answer.headers['x-request-id']}"
+    counted = ask(client, "/messages/count_tokens", system=system).json()
+    assert counted == {"input_tokens": said["usage"]["input_tokens"]}
+    stopped = ask(client, system=system, stop_sequences=["made up", expected[4:6]]).json()
+    assert stopped["content"] == [{"type": "text", "text": expected[: expected.index(expected[4:6])]}]
+    assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", expected[4:6])
+
+
+def test_blocks_and_turns(client: httpx2.Client, unsplit: Unsplit) -> None:
+    """Turns of one role are one, and the answer goes on with the assistant's last words."""
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]},
+        {"role": "user", "content": "C"},
+        {"role": "assistant", "content": [{"type": "text", "text": "Good"}]},
+    ]
+    expected = unsplit.say("user:A\nB\nC</s>assistant:Good", 8)
+    assert ask(client, messages=messages).json()["content"] == [{"type": "text", "text": expected}]
+
+
+def test_a_stream(client: httpx2.Client) -> None:
+    whole = ask(client).json()
+    found = events(client)
+    assert all(name == data["type"] for name, data in found)
+    names = [name for name, _ in found]
+    deltas = names.count("content_block_delta")
+    assert names == [
+        *("message_start", "ping", "content_block_start"),
+        *["content_block_delta"] * deltas,
+        *("content_block_stop", "message_delta", "message_stop"),
+    ]
+    start = found[0][1]["message"]
+    assert (start["content"], start["stop_reason"], start["usage"]["output_tokens"]) == ([], None, 0)
+    text = "".join(data["delta"]["text"] for name, data in found if name == "content_block_delta")
+    assert whole["content"] == [{"type": "text", "text": text}]
+    assert found[-2][1]["delta"] == {"stop_reason": "max_tokens", "stop_sequence": None}
+    assert found[-2][1]["usage"] == whole["usage"]
+
+
+def test_errors_are_anthropic_s(client: httpx2.Client) -> None:
+    for refused, status, kind, words in (
+        (ask(client, model="another"), 404, "not_found_error", "tiny"),
+        (ask(client, temperature=3), 400, "invalid_request_error", "temperature"),
+        (ask(client, made_up=1), 400, "invalid_request_error", "made_up"),
+        (ask(client, container="c"), 400, "invalid_request_error", "container"),
+        (ask(client, tools=[{"type": "bash_20250124", "name": "bash"}]), 400, "invalid_request_error", "tools[0]"),
+        (ask(client, tool_choice={"type": "any"}), 400, "invalid_request_error", "tools"),
+        (ask(client, messages=[]), 400, "invalid_request_error", "messages"),
+        (client.post("/messages", content=b"no JSON"), 400, "invalid_request_error", "JSON"),
+        (client.get("/messages"), 405, "invalid_request_error", "GET"),
+        (client.post("/messages", json={}, headers={"x-api-key": "x"}), 401, "authentication_error", "key"),
+        (client.post("/messages", json={}, headers={"Host": "evil"}), 400, "invalid_request_error", "evil"),
+        (client.post("/messages", json={}, headers={"X-Request-Id": "a b"}), 400, "invalid_request_error", "id"),
+    ):
+        error = refused.json()
+        assert (refused.status_code, error["type"], error["error"]["type"]) == (status, "error", kind)
+        assert words in error["error"]["message"]
+        assert error["request_id"] == refused.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("block", "where"),
+    [
+        ({"type": "image", "source": {"type": "url", "url": "https://x"}}, "messages[0].content[0].type"),
+        ({"type": "tool_use", "id": "a", "name": "f", "input": {}}, "messages[0].content[0].type"),
+        ({"type": "text", "text": 5}, "messages[0].content[0].text"),
+        ({"type": "tool_result", "tool_use_id": "a", "content": [{"type": "image"}]}, "messages[0].content[0]"),
+    ],
+)
+def test_an_error_names_the_block(client: httpx2.Client, block: dict[str, Any], where: str) -> None:
+    refused = ask(client, messages=[{"role": "user", "content": [block]}])
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"].startswith(where)
