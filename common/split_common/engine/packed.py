@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import pad
 
 from split_common.engine import attention
+from split_common.engine.additions import adding
 from split_common.engine.attention import Backend, PackedBatch, Span
 from split_common.engine.forward import Forward
 from split_common.engine.graphs import DecodeGraphs, new_capture
@@ -68,9 +69,11 @@ class PackedExecutor:
         states = torch.cat([run.states for run in runs])
         positions = positions_of([place for run in runs for place in run.places])
         slots = torch.from_numpy(np.concatenate(new_slots))
-        output = self._replay(spans, states, positions, slots)
+        plain = not any(run.additions for run in runs)
+        output = self._replay(spans, states, positions, slots) if plain else None
         if output is None:
-            output = self._run(spans, states, positions, slots, [run.adapter for run in runs])
+            with adding(self._layers, runs):
+                output = self._run(spans, states, positions, slots, [run.adapter for run in runs])
         return Forward(output, [span.count for span in spans], order)
 
     def _replay(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from split_common.engine.additions import adding
 from split_common.engine.forward import Forward
 from split_common.engine.layers import LayerRange
 from split_common.engine.lora import adapting
@@ -275,7 +276,7 @@ class PerSequenceExecutor:
         layers, sequence = self._layers, run.sequence
         states, positions = sequence.begin(run.states, run.places)
         try:
-            with adapting([run.adapter], [len(states)]):
+            with adapting([run.adapter], [len(states)]), adding(layers, [run]):
                 output = layers.forward(
                     layers.to_device(states),
                     layers.to_device(positions_of(positions)),

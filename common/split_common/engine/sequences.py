@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, Self, TypeVar
 
 import torch
@@ -95,6 +95,8 @@ class TokenRun(Run, Generic[_Sequence]):
     axes: Sequence[Sequence[int]] = ()
     #: Begin and end, in the run, of tokens that attend to each other both ways; ascending.
     spans: Sequence[tuple[int, int]] = ()
+    #: What is added to the output of some layers, `[tokens, width]`, by the layer's index.
+    additions: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def cost(self) -> int:
@@ -120,6 +122,7 @@ class TokenRun(Run, Generic[_Sequence]):
             positions=self.positions[begin:end],
             axes=[axis[begin:end] for axis in self.axes],
             spans=[(first - begin, last - begin) for first, last in self.spans if begin <= first and last <= end],
+            additions={layer: features[begin:end] for layer, features in self.additions.items()},
         )
 
 

@@ -11,7 +11,6 @@ choose their frequencies by the largest position, and whether attention has the 
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -109,19 +108,22 @@ class Absent(nn.Module):
 
 
 class _Recorder(PassThrough):
-    """Records what a slot is called with."""
+    """Records what a slot is called with. Returns its input, or zeros, to which additions are exact."""
 
-    def __init__(self, calls: list[_CallOfSlot], index: int, layer: nn.Module, returns_tuple: bool) -> None:
+    def __init__(
+        self, calls: list[_CallOfSlot], index: int, layer: nn.Module, returns_tuple: bool, zeros: bool = False
+    ) -> None:
         super().__init__()
         self.imitate(layer)
         self.returns_tuple = returns_tuple
         self._calls = calls
         self._index = index
+        self._zeros = zeros
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         named = {f"argument {i + 1}": value for i, value in enumerate(args)} | kwargs
         self._calls.append((self._index, hidden, named))
-        return self.wrap(hidden)
+        return self.wrap(torch.zeros_like(hidden) if self._zeros else hidden)
 
 
 #: A slot's index, its input, and its other arguments by name.
@@ -263,12 +265,15 @@ class LayerStack:
         return 1
 
     @torch.no_grad()
-    def additions(self, arguments: dict[str, Any], more: dict[str, Any]) -> list[int]:
-        """The slots after which the owner adds to the hidden states, e.g. features of images (DeepStack).
+    def additions(self, arguments: dict[str, Any], more: dict[str, Any]) -> dict[int, torch.Tensor]:
+        """What the owner adds to hidden states between slots, e.g. features of images (DeepStack).
 
         Args:
             arguments: of a call of the owner, without a cache.
             more: further ones, which may be why it does.
+
+        Returns:
+            What is added, `[batch, tokens, width]`, by the index of the slot after which it is.
 
         Raises:
             UnsupportedArchitecture: what the slots are handed beside hidden states depends on `more`.
@@ -276,17 +281,21 @@ class LayerStack:
         plain, added = (self._calls_of_twin(given) for given in (arguments, {**arguments, **more}))
         if not all(_same(one, other) for (*_, one), (*_, other) in zip(plain, added, strict=True)):
             raise UnsupportedArchitecture(f"{self.name} hands its layers {', '.join(more)}, which do not travel")
-        return [index for (index, before, _), (_, after, _) in pairwise(added) if not torch.equal(before, after)]
+        return {
+            index: after - before
+            for (index, *_), (_, before, _), (_, after, _) in zip(plain[:-1], plain[1:], added[1:], strict=True)
+            if not torch.equal(before, after)
+        }
 
     def _calls_of_twin(self, arguments: dict[str, Any]) -> list[_CallOfSlot]:
-        """What a call of the owner hands its slots. None of them runs, and other threads may call them."""
+        """What a call of the owner hands its slots, without running them. Recorders in their place return zeros."""
         calls: list[_CallOfSlot] = []
-        recorders = self._recorders(calls, self.returns_tuple)
+        recorders = self._recorders(calls, self.returns_tuple, zeros=True)
         twin_with(self.owner, self.attribute, recorders)(**arguments, use_cache=False)
         return calls
 
-    def _recorders(self, calls: list[_CallOfSlot], returns_tuple: bool) -> nn.ModuleList:
-        return nn.ModuleList(_Recorder(calls, i, slot, returns_tuple) for i, slot in enumerate(self.slots))
+    def _recorders(self, calls: list[_CallOfSlot], returns_tuple: bool, zeros: bool = False) -> nn.ModuleList:
+        return nn.ModuleList(_Recorder(calls, i, slot, returns_tuple, zeros) for i, slot in enumerate(self.slots))
 
     @torch.no_grad()
     def _record(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import queue
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from split_common.engine.sequences import KVSequence
+from split_device.generation.placing import PlacedPrompt, Placement
 from split_device.generation.request import Generation
 from split_device.generation.sampling import Sampler
 from split_device.models.cache import SessionCacheLayer, StepContext
@@ -43,6 +44,8 @@ class ActiveRequest:
     #: When its states became ready for a worker, or for the tail, by `time.monotonic`.
     ready_since: float = 0.0
     ended: bool = False
+    #: Its prompt, if that has images and is embedded.
+    placed: PlacedPrompt | None = None
     #: States `[tokens, width]` for the worker; None ends the session's thread.
     outbox: queue.SimpleQueue[torch.Tensor | None] = field(default_factory=queue.SimpleQueue)
 
@@ -51,6 +54,25 @@ class ActiveRequest:
         """The number of its adapter; None without one."""
         adapter = self.generation.adapter
         return None if adapter is None else adapter.number
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where its tokens are; None if their positions are their indices."""
+        return None if self.placed is None else self.placed.placement
+
+    def positions(self, begin: int, count: int) -> Sequence[int]:
+        """The positions, on the first axis, of the tokens from index `begin` on."""
+        if (placement := self.placement) is None:
+            return range(begin, begin + count)
+        positions: list[int] = placement.positions_of(begin, count)[0].tolist()
+        return positions
+
+    def with_images(self, begin: int, states: torch.Tensor) -> torch.Tensor:
+        """Embeddings `[tokens, width]` of tokens from index `begin` on; those of its prompt with their images."""
+        if self.placed is None or begin >= len(self.placed.states):
+            return states
+        own = self.placed.states[begin : begin + len(states)]
+        return torch.cat([own, states[len(own) :]])
 
     @property
     def priority(self) -> int:
@@ -66,8 +88,14 @@ class ActiveRequest:
             outcome: Outcome
             try:
                 with torch.inference_mode():
-                    outcome = self.session.step(states[None], StepContext())[0]
+                    outcome = self.session.step(states[None], self._context(len(states)))[0]
             except Exception as error:
                 outcome = error
             on_outcome(self, outcome)
         self.session.reset()
+
+    def _context(self, tokens: int) -> StepContext:
+        """What its session has to know of its next tokens."""
+        if (placement := self.placement) is None:
+            return StepContext()
+        return placement.context(self.session.get_seq_length(), tokens)

@@ -26,6 +26,7 @@ from split_device.generation.admission import Admission, Admitted
 from split_device.generation.first_tokens import FirstTokens, is_delayed
 from split_device.generation.limits import Limits
 from split_device.generation.local_layers import KV_MEMORY, LocalLayers
+from split_device.generation.placing import ImagePrompts, PlacedPrompt
 from split_device.generation.request import FinishReason, Generation, Logprobs, OnToken, Request
 from split_device.generation.sampling import Sampler
 from split_device.generation.stage import Stage
@@ -73,6 +74,7 @@ class Generator:
         self._parts = model.split_parts
         self._max_requests = max_requests
         self._layers = LocalLayers(model, kv_memory if kv_memory is not None else KV_MEMORY)
+        self._images = ImagePrompts(model, self._layers.packed)
         self._head, self._tail = Stage(self._layers.head), Stage(self._layers.tail)
         #: Calls from other threads, to be made on the loop's thread.
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -125,6 +127,8 @@ class Generator:
             ForkedProcess: this process was forked since the generator was made.
         """
         self._birthplace.check()
+        if request.images:
+            self._images.check()
         generation = Generation(request, on_token, self._cancel, on_notice, self._layers.adapter(request.adapter))
         sampler = Sampler(self._model, request)
         tokens, capacity = sampler.max_length, self.capacity
@@ -147,6 +151,7 @@ class Generator:
             self._closing = True
         self._inbox.put(lambda: None)
         self._thread.join()
+        self._images.close()
         self._requests.join(CLOSE_TIMEOUT)
 
     def __enter__(self) -> Generator:
@@ -218,7 +223,7 @@ class Generator:
                 self._arrived.append((request, states))
             elif not request.ended:
                 begin, request.tail_tokens = request.tail_tokens, request.tail_tokens + len(states)
-                self._tail.add(request, request.sequences[1], begin, states, request.adapter)
+                self._tail.add(request, request.sequences[1], begin, states, request.adapter, request.placement)
 
     def _run_tail(self) -> None:
         for request, outcome in self._forward("tail", self._tail):
@@ -254,14 +259,17 @@ class Generator:
             tokens = [request.pending.popleft() for request in requests]
             begins = [request.head_tokens for request in requests]
             positions = [
-                begin + index for begin, part in zip(begins, tokens, strict=True) for index in range(len(part))
+                position
+                for request, begin, part in zip(requests, begins, tokens, strict=True)
+                for position in request.positions(begin, len(part))
             ]
             adapters = [request.adapter for request, part in zip(requests, tokens, strict=True) for _ in part]
             states = self._layers.embed([token for part in tokens for token in part], positions, adapters)
             by_request = torch.split(states, [*map(len, tokens)])
             for request, begin, part in zip(requests, begins, by_request, strict=True):
                 request.head_tokens += len(part)
-                self._head.add(request, request.sequences[0], begin, part, request.adapter)
+                part = request.with_images(begin, part)
+                self._head.add(request, request.sequences[0], begin, part, request.adapter, request.placement)
 
     def _run_head(self) -> None:
         for request, outcome in self._forward("head", self._head):
@@ -304,7 +312,22 @@ class Generator:
     def _begin(self, admitted: Admitted) -> None:
         request = self._requests.begin(admitted)
         self._first_tokens.renew()
-        self._entering.append(request)
+        if not request.generation.request.images:
+            self._entering.append(request)
+            return
+        self._images.start(
+            request.generation.request,
+            request.adapter,
+            lambda outcome: self._inbox.put(functools.partial(self._placed, request, outcome)),
+        )
+
+    def _placed(self, request: ActiveRequest, outcome: PlacedPrompt | Exception) -> None:
+        """A prompt with images has been embedded."""
+        if isinstance(outcome, Exception):
+            self._end(request, outcome)
+        else:
+            request.placed = outcome
+            self._entering.append(request)
 
     def _on_outcome(self, request: ActiveRequest, outcome: Outcome) -> None:
         """Called on the session's thread."""

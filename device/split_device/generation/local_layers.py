@@ -54,7 +54,7 @@ class LocalLayers:
         def runner(first: int, last: int) -> Runner | None:
             if first == last:
                 return None
-            part, stack = _shared_copy(model, range(first, last))
+            part, stack = shared_copy(model, range(first, last))
             strip(part, stack.slots)
             _pack(part)
             share = kv_bytes * (last - first) // layers
@@ -63,6 +63,8 @@ class LocalLayers:
         #: The layers of head and tail; None for an end without layers.
         self.head, self.tail = runner(0, split.first), runner(split.last, split.layers)
         runners = [runner for runner in (self.head, self.tail) if runner is not None]
+        #: Whether many sequences share a forward.
+        self.packed = all(runner.unpacked_because is None for runner in runners)
         #: Whether tokens that were appended together must be appended together again.
         self.indivisible = parts.traits.positions_interact
         #: Most tokens of one sequence for which there is memory; None without layers.
@@ -113,7 +115,7 @@ class EmbeddingAndHead:
     """The model without its decoder layers."""
 
     def __init__(self, model: Any) -> None:
-        self._model, self._stack = _shared_copy(model, range(0))
+        self._model, self._stack = shared_copy(model, range(0))
         _pack(self._model)
         self._device = next(self._model.parameters()).device
         self._dtype = model.dtype
@@ -156,7 +158,7 @@ class EmbeddingAndHead:
         return args if passage is None or passage.incoming is None else (passage.incoming, *args[1:])
 
 
-def _shared_copy(model: Any, kept: range) -> tuple[Any, LayerStack]:
+def shared_copy(model: Any, kept: range) -> tuple[Any, LayerStack]:
     """A copy of a split model with the same tensors and only the layers `kept`; and its stack."""
     stack: LayerStack = model.split_parts.stack
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from transformers import GenerationConfig
 
 from split_device.models.adapters import LoadedAdapter
@@ -41,6 +42,8 @@ class Request:
         request_id: the id by which logs name it, 1 to 128 visible ASCII characters; None for a random one.
         index: which of the choices of one request id it is, from 0.
         adapter: the name of one of the model's adapters; None for the active one, "" for none.
+        images: what a processor made of the prompt's images: further arguments of `generate`, such as
+            `pixel_values`, for one row. The prompt has the tokens that stand for the images.
     """
 
     prompt: list[int]
@@ -53,6 +56,7 @@ class Request:
     request_id: str | None = None
     index: int = 0
     adapter: str | None = None
+    images: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False)
 
 
 #: Called on the generator's thread for each token: the token, its log probabilities if requested, and the state of

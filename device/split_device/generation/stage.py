@@ -15,6 +15,7 @@ from split_common.engine.scheduler import Scheduler, is_prefill
 from split_common.engine.sequences import KVSequence, TokenRun
 from split_common.engine.steps import ScheduledStep
 from split_common.errors import Busy
+from split_device.generation.placing import Placement
 
 log = logging.getLogger(__name__)
 
@@ -72,20 +73,24 @@ class Stage:
         begin: int,
         states: torch.Tensor,
         adapter: int | None = None,
+        placement: Placement | None = None,
     ) -> None:
         """Adds a step. The steps of one key run in order.
 
         Args:
             sequence: the keys and values that the step extends; None for an end without layers.
-            begin: the position of the first token.
+            begin: the index of the first token.
             states: `[tokens, width]`.
             adapter: the number of the sequence's adapter; None without one.
+            placement: where its tokens are; None if their positions are their indices.
         """
         if self.runner is None:
             self._passing.append((key, states))
             return
         assert sequence is not None
         run = TokenRun(sequence, states, range(begin, begin + len(states)), adapter)
+        if placement is not None:
+            run = placement.run(run, self.runner.layers.split.body)
         self._start(self.scheduler.add(ScheduledStep(key, key, is_prefill(len(states)), run)))
 
     def forward(self) -> tuple[int, list[KeyedOutcome]]:

@@ -25,7 +25,7 @@ from split_device.sessions.distinct import distinct
 from split_device.sessions.history import History
 from split_device.sessions.identity import SessionIdentity
 from split_device.sessions.notices import OnNotice
-from split_device.sessions.places import PlacedRun, first_axis
+from split_device.sessions.places import PlacedRun, distinct_axes, first_axis
 from split_device.sessions.resilient import ResilientSession
 from split_device.sessions.session import RemoteSession, Reply
 from split_device.sessions.timings import StepTimings
@@ -351,16 +351,7 @@ class SessionCacheLayer(BodyLayer):
         if positions is None:
             past = self.get_seq_length()
             positions = torch.arange(past, past + tokens)[None]
-        axes = self._traits.axes or 1
-        if positions.ndim == 3 and len(positions) == axes + 1:
-            # The first one are those of the text, for masks alone.
-            positions = positions[1:]
-        if positions.ndim == 3 and bool((positions == positions[:1]).all()):
-            positions = positions[0]
-        if positions.ndim != 2 and (positions.ndim != 3 or len(positions) != axes):
-            raise UnsupportedFeature(
-                f"position ids of shape {tuple(positions.shape)} cannot be split: expected one axis, or {axes}"
-            )
+        positions = distinct_axes(positions, self._traits.axes or 1)
         return positions.cpu().expand(*positions.shape[:-2], batch, tokens)
 
     def _places(self, positions: torch.Tensor, ahead: torch.Tensor | None) -> torch.Tensor:

@@ -26,6 +26,7 @@ from split_common.models.split import END_LAYERS, Split
 from split_common.models.tensors import dtype_name, parse_dtype
 from split_common.models.verification import find_manifest
 from split_device.models.adapters import AdapterDirectories, ModelAdapters, WithAdapters, adapter_directories
+from split_device.models.additions import check_additions
 from split_device.models.body import Generating, RemoteBody, RemoteLayer, forwarding, generating
 from split_device.models.cache import StepContext, Traits, attends, has_states_outside, sees_gaps
 from split_device.models.connected import ConnectedModel, Endpoint
@@ -277,7 +278,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         context.mask, context.ahead = plain_mask(self.config, given, cache, around.mask)
         if context.ahead is not None and self.split_parts.traits.axes is None:
             raise UnsupportedFeature("tokens that attend to later ones can be split in models that see images only")
-        self._check_additions(given)
+        check_additions(self.split_parts.stack, self.split, given)
         states = given.get("inputs_embeds")
         tokens = given.get("input_ids") if states is None else states
         if tokens is not None:
@@ -289,24 +290,6 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
             self._check_length((cached_tokens(cache) if cache is not None else 0) + tokens.shape[1])
         if states is None and tokens is not None and self._scope is None:
             check_tokens(self, tokens)
-
-    def _check_additions(self, given: dict[str, Any]) -> None:
-        """Raises UnsupportedFeature if the stack's owner adds something between layers that are on the worker."""
-        stack, split = self.split_parts.stack, self.split
-        more = {
-            name: value
-            for name, value in given.items()
-            if name not in (*_USUAL, stack.cache_name) and isinstance(value, torch.Tensor | list | tuple)
-        }
-        if not more or given.get("inputs_embeds") is None:
-            return
-        usual = {name: given.get(name) for name in ("inputs_embeds", "position_ids", "attention_mask")}
-        inside = [index for index in stack.additions(usual, more) if index < split.last - 1]
-        if inside and inside[-1] >= split.first:
-            raise UnsupportedFeature(
-                f"this model adds features of images after layer {inside[-1]}, which is on the worker: give the "
-                f"device a head of at least {inside[-1] + 1} layers (head_layers, --layers)"
-            )
 
     def _after_stack(self, _owner: Any, _args: Any, _output: Any) -> None:
         if (context := forwarding.get()) is not None:
@@ -356,15 +339,3 @@ def _refuse_packing(context: StepContext) -> None:
     steps = positions.diff() if positions.ndim == 2 else positions[0].diff().clamp(max=0) + 1
     if bool((steps != 1).any()):
         raise UnsupportedFeature("packed sequences cannot be split: pass them as rows of a batch")
-
-
-#: Arguments of a stack's owner that say nothing that has to travel by itself.
-_USUAL = (
-    "input_ids",
-    "inputs_embeds",
-    "attention_mask",
-    "position_ids",
-    "use_cache",
-    "cache_position",
-    "logits_to_keep",
-)

@@ -7,10 +7,12 @@ attends to.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from split_common.errors import UnsupportedFeature
 from split_common.protocol import payloads
 
 
@@ -60,14 +62,44 @@ class PlacedRun:
         return [payloads.Span(self.row, self.start + first, last - first) for first, last in self._spans()]
 
     def _spans(self) -> list[tuple[int, int]]:
-        ahead = self.places[:, -1].tolist()
-        spans = []
-        index = 0
-        while index < len(ahead):
-            if ahead[index]:
-                spans.append((index, index + ahead[index] + 1))
-            index += ahead[index] + 1
-        return spans
+        return spans_of(self.places[:, -1].tolist())
+
+
+def spans_of(ahead: Sequence[int]) -> list[tuple[int, int]]:
+    """Begin and end of the tokens that attend to each other both ways.
+
+    Args:
+        ahead: how many of the tokens after it each token attends to.
+    """
+    spans = []
+    index = 0
+    while index < len(ahead):
+        if ahead[index]:
+            spans.append((index, index + ahead[index] + 1))
+        index += ahead[index] + 1
+    return spans
+
+
+def distinct_axes(positions: torch.Tensor, axes: int) -> torch.Tensor:
+    """Position ids that a model's layers are given, as `[axes, batch, tokens]`, or `[batch, tokens]` if axes agree.
+
+    Args:
+        positions: `[batch, tokens]`, or the same for each axis, possibly after those of the text.
+        axes: how many axes the layers know.
+
+    Raises:
+        UnsupportedFeature: the shape is another one.
+    """
+    if positions.ndim == 3 and len(positions) == axes + 1:
+        # The first one are those of the text, for masks alone.
+        positions = positions[1:]
+    if positions.ndim == 3 and bool((positions == positions[:1]).all()):
+        positions = positions[0]
+    if positions.ndim != 2 and (positions.ndim != 3 or len(positions) != axes):
+        raise UnsupportedFeature(
+            f"position ids of shape {tuple(positions.shape)} cannot be split: expected one axis, or {axes}"
+        )
+    return positions
 
 
 def first_axis(places: torch.Tensor, dimensions: int) -> torch.Tensor:
