@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import openai
 import pytest
 
 import tiny
@@ -25,9 +26,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client(checkpoint: Path) -> Iterator[httpx2.Client]:
+def url(checkpoint: Path) -> Iterator[str]:
+    with serving(checkpoint) as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[httpx2.Client]:
     headers = {"x-api-key": KEY, "anthropic-version": "2023-06-01", "anthropic-beta": "some-2026-01-01"}
-    with serving(checkpoint) as (url, _), httpx2.Client(base_url=url, headers=headers, timeout=PATIENCE) as client:
+    with httpx2.Client(base_url=url, headers=headers, timeout=PATIENCE) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def responses(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
         yield client
 
 
@@ -134,3 +147,102 @@ def test_an_error_names_the_block(client: httpx2.Client, block: dict[str, Any], 
     refused = ask(client, messages=[{"role": "user", "content": [block]}])
     assert refused.status_code == 400
     assert refused.json()["error"]["message"].startswith(where)
+
+
+# --- OpenAI's Responses API --------------------------------------------------------------------------------
+
+
+def respond(client: openai.OpenAI, **fields: Any) -> Any:
+    return client.responses.create(
+        model="tiny", **{"input": "Hello", "max_output_tokens": 8, "temperature": 0, **fields}
+    )
+
+
+def test_a_whole_response(responses: openai.OpenAI, unsplit: Unsplit) -> None:
+    answer = respond(responses, instructions="Be brief.", metadata={"a": "b"}, user="u")
+    assert answer.output_text == unsplit.say("system:Be brief.</s>user:Hello</s>assistant:", 8)
+    assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert answer.output[0].status == "incomplete"
+    assert (answer.usage.output_tokens, answer.metadata) == (8, {"a": "b"})
+    assert answer.id == f"resp_{answer._request_id}"
+
+
+def test_a_response_goes_on_from_another_one(responses: openai.OpenAI, unsplit: Unsplit) -> None:
+    first = respond(responses)
+    second = respond(responses, previous_response_id=first.id)
+    prompt = f"user:Hello</s>assistant:{first.output_text}</s>user:Hello</s>assistant:"
+    assert second.output_text == unsplit.say(prompt, 8)
+    items = [{"role": "user", "content": "Hello"}, *first.output, {"role": "user", "content": "Hello"}]
+    assert respond(responses, input=items, store=False).output_text == second.output_text
+    third = respond(responses, previous_response_id=second.id, instructions="Be brief.")
+    prompt = f"system:Be brief.</s>{prompt}{second.output_text}</s>user:Hello</s>assistant:"
+    assert third.output_text == unsplit.say(prompt, 8)
+
+
+def test_responses_are_kept_until_they_are_deleted(responses: openai.OpenAI) -> None:
+    kept, other = respond(responses), respond(responses, store=False)
+    assert responses.responses.retrieve(kept.id).output == kept.output
+    (item,) = responses.responses.input_items.list(kept.id).data
+    assert item.content[0].text == "Hello"
+    responses.responses.delete(kept.id)
+    for id_ in (kept.id, other.id):
+        with pytest.raises(openai.NotFoundError):
+            responses.responses.retrieve(id_)
+        with pytest.raises(openai.NotFoundError) as unknown:
+            respond(responses, previous_response_id=id_)
+        assert unknown.value.code == "previous_response_not_found"
+
+
+def test_one_request_id_is_two_responses(responses: openai.OpenAI) -> None:
+    first = respond(responses, extra_headers={"X-Request-Id": "mine"})
+    second = respond(responses, extra_headers={"X-Request-Id": "mine"}, previous_response_id=first.id)
+    assert first.id == "resp_mine" != second.id
+    assert responses.responses.retrieve(second.id).previous_response_id == first.id
+
+
+def test_a_streamed_response(responses: openai.OpenAI) -> None:
+    whole = respond(responses)
+    found = list(respond(responses, stream=True))
+    assert [event.sequence_number for event in found] == list(range(len(found)))
+    deltas = [event for event in found if event.type == "response.output_text.delta"]
+    assert [event.type for event in found] == [
+        *("response.created", "response.in_progress", "response.output_item.added"),
+        "response.content_part.added",
+        *["response.output_text.delta"] * len(deltas),
+        *("response.output_text.done", "response.content_part.done", "response.output_item.done"),
+        "response.incomplete",
+    ]
+    assert "".join(event.delta for event in deltas) == whole.output_text
+    assert found[-1].response.output_text == whole.output_text
+    assert found[-1].response.usage == whole.usage
+    assert responses.responses.retrieve(found[-1].response.id).output_text == whole.output_text
+    with responses.responses.stream(model="tiny", input="Hello", max_output_tokens=8, temperature=0) as stream:
+        assert "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+
+
+def test_log_probabilities_of_a_response(responses: openai.OpenAI) -> None:
+    answer = respond(responses, top_logprobs=2, include=["message.output_text.logprobs"])
+    logprobs = answer.output[0].content[0].logprobs
+    assert b"".join(bytes(token.bytes) for token in logprobs).decode() == answer.output_text
+    assert [len(token.top_logprobs) for token in logprobs] == [2] * 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"truncation": "auto"}, "truncation"),
+        ({"background": True}, "background"),
+        ({"tools": [{"type": "file_search", "vector_store_ids": []}]}, "tools[0].type"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"temperature": 3}, "temperature"),
+        ({"input": []}, "input"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
+    ],
+)
+def test_an_error_names_the_field(responses: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        respond(responses, **fields)
+    assert refused.value.param == param

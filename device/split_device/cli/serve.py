@@ -27,7 +27,7 @@ from split_device.cli.groups import (
     SamplingDefaults,
     TextModelOptions,
 )
-from split_device.cli.options import SAMPLING_PANEL
+from split_device.cli.options import SAMPLING_PANEL, StoreKeyOption
 from split_device.cli.terminal import loading
 from split_device.generation.settings import OPENAI_DEFAULTS, Sampling
 from split_device.jobs.job import ImageChoice, ModelChoice
@@ -82,6 +82,7 @@ def serve(
             "repeated. Allowed are localhost, 127.0.0.1 and [::1].",
         ),
     ] = None,
+    store_key: StoreKeyOption = None,
     json: JsonOption = False,
 ) -> None:
     """Serve split models to OpenAI's clients on this machine, many requests at once, until Ctrl-C or SIGTERM.
@@ -125,6 +126,7 @@ def serve(
             from split_device.jobs.models import Models
             from split_device.serving.dialects import dialects
             from split_device.serving.openai.images import Images
+            from split_device.serving.openai.responses.store import ResponseStore
             from split_device.serving.server import CompletionServer
             from split_device.serving.text_model import TextModel
 
@@ -135,7 +137,9 @@ def serve(
                 if image_choice and image_name
                 else None
             )
-        server = CompletionServer(text, dialects(text), image_endpoint, api_key, hosts)
+        responses = ResponseStore(store_key)
+        stack.callback(responses.close)
+        server = CompletionServer(text, dialects(text, responses), image_endpoint, api_key, hosts)
         with running_server(server.app(), listener, stop):
             default = text.sampling() if text is not None else None
             _announce(f"http://{HOST}:{listener.getsockname()[1]}/", name, adapters, image_name, default, json)

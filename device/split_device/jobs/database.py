@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from split_common.errors import ConfigError, JobsError, SplitError, StoreLocked
@@ -19,13 +20,12 @@ SCHEMA_VERSION = 4
 #: How long a write waits for another process to finish its own, in seconds.
 BUSY_TIMEOUT = 30.0
 
-#: A known text, sealed like everything else, which shows on opening whether the key is the right one.
-_MARK = b"lambda-split jobs"
+#: The table of a known text, sealed like everything else, which shows on opening whether the key is the right one.
+_MARK_TABLE = "CREATE TABLE mark (value BLOB NOT NULL);"
 
 #: `claimed` and `claimed_tokens`: when a job began to run the last time, and the tokens that it had then.
 #: `request_id`: if it is not the job's id. `session`: what broker and worker call the job's last session.
-_SCHEMA = """
-CREATE TABLE mark (value BLOB NOT NULL);
+_TABLES = """
 CREATE TABLE jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
@@ -98,7 +98,28 @@ ALTER TABLE jobs ADD COLUMN session TEXT;
 }
 
 
-def open_database(path: Path, key_file: Path | None) -> tuple[sqlite3.Connection, Vault]:
+@dataclass(frozen=True)
+class Schema:
+    """The tables of a file.
+
+    Args:
+        name: what the file is, for errors.
+        mark: a text that tells such files from others.
+        migrations: what brings a file of a version to the next one.
+    """
+
+    name: str
+    mark: bytes
+    version: int
+    tables: str
+    migrations: Mapping[int, str] = field(default_factory=dict)
+
+
+#: Jobs, their groups and hooks.
+JOBS = Schema("a store of jobs", b"lambda-split jobs", SCHEMA_VERSION, _TABLES + _GROUPS, _MIGRATIONS)
+
+
+def open_database(path: Path, key_file: Path | None, schema: Schema = JOBS) -> tuple[sqlite3.Connection, Vault]:
     """Opens a store's file, or creates it with mode 0600; returns the connection and the vault of its key.
 
     Args:
@@ -125,37 +146,37 @@ def open_database(path: Path, key_file: Path | None) -> tuple[sqlite3.Connection
         db.execute("PRAGMA secure_delete = ON")
         with transaction(db, path):
             (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version not in (0, *_MIGRATIONS, SCHEMA_VERSION):
+            if version not in (0, *schema.migrations, schema.version):
                 raise ConfigError(f"{path} was made by another version of lambda-split")
             if not version:
-                return db, _create(db, key_file)
-            vault = _unseal(db, path, key_file)
-            _migrate(db, version)
+                return db, _create(db, key_file, schema)
+            vault = _unseal(db, path, key_file, schema)
+            _migrate(db, version, schema)
             return db, vault
     except sqlite3.DatabaseError as error:
         db.close()
-        raise ConfigError(f"{path} is not a store of jobs: {error}") from None
+        raise ConfigError(f"{path} is not {schema.name}: {error}") from None
     except SplitError:
         db.close()
         raise
 
 
-def _create(db: sqlite3.Connection, key_file: Path | None) -> Vault:
+def _create(db: sqlite3.Connection, key_file: Path | None, schema: Schema) -> Vault:
     """Makes the tables, and the key unless its file exists."""
     key = None
     if key_file is not None:
         key = read_key(key_file) if key_file.exists() else make_key(key_file)
     vault = Vault(key)
-    _execute_all(db, _SCHEMA + _GROUPS)
-    db.execute("INSERT INTO mark VALUES (?)", (vault.seal(_MARK, "mark"),))
-    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    _execute_all(db, _MARK_TABLE + schema.tables)
+    db.execute("INSERT INTO mark VALUES (?)", (vault.seal(schema.mark, "mark"),))
+    db.execute(f"PRAGMA user_version = {schema.version}")
     return vault
 
 
-def _migrate(db: sqlite3.Connection, version: int) -> None:
+def _migrate(db: sqlite3.Connection, version: int, schema: Schema) -> None:
     """Brings the tables from a version to the present one, in the caller's transaction."""
-    for old in range(version, SCHEMA_VERSION):
-        _execute_all(db, _MIGRATIONS[old])
+    for old in range(version, schema.version):
+        _execute_all(db, schema.migrations[old])
         db.execute(f"PRAGMA user_version = {old + 1}")
 
 
@@ -165,10 +186,10 @@ def _execute_all(db: sqlite3.Connection, statements: str) -> None:
         db.execute(statement)
 
 
-def _unseal(db: sqlite3.Connection, path: Path, key_file: Path | None) -> Vault:
+def _unseal(db: sqlite3.Connection, path: Path, key_file: Path | None, schema: Schema) -> Vault:
     """The vault of the key in `key_file`. Raises StoreLocked if it is not the store's."""
     (mark,) = db.execute("SELECT value FROM mark").fetchone()
-    if (mark == _MARK) != (key_file is None):
+    if (mark == schema.mark) != (key_file is None):
         wrong = "is sealed: name its key file" if key_file is None else "is not sealed: name no key file"
         raise StoreLocked(f"{path} {wrong}")
     vault = Vault(read_key(key_file) if key_file is not None else None)

@@ -14,7 +14,7 @@ from split_device.generation.settings import BOUNDS, within_bounds
 _T = TypeVar("_T")
 
 #: Fields that have the bounds of another one.
-_BOUNDED = {"max_completion_tokens": "max_tokens"}
+_BOUNDED = {"max_completion_tokens": "max_tokens", "max_output_tokens": "max_tokens"}
 
 #: What msgspec says of a field in a message about the whole object, and what is said here.
 _FIELD_ERRORS = {"contains unknown": "unknown field", "missing required": "required"}

@@ -23,13 +23,14 @@ from split_device.serving.guard import Guard, check_key, check_origin
 from split_device.serving.http import Handler, json_response, refuse
 from split_device.serving.openai.images import Images
 from split_device.serving.openai.requests import COMPLETION_PATHS
+from split_device.serving.openai.responses.paths import RESPONSES_PATH
 from split_device.serving.request_ids import RequestIds
 from split_device.serving.text_model import TextModel
 
 IMAGES_PATH = "/v1/images/generations"
 
 #: Methods and paths of all requests for texts.
-TEXT_PATHS = [("POST", path) for path in (*COMPLETION_PATHS, MESSAGES_PATH, COUNT_PATH)]
+TEXT_PATHS = [("POST", path) for path in (*COMPLETION_PATHS, RESPONSES_PATH, MESSAGES_PATH, COUNT_PATH)]
 
 
 class Dialect(Protocol):

@@ -1,0 +1,1 @@
+"""OpenAI's Responses API: requests, answers, events, and responses that are kept."""

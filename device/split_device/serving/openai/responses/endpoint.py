@@ -1,0 +1,132 @@
+"""`/v1/responses`: answers in the format of the Responses API, and those that are kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from split_device.jobs.job import Message
+from split_device.serving.answering import Answer, comment, event
+from split_device.serving.fields import ApiError
+from split_device.serving.http import Handler, api_error, json_response, read_json
+from split_device.serving.openai.responses.answers import ResponseEvents, ResponseWriter, response_id
+from split_device.serving.openai.responses.items import parse_items
+from split_device.serving.openai.responses.paths import ITEMS_PATH, RESPONSE_PATH, RESPONSES_PATH
+from split_device.serving.openai.responses.requests import ResponseRequest, parse_response
+from split_device.serving.openai.responses.store import ResponseStore, StoredResponse
+from split_device.serving.parts import Parts, whole
+from split_device.serving.request_ids import request_id
+from split_device.serving.streaming import Notice
+from split_device.serving.text_model import TextModel
+from split_device.sessions.identity import new_request_id
+
+
+class Responses:
+    """Answers requests with the model that is served."""
+
+    def __init__(self, model: TextModel, store: ResponseStore) -> None:
+        self._model = model
+        self._store = store
+
+    def handlers(self) -> Mapping[tuple[str, str], Handler]:
+        """What answers which method and path."""
+        return {
+            ("POST", RESPONSES_PATH): self.create,
+            ("GET", RESPONSE_PATH): self.get,
+            ("DELETE", RESPONSE_PATH): self.delete,
+            ("GET", ITEMS_PATH): self.items,
+        }
+
+    async def create(self, request: Request) -> Response:
+        """Answers a request for a response. Raises ApiError, and other errors that `api_error` reports."""
+        asked = parse_response(await read_json(request), self._model)
+        adapter = self._model.adapter(asked.body.model)
+        if asked.body.store or asked.previous is not None:
+            await self._store.check()
+        query = asked.query(await self._before(asked.previous))
+        (task,) = query.tasks
+        prompt = await self._model.encode(task)
+        id_ = request_id(request)
+        writer = ResponseWriter(
+            await self._unique(asked, id_), int(time.time()), asked.echoed, asked.custom, len(prompt)
+        )
+        with Answer(request) as answer:
+            answer.streams.append(
+                self._model.stream(task, prompt, logprobs=query.logprobs, request_id=id_, adapter=adapter)
+            )
+            if query.stream:
+                return answer.events(self._events(asked, answer, writer))
+            (choice,) = await answer.whole()
+        response = writer.response(whole(choice))
+        await self._keep(asked, response)
+        return json_response(response)
+
+    async def _unique(self, asked: ResponseRequest, id_: str) -> str:
+        """What ids of a response have in common: the id of the request, unless a response has it that is kept."""
+        taken = asked.body.store and await self._store.has(response_id(id_))
+        return new_request_id() if taken else id_
+
+    async def _before(self, previous: str | None) -> list[Message]:
+        """What was said in the response with this id, in those before it, and what they answered."""
+        chain = [] if previous is None else await self._store.chain(previous)
+        return parse_items([item for stored in chain for item in (*stored.input, *stored.response["output"])])
+
+    async def _keep(self, asked: ResponseRequest, response: dict[str, Any]) -> None:
+        if asked.body.store:
+            stored = StoredResponse(
+                id=response["id"], previous=asked.previous, input=asked.items, response=response
+            )
+            await self._store.put(stored)
+
+    async def _events(self, asked: ResponseRequest, answer: Answer, writer: ResponseWriter) -> AsyncIterator[str]:
+        """The events of one response, from its creation to its end."""
+        events, parts = ResponseEvents(writer), Parts()
+
+        def written(data: dict[str, Any]) -> str:
+            return event(data, str(data["type"]))
+
+        for first in events.begin():
+            yield written(first)
+        failure: ApiError | None = None
+        try:
+            async for _, piece in answer.pieces():
+                if isinstance(piece, Notice):
+                    yield comment(piece)
+                    continue
+                for happened in parts.push(piece):
+                    for data in events.part(happened):
+                        yield written(data)
+            await self._keep(asked, writer.response(parts))
+        except Exception as error:
+            failure = api_error(error)
+        yield written(events.end(writer.response(parts, failure)))
+
+    async def get(self, request: Request) -> Response:
+        """A response that is kept."""
+        stored = await self._stored(request)
+        if request.query_params.get("stream", "false").lower() == "true":
+            raise ApiError("a stored response is not streamed", param="stream", code="unsupported_parameter")
+        return json_response(stored.response)
+
+    async def items(self, request: Request) -> Response:
+        """The items of the input of a response that is kept, the last one first unless it is asked otherwise."""
+        stored = await self._stored(request)
+        prefix = stored.id.removeprefix("resp_")
+        items = [{"id": f"item_{prefix}_{index}", **item} for index, item in enumerate(stored.input)]
+        if request.query_params.get("order", "desc") != "asc":
+            items.reverse()
+        ends = {"first_id": items[0]["id"], "last_id": items[-1]["id"]} if items else {}
+        return json_response({"object": "list", "data": items, **ends, "has_more": False})
+
+    async def delete(self, request: Request) -> Response:
+        """Forgets a response."""
+        id_ = request.path_params["id"]
+        await self._store.delete(id_)
+        return json_response({"id": id_, "object": "response", "deleted": True})
+
+    async def _stored(self, request: Request) -> StoredResponse:
+        return await self._store.get(request.path_params["id"])

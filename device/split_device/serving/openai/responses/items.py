@@ -1,0 +1,150 @@
+"""Items of a conversation in the format of the Responses API: messages, calls of tools, and what was thought."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from split_device.generation.tools import ToolCall
+from split_device.jobs.job import Message
+from split_device.serving.fields import ApiError, convert, present
+
+#: The argument of the function that stands for a custom tool: a text of any form.
+CUSTOM_INPUT = "input"
+
+#: Fields of items and their parts that are accepted and have no effect.
+_IGNORED = frozenset(
+    {"id", "status", "annotations", "logprobs", "phase", "encrypted_content", "namespace", "caller"}
+)
+
+
+class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of a text. Refusals of other models are what they said."""
+
+    type: Literal["input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text"]
+    text: str | None = None
+    refusal: str | None = None
+
+
+class _Item(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
+    pass
+
+
+class _Message(_Item, frozen=True, tag="message"):
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[_Part]
+
+
+class _FunctionCall(_Item, frozen=True, tag="function_call"):
+    call_id: str
+    name: str
+    arguments: str
+
+
+class _FunctionOutput(_Item, frozen=True, tag="function_call_output"):
+    call_id: str
+    output: str | list[_Part]
+    name: str | None = None
+
+
+class _CustomCall(_Item, frozen=True, tag="custom_tool_call"):
+    call_id: str
+    name: str
+    input: str
+
+
+class _CustomOutput(_Item, frozen=True, tag="custom_tool_call_output"):
+    call_id: str
+    output: str | list[_Part]
+    name: str | None = None
+
+
+class _Reasoning(_Item, frozen=True, tag="reasoning"):
+    summary: list[_Part] = []
+    content: list[_Part] | None = None
+
+
+_AnyItem = _Message | _FunctionCall | _FunctionOutput | _CustomCall | _CustomOutput | _Reasoning
+
+
+class _Parsed(msgspec.Struct, frozen=True):
+    input: _AnyItem
+
+
+def as_items(given: object) -> list[Any]:
+    """The `input` of a request as a list of items: a text is a message of the user. Raises ApiError."""
+    if isinstance(given, str):
+        return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": given}]}]
+    if not isinstance(given, list):
+        raise ApiError("input: expected a text or a list of items", param="input")
+    return [{"type": "message", **item} if isinstance(item, dict) else item for item in given]
+
+
+def parse_items(items: Sequence[object], where: str = "input") -> list[Message]:
+    """The messages that items come down to.
+
+    A call belongs to the assistant's message before it, and what was thought to the message after it.
+
+    Raises:
+        ApiError: an item is wrong, or not supported. The error names its field.
+    """
+    found: list[Message] = []
+    thought = ""
+    for index, item in enumerate(items):
+        parsed = _parse(item, f"{where}[{index}]")
+        match parsed:
+            case _Reasoning():
+                thought += _text(parsed.content or parsed.summary)
+                continue
+            case _FunctionOutput() | _CustomOutput():
+                found.append(Message("tool", _text(parsed.output), tool_call_id=parsed.call_id))
+            case _FunctionCall():
+                _add_call(found, ToolCall(id=parsed.call_id, name=parsed.name, arguments=parsed.arguments), thought)
+            case _CustomCall():
+                arguments = json.dumps({CUSTOM_INPUT: parsed.input}, ensure_ascii=False)
+                _add_call(found, ToolCall(id=parsed.call_id, name=parsed.name, arguments=arguments), thought)
+            case _Message():
+                role = "system" if parsed.role == "developer" else parsed.role
+                own = thought if role == "assistant" else ""
+                found.append(Message(role, _text(parsed.content), reasoning=own or msgspec.UNSET))
+        thought = ""
+    return found
+
+
+def _parse(item: object, where: str) -> _AnyItem:
+    if not isinstance(item, dict):
+        raise ApiError(f"{where} is not a JSON object", param=where)
+    try:
+        return convert({"input": _without_ignored(item)}, _Parsed).input
+    except ApiError as error:
+        path = where + (error.param or "input").removeprefix("input")
+        message = str(error).removeprefix("input")
+        code = "unsupported_parameter" if path.endswith(".type") else error.code
+        raise ApiError(f"{where}{message}", param=path, code=code) from None
+
+
+def _without_ignored(value: Any) -> Any:
+    """An item or a part of one without fields that have no effect."""
+    if isinstance(value, list):
+        return [_without_ignored(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_ignored(each) for name, each in present(value).items() if name not in _IGNORED}
+
+
+def _add_call(found: list[Message], call: ToolCall, thought: str) -> None:
+    """Adds a call to the assistant's message that is last, or to a new one."""
+    last = found[-1] if found else None
+    if last is None or last.role != "assistant" or thought:
+        found.append(Message("assistant", "", tool_calls=(call,), reasoning=thought or msgspec.UNSET))
+    else:
+        found[-1] = msgspec.structs.replace(last, tool_calls=(*(last.tool_calls or ()), call))
+
+
+def _text(content: str | Iterable[_Part]) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join((part.text if part.refusal is None else part.refusal) or "" for part in content)
