@@ -1,0 +1,90 @@
+"""Grammars of constraints: checked in a process of their own, so that no schema stops or ends this one."""
+
+from __future__ import annotations
+
+import functools
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from split_common.errors import ConfigError, UnsupportedFeature
+from split_device.generation.structured import Source, StructuredOutputs
+
+#: Most seconds of CPU time that a grammar takes to compile.
+COMPILE_SECONDS = 0.5
+
+#: Seconds after which the process that compiles counts as stuck, on a machine that is very busy.
+STUCK_SECONDS = 60.0
+
+#: Most grammars that are kept.
+KEPT = 64
+
+#: The program that compiles.
+CHECK = Path(__file__).with_name("grammar_check.py")
+
+#: What the compiler says of what it cannot enforce, and what is said here.
+_UNSUPPORTED = (
+    (re.compile(r"Unimplemented keys: \[(.*)\]"), "JSON Schema's {} cannot be enforced"),
+    (re.compile(r"Unknown format: (.*)"), "JSON Schema's format {} cannot be enforced"),
+    (
+        re.compile(r"(oneOf) constraints are not supported.*"),
+        "{} cannot be enforced unless its schemas exclude each other",
+    ),
+    (
+        re.compile(r".*(look-?arounds?|backreferences|lookarounds).* not supported.*"),
+        "{} in an expression cannot be enforced",
+    ),
+)
+
+#: Most characters of what the compiler says that are passed on.
+_MAX_ERROR = 400
+
+
+class _Checked(msgspec.Struct):
+    grammar: str = ""
+    error: str = ""
+
+
+def grammar_of(structured: StructuredOutputs) -> str:
+    """The grammar of a constraint, as llguidance has it. Takes up to a second, or as long as the machine is busy.
+
+    Raises:
+        ConfigError: the constraint is not one, no text fits it, or it takes too much time or memory to compile.
+        UnsupportedFeature: a keyword of a schema, named in the message, cannot be enforced.
+    """
+    checked = _checked(structured.source())
+    if not checked.error:
+        return checked.grammar
+    for pattern, message in _UNSUPPORTED:
+        if found := pattern.fullmatch(checked.error):
+            raise UnsupportedFeature(f"structured outputs: {message.format(found[1].replace(chr(34), ''))}")
+    raise ConfigError(f"structured outputs: {checked.error}")
+
+
+@functools.lru_cache(KEPT)
+def _checked(source: Source) -> _Checked:
+    """What the process that compiles says of a constraint."""
+    request = {"kind": source.kind, "text": source.text, "seconds": COMPILE_SECONDS}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", str(CHECK)],
+            input=msgspec.json.encode(request),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=STUCK_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return _Checked(error="the machine is too busy to compile it")
+    except OSError as error:
+        return _Checked(error=f"no process can be started to compile it: {error.strerror}")
+    if done.returncode == -signal.SIGPROF:
+        return _Checked(error=f"it takes longer than {COMPILE_SECONDS:g} s to compile")
+    if done.returncode:
+        return _Checked(error="it is too large or nested too deeply to compile")
+    checked = msgspec.json.decode(done.stdout, type=_Checked)
+    return msgspec.structs.replace(checked, error=" ".join(checked.error.split())[:_MAX_ERROR])
