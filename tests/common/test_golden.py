@@ -301,6 +301,23 @@ TASK = Task(
 PLAIN = Task(model=ModelChoice(name="org/other"), prompt="Once upon a time", sampling=Sampling(256, 0.0, 1.0, 0))
 #: What is left open stays open in the store.
 OPEN = Task(model=ModelChoice(name="org/other"), prompt="Once upon a time", sampling=Sampling(max_tokens=9))
+ADJUSTED = Task(
+    model=ModelChoice(name="org/other"),
+    prompt="Once upon a time",
+    sampling=Sampling(
+        9,
+        1.0,
+        min_p=0.25,
+        frequency_penalty=0.5,
+        presence_penalty=-0.5,
+        repetition_penalty=1.5,
+        logit_bias={50256: -100.0, 7: 1.5},
+        min_tokens=3,
+        stop_token_ids=(5, 50257),
+        ignore_eos=True,
+        bad_words=("darn", "heck"),
+    ),
+)
 IMAGE = ImageTask(
     model=ImageChoice(name="/models/sdxl", cut="B", codec="int8", reuse=2, dtype="float16"),
     prompt="a cat",
@@ -312,7 +329,7 @@ BEGUN = ImageTask(
     prompt="a cat",
     init_image=InitImage(path="/home/user/first.png", sha256="5a" * 32, strength=0.7),
 )
-TASKS = {"text": TASK, "plain": PLAIN, "open": OPEN, "image": IMAGE, "begun": BEGUN}
+TASKS = {"text": TASK, "plain": PLAIN, "open": OPEN, "adjusted": ADJUSTED, "image": IMAGE, "begun": BEGUN}
 
 
 RECORD = batches.Record(

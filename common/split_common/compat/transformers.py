@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -266,13 +266,14 @@ def eos_tokens(config: GenerationConfig) -> frozenset[int]:
     return frozenset() if eos is None else frozenset(eos.reshape(-1).tolist())
 
 
-def logits_processors(model: Any, config: GenerationConfig, prompt: int) -> Any:
+def logits_processors(model: Any, config: GenerationConfig, prompt: int, own: Sequence[Any] = ()) -> Any:
     """The processors that `generate` applies, as a `LogitsProcessorList` on the CPU.
 
     Args:
         model: the model that generates.
         config: completed by `complete_lengths`.
         prompt: number of tokens in the prompt.
+        own: further processors. They apply, as `generate` has it, before temperature, top_k and the like.
 
     Raises:
         ValueError: the values contradict each other.
@@ -280,7 +281,7 @@ def logits_processors(model: Any, config: GenerationConfig, prompt: int) -> Any:
     Written against transformers 5.24. If it breaks, look at the call of `_get_logits_processor` by `generate` in
     `generation/utils.py`.
     """
-    return model._get_logits_processor(config, prompt, device="cpu")
+    return model._get_logits_processor(config, prompt, logits_processor=list(own), device="cpu")
 
 
 # --- chat templates ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from transformers.generation.streamers import BaseStreamer
 from split_common.compat.transformers import cache_name
 from split_common.errors import PromptTooLong
 from split_common.models.layer_stack import max_positions
+from split_device.generation.bad_words import bad_word_tokens
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.detokenize import TextStream
+from split_device.generation.penalties import OccurrencePenalty
 from split_device.generation.settings import Sampling
 from split_device.generation.tokenizing import ChatMessage, encode_chat, end_tokens, pad_token
 from split_device.models.cache import SessionCacheLayer
@@ -189,19 +192,24 @@ class Conversation:
         self._keep_common_prefix(input_ids)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        ends = end_tokens(self._model, self._tokenizer)
+        ends = sampling.ends(end_tokens(self._model, self._tokenizer))
+        penalties = sampling.frequency_penalty or 0.0, sampling.presence_penalty or 0.0
+        limit = min(sampling.max_tokens, limit - prompt_tokens)
+        if sampling.min_tokens is not None:
+            sampling = dataclasses.replace(sampling, min_tokens=min(sampling.min_tokens, limit))
         streamer = _Streamer(self._tokenizer, stop, on_text, on_first_token)
         began = time.perf_counter()
         output = self._model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=min(sampling.max_tokens, limit - prompt_tokens),
+            max_new_tokens=limit,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([_UntilStopped(streamer)] if stop else []),
-            eos_token_id=sorted(ends) or None,
+            logits_processor=[OccurrencePenalty(prompt_tokens, *penalties)] if any(penalties) else [],
+            eos_token_id=ends,
             pad_token_id=pad_token(self._tokenizer),
             **{cache_name(type(self._model)): self._cache},
-            **sampling.options(),
+            **sampling.options(bad_word_tokens(self._tokenizer, sampling.bad_words or ())),
             **_placed(images or {}, self._model),
             **self._named,
         )

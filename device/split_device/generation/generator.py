@@ -27,6 +27,7 @@ from split_device.generation.first_tokens import FirstTokens, is_delayed
 from split_device.generation.limits import Limits
 from split_device.generation.local_layers import KV_MEMORY, LocalLayers
 from split_device.generation.placing import ImagePrompts, PlacedPrompt
+from split_device.generation.prompt_scoring import PromptScorer
 from split_device.generation.request import FinishReason, Generation, Logprobs, OnToken, Request
 from split_device.generation.sampling import Sampler
 from split_device.generation.stage import Stage
@@ -78,6 +79,7 @@ class Generator:
         self._head, self._tail = Stage(self._layers.head), Stage(self._layers.tail)
         #: Calls from other threads, to be made on the loop's thread.
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._scorer = PromptScorer(self._layers.logits, self._layers.vocabulary)
         self._admission = Admission(self._head, self._tail, max_requests)
         self._requests = ActiveRequests(
             self._parts, self._layers, (self._head, self._tail), self._admission, max_requests, self._on_outcome
@@ -194,7 +196,7 @@ class Generator:
         """Makes the calls in the inbox. Waits for one if there is nothing to compute, and for imminent replies."""
         urgent = self._first_tokens.urgent(self._now)
         can_enter = any(not is_delayed(request, urgent, self._now) for request, _ in self._arrived)
-        if self._head.idle and self._tail.idle and not can_enter:
+        if self._head.idle and self._tail.idle and self._scorer.idle and not can_enter:
             times = self._first_tokens.delay_ends(request for request, _ in (*self._outgoing, *self._arrived))
             if (resumes_at := self._admission.resumes_at) is not None:
                 times.append(resumes_at)
@@ -227,14 +229,17 @@ class Generator:
 
     def _run_tail(self) -> None:
         for request, outcome in self._forward("tail", self._tail):
-            self._after_tail(request, outcome)
+            states = self._states_of(request, outcome)
+            if states is not None and not self._scorer.add(request, states):
+                self._proceed(request, states[-1])
+        if (scored := self._scorer.run()) is not None:
+            self._proceed(*scored)
 
-    def _after_tail(self, request: ActiveRequest, outcome: Outcome) -> None:
-        if (states := self._states_of(request, outcome)) is not None:
-            if request.pending:
-                self._entering.append(request)
-            else:
-                self._ready.append((request, states[-1]))
+    def _proceed(self, request: ActiveRequest, state: torch.Tensor) -> None:
+        if request.pending:
+            self._entering.append(request)
+        else:
+            self._ready.append((request, state))
 
     def _sample(self) -> None:
         """Chooses the next token of each row that is through."""
@@ -273,12 +278,9 @@ class Generator:
 
     def _run_head(self) -> None:
         for request, outcome in self._forward("head", self._head):
-            self._after_head(request, outcome)
-
-    def _after_head(self, request: ActiveRequest, outcome: Outcome) -> None:
-        if (states := self._states_of(request, outcome)) is not None:
-            request.ready_since = time.monotonic()
-            self._outgoing.append((request, states))
+            if (states := self._states_of(request, outcome)) is not None:
+                request.ready_since = time.monotonic()
+                self._outgoing.append((request, states))
 
     def _send_off(self) -> None:
         """Sends states to workers, except those that are delayed."""
@@ -302,8 +304,7 @@ class Generator:
             yield from outcomes
             if not rows:
                 return
-            self.counters[f"{end}_forwards"] += 1
-            self.counters[f"{end}_rows"] += rows
+            self.counters.update({f"{end}_forwards": 1, f"{end}_rows": rows})
             if urgent <= lowest or not any(request.priority >= urgent for request in stage.busy()):
                 return
 

@@ -50,6 +50,8 @@ class LocalLayers:
         self._embedding_and_head = EmbeddingAndHead(model)
         config = model.config.get_text_config(decoder=True)
         layers = split.first + split.layers - split.last
+        #: Number of logits of each token.
+        self.vocabulary = int(config.vocab_size)
 
         def runner(first: int, last: int) -> Runner | None:
             if first == last:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from transformers import GenerationConfig
@@ -27,6 +27,16 @@ class Logprobs:
     top: list[tuple[int, float]]
 
 
+class Constraint(Protocol):
+    """What the next token of a generation may be. The generator's thread calls it."""
+
+    def mask(self) -> torch.Tensor | None:
+        """Which tokens may come next, bool `[vocabulary]` on the CPU, at least one; None if all may."""
+
+    def accept(self, token: int) -> None:
+        """Goes on after this token. Called for each token, from the first of `Request.generated`."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What to generate.
@@ -39,6 +49,11 @@ class Request:
         sampler: the state of the random generator that came with the last of `generated`; None if greedy.
         priority: requests with a higher priority go first.
         logprobs: the number of alternatives to report with each token; None for no log probabilities.
+        prompt_logprobs: the same for the tokens of the prompt, in `Generation.prompt_logprobs`. All of the prompt
+            then goes through the model.
+        frequency_penalty, presence_penalty: subtracted from the logit of each token that was generated before: the
+            first as many times as it was, the second once. Tokens of the prompt do not count.
+        constraint: limits which tokens are chosen. It belongs to this request alone.
         request_id: the id by which logs name it, 1 to 128 visible ASCII characters; None for a random one.
         index: which of the choices of one request id it is, from 0.
         adapter: the name of one of the model's adapters; None for the active one, "" for none.
@@ -53,6 +68,10 @@ class Request:
     sampler: bytes | None = None
     priority: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    constraint: Constraint | None = None
     request_id: str | None = None
     index: int = 0
     adapter: str | None = None
@@ -92,6 +111,9 @@ class Generation:
         self.on_notice = on_notice
         #: All tokens so far, starting with `request.generated`.
         self.tokens: list[int] = list(request.generated)
+        #: Log probabilities of the prompt's tokens, if requested; None for the first one, which nothing precedes.
+        #: Complete before the first token is chosen.
+        self.prompt_logprobs: list[Logprobs | None] = []
         #: Why the generation ended; None while it runs, and after an error.
         self.finish_reason: FinishReason | None = None
         #: The error that ended the generation, if it failed.

@@ -11,6 +11,7 @@ from transformers.generation import GenerationMode
 
 from split_common.compat.transformers import complete_config, complete_lengths, eos_tokens, logits_processors
 from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
+from split_device.generation.penalties import ConstraintMask, OccurrencePenalty
 from split_device.generation.request import FinishReason, Logprobs, Request
 from split_device.generation.settings import SEED_BOUND, Sampling, within_bounds
 from split_device.models.language import check_tokens
@@ -51,7 +52,7 @@ def check_values(model: Any) -> None:
     """Raises ConfigError if transformers refuses a value among the model's defaults for `generate`."""
     for sampling in (Sampling(1, 0.0, 1.0, 0), Sampling(1, 1.0, 1.0, 0)):
         try:
-            _prepared(model, GenerationConfig(max_new_tokens=1, **sampling.options()), 1)
+            _prepared(model, GenerationConfig(max_new_tokens=1, **sampling.options()), 1, [])
         except ConfigError as error:
             raise ConfigError(f"the generation defaults of {model.name_or_path}: {error}") from None
 
@@ -80,7 +81,8 @@ class Sampler:
         positions: int = model.split_parts.max_positions
         if prompt > positions:
             raise PromptTooLong(f"{prompt} tokens exceed the model's {positions} positions")
-        config, self._processors = _prepared(model, request.config, prompt)
+        _check_vocabulary(model, request.config)
+        config, self._processors = _prepared(model, request.config, prompt, _own_processors(request))
         #: Most tokens of prompt and text together. The last one needs no position.
         self.max_length: int = min(int(config.max_length), positions + 1)
         self._max_new_tokens = self.max_length - prompt
@@ -93,6 +95,10 @@ class Sampler:
         self._ids = torch.empty(1, 0, dtype=torch.long)
         self._length = 0
         self._append([*request.prompt, *request.generated])
+        self._constraint = request.constraint
+        if self._constraint is not None:
+            for token in request.generated:
+                self._constraint.accept(token)
 
     @property
     def plain(self) -> bool:
@@ -113,6 +119,8 @@ class Sampler:
     def accept(self, token: int) -> None:
         """Continues the text with this token."""
         self._append([token])
+        if self._constraint is not None:
+            self._constraint.accept(token)
 
     def choose(self, logits: torch.Tensor) -> tuple[int, Logprobs | None]:
         """Chooses the next token from its logits, float32 `[vocabulary]`."""
@@ -145,8 +153,11 @@ class Sampler:
         self._length = end
 
 
-def _prepared(model: Any, given: GenerationConfig, prompt: int) -> tuple[Any, Any]:
+def _prepared(model: Any, given: GenerationConfig, prompt: int, own: list[Any]) -> tuple[Any, Any]:
     """The configuration as `generate` completes it, and its logits processors.
+
+    Args:
+        own: further processors; they apply where `generate` has those of its callers.
 
     Raises:
         UnsupportedFeature, ConfigError: see `Sampler`.
@@ -163,7 +174,7 @@ def _prepared(model: Any, given: GenerationConfig, prompt: int) -> tuple[Any, An
         for name, value in _refused(config):
             raise UnsupportedFeature(f"{name}={value!r} is not batched with other requests: use generate")
         config = complete_lengths(model, config, given, prompt)
-        processors = logits_processors(model, config, prompt)
+        processors = logits_processors(model, config, prompt, own)
     except UnsupportedFeature:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
@@ -171,6 +182,28 @@ def _prepared(model: Any, given: GenerationConfig, prompt: int) -> tuple[Any, An
     if config.max_length <= prompt:
         raise ConfigError(f"max_new_tokens or max_length leave no token to generate after a prompt of {prompt}")
     return config, processors
+
+
+def _own_processors(request: Request) -> list[Any]:
+    """The request's processors that transformers does not have, in the order in which they apply."""
+    processors: list[Any] = []
+    if request.frequency_penalty or request.presence_penalty:
+        penalties = [request.frequency_penalty, request.presence_penalty]
+        for name, value in zip(("frequency_penalty", "presence_penalty"), penalties, strict=True):
+            within_bounds(name, value)
+        processors.append(OccurrencePenalty(len(request.prompt), *penalties))
+    if request.constraint is not None:
+        processors.append(ConstraintMask(request.constraint))
+    return processors
+
+
+def _check_vocabulary(model: Any, config: GenerationConfig) -> None:
+    """Raises ConfigError if a configuration names tokens, in biases or bad words, that the model does not have."""
+    named = {token for word in config.bad_words_ids or () for token in word}
+    bias = config.sequence_bias
+    named |= {token for sequence in (bias if isinstance(bias, dict) else ()) for token in sequence}
+    if named:
+        check_tokens(model, torch.tensor(sorted(named)))
 
 
 def _generator(request: Request) -> torch.Generator:

@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import numbers
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import msgspec
 
 from split_common.errors import ConfigError
 from split_common.system.files import user_path
+from split_common.system.text import check_text
 
 #: Seeds count modulo this: torch takes -1 for 2**64 - 1.
 SEED_BOUND = 2**64
@@ -39,6 +41,15 @@ BOUNDS = {
     "top_p": Bounds(0, 1),
     # 0 and -1 stand for all tokens.
     "top_k": Bounds(-1, 2**63 - 1, True),
+    "min_p": Bounds(0, 1),
+    "frequency_penalty": Bounds(-2, 2),
+    "presence_penalty": Bounds(-2, 2),
+    # transformers divides by it.
+    "repetition_penalty": Bounds(0.01, 100),
+    "logit_bias": Bounds(-100, 100),
+    "min_tokens": Bounds(0, 2**63 - 1, True),
+    "stop_token_ids": Bounds(0, 2**63 - 1, True),
+    "prompt_logprobs": Bounds(0, 20, True),
     "seed": Bounds(-(2**63), SEED_BOUND - 1, True),
     "priority": Bounds(-(2**31), 2**31 - 1, True),
     "steps": Bounds(1, 1000, True),
@@ -87,15 +98,32 @@ _TOKENS_ALONE = {
 _CHECKPOINT_TOP_K = 50
 
 
-#: Fields of `Sampling` by which a token is chosen, and of which a checkpoint may have defaults.
+#: Fields of `Sampling` by which every token is chosen, and of which a checkpoint may have defaults.
 _CHOSEN = ("temperature", "top_p", "top_k")
+
+#: Further settings, which are shown where they are set.
+_ADJUSTED = ("min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+
+#: Numbers among the fields of `Sampling`.
+_NUMBERS = ("max_tokens", *_CHOSEN, "seed", *_ADJUSTED, "min_tokens")
+
+#: Fields that are stored also where they are None, as they always were.
+_STORED = (*_CHOSEN, "seed")
+
+#: Most entries of a `logit_bias`, of `bad_words` and of `stop_token_ids`: each costs time at every token.
+MAX_ENTRIES = 1024
+
+#: A token id that no vocabulary has: the end token of a text that goes on after all of the model's.
+_NO_END = 2**62
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of a generation; greedy if the temperature or top_p is 0.
+    """Settings of a generation, by the names of vLLM and OpenAI; greedy if the temperature or top_p is 0.
 
-    A temperature, top_p or top_k of None is left open: `filled` and `resolved` take it from elsewhere.
+    A temperature, top_p or top_k of None is left open: `filled` and `resolved` take it from elsewhere. Other fields
+    of None are as the checkpoint has them in its generation_config, else without effect. An object holds only those
+    of the fields after `seed` that are set, and so is stored without the others, as older versions stored it.
     """
 
     max_tokens: int = 512
@@ -103,22 +131,65 @@ class Sampling:
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
+    #: Least probability of a token, as a share of the likeliest one's.
+    min_p: float | None = None
+    #: How much a token is less likely for each time that the answer has it, and for being in it at all: both are
+    #: subtracted from its logit.
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    #: Divides positive logits of tokens that prompt or answer have, and multiplies negative ones.
+    repetition_penalty: float | None = None
+    #: What is added to the logits of tokens, by their ids.
+    logit_bias: dict[int, float] | None = None
+    #: Number of tokens before which no end token comes.
+    min_tokens: int | None = None
+    #: Further tokens that end the answer.
+    stop_token_ids: tuple[int, ...] | None = None
+    #: Whether the answer goes on after the model's end tokens.
+    ignore_eos: bool | None = None
+    #: Texts that the answer does not contain as tokens.
+    bad_words: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        # msgspec writes what an object has of its own; the class has the defaults.
+        for name, value in [*vars(self).items()]:
+            if value is None and name not in _STORED:
+                vars(self).pop(name)
 
     def checked(self) -> Sampling:
-        """A copy whose numbers are within their bounds. Raises ConfigError."""
-        copy: Sampling = checked(self, [field.name for field in dataclasses.fields(self)])
+        """A copy whose values are within their bounds. Raises ConfigError."""
+        copy: Sampling = checked(self, _NUMBERS)
+        if self.logit_bias is not None:
+            copy = dataclasses.replace(copy, logit_bias=_checked_bias(self.logit_bias))
+        if self.stop_token_ids is not None:
+            ids = _entries("stop_token_ids", self.stop_token_ids)
+            ids = tuple(within_bounds("stop_token_ids", token) for token in ids)
+            copy = dataclasses.replace(copy, stop_token_ids=ids or None)
+        if self.bad_words is not None:
+            words = _entries("bad_words", self.bad_words)
+            for word in words:
+                if not isinstance(word, str) or not word:
+                    raise ConfigError(f"invalid bad_words {word!r}: expected texts that are not empty")
+                check_text(word, "bad_words")
+            copy = dataclasses.replace(copy, bad_words=words or None)
+        if self.ignore_eos is not None:
+            if not isinstance(self.ignore_eos, bool):
+                raise ConfigError(f"invalid ignore_eos {self.ignore_eos!r}: expected true or false")
+            copy = dataclasses.replace(copy, ignore_eos=self.ignore_eos or None)
+        if (copy.min_tokens or 0) > copy.max_tokens:
+            raise ConfigError(f"min_tokens {copy.min_tokens} is more than max_tokens {copy.max_tokens}")
         return copy
 
     def filled(self, defaults: Sampling) -> Sampling:
-        """A copy that takes the temperature, top_p and top_k of `defaults` where it has none."""
-        missing = [name for name, value in self.facts().items() if value is None]
+        """A copy that takes from `defaults` what it leaves open of how tokens are chosen."""
+        missing = [name for name in (*_CHOSEN, *_ADJUSTED) if getattr(self, name) is None]
         return dataclasses.replace(self, **{name: getattr(defaults, name) for name in missing})
 
     def resolved(self, config: Any) -> Sampling:
         """A copy that has a temperature, top_p and top_k: where it has none, those of a checkpoint.
 
         The checkpoint's are read as transformers reads them. If it does not sample (`do_sample`), nor does this,
-        unless a top_p or top_k was asked for, which has an effect on sampling alone.
+        unless a top_p, top_k or min_p was asked for, which has an effect on sampling alone.
 
         Args:
             config: the `GenerationConfig` of the checkpoint.
@@ -135,8 +206,8 @@ class Sampling:
 
     @property
     def asks_for_sampling(self) -> bool:
-        """Whether a top_p or top_k is set that has an effect on sampling alone."""
-        return (self.top_p is not None and 0 < self.top_p < 1) or (self.top_k or 0) > 0
+        """Whether a top_p, top_k or min_p is set that has an effect on sampling alone."""
+        return (self.top_p is not None and 0 < self.top_p < 1) or (self.top_k or 0) > 0 or (self.min_p or 0) > 0
 
     @property
     def greedy(self) -> bool:
@@ -144,27 +215,71 @@ class Sampling:
         return (self.temperature is not None and self.temperature < GREEDY_TEMPERATURE) or self.top_p == 0
 
     def facts(self) -> dict[str, Any]:
-        """The temperature, top_p and top_k, by these names."""
-        return {name: getattr(self, name) for name in _CHOSEN}
+        """The temperature, top_p and top_k, and further numbers of how tokens are chosen if set, by their names."""
+        adjusted = {name: value for name in _ADJUSTED if (value := getattr(self, name)) is not None}
+        return {name: getattr(self, name) for name in _CHOSEN} | adjusted
 
     def __str__(self) -> str:
+        shown = self.facts()
         if self.greedy:
-            return "greedy (temperature 0)"
-        return ", ".join(f"{name} {value:g}" for name, value in self.facts().items() if value is not None)
+            shown = {name: value for name, value in shown.items() if name.endswith("penalty")}
+        values = [f"{name} {value:g}" for name, value in shown.items() if value is not None]
+        return ", ".join(["greedy (temperature 0)"] * self.greedy + values)
 
-    def options(self) -> dict[str, Any]:
-        """Arguments of `generate`, of settings that are `resolved`.
+    def ends(self, end_tokens: Iterable[int]) -> list[int]:
+        """The tokens that end a text, at least one, of a model that ends it with `end_tokens`."""
+        own = () if self.ignore_eos else end_tokens
+        return sorted({*own, *(self.stop_token_ids or ())}) or [_NO_END]
+
+    def options(self, bad_words: Sequence[Sequence[int]] = ()) -> dict[str, Any]:
+        """Arguments of `generate`, of settings that are `resolved`, without frequency and presence penalties.
 
         They replace the checkpoint's own sampling settings, and its forms of output.
+
+        Args:
+            bad_words: the token ids of `bad_words`.
         """
+        options: dict[str, Any] = dict(_TOKENS_ALONE)
+        if self.repetition_penalty is not None:
+            options["repetition_penalty"] = self.repetition_penalty
+        if self.logit_bias:
+            options["sequence_bias"] = {(token,): bias for token, bias in self.logit_bias.items()}
+        if self.min_tokens is not None:
+            options["min_new_tokens"] = self.min_tokens
+        if bad_words:
+            options["bad_words_ids"] = [list(word) for word in bad_words]
         if self.greedy:
-            return _TOKENS_ALONE | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return _TOKENS_ALONE | {
+            return options | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if self.min_p is not None:
+            options["min_p"] = self.min_p
+        return options | {
             "do_sample": True,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": max(0, self.top_k or 0),
         }
+
+
+def _entries(name: str, given: Any) -> tuple[Any, ...]:
+    """A list of a request as a tuple. Raises ConfigError if it is not one, or is too long."""
+    if not isinstance(given, list | tuple | set | frozenset):
+        raise ConfigError(f"invalid {name} {given!r}: expected a list")
+    if len(given) > MAX_ENTRIES:
+        raise ConfigError(f"{name} has {len(given)} entries: at most {MAX_ENTRIES} are taken")
+    return tuple(given)
+
+
+def _checked_bias(given: Any) -> dict[int, float] | None:
+    """Biases by token ids; ids may be texts, as in JSON. Raises ConfigError."""
+    if not isinstance(given, dict):
+        raise ConfigError(f"invalid logit_bias {given!r}: expected an object of token ids and biases")
+    _entries("logit_bias", list(given))
+    found = {}
+    for token, bias in given.items():
+        if not re.fullmatch("[0-9]{1,18}", str(token), re.ASCII):
+            raise ConfigError(f"invalid logit_bias: {token!r} is not a token id")
+        found[int(token)] = within_bounds("logit_bias", bias)
+    return found or None
 
 
 def may_sample(model: str) -> bool:

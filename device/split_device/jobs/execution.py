@@ -77,7 +77,7 @@ class TextExecution(JobExecution):
         self._generation: Generation | None = None
         #: Set if the process was killed between the last token and the end of the job.
         self._reason: JobFinishReason | None = None
-        if self._text.stopped or (progress.tokens and progress.tokens[-1] in loaded.end_tokens):
+        if self._text.stopped or (progress.tokens and progress.tokens[-1] in task.sampling.ends(loaded.end_tokens)):
             self._reason = "stop"
         elif len(progress.tokens) >= request.config.max_new_tokens:
             self._reason = "length"

@@ -16,6 +16,7 @@ from split_common.models.checkpoint_files import model_name
 from split_common.models.layer_stack import UNLIMITED, max_positions
 from split_common.models.loading import generation_config
 from split_common.system.signals import interrupt_on_sigterm
+from split_device.generation.bad_words import bad_word_tokens
 from split_device.generation.generator import Generator, Request
 from split_device.generation.limits import Limits
 from split_device.generation.sampling import check_defaults, check_values
@@ -60,6 +61,7 @@ class Loaded:
             ConfigError: the chat template refuses the conversation, or does not read a variable that is set; or the
                 conversation is not UTF-8.
         """
+        bad_word_tokens(self.tokenizer, task.sampling.bad_words or ())
         if isinstance(task.prompt, str):
             ids = encode_text(self.tokenizer, task.prompt)
         else:
@@ -87,10 +89,12 @@ class Loaded:
         limit, sampling = self.limit, task.sampling.checked().resolved(self.model.generation_config)
         config = GenerationConfig(
             max_new_tokens=min(sampling.max_tokens, limit - len(prompt)),
-            eos_token_id=sorted(self.end_tokens) or None,
+            eos_token_id=sampling.ends(self.end_tokens),
             pad_token_id=pad_token(self.tokenizer),
-            **sampling.options(),
+            **sampling.options(bad_word_tokens(self.tokenizer, sampling.bad_words or ())),
         )
+        if config.min_new_tokens is not None:
+            config.min_new_tokens = min(config.min_new_tokens, config.max_new_tokens)
         seed = None if sampling.seed is None else sampling.seed % SEED_BOUND
         return Request(
             prompt,
@@ -99,6 +103,8 @@ class Loaded:
             generated=progress.tokens,
             sampler=progress.sampler,
             priority=priority,
+            frequency_penalty=sampling.frequency_penalty or 0.0,
+            presence_penalty=sampling.presence_penalty or 0.0,
         )
 
 

@@ -8,18 +8,16 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from split_device.generation.settings import Sampling, nth_seed
+from split_device.generation.settings import nth_seed
 from split_device.jobs.job import Task
 from split_device.serving.fields import present, supported
+from split_device.serving.openai.sampling_fields import SamplingFields
 
 #: Fields that are accepted and have no effect.
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 
 #: Fields that are not supported, with the values at which they have no effect.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -44,27 +42,15 @@ class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool = False
 
 
-class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Fields of both kinds. `BOUNDS` has those of most numbers; temperatures end at 2, as in OpenAI's API."""
+class Body(SamplingFields, frozen=True, kw_only=True):
+    """Fields of both kinds."""
 
     model: str
     max_tokens: int | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: float | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     stop: str | Annotated[list[str], Meta(max_length=4)] | None = None
-    seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-
-    def sampling(self, max_tokens: int, defaults: Sampling) -> Sampling:
-        """How tokens are chosen.
-
-        Args:
-            max_tokens: the most tokens of the answer.
-            defaults: settings of bodies that name none.
-        """
-        return Sampling(max_tokens, self.temperature, self.top_p, None, self.seed).filled(defaults)
 
     def stop_texts(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
