@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.harness import note, queue_server, report
-from split_common.protocol import headers, payloads
+from split_common.protocol import encoding, headers, payloads
 from split_common.protocol.channel import SUITES, Box, preferred_suites
 from split_common.system.process import passive_threads, reuse_memory
 from split_common.transport import connect
@@ -157,7 +157,7 @@ def _be_a_worker(address: str) -> None:
             channel = self._channels.open[header.sender, header.channel].channel
             keys = sessions.get(header.session) or channel.epoch_keys(header.session, header.epoch)
             sessions[header.session] = keys
-            request, tensor = payloads.decode_payload(keys.open(header, body), payloads.request_decoder)
+            request, tensor = encoding.decode_payload(keys.open(header, body), encoding.request_decoder)
             if isinstance(request, payloads.Step):
                 self._reply(keys, header, payloads.Result(request.dtype, request.tokens, request.width), tensor)
 

@@ -73,6 +73,7 @@ LIGHT = [
     "split_broker.under_way",
     "split_common.errors",
     "split_common.protocol.headers",
+    "split_common.protocol.encoding",
     "split_common.protocol.payloads",
     "split_common.protocol.channel",
     "split_common.protocol.handshake",

@@ -48,7 +48,7 @@ from recorded import (
     check_text,
     read_bytes,
 )
-from split_common.protocol import handshake, headers, payloads
+from split_common.protocol import encoding, handshake, headers, payloads
 from split_common.protocol.channel import AEGIS
 from split_common.protocol.handshake import Answer, Credentials, Hello
 from split_common.system.files import private_dir, write_private, write_public
@@ -206,14 +206,14 @@ def test_headers_and_payloads_with_session_keys() -> None:
         "session-keys",
         {
             **{name: headers.encode_header(header) for name, header in KEYED_HEADERS.items()},
-            **{name: payloads.encode_payload(payload, overhead=16) for name, payload in KEYED_PAYLOADS.items()},
+            **{name: encoding.encode_payload(payload, overhead=16) for name, payload in KEYED_PAYLOADS.items()},
             "associated-data": KEYED_REQUEST.associated_data(),
             "echo": headers.echo(KEYED_REQUEST, b"body"),
         },
     )
     assert {name: headers.decode_header(golden[name]) for name in KEYED_HEADERS} == KEYED_HEADERS
-    for name, decoder in (("fork", payloads.request_decoder), ("refusal", payloads.reply_decoder)):
-        payload, _ = payloads.decode_payload(golden[name], decoder)  # type: ignore[type-var]
+    for name, decoder in (("fork", encoding.request_decoder), ("refusal", encoding.reply_decoder)):
+        payload, _ = encoding.decode_payload(golden[name], decoder)  # type: ignore[type-var]
         assert payload == KEYED_PAYLOADS[name]
 
 
@@ -227,16 +227,16 @@ def test_what_a_header_authenticates() -> None:
 )
 def test_payloads(name: str, samples: dict[str, payloads.Payload]) -> None:
     """With their tensors, reserved bytes and padding, where 16 bytes of a tag follow."""
-    decoder: Any = payloads.request_decoder if name != "replies" else payloads.reply_decoder
+    decoder: Any = encoding.request_decoder if name != "replies" else encoding.reply_decoder
     golden = check_bytes(
         name,
         {
-            key: payloads.encode_payload(payload, tensor_of(payload), overhead=16)
+            key: encoding.encode_payload(payload, tensor_of(payload), overhead=16)
             for key, payload in samples.items()
         },
     )
     for key, body in golden.items():
-        payload, tensor = payloads.decode_payload(body, decoder)
+        payload, tensor = encoding.decode_payload(body, decoder)
         assert (payload, bytes(tensor)) == (samples[key], tensor_of(samples[key]))
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from split_common.errors import Malformed, Oversized, ProtocolError, VersionMismatch
-from split_common.protocol import headers, payloads
+from split_common.protocol import encoding, headers, payloads
 
 _peers = st.binary(min_size=8, max_size=8)
 _naturals = st.integers(0, 2**62 - 1)
@@ -180,8 +180,8 @@ def test_a_peer_cannot_ask_for_an_impossible_wait(seconds: float) -> None:
     with pytest.raises(Malformed):
         headers.decode_header(headers.encode_header(headers.Bounce("full", retry_after=seconds)))
     with pytest.raises(Malformed):
-        payloads.decode_payload(
-            payloads.encode_payload(payloads.Refusal("busy", "", seconds)), payloads.reply_decoder
+        encoding.decode_payload(
+            encoding.encode_payload(payloads.Refusal("busy", "", seconds)), encoding.reply_decoder
         )
 
 
@@ -200,9 +200,9 @@ def test_announcements_are_bounded_in_what_they_watch() -> None:
 @settings(max_examples=300, deadline=None)
 def test_payloads_come_back_with_their_tensor(payload: payloads.Payload, overhead: int) -> None:
     tensor = _tensor(payload)[: payload.tensor_bytes]
-    body = payloads.encode_payload(payload, tensor, overhead=overhead)
-    assert payloads.padded_size(len(body) + overhead) == len(body) + overhead
-    decoded, found = payloads.decode_payload(body, payloads.request_decoder)
+    body = encoding.encode_payload(payload, tensor, overhead=overhead)
+    assert encoding.padded_size(len(body) + overhead) == len(body) + overhead
+    decoded, found = encoding.decode_payload(body, encoding.request_decoder)
     assert decoded == payload
     assert bytes(found) == tensor
 
@@ -210,14 +210,14 @@ def test_payloads_come_back_with_their_tensor(payload: payloads.Payload, overhea
 @given(_requests, st.data())
 @settings(max_examples=1000, deadline=None)
 def test_a_damaged_payload_is_refused_or_fits_its_body(payload: payloads.Payload, data: st.DataObject) -> None:
-    body = bytearray(payloads.encode_payload(payload, _tensor(payload)[: payload.tensor_bytes]))
+    body = bytearray(encoding.encode_payload(payload, _tensor(payload)[: payload.tensor_bytes]))
     index = data.draw(st.integers(0, len(body) - 1))
     if data.draw(st.booleans()):
         del body[index:]
     else:
         body[index] ^= 1 << data.draw(st.integers(0, 7))
     try:
-        decoded, tensor = payloads.decode_payload(bytes(body), payloads.request_decoder)
+        decoded, tensor = encoding.decode_payload(bytes(body), encoding.request_decoder)
     except ProtocolError:
         return
     assert len(tensor) == decoded.tensor_bytes <= len(body)
@@ -226,9 +226,9 @@ def test_a_damaged_payload_is_refused_or_fits_its_body(payload: payloads.Payload
 @given(st.binary(max_size=300))
 @settings(max_examples=1000, deadline=None)
 def test_any_bytes_are_a_payload_or_refused(body: bytes) -> None:
-    for decoder in (payloads.request_decoder, payloads.reply_decoder):
+    for decoder in (encoding.request_decoder, encoding.reply_decoder):
         try:
-            payloads.decode_payload(body, decoder)
+            encoding.decode_payload(body, decoder)
         except ProtocolError:
             continue
 
@@ -236,17 +236,17 @@ def test_any_bytes_are_a_payload_or_refused(body: bytes) -> None:
 def test_a_payload_cannot_name_a_tensor_that_is_not_there() -> None:
     huge = payloads.Result("float32", 2**61, 2**19)
     with pytest.raises(Malformed, match="tensor"):
-        payloads.decode_payload(payloads.encode_payload(huge), payloads.reply_decoder)
+        encoding.decode_payload(encoding.encode_payload(huge), encoding.reply_decoder)
     with pytest.raises(Malformed, match="truncated"):
-        payloads.decode_payload(b"\xff\xff\x00\x00", payloads.reply_decoder)
+        encoding.decode_payload(b"\xff\xff\x00\x00", encoding.reply_decoder)
     with pytest.raises(Oversized):
-        payloads.decode_payload(b"\xff\xff\xff\x7f" + bytes(2 << 20), payloads.reply_decoder)
+        encoding.decode_payload(b"\xff\xff\xff\x7f" + bytes(2 << 20), encoding.reply_decoder)
 
 
 def test_a_body_too_large_to_travel_is_refused_before_it_is_built() -> None:
     step = payloads.Step("float32", 2**19, [payloads.Run(0, 0, [0] * 8)])
     with pytest.raises(Oversized):
-        payloads.encode_payload(step, bytes(headers.MAX_BODY))
+        encoding.encode_payload(step, bytes(headers.MAX_BODY))
 
 
 # --- padding -----------------------------------------------------------------------------------------------
@@ -255,9 +255,9 @@ def test_a_body_too_large_to_travel_is_refused_before_it_is_built() -> None:
 @given(st.integers(0, 2**32))
 @settings(max_examples=1000, deadline=None)
 def test_padme_hides_most_of_a_size_for_an_eighth_of_it(size: int) -> None:
-    padded = payloads.padded_size(size)
+    padded = encoding.padded_size(size)
     assert size <= padded <= max(size, size * 1.12 + 1)
-    assert payloads.padded_size(padded) == padded
+    assert encoding.padded_size(padded) == padded
     if size > 2:
         exponent = size.bit_length() - 1
         assert padded % (1 << (exponent - exponent.bit_length())) == 0
@@ -270,7 +270,7 @@ def test_decode_steps_have_one_size_wherever_they_are(width: int, rows: int) -> 
     places = (1, 100, 127, 128, 255, 256, 4000, 65535, 65536, 130_000)
     sizes = {
         len(
-            payloads.encode_payload(
+            encoding.encode_payload(
                 payloads.Step("bfloat16", width, [payloads.Run(row, at, [at]) for row in range(rows)], select, at),
                 tensor,
                 overhead=32,
@@ -280,7 +280,7 @@ def test_decode_steps_have_one_size_wherever_they_are(width: int, rows: int) -> 
         for select in (None, list(range(rows)))
     }
     answers = {
-        len(payloads.encode_payload(payloads.Result("bfloat16", rows, width, time, 7 * time), tensor, overhead=32))
+        len(encoding.encode_payload(payloads.Result("bfloat16", rows, width, time, 7 * time), tensor, overhead=32))
         for time in (1, 1000, 10**6, 10**8)
     }
     assert len(sizes) == len(answers) == 1

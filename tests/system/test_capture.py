@@ -14,7 +14,7 @@ import zmq
 import tiny
 from split_broker.peer_queue import BodyBytes, Peer, RoutedMessage
 from split_common.protocol import channel as channels
-from split_common.protocol import handshake, headers, payloads
+from split_common.protocol import encoding, handshake, headers
 from split_device import SplitModelForCausalLM
 from wiretap import Setting
 
@@ -44,9 +44,9 @@ def state_needles(plaintexts: Iterable[bytes]) -> set[bytes]:
     """Pieces of the hidden states in all payloads."""
     needles: set[bytes] = set()
     for body in plaintexts:
-        for decoder in (payloads.request_decoder, payloads.reply_decoder):
+        for decoder in (encoding.request_decoder, encoding.reply_decoder):
             try:
-                _, tensor = payloads.decode_payload(body, decoder)
+                _, tensor = encoding.decode_payload(body, decoder)
             except Exception:
                 continue
             needles.update(bytes(tensor[at : at + NEEDLE]) for at in range(0, len(tensor) - NEEDLE, NEEDLE))

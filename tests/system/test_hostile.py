@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import tiny
 from split_broker.peer_queue import Peer, RoutedMessage
 from split_common.errors import AuthenticationError, Busy, NonFinite, OutOfOrder, ProtocolError, SessionLost
-from split_common.protocol import headers, payloads
+from split_common.protocol import encoding, headers, payloads
 from split_common.protocol.channel import Channel, EpochKeys
 from split_common.protocol.handshake import DeviceHandshake
 from split_common.transport import new_peer_id
@@ -326,7 +326,7 @@ class Bench:
         epoch: int = 0,
     ) -> tuple[headers.Relay, bytes]:
         header = self.header(headers.RelayKind.REQUEST, channel, session, epoch, seq, keys.next_counter())
-        return header, keys.seal(header, payloads.encode_payload(payload, tensor, overhead=keys.tag_size))
+        return header, keys.seal(header, encoding.encode_payload(payload, tensor, overhead=keys.tag_size))
 
     def replies(self, count: int = 1) -> list[tuple[Any, bytes]]:
         wait_until(lambda: len(self.transport.sent) >= count)
@@ -376,12 +376,12 @@ def test_a_refusal_comes_sealed_and_the_session_goes_on(bench: Bench, channel: C
     for seq, (payload, tensor, reason) in enumerate(wrong):
         assert bench.deliver(*bench.request(keys, 1000, seq, payload, tensor)) == ""
         ((header, body),) = bench.replies()
-        reply, _ = payloads.decode_payload(keys.open(header, body), payloads.reply_decoder)
+        reply, _ = encoding.decode_payload(keys.open(header, body), encoding.reply_decoder)
         assert isinstance(reply, payloads.Refusal)
         assert reply.reason == reason, payload
     assert bench.deliver(*bench.request(keys, 1000, len(wrong), *step(0))) == ""
     ((header, body),) = bench.replies()
-    assert isinstance(payloads.decode_payload(keys.open(header, body), payloads.reply_decoder)[0], payloads.Result)
+    assert isinstance(encoding.decode_payload(keys.open(header, body), encoding.reply_decoder)[0], payloads.Result)
     assert bench.deliver(*bench.request(keys, 1000, len(wrong) + 1, payloads.Close())) == ""
     assert len(bench.worker._sessions) == 0
 
@@ -496,7 +496,7 @@ def test_no_message_makes_a_worker_fail(bench: Bench, channel: Channel, data: st
         assert bench.deliver(good, body) == ""
         ((header, answer),) = bench.replies()
         assert isinstance(
-            payloads.decode_payload(keys.open(header, answer), payloads.reply_decoder)[0], payloads.Result
+            encoding.decode_payload(keys.open(header, answer), encoding.reply_decoder)[0], payloads.Result
         )
         bench.deliver(*bench.request(keys, number, 1, payloads.Close()))
         assert bench.worker.counters["steps"] == steps + 1
@@ -518,7 +518,7 @@ def refusal(bench: Bench, channel: Channel) -> payloads.Refusal:
     """What a worker says of a request that it did not take."""
     ((header, body),) = bench.replies()
     assert header.session == 0
-    refusal, _ = payloads.decode_payload(channel.epoch_keys(0, 0).open(header, body), payloads.reply_decoder)
+    refusal, _ = encoding.decode_payload(channel.epoch_keys(0, 0).open(header, body), encoding.reply_decoder)
     assert isinstance(refusal, payloads.Refusal)
     return refusal
 
@@ -589,7 +589,7 @@ def test_a_fork_into_a_session_that_has_rows_leaks_no_memory(bench: Bench, chann
     bench.replies()
     bench.deliver(*bench.request(keys[4601], 4601, 1, payloads.Fork(4600, 0)))
     ((header, body),) = bench.replies()
-    told, _ = payloads.decode_payload(keys[4601].open(header, body), payloads.reply_decoder)
+    told, _ = encoding.decode_payload(keys[4601].open(header, body), encoding.reply_decoder)
     assert isinstance(told, payloads.Refusal)
     assert told.reason == "malformed"
     bench.deliver(*bench.request(keys[4601], 4601, 2, payloads.Close()))
@@ -753,7 +753,7 @@ def test_a_flood_does_not_reach_what_a_worker_computes(bench: Bench, channel: Ch
     assert (bench.worker.counters["steps"], len(bench.worker._sessions)) == (steps, held)
     assert bench.deliver(*bench.request(keys, number, 20, *step(20))) == ""
     ((header, body),) = bench.replies()
-    assert isinstance(payloads.decode_payload(keys.open(header, body), payloads.reply_decoder)[0], payloads.Result)
+    assert isinstance(encoding.decode_payload(keys.open(header, body), encoding.reply_decoder)[0], payloads.Result)
     bench.deliver(*bench.request(keys, number, 21, payloads.Close()))
 
 

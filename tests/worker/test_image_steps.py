@@ -25,7 +25,7 @@ from split_common.models.checkpoint import Checkpoint
 from split_common.models.denoisers.codecs import decode, encode
 from split_common.models.denoisers.registry import is_denoiser, read_denoiser_spec
 from split_common.models.denoisers.spec import DenoiserSpec
-from split_common.protocol import payloads
+from split_common.protocol import encoding, payloads
 from split_worker.bodies.denoiser import DenoiserBody, DenoiserRun
 from split_worker.bodies.held import HeldArrays, ImageState
 
@@ -349,6 +349,6 @@ def test_any_bytes_are_finite_numbers_or_refused(codec: Any, shape: list[int], d
 def test_a_payload_that_names_more_than_follows_is_refused() -> None:
     huge = payloads.Array("float32", [2**20 - 1] * 4)
     step = payloads.Denoise(KEY, [0], [huge, huge], "float32")
-    body = payloads.encode_payload(step, b"")
+    body = encoding.encode_payload(step, b"")
     with pytest.raises(Malformed, match="names a tensor"):
-        payloads.decode_payload(body, payloads.request_decoder)
+        encoding.decode_payload(body, encoding.request_decoder)

@@ -24,7 +24,7 @@ from split_common.errors import (
     OutOfOrder,
     WorkerFailed,
 )
-from split_common.protocol import headers, payloads
+from split_common.protocol import encoding, headers, payloads
 from split_common.protocol.channel import EpochKeys
 from split_common.protocol.handshake import WorkerHandshake
 from split_common.transport import Transport, new_peer_id, peer_name
@@ -273,7 +273,7 @@ class Worker:
         keys = session.keys if session is not None else channel.channel.epoch_keys(header.session, header.epoch)
         plaintext = keys.open(header, body)
         self._channels.touch(channel_id)
-        request, tensor = payloads.decode_payload(plaintext, payloads.request_decoder)
+        request, tensor = encoding.decode_payload(plaintext, encoding.request_decoder)
         if missing := request.needs - channel.channel.capabilities:
             self._refuse_unopened(channel, header, "malformed", f"the channel has no {', '.join(sorted(missing))}")
             return
@@ -383,6 +383,6 @@ class Worker:
         header = msgspec.structs.replace(
             request, to=request.sender, sender=self.id, kind=headers.RelayKind.REPLY, counter=keys.next_counter()
         )
-        body = keys.seal(header, payloads.encode_payload(reply, tensor, overhead=keys.tag_size))
+        body = keys.seal(header, encoding.encode_payload(reply, tensor, overhead=keys.tag_size))
         self._transport.send(header, body)
         return header, body

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from split_common.errors import UnsupportedFeature
-from split_common.models.cache_layers import States, counts_tokens, has_states
+from split_common.models.cache_layers import States
 from split_common.models.tensors import raw_bytes, to_bytes
 from split_common.protocol import payloads
+from split_device.models.body_layer import BodyLayer
+from split_device.models.traits import Traits
 from split_device.sessions.chunks import ChunkRequest, cut
 from split_device.sessions.client import Client
 from split_device.sessions.connection import HISTORY_MEMORY
@@ -35,21 +35,6 @@ CHUNK_BYTES = 1024 * 1024
 
 #: Most chunks of history that travel to a new worker at once.
 REPLAY_WINDOW = 8
-
-
-@dataclass(frozen=True)
-class Traits:
-    """Properties of the body's layers, which the device does not have."""
-
-    #: Whether padding between tokens would change the output: a layer may count the cache's indices instead of the
-    #: tokens' positions, as those with sliding windows or without position ids do, or have a state, which decays.
-    counts_indices: bool
-    #: Whether the inputs of a token depend on the largest position of the call.
-    positions_interact: bool
-    #: Whether a layer of the whole model attends to earlier tokens. Those with states alone need no mask of them.
-    attends: bool = True
-    #: How many axes positions have in a model that sees images; None for a model for texts.
-    axes: int | None = None
 
 
 @dataclass
@@ -85,57 +70,6 @@ class PreparedStep:
     #: Empty if all tokens are padding.
     requests: list[ChunkRequest]
     timings: StepTimings
-
-
-class BodyLayer(DynamicLayer):  # type: ignore[misc]
-    """The cache layer of a slot of the body. It reports the length of the unsplit model's layer, but is empty.
-
-    Args:
-        holder: the layer that has the session; None if it is this one.
-        window: the sliding window's size in tokens; None without one.
-    """
-
-    def __init__(self, holder: SessionCacheLayer | None, window: int | None) -> None:
-        super().__init__()
-        self.is_initialized = True
-        self.is_sliding = window is not None
-        self._window = window
-        self._holder = holder
-
-    @property
-    def keys(self) -> Any:
-        """Refused, as are the values: they are on the worker."""
-        raise UnsupportedFeature("keys and values of the body's layers cannot be split: they are on the worker")
-
-    @keys.setter
-    def keys(self, _nothing: None) -> None:
-        """transformers' constructor sets None."""
-
-    values = keys
-
-    def get_seq_length(self) -> int:
-        return self._holder.get_seq_length() if self._holder is not None else 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        length = self.get_seq_length()
-        hidden = 0 if self._window is None else max(0, length - self._window + 1)
-        return length - hidden + query_length, hidden
-
-    def get_max_length(self) -> int:
-        return -1 if self._window is None else self._window
-
-    get_max_cache_shape = get_max_length
-
-    def update(self, *_args: Any, **_kwargs: Any) -> Any:
-        raise UnsupportedFeature("the body's keys and values are on the worker")
-
-    def offload(self) -> None:
-        raise UnsupportedFeature("an offloaded cache cannot be split: the body's keys and values are on the worker")
-
-    def _nothing_here(self, *_args: Any) -> None:
-        """Does nothing: the layer that has the session does it for the whole body."""
-
-    reset = crop = reorder_cache = batch_select_indices = batch_repeat_interleave = _nothing_here
 
 
 class SessionCacheLayer(BodyLayer):
@@ -443,25 +377,3 @@ def _encode(runs: list[PlacedRun], packed: torch.Tensor, horizon: int | None) ->
     """Cuts runs and their states `[tokens, width]` into requests. Raises NonFinite."""
     limit = max(1, CHUNK_BYTES // (packed.shape[1] * packed.element_size()))
     return [(chunk, to_bytes(chunk.states)) for chunk in cut(runs, packed, limit, horizon)]
-
-
-def attends(config: Any) -> bool:
-    """Whether any layer of the whole model attends to earlier tokens."""
-    layers = DynamicCache(config=config).layers
-    return not layers or any(map(counts_tokens, layers))
-
-
-def has_states_outside(config: Any, body: range) -> bool:
-    """Whether any layer of head or tail keeps states."""
-    return any(has_states(layer) for i, layer in enumerate(DynamicCache(config=config).layers) if i not in body)
-
-
-def sees_gaps(config: Any, body: range) -> bool:
-    """Whether any of the body's layers has a sliding window, or a state."""
-    layers = DynamicCache(config=config).layers
-    seeing = [bool(getattr(layer, "is_sliding", False)) or has_states(layer) for layer in layers]
-    if any(seeing):
-        return any(seeing[body.start : body.stop])
-    # Older architectures mask a window in their layers, and their caches have no trace of it.
-    names = ("window", "window_size")
-    return any(isinstance(size, int) and size > 1 for name, size in vars(config).items() if name.endswith(names))

@@ -18,7 +18,7 @@ from split_common.errors import (
     ProtocolError,
     SplitError,
 )
-from split_common.protocol import headers, payloads
+from split_common.protocol import encoding, headers, payloads
 from split_common.protocol.handshake import DeviceHandshake
 from split_common.transport import Transport
 from split_common.transport.placement import Silences
@@ -227,7 +227,7 @@ class Channels:
                     return None
                 if header.kind == headers.RelayKind.UNKNOWN and body == headers.echo(last, finish):
                     raise Busy("the worker did not accept this device", retry_after=0.5)
-                payloads.decode_payload(channel.control.open(header, body), payloads.reply_decoder)
+                encoding.decode_payload(channel.control.open(header, body), encoding.reply_decoder)
                 return True
 
             unresponsive = [worker for worker, _ in self._silences.now(time.monotonic())]

@@ -15,7 +15,7 @@ from split_common.errors import (
     SplitError,
     WorkerGone,
 )
-from split_common.protocol import headers, payloads
+from split_common.protocol import encoding, headers, payloads
 from split_common.system.forks import Birthplace
 from split_common.transport import Transport, count_dropped, new_peer_id
 from split_common.trust.fleet import Fleet
@@ -169,7 +169,7 @@ class Client:
         channel = self._channels.get(header.channel)
         if channel is None:
             return
-        refusal, _ = payloads.decode_payload(channel.control.open(header, body), payloads.reply_decoder)
+        refusal, _ = encoding.decode_payload(channel.control.open(header, body), encoding.reply_decoder)
         if isinstance(refusal, payloads.Refusal):
             session = self._sessions.get((header.channel, refusal.session))
             if session is None or session.epoch != refusal.epoch or refusal.seq not in session.in_flight:

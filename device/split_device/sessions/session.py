@@ -26,7 +26,7 @@ from split_common.errors import (
     UnknownAdapter,
     WorkerSlow,
 )
-from split_common.protocol import headers, payloads
+from split_common.protocol import encoding, headers, payloads
 from split_common.protocol.channel import CHANNEL_SESSIONS, Channel, EpochKeys
 from split_common.system.forks import Birthplace
 from split_common.transport import Transport, peer_name
@@ -293,7 +293,7 @@ class RemoteSession:
             self._seq,
             self._keys.next_counter(),
         )
-        plaintext = payloads.encode_payload(payload, tensor, overhead=self._keys.tag_size)
+        plaintext = encoding.encode_payload(payload, tensor, overhead=self._keys.tag_size)
         return header, self._keys.seal(header, plaintext)
 
     def _send(self, frames: tuple[headers.Relay, bytes]) -> None:
@@ -349,7 +349,7 @@ class RemoteSession:
 
     def _open(self, header: headers.Relay, body: bytes) -> Reply:
         """Opens a reply. Raises AuthenticationError if it is not authentic; the request then stays in flight."""
-        reply, tensor = payloads.decode_payload(self._keys.open(header, body), payloads.reply_decoder)
+        reply, tensor = encoding.decode_payload(self._keys.open(header, body), encoding.reply_decoder)
         del self.in_flight[header.seq]
         return reply, tensor
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import msgspec
 import zmq
 
-from split_common.protocol import headers, payloads
+from split_common.protocol import encoding, headers, payloads
 from split_common.protocol.channel import Channel, EpochKeys
 from split_common.protocol.handshake import DeviceHandshake
 from split_common.transport import connect, new_peer_id
@@ -211,7 +211,7 @@ class DeviceChannel:
             seq,
             keys.next_counter(),
         )
-        return header, keys.seal(header, payloads.encode_payload(payload, tensor, overhead=keys.tag_size))
+        return header, keys.seal(header, encoding.encode_payload(payload, tensor, overhead=keys.tag_size))
 
     def request(
         self, session: headers.SessionRef, seq: int, payload: payloads.Payload, tensor: bytes = b"", epoch: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-from split_common.protocol import headers, payloads
+from split_common.protocol import encoding, headers, payloads
 from split_common.protocol.channel import EpochKeys
 from split_common.protocol.handshake import WorkerHandshake
 from split_device.stress.hostile.peers import LinkPeer
@@ -59,7 +59,7 @@ class MuteWorker:
         reply = headers.Relay(
             header.sender, peer.id, headers.RelayKind.REPLY, header.channel, counter=keys.next_counter()
         )
-        peer.send(reply, keys.seal(reply, payloads.encode_payload(payloads.Done(), overhead=keys.tag_size)))
+        peer.send(reply, keys.seal(reply, encoding.encode_payload(payloads.Done(), overhead=keys.tag_size)))
 
 
 def _serve(scene: Scene, take: Callable[[LinkPeer, headers.AnyHeader, bytes], None]) -> None:
