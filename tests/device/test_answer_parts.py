@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,17 @@ from split_device.jobs.job import Message
 from split_device.jobs.store import Store, store_path
 from split_device.serving.anthropic.answers import block_event, end_events, message
 from split_device.serving.anthropic.conversation import parse_conversation
+from split_device.serving.anthropic.requests import FIELDS as MESSAGES_FIELDS
 from split_device.serving.choices import Choice, ToolCallDelta
 from split_device.serving.fields import ApiError
 from split_device.serving.openai.responses.answers import ResponseEvents, ResponseWriter
 from split_device.serving.openai.responses.items import parse_items
+from split_device.serving.openai.responses.requests import FIELDS as RESPONSES_FIELDS
 from split_device.serving.openai.responses.store import ResponseStore, StoredResponse
 from split_device.serving.openai.responses.tools import parse_tools
 from split_device.serving.parts import Parts, whole
+
+DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
 
 PIECES = [
     Choice("", 1, None, reasoning="Let me "),
@@ -153,6 +158,13 @@ def test_tools_that_openai_runs_are_left_out() -> None:
     assert [tool.name for tool in parse_tools([function, other], allowed, True).use.tools] == ["f"]  # type: ignore[union-attr]
     with pytest.raises(ApiError, match="no tool is called 'h'"):
         parse_tools([function], {"type": "function", "name": "h"}, True)
+
+
+@pytest.mark.parametrize(("section", "fields"), [("Responses", RESPONSES_FIELDS), ("Messages", MESSAGES_FIELDS)])
+def test_the_docs_name_every_field(section: str, fields: dict[str, str]) -> None:
+    text = DOCS.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?`) \| (used|ignored|refused) \|", text, re.MULTILINE)
+    assert {name: done for names, done in rows for name in re.findall("`(.*?)`", names)} == fields
 
 
 # --- responses that are kept -------------------------------------------------------------------------------
