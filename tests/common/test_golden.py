@@ -75,6 +75,7 @@ from split_device.jobs.job import (
     ImageTask,
     InitImage,
     Message,
+    MessageImage,
     ModelChoice,
     Selection,
     Task,
@@ -329,7 +330,28 @@ BEGUN = ImageTask(
     prompt="a cat",
     init_image=InitImage(path="/home/user/first.png", sha256="5a" * 32, strength=0.7),
 )
-TASKS = {"text": TASK, "plain": PLAIN, "open": OPEN, "adjusted": ADJUSTED, "image": IMAGE, "begun": BEGUN}
+SHOWN = Task(
+    model=PLAIN.model,
+    prompt=(
+        Message(
+            "user",
+            "What differs?",
+            images=(
+                MessageImage(at=4, path="/home/user/one.png", sha256="a5" * 32),
+                MessageImage(at=13, data=b"PNG"),
+            ),
+        ),
+    ),
+)
+TASKS = {
+    "text": TASK,
+    "plain": PLAIN,
+    "open": OPEN,
+    "adjusted": ADJUSTED,
+    "image": IMAGE,
+    "begun": BEGUN,
+    "shown": SHOWN,
+}
 
 
 RECORD = batches.Record(

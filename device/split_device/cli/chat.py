@@ -6,11 +6,14 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption
 from split_common.errors import ConfigError, SplitError
+from split_common.models.checkpoint_files import model_name
 from split_common.system.console import emit_json, piped_lines, stderr
+from split_common.system.files import user_path
 from split_common.system.process import passive_threads
 from split_common.system.text import check_text
 from split_device.cli.checks import check_connection
@@ -23,6 +26,10 @@ from split_device.cli.groups import (
 )
 from split_device.cli.options import RequestIdOption, StopOption, SystemOption
 from split_device.cli.terminal import answer_line, loading, waiting_for_workers
+from split_device.images.files import read_prompt_image
+
+#: How a line begins that shows an image.
+_SHOW = "/show "
 
 
 @grouped
@@ -39,8 +46,9 @@ def chat(
 ) -> None:
     """Talk with a split model; each turn sends only what is new.
 
-    One line is one turn. /reset forgets the conversation; /quit or Ctrl-D ends it. In a terminal, Ctrl-C stops an
-    answer. With --json, the turns are printed at the end as one object.
+    One line is one turn. /show FILE shows an image with the next turn; /reset forgets the conversation; /quit or
+    Ctrl-D ends it. In a terminal, Ctrl-C stops an answer. With --json, the turns are printed at the end as one
+    object.
     """
     passive_threads()
     check_connection(connection)
@@ -49,29 +57,44 @@ def chat(
     with loading(connection, choice.name):
         from split_device.generation.chat import Conversation
         from split_device.generation.tokenizing import load_tokenizer
-        from split_device.jobs.models import load_model
+        from split_device.jobs.models import find_processor, load_model
 
         tokenizer = load_tokenizer(*choice.tokenizer_place)
         template.check(tokenizer)
-        split = load_model(choice, waiting_for_workers(connection), hardware)
+        processor = find_processor(choice)
+        split = load_model(choice, waiting_for_workers(connection), hardware, images=processor is not None)
     with split:
         start = [{"role": "system", "content": system}] if system else []
-        conversation = Conversation(split, tokenizer, start, template, request_id)
+        conversation = Conversation(split, tokenizer, start, template, request_id, processor)
+        images: list[Any] = []
         turns = []
         interactive = sys.stdin.isatty()
         if interactive:
-            stderr.print("/reset forgets the conversation; /quit or Ctrl-D ends it")
+            shows = "/show FILE shows an image with the next turn; " if processor is not None else ""
+            stderr.print(f"{shows}/reset forgets the conversation; /quit or Ctrl-D ends it")
         for line in _typed_lines() if interactive else piped_lines():
             if line == "/quit":
                 break
             if line == "/reset":
                 conversation.reset()
+                images = []
+            elif line.startswith(_SHOW):
+                with _continuing() if interactive else contextlib.nullcontext():
+                    images.append(_image(line.removeprefix(_SHOW).strip(), choice.name, processor))
             elif line:
                 with _continuing() if interactive else contextlib.nullcontext(), answer_line(json) as on_text:
-                    answer = conversation.say(line, sampling, on_text, stop or ())
+                    shown, images = images, []
+                    answer = conversation.say(line, sampling, on_text, stop or (), shown)
                     turns.append({"prompt": line} | dataclasses.asdict(answer))
         if json:
             emit_json({"turns": turns, "traffic": split.traffic})
+
+
+def _image(file: str, model: str, processor: Any) -> Any:
+    """An image of Pillow. Raises ConfigError if the model takes none, or the file cannot be read as one."""
+    if processor is None:
+        raise ConfigError(f"{model_name(model)} takes no images: it is a model for texts")
+    return read_prompt_image(user_path(file), file)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -24,10 +25,7 @@ from split_device.cli.groups import (
 from split_device.cli.options import PromptArgument, RawOption, RequestIdOption, StopOption, SystemOption
 from split_device.cli.tables import timings_table
 from split_device.cli.terminal import answer_line, loading, waiting_for_workers
-from split_device.images.files import read_image
-
-if TYPE_CHECKING:
-    import torch
+from split_device.images.files import read_prompt_image
 
 
 @grouped
@@ -63,26 +61,30 @@ def generate(
     """
     text = check_prompt(read_stdin() if prompt == "-" else prompt)
     check_raw(raw, system, prompt_format, image or ())
-    pictures = [read_image(user_path(str(path))) for path in image or ()]
+    pictures = [read_prompt_image(user_path(str(path)), str(path)) for path in image or ()]
     template = prompt_format.template()
     passive_threads()
     check_connection(connection)
     choice = model.choice()
 
     with loading(connection, choice.name):
+        import torch
+
         from split_device.generation.chat import Conversation
         from split_device.generation.image_prompts import encode_with_images, load_processor
+        from split_device.generation.shown_images import ShownImage
         from split_device.generation.tokenizing import encode_chat, encode_text, load_tokenizer
         from split_device.jobs.models import load_model
 
         tokenizer = load_tokenizer(*choice.tokenizer_place)
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": text})
-        inputs: dict[str, torch.Tensor] = {}
+        inputs: Mapping[str, torch.Tensor] = {}
         if pictures:
             processor = load_processor(*choice.tokenizer_place)
-            inputs = encode_with_images(processor, messages, pictures, template)
-            input_ids = inputs["input_ids"]
+            shown = [ShownImage(picture, len(messages) - 1) for picture in pictures]
+            encoded = encode_with_images(processor, messages, shown, template=template)
+            input_ids, inputs = torch.tensor([encoded]), encoded.images
         else:
             input_ids = encode_text(tokenizer, text) if raw else encode_chat(tokenizer, messages, template=template)
         split = load_model(choice, waiting_for_workers(connection), hardware, images=bool(pictures))

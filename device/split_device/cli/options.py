@@ -174,6 +174,12 @@ NegativeOption = Annotated[
         "--negative", metavar="TEXT", rich_help_panel=_IMAGE_PANEL, help="What the image should not show."
     ),
 ]
+ShowOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--show", metavar="FILE", help="Show the model this image, before the prompt. May be given more than once."
+    ),
+]
 ImageOption = Annotated[
     bool, typer.Option("--image", rich_help_panel=_IMAGE_PANEL, help="Make images instead of texts.")
 ]

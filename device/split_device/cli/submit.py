@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from msgspec import UNSET
 
 from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption, given
@@ -37,6 +38,7 @@ from split_device.cli.options import (
     OnDoneOption,
     RawOption,
     RequestIdOption,
+    ShowOption,
     StopOption,
     StoreKeyOption,
     SystemOption,
@@ -47,6 +49,7 @@ from split_device.images.settings import check_image_output
 from split_device.jobs.agent import running_agent
 from split_device.jobs.hooks import command_action, webhook_action
 from split_device.jobs.job import AnyTask, ImageTask, Message, Task
+from split_device.jobs.message_images import image_file
 from split_device.jobs.shown import job_facts
 from split_device.jobs.store import Store, store_path
 
@@ -58,6 +61,7 @@ _TEXT_OPTIONS = (
     "--top-k",
     "--stop",
     "--system",
+    "--show",
     "--raw",
     "--chat-template",
     "--chat-template-kwargs",
@@ -112,6 +116,7 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the job and stream its answer.")] = False,
     stop: StopOption = None,
     system: SystemOption = None,
+    show: ShowOption = None,
     raw: RawOption = False,
     output: Annotated[
         Path | None,
@@ -158,13 +163,15 @@ def submit(
     _check_kind(context, image)
     actions = [command_action(on_done)] if on_done is not None else []
     actions += [webhook_action(webhook)] if webhook is not None else []
-    check_raw(raw, system, prompt_format)
+    check_raw(raw, system, prompt_format, show=show or ())
     if given(context, ["--model"]) and image:
         stderr.print("warning: with --image, --model is an old name: use --image-model")
         images = dataclasses.replace(images, image_model=text_model.model)
     if each_line is not None:
         if prompt is not None or file is not None or wait or request_id is not None:
             raise ConfigError("--each-line goes with neither a prompt nor --file, --wait or --request-id")
+        if show:
+            raise ConfigError("--each-line and --show do not go together: submit a job for each image")
         settings = BatchSettings(
             BatchModels(text_model.choice, images.choice),
             images=image,
@@ -192,7 +199,8 @@ def submit(
         if image:
             task = _image_task(text, images, picture, start)
         else:
-            messages = (*((Message("system", system),) if system else ()), Message("user", text))
+            asked = Message("user", text, images=tuple(image_file(path) for path in show or ()) or UNSET)
+            messages = (*((Message("system", system),) if system else ()), asked)
             task = Task(
                 model=text_model.choice(),
                 prompt=text if raw else messages,

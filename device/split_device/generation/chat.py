@@ -18,8 +18,10 @@ from split_common.models.layer_stack import max_positions
 from split_device.generation.bad_words import bad_word_tokens
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.detokenize import TextStream
+from split_device.generation.image_prompts import encode_with_images
 from split_device.generation.penalties import OccurrencePenalty
 from split_device.generation.settings import Sampling
+from split_device.generation.shown_images import ShownImage
 from split_device.generation.tokenizing import ChatMessage, encode_chat, end_tokens, pad_token
 from split_device.models.cache import SessionCacheLayer
 
@@ -112,6 +114,7 @@ class Conversation:
         start: messages before the first turn, e.g. a system message.
         template: another chat template, or values for its variables.
         request_id: the id by which logs name it, if the model is split; None for a random one.
+        processor: makes prompts with images; None for a model for texts.
     """
 
     def __init__(
@@ -121,7 +124,9 @@ class Conversation:
         start: Sequence[ChatMessage] = (),
         template: ChatTemplate = ChatTemplate(),
         request_id: str | None = None,
+        processor: Any = None,
     ) -> None:
+        self._processor = processor
         self._model = model
         self._tokenizer = tokenizer
         self._template = template
@@ -132,6 +137,7 @@ class Conversation:
     def reset(self) -> None:
         """Forgets all turns."""
         self.messages: list[ChatMessage] = list(self._start)
+        self._shown: list[ShownImage] = []
         self._cached = torch.zeros(1, 0, dtype=torch.long)
         self._cache = DynamicCache(config=self._model.config)
 
@@ -141,9 +147,16 @@ class Conversation:
         self._cache = DynamicCache(config=self._model.config)
 
     def say(
-        self, text: str, sampling: Sampling, on_text: Callable[[str], None] = _nothing, stop: Sequence[str] = ()
+        self,
+        text: str,
+        sampling: Sampling,
+        on_text: Callable[[str], None] = _nothing,
+        stop: Sequence[str] = (),
+        images: Sequence[Any] = (),
     ) -> ChatAnswer:
         """Answers the user, up to a text in `stop`. If it fails, the turn is undone.
+
+        `images`, of Pillow, are shown before the text. From then on, each turn sends all earlier ones again.
 
         Raises:
             PromptTooLong: the conversation fills the model's positions.
@@ -151,13 +164,19 @@ class Conversation:
             SplitError: raised by `generate`.
         """
         self.messages.append({"role": "user", "content": text})
+        shown = [*self._shown, *(ShownImage(image, len(self.messages) - 1) for image in images)]
         try:
-            prompt = encode_chat(self._tokenizer, self.messages, template=self._template)
-            answer = self.complete(prompt, sampling, on_text, stop=stop)
+            if shown:
+                prompt = encode_with_images(self._processor, self.messages, shown, template=self._template)
+                ids, inputs = torch.tensor([prompt]), prompt.images
+            else:
+                ids, inputs = encode_chat(self._tokenizer, self.messages, template=self._template), {}
+            answer = self.complete(ids, sampling, on_text, stop=stop, images=inputs)
         except BaseException:
             self.messages.pop()
             self.forget_cache()
             raise
+        self._shown = shown
         self.messages.append({"role": "assistant", "content": answer.text})
         return answer
 

@@ -11,6 +11,7 @@ import msgspec
 from split_common.errors import ConfigError
 from split_common.system.files import user_path
 from split_common.system.text import check_text, parse_json, read_text
+from split_device.generation.content_parts import rendered
 
 _KWARGS = "--chat-template-kwargs"
 
@@ -73,19 +74,23 @@ class ChatTemplate(msgspec.Struct, frozen=True):
         Raises:
             ConfigError: the template refuses the conversation.
         """
-        try:
+
+        def render(conversation: Sequence[Mapping[str, Any]]) -> str:
             text: str = tokenizer.apply_chat_template(
-                list(messages),
+                list(conversation),
                 chat_template=self.text,
                 tokenize=False,
                 add_generation_prompt=not continues,
                 continue_final_message=continues,
                 **self.kwargs,
             )
+            return text
+
+        try:
+            return rendered(render, messages)
         except Exception as error:
             # The template is a program in the checkpoint. Some refuse system messages, for example.
             raise ConfigError(f"the model's chat template refuses this conversation: {error}") from None
-        return text
 
 
 def parse_template(text: str | None, kwargs: str | None) -> ChatTemplate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,21 @@ from transformers import AutoProcessor
 
 from split_common.errors import ConfigError, UnknownModel
 from split_device.generation.chat_template import ChatTemplate
+from split_device.generation.shown_images import ShownImage
 from split_device.generation.tokenizing import ChatMessage, check_messages
+
+
+class ImagePrompt(list[int]):
+    """Token ids of a prompt with images, and what the processor made of the images.
+
+    Args:
+        tokens: the ids.
+        images: further arguments of `generate`, of one row.
+    """
+
+    def __init__(self, tokens: Sequence[int], images: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(tokens)
+        self.images = images
 
 
 def load_processor(name_or_path: str, revision: str | None = None) -> Any:
@@ -33,29 +47,34 @@ def load_processor(name_or_path: str, revision: str | None = None) -> Any:
 
 
 def encode_with_images(
-    processor: Any, messages: Sequence[ChatMessage], images: Sequence[Any], template: ChatTemplate = ChatTemplate()
-) -> dict[str, torch.Tensor]:
-    """Inputs of `generate`, of one row, for a conversation whose last message has images before its text.
+    processor: Any,
+    messages: Sequence[ChatMessage],
+    images: Sequence[ShownImage],
+    continues: bool = False,
+    template: ChatTemplate = ChatTemplate(),
+) -> ImagePrompt:
+    """The prompt of a conversation with images.
 
     Args:
         processor: made by `load_processor`.
-        images: of Pillow, in RGB.
+        images: in order.
+        continues: the last message is to be continued, so it is left open, and no answer is begun after it.
         template: another chat template, or values for its variables.
 
     Raises:
         ConfigError: the processor or its chat template refuses the conversation, or it is not UTF-8.
     """
     check_messages(messages)
-    parts: list[list[dict[str, Any]]] = [[{"type": "text", "text": message["content"]}] for message in messages]
-    parts[-1] = [*({"type": "image", "image": image} for image in images), *parts[-1]]
     conversation = [
-        {"role": message["role"], "content": part} for message, part in zip(messages, parts, strict=True)
+        message | {"content": _parts(message["content"], [image for image in images if image.message == index])}
+        for index, message in enumerate(messages)
     ]
     try:
         inputs = processor.apply_chat_template(
             conversation,
             chat_template=template.text,
-            add_generation_prompt=True,
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
@@ -64,4 +83,20 @@ def encode_with_images(
     # Templates and processors are code and settings of the checkpoint, each with errors of its own.
     except Exception as error:
         raise ConfigError(f"the model's processor refuses these images or this conversation: {error}") from None
-    return {name: tensor for name, tensor in inputs.items() if isinstance(tensor, torch.Tensor)}
+    tensors = {name: tensor for name, tensor in inputs.items() if isinstance(tensor, torch.Tensor)}
+    tensors.pop("attention_mask", None)
+    return ImagePrompt(tensors.pop("input_ids")[0].tolist(), tensors)
+
+
+def _parts(text: str, images: Sequence[ShownImage]) -> list[dict[str, Any]]:
+    """A message's text and images as the parts of its content."""
+    parts: list[dict[str, Any]] = []
+    begin = 0
+    for image in images:
+        if before := text[begin : image.at]:
+            parts.append({"type": "text", "text": before})
+        parts.append({"type": "image", "image": image.image})
+        begin = image.at
+    if begin < len(text) or not parts:
+        parts.append({"type": "text", "text": text[begin:]})
+    return parts

@@ -18,6 +18,9 @@ from split_device.images.settings import MAX_SIDE, MIN_SIDE, image_format
 #: Pillow's names of the formats that are read. Others may run programs (EPS), or hold no pixels.
 _READ = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
+#: Most pixels of an image that a model is shown: a photograph has seldom more. Decoded, they take 144 MiB.
+MAX_PROMPT_PIXELS = 48 * 1024**2
+
 #: Key of an image's settings, in the form that other programs read: prompt, negative prompt, a line of the rest.
 PARAMETERS = "parameters"
 
@@ -40,30 +43,48 @@ def read_image(path: Path) -> Any:
     Raises:
         ConfigError: the file cannot be read as an image, or has too many pixels, or too few.
     """
+    return _decoded(path, str(path), MIN_SIDE, MAX_SIDE)
+
+
+def read_prompt_image(source: Path | bytes, name: str) -> Any:
+    """An image to show a model, a file or the content of one, like `read_image`.
+
+    Args:
+        name: what errors call it.
+
+    Raises:
+        ConfigError: it cannot be read as an image, or has more than `MAX_PROMPT_PIXELS` pixels.
+    """
+    return _decoded(source, name, 1, MAX_PROMPT_PIXELS, MAX_PROMPT_PIXELS)
+
+
+def _decoded(source: Path | bytes, name: str, least: int, most: int, pixels: int = MAX_SIDE**2) -> Any:
+    """An image whose sides have between `least` and `most` pixels, all in all at most `pixels`."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     Image.init()
-    formats = [name for name in _READ if name in Image.OPEN]
+    formats = [each for each in _READ if each in Image.OPEN]
     try:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            image = Image.open(path, formats=formats)
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
         with image:
             # Known before any pixel is decoded.
-            if not MIN_SIDE <= min(image.size) <= max(image.size) <= MAX_SIDE:
-                raise ConfigError(
-                    f"{path} has {image.width}x{image.height} pixels: expected {MIN_SIDE} to {MAX_SIDE} a side"
-                )
+            size = f"{name} has {image.width}x{image.height} pixels"
+            if not least <= min(image.size) <= max(image.size) <= most:
+                raise ConfigError(f"{size}: expected {least} to {most} a side")
+            if image.width * image.height > pixels:
+                raise ConfigError(f"{size}: expected {pixels:,} at most")
             return _rgb(ImageOps.exif_transpose(image))
     except ConfigError:
         raise
     except UnidentifiedImageError:
-        raise ConfigError(f"{path} cannot be read as an image: expected one of {', '.join(formats)}") from None
-    except Image.DecompressionBombWarning as error:
-        raise ConfigError(f"{path} is too large: {error}") from None
+        raise ConfigError(f"{name} cannot be read as an image: expected one of {', '.join(formats)}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{name} is too large: {error}") from None
     # Each of Pillow's decoders has errors of its own for damaged files.
     except Exception as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path} cannot be read as an image: {reason}") from None
+        raise ConfigError(f"{name} cannot be read as an image: {reason}") from None
 
 
 def file_digest(path: Path) -> str:

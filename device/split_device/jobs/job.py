@@ -93,6 +93,16 @@ class ImageChoice(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "auto"
 
 
+class MessageImage(msgspec.Struct, frozen=True, kw_only=True):
+    """An image in a message: a file and the SHA-256 of its content in hex, or the content itself."""
+
+    #: How many characters of the message's text come before it.
+    at: int
+    path: str | msgspec.UnsetType = msgspec.UNSET
+    sha256: str | msgspec.UnsetType = msgspec.UNSET
+    data: bytes | msgspec.UnsetType = msgspec.UNSET
+
+
 class Message(msgspec.Struct, frozen=True):
     """A message of a conversation. Older versions know its role and content alone."""
 
@@ -103,6 +113,8 @@ class Message(msgspec.Struct, frozen=True):
     reasoning: str | msgspec.UnsetType = msgspec.UNSET
     #: Of a tool's answer: the id of the call that it answers.
     tool_call_id: str | msgspec.UnsetType = msgspec.UNSET
+    #: Images that the model is shown, in order. Older versions know none.
+    images: tuple[MessageImage, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True, tag="text"):

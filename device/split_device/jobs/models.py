@@ -9,21 +9,30 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
 
-from split_common.errors import PromptTooLong
+from split_common.errors import ConfigError, PromptTooLong, SplitError
 from split_common.models.adapters import parse_adapters
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.checkpoint_files import model_name
 from split_common.models.layer_stack import UNLIMITED, max_positions
-from split_common.models.loading import generation_config
+from split_common.models.loading import generation_config, read_spec
 from split_common.system.signals import interrupt_on_sigterm
 from split_device.generation.bad_words import bad_word_tokens
 from split_device.generation.generator import Generator, Request
+from split_device.generation.image_prompts import ImagePrompt, encode_with_images, load_processor
 from split_device.generation.limits import Limits
 from split_device.generation.sampling import check_defaults, check_values
 from split_device.generation.settings import SEED_BOUND
-from split_device.generation.tokenizing import encode_chat, encode_text, end_tokens, load_tokenizer, pad_token
+from split_device.generation.tokenizing import (
+    ChatMessage,
+    encode_chat,
+    encode_text,
+    end_tokens,
+    load_tokenizer,
+    pad_token,
+)
 from split_device.images.settings import need_diffusers
 from split_device.jobs.job import ImageChoice, JobProgress, ModelChoice, Task
+from split_device.jobs.message_images import has_images, shown_images
 from split_device.models.hardware import Hardware
 from split_device.models.language import SplitModelForCausalLM, SplitModelForImageTextToText
 from split_device.sessions.connection import Connection
@@ -34,6 +43,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: Files of a checkpoint whose processor may take images.
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -42,6 +54,8 @@ class Loaded:
     model: Any
     tokenizer: Any
     generator: Generator
+    #: What makes prompts with images; None for a model for texts.
+    processor: Any = None
 
     @property
     def end_tokens(self) -> set[int]:
@@ -66,8 +80,18 @@ class Loaded:
             ids = encode_text(self.tokenizer, task.prompt)
         else:
             messages = [{"role": message.role, "content": message.content} for message in task.prompt]
+            if has_images(task.prompt):
+                return self._within_limit(self._with_images(task, messages))
             ids = encode_chat(self.tokenizer, messages, task.continues, task.template)
-        prompt: list[int] = ids[0].tolist()
+        return self._within_limit(ids[0].tolist())
+
+    def _with_images(self, task: Task, messages: list[ChatMessage]) -> list[int]:
+        if self.processor is None:
+            raise ConfigError(f"{model_name(self.model.name_or_path)} takes no images: it is a model for texts")
+        shown = shown_images([message for message in task.prompt if not isinstance(message, str)])
+        return encode_with_images(self.processor, messages, shown, task.continues, task.template)
+
+    def _within_limit(self, prompt: list[int]) -> list[int]:
         limit = self.limit
         if not prompt:
             raise PromptTooLong("the prompt has no tokens")
@@ -100,6 +124,7 @@ class Loaded:
             prompt,
             config,
             seed=seed,
+            images=prompt.images if isinstance(prompt, ImagePrompt) else {},
             generated=progress.tokens,
             sampler=progress.sampler,
             priority=priority,
@@ -141,6 +166,20 @@ def load_model(
         model.close()
         raise
     return model
+
+
+def find_processor(choice: ModelChoice) -> Any:
+    """The processor of a model that takes images; None for a model for texts."""
+    found = Checkpoint.resolve(choice.name, choice.revision)
+    if found.gguf is not None or not any(map(found.find, _PROCESSOR_FILES)):
+        return None
+    try:
+        processor = load_processor(*choice.tokenizer_place)
+        read_spec(found, images=True)
+    except SplitError as error:
+        log.warning("%s gets texts alone: %s", model_name(choice.name), error)
+        return None
+    return processor
 
 
 def load_image_model(choice: ImageChoice, connection: Connection, hardware: Hardware = Hardware()) -> SplitDenoiser:
@@ -186,9 +225,11 @@ class Models:
     def _load(self, choice: ModelChoice) -> Loaded:
         log.info("loading %s", model_name(choice.name))
         tokenizer = load_tokenizer(*choice.tokenizer_place)
-        model = self._stack.enter_context(load_model(choice, self._connection, self._hardware))
+        processor = find_processor(choice)
+        model = load_model(choice, self._connection, self._hardware, images=processor is not None)
+        self._stack.enter_context(model)
         generator = self._stack.enter_context(Generator(model, limits=self.limits))
-        return Loaded(model, tokenizer, generator)
+        return Loaded(model, tokenizer, generator, processor)
 
     def pipeline(self, choice: ImageChoice) -> ImagePipeline:
         """Raises what `load_denoiser` and `ImagePipeline` raise."""

@@ -1,0 +1,172 @@
+"""Images in conversations: `chat`, jobs, the server and batches. Each answer is the unsplit model's."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+import tiny
+import tiny_vision
+from fleet import serving_here
+from split_device import Connection, Limits
+from split_device.jobs.models import Models
+from split_device.jobs.runner import JobRunner
+from split_device.jobs.store import Store, store_path
+
+Model = Any
+
+#: A turn of a conversation: the images before its text, and the text.
+Turn = tuple[list[Image.Image], str]
+
+TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_vision.save_processor(tiny_vision.save("llava", tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def broker(checkpoint: Path) -> Iterator[str]:
+    with serving_here(checkpoint) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def unsplit(checkpoint: Path) -> Unsplit:
+    return Unsplit(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two files of images."""
+    directory = tmp_path_factory.mktemp("pictures")
+    files = [directory / "one.png", directory / "two.png"]
+    for file in files:
+        Image.effect_noise((24, 16), 90).convert("RGB").save(file)
+    return files
+
+
+class Unsplit:
+    """What the unsplit model says."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.model = tiny_vision.build("llava")
+        self.processor = AutoProcessor.from_pretrained(checkpoint)
+
+    def say(self, content: list[Any], earlier: list[Any] | None = None, role: str = "user") -> str:
+        """The answer to a message of texts and images, after earlier messages."""
+        inputs = self.processor.apply_chat_template(
+            [*(earlier or []), {"role": role, "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            output = self.model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS, eos_token_id=2)
+        return str(self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+def image(file: Path) -> dict[str, Any]:
+    return {"type": "image", "image": Image.open(file).convert("RGB")}
+
+
+def test_a_conversation_with_images(
+    run: Any, checkpoint: Path, broker: str, unsplit: Unsplit, pictures: list[Path]
+) -> None:
+    """A turn with an image, one without, and one with two."""
+    one, two = pictures
+    turns = [[image(one), text("what?")], [text("and now?")], [image(two), image(one), text("and these?")]]
+    earlier: list[Any] = []
+    answers = []
+    for content in turns:
+        answers.append(unsplit.say(content, earlier))
+        earlier += [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": [text(answers[-1])]},
+        ]
+    typed = f"/show {one}\nwhat?\nand now?\n/show {two}\n/show {one}\nand these?\n"
+    options = ("--model", checkpoint, "--broker", broker, "--temperature", 0, "--max-tokens", TOKENS, "--json")
+    done = run("chat", *options, stdin=typed)
+    assert done.code == 0, done.err
+    assert [turn["text"] for turn in done.json["turns"]] == answers
+    done = run("chat", *options, stdin="/show /nowhere.png\n")
+    assert (done.code, "cannot be read as an image" in done.err) == (2, True)
+
+
+def test_texts_alone(run: Any, checkpoint: Path, broker: str, unsplit: Unsplit) -> None:
+    """The chat template reads parts, and leaves out what is a text."""
+    options = ("--model", checkpoint, "--broker", broker, "--temperature", 0, "--max-tokens", TOKENS, "--json")
+    assert run("generate", "what?", *options).json["text"] == unsplit.say([text("what?")])
+
+
+def test_jobs(
+    run: Any,
+    checkpoint: Path,
+    broker: str,
+    unsplit: Unsplit,
+    pictures: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(tmp_path / "state"))
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(pictures[0].read_bytes())
+    options = ("--model", checkpoint, "--temperature", 0, "--max-tokens", TOKENS)
+    shown = [argument for file in pictures for argument in ("--show", file)]
+    ids = [
+        run("submit", "what?", *arguments, *options).out.strip()
+        for arguments in (shown, ["--show", copy], ["--system", "Be brief."])
+    ]
+    copy.write_bytes(pictures[1].read_bytes())
+    with Store(store_path()) as store, Models(Connection(broker=broker), Limits()) as models:
+        runner = JobRunner(store, models, 0)
+        while any(store.get(id_).state in ("queued", "running") for id_ in ids):
+            runner.turn()
+        both, changed, without = (store.get(id_) for id_ in ids)
+        assert both.state == without.state == "succeeded", both.error
+        assert store.progress(both.id).text == unsplit.say([*map(image, pictures), text("what?")])
+        assert store.progress(without.id).text == unsplit.say(
+            [text("what?")], [{"role": "system", "content": [text("Be brief.")]}]
+        )
+        assert "has changed since" in str(changed.error)
+
+
+def test_what_submit_refuses(run: Any, checkpoint: Path, pictures: list[Path], tmp_path: Path) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("one\n")
+    show = ("--show", pictures[0])
+    for arguments, message in (
+        (("what?", "--image", *show), "--show is for texts: leave --image out"),
+        (("what?", "--raw", *show), "--raw and --show do not go together"),
+        (("--each-line", lines, *show), "--each-line and --show do not go together"),
+        (("what?", "--show", lines), "cannot be read as an image"),
+    ):
+        done = run("submit", "--model", checkpoint, *arguments)
+        assert (done.code, message in done.err) == (2, True), done.err
+
+
+def test_a_model_for_texts(run: Any, tmp_path: Path, pictures: list[Path]) -> None:
+    checkpoint = tiny.save_tokenizer(tiny.save("llama", tmp_path / "texts"))
+    with serving_here(checkpoint) as address:
+        done = run("chat", "--model", checkpoint, "--broker", address, stdin=f"/show {pictures[0]}\nwhat?\n")
+    assert (done.code, "texts takes no images" in done.err) == (2, True)
+
+
+def large() -> bytes:
+    """A small file of very many pixels."""
+    content = io.BytesIO()
+    Image.new("1", (12_000, 7_000)).save(content, "PNG")
+    return content.getvalue()
