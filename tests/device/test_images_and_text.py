@@ -222,17 +222,17 @@ def test_generate_with_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     )
     with serving_here(checkpoint) as broker:
         options = ["--model", checkpoint, "--broker", broker, "--temperature", "0", "--max-tokens", "8", "--json"]
-        shown = [argument for file in files for argument in ("--image", file)]
+        shown = [argument for file in files for argument in ("--show", file)]
         assert main(["generate", "what?", *map(str, (*shown, *options))]) == 0
         answer = json.loads(capsys.readouterr().out)
         assert (answer["text"], answer["prompt_tokens"]) == (text, inputs["input_ids"].shape[1])
         assert main(["generate", "what?", "--raw", *map(str, (*shown, *options))]) == 2
-        assert "--raw and --image do not go together" in capsys.readouterr().err
+        assert "--raw and --show do not go together" in capsys.readouterr().err
 
 
 def test_a_model_for_texts_is_shown_no_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = tiny.save_tokenizer(tiny.save("llama", tmp_path / "model"))
     picture = tmp_path / "one.png"
     Image.new("RGB", (16, 16)).save(picture)
-    assert main(["generate", "what?", "--model", str(checkpoint), "--image", str(picture)]) != 0
+    assert main(["generate", "what?", "--model", str(checkpoint), "--show", str(picture)]) != 0
     assert re.search("processor of .* cannot be loaded|takes no images", capsys.readouterr().err)

@@ -23,7 +23,6 @@ DIFFERENT = {
     ("demo", "--workers"): "it starts as many",
     ("demo", "--max-tokens"): "its answers are short",
     ("demo", "--image"): "it makes its own pictures",
-    ("generate", "--image"): "it takes a picture to look at, the others make pictures",
     ("doctor", "--model"): "it looks at a model only if one is named",
     ("image", "--image-model"): "no other model is meant, so it may be called --model",
     ("worker", "--kv-memory"): "a worker takes what is free, a device a little",

@@ -18,19 +18,12 @@ def check_prompt(text: str) -> str:
     return text
 
 
-def check_raw(
-    raw: bool,
-    system: str | None,
-    prompt_format: PromptFormat,
-    image: Sequence[Path] = (),
-    show: Sequence[Path] = (),
-) -> None:
+def check_raw(raw: bool, system: str | None, prompt_format: PromptFormat, show: Sequence[Path] = ()) -> None:
     """Raises ConfigError for an option of conversations if the prompt is continued as it is."""
     options = {
         "--system": system,
         "--chat-template": prompt_format.chat_template,
         "--chat-template-kwargs": prompt_format.chat_template_kwargs,
-        "--image": image,
         "--show": show,
     }
     if raw and (others := [option for option, value in options.items() if value]):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,7 +21,14 @@ from split_device.cli.groups import (
     SamplingOptions,
     TextModelOptions,
 )
-from split_device.cli.options import PromptArgument, RawOption, RequestIdOption, StopOption, SystemOption
+from split_device.cli.options import (
+    PromptArgument,
+    RawOption,
+    RequestIdOption,
+    ShowOption,
+    StopOption,
+    SystemOption,
+)
 from split_device.cli.tables import timings_table
 from split_device.cli.terminal import answer_line, loading, waiting_for_workers
 from split_device.images.files import read_prompt_image
@@ -39,14 +45,7 @@ def generate(
     stop: StopOption = None,
     system: SystemOption = None,
     raw: RawOption = False,
-    image: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--image",
-            metavar="FILE",
-            help="Show the model this image, before the prompt. May be given more than once.",
-        ),
-    ] = None,
+    show: ShowOption = None,
     timings: Annotated[
         bool,
         typer.Option("--timings", help="Print on stderr how long each stage of the prompt and of each token took."),
@@ -60,8 +59,8 @@ def generate(
     layers.
     """
     text = check_prompt(read_stdin() if prompt == "-" else prompt)
-    check_raw(raw, system, prompt_format, image or ())
-    pictures = [read_prompt_image(user_path(str(path)), str(path)) for path in image or ()]
+    check_raw(raw, system, prompt_format, show or ())
+    pictures = [read_prompt_image(user_path(str(path)), str(path)) for path in show or ()]
     template = prompt_format.template()
     passive_threads()
     check_connection(connection)

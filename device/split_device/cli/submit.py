@@ -163,7 +163,7 @@ def submit(
     _check_kind(context, image)
     actions = [command_action(on_done)] if on_done is not None else []
     actions += [webhook_action(webhook)] if webhook is not None else []
-    check_raw(raw, system, prompt_format, show=show or ())
+    check_raw(raw, system, prompt_format, show or ())
     if given(context, ["--model"]) and image:
         stderr.print("warning: with --image, --model is an old name: use --image-model")
         images = dataclasses.replace(images, image_model=text_model.model)
