@@ -134,6 +134,7 @@ REQUESTS: dict[str, payloads.Payload] = {
     "part": payloads.TensorPart(4096, 6),
     "rest": payloads.PartRequest(4096, 1024),
     "use-adapter": payloads.UseAdapter("sql", KEY),
+    "keep": payloads.Keep(),
 }
 #: Steps that say where the tokens of images are.
 PLACED: dict[str, payloads.Payload] = {

@@ -22,6 +22,7 @@ from split_common.cli.options import (
     RevisionOption,
     ThreadsOption,
     TimeoutOption,
+    parse_cache_size,
     parse_size,
 )
 from split_common.models.checkpoint_files import model_name
@@ -35,6 +36,7 @@ from split_common.transport.address import DEFAULT_BROKER, masked
 from split_common.trust.fleet import load_fleet
 
 if TYPE_CHECKING:
+    from split_worker.bodies.base import AnyBody
     from split_worker.bodies.loading import Serving
     from split_worker.worker import Worker
 
@@ -64,6 +66,15 @@ def worker(
             metavar="SIZE",
             show_default="a share of the free memory; for image models, 1GiB",
             help="Memory for the keys and values of a language model, or the embeddings of an image model.",
+        ),
+    ] = None,
+    prefix_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            show_default="all that open sessions leave of --kv-memory",
+            help="Memory for sessions of language models that are kept after their end: later ones that begin with "
+            "the same tokens send only what is new. They give way to all others. 0 or off turns it off.",
         ),
     ] = None,
     max_pixels: Annotated[
@@ -98,6 +109,7 @@ def worker(
     """
     passive_threads()
     kv_bytes = parse_size(kv_memory) if kv_memory is not None else None
+    kept_bytes = parse_cache_size(prefix_cache) if prefix_cache is not None else None
     fleet = load_fleet(keys)
     identity = fleet.identity("worker", member)
     transport = connect(broker, fleet, identity)
@@ -126,7 +138,7 @@ def worker(
             memory=kv_bytes,
             max_pixels=max_pixels,
         )
-        limits = WorkerLimits(max_sessions=max_sessions, idle_timeout=idle_timeout)
+        limits = WorkerLimits(max_sessions, idle_timeout, kept_tokens=_kept_tokens(serving.body, kept_bytes))
         stop = catch_sigterm()
         running = Worker(serving.body, serving.service, serving.model, identity, fleet, transport, limits, stop.set)
         running.start(timeout)
@@ -138,6 +150,13 @@ def worker(
         _drain(running, drain_timeout)
     finally:
         running.stop()
+
+
+def _kept_tokens(body: AnyBody, kept_bytes: int | None) -> int | None:
+    """The tokens of keys and values that so many bytes hold."""
+    if kept_bytes is None or body.store is None:
+        return None
+    return kept_bytes // body.store.token_bytes
 
 
 def _announce(running: Worker, serving: Serving, name: str, json: bool) -> None:

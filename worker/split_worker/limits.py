@@ -15,6 +15,8 @@ class WorkerLimits:
     idle_timeout: float = 900.0
     #: Seconds without a request after which a session may be evicted in favour of another one.
     evict_after: float = 10.0
+    #: Most tokens of sessions that are kept for copies; None for all that the others leave free, 0 to keep none.
+    kept_tokens: int | None = None
     #: Tokens by which each session is expected to grow. A new one is admitted only if there is memory for them.
     growth: int = 64
     #: Most bytes of replies, over all sessions, that are kept to be sent again. If there are more, the least

@@ -56,6 +56,9 @@ class Session(Generic[_State]):
     #: When the last new request came or was answered, by the monotonic clock.
     used: float = field(default_factory=time.monotonic)
 
+    #: Whether its device has finished with it, and it is held for copies alone.
+    is_kept: bool = False
+
     @property
     def label(self) -> str:
         """How logs name it."""
@@ -103,7 +106,8 @@ class SessionTable:
     """All sessions of a worker. Used under the worker's lock.
 
     Closed sessions wait in `closed` until the compute loop's thread frees them. If there is too little of
-    something, idle sessions give way first, and then those of the member that has the largest share of it.
+    something, sessions that are kept for copies give way first, then idle ones, and then those of the member that
+    has the largest share of it.
 
     Args:
         limits: None for the default.
@@ -133,14 +137,14 @@ class SessionTable:
         Args:
             free_tokens: tokens that fit into the free memory; None if sessions take no memory.
         """
-        idle = sum(map(self._is_idle, self._sessions.values()))
+        idle = sum(session.is_kept or self._is_idle(session) for session in self._sessions.values())
         return max(idle, self._unused(free_tokens)) or int(self._has_room_for_others())
 
     def _unused(self, free_tokens: int | None) -> int:
         allowed = self.limits.max_sessions
         if free_tokens is not None:
-            allowed = min(allowed, free_tokens // self._growth)
-        return max(0, allowed - len(self._sessions))
+            allowed = min(allowed, (free_tokens + int(self._kept_tokens())) // self._growth)
+        return max(0, allowed - len(self._sessions) + self.kept_sessions)
 
     def _has_room_for_others(self) -> bool:
         if len(self._sessions) >= self.limits.max_sessions:
@@ -179,7 +183,7 @@ class SessionTable:
 
     def _close_one_for(self, member: str) -> None:
         """Closes a session so that a member may open one. Raises Busy if none gives way."""
-        victim = self._idlest()
+        victim = self._first_to_go()
         if victim is None and self._open[largest := self._open.largest() or member] > self._open[member] + 1:
             victim = max(
                 (each for each in self._sessions.values() if each.member == largest), key=lambda each: each.age
@@ -194,7 +198,7 @@ class SessionTable:
         if max(used.values(), default=0.0) > used.get(member, 0.0) + tokens:
             # The compute loop evicts a session once the first step needs its memory.
             return
-        if (idle := self._idlest()) is not None:
+        if (idle := self._first_to_go()) is not None:
             # It makes room for the device's next try.
             self.close(idle.id)
         raise Busy(NO_ROOM, retry_after=FULL_RETRY)
@@ -238,10 +242,11 @@ class SessionTable:
     def victim(self, asking: Session[Any], tokens: int = 0) -> Session[Any] | None:
         """Chooses a session to evict for a step of `asking` that needs this many more tokens.
 
-        An idle session goes first. Then the newest one of the member that holds most, if that is more than the
-        asking member would hold; or else the newest one of the asking member, if it is newer than `asking`.
+        One that is kept goes first, then an idle one. Then the newest one of the member that holds most, if that
+        is more than the asking member would hold; or else the newest one of the asking member, if it is newer than
+        `asking`.
         """
-        if (idle := self._idlest()) is not None and idle is not asking:
+        if (idle := self._first_to_go()) is not None and idle is not asking:
             return idle
         others = [each for each in self._sessions.values() if each is not asking and each.state.holds_memory]
         member = asking.member
@@ -254,11 +259,50 @@ class SessionTable:
         newest = max((each for each in others if each.member == member), key=lambda each: each.age, default=None)
         return newest if newest is not None and newest.age > asking.age else None
 
-    def _idlest(self) -> Session[Any] | None:
+    def _first_to_go(self) -> Session[Any] | None:
+        """A session that gives way to any other: a kept one, of the member that keeps most; or else an idle one."""
+        if kept := self._kept_by_member():
+            own = max(kept.values(), key=lambda sessions: sum(each.state.held_tokens for each in sessions))
+            return min(own, key=lambda session: session.used)
         return min(filter(self._is_idle, self._sessions.values()), key=lambda session: session.used, default=None)
 
     def _is_idle(self, session: Session[Any]) -> bool:
         return session.done == session.expected and time.monotonic() - session.used > self.limits.evict_after
+
+    def _kept_by_member(self) -> dict[str, list[Session[Any]]]:
+        kept: dict[str, list[Session[Any]]] = {}
+        for session in self._sessions.values():
+            if session.is_kept:
+                kept.setdefault(session.member, []).append(session)
+        return kept
+
+    def _kept_tokens(self) -> float:
+        """Tokens of KV memory that would be free without the sessions that are kept."""
+        held: list[float] = [each.state.held_tokens for each in self._sessions.values() if each.is_kept]
+        return sum(held)
+
+    @property
+    def kept_sessions(self) -> int:
+        """How many sessions are kept for copies alone."""
+        return sum(session.is_kept for session in self._sessions.values())
+
+    def keep(self, id_: SessionId) -> None:
+        """Holds a session for copies alone, if there is one with this id. Those above the limit are closed."""
+        if (session := self._sessions.get(id_)) is None:
+            return
+        session.is_kept = True
+        most = self.limits.kept_tokens
+        while most is not None and self._kept_tokens() > most and (first := self._first_to_go()) is not None:
+            self.close(first.id)
+
+    def touch(self, id_: SessionId) -> None:
+        """Notes that a session is copied, if there is one with this id."""
+        if (session := self._sessions.get(id_)) is not None:
+            session.used = time.monotonic()
+
+    def close_kept(self) -> None:
+        """Closes the sessions that are kept for copies alone."""
+        self.close_where(lambda id_: self._sessions[id_].is_kept)
 
     def evict(self, session: Session[Any]) -> None:
         """Forgets a session, which the caller frees. Its device is told that it is lost when it sends a request."""

@@ -79,6 +79,7 @@ class Worker:
         self._fleet = fleet
         self._transport = transport
         self._sessions = SessionTable(limits, body.store.sequence_tokens if body.store is not None else 0)
+        self._lacks = body.lacks if self._sessions.limits.kept_tokens != 0 else body.lacks | {payloads.KEEP}
         self._repeats = Repeats(self._sessions.limits)
         # Requests for sessions that are not open: each makes the worker derive keys, perhaps for nothing.
         self._strays = TokenBuckets(self._sessions.limits.stray_rate, self._sessions.limits.stray_burst)
@@ -99,16 +100,19 @@ class Worker:
         """The worker's state now, and its averages since its start.
 
         Returns:
-            `sessions`: open sessions. `kv_tokens` and `kv_tokens_used`: tokens that fit into the KV memory, and
-            those in it; for an image model `held_bytes`, of embeddings and steps in parts. `queued_bytes`: bytes
-            of requests that wait. `steps`, `tokens`, `forwards` and `evictions`: totals. `rows_per_forward`: an
-            average. `queue_ms`: how long a step waited on average. `tokens_per_second`: while it computed.
+            `sessions`: open sessions; `kept`: those that are kept for copies. `kv_tokens` and `kv_tokens_used`:
+            tokens that fit into the KV memory, and those in it; for an image model `held_bytes`, of embeddings and
+            steps in parts. `queued_bytes`: bytes of requests that wait. `steps`, `tokens`, `forwards` and
+            `evictions`: totals. `rows_per_forward`: an average. `queue_ms`: how long a step waited on average.
+            `tokens_per_second`: while it computed.
         """
         with self._lock:
             counters = Counter(self.counters)
-            sessions, queued = len(self._sessions), self._compute.queued_bytes
+            sessions, kept = len(self._sessions), self._sessions.kept_sessions
+            queued = self._compute.queued_bytes
         return {
             "sessions": sessions,
+            "kept": kept,
             **self._body.memory(),
             "queued_bytes": queued,
             **{name: counters[name] for name in ("steps", "tokens", "forwards", "evictions")},
@@ -138,6 +142,7 @@ class Worker:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             with self._lock:
+                self._sessions.close_kept()
                 if not len(self._sessions):
                     return True
             time.sleep(0.05)
@@ -247,7 +252,7 @@ class Worker:
         self._transport.send(unknown, headers.echo(header, body))
 
     def _new_handshake(self, hello: bytes) -> WorkerHandshake:
-        return WorkerHandshake(self._identity, self._verify, self._service, hello, lacks=self._body.lacks)
+        return WorkerHandshake(self._identity, self._verify, self._service, hello, lacks=self._lacks)
 
     def _verify(self, certificate: bytes, role: Role) -> Certificate:
         scope = ModelScope(self._service.root, self._service.first, self._service.last)
@@ -284,6 +289,10 @@ class Worker:
                 channel_id, header.session, max(header.epoch, channel.epochs.get(header.session, 0))
             )
             self._sessions.close(id_)
+            self._compute.wake()
+            return
+        if isinstance(request, payloads.Keep):
+            self._sessions.keep(id_)
             self._compute.wake()
             return
         if session is None:
@@ -326,6 +335,8 @@ class Worker:
             raise OutOfOrder(f"request {header.seq} of a session whose first has not arrived")
         if header.epoch:
             self._end_epochs(channel, header)
+        if isinstance(request, payloads.Fork):
+            self._sessions.touch((header.sender, header.channel, request.parent, request.parent_epoch))
         if self._draining or len(channel.epochs) >= MAX_EPOCHS:
             raise Busy("the worker takes no new sessions", retry_after=1.0)
         tokens = request.tokens if isinstance(request, payloads.Step) else 0

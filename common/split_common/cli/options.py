@@ -203,6 +203,11 @@ def parse_size(size: str | int) -> int:
     return int(number)
 
 
+def parse_cache_size(size: str | int) -> int:
+    """A size as in `parse_size`, or `off` for 0. Raises ConfigError."""
+    return 0 if str(size).strip().lower() == "off" else parse_size(size)
+
+
 def given(context: typer.Context, options: Iterable[str]) -> list[str]:
     """The options, out of some like `--max-tokens`, that are on the command line."""
     names = {option: parameter.name for parameter in context.command.params for option in parameter.opts}

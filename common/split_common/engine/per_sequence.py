@@ -213,8 +213,9 @@ class CacheStore:
         self._config = config
         self._split = split
         self.capacity = capacity
-        #: Tokens that all sequences hold.
+        #: Tokens that all sequences hold, and bytes of one.
         self.used = 0
+        self.token_bytes = 1
         self.sequence_tokens = 0
         #: The layers that have states.
         self.layers_with_states = [
@@ -246,7 +247,7 @@ class CacheStore:
             token_bytes: of a token's keys and values; 0 if no layer has any.
             state_bytes: of a sequence's states, which it keeps twice.
         """
-        unit = token_bytes or 1
+        self.token_bytes = unit = token_bytes or 1
         self.capacity = memory // unit
         self.sequence_tokens = -(-2 * state_bytes // unit)
 

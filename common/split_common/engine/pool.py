@@ -169,6 +169,11 @@ class PagePool:
         return (self.pages - self._reserved) * self.page_tokens
 
     @property
+    def token_bytes(self) -> int:
+        """Bytes that a token takes in all layers."""
+        return sum(keys[:1].nbytes + values[:1].nbytes for keys, values in self.layers.values())
+
+    @property
     def free_tokens(self) -> int:
         """Tokens that fit into the free pages."""
         return self.free * self.page_tokens

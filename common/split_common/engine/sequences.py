@@ -52,6 +52,10 @@ class KVStore(Protocol):
         """Tokens that fit into the whole memory."""
 
     @property
+    def token_bytes(self) -> int:
+        """Bytes that a token takes."""
+
+    @property
     def sequence_tokens(self) -> int:
         """Tokens whose memory each sequence takes beside that of its own tokens; 0 if layers have no states."""
 

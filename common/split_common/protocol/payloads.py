@@ -48,11 +48,16 @@ SESSION_KEYS = "session-keys"
 #: which does not travel. Devices refuse such rows.
 UNPADDED = "unpadded"
 
+#: A worker with this capability holds a session on that its device has finished with, for copies of it.
+KEEP = "keep"
+
 #: What a peer may not support; the two ends of a channel use what both have. "adapters" gives a session one of the
 #: adapters that its worker has loaded; "fork" copies a session on its worker; "int4" and "int8" are codecs;
 #: "position-axes" and "spans" are what a `PlacedStep` says of images; "session-keys" names sessions by keys, as in
 #: version 2 of the headers. New kinds of requests, rows and codecs add their names here.
-CAPABILITIES = frozenset({"adapters", "fork", "int4", "int8", SESSION_KEYS, UNPADDED, "position-axes", "spans"})
+CAPABILITIES = frozenset(
+    {"adapters", "fork", "int4", "int8", KEEP, SESSION_KEYS, UNPADDED, "position-axes", "spans"}
+)
 
 
 class Payload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -166,6 +171,17 @@ class UseAdapter(Payload, frozen=True, tag=12):
 
 class Close(Payload, frozen=True, tag=3):
     """Frees the session. It is not answered."""
+
+
+class Keep(Payload, frozen=True, tag=14):
+    """The device has finished with the session, but may copy it. It is not answered.
+
+    A session that is kept gives way before any other. It then ends without a word: a copy of it is refused.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({KEEP})
 
 
 class Result(Payload, frozen=True, tag=4):
@@ -331,7 +347,9 @@ class Refusal(Payload, frozen=True, tag=6):
     seq: Natural = 0
 
 
-AnyRequest = Step | PlacedStep | Fork | UseAdapter | Close | Conditioning | Denoise | TensorPart | PartRequest
+AnyRequest = (
+    Step | PlacedStep | Fork | UseAdapter | Close | Keep | Conditioning | Denoise | TensorPart | PartRequest
+)
 AnyReply = Result | Done | Refusal | Denoised | TensorPart
 
 #: The type of the answer to each type of request, unless it is refused.

@@ -42,6 +42,7 @@ from split_device.cli.options import (
     MaxTokensOption,
     NegativeOption,
     PatienceOption,
+    PrefixCacheOption,
     ReuseOption,
     SeedOption,
     SizeOption,
@@ -233,7 +234,9 @@ CONNECTION = Group(
     history_memory=HistoryOption,
 )
 HARDWARE = Group(device=DeviceOption, threads=ThreadsOption)
-LIMITS = Group(requests=MaxJobsOption, images=MaxImagesOption, kv_memory=KvMemoryOption)
+LIMITS = Group(
+    requests=MaxJobsOption, images=MaxImagesOption, kv_memory=KvMemoryOption, prefix_cache=PrefixCacheOption
+)
 TEXT_MODEL = Group(
     model=ModelOption,
     layers=LayersOption,

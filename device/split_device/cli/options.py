@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from split_common.cli.options import MODEL_PANEL, QUEUE_PANEL, parse_size
+from split_common.cli.options import MODEL_PANEL, QUEUE_PANEL, parse_cache_size, parse_size
 from split_common.errors import ConfigError
+from split_device.generation.limits import PREFIX_CACHE
 from split_device.generation.settings import BOUNDS
 from split_device.images.settings import IMAGE_MODEL, STRENGTH
 from split_device.models.compression import parse_reuse
@@ -354,6 +355,18 @@ KvMemoryOption = Annotated[
         rich_help_panel=STORE_PANEL,
         show_default="1GiB",
         help="Memory for the keys and values of each model's head and tail.",
+    ),
+]
+PrefixCacheOption = Annotated[
+    int,
+    typer.Option(
+        "--prefix-cache",
+        parser=parse_cache_size,
+        metavar="SIZE",
+        rich_help_panel=STORE_PANEL,
+        show_default=f"{PREFIX_CACHE // 2**30}GiB",
+        help="Memory for what requests leave behind when they end: later ones that begin with the same tokens send "
+        "only what is new. 0 or off turns it off.",
     ),
 ]
 GiveUpOption = Annotated[

@@ -14,6 +14,7 @@ from split_device.generation.placing import PlacedPrompt, Placement
 from split_device.generation.request import Generation
 from split_device.generation.sampling import Sampler
 from split_device.models.cache import SessionCacheLayer, StepContext
+from split_device.sessions.prefix import SessionPrefix
 
 #: The outcome of a step: states `[tokens, width]`, or an error.
 Outcome = torch.Tensor | Exception
@@ -43,6 +44,10 @@ class ActiveRequest:
     tail_tokens: int = 0
     #: When its states became ready for a worker, or for the tail, by `time.monotonic`.
     ready_since: float = 0.0
+    #: Number of tokens that it began with, of another request's.
+    copied_tokens: int = 0
+    #: What its session held when the latest part of its prompt was through; None before.
+    prefix: SessionPrefix | None = None
     ended: bool = False
     #: Its prompt, if that has images and is embedded.
     placed: PlacedPrompt | None = None
@@ -73,6 +78,11 @@ class ActiveRequest:
             return states
         own = self.placed.states[begin : begin + len(states)]
         return torch.cat([own, states[len(own) :]])
+
+    @property
+    def tokens(self) -> list[int]:
+        """The prompt and what was generated so far."""
+        return [*self.generation.request.prompt, *self.generation.tokens]
 
     @property
     def priority(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from split_device.generation.active import ActiveRequest, Outcome
 from split_device.generation.admission import Admission, Admitted
 from split_device.generation.local_layers import LocalLayers
+from split_device.generation.prefixes import Prefixes
 from split_device.generation.request import Generation
 from split_device.generation.stage import Stage
 from split_device.models.cache import SessionCacheLayer
@@ -25,6 +26,7 @@ class ActiveRequests:
         stages: where sequences are made and freed, head and tail.
         admission: where memory was reserved for the requests.
         max_requests: how many may run at once: they share the memory of histories.
+        prefix_cache: bytes to keep of ended requests.
         on_outcome: called on a session's thread after each of its steps.
     """
 
@@ -35,6 +37,7 @@ class ActiveRequests:
         stages: tuple[Stage, Stage],
         admission: Admission,
         max_requests: int,
+        prefix_cache: int,
         on_outcome: Callable[[ActiveRequest, Outcome], None],
     ) -> None:
         self._parts = parts
@@ -44,11 +47,16 @@ class ActiveRequests:
         self._history_memory = parts.history_memory // max_requests
         self._on_outcome = on_outcome
         self._threads: list[threading.Thread] = []
+        self.prefixes = Prefixes(parts, layers, stages, prefix_cache)
         #: Those that have not ended.
         self.by_generation: dict[Generation, ActiveRequest] = {}
 
-    def begin(self, admitted: Admitted) -> ActiveRequest:
-        """Makes a request active; its first tokens are pending."""
+    def begin(self, admitted: Admitted) -> list[ActiveRequest]:
+        """Makes a request active; its first tokens are pending.
+
+        Returns:
+            The request; nothing if it waits until another one has computed its beginning.
+        """
         generation = admitted.generation
         prompt, done = generation.request.prompt, generation.tokens
         # Where positions interact, tokens that were decoded one by one may give other states when they go together.
@@ -71,7 +79,9 @@ class ActiveRequests:
         )
         self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
         thread.start()
-        return request
+        may_enter = self.prefixes.find(request)
+        self.prefixes.make_room(self.by_generation.values())
+        return [request] if may_enter else []
 
     def _new_session(self, generation: Generation) -> SessionCacheLayer:
         return SessionCacheLayer(
@@ -84,20 +94,29 @@ class ActiveRequests:
             adapter=generation.adapter.request if generation.adapter is not None else None,
         )
 
-    def end(self, request: ActiveRequest, stepping: bool) -> None:
-        """Frees everything that a request holds.
+    def end(self, request: ActiveRequest, stepping: bool, keep: bool) -> list[ActiveRequest]:
+        """Frees everything that a request holds, or keeps it for later requests.
 
         Args:
             stepping: whether a step of it is at a worker, for which nobody waits any more.
+            keep: whether to keep it if possible.
+
+        Returns:
+            Requests that have waited for it and may enter the head.
         """
         request.ended = True
         del self.by_generation[request.generation]
-        for stage, sequence in zip(self._stages, request.sequences, strict=True):
-            stage.remove(request, sequence)
+        for stage in self._stages:
+            stage.cancel(request)
+        kept, released = self.prefixes.ended(request, keep and not stepping)
+        for sequence in request.sequences:
+            if sequence is not None and not kept:
+                sequence.free()
         self._admission.release(request.costs)
         if stepping:
             request.session.abandon()
         request.outbox.put(None)
+        return released
 
     def join(self, timeout: float) -> None:
         """Waits for sessions that have ended to be freed on their workers, for at most `timeout` seconds."""

@@ -54,7 +54,7 @@ class Generator:
         model: a model made by `SplitModelForCausalLM.from_pretrained`. Other code may use it at the same
             time. It stays open when the generator is closed.
         limits: how much runs at once.
-        max_requests, kv_memory: instead of the limits' `requests` and `kv_memory`.
+        max_requests, kv_memory, prefix_cache: instead of the limits' `requests`, `kv_memory` and `prefix_cache`.
 
     Raises:
         ModelError: the memory does not suffice for one page of tokens.
@@ -67,12 +67,12 @@ class Generator:
         limits: Limits | None = None,
         max_requests: int | None = None,
         kv_memory: int | None = None,
+        prefix_cache: int | None = None,
     ) -> None:
         limits = limits or Limits()
         max_requests = limits.requests if max_requests is None else max_requests
         kv_memory = limits.kv_memory if kv_memory is None else kv_memory
         self._model = model
-        self._parts = model.split_parts
         self._max_requests = max_requests
         self._layers = LocalLayers(model, kv_memory if kv_memory is not None else KV_MEMORY)
         self._images = ImagePrompts(model, self._layers.packed)
@@ -82,7 +82,13 @@ class Generator:
         self._scorer = PromptScorer(self._layers.logits, self._layers.vocabulary)
         self._admission = Admission(self._head, self._tail, max_requests)
         self._requests = ActiveRequests(
-            self._parts, self._layers, (self._head, self._tail), self._admission, max_requests, self._on_outcome
+            model.split_parts,
+            self._layers,
+            (self._head, self._tail),
+            self._admission,
+            max_requests,
+            limits.prefix_cache if prefix_cache is None else prefix_cache,
+            self._on_outcome,
         )
         self._active = self._requests.by_generation
         self._first_tokens = FirstTokens(self._active.values())
@@ -180,6 +186,7 @@ class Generator:
             self._inbox.get()()
         for generation in self._admission.waiting():
             generation.finish(outcome)
+        self._requests.prefixes.clear()
 
     def _turn(self) -> None:
         self._take_in()
@@ -236,6 +243,8 @@ class Generator:
             self._proceed(*scored)
 
     def _proceed(self, request: ActiveRequest, state: torch.Tensor) -> None:
+        if request.awaits_first_token:
+            self._entering += self._requests.prefixes.computed(request)
         if request.pending:
             self._entering.append(request)
         else:
@@ -311,16 +320,17 @@ class Generator:
     # --- a request -----------------------------------------------------------------------------------------
 
     def _begin(self, admitted: Admitted) -> None:
-        request = self._requests.begin(admitted)
         self._first_tokens.renew()
-        if not request.generation.request.images:
-            self._entering.append(request)
-            return
-        self._images.start(
-            request.generation.request,
-            request.adapter,
-            lambda outcome: self._inbox.put(functools.partial(self._placed, request, outcome)),
-        )
+        for request in self._requests.begin(admitted):
+            if request.generation.request.images:
+                placed = functools.partial(self._placed, request)
+                self._images.start(
+                    request.generation.request,
+                    request.adapter,
+                    lambda outcome: self._inbox.put(functools.partial(placed, outcome)),
+                )
+            else:
+                self._entering.append(request)
 
     def _placed(self, request: ActiveRequest, outcome: PlacedPrompt | Exception) -> None:
         """A prompt with images has been embedded."""
@@ -344,6 +354,8 @@ class Generator:
             self._admission.pause()
         elif (states := self._states_of(request, outcome)) is not None:
             request.ready_since = time.monotonic()
+            if request.awaits_first_token:
+                self._requests.prefixes.returned(request)
             self._arrived.append((request, states))
 
     def _states_of(self, request: ActiveRequest, outcome: Outcome) -> torch.Tensor | None:
@@ -381,7 +393,9 @@ class Generator:
         """Frees everything that a request holds. With no outcome, its generation stays open: it begins again."""
         if request.ended:
             return
-        self._requests.end(request, self._at_workers.pop(request, None) is not None)
+        stepping = self._at_workers.pop(request, None) is not None
+        keep = isinstance(outcome, str) and not self._closing
+        self._entering += self._requests.end(request, stepping, keep)
         # Wakes the loop: another request may begin.
         self._inbox.put(lambda: None)
         if outcome is not None:

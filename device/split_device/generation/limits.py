@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+#: Default of `Limits.prefix_cache`.
+PREFIX_CACHE = 1024**3
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -13,8 +16,11 @@ class Limits:
         requests: generations (or jobs) at once; further ones wait.
         kv_memory: bytes for the keys and values of each model's head and tail; 1 GiB if None.
         images: images at once.
+        prefix_cache: bytes that each model keeps of ended requests, for later ones that begin alike; 0 for none.
+            It is part of `kv_memory` for the most part, where requests that run go first.
     """
 
     requests: int = 64
     kv_memory: int | None = None
     images: int = 2
+    prefix_cache: int = PREFIX_CACHE

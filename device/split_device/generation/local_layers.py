@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import pad
+from transformers import DynamicCache
 
 from split_common.compat.torch import remove_forward_hooks
 from split_common.engine.linear import pack_linears, padded_rows
 from split_common.engine.lora import AdapterNumber, adapting
 from split_common.engine.runner import Runner, build_runner
 from split_common.errors import UnsupportedFeature
+from split_common.models.cache_layers import has_states
 from split_common.models.layer_stack import LayerStack, PassThrough
 from split_common.models.loading import strip
 from split_common.models.split import Split
@@ -69,6 +71,10 @@ class LocalLayers:
         self.packed = all(runner.unpacked_because is None for runner in runners)
         #: Whether tokens that were appended together must be appended together again.
         self.indivisible = parts.traits.positions_interact
+        #: Whether some layer of the whole model keeps states.
+        self.has_states = any(map(has_states, DynamicCache(config=config).layers))
+        #: Bytes of a token's states that the body gets.
+        self.state_bytes = int(config.hidden_size) * model.dtype.itemsize
         #: Most tokens of one sequence for which there is memory; None without layers.
         stores = [runner.store for runner in runners]
         self.capacity = min((store.capacity - store.sequence_tokens for store in stores), default=None)

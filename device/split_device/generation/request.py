@@ -108,6 +108,9 @@ class Generation:
         #: By which broker and worker name its session: the first 8 hexadecimal digits of the session's key. None
         #: before it begins; another one if it has to begin again.
         self.session: str | None = None
+        #: Tokens of the prompt that were not computed again: head, tail and worker had them from earlier requests.
+        #: Known when the first token is.
+        self.cached_tokens = 0
         self.on_notice = on_notice
         #: All tokens so far, starting with `request.generated`.
         self.tokens: list[int] = list(request.generated)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,8 @@ class Stage:
     scheduler: Scheduler[TokenRun[Any], TokenRun[Any]] = field(init=False)
     #: Memory that is not reserved for a request, in units of the store.
     unreserved: int = 0
+    #: Frees memory that no request holds, if there is any; returns whether there was.
+    reclaim: Callable[[], bool] = lambda: False
     #: Steps that pass an end without layers.
     _passing: list[KeyedOutcome] = field(default_factory=list)
 
@@ -60,11 +63,15 @@ class Stage:
         """An empty sequence; None for an end without layers."""
         return self.runner.store.new_sequence() if self.runner is not None else None
 
-    def remove(self, key: Hashable, sequence: KVSequence | None) -> None:
-        """Drops a key's steps, and frees its sequence."""
-        if self.runner is not None and sequence is not None:
+    @property
+    def free(self) -> float:
+        """Free memory, reserved or not, in units of the store; infinite for an end without layers."""
+        return self.runner.store.free if self.runner is not None else math.inf
+
+    def cancel(self, key: Hashable) -> None:
+        """Drops a key's steps."""
+        if self.runner is not None:
             self.scheduler.cancel(key)
-            sequence.free()
 
     def add(
         self,
@@ -106,6 +113,9 @@ class Stage:
         outcomes: list[KeyedOutcome] = []
         chunks, starved = self.scheduler.next_batch()
         while starved is not None:
+            if self.reclaim():
+                chunks, starved = self.scheduler.next_batch()
+                continue
             outcomes.append((starved.session, Busy("the KV memory of head and tail is full")))
             self._end(starved)
             chunks, starved = self.scheduler.next_batch()

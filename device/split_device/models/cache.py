@@ -26,6 +26,7 @@ from split_device.sessions.history import History
 from split_device.sessions.identity import SessionIdentity
 from split_device.sessions.notices import OnNotice
 from split_device.sessions.places import PlacedRun, distinct_axes, first_axis
+from split_device.sessions.prefix import SessionPrefix
 from split_device.sessions.resilient import ResilientSession
 from split_device.sessions.session import RemoteSession, Reply
 from split_device.sessions.timings import StepTimings
@@ -155,6 +156,34 @@ class SessionCacheLayer(BodyLayer):
         copied._history = self._history.clone()
         copied._session = self._session.fork()
         return copied
+
+    def begin_with(self, prefix: SessionPrefix, tokens: int) -> None:
+        """Makes a new session begin with the first tokens of another one, whose adapter is the same."""
+        self._columns = torch.ones(1, tokens, dtype=torch.bool)
+        self._history = prefix.history.fork(tokens)
+        self._session.begin_as_copy(prefix.remote)
+
+    def prefix(self) -> SessionPrefix | None:
+        """What the session holds now, which others may begin with while it goes on; None if no worker has it."""
+        return self._as_prefix(self._session.remote)
+
+    def detach(self) -> SessionPrefix | None:
+        """What the session holds now. Its worker keeps that, and the session begins anew; None if it does not."""
+        prefix = self._as_prefix(self._session.detach())
+        if prefix is not None:
+            self.reset()
+        return prefix
+
+    def _as_prefix(self, remote: RemoteSession | None) -> SessionPrefix | None:
+        if remote is None or remote.ended or self._history.is_lost:
+            return None
+        length = self.get_seq_length()
+        return SessionPrefix(remote, self._history.fork(length), length, self.adapter)
+
+    @property
+    def copied(self) -> bool:
+        """Whether its worker has it as a copy of the session that it began with."""
+        return self._session.copied
 
     def _select_rows(self, rows: list[int]) -> None:
         if self._columns is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -28,7 +29,7 @@ BLOCK_BYTES = 1024 * 1024
 class Block:
     """Hidden states `[rows, columns, width]` and places `[rows, columns, ...]` that no longer change.
 
-    In memory or spilled. Copies of a history share its blocks.
+    In memory or spilled. Copies of a history share its blocks. Any thread may use it.
     """
 
     def __init__(self, states: torch.Tensor, positions: torch.Tensor) -> None:
@@ -38,11 +39,12 @@ class Block:
         #: Bytes of one column in one row.
         self.token_bytes = states.shape[2] * states.element_size()
         self._spilled: tuple[SpillFile, list[int]] | None = None
+        self._lock = threading.Lock()
 
     @property
     def resident(self) -> int:
         """Bytes of states in memory."""
-        return self._states.nbytes if self._states is not None else 0
+        return states.nbytes if (states := self._states) is not None else 0
 
     @property
     def states(self) -> torch.Tensor:
@@ -55,9 +57,10 @@ class Block:
 
     def spill(self, file: SpillFile) -> None:
         """Moves the states to a file. Raises OSError if that fails; they then stay in memory."""
-        if self._states is not None:
-            self._spilled = file, file.write(raw_bytes(self._states))
-            self._states = None
+        with self._lock:
+            if self._states is not None:
+                self._spilled = file, file.write(raw_bytes(self._states))
+                self._states = None
 
     def __del__(self) -> None:
         if self._spilled is not None:
@@ -157,6 +160,18 @@ class History:
         copy._length, copy._parts = self._length, list(self._parts)
         copy._call_ends, copy._horizons = list(self._call_ends), list(self._horizons)
         copy._file, copy._lost = self._file, self._lost
+        return copy
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it could not be kept."""
+        return self._lost is not None
+
+    def fork(self, columns: int) -> History:
+        """A copy of the first `columns` columns, for another thread: it spills to a file of its own."""
+        copy = self.clone()
+        copy._file = None
+        copy.crop(columns)
         return copy
 
     def replay(

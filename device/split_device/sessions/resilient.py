@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from split_common.errors import (
+    BrokerUnreachable,
     Busy,
+    NonFinite,
     NoWorker,
     SessionLost,
     SplitError,
@@ -145,6 +147,8 @@ class ResilientSession:
         self._patient = False
         self._abandoned = False
         self._closer: weakref.finalize[..., Any] | None = None
+        # The session that it begins as a copy of, until it is opened.
+        self._origin: RemoteSession | None = None
 
     def call(self, work: Replayable[S], step: S) -> list[Reply]:
         """Sends a step until a worker has answered all its requests.
@@ -177,6 +181,8 @@ class ResilientSession:
                 wait.over(session.channel.worker_name)
                 return work.send(session, step)
             except (Busy, SessionLost, NoWorker) as error:
+                if self._missed_copy(error):
+                    continue
                 now = time.monotonic()
                 lost = error if isinstance(error, SessionLost) else lost
                 slow, died = isinstance(error, WorkerSlow), False
@@ -210,7 +216,9 @@ class ResilientSession:
                 if worker in lacking:
                     raise
                 lacking.append(worker)
-            except SplitError:
+            except SplitError as error:
+                if self._missed_copy(error):
+                    continue
                 # Some of several requests may have run, so it is unknown what the worker holds.
                 self.close()
                 raise
@@ -227,6 +235,35 @@ class ResilientSession:
                 copy._use(self._session.fork(copy.identity, next(copy._epochs)))
         return copy
 
+    def begin_as_copy(self, origin: RemoteSession) -> None:
+        """Makes the first step begin with what another session holds, at no further trip.
+
+        If the worker does not hold it any more, the step opens the session anew, and replays it.
+        """
+        self._origin = origin
+
+    @property
+    def copied(self) -> bool:
+        """Whether its worker has it as a copy of another session."""
+        return self._session is not None and self._session.copied
+
+    @property
+    def remote(self) -> RemoteSession | None:
+        """The session on its worker; None if there is none. Others may copy it, and must not step it."""
+        return self._session
+
+    def detach(self) -> RemoteSession | None:
+        """Gives up the session on its worker, which keeps it for copies; None if it does not.
+
+        The caller closes what it gets.
+        """
+        if self._session is None or self._abandoned or not self._session.keep():
+            return None
+        session, self._session = self._session, None
+        if self._closer is not None:
+            self._closer.detach()
+        return session
+
     def close(self) -> None:
         """Frees the session on its worker, without waiting. The next step opens it again."""
         if self._session is not None:
@@ -240,7 +277,11 @@ class ResilientSession:
             session.interrupt()
 
     def _open(self, work: Replayable[S], step: S, avoid: Sequence[bytes]) -> RemoteSession:
-        """Opens the session on some worker and replays it there."""
+        """Opens the session: as a copy, or on some worker, where it is replayed."""
+        origin, self._origin = self._origin, None
+        if origin is not None and (copy := origin.copy(self.identity, next(self._epochs))) is not None:
+            self._use(copy)
+            return copy
         session = self._client.open_session(avoid, self.identity, next(self._epochs), self._check)
         self._use(session)
         log.info("%s: on worker %s", self._described, session.channel.worker_name)
@@ -252,6 +293,21 @@ class ResilientSession:
             raise
         self._client.counters["replays"] += not work.is_new
         return session
+
+    def _missed_copy(self, error: SplitError) -> bool:
+        """Whether the session was to be a copy, which its worker could not make. It is then opened anew.
+
+        Nobody is told: what it was to be a copy of was held for as long as there was room.
+        """
+        session = self._session
+        if session is None or not session.is_copying:
+            return False
+        if isinstance(error, WorkerGone | WorkerSlow | BrokerUnreachable | NonFinite):
+            return False
+        log.debug("%s: its beginning is not on worker %s: %s", self._described, session.channel.worker_name, error)
+        self._client.counters["missed_copies"] += 1
+        self.close()
+        return True
 
     def _use(self, session: RemoteSession) -> None:
         if self._closer is not None:

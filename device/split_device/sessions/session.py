@@ -140,6 +140,10 @@ class RemoteSession:
         self.patient = False
         #: Takes what is said while a call waits.
         self.say: OnNotice = host.notices.say
+        # Travels before the first request, and makes this session a copy of another one.
+        self._fork: payloads.Fork | None = None
+        #: Whether its worker has made it a copy.
+        self.copied = False
 
     @property
     def takes_padding(self) -> bool:
@@ -155,6 +159,11 @@ class RemoteSession:
         """Whether a message may be about a request in flight."""
         from_worker = not isinstance(header, headers.Relay) or header.sender == self.worker
         return from_worker and header.epoch == self.epoch and header.seq in self.in_flight
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether it is to become a copy, and its worker has not answered yet."""
+        return self._fork is not None
 
     def call(
         self, requests: Sequence[tuple[payloads.Payload, memoryview | bytes]], timings: StepTimings | None = None
@@ -177,7 +186,15 @@ class RemoteSession:
             raise self._lost
         for request, _ in requests:
             self.channel.crypto.require(request.needs)
-        timings = timings or StepTimings()
+        if self._fork is None:
+            return self._exchange(requests, timings or StepTimings())
+        replies = self._exchange([(self._fork, b""), *requests], timings or StepTimings())
+        self._fork, self.copied = None, True
+        return replies[1:]
+
+    def _exchange(
+        self, requests: Sequence[tuple[payloads.Payload, memoryview | bytes]], timings: StepTimings
+    ) -> list[Reply]:
         first = self._seq
         waiting = deque(requests)
         replies: dict[int, Reply] = {}
@@ -239,6 +256,32 @@ class RemoteSession:
             child.close()
             raise
         return child
+
+    def copy(self, identity: SessionIdentity, epoch: int) -> RemoteSession | None:
+        """A session whose first call makes it a copy of what this one is then; None if that cannot be.
+
+        That call takes no further trip. If the copy is refused, its error is that of the refusal. Any thread may
+        call this.
+        """
+        if self._lost is not None or "fork" not in self.channel.crypto.capabilities:
+            return None
+        child = self._host.new_session(self.channel, identity, epoch)
+        if child is not None:
+            child._fork = payloads.Fork(self.ref, self.epoch)
+        return child
+
+    def keep(self) -> bool:
+        """Tells the worker that this session takes no more steps, and is held for copies alone.
+
+        Returns:
+            Whether it may be held: not if it has ended, or the worker keeps no sessions.
+        """
+        if self._lost is not None or payloads.KEEP not in self.channel.crypto.capabilities:
+            return False
+        self._send(self._seal(payloads.Keep(), b""))
+        # It is not answered, and lost in vain: the worker then holds an idle session.
+        self.in_flight.clear()
+        return True
 
     @property
     def ended(self) -> bool:

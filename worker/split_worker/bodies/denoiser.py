@@ -93,7 +93,7 @@ class DenoiserBody:
     store = None
     #: A step of an image goes into one forward whole.
     divisible = False
-    lacks = frozenset({payloads.UNPADDED})
+    lacks = frozenset({payloads.KEEP, payloads.UNPADDED})
     first_turn = FIRST_DENOISE_TURN
 
     def __init__(
