@@ -191,7 +191,7 @@ def test_workers_that_are_killed(llama: Path, unsplit: Any) -> None:
 def test_cancelled_requests_disturb_no_other_and_leave_nothing(llama: Path, unsplit: Any) -> None:
     asked = [Request(prompt, greedy(40)) for prompt in prompts(20)]
     with running_broker() as broker, joined(broker.address, llama) as (model, worker):
-        with Generator(model, max_requests=12) as generator:
+        with Generator(model, max_requests=12, prefix_cache=0) as generator:
             generations: list[Any] = []
             submitted = threading.Event()
 
