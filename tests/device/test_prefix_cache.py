@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_generator import alone, greedy
+from test_generator import alone, greedy, sampling
 from transformers import AutoModelForCausalLM
 
 import tiny
-from fleet import joined, running_broker
+from fleet import joined, running_broker, split_model, start_worker
+from split_device import SplitModelForCausalLM
 from split_device.generation.generator import Generator, Request
+from split_worker.limits import WorkerLimits
 from split_worker.worker import Worker
 from wiretap import LATE, wait_until
 
@@ -82,3 +84,98 @@ def test_a_beginning_of_many_is_computed_once(fleet: tuple[Any, Worker], unsplit
         assert later.result(LATE) == alone(unsplit, asked[3])
         assert later.cached_tokens == 103
     wait_until(lambda: not worker.facts()["sessions"])
+
+
+def test_sampling_and_choices_of_one_prompt(fleet: tuple[Any, Worker], unsplit: Any) -> None:
+    """A seed gives the same tokens, whether its prompt was computed before or not."""
+    model, _ = fleet
+    asked = [Request(text(40), sampling(10), seed=seed, index=seed) for seed in range(4)]
+    with Generator(model) as generator:
+        for _ in range(2):
+            generations = [generator.submit(request) for request in asked]
+            assert [each.result(LATE) for each in generations] == [alone(unsplit, request) for request in asked]
+        assert {each.cached_tokens for each in generations} == {39}
+
+
+def test_a_device_with_little_memory_keeps_what_fits(fleet: tuple[Any, Worker], unsplit: Any) -> None:
+    model, worker = fleet
+    asked = [Request(text(40, seed), greedy(10)) for seed in [*range(8), *range(8)]]
+    # 8 pages of 16 tokens: one request takes 4, and no more than one is kept beside another.
+    page = 16 * 4 * 2 * 2 * 8 * 4
+    with Generator(model, kv_memory=8 * page) as generator:
+        generations = [generator.submit(request) for request in asked]
+        assert [each.result(LATE) for each in generations] == [alone(unsplit, request) for request in asked]
+        assert conversation(generator, unsplit, 4)[1:] == [(33, 27), (46, 40), (59, 53)]
+    # Keys and values of four layers, and a state, of 60 tokens.
+    with Generator(model, prefix_cache=60 * (page // 16 + 32 * 4)) as generator:
+        for request in asked:
+            assert generator.submit(request).result(LATE) == alone(unsplit, request)
+            assert worker.facts()["kept"] == 1
+    with Generator(model, prefix_cache=0) as generator:
+        assert {cached for _, cached in conversation(generator, unsplit, 2)} == {0}
+        wait_until(lambda: not worker.facts()["sessions"])
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [WorkerLimits(max_sessions=2), WorkerLimits(kept_tokens=30), WorkerLimits(kept_tokens=0)],
+    ids=["few sessions", "few tokens", "none"],
+)
+def test_a_worker_that_keeps_little(limits: WorkerLimits, llama: Path, unsplit: Any) -> None:
+    with running_broker() as broker:
+        worker = start_worker(llama, broker.address, limits=limits)
+        try:
+            with SplitModelForCausalLM.from_pretrained(llama, broker=broker.address) as model:
+                with Generator(model, max_requests=2) as generator:
+                    for seed in (1, 50, 1, 50):
+                        conversation(generator, unsplit, 2, seed)
+                    assert worker.facts()["kept"] <= {None: 2, 30: 1, 0: 0}[limits.kept_tokens]
+                assert model.traffic["replays"] == (
+                    0 if limits.kept_tokens == 0 else model.traffic["missed_copies"]
+                )
+        finally:
+            worker.stop()
+
+
+def test_a_worker_that_is_gone_and_what_it_kept(llama: Path, unsplit: Any) -> None:
+    with (
+        running_broker() as broker,
+        joined(broker.address, llama) as (model, worker),
+        Generator(model) as generator,
+    ):
+        assert [cached for _, cached in conversation(generator, unsplit, 2)] == [0, 27]
+        other = start_worker(llama, broker.address)
+        try:
+            worker.stop()
+            # What was kept there is computed again, and kept here.
+            assert [cached for _, cached in conversation(generator, unsplit, 3)] == [0, 27, 40]
+            assert other.facts()["kept"] == 1
+        finally:
+            other.stop()
+
+
+def test_requests_that_may_not_share(fleet: tuple[Any, Worker], unsplit: Any) -> None:
+    """A higher priority does not wait for a lower one; and the first one may end before others have begun."""
+    model, _ = fleet
+    prompt = text(60)
+    with Generator(model) as generator:
+        generations = [
+            generator.submit(Request([*prompt, 5], greedy(5), priority=level)) for level in (0, 0, 2, 1, 3)
+        ]
+        generations[0].cancel()
+        wanted = alone(unsplit, Request([*prompt, 5], greedy(5)))
+        assert [each.result(LATE) for each in generations[1:]] == [wanted] * 4
+        assert generations[0].result(LATE) == wanted[: len(generations[0].tokens)]
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "qwen2_sw", "falcon"])
+def test_windows_and_sequences_that_are_not_packed(arch: str, tmp_path: Path) -> None:
+    checkpoint = tiny.save(arch, tmp_path / arch)
+    full = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    common = text(40)
+    asked = [Request([*common, *text(3, seed)], greedy(6)) for seed in range(2, 6)]
+    with split_model(checkpoint) as model, Generator(model) as generator:
+        generations = [generator.submit(request) for request in asked]
+        assert [each.result(LATE) for each in generations] == [alone(full, request) for request in asked]
+        assert sorted(each.cached_tokens for each in generations) == [0, 40, 40, 40]
+        assert [cached for _, cached in conversation(generator, full, 3)] == [0, 27, 40]

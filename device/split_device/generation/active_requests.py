@@ -10,6 +10,7 @@ from typing import Any
 
 from split_device.generation.active import ActiveRequest, Outcome
 from split_device.generation.admission import Admission, Admitted
+from split_device.generation.limits import Limits
 from split_device.generation.local_layers import LocalLayers
 from split_device.generation.prefixes import Prefixes
 from split_device.generation.request import Generation
@@ -25,8 +26,7 @@ class ActiveRequests:
         layers: head and tail, which run in the two stages.
         stages: where sequences are made and freed, head and tail.
         admission: where memory was reserved for the requests.
-        max_requests: how many may run at once: they share the memory of histories.
-        prefix_cache: bytes to keep of ended requests.
+        limits: how many requests share the memory of histories, and how much is kept of ended ones.
         on_outcome: called on a session's thread after each of its steps.
     """
 
@@ -36,18 +36,17 @@ class ActiveRequests:
         layers: LocalLayers,
         stages: tuple[Stage, Stage],
         admission: Admission,
-        max_requests: int,
-        prefix_cache: int,
+        limits: Limits,
         on_outcome: Callable[[ActiveRequest, Outcome], None],
     ) -> None:
         self._parts = parts
         self._layers = layers
         self._stages = stages
         self._admission = admission
-        self._history_memory = parts.history_memory // max_requests
+        self._history_memory = parts.history_memory // limits.requests
         self._on_outcome = on_outcome
         self._threads: list[threading.Thread] = []
-        self.prefixes = Prefixes(parts, layers, stages, prefix_cache)
+        self.prefixes = Prefixes(parts, layers, stages, limits.prefix_cache)
         #: Those that have not ended.
         self.by_generation: dict[Generation, ActiveRequest] = {}
 

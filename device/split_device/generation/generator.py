@@ -69,26 +69,18 @@ class Generator:
         kv_memory: int | None = None,
         prefix_cache: int | None = None,
     ) -> None:
-        limits = limits or Limits()
-        max_requests = limits.requests if max_requests is None else max_requests
-        kv_memory = limits.kv_memory if kv_memory is None else kv_memory
+        limits = (limits or Limits()).but(requests=max_requests, kv_memory=kv_memory, prefix_cache=prefix_cache)
         self._model = model
-        self._max_requests = max_requests
-        self._layers = LocalLayers(model, kv_memory if kv_memory is not None else KV_MEMORY)
+        self._max_requests = limits.requests
+        self._layers = LocalLayers(model, limits.kv_memory if limits.kv_memory is not None else KV_MEMORY)
         self._images = ImagePrompts(model, self._layers.packed)
         self._head, self._tail = Stage(self._layers.head), Stage(self._layers.tail)
         #: Calls from other threads, to be made on the loop's thread.
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._scorer = PromptScorer(self._layers.logits, self._layers.vocabulary)
-        self._admission = Admission(self._head, self._tail, max_requests)
+        self._admission = Admission(self._head, self._tail, limits.requests)
         self._requests = ActiveRequests(
-            model.split_parts,
-            self._layers,
-            (self._head, self._tail),
-            self._admission,
-            max_requests,
-            limits.prefix_cache if prefix_cache is None else prefix_cache,
-            self._on_outcome,
+            model.split_parts, self._layers, (self._head, self._tail), self._admission, limits, self._on_outcome
         )
         self._active = self._requests.by_generation
         self._first_tokens = FirstTokens(self._active.values())
@@ -322,15 +314,14 @@ class Generator:
     def _begin(self, admitted: Admitted) -> None:
         self._first_tokens.renew()
         for request in self._requests.begin(admitted):
-            if request.generation.request.images:
-                placed = functools.partial(self._placed, request)
-                self._images.start(
-                    request.generation.request,
-                    request.adapter,
-                    lambda outcome: self._inbox.put(functools.partial(placed, outcome)),
-                )
+            if (asked := request.generation.request).images:
+                self._images.start(asked, request.adapter, functools.partial(self._on_placed, request))
             else:
                 self._entering.append(request)
+
+    def _on_placed(self, request: ActiveRequest, outcome: PlacedPrompt | Exception) -> None:
+        """Called on a thread that embeds images."""
+        self._inbox.put(functools.partial(self._placed, request, outcome))
 
     def _placed(self, request: ActiveRequest, outcome: PlacedPrompt | Exception) -> None:
         """A prompt with images has been embedded."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 #: Default of `Limits.prefix_cache`.
 PREFIX_CACHE = 1024**3
@@ -24,3 +24,7 @@ class Limits:
     kv_memory: int | None = None
     images: int = 2
     prefix_cache: int = PREFIX_CACHE
+
+    def but(self, **changed: int | None) -> Limits:
+        """The same limits with others in place of some; None leaves one as it is."""
+        return replace(self, **{name: value for name, value in changed.items() if value is not None})
