@@ -178,4 +178,4 @@ def test_windows_and_sequences_that_are_not_packed(arch: str, tmp_path: Path) ->
         generations = [generator.submit(request) for request in asked]
         assert [each.result(LATE) for each in generations] == [alone(full, request) for request in asked]
         assert sorted(each.cached_tokens for each in generations) == [0, 40, 40, 40]
-        assert [cached for _, cached in conversation(generator, full, 3)] == [0, 27, 40]
+        assert [cached for _, cached in conversation(generator, full, 3, 70)] == [0, 27, 40]
