@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import tiny
 from fleet import joined, running_broker, split_model, start_worker
-from split_common.errors import ConfigError, NoWorker, PromptTooLong, SplitError, UnsupportedFeature
+from split_common.errors import ConfigError, ModelError, NoWorker, PromptTooLong, SplitError, UnsupportedFeature
 from split_device import SplitModelForCausalLM
 from split_device.generation.generator import Generator, Logprobs, Request
 from split_worker.limits import WorkerLimits
@@ -343,6 +343,12 @@ def test_memory_for_a_few_at_a_time(split: Any, unsplit: Any) -> None:
         assert [each.result(LATE) for each in generations] == [alone(unsplit, request) for request in asked]
         with pytest.raises(PromptTooLong, match="memory"):
             generator.submit(Request([5] * 60, greedy(10)))
+
+
+def test_too_little_memory_is_said_in_bytes_that_were_given(split: Any) -> None:
+    said = r"layers 0:2 get 0 of the 1 bytes of --kv-memory: .* at least 4,096 bytes are needed"
+    with pytest.raises(ModelError, match=said):
+        Generator(split, kv_memory=1)
 
 
 def test_those_that_find_no_room_on_the_worker_begin_again(

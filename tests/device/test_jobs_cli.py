@@ -301,6 +301,14 @@ def test_a_dash_is_stdin(run: Any, store: Store, tmp_path: Path) -> None:
     assert run("submit", "-", *asked, stdin=" ").code == 2
 
 
+@pytest.mark.parametrize("config", [b"{", b"[]", b"\xff", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_damaged_configuration_is_said_at_once(run: Any, store: Store, tmp_path: Path, config: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(config)
+    refused = run("submit", "Hello", "--model", tmp_path)
+    assert (refused.code, refused.out, "config.json is" in refused.err) == (1, "", True)
+    assert store.jobs() == []
+
+
 def test_each_line_is_a_job(run: Any, store: Store, tmp_path: Path) -> None:
     source = tmp_path / "prompts.txt"
     source.write_text("one\n\ntwo\nthree\n")

@@ -174,13 +174,14 @@ def _backends(layers: LayerRange) -> list[Backend]:
 
 
 def _make_pool(layers: LayerRange, backend: Backend, shapes: dict[int, LayerShape], kv_bytes: int) -> PagePool:
-    pages = kv_bytes // (PagePool.bytes_per_token(shapes, layers.dtype) * backend.page_tokens)
+    page_bytes = PagePool.bytes_per_token(shapes, layers.dtype) * backend.page_tokens
+    pages = kv_bytes // page_bytes
     # A sequence needs a page, and graphs reserve a scratch page.
     least = 2 if backend.capturable else 1
     if pages < least:
         raise ModelError(
             f"{kv_bytes:,} bytes of KV memory hold {pages} pages of {backend.page_tokens} tokens: at least "
-            f"{least} are needed"
+            f"{least * page_bytes:,} bytes are needed"
         )
     return PagePool(shapes, pages, layers.dtype, backend.page_tokens)
 

@@ -21,6 +21,7 @@ from msgspec import Meta, Struct
 
 from split_common.errors import MissingTensor, ModelError, UnknownModel
 from split_common.models.checkpoint_files import (
+    decode_config,
     directory_name,
     hub_files,
     local_files,
@@ -168,10 +169,7 @@ class Checkpoint:
         """The content of config.json, decoded at each call; empty for GGUF. Raises ModelError if malformed."""
         if self.gguf is not None:
             return {}
-        try:
-            return msgspec.json.decode(self.config_bytes, type=dict[str, Any])
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise ModelError(f"{self.name}: config.json is malformed: {error}") from None
+        return decode_config(self.name, self.config_bytes)
 
     @property
     def class_name(self) -> str | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import msgspec
 
 from split_common.errors import ModelError
 from split_common.models.gguf_header import is_gguf
@@ -58,6 +60,22 @@ def refuse_pointers(directory: Path, patterns: Iterable[str]) -> None:
         for path in sorted(directory.glob(pattern)):
             if path.is_file():
                 refuse_pointer(path)
+
+
+def decode_config(name: str, data: bytes) -> dict[str, Any]:
+    """The content of a checkpoint's config.json. Raises ModelError if it is not a JSON object."""
+    try:
+        return msgspec.json.decode(data, type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ModelError(f"{name}: config.json is malformed: {error}") from None
+
+
+def check_config(name_or_path: str) -> None:
+    """Raises ModelError if a directory's config.json is malformed or a Git LFS pointer. Looks at nothing else."""
+    path = user_path(name_or_path) / "config.json"
+    if path.is_file():
+        refuse_pointer(path)
+        decode_config(model_name(name_or_path), path.read_bytes())
 
 
 def check_tokenizer_files(directory: Path) -> None:

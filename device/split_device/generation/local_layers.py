@@ -21,7 +21,7 @@ from split_common.compat.torch import remove_forward_hooks
 from split_common.engine.linear import pack_linears, padded_rows
 from split_common.engine.lora import AdapterNumber, adapting
 from split_common.engine.runner import Runner, build_runner
-from split_common.errors import UnsupportedFeature
+from split_common.errors import ModelError, UnsupportedFeature
 from split_common.models.cache_layers import has_states
 from split_common.models.layer_stack import LayerStack, PassThrough
 from split_common.models.loading import strip
@@ -62,7 +62,12 @@ class LocalLayers:
             strip(part, stack.slots)
             _pack(part)
             share = kv_bytes * (last - first) // layers
-            return build_runner(stack, Split(split.layers, first, last), config, share)
+            try:
+                return build_runner(stack, Split(split.layers, first, last), config, share)
+            except ModelError as error:
+                raise ModelError(
+                    f"layers {first}:{last} get {share:,} of the {kv_bytes:,} bytes of --kv-memory: {error}"
+                ) from None
 
         #: The layers of head and tail; None for an end without layers.
         self.head, self.tail = runner(0, split.first), runner(split.last, split.layers)

@@ -11,6 +11,7 @@ import msgspec
 
 from split_common.errors import ConfigError
 from split_common.models.adapters import parse_adapters
+from split_common.models.checkpoint_files import check_config
 from split_common.models.demo_model import resolve_model
 from split_common.models.split import DEFAULT_CUT, END_LAYERS
 from split_common.system.files import user_path
@@ -69,11 +70,12 @@ def checkpoint(model: str | None) -> str:
         model: a directory or hub id; None for the demo model.
 
     Raises:
-        ModelError: the demo model is missing and cannot be made.
+        ModelError: the demo model is missing and cannot be made, or the directory's config.json is malformed.
         ConfigError: the directory's path is not UTF-8, which tokenizers cannot read.
     """
     name = resolve_model(model)
     directory = user_path(name)
+    check_config(name)
     return check_text(str(directory.resolve()) if directory.exists() else name, "the model's path")
 
 
