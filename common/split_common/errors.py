@@ -4,7 +4,8 @@ The exit code of the command is in parentheses if it is not 1::
 
     SplitError
     ├── ConfigError (2)
-    │   └── KeysError (2)
+    │   ├── KeysError (2)
+    │   └── UnsupportedField (2)
     ├── ModelError
     │   ├── UnknownModel (2)
     │   ├── UnknownAdapter (2)
@@ -61,6 +62,15 @@ class ConfigError(SplitError):
 
 class KeysError(ConfigError):
     """A key, certificate, roster or manifest file is missing, damaged or readable by others."""
+
+
+class UnsupportedField(ConfigError):
+    """A field of a request asks for something that this model, or its chat template, cannot do."""
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        #: Its name in OpenAI's format.
+        self.field = field
 
 
 # --- the model and its parts -------------------------------------------------------------------------------

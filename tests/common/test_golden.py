@@ -64,7 +64,9 @@ from split_device.batches import lines as batch_lines
 from split_device.batches import place as batches
 from split_device.cli import doctor
 from split_device.generation import chat as chatting
+from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling
+from split_device.generation.tools import NamedTool, Tool, ToolCall, ToolCallDelta, ToolUse
 from split_device.images.settings import ImageSettings
 from split_device.jobs import hooks
 from split_device.jobs import job as jobs
@@ -344,6 +346,20 @@ SHOWN = Task(
         ),
     ),
 )
+CALLING = jobs.Task(
+    model=jobs.ModelChoice(name="m"),
+    prompt=(
+        Message("user", "Hot?"),
+        Message("assistant", "", tool_calls=(ToolCall(id="c", name="f", arguments="{}"),), reasoning="Hm."),
+        Message("tool", "30", tool_call_id="c"),
+    ),
+    chat_template=ChatTemplate("{{ messages }}", {"x": 1}, "low"),
+    tool_use=ToolUse(
+        tools=(Tool(name="f", description="g", parameters={"type": "object"}, strict=True),),
+        choice=NamedTool("f"),
+        parallel=False,
+    ),
+)
 TASKS = {
     "text": TASK,
     "plain": PLAIN,
@@ -352,7 +368,9 @@ TASKS = {
     "image": IMAGE,
     "begun": BEGUN,
     "shown": SHOWN,
+    "calling": CALLING,
 }
+CALL_PIECE = jobs.AnswerTextPiece([1], "one", "two", (ToolCallDelta(0, "{}", "c", "f"),))
 
 
 RECORD = batches.Record(
@@ -496,9 +514,12 @@ def test_tasks_and_pieces() -> None:
     samples = {name: msgspec.msgpack.encode(task) for name, task in TASKS.items()}
     samples["action"] = msgspec.msgpack.encode(ACTION)
     samples["piece"] = msgspec.msgpack.encode(TextPiece([1, 200, 70_000], "one"))
+    samples["call"] = msgspec.msgpack.encode(CALL_PIECE)
     golden = check_bytes("tasks", samples)
     assert {name: msgspec.msgpack.decode(golden[name], type=jobs.AnyTask) for name in TASKS} == TASKS
     assert msgspec.msgpack.decode(golden["piece"], type=TextPiece) == TextPiece([1, 200, 70_000], "one")
+    assert msgspec.msgpack.decode(golden["call"], type=jobs.AnswerTextPiece) == CALL_PIECE
+    assert msgspec.msgpack.decode(golden["call"], type=TextPiece) == TextPiece([1], "one")
 
 
 def test_what_is_kept_of_a_batch() -> None:
@@ -624,7 +645,7 @@ NOT_STORED: set[type] = {headers.Header, payloads.Payload, jobs.Job, jobs.JobPro
 
 SAMPLES = (
     *(HEADERS, KEYED_HEADERS, REQUESTS, PLACED, REPLIES, ROSTER, MANIFEST, DEVICE.certificate, WORKER.certificate),
-    *(TASKS, ACTION, TextPiece([1], "one"), LETTER, RECORD, FINISHED, ENTRY),
+    *(TASKS, ACTION, TextPiece([1], "one"), CALL_PIECE, LETTER, RECORD, FINISHED, ENTRY),
     Hello(ROOT, [AEGIS.name], SERVICE, "bfloat16", 2, ["fork"]),
     Answer(ROOT, AEGIS.name, b"credentials", 2, ["fork"]),
     Credentials(b"certificate", bytes(64)),

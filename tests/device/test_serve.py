@@ -156,8 +156,8 @@ def test_logprobs_are_those_of_the_unsplit_model(client: openai.OpenAI, unsplit:
 
 def test_errors_are_openai_s(client: openai.OpenAI, fleet: tuple[str, Any]) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
-        ask(client, tools=[{"type": "function", "function": {"name": "f"}}])
-    assert (bad.value.code, bad.value.param) == ("unsupported_parameter", "tools")
+        ask(client, functions=[{"name": "f"}])
+    assert (bad.value.code, bad.value.param) == ("unsupported_parameter", "functions")
     with pytest.raises(openai.BadRequestError) as bad:
         ask(client, messages=[{"role": "user", "content": "x" * POSITIONS}])
     assert bad.value.code == "context_length_exceeded"

@@ -9,7 +9,7 @@ from typing import Any
 
 from split_device.batches.lines import Entry
 from split_device.batches.plan import Plan
-from split_device.jobs.job import FINAL, ImageTask, Job, Task
+from split_device.jobs.job import FINAL, ImageTask, Job, JobProgress, Task
 from split_device.jobs.store import Store
 from split_device.serving.choices import Choice
 
@@ -75,8 +75,12 @@ def _result(entry: Entry, jobs: list[Job], store: Store) -> Result:
             error = _error(job)
     if error is not None or isinstance(jobs[0].task, ImageTask):
         return Result(entry, jobs, [], error)
-    choices = [Choice(store.progress(job.id).text, job.tokens, job.finish_reason or "length") for job in jobs]
-    return Result(entry, jobs, choices, None)
+    return Result(entry, jobs, [_choice(job, store.progress(job.id)) for job in jobs], None)
+
+
+def _choice(job: Job, progress: JobProgress) -> Choice:
+    reason = job.finish_reason or "length"
+    return Choice(progress.text, job.tokens, reason, reasoning=progress.reasoning, tool_calls=progress.tool_calls)
 
 
 def _error(job: Job) -> dict[str, str]:

@@ -8,12 +8,15 @@ from typing import Any
 
 import msgspec
 
-from split_common.errors import ConfigError
+from split_common.errors import ConfigError, UnsupportedField
 from split_common.system.files import user_path
 from split_common.system.text import check_text, parse_json, read_text
 from split_device.generation.content_parts import rendered
 
 _KWARGS = "--chat-template-kwargs"
+
+#: Variables by which templates switch thinking on and off.
+_SWITCHES = ("enable_thinking", "thinking")
 
 #: Characters that a template has, and the name of a file seldom.
 _JINJA = frozenset("{}\n")
@@ -25,14 +28,20 @@ class ChatTemplate(msgspec.Struct, frozen=True):
     Args:
         text: a Jinja template; None takes the checkpoint's.
         kwargs: values for variables of the template, as in vLLM's `chat_template_kwargs`.
+        reasoning_effort: how much the model is to think, as in OpenAI's API. Older versions know none.
     """
 
     text: str | None = None
     kwargs: dict[str, Any] = {}
+    reasoning_effort: str | msgspec.UnsetType = msgspec.UNSET
 
     def with_kwargs(self, own: Mapping[str, Any] | None) -> ChatTemplate:
         """This template, with values of a request's own before these."""
-        return ChatTemplate(self.text, {**self.kwargs, **own}) if own else self
+        return msgspec.structs.replace(self, kwargs={**self.kwargs, **own}) if own else self
+
+    def with_reasoning_effort(self, effort: str | None) -> ChatTemplate:
+        """This template, with a request's own effort before this one."""
+        return self if effort is None else msgspec.structs.replace(self, reasoning_effort=effort)
 
     def unless_default(self) -> ChatTemplate | msgspec.UnsetType:
         """This template for a field that is left out of what is stored if it says nothing."""
@@ -45,31 +54,72 @@ class ChatTemplate(msgspec.Struct, frozen=True):
                 raise ConfigError(
                     "chat_template_kwargs have no effect: there is no chat template (see --chat-template)"
                 )
+            self._effort(frozenset())
             return
         settable = self.variables(tokenizer)
         for name in self.kwargs:
             if name not in settable:
                 own = ", ".join(sorted(settable)) or "no variables that can be set"
                 raise ConfigError(f"chat_template_kwargs cannot set {name!r}: the chat template reads {own}")
+        self._effort(settable)
 
     def variables(self, tokenizer: Any) -> frozenset[str]:
         """The variables that the template reads and that can be set. Raises ConfigError if it is not Jinja."""
-        if self.text is None and not tokenizer.chat_template:
-            return frozenset()
         # Loading takes seconds, and only what computes has to.
-        from split_common.compat.transformers import reserved_template_variables, template_variables
+        from split_common.compat.transformers import reserved_template_variables
+
+        return self._known(tokenizer) - reserved_template_variables(tokenizer)
+
+    def reads_tools(self, tokenizer: Any) -> bool:
+        """Whether the template shows tools to the model. Raises ConfigError if it is not Jinja."""
+        return "tools" in self._known(tokenizer, tools=True)
+
+    def source(self, tokenizer: Any, tools: bool = False) -> str:
+        """The text of the template; empty if there is none. Some tokenizers have one of its own for tools."""
+        if self.text is None and not tokenizer.chat_template:
+            return ""
+        try:
+            return str(tokenizer.get_chat_template(self.text, tools=[{}] if tools else None))
+        except ValueError as error:
+            raise ConfigError(f"invalid chat template: {error}") from None
+
+    def _known(self, tokenizer: Any, tools: bool = False) -> frozenset[str]:
+        """All variables that the template reads. Raises ConfigError if it is not Jinja."""
+        from split_common.compat.transformers import template_variables
 
         try:
-            known = template_variables(tokenizer.get_chat_template(self.text))
+            return template_variables(self.source(tokenizer, tools))
         except Exception as error:
             raise ConfigError(f"invalid chat template: {error}") from None
-        return known - reserved_template_variables(tokenizer)
 
-    def render(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]], continues: bool) -> str:
+    def _effort(self, settable: frozenset[str]) -> dict[str, Any]:
+        """The values of variables that stand for the effort. Raises UnsupportedField if the template reads none."""
+        effort = self.reasoning_effort
+        if effort is msgspec.UNSET:
+            return {}
+        if "reasoning_effort" in settable:
+            return {"reasoning_effort": effort}
+        for name in _SWITCHES:
+            if name in settable:
+                return {name: effort != "none"}
+        if effort != "none":
+            raise UnsupportedField(
+                f"reasoning_effort {effort!r} has no effect: the chat template does not read it", "reasoning_effort"
+            )
+        return {}
+
+    def render(
+        self,
+        tokenizer: Any,
+        messages: Sequence[Mapping[str, Any]],
+        continues: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """The text of a conversation. `check` comes before.
 
         Args:
             continues: the last message is to be continued, so it is left open, and no answer is begun after it.
+            tools: those that the model is shown, as transformers documents them.
 
         Raises:
             ConfigError: the template refuses the conversation.
@@ -82,6 +132,8 @@ class ChatTemplate(msgspec.Struct, frozen=True):
                 tokenize=False,
                 add_generation_prompt=not continues,
                 continue_final_message=continues,
+                tools=list(tools) or None,
+                **self._effort(self.variables(tokenizer)),
                 **self.kwargs,
             )
             return text

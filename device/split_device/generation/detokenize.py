@@ -8,7 +8,7 @@ end, and needs a fast tokenizer. Models may generate anything, so it is not used
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from split_device.generation.special_tokens import special_tokens
@@ -28,16 +28,24 @@ class TextStream:
         stop: texts at which the stream ends; text that may be the beginning of one is held back. They may hold
             special tokens as these are written. Empty ones have no effect.
         before: tokens that the text continues. They are not part of it, but may change how it begins.
+        visible: special tokens that have a text, as they are written.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), before: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        before: Sequence[int] = (),
+        visible: Collection[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
         self._tokens: list[int] = list(before)
         # Tokens before `_read` are text already. Decoding begins at `_from`, because a token's text depends on
         # earlier tokens.
         self._from, self._read = 0, len(before)
         self._search = _StopSearch([text for text in stop if text])
-        self._special = special_tokens(tokenizer) if self._search.stops else {}
+        self._visible = frozenset(visible)
+        self._special = special_tokens(tokenizer) if self._search.stops or visible else {}
 
     @property
     def stopped(self) -> bool:
@@ -60,7 +68,7 @@ class TextStream:
             self._from, self._read = self._read, len(self._tokens)
             ready = self._search.push(text)
         if token in self._special and not self.stopped:
-            ready += self._search.push(self._special[token], hidden=True)
+            ready += self._search.push(self._special[token], hidden=token not in self._visible)
         return ready
 
     def end(self) -> str:

@@ -10,15 +10,18 @@ import msgspec
 import torch
 from transformers import AutoTokenizer
 
-from split_common.errors import UnknownModel, UnsupportedArchitecture
+from split_common.errors import ConfigError, UnknownModel, UnsupportedArchitecture
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.checkpoint_files import check_tokenizer_files
 from split_common.system.files import user_path
 from split_common.system.text import check_text
 from split_device.generation.chat_template import ChatTemplate
+from split_device.generation.tool_prompts import shown_tools, spelled_out
+from split_device.generation.tools import ToolUse
 
-#: A message of a conversation: its `role` and its `content`.
-ChatMessage = dict[str, str]
+#: A message of a conversation: its `role` and its `content`. Those of tools and with calls have more, as
+#: transformers documents it.
+ChatMessage = dict[str, Any]
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
@@ -77,12 +80,14 @@ def encode_chat(
     messages: Sequence[ChatMessage],
     continues: bool = False,
     template: ChatTemplate = ChatTemplate(),
+    tool_use: ToolUse | None = None,
 ) -> torch.Tensor:
     """Token ids int64 `[1, tokens]` of a conversation; of its plain text if the tokenizer has no chat template.
 
     Args:
         continues: the last message is to be continued, so it is left open, and no answer is begun after it.
         template: another chat template, or values for its variables.
+        tool_use: the tools that the model is shown. If the chat template knows none, they are spelled out.
 
     Raises:
         ConfigError: the chat template refuses the conversation, is not one, or does not read a variable that is
@@ -90,11 +95,31 @@ def encode_chat(
     """
     check_messages(messages)
     template.check(tokenizer)
+    tools = shown_tools(tool_use)
     if template.text is None and not tokenizer.chat_template:
-        return encode_text(tokenizer, "\n".join(message["content"] for message in messages))
-    text = template.render(tokenizer, messages, continues)
+        return encode_text(tokenizer, "\n".join(message["content"] for message in spelled_out(messages, tools)))
+    if template.reads_tools(tokenizer):
+        text = template.render(tokenizer, messages, continues, tools)
+    else:
+        text = _render_plain(tokenizer, messages, continues, template, tools)
     ids: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     return ids
+
+
+def _render_plain(
+    tokenizer: Any,
+    messages: Sequence[ChatMessage],
+    continues: bool,
+    template: ChatTemplate,
+    tools: list[dict[str, Any]],
+) -> str:
+    """The text of a conversation by a chat template that knows no tools. Some know no system message either."""
+    try:
+        return template.render(tokenizer, spelled_out(messages, tools), continues)
+    except ConfigError:
+        if not tools or messages[0]["role"] == "system":
+            raise
+        return template.render(tokenizer, spelled_out(messages, tools, system=False), continues)
 
 
 def encode_text(tokenizer: Any, text: str) -> torch.Tensor:

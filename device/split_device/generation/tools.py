@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -44,3 +46,40 @@ class ToolUse(msgspec.Struct, frozen=True, kw_only=True):
     choice: ToolChoice = "auto"
     #: Whether one answer may call several tools.
     parallel: bool = True
+
+    @property
+    def forced(self) -> bool:
+        """Whether the answer has to be calls, and nothing else."""
+        return self.choice == "required" or isinstance(self.choice, NamedTool)
+
+    @property
+    def callable(self) -> tuple[Tool, ...]:
+        """The tools that may be called."""
+        if isinstance(self.choice, NamedTool):
+            return tuple(tool for tool in self.tools if tool.name == self.choice.name)
+        return () if self.choice == "none" else self.tools
+
+
+@dataclass(frozen=True)
+class ToolCallDelta:
+    """A piece of a call of a tool. The first piece of a call has its id and name, the others only arguments."""
+
+    #: Which of the answer's calls it is, from 0.
+    index: int
+    #: A part of the arguments' JSON text.
+    arguments: str
+    id: str = ""
+    name: str = ""
+
+
+def joined_calls(deltas: Iterable[ToolCallDelta]) -> tuple[ToolCall, ...]:
+    """The calls of which these are the pieces."""
+    calls: dict[int, ToolCall] = {}
+    for delta in deltas:
+        known = calls.get(delta.index)
+        calls[delta.index] = (
+            ToolCall(id=delta.id, name=delta.name, arguments=delta.arguments)
+            if known is None
+            else msgspec.structs.replace(known, arguments=known.arguments + delta.arguments)
+        )
+    return tuple(calls.values())

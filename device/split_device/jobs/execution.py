@@ -10,10 +10,20 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from split_common.errors import ConfigError
-from split_device.generation.detokenize import CONTINUED, TextStream
 from split_device.generation.generator import Generation
+from split_device.generation.tool_calls import AnswerPiece
 from split_device.images.files import file_digest, image_bytes, read_image
-from split_device.jobs.job import ImageTask, InitImage, Job, JobFinishReason, JobProgress, Task, TextPiece, Update
+from split_device.jobs.job import (
+    AnswerTextPiece,
+    ImageTask,
+    InitImage,
+    Job,
+    JobFinishReason,
+    JobProgress,
+    Task,
+    TextPiece,
+    Update,
+)
 from split_device.jobs.models import Loaded
 
 if TYPE_CHECKING:
@@ -68,16 +78,17 @@ class TextExecution(JobExecution):
         super().__init__(job)
         request = dataclasses.replace(loaded.request(task, progress, job.priority), request_id=job.request_id)
         self.update.prompt_tokens = len(request.prompt)
-        ending = request.prompt[-CONTINUED:] if task.continues else ()
-        self._text = TextStream(loaded.tokenizer, task.stop, ending)
+        self._answer = loaded.answer(task, request.prompt, job.id)
         for token in progress.tokens:
-            self._text.push(token)
+            self._answer.push(token)
         #: Filled by the generator's thread: a token, and the state of the random generator after it.
         self._tokens: queue.SimpleQueue[tuple[int, bytes | None]] = queue.SimpleQueue()
         self._generation: Generation | None = None
         #: Set if the process was killed between the last token and the end of the job.
         self._reason: JobFinishReason | None = None
-        if self._text.stopped or (progress.tokens and progress.tokens[-1] in task.sampling.ends(loaded.end_tokens)):
+        if self._answer.stopped or (
+            progress.tokens and progress.tokens[-1] in task.sampling.ends(loaded.end_tokens)
+        ):
             self._reason = "stop"
         elif len(progress.tokens) >= request.config.max_new_tokens:
             self._reason = "length"
@@ -100,11 +111,10 @@ class TextExecution(JobExecution):
         arrived = not self._tokens.empty()
         while not self._tokens.empty():
             token, sampler = self._tokens.get()
-            if not self._text.stopped:
-                text = self.update.piece.text + self._text.push(token)
-                self.update.piece = TextPiece([*self.update.piece.tokens, token], text)
+            if not self._answer.stopped:
+                self._add([token], self._answer.push(token))
                 self.update.sampler = sampler
-        if self._text.stopped and not self.done:
+        if self._answer.stopped and not self.done:
             self.cancel()
         return arrived
 
@@ -112,7 +122,7 @@ class TextExecution(JobExecution):
         generation = self._generation
         if generation is None:
             self._succeed(self._reason or "stop")
-        elif self._text.stopped or generation.finish_reason == "stop":
+        elif self._answer.stopped or generation.finish_reason == "stop":
             self._succeed("stop")
         elif generation.error is not None:
             return generation.error
@@ -123,9 +133,18 @@ class TextExecution(JobExecution):
         return None
 
     def _succeed(self, reason: JobFinishReason) -> None:
-        update = self.update
-        update.piece = TextPiece(update.piece.tokens, update.piece.text + self._text.end())
-        update.state, update.finish_reason = "succeeded", reason
+        self._add([], self._answer.end())
+        called = reason == "stop" and self._answer.called
+        self.update.state, self.update.finish_reason = "succeeded", "tool_calls" if called else reason
+
+    def _add(self, tokens: list[int], piece: AnswerPiece) -> None:
+        written = self.update.piece
+        tokens, text = [*written.tokens, *tokens], written.text + piece.text
+        known = written if isinstance(written, AnswerTextPiece) else AnswerTextPiece()
+        reasoning, calls = known.reasoning + piece.reasoning, (*known.calls, *piece.calls)
+        self.update.piece = (
+            AnswerTextPiece(tokens, text, reasoning, calls) if reasoning or calls else TextPiece(tokens, text)
+        )
 
 
 class ImageExecution(JobExecution):

@@ -19,12 +19,12 @@ from split_common.system.text import check_text
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling, may_sample
 from split_device.generation.structured import StructuredOutputs
-from split_device.generation.tools import ToolCall, ToolUse
+from split_device.generation.tools import ToolCall, ToolCallDelta, ToolUse
 from split_device.images.settings import ImageSettings
 
 JobKind = Literal["text", "image"]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-JobFinishReason = Literal["stop", "length"]
+JobFinishReason = Literal["stop", "length", "tool_calls"]
 
 #: States that a job leaves only by `retry`.
 FINAL: tuple[State, ...] = ("succeeded", "failed", "cancelled")
@@ -238,6 +238,13 @@ class TextPiece(msgspec.Struct, frozen=True, array_like=True):
     text: str = ""
 
 
+class AnswerTextPiece(TextPiece, frozen=True, array_like=True):
+    """A piece in which something was thought, or a tool was called. Older versions know its text alone."""
+
+    reasoning: str = ""
+    calls: tuple[ToolCallDelta, ...] = ()
+
+
 class JobProgress(msgspec.Struct, frozen=True):
     """The state from which a job continues as if it had never been interrupted."""
 
@@ -245,6 +252,9 @@ class JobProgress(msgspec.Struct, frozen=True):
     text: str
     #: State of the random generator after `tokens`; None before the first one.
     sampler: bytes | None
+    #: What the model thought before it answered, and the tools that it called.
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 class Update(msgspec.Struct, kw_only=True):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
 
-from split_common.errors import ConfigError, PromptTooLong, SplitError
+from split_common.errors import ConfigError, PromptTooLong, SplitError, UnsupportedField
 from split_common.models.adapters import parse_adapters
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.checkpoint_files import model_name
 from split_common.models.layer_stack import UNLIMITED, max_positions
 from split_common.models.loading import generation_config, read_spec
 from split_common.system.signals import interrupt_on_sigterm
+from split_device.generation.answers import AnswerStream, answer_format
 from split_device.generation.bad_words import bad_word_tokens
+from split_device.generation.detokenize import CONTINUED
 from split_device.generation.generator import Generator, Request
 from split_device.generation.image_prompts import ImagePrompt, encode_with_images, load_processor
 from split_device.generation.limits import Limits
@@ -31,6 +34,7 @@ from split_device.generation.tokenizing import (
     pad_token,
 )
 from split_device.images.settings import need_diffusers
+from split_device.jobs.conversation import chat_messages
 from split_device.jobs.job import ImageChoice, JobProgress, ModelChoice, Task
 from split_device.jobs.message_images import has_images, shown_images
 from split_device.models.hardware import Hardware
@@ -79,15 +83,18 @@ class Loaded:
         if isinstance(task.prompt, str):
             ids = encode_text(self.tokenizer, task.prompt)
         else:
-            messages = [{"role": message.role, "content": message.content} for message in task.prompt]
+            template, tool_use = task.template, task.tool_use or None
+            messages = chat_messages(task.prompt, template.source(self.tokenizer))
             if has_images(task.prompt):
                 return self._within_limit(self._with_images(task, messages))
-            ids = encode_chat(self.tokenizer, messages, task.continues, task.template)
+            ids = encode_chat(self.tokenizer, messages, task.continues, template, tool_use)
         return self._within_limit(ids[0].tolist())
 
     def _with_images(self, task: Task, messages: list[ChatMessage]) -> list[int]:
         if self.processor is None:
             raise ConfigError(f"{model_name(self.model.name_or_path)} takes no images: it is a model for texts")
+        if task.tool_use:
+            raise UnsupportedField("tools are not supported in a conversation with images", "tools")
         shown = shown_images([message for message in task.prompt if not isinstance(message, str)])
         return encode_with_images(self.processor, messages, shown, task.continues, task.template)
 
@@ -99,6 +106,24 @@ class Loaded:
             raise PromptTooLong(f"{len(prompt)} tokens leave no room in the model's {limit} positions")
         return prompt
 
+    def answer(
+        self,
+        task: Task,
+        prompt: Sequence[int],
+        name: str | None = None,
+    ) -> AnswerStream:
+        """What reads a task's answer.
+
+        Args:
+            prompt: what `encode` returned for the task.
+            name: a name of the answer, of which ids of calls are made; None for random ones.
+        """
+        format_ = None
+        if not isinstance(task.prompt, str):
+            format_ = answer_format(self.tokenizer, task.template, task.tool_use or None)
+        before = prompt[-CONTINUED:] if task.continues else ()
+        return AnswerStream(self.tokenizer, format_, prompt, task.stop, before, name)
+
     def request(self, task: Task, progress: JobProgress, priority: int, prompt: list[int] | None = None) -> Request:
         """The generator's request for a task. What its sampling leaves open is as in the checkpoint.
 
@@ -109,6 +134,8 @@ class Loaded:
             PromptTooLong: as `encode`.
             ConfigError: as `encode`, or a number is out of bounds.
         """
+        if task.tool_use and task.tool_use.forced:
+            raise UnsupportedField("tool_choice: calls cannot be forced here", "tool_choice")
         prompt = self.encode(task) if prompt is None else prompt
         limit, sampling = self.limit, task.sampling.checked().resolved(self.model.generation_config)
         config = GenerationConfig(

@@ -13,7 +13,7 @@ from split_common.errors import JobsError, StoreLocked, UnknownJob
 from split_common.system.forks import Birthplace
 from split_device.jobs.database import open_database, placeholders, transaction
 from split_device.jobs.hooks import Hooks
-from split_device.jobs.job import STATES, AnyTask, Job, JobProgress, Selection, TextPiece
+from split_device.jobs.job import STATES, AnswerTextPiece, AnyTask, Job, JobProgress, Selection
 
 #: A job's row, with its group.
 JOBS = (
@@ -112,11 +112,11 @@ class JobReader:
             values.append(selection.since)
         return " AND ".join(conditions), values
 
-    def pieces(self, id_: str, skip: int = 0) -> list[TextPiece]:
+    def pieces(self, id_: str, skip: int = 0) -> list[AnswerTextPiece]:
         """The pieces of text that a job has generated, without the first `skip`."""
         query = "SELECT number, data FROM pieces WHERE job = ? AND number >= ? ORDER BY number"
         rows = self._db.execute(query, (id_, skip)).fetchall()
-        return [self._decode(self._vault.open(data, f"{id_}/{number}"), TextPiece) for number, data in rows]
+        return [self._decode(self._vault.open(data, f"{id_}/{number}"), AnswerTextPiece) for number, data in rows]
 
     def progress(self, id_: str) -> JobProgress:
         """The output of a job so far, and the state from which it continues. Raises UnknownJob."""
@@ -130,6 +130,8 @@ class JobReader:
             [token for piece in pieces for token in piece.tokens],
             "".join(piece.text for piece in pieces),
             None if sampler is None else self._vault.open(sampler, f"{id_}/sampler"),
+            "".join(piece.reasoning for piece in pieces),
+            tuple(delta for piece in pieces for delta in piece.calls),
         )
 
     def image(self, id_: str) -> bytes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from split_device.generation.tools import ToolCallDelta as ToolCallDelta
+
 
 @dataclass(frozen=True)
 class TokenLogprobs:
@@ -14,18 +16,6 @@ class TokenLogprobs:
     bytes: bytes
     logprob: float
     top: Sequence[TokenLogprobs] = ()
-
-
-@dataclass(frozen=True)
-class ToolCallDelta:
-    """A piece of a call of a tool. The first piece of a call has its id and name, the others only arguments."""
-
-    #: Which of the answer's calls it is, from 0.
-    index: int
-    #: A part of the arguments' JSON text.
-    arguments: str
-    id: str = ""
-    name: str = ""
 
 
 @dataclass(frozen=True)

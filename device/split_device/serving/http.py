@@ -23,6 +23,7 @@ from split_common.errors import (
     PromptTooLong,
     SplitError,
     UnsupportedFeature,
+    UnsupportedField,
 )
 from split_common.system.text import json_line, parse_json
 from split_device.serving.anthropic.errors import MESSAGES_PATH, error_object
@@ -141,6 +142,8 @@ def api_error(error: BaseException) -> ApiError:
             return ApiError(error.detail, error.status_code, headers=error.headers)
         case PromptTooLong():
             return ApiError(str(error), code="context_length_exceeded")
+        case UnsupportedField():
+            return ApiError(str(error), param=error.field, code="unsupported_parameter")
         case ConfigError() | UnsupportedFeature() | Oversized():
             return ApiError(str(error))
         case Busy() | NoWorker() | BrokerUnreachable():

@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from split_device.generation.detokenize import CONTINUED, TextStream
 from split_device.generation.generator import Generation, Logprobs
 from split_device.generation.token_bytes import TokenBytes
+from split_device.generation.tool_calls import AnswerPiece
 from split_device.jobs.job import JobProgress, Task
 from split_device.jobs.models import Loaded
 from split_device.serving.choices import Choice, TokenLogprobs
@@ -53,7 +53,8 @@ class ChoiceStream:
         self._token_bytes = TokenBytes(loaded.tokenizer)
         self._previous: int | None = None
         self._wants_logprobs = logprobs is not None
-        self._text = TextStream(loaded.tokenizer, task.stop, prompt[-CONTINUED:] if task.continues else ())
+        name = None if request_id is None else f"{request_id}/{index}"
+        self._answer = loaded.answer(task, prompt, name)
         self._events: asyncio.Queue[tuple[int, Logprobs | None] | Notice | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -85,7 +86,7 @@ class ChoiceStream:
         """
         tokens = 0
         logprobs: list[TokenLogprobs] = []
-        while not self._text.stopped and (event := await self._events.get()) is not None:
+        while not self._answer.stopped and (event := await self._events.get()) is not None:
             if isinstance(event, Notice):
                 yield event
                 continue
@@ -93,28 +94,35 @@ class ChoiceStream:
             tokens += 1
             if found is not None:
                 logprobs.append(self._token_logprobs(token, found))
-            if text := self._text.push(token):
-                yield self._piece(text, tokens, None, logprobs)
+            if piece := self._answer.push(token):
+                yield self._piece(piece, tokens, None, logprobs)
                 tokens, logprobs = 0, []
         if self._generation.error is not None:
             raise self._generation.error
-        reason = "stop" if self._text.stopped else self._generation.finish_reason
+        reason: str | None = "stop" if self._answer.stopped else self._generation.finish_reason
         self.cancel()
-        yield self._piece(self._text.end(), tokens, reason, logprobs)
+        last = self._answer.end()
+        if reason == "stop" and self._answer.called:
+            reason = "tool_calls"
+        yield self._piece(last, tokens, reason, logprobs)
 
     async def whole(self) -> Choice:
         """The whole answer. Raises what `pieces` raises."""
         pieces = [piece async for piece in self.pieces() if isinstance(piece, Choice)]
-        return self._piece(
+        return Choice(
             "".join(piece.text for piece in pieces),
             sum(piece.tokens for piece in pieces),
             pieces[-1].finish_reason,
-            [token for piece in pieces for token in piece.logprobs or ()],
+            [token for piece in pieces for token in piece.logprobs or ()] if self._wants_logprobs else None,
+            "".join(piece.reasoning for piece in pieces),
+            tuple(delta for piece in pieces for delta in piece.tool_calls),
+            pieces[-1].stop_text,
         )
 
-    def _piece(self, text: str, tokens: int, reason: str | None, logprobs: list[TokenLogprobs]) -> Choice:
-        stop_text = self._text.stopped_by if reason is not None else None
-        return Choice(text, tokens, reason, logprobs if self._wants_logprobs else None, stop_text=stop_text)
+    def _piece(self, piece: AnswerPiece, tokens: int, reason: str | None, logprobs: list[TokenLogprobs]) -> Choice:
+        logged = logprobs if self._wants_logprobs else None
+        stop_text = self._answer.stopped_by if reason is not None else None
+        return Choice(piece.text, tokens, reason, logged, piece.reasoning, piece.calls, stop_text)
 
     def _token_logprobs(self, token: int, found: Logprobs) -> TokenLogprobs:
         previous, self._previous = self._previous, token

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from split_device.generation.tools import ToolCall, ToolCallDelta, joined_calls
 from split_device.serving.choices import Choice, TokenLogprobs
 from split_device.serving.openai.query import CompletionKind
 
@@ -45,7 +46,7 @@ def chunk(header: Header, index: int, piece: Choice, first: bool) -> dict[str, A
     """A chunk of a streamed response. The first one of a chat names the role."""
     content: dict[str, Any] = {"text": piece.text}
     if header.kind == "chat":
-        content = {"delta": ({"role": "assistant"} if first else {}) | {"content": piece.text}}
+        content = {"delta": ({"role": "assistant"} if first else {}) | _delta(piece)}
     choice = {
         "index": index,
         **content,
@@ -71,9 +72,45 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 def _choice(kind: CompletionKind, index: int, choice: Choice) -> dict[str, Any]:
     content: dict[str, Any] = {"text": choice.text}
     if kind == "chat":
-        content = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+        content = {"message": _message(choice)}
     logprobs = _logprobs(kind, choice.logprobs)
     return {"index": index, **content, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+
+def _message(choice: Choice) -> dict[str, Any]:
+    calls = joined_calls(choice.tool_calls)
+    made = [{"id": call.id, "type": "function", "function": _function(call)} for call in calls]
+    return {
+        "role": "assistant",
+        "content": choice.text or (None if calls else ""),
+        "refusal": None,
+        **_reasoning(choice.reasoning),
+        **({"tool_calls": made} if made else {}),
+    }
+
+
+def _delta(piece: Choice) -> dict[str, Any]:
+    """What a piece adds to the message. A piece without anything has an empty content."""
+    calls = [
+        {"index": delta.index, "id": delta.id, "type": "function", "function": _function(delta)}
+        if delta.id
+        else {"index": delta.index, "function": {"arguments": delta.arguments}}
+        for delta in piece.tool_calls
+    ]
+    return {
+        **_reasoning(piece.reasoning),
+        **({"content": piece.text} if piece.text or not (calls or piece.reasoning) else {}),
+        **({"tool_calls": calls} if calls else {}),
+    }
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    """What the model thought, by both names that vLLM has had for it."""
+    return {"reasoning_content": text, "reasoning": text} if text else {}
+
+
+def _function(call: ToolCall | ToolCallDelta) -> dict[str, str]:
+    return {"name": call.name, "arguments": call.arguments}
 
 
 def _logprobs(kind: CompletionKind, tokens: list[TokenLogprobs] | None) -> dict[str, Any] | None:

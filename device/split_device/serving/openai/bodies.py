@@ -19,16 +19,12 @@ IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identi
 #: Fields that are not supported, with the values at which they have no effect.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "prediction": (),
     "audio": (),

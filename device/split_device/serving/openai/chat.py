@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from msgspec import UNSET, Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling
+from split_device.generation.tools import ToolUse
 from split_device.jobs.job import Message, ModelChoice, Task
 from split_device.serving.fields import ApiError, convert
 from split_device.serving.openai.bodies import Body, choices, fields_of
 from split_device.serving.openai.messages import parse_messages
 from split_device.serving.openai.query import CompletionQuery
+from split_device.serving.openai.tools import take_tools
 
 #: `max_tokens` of a chat without a limit: generation ends with the model's positions.
 UNLIMITED = 2**31 - 1
@@ -30,6 +32,9 @@ class ChatBody(Body, frozen=True, kw_only=True):
     add_generation_prompt: bool | None = None
     #: The same: values for variables of the chat template.
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    #: What `take_tools` made of the fields about tools.
+    tool_use: ToolUse | UnsetType = UNSET
 
     def check(self) -> None:
         """Raises ApiError for fields that contradict each other."""
@@ -48,18 +53,20 @@ class ChatBody(Body, frozen=True, kw_only=True):
 
 def parse_chat(body: object, model: ModelChoice, defaults: Sampling, template: ChatTemplate) -> CompletionQuery:
     """Parses a body into tasks. Arguments and errors are those of `requests.parse`."""
-    fields = fields_of(body)
+    fields = take_tools(fields_of(body))
     if "messages" in fields:
         fields["messages"] = parse_messages(fields["messages"])
     chat = convert(fields, ChatBody)
     chat.check()
     limit = chat.max_completion_tokens or chat.max_tokens or UNLIMITED
+    own = template.with_kwargs(chat.chat_template_kwargs).with_reasoning_effort(chat.reasoning_effort)
     task = Task(
         model=model,
         prompt=chat.messages,
         sampling=chat.sampling(limit, defaults),
         stop=chat.stop_texts(),
-        chat_template=template.with_kwargs(chat.chat_template_kwargs).unless_default(),
+        chat_template=own.unless_default(),
+        tool_use=chat.tool_use,
         continue_final_message=chat.continue_final_message or UNSET,
     )
     tasks = choices(task, chat.n or 1)

@@ -1,0 +1,101 @@
+"""Tools in OpenAI's format."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+from split_device.generation.tools import NamedTool, Tool, ToolChoice, ToolUse
+from split_device.serving.fields import ApiError, convert, present, supported
+
+#: Most tools of a request.
+MAX_TOOLS = 512
+
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
+
+
+class _Function(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool = False
+
+
+def take_tools(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a chat's body, with one, `tool_use`, in place of `tools` and those that say how to use them.
+
+    Raises:
+        ApiError: one of them is wrong, or not supported.
+    """
+    left = dict(fields)
+    given = {name: left.pop(name, None) for name in ("tools", "tool_choice", "parallel_tool_calls")}
+    if "tool_use" in left:
+        raise ApiError("tool_use: unknown field")
+    tools = parse_tools(given["tools"])
+    choice = _choice(given["tool_choice"], tools)
+    parallel = given["parallel_tool_calls"]
+    if not isinstance(parallel, bool | None):
+        raise ApiError("parallel_tool_calls: expected true or false", param="parallel_tool_calls")
+    if tools:
+        left["tool_use"] = ToolUse(tools=tools, choice=choice, parallel=parallel is not False)
+    return left
+
+
+def parse_tools(tools: object) -> tuple[Tool, ...]:
+    """The tools of a chat. Raises ApiError that names the tool and its wrong field."""
+    if tools is None:
+        return ()
+    if not isinstance(tools, list):
+        raise ApiError("tools: expected a list", param="tools")
+    if len(tools) > MAX_TOOLS:
+        raise ApiError(f"tools: more than {MAX_TOOLS}", param="tools")
+    found = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools))
+    names = [tool.name for tool in found]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise ApiError(f"tools[{index}].function.name: another tool is called {name}", param="tools")
+    return found
+
+
+def _tool(tool: object, where: str) -> Tool:
+    fields = supported(tool, (), {}, where)
+    _check_type(fields, where)
+    function = supported(fields.get("function"), (), {}, f"{where}.function")
+    found = convert(function, _Function, f"{where}.function")
+    check_name(found.name, f"{where}.function.name")
+    return Tool(name=found.name, description=found.description, parameters=found.parameters, strict=found.strict)
+
+
+def check_name(name: str, where: str) -> None:
+    """Raises ApiError for a name that a tool cannot have."""
+    if not _NAME.fullmatch(name):
+        raise ApiError(f"{where}: expected 1 to 128 letters, digits, dots, dashes and underscores", param=where)
+
+
+def _check_type(fields: dict[str, Any], where: str) -> None:
+    if (kind := fields.get("type", "function")) != "function":
+        raise _unsupported(f"{where}.type", kind)
+
+
+def _unsupported(where: str, value: object) -> ApiError:
+    return ApiError(f"{where}: {value!r} is not supported", param=where, code="unsupported_parameter")
+
+
+def _choice(choice: object, tools: tuple[Tool, ...]) -> ToolChoice:
+    """How tools are called. Raises ApiError for what is not a choice, or needs a tool that is not there."""
+    if choice in (None, "auto", "none"):
+        return "none" if choice == "none" else "auto"
+    if not tools:
+        raise ApiError("tool_choice needs tools", param="tool_choice")
+    if choice == "required":
+        return "required"
+    if not isinstance(choice, dict):
+        raise _unsupported("tool_choice", choice)
+    _check_type(present(choice), "tool_choice")
+    function = choice.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    if name not in [tool.name for tool in tools]:
+        raise ApiError(f"tool_choice: no tool is called {name!r}", param="tool_choice")
+    return NamedTool(str(name))
