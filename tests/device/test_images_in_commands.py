@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +19,7 @@ from transformers import AutoProcessor
 import tiny
 import tiny_vision
 from fleet import serving_here
+from split_common.system.process import running_command
 from split_device import Connection, Limits
 from split_device.jobs.models import Models
 from split_device.jobs.runner import JobRunner
@@ -142,6 +147,107 @@ def test_jobs(
             [text("what?")], [{"role": "system", "content": [text("Be brief.")]}]
         )
         assert "has changed since" in str(changed.error)
+
+
+def data_url(file: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+def asked(*parts: str) -> Any:
+    """A conversation of one message; parts with a colon are URLs of images."""
+    content = [
+        {"type": "image_url", "image_url": {"url": part, "detail": "low"}} if ":" in part else text(part)
+        for part in parts
+    ]
+    return [{"role": "user", "content": content}]
+
+
+@pytest.fixture(scope="module")
+def client(checkpoint: Path, broker: str, pictures: list[Path]) -> Iterator[openai.OpenAI]:
+    options = ["--model", str(checkpoint), "--broker", broker]
+    options += ["--allowed-local-media-path", str(pictures[0].parent)]
+    with (
+        running_command(["serve", "--port", "0", *options], env={"LAMBDA_SPLIT_API_KEY": "a-key"}) as (_, facts),
+        openai.OpenAI(base_url=facts["url"], api_key="a-key", max_retries=0) as client,
+    ):
+        yield client
+
+
+def test_the_server(client: openai.OpenAI, unsplit: Unsplit, pictures: list[Path]) -> None:
+    """An image that comes along and one of a file, between texts; and a plain text."""
+    one, two = pictures
+    options: dict[str, Any] = {"model": "tiny", "max_tokens": TOKENS, "temperature": 0}
+    answer = client.chat.completions.create(
+        messages=asked("look, no", data_url(one), "and", two.as_uri(), "?"), **options
+    )
+    expected = unsplit.say([text("look, no"), image(one), text("and"), image(two), text("?")])
+    assert answer.choices[0].message.content == expected
+    plain = client.chat.completions.create(messages=[{"role": "user", "content": "what?"}], **options)
+    assert plain.choices[0].message.content == unsplit.say([text("what?")])
+
+
+def test_what_the_server_refuses(client: openai.OpenAI, pictures: list[Path], tmp_path: Path) -> None:
+    """Nothing is fetched, and no file is read that is not allowed; no image is decoded that is too large."""
+    elsewhere = tmp_path / "one.png"
+    elsewhere.write_bytes(pictures[0].read_bytes())
+    link = pictures[0].parent / "link.png"
+    link.symlink_to(elsewhere)
+    bomb = f"data:image/png;base64,{base64.b64encode(large()).decode()}"
+    where = "messages[0].content"
+    for url, message, param in (
+        ("http://localhost/one.png", "'http' URLs are not fetched", f"{where}[0].image_url.url"),
+        ("ftp://localhost/one.png", "'ftp' URLs are not fetched", f"{where}[0].image_url.url"),
+        ("file://elsewhere/one.png", "'file' URLs are not fetched", f"{where}[0].image_url.url"),
+        ("data:image/png;base64,?", "invalid base64", f"{where}[0].image_url.url"),
+        ("data:image/png;base64,aGVsbG8=", "cannot be read as an image", None),
+        (bomb, "expected 50,331,648 at most", None),
+        (elsewhere.as_uri(), "not below a directory", where),
+        (f"{pictures[0].parent.as_uri()}/../{tmp_path.name}/one.png", "not below a directory", where),
+        (link.as_uri(), "not below a directory", where),
+        (f"{pictures[0].parent.as_uri()}/none.png", "not a file", where),
+    ):
+        with pytest.raises(openai.BadRequestError, match=re.escape(message)) as caught:
+            client.chat.completions.create(model="tiny", messages=asked(url, "what?"))
+        assert caught.value.param == param, url
+    with pytest.raises(openai.BadRequestError, match="only messages of the user have images"):
+        client.chat.completions.create(
+            model="tiny", messages=[{**asked(data_url(pictures[0]))[0], "role": "system"}, *asked("what?")]
+        )
+
+
+def test_a_batch(
+    run: Any, checkpoint: Path, broker: str, unsplit: Unsplit, pictures: list[Path], tmp_path: Path
+) -> None:
+    one, two = pictures
+    bodies = [
+        {"messages": asked("what?", data_url(one))},
+        {"messages": asked(two.as_uri(), "what?")},
+        {"messages": asked((tmp_path / "secret.png").as_uri(), "what?")},
+    ]
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "custom_id": str(index),
+                    "method": "POST",
+                    "url": "/v1/chat/completions",
+                    "body": {"model": "tiny", "max_tokens": TOKENS, "temperature": 0, **body},
+                }
+            )
+            + "\n"
+            for index, body in enumerate(bodies)
+        )
+    )
+    answers = tmp_path / "answers.jsonl"
+    options = ("--model", checkpoint, "--broker", broker, "--allowed-local-media-path", one.parent)
+    assert run("batch", lines, "-o", answers, *options).code == 1
+    found = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [each["response"]["body"]["choices"][0]["message"]["content"] for each in found[:2]] == [
+        unsplit.say([text("what?"), image(one)]),
+        unsplit.say([image(two), text("what?")]),
+    ]
+    assert "not below a directory" in json.dumps(found[2])
 
 
 def test_what_submit_refuses(run: Any, checkpoint: Path, pictures: list[Path], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from split_device.batches.source import RawLine
 from split_device.images.settings import check_size
 from split_device.jobs.job import AnyTask, ImageTask, Task
 from split_device.serving.fields import ApiError
+from split_device.serving.media import with_local_files
 from split_device.serving.openai.image_requests import IMAGE_PATH, parse_image
 from split_device.serving.openai.query import CompletionKind
 from split_device.serving.openai.requests import COMPLETION_PATHS, parse
@@ -61,7 +62,8 @@ def _parsed(fields: dict[str, Any], entry: Entry, settings: BatchSettings) -> tu
         raise BadLine("a line of a batch cannot be streamed")
     if query.logprobs is not None:
         raise BadLine("logprobs are not supported in a batch")
-    tasks = _with_given(query.tasks, kind, body, settings)
+    tasks = tuple(with_local_files(task, settings.media) for task in query.tasks)
+    tasks = _with_given(tasks, kind, body, settings)
     return msgspec.structs.replace(entry, kind=kind, model=query.model), tasks
 
 

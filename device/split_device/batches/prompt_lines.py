@@ -19,6 +19,7 @@ from split_device.generation.settings import Sampling
 from split_device.images.settings import ImageSettings, check_size, check_start, parse_pixels
 from split_device.jobs.job import AnyTask, ImageTask, Message, Task
 from split_device.serving.fields import ApiError, convert, present
+from split_device.serving.media import with_local_files
 from split_device.serving.openai.messages import parse_messages
 
 #: Columns that hold a table's prompts if no other is named, the first that is there.
@@ -187,13 +188,14 @@ class Prompts:
         if not isinstance(prompt, str) and system and prompt[0].role != "system":
             prompt = (Message("system", system), *prompt)
         stop = settings.stop if own.stop is None else (own.stop,) if isinstance(own.stop, str) else tuple(own.stop)
-        return Task(
+        task = Task(
             model=settings.models.text,
             prompt=prompt,
             sampling=_merged(settings.sampling, own),
             stop=stop,
             chat_template=settings.chat_template.with_kwargs(own.chat_template_kwargs).unless_default(),
         )
+        return with_local_files(task, settings.media)
 
     def _image(self, prompt: str, own: _Picture) -> ImageTask:
         default, model = self._picture, self._settings.models.image

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import msgspec
 
@@ -55,6 +56,7 @@ class BatchSettings:
             settings contradict it.
         given: fields of `sampling`, and `stop`, that the user gave: they hold for OpenAI's requests, too.
         metadata: whether pictures' files carry their settings.
+        media: directories below which requests may name files of images.
     """
 
     models: BatchModels
@@ -70,3 +72,4 @@ class BatchSettings:
     start: Callable[[ImageSettings, str], InitImage | msgspec.UnsetType] = lambda *_: msgspec.UNSET
     given: frozenset[str] = field(default=frozenset())
     metadata: bool = True
+    media: tuple[Path, ...] = ()

@@ -50,6 +50,7 @@ from split_device.cli.groups import (
 )
 from split_device.cli.options import (
     GIVE_UP,
+    AllowedLocalMediaPathOption,
     GiveUpOption,
     ImageOption,
     MetadataOption,
@@ -59,6 +60,7 @@ from split_device.cli.options import (
     SystemOption,
 )
 from split_device.jobs.agent import running_agent
+from split_device.serving.media import media_directories
 
 
 @grouped
@@ -107,6 +109,7 @@ def batch(
     system: SystemOption = None,
     raw: RawOption = False,
     metadata: MetadataOption = True,
+    allowed_local_media_path: AllowedLocalMediaPathOption = None,
     give_up: GiveUpOption = GIVE_UP,
     store_key: StoreKeyOption = None,
     json: JsonOption = False,
@@ -133,6 +136,7 @@ def batch(
         start=start.reference,
         given=given_settings(context),
         metadata=metadata,
+        media=media_directories(allowed_local_media_path or ()),
     )
     target = chosen_output(output, output_dir, image)
     check_output(target, source)

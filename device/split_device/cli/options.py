@@ -181,6 +181,15 @@ ShowOption = Annotated[
         "--show", metavar="FILE", help="Show the model this image, before the prompt. May be given more than once."
     ),
 ]
+AllowedLocalMediaPathOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--allowed-local-media-path",
+        metavar="DIR",
+        help="Let requests show the model files of images below this directory, by file:// URLs. May be given more "
+        "than once. Without it, requests have to contain their images.",
+    ),
+]
 ImageOption = Annotated[
     bool, typer.Option("--image", rich_help_panel=_IMAGE_PANEL, help="Make images instead of texts.")
 ]

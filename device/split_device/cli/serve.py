@@ -27,19 +27,26 @@ from split_device.cli.groups import (
     SamplingDefaults,
     TextModelOptions,
 )
-from split_device.cli.options import SAMPLING_PANEL, StoreKeyOption
+from split_device.cli.options import SAMPLING_PANEL, AllowedLocalMediaPathOption, StoreKeyOption
 from split_device.cli.terminal import loading
 from split_device.generation.settings import OPENAI_DEFAULTS, Sampling
 from split_device.jobs.job import ImageChoice, ModelChoice
 from split_device.serving.hosts import check_host
 from split_device.serving.listener import HOST, listening, running_server
+from split_device.serving.media import media_directories
 
 #: Options for images only.
 _IMAGE_OPTIONS = ("--cut", "--codec", "--reuse", "--max-images")
 
 #: Options for texts only.
 _SAMPLING_OPTIONS = ("--openai-defaults", "--temperature", "--top-p", "--top-k")
-_TEXT_OPTIONS = (*_SAMPLING_OPTIONS, "--chat-template", "--chat-template-kwargs", "--tokenizer")
+_TEXT_OPTIONS = (
+    *_SAMPLING_OPTIONS,
+    "--chat-template",
+    "--chat-template-kwargs",
+    "--tokenizer",
+    "--allowed-local-media-path",
+)
 
 
 @grouped
@@ -83,6 +90,7 @@ def serve(
         ),
     ] = None,
     store_key: StoreKeyOption = None,
+    allowed_local_media_path: AllowedLocalMediaPathOption = None,
     json: JsonOption = False,
 ) -> None:
     """Serve split models to OpenAI's clients on this machine, many requests at once, until Ctrl-C or SIGTERM.
@@ -102,6 +110,7 @@ def serve(
         raise ConfigError("serve needs more packages: pip install 'lambda-split[serve]'")
     if api_key is not None and not re.fullmatch("[!-~]+", api_key):
         raise ConfigError("invalid API key: expected ASCII letters, digits and punctuation, without spaces")
+    media = media_directories(allowed_local_media_path or ())
     hosts = [check_host(name) for name in allowed_host or ()]
     stop = catch_sigterm()
     image_choice = None
@@ -131,7 +140,11 @@ def serve(
             from split_device.serving.text_model import TextModel
 
             models = stack.enter_context(Models(connection, limits, hardware))
-            text = TextModel(models.get(choice), choice, name, defaults, template) if choice and name else None
+            text = (
+                TextModel(models.get(choice), choice, name, defaults, template, media=media)
+                if choice and name
+                else None
+            )
             image_endpoint = (
                 Images(models.pipeline(image_choice), image_name, limits.images)
                 if image_choice and image_name

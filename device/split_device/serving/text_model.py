@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from split_device.generation.chat_template import ChatTemplate
@@ -11,6 +13,7 @@ from split_device.generation.settings import Sampling
 from split_device.jobs.job import ModelChoice, Task
 from split_device.jobs.models import Loaded
 from split_device.serving.fields import check_model
+from split_device.serving.media import with_local_files
 from split_device.serving.streaming import ChoiceStream
 
 
@@ -21,6 +24,7 @@ class TextModel:
         name: what clients call the model.
         defaults: the temperature, top_p and top_k of requests that name none; None for the checkpoint's.
         template: how conversations become prompts.
+        media: directories below which requests may name files of images.
 
     Raises:
         ConfigError: the template is not one, or does not read a variable that is set.
@@ -33,8 +37,10 @@ class TextModel:
         name: str,
         defaults: Sampling = Sampling(),
         template: ChatTemplate = ChatTemplate(),
+        media: Sequence[Path] = (),
     ) -> None:
         template.check(loaded.tokenizer)
+        self._media = media
         self.name = name
         self.loaded = loaded
         self.choice = choice
@@ -86,9 +92,12 @@ class TextModel:
     async def encode(self, task: Task) -> list[int]:
         """The token ids of a task's prompt. A long one takes seconds, in which other requests go on.
 
-        Raises what `Loaded.encode` raises.
+        Raises what `Loaded.encode` and `with_local_files` raise.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._encoding, self.loaded.encode, task)
+        return await asyncio.get_running_loop().run_in_executor(self._encoding, self._encode, task)
+
+    def _encode(self, task: Task) -> list[int]:
+        return self.loaded.encode(with_local_files(task, self._media))
 
     def stream(self, task: Task, prompt: list[int], **options: Any) -> ChoiceStream:
         """Starts a choice of an answer; arguments are those of `ChoiceStream`."""

@@ -1,18 +1,15 @@
-"""The parts of a message's content in OpenAI's format: texts, and images between them."""
+"""Images among the parts of a message's content in OpenAI's format."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import msgspec
 
-from split_device.jobs.job import MessageImage
+from split_device.jobs.job import Message
+from split_device.serving.fields import ApiError, convert, present
 from split_device.serving.media import parse_image_url
-
-
-class TextPart(msgspec.Struct, frozen=True, tag="text", tag_field="type"):
-    text: str
 
 
 class _ImageUrl(msgspec.Struct, frozen=True):
@@ -21,33 +18,47 @@ class _ImageUrl(msgspec.Struct, frozen=True):
     detail: Literal["auto", "low", "high"] = "auto"
 
 
-class ImagePart(msgspec.Struct, frozen=True, tag="image_url", tag_field="type"):
+class _ImagePart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["image_url"]
     image_url: _ImageUrl
 
 
-#: The content of a message that may have images.
-ContentWithImages = str | list[TextPart | ImagePart]
-
-
-def text_and_images(
-    content: str | Sequence[TextPart | ImagePart], where: str
-) -> tuple[str, tuple[MessageImage, ...] | msgspec.UnsetType]:
-    """The text of a message, and its images.
+def with_images(parse: Callable[[object, str], Message], message: object, where: str) -> Message:
+    """A message, of which `parse` sees the texts alone.
 
     Args:
+        parse: parses a message whose content is a text, or has parts that are texts.
         where: the message's path in the body.
 
     Raises:
-        ApiError: a URL is not one of an image that is sent or may be read.
+        ApiError: as `parse`, or an image is not where it may be, or its URL is not one that is read.
     """
-    if isinstance(content, str):
-        return content, msgspec.UNSET
-    text = ""
+    parts = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(parts, list) or not any(map(_is_image, parts)):
+        return parse(message, where)
+    assert isinstance(message, dict)
+    if message.get("role") != "user":
+        raise ApiError(f"{where}.content: only messages of the user have images", param=f"{where}.content")
     images = []
-    for index, part in enumerate(content):
-        if isinstance(part, TextPart):
-            text += part.text
-        else:
-            field = f"{where}.content[{index}].image_url.url"
-            images.append(parse_image_url(part.image_url.url, len(text), field))
-    return text, tuple(images) if images else msgspec.UNSET
+    texts: list[Any] = []
+    before = 0
+    for index, part in enumerate(parts):
+        if not _is_image(part):
+            texts.append(part)
+            text = part.get("text") if isinstance(part, dict) else None
+            before += len(text) if isinstance(text, str) else 0
+            continue
+        field = f"{where}.content[{index}]"
+        given = present(part)
+        if isinstance(url := given.get("image_url"), dict):
+            given["image_url"] = present(url)
+        image = convert(given, _ImagePart, field)
+        images.append(parse_image_url(image.image_url.url, before, f"{field}.image_url.url"))
+        # In its place, so that errors have the other parts' indices.
+        texts.append({"type": "text", "text": ""})
+    parsed = parse({**message, "content": texts}, where)
+    return msgspec.structs.replace(parsed, images=tuple(images))
+
+
+def _is_image(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") == "image_url"

@@ -9,6 +9,7 @@ import msgspec
 from split_device.generation.tools import ToolCall
 from split_device.jobs.job import Message
 from split_device.serving.fields import ApiError, convert, present, supported
+from split_device.serving.openai.content import with_images
 
 #: Fields that are accepted and have no effect. Annotations cite the sources of an answer.
 _IGNORED = frozenset({"name", "annotations"})
@@ -95,7 +96,7 @@ def parse_messages(messages: object) -> tuple[Message, ...]:
     """The messages of a conversation. Raises ApiError that names the message and its wrong field."""
     if not isinstance(messages, list) or not messages:
         raise ApiError("messages: expected a list of at least one message", param="messages")
-    return tuple(_parse(message, f"messages[{index}]") for index, message in enumerate(messages))
+    return tuple(with_images(_parse, message, f"messages[{index}]") for index, message in enumerate(messages))
 
 
 def _parse(message: object, where: str) -> Message:
