@@ -38,7 +38,10 @@ _PLAN = Group(
     ],
     workload=Annotated[
         Workload,
-        typer.Option(help="What devices generate; mixed alternates texts and images from device to device."),
+        typer.Option(
+            help="What devices generate; mixed alternates texts and images from device to device, and agents holds "
+            "several conversations at once, sent whole at every turn."
+        ),
     ],
     workers=Annotated[
         int,
@@ -224,7 +227,7 @@ def _checked(plan: StressPlan, chaos: str | None, hostile: str | None) -> Stress
         raise ConfigError(
             "--workload mixed uses two small random models: give at least 2 --workers, and no --model"
         )
-    if plan.workload != "text":
+    if "image" in plan.kinds:
         need_diffusers()
     if hostile is not None:
         check_own_fleet(plan.broker)

@@ -39,6 +39,9 @@ class WorkloadModel(Protocol):
     def run(self, number: int) -> Any:
         """The split model's output for the request of this number. Raises SplitError."""
 
+    def close(self) -> None:
+        """Leaves the queue."""
+
     def compare(self, number: int, output: Any) -> dict[str, Any]:
         """Fields of `Answered` about an output: its size, and whether it equals the unsplit model's."""
 
@@ -83,6 +86,8 @@ def run_device(
     workload: WorkloadModel
     if kind == "image":
         workload = ImageWorkload(model, reference or model, seed, index, options)
+    elif kind == "agents":
+        workload = AgentsWorkload(model, reference or model, seed, index, options, layers)
     else:
         workload = TextWorkload(model, reference or model, seed, index, options, layers)
     emit_json({"pid": os.getpid()})
@@ -90,7 +95,7 @@ def run_device(
     try:
         _make_requests(workload, itertools.count() if requests is None else range(requests), rejoin, stop)
     finally:
-        workload.split.close()
+        workload.close()
 
 
 def _make_requests(
@@ -149,6 +154,9 @@ class TextWorkload:
             self.split.close()
         self.split = SplitModelForCausalLM.from_pretrained(self._model, **self._options)
 
+    def close(self) -> None:
+        self.split.close()
+
     def _request(self, number: int) -> Any:
         from split_device.stress.workload import draw
 
@@ -162,6 +170,43 @@ class TextWorkload:
 
         wanted = self._request(number).run(self._unsplit)
         return {"tokens": output.numel(), "wanted": wanted.numel(), "equal": torch.equal(output, wanted)}
+
+
+class AgentsWorkload(TextWorkload):
+    """Holds conversations through a generator with a prefix cache."""
+
+    _generator: Any = None
+
+    def join(self) -> None:
+        from split_device.generation.generator import Generator
+        from split_device.stress.agents import KV_MEMORY
+
+        if self._generator is not None:
+            self._generator.close()
+        super().join()
+        self._generator = Generator(self.split, kv_memory=KV_MEMORY)
+
+    def close(self) -> None:
+        if self._generator is not None:
+            self._generator.close()
+        super().close()
+
+    def _request(self, number: int) -> Any:
+        from split_device.stress.agents import draw
+
+        return draw(*self._draw_key, number, self.split.config.vocab_size)
+
+    def run(self, number: int) -> Any:
+        from split_device.stress.agents import hold
+
+        return hold(self._generator, self._request(number))
+
+    def compare(self, number: int, output: Any) -> dict[str, Any]:
+        from split_device.stress.agents import answered_tokens, hold_unsplit
+
+        wanted = hold_unsplit(self._unsplit, self._request(number))
+        tokens = answered_tokens(self._request(number))
+        return {"tokens": tokens, "wanted": tokens, "equal": output == wanted}
 
 
 class ImageWorkload:
@@ -187,6 +232,9 @@ class ImageWorkload:
         if self.split is not None:
             self.split.close()
         self.split = SplitUNet2DConditionModel.from_pretrained(self._model, **self._options)
+
+    def close(self) -> None:
+        self.split.close()
 
     def _request(self, number: int) -> Any:
         from split_device.stress.images import draw

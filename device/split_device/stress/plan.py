@@ -10,8 +10,8 @@ from typing import Literal
 from split_common.models.split import DEFAULT_LAYERS, Layers
 
 TransportName = Literal["zmq", "redis"]
-WorkloadKind = Literal["text", "image"]
-Workload = Literal["text", "image", "mixed"]
+WorkloadKind = Literal["text", "image", "agents"]
+Workload = Literal["text", "image", "mixed", "agents"]
 
 #: Kinds of faults.
 FAULTS = ("kill", "stop", "broker", "lag", "drop", "corrupt")

@@ -66,7 +66,7 @@ def run(plan: StressPlan, directory: Path, stack: contextlib.ExitStack) -> Stres
         SplitError: a process could not be started.
     """
     stderr.print(f"starting {plan.workers} workers and {plan.devices} devices on this machine …")
-    build = {"text": tiny_model.build, "image": tiny_unet.build}
+    build = {"text": tiny_model.build, "agents": tiny_model.build, "image": tiny_unet.build}
     models = {kind: plan.model or str(build[kind](directory / f"stress-{kind}", plan.seed)) for kind in plan.kinds}
     env = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
     if plan.broker is None:
