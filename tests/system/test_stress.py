@@ -103,6 +103,14 @@ def test_no_image_is_lost(tmp_path: Path) -> None:
     assert report["worker_kills"] >= 1
 
 
+@pytest.mark.parametrize(
+    "transport", [pytest.param("zmq", marks=pytest.mark.long), pytest.param("redis", marks=pytest.mark.nightly)]
+)
+def test_no_turn_of_a_conversation_is_lost(transport: str, tmp_path: Path) -> None:
+    arguments = ["--workload", "agents", "--transport", transport, "--devices", 1, "--workers", 2, "--seconds", 15]
+    check_sound(finish(start(tmp_path, *arguments), tmp_path))
+
+
 @pytest.mark.long
 def test_another_models_outputs_are_mismatched(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     other = tiny_model.build(tmp_path_factory.mktemp("other") / "model", 99)

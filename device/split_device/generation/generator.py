@@ -363,6 +363,7 @@ class Generator:
         sampler.accept(token)
         if request.awaits_first_token:
             request.awaits_first_token = False
+            self.counters["cached_tokens"] += generation.cached_tokens
             self._first_tokens.renew()
         generation.add(token, logprobs, sampler.state)
         self.counters["tokens"] += 1

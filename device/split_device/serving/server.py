@@ -118,7 +118,7 @@ class CompletionServer:
                 "context": self._text.context if self._text is not None else None,
                 "parts": served[0].parts(),
                 "defaults": self._text.sampling().facts() if self._text is not None else None,
-                "traffic": {name: sum(each[name] for each in traffic) for name in traffic[0]},
+                "traffic": {name: sum(each.get(name, 0) for each in traffic) for name in traffic[0]},
             }
         )
 

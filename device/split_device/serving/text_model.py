@@ -77,12 +77,13 @@ class TextModel:
         return self.loaded.limit
 
     def traffic(self) -> dict[str, int]:
-        """What left this device since the start, summed over all requests."""
+        """What left this device since the start, and tokens that did not, summed over all requests."""
         traffic = self.loaded.model.traffic
         return {
             "steps": self.loaded.generator.counters["steps"],
             "bytes_sent": traffic["bytes_sent"],
             "bytes_received": traffic["bytes_received"],
+            "cached_tokens": self.loaded.generator.counters["cached_tokens"],
         }
 
     def sampling(self) -> Sampling:
