@@ -13,7 +13,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from split_device.generation.tools import ToolCall
-from split_device.jobs.job import Message
+from split_device.jobs.job import Message, MessageImage
 from split_device.jobs.store import Store, store_path
 from split_device.serving.anthropic.answers import block_event, end_events, message
 from split_device.serving.anthropic.conversation import parse_conversation
@@ -106,6 +106,22 @@ def test_results_of_tools_are_messages() -> None:
         Message("tool", "", tool_call_id="call_b"),
         Message("user", "Go on"),
     )
+
+
+def test_images_lie_between_texts() -> None:
+    data = MessageImage(at=1, data=b"png")
+    expected = Message("user", "ab", images=(data,))
+    source = {"type": "base64", "media_type": "image/png", "data": "cG5n"}
+    texts = [{"type": "text", "text": text} for text in "ab"]
+    blocks = [texts[0], {"type": "image", "source": source}, texts[1]]
+    assert parse_conversation(None, [{"role": "user", "content": blocks}]) == (expected,)
+    inputs = [{"type": "input_text", "text": text} for text in "ab"]
+    image = {"type": "input_image", "image_url": "data:image/png;base64,cG5n", "detail": "auto"}
+    assert parse_items([{"type": "message", "role": "user", "content": [inputs[0], image, inputs[1]]}]) == [
+        expected
+    ]
+    with pytest.raises(ApiError, match="images are supported in messages only"):
+        parse_items([{"type": "function_call_output", "call_id": "a", "output": [image]}])
 
 
 def writer() -> ResponseWriter:

@@ -137,7 +137,7 @@ def test_errors_are_anthropic_s(client: httpx2.Client) -> None:
 @pytest.mark.parametrize(
     ("block", "where"),
     [
-        ({"type": "image", "source": {"type": "url", "url": "https://x"}}, "messages[0].content[0].type"),
+        ({"type": "image", "source": {"type": "url", "url": "https://x"}}, "messages[0].content.source.url"),
         ({"type": "tool_use", "id": "a", "name": "f", "input": {}}, "messages[0].content[0].type"),
         ({"type": "text", "text": 5}, "messages[0].content[0].text"),
         ({"type": "tool_result", "tool_use_id": "a", "content": [{"type": "image"}]}, "messages[0].content[0]"),
@@ -237,7 +237,7 @@ def test_log_probabilities_of_a_response(responses: openai.OpenAI) -> None:
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"temperature": 3}, "temperature"),
         ({"input": []}, "input"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].image_url"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
     ],

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import msgspec
 
 from split_device.generation.tools import ToolCall
-from split_device.jobs.job import Message
+from split_device.jobs.job import Message, MessageImage
 from split_device.serving.fields import ApiError, convert, present
+from split_device.serving.media import image_data, parse_image_url
 
 #: Fields of blocks that are accepted and have no effect. A signature is of Anthropic's own models.
 _IGNORED = frozenset({"cache_control", "citations", "caller", "signature", "toolset_name"})
@@ -22,6 +23,19 @@ class _Block(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_field
 
 class _Text(_Block, frozen=True, tag="text"):
     text: str
+
+
+class _Base64(msgspec.Struct, frozen=True, tag="base64", tag_field="type"):
+    data: str
+    media_type: str = ""
+
+
+class _Url(msgspec.Struct, frozen=True, tag="url", tag_field="type"):
+    url: str
+
+
+class _Image(_Block, frozen=True, tag="image"):
+    source: _Base64 | _Url
 
 
 class _Thinking(_Block, frozen=True, tag="thinking"):
@@ -48,7 +62,7 @@ class _ToolResult(_Block, frozen=True, tag="tool_result"):
 
 class _Said(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: Literal["user", "assistant", "system"]
-    content: str | list[_Text | _Thinking | _Redacted | _ToolUse | _ToolResult]
+    content: str | list[_Text | _Image | _Thinking | _Redacted | _ToolUse | _ToolResult]
 
 
 class _System(msgspec.Struct, frozen=True):
@@ -99,16 +113,37 @@ def _messages(said: _Said, where: str) -> Iterator[Message]:
     elif said.role == "assistant":
         yield _assistant(said.content, where)
     else:
-        texts: list[str] = []
+        shown: list[_Text | _Image] = []
         for index, block in enumerate(said.content):
             if isinstance(block, _ToolResult):
                 yield Message("tool", _joined(block.content), tool_call_id=block.tool_use_id)
-            elif isinstance(block, _Text):
-                texts.append(block.text)
+            elif isinstance(block, _Text | _Image):
+                shown.append(block)
             else:
                 raise _misplaced(block, f"{where}.content[{index}]", said.role)
-        if texts:
-            yield Message(said.role, "\n".join(texts))
+        if shown:
+            yield _shown(said.role, shown, f"{where}.content")
+
+
+def _shown(role: str, blocks: list[_Text | _Image], where: str) -> Message:
+    """A message of texts, on lines of their own, and of images between them."""
+    text = ""
+    images: list[MessageImage] = []
+    after_text = False
+    for block in blocks:
+        if isinstance(block, _Text):
+            text += ("\n" if after_text else "") + block.text
+            after_text = True
+        else:
+            images.append(_image(block, len(text), where))
+            after_text = False
+    return Message(role, text, images=tuple(images) if images else msgspec.UNSET)
+
+
+def _image(block: _Image, at: int, where: str) -> MessageImage:
+    if isinstance(block.source, _Url):
+        return parse_image_url(block.source.url, at, f"{where}.source.url")
+    return MessageImage(at=at, data=image_data(block.source.data, f"{where}.source.data"))
 
 
 def _assistant(blocks: list[Any], where: str) -> Message:
@@ -123,7 +158,7 @@ def _assistant(blocks: list[Any], where: str) -> Message:
             case _ToolUse():
                 arguments = json.dumps(block.input, ensure_ascii=False)
                 calls.append(ToolCall(id=block.id, name=block.name, arguments=arguments))
-            case _ToolResult():
+            case _ToolResult() | _Image():
                 raise _misplaced(block, f"{where}.content[{index}]", "assistant")
     return Message(
         "assistant",
@@ -151,4 +186,4 @@ def _add(found: list[Message], message: Message) -> None:
 
 
 def _text_alone(message: Message) -> bool:
-    return message.tool_calls is msgspec.UNSET and message.reasoning is msgspec.UNSET
+    return message == Message(message.role, message.content)

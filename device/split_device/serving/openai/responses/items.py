@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from split_device.generation.tools import ToolCall
-from split_device.jobs.job import Message
+from split_device.jobs.job import Message, MessageImage
 from split_device.serving.fields import ApiError, convert, present
+from split_device.serving.media import parse_image_url
 
 #: The argument of the function that stands for a custom tool: a text of any form.
 CUSTOM_INPUT = "input"
@@ -22,11 +23,14 @@ _IGNORED = frozenset(
 
 
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A part of a text. Refusals of other models are what they said."""
+    """A part of a text, or an image. Refusals of other models are what they said."""
 
-    type: Literal["input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text"]
+    type: Literal["input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text", "input_image"]
     text: str | None = None
     refusal: str | None = None
+    image_url: str | None = None
+    #: Has no effect: the checkpoint's processor decides on an image's size.
+    detail: Literal["auto", "low", "high", "original"] | None = None
 
 
 class _Item(msgspec.Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
@@ -94,13 +98,14 @@ def parse_items(items: Sequence[object], where: str = "input") -> list[Message]:
     found: list[Message] = []
     thought = ""
     for index, item in enumerate(items):
-        parsed = _parse(item, f"{where}[{index}]")
+        at = f"{where}[{index}]"
+        parsed = _parse(item, at)
         match parsed:
             case _Reasoning():
-                thought += _text(parsed.content or parsed.summary)
+                thought += _text(parsed.content or parsed.summary, at)
                 continue
             case _FunctionOutput() | _CustomOutput():
-                found.append(Message("tool", _text(parsed.output), tool_call_id=parsed.call_id))
+                found.append(Message("tool", _text(parsed.output, at), tool_call_id=parsed.call_id))
             case _FunctionCall():
                 _add_call(found, ToolCall(id=parsed.call_id, name=parsed.name, arguments=parsed.arguments), thought)
             case _CustomCall():
@@ -109,7 +114,8 @@ def parse_items(items: Sequence[object], where: str = "input") -> list[Message]:
             case _Message():
                 role = "system" if parsed.role == "developer" else parsed.role
                 own = thought if role == "assistant" else ""
-                found.append(Message(role, _text(parsed.content), reasoning=own or msgspec.UNSET))
+                text, images = _content(parsed.content, at)
+                found.append(Message(role, text, reasoning=own or msgspec.UNSET, images=images))
         thought = ""
     return found
 
@@ -144,7 +150,36 @@ def _add_call(found: list[Message], call: ToolCall, thought: str) -> None:
         found[-1] = msgspec.structs.replace(last, tool_calls=(*(last.tool_calls or ()), call))
 
 
-def _text(content: str | Iterable[_Part]) -> str:
+def _text(content: str | Sequence[_Part], where: str) -> str:
+    """The text of parts, of which none may be an image."""
+    text, images = _content(content, where)
+    if images is not msgspec.UNSET:
+        raise ApiError(f"{where}: images are supported in messages only", param=where, code="unsupported_parameter")
+    return text
+
+
+def _content(
+    content: str | Sequence[_Part], where: str
+) -> tuple[str, tuple[MessageImage, ...] | msgspec.UnsetType]:
+    """The text of parts, on lines of their own, and the images between them."""
     if isinstance(content, str):
-        return content
-    return "\n".join((part.text if part.refusal is None else part.refusal) or "" for part in content)
+        return content, msgspec.UNSET
+    text = ""
+    images: list[MessageImage] = []
+    after_text = False
+    for index, part in enumerate(content):
+        if part.type == "input_image":
+            images.append(_image(part, len(text), f"{where}.content[{index}]"))
+            after_text = False
+        else:
+            text += ("\n" if after_text else "") + (part.text or part.refusal or "")
+            after_text = True
+    return text, tuple(images) if images else msgspec.UNSET
+
+
+def _image(part: _Part, at: int, where: str) -> MessageImage:
+    if part.image_url is None:
+        raise ApiError(
+            f"{where}: an image is taken by its image_url", param=f"{where}.image_url", code="unsupported_parameter"
+        )
+    return parse_image_url(part.image_url, at, f"{where}.image_url")
