@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,11 +23,13 @@ HOST = "gateway.example"
 
 
 @contextlib.contextmanager
-def serving(checkpoint: Path, images: Path | None = None) -> Iterator[tuple[str, Any]]:
+def serving(
+    checkpoint: Path, images: Path | None = None, name: str | None = None, options: Sequence[str] = ()
+) -> Iterator[tuple[str, Any]]:
     """A server's address, and the worker behind it, which is in this process; with images theirs."""
     with contextlib.ExitStack() as stack:
         broker = stack.enter_context(running_broker())
-        options = ["--model", str(checkpoint), "--broker", broker.address]
+        options = [*options, "--model", str(checkpoint), "--broker", broker.address]
         worker = start_worker(checkpoint, broker.address)
         stack.callback(worker.stop)
         if images is not None:
@@ -39,7 +41,7 @@ def serving(checkpoint: Path, images: Path | None = None) -> Iterator[tuple[str,
                 ["serve", "--port", "0", "--allowed-host", HOST, *options], env={"LAMBDA_SPLIT_API_KEY": KEY}
             )
         )
-        assert facts["model"] == checkpoint.name
+        assert facts["model"] == (name or checkpoint.name)
         assert facts["image_model"] == (images.name if images is not None else None)
         yield facts["url"], worker
 

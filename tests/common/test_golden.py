@@ -322,6 +322,13 @@ ADJUSTED = Task(
         bad_words=("darn", "heck"),
     ),
 )
+#: Token ids as they are, and an answer that is begun.
+TOKENS = Task(model=ModelChoice(name="org/other"), prompt="", prompt_token_ids=(1, 70_000))
+BEGUN_ANSWER = Task(
+    model=ModelChoice(name="org/other"),
+    prompt=(Message("user", "Hello"), Message("assistant", "Good")),
+    continue_final_message=True,
+)
 IMAGE = ImageTask(
     model=ImageChoice(name="/models/sdxl", cut="B", codec="int8", reuse=2, dtype="float16"),
     prompt="a cat",
@@ -369,6 +376,8 @@ TASKS = {
     "begun": BEGUN,
     "shown": SHOWN,
     "calling": CALLING,
+    "tokens": TOKENS,
+    "begun answer": BEGUN_ANSWER,
 }
 CALL_PIECE = jobs.AnswerTextPiece([1], "one", "two", (ToolCallDelta(0, "{}", "c", "f"),))
 

@@ -77,6 +77,32 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_several_prompts_and_token_ids(
+    run: Any, checkpoint: Path, address: str, worker: None, tmp_path: Path
+) -> None:
+    unsplit = Unsplit(checkpoint)
+    ids = unsplit.tokenizer("Once")["input_ids"]
+    bodies: list[dict[str, Any]] = [
+        {"model": "x", "prompt": ["Once", "Twice"], "n": 2, "max_tokens": 4},
+        {"model": "x", "prompt": ids, "max_tokens": 4},
+    ]
+    said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good"}]
+    source = write(
+        tmp_path / "in.jsonl",
+        *({"custom_id": str(index), "url": "/v1/completions", "body": body} for index, body in enumerate(bodies)),
+        chat("begun", "", messages=said, continue_final_message=True, max_tokens=4),
+    )
+    output = tmp_path / "out.jsonl"
+    assert run("batch", source, "-o", output, "--model", checkpoint, "--broker", address).code == 0
+    several, tokens, begun = [record["response"]["body"] for record in read(output)]
+    expected = [unsplit.say(prompt, 4) for prompt in ("Once", "Once", "Twice", "Twice")]
+    assert [(choice["index"], choice["text"]) for choice in several["choices"]] == [*enumerate(expected)]
+    twice = unsplit.tokenizer("Twice")["input_ids"]
+    assert several["usage"]["prompt_tokens"] == len(ids) + len(twice)
+    assert tokens["choices"][0]["text"] == expected[0]
+    assert begun["choices"][0]["message"]["content"] == unsplit.say("user:Hello</s>assistant:Good", 4)
+
+
 def test_lines_and_bad_lines(run: Any, checkpoint: Path, address: str, worker: None, tmp_path: Path) -> None:
     text = {"model": "x", "prompt": "Once", "max_tokens": 8, "n": 2, "seed": 3, "top_p": 0.9}
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]

@@ -160,6 +160,11 @@ def test_what_only_the_server_does_is_refused(tmp_path: Path) -> None:
         "line 1: logprobs are not supported in a batch",
         "line 2: a line of a batch cannot be streamed",
     ]
+    path.write_text("\n".join([request("a", echo=True), request("b", best_of=2)]))
+    assert messages_of(lines_of(path)) == [
+        "line 1: echo is not supported in a batch",
+        "line 2: best_of is not supported in a batch",
+    ]
 
 
 def test_two_bad_lines_have_ids_of_their_own(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def url() -> Iterator[str]:
         return Response(request_id(request))
 
     dialect: Any = SimpleNamespace(handlers=lambda: {("POST", path): complete for path in COMPLETION_PATHS})
-    app = CompletionServer(None, [dialect], None, None).app()
+    app = CompletionServer(None, [dialect], None).app()
     with listening(0) as listener, running_server(app, listener, threading.Event()):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 

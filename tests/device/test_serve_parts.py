@@ -36,7 +36,7 @@ def answering(complete: Any) -> Iterator[str]:
     dialect: Any = SimpleNamespace(handlers=lambda: {("POST", path): complete for path in COMPLETION_PATHS})
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        with running_server(CompletionServer(None, [dialect], None, None).app(), listener, threading.Event()):
+        with running_server(CompletionServer(None, [dialect], None).app(), listener, threading.Event()):
             yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
 
 
@@ -92,7 +92,7 @@ def test_too_many_requests_are_told_to_come_back() -> None:
             sent.append(dict(message))
 
         guard = Guard(app, limit=2)
-        scope = {"type": "http", "headers": [(b"host", b"localhost")]}
+        scope = {"type": "http", "path": "/", "headers": [(b"host", b"localhost")]}
         waiting = [asyncio.create_task(guard(scope, None, send)) for _ in range(2)]  # type: ignore[arg-type]
         await asyncio.sleep(0)
         await guard(scope, None, send)  # type: ignore[arg-type]

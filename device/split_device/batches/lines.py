@@ -43,6 +43,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[str, ...] = ()
     #: Whether the files carry the pictures' settings.
     metadata: bool = False
+    #: How many choices each of several prompts has. Older versions know one prompt.
+    per_prompt: int | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from split_common.system.outputs import write_lines
 from split_common.system.text import json_line
 from split_device.batches.place import OutputForm
 from split_device.batches.results import Result, Summary
 from split_device.serving.choices import Choice
-from split_device.serving.openai.answers import Header, completion
+from split_device.serving.openai.answers import Header, chat_choice, completion
 from split_device.serving.openai.query import CompletionKind
+from split_device.serving.openai.text_answers import TextChoice
+from split_device.serving.openai.usage import Usage
 
 #: Columns of a table of answers, behind those of the table of prompts.
 _ANSWERS = ("answer", "finish_reason", "error")
@@ -140,7 +144,21 @@ def _response(result: Result) -> dict[str, Any]:
         body: dict[str, Any] = {"created": created, "model": entry.model, "data": data}
     else:
         kind: CompletionKind = "text" if entry.kind == "text" else "chat"
-        body = completion(Header(kind, id_, created, entry.model), jobs[0].prompt_tokens or 0, result.choices)
+        body = _completion(Header(kind, id_, created, entry.model), result)
     # Of several choices, each is a job with a request id of its own.
     response = {"status_code": 200, "request_id": jobs[0].request_id, "body": body}
     return record | {"response": response, "error": None}
+
+
+def _completion(header: Header, result: Result) -> dict[str, Any]:
+    """The completion of a line's jobs: each is a choice of one of its prompts."""
+    entry, jobs = result.entry, result.jobs
+    per_prompt = len(jobs) if isinstance(entry.per_prompt, msgspec.UnsetType) else entry.per_prompt
+    usage = Usage(
+        sum(job.prompt_tokens or 0 for job in jobs[::per_prompt]), sum(choice.tokens for choice in result.choices)
+    )
+    written = [
+        TextChoice(index).fields(choice) if header.kind == "text" else chat_choice(index, choice)
+        for index, choice in enumerate(result.choices)
+    ]
+    return completion(header, usage, written)

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +19,7 @@ from split_common.models.checkpoint_files import model_name
 from split_common.system.console import emit_json, stderr
 from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm, wait_until_set
+from split_common.system.text import check_text
 from split_device.cli.groups import (
     ConnectionOptions,
     HardwareOptions,
@@ -42,6 +44,7 @@ _IMAGE_OPTIONS = ("--cut", "--codec", "--reuse", "--max-images")
 _SAMPLING_OPTIONS = ("--openai-defaults", "--temperature", "--top-p", "--top-k")
 _TEXT_OPTIONS = (
     *_SAMPLING_OPTIONS,
+    "--served-model-name",
     "--chat-template",
     "--chat-template-kwargs",
     "--tokenizer",
@@ -72,12 +75,21 @@ def serve(
         typer.Option(min=0, max=65535, metavar="N", help="Port of the loopback; 0 takes a free one."),
     ] = 8080,
     api_key: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             envvar="LAMBDA_SPLIT_API_KEY",
             metavar="KEY",
-            help="Key that clients must send. Better set it in the environment, because other users can see the "
-            "options of a command.",
+            help="Key that clients must send; may be repeated, and then each is good. Better set it in the "
+            "environment, several with spaces between them, because other users can see the options of a command.",
+        ),
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--served-model-name",
+            metavar="NAME",
+            help="What clients call the language model, instead of the checkpoint's name. May be repeated: each is "
+            "answered, and the first one is shown.",
         ),
     ] = None,
     allowed_host: Annotated[
@@ -95,9 +107,10 @@ def serve(
 ) -> None:
     """Serve split models to OpenAI's clients on this machine, many requests at once, until Ctrl-C or SIGTERM.
 
-    Offers /v1/chat/completions, /v1/completions, /v1/images/generations, /v1/models, /health and, at /, a page to
-    chat in a browser. It listens on this machine's loopback only: put a reverse proxy before it for others, and
-    give its name with --allowed-host.
+    Offers OpenAI's /v1/chat/completions, /v1/completions, /v1/images/generations and /v1/models, Anthropic's
+    /v1/messages, vLLM's /tokenize, /detokenize and /version, /health and, at /, a page to chat in a browser. It
+    listens on this machine's loopback only: put a reverse proxy before it for others, and give its name with
+    --allowed-host.
 
     Each --adapter is a model of its own name, beside the one without an adapter.
 
@@ -108,7 +121,7 @@ def serve(
     passive_threads()
     if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:
         raise ConfigError("serve needs more packages: pip install 'lambda-split[serve]'")
-    if api_key is not None and not re.fullmatch("[!-~]+", api_key):
+    if not all(re.fullmatch("[!-~]+", key) for key in api_key or ()):
         raise ConfigError("invalid API key: expected ASCII letters, digits and punctuation, without spaces")
     media = media_directories(allowed_local_media_path or ())
     hosts = [check_host(name) for name in allowed_host or ()]
@@ -124,12 +137,15 @@ def serve(
     if images_alone and (useless := given(context, _TEXT_OPTIONS)):
         raise ConfigError(f"{useless[0]} is for texts: give --model, too")
     choice = model.choice(several_adapters=True) if not images_alone else None
-    name, image_name = _name(choice), _name(image_choice)
+    served = _served(served_model_name or (), choice)
+    name, image_name = served[0] if served else None, _name(image_choice)
     adapters = list(parse_adapters(model.adapter or ()))
     if images_alone and adapters:
         raise ConfigError("--adapter is for texts: give --model, too")
-    if taken := {name, image_name}.intersection(adapters):
+    if taken := {*served, image_name}.intersection(adapters):
         raise ConfigError(f"{taken.pop()} is the name of a model and of an adapter: give --adapter another NAME=")
+    if image_name in served and served_model_name:
+        raise ConfigError(f"{image_name} is the name of the image model: give --served-model-name another one")
     with listening(port) as listener, contextlib.ExitStack() as stack:
         with loading(connection, name, image_name):
             from split_device.jobs.models import Models
@@ -141,7 +157,7 @@ def serve(
 
             models = stack.enter_context(Models(connection, limits, hardware))
             text = (
-                TextModel(models.get(choice), choice, name, defaults, template, media=media)
+                TextModel(models.get(choice), choice, name, defaults, template, aliases=served[1:], media=media)
                 if choice and name
                 else None
             )
@@ -152,11 +168,23 @@ def serve(
             )
         responses = ResponseStore(store_key)
         stack.callback(responses.close)
-        server = CompletionServer(text, dialects(text, responses), image_endpoint, api_key, hosts)
+        server = CompletionServer(text, dialects(text, responses), image_endpoint, api_key or (), hosts)
         with running_server(server.app(), listener, stop):
             default = text.sampling() if text is not None else None
             _announce(f"http://{HOST}:{listener.getsockname()[1]}/", name, adapters, image_name, default, json)
             wait_until_set(stop)
+
+
+def _served(names: Sequence[str], choice: ModelChoice | None) -> list[str]:
+    """The names of the language model; none without one. Raises ConfigError for a name that is none."""
+    if choice is None:
+        if names:
+            raise ConfigError("--served-model-name is for texts: give --model, too")
+        return []
+    for index, name in enumerate(names):
+        if not check_text(name, "--served-model-name").strip() or name in names[:index]:
+            raise ConfigError(f"invalid --served-model-name {name!r}: it is empty, or comes twice")
+    return list(names) or [model_name(choice.name)]
 
 
 def _defaults(context: typer.Context, sampling: Sampling, openai_defaults: bool) -> Sampling:

@@ -129,6 +129,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
     stop: tuple[str, ...] = ()
     #: How a conversation becomes a prompt. Older versions know none.
     chat_template: ChatTemplate | msgspec.UnsetType = msgspec.UNSET
+    #: The prompt as token ids, which is sent as it is; `prompt` is then empty. Older versions know none.
+    prompt_token_ids: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
     #: Whether the answer continues the conversation's last message. Older versions answer it.
     continue_final_message: bool | msgspec.UnsetType = msgspec.UNSET
     #: What the answer has to look like. Older versions know none, nor tools.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from transformers import GenerationConfig
 
 from split_common.errors import ConfigError, PromptTooLong, SplitError, UnsupportedField
@@ -76,19 +77,35 @@ class Loaded:
 
         Raises:
             PromptTooLong: the prompt is empty, or leaves no room for an answer.
+            ConfigError: as `tokens`.
+        """
+        bad_word_tokens(self.tokenizer, task.sampling.bad_words or ())
+        prompt, limit = self.tokens(task), self.limit
+        if not prompt:
+            raise PromptTooLong("the prompt has no tokens")
+        if len(prompt) >= limit:
+            raise PromptTooLong(f"{len(prompt)} tokens leave no room in the model's {limit} positions")
+        return prompt
+
+    def tokens(self, task: Task) -> list[int]:
+        """The token ids of a task's prompt, however many they are.
+
+        Raises:
             ConfigError: the chat template refuses the conversation, or does not read a variable that is set; or the
                 conversation is not UTF-8.
         """
-        bad_word_tokens(self.tokenizer, task.sampling.bad_words or ())
+        if not isinstance(task.prompt_token_ids, msgspec.UnsetType):
+            return list(task.prompt_token_ids)
         if isinstance(task.prompt, str):
             ids = encode_text(self.tokenizer, task.prompt)
         else:
             template, tool_use = task.template, task.tool_use or None
             messages = chat_messages(task.prompt, template.source(self.tokenizer))
             if has_images(task.prompt):
-                return self._within_limit(self._with_images(task, messages))
+                return self._with_images(task, messages)
             ids = encode_chat(self.tokenizer, messages, task.continues, template, tool_use)
-        return self._within_limit(ids[0].tolist())
+        tokens: list[int] = ids[0].tolist()
+        return tokens
 
     def _with_images(self, task: Task, messages: list[ChatMessage]) -> list[int]:
         if self.processor is None:
@@ -97,14 +114,6 @@ class Loaded:
             raise UnsupportedField("tools are not supported in a conversation with images", "tools")
         shown = shown_images([message for message in task.prompt if not isinstance(message, str)])
         return encode_with_images(self.processor, messages, shown, task.continues, task.template)
-
-    def _within_limit(self, prompt: list[int]) -> list[int]:
-        limit = self.limit
-        if not prompt:
-            raise PromptTooLong("the prompt has no tokens")
-        if len(prompt) >= limit:
-            raise PromptTooLong(f"{len(prompt)} tokens leave no room in the model's {limit} positions")
-        return prompt
 
     def answer(
         self,

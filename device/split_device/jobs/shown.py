@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from split_common import errors
 from split_common.errors import ConfigError, ModelError, PromptTooLong, SplitError, UnsupportedFeature
 from split_common.system.times import iso_time
@@ -44,7 +46,7 @@ def stored_states(names: Sequence[str]) -> tuple[State, ...]:
 
 def title(task: AnyTask, length: int = TITLE) -> str:
     """The first words of what the user asked, on one line."""
-    prompt = task.prompt
+    prompt = _token_ids(task) or task.prompt
     if not isinstance(prompt, str):
         prompt = next((message.content for message in reversed(prompt) if message.role == "user"), "")
     # Only the beginning of a long prompt is looked at.
@@ -55,10 +57,17 @@ def title(task: AnyTask, length: int = TITLE) -> str:
 def prompt_of(task: AnyTask) -> str | list[dict[str, str]]:
     """What was asked: a text, or if there is more than a user's message, the messages."""
     if isinstance(task.prompt, str):
-        return task.prompt
+        return _token_ids(task) or task.prompt
     if len(task.prompt) == 1 and task.prompt[0].role == "user":
         return task.prompt[0].content
     return [{"role": message.role, "content": message.content} for message in task.prompt]
+
+
+def _token_ids(task: AnyTask) -> str:
+    """A prompt of token ids, as JSON; empty if there is none."""
+    if isinstance(task, ImageTask) or isinstance(task.prompt_token_ids, msgspec.UnsetType):
+        return ""
+    return msgspec.json.encode(task.prompt_token_ids).decode()
 
 
 def reason(job: Job) -> str:

@@ -14,7 +14,8 @@ class TokenLogprobs:
 
     text: str
     bytes: bytes
-    logprob: float
+    #: None for the first token of a prompt, which nothing precedes.
+    logprob: float | None
     top: Sequence[TokenLogprobs] = ()
 
 

@@ -8,6 +8,7 @@ from split_device.serving.openai.responses.endpoint import Responses
 from split_device.serving.openai.responses.store import ResponseStore
 from split_device.serving.server import Dialect
 from split_device.serving.text_model import TextModel
+from split_device.serving.tokens import Tokens
 
 
 def dialects(model: TextModel | None, store: ResponseStore) -> list[Dialect]:
@@ -16,4 +17,4 @@ def dialects(model: TextModel | None, store: ResponseStore) -> list[Dialect]:
     Args:
         store: where responses are kept.
     """
-    return [] if model is None else [Completions(model), Responses(model, store), Messages(model)]
+    return [] if model is None else [Completions(model), Responses(model, store), Messages(model), Tokens(model)]

@@ -70,11 +70,12 @@ def check_origin(headers: Headers) -> None:
         raise ApiError("requests from pages of other origins are refused", 403)
 
 
-def check_key(headers: Headers, key: str | None) -> None:
-    """Raises ApiError unless this key comes as bearer token or `x-api-key`. None: no key is needed."""
+def check_key(headers: Headers, keys: Sequence[str]) -> None:
+    """Raises ApiError unless one of the keys comes as bearer token or `x-api-key`. Without keys, none is needed."""
     scheme, _, given = headers.get("authorization", "").strip().partition(" ")
-    keys = [given.strip()] if scheme.lower() == "bearer" else []
-    keys += headers.getlist("x-api-key")
-    if key is not None and not any(hmac.compare_digest(each.encode(), key.encode()) for each in keys):
+    found = [given.strip()] if scheme.lower() == "bearer" else []
+    found += headers.getlist("x-api-key")
+    known = [hmac.compare_digest(each.encode(), key.encode()) for each in found for key in keys]
+    if keys and not any(known):
         challenge = {"WWW-Authenticate": "Bearer"}
         raise ApiError("the API key is wrong or missing", 401, code="invalid_api_key", headers=challenge)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -46,7 +47,7 @@ class CompletionServer:
     Args:
         model, images: what is served; None to serve nothing of that kind.
         dialects: the formats of requests to the language model.
-        api_key: the bearer token that clients must send; None to require none.
+        api_keys: the keys of which clients must send one; empty to require none.
         hosts: host names that requests may have, beside those of the loopback.
     """
 
@@ -55,13 +56,13 @@ class CompletionServer:
         model: TextModel | None,
         dialects: Sequence[Dialect],
         images: Images | None,
-        api_key: str | None,
+        api_keys: Sequence[str] = (),
         hosts: Sequence[str] = (),
     ) -> None:
         self._text = model
         self._dialects = dialects
         self._images = images
-        self._api_key = api_key
+        self._api_keys = api_keys
         self._hosts = hosts
         self._began = int(time.time())
 
@@ -76,6 +77,7 @@ class CompletionServer:
             self._private("/v1/models", self._models),
             self._private("/v1/models/{name:path}", self._model),
             self._private("/split", self._split),
+            self._private("/version", self._version),
             Route("/health", self._health),
             *page.routes(),
         ]
@@ -93,7 +95,7 @@ class CompletionServer:
 
         async def authorized(request: Request) -> Response:
             check_origin(request.headers)
-            check_key(request.headers, self._api_key)
+            check_key(request.headers, self._api_keys)
             try:
                 return await answer(request)
             except asyncio.CancelledError:
@@ -133,12 +135,18 @@ class CompletionServer:
             )
         return json_response(self._card(name))
 
+    async def _version(self, _request: Request) -> Response:
+        return json_response({"version": importlib.metadata.version("lambda-split")})
+
     def _names(self) -> list[str]:
         texts = self._text.names if self._text is not None else []
         return texts + ([self._images.name] if self._images is not None else [])
 
     def _card(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self._began, "owned_by": "lambda-split"}
+        card = {"id": name, "object": "model", "created": self._began, "owned_by": "lambda-split"}
+        if self._text is not None and name in self._text.names:
+            card["max_model_len"] = self._text.context
+        return card
 
 
 def _not_served(kind: str) -> Handler:

@@ -33,6 +33,7 @@ class ChoiceStream:
     Args:
         prompt: the token ids of the task's prompt.
         logprobs: the number of alternatives to report with each token; None for no log probabilities.
+        prompt_logprobs: the same for each token of the prompt, in `prompt_piece`.
         request_id, index: the id of the request, and which of its choices this is.
         adapter: the name of an adapter; "" for none.
 
@@ -49,7 +50,9 @@ class ChoiceStream:
         request_id: str | None = None,
         index: int = 0,
         adapter: str = "",
+        prompt_logprobs: int | None = None,
     ) -> None:
+        self._tokenizer, self._prompt_text = loaded.tokenizer, task.prompt
         self._token_bytes = TokenBytes(loaded.tokenizer)
         self._previous: int | None = None
         self._wants_logprobs = logprobs is not None
@@ -64,6 +67,7 @@ class ChoiceStream:
         request = dataclasses.replace(
             loaded.request(task, _NO_PROGRESS, PRIORITY, prompt),
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             request_id=request_id,
             index=index,
             adapter=adapter,
@@ -73,6 +77,24 @@ class ChoiceStream:
             request, lambda token, found, _sampler: put((token, found)), lambda text: put(Notice(text))
         )
         self._generation.future.add_done_callback(lambda _future: put(None))
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many tokens of the prompt were not computed again."""
+        return self._generation.cached_tokens
+
+    def prompt_piece(self) -> Choice:
+        """The prompt of a text completion, as a piece before the first one, which has come."""
+        request = self._generation.request
+        text = self._prompt_text or self._tokenizer.decode(request.prompt, skip_special_tokens=True)
+        if request.prompt_logprobs is None:
+            return Choice(str(text), 0, None)
+        previous: int | None = None
+        logprobs = []
+        for token, found in zip(request.prompt, self._generation.prompt_logprobs, strict=True):
+            logprobs.append(self._told(token, previous, found))
+            previous = token
+        return Choice(str(text), 0, None, logprobs)
 
     def cancel(self) -> None:
         """Cancels the generation and frees its memory, here and on the worker."""
@@ -126,5 +148,11 @@ class ChoiceStream:
 
     def _token_logprobs(self, token: int, found: Logprobs) -> TokenLogprobs:
         previous, self._previous = self._previous, token
+        return self._told(token, previous, found)
+
+    def _told(self, token: int, previous: int | None, found: Logprobs | None) -> TokenLogprobs:
+        """A token with its log probabilities, after the token before it."""
+        if found is None:
+            return TokenLogprobs(*self._token_bytes.of(token, previous), None)
         top = [TokenLogprobs(*self._token_bytes.of(id_, previous), value) for id_, value in found.top]
         return TokenLogprobs(*self._token_bytes.of(token, previous), found.chosen, top)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling
@@ -16,12 +16,15 @@ from split_device.serving.fields import check_model
 from split_device.serving.media import with_local_files
 from split_device.serving.streaming import ChoiceStream
 
+_T = TypeVar("_T")
+
 
 class TextModel:
     """A loaded model, for all dialects.
 
     Args:
         name: what clients call the model.
+        aliases: further names of it.
         defaults: the temperature, top_p and top_k of requests that name none; None for the checkpoint's.
         template: how conversations become prompts.
         media: directories below which requests may name files of images.
@@ -37,11 +40,13 @@ class TextModel:
         name: str,
         defaults: Sampling = Sampling(),
         template: ChatTemplate = ChatTemplate(),
+        aliases: Sequence[str] = (),
         media: Sequence[Path] = (),
     ) -> None:
         template.check(loaded.tokenizer)
         self._media = media
         self.name = name
+        self._aliases = aliases
         self.loaded = loaded
         self.choice = choice
         self.defaults = defaults
@@ -54,12 +59,12 @@ class TextModel:
     @property
     def names(self) -> list[str]:
         """The names by which requests choose the model alone, or with one of its adapters."""
-        return [self.name, *self.adapters]
+        return [self.name, *self._aliases, *self.adapters]
 
     def adapter(self, asked: str) -> str:
         """The adapter of a request for the model of this name; "" for none. Raises ApiError if none has it."""
         check_model(asked, self.names)
-        return asked if asked != self.name else ""
+        return asked if asked in self.adapters else ""
 
     def parts(self) -> list[dict[str, Any]]:
         """Which layers run where."""
@@ -95,10 +100,14 @@ class TextModel:
 
         Raises what `Loaded.encode` and `with_local_files` raise.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._encoding, self._encode, task)
+        return await self.beside(self._encode, task)
 
     def _encode(self, task: Task) -> list[int]:
         return self.loaded.encode(with_local_files(task, self._media))
+
+    async def beside(self, work: Callable[..., _T], *args: Any) -> _T:
+        """Calls a function that uses the tokenizer, while other requests go on. Raises what it raises."""
+        return await asyncio.get_running_loop().run_in_executor(self._encoding, work, *args)
 
     def stream(self, task: Task, prompt: list[int], **options: Any) -> ChoiceStream:
         """Starts a choice of an answer; arguments are those of `ChoiceStream`."""

@@ -9,6 +9,7 @@ from typing import Any
 from split_device.generation.tools import ToolCall, ToolCallDelta, joined_calls
 from split_device.serving.choices import Choice, TokenLogprobs
 from split_device.serving.openai.query import CompletionKind
+from split_device.serving.openai.usage import Usage
 
 #: By kind: the prefix of a response's id, and its `object`.
 NAMES: dict[CompletionKind, tuple[str, str]] = {
@@ -34,47 +35,29 @@ class Header:
         return {"id": id_, "object": object_, "created": self.created, "model": self.model}
 
 
-def completion(header: Header, prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, Any]:
-    """A whole response."""
-    return header.fields(NAMES[header.kind][1]) | {
-        "choices": [_choice(header.kind, index, choice) for index, choice in enumerate(choices)],
-        "usage": usage(prompt_tokens, sum(choice.tokens for choice in choices)),
-    }
+def completion(header: Header, usage: Usage, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A whole response, of choices as `chat_choice` and `TextChoice` write them."""
+    return header.fields(NAMES[header.kind][1]) | {"choices": list(choices), "usage": usage.fields()}
 
 
-def chunk(header: Header, index: int, piece: Choice, first: bool) -> dict[str, Any]:
-    """A chunk of a streamed response. The first one of a chat names the role."""
-    content: dict[str, Any] = {"text": piece.text}
-    if header.kind == "chat":
-        content = {"delta": ({"role": "assistant"} if first else {}) | _delta(piece)}
-    choice = {
-        "index": index,
-        **content,
-        "logprobs": _logprobs(header.kind, piece.logprobs),
-        "finish_reason": piece.finish_reason,
-    }
+def chat_choice(index: int, choice: Choice) -> dict[str, Any]:
+    """A whole choice of a chat."""
+    return _choice(index, {"message": _message(choice)}, choice)
+
+
+def chat_piece(index: int, piece: Choice, first: bool) -> dict[str, Any]:
+    """A piece of a streamed choice of a chat. The first one names the role."""
+    return _choice(index, {"delta": ({"role": "assistant"} if first else {}) | _delta(piece)}, piece)
+
+
+def chunk(header: Header, choice: dict[str, Any]) -> dict[str, Any]:
+    """A chunk of a streamed response."""
     return header.fields(CHUNKS[header.kind]) | {"choices": [choice]}
 
 
-def usage_chunk(header: Header, prompt_tokens: int, tokens: int) -> dict[str, Any]:
+def usage_chunk(header: Header, usage: Usage) -> dict[str, Any]:
     """The last chunk of a stream with `include_usage`."""
-    return header.fields(CHUNKS[header.kind]) | {"choices": [], "usage": usage(prompt_tokens, tokens)}
-
-
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-
-
-def _choice(kind: CompletionKind, index: int, choice: Choice) -> dict[str, Any]:
-    content: dict[str, Any] = {"text": choice.text}
-    if kind == "chat":
-        content = {"message": _message(choice)}
-    logprobs = _logprobs(kind, choice.logprobs)
-    return {"index": index, **content, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+    return header.fields(CHUNKS[header.kind]) | {"choices": [], "usage": usage.fields()}
 
 
 def _message(choice: Choice) -> dict[str, Any]:
@@ -113,35 +96,17 @@ def _function(call: ToolCall | ToolCallDelta) -> dict[str, str]:
     return {"name": call.name, "arguments": call.arguments}
 
 
-def _logprobs(kind: CompletionKind, tokens: list[TokenLogprobs] | None) -> dict[str, Any] | None:
+def _choice(index: int, content: dict[str, Any], choice: Choice) -> dict[str, Any]:
+    logprobs = _logprobs(choice.logprobs)
+    return {"index": index, **content, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+
+def _logprobs(tokens: list[TokenLogprobs] | None) -> dict[str, Any] | None:
     if tokens is None:
         return None
-    if kind == "chat":
-        content = [_token(token) | {"top_logprobs": [_token(other) for other in token.top]} for token in tokens]
-        return {"content": content, "refusal": None}
-    return {
-        "tokens": [_name(token) for token in tokens],
-        "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [_by_name(token.top) for token in tokens],
-    }
-
-
-def _by_name(tokens: Sequence[TokenLogprobs]) -> dict[str, float]:
-    """Log probabilities in descending order, by name; of tokens with one name, that of the likeliest."""
-    named: dict[str, float] = {}
-    for token in tokens:
-        named.setdefault(_name(token), token.logprob)
-    return named
+    content = [_token(token) | {"top_logprobs": [_token(other) for other in token.top]} for token in tokens]
+    return {"content": content, "refusal": None}
 
 
 def _token(token: TokenLogprobs) -> dict[str, Any]:
     return {"token": token.text, "logprob": token.logprob, "bytes": list(token.bytes)}
-
-
-def _name(token: TokenLogprobs) -> str:
-    """A token's text; for a part of a character its bytes, as in `bytes:\\xe4\\xbd`."""
-    try:
-        token.bytes.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.bytes)
-    return token.text

@@ -20,8 +20,6 @@ IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identi
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -30,6 +28,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "web_search_options": (),
 }
+
+
+#: Most choices of a request, of all its prompts together.
+MAX_CHOICES = 128
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -43,7 +45,7 @@ class Body(SamplingFields, frozen=True, kw_only=True):
 
     model: str
     max_tokens: int | None = None
-    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     stop: str | Annotated[list[str], Meta(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

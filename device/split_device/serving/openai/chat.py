@@ -77,5 +77,6 @@ def parse_chat(body: object, model: ModelChoice, defaults: Sampling, template: C
         per_prompt=len(tasks),
         stream=bool(chat.stream),
         include_usage=chat.include_usage(),
+        kept=len(tasks),
         logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
     )

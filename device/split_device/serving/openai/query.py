@@ -16,3 +16,9 @@ class CompletionQuery(Query):
 
     kind: CompletionKind
     include_usage: bool
+    #: How many choices of each prompt are answers; the likeliest, if it has more tasks.
+    kept: int
+    #: Whether choices begin with the prompt.
+    echo: bool = False
+    #: Whether they are the prompt alone.
+    prompt_alone: bool = False

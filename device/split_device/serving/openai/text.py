@@ -2,46 +2,103 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from msgspec import Meta
+import msgspec
+from msgspec import UNSET, Meta
 
 from split_device.generation.settings import Sampling
 from split_device.jobs.job import ModelChoice, Task
-from split_device.serving.fields import convert
-from split_device.serving.openai.bodies import Body, choices, fields_of
+from split_device.serving.fields import ApiError, convert
+from split_device.serving.openai.bodies import MAX_CHOICES, Body, choices, fields_of
 from split_device.serving.openai.query import CompletionQuery
 
 #: `max_tokens` of a text completion without a limit, as in OpenAI's API.
 DEFAULT_TOKENS = 16
 
+#: What a prompt may be.
+_Prompt = Annotated[str, Meta(min_length=1)] | Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)]
+
 
 class TextBody(Body, frozen=True, kw_only=True):
     """A request's body."""
 
-    prompt: (
-        Annotated[str, Meta(min_length=1)]
-        | Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1, max_length=1)]
-    )
+    prompt: Any
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+
+    def check(self) -> None:
+        """Raises ApiError for fields that contradict each other."""
+        if self.best_of is None:
+            return
+        if self.best_of < (self.n or 1):
+            raise ApiError("best_of must be at least n", param="best_of")
+        if self.stream and self.best_of > (self.n or 1):
+            raise ApiError("best_of is chosen from whole answers: it cannot be streamed", param="best_of")
 
 
 def parse_text(body: object, model: ModelChoice, defaults: Sampling) -> CompletionQuery:
     """Parses a body into tasks. Arguments and errors are those of `requests.parse`."""
-    text = convert(fields_of(body), TextBody)
-    task = Task(
-        model=model,
-        prompt=text.prompt if isinstance(text.prompt, str) else text.prompt[0],
-        sampling=text.sampling(text.max_tokens or DEFAULT_TOKENS, defaults),
-        stop=text.stop_texts(),
-    )
-    tasks = choices(task, text.n or 1)
+    fields = fields_of(body)
+    prompt_alone = _takes_no_tokens(fields)
+    text = convert(fields, TextBody)
+    text.check()
+    prompts = _prompts(text.prompt)
+    count = text.best_of or text.n or 1
+    if len(prompts) * count > MAX_CHOICES:
+        raise ApiError(f"{len(prompts)} prompts with {count} choices are more than {MAX_CHOICES}", param="prompt")
+    sampling, stop = text.sampling(text.max_tokens or DEFAULT_TOKENS, defaults), text.stop_texts()
+    tasks = [
+        Task(
+            model=model,
+            prompt=prompt if isinstance(prompt, str) else "",
+            prompt_token_ids=UNSET if isinstance(prompt, str) else prompt,
+            sampling=sampling,
+            stop=stop,
+        )
+        for prompt in prompts
+    ]
     return CompletionQuery(
         kind="text",
         model=text.model,
-        tasks=tasks,
-        per_prompt=len(tasks),
+        tasks=tuple(each for task in tasks for each in choices(task, count)),
+        per_prompt=count,
         stream=bool(text.stream),
         include_usage=text.include_usage(),
         logprobs=text.logprobs,
+        kept=text.n or 1,
+        echo=bool(text.echo),
+        prompt_alone=prompt_alone,
     )
+
+
+def _takes_no_tokens(fields: dict[str, Any]) -> bool:
+    """Whether a body asks for its prompt alone, which takes one token that is not shown. Raises ApiError."""
+    limit = fields.get("max_tokens")
+    if limit != 0 or isinstance(limit, bool):
+        return False
+    if fields.get("echo") is not True:
+        raise ApiError("max_tokens: 0 leaves nothing to answer without echo: true", param="max_tokens")
+    fields["max_tokens"] = 1
+    return True
+
+
+def _prompts(given: Any) -> list[str | tuple[int, ...]]:
+    """The prompts of a body: texts or token ids, one or a list of them. Raises ApiError that names a wrong one."""
+    several = isinstance(given, list) and bool(given) and not isinstance(given[0], int | float)
+    if not several:
+        return [_prompt(given, "prompt")]
+    if len(given) > MAX_CHOICES:
+        raise ApiError(f"prompt: {len(given)} prompts are more than {MAX_CHOICES}", param="prompt")
+    return [_prompt(each, f"prompt[{index}]") for index, each in enumerate(given)]
+
+
+def _prompt(given: Any, where: str) -> str | tuple[int, ...]:
+    try:
+        prompt: str | tuple[int, ...] = msgspec.convert(given, _Prompt)
+    except msgspec.ValidationError as error:
+        message, _, at = str(error).partition(" - at `$")
+        path = where + at.rstrip("`")
+        raise ApiError(f"{path}: {message}", param=path) from None
+    return prompt

@@ -1,0 +1,117 @@
+"""Token ids of texts, and texts of token ids, in vLLM's format: `/tokenize` and `/detokenize`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import UNSET, Meta
+from starlette.requests import Request
+from starlette.responses import Response
+
+from split_device.jobs.job import Message, Task
+from split_device.serving.fields import ApiError, convert, supported
+from split_device.serving.http import Handler, json_response, read_json
+from split_device.serving.openai.messages import parse_messages
+from split_device.serving.text_model import TextModel
+
+
+class _Named(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    model: str | None = None
+
+
+class _Text(_Named, frozen=True, kw_only=True):
+    prompt: str
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class _Conversation(_Named, frozen=True, kw_only=True):
+    messages: tuple[Message, ...]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool = False
+
+
+class _Tokens(_Named, frozen=True, kw_only=True):
+    tokens: list[Annotated[int, Meta(ge=0)]]
+
+
+class Tokens:
+    """Answers requests with the tokenizer of the model that is served."""
+
+    def __init__(self, model: TextModel) -> None:
+        self._model = model
+
+    def handlers(self) -> Mapping[tuple[str, str], Handler]:
+        """What answers which method and path."""
+        return {("POST", "/tokenize"): self.tokenize, ("POST", "/detokenize"): self.detokenize}
+
+    async def tokenize(self, request: Request) -> Response:
+        """The token ids of a text, or of a conversation as a chat would send it. Raises ApiError."""
+        fields = supported(await read_json(request), (), {})
+        if "messages" in fields:
+            ids, strings = await self._conversation(fields)
+        else:
+            ids, strings = await self._text(fields)
+        tokenizer = self._model.loaded.tokenizer
+        return json_response(
+            {
+                "count": len(ids),
+                "max_model_len": self._model.context,
+                "tokens": ids,
+                "token_strs": tokenizer.convert_ids_to_tokens(ids) if strings else None,
+            }
+        )
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of token ids, special tokens included. Raises ApiError."""
+        body = convert(supported(await read_json(request), (), {}), _Tokens)
+        self._check(body)
+        size = len(self._model.loaded.tokenizer)
+        for index, token in enumerate(body.tokens):
+            if token >= size:
+                raise ApiError(f"tokens[{index}]: {token} is not one of {size} tokens", param=f"tokens[{index}]")
+        text = await self._model.beside(self._model.loaded.tokenizer.decode, body.tokens)
+        return json_response({"prompt": text})
+
+    async def _text(self, fields: dict[str, Any]) -> tuple[list[int], bool]:
+        body = convert(fields, _Text)
+        self._check(body)
+
+        def ids() -> list[int]:
+            encoded: list[int] = self._model.loaded.tokenizer.encode(
+                body.prompt, add_special_tokens=body.add_special_tokens
+            )
+            return encoded
+
+        return await self._model.beside(ids), body.return_token_strs
+
+    async def _conversation(self, fields: dict[str, Any]) -> tuple[list[int], bool]:
+        fields["messages"] = parse_messages(fields["messages"])
+        body = convert(fields, _Conversation)
+        self._check(body)
+        if body.continue_final_message and body.add_generation_prompt:
+            raise ApiError(
+                "continue_final_message needs add_generation_prompt: false", param="continue_final_message"
+            )
+        if not body.continue_final_message and not body.add_generation_prompt:
+            raise ApiError(
+                "add_generation_prompt: false needs continue_final_message: true: a conversation is answered or "
+                "continued here",
+                param="add_generation_prompt",
+            )
+        task = Task(
+            model=self._model.choice,
+            prompt=body.messages,
+            chat_template=self._model.template.with_kwargs(body.chat_template_kwargs).unless_default(),
+            continue_final_message=body.continue_final_message or UNSET,
+        )
+        return await self._model.beside(self._model.loaded.tokens, task), body.return_token_strs
+
+    def _check(self, body: _Named) -> None:
+        """Raises ApiError if the body names another model."""
+        if body.model is not None:
+            self._model.adapter(body.model)
