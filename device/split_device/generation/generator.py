@@ -23,6 +23,7 @@ from split_common.system.forks import Birthplace
 from split_device.generation.active import ActiveRequest, Outcome
 from split_device.generation.active_requests import ActiveRequests
 from split_device.generation.admission import Admission, Admitted
+from split_device.generation.choosing import Choice, choose_tokens
 from split_device.generation.first_tokens import FirstTokens, is_delayed
 from split_device.generation.limits import Limits
 from split_device.generation.local_layers import KV_MEMORY, LocalLayers
@@ -250,9 +251,10 @@ class Generator:
             return
         adapters = [request.adapter for request, _ in ready]
         logits = self._layers.logits(torch.stack([state for _, state in ready]), adapters)
-        for (request, _), row, likeliest in zip(ready, logits, logits.argmax(-1).tolist(), strict=True):
+        choices = choose_tokens([request.sampler for request, _ in ready], logits)
+        for (request, _), choice in zip(ready, choices, strict=True):
             try:
-                self._advance(request, row, likeliest)
+                self._advance(request, choice)
             except Exception as error:
                 self._end(request, error)
 
@@ -356,10 +358,12 @@ class Generator:
             return None
         return None if request.ended else outcome
 
-    def _advance(self, request: ActiveRequest, logits: torch.Tensor, likeliest: int) -> None:
-        """Chooses a request's next token from logits `[vocabulary]`, of which `likeliest` is the largest."""
+    def _advance(self, request: ActiveRequest, choice: Choice) -> None:
+        """Goes on with a request's next token."""
+        if isinstance(choice, Exception):
+            raise choice
         sampler, generation = request.sampler, request.generation
-        token, logprobs = (likeliest, None) if sampler.plain else sampler.choose(logits)
+        token, logprobs = choice
         sampler.accept(token)
         if request.awaits_first_token:
             request.awaits_first_token = False

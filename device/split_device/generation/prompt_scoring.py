@@ -10,31 +10,13 @@ import torch
 
 from split_common.engine.lora import AdapterNumber
 from split_device.generation.active import ActiveRequest
-from split_device.generation.request import Logprobs
+from split_device.generation.logprobs import logprobs_of
 
 #: Most float32 logits that are computed at once: 32 MiB.
 MAX_LOGITS = 2**23
 
 #: Logits `[rows, vocabulary]` of states `[rows, width]`, with an adapter for each row.
 ToLogits = Callable[[torch.Tensor, Sequence[AdapterNumber]], torch.Tensor]
-
-
-def logprobs_of(logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[Logprobs]:
-    """Log probabilities of one token in each row.
-
-    Args:
-        logits: float32 `[rows, vocabulary]`.
-        tokens: the token of each row.
-        counts: number of most likely tokens to report with each.
-    """
-    every = torch.log_softmax(logits, -1)
-    chosen = every.gather(1, torch.tensor(tokens, dtype=torch.long)[:, None])[:, 0].tolist()
-    top = every.topk(min(max(counts, default=0), every.shape[1]))
-    likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return [
-        Logprobs(value, list(zip(ids[:count], values[:count], strict=True)))
-        for value, (ids, values), count in zip(chosen, likeliest, counts, strict=True)
-    ]
 
 
 @dataclass

@@ -6,13 +6,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 from transformers.generation import GenerationMode
 
 from split_common.compat.transformers import complete_config, complete_lengths, eos_tokens, logits_processors
 from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
+from split_device.generation.occurrences import Occurrences
 from split_device.generation.penalties import ConstraintMask, OccurrencePenalty
-from split_device.generation.request import FinishReason, Logprobs, Request
+from split_device.generation.request import FinishReason, Request
 from split_device.generation.settings import SEED_BOUND, Sampling, within_bounds
 from split_device.models.language import check_tokens
 
@@ -34,6 +40,17 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "max_time": (None,),
     "token_healing": (None, False),
 }
+
+
+#: Processors that rule out end tokens until a text is long enough.
+_AT_LEAST = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
+
+
+def _least(processor: Any, prompt: int) -> int:
+    """The length of prompt and text from which a processor of `_AT_LEAST` does nothing; 0 for others."""
+    if type(processor) is MinNewTokensLengthLogitsProcessor:
+        return prompt + int(processor.min_new_tokens)
+    return int(processor.min_length) if type(processor) is MinLengthLogitsProcessor else 0
 
 
 def check_defaults(config: GenerationConfig, name: str) -> None:
@@ -65,7 +82,7 @@ def _refused(config: GenerationConfig) -> Iterator[tuple[str, Any]]:
 
 
 class Sampler:
-    """Chooses the tokens of one request.
+    """How the tokens of one request are chosen, and the text so far.
 
     Raises:
         UnsupportedFeature: the configuration asks for more than greedy decoding or sampling of one sequence.
@@ -87,28 +104,53 @@ class Sampler:
         self.max_length: int = min(int(config.max_length), positions + 1)
         self._max_new_tokens = self.max_length - prompt
         self._eos = eos_tokens(config)
-        self._logprobs = request.logprobs
-        self._generator: torch.Generator | None = None
+        #: Length of prompt and text from which processors that keep back end tokens do nothing.
+        self._least = max((_least(each, prompt) for each in self._processors), default=0)
+        #: Number of alternatives to report with each token; None for no log probabilities.
+        self.logprobs = request.logprobs
+        #: What tokens are drawn with; None if they are not.
+        self.generator: torch.Generator | None = None
         if config.do_sample:
-            self._generator = _generator(request)
+            self.generator = _generator(request)
         # A tensor, because logits processors look at all tokens.
         self._ids = torch.empty(1, 0, dtype=torch.long)
         self._length = 0
         self._append([*request.prompt, *request.generated])
+        #: What is counted in the text, by the type of the processor that needs it.
+        self.occurrences: dict[type, Occurrences] = {}
+        for processor in self._processors:
+            if type(processor) is RepetitionPenaltyLogitsProcessor:
+                self.occurrences[type(processor)] = Occurrences([*request.prompt, *request.generated])
+            elif type(processor) is OccurrencePenalty:
+                self.occurrences[type(processor)] = Occurrences(request.generated)
         self._constraint = request.constraint
         if self._constraint is not None:
             for token in request.generated:
                 self._constraint.accept(token)
 
     @property
-    def plain(self) -> bool:
-        """Whether each token is the likeliest one, without processors and log probabilities."""
-        return not self._processors and self._generator is None and self._logprobs is None
+    def likeliest(self) -> bool:
+        """Whether each token is the likeliest one, without processors."""
+        return not self._processors and self.generator is None
+
+    @property
+    def processors(self) -> list[Any]:
+        """The logits processors that change anything at the next token."""
+        return [
+            processor
+            for processor in self._processors
+            if not (type(processor) in _AT_LEAST and self._length >= self._least)
+        ]
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """Prompt and text so far, int64 `[1, tokens]`."""
+        return self._ids[:, : self._length]
 
     @property
     def state(self) -> bytes | None:
         """The random generator's state; None for greedy decoding."""
-        return self._generator.get_state().numpy().tobytes() if self._generator is not None else None
+        return self.generator.get_state().numpy().tobytes() if self.generator is not None else None
 
     def finish_reason(self, generated: Sequence[int]) -> FinishReason | None:
         """Why a text with these tokens is complete; None if it is not."""
@@ -119,26 +161,10 @@ class Sampler:
     def accept(self, token: int) -> None:
         """Continues the text with this token."""
         self._append([token])
+        for text in self.occurrences.values():
+            text.add(token)
         if self._constraint is not None:
             self._constraint.accept(token)
-
-    def choose(self, logits: torch.Tensor) -> tuple[int, Logprobs | None]:
-        """Chooses the next token from its logits, float32 `[vocabulary]`."""
-        scores = self._processors(self._ids[:, : self._length], logits[None].clone())
-        if self._generator is None:
-            token = int(scores.argmax(-1))
-        else:
-            probabilities = torch.softmax(scores, dim=-1)
-            try:
-                token = int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))
-            except RuntimeError as error:
-                raise ConfigError(f"no token can be drawn; is the temperature too small? {error}") from None
-        if self._logprobs is None:
-            return token, None
-        logprobs = torch.log_softmax(logits, -1)
-        top = logprobs.topk(min(self._logprobs, len(logprobs)))
-        likeliest = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        return token, Logprobs(float(logprobs[token]), likeliest)
 
     def _append(self, tokens: Sequence[int]) -> None:
         end = self._length + len(tokens)
