@@ -39,6 +39,15 @@ class _Object(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    bad_words: list[str] | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     system: str | None = None
@@ -216,8 +225,8 @@ class Prompts:
 
 
 def _merged(sampling: Sampling, own: _Object) -> Sampling:
-    """Sampling settings with those of a line in their place. Raises ConfigError for a number out of bounds."""
-    names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
+    """Sampling settings with those of a line in their place. Raises ConfigError for a value out of bounds."""
+    names = [field.name for field in dataclasses.fields(Sampling)]
     values = {name: value for name in names if (value := getattr(own, name)) is not None}
     return dataclasses.replace(sampling, **values).checked()
 

@@ -12,6 +12,7 @@ from split_common.errors import ConfigError
 from split_device.batches.place import OutputForm
 from split_device.batches.source import InputForm
 from split_device.cli.batch_progress import ProgressMode
+from split_device.cli.sampling_options import ADJUSTMENTS
 
 INPUT_PANEL, OUTPUT_PANEL = "Input", "Output"
 
@@ -73,6 +74,7 @@ _DEFAULTS = {
     "temperature": "--temperature",
     "top_p": "--top-p",
     "top_k": "--top-k",
+    **ADJUSTMENTS,
     "seed": "--seed",
     "stop": "--stop",
 }
@@ -84,6 +86,7 @@ _OF_PROMPTS = ("--column", "--template", "--image", "--system", "--raw")
 _OF_CONVERSATIONS = ("--system", "--chat-template", "--chat-template-kwargs")
 _OF_TEXTS = (
     *("--max-tokens", "--temperature", "--top-p", "--top-k", "--stop", "--raw", "--tokenizer", "--adapter"),
+    *ADJUSTMENTS.values(),
     *_OF_CONVERSATIONS,
 )
 _OF_IMAGES = ("--steps", "--size", "--guidance", "--negative", "--init-image", "--strength", "--metadata")

@@ -50,6 +50,7 @@ def chat(
     Ctrl-D ends it. In a terminal, Ctrl-C stops an answer. With --json, the turns are printed at the end as one
     object.
     """
+    sampling = sampling.checked()
     passive_threads()
     check_connection(connection)
     choice, template = model.choice(), prompt_format.template()

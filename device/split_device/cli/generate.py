@@ -60,6 +60,7 @@ def generate(
     """
     text = check_prompt(read_stdin() if prompt == "-" else prompt)
     check_raw(raw, system, prompt_format, show or ())
+    sampling = sampling.checked()
     pictures = [read_prompt_image(user_path(str(path)), str(path)) for path in show or ()]
     template = prompt_format.template()
     passive_threads()

@@ -54,6 +54,17 @@ from split_device.cli.options import (
     TopKOption,
     TopPOption,
 )
+from split_device.cli.sampling_options import (
+    BadWordsOption,
+    FrequencyPenaltyOption,
+    IgnoreEosOption,
+    LogitBiasOption,
+    MinPOption,
+    MinTokensOption,
+    PresencePenaltyOption,
+    RepetitionPenaltyOption,
+    StopTokenIdsOption,
+)
 from split_device.generation.chat_template import ChatTemplate, parse_template
 from split_device.generation.limits import Limits
 from split_device.generation.settings import Sampling
@@ -268,8 +279,26 @@ SAMPLING = Group(
     temperature=TemperatureOption,
     top_p=TopPOption,
     top_k=TopKOption,
+    min_p=MinPOption,
+    repetition_penalty=RepetitionPenaltyOption,
+    frequency_penalty=FrequencyPenaltyOption,
+    presence_penalty=PresencePenaltyOption,
+    logit_bias=LogitBiasOption,
+    bad_words=BadWordsOption,
+    min_tokens=MinTokensOption,
+    stop_token_ids=StopTokenIdsOption,
+    ignore_eos=IgnoreEosOption,
     seed=SeedOption,
 )
 SamplingOptions = Annotated[Sampling, SAMPLING]
 #: Of requests that name none.
-SamplingDefaults = Annotated[Sampling, SAMPLING.without("max_tokens", "seed")]
+SamplingDefaults = Annotated[
+    Sampling,
+    Group(
+        temperature=TemperatureOption,
+        top_p=TopPOption,
+        top_k=TopKOption,
+        min_p=MinPOption,
+        repetition_penalty=RepetitionPenaltyOption,
+    ),
+]

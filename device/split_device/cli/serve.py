@@ -41,7 +41,7 @@ from split_device.serving.media import media_directories
 _IMAGE_OPTIONS = ("--cut", "--codec", "--reuse", "--max-images")
 
 #: Options for texts only.
-_SAMPLING_OPTIONS = ("--openai-defaults", "--temperature", "--top-p", "--top-k")
+_SAMPLING_OPTIONS = ("--openai-defaults", "--temperature", "--top-p", "--top-k", "--min-p", "--repetition-penalty")
 _TEXT_OPTIONS = (
     *_SAMPLING_OPTIONS,
     "--served-model-name",

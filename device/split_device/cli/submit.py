@@ -44,6 +44,7 @@ from split_device.cli.options import (
     SystemOption,
     WebhookOption,
 )
+from split_device.cli.sampling_options import ADJUSTMENTS
 from split_device.cli.submit_lines import LineJobs, submit_lines
 from split_device.images.settings import check_image_output
 from split_device.jobs.agent import running_agent
@@ -59,6 +60,7 @@ _TEXT_OPTIONS = (
     "--temperature",
     "--top-p",
     "--top-k",
+    *ADJUSTMENTS.values(),
     "--stop",
     "--system",
     "--show",

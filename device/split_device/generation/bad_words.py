@@ -1,11 +1,15 @@
-"""Words that an answer must not contain, as sequences of tokens."""
+"""Tokens that requests name: those of words that an answer must not contain, and ids."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+
 from split_common.system.text import check_text
+from split_device.models.language import check_tokens
 
 
 @functools.lru_cache(maxsize=64)
@@ -26,3 +30,10 @@ def bad_word_tokens(tokenizer: Any, words: tuple[str, ...]) -> tuple[tuple[int, 
             if ids and ids not in found and not (text != word and ids[1:] in found):
                 found[ids] = None
     return tuple(found)
+
+
+def check_named_tokens(model: Any, *named: Iterable[Sequence[int]]) -> None:
+    """Raises ConfigError if one of several collections of token ids names a token that the model does not have."""
+    tokens = {token for sequences in named for sequence in sequences for token in sequence}
+    if tokens:
+        check_tokens(model, torch.tensor(sorted(tokens)))

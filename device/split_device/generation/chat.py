@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from split_common.compat.transformers import cache_name
 from split_common.errors import PromptTooLong
 from split_common.models.layer_stack import max_positions
-from split_device.generation.bad_words import bad_word_tokens
+from split_device.generation.bad_words import bad_word_tokens, check_named_tokens
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.detokenize import TextStream
 from split_device.generation.image_prompts import encode_with_images
@@ -197,7 +197,7 @@ class Conversation:
 
         Raises:
             PromptTooLong: the tokens fill the model's positions.
-            ConfigError: a number of `sampling` is out of bounds.
+            ConfigError: a value of `sampling` is out of bounds, or names a token that the model does not have.
             SplitError: raised by `generate`.
         """
         input_ids = input_ids.to(self._model.device)
@@ -212,6 +212,8 @@ class Conversation:
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         ends = sampling.ends(end_tokens(self._model, self._tokenizer))
+        words = bad_word_tokens(self._tokenizer, sampling.bad_words or ())
+        check_named_tokens(self._model, words, [(token,) for token in sampling.logit_bias or ()])
         penalties = sampling.frequency_penalty or 0.0, sampling.presence_penalty or 0.0
         limit = min(sampling.max_tokens, limit - prompt_tokens)
         if sampling.min_tokens is not None:
@@ -228,7 +230,7 @@ class Conversation:
             eos_token_id=ends,
             pad_token_id=pad_token(self._tokenizer),
             **{cache_name(type(self._model)): self._cache},
-            **sampling.options(bad_word_tokens(self._tokenizer, sampling.bad_words or ())),
+            **sampling.options(words),
             **_placed(images or {}, self._model),
             **self._named,
         )

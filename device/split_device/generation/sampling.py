@@ -16,6 +16,7 @@ from transformers.generation import GenerationMode
 
 from split_common.compat.transformers import complete_config, complete_lengths, eos_tokens, logits_processors
 from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
+from split_device.generation.bad_words import check_named_tokens
 from split_device.generation.occurrences import Occurrences
 from split_device.generation.penalties import ConstraintMask, OccurrencePenalty
 from split_device.generation.request import FinishReason, Request
@@ -98,7 +99,8 @@ class Sampler:
         positions: int = model.split_parts.max_positions
         if prompt > positions:
             raise PromptTooLong(f"{prompt} tokens exceed the model's {positions} positions")
-        _check_vocabulary(model, request.config)
+        bias = request.config.sequence_bias
+        check_named_tokens(model, request.config.bad_words_ids or (), bias if isinstance(bias, dict) else ())
         config, self._processors = _prepared(model, request.config, prompt, _own_processors(request))
         #: Most tokens of prompt and text together. The last one needs no position.
         self.max_length: int = min(int(config.max_length), positions + 1)
@@ -221,15 +223,6 @@ def _own_processors(request: Request) -> list[Any]:
     if request.constraint is not None:
         processors.append(ConstraintMask(request.constraint))
     return processors
-
-
-def _check_vocabulary(model: Any, config: GenerationConfig) -> None:
-    """Raises ConfigError if a configuration names tokens, in biases or bad words, that the model does not have."""
-    named = {token for word in config.bad_words_ids or () for token in word}
-    bias = config.sequence_bias
-    named |= {token for sequence in (bias if isinstance(bias, dict) else ()) for token in sequence}
-    if named:
-        check_tokens(model, torch.tensor(sorted(named)))
 
 
 def _generator(request: Request) -> torch.Generator:

@@ -160,7 +160,7 @@ class Sampling:
         """A copy whose values are within their bounds. Raises ConfigError."""
         copy: Sampling = checked(self, _NUMBERS)
         if self.logit_bias is not None:
-            copy = dataclasses.replace(copy, logit_bias=_checked_bias(self.logit_bias))
+            copy = dataclasses.replace(copy, logit_bias=check_bias(self.logit_bias))
         if self.stop_token_ids is not None:
             ids = _entries("stop_token_ids", self.stop_token_ids)
             ids = tuple(within_bounds("stop_token_ids", token) for token in ids)
@@ -269,8 +269,8 @@ def _entries(name: str, given: Any) -> tuple[Any, ...]:
     return tuple(given)
 
 
-def _checked_bias(given: Any) -> dict[int, float] | None:
-    """Biases by token ids; ids may be texts, as in JSON. Raises ConfigError."""
+def check_bias(given: Any) -> dict[int, float] | None:
+    """Biases of tokens by their ids, which may be texts, as in JSON. Raises ConfigError."""
     if not isinstance(given, dict):
         raise ConfigError(f"invalid logit_bias {given!r}: expected an object of token ids and biases")
     _entries("logit_bias", list(given))

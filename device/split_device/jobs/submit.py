@@ -94,7 +94,7 @@ class Device(SubmitsMany[str]):
             sampling: how tokens are chosen, and their maximum number.
             chat_template: a template, in Jinja, instead of the tokenizer's.
             chat_template_kwargs: values for variables that the template reads.
-            fields: replace fields of `sampling`: `max_tokens`, `temperature`, `top_p`, `top_k`, `seed`.
+            fields: replace fields of `sampling`: `max_tokens`, `temperature`, `top_p`, `seed` and so on.
 
         Raises:
             JobsError: the job with this key asks for something else.
