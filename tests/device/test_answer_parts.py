@@ -120,7 +120,7 @@ def test_images_lie_between_texts() -> None:
     assert parse_items([{"type": "message", "role": "user", "content": [inputs[0], image, inputs[1]]}]) == [
         expected
     ]
-    with pytest.raises(ApiError, match="images are supported in messages only"):
+    with pytest.raises(ApiError, match="only messages of the user have images"):
         parse_items([{"type": "function_call_output", "call_id": "a", "output": [image]}])
 
 
@@ -171,6 +171,8 @@ def test_tools_that_openai_runs_are_left_out() -> None:
         parse_tools([{"type": "web_search"}], "required", True)
     allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]}
     other = {**function, "name": "g"}
+    with pytest.raises(ApiError, match=r"tools\[1\]\.name: another tool is called f"):
+        parse_tools([function, function], "auto", True)
     assert [tool.name for tool in parse_tools([function, other], allowed, True).use.tools] == ["f"]  # type: ignore[union-attr]
     with pytest.raises(ApiError, match="no tool is called 'h'"):
         parse_tools([function], {"type": "function", "name": "h"}, True)

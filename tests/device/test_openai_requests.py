@@ -67,7 +67,7 @@ def test_nulls_are_as_good_as_absent_fields() -> None:
         ),
         ([{**HELLO, "tool_calls": [{}]}], "messages[0].tool_calls", "unsupported_parameter"),
         ([{**HELLO, "refusal": "No."}], "messages[0].refusal", "unsupported_parameter"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type", None),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].image_url", None),
         ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "messages[0].content[0].text", None),
     ],
 )

@@ -16,7 +16,7 @@ from split_device.generation.content_parts import rendered
 _KWARGS = "--chat-template-kwargs"
 
 #: Variables by which templates switch thinking on and off.
-_SWITCHES = ("enable_thinking", "thinking")
+THINKING_SWITCHES = ("enable_thinking", "thinking")
 
 #: Characters that a template has, and the name of a file seldom.
 _JINJA = frozenset("{}\n")
@@ -99,7 +99,7 @@ class ChatTemplate(msgspec.Struct, frozen=True):
             return {}
         if "reasoning_effort" in settable:
             return {"reasoning_effort": effort}
-        for name in _SWITCHES:
+        for name in THINKING_SWITCHES:
             if name in settable:
                 return {name: effort != "none"}
         if effort != "none":

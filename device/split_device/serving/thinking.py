@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from split_device.generation.chat_template import THINKING_SWITCHES
 from split_device.serving.text_model import TextModel
-
-#: Variables of chat templates by which thinking is turned on and off. The first that a template reads is set.
-_SWITCHES = ("enable_thinking", "thinking")
 
 #: The variable of chat templates for how much is thought, and the words that they know beside "low" and "medium".
 _EFFORT = "reasoning_effort"
@@ -23,7 +21,7 @@ def thinking_kwargs(model: TextModel, thinks: bool | None, effort: str | None) -
     """
     read = model.template.variables(model.loaded.tokenizer)
     found: dict[str, Any] = {}
-    switch = next((name for name in _SWITCHES if name in read), None)
+    switch = next((name for name in THINKING_SWITCHES if name in read), None)
     if thinks is not None and switch is not None:
         found[switch] = thinks
     if effort is not None and _EFFORT in read:

@@ -117,7 +117,7 @@ def _messages(said: _Said, where: str) -> Iterator[Message]:
         for index, block in enumerate(said.content):
             if isinstance(block, _ToolResult):
                 yield Message("tool", _joined(block.content), tool_call_id=block.tool_use_id)
-            elif isinstance(block, _Text | _Image):
+            elif isinstance(block, _Text) or (isinstance(block, _Image) and said.role == "user"):
                 shown.append(block)
             else:
                 raise _misplaced(block, f"{where}.content[{index}]", said.role)

@@ -14,6 +14,7 @@ from split_device.generation.tools import NamedTool, Tool, ToolChoice, ToolUse
 from split_device.jobs.job import Task
 from split_device.serving.anthropic.conversation import parse_conversation
 from split_device.serving.fields import ApiError, convert, present, supported
+from split_device.serving.openai.tools import MAX_TOOLS, check_names
 from split_device.serving.text_model import TextModel
 from split_device.serving.thinking import thinking_kwargs
 
@@ -146,7 +147,8 @@ def _thinks(body: _Counted) -> bool | None:
 
 
 def _tool_use(body: _Counted) -> ToolUse | msgspec.UnsetType:
-    tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools))
+    tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools[: MAX_TOOLS + 1]))
+    check_names([tool.name for tool in tools])
     choice = body.tool_choice
     if not tools:
         if choice.type in ("any", "tool"):

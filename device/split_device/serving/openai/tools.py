@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -49,13 +50,8 @@ def parse_tools(tools: object) -> tuple[Tool, ...]:
         return ()
     if not isinstance(tools, list):
         raise ApiError("tools: expected a list", param="tools")
-    if len(tools) > MAX_TOOLS:
-        raise ApiError(f"tools: more than {MAX_TOOLS}", param="tools")
-    found = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools))
-    names = [tool.name for tool in found]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise ApiError(f"tools[{index}].function.name: another tool is called {name}", param="tools")
+    found = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools[: MAX_TOOLS + 1]))
+    check_names([tool.name for tool in found], "function.name")
     return found
 
 
@@ -64,14 +60,26 @@ def _tool(tool: object, where: str) -> Tool:
     _check_type(fields, where)
     function = supported(fields.get("function"), (), {}, f"{where}.function")
     found = convert(function, _Function, f"{where}.function")
-    check_name(found.name, f"{where}.function.name")
     return Tool(name=found.name, description=found.description, parameters=found.parameters, strict=found.strict)
 
 
-def check_name(name: str, where: str) -> None:
-    """Raises ApiError for a name that a tool cannot have."""
-    if not _NAME.fullmatch(name):
-        raise ApiError(f"{where}: expected 1 to 128 letters, digits, dots, dashes and underscores", param=where)
+def check_names(names: Sequence[str], field: str = "name") -> None:
+    """Raises ApiError if tools have a name that they cannot have, or two have one, or they are too many.
+
+    Args:
+        names: those of all tools, in their order.
+        field: where a tool has its name.
+    """
+    if len(names) > MAX_TOOLS:
+        raise ApiError(f"tools: more than {MAX_TOOLS}", param="tools")
+    seen: set[str] = set()
+    for index, name in enumerate(names):
+        where = f"tools[{index}].{field}"
+        if not _NAME.fullmatch(name):
+            raise ApiError(f"{where}: expected 1 to 128 letters, digits, dots, dashes and underscores", param=where)
+        if name in seen:
+            raise ApiError(f"{where}: another tool is called {name}", param=where)
+        seen.add(name)
 
 
 def _check_type(fields: dict[str, Any], where: str) -> None:

@@ -115,6 +115,8 @@ def parse_items(items: Sequence[object], where: str = "input") -> list[Message]:
                 role = "system" if parsed.role == "developer" else parsed.role
                 own = thought if role == "assistant" else ""
                 text, images = _content(parsed.content, at)
+                if images and role != "user":
+                    raise _only_users(at)
                 found.append(Message(role, text, reasoning=own or msgspec.UNSET, images=images))
         thought = ""
     return found
@@ -153,9 +155,13 @@ def _add_call(found: list[Message], call: ToolCall, thought: str) -> None:
 def _text(content: str | Sequence[_Part], where: str) -> str:
     """The text of parts, of which none may be an image."""
     text, images = _content(content, where)
-    if images is not msgspec.UNSET:
-        raise ApiError(f"{where}: images are supported in messages only", param=where, code="unsupported_parameter")
+    if images:
+        raise _only_users(where)
     return text
+
+
+def _only_users(where: str) -> ApiError:
+    return ApiError(f"{where}: only messages of the user have images", param=where, code="unsupported_parameter")
 
 
 def _content(

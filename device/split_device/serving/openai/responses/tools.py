@@ -10,6 +10,7 @@ import msgspec
 from split_device.generation.tools import NamedTool, Tool, ToolChoice, ToolUse
 from split_device.serving.fields import ApiError, convert, present
 from split_device.serving.openai.responses.items import CUSTOM_INPUT
+from split_device.serving.openai.tools import MAX_TOOLS, check_names
 
 #: Tools that OpenAI's servers run, and which agents offer without being asked. The model is not told of them.
 LEFT_OUT = frozenset({"web_search", "web_search_preview", "image_generation", "tool_search"})
@@ -67,7 +68,7 @@ def parse_tools(tools: list[dict[str, Any]], choice: object, parallel: bool) -> 
     found: list[Tool] = []
     custom: list[str] = []
     given: list[dict[str, Any]] = []
-    for index, tool in enumerate(tools):
+    for index, tool in enumerate(tools[: MAX_TOOLS + 1]):
         if tool.get("type") in LEFT_OUT:
             continue
         parsed = _parse(tool, f"tools[{index}]")
@@ -75,6 +76,7 @@ def parse_tools(tools: list[dict[str, Any]], choice: object, parallel: bool) -> 
         given.append(tool)
         if tool["type"] == "custom":
             custom.append(parsed.name)
+    check_names([tool.name for tool in found])
     chosen, allowed = _choice(choice, [tool.name for tool in found])
     usable = tuple(tool for tool in found if tool.name in allowed)
     if not usable:
