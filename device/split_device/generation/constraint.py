@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from transformers import LogitsProcessor
 
 from split_common.errors import ConfigError, UnsupportedFeature
 from split_device.generation.grammar import KEPT, grammar_of
 from split_device.generation.grammar_tokenizer import grammar_tokenizer
+from split_device.generation.penalties import ConstraintMask
 from split_device.generation.structured import Source, StructuredOutputs
 
 #: Threads that compile grammars. They wait for processes most of the time.
@@ -150,19 +150,19 @@ class Grammars:
         return grammar_tokenizer(self._tokenizer, self._vocabulary, self._ends)
 
 
-class ConstraintProcessor(LogitsProcessor):  # type: ignore[misc]
-    """A constraint for transformers' `generate`: one sequence, whose prompt has this many tokens."""
+class ConstraintProcessor(ConstraintMask):
+    """A constraint for transformers' `generate`: one sequence, whose prompt has this many tokens.
+
+    The tokens are those of a generator's request with the same constraint.
+    """
 
     def __init__(self, constraint: GrammarConstraint, prompt: int) -> None:
-        self._constraint = constraint
+        super().__init__(constraint)
         self._seen = prompt
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The scores `[1, vocabulary]`, minus infinity for tokens that may not come next."""
         for token in input_ids[0, self._seen :].tolist():
-            self._constraint.accept(token)
+            self.constraint.accept(token)
         self._seen = input_ids.shape[1]
-        if (token := self._constraint.forced()) is not None:
-            # Whatever other processors say.
-            scores = scores.index_fill(1, torch.tensor([token], device=scores.device), 0.0)
-        return scores.masked_fill(~self._constraint.mask().to(scores.device), -torch.inf)
+        return super().__call__(input_ids, scores)

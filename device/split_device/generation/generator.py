@@ -25,6 +25,7 @@ from split_device.generation.active_requests import ActiveRequests
 from split_device.generation.admission import Admission, Admitted
 from split_device.generation.choosing import Choice, choose_tokens
 from split_device.generation.first_tokens import FirstTokens, is_delayed
+from split_device.generation.forced_tokens import accept_first, accept_token
 from split_device.generation.limits import Limits
 from split_device.generation.local_layers import KV_MEMORY, LocalLayers
 from split_device.generation.placing import ImagePrompts, PlacedPrompt
@@ -314,6 +315,10 @@ class Generator:
     # --- a request -----------------------------------------------------------------------------------------
 
     def _begin(self, admitted: Admitted) -> None:
+        if (outcome := accept_first(admitted.sampler, admitted.generation, self.counters)) is not None:
+            self._admission.release(admitted.costs)
+            admitted.generation.finish(outcome)
+            return
         self._first_tokens.renew()
         for request in self._requests.begin(admitted):
             if (asked := request.generation.request).images:
@@ -362,19 +367,16 @@ class Generator:
         """Goes on with a request's next token."""
         if isinstance(choice, Exception):
             raise choice
-        sampler, generation = request.sampler, request.generation
-        token, logprobs = choice
-        sampler.accept(token)
+        tokens = accept_token(request.sampler, request.generation, *choice)
+        self.counters["tokens"] += len(tokens)
         if request.awaits_first_token:
             request.awaits_first_token = False
-            self.counters["cached_tokens"] += generation.cached_tokens
+            self.counters["cached_tokens"] += request.generation.cached_tokens
             self._first_tokens.renew()
-        generation.add(token, logprobs, sampler.state)
-        self.counters["tokens"] += 1
-        if reason := sampler.finish_reason(generation.tokens):
+        if reason := request.sampler.finish_reason(request.generation.tokens):
             self._end(request, reason)
         else:
-            request.pending.append([token])
+            request.pending.append(tokens)
             self._entering.append(request)
 
     def _cancel(self, generation: Generation) -> None:

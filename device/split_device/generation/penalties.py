@@ -35,5 +35,10 @@ class ConstraintMask(LogitsProcessor):  # type: ignore[misc]
         self.constraint = constraint
 
     def __call__(self, _ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if (token := self.constraint.forced()) is not None:
+            # Whatever other processors say of it.
+            scores = torch.full_like(scores, -torch.inf)
+            scores[:, token] = 0.0
+            return scores
         mask = self.constraint.mask()
         return scores if mask is None else scores.masked_fill(~mask.to(scores.device), -torch.inf)

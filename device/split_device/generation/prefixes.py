@@ -158,7 +158,8 @@ class Prefixes:
             request.copied_tokens = 0
             if origin is not None:
                 self._kept.drop(origin)
-        request.generation.cached_tokens = request.copied_tokens
+        prompt = len(request.generation.request.prompt)
+        request.generation.cached_tokens = min(request.copied_tokens, prompt)
 
     def computed(self, request: ActiveRequest) -> list[ActiveRequest]:
         """A request's prompt is through, or a part of it. Returns the requests that have waited and may enter."""

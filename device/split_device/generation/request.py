@@ -33,8 +33,15 @@ class Constraint(Protocol):
     def mask(self) -> torch.Tensor | None:
         """Which tokens may come next, bool `[vocabulary]` on the CPU, at least one; None if all may."""
 
+    def forced(self) -> int | None:
+        """The only token that may come next; None if there are several."""
+
     def accept(self, token: int) -> None:
         """Goes on after this token. Called for each token, from the first of `Request.generated`."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the text is complete, its end token included."""
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,8 @@ class Sampler:
         self.max_length: int = min(int(config.max_length), positions + 1)
         self._max_new_tokens = self.max_length - prompt
         self._eos = eos_tokens(config)
+        self._indivisible: bool = model.split_parts.traits.positions_interact
+        self._vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
         #: Length of prompt and text from which processors that keep back end tokens do nothing.
         self._least = max((_least(each, prompt) for each in self._processors), default=0)
         #: Number of alternatives to report with each token; None for no log probabilities.
@@ -156,7 +158,9 @@ class Sampler:
 
     def finish_reason(self, generated: Sequence[int]) -> FinishReason | None:
         """Why a text with these tokens is complete; None if it is not."""
-        if generated and generated[-1] in self._eos:
+        if (generated and generated[-1] in self._eos) or (
+            self._constraint is not None and self._constraint.finished
+        ):
             return "stop"
         return "length" if len(generated) >= self._max_new_tokens else None
 
@@ -167,6 +171,20 @@ class Sampler:
             text.add(token)
         if self._constraint is not None:
             self._constraint.accept(token)
+
+    def take_forced(self) -> int | None:
+        """The only token that the constraint allows, which needs no logits; None if there are several.
+
+        None as well if log probabilities are wanted, which are made of logits, or if tokens that go through the
+        model together differ from those that go one by one. The random generator goes on as if the token had been
+        drawn.
+        """
+        if self._constraint is None or self.logprobs is not None or self._indivisible:
+            return None
+        token = self._constraint.forced()
+        if token is not None and self.generator is not None:
+            torch.empty(self._vocabulary).exponential_(1, generator=self.generator)
+        return token
 
     def _append(self, tokens: Sequence[int]) -> None:
         end = self._length + len(tokens)

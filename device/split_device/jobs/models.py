@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from split_device.generation.image_prompts import ImagePrompt, encode_with_image
 from split_device.generation.limits import Limits
 from split_device.generation.sampling import check_defaults, check_values
 from split_device.generation.settings import SEED_BOUND
+from split_device.generation.structured import StructuredOutputs
 from split_device.generation.tokenizing import (
     ChatMessage,
     encode_chat,
@@ -43,6 +45,7 @@ from split_device.models.language import SplitModelForCausalLM, SplitModelForIma
 from split_device.sessions.connection import Connection
 
 if TYPE_CHECKING:
+    from split_device.generation.constraint import Grammars
     from split_device.images.pipeline import ImagePipeline
     from split_device.models.denoiser import SplitDenoiser
 
@@ -71,6 +74,18 @@ class Loaded:
         """Most tokens of prompt and answer. Without a limit of the model's own, memory ends a text."""
         limit, capacity = max_positions(self.model.config), self.generator.capacity
         return limit if limit < UNLIMITED or capacity is None else capacity
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """The grammars of constraints on answers. The module is imported when the first one is needed."""
+        from split_device.generation.constraint import Grammars
+
+        vocabulary = int(self.model.config.get_text_config(decoder=True).vocab_size)
+        return Grammars(self.tokenizer, vocabulary, self.end_tokens)
+
+    def structured(self, task: Task) -> StructuredOutputs | None:
+        """What a task's answer has to look like; None for any text."""
+        return None if task.structured is msgspec.UNSET else task.structured
 
     def encode(self, task: Task) -> list[int]:
         """The token ids of a task's prompt.
@@ -142,10 +157,12 @@ class Loaded:
         Raises:
             PromptTooLong: as `encode`.
             ConfigError: as `encode`, or a number is out of bounds.
+            ConfigError, UnsupportedFeature: what the answer has to look like is refused; see `Grammars.compile`.
         """
         if task.tool_use and task.tool_use.forced:
             raise UnsupportedField("tool_choice: calls cannot be forced here", "tool_choice")
         prompt = self.encode(task) if prompt is None else prompt
+        structured = self.structured(task)
         limit, sampling = self.limit, task.sampling.checked().resolved(self.model.generation_config)
         config = GenerationConfig(
             max_new_tokens=min(sampling.max_tokens, limit - len(prompt)),
@@ -166,6 +183,7 @@ class Loaded:
             priority=priority,
             frequency_penalty=sampling.frequency_penalty or 0.0,
             presence_penalty=sampling.presence_penalty or 0.0,
+            constraint=None if structured is None else self.grammars.constraint(structured),
         )
 
 

@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from split_common.errors import UnsupportedFeature
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling
 from split_device.jobs.job import ModelChoice, Task
 from split_device.jobs.models import Loaded
-from split_device.serving.fields import check_model
+from split_device.serving.fields import ApiError, check_model
 from split_device.serving.media import with_local_files
 from split_device.serving.streaming import ChoiceStream
 
@@ -98,8 +99,16 @@ class TextModel:
     async def encode(self, task: Task) -> list[int]:
         """The token ids of a task's prompt. A long one takes seconds, in which other requests go on.
 
-        Raises what `Loaded.encode` and `with_local_files` raise.
+        When they are there, so is the grammar of what the answer has to look like.
+
+        Raises what `Loaded.encode`, `with_local_files` and the future of `Grammars.compile` raise.
         """
+        structured = self.loaded.structured(task)
+        if structured is not None:
+            try:
+                await asyncio.wrap_future(self.loaded.grammars.compile(structured))
+            except UnsupportedFeature as error:
+                raise ApiError(str(error), code="unsupported_parameter") from None
         return await self.beside(self._encode, task)
 
     def _encode(self, task: Task) -> list[int]:

@@ -18,7 +18,6 @@ IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identi
 
 #: Fields that are not supported, with the values at which they have no effect.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "suffix": ("",),
     "functions": ([],),

@@ -14,6 +14,7 @@ from split_device.serving.fields import ApiError, convert
 from split_device.serving.openai.bodies import Body, choices, fields_of
 from split_device.serving.openai.messages import parse_messages
 from split_device.serving.openai.query import CompletionQuery
+from split_device.serving.openai.structured import take_structured
 from split_device.serving.openai.tools import take_tools
 
 #: `max_tokens` of a chat without a limit: generation ends with the model's positions.
@@ -54,6 +55,7 @@ class ChatBody(Body, frozen=True, kw_only=True):
 def parse_chat(body: object, model: ModelChoice, defaults: Sampling, template: ChatTemplate) -> CompletionQuery:
     """Parses a body into tasks. Arguments and errors are those of `requests.parse`."""
     fields = take_tools(fields_of(body))
+    structured = take_structured(fields)
     if "messages" in fields:
         fields["messages"] = parse_messages(fields["messages"])
     chat = convert(fields, ChatBody)
@@ -68,6 +70,7 @@ def parse_chat(body: object, model: ModelChoice, defaults: Sampling, template: C
         chat_template=own.unless_default(),
         tool_use=chat.tool_use,
         continue_final_message=chat.continue_final_message or UNSET,
+        structured=structured,
     )
     tasks = choices(task, chat.n or 1)
     return CompletionQuery(

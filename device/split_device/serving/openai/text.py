@@ -12,6 +12,7 @@ from split_device.jobs.job import ModelChoice, Task
 from split_device.serving.fields import ApiError, convert
 from split_device.serving.openai.bodies import MAX_CHOICES, Body, choices, fields_of
 from split_device.serving.openai.query import CompletionQuery
+from split_device.serving.openai.structured import take_structured
 
 #: `max_tokens` of a text completion without a limit, as in OpenAI's API.
 DEFAULT_TOKENS = 16
@@ -41,6 +42,7 @@ class TextBody(Body, frozen=True, kw_only=True):
 def parse_text(body: object, model: ModelChoice, defaults: Sampling) -> CompletionQuery:
     """Parses a body into tasks. Arguments and errors are those of `requests.parse`."""
     fields = fields_of(body)
+    structured = take_structured(fields)
     prompt_alone = _takes_no_tokens(fields)
     text = convert(fields, TextBody)
     text.check()
@@ -56,6 +58,7 @@ def parse_text(body: object, model: ModelChoice, defaults: Sampling) -> Completi
             prompt_token_ids=UNSET if isinstance(prompt, str) else prompt,
             sampling=sampling,
             stop=stop,
+            structured=structured,
         )
         for prompt in prompts
     ]

@@ -1,0 +1,51 @@
+"""Tokens that a constraint leaves no choice about: they need no logits, and cost no trip to a worker."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from split_device.generation.request import FinishReason, Generation, Logprobs
+from split_device.generation.sampling import Sampler
+
+
+def accept_token(
+    sampler: Sampler, generation: Generation, token: int, logprobs: Logprobs | None = None
+) -> list[int]:
+    """Adds a token to a text, and those that the constraint forces after it.
+
+    Returns:
+        All of them. They go through the model together.
+
+    Raises:
+        Exception: what the generation's callback, or the constraint, raises.
+    """
+    sampler.accept(token)
+    generation.add(token, logprobs, sampler.state)
+    return [token, *_accept_forced(sampler, generation)]
+
+
+def accept_first(
+    sampler: Sampler, generation: Generation, counters: Counter[str]
+) -> FinishReason | Exception | None:
+    """Adds the tokens that the constraint forces before the first choice, and counts them as `tokens`.
+
+    Returns:
+        Why the text is complete, or the error; None if it goes on.
+    """
+    if generation.request.prompt_logprobs is not None:
+        # The prompt goes through the model alone.
+        return None
+    try:
+        counters["tokens"] += len(_accept_forced(sampler, generation))
+        return sampler.finish_reason(generation.tokens)
+    except Exception as error:
+        return error
+
+
+def _accept_forced(sampler: Sampler, generation: Generation) -> list[int]:
+    forced: list[int] = []
+    while sampler.finish_reason(generation.tokens) is None and (token := sampler.take_forced()) is not None:
+        sampler.accept(token)
+        generation.add(token, None, sampler.state)
+        forced.append(token)
+    return forced

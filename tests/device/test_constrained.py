@@ -1,0 +1,270 @@
+"""Constrained answers: the tokens of the unsplit model with the same constraint, in fewer steps than tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import tiny
+from fleet import joined, running_broker, split_model, start_worker
+from split_common.errors import ConfigError
+from split_device.generation.constraint import ConstraintProcessor, Grammars
+from split_device.generation.generator import Generator, Request
+from split_device.generation.structured import StructuredOutputs
+from wiretap import LATE
+
+pytestmark = pytest.mark.usefixtures("patient_queue")
+
+CUSTOMER = {
+    "type": "object",
+    "properties": {
+        "customer_identification": {"type": "integer", "minimum": 10, "maximum": 99},
+        "preferred_contact": {"enum": ["mail", "telephone"]},
+        "notes": {"type": "string", "maxLength": 8},
+    },
+    "required": ["customer_identification", "preferred_contact", "notes"],
+    "additionalProperties": False,
+}
+
+#: Constraints of many kinds; None for a free answer beside them.
+CONSTRAINTS: list[StructuredOutputs | None] = [
+    StructuredOutputs(json=CUSTOMER),
+    None,
+    StructuredOutputs(regex="(ab|cd){3}-forced-[0-9]{2}"),
+    StructuredOutputs(choice=("yes", "no", "perhaps")),
+    StructuredOutputs(choice=("only",)),
+    StructuredOutputs(grammar='start: "(" start ")" | "[" start "]" | /[a-z]{2}/'),
+    StructuredOutputs(json_object=True),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_tokenizer(tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def unsplit(checkpoint: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Path) -> Any:
+    return AutoTokenizer.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def grammars(tokenizer: Any) -> Grammars:
+    return Grammars(tokenizer, tiny.VOCABULARY, {tokenizer.eos_token_id})
+
+
+@pytest.fixture(scope="module")
+def split(checkpoint: Path) -> Iterator[Any]:
+    with split_model(checkpoint) as model:
+        yield model
+
+
+def config(sampling: bool, tokenizer: Any, **options: Any) -> GenerationConfig:
+    more = {"temperature": 1.5, "top_k": 30} if sampling else {}
+    return GenerationConfig(
+        do_sample=sampling, max_new_tokens=120, eos_token_id=tokenizer.eos_token_id, **more, **options
+    )
+
+
+def asked(grammars: Grammars, tokenizer: Any, sampling: bool = False, **fields: Any) -> list[Request]:
+    return [
+        Request(
+            [5, 17, 33 + index],
+            config(sampling, tokenizer),
+            seed=index if sampling else None,
+            constraint=None if structured is None else grammars.constraint(structured),
+            **fields,
+        )
+        for index, structured in enumerate(CONSTRAINTS)
+    ]
+
+
+def alone(model: Any, request: Request) -> list[int]:
+    """What the unsplit model generates for one request, whose constraint is used up."""
+    if request.seed is not None:
+        torch.manual_seed(request.seed)
+    ids = torch.tensor([request.prompt])
+    processors = [] if request.constraint is None else [ConstraintProcessor(request.constraint, ids.shape[1])]
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), generation_config=request.config, logits_processor=processors
+    )
+    tokens: list[int] = output[0, ids.shape[1] :].tolist()
+    return tokens
+
+
+@pytest.mark.parametrize("sampling", [False, True], ids=["greedy", "sampling"])
+def test_the_tokens_are_those_of_the_unsplit_model(
+    sampling: bool, split: Any, unsplit: Any, grammars: Grammars, tokenizer: Any
+) -> None:
+    wanted = [alone(unsplit, request) for request in asked(grammars, tokenizer, sampling)]
+    with Generator(split) as generator:
+        generations = [generator.submit(request) for request in asked(grammars, tokenizer, sampling)]
+        assert [each.result(LATE) for each in generations] == wanted
+        reasons = [each.finish_reason for each in generations]
+        assert reasons == ["stop" if tokens[-1] == tokenizer.eos_token_id else "length" for tokens in wanted]
+        assert generator.counters["tokens"] == sum(map(len, wanted))
+    assert reasons[0] == reasons[2] == reasons[3] == reasons[4] == "stop"
+    jsonschema.validate(json.loads(tokenizer.decode(wanted[0], skip_special_tokens=True)), CUSTOMER)
+    assert tokenizer.decode(wanted[4], skip_special_tokens=True) == "only"
+
+
+def test_what_is_forced_costs_no_trip(split: Any, grammars: Grammars, tokenizer: Any) -> None:
+    with Generator(split) as generator:
+
+        def ask(structured: StructuredOutputs, **fields: Any) -> tuple[int, int]:
+            """The numbers of tokens and steps of an answer."""
+            before = generator.counters.copy()
+            constraint = grammars.constraint(structured)
+            generator.submit(Request([5, 17], config(False, tokenizer), constraint=constraint, **fields)).result(
+                LATE
+            )
+            return tuple(generator.counters[name] - before[name] for name in ("tokens", "steps"))
+
+        tokens, steps = ask(StructuredOutputs(json=CUSTOMER))
+        assert tokens > 3 * steps
+        # The first step has the beginning of both texts, the choice is made once, and the rest follows from it.
+        assert ask(StructuredOutputs(choice=("which of it: this", "which of it: that"))) == (18, 1)
+        assert ask(StructuredOutputs(choice=("only",))) == (5, 0)
+        # Log probabilities are made of logits, for which each token has to go through the model.
+        assert ask(StructuredOutputs(choice=("only",)), logprobs=2) == (5, 5)
+
+
+def test_log_probabilities_and_prompts_that_are_scored(
+    split: Any, unsplit: Any, grammars: Grammars, tokenizer: Any
+) -> None:
+    wanted = [alone(unsplit, request) for request in asked(grammars, tokenizer)]
+    told: list[Any] = []
+    with Generator(split) as generator:
+        for fields in ({"logprobs": 1}, {"prompt_logprobs": 0}):
+            requests = asked(grammars, tokenizer, **fields)
+            generations = [generator.submit(each, lambda _, found, _state: told.append(found)) for each in requests]
+            assert [each.result(LATE) for each in generations] == wanted
+            if "logprobs" in fields:
+                assert None not in told
+            else:
+                assert all(len(each.prompt_logprobs) == 3 for each in generations)
+
+
+@pytest.mark.parametrize("sampling", [False, True], ids=["greedy", "sampling"])
+def test_it_goes_on_where_it_was(
+    sampling: bool, split: Any, unsplit: Any, grammars: Grammars, tokenizer: Any
+) -> None:
+    structured = StructuredOutputs(json=CUSTOMER)
+
+    def request(**fields: Any) -> Request:
+        constraint = grammars.constraint(structured)
+        return Request([5, 17, 33], config(sampling, tokenizer), constraint=constraint, **fields)
+
+    wanted = alone(unsplit, request(seed=4 if sampling else None))
+    states: list[bytes | None] = []
+    with Generator(split) as generator:
+        first = request(seed=4 if sampling else None)
+        generator.submit(first, lambda _token, _logprobs, state: states.append(state)).result(LATE)
+        for done in (0, 1, 20, 32, len(wanted) - 1, len(wanted)):
+            fields: dict[str, Any] = {"seed": 4} if not done and sampling else {}
+            state = states[done - 1] if done else None
+            generation = generator.submit(request(generated=wanted[:done], sampler=state, **fields))
+            assert list(generation) == wanted[done:]
+            assert generation.finish_reason == "stop"
+        with pytest.raises(ConfigError, match="does not fit the grammar"):
+            generator.submit(request(generated=[9], sampler=states[0]))
+
+
+def test_other_settings_do_not_undo_a_constraint(
+    split: Any, unsplit: Any, grammars: Grammars, tokenizer: Any
+) -> None:
+    """Bad words, a least length and top_k, of which each alone would leave no token."""
+    hard = config(True, tokenizer, min_new_tokens=30)
+    hard.top_k, hard.bad_words_ids = 1, [tokenizer("nly", add_special_tokens=False)["input_ids"]]
+
+    def request(structured: StructuredOutputs) -> Request:
+        return Request([5, 17], hard, seed=1, constraint=grammars.constraint(structured))
+
+    with Generator(split) as generator:
+        for structured in (StructuredOutputs(choice=("only",)), StructuredOutputs(regex="[a-z]{5}!")):
+            tokens = generator.submit(request(structured)).result(LATE)
+            assert tokens == alone(unsplit, request(structured))
+            assert tokens[-1] == tokenizer.eos_token_id
+
+
+def test_an_error_of_one_constraint_ends_one_request(
+    split: Any, unsplit: Any, grammars: Grammars, tokenizer: Any
+) -> None:
+    class Failing:
+        finished = False
+
+        def __init__(self, fails_at: str) -> None:
+            self.fails_at = fails_at
+
+        def forced(self) -> None:
+            assert self.fails_at != "forced", "forced"
+
+        def mask(self) -> torch.Tensor:
+            assert self.fails_at != "mask", "mask"
+            return torch.ones(tiny.VOCABULARY, dtype=torch.bool)
+
+        def accept(self, _token: int) -> None:
+            assert self.fails_at != "accept", "accept"
+
+    wanted = [alone(unsplit, request) for request in asked(grammars, tokenizer)]
+    with Generator(split) as generator:
+        generations = [generator.submit(request) for request in asked(grammars, tokenizer)]
+        for at in ("forced", "mask", "accept"):
+            failing: Any = Failing(at)
+            with pytest.raises(AssertionError, match=at):
+                generator.submit(Request([5], config(False, tokenizer), constraint=failing)).result(LATE)
+        assert [each.result(LATE) for each in generations] == wanted
+
+
+def test_a_worker_that_goes_away(checkpoint: Path, unsplit: Any, grammars: Grammars, tokenizer: Any) -> None:
+    wanted = [alone(unsplit, request) for request in asked(grammars, tokenizer)]
+    with (
+        running_broker() as broker,
+        joined(broker.address, checkpoint) as (model, worker),
+        Generator(model) as generator,
+    ):
+        others: list[Any] = []
+
+        def strike(*_: object) -> None:
+            """At the first token that was chosen, after those that were forced."""
+            if not others and generator.counters["steps"]:
+                others.append(start_worker(checkpoint, broker.address))
+                worker.stop()
+
+        first, *rest = asked(grammars, tokenizer)
+        generations = [generator.submit(first, strike), *map(generator.submit, rest)]
+        try:
+            assert [each.result(LATE) for each in generations] == wanted
+            assert model.traffic["replays"] > 0
+        finally:
+            for other in others:
+                other.stop()
+
+
+def test_models_whose_positions_interact(tmp_path: Path, grammars: Grammars, tokenizer: Any) -> None:
+    """Their tokens have to go one by one."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0] * 4,
+        "original_max_position_embeddings": 16,
+    }
+    checkpoint = tiny.save("llama", tmp_path / "longrope", rope_parameters=rope)
+    full = tiny.build("llama", rope_parameters=rope)
+    wanted = [alone(full, request) for request in asked(grammars, tokenizer)]
+    with split_model(checkpoint) as model, Generator(model) as generator:
+        generations = [generator.submit(request) for request in asked(grammars, tokenizer)]
+        assert [each.result(LATE) for each in generations] == wanted
