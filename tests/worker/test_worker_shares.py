@@ -112,6 +112,46 @@ def test_the_member_with_most_memory_gives_way() -> None:
         table.open("h", 20)
 
 
+def test_what_is_kept_for_copies_goes_first() -> None:
+    table = Table(memory=1100, growth=10, max_sessions=8)
+    kept = [table.open(member, tokens) for member, tokens in (("a", 300), ("h", 100), ("h", 300))]
+    live = table.open("h", 300)
+    for session in (*kept, live):
+        session.admit(0)
+        table.table.answered(session, answer(0, 50))
+    for session in kept:
+        table.table.keep(session.id)
+    # Replies are not asked for again, and what is kept counts as room: a step would evict it.
+    assert [session.kept for session in (*kept, live)] == [0, 0, 0, 50]
+    assert table.table.room(table.free()) == 7
+    asking = table.open("b", 200)
+    asking.admit(0)
+    # Those of the member that keeps most, the least recently used one first; then others; and then none.
+    assert table.table.victim(asking, 200) is kept[1]
+    table.table.touch(kept[1].id)
+    assert table.table.victim(asking, 200) is kept[2]
+    for session in (kept[2], kept[0], kept[1]):
+        assert table.table.victim(asking, 200) is session
+        table.table.evict(session)
+    assert table.table.victim(asking, 200) is None
+    assert table.members() == "bh"
+
+
+def test_how_many_are_kept_for_copies() -> None:
+    table = Table(memory=1000, kept_tokens=300, max_sessions=3)
+    sessions = [table.open("a", 200) for _ in range(3)]
+    for session in sessions:
+        session.admit(0)
+        table.table.answered(session, answer(0, 1))
+        table.table.keep(session.id)
+    assert table.table.kept_sessions == 1
+    for member in "bcd":
+        table.open(member).admit(0)
+    with pytest.raises(Busy):
+        table.open("e")
+    assert table.members() == "bcd"
+
+
 def test_a_session_is_idle_only_if_nothing_of_it_waits() -> None:
     table = Table(max_sessions=1)
     session = table.open("a")

@@ -291,6 +291,7 @@ class SessionTable:
         if (session := self._sessions.get(id_)) is None:
             return
         session.is_kept = True
+        self._forget(session, session.expected)
         most = self.limits.kept_tokens
         while most is not None and self._kept_tokens() > most and (first := self._first_to_go()) is not None:
             self.close(first.id)

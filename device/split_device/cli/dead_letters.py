@@ -26,7 +26,7 @@ def dead_letters(
     import msgspec
 
     from split_device.sessions import dead_letters as letters
-    from split_device.sessions.session import printable
+    from split_device.sessions.refusals import printable
 
     found = letters.read()
     if json:

@@ -23,7 +23,8 @@ from split_common.protocol.handshake import DeviceHandshake
 from split_common.transport import Transport
 from split_common.transport.placement import Silences
 from split_common.trust.keys import Certificate, Identity, Role
-from split_device.sessions.session import CHECK_INTERVAL, MIN_RETRY, Event, WorkerChannel, printable
+from split_device.sessions.refusals import MIN_RETRY, printable
+from split_device.sessions.session import CHECK_INTERVAL, Event, WorkerChannel
 
 #: Seconds until a message of a channel's set-up is sent again; doubles each time. Workers answer it at once.
 SET_UP_RETRANSMIT = 1.0

@@ -24,7 +24,8 @@ from split_device.sessions.channels import Channels, Check
 from split_device.sessions.connection import PATIENCE, STEP_TIMEOUT, TIMEOUT
 from split_device.sessions.identity import SessionIdentity, SessionNames
 from split_device.sessions.notices import Notices, OnNotice
-from split_device.sessions.session import RemoteSession, WorkerChannel, refusal_error
+from split_device.sessions.refusals import refusal_error
+from split_device.sessions.session import RemoteSession, WorkerChannel
 from split_device.sessions.timings import Timings
 
 

@@ -23,8 +23,8 @@ class SessionPrefix:
 
     @property
     def is_live(self) -> bool:
-        """Whether its worker may still hold it."""
-        return not self.remote.ended
+        """Whether its worker may still hold it, and copy it."""
+        return self.remote.can_be_copied
 
     def close(self) -> None:
         """Frees the session on its worker, without waiting."""

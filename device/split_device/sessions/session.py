@@ -15,15 +15,8 @@ import msgspec
 from split_common.errors import (
     AuthenticationError,
     BrokerUnreachable,
-    Busy,
-    Malformed,
-    NeedEmbeddings,
-    NonFinite,
-    PromptTooLong,
     SessionLost,
     SplitError,
-    StepFailed,
-    UnknownAdapter,
     WorkerSlow,
 )
 from split_common.protocol import encoding, headers, payloads
@@ -33,6 +26,7 @@ from split_common.transport import Transport, peer_name
 from split_common.trust.keys import Roster
 from split_device.sessions.identity import SessionIdentity
 from split_device.sessions.notices import Notices, OnNotice
+from split_device.sessions.refusals import MIN_RETRY, refusal_error
 from split_device.sessions.timings import StepTimings
 
 #: Seconds without a reply after which a request is sent again; doubles each time, up to MAX_RETRANSMIT.
@@ -41,9 +35,6 @@ MAX_RETRANSMIT = 10.0
 
 #: Requests of one session that may be unanswered; further ones are sent as replies arrive.
 IN_FLIGHT = 32
-
-#: Least seconds before a retry, whatever a peer asks for.
-MIN_RETRY = 0.1
 
 #: Seconds between two checks of whether to give up, while no message comes.
 CHECK_INTERVAL = 0.25
@@ -257,13 +248,18 @@ class RemoteSession:
             raise
         return child
 
+    @property
+    def can_be_copied(self) -> bool:
+        """Whether it has not ended, and its channel and its worker take copies."""
+        return self._lost is None and self.channel.usable and "fork" in self.channel.crypto.capabilities
+
     def copy(self, identity: SessionIdentity, epoch: int) -> RemoteSession | None:
         """A session whose first call makes it a copy of what this one is then; None if that cannot be.
 
         That call takes no further trip. If the copy is refused, its error is that of the refusal. Any thread may
         call this.
         """
-        if self._lost is not None or "fork" not in self.channel.crypto.capabilities:
+        if not self.can_be_copied:
             return None
         child = self._host.new_session(self.channel, identity, epoch)
         if child is not None:
@@ -395,30 +391,3 @@ class RemoteSession:
         reply, tensor = encoding.decode_payload(self._keys.open(header, body), encoding.reply_decoder)
         del self.in_flight[header.seq]
         return reply, tensor
-
-
-def refusal_error(refusal: payloads.Refusal) -> SplitError:
-    """The error that a worker's refusal stands for."""
-    message = f"the worker refused: {printable(refusal.message)}"
-    match refusal.reason:
-        case "busy":
-            return Busy(message, max(MIN_RETRY, refusal.retry_after))
-        case "non-finite":
-            return NonFinite(message)
-        case "malformed":
-            return Malformed(message)
-        case "too-long":
-            return PromptTooLong(message)
-        case "embeddings":
-            return NeedEmbeddings(message)
-        case "adapter":
-            return UnknownAdapter(message)
-        case "failed":
-            return StepFailed(message)
-        case _:
-            return SessionLost(message)
-
-
-def printable(text: str) -> str:
-    """A peer's text without the characters that a terminal does not print."""
-    return "".join(character for character in text if character.isprintable())
