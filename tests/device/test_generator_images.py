@@ -17,6 +17,7 @@ from fleet import running_broker, serving_here, split_model, start_worker
 from split_common.errors import ConfigError, UnsupportedFeature
 from split_device import SplitModelForImageTextToText
 from split_device.generation.generator import Generator, Request
+from split_device.generation.local_layers import LocalLayers
 from wiretap import LATE
 
 pytestmark = [pytest.mark.numbers, pytest.mark.usefixtures("patient_queue")]
@@ -88,6 +89,16 @@ def test_images_and_texts_together(both: tuple[Model, Model]) -> None:
         generations = [generator.submit(request) for request in asked]
         assert [each.result(LATE) for each in generations] == [alone(full, request) for request in asked]
         assert generator.counters["tail_rows"] > generator.counters["tail_forwards"]
+
+
+def test_what_texts_need_alone_is_packed(both: tuple[Model, Model]) -> None:
+    """The copy that embeds texts has a few of the model's weights, and the model keeps them all."""
+    _, split = both
+    before = sum(parameter.numel() for parameter in split.parameters())
+    local = LocalLayers(split)._embedding_and_head._model
+    tower = 2 * (4 * 32 * 32 + 2 * 32 * 48)
+    assert sum(parameter.numel() for parameter in local.parameters()) < before - tower
+    assert sum(parameter.numel() for parameter in split.parameters()) == before
 
 
 def test_continuing(both: tuple[Model, Model]) -> None:

@@ -21,6 +21,7 @@ import tiny_vision
 from fleet import serving_here
 from split_common.system.process import running_command
 from split_device import Connection, Limits
+from split_device.cli.doctor_model import model_findings
 from split_device.jobs.models import Models
 from split_device.jobs.runner import JobRunner
 from split_device.jobs.store import Store, store_path
@@ -262,6 +263,11 @@ def test_what_submit_refuses(run: Any, checkpoint: Path, pictures: list[Path], t
     ):
         done = run("submit", "--model", checkpoint, *arguments)
         assert (done.code, message in done.err) == (2, True), done.err
+
+
+def test_doctor_says_that_a_model_takes_images(checkpoint: Path) -> None:
+    found = {finding.subject: finding.detail for finding in model_findings(str(checkpoint))}
+    assert found["images"] == "a LlavaProcessor makes prompts with images"
 
 
 def test_a_model_for_texts(run: Any, tmp_path: Path, pictures: list[Path]) -> None:

@@ -26,6 +26,7 @@ from split_common.models.quantization import stored_bytes
 from split_common.models.split import Split
 from split_common.models.verification import build_manifest
 from split_common.models.weights import Side
+from split_device.cli.doctor_model import model_findings
 from split_worker.bodies.loading import load_language_body
 
 SPLIT = Split.from_head_tail(tiny.LAYERS, 2, 2)
@@ -170,6 +171,8 @@ def test_inspect_shows_what_is_stored_and_what_it_runs_as(form: str, run: Any, t
     if form == "mxfp4":
         assert shown["quantization"] == {"method": "mxfp4", "stored_bytes": stored, "dequantized_to": "float32"}
         assert f"{stored:,} bytes of weights in mxfp4 are dequantized to float32" in run("inspect", checkpoint).out
+        (found,) = (each.detail for each in model_findings(str(checkpoint)) if each.subject == "weights")
+        assert found == f"{stored:,} bytes of weights in mxfp4 are dequantized to float32"
     else:
         assert shown["quantization"]["dequantized_to"] is None
         assert "bytes of weights in torchao run as they are stored" in run("inspect", checkpoint).out

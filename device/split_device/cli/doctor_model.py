@@ -41,8 +41,18 @@ def model_findings(model: str) -> Iterator[Finding]:
     except SplitError as error:
         yield Finding("model", "problem", str(error))
         return
+    yield from _weights(spec)
     yield from _parts(spec)
     yield from _prompts(model, checkpoint)
+    yield from _images(model)
+
+
+def _weights(spec: ModelSpec) -> Iterator[Finding]:
+    """How quantized weights are run."""
+    from split_device.models.sizes import quantized_weights
+
+    if (weights := quantized_weights(spec)) is not None:
+        yield Finding("weights", "ok", weights.describe())
 
 
 def _parts(spec: ModelSpec) -> Iterator[Finding]:
@@ -102,6 +112,15 @@ def _prompts(model: str, checkpoint: Checkpoint) -> Iterator[Finding]:
         return
     reads = f"; --chat-template-kwargs sets {', '.join(sorted(settable))}" if settable else ""
     yield Finding("tokenizer", "ok", f"a {type(tokenizer).__name__} with a chat template{reads}")
+
+
+def _images(model: str) -> Iterator[Finding]:
+    """What makes prompts with images, if the model takes any."""
+    from split_device.jobs.job import ModelChoice
+    from split_device.jobs.models import find_processor
+
+    if (processor := find_processor(ModelChoice(name=model))) is not None:
+        yield Finding("images", "ok", f"a {type(processor).__name__} makes prompts with images")
 
 
 def _blocks(spec: DenoiserSpec) -> Finding:

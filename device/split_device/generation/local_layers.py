@@ -26,6 +26,7 @@ from split_common.models.cache_layers import has_states
 from split_common.models.layer_stack import LayerStack, PassThrough
 from split_common.models.loading import strip
 from split_common.models.split import Split
+from split_device.generation.unused_modules import drop_unused
 from split_device.models.adapters import LoadedAdapter
 from split_device.models.context import CallContext
 from split_device.models.language import SplitParts
@@ -129,11 +130,14 @@ class EmbeddingAndHead:
 
     def __init__(self, model: Any) -> None:
         self._model, self._stack = shared_copy(model, range(0))
-        _pack(self._model)
         self._device = next(self._model.parameters()).device
         self._dtype = model.dtype
         self._stack.slots[0].register_forward_pre_hook(self._record)
         self._stack.slots[-1].register_forward_pre_hook(self._inject)
+        if model.split_parts.traits.axes is not None:
+            # Packing copies weights, and those of the tower are not needed here.
+            drop_unused(self._model, self._try)
+        _pack(self._model)
 
     @torch.inference_mode()
     def embed(
@@ -155,6 +159,9 @@ class EmbeddingAndHead:
             output = self._model(inputs_embeds=placeholder, **self._arguments(range(rows)))
         logits: torch.Tensor = output.logits[0, : len(states)]
         return logits.float().cpu()
+
+    def _try(self) -> None:
+        self.logits(self.embed([0], [0], [None]), [None])
 
     def _arguments(self, positions: Sequence[int]) -> dict[str, Any]:
         arguments: dict[str, Any] = {"use_cache": False}

@@ -26,7 +26,7 @@ from split_device.generation.request import Request
 from split_device.models.additions import check_additions
 from split_device.models.body_layer import BodyLayer
 from split_device.models.cache import StepContext
-from split_device.models.language import SplitModelForCausalLM, SplitModelForImageTextToText, SplitParts
+from split_device.models.language import SplitModelForCausalLM, SplitParts
 from split_device.models.masks import plain_mask
 from split_device.sessions.places import distinct_axes, spans_of
 
@@ -136,7 +136,7 @@ class ImagePrompts:
 
     def __post_init__(self) -> None:
         self._parts: SplitParts = self.model.split_parts
-        self._takes_images = isinstance(self.model, SplitModelForImageTextToText)
+        self._takes_images = self._parts.traits.axes is not None
         self._thread = ThreadPoolExecutor(1, "lambda-split-images")
         if not self._takes_images:
             return
