@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 import tiny
 from chat_page import (
@@ -89,6 +89,37 @@ def test_a_conversation(page: Page, checkpoint: Path) -> None:
     say(page, "Hello")
     answered(page)
     wait_until_kept(page, "Hello", first)
+
+
+@needs_chromium
+def test_thinking_is_folded(page: Page) -> None:
+    """What a model thinks comes before its answer, and is shown on demand. It is not sent back."""
+    asked: list[Any] = []
+
+    def answer(route: Route) -> None:
+        asked.append(route.request.post_data_json)
+        deltas: list[Any] = [{"role": "assistant", "reasoning_content": "Hm, "}, {"reasoning_content": "yes."}]
+        deltas.append({"content": "Hello!"})
+        events = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas]
+        events[-1]["choices"][0]["finish_reason"] = "stop"
+        details = {"cached_tokens": 1200}
+        usage = {"completion_tokens": 3, "total_tokens": 1300, "prompt_tokens_details": details}
+        lines = [f"data: {json.dumps(event)}\n\n" for event in (*events, {"choices": [], "usage": usage})]
+        route.fulfill(content_type="text/event-stream", body="".join([*lines, "data: [DONE]\n\n"]))
+
+    page.route("**/v1/chat/completions", answer)
+    say(page, "Hello")
+    answered(page)
+    thinking = page.locator("article.assistant .thinking")
+    expect(thinking.locator("div")).to_be_hidden()
+    thinking.locator("summary").click()
+    expect(thinking.locator("div")).to_have_text("Hm, yes.")
+    expect(page.locator("article.assistant .body")).to_have_text("Hello!")
+    expect(page.locator("article.assistant .facts")).to_contain_text("1,200 of the prompt cached")
+    page.get_by_label("Message", exact=True).click()
+    say(page, "And?")
+    expect(answers(page)).to_have_text(["Hello!", "Hello!"])
+    assert [message["content"] for message in asked[-1]["messages"]] == ["Hello", "Hello!", "And?"]
 
 
 @needs_chromium

@@ -44,7 +44,8 @@ def read(chat_template: str, pieces: Sequence[str], prompt: str = "", **options:
     """What an answer is read as, and what read it."""
     template = response_template(chat_template, call_style(chat_template, True))
     assert template is not None
-    parser = AnswerParser(template, open_thinking(prompt), [WEATHER], **options)
+    thinking = open_thinking(prompt)
+    parser = AnswerParser(template, thinking[0] if thinking else "", [WEATHER], **options)
     found = AnswerPiece()
     for piece in pieces:
         found += parser.push(piece)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from split_common.errors import ConfigError
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.detokenize import TextStream
 from split_device.generation.special_tokens import special_tokens
@@ -55,7 +56,8 @@ class AnswerFormat:
         """What the response template has to see of a prompt."""
         if self.own:
             return str(tokenizer.decode(prompt))
-        return open_thinking(str(tokenizer.decode(prompt[-_OPENING:])))
+        thinking = open_thinking(str(tokenizer.decode(prompt[-_OPENING:])))
+        return "" if thinking is None else thinking[0]
 
     def call_id(self, answer: str, index: int) -> str:
         """The id of a call.
@@ -110,6 +112,9 @@ class AnswerStream:
         stop: texts at which the answer ends.
         before: the last of the prompt's tokens, if the answer continues its text.
         name: a name of the answer, of which ids of calls are made; None for random ones.
+
+    Raises:
+        ConfigError: the tokenizer's response template is not one.
     """
 
     def __init__(
@@ -126,13 +131,16 @@ class AnswerStream:
         if format_ is not None and format_.template is not None:
             visible = format_.visible(tokenizer)
             tool_use, answer = format_.tool_use, name or secrets.token_hex(16)
-            self._parser = AnswerParser(
-                format_.template,
-                format_.prefix(tokenizer, prompt),
-                () if tool_use is None else tool_use.callable,
-                tool_use is None or tool_use.parallel,
-                lambda index: format_.call_id(answer, index),
-            )
+            try:
+                self._parser = AnswerParser(
+                    format_.template,
+                    format_.prefix(tokenizer, prompt),
+                    () if tool_use is None else tool_use.callable,
+                    tool_use is None or tool_use.parallel,
+                    lambda index: format_.call_id(answer, index),
+                )
+            except ValueError as error:
+                raise ConfigError(f"the tokenizer's response template is not one: {error}") from None
         self._text = TextStream(tokenizer, stop, before, visible)
 
     @property

@@ -15,6 +15,9 @@ from split_device.generation.content_parts import rendered
 
 _KWARGS = "--chat-template-kwargs"
 
+#: A conversation, for templates whose beginning of an answer is the same for all.
+_ANY = ({"role": "user", "content": "x"},)
+
 #: Variables by which templates switch thinking on and off.
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 
@@ -83,6 +86,13 @@ class ChatTemplate(msgspec.Struct, frozen=True):
         except ValueError as error:
             raise ConfigError(f"invalid chat template: {error}") from None
 
+    def opening(self, tokenizer: Any) -> str:
+        """What the template writes before an answer; empty if it refuses the shortest conversation."""
+        try:
+            return "" if not self.source(tokenizer) else self.render(tokenizer, _ANY, continues=False)
+        except ConfigError:
+            return ""
+
     def _known(self, tokenizer: Any, tools: bool = False) -> frozenset[str]:
         """All variables that the template reads. Raises ConfigError if it is not Jinja."""
         from split_common.compat.transformers import template_variables
@@ -124,6 +134,7 @@ class ChatTemplate(msgspec.Struct, frozen=True):
         Raises:
             ConfigError: the template refuses the conversation.
         """
+        kwargs = {**self._effort(self.variables(tokenizer)), **self.kwargs}
 
         def render(conversation: Sequence[Mapping[str, Any]]) -> str:
             text: str = tokenizer.apply_chat_template(
@@ -133,8 +144,7 @@ class ChatTemplate(msgspec.Struct, frozen=True):
                 add_generation_prompt=not continues,
                 continue_final_message=continues,
                 tools=list(tools) or None,
-                **self._effort(self.variables(tokenizer)),
-                **self.kwargs,
+                **kwargs,
             )
             return text
 

@@ -116,6 +116,8 @@ def _render_plain(
     """The text of a conversation by a chat template that knows no tools. Some know no system message either."""
     try:
         return template.render(tokenizer, spelled_out(messages, tools), continues)
+    except RecursionError:
+        raise ConfigError("tools: they are nested too deeply") from None
     except ConfigError:
         if not tools or messages[0]["role"] == "system":
             raise

@@ -226,9 +226,9 @@ def _thinking(chat_template: str) -> dict[str, Any]:
     return {"reasoning_content": {"open": found[0], "close": found[1], "repeats": True, "join": ""}}
 
 
-def open_thinking(prompt: str) -> str:
-    """What of a prompt belongs to the answer: the mark of a thinking that the template has opened, or nothing."""
-    return next((opens for opens, _ in _THINKING if prompt.rstrip().endswith(opens)), "")
+def open_thinking(prompt: str) -> tuple[str, str] | None:
+    """What has opened a thinking at a prompt's end, and what will close it; None if none is open."""
+    return next((marks for marks in _THINKING if prompt.rstrip().endswith(marks[0])), None)
 
 
 def form_of(calls: dict[str, Any]) -> CallForm | None:

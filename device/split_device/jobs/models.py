@@ -36,6 +36,7 @@ from split_device.generation.tokenizing import (
     load_tokenizer,
     pad_token,
 )
+from split_device.generation.tool_styles import open_thinking
 from split_device.images.settings import need_diffusers
 from split_device.jobs.conversation import chat_messages
 from split_device.jobs.job import ImageChoice, JobProgress, ModelChoice, Task
@@ -84,8 +85,20 @@ class Loaded:
         return Grammars(self.tokenizer, vocabulary, self.end_tokens)
 
     def structured(self, task: Task) -> StructuredOutputs | None:
-        """What a task's answer has to look like; None for any text."""
-        return None if task.structured is msgspec.UNSET else task.structured
+        """What a task's answer has to look like; None for any text.
+
+        Raises:
+            UnsupportedField: this cannot be enforced as the model calls tools.
+            ConfigError: as `encode`.
+        """
+        structured = None if task.structured is msgspec.UNSET else task.structured
+        if isinstance(task.prompt, str) or not (task.tool_use or structured):
+            return structured
+        from split_device.generation.call_grammar import call_constraint
+
+        format_ = answer_format(self.tokenizer, task.template, task.tool_use or None)
+        thinking = None if task.continues else open_thinking(task.template.opening(self.tokenizer))
+        return call_constraint(self.tokenizer, format_, structured, thinking[1] if thinking else None)
 
     def encode(self, task: Task) -> list[int]:
         """The token ids of a task's prompt.
@@ -159,8 +172,6 @@ class Loaded:
             ConfigError: as `encode`, or a number is out of bounds.
             ConfigError, UnsupportedFeature: what the answer has to look like is refused; see `Grammars.compile`.
         """
-        if task.tool_use and task.tool_use.forced:
-            raise UnsupportedField("tool_choice: calls cannot be forced here", "tool_choice")
         prompt = self.encode(task) if prompt is None else prompt
         structured = self.structured(task)
         limit, sampling = self.limit, task.sampling.checked().resolved(self.model.generation_config)

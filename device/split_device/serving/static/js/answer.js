@@ -1,7 +1,7 @@
 /** Asking the server: an answer of the language model, or a picture, becomes a message of the conversation. */
 
 import { Locked, aborted, call, events } from "./api.js";
-import { $, fail, focusPrompt, say } from "./dom.js";
+import { $, count, fail, focusPrompt, say } from "./dom.js";
 import { chatBody, pictureBody, pictureSettings } from "./settings.js";
 import { begin, look, served, showContext } from "./split.js";
 import { context } from "./thread.js";
@@ -67,7 +67,7 @@ export function answer(conversation, question, node, shown, hooks) {
     const more = goesOn ? { continue_final_message: true, add_generation_prompt: false } : {};
     const body = chatBody(served.model, messages, more);
     const response = await call("v1/chat/completions", { method: "POST", signal, body });
-    const clock = { began: performance.now(), first: 0, tokens: 0 };
+    const clock = { began: performance.now(), first: 0, tokens: 0, cached: 0 };
     let noticed = false;
     const notice = (text) => {
       noticed = text !== "";
@@ -77,6 +77,7 @@ export function answer(conversation, question, node, shown, hooks) {
     for await (const event of events(response, notice)) {
       if (event.usage) {
         clock.tokens = event.usage.completion_tokens;
+        clock.cached = event.usage.prompt_tokens_details?.cached_tokens ?? 0;
         node.context = event.usage.total_tokens;
         showContext(node.context);
       }
@@ -84,7 +85,8 @@ export function answer(conversation, question, node, shown, hooks) {
       if (!choice) continue;
       if (noticed) notice("");
       clock.first ||= performance.now();
-      node.text += choice.delta.content;
+      node.text += choice.delta.content ?? "";
+      if (choice.delta.reasoning_content) node.thinking = (node.thinking ?? "") + choice.delta.reasoning_content;
       node.ended = choice.finish_reason ?? node.ended;
       shown.grow();
     }
@@ -98,10 +100,11 @@ function sameAsBefore(conversation, node) {
   return conversation.nodes.some((one) => one !== node && one.parent === node.parent && one.text === node.text);
 }
 
-function facts({ began, first, tokens }, goesOn) {
+function facts({ began, first, tokens, cached }, goesOn) {
   const rate = tokens > 1 ? [`${((1000 * (tokens - 1)) / (performance.now() - first)).toFixed(1)} tokens/s`] : [];
   const made = `${tokens} ${goesOn ? "more " : ""}${tokens === 1 ? "token" : "tokens"}`;
-  return [made, ...rate, `first after ${((first - began) / 1000).toFixed(2)} s`].join(" · ");
+  const saved = cached ? [`${count(cached)} of the prompt cached`] : [];
+  return [made, ...rate, `first after ${((first - began) / 1000).toFixed(2)} s`, ...saved].join(" · ");
 }
 
 /** A picture for a prompt, with the settings of the page or those of another picture. */

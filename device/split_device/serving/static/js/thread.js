@@ -69,12 +69,13 @@ export function checked(given) {
     const valid = Object.entries(TYPES).every(([name, type]) => typeof node[name] === type);
     const placed = Number.isInteger(node.parent) && node.parent >= -1 && node.parent < index;
     if (!valid || !placed || !["user", "assistant"].includes(node.role)) throw new TypeError("not a message");
-    const { parent, role, text, asks, facts, ended, error } = node;
+    const { parent, role, text, asks, facts, ended, error, thinking } = node;
     return {
       ...{ parent, role, text, asks: asks === "picture" ? asks : "text" },
       ...(typeof facts === "string" && { facts }),
       ...(typeof ended === "string" && { ended }),
       ...(typeof error === "string" && { error }),
+      ...(typeof thinking === "string" && { thinking }),
       ...(node.picture && { picture: checkedPicture(node.picture) }),
     };
   });

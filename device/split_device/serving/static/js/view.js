@@ -45,7 +45,9 @@ export class Shown {
     this._error.setAttribute("role", "alert");
     this._actions = make("div", "actions");
     const heading = make("h2", role === "user" ? "unseen" : "", role === "user" ? "You" : "Answer");
-    this.article.append(heading, this.body, this._error, this._facts, this._actions);
+    this._thinking = make("details", "thinking");
+    this._thinking.append(make("summary", "", "Thinking"), make("div"));
+    this.article.append(heading, this._thinking, this.body, this._error, this._facts, this._actions);
     this._rendering = role === "assistant" ? new Rendering(this.body) : null;
     this.draw();
   }
@@ -59,6 +61,7 @@ export class Shown {
   grow() {
     const log = $("log");
     const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+    this._think();
     this._rendering.update(this.node.text, () => atEnd && (log.scrollTop = log.scrollHeight));
   }
 
@@ -68,7 +71,14 @@ export class Shown {
     this._error.hidden = !text;
   }
 
+  /** Shows what the model thought, folded. */
+  _think() {
+    this._thinking.hidden = !this.node.thinking;
+    this._thinking.lastChild.textContent = this.node.thinking ?? "";
+  }
+
   draw() {
+    this._think();
     const { text, picture, facts, ended, error } = this.node;
     if (picture) this.body.replaceChildren(drawn(picture, pictured(this._question.text)));
     else if (this._rendering) this._rendering.finish(text);
