@@ -47,7 +47,8 @@ class Messages:
             if query.stream:
                 return answer.events(_events(query, answer, id_))
             (choice,) = await answer.whole()
-        return json_response(message(id_, query.model, len(prompt), whole(choice)))
+        cached = answer.streams[0].cached_tokens
+        return json_response(message(id_, query.model, len(prompt), whole(choice), cached))
 
     async def count(self, request: Request) -> Response:
         """Counts the tokens of a prompt. Raises ApiError."""
@@ -77,5 +78,5 @@ async def _events(query: MessageQuery, answer: Answer, id_: str) -> AsyncIterato
     except Exception as error:
         yield written(error_object(api_error(error), id_))
         return
-    for last in end_events(prompt_tokens, parts):
+    for last in end_events(prompt_tokens, parts, answer.streams[0].cached_tokens):
         yield written(last)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,8 @@ class ResponseWriter:
     echoed: dict[str, Any]
     custom: frozenset[str]
     prompt_tokens: int
-    cached: int = 0
+    #: How many tokens of the prompt were not computed again.
+    cached: Callable[[], int] = lambda: 0
 
     @property
     def id(self) -> str:
@@ -64,7 +65,7 @@ class ResponseWriter:
     def _usage(self, parts: Parts) -> dict[str, Any]:
         return {
             "input_tokens": self.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": self.cached, "cache_write_tokens": 0},
+            "input_tokens_details": {"cached_tokens": self.cached(), "cache_write_tokens": 0},
             "output_tokens": parts.tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": self.prompt_tokens + parts.tokens,

@@ -51,12 +51,12 @@ class Responses:
         (task,) = query.tasks
         prompt = await self._model.encode(task)
         id_ = request_id(request)
-        writer = ResponseWriter(
-            await self._unique(asked, id_), int(time.time()), asked.echoed, asked.custom, len(prompt)
-        )
+        unique = await self._unique(asked, id_)
         with Answer(request) as answer:
-            answer.streams.append(
-                self._model.stream(task, prompt, logprobs=query.logprobs, request_id=id_, adapter=adapter)
+            stream = self._model.stream(task, prompt, logprobs=query.logprobs, request_id=id_, adapter=adapter)
+            answer.streams.append(stream)
+            writer = ResponseWriter(
+                unique, int(time.time()), asked.echoed, asked.custom, len(prompt), lambda: stream.cached_tokens
             )
             if query.stream:
                 return answer.events(self._events(asked, answer, writer))
