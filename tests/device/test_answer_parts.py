@@ -24,7 +24,7 @@ from split_device.serving.openai.responses.answers import ResponseEvents, Respon
 from split_device.serving.openai.responses.items import parse_items
 from split_device.serving.openai.responses.requests import FIELDS as RESPONSES_FIELDS
 from split_device.serving.openai.responses.store import ResponseStore, StoredResponse
-from split_device.serving.openai.responses.tools import parse_tools
+from split_device.serving.openai.responses.tools import ToolNames, parse_tools
 from split_device.serving.parts import Parts, whole
 
 DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
@@ -126,7 +126,7 @@ def test_images_lie_between_texts() -> None:
 
 def writer() -> ResponseWriter:
     echoed = {"model": "m", "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "text": {}}
-    return ResponseWriter("1", 0, echoed, frozenset(["patch"]), 10)
+    return ResponseWriter("1", 0, echoed, ToolNames(frozenset(["patch"]), {"a__f": ("a", "f")}), 10)
 
 
 def test_events_of_a_response() -> None:
@@ -183,6 +183,18 @@ def test_the_docs_name_every_field(section: str, fields: dict[str, str]) -> None
     text = DOCS.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (`.*?`) \| (used|ignored|refused) \|", text, re.MULTILINE)
     assert {name: done for names, done in rows for name in re.findall("`(.*?)`", names)} == fields
+
+
+def test_tools_of_a_namespace_keep_their_names() -> None:
+    inner = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+    tools = parse_tools([inner, {"type": "namespace", "name": "a", "tools": [inner]}], "auto", True)
+    assert [tool.name for tool in tools.use.tools] == ["f", "a__f"]  # type: ignore[union-attr]
+    assert tools.names.namespaces == {"a__f": ("a", "f")}
+    parts = whole(Choice("", 1, "tool_calls", tool_calls=(ToolCallDelta(0, "{}", "call_a", "a__f"),)))
+    (item,) = writer().response(parts)["output"]
+    assert (item["namespace"], item["name"]) == ("a", "f")
+    call = ToolCall(id="call_a", name="a__f", arguments="{}")
+    assert parse_items([item]) == [Message("assistant", "", tool_calls=(call,))]
 
 
 # --- responses that are kept -------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from split_common.system.text import parse_json
 from split_device.serving.choices import TokenLogprobs
 from split_device.serving.fields import ApiError
 from split_device.serving.openai.responses.items import CUSTOM_INPUT
+from split_device.serving.openai.responses.tools import ToolNames
 from split_device.serving.parts import Part, PartEvent, Parts
 
 #: Prefixes of the ids of items, by the kind of the part.
@@ -26,13 +27,13 @@ class ResponseWriter:
         unique: what is part of all ids in the response.
         created: when the response began, in seconds since the epoch.
         echoed: fields of the request that the response repeats.
-        custom: names of tools that take a text.
+        names: what is to be known of the tools.
     """
 
     unique: str
     created: int
     echoed: dict[str, Any]
-    custom: frozenset[str]
+    names: ToolNames
     prompt_tokens: int
     #: How many tokens of the prompt were not computed again.
     cached: Callable[[], int] = lambda: 0
@@ -82,8 +83,10 @@ class ResponseWriter:
             content = [_text_part(part)] if ended else []
             return {"type": "message", **common, "role": "assistant", "content": content}
         call = {**common, "call_id": part.call_id, "name": part.name}
+        if part.name in self.names.namespaces:
+            call["namespace"], call["name"] = self.names.namespaces[part.name]
         text = part.text if ended else ""
-        if part.name in self.custom:
+        if part.name in self.names.custom:
             return {"type": "custom_tool_call", **call, "input": _custom_input(text)}
         return {"type": "function_call", **call, "arguments": text}
 
@@ -139,7 +142,7 @@ class ResponseEvents:
                 )
             case "reasoning":
                 yield self._event("response.reasoning_text.delta", **inner, content_index=0, delta=happened.text)
-            case "call" if happened.part.name not in self._writer.custom:
+            case "call" if happened.part.name not in self._writer.names.custom:
                 yield self._event("response.function_call_arguments.delta", **inner, delta=happened.text)
 
     def _done(self, part: Part, inner: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -156,14 +159,14 @@ class ResponseEvents:
                 yield self._event("response.content_part.done", **inner, content_index=0, part=whole)
             case "reasoning":
                 yield self._event("response.reasoning_text.done", **inner, content_index=0, text=part.text)
-            case "call" if part.name in self._writer.custom:
+            case "call" if part.name in self._writer.names.custom:
                 text = _custom_input(part.text)
                 yield self._event("response.custom_tool_call_input.delta", **inner, delta=text)
                 yield self._event("response.custom_tool_call_input.done", **inner, input=text)
             case "call":
-                yield self._event(
-                    "response.function_call_arguments.done", **inner, name=part.name, arguments=part.text
-                )
+                name = self._writer.item(part, "completed")["name"]
+                done = "response.function_call_arguments.done"
+                yield self._event(done, **inner, name=name, arguments=part.text)
 
     def end(self, response: dict[str, Any]) -> dict[str, Any]:
         """The last event, with the whole response."""

@@ -56,7 +56,7 @@ class Responses:
             stream = self._model.stream(task, prompt, logprobs=query.logprobs, request_id=id_, adapter=adapter)
             answer.streams.append(stream)
             writer = ResponseWriter(
-                unique, int(time.time()), asked.echoed, asked.custom, len(prompt), lambda: stream.cached_tokens
+                unique, int(time.time()), asked.echoed, asked.names, len(prompt), lambda: stream.cached_tokens
             )
             if query.stream:
                 return answer.events(self._events(asked, answer, writer))

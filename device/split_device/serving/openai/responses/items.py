@@ -17,9 +17,7 @@ from split_device.serving.media import parse_image_url
 CUSTOM_INPUT = "input"
 
 #: Fields of items and their parts that are accepted and have no effect.
-_IGNORED = frozenset(
-    {"id", "status", "annotations", "logprobs", "phase", "encrypted_content", "namespace", "caller"}
-)
+_IGNORED = frozenset({"id", "status", "annotations", "logprobs", "phase", "encrypted_content", "caller"})
 
 
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,24 +44,28 @@ class _FunctionCall(_Item, frozen=True, tag="function_call"):
     call_id: str
     name: str
     arguments: str
+    namespace: str = ""
 
 
 class _FunctionOutput(_Item, frozen=True, tag="function_call_output"):
     call_id: str
     output: str | list[_Part]
     name: str | None = None
+    namespace: str | None = None
 
 
 class _CustomCall(_Item, frozen=True, tag="custom_tool_call"):
     call_id: str
     name: str
     input: str
+    namespace: str = ""
 
 
 class _CustomOutput(_Item, frozen=True, tag="custom_tool_call_output"):
     call_id: str
     output: str | list[_Part]
     name: str | None = None
+    namespace: str | None = None
 
 
 class _Reasoning(_Item, frozen=True, tag="reasoning"):
@@ -107,10 +109,10 @@ def parse_items(items: Sequence[object], where: str = "input") -> list[Message]:
             case _FunctionOutput() | _CustomOutput():
                 found.append(Message("tool", _text(parsed.output, at), tool_call_id=parsed.call_id))
             case _FunctionCall():
-                _add_call(found, ToolCall(id=parsed.call_id, name=parsed.name, arguments=parsed.arguments), thought)
+                _add_call(found, _call(parsed, parsed.arguments), thought)
             case _CustomCall():
                 arguments = json.dumps({CUSTOM_INPUT: parsed.input}, ensure_ascii=False)
-                _add_call(found, ToolCall(id=parsed.call_id, name=parsed.name, arguments=arguments), thought)
+                _add_call(found, _call(parsed, arguments), thought)
             case _Message():
                 role = "system" if parsed.role == "developer" else parsed.role
                 own = thought if role == "assistant" else ""
@@ -141,6 +143,15 @@ def _without_ignored(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {name: _without_ignored(each) for name, each in present(value).items() if name not in _IGNORED}
+
+
+def _call(item: _FunctionCall | _CustomCall, arguments: str) -> ToolCall:
+    return ToolCall(id=item.call_id, name=qualified(item.namespace, item.name), arguments=arguments)
+
+
+def qualified(namespace: str, name: str) -> str:
+    """The name by which the model knows a tool of a namespace."""
+    return f"{namespace}__{name}" if namespace else name
 
 
 def _add_call(found: list[Message], call: ToolCall, thought: str) -> None:

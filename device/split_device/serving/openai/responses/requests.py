@@ -15,7 +15,7 @@ from split_device.jobs.job import Message, Task
 from split_device.serving.fields import ApiError, convert, present, supported
 from split_device.serving.openai.chat import UNLIMITED
 from split_device.serving.openai.responses.items import as_items, parse_items
-from split_device.serving.openai.responses.tools import parse_tools
+from split_device.serving.openai.responses.tools import ToolNames, parse_tools
 from split_device.serving.query import Query
 from split_device.serving.text_model import TextModel
 from split_device.serving.thinking import thinking_kwargs
@@ -108,8 +108,7 @@ class ResponseRequest:
     items: list[Any]
     #: Fields of the request that its answer repeats.
     echoed: dict[str, Any]
-    #: Names of tools that take a text.
-    custom: frozenset[str]
+    names: ToolNames
     task: Task
     said: list[Message] = field(repr=False)
 
@@ -156,7 +155,7 @@ def parse_response(body: object, model: TextModel) -> ResponseRequest:
         tool_use=tools.use,
     )
     echoed = _echoed(found, fields, tools.given, model)
-    return ResponseRequest(found, items, echoed, tools.custom, task, parse_items(items))
+    return ResponseRequest(found, items, echoed, tools.names, task, parse_items(items))
 
 
 def _structured(text: _Text) -> StructuredOutputs | msgspec.UnsetType:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
 
 from split_device.generation.tools import NamedTool, Tool, ToolChoice, ToolUse
 from split_device.serving.fields import ApiError, convert, present
-from split_device.serving.openai.responses.items import CUSTOM_INPUT
+from split_device.serving.openai.responses.items import CUSTOM_INPUT, qualified
 from split_device.serving.openai.tools import MAX_TOOLS, check_names
 
 #: Tools that OpenAI's servers run, and which agents offer without being asked. The model is not told of them.
@@ -34,6 +35,14 @@ class _Custom(msgspec.Struct, frozen=True, tag="custom", tag_field="type", forbi
     format: dict[str, Any] | None = None
 
 
+class _Namespace(msgspec.Struct, frozen=True, tag="namespace", tag_field="type"):
+    """Tools whose names belong together."""
+
+    name: str
+    tools: list[dict[str, Any]]
+    description: str | None = None
+
+
 class _Parsed(msgspec.Struct, frozen=True):
     tools: _Function | _Custom
 
@@ -53,12 +62,21 @@ class _Choice(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
+class ToolNames:
+    """What is to be known of tools to write calls of them, by the names by which the model knows them."""
+
+    #: Tools that take a text.
+    custom: frozenset[str] = frozenset()
+    #: The namespaces of tools that have one, and their names in it.
+    namespaces: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Tools:
     """The tools of a request."""
 
     use: ToolUse | msgspec.UnsetType
-    #: Names of the tools that take a text.
-    custom: frozenset[str]
+    names: ToolNames
     #: The tools as the request has them, but for those that are left out.
     given: list[dict[str, Any]]
 
@@ -67,23 +85,37 @@ def parse_tools(tools: list[dict[str, Any]], choice: object, parallel: bool) -> 
     """Parses the fields `tools`, `tool_choice` and `parallel_tool_calls`. Raises ApiError."""
     found: list[Tool] = []
     custom: list[str] = []
-    given: list[dict[str, Any]] = []
-    for index, tool in enumerate(tools[: MAX_TOOLS + 1]):
-        if tool.get("type") in LEFT_OUT:
-            continue
-        parsed = _parse(tool, f"tools[{index}]")
-        found.append(parsed)
-        given.append(tool)
+    namespaces: dict[str, tuple[str, str]] = {}
+    given = [tool for tool in tools if tool.get("type") not in LEFT_OUT]
+    for namespace, tool, where in _flat(tools):
+        parsed = _parse(tool, where)
+        name = qualified(namespace, parsed.name)
+        if namespace:
+            namespaces[name] = (namespace, parsed.name)
         if tool["type"] == "custom":
-            custom.append(parsed.name)
+            custom.append(name)
+        found.append(msgspec.structs.replace(parsed, name=name))
     check_names([tool.name for tool in found])
     chosen, allowed = _choice(choice, [tool.name for tool in found])
     usable = tuple(tool for tool in found if tool.name in allowed)
     if not usable:
         if chosen not in ("auto", "none"):
             raise ApiError("tool_choice needs tools", param="tool_choice")
-        return Tools(msgspec.UNSET, frozenset(), given)
-    return Tools(ToolUse(tools=usable, choice=chosen, parallel=parallel), frozenset(custom), given)
+        return Tools(msgspec.UNSET, ToolNames(), given)
+    use = ToolUse(tools=usable, choice=chosen, parallel=parallel)
+    return Tools(use, ToolNames(frozenset(custom), namespaces), given)
+
+
+def _flat(tools: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """The tools but for those that are left out: with their namespace, "" for none, and their path."""
+    for index, tool in enumerate(tools[: MAX_TOOLS + 1]):
+        where = f"tools[{index}]"
+        if tool.get("type") == "namespace":
+            space = convert(tool, _Namespace, where)
+            for inner, each in enumerate(space.tools):
+                yield space.name, each, f"{where}.tools[{inner}]"
+        elif tool.get("type") not in LEFT_OUT:
+            yield "", tool, where
 
 
 def _parse(tool: dict[str, Any], where: str) -> Tool:
