@@ -66,6 +66,7 @@ from split_device.cli import doctor
 from split_device.generation import chat as chatting
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling
+from split_device.generation.structured import StructuredOutputs
 from split_device.generation.tools import NamedTool, Tool, ToolCall, ToolCallDelta, ToolUse
 from split_device.images.settings import ImageSettings
 from split_device.jobs import hooks
@@ -329,6 +330,13 @@ BEGUN_ANSWER = Task(
     prompt=(Message("user", "Hello"), Message("assistant", "Good")),
     continue_final_message=True,
 )
+STRUCTURED = {
+    "schema": StructuredOutputs(json={"type": "object", "required": ["b"]}),
+    "any object": StructuredOutputs(json_object=True),
+    "expression": StructuredOutputs(regex="[ab]+"),
+    "choice": StructuredOutputs(choice=("yes", "no")),
+    "grammar": StructuredOutputs(grammar='start: "a"'),
+}
 IMAGE = ImageTask(
     model=ImageChoice(name="/models/sdxl", cut="B", codec="int8", reuse=2, dtype="float16"),
     prompt="a cat",
@@ -378,6 +386,7 @@ TASKS = {
     "calling": CALLING,
     "tokens": TOKENS,
     "begun answer": BEGUN_ANSWER,
+    **{name: Task(model=PLAIN.model, prompt="a", structured=value) for name, value in STRUCTURED.items()},
 }
 CALL_PIECE = jobs.AnswerTextPiece([1], "one", "two", (ToolCallDelta(0, "{}", "c", "f"),))
 

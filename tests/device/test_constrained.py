@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import tiny
 from fleet import joined, running_broker, split_model, start_worker
-from split_common.errors import ConfigError
+from split_common.errors import ConfigError, UnsupportedFeature
+from split_device.cli.answer_format import AnswerFormat
+from split_device.generation.chat import Conversation
 from split_device.generation.constraint import ConstraintProcessor, Grammars
 from split_device.generation.generator import Generator, Request
+from split_device.generation.settings import Sampling
 from split_device.generation.structured import StructuredOutputs
 from wiretap import LATE
 
@@ -268,3 +271,32 @@ def test_models_whose_positions_interact(tmp_path: Path, grammars: Grammars, tok
     with split_model(checkpoint) as model, Generator(model) as generator:
         generations = [generator.submit(request) for request in asked(grammars, tokenizer)]
         assert [each.result(LATE) for each in generations] == wanted
+
+
+def test_a_conversation(split: Any, unsplit: Any, tokenizer: Any) -> None:
+    """By transformers' `generate`, whose turns share a cache."""
+    structured = StructuredOutputs(json=CUSTOMER)
+    answers = []
+    for model in (split, unsplit):
+        conversation = Conversation(model, tokenizer)
+        sampling = Sampling(max_tokens=120, temperature=0.0)
+        answers.append([conversation.say(text, sampling, structured=structured) for text in ("Hello", "Again")])
+    assert [each.text for each in answers[0]] == [each.text for each in answers[1]]
+    for answer in answers[0]:
+        assert answer.finish_reason == "stop"
+        jsonschema.validate(json.loads(answer.text), CUSTOMER)
+
+
+def test_options_become_constraints(tmp_path: Path) -> None:
+    schema, broken = tmp_path / "schema.json", tmp_path / "broken.json"
+    schema.write_text(json.dumps(CUSTOMER))
+    broken.write_text("{")
+    assert AnswerFormat().structured() is None
+    assert AnswerFormat(json_schema=schema).structured() == StructuredOutputs(json=CUSTOMER)
+    assert AnswerFormat(choice=["a", "b"]).structured() == StructuredOutputs(choice=("a", "b"))
+    with pytest.raises(ConfigError, match="exactly one of"):
+        AnswerFormat(json_schema=schema, regex="a").structured()
+    with pytest.raises(ConfigError, match=r"broken\.json is not a JSON Schema"):
+        AnswerFormat(json_schema=broken).structured()
+    with pytest.raises(UnsupportedFeature, match="look-around"):
+        AnswerFormat(regex="(?=a)b").structured()

@@ -203,6 +203,7 @@ class Prompts:
             sampling=_merged(settings.sampling, own),
             stop=stop,
             chat_template=settings.chat_template.with_kwargs(own.chat_template_kwargs).unless_default(),
+            structured=settings.structured or msgspec.UNSET,
         )
         return with_local_files(task, settings.media)
 

@@ -12,6 +12,7 @@ import msgspec
 from split_device.batches.template import Template
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling
+from split_device.generation.structured import StructuredOutputs
 from split_device.images.settings import ImageSettings
 from split_device.jobs.job import ImageChoice, InitImage, ModelChoice
 
@@ -49,7 +50,7 @@ class BatchSettings:
         column: the column of a table with the prompts.
         system: a system message before each prompt.
         raw: whether prompts are continued as they are.
-        sampling, stop, chat_template: settings of prompts for texts.
+        sampling, stop, chat_template, structured: settings of prompts for texts.
         picture: settings of prompts for images, by the directory of the pipeline; raises ConfigError if that cannot
             make such an image.
         start: the image that all images begin with, by their settings and the directory; raises ConfigError if the
@@ -68,6 +69,7 @@ class BatchSettings:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     chat_template: ChatTemplate = field(default_factory=ChatTemplate)
+    structured: StructuredOutputs | None = None
     picture: Callable[[str], ImageSettings] = lambda _directory: ImageSettings()
     start: Callable[[ImageSettings, str], InitImage | msgspec.UnsetType] = lambda *_: msgspec.UNSET
     given: frozenset[str] = field(default=frozenset())

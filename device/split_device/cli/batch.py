@@ -23,6 +23,7 @@ from split_device.batches.place import place_of
 from split_device.batches.settings import BatchModels, BatchSettings
 from split_device.batches.source import open_source
 from split_device.batches.template import Template
+from split_device.cli.answer_format import AnswerFormatOptions
 from split_device.cli.batch_detach import hand_over, report_detached
 from split_device.cli.batch_options import (
     OUTPUT_PANEL,
@@ -73,6 +74,7 @@ def batch(
     limits: LimitOptions,
     sampling: SamplingOptions,
     prompt_format: PromptFormatOptions,
+    answer_format: AnswerFormatOptions,
     picture: PictureOptions,
     start: StartOptions,
     images: ImageModelOptions,
@@ -132,6 +134,7 @@ def batch(
         sampling=sampling.checked(),
         stop=tuple(stop or ()),
         chat_template=prompt_format.template(),
+        structured=answer_format.structured(),
         picture=picture.settings,
         start=start.reference,
         given=given_settings(context),

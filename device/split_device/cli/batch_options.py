@@ -11,6 +11,7 @@ from split_common.cli.options import given
 from split_common.errors import ConfigError
 from split_device.batches.place import OutputForm
 from split_device.batches.source import InputForm
+from split_device.cli.answer_format import ANSWER_OPTIONS
 from split_device.cli.batch_progress import ProgressMode
 from split_device.cli.sampling_options import ADJUSTMENTS
 
@@ -80,7 +81,7 @@ _DEFAULTS = {
 }
 
 #: Options for prompts, which a request of OpenAI's says for itself, or has no equal of.
-_OF_PROMPTS = ("--column", "--template", "--image", "--system", "--raw")
+_OF_PROMPTS = ("--column", "--template", "--image", "--system", "--raw", *ANSWER_OPTIONS)
 
 #: Options for prompts of texts, and for those of images.
 _OF_CONVERSATIONS = ("--system", "--chat-template", "--chat-template-kwargs")
@@ -88,6 +89,7 @@ _OF_TEXTS = (
     *("--max-tokens", "--temperature", "--top-p", "--top-k", "--stop", "--raw", "--tokenizer", "--adapter"),
     *ADJUSTMENTS.values(),
     *_OF_CONVERSATIONS,
+    *ANSWER_OPTIONS,
 )
 _OF_IMAGES = ("--steps", "--size", "--guidance", "--negative", "--init-image", "--strength", "--metadata")
 

@@ -16,6 +16,7 @@ from split_common.system.console import emit_json, piped_lines, stderr
 from split_common.system.files import user_path
 from split_common.system.process import passive_threads
 from split_common.system.text import check_text
+from split_device.cli.answer_format import AnswerFormatOptions
 from split_device.cli.checks import check_connection
 from split_device.cli.groups import (
     ConnectionOptions,
@@ -39,6 +40,7 @@ def chat(
     hardware: HardwareOptions,
     sampling: SamplingOptions,
     prompt_format: PromptFormatOptions,
+    answer_format: AnswerFormatOptions,
     stop: StopOption = None,
     system: SystemOption = None,
     request_id: RequestIdOption = None,
@@ -53,7 +55,7 @@ def chat(
     sampling = sampling.checked()
     passive_threads()
     check_connection(connection)
-    choice, template = model.choice(), prompt_format.template()
+    choice, template, structured = model.choice(), prompt_format.template(), answer_format.structured()
 
     with loading(connection, choice.name):
         from split_device.generation.chat import Conversation
@@ -85,7 +87,7 @@ def chat(
             elif line:
                 with _continuing() if interactive else contextlib.nullcontext(), answer_line(json) as on_text:
                     shown, images = images, []
-                    answer = conversation.say(line, sampling, on_text, stop or (), shown)
+                    answer = conversation.say(line, sampling, on_text, stop or (), shown, structured=structured)
                     turns.append({"prompt": line} | dataclasses.asdict(answer))
         if json:
             emit_json({"turns": turns, "traffic": split.traffic})

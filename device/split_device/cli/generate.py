@@ -13,6 +13,7 @@ from split_common.cli.options import JsonOption
 from split_common.system.console import emit_json, read_stdin, stderr
 from split_common.system.files import user_path
 from split_common.system.process import passive_threads
+from split_device.cli.answer_format import AnswerFormatOptions
 from split_device.cli.checks import check_connection, check_prompt, check_raw
 from split_device.cli.groups import (
     ConnectionOptions,
@@ -42,6 +43,7 @@ def generate(
     hardware: HardwareOptions,
     sampling: SamplingOptions,
     prompt_format: PromptFormatOptions,
+    answer_format: AnswerFormatOptions,
     stop: StopOption = None,
     system: SystemOption = None,
     raw: RawOption = False,
@@ -62,7 +64,7 @@ def generate(
     check_raw(raw, system, prompt_format, show or ())
     sampling = sampling.checked()
     pictures = [read_prompt_image(user_path(str(path)), str(path)) for path in show or ()]
-    template = prompt_format.template()
+    template, structured = prompt_format.template(), answer_format.structured()
     passive_threads()
     check_connection(connection)
     choice = model.choice()
@@ -97,7 +99,9 @@ def generate(
 
         with answer_line(json) as on_text:
             conversation = Conversation(split, tokenizer, request_id=request_id)
-            answer = conversation.complete(input_ids, sampling, on_text, note_prompt, stop or (), inputs)
+            answer = conversation.complete(
+                input_ids, sampling, on_text, note_prompt, stop or (), inputs, structured
+            )
         token_ms = split.timings.per_step_ms()
         if timings:
             stderr.print(timings_table(prompt_ms, token_ms))

@@ -16,6 +16,7 @@ from split_common.system.console import emit_json, read_stdin, stderr
 from split_common.system.text import read_text
 from split_device.batches.settings import BatchModels, BatchSettings
 from split_device.batches.template import Template
+from split_device.cli.answer_format import ANSWER_OPTIONS, AnswerFormatOptions
 from split_device.cli.batch_options import INPUT_PANEL, ColumnOption, InputFormatOption, TemplateOption
 from split_device.cli.checks import check_prompt, check_raw
 from split_device.cli.groups import (
@@ -67,6 +68,7 @@ _TEXT_OPTIONS = (
     "--raw",
     "--chat-template",
     "--chat-template-kwargs",
+    *ANSWER_OPTIONS,
     "--tokenizer",
     "--layers",
     "--revision",
@@ -93,6 +95,7 @@ def submit(
     context: typer.Context,
     sampling: SamplingOptions,
     prompt_format: PromptFormatOptions,
+    answer_format: AnswerFormatOptions,
     picture: PictureOptions,
     start: StartOptions,
     text_model: TextModelOptions,
@@ -184,6 +187,7 @@ def submit(
             sampling=sampling.checked(),
             stop=tuple(stop or ()),
             chat_template=prompt_format.template(),
+            structured=answer_format.structured(),
             picture=picture.settings,
             start=start.reference,
         )
@@ -209,6 +213,7 @@ def submit(
                 sampling=sampling.checked(),
                 stop=tuple(stop or ()),
                 chat_template=prompt_format.template().unless_default(),
+                structured=answer_format.structured() or UNSET,
             )
         with Store(store_path(), store_key) as store:
             job = store.submit(task, priority, key, group, request_id)

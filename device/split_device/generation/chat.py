@@ -6,10 +6,11 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from split_common.compat.transformers import cache_name
@@ -22,8 +23,12 @@ from split_device.generation.image_prompts import encode_with_images
 from split_device.generation.penalties import OccurrencePenalty
 from split_device.generation.settings import Sampling
 from split_device.generation.shown_images import ShownImage
+from split_device.generation.structured import StructuredOutputs
 from split_device.generation.tokenizing import ChatMessage, encode_chat, end_tokens, pad_token
 from split_device.models.cache import SessionCacheLayer
+
+if TYPE_CHECKING:
+    from split_device.generation.constraint import Grammars
 
 
 @dataclass(frozen=True)
@@ -153,14 +158,17 @@ class Conversation:
         on_text: Callable[[str], None] = _nothing,
         stop: Sequence[str] = (),
         images: Sequence[Any] = (),
+        structured: StructuredOutputs | None = None,
     ) -> ChatAnswer:
         """Answers the user, up to a text in `stop`. If it fails, the turn is undone.
 
-        `images`, of Pillow, are shown before the text. From then on, each turn sends all earlier ones again.
+        `images`, of Pillow, are shown before the text. From then on, each turn sends all earlier ones again. The
+        answer looks as `structured` says.
 
         Raises:
             PromptTooLong: the conversation fills the model's positions.
             ConfigError: the chat template refuses the conversation.
+            ConfigError, UnsupportedFeature: `structured` is refused.
             SplitError: raised by `generate`.
         """
         self.messages.append({"role": "user", "content": text})
@@ -171,7 +179,7 @@ class Conversation:
                 ids, inputs = torch.tensor([prompt]), prompt.images
             else:
                 ids, inputs = encode_chat(self._tokenizer, self.messages, template=self._template), {}
-            answer = self.complete(ids, sampling, on_text, stop=stop, images=inputs)
+            answer = self.complete(ids, sampling, on_text, stop=stop, images=inputs, structured=structured)
         except BaseException:
             self.messages.pop()
             self.forget_cache()
@@ -188,16 +196,19 @@ class Conversation:
         on_first_token: Callable[[], None] = _nothing,
         stop: Sequence[str] = (),
         images: Mapping[str, torch.Tensor] | None = None,
+        structured: StructuredOutputs | None = None,
     ) -> ChatAnswer:
         """Continues token ids int64 `[1, tokens]`. Tokens that the cache holds already are not sent again.
 
         `images` are further arguments of `generate` that a processor made; with them, all tokens are sent.
 
-        What `sampling` leaves open is as in the model's generation_config. The answer ends before a text in `stop`.
+        What `sampling` leaves open is as in the model's generation_config. The answer ends before a text in `stop`,
+        and looks as `structured` says.
 
         Raises:
             PromptTooLong: the tokens fill the model's positions.
             ConfigError: a value of `sampling` is out of bounds, or names a token that the model does not have.
+            ConfigError, UnsupportedFeature: `structured` is refused.
             SplitError: raised by `generate`.
         """
         input_ids = input_ids.to(self._model.device)
@@ -218,6 +229,12 @@ class Conversation:
         limit = min(sampling.max_tokens, limit - prompt_tokens)
         if sampling.min_tokens is not None:
             sampling = dataclasses.replace(sampling, min_tokens=min(sampling.min_tokens, limit))
+        processors: list[LogitsProcessor] = []
+        if any(penalties):
+            processors.append(OccurrencePenalty(prompt_tokens, *penalties))
+        if structured is not None:
+            ends = sorted({*(ends or ()), *self._grammars.ends})
+            processors.append(self._grammars.processor(structured, prompt_tokens))
         streamer = _Streamer(self._tokenizer, stop, on_text, on_first_token)
         began = time.perf_counter()
         output = self._model.generate(
@@ -226,7 +243,7 @@ class Conversation:
             max_new_tokens=limit,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([_UntilStopped(streamer)] if stop else []),
-            logits_processor=[OccurrencePenalty(prompt_tokens, *penalties)] if any(penalties) else [],
+            logits_processor=processors,
             eos_token_id=ends,
             pad_token_id=pad_token(self._tokenizer),
             **{cache_name(type(self._model)): self._cache},
@@ -251,6 +268,13 @@ class Conversation:
             request_id=identity.request_id if identity is not None else "",
             session=identity.label if identity is not None else "",
         )
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        from split_device.generation.constraint import Grammars
+
+        vocabulary = int(self._model.config.get_text_config(decoder=True).vocab_size)
+        return Grammars(self._tokenizer, vocabulary, end_tokens(self._model, self._tokenizer))
 
     def _keep_common_prefix(self, input_ids: torch.Tensor) -> None:
         """Rolls the cache back to where the new prompt differs from it."""

@@ -111,7 +111,8 @@ class Grammars:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         own = tokenizer.eos_token_id
-        self._ends = sorted(ends, key=lambda id_: (id_ != own, id_))
+        #: Ids of the tokens that end a text; the first is the one that a complete grammar ends with.
+        self.ends = sorted(ends, key=lambda id_: (id_ != own, id_))
         self._lock, self._preparing = threading.Lock(), threading.Lock()
         self._compiling = ThreadPoolExecutor(COMPILING, "grammars")
         self._kept: OrderedDict[Source, Future[LLMatcher]] = OrderedDict()
@@ -134,7 +135,11 @@ class Grammars:
     def constraint(self, structured: StructuredOutputs) -> GrammarConstraint:
         """A constraint for one answer. Waits for its grammar. Raises what the future of `compile` raises."""
         matcher = self.compile(structured).result()
-        return GrammarConstraint(matcher.deep_copy(), self._vocabulary, self._ends)
+        return GrammarConstraint(matcher.deep_copy(), self._vocabulary, self.ends)
+
+    def processor(self, structured: StructuredOutputs, prompt: int) -> ConstraintProcessor:
+        """The same for `generate`, of a prompt of this many tokens."""
+        return ConstraintProcessor(self.constraint(structured), prompt)
 
     def _compiled(self, structured: StructuredOutputs) -> LLMatcher:
         grammar = grammar_of(structured)
@@ -147,7 +152,7 @@ class Grammars:
 
     @cached_property
     def _prepared(self) -> LLTokenizer:
-        return grammar_tokenizer(self._tokenizer, self._vocabulary, self._ends)
+        return grammar_tokenizer(self._tokenizer, self._vocabulary, self.ends)
 
 
 class ConstraintProcessor(ConstraintMask):

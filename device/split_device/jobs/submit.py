@@ -14,7 +14,9 @@ from msgspec import UNSET
 
 from split_common.errors import ConfigError
 from split_device.generation.chat_template import ChatTemplate
+from split_device.generation.grammar import grammar_of
 from split_device.generation.settings import Sampling, within_bounds
+from split_device.generation.structured import StructuredOutputs
 from split_device.images.settings import ImageSettings, check_size, pipeline_directory
 from split_device.jobs.agent import running_agent
 from split_device.jobs.follow import POLL_INTERVAL, image_output, text_output
@@ -80,6 +82,7 @@ class Device(SubmitsMany[str]):
         sampling: Sampling | None = None,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        structured: StructuredOutputs | None = None,
         **fields: Any,
     ) -> Submitted[str]:
         """Submits a user's message, or a conversation.
@@ -94,6 +97,7 @@ class Device(SubmitsMany[str]):
             sampling: how tokens are chosen, and their maximum number.
             chat_template: a template, in Jinja, instead of the tokenizer's.
             chat_template_kwargs: values for variables that the template reads.
+            structured: what the answer has to look like.
             fields: replace fields of `sampling`: `max_tokens`, `temperature`, `top_p`, `seed` and so on.
 
         Raises:
@@ -103,7 +107,8 @@ class Device(SubmitsMany[str]):
             StoreLocked, ConfigError: the store cannot be opened.
         """
         template = ChatTemplate(chat_template, dict(chat_template_kwargs or {}))
-        task = self._task(prompt, stop, dataclasses.replace(sampling or Sampling(), **fields).checked(), template)
+        chosen = dataclasses.replace(sampling or Sampling(), **fields).checked()
+        task = self._task(prompt, stop, chosen, template, structured)
         return _submit(task, priority, key, group, request_id, self._store_key, text_output)
 
     def submit_many(
@@ -116,13 +121,14 @@ class Device(SubmitsMany[str]):
         sampling: Sampling | None = None,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        structured: StructuredOutputs | None = None,
         **fields: Any,
     ) -> SubmittedMany[str]:
         """Submits users' messages, or conversations: all of them or none.
 
         Args:
-            stop, priority, group, sampling, chat_template, chat_template_kwargs, fields: as for `submit`, for each
-                prompt.
+            stop, priority, group, sampling, chat_template, chat_template_kwargs, structured, fields: as for
+                `submit`, for each prompt.
 
         Raises:
             ConfigError: `prompts` is one text, the group has no valid name, or a number is out of bounds.
@@ -130,7 +136,7 @@ class Device(SubmitsMany[str]):
         """
         chosen = dataclasses.replace(sampling or Sampling(), **fields).checked()
         template = ChatTemplate(chat_template, dict(chat_template_kwargs or {}))
-        tasks = [self._task(prompt, stop, chosen, template) for prompt in _check_prompts(prompts)]
+        tasks = [self._task(prompt, stop, chosen, template, structured) for prompt in _check_prompts(prompts)]
         return _submit_many(tasks, priority, group, self._store_key, text_output)
 
     def _task(
@@ -139,7 +145,10 @@ class Device(SubmitsMany[str]):
         stop: Sequence[str],
         sampling: Sampling,
         template: ChatTemplate,
+        structured: StructuredOutputs | None,
     ) -> Task:
+        if structured is not None:
+            grammar_of(structured)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return Task(
             model=self._model,
@@ -147,6 +156,7 @@ class Device(SubmitsMany[str]):
             sampling=sampling,
             stop=tuple(stop),
             chat_template=template.unless_default(),
+            structured=structured or UNSET,
         )
 
 
