@@ -2,7 +2,8 @@
 
 `turns` is a conversation whose every turn sends all that was said, with the prefix cache and without it: the bytes
 that go to the queue, and the seconds to the first token of the last turn. `shared_prefix` is many requests at once
-with a common beginning: the tokens of prompts that are computed, over all of them.
+with a common beginning: the tokens of prompts that are computed, over all of them. `structured` and `sampling` are
+those of `benchmarks.agents_structured` and `benchmarks.agents_sampling`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from benchmarks.harness import arguments, checkpoint, counted, fleet, note, repo
 from split_common.system.process import passive_threads
 from split_device.stress.proxy import Proxy
 
-#: Benchmarks of other parts, by the names of their results. Each has a `measure(model, address)` that returns some.
-PARTS = ("agents_sampling", "agents_structured")
+#: What can be measured.
+PARTS = ("turns", "shared_prefix", "structured", "sampling")
 
 #: Number of tokens that each of the requests with a common beginning generates.
 ANSWER = 4
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32, help="requests with a common beginning")
     parser.add_argument("--common", type=int, default=1000, help="tokens of the common beginning")
     parser.add_argument("--own", type=int, default=40, help="tokens of each request after it")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     passive_threads()
     report(measure(checkpoint(options), options), options.json, "agents")
@@ -42,16 +44,30 @@ def main() -> None:
 def measure(model: Path, options: argparse.Namespace) -> dict[str, Any]:
     from split_device import SplitModelForCausalLM
 
+    results: dict[str, Any] = {}
     with fleet(model, "2:-2", "--dtype", "float32") as (address, _):
         with (
             counted(address) as (proxy, before),
             SplitModelForCausalLM.from_pretrained(model, broker=before, dtype="float32") as split,
         ):
-            results = {**_turns(split, proxy, options), **_shared_prefix(split, options)}
-        for name in PARTS:
-            if importlib.util.find_spec(f"benchmarks.{name}") is not None:
-                results |= importlib.import_module(f"benchmarks.{name}").measure(model, address)
+            if "turns" in options.parts:
+                results |= _turns(split, proxy, options)
+            if "shared_prefix" in options.parts:
+                results |= _shared_prefix(split, options)
+            if "structured" in options.parts:
+                results |= _structured(split, model)
+        if "sampling" in options.parts and importlib.util.find_spec("benchmarks.agents_sampling") is not None:
+            results |= importlib.import_module("benchmarks.agents_sampling").measure(model, address)
     return results
+
+
+def _structured(split: Any, model: Path) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    from benchmarks.agents_structured import forced, mask_us_per_token
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return {"forced": forced(split, tokenizer), "mask_us_per_token": mask_us_per_token(split, tokenizer)}
 
 
 def _turns(split: Any, proxy: Proxy, options: argparse.Namespace) -> dict[str, Any]:

@@ -86,6 +86,18 @@ def test_a_beginning_of_many_is_computed_once(fleet: tuple[Any, Worker], unsplit
     wait_until(lambda: not worker.facts()["sessions"])
 
 
+def test_a_short_common_beginning_goes_first(fleet: tuple[Any, Worker], unsplit: Any) -> None:
+    """The others do not wait for the long rest of the first one."""
+    model, worker = fleet
+    asked = [Request([*text(30), *text(80, seed)], greedy(3)) for seed in range(2, 6)]
+    with Generator(model) as generator:
+        before = worker.facts()["tokens"]
+        generations = [generator.submit(request) for request in asked]
+        assert [each.result(LATE) for each in generations] == [alone(unsplit, request) for request in asked]
+        assert sorted(each.cached_tokens for each in generations) == [0, 30, 30, 30]
+        assert worker.facts()["tokens"] - before == 30 + 4 * (80 + 2)
+
+
 def test_sampling_and_choices_of_one_prompt(fleet: tuple[Any, Worker], unsplit: Any) -> None:
     """A seed gives the same tokens, whether its prompt was computed before or not."""
     model, _ = fleet

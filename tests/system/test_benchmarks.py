@@ -70,6 +70,20 @@ def test_decoding_against_the_bandwidth() -> None:
 
 
 @pytest.mark.long
+def test_agents(checkpoint: Path) -> None:
+    sizes = ["--turns", 3, "--turn-tokens", 20, "--requests", 4, "--common", 40, "--own", 5]
+    sizes += ["--parts", "turns", "shared_prefix"]
+    results = run("agents", "--model", checkpoint, *sizes)
+    assert results["identical"] is True
+    # The third prompt has 100 tokens. Of what was said before it, the last token was not computed.
+    assert results["cached_tokens"] == 79
+    assert results["bytes_ratio"] == results["bytes_cached"] / results["bytes_plain"] < 1
+    assert results["prefill_ratio"] == results["first_token_s_cached"] / results["first_token_s_plain"]
+    assert results["prefill_tokens"] == 40 + 4 * 5
+    assert results["prefill_tokens_ratio"] == 60 / 180
+
+
+@pytest.mark.long
 def test_first_token(tmp_path: Path) -> None:
     checkpoint = tiny.save_tokenizer(tiny.save("llama", tmp_path / "tiny", max_position_embeddings=4096))
     results = run("first_token", "--model", checkpoint, "--rounds", 1)
