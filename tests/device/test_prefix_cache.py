@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,13 +90,17 @@ def test_a_beginning_of_many_is_computed_once(fleet: tuple[Any, Worker], unsplit
 def test_a_short_common_beginning_goes_first(fleet: tuple[Any, Worker], unsplit: Any) -> None:
     """The others do not wait for the long rest of the first one."""
     model, worker = fleet
-    asked = [Request([*text(30), *text(80, seed)], greedy(3)) for seed in range(2, 6)]
+    asked = [Request([*text(30), index, *text(80, index)], greedy(3)) for index in range(3, 7)]
+    submitted = threading.Event()
     with Generator(model) as generator:
         before = worker.facts()["tokens"]
+        # It holds the generator up until all have come.
+        generator.submit(Request([5, 6, 7], greedy(1)), lambda *_: submitted.wait(LATE))
         generations = [generator.submit(request) for request in asked]
+        submitted.set()
         assert [each.result(LATE) for each in generations] == [alone(unsplit, request) for request in asked]
         assert sorted(each.cached_tokens for each in generations) == [0, 30, 30, 30]
-        assert worker.facts()["tokens"] - before == 30 + 4 * (80 + 2)
+        assert worker.facts()["tokens"] - before == 3 + 30 + 4 * (81 + 2)
 
 
 def test_sampling_and_choices_of_one_prompt(fleet: tuple[Any, Worker], unsplit: Any) -> None:

@@ -126,7 +126,7 @@ class Prefixes:
                 continue
             shared = _shared(its, tokens)
             computed = other.prefix.tokens if other.prefix is not None else 0
-            if shared <= computed or shared < available + MIN_TOKENS or not _is_near(other, shared, len(its)):
+            if shared <= computed or shared < available + MIN_TOKENS or not _is_near(other, shared, available):
                 continue
             self._waiting.setdefault(other, []).append(request)
             request.prompt_tokens = len(tokens) + 1 - shared
@@ -221,19 +221,22 @@ def _shared(one: np.ndarray, two: np.ndarray) -> int:
     return int(different.argmax()) if different.any() else length
 
 
-def _is_near(request: ActiveRequest, shared: int, length: int) -> bool:
-    """Whether a request has computed these tokens of its prompt soon, compared with how many they are.
+def _is_near(request: ActiveRequest, shared: int, available: int) -> bool:
+    """Whether a request soon computes enough of its first `shared` tokens, of which some are available already.
 
-    If it has not begun, it computes them before the rest where that is longer.
+    What has not entered the head is divided there if the rest is longer.
     """
+    under_way = request.head_tokens
+    if min(shared, under_way) >= available + MIN_TOKENS:
+        return under_way <= 2 * shared
     first = request.pending[0] if request.pending else []
-    ahead = shared - request.head_tokens
-    if 0 < ahead < len(first) and request.head_tokens + len(first) == length:
-        if len(first) - ahead > ahead:
-            request.pending[0] = first[:ahead]
-            request.pending.insert(1, first[ahead:])
-        return True
-    return 2 * shared >= length
+    ahead = shared - under_way
+    if ahead < MIN_TOKENS or not first:
+        return False
+    if len(first) > 2 * ahead:
+        request.pending[0] = first[:ahead]
+        request.pending.insert(1, first[ahead:])
+    return True
 
 
 def _growth(request: ActiveRequest, end: int) -> int:
