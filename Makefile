@@ -25,7 +25,11 @@ define job
 
 endef
 
-.PHONY: help demo demo-image test test-long test-nightly lint clean
+# An environment of its own for clients, which looks into the main one for torch and transformers.
+CLIENTS := .venv-clients
+CLIENTS_INSTALLED := $(CLIENTS)/.installed
+
+.PHONY: help demo demo-image test test-long test-nightly test-clients lint clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -56,11 +60,25 @@ test-long: $(INSTALLED) ## Run the longer tests, and those that compare numbers 
 test-nightly: $(INSTALLED) ## Run what takes too long for every change.
 	$(call job,nightly,)
 
+# instructor comes last and alone: it asks for an older jiter than openai does. npm is not on every machine.
+$(CLIENTS_INSTALLED): tests/clients/requirements.txt $(INSTALLED)
+	@rm -f $@
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet -r $<
+	$(CLIENTS)/bin/pip install --quiet --no-deps instructor
+	$(BIN)/python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1]); print(pathlib.Path("common").resolve())' \
+		> "$$($(CLIENTS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	-npm install --silent --no-audit --no-fund --prefix $(CLIENTS) @openai/codex
+	@touch $@
+
+test-clients: $(CLIENTS_INSTALLED) ## Let released clients ask a server: openai, anthropic, LangChain, lm-eval, Codex and others.
+	$(CLIENTS)/bin/pytest -c tests/clients/pytest.ini --confcutdir=tests/clients tests/clients $(ARGS)
+
 lint: $(INSTALLED) ## Check style, format and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean: ## Remove the virtual environment and all caches.
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(CLIENTS) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +

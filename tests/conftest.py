@@ -40,6 +40,9 @@ signal.signal(signal.SIGTERM, signal.SIG_DFL)
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
+#: `make test-clients` runs them, in an environment of its own.
+collect_ignore = ["clients"]
+
 #: The user's own cache, if one is set: the small real model is fetched once, not once in every run.
 USER_CACHE = os.environ.get("LAMBDA_SPLIT_CACHE")
 

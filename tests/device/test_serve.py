@@ -260,9 +260,14 @@ def test_an_answer_goes_back_into_the_conversation(client: openai.OpenAI, unspli
 def test_an_answer_is_continued(client: openai.OpenAI, unsplit: Unsplit) -> None:
     first = ask(client, max_tokens=5).choices[0].message.content
     begun: Any = [*HELLO, {"role": "assistant", "content": first}]
-    more = {"continue_final_message": True, "add_generation_prompt": False}
-    rest = ask(client, messages=begun, max_tokens=3, extra_body=more)
+    going_on = {"continue_final_message": True, "add_generation_prompt": False}
+    rest = ask(client, messages=begun, max_tokens=3, extra_body=going_on)
     assert first + rest.choices[0].message.content == unsplit.say("user:Hello</s>assistant:", 8)
+    unsaid = ask(client, messages=begun, max_tokens=3)
+    assert unsaid.choices[0].message.content == rest.choices[0].message.content
+    anew = unsplit.say(f"user:Hello</s>assistant:{first}</s>assistant:", 3)
+    for more in ({"continue_final_message": False}, {"add_generation_prompt": True}):
+        assert ask(client, messages=begun, max_tokens=3, extra_body=more).choices[0].message.content == anew
     for body, param in (
         ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
         ({"add_generation_prompt": False}, "add_generation_prompt"),

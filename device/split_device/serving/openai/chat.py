@@ -28,8 +28,9 @@ class ChatBody(Body, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     max_completion_tokens: int | None = None
-    #: Extensions of OpenAI's format, as vLLM has them: the answer continues the last message.
-    continue_final_message: bool = False
+    #: Extensions of OpenAI's format, as vLLM has them: whether the answer continues the last message. If neither is
+    #: said it does, as in llama.cpp's server, where that is a text of the assistant.
+    continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
     #: The same: values for variables of the chat template.
     chat_template_kwargs: dict[str, Any] | None = None
@@ -41,15 +42,24 @@ class ChatBody(Body, frozen=True, kw_only=True):
         """Raises ApiError for fields that contradict each other."""
         if self.top_logprobs and not self.logprobs:
             raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
-        if self.add_generation_prompt not in (None, not self.continue_final_message):
+        if self.add_generation_prompt is not None and self.add_generation_prompt == self.continues:
             raise ApiError(
                 "add_generation_prompt must be the opposite of continue_final_message",
                 param="add_generation_prompt",
             )
-        if self.continue_final_message and self.messages[-1].role != "assistant":
+        if self.continues and self.messages[-1].role != "assistant":
             raise ApiError(
                 "continue_final_message needs a last message of the assistant", param="continue_final_message"
             )
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer goes on where the last message ends."""
+        if self.continue_final_message is not None:
+            return self.continue_final_message
+        last = self.messages[-1]
+        begun = last.role == "assistant" and bool(last.content) and not last.tool_calls
+        return begun and self.add_generation_prompt is not True
 
 
 def parse_chat(body: object, model: ModelChoice, defaults: Sampling, template: ChatTemplate) -> CompletionQuery:
@@ -69,7 +79,7 @@ def parse_chat(body: object, model: ModelChoice, defaults: Sampling, template: C
         stop=chat.stop_texts(),
         chat_template=own.unless_default(),
         tool_use=chat.tool_use,
-        continue_final_message=chat.continue_final_message or UNSET,
+        continue_final_message=chat.continues or UNSET,
         structured=structured,
     )
     tasks = choices(task, chat.n or 1)
