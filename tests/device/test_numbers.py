@@ -17,7 +17,8 @@ from split_device import Device, ImageDevice
 from split_device.generation.settings import BOUNDS, Sampling, nth_seed
 from split_device.images.settings import ImageSettings
 from split_device.jobs.job import ModelChoice
-from split_device.serving.openai.requests import ApiError, parse
+from split_device.serving.fields import ApiError
+from split_device.serving.openai.requests import parse
 from split_device.sessions.connection import Connection
 
 HELLO = [{"role": "user", "content": "Hello"}]
