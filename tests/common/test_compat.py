@@ -23,6 +23,7 @@ import tiny
 import tiny_vision
 from split_common import compat
 from split_common.compat import bitsandbytes as compat_bitsandbytes
+from split_common.compat import chat_parsing as compat_chat_parsing
 from split_common.compat import diffusers as compat_diffusers
 from split_common.compat import redis as compat_redis
 from split_common.compat import torch as compat_torch
@@ -186,6 +187,24 @@ def test_the_variables_of_a_chat_template(tmp_path: Path) -> None:
     reserved = compat_transformers.reserved_template_variables(tokenizer)
     assert {"messages", "tools", "add_generation_prompt", "tokenize", "bos_token"} <= reserved
     assert not {"documents", "enable_thinking"} & reserved
+
+
+def test_answers_that_are_not_what_their_template_expects() -> None:
+    """Regions say what opened them, and one that cannot be parsed does not end the parsing."""
+    ours = compat_chat_parsing.RegionParser
+    for name in ("_open_explicit", "_close_current", "_reset_to_implicit"):
+        named(ours.__base__, name, ours)
+    transform = {"name": "{name}", "arguments": "{content}"}
+    call = {"open_pattern": r"<(?P<name>\w+)>", "close": ".", "content": "json", "transform": transform}
+    fields = {"calls": call, "content": {}}
+    parser = ours({"start_anchor_pattern": r"\A", "fields": fields}, prefix="")
+    events = [event for event in parser.feed("a<f>{}.<g>not JSON.b") if event["field"] == "calls"]
+    opened = [(event["opened"], event["captures"]) for event in events if event["type"] == "region_open"]
+    assert opened == [("<f>", {"name": "f"}), ("<g>", {"name": "g"})]
+    closed = [event for event in events if event["type"] == "region_close"]
+    assert closed[0]["value"] == {"name": "f", "arguments": {}}
+    assert (closed[1].get("value"), closed[1]["body"]) == (None, "not JSON")
+    assert parser.finalize()[0]["content"] == "b"
 
 
 def test_outputs_of_single_layers_are_captured_by_hooks(llama: Any) -> None:
