@@ -144,6 +144,7 @@ def test_what_is_forced_costs_no_trip(split: Any, grammars: Grammars, tokenizer:
         assert ask(StructuredOutputs(choice=("only",)), logprobs=2) == (5, 5)
 
 
+@pytest.mark.long
 def test_log_probabilities_and_prompts_that_are_scored(
     split: Any, unsplit: Any, grammars: Grammars, tokenizer: Any
 ) -> None:
@@ -231,6 +232,7 @@ def test_an_error_of_one_constraint_ends_one_request(
         assert [each.result(LATE) for each in generations] == wanted
 
 
+@pytest.mark.long
 def test_a_worker_that_goes_away(checkpoint: Path, unsplit: Any, grammars: Grammars, tokenizer: Any) -> None:
     wanted = [alone(unsplit, request) for request in asked(grammars, tokenizer)]
     with (
@@ -256,6 +258,7 @@ def test_a_worker_that_goes_away(checkpoint: Path, unsplit: Any, grammars: Gramm
                 other.stop()
 
 
+@pytest.mark.long
 def test_models_whose_positions_interact(tmp_path: Path, grammars: Grammars, tokenizer: Any) -> None:
     """Their tokens have to go one by one."""
     rope = {
