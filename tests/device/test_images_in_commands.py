@@ -210,6 +210,11 @@ def test_what_the_server_refuses(client: openai.OpenAI, pictures: list[Path], tm
         with pytest.raises(openai.BadRequestError, match=re.escape(message)) as caught:
             client.chat.completions.create(model="tiny", messages=asked(url, "what?"))
         assert caught.value.param == param, url
+    for field, value in (("reasoning_effort", "low"), ("chat_template_kwargs", {"enable_thinking": False})):
+        with pytest.raises(openai.BadRequestError, match=field):
+            client.chat.completions.create(
+                model="tiny", messages=asked(data_url(pictures[0]), "what?"), extra_body={field: value}
+            )
     with pytest.raises(openai.BadRequestError, match="only messages of the user have images"):
         client.chat.completions.create(
             model="tiny", messages=[{**asked(data_url(pictures[0]))[0], "role": "system"}, *asked("what?")]

@@ -57,14 +57,14 @@ class ChatTemplate(msgspec.Struct, frozen=True):
                 raise ConfigError(
                     "chat_template_kwargs have no effect: there is no chat template (see --chat-template)"
                 )
-            self._effort(frozenset())
+            self.effort_values(frozenset())
             return
         settable = self.variables(tokenizer)
         for name in self.kwargs:
             if name not in settable:
                 own = ", ".join(sorted(settable)) or "no variables that can be set"
                 raise ConfigError(f"chat_template_kwargs cannot set {name!r}: the chat template reads {own}")
-        self._effort(settable)
+        self.effort_values(settable)
 
     def variables(self, tokenizer: Any) -> frozenset[str]:
         """The variables that the template reads and that can be set. Raises ConfigError if it is not Jinja."""
@@ -102,7 +102,7 @@ class ChatTemplate(msgspec.Struct, frozen=True):
         except Exception as error:
             raise ConfigError(f"invalid chat template: {error}") from None
 
-    def _effort(self, settable: frozenset[str]) -> dict[str, Any]:
+    def effort_values(self, settable: frozenset[str]) -> dict[str, Any]:
         """The values of variables that stand for the effort. Raises UnsupportedField if the template reads none."""
         effort = self.reasoning_effort
         if effort is msgspec.UNSET:
@@ -134,7 +134,7 @@ class ChatTemplate(msgspec.Struct, frozen=True):
         Raises:
             ConfigError: the template refuses the conversation.
         """
-        kwargs = {**self._effort(self.variables(tokenizer)), **self.kwargs}
+        kwargs = {**self.effort_values(self.variables(tokenizer)), **self.kwargs}
 
         def render(conversation: Sequence[Mapping[str, Any]]) -> str:
             text: str = tokenizer.apply_chat_template(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 from transformers import AutoProcessor
 
@@ -62,9 +63,14 @@ def encode_with_images(
         template: another chat template, or values for its variables.
 
     Raises:
-        ConfigError: the processor or its chat template refuses the conversation, or it is not UTF-8.
+        ConfigError: the processor or its chat template refuses the conversation, or does not read a variable that
+            is set; or the conversation is not UTF-8.
     """
     check_messages(messages)
+    if template.text is None and isinstance(processor.chat_template, str):
+        # The processor's, which may be another one than the tokenizer's.
+        template = msgspec.structs.replace(template, text=processor.chat_template)
+    template.check(processor.tokenizer)
     conversation = [
         message | {"content": _parts(message["content"], [image for image in images if image.message == index])}
         for index, message in enumerate(messages)
@@ -78,6 +84,7 @@ def encode_with_images(
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
+            **template.effort_values(template.variables(processor.tokenizer)),
             **template.kwargs,
         )
     # Templates and processors are code and settings of the checkpoint, each with errors of its own.
