@@ -88,3 +88,7 @@ def _tokens_per_second(split: Any, generator: Any, sampled: bool) -> float:
     ]
     total = sum(len(generation.result()) for generation in generations)
     return total / (time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    main()
