@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx2
 import openai
+import pydantic
 import pytest
 
 import tiny
@@ -22,7 +23,8 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_tokenizer(tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny"))
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    return tiny.save_tokenizer(tiny.save("llama", directory, max_position_embeddings=2048))
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +254,61 @@ def test_an_error_names_the_field(responses: openai.OpenAI, fields: dict[str, An
     with pytest.raises(openai.BadRequestError) as refused:
         respond(responses, **fields)
     assert refused.value.param == param
+
+
+# --- what is the same in both ------------------------------------------------------------------------------
+
+#: Arguments of a tool, or a whole answer.
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"enum": [1, 2]}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+
+
+class Weather(pydantic.BaseModel):
+    city: Literal["Paris", "Rome"]
+    days: Literal[1, 2]
+
+
+def test_tools_of_a_message(client: httpx2.Client) -> None:
+    tools = [{"name": "weather", "description": "The weather", "input_schema": SCHEMA}]
+    for kind in ({"type": "any"}, {"type": "tool", "name": "weather"}):
+        choice = kind | {"disable_parallel_tool_use": True}
+        said = ask(client, tools=tools, tool_choice=choice, max_tokens=200).json()
+        (call,) = said["content"]
+        assert (said["stop_reason"], call["type"], call["name"]) == ("tool_use", "tool_use", "weather")
+        Weather.model_validate(call["input"])
+        found = events(client, tools=tools, tool_choice=choice, max_tokens=200)
+        arguments = "".join(data["delta"]["partial_json"] for name, data in found if name == "content_block_delta")
+        assert json.loads(arguments) == call["input"]
+        result = {"type": "tool_result", "tool_use_id": call["id"], "content": "Sunny"}
+        more = [*HELLO, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+        assert ask(client, messages=more, tools=tools).json()["content"]
+
+
+def test_tools_of_a_response(responses: openai.OpenAI) -> None:
+    tools: Any = [{"type": "function", "name": "weather", "parameters": SCHEMA, "strict": True}]
+    options: Any = {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+    options["max_output_tokens"] = 200
+    first = respond(responses, **options)
+    (call,) = first.output
+    assert (first.status, call.type, call.name) == ("completed", "function_call", "weather")
+    Weather.model_validate_json(call.arguments)
+    found = list(respond(responses, stream=True, **options))
+    deltas = [event.delta for event in found if event.type == "response.function_call_arguments.delta"]
+    assert "".join(deltas) == call.arguments
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny"}
+    assert respond(responses, previous_response_id=first.id, input=[output], tools=tools).output_text
+    patch = [{"type": "custom", "name": "patch", "description": "Takes a patch"}]
+    made = respond(responses, tools=patch, tool_choice="required", max_output_tokens=100).output[0]
+    assert (made.type, made.name) == ("custom_tool_call", "patch")
+
+
+def test_answers_of_a_schema(client: httpx2.Client, responses: openai.OpenAI) -> None:
+    parsed = responses.responses.parse(model="tiny", input="Hello", text_format=Weather, max_output_tokens=200)
+    assert isinstance(parsed.output_parsed, Weather)
+    format_ = {"type": "json_schema", "schema": SCHEMA}
+    (block,) = ask(client, output_config={"format": format_}, max_tokens=200).json()["content"]
+    Weather.model_validate_json(block["text"])
