@@ -698,6 +698,8 @@ def test_the_garbage_collector_may_close_sessions_in_any_thread(setting: Setting
 
         client.announcement = collecting  # type: ignore[method-assign]
         gc.disable()
+        # A collection of all that the tests have imported would hold up all threads longer than links wait.
+        gc.freeze()
         try:
             for _ in range(5):
                 session = client.open_session()
@@ -709,6 +711,7 @@ def test_the_garbage_collector_may_close_sessions_in_any_thread(setting: Setting
                 client.transport.announce()
             wait_until(lambda: len(worker._sessions) == 0)
         finally:
+            gc.unfreeze()
             gc.enable()
         assert not client._sessions
         run_steps(client, 3)
