@@ -15,8 +15,11 @@ CODEX = ROOT / ".venv-clients" / "node_modules" / ".bin" / "codex"
 
 @pytest.mark.skipif(not CODEX.exists(), reason="npm could not install @openai/codex")
 def test_codex(url: str, tmp_path: Path) -> None:
+    # Its own instructions and tools are longer than the model's 8,192 positions.
+    instructions = tmp_path / "instructions.md"
+    instructions.write_text("You answer in one sentence.")
     (tmp_path / "config.toml").write_text(
-        f'model = "{MODEL}"\nmodel_provider = "split"\n'
+        f'model = "{MODEL}"\nmodel_provider = "split"\nmodel_instructions_file = "{instructions}"\n'
         f'[model_providers.split]\nname = "split"\nbase_url = "{url}"\n'
         'env_key = "SPLIT_KEY"\nwire_api = "responses"\n'
     )

@@ -34,7 +34,7 @@ NAMED: Any = {"type": "function", "function": {"name": "weather"}}
 
 class Capital(BaseModel):
     country: Literal["France", "Spain"]
-    population: int
+    large: bool
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_tools(client: openai.OpenAI) -> None:
             model=MODEL, messages=HELLO, tools=[WEATHER], tool_choice=choice, max_tokens=100, temperature=0
         )
         assert answer.choices[0].finish_reason == "tool_calls"
-        (call,) = answer.choices[0].message.tool_calls or ()
+        call, *_ = answer.choices[0].message.tool_calls or ()
         assert call.type == "function"
         assert call.function.name == "weather"
         assert json.loads(call.function.arguments).keys() == {"city", "unit"}
