@@ -57,6 +57,32 @@ def conversation(generator: Generator, unsplit: Any, turns: int, seed: int = 1) 
     return seen
 
 
+def test_what_is_only_half_computed_is_not_kept(
+    fleet: tuple[Any, Worker], unsplit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = fleet
+    prompt = text(200)
+    with Generator(model) as generator:
+        tail = generator._tail
+        monkeypatch.setattr(tail.scheduler.budget, "tokens", lambda: 32)
+        begun = threading.Event()
+        forward = tail.forward
+
+        def forward_and_cancel() -> Any:
+            rows, outcomes = forward()
+            if rows and not outcomes and not begun.is_set():
+                begun.set()
+                cancelled.cancel()
+            return rows, outcomes
+
+        monkeypatch.setattr(tail, "forward", forward_and_cancel)
+        cancelled = generator.submit(Request(prompt, greedy(8)))
+        assert cancelled.result(LATE) == []
+        assert begun.is_set()
+        request = Request([*prompt[:150], 5, 6, 7], greedy(8))
+        assert generator.submit(request).result(LATE) == alone(unsplit, request)
+
+
 def test_each_turn_computes_what_is_new(fleet: tuple[Any, Worker], unsplit: Any) -> None:
     model, worker = fleet
     with Generator(model) as generator:

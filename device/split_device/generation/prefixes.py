@@ -192,6 +192,9 @@ class Prefixes:
             return False
         if not tokens == request.head_tokens == request.session.get_seq_length():
             return False
+        if any(sequence is not None and sequence.length != tokens for sequence in request.sequences):
+            # It ended between two parts of a step.
+            return False
         session = request.session.detach()
         if session is None:
             return False
