@@ -8,9 +8,11 @@ missing and changes nothing that is there.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import secrets
 import sqlite3
@@ -88,6 +90,8 @@ from split_device.jobs.job import (
 from split_device.jobs.store import Store
 from split_device.jobs.vault import Vault
 from split_device.models import sizes as parts
+from split_device.serving.openai.responses import store as responses
+from split_device.serving.openai.responses.store import ResponseStore, StoredResponse
 from split_device.sessions import dead_letters
 from split_device.sessions.dead_letters import DeadLetter
 from split_device.stress import report
@@ -527,6 +531,33 @@ def check_jobs(store: Store) -> None:
     assert store.claim(9, [PLAIN.model]) == []
 
 
+RESPONSES = [
+    StoredResponse(
+        id="resp_1", previous=None, input=[{"type": "message", "role": "user"}], response={"id": "resp_1"}
+    ),
+    StoredResponse(id="resp_2", previous="resp_1", input=[], response={"id": "resp_2", "output": []}),
+]
+
+
+def test_the_database_of_responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(tmp_path / "state"))
+    times = iter(range(1_750_000_000, 1_750_001_000))
+    path = tmp_path / "new" / "responses.db"
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: next(times) + 0.5)
+        store = ResponseStore(path=path)
+        for each in RESPONSES:
+            asyncio.run(store.put(each))
+        store.close()
+    golden = check_text("responses-version-1.sql", dump(path))
+    assert "user_version = 1;" in golden
+    old = ResponseStore(
+        path=restored("responses-version-1.sql", tmp_path / "old" / "responses.db"), max_age=math.inf
+    )
+    assert asyncio.run(old.chain("resp_2")) == RESPONSES
+    old.close()
+
+
 def test_tasks_and_pieces() -> None:
     """As the store keeps them, once it has opened what it sealed."""
     samples = {name: msgspec.msgpack.encode(task) for name, task in TASKS.items()}
@@ -655,7 +686,7 @@ def test_json_of_records() -> None:
 
 #: Modules whose structs travel or are stored.
 MODULES: tuple[ModuleType, ...] = (
-    *(headers, payloads, handshake, keys, manifest, dead_letters, jobs, hooks, batches, batch_lines),
+    *(headers, payloads, handshake, keys, manifest, dead_letters, jobs, hooks, batches, batch_lines, responses),
 )
 
 #: Structs of theirs that do neither.
@@ -663,7 +694,7 @@ NOT_STORED: set[type] = {headers.Header, payloads.Payload, jobs.Job, jobs.JobPro
 
 SAMPLES = (
     *(HEADERS, KEYED_HEADERS, REQUESTS, PLACED, REPLIES, ROSTER, MANIFEST, DEVICE.certificate, WORKER.certificate),
-    *(TASKS, ACTION, TextPiece([1], "one"), CALL_PIECE, LETTER, RECORD, FINISHED, ENTRY),
+    *(TASKS, RESPONSES, ACTION, TextPiece([1], "one"), CALL_PIECE, LETTER, RECORD, FINISHED, ENTRY),
     Hello(ROOT, [AEGIS.name], SERVICE, "bfloat16", 2, ["fork"]),
     Answer(ROOT, AEGIS.name, b"credentials", 2, ["fork"]),
     Credentials(b"certificate", bytes(64)),

@@ -20,11 +20,14 @@ from split_device.serving.anthropic.conversation import parse_conversation
 from split_device.serving.anthropic.requests import FIELDS as MESSAGES_FIELDS
 from split_device.serving.choices import Choice, ToolCallDelta
 from split_device.serving.fields import ApiError
+from split_device.serving.openai.chat import FIELDS as CHAT_FIELDS
+from split_device.serving.openai.image_requests import FIELDS as IMAGE_FIELDS
 from split_device.serving.openai.responses.answers import ResponseEvents, ResponseWriter
 from split_device.serving.openai.responses.items import parse_items
 from split_device.serving.openai.responses.requests import FIELDS as RESPONSES_FIELDS
 from split_device.serving.openai.responses.store import ResponseStore, StoredResponse
 from split_device.serving.openai.responses.tools import ToolNames, parse_tools
+from split_device.serving.openai.text import FIELDS as TEXT_FIELDS
 from split_device.serving.parts import Parts, whole
 
 DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
@@ -178,11 +181,25 @@ def test_tools_that_openai_runs_are_left_out() -> None:
         parse_tools([function], {"type": "function", "name": "h"}, True)
 
 
-@pytest.mark.parametrize(("section", "fields"), [("Responses", RESPONSES_FIELDS), ("Messages", MESSAGES_FIELDS)])
-def test_the_docs_name_every_field(section: str, fields: dict[str, str]) -> None:
-    text = DOCS.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (`.*?`) \| (used|ignored|refused) \|", text, re.MULTILINE)
-    assert {name: done for names, done in rows for name in re.findall("`(.*?)`", names)} == fields
+@pytest.mark.parametrize(
+    ("headings", "fields"),
+    [
+        (("Fields of both", "Fields of chats"), CHAT_FIELDS),
+        (("Fields of both", "Fields of texts"), TEXT_FIELDS),
+        (("Responses",), RESPONSES_FIELDS),
+        (("Messages",), MESSAGES_FIELDS),
+        (("Images",), IMAGE_FIELDS),
+    ],
+)
+def test_the_docs_name_every_field(headings: tuple[str, ...], fields: dict[str, str]) -> None:
+    sections = dict(re.findall(r"^##+ (.*)\n((?:(?!##).*\n?)*)", DOCS.read_text(), re.MULTILINE))
+    rows = [
+        (name, done)
+        for heading in headings
+        for names, done in re.findall(r"^\| (`.*?`) \| (\w+) \|", sections[heading], re.MULTILINE)
+        for name in re.findall("`(.*?)`", names)
+    ]
+    assert sorted(rows) == sorted(fields.items())
 
 
 def test_tools_of_a_namespace_keep_their_names() -> None:

@@ -9,7 +9,9 @@ from openai.types.chat import ChatCompletionMessage
 
 from split_device.jobs.job import Message, ModelChoice
 from split_device.serving.fields import ApiError
+from split_device.serving.openai.chat import FIELDS as CHAT_FIELDS
 from split_device.serving.openai.requests import parse
+from split_device.serving.openai.text import FIELDS as TEXT_FIELDS
 
 MODEL = ModelChoice(name="m")
 HELLO = {"role": "user", "content": "Hello"}
@@ -83,6 +85,26 @@ def test_an_unknown_field_is_named() -> None:
         chat([HELLO], colour="red")
     with pytest.raises(ApiError, match=r"^messages\[1\]\.colour: unknown field$"):
         chat([HELLO, {**HELLO, "colour": "red"}])
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "fields"),
+    [
+        ("chat", {"model": "m", "messages": [HELLO]}, CHAT_FIELDS),
+        ("text", {"model": "m", "prompt": "Hello"}, TEXT_FIELDS),
+    ],
+)
+def test_each_field_is_treated_as_it_says(kind: Any, body: dict[str, Any], fields: dict[str, str]) -> None:
+    plain = parse(kind, body, MODEL)
+    for name, done in fields.items():
+        odd = {**body, name: [{}]}
+        if done == "ignored":
+            assert parse(kind, odd, MODEL) == plain
+            continue
+        with pytest.raises(ApiError) as caught:
+            parse(kind, odd, MODEL)
+        assert (caught.value.code == "unsupported_parameter") == (done == "refused"), name
+        assert "unknown field" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`lambda-split serve`: an HTTP server for OpenAI's clients."""
+"""`lambda-split serve`: an HTTP server for OpenAI's and Anthropic's clients."""
 
 from __future__ import annotations
 
@@ -105,12 +105,12 @@ def serve(
     allowed_local_media_path: AllowedLocalMediaPathOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Serve split models to OpenAI's clients on this machine, many requests at once, until Ctrl-C or SIGTERM.
+    """Serve split models to OpenAI's and Anthropic's clients, many requests at once, until Ctrl-C or SIGTERM.
 
-    Offers OpenAI's /v1/chat/completions, /v1/completions, /v1/images/generations and /v1/models, Anthropic's
-    /v1/messages, vLLM's /tokenize, /detokenize and /version, /health and, at /, a page to chat in a browser. It
-    listens on this machine's loopback only: put a reverse proxy before it for others, and give its name with
-    --allowed-host.
+    Offers OpenAI's /v1/chat/completions, /v1/completions, /v1/responses, /v1/images/generations and /v1/models,
+    Anthropic's /v1/messages and /v1/messages/count_tokens, vLLM's /tokenize, /detokenize and /version, /health
+    and, at /, a page to chat in a browser. It listens on this machine's loopback only: put a reverse proxy before
+    it for others, and give its name with --allowed-host.
 
     Each --adapter is a model of its own name, beside the one without an adapter.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -76,6 +76,12 @@ def supported(
             raise ApiError(f"{path} is not supported", param=path, code="unsupported_parameter")
         fields.pop(name, None)
     return fields
+
+
+def treated(used: Iterable[str], ignored: Iterable[str], refused: Iterable[str]) -> dict[str, str]:
+    """What is done with each field of a body: "used", "ignored" or "refused"."""
+    kinds = {"used": used, "ignored": ignored, "refused": refused}
+    return {name: done for done, names in kinds.items() for name in sorted(names)}
 
 
 def convert(fields: dict[str, Any], type_: type[_T], where: str = "") -> _T:

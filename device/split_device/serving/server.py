@@ -1,4 +1,4 @@
-"""An HTTP server for OpenAI's clients: completions by one split language model, images by one split image model."""
+"""An HTTP server for OpenAI's and Anthropic's clients: texts by one language model, images by one image model."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from split_device.generation.structured import StructuredOutputs
 from split_device.generation.tools import NamedTool, Tool, ToolChoice, ToolUse
 from split_device.jobs.job import Task
 from split_device.serving.anthropic.conversation import parse_conversation
-from split_device.serving.fields import ApiError, convert, present, supported
+from split_device.serving.fields import ApiError, convert, present, supported, treated
 from split_device.serving.openai.tools import MAX_TOOLS, check_names
 from split_device.serving.text_model import TextModel
 from split_device.serving.thinking import thinking_kwargs
@@ -88,12 +88,8 @@ class _Body(_Counted, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stream: bool = False
 
 
-#: What is done with each field: "used", "ignored" or "refused".
-FIELDS: dict[str, str] = (
-    dict.fromkeys(_Body.__struct_fields__, "used")
-    | dict.fromkeys(sorted(IGNORED), "ignored")
-    | dict.fromkeys(NEUTRAL, "refused")
-)
+#: What is done with each field.
+FIELDS = treated(_Body.__struct_fields__, IGNORED, NEUTRAL)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling
 from split_device.generation.tools import ToolUse
 from split_device.jobs.job import Message, ModelChoice, Task
-from split_device.serving.fields import ApiError, convert
-from split_device.serving.openai.bodies import Body, choices, fields_of
+from split_device.serving.fields import ApiError, convert, treated
+from split_device.serving.openai.bodies import IGNORED, NEUTRAL, Body, choices, fields_of
 from split_device.serving.openai.messages import parse_messages
 from split_device.serving.openai.query import CompletionQuery
+from split_device.serving.openai.structured import FIELDS as STRUCTURED_FIELDS
 from split_device.serving.openai.structured import take_structured
+from split_device.serving.openai.tools import FIELDS as TOOL_FIELDS
 from split_device.serving.openai.tools import take_tools
 
 #: `max_tokens` of a chat without a limit: generation ends with the model's positions.
@@ -60,6 +62,10 @@ class ChatBody(Body, frozen=True, kw_only=True):
         last = self.messages[-1]
         begun = last.role == "assistant" and bool(last.content) and not last.tool_calls
         return begun and self.add_generation_prompt is not True
+
+
+#: What is done with each field.
+FIELDS = treated({*ChatBody.__struct_fields__, *TOOL_FIELDS, *STRUCTURED_FIELDS} - {"tool_use"}, IGNORED, NEUTRAL)
 
 
 def parse_chat(body: object, model: ModelChoice, defaults: Sampling, template: ChatTemplate) -> CompletionQuery:

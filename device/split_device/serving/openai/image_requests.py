@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from split_device.generation.settings import nth_seed
 from split_device.images.settings import ImageSettings, parse_pixels
-from split_device.serving.fields import convert, supported
+from split_device.serving.fields import convert, supported, treated
 
 #: The path of requests for images.
 IMAGE_PATH = "/v1/images/generations"
@@ -58,6 +58,10 @@ class ImageBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if seed is None:
             return [settings] * self.n
         return [dataclasses.replace(settings, seed=nth_seed(seed, index)) for index in range(self.n)]
+
+
+#: What is done with each field.
+FIELDS = treated(ImageBody.__struct_fields__, _IGNORED, _NEUTRAL)
 
 
 def parse_image(body: object) -> ImageBody:

@@ -9,9 +9,10 @@ from msgspec import UNSET, Meta
 
 from split_device.generation.settings import Sampling
 from split_device.jobs.job import ModelChoice, Task
-from split_device.serving.fields import ApiError, convert
-from split_device.serving.openai.bodies import MAX_CHOICES, Body, choices, fields_of
+from split_device.serving.fields import ApiError, convert, treated
+from split_device.serving.openai.bodies import IGNORED, MAX_CHOICES, NEUTRAL, Body, choices, fields_of
 from split_device.serving.openai.query import CompletionQuery
+from split_device.serving.openai.structured import FIELDS as STRUCTURED_FIELDS
 from split_device.serving.openai.structured import take_structured
 
 #: `max_tokens` of a text completion without a limit, as in OpenAI's API.
@@ -37,6 +38,10 @@ class TextBody(Body, frozen=True, kw_only=True):
             raise ApiError("best_of must be at least n", param="best_of")
         if self.stream and self.best_of > (self.n or 1):
             raise ApiError("best_of is chosen from whole answers: it cannot be streamed", param="best_of")
+
+
+#: What is done with each field.
+FIELDS = treated({*TextBody.__struct_fields__, *STRUCTURED_FIELDS}, IGNORED, NEUTRAL)
 
 
 def parse_text(body: object, model: ModelChoice, defaults: Sampling) -> CompletionQuery:

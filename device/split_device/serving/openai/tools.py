@@ -11,6 +11,9 @@ import msgspec
 from split_device.generation.tools import NamedTool, Tool, ToolChoice, ToolUse
 from split_device.serving.fields import ApiError, convert, present, supported
 
+#: The fields of a chat's body.
+FIELDS = ("tools", "tool_choice", "parallel_tool_calls")
+
 #: Most tools of a request.
 MAX_TOOLS = 512
 
@@ -31,7 +34,7 @@ def take_tools(fields: dict[str, Any]) -> dict[str, Any]:
         ApiError: one of them is wrong, or not supported.
     """
     left = dict(fields)
-    given = {name: left.pop(name, None) for name in ("tools", "tool_choice", "parallel_tool_calls")}
+    given = {name: left.pop(name, None) for name in FIELDS}
     if "tool_use" in left:
         raise ApiError("tool_use: unknown field")
     tools = parse_tools(given["tools"])

@@ -12,7 +12,7 @@ from msgspec import Meta
 from split_device.generation.settings import Sampling
 from split_device.generation.structured import StructuredOutputs
 from split_device.jobs.job import Message, Task
-from split_device.serving.fields import ApiError, convert, present, supported
+from split_device.serving.fields import ApiError, convert, present, supported, treated
 from split_device.serving.openai.chat import UNLIMITED
 from split_device.serving.openai.responses.items import as_items, parse_items
 from split_device.serving.openai.responses.tools import ToolNames, parse_tools
@@ -91,12 +91,8 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-#: What is done with each field: "used", "ignored" or "refused".
-FIELDS: dict[str, str] = (
-    dict.fromkeys(_Body.__struct_fields__, "used")
-    | dict.fromkeys(sorted(IGNORED), "ignored")
-    | dict.fromkeys(NEUTRAL, "refused")
-)
+#: What is done with each field.
+FIELDS = treated(_Body.__struct_fields__, IGNORED, NEUTRAL)
 
 
 @dataclass(frozen=True)
