@@ -177,7 +177,7 @@ class NoWorker(SplitError):
 
 
 class Busy(SplitError):
-    """Every worker of this model is full; try again after `retry_after` seconds."""
+    """Every worker of this model is full, or this machine is; try again after `retry_after` seconds."""
 
     retry_after: float
 

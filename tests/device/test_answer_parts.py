@@ -77,6 +77,26 @@ def test_pieces_come_to_the_same_parts() -> None:
         assert "".join(event.text for event in own) == part.text
 
 
+def test_the_rest_of_a_call_comes_before_text_that_follows_it() -> None:
+    begun = Choice("", 1, None, tool_calls=(ToolCallDelta(0, '{"x":', "call_a", "f"),))
+    parts, _ = happened([begun, Choice("done", 1, "stop", tool_calls=(ToolCallDelta(0, " 1}"),))])
+    assert [(part.kind, part.text, part.call_id) for part in parts.parts] == [
+        ("call", '{"x": 1}', "call_a"),
+        ("text", "done", ""),
+    ]
+
+
+def test_a_call_that_is_cut_off_is_not_completed() -> None:
+    cut_off = Choice("", 1, "length", tool_calls=(ToolCallDelta(0, '{"x":', "call_a", "f"),))
+    parts, events = happened([cut_off])
+    writer = ResponseWriter("1", 0, {}, ToolNames(), 3)
+    streamed = ResponseEvents(writer)
+    written = [data for event in events for data in streamed.part(event)]
+    assert written[-1]["type"] == "response.output_item.done"
+    assert written[-1]["item"] == writer.response(parts)["output"][0]
+    assert written[-1]["item"]["status"] == "incomplete"
+
+
 def test_blocks() -> None:
     parts, events = happened(PIECES)
     said = message("1", "m", 10, whole(WHOLE), cached=4)

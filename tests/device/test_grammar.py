@@ -15,13 +15,14 @@ import torch
 from transformers import AutoTokenizer
 
 from grammar_walk import walk
-from split_common.errors import ConfigError, UnsupportedFeature
+from split_common.errors import Busy, ConfigError, UnsupportedFeature
 from split_device.generation import grammar
 from split_device.generation.constraint import ConstraintProcessor, GrammarConstraint, Grammars
 from split_device.generation.grammar import grammar_of
 from split_device.generation.structured import MAX_SOURCE, StructuredOutputs
 from split_device.generation.tagged import Tag, tagged
 from tiny import VOCABULARY, save_tokenizer
+from wiretap import wait_until
 
 CUSTOMER = {
     "type": "object",
@@ -258,6 +259,16 @@ def test_others_are_compiled_beside_one_that_takes_long(
     assert grammars.compile(StructuredOutputs(regex="slow")) is slow
     gate.touch()
     assert slow.result(60)
+
+
+def test_a_busy_machine_is_not_remembered(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    structured = StructuredOutputs(regex="later")
+    with monkeypatch.context() as patched:
+        patched.setattr(grammar, "STUCK_SECONDS", 0.0)
+        with pytest.raises(Busy):
+            grammars.compile(structured).result(60)
+    wait_until(lambda: structured.source() not in grammars._kept)
+    assert grammars.compile(structured).result(60)
 
 
 def test_the_largest_source_is_bounded() -> None:

@@ -22,9 +22,13 @@ from fleet import serving_here
 from split_common.system.process import running_command
 from split_device import Connection, Limits
 from split_device.cli.doctor_model import model_findings
+from split_device.jobs.job import Message, MessageImage, ModelChoice, Task
+from split_device.jobs.message_images import MAX_IMAGES
 from split_device.jobs.models import Models
 from split_device.jobs.runner import JobRunner
 from split_device.jobs.store import Store, store_path
+from split_device.serving import media
+from split_device.serving.fields import ApiError
 
 Model = Any
 
@@ -187,6 +191,29 @@ def test_the_server(client: openai.OpenAI, unsplit: Unsplit, pictures: list[Path
     assert plain.choices[0].message.content == unsplit.say([text("what?")])
 
 
+def test_a_file_is_read_once_and_images_are_bounded(pictures: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def digest(path: Path) -> str:
+        read.append(path)
+        return "00" * 32
+
+    monkeypatch.setattr(media, "file_digest", digest)
+
+    def task(images: int) -> Task:
+        image = MessageImage(at=0, path=str(pictures[0]))
+        return Task(model=ModelChoice(name="m"), prompt=(Message("user", "?", images=(image,) * images),))
+
+    directories = media.media_directories([pictures[0].parent])
+    (message,) = media.with_local_files(task(MAX_IMAGES), directories).prompt
+    assert isinstance(message, Message)
+    assert isinstance(message.images, tuple)
+    assert len(message.images) == MAX_IMAGES
+    assert read == [pictures[0].resolve()]
+    with pytest.raises(ApiError, match="more than 256 images"):
+        media.with_local_files(task(MAX_IMAGES + 1), directories)
+
+
 def test_what_the_server_refuses(client: openai.OpenAI, pictures: list[Path], tmp_path: Path) -> None:
     """Nothing is fetched, and no file is read that is not allowed; no image is decoded that is too large."""
     elsewhere = tmp_path / "one.png"
@@ -199,6 +226,8 @@ def test_what_the_server_refuses(client: openai.OpenAI, pictures: list[Path], tm
         ("http://localhost/one.png", "'http' URLs are not fetched", f"{where}[0].image_url.url"),
         ("ftp://localhost/one.png", "'ftp' URLs are not fetched", f"{where}[0].image_url.url"),
         ("file://elsewhere/one.png", "'file' URLs are not fetched", f"{where}[0].image_url.url"),
+        ("file://[x", "'file' URLs are not fetched", f"{where}[0].image_url.url"),
+        (f"{pictures[0].as_uri()}?x", "'file' URLs are not fetched", f"{where}[0].image_url.url"),
         ("data:image/png;base64,?", "invalid base64", f"{where}[0].image_url.url"),
         ("data:image/png;base64,aGVsbG8=", "cannot be read as an image", None),
         (bomb, "expected 50,331,648 at most", None),

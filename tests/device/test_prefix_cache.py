@@ -16,6 +16,7 @@ import tiny
 from fleet import joined, running_broker, split_model, start_worker
 from split_device import SplitModelForCausalLM
 from split_device.generation.generator import Generator, Request
+from split_device.sessions.history import History
 from split_worker.limits import WorkerLimits
 from split_worker.worker import Worker
 from wiretap import LATE, wait_until
@@ -81,6 +82,27 @@ def test_what_is_only_half_computed_is_not_kept(
         assert begun.is_set()
         request = Request([*prompt[:150], 5, 6, 7], greedy(8))
         assert generator.submit(request).result(LATE) == alone(unsplit, request)
+
+
+def test_a_lost_history_keeps_nobody_waiting_and_nothing_open(
+    fleet: tuple[Any, Worker], unsplit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full: other requests cannot begin with what a request holds, and no worker is to keep it."""
+    model, worker = fleet
+    monkeypatch.setattr(History, "is_lost", True)
+    before = worker.facts()["sessions"]
+    with Generator(model) as generator:
+        shared = text(60, 9)
+        first, second = (Request([*shared, last], greedy(tokens)) for last, tokens in ((5, 40), (6, 2)))
+        order: list[str] = []
+        generations = [
+            generator.submit(request, lambda *_, name=name: order.append(name))
+            for request, name in ((first, "first"), (second, "second"))
+        ]
+        for request, generation in zip((first, second), generations, strict=True):
+            assert generation.result(LATE) == alone(unsplit, request)
+        assert order.index("second") < 30
+    wait_until(lambda: worker.facts()["sessions"] <= before)
 
 
 def test_each_turn_computes_what_is_new(fleet: tuple[Any, Worker], unsplit: Any) -> None:

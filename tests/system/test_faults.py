@@ -45,7 +45,8 @@ from split_common.trust import keys as keys_module
 from split_common.trust.fleet import load_fleet
 from split_common.trust.keys import ModelScope
 from split_device import SplitModelForCausalLM
-from split_device.models.cache import SessionCacheLayer, StepContext
+from split_device.models.cache import SessionCacheLayer
+from split_device.models.prepared import StepContext
 from split_device.models.traits import Traits
 from split_device.sessions import channels as channels_module
 from split_device.sessions import session as session_module

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from simulation import FAULTS, PRIME, World, link_of, mixed, outcome
 from split_common.errors import NoWorker
 from split_common.trust.fleet import Fleet
-from split_device.models.cache import SessionCacheLayer, StepContext
+from split_device.models.cache import SessionCacheLayer
+from split_device.models.prepared import StepContext
 from split_device.models.traits import Traits
 
 #: Sequences in one test.

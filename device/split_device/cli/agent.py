@@ -16,7 +16,7 @@ from split_common.cli.options import JsonOption, given_words, old_name
 from split_common.errors import AgentError, ConfigError
 from split_common.system.console import doing, emit_json, stderr
 from split_common.system.lock import Held, holding
-from split_common.system.process import passive_threads
+from split_common.system.process import allow_many_files, passive_threads
 from split_common.system.signals import catch_sigterm
 from split_device.batches.finish import prune as prune_batches
 from split_device.cli.batches import all_batches, print_batches
@@ -74,6 +74,7 @@ def run(
             stderr.print(f"agent {os.getpid()} runs the jobs of {store.path}; {resumed} resume", soft_wrap=True)
             waits.over()
             connection = dataclasses.replace(connection, on_notice=waits.say)
+            allow_many_files()
             with Models(connection, limits, hardware) as models:
                 batches = DetachedBatches(models, give_up, store_key)
                 runner = JobRunner(store, models, give_up, waits.say, waits.over)

@@ -16,6 +16,7 @@ import typer
 from split_common.errors import ConfigError
 from split_common.system.console import emit_json, stderr
 from split_common.system.outputs import check_absent, is_stream
+from split_common.system.process import allow_many_files
 from split_common.system.signals import delay_signals
 from split_device.batches.finish import finish
 from split_device.batches.parsing import parsed
@@ -200,6 +201,7 @@ def _run_jobs(
     directory = record.output_dir
     pictures = None if directory is None else Pictures(Path(directory), begun.plan, store)
     with batch_progress(mode, begun.place.name, record.jobs, store.generated) as advance:
+        allow_many_files()
         with Models(with_notices(connection), limits, hardware) as models:
             runner = JobRunner(store, models, give_up, print_notice)
             try:

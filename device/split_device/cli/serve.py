@@ -17,7 +17,7 @@ from split_common.errors import ConfigError
 from split_common.models.adapters import parse_adapters
 from split_common.models.checkpoint_files import model_name
 from split_common.system.console import emit_json, stderr
-from split_common.system.process import passive_threads
+from split_common.system.process import allow_many_files, passive_threads
 from split_common.system.signals import catch_sigterm, wait_until_set
 from split_common.system.text import check_text
 from split_device.cli.groups import (
@@ -155,6 +155,7 @@ def serve(
             from split_device.serving.server import CompletionServer
             from split_device.serving.text_model import TextModel
 
+            allow_many_files()
             models = stack.enter_context(Models(connection, limits, hardware))
             text = (
                 TextModel(models.get(choice), choice, name, defaults, template, aliases=served[1:], media=media)

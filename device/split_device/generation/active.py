@@ -13,7 +13,8 @@ from split_common.engine.sequences import KVSequence
 from split_device.generation.placing import PlacedPrompt, Placement
 from split_device.generation.request import Generation
 from split_device.generation.sampling import Sampler
-from split_device.models.cache import SessionCacheLayer, StepContext
+from split_device.models.cache import SessionCacheLayer
+from split_device.models.prepared import StepContext
 from split_device.sessions.prefix import SessionPrefix
 
 #: The outcome of a step: states `[tokens, width]`, or an error.

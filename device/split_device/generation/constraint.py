@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from split_common.errors import ConfigError, UnsupportedFeature
+from split_common.errors import Busy, ConfigError, UnsupportedFeature
 from split_device.generation.grammar import KEPT, grammar_of
 from split_device.generation.grammar_tokenizer import grammar_tokenizer
 from split_device.generation.penalties import ConstraintMask
@@ -130,7 +130,15 @@ class Grammars:
             self._kept[key] = future = self._compiling.submit(self._compiled, structured)
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
-            return future
+        future.add_done_callback(lambda done: self._forget_if_busy(key, done))
+        return future
+
+    def _forget_if_busy(self, key: Source, done: Future[LLMatcher]) -> None:
+        """Another request may find the machine less busy."""
+        if isinstance(done.exception(), Busy):
+            with self._lock:
+                if self._kept.get(key) is done:
+                    del self._kept[key]
 
     def constraint(self, structured: StructuredOutputs) -> GrammarConstraint:
         """A constraint for one answer. Waits for its grammar. Raises what the future of `compile` raises."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from split_common.errors import ConfigError, UnsupportedFeature
+from split_common.errors import Busy, ConfigError, UnsupportedFeature
 from split_device.generation.structured import Source, StructuredOutputs
 
 #: Most seconds of CPU time that a grammar takes to compile.
@@ -40,6 +41,9 @@ _UNSUPPORTED = (
     ),
 )
 
+#: The variables that the process that compiles is given.
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "LANG", "LC_ALL", "TMPDIR")
+
 #: Most characters of what the compiler says that are passed on.
 _MAX_ERROR = 400
 
@@ -55,6 +59,7 @@ def grammar_of(structured: StructuredOutputs) -> str:
     Raises:
         ConfigError: the constraint is not one, no text fits it, or it takes too much time or memory to compile.
         UnsupportedFeature: a keyword of a schema, named in the message, cannot be enforced.
+        Busy: this machine has no room for the process that compiles.
     """
     checked = _checked(structured.source())
     if not checked.error:
@@ -67,7 +72,7 @@ def grammar_of(structured: StructuredOutputs) -> str:
 
 @functools.lru_cache(KEPT)
 def _checked(source: Source) -> _Checked:
-    """What the process that compiles says of a constraint."""
+    """What the process that compiles says of a constraint. Raises Busy if it could not, which is not kept."""
     request = {"kind": source.kind, "text": source.text, "seconds": COMPILE_SECONDS}
     try:
         done = subprocess.run(
@@ -75,13 +80,17 @@ def _checked(source: Source) -> _Checked:
             input=msgspec.json.encode(request),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            # It may be broken by what it compiles, so it knows no secrets.
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
             timeout=STUCK_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return _Checked(error="the machine is too busy to compile it")
+        raise Busy("structured outputs: the machine is too busy to compile the grammar") from None
     except OSError as error:
-        return _Checked(error=f"no process can be started to compile it: {error.strerror}")
+        raise Busy(f"structured outputs: no process can be started to compile: {error.strerror}") from None
+    if done.returncode == -signal.SIGKILL:
+        raise Busy("structured outputs: the process that compiles the grammar was killed")
     if done.returncode == -signal.SIGPROF:
         return _Checked(error=f"it takes longer than {COMPILE_SECONDS:g} s to compile")
     if done.returncode:

@@ -165,6 +165,9 @@ class Prefixes:
         """A request's prompt is through, or a part of it. Returns the requests that have waited and may enter."""
         if request in self._running and not self._whole:
             request.prefix = request.session.prefix()
+            if request.prefix is None:
+                # Nobody can begin with it, so nobody is to wait for it.
+                del self._running[request]
         return self._release(request)
 
     def ended(self, request: ActiveRequest, keep: bool) -> tuple[bool, list[ActiveRequest]]:

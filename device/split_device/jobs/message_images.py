@@ -13,6 +13,9 @@ from split_device.generation.shown_images import ShownImage
 from split_device.images.files import file_digest, read_prompt_image
 from split_device.jobs.job import Message, MessageImage
 
+#: Most images of a conversation.
+MAX_IMAGES = 256
+
 #: Most pixels of all images of a conversation. Decoded, they take 576 MiB.
 MAX_PIXELS = 192 * 1024**2
 
@@ -24,16 +27,23 @@ def image_file(path: Path, at: int = 0) -> MessageImage:
     return MessageImage(at=at, path=str(path), sha256=file_digest(path))
 
 
+def count_images(messages: Sequence[Message]) -> int:
+    return sum(1 for _ in _images(messages))
+
+
 def has_images(messages: Sequence[Message]) -> bool:
-    return any(message.images for message in messages if message.images is not msgspec.UNSET)
+    return count_images(messages) > 0
 
 
 def shown_images(messages: Sequence[Message]) -> list[ShownImage]:
     """The images of a conversation, decoded.
 
     Raises:
-        ConfigError: one cannot be read, or has too many pixels, or its file has changed since it was referred to.
+        ConfigError: there are too many, or one cannot be read, or has too many pixels, or its file has changed
+            since it was referred to.
     """
+    if count_images(messages) > MAX_IMAGES:
+        raise ConfigError(f"this conversation has more than {MAX_IMAGES} images: show fewer")
     shown: list[ShownImage] = []
     pixels = 0
     for index, image in _images(messages):

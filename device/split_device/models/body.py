@@ -19,10 +19,11 @@ from split_common.models.layer_stack import PassThrough
 from split_common.models.split import Split
 from split_device.models.adapters import ModelAdapters
 from split_device.models.body_layer import BodyLayer
-from split_device.models.cache import SessionCacheLayer, StepContext
+from split_device.models.cache import SessionCacheLayer
 from split_device.models.connected import refuse_gradients
 from split_device.models.context import CallContext
 from split_device.models.outputs import record
+from split_device.models.prepared import StepContext
 from split_device.models.stand_ins import OnWorker, outline
 from split_device.models.traits import Traits
 from split_device.sessions.client import Client

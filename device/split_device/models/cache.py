@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from split_common.errors import UnsupportedFeature
-from split_common.models.cache_layers import States
 from split_common.models.tensors import raw_bytes, to_bytes
 from split_common.protocol import payloads
 from split_device.models.body_layer import BodyLayer
+from split_device.models.prepared import PreparedStep, StepContext
 from split_device.models.traits import Traits
 from split_device.sessions.chunks import ChunkRequest, cut
 from split_device.sessions.client import Client
@@ -36,41 +35,6 @@ CHUNK_BYTES = 1024 * 1024
 
 #: Most chunks of history that travel to a new worker at once.
 REPLAY_WINDOW = 8
-
-
-@dataclass
-class StepContext:
-    """Arguments of the layers' owner that its layers do not see, and the step's timings so far."""
-
-    #: The attention mask `[batch, cached and new tokens]`, zero for padding; None without padding.
-    mask: torch.Tensor | None = None
-    #: Position ids, int64 `[batch or 1, new tokens]`, or the same for each axis, `[axes, batch or 1, new tokens]`;
-    #: None for those that follow the cached columns.
-    positions: torch.Tensor | None = None
-    #: How many of the tokens after it each token attends to, int64 `[batch, new tokens]`; None for none.
-    ahead: torch.Tensor | None = None
-    timings: StepTimings = field(default_factory=StepTimings)
-    #: The states of the head's cache layers before the step, by the layer's index.
-    head_states: dict[int, States] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class PreparedStep:
-    """A step as it travels, and how its output is put in place."""
-
-    #: Hidden states `[batch, tokens, width]`.
-    hidden: torch.Tensor
-    #: Their places (`split_device.sessions.places`), on the CPU.
-    places: torch.Tensor
-    #: Which columns hold tokens after the step, bool `[batch, columns]`.
-    columns: torch.Tensor
-    #: Which of the new tokens travel, bool `[batch, tokens]`; None for all.
-    sent: torch.Tensor | None
-    #: The rows that travel, and for each row the index of its equal in this list; None if all rows travel.
-    copies: tuple[list[int], list[int]] | None
-    #: Empty if all tokens are padding.
-    requests: list[ChunkRequest]
-    timings: StepTimings
 
 
 class SessionCacheLayer(BodyLayer):
@@ -169,6 +133,8 @@ class SessionCacheLayer(BodyLayer):
 
     def detach(self) -> SessionPrefix | None:
         """What the session holds now. Its worker keeps that, and the session begins anew; None if it does not."""
+        if self._history.is_lost:
+            return None
         prefix = self._as_prefix(self._session.detach())
         if prefix is not None:
             self.reset()

@@ -28,10 +28,10 @@ from split_common.models.verification import find_manifest
 from split_device.models.adapters import AdapterDirectories, ModelAdapters, WithAdapters, adapter_directories
 from split_device.models.additions import check_additions
 from split_device.models.body import Generating, RemoteBody, RemoteLayer, forwarding, generating
-from split_device.models.cache import StepContext
 from split_device.models.connected import ConnectedModel, Endpoint
 from split_device.models.masks import plain_mask
 from split_device.models.outputs import PARTIAL, REFUSED, refuse_outputs
+from split_device.models.prepared import StepContext
 from split_device.models.traits import Traits, attends, has_states_outside, sees_gaps
 from split_device.sessions.client import Client
 from split_device.sessions.connection import Connection

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -15,6 +16,7 @@ from split_common.errors import ConfigError
 from split_common.system.files import user_path
 from split_device.images.files import file_digest
 from split_device.jobs.job import Message, MessageImage, Task
+from split_device.jobs.message_images import MAX_IMAGES, count_images
 from split_device.serving.fields import ApiError
 
 #: Most bytes of an image's file.
@@ -35,8 +37,7 @@ def parse_image_url(url: str, at: int, where: str) -> MessageImage:
     """
     if found := re.match(r"data:[^,;]*(;[^,;]*)*?;base64,", url, re.IGNORECASE):
         return MessageImage(at=at, data=image_data(url[found.end() :], where))
-    parsed = urlsplit(url) if url.lower().startswith("file:") else None
-    if parsed is None or parsed.netloc not in ("", "localhost") or not parsed.path.startswith("/"):
+    if (path := _file_path(url)) is None:
         scheme = url.partition(":")[0][:20]
         raise ApiError(
             f"{where}: {scheme!r} URLs are not fetched: send the image itself (data:image/png;base64,…), or name a "
@@ -44,7 +45,17 @@ def parse_image_url(url: str, at: int, where: str) -> MessageImage:
             param=where,
             code="unsupported_parameter",
         )
-    return MessageImage(at=at, path=unquote(parsed.path))
+    return MessageImage(at=at, path=path)
+
+
+def _file_path(url: str) -> str | None:
+    """The path of a URL of a file on this machine; None if it is another URL."""
+    try:
+        parsed = urlsplit(url)
+    except ValueError:
+        return None
+    local = parsed.scheme == "file" and parsed.netloc in ("", "localhost") and parsed.path.startswith("/")
+    return unquote(parsed.path) if local and not parsed.query and not parsed.fragment else None
 
 
 def image_data(text: str, where: str) -> bytes:
@@ -68,25 +79,32 @@ def media_directories(paths: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def with_local_files(task: Task, directories: Sequence[Path]) -> Task:
-    """A task whose images in files have the SHA-256 of their content. It reads the files.
+    """A task whose images in files have the SHA-256 of their content. It reads each file once.
 
     Raises:
-        ApiError: a file is not below one of the directories, or cannot be read.
+        ApiError: a file is not below one of the directories, or cannot be read; or there are too many images.
     """
     if isinstance(task.prompt, str):
         return task
-    messages = tuple(_with_files(each, directories, f"messages[{i}]") for i, each in enumerate(task.prompt))
+    if count_images(task.prompt) > MAX_IMAGES:
+        raise ApiError(f"the conversation has more than {MAX_IMAGES} images: show fewer", param="messages")
+    digest = functools.cache(file_digest)
+    messages = tuple(_with_files(each, directories, digest, f"messages[{i}]") for i, each in enumerate(task.prompt))
     return msgspec.structs.replace(task, prompt=messages) if messages != task.prompt else task
 
 
-def _with_files(message: Message, directories: Sequence[Path], where: str) -> Message:
+def _with_files(
+    message: Message, directories: Sequence[Path], digest: Callable[[Path], str], where: str
+) -> Message:
     if isinstance(message.images, msgspec.UnsetType):
         return message
-    images = tuple(_with_digest(image, directories, f"{where}.content") for image in message.images)
+    images = tuple(_with_digest(image, directories, digest, f"{where}.content") for image in message.images)
     return msgspec.structs.replace(message, images=images)
 
 
-def _with_digest(image: MessageImage, directories: Sequence[Path], where: str) -> MessageImage:
+def _with_digest(
+    image: MessageImage, directories: Sequence[Path], digest: Callable[[Path], str], where: str
+) -> MessageImage:
     if isinstance(image.path, msgspec.UnsetType):
         return image
     if not directories:
@@ -102,6 +120,6 @@ def _with_digest(image: MessageImage, directories: Sequence[Path], where: str) -
     try:
         if not path.is_file() or path.stat().st_size > MAX_IMAGE_BYTES:
             raise ApiError(f"{where}: not a file, or of more than {MAX_IMAGE_BYTES:,} bytes", param=where)
-        return msgspec.structs.replace(image, path=str(path), sha256=file_digest(path))
+        return msgspec.structs.replace(image, path=str(path), sha256=digest(path))
     except (OSError, ConfigError):
         raise ApiError(f"{where}: the file cannot be read", param=where) from None

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from split_device.serving.choices import Choice, TokenLogprobs
+from split_device.serving.choices import Choice, TokenLogprobs, ToolCallDelta
 
 PartKind = Literal["reasoning", "text", "call"]
 
@@ -34,12 +34,15 @@ class PartEvent:
     part: Part
     text: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    #: Whether it ends because the answer was cut off.
+    cut_off: bool = False
 
 
 class Parts:
     """Puts the pieces of one choice together to parts.
 
-    What the model thought comes before the text of the same piece, and calls after it.
+    What the model thought comes before the text of the same piece, and calls after it, but for the rest of a call
+    that has begun.
     """
 
     def __init__(self) -> None:
@@ -53,15 +56,22 @@ class Parts:
     def push(self, piece: Choice) -> Iterator[PartEvent]:
         """Adds a piece. Yields what it does to the parts."""
         self.tokens += piece.tokens
+        rest = [call for call in piece.tool_calls if self._is_open(call)]
+        for call in rest:
+            yield from self._grow("call", call.arguments, None, call.index)
         if piece.reasoning:
             yield from self._grow("reasoning", piece.reasoning)
         if piece.text:
             yield from self._grow("text", piece.text, piece.logprobs)
         for call in piece.tool_calls:
-            yield from self._grow("call", call.arguments, None, call.index, call.id, call.name)
+            if call not in rest:
+                yield from self._grow("call", call.arguments, None, call.index, call.id, call.name)
         if piece.finish_reason is not None:
             self.finish_reason, self.stop_text = piece.finish_reason, piece.stop_text
-            yield from self._close()
+            yield from self._close(piece.finish_reason not in ("stop", "tool_calls"))
+
+    def _is_open(self, call: ToolCallDelta) -> bool:
+        return self._open is not None and (self._open.kind, self._open.call) == ("call", call.index)
 
     def _grow(
         self,
@@ -82,9 +92,9 @@ class Parts:
         if text:
             yield PartEvent("grow", self._open, text, logprobs or [])
 
-    def _close(self) -> Iterator[PartEvent]:
+    def _close(self, cut_off: bool = False) -> Iterator[PartEvent]:
         if self._open is not None:
-            yield PartEvent("end", self._open)
+            yield PartEvent("end", self._open, cut_off=cut_off)
         self._open = None
 
 

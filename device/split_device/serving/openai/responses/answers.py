@@ -127,7 +127,8 @@ class ResponseEvents:
                 yield from self._delta(happened, inner)
             case "end":
                 yield from self._done(part, inner)
-                yield self._event("response.output_item.done", **at, item=writer.item(part, "completed"))
+                status = "incomplete" if happened.cut_off else "completed"
+                yield self._event("response.output_item.done", **at, item=writer.item(part, status))
 
     def _delta(self, happened: PartEvent, inner: dict[str, Any]) -> Iterator[dict[str, Any]]:
         match happened.part.kind:

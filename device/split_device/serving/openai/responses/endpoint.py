@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -24,6 +25,9 @@ from split_device.serving.streaming import Notice
 from split_device.serving.text_model import TextModel
 from split_device.sessions.identity import new_request_id
 
+#: How many of the latest ids are remembered: more than requests are answered at once.
+GIVEN = 4096
+
 
 class Responses:
     """Answers requests with the model that is served."""
@@ -31,6 +35,8 @@ class Responses:
     def __init__(self, model: TextModel, store: ResponseStore) -> None:
         self._model = model
         self._store = store
+        #: Ids that were given to responses of late, which may not have been stored yet. The oldest one goes first.
+        self._given: OrderedDict[str, None] = OrderedDict()
 
     def handlers(self) -> Mapping[tuple[str, str], Handler]:
         """What answers which method and path."""
@@ -67,8 +73,13 @@ class Responses:
 
     async def _unique(self, asked: ResponseRequest, id_: str) -> str:
         """What ids of a response have in common: the id of the request, unless a response has it that is kept."""
-        taken = asked.body.store and await self._store.has(response_id(id_))
-        return new_request_id() if taken else id_
+        if not asked.body.store:
+            return id_
+        given = id_ in self._given
+        self._given[id_] = None
+        if len(self._given) > GIVEN:
+            self._given.popitem(last=False)
+        return new_request_id() if given or await self._store.has(response_id(id_)) else id_
 
     async def _before(self, previous: str | None) -> list[Message]:
         """What was said in the response with this id, in those before it, and what they answered."""
@@ -115,6 +126,10 @@ class Responses:
     async def items(self, request: Request) -> Response:
         """The items of the input of a response that is kept, the last one first unless it is asked otherwise."""
         stored = await self._stored(request)
+        if given := [name for name in ("after", "limit") if name in request.query_params]:
+            raise ApiError(
+                f"{given[0]}: all items are listed at once", param=given[0], code="unsupported_parameter"
+            )
         prefix = stored.id.removeprefix("resp_")
         items = [{"id": f"item_{prefix}_{index}", **item} for index, item in enumerate(stored.input)]
         if request.query_params.get("order", "desc") != "asc":

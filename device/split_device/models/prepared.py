@@ -1,0 +1,46 @@
+"""What a step of a session needs beside its hidden states, and the step as it travels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from split_common.models.cache_layers import States
+from split_device.sessions.chunks import ChunkRequest
+from split_device.sessions.timings import StepTimings
+
+
+@dataclass
+class StepContext:
+    """Arguments of the layers' owner that its layers do not see, and the step's timings so far."""
+
+    #: The attention mask `[batch, cached and new tokens]`, zero for padding; None without padding.
+    mask: torch.Tensor | None = None
+    #: Position ids, int64 `[batch or 1, new tokens]`, or the same for each axis, `[axes, batch or 1, new tokens]`;
+    #: None for those that follow the cached columns.
+    positions: torch.Tensor | None = None
+    #: How many of the tokens after it each token attends to, int64 `[batch, new tokens]`; None for none.
+    ahead: torch.Tensor | None = None
+    timings: StepTimings = field(default_factory=StepTimings)
+    #: The states of the head's cache layers before the step, by the layer's index.
+    head_states: dict[int, States] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """A step as it travels, and how its output is put in place."""
+
+    #: Hidden states `[batch, tokens, width]`.
+    hidden: torch.Tensor
+    #: Their places (`split_device.sessions.places`), on the CPU.
+    places: torch.Tensor
+    #: Which columns hold tokens after the step, bool `[batch, columns]`.
+    columns: torch.Tensor
+    #: Which of the new tokens travel, bool `[batch, tokens]`; None for all.
+    sent: torch.Tensor | None
+    #: The rows that travel, and for each row the index of its equal in this list; None if all rows travel.
+    copies: tuple[list[int], list[int]] | None
+    #: Empty if all tokens are padding.
+    requests: list[ChunkRequest]
+    timings: StepTimings
