@@ -300,7 +300,7 @@ def test_layers_that_are_wrong_for_one_token_alone_run_as_they_are(
 @pytest.mark.usefixtures("as_on_cuda")
 def test_a_pool_of_one_page_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_engine, "KV_BYTES", 1 << 13)
-    with pytest.raises(ModelError, match="at least 2 are needed"):
+    with pytest.raises(ModelError, match="at least 12,288 bytes are needed"):
         make_runner(tmp_path, "llama")
 
 

@@ -54,6 +54,7 @@ VALUES = ["1e400", "[null]", '"\\ud800"']
 MORE = [
     *("null", "-1", str(2**70), "[]", '{"": null}', '{"type": 1}', json.dumps(DEEP)),
     *('[{"role": "assistant", "content": null}]', '[{"role": "tool", "content": "x"}]', '[{"type": "text"}]'),
+    *('[{"role": "user", "content": []}]', '[{"type": ["function"]}]'),
     '[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]',
 ]
 
@@ -94,6 +95,13 @@ def odd(client: httpx2.Client, path: str, values: list[str]) -> None:
 def test_a_field_of_another_kind(client: httpx2.Client, path: str) -> None:
     odd(client, path, VALUES)
     assert client.post(path, json={"model": "tiny", **BODIES[path]}).status_code == 200
+
+
+def test_what_is_empty_or_a_list(client: httpx2.Client) -> None:
+    nothing = {"model": "tiny", "max_tokens": 1, "messages": [{"role": "user", "content": []}]}
+    assert client.post("/messages", json=nothing).json()["error"]["message"].startswith("messages: expected")
+    tools = {"model": "tiny", "input": "x", "tools": [{"type": ["function"]}]}
+    assert client.post("/responses", json=tools).status_code == 400
 
 
 @pytest.mark.long

@@ -29,7 +29,7 @@ class Remote:
         self.worker = bytes([worker])
         self.channel = SimpleNamespace(worker_name=f"worker-{worker}")
         self.ref = key
-        self.ended = self.interrupted = self.patient = False
+        self.ended = self.interrupted = self.patient = self.is_copying = False
         self.say: Callable[[str], None] = lambda _: None
 
     def close(self) -> None:

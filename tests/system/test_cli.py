@@ -191,10 +191,10 @@ def test_in_a_terminal_a_turn_may_fail_or_be_stopped(
 
     say = Conversation.say
 
-    def stopped(self: Any, text: str, *arguments: Any) -> Any:
+    def stopped(self: Any, text: str, *arguments: Any, **named: Any) -> Any:
         if text == "stop":
             raise KeyboardInterrupt
-        return say(self, text, *arguments)
+        return say(self, text, *arguments, **named)
 
     monkeypatch.setattr(Conversation, "say", stopped)
     done = run("chat", *here, "--max-tokens", 6, stdin=Terminal("x" * POSITIONS + "\nstop\nHello\n"))

@@ -7,12 +7,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import msgspec
 
 from split_common.errors import Busy, ConfigError, UnsupportedFeature
+from split_common.system.process import python
 from split_device.generation.structured import Source, StructuredOutputs
 
 #: Most seconds of CPU time that a grammar takes to compile.
@@ -42,7 +42,17 @@ _UNSUPPORTED = (
 )
 
 #: The variables that the process that compiles is given.
-_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "LANG", "LC_ALL", "TMPDIR")
+_ENVIRONMENT = (
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "PYTHONPATH",
+    "PYTHONHOME",
+    "PYTHONUSERBASE",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TMPDIR",
+)
 
 #: Most characters of what the compiler says that are passed on.
 _MAX_ERROR = 400
@@ -76,7 +86,7 @@ def _checked(source: Source) -> _Checked:
     request = {"kind": source.kind, "text": source.text, "seconds": COMPILE_SECONDS}
     try:
         done = subprocess.run(
-            [sys.executable, "-P", str(CHECK)],
+            python(str(CHECK)),
             input=msgspec.json.encode(request),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -89,8 +99,6 @@ def _checked(source: Source) -> _Checked:
         raise Busy("structured outputs: the machine is too busy to compile the grammar") from None
     except OSError as error:
         raise Busy(f"structured outputs: no process can be started to compile: {error.strerror}") from None
-    if done.returncode == -signal.SIGKILL:
-        raise Busy("structured outputs: the process that compiles the grammar was killed")
     if done.returncode == -signal.SIGPROF:
         return _Checked(error=f"it takes longer than {COMPILE_SECONDS:g} s to compile")
     if done.returncode:

@@ -133,7 +133,8 @@ class SessionCacheLayer(BodyLayer):
 
     def detach(self) -> SessionPrefix | None:
         """What the session holds now. Its worker keeps that, and the session begins anew; None if it does not."""
-        if self._history.is_lost:
+        if self._history.is_lost or self._session.moved:
+            # What a worker that is gone, or was revoked, has computed is not handed on.
             return None
         prefix = self._as_prefix(self._session.detach())
         if prefix is not None:

@@ -146,6 +146,8 @@ class ResilientSession:
         #: Whether to wait for a slow worker.
         self._patient = False
         self._abandoned = False
+        #: Whether it was lost and opened again, so that it holds what several workers have computed.
+        self.moved = False
         self._closer: weakref.finalize[..., Any] | None = None
         # The session that it begins as a copy of, until it is opened.
         self._origin: RemoteSession | None = None
@@ -177,6 +179,7 @@ class ResilientSession:
             sent = self._session is not None
             try:
                 session = self._session or self._open(work, step, [*lacking, *avoid])
+                self.moved = self.moved or lost is not None
                 session.patient, sent = self._patient, True
                 wait.over(session.channel.worker_name)
                 return work.send(session, step)
@@ -281,6 +284,7 @@ class ResilientSession:
         origin, self._origin = self._origin, None
         if origin is not None and (copy := origin.copy(self.identity, next(self._epochs))) is not None:
             self._use(copy)
+            log.info("%s: on worker %s, as a copy", self._described, copy.channel.worker_name)
             return copy
         session = self._client.open_session(avoid, self.identity, next(self._epochs), self._check)
         self._use(session)

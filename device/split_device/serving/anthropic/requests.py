@@ -118,6 +118,8 @@ def parse_count(body: object, model: TextModel) -> MessageQuery:
 
 def _query(body: _Counted, model: TextModel) -> MessageQuery:
     messages = parse_conversation(body.system, body.messages)
+    if not messages:
+        raise ApiError("messages: expected at least one that is not empty", param="messages")
     last = messages[-1]
     if last.role == "assistant" and last.tool_calls is not msgspec.UNSET:
         raise ApiError("messages: the last message calls tools, whose results are missing", param="messages")

@@ -14,7 +14,7 @@ from split_device.serving.openai.responses.items import CUSTOM_INPUT, qualified
 from split_device.serving.openai.tools import MAX_TOOLS, check_names
 
 #: Tools that OpenAI's servers run, and which agents offer without being asked. The model is not told of them.
-LEFT_OUT = frozenset({"web_search", "web_search_preview", "image_generation", "tool_search"})
+LEFT_OUT = ("web_search", "web_search_preview", "image_generation", "tool_search")
 
 #: Fields of a tool that are accepted and have no effect.
 _IGNORED = frozenset({"defer_loading", "output_schema"})
