@@ -38,6 +38,29 @@ except KeyboardInterrupt:
     assert not psutil.pid_exists(int(done.stdout))
 
 
+def test_an_interrupt_that_has_no_effect_is_repeated() -> None:
+    script = """
+import signal, time
+from split_common.system import signals
+
+class Deaf:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+signals.REPEAT_INTERVAL = 0.01
+stop = signals.catch_sigterm()
+try:
+    with signals.interrupt_on_sigterm():
+        Deaf()
+        time.sleep(60)
+        print("went on")
+except KeyboardInterrupt:
+    print("interrupted", stop.is_set())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "interrupted True\n"
+
+
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that appears if Python is started here and imports what lies in the current directory."""

@@ -15,6 +15,9 @@ PARENT = "LAMBDA_SPLIT_PARENT"
 #: Seconds between two checks for a signal, and for the end of the parent process.
 POLL_INTERVAL = 1.0
 
+#: Seconds after which an interrupt is repeated, if the block goes on.
+REPEAT_INTERVAL = 2.0
+
 #: Exit code of a process that SIGTERM ended: 128 + SIGTERM, as in shells.
 EXIT_TERMINATED = 143
 
@@ -43,6 +46,8 @@ def wait_until_set(stop: threading.Event) -> None:
 def interrupt_on_sigterm() -> Iterator[None]:
     """After `catch_sigterm`, makes SIGTERM also raise KeyboardInterrupt within a block that takes long.
 
+    It is raised again and again until the block ends, because what is raised within a destructor has no effect.
+
     Does nothing on other threads than the main one, or if SIGTERM has no handler.
     """
     caught = signal.getsignal(signal.SIGTERM)
@@ -50,15 +55,28 @@ def interrupt_on_sigterm() -> Iterator[None]:
         yield
         return
 
+    main, over = threading.get_ident(), threading.Event()
+    repeating = threading.Thread(
+        target=_repeat_sigterm, args=(main, over), name="lambda-split-sigterm", daemon=True
+    )
+
     def interrupt(number: int, frame: FrameType | None) -> None:
         caught(number, frame)
+        if repeating.ident is None:
+            repeating.start()
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
+        over.set()
         signal.signal(signal.SIGTERM, caught)
+
+
+def _repeat_sigterm(thread: int, over: threading.Event) -> None:
+    while not over.wait(REPEAT_INTERVAL):
+        signal.pthread_kill(thread, signal.SIGTERM)
 
 
 @contextlib.contextmanager
