@@ -167,21 +167,13 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.engine.store.free_tokens == self.engine.store.capacity
 
 
-@pytest.mark.parametrize(
-    "arch",
-    [
-        *tiny.LISTED,
-        "gpt_oss",
-        "cohere2",
-        "deepseek_v3",
-        "opt",
-        "stablelm",
-        "falcon",
-        "qwen3_next",
-        "lfm2",
-        "mamba2",
-    ],
-)
+#: Kinds of layers, an architecture for each: `make test` runs these; all others are among the longer tests.
+KINDS = ("llama", "qwen2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "opt", "qwen3_next", "lfm2", "mamba2")
+
+OTHERS = (*(each for each in tiny.LISTED if each not in KINDS), "cohere2", "deepseek_v3", "stablelm", "falcon")
+
+
+@pytest.mark.parametrize("arch", [*KINDS, *(pytest.param(each, marks=pytest.mark.long) for each in OTHERS)])
 def test_any_mix_of_steps(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_runner(tmp_path / "engine", arch)
     assert (engine.unpacked_because is not None) == (arch in SEPARATE)
