@@ -23,8 +23,9 @@ def adding(layers: LayerRange, runs: Sequence[TokenRun[Any]]) -> Iterator[None]:
     indices = {index for run in runs for index in run.additions}
     with contextlib.ExitStack() as hooks:
         for index in indices:
-            none = [run.states.new_zeros(run.states.shape) for run in runs]
-            parts = [run.additions.get(index, zeros) for run, zeros in zip(runs, none, strict=True)]
+            parts = [
+                run.additions[index] if index in run.additions else torch.zeros_like(run.states) for run in runs
+            ]
             hook = _Adding(layers.to_device(torch.cat(parts)))
             # Before the hook that takes the last layer's output.
             handle = layers.stack.slots[index].register_forward_hook(hook, prepend=True)

@@ -47,11 +47,15 @@ class _FunctionCall(_Item, frozen=True, tag="function_call"):
     namespace: str = ""
 
 
-class _FunctionOutput(_Item, frozen=True, tag="function_call_output"):
+class _Output(_Item, frozen=True):
     call_id: str
     output: str | list[_Part]
     name: str | None = None
     namespace: str | None = None
+
+
+class _FunctionOutput(_Output, frozen=True, tag="function_call_output"):
+    pass
 
 
 class _CustomCall(_Item, frozen=True, tag="custom_tool_call"):
@@ -61,11 +65,8 @@ class _CustomCall(_Item, frozen=True, tag="custom_tool_call"):
     namespace: str = ""
 
 
-class _CustomOutput(_Item, frozen=True, tag="custom_tool_call_output"):
-    call_id: str
-    output: str | list[_Part]
-    name: str | None = None
-    namespace: str | None = None
+class _CustomOutput(_Output, frozen=True, tag="custom_tool_call_output"):
+    pass
 
 
 class _Reasoning(_Item, frozen=True, tag="reasoning"):
@@ -106,7 +107,7 @@ def parse_items(items: Sequence[object], where: str = "input") -> list[Message]:
             case _Reasoning():
                 thought += _text(parsed.content or parsed.summary, at)
                 continue
-            case _FunctionOutput() | _CustomOutput():
+            case _Output():
                 found.append(Message("tool", _text(parsed.output, at), tool_call_id=parsed.call_id))
             case _FunctionCall():
                 _add_call(found, _call(parsed, parsed.arguments), thought)
