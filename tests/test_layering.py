@@ -28,7 +28,10 @@ FLOORS = {
         *("errors", "compat", "system", "trust", "protocol", "transport", "models", "engine"),
         *("demo_model", "cli"),
     ],
-    "split_device": ["sessions", "models", "generation", "images", "jobs", "serving", "batches", "stress", "cli"],
+    "split_device": [
+        *("sessions", "models", "speculation", "generation"),
+        *("images", "jobs", "serving", "batches", "stress", "cli"),
+    ],
     "split_worker": [
         "limits",
         "watchdog",
