@@ -24,6 +24,7 @@ from split_device.generation.active import ActiveRequest, Outcome
 from split_device.generation.active_requests import ActiveRequests
 from split_device.generation.admission import Admission, Admitted
 from split_device.generation.choosing import Choice, choose_tokens
+from split_device.generation.embedding import embed_next
 from split_device.generation.first_tokens import FirstTokens, is_delayed
 from split_device.generation.forced_tokens import accept_first, accept_token
 from split_device.generation.limits import Limits
@@ -260,25 +261,10 @@ class Generator:
                 self._end(request, error)
 
     def _enter_head(self) -> None:
-        """Embeds the next tokens of requests and hands them to the head; decoded tokens are embedded together."""
+        """Embeds the next tokens of requests and hands them to the head."""
         entering, self._entering = [request for request in self._entering if not request.ended], []
-        decoding = [request for request in entering if len(request.pending[0]) == 1]
-        prefilling = [request for request in entering if len(request.pending[0]) != 1]
-        for requests in ([decoding] if decoding else []) + [[request] for request in prefilling]:
-            tokens = [request.pending.popleft() for request in requests]
-            begins = [request.head_tokens for request in requests]
-            positions = [
-                position
-                for request, begin, part in zip(requests, begins, tokens, strict=True)
-                for position in request.positions(begin, len(part))
-            ]
-            adapters = [request.adapter for request, part in zip(requests, tokens, strict=True) for _ in part]
-            states = self._layers.embed([token for part in tokens for token in part], positions, adapters)
-            by_request = torch.split(states, [*map(len, tokens)])
-            for request, begin, part in zip(requests, begins, by_request, strict=True):
-                request.head_tokens += len(part)
-                part = request.with_images(begin, part)
-                self._head.add(request, request.sequences[0], begin, part, request.adapter, request.placement)
+        for request, begin, states in embed_next(self._layers, entering):
+            self._head.add(request, request.sequences[0], begin, states, request.adapter, request.placement)
 
     def _run_head(self) -> None:
         for request, outcome in self._forward("head", self._head):
