@@ -16,6 +16,7 @@ from split_device.generation.sampling import Sampler
 from split_device.models.cache import SessionCacheLayer
 from split_device.models.prepared import StepContext
 from split_device.sessions.prefix import SessionPrefix
+from split_device.speculation.speculation import Speculation
 
 #: The outcome of a step: states `[tokens, width]`, or an error.
 Outcome = torch.Tensor | Exception
@@ -49,6 +50,16 @@ class ActiveRequest:
     copied_tokens: int = 0
     #: What its session held when the latest part of its prompt was through; None before.
     prefix: SessionPrefix | None = None
+    #: Drafts its next tokens; None if it goes on one by one.
+    speculation: Speculation | None = None
+    #: Those tokens of the step under way, at its end, which may not be those of the text.
+    drafts: list[int] = field(default_factory=list)
+    #: Number of tokens in its latest decoding step; 0 before the first one.
+    step_tokens: int = 0
+    #: The last token of its text that is in that step.
+    last_token: int = 0
+    #: The states `[tokens, width]` that went to its worker last.
+    sent: torch.Tensor | None = None
     ended: bool = False
     #: Its prompt, if that has images and is embedded.
     placed: PlacedPrompt | None = None
@@ -79,6 +90,30 @@ class ActiveRequest:
             return states
         own = self.placed.states[begin : begin + len(states)]
         return torch.cat([own, states[len(own) :]])
+
+    def drop_drafts(self, kept: int) -> None:
+        """Takes back what a step has computed of its draft, but for the first `kept` tokens."""
+        tokens = self.tail_tokens - (len(self.drafts) - kept)
+        self.drafts = []
+        if tokens == self.tail_tokens:
+            return
+        self.head_tokens = self.tail_tokens = tokens
+        for sequence in self.sequences:
+            if sequence is not None:
+                sequence.truncate(tokens)
+        self.session.crop(tokens)
+
+    def without_drafts(self) -> torch.Tensor:
+        """Takes back the draft of the step that its worker has refused. Returns the states that are left of it."""
+        assert self.sent is not None
+        drafted, self.drafts = len(self.drafts), []
+        self.head_tokens -= drafted
+        self.step_tokens -= drafted
+        if (head := self.sequences[0]) is not None:
+            head.truncate(self.head_tokens)
+        if self.speculation is not None:
+            self.speculation.limit = 0
+        return self.sent[: len(self.sent) - drafted]
 
     @property
     def tokens(self) -> list[int]:

@@ -23,10 +23,11 @@ from split_common.system.forks import Birthplace
 from split_device.generation.active import ActiveRequest, Outcome
 from split_device.generation.active_requests import ActiveRequests
 from split_device.generation.admission import Admission, Admitted
-from split_device.generation.choosing import Choice, choose_tokens
+from split_device.generation.checking import Checked, check_drafts
+from split_device.generation.drafting import Drafting
 from split_device.generation.embedding import embed_next
 from split_device.generation.first_tokens import FirstTokens, is_delayed
-from split_device.generation.forced_tokens import accept_first, accept_token
+from split_device.generation.forced_tokens import accept_first
 from split_device.generation.limits import Limits
 from split_device.generation.local_layers import KV_MEMORY, LocalLayers
 from split_device.generation.placing import ImagePrompts, PlacedPrompt
@@ -57,9 +58,12 @@ class Generator:
         model: a model made by `SplitModelForCausalLM.from_pretrained`. Other code may use it at the same
             time. It stays open when the generator is closed.
         limits: how much runs at once.
-        max_requests, kv_memory, prefix_cache: instead of the limits' `requests`, `kv_memory` and `prefix_cache`.
+        max_requests, kv_memory, prefix_cache, speculate: instead of the limits' `requests`, `kv_memory`,
+            `prefix_cache` and `speculate`.
 
     Raises:
+        ConfigError: there is no such drafter.
+        UnsupportedFeature: the model cannot speculate, and `speculate` names a drafter.
         ModelError: the memory does not suffice for one page of tokens.
     """
 
@@ -71,9 +75,14 @@ class Generator:
         max_requests: int | None = None,
         kv_memory: int | None = None,
         prefix_cache: int | None = None,
+        speculate: str | None = None,
     ) -> None:
-        limits = (limits or Limits()).but(requests=max_requests, kv_memory=kv_memory, prefix_cache=prefix_cache)
+        limits = (limits or Limits()).but(
+            requests=max_requests, kv_memory=kv_memory, prefix_cache=prefix_cache, speculate=speculate
+        )
         self._model = model
+        #: Forwards of head and tail and the rows in them, steps sent to workers, tokens chosen, and those drafted.
+        self.counters: Counter[str] = Counter()
         self._max_requests = limits.requests
         self._layers = LocalLayers(model, limits.kv_memory if limits.kv_memory is not None else KV_MEMORY)
         self._images = ImagePrompts(model, self._layers.packed)
@@ -87,13 +96,14 @@ class Generator:
         )
         self._active = self._requests.by_generation
         self._first_tokens = FirstTokens(self._active.values())
+        self._drafting = Drafting(self._layers, limits.speculate, self._active.values(), self.counters)
         #: Requests whose next tokens go to the head.
         self._entering: list[ActiveRequest] = []
         #: Outputs of the head, `[tokens, width]`, that go to workers.
         self._outgoing: list[tuple[ActiveRequest, torch.Tensor]] = []
         #: Outputs of workers, `[tokens, width]`, that go into the tail.
         self._arrived: list[tuple[ActiveRequest, torch.Tensor]] = []
-        #: Outputs of the tail, `[width]`, of which a token is chosen.
+        #: Outputs of the tail, `[1 + draft, width]`, of which tokens are chosen.
         self._ready: list[tuple[ActiveRequest, torch.Tensor]] = []
         #: Number of tokens that each request has at a worker.
         self._at_workers: dict[ActiveRequest, int] = {}
@@ -103,8 +113,6 @@ class Generator:
         self._lock = threading.Lock()
         self._closing = False
         self._birthplace = Birthplace("the generator")
-        #: Forwards of head and tail and the rows in them, steps sent to workers, and tokens chosen.
-        self.counters: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._run, name="lambda-split-generator", daemon=True)
         self._thread.start()
 
@@ -133,6 +141,7 @@ class Generator:
         if request.images:
             self._images.check()
         generation = Generation(request, on_token, self._cancel, on_notice, self._layers.adapter(request.adapter))
+        generation.speculate = self._drafting.choose(request.speculate)
         sampler = Sampler(self._model, request)
         tokens, capacity = sampler.max_length, self.capacity
         if capacity is not None and tokens > capacity:
@@ -233,32 +242,31 @@ class Generator:
         for request, outcome in self._forward("tail", self._tail):
             states = self._states_of(request, outcome)
             if states is not None and not self._scorer.add(request, states):
-                self._proceed(request, states[-1])
+                self._proceed(request, states[-1 - len(request.drafts) :])
         if (scored := self._scorer.run()) is not None:
-            self._proceed(*scored)
+            request, state = scored
+            self._proceed(request, state[None])
 
-    def _proceed(self, request: ActiveRequest, state: torch.Tensor) -> None:
+    def _proceed(self, request: ActiveRequest, states: torch.Tensor) -> None:
         if request.awaits_first_token:
             self._entering += self._requests.prefixes.computed(request)
         if request.pending:
             self._entering.append(request)
         else:
-            self._ready.append((request, state))
+            self._ready.append((request, states))
 
     def _sample(self) -> None:
-        """Chooses the next token of each row that is through."""
-        ready = [(request, state) for request, state in self._ready if not request.ended]
+        """Chooses the next tokens of requests whose steps are through."""
+        ready = [(request, states) for request, states in self._ready if not request.ended]
         self._ready = []
-        if not ready:
-            return
-        adapters = [request.adapter for request, _ in ready]
-        logits = self._layers.logits(torch.stack([state for _, state in ready]), adapters)
-        choices = choose_tokens([request.sampler for request, _ in ready], logits)
-        for (request, _), choice in zip(ready, choices, strict=True):
+        begun: list[ActiveRequest] = []
+        for checked in check_drafts(self._layers, ready):
             try:
-                self._advance(request, choice)
+                self._advance(checked)
             except Exception as error:
-                self._end(request, error)
+                self._end(checked.request, error)
+            begun.append(checked.request)
+        self._drafting.stepping(begun)
 
     def _enter_head(self) -> None:
         """Embeds the next tokens of requests and hands them to the head."""
@@ -278,6 +286,7 @@ class Generator:
         sent, self._outgoing = self._first_tokens.divide(outgoing, self._at_workers.values(), self._now)
         for request, states in sent:
             self._at_workers[request] = len(states)
+            request.sent = states if request.drafts else None
             self.counters["steps"] += 1
             request.outbox.put(states)
 
@@ -336,6 +345,9 @@ class Generator:
             self._end(request, None)
             self._admission.add(request.generation, request.sampler)
             self._admission.pause()
+        elif isinstance(outcome, Busy | PromptTooLong) and request.drafts and not request.ended:
+            # The text itself may fit, and end before more is needed.
+            self._outgoing.append((request, request.without_drafts()))
         elif (states := self._states_of(request, outcome)) is not None:
             request.ready_since = time.monotonic()
             if request.awaits_first_token:
@@ -349,12 +361,14 @@ class Generator:
             return None
         return None if request.ended else outcome
 
-    def _advance(self, request: ActiveRequest, choice: Choice) -> None:
-        """Goes on with a request's next token."""
-        if isinstance(choice, Exception):
-            raise choice
-        tokens = accept_token(request.sampler, request.generation, *choice)
-        self.counters["tokens"] += len(tokens)
+    def _advance(self, checked: Checked) -> None:
+        """Goes on with a request's next tokens."""
+        if checked.error is not None:
+            raise checked.error
+        request = checked.request
+        self.counters["tokens"] += len(checked.tokens)
+        self._drafting.checked(checked)
+        request.drop_drafts(checked.matched)
         if request.awaits_first_token:
             request.awaits_first_token = False
             self.counters["cached_tokens"] += request.generation.cached_tokens
@@ -362,7 +376,7 @@ class Generator:
         if reason := request.sampler.finish_reason(request.generation.tokens):
             self._end(request, reason)
         else:
-            request.pending.append(tokens)
+            self._drafting.next_step(request, checked.tokens[checked.matched :])
             self._entering.append(request)
 
     def _cancel(self, generation: Generation) -> None:

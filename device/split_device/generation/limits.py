@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
+
+from split_device.speculation.drafters import OFF
 
 #: Default of `Limits.prefix_cache`.
 PREFIX_CACHE = 1024**3
@@ -18,13 +21,16 @@ class Limits:
         images: images at once.
         prefix_cache: bytes that each model keeps of ended requests, for later ones that begin alike; 0 for none.
             It is part of `kv_memory` for the most part, where requests that run go first.
+        speculate: what drafts tokens of requests that do not say: `auto`, `off`, or the name of a drafter.
     """
 
     requests: int = 64
     kv_memory: int | None = None
     images: int = 2
     prefix_cache: int = PREFIX_CACHE
+    speculate: str = OFF
 
-    def but(self, **changed: int | None) -> Limits:
+    def but(self, **changed: int | str | None) -> Limits:
         """The same limits with others in place of some; None leaves one as it is."""
-        return replace(self, **{name: value for name, value in changed.items() if value is not None})
+        given: dict[str, Any] = {name: value for name, value in changed.items() if value is not None}
+        return replace(self, **given)

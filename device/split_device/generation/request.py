@@ -66,6 +66,8 @@ class Request:
         adapter: the name of one of the model's adapters; None for the active one, "" for none.
         images: what a processor made of the prompt's images: further arguments of `generate`, such as
             `pixel_values`, for one row. The prompt has the tokens that stand for the images.
+        speculate: what drafts its tokens: `auto`, `off`, or the name of a drafter; None for the generator's
+            default. It changes no token.
     """
 
     prompt: list[int]
@@ -83,6 +85,7 @@ class Request:
     index: int = 0
     adapter: str | None = None
     images: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False)
+    speculate: str | None = None
 
 
 #: Called on the generator's thread for each token: the token, its log probabilities if requested, and the state of
@@ -118,6 +121,11 @@ class Generation:
         #: Tokens of the prompt that were not computed again: head, tail and worker had them from earlier requests.
         #: Known when the first token is.
         self.cached_tokens = 0
+        #: The drafter of its tokens, `auto` or `off`.
+        self.speculate = "off"
+        #: Tokens that were drafted for it, and how many of them are in its text.
+        self.drafted_tokens = 0
+        self.accepted_tokens = 0
         self.on_notice = on_notice
         #: All tokens so far, starting with `request.generated`.
         self.tokens: list[int] = list(request.generated)

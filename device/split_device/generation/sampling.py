@@ -164,6 +164,10 @@ class Sampler:
             return "stop"
         return "length" if len(generated) >= self._max_new_tokens else None
 
+    def remaining(self, generated: Sequence[int]) -> int:
+        """Most tokens that a text with these tokens may still get."""
+        return self._max_new_tokens - len(generated)
+
     def accept(self, token: int) -> None:
         """Continues the text with this token."""
         self._append([token])

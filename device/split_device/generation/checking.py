@@ -1,0 +1,103 @@
+"""Chooses the next tokens of many requests, and checks their drafts by that.
+
+A step carries the last tokens of a text and a draft of what may follow. Each token of the text is chosen as if
+there were no draft: by what followed the tokens before it, with the state of the sampler after them. If the draft
+has the same token in its place, what followed that token is there already. So no draft changes a token.
+
+The idea is that of "Fast Inference from Transformers via Speculative Decoding" (arXiv 2211.17192), whose rule keeps
+the distribution of tokens. Comparing with what the request's own random generator draws keeps the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from split_device.generation.active import ActiveRequest
+from split_device.generation.choosing import Choice, choose_tokens
+from split_device.generation.forced_tokens import accept_token
+from split_device.generation.local_layers import LocalLayers
+
+#: Most float32 logits that are computed at once, unless they are of one request: 128 MiB.
+MAX_LOGITS = 2**25
+
+#: A request, and outputs of the tail `[1 + draft, width]`: that of which its next token is chosen, and those of its
+#: draft.
+Ready = tuple[ActiveRequest, torch.Tensor]
+
+
+@dataclass(eq=False)
+class Checked:
+    """What came of a request's step."""
+
+    request: ActiveRequest
+    #: Logits `[1 + draft, vocabulary]`, and the index of the first one among those of all requests.
+    logits: torch.Tensor
+    first: int
+    #: The tokens that were chosen or forced.
+    tokens: list[int] = field(default_factory=list)
+    #: How many of them the draft had.
+    matched: int = 0
+    #: Why the request cannot go on.
+    error: Exception | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another token can be chosen without another step."""
+        if self.error is not None or self.matched < len(self.tokens):
+            return False
+        return self.request.sampler.finish_reason(self.request.generation.tokens) is None
+
+    def accept(self, choice: Choice) -> None:
+        """Goes on with the next token, and those that it forces."""
+        if isinstance(choice, Exception):
+            self.error = choice
+            return
+        try:
+            self.tokens += accept_token(self.request.sampler, self.request.generation, *choice)
+        except Exception as error:
+            self.error = error
+        drafts = self.request.drafts
+        while self.matched < min(len(self.tokens), len(drafts)):
+            if self.tokens[self.matched] != drafts[self.matched]:
+                break
+            self.matched += 1
+
+
+def check_drafts(layers: LocalLayers, ready: Sequence[Ready]) -> Iterator[Checked]:
+    """Chooses at least one token for each request, which are then in its text. An error concerns one request."""
+    for part in _parts(ready, max(1, MAX_LOGITS // layers.vocabulary)):
+        yield from _check(layers, part)
+
+
+def _parts(ready: Sequence[Ready], limit: int) -> Iterator[list[Ready]]:
+    """Divides requests so that each part has at most `limit` states, or is one request."""
+    part: list[Ready] = []
+    for request, states in ready:
+        if part and sum(len(others) for _, others in part) + len(states) > limit:
+            yield part
+            part = []
+        part.append((request, states))
+    if part:
+        yield part
+
+
+def _check(layers: LocalLayers, ready: Sequence[Ready]) -> list[Checked]:
+    adapters = [request.adapter for request, states in ready for _ in states]
+    logits = layers.logits(torch.cat([states for _, states in ready]), adapters)
+    every: list[Checked] = []
+    first = 0
+    for request, states in ready:
+        every.append(Checked(request, logits[first : first + len(states)], first))
+        first += len(states)
+    going = every
+    while going:
+        rows = [each.first + each.matched for each in going]
+        chosen_of = logits if len(rows) == len(logits) else logits[rows]
+        choices = choose_tokens([each.request.sampler for each in going], chosen_of)
+        for each, choice in zip(going, choices, strict=True):
+            each.accept(choice)
+        going = [each for each in going if each.goes_on]
+    return every

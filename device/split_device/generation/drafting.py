@@ -1,0 +1,102 @@
+"""Drafts for requests: which ones speculate, what their drafters are told, and how long drafts may be."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable
+
+from split_common.engine.scheduler import DECODE_TOKENS
+from split_common.errors import UnsupportedFeature
+from split_device.generation.active import ActiveRequest
+from split_device.generation.checking import Checked
+from split_device.generation.local_layers import LocalLayers
+from split_device.speculation.drafters import AUTO, OFF, check_speculate
+from split_device.speculation.speculation import Cycle, Pace
+
+
+class Drafting:
+    """Drafts for the requests of one generator, whose thread uses it; any thread may call `choose`.
+
+    Args:
+        layers: head and tail.
+        default: what requests do that leave it open; as `Limits.speculate`.
+        active: the requests that run, as a view.
+        counters: counts `drafted_tokens` and `accepted_tokens`.
+
+    Raises:
+        ConfigError, UnsupportedFeature: as `choose`, for the default.
+    """
+
+    def __init__(
+        self, layers: LocalLayers, default: str, active: Collection[ActiveRequest], counters: Counter[str]
+    ) -> None:
+        self._active, self._counters = active, counters
+        self._pace = Pace(DECODE_TOKENS - 1)
+        self._refused: str | None = None
+        if layers.indivisible:
+            self._refused = "its layers compute tokens that go through together otherwise than one by one"
+        elif layers.has_states:
+            self._refused = "its layers keep states, which cannot take tokens back"
+        self._default = default
+        self.choose(default)
+
+    def choose(self, asked: str | None) -> str:
+        """The drafter of a request, `auto` or `off`.
+
+        Args:
+            asked: what the request asks for; None for the default.
+
+        Raises:
+            ConfigError: there is no such drafter.
+            UnsupportedFeature: the model cannot take tokens back.
+        """
+        name = check_speculate(self._default if asked is None else asked)
+        if self._refused is None or name == OFF:
+            return name
+        if name == AUTO:
+            return OFF
+        raise UnsupportedFeature(f"speculate {name!r} cannot be done with this model, because {self._refused}")
+
+    def checked(self, checked: Checked) -> None:
+        """A request's step is through, and its next tokens are chosen."""
+        request, drafted = checked.request, len(checked.request.drafts)
+        if drafted:
+            request.generation.drafted_tokens += drafted
+            request.generation.accepted_tokens += checked.matched
+            self._counters.update({"drafted_tokens": drafted, "accepted_tokens": checked.matched})
+        if request.generation.speculate == OFF:
+            return
+        if request.speculation is None:
+            request.speculation = self._pace.start(request.generation.speculate)
+            text = request.tokens
+            request.last_token = text[-len(checked.tokens) - 1]
+            request.speculation.extend(text)
+        else:
+            request.speculation.extend(checked.tokens)
+        tokens = [request.last_token, *request.drafts]
+        request.speculation.checked(request.step_tokens - drafted, tokens, checked.logits, checked.matched)
+
+    def next_step(self, request: ActiveRequest, tokens: list[int]) -> None:
+        """Makes a request's next step of these tokens, and of a draft behind them."""
+        request.last_token = tokens[-1]
+        if request.speculation is not None:
+            # One token more than the draft may be chosen.
+            room = request.sampler.remaining(request.generation.tokens) - 1
+            rows = sum(not each.awaits_first_token for each in self._active)
+            limit = min(room, DECODE_TOKENS - len(tokens))
+            request.drafts = request.speculation.draft(len(tokens), limit, rows)
+        request.step_tokens = len(tokens) + len(request.drafts)
+        request.pending.append([*tokens, *request.drafts])
+
+    def stepping(self, begun: Iterable[ActiveRequest]) -> None:
+        """Notes what is under way now that the next steps of these requests begin."""
+        speculating = [each for each in begun if each.speculation is not None and not each.ended]
+        if not speculating:
+            return
+        stepping = [each for each in self._active if each.step_tokens]
+        tokens, drafted = sum(each.step_tokens for each in stepping), any(each.drafts for each in stepping)
+        cycle = Cycle(time.monotonic(), len(stepping), tokens, drafted)
+        for request in speculating:
+            assert request.speculation is not None
+            request.speculation.cycle = cycle
