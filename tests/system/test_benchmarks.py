@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -91,6 +92,36 @@ def test_first_token(tmp_path: Path) -> None:
     assert results["one_device_ratio"] == results["one_device_ms_busy"] / results["one_device_ms_idle"]
     assert len(results) == 6
     assert min(results.values()) > 0
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0 or not Path("/dev/net/tun").exists(),
+    reason="namespaces and TUN devices need root",
+)
+def test_wan(tmp_path: Path) -> None:
+    checkpoint = tiny.save_tokenizer(tiny.save("llama", tmp_path / "tiny", max_position_embeddings=4096))
+    results = run("wan", "--model", checkpoint, "--quick", "--tokens", 4, "--lengths", "20,40")
+    assert set(results) == {
+        "first_request_ms",
+        "second_request_ms",
+        "tok_s",
+        "tok_s_lossy",
+        "share_of_bound",
+        "bytes_per_token",
+        "identical",
+        "ttft_ms",
+        "ttft_ratio",
+        "sessions16_tok_s",
+    }
+    assert results["identical"] is True
+    # No network is faster than its delay: a step takes a trip, and so does a first token.
+    assert 0 < results["share_of_bound"] < 1.05
+    assert max(rate for kind in results["tok_s"]["80"].values() for rate in kind.values()) < 12.5
+    assert min(results["ttft_ms"]["80"].values()) > 80
+    # 32 float32 each way, in packets that are larger than that.
+    assert min(results["bytes_per_token"]["off"].values()) > 128
+    assert set(results["sessions16_tok_s"]) == {"0", "80"}
 
 
 @pytest.mark.long
