@@ -96,7 +96,7 @@ def _conversation(
     tokens = _tokens(split.config.vocab_size)
     said: list[int] = []
     seconds = 0.0
-    with Generator(split, prefix_cache=prefix_cache) as generator:
+    with Generator(split, prefix_cache=prefix_cache, speculate="off") as generator:
         before = proxy.up
         for turn in range(options.turns):
             said += itertools.islice(tokens, options.turn_tokens)
@@ -117,7 +117,7 @@ def _shared_prefix(split: Any, options: argparse.Namespace) -> dict[str, Any]:
     tokens = _tokens(split.config.vocab_size)
     common = list(itertools.islice(tokens, options.common))
     prompts = [[*common, *itertools.islice(tokens, options.own)] for _ in range(options.requests)]
-    with Generator(split, max_requests=2 * options.requests) as generator:
+    with Generator(split, max_requests=2 * options.requests, speculate="off") as generator:
         began = time.perf_counter()
         generations = [generator.submit(_request(prompt, ANSWER)) for prompt in prompts]
         for generation in generations:

@@ -49,7 +49,7 @@ def measure(model: Path, address: str, runs: int = RUNS) -> dict[str, Any]:
     rates: dict[str, list[float]] = {"greedy": [], "sampled": []}
     with (
         SplitModelForCausalLM.from_pretrained(model, broker=address, dtype="float32") as split,
-        Generator(split, max_requests=2 * SESSIONS, prefix_cache=0) as generator,
+        Generator(split, max_requests=2 * SESSIONS, prefix_cache=0, speculate="off") as generator,
     ):
         for run in range(runs + 1):
             for kind in rates:

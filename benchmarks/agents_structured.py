@@ -51,7 +51,7 @@ def forced(model: Any, tokenizer: Any) -> dict[str, float]:
         model: a split model with a worker.
     """
     grammars = _grammars(model, tokenizer)
-    with Generator(model) as generator:
+    with Generator(model, speculate="off") as generator:
 
         def ask(logprobs: int | None) -> tuple[int, int, float]:
             request = _request(grammars, tokenizer, logprobs)
@@ -74,7 +74,7 @@ def mask_us_per_token(model: Any, tokenizer: Any) -> float:
         model: a split model with a worker.
     """
     grammars = _grammars(model, tokenizer)
-    with Generator(model) as generator:
+    with Generator(model, speculate="off") as generator:
         tokens = generator.submit(_request(grammars, tokenizer, None)).result()
     rounds = []
     for _ in range(ROUNDS):

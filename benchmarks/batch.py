@@ -84,7 +84,7 @@ def _batch(split: Any, prompts: list[list[int]]) -> tuple[float, list[list[int]]
 
     from split_device.generation.generator import Generator, Request
 
-    with Generator(split, max_requests=2 * len(prompts), prefix_cache=0) as generator:
+    with Generator(split, max_requests=2 * len(prompts), prefix_cache=0, speculate="off") as generator:
         began = time.perf_counter()
         generations = [generator.submit(Request(prompt, GenerationConfig(**_options()))) for prompt in prompts]
         answers = [generation.result() for generation in generations]

@@ -181,7 +181,8 @@ class Batch:
 
     @contextlib.contextmanager
     def _running(self, output: Path) -> Iterator[subprocess.Popen[bytes]]:
-        arguments = ["batch", str(self._source), "--output", str(output), *self.options, "--json"]
+        options = [*self.options, "--speculate", "off", "--json"]
+        arguments = ["batch", str(self._source), "--output", str(output), *options]
         command = [sys.executable, "-m", "split_common", *arguments]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         try:

@@ -52,7 +52,8 @@ def measure(model: Path, rounds: int = ROUNDS) -> dict[str, float]:
     """Medians in milliseconds, and their ratios."""
     with fleet(model, "2:-2", "--dtype", "float32") as (address, _):
         options = ["--model", str(model), "--broker", address, "--dtype", "float32"]
-        with running_command(["serve", "--port", "0", "--prefix-cache", "off", *options]) as (_, server):
+        plain = ["--prefix-cache", "off", "--speculate", "off"]
+        with running_command(["serve", "--port", "0", *plain, *options]) as (_, server):
             ask = _Questions(server["url"], server["model"])
             ask.once()  # warm
             idle = ask.often(rounds)
@@ -92,7 +93,7 @@ def _one_device(model: Path, address: str, rounds: int) -> tuple[float, float]:
 
     with (
         SplitModelForCausalLM.from_pretrained(model, broker=address, dtype="float32") as split,
-        Generator(split, max_requests=2 * BATCH, prefix_cache=0) as generator,
+        Generator(split, max_requests=2 * BATCH, prefix_cache=0, speculate="off") as generator,
     ):
         once()  # warm
         idle = statistics.median(once() for _ in range(rounds))
@@ -143,7 +144,8 @@ def _batch(options: list[str]) -> Iterator[None]:
         source.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         os.environ["LAMBDA_SPLIT_STATE"] = str(Path(name) / "state")
         command = [sys.executable, "-m", "split_common", "batch", str(source), "-o", str(output), *options]
-        process = subprocess.Popen([*command, "--max-jobs", str(2 * BATCH), "--prefix-cache", "off"])
+        plain = ["--prefix-cache", "off", "--speculate", "off"]
+        process = subprocess.Popen([*command, "--max-jobs", str(2 * BATCH), *plain])
         try:
             while not place_of(output).store.exists() or _begun(output) < BATCH:
                 assert process.poll() is None, "the batch has ended"

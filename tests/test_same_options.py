@@ -27,6 +27,7 @@ DIFFERENT = {
     ("image", "--image-model"): "no other model is meant, so it may be called --model",
     ("worker", "--kv-memory"): "a worker takes what is free, a device a little",
     ("worker", "--prefix-cache"): "a worker keeps what sessions leave free, a device a little",
+    ("submit", "--speculate"): "it asks for one job; an agent has a default for all",
     ("redis-acl", "--format"): "it prints rules, not answers",
     ("keys add-worker", "--model"): "a model of the fleet, by its name there",
     ("keys add-worker", "--layers"): "what a certificate allows, in numbers that mean the same for any model",

@@ -327,6 +327,7 @@ ADJUSTED = Task(
         bad_words=("darn", "heck"),
     ),
 )
+SPECULATING = Task(model=ModelChoice(name="org/other"), prompt="Once", sampling=Sampling(9, speculate="ngram"))
 #: Token ids as they are, and an answer that is begun.
 TOKENS = Task(model=ModelChoice(name="org/other"), prompt="", prompt_token_ids=(1, 70_000))
 BEGUN_ANSWER = Task(
@@ -384,6 +385,7 @@ TASKS = {
     "plain": PLAIN,
     "open": OPEN,
     "adjusted": ADJUSTED,
+    "speculating": SPECULATING,
     "image": IMAGE,
     "begun": BEGUN,
     "shown": SHOWN,

@@ -124,7 +124,7 @@ def test_the_tokens_are_those_of_the_unsplit_model(
 
 
 def test_what_is_forced_costs_no_trip(split: Any, grammars: Grammars, tokenizer: Any) -> None:
-    with Generator(split) as generator:
+    with Generator(split, speculate="off") as generator:
 
         def ask(structured: StructuredOutputs, **fields: Any) -> tuple[int, int]:
             """The numbers of tokens and steps of an answer."""

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from split_common.errors import ConfigError
 from split_device.speculation.drafters import DRAFTERS, make_drafter
+from split_device.speculation.names import AUTO, OFF, SPECULATE
 from split_device.speculation.ngram import LONGEST, SHORTEST, NgramDrafter
 
 TEXTS = st.lists(st.integers(0, 2), max_size=40)
@@ -42,6 +43,10 @@ def test_a_draft_has_known_tokens_and_is_not_too_long(name: str, text: list[int]
     assert set(draft) <= set(text)
 
 
+def test_what_may_be_asked_for_is_what_there_is() -> None:
+    assert sorted(SPECULATE) == sorted([AUTO, OFF, *DRAFTERS])
+
+
 def test_there_is_no_drafter_of_another_name() -> None:
-    with pytest.raises(ConfigError, match="there is no drafter 'mtp': expected one of ngram"):
+    with pytest.raises(ConfigError, match="invalid speculate 'mtp': expected one of ngram"):
         make_drafter("mtp")

@@ -32,9 +32,9 @@ BODIES: dict[str, dict[str, Any]] = {
 CHAT = """
 model messages prompt max_tokens max_completion_tokens temperature top_p top_k min_p seed stop n best_of stream
 stream_options logprobs top_logprobs logit_bias frequency_penalty presence_penalty repetition_penalty min_tokens
-stop_token_ids ignore_eos bad_words echo suffix prompt_logprobs response_format structured_outputs tools tool_choice
-parallel_tool_calls chat_template_kwargs reasoning_effort continue_final_message add_generation_prompt user metadata
-store images modalities audio functions function_call
+stop_token_ids ignore_eos bad_words speculate echo suffix prompt_logprobs response_format structured_outputs tools
+tool_choice parallel_tool_calls chat_template_kwargs reasoning_effort continue_final_message add_generation_prompt
+user metadata store images modalities audio functions function_call
 """
 
 FIELDS = {

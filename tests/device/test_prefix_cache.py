@@ -107,7 +107,7 @@ def test_a_lost_history_keeps_nobody_waiting_and_nothing_open(
 
 def test_each_turn_computes_what_is_new(fleet: tuple[Any, Worker], unsplit: Any) -> None:
     model, worker = fleet
-    with Generator(model) as generator:
+    with Generator(model, speculate="off") as generator:
         before = worker.facts()["tokens"]
         seen = conversation(generator, unsplit, 6)
         # All but the last token of each answer has gone through the model.

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 import tiny
 from fleet import serving_here
 from serving import Unsplit
+from split_device.generation.drafting import Drafting
 from split_device.generation.penalties import OccurrencePenalty
 from split_device.jobs.job import ModelChoice
 from split_device.serving.fields import ApiError
@@ -33,6 +34,7 @@ ASKED: dict[str, Any] = {
     "min_tokens": 4,
     "stop_token_ids": [50, 51],
     "ignore_eos": True,
+    "speculate": "ngram",
 }
 OPTIONS = (
     *("--temperature", 1.5, "--min-p", 0.05, "--repetition-penalty", 1.5, "--frequency-penalty", 0.5),
@@ -79,6 +81,14 @@ def test_batches(
 ) -> None:
     """Settings of a line, and of the command, for prompts and for OpenAI's requests."""
     monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(tmp_path / "state"))
+    drafters: list[str] = []
+    begin = Drafting.choose
+
+    def choose(self: Drafting, asked: str | None) -> str:
+        drafters.append(begin(self, asked))
+        return drafters[-1]
+
+    monkeypatch.setattr(Drafting, "choose", choose)
     body = {"model": "m", "messages": HELLO, "max_tokens": TOKENS, "seed": SEED}
     chat = {"custom_id": "a", "url": "/v1/chat/completions", "body": body}
     cases: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
@@ -90,7 +100,11 @@ def test_batches(
     for name, (line, options) in cases.items():
         source, target = tmp_path / f"{name}.jsonl", tmp_path / f"{name}-out.txt"
         source.write_text(json.dumps(line) + "\n")
-        done = run("batch", source, "-o", target, "--format", "txt", *here, *options)
+        more = ("--speculate", "auto") if options else ()
+        done = run("batch", source, "-o", target, "--format", "txt", *here, *options, *more)
+        # The generator's default, and that of the request.
+        assert drafters == (["auto", "auto"] if options else ["off", "ngram"])
+        drafters.clear()
         assert (done.code, target.read_text()) == (0, wanted.replace("\n", "\\n") + "\n"), (name, done.err)
 
 
@@ -107,6 +121,7 @@ def test_batches(
         ("stop_token_ids", [-1]),
         ("bad_words", [""]),
         ("ignore_eos", 1),
+        ("speculate", "mtp"),
     ],
 )
 def test_fields_out_of_bounds(field: str, value: Any) -> None:

@@ -48,6 +48,7 @@ class _Object(msgspec.Struct, frozen=True, kw_only=True):
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    speculate: str | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     system: str | None = None

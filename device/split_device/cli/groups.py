@@ -36,6 +36,7 @@ from split_device.cli.options import (
     HistoryOption,
     ImageModelOption,
     InitImageOption,
+    JobSpeculateOption,
     KvMemoryOption,
     MaxImagesOption,
     MaxJobsOption,
@@ -46,6 +47,7 @@ from split_device.cli.options import (
     ReuseOption,
     SeedOption,
     SizeOption,
+    SpeculateOption,
     StepsOption,
     StepTimeoutOption,
     StrengthOption,
@@ -246,7 +248,11 @@ CONNECTION = Group(
 )
 HARDWARE = Group(device=DeviceOption, threads=ThreadsOption)
 LIMITS = Group(
-    requests=MaxJobsOption, images=MaxImagesOption, kv_memory=KvMemoryOption, prefix_cache=PrefixCacheOption
+    requests=MaxJobsOption,
+    images=MaxImagesOption,
+    kv_memory=KvMemoryOption,
+    prefix_cache=PrefixCacheOption,
+    speculate=SpeculateOption,
 )
 TEXT_MODEL = Group(
     model=ModelOption,
@@ -291,6 +297,8 @@ SAMPLING = Group(
     seed=SeedOption,
 )
 SamplingOptions = Annotated[Sampling, SAMPLING]
+#: Of jobs, which an agent runs with others.
+JobSamplingOptions = Annotated[Sampling, Group(**SAMPLING.options, speculate=JobSpeculateOption)]
 #: Of requests that name none.
 SamplingDefaults = Annotated[
     Sampling,

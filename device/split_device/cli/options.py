@@ -16,6 +16,7 @@ from split_device.images.settings import IMAGE_MODEL, STRENGTH
 from split_device.models.compression import parse_reuse
 from split_device.sessions.connection import HISTORY_MEMORY
 from split_device.sessions.identity import check_request_id
+from split_device.speculation.names import Speculate
 
 STORE_PANEL = "Jobs"
 SAMPLING_PANEL = "Sampling"
@@ -376,6 +377,24 @@ PrefixCacheOption = Annotated[
         show_default=f"{PREFIX_CACHE // 2**30}GiB",
         help="Memory for what requests leave behind when they end: later ones that begin with the same tokens send "
         "only what is new. 0 or off turns it off.",
+    ),
+]
+SpeculateOption = Annotated[
+    Speculate,
+    typer.Option(
+        "--speculate",
+        rich_help_panel=STORE_PANEL,
+        help="Draft tokens that may follow and let the worker check several in one trip, which changes no token: "
+        "with this drafter, or with auto only as many as pay.",
+    ),
+]
+JobSpeculateOption = Annotated[
+    Speculate | None,
+    typer.Option(
+        "--speculate",
+        rich_help_panel=STORE_PANEL,
+        show_default="the agent's",
+        help="What drafts the answer's tokens, for this job.",
     ),
 ]
 GiveUpOption = Annotated[

@@ -22,10 +22,10 @@ from split_device.cli.checks import check_prompt, check_raw
 from split_device.cli.groups import (
     ImageModel,
     ImageModelOptions,
+    JobSamplingOptions,
     Picture,
     PictureOptions,
     PromptFormatOptions,
-    SamplingOptions,
     Start,
     StartOptions,
     TextModelOptions,
@@ -62,6 +62,7 @@ _TEXT_OPTIONS = (
     "--top-p",
     "--top-k",
     *ADJUSTMENTS.values(),
+    "--speculate",
     "--stop",
     "--system",
     "--show",
@@ -93,7 +94,7 @@ _IMAGE_OPTIONS = (
 @grouped
 def submit(
     context: typer.Context,
-    sampling: SamplingOptions,
+    sampling: JobSamplingOptions,
     prompt_format: PromptFormatOptions,
     answer_format: AnswerFormatOptions,
     picture: PictureOptions,

@@ -14,7 +14,7 @@ from transformers import DynamicCache, LogitsProcessor, StoppingCriteria, Stoppi
 from transformers.generation.streamers import BaseStreamer
 
 from split_common.compat.transformers import cache_name
-from split_common.errors import PromptTooLong
+from split_common.errors import PromptTooLong, UnsupportedFeature
 from split_common.models.layer_stack import max_positions
 from split_device.generation.bad_words import bad_word_tokens, check_named_tokens
 from split_device.generation.chat_template import ChatTemplate
@@ -26,6 +26,7 @@ from split_device.generation.shown_images import ShownImage
 from split_device.generation.structured import StructuredOutputs
 from split_device.generation.tokenizing import ChatMessage, encode_chat, end_tokens, pad_token
 from split_device.models.cache import SessionCacheLayer
+from split_device.speculation.names import AUTO, OFF
 
 if TYPE_CHECKING:
     from split_device.generation.constraint import Grammars
@@ -208,9 +209,15 @@ class Conversation:
         Raises:
             PromptTooLong: the tokens fill the model's positions.
             ConfigError: a value of `sampling` is out of bounds, or names a token that the model does not have.
+            UnsupportedFeature: `sampling` names a drafter.
             ConfigError, UnsupportedFeature: `structured` is refused.
             SplitError: raised by `generate`.
         """
+        if sampling.speculate not in (None, AUTO, OFF):
+            raise UnsupportedFeature(
+                f"speculate={sampling.speculate!r}: a conversation has no drafters; jobs and a Generator do, and "
+                "generate takes prompt_lookup_num_tokens"
+            )
         input_ids = input_ids.to(self._model.device)
         sampling = sampling.checked().resolved(self._model.generation_config)
         prompt_tokens = input_ids.shape[1]

@@ -11,7 +11,8 @@ from split_common.errors import UnsupportedFeature
 from split_device.generation.active import ActiveRequest
 from split_device.generation.checking import Checked
 from split_device.generation.local_layers import LocalLayers
-from split_device.speculation.drafters import AUTO, OFF, check_speculate
+from split_device.speculation.drafters import check_choice
+from split_device.speculation.names import AUTO, OFF
 from split_device.speculation.speculation import Cycle, Pace
 
 
@@ -51,7 +52,7 @@ class Drafting:
             ConfigError: there is no such drafter.
             UnsupportedFeature: the model cannot take tokens back.
         """
-        name = check_speculate(self._default if asked is None else asked)
+        name = check_choice(self._default if asked is None else asked)
         if self._refused is None or name == OFF:
             return name
         if name == AUTO:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from split_device.speculation.drafters import OFF
+from split_device.speculation.names import OFF
 
 #: Default of `Limits.prefix_cache`.
 PREFIX_CACHE = 1024**3

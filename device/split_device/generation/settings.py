@@ -17,6 +17,7 @@ import msgspec
 from split_common.errors import ConfigError
 from split_common.system.files import user_path
 from split_common.system.text import check_text
+from split_device.speculation.names import check_speculate
 
 #: Seeds count modulo this: torch takes -1 for 2**64 - 1.
 SEED_BOUND = 2**64
@@ -149,6 +150,8 @@ class Sampling:
     ignore_eos: bool | None = None
     #: Texts that the answer does not contain as tokens.
     bad_words: tuple[str, ...] | None = None
+    #: What drafts the answer's tokens: one of `SPECULATE`. It changes no token.
+    speculate: str | None = None
 
     def __post_init__(self) -> None:
         # msgspec writes what an object has of its own; the class has the defaults.
@@ -172,6 +175,8 @@ class Sampling:
                     raise ConfigError(f"invalid bad_words {word!r}: expected texts that are not empty")
                 check_text(word, "bad_words")
             copy = dataclasses.replace(copy, bad_words=words or None)
+        if self.speculate is not None:
+            check_speculate(self.speculate)
         if self.ignore_eos is not None:
             if not isinstance(self.ignore_eos, bool):
                 raise ConfigError(f"invalid ignore_eos {self.ignore_eos!r}: expected true or false")

@@ -195,6 +195,7 @@ class Loaded:
             frequency_penalty=sampling.frequency_penalty or 0.0,
             presence_penalty=sampling.presence_penalty or 0.0,
             constraint=None if structured is None else self.grammars.constraint(structured),
+            speculate=sampling.speculate,
         )
 
 

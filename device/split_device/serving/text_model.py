@@ -19,6 +19,9 @@ from split_device.serving.streaming import ChoiceStream
 
 _T = TypeVar("_T")
 
+#: Counts of the generator that are shown as what a server saved.
+_COUNTED = ("cached_tokens", "drafted_tokens", "accepted_tokens")
+
 
 class TextModel:
     """A loaded model, for all dialects.
@@ -83,13 +86,13 @@ class TextModel:
         return self.loaded.limit
 
     def traffic(self) -> dict[str, int]:
-        """What left this device since the start, and tokens that did not, summed over all requests."""
+        """What left this device since the start, tokens that did not, and drafts, summed over all requests."""
         traffic = self.loaded.model.traffic
         return {
             "steps": self.loaded.generator.counters["steps"],
             "bytes_sent": traffic["bytes_sent"],
             "bytes_received": traffic["bytes_received"],
-            "cached_tokens": self.loaded.generator.counters["cached_tokens"],
+            **{name: self.loaded.generator.counters[name] for name in _COUNTED},
         }
 
     def sampling(self) -> Sampling:

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from split_common.errors import ConfigError
 from split_device.speculation.drafter import Drafter
+from split_device.speculation.names import AUTO, OFF, check_speculate
 from split_device.speculation.ngram import NgramDrafter
 
-#: What else may be asked for instead of a drafter: none, or one that drafts only as many tokens as pay.
-OFF = "off"
-AUTO = "auto"
+#: Makes a drafter for one request, by its name, which is in `names.Speculate`, too.
+DRAFTERS: dict[str, Callable[[], Drafter]] = {"ngram": NgramDrafter}
 
 #: The drafter of `AUTO`.
 DRAFTER_OF_AUTO = "ngram"
 
-#: Makes a drafter for one request, by its name.
-DRAFTERS: dict[str, Callable[[], Drafter]] = {"ngram": NgramDrafter}
-
 
 def make_drafter(name: str) -> Drafter:
-    """A drafter for one request. Raises ConfigError if there is none of this name."""
-    if (make := DRAFTERS.get(name)) is None:
-        raise ConfigError(f"there is no drafter {name!r}: expected one of {', '.join(DRAFTERS)}")
-    return make()
+    """A drafter for one request, by its name or `auto`. Raises ConfigError if there is none of this name."""
+    return DRAFTERS[check_speculate(DRAFTER_OF_AUTO if name == AUTO else name, DRAFTERS)]()
 
 
-def check_speculate(name: str) -> str:
-    """The name, if it may be asked for. Raises ConfigError if not."""
-    names = [AUTO, OFF, *DRAFTERS]
-    if name not in names:
-        raise ConfigError(f"invalid speculate {name!r}: expected {', '.join(names[:-1])} or {names[-1]}")
-    return name
+def check_choice(name: str) -> str:
+    """What a request asks for, if it is `auto`, `off` or a drafter that there is. Raises ConfigError if not."""
+    return check_speculate(name, [AUTO, OFF, *DRAFTERS])

@@ -10,7 +10,8 @@ import torch
 
 from split_device.speculation.acceptance import Acceptance
 from split_device.speculation.drafter import Drafter
-from split_device.speculation.drafters import AUTO, DRAFTER_OF_AUTO, make_drafter
+from split_device.speculation.drafters import make_drafter
+from split_device.speculation.names import AUTO
 from split_device.speculation.step_times import StepTimes
 
 #: While drafts do not pay, one is tried after this many steps at first, and after twice as many each time it fails.
@@ -52,7 +53,7 @@ class Pace:
 
     def start(self, name: str) -> Speculation:
         """Speculation for one request, by a drafter of this name or `auto`. Raises ConfigError."""
-        return Speculation(self, make_drafter(DRAFTER_OF_AUTO if name == AUTO else name), name == AUTO)
+        return Speculation(self, make_drafter(name), name == AUTO)
 
 
 class Speculation:

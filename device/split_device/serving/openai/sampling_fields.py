@@ -13,7 +13,7 @@ from split_device.serving.fields import ApiError
 
 #: Fields of `Sampling` that are fields of a body, by the same names.
 _SAME = ("temperature", "top_p", "seed", "frequency_penalty", "presence_penalty", "top_k", "min_p")
-_MORE = ("repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos", "bad_words")
+_MORE = ("repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos", "bad_words", "speculate")
 
 
 class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,6 +33,8 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     bad_words: list[str] | None = None
+    #: An extension of ours.
+    speculate: str | None = None
 
     def sampling(self, max_tokens: int, defaults: Sampling) -> Sampling:
         """How tokens are chosen.
