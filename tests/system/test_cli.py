@@ -374,14 +374,23 @@ def test_a_closed_stdin_is_said(
     assert (done.code, done.notes) == (2, "error: stdin is closed: give the prompt in another way\n")
 
 
-def test_a_model_of_too_many_layers_is_not_built(run: Any, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        (100_000, "deep has 100,000 layers: expected 1 to 4,096"),
+        (4096, "deep: config.json names 4,096 layers, and the tensors are of 6 at most"),
+    ],
+)
+def test_a_model_of_too_many_layers_is_not_built(
+    run: Any, checkpoint: Path, tmp_path: Path, layers: int, said: str
+) -> None:
     deep = tmp_path / "deep"
     shutil.copytree(checkpoint, deep)
-    config = json.loads((deep / "config.json").read_text()) | {"num_hidden_layers": 100_000}
+    config = json.loads((deep / "config.json").read_text()) | {"num_hidden_layers": layers}
     config.pop("layer_types", None)
     (deep / "config.json").write_text(json.dumps(config))
     done = run("inspect", deep)
-    assert (done.code, done.notes) == (1, "error: deep has 100,000 layers: expected 1 to 4,096\n")
+    assert (done.code, done.notes) == (1, f"error: {said}\n")
 
 
 def test_a_checkpoint_without_a_tokenizer(run: Any, tmp_path: Path, address: str) -> None:

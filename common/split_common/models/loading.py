@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,9 @@ from split_common.models.weights import Side, read_tensors
 
 #: Most layers of a model. Its modules are made, without weights, before anything else is known of it.
 MAX_LAYERS = 4096
+
+#: A layer's number in the name of a tensor.
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass
@@ -108,6 +112,7 @@ def read_spec(model: str | Checkpoint, revision: str | None = None, *, images: b
         layers = int(own_config.get_text_config(decoder=True).num_hidden_layers)
         if not 0 < layers <= MAX_LAYERS:
             raise UnsupportedArchitecture(f"{checkpoint.name} has {layers:,} layers: expected 1 to {MAX_LAYERS:,}")
+        _check_depth(checkpoint, layers)
         check_cache(own_config, name)
         with torch.device("meta"):
             empty = own_class(own_config)
@@ -117,6 +122,15 @@ def read_spec(model: str | Checkpoint, revision: str | None = None, *, images: b
     except Exception as error:
         raise UnsupportedArchitecture(f"{name} cannot be built: {_first_line(error)}") from None
     return ModelSpec(checkpoint, own_config, own_class, prefix, quantization)
+
+
+def _check_depth(checkpoint: Checkpoint, layers: int) -> None:
+    """Raises MissingTensor if no tensor is of the last layers: making thousands in vain takes minutes."""
+    numbered = max((int(part) for name in checkpoint.tensor_names for part in _NUMBER.findall(name)), default=0) + 1
+    if layers > 2 * numbered:
+        raise MissingTensor(
+            f"{checkpoint.name}: config.json names {layers:,} layers, and the tensors are of {numbered:,} at most"
+        )
 
 
 def _config(checkpoint: Checkpoint) -> Any:
