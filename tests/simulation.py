@@ -45,8 +45,8 @@ from split_common.transport.supervised import Supervisor, handled
 from split_common.transport.zmq_link import ZmqLink
 from split_common.trust import shares as shares_module
 from split_common.trust.fleet import Fleet
-from split_device.models import cache as cache_module
 from split_device.sessions import channels as channels_module
+from split_device.sessions import chunks
 from split_device.sessions import client as client_module
 from split_device.sessions import history as history_module
 from split_device.sessions import resilient as resilient_module
@@ -103,7 +103,8 @@ class Layers:
     dtype = torch.float32
     max_positions = 4096
     positions_interact = False
-    padding_matters = False
+    padding_matters = indivisible = False
+    divisible = True
     layers = SimpleNamespace(stack=SimpleNamespace(position_axes=1))
 
     def __init__(self, pages: int, asynchronous: bool) -> None:
@@ -433,7 +434,7 @@ class World:
         patch.setattr(pool_module, "DEFAULT_PAGE_TOKENS", 4)
         self.evict_after = self.random.choice([0.2, 10.0])
         chunk, self.max_queued_bytes = self.random.choice([(8, 10**9), (32, 40), (4096, 10**9)])
-        patch.setattr(cache_module, "CHUNK_BYTES", chunk)
+        patch.setattr(chunks, "CHUNK_BYTES", chunk)
         patch.setattr(history_module, "BLOCK_BYTES", 32)
         patch.setattr(broker_module, "PROBE_INTERVAL", 0.5)
         seal = channel_module.Box.seal

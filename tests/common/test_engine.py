@@ -43,6 +43,12 @@ def make_runner(directory: Path, arch: str, **config: Any) -> Runner:
     return build_runner(stack, split, spec.text_config, KV_BYTES)
 
 
+@pytest.mark.parametrize(("arch", "indivisible"), [("doge", True), ("llama", False), ("qwen3_next", False)])
+def test_layers_that_compute_tokens_otherwise_in_parts(arch: str, indivisible: bool, tmp_path: Path) -> None:
+    runner = make_runner(tmp_path, arch)
+    assert (runner.indivisible, runner.divisible) == (indivisible, not indivisible)
+
+
 def test_kernels_are_few(tmp_path: Path) -> None:
     """However many tokens forwards have: oneDNN keeps half a MiB for each number of rows that it meets."""
     runner = make_runner(tmp_path, "llama")

@@ -27,7 +27,7 @@ import tiny
 from fleet import TRANSPORTS_IN_TURN, joined, running_broker, using
 from split_common.errors import UnsupportedFeature
 from split_common.protocol import payloads
-from split_device.models import cache as cache_module
+from split_device.sessions import chunks
 from wiretap import record_requests
 
 pytestmark = pytest.mark.numbers
@@ -351,7 +351,7 @@ def test_equal_states_at_other_positions_are_not_equal_rows(broker: str, checkpo
 
 def test_long_prefill_travels_in_chunks(llama: tuple[Model, Model], monkeypatch: pytest.MonkeyPatch) -> None:
     full, split = llama
-    monkeypatch.setattr(cache_module, "CHUNK_BYTES", 5 * 32 * 4)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 5 * 32 * 4)
     sent = record_requests(monkeypatch)
     assert padded_batch(split).tolist() == padded_batch(full).tolist()
     assert len(sent) >= 7 + 9
@@ -373,7 +373,7 @@ def test_frequencies_that_depend_on_the_largest_position(
     with joined(broker, tiny.save("llama", tmp_path, rope_parameters=rope)) as (model, _):
         long = PROMPT.repeat(1, 3)
         assert padded_batch(model).tolist() == padded_batch(full).tolist()
-        monkeypatch.setattr(cache_module, "CHUNK_BYTES", 5 * 32 * 4)
+        monkeypatch.setattr(chunks, "CHUNK_BYTES", 5 * 32 * 4)
         for mode in (padded_batch, beams, lambda model: model.generate(long, **GREEDY)):
             assert mode(model).tolist() == mode(full).tolist()
 

@@ -21,9 +21,8 @@ from split_common.engine import scheduler
 from split_common.errors import UnsupportedArchitecture, UnsupportedFeature
 from split_common.protocol import payloads
 from split_device import SplitModelForImageTextToText
-from split_device.models import cache
 from split_device.models.body import generating
-from split_device.sessions import history
+from split_device.sessions import chunks, history
 from wiretap import record_requests
 
 pytestmark = pytest.mark.numbers
@@ -132,7 +131,7 @@ def test_images_travel_in_chunks_and_are_replayed(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither a message, nor a forward, nor a block of the history ends within tokens that attend both ways."""
-    monkeypatch.setattr(cache, "CHUNK_BYTES", 6 * 128)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 6 * 128)
     monkeypatch.setattr(history, "BLOCK_BYTES", 5 * 2 * 128)
     monkeypatch.setattr(scheduler, "MAX_CHUNK", 7)
     monkeypatch.setattr(scheduler, "DECODE_TOKENS", 4)

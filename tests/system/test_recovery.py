@@ -334,7 +334,7 @@ def test_a_full_queue_pushes_back_and_nothing_is_lost(checkpoint: Path, monkeypa
     prompt = torch.randint(2, 97, (1, 200), generator=torch.Generator().manual_seed(0))
     expected = tiny.build("llama").generate(prompt, **GREEDY)
     # Chunks of four tokens, of which the queue holds three with what a request counts beside its tensor.
-    monkeypatch.setattr("split_device.models.cache.CHUNK_BYTES", 512)
+    monkeypatch.setattr("split_device.sessions.chunks.CHUNK_BYTES", 512)
     limits = WorkerLimits(max_queued_bytes=4700, full_retry=0.01)
     with running_broker() as broker:
         worker = start_worker(checkpoint, broker.address, limits=limits)

@@ -34,7 +34,8 @@ class Layers:
     """Layers that compute nothing, but take the memory that real ones take (a `Runner`)."""
 
     device, dtype, width, max_positions = torch.device("cpu"), torch.float32, WIDTH, 10_000
-    asynchronous = positions_interact = padding_matters = False
+    asynchronous = positions_interact = padding_matters = indivisible = False
+    divisible = True
     layers = SimpleNamespace(stack=SimpleNamespace(position_axes=1))
 
     def __init__(self, store: Any) -> None:

@@ -39,14 +39,15 @@ OFFSET_TOLERANCE = 1e-6
 
 
 @torch.inference_mode()
-def padding_matters(layers: LayerRange, store: CacheStore) -> bool:
+def padding_matters(layers: LayerRange, store: CacheStore, tokens: int) -> bool:
     """Whether a row's output depends on padding to its left, by the layers' own attention.
 
     Args:
         layers: the layers, before their attention is replaced.
         store: makes their caches.
+        tokens: the length of the row, see `probe_tokens`.
     """
-    states = torch.randn(PADDING + _tokens(layers, store), layers.width, generator=torch.Generator().manual_seed(0))
+    states = torch.randn(PADDING + tokens, layers.width, generator=torch.Generator().manual_seed(0))
     alone = _run(layers, store.new_cache(), states[PADDING:])
     try:
         padded = _run(layers, store.new_cache(), states, padding=PADDING)
@@ -82,8 +83,8 @@ def _differs(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
     return bool(finite) and bool((one - other).norm() > tolerance * other.norm())
 
 
-def _tokens(layers: LayerRange, store: CacheStore) -> int:
-    """The length of the probe's row: longer than what some layers have beside the windows of their caches."""
+def probe_tokens(layers: LayerRange, store: CacheStore) -> int:
+    """The length of a probe's row: longer than what some layers have beside the windows of their caches."""
     windows = {getattr(layer, "sliding_window", None) for layer in store.new_cache().layers}
     lengths = [
         value

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import psutil
 import torch
 
+from split_common.engine.division import is_indivisible
 from split_common.engine.forward import Executor, Forward
 from split_common.engine.layers import LayerRange
-from split_common.engine.padding import padding_matters
+from split_common.engine.padding import padding_matters, probe_tokens
 from split_common.engine.per_sequence import CacheStore, PerSequenceExecutor
 from split_common.engine.probe import NotPackable, check_layers, compile_checked, packed_executor
 from split_common.engine.sequences import TokenRun
-from split_common.errors import ModelError
+from split_common.errors import ModelError, UnsupportedArchitecture
 from split_common.models.layer_stack import LayerStack
 from split_common.models.split import Split
 
@@ -28,6 +30,7 @@ class Runner:
         compiled: whether they were compiled.
         unpacked_because: why sequences are run one at a time; None if they are packed.
         padding_matters: whether the unsplit layers compute a row otherwise if it has padding to its left.
+        indivisible: whether the layers compute a prompt otherwise if it goes through in parts.
     """
 
     def __init__(
@@ -38,12 +41,14 @@ class Runner:
         compiled: bool = False,
         unpacked_because: str | None = None,
         padding_matters: bool = False,
+        indivisible: bool = False,
     ) -> None:
         self.layers = layers
         self.executor = executor
         self.compiled = compiled
         self.unpacked_because = unpacked_because
         self.padding_matters = padding_matters
+        self.indivisible = indivisible
         #: The device of the first layer, and the dtype that all layers compute in.
         self.device, self.dtype = layers.device, layers.dtype
         #: Whether a forward that was launched runs while the host does other work.
@@ -54,6 +59,8 @@ class Runner:
         self.max_positions = layers.stack.max_positions
         #: Whether a token's rotary embedding depends on the positions after it in the same forward.
         self.positions_interact = layers.stack.positions_interact
+        #: Whether a step may go into several forwards.
+        self.divisible = not (indivisible or self.positions_interact)
         #: The sequences' memory.
         self.store = executor.store
 
@@ -112,7 +119,16 @@ def build_runner(stack: LayerStack, split: Split, config: Any, kv_bytes: int) ->
         )
     reference = PerSequenceExecutor(layers, CacheStore(config, split))
     token_bytes, state_bytes, expected = check_layers(layers, reference)
-    matters = padding_matters(layers, reference.store)
+    tokens = probe_tokens(layers, reference.store)
+    matters = padding_matters(layers, reference.store, tokens)
+    # Where positions interact, devices hand on what each part needs.
+    indivisible = not stack.positions_interact and is_indivisible(layers, reference, tokens)
+    if indivisible and reference.store.has_states:
+        raise UnsupportedArchitecture(
+            f"{stack.name} has states, which are taken back by running tokens again, and computes a prompt "
+            "otherwise if it goes through in parts"
+        )
+    build = functools.partial(Runner, layers, padding_matters=matters, indivisible=indivisible)
     try:
         packed = packed_executor(layers, reference.store, expected, kv_bytes)
     except NotPackable as reason:
@@ -121,9 +137,9 @@ def build_runner(stack: LayerStack, split: Split, config: Any, kv_bytes: int) ->
             raise ModelError(
                 f"{kv_bytes:,} bytes of KV memory do not hold a sequence: its states alone take {2 * state_bytes:,}"
             ) from None
-        return Runner(layers, reference, unpacked_because=str(reason), padding_matters=matters)
+        return build(reference, unpacked_because=str(reason))
     if not packed.capturable:
-        return Runner(layers, packed, padding_matters=matters)
+        return build(packed)
     compiled = compile_checked(layers, packed)
     packed.capture_graphs()
-    return Runner(layers, packed, compiled=compiled, padding_matters=matters)
+    return build(packed, compiled=compiled)

@@ -48,6 +48,10 @@ SESSION_KEYS = "session-keys"
 #: which does not travel. Devices refuse such rows.
 UNPADDED = "unpadded"
 
+#: A worker with this capability computes tokens that go through together otherwise than in parts. Devices send them
+#: in one message, also to a worker that takes over.
+INDIVISIBLE = "indivisible"
+
 #: A worker with this capability holds a session on that its device has finished with, for copies of it.
 KEEP = "keep"
 
@@ -56,7 +60,7 @@ KEEP = "keep"
 #: "position-axes" and "spans" are what a `PlacedStep` says of images; "session-keys" names sessions by keys, as in
 #: version 2 of the headers. New kinds of requests, rows and codecs add their names here.
 CAPABILITIES = frozenset(
-    {"adapters", "fork", "int4", "int8", KEEP, SESSION_KEYS, UNPADDED, "position-axes", "spans"}
+    {"adapters", "fork", INDIVISIBLE, "int4", "int8", KEEP, SESSION_KEYS, UNPADDED, "position-axes", "spans"}
 )
 
 

@@ -87,6 +87,11 @@ def _tried(spec: ModelSpec, split: Split) -> list[Finding]:
         found = [Finding("model", "ok", f"a worker runs many sessions in one forward (layers {some} were tried)")]
     else:
         found = [Finding("model", "note", f"a worker runs sessions one at a time: {runner.unpacked_because}")]
+    if runner.indivisible:
+        together = (
+            "its layers compute a prompt otherwise in parts: prompts go through at once, without prefix cache"
+        )
+        found.append(Finding("prompts", "note", together))
     if runner.padding_matters:
         refused = "its layers compute a padded row otherwise: rows with padding are refused"
         found.append(Finding("padding", "note", refused))

@@ -40,6 +40,8 @@ class ActiveRequest:
     pending: deque[list[int]]
     #: Number of tokens in the first list of `pending`, when the request began.
     prompt_tokens: int
+    #: Whether tokens go through together as the unsplit model would have them.
+    undivided: bool
     awaits_first_token: bool = True
     #: Number of tokens that have entered the head, and the tail.
     head_tokens: int = 0

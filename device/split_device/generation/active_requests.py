@@ -58,7 +58,6 @@ class ActiveRequests:
         """
         generation = admitted.generation
         prompt, done = generation.request.prompt, generation.tokens
-        # Where positions interact, tokens that were decoded one by one may give other states when they go together.
         first = prompt if self._layers.indivisible else [*prompt, *done]
         later = [[token] for token in done] if self._layers.indivisible else []
         head, tail = (stage.new_sequence() for stage in self._stages)
@@ -70,6 +69,7 @@ class ActiveRequests:
             admitted.costs,
             deque([first, *later]),
             len(first),
+            self._layers.indivisible,
         )
         generation.session = request.session.identity.label
         self.by_generation[generation] = request

@@ -34,13 +34,16 @@ class Drafting:
     ) -> None:
         self._active, self._counters = active, counters
         self._pace = Pace(DECODE_TOKENS - 1)
-        self._refused: str | None = None
-        if layers.indivisible:
-            self._refused = "its layers compute tokens that go through together otherwise than one by one"
-        elif layers.has_states:
-            self._refused = "its layers keep states, which cannot take tokens back"
+        self._layers = layers
         self._default = default
         self.choose(default)
+
+    @property
+    def _refused(self) -> str | None:
+        """Why no request can speculate; None if they can."""
+        if self._layers.indivisible:
+            return "its layers compute tokens that go through together otherwise than one by one"
+        return "its layers keep states, which cannot take tokens back" if self._layers.has_states else None
 
     def choose(self, asked: str | None) -> str:
         """The drafter of a request, `auto` or `off`.
@@ -66,7 +69,7 @@ class Drafting:
             request.generation.drafted_tokens += drafted
             request.generation.accepted_tokens += checked.matched
             self._counters.update({"drafted_tokens": drafted, "accepted_tokens": checked.matched})
-        if request.generation.speculate == OFF:
+        if request.generation.speculate == OFF or request.undivided:
             return
         if request.speculation is None:
             request.speculation = self._pace.start(request.generation.speculate)

@@ -91,8 +91,9 @@ class Generator:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._scorer = PromptScorer(self._layers.logits, self._layers.vocabulary)
         self._admission = Admission(self._head, self._tail, limits.requests)
+        stages, on_outcome = (self._head, self._tail), functools.partial(self._post, self._returned)
         self._requests = ActiveRequests(
-            model.split_parts, self._layers, (self._head, self._tail), self._admission, limits, self._on_outcome
+            model.split_parts, self._layers, stages, self._admission, limits, on_outcome
         )
         self._active = self._requests.by_generation
         self._first_tokens = FirstTokens(self._active.values())
@@ -140,9 +141,10 @@ class Generator:
         self._birthplace.check()
         if request.images:
             self._images.check()
-        generation = Generation(request, on_token, self._cancel, on_notice, self._layers.adapter(request.adapter))
+        cancel, adapter = functools.partial(self._post, self._cancel), self._layers.adapter(request.adapter)
+        generation = Generation(request, on_token, cancel, on_notice, adapter)
         generation.speculate = self._drafting.choose(request.speculate)
-        sampler = Sampler(self._model, request)
+        sampler = Sampler(self._model, request, self._layers.indivisible)
         tokens, capacity = sampler.max_length, self.capacity
         if capacity is not None and tokens > capacity:
             raise PromptTooLong(f"{tokens} tokens exceed this device's memory for {capacity}")
@@ -317,13 +319,13 @@ class Generator:
         self._first_tokens.renew()
         for request in self._requests.begin(admitted):
             if (asked := request.generation.request).images:
-                self._images.start(asked, request.adapter, functools.partial(self._on_placed, request))
+                self._images.start(asked, request.adapter, functools.partial(self._post, self._placed, request))
             else:
                 self._entering.append(request)
 
-    def _on_placed(self, request: ActiveRequest, outcome: PlacedPrompt | Exception) -> None:
-        """Called on a thread that embeds images."""
-        self._inbox.put(functools.partial(self._placed, request, outcome))
+    def _post(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Has the loop make a call. Any thread may do that."""
+        self._inbox.put(functools.partial(call, *arguments))
 
     def _placed(self, request: ActiveRequest, outcome: PlacedPrompt | Exception) -> None:
         """A prompt with images has been embedded."""
@@ -333,18 +335,18 @@ class Generator:
             request.placed = outcome
             self._entering.append(request)
 
-    def _on_outcome(self, request: ActiveRequest, outcome: Outcome) -> None:
-        """Called on the session's thread."""
-        self._inbox.put(functools.partial(self._returned, request, outcome))
-
     def _returned(self, request: ActiveRequest, outcome: Outcome) -> None:
         """A step has come back from its worker."""
         self._at_workers.pop(request, None)
-        if isinstance(outcome, Busy) and not request.ended and len(self._active) > 1:
-            # The other requests will free memory on the workers.
+        divided = request.session.indivisible and not request.undivided
+        if not request.ended and (divided or (isinstance(outcome, Busy) and len(self._active) > 1)):
             self._end(request, None)
+            self._layers.indivisible |= divided
+            request.sampler.indivisible = self._layers.indivisible
             self._admission.add(request.generation, request.sampler)
-            self._admission.pause()
+            if not divided:
+                # The other requests will free memory on the workers.
+                self._admission.pause()
         elif isinstance(outcome, Busy | PromptTooLong) and request.drafts and not request.ended:
             # The text itself may fit, and end before more is needed.
             self._outgoing.append((request, request.without_drafts()))
@@ -380,12 +382,9 @@ class Generator:
             self._entering.append(request)
 
     def _cancel(self, generation: Generation) -> None:
-        def cancel() -> None:
-            if (request := self._active.get(generation)) is not None:
-                self._end(request, "cancelled")
-            generation.finish("cancelled")
-
-        self._inbox.put(cancel)
+        if (request := self._active.get(generation)) is not None:
+            self._end(request, "cancelled")
+        generation.finish("cancelled")
 
     def _end(self, request: ActiveRequest, outcome: FinishReason | BaseException | None) -> None:
         """Frees everything that a request holds. With no outcome, its generation stays open: it begins again."""

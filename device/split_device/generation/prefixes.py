@@ -51,8 +51,8 @@ class Prefixes:
 
     def __init__(self, parts: Any, layers: LocalLayers, stages: tuple[Stage, Stage], memory: int) -> None:
         stores = [stage.runner.store for stage in stages if stage.runner is not None]
-        #: Where positions interact, tokens that go through together would give other states in parts.
-        self._enabled = memory > 0 and not layers.indivisible
+        self._layers = layers
+        self._enabled = memory > 0
         self._stages = stages
         # A state cannot be cut back.
         self._whole = layers.has_states
@@ -101,8 +101,10 @@ class Prefixes:
 
     def _takes_part(self, request: ActiveRequest) -> bool:
         asked = request.generation.request
+        if not self._enabled or self._layers.indivisible:
+            return False
         # Tokens do not tell which images they stand for; and scores need states of the whole prompt.
-        return self._enabled and not asked.images and asked.prompt_logprobs is None
+        return not asked.images and asked.prompt_logprobs is None
 
     def _computed_by(self, request: ActiveRequest, tokens: np.ndarray) -> tuple[ActiveRequest | None, int]:
         """The request that runs and has computed most of these tokens from the first on, and their number."""

@@ -85,13 +85,18 @@ def _refused(config: GenerationConfig) -> Iterator[tuple[str, Any]]:
 class Sampler:
     """How the tokens of one request are chosen, and the text so far.
 
+    Args:
+        model: made by `SplitModelForCausalLM.from_pretrained`.
+        request: what was asked.
+        indivisible: whether tokens that go through the model together differ from those that go one by one.
+
     Raises:
         UnsupportedFeature: the configuration asks for more than greedy decoding or sampling of one sequence.
         ConfigError: the request or its configuration makes no sense.
         PromptTooLong: the prompt exceeds the model's positions.
     """
 
-    def __init__(self, model: Any, request: Request) -> None:
+    def __init__(self, model: Any, request: Request, indivisible: bool = False) -> None:
         prompt = len(request.prompt)
         if not prompt:
             raise ConfigError("a prompt has at least one token")
@@ -106,7 +111,8 @@ class Sampler:
         self.max_length: int = min(int(config.max_length), positions + 1)
         self._max_new_tokens = self.max_length - prompt
         self._eos = eos_tokens(config)
-        self._indivisible: bool = model.split_parts.traits.positions_interact
+        #: Whether tokens that go through the model together differ from those that go one by one.
+        self.indivisible = indivisible
         self._vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
         #: Length of prompt and text from which processors that keep back end tokens do nothing.
         self._least = max((_least(each, prompt) for each in self._processors), default=0)
@@ -183,7 +189,7 @@ class Sampler:
         model together differ from those that go one by one. The random generator goes on as if the token had been
         drawn.
         """
-        if self._constraint is None or self.logprobs is not None or self._indivisible:
+        if self._constraint is None or self.logprobs is not None or self.indivisible:
             return None
         token = self._constraint.forced()
         if token is not None and self.generator is not None:

@@ -44,7 +44,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         if self.runner is not None:
-            self.scheduler = Scheduler(self.runner.store, divisible=not self.runner.positions_interact)
+            self.scheduler = Scheduler(self.runner.store, divisible=self.runner.divisible)
             self.unreserved = self.runner.store.free
 
     @property

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from split_common.errors import UnsupportedFeature
-from split_common.models.tensors import raw_bytes, to_bytes
+from split_common.models.tensors import raw_bytes
 from split_common.protocol import payloads
 from split_device.models.body_layer import BodyLayer
 from split_device.models.prepared import PreparedStep, StepContext
 from split_device.models.traits import Traits
-from split_device.sessions.chunks import ChunkRequest, cut
+from split_device.sessions.chunks import ChunkRequest, encode
 from split_device.sessions.client import Client
 from split_device.sessions.connection import HISTORY_MEMORY
 from split_device.sessions.distinct import distinct
@@ -29,9 +29,6 @@ from split_device.sessions.prefix import SessionPrefix
 from split_device.sessions.resilient import ResilientSession
 from split_device.sessions.session import RemoteSession, Reply
 from split_device.sessions.timings import StepTimings
-
-#: Most bytes of hidden states in one message; a longer prefill travels in several messages.
-CHUNK_BYTES = 1024 * 1024
 
 #: Most chunks of history that travel to a new worker at once.
 REPLAY_WINDOW = 8
@@ -133,7 +130,7 @@ class SessionCacheLayer(BodyLayer):
 
     def detach(self) -> SessionPrefix | None:
         """What the session holds now. Its worker keeps that, and the session begins anew; None if it does not."""
-        if self._history.is_lost or self._session.moved:
+        if self._history.is_lost or self._session.moved or self.indivisible:
             # What a worker that is gone, or was revoked, has computed is not handed on.
             return None
         prefix = self._as_prefix(self._session.detach())
@@ -142,10 +139,15 @@ class SessionCacheLayer(BodyLayer):
         return prefix
 
     def _as_prefix(self, remote: RemoteSession | None) -> SessionPrefix | None:
-        if remote is None or remote.ended or self._history.is_lost:
+        if remote is None or remote.ended or remote.indivisible or self._history.is_lost:
             return None
         length = self.get_seq_length()
         return SessionPrefix(remote, self._history.fork(length), length, self.adapter)
+
+    @property
+    def indivisible(self) -> bool:
+        """Whether its worker computes tokens that go through together otherwise than in parts."""
+        return self._session.remote is not None and self._session.remote.indivisible
 
     @property
     def copied(self) -> bool:
@@ -195,14 +197,14 @@ class SessionCacheLayer(BodyLayer):
         ]
         with context.timings.measure("encode"):
             packed = hidden.flatten(0, 1) if sent is None else hidden[sent]
-            horizon = int(first_axis(places, 2).max()) if self._traits.positions_interact else None
-            requests = _encode(runs, packed, horizon) if runs else []
+            requests = encode(runs, packed, self._horizon(places)) if runs else []
         return PreparedStep(
             hidden,
             places,
             torch.cat([cached, keep], 1),
             sent,
             (rows, copies) if len(rows) < batch else None,
+            runs,
             requests,
             context.timings,
         )
@@ -276,6 +278,10 @@ class SessionCacheLayer(BodyLayer):
                 )
         return cached, full[:, past:]
 
+    def _horizon(self, places: torch.Tensor) -> int | None:
+        """The largest position of a call; None if positions do not interact."""
+        return int(first_axis(places, 2).max()) if self._traits.positions_interact else None
+
     def _positions(self, batch: int, tokens: int, positions: torch.Tensor | None) -> torch.Tensor:
         """Position ids, int64 `[batch, tokens]`, or `[axes, batch, tokens]` if axes differ, on the CPU."""
         if positions is None:
@@ -321,12 +327,16 @@ class SessionCacheLayer(BodyLayer):
             session.call([(self.adapter, b"")], step.timings)
         # The rows of the history are in their present order already.
         self._select = None
-        requests = self._replayed(step.timings)
+        requests = self._replayed(session.indivisible, step.timings)
         while window := list(itertools.islice(requests, REPLAY_WINDOW)):
             self._send(session, window, step.timings)
 
     def send(self, session: RemoteSession, step: PreparedStep) -> list[Reply]:
         _check_padding(session, step)
+        if session.indivisible and len(step.requests) > 1:
+            packed = step.hidden.flatten(0, 1) if step.sent is None else step.hidden[step.sent]
+            with step.timings.measure("encode"):
+                step.requests = encode(step.runs, packed, self._horizon(step.places), whole_runs=True)
         return self._send(session, step.requests, step.timings)
 
     def is_spoilt(self, step: PreparedStep) -> bool:
@@ -337,12 +347,13 @@ class SessionCacheLayer(BodyLayer):
         rows = {run.row for chunk, _ in step.requests for run in chunk.runs}
         return len(rows), sum(len(chunk.states) for chunk, _ in step.requests), self.get_seq_length()
 
-    def _replayed(self, timings: StepTimings) -> Iterator[ChunkRequest]:
+    def _replayed(self, indivisible: bool, timings: StepTimings) -> Iterator[ChunkRequest]:
         if self._columns is None:
             return
-        for runs, packed, horizon in self._history.replay(self._columns, self._traits.positions_interact):
+        interact = self._traits.positions_interact
+        for runs, packed, last in self._history.replay(self._columns, interact or indivisible, indivisible):
             with timings.measure("encode"):
-                requests = _encode(runs, packed, horizon)
+                requests = encode(runs, packed, last if interact else None, whole_runs=indivisible)
             yield from requests
 
     def _send(self, session: RemoteSession, requests: Sequence[ChunkRequest], timings: StepTimings) -> list[Reply]:
@@ -367,9 +378,3 @@ def _check_padding(session: RemoteSession, step: PreparedStep) -> None:
             "padding cannot be split with this model, because its layers compute a padded row otherwise: pass "
             "prompts one at a time, or of the same length"
         )
-
-
-def _encode(runs: list[PlacedRun], packed: torch.Tensor, horizon: int | None) -> list[ChunkRequest]:
-    """Cuts runs and their states `[tokens, width]` into requests. Raises NonFinite."""
-    limit = max(1, CHUNK_BYTES // (packed.shape[1] * packed.element_size()))
-    return [(chunk, to_bytes(chunk.states)) for chunk in cut(runs, packed, limit, horizon)]

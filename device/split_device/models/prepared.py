@@ -8,6 +8,7 @@ import torch
 
 from split_common.models.cache_layers import States
 from split_device.sessions.chunks import ChunkRequest
+from split_device.sessions.places import PlacedRun
 from split_device.sessions.timings import StepTimings
 
 
@@ -27,7 +28,7 @@ class StepContext:
     head_states: dict[int, States] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass
 class PreparedStep:
     """A step as it travels, and how its output is put in place."""
 
@@ -41,6 +42,8 @@ class PreparedStep:
     sent: torch.Tensor | None
     #: The rows that travel, and for each row the index of its equal in this list; None if all rows travel.
     copies: tuple[list[int], list[int]] | None
-    #: Empty if all tokens are padding.
+    #: The tokens that travel; empty if all are padding.
+    runs: list[PlacedRun]
+    #: Empty if all tokens are padding. Encoded anew for a worker that takes no parts.
     requests: list[ChunkRequest]
     timings: StepTimings

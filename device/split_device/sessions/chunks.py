@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from split_common.errors import Malformed
-from split_common.models.tensors import dtype_name, from_bytes
-from split_common.protocol import payloads
+from split_common.errors import Malformed, UnsupportedFeature
+from split_common.models.tensors import dtype_name, from_bytes, to_bytes
+from split_common.protocol import headers, payloads
 from split_device.sessions.places import PlacedRun
+
+#: Most bytes of hidden states in one message; a longer prefill travels in several messages.
+CHUNK_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ class Chunk:
         return output if self.own is None else output[self.own]
 
 
-def cut(runs: list[PlacedRun], packed: torch.Tensor, limit: int, horizon: int | None = None) -> list[Chunk]:
+def cut(
+    runs: list[PlacedRun], packed: torch.Tensor, limit: int, horizon: int | None = None, whole_runs: bool = False
+) -> list[Chunk]:
     """Cuts runs so that no chunk has more than `limit` tokens, unless they attend to each other both ways.
 
     If positions interact, the worker must see the largest position of the call in every run. A run that ends below
@@ -47,10 +52,11 @@ def cut(runs: list[PlacedRun], packed: torch.Tensor, limit: int, horizon: int | 
     Args:
         packed: the states of all runs, `[tokens, width]`.
         horizon: the largest position of the call; None if positions do not interact.
+        whole_runs: whether no run may be cut at all.
     """
     chunks = []
     begin = 0
-    for part in _chunked(runs, limit):
+    for part in _chunked(runs, limit, whole_runs):
         lengths = [len(run) for run in part]
         states = packed[begin : begin + sum(lengths)]
         begin += sum(lengths)
@@ -68,7 +74,7 @@ def cut(runs: list[PlacedRun], packed: torch.Tensor, limit: int, horizon: int | 
     return chunks
 
 
-def _chunked(runs: list[PlacedRun], limit: int) -> list[list[PlacedRun]]:
+def _chunked(runs: list[PlacedRun], limit: int, whole_runs: bool) -> list[list[PlacedRun]]:
     chunks: list[list[PlacedRun]] = [[]]
     free = limit
     for run in runs:
@@ -77,7 +83,7 @@ def _chunked(runs: list[PlacedRun], limit: int) -> list[list[PlacedRun]]:
             if free <= 0:
                 chunks.append([])
                 free = limit
-            part = run.part(done, run.whole(done + free))
+            part = run if whole_runs else run.part(done, run.whole(done + free))
             chunks[-1].append(part)
             done += len(part)
             free -= len(part)
@@ -86,3 +92,23 @@ def _chunked(runs: list[PlacedRun], limit: int) -> list[list[PlacedRun]]:
 
 #: A chunk and its states' bytes.
 ChunkRequest = tuple[Chunk, memoryview]
+
+
+def encode(
+    runs: list[PlacedRun], packed: torch.Tensor, horizon: int | None, whole_runs: bool = False
+) -> list[ChunkRequest]:
+    """Cuts runs and their states `[tokens, width]` into requests.
+
+    Raises:
+        NonFinite: the states hold NaN or infinity.
+        UnsupportedFeature: a run that may not be cut exceeds a message.
+    """
+    token_bytes = packed.shape[1] * packed.element_size()
+    longest, most = max(map(len, runs)), headers.MAX_BODY // 2 // token_bytes
+    if whole_runs and longest > most:
+        raise UnsupportedFeature(
+            f"{longest:,} tokens have to go through this model's layers together, and a message to a worker "
+            f"holds {most:,}: shorten the prompt"
+        )
+    chunks = cut(runs, packed, max(1, CHUNK_BYTES // token_bytes), horizon, whole_runs)
+    return [(chunk, to_bytes(chunk.states)) for chunk in chunks]

@@ -108,6 +108,8 @@ class History:
         self._parts: list[BlockView] = []
         self._file: SpillFile | None = None
         self._lost: HistoryLost | None = None
+        # Whether tokens were cut off that went through together with others which are still there.
+        self._call_was_cut = False
 
     @property
     def resident(self) -> int:
@@ -136,6 +138,8 @@ class History:
         """Keeps the first `columns` columns."""
         calls = bisect.bisect_left(self._call_ends, columns) + (columns > 0)
         surplus = self._length - columns
+        if surplus > 0 and calls and self._call_ends[calls - 1] > columns:
+            self._call_was_cut = True
         del self._call_ends[calls:], self._horizons[calls:]
         if surplus > 0:
             self._length = columns
@@ -159,7 +163,7 @@ class History:
         copy = History(self._memory)
         copy._length, copy._parts = self._length, list(self._parts)
         copy._call_ends, copy._horizons = list(self._call_ends), list(self._horizons)
-        copy._file, copy._lost = self._file, self._lost
+        copy._file, copy._lost, copy._call_was_cut = self._file, self._lost, self._call_was_cut
         return copy
 
     @property
@@ -175,19 +179,25 @@ class History:
         return copy
 
     def replay(
-        self, columns: torch.Tensor, by_call: bool
+        self, columns: torch.Tensor, by_call: bool, indivisible: bool = False
     ) -> Iterator[tuple[list[PlacedRun], torch.Tensor, int | None]]:
         """The runs that rebuild the cache, their states `[tokens, width]`, and their call's largest position.
 
         Args:
             columns: which columns hold tokens and not padding, bool `[batch, columns]`.
             by_call: whether to yield the columns of each call together; if not, the position is None.
+            indivisible: whether a call whose last columns were cut off cannot be rebuilt.
 
         Raises:
             HistoryLost: the history could not be kept, or cannot be read back.
         """
         if self._lost is not None:
             raise self._lost
+        if indivisible and self._call_was_cut:
+            raise HistoryLost(
+                "the session was cut back into tokens that went through its layers together, so it cannot continue "
+                "on another worker"
+            )
         begin = done = call = 0
         pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
         for part in self._parts:

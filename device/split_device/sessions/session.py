@@ -142,6 +142,11 @@ class RemoteSession:
         return payloads.UNPADDED not in self.channel.crypto.capabilities
 
     @property
+    def indivisible(self) -> bool:
+        """Whether tokens that go through its worker together must do so in one message, and on the next worker."""
+        return payloads.INDIVISIBLE in self.channel.crypto.capabilities
+
+    @property
     def acked(self) -> int:
         """The lowest sequence number without a reply."""
         return min(list(self.in_flight), default=self._seq)

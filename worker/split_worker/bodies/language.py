@@ -152,8 +152,9 @@ class LanguageBody:
         self.store = runner.store
         self.device, self.dtype = runner.device, runner.dtype
         self.asynchronous = runner.asynchronous
-        self.divisible = not runner.positions_interact
-        self.lacks = frozenset[str]() if runner.padding_matters else frozenset({payloads.UNPADDED})
+        self.divisible = runner.divisible
+        kinds = {payloads.UNPADDED: runner.padding_matters, payloads.INDIVISIBLE: runner.indivisible}
+        self.lacks = frozenset(kind for kind, has in kinds.items() if not has)
 
     def new_state(self, member: str = "") -> Rows:
         return Rows()
@@ -226,6 +227,8 @@ class LanguageBody:
             lines.append(f"adapters: {', '.join(adapter.name for adapter in self.adapters)}")
         if self.runner.unpacked_because is not None:
             lines.append(f"sessions run one at a time: {self.runner.unpacked_because}")
+        if self.runner.indivisible:
+            lines.append("prompts are not computed in chunks: in parts these layers compute them otherwise")
         if self.runner.padding_matters:
             lines.append("rows with padding to their left are refused: these layers compute them otherwise")
         return lines
