@@ -22,6 +22,7 @@ from split_common.errors import KeysError, TensorMismatch
 from split_common.system.process import running_command
 from split_common.trust.fleet import Fleet
 from split_device import SplitModelForCausalLM
+from split_device.cli.doctor_model import model_findings
 from split_device.cli.groups import TextModel
 from split_device.generation.limits import Limits
 from split_device.generation.settings import Sampling
@@ -170,3 +171,18 @@ def test_a_fleet_lists_the_tensors_of_adapters(
     save_file(tensors | {name: tensors[name] + 1}, other / "adapter_model.safetensors")
     with pytest.raises(TensorMismatch, match="differs from the manifest"):
         load(other)
+
+
+def test_doctor_tries_adapters(checkpoint: Path, sql: Path, tmp_path: Path) -> None:
+    other = tiny.save("llama", tmp_path / "other", hidden_size=48)
+    foreign = lora.save_lora(tmp_path / "foreign", other)
+    adapters = {"sql": sql, "foreign": foreign}
+    found = [finding for finding in model_findings(str(checkpoint), adapters) if finding.subject == "adapter"]
+    assert [finding.status for finding in found] == ["ok", "problem"]
+    assert found[0].detail == "sql changes 42 linear layers of the model (layers 2:4 were tried)"
+    assert "the adapter foreign is for another model" in found[1].detail
+
+
+def test_doctor_tries_adapters_of_a_model_alone(run: Any, sql: Path) -> None:
+    done = run("doctor", "--adapter", sql)
+    assert (done.code, done.err) == (2, "error: --adapter is checked with a model: give --model as well\n")

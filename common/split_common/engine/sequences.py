@@ -115,8 +115,7 @@ class TokenRun(Run, Generic[_Sequence]):
         return [*zip(self.positions, *self.axes, strict=True)] if self.axes else self.positions
 
     def whole(self, begin: int, count: int) -> int:
-        cut = begin + count
-        return max([cut, *(last for first, last in self.spans if first < cut < last)]) - begin
+        return after_spans(self.spans, begin + count) - begin
 
     def part(self, begin: int, count: int) -> TokenRun[_Sequence]:
         end = begin + count
@@ -128,6 +127,11 @@ class TokenRun(Run, Generic[_Sequence]):
             spans=[(first - begin, last - begin) for first, last in self.spans if begin <= first and last <= end],
             additions={layer: features[begin:end] for layer, features in self.additions.items()},
         )
+
+
+def after_spans(spans: Sequence[tuple[int, int]], cut: int) -> int:
+    """The least index from `cut` on that is inside none of these spans, which do not overlap."""
+    return max([cut, *(last for first, last in spans if first < cut < last)])
 
 
 def positions_of(places: Sequence[Place]) -> torch.Tensor:

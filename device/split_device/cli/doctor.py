@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from split_common.cli.groups import grouped
-from split_common.cli.options import MODEL_PANEL, JsonOption
-from split_common.errors import KeysError, NoWorker, SplitError
+from split_common.cli.options import MODEL_PANEL, AdaptersOption, JsonOption
+from split_common.errors import ConfigError, KeysError, NoWorker, SplitError
 from split_common.protocol import headers
 from split_common.system.console import doing, emit_json, stdout
 from split_common.transport import connect, new_peer_id
@@ -50,16 +50,20 @@ def doctor(
             "what is refused; or how an image model is cut.",
         ),
     ] = None,
+    adapter: AdaptersOption = None,
     json: JsonOption = False,
 ) -> None:
     """Check versions, hardware, keys, broker and workers, and say how to fix problems.
 
     The exit code is 1 if there is a problem.
     """
+    adapters = _adapters(adapter or [], model)
     findings = []
     # Without --json, each finding is printed as it comes, the first one at once.
     with doing("checking this machine, the broker and the workers") if json else contextlib.nullcontext():
-        for finding in itertools.chain(_findings(connection), model_findings(model) if model is not None else ()):
+        for finding in itertools.chain(
+            _findings(connection), model_findings(model, adapters) if model is not None else ()
+        ):
             findings.append(finding)
             if not json:
                 _print(finding)
@@ -68,6 +72,17 @@ def doctor(
         emit_json({"healthy": healthy, "findings": [asdict(finding) for finding in findings]})
     if not healthy:
         raise typer.Exit(1)
+
+
+def _adapters(given: list[str], model: str | None) -> dict[str, Path]:
+    """The directories of adapters by their names. Raises ConfigError without a model, or if one is not a name."""
+    if not given:
+        return {}
+    if model is None:
+        raise ConfigError("--adapter is checked with a model: give --model as well")
+    from split_common.models.adapters import parse_adapters
+
+    return parse_adapters(given)
 
 
 def _print(finding: Finding) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from split_common.errors import InvalidSplit, SplitError
+from split_device.cli.doctor_adapters import adapter_findings
 from split_device.cli.finding import Finding
 
 if TYPE_CHECKING:
@@ -26,8 +28,13 @@ TRIAL_BYTES = 16 * 1024**2
 _OTHER_CUT = re.compile(r"--layers (\d+:-?\d*)")
 
 
-def model_findings(model: str) -> Iterator[Finding]:
-    """How a worker and a device would run a checkpoint, found by loading and running parts of it as they do."""
+def model_findings(model: str, adapters: Mapping[str, Path] | None = None) -> Iterator[Finding]:
+    """How a worker and a device would run a checkpoint, found by loading and running parts of it as they do.
+
+    Args:
+        model: a directory with the checkpoint, a GGUF file, or a hub id.
+        adapters: directories of LoRAs to try with it, by their names.
+    """
     from split_common.models.checkpoint import Checkpoint
     from split_common.models.denoisers.registry import is_denoiser, read_denoiser_spec
     from split_common.models.loading import read_spec
@@ -36,13 +43,15 @@ def model_findings(model: str) -> Iterator[Finding]:
         checkpoint = Checkpoint.resolve(model)
         if is_denoiser(checkpoint):
             yield _blocks(read_denoiser_spec(checkpoint))
+            if adapters:
+                yield Finding("adapter", "problem", "--adapter is for language models")
             return
         spec = read_spec(checkpoint)
     except SplitError as error:
         yield Finding("model", "problem", str(error))
         return
     yield from _weights(spec)
-    yield from _parts(spec)
+    yield from _parts(spec, adapters or {})
     yield from _prompts(model, checkpoint)
     yield from _images(model)
 
@@ -55,13 +64,13 @@ def _weights(spec: ModelSpec) -> Iterator[Finding]:
         yield Finding("weights", "ok", weights.describe())
 
 
-def _parts(spec: ModelSpec) -> Iterator[Finding]:
+def _parts(spec: ModelSpec, adapters: Mapping[str, Path]) -> Iterator[Finding]:
     """Tries the usual cut, and another one if that is refused and the refusal names one that would do."""
     from split_common.models.split import DEFAULT_LAYERS, Split
 
     usual = Split.parse(spec.layers, str(DEFAULT_LAYERS)) if spec.layers > 2 else Split(spec.layers, 0, spec.layers)
     try:
-        yield from _tried(spec, usual)
+        yield from _tried(spec, usual, adapters)
     except SplitError as error:
         other = _OTHER_CUT.search(str(error))
         if other is None:
@@ -69,12 +78,12 @@ def _parts(spec: ModelSpec) -> Iterator[Finding]:
             return
         yield Finding("layers", "note", f"only with --layers {other[1]}: {error}")
         try:
-            yield from _tried(spec, Split.parse(spec.layers, other[1]))
+            yield from _tried(spec, Split.parse(spec.layers, other[1]), adapters)
         except SplitError as still:
             yield Finding("model", "problem", str(still))
 
 
-def _tried(spec: ModelSpec, split: Split) -> list[Finding]:
+def _tried(spec: ModelSpec, split: Split, adapters: Mapping[str, Path]) -> list[Finding]:
     """What running the first layers of a body, and loading a device's part, shows. Raises SplitError."""
     from split_common.engine.runner import build_runner
     from split_common.models.loading import load_part
@@ -97,7 +106,8 @@ def _tried(spec: ModelSpec, split: Split) -> list[Finding]:
         found.append(Finding("padding", "note", refused))
     load_part(spec, split, "device")
     ends = f"layers 0:{split.first} and {split.last}:{split.layers}"
-    return [*found, Finding("device", "ok", f"its own part loads: {ends}, embeddings and head")]
+    found.append(Finding("device", "ok", f"its own part loads: {ends}, embeddings and head"))
+    return [*found, *adapter_findings(spec, split, some, adapters, TRIAL_BYTES)]
 
 
 def _prompts(model: str, checkpoint: Checkpoint) -> Iterator[Finding]:

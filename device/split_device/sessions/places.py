@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from split_common.engine.sequences import after_spans
 from split_common.errors import UnsupportedFeature
 from split_common.protocol import payloads
 
@@ -42,7 +43,7 @@ class PlacedRun:
         """The least number of tokens from `end` on, after which the run may be cut."""
         if self.places.ndim == 1 or end >= len(self):
             return min(end, len(self))
-        return max([end, *(last for first, last in self._spans() if first < end < last)])
+        return after_spans(self._spans(), end)
 
     def run(self) -> payloads.Run:
         """What travels of each run."""

@@ -13,7 +13,7 @@ from split_common.engine.sequences import KVSequence, TokenRun
 from split_common.errors import Malformed, Oversized, PromptTooLong, UnknownAdapter
 from split_common.models.tensors import dtype_name, from_bytes, to_bytes
 from split_common.protocol import headers, payloads
-from split_worker.bodies.placement import check_placement, placement
+from split_worker.bodies.placement import check_placement, placements
 from split_worker.watchdog import FIRST_TURN
 
 #: Most rows that one session may have.
@@ -59,10 +59,10 @@ class Rows:
         self.sequences += [runner.store.new_sequence() for _ in range(wanted - len(self.sequences))]
         parts = torch.split(states, [len(run.positions) for run in step.rows])
         runs = []
-        for index, (run, part) in enumerate(zip(step.rows, parts, strict=True)):
+        placed = placements(step, runner.layers.stack.position_axes)
+        for run, part, (axes, spans) in zip(step.rows, parts, placed, strict=True):
             sequence = self.sequences[run.row]
             sequence.truncate(run.start)
-            axes, spans = placement(step, index, runner.layers.stack.position_axes)
             runs.append(TokenRun(sequence, part, run.positions, self.adapter, axes, spans))
         return runs
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from split_common.engine.runner import Runner
 from split_common.errors import Malformed, PromptTooLong
 from split_common.protocol import payloads
 
+#: The positions of a run on further axes, and begin and end of its spans in the run, ascending.
+Placement = tuple[list[list[int]], list[tuple[int, int]]]
 
-def placement(step: payloads.Step, index: int, axes: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """The positions of run number `index` on further axes, and begin and end of its spans in the run.
 
-    The step has passed `check_placement`; a plain `Step` has neither.
-    """
+def placements(step: payloads.Step, axes: int) -> list[Placement]:
+    """Where the tokens of each run are. The step has passed `check_placement`; a plain `Step` has neither."""
     if not isinstance(step, payloads.PlacedStep):
-        return [], []
-    run = step.rows[index]
-    tokens, further = len(run.positions), step.axes[index] if step.axes else []
-    spans = [
-        (span.start - run.start, span.start - run.start + span.length) for span in step.spans if span.row == run.row
-    ]
-    return [further[axis * tokens : (axis + 1) * tokens] for axis in range(axes - 1) if further], sorted(spans)
+        return [([], []) for _ in step.rows]
+    spans: defaultdict[int, list[payloads.Span]] = defaultdict(list)
+    for span in step.spans:
+        spans[span.row].append(span)
+    placed = []
+    for run, further in zip(step.rows, step.axes or [[]] * len(step.rows), strict=True):
+        tokens = len(run.positions)
+        own = sorted((span.start - run.start, span.start - run.start + span.length) for span in spans[run.row])
+        placed.append(([further[axis * tokens : (axis + 1) * tokens] for axis in range(axes - 1) if further], own))
+    return placed
 
 
 def check_placement(step: payloads.PlacedStep, runner: Runner) -> None:
