@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -31,6 +32,7 @@ from split_broker import broker
 from split_common.cli import main
 from split_common.errors import ModelError
 from split_common.models.demo_model import ensure_demo_model
+from split_common.system.process import collect_seldom
 from split_common.transport.redis import lease
 
 # Signals may be ignored or blocked where the tests are started (in a job in the background, by cron), and then they
@@ -39,6 +41,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+collect_seldom()
 
 #: `make test-clients` runs them, in an environment of its own.
 collect_ignore = ["clients"]
@@ -52,6 +56,11 @@ CHILD_GRACE = 300.0
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.*past_key_values.*:FutureWarning")
+
+
+def pytest_collection_finish() -> None:
+    """Leaves out of collections what is imported by now, as a command does: it is millions of objects."""
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

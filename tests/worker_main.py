@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from fleet import start_worker
+from split_common.system.process import collect_seldom
 
 if __name__ == "__main__":
+    collect_seldom()
     torch.set_num_threads(1)
     worker = start_worker(Path(sys.argv[1]), sys.argv[2])
     print("ready", flush=True)

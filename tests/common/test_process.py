@@ -61,6 +61,46 @@ except KeyboardInterrupt:
     assert done.stdout == "interrupted True\n"
 
 
+def test_a_command_looks_for_cycles_seldom_and_not_at_its_end() -> None:
+    """Collections of the oldest objects: none while two hundred thousand come that stay, and none at the end."""
+    script = """
+import atexit, gc, sys
+from split_common.cli import application as cli
+
+class Cycle:
+    def __init__(self):
+        self.own = self
+    def __del__(self):
+        print("collected")
+
+@cli.app.command()
+def start():
+    before = gc.get_stats()[2]["collections"]
+    stays = [[] for _ in range(200_000)]
+    print(gc.get_stats()[2]["collections"] - before, flush=True)
+    Cycle()
+
+cli.load_commands = lambda: None
+if sys.argv[1] == "process":
+    del sys.argv[1]
+    cli.main()
+else:
+    cli.main(["start"])
+"""
+
+    def lines(*arguments: str) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.splitlines()
+
+    assert lines("process", "start") == ["0"]
+    # As a call within another program it leaves that program's settings alone.
+    collections, *end = lines("call")
+    assert int(collections) > 0
+    assert end == ["collected"]
+
+
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that appears if Python is started here and imports what lies in the current directory."""

@@ -21,7 +21,7 @@ from split_common.cli.presentation import present
 from split_common.errors import ConfigError, SplitError
 from split_common.system.console import emit_json, prepare_output
 from split_common.system.files import user_path
-from split_common.system.process import keep_memory_private, reuse_memory
+from split_common.system.process import collect_seldom, keep_memory_private, reuse_memory
 from split_common.system.text import check_text
 
 #: Group of entry points, each a function `register(app: typer.Typer) -> None`. Their modules import torch and
@@ -125,6 +125,8 @@ def main(args: Sequence[str] | None = None) -> int:
     Args:
         args: the arguments; None for those of this process, which ends afterwards.
     """
+    if args is None:
+        collect_seldom()
     code = _main(args)
     if args is None:
         # Ctrl-C while the interpreter shuts down would replace the exit code of a command that is done.
