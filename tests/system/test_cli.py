@@ -21,9 +21,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
-from split_common.errors import Busy, UnsupportedArchitecture
+from split_common.errors import Busy, ModelError, UnsupportedArchitecture
 from split_common.models import loading
+from split_common.models.checkpoint import Checkpoint
 from split_common.models.split import Split
+from split_common.models.weights import read_tensors
 from split_common.system.process import running_command
 from split_common.transport.address import DEFAULT_BROKER
 from split_common.trust.fleet import Fleet
@@ -595,3 +597,37 @@ def _copy(operator: Path, directory: Path) -> None:
         new = directory / "new"
         new.write_bytes((operator / name).read_bytes())
         new.replace(directory / name)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"hidden_size": 0}, "config.json names a hidden_size of 0"),
+        ({"hidden_act": "nope"}, "config.json names 'nope', which this version of transformers does not know"),
+        ({"num_hidden_layers": "6"}, "Field 'num_hidden_layers' expected int, got str (value: '6')"),
+    ],
+)
+def test_a_wrong_configuration_is_named(
+    run: Any, checkpoint: Path, tmp_path: Path, wrong: dict[str, Any], said: str
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    config = json.loads((damaged / "config.json").read_text()) | wrong
+    (damaged / "config.json").write_text(json.dumps(config))
+    for command in (("inspect", damaged), ("generate", "--model", damaged, "Hello")):
+        done = run(*command)
+        assert (done.code in (1, 2), said in done.notes, "tokenizer" in done.notes) == (True, True, False), (
+            done.notes
+        )
+
+
+def test_weights_that_safetensors_refuses(checkpoint: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    content = (checkpoint / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]) | {"__metadata__": 5}).encode()
+    weights.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    damaged = Checkpoint.resolve(str(tmp_path))
+    with pytest.raises(ModelError, match=r"model.safetensors is malformed: .*expected a map"):
+        read_tensors(damaged, damaged.tensor_names)

@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,6 +114,8 @@ def read_spec(model: str | Checkpoint, revision: str | None = None, *, images: b
         if not 0 < layers <= MAX_LAYERS:
             raise UnsupportedArchitecture(f"{checkpoint.name} has {layers:,} layers: expected 1 to {MAX_LAYERS:,}")
         _check_depth(checkpoint, layers)
+        if (width := int(own_config.get_text_config(decoder=True).hidden_size)) < 1:
+            raise UnsupportedArchitecture(f"{checkpoint.name}: config.json names a hidden_size of {width}")
         check_cache(own_config, name)
         with torch.device("meta"):
             empty = own_class(own_config)
@@ -122,6 +125,15 @@ def read_spec(model: str | Checkpoint, revision: str | None = None, *, images: b
     except Exception as error:
         raise UnsupportedArchitecture(f"{name} cannot be built: {_first_line(error)}") from None
     return ModelSpec(checkpoint, own_config, own_class, prefix, quantization)
+
+
+def config_error(place: Path | str, revision: str | None = None) -> str | None:
+    """Why transformers cannot read the configuration in a directory or of a hub id, on one line; None if it can."""
+    try:
+        AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+    except Exception as error:
+        return _first_line(error)
+    return None
 
 
 def _check_depth(checkpoint: Checkpoint, layers: int) -> None:
@@ -300,4 +312,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """What an error says, on one line."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    if isinstance(error, KeyError):
+        return f"config.json names {lines[0]}, which this version of transformers does not know"
+    # transformers' checks of a configuration name the field first, and then what is wrong with it.
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

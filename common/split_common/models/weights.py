@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from split_common.errors import MissingTensor
+from split_common.errors import MissingTensor, ModelError
 from split_common.models.checkpoint import Checkpoint
 
 #: The side that loads a part of a model: the device its head and tail, the worker its body.
@@ -20,16 +20,20 @@ def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, torc
 
     Raises:
         MissingTensor: a file lacks a tensor that the index says it holds.
+        ModelError: a file is malformed.
     """
     by_file: dict[str, list[str]] = {}
     for name in names:
         by_file.setdefault(checkpoint.files[name], []).append(name)
     state = {}
     for file, tensors in by_file.items():
-        with safe_open(checkpoint.path(file), framework="pt") as handle:
-            present = set(handle.keys())
-            for name in tensors:
-                if name not in present:
-                    raise MissingTensor(f"{checkpoint.name}: {file} lacks the tensor {name}")
-                state[name] = handle.get_tensor(name)
+        try:
+            with safe_open(checkpoint.path(file), framework="pt") as handle:
+                present = set(handle.keys())
+                for name in tensors:
+                    if name not in present:
+                        raise MissingTensor(f"{checkpoint.name}: {file} lacks the tensor {name}")
+                    state[name] = handle.get_tensor(name)
+        except SafetensorError as error:
+            raise ModelError(f"{checkpoint.name}: {file} is malformed: {error}") from None
     return state

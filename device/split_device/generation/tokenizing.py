@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from split_common.errors import ConfigError, UnknownModel, UnsupportedArchitecture
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.checkpoint_files import check_tokenizer_files
+from split_common.models.loading import config_error
 from split_common.system.files import user_path
 from split_common.system.text import check_text
 from split_device.generation.chat_template import ChatTemplate
@@ -52,6 +53,10 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
                 f"the tokenizer of {name_or_path} is Python code of its own (auto_map in tokenizer_config.json), "
                 "which is not run"
             ) from None
+        # A tokenizer is chosen by the model's type.
+        has_config = (files / "config.json").is_file() if isinstance(files, Path) else files.gguf is None
+        if has_config and (reason := config_error(place, revision)) is not None:
+            raise UnknownModel(f"{name_or_path}: config.json is wrong: {reason}") from None
         raise UnknownModel(f"the tokenizer of {name_or_path} cannot be loaded: {error}") from None
 
 
