@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Collection, Iterable
 
@@ -88,8 +87,9 @@ class Drafting:
             # One token more than the draft may be chosen.
             room = request.sampler.remaining(request.generation.tokens) - 1
             rows = sum(not each.awaits_first_token for each in self._active)
+            others = sum(len(each.drafts) for each in self._active)
             limit = min(room, DECODE_TOKENS - len(tokens))
-            request.drafts = request.speculation.draft(len(tokens), limit, rows)
+            request.drafts = request.speculation.draft(len(tokens), limit, rows, others)
         request.step_tokens = len(tokens) + len(request.drafts)
         request.pending.append([*tokens, *request.drafts])
 
@@ -100,7 +100,7 @@ class Drafting:
             return
         stepping = [each for each in self._active if each.step_tokens]
         tokens, drafted = sum(each.step_tokens for each in stepping), any(each.drafts for each in stepping)
-        cycle = Cycle(time.monotonic(), len(stepping), tokens, drafted)
+        cycle = Cycle(self._pace.clock(), len(stepping), tokens, drafted)
         for request in speculating:
             assert request.speculation is not None
             request.speculation.cycle = cycle

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from split_device.speculation.drafters import make_drafter
 from split_device.speculation.names import AUTO
 from split_device.speculation.step_times import StepTimes
 
-#: While drafts do not pay, one is tried after this many steps at first, and after twice as many each time it fails.
+#: While drafts do not pay, one is tried after this many cycles at first, and after twice as many each further time.
 FIRST_PROBE = 16
 LAST_PROBE = 256
 
@@ -31,7 +31,7 @@ GAIN = 1.02
 class Cycle(NamedTuple):
     """What was under way when a decoding step began."""
 
-    #: By `time.monotonic`.
+    #: By the clock of the `Pace`.
     began: float
     #: Number of requests that had steps, number of tokens in these, and whether some were drafts.
     rows: int
@@ -44,11 +44,15 @@ class Pace:
 
     Args:
         longest: most tokens of a draft.
+        clock: the time in seconds.
     """
 
-    def __init__(self, longest: int) -> None:
+    def __init__(self, longest: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.longest = longest
+        self.clock = clock
         self.times = StepTimes()
+        #: Cycles between two drafts that are tried, and until the next one.
+        self.probe_after = self.until_probe = float(FIRST_PROBE)
         self.acceptance = Acceptance(longest)
 
     def start(self, name: str) -> Speculation:
@@ -68,7 +72,6 @@ class Speculation:
     def __init__(self, pace: Pace, drafter: Drafter, measures: bool) -> None:
         self._pace, self._drafter, self._measures = pace, drafter, measures
         self._acceptance = Acceptance(pace.longest, pace.acceptance)
-        self._probe_after = self._until_probe = FIRST_PROBE
         #: What was under way when its decoding step began; None if there is no such step.
         self.cycle: Cycle | None = None
         #: Most tokens of later drafts.
@@ -89,30 +92,41 @@ class Speculation:
         """
         drafted = len(tokens) - 1
         if (cycle := self.cycle) is not None:
-            seconds, share = time.monotonic() - cycle.began, (begun + drafted) / cycle.tokens
+            seconds, share = self._pace.clock() - cycle.began, (begun + drafted) / cycle.tokens
             self._pace.times.observe(cycle.rows, cycle.tokens, cycle.drafted, seconds, share)
             self.cycle = None
         if drafted:
             self._acceptance.record(drafted, accepted)
-            self._probe_after = FIRST_PROBE if accepted else min(LAST_PROBE, 2 * self._probe_after)
-            self._until_probe = self._probe_after
         self._drafter.learn(tokens, logits)
 
-    def draft(self, begun: int, limit: int, rows: int) -> list[int]:
+    def draft(self, begun: int, limit: int, rows: int, others: int = 0) -> list[int]:
         """Drafts for a step.
 
         Args:
             begun: number of tokens that the step has beside the draft.
             limit: most tokens of the draft.
             rows: number of requests that decode.
+            others: number of tokens in the drafts of the others.
         """
         limit = min(limit, self.limit)
-        if self._measures and limit > 0:
-            limit = min(limit, self._length(begun, rows))
-        return self._drafter.draft(limit) if limit > 0 else []
+        if not self._measures or limit <= 0:
+            return self._drafter.draft(limit) if limit > 0 else []
+        pace = self._pace
+        length = self._length(begun, rows)
+        probes = not length
+        if probes:
+            pace.until_probe -= 1 / rows
+            length = PROBE_TOKENS if pace.until_probe <= 0 else 0
+        # Twice as many as were measured, and not more: what steps cost is known from those that were.
+        limit = min(limit, length, int(2 * pace.times.widest) + PROBE_TOKENS - others)
+        draft = self._drafter.draft(limit) if limit > 0 else []
+        if draft:
+            pace.probe_after = min(LAST_PROBE, 2 * pace.probe_after) if probes else FIRST_PROBE
+            pace.until_probe = pace.probe_after
+        return draft
 
     def _length(self, begun: int, rows: int) -> int:
-        """How many tokens to draft, if all requests draft as many."""
+        """How many tokens of drafts pay, if all requests draft as many; 0 if none do."""
         times = self._pace.times
         if times.undrafted < UNDRAFTED_CYCLES:
             return 0
@@ -126,9 +140,4 @@ class Speculation:
             speed = expected / seconds / (GAIN if length else 1.0)
             if speed > best_speed:
                 best, best_speed = length, speed
-        if best:
-            return best
-        if self._until_probe > 0:
-            self._until_probe -= 1
-            return 0
-        return PROBE_TOKENS
+        return best

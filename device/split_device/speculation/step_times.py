@@ -18,6 +18,9 @@ PRIOR_WEIGHT = np.array([1e-6, 0.5, 2.0])
 #: Cycles that are not looked at: the first ones load what later ones find loaded.
 WARM_UP = 2.0
 
+#: Cycles after which the fit is made anew.
+FIT_EVERY = 0.5
+
 #: Longest time that is believed, as a multiple of what was expected: a lost worker says nothing about drafts.
 BELIEVED = 3.0
 
@@ -31,14 +34,17 @@ class StepTimes:
     """
 
     def __init__(self) -> None:
-        self._products = np.zeros((3, 3))
-        self._sums = np.zeros(3)
-        self._time = 0.0
-        self._weight = 0.0
+        #: Sums over cycles, each with its weight: products of `_features`, and of these with the seconds.
+        self._products = [[0.0] * 3 for _ in range(3)]
+        self._seconds = [0.0] * 3
         self._warmed_up = 0.0
-        self._fit: np.ndarray | None = None
+        self._fit: tuple[float, float, float] | None = None
+        #: Cycles since the fit.
+        self._unfitted = 0.0
         #: How many recent cycles had no drafts.
         self.undrafted = 0.0
+        #: Most tokens beyond one for each request that recent cycles had.
+        self.widest = 0.0
 
     def observe(self, rows: int, tokens: int, drafted: bool, seconds: float, weight: float) -> None:
         """Learns from a cycle.
@@ -57,26 +63,33 @@ class StepTimes:
             seconds = min(seconds, BELIEVED * expected)
         fade = FADING**weight
         features = _features(rows, tokens)
-        self._products = fade * self._products + weight * np.outer(features, features)
-        self._sums = fade * self._sums + weight * seconds * features
-        self._time = fade * self._time + weight * seconds
-        self._weight = fade * self._weight + weight
+        for row, one in zip(self._products, features, strict=True):
+            for column, other in enumerate(features):
+                row[column] = fade * row[column] + weight * one * other
+        self._seconds = [
+            fade * total + weight * one * seconds for total, one in zip(self._seconds, features, strict=True)
+        ]
         self.undrafted = fade * self.undrafted + weight * (not drafted)
-        self._fit = None
+        self.widest = max(float(tokens - rows), fade * self.widest)
+        self._unfitted += weight
 
     def seconds(self, rows: int, tokens: int) -> float | None:
         """How long a cycle with these steps will take; None if no cycle was seen."""
-        if not self._weight:
+        if (weight := self._products[0][0]) == 0:
             return None
-        mean = self._time / self._weight
-        if self._fit is None:
+        mean = self._seconds[0] / weight
+        if self._fit is None or self._unfitted >= FIT_EVERY:
             prior = PRIOR_WEIGHT * np.array([0.0, SEVERAL_SHARE * mean, TOKEN_SHARE * mean])
-            self._fit = np.linalg.solve(self._products + np.diag(PRIOR_WEIGHT), self._sums + prior)
+            fitted = np.linalg.solve(
+                np.array(self._products) + np.diag(PRIOR_WEIGHT), np.array(self._seconds) + prior
+            )
+            always, several, token = fitted.tolist()
+            # More tokens make no cycle shorter, whatever a few noisy ones say.
+            self._fit = always, max(0.0, several), max(0.0, token)
+            self._unfitted = 0.0
         always, several, token = self._fit
-        features = _features(rows, tokens)
-        # More tokens make no cycle shorter, whatever a few noisy ones say.
-        return max(0.1 * mean, float(features @ np.array([always, max(0.0, several), max(0.0, token)])))
+        return max(0.1 * mean, always + several * (tokens > rows) + token * tokens)
 
 
-def _features(rows: int, tokens: int) -> np.ndarray:
-    return np.array([1.0, float(tokens > rows), float(tokens)])
+def _features(rows: int, tokens: int) -> tuple[float, float, float]:
+    return 1.0, float(tokens > rows), float(tokens)
