@@ -10,6 +10,7 @@ from split_common.errors import ConfigError
 from split_device.speculation.drafters import DRAFTERS, make_drafter
 from split_device.speculation.names import AUTO, OFF, SPECULATE
 from split_device.speculation.ngram import LONGEST, SHORTEST, NgramDrafter
+from split_device.speculation.recycle import Successors
 
 TEXTS = st.lists(st.integers(0, 2), max_size=40)
 
@@ -36,7 +37,7 @@ def test_prompt_lookup_finds_what_comparing_every_place_finds(text: list[int], c
 @pytest.mark.parametrize("name", DRAFTERS)
 @given(text=TEXTS, limit=st.integers(0, 9))
 def test_a_draft_has_known_tokens_and_is_not_too_long(name: str, text: list[int], limit: int) -> None:
-    drafter = make_drafter(name)
+    drafter = make_drafter(name, Successors())
     drafter.extend(text)
     draft = drafter.draft(limit)
     assert len(draft) <= limit
@@ -48,5 +49,5 @@ def test_what_may_be_asked_for_is_what_there_is() -> None:
 
 
 def test_there_is_no_drafter_of_another_name() -> None:
-    with pytest.raises(ConfigError, match="invalid speculate 'mtp': expected one of ngram"):
-        make_drafter("mtp")
+    with pytest.raises(ConfigError, match="invalid speculate 'mtp': expected one of ngram, suffix"):
+        make_drafter("mtp", Successors())

@@ -167,7 +167,7 @@ def test_no_draft_changes_a_token(
     wanted, heard_plain = plain
     texts = {tuple(each.prompt): found[0] for each, found in zip(requests(grammars), wanted, strict=True)}
     if name in CHANGES:
-        monkeypatch.setitem(DRAFTERS, name, lambda: Known(texts, CHANGES[name]))
+        monkeypatch.setitem(DRAFTERS, name, lambda _: Known(texts, CHANGES[name]))
     found, heard, generator = logged(split, requests(grammars), name)
     assert found == wanted
     for one, other in zip(heard, heard_plain, strict=True):
@@ -192,7 +192,9 @@ def test_a_text_that_ends_within_a_draft_is_kept_for_later_requests(
     text = greedily(unsplit, prompt, 40)
     end = text[9]
     text = text[: text.index(end) + 1]
-    monkeypatch.setitem(DRAFTERS, "known", lambda: Known({tuple(prompt): text}, lambda draft: [*draft, 7, 7][:15]))
+    monkeypatch.setitem(
+        DRAFTERS, "known", lambda _: Known({tuple(prompt): text}, lambda draft: [*draft, 7, 7][:15])
+    )
     with Generator(split, speculate="known") as generator:
         first = generator.submit(Request(prompt, greedy(40, eos_token_id=end)))
         assert (first.result(LATE), first.finish_reason) == (text, "stop")
@@ -207,7 +209,7 @@ def test_a_text_that_ends_within_a_draft_is_kept_for_later_requests(
 def test_drafts_need_no_more_room_than_the_text(
     checkpoint: Path, unsplit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(DRAFTERS, "endless", Endless)
+    monkeypatch.setitem(DRAFTERS, "endless", lambda _: Endless())
     monkeypatch.setattr("fleet.KV_BYTES", 2**14)
     prompt = list(range(3, 30))
     with running_broker() as broker, joined(broker.address, checkpoint, patience=0.0) as (model, worker):
@@ -225,7 +227,7 @@ def test_drafts_need_no_more_room_than_the_text(
 
 
 def test_the_models_positions_end_a_text(split: Any, unsplit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DRAFTERS, "endless", Endless)
+    monkeypatch.setitem(DRAFTERS, "endless", lambda _: Endless())
     prompt = [5] * 240
     with Generator(split, speculate="endless") as generator:
         generation = generator.submit(Request(prompt, greedy(100)))
@@ -234,7 +236,7 @@ def test_the_models_positions_end_a_text(split: Any, unsplit: Any, monkeypatch: 
 
 
 def test_cancelled_requests_disturb_no_other(split: Any, unsplit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DRAFTERS, "endless", Endless)
+    monkeypatch.setitem(DRAFTERS, "endless", lambda _: Endless())
     prompts = [[index + 3, 4, 5] for index in range(6)]
     with Generator(split, speculate="endless") as generator:
         generations: list[Generation] = []
@@ -258,7 +260,7 @@ def test_a_worker_that_goes_away(
 ) -> None:
     wanted, _ = plain
     texts = {tuple(each.prompt): found[0] for each, found in zip(requests(grammars), wanted, strict=True)}
-    monkeypatch.setitem(DRAFTERS, "mixed", lambda: Known(texts, mixed(7)))
+    monkeypatch.setitem(DRAFTERS, "mixed", lambda _: Known(texts, mixed(7)))
     with (
         running_broker() as broker,
         joined(broker.address, checkpoint) as (model, worker),

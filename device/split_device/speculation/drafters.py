@@ -4,20 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from split_device.speculation.combined import CombinedPredictor
 from split_device.speculation.drafter import Drafter
 from split_device.speculation.names import AUTO, OFF, check_speculate
 from split_device.speculation.ngram import NgramDrafter
+from split_device.speculation.recycle import RecyclePredictor, Successors
+from split_device.speculation.suffix import SuffixPredictor
+from split_device.speculation.tree import PredictedDrafter
 
-#: Makes a drafter for one request, by its name, which is in `names.Speculate`, too.
-DRAFTERS: dict[str, Callable[[], Drafter]] = {"ngram": NgramDrafter}
+#: Makes a drafter for one request, from what the requests of its generator have learned together, by the drafter's
+#: name, which is in `names.Speculate`, too.
+DRAFTERS: dict[str, Callable[[Successors], Drafter]] = {
+    "ngram": lambda _: NgramDrafter(),
+    "suffix": lambda _: PredictedDrafter(SuffixPredictor()),
+    "recycle": lambda successors: PredictedDrafter(RecyclePredictor(successors)),
+    "suffix-recycle": lambda successors: PredictedDrafter(
+        CombinedPredictor(SuffixPredictor(), RecyclePredictor(successors))
+    ),
+}
 
 #: The drafter of `AUTO`.
 DRAFTER_OF_AUTO = "ngram"
 
 
-def make_drafter(name: str) -> Drafter:
-    """A drafter for one request, by its name or `auto`. Raises ConfigError if there is none of this name."""
-    return DRAFTERS[check_speculate(DRAFTER_OF_AUTO if name == AUTO else name, DRAFTERS)]()
+def make_drafter(name: str, successors: Successors) -> Drafter:
+    """A drafter for one request.
+
+    Args:
+        name: one of `DRAFTERS`, or `auto`.
+        successors: what the requests of its generator learn together.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    return DRAFTERS[check_speculate(DRAFTER_OF_AUTO if name == AUTO else name, DRAFTERS)](successors)
 
 
 def check_choice(name: str) -> str:

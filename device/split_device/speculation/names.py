@@ -12,7 +12,7 @@ OFF = "off"
 AUTO = "auto"
 
 #: All that may be asked for: these two, and the names of the drafters.
-Speculate = Literal["auto", "off", "ngram"]
+Speculate = Literal["auto", "off", "ngram", "suffix", "recycle", "suffix-recycle"]
 SPECULATE: tuple[str, ...] = get_args(Speculate)
 
 

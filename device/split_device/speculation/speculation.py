@@ -12,6 +12,7 @@ from split_device.speculation.acceptance import Acceptance
 from split_device.speculation.drafter import Drafter
 from split_device.speculation.drafters import make_drafter
 from split_device.speculation.names import AUTO
+from split_device.speculation.recycle import Successors
 from split_device.speculation.step_times import StepTimes
 
 #: While drafts do not pay, one is tried after this many cycles at first, and after twice as many each further time.
@@ -54,10 +55,11 @@ class Pace:
         #: Cycles between two drafts that are tried, and until the next one.
         self.probe_after = self.until_probe = float(FIRST_PROBE)
         self.acceptance = Acceptance(longest)
+        self.successors = Successors()
 
     def start(self, name: str) -> Speculation:
         """Speculation for one request, by a drafter of this name or `auto`. Raises ConfigError."""
-        return Speculation(self, make_drafter(name), name == AUTO)
+        return Speculation(self, make_drafter(name, self.successors), name == AUTO)
 
 
 class Speculation:
