@@ -81,6 +81,12 @@ def now(place: Any) -> float:
     return time.perf_counter()
 
 
+def cpu_name() -> str:
+    """The processor's name, as Linux has it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
 @contextlib.contextmanager
 def fleet(model: Path, layers: str = "2:-2", *options: str) -> Iterator[tuple[str, int]]:
     """Runs a broker and a worker on the loopback; yields the broker's address and the worker's process id."""

@@ -71,6 +71,21 @@ def test_decoding_against_the_bandwidth() -> None:
 
 
 @pytest.mark.long
+def test_drafters(tmp_path: Path) -> None:
+    checkpoint = tiny.save_tokenizer(tiny.save("llama", tmp_path / "tiny", max_position_embeddings=4096))
+    recording = tmp_path / "answers.json"
+    results = run("drafters", "--model", checkpoint, "--quick", "--tokens", 24, "--recording", recording)
+    assert set(results) == {"tokens_per_round_trip", "cold", "draft_ms", "answer_tokens", "cpu"}
+    answers = json.loads(recording.read_text())
+    for kind, drafters in results["tokens_per_round_trip"].items():
+        assert results["answer_tokens"][kind] == sum(len(each["tokens"]) for each in answers[kind]) <= 2 * 24
+        rates = [rate for shapes in drafters.values() for budgets in shapes.values() for rate in budgets.values()]
+        assert min(rates) >= 1
+        assert drafters["suffix-recycle"]["tree"]["32"] > 1
+        assert max(rates) <= 33
+
+
+@pytest.mark.long
 def test_agents(checkpoint: Path) -> None:
     sizes = ["--turns", 3, "--turn-tokens", 20, "--requests", 4, "--common", 40, "--own", 5]
     sizes += ["--parts", "turns", "shared_prefix"]
