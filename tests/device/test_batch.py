@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 import tiny
 from benchmarks import batch_faults
@@ -85,6 +86,15 @@ def test_several_prompts_and_token_ids(
     bodies: list[dict[str, Any]] = [
         {"model": "x", "prompt": ["Once", "Twice"], "n": 2, "max_tokens": 4},
         {"model": "x", "prompt": ids, "max_tokens": 4},
+        {
+            "model": "x",
+            "prompt": [ids, "Twice"],
+            "max_tokens": 4,
+            "echo": True,
+            "logprobs": 1,
+            "prompt_logprobs": 2,
+        },
+        {"model": "x", "prompt": ["Once", "Twice"], "best_of": 3, "max_tokens": 4, "temperature": 1, "seed": 3},
     ]
     said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good"}]
     source = write(
@@ -94,12 +104,27 @@ def test_several_prompts_and_token_ids(
     )
     output = tmp_path / "out.jsonl"
     assert run("batch", source, "-o", output, "--model", checkpoint, "--broker", address).code == 0
-    several, tokens, begun = [record["response"]["body"] for record in read(output)]
+    several, tokens, repeated, best, begun = [record["response"]["body"] for record in read(output)]
     expected = [unsplit.say(prompt, 4) for prompt in ("Once", "Once", "Twice", "Twice")]
     assert [(choice["index"], choice["text"]) for choice in several["choices"]] == [*enumerate(expected)]
     twice = unsplit.tokenizer("Twice")["input_ids"]
     assert several["usage"]["prompt_tokens"] == len(ids) + len(twice)
     assert tokens["choices"][0]["text"] == expected[0]
+    assert [choice["text"] for choice in repeated["choices"]] == [f"Once{expected[0]}", f"Twice{expected[2]}"]
+    for choice, own in zip(repeated["choices"], (ids, twice), strict=True):
+        scores = torch.log_softmax(unsplit.model(torch.tensor([own])).logits[0], -1)
+        known = [float(scores[place, token]) for place, token in enumerate(own[1:])]
+        assert choice["logprobs"]["token_logprobs"][1 : len(own)] == pytest.approx(known, abs=1e-4)
+        assert len(choice["logprobs"]["tokens"]) == len(own) + 4
+        assert {len(top) for top in choice["logprobs"]["top_logprobs"][1:]} == {1}
+        told = [
+            each[str(token)]["logprob"] for each, token in zip(choice["prompt_logprobs"][1:], own[1:], strict=True)
+        ]
+        assert told == pytest.approx(known, abs=1e-4)
+    drawn = [[unsplit.say(prompt, 4, seed) for seed in (3, 4, 5)] for prompt in ("Once", "Twice")]
+    assert all(choice["text"] in own for choice, own in zip(best["choices"], drawn, strict=True))
+    assert {choice["logprobs"] for choice in best["choices"]} == {None}
+    assert best["usage"]["completion_tokens"] == 24
     assert begun["choices"][0]["message"]["content"] == unsplit.say("user:Hello</s>assistant:Good", 4)
 
 

@@ -149,7 +149,7 @@ def test_a_pipe_is_read(tmp_path: Path) -> None:
 def test_what_only_the_server_does_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-    fields: list[dict[str, Any]] = [{"logprobs": True}, {"stream": True}]
+    fields: list[dict[str, Any]] = [{"top_logprobs": 1}, {"stream": True}]
     bodies = [{"model": "x", "messages": messages, **each} for each in fields]
     lines = [
         json.dumps({"custom_id": str(index), "url": "/v1/chat/completions", "body": body})
@@ -157,13 +157,8 @@ def test_what_only_the_server_does_is_refused(tmp_path: Path) -> None:
     ]
     path.write_text("\n".join(lines))
     assert messages_of(lines_of(path)) == [
-        "line 1: logprobs are not supported in a batch",
+        "line 1: top_logprobs needs logprobs: true",
         "line 2: a line of a batch cannot be streamed",
-    ]
-    path.write_text("\n".join([request("a", echo=True), request("b", best_of=2)]))
-    assert messages_of(lines_of(path)) == [
-        "line 1: echo is not supported in a batch",
-        "line 2: best_of is not supported in a batch",
     ]
 
 

@@ -129,6 +129,37 @@ def test_log_probabilities_of_a_prompt(client: openai.OpenAI, unsplit: Unsplit, 
     assert all(choice.text[offset:].startswith(token) for token, offset in pieces)
 
 
+def test_log_probabilities_of_prompts_as_vllm_tells_them(url: str, unsplit: Unsplit) -> None:
+    ids = unsplit.tokenizer(PROMPTS[1])["input_ids"]
+    expected = scores(unsplit, ids)
+    body = {
+        "model": "one",
+        "prompt": PROMPTS[1],
+        "max_tokens": 2,
+        "logprobs": 1,
+        "echo": True,
+        "prompt_logprobs": 3,
+    }
+    (choice,) = post(url, "/v1/completions", body).json()["choices"]
+    first, *told = choice["prompt_logprobs"]
+    assert first is None
+    assert len(told) == len(ids) - 1
+    for token, row, found in zip(ids[1:], expected, told, strict=False):
+        best = row.topk(3)
+        assert {int(id_) for id_ in found} == {token, *best.indices.tolist()}
+        assert found[str(token)]["logprob"] == pytest.approx(float(row[token]), abs=1e-4)
+        assert found[str(token)]["rank"] == int((row >= row[token]).sum())
+        assert found[str(token)]["decoded_token"] == unsplit.tokenizer.decode([token])
+    # What is repeated has its own number of alternatives.
+    assert {len(top) for top in choice["logprobs"]["top_logprobs"][1:]} == {1}
+    hello = {"model": "one", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2, "n": 2}
+    chat = post(url, "/v1/chat/completions", {**hello, "prompt_logprobs": 0}).json()
+    assert [len(each) for each in chat["prompt_logprobs"][1:]] == [1] * (chat["usage"]["prompt_tokens"] - 1)
+    assert len(chat["choices"]) == 2
+    refused = post(url, "/v1/chat/completions", {**hello, "prompt_logprobs": 1, "stream": True})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt_logprobs")
+
+
 def test_offsets_of_a_stream_go_on(client: openai.OpenAI) -> None:
     whole = ask(client, prompt=PROMPTS[1], echo=True, logprobs=2).choices[0]
     pieces = [chunk.choices[0] for chunk in ask(client, prompt=PROMPTS[1], echo=True, logprobs=2, stream=True)]

@@ -13,6 +13,7 @@ from split_common.errors import ConfigError, SplitError
 from split_common.system.text import parse_json
 from split_device.batches.source import MAX_LINE, RawLine
 from split_device.jobs.job import AnyTask
+from split_device.serving.openai.query import CompletionForm
 
 #: How a line is answered: as OpenAI's chat, text or images, or in the short form of a prompt's text or picture.
 AnswerKind = Literal["chat", "text", "images", "prompt", "picture"]
@@ -43,8 +44,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[str, ...] = ()
     #: Whether the files carry the pictures' settings.
     metadata: bool = False
-    #: How many choices each of several prompts has. Older versions know one prompt.
-    per_prompt: int | msgspec.UnsetType = msgspec.UNSET
+    #: How a completion is written.
+    form: CompletionForm | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True)

@@ -60,15 +60,9 @@ def _parsed(fields: dict[str, Any], entry: Entry, settings: BatchSettings) -> tu
     query = parse(kind, body, settings.models.text, template=settings.chat_template)
     if query.stream:
         raise BadLine("a line of a batch cannot be streamed")
-    if query.logprobs is not None:
-        raise BadLine("logprobs are not supported in a batch")
-    for name, asked in (("echo", query.echo), ("best_of", query.kept < query.per_prompt)):
-        if asked:
-            raise BadLine(f"{name} is not supported in a batch")
     tasks = tuple(with_local_files(task, settings.media) for task in query.tasks)
     tasks = _with_given(tasks, kind, body, settings)
-    per_prompt = query.per_prompt if query.per_prompt < len(tasks) else msgspec.UNSET
-    return msgspec.structs.replace(entry, kind=kind, model=query.model, per_prompt=per_prompt), tasks
+    return msgspec.structs.replace(entry, kind=kind, model=query.model, form=query.form), tasks
 
 
 def _with_given(

@@ -16,10 +16,10 @@ from split_common.system.text import json_line
 from split_device.batches.place import OutputForm
 from split_device.batches.results import Result, Summary
 from split_device.serving.choices import Choice
-from split_device.serving.openai.answers import Header, chat_choice, completion
-from split_device.serving.openai.query import CompletionKind
-from split_device.serving.openai.text_answers import TextChoice
+from split_device.serving.openai.answers import Header
+from split_device.serving.openai.query import CompletionForm, CompletionKind
 from split_device.serving.openai.usage import Usage
+from split_device.serving.openai.whole import completion
 
 #: Columns of a table of answers, behind those of the table of prompts.
 _ANSWERS = ("answer", "finish_reason", "error")
@@ -153,12 +153,9 @@ def _response(result: Result) -> dict[str, Any]:
 def _completion(header: Header, result: Result) -> dict[str, Any]:
     """The completion of a line's jobs: each is a choice of one of its prompts."""
     entry, jobs = result.entry, result.jobs
-    per_prompt = len(jobs) if isinstance(entry.per_prompt, msgspec.UnsetType) else entry.per_prompt
-    usage = Usage(
-        sum(job.prompt_tokens or 0 for job in jobs[::per_prompt]), sum(choice.tokens for choice in result.choices)
-    )
-    written = [
-        TextChoice(index).fields(choice) if header.kind == "text" else chat_choice(index, choice)
-        for index, choice in enumerate(result.choices)
-    ]
-    return completion(header, usage, written)
+    form, count = entry.form, len(jobs)
+    if isinstance(form, msgspec.UnsetType):
+        form = CompletionForm(kind=header.kind, per_prompt=count, kept=count)
+    prompts = sum(job.prompt_tokens or 0 for job in jobs[:: form.per_prompt])
+    tokens = 0 if form.prompt_alone else sum(choice.tokens for choice in result.choices)
+    return completion(header, form, Usage(prompts, tokens), result.choices, result.prompts)

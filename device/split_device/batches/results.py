@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ class Result:
     #: The line's jobs; empty for a line that could not be parsed.
     jobs: list[Job]
     choices: list[Choice]
+    #: What makes the prompt of each choice, as far as it is told.
+    prompts: list[Callable[[], Choice]]
     #: `code` and `message` of the error.
     error: dict[str, Any] | None
 
@@ -74,13 +77,23 @@ def _result(entry: Entry, jobs: list[Job], store: Store) -> Result:
         if error is None and job.state != "succeeded":
             error = _error(job)
     if error is not None or isinstance(jobs[0].task, ImageTask):
-        return Result(entry, jobs, [], error)
-    return Result(entry, jobs, [_choice(job, store.progress(job.id)) for job in jobs], None)
+        return Result(entry, jobs, [], [], error)
+    found = [store.progress(job.id) for job in jobs]
+    choices = [_choice(job, progress) for job, progress in zip(jobs, found, strict=True)]
+    prompts = [functools.partial(_prompt, job, progress) for job, progress in zip(jobs, found, strict=True)]
+    return Result(entry, jobs, choices, [*prompts], None)
 
 
 def _choice(job: Job, progress: JobProgress) -> Choice:
     reason = job.finish_reason or "length"
-    return Choice(progress.text, job.tokens, reason, reasoning=progress.reasoning, tool_calls=progress.tool_calls)
+    scored = isinstance(job.task, Task) and isinstance(job.task.logprobs, int)
+    logprobs = list(progress.logprobs) if scored else None
+    return Choice(progress.text, job.tokens, reason, logprobs, progress.reasoning, progress.tool_calls)
+
+
+def _prompt(job: Job, progress: JobProgress) -> Choice:
+    text = job.task.prompt if isinstance(job.task.prompt, str) else ""
+    return Choice(text or progress.prompt, 0, None, list(progress.prompt_logprobs) or None)
 
 
 def _error(job: Job) -> dict[str, str]:

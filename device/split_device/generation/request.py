@@ -25,6 +25,8 @@ class Logprobs:
     chosen: float
     #: The most likely tokens and their log probabilities, in descending order.
     top: list[tuple[int, float]]
+    #: How many tokens are as likely as this one or likelier, itself included.
+    rank: int = 1
 
 
 class Constraint(Protocol):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from split_common.errors import ConfigError
-from split_device.generation.generator import Generation
+from split_device.generation.generator import Generation, Logprobs
+from split_device.generation.token_logprobs import LogprobsWriter, TokenLogprobs, prompt_logprobs
 from split_device.generation.tool_calls import AnswerPiece
 from split_device.images.files import file_digest, image_bytes, read_image
 from split_device.jobs.job import (
@@ -20,6 +21,7 @@ from split_device.jobs.job import (
     Job,
     JobFinishReason,
     JobProgress,
+    ScoredTextPiece,
     Task,
     TextPiece,
     Update,
@@ -77,12 +79,20 @@ class TextExecution(JobExecution):
     def __init__(self, job: Job, task: Task, loaded: Loaded, progress: JobProgress) -> None:
         super().__init__(job)
         request = dataclasses.replace(loaded.request(task, progress, job.priority), request_id=job.request_id)
+        if progress.tokens:
+            # Those of the prompt came with the first token.
+            request = dataclasses.replace(request, prompt_logprobs=None)
         self.update.prompt_tokens = len(request.prompt)
+        self._tokenizer, self._echo = loaded.tokenizer, task.echo is True
+        #: Whether the first piece is stored, which tells of the prompt.
+        self._begun = bool(progress.tokens)
+        self._logprobs = LogprobsWriter(loaded.tokenizer, progress.tokens[-1] if progress.tokens else None)
         self._answer = loaded.answer(task, request.prompt, job.id)
         for token in progress.tokens:
             self._answer.push(token)
-        #: Filled by the generator's thread: a token, and the state of the random generator after it.
-        self._tokens: queue.SimpleQueue[tuple[int, bytes | None]] = queue.SimpleQueue()
+        #: Filled by the generator's thread: a token, its log probabilities, and the state of the random generator
+        #: after it.
+        self._tokens: queue.SimpleQueue[tuple[int, Logprobs | None, bytes | None]] = queue.SimpleQueue()
         self._generation: Generation | None = None
         #: Set if the process was killed between the last token and the end of the job.
         self._reason: JobFinishReason | None = None
@@ -94,7 +104,7 @@ class TextExecution(JobExecution):
             self._reason = "length"
         else:
             self._generation = loaded.generator.submit(
-                request, lambda token, _logprobs, sampler: self._tokens.put((token, sampler))
+                request, lambda token, logprobs, sampler: self._tokens.put((token, logprobs, sampler))
             )
 
     @property
@@ -110,9 +120,12 @@ class TextExecution(JobExecution):
             self._note_session(self._generation.session)
         arrived = not self._tokens.empty()
         while not self._tokens.empty():
-            token, sampler = self._tokens.get()
+            token, logprobs, sampler = self._tokens.get()
             if not self._answer.stopped:
-                self._add([token], self._answer.push(token))
+                if not self._begun:
+                    self._begin_piece()
+                scored = () if logprobs is None else (self._logprobs.next(token, logprobs),)
+                self._add([token], self._answer.push(token), scored)
                 self.update.sampler = sampler
         if self._answer.stopped and not self.done:
             self.cancel()
@@ -137,14 +150,39 @@ class TextExecution(JobExecution):
         called = reason == "stop" and self._answer.called
         self.update.state, self.update.finish_reason = "succeeded", "tool_calls" if called else reason
 
-    def _add(self, tokens: list[int], piece: AnswerPiece) -> None:
-        written = self.update.piece
-        tokens, text = [*written.tokens, *tokens], written.text + piece.text
-        known = written if isinstance(written, AnswerTextPiece) else AnswerTextPiece()
-        reasoning, calls = known.reasoning + piece.reasoning, (*known.calls, *piece.calls)
-        self.update.piece = (
-            AnswerTextPiece(tokens, text, reasoning, calls) if reasoning or calls else TextPiece(tokens, text)
+    def _add(self, tokens: list[int], piece: AnswerPiece, logprobs: tuple[TokenLogprobs, ...] = ()) -> None:
+        known = ScoredTextPiece(*msgspec.structs.astuple(self.update.piece))
+        grown = msgspec.structs.replace(
+            known,
+            tokens=[*known.tokens, *tokens],
+            text=known.text + piece.text,
+            reasoning=known.reasoning + piece.reasoning,
+            calls=(*known.calls, *piece.calls),
+            logprobs=(*known.logprobs, *logprobs),
         )
+        self.update.piece = _plainest(grown)
+
+    def _begin_piece(self) -> None:
+        """Puts what is told of the prompt into `update`: with the first token, the prompt has been scored."""
+        generation, self._begun = self._generation, True
+        assert generation is not None
+        asked = generation.request
+        text = self._tokenizer.decode(asked.prompt, skip_special_tokens=True) if self._echo else ""
+        scores = (
+            prompt_logprobs(self._tokenizer, asked.prompt, generation.prompt_logprobs)
+            if asked.prompt_logprobs is not None
+            else ()
+        )
+        self.update.piece = _plainest(ScoredTextPiece(prompt=text, prompt_logprobs=tuple(scores)))
+
+
+def _plainest(piece: ScoredTextPiece) -> TextPiece:
+    """A piece without empty fields at its end, as older versions store it."""
+    if piece.logprobs or piece.prompt or piece.prompt_logprobs:
+        return piece
+    if piece.reasoning or piece.calls:
+        return AnswerTextPiece(piece.tokens, piece.text, piece.reasoning, piece.calls)
+    return TextPiece(piece.tokens, piece.text)
 
 
 class ImageExecution(JobExecution):

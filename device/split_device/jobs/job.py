@@ -19,6 +19,7 @@ from split_common.system.text import check_text
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling, may_sample
 from split_device.generation.structured import StructuredOutputs
+from split_device.generation.token_logprobs import TokenLogprobs
 from split_device.generation.tools import ToolCall, ToolCallDelta, ToolUse
 from split_device.images.settings import ImageSettings
 
@@ -136,6 +137,12 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
     #: What the answer has to look like. Older versions know none, nor tools.
     structured: StructuredOutputs | msgspec.UnsetType = msgspec.UNSET
     tool_use: ToolUse | msgspec.UnsetType = msgspec.UNSET
+    #: How many alternatives are told with the log probability of each token, and of each token of the prompt. Older
+    #: versions tell none.
+    logprobs: int | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: int | msgspec.UnsetType = msgspec.UNSET
+    #: Whether the answer is told with its prompt. Older versions know none.
+    echo: bool | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def template(self) -> ChatTemplate:
@@ -247,6 +254,14 @@ class AnswerTextPiece(TextPiece, frozen=True, array_like=True):
     calls: tuple[ToolCallDelta, ...] = ()
 
 
+class ScoredTextPiece(AnswerTextPiece, frozen=True, array_like=True):
+    """A piece with log probabilities, or the first one of an answer with its prompt. Older versions ignore both."""
+
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt: str = ""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
 class JobProgress(msgspec.Struct, frozen=True):
     """The state from which a job continues as if it had never been interrupted."""
 
@@ -257,6 +272,10 @@ class JobProgress(msgspec.Struct, frozen=True):
     #: What the model thought before it answered, and the tools that it called.
     reasoning: str = ""
     tool_calls: tuple[ToolCallDelta, ...] = ()
+    #: Log probabilities, if they were asked for, and the prompt's text if that was.
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt: str = ""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Update(msgspec.Struct, kw_only=True):

@@ -192,6 +192,8 @@ class Loaded:
             generated=progress.tokens,
             sampler=progress.sampler,
             priority=priority,
+            logprobs=task.logprobs if isinstance(task.logprobs, int) else None,
+            prompt_logprobs=task.prompt_logprobs if isinstance(task.prompt_logprobs, int) else None,
             frequency_penalty=sampling.frequency_penalty or 0.0,
             presence_penalty=sampling.presence_penalty or 0.0,
             constraint=None if structured is None else self.grammars.constraint(structured),

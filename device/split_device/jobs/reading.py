@@ -13,7 +13,7 @@ from split_common.errors import JobsError, StoreLocked, UnknownJob
 from split_common.system.forks import Birthplace
 from split_device.jobs.database import open_database, placeholders, transaction
 from split_device.jobs.hooks import Hooks
-from split_device.jobs.job import STATES, AnswerTextPiece, AnyTask, Job, JobProgress, Selection
+from split_device.jobs.job import STATES, AnyTask, Job, JobProgress, ScoredTextPiece, Selection
 
 #: A job's row, with its group.
 JOBS = (
@@ -112,11 +112,11 @@ class JobReader:
             values.append(selection.since)
         return " AND ".join(conditions), values
 
-    def pieces(self, id_: str, skip: int = 0) -> list[AnswerTextPiece]:
+    def pieces(self, id_: str, skip: int = 0) -> list[ScoredTextPiece]:
         """The pieces of text that a job has generated, without the first `skip`."""
         query = "SELECT number, data FROM pieces WHERE job = ? AND number >= ? ORDER BY number"
         rows = self._db.execute(query, (id_, skip)).fetchall()
-        return [self._decode(self._vault.open(data, f"{id_}/{number}"), AnswerTextPiece) for number, data in rows]
+        return [self._decode(self._vault.open(data, f"{id_}/{number}"), ScoredTextPiece) for number, data in rows]
 
     def progress(self, id_: str) -> JobProgress:
         """The output of a job so far, and the state from which it continues. Raises UnknownJob."""
@@ -132,6 +132,9 @@ class JobReader:
             None if sampler is None else self._vault.open(sampler, f"{id_}/sampler"),
             "".join(piece.reasoning for piece in pieces),
             tuple(delta for piece in pieces for delta in piece.calls),
+            tuple(token for piece in pieces for token in piece.logprobs),
+            "".join(piece.prompt for piece in pieces),
+            tuple(token for piece in pieces for token in piece.prompt_logprobs),
         )
 
     def image(self, id_: str) -> bytes:

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from split_device.generation.token_logprobs import TokenLogprobs as TokenLogprobs
 from split_device.generation.tools import ToolCallDelta as ToolCallDelta
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """A token's text, bytes and log probability, and those of the likeliest alternatives."""
-
-    text: str
-    bytes: bytes
-    #: None for the first token of a prompt, which nothing precedes.
-    logprob: float | None
-    top: Sequence[TokenLogprobs] = ()
 
 
 @dataclass(frozen=True)

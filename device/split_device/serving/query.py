@@ -15,8 +15,4 @@ class Query:
     model: str
     #: Those of the first prompt, then those of the second, and so on.
     tasks: tuple[Task, ...]
-    #: How many tasks each prompt has.
-    per_prompt: int
     stream: bool
-    #: The number of alternatives to report with each token; None for no log probabilities.
-    logprobs: int | None

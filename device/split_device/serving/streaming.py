@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from split_device.generation.generator import Generation, Logprobs
-from split_device.generation.token_bytes import TokenBytes
+from split_device.generation.token_logprobs import LogprobsWriter, TokenLogprobs, prompt_logprobs
 from split_device.generation.tool_calls import AnswerPiece
 from split_device.jobs.job import JobProgress, Task
 from split_device.jobs.models import Loaded
-from split_device.serving.choices import Choice, TokenLogprobs
+from split_device.serving.choices import Choice
 
 #: Priority of interactive requests, for which the generator reserves capacity.
 PRIORITY = 1
@@ -32,8 +32,6 @@ class ChoiceStream:
 
     Args:
         prompt: the token ids of the task's prompt.
-        logprobs: the number of alternatives to report with each token; None for no log probabilities.
-        prompt_logprobs: the same for each token of the prompt, in `prompt_piece`.
         request_id, index: the id of the request, and which of its choices this is.
         adapter: the name of an adapter; "" for none.
 
@@ -46,16 +44,13 @@ class ChoiceStream:
         loaded: Loaded,
         task: Task,
         prompt: list[int],
-        logprobs: int | None,
         request_id: str | None = None,
         index: int = 0,
         adapter: str = "",
-        prompt_logprobs: int | None = None,
     ) -> None:
         self._tokenizer, self._prompt_text = loaded.tokenizer, task.prompt
-        self._token_bytes = TokenBytes(loaded.tokenizer)
-        self._previous: int | None = None
-        self._wants_logprobs = logprobs is not None
+        self._logprobs = LogprobsWriter(loaded.tokenizer)
+        self._wants_logprobs = isinstance(task.logprobs, int)
         name = None if request_id is None else f"{request_id}/{index}"
         self._answer = loaded.answer(task, prompt, name)
         self._events: asyncio.Queue[tuple[int, Logprobs | None] | Notice | None] = asyncio.Queue()
@@ -66,8 +61,6 @@ class ChoiceStream:
 
         request = dataclasses.replace(
             loaded.request(task, _NO_PROGRESS, PRIORITY, prompt),
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
             request_id=request_id,
             index=index,
             adapter=adapter,
@@ -84,16 +77,16 @@ class ChoiceStream:
         return self._generation.cached_tokens
 
     def prompt_piece(self) -> Choice:
-        """The prompt of a text completion, as a piece before the first one, which has come."""
+        """The prompt as a piece before the first one, which has come; of a conversation without its text."""
         request = self._generation.request
-        text = self._prompt_text or self._tokenizer.decode(request.prompt, skip_special_tokens=True)
+        text = self._prompt_text
+        if not text:
+            text = self._tokenizer.decode(request.prompt, skip_special_tokens=True)
+        elif not isinstance(text, str):
+            text = ""
         if request.prompt_logprobs is None:
             return Choice(str(text), 0, None)
-        previous: int | None = None
-        logprobs = []
-        for token, found in zip(request.prompt, self._generation.prompt_logprobs, strict=True):
-            logprobs.append(self._told(token, previous, found))
-            previous = token
+        logprobs = prompt_logprobs(self._tokenizer, request.prompt, self._generation.prompt_logprobs)
         return Choice(str(text), 0, None, logprobs)
 
     def cancel(self) -> None:
@@ -115,7 +108,7 @@ class ChoiceStream:
             token, found = event
             tokens += 1
             if found is not None:
-                logprobs.append(self._token_logprobs(token, found))
+                logprobs.append(self._logprobs.next(token, found))
             if piece := self._answer.push(token):
                 yield self._piece(piece, tokens, None, logprobs)
                 tokens, logprobs = 0, []
@@ -145,14 +138,3 @@ class ChoiceStream:
         logged = logprobs if self._wants_logprobs else None
         stop_text = self._answer.stopped_by if reason is not None else None
         return Choice(piece.text, tokens, reason, logged, piece.reasoning, piece.calls, stop_text)
-
-    def _token_logprobs(self, token: int, found: Logprobs) -> TokenLogprobs:
-        previous, self._previous = self._previous, token
-        return self._told(token, previous, found)
-
-    def _told(self, token: int, previous: int | None, found: Logprobs | None) -> TokenLogprobs:
-        """A token with its log probabilities, after the token before it."""
-        if found is None:
-            return TokenLogprobs(*self._token_bytes.of(token, previous), None)
-        top = [TokenLogprobs(*self._token_bytes.of(id_, previous), value) for id_, value in found.top]
-        return TokenLogprobs(*self._token_bytes.of(token, previous), found.chosen, top)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +32,6 @@ class Header:
     def fields(self, object_: str) -> dict[str, Any]:
         id_ = f"{NAMES[self.kind][0]}-{self.request_id}"
         return {"id": id_, "object": object_, "created": self.created, "model": self.model}
-
-
-def completion(header: Header, usage: Usage, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A whole response, of choices as `chat_choice` and `TextChoice` write them."""
-    return header.fields(NAMES[header.kind][1]) | {"choices": list(choices), "usage": usage.fields()}
 
 
 def chat_choice(index: int, choice: Choice) -> dict[str, Any]:
@@ -109,4 +103,4 @@ def _logprobs(tokens: list[TokenLogprobs] | None) -> dict[str, Any] | None:
 
 
 def _token(token: TokenLogprobs) -> dict[str, Any]:
-    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.bytes)}
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.data)}

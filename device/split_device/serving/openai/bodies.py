@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from split_device.generation.settings import nth_seed
 from split_device.jobs.job import Task
-from split_device.serving.fields import present, supported
+from split_device.serving.fields import ApiError, present, supported
 from split_device.serving.openai.sampling_fields import SamplingFields
 
 #: Fields that are accepted and have no effect.
@@ -48,6 +48,15 @@ class Body(SamplingFields, frozen=True, kw_only=True):
     stop: str | Annotated[list[str], Meta(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    #: An extension of OpenAI's format, as vLLM has it. `BOUNDS` has its bounds.
+    prompt_logprobs: int | None = None
+
+    def check_stream(self) -> None:
+        """Raises ApiError for what cannot be streamed."""
+        if self.stream and self.prompt_logprobs is not None:
+            raise ApiError(
+                "prompt_logprobs are part of whole answers: they cannot be streamed", param="prompt_logprobs"
+            )
 
     def stop_texts(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from split_device.generation.chat_template import ChatTemplate
@@ -13,7 +14,7 @@ from split_device.jobs.job import Message, ModelChoice, Task
 from split_device.serving.fields import ApiError, convert, treated
 from split_device.serving.openai.bodies import IGNORED, NEUTRAL, Body, choices, fields_of
 from split_device.serving.openai.messages import parse_messages
-from split_device.serving.openai.query import CompletionQuery
+from split_device.serving.openai.query import CompletionForm, CompletionQuery
 from split_device.serving.openai.structured import FIELDS as STRUCTURED_FIELDS
 from split_device.serving.openai.structured import take_structured
 from split_device.serving.openai.tools import FIELDS as TOOL_FIELDS
@@ -42,6 +43,13 @@ class ChatBody(Body, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """Raises ApiError for fields that contradict each other."""
+        self.check_stream()
+        if self.prompt_logprobs is not None and any(message.images for message in self.messages):
+            raise ApiError(
+                "prompt_logprobs are not told of prompts with images",
+                param="prompt_logprobs",
+                code="unsupported_parameter",
+            )
         if self.top_logprobs and not self.logprobs:
             raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
         if self.add_generation_prompt is not None and self.add_generation_prompt == self.continues:
@@ -88,14 +96,20 @@ def parse_chat(body: object, model: ModelChoice, defaults: Sampling, template: C
         continue_final_message=chat.continues or UNSET,
         structured=structured,
     )
-    tasks = choices(task, chat.n or 1)
+    logprobs = (chat.top_logprobs or 0) if chat.logprobs else None
+    if logprobs is not None:
+        task = msgspec.structs.replace(task, logprobs=logprobs)
+    first, *others = choices(task, chat.n or 1)
+    if chat.prompt_logprobs is not None:
+        # The choices have one prompt.
+        first = msgspec.structs.replace(first, prompt_logprobs=chat.prompt_logprobs)
+    count = 1 + len(others)
     return CompletionQuery(
-        kind="chat",
         model=chat.model,
-        tasks=tasks,
-        per_prompt=len(tasks),
+        tasks=(first, *others),
         stream=bool(chat.stream),
+        form=CompletionForm(
+            kind="chat", per_prompt=count, kept=count, logprobs=logprobs, prompt_logprobs=chat.prompt_logprobs
+        ),
         include_usage=chat.include_usage(),
-        kept=len(tasks),
-        logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
     )

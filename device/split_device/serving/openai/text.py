@@ -11,7 +11,7 @@ from split_device.generation.settings import Sampling
 from split_device.jobs.job import ModelChoice, Task
 from split_device.serving.fields import ApiError, convert, treated
 from split_device.serving.openai.bodies import IGNORED, MAX_CHOICES, NEUTRAL, Body, choices, fields_of
-from split_device.serving.openai.query import CompletionQuery
+from split_device.serving.openai.query import CompletionForm, CompletionQuery
 from split_device.serving.openai.structured import FIELDS as STRUCTURED_FIELDS
 from split_device.serving.openai.structured import take_structured
 
@@ -32,6 +32,7 @@ class TextBody(Body, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """Raises ApiError for fields that contradict each other."""
+        self.check_stream()
         if self.best_of is None:
             return
         if self.best_of < (self.n or 1):
@@ -55,6 +56,16 @@ def parse_text(body: object, model: ModelChoice, defaults: Sampling) -> Completi
     count = text.best_of or text.n or 1
     if len(prompts) * count > MAX_CHOICES:
         raise ApiError(f"{len(prompts)} prompts with {count} choices are more than {MAX_CHOICES}", param="prompt")
+    form = CompletionForm(
+        kind="text",
+        per_prompt=count,
+        kept=text.n or 1,
+        logprobs=text.logprobs,
+        prompt_logprobs=text.prompt_logprobs,
+        echo=bool(text.echo),
+        prompt_alone=prompt_alone,
+    )
+    scores = _scores(form)
     sampling, stop = text.sampling(text.max_tokens or DEFAULT_TOKENS, defaults), text.stop_texts()
     tasks = [
         Task(
@@ -64,21 +75,30 @@ def parse_text(body: object, model: ModelChoice, defaults: Sampling) -> Completi
             sampling=sampling,
             stop=stop,
             structured=structured,
+            **scores,
         )
         for prompt in prompts
     ]
     return CompletionQuery(
-        kind="text",
         model=text.model,
         tasks=tuple(each for task in tasks for each in choices(task, count)),
-        per_prompt=count,
         stream=bool(text.stream),
+        form=form,
         include_usage=text.include_usage(),
-        logprobs=text.logprobs,
-        kept=text.n or 1,
-        echo=bool(text.echo),
-        prompt_alone=prompt_alone,
     )
+
+
+def _scores(form: CompletionForm) -> dict[str, Any]:
+    """The fields of a task that say what is told of tokens."""
+    # The best ones are chosen by their log probabilities.
+    logprobs = 0 if form.logprobs is None and form.kept < form.per_prompt else form.logprobs
+    asked = [form.prompt_logprobs, form.logprobs if form.echo else None]
+    prompt = max((count for count in asked if count is not None), default=None)
+    return {
+        "logprobs": UNSET if logprobs is None else logprobs,
+        "prompt_logprobs": UNSET if prompt is None else prompt,
+        "echo": form.echo or UNSET,
+    }
 
 
 def _takes_no_tokens(fields: dict[str, Any]) -> bool:

@@ -52,7 +52,7 @@ class TextChoice:
     def _offset_of(self, token: TokenLogprobs) -> int:
         """Where a token begins in the text, in characters; the next token follows it."""
         offset = self._offset
-        self._offset += len(self._decoder.decode(token.bytes))
+        self._offset += len(self._decoder.decode(token.data))
         return offset
 
 
@@ -77,7 +77,7 @@ def _by_name(tokens: Sequence[TokenLogprobs]) -> dict[str, float | None]:
 def _name(token: TokenLogprobs) -> str:
     """A token's text; for a part of a character its bytes, as in `bytes:\\xe4\\xbd`."""
     try:
-        token.bytes.decode()
+        token.data.decode()
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.bytes)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.data)
     return token.text

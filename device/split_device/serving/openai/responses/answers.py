@@ -197,7 +197,7 @@ def _logprob(token: TokenLogprobs) -> dict[str, Any]:
 
 
 def _named(token: TokenLogprobs) -> dict[str, Any]:
-    return {"token": token.text, "bytes": list(token.bytes), "logprob": token.logprob}
+    return {"token": token.text, "bytes": list(token.data), "logprob": token.logprob}
 
 
 def _custom_input(arguments: str) -> str:

@@ -59,7 +59,7 @@ class Responses:
         id_ = request_id(request)
         unique = await self._unique(asked, id_)
         with Answer(request) as answer:
-            stream = self._model.stream(task, prompt, logprobs=query.logprobs, request_id=id_, adapter=adapter)
+            stream = self._model.stream(task, prompt, request_id=id_, adapter=adapter)
             answer.streams.append(stream)
             writer = ResponseWriter(
                 unique, int(time.time()), asked.echoed, asked.names, len(prompt), lambda: stream.cached_tokens

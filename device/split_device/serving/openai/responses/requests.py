@@ -121,8 +121,10 @@ class ResponseRequest:
             raise ApiError("input: expected at least one item", param="input")
         body = self.body
         logprobs = body.top_logprobs or 0 if body.top_logprobs or _LOGPROBS in body.include else None
-        task = msgspec.structs.replace(self.task, prompt=messages)
-        return Query(body.model, (task,), 1, body.stream, logprobs)
+        task = msgspec.structs.replace(
+            self.task, prompt=messages, logprobs=msgspec.UNSET if logprobs is None else logprobs
+        )
+        return Query(body.model, (task,), body.stream)
 
 
 def parse_response(body: object, model: TextModel) -> ResponseRequest:
