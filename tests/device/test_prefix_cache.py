@@ -202,6 +202,32 @@ def test_a_worker_that_keeps_little(limits: WorkerLimits, llama: Path, unsplit: 
             worker.stop()
 
 
+def test_a_request_that_waits_for_room_is_not_overtaken(llama: Path, unsplit: Any) -> None:
+    with running_broker() as broker:
+        worker = start_worker(llama, broker.address, limits=WorkerLimits(max_sessions=2))
+        try:
+            with (
+                SplitModelForCausalLM.from_pretrained(llama, broker=broker.address) as model,
+                Generator(model, max_requests=8) as generator,
+            ):
+                asked = [Request(text(20, seed), greedy(60)) for seed in range(3)]
+                running = [generator.submit(request) for request in asked[:2]]
+                assert [next(iter(each)) for each in running]
+                waiting = generator.submit(asked[2])
+                wait_until(
+                    lambda: waiting in generator._active and generator._active[waiting].session.waits_for_room
+                )
+                later = generator.submit(asked[0])
+                seen = generator.counters["tokens"]
+                wait_until(lambda: generator.counters["tokens"] >= seen + 6)
+                assert later.session is None
+                assert generator._active[waiting].session.waits_for_room
+                answers = [each.result(LATE) for each in (*running, waiting, later)]
+                assert answers == [alone(unsplit, request) for request in (*asked, asked[0])]
+        finally:
+            worker.stop()
+
+
 def test_a_worker_that_is_gone_and_what_it_kept(llama: Path, unsplit: Any) -> None:
     with (
         running_broker() as broker,

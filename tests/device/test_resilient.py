@@ -283,6 +283,19 @@ def test_when_no_other_worker_took_over_the_error_says_what_to_do() -> None:
     )
 
 
+def test_a_lost_session_for_which_workers_stay_full_is_not_called_lost() -> None:
+    client, work = Client(), Work(None, SessionLost("evicted"), None)
+    session = session_of(client)
+    session.call(work, "one")
+    client.refusals = [Busy("every worker is full", 0.5)] * 100_000
+    with pytest.raises(Busy, match="every worker is full"):
+        session.call(work, "two")
+    assert session.waits_for_room
+    client.refusals = []
+    session.call(work, "two")
+    assert not session.waits_for_room
+
+
 def test_a_step_at_which_two_workers_fail_is_given_up() -> None:
     client, work = Client(), Work(StepFailed("it broke"), StepFailed("it broke"))
     with pytest.raises(StepFailed, match="it broke"):

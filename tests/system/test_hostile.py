@@ -449,6 +449,18 @@ def test_requests_out_of_order_are_refused_and_the_right_one_still_taken(bench: 
     bench.deliver(*bench.request(keys, 3000, 3, payloads.Close()))
 
 
+def test_what_follows_a_refused_first_request_is_refused(
+    bench: Bench, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = channel.epoch_keys(3001, 0)
+    first, second = [bench.request(keys, 3001, seq, *step(seq)) for seq in range(2)]
+    monkeypatch.setattr(bench.worker, "_draining", True)
+    bench.deliver(*first)
+    assert refusal(bench, channel).reason == "busy"
+    assert bench.deliver(*second) == ""
+    assert refusal(bench, channel).reason == "lost"
+
+
 @given(st.data())
 @settings(max_examples=1200, deadline=None)
 def test_no_message_makes_a_worker_fail(bench: Bench, channel: Channel, data: st.DataObject) -> None:

@@ -19,6 +19,9 @@ from split_worker.limits import WorkerLimits
 #: Most requests of one session that may wait. A device does not send more before it gets answers.
 MAX_WAITING = 256
 
+#: How many refused sessions are remembered.
+REFUSED = 256
+
 #: Refuses a session, and says after how many seconds a device may try again.
 NO_ROOM = "the worker has no room for another session"
 FULL_RETRY = 0.5
@@ -125,6 +128,8 @@ class SessionTable:
         # Sessions, and bytes of kept replies, of each member.
         self._open = Usage()
         self._kept = Usage()
+        #: Sessions that were refused lately. What their devices have sent behind the first request is yet to come.
+        self.refused: deque[SessionId] = deque(maxlen=REFUSED)
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -153,6 +158,16 @@ class SessionTable:
 
     def get(self, id_: SessionId) -> Session[Any] | None:
         return self._sessions.get(id_)
+
+    def follows_refused(self, id_: SessionId, seq: int) -> bool:
+        """Whether a request belongs to a session whose first request was refused.
+
+        Raises:
+            OutOfOrder: the session's first request has not arrived.
+        """
+        if id_ not in self.refused:
+            raise OutOfOrder(f"request {seq} of a session whose first has not arrived")
+        return True
 
     def open(
         self, id_: SessionId, channel: Channel, state: _State, free_tokens: int | None, tokens: int = 0

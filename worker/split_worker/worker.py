@@ -21,7 +21,6 @@ from split_common.errors import (
     Busy,
     CertificateError,
     Malformed,
-    OutOfOrder,
     WorkerFailed,
 )
 from split_common.protocol import encoding, headers, payloads
@@ -299,6 +298,7 @@ class Worker:
             try:
                 session = self._open_session(channel, header, request)
             except Busy as error:
+                self._sessions.refused.append(id_)
                 self._refuse_unopened(channel, header, "busy", str(error), error.retry_after)
                 return
             if session is None:
@@ -331,8 +331,9 @@ class Worker:
     ) -> Session[Any] | None:
         if header.session == 0 or header.epoch <= channel.epochs.get(header.session, -1):
             return None
-        if header.seq != 0:
-            raise OutOfOrder(f"request {header.seq} of a session whose first has not arrived")
+        id_ = (header.sender, header.channel, header.session, header.epoch)
+        if header.seq != 0 and self._sessions.follows_refused(id_, header.seq):
+            return None
         if header.epoch:
             self._end_epochs(channel, header)
         if isinstance(request, payloads.Fork):
@@ -340,7 +341,6 @@ class Worker:
         if self._draining or len(channel.epochs) >= MAX_EPOCHS:
             raise Busy("the worker takes no new sessions", retry_after=1.0)
         tokens = request.tokens if isinstance(request, payloads.Step) else 0
-        id_ = (header.sender, header.channel, header.session, header.epoch)
         try:
             session = self._sessions.open(
                 id_, channel.channel, self._body.new_state(channel.member), self._free_tokens(), tokens

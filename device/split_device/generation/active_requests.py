@@ -50,6 +50,16 @@ class ActiveRequests:
         #: Those that have not ended.
         self.by_generation: dict[Generation, ActiveRequest] = {}
 
+    def admit(self, now: float) -> Admitted | None:
+        """Takes out the next request that may begin; None if there is none.
+
+        While a worker is too full for a request that runs, none begins: it would take the room that the other waits
+        for.
+        """
+        if any(request.session.waits_for_room for request in self.by_generation.values()):
+            return None
+        return self._admission.admit(len(self.by_generation), now)
+
     def begin(self, admitted: Admitted) -> list[ActiveRequest]:
         """Makes a request active; its first tokens are pending.
 

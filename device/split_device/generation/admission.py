@@ -46,7 +46,10 @@ class Admission:
         self._paused_until = 0.0
 
     def add(self, generation: Generation, sampler: Sampler) -> None:
-        heapq.heappush(self._waiting, (-generation.request.priority, next(self._order), generation, sampler))
+        """Makes a request wait. One that has begun before has its old place, before those that came after it."""
+        if generation.place is None:
+            generation.place = next(self._order)
+        heapq.heappush(self._waiting, (-generation.request.priority, generation.place, generation, sampler))
 
     def pause(self) -> None:
         """Lets no request begin for `NO_ROOM_RETRY`."""

@@ -226,8 +226,8 @@ class Generator:
                 return
 
     def _admit(self) -> None:
-        """Begins waiting requests while there is memory for them."""
-        while (admitted := self._admission.admit(len(self._active), self._now)) is not None:
+        """Begins waiting requests while there is memory for them, here and on the workers."""
+        while (admitted := self._requests.admit(self._now)) is not None:
             self._begin(admitted)
 
     def _enter_tail(self) -> None:

@@ -117,6 +117,8 @@ class Generation:
         self.adapter = adapter
         #: The id by which logs name it.
         self.request_id = new_request_id() if request.request_id is None else check_request_id(request.request_id)
+        #: Its place in the order in which requests came; None before it is known.
+        self.place: int | None = None
         #: By which broker and worker name its session: the first 8 hexadecimal digits of the session's key. None
         #: before it begins; another one if it has to begin again.
         self.session: str | None = None

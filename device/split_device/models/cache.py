@@ -239,6 +239,11 @@ class SessionCacheLayer(BodyLayer):
         return result
 
     @property
+    def waits_for_room(self) -> bool:
+        """Whether its step waits because workers are full. Any thread may read it."""
+        return self._session.waits_for_room
+
+    @property
     def identity(self) -> SessionIdentity:
         """What its user and its workers call its session."""
         return self._session.identity

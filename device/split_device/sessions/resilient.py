@@ -146,6 +146,8 @@ class ResilientSession:
         #: Whether to wait for a slow worker.
         self._patient = False
         self._abandoned = False
+        #: Whether its step waits because workers are full. Any thread may read it.
+        self.waits_for_room = False
         #: Whether it was lost and opened again, so that it holds what several workers have computed.
         self.moved = False
         self._closer: weakref.finalize[..., Any] | None = None
@@ -161,7 +163,8 @@ class ResilientSession:
         Raises:
             StepFailed: so many workers failed or died at this step that it is given up; a dead letter records it.
             SessionLost: the session was abandoned, or lost and not taken over in time.
-            Busy, NoWorker: no worker could be found in time.
+            Busy: workers were full all the time, also if the session was lost before.
+            NoWorker: no worker could be found in time.
             UnknownAdapter: no worker that could be found has loaded the session's adapter.
             SplitError: a worker refused the step, or the queue failed; the next step opens the session again.
         """
@@ -182,11 +185,14 @@ class ResilientSession:
                 self.moved = self.moved or lost is not None
                 session.patient, sent = self._patient, True
                 wait.over(session.channel.worker_name)
-                return work.send(session, step)
+                replies = work.send(session, step)
+                self.waits_for_room = False
+                return replies
             except (Busy, SessionLost, NoWorker) as error:
                 if self._missed_copy(error):
                     continue
                 now = time.monotonic()
+                self.waits_for_room = full = isinstance(error, Busy)
                 lost = error if isinstance(error, SessionLost) else lost
                 slow, died = isinstance(error, WorkerSlow), False
                 if isinstance(error, SessionLost):
@@ -196,7 +202,7 @@ class ResilientSession:
                     if self._session.ended or work.is_spoilt(step):
                         avoid = [self._session.worker]
                         self.close()
-                elif isinstance(error, Busy):
+                elif full:
                     # The worker to avoid may be the only one.
                     avoid = []
                 if blame.is_enough:
@@ -209,7 +215,7 @@ class ResilientSession:
                 first = lost is None and work.is_new and not self._client.served
                 hopeless = first and isinstance(error, NoWorker) and not self._client.waits_after(error)
                 if hopeless or now + pause > waiting_since + self._client.patience:
-                    raise wait.ended(lost or error) from None
+                    raise wait.ended(error if full else lost or error) from None
                 wait.failed(error, now, first)
                 self._pause(pause)
             except UnknownAdapter:
