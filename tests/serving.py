@@ -67,11 +67,11 @@ class Unsplit:
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         self.model = AutoModelForCausalLM.from_pretrained(checkpoint)
 
-    def say(self, prompt: str, tokens: int, seed: int | None = None, **sampling: Any) -> str:
-        """The greedy continuation; or, with a seed, a sampled one."""
+    def say(self, prompt: str, tokens: int, seed: int | None = None, eos: bool = True, **sampling: Any) -> str:
+        """The greedy continuation; or, with a seed, a sampled one. Without `eos`, it goes on after end tokens."""
         ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
         # The tokenizer's end token ends an answer, whether the model's defaults name it or not.
-        options: dict[str, Any] = {"do_sample": False, "eos_token_id": self.tokenizer.eos_token_id}
+        options: dict[str, Any] = {"do_sample": False, "eos_token_id": self.tokenizer.eos_token_id if eos else None}
         if seed is not None:
             torch.manual_seed(seed)
             options |= {"do_sample": True, "temperature": 1.0, "top_k": 0, **sampling}

@@ -75,6 +75,6 @@ def test_instructor(url: str, mode: instructor.Mode) -> None:
     client = instructor.from_openai(openai.OpenAI(base_url=url, api_key=KEY, max_retries=0), mode=mode)
     ask: Any = [{"role": "user", "content": "A big city: name Paris or Rome."}]
     city = client.chat.completions.create(
-        model=MODEL, messages=ask, response_model=City, max_tokens=60, temperature=0, max_retries=0
+        model=MODEL, messages=ask, response_model=City, max_tokens=300, temperature=0, max_retries=0
     )
     assert isinstance(city, City)

@@ -71,6 +71,22 @@ def wanted(checkpoint: Path) -> str:
     )
 
 
+def test_what_is_thought_is_apart_from_the_answer(run: Any, here: tuple[Any, ...], tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{# <think></think> #}{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
+    )
+    options = (*here, "--chat-template", template, "--regex", "<think>so</think>yes", "--max-tokens", 60)
+    done = run("generate", "Hello", *options)
+    assert (done.out, "so" in done.err.splitlines()) == ("yes\n", True)
+    done = run("chat", *options, stdin="Hello\nAgain\n")
+    assert (done.out, done.err.splitlines().count("so")) == ("yes\nyes\n", 2)
+    told = json.loads(run("generate", "Hello", *options, "--json").out)
+    assert (told["text"], told["reasoning"]) == ("yes", "so")
+    # A text that is continued as it is has no such parts.
+    assert run("generate", "Hello", *here, *options[-4:], "--raw").out == "<think>so</think>yes\n"
+
+
 def test_commands(run: Any, here: tuple[Any, ...], wanted: str) -> None:
     assert run("generate", "Hello", *here, *OPTIONS).out.removesuffix("\n") == wanted
     assert run("chat", *here, *OPTIONS, stdin="Hello\n").out.removesuffix("\n") == wanted

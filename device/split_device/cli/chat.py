@@ -26,7 +26,7 @@ from split_device.cli.groups import (
     TextModelOptions,
 )
 from split_device.cli.options import RequestIdOption, StopOption, SystemOption
-from split_device.cli.terminal import answer_line, loading, waiting_for_workers
+from split_device.cli.terminal import answer_lines, loading, waiting_for_workers
 from split_device.images.files import read_prompt_image
 
 #: How a line begins that shows an image.
@@ -49,8 +49,8 @@ def chat(
     """Talk with a split model; each turn sends only what is new.
 
     One line is one turn. /show FILE shows an image with the next turn; /reset forgets the conversation; /quit or
-    Ctrl-D ends it. In a terminal, Ctrl-C stops an answer. With --json, the turns are printed at the end as one
-    object.
+    Ctrl-D ends it. In a terminal, Ctrl-C stops an answer. What the model thinks before it answers goes to stderr.
+    With --json, the turns are printed at the end as one object.
     """
     sampling = sampling.checked()
     passive_threads()
@@ -85,9 +85,12 @@ def chat(
                 with _continuing() if interactive else contextlib.nullcontext():
                     images.append(_image(line.removeprefix(_SHOW).strip(), choice.name, processor))
             elif line:
-                with _continuing() if interactive else contextlib.nullcontext(), answer_line(json) as on_text:
+                with (
+                    _continuing() if interactive else contextlib.nullcontext(),
+                    answer_lines(json) as (on_text, think),
+                ):
                     shown, images = images, []
-                    answer = conversation.say(line, sampling, on_text, stop or (), shown, structured=structured)
+                    answer = conversation.say(line, sampling, on_text, stop or (), shown, structured, think)
                     turns.append({"prompt": line} | dataclasses.asdict(answer))
         if json:
             emit_json({"turns": turns, "traffic": split.traffic})

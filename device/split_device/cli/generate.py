@@ -31,7 +31,7 @@ from split_device.cli.options import (
     SystemOption,
 )
 from split_device.cli.tables import timings_table
-from split_device.cli.terminal import answer_line, loading, waiting_for_workers
+from split_device.cli.terminal import answer_lines, loading, waiting_for_workers
 from split_device.images.files import read_prompt_image
 
 
@@ -55,7 +55,7 @@ def generate(
     request_id: RequestIdOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Answer a prompt with a split model; the text streams to stdout.
+    """Answer a prompt with a split model; the text streams to stdout, and what the model thinks before to stderr.
 
     Needs a running `lambda-split broker`, or Redis, and a `lambda-split worker` that serves the same model and
     layers.
@@ -72,6 +72,7 @@ def generate(
     with loading(connection, choice.name):
         import torch
 
+        from split_device.generation.answers import answer_format as how_answers_are_read
         from split_device.generation.chat import Conversation
         from split_device.generation.image_prompts import encode_with_images, load_processor
         from split_device.generation.shown_images import ShownImage
@@ -97,10 +98,11 @@ def generate(
             prompt_ms.update(split.timings.per_step_ms())
             split.timings.reset()
 
-        with answer_line(json) as on_text:
-            conversation = Conversation(split, tokenizer, request_id=request_id)
+        with answer_lines(json) as (on_text, on_thinking):
+            conversation = Conversation(split, tokenizer, template=template, request_id=request_id)
+            format_ = None if raw else how_answers_are_read(tokenizer, template)
             answer = conversation.complete(
-                input_ids, sampling, on_text, note_prompt, stop or (), inputs, structured
+                input_ids, sampling, on_text, note_prompt, stop or (), inputs, structured, format_, on_thinking
             )
         token_ms = split.timings.per_step_ms()
         if timings:

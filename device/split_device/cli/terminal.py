@@ -64,6 +64,34 @@ def answer_line(quiet: bool) -> Iterator[Callable[[str], None]]:
 
 
 @contextlib.contextmanager
+def answer_lines(quiet: bool) -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
+    """Yields functions that print an answer on stdout, and what the model thinks before it, dim, on stderr."""
+    thinking = False
+    with answer_line(quiet) as print_answer:
+
+        def end_thinking() -> None:
+            nonlocal thinking
+            if thinking:
+                stderr.print()
+            thinking = False
+
+        def print_now(text: str) -> None:
+            end_thinking()
+            print_answer(text)
+
+        def print_thinking(text: str) -> None:
+            nonlocal thinking
+            if not quiet:
+                thinking = True
+                stderr.print(text, style="dim", end="", soft_wrap=True)
+
+        try:
+            yield print_now, print_thinking
+        finally:
+            end_thinking()
+
+
+@contextlib.contextmanager
 def step_progress(steps: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr; yields a function of the number of steps done, and of all steps."""
     from rich.progress import MofNCompleteColumn, Progress

@@ -16,15 +16,18 @@ from transformers.generation.streamers import BaseStreamer
 from split_common.compat.transformers import cache_name
 from split_common.errors import PromptTooLong, UnsupportedFeature
 from split_common.models.layer_stack import max_positions
+from split_device.generation.answers import AnswerFormat, AnswerStream, answer_format
 from split_device.generation.bad_words import bad_word_tokens, check_named_tokens
+from split_device.generation.call_grammar import call_constraint
 from split_device.generation.chat_template import ChatTemplate
-from split_device.generation.detokenize import TextStream
 from split_device.generation.image_prompts import encode_with_images
 from split_device.generation.penalties import OccurrencePenalty
 from split_device.generation.settings import Sampling
 from split_device.generation.shown_images import ShownImage
 from split_device.generation.structured import StructuredOutputs
 from split_device.generation.tokenizing import ChatMessage, encode_chat, end_tokens, pad_token
+from split_device.generation.tool_calls import AnswerPiece
+from split_device.generation.tool_styles import open_thinking
 from split_device.models.cache import SessionCacheLayer
 from split_device.speculation.names import AUTO, OFF
 
@@ -46,6 +49,8 @@ class ChatAnswer:
     #: digits of the session's key. All turns of a conversation share them. Empty if the model is not split.
     request_id: str = ""
     session: str = ""
+    #: What the model thought before it answered.
+    reasoning: str = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -62,17 +67,18 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]
 
     def __init__(
         self,
-        tokenizer: Any,
-        stop: Sequence[str],
+        stream: AnswerStream,
         on_text: Callable[[str], None],
+        on_thinking: Callable[[str], None],
         on_first_token: Callable[[], None],
     ) -> None:
-        self._stream = TextStream(tokenizer, stop)
+        self._stream = stream
         self._on_text = on_text
+        self._on_thinking = on_thinking
         self._on_first_token = on_first_token
         self._prompt_came = False
         #: What was passed on.
-        self.text = ""
+        self.text = self.reasoning = ""
         #: Time of the first token, by `time.perf_counter`.
         self.first_token: float | None = None
 
@@ -95,10 +101,13 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]
         """Whether a stop text has come."""
         return self._stream.stopped
 
-    def _pass_on(self, text: str) -> None:
-        if text:
-            self.text += text
-            self._on_text(text)
+    def _pass_on(self, piece: AnswerPiece) -> None:
+        if piece.reasoning:
+            self.reasoning += piece.reasoning
+            self._on_thinking(piece.reasoning)
+        if piece.text:
+            self.text += piece.text
+            self._on_text(piece.text)
 
 
 class _UntilStopped(StoppingCriteria):  # type: ignore[misc]
@@ -160,11 +169,12 @@ class Conversation:
         stop: Sequence[str] = (),
         images: Sequence[Any] = (),
         structured: StructuredOutputs | None = None,
+        on_thinking: Callable[[str], None] = _nothing,
     ) -> ChatAnswer:
         """Answers the user, up to a text in `stop`. If it fails, the turn is undone.
 
-        `images`, of Pillow, are shown before the text. From then on, each turn sends all earlier ones again. The
-        answer looks as `structured` says.
+        What the model thinks is not part of the text: `on_thinking` gets it. `images`, of Pillow, are shown before
+        the text. From then on, each turn sends all earlier ones again. The answer looks as `structured` says.
 
         Raises:
             PromptTooLong: the conversation fills the model's positions.
@@ -180,13 +190,23 @@ class Conversation:
                 ids, inputs = torch.tensor([prompt]), prompt.images
             else:
                 ids, inputs = encode_chat(self._tokenizer, self.messages, template=self._template), {}
-            answer = self.complete(ids, sampling, on_text, stop=stop, images=inputs, structured=structured)
+            answer = self.complete(
+                ids,
+                sampling,
+                on_text,
+                stop=stop,
+                images=inputs,
+                structured=structured,
+                format_=answer_format(self._tokenizer, self._template),
+                on_thinking=on_thinking,
+            )
         except BaseException:
             self.messages.pop()
             self.forget_cache()
             raise
         self._shown = shown
-        self.messages.append({"role": "assistant", "content": answer.text})
+        thought = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
+        self.messages.append({"role": "assistant", "content": answer.text, **thought})
         return answer
 
     def complete(
@@ -198,8 +218,12 @@ class Conversation:
         stop: Sequence[str] = (),
         images: Mapping[str, torch.Tensor] | None = None,
         structured: StructuredOutputs | None = None,
+        format_: AnswerFormat | None = None,
+        on_thinking: Callable[[str], None] = _nothing,
     ) -> ChatAnswer:
         """Continues token ids int64 `[1, tokens]`. Tokens that the cache holds already are not sent again.
+
+        `format_` says how an answer is read, if the tokens are a conversation; without it, all of it is text.
 
         `images` are further arguments of `generate` that a processor made; with them, all tokens are sent.
 
@@ -239,10 +263,14 @@ class Conversation:
         processors: list[LogitsProcessor] = []
         if any(penalties):
             processors.append(OccurrencePenalty(prompt_tokens, *penalties))
+        if structured is not None and format_ is not None:
+            thinking = open_thinking(self._template.opening(self._tokenizer))
+            structured = call_constraint(self._tokenizer, format_, structured, thinking[1] if thinking else None)
         if structured is not None:
             ends = sorted({*(ends or ()), *self._grammars.ends})
             processors.append(self._grammars.processor(structured, prompt_tokens))
-        streamer = _Streamer(self._tokenizer, stop, on_text, on_first_token)
+        stream = AnswerStream(self._tokenizer, format_, input_ids[0].tolist(), stop)
+        streamer = _Streamer(stream, on_text, on_thinking, on_first_token)
         began = time.perf_counter()
         output = self._model.generate(
             input_ids,
@@ -266,7 +294,7 @@ class Conversation:
         layers = (layer for layer in self._cache.layers if isinstance(layer, SessionCacheLayer))
         identity = next((layer.identity for layer in layers), None)
         return ChatAnswer(
-            text=streamer.text if streamer.stopped else self._tokenizer.decode(new, skip_special_tokens=True),
+            text=streamer.text,
             prompt_tokens=prompt_tokens,
             tokens=len(new),
             finish_reason="stop" if stopped else "length",
@@ -274,6 +302,7 @@ class Conversation:
             seconds=ended - began,
             request_id=identity.request_id if identity is not None else "",
             session=identity.label if identity is not None else "",
+            reasoning=streamer.reasoning,
         )
 
     @cached_property

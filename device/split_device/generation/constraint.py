@@ -82,6 +82,9 @@ class GrammarConstraint:
         else:
             fits = not self.finished and self._matcher.consume_token(token)
         if not fits:
+            if "satisfy the grammar" not in self._matcher.get_error():
+                # It was the grammar that could not go on.
+                self._check()
             raise ConfigError(f"structured outputs: token {token} does not fit the grammar")
         self._check()
         self._looked = False

@@ -10,7 +10,7 @@ import msgspec
 import torch
 from transformers import AutoTokenizer
 
-from split_common.errors import ConfigError, UnknownModel, UnsupportedArchitecture
+from split_common.errors import ConfigError, PromptTooLong, UnknownModel, UnsupportedArchitecture
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.checkpoint_files import check_tokenizer_files
 from split_common.models.loading import config_error
@@ -23,6 +23,12 @@ from split_device.generation.tools import ToolUse
 #: A message of a conversation: its `role` and its `content`. Those of tools and with calls have more, as
 #: transformers documents it.
 ChatMessage = dict[str, Any]
+
+#: A text of more characters than so many for each token that fits is looked at in parts.
+CHARACTERS = 8
+
+#: By how many tokens a part of a text may have more than the whole.
+SPARE = 1024
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
@@ -80,12 +86,26 @@ def check_messages(messages: Sequence[ChatMessage]) -> None:
         check_text(message["content"], f"messages[{index}].content")
 
 
+def check_length(tokenizer: Any, text: str, limit: int) -> None:
+    """Refuses a text that has far more tokens than fit, without encoding all of it, which may take a minute.
+
+    Raises:
+        PromptTooLong: a part of the text has many more tokens than `limit`.
+    """
+    length = CHARACTERS * limit + SPARE
+    while length < len(text):
+        if len(tokenizer(text[:length])["input_ids"]) > limit + SPARE:
+            raise PromptTooLong(f"more than {limit} tokens leave no room in the model's {limit} positions")
+        length *= 4
+
+
 def encode_chat(
     tokenizer: Any,
     messages: Sequence[ChatMessage],
     continues: bool = False,
     template: ChatTemplate = ChatTemplate(),
     tool_use: ToolUse | None = None,
+    limit: int | None = None,
 ) -> torch.Tensor:
     """Token ids int64 `[1, tokens]` of a conversation; of its plain text if the tokenizer has no chat template.
 
@@ -93,8 +113,10 @@ def encode_chat(
         continues: the last message is to be continued, so it is left open, and no answer is begun after it.
         template: another chat template, or values for its variables.
         tool_use: the tools that the model is shown. If the chat template knows none, they are spelled out.
+        limit: how many tokens fit; None to encode however many there are.
 
     Raises:
+        PromptTooLong: as `check_length`.
         ConfigError: the chat template refuses the conversation, is not one, or does not read a variable that is
             set; or the conversation is not UTF-8.
     """
@@ -102,11 +124,14 @@ def encode_chat(
     template.check(tokenizer)
     tools = shown_tools(tool_use)
     if template.text is None and not tokenizer.chat_template:
-        return encode_text(tokenizer, "\n".join(message["content"] for message in spelled_out(messages, tools)))
+        plain = "\n".join(message["content"] for message in spelled_out(messages, tools))
+        return encode_text(tokenizer, plain, limit)
     if template.reads_tools(tokenizer):
         text = template.render(tokenizer, messages, continues, tools)
     else:
         text = _render_plain(tokenizer, messages, continues, template, tools)
+    if limit is not None:
+        check_length(tokenizer, text, limit)
     ids: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     return ids
 
@@ -129,9 +154,20 @@ def _render_plain(
         return template.render(tokenizer, spelled_out(messages, tools, system=False), continues)
 
 
-def encode_text(tokenizer: Any, text: str) -> torch.Tensor:
-    """Token ids int64 `[1, tokens]` of plain text. Raises ConfigError if it is not UTF-8."""
-    ids: torch.Tensor = tokenizer(check_text(text, "the prompt"), return_tensors="pt")["input_ids"]
+def encode_text(tokenizer: Any, text: str, limit: int | None = None) -> torch.Tensor:
+    """Token ids int64 `[1, tokens]` of plain text.
+
+    Args:
+        limit: how many tokens fit; None to encode however many there are.
+
+    Raises:
+        PromptTooLong: as `check_length`.
+        ConfigError: the text is not UTF-8.
+    """
+    check_text(text, "the prompt")
+    if limit is not None:
+        check_length(tokenizer, text, limit)
+    ids: torch.Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
     return ids
 
 

@@ -108,30 +108,32 @@ class Loaded:
             ConfigError: as `tokens`.
         """
         bad_word_tokens(self.tokenizer, task.sampling.bad_words or ())
-        prompt, limit = self.tokens(task), self.limit
+        limit = self.limit
+        prompt = self.tokens(task, limit)
         if not prompt:
             raise PromptTooLong("the prompt has no tokens")
         if len(prompt) >= limit:
             raise PromptTooLong(f"{len(prompt)} tokens leave no room in the model's {limit} positions")
         return prompt
 
-    def tokens(self, task: Task) -> list[int]:
+    def tokens(self, task: Task, limit: int | None = None) -> list[int]:
         """The token ids of a task's prompt, however many they are.
 
         Raises:
+            PromptTooLong: they are far more than `limit`, if there is one.
             ConfigError: the chat template refuses the conversation, or does not read a variable that is set; or the
                 conversation is not UTF-8.
         """
         if not isinstance(task.prompt_token_ids, msgspec.UnsetType):
             return list(task.prompt_token_ids)
         if isinstance(task.prompt, str):
-            ids = encode_text(self.tokenizer, task.prompt)
+            ids = encode_text(self.tokenizer, task.prompt, limit)
         else:
             template, tool_use = task.template, task.tool_use or None
             messages = chat_messages(task.prompt, template.source(self.tokenizer))
             if has_images(task.prompt):
                 return self._with_images(task, messages)
-            ids = encode_chat(self.tokenizer, messages, task.continues, template, tool_use)
+            ids = encode_chat(self.tokenizer, messages, task.continues, template, tool_use, limit)
         tokens: list[int] = ids[0].tolist()
         return tokens
 
