@@ -69,6 +69,7 @@ from split_device.generation import chat as chatting
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling
 from split_device.generation.structured import StructuredOutputs
+from split_device.generation.token_logprobs import TokenLogprobs
 from split_device.generation.tools import NamedTool, Tool, ToolCall, ToolCallDelta, ToolUse
 from split_device.images.settings import ImageSettings
 from split_device.jobs import hooks
@@ -90,6 +91,7 @@ from split_device.jobs.job import (
 from split_device.jobs.store import Store
 from split_device.jobs.vault import Vault
 from split_device.models import sizes as parts
+from split_device.serving.openai.query import CompletionForm
 from split_device.serving.openai.responses import store as responses
 from split_device.serving.openai.responses.store import ResponseStore, StoredResponse
 from split_device.sessions import dead_letters
@@ -329,6 +331,7 @@ ADJUSTED = Task(
 )
 SPECULATING = Task(model=ModelChoice(name="org/other"), prompt="Once", sampling=Sampling(9, speculate="ngram"))
 #: Token ids as they are, and an answer that is begun.
+SCORED = Task(model=PLAIN.model, prompt="a", logprobs=2, prompt_logprobs=0, echo=True)
 TOKENS = Task(model=ModelChoice(name="org/other"), prompt="", prompt_token_ids=(1, 70_000))
 BEGUN_ANSWER = Task(
     model=ModelChoice(name="org/other"),
@@ -392,8 +395,18 @@ TASKS = {
     "calling": CALLING,
     "tokens": TOKENS,
     "begun answer": BEGUN_ANSWER,
+    "scored": SCORED,
     **{name: Task(model=PLAIN.model, prompt="a", structured=value) for name, value in STRUCTURED.items()},
 }
+SCORED_PIECE = jobs.ScoredTextPiece(
+    [1],
+    "one",
+    "two",
+    (ToolCallDelta(0, "{}", "c", "f"),),
+    logprobs=(TokenLogprobs(1, "one", b"one", -0.5, 1, (TokenLogprobs(2, "two", b"two", -1.5, 2),)),),
+    prompt="zero",
+    prompt_logprobs=(TokenLogprobs(0, "zero", b"zero", None),),
+)
 CALL_PIECE = jobs.AnswerTextPiece([1], "one", "two", (ToolCallDelta(0, "{}", "c", "f"),))
 
 
@@ -424,6 +437,14 @@ ENTRY = batch_lines.Entry(
     row={"text": "a seven"},
     files=("00007-seven-1.png", "00007-seven-2.png"),
     metadata=True,
+)
+FORMED = batch_lines.Entry(
+    number=8,
+    name="eight",
+    kind="text",
+    form=CompletionForm(
+        kind="text", per_prompt=3, kept=2, logprobs=1, prompt_logprobs=0, echo=True, prompt_alone=True
+    ),
 )
 
 
@@ -566,10 +587,12 @@ def test_tasks_and_pieces() -> None:
     samples["action"] = msgspec.msgpack.encode(ACTION)
     samples["piece"] = msgspec.msgpack.encode(TextPiece([1, 200, 70_000], "one"))
     samples["call"] = msgspec.msgpack.encode(CALL_PIECE)
+    samples["scored piece"] = msgspec.msgpack.encode(SCORED_PIECE)
     golden = check_bytes("tasks", samples)
     assert {name: msgspec.msgpack.decode(golden[name], type=jobs.AnyTask) for name in TASKS} == TASKS
     assert msgspec.msgpack.decode(golden["piece"], type=TextPiece) == TextPiece([1, 200, 70_000], "one")
     assert msgspec.msgpack.decode(golden["call"], type=jobs.AnswerTextPiece) == CALL_PIECE
+    assert msgspec.msgpack.decode(golden["scored piece"], type=jobs.ScoredTextPiece) == SCORED_PIECE
     assert msgspec.msgpack.decode(golden["call"], type=TextPiece) == TextPiece([1], "one")
 
 
@@ -580,11 +603,13 @@ def test_what_is_kept_of_a_batch() -> None:
         {
             "record": msgspec.json.encode(RECORD),
             "entry": msgspec.msgpack.encode(ENTRY),
+            "formed entry": msgspec.msgpack.encode(FORMED),
             "finished": msgspec.json.encode(FINISHED),
         },
     )
     assert msgspec.json.decode(msgspec.json.encode(RECORD), type=batches.Record) == RECORD
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(ENTRY), type=batch_lines.Entry) == ENTRY
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(FORMED), type=batch_lines.Entry) == FORMED
 
 
 def test_a_sealed_value() -> None:
@@ -676,7 +701,7 @@ def test_json_of_jobs_and_dead_letters(run: Any, store_file: Path, monkeypatch: 
 def test_json_of_records() -> None:
     """Records whose fields are printed by their names."""
     records = {
-        "answer": chatting.ChatAnswer("Hi", 3, 2, "stop", 0.5, 1.5, "req-1", "a0a1a2a3"),
+        "answer": chatting.ChatAnswer("Hi", 3, 2, "stop", 0.5, 1.5, "req-1", "a0a1a2a3", "Hm"),
         "finding": doctor.Finding("keys", "ok", "/keys"),
         "part": parts.PartSize("body", "2:28", 10, 20, 0.5),
         "report": report.Report(*range(len(dataclasses.fields(report.Report)))),
@@ -696,7 +721,8 @@ NOT_STORED: set[type] = {headers.Header, payloads.Payload, jobs.Job, jobs.JobPro
 
 SAMPLES = (
     *(HEADERS, KEYED_HEADERS, REQUESTS, PLACED, REPLIES, ROSTER, MANIFEST, DEVICE.certificate, WORKER.certificate),
-    *(TASKS, RESPONSES, ACTION, TextPiece([1], "one"), CALL_PIECE, LETTER, RECORD, FINISHED, ENTRY),
+    *(TASKS, RESPONSES, ACTION, TextPiece([1], "one"), CALL_PIECE, SCORED_PIECE, LETTER, RECORD),
+    *(FINISHED, ENTRY, FORMED),
     Hello(ROOT, [AEGIS.name], SERVICE, "bfloat16", 2, ["fork"]),
     Answer(ROOT, AEGIS.name, b"credentials", 2, ["fork"]),
     Credentials(b"certificate", bytes(64)),
