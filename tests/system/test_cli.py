@@ -631,3 +631,8 @@ def test_weights_that_safetensors_refuses(checkpoint: Path, tmp_path: Path) -> N
     damaged = Checkpoint.resolve(str(tmp_path))
     with pytest.raises(ModelError, match=r"model.safetensors is malformed: .*expected a map"):
         read_tensors(damaged, damaged.tensor_names)
+
+
+def test_a_null_byte_in_a_path(run: Any) -> None:
+    done = run("inspect", "a\0b")
+    assert (done.code, done.notes) == (2, "error: 'a\\x00b' is not a path: it holds a null byte\n")

@@ -162,7 +162,7 @@ def _main(args: Sequence[str] | None) -> int:
     except ModuleNotFoundError as exc:
         # For example, an installation for the broker alone has no torch.
         package = EXTRAS.get(exc.name or "", "lambda-split")
-        message = f"{exc.name} is not installed, which this command needs: pip install {package}"
+        message = f"{exc.name or exc} is not installed, which this command needs: pip install {package}"
         return _fail("ModuleNotFoundError", message, ConfigError.exit_code, as_json)
     except Exception as exc:
         if isinstance(exc, OSError) and exc.errno in FULL and exc.filename is None:

@@ -30,6 +30,23 @@ from split_common.models.weights import Side, read_tensors
 #: Most layers of a model. Its modules are made, without weights, before anything else is known of it.
 MAX_LAYERS = 4096
 
+#: Defaults for `generate` that are numbers.
+_NUMBERS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "min_length",
+    "max_length",
+    "min_new_tokens",
+    "max_new_tokens",
+)
+
 #: A layer's number in the name of a tensor.
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -236,12 +253,26 @@ def generation_config(checkpoint: Checkpoint) -> GenerationConfig:
     file = checkpoint.find("generation_config.json")
     try:
         if file is not None:
-            return GenerationConfig.from_pretrained(file.parent)
+            return _checked(GenerationConfig.from_pretrained(file.parent))
         # The class of a configuration drops what is meant for `generate`.
-        return GenerationConfig.from_model_config(json.loads(checkpoint.path("config.json").read_bytes()))
+        return _checked(GenerationConfig.from_model_config(json.loads(checkpoint.path("config.json").read_bytes())))
     except (OSError, ValueError, TypeError) as error:
         name = "config.json" if file is None else "generation_config.json"
         raise ModelError(f"{checkpoint.name}: {name}: {_first_line(error)}") from None
+
+
+def _checked(config: GenerationConfig) -> GenerationConfig:
+    """Returns defaults whose numbers are numbers, which transformers finds out late. Raises TypeError."""
+    for name in _NUMBERS:
+        if (value := getattr(config, name, None)) is not None and type(value) not in (int, float):
+            raise TypeError(f"{name} is {value!r}, which is not a number")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        if value is not None and any(
+            type(token) is not int for token in (value if type(value) is list else [value])
+        ):
+            raise TypeError(f"{name} is {value!r}, which is neither a token's id nor a list of them")
+    return config
 
 
 def _part_class(

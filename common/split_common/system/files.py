@@ -35,6 +35,8 @@ def is_there(path: Path) -> bool:
         name = str(path)
         shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…"
         raise ConfigError(f"{shown} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise ConfigError(f"{str(path)[:_SHOWN]!r} is not a path: it holds a null byte") from None
     return True
 
 
