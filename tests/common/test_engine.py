@@ -19,10 +19,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import tiny
 from split_common.engine import attention, sdpa
-from split_common.engine.linear import pack_linears, padded_rows
+from split_common.engine.linear import pack_linears
 from split_common.engine.pool import PagePool
 from split_common.engine.runner import Runner, build_runner
 from split_common.engine.sequences import KVSequence, TokenRun
+from split_common.engine.tuning import UNMEASURED
 from split_common.errors import Evicted, ModelError
 from split_common.models.loading import load_part, read_spec
 from split_common.models.split import Split
@@ -39,7 +40,7 @@ def make_runner(directory: Path, arch: str, **config: Any) -> Runner:
     split = Split.parse(spec.layers, "1:-2")
     model, stack = load_part(spec, split, "worker")
     if attention.ATTENTION_NAME != "eager":
-        pack_linears(model)
+        return build_runner(stack, split, spec.text_config, KV_BYTES, pack_linears(model, stack))
     return build_runner(stack, split, spec.text_config, KV_BYTES)
 
 
@@ -61,7 +62,7 @@ def test_kernels_are_few(tmp_path: Path) -> None:
             assert output.shape == (count, runner.width)
             row.free()
 
-    forwards(dict.fromkeys(map(padded_rows, range(1, 129))))
+    forwards(dict.fromkeys(map(UNMEASURED.padded, range(1, 129))))
     before = resident().rss
     forwards(range(1, 129))
     assert resident().rss - before < 16 * 2**20

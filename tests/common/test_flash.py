@@ -24,6 +24,7 @@ from split_common.engine.packed import PackedExecutor
 from split_common.engine.pool import PagePool
 from split_common.engine.runner import Runner, build_runner
 from split_common.engine.sequences import TokenRun
+from split_common.engine.tuning import UNMEASURED, Tuning
 from split_common.errors import ModelError
 from split_common.models.loading import load_part, read_spec
 from split_common.models.split import Split
@@ -136,8 +137,8 @@ def compile_too(monkeypatch: pytest.MonkeyPatch, backend: Any = "eager") -> None
     """Has layers traced by torch.compile, which takes seconds, without inductor and its options."""
     torch.compiler.reset()
     # On CUDA one token is not padded.
-    monkeypatch.setattr(packed, "padded_rows", lambda tokens: tokens)
-    monkeypatch.setattr(test_engine, "pack_linears", lambda _: None)
+    monkeypatch.setattr(Tuning, "padded", lambda _, rows: rows)
+    monkeypatch.setattr(test_engine, "pack_linears", lambda *_: UNMEASURED)
     compile_ = torch.compile
     monkeypatch.setattr(
         torch,
@@ -292,7 +293,7 @@ def test_layers_that_are_wrong_for_one_token_alone_run_as_they_are(
             layer.forward = forward
 
     monkeypatch.setattr(probe, "compile_layers", halving)
-    monkeypatch.setattr(packed, "padded_rows", lambda tokens: tokens)
+    monkeypatch.setattr(Tuning, "padded", lambda _, rows: rows)
     assert not make_runner(tmp_path, "llama").compiled
     assert "their output differs" in caplog.text
 

@@ -83,6 +83,7 @@ def address(checkpoint: Path) -> Iterator[str]:
                 "attention": "sdpa",
                 "adapters": [],
                 "compiled": False,
+                "tuning": None,
             }
             yield broker["address"]
 

@@ -22,6 +22,7 @@ from split_common.cli.options import (
     RevisionOption,
     ThreadsOption,
     TimeoutOption,
+    TuneOption,
     parse_cache_size,
     parse_size,
 )
@@ -60,6 +61,7 @@ def worker(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     threads: ThreadsOption = None,
+    tune: TuneOption = "on",
     kv_memory: Annotated[
         str | None,
         typer.Option(
@@ -137,6 +139,7 @@ def worker(
             dtype=parse_dtype(dtype),
             memory=kv_bytes,
             max_pixels=max_pixels,
+            tune=tune == "on",
         )
         limits = WorkerLimits(max_sessions, idle_timeout, kept_tokens=_kept_tokens(serving.body, kept_bytes))
         stop = catch_sigterm()

@@ -76,6 +76,15 @@ LayersOption = Annotated[
         "need the same.",
     ),
 ]
+TuneOption = Annotated[
+    Literal["on", "off"],
+    typer.Option(
+        "--tune",
+        envvar="LAMBDA_SPLIT_TUNE",
+        help="Language models on the CPU: measure which layout of weights is fastest. It takes about a second, "
+        "once for each model and machine.",
+    ),
+]
 CutOption = Annotated[
     CutName | None,
     typer.Option(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from split_common.engine.rotary import isolate_rotary
+from split_common.engine.tuning import UNMEASURED, Tuning
 from split_common.models.layer_stack import LayerStack, floating_parameter
 from split_common.models.split import Split
 
@@ -22,10 +23,11 @@ class LayerRange:
         stack: the slots of a loaded model.
         split: the range.
         width: of the hidden states.
+        tuning: says how many rows to compute on the CPU.
     """
 
-    def __init__(self, stack: LayerStack, split: Split, width: int) -> None:
-        self.stack, self.split, self.width = stack, split, width
+    def __init__(self, stack: LayerStack, split: Split, width: int, tuning: Tuning = UNMEASURED) -> None:
+        self.stack, self.split, self.width, self.tuning = stack, split, width, tuning
         #: The module that calls the layers.
         self.owner: Any = stack.owner
         parameter = floating_parameter(self.owner)

@@ -1,7 +1,8 @@
 """Linear layers whose weights are laid out for this CPU.
 
-A step of a few rows is bound by reading the weights, yet MKL takes twice as long for two rows as for one. With
-weights in its own blocked layout, oneDNN takes hardly longer for sixteen rows than for one.
+A step of a few rows is bound by reading the weights. With weights in its own blocked layout, oneDNN takes hardly
+longer for sixteen rows than for one; with weights as they are stored, some CPUs are faster for one. `tuning.py`
+measures which it is. Layers that are handed the same input become one product (`fusion.py`).
 
 oneDNN compiles a kernel for each number of rows, which takes a millisecond and half a MiB. Rows are padded to keep
 the number of kernels small.
@@ -10,22 +11,25 @@ the number of kernels small.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeGuard
 
 import psutil
 import torch
 from torch import nn
+from torch.nn.functional import linear as apply_linear
+from torch.nn.functional import pad
 
 from split_common.compat.torch import reorder_linear_weight, reordered_linear
+from split_common.engine.fusion import SharedInput, become_parts, find_shared, joined, share
+from split_common.engine.tuning import LEAST_BYTES, UNMEASURED, Apply, Layout, Product, Tuning, tune
+from split_common.models.layer_stack import LayerStack
 
 log = logging.getLogger(__name__)
 
 #: Number of rows for which oneDNN chooses the layout. The layout suits one row as well as hundreds.
 LAYOUT_ROWS = 64
-
-#: Smallest padded number of rows, and smallest difference of two, because oneDNN is faster for four rows than for
-#: one.
-LEAST_ROWS = 4
 
 #: Largest error of a layer that is accepted, relative to its largest output.
 LINEAR_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -37,12 +41,17 @@ COPY_SHARE = 0.6
 class PackedLinear(nn.Module):
     """Computes the same as an `nn.Linear`, from a copy of its weight in oneDNN's layout.
 
+    Args:
+        linear: the layer.
+        rows: how many rows to compute for a few; others are computed as they are.
+
     Raises:
         RuntimeError: this build of torch, or this CPU, does not support it.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, rows: Mapping[int, int] | None = None) -> None:
         super().__init__()
+        self._rows = rows or {}
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
         self._packed = reorder_linear_weight(linear.weight.detach().contiguous(), LAYOUT_ROWS)
@@ -54,39 +63,83 @@ class PackedLinear(nn.Module):
         return weight
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return reordered_linear(states, self._packed, self.bias)
-
-
-def padded_rows(rows: int) -> int:
-    """The number of rows to compute for `rows` rows: at most a quarter more, except for the first few."""
-    step = max(LEAST_ROWS, 1 << max(0, (rows - 1).bit_length() - 3))
-    return -(-rows // step) * step
+        count = states.shape[-2] if states.ndim > 1 else 1
+        if count not in self._rows or states.ndim == 1:
+            return reordered_linear(states, self._packed, self.bias)
+        more = pad(states, (0, 0, 0, self._rows[count] - count))
+        return reordered_linear(more, self._packed, self.bias)[..., :count, :]
 
 
 @torch.inference_mode()
-def pack_linears(model: nn.Module) -> None:
-    """Replaces the linear layers of a model on the CPU, if their output stays the same and memory suffices.
+def pack_linears(model: nn.Module, stack: LayerStack | None = None, *, measure: bool = True) -> Tuning:
+    """Replaces the linear layers of a model on the CPU by what is fastest here, if memory suffices.
 
     All parameters are then copies, no longer mapped from the checkpoint's file.
+
+    Args:
+        model: the model.
+        stack: its slots; None if no layers are to be computed together.
+        measure: whether to measure what is fastest.
+
+    Returns:
+        What was chosen.
     """
-    linears = {module for module in model.modules() if _is_plain(module)}
-    if not linears:
-        return
+    linears = [module for module in model.modules() if _is_plain(module)]
     needed = sum(linear.weight.nbytes for linear in linears)
-    if needed > COPY_SHARE * psutil.virtual_memory().available:
+    if not linears or needed > COPY_SHARE * psutil.virtual_memory().available:
         log.info("linear layers keep their layout: %d bytes of weights would be copied", needed)
-        return
-    try:
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if child in linears:
-                    setattr(parent, name, _packed(child))
-    except (RuntimeError, AttributeError, KeyError) as error:
-        log.info("linear layers keep their layout: %s", error)
-        return
+        return UNMEASURED
+    groups = [] if stack is None else find_shared(stack, linears)
+    together = {id(linear) for group in groups for linear in group}
+    alone = {id(linear): linear for linear in linears if id(linear) not in together}
+    tuning = UNMEASURED
+    if measure and needed >= LEAST_BYTES:
+        tuning = _tune([*groups, *([linear] for linear in alone.values())])
+    for shared, group in zip(share(model, groups), groups, strict=True):
+        shared.product = _joined(group, tuning)
+    kept = {id(parameter) for shared in _shared(model) for parameter in shared.parameters()}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if id(child) in alone:
+                setattr(parent, name, _laid_out(child, tuning))
     for parameter in model.parameters():
-        if type(parameter) is nn.Parameter:
+        if type(parameter) is nn.Parameter and id(parameter) not in kept:
             parameter.data = parameter.data.clone()
+    return replace(tuning, joined=len(groups))
+
+
+def _shared(model: nn.Module) -> list[SharedInput]:
+    return [module for module in model.modules() if isinstance(module, SharedInput)]
+
+
+def _joined(linears: Sequence[nn.Linear], tuning: Tuning) -> nn.Module:
+    """One layer with the outputs of several. If it is laid out as stored, their weights become parts of its own."""
+    whole = joined(linears)
+    product = _laid_out(whole, tuning)
+    if product is whole:
+        become_parts(linears, whole)
+    return product
+
+
+def _tune(products: Sequence[Sequence[nn.Linear]]) -> Tuning:
+    """What is fastest for products, each of which computes some layers."""
+    kinds: dict[Product, Sequence[nn.Linear]] = {}
+    for linears in products:
+        outputs = sum(linear.out_features for linear in linears)
+        kinds.setdefault(Product(linears[0].in_features, outputs, linears[0].weight.dtype), linears)
+
+    def sample(product: Product) -> torch.Tensor:
+        return torch.cat([linear.weight.detach() for linear in kinds[product]])
+
+    return tune(kinds, sample, _apply)
+
+
+def _apply(weight: torch.Tensor, layout: Layout) -> Apply:
+    """Computes rows by a copy of a weight `[out, in]` in some layout."""
+    if layout == "plain":
+        return lambda states: apply_linear(states, weight)
+    packed = reorder_linear_weight(weight, LAYOUT_ROWS)
+    return lambda states: reordered_linear(states, packed, None)
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -97,14 +150,22 @@ def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     return type(weight) is nn.Parameter and weight.dtype in LINEAR_TOLERANCE and not weight.is_meta
 
 
-def _packed(linear: nn.Module) -> nn.Module:
-    """A packed layer in place of a linear one. Raises RuntimeError if its output differs."""
+def _laid_out(linear: nn.Module, tuning: Tuning) -> nn.Module:
+    """A layer with the layout that was chosen for it; the layer itself if that changes its output, or fails."""
     assert isinstance(linear, nn.Linear)
-    packed = PackedLinear(linear)
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(3, linear.in_features, generator=generator).to(linear.weight.dtype)
-    wanted, got = linear(states), packed(states)
+    product = Product(linear.in_features, linear.out_features, linear.weight.dtype)
+    if tuning.layout(product) == "plain":
+        return linear
+    try:
+        packed = PackedLinear(linear, tuning.rows.get(product))
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(3, linear.in_features, generator=generator).to(linear.weight.dtype)
+        wanted, got = linear(states), packed(states)
+    except (RuntimeError, AttributeError, KeyError) as failure:
+        log.info("a linear layer keeps its layout: %s", failure)
+        return linear
     error = (got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-9)
     if not error < LINEAR_TOLERANCE[linear.weight.dtype]:
-        raise RuntimeError(f"a packed layer's output differs by {error:.1e}")
+        log.info("a linear layer keeps its layout: its output differs by %.1e", error)
+        return linear
     return packed

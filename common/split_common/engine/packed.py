@@ -14,7 +14,6 @@ from split_common.engine.attention import Backend, PackedBatch, Span
 from split_common.engine.forward import Forward
 from split_common.engine.graphs import DecodeGraphs, new_capture
 from split_common.engine.layers import LayerRange
-from split_common.engine.linear import padded_rows
 from split_common.engine.lora import AdapterNumber, adapting, is_adapted
 from split_common.engine.pool import PagedSequence, PagePool
 from split_common.engine.sdpa import SdpaAttention
@@ -97,7 +96,7 @@ class PackedExecutor:
         # Kernels that know causal masks alone cannot show a token those after it.
         backend = SdpaAttention() if any(span.both_ways for span in spans) else self.backend
         plan = backend.plan(self.store, spans, layers.device)
-        if layers.device.type == "cpu" and (padding := padded_rows(tokens) - tokens):
+        if layers.device.type == "cpu" and (padding := layers.tuning.padded(tokens) - tokens):
             states, positions = pad(states, (0, 0, 0, padding)), pad(positions, (0, padding))
         with_padding = [*counts, padding] if padding else counts
         batch = PackedBatch(self.store, with_padding, layers.to_device(slots), plan)

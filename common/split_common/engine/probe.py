@@ -201,7 +201,7 @@ def _rehearse(layers: LayerRange, executor: Executor) -> torch.Tensor:
     sequences = [executor.store.new_sequence() for _ in range(4)]
     outputs = []
     try:
-        for counts in ((9, 5), (1, 1), (1, 4), (2, 2), (1, 1, 1, 1), (1,)):
+        for counts in ((8, 5), (1, 1), (1, 4), (2, 2), (1, 1, 1, 1), (1,)):
             runs = [
                 TokenRun(
                     sequence,

@@ -16,6 +16,7 @@ from split_common.engine.padding import padding_matters, probe_tokens
 from split_common.engine.per_sequence import CacheStore, PerSequenceExecutor
 from split_common.engine.probe import NotPackable, check_layers, compile_checked, packed_executor
 from split_common.engine.sequences import TokenRun
+from split_common.engine.tuning import UNMEASURED, Tuning
 from split_common.errors import ModelError, UnsupportedArchitecture
 from split_common.models.layer_stack import LayerStack
 from split_common.models.split import Split
@@ -98,7 +99,9 @@ def _total_memory(device: torch.device) -> int:
     return sum(torch.cuda.mem_get_info(index)[1] for index in range(torch.cuda.device_count()))
 
 
-def build_runner(stack: LayerStack, split: Split, config: Any, kv_bytes: int) -> Runner:
+def build_runner(
+    stack: LayerStack, split: Split, config: Any, kv_bytes: int, tuning: Tuning = UNMEASURED
+) -> Runner:
     """Makes the runner of some layers, after trial runs that show how they can be run.
 
     Args:
@@ -106,13 +109,14 @@ def build_runner(stack: LayerStack, split: Split, config: Any, kv_bytes: int) ->
         split: the range.
         config: the model's text configuration.
         kv_bytes: memory for keys, values and states.
+        tuning: of the layers on the CPU, made by `pack_linears`.
 
     Raises:
         ModelError: the memory does not hold the pages, or the states, that are needed at least, or is not there.
         UnsupportedArchitecture: the layers cannot run alone, or what they keep between steps is not
             what their cache has.
     """
-    layers = LayerRange(stack, split, int(config.hidden_size))
+    layers = LayerRange(stack, split, int(config.hidden_size), tuning)
     if kv_bytes > (room := _total_memory(layers.device)):
         raise ModelError(
             f"{kv_bytes:,} bytes of KV memory are more than the {room:,} that there are: give a smaller --kv-memory"

@@ -18,9 +18,10 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from split_common.compat.torch import remove_forward_hooks
-from split_common.engine.linear import pack_linears, padded_rows
+from split_common.engine.linear import pack_linears
 from split_common.engine.lora import AdapterNumber, adapting
 from split_common.engine.runner import Runner, build_runner
+from split_common.engine.tuning import UNMEASURED, Tuning, from_environment
 from split_common.errors import ModelError, UnsupportedFeature
 from split_common.models.cache_layers import has_states
 from split_common.models.layer_stack import LayerStack, PassThrough
@@ -61,10 +62,10 @@ class LocalLayers:
                 return None
             part, stack = shared_copy(model, range(first, last))
             strip(part, stack.slots)
-            _pack(part)
+            tuning = _pack(part, stack)
             share = kv_bytes * (last - first) // layers
             try:
-                return build_runner(stack, Split(split.layers, first, last), config, share)
+                return build_runner(stack, Split(split.layers, first, last), config, share, tuning)
             except ModelError as error:
                 raise ModelError(
                     f"layers {first}:{last} get {share:,} of the {kv_bytes:,} bytes of --kv-memory: {error}"
@@ -137,7 +138,7 @@ class EmbeddingAndHead:
         if model.split_parts.traits.axes is not None:
             # Packing copies weights, and those of the tower are not needed here.
             drop_unused(self._model, self._try)
-        _pack(self._model)
+        self._tuning = _pack(self._model)
 
     @torch.inference_mode()
     def embed(
@@ -151,7 +152,7 @@ class EmbeddingAndHead:
 
     @torch.inference_mode()
     def logits(self, states: torch.Tensor, adapters: Sequence[AdapterNumber]) -> torch.Tensor:
-        rows = padded_rows(len(states))
+        rows = self._tuning.padded(len(states))
         padded = pad(states, (0, 0, 0, rows - len(states)))
         incoming = padded[None].to(self._device, self._dtype)
         placeholder = incoming.new_zeros(1, rows, self._stack.width)
@@ -195,7 +196,8 @@ def shared_copy(model: Any, kept: range) -> tuple[Any, LayerStack]:
     return copied, copied_stack
 
 
-def _pack(model: nn.Module) -> None:
-    """Packs the weights of linear layers for several rows, if the model is on the CPU."""
+def _pack(model: nn.Module, stack: LayerStack | None = None) -> Tuning:
+    """Lays out the weights of linear layers for this CPU, if the model is on it."""
     if all(parameter.device.type == "cpu" for parameter in model.parameters()):
-        pack_linears(model)
+        return pack_linears(model, stack, measure=from_environment())
+    return UNMEASURED

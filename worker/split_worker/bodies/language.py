@@ -211,6 +211,7 @@ class LanguageBody:
             "packed": attention is not None,
             "attention": attention,
             "compiled": self.runner.compiled,
+            "tuning": self._tuning,
             "adapters": [adapter.name for adapter in self.adapters],
         }
 
@@ -223,6 +224,8 @@ class LanguageBody:
         ]
         if self.quantization is not None:
             lines.append(self.quantization)
+        if self._tuning is not None:
+            lines.append(f"measured on this CPU: {self._tuning}")
         if self.adapters:
             lines.append(f"adapters: {', '.join(adapter.name for adapter in self.adapters)}")
         if self.runner.unpacked_because is not None:
@@ -232,6 +235,12 @@ class LanguageBody:
         if self.runner.padding_matters:
             lines.append("rows with padding to their left are refused: these layers compute them otherwise")
         return lines
+
+    @property
+    def _tuning(self) -> str | None:
+        """What was measured to be fastest on this CPU; None if nothing was measured."""
+        tuning = self.runner.layers.tuning
+        return tuning.describe() if tuning.measured else None
 
     @property
     def _kv_sessions(self) -> int:

@@ -15,6 +15,7 @@ from split_common.engine.adapter_probe import check_adapters
 from split_common.engine.linear import pack_linears
 from split_common.engine.lora import ChosenAdapter, adapter_bytes, add_adapter
 from split_common.engine.runner import build_runner
+from split_common.engine.tuning import UNMEASURED
 from split_common.errors import ConfigError, ModelError
 from split_common.models.adapters import VerifiedAdapter, parse_adapters, verified_adapters
 from split_common.models.checkpoint import Checkpoint
@@ -63,6 +64,7 @@ def load_body(
     dtype: torch.dtype | None = None,
     memory: int | None = None,
     max_pixels: int | None = None,
+    tune: bool = True,
 ) -> Serving:
     """Loads the body of a language model or of a diffusion model's denoiser.
 
@@ -78,6 +80,7 @@ def load_body(
         dtype: what it computes in; None takes the checkpoint's.
         memory: bytes for keys and values, or for embeddings; None for the default.
         max_pixels: most pixels of an image; None for the default.
+        tune: whether to measure what is fastest for a language model on this CPU.
 
     Raises:
         ConfigError: options do not fit the model or each other.
@@ -96,7 +99,7 @@ def load_body(
         split = Split.parse(spec.layers, layers or str(DEFAULT_LAYERS))
         manifest = find_manifest(fleet, spec.checkpoint, spec.own_tensors(split, "worker"))
         loras = verified_adapters(fleet, parse_adapters(adapters), manifest)
-        body: AnyBody = load_language_body(spec, split, device, dtype, memory, loras)
+        body: AnyBody = load_language_body(spec, split, device, dtype, memory, loras, tune=tune)
     else:
         if adapters:
             raise ConfigError(f"--adapter is for language models, which {model} is not")
@@ -120,6 +123,8 @@ def load_language_body(
     dtype: torch.dtype | None = None,
     kv_bytes: int | None = None,
     adapters: Sequence[VerifiedAdapter] = (),
+    *,
+    tune: bool = True,
 ) -> LanguageBody:
     """Loads the body of a language model.
 
@@ -130,6 +135,7 @@ def load_language_body(
         dtype: what it computes in; None takes the checkpoint's.
         kv_bytes: memory for keys and values; None takes a share of what is free.
         adapters: what sessions may choose.
+        tune: whether to measure what is fastest on this CPU.
 
     Raises:
         ModelError: the part cannot be loaded, or the memory for keys and values is too small.
@@ -139,13 +145,14 @@ def load_language_body(
     for number, lora in enumerate(adapters):
         add_adapter(model, stack, split, "worker", lora.adapter, number, ChosenAdapter())
     parameter_bytes = sum(map(stored_bytes, model.parameters())) + adapter_bytes(model)
+    tuning = UNMEASURED
     if device.type == "cpu":
-        pack_linears(model)
+        tuning = pack_linears(model, stack, measure=tune)
     else:
         place_on_gpus(model, parameter_bytes, device)
     devices = {parameter.device for parameter in model.parameters()} or {device}
     free = len(devices) * min(kv_share(place) for place in devices)
-    runner = build_runner(stack, split, spec.text_config, kv_bytes if kv_bytes is not None else free)
+    runner = build_runner(stack, split, spec.text_config, kv_bytes if kv_bytes is not None else free, tuning)
     check_adapters(runner, len(adapters))
     quantization = _quantization(spec, split, runner.dtype)
     return LanguageBody(runner, parameter_bytes, quantization, [lora.request for lora in adapters])

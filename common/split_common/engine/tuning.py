@@ -1,0 +1,246 @@
+"""Which layout of weights is fastest on this CPU, and how many rows to compute for a few: measured, not assumed.
+
+The measurements are of the products of a model alone. They are kept in the cache, for each machine and each set of
+shapes, so only a first start takes the time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import msgspec
+import torch
+
+from split_common.errors import KeysError
+from split_common.system.files import cache_dir, private_dir, write_private
+
+log = logging.getLogger(__name__)
+
+#: How a weight lies in memory: as in the checkpoint, or in oneDNN's blocks.
+Layout = Literal["plain", "onednn"]
+
+#: Numbers of rows that are measured: a session that decodes, a few, many, and a part of a prompt.
+ROWS = (1, 2, 4, 16, 64)
+
+#: Most bytes of a weight that are measured. How long a row takes is proportional to the outputs.
+SAMPLE_BYTES = 16 * 2**20
+
+#: Bytes of all weights from which on measuring is worth a second.
+LEAST_BYTES = 16 * 2**20
+
+#: Bytes that are read between two rounds, so that no weight is found in the caches of a core.
+FLUSH_BYTES = 32 * 2**20
+
+#: Most seconds of measuring for each number of rows, once it has had the least number of rounds.
+SECONDS = 0.15
+
+#: Least and most rounds of measuring for each number of rows. The first two compile kernels and fill caches.
+LEAST_ROUNDS, ROUNDS = 10, 16
+
+#: How much faster more rows have to be than fewer, for fewer to be computed as more.
+WORTH_PADDING = 0.95
+
+
+class Product(NamedTuple):
+    """What a linear layer computes, and in which dtype."""
+
+    inputs: int
+    outputs: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.inputs}x{self.outputs} {str(self.dtype).removeprefix('torch.')}"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was chosen.
+
+    Args:
+        layouts: of each product.
+        rows: of products in oneDNN's layout, how many rows to compute for a few; others are computed as they are.
+        measured: whether it was, or is what holds without measuring.
+        joined: how many products compute several layers of one input.
+    """
+
+    layouts: Mapping[Product, Layout] = field(default_factory=dict)
+    rows: Mapping[Product, Mapping[int, int]] = field(default_factory=dict)
+    measured: bool = False
+    joined: int = 0
+
+    def layout(self, product: Product) -> Layout:
+        return self.layouts.get(product, "onednn")
+
+    def padded(self, rows: int) -> int:
+        """The number of rows of a whole forward with `rows` rows: at most a quarter more.
+
+        Numbers are few where kernels are compiled for each. MKL's, for fp32 as it is stored, are not.
+        """
+        compiles = not self.layouts or any(
+            layout == "onednn" or product.dtype != torch.float32 for product, layout in self.layouts.items()
+        )
+        step = 1 << max(0, (rows - 1).bit_length() - 3) if compiles else 1
+        return -(-rows // step) * step
+
+    def describe(self) -> str:
+        """What was chosen, in a few words."""
+        layouts = list(self.layouts.values())
+        padded = sum(bool(rows) for rows in self.rows.values())
+        return (
+            f"{layouts.count('plain')} shapes of weights as stored, {layouts.count('onednn')} in oneDNN's layout "
+            f"({padded} with few rows computed as more), {self.joined} products of several layers"
+        )
+
+
+#: What holds where nothing was measured.
+UNMEASURED = Tuning()
+
+
+#: Seconds that a product takes, by its name, layout and number of rows.
+Times = dict[str, dict[str, dict[int, float]]]
+
+#: Computes rows `[rows, inputs]` by a weight of one layout.
+Apply = Callable[[torch.Tensor], torch.Tensor]
+
+
+def from_environment() -> bool:
+    """Whether the head and tail of a device are to be measured: not if `LAMBDA_SPLIT_TUNE` is `off`."""
+    return os.environ.get("LAMBDA_SPLIT_TUNE", "on") != "off"
+
+
+def tune(
+    products: Collection[Product],
+    sample: Callable[[Product], torch.Tensor],
+    apply: Callable[[torch.Tensor, Layout], Apply],
+) -> Tuning:
+    """Chooses layouts and rows for the products of a model.
+
+    Args:
+        products: the kinds that there are.
+        sample: the weight `[outputs, inputs]` of one.
+        apply: computes rows by a weight in a layout. Raises RuntimeError if there is no such layout here.
+    """
+    place = _place(products)
+    times = _read(place, products)
+    if times is None:
+        times = _measure(products, sample, apply)
+        _keep(place, times)
+    return choose(times, products)
+
+
+def choose(times: Times, products: Collection[Product]) -> Tuning:
+    """The choice that follows from measured times.
+
+    A product gets the layout that is least behind the faster one, over all numbers of rows. In oneDNN's layout, few
+    rows are computed as more if that takes less time.
+    """
+    layouts: dict[Product, Layout] = {}
+    rows: dict[Product, dict[int, int]] = {}
+    for product in products:
+        plain, onednn = times[str(product)]["plain"], times[str(product)].get("onednn")
+        layouts[product] = "plain"
+        if onednn is None:
+            continue
+        fastest = {few: _fastest(onednn, few) for few in ROWS}
+        ratios = [onednn[fastest[few]] / plain[few] for few in ROWS]
+        if sum(max(1.0, ratio) for ratio in ratios) < sum(max(1.0, 1 / ratio) for ratio in ratios):
+            layouts[product] = "onednn"
+            rows[product] = {
+                count: more
+                for few, more in fastest.items()
+                for count in range(few, more)
+                if count < min([*(other for other in ROWS if other > few), more])
+            }
+    return Tuning(layouts, rows, measured=True)
+
+
+def _fastest(times: Mapping[int, float], few: int) -> int:
+    """The number of rows, at most four times as many, that takes clearly less time than a few; else the few."""
+    best = min((more for more in times if few <= more <= 4 * few), key=lambda more: times[more])
+    return best if times[best] < WORTH_PADDING * times[few] else few
+
+
+@torch.inference_mode()
+def _measure(
+    products: Collection[Product],
+    sample: Callable[[Product], torch.Tensor],
+    apply: Callable[[torch.Tensor, Layout], Apply],
+) -> Times:
+    """The least seconds of each product in each layout, in turns with all others."""
+    candidates: list[tuple[Product, Layout, Apply]] = []
+    for product in products:
+        weight = sample(product)
+        weight = weight[: max(1, SAMPLE_BYTES // weight[:1].nbytes)].clone()
+        candidates.append((product, "plain", apply(weight, "plain")))
+        try:
+            candidates.append((product, "onednn", apply(weight, "onednn")))
+        except (RuntimeError, AttributeError, KeyError) as error:
+            log.info("oneDNN's layout is not measured: %s", error)
+    flush = torch.zeros(FLUSH_BYTES // 4)
+    times: Times = {}
+    for rows in ROWS:
+        states = {product: torch.randn(1, rows, product.inputs).to(product.dtype) for product in products}
+        ends = time.perf_counter() + SECONDS
+        for turn in range(ROUNDS):
+            flush.sum()
+            for product, layout, run in candidates:
+                began = time.perf_counter()
+                run(states[product])
+                took = time.perf_counter() - began
+                least = times.setdefault(str(product), {}).setdefault(layout, {})
+                least[rows] = min(took, least.get(rows, took)) if turn > 1 else took
+            if turn + 1 >= LEAST_ROUNDS and time.perf_counter() > ends:
+                break
+    return times
+
+
+def _place(products: Collection[Product]) -> str:
+    """The name of the file for what is measured: of this CPU, number of threads, torch, and these products."""
+    facts = [
+        _cpu(),
+        torch.backends.cpu.get_cpu_capability(),
+        str(torch.get_num_threads()),
+        torch.__version__,
+        *sorted(map(str, products)),
+    ]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32] + ".json"
+
+
+def _cpu() -> str:
+    """The CPU's name and features, as Linux has them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(line for line in lines if line.startswith(("model", "cpu family", "stepping", "flags")))
+
+
+def _read(name: str, products: Collection[Product]) -> Times | None:
+    """What was measured earlier; None if nothing was, or what is there does not fit."""
+    try:
+        times = msgspec.json.decode((private_dir(cache_dir() / "tuning") / name).read_bytes(), type=Times)
+    except (OSError, KeysError, msgspec.MsgspecError):
+        return None
+    for product in products:
+        layouts = times.get(str(product), {})
+        if "plain" not in layouts or not layouts.keys() <= {"plain", "onednn"}:
+            return None
+        if any(each.keys() != set(ROWS) or not all(each.values()) for each in layouts.values()):
+            return None
+    return times
+
+
+def _keep(name: str, times: Times) -> None:
+    """Keeps what was measured; not where nothing can be written."""
+    try:
+        write_private(private_dir(cache_dir() / "tuning") / name, msgspec.json.encode(times))
+    except KeysError as error:
+        log.info("measurements are not kept: %s", error)
