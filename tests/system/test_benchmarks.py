@@ -61,6 +61,17 @@ def test_overhead(checkpoint: Path) -> None:
 
 
 @pytest.mark.long
+def test_profile(checkpoint: Path) -> None:
+    results = run("profile", "--model", checkpoint, "--layers", "1:-1", "--sessions", "1,5", "--steps", 3)
+    assert results["bound_ratio_5"] == pytest.approx(results["steps_ms"]["5"]["step"] / results["bound_ms"])
+    for stages in results["steps_ms"].values():
+        step = stages.pop("step")
+        assert set(stages) == {"products", "attention", "other", "python"}
+        assert sum(stages.values()) == pytest.approx(step)
+        assert min(stages["products"], stages["attention"], stages["other"]) > 0
+
+
+@pytest.mark.long
 def test_decoding_against_the_bandwidth() -> None:
     results = run("concurrency", "--device", "cpu", "--shape", "tiny", "--sessions", "1,3")
     assert set(results) == {"hardware", "attention", "compiled", "copy_gb_s", "weight_bytes", "decode"}

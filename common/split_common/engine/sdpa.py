@@ -21,6 +21,10 @@ BATCHED_TOKENS = 8192
 #: Fewest decoding sequences for which one call attends to all of them.
 BATCHED_SEQUENCES = 4
 
+#: Most bytes of keys and values of a sequence on the CPU, if one call is to attend to all. That call reads copies,
+#: and beyond this they take longer than a call for each sequence.
+BATCHED_BYTES = 256 * 1024
+
 
 class SdpaAttention:
     """SDPA (a `split_common.engine.attention.Backend`)."""
@@ -45,7 +49,7 @@ class SdpaPlan:
         self, call: AttentionCall, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         plain = call.softcap is None and call.sinks is None
-        batched = self._decoding(call.window) if plain else []
+        batched = self._decoding(call.window, _most_tokens(keys, values)) if plain else []
         parts: list[torch.Tensor] = []
         if batched:
             parts.append(self._attend_batched(call, query[:, : len(batched)], keys, values, batched))
@@ -53,8 +57,8 @@ class SdpaPlan:
             parts.append(self._attend_one(call, query[:, span.begin : span.begin + span.count], span, keys, values))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def _decoding(self, window: int | None) -> Sequence[Span]:
-        """The batch's leading spans of one token; empty if they are few or their sequences are long."""
+    def _decoding(self, window: int | None, most: int) -> Sequence[Span]:
+        """The batch's leading spans of one token; empty if they are few, or if one sees more than `most` tokens."""
         count = 0
         longest = 0
         for span in self._spans:
@@ -62,7 +66,8 @@ class SdpaPlan:
                 break
             longest = max(longest, _visible(span.sequence.length, window))
             count += 1
-        return self._spans[:count] if count >= BATCHED_SEQUENCES and count * longest <= BATCHED_TOKENS else []
+        few = count < BATCHED_SEQUENCES or count * longest > BATCHED_TOKENS
+        return [] if few or longest > most else self._spans[:count]
 
     def _attend_batched(
         self,
@@ -103,15 +108,19 @@ class SdpaPlan:
         mask = self._mask(span, visible, call.window, query.device)
         if call.softcap is not None or call.sinks is not None:
             return _attend_explicitly(call, query, seen_keys, seen_values, mask)
+        heads, count, key_heads = query.shape[0], query.shape[1], seen_keys.shape[0]
+        if count == 1:
+            # The queries that share a key are as tokens of one head, of which each sees everything.
+            query = query.reshape(key_heads, heads // key_heads, -1)
         output = scaled_dot_product_attention(
             query[None],
             seen_keys[None],
             seen_values[None],
             attn_mask=mask,
             scale=call.scale,
-            enable_gqa=query.shape[0] != seen_keys.shape[0],
+            enable_gqa=query.shape[0] != key_heads,
         )
-        return output[0]
+        return output[0].reshape(heads, count, -1)
 
     def _mask(self, span: Span, visible: int, window: int | None, device: torch.device) -> torch.Tensor | None:
         """Which keys each query attends to, bool `[count, visible]`; None if each attends to all of them."""
@@ -130,6 +139,13 @@ class SdpaPlan:
                 mask[begin:end] |= (columns > rows[begin:end]) & (columns < ahead)
             self._masks[key] = mask
         return self._masks[key]
+
+
+def _most_tokens(keys: torch.Tensor, values: torch.Tensor) -> int:
+    """Most tokens of a sequence whose keys and values are worth a copy."""
+    if keys.device.type != "cpu":
+        return BATCHED_TOKENS
+    return BATCHED_BYTES // (keys[:1].nbytes + values[:1].nbytes)
 
 
 def _visible(length: int, window: int | None) -> int:
