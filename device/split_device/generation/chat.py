@@ -223,31 +223,19 @@ class Conversation:
     ) -> ChatAnswer:
         """Continues token ids int64 `[1, tokens]`. Tokens that the cache holds already are not sent again.
 
-        `format_` says how an answer is read, if the tokens are a conversation; without it, all of it is text.
-
-        `images` are further arguments of `generate` that a processor made; with them, all tokens are sent.
-
-        What `sampling` leaves open is as in the model's generation_config. The answer ends before a text in `stop`,
-        and looks as `structured` says.
+        What `sampling` leaves open is as in generation_config.json. It ends before a text in `stop`, looks as
+        `structured` says, and is read by `format_`, if the tokens are a conversation. With `images`, arguments of
+        `generate` that a processor made, all tokens are sent.
 
         Raises:
             PromptTooLong: the tokens fill the model's positions.
             ConfigError: a value of `sampling` is out of bounds, or names a token that the model does not have.
-            UnsupportedFeature: `sampling` names a drafter.
-            ConfigError, UnsupportedFeature: `structured` is refused.
+            ConfigError, UnsupportedFeature: `structured` is refused, or `sampling` names a drafter.
             SplitError: raised by `generate`.
         """
-        if sampling.speculate not in (None, AUTO, OFF):
-            raise UnsupportedFeature(
-                f"speculate={sampling.speculate!r}: a conversation has no drafters; jobs and a Generator do, and "
-                "generate takes prompt_lookup_num_tokens"
-            )
         input_ids = input_ids.to(self._model.device)
-        sampling = sampling.checked().resolved(self._model.generation_config)
         prompt_tokens = input_ids.shape[1]
-        limit = max_positions(self._model.config)
-        if prompt_tokens >= limit:
-            raise PromptTooLong(f"{prompt_tokens} tokens leave no room in the model's {limit} positions")
+        sampling = self._settled(sampling, prompt_tokens)
         if images:
             self.forget_cache()
         self._keep_common_prefix(input_ids)
@@ -256,26 +244,17 @@ class Conversation:
         ends = sampling.ends(end_tokens(self._model, self._tokenizer))
         words = bad_word_tokens(self._tokenizer, sampling.bad_words or ())
         check_named_tokens(self._model, words, [(token,) for token in sampling.logit_bias or ()])
-        penalties = sampling.frequency_penalty or 0.0, sampling.presence_penalty or 0.0
-        limit = min(sampling.max_tokens, limit - prompt_tokens)
-        if sampling.min_tokens is not None:
-            sampling = dataclasses.replace(sampling, min_tokens=min(sampling.min_tokens, limit))
-        processors: list[LogitsProcessor] = []
-        if any(penalties):
-            processors.append(OccurrencePenalty(prompt_tokens, *penalties))
-        if structured is not None and format_ is not None:
-            thinking = open_thinking(self._template.opening(self._tokenizer))
-            structured = call_constraint(self._tokenizer, format_, structured, thinking[1] if thinking else None)
+        structured = self._beside_calls(structured, format_)
+        processors = self._processors(sampling, structured, prompt_tokens)
         if structured is not None:
             ends = sorted({*(ends or ()), *self._grammars.ends})
-            processors.append(self._grammars.processor(structured, prompt_tokens))
         stream = AnswerStream(self._tokenizer, format_, input_ids[0].tolist(), stop)
         streamer = _Streamer(stream, on_text, on_thinking, on_first_token)
         began = time.perf_counter()
         output = self._model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=limit,
+            max_new_tokens=sampling.max_tokens,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([_UntilStopped(streamer)] if stop else []),
             logits_processor=processors,
@@ -286,20 +265,67 @@ class Conversation:
             **_placed(images or {}, self._model),
             **self._named,
         )
-        ended = time.perf_counter()
         # The last token was chosen, but never went through the model.
         self._cached = output[:, :-1]
-        new = output[0, prompt_tokens:]
-        stopped = streamer.stopped or (len(new) > 0 and int(new[-1]) in ends)
+        new = output[0, prompt_tokens:].tolist()
+        return self._answer(streamer, prompt_tokens, new, bool(new) and new[-1] in ends, began)
+
+    def _settled(self, sampling: Sampling, prompt_tokens: int) -> Sampling:
+        """Settings with the model's defaults, and lengths that fit its positions. Raises as `complete`."""
+        if sampling.speculate not in (None, AUTO, OFF):
+            raise UnsupportedFeature(
+                f"speculate={sampling.speculate!r}: a conversation has no drafters; jobs and a Generator do, and "
+                "generate takes prompt_lookup_num_tokens"
+            )
+        sampling = sampling.checked().resolved(self._model.generation_config)
+        limit = max_positions(self._model.config)
+        if prompt_tokens >= limit:
+            raise PromptTooLong(f"{prompt_tokens} tokens leave no room in the model's {limit} positions")
+        most = min(sampling.max_tokens, limit - prompt_tokens)
+        least = None if sampling.min_tokens is None else min(sampling.min_tokens, most)
+        return dataclasses.replace(sampling, max_tokens=most, min_tokens=least)
+
+    def _beside_calls(
+        self, structured: StructuredOutputs | None, format_: AnswerFormat | None
+    ) -> StructuredOutputs | None:
+        """What an answer has to look like where it may think or call tools before."""
+        if structured is None or format_ is None:
+            return structured
+        thinking = open_thinking(self._template.opening(self._tokenizer))
+        return call_constraint(self._tokenizer, format_, structured, thinking[1] if thinking else None)
+
+    def _processors(
+        self, sampling: Sampling, structured: StructuredOutputs | None, prompt_tokens: int
+    ) -> list[LogitsProcessor]:
+        """What changes logits beside transformers' own processors."""
+        processors: list[LogitsProcessor] = []
+        penalties = sampling.frequency_penalty or 0.0, sampling.presence_penalty or 0.0
+        if any(penalties):
+            processors.append(OccurrencePenalty(prompt_tokens, *penalties))
+        if structured is not None:
+            processors.append(self._grammars.processor(structured, prompt_tokens))
+        return processors
+
+    def _answer(
+        self, streamer: _Streamer, prompt_tokens: int, new: list[int], ended: bool, began: float
+    ) -> ChatAnswer:
+        """What a call of `generate` gave.
+
+        Args:
+            new: the tokens that it chose.
+            ended: whether the last one ends an answer.
+            began: when it began, by `time.perf_counter`.
+        """
+        now = time.perf_counter()
         layers = (layer for layer in self._cache.layers if isinstance(layer, SessionCacheLayer))
         identity = next((layer.identity for layer in layers), None)
         return ChatAnswer(
             text=streamer.text,
             prompt_tokens=prompt_tokens,
             tokens=len(new),
-            finish_reason="stop" if stopped else "length",
-            first_token_seconds=(streamer.first_token or ended) - began,
-            seconds=ended - began,
+            finish_reason="stop" if streamer.stopped or ended else "length",
+            first_token_seconds=(streamer.first_token or now) - began,
+            seconds=now - began,
             request_id=identity.request_id if identity is not None else "",
             session=identity.label if identity is not None else "",
             reasoning=streamer.reasoning,

@@ -115,7 +115,7 @@ class SplitTransformer(SplitDenoiser):
             if given.get(name) is not None:
                 raise UnsupportedFeature(f"{what} cannot be split: it concerns blocks that are on the worker")
         if set(given.get("skip_layers") or ()) & set(self.split.body):
-            raise UnsupportedFeature("layers that are on the worker cannot be skipped")
+            raise UnsupportedFeature("skip_layers names blocks that are on the worker, which cannot be skipped")
         call = TransformerCall(
             float(torch.as_tensor(given["timestep"]).max()),
             (given["encoder_hidden_states"], given["pooled_projections"]),
