@@ -46,7 +46,7 @@ FLOORS = {
         "cli",
     ],
     "split_broker": [
-        *("tcp", "connections", "memory", "under_way", "peer_queue", "set_ups", "access", "guard", "quotas"),
+        *("connections", "memory", "under_way", "peer_queue", "set_ups", "access", "guard", "quotas"),
         *("router", "delivery", "broker"),
         "cli",
     ],

@@ -207,6 +207,7 @@ class FakeTransport:
     """A transport that keeps what is sent, for handlers whose `on_message` is called by hand."""
 
     alive = True
+    sending = False
 
     def __init__(self) -> None:
         self.sent: list[tuple[headers.Header, bytes]] = []

@@ -370,7 +370,7 @@ class Broker:
             self._enforce_roster()
         probe = headers.encode_header(headers.Probe()), b""
         for peer in list(self._peers.values()):
-            if now - peer.seen > HEARTBEAT * MISSED:
+            if now - self._router.connections.last_sign(peer.route, peer.seen, now) > HEARTBEAT * MISSED:
                 self._delivery.remove(peer, "fell silent")
             elif peer.role == "worker":
                 # Not through its queue, which may be waiting for credit.

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from split_broker import tcp
-from split_common.protocol import headers
+from split_common.transport import tcp
 from split_common.transport.base import HEARTBEAT, MISSED
+from split_common.transport.progress import CURVE_OVERHEAD, LEAST_PROGRESS, UNFINISHED_BYTES, wire_size
 from split_common.trust.shares import newest_of_largest
 
 #: Connections of members that stand at a time, and those on which nobody has announced itself yet.
@@ -32,12 +32,6 @@ REVOKED_LIFETIME = HEARTBEAT * MISSED
 
 #: Bytes that libzmq may hold of a connection on which nobody has announced itself.
 STRANGER_BYTES = 1024 * 1024
-
-#: Bytes that it may hold of a member's unfinished message: two frames of the largest size.
-UNFINISHED_BYTES = 2 * headers.MAX_FRAME
-
-#: Bytes that CURVE adds to a frame: a command's name, a nonce, a tag and flags (RFC 26).
-CURVE_OVERHEAD = 33
 
 _ACCEPTED, _DISCONNECTED = int(zmq.EVENT_ACCEPTED), int(zmq.EVENT_DISCONNECTED)
 
@@ -57,6 +51,10 @@ class Connection:
     #: Bytes on the wire of the messages that were read from it and written to it.
     taken: int = 0
     handed: int = 0
+    #: Bytes read at the last look at a silent peer; None if its peer was not silent.
+    looked_at: int | None = None
+    #: When a part of a message last came from a silent peer, by `time.monotonic`.
+    moved: float = 0.0
 
     def unread(self) -> int | None:
         """Bytes that libzmq has read and not passed on; None where they cannot be counted."""
@@ -133,13 +131,13 @@ class Connections:
             self.end(connection, "too_many_frames")
             return
         for frame in frames[1:]:
-            connection.taken += self._on_the_wire(len(frame))
+            connection.taken += wire_size(len(frame), self._overhead)
 
     def gave(self, route: bytes, message: Sequence[zmq.Frame | bytes]) -> None:
         """Counts a message that was written to a connection."""
         if (connection := self._routes.get(route)) is not None:
             for frame in message:
-                connection.handed += self._on_the_wire(len(frame))
+                connection.handed += wire_size(len(frame), self._overhead)
 
     def announced(self, route: bytes, member: str) -> None:
         """A member's peer is announced on a connection. Ends one if members have too many."""
@@ -173,6 +171,26 @@ class Connections:
         """Bytes, at least, that were written to a connection and have not reached its peer."""
         connection = self._routes.get(route)
         return (connection.unsent() or 0) if connection is not None else 0
+
+    def last_sign(self, route: bytes, seen: float, now: float) -> float:
+        """When there was a sign of a peer: a heartbeat or, if that is late, bytes of what lies before the next one.
+
+        Args:
+            seen: when its last heartbeat came.
+            now: the time, by `time.monotonic`.
+        """
+        connection = self._routes.get(route)
+        if connection is None:
+            return seen
+        late = now - seen > 2 * HEARTBEAT
+        traffic = tcp.traffic(connection.fd, connection.inode) if late else None
+        if traffic is None:
+            connection.looked_at = None
+        elif connection.looked_at is None:
+            connection.looked_at = traffic.read
+        elif traffic.read - connection.looked_at >= LEAST_PROGRESS:
+            connection.looked_at, connection.moved = traffic.read, now
+        return max(seen, connection.moved)
 
     def overdue(self, now: float) -> list[Connection]:
         """Connections whose time without a member is over."""
@@ -226,8 +244,3 @@ class Connections:
         for known in (self._strangers, self._members):
             if (connection := known.pop(fd, None)) is not None and connection.route is not None:
                 self._routes.pop(connection.route, None)
-
-    def _on_the_wire(self, size: int) -> int:
-        """Bytes of a frame of `size` bytes as ZMTP 3 sends it: with a flag, and its size in 1 or 8 bytes."""
-        size += self._overhead
-        return size + (2 if size < 256 else 9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from split_broker import connections as connections_module
 from split_broker import router as router_module
 from split_broker import under_way as under_way_module
 from split_broker.broker import GRACE, Broker
-from split_broker.connections import STRANGER_BYTES, UNFINISHED_BYTES, Connection
+from split_broker.connections import STRANGER_BYTES, Connection
 from split_common.protocol import headers
 from split_common.system.process import running_command
 from split_common.transport import new_peer_id
+from split_common.transport.base import HEARTBEAT
+from split_common.transport.progress import LEAST_PROGRESS, UNFINISHED_BYTES
 from split_common.trust.fleet import load_fleet
 from wiretap import FakePeer, Setting, on_loop, wait_until
 from zmtp import RawPeer, zmtp_frame
@@ -135,6 +138,19 @@ def test_a_message_of_thousands_of_frames_ends_its_connection(broker: Broker, jo
     wait_until(lambda: broker.counters["connections_too_many_frames"])
     assert broker.counters["Malformed"] == 1
     other.join()
+
+
+def test_a_peer_whose_heartbeat_is_behind_a_slow_message_is_alive(broker: Broker, setting: Setting) -> None:
+    with raw(broker, setting, "device-1") as peer:
+        peer.send_header(announcement("device-1"))
+        wait_until(lambda: "device-1" in [one.member for one in connections(broker)])
+        [connection] = connections(broker)
+        [known] = broker._peers.values()
+        known.seen -= 2.5 * HEARTBEAT
+        wait_until(lambda: connection.looked_at is not None)
+        assert broker._router.connections.last_sign(known.route, known.seen, time.monotonic()) == known.seen
+        peer.send(bytes(16 * LEAST_PROGRESS), more=True)
+        wait_until(lambda: connection.moved > known.seen + 2 * HEARTBEAT)
 
 
 # --- what is counted ---------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import zmq
 from fleet import running_broker
 from split_broker.broker import Broker
 from split_common.protocol import headers
-from split_common.transport import leader, new_peer_id, zmq_link
+from split_common.transport import leader, new_peer_id, tcp, zmq_link
 from split_common.transport.zmq_link import SILENCE, ZmqLink
 from split_common.trust.fleet import load_fleet
 from split_device.stress.proxy import Proxy
@@ -328,3 +328,23 @@ def test_a_silent_link_connects_again_though_its_heartbeat_cannot_be_sent(
         return False
 
     wait_until(hears)
+
+
+@pytest.mark.skipif(not tcp.COUNTED, reason="this system does not count a connection's bytes")
+def test_what_a_link_writes_is_counted_to_the_byte(pair: Pair) -> None:
+    """Else a broker that hangs would look alive after a while: its kernel still takes heartbeats."""
+    progress = pair.link._progress
+
+    def differ() -> int:
+        traffic = tcp.traffic(progress._fd, progress._inode)
+        assert traffic is not None
+        return traffic.acknowledged - progress._handed
+
+    pair.link.announce()
+    wait_until(lambda: progress._fd >= 0)
+    time.sleep(0.2)  # what was under way when the connection was first looked at
+    before, handed = differ(), progress._handed
+    for size in (0, 100, 250, 5000, 200_000):
+        pair.link.send(headers.RosterRequest(pair.link._sender), bytes(size))
+        pair.link.announce()
+    wait_until(lambda: progress._handed > handed + 200_000 and differ() == before)

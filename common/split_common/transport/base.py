@@ -121,7 +121,14 @@ class Transport(Protocol):
 
     @property
     def alive(self) -> bool:
-        """Whether the queue has answered within the last `MISSED` heartbeats."""
+        """Whether the queue has answered within the last `MISSED` heartbeats, or bytes still move."""
+
+    @property
+    def sending(self) -> bool:
+        """Whether what was sent is still on its way over a slow network, as far as is known.
+
+        What has no answer yet need not be sent again then.
+        """
 
     def close(self) -> None:
         """Announces that this peer leaves, sends what is queued if that takes no longer than about a second, and

@@ -9,6 +9,7 @@ the socket wakes the one that reads.
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import select
 import socket
@@ -25,6 +26,7 @@ from split_common.errors import BrokerUnreachable, ConfigError, Malformed, Split
 from split_common.protocol import headers
 from split_common.transport.base import HEARTBEAT, MISSED, OUTBOX_BYTES, Handler
 from split_common.transport.leader import LeaderLock
+from split_common.transport.progress import Progress
 from split_common.transport.supervised import Supervisor, handled
 from split_common.transport.zmq_socket import HANDSHAKE_LIMIT, HIGH_WATER, curve_client, receive_frames, send_frames
 from split_common.trust.fleet import Fleet
@@ -75,6 +77,10 @@ class ZmqLink:
         self._next_reset = 0.0
         self._roster_version = fleet.roster().version
         self._connected = self._heard = 0.0
+        # When a slow connection was last found to be moving.
+        self._moved = -math.inf
+        # Used by whoever has the turn.
+        self._progress = Progress()
         self._received = 0
         self._credited = 0
         self._thread: threading.Thread | None = None
@@ -86,6 +92,10 @@ class ZmqLink:
     @property
     def alive(self) -> bool:
         return time.monotonic() - self._heard < HEARTBEAT * MISSED
+
+    @property
+    def sending(self) -> bool:
+        return time.monotonic() - self._moved < HEARTBEAT * MISSED
 
     def start(self, handler: Handler, timeout: float) -> None:
         self._handler = handler
@@ -193,6 +203,7 @@ class ZmqLink:
                 break
             self._unsent.popleft()
             self._unsent_bytes -= len(frames[1])
+            self._progress.gave(*map(len, frames))
             self.counters["messages_sent"] += 1
             self.counters["bytes_sent"] += len(frames[0]) + len(frames[1])
 
@@ -243,6 +254,7 @@ class ZmqLink:
 
     def _use(self, sock: zmq.Socket[bytes]) -> None:
         self._sock = sock
+        self._progress.forget()
         self._announced = False
         self._announce_now = True
         self._connected = time.monotonic()
@@ -259,6 +271,11 @@ class ZmqLink:
         now = time.monotonic()
         if self._announce_now or now >= self._next_announce:
             self._next_announce = now + HEARTBEAT
+            if now - self._heard > HEARTBEAT:
+                with self._turn:
+                    moves = self._progress.moves()
+                if moves:
+                    self._heard = self._moved = now
             # Without a connection it is sent as soon as there is one.
             self._announce_now = False
             self._announce_now |= not self._send_announcement(sock)
@@ -285,8 +302,10 @@ class ZmqLink:
         )
         with self._turn:
             try:
-                send_frames(sock, headers.encode_header(announcement), self._identity.certificate_bytes)
+                frames = headers.encode_header(announcement), self._identity.certificate_bytes
+                send_frames(sock, *frames)
                 self._announced = True
+                self._progress.gave(*map(len, frames), heartbeat=True)
             except zmq.Again:
                 self._announced = False
             return self._announced
@@ -296,13 +315,21 @@ class ZmqLink:
         for taken in range(TURN):
             with self._turn:
                 ready = self._ready(sock)
-                frames = [frame.bytes for frame in receive_frames(sock, 2)] if ready & POLLIN else None
+                frames = self._receive(sock) if ready & POLLIN else None
             # Meanwhile other threads may have handed over messages because this one had the turn.
             self._pass_on()
             if frames is None:
                 return taken > 0 or ready != 0
             self._take(frames)
         return True
+
+    def _receive(self, sock: zmq.Socket[bytes]) -> list[bytes]:
+        """The next message. The caller has the turn."""
+        frames = receive_frames(sock, 2)
+        if time.monotonic() - self._heard > HEARTBEAT / 2:
+            with contextlib.suppress(zmq.ZMQError):
+                self._progress.took(int(frames[0].get(zmq.SRCFD)))
+        return [frame.bytes for frame in frames]
 
     def _take(self, frames: list[bytes]) -> None:
         self.counters["messages_received"] += 1

@@ -371,7 +371,8 @@ class RemoteSession:
             if silent_since is not None and now - silent_since > self._host.timeout:
                 raise BrokerUnreachable("the broker does not answer any more")
             if now >= resend_at:
-                self.resend()
+                if not self._host.transport.sending or now >= self._bounced_until:
+                    self.resend()
                 self._bounced_until = math.inf
                 interval = min(2 * interval, MAX_RETRANSMIT)
                 resend_at = now + interval

@@ -57,6 +57,10 @@ class RedisLink:
     def alive(self) -> bool:
         return self._parts is not None and time.monotonic() - self._parts.lease.heard < HEARTBEAT * MISSED
 
+    @property
+    def sending(self) -> bool:
+        return False
+
     def start(self, handler: Handler, timeout: float) -> None:
         caller = Caller(handler, self.counters)
         parts = self._parts = _Parts(
