@@ -105,6 +105,14 @@ def _own_directories() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _sigterm_as_before() -> Iterator[None]:
+    """A command that ran in this process leaves no handler: SIGTERM would not end the processes that tests fork."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture(scope="module", params=fleet.TRANSPORTS)
 def transport(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the tests that use it over each transport."""
