@@ -154,6 +154,22 @@ PLACED: dict[str, payloads.Payload] = {
         "float16", 1, [payloads.Run(0, 7, [7, 8, 9, 10])], [0], 3, spans=[payloads.Span(0, 8, 2)]
     ),
 }
+#: Steps and results whose hidden states are encoded.
+CODED: dict[str, payloads.Payload] = {
+    "lossless": payloads.CodedStep("bfloat16", 2, [payloads.Run(0, 0, [0, 1, 2])], codec="lossless", size=9),
+    "int8": payloads.CodedStep("float32", 1, [payloads.Run(0, 7, [6])], [1, 0], 8, codec="int8", size=7),
+    "int4": payloads.CodedStep(
+        *("float16", 1, [payloads.Run(0, 7, [7, 8, 9, 10])]),
+        axes=[[1, 2, 3, 4]],
+        spans=[payloads.Span(0, 8, 2)],
+        codec="int4",
+        size=300,
+    ),
+}
+CODED_REPLIES: dict[str, payloads.Payload] = {
+    codec: payloads.CodedResult("bfloat16", 3, 2, 1500, 2500, codec, 9)  # type: ignore[arg-type]
+    for codec in ("lossless", "int8", "int4")
+}
 REPLIES: dict[str, payloads.Payload] = {
     "result": payloads.Result("bfloat16", 3, 2, 1500, 2500),
     "done": payloads.Done(),
@@ -234,11 +250,15 @@ def test_what_a_header_authenticates() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "samples"), [("requests", REQUESTS), ("requests-placed", PLACED), ("replies", REPLIES)]
+    ("name", "samples"),
+    [
+        *(("requests", REQUESTS), ("requests-placed", PLACED), ("requests-coded", CODED)),
+        *(("replies", REPLIES), ("replies-coded", CODED_REPLIES)),
+    ],
 )
 def test_payloads(name: str, samples: dict[str, payloads.Payload]) -> None:
     """With their tensors, reserved bytes and padding, where 16 bytes of a tag follow."""
-    decoder: Any = encoding.request_decoder if name != "replies" else encoding.reply_decoder
+    decoder: Any = encoding.request_decoder if name.startswith("requests") else encoding.reply_decoder
     golden = check_bytes(
         name,
         {
@@ -396,6 +416,7 @@ TASKS = {
     "tokens": TOKENS,
     "begun answer": BEGUN_ANSWER,
     "scored": SCORED,
+    "coded": Task(model=ModelChoice(name="org/other", codec="int8"), prompt="a"),
     **{name: Task(model=PLAIN.model, prompt="a", structured=value) for name, value in STRUCTURED.items()},
 }
 SCORED_PIECE = jobs.ScoredTextPiece(
@@ -720,7 +741,8 @@ MODULES: tuple[ModuleType, ...] = (
 NOT_STORED: set[type] = {headers.Header, payloads.Payload, jobs.Job, jobs.JobProgress, jobs.Update}
 
 SAMPLES = (
-    *(HEADERS, KEYED_HEADERS, REQUESTS, PLACED, REPLIES, ROSTER, MANIFEST, DEVICE.certificate, WORKER.certificate),
+    *(HEADERS, KEYED_HEADERS, REQUESTS, PLACED, CODED, REPLIES, CODED_REPLIES, ROSTER, MANIFEST),
+    *(DEVICE.certificate, WORKER.certificate),
     *(TASKS, RESPONSES, ACTION, TextPiece([1], "one"), CALL_PIECE, SCORED_PIECE, LETTER, RECORD),
     *(FINISHED, ENTRY, FORMED),
     Hello(ROOT, [AEGIS.name], SERVICE, "bfloat16", 2, ["fork"]),

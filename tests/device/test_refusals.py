@@ -23,6 +23,7 @@ from split_common.errors import (
     UnsupportedArchitecture,
     UnsupportedFeature,
 )
+from split_common.models.codecs import exact
 from split_common.protocol import payloads
 from split_device import SplitModelForCausalLM
 from split_device.models import cache as cache_module
@@ -307,7 +308,7 @@ def test_not_a_number_under_padding_is_harmless(model: Model) -> None:
 def test_worker_refuses_what_a_hostile_device_sends(
     model: Model, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module, "to_bytes", cache_module.raw_bytes)
+    monkeypatch.setattr(exact, "to_bytes", cache_module.raw_bytes)
     embeddings = model.get_input_embeddings()(PROMPT).clone()
     embeddings[0, 3, 1] = value
     cache = DynamicCache()
@@ -352,7 +353,7 @@ def test_session_of_a_refused_step_is_opened_again(headless: Model, monkeypatch:
     with torch.no_grad():
         headless(PROMPT, past_key_values=cache)
         with monkeypatch.context() as patch:
-            patch.setattr(cache_module, "to_bytes", cache_module.raw_bytes)
+            patch.setattr(exact, "to_bytes", cache_module.raw_bytes)
             poisoned = headless.get_input_embeddings()(PROMPT).clone()
             poisoned[0, -1] = float("nan")
             with pytest.raises(NonFinite):

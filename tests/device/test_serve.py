@@ -428,9 +428,9 @@ def test_a_server_that_ends_by_itself_is_noticed() -> None:
 
 
 def test_options_of_images_need_an_image_model(run: Any, checkpoint: Path) -> None:
-    refused = run("serve", "--model", checkpoint, "--codec", "int8")
+    refused = run("serve", "--model", checkpoint, "--reuse", "2")
     assert refused.code == 2
-    assert "--codec needs --image-model" in refused.err
+    assert "--reuse needs --image-model" in refused.err
 
 
 def test_a_port_that_is_taken(run: Any, checkpoint: Path, fleet: tuple[str, Any]) -> None:

@@ -9,7 +9,7 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 
@@ -22,6 +22,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 #: Encoding of an image's tensors: floats, or integers with one fp32 scale for each channel of each row.
 Codec = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+
+#: Encoding of a language model's hidden states, unless they travel as they are (`split_common.models.codecs`).
+StatesCodec = Literal["lossless", "int8", "int4"]
 
 #: Bits of a number in each codec, and bytes of a scale of the integer codecs.
 CODEC_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
@@ -56,12 +59,13 @@ INDIVISIBLE = "indivisible"
 KEEP = "keep"
 
 #: What a peer may not support; the two ends of a channel use what both have. "adapters" gives a session one of the
-#: adapters that its worker has loaded; "fork" copies a session on its worker; "int4" and "int8" are codecs;
+#: adapters that its worker has loaded; "fork" copies a session on its worker; "int4" and "int8" encode images;
 #: "position-axes" and "spans" are what a `PlacedStep` says of images; "session-keys" names sessions by keys, as in
-#: version 2 of the headers. New kinds of requests, rows and codecs add their names here.
+#: version 2 of the headers; "states-…" are the codecs of a `CodedStep`. New kinds of requests, rows and codecs add
+#: their names here.
 CAPABILITIES = frozenset(
     {"adapters", "fork", INDIVISIBLE, "int4", "int8", KEEP, SESSION_KEYS, UNPADDED, "position-axes", "spans"}
-)
+) | {f"states-{codec}" for codec in get_args(StatesCodec)}
 
 
 class Payload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -145,6 +149,25 @@ class PlacedStep(Step, frozen=True, tag=13):
         return frozenset(name for name, needed in asked.items() if needed)
 
 
+class CodedStep(PlacedStep, frozen=True, tag=15):
+    """A step whose hidden states, `size` bytes, are encoded, and so those of its answer; with images or without."""
+
+    codec: StatesCodec = "lossless"
+    size: Natural = 0
+
+    @property
+    def reserved(self) -> int:
+        return super().reserved + 32
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.size
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | {f"states-{self.codec}"}
+
+
 class Fork(Payload, frozen=True, tag=2):
     """Opens the session as a copy of another session on the same channel."""
 
@@ -201,6 +224,17 @@ class Result(Payload, frozen=True, tag=4):
     @property
     def tensor_bytes(self) -> int:
         return self.tokens * self.width * DTYPES[self.dtype]
+
+
+class CodedResult(Result, frozen=True, tag=16):
+    """Answer to a `CodedStep`, in its codec."""
+
+    codec: StatesCodec = "lossless"
+    size: Natural = 0
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.size
 
 
 class Done(Payload, frozen=True, tag=5):
@@ -351,15 +385,15 @@ class Refusal(Payload, frozen=True, tag=6):
     seq: Natural = 0
 
 
-AnyRequest = (
-    Step | PlacedStep | Fork | UseAdapter | Close | Keep | Conditioning | Denoise | TensorPart | PartRequest
-)
-AnyReply = Result | Done | Refusal | Denoised | TensorPart
+AnyTextRequest = Step | PlacedStep | CodedStep | Fork | UseAdapter | Close | Keep
+AnyRequest = AnyTextRequest | Conditioning | Denoise | TensorPart | PartRequest
+AnyReply = Result | CodedResult | Done | Refusal | Denoised | TensorPart
 
 #: The type of the answer to each type of request, unless it is refused.
 ANSWERS: dict[type[Payload], type[Payload]] = {
     Step: Result,
     PlacedStep: Result,
+    CodedStep: CodedResult,
     Fork: Done,
     UseAdapter: Done,
     Conditioning: Done,

@@ -94,7 +94,7 @@ _OF_TEXTS = (
 _OF_IMAGES = ("--steps", "--size", "--guidance", "--negative", "--init-image", "--strength", "--metadata")
 
 #: Options of image models, which OpenAI's requests may need.
-_OF_IMAGE_MODELS = ("--cut", "--codec", "--reuse", "--max-images")
+_OF_IMAGE_MODELS = ("--cut", "--reuse", "--max-images")
 
 #: Name of the file of answers in the directory of the pictures, if no other is given.
 RESULTS = "results.jsonl"

@@ -82,6 +82,7 @@ from split_device.images.settings import (
     pipeline_directory,
 )
 from split_device.jobs.job import ImageChoice, InitImage, ModelChoice, adapter_choices, checkpoint
+from split_device.models.compression import CODECS, OLD_EXACT, TEXT_CODECS, check_codec
 from split_device.models.hardware import Hardware
 from split_device.sessions.connection import Connection
 
@@ -97,6 +98,7 @@ class TextModel:
     tokenizer: str | None = None
     #: LoRA adapters, as `NAME=DIR` or `DIR`.
     adapter: list[str] | None = None
+    codec: str = "exact"
     #: Numbers of layers before and after the body, as options used to name them.
     head_layers: int | None = None
     tail_layers: int | None = None
@@ -110,9 +112,11 @@ class TextModel:
         Raises:
             ModelError: the demo model is missing and cannot be made, or the configuration cannot be read.
             InvalidSplit: --layers is not a part of the model.
-            ConfigError: the layers are named in two ways, or there are more adapters than may be.
+            ConfigError: the layers are named in two ways, there are more adapters than may be, or the codec is for
+                images only.
             UnknownModel: a directory holds no adapter.
         """
+        codec = check_codec(self.codec, TEXT_CODECS, "texts")
         adapters = adapter_choices(self.adapter or ())
         if len(adapters) > 1 and not several_adapters:
             raise ConfigError("--adapter is given more than once: an answer has one adapter")
@@ -132,6 +136,7 @@ class TextModel:
             dtype=self.dtype,
             tokenizer=checkpoint(self.tokenizer) if self.tokenizer is not None else msgspec.UNSET,
             adapters=adapters or msgspec.UNSET,
+            codec=msgspec.UNSET if codec == "exact" else codec,
         )
 
 
@@ -163,17 +168,22 @@ class ImageModel:
 
     image_model: str | None = None
     cut: str | None = None
-    codec: str = "none"
+    codec: str = "exact"
     reuse: float = 1
     dtype: str = "auto"
 
     def choice(self) -> ImageChoice:
-        """The choice of the model. Raises ConfigError if it has no pipeline, or packages for images are missing."""
+        """The choice of the model.
+
+        Raises:
+            ConfigError: it has no pipeline, packages for images are missing, or the codec is for texts only.
+        """
+        codec = check_codec(self.codec, [name for name in CODECS if name != OLD_EXACT], "images")
         need_diffusers()
         return ImageChoice(
             name=pipeline_directory(self.image_model),
             cut=self.cut or DEFAULT_CUT,
-            codec=self.codec,
+            codec=OLD_EXACT if codec == "exact" else codec,
             reuse=self.reuse,
             dtype=self.dtype,
         )
@@ -261,6 +271,7 @@ TEXT_MODEL = Group(
     revision=RevisionOption,
     tokenizer=TokenizerOption,
     adapter=AdaptersOption,
+    codec=CodecOption,
     head_layers=OldHeadOption,
     tail_layers=OldTailOption,
 )

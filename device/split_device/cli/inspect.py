@@ -16,7 +16,7 @@ from split_device.cli.tables import parts_table
 
 @grouped
 def inspect(
-    cut: Annotated[TextModel, TEXT_MODEL.without("model", "tokenizer")],
+    cut: Annotated[TextModel, TEXT_MODEL.without("model", "tokenizer", "codec")],
     model: ModelArgument = None,
     json: JsonOption = False,
 ) -> None:

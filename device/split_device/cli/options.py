@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -13,7 +13,7 @@ from split_common.errors import ConfigError
 from split_device.generation.limits import PREFIX_CACHE
 from split_device.generation.settings import BOUNDS
 from split_device.images.settings import IMAGE_MODEL, STRENGTH
-from split_device.models.compression import parse_reuse
+from split_device.models.compression import CODEC_NAMES, parse_codec, parse_reuse
 from split_device.sessions.connection import HISTORY_MEMORY
 from split_device.sessions.identity import check_request_id
 from split_device.speculation.names import Speculate
@@ -224,11 +224,14 @@ MetadataOption = Annotated[
     ),
 ]
 CodecOption = Annotated[
-    Literal["none", "fp16", "int8", "int4"],
+    str,
     typer.Option(
         "--codec",
-        rich_help_panel=_IMAGE_PANEL,
-        help="How an image's hidden states are compressed; none sends them unchanged.",
+        parser=parse_codec,
+        metavar="|".join(CODEC_NAMES),
+        rich_help_panel=MODEL_PANEL,
+        help="How hidden states are compressed. exact sends them as they are; lossless (texts only) changes no bit "
+        "of them; fp16 (images only), int8 and int4 round them, so that answers may differ.",
     ),
 ]
 ReuseOption = Annotated[

@@ -38,7 +38,7 @@ from split_device.serving.listener import HOST, listening, running_server
 from split_device.serving.media import media_directories
 
 #: Options for images only.
-_IMAGE_OPTIONS = ("--cut", "--codec", "--reuse", "--max-images")
+_IMAGE_OPTIONS = ("--cut", "--reuse", "--max-images")
 
 #: Options for texts only.
 _SAMPLING_OPTIONS = ("--openai-defaults", "--temperature", "--top-p", "--top-k", "--min-p", "--repetition-penalty")

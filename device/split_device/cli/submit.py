@@ -85,7 +85,6 @@ _IMAGE_OPTIONS = (
     "--init-image",
     "--strength",
     "--cut",
-    "--codec",
     "--reuse",
     "--metadata",
 )

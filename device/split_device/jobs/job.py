@@ -57,6 +57,8 @@ class ModelChoice(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: str | msgspec.UnsetType = msgspec.UNSET
     #: LoRA adapters as `NAME=DIR`, with absolute directories. A single one is active. Older versions know none.
     adapters: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    #: How hidden states are encoded, if not as they are. Older versions know none.
+    codec: str | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def tokenizer_place(self) -> tuple[str, str | None]:

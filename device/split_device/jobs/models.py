@@ -16,6 +16,7 @@ from split_common.errors import ConfigError, PromptTooLong, SplitError, Unsuppor
 from split_common.models.adapters import parse_adapters
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.checkpoint_files import model_name
+from split_common.models.codecs import EXACT
 from split_common.models.layer_stack import UNLIMITED, max_positions
 from split_common.models.loading import generation_config, read_spec
 from split_common.system.signals import interrupt_on_sigterm
@@ -226,6 +227,7 @@ def load_model(
         dtype=choice.dtype,
         revision=choice.revision,
         adapter=parse_adapters(choice.adapters or ()),
+        codec=choice.codec or EXACT,
     )
     try:
         if len(names := model.split_parts.adapters.names) == 1:

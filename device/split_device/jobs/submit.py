@@ -50,7 +50,7 @@ class Device(SubmitsMany[str]):
         store_key: the file of the key that seals the store, if it is sealed.
         tokenizer: directory or hub id of the tokenizer, if it does not lie with the weights.
         adapter: the directory of a LoRA in PEFT's format, as `NAME=DIR` or `DIR`.
-        options: `revision`, `head_layers`, `tail_layers` and `dtype`, as for `SplitModelForCausalLM`.
+        options: `revision`, `head_layers`, `tail_layers`, `dtype` and `codec`, as for `SplitModelForCausalLM`.
     """
 
     def __init__(

@@ -197,7 +197,7 @@ class SessionCacheLayer(BodyLayer):
         ]
         with context.timings.measure("encode"):
             packed = hidden.flatten(0, 1) if sent is None else hidden[sent]
-            requests = encode(runs, packed, self._horizon(places)) if runs else []
+            requests = encode(self.client.codec, runs, packed, self._horizon(places)) if runs else []
         return PreparedStep(
             hidden,
             places,
@@ -219,7 +219,8 @@ class SessionCacheLayer(BodyLayer):
             return step.hidden.new_empty(0, step.hidden.shape[-1])
         replies = self._session.call(self, step)
         with step.timings.measure("decode"):
-            parts = [chunk.output(*reply) for (chunk, _), reply in zip(step.requests, replies, strict=True)]
+            codec = self.client.codec
+            parts = [chunk.output(*reply, codec) for (chunk, _), reply in zip(step.requests, replies, strict=True)]
             output = parts[0] if len(parts) == 1 else torch.cat(parts)
         return output.to(step.hidden)
 
@@ -341,7 +342,7 @@ class SessionCacheLayer(BodyLayer):
         if session.indivisible and len(step.requests) > 1:
             packed = step.hidden.flatten(0, 1) if step.sent is None else step.hidden[step.sent]
             with step.timings.measure("encode"):
-                step.requests = encode(step.runs, packed, self._horizon(step.places), whole_runs=True)
+                step.requests = encode(self.client.codec, step.runs, packed, self._horizon(step.places), True)
         return self._send(session, step.requests, step.timings)
 
     def is_spoilt(self, step: PreparedStep) -> bool:
@@ -358,13 +359,15 @@ class SessionCacheLayer(BodyLayer):
         interact = self._traits.positions_interact
         for runs, packed, last in self._history.replay(self._columns, interact or indivisible, indivisible):
             with timings.measure("encode"):
-                requests = encode(runs, packed, last if interact else None, whole_runs=indivisible)
+                requests = encode(
+                    self.client.codec, runs, packed, last if interact else None, whole_runs=indivisible
+                )
             yield from requests
 
     def _send(self, session: RemoteSession, requests: Sequence[ChunkRequest], timings: StepTimings) -> list[Reply]:
-        steps: list[tuple[payloads.Payload, memoryview]] = []
+        steps: list[tuple[payloads.Payload, memoryview | bytes]] = []
         for chunk, data in requests:
-            steps.append((chunk.step(None if steps else self._select), data))
+            steps.append((chunk.step(None if steps else self._select, self.client.codec, len(data)), data))
         with timings.measure_rest("queue"):
             replies = session.call(steps, timings)
             for reply, _ in replies:

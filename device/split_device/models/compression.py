@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import get_args
+
 from split_common.errors import ConfigError
 from split_common.protocol import payloads
 
-#: Codecs of the states that travel, by the names of the option; "none" sends them as they are.
-CODECS: dict[str, payloads.Codec | None] = {"none": None, "fp16": "float16", "int8": "int8", "int4": "int4"}
+#: The old name of "exact", for images; the one that is stored with jobs.
+OLD_EXACT = "none"
+
+#: Codecs of an image's states, by the names of the option; "exact" sends them as they are.
+CODECS: dict[str, payloads.Codec | None] = {
+    "exact": None,
+    OLD_EXACT: None,
+    "fp16": "float16",
+    "int8": "int8",
+    "int4": "int4",
+}
+
+#: Codecs of a text's states (`split_common.models.codecs`).
+TEXT_CODECS = ("exact", *get_args(payloads.StatesCodec))
+
+#: Values of `--codec`: some for texts or for images only.
+CODEC_NAMES = ("exact", "lossless", "fp16", "int8", "int4")
+
+
+def parse_codec(text: str) -> str:
+    """A value of `--codec`. Raises ConfigError."""
+    if (name := "exact" if text == OLD_EXACT else text) not in CODEC_NAMES:
+        raise ConfigError(f"invalid codec {text!r}: expected one of {', '.join(CODEC_NAMES)}")
+    return name
+
+
+def check_codec(name: str, codecs: Collection[str], kind: str) -> str:
+    """Returns a codec that a kind of models has ("texts", "images"). Raises ConfigError for another one."""
+    if name not in codecs:
+        raise ConfigError(f"--codec {name} is not for {kind}: choose one of {', '.join(codecs)}")
+    return name
 
 
 def check_reuse(reuse: float) -> float:

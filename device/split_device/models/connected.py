@@ -12,6 +12,8 @@ from typing import Any, Self
 import torch
 
 from split_common.errors import UnsupportedFeature
+from split_common.models.codecs import CODECS, EXACT
+from split_common.models.codecs.base import Codec
 from split_common.models.split import Split
 from split_common.protocol import headers, payloads
 from split_common.transport import Transport, connect
@@ -45,11 +47,14 @@ class Endpoint:
         identity = fleet.identity("device", connection.member)
         return cls(fleet, identity, connect(connection.broker, fleet, identity), connection)
 
-    def join(self, manifest: Manifest, split: Split, dtype: payloads.Dtype, options: str) -> Client:
+    def join(
+        self, manifest: Manifest, split: Split, dtype: payloads.Dtype, options: str, codec: Codec = CODECS[EXACT]
+    ) -> Client:
         """Joins the queue to find workers of a body.
 
         Args:
             options: of the command that starts a worker of the body, for messages, with a blank before each.
+            codec: encodes the hidden states of a language model.
 
         Raises:
             BrokerUnreachable: the broker did not answer in time.
@@ -68,6 +73,7 @@ class Endpoint:
             command=f"lambda-split worker{options}{self._queue_option()}",
             on_notice=self.connection.on_notice,
             wait_for_first=self.connection.wait_for_first,
+            codec=codec,
         )
         client.start()
         return client

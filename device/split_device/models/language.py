@@ -19,6 +19,7 @@ from split_common.compat.transformers import (
 )
 from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
 from split_common.models.cache_layers import cached_tokens, was_used
+from split_common.models.codecs import CODECS, EXACT
 from split_common.models.demo_model import model_option
 from split_common.models.layer_stack import LayerStack
 from split_common.models.loading import generation_config, load_part, read_spec
@@ -89,6 +90,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         dtype: str | torch.dtype = "auto",
         revision: str | None = None,
         adapter: AdapterDirectories | None = None,
+        codec: str = EXACT,
         **fields: Any,
     ) -> Self:
         """Loads the head and the tail, and joins the queue.
@@ -102,6 +104,9 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
             revision: branch, tag or commit of a hub id.
             adapter: the directory of a LoRA in PEFT's format, which is active then; or several directories by
                 name, of which `set_adapter` makes one active. Workers need the same.
+            codec: how hidden states travel: "exact" (as they are), "lossless" (in fewer bytes, with the same bits),
+                "int8" or "int4" (rounded, with a scale for each group of channels). Answers are token-identical
+                with the first two only.
             fields: instead of the connection's: `broker`, `keys`, `member`, `timeout`, `patience`,
                 `step_timeout` and `history_memory` (see `Connection`).
 
@@ -116,6 +121,8 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
             ConfigError: an argument is invalid.
             BrokerUnreachable: the broker did not answer in time.
         """
+        if codec not in CODECS:
+            raise ConfigError(f"invalid codec {codec!r}: expected one of {', '.join(CODECS)}")
         connection = Connection.of(connection, fields)
         device = Endpoint.find(connection)
         spec = read_spec(str(name_or_path), revision, images=cls._takes_images)
@@ -137,7 +144,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
             adapters.load(model, stack, split, adapter_directories(adapter))
             adapters.chosen.number = None if isinstance(adapter, Mapping) else 0
         options = f"{model_option(str(name_or_path))} --layers {split.first}:{split.last}{adapters.worker_options}"
-        client = device.join(manifest, split, dtype_name(model.dtype), options)
+        client = device.join(manifest, split, dtype_name(model.dtype), options, CODECS[codec])
         model._join(client, stack, split, adapters, connection.history_memory)
         return model
 

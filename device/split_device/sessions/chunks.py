@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from split_common.errors import Malformed, UnsupportedFeature
-from split_common.models.tensors import dtype_name, from_bytes, to_bytes
+from split_common.models.codecs import EXACT
+from split_common.models.codecs.base import Codec
+from split_common.models.tensors import dtype_name
 from split_common.protocol import headers, payloads
 from split_device.sessions.places import PlacedRun
 
@@ -24,20 +27,26 @@ class Chunk:
     #: Tokens whose output counts, bool `[tokens]`; None for all.
     own: torch.Tensor | None = None
 
-    def step(self, select: list[int] | None) -> payloads.Step:
-        """What travels with the states, given the worker's row for each row."""
+    def step(self, select: list[int] | None, codec: Codec, size: int) -> payloads.Step:
+        """What travels with the states, given the worker's row for each row, and their bytes in a codec."""
         dtype, width = dtype_name(self.states.dtype), self.states.shape[1]
         runs = [run.run() for run in self.runs]
         axes, spans = [run.axes() for run in self.runs], [span for run in self.runs for span in run.spans()]
+        placed: Any = {"axes": axes if any(axes) else [], "spans": spans}
+        if codec.name != EXACT:
+            placed |= {"codec": codec.name, "size": size}
+            return payloads.CodedStep(dtype, width, runs, select, **placed)
         if any(axes) or spans:
-            return payloads.PlacedStep(dtype, width, runs, select, axes=axes if any(axes) else [], spans=spans)
+            return payloads.PlacedStep(dtype, width, runs, select, **placed)
         return payloads.Step(dtype, width, runs, select)
 
-    def output(self, reply: payloads.AnyReply, data: memoryview) -> torch.Tensor:
+    def output(self, reply: payloads.AnyReply, data: memoryview, codec: Codec) -> torch.Tensor:
         """The output `[tokens that count, width]`. Raises Malformed or NonFinite if the reply does not fit."""
         if not isinstance(reply, payloads.Result) or (reply.tokens, reply.width) != self.states.shape:
             raise Malformed(f"the worker returned no states of the shape {tuple(self.states.shape)}")
-        output = from_bytes(data, reply.dtype, reply.tokens, reply.width)
+        if codec.name != (reply.codec if isinstance(reply, payloads.CodedResult) else EXACT):
+            raise Malformed(f"the worker returned states that are not encoded in {codec.name}")
+        output = codec.decode(data, reply.dtype, reply.tokens, reply.width)
         return output if self.own is None else output[self.own]
 
 
@@ -91,11 +100,11 @@ def _chunked(runs: list[PlacedRun], limit: int, whole_runs: bool) -> list[list[P
 
 
 #: A chunk and its states' bytes.
-ChunkRequest = tuple[Chunk, memoryview]
+ChunkRequest = tuple[Chunk, memoryview | bytes]
 
 
 def encode(
-    runs: list[PlacedRun], packed: torch.Tensor, horizon: int | None, whole_runs: bool = False
+    codec: Codec, runs: list[PlacedRun], packed: torch.Tensor, horizon: int | None, whole_runs: bool = False
 ) -> list[ChunkRequest]:
     """Cuts runs and their states `[tokens, width]` into requests.
 
@@ -111,4 +120,4 @@ def encode(
             f"holds {most:,}: shorten the prompt"
         )
     chunks = cut(runs, packed, max(1, CHUNK_BYTES // token_bytes), horizon, whole_runs)
-    return [(chunk, to_bytes(chunk.states)) for chunk in chunks]
+    return [(chunk, codec.encode(chunk.states)) for chunk in chunks]

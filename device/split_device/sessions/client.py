@@ -15,6 +15,8 @@ from split_common.errors import (
     SplitError,
     WorkerGone,
 )
+from split_common.models.codecs import CODECS, EXACT
+from split_common.models.codecs.base import Codec
 from split_common.protocol import encoding, headers, payloads
 from split_common.system.forks import Birthplace
 from split_common.transport import Transport, count_dropped, new_peer_id
@@ -43,6 +45,7 @@ class Client:
         timeout: seconds to wait for the broker, and for the answer to a message of a channel's set-up.
         patience: seconds that sessions wait while all workers are full.
         wait_for_first: whether they wait so long also if no worker of any model is there.
+        codec: encodes the hidden states of language models.
         step_timeout: seconds without a reply after which a worker is too slow, if another one is available.
         command: starts a worker that serves the body, for messages.
         on_notice: takes one line of text when a worker is lost, waited for or found; None to log it. Called on any
@@ -63,8 +66,10 @@ class Client:
         command: str = "lambda-split worker",
         on_notice: OnNotice | None = None,
         wait_for_first: bool = False,
+        codec: Codec = CODECS[EXACT],
     ) -> None:
         self.transport = transport
+        self.codec = codec
         self.timeout = timeout
         self.patience = patience
         self._wait_for_first = wait_for_first

@@ -11,7 +11,9 @@ from split_common.engine.forward import Forward
 from split_common.engine.runner import Runner
 from split_common.engine.sequences import KVSequence, TokenRun
 from split_common.errors import Malformed, Oversized, PromptTooLong, UnknownAdapter
-from split_common.models.tensors import dtype_name, from_bytes, to_bytes
+from split_common.models.codecs import CODECS, EXACT
+from split_common.models.codecs.base import Codec
+from split_common.models.tensors import dtype_name
 from split_common.protocol import headers, payloads
 from split_worker.bodies.placement import check_placement, placements
 from split_worker.watchdog import FIRST_TURN
@@ -169,7 +171,7 @@ class LanguageBody:
         if size > headers.MAX_BODY // 2:
             # The answer, in the body's dtype, would not fit into a message.
             raise Oversized(f"a step whose answer has {size} bytes: send it in chunks")
-        states = from_bytes(data, request.dtype, request.tokens, request.width)
+        states = _codec(request).decode(data, request.dtype, request.tokens, request.width)
         return state.begin(request, states, self.runner)
 
     def _use_adapter(self, state: Rows, request: payloads.UseAdapter) -> None:
@@ -197,8 +199,12 @@ class LanguageBody:
     ) -> tuple[payloads.AnyReply, memoryview | bytes]:
         if not isinstance(request, payloads.Step):
             return payloads.Done(), b""
-        data = to_bytes(output)
-        return payloads.Result(dtype_name(output.dtype), output.shape[0], output.shape[1]), data
+        codec, dtype = _codec(request), dtype_name(output.dtype)
+        data = codec.encode(output)
+        tokens, width = output.shape
+        if not isinstance(request, payloads.CodedStep):
+            return payloads.Result(dtype, tokens, width), data
+        return payloads.CodedResult(dtype, tokens, width, codec=request.codec, size=len(data)), data
 
     def memory(self) -> dict[str, float]:
         return {"kv_tokens": self.store.capacity, "kv_tokens_used": self.store.capacity - self.store.free_tokens}
@@ -250,3 +256,8 @@ class LanguageBody:
     @property
     def _session_tokens(self) -> int:
         return min(SESSION_TOKENS, self.runner.max_positions)
+
+
+def _codec(step: payloads.Step) -> Codec:
+    """Encodes the states of a step and of its answer."""
+    return CODECS[step.codec if isinstance(step, payloads.CodedStep) else EXACT]

@@ -1,0 +1,19 @@
+"""Hidden states as they are."""
+
+from __future__ import annotations
+
+import torch
+
+from split_common.models.tensors import from_bytes, to_bytes
+
+
+class Exact:
+    """Raw bytes in C order, little-endian (a `Codec`)."""
+
+    name = "exact"
+
+    def encode(self, states: torch.Tensor) -> memoryview:
+        return to_bytes(states)
+
+    def decode(self, data: memoryview, dtype: str, tokens: int, width: int) -> torch.Tensor:
+        return from_bytes(data, dtype, tokens, width)
