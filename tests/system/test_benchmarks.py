@@ -97,6 +97,21 @@ def test_drafters(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_codecs(tmp_path: Path) -> None:
+    checkpoint = tiny.save_tokenizer(tiny.save("llama", tmp_path / "tiny"))
+    results = run("codecs", "--model", checkpoint, "--prompts", 2, "--tokens", 40)
+    for name in ("exact", "lossless"):
+        # Parts of a prompt may share a forward in one run and not in another.
+        assert abs(results[f"{name}.delta_nll"]) < 1e-5
+        assert results[f"{name}.same_argmax"] == 1
+    assert results["int8.delta_nll"] != 0 < results["int8.delta_nll_error"]
+    for way in ("up", "down"):
+        key = f"bytes_{way}_per_token"
+        assert results[f"int8.{way}_over_bfloat16"] == results[f"int8.{key}"] / results[f"bfloat16.{key}"]
+        assert results[f"exact.{key}"] > results[f"lossless.{key}"] > results[f"int8.{key}"] > 32
+
+
+@pytest.mark.long
 def test_agents(checkpoint: Path) -> None:
     sizes = ["--turns", 3, "--turn-tokens", 20, "--requests", 4, "--common", 40, "--own", 5]
     sizes += ["--parts", "turns", "shared_prefix"]
