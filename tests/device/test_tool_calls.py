@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+import tiny
+from split_device.generation.answers import AnswerStream, answer_format
+from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.tool_calls import AnswerParser, AnswerPiece
 from split_device.generation.tool_styles import (
     GENERAL,
@@ -195,6 +200,19 @@ def test_thinking_that_the_prompt_begins() -> None:
     for pieces in cuts(answer):
         assert read(THINKING, pieces, "<|im_start|>assistant\n<think>\n")[0] == ("Yes.", "Hm.", [])
     assert read(THINKING, ["Yes."], "<think>\n\n</think>\n\n")[0] == ("Yes.", "", [])
+
+
+def test_tokens_of_thinking_are_counted(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny.save_tokenizer(tmp_path))
+    template = ChatTemplate(text=THINKING)
+    for answer, thought in (("<think>so</think>yes", "<think>so</think>"), ("yes", ""), ("<think>so", "<think>so")):
+        stream = AnswerStream(tokenizer, answer_format(tokenizer, template), [])
+        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        for token in ids:
+            stream.push(token)
+        stream.end()
+        expected = len(tokenizer(thought, add_special_tokens=False)["input_ids"])
+        assert stream.reasoning_tokens == expected
 
 
 def test_a_style_is_told_by_its_template() -> None:

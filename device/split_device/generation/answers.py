@@ -142,6 +142,10 @@ class AnswerStream:
             except ValueError as error:
                 raise ConfigError(f"the tokenizer's response template is not one: {error}") from None
         self._text = TextStream(tokenizer, stop, before, visible)
+        #: Number of tokens in which the model thought, those that begin and end it included.
+        self.reasoning_tokens = 0
+        #: Number of tokens that have been held back: they may begin thinking.
+        self._silent = 0
 
     @property
     def stopped(self) -> bool:
@@ -161,7 +165,14 @@ class AnswerStream:
     def push(self, token: int) -> AnswerPiece:
         """Adds a token. Returns what it completes, which may be nothing."""
         text = self._text.push(token)
-        return AnswerPiece(text) if self._parser is None else self._parser.push(text)
+        if self._parser is None:
+            return AnswerPiece(text)
+        thought = self._parser.thinks
+        piece = self._parser.push(text)
+        if thought or self._parser.thinks or piece.reasoning:
+            self.reasoning_tokens += 1 + self._silent
+        self._silent = 0 if piece or self._parser.thinks else self._silent + 1
+        return piece
 
     def end(self) -> AnswerPiece:
         """Ends the answer. Returns what was held back."""

@@ -71,6 +71,8 @@ class AnswerParser:
         self._text, self._reasoning = _Trimmed(keeps_start=True), _Trimmed()
         #: Whether the answer has ended with a call, though the model might go on.
         self.done = False
+        #: Whether what came last is thinking.
+        self.thinks = False
         for event in self._parser.initial_events:
             self._read({**event, "text": ""})
 
@@ -106,8 +108,10 @@ class AnswerParser:
         if name in REASONING:
             if event["type"] == "region_open":
                 self._text.interrupt()
+                self.thinks = True
             if event["type"] == "region_close":
                 self._reasoning.interrupt()
+                self.thinks = False
             return AnswerPiece(reasoning=self._reasoning.push(event.get("text", "")))
         return AnswerPiece(self._text.push(event.get("text", ""))) if name == "content" else AnswerPiece()
 

@@ -22,3 +22,5 @@ class Choice:
     tool_calls: tuple[ToolCallDelta, ...] = ()
     #: The stop text that ended it, if one did.
     stop_text: str | None = None
+    #: How many of the tokens are thinking; counted in the last piece alone.
+    reasoning_tokens: int = 0

@@ -48,14 +48,15 @@ class Parts:
     def __init__(self) -> None:
         self.parts: list[Part] = []
         self._open: Part | None = None
-        #: Tokens of the choice so far, and why it ended.
-        self.tokens = 0
+        #: Tokens of the choice so far, how many of them are thinking once it has ended, and why it ended.
+        self.tokens = self.reasoning_tokens = 0
         self.finish_reason: str | None = None
         self.stop_text: str | None = None
 
     def push(self, piece: Choice) -> Iterator[PartEvent]:
         """Adds a piece. Yields what it does to the parts."""
         self.tokens += piece.tokens
+        self.reasoning_tokens += piece.reasoning_tokens
         rest = [call for call in piece.tool_calls if self._is_open(call)]
         for call in rest:
             yield from self._grow("call", call.arguments, None, call.index)

@@ -76,6 +76,11 @@ class ChoiceStream:
         """How many tokens of the prompt were not computed again."""
         return self._generation.cached_tokens
 
+    @property
+    def reasoning_tokens(self) -> int:
+        """In how many tokens the model has thought so far."""
+        return self._answer.reasoning_tokens
+
     def prompt_piece(self) -> Choice:
         """The prompt as a piece before the first one, which has come; of a conversation without its text."""
         request = self._generation.request
@@ -132,9 +137,11 @@ class ChoiceStream:
             "".join(piece.reasoning for piece in pieces),
             tuple(delta for piece in pieces for delta in piece.tool_calls),
             pieces[-1].stop_text,
+            pieces[-1].reasoning_tokens,
         )
 
     def _piece(self, piece: AnswerPiece, tokens: int, reason: str | None, logprobs: list[TokenLogprobs]) -> Choice:
         logged = logprobs if self._wants_logprobs else None
         stop_text = self._answer.stopped_by if reason is not None else None
-        return Choice(piece.text, tokens, reason, logged, piece.reasoning, piece.calls, stop_text)
+        thought = self.reasoning_tokens if reason is not None else 0
+        return Choice(piece.text, tokens, reason, logged, piece.reasoning, piece.calls, stop_text, thought)

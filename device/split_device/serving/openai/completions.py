@@ -63,6 +63,7 @@ def _usage(query: CompletionQuery, answer: Answer, tokens: int) -> Usage:
         sum(stream.prompt_tokens for stream in prompts),
         0 if query.form.prompt_alone else tokens,
         sum(stream.cached_tokens for stream in prompts),
+        sum(stream.reasoning_tokens for stream in answer.streams) if query.form.kind == "chat" else None,
     )
 
 

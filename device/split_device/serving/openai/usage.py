@@ -12,11 +12,13 @@ class Usage:
 
     Args:
         cached: how many of the prompts' tokens were not computed again; None if that is not known.
+        reasoning: how many of the choices' tokens are thinking; None if that is not known.
     """
 
     prompt: int
     completion: int
     cached: int | None = None
+    reasoning: int | None = None
 
     def fields(self) -> dict[str, Any]:
         counts: dict[str, Any] = {
@@ -24,4 +26,8 @@ class Usage:
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
         }
-        return counts if self.cached is None else counts | {"prompt_tokens_details": {"cached_tokens": self.cached}}
+        if self.cached is not None:
+            counts["prompt_tokens_details"] = {"cached_tokens": self.cached}
+        if self.reasoning is not None:
+            counts["completion_tokens_details"] = {"reasoning_tokens": self.reasoning}
+        return counts

@@ -68,7 +68,7 @@ class ResponseWriter:
             "input_tokens": self.prompt_tokens,
             "input_tokens_details": {"cached_tokens": self.cached(), "cache_write_tokens": 0},
             "output_tokens": parts.tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": parts.reasoning_tokens},
             "total_tokens": self.prompt_tokens + parts.tokens,
         }
 
