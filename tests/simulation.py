@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import queue
 import random
 import threading
@@ -213,6 +214,7 @@ class Link(ZmqLink):
         self._handed, self._unsent = link_module.deque(), link_module.deque()
         self._unsent_bytes = self._received = self._credited = 0
         self._heard = self._next_reset = 0.0
+        self._moved, self._progress = -math.inf, link_module.Progress()
         self._sender, self._boot = bytes(8), None
         self._announce_now = self._announced = False
         self._welcomed = link_module.threading.Event()
@@ -285,6 +287,7 @@ class SimulatedRouter:
         self.send = lambda route, message: send([route, *message])
         self.look = self.announced = self.left = lambda *_: None
         self.unsent = lambda *_: 0
+        self.last_sign = lambda _route, seen, _now: seen
         self.connections = self
 
 
