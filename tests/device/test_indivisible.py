@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from fleet import running_broker, split_model, start_worker
 from split_common.errors import HistoryLost, UnsupportedFeature
+from split_common.models.codecs.exact import Exact
 from split_device import SplitModelForCausalLM
 from split_device.generation.generator import Generator, Request
 from split_device.sessions import chunks
@@ -90,9 +91,9 @@ def test_another_worker_takes_over(checkpoint: Path, unsplit: Any, monkeypatch: 
 def test_a_prompt_that_exceeds_a_message() -> None:
     states = torch.zeros(3000, 1024)
     run = PlacedRun(0, 0, torch.arange(len(states)))
-    assert len(chunks.encode([run], states, None)) > 1
+    assert len(chunks.encode(Exact(), [run], states, None)) > 1
     with pytest.raises(UnsupportedFeature, match=r"3,000 tokens .* a worker holds 2,048"):
-        chunks.encode([run], states, None, whole_runs=True)
+        chunks.encode(Exact(), [run], states, None, whole_runs=True)
 
 
 def test_what_was_cut_back_cannot_be_rebuilt() -> None:
