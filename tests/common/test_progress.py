@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 from collections.abc import Iterator
 
 import pytest
 
-from split_common.transport.progress import LEAST_PROGRESS, UNFINISHED_BYTES, Progress
-from split_common.transport.tcp import COUNTED
+from split_common.transport.progress import LEAST_PROGRESS, UNFINISHED_BYTES, Progress, wire_size
+from split_common.transport.tcp import COUNTED, inode, traffic
 from wiretap import wait_until
 
 pytestmark = pytest.mark.skipif(not COUNTED, reason="this system does not count a connection's bytes")
@@ -53,12 +54,16 @@ def test_a_heartbeat_behind_what_is_sent_slowly(ends: Ends) -> None:
     wait_until(progress.moves)
 
 
-def test_a_kernel_that_takes_heartbeats_alone(ends: Ends) -> None:
-    """A broker that hangs does not look alive."""
+@pytest.mark.parametrize("size", [200, 2000])
+def test_a_kernel_that_takes_heartbeats_alone(ends: Ends, size: int) -> None:
+    """A broker that hangs does not look alive, however many workers a heartbeat names."""
     peer, _, progress = ends
-    for _ in range(20):
-        peer.send(bytes(300))
-        progress.gave(200, heartbeat=True)
+    sent = progress._handed
+    for _ in range(5):
+        peer.sendall(bytes(wire_size(size)))
+        sent += wire_size(size)
+        progress.gave(size, heartbeat=True)
+        wait_until(functools.partial(_took, peer, sent))
         assert not progress.moves()
 
 
@@ -93,6 +98,12 @@ def test_a_connection_that_ended(ends: Ends) -> None:
     fill(peer)
     peer.close()
     assert not progress.moves()
+
+
+def _took(peer: socket.socket, size: int) -> bool:
+    """Whether the kernel at the other end has taken so many bytes."""
+    counted = traffic(peer.fileno(), inode(peer.fileno()))
+    return counted is not None and counted.acknowledged >= size
 
 
 def _read(peer: socket.socket) -> int:

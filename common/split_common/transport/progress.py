@@ -29,7 +29,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._fd = self._inode = -1
-        #: Bytes written to the connection so far, and up to the end of the last heartbeat.
+        #: Bytes written to the connection so far, and before the last heartbeat.
         self._handed = self._heartbeat = 0
         self._seen = tcp.Traffic(0, 0)
         #: Bytes that had been read when the last whole message came.
@@ -37,9 +37,9 @@ class Progress:
 
     def gave(self, *sizes: int, heartbeat: bool = False) -> None:
         """Counts a message that was written, by the sizes of its frames."""
-        self._handed += sum(map(wire_size, sizes))
         if heartbeat:
             self._heartbeat = self._handed
+        self._handed += sum(map(wire_size, sizes))
 
     def took(self, fd: int) -> None:
         """Notes that a whole message came over the connection with this descriptor."""
