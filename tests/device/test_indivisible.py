@@ -5,6 +5,7 @@ The layers of these models choose keys by a mask. Where several keys are alike, 
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import tiny
 from fleet import running_broker, split_model, start_worker
 from split_common.errors import HistoryLost, UnsupportedFeature
 from split_common.models.codecs.exact import Exact
+from split_common.protocol import payloads
 from split_device import SplitModelForCausalLM
 from split_device.generation.generator import Generator, Request
 from split_device.sessions import chunks
 from split_device.sessions.history import History
 from split_device.sessions.places import PlacedRun
-from wiretap import LATE
+from wiretap import LATE, record_requests
 
 pytestmark = pytest.mark.usefixtures("patient_queue")
 
@@ -63,6 +65,40 @@ def test_requests_that_begin_alike(
             assert not any(each.cached_tokens for each in generations)
         resumed = Request(asked[0].prompt, asked[0].config, generated=wanted[0][:5])
         assert generator.submit(resumed).result(LATE) == wanted[0]
+
+
+class Forcing:
+    """A constraint that leaves no choice about some tokens."""
+
+    def __init__(self, *tokens: int | None) -> None:
+        self._left = [*tokens]
+        self.finished = False
+
+    def mask(self) -> torch.Tensor | None:
+        if (token := self.forced()) is None:
+            return None
+        return torch.arange(tiny.VOCABULARY) == token
+
+    def forced(self) -> int | None:
+        return self._left[0] if self._left else None
+
+    def accept(self, token: int) -> None:
+        del self._left[:1]
+
+
+def test_a_request_that_waits_while_a_worker_shows_it(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that a constraint forces do not go through together either."""
+    sent = record_requests(monkeypatch)
+    gate = threading.Event()
+    with split_model(checkpoint, 0, 0) as model, Generator(model, max_requests=1) as generator:
+        generator._post(gate.wait, LATE)
+        first = generator.submit(Request(text(9, 1), greedy(2)))
+        waiting = generator.submit(Request(text(10, 2), greedy(8), constraint=Forcing(None, 5, 6, 7, 8)))
+        gate.set()
+        assert len(first.result(LATE)) == 2
+        assert waiting.result(LATE)[1:5] == [5, 6, 7, 8]
+    steps = [request.tokens for request in sent if isinstance(request, payloads.Step)]
+    assert steps[-8:] == [10, 1, 1, 1, 1, 1, 1, 1]
 
 
 def test_another_worker_takes_over(checkpoint: Path, unsplit: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -312,6 +312,8 @@ class Generator:
     # --- a request -----------------------------------------------------------------------------------------
 
     def _begin(self, admitted: Admitted) -> None:
+        # A worker may have shown it since the request came.
+        admitted.sampler.indivisible = self._layers.indivisible
         if (outcome := accept_first(admitted.sampler, admitted.generation, self.counters)) is not None:
             self._admission.release(admitted.costs)
             admitted.generation.finish(outcome)
@@ -342,7 +344,6 @@ class Generator:
         if not request.ended and (divided or (isinstance(outcome, Busy) and len(self._active) > 1)):
             self._end(request, None)
             self._layers.indivisible |= divided
-            request.sampler.indivisible = self._layers.indivisible
             self._admission.add(request.generation, request.sampler)
             if not divided:
                 # The other requests will free memory on the workers.
