@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Nothing is written where the tests happen to be started.
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(__file__).parent.parent / ".hypothesis"))
@@ -43,6 +44,10 @@ signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 collect_seldom()
+
+# An example may take as long as a busy machine needs.
+settings.register_profile("patient", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 #: `make test-clients` runs them, in an environment of its own.
 collect_ignore = ["clients"]
