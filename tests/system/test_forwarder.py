@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from benchmarks.forwarder import BURST, Direction, Weather
 from benchmarks.network import Network
+from wiretap import wait_until
 
 #: Bits per second, so that a packet of 1,000 bytes takes the link 10 ms.
 RATE = 800_000.0
@@ -106,12 +105,12 @@ def test_losses_are_those_of_the_seed(link: Link) -> None:
     assert arrived == direction.passed.packets == 1000 - direction.passed.lost
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0 or not Path("/dev/net/tun").exists(),
-    reason="namespaces and TUN devices need root",
-)
 def test_a_connection_between_namespaces() -> None:
-    with Network() as network, contextlib.ExitStack() as stack:
+    try:
+        made = Network()
+    except SystemExit:
+        pytest.skip("this machine makes no namespaces with TUN devices")
+    with made as network, contextlib.ExitStack() as stack:
         network.set(delay=0.05)
         with network.inside("far"):
             server = stack.enter_context(socket.create_server((network.address("far"), 0)))
@@ -124,9 +123,9 @@ def test_a_connection_between_namespaces() -> None:
         client.sendall(b"question")
         assert accepted.recv(100) == b"question"
         accepted.close()
-        passed = network.passed()
-        assert passed["up"]["bytes"] > len(b"question")
-        assert passed["down"]["packets"] >= 2
+        assert network.passed()["up"]["bytes"] > len(b"question")
+        # What makes the connection, and what ends it.
+        wait_until(lambda: network.passed()["down"]["packets"] >= 2)
     # The forwarder has ended, and the namespaces with it.
     with pytest.raises(FileNotFoundError), network.inside("far"):
         pass
