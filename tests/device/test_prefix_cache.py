@@ -210,20 +210,21 @@ def test_a_request_that_waits_for_room_is_not_overtaken(llama: Path, unsplit: An
                 SplitModelForCausalLM.from_pretrained(llama, broker=broker.address) as model,
                 Generator(model, max_requests=8) as generator,
             ):
-                asked = [Request(text(20, seed), greedy(60)) for seed in range(3)]
+                # The first two go on for as long as the others are looked at.
+                asked = [Request(text(20, seed), greedy(tokens)) for seed, tokens in enumerate((220, 220, 10, 10))]
                 running = [generator.submit(request) for request in asked[:2]]
                 assert [next(iter(each)) for each in running]
                 waiting = generator.submit(asked[2])
                 wait_until(
                     lambda: waiting in generator._active and generator._active[waiting].session.waits_for_room
                 )
-                later = generator.submit(asked[0])
+                later = generator.submit(asked[3])
                 seen = generator.counters["tokens"]
                 wait_until(lambda: generator.counters["tokens"] >= seen + 6)
                 assert later.session is None
                 assert generator._active[waiting].session.waits_for_room
                 answers = [each.result(LATE) for each in (*running, waiting, later)]
-                assert answers == [alone(unsplit, request) for request in (*asked, asked[0])]
+                assert answers == [alone(unsplit, request) for request in asked]
         finally:
             worker.stop()
 
