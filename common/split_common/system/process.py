@@ -78,7 +78,7 @@ def reuse_memory() -> None:
 def collect_seldom() -> None:
     """Makes Python look for unreachable cycles less often, and not at all when the process ends.
 
-    For commands only, before they import torch: a command starts and ends with a third less CPU time. What the
+    For commands only, before they import torch: a command starts and ends with a quarter less CPU time. What the
     process must do before it ends does not wait for a destructor.
     """
     gc.set_threshold(*GC_THRESHOLDS)
