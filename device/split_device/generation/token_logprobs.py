@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from split_device.generation.request import Logprobs
 from split_device.generation.token_bytes import TokenBytes
+
+if TYPE_CHECKING:
+    # Commands that need no model import this module, and must not load torch.
+    from split_device.generation.request import Logprobs
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
