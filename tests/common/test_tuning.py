@@ -17,6 +17,7 @@ from split_common.engine.fusion import SharedLinear, become_parts, joined
 from split_common.engine.linear import pack_linears
 from split_common.engine.lora import AdaptedLinear, ChosenAdapter, LowRank
 from split_common.engine.tuning import ROWS, UNMEASURED, Layout, Product, Times, Tuning, choose, tune
+from split_common.errors import ConfigError
 from split_common.models.layer_stack import LayerStack
 from split_common.models.loading import load_part, read_spec
 from split_common.models.split import Split
@@ -196,3 +197,9 @@ def test_measuring_can_be_turned_off(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not pack_linears(model, stack, measure=False).measured
     monkeypatch.setenv("LAMBDA_SPLIT_TUNE", "off")
     assert not tuning.from_environment()
+
+
+def test_other_words_than_on_and_off_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMBDA_SPLIT_TUNE", "no")
+    with pytest.raises(ConfigError, match="invalid LAMBDA_SPLIT_TUNE 'no': expected on or off"):
+        tuning.from_environment()

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import msgspec
 import torch
 
-from split_common.errors import KeysError
+from split_common.errors import ConfigError, KeysError
 from split_common.system.files import cache_dir, private_dir, write_private
 
 log = logging.getLogger(__name__)
@@ -112,8 +112,15 @@ Apply = Callable[[torch.Tensor], torch.Tensor]
 
 
 def from_environment() -> bool:
-    """Whether the head and tail of a device are to be measured: not if `LAMBDA_SPLIT_TUNE` is `off`."""
-    return os.environ.get("LAMBDA_SPLIT_TUNE", "on") != "off"
+    """Whether the head and tail of a device are to be measured: not if `LAMBDA_SPLIT_TUNE` is `off`.
+
+    Raises:
+        ConfigError: it is neither `on` nor `off`.
+    """
+    value = os.environ.get("LAMBDA_SPLIT_TUNE") or "on"
+    if value not in ("on", "off"):
+        raise ConfigError(f"invalid LAMBDA_SPLIT_TUNE {value!r}: expected on or off")
+    return value == "on"
 
 
 def tune(

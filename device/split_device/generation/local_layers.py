@@ -135,6 +135,7 @@ class EmbeddingAndHead:
         self._dtype = model.dtype
         self._stack.slots[0].register_forward_pre_hook(self._record)
         self._stack.slots[-1].register_forward_pre_hook(self._inject)
+        self._tuning = UNMEASURED
         if model.split_parts.traits.axes is not None:
             # Packing copies weights, and those of the tower are not needed here.
             drop_unused(self._model, self._try)
