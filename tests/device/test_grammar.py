@@ -224,7 +224,7 @@ HOSTILE: dict[str, Callable[[], StructuredOutputs]] = {
         + "".join(f"r{each}: r{each + 1} r{each + 1}\n" for each in range(4000))
         + 'r4000: "a"'
     ),
-    "a large multiple": lambda: StructuredOutputs(json={"type": "integer", "multipleOf": 99991}),
+    "a large multiple": lambda: StructuredOutputs(json={"type": "integer", "multipleOf": 9999991}),
     "ten megabytes": lambda: StructuredOutputs(json={"const": "a" * 10_000_000}),
 }
 

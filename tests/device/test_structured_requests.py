@@ -121,5 +121,5 @@ def test_what_cannot_be_enforced_is_refused_before_it_begins(client: openai.Open
         client.completions.create(
             model="tiny",
             prompt="a",
-            extra_body={"structured_outputs": {"json": {"type": "integer", "multipleOf": 99991}}},
+            extra_body={"structured_outputs": {"json": {"type": "integer", "multipleOf": 9999991}}},
         )
