@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,8 @@ PAUSE = 2.0
 #: Sessions at once in `sessions16_tok_s`, and milliseconds of a round trip there.
 SESSIONS, SESSIONS_RTTS = 16, (0, 80)
 
-#: How the device speculates.
-SETTINGS = ("off",)
+#: How the device speculates: with drafters that learn nothing of one prompt's answer for the next one.
+SETTINGS = ("off", "ngram", "auto")
 
 
 def main() -> None:
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few prompts, rounds and tokens")
     parser.add_argument("--tokens", type=int, help="tokens of each answer; default: 64, or 8 with --quick")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="tokens of prompts for ttft_ms")
+    parser.add_argument("--settings", default=",".join(SETTINGS), help="drafters that stream, e.g. off,auto")
     parser.add_argument("--only", default="", help="parts to measure, e.g. first,ttft; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, and of the packets that are lost")
     options = parser.parse_args()
@@ -116,6 +117,7 @@ class Wan:
         self._rounds = 1 if options.quick else 5
         self._rtts = (0, 80) if options.quick else RTTS
         self._lengths = [int(length) for length in options.lengths.split(",")]
+        self._settings = options.settings.split(",")
 
     # --- one stream ----------------------------------------------------------------------------------------
 
@@ -124,30 +126,36 @@ class Wan:
         cells: dict[tuple[int, str, str], list[Stream]] = defaultdict(list)
         lossy: dict[tuple[str, str], list[Stream]] = defaultdict(list)
         identical = True
-        with self._device() as split:
+        with self._device() as split, contextlib.ExitStack() as stack:
             asked = self._encoded(split)
-            for setting in SETTINGS:
-                with self._generator(split, setting) as generator:
-                    self._weather(0)
-                    self._stream(generator, asked[KINDS[0]][0])  # warm
-                    for kind in KINDS:
-                        for prompt in asked[kind]:
-                            for rtt in self._rtts:
-                                self._weather(rtt)
-                                cells[rtt, kind, setting].append(self._stream(generator, prompt))
-                            self._weather(LOSSY_RTT, LOSS)
-                            lossy[kind, setting].append(self._stream(generator, prompt))
-                        note(f"{kind}, {setting}: {_rates(cells, kind, setting)}")
+            generators = {each: stack.enter_context(self._generator(split, each)) for each in self._settings}
+            self._weather(0)
+            for generator in generators.values():
+                self._stream(generator, asked[KINDS[0]][0])  # warm
+            for kind in KINDS:
+                for prompt in asked[kind]:
+                    for rtt in self._rtts:
+                        self._weather(rtt)
+                        for setting, generator in generators.items():
+                            cells[rtt, kind, setting].append(self._stream(generator, prompt))
+                    self._weather(LOSSY_RTT, LOSS)
+                    for setting, generator in generators.items():
+                        lossy[kind, setting].append(self._stream(generator, prompt))
+                for setting in generators:
+                    note(f"{kind}, {setting}: {_rates(cells, kind, setting)}")
         answers: dict[tuple[str, int], list[int]] = {}
         for (_, kind, _), streams in cells.items():
             for index, stream in enumerate(streams):
                 identical &= answers.setdefault((kind, index), stream.tokens) == stream.tokens
         return {
             "tok_s": {
-                str(rtt): {kind: {s: _rate(cells[rtt, kind, s]) for s in SETTINGS} for kind in KINDS}
+                str(rtt): {kind: {s: _rate(cells[rtt, kind, s]) for s in self._settings} for kind in KINDS}
                 for rtt in self._rtts
             },
-            "tok_s_lossy": {kind: {s: _rate(lossy[kind, s]) for s in SETTINGS} for kind in KINDS},
+            "tok_s_lossy": {kind: {s: _rate(lossy[kind, s]) for s in self._settings} for kind in KINDS},
+            "tokens_per_trip": {
+                kind: {s: _per_step(cells[self._rtts[-1], kind, s]) for s in self._settings} for kind in KINDS
+            },
             "share_of_bound": min(
                 _share(cells[rtt, kind, setting], cells[0, kind, setting], rtt / 1000)
                 for rtt, kind, setting in cells
@@ -155,10 +163,17 @@ class Wan:
             ),
             "bytes_per_token": {
                 setting: _bytes_per_token([s for kind in KINDS for s in cells[80, kind, setting]])
-                for setting in SETTINGS
+                for setting in self._settings
             },
             "identical": identical,
-        }
+        } | self._auto_over_off(cells)
+
+    def _auto_over_off(self, cells: Mapping[tuple[int, str, str], Sequence[Stream]]) -> dict[str, float]:
+        """What `auto` gains at least, of all kinds and round trips, if both were measured."""
+        if not {"auto", "off"} <= {*self._settings}:
+            return {}
+        cases = {(rtt, kind) for rtt, kind, _ in cells}
+        return {"auto_over_off": min(_rate(cells[*case, "auto"]) / _rate(cells[*case, "off"]) for case in cases)}
 
     def _stream(self, generator: Any, prompt: Sequence[int]) -> Stream:
         steps = generator.counters["steps"]
@@ -273,9 +288,9 @@ class Wan:
     @staticmethod
     def _generator(split: Any, setting: str) -> Any:
         from split_device.generation.generator import Generator
+        from split_device.generation.limits import Limits
 
-        assert setting == "off"
-        return Generator(split, prefix_cache=0)
+        return Generator(split, limits=Limits(prefix_cache=0, speculate=setting))
 
     def _encoded(self, split: Any, count: int | None = None) -> dict[str, list[list[int]]]:
         """Prompts of each kind as token ids, at most as many as leave room for the answer."""
@@ -316,12 +331,15 @@ def _rates(cells: dict[tuple[int, str, str], list[Stream]], kind: str, setting: 
     return ", ".join(f"{rate:.1f} tokens/s at {rtt} ms" for rtt, rate in found.items())
 
 
+def _per_step(streams: Sequence[Stream]) -> float:
+    """Tokens of a step, after the first ones."""
+    return sum(len(stream.tokens) - 1 for stream in streams) / sum(stream.steps for stream in streams)
+
+
 def _share(streams: Sequence[Stream], near: Sequence[Stream], rtt: float) -> float:
     """Tokens per second over the bound: tokens of a step, over a round trip and a step at 0 ms, both measured."""
-    steps = sum(stream.steps for stream in streams)
-    tokens_per_step = sum(len(stream.tokens) - 1 for stream in streams) / steps
     step = sum(stream.seconds for stream in near) / sum(stream.steps for stream in near)
-    return _rate(streams) * (rtt + step) / tokens_per_step
+    return _rate(streams) * (rtt + step) / _per_step(streams)
 
 
 def _bytes_per_token(streams: Sequence[Stream]) -> dict[str, float]:
