@@ -163,7 +163,7 @@ def find_shared(stack: LayerStack, linears: Iterable[nn.Linear]) -> list[list[nn
         try:
             got = [_run(stack, tokens) for tokens in _RUNS]
         finally:
-            replace(stack.owner, _originals(stack.owner))
+            replace_modules(stack.owner, _originals(stack.owner))
     except Exception:
         # Why layers cannot run is said by `check_layers`, which runs them as they will be run.
         return []
@@ -173,7 +173,7 @@ def find_shared(stack: LayerStack, linears: Iterable[nn.Linear]) -> list[list[nn
 def share(model: nn.Module, groups: Sequence[Sequence[nn.Linear]]) -> list[SharedInput]:
     """Puts groups of a model's linear layers together. Returns what computes each group."""
     shared = [SharedInput(group) for group in groups]
-    replace(
+    replace_modules(
         model,
         {
             linear: SharedLinear(each, index, linear)
@@ -184,7 +184,7 @@ def share(model: nn.Module, groups: Sequence[Sequence[nn.Linear]]) -> list[Share
     return shared
 
 
-def replace(model: nn.Module, twins: Mapping[nn.Module, nn.Module]) -> None:
+def replace_modules(model: nn.Module, twins: Mapping[nn.Module, nn.Module]) -> None:
     """Puts other modules in the places of some of a model's."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -22,7 +22,7 @@ from torch.nn.functional import linear as apply_linear
 from torch.nn.functional import pad
 
 from split_common.compat.torch import reorder_linear_weight, reordered_linear
-from split_common.engine.fusion import SharedInput, become_parts, find_shared, joined, share
+from split_common.engine.fusion import become_parts, find_shared, joined, replace_modules, share
 from split_common.engine.tuning import LEAST_BYTES, UNMEASURED, Apply, Layout, Product, Tuning, tune
 from split_common.models.layer_stack import LayerStack
 
@@ -90,26 +90,20 @@ def pack_linears(model: nn.Module, stack: LayerStack | None = None, *, measure: 
         log.info("linear layers keep their layout: %d bytes of weights would be copied", needed)
         return UNMEASURED
     groups = [] if stack is None else find_shared(stack, linears)
-    together = {id(linear) for group in groups for linear in group}
-    alone = {id(linear): linear for linear in linears if id(linear) not in together}
+    together = {linear for group in groups for linear in group}
+    alone = [linear for linear in linears if linear not in together]
     tuning = UNMEASURED
     if measure and needed >= LEAST_BYTES:
-        tuning = _tune([*groups, *([linear] for linear in alone.values())])
-    for shared, group in zip(share(model, groups), groups, strict=True):
-        shared.product = _joined(group, tuning)
-    kept = {id(parameter) for shared in _shared(model) for parameter in shared.parameters()}
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if id(child) in alone:
-                setattr(parent, name, _laid_out(child, tuning))
+        tuning = _tune([*groups, *([linear] for linear in alone)])
+    shared = share(model, groups)
+    for each, group in zip(shared, groups, strict=True):
+        each.product = _joined(group, tuning)
+    kept = {id(parameter) for each in shared for parameter in each.parameters()}
+    replace_modules(model, {linear: _laid_out(linear, tuning) for linear in alone})
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter and id(parameter) not in kept:
             parameter.data = parameter.data.clone()
     return replace(tuning, joined=len(groups))
-
-
-def _shared(model: nn.Module) -> list[SharedInput]:
-    return [module for module in model.modules() if isinstance(module, SharedInput)]
 
 
 def _joined(linears: Sequence[nn.Linear], tuning: Tuning) -> nn.Module:
@@ -150,9 +144,8 @@ def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     return type(weight) is nn.Parameter and weight.dtype in LINEAR_TOLERANCE and not weight.is_meta
 
 
-def _laid_out(linear: nn.Module, tuning: Tuning) -> nn.Module:
+def _laid_out(linear: nn.Linear, tuning: Tuning) -> nn.Module:
     """A layer with the layout that was chosen for it; the layer itself if that changes its output, or fails."""
-    assert isinstance(linear, nn.Linear)
     product = Product(linear.in_features, linear.out_features, linear.weight.dtype)
     if tuning.layout(product) == "plain":
         return linear
