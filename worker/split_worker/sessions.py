@@ -159,16 +159,6 @@ class SessionTable:
     def get(self, id_: SessionId) -> Session[Any] | None:
         return self._sessions.get(id_)
 
-    def follows_refused(self, id_: SessionId, seq: int) -> bool:
-        """Whether a request belongs to a session whose first request was refused.
-
-        Raises:
-            OutOfOrder: the session's first request has not arrived.
-        """
-        if id_ not in self.refused:
-            raise OutOfOrder(f"request {seq} of a session whose first has not arrived")
-        return True
-
     def open(
         self, id_: SessionId, channel: Channel, state: _State, free_tokens: int | None, tokens: int = 0
     ) -> Session[_State]:

@@ -21,6 +21,7 @@ from split_common.errors import (
     Busy,
     CertificateError,
     Malformed,
+    OutOfOrder,
     WorkerFailed,
 )
 from split_common.protocol import encoding, headers, payloads
@@ -36,7 +37,7 @@ from split_worker.compute import ComputeLoop
 from split_worker.limits import WorkerLimits
 from split_worker.repeats import Repeats
 from split_worker.requests import PendingRequest
-from split_worker.sessions import Session, SessionTable
+from split_worker.sessions import Session, SessionId, SessionTable
 from split_worker.set_ups import ChannelId, SetUps
 
 log = logging.getLogger(__name__)
@@ -296,7 +297,7 @@ class Worker:
             return
         if session is None:
             try:
-                session = self._open_session(channel, header, request)
+                session = self._open_session(id_, channel, header, request)
             except Busy as error:
                 self._sessions.refused.append(id_)
                 self._refuse_unopened(channel, header, "busy", str(error), error.retry_after)
@@ -327,13 +328,13 @@ class Worker:
             self._refuse_unopened(channel, header, "lost", "the worker does not hold this reply any more")
 
     def _open_session(
-        self, channel: OpenChannel, header: headers.Relay, request: payloads.AnyRequest
+        self, id_: SessionId, channel: OpenChannel, header: headers.Relay, request: payloads.AnyRequest
     ) -> Session[Any] | None:
-        if header.session == 0 or header.epoch <= channel.epochs.get(header.session, -1):
+        latest = channel.epochs.get(header.session, -1)
+        if header.session == 0 or header.epoch <= latest or (header.seq and id_ in self._sessions.refused):
             return None
-        id_ = (header.sender, header.channel, header.session, header.epoch)
-        if header.seq != 0 and self._sessions.follows_refused(id_, header.seq):
-            return None
+        if header.seq != 0:
+            raise OutOfOrder(f"request {header.seq} of a session whose first has not arrived")
         if header.epoch:
             self._end_epochs(channel, header)
         if isinstance(request, payloads.Fork):
