@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import arguments, checkpoint, note, report
+from benchmarks.harness import arguments, checkpoint, cpu_name, note, report
 from split_common.system.process import passive_threads, reuse_memory
 
 #: Tokens that each session has before the steps that are measured.
@@ -67,7 +67,7 @@ def _measure(model: Path, options: Any) -> dict[str, Any]:
     bandwidth = _bandwidth()
     bound = 1e3 * weights / bandwidth
     results: dict[str, Any] = {
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "tuning": tuning.describe(),
         "weight_bytes": weights,
@@ -160,19 +160,6 @@ def _bandwidth() -> float:
         buffer.sum()
         least = min(least, time.perf_counter() - began)
     return BUFFER / least
-
-
-def _cpu() -> str:
-    """The CPU's name in /proc/cpuinfo, else its architecture."""
-    import platform
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
 
 
 if __name__ == "__main__":

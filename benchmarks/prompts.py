@@ -18,6 +18,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 KINDS = ("edit", "code", "chat")
 
@@ -61,6 +62,14 @@ def prompts(count: int = PROMPTS) -> dict[str, list[str]]:
     if too_few := [kind for kind in KINDS if len(found[kind]) < count]:
         raise RuntimeError(f"fewer than {count} prompts of kind {', '.join(too_few)} in the installed packages")
     return {kind: found[kind][:count] for kind in KINDS}
+
+
+def encoded_prompt(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of a conversation in which a user has said this; of the text alone without a chat template."""
+    from split_device.generation.tokenizing import encode_chat
+
+    tokens: list[int] = encode_chat(tokenizer, [{"role": "user", "content": text}])[0].tolist()
+    return tokens
 
 
 def _edits() -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import note
-from benchmarks.prompts import prompts
+from benchmarks.prompts import encoded_prompt, prompts
 
 #: Most likely tokens that are recorded of each step.
 TOP = 16
@@ -50,7 +50,7 @@ def record(model: Path, count: int, new_tokens: int) -> dict[str, list[Answer]]:
     room = unsplit.config.max_position_embeddings - new_tokens
     answers: dict[str, list[Answer]] = {}
     for kind, texts in prompts(count).items():
-        encoded = [_encode(tokenizer, text)[-room:] for text in texts]
+        encoded = [encoded_prompt(tokenizer, text)[-room:] for text in texts]
         longest = max(map(len, encoded))
         # Padding is hidden by the mask, so any token does.
         ids = torch.tensor([[0] * (longest - len(each)) + each for each in encoded])
@@ -87,10 +87,3 @@ class _Recorder:
         top = scores.log_softmax(-1).topk(min(TOP, scores.shape[-1]), dim=-1)
         self.steps.append((top.indices, top.values))
         return scores
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    if tokenizer.chat_template is None:
-        return list(tokenizer(text)["input_ids"])
-    messages = [{"role": "user", "content": text}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])

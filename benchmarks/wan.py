@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.harness import arguments, checkpoint, note, report
 from benchmarks.network import Network
-from benchmarks.prompts import KINDS, PROMPTS, prompts
+from benchmarks.prompts import KINDS, PROMPTS, encoded_prompt, prompts
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.verification import build_manifest
 from split_common.system.process import passive_threads, running_command
@@ -298,15 +298,10 @@ class Wan:
 
         tokenizer = AutoTokenizer.from_pretrained(self._model)
         room = split.split_parts.max_positions - 2 * self._tokens
-
-        def encode(text: str) -> list[int]:
-            if tokenizer.chat_template is None:
-                return list(tokenizer(text)["input_ids"])[-room:]
-            messages = [{"role": "user", "content": text}]
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-            return list(ids)[-room:]
-
-        return {kind: [*map(encode, some)] for kind, some in prompts(count or self._prompts).items()}
+        return {
+            kind: [encoded_prompt(tokenizer, text)[-room:] for text in some]
+            for kind, some in prompts(count or self._prompts).items()
+        }
 
 
 def _request(prompt: Sequence[int], tokens: int) -> Any:
