@@ -40,6 +40,15 @@ _GEMMA = {**_HEAD_DIM, **_WINDOW, "query_pre_attn_scalar": 8}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
+#: Rotary frequencies that depend on the largest position: others from 16 on.
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [3.0] * 4,
+    "original_max_position_embeddings": 16,
+}
+
 # What each architecture adds to _COMMON. `model_type` where the name here is a variant's.
 _LISTED: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 import tiny
 from fleet import joined, running_broker, split_model, start_worker
@@ -49,16 +48,6 @@ CONSTRAINTS: list[StructuredOutputs | None] = [
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_tokenizer(tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny"))
-
-
-@pytest.fixture(scope="module")
-def unsplit(checkpoint: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-
-
-@pytest.fixture(scope="module")
 def tokenizer(checkpoint: Path) -> Any:
     return AutoTokenizer.from_pretrained(checkpoint)
 
@@ -66,12 +55,6 @@ def tokenizer(checkpoint: Path) -> Any:
 @pytest.fixture(scope="module")
 def grammars(tokenizer: Any) -> Grammars:
     return Grammars(tokenizer, tiny.VOCABULARY, {tokenizer.eos_token_id})
-
-
-@pytest.fixture(scope="module")
-def split(checkpoint: Path) -> Iterator[Any]:
-    with split_model(checkpoint) as model:
-        yield model
 
 
 def config(sampling: bool, tokenizer: Any, **options: Any) -> GenerationConfig:
@@ -261,15 +244,8 @@ def test_a_worker_that_goes_away(checkpoint: Path, unsplit: Any, grammars: Gramm
 @pytest.mark.long
 def test_models_whose_positions_interact(tmp_path: Path, grammars: Grammars, tokenizer: Any) -> None:
     """Their tokens have to go one by one."""
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [3.0] * 4,
-        "original_max_position_embeddings": 16,
-    }
-    checkpoint = tiny.save("llama", tmp_path / "longrope", rope_parameters=rope)
-    full = tiny.build("llama", rope_parameters=rope)
+    checkpoint = tiny.save("llama", tmp_path / "longrope", rope_parameters=tiny.LONGROPE)
+    full = tiny.build("llama", rope_parameters=tiny.LONGROPE)
     wanted = [alone(full, request) for request in asked(grammars, tokenizer)]
     with split_model(checkpoint) as model, Generator(model) as generator:
         generations = [generator.submit(request) for request in asked(grammars, tokenizer)]

@@ -362,15 +362,8 @@ def test_frequencies_that_depend_on_the_largest_position(
     broker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A row, or a chunk of a prompt, is given the frequencies of the whole call, as in the unsplit model."""
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [3.0] * 4,
-        "original_max_position_embeddings": 16,
-    }
-    full = tiny.build("llama", rope_parameters=rope)
-    with joined(broker, tiny.save("llama", tmp_path, rope_parameters=rope)) as (model, _):
+    full = tiny.build("llama", rope_parameters=tiny.LONGROPE)
+    with joined(broker, tiny.save("llama", tmp_path, rope_parameters=tiny.LONGROPE)) as (model, _):
         long = PROMPT.repeat(1, 3)
         assert padded_batch(model).tolist() == padded_batch(full).tolist()
         monkeypatch.setattr(chunks, "CHUNK_BYTES", 5 * 32 * 4)

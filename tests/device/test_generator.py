@@ -121,16 +121,9 @@ def test_over_each_transport(transport: str, llama: Path, unsplit: Any) -> None:
 
 
 def test_positions_that_interact(tmp_path: Path) -> None:
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [3.0] * 4,
-        "original_max_position_embeddings": 16,
-    }
-    checkpoint = tiny.save("llama", tmp_path / "longrope", rope_parameters=rope)
+    checkpoint = tiny.save("llama", tmp_path / "longrope", rope_parameters=tiny.LONGROPE)
     asked = [Request(prompt, greedy(6)) for prompt in prompts(12)]
-    full = tiny.build("llama", rope_parameters=rope)
+    full = tiny.build("llama", rope_parameters=tiny.LONGROPE)
     wanted = [alone(full, request) for request in asked]
     with split_model(checkpoint) as model, Generator(model) as generator:
         assert model.split_parts.stack.positions_interact

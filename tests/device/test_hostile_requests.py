@@ -14,7 +14,6 @@ import httpx2
 import pytest
 from transformers import AutoTokenizer
 
-import tiny
 from serving import KEY, Unsplit, serving
 from split_common.errors import PromptTooLong
 from split_device.generation.tokenizing import encode_text
@@ -79,11 +78,6 @@ HOSTILE: dict[str, tuple[str, dict[str, Any]]] = {
     "many biases": (TEXT, {"prompt": "Once", "logit_bias": {str(token): 1 for token in range(100_000)}}),
     "many words": (TEXT, {"prompt": "Once", "bad_words": ["word " * 30] * 1024}),
 }
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_tokenizer(tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 import tiny
 from fleet import split_model
@@ -27,22 +27,6 @@ pytestmark = pytest.mark.usefixtures("patient_queue")
 
 DRAW = random.Random(7)
 PROMPTS = [[DRAW.randrange(3, tiny.VOCABULARY) for _ in range(length)] for length in (1, 5, 12, 30, 3, 9)]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_tokenizer(tiny.save("llama", tmp_path_factory.mktemp("model") / "llama"))
-
-
-@pytest.fixture(scope="module")
-def unsplit(checkpoint: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-
-
-@pytest.fixture(scope="module")
-def split(checkpoint: Path) -> Iterator[Any]:
-    with split_model(checkpoint) as model:
-        yield model
 
 
 @pytest.fixture(scope="module")

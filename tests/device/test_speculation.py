@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 import tiny
 from fleet import joined, running_broker, split_model, start_worker
@@ -76,22 +76,6 @@ class Endless:
 
 
 CHANGES: dict[str, Callable[[list[int]], list[int]]] = {"right": list, "wrong": wrong, "mixed": mixed(5)}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_tokenizer(tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny"))
-
-
-@pytest.fixture(scope="module")
-def unsplit(checkpoint: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-
-
-@pytest.fixture(scope="module")
-def split(checkpoint: Path) -> Iterator[Any]:
-    with split_model(checkpoint) as model:
-        yield model
 
 
 @pytest.fixture(scope="module")
@@ -284,14 +268,7 @@ def test_a_worker_that_goes_away(
 
 
 def test_models_that_cannot_take_tokens_back_are_refused_by_name(tmp_path: Path) -> None:
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [3.0] * 4,
-        "original_max_position_embeddings": 16,
-    }
-    with split_model(tiny.save("llama", tmp_path / "longrope", rope_parameters=rope)) as model:
+    with split_model(tiny.save("llama", tmp_path / "longrope", rope_parameters=tiny.LONGROPE)) as model:
         with pytest.raises(UnsupportedFeature, match="speculate 'ngram' cannot be done with this model"):
             Generator(model, speculate="ngram")
         with Generator(model, speculate="auto") as generator:
