@@ -113,9 +113,9 @@ def delay_signals() -> Iterator[None]:
     numbers = (signal.SIGTERM, signal.SIGINT)
     handlers = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
     delayed: list[int] = []
-    for number in handlers:
-        signal.signal(number, lambda number, _: delayed.append(number))
     try:
+        for number in handlers:
+            signal.signal(number, lambda number, _: delayed.append(number))
         yield
     finally:
         for number, handler in handlers.items():

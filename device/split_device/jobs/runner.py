@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from split_common.errors import BrokerUnreachable, Busy, NoWorker, SessionLost, SplitError, StepFailed
+from split_common.system.signals import delay_signals
 from split_device.jobs.execution import ImageExecution, JobExecution, TextExecution
 from split_device.jobs.job import AnyChoice, ImageTask, Job, JobKind, Update
 from split_device.jobs.models import Models
@@ -117,7 +118,14 @@ class JobRunner:
         return TextExecution(job, job.task, self._models.get(job.task.model), self._store.progress(job.id))
 
     def write(self) -> None:
-        """Writes the progress and the ends of the running jobs."""
+        """Writes the progress and the ends of the running jobs.
+
+        A signal that comes meanwhile is handled afterwards: no token is stored twice, or taken and not stored.
+        """
+        with delay_signals():
+            self._write()
+
+    def _write(self) -> None:
         # Checked before collecting: all output of a job that is done by now is there to be collected.
         ended = [running for running in self._running.values() if running.done]
         moved = [running for running in self._running.values() if running.collect()]
