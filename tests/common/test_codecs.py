@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from split_common.models.codecs import CODECS
 from split_common.models.codecs.base import Codec
 from split_common.models.codecs.groups import OUTLIERS
 from split_common.models.tensors import DTYPES, raw_bytes
-from split_common.protocol import payloads
+from split_common.protocol.capabilities import CAPABILITIES
+from split_common.protocol.payloads import StatesCodec
 
 NAMES = sorted(CODECS)
 ROUNDING = ("int4", "int8")
@@ -229,4 +231,5 @@ def test_a_golden_sample_of_lossless_states() -> None:
 
 
 def test_each_codec_has_its_capability() -> None:
-    assert {f"states-{name}" for name in CODECS if name != "exact"} <= payloads.CAPABILITIES
+    known = {name.removeprefix("states-") for name in CAPABILITIES if name.startswith("states-")}
+    assert known == set(get_args(StatesCodec)) == CODECS.keys() - {"exact"}

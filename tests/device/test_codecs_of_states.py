@@ -17,6 +17,7 @@ from fleet import joined, running_broker
 from split_common.errors import ConfigError, Malformed, UnsupportedFeature
 from split_common.models.codecs import CODECS
 from split_common.protocol import payloads
+from split_common.protocol.capabilities import CAPABILITIES
 from split_common.protocol.channel import Channel
 from split_common.protocol.handshake import WorkerHandshake
 from split_device import SplitModelForCausalLM
@@ -115,7 +116,7 @@ def test_fewer_bytes_travel_both_ways(broker: str, checkpoint: Path) -> None:
 def test_a_worker_without_the_codec_is_refused_by_name(
     broker: str, checkpoint: Path, codec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    older = functools.partial(WorkerHandshake, capabilities=payloads.CAPABILITIES - {f"states-{codec}"})
+    older = functools.partial(WorkerHandshake, capabilities=CAPABILITIES - {f"states-{codec}"})
     monkeypatch.setattr(worker_module, "WorkerHandshake", older)
     with joined(broker, checkpoint, codec=codec) as (model, worker):
         with pytest.raises(UnsupportedFeature, match=rf"worker '.+' does not support states-{codec}: .* update it"):
@@ -126,7 +127,7 @@ def test_a_worker_without_the_codec_is_refused_by_name(
 def test_a_codec_that_was_not_agreed_on_is_refused(
     broker: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    older = functools.partial(WorkerHandshake, capabilities=payloads.CAPABILITIES - {"states-int8"})
+    older = functools.partial(WorkerHandshake, capabilities=CAPABILITIES - {"states-int8"})
     monkeypatch.setattr(worker_module, "WorkerHandshake", older)
     monkeypatch.setattr(Channel, "require", lambda *_: None)
     with joined(broker, checkpoint, codec="int8") as (model, worker):

@@ -37,6 +37,7 @@ from split_common.errors import (
     VersionMismatch,
 )
 from split_common.protocol import handshake, headers, payloads
+from split_common.protocol.capabilities import CAPABILITIES
 from split_common.protocol.channel import AEGIS, XCHACHA, Channel
 from split_common.protocol.handshake import (
     MAX_CAPABILITIES,
@@ -233,8 +234,8 @@ def test_both_sides_name_what_this_version_has() -> None:
     responder = WorkerHandshake(WORKER, verify, SERVICE, initiator.hello)
     hello = msgspec.msgpack.decode(initiator.hello, type=Hello)
     answer = msgspec.msgpack.decode(responder.answer, type=Answer)
-    assert hello.capabilities == answer.capabilities == sorted(payloads.CAPABILITIES)
-    assert payloads.CAPABILITIES >= VERSION_1_CAPABILITIES
+    assert hello.capabilities == answer.capabilities == sorted(CAPABILITIES)
+    assert CAPABILITIES >= VERSION_1_CAPABILITIES
 
 
 def test_requests_say_what_they_need() -> None:

@@ -16,15 +16,9 @@ from typing import Any
 
 import msgspec
 
-from split_common.errors import (
-    AuthenticationError,
-    Busy,
-    CertificateError,
-    Malformed,
-    OutOfOrder,
-    WorkerFailed,
-)
+from split_common.errors import AuthenticationError, Busy, CertificateError, Malformed, OutOfOrder, WorkerFailed
 from split_common.protocol import encoding, headers, payloads
+from split_common.protocol.capabilities import KEEP
 from split_common.protocol.channel import EpochKeys
 from split_common.protocol.handshake import WorkerHandshake
 from split_common.transport import Transport, new_peer_id, peer_name
@@ -79,7 +73,7 @@ class Worker:
         self._fleet = fleet
         self._transport = transport
         self._sessions = SessionTable(limits, body.store.sequence_tokens if body.store is not None else 0)
-        self._lacks = body.lacks if self._sessions.limits.kept_tokens != 0 else body.lacks | {payloads.KEEP}
+        self._lacks = body.lacks if self._sessions.limits.kept_tokens != 0 else body.lacks | {KEEP}
         self._repeats = Repeats(self._sessions.limits)
         # Requests for sessions that are not open: each makes the worker derive keys, perhaps for nothing.
         self._strays = TokenBuckets(self._sessions.limits.stray_rate, self._sessions.limits.stray_burst)

@@ -44,9 +44,10 @@ from nacl.encoding import RawEncoder
 from nacl.hash import blake2b
 
 from split_common.errors import AuthenticationError, Malformed
+from split_common.protocol.capabilities import CAPABILITIES
 from split_common.protocol.channel import SUITES, Box, Channel, Suite, derive_key, preferred_suites
 from split_common.protocol.headers import Hash, Service
-from split_common.protocol.payloads import CAPABILITIES, Dtype
+from split_common.protocol.payloads import Dtype
 from split_common.trust.keys import Certificate, Identity, Role
 
 #: Largest handshake message, in bytes. A certificate of the largest size fits.

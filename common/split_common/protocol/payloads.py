@@ -9,10 +9,11 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import msgspec
 
+from split_common.protocol.capabilities import CAPABILITIES, KEEP
 from split_common.protocol.headers import Hash, Natural, Seconds, SessionRef
 
 #: Bytes of a number in each dtype that hidden states may have on the wire.
@@ -43,29 +44,6 @@ MAX_SPAN = 4096
 
 #: Most IP-Adapter scales of an image.
 MAX_SCALES = 4096
-
-#: Without this capability, a peer knows sessions by numbers only.
-SESSION_KEYS = "session-keys"
-
-#: A worker with this capability computes a row otherwise than the unsplit model does if it has padding to its left,
-#: which does not travel. Devices refuse such rows.
-UNPADDED = "unpadded"
-
-#: A worker with this capability computes tokens that go through together otherwise than in parts. Devices send them
-#: in one message, also to a worker that takes over.
-INDIVISIBLE = "indivisible"
-
-#: A worker with this capability holds a session on that its device has finished with, for copies of it.
-KEEP = "keep"
-
-#: What a peer may not support; the two ends of a channel use what both have. "adapters" gives a session one of the
-#: adapters that its worker has loaded; "fork" copies a session on its worker; "int4" and "int8" encode images;
-#: "position-axes" and "spans" are what a `PlacedStep` says of images; "session-keys" names sessions by keys, as in
-#: version 2 of the headers; "states-…" are the codecs of a `CodedStep`. New kinds of requests, rows and codecs add
-#: their names here.
-CAPABILITIES = frozenset(
-    {"adapters", "fork", INDIVISIBLE, "int4", "int8", KEEP, SESSION_KEYS, UNPADDED, "position-axes", "spans"}
-) | {f"states-{codec}" for codec in get_args(StatesCodec)}
 
 
 class Payload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):

@@ -49,12 +49,11 @@ from split_device.cli.groups import (
     StartOptions,
     TextModelOptions,
 )
+from split_device.cli.image_options import ImageOption, MetadataOption
 from split_device.cli.options import (
     GIVE_UP,
     AllowedLocalMediaPathOption,
     GiveUpOption,
-    ImageOption,
-    MetadataOption,
     RawOption,
     StopOption,
     StoreKeyOption,

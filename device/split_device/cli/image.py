@@ -27,13 +27,9 @@ from split_device.cli.groups import (
     PictureOptions,
     StartOptions,
 )
+from split_device.cli.image_options import IMAGE_MODEL_HELP, MetadataOption
 from split_device.cli.job_output import print_notes
-from split_device.cli.options import (
-    IMAGE_MODEL_HELP,
-    MetadataOption,
-    PromptArgument,
-    RequestIdOption,
-)
+from split_device.cli.options import PromptArgument, RequestIdOption
 from split_device.cli.terminal import loading, step_progress, waiting_for_workers
 from split_device.images.files import notes, write_image
 from split_device.images.settings import DRAWN_SEED_BITS, IMAGE_MODEL, check_image_output

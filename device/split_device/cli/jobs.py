@@ -26,13 +26,14 @@ from split_device.cli.batches import (
     show_batch,
     watch_batch,
 )
+from split_device.cli.image_options import MetadataOption
 from split_device.cli.job_export import export_form, records, write_records
 from split_device.cli.job_output import image_directory, interruptible, report_image, show_output
 from split_device.cli.job_results import show_results
 from split_device.cli.job_selection import CHOICE, Choice, ChoiceOptions, JobArgument
 from split_device.cli.job_table import asked, job_lines, job_table
 from split_device.cli.job_watch import watch_jobs
-from split_device.cli.options import MetadataOption, StoreKeyOption, parse_age
+from split_device.cli.options import StoreKeyOption, parse_age
 from split_device.images.settings import check_image_output
 from split_device.jobs.agent import running_agent
 from split_device.jobs.follow import image_output, text_output

@@ -1,4 +1,4 @@
-"""Options that several commands of the device share."""
+"""Options that several commands of the device share: language models, the queue, and jobs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from split_common.cli.options import MODEL_PANEL, QUEUE_PANEL, parse_cache_size,
 from split_common.errors import ConfigError
 from split_device.generation.limits import PREFIX_CACHE
 from split_device.generation.settings import BOUNDS
-from split_device.images.settings import IMAGE_MODEL, STRENGTH
-from split_device.models.compression import CODEC_NAMES, parse_codec, parse_reuse
+from split_device.models.compression import CODEC_NAMES, parse_codec
 from split_device.sessions.connection import HISTORY_MEMORY
 from split_device.sessions.identity import check_request_id
 from split_device.speculation.names import Speculate
 
 STORE_PANEL = "Jobs"
 SAMPLING_PANEL = "Sampling"
-_IMAGE_PANEL = "Images"
 
 #: Default of `--give-up`, in seconds.
 GIVE_UP = 3600.0
@@ -122,60 +120,6 @@ TokenizerOption = Annotated[
 ]
 RawOption = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")]
 
-PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; `-` reads it from stdin.")]
-
-# --- image models ------------------------------------------------------------------------------------------
-
-IMAGE_MODEL_HELP = "Directory of a pipeline in diffusers' safetensors format."
-ImageModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--image-model",
-        metavar="DIR",
-        envvar=IMAGE_MODEL,
-        rich_help_panel=MODEL_PANEL,
-        help=IMAGE_MODEL_HELP,
-    ),
-]
-StepsOption = Annotated[
-    int,
-    typer.Option(
-        "--steps",
-        min=1,
-        max=1000,
-        metavar="N",
-        rich_help_panel=_IMAGE_PANEL,
-        help="Number of denoising steps.",
-    ),
-]
-SizeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--size",
-        metavar="WIDTHxHEIGHT",
-        rich_help_panel=_IMAGE_PANEL,
-        show_default="the size that the model was made for",
-        help="Size in pixels.",
-    ),
-]
-GuidanceOption = Annotated[
-    float | None,
-    typer.Option(
-        "--guidance",
-        min=0.0,
-        max=BOUNDS["guidance"].high,
-        metavar="G",
-        show_default="the pipeline's own",
-        rich_help_panel=_IMAGE_PANEL,
-        help="How closely to follow the prompt; 1 turns guidance off.",
-    ),
-]
-NegativeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--negative", metavar="TEXT", rich_help_panel=_IMAGE_PANEL, help="What the image should not show."
-    ),
-]
 ShowOption = Annotated[
     list[Path] | None,
     typer.Option(
@@ -191,38 +135,6 @@ AllowedLocalMediaPathOption = Annotated[
         "than once. Without it, requests have to contain their images.",
     ),
 ]
-ImageOption = Annotated[
-    bool, typer.Option("--image", rich_help_panel=_IMAGE_PANEL, help="Make images instead of texts.")
-]
-InitImageOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--init-image",
-        metavar="FILE",
-        rich_help_panel=_IMAGE_PANEL,
-        help="Start from this image instead of noise.",
-    ),
-]
-StrengthOption = Annotated[
-    float | None,
-    typer.Option(
-        "--strength",
-        show_default=f"{STRENGTH:g}",
-        min=BOUNDS["strength"].low,
-        max=BOUNDS["strength"].high,
-        metavar="S",
-        rich_help_panel=_IMAGE_PANEL,
-        help="How much of the initial image to change. Needs --init-image.",
-    ),
-]
-MetadataOption = Annotated[
-    bool,
-    typer.Option(
-        "--metadata/--no-metadata",
-        rich_help_panel=_IMAGE_PANEL,
-        help="Write the prompt, the seed and the other settings into the image's file.",
-    ),
-]
 CodecOption = Annotated[
     str,
     typer.Option(
@@ -234,17 +146,7 @@ CodecOption = Annotated[
         "of them; fp16 (images only), int8 and int4 round them, so that answers may differ.",
     ),
 ]
-ReuseOption = Annotated[
-    float,
-    typer.Option(
-        "--reuse",
-        parser=parse_reuse,
-        metavar="N|SHARE",
-        rich_help_panel=_IMAGE_PANEL,
-        help="Call the worker at every N-th step only, or, with a SHARE below 1, only if its input has changed by "
-        "more than this share. Other steps reuse its last output. 1 is exact.",
-    ),
-]
+PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; `-` reads it from stdin.")]
 
 # --- the queue and its workers -----------------------------------------------------------------------------
 

@@ -30,12 +30,11 @@ from split_device.cli.groups import (
     StartOptions,
     TextModelOptions,
 )
+from split_device.cli.image_options import ImageOption, MetadataOption
 from split_device.cli.job_output import interruptible, show_output
 from split_device.cli.options import (
     STORE_PANEL,
     GroupOption,
-    ImageOption,
-    MetadataOption,
     OnDoneOption,
     RawOption,
     RequestIdOption,

@@ -12,14 +12,9 @@ from typing import Protocol
 
 import msgspec
 
-from split_common.errors import (
-    AuthenticationError,
-    BrokerUnreachable,
-    SessionLost,
-    SplitError,
-    WorkerSlow,
-)
+from split_common.errors import AuthenticationError, BrokerUnreachable, SessionLost, SplitError, WorkerSlow
 from split_common.protocol import encoding, headers, payloads
+from split_common.protocol.capabilities import INDIVISIBLE, KEEP, SESSION_KEYS, UNPADDED
 from split_common.protocol.channel import CHANNEL_SESSIONS, Channel, EpochKeys
 from split_common.system.forks import Birthplace
 from split_common.transport import Transport, peer_name
@@ -115,7 +110,7 @@ class RemoteSession:
         self.worker = channel.worker
         self.identity = identity
         #: How headers name it on this channel.
-        self.ref = identity.on_wire(payloads.SESSION_KEYS in channel.crypto.capabilities)
+        self.ref = identity.on_wire(SESSION_KEYS in channel.crypto.capabilities)
         self.epoch = epoch
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._host = host
@@ -139,12 +134,12 @@ class RemoteSession:
     @property
     def takes_padding(self) -> bool:
         """Whether rows may have padding to their left, which does not travel."""
-        return payloads.UNPADDED not in self.channel.crypto.capabilities
+        return UNPADDED not in self.channel.crypto.capabilities
 
     @property
     def indivisible(self) -> bool:
         """Whether tokens that go through its worker together must do so in one message, and on the next worker."""
-        return payloads.INDIVISIBLE in self.channel.crypto.capabilities
+        return INDIVISIBLE in self.channel.crypto.capabilities
 
     @property
     def acked(self) -> int:
@@ -277,7 +272,7 @@ class RemoteSession:
         Returns:
             Whether it may be held: not if it has ended, or the worker keeps no sessions.
         """
-        if self._lost is not None or payloads.KEEP not in self.channel.crypto.capabilities:
+        if self._lost is not None or KEEP not in self.channel.crypto.capabilities:
             return False
         self._send(self._seal(payloads.Keep(), b""))
         # It is not answered, and lost in vain: the worker then holds an idle session.

@@ -15,6 +15,7 @@ from split_common.models.codecs import CODECS, EXACT
 from split_common.models.codecs.base import Codec
 from split_common.models.tensors import dtype_name
 from split_common.protocol import headers, payloads
+from split_common.protocol.capabilities import INDIVISIBLE, UNPADDED
 from split_worker.bodies.placement import check_placement, placements
 from split_worker.watchdog import FIRST_TURN
 
@@ -155,7 +156,7 @@ class LanguageBody:
         self.device, self.dtype = runner.device, runner.dtype
         self.asynchronous = runner.asynchronous
         self.divisible = runner.divisible
-        kinds = {payloads.UNPADDED: runner.padding_matters, payloads.INDIVISIBLE: runner.indivisible}
+        kinds = {UNPADDED: runner.padding_matters, INDIVISIBLE: runner.indivisible}
         self.lacks = frozenset(kind for kind, has in kinds.items() if not has)
 
     def new_state(self, member: str = "") -> Rows:

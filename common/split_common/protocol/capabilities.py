@@ -1,0 +1,33 @@
+"""Capabilities: what a peer may not support. The two ends of a channel use what both have.
+
+Set-up says them, inside the transcript that is signed (`split_common.protocol.handshake`). New kinds of requests,
+rows and codecs add their names here, and payloads say which ones they need.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+#: Without this capability, a peer knows sessions by numbers only.
+SESSION_KEYS = "session-keys"
+
+#: A worker with this capability computes a row otherwise than the unsplit model does if it has padding to its left,
+#: which does not travel. Devices refuse such rows.
+UNPADDED = "unpadded"
+
+#: A worker with this capability computes tokens that go through together otherwise than in parts. Devices send them
+#: in one message, also to a worker that takes over.
+INDIVISIBLE = "indivisible"
+
+#: A worker with this capability holds a session on that its device has finished with, for copies of it.
+KEEP = "keep"
+
+#: All. "adapters" gives a session one of the adapters that its worker has loaded; "fork" copies a session on its
+#: worker; "int4" and "int8" encode images; "position-axes" and "spans" are what a `PlacedStep` says of images;
+#: "session-keys" names sessions by keys, as in version 2 of the headers; "states-…" are codecs of a `CodedStep`.
+CAPABILITIES = frozenset(
+    {
+        *("adapters", "fork", INDIVISIBLE, "int4", "int8", KEEP, SESSION_KEYS, UNPADDED, "position-axes", "spans"),
+        *("states-lossless", "states-int8", "states-int4"),
+    }
+)
