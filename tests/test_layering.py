@@ -1,4 +1,4 @@
-"""The floors: who may import whom, between components and within them.
+"""The floors: who may import whom, between components and within them; and how long files and functions may be.
 
 Every import counts, wherever in a module it stands: also within a function, or for type checkers only.
 """
@@ -68,6 +68,13 @@ CONFINED = {
 
 #: All that `protocol` may import beside the standard library and lower floors. It computes bytes: no sockets.
 PROTOCOL_LIBRARIES = {"msgspec", "nacl"}
+
+#: Most lines of a file, and of a function that is not a command.
+FILE_LINES = 400
+FUNCTION_LINES = 60
+
+#: Files that may be longer, at most two: each says why in its docstring, with the words "over 400 lines".
+LONG_FILES: tuple[str, ...] = ()
 
 #: What a broker imports, and a peer before it loads a model.
 LIGHT = [
@@ -174,6 +181,18 @@ def circles(imports: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
+def long_functions(source: str, may_be_command: bool = False) -> list[str]:
+    """The names of the functions with too many lines, but for commands: their parameters are options."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            kinds = [ast.unparse(each.annotation) for each in node.args.args if each.annotation is not None]
+            is_command = may_be_command and any("typer." in kind or kind.endswith("Option") for kind in kinds)
+            if not is_command and (node.end_lineno or 0) - node.lineno >= FUNCTION_LINES:
+                found.append(node.name)
+    return found
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_components_know_only_common(package: str) -> None:
     strangers = set(PACKAGES) - {package, "split_common"}
@@ -213,6 +232,17 @@ def test_the_protocol_needs_few_libraries_and_no_socket() -> None:
             assert not used & {"socket", "socketserver", "ssl", "asyncio", "http"}, name
 
 
+def test_files_and_functions_are_short() -> None:
+    assert len(LONG_FILES) <= 2
+    for name, path in MODULES.items():
+        source = path.read_text()
+        is_long = len(source.splitlines()) > FILE_LINES
+        assert is_long == (name in LONG_FILES), name
+        if is_long:
+            assert f"over {FILE_LINES} lines" in (ast.get_docstring(ast.parse(source)) or ""), name
+        assert not long_functions(source, ".cli" in name), name
+
+
 def test_the_checks_see_what_they_are_for() -> None:
     hidden = "def f():\n    from split_worker.nowhere import Body\n    importlib.import_module('a.b')"
     assert imported(hidden) == {"split_worker.nowhere", "a.b"}
@@ -223,6 +253,10 @@ def test_the_checks_see_what_they_are_for() -> None:
     }
     assert list(arrows_up(up)) == ["split_common.errors imports split_common.models.split"]
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    body = "    pass\n" * FUNCTION_LINES
+    long = f"def f(x: ModelOption):\n{body}class C:\n  async def g(self):\n{body}def h():\n{body[9:]}"
+    assert long_functions(long) == ["f", "g"]
+    assert long_functions(long, may_be_command=True) == ["g"]
     with pytest.raises(ValueError, match="is not in list"):
         floor("split_common.nowhere")
 

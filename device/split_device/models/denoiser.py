@@ -117,12 +117,7 @@ class SplitDenoiser(ConnectedModel):
             raise UnsupportedArchitecture(f"{spec.checkpoint.name} is a {spec.class_name}")
         split = spec.split(cut)
         manifest = find_manifest(device.fleet, spec.checkpoint, spec.own_tensors(split, "device"))
-        model: Self = spec.build(cls)
-        model._cut(spec, split)
-        load_weights(model, spec, split, "device", parse_dtype(dtype))  # type: ignore[arg-type]
-        for name, slot in model.named_modules():  # type: ignore[attr-defined]
-            if isinstance(slot, OnWorker) and not slot.sealed:
-                slot.seal(name, _allows_processor(ip_adapter is not None))
+        model = cls._load(spec, split, parse_dtype(dtype), _allows_processor(ip_adapter is not None))
         client = device.join(
             manifest,
             split,
@@ -132,6 +127,17 @@ class SplitDenoiser(ConnectedModel):
         model._set_client(client, split)
         model._spec, model._codec, model._reuse = spec, CODECS[codec], reuse
         model._per_thread = _PerThread()
+        return model
+
+    @classmethod
+    def _load(cls, spec: DenoiserSpec, split: Split, dtype: torch.dtype | None, allows: Allows) -> Self:
+        """The first and the last blocks, with sealed placeholders between them; they have no client yet."""
+        model: Self = spec.build(cls)
+        model._cut(spec, split)
+        load_weights(model, spec, split, "device", dtype)  # type: ignore[arg-type]
+        for name, slot in model.named_modules():  # type: ignore[attr-defined]
+            if isinstance(slot, OnWorker) and not slot.sealed:
+                slot.seal(name, allows)
         return model
 
     def _cut(self, spec: DenoiserSpec, split: Split) -> None:

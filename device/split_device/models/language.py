@@ -22,7 +22,7 @@ from split_common.models.cache_layers import cached_tokens, was_used
 from split_common.models.codecs import CODECS, EXACT
 from split_common.models.demo_model import model_option
 from split_common.models.layer_stack import LayerStack
-from split_common.models.loading import generation_config, load_part, read_spec
+from split_common.models.loading import ModelSpec, generation_config, load_part, read_spec
 from split_common.models.split import END_LAYERS, Split
 from split_common.models.tensors import dtype_name, parse_dtype
 from split_common.models.verification import find_manifest
@@ -128,17 +128,8 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         spec = read_spec(str(name_or_path), revision, images=cls._takes_images)
         split = Split.from_head_tail(spec.layers, head_layers, tail_layers)
         manifest = find_manifest(device.fleet, spec.checkpoint, spec.own_tensors(split, "device"))
-        model: Self
-        model, stack = load_part(
-            spec,
-            split,
-            "device",
-            dtype=parse_dtype(dtype),
-            bases=(cls,),
-            fill=lambda index: RemoteBody() if index == split.first else RemoteLayer(),
-        )
+        model, stack = cls._load(spec, split, parse_dtype(dtype))
         model.name_or_path = model.config.name_or_path = str(name_or_path)
-        model.generation_config = generation_config(spec.checkpoint)
         adapters = ModelAdapters(device.fleet, manifest)
         if adapter is not None:
             adapters.load(model, stack, split, adapter_directories(adapter))
@@ -147,6 +138,21 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         client = device.join(manifest, split, dtype_name(model.dtype), options, CODECS[codec])
         model._join(client, stack, split, adapters, connection.history_memory)
         return model
+
+    @classmethod
+    def _load(cls, spec: ModelSpec, split: Split, dtype: torch.dtype | None) -> tuple[Self, LayerStack]:
+        """The head and the tail, with placeholders between them; they have no client yet."""
+        model: Self
+        model, stack = load_part(
+            spec,
+            split,
+            "device",
+            dtype=dtype,
+            bases=(cls,),
+            fill=lambda index: RemoteBody() if index == split.first else RemoteLayer(),
+        )
+        model.generation_config = generation_config(spec.checkpoint)
+        return model, stack
 
     def _join(
         self, client: Client, stack: LayerStack, split: Split, adapters: ModelAdapters, history_memory: int

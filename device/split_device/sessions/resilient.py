@@ -114,6 +114,23 @@ class Blame:
         return [*self.failed, *self.died.values()]
 
 
+@dataclass
+class Tries:
+    """What the tries of one step have shown so far."""
+
+    #: The wait for another worker, and what is said of it.
+    wait: WorkerWait
+    #: When that wait began, by `time.monotonic`; None while there was no failure.
+    waiting_since: float | None = None
+    blame: Blame = field(default_factory=Blame)
+    #: The worker that was left last, unless it may be the only one.
+    left: list[bytes] = field(default_factory=list)
+    #: Workers that have not loaded the session's adapter.
+    lacking: list[bytes] = field(default_factory=list)
+    #: How the session was lost last.
+    lost: SessionLost | None = None
+
+
 class ResilientSession:
     """A session that is opened when the first step is sent, and again whenever it is lost.
 
@@ -168,69 +185,76 @@ class ResilientSession:
             UnknownAdapter: no worker that could be found has loaded the session's adapter.
             SplitError: a worker refused the step, or the queue failed; the next step opens the session again.
         """
-        blame = Blame()
-        avoid: list[bytes] = []
-        #: Workers that have not loaded the session's adapter.
-        lacking: list[bytes] = []
-        lost: SessionLost | None = None
-        waiting_since: float | None = None
         # A step leaves a slow worker only once, or it might begin again for ever.
         self._patient = False
-        wait = self._wait = WorkerWait(self._say, self._client.patience, self._client.command)
+        self._wait = WorkerWait(self._say, self._client.patience, self._client.command)
+        tries = Tries(self._wait)
         while True:
             self._check()
             sent = self._session is not None
             try:
-                session = self._session or self._open(work, step, [*lacking, *avoid])
-                self.moved = self.moved or lost is not None
+                session = self._session or self._open(work, step, [*tries.lacking, *tries.left])
+                self.moved = self.moved or tries.lost is not None
                 session.patient, sent = self._patient, True
-                wait.over(session.channel.worker_name)
+                tries.wait.over(session.channel.worker_name)
                 replies = work.send(session, step)
                 self.waits_for_room = False
                 return replies
             except (Busy, SessionLost, NoWorker) as error:
-                if self._missed_copy(error):
-                    continue
-                now = time.monotonic()
-                self.waits_for_room = full = isinstance(error, Busy)
-                lost = error if isinstance(error, SessionLost) else lost
-                slow, died = isinstance(error, WorkerSlow), False
-                if isinstance(error, SessionLost):
-                    log.info("%s: %s", self._described, error)
-                if self._session is not None:
-                    died = blame.note(error, self._session, sent)
-                    if self._session.ended or work.is_spoilt(step):
-                        avoid = [self._session.worker]
-                        self.close()
-                elif full:
-                    # The worker to avoid may be the only one.
-                    avoid = []
-                if blame.is_enough:
-                    raise self._give_up(error, blame, work.describe(step)) from None
-                self._patient = self._patient or slow
-                if waiting_since is None or slow or died:
-                    # The worker may have computed for a long time: patience starts again.
-                    waiting_since = now
-                pause = error.retry_after if isinstance(error, Busy) else RETRY_AFTER
-                first = lost is None and work.is_new and not self._client.served
-                hopeless = first and isinstance(error, NoWorker) and not self._client.waits_after(error)
-                if hopeless or now + pause > waiting_since + self._client.patience:
-                    raise wait.ended(error if full else lost or error) from None
-                wait.failed(error, now, first)
-                self._pause(pause)
+                if not self._missed_copy(error):
+                    self._pause(self._recover(error, work, step, tries, sent))
             except UnknownAdapter:
                 # Another worker may have loaded it.
                 worker = self._session.worker if self._session is not None else b""
                 self.close()
-                if worker in lacking:
+                if worker in tries.lacking:
                     raise
-                lacking.append(worker)
+                tries.lacking.append(worker)
             except SplitError as error:
-                if self._missed_copy(error):
-                    continue
-                # Some of several requests may have run, so it is unknown what the worker holds.
+                if not self._missed_copy(error):
+                    # Some of several requests may have run, so it is unknown what the worker holds.
+                    self.close()
+                    raise
+
+    def _recover(
+        self, error: Busy | SessionLost | NoWorker, work: Replayable[S], step: S, tries: Tries, sent: bool
+    ) -> float:
+        """Leaves the worker if its session has ended. Returns after how many seconds the step is tried again.
+
+        Args:
+            error: ended this try.
+            sent: whether the step itself was sent, and not only the replay.
+
+        Raises:
+            StepFailed, SessionLost, Busy, NoWorker: it is not tried again, see `call`.
+        """
+        now = time.monotonic()
+        self.waits_for_room = full = isinstance(error, Busy)
+        slow, died = isinstance(error, WorkerSlow), False
+        if isinstance(error, SessionLost):
+            tries.lost = error
+            log.info("%s: %s", self._described, error)
+        if self._session is not None:
+            died = tries.blame.note(error, self._session, sent)
+            if self._session.ended or work.is_spoilt(step):
+                tries.left = [self._session.worker]
                 self.close()
-                raise
+        elif full:
+            # The worker that was left may be the only one.
+            tries.left = []
+        if tries.blame.is_enough:
+            raise self._give_up(error, tries.blame, work.describe(step)) from None
+        self._patient = self._patient or slow
+        if tries.waiting_since is None or slow or died:
+            # The worker may have computed for a long time: patience starts again.
+            tries.waiting_since = now
+        pause = error.retry_after if isinstance(error, Busy) else RETRY_AFTER
+        first = tries.lost is None and work.is_new and not self._client.served
+        hopeless = first and isinstance(error, NoWorker) and not self._client.waits_after(error)
+        if hopeless or now + pause > tries.waiting_since + self._client.patience:
+            raise tries.wait.ended(error if full else tries.lost or error) from None
+        tries.wait.failed(error, now, first)
+        return pause
 
     def fork(self) -> ResilientSession:
         """A copy, on the same worker if possible; else its next step opens and replays it.

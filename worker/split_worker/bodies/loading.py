@@ -20,6 +20,7 @@ from split_common.errors import ConfigError, ModelError
 from split_common.models.adapters import VerifiedAdapter, parse_adapters, verified_adapters
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.denoisers.registry import is_denoiser, read_denoiser_spec
+from split_common.models.denoisers.spec import DenoiserSpec
 from split_common.models.loading import ModelSpec, load_part, read_spec
 from split_common.models.quantization import stored_bytes
 from split_common.models.split import DEFAULT_CUT, DEFAULT_LAYERS, Split
@@ -91,7 +92,15 @@ def load_body(
         TensorMismatch: the manifest names other tensors.
     """
     checkpoint = Checkpoint.resolve(model, revision, ip_adapter)
-    if not is_denoiser(checkpoint):
+    body: AnyBody
+    if is_denoiser(checkpoint):
+        if adapters:
+            raise ConfigError(f"--adapter is for language models, which {model} is not")
+        denoiser = read_denoiser_spec(checkpoint)
+        split = _denoiser_split(denoiser, layers, cut)
+        manifest = find_manifest(fleet, checkpoint, denoiser.own_tensors(split, "worker"))
+        body = DenoiserBody(denoiser, split, device, dtype, memory, max_pixels)
+    else:
         for option, given in (("--cut", cut), ("--ip-adapter", ip_adapter), ("--max-pixels", max_pixels)):
             if given is not None:
                 raise ConfigError(f"{option} is for diffusion models, which {model} is not")
@@ -99,21 +108,17 @@ def load_body(
         split = Split.parse(spec.layers, layers or str(DEFAULT_LAYERS))
         manifest = find_manifest(fleet, spec.checkpoint, spec.own_tensors(split, "worker"))
         loras = verified_adapters(fleet, parse_adapters(adapters), manifest)
-        body: AnyBody = load_language_body(spec, split, device, dtype, memory, loras, tune=tune)
-    else:
-        if adapters:
-            raise ConfigError(f"--adapter is for language models, which {model} is not")
-        if cut is not None and layers is not None:
-            raise ConfigError("--layers and --cut say the same thing: give one of them")
-        denoiser = read_denoiser_spec(checkpoint)
-        split = (
-            denoiser.split(cut or DEFAULT_CUT)
-            if layers is None
-            else denoiser.check(Split.parse(denoiser.blocks, layers))
-        )
-        manifest = find_manifest(fleet, checkpoint, denoiser.own_tensors(split, "worker"))
-        body = DenoiserBody(denoiser, split, device, dtype, memory, max_pixels)
+        body = load_language_body(spec, split, device, dtype, memory, loras, tune=tune)
     return Serving(body, headers.Service(manifest.root, split.first, split.last), manifest.name)
+
+
+def _denoiser_split(denoiser: DenoiserSpec, layers: str | None, cut: str | None) -> Split:
+    """Which blocks of a denoiser are the body's. Raises ConfigError or InvalidSplit."""
+    if layers is None:
+        return denoiser.split(cut or DEFAULT_CUT)
+    if cut is not None:
+        raise ConfigError("--layers and --cut say the same thing: give one of them")
+    return denoiser.check(Split.parse(denoiser.blocks, layers))
 
 
 def load_language_body(
