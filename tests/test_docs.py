@@ -10,8 +10,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+
+from split_common.protocol import headers, payloads
+from split_common.protocol.capabilities import CAPABILITIES
 
 ROOT = next(path for path in Path(__file__).resolve().parents if (path / "pyproject.toml").exists())
 
@@ -336,6 +340,18 @@ def test_every_exception_is_needed() -> None:
     text = "".join(page.read_text() for page in pages())
     used = set(re.findall(r"[A-Za-z_]\w*", text))
     assert sorted(OTHERS_NAMES - used) == []
+
+
+def subclasses(cls: type) -> set[type]:
+    return {found for direct in cls.__subclasses__() for found in {direct, *subclasses(direct)}}
+
+
+def test_all_that_travels_is_in_the_tables() -> None:
+    text = (ROOT / "docs" / "architecture" / "protocol.md").read_text()
+    travels = {cls.__name__ for base in (headers.Header, payloads.Payload) for cls in subclasses(base)}
+    reasons = get_args(get_type_hints(payloads.Refusal)["reason"])
+    assert {"Relay", "Step", "CodedStep"} <= travels
+    assert {*travels, *CAPABILITIES, *reasons} - set(INLINE.findall(text)) == set()
 
 
 #: Is set by a process for its own children, and by whoever adds a sample to the tests.
