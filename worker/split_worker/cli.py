@@ -87,7 +87,7 @@ def worker(
             envvar=MAX_PIXELS,
             show_default="four times as many as the model was made for, and at least 1048576",
             help="Image models: maximum number of pixels of an image. Devices that ask for more than the default "
-            "need the same variable.",
+            "need the same value of this variable.",
         ),
     ] = None,
     max_sessions: Annotated[

@@ -137,8 +137,8 @@ AdaptersOption = Annotated[
         "--adapter",
         metavar="NAME=DIR",
         rich_help_panel=MODEL_PANEL,
-        help="Directory of a LoRA in PEFT's format for a language model, and what to call it; without NAME= as the "
-        "directory. A worker and `serve` take several, by repeating it. Devices and workers need the same.",
+        help="Directory of a LoRA in PEFT's format for a language model, and a name for it: by default that of the "
+        "directory. May be repeated for `worker` and `serve`. Devices and workers need the same.",
     ),
 ]
 BrokerOption = Annotated[

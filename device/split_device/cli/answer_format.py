@@ -41,7 +41,7 @@ ChoiceOption = Annotated[
         "--choice",
         metavar="TEXT",
         rich_help_panel=ANSWER_PANEL,
-        help="The answer is this text, or another one that is given so. May be repeated.",
+        help="The answer is one of these texts: repeat the option for each.",
     ),
 ]
 GrammarOption = Annotated[

@@ -43,7 +43,8 @@ TemplateOption = Annotated[
         "--template",
         metavar="TEXT",
         rich_help_panel=INPUT_PANEL,
-        help="Make each prompt of this text, with the line's fields for names in braces: 'Summarize: {text}'.",
+        help="Make each prompt from this text, where names in braces stand for the line's fields: "
+        "'Summarize: {text}'.",
     ),
 ]
 FormatOption = Annotated[

@@ -55,7 +55,7 @@ def generate(
     request_id: RequestIdOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Answer a prompt with a split model; the text streams to stdout, and what the model thinks before to stderr.
+    """Answer a prompt with a split model: the answer streams to stdout, the model's thinking to stderr.
 
     Needs a running `lambda-split broker`, or Redis, and a `lambda-split worker` that serves the same model and
     layers.

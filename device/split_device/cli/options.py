@@ -81,7 +81,7 @@ SeedOption = Annotated[
         "--seed",
         metavar="N",
         show_default="drawn",
-        help="Seed of what is drawn at random. The same seed gives the same output.",
+        help="Seed of the random numbers. The same seed gives the same output.",
     ),
 ]
 StopOption = Annotated[
@@ -157,8 +157,8 @@ PatienceOption = Annotated[
         min=0.0,
         metavar="SECONDS",
         rich_help_panel=QUEUE_PANEL,
-        help="How long to wait while all workers are full, or for another one after the last one was lost. "
-        "`generate`, `chat` and `image` also wait for the first one.",
+        help="How long to wait for a worker while all are full, or after the last one was lost. `generate`, `chat` "
+        "and `image` also wait for a first one.",
     ),
 ]
 StepTimeoutOption = Annotated[

@@ -62,7 +62,7 @@ RepetitionPenaltyOption = Annotated[
         "repetition_penalty",
         "R",
         "the checkpoint's, else 1",
-        "Make tokens that prompt or answer have less likely; below 1 more likely.",
+        "Make tokens less likely that occur in the prompt or the answer; below 1, more likely.",
     ),
 ]
 FrequencyPenaltyOption = Annotated[
@@ -71,7 +71,7 @@ FrequencyPenaltyOption = Annotated[
         "frequency_penalty",
         "F",
         "0",
-        "Make tokens less likely each time that the answer has them; below 0 more likely.",
+        "Make a token less likely with each time that it occurs in the answer; below 0, more likely.",
     ),
 ]
 PresencePenaltyOption = Annotated[
@@ -80,7 +80,7 @@ PresencePenaltyOption = Annotated[
         "presence_penalty",
         "F",
         "0",
-        "Make tokens that the answer has less likely, however often it has them; below 0 more likely.",
+        "Make tokens less likely that occur in the answer at all; below 0, more likely.",
     ),
 ]
 LogitBiasOption = Annotated[
@@ -100,7 +100,7 @@ MinTokensOption = Annotated[
         min=0,
         metavar="N",
         show_default="the checkpoint's, else 0",
-        help="Minimum number of tokens before a token that ends the answer.",
+        help="Minimum number of tokens before the answer may end.",
     ),
 ]
 StopTokenIdsOption = Annotated[

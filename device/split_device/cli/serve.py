@@ -67,7 +67,7 @@ def serve(
         typer.Option(
             "--openai-defaults",
             rich_help_panel=SAMPLING_PANEL,
-            help="Answer requests without a temperature as OpenAI does: at temperature 1, with all tokens.",
+            help="Sample requests that name no temperature as OpenAI does: at temperature 1, from all tokens.",
         ),
     ] = False,
     port: Annotated[
@@ -79,8 +79,8 @@ def serve(
         typer.Option(
             envvar="LAMBDA_SPLIT_API_KEY",
             metavar="KEY",
-            help="Key that clients must send; may be repeated, and then each is good. Better set it in the "
-            "environment, several with spaces between them, because other users can see the options of a command.",
+            help="Key that clients must send. May be repeated: any of the keys will do. Other users can see a "
+            "command's options, so better set the variable, with spaces between several keys.",
         ),
     ] = None,
     served_model_name: Annotated[
@@ -98,7 +98,7 @@ def serve(
             "--allowed-host",
             metavar="NAME",
             help="Another host name under which clients may reach this server, e.g. host.docker.internal. May be "
-            "repeated. Allowed are localhost, 127.0.0.1 and [::1].",
+            "repeated. Always allowed are localhost, 127.0.0.1 and [::1].",
         ),
     ] = None,
     store_key: StoreKeyOption = None,
@@ -112,10 +112,10 @@ def serve(
     and, at /, a page to chat in a browser. It listens on this machine's loopback only: put a reverse proxy before
     it for others, and give its name with --allowed-host.
 
-    Each --adapter is a model of its own name, beside the one without an adapter.
+    Each --adapter is a model with a name of its own, beside the one without an adapter.
 
-    If --image-model is given and --model is not, only images are served. Requests that name no temperature, top_p
-    or top_k have those of the options here, else the checkpoint's. Needs `lambda-split[serve]`. With --json, one
+    If --image-model is given and --model is not, only images are served. A request that names no temperature, top_p
+    or top_k takes that of the options here, else the checkpoint's. Needs `lambda-split[serve]`. With --json, one
     object is printed when the server is ready.
     """
     passive_threads()

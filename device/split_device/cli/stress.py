@@ -125,7 +125,7 @@ def stress(
     devices and workers. Each mode has two equal slices of --seconds, by default of 10 seconds: one beside the
     hostile member, and one beside a process that talks to nobody and burns as much CPU. The exit code is 1 also if
     honest throughput in the first is below half of that in the second for any mode, or if the memory of
-    the broker, the Redis server or a worker grows by more than 1, 1.5 or 2 GiB.
+    the broker, the Redis server or a worker grows by more than 1, 1.5 or 2 GiB, respectively.
     """
     plan = dataclasses.replace(plan, layers=chosen_layers(layers, head_layers, tail_layers))
     plan = _checked(plan, chaos, hostile)

@@ -160,7 +160,7 @@ def submit(
 ) -> None:
     """Submit a prompt for an answer, or with --image for an image, and print the job's id.
 
-    With --each-line, a job is made of each line of a file, and the ids are printed one a line. Jobs are kept on
+    With --each-line, each line of a file is a job, and the ids are printed one a line. Jobs are kept on
     this machine's disk, readable by you alone, until they are pruned. An agent runs them: start one with
     `lambda-split agent start`.
     """
