@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import GenerationConfig
 
 import lora
@@ -18,6 +21,7 @@ import tiny
 from fleet import running_broker, start_worker
 from split_common.engine.sequences import TokenRun
 from split_common.errors import ConfigError, ModelError, UnknownAdapter, UnknownModel, UnsupportedFeature
+from split_common.models.adapters import LoraConfig
 from split_common.protocol import payloads
 from split_device import SplitModelForCausalLM
 from split_device.generation.generator import Generator, Request
@@ -345,6 +349,10 @@ def test_adapters_that_do_not_fit_are_refused_by_name(llama: Path, a: Path, tmp_
 
     with pytest.raises(ModelError, match="whose rank is 8"):
         start(str(changed(a, tmp_path / "rank", {"r": 8})))
+    with pytest.raises(ModelError, match=r"which PEFT would not use: target_modules"):
+        start(str(changed(a, tmp_path / "fewer", {"target_modules": ["up_proj"]})))
+    with pytest.raises(ModelError, match="malformed"):
+        start(str(changed(a, tmp_path / "expression", {"target_modules": "("})))
     with pytest.raises(ModelError, match="malformed"):
         start(str(changed(a, tmp_path / "large", {"r": 10**6})))
     with pytest.raises(UnknownModel, match="no adapter in"):
@@ -364,6 +372,28 @@ def test_adapters_that_do_not_fit_are_refused_by_name(llama: Path, a: Path, tmp_
         SplitModelForCausalLM.from_pretrained(
             llama, broker=broker.address, adapter=lora.save_lora(tmp_path / "c", deep)
         )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "layers.3.mlp.up_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
+        {"target_modules": r"model\.layers\.\d+\.mlp\..*", "exclude_modules": r".*\.2\.mlp.*"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1, 3]},
+        {"target_modules": ["q_proj"], "layers_to_transform": 2, "layers_pattern": "layers"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [2], "layers_pattern": ["blocks", "h"]},
+    ],
+    ids=str,
+)
+def test_settings_choose_the_modules_that_peft_chooses(settings: dict[str, Any]) -> None:
+    theirs, ours = peft.LoraConfig(**settings), LoraConfig("LORA", **settings)
+    parts = ("self_attn.q_proj", "mlp.up_proj", "mlp.experts.1.down_proj")
+    modules = [f"model.layers.{layer}.{part}" for layer in range(4) for part in parts]
+    wanted = [check_target_module_exists(theirs, module) for module in modules]
+    # An excluded module is an object of its own kind.
+    assert [ours.chooses(module) for module in modules] == [
+        isinstance(each, bool | re.Match) and bool(each) for each in wanted
+    ]
 
 
 def test_a_session_chooses_its_adapter_first(model: Any, worker: Worker) -> None:

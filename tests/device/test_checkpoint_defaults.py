@@ -107,6 +107,8 @@ def test_every_command_does_what_the_checkpoint_says(
         ("max_time", 300.0),
         ("penalty_alpha", 0.6),
         ("prompt_lookup_num_tokens", 3),
+        ("encoder_no_repeat_ngram_size", 2),
+        ("cache_implementation", "quantized"),
         ("repetition_penalty", -1.0),
         ("temperature", "hot"),
         ("min_length", "x"),

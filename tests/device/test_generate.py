@@ -274,6 +274,15 @@ def test_generate_options(llama: tuple[Model, Model], options: dict[str, Any]) -
     assert ours.tolist() == theirs.tolist()
 
 
+@pytest.mark.parametrize("more", [0, 3])
+def test_chunks_of_a_prompt_that_are_padding(llama: tuple[Model, Model], more: int) -> None:
+    """Of one row, or of all rows; equal rows travel once where they can."""
+    batch, mask = (torch.nn.functional.pad(each, (more, 0)) for each in (BATCH, MASK))
+    options = {**GREEDY, "attention_mask": mask, "prefill_chunk_size": 3, "num_beams": 2}
+    theirs, ours = (model.generate(batch, **options).tolist() for model in llama)
+    assert ours == theirs
+
+
 def test_split_model_as_assistant(llama: tuple[Model, Model]) -> None:
     full, split = llama
     answer = full.generate(REPETITIVE, assistant_model=split, **GREEDY)

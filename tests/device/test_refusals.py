@@ -102,6 +102,7 @@ def quantized(model: Model) -> QuantizedCache:
         ({"generation_config": GenerationConfig(cache_implementation="static")}, "static"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"generation_config": GenerationConfig(output_attentions=True)}, "output_attentions"),
+        ({"assistant_early_exit": 2}, "assistant_early_exit"),
     ],
 )
 def test_option_of_generate(silent: Model, options: dict[str, Any], word: str) -> None:
@@ -129,7 +130,7 @@ def test_cache(silent: Model, make: Callable[[Model], Any], word: str) -> None:
 def test_static_cache_by_default(silent: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set by the user on the model's own generation config."""
     monkeypatch.setattr(silent.generation_config, "cache_implementation", "static")
-    with pytest.raises(UnsupportedFeature, match="Static"):
+    with pytest.raises(UnsupportedFeature, match="static"):
         silent.generate(PROMPT, **GREEDY)
 
 

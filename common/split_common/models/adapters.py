@@ -38,6 +38,8 @@ CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 #: What precedes a module's name in those of PEFT's tensors.
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])\.weight", re.DOTALL)
+#: What PEFT calls all linear layers but the last one.
+_ALL_LINEAR = "all-linear"
 _Value = TypeVar("_Value", int, float)
 _NAME = re.compile(r"[\w.@+:/-]{1,128}", re.ASCII)
 
@@ -49,11 +51,8 @@ _WITHOUT_EFFECT = frozenset(
         "corda_config",
         "ensure_weight_tying",
         "eva_config",
-        "exclude_modules",
         "fan_in_fan_out",
         "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
         "loftq_config",
         "lora_dropout",
         "lora_ga_config",
@@ -63,7 +62,6 @@ _WITHOUT_EFFECT = frozenset(
         "qalora_group_size",
         "revision",
         "runtime_config",
-        "target_modules",
         "task_type",
     }
 )
@@ -83,6 +81,24 @@ class LoraConfig(msgspec.Struct, frozen=True):
     use_rslora: bool = False
     bias: str = "none"
     init_lora_weights: bool | str | None = True
+    target_modules: str | list[str] = _ALL_LINEAR
+    exclude_modules: str | list[str] = []
+    layers_to_transform: int | list[int] = []
+    layers_pattern: str | list[str] = []
+
+    def chooses(self, module: str) -> bool:
+        """Whether PEFT would adapt a module: it ignores tensors of others. See its `check_target_module_exists`."""
+        if _names(self.exclude_modules, module):
+            return False
+        if self.target_modules != _ALL_LINEAR:
+            if not _names(self.target_modules, module):
+                return False
+            if isinstance(self.target_modules, str):
+                return True
+        layers, names = _listed(self.layers_to_transform), _listed(self.layers_pattern)
+        stacks = [rf"(?:^|.*?\.){name}" for name in names if name] or [r".*?\.[^.]*"]
+        found = next(filter(None, (re.match(rf"{stack}\.(\d+)\.", module) for stack in stacks)), None)
+        return not layers or (found is not None and int(found[1]) in layers)
 
     def rank(self, module: str) -> int:
         """The rank in a module."""
@@ -145,6 +161,11 @@ class Adapter:
                 )
             halves.setdefault(match["module"].removeprefix(_PREFIX), {})[match["half"]] = tensor
         for module, pair in halves.items():
+            if not self.config.chooses(module):
+                raise ModelError(
+                    f"the adapter {self.name} has tensors of {module}, which PEFT would not use: target_modules, "
+                    f"exclude_modules or layers_to_transform in {CONFIG_FILE} leave it out"
+                )
             if len(pair) < 2:
                 raise ModelError(f"the adapter {self.name} has only one of the two tensors of {module}")
             rank = self.config.rank(module)
@@ -267,7 +288,9 @@ def _read_config(name: str, checkpoint: Checkpoint) -> LoraConfig:
             raise UnsupportedFeature(f"the adapter {name} has {setting}={value!r}, which cannot be split")
     try:
         config = msgspec.convert({key: value for key, value in raw.items() if value is not None}, LoraConfig)
-        for pattern in (*config.rank_pattern, *config.alpha_pattern):
+        chosen = [each for each in (config.target_modules, config.exclude_modules) if isinstance(each, str)]
+        patterns = [*config.rank_pattern, *config.alpha_pattern, *_listed(config.layers_pattern)]
+        for pattern in (*patterns, *chosen):
             re.compile(pattern)
     except (msgspec.ValidationError, re.error) as error:
         raise ModelError(f"the adapter {name}: {CONFIG_FILE} is malformed: {error}") from None
@@ -279,6 +302,17 @@ def _read_config(name: str, checkpoint: Checkpoint) -> LoraConfig:
             "weights: convert it to a plain LoRA (PEFT's path_initial_model_for_weight_conversion)"
         )
     return config
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _names(chosen: str | list[str], module: str) -> bool:
+    """Whether an expression, or one of the names of a list, stands for a module, as PEFT reads them."""
+    if isinstance(chosen, str):
+        return re.fullmatch(chosen, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in chosen)
 
 
 def _matched(pattern: Mapping[str, _Value], module: str) -> _Value | None:

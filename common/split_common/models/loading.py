@@ -17,7 +17,14 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
 from split_common.compat.transformers import UNTIED_CLASS, dequantize_gguf, load_state, model_class, untie
-from split_common.errors import MissingTensor, ModelError, SplitError, UnknownModel, UnsupportedArchitecture
+from split_common.errors import (
+    MissingTensor,
+    ModelError,
+    SplitError,
+    UnknownModel,
+    UnsupportedArchitecture,
+    UnsupportedFeature,
+)
 from split_common.models.cache_layers import check_cache
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.layer_links import check_links
@@ -245,9 +252,23 @@ def _read_state(
 def generation_config(checkpoint: Checkpoint) -> GenerationConfig:
     """The checkpoint's defaults for `generate`: those of generation_config.json, else those in config.json or GGUF.
 
+    They name no cache: with any of transformers' caches but a quantized one, tokens are those of a dynamic one.
+
     Raises:
         ModelError: they are malformed, or their file cannot be read.
+        UnsupportedFeature: they ask for a quantized cache.
     """
+    config = _defaults(checkpoint)
+    if config.cache_implementation == "quantized":
+        raise UnsupportedFeature(
+            f"{checkpoint.name}: the defaults for generate ask for a quantized cache, which cannot be split: "
+            "remove cache_implementation from generation_config.json (or config.json)"
+        )
+    config.cache_implementation = None
+    return config
+
+
+def _defaults(checkpoint: Checkpoint) -> GenerationConfig:
     if checkpoint.gguf is not None:
         return GenerationConfig.from_model_config(_config(checkpoint))
     file = checkpoint.find("generation_config.json")

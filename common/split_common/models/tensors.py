@@ -46,7 +46,10 @@ def to_bytes(states: torch.Tensor) -> memoryview:
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's bytes, in C order and native byte order."""
+    """A tensor's bytes, in C order and native byte order; none if it has no elements."""
+    if not tensor.numel():
+        # A view of nothing cannot be cast.
+        return memoryview(b"")
     # Made contiguous on its own device, because a GPU does that faster.
     return memoryview(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data).cast("B")
 

@@ -13,6 +13,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from split_common.compat.transformers import complete_config, complete_lengths, eos_tokens, logits_processors
 from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
@@ -37,9 +38,12 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "use_mtp": (None, False),
     "guidance_scale": (None, 1),
     "encoder_repetition_penalty": (None, 1),
+    "encoder_no_repeat_ngram_size": (None, 0),
     "stop_strings": (None, []),
     "max_time": (None,),
     "token_healing": (None, False),
+    # With the others, tokens are those of a dynamic cache.
+    "cache_implementation": (None, *sorted({*ALL_CACHE_IMPLEMENTATIONS} - {"quantized"})),
 }
 
 

@@ -310,10 +310,11 @@ class SessionCacheLayer(BodyLayer):
     ) -> tuple[list[int], list[int]]:
         """The rows to send, and for each row the index of its equal in this list.
 
-        When a session starts, equal rows (beams, and returned sequences) travel once, and the worker forks them.
+        When a session starts, equal rows (beams, and returned sequences) travel once, and the worker forks them:
+        it has to have them then, so none of them is all padding.
         """
         every = list(range(len(hidden)))
-        if self._columns is not None or len(hidden) == 1:
+        if self._columns is not None or len(hidden) == 1 or not keep.any(1).all():
             return every, every
         return distinct(
             tuple(bytes(raw_bytes(tensor)) for tensor in (mine, places[row][mine], hidden[row][mine]))

@@ -116,7 +116,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         Raises:
             UnknownModel, UnsupportedArchitecture, InvalidSplit, MissingTensor, TensorMismatch: the model cannot be
                 loaded or split like this.
-            UnsupportedFeature: an adapter cannot be split.
+            UnsupportedFeature: an adapter, or a default for `generate`, cannot be split.
             KeysError: the fleet's keys are missing or invalid, or no manifest lists the model or an adapter.
             ConfigError: an argument is invalid.
             BrokerUnreachable: the broker did not answer in time.
@@ -170,7 +170,6 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         for name, slot in self.named_modules():
             if isinstance(slot, RemoteLayer):
                 slot.close_off(name, stack.owner, slot is last)
-        self.generation_config.cache_implementation = None
         #: Names of the positional arguments of the stack's owner, and of the model itself, in order.
         _, *self._stack_arguments = inspect.signature(inspect.unwrap(type(stack.owner).forward)).parameters
         _, *self._arguments = inspect.signature(inspect.unwrap(type(self).forward)).parameters
@@ -202,16 +201,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         """
         self.check_process()
         config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-        for options in (vars(config) if config is not None else {}, kwargs):
-            if options.get("cache_implementation") not in _DYNAMIC:
-                name = options["cache_implementation"]
-                raise UnsupportedFeature(f"cache_implementation={name!r} cannot be split: only a dynamic cache can")
-            self._check_outputs(options)
-            if is_stateful(self) and any(options.get(name) for name in _ASSISTED):
-                raise UnsupportedFeature(
-                    "assisted decoding takes tokens back, which the device's layers with states cannot do: use it "
-                    "with head_layers and tail_layers that leave all such layers to the worker, e.g. 0"
-                )
+        self._check_options(config, kwargs)
         for name in ("cache", "past_key_values"):
             if (cache := kwargs.get(name)) is not None:
                 self._body.check_cache(cache)
@@ -240,6 +230,25 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         raise UnsupportedFeature("generate_batch cannot be split: use generate, the worker batches by itself")
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    def _check_options(self, config: Any, kwargs: dict[str, Any]) -> None:
+        """Raises UnsupportedFeature for what a call of `generate` asks for, or its defaults do."""
+        options: dict[str, Any] = {}
+        for given in (vars(self.generation_config), vars(config) if config is not None else {}, kwargs):
+            options |= {name: value for name, value in given.items() if value is not None}
+        if (name := options.get("cache_implementation")) not in _DYNAMIC:
+            raise UnsupportedFeature(f"cache_implementation={name!r} cannot be split: only a dynamic cache can")
+        if "assistant_early_exit" in options:
+            raise UnsupportedFeature(
+                "assistant_early_exit cannot be split, because layers that would draft are on the worker: use "
+                "prompt_lookup_num_tokens or assistant_model"
+            )
+        self._check_outputs(options)
+        if is_stateful(self) and any(options.get(name) for name in _ASSISTED):
+            raise UnsupportedFeature(
+                "assisted decoding takes tokens back, which the device's layers with states cannot do: use it "
+                "with head_layers and tail_layers that leave all such layers to the worker, e.g. 0"
+            )
 
     def _check_length(self, tokens: int) -> None:
         if tokens > (limit := self.split_parts.max_positions):
