@@ -156,6 +156,10 @@ class AuthenticationError(SplitError):
 class CertificateError(AuthenticationError):
     """A certificate or roster is damaged, of another fleet or role, outside its validity, revoked or outdated."""
 
+    #: The member that a certificate names and its Ed25519 public key, if the operator signed it; else None.
+    member: str | None = None
+    sign_key: bytes | None = None
+
 
 class NeedEmbeddings(SplitError):
     """The worker lacks the embeddings that a step of an image needs; the device sends them again."""

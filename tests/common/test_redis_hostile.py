@@ -16,6 +16,7 @@ import pytest
 import tiny
 from split_common.errors import NoWorker, SplitError
 from split_common.protocol import headers
+from split_common.protocol.handshake import WorkerHandshake
 from split_common.transport import new_peer_id
 from split_common.transport.placement import Candidate
 from split_common.transport.redis.key_names import Keys
@@ -234,6 +235,30 @@ def test_a_member_that_answers_no_open_keeps_no_device_from_the_others(setting: 
             assert sum(client.xlen(lane) for lane in lanes) <= len(lanes) + 1
     finally:
         client.delete(*lanes, keys.workers("worker-2"))
+
+
+@pytest.mark.parametrize("shown", ["worker-2", "elsewhere"])
+def test_an_answer_under_anothers_id_spoils_no_set_up(
+    setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch, shown: str
+) -> None:
+    """A worker that is asked answers as if it were the other: with its own certificate, or one for other layers."""
+    if setting.fleet.roster().by_name("elsewhere") is None:
+        setting.fleet.add_member("worker", "elsewhere", [ModelScope(bytes(32), 0, 99)])
+    identity = setting.fleet.read_identity(shown)
+    lies: list[bytes] = []
+    with setting.worker(server.address) as good, setting.worker(server.address, "worker-2") as liar:
+
+        def answer(header: headers.Open, body: bytes) -> None:
+            handshake = WorkerHandshake(identity, liar._verify, setting.service, body)
+            relay = headers.Relay(header.sender, good.id, headers.RelayKind.ANSWER, header.channel)
+            liar._transport.send(relay, handshake.answer)
+            lies.append(header.sender)
+
+        monkeypatch.setattr(liar, "_open_channel", answer)
+        while not lies:
+            with setting.client(server.address, patience=0, timeout=LATE) as device:
+                assert device.open_session().worker == good.id
+        wait_until(lambda: device.counters["AuthenticationError"] >= 1)
 
 
 def test_workers_without_a_certificate_for_their_service_get_no_open(setting: Setting, server: Valkey) -> None:

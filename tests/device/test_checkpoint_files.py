@@ -145,6 +145,12 @@ def test_pointers_in_a_pipeline(tmp_path: Path) -> None:
         Checkpoint.resolve(pipeline)
 
 
+def test_defaults_that_are_nested_too_deeply_are_named(model: Path) -> None:
+    (model / "generation_config.json").write_text("[" * 100_000)
+    with pytest.raises(ModelError, match=r"generation_config\.json: maximum recursion"):
+        generation_config(Checkpoint.resolve(str(model)))
+
+
 def test_a_link_that_leads_nowhere_is_named(model: Path) -> None:
     (model / "model.safetensors").unlink()
     (model / "model.safetensors").symlink_to("../../blobs/gone")

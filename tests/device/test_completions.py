@@ -158,6 +158,9 @@ def test_log_probabilities_of_prompts_as_vllm_tells_them(url: str, unsplit: Unsp
     assert len(chat["choices"]) == 2
     refused = post(url, "/v1/chat/completions", {**hello, "prompt_logprobs": 1, "stream": True})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt_logprobs")
+    many = {"model": "one", "prompt": [5] * 250, "max_tokens": 1, "n": 128, "prompt_logprobs": 20}
+    refused = post(url, "/v1/completions", many)
+    assert "672,000 log probabilities of prompts are more than 524,288" in refused.json()["error"]["message"]
 
 
 def test_offsets_of_a_stream_go_on(client: openai.OpenAI) -> None:

@@ -52,7 +52,7 @@ for _ in range(200):
 #: As JSON, since some of it is nothing that a Python program sends.
 VALUES = ["1e400", "[null]", '"\\ud800"']
 MORE = [
-    *("null", "-1", str(2**70), "[]", '{"": null}', '{"type": 1}', json.dumps(DEEP)),
+    *("null", "-1", str(2**70), f"[{2**70}]", "[]", '{"": null}', '{"type": 1}', json.dumps(DEEP)),
     *('[{"role": "assistant", "content": null}]', '[{"role": "tool", "content": "x"}]', '[{"type": "text"}]'),
     *('[{"role": "user", "content": []}]', '[{"type": ["function"]}]'),
     '[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]',
@@ -102,6 +102,8 @@ def test_what_is_empty_or_a_list(client: httpx2.Client) -> None:
     assert client.post("/messages", json=nothing).json()["error"]["message"].startswith("messages: expected")
     tools = {"model": "tiny", "input": "x", "tools": [{"type": ["function"]}]}
     assert client.post("/responses", json=tools).status_code == 400
+    huge = {"model": "tiny", "prompt": [2**70], "max_tokens": 1}
+    assert f"token {2**70} is not among" in client.post("/completions", json=huge).json()["error"]["message"]
 
 
 @pytest.mark.long

@@ -277,7 +277,7 @@ def _defaults(checkpoint: Checkpoint) -> GenerationConfig:
             return _checked(GenerationConfig.from_pretrained(file.parent))
         # The class of a configuration drops what is meant for `generate`.
         return _checked(GenerationConfig.from_model_config(json.loads(checkpoint.path("config.json").read_bytes())))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         name = "config.json" if file is None else "generation_config.json"
         raise ModelError(f"{checkpoint.name}: {name}: {_first_line(error)}") from None
 

@@ -43,7 +43,7 @@ import nacl.exceptions
 from nacl.encoding import RawEncoder
 from nacl.hash import blake2b
 
-from split_common.errors import AuthenticationError, Malformed
+from split_common.errors import AuthenticationError, CertificateError, Malformed
 from split_common.protocol.capabilities import CAPABILITIES
 from split_common.protocol.channel import SUITES, Box, Channel, Suite, derive_key, preferred_suites
 from split_common.protocol.headers import Hash, Service
@@ -149,7 +149,8 @@ class DeviceHandshake:
         Raises:
             Malformed: the message is not an answer.
             AuthenticationError: it does not prove that it is a worker's answer to this hello.
-            CertificateError: the worker's certificate is of another fleet, role, time or body, or is revoked.
+            CertificateError: the worker's certificate is of another fleet, role, time or body, or is revoked. If
+                the error has a `member`, that member has shown it.
         """
         answer = _decode(message, Answer)
         if answer.suite not in self._offered:
@@ -295,14 +296,22 @@ def _open_credentials(
 ) -> Certificate:
     box = Box(suite, derive_key(key, b"handshake", transcript))
     credentials = _decode(box.open(0, transcript, sealed), Credentials)
-    certificate = verify(credentials.certificate, role)
+
+    def check_signature(name: str | None, key: bytes) -> None:
+        signed = credentials.signature + _statement(role, transcript, credentials.certificate)
+        try:
+            sodium.crypto_sign_open(signed, key)
+        except (nacl.exceptions.CryptoError, ValueError):
+            raise AuthenticationError(f"{role} {name} did not sign this channel") from None
+
     try:
-        sodium.crypto_sign_open(
-            credentials.signature + _statement(role, transcript, credentials.certificate),
-            certificate.sign_key,
-        )
-    except (nacl.exceptions.CryptoError, ValueError):
-        raise AuthenticationError(f"{role} {certificate.name} did not sign this channel") from None
+        certificate = verify(credentials.certificate, role)
+    except CertificateError as error:
+        # It counts against a member only if that member shows it.
+        if error.sign_key is not None:
+            check_signature(error.member, error.sign_key)
+        raise
+    check_signature(certificate.name, certificate.sign_key)
     return certificate
 
 

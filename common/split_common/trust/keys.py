@@ -202,10 +202,14 @@ def verify_certificate(
     Raises:
         CertificateError: the certificate is damaged or another operator's, has another role, does not agree with
             the roster or is revoked there, is not valid now, or does not cover the scope. The message names the
-            member, unless the signature is wrong.
+            member, unless the signature is wrong; so do the error's `member` and `sign_key`.
     """
     certificate = open_signed("certificate", Certificate, data, operator_key)
-    check_certificate(certificate, roster=roster, role=role, now=now, scope=scope)
+    try:
+        check_certificate(certificate, roster=roster, role=role, now=now, scope=scope)
+    except CertificateError as error:
+        error.member, error.sign_key = certificate.name, certificate.sign_key
+        raise
     return certificate
 
 

@@ -6,8 +6,6 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
-
 from split_common.system.text import check_text
 from split_device.models.language import check_tokens
 
@@ -36,4 +34,4 @@ def check_named_tokens(model: Any, *named: Iterable[Sequence[int]]) -> None:
     """Raises ConfigError if one of several collections of token ids names a token that the model does not have."""
     tokens = {token for sequences in named for sequence in sequences for token in sequence}
     if tokens:
-        check_tokens(model, torch.tensor(sorted(tokens)))
+        check_tokens(model, sorted(tokens))

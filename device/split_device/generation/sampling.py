@@ -104,7 +104,7 @@ class Sampler:
         prompt = len(request.prompt)
         if not prompt:
             raise ConfigError("a prompt has at least one token")
-        check_tokens(model, torch.tensor([*request.prompt, *request.generated]))
+        check_tokens(model, [*request.prompt, *request.generated])
         positions: int = model.split_parts.max_positions
         if prompt > positions:
             raise PromptTooLong(f"{prompt} tokens exceed the model's {positions} positions")

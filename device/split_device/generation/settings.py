@@ -59,6 +59,20 @@ BOUNDS = {
 }
 
 
+def check_prompt_logprobs(tokens: int, most: int) -> None:
+    """Raises ConfigError for more log probabilities of prompts than `MAX_PROMPT_LOGPROBS`.
+
+    Args:
+        tokens: number of tokens of which they are asked.
+        most: how many others are told with each.
+    """
+    if (count := tokens * (most + 1)) > MAX_PROMPT_LOGPROBS:
+        raise ConfigError(
+            f"{count:,} log probabilities of prompts are more than {MAX_PROMPT_LOGPROBS:,}: ask for fewer at each "
+            "token, or for fewer prompts and answers"
+        )
+
+
 def within_bounds(name: str, value: Any) -> Any:
     """A number of a request, as an int if it has to be integral, like 5.0.
 
@@ -113,6 +127,9 @@ _STORED = (*_CHOSEN, "seed")
 
 #: Most entries of a `logit_bias`, of `bad_words` and of `stop_token_ids`: each costs time at every token.
 MAX_ENTRIES = 1024
+
+#: Most log probabilities that are told of the prompts of one request: each takes some 600 bytes until it is sent.
+MAX_PROMPT_LOGPROBS = 2**19
 
 #: A token id that no vocabulary has: the end token of a text that goes on after all of the model's.
 _NO_END = 2**62

@@ -27,7 +27,7 @@ from split_device.generation.generator import Generator, Request
 from split_device.generation.image_prompts import ImagePrompt, encode_with_images, load_processor
 from split_device.generation.limits import Limits
 from split_device.generation.sampling import check_defaults, check_values
-from split_device.generation.settings import SEED_BOUND
+from split_device.generation.settings import SEED_BOUND, check_prompt_logprobs
 from split_device.generation.structured import StructuredOutputs
 from split_device.generation.tokenizing import (
     ChatMessage,
@@ -172,10 +172,13 @@ class Loaded:
 
         Raises:
             PromptTooLong: as `encode`.
-            ConfigError: as `encode`, or a number is out of bounds.
+            ConfigError: as `encode`, or a number is out of bounds, or too many log probabilities are asked.
             ConfigError, UnsupportedFeature: what the answer has to look like is refused; see `Grammars.compile`.
         """
         prompt = self.encode(task) if prompt is None else prompt
+        scored = task.prompt_logprobs if isinstance(task.prompt_logprobs, int) else None
+        if scored is not None:
+            check_prompt_logprobs(len(prompt), scored)
         structured = self.structured(task)
         limit, sampling = self.limit, task.sampling.checked().resolved(self.model.generation_config)
         config = GenerationConfig(
@@ -196,7 +199,7 @@ class Loaded:
             sampler=progress.sampler,
             priority=priority,
             logprobs=task.logprobs if isinstance(task.logprobs, int) else None,
-            prompt_logprobs=task.prompt_logprobs if isinstance(task.prompt_logprobs, int) else None,
+            prompt_logprobs=scored,
             frequency_penalty=sampling.frequency_penalty or 0.0,
             presence_penalty=sampling.presence_penalty or 0.0,
             constraint=None if structured is None else self.grammars.constraint(structured),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -342,13 +342,15 @@ class SplitModelForImageTextToText(SplitModelForCausalLM):
     _takes_images = True
 
 
-def check_tokens(model: Any, tokens: torch.Tensor) -> None:
-    """Raises ConfigError if a token id, int64 in any shape, has no embedding."""
+def check_tokens(model: Any, tokens: torch.Tensor | Iterable[int]) -> None:
+    """Raises ConfigError if a token id has no embedding. They may be a tensor in any shape, or of any size."""
     known = len(model.get_input_embeddings().weight)
-    strange = tokens[(tokens < 0) | (tokens >= known)]
-    if strange.numel():
+    if isinstance(tokens, torch.Tensor):
+        tokens = tokens[(tokens < 0) | (tokens >= known)].tolist()
+    strange = next((token for token in tokens if not 0 <= token < known), None)
+    if strange is not None:
         raise ConfigError(
-            f"token {int(strange[0])} is not among the model's {known}: if its tokenizer was given more tokens, "
+            f"token {strange} is not among the model's {known}: if its tokenizer was given more tokens, "
             "the checkpoint needs their embeddings, too (resize_token_embeddings, save_pretrained)"
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 _FILES = Path(__file__).parent / "static"
@@ -42,6 +42,7 @@ def routes() -> list[Route]:
 
 def _route(address: str, file: Path) -> Route:
     async def send(_request: Request) -> Response:
-        return FileResponse(file, headers=_HEADERS, media_type=_MEDIA_TYPES[file.suffix])
+        # Whole, so that no header of a request has to be understood.
+        return Response(file.read_bytes(), headers=_HEADERS, media_type=_MEDIA_TYPES[file.suffix])
 
     return Route(address, send)

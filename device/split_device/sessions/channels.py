@@ -20,7 +20,7 @@ from split_common.errors import (
 )
 from split_common.protocol import encoding, headers, payloads
 from split_common.protocol.handshake import DeviceHandshake
-from split_common.transport import Transport
+from split_common.transport import Transport, mark_of, member_mark
 from split_common.transport.placement import Silences
 from split_common.trust.keys import Certificate, Identity, Role
 from split_device.sessions.refusals import MIN_RETRY, printable
@@ -216,11 +216,13 @@ class Channels:
                 try:
                     finish, crypto = handshake.finish(body)
                 except CertificateError as error:
+                    _check_sender(error.member, header.sender)
                     # Authentic, so it is final for this worker. Another worker may do.
                     distrusted[header.sender] = error
                     raise Busy(
                         "the worker's certificate is not valid for this body or fleet", retry_after=0.0
                     ) from None
+                _check_sender(crypto.peer.name, header.sender)
                 return finish, WorkerChannel(header.sender, number, crypto, crypto.epoch_keys(0, 0))
 
             def take_confirmation(header: headers.Relay, body: bytes) -> bool | None:
@@ -321,3 +323,13 @@ class Channels:
                 raise Busy(printable(bounce.detail) or "every worker is full", max(MIN_RETRY, bounce.retry_after))
             case _:
                 raise Busy("the worker went away", retry_after=MIN_RETRY)
+
+
+def _check_sender(member: str | None, sender: bytes) -> None:
+    """Raises AuthenticationError for an answer that comes under the peer id of another member than it proves.
+
+    Args:
+        member: None if the operator signed no certificate in it.
+    """
+    if member is None or member_mark(member) != mark_of(sender):
+        raise AuthenticationError("an answer to a set-up comes under a peer id of another member")

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from starlette.requests import Request
 from starlette.responses import Response
 
+from split_device.generation.settings import check_prompt_logprobs
 from split_device.serving.answering import Answer, comment, event
 from split_device.serving.http import Handler, api_error, json_response, read_json
 from split_device.serving.openai.answers import Header, chat_piece, chunk, usage_chunk
@@ -48,12 +49,21 @@ class Completions:
         return json_response(completion(header, query.form, usage, choices, prompts))
 
     async def _begin(self, query: CompletionQuery, answer: Answer, id_: str) -> None:
-        """Starts the choices. Raises ApiError for a model that is not served, and what `ChoiceStream` raises."""
+        """Starts the choices.
+
+        Raises ApiError for a model that is not served, ConfigError for too many log probabilities of prompts, and
+        what `ChoiceStream` raises.
+        """
         adapter = self._model.adapter(query.model)
         prompt: list[int] = []
+        scored, count = 0, query.form.per_prompt
         for index, task in enumerate(query.tasks):
-            if index % query.form.per_prompt == 0:
+            if index % count == 0:
                 prompt = await self._model.encode(task)
+                told = [each.prompt_logprobs for each in query.tasks[index : index + count]]
+                asked = [most for most in told if isinstance(most, int)]
+                scored += len(asked) * len(prompt)
+                check_prompt_logprobs(scored, max(asked, default=0))
             answer.streams.append(self._model.stream(task, prompt, request_id=id_, index=index, adapter=adapter))
 
 
