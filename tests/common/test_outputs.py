@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import stat
 import subprocess
 import threading
@@ -64,6 +66,22 @@ def test_a_file_of_two_names_keeps_both(tmp_path: Path) -> None:
     (tmp_path / "one").write_bytes(b"a longer text than the new one")
     (tmp_path / "two").hardlink_to(tmp_path / "one")
     write(tmp_path / "two", b"new")
+    assert (tmp_path / "one").read_bytes() == b"new"
+
+
+class Interrupted(io.BytesIO):
+    """Ctrl-C is pressed whenever it is read."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        signal.raise_signal(signal.SIGINT)
+        return super().read(size)
+
+
+def test_ctrl_c_leaves_no_half_of_a_file_that_is_written_in_place(tmp_path: Path) -> None:
+    (tmp_path / "one").write_bytes(b"a longer text than the new one")
+    (tmp_path / "two").hardlink_to(tmp_path / "one")
+    with pytest.raises(KeyboardInterrupt):
+        write_output(tmp_path / "two", Interrupted(b"new"))
     assert (tmp_path / "one").read_bytes() == b"new"
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -129,6 +131,32 @@ def test_a_turn_that_fails_is_undone(split: Any, unsplit: Any, tokenizer: Any) -
         conversation.say("More", GREEDY, break_off)
     assert len(conversation.messages) == 2
     assert [first, conversation.say("More", GREEDY).text] == talk(unsplit, tokenizer, "Hello", "More")
+
+
+def test_ctrl_c_anywhere_leaves_a_whole_turn_or_nothing(unsplit: Any, tokenizer: Any) -> None:
+    """Before each line of `say` in turn."""
+    lines: set[int] = set()
+
+    def trace(frame: FrameType, event: str, _argument: Any) -> Any:
+        if frame.f_code is not Conversation.say.__code__:
+            return None
+        if event == "line" and frame.f_lineno not in lines:
+            lines.add(frame.f_lineno)
+            raise KeyboardInterrupt
+        return trace
+
+    conversation, before = Conversation(unsplit, tokenizer), sys.gettrace()
+    for number in range(100):
+        sys.settrace(trace)
+        try:
+            conversation.say(str(number), Sampling(max_tokens=1))
+            break
+        except KeyboardInterrupt:
+            roles = [message["role"] for message in conversation.messages]
+            assert roles == ["user", "assistant"] * (len(roles) // 2)
+        finally:
+            sys.settrace(before)
+    assert len(lines) > 10
 
 
 def test_reset_keeps_the_system_message(split: Any, tokenizer: Any) -> None:

@@ -6,6 +6,8 @@ import http.server
 import json
 import logging
 import shlex
+import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +117,27 @@ def test_a_command_at_the_end_of_a_job(store: Store, notifier: Notifier, tmp_pat
     store.write([Update(id=id_, state="succeeded")])
     turned(notifier, lambda: len(written(out)) == 2)
     assert ",succeeded," in written(out)[1]
+
+
+def test_ctrl_c_does_not_run_a_command_again(
+    store: Store, notifier: Notifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is pressed when the command has been started, and nobody has noted it yet."""
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            signal.raise_signal(signal.SIGINT)
+
+    out = tmp_path / "out"
+    id_ = store.submit(task("Hello")).id
+    store.hooks.add([echo(out)], [id_])
+    store.write([Update(id=id_, state="succeeded")])
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        notifier.turn()
+    wait_until(lambda: written(out), PATIENCE)
+    assert store.hooks.due() == []
 
 
 def test_a_command_at_the_end_of_a_group(store: Store, notifier: Notifier, tmp_path: Path) -> None:

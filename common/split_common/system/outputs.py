@@ -21,6 +21,7 @@ from typing import IO
 from split_common.errors import ConfigError
 from split_common.system.console import stderr
 from split_common.system.files import private_dir, state_dir, user_path
+from split_common.system.signals import delay_signals
 
 #: Paths of this process's open files. The number says which one.
 _OWN_FILE = re.compile(r"/(?:dev|proc/self)/fd/(\d+)", re.ASCII)
@@ -110,7 +111,8 @@ def write_output(path: Path, data: bytes | IO[bytes]) -> None:
             return
         target = _target(path)
         if not (_replaceable(target) and _replace(target, content)):
-            with target.open("r+b") as file:
+            # A signal that comes now does not leave half of the old file behind half of the new one.
+            with delay_signals(), target.open("r+b") as file:
                 shutil.copyfileobj(content, file)
                 file.truncate()
                 _sync(file)

@@ -12,6 +12,7 @@ import msgspec
 
 from split_common.errors import JobsError, SplitError
 from split_common.system.lock import Held, holding
+from split_common.system.signals import delay_signals
 from split_device.batches.finish import clear, finish
 from split_device.batches.pictures import Pictures
 from split_device.batches.place import Place, Record, places
@@ -71,9 +72,11 @@ class _Open:
             self.pictures.write()
         if counts(self.store)[0] < self.record.jobs:
             return False
-        summary = finish(self.place, self.record, self.plan, self.store)
+        # A signal that comes now does not part the files from the record of them.
+        with delay_signals():
+            summary = finish(self.place, self.record, self.plan, self.store)
+            self._errors = summary.errors
         log.info("%s is finished, with %d errors", self.place.name, summary.errors)
-        self._errors = summary.errors
         return True
 
     def _clear(self) -> None:

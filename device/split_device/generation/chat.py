@@ -182,14 +182,14 @@ class Conversation:
             ConfigError, UnsupportedFeature: `structured` is refused.
             SplitError: raised by `generate`.
         """
-        self.messages.append({"role": "user", "content": text})
-        shown = [*self._shown, *(ShownImage(image, len(self.messages) - 1) for image in images)]
+        messages = [*self.messages, {"role": "user", "content": text}]
+        shown = [*self._shown, *(ShownImage(image, len(messages) - 1) for image in images)]
         try:
             if shown:
-                prompt = encode_with_images(self._processor, self.messages, shown, template=self._template)
+                prompt = encode_with_images(self._processor, messages, shown, template=self._template)
                 ids, inputs = torch.tensor([prompt]), prompt.images
             else:
-                ids, inputs = encode_chat(self._tokenizer, self.messages, template=self._template), {}
+                ids, inputs = encode_chat(self._tokenizer, messages, template=self._template), {}
             answer = self.complete(
                 ids,
                 sampling,
@@ -201,12 +201,12 @@ class Conversation:
                 on_thinking=on_thinking,
             )
         except BaseException:
-            self.messages.pop()
             self.forget_cache()
             raise
-        self._shown = shown
         thought = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
-        self.messages.append({"role": "assistant", "content": answer.text, **thought})
+        messages.append({"role": "assistant", "content": answer.text, **thought})
+        # At once, so that Ctrl-C leaves all of the turn or nothing.
+        self.messages, self._shown = messages, shown
         return answer
 
     def complete(

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from split_common.system.signals import PARENT
+from split_common.system.signals import PARENT, delay_signals
 from split_device.jobs.hooks import LOOPBACK, DueHook
 from split_device.jobs.store import Store
 
@@ -43,7 +43,8 @@ class Notifier:
     """Does what is due. Belongs to the thread of the store.
 
     A program is noted as done once it has been started, and a call once it has been answered or given up. So what
-    the agent's death interrupts is done again by the next agent: at least once, seldom twice.
+    the agent's death interrupts is done again by the next agent: at least once, seldom twice. A signal waits until
+    what was done is noted.
 
     Args:
         pauses: before each further attempt to call a URL, in seconds.
@@ -79,6 +80,7 @@ class Notifier:
         self._stopped.set()
         self._collect()
 
+    @delay_signals()
     def _collect(self) -> None:
         while not self._called.empty():
             hook, problem = self._called.get()
@@ -93,6 +95,7 @@ class Notifier:
                 if code:
                     log.warning("the command at the end of %s ended with exit code %d", _of(hook), code)
 
+    @delay_signals()
     def _run(self, hook: DueHook) -> None:
         action = hook.action
         kept = {name: value for name, value in os.environ.items() if name not in (PARENT, *_VARIABLES)}
