@@ -30,8 +30,6 @@ from split_common.protocol import payloads
 from split_device.sessions import chunks
 from wiretap import record_requests
 
-pytestmark = pytest.mark.numbers
-
 Model = Any
 
 #: Long enough to leave every sliding window (8 tokens) and to take several chunks where chunks are made small.
@@ -102,15 +100,14 @@ def shared_prefix(model: Model) -> torch.Tensor:
     return torch.cat(answers)
 
 
+#: On other CPUs, those whose steps have different shapes: one token, rows, copies of rows, several tokens, and more
+#: tokens after others. The rest compute as these do.
+ON_OTHER_CPUS = [greedy, padded_batch, beams, prompt_lookup, two_turns]
 MODES = [
-    greedy,
-    padded_batch,
-    beams,
+    *(pytest.param(mode, marks=pytest.mark.numbers) for mode in ON_OTHER_CPUS),
     sampling,
-    prompt_lookup,
     assistant,
     no_cache,
-    two_turns,
     two_turns_configured,
     shared_prefix,
 ]
@@ -181,13 +178,15 @@ def test_same_tokens(case: tuple[str, Model], mode: Callable[[Model], torch.Tens
     assert mode(model).tolist() == expected(arch, mode).tolist()
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("arch", [*tiny.UNLISTED, *tiny.ODD])
 def test_unlisted_architecture(arch: str, broker: str, checkpoint: Callable[[str], Path], expected: Any) -> None:
     with joined(broker, checkpoint(arch)) as (model, _):
-        for mode in (greedy, padded_batch, beams, prompt_lookup, two_turns):
+        for mode in ON_OTHER_CPUS:
             assert mode(model).tolist() == expected(arch, mode).tolist(), mode.__name__
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("arch", tiny.UNPADDED)
 def test_rows_that_padding_changes_are_refused(
     arch: str, broker: str, checkpoint: Callable[[str], Path], expected: Any
@@ -202,6 +201,7 @@ def test_rows_that_padding_changes_are_refused(
         assert worker.counters["steps"] == steps
 
 
+@pytest.mark.numbers
 def test_logits_are_close(case: tuple[str, Model]) -> None:
     arch, model = case
     full = tiny.build(arch)
@@ -253,6 +253,7 @@ def test_streamer_processor_and_criteria(llama: tuple[Model, Model]) -> None:
     assert collector.ended
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     "options",
     [
@@ -289,12 +290,14 @@ def test_split_model_as_assistant(llama: tuple[Model, Model]) -> None:
     assert answer.tolist() == full.generate(REPETITIVE, **GREEDY).tolist()
 
 
+@pytest.mark.numbers
 def test_inputs_embeds(llama: tuple[Model, Model]) -> None:
     embeddings = llama[0].get_input_embeddings()(PROMPT)
     theirs, ours = (model.generate(inputs_embeds=embeddings, **GREEDY) for model in llama)
     assert ours.tolist() == theirs.tolist()
 
 
+@pytest.mark.numbers
 def test_right_padding_when_scoring(broker: str, checkpoint: Callable[[str], Path]) -> None:
     """Tokens after which padding follows are not touched by it, not even with sliding windows."""
     batch, mask = BATCH.flip(1), MASK.flip(1)
@@ -304,6 +307,7 @@ def test_right_padding_when_scoring(broker: str, checkpoint: Callable[[str], Pat
     assert torch.allclose(ours[mask == 1], theirs[mask == 1], atol=1e-4)
 
 
+@pytest.mark.numbers
 def test_padding_between_turns(llama: tuple[Model, Model]) -> None:
     """Rows of a batch end their first turn at different columns; the second turn follows after a gap."""
 
@@ -367,6 +371,7 @@ def test_long_prefill_travels_in_chunks(llama: tuple[Model, Model], monkeypatch:
     assert beams(split).tolist() == beams(full).tolist()
 
 
+@pytest.mark.numbers
 def test_frequencies_that_depend_on_the_largest_position(
     broker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,6 +420,7 @@ def test_defaults_of_generate_are_the_checkpoints(broker: str, tmp_path: Path) -
         model.generate(PROMPT, max_new_tokens=3)
 
 
+@pytest.mark.numbers
 def test_bfloat16(broker: str, checkpoint: Callable[[str], Path]) -> None:
     full = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), dtype=torch.bfloat16)
     with joined(broker, checkpoint("llama"), dtype="bfloat16") as (model, _), torch.no_grad():
@@ -431,6 +437,7 @@ def test_seed_is_left_alone(broker: str, checkpoint: Callable[[str], Path]) -> N
         assert torch.rand(1) == expected
 
 
+@pytest.mark.numbers
 def test_the_layers_may_be_called_without_the_model_around_them(llama: tuple[Model, Model]) -> None:
     """The mask by its place, too: what is under padding must not be attended to."""
     with torch.no_grad():
