@@ -9,7 +9,7 @@ import typer
 
 from split_common.cli.options import JsonOption, KeysOption, parse_size
 from split_common.errors import ConfigError
-from split_common.system.console import emit_json, stderr
+from split_common.system.console import emit_json, saying_stop, stderr
 from split_common.system.process import allow_many_files
 from split_common.system.signals import catch_sigterm, wait_until_set
 from split_common.transport.address import DEFAULT_BROKER
@@ -64,7 +64,7 @@ def broker(
         else:
             whose = "this machine's own keys" if fleet.is_loopback else f"the keys in {fleet.path}"
             stderr.print(f"broker on {running.address}, with {whose}", soft_wrap=True)
-        wait_until_set(stop)
-        stderr.print("stopping: sessions continue when a broker is there again")
+        with saying_stop("sessions continue when a broker is there again"):
+            wait_until_set(stop)
     finally:
         running.stop()

@@ -189,7 +189,7 @@ def test_an_open_that_cannot_be_met_is_answered(join, monkeypatch: pytest.Monkey
     device.send(headers.Open(device.id, 3, headers.Service(b"x" * 32, 2, 4)))
     wrong = device.receive(headers.Bounce)[0]
     assert wrong.reason == "no-worker"
-    assert wrong.detail == f"tiny layers 2:4 ({peer_name('worker-1', worker.id)})"
+    assert wrong.detail == f"tiny 2:4 ({peer_name('worker-1', worker.id)})"
 
 
 def test_opens_for_services_that_nobody_has_leave_nothing_behind(join, broker) -> None:

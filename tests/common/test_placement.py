@@ -86,8 +86,8 @@ def test_the_roomiest_worker_that_is_not_avoided_is_chosen(
     [
         # No worker of the service: what there is instead is told, unless workers may be about to come back.
         ([], "", False, False, Refuse("no-worker", "none")),
-        ([worker("a", 3, OTHER)], "", False, False, Refuse("no-worker", "tiny layers 0:1 (a/00000000)")),
-        ([worker("a", 3, OTHER)], "", False, True, Refuse("no-worker", "tiny layers 0:1 (a/00000000)")),
+        ([worker("a", 3, OTHER)], "", False, False, Refuse("no-worker", "tiny 0:1 (a/00000000)")),
+        ([worker("a", 3, OTHER)], "", False, True, Refuse("no-worker", "tiny 0:1 (a/00000000)")),
         ([], "", True, False, Wait()),
         ([worker("a", 3, OTHER)], "", True, True, Wait()),
         # All are full: it waits, but not beyond its deadline.
@@ -318,7 +318,7 @@ def test_what_is_served_is_listed_once_each_and_in_order() -> None:
         worker("d", 0, headers.Service(bytes(32), 3, 5), "a"),
     ]
     a, b, c, d = (peer_name(one.member, one.id) for one in workers)
-    assert served(workers) == f"a layers 3:5 ({d}), b layers 2:4 ({b}, {c}), b layers 10:12 ({a})"
+    assert served(workers) == f"a 3:5 ({d}), b 2:4 ({b}, {c}), b 10:12 ({a})"
     assert served([]) == "none"
     many = [worker(f"w{number}", 0) for number in range(7)]
     assert served(many).endswith(", 3 more)")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import tiny
 import tiny_diffusion
 from fleet import running_broker, start_worker
 from split_common.cli import main
@@ -169,6 +170,7 @@ def test_an_image_goes_into_a_pipe_and_not_over_its_input(options: list[str], tm
         (["-o", "a.png", "--strength", "0.5"], 2, "--strength needs --init-image"),
         (["-o", "a.png", "--init-image", "gone.png", "--size", "32"], 2, "the initial image has a size"),
         (["-o", "a.png", "--model", "/proc"], 2, "not the directory of a pipeline"),
+        (["-o", "a.png", "--cut", "A"], 1, "no worker serves tiny-sdxl blocks "),
         (["-o", "a.png", "--cut", "A"], 1, "): start one with `lambda-split worker --model "),
         (["-o", "a.png", "--reuse", "1.5"], 2, "number of steps"),
         (["-o", "a.png", "--reuse", "often"], 2, "expected a number of steps"),
@@ -191,8 +193,17 @@ def test_what_is_wrong_is_said_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_worker_takes_one_way_to_say_the_cut(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_takes_one_way_to_say_model_and_cut(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert main(["worker", "--model", str(model), "--cut", "C", "--layers", "1:-1"]) == 2
     assert "give one of them" in capfd.readouterr().err
     assert main(["worker", "--model", str(model), "--layers", "0:-1"]) == 2
     assert "from each end" in capfd.readouterr().err
+    assert main(["worker", "--image-model", str(model), "--layers", "3:99"]) == 2
+    assert "--layers 3:99 is not a part of a model of 7 blocks" in capfd.readouterr().err
+    assert main(["worker", "--image-model", str(model), "--model", str(model)]) == 2
+    assert "give --model or --image-model" in capfd.readouterr().err
+    text = tiny.save("llama", tmp_path / "text")
+    assert main(["worker", "--image-model", str(text)]) == 2
+    assert f"--image-model is for diffusion models, which {text} is not" in capfd.readouterr().err

@@ -49,6 +49,7 @@ class Client:
         self.service = headers.Service(bytes(32), 2, 4)
         self.model = "tiny"
         self.command = "lambda-split worker --model tiny"
+        self.unit = "layers"
         self.said: list[str] = []
         self.notices = Notices(self.said.append)
         self.refusals = list(refusals)

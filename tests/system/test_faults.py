@@ -516,7 +516,7 @@ def test_other_weights_or_ranges_find_no_worker(tmp_path: Path, setting: Setting
         ):
             broker._started -= GRACE
             began = time.monotonic()
-            with pytest.raises(NoWorker, match=f"served here: {setting.manifest.name} layers 2:4"):
+            with pytest.raises(NoWorker, match=f"served here: {setting.manifest.name} 2:4"):
                 client.open_session()
             assert time.monotonic() - began < SOON < PATIENCE
             assert worker.counters["steps"] == 0

@@ -23,13 +23,15 @@ from split_common.cli.options import (
     ThreadsOption,
     TimeoutOption,
     TuneOption,
+    given,
     parse_cache_size,
     parse_size,
 )
+from split_common.errors import ConfigError
 from split_common.models.checkpoint_files import model_name
 from split_common.models.demo_model import resolve_model
 from split_common.models.denoisers.sizes import MAX_PIXELS
-from split_common.system.console import doing, emit_json, stderr
+from split_common.system.console import doing, emit_json, saying_stop, stderr
 from split_common.system.process import passive_threads
 from split_common.system.signals import catch_sigterm, wait_until_set
 from split_common.transport import connect
@@ -51,6 +53,7 @@ def register(app: typer.Typer) -> None:
 
 
 def worker(
+    context: typer.Context,
     model: ModelOption = None,
     image_model: Annotated[str | None, typer.Option("--image-model", metavar="DIR", hidden=True)] = None,
     layers: LayersOption = None,
@@ -116,6 +119,8 @@ def worker(
     identity = fleet.identity("worker", member)
     transport = connect(broker, fleet, identity)
     # A worker has one model, whatever its kind; devices, which may have two, call it by this name.
+    if image_model is not None and given(context, ["--model"]):
+        raise ConfigError("a worker serves one model: give --model or --image-model, and start another worker")
     checkpoint = resolve_model(model if image_model is None else image_model)
     with doing(f"loading {model_name(checkpoint)}, connecting to {masked(broker)}"):
         import torch
@@ -140,6 +145,7 @@ def worker(
             memory=kv_bytes,
             max_pixels=max_pixels,
             tune=tune == "on",
+            images=image_model is not None,
         )
         limits = WorkerLimits(max_sessions, idle_timeout, kept_tokens=_kept_tokens(serving.body, kept_bytes))
         stop = catch_sigterm()
@@ -147,9 +153,9 @@ def worker(
         running.start(timeout)
     try:
         _announce(running, serving, identity.certificate.name, json)
-        wait_until_set(stop)
-        running.check()
-        stderr.print(f"stopping: {running.name} takes no new sessions", soft_wrap=True)
+        with saying_stop(f"{running.name} takes no new sessions"):
+            wait_until_set(stop)
+            running.check()
         _drain(running, drain_timeout)
     finally:
         running.stop()

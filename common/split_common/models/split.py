@@ -50,13 +50,17 @@ class Layers:
         split = self.split(count())
         return split.first, split.layers - split.last
 
-    def split(self, layers: int) -> Split:
-        """The range in a model of `layers` layers. Raises InvalidSplit if it is not a part of the model."""
+    def split(self, layers: int, unit: str = "layers") -> Split:
+        """The range in a model of `layers` layers. Raises InvalidSplit if it is not a part of the model.
+
+        Args:
+            unit: what is counted, for the error.
+        """
         last = layers if self.last is None else self.last
         last += layers if last < 0 else 0
         if not 0 <= self.first < last <= layers:
             raise InvalidSplit(
-                f"--layers {self} is not a part of a model of {layers} layers: 2:-2 leaves two at each end"
+                f"--layers {self} is not a part of a model of {layers} {unit}: 2:-2 leaves two at each end"
             )
         return Split(layers, self.first, last)
 
@@ -93,14 +97,14 @@ class Split:
         return cls(layers, head, layers - tail)
 
     @classmethod
-    def parse(cls, layers: int, text: str) -> Split:
-        """Reads the body's range of a model of `layers` layers: see `Layers`.
+    def parse(cls, layers: int, text: str, unit: str = "layers") -> Split:
+        """Reads the body's range of a model of `layers` layers: see `Layers`. `unit` is what is counted.
 
         Raises:
             ConfigError: the text is not such a range.
             InvalidSplit: the range leaves no body.
         """
-        return Layers.parse(text).split(layers)
+        return Layers.parse(text).split(layers, unit)
 
     @property
     def body(self) -> range:

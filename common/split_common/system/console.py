@@ -57,6 +57,23 @@ def doing(what: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def saying_stop(what: str) -> Iterator[None]:
+    """Says on stderr that a command stops, when a block that waits for a signal ends, also by Ctrl-C.
+
+    Args:
+        what: becomes of what the command serves, e.g. "sessions continue when a broker is there again".
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        # Whoever has started the command may be gone, and nobody reads.
+        with contextlib.suppress(OSError):
+            stderr.print(f"stopping: {what}", soft_wrap=True)
+        raise
+    stderr.print(f"stopping: {what}", soft_wrap=True)
+
+
 def prepare_output() -> None:
     """Lets stdout and stderr take any text: what their encoding lacks is escaped, e.g. as `\\u4f60`."""
     for name in ("stdout", "stderr"):

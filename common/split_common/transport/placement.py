@@ -296,15 +296,14 @@ class Trials:
 
 
 def served(workers: Iterable[Candidate]) -> str:
-    """The models and layers that workers serve, and the workers' names, for a message."""
+    """The models and parts of them that workers serve, and the workers' names, for a message."""
     services: dict[tuple[str, int, int], list[str]] = {}
     for worker in workers:
         service = worker.model, worker.service.first, worker.service.last
         services.setdefault(service, []).append(peer_name(worker.member, worker.id))
     return (
         ", ".join(
-            f"{model} layers {first}:{last} ({_few(names)})"
-            for (model, first, last), names in sorted(services.items())
+            f"{model} {first}:{last} ({_few(names)})" for (model, first, last), names in sorted(services.items())
         )
         or "none"
     )

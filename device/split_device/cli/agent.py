@@ -14,7 +14,7 @@ import typer
 from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption, given_words, old_name
 from split_common.errors import AgentError, ConfigError
-from split_common.system.console import doing, emit_json, stderr
+from split_common.system.console import doing, emit_json, saying_stop, stderr
 from split_common.system.lock import Held, holding
 from split_common.system.process import allow_many_files, passive_threads
 from split_common.system.signals import catch_sigterm
@@ -97,20 +97,21 @@ def _work(
     prune_at = 0.0
     in_background = agent.logs_to_file()
     try:
-        while not stop.is_set():
-            runner.begin()
-            batches.begin(runner.running)
-            time.sleep(WRITE_INTERVAL)
-            runner.write()
-            batches.write()
-            notifier.turn()
-            if time.monotonic() >= prune_at:
-                if max_age is not None:
-                    store.prune(time.time() - max_age)
-                    prune_batches(time.time() - max_age)
-                if in_background:
-                    agent.trim_log()
-                prune_at = time.monotonic() + PRUNE_INTERVAL
+        with saying_stop("what runs is interrupted, and goes on when an agent runs again"):
+            while not stop.is_set():
+                runner.begin()
+                batches.begin(runner.running)
+                time.sleep(WRITE_INTERVAL)
+                runner.write()
+                batches.write()
+                notifier.turn()
+                if time.monotonic() >= prune_at:
+                    if max_age is not None:
+                        store.prune(time.time() - max_age)
+                        prune_batches(time.time() - max_age)
+                    if in_background:
+                        agent.trim_log()
+                    prune_at = time.monotonic() + PRUNE_INTERVAL
     except KeyboardInterrupt:
         if not stop.is_set():
             raise

@@ -35,8 +35,9 @@ def dead_letters(
         emit_json({"dead_letters": listed})
     for letter in found if not json else ():
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(letter.time))
+        body = f"{letter.model} {letter.unit or 'layers'} {letter.layers}"
         print(
-            f"{when} {_names(letter)}{letter.model} layers {letter.layers}: {letter.tokens} tokens of "
+            f"{when} {_names(letter)}{body}: {letter.tokens} tokens of "
             f"{letter.rows} rows after {letter.cached}, at {', '.join(letter.workers)}: {printable(letter.reason)}"
         )
     if not found and not json:

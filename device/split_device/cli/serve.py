@@ -16,7 +16,7 @@ from split_common.cli.options import JsonOption, given
 from split_common.errors import ConfigError
 from split_common.models.adapters import parse_adapters
 from split_common.models.checkpoint_files import model_name
-from split_common.system.console import emit_json, stderr
+from split_common.system.console import emit_json, saying_stop, stderr
 from split_common.system.process import allow_many_files, passive_threads
 from split_common.system.signals import catch_sigterm, wait_until_set
 from split_common.system.text import check_text
@@ -34,7 +34,7 @@ from split_device.cli.terminal import loading
 from split_device.generation.settings import OPENAI_DEFAULTS, Sampling
 from split_device.jobs.job import ImageChoice, ModelChoice
 from split_device.serving.hosts import check_host
-from split_device.serving.listener import HOST, listening, running_server
+from split_device.serving.listener import HOST, SHUTDOWN_GRACE, listening, running_server
 from split_device.serving.media import media_directories
 
 #: Options for images only.
@@ -173,7 +173,8 @@ def serve(
         with running_server(server.app(), listener, stop):
             default = text.sampling() if text is not None else None
             _announce(f"http://{HOST}:{listener.getsockname()[1]}/", name, adapters, image_name, default, json)
-            wait_until_set(stop)
+            with saying_stop(f"answers under way have {SHUTDOWN_GRACE} s to end"):
+                wait_until_set(stop)
 
 
 def _served(names: Sequence[str], choice: ModelChoice | None) -> list[str]:

@@ -22,6 +22,7 @@ from split_device.images.notices import add_notices, describe
 from split_device.images.settings import ImageSettings, check_size
 from split_device.models.denoiser import SplitDenoiser
 from split_device.sessions.identity import check_request_id, new_request_id
+from split_device.sessions.notices import OnNotice
 
 #: Called on the image's thread with the number of steps done and the total.
 OnStep = Callable[[int, int], None]
@@ -108,13 +109,21 @@ class ImagePipeline:
         check_size(self._directory, settings.checked())
 
     def start(
-        self, prompt: str, settings: ImageSettings, request_id: str | None = None, index: int = 0, **more: Any
+        self,
+        prompt: str,
+        settings: ImageSettings,
+        request_id: str | None = None,
+        index: int = 0,
+        on_notice: OnNotice | None = None,
+        **more: Any,
     ) -> ImageGeneration:
         """Starts an image in its own thread.
 
         Args:
             request_id: the id by which logs name it, 1 to 128 visible ASCII characters; None for a random one.
             index: which of the images of one request id it is, from 0.
+            on_notice: takes one line of text when its worker is lost, waited for or found. Called on any thread,
+                beside the connection's `on_notice`.
             more: further arguments of the pipeline, as for `generate`.
 
         Raises:
@@ -128,7 +137,7 @@ class ImagePipeline:
 
         def make(generation: ImageGeneration) -> Any:
             with self._borrowed() as pipeline:
-                session = self.denoiser.begin(id_, index)
+                session = self.denoiser.begin(id_, index, on_notice)
                 generation.session = session.identity.label
                 generation.interrupt_with(session.abandon)
 

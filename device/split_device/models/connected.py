@@ -48,13 +48,20 @@ class Endpoint:
         return cls(fleet, identity, connect(connection.broker, fleet, identity), connection)
 
     def join(
-        self, manifest: Manifest, split: Split, dtype: payloads.Dtype, options: str, codec: Codec = CODECS[EXACT]
+        self,
+        manifest: Manifest,
+        split: Split,
+        dtype: payloads.Dtype,
+        options: str,
+        codec: Codec = CODECS[EXACT],
+        unit: str = "layers",
     ) -> Client:
         """Joins the queue to find workers of a body.
 
         Args:
             options: of the command that starts a worker of the body, for messages, with a blank before each.
             codec: encodes the hidden states of a language model.
+            unit: what the body's range counts: see `Client`.
 
         Raises:
             BrokerUnreachable: the broker did not answer in time.
@@ -74,6 +81,7 @@ class Endpoint:
             on_notice=self.connection.on_notice,
             wait_for_first=self.connection.wait_for_first,
             codec=codec,
+            unit=unit,
         )
         client.start()
         return client

@@ -33,6 +33,7 @@ from split_device.models.reuse import Base, Reuse
 from split_device.models.stand_ins import Allows, OnWorker
 from split_device.sessions.connection import Connection
 from split_device.sessions.images import DenoiserInputs, ImageSession
+from split_device.sessions.notices import OnNotice
 
 
 class _PerThread(threading.local):
@@ -123,6 +124,7 @@ class SplitDenoiser(ConnectedModel):
             split,
             dtype_name(model.dtype),  # type: ignore[attr-defined]
             options=_worker_options(path, cut, ip_adapter),
+            unit="blocks",
         )
         model._set_client(client, split)
         model._spec, model._codec, model._reuse = spec, CODECS[codec], reuse
@@ -158,18 +160,21 @@ class SplitDenoiser(ConnectedModel):
         """The session of the calling thread. Any thread may `abandon` it."""
         return self._per_thread.session or self.begin()
 
-    def begin(self, request_id: str | None = None, index: int = 0) -> ImageSession:
+    def begin(
+        self, request_id: str | None = None, index: int = 0, on_notice: OnNotice | None = None
+    ) -> ImageSession:
         """Begins a session for the next images of the calling thread, and returns it.
 
         Args:
             request_id: the id by which logs name it, 1 to 128 visible ASCII characters; None for a random one.
             index: which of the images of one request id it is, from 0.
+            on_notice: takes what is said while a step waits for a worker, beside the client's notices.
 
         Raises:
             ConfigError: the request id is not one.
         """
         state = self._per_thread
-        session = ImageSession(self._client, self._spec, self.split, self._codec, request_id, index)
+        session = ImageSession(self._client, self._spec, self.split, self._codec, request_id, index, on_notice)
         state.session, state.reuse = session, Reuse(self._reuse, self._base)
         return session
 

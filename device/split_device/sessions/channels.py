@@ -58,8 +58,9 @@ class ChannelHost(Protocol):
     #: The body that the workers must serve, and the model's name for error messages.
     service: headers.Service
     model: str
-    #: Starts a worker that serves the body, for messages.
+    #: Starts a worker that serves the body, and what the body's range counts, for messages.
     command: str
+    unit: str
 
     def verify(self, certificate: bytes, role: Role) -> Certificate:
         """Raises CertificateError for a certificate that does not hold for this role and body."""
@@ -314,9 +315,10 @@ class Channels:
                 return max(MIN_RETRY, bounce.retry_after)
             case "no-worker":
                 service, served = self._host.service, printable(bounce.detail) or "none"
+                body = f"{self._host.model} {self._host.unit} {service.first}:{service.last}"
                 raise NoWorker(
-                    f"no worker serves {self._host.model} layers {service.first}:{service.last} with these weights "
-                    f"(served here: {served}): start one with `{self._host.command}`",
+                    f"no worker serves {body} with these weights (served here: {served}): start one with "
+                    f"`{self._host.command}`",
                     served,
                 )
             case "busy":

@@ -48,6 +48,7 @@ class Client:
         codec: encodes the hidden states of language models.
         step_timeout: seconds without a reply after which a worker is too slow, if another one is available.
         command: starts a worker that serves the body, for messages.
+        unit: what a body's range counts, for messages: "layers", or "blocks" of a denoiser.
         on_notice: takes one line of text when a worker is lost, waited for or found; None to log it. Called on any
             thread.
     """
@@ -64,6 +65,7 @@ class Client:
         patience: float = PATIENCE,
         step_timeout: float = STEP_TIMEOUT,
         command: str = "lambda-split worker",
+        unit: str = "layers",
         on_notice: OnNotice | None = None,
         wait_for_first: bool = False,
         codec: Codec = CODECS[EXACT],
@@ -75,6 +77,7 @@ class Client:
         self._wait_for_first = wait_for_first
         self.step_timeout = step_timeout
         self.command = command
+        self.unit = unit
         self.notices = Notices(on_notice)
         self.timings = Timings()
         #: Messages dropped because they broke the protocol, by type of error.

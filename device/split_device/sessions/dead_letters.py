@@ -38,6 +38,8 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str = ""
     #: The first 8 hexadecimal digits of the session's key, by which broker and worker name it.
     session: str = ""
+    #: What `layers` counts, if not layers: "blocks" of a denoiser.
+    unit: str | msgspec.UnsetType = msgspec.UNSET
 
 
 def record(letter: DeadLetter) -> None:

@@ -22,6 +22,7 @@ from split_common.protocol import payloads
 from split_device.sessions.client import Client
 from split_device.sessions.distinct import distinct
 from split_device.sessions.identity import SessionIdentity
+from split_device.sessions.notices import OnNotice
 from split_device.sessions.resilient import ResilientSession
 from split_device.sessions.session import RemoteSession, Reply
 from split_device.sessions.timings import StepTimings
@@ -90,7 +91,7 @@ class ImageSession:
         client: finds workers.
         spec, split: the denoiser, and its body's blocks.
         codec: encodes the states for the network; None sends them as they are.
-        request_id, index: of the request that the image answers, see `ResilientSession`.
+        request_id, index, on_notice: of the request that the image answers, see `ResilientSession`.
 
     Raises:
         ConfigError: the request id is not one.
@@ -104,9 +105,10 @@ class ImageSession:
         codec: payloads.Codec | None = None,
         request_id: str | None = None,
         index: int = 0,
+        on_notice: OnNotice | None = None,
     ) -> None:
         self._client = client
-        self._session = ResilientSession(client, request_id, index)
+        self._session = ResilientSession(client, request_id, index, on_notice)
         self._spec, self._split, self._codec = spec, split, codec
         #: Keys of the embeddings that were sent to the worker.
         self._sent: set[bytes] = set()

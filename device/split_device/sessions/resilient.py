@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+import msgspec
+
 from split_common.errors import (
     BrokerUnreachable,
     Busy,
@@ -392,6 +394,7 @@ class ResilientSession:
                 reason=str(error),
                 request_id=self.identity.request_id,
                 session=self.identity.label,
+                unit=msgspec.UNSET if self._client.unit == "layers" else self._client.unit,
             )
         )
         return error

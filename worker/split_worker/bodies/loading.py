@@ -66,6 +66,7 @@ def load_body(
     memory: int | None = None,
     max_pixels: int | None = None,
     tune: bool = True,
+    images: bool = False,
 ) -> Serving:
     """Loads the body of a language model or of a diffusion model's denoiser.
 
@@ -82,6 +83,7 @@ def load_body(
         memory: bytes for keys and values, or for embeddings; None for the default.
         max_pixels: most pixels of an image; None for the default.
         tune: whether to measure what is fastest for a language model on this CPU.
+        images: whether it was named as a diffusion model.
 
     Raises:
         ConfigError: options do not fit the model or each other.
@@ -101,9 +103,8 @@ def load_body(
         manifest = find_manifest(fleet, checkpoint, denoiser.own_tensors(split, "worker"))
         body = DenoiserBody(denoiser, split, device, dtype, memory, max_pixels)
     else:
-        for option, given in (("--cut", cut), ("--ip-adapter", ip_adapter), ("--max-pixels", max_pixels)):
-            if given is not None:
-                raise ConfigError(f"{option} is for diffusion models, which {model} is not")
+        named = {"--cut": cut, "--ip-adapter": ip_adapter, "--max-pixels": max_pixels}
+        _check_absent(model, {**named, "--image-model": images or None})
         spec = read_spec(checkpoint)
         split = Split.parse(spec.layers, layers or str(DEFAULT_LAYERS))
         manifest = find_manifest(fleet, spec.checkpoint, spec.own_tensors(split, "worker"))
@@ -118,7 +119,14 @@ def _denoiser_split(denoiser: DenoiserSpec, layers: str | None, cut: str | None)
         return denoiser.split(cut or DEFAULT_CUT)
     if cut is not None:
         raise ConfigError("--layers and --cut say the same thing: give one of them")
-    return denoiser.check(Split.parse(denoiser.blocks, layers))
+    return denoiser.check(Split.parse(denoiser.blocks, layers, "blocks"))
+
+
+def _check_absent(model: str, options: dict[str, Any]) -> None:
+    """Raises ConfigError for an option of image models that is given with another one."""
+    for option, given in options.items():
+        if given is not None:
+            raise ConfigError(f"{option} is for diffusion models, which {model} is not")
 
 
 def load_language_body(
