@@ -1,4 +1,4 @@
-"""The model that most tests of a device use, a tiny Llama with a tokenizer; a module may have another one."""
+"""What most tests of a device use: a tiny Llama with a tokenizer, and a state; a module may have another one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from fleet import split_model
+from split_device.jobs.agent import running_agent
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +28,12 @@ def unsplit(checkpoint: Path) -> Any:
 def split(checkpoint: Path) -> Iterator[Any]:
     with split_model(checkpoint) as model:
         yield model
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> Iterator[Path]:
+    """A directory for a test's own jobs and batches. No agent is left of it."""
+    monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(tmp_path / "state"))
+    yield tmp_path / "state"
+    run("agent", "stop")
+    assert running_agent() is None

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-import tiny
 from fleet import running_broker, start_worker
 from serving import Unsplit
 from split_device.batches.place import Place, Record, batches_dir, find_batch, place_of
@@ -23,13 +22,10 @@ from wiretap import wait_until
 #: Seconds that something in another process may take on a busy machine.
 PATIENCE = 300.0
 
+pytestmark = pytest.mark.usefixtures("state")
+
 LINES = 16
 TOKENS = 150
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_tokenizer(tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +34,6 @@ def address(checkpoint: Path) -> Iterator[str]:
         worker = start_worker(checkpoint, broker.address)
         yield broker.address
         worker.stop()
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> Iterator[Path]:
-    """A state of its own for each test, and no agent left."""
-    monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(tmp_path / "state"))
-    yield tmp_path / "state"
-    run("agent", "stop")
-    assert running_agent() is None
 
 
 @pytest.fixture
@@ -138,6 +125,8 @@ def test_answers_of_a_batch_that_is_not_done(run: Any, asked: tuple[Any, ...], t
     """They can be read, also of one that nobody works on, and cancelling it writes them."""
     assert run(*asked, "--detach").code == 0
     run("agent", "stop")
+    said = log_path().read_text().splitlines()
+    assert said.count("stopping: what runs is interrupted, and goes on when an agent runs again") == 1
     place = place_of(tmp_path / "out.jsonl")
     with Store(place.store) as store:
         store.recover()

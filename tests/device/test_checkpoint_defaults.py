@@ -26,11 +26,6 @@ def broker() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_tokenizer(tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny"))
-
-
-@pytest.fixture(scope="module")
 def worker(checkpoint: Path, broker: str) -> Iterator[None]:
     running = start_worker(checkpoint, broker)
     yield

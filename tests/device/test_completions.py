@@ -11,18 +11,12 @@ import openai
 import pytest
 import torch
 
-import tiny
 from serving import KEY, Unsplit, serving
 
 #: Seconds that something may take on a busy machine.
 PATIENCE = 300.0
 
 PROMPTS = ["Once", "There was a time"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_tokenizer(tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,8 @@ from wiretap import wait_until
 #: Seconds that something in another process may take on a busy machine.
 PATIENCE = 300.0
 
+pytestmark = pytest.mark.usefixtures("state")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -39,15 +41,6 @@ def address(model: Path) -> Iterator[str]:
     """A broker and a worker of the tiny model."""
     with serving_here(model, cut="C") as running:
         yield running
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> Iterator[Path]:
-    """A store of its own for each test, and no agent left."""
-    monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(tmp_path / "state"))
-    yield tmp_path / "state"
-    run("agent", "stop")
-    assert running_agent() is None
 
 
 def assert_same_picture(picture: np.ndarray, wanted: np.ndarray) -> None:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tiny
 from fleet import serving_here
 from split_common.system.lock import holding
 from split_device import Device
@@ -30,10 +29,7 @@ from wiretap import wait_until
 #: Seconds that something in another process may take on a busy machine.
 PATIENCE = 300.0
 
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_tokenizer(tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny"))
+pytestmark = pytest.mark.usefixtures("state")
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +37,6 @@ def address(checkpoint: Path) -> Iterator[str]:
     """A broker and a worker of the tiny model."""
     with serving_here(checkpoint) as running:
         yield running
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> Iterator[Path]:
-    """A store of its own for each test, and no agent left."""
-    monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(tmp_path / "state"))
-    yield tmp_path / "state"
-    run("agent", "stop")
-    assert running_agent() is None
 
 
 def unsplit(checkpoint: Path, prompt: str, tokens: int, **options: Any) -> str:

@@ -290,6 +290,13 @@ def test_export(run: Any, store: Store, tmp_path: Path) -> None:
     assert len(list(csv.DictReader(io.StringIO(table.read_text())))) == 3
     assert run("jobs", "export", first, "-o", table, "--overwrite").code == 0
     assert len(list(csv.DictReader(io.StringIO(table.read_text())))) == 1
+    tabs = tmp_path / "out.tsv"
+    assert run(*asked, "-o", tabs).code == 0
+    assert [row["answer"] for row in csv.DictReader(io.StringIO(tabs.read_text()), delimiter="\t")] == [
+        "one\ntwo\\",
+        "three",
+        "",
+    ]
     # A file that cannot be written costs nothing.
     assert run("jobs", "export", "-o", tmp_path / "no" / "out.jsonl").code == 2
 

@@ -17,7 +17,6 @@ import pytest
 from playwright.sync_api import expect
 from rich.console import Console
 
-import tiny
 from chat_page import answered, chromium, needs_chromium, opened, say, unlock
 from fleet import running_broker, start_worker
 from serving import KEY
@@ -29,11 +28,6 @@ from split_worker.worker import Worker
 from wiretap import wait_until
 
 TOKENS = 60
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_tokenizer(tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny"))
 
 
 @pytest.fixture(scope="module")

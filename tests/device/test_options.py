@@ -153,11 +153,6 @@ COMPUTE = ("--device", "cpu", "--threads", 3)
 CONNECTION = Connection("tcp://127.0.0.1:9", None, "me", 3.0, 4.0, 7.0, 2 * 1024**2)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_tokenizer(tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny"))
-
-
 class Enough(SplitError):
     """The objects have arrived."""
 

@@ -44,11 +44,6 @@ OPTIONS = (
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_tokenizer(tiny.save("llama", tmp_path_factory.mktemp("model") / "tiny"))
-
-
-@pytest.fixture(scope="module")
 def here(checkpoint: Path) -> Iterator[tuple[Any, ...]]:
     with serving_here(checkpoint) as broker:
         yield ("--model", checkpoint, "--broker", broker, "--max-tokens", TOKENS, "--seed", SEED)

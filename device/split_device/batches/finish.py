@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import msgspec
 
 from split_common.errors import ConfigError
+from split_common.system.lock import Held, holding
 from split_device.batches.done import note_done
 from split_device.batches.outputs import write_results
 from split_device.batches.pictures import Pictures
@@ -57,4 +59,9 @@ def prune(before: float) -> int:
     for path in batches_dir().glob("*.done"):
         if path.stat().st_mtime < before:
             path.unlink(missing_ok=True)
+    for path in batches_dir().glob("*.lock"):
+        # A process that was killed has left it. Where there is a store, the batch goes on.
+        if not path.with_suffix(".db").exists():
+            with contextlib.suppress(Held), holding(path, remove=True):
+                pass
     return len(old)

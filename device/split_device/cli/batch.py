@@ -37,7 +37,7 @@ from split_device.cli.batch_options import (
     chosen_output,
     given_settings,
 )
-from split_device.cli.batch_run import Work, note, report, report_done, run
+from split_device.cli.batch_run import Running, Work, note, report, report_done, run
 from split_device.cli.groups import (
     ConnectionOptions,
     HardwareOptions,
@@ -157,7 +157,7 @@ def batch(
             before = work.check_new(overwrite)
             with work.begun(lines, settings, store_key, overwrite, before) as begun:
                 if not detach:
-                    answered = run(begun, connection, hardware, limits, give_up, progress, interrupted)
+                    answered = run(begun, Running(connection, hardware, limits, give_up, progress, interrupted))
             if not detach:
                 clear(place, begun.record, answered.summary.errors)
     except Held as held:

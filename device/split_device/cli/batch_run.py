@@ -150,15 +150,24 @@ def _say_begun(begun: Begun) -> None:
         stderr.print(f"going on: {begun.resumed} of {record.jobs} are there", soft_wrap=True)
 
 
-def run(
-    begun: Begun,
-    connection: Connection,
-    hardware: Hardware,
-    limits: Limits,
-    give_up: float,
-    mode: ProgressMode,
-    interrupted: threading.Event,
-) -> Answered:
+@dataclass(frozen=True)
+class Running:
+    """How a command runs the jobs of a batch.
+
+    Args:
+        give_up: seconds after which a job that cannot run fails.
+        interrupted: set by SIGTERM.
+    """
+
+    connection: Connection
+    hardware: Hardware
+    limits: Limits
+    give_up: float
+    progress: ProgressMode
+    interrupted: threading.Event
+
+
+def run(begun: Begun, how: Running) -> Answered:
     """Answers a batch, and writes its files.
 
     Raises:
@@ -169,7 +178,7 @@ def run(
     tokens = store.generated()
     try:
         if begun.resumed < jobs:
-            _run_jobs(begun, connection, hardware, limits, give_up, mode, interrupted)
+            _run_jobs(begun, how)
     except KeyboardInterrupt:
         stderr.print(
             f"interrupted: {store.count()['succeeded']} of {jobs} answers are kept, and the same command goes on; "
@@ -183,30 +192,22 @@ def run(
         return Answered(summary, store.generated() - tokens)
 
 
-def _run_jobs(
-    begun: Begun,
-    connection: Connection,
-    hardware: Hardware,
-    limits: Limits,
-    give_up: float,
-    mode: ProgressMode,
-    interrupted: threading.Event,
-) -> None:
+def _run_jobs(begun: Begun, how: Running) -> None:
     """Runs the jobs to their end. Raises KeyboardInterrupt after SIGTERM."""
     record, store = begun.record, begun.store
-    with loading(connection, *begun.models):
+    with loading(how.connection, *begun.models):
         from split_device.jobs.models import Models
         from split_device.jobs.runner import JobRunner
 
     directory = record.output_dir
     pictures = None if directory is None else Pictures(Path(directory), begun.plan, store)
-    with batch_progress(mode, begun.place.name, record.jobs, store.generated) as advance:
+    with batch_progress(how.progress, begun.place.name, record.jobs, store.generated) as advance:
         allow_many_files()
-        with Models(with_notices(connection), limits, hardware) as models:
-            runner = JobRunner(store, models, give_up, print_notice)
+        with Models(with_notices(how.connection), how.limits, how.hardware) as models:
+            runner = JobRunner(store, models, how.give_up, print_notice)
             try:
                 while (found := counts(store))[0] < record.jobs:
-                    if interrupted.is_set():
+                    if how.interrupted.is_set():
                         raise KeyboardInterrupt
                     advance(*found)
                     runner.turn()

@@ -13,19 +13,17 @@ from split_common.system.console import print_text
 from split_common.system.outputs import write_lines
 from split_common.system.text import json_line
 from split_common.system.times import iso_time
-from split_device.batches.outputs import one_line
+from split_device.batches.outputs import one_line, output_form
 from split_device.batches.place import OutputForm
 from split_device.cli.job_output import image_directory, image_file, save_image
 from split_device.jobs.job import ImageTask, Job
 from split_device.jobs.shown import prompt_of, shown_state
 from split_device.jobs.store import Store
 
-_FORMS: dict[str, OutputForm] = {".csv": "csv", ".txt": "txt"}
-
 
 def export_form(form: OutputForm | None, output: Path | None) -> OutputForm:
     """The form that is asked for, or else that of the file's name."""
-    return form or (_FORMS.get(output.suffix.lower(), "jsonl") if output is not None else "jsonl")
+    return form or (output_form(output) if output is not None else "jsonl")
 
 
 def records(store: Store, ids: list[str], directory: Path | None, metadata: bool) -> Iterator[dict[str, Any]]:
@@ -71,11 +69,16 @@ def write_records(found: Iterator[dict[str, Any]], form: OutputForm, output: Pat
         for line in _formatted(found, form):
             print_text(line)
         return
-    write_lines(output, (f"{line}\n" for line in _formatted(found, form)))
+    separator = "\t" if output.suffix.lower() == ".tsv" else ","
+    write_lines(output, (f"{line}\n" for line in _formatted(found, form, separator)))
 
 
-def _formatted(found: Iterator[dict[str, Any]], form: OutputForm) -> Iterator[str]:
-    """Lines without their ends; a record of a table may have several."""
+def _formatted(found: Iterator[dict[str, Any]], form: OutputForm, separator: str = ",") -> Iterator[str]:
+    """Lines without their ends; a record of a table may have several.
+
+    Args:
+        separator: of a table's columns.
+    """
     header = form == "csv"
     for record in found:
         if form == "jsonl":
@@ -84,14 +87,14 @@ def _formatted(found: Iterator[dict[str, Any]], form: OutputForm) -> Iterator[st
             yield one_line(record["answer"] or record["file"] or "")
         else:
             if header:
-                yield _row(list(record))
+                yield _row(list(record), separator)
                 header = False
-            yield _row([_cell(value) for value in record.values()])
+            yield _row([_cell(value) for value in record.values()], separator)
 
 
-def _row(cells: list[str]) -> str:
+def _row(cells: list[str], separator: str) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(cells)
+    csv.writer(text, delimiter=separator, lineterminator="\n").writerow(cells)
     return text.getvalue().removesuffix("\n")
 
 
