@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import functools
 import importlib.metadata
@@ -141,7 +142,7 @@ def _main(args: Sequence[str] | None) -> int:
     prepare_output()
     try:
         load_commands()
-        command = _with_checked_texts(present(typer.main.get_command(app)))
+        command = _with_checked_texts(present(typer.main.get_command(_needed(app, arguments[0]))))
         bound_numbers(command)
         code = command.main(arguments, prog_name="lambda-split", standalone_mode=False)
         sys.stdout.flush()
@@ -172,6 +173,25 @@ def _main(args: Sequence[str] | None) -> int:
         message = f"unexpected {name}: {exc} (run with LAMBDA_SPLIT_DEBUG=1 for the traceback)"
         return _fail(name, message, EXIT_UNEXPECTED, as_json)
     return code if isinstance(code, int) else 0
+
+
+def _needed(application: typer.Typer, word: str) -> typer.Typer:
+    """The application with the one command of this name, or else with all.
+
+    To build the options of all commands takes longer than most commands run.
+    """
+    commands = [each for each in application.registered_commands if _name(each) == word]
+    groups = [each for each in application.registered_groups if each.name == word]
+    if not commands and not groups:
+        return application
+    needed = copy.copy(application)
+    needed.registered_commands, needed.registered_groups = commands, groups
+    return needed
+
+
+def _name(command: Any) -> str:
+    """A command's name, which follows from its function's unless it is given."""
+    return str(command.name or typer.main.get_command_name(command.callback.__name__))
 
 
 def _with_checked_texts(command: Any) -> Any:

@@ -6,6 +6,7 @@ import typer
 
 from split_common.cli.options import given, given_words
 from split_common.system.console import emit_json, stderr
+from split_device.cli.agent import app as agent_app
 from split_device.cli.batch_run import Begun
 from split_device.jobs import agent
 
@@ -29,7 +30,8 @@ def hand_over(context: typer.Context, broker: str) -> int:
 
 def _agent_options(context: typer.Context) -> set[str]:
     """The options of this command that `agent start` has, too, except --json."""
-    start = context.find_root().command.commands["agent"].commands["start"]  # type: ignore[attr-defined]
+    # This process has no other command than its own.
+    start = typer.main.get_command(agent_app).commands["start"]  # type: ignore[attr-defined]
     agents = {parameter.opts[0] for parameter in start.params}
     return {parameter.opts[0] for parameter in context.command.params} & agents - {"--json"}
 
