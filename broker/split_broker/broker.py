@@ -20,9 +20,11 @@ import zmq
 from split_broker.connections import REVOKED_LIFETIME
 from split_broker.delivery import Delivery
 from split_broker.memory import MEMORY_LIMIT
-from split_broker.peer_queue import BodyBytes, Peer, RoutedMessage
+from split_broker.peer_queue import BodyBytes, Peer, RoutedMessage, described
 from split_broker.quotas import (
     ANNOUNCEMENTS,
+    LONG_HEADER,
+    LONG_HEADERS,
     OPENS,
     ROSTER_REQUESTS,
     STRANGERS_WATCHED,
@@ -167,6 +169,9 @@ class Broker:
 
     def _handle(self, envelope: zmq.Frame, head: bytes, body: BodyBytes) -> None:
         route = envelope.bytes
+        known = self._peers.get(self._routes.get(route, b""))
+        if known and len(head) > LONG_HEADER and not self._admits(known.member, LONG_HEADERS, len(head)):
+            return
         header = headers.decode_header(head)
         if isinstance(header, headers.Announce):
             member = self._authentication.member(envelope, header)
@@ -201,7 +206,7 @@ class Broker:
             self._set_ups.sent(sender, target, header, time.monotonic())
         if target is not None and self._delivery.put(target, message, sender.member):
             if log.isEnabledFor(logging.DEBUG):
-                log.debug("routed %s", _describe(sender, target, header, message[1]))
+                log.debug("routed %s", described(sender, target, header, message[1]))
         elif header.to in self._peers:
             self._delivery.refuse(sender, header, full("the queue of the worker is full"))
         elif self._early:
@@ -389,12 +394,3 @@ class Broker:
                 self._router.connections.left(peer.route, REVOKED_LIFETIME)
             else:
                 self._delivery.put(peer, self._delivery.welcome([]))
-
-
-def _describe(sender: Peer, target: Peer, header: headers.Relay, body: BodyBytes) -> str:
-    """What the broker can see of a message, for the log."""
-    start = memoryview(body)[:16]  # type: ignore[arg-type]
-    return (
-        f"{header.kind.name} {sender.name} -> {target.name}: channel {header.channel}, "
-        f"session {headers.session_label(header.session)}, seq {header.seq}, {len(body)} bytes {start.hex()}…"
-    )

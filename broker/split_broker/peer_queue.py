@@ -15,7 +15,7 @@ from typing import NamedTuple
 import zmq
 
 from split_broker.under_way import UnderWay
-from split_common.protocol.headers import Service
+from split_common.protocol.headers import Relay, Service, session_label
 from split_common.transport.base import QUEUE_BYTES
 from split_common.transport.peer_id import peer_name
 from split_common.trust.shares import Usage
@@ -211,3 +211,12 @@ class Peer:
     def name(self) -> str:
         """Its name in the log, which tells it from the member's other processes."""
         return peer_name(self.member, self.id)
+
+
+def described(sender: Peer, target: Peer, header: Relay, body: BodyBytes) -> str:
+    """What the broker can see of a message, for the log."""
+    start = memoryview(body)[:16]  # type: ignore[arg-type]
+    return (
+        f"{header.kind.name} {sender.name} -> {target.name}: channel {header.channel}, "
+        f"session {session_label(header.session)}, seq {header.seq}, {len(body)} bytes {start.hex()}…"
+    )

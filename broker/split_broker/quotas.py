@@ -24,6 +24,10 @@ class Rate(NamedTuple):
 ANNOUNCEMENTS = Rate(1000, 4000)
 #: Watched peers that are not there and together count as one more heartbeat: an honest peer forgets them once told.
 STRANGERS_WATCHED = 16
+#: Bytes of headers that are longer than `LONG_HEADER`: heartbeats of peers that watch hundreds of others. They are
+#: counted before they are decoded, which takes longer than all else.
+LONG_HEADERS = Rate(2 * 1024**2, 4 * 1024**2)
+LONG_HEADER = 4096
 #: Requests for a worker. A device repeats one every few seconds.
 OPENS = Rate(100, 1000)
 #: Answers that a request for a worker comes too often. What is asked beyond that is dropped: an answer costs the

@@ -325,3 +325,21 @@ def test_a_heartbeat_that_watches_strangers_counts_as_many(offline: Broker) -> N
     offline._started -= GRACE
     assert offline._weight(watching) == 11
     assert offline._weight(headers.Announce(b"12345678", "device", "device-1", watching=[id_of(b"a1")])) == 1
+
+
+def test_long_headers_are_counted_before_they_are_read(offline: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker_module, "LONG_HEADERS", Rate(0.0, 1024.0**2))
+    read: list[int] = []
+    decode = headers.decode_header
+    monkeypatch.setattr(headers, "decode_header", lambda head: (read.append(len(head)), decode(head))[1])
+    strangers = [number.to_bytes(8, "big") for number in range(headers.MAX_WATCHED)]
+    watching = headers.Announce(id_of(b"a1"), "device", "device-1", watching=strangers)
+    for _ in range(50):
+        handle(offline, b"a1", watching)
+    admitted = 1024**2 // len(headers.encode_header(watching))
+    assert len(read) == admitted < 50
+    assert offline.counters["too_often"] == 50 - admitted
+    # What is short is read all the same, and so is what others send.
+    handle(offline, b"a1", headers.Probe())
+    handle(offline, b"b1", watching)
+    assert len(read) == admitted + 2
