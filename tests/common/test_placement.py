@@ -32,6 +32,7 @@ from split_common.transport.placement import (
 SERVICE, OTHER = headers.Service(b"r" * 32, 2, 4), headers.Service(b"x" * 32, 0, 1)
 DEADLINE = 10.0
 BUSY = Refuse("busy", "every worker is full", 1.0)
+NOBODY = Refuse("busy", "there is no other worker", 1.0)
 
 
 def peer(name: str) -> bytes:
@@ -99,11 +100,12 @@ def test_the_roomiest_worker_that_is_not_avoided_is_chosen(
         ([worker("a", 5), worker("b", 0)], "a", False, False, Wait()),
         ([worker("a", 5), worker("b", 0)], "a", False, True, BUSY),
         # All are avoided: waiting does not help, unless others may be about to come back.
-        ([worker("a", 5), worker("b", 0)], "a b", False, False, BUSY),
+        ([worker("a", 5), worker("b", 0)], "a b", False, False, NOBODY),
+        ([worker("a", 5), worker("b", 0)], "a b", False, True, NOBODY),
         ([worker("a", 5), worker("b", 0)], "a b", True, False, Wait()),
         ([worker("a", 5), worker("b", 0)], "a b", True, True, BUSY),
         # Those of other services count neither as avoided nor as wanted.
-        ([worker("a", 5), worker("c", 5, OTHER)], "a", False, False, BUSY),
+        ([worker("a", 5), worker("c", 5, OTHER)], "a", False, False, NOBODY),
     ],
 )
 def test_an_open_that_no_worker_can_take_waits_or_is_refused(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import json
 import re
 import threading
@@ -25,7 +27,9 @@ from split_common.models.adapters import LoraConfig
 from split_common.protocol import payloads
 from split_device import SplitModelForCausalLM
 from split_device.generation.generator import Generator, Request
+from split_worker.limits import WorkerLimits
 from split_worker.worker import Worker
+from wiretap import LATE, wait_until
 
 pytestmark = pytest.mark.usefixtures("patient_queue")
 
@@ -251,6 +255,28 @@ def test_requests_with_different_adapters_share_the_layers_of_the_device(
         model.load_adapter(b, "late")
         with pytest.raises(UnsupportedFeature, match="after the generator was made"):
             generator.submit(Request([5], config))
+
+
+def test_others_pass_a_request_that_waits_for_its_adapters_full_worker(llama: Path, a: Path) -> None:
+    limits = WorkerLimits(max_sessions=1, evict_after=LATE)
+    asked = Request(PROMPT[0].tolist(), GenerationConfig(do_sample=False, max_new_tokens=4), adapter="a")
+    with running_broker() as broker, contextlib.ExitStack() as stack:
+        stack.callback(start_worker(llama, broker.address, adapters=[str(a)], limits=limits).stop)
+        holder = stack.enter_context(SplitModelForCausalLM.from_pretrained(llama, broker=broker.address))
+        held = [holder(PROMPT).past_key_values]
+        stack.callback(start_worker(llama, broker.address).stop)
+        model = stack.enter_context(
+            SplitModelForCausalLM.from_pretrained(llama, broker=broker.address, adapter={"a": a}, patience=LATE)
+        )
+        with Generator(model) as generator:
+            waiting = generator.submit(asked)
+            active = generator._requests.by_generation
+            wait_until(lambda: waiting in active and active[waiting].session.waits_for_room)
+            other = generator.submit(dataclasses.replace(asked, adapter=""))
+            assert other.result(LATE) == say(lora.unsplit(llama), PROMPT, 4)[0][PROMPT.shape[1] :]
+            assert not waiting.done
+            held.clear()
+            assert waiting.result(LATE) == say(lora.unsplit(llama, a), PROMPT, 4)[0][PROMPT.shape[1] :]
 
 
 def test_each_adapter_begins_with_what_was_computed_with_it(model: Any, llama: Path, a: Path, b: Path) -> None:

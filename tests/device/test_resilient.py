@@ -14,7 +14,8 @@ from split_common.protocol import headers
 from split_device.sessions import dead_letters, resilient
 from split_device.sessions.identity import SessionIdentity, SessionNames
 from split_device.sessions.notices import LOOK, Notices
-from split_device.sessions.resilient import LEAST_DEATH, MAX_DEATHS, Blame, ResilientSession
+from split_device.sessions.resilient import ResilientSession
+from split_device.sessions.tries import LEAST_DEATH, MAX_DEATHS, Blame
 
 PATIENCE = 60.0
 
@@ -63,7 +64,9 @@ class Client:
     def name_session(self, request_id: str | None = None, index: int = 0) -> SessionIdentity:
         return SessionNames().name(request_id or "req-1", index)
 
-    def open_session(self, avoid: Any, identity: SessionIdentity, epoch: int, check: Callable[[], None]) -> Remote:
+    def open_session(
+        self, avoid: Any, identity: SessionIdentity, epoch: int, check: Callable[[], None], _never: Any
+    ) -> Remote:
         check()
         self.asked.append((list(avoid), epoch))
         if self.refusals:
@@ -249,9 +252,9 @@ def test_a_search_that_takes_long_is_said(clock: Clock) -> None:
     session.call(work, "one")
     opening = client.open_session
 
-    def slowly(avoid: Any, number: int, epoch: int, check: Callable[[], None]) -> Remote:
+    def slowly(avoid: Any, number: int, epoch: int, check: Callable[[], None], never: Any) -> Remote:
         clock.now += LOOK
-        return opening(avoid, number, epoch, check)
+        return opening(avoid, number, epoch, check, never)
 
     client.open_session = slowly  # type: ignore[method-assign]
     client.refusals = [NoWorker("none")]

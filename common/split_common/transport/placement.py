@@ -109,6 +109,9 @@ class Refuse(NamedTuple):
 
 
 #: The receiver of a message is not connected.
+#: Begins the reason why an open is refused if its device avoids every worker that there is.
+NOBODY_ELSE = "there is no other worker"
+
 GONE = Refuse("gone", "the peer is not connected")
 
 
@@ -157,7 +160,9 @@ def decide(
         return Assign(choose(able, random).id)
     if not serving:
         return Wait() if early else Refuse("no-worker", served(workers))
-    if now > pending.deadline or not (wanted or early):
+    if not (wanted or early):
+        return Refuse("busy", NOBODY_ELSE, BUSY_RETRY)
+    if now > pending.deadline:
         unheard = [worker for worker in wanted if worker.member in silent]
         why = f"{_silence(unheard)}, and every other worker is full" if unheard else "every worker is full"
         return Refuse("busy", why, BUSY_RETRY)

@@ -53,12 +53,11 @@ class ActiveRequests:
     def admit(self, now: float) -> Admitted | None:
         """Takes out the next request that may begin; None if there is none.
 
-        While a worker is too full for a request that runs, none begins: it would take the room that the other waits
-        for.
+        While workers are too full for a request that runs, none with its adapter begins, and none at all if it has
+        no adapter: it would take the room that the other waits for.
         """
-        if any(request.session.waits_for_room for request in self.by_generation.values()):
-            return None
-        return self._admission.admit(len(self.by_generation), now)
+        full = {each.adapter_name for each, request in self.by_generation.items() if request.session.waits_for_room}
+        return self._admission.admit(len(self.by_generation), now, full)
 
     def begin(self, admitted: Admitted) -> list[ActiveRequest]:
         """Makes a request active; its first tokens are pending.

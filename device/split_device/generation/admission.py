@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
+from collections.abc import Set
 from typing import NamedTuple
 
 from split_device.generation.request import Generation
@@ -14,8 +15,12 @@ from split_device.generation.stage import Stage
 #: One place in this many is kept for requests of a priority above 0.
 PRIORITY_SHARE = 8
 
-#: Seconds for which no request begins after workers were full.
+#: Seconds for which no request with an adapter begins after the workers that have it were full.
 NO_ROOM_RETRY = 1.0
+
+
+#: Minus its priority, its place in the order of coming, and the request.
+_Waiting = tuple[int, int, Generation, Sampler]
 
 
 class Admitted(NamedTuple):
@@ -29,7 +34,9 @@ class Admitted(NamedTuple):
 class Admission:
     """The requests that wait to begin: those of the highest priority first, and of these the oldest.
 
-    A request begins when head and tail have memory for all tokens that it may come to. Not thread-safe.
+    A request begins when head and tail have memory for all tokens that it may come to. Those of an adapter whose
+    workers were full are passed over for a while. Without an adapter any worker would do: then none begins. Not
+    thread-safe.
 
     Args:
         head, tail: where memory is reserved.
@@ -41,9 +48,10 @@ class Admission:
         self._places = max_requests
         self._kept_free = max_requests // PRIORITY_SHARE
         #: A heap.
-        self._waiting: list[tuple[int, int, Generation, Sampler]] = []
+        self._waiting: list[_Waiting] = []
         self._order = itertools.count()
-        self._paused_until = 0.0
+        # When pauses end, by the adapter's name.
+        self._paused_until: dict[str | None, float] = {}
 
     def add(self, generation: Generation, sampler: Sampler) -> None:
         """Makes a request wait. One that has begun before has its old place, before those that came after it."""
@@ -51,38 +59,51 @@ class Admission:
             generation.place = next(self._order)
         heapq.heappush(self._waiting, (-generation.request.priority, generation.place, generation, sampler))
 
-    def pause(self) -> None:
-        """Lets no request begin for `NO_ROOM_RETRY`."""
-        self._paused_until = time.monotonic() + NO_ROOM_RETRY
+    def pause(self, adapter: str | None) -> None:
+        """Lets no request with this adapter begin for `NO_ROOM_RETRY`; with None, no request at all."""
+        self._paused_until[adapter] = time.monotonic() + NO_ROOM_RETRY
 
     @property
-    def resumes_at(self) -> float | None:
-        """When the latest pause ends, by `time.monotonic`; None if no request waits."""
-        return self._paused_until if self._waiting else None
+    def pause_ends(self) -> list[float]:
+        """When pauses end, by `time.monotonic`; some have ended. None if no request waits."""
+        return [*self._paused_until.values()] if self._waiting else []
 
     def waiting(self) -> list[Generation]:
         return [generation for *_, generation, _ in self._waiting]
 
-    def admit(self, active: int, now: float) -> Admitted | None:
+    def admit(self, active: int, now: float, full: Set[str | None] = frozenset()) -> Admitted | None:
         """Takes out the next request and reserves its memory; None if it has to wait, or there is none.
 
         Args:
             active: the number of requests that run.
+            full: adapters for which requests that run wait for room on workers.
         """
-        while self._waiting and now >= self._paused_until:
-            *_, generation, sampler = self._waiting[0]
-            if generation.done:
-                heapq.heappop(self._waiting)
-                continue
-            kept_free = self._kept_free if generation.request.priority <= 0 else 0
-            costs = self._head.cost(sampler.max_length), self._tail.cost(sampler.max_length)
-            fits = costs[0] <= self._head.unreserved and costs[1] <= self._tail.unreserved
-            if not fits or active >= self._places - kept_free:
-                return None
+        while self._waiting and self._waiting[0][2].done:
             heapq.heappop(self._waiting)
-            self._head.unreserved -= costs[0]
-            self._tail.unreserved -= costs[1]
-            return Admitted(generation, sampler, costs)
+        blocked = full | {adapter for adapter, until in self._paused_until.items() if now < until}
+        if not self._waiting or None in blocked:
+            return None
+        entry = self._first_of_others(blocked) if blocked else self._waiting[0]
+        if entry is None:
+            return None
+        *_, generation, sampler = entry
+        kept_free = self._kept_free if generation.request.priority <= 0 else 0
+        costs = self._head.cost(sampler.max_length), self._tail.cost(sampler.max_length)
+        fits = costs[0] <= self._head.unreserved and costs[1] <= self._tail.unreserved
+        if not fits or active >= self._places - kept_free:
+            return None
+        self._waiting.remove(entry)
+        heapq.heapify(self._waiting)
+        self._head.unreserved -= costs[0]
+        self._tail.unreserved -= costs[1]
+        return Admitted(generation, sampler, costs)
+
+    def _first_of_others(self, adapters: Set[str | None]) -> _Waiting | None:
+        """The first request that waits and has none of these adapters."""
+        for entry in sorted(self._waiting):
+            generation = entry[2]
+            if not generation.done and generation.adapter_name not in adapters:
+                return entry
         return None
 
     def release(self, costs: tuple[int, int]) -> None:

@@ -211,8 +211,7 @@ class Generator:
         can_enter = any(not is_delayed(request, urgent, self._now) for request, _ in self._arrived)
         if self._head.idle and self._tail.idle and self._scorer.idle and not can_enter:
             times = self._first_tokens.delay_ends(request for request, _ in (*self._outgoing, *self._arrived))
-            if (resumes_at := self._admission.resumes_at) is not None:
-                times.append(resumes_at)
+            times += self._admission.pause_ends
             wake = min((at for at in times if at > self._now), default=None)
             try:
                 self._inbox.get(timeout=None if wake is None else max(0.0, wake - time.monotonic()))()
@@ -347,7 +346,7 @@ class Generator:
             self._admission.add(request.generation, request.sampler)
             if not divided:
                 # The other requests will free memory on the workers.
-                self._admission.pause()
+                self._admission.pause(request.generation.adapter_name)
         elif isinstance(outcome, Busy | PromptTooLong) and request.drafts and not request.ended:
             # The text itself may fit, and end before more is needed.
             self._outgoing.append((request, request.without_drafts()))

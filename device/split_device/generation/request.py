@@ -115,6 +115,8 @@ class Generation:
         self.request = request
         #: The request's adapter, or the model's active one.
         self.adapter = adapter
+        #: The adapter's name; None for none.
+        self.adapter_name = adapter.name if adapter is not None else None
         #: The id by which logs name it.
         self.request_id = new_request_id() if request.request_id is None else check_request_id(request.request_id)
         #: Its place in the order in which requests came; None before it is known.

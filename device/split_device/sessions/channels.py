@@ -121,24 +121,26 @@ class Channels:
             events.put((header, body))
         return events is not None
 
-    def choose(self, avoid: Sequence[bytes], check: Check) -> WorkerChannel:
+    def choose(self, avoid: Sequence[bytes], check: Check, never: Sequence[bytes] = ()) -> WorkerChannel:
         """A channel that takes another session; it may have to be set up first.
 
         Args:
             avoid: ids of workers that are used only if there is no other one.
+            never: ids of workers that are not used.
             check: called repeatedly during a set-up. An exception that it raises ends the set-up.
 
         Raises:
             NoWorker: no worker serves the body.
-            Busy: all workers are full, or none answered in time.
+            Busy: all workers are full, or none answered in time; or there is none but those in `avoid` and `never`,
+                and the message begins with `NOBODY_ELSE`.
             BrokerUnreachable: the broker does not answer, or the channels were closed.
             AuthenticationError: the device distrusts all workers that are available, or has no valid certificate
                 itself.
         """
-        channel = self._usable(avoid)
+        channel = self._usable([*never, *avoid])
         if channel is None and time.monotonic() < self._search_at:
-            channel = self._usable(())
-        return channel or self._set_up(avoid, check)
+            channel = self._usable(never)
+        return channel or self._set_up(avoid, never, check)
 
     def has_other(self, worker: bytes) -> bool:
         """Whether another worker is available. Sets up a channel to it, unless another thread is setting one up."""
@@ -163,23 +165,23 @@ class Channels:
 
     # --- set-up --------------------------------------------------------------------------------------------
 
-    def _set_up(self, avoid: Sequence[bytes], check: Check) -> WorkerChannel:
+    def _set_up(self, avoid: Sequence[bytes], never: Sequence[bytes], check: Check) -> WorkerChannel:
         distrusted: dict[bytes, CertificateError] = {}
         with self._setting_up:
             while True:
                 # Another thread may have set one up meanwhile, or a full worker may have memory again.
-                if (channel := self._usable(avoid)) is not None:
+                if (channel := self._usable([*never, *avoid])) is not None:
                     return channel
                 known = len(distrusted)
                 try:
-                    return self._shake_hands([*avoid, *distrusted], distrusted, check)
+                    return self._shake_hands([*never, *avoid, *distrusted], distrusted, check)
                 except (Busy, NoWorker) as error:
                     if len(distrusted) > known:
                         continue
                     # Only workers with a wrong certificate remain.
                     if distrusted:
                         raise next(iter(distrusted.values())) from None
-                    if isinstance(error, Busy) and (channel := self._usable(())) is not None:
+                    if isinstance(error, Busy) and (channel := self._usable(never)) is not None:
                         self._search_at = time.monotonic() + SEARCH_PAUSE
                         return channel
                     raise self._naming_silent(error) from None

@@ -252,6 +252,7 @@ class Client:
         identity: SessionIdentity | None = None,
         epoch: int = 0,
         check: Check = lambda: None,
+        never: Sequence[bytes] = (),
     ) -> RemoteSession:
         """Opens an epoch of a session on some worker, which learns of it by the first request.
 
@@ -260,6 +261,7 @@ class Client:
             identity: the session's; None for a new one.
             epoch: higher than all earlier ones of this session; its worker forgets lower ones.
             check: called repeatedly meanwhile. An exception that it raises ends the search.
+            never: ids of workers that are not used.
 
         Raises:
             NoWorker, Busy, BrokerUnreachable, AuthenticationError: as `Channels.choose`.
@@ -268,7 +270,7 @@ class Client:
         self.check_process()
         identity = identity or self.name_session()
         while True:
-            session = self.new_session(self._channels.choose(avoid, check), identity, epoch)
+            session = self.new_session(self._channels.choose(avoid, check, never), identity, epoch)
             if session is not None:
                 return session
 

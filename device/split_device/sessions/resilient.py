@@ -8,7 +8,6 @@ import logging
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -26,25 +25,17 @@ from split_common.errors import (
     WorkerSlow,
 )
 from split_common.protocol.headers import session_label
+from split_common.transport.placement import NOBODY_ELSE
 from split_device.sessions.client import Client
 from split_device.sessions.dead_letters import DeadLetter, record
 from split_device.sessions.notices import OnNotice, WorkerWait
 from split_device.sessions.session import ABANDONED, CHECK_INTERVAL, RemoteSession, Reply
+from split_device.sessions.tries import Blame, Tries
 
 log = logging.getLogger(__name__)
 
 #: Seconds to wait before a lost session is opened again.
 RETRY_AFTER = 0.1
-
-#: A step is given up after this many failures of workers at it, or when their deaths count this much. (Workers also
-#: die for other reasons.)
-MAX_FAILURES = 2
-MAX_DEATHS = 4
-
-#: The least that one death counts. The steps that a worker held share the blame, because any of them may be the
-#: cause; and workers that die for other reasons often die one after another. A death during the replay counts
-#: least, because the replayed steps have run on another worker.
-LEAST_DEATH = 0.25
 
 #: A step that is ready to be sent.
 S = TypeVar("S")
@@ -76,61 +67,6 @@ class Replayable(Protocol[S_contra]):
 
     def describe(self, step: S_contra) -> tuple[int, int, int]:
         """The numbers of rows and tokens in a step that is given up, and of columns cached before it."""
-
-
-@dataclass
-class Blame:
-    """Failures and deaths of workers at one step, and how much they count against the step."""
-
-    #: Names of workers that answered that they failed.
-    failed: list[str] = field(default_factory=list)
-    #: Names of workers that died, by their ids.
-    died: dict[bytes, str] = field(default_factory=dict)
-    #: How much the deaths count, see `LEAST_DEATH`.
-    deaths: float = 0.0
-
-    def note(self, error: SplitError, session: RemoteSession, sent: bool) -> bool:
-        """Counts the failure or death of a session's worker. Returns whether another worker has died.
-
-        Args:
-            error: ended the attempt.
-            session: the session on the worker.
-            sent: whether the step itself was sent, and not only the replay.
-        """
-        if isinstance(error, StepFailed):
-            self.failed.append(session.channel.worker_name)
-        if not isinstance(error, WorkerGone) or session.worker in self.died:
-            return False
-        self.died[session.worker] = session.channel.worker_name
-        self.deaths += max(LEAST_DEATH, 1 / error.held if sent else 0.0)
-        return True
-
-    @property
-    def is_enough(self) -> bool:
-        """Whether the step must not be tried again."""
-        return len(self.failed) >= MAX_FAILURES or self.deaths >= MAX_DEATHS
-
-    @property
-    def workers(self) -> list[str]:
-        """Names of the workers, one for each failure and death."""
-        return [*self.failed, *self.died.values()]
-
-
-@dataclass
-class Tries:
-    """What the tries of one step have shown so far."""
-
-    #: The wait for another worker, and what is said of it.
-    wait: WorkerWait
-    #: When that wait began, by `time.monotonic`; None while there was no failure.
-    waiting_since: float | None = None
-    blame: Blame = field(default_factory=Blame)
-    #: The worker that was left last, unless it may be the only one.
-    left: list[bytes] = field(default_factory=list)
-    #: Workers that have not loaded the session's adapter.
-    lacking: list[bytes] = field(default_factory=list)
-    #: How the session was lost last.
-    lost: SessionLost | None = None
 
 
 class ResilientSession:
@@ -195,7 +131,7 @@ class ResilientSession:
             self._check()
             sent = self._session is not None
             try:
-                session = self._session or self._open(work, step, [*tries.lacking, *tries.left])
+                session = self._session or self._open(work, step, tries.left, [*tries.lacking])
                 self.moved = self.moved or tries.lost is not None
                 session.patient, sent = self._patient, True
                 tries.wait.over(session.channel.worker_name)
@@ -205,13 +141,13 @@ class ResilientSession:
             except (Busy, SessionLost, NoWorker) as error:
                 if not self._missed_copy(error):
                     self._pause(self._recover(error, work, step, tries, sent))
-            except UnknownAdapter:
+            except UnknownAdapter as error:
                 # Another worker may have loaded it.
                 worker = self._session.worker if self._session is not None else b""
                 self.close()
                 if worker in tries.lacking:
                     raise
-                tries.lacking.append(worker)
+                tries.lacking[worker] = error
             except SplitError as error:
                 if not self._missed_copy(error):
                     # Some of several requests may have run, so it is unknown what the worker holds.
@@ -228,9 +164,11 @@ class ResilientSession:
             sent: whether the step itself was sent, and not only the replay.
 
         Raises:
-            StepFailed, SessionLost, Busy, NoWorker: it is not tried again, see `call`.
+            StepFailed, SessionLost, Busy, NoWorker, UnknownAdapter: it is not tried again, see `call`.
         """
         now = time.monotonic()
+        if tries.lacking and not tries.left and self._session is None and str(error).startswith(NOBODY_ELSE):
+            raise next(iter(tries.lacking.values())) from None
         self.waits_for_room = full = isinstance(error, Busy)
         slow, died = isinstance(error, WorkerSlow), False
         if isinstance(error, SessionLost):
@@ -311,14 +249,14 @@ class ResilientSession:
         if (session := self._session) is not None:
             session.interrupt()
 
-    def _open(self, work: Replayable[S], step: S, avoid: Sequence[bytes]) -> RemoteSession:
+    def _open(self, work: Replayable[S], step: S, avoid: Sequence[bytes], never: Sequence[bytes]) -> RemoteSession:
         """Opens the session: as a copy, or on some worker, where it is replayed."""
         origin, self._origin = self._origin, None
         if origin is not None and (copy := origin.copy(self.identity, next(self._epochs))) is not None:
             self._use(copy)
             log.info("%s: on worker %s, as a copy", self._described, copy.channel.worker_name)
             return copy
-        session = self._client.open_session(avoid, self.identity, next(self._epochs), self._check)
+        session = self._client.open_session(avoid, self.identity, next(self._epochs), self._check, never)
         self._use(session)
         log.info("%s: on worker %s", self._described, session.channel.worker_name)
         try:
