@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from test_generator import alone, greedy
+from test_speculation import Endless
 from transformers import AutoModelForCausalLM
 
 import tiny
@@ -20,10 +21,11 @@ from split_common.errors import HistoryLost, UnsupportedFeature
 from split_common.models.codecs.exact import Exact
 from split_common.protocol import payloads
 from split_device import SplitModelForCausalLM
-from split_device.generation.generator import Generator, Request
+from split_device.generation.generator import Generation, Generator, Request
 from split_device.sessions import chunks
 from split_device.sessions.history import History
 from split_device.sessions.places import PlacedRun
+from split_device.speculation.drafters import DRAFTERS
 from wiretap import LATE, record_requests
 
 pytestmark = pytest.mark.usefixtures("patient_queue")
@@ -119,6 +121,47 @@ def test_another_worker_takes_over(checkpoint: Path, unsplit: Any, monkeypatch: 
                 answer = model.generate(prompt, stopping_criteria=[strike], **GREEDY)
                 assert answer.tolist() == unsplit.generate(prompt, **GREEDY).tolist()
                 assert model.traffic["replays"] == 1
+        finally:
+            for worker in workers:
+                worker.stop()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("speculate", ["endless", "off"])
+def test_requests_move_to_a_worker_that_is_indivisible(
+    speculate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a draft took part in, or was copied, cannot be rebuilt there, so it begins again, token by token."""
+    monkeypatch.setitem(DRAFTERS, "endless", lambda _: Endless())
+    checkpoint = tiny.save("llama", tmp_path / "llama")
+    reference = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    begin = [7, 17, 33] * 12
+    first, later = Request([*begin, 33, 9], greedy(12)), Request([*begin, 8, 17, 33, 17], greedy(30))
+    wanted = [alone(reference, request) for request in (first, later)]
+    with running_broker() as broker:
+        workers = [start_worker(checkpoint, broker.address)]
+
+        def strike(*_: Any) -> None:
+            if len(generations[-1].tokens) == 9 and len(workers) == 1:
+                monkeypatch.setattr("split_common.engine.runner.is_indivisible", lambda *_: True)
+                workers.append(start_worker(checkpoint, broker.address))
+                workers[0].stop()
+
+        generations: list[Generation] = []
+        try:
+            with (
+                SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker.address) as model,
+                Generator(model, speculate=speculate) as generator,
+            ):
+                assert generator.submit(first).result(LATE) == wanted[0]
+                gate = threading.Event()
+                generator._post(gate.wait, LATE)
+                generations.append(generator.submit(later, strike))
+                gate.set()
+                assert generations[0].result(LATE) == wanted[1]
+                assert generator.counters["cached_tokens"] == len(begin)
+                assert bool(generator.counters["drafted_tokens"]) == (speculate != "off")
+                assert len(workers) == 2
         finally:
             for worker in workers:
                 worker.stop()

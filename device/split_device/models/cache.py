@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from split_common.errors import UnsupportedFeature
+from split_common.errors import HistoryLost, UnsupportedFeature
 from split_common.models.tensors import raw_bytes
 from split_common.protocol import payloads
 from split_device.models.body_layer import BodyLayer
@@ -74,6 +74,8 @@ class SessionCacheLayer(BodyLayer):
         #: The worker's row for each row, if rows were moved since the last step; else None.
         self._select: list[int] | None = None
         self._history = History(self._history_memory)
+        #: Whether it could not be rebuilt on a worker that is indivisible.
+        self._lost_by_division = False
 
     # --- what transformers asks of a cache layer -----------------------------------------------------------
 
@@ -146,8 +148,12 @@ class SessionCacheLayer(BodyLayer):
 
     @property
     def indivisible(self) -> bool:
-        """Whether its worker computes tokens that go through together otherwise than in parts."""
-        return self._session.remote is not None and self._session.remote.indivisible
+        """Whether its worker computes tokens that go through together otherwise than in parts.
+
+        Also after HistoryLost, if its tokens went through in parts and so could not be rebuilt on such a worker.
+        """
+        remote = self._session.remote
+        return self._lost_by_division or (remote is not None and remote.indivisible)
 
     @property
     def copied(self) -> bool:
@@ -335,8 +341,12 @@ class SessionCacheLayer(BodyLayer):
         # The rows of the history are in their present order already.
         self._select = None
         requests = self._replayed(session.indivisible, step.timings)
-        while window := list(itertools.islice(requests, REPLAY_WINDOW)):
-            self._send(session, window, step.timings)
+        try:
+            while window := list(itertools.islice(requests, REPLAY_WINDOW)):
+                self._send(session, window, step.timings)
+        except HistoryLost:
+            self._lost_by_division = session.indivisible
+            raise
 
     def send(self, session: RemoteSession, step: PreparedStep) -> list[Reply]:
         _check_padding(session, step)
