@@ -123,7 +123,7 @@ def test_a_beginning_of_many_is_computed_once(fleet: tuple[Any, Worker], unsplit
     model, worker = fleet
     common = text(100)
     asked = [Request([*common, *text(4, seed)], greedy(6)) for seed in range(2, 14)]
-    with Generator(model) as generator:
+    with Generator(model, speculate="off") as generator:
         before = worker.facts()["tokens"]
         generations = [generator.submit(request) for request in asked]
         assert [each.result(LATE) for each in generations] == [alone(unsplit, request) for request in asked]
@@ -140,7 +140,7 @@ def test_a_short_common_beginning_goes_first(fleet: tuple[Any, Worker], unsplit:
     model, worker = fleet
     asked = [Request([*text(30), index, *text(80, index)], greedy(3)) for index in range(3, 7)]
     submitted = threading.Event()
-    with Generator(model) as generator:
+    with Generator(model, speculate="off") as generator:
         before = worker.facts()["tokens"]
         # It holds the generator up until all have come.
         generator.submit(Request([5, 6, 7], greedy(1)), lambda *_: submitted.wait(LATE))

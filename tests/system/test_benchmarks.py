@@ -193,6 +193,7 @@ def test_batch(checkpoint: Path) -> None:
         "unsplit_batched_tok_s",
         "ratio_sequential",
         "ratio_batched",
+        "ratio_auto",
         "rows_per_forward",
         "threads",
     }

@@ -39,6 +39,8 @@ class Drafting:
         self._pace = Pace(DECODE_TOKENS - 1)
         self._layers = layers
         self._default = default
+        #: Number of requests that decode, and of the tokens in their drafts, as far as the present turn has come.
+        self._rows = self._drafted = 0
         self.choose(default)
 
     @property
@@ -65,9 +67,16 @@ class Drafting:
             return OFF
         raise UnsupportedFeature(f"speculate {name!r} cannot be done with this model, because {self._refused}")
 
+    def choosing(self) -> None:
+        """A turn begins in which steps are through. Counts once what every request's next draft depends on."""
+        self._rows = sum(not each.awaits_first_token for each in self._active)
+        self._drafted = sum(len(each.drafts) for each in self._active)
+
     def checked(self, checked: Checked) -> None:
         """A request's step is through, and its next tokens are chosen."""
         request, drafted = checked.request, len(checked.request.drafts)
+        self._drafted -= drafted
+        self._rows += request.awaits_first_token
         if drafted:
             request.generation.drafted_tokens += drafted
             request.generation.accepted_tokens += checked.matched
@@ -90,10 +99,9 @@ class Drafting:
         if request.speculation is not None:
             # One token more than the draft may be chosen.
             room = request.sampler.remaining(request.generation.tokens) - 1
-            rows = sum(not each.awaits_first_token for each in self._active)
-            others = sum(len(each.drafts) for each in self._active)
             limit = min(room, DECODE_TOKENS - len(tokens))
-            request.drafts = request.speculation.draft(len(tokens), limit, rows, others)
+            request.drafts = request.speculation.draft(len(tokens), limit, self._rows, self._drafted)
+            self._drafted += len(request.drafts)
         request.step_tokens = len(tokens) + len(request.drafts)
         request.pending.append([*tokens, *request.drafts])
 

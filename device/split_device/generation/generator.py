@@ -258,9 +258,9 @@ class Generator:
 
     def _sample(self) -> None:
         """Chooses the next tokens of requests whose steps are through."""
-        ready = [(request, states) for request, states in self._ready if not request.ended]
-        self._ready = []
+        ready, self._ready = [each for each in self._ready if not each[0].ended], []
         begun: list[ActiveRequest] = []
+        self._drafting.choosing()
         for checked in check_drafts(self._layers, ready):
             try:
                 self._advance(checked)

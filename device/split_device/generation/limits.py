@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from split_device.speculation.names import OFF
+from split_device.speculation.names import AUTO
 
 #: Default of `Limits.prefix_cache`.
 PREFIX_CACHE = 1024**3
@@ -28,7 +28,7 @@ class Limits:
     kv_memory: int | None = None
     images: int = 2
     prefix_cache: int = PREFIX_CACHE
-    speculate: str = OFF
+    speculate: str = AUTO
 
     def but(self, **changed: int | str | None) -> Limits:
         """The same limits with others in place of some; None leaves one as it is."""

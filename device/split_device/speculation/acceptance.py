@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 #: What one draft counts after the next one, in one request's record and in that of all requests.
 FADING = 0.9
 FADING_OF_ALL = 0.98
@@ -35,12 +37,9 @@ class Acceptance:
                 record._reached[place] = record._fading * record._reached[place] + 1
                 record._accepted[place] = record._fading * record._accepted[place] + (place < accepted)
 
-    def chances(self) -> list[float]:
+    def chances(self) -> Iterator[float]:
         """The chance of each token of a draft. Where little is known, it is that of the token before it."""
-        chances: list[float] = []
-        others = self._others.chances() if self._others is not None else None
-        for place, (reached, accepted) in enumerate(zip(self._reached, self._accepted, strict=True)):
-            before = others[0] if others is not None else FIRST_CHANCE
-            expected = chances[-1] if place else before
-            chances.append((accepted + PRIOR_DRAFTS * expected) / (reached + PRIOR_DRAFTS))
-        return chances
+        chance = FIRST_CHANCE if self._others is None else next(self._others.chances())
+        for reached, accepted in zip(self._reached, self._accepted, strict=True):
+            chance = (accepted + PRIOR_DRAFTS * chance) / (reached + PRIOR_DRAFTS)
+            yield chance

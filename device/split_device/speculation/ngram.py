@@ -21,19 +21,18 @@ class NgramDrafter:
         self._tokens: list[int] = []
         #: For each n-gram that something follows: the index of what followed its latest occurrence.
         self._following: dict[tuple[int, ...], int] = {}
+        #: How many tokens are known to follow something. The others are looked at when a draft is asked for.
+        self._indexed = 0
 
     def extend(self, tokens: Sequence[int]) -> None:
-        for token in tokens:
-            end = len(self._tokens)
-            for length in range(SHORTEST, min(LONGEST, end) + 1):
-                self._following[tuple(self._tokens[end - length :])] = end
-            self._tokens.append(token)
+        self._tokens += tokens
 
     def learn(self, tokens: Sequence[int], logits: torch.Tensor) -> None:
         """Does nothing: the text is all that it looks at."""
 
     def draft(self, limit: int) -> list[int]:
         text = self._tokens
+        self._index()
         for length in range(min(LONGEST, len(text)), SHORTEST - 1, -1):
             begin = self._following.get(tuple(text[len(text) - length :]))
             if begin is not None:
@@ -41,3 +40,11 @@ class NgramDrafter:
                 period = len(text) - begin
                 return [text[begin + index % period] for index in range(limit)]
         return []
+
+    def _index(self) -> None:
+        text, end = self._tokens, len(self._tokens)
+        for length in range(SHORTEST, LONGEST + 1):
+            if (begin := max(length, self._indexed)) < end:
+                matches = zip(*(text[begin - length + at : end - length + at] for at in range(length)), strict=True)
+                self._following.update(zip(matches, range(begin, end), strict=True))
+        self._indexed = end

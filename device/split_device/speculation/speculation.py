@@ -15,8 +15,15 @@ from split_device.speculation.names import AUTO
 from split_device.speculation.recycle import Successors
 from split_device.speculation.step_times import StepTimes
 
+#: The share of all time that drafts may lose, beside what they have gained.
+ALLOWANCE = 0.01
+
+#: What they may lose before that, and the most that is saved up for later losses, in cycles without drafts.
+FIRST_ALLOWANCE = 0.25
+MOST_ALLOWANCE = 8.0
+
 #: While drafts do not pay, one is tried after this many cycles at first, and after twice as many each further time.
-FIRST_PROBE = 16
+FIRST_PROBE = 4
 LAST_PROBE = 256
 
 #: Tokens of a draft that is tried: with the one before it, it fills the least number of rows that is computed.
@@ -26,7 +33,10 @@ PROBE_TOKENS = 3
 UNDRAFTED_CYCLES = 2.0
 
 #: A draft has to promise this many times the tokens per second of none.
-GAIN = 1.02
+GAIN = 1.03
+
+#: Longer drafts are not looked at when all their tokens are right with a smaller chance than this.
+LEAST_CHANCE = 0.02
 
 
 class Cycle(NamedTuple):
@@ -52,6 +62,8 @@ class Pace:
         self.longest = longest
         self.clock = clock
         self.times = StepTimes()
+        #: Seconds that drafts may still lose; None before it is known how long a cycle is.
+        self.allowance: float | None = None
         #: Cycles between two drafts that are tried, and until the next one.
         self.probe_after = self.until_probe = float(FIRST_PROBE)
         self.acceptance = Acceptance(longest)
@@ -60,6 +72,27 @@ class Pace:
     def start(self, name: str) -> Speculation:
         """Speculation for one request, by a drafter of this name or `auto`. Raises ConfigError."""
         return Speculation(self, make_drafter(name, self.successors), name == AUTO)
+
+    def ended(self, cycle: Cycle, tokens: int, accepted: int) -> None:
+        """A request's step is through.
+
+        Args:
+            cycle: when it began.
+            tokens: number of its tokens.
+            accepted: how many of its drafted tokens were right.
+        """
+        seconds = self.times.observe(
+            cycle.rows, cycle.tokens, cycle.drafted, self.clock() - cycle.began, tokens / cycle.tokens
+        )
+        alone = self.times.seconds(cycle.rows, cycle.rows)
+        if alone is None:
+            return
+        if self.allowance is None:
+            self.allowance = FIRST_ALLOWANCE * alone
+        gained = ALLOWANCE * seconds
+        if cycle.drafted:
+            gained += alone * (1 + accepted) - seconds
+        self.allowance = min(self.allowance + gained / cycle.rows, MOST_ALLOWANCE * alone)
 
 
 class Speculation:
@@ -74,6 +107,8 @@ class Speculation:
     def __init__(self, pace: Pace, drafter: Drafter, measures: bool) -> None:
         self._pace, self._drafter, self._measures = pace, drafter, measures
         self._acceptance = Acceptance(pace.longest, pace.acceptance)
+        #: Seconds of the pace's allowance that its draft under way may cost.
+        self._stake = 0.0
         #: What was under way when its decoding step began; None if there is no such step.
         self.cycle: Cycle | None = None
         #: Most tokens of later drafts.
@@ -93,9 +128,9 @@ class Speculation:
             accepted: how many tokens of the draft were right.
         """
         drafted = len(tokens) - 1
-        if (cycle := self.cycle) is not None:
-            seconds, share = self._pace.clock() - cycle.began, (begun + drafted) / cycle.tokens
-            self._pace.times.observe(cycle.rows, cycle.tokens, cycle.drafted, seconds, share)
+        self._bet(0.0)
+        if self.cycle is not None:
+            self._pace.ended(self.cycle, begun + drafted, accepted)
             self.cycle = None
         if drafted:
             self._acceptance.record(drafted, accepted)
@@ -120,26 +155,50 @@ class Speculation:
             pace.until_probe -= 1 / rows
             length = PROBE_TOKENS if pace.until_probe <= 0 else 0
         # Twice as many as were measured, and not more: what steps cost is known from those that were.
-        limit = min(limit, length, int(2 * pace.times.widest) + PROBE_TOKENS - others)
+        limit = min(limit, length, int(2 * pace.times.widest) + 1 - others)
+        limit = self._affordable(limit, rows, rows + others)
         draft = self._drafter.draft(limit) if limit > 0 else []
         if draft:
+            self._bet(self._loss(len(draft), rows, rows + others))
             pace.probe_after = min(LAST_PROBE, 2 * pace.probe_after) if probes else FIRST_PROBE
             pace.until_probe = pace.probe_after
         return draft
 
+    def _bet(self, stake: float) -> None:
+        """Takes from the allowance what the draft may cost, instead of what an earlier one might have."""
+        if self._pace.allowance is not None:
+            self._pace.allowance += self._stake - stake
+            self._stake = stake
+
+    def _loss(self, length: int, rows: int, tokens: int) -> float:
+        """Seconds that a draft adds to a cycle that has so many tokens without it."""
+        times = self._pace.times
+        longer, without = times.seconds(rows, tokens + length), times.seconds(rows, tokens)
+        return longer - without if longer is not None and without is not None else 0.0
+
+    def _affordable(self, length: int, rows: int, tokens: int) -> int:
+        """Most tokens of a draft that may all be wrong: the allowance pays for them."""
+        allowance = self._pace.allowance
+        if allowance is None:
+            return 0
+        while length > 0 and self._loss(length, rows, tokens) > allowance:
+            length -= 1
+        return length
+
     def _length(self, begun: int, rows: int) -> int:
         """How many tokens of drafts pay, if all requests draft as many; 0 if none do."""
         times = self._pace.times
-        if times.undrafted < UNDRAFTED_CYCLES:
+        if times.undrafted < UNDRAFTED_CYCLES or (alone := times.seconds(rows, rows * begun)) is None:
             return 0
-        best, best_speed = 0, 0.0
-        expected, all_right = 1.0, 1.0
-        for length, chance in enumerate([1.0, *self._acceptance.chances()]):
+        best, best_speed = 0, GAIN / alone
+        expected = all_right = 1.0
+        for length, chance in enumerate(self._acceptance.chances(), 1):
             all_right *= chance
-            expected += all_right if length else 0.0
+            if all_right < LEAST_CHANCE:
+                break
+            expected += all_right
             seconds = times.seconds(rows, rows * (begun + length))
             assert seconds is not None
-            speed = expected / seconds / (GAIN if length else 1.0)
-            if speed > best_speed:
-                best, best_speed = length, speed
+            if expected / seconds > best_speed:
+                best, best_speed = length, expected / seconds
         return best

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 #: What one cycle of steps counts after the next one. Half of what is known is from the latest 50 cycles.
 FADING = 0.986
 
@@ -13,16 +11,21 @@ TOKEN_SHARE = 0.02
 SEVERAL_SHARE = 0.0
 
 #: How much the shares above count, in cycles that differ by one token.
-PRIOR_WEIGHT = np.array([1e-6, 0.5, 2.0])
+PRIOR_WEIGHT = (1e-6, 0.5, 2.0)
 
 #: Cycles that are not looked at: the first ones load what later ones find loaded.
 WARM_UP = 2.0
 
 #: Cycles after which the fit is made anew.
-FIT_EVERY = 0.5
+FIT_EVERY = 1.0
 
 #: Longest time that is believed, as a multiple of what was expected: a lost worker says nothing about drafts.
 BELIEVED = 3.0
+
+#: After so many cycles in a row that were all longer, or all shorter, than expected by this factor, the network or
+#: the worker is another one, and older cycles say nothing of what is always there.
+SURPRISES = 3.0
+SURPRISE = 1.35
 
 
 class StepTimes:
@@ -34,19 +37,28 @@ class StepTimes:
     """
 
     def __init__(self) -> None:
+        self._warmed_up = 0.0
+        #: Seconds that the second token of a step, and each token, are thought to add before any cycle was seen;
+        #: None for shares of the cycle's time.
+        self._prior: tuple[float, float] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
         #: Sums over cycles, each with its weight: products of `_features`, and of these with the seconds.
         self._products = [[0.0] * 3 for _ in range(3)]
         self._seconds = [0.0] * 3
-        self._warmed_up = 0.0
-        self._fit: tuple[float, float, float] | None = None
+        #: The three parts, and the least that a cycle can take; None before the first cycle.
+        self._fit: tuple[float, float, float, float] | None = None
         #: Cycles since the fit.
         self._unfitted = 0.0
+        #: How many cycles in a row were longer (or, below 0, shorter) than expected by `SURPRISE`.
+        self._surprises = 0.0
         #: How many recent cycles had no drafts.
         self.undrafted = 0.0
         #: Most tokens beyond one for each request that recent cycles had.
         self.widest = 0.0
 
-    def observe(self, rows: int, tokens: int, drafted: bool, seconds: float, weight: float) -> None:
+    def observe(self, rows: int, tokens: int, drafted: bool, seconds: float, weight: float) -> float:
         """Learns from a cycle.
 
         Args:
@@ -55,11 +67,16 @@ class StepTimes:
             drafted: whether some of these tokens were drafts.
             seconds: how long it took.
             weight: the share of the cycle that is told of; those of all its requests add up to 1.
+
+        Returns:
+            How long it took, as far as that is believed.
         """
         if self._warmed_up < WARM_UP:
             self._warmed_up += weight
-            return
-        if (expected := self.seconds(rows, tokens)) is not None:
+            return seconds
+        expected = self.seconds(rows, tokens)
+        if expected is not None:
+            self._look(seconds / expected, weight)
             seconds = min(seconds, BELIEVED * expected)
         fade = FADING**weight
         features = _features(rows, tokens)
@@ -72,24 +89,59 @@ class StepTimes:
         self.undrafted = fade * self.undrafted + weight * (not drafted)
         self.widest = max(float(tokens - rows), fade * self.widest)
         self._unfitted += weight
+        return seconds
+
+    def _look(self, ratio: float, weight: float) -> None:
+        """Begins anew if cycles last longer or shorter than they did. What tokens add is kept as the prior."""
+        sign = 1 if ratio > SURPRISE else -1 if ratio * SURPRISE < 1 else 0
+        if sign * self._surprises <= 0:
+            self._surprises = 0.0
+        self._surprises += sign * weight
+        if abs(self._surprises) >= SURPRISES and self._fit is not None:
+            widest = self.widest
+            self._prior = self._fit[1:3]
+            self._begin()
+            self.widest = widest
 
     def seconds(self, rows: int, tokens: int) -> float | None:
         """How long a cycle with these steps will take; None if no cycle was seen."""
-        if (weight := self._products[0][0]) == 0:
-            return None
-        mean = self._seconds[0] / weight
         if self._fit is None or self._unfitted >= FIT_EVERY:
-            prior = PRIOR_WEIGHT * np.array([0.0, SEVERAL_SHARE * mean, TOKEN_SHARE * mean])
-            fitted = np.linalg.solve(
-                np.array(self._products) + np.diag(PRIOR_WEIGHT), np.array(self._seconds) + prior
-            )
-            always, several, token = fitted.tolist()
-            # More tokens make no cycle shorter, whatever a few noisy ones say.
-            self._fit = always, max(0.0, several), max(0.0, token)
-            self._unfitted = 0.0
-        always, several, token = self._fit
-        return max(0.1 * mean, always + several * (tokens > rows) + token * tokens)
+            self._refit()
+        if self._fit is None:
+            return None
+        always, several, token, least = self._fit
+        return max(least, always + several * (tokens > rows) + token * tokens)
+
+    def _refit(self) -> None:
+        if (weight := self._products[0][0]) == 0:
+            return
+        mean = self._seconds[0] / weight
+        adds = (0.0, *(self._prior or (SEVERAL_SHARE * mean, TOKEN_SHARE * mean)))
+        products = [list(row) for row in self._products]
+        seconds = list(self._seconds)
+        for index, (prior_weight, added) in enumerate(zip(PRIOR_WEIGHT, adds, strict=True)):
+            products[index][index] += prior_weight
+            seconds[index] += prior_weight * added
+        always, several, token = _solve(products, seconds)
+        # More tokens make no cycle shorter, whatever a few noisy ones say.
+        self._fit = always, max(0.0, several), max(0.0, token), 0.1 * mean
+        self._unfitted = 0.0
 
 
 def _features(rows: int, tokens: int) -> tuple[float, float, float]:
     return 1.0, float(tokens > rows), float(tokens)
+
+
+def _solve(matrix: list[list[float]], values: list[float]) -> list[float]:
+    """Solves a positive definite system of a few equations, in place. numpy takes ten times as long for so few."""
+    size = len(values)
+    for index in range(size):
+        for below in range(index + 1, size):
+            factor = matrix[below][index] / matrix[index][index]
+            for column in range(index, size):
+                matrix[below][column] -= factor * matrix[index][column]
+            values[below] -= factor * values[index]
+    for index in reversed(range(size)):
+        known = sum(matrix[index][column] * values[column] for column in range(index + 1, size))
+        values[index] = (values[index] - known) / matrix[index][index]
+    return values
