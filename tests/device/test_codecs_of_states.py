@@ -83,6 +83,13 @@ def test_what_a_lost_worker_held_is_replayed_bit_by_bit(
 ) -> None:
     with fleet_of(checkpoint, codec=codec) as (model, workers):
         wanted = model.generate(PROMPT, **GREEDY)
+        with Generator(model, speculate="off") as generator:
+            config = GenerationConfig(**GREEDY, eos_token_id=model.generation_config.eos_token_id, pad_token_id=0)
+            prompt = REPEATED[0].tolist()
+            drafters = ("off", "ngram", "suffix-recycle")
+            texts = [generator.submit(Request(prompt, config, speculate=name)).result(LATE) for name in drafters]
+            assert texts == [texts[0]] * 3
+            assert generator.counters["drafted_tokens"] > 0
         seen.clear()
         strike_at(model, workers, {2, 4, 5})
         assert torch.equal(model.generate(PROMPT, **GREEDY), wanted)

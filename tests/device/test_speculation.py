@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,52 @@ def test_no_draft_changes_a_token(
         assert counters["accepted_tokens"] == 0
     elif name == "mixed":
         assert 0 < counters["accepted_tokens"] < counters["drafted_tokens"]
+
+
+class Likeliest:
+    """Drafts the likeliest continuations after the first token of an answer, by `texts`."""
+
+    def __init__(self, texts: dict[int, list[int]]) -> None:
+        self._texts = texts
+        self._text: list[int] = []
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        # The first call brings the prompt and the answer's first token.
+        self._text = [*self._text, *tokens] if self._text else [tokens[-1]]
+
+    def learn(self, tokens: Sequence[int], logits: torch.Tensor) -> None: ...
+
+    def draft(self, limit: int) -> list[int]:
+        text = self._texts[self._text[0]]
+        return text[len(self._text) :][:limit] if text[: len(self._text)] == self._text else []
+
+
+def test_drafts_leave_the_distribution_as_it_is(split: Any, unsplit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A χ² test at temperature 1, against chances computed from the unsplit model's logits."""
+    prompt, choices, count = [5, 17, 33, 9], 3, 200
+    chances: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        longer: dict[tuple[int, ...], float] = {}
+        with torch.inference_mode():
+            logits = unsplit(torch.tensor([[*prompt, *text] for text in chances])).logits[:, -1]
+        for (text, chance), row in zip(chances.items(), logits, strict=True):
+            top = row.topk(choices)
+            for token, share in zip(top.indices.tolist(), top.values.softmax(-1).tolist(), strict=True):
+                longer[*text, token] = chance * share
+        chances = longer
+    # The likeliest text after each first token.
+    texts = {text[0]: [*text] for text in sorted(chances, key=chances.__getitem__)}
+    monkeypatch.setitem(DRAFTERS, "likeliest", lambda _: Likeliest(texts))
+    with Generator(split, speculate="likeliest") as generator:
+        config = sampling(3, temperature=1.0, top_k=choices)
+        generations = [generator.submit(Request(prompt, config, seed=seed)) for seed in range(count)]
+        seen = Counter(tuple(each.result(LATE)) for each in generations)
+    drafted, accepted = (generator.counters[f"{name}_tokens"] for name in ("drafted", "accepted"))
+    assert count / 10 < accepted < drafted - count / 10
+    assert seen.keys() <= chances.keys()
+    statistic = sum((seen[text] - count * chance) ** 2 / (count * chance) for text, chance in chances.items())
+    freedom = torch.tensor((len(chances) - 1) / 2)
+    assert torch.special.gammaincc(freedom, torch.tensor(statistic / 2)) > 1e-3
 
 
 def test_a_text_that_ends_within_a_draft_is_kept_for_later_requests(

@@ -38,7 +38,7 @@ CHUNKS = [
 ]
 
 #: What a sequence is made of, and how often.
-ACTS = ("step",) * 8 + ("crop", "reorder", "repeat", "copy", "drop", "wait") + FAULTS
+ACTS = ("step",) * 8 + ("speculate",) * 2 + ("crop", "reorder", "repeat", "copy", "drop", "wait") + FAULTS
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ class Generation:
         self.layer = layer
         self.rows: list[list[int]] = [[] for _ in range(rows)]
 
-    def step(self, choose: random.Random) -> None:
-        tokens = choose.choice([1, 1, 1, 2, 3, 9])
+    def step(self, choose: random.Random, tokens: int | None = None) -> None:
+        tokens = tokens or choose.choice([1, 1, 1, 2, 3, 9])
         while len(self.rows) * (2 + (len(self.rows[0]) + tokens) // 4) > 14:
             # More than the smallest worker's memory holds.
             self.crop(choose)
@@ -87,6 +87,17 @@ class Generation:
             assert not self.rows[0]
             self.world.clock.sleep(12.0)
             return self.layer.step(states, StepContext())
+
+    def speculate(self, choose: random.Random) -> None:
+        """Steps of a token and a draft, of which a part is right; as `ActiveRequest.drop_drafts` goes on."""
+        for _ in range(3):
+            drafted = choose.randrange(4)
+            self.step(choose, 1 + drafted)
+            # Without room for the draft, the step was one of a token.
+            keep = max(1, len(self.rows[0]) - choose.randrange(drafted + 1))
+            if keep < len(self.rows[0]):
+                self.layer.crop(keep)
+                self.rows = [row[:keep] for row in self.rows]
 
     def crop(self, choose: random.Random) -> None:
         length = len(self.rows[0])
@@ -133,6 +144,9 @@ def run_sequence(fleet: Fleet, number: int, acts: list[str], patch: pytest.Monke
         match act:
             case "step":
                 generation.step(choose)
+                faults = 0
+            case "speculate":
+                generation.speculate(choose)
                 faults = 0
             case "copy":
                 if len(generations) < 4:
