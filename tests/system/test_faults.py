@@ -334,7 +334,7 @@ def test_what_nobody_wants_any_more_looks_for_no_worker(setting: Setting) -> Non
             session.abandon()
         for outcome in steps:
             with pytest.raises(SessionLost, match="given up"):
-                outcome.result(10)
+                outcome.result(LATE)
 
 
 def test_a_worker_that_leaves_is_gone_at_once(setting: Setting) -> None:

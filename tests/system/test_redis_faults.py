@@ -231,7 +231,7 @@ def test_a_server_that_hangs_holds_no_sender_up_and_gets_all_in_order(setting: S
         server.signal(signal.SIGSTOP)
         with in_background(send_all) as sent:
             try:
-                sent.result(4)
+                sent.result(LATE)
             finally:
                 server.signal(signal.SIGCONT)
         wait_until(lambda: len(arrived) >= 200)
