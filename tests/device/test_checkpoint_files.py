@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,17 @@ def test_defaults_that_are_nested_too_deeply_are_named(model: Path) -> None:
     (model / "generation_config.json").write_text("[" * 100_000)
     with pytest.raises(ModelError, match=r"generation_config\.json: maximum recursion"):
         generation_config(Checkpoint.resolve(str(model)))
+
+
+def test_what_is_no_file_is_named(model: Path) -> None:
+    (model / "generation_config.json").unlink()
+    os.mkfifo(model / "generation_config.json")
+    with pytest.raises(ModelError, match=r"generation_config\.json is not a file"):
+        generation_config(Checkpoint.resolve(str(model)))
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").mkdir()
+    with pytest.raises(ModelError, match=r"model\.safetensors is not a file"):
+        read_spec(str(model))
 
 
 def test_a_link_that_leads_nowhere_is_named(model: Path) -> None:

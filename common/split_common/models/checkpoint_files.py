@@ -103,15 +103,17 @@ def local_files(directory: Path) -> Callable[[str], Path]:
     """A function that finds a file of a checkpoint in a directory.
 
     It raises FileNotFoundError if there is no such file, and ModelError if it cannot be what its name says: a link
-    that leads nowhere, or a Git LFS pointer.
+    that leads nowhere, a directory, a pipe, or a Git LFS pointer.
     """
 
     def fetch(file: str) -> Path:
         path = directory / file
         if path.is_symlink() and not path.exists():
             raise ModelError(f"{path} is a link to {path.readlink()}, which does not exist")
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
+        if not path.is_file():
+            raise ModelError(f"{path} is not a file")
         refuse_pointer(path)
         return path
 
