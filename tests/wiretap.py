@@ -55,6 +55,22 @@ def record_requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return sent
 
 
+def record_waits(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """What each session of this process has in flight whenever it waits for an answer from now on.
+
+    Each time the sequence numbers: those that are waited for together take one trip.
+    """
+    waits: list[list[int]] = []
+    wait = RemoteSession._next_event
+
+    def recording(self: RemoteSession) -> Any:
+        waits.append(sorted(self.in_flight))
+        return wait(self)
+
+    monkeypatch.setattr(RemoteSession, "_next_event", recording)
+    return waits
+
+
 def wait_until(condition: Callable[[], Any], timeout: float = LATE) -> float:
     """Waits until `condition` holds; returns how long that took."""
     began = time.monotonic()

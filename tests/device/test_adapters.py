@@ -29,7 +29,7 @@ from split_device import SplitModelForCausalLM
 from split_device.generation.generator import Generator, Request
 from split_worker.limits import WorkerLimits
 from split_worker.worker import Worker
-from wiretap import LATE, wait_until
+from wiretap import LATE, record_waits, wait_until
 
 pytestmark = pytest.mark.usefixtures("patient_queue")
 
@@ -178,10 +178,15 @@ def test_one_model_chooses_among_its_adapters(model: Any, llama: Path, a: Path, 
         model.set_adapter("c")
 
 
-def test_copies_have_the_adapter_and_caches_keep_it(model: Any, llama: Path, a: Path) -> None:
+def test_copies_have_the_adapter_and_caches_keep_it(
+    model: Any, llama: Path, a: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model.set_adapter("a")
     expected = lora.unsplit(llama, a)
+    waits = record_waits(monkeypatch)
     first = model.generate(PROMPT, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    # The adapter is chosen in the prompt's own trip; then there is one trip for each token.
+    assert waits == [[0, 1], [1], [2], [3], [4]]
     cache = first.past_key_values
     twin = copy.deepcopy(cache)
     longer = torch.cat([first.sequences, OTHER], 1)

@@ -50,6 +50,7 @@ from split_device.models.prepared import StepContext
 from split_device.models.traits import Traits
 from split_device.sessions import channels as channels_module
 from split_device.sessions import session as session_module
+from split_device.sessions import worker_channel
 from split_device.sessions.connection import PATIENCE
 from split_worker import channels as worker_channels
 from split_worker import set_ups
@@ -732,7 +733,7 @@ def test_channels_are_bounded_and_a_forgotten_one_is_told(
     setting: Setting, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_channels, "MAX_CHANNELS_PER_DEVICE", 2)
-    monkeypatch.setattr(session_module, "CHANNEL_SESSIONS", 2)
+    monkeypatch.setattr(worker_channel, "CHANNEL_SESSIONS", 2)
     with (
         setting.broker() as broker,
         setting.worker(broker.address) as worker,

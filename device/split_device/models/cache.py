@@ -337,7 +337,7 @@ class SessionCacheLayer(BodyLayer):
         """Chooses the adapter, and fills a worker's cache from the history. Raises HistoryLost, and as `send`."""
         _check_padding(session, step)
         if self.adapter is not None:
-            session.call([(self.adapter, b"")], step.timings)
+            session.begin_with(self.adapter)
         # The rows of the history are in their present order already.
         self._select = None
         requests = self._replayed(session.indivisible, step.timings)

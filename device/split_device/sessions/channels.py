@@ -24,7 +24,8 @@ from split_common.transport import Transport, mark_of, member_mark
 from split_common.transport.placement import Silences
 from split_common.trust.keys import Certificate, Identity, Role
 from split_device.sessions.refusals import MIN_RETRY, printable
-from split_device.sessions.session import CHECK_INTERVAL, Event, WorkerChannel
+from split_device.sessions.session import CHECK_INTERVAL, Event
+from split_device.sessions.worker_channel import WorkerChannel
 
 #: Seconds until a message of a channel's set-up is sent again; doubles each time. Workers answer it at once.
 SET_UP_RETRANSMIT = 1.0

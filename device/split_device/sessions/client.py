@@ -27,8 +27,9 @@ from split_device.sessions.connection import PATIENCE, STEP_TIMEOUT, TIMEOUT
 from split_device.sessions.identity import SessionIdentity, SessionNames
 from split_device.sessions.notices import Notices, OnNotice
 from split_device.sessions.refusals import refusal_error
-from split_device.sessions.session import RemoteSession, WorkerChannel
+from split_device.sessions.session import RemoteSession
 from split_device.sessions.timings import Timings
+from split_device.sessions.worker_channel import WorkerChannel
 
 
 class Client:

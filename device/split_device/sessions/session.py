@@ -7,7 +7,6 @@ import queue
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -15,14 +14,13 @@ import msgspec
 from split_common.errors import AuthenticationError, BrokerUnreachable, SessionLost, SplitError, WorkerSlow
 from split_common.protocol import encoding, headers, payloads
 from split_common.protocol.capabilities import INDIVISIBLE, KEEP, SESSION_KEYS, UNPADDED
-from split_common.protocol.channel import CHANNEL_SESSIONS, Channel, EpochKeys
 from split_common.system.forks import Birthplace
-from split_common.transport import Transport, peer_name
-from split_common.trust.keys import Roster
+from split_common.transport import Transport
 from split_device.sessions.identity import SessionIdentity
 from split_device.sessions.notices import Notices, OnNotice
 from split_device.sessions.refusals import MIN_RETRY, refusal_error
 from split_device.sessions.timings import StepTimings
+from split_device.sessions.worker_channel import WorkerChannel
 
 #: Seconds without a reply after which a request is sent again; doubles each time, up to MAX_RETRANSMIT.
 RETRANSMIT = 3.0
@@ -42,34 +40,6 @@ Reply = tuple[payloads.AnyReply, memoryview]
 
 #: Error message: the caller abandoned the session.
 ABANDONED = "the session was given up"
-
-
-@dataclass
-class WorkerChannel:
-    """A channel to one worker. Session 0 is the channel itself."""
-
-    worker: bytes
-    number: int
-    crypto: Channel
-    control: EpochKeys
-    #: Whether the worker has answered a request.
-    answered: bool = False
-    #: Sessions that may still be opened over it.
-    sessions_left: int = field(default_factory=lambda: CHANNEL_SESSIONS)
-
-    @property
-    def worker_name(self) -> str:
-        """The worker's name: that in its certificate, and what tells it from the member's other workers."""
-        return peer_name(self.crypto.peer.name, self.worker)
-
-    @property
-    def usable(self) -> bool:
-        """Whether another session may be opened over it."""
-        return self.sessions_left > 0 and not self.crypto.expired
-
-    def trusted(self, roster: Roster) -> bool:
-        """Whether the worker's certificate is still valid by this roster."""
-        return self.crypto.trusted(roster)
 
 
 class SessionHost(Protocol):
@@ -126,8 +96,8 @@ class RemoteSession:
         self.patient = False
         #: Takes what is said while a call waits.
         self.say: OnNotice = host.notices.say
-        # Travels before the first request, and makes this session a copy of another one.
-        self._fork: payloads.Fork | None = None
+        # Travels before the first request, in the same trip; None once the worker has taken it.
+        self._opening: payloads.Fork | payloads.UseAdapter | None = None
         #: Whether its worker has made it a copy.
         self.copied = False
 
@@ -154,7 +124,7 @@ class RemoteSession:
     @property
     def is_copying(self) -> bool:
         """Whether it is to become a copy, and its worker has not answered yet."""
-        return self._fork is not None
+        return isinstance(self._opening, payloads.Fork)
 
     def call(
         self, requests: Sequence[tuple[payloads.Payload, memoryview | bytes]], timings: StepTimings | None = None
@@ -175,12 +145,15 @@ class RemoteSession:
         """
         if self._lost is not None:
             raise self._lost
+        opening = self._opening
+        if opening is not None:
+            requests = [(opening, b""), *requests]
         for request, _ in requests:
             self.channel.crypto.require(request.needs)
-        if self._fork is None:
-            return self._exchange(requests, timings or StepTimings())
-        replies = self._exchange([(self._fork, b""), *requests], timings or StepTimings())
-        self._fork, self.copied = None, True
+        replies = self._exchange(requests, timings or StepTimings())
+        if opening is None:
+            return replies
+        self._opening, self.copied = None, self.is_copying
         return replies[1:]
 
     def _exchange(
@@ -206,6 +179,9 @@ class RemoteSession:
                 replies[header.seq - first] = reply, tensor
                 if not isinstance(reply, payloads.Refusal):
                     self._answered()
+                    if not self.is_copying:
+                        # Also if a step behind it is refused: that one is sent again without it.
+                        self._opening = None
                 elif isinstance(refused := refusal_error(reply), SessionLost):
                     raise refused
         except BaseException as error:
@@ -263,8 +239,12 @@ class RemoteSession:
             return None
         child = self._host.new_session(self.channel, identity, epoch)
         if child is not None:
-            child._fork = payloads.Fork(self.ref, self.epoch)
+            child._opening = payloads.Fork(self.ref, self.epoch)
         return child
+
+    def begin_with(self, adapter: payloads.UseAdapter) -> None:
+        """Makes the first call of a new session choose an adapter. That takes no further trip."""
+        self._opening = adapter
 
     def keep(self) -> bool:
         """Tells the worker that this session takes no more steps, and is held for copies alone.

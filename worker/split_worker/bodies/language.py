@@ -33,6 +33,8 @@ class Rows:
         self.sequences: list[KVSequence] = []
         #: The number of the session's adapter; None without one.
         self.adapter: int | None = None
+        #: Why the session did not get the adapter that it asked for; its steps are refused, too.
+        self.lacking: UnknownAdapter | None = None
         #: The rows before a step's selection, until the step is answered.
         self._before: list[KVSequence] = []
 
@@ -168,6 +170,8 @@ class LanguageBody:
             return []
         if not isinstance(request, payloads.Step):
             raise Malformed(f"a {type(request).__name__} for a language model")
+        if state.lacking is not None:
+            raise state.lacking
         size = request.tokens * request.width * self.dtype.itemsize
         if size > headers.MAX_BODY // 2:
             # The answer, in the body's dtype, would not fit into a message.
@@ -184,12 +188,14 @@ class LanguageBody:
             names = [adapter.name for adapter in self.adapters]
             # A name from the network: one without control characters.
             asked = repr(request.name)
-            if request.name in names:
-                raise UnknownAdapter(f"the adapter {asked} here has other tensors or settings")
-            raise UnknownAdapter(
-                f"no adapter {asked} is loaded (loaded: {', '.join(names) or 'none'}): start the worker with "
+            why = (
+                f"the adapter {asked} here has other tensors or settings"
+                if request.name in names
+                else f"no adapter {asked} is loaded (loaded: {', '.join(names) or 'none'}): start the worker with "
                 "--adapter NAME=DIR"
             )
+            state.lacking = UnknownAdapter(why)
+            raise state.lacking
         state.adapter = number
 
     def launch(self, runs: Sequence[TokenRun[Any]]) -> Forward:
