@@ -237,6 +237,7 @@ def load_model(
             model.set_adapter(names)
         check_values(model)
         model.to(place)
+        model.warm_up()
     except BaseException:
         model.close()
         raise

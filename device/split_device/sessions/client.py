@@ -29,6 +29,7 @@ from split_device.sessions.notices import Notices, OnNotice
 from split_device.sessions.refusals import refusal_error
 from split_device.sessions.session import RemoteSession
 from split_device.sessions.timings import Timings
+from split_device.sessions.warm_up import WarmUp
 from split_device.sessions.worker_channel import WorkerChannel
 
 
@@ -95,6 +96,8 @@ class Client:
         self._names = SessionNames()
         #: By the channel's number, and what headers call the session.
         self._sessions: dict[tuple[int, headers.SessionRef], RemoteSession] = {}
+        #: Sets up channels before they are needed; None if that was not asked for.
+        self._warm_up: WarmUp | None = None
         self._closed = False
         self._birthplace = Birthplace("the model")
 
@@ -121,6 +124,8 @@ class Client:
             return
         self._closed = True
         self._channels.close()
+        if self._warm_up is not None:
+            self._warm_up.close()
         self.transport.close()
 
     def check_process(self) -> None:
@@ -140,6 +145,8 @@ class Client:
 
     def announcement(self) -> headers.Announce:
         self.on_roster()
+        if self._warm_up is not None:
+            self._warm_up.look()
         channels = self._channels.all()
         workers = list({channel.worker for channel in channels})
         answered = list({channel.worker for channel in channels if channel.answered})
@@ -274,6 +281,22 @@ class Client:
             session = self.new_session(self._channels.choose(avoid, check, never), identity, epoch)
             if session is not None:
                 return session
+
+    def warm_up(self, request: payloads.Step, data: memoryview) -> None:
+        """Has a channel set up in the background from now on whenever there is none (`WarmUp`).
+
+        Args:
+            request, data: a first step that any worker of the service can compute, and its tensor's bytes.
+        """
+        self.check_process()
+        if self._warm_up is None:
+            self._warm_up = WarmUp(self, request, data)
+            self._warm_up.look()
+
+    @property
+    def has_channel(self) -> bool:
+        """Whether a session could be opened without setting up a channel."""
+        return any(channel.usable for channel in self._channels.all())
 
     def has_other(self, worker: bytes) -> bool:
         """Whether another worker is available. Sets up a channel to it, unless another thread is setting one up."""
