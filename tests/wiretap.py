@@ -63,9 +63,9 @@ def record_waits(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     waits: list[list[int]] = []
     wait = RemoteSession._next_event
 
-    def recording(self: RemoteSession) -> Any:
+    def recording(self: RemoteSession, *arguments: Any) -> Any:
         waits.append(sorted(self.in_flight))
-        return wait(self)
+        return wait(self, *arguments)
 
     monkeypatch.setattr(RemoteSession, "_next_event", recording)
     return waits

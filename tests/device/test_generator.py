@@ -21,6 +21,8 @@ import tiny
 from fleet import joined, running_broker, split_model, start_worker
 from split_common.errors import ConfigError, ModelError, NoWorker, PromptTooLong, SplitError, UnsupportedFeature
 from split_device import SplitModelForCausalLM
+from split_device.generation import embedding
+from split_device.generation.active import ActiveRequest, OutputPart
 from split_device.generation.generator import Generator, Logprobs, Request
 from split_worker.limits import WorkerLimits
 from split_worker.worker import Worker
@@ -88,7 +90,11 @@ def split(llama: Path) -> Iterator[Any]:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("cut", [(2, 2), (0, 0)], ids=str)
-def test_the_tokens_are_those_of_each_alone(arch: str, cut: tuple[int, int], tmp_path: Path) -> None:
+def test_the_tokens_are_those_of_each_alone(
+    arch: str, cut: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Some prompts travel in parts, and others whole.
+    monkeypatch.setattr(embedding, "PART_TOKENS", 20)
     checkpoint = tiny.save(arch, tmp_path / arch)
     full = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     wanted = [alone(full, request) for request in requests(8)]
@@ -118,6 +124,46 @@ def test_over_each_transport(transport: str, llama: Path, unsplit: Any) -> None:
     with split_model(llama) as model, Generator(model) as generator:
         generations = [generator.submit(request) for request in asked]
         assert [each.result(LATE) for each in generations] == [alone(unsplit, request) for request in asked]
+
+
+def test_a_worker_that_is_lost_in_the_middle_of_a_prompt(
+    transport: str, llama: Path, unsplit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some parts have been answered and others have not; the last one has not left the head."""
+    monkeypatch.setattr(embedding, "PART_TOKENS", 20)
+    request = Request(list(range(3, 3 + 60)) * 3, greedy(6))
+    workers: list[Worker] = []
+    parts: list[OutputPart] = []
+    post, send = Generator._post, ActiveRequest.send
+
+    def posting(self: Generator, call: Any, *arguments: Any) -> None:
+        parts.extend(each for each in arguments if isinstance(each, OutputPart))
+        post(self, call, *arguments)
+
+    def sending(self: ActiveRequest, states: torch.Tensor) -> bool:
+        if self.parts_to_send == 1 and len(workers) == 1:
+            wait_until(lambda: parts)
+            workers[0].stop()
+            workers.append(start_worker(llama, broker.address))
+        return send(self, states)
+
+    monkeypatch.setattr(Generator, "_post", posting)
+    monkeypatch.setattr(ActiveRequest, "send", sending)
+    with running_broker() as broker:
+        workers.append(start_worker(llama, broker.address))
+        try:
+            with (
+                SplitModelForCausalLM.from_pretrained(llama, broker=broker.address) as model,
+                Generator(model, speculate="off") as generator,
+            ):
+                assert generator.submit(request).result(LATE) == alone(unsplit, request)
+                # Each part came back once, although the other worker was sent them all.
+                assert sum(len(part.states) for part in parts) == 8 * 20
+                assert workers[1].facts()["tokens"] == len(request.prompt) + 5
+                assert generator.counters["steps"] == 6
+        finally:
+            for worker in workers:
+                worker.stop()
 
 
 def test_positions_that_interact(tmp_path: Path) -> None:

@@ -669,7 +669,7 @@ def test_an_interrupted_call_frees_its_session(setting: Setting, monkeypatch: py
         session = client.open_session()
         session.call([step(0)])
 
-        def interrupt() -> None:
+        def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(session, "_next_event", interrupt)

@@ -10,16 +10,26 @@ from dataclasses import dataclass, field
 import torch
 
 from split_common.engine.sequences import KVSequence
+from split_common.errors import SplitError
 from split_device.generation.placing import PlacedPrompt, Placement
 from split_device.generation.request import Generation
 from split_device.generation.sampling import Sampler
 from split_device.models.cache import SessionCacheLayer
 from split_device.models.prepared import StepContext
+from split_device.models.prompt_parts import Part, PromptParts
 from split_device.sessions.prefix import SessionPrefix
 from split_device.speculation.speculation import Speculation
 
-#: The outcome of a step: states `[tokens, width]`, or an error.
-Outcome = torch.Tensor | Exception
+
+@dataclass(frozen=True)
+class OutputPart:
+    """The output `[tokens, width]` of a step's next tokens, of which more are at the worker or on their way."""
+
+    states: torch.Tensor
+
+
+#: The outcome of a step, or of a part of it: states `[tokens, width]`, or an error.
+Outcome = torch.Tensor | OutputPart | Exception
 
 
 @dataclass(eq=False)
@@ -62,11 +72,16 @@ class ActiveRequest:
     last_token: int = 0
     #: The states `[tokens, width]` that went to its worker last.
     sent: torch.Tensor | None = None
+    #: Parts of its step that have not left for the worker; and those that are back, before the last one, and not
+    #: through the tail.
+    parts_to_send: int = 0
+    parts_in_tail: int = 0
     ended: bool = False
     #: Its prompt, if that has images and is embedded.
     placed: PlacedPrompt | None = None
-    #: States `[tokens, width]` for the worker; None ends the session's thread.
-    outbox: queue.SimpleQueue[torch.Tensor | None] = field(default_factory=queue.SimpleQueue)
+    #: States `[tokens, width]` for the worker, and whether they are a step's last ones; None ends the session's
+    #: thread.
+    outbox: queue.SimpleQueue[Part | None] = field(default_factory=queue.SimpleQueue)
 
     @property
     def adapter(self) -> int | None:
@@ -126,21 +141,52 @@ class ActiveRequest:
     def priority(self) -> int:
         return self.generation.request.priority
 
+    def send(self, states: torch.Tensor) -> bool:
+        """Hands states `[tokens, width]` to the session's thread. Returns whether they are a step's last ones."""
+        self.parts_to_send -= 1
+        is_last = self.parts_to_send == 0
+        self.sent = states if self.drafts else None
+        self.outbox.put((states, is_last))
+        return is_last
+
     def session_loop(self, on_outcome: Callable[[ActiveRequest, Outcome], None]) -> None:
         """Runs the steps of the outbox on a worker until it holds None, then frees the session.
 
         Args:
-            on_outcome: called on this thread after each step.
+            on_outcome: called on this thread after each step, and with each part of an output that comes before.
         """
-        while (states := self.outbox.get()) is not None:
+        while (part := self.outbox.get()) is not None:
             outcome: Outcome
             try:
                 with torch.inference_mode():
-                    outcome = self.session.step(states[None], self._context(len(states)))[0]
+                    outcome = self._run(part, lambda states: on_outcome(self, OutputPart(states)))
             except Exception as error:
                 outcome = error
             on_outcome(self, outcome)
+            if isinstance(outcome, Exception) and not part[1]:
+                # The request ends. Further parts of the step may still come before.
+                while self.outbox.get() is not None:
+                    pass
+                break
         self.session.reset()
+
+    def _run(self, part: Part, on_output: Callable[[torch.Tensor], None]) -> torch.Tensor:
+        """Runs a step whose first part is this one. Returns the last part of its output."""
+        states, is_last = part
+        if is_last:
+            return self.session.step(states[None], self._context(len(states)))[0]
+        return self.session.stream(PromptParts(states, self._next_part, on_output))
+
+    def _next_part(self, wait: bool) -> Part | None:
+        try:
+            part = self.outbox.get(wait)
+        except queue.Empty:
+            return None
+        if part is None:
+            # For the loop.
+            self.outbox.put(None)
+            raise SplitError("the request has ended")
+        return part
 
     def _context(self, tokens: int) -> StepContext:
         """What its session has to know of its next tokens."""

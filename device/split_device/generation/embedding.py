@@ -1,4 +1,4 @@
-"""Embeds what enters the head: the next tokens of many requests."""
+"""Embeds what enters the head: the next tokens of many requests, long prompts in parts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from split_common.engine.scheduler import is_prefill
 from split_device.generation.active import ActiveRequest
 from split_device.generation.local_layers import LocalLayers
 
+#: Most tokens of a prompt that leave the head together: they travel while the next ones are computed.
+PART_TOKENS = 256
+
 #: A request, the index of its first new token, and the states `[tokens, width]` of these.
 Embedded = tuple[ActiveRequest, int, torch.Tensor]
 
@@ -17,7 +20,8 @@ Embedded = tuple[ActiveRequest, int, torch.Tensor]
 def embed_next(layers: LocalLayers, requests: Sequence[ActiveRequest]) -> Iterator[Embedded]:
     """Embeds the first tokens that are pending of each request; those of decoding steps together.
 
-    They count as entered: `head_tokens` goes on.
+    They count as entered: `head_tokens` goes on. A long prompt is yielded in parts, which go through the head one
+    after the other.
     """
     decoding = [request for request in requests if not is_prefill(len(request.pending[0]))]
     prefilling = [request for request in requests if is_prefill(len(request.pending[0]))]
@@ -37,4 +41,16 @@ def _embed(layers: LocalLayers, requests: Sequence[ActiveRequest]) -> Iterator[E
     states = layers.embed([token for part in tokens for token in part], positions, adapters)
     for request, begin, part in zip(requests, begins, torch.split(states, [*map(len, tokens)]), strict=True):
         request.head_tokens += len(part)
-        yield request, begin, request.with_images(begin, part)
+        pieces = torch.chunk(request.with_images(begin, part), _parts(layers, request, len(part)))
+        request.parts_to_send = len(pieces)
+        for piece in pieces:
+            yield request, begin, piece
+            begin += len(piece)
+
+
+def _parts(layers: LocalLayers, request: ActiveRequest, tokens: int) -> int:
+    """In how many parts the next tokens of a request travel."""
+    whole = layers.indivisible or request.undivided or request.placed is not None
+    if whole or request.generation.request.prompt_logprobs is not None:
+        return 1
+    return max(1, -(-tokens // PART_TOKENS))

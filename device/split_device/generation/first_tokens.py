@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
@@ -63,27 +63,33 @@ class FirstTokens:
         return [self._delay_until, *ends] if ends else []
 
     def divide(
-        self, outgoing: Iterable[RequestStates], at_workers: Iterable[int], now: float
+        self, outgoing: Iterable[RequestStates], at_workers: Mapping[ActiveRequest, int], now: float
     ) -> tuple[list[RequestStates], list[RequestStates]]:
         """Divides steps into those that go to workers now, the highest priority first, and those that wait.
 
         Args:
-            outgoing: the steps.
-            at_workers: the number of tokens in each step that is at a worker.
+            outgoing: the steps, or parts of steps in their order.
+            at_workers: the number of tokens that each request has at a worker.
         """
         urgent = self.urgent(now)
         prompt_tokens = sum(request.prompt_tokens for request in self._active if request.awaits_first_token)
         prompts_only = prompt_tokens > MANY_PROMPT_TOKENS and now < self._delay_until
-        prefill = sum(tokens for tokens in at_workers if is_prefill(tokens))
+        prefill = sum(tokens for tokens in at_workers.values() if is_prefill(tokens))
         sent: list[RequestStates] = []
         kept: list[RequestStates] = []
+        # Requests of which a part goes or has gone, and those of which one waits.
+        begun, waiting = {*at_workers}, set[ActiveRequest]()
         for request, states in sorted(outgoing, key=lambda each: -each[0].priority):
             tokens = len(states)
-            crowded = is_prefill(tokens) and prefill > 0 and prefill + tokens > MAX_PREFILL_AT_WORKERS
+            is_full = prefill > 0 and prefill + tokens > MAX_PREFILL_AT_WORKERS
+            crowded = is_prefill(tokens) and is_full and request not in begun
             stopped = prompts_only and request.priority <= 0 and not request.awaits_first_token
-            if crowded or is_delayed(request, math.inf if stopped else urgent, now):
+            delayed = is_delayed(request, math.inf if stopped else urgent, now)
+            if crowded or delayed or request in waiting:
+                waiting.add(request)
                 kept.append((request, states))
             else:
+                begun.add(request)
                 prefill += tokens if is_prefill(tokens) else 0
                 sent.append((request, states))
         return sent, kept

@@ -20,7 +20,7 @@ import torch
 
 from split_common.errors import Busy, PromptTooLong, SplitError
 from split_common.system.forks import Birthplace
-from split_device.generation.active import ActiveRequest, Outcome
+from split_device.generation.active import ActiveRequest, Outcome, OutputPart
 from split_device.generation.active_requests import ActiveRequests
 from split_device.generation.admission import Admission, Admitted
 from split_device.generation.checking import Checked, check_drafts
@@ -242,7 +242,9 @@ class Generator:
     def _run_tail(self) -> None:
         for request, outcome in self._forward("tail", self._tail):
             states = self._states_of(request, outcome)
-            if states is not None and not self._scorer.add(request, states):
+            if states is not None and request.parts_in_tail:
+                request.parts_in_tail -= 1
+            elif states is not None and not self._scorer.add(request, states):
                 self._proceed(request, states[-1 - len(request.drafts) :])
         if (scored := self._scorer.run()) is not None:
             request, state = scored
@@ -284,29 +286,16 @@ class Generator:
     def _send_off(self) -> None:
         """Sends states to workers, except those that are delayed."""
         outgoing = [(request, states) for request, states in self._outgoing if not request.ended]
-        sent, self._outgoing = self._first_tokens.divide(outgoing, self._at_workers.values(), self._now)
+        sent, self._outgoing = self._first_tokens.divide(outgoing, self._at_workers, self._now)
         for request, states in sent:
-            self._at_workers[request] = len(states)
-            request.sent = states if request.drafts else None
-            self.counters["steps"] += 1
-            request.outbox.put(states)
+            self._at_workers[request] = self._at_workers.get(request, 0) + len(states)
+            self.counters["steps"] += request.send(states)
 
     def _forward(self, end: str, stage: Stage) -> Iterator[tuple[ActiveRequest, Outcome]]:
-        """Runs one forward, or several until the steps of requests that delay others are complete.
-
-        Yields:
-            The outcome of each step that is complete.
-        """
+        """Runs one forward, or several until the steps of requests that delay others are complete."""
         urgent = self._first_tokens.urgent(self._now)
         lowest = min((request.priority for request in self._active.values()), default=0)
-        while True:
-            rows, outcomes = stage.forward()
-            yield from outcomes
-            if not rows:
-                return
-            self.counters.update({f"{end}_forwards": 1, f"{end}_rows": rows})
-            if urgent <= lowest or not any(request.priority >= urgent for request in stage.busy()):
-                return
+        return stage.run(end, self.counters, lambda request: request.priority >= urgent > lowest)
 
     # --- a request -----------------------------------------------------------------------------------------
 
@@ -337,7 +326,12 @@ class Generator:
             self._entering.append(request)
 
     def _returned(self, request: ActiveRequest, outcome: Outcome) -> None:
-        """A step has come back from its worker."""
+        """A step has come back from its worker, or a part of one."""
+        if isinstance(outcome, OutputPart):
+            if not request.ended:
+                request.parts_in_tail += 1
+                self._arrived.append((request, outcome.states))
+            return
         self._at_workers.pop(request, None)
         divided = request.session.indivisible and not request.undivided
         if not request.ended and (divided or (isinstance(outcome, Busy) and len(self._active) > 1)):
@@ -349,6 +343,7 @@ class Generator:
                 self._admission.pause(request.generation.adapter_name)
         elif isinstance(outcome, Busy | PromptTooLong) and request.drafts and not request.ended:
             # The text itself may fit, and end before more is needed.
+            request.parts_to_send = 1
             self._outgoing.append((request, request.without_drafts()))
         elif (states := self._states_of(request, outcome)) is not None:
             request.ready_since = time.monotonic()
@@ -361,7 +356,7 @@ class Generator:
         if isinstance(outcome, Exception):
             self._end(request, outcome)
             return None
-        return None if request.ended else outcome
+        return outcome if isinstance(outcome, torch.Tensor) and not request.ended else None
 
     def _advance(self, checked: Checked) -> None:
         """Goes on with a request's next tokens."""

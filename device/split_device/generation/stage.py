@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,6 +135,24 @@ class Stage:
             outcomes.append((step.session, step.output()))
             self._end(step)
         return len(chunks), outcomes
+
+    def run(self, name: str, counters: Counter[str], is_urgent: Callable[[Any], bool]) -> Iterator[KeyedOutcome]:
+        """Runs one forward, or several until the steps of urgent keys are complete.
+
+        Args:
+            name: of this end, by which forwards and their rows are counted.
+
+        Yields:
+            The outcome of each step that is complete.
+        """
+        while True:
+            rows, outcomes = self.forward()
+            yield from outcomes
+            if not rows:
+                return
+            counters.update({f"{name}_forwards": 1, f"{name}_rows": rows})
+            if not any(map(is_urgent, self.busy())):
+                return
 
     def _start(self, step: Step | None) -> None:
         if step is not None:

@@ -16,6 +16,7 @@ from split_common.models.tensors import raw_bytes
 from split_common.protocol import payloads
 from split_device.models.body_layer import BodyLayer
 from split_device.models.prepared import PreparedStep, StepContext
+from split_device.models.prompt_parts import PromptParts
 from split_device.models.traits import Traits
 from split_device.sessions.chunks import ChunkRequest, encode
 from split_device.sessions.client import Client
@@ -26,9 +27,10 @@ from split_device.sessions.identity import SessionIdentity
 from split_device.sessions.notices import OnNotice
 from split_device.sessions.places import PlacedRun, distinct_axes, first_axis
 from split_device.sessions.prefix import SessionPrefix
+from split_device.sessions.requests import Reply
 from split_device.sessions.resilient import ResilientSession
-from split_device.sessions.session import RemoteSession, Reply
-from split_device.sessions.timings import StepTimings
+from split_device.sessions.session import RemoteSession
+from split_device.sessions.timings import StepTimings, timed
 
 #: Most chunks of history that travel to a new worker at once.
 REPLAY_WINDOW = 8
@@ -180,6 +182,22 @@ class SessionCacheLayer(BodyLayer):
         self.client.timings.record(step.timings)
         return result
 
+    def stream(self, parts: PromptParts) -> torch.Tensor:
+        """Runs the body over a prompt that comes in parts, as one step. Returns the output of the last message.
+
+        Raises:
+            SplitError: as `exchange`, or what `parts` raises; the session then holds what it held before.
+        """
+        step = self.prepare(parts.states[None], StepContext())
+        step.parts = parts
+        parts.begin(step, self.client.codec, self._places)
+        self._session.call(self, step)
+        parts.finish()
+        self._columns = step.columns
+        self._history.append(step.hidden, step.places)
+        self.client.timings.record(step.timings)
+        return parts.output
+
     def prepare(self, hidden: torch.Tensor, context: StepContext) -> PreparedStep:
         """Encodes hidden states `[batch, tokens, width]`, without padding, and equal rows once. Changes no state.
 
@@ -232,15 +250,9 @@ class SessionCacheLayer(BodyLayer):
 
     def commit(self, step: PreparedStep, output: torch.Tensor) -> torch.Tensor:
         """Records a step that has run. Returns its output `[batch, tokens, width]`, zero for padding."""
-        if step.sent is None:
-            result = output.view(step.hidden.shape)
-        else:
-            result = step.hidden.new_zeros(step.hidden.shape)
-            result[step.sent] = output
+        result = step.place(output)
         if step.copies is not None:
-            rows, copies = step.copies
-            result = result[[rows[copy] for copy in copies]]
-            self._select = copies
+            self._select = step.copies[1]
         self._columns = step.columns
         self._history.append(step.hidden, step.places)
         return result
@@ -335,7 +347,7 @@ class SessionCacheLayer(BodyLayer):
 
     def replay(self, session: RemoteSession, step: PreparedStep) -> None:
         """Chooses the adapter, and fills a worker's cache from the history. Raises HistoryLost, and as `send`."""
-        _check_padding(session, step)
+        step.check_padding(session)
         if self.adapter is not None:
             session.begin_with(self.adapter)
         # The rows of the history are in their present order already.
@@ -349,7 +361,9 @@ class SessionCacheLayer(BodyLayer):
             raise
 
     def send(self, session: RemoteSession, step: PreparedStep) -> list[Reply]:
-        _check_padding(session, step)
+        step.check_padding(session)
+        if (parts := step.parts) is not None:
+            return timed(step.timings, lambda: session.stream(parts.requests(), step.timings))
         if session.indivisible and len(step.requests) > 1:
             packed = step.hidden.flatten(0, 1) if step.sent is None else step.hidden[step.sent]
             with step.timings.measure("encode"):
@@ -379,21 +393,7 @@ class SessionCacheLayer(BodyLayer):
         steps: list[tuple[payloads.Payload, memoryview | bytes]] = []
         for chunk, data in requests:
             steps.append((chunk.step(None if steps else self._select, self.client.codec, len(data)), data))
-        with timings.measure_rest("queue"):
-            replies = session.call(steps, timings)
-            for reply, _ in replies:
-                if isinstance(reply, payloads.Result):
-                    timings.add("body", reply.body_us / 1e6)
-                    timings.add("worker", reply.worker_us / 1e6)
+        replies = timed(timings, lambda: session.call(steps, timings))
         # The worker has moved its rows.
         self._select = None
         return replies
-
-
-def _check_padding(session: RemoteSession, step: PreparedStep) -> None:
-    """Raises UnsupportedFeature if a row has padding before a token, and the worker's layers would miss it."""
-    if not session.takes_padding and bool(((~step.columns).cummax(1).values & step.columns).any()):
-        raise UnsupportedFeature(
-            "padding cannot be split with this model, because its layers compute a padded row otherwise: pass "
-            "prompts one at a time, or of the same length"
-        )

@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from split_common.errors import UnsupportedFeature
 from split_common.models.cache_layers import States
 from split_device.sessions.chunks import ChunkRequest
 from split_device.sessions.places import PlacedRun
+from split_device.sessions.requests import GrowingStep
+from split_device.sessions.session import RemoteSession
 from split_device.sessions.timings import StepTimings
 
 
@@ -47,3 +50,26 @@ class PreparedStep:
     #: Empty if all tokens are padding. Encoded anew for a worker that takes no parts.
     requests: list[ChunkRequest]
     timings: StepTimings
+    #: Where further tokens come from while it is under way; None if it is complete.
+    parts: GrowingStep | None = None
+
+    def place(self, output: torch.Tensor) -> torch.Tensor:
+        """The output `[batch, tokens, width]`, zero for padding, given that of its tokens, `[tokens, width]`."""
+        if self.sent is None:
+            result = output.view(self.hidden.shape)
+        else:
+            result = self.hidden.new_zeros(self.hidden.shape)
+            result[self.sent] = output
+        if self.copies is not None:
+            rows, copies = self.copies
+            result = result[[rows[copy] for copy in copies]]
+        return result
+
+    def check_padding(self, session: RemoteSession) -> None:
+        """Raises UnsupportedFeature if a row has padding before a token, and the worker's layers would miss it."""
+        padded = (~self.columns).cummax(1).values & self.columns
+        if not session.takes_padding and bool(padded.any()):
+            raise UnsupportedFeature(
+                "padding cannot be split with this model, because its layers compute a padded row otherwise: pass "
+                "prompts one at a time, or of the same length"
+            )

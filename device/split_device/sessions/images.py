@@ -23,8 +23,9 @@ from split_device.sessions.client import Client
 from split_device.sessions.distinct import distinct
 from split_device.sessions.identity import SessionIdentity
 from split_device.sessions.notices import OnNotice
+from split_device.sessions.requests import Reply
 from split_device.sessions.resilient import ResilientSession
-from split_device.sessions.session import RemoteSession, Reply
+from split_device.sessions.session import RemoteSession
 from split_device.sessions.timings import StepTimings
 
 #: How often a worker gets the embeddings for one step before the session moves: other sessions may need its memory.

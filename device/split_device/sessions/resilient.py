@@ -29,7 +29,8 @@ from split_common.transport.placement import NOBODY_ELSE
 from split_device.sessions.client import Client
 from split_device.sessions.dead_letters import DeadLetter, record
 from split_device.sessions.notices import OnNotice, WorkerWait
-from split_device.sessions.session import ABANDONED, CHECK_INTERVAL, RemoteSession, Reply
+from split_device.sessions.requests import Reply
+from split_device.sessions.session import ABANDONED, CHECK_INTERVAL, RemoteSession
 from split_device.sessions.tries import Blame, Tries
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import queue
 import time
-from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -19,6 +18,7 @@ from split_common.transport import Transport
 from split_device.sessions.identity import SessionIdentity
 from split_device.sessions.notices import Notices, OnNotice
 from split_device.sessions.refusals import MIN_RETRY, refusal_error
+from split_device.sessions.requests import AllRequests, Reply, Request, Requests
 from split_device.sessions.timings import StepTimings
 from split_device.sessions.worker_channel import WorkerChannel
 
@@ -32,11 +32,11 @@ IN_FLIGHT = 32
 #: Seconds between two checks of whether to give up, while no message comes.
 CHECK_INTERVAL = 0.25
 
+#: Seconds after which a call looks again for requests that have come meanwhile.
+GLANCE = 0.005
+
 #: Handed over by the transport's thread: a message, or the error that ended the session.
 Event = tuple[headers.AnyHeader, bytes] | SplitError
-
-#: A worker's answer to one request, and its tensor's bytes.
-Reply = tuple[payloads.AnyReply, memoryview]
 
 #: Error message: the caller abandoned the session.
 ABANDONED = "the session was given up"
@@ -126,9 +126,7 @@ class RemoteSession:
         """Whether it is to become a copy, and its worker has not answered yet."""
         return isinstance(self._opening, payloads.Fork)
 
-    def call(
-        self, requests: Sequence[tuple[payloads.Payload, memoryview | bytes]], timings: StepTimings | None = None
-    ) -> list[Reply]:
+    def call(self, requests: Sequence[Request], timings: StepTimings | None = None) -> list[Reply]:
         """Sends requests, several ahead, and waits for the reply of each.
 
         Args:
@@ -143,33 +141,47 @@ class RemoteSession:
             UnsupportedFeature: the worker lacks a capability that a request needs; nothing was sent.
             BrokerUnreachable: the broker has been silent for the client's timeout.
         """
+        for request, _ in requests:
+            self.channel.crypto.require(request.needs)
+        return self.stream(AllRequests(requests), timings or StepTimings())
+
+    def stream(self, requests: Requests, timings: StepTimings) -> list[Reply]:
+        """Sends requests as they come, and waits for the reply of each. Errors are those of `call`."""
         if self._lost is not None:
             raise self._lost
         opening = self._opening
         if opening is not None:
-            requests = [(opening, b""), *requests]
-        for request, _ in requests:
-            self.channel.crypto.require(request.needs)
-        replies = self._exchange(requests, timings or StepTimings())
-        if opening is None:
-            return replies
-        self._opening, self.copied = None, self.is_copying
-        return replies[1:]
+            self.channel.crypto.require(opening.needs)
+        replies = self._exchange(opening, requests, timings)
+        if opening is not None:
+            self._opening, self.copied = None, self.is_copying
+        return replies
 
-    def _exchange(
-        self, requests: Sequence[tuple[payloads.Payload, memoryview | bytes]], timings: StepTimings
-    ) -> list[Reply]:
+    def _exchange(self, opening: payloads.Payload | None, requests: Requests, timings: StepTimings) -> list[Reply]:
         first = self._seq
-        waiting = deque(requests)
+        asked: list[type[payloads.Payload]] = []
         replies: dict[int, Reply] = {}
+        passed = own = int(opening is not None)
+        refused = False
+
+        def send(payload: payloads.Payload, data: memoryview | bytes) -> None:
+            self.channel.crypto.require(payload.needs)
+            with timings.measure("encrypt"):
+                frames = self._seal(payload, data)
+            self._send(frames)
+            asked.append(type(payload))
+
         try:
-            while len(replies) < len(requests):
-                while waiting and len(self.in_flight) < IN_FLIGHT:
-                    request, data = waiting.popleft()
-                    with timings.measure("encrypt"):
-                        frames = self._seal(request, data)
-                    self._send(frames)
-                header, body = self._next_event()
+            if opening is not None:
+                send(opening, b"")
+            while len(replies) < len(asked) or not (refused or requests.complete):
+                while not (refused or requests.complete) and len(self.in_flight) < IN_FLIGHT:
+                    if (request := requests.take(wait=not self.in_flight)) is None:
+                        break
+                    send(*request)
+                if (event := self._next_event(requests.growing and not requests.complete)) is None:
+                    continue
+                header, body = event
                 try:
                     with timings.measure("decrypt"):
                         reply, tensor = self._open(header, body)
@@ -177,25 +189,28 @@ class RemoteSession:
                     self._host.count(error)
                     continue
                 replies[header.seq - first] = reply, tensor
-                if not isinstance(reply, payloads.Refusal):
-                    self._answered()
-                    if not self.is_copying:
-                        # Also if a step behind it is refused: that one is sent again without it.
-                        self._opening = None
-                elif isinstance(refused := refusal_error(reply), SessionLost):
-                    raise refused
+                if isinstance(reply, payloads.Refusal):
+                    refused = True
+                    if isinstance(lost := refusal_error(reply), SessionLost):
+                        raise lost
+                    continue
+                self._answered()
+                if not isinstance(reply, payloads.ANSWERS[wanted := asked[header.seq - first]]):
+                    raise SessionLost(f"the worker answered a {wanted.__name__} by a {type(reply).__name__}")
+                if not self.is_copying:
+                    # Also if a step behind it is refused: that one is sent again without it.
+                    self._opening = None
+                while not refused and passed in replies:
+                    requests.answered(passed - own, replies[passed])
+                    passed += 1
         except BaseException as error:
             self._end(error)
             raise
-        answers = [replies[i] for i in range(len(requests))]
-        for (asked, _), (reply, _) in zip(requests, answers, strict=True):
+        answers = [replies[i] for i in range(len(asked))]
+        for reply, _ in answers:
             if isinstance(reply, payloads.Refusal):
                 raise refusal_error(reply)
-            if not isinstance(reply, payloads.ANSWERS[type(asked)]):
-                wrong = SessionLost(f"the worker answered a {type(asked).__name__} by a {type(reply).__name__}")
-                self._end(wrong)
-                raise wrong
-        return answers
+        return answers[own:]
 
     def _answered(self) -> None:
         """Tells the queue at once if this is the worker's first answer, so that other devices get it, too."""
@@ -320,8 +335,11 @@ class RemoteSession:
         self._seq += 1
         self._host.transport.send(*frames)
 
-    def _next_event(self) -> tuple[headers.Relay, bytes]:
+    def _next_event(self, glance: bool = False) -> tuple[headers.Relay, bytes] | None:
         """The next reply to a request in flight. Sends the requests again if it takes long.
+
+        Args:
+            glance: whether to wait for `GLANCE` alone; then the answer is None if none came.
 
         Raises:
             WorkerSlow, WorkerGone, BrokerUnreachable: see `call`.
@@ -352,8 +370,11 @@ class RemoteSession:
                 interval = min(2 * interval, MAX_RETRANSMIT)
                 resend_at = now + interval
             try:
-                event = self._host.transport.receive(self.events, min(CHECK_INTERVAL, resend_at - now))
+                wait = GLANCE if glance else CHECK_INTERVAL
+                event = self._host.transport.receive(self.events, min(wait, resend_at - now))
             except queue.Empty:
+                if glance:
+                    return None
                 continue
             if isinstance(event, SplitError):
                 raise event

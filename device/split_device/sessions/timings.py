@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from split_common.protocol import payloads
+from split_device.sessions.requests import Reply
 
 #: The stages of a step, in order. `queue` is the rest of a call: the way through the broker and back, and waiting
 #: at the worker.
@@ -92,3 +95,14 @@ class Timings:
         """Mean milliseconds of each stage in one call of the body."""
         with self._lock:
             return {stage: 1000 * total / max(1, self._steps) for stage, total in self._seconds.items()}
+
+
+def timed(timings: StepTimings, exchange: Callable[[], list[Reply]]) -> list[Reply]:
+    """Counts where the time of an exchange with a worker goes. Returns its replies."""
+    with timings.measure_rest("queue"):
+        replies = exchange()
+        for reply, _ in replies:
+            if isinstance(reply, payloads.Result):
+                timings.add("body", reply.body_us / 1e6)
+                timings.add("worker", reply.worker_us / 1e6)
+    return replies
