@@ -56,7 +56,8 @@ from split_common.trust.keys import (
     verify_certificate,
 )
 from split_common.trust.manifest import Manifest
-from split_common.trust.passphrase import ask_passphrase, is_sealed, open_secret, seal_secret
+from split_common.trust.operator_key import OperatorKey
+from split_common.trust.passphrase import seal_secret
 from split_common.trust.roster_store import RosterStore
 
 log = logging.getLogger(__name__)
@@ -85,8 +86,7 @@ class Fleet:
         self.is_loopback = is_loopback
         self._file_lock = FileLock(path / ".lock", mode=0o600)
         self._roster_store = RosterStore(path / "roster", operator_key, self._file_lock)
-        #: That of a sealed operator.key, once the passphrase was given.
-        self._seed: bytes | None = None
+        self._operator_key = OperatorKey(path / "operator.key", operator_key)
 
     def __repr__(self) -> str:
         return f"Fleet({str(self.path)!r}, roster version {self.roster().version})"
@@ -223,7 +223,7 @@ class Fleet:
         if not allowed:
             raise KeysError(f"{name!r} is not a name for a member: {NAME_RULE}")
         with self.locked():
-            operator = self._operator()
+            operator = self._operator_key.read()
             self.refresh()
             if self.roster().by_name(name) is not None:
                 raise KeysError(f"the fleet already has a member {name!r}; names are never used twice")
@@ -241,7 +241,7 @@ class Fleet:
             KeysError: no member has this name, or the operator's key is not here.
         """
         with self.locked():
-            operator = self._operator()
+            operator = self._operator_key.read()
             self.refresh()
             member = self.roster().by_name(name)
             if member is None:
@@ -294,7 +294,7 @@ class Fleet:
             KeysError: the operator's key is not here, or the directory cannot be written.
         """
         with self.locked():
-            data = seal("manifest", manifest, self._operator())
+            data = seal("manifest", manifest, self._operator_key.read())
             write_public(self.path / "models" / f"{quote(manifest.name, safe='@+')}.manifest", data)
 
     # --- the operator's side -------------------------------------------------------------------------------
@@ -321,25 +321,8 @@ class Fleet:
         Raises:
             KeysError: the operator's key is not here, or damaged; or the directory cannot be written.
         """
-        self._operator()
+        self._operator_key.read()
         check_writable(self.path / "models")
-
-    def _operator(self) -> SigningKey:
-        path = self.path / "operator.key"
-        if not path.exists():
-            raise KeysError(f"{path} is not here; do this on the operator's machine")
-        seed = read_private(path)
-        if is_sealed(seed):
-            if self._seed is None:
-                try:
-                    self._seed = open_secret(seed, ask_passphrase(path))
-                except KeysError as error:
-                    raise KeysError(f"{path}: {error}") from None
-            seed = self._seed
-        operator = SigningKey(seed) if len(seed) == 32 else None
-        if operator is None or bytes(operator.verify_key) != self.operator_key:
-            raise KeysError(f"{path} is damaged, or does not belong to operator.pub")
-        return operator
 
     def _enlist(self, operator: SigningKey, identities: list[Identity]) -> None:
         for identity in identities:

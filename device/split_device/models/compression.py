@@ -29,8 +29,14 @@ CODEC_NAMES = ("exact", "lossless", "fp16", "int8", "int4")
 
 def parse_codec(text: str) -> str:
     """A value of `--codec`. Raises ConfigError."""
-    if (name := "exact" if text == OLD_EXACT else text) not in CODEC_NAMES:
-        raise ConfigError(f"invalid codec {text!r}: expected one of {', '.join(CODEC_NAMES)}")
+    return known_codec("exact" if text == OLD_EXACT else text, CODEC_NAMES)
+
+
+def known_codec(name: str, codecs: Collection[str]) -> str:
+    """Returns the name of one of these codecs. Raises ConfigError for another name."""
+    if name not in codecs:
+        known = (each for each in codecs if each != OLD_EXACT)
+        raise ConfigError(f"invalid codec {name!r}: expected one of {', '.join(known)}")
     return name
 
 

@@ -19,15 +19,16 @@ from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor2_0,
 )
 
-from split_common.errors import ConfigError, UnsupportedArchitecture, UnsupportedFeature
+from split_common.errors import UnsupportedArchitecture, UnsupportedFeature
 from split_common.models.checkpoint import Checkpoint
+from split_common.models.codecs import EXACT
 from split_common.models.denoisers.registry import read_denoiser_spec
 from split_common.models.denoisers.spec import DenoiserSpec, load_weights
 from split_common.models.split import Split
 from split_common.models.tensors import dtype_name, parse_dtype
 from split_common.models.verification import find_manifest
 from split_common.protocol import payloads
-from split_device.models.compression import CODECS, check_reuse
+from split_device.models.compression import CODECS, check_reuse, known_codec
 from split_device.models.connected import ConnectedModel, Endpoint
 from split_device.models.reuse import Base, Reuse
 from split_device.models.stand_ins import Allows, OnWorker
@@ -78,7 +79,7 @@ class SplitDenoiser(ConnectedModel):
         *,
         connection: Connection | None = None,
         cut: str = "C",
-        codec: str = "none",
+        codec: str = EXACT,
         reuse: float = 1,
         ip_adapter: str | Path | None = None,
         dtype: str | torch.dtype = "auto",
@@ -91,7 +92,7 @@ class SplitDenoiser(ConnectedModel):
             connection: how the workers are reached, and how long to wait for them.
             cut: "C" leaves the device the blocks of a UNet's first level, or a transformer's first and last block;
                 "A" those of the first two levels, or a sixth of the blocks at each end.
-            codec: encoding of the states for the network: "none", "fp16", "int8" or "int4" (with a scale for each
+            codec: how the states travel: "exact" (as they are), "fp16", "int8" or "int4" (with a scale for each
                 channel of a UNet, or each token of a transformer).
             reuse: from 1, call the worker at every `reuse`-th step. Below 1, call it when the body's input has
                 changed by more than this fraction since the last call. Other steps reuse its output. 1 is exact.
@@ -108,8 +109,7 @@ class SplitDenoiser(ConnectedModel):
             ConfigError: an argument is invalid.
             BrokerUnreachable: the broker did not answer in time.
         """
-        if codec not in CODECS:
-            raise ConfigError(f"invalid codec {codec!r}: expected one of {', '.join(CODECS)}")
+        encoding = CODECS[known_codec(codec, CODECS)]
         check_reuse(reuse)
         connection = Connection.of(connection, fields, unused=["history_memory"])
         device = Endpoint.find(connection)
@@ -127,7 +127,7 @@ class SplitDenoiser(ConnectedModel):
             unit="blocks",
         )
         model._set_client(client, split)
-        model._spec, model._codec, model._reuse = spec, CODECS[codec], reuse
+        model._spec, model._codec, model._reuse = spec, encoding, reuse
         model._per_thread = _PerThread()
         return model
 

@@ -30,6 +30,7 @@ from split_common.protocol import payloads
 from split_device.models.adapters import AdapterDirectories, ModelAdapters, WithAdapters, adapter_directories
 from split_device.models.additions import check_additions
 from split_device.models.body import Generating, RemoteBody, RemoteLayer, forwarding, generating
+from split_device.models.compression import known_codec
 from split_device.models.connected import ConnectedModel, Endpoint
 from split_device.models.masks import plain_mask
 from split_device.models.outputs import PARTIAL, REFUSED, refuse_outputs
@@ -122,8 +123,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
             ConfigError: an argument is invalid.
             BrokerUnreachable: the broker did not answer in time.
         """
-        if codec not in CODECS:
-            raise ConfigError(f"invalid codec {codec!r}: expected one of {', '.join(CODECS)}")
+        encoding = CODECS[known_codec(codec, CODECS)]
         connection = Connection.of(connection, fields)
         device = Endpoint.find(connection)
         spec = read_spec(str(name_or_path), revision, images=cls._takes_images)
@@ -136,7 +136,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
             adapters.load(model, stack, split, adapter_directories(adapter))
             adapters.chosen.number = None if isinstance(adapter, Mapping) else 0
         options = f"{model_option(str(name_or_path))} --layers {split.first}:{split.last}{adapters.worker_options}"
-        client = device.join(manifest, split, dtype_name(model.dtype), options, CODECS[codec])
+        client = device.join(manifest, split, dtype_name(model.dtype), options, encoding)
         model._join(client, stack, split, adapters, connection.history_memory)
         return model
 

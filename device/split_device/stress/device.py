@@ -6,6 +6,7 @@ import itertools
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -128,7 +129,34 @@ def _make_requests(
         emit(Traffic(traffic["bytes_sent"], traffic["bytes_received"], traffic["replays"]))
 
 
-class TextWorkload:
+class _Workload(ABC):
+    """Joins the queue with a split model, made from a checkpoint with these options, and draws requests to it."""
+
+    def __init__(self, model: str, draw_key: tuple[int, int], options: dict[str, Any]) -> None:
+        self._model, self._draw_key, self._options = model, draw_key, options
+        self.split: Any = None
+        self.join()
+
+    def join(self) -> None:
+        if self.split is not None:
+            self.split.close()
+        self.split = self._split_class().from_pretrained(self._model, **self._options)
+
+    def close(self) -> None:
+        self.split.close()
+
+    def run(self, number: int) -> Any:
+        return self._request(number).run(self.split)
+
+    @abstractmethod
+    def _split_class(self) -> Any: ...
+
+    @abstractmethod
+    def _request(self, number: int) -> Any:
+        """The request of this number."""
+
+
+class TextWorkload(_Workload):
     """Generates text with a language model."""
 
     def __init__(
@@ -137,33 +165,21 @@ class TextWorkload:
         import torch
         from transformers import AutoModelForCausalLM
 
-        self._draw_key = seed, index
         self._unsplit = AutoModelForCausalLM.from_pretrained(
             reference, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
         ).eval()
-        self._model = model
         head, tail = layers.ends(lambda: int(self._unsplit.config.get_text_config(decoder=True).num_hidden_layers))
-        self._options = {"head_layers": head, "tail_layers": tail, **options}
-        self.split: Any = None
-        self.join()
+        super().__init__(model, (seed, index), {"head_layers": head, "tail_layers": tail, **options})
 
-    def join(self) -> None:
+    def _split_class(self) -> Any:
         from split_device.models.language import SplitModelForCausalLM
 
-        if self.split is not None:
-            self.split.close()
-        self.split = SplitModelForCausalLM.from_pretrained(self._model, **self._options)
-
-    def close(self) -> None:
-        self.split.close()
+        return SplitModelForCausalLM
 
     def _request(self, number: int) -> Any:
         from split_device.stress.workload import draw
 
         return draw(*self._draw_key, number, self.split.config.vocab_size)
-
-    def run(self, number: int) -> Any:
-        return self._request(number).run(self.split)
 
     def compare(self, number: int, output: Any) -> dict[str, Any]:
         import torch
@@ -209,7 +225,7 @@ class AgentsWorkload(TextWorkload):
         return {"tokens": tokens, "wanted": tokens, "equal": output == wanted}
 
 
-class ImageWorkload:
+class ImageWorkload(_Workload):
     """Generates images with a UNet."""
 
     def __init__(self, model: str, reference: str, seed: int, index: int, options: dict[str, Any]) -> None:
@@ -219,30 +235,18 @@ class ImageWorkload:
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        self._draw_key = seed, index
         self._unsplit = UNet2DConditionModel.from_pretrained(_unet_directory(reference), dtype=torch.float32).eval()
-        self._model = model
-        self._options = {"cut": DEFAULT_CUT, **options}
-        self.split: Any = None
-        self.join()
+        super().__init__(model, (seed, index), {"cut": DEFAULT_CUT, **options})
 
-    def join(self) -> None:
+    def _split_class(self) -> Any:
         from split_device.models.unet import SplitUNet2DConditionModel
 
-        if self.split is not None:
-            self.split.close()
-        self.split = SplitUNet2DConditionModel.from_pretrained(self._model, **self._options)
-
-    def close(self) -> None:
-        self.split.close()
+        return SplitUNet2DConditionModel
 
     def _request(self, number: int) -> Any:
         from split_device.stress.images import draw
 
         return draw(*self._draw_key, number, self.split.config)
-
-    def run(self, number: int) -> Any:
-        return self._request(number).run(self.split)
 
     def compare(self, number: int, output: Any) -> dict[str, Any]:
         from split_device.stress.images import agree
