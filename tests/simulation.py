@@ -30,8 +30,8 @@ from split_broker.access import Authentication
 from split_broker.broker import Broker
 from split_broker.delivery import Delivery
 from split_broker.memory import MEMORY_LIMIT
+from split_broker.opens import Opens
 from split_broker.quotas import Rates
-from split_broker.set_ups import SetUps
 from split_common.engine import pool as pool_module
 from split_common.engine import scheduler as scheduler_module
 from split_common.engine.forward import Forward
@@ -41,7 +41,6 @@ from split_common.protocol import channel as channel_module
 from split_common.protocol import headers
 from split_common.transport import HEARTBEAT, peer_id
 from split_common.transport import zmq_link as link_module
-from split_common.transport.placement import Trials
 from split_common.transport.supervised import Supervisor, handled
 from split_common.transport.zmq_link import ZmqLink
 from split_common.trust import shares as shares_module
@@ -299,13 +298,12 @@ class SimulatedBroker(Broker):
         self._fleet = world.fleet
         self._started = world.clock.now
         self._enforced = world.fleet.roster().version
-        self._pending = {}
-        self._set_ups, self._trials, self._random = SetUps(), Trials(), world.random
         self._rates = Rates()
         self.counters: Counter[str] = Counter()
         self._authentication = Authentication(self._fleet, self.counters)
         self._router: Any = SimulatedRouter(self._out)
         self._delivery = Delivery(self._router, self._fleet, self.counters, MEMORY_LIMIT, self._gone)
+        self._opens = Opens(self._delivery, self._authentication.turned_away, world.random)
         self._peers, self._routes = self._delivery.peers, self._delivery.routes
         self._supervisor = Supervisor("the broker", self.counters, threading.Event(), pause=0.0)
         self.up = True

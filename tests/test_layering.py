@@ -47,7 +47,7 @@ FLOORS = {
     ],
     "split_broker": [
         *("connections", "memory", "under_way", "peer_queue", "set_ups", "access", "guard", "quotas"),
-        *("router", "delivery", "broker"),
+        *("router", "delivery", "opens", "broker"),
         "cli",
     ],
 }

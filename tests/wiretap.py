@@ -175,6 +175,8 @@ class FakePeer:
         self.id = id_ or new_peer_id(self.member)
         self.socket = zmq.Context.instance().socket(zmq.DEALER)
         self.socket.linger = 0
+        # However slow the machine, nothing is left out because too much waits.
+        self.socket.sndhwm = 0
         # Where it is refused at the door, nothing can be sent.
         self.socket.sndtimeo = 500
         if address.startswith("tcp://"):

@@ -1,9 +1,9 @@
 """The embedded ZeroMQ broker: one ROUTER socket, one thread, one loop.
 
 Devices and workers connect to the same socket and announce themselves with every heartbeat. The broker routes by
-peer: each has a bounded queue under a byte credit (`delivery`). A device without a worker sends an `Open`, which
-`split_common.transport.placement` gives to one. The broker reads headers only: bodies are sealed between device and
-worker. It keeps nothing that a restart would lose.
+peer: each has a bounded queue under a byte credit (`delivery`). A device without a worker sends an `Open`, which is
+given to one (`opens`). The broker reads headers only: bodies are sealed between device and worker. It keeps nothing
+that a restart would lose.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import logging
 import threading
 import time
 from collections import Counter
-from random import Random
 
 import zmq
 
 from split_broker.connections import REVOKED_LIFETIME
 from split_broker.delivery import Delivery
 from split_broker.memory import MEMORY_LIMIT
+from split_broker.opens import TOO_OFTEN, Opens
 from split_broker.peer_queue import BodyBytes, Peer, RoutedMessage, described
 from split_broker.quotas import (
     ANNOUNCEMENTS,
@@ -33,27 +33,15 @@ from split_broker.quotas import (
     Rates,
 )
 from split_broker.router import Router
-from split_broker.set_ups import SetUps
 from split_common.errors import CertificateError, ConfigError, Malformed, Oversized
 from split_common.protocol import headers
 from split_common.protocol.handshake import MAX_HANDSHAKE
 from split_common.transport.address import is_redis, parse_address
-from split_common.transport.base import GRACE, HEARTBEAT, MISSED, OPEN_PATIENCE
+from split_common.transport.base import GRACE, HEARTBEAT, MISSED
 from split_common.transport.links import check_address
-from split_common.transport.placement import (
-    BUSY_RETRY,
-    GONE,
-    Assign,
-    Candidate,
-    PendingOpen,
-    Refuse,
-    Trials,
-    decide,
-    full,
-)
+from split_common.transport.placement import GONE, full
 from split_common.transport.supervised import Supervisor
 from split_common.trust.fleet import Fleet
-from split_common.trust.shares import newest_of_largest
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +53,6 @@ FLUSH_INTERVAL = 0.005
 
 #: Longest time, in seconds, that the loop waits for a message before it does what else is due.
 IDLE = 0.05
-
-#: Opens that are pending at a time.
-MAX_PENDING = 1024
-
-#: Answers an open of a member that has more than its share of them.
-TOO_OFTEN = Refuse("busy", "this member asks for too many workers at once", BUSY_RETRY)
 
 #: What an announced peer may send.
 _FROM_PEERS = headers.Relay, headers.Open, headers.RosterRequest
@@ -99,11 +81,6 @@ class Broker:
         self._fleet = fleet
         self._started = time.monotonic()
         self._enforced = fleet.roster().version
-        # By the device's id, oldest first. A device has one at a time.
-        self._pending: dict[bytes, PendingOpen[BodyBytes]] = {}
-        self._set_ups = SetUps()
-        self._trials = Trials()
-        self._random = Random()
         self._rates = Rates()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lambda-split-broker", daemon=True)
@@ -118,6 +95,7 @@ class Broker:
         self._delivery = Delivery(self._router, fleet, self.counters, capacity, self._gone)
         self._peers, self._routes = self._delivery.peers, self._delivery.routes
         self._authentication = self._router.authentication
+        self._opens = Opens(self._delivery, self._authentication.turned_away)
         #: The address, with the real port in place of `*`.
         self.address = self._router.address
 
@@ -193,7 +171,7 @@ class Broker:
                 self._relay(sender, header, (head, body))
             case headers.Open():
                 if self._admits_open(sender, header, body):
-                    self._open(sender, header, (head, body))
+                    self._opens.ask(sender, header, (head, body), time.monotonic(), self._early)
             case headers.RosterRequest():
                 if self._admits(sender.member, ROSTER_REQUESTS):
                     self._delivery.put(sender, self._delivery.roster())
@@ -203,7 +181,7 @@ class Broker:
         if target is not None and target.role == sender.role:
             raise Malformed(f"a {sender.role} wrote to a {target.role}")
         if target is not None and sender.role == "device":
-            self._set_ups.sent(sender, target, header, time.monotonic())
+            self._opens.set_ups.sent(sender, target, header, time.monotonic())
         if target is not None and self._delivery.put(target, message, sender.member):
             if log.isEnabledFor(logging.DEBUG):
                 log.debug("routed %s", described(sender, target, header, message[1]))
@@ -235,69 +213,15 @@ class Broker:
 
     def _admits_open(self, sender: Peer, header: headers.Open, body: BodyBytes) -> bool:
         """Whether a device's open may be pending. If not, the device is told, unless it asks far too often."""
+        if sender.role != "device":
+            raise Malformed(f"a {sender.role} asked for a worker")
         if len(body) > MAX_HANDSHAKE:
             raise Oversized(f"a hello of {len(body)} bytes (at most {MAX_HANDSHAKE})")
         if not self._admits(sender.member, OPENS):
             if self._admits(sender.member, TOO_OFTENS):
                 self._delivery.refuse(sender, header, TOO_OFTEN)
             return False
-        if len(self._pending) < MAX_PENDING or sender.id in self._pending:
-            return True
-        # The member with the most pending opens loses its newest one.
-        last = newest_of_largest([*self._pending, sender.id], lambda id_: self._peers[id_].member)
-        if last != sender.id:
-            self._delivery.refuse(self._peers[last], self._pending.pop(last).header, TOO_OFTEN)
-        else:
-            self._delivery.refuse(sender, header, TOO_OFTEN)
-        return last != sender.id
-
-    # --- placement -----------------------------------------------------------------------------------------
-
-    def _open(self, sender: Peer, header: headers.Open, message: RoutedMessage) -> None:
-        if sender.role != "device":
-            raise Malformed(f"a {sender.role} asked for a worker")
-        now = time.monotonic()
-        known = self._pending.get(sender.id)
-        # An open that is repeated keeps its deadline.
-        since = self._set_ups.asked(sender, header.channel, now)
-        if known is None or known.header.channel != header.channel:
-            known = self._pending[sender.id] = PendingOpen(header, message, since + OPEN_PATIENCE)
-            self._trials.asks_again(sender.id, now)
-        self._place([known], now)
-
-    def _place(self, pending: list[PendingOpen[BodyBytes]], now: float) -> None:
-        """Decides on pending opens in their order, at the time `now`."""
-        workers = self._candidates() if pending else []
-        for one in pending:
-            device = one.header.sender
-            silent = self._set_ups.silent(self._peers[device], now)
-            asked = self._set_ups.asked_before(self._peers[device])
-            tried = self._trials.now(now)
-            match decide(one, workers, self._early, now, silent, asked, self._random, tried):
-                case Assign(id_):
-                    worker = self._peers[id_]
-                    worker.room -= 1
-                    if self._delivery.put(worker, one.frames, self._peers[device].member):
-                        self._set_ups.given(self._peers[device], worker)
-                        self._trials.given(worker.member, device, now)
-                        del self._pending[device]
-                    else:
-                        # It is gone, or takes nothing more until its next announcement.
-                        worker.room = 0
-                    workers = self._candidates()
-                case Refuse() as refusal:
-                    del self._pending[device]
-                    if refusal.reason == "no-worker":
-                        refusal = refusal.without(self._authentication.turned_away(one.header.service, now))
-                    self._delivery.refuse(self._peers[device], one.header, refusal)
-
-    def _candidates(self) -> list[Candidate]:
-        """All workers, in the order in which they joined."""
-        return [
-            Candidate(peer.id, peer.service, peer.model, peer.room, peer.member, peer.certified)
-            for peer in self._peers.values()
-            if peer.service is not None
-        ]
+        return self._opens.make_room(sender, header)
 
     # --- announcements -------------------------------------------------------------------------------------
 
@@ -344,28 +268,19 @@ class Broker:
             peer.service, peer.model, peer.room = header.service, header.model, header.room
             peer.certified = certified
         else:
-            self._vouched(header.answered)
+            self._opens.vouched(header.answered)
         if not self._early:
             gone = gone or [id_ for id_ in header.watching if id_ not in self._peers]
         self._delivery.put(peer, self._delivery.welcome(gone))
         self._delivery.flush(peer)
         if peer.service is not None:
-            waiting = [one for one in self._pending.values() if one.header.service == peer.service]
-            self._place(waiting, peer.seen)
-
-    def _vouched(self, workers: list[bytes]) -> None:
-        """A device says which workers have answered it."""
-        for worker in filter(None, map(self._peers.get, workers)):
-            if worker.role == "worker":
-                self._trials.answered(worker.member)
+            self._opens.place(peer.seen, self._early, peer.service)
 
     # --- housekeeping --------------------------------------------------------------------------------------
 
     def _gone(self, peer: Peer) -> None:
         """Forgets what it knows of a peer that was taken out."""
-        self._pending.pop(peer.id, None)
-        self._set_ups.forget(peer.id)
-        self._trials.forget(peer.id)
+        self._opens.forget(peer.id)
 
     def _housekeeping(self, now: float) -> None:
         if self._fleet.refresh():
@@ -380,7 +295,7 @@ class Broker:
             elif peer.role == "worker":
                 # Not through its queue, which may be waiting for credit.
                 self._delivery.send(peer, probe)
-        self._place(list(self._pending.values()), now)
+        self._opens.place(now, self._early)
         self._delivery.tell_gave_way()
         self._router.look(now)
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import tiny
 from split_broker import broker as broker_module
+from split_broker import opens as opens_module
 from split_broker.broker import GRACE, Broker
 from split_broker.peer_queue import QUEUE_MESSAGES, PeerQueue
 from split_broker.under_way import WINDOW
@@ -162,27 +163,27 @@ def test_the_worker_with_the_most_room_is_given_an_open(join) -> None:
 def test_an_open_waits_for_room_and_a_device_has_one_at_a_time(
     join, broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(broker_module, "OPEN_PATIENCE", 600.0)
+    monkeypatch.setattr(opens_module, "OPEN_PATIENCE", 600.0)
     device, worker = join("device-1"), join("worker-1", room=0)
     for channel in range(50):
         device.send(headers.Open(device.id, channel, SERVICE))
-    wait_until(lambda: [pending.header.channel for pending in list(broker._pending.values())] == [49])
+    wait_until(lambda: [pending.header.channel for pending in list(broker._opens.pending.values())] == [49])
     assert worker.silent(headers.Open)
     worker.announce(service=SERVICE, room=5)
     assert worker.receive(headers.Open)[0].channel == 49
     assert worker.silent(headers.Open)
-    wait_until(lambda: not broker._pending)
+    wait_until(lambda: not broker._opens.pending)
 
 
 def test_an_open_that_cannot_be_met_is_answered(join, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(broker_module, "OPEN_PATIENCE", 0.3)
+    monkeypatch.setattr(opens_module, "OPEN_PATIENCE", 0.3)
     device, worker = join("device-1"), join("worker-1", room=0)
     device.send(headers.Open(device.id, 1, SERVICE))
     full = device.receive(headers.Bounce)[0]
     assert (full.reason, full.channel) == ("busy", 1)
     assert full.retry_after > 0
     # What waiting does not help is answered without.
-    monkeypatch.setattr(broker_module, "OPEN_PATIENCE", 600.0)
+    monkeypatch.setattr(opens_module, "OPEN_PATIENCE", 600.0)
     worker.announce(service=SERVICE, room=5, model="tiny")
     device.send(headers.Open(device.id, 2, SERVICE, [worker.id]))
     assert device.receive(headers.Bounce)[0].reason == "busy"
@@ -197,10 +198,10 @@ def test_opens_for_services_that_nobody_has_leave_nothing_behind(join, broker) -
     for number in range(200):
         device.send(headers.Open(device.id, number, headers.Service(secrets.token_bytes(32), 0, 1)))
     wait_until(lambda: broker.counters["bounced_no-worker"] >= 1)
-    wait_until(lambda: not broker._pending)
+    wait_until(lambda: not broker._opens.pending)
     device.send(headers.Open(device.id, 999, SERVICE))
     device.announce(leaving=True)
-    wait_until(lambda: not (broker._peers or broker._pending or broker._routes))
+    wait_until(lambda: not (broker._peers or broker._opens.pending or broker._routes))
 
 
 # --- life and death ----------------------------------------------------------------------------------------
@@ -442,7 +443,7 @@ def test_no_frame_makes_the_broker_fail(offline: Broker, data: st.DataObject) ->
     offline._supervisor.run(offline._take, [envelope, SimpleNamespace(bytes=bytes(frame)), b"body"])  # type: ignore[list-item]
     assert offline.counters["failures"] == 0
     assert len(offline._peers) <= 3 >= len(offline._routes)
-    assert len(offline._pending) <= 3
+    assert len(offline._opens.pending) <= 3
     assert sum(offline.counters.values()) >= before
 
 
@@ -479,7 +480,7 @@ def test_ten_thousand_frames_of_all_kinds_leave_nothing_behind(offline: Broker) 
     assert offline.counters["Malformed"] > 3000
     assert offline.counters["VersionMismatch"] > 10
     assert len(offline._peers) <= 3 >= len(offline._routes)
-    assert len(offline._pending) <= 3
+    assert len(offline._opens.pending) <= 3
 
 
 def test_an_unforeseen_failure_does_not_end_the_loop(join, broker, monkeypatch: pytest.MonkeyPatch) -> None:

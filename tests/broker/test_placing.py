@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import tiny
-from split_broker import broker as broker_module
+from split_broker import opens as opens_module
 from split_broker.broker import Broker
 from split_common.protocol import headers
 from split_common.protocol.headers import RelayKind
@@ -195,19 +195,19 @@ def test_the_only_worker_is_asked_again_and_then_named(join: Join, broker: Broke
         assert silent.receive(headers.Open)[0].channel == 1
 
     def time_passes() -> None:
-        broker._set_ups._newest[device.id].since -= OPEN_PATIENCE + ANSWER_PATIENCE
+        broker._opens.set_ups._newest[device.id].since -= OPEN_PATIENCE + ANSWER_PATIENCE
 
     on_loop(broker, time_passes)
     device.send(headers.Open(device.id, 1, SERVICE))
     bounce = device.receive(headers.Bounce)[0]
     assert (bounce.reason, bounce.detail) == ("busy", "worker 'worker-1' did not answer")
-    assert not broker._pending
+    assert not broker._opens.pending
 
 
 def test_the_silent_worker_is_named_where_others_are_full(
     join: Join, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(broker_module, "OPEN_PATIENCE", 0.1)
+    monkeypatch.setattr(opens_module, "OPEN_PATIENCE", 0.1)
     device, silent = join("device-1"), join("worker-1")
     join("worker-2", room=0)
     device.send(headers.Open(device.id, 1, SERVICE))

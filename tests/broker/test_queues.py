@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from split_broker import broker as broker_module
+from split_broker import opens as opens_module
 from split_broker import peer_queue as peer_queue_module
 from split_broker import under_way as under_way_module
 from split_broker.broker import GRACE, Broker
@@ -264,24 +265,24 @@ def test_a_message_that_gave_way_comes_back_as_full(offline: Broker, monkeypatch
 def test_a_hello_is_no_larger_than_a_handshake(offline: Broker) -> None:
     handle(offline, b"a1", headers.Open(id_of(b"a1"), 1, SERVICE), bytes(MAX_HANDSHAKE + 1))
     assert offline.counters["Oversized"] == 1
-    assert not offline._pending
+    assert not offline._opens.pending
     handle(offline, b"a1", headers.Open(id_of(b"a1"), 1, SERVICE), bytes(MAX_HANDSHAKE))
-    assert list(offline._pending) == [id_of(b"a1")]
+    assert list(offline._opens.pending) == [id_of(b"a1")]
 
 
 def test_the_member_with_the_most_pending_opens_loses_its_newest(
     offline: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(broker_module, "MAX_PENDING", 2)
+    monkeypatch.setattr(opens_module, "MAX_PENDING", 2)
     for route in (b"a1", b"a2"):
         handle(offline, route, headers.Open(id_of(route), 1, SERVICE))
     handle(offline, b"b1", headers.Open(id_of(b"b1"), 1, SERVICE))
-    assert list(offline._pending) == [id_of(b"a1"), id_of(b"b1")]
+    assert list(offline._opens.pending) == [id_of(b"a1"), id_of(b"b1")]
     assert told(offline, b"a2") == ["busy"]
     # A device that repeats its own takes no further place, and a member does not push out one with as many.
     handle(offline, b"b1", headers.Open(id_of(b"b1"), 2, SERVICE))
     handle(offline, b"a2", headers.Open(id_of(b"a2"), 2, SERVICE))
-    assert list(offline._pending) == [id_of(b"a1"), id_of(b"b1")]
+    assert list(offline._opens.pending) == [id_of(b"a1"), id_of(b"b1")]
     assert told(offline, b"a2") == ["busy", "busy"]
 
 

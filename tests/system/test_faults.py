@@ -455,7 +455,7 @@ def test_a_device_waits_for_room_and_goes_on(checkpoint: Path, setting: Setting)
         holder.call([step(0)])
         with in_background(lambda: model.generate(prompt, max_new_tokens=5, do_sample=False)) as generation:
             wait_until(lambda: broker.counters["bounced_busy"] > 0)
-            wait_until(lambda: broker._pending)
+            wait_until(lambda: broker._opens.pending)
             assert not generation.done()
             assert worker.counters["channels"] <= 2
             holder.close()
@@ -523,7 +523,7 @@ def test_other_weights_or_ranges_find_no_worker(tmp_path: Path, setting: Setting
             assert worker.counters["steps"] == 0
 
 
-def test_a_broker_cannot_pass_one_service_off_as_another(setting: Setting) -> None:
+def test_a_broker_cannot_pass_one_service_off_as_another(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     other = msgspec.structs.replace(setting.service, root=bytes(32))
     with (
         setting.broker() as broker,
@@ -531,8 +531,9 @@ def test_a_broker_cannot_pass_one_service_off_as_another(setting: Setting) -> No
         setting.client(broker.address, service=other, patience=0.1) as client,
     ):
         client.timeout = 1.0
-        candidates = broker._candidates
-        broker._candidates = lambda: [one._replace(service=other) for one in candidates()]  # type: ignore[method-assign]
+        candidates = broker._opens.candidates
+        passed_off = lambda: [one._replace(service=other) for one in candidates()]  # noqa: E731
+        monkeypatch.setattr(broker._opens, "candidates", passed_off)
         with pytest.raises(Busy, match="no worker answered"):
             client.open_session()
         wait_until(lambda: worker._transport.counters["AuthenticationError"] >= 1)  # type: ignore[attr-defined]

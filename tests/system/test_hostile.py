@@ -20,11 +20,20 @@ from hypothesis import strategies as st
 
 import tiny
 from split_broker.peer_queue import Peer, RoutedMessage
-from split_common.errors import AuthenticationError, Busy, NonFinite, OutOfOrder, ProtocolError, SessionLost
+from split_common.errors import (
+    AuthenticationError,
+    Busy,
+    NonFinite,
+    NoWorker,
+    OutOfOrder,
+    ProtocolError,
+    SessionLost,
+)
 from split_common.protocol import encoding, headers, payloads
 from split_common.protocol.channel import Channel, EpochKeys
 from split_common.protocol.handshake import DeviceHandshake
 from split_common.transport import new_peer_id
+from split_common.transport.placement import Candidate, Refuse
 from split_common.trust.keys import Certificate, ModelScope, Role, verify_certificate
 from split_device import SplitModelForCausalLM
 from split_device.sessions import channels
@@ -253,7 +262,7 @@ def test_a_full_queue_makes_no_storm(setting: Setting, monkeypatch: pytest.Monke
             nonlocal refused
             if sender.role == "device" and refused < 100:
                 refused += 1
-                broker._bounce(sender, header, "full", "full", retry_after=0.0)
+                broker._delivery.refuse(sender, header, Refuse("full", "full", 0.0))
             else:
                 relay(sender, header, message)
 
@@ -261,15 +270,17 @@ def test_a_full_queue_makes_no_storm(setting: Setting, monkeypatch: pytest.Monke
         sent = client.transport.counters["messages_sent"]  # type: ignore[attr-defined]
         session.call([step(1 + i) for i in range(20)])
         assert client.transport.counters["messages_sent"] - sent < 250  # type: ignore[attr-defined]
+        assert refused == 100
 
 
-def test_what_peers_say_is_fit_for_a_terminal(setting: Setting) -> None:
+def test_what_peers_say_is_fit_for_a_terminal(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     with setting.broker() as broker, setting.client(broker.address) as client:
         (peer,) = broker._peers.values()
         bait = "\x1b[2J\x07tiny\r\nroot# "
-        broker._served_models = lambda: bait  # type: ignore[method-assign]
+        worker = Candidate(bytes(16), headers.Service(bytes(32), 1, 2), bait, 1, "worker-1")
+        monkeypatch.setattr(broker._opens, "candidates", lambda: [worker])
         broker._started -= 100
-        with pytest.raises(Exception, match="served here") as caught:
+        with pytest.raises(NoWorker, match=r"served here: .*tiny") as caught:
             client.open_session()
         assert str(caught.value).isprintable()
         assert peer.role == "device"

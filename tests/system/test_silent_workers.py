@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 import tiny
-from split_broker import broker as broker_module
+from split_broker import opens as opens_module
 from split_broker.broker import Broker
 from split_common.errors import Busy, SplitError
 from split_common.protocol import headers
@@ -73,7 +73,7 @@ def test_the_only_worker_is_named_if_it_does_not_answer(
     broker: Broker, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(channels, "SET_UP_RETRANSMIT", 0.1)
-    monkeypatch.setattr(broker_module, "OPEN_PATIENCE", 0.2)
+    monkeypatch.setattr(opens_module, "OPEN_PATIENCE", 0.2)
     monkeypatch.setattr(placement, "ANSWER_PATIENCE", 0.2)
     with (
         silent_worker(broker, setting, "worker-2"),
@@ -94,7 +94,7 @@ def test_a_worker_that_does_not_confirm_is_named_and_avoided(
         with pytest.raises(Busy, match=r"^worker 'worker-2/\w+' did not answer"):
             client.open_session()
         # The queue has nothing to say against it now, but the device has.
-        broker._set_ups._silences.clear()
+        broker._opens.set_ups._silences.clear()
         client.timeout = LATE
         with pytest.raises(Busy, match=r"no answer from worker 'worker-2/\w+'"):
             client.open_session()
