@@ -97,7 +97,7 @@ _UNLISTED: dict[str, dict[str, Any]] = {
 }
 
 # Of a build that few share: a projection before the stack, windows that no cache knows of, no position ids, layers
-# that view attention's output, norms without parameters.
+# that view attention's output, norms without parameters, embeddings of positions that are counted by the cache.
 _ODD: dict[str, dict[str, Any]] = {
     "opt_narrow": {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
     "gpt_neo": {
@@ -109,6 +109,7 @@ _ODD: dict[str, dict[str, Any]] = {
     "ctrl": {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 256, "dff": 48},
     "afmoe": {**_HEAD_DIM, **_WINDOW, **_EXPERTS, "num_dense_layers": 2},
     "olmo": {},
+    "trocr": {"decoder_ffn_dim": 48},
 }
 # Whose padded rows are not what they are alone: the mask chooses keys, or the cache's index scales queries.
 _UNPADDED: dict[str, dict[str, Any]] = {

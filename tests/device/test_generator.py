@@ -31,7 +31,19 @@ from wiretap import LATE, wait_until
 pytestmark = pytest.mark.usefixtures("patient_queue")
 
 #: Architectures with sliding windows, experts, biases, their own positions, and attention that cannot be packed.
-ARCHITECTURES = ["llama", "qwen2_sw", "gemma2", "gpt2", "gpt_neox", "qwen3_moe", "falcon", "bloom", "opt", "ctrl"]
+ARCHITECTURES = [
+    "llama",
+    "qwen2_sw",
+    "gemma2",
+    "gpt2",
+    "gpt_neox",
+    "qwen3_moe",
+    "falcon",
+    "bloom",
+    "opt",
+    "ctrl",
+    "trocr",
+]
 
 
 def prompts(count: int, longest: int = 40) -> list[list[int]]:
@@ -431,6 +443,8 @@ def test_the_models_positions_end_a_text(split: Any) -> None:
         {"guidance_scale": 1.5},
         {"stop_strings": ["a"]},
         {"max_time": 1.0},
+        {"encoder_no_repeat_ngram_size": 2},
+        {"cache_implementation": "quantized"},
     ],
     ids=str,
 )

@@ -23,7 +23,7 @@ from split_common.engine.lora import AdapterNumber, adapting
 from split_common.engine.runner import Runner, build_runner
 from split_common.engine.tuning import UNMEASURED, Tuning, from_environment
 from split_common.errors import ModelError, UnsupportedFeature
-from split_common.models.cache_layers import has_states
+from split_common.models.cache_layers import TokenCounter, has_states
 from split_common.models.layer_stack import LayerStack, PassThrough
 from split_common.models.loading import strip
 from split_common.models.split import Split
@@ -140,14 +140,28 @@ class EmbeddingAndHead:
             # Packing copies weights, and those of the tower are not needed here.
             drop_unused(self._model, self._try)
         self._tuning = _pack(self._model)
+        #: Whether embeddings depend on positions that the owner counts by its cache, as it takes none.
+        self._counts = not self._stack.takes_positions and any(map(self._differs_later, (0, 1)))
 
-    @torch.inference_mode()
     def embed(
         self, tokens: Sequence[int], positions: Sequence[int], adapters: Sequence[AdapterNumber]
     ) -> torch.Tensor:
+        """The first layer's input `[tokens, width]`, on the CPU."""
+        if not self._counts:
+            return self._embed(tokens, adapters, self._arguments(positions))
+        ends = [end for end in range(1, len(tokens)) if positions[end] != positions[end - 1] + 1] + [len(tokens)]
+        parts = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+        return torch.cat(
+            [self._embed(tokens[part], adapters[part], self._after(positions[part.start])) for part in parts]
+        )
+
+    @torch.inference_mode()
+    def _embed(
+        self, tokens: Sequence[int], adapters: Sequence[AdapterNumber], arguments: dict[str, Any]
+    ) -> torch.Tensor:
         ids = torch.tensor([list(tokens)], device=self._device)
         with _passing.entered(_Passage()) as passage, adapting(adapters, [1] * len(adapters)):
-            self._stack.owner(input_ids=ids, **self._arguments(positions))
+            self._stack.owner(input_ids=ids, **arguments)
         assert passage.first_input is not None
         return passage.first_input[0].cpu()
 
@@ -170,6 +184,18 @@ class EmbeddingAndHead:
         if self._stack.takes_positions:
             arguments["position_ids"] = torch.tensor([list(positions)], device=self._device)
         return arguments
+
+    def _after(self, length: int) -> dict[str, Any]:
+        """Arguments of the owner for tokens that follow `length` others."""
+        cache, counter = DynamicCache(), TokenCounter()
+        counter.tokens = length
+        cache.layers = [counter] * len(self._stack.slots)
+        return {self._stack.cache_name: cache, "use_cache": True}
+
+    def _differs_later(self, token: int) -> bool:
+        """Whether a token's embedding depends on its position."""
+        first, second = self._embed([token, token], [None, None], self._arguments([0, 1]))
+        return not torch.equal(first, second)
 
     def _record(self, _layer: nn.Module, args: tuple[Any, ...]) -> None:
         if (passage := _passing.get()) is not None:
