@@ -1,7 +1,8 @@
 """Which types of models run split: a tiny random one of every type that transformers knows is tried.
 
 Each is tried in a process of its own with a time limit. Greedy decoding, a left-padded pair, three beams, prompt
-lookup, logits, and long prompts and many rows are compared with the unsplit model.
+lookup, logits, long prompts, many rows, and requests at once in a `Generator` are compared with the unsplit model,
+and what `doctor --model` says with what runs.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ import dataclasses
 import functools
 import json
 import multiprocessing
-from collections import Counter
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import note
-from benchmarks.survey_page import PAGE, page, summary
+from benchmarks.survey_page import PAGE, merged, page, results, summary
 
 #: Seconds that one type may take.
 LIMIT = 300.0
@@ -28,18 +28,19 @@ LIMIT = 300.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
-    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name} from what is found")
+    parser.add_argument("--write", action="store_true", help=f"write what is found into {PAGE.name}")
     parser.add_argument("--only", metavar="TYPES", help="types to try, with commas between them; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="types tried at once")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that one type may take")
     parser.add_argument("--output", type=Path, help="also append each type's outcome to this file of JSON lines")
     options = parser.parse_args()
     only = options.only.split(",") if options.only else None
-    if options.write and only:
-        parser.error("--write needs all types")
+    old = results(PAGE.read_text()) if options.write and only else None
     found = survey(only, options.jobs, options.output, options.limit)
+    if old is not None and old["transformers"] != found["transformers"]:
+        parser.error(f"{PAGE.name} is of transformers {old['transformers']}: --write needs all types")
     if options.write:
-        PAGE.write_text(page(found))
+        PAGE.write_text(page(found if old is None else merged(old, found)))
     print(json.dumps(found) if options.json else summary(found), flush=True)
 
 
@@ -55,8 +56,7 @@ def survey(
         limit: seconds that one may take.
 
     Returns:
-        `transformers`, its version; `causal` and `image_text`, for each type the fields of its `Outcome`; and
-        `counts` of verdicts for both.
+        `transformers`, its version; `causal` and `image_text`, for each type the fields of its `Outcome`.
     """
     import transformers
 
@@ -64,7 +64,7 @@ def survey(
 
     types = {"causal": causal_types(), "image_text": image_text_types()}
     tried = [(kind, name) for kind, names in types.items() for name in names if only is None or name in only]
-    found: dict[str, Any] = {"transformers": transformers.__version__, "counts": {}, **{kind: {} for kind in types}}
+    found: dict[str, Any] = {"transformers": transformers.__version__, **{kind: {} for kind in types}}
     # A server that has imported everything once; each type gets a fork of it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.survey_case"])
@@ -76,8 +76,6 @@ def survey(
             if output is not None:
                 with output.open("a") as file:
                     file.write(json.dumps({"type": name, "kind": kind, **outcome}) + "\n")
-    for kind in types:
-        found["counts"][kind] = dict(Counter(outcome["verdict"] for outcome in found[kind].values()))
     return found
 
 
@@ -101,7 +99,14 @@ def _try(context: Any, limit: float, kind: str, name: str) -> dict[str, Any]:
 
 
 def _failed(verdict: str, reason: str) -> dict[str, Any]:
-    return {"verdict": verdict, "reason": reason, "layers": "", "refused": {}, "unsplit_fails": {}}
+    return {
+        "verdict": verdict,
+        "reason": reason,
+        "layers": "",
+        "refused": {},
+        "unsplit_fails": {},
+        "at_once": False,
+    }
 
 
 def _examine(connection: Connection, name: str, images: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import tempfile
@@ -19,11 +20,13 @@ import transformers
 from benchmarks.structure_sizes import LAYERS
 from benchmarks.structures import PROMPT, SPECIAL, auto_class, build, tiny_config
 from split_broker.broker import Broker
-from split_common.errors import SplitError
+from split_common.errors import SplitError, UnsupportedFeature
 from split_common.models.loading import read_spec
 from split_common.transport import connect
 from split_common.trust.fleet import load_fleet
-from split_device import SplitModelForCausalLM
+from split_device import Generator, Request, SplitModelForCausalLM
+from split_device.cli.doctor_model import model_findings
+from split_device.generation.request import Generation
 from split_worker.bodies.loading import load_body
 from split_worker.worker import Worker
 
@@ -35,6 +38,8 @@ HEAD = TAIL = 2
 KV_BYTES = 64 * 1024**2
 #: Seconds that a step may take, and a worker may be away, before the device gives up.
 PATIENCE = 20.0
+#: Of sampling.
+SEED = 5
 #: Largest difference of logits that counts as rounding, relative to the largest logit.
 TOLERANCE = 1e-3
 #: What a refusal says if another cut would do.
@@ -54,6 +59,8 @@ class Outcome:
     refused: dict[str, str] = field(default_factory=dict)
     #: What transformers itself does not run, unsplit.
     unsplit_fails: dict[str, str] = field(default_factory=dict)
+    #: Whether requests that ran at once got the same tokens.
+    at_once: bool = False
 
 
 def _generate(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> Any:
@@ -87,6 +94,39 @@ def _sizes(model: Any) -> list[Any]:
     return found
 
 
+def _many(model: Any) -> list[Any]:
+    """Requests at once, of several lengths: two begin alike, one is sampled, and one's tokens are drafted."""
+    prompts = [*(_ROWS[row, :length] for row, length in enumerate((3, 12, 40))), _ROWS[1, :20], *_REPEATING]
+    configs = [transformers.GenerationConfig(max_new_tokens=6, suppress_tokens=list(SPECIAL)) for _ in prompts]
+    configs[2].update(do_sample=True, temperature=0.7, top_k=20)
+    # What a checkpoint says is of other types than texts.
+    settings = [config.to_diff_dict() | {"eos_token_id": None} for config in configs]
+    if not isinstance(model, SplitModelForCausalLM):
+        found = []
+        for prompt, options in zip(prompts, settings, strict=True):
+            torch.manual_seed(SEED)
+            found.append(_generate(model, prompt[None], **options)[0, len(prompt) :].tolist())
+        return found
+    with Generator(model) as generator:
+        requests = [
+            Request(prompt.tolist(), config, SEED, speculate=drafter)
+            for prompt, config, drafter in zip(prompts, configs, ["off"] * 4 + ["ngram"], strict=True)
+        ]
+        generations = [_submitted(generator, request) for request in requests]
+        return [generation.result(PATIENCE) for generation in generations]
+
+
+def _submitted(generator: Generator, request: Request) -> Generation:
+    try:
+        return generator.submit(request)
+    except UnsupportedFeature:
+        # Some models cannot take drafts back, and say so.
+        return generator.submit(dataclasses.replace(request, speculate="off"))
+
+
+#: The feature of requests that run at the same time, in a `Generator`.
+AT_ONCE = "at once"
+
 #: What is run, unsplit and split, by name.
 FEATURES: dict[str, Callable[[Any], Any]] = {
     "greedy": lambda model: _generate(model, PROMPT).tolist(),
@@ -95,6 +135,7 @@ FEATURES: dict[str, Callable[[Any], Any]] = {
     "prompt lookup": lambda model: _generate(model, _REPEATING, prompt_lookup_num_tokens=4).tolist(),
     "logits": _logits,
     "sizes": _sizes,
+    AT_ONCE: _many,
 }
 
 
@@ -116,7 +157,9 @@ def examine(model_type: str, images: bool) -> Outcome:
             unsplit.generation_config.eos_token_id = None
         except Exception as error:
             return Outcome("not built", _told(error))
-        return _compare(checkpoint, unsplit)
+        outcome = _compare(checkpoint, unsplit)
+        _check_doctor(outcome, checkpoint)
+        return outcome
 
 
 def _compare(checkpoint: Path, unsplit: Any, layers: str = f"{HEAD}:{-TAIL}") -> Outcome:
@@ -142,9 +185,26 @@ def _compare(checkpoint: Path, unsplit: Any, layers: str = f"{HEAD}:{-TAIL}") ->
     outcome = Outcome("packed" if alone is None else "one at a time", alone or "")
     for name, value in found.items():
         _judge(outcome, name, expected[name], value)
+    runs = outcome.verdict in ("packed", "one at a time") and "greedy" not in outcome.refused
+    outcome.at_once = runs and not {AT_ONCE} & {*outcome.refused, *outcome.unsplit_fails}
     if outcome.verdict not in ("wrong", "error") and "greedy" in outcome.refused:
         outcome.verdict, outcome.reason = "refused", outcome.refused["greedy"]
     return outcome
+
+
+def _check_doctor(outcome: Outcome, checkpoint: Path) -> None:
+    """Makes an outcome wrong if `doctor --model` says something else of the checkpoint."""
+    wanted = {"packed": "ok", "one at a time": "note", "refused": "problem"}.get(outcome.verdict)
+    if wanted is None or "greedy" in outcome.refused:
+        return
+    try:
+        said = [finding for finding in model_findings(str(checkpoint)) if finding.subject == "model"]
+    except Exception as error:
+        outcome.verdict, outcome.reason = "error", f"doctor: {_told(error, with_line=True)}"
+        return
+    if [finding.status for finding in said] != [wanted]:
+        details = "; ".join(f"{finding.status}: {finding.detail}" for finding in said)
+        outcome.verdict, outcome.reason = "wrong", f"{outcome.verdict}, but doctor says: {details}"
 
 
 def _judge(outcome: Outcome, name: str, expected: Any, found: Any) -> None:

@@ -263,12 +263,19 @@ def test_streamer_processor_and_criteria(llama: tuple[Model, Model]) -> None:
         {"cache_implementation": "dynamic"},
         {"eos_token_id": [12, 44, 80]},
         {"num_beams": 3, "num_beam_groups": 1, "length_penalty": 0.3, "early_stopping": True, "eos_token_id": 12},
-        {"guidance_scale": 1.5},
+        {"guidance_scale": 1.5, "negative_prompt_ids": PROMPT[:, :3]},
+        {"prefix_allowed_tokens_fn": lambda _, ids: [7, 8, 10 + int(ids[-1]) % 20], "num_beams": 3},
+        {"custom_generate": lambda model, input_ids, **_: model.generate(input_ids, **GREEDY)},
+        {"num_return_sequences": 3, "do_sample": True, "num_beams": 4},
     ],
     ids=lambda options: next(iter(options)),
 )
 def test_generate_options(llama: tuple[Model, Model], options: dict[str, Any]) -> None:
-    theirs, ours = (model.generate(PROMPT, **GREEDY, **options) for model in llama)
+    def generated(model: Model) -> Any:
+        torch.manual_seed(5)
+        return model.generate(PROMPT, **GREEDY | options)
+
+    theirs, ours = map(generated, llama)
     if "output_scores" in options:
         assert torch.allclose(torch.stack(ours.scores), torch.stack(theirs.scores), atol=1e-4)
         theirs, ours = theirs.sequences, ours.sequences

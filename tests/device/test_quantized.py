@@ -221,6 +221,7 @@ def test_torchao_that_rounds_activations_is_refused(tmp_path: Path) -> None:
             "weights quantized by bitsandbytes_8bit cannot be split",
         ),
         ({"quant_method": "gptq", "bits": 4}, r"is quantized \(gptq\): .*install"),
+        ({"quant_method": "awq", "bits": 4}, r"is quantized \(awq\): .*install"),
         ({"quant_method": "made-up"}, "is quantized by 'made-up', which transformers does not know"),
         ({"bits": 4}, "is quantized by None, which transformers does not know"),
     ],

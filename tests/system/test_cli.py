@@ -30,6 +30,7 @@ from split_common.system.process import running_command
 from split_common.transport.address import DEFAULT_BROKER
 from split_common.trust.fleet import Fleet
 from split_device import SplitModelForCausalLM
+from split_device.cli import doctor_model
 from wiretap import FakePeer, wait_until
 
 #: Seconds that something in another process may take on a busy machine.
@@ -249,19 +250,23 @@ def test_doctor_finds_everything_in_place(run: Any, address: str) -> None:
 @pytest.mark.parametrize(
     ("arch", "wanted"),
     [
-        ("llama", ("ok", "a worker runs many sessions in one forward (layers 2:4 were tried)")),
+        ("llama", ("ok", "a worker runs many sessions in one forward (layers 2:3 were tried)")),
         ("falcon", ("note", "a worker runs sessions one at a time: they do not call a registered attention")),
+        # Layer 3 uses the choice of layer 2.
+        ("glm_moe_dsa", ("note", "a worker runs sessions one at a time: layer 2 attends to the keys")),
     ],
 )
 def test_doctor_says_how_a_model_would_run(
     arch: str, wanted: tuple[str, str], run: Any, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = tiny.save(arch, tmp_path)
+    monkeypatch.setattr(doctor_model, "TRIED_LAYERS", 1)
     done = run("doctor", "--broker", address, "--model", directory, "--json")
     found = {finding["subject"]: finding for finding in done.json["findings"]}
     assert found["model"]["status"] == wanted[0]
     assert found["model"]["detail"].startswith(wanted[1])
     assert found["device"]["detail"] == "its own part loads: layers 0:2 and 4:6, embeddings and head"
+    assert ("requests" in found) == (wanted[0] == "note")
     assert found["tokenizer"]["detail"].endswith("--tokenizer names another one")
     monkeypatch.setenv("LAMBDA_SPLIT_MODEL", str(tmp_path / "none"))
     done = run("doctor", "--broker", address)

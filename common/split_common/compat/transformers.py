@@ -12,6 +12,7 @@ import jinja2.meta
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import chat_template_utils
@@ -184,6 +185,14 @@ def forward_parameters(module_class: type[nn.Module]) -> frozenset[str]:
     `models/llama/modeling_llama.py`.
     """
     return frozenset(inspect.signature(inspect.unwrap(module_class.forward)).parameters)
+
+
+def cached_kinds(config: Any) -> list[str]:
+    """The kind of each layer that has a cache, such as `sliding_attention`, by a decoder's configuration.
+
+    Written against transformers 5.24. If it breaks, look at `DynamicCache.__init__` in `cache_utils.py`.
+    """
+    return list(get_layer_types_and_kwargs(config)[0])
 
 
 def attention_implementation(module: Any) -> str | None:

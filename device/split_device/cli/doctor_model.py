@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from split_common.models.loading import ModelSpec
     from split_common.models.split import Split
 
-#: Number of layers, the first of the body, that are loaded to try them.
+#: Number of layers, the first of the body, that are loaded to try them; more if a kind of layer begins later.
 TRIED_LAYERS = 8
 
-#: Memory for keys and values while layers are tried, in bytes.
-TRIAL_BYTES = 16 * 1024**2
+#: Memory for keys, values and states while layers are tried, in bytes. A sequence's states take up to some 100 MB.
+TRIAL_BYTES = 1024**3
 
 #: The cut in a refusal that names one that would do.
 _OTHER_CUT = re.compile(r"--layers (\d+:-?\d*)")
@@ -89,7 +89,7 @@ def _tried(spec: ModelSpec, split: Split, adapters: Mapping[str, Path]) -> list[
     from split_common.models.loading import load_part
     from split_common.models.split import Split
 
-    some = Split(spec.layers, split.first, min(split.first + TRIED_LAYERS, split.last))
+    some = Split(spec.layers, split.first, _last_tried(spec, split))
     _, stack = load_part(spec, some, "worker")
     runner = build_runner(stack, some, spec.text_config, TRIAL_BYTES)
     if runner.unpacked_because is None:
@@ -107,7 +107,40 @@ def _tried(spec: ModelSpec, split: Split, adapters: Mapping[str, Path]) -> list[
     load_part(spec, split, "device")
     ends = f"layers 0:{split.first} and {split.last}:{split.layers}"
     found.append(Finding("device", "ok", f"its own part loads: {ends}, embeddings and head"))
-    return [*found, *adapter_findings(spec, split, some, adapters, TRIAL_BYTES)]
+    return [*found, *_ends(spec, split), *adapter_findings(spec, split, some, adapters, TRIAL_BYTES)]
+
+
+def _last_tried(spec: ModelSpec, split: Split) -> int:
+    """The end of the layers that are tried: with each kind of layer that the body has, and no link across it."""
+    from split_common.models.layer_links import find_links
+    from split_device.models.sizes import layer_kinds
+
+    kinds, links = layer_kinds(spec), find_links(spec.text_config)
+    first = {kinds[index]: index for index in reversed(split.body)}
+    end = max(split.first + TRIED_LAYERS, *(index + 1 for index in first.values()))
+    while end < split.last and any(link.source < end <= link.user for link in links):
+        end += 1
+    return min(end, split.last)
+
+
+def _ends(spec: ModelSpec, split: Split) -> Iterator[Finding]:
+    """How commands run many requests at once through the device's own layers, unless they share forwards."""
+    from split_common.engine.runner import build_runner
+    from split_common.models.loading import load_part
+    from split_common.models.split import Split
+
+    for first, last in ((0, split.first), (split.last, split.layers)):
+        if first == last:
+            continue
+        part = Split(spec.layers, first, last)
+        try:
+            _, stack = load_part(spec, part, "worker")
+            reason = build_runner(stack, part, spec.text_config, TRIAL_BYTES).unpacked_because
+        except SplitError as error:
+            yield Finding("requests", "problem", f"the device's layers {part} cannot run for many at once: {error}")
+            continue
+        if reason is not None:
+            yield Finding("requests", "note", f"the device's layers {part} run them one at a time: {reason}")
 
 
 def _prompts(model: str, checkpoint: Checkpoint) -> Iterator[Finding]:

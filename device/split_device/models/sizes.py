@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import torch
 
+from split_common.compat.transformers import cached_kinds
 from split_common.models.adapters import Adapter, AdapterCheckpoint, layer_of
 from split_common.models.layer_stack import find_stack
 from split_common.models.loading import ModelSpec
@@ -27,8 +28,14 @@ def quantized_weights(spec: ModelSpec, dtype: torch.dtype | None = None) -> Quan
 
 def kinds(spec: ModelSpec) -> dict[str, int]:
     """How many layers a model has of each kind, by transformers' names, such as `sliding_attention`."""
-    names = getattr(spec.text_config, "layer_types", None) or ["full_attention"] * spec.layers
-    return dict(Counter(map(str, names)))
+    return dict(Counter(layer_kinds(spec)))
+
+
+def layer_kinds(spec: ModelSpec) -> list[str]:
+    """The kind of each layer of a model, as transformers' caches read it from the configuration."""
+    config = spec.text_config
+    kinds = [str(kind) for kind in getattr(config, "layer_types", None) or cached_kinds(config)]
+    return kinds + ["full_attention"] * (spec.layers - len(kinds))
 
 
 class PartSize(msgspec.Struct, frozen=True):
