@@ -259,6 +259,9 @@ def test_an_answer_under_anothers_id_spoils_no_set_up(
             with setting.client(server.address, patience=0, timeout=LATE) as device:
                 assert device.open_session().worker == good.id
         wait_until(lambda: device.counters["AuthenticationError"] >= 1)
+    # What the worker leaves for the lease of its list.
+    keys = Keys(setting.fleet.operator_key)
+    server.client().delete(keys.workers("worker-2"), keys.roster_copy("worker-2"))
 
 
 def test_workers_without_a_certificate_for_their_service_get_no_open(setting: Setting, server: Valkey) -> None:
