@@ -109,7 +109,7 @@ def watch(
 ) -> None:
     """Stream a job's answer from its beginning until the job ends; for an image, show its progress.
 
-    Of several jobs, of those that --group, --state and --since choose, or of a batch, it shows how many have ended,
+    For a batch, or several jobs, named or chosen by --group, --state and --since, it shows how many have ended,
     until all have. Exit code 1 if one has not succeeded.
     """
     if names := choice.batches:

@@ -289,8 +289,8 @@ SpeculateOption = Annotated[
     typer.Option(
         "--speculate",
         rich_help_panel=STORE_PANEL,
-        help="Draft tokens that may follow and let the worker check several in one trip, which changes no token: "
-        "with this drafter, or with auto only as many as pay.",
+        help="What drafts tokens that may follow: the worker checks several in one trip, and the answer stays the "
+        "same. auto drafts only as many as pay.",
     ),
 ]
 JobSpeculateOption = Annotated[
@@ -299,7 +299,7 @@ JobSpeculateOption = Annotated[
         "--speculate",
         rich_help_panel=STORE_PANEL,
         show_default="the agent's",
-        help="What drafts the answer's tokens, for this job.",
+        help="What drafts tokens that may follow, for this job.",
     ),
 ]
 GiveUpOption = Annotated[

@@ -46,7 +46,7 @@ class ChatBody(Body, frozen=True, kw_only=True):
         self.check_stream()
         if self.prompt_logprobs is not None and any(message.images for message in self.messages):
             raise ApiError(
-                "prompt_logprobs are not told of prompts with images",
+                "prompt_logprobs are not available for prompts with images",
                 param="prompt_logprobs",
                 code="unsupported_parameter",
             )
