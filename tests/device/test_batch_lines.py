@@ -383,6 +383,7 @@ def test_lines_that_ask_for_images(tmp_path: Path) -> None:
         {"prompt": "a seven", "n": 2, "size": "32x32", "seed": 5, "steps": 2},
         {"prompt": "a six", "size": "33x33"},
         {"prompt": "a six", "style": "vivid", "tools": []},
+        {"prompt": "a six", "stream": True},
     ]
     path = tmp_path / "in.jsonl"
     path.write_text(
@@ -395,8 +396,11 @@ def test_lines_that_ask_for_images(tmp_path: Path) -> None:
         lines = list(parsed(opened, chosen, True, print))
     assert [task.seed for task in lines[0].tasks] == [5, 6]
     assert lines[0].entry.files == ("00001-0-1.png", "00001-0-2.png")
-    assert ["33 px" in (message or "") for message in messages_of(lines)] == [False, True, False]
-    assert messages_of(lines)[2] == "line 3: tools: unknown field"
+    assert ["33 px" in (message or "") for message in messages_of(lines)] == [False, True, False, False]
+    assert messages_of(lines)[2:] == [
+        "line 3: tools: unknown field",
+        "line 4: a line of a batch cannot be streamed",
+    ]
     with (
         open_source(path) as opened,
         pytest.raises(ConfigError, match="line 1 asks for an image: give --output-dir"),

@@ -90,19 +90,33 @@ def test_a_conversation(page: Page, checkpoint: Path) -> None:
     say(page, "Hello")
     answered(page)
     wait_until_kept(page, "Hello", first)
+    # With a schema, the answer is a form.
+    set_field(page, "schema", '["yes"')
+    page.keyboard.type("Well?")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_have_text("JSON Schema of answers: a JSON Schema, or nothing.")
+    page.get_by_label("Message", exact=True).fill("")
+    page.get_by_label("Message", exact=True).focus()
+    schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
+    set_field(page, "schema", json.dumps(schema | {"additionalProperties": False}))
+    say(page, "Well?", 60)
+    expect(page.locator("article.assistant dl.form dt")).to_have_text("yes")
+    expect(page.locator("article.assistant dl.form dd")).to_have_text(re.compile("^(true|false)$"))
+    assert faults(page) == []
 
 
 @needs_chromium
-def test_thinking_is_folded(page: Page) -> None:
-    """What a model thinks comes before its answer, and is shown on demand. It is not sent back."""
+def test_thinking_is_folded_and_calls_of_tools_are_shown(page: Page) -> None:
+    """What a model thinks comes before its answer, and is shown on demand. It is not sent back, but calls are."""
     asked: list[Any] = []
+    calls: list[Any] = []
 
     def answer(route: Route) -> None:
         asked.append(route.request.post_data_json)
         deltas: list[Any] = [{"role": "assistant", "reasoning_content": "Hm, "}, {"reasoning_content": "yes."}]
-        deltas.append({"content": "Hello!"})
+        deltas += [{"tool_calls": [each]} for each in calls] or [{"content": "Hello!"}]
         events = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas]
-        events[-1]["choices"][0]["finish_reason"] = "stop"
+        events[-1]["choices"][0]["finish_reason"] = "tool_calls" if calls else "stop"
         details = {"cached_tokens": 1200}
         usage = {"completion_tokens": 3, "total_tokens": 1300, "prompt_tokens_details": details}
         lines = [f"data: {json.dumps(event)}\n\n" for event in (*events, {"choices": [], "usage": usage})]
@@ -121,6 +135,29 @@ def test_thinking_is_folded(page: Page) -> None:
     say(page, "And?")
     expect(answers(page)).to_have_text(["Hello!", "Hello!"])
     assert [message["content"] for message in asked[-1]["messages"]] == ["Hello", "Hello!", "And?"]
+
+    calls += [{"index": 0, "id": "a", "type": "function", "function": {"name": "weather", "arguments": ""}}]
+    calls += [{"index": 0, "function": {"arguments": part}} for part in ('{"place": ', '"Bern"}')]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    set_field(page, "tools", json.dumps(tools))
+    say(page, "And in Bern?")
+    call = page.locator("article.assistant .call")
+    expect(call.locator("p")).to_have_text("Calls weather")
+    expect(call.locator("dt, dd")).to_have_text(["place", "Bern"])
+    answered(page)
+    assert (asked[-1]["tools"], faults(page)) == (tools, [])
+    calls.clear()
+    say(page, "3 degrees")
+    expect(answers(page).last).to_have_text("Hello!")
+    called = {"id": "a", "type": "function"} | {"function": {"name": "weather", "arguments": '{"place": "Bern"}'}}
+    assert asked[-1]["messages"][-2:] == [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [called],
+        },
+        {"role": "tool", "tool_call_id": "a", "content": "3 degrees"},
+    ]
 
 
 @needs_chromium

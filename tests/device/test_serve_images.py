@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import openai
 import pytest
@@ -78,6 +79,16 @@ def test_images_are_those_of_the_unsplit_model(client: openai.OpenAI, model: Pat
     assert_same_picture(image_of(drawn.data[0]), wanted)
 
 
+def test_a_stream_of_images(client: openai.OpenAI, model: Path) -> None:
+    events = sorted(ask(client, n=2, stream=True), key=lambda event: event.index)
+    assert [(event.type, event.seed, event.size) for event in events] == [
+        ("image_generation.completed", 5, "64x64"),
+        ("image_generation.completed", 6, "64x64"),
+    ]
+    for event in events:
+        assert_same_picture(image_of(event), unsplit(model, "a seven", 2, event.seed))
+
+
 def test_notes_and_metadata(client: openai.OpenAI) -> None:
     prompt, seed = "a photo of seven in blue", 2**64 - 1
     for metadata in (False, True):
@@ -101,7 +112,8 @@ def test_both_models_are_served(client: openai.OpenAI) -> None:
     [
         ({"response_format": "url"}, "response_format", "not supported"),
         ({"background": "transparent"}, "background", "not supported"),
-        ({"stream": True}, "stream", "not supported"),
+        ({"stream": True, "size": "33x31"}, "size", "a multiple of 8"),
+        ({"partial_images": 1, "stream": True}, "partial_images", "not supported"),
         ({"n": 11}, "n", "<= 10"),
         ({"prompt": ""}, "prompt", "length >= 1"),
         ({"quality": "best"}, "quality", "Invalid enum value"),
@@ -122,9 +134,13 @@ def test_errors_are_openai_s(client: openai.OpenAI, options: dict[str, Any], par
 
 def test_other_models_and_keys_are_refused(client: openai.OpenAI) -> None:
     for name in ("tiny", "another"):
-        with pytest.raises(openai.NotFoundError) as missing:
+        with pytest.raises(
+            openai.NotFoundError, match=r"the models here: tiny-sdxl, tiny \(for texts\)"
+        ) as missing:
             ask(client, model=name)
         assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError, match=r"the models here: tiny, tiny-sdxl \(for images\)"):
+        client.completions.create(model="tiny-sdxl", prompt="Once", max_tokens=2)
     with pytest.raises(openai.AuthenticationError):
         ask(client.with_options(api_key="another"))
 
@@ -217,6 +233,42 @@ def test_what_asks_the_page_for_a_picture(server: tuple[str, Any]) -> None:
         say(page, "/imagine")
         expect(page.locator("article.assistant .body").last).not_to_be_empty()
         expect(page.locator("article img")).to_have_count(1)
+
+
+# The last two: they stop the worker, which later ones would need.
+
+
+def test_a_stream_says_that_its_worker_is_gone(server: tuple[str, Any], model: Path) -> None:
+    url, worker = server
+    said = ""
+    with httpx2.stream(
+        "POST",
+        f"{url}/images/generations",
+        json={"prompt": "a seven", "steps": 1000, "stream": True},
+        headers={"Authorization": f"Bearer {KEY}"},
+        timeout=PATIENCE,
+    ) as response:
+        wait_until(lambda: len(worker._sessions), PATIENCE)
+        worker.stop()
+        for line in response.iter_lines():
+            if "waiting 60 s for another one" in line:
+                said = line
+                break
+    assert said.startswith(f": worker {worker.name} is gone: ")
+    assert f"start one with `lambda-split worker --model {model}" in said
+
+
+@needs_chromium
+def test_the_page_says_that_a_picture_waits(server: tuple[str, Any], model: Path) -> None:
+    server[1].stop()
+    with chromium() as browser, opened(browser, server[0].removesuffix("v1")) as page:
+        unlock(page)
+        page.get_by_label("Message", exact=True).fill("/image a seven")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("alert")).to_contain_text(f"start one with `lambda-split worker --model {model}")
+        expect(page.get_by_role("status")).to_have_text("Waiting …")
+        page.keyboard.press("Escape")
+        expect(page.locator("article.assistant .facts")).to_have_text("stopped")
 
 
 def steps(worker: Any) -> int:

@@ -85,6 +85,8 @@ def _with_given(
 
 def _images(body: object, entry: Entry, settings: BatchSettings) -> tuple[Entry, tuple[AnyTask, ...]]:
     request = parse_image(body)
+    if request.stream:
+        raise BadLine("a line of a batch cannot be streamed")
     model = settings.models.image
     try:
         chosen = request.settings(request.seed)

@@ -157,16 +157,18 @@ def serve(
 
             allow_many_files()
             models = stack.enter_context(Models(connection, limits, hardware))
-            text = (
-                TextModel(models.get(choice), choice, name, defaults, template, aliases=served[1:], media=media)
-                if choice and name
-                else None
-            )
-            image_endpoint = (
-                Images(models.pipeline(image_choice), image_name, limits.images)
-                if image_choice and image_name
-                else None
-            )
+            text: TextModel | None = None
+            image_endpoint: Images | None = None
+            if choice and name:
+                text = TextModel(
+                    *(models.get(choice), choice, name, defaults, template),
+                    aliases=served[1:],
+                    media=media,
+                    image_model=image_name,
+                )
+            if image_choice and image_name:
+                names = text.names if text is not None else []
+                image_endpoint = Images(models.pipeline(image_choice), image_name, limits.images, names)
         responses = ResponseStore(store_key)
         stack.callback(responses.close)
         server = CompletionServer(text, dialects(text, responses), image_endpoint, api_key or (), hosts)

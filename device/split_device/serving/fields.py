@@ -44,10 +44,16 @@ class ApiError(SplitError):
         return {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
 
 
-def check_model(asked: str, names: Sequence[str]) -> None:
-    """Raises ApiError if the request names none of the models that are served."""
+def check_model(asked: str, names: Sequence[str], others: Sequence[str] = (), kind: str = "images") -> None:
+    """Raises ApiError if the request names none of the models that answer it.
+
+    Args:
+        others: names of models that are served for something else.
+        kind: what those make.
+    """
     if asked not in names:
-        here = f"the model here is {names[0]}" if len(names) == 1 else f"the models here: {', '.join(names)}"
+        found = [*names, *(f"{name} (for {kind})" for name in others)]
+        here = f"the model here is {found[0]}" if len(found) == 1 else f"the models here: {', '.join(found)}"
         raise ApiError(here, 404, param="model", code="model_not_found")
 
 

@@ -32,6 +32,7 @@ class TextModel:
         defaults: the temperature, top_p and top_k of requests that name none; None for the checkpoint's.
         template: how conversations become prompts.
         media: directories below which requests may name files of images.
+        image_model: what clients call the image model that is served beside it, for messages.
 
     Raises:
         ConfigError: the template is not one, or does not read a variable that is set.
@@ -46,9 +47,11 @@ class TextModel:
         template: ChatTemplate = ChatTemplate(),
         aliases: Sequence[str] = (),
         media: Sequence[Path] = (),
+        image_model: str | None = None,
     ) -> None:
         template.check(loaded.tokenizer)
         self._media = media
+        self._beside = [image_model] if image_model else []
         self.name = name
         self._aliases = aliases
         self.loaded = loaded
@@ -67,7 +70,7 @@ class TextModel:
 
     def adapter(self, asked: str) -> str:
         """The adapter of a request for the model of this name; "" for none. Raises ApiError if none has it."""
-        check_model(asked, self.names)
+        check_model(asked, self.names, self._beside)
         return asked if asked in self.adapters else ""
 
     def parts(self) -> list[dict[str, Any]]:

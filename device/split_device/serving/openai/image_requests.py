@@ -27,7 +27,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": ("auto", "opaque"),
     "output_compression": (100,),
     "partial_images": (0,),
-    "stream": (False,),
 }
 
 
@@ -40,6 +39,7 @@ class ImageBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     size: str = "auto"
     quality: Literal["auto", "standard", "medium", "low", "high", "hd"] = "auto"
     output_format: Literal["png", "jpeg", "webp"] = "png"
+    stream: bool = False
     steps: int | None = None
     seed: int | None = None
     guidance: float | None = None

@@ -2,7 +2,7 @@
 
 import { Locked, aborted, call, events } from "./api.js";
 import { $, count, fail, focusPrompt, say } from "./dom.js";
-import { chatBody, pictureBody, pictureSettings } from "./settings.js";
+import { asksForSchema, chatBody, pictureBody, pictureSettings } from "./settings.js";
 import { begin, look, served, showContext } from "./split.js";
 import { context } from "./thread.js";
 
@@ -68,12 +68,8 @@ export function answer(conversation, question, node, shown, hooks) {
     const body = chatBody(served.model, messages, more);
     const response = await call("v1/chat/completions", { method: "POST", signal, body });
     const clock = { began: performance.now(), first: 0, tokens: 0, cached: 0 };
-    let noticed = false;
-    const notice = (text) => {
-      noticed = text !== "";
-      shown.notice(text);
-      say(text ? "Waiting …" : "Answering …");
-    };
+    const { notice, settled } = waiting(shown);
+    node.form = asksForSchema() || undefined;
     for await (const event of events(response, notice)) {
       if (event.usage) {
         clock.tokens = event.usage.completion_tokens;
@@ -83,16 +79,36 @@ export function answer(conversation, question, node, shown, hooks) {
       }
       const choice = event.choices[0];
       if (!choice) continue;
-      if (noticed) notice("");
+      settled();
       clock.first ||= performance.now();
       node.text += choice.delta.content ?? "";
       if (choice.delta.reasoning_content) node.thinking = (node.thinking ?? "") + choice.delta.reasoning_content;
+      for (const delta of choice.delta.tool_calls ?? []) growCall((node.calls ??= []), delta);
       node.ended = choice.finish_reason ?? node.ended;
       shown.grow();
     }
     node.facts = facts(clock, goesOn);
     if (sameAsBefore(conversation, node)) node.facts += " · the same as before: a temperature makes it vary";
   }, hooks);
+}
+
+/** Shows what the server says while a message waits: `notice` takes it, and `settled` takes it away. */
+function waiting(shown) {
+  let noticed = false;
+  const notice = (text) => {
+    noticed = text !== "";
+    shown.notice(text);
+    say(text ? "Waiting …" : "Answering …");
+  };
+  return { notice, settled: () => noticed && notice("") };
+}
+
+/** Adds a piece of a tool call to those of an answer. */
+function growCall(calls, { index, id, function: piece }) {
+  const call = (calls[index] ??= { id: "", name: "", arguments: "" });
+  call.id ||= id ?? "";
+  call.name += piece?.name ?? "";
+  call.arguments += piece?.arguments ?? "";
 }
 
 /** Whether an answer that was made again has come out as an earlier one. */
@@ -112,8 +128,11 @@ export function draw(prompt, node, shown, hooks, settings = pictureSettings()) {
   return turn(node, shown, async (signal) => {
     const began = performance.now();
     const body = pictureBody(served.image_model, prompt, settings);
-    const made = await (await call("v1/images/generations", { method: "POST", signal, body })).json();
-    const [{ b64_json: content, seed, steps, notes }] = made.data;
+    const response = await call("v1/images/generations", { method: "POST", signal, body });
+    const { notice, settled } = waiting(shown);
+    const made = (await events(response, notice).next()).value;
+    settled();
+    const { b64_json: content, seed, steps, notes } = made;
     node.picture = {
       source: `data:image/png;base64,${content}`,
       size: made.size,

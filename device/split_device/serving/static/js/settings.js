@@ -14,6 +14,12 @@ function stops() {
   return found.length ? found.map((line) => line.replaceAll("\\n", "\n")) : undefined;
 }
 
+/** The value of a field of JSON; undefined if it is empty. Throws a SyntaxError if it is not JSON. */
+const json = (id) => (text(id) === undefined ? undefined : JSON.parse(text(id)));
+
+/** Whether answers have to look as a JSON Schema says. */
+export const asksForSchema = () => text("schema") !== undefined;
+
 /** The body of a request for an answer, as JSON. */
 export function chatBody(model, messages, more) {
   const system = text("system");
@@ -24,6 +30,10 @@ export function chatBody(model, messages, more) {
     top_p: number("top-p"),
     max_tokens: number("max-tokens"),
     stop: stops(),
+    tools: json("tools"),
+    response_format: asksForSchema()
+      ? { type: "json_schema", json_schema: { name: "answer", schema: json("schema") } }
+      : undefined,
     stream: true,
     stream_options: { include_usage: true },
     ...more,
@@ -37,7 +47,7 @@ export function pictureSettings() {
 
 /** The body of a request for a picture, as JSON. */
 export function pictureBody(model, prompt, { size, steps, seed }) {
-  return withSeed(seed, { model, prompt, size, steps: steps && Number(steps) });
+  return withSeed(seed, { model, prompt, size, steps: steps && Number(steps), stream: true });
 }
 
 /** An object as JSON, with a seed that is digits: as a number JavaScript would round it above 2⁵³. */
@@ -58,8 +68,16 @@ export function valid() {
   return true;
 }
 
+/** Whether the text of a field is what its title says. */
 function fits(field) {
-  return field.id !== "stop-texts" || (stops()?.length ?? 0) <= 4;
+  if (field.id === "stop-texts") return (stops()?.length ?? 0) <= 4;
+  if (!["tools", "schema"].includes(field.id)) return true;
+  try {
+    const value = json(field.id);
+    return value === undefined || Array.isArray(value) === (field.id === "tools");
+  } catch {
+    return false;
+  }
 }
 
 export function restore() {

@@ -55,10 +55,21 @@ export const pictured = (text) => text.replace(/^\/image\s+/, "");
 export function context(conversation, question) {
   const nodes = path(conversation, question).map((index) => conversation.nodes[index]);
   return nodes.flatMap((node, at) => {
-    const answered = node.role === "assistant" || at === nodes.length - 1 || nodes[at + 1].text;
-    if (node.asks === "picture" || !node.text || !answered) return [];
-    return [{ role: node.role, content: node.text }];
+    const answered = node.role === "assistant" || at === nodes.length - 1 || nodes[at + 1].text || nodes[at + 1].calls;
+    if (node.asks === "picture" || (!node.text && !node.calls) || !answered) return [];
+    if (node.calls) return [{ role: "assistant", content: node.text || null, tool_calls: node.calls.map(asCall) }];
+    const { calls } = nodes[at - 1] ?? {};
+    return calls ? results(calls, node.text) : [{ role: node.role, content: node.text }];
   });
+}
+
+const asCall = ({ id, name, arguments: given }) => ({ id, type: "function", function: { name, arguments: given } });
+
+/** What follows tool calls is their result: a line for each of several, or else the whole text for each. */
+function results(calls, text) {
+  const lines = text.split("\n");
+  const each = calls.length > 1 && lines.length === calls.length ? lines : calls.map(() => text);
+  return calls.map(({ id }, index) => ({ role: "tool", tool_call_id: id, content: each[index] }));
 }
 
 const TYPES = { role: "string", text: "string", parent: "number" };
@@ -69,19 +80,26 @@ export function checked(given) {
     const valid = Object.entries(TYPES).every(([name, type]) => typeof node[name] === type);
     const placed = Number.isInteger(node.parent) && node.parent >= -1 && node.parent < index;
     if (!valid || !placed || !["user", "assistant"].includes(node.role)) throw new TypeError("not a message");
-    const { parent, role, text, asks, facts, ended, error, thinking } = node;
+    const { parent, role, text, asks, facts, ended, error, thinking, form, calls } = node;
     return {
       ...{ parent, role, text, asks: asks === "picture" ? asks : "text" },
       ...(typeof facts === "string" && { facts }),
       ...(typeof ended === "string" && { ended }),
       ...(typeof error === "string" && { error }),
       ...(typeof thinking === "string" && { thinking }),
+      ...(form === true && { form }),
+      ...(calls && { calls: calls.map(checkedCall) }),
       ...(node.picture && { picture: checkedPicture(node.picture) }),
     };
   });
   if (!nodes.length || !nodes[given.leaf] || !/^[0-9a-f]{32}$/.test(given.id)) throw new TypeError("not a conversation");
   const [created, updated] = [given.created, given.updated].map((time) => new Date(time).toISOString());
   return { id: given.id, created, updated, leaf: given.leaf, nodes };
+}
+
+function checkedCall({ id, name, arguments: given }) {
+  if (![id, name, given].every((value) => typeof value === "string")) throw new TypeError("not a tool call");
+  return { id, name, arguments: given };
 }
 
 function checkedPicture({ source, size, seed, steps }) {

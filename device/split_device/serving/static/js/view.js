@@ -2,6 +2,7 @@
 
 import { $, button, copyButton, download, focusPrompt, make } from "./dom.js";
 import { Rendering } from "./markdown.js";
+import { called, formOf } from "./structured.js";
 import { path, pictured, siblings } from "./thread.js";
 
 /**
@@ -47,7 +48,8 @@ export class Shown {
     const heading = make("h2", role === "user" ? "unseen" : "", role === "user" ? "You" : "Answer");
     this._thinking = make("details", "thinking");
     this._thinking.append(make("summary", "", "Thinking"), make("div"));
-    this.article.append(heading, this._thinking, this.body, this._error, this._facts, this._actions);
+    this._calls = make("div", "calls");
+    this.article.append(heading, this._thinking, this.body, this._calls, this._error, this._facts, this._actions);
     this._rendering = role === "assistant" ? new Rendering(this.body) : null;
     this.draw();
   }
@@ -62,6 +64,7 @@ export class Shown {
     const log = $("log");
     const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
     this._think();
+    this._calls.replaceChildren(...called(this.node.calls));
     this._rendering.update(this.node.text, () => atEnd && (log.scrollTop = log.scrollHeight));
   }
 
@@ -79,10 +82,13 @@ export class Shown {
 
   draw() {
     this._think();
-    const { text, picture, facts, ended, error } = this.node;
+    const { text, picture, facts, ended, error, form, calls } = this.node;
+    const fields = form && ended === "stop" ? formOf(text) : null;
+    this._calls.replaceChildren(...called(calls));
     if (picture) this.body.replaceChildren(drawn(picture, pictured(this._question.text)));
     else if (this._rendering) this._rendering.finish(text);
     else this.body.textContent = text;
+    if (fields) this.body.replaceChildren(fields);
     this.notice(error ?? "");
     this._facts.textContent = [facts, ENDED[ended]].filter(Boolean).join(" · ");
     this._actions.replaceChildren(...this._branches(), ...this._buttons());
@@ -102,8 +108,8 @@ export class Shown {
     };
     if (picture) return [savePicture(picture), does("sameAgain", "Same again"), does("again", "Another one")];
     const copy = text ? [copyButton(() => text, "Copy the answer")] : [];
-    const goOn = text && ended !== "stop" ? [does("goOn", "Go on")] : [];
-    return [...copy, ...goOn, does("again", error || !text ? "Try again" : "Regenerate")];
+    const goOn = text && !["stop", "tool_calls"].includes(ended) ? [does("goOn", "Go on")] : [];
+    return [...copy, ...goOn, does("again", error || !(text || this.node.calls) ? "Try again" : "Regenerate")];
   }
 
   _edit() {
