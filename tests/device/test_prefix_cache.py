@@ -58,7 +58,7 @@ def conversation(generator: Generator, unsplit: Any, turns: int, seed: int = 1) 
     return seen
 
 
-def test_what_is_only_half_computed_is_not_kept(
+def test_what_is_only_half_computed_is_kept_as_far_as_it_is_complete(
     fleet: tuple[Any, Worker], unsplit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = fleet
@@ -81,7 +81,39 @@ def test_what_is_only_half_computed_is_not_kept(
         assert cancelled.result(LATE) == []
         assert begun.is_set()
         request = Request([*prompt[:150], 5, 6, 7], greedy(8))
-        assert generator.submit(request).result(LATE) == alone(unsplit, request)
+        later = generator.submit(request)
+        assert later.result(LATE) == alone(unsplit, request)
+        assert later.cached_tokens == 32
+
+
+@pytest.mark.parametrize("drafter", ["off", "ngram"])
+def test_what_a_cancelled_request_has_computed_is_kept(
+    fleet: tuple[Any, Worker], unsplit: Any, drafter: str
+) -> None:
+    """Its next step is at the worker by then: that is waited for, and a request meanwhile gets its own tokens."""
+    model, worker = fleet
+    prompt = text(20) * 3
+    with Generator(model, speculate=drafter) as generator:
+        cancelled = generator.submit(Request(prompt, greedy(40)), lambda *_: had(5))
+
+        def had(tokens: int) -> None:
+            if len(cancelled.tokens) == tokens:
+                cancelled.cancel()
+
+        got = cancelled.result(LATE)
+        assert cancelled.finish_reason == "cancelled"
+        assert got == alone(unsplit, Request(prompt, greedy(len(got))))
+        wait_until(lambda: worker.facts()["kept"] == 1)
+        later = Request([*prompt, *got, 5, 6], greedy(6))
+        generation = generator.submit(later)
+        assert generation.result(LATE) == alone(unsplit, later)
+        assert generation.cached_tokens >= len(prompt) + 4
+        # As long as one is at the worker, it is nobody's to begin with.
+        again = [generator.submit(Request(text(30, seed), greedy(40))) for seed in (70, 71)]
+        for each in again:
+            next(iter(each))
+            each.cancel()
+    wait_until(lambda: not worker.facts()["sessions"])
 
 
 def test_a_lost_history_keeps_nobody_waiting_and_nothing_open(

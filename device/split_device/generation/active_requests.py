@@ -49,6 +49,8 @@ class ActiveRequests:
         self.prefixes = Prefixes(parts, layers, stages, limits.prefix_cache)
         #: Those that have not ended.
         self.by_generation: dict[Generation, ActiveRequest] = {}
+        #: Those that have ended while a step was at a worker, after which what they hold is kept.
+        self._leaving: set[ActiveRequest] = set()
 
     def admit(self, now: float) -> Admitted | None:
         """Takes out the next request that may begin; None if there is none.
@@ -107,7 +109,7 @@ class ActiveRequests:
 
         Args:
             stepping: whether a step of it is at a worker, for which nobody waits any more.
-            keep: whether to keep it if possible.
+            keep: whether to keep it if possible: once the step is back, if that is one of a few tokens.
 
         Returns:
             Requests that have waited for it and may enter the head.
@@ -116,7 +118,22 @@ class ActiveRequests:
         del self.by_generation[request.generation]
         for stage in self._stages:
             stage.cancel(request)
+        leaves = keep and stepping and not request.awaits_first_token and self.prefixes.can_cut_back(request)
         kept, released = self.prefixes.ended(request, keep and not stepping)
+        if leaves:
+            self._leaving.add(request)
+            request.session.abandon(at_once=False)
+        else:
+            self._free(request, kept, stepping)
+        return released
+
+    def left(self, request: ActiveRequest, outcome: Outcome) -> None:
+        """The step of a request has come back. If the request has left, what it holds is kept or freed."""
+        if request in self._leaving:
+            self._leaving.remove(request)
+            self._free(request, not isinstance(outcome, Exception) and self.prefixes.keep(request), False)
+
+    def _free(self, request: ActiveRequest, kept: bool, stepping: bool) -> None:
         for sequence in request.sequences:
             if sequence is not None and not kept:
                 sequence.free()
@@ -124,7 +141,12 @@ class ActiveRequests:
         if stepping:
             request.session.abandon()
         request.outbox.put(None)
-        return released
+
+    def close(self) -> None:
+        """Frees what ended requests hold."""
+        while self._leaving:
+            self._free(self._leaving.pop(), False, True)
+        self.prefixes.clear()
 
     def join(self, timeout: float) -> None:
         """Waits for sessions that have ended to be freed on their workers, for at most `timeout` seconds."""

@@ -192,7 +192,7 @@ class Generator:
             self._inbox.get()()
         for generation in self._admission.waiting():
             generation.finish(outcome)
-        self._requests.prefixes.clear()
+        self._requests.close()
 
     def _turn(self) -> None:
         self._take_in()
@@ -333,6 +333,7 @@ class Generator:
                 self._arrived.append((request, outcome.states))
             return
         self._at_workers.pop(request, None)
+        self._requests.left(request, outcome)
         divided = request.session.indivisible and not request.undivided
         if not request.ended and (divided or (isinstance(outcome, Busy) and len(self._active) > 1)):
             self._end(request, None)

@@ -99,6 +99,10 @@ class Prefixes:
         self._running[request] = np.array([*wanted, request.pending[0][-1]], dtype=np.int64)
         return True
 
+    def can_cut_back(self, request: ActiveRequest) -> bool:
+        """Whether the first tokens of what a request holds can be kept without the last ones."""
+        return self._takes_part(request) and not self._whole
+
     def _takes_part(self, request: ActiveRequest) -> bool:
         asked = request.generation.request
         if not self._enabled or self._layers.indivisible:
@@ -186,20 +190,29 @@ class Prefixes:
         for waiting in self._waiting.values():
             if request in waiting:
                 waiting.remove(request)
-        return keep and self._keep(request), self._release(request)
+        return keep and self.keep(request), self._release(request)
 
     def _release(self, request: ActiveRequest) -> list[ActiveRequest]:
         return [each for each in self._waiting.pop(request, ()) if not each.ended and self.find(each)]
 
-    def _keep(self, request: ActiveRequest) -> bool:
-        tokens = request.tail_tokens
-        if not self._takes_part(request) or tokens < MIN_TOKENS:
+    def keep(self, request: ActiveRequest) -> bool:
+        """Keeps what an ended request holds, if that is possible; if not, the caller frees it.
+
+        It may have ended between two parts of a step: what head, tail and worker all have is kept.
+        """
+        lengths = [sequence.length for sequence in request.sequences if sequence is not None]
+        lengths += [request.tail_tokens, request.session.get_seq_length()]
+        # Drafts are not among the tokens.
+        tokens = min(len(request.tokens), *lengths)
+        if not self._takes_part(request) or tokens < MIN_TOKENS or (self._whole and tokens < max(lengths)):
             return False
-        if not tokens == request.head_tokens == request.session.get_seq_length():
+        try:
+            for sequence in request.sequences:
+                if sequence is not None:
+                    sequence.truncate(tokens)
+        except Evicted:
             return False
-        if any(sequence is not None and sequence.length != tokens for sequence in request.sequences):
-            # It ended between two parts of a step.
-            return False
+        request.session.crop(tokens)
         session = request.session.detach()
         if session is None:
             return False

@@ -267,9 +267,9 @@ class SessionCacheLayer(BodyLayer):
         """What its user and its workers call its session."""
         return self._session.identity
 
-    def abandon(self) -> None:
-        """Makes the step under way in another thread, and all later ones, fail soon."""
-        self._session.abandon()
+    def abandon(self, at_once: bool = True) -> None:
+        """Makes the step under way in another thread, and all later ones, fail soon; or lets that one end."""
+        (self._session.abandon if at_once else self._session.leave)()
 
     def _masked(self, batch: int, tokens: int, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Which cached columns, and which of the new ones, are tokens: two bool `[batch, …]` on the CPU."""

@@ -101,7 +101,7 @@ class ResilientSession:
         self._epochs = itertools.count()
         #: Whether to wait for a slow worker.
         self._patient = False
-        self._abandoned = False
+        self._abandoned = self._left = False
         #: Whether its step waits because workers are full. Any thread may read it.
         self.waits_for_room = False
         #: Whether it was lost and opened again, so that it holds what several workers have computed.
@@ -185,6 +185,8 @@ class ResilientSession:
             tries.left = []
         if tries.blame.is_enough:
             raise self._give_up(error, tries.blame, work.describe(step)) from None
+        if self._left:
+            raise error
         self._patient = self._patient or slow
         if tries.waiting_since is None or slow or died:
             # The worker may have computed for a long time: patience starts again.
@@ -250,6 +252,13 @@ class ResilientSession:
         if (session := self._session) is not None:
             session.interrupt()
 
+    def leave(self) -> None:
+        """Lets the step under way in another thread end, unless its worker fails or is full.
+
+        Any thread may call it.
+        """
+        self._left = True
+
     def _open(self, work: Replayable[S], step: S, avoid: Sequence[bytes], never: Sequence[bytes]) -> RemoteSession:
         """Opens the session: as a copy, or on some worker, where it is replayed."""
         origin, self._origin = self._origin, None
@@ -303,13 +312,13 @@ class ResilientSession:
         """Raises SessionLost once the session was abandoned. Says that a step waits, if it has waited for long."""
         if self._wait is not None:
             self._wait.look(time.monotonic())
-        if self._abandoned:
+        if self._abandoned or (self._left and self._session is None):
             raise SessionLost(ABANDONED)
 
     def _pause(self, seconds: float) -> None:
         """Sleeps, but ends soon when the session is abandoned."""
         until = time.monotonic() + seconds
-        while not self._abandoned and (remaining := until - time.monotonic()) > 0:
+        while not (self._abandoned or self._left) and (remaining := until - time.monotonic()) > 0:
             time.sleep(min(remaining, CHECK_INTERVAL))
             if self._wait is not None:
                 self._wait.look(time.monotonic())
