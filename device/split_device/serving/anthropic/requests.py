@@ -22,12 +22,18 @@ from split_device.serving.thinking import thinking_kwargs
 IGNORED = frozenset(
     {
         *("metadata", "service_tier", "cache_control", "context_management", "inference_geo", "speed"),
-        *("diagnostics", "user_profile_id", "workspace_id"),
+        *("diagnostics", "user_profile_id", "workspace_id", "billing_policy", "fallback_credit_token"),
     }
 )
 
 #: Fields that are not supported, with the values at which they have no effect.
-NEUTRAL: dict[str, tuple[Any, ...]] = {"container": (), "mcp_servers": ([],), "fallbacks": ([],)}
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "container": (),
+    "mcp_servers": ([],),
+    "fallbacks": ([], "default"),
+    "compaction": (),
+    "thread": (),
+}
 
 #: Fields of a tool that are accepted and have no effect.
 _TOOL_IGNORED = frozenset(

@@ -14,7 +14,12 @@ from split_device.serving.fields import ApiError, present, supported
 from split_device.serving.openai.sampling_fields import SamplingFields
 
 #: Fields that are accepted and have no effect.
-IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+IGNORED = frozenset(
+    {
+        *("user", "metadata", "store", "service_tier", "safety_identifier"),
+        *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+    }
+)
 
 #: Fields that are not supported, with the values at which they have no effect.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -26,6 +31,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "audio": (),
     "web_search_options": (),
+    "moderation": (),
 }
 
 
@@ -37,6 +43,8 @@ class StreamOptions(msgspec.Struct, frozen=True):
     """Of a streamed answer."""
 
     include_usage: bool = False
+    #: Has no effect: nothing is added to events to hide how long they are.
+    include_obfuscation: bool | None = None
 
 
 class Body(SamplingFields, frozen=True, kw_only=True):

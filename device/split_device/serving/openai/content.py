@@ -11,11 +11,14 @@ from split_device.jobs.job import Message
 from split_device.serving.fields import ApiError, convert, present
 from split_device.serving.media import parse_image_url
 
+#: Fields of a part that are accepted and have no effect: what is cached does not depend on them.
+_IGNORED = frozenset({"prompt_cache_breakpoint", "cache_control"})
+
 
 class _ImageUrl(msgspec.Struct, frozen=True):
     url: str
     #: Has no effect, as in vLLM: the checkpoint's processor decides on an image's size.
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Literal["auto", "low", "high", "original"] = "auto"
 
 
 class _ImagePart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,7 +52,7 @@ def with_images(parse: Callable[[object, str], Message], message: object, where:
             before += len(text) if isinstance(text, str) else 0
             continue
         field = f"{where}.content[{index}]"
-        given = present(part)
+        given = {name: value for name, value in present(part).items() if name not in _IGNORED}
         if isinstance(url := given.get("image_url"), dict):
             given["image_url"] = present(url)
         image = convert(given, _ImagePart, field)

@@ -17,7 +17,12 @@ from split_device.serving.media import parse_image_url
 CUSTOM_INPUT = "input"
 
 #: Fields of items and their parts that are accepted and have no effect.
-_IGNORED = frozenset({"id", "status", "annotations", "logprobs", "phase", "encrypted_content", "caller"})
+_IGNORED = frozenset(
+    {
+        *("id", "status", "annotations", "logprobs", "phase", "encrypted_content", "caller"),
+        *("prompt_cache_breakpoint", "cache_control"),
+    }
+)
 
 
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

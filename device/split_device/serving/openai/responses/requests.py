@@ -25,13 +25,14 @@ from split_device.serving.thinking import thinking_kwargs
 IGNORED = frozenset(
     {
         *("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
-        *("service_tier", "stream_options", "max_tool_calls", "client_metadata", "access_programs"),
+        *("service_tier", "stream_options", "max_tool_calls", "client_metadata", "access_programs", "image"),
     }
 )
 
 #: Fields that are not supported, with the values at which they have no effect.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,),
+    "background_options": ({}, {"completion_window": "soonest"}),
     "context_management": ([],),
     "conversation": (),
     "moderation": (),
@@ -127,9 +128,18 @@ class ResponseRequest:
         return Query(body.model, (task,), body.stream)
 
 
+def _check_answered(body: object) -> None:
+    """Raises ApiError for a request that wants no answer, but its prompt computed for later ones."""
+    options = body.get("prompt_cache_options") if isinstance(body, dict) else None
+    if isinstance(options, dict) and options.get("prewarm") not in (None, False):
+        path = "prompt_cache_options.prewarm"
+        raise ApiError(f"{path} is not supported", param=path, code="unsupported_parameter")
+
+
 def parse_response(body: object, model: TextModel) -> ResponseRequest:
     """Parses a request. Raises ApiError."""
     fields = supported(body, IGNORED, NEUTRAL)
+    _check_answered(body)
     for name in ("text", "reasoning"):
         if isinstance(value := fields.get(name), dict):
             fields[name] = present(value)

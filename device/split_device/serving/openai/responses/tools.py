@@ -17,7 +17,7 @@ from split_device.serving.openai.tools import MAX_TOOLS, check_names
 LEFT_OUT = ("web_search", "web_search_preview", "image_generation", "tool_search")
 
 #: Fields of a tool that are accepted and have no effect.
-_IGNORED = frozenset({"defer_loading", "output_schema"})
+_IGNORED = frozenset({"defer_loading", "output_schema", "allowed_callers"})
 
 
 class _Function(msgspec.Struct, frozen=True, tag="function", tag_field="type", forbid_unknown_fields=True):
