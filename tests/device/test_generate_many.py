@@ -89,6 +89,33 @@ def test_an_event_loop_waits_for_many(device: Device, expected: list[str]) -> No
         assert len(store.ids(Selection(group="of three"))) == 3
 
 
+def test_tools_and_what_they_answer(device: Device) -> None:
+    city = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+    tools: list[dict[str, Any]] = [{"type": "function", "function": {"name": "weather", "parameters": city}}]
+    asked = {"role": "user", "content": "Hello"}
+    job = device.submit([asked], tools=tools, tool_choice="required", parallel_tool_calls=False, max_tokens=200)
+    message = job.message(PATIENCE)
+    (call,) = message["tool_calls"]
+    assert call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
+    assert (message["role"], message["content"], job.job().finish_reason) == ("assistant", None, "tool_calls")
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "sunny"}
+    answer = device.submit([asked, message, result], tools=tools, tool_choice="none", max_tokens=8)
+    assert answer.message(PATIENCE) == {"role": "assistant", "content": answer.result()}
+    wrongs: list[tuple[dict[str, Any], str]] = [
+        ({"tools": []}, "there is none"),
+        ({"tools": [*tools, *tools]}, "two have one name"),
+        ({"tools": [tools[0]["function"]]}, "unknown field `name`"),
+        ({"tools": tools, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "is called 'f'"),
+    ]
+    for wrong, said in wrongs:
+        with pytest.raises(ConfigError, match=said):
+            device.submit("Hello", **wrong)
+    for message, said in (({**asked, "mood": "good"}, "unknown field `mood`"), ({"role": "user"}, "no content")):
+        with pytest.raises(ConfigError, match=said):
+            device.submit([message])
+
+
 def test_errors_are_raised_or_returned(device: Device, expected: list[str]) -> None:
     prompts = [TEXTS[0], "x" * (3 * ENDLESS)]
     first, second = device.generate_many(prompts, max_tokens=8, timeout=PATIENCE, return_exceptions=True)

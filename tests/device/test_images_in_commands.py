@@ -22,6 +22,11 @@ from fleet import serving_here
 from split_common.system.process import running_command
 from split_device import Connection, Limits
 from split_device.cli.doctor_model import model_findings
+from split_device.generation.chat_template import ChatTemplate
+from split_device.generation.image_prompts import encode_with_images
+from split_device.generation.shown_images import ShownImage
+from split_device.generation.tool_prompts import shown_tools, spelled_out
+from split_device.generation.tools import Tool, ToolUse
 from split_device.jobs.job import Message, MessageImage, ModelChoice, Task
 from split_device.jobs.message_images import MAX_IMAGES
 from split_device.jobs.models import Models
@@ -189,6 +194,40 @@ def test_the_server(client: openai.OpenAI, unsplit: Unsplit, pictures: list[Path
     assert answer.choices[0].message.content == expected
     plain = client.chat.completions.create(messages=[{"role": "user", "content": "what?"}], **options)
     assert plain.choices[0].message.content == unsplit.say([text("what?")])
+
+
+@pytest.mark.parametrize("system", [False, True])
+def test_tools_beside_images(unsplit: Unsplit, pictures: list[Path], system: bool) -> None:
+    """A chat template shows them, or they are described in a system message, which may be a new one."""
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": {}}}
+    messages: list[dict[str, Any]] = [
+        *([{"role": "system", "content": "Be brief."}] if system else []),
+        {"role": "user", "content": "look, no"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "yes", "tool_call_id": "a"},
+    ]
+    shown = ShownImage(image(pictures[0])["image"], int(system), 4)
+    use = ToolUse(tools=(Tool(name="f"),))
+    template = unsplit.processor.chat_template
+    for knows in (False, True):
+        own = "{% for tool in tools %}{{ tool['function']['name'] }}{% endfor %}" * knows + template
+        found = encode_with_images(unsplit.processor, messages, [shown], template=ChatTemplate(own), tool_use=use)
+        given = messages if knows else spelled_out(messages, shown_tools(use))
+        conversation = [{**each, "content": [text(each["content"])]} for each in given]
+        asked = next(each for each in conversation if "look, no" in str(each["content"]))
+        asked["content"] = [text("look"), image(pictures[0]), text(", no")]
+        expected = unsplit.processor.apply_chat_template(
+            conversation,
+            chat_template=own,
+            tools=shown_tools(use),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        assert list(found) == expected["input_ids"][0].tolist()
+        assert torch.equal(found.images["pixel_values"], expected["pixel_values"])
+        assert ("You can call tools" in unsplit.processor.decode(found)) != knows
 
 
 def test_a_file_is_read_once_and_images_are_bounded(pictures: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

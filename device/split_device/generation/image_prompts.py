@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -13,6 +14,8 @@ from split_common.errors import ConfigError, UnknownModel
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.shown_images import ShownImage
 from split_device.generation.tokenizing import ChatMessage, check_messages
+from split_device.generation.tool_prompts import shown_tools, spelled_out
+from split_device.generation.tools import ToolUse
 
 
 class ImagePrompt(list[int]):
@@ -53,6 +56,7 @@ def encode_with_images(
     images: Sequence[ShownImage],
     continues: bool = False,
     template: ChatTemplate = ChatTemplate(),
+    tool_use: ToolUse | None = None,
 ) -> ImagePrompt:
     """The prompt of a conversation with images.
 
@@ -61,16 +65,47 @@ def encode_with_images(
         images: in order.
         continues: the last message is to be continued, so it is left open, and no answer is begun after it.
         template: another chat template, or values for its variables.
+        tool_use: the tools that the model is shown. If the chat template knows none, they are spelled out.
 
     Raises:
         ConfigError: the processor or its chat template refuses the conversation, or does not read a variable that
             is set; or the conversation is not UTF-8.
     """
     check_messages(messages)
-    if template.text is None and isinstance(processor.chat_template, str):
-        # The processor's, which may be another one than the tokenizer's.
-        template = msgspec.structs.replace(template, text=processor.chat_template)
+    template = with_processor(template, processor)
     template.check(processor.tokenizer)
+    tools = shown_tools(tool_use)
+    if template.reads_tools(processor.tokenizer):
+        return _encoded(processor, messages, images, continues, template, tools)
+    if not tools and not any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+        return _encoded(processor, messages, images, continues, template)
+    spelled = spelled_out(messages, tools)
+    try:
+        # The tools may be described in a new message before the others.
+        moved = [replace(image, message=image.message + len(spelled) - len(messages)) for image in images]
+        return _encoded(processor, spelled, moved, continues, template)
+    except ConfigError:
+        if len(spelled) == len(messages):
+            raise
+        # Some templates know no system message.
+        return _encoded(processor, spelled_out(messages, tools, system=False), images, continues, template)
+
+
+def with_processor(template: ChatTemplate, processor: Any) -> ChatTemplate:
+    """The template by which a processor makes prompts: its own, which may be another one than the tokenizer's."""
+    if template.text is None and isinstance(processor.chat_template, str):
+        return msgspec.structs.replace(template, text=processor.chat_template)
+    return template
+
+
+def _encoded(
+    processor: Any,
+    messages: Sequence[ChatMessage],
+    images: Sequence[ShownImage],
+    continues: bool,
+    template: ChatTemplate,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> ImagePrompt:
     conversation = [
         message | {"content": _parts(message["content"], [image for image in images if image.message == index])}
         for index, message in enumerate(messages)
@@ -79,6 +114,7 @@ def encode_with_images(
         inputs = processor.apply_chat_template(
             conversation,
             chat_template=template.text,
+            tools=list(tools) or None,
             add_generation_prompt=not continues,
             continue_final_message=continues,
             tokenize=True,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from transformers import GenerationConfig
 
-from split_common.errors import ConfigError, PromptTooLong, SplitError, UnsupportedField
+from split_common.errors import ConfigError, PromptTooLong, SplitError
 from split_common.models.adapters import parse_adapters
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.checkpoint_files import model_name
@@ -22,9 +22,15 @@ from split_common.models.loading import generation_config, read_spec
 from split_common.system.signals import interrupt_on_sigterm
 from split_device.generation.answers import AnswerStream, answer_format
 from split_device.generation.bad_words import bad_word_tokens
+from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.detokenize import CONTINUED
 from split_device.generation.generator import Generator, Request
-from split_device.generation.image_prompts import ImagePrompt, encode_with_images, load_processor
+from split_device.generation.image_prompts import (
+    ImagePrompt,
+    encode_with_images,
+    load_processor,
+    with_processor,
+)
 from split_device.generation.limits import Limits
 from split_device.generation.sampling import check_defaults, check_values
 from split_device.generation.settings import SEED_BOUND, check_prompt_logprobs
@@ -97,8 +103,9 @@ class Loaded:
             return structured
         from split_device.generation.call_grammar import call_constraint
 
-        format_ = answer_format(self.tokenizer, task.template, task.tool_use or None)
-        thinking = None if task.continues else open_thinking(task.template.opening(self.tokenizer))
+        template = self._template(task)
+        format_ = answer_format(self.tokenizer, template, task.tool_use or None)
+        thinking = None if task.continues else open_thinking(template.opening(self.tokenizer))
         return call_constraint(self.tokenizer, format_, structured, thinking[1] if thinking else None)
 
     def encode(self, task: Task) -> list[int]:
@@ -141,10 +148,17 @@ class Loaded:
     def _with_images(self, task: Task, messages: list[ChatMessage]) -> list[int]:
         if self.processor is None:
             raise ConfigError(f"{model_name(self.model.name_or_path)} takes no images: it is a model for texts")
-        if task.tool_use:
-            raise UnsupportedField("tools are not supported in a conversation with images", "tools")
         shown = shown_images([message for message in task.prompt if not isinstance(message, str)])
-        return encode_with_images(self.processor, messages, shown, task.continues, task.template)
+        return encode_with_images(
+            self.processor, messages, shown, task.continues, task.template, task.tool_use or None
+        )
+
+    def _template(self, task: Task) -> ChatTemplate:
+        """The template by which answers are read: the one by which a conversation becomes its prompt."""
+        own = isinstance(getattr(self.tokenizer, "response_template", None), dict)
+        if own or self.processor is None or isinstance(task.prompt, str) or not has_images(task.prompt):
+            return task.template
+        return with_processor(task.template, self.processor)
 
     def answer(
         self,
@@ -160,7 +174,7 @@ class Loaded:
         """
         format_ = None
         if not isinstance(task.prompt, str):
-            format_ = answer_format(self.tokenizer, task.template, task.tool_use or None)
+            format_ = answer_format(self.tokenizer, self._template(task), task.tool_use or None)
         before = prompt[-CONTINUED:] if task.continues else ()
         return AnswerStream(self.tokenizer, format_, prompt, task.stop, before, name)
 

@@ -10,15 +10,17 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from msgspec import UNSET
+from msgspec import UNSET, structs
 
 from split_common.errors import ConfigError
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.grammar import grammar_of
 from split_device.generation.settings import Sampling, within_bounds
 from split_device.generation.structured import StructuredOutputs
+from split_device.generation.tools import tool_use
 from split_device.images.settings import ImageSettings, check_size, pipeline_directory
 from split_device.jobs.agent import running_agent
+from split_device.jobs.conversation import answer_message, parse_messages
 from split_device.jobs.follow import POLL_INTERVAL, image_output, text_output
 from split_device.jobs.job import (
     FINAL,
@@ -72,7 +74,7 @@ class Device(SubmitsMany[str]):
 
     def submit(
         self,
-        prompt: str | Sequence[Mapping[str, str]],
+        prompt: str | Sequence[Mapping[str, Any]],
         *,
         stop: Sequence[str] = (),
         priority: int = 0,
@@ -83,9 +85,12 @@ class Device(SubmitsMany[str]):
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         structured: StructuredOutputs | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
         **fields: Any,
-    ) -> Submitted[str]:
-        """Submits a user's message, or a conversation.
+    ) -> SubmittedText:
+        """Submits a user's message, or a conversation: messages in OpenAI's format, whose contents are texts.
 
         Args:
             stop: texts at which the answer ends.
@@ -98,22 +103,28 @@ class Device(SubmitsMany[str]):
             chat_template: a template, in Jinja, instead of the tokenizer's.
             chat_template_kwargs: values for variables that the template reads.
             structured: what the answer has to look like.
+            tools, tool_choice, parallel_tool_calls: what the model may call, in OpenAI's format. `message` of what
+                this returns has the calls.
             fields: replace fields of `sampling`: `max_tokens`, `temperature`, `top_p`, `seed` and so on.
 
         Raises:
             JobsError: the job with this key asks for something else.
-            ConfigError: the key is empty, the group has no valid name, the request id is not one, or a number is
-                out of bounds.
+            ConfigError: the key is empty, the group has no valid name, the request id is not one, a number is out
+                of bounds, or the conversation or the tools are not in OpenAI's format.
             StoreLocked, ConfigError: the store cannot be opened.
         """
         template = ChatTemplate(chat_template, dict(chat_template_kwargs or {}))
         chosen = dataclasses.replace(sampling or Sampling(), **fields).checked()
         task = self._task(prompt, stop, chosen, template, structured)
-        return _submit(task, priority, key, group, request_id, self._store_key, text_output)
+        if tools is not None:
+            task = structs.replace(task, tool_use=tool_use(tools, tool_choice, parallel_tool_calls))
+        return SubmittedText(
+            _submit(task, priority, key, group, request_id, self._store_key), self._store_key, text_output
+        )
 
     def submit_many(
         self,
-        prompts: Iterable[str | Sequence[Mapping[str, str]]],
+        prompts: Iterable[str | Sequence[Mapping[str, Any]]],
         *,
         stop: Sequence[str] = (),
         priority: int = 0,
@@ -141,7 +152,7 @@ class Device(SubmitsMany[str]):
 
     def _task(
         self,
-        prompt: str | Sequence[Mapping[str, str]],
+        prompt: str | Sequence[Mapping[str, Any]],
         stop: Sequence[str],
         sampling: Sampling,
         template: ChatTemplate,
@@ -149,10 +160,9 @@ class Device(SubmitsMany[str]):
     ) -> Task:
         if structured is not None:
             grammar_of(structured)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return Task(
             model=self._model,
-            prompt=tuple(Message(message["role"], message["content"]) for message in messages),
+            prompt=(Message("user", prompt),) if isinstance(prompt, str) else parse_messages(prompt),
             sampling=sampling,
             stop=tuple(stop),
             chat_template=template.unless_default(),
@@ -198,7 +208,8 @@ class ImageDevice(SubmitsMany["Image.Image"]):
             StoreLocked, ConfigError: the store cannot be opened.
         """
         task = ImageTask(model=self._model, prompt=prompt, settings=self._settings(settings, fields))
-        return _submit(task, priority, key, group, request_id, self._store_key, _open_image)
+        id_ = _submit(task, priority, key, group, request_id, self._store_key)
+        return Submitted(id_, self._store_key, _open_image)
 
     def submit_many(
         self,
@@ -236,11 +247,11 @@ def _submit(
     group: str | None,
     request_id: str | None,
     store_key: Path | None,
-    output: Callable[[Store, Job], _T],
-) -> Submitted[_T]:
+) -> str:
+    """Stores a job. Returns its id."""
     priority = within_bounds("priority", priority)
     with Store(store_path(), store_key) as store:
-        return Submitted(store.submit(task, priority, key, group, request_id).id, store_key, output)
+        return store.submit(task, priority, key, group, request_id).id
 
 
 def _submit_many(
@@ -313,3 +324,22 @@ class Submitted(Generic[_T]):
         with Store(store_path(), self._store_key) as store:
             job = store.get(self.id)
             return [self._output(store, job)] if job.state in FINAL else []
+
+
+class SubmittedText(Submitted[str]):
+    """A job whose output is a text."""
+
+    def message(self, timeout: float | None = None) -> dict[str, Any]:
+        """Waits for the answer, as a message in OpenAI's format that can be part of the next prompt.
+
+        Beside `content`, it has `tool_calls` if tools were called, and `reasoning_content` if the model thought.
+
+        Args:
+            timeout: how long to wait, in seconds; None for no limit.
+
+        Raises:
+            JobsError, TimeoutError: as `result`.
+        """
+        self.result(timeout)
+        with Store(store_path(), self._store_key) as store:
+            return answer_message(store.progress(self.id))

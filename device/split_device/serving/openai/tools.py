@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from split_device.generation.tools import NamedTool, Tool, ToolChoice, ToolUse
+from split_device.generation.tools import TOOL_NAME, NamedTool, Tool, ToolChoice, ToolUse
 from split_device.serving.fields import ApiError, convert, present, supported
 
 #: The fields of a chat's body.
@@ -16,8 +15,6 @@ FIELDS = ("tools", "tool_choice", "parallel_tool_calls")
 
 #: Most tools of a request.
 MAX_TOOLS = 512
-
-_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 
 
 class _Function(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -78,7 +75,7 @@ def check_names(names: Sequence[str], field: str = "name") -> None:
     seen: set[str] = set()
     for index, name in enumerate(names):
         where = f"tools[{index}].{field}"
-        if not _NAME.fullmatch(name):
+        if not TOOL_NAME.fullmatch(name):
             raise ApiError(f"{where}: expected 1 to 128 letters, digits, dots, dashes and underscores", param=where)
         if name in seen:
             raise ApiError(f"{where}: another tool is called {name}", param=where)
