@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from serving import KEY, Unsplit, serving
+from split_device.serving.text_model import LONG
 
 #: Seconds that something may take on a busy machine.
 PATIENCE = 300.0
@@ -236,6 +237,11 @@ def test_tokens_of_texts_and_conversations(url: str, unsplit: Unsplit) -> None:
     found = post(url, "/tokenize", {"messages": hello}).json()
     assert unsplit.tokenizer.decode(found["tokens"]) == "user:Hello</s>assistant:"
     assert found["token_strs"] is None
+    # By the tokenizer for long texts, for which no other request waits.
+    text = "a " * (LONG // 2 + 1)
+    assert post(url, "/tokenize", {"prompt": text}).json()["tokens"] == unsplit.tokenizer(text)["input_ids"]
+    refused = post(url, "/tokenize", {"messages": hello * 10_000})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
     for path, body, param in (
         ("/tokenize", {"prompt": "a", "model": "other"}, "model"),
         ("/tokenize", {"prompt": 5}, "prompt"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import psutil  # type: ignore[import-untyped]
 import pytest
 from transformers import AutoTokenizer
 
@@ -21,8 +22,11 @@ from split_device.generation.tokenizing import encode_text
 #: Seconds that something may take on a busy machine: a bound on a hang.
 PATIENCE = 300.0
 
-CHAT, TEXT = "/chat/completions", "/completions"
+CHAT, TEXT, TOKENIZE = "/chat/completions", "/completions", "/tokenize"
 HELLO = [{"role": "user", "content": "Hello"}]
+
+#: What a path calls its limit of tokens, if not `max_tokens`.
+LIMITS = {"/responses": "max_output_tokens"}
 
 #: What the answers beside it say.
 ASKED = {"model": "tiny", "prompt": "Once", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
@@ -75,6 +79,10 @@ HOSTILE: dict[str, tuple[str, dict[str, Any]]] = {
     "many prompts": (TEXT, {"prompt": ["a"] * 200_000}),
     "a long prompt": (TEXT, {"prompt": "word " * 700_000}),
     "many messages": (CHAT, {"messages": HELLO * 60_000}),
+    "many items": ("/responses", {"input": HELLO * 60_000}),
+    "many messages of Anthropic's": ("/messages", {"messages": HELLO * 60_000}),
+    "many messages to tokenize": (TOKENIZE, {"messages": HELLO * 60_000}),
+    "a long text to tokenize": (TOKENIZE, {"prompt": "word " * 700_000, "return_token_strs": True}),
     "many biases": (TEXT, {"prompt": "Once", "logit_bias": {str(token): 1 for token in range(100_000)}}),
     "many words": (TEXT, {"prompt": "Once", "bad_words": ["word " * 30] * 1024}),
 }
@@ -91,11 +99,16 @@ class Beside:
 
     def __init__(self, url: str, expected: str) -> None:
         self._url, self._expected = url, expected
+        (self._server,) = [
+            child for child in psutil.Process().children(recursive=True) if "serve" in child.cmdline()
+        ]
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self.answers = 0
         #: The longest time between two pieces, in seconds.
         self.gap = 0.0
+        #: The most CPU time of the server between two pieces, in seconds, which does not depend on other processes.
+        self.cpu_gap = 0.0
         self.wrong: list[str] = []
 
     def __enter__(self) -> Beside:
@@ -106,10 +119,14 @@ class Beside:
         self._leaving.set()
         self._thread.join(PATIENCE)
 
+    def _spent(self) -> float:
+        times = self._server.cpu_times()
+        return float(times.user + times.system)
+
     def _run(self) -> None:
         headers = {"Authorization": f"Bearer {KEY}"}
         while not self._leaving.is_set():
-            text, last = "", time.monotonic()
+            text, last, spent = "", time.monotonic(), self._spent()
             body = {**ASKED, "stream": True}
             with httpx2.stream(
                 "POST", f"{self._url}{TEXT}", json=body, headers=headers, timeout=PATIENCE
@@ -117,6 +134,8 @@ class Beside:
                 for line in answer.iter_lines():
                     now = time.monotonic()
                     self.gap, last = max(self.gap, now - last), now
+                    before, spent = spent, self._spent()
+                    self.cpu_gap = max(self.cpu_gap, spent - before)
                     if line.startswith("data: {"):
                         text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
             self.answers += 1
@@ -131,7 +150,9 @@ def test_none_stalls_the_others(url: str, checkpoint: Path) -> None:
     with Beside(url, expected) as beside, httpx2.Client(base_url=url, headers=headers, timeout=PATIENCE) as client:
         for name, (path, fields) in HOSTILE.items():
             began = time.monotonic()
-            answer = client.post(path, json={"model": "tiny", "max_tokens": 8, "temperature": 0, **fields})
+            limits = {LIMITS.get(path, "max_tokens"): 8, "temperature": 0} if path != TOKENIZE else {}
+            address = path if path != TOKENIZE else url.replace("/v1", path)
+            answer = client.post(address, json={"model": "tiny", **limits, **fields})
             print(f"{name}: {answer.status_code} after {time.monotonic() - began:.2f} s: {answer.text[:150]}")
             assert answer.status_code in (200, 400, 413), (name, answer.text)
             if answer.status_code != 200:
@@ -139,7 +160,8 @@ def test_none_stalls_the_others(url: str, checkpoint: Path) -> None:
         nested = "[" * 100_000
         answer = client.post(CHAT, content=f'{{"model": "tiny", "messages": {nested}', timeout=PATIENCE)
         assert answer.status_code == 400
-    print(f"{beside.answers} answers beside it, the longest gap {beside.gap:.2f} s")
+    gaps = f"{beside.gap:.2f} s, {beside.cpu_gap:.2f} s of CPU time"
+    print(f"{beside.answers} answers beside it, the longest gap {gaps}")
     assert beside.answers
     assert not beside.wrong
     assert beside.gap < PATIENCE / 3

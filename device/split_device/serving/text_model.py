@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from split_common.errors import UnsupportedFeature
+import msgspec
+
+from split_common.errors import PromptTooLong, UnsupportedFeature
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling
 from split_device.jobs.job import ModelChoice, Task
+from split_device.jobs.message_images import has_images
 from split_device.jobs.models import Loaded
 from split_device.serving.fields import ApiError, check_model
 from split_device.serving.media import with_local_files
 from split_device.serving.streaming import ChoiceStream
 
 _T = TypeVar("_T")
+
+#: A prompt of more characters has to wait for others of this size alone: it takes a second for each million.
+LONG = 256 * 1024
 
 #: Counts of the generator that are shown as what a server saved.
 _COUNTED = ("cached_tokens", "drafted_tokens", "accepted_tokens")
@@ -60,8 +69,8 @@ class TextModel:
         self.template = template
         #: What clients call the model with each adapter: the adapter's name.
         self.adapters: list[str] = loaded.model.split_parts.adapters.names
-        #: One thread: a tokenizer may not be called by several at once.
-        self._encoding = ThreadPoolExecutor(1, "encoding")
+        #: One thread for each tokenizer, which several may not call at once: for most prompts, and for long ones.
+        self._encoding, self._long = (ThreadPoolExecutor(1, name) for name in ("encoding", "encoding-long"))
 
     @property
     def names(self) -> list[str]:
@@ -115,15 +124,52 @@ class TextModel:
                 await asyncio.wrap_future(self.loaded.grammars.compile(structured))
             except UnsupportedFeature as error:
                 raise ApiError(str(error), code="unsupported_parameter") from None
-        return await self.beside(self._encode, task)
+        return await self.beside(
+            lambda loaded: loaded.encode(with_local_files(task, self._media)), prompt_size(task)
+        )
 
-    def _encode(self, task: Task) -> list[int]:
-        return self.loaded.encode(with_local_files(task, self._media))
+    async def parsed(self, body: object, parse: Callable[[object], _T]) -> _T:
+        """What a parser makes of the body of a request. A large one takes seconds, in which other requests go on.
 
-    async def beside(self, work: Callable[..., _T], *args: Any) -> _T:
-        """Calls a function that uses the tokenizer, while other requests go on. Raises what it raises."""
-        return await asyncio.get_running_loop().run_in_executor(self._encoding, work, *args)
+        Raises:
+            PromptTooLong: there are more messages, or items, than the model has positions.
+            ApiError: what `parse` raises.
+        """
+        for name in ("messages", "input"):
+            given = body.get(name) if isinstance(body, dict) else None
+            if isinstance(given, list) and len(given) > self.context:
+                raise PromptTooLong(
+                    f"{name} has {len(given)} entries, more than the model's {self.context} positions"
+                )
+        return await asyncio.to_thread(parse, body)
+
+    async def beside(self, work: Callable[[Loaded], _T], size: int) -> _T:
+        """Calls a function that uses a tokenizer, while other requests go on. Raises what it raises.
+
+        Args:
+            work: gets the model with the tokenizer to use.
+            size: the number of characters, or of tokens, that the tokenizer gets.
+        """
+        loop = asyncio.get_running_loop()
+        if size <= LONG:
+            return await loop.run_in_executor(self._encoding, work, self.loaded)
+        return await loop.run_in_executor(self._long, lambda: work(self._with_copy))
+
+    @cached_property
+    def _with_copy(self) -> Loaded:
+        """The model with a copy of the tokenizer, made when the first long prompt comes."""
+        return dataclasses.replace(self.loaded, tokenizer=copy.deepcopy(self.loaded.tokenizer))
 
     def stream(self, task: Task, prompt: list[int], **options: Any) -> ChoiceStream:
         """Starts a choice of an answer; arguments are those of `ChoiceStream`."""
         return ChoiceStream(self.loaded, task, prompt, **options)
+
+
+def prompt_size(task: Task) -> int:
+    """About how many characters a task's prompt has. One with images is not long: there is one processor."""
+    if isinstance(task.prompt, str):
+        return len(task.prompt)
+    if has_images(task.prompt):
+        return 0
+    tools = len(msgspec.json.encode(task.tool_use)) if task.tool_use else 0
+    return tools + sum(len(message.content) for message in task.prompt)

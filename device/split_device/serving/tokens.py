@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -11,10 +12,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from split_device.jobs.job import Message, Task
+from split_device.jobs.models import Loaded
 from split_device.serving.fields import ApiError, convert, supported
 from split_device.serving.http import Handler, json_response, read_json
 from split_device.serving.openai.messages import parse_messages
-from split_device.serving.text_model import TextModel
+from split_device.serving.text_model import TextModel, prompt_size
+
+#: Token ids, and how the tokenizer writes them if that is wanted.
+_Found = tuple[list[int], list[str] | None]
 
 
 class _Named(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,19 +56,10 @@ class Tokens:
 
     async def tokenize(self, request: Request) -> Response:
         """The token ids of a text, or of a conversation as a chat would send it. Raises ApiError."""
-        fields = supported(await read_json(request), (), {})
-        if "messages" in fields:
-            ids, strings = await self._conversation(fields)
-        else:
-            ids, strings = await self._text(fields)
-        tokenizer = self._model.loaded.tokenizer
+        fields = await self._model.parsed(await read_json(request), lambda body: supported(body, (), {}))
+        ids, strings = await (self._conversation(fields) if "messages" in fields else self._text(fields))
         return json_response(
-            {
-                "count": len(ids),
-                "max_model_len": self._model.context,
-                "tokens": ids,
-                "token_strs": tokenizer.convert_ids_to_tokens(ids) if strings else None,
-            }
+            {"count": len(ids), "max_model_len": self._model.context, "tokens": ids, "token_strs": strings}
         )
 
     async def detokenize(self, request: Request) -> Response:
@@ -74,23 +70,21 @@ class Tokens:
         for index, token in enumerate(body.tokens):
             if token >= size:
                 raise ApiError(f"tokens[{index}]: {token} is not one of {size} tokens", param=f"tokens[{index}]")
-        text = await self._model.beside(self._model.loaded.tokenizer.decode, body.tokens)
+        text = await self._model.beside(lambda loaded: loaded.tokenizer.decode(body.tokens), len(body.tokens))
         return json_response({"prompt": text})
 
-    async def _text(self, fields: dict[str, Any]) -> tuple[list[int], bool]:
+    async def _text(self, fields: dict[str, Any]) -> _Found:
         body = convert(fields, _Text)
         self._check(body)
 
-        def ids() -> list[int]:
-            encoded: list[int] = self._model.loaded.tokenizer.encode(
-                body.prompt, add_special_tokens=body.add_special_tokens
-            )
-            return encoded
+        def found(loaded: Loaded) -> _Found:
+            ids = loaded.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+            return ids, _strings(loaded, ids, body.return_token_strs)
 
-        return await self._model.beside(ids), body.return_token_strs
+        return await self._model.beside(found, len(body.prompt))
 
-    async def _conversation(self, fields: dict[str, Any]) -> tuple[list[int], bool]:
-        fields["messages"] = parse_messages(fields["messages"])
+    async def _conversation(self, fields: dict[str, Any]) -> _Found:
+        fields["messages"] = await asyncio.to_thread(parse_messages, fields["messages"])
         body = convert(fields, _Conversation)
         self._check(body)
         if body.continue_final_message and body.add_generation_prompt:
@@ -109,9 +103,19 @@ class Tokens:
             chat_template=self._model.template.with_kwargs(body.chat_template_kwargs).unless_default(),
             continue_final_message=body.continue_final_message or UNSET,
         )
-        return await self._model.beside(self._model.loaded.tokens, task), body.return_token_strs
+
+        def found(loaded: Loaded) -> _Found:
+            ids = loaded.tokens(task)
+            return ids, _strings(loaded, ids, body.return_token_strs)
+
+        return await self._model.beside(found, prompt_size(task))
 
     def _check(self, body: _Named) -> None:
         """Raises ApiError if the body names another model."""
         if body.model is not None:
             self._model.adapter(body.model)
+
+
+def _strings(loaded: Loaded, ids: list[int], wanted: bool) -> list[str] | None:
+    """How the tokenizer writes the tokens, if that is wanted."""
+    return list(loaded.tokenizer.convert_ids_to_tokens(ids)) if wanted else None

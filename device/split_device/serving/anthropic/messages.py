@@ -30,7 +30,8 @@ class Messages:
 
     async def create(self, request: Request) -> Response:
         """Answers a request for a message. Raises ApiError, and other errors that `api_error` reports."""
-        query = parse_message(await read_json(request), self._model)
+        body = await read_json(request)
+        query = await self._model.parsed(body, lambda body: parse_message(body, self._model))
         adapter = self._model.adapter(query.model)
         prompt = await self._model.encode(query.task)
         id_ = request_id(request)
@@ -44,7 +45,8 @@ class Messages:
 
     async def count(self, request: Request) -> Response:
         """Counts the tokens of a prompt. Raises ApiError."""
-        query = parse_count(await read_json(request), self._model)
+        body = await read_json(request)
+        query = await self._model.parsed(body, lambda body: parse_count(body, self._model))
         self._model.adapter(query.model)
         prompt = await self._model.encode(query.task)
         return json_response({"input_tokens": len(prompt)})

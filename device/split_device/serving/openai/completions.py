@@ -36,7 +36,10 @@ class Completions:
         """Answers a request. Raises ApiError, and other errors that `api_error` reports to the client."""
         model = self._model
         kind = COMPLETION_PATHS[request.url.path]
-        query = parse(kind, await read_json(request), model.choice, model.defaults, model.template)
+        query = await model.parsed(
+            await read_json(request),
+            lambda body: parse(kind, body, model.choice, model.defaults, model.template),
+        )
         # As in vLLM, the id of the answer is that of the request, behind its kind.
         header = Header(kind, request_id(request), int(time.time()), query.model)
         with Answer(request) as answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
@@ -49,7 +50,7 @@ class Responses:
 
     async def create(self, request: Request) -> Response:
         """Answers a request for a response. Raises ApiError, and other errors that `api_error` reports."""
-        asked = parse_response(await read_json(request), self._model)
+        asked = await self._model.parsed(await read_json(request), lambda body: parse_response(body, self._model))
         adapter = self._model.adapter(asked.body.model)
         if asked.body.store or asked.previous is not None:
             await self._store.check()
@@ -84,7 +85,8 @@ class Responses:
     async def _before(self, previous: str | None) -> list[Message]:
         """What was said in the response with this id, in those before it, and what they answered."""
         chain = [] if previous is None else await self._store.chain(previous)
-        return parse_items([item for stored in chain for item in (*stored.input, *stored.response["output"])])
+        said = [item for stored in chain for item in (*stored.input, *stored.response["output"])]
+        return await asyncio.to_thread(parse_items, said)
 
     async def _keep(self, asked: ResponseRequest, response: dict[str, Any]) -> None:
         if asked.body.store:
