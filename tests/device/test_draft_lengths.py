@@ -46,8 +46,8 @@ class Simulation:
         #: The clock, and what it would say without noise.
         self.now = self.quiet = 0.0
         self.draw = random.Random(seed)
-        pace = Pace(LONGEST, lambda: self.now)
-        self.speculations = [Speculation(pace, Guess(), True) for _ in range(requests)]
+        self.pace = Pace(LONGEST, lambda: self.now)
+        self.speculations = [Speculation(self.pace, Guess(), True) for _ in range(requests)]
 
     def speedup(self, cycles: int) -> float:
         """Tokens per second over those without drafts. The noise that the policy sees does not count."""
@@ -127,3 +127,12 @@ def test_a_trip_that_gets_longer_or_shorter_is_not_blamed_on_drafts(chance: floa
         speedups.append(simulation.speedup(100))
     # As much is generated after each move.
     assert len(speedups) / sum(1 / each for each in speedups) > LEAST
+
+
+def test_requests_that_are_cancelled_take_nothing_from_the_others() -> None:
+    simulation = Simulation(loopback, 0.9)
+    simulation.speedup(20)
+    for _ in range(50):
+        cancelled = Speculation(simulation.pace, Guess(), True)
+        assert cancelled.draft(1, LONGEST, 1)
+        cancelled.ended()

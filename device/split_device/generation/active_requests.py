@@ -115,6 +115,8 @@ class ActiveRequests:
             Requests that have waited for it and may enter the head.
         """
         request.ended = True
+        if request.speculation is not None:
+            request.speculation.ended()
         del self.by_generation[request.generation]
         for stage in self._stages:
             stage.cancel(request)

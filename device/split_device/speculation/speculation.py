@@ -73,19 +73,20 @@ class Pace:
         """Speculation for one request, by a drafter of this name or `auto`. Raises ConfigError."""
         return Speculation(self, make_drafter(name, self.successors), name == AUTO)
 
-    def ended(self, cycle: Cycle, tokens: int, accepted: int) -> None:
+    def stepped(self, cycle: Cycle, tokens: int, accepted: int, measures: bool) -> None:
         """A request's step is through.
 
         Args:
             cycle: when it began.
             tokens: number of its tokens.
             accepted: how many of its drafted tokens were right.
+            measures: whether it drafts as many tokens as pay. What others lose, they were asked to.
         """
         seconds = self.times.observe(
             cycle.rows, cycle.tokens, cycle.drafted, self.clock() - cycle.began, tokens / cycle.tokens
         )
         alone = self.times.seconds(cycle.rows, cycle.rows)
-        if alone is None:
+        if alone is None or not measures:
             return
         if self.allowance is None:
             self.allowance = FIRST_ALLOWANCE * alone
@@ -130,11 +131,15 @@ class Speculation:
         drafted = len(tokens) - 1
         self._bet(0.0)
         if self.cycle is not None:
-            self._pace.ended(self.cycle, begun + drafted, accepted)
+            self._pace.stepped(self.cycle, begun + drafted, accepted, self._measures)
             self.cycle = None
         if drafted:
             self._acceptance.record(drafted, accepted)
         self._drafter.learn(tokens, logits)
+
+    def ended(self) -> None:
+        """The request has ended, maybe while a draft was under way, which costs nothing any more."""
+        self._bet(0.0)
 
     def draft(self, begun: int, limit: int, rows: int, others: int = 0) -> list[int]:
         """Drafts for a step.
