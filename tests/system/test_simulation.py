@@ -38,7 +38,7 @@ CHUNKS = [
 ]
 
 #: What a sequence is made of, and how often.
-ACTS = ("step",) * 8 + ("speculate",) * 2 + ("crop", "reorder", "repeat", "copy", "drop", "wait") + FAULTS
+ACTS = ("step",) * 8 + ("speculate", "crop", "reorder", "repeat", "copy", "drop", "wait") + FAULTS
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ class Generation:
 
     def speculate(self, choose: random.Random) -> None:
         """Steps of a token and a draft, of which a part is right; as `ActiveRequest.drop_drafts` goes on."""
-        for _ in range(3):
+        for _ in range(2):
             drafted = choose.randrange(4)
             self.step(choose, 1 + drafted)
             # Without room for the draft, the step was one of a token.
