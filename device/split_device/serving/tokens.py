@@ -58,9 +58,9 @@ class Tokens:
         """The token ids of a text, or of a conversation as a chat would send it. Raises ApiError."""
         fields = await self._model.parsed(await read_json(request), lambda body: supported(body, (), {}))
         ids, strings = await (self._conversation(fields) if "messages" in fields else self._text(fields))
-        return json_response(
-            {"count": len(ids), "max_model_len": self._model.context, "tokens": ids, "token_strs": strings}
-        )
+        found = {"count": len(ids), "max_model_len": self._model.context, "tokens": ids, "token_strs": strings}
+        # Millions of them are seconds of work.
+        return await asyncio.to_thread(json_response, found)
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids, special tokens included. Raises ApiError."""
