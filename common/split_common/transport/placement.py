@@ -108,10 +108,10 @@ class Refuse(NamedTuple):
         )
 
 
-#: The receiver of a message is not connected.
 #: Begins the reason why an open is refused if its device avoids every worker that there is.
 NOBODY_ELSE = "there is no other worker"
 
+#: The receiver of a message is not connected.
 GONE = Refuse("gone", "the peer is not connected")
 
 

@@ -50,7 +50,7 @@ class Admission:
         #: A heap.
         self._waiting: list[_Waiting] = []
         self._order = itertools.count()
-        # When pauses end, by the adapter's name.
+        #: When pauses end, by the adapter's name.
         self._paused_until: dict[str | None, float] = {}
 
     def add(self, generation: Generation, sampler: Sampler) -> None:
@@ -65,7 +65,7 @@ class Admission:
 
     @property
     def pause_ends(self) -> list[float]:
-        """When pauses end, by `time.monotonic`; some have ended. None if no request waits."""
+        """When pauses end, by `time.monotonic`; some have ended. Empty if no request waits."""
         return [*self._paused_until.values()] if self._waiting else []
 
     def waiting(self) -> list[Generation]:
