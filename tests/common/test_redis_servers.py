@@ -330,7 +330,7 @@ def test_the_doctor_looks_at_redis(setting: Setting, server: Valkey) -> None:
         healthy = subprocess.run([*command, server.address], capture_output=True, text=True, timeout=LATE)
         broken = subprocess.run([*command, address], capture_output=True, text=True, timeout=LATE)
     assert healthy.returncode == 0, healthy.stdout + healthy.stderr
-    assert "layers 2:4" in healthy.stdout
+    assert " 2:4 (worker-1" in healthy.stdout
     assert broken.returncode == 1
     assert "secret" not in broken.stdout + broken.stderr
 

@@ -493,7 +493,7 @@ def test_an_open_that_cannot_be_met_is_answered(
             other = headers.Service(bytes(32), 0, 1)
             with (
                 setting.client(server.address, patience=0, service=other) as stranger,
-                pytest.raises(NoWorker, match="layers 2:4"),
+                pytest.raises(NoWorker, match=r" 2:4 \(worker-1"),
             ):
                 stranger.open_session()
             with monkeypatch.context() as patch:

@@ -136,12 +136,12 @@ class EmbeddingAndHead:
         self._stack.slots[0].register_forward_pre_hook(self._record)
         self._stack.slots[-1].register_forward_pre_hook(self._inject)
         self._tuning = UNMEASURED
+        #: Whether embeddings depend on positions that the owner counts by its cache, as it takes none.
+        self._counts = not self._stack.takes_positions and any(map(self._differs_later, (0, 1)))
         if model.split_parts.traits.axes is not None:
             # Packing copies weights, and those of the tower are not needed here.
             drop_unused(self._model, self._try)
         self._tuning = _pack(self._model)
-        #: Whether embeddings depend on positions that the owner counts by its cache, as it takes none.
-        self._counts = not self._stack.takes_positions and any(map(self._differs_later, (0, 1)))
 
     def embed(
         self, tokens: Sequence[int], positions: Sequence[int], adapters: Sequence[AdapterNumber]
