@@ -111,10 +111,10 @@ def test_batches(
     for name, (line, options) in cases.items():
         source, target = tmp_path / f"{name}.jsonl", tmp_path / f"{name}-out.txt"
         source.write_text(json.dumps(line) + "\n")
-        more = ("--speculate", "auto") if options else ()
+        more = ("--speculate", "suffix") if options else ()
         done = run("batch", source, "-o", target, "--format", "txt", *here, *options, *more)
         # The generator's default, and that of the request.
-        assert drafters == (["auto", "auto"] if options else ["off", "ngram"])
+        assert drafters == (["suffix", "suffix"] if options else ["auto", "ngram"])
         drafters.clear()
         assert (done.code, target.read_text()) == (0, wanted.replace("\n", "\\n") + "\n"), (name, done.err)
 
