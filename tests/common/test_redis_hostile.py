@@ -237,6 +237,7 @@ def test_a_member_that_answers_no_open_keeps_no_device_from_the_others(setting: 
         client.delete(*lanes, keys.workers("worker-2"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shown", ["worker-2", "elsewhere"])
 def test_an_answer_under_anothers_id_spoils_no_set_up(
     setting: Setting, server: Valkey, monkeypatch: pytest.MonkeyPatch, shown: str
