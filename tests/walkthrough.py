@@ -9,7 +9,7 @@ What a page may hold, and what becomes of it:
   Only a command that ends with a comment like `# exit code 1` fails.
 - `bash` and `python`: a script. It has to succeed.
 - `text`: right below a script, what it prints; elsewhere it is not run.
-- Anything below `<!-- not run: REASON -->` is not run.
+- A block right below `<!-- not run: REASON -->` is not run.
 
 A page is walked in a home directory of its own that has the demo model in its cache, and in a directory in which
 `examples` is the repository's. `PLACEHOLDERS` and `STAND_INS` say what is replaced. The queue and the server get
@@ -63,7 +63,7 @@ MASKS = {
     # Times and rates.
     r"\b\d[\d,]*(?:\.\d+)?(?= (?:ms|s|tokens/s)\b)": "<n>",
     # How much of a batch was done before Ctrl-C.
-    r"\b\d+(?= of \d+ (?:answers are kept|are there))": "<n>",
+    r"\b\d+(?= of \d+ (?:answers are kept|are already answered))": "<n>",
     # How long ago a job was submitted.
     r"(?<= )\d+(?:s|m|h)(?= )": "<n>",
     # What has travelled: after a delay, some of it travels twice.

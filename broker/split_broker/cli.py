@@ -64,7 +64,7 @@ def broker(
         else:
             whose = "this machine's own keys" if fleet.is_loopback else f"the keys in {fleet.path}"
             stderr.print(f"broker on {running.address}, with {whose}", soft_wrap=True)
-        with saying_stop("sessions continue when a broker is there again"):
+        with saying_stop("sessions continue when a broker is back"):
             wait_until_set(stop)
     finally:
         running.stop()

@@ -282,7 +282,7 @@ def test_responses_are_sealed_if_jobs_are(tmp_path: Path) -> None:
     key = tmp_path / "key"
     Store(store_path(), key).close()
     bare = ResponseStore()
-    with pytest.raises(ApiError, match=r"is sealed.*--store-key") as refused:
+    with pytest.raises(ApiError, match=r"is encrypted.*--store-key") as refused:
         asyncio.run(bare.check())
     assert refused.value.param == "store"
     bare.close()

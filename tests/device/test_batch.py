@@ -179,7 +179,7 @@ def test_lines_and_bad_lines(run: Any, checkpoint: Path, address: str, worker: N
     assert facts["first_error"].startswith("line 4: the line is not JSON")
     assert "2 answered, 11 failed (7 invalid request, " in done.err
     assert "the first: line 4: the line is not JSON" in done.err
-    assert "the same command asks again what failed" in done.err
+    assert "to retry what failed, run the same command again" in done.err
 
 
 def test_a_rerun_asks_again_what_failed(
@@ -197,7 +197,7 @@ def test_a_rerun_asks_again_what_failed(
     source.write_text("Hello\nshorter\nBye\n")
     again = run(*asked)
     assert (again.code, again.json["errors"], again.json["resumed"]) == (0, 0, 2)
-    assert "going on: 2 of 3 are there" in again.err
+    assert "resuming: 2 of 3 are already answered" in again.err
     assert 0 < again.json["tokens"] <= 8
     shorter = unsplit.say("user:shorter</s>assistant:", 8)
     assert output.read_text().splitlines() == [escaped(text) for text in (hello, shorter, bye)]
@@ -401,8 +401,8 @@ def test_answers_that_are_not_used_with_other_settings_are_told(
     command = ("batch", source, "-o", output, "--model", checkpoint, "--broker", address)
     assert run(*command, "--max-tokens", 3).code == 1
     again = run(*command, "--max-tokens", 4)
-    assert "note: answers of an earlier run that are not used, because their lines or the settings" in again.err
-    assert "are others now: 1\n" in again.err
+    said = "note: 1 answer of an earlier run is not used, because its line or the settings have changed\n"
+    assert said in again.err
     assert "note:" not in run(*command, "--max-tokens", 4).err
 
 

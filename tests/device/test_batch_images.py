@@ -1,4 +1,4 @@
-"""Batches of images: one file a line, and a file of answers that names them."""
+"""Batches of images: one file per line, and a file of answers that names them."""
 
 from __future__ import annotations
 

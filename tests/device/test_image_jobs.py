@@ -67,7 +67,7 @@ def last_job() -> str:
 def test_from_submission_to_the_image(run: Any, model: Path, address: str, tmp_path: Path) -> None:
     asked = ("submit", "--image", "a seven", "--image-model", model, "--steps", 3, "--seed", 5)
     early = run(*asked, "--size", 48, "--guidance", 3, "--negative", "blue", "--key", "one", "--json")
-    assert "no agent runs" in early.err
+    assert "no agent is running" in early.err
     assert (early.json["kind"], early.json["state"], early.json["steps"]) == ("image", "queued", 0)
     id_ = early.json["id"]
     refused = run("jobs", "result", id_, "-o", tmp_path / "a.png")
@@ -216,7 +216,7 @@ def test_each_line_begins_with_the_same_image(run: Any, model: Path, tmp_path: P
         (("submit", "--image", "a seven", "--reuse", "often"), "expected a number of steps"),
         (("submit", "--image", "a seven", "-o", "a.png"), "-o needs --wait"),
         (("submit", "--image", "a seven", "-o", "a.txt", "--wait"), "invalid image file"),
-        (("submit", "--image", "a seven", "-o", "a.png", "--wait"), "no agent runs, so nothing was submitted"),
+        (("submit", "--image", "a seven", "-o", "a.png", "--wait"), "nothing was submitted, because no agent is"),
     ],
 )
 def test_wrong_usage_is_one_line(run: Any, arguments: tuple[Any, ...], message: str) -> None:

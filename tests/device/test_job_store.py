@@ -213,9 +213,9 @@ def test_a_wrong_key_opens_nothing(path: Path, tmp_path: Path) -> None:
     other.chmod(0o600)
     with pytest.raises(StoreLocked, match="another key"):
         Store(path, other)
-    with pytest.raises(StoreLocked, match="is sealed"):
+    with pytest.raises(StoreLocked, match="is encrypted: give its key file with --store-key"):
         Store(path)
-    with pytest.raises(StoreLocked, match="is not sealed"):
+    with pytest.raises(StoreLocked, match="is not encrypted: leave out --store-key"):
         Store(plain, key)
     with pytest.raises(KeysError, match="missing"):
         Store(path, tmp_path / "no.key")

@@ -59,7 +59,7 @@ def test_from_submission_to_the_answer(run: Any, checkpoint: Path, address: str,
     model = ("--model", checkpoint)
     early = run("submit", "Hello", *model, "--max-tokens", 8, "--key", "one")
     assert early.code == 0
-    assert "no agent runs" in early.err
+    assert "no agent is running" in early.err
     id_ = early.out.strip()
     assert run("agent", "status").code == 1
     assert run("submit", "Hi", *model, "--wait").code == 1
@@ -73,7 +73,7 @@ def test_from_submission_to_the_answer(run: Any, checkpoint: Path, address: str,
     assert agent["jobs"]["queued"] == 1
     assert agent["started"]
     again = run("agent", "start", "--broker", address)
-    assert (again.code, f"runs already, process {agent['pid']}" in again.err) == (0, True)
+    assert (again.code, f"already running (process {agent['pid']})" in again.err) == (0, True)
     once_more = run("agent", "start", "--broker", address, "--json").json
     assert (once_more["pid"], once_more["started"]) == (agent["pid"], False)
     assert run("agent", "run", "--broker", address).code == 1

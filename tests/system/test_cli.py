@@ -444,7 +444,7 @@ def test_signals_end_a_broker(number: int, code: int) -> None:
         assert command.stdout is not None
         assert json.loads(command.stdout.readline())["pid"] == command.pid
         command.send_signal(number)
-        said = "stopping: sessions continue when a broker is there again\n"
+        said = "stopping: sessions continue when a broker is back\n"
         assert command.communicate(timeout=PATIENCE) == ("", said)
         assert command.returncode == code
 

@@ -232,7 +232,7 @@ def test_a_worker_process_whose_compute_loop_fails_ends_with_one_line(checkpoint
             loading, *lines = process.stderr.read().splitlines()
             assert loading.startswith("loading ")
             assert len(lines) == 1
-            assert lines[0].startswith("error: the compute loop failed by an unforeseen ZeroDivisionError")
+            assert lines[0].startswith("error: the compute loop failed with an unforeseen ZeroDivisionError")
         finally:
             process.kill()
 

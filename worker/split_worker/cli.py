@@ -90,7 +90,7 @@ def worker(
             envvar=MAX_PIXELS,
             show_default="four times as many as the model was made for, and at least 1048576",
             help="Image models: maximum number of pixels of an image. Devices that ask for more than the default "
-            "need the same value of this variable.",
+            f"need {MAX_PIXELS} set to the same value.",
         ),
     ] = None,
     max_sessions: Annotated[
@@ -120,7 +120,10 @@ def worker(
     transport = connect(broker, fleet, identity)
     # A worker has one model, whatever its kind; devices, which may have two, call it by this name.
     if image_model is not None and given(context, ["--model"]):
-        raise ConfigError("a worker serves one model: give --model or --image-model, and start another worker")
+        raise ConfigError(
+            "a worker serves one model: give either --model or --image-model, and start another worker for the "
+            "other one"
+        )
     checkpoint = resolve_model(model if image_model is None else image_model)
     with doing(f"loading {model_name(checkpoint)}, connecting to {masked(broker)}"):
         import torch

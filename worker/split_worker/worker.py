@@ -158,7 +158,7 @@ class Worker:
             raise self._expired
         if self._compute.failure is not None:
             raise WorkerFailed(
-                f"the compute loop failed by an unforeseen {type(self._compute.failure).__name__} "
+                f"the compute loop failed with an unforeseen {type(self._compute.failure).__name__} "
                 "(LAMBDA_SPLIT_LOG=debug shows the traceback)"
             )
 

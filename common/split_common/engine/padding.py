@@ -1,7 +1,7 @@
 """Finds out whether left padding changes what layers compute for a row.
 
 Padding does not travel, so a worker computes each row as if it were alone. So do most models, whose masks hide
-padding. Some count its columns, or use the mask otherwise than to hide keys: the worker's row is then not the
+padding. Some count its columns, or use the mask for more than hiding keys: the worker's row is then not the
 unsplit model's.
 """
 

@@ -30,8 +30,8 @@ class Runner:
         executor: runs them.
         compiled: whether they were compiled.
         unpacked_because: why sequences are run one at a time; None if they are packed.
-        padding_matters: whether the unsplit layers compute a row otherwise if it has padding to its left.
-        indivisible: whether the layers compute a prompt otherwise if it goes through in parts.
+        padding_matters: whether the unsplit layers compute a row differently if it has padding to its left.
+        indivisible: whether the layers compute a prompt differently if it goes through in parts.
     """
 
     def __init__(
@@ -129,8 +129,8 @@ def build_runner(
     indivisible = not stack.positions_interact and is_indivisible(layers, reference, tokens)
     if indivisible and reference.store.has_states:
         raise UnsupportedArchitecture(
-            f"{stack.name} has states, which are taken back by running tokens again, and computes a prompt "
-            "otherwise if it goes through in parts"
+            f"{stack.name} has states, which are taken back by running tokens again, and gives a "
+            "different result for a prompt in parts"
         )
     build = functools.partial(Runner, layers, padding_matters=matters, indivisible=indivisible)
     try:

@@ -11,12 +11,12 @@ from __future__ import annotations
 #: Without this capability, a peer knows sessions by numbers only.
 SESSION_KEYS = "session-keys"
 
-#: A worker with this capability computes a row otherwise than the unsplit model does if it has padding to its left,
+#: A worker with this capability computes a row differently from the unsplit model if it has padding to its left,
 #: which does not travel. Devices refuse such rows.
 UNPADDED = "unpadded"
 
-#: A worker with this capability computes tokens that go through together otherwise than in parts. Devices send them
-#: in one message, also to a worker that takes over.
+#: A worker with this capability computes tokens differently if they go through in parts and not together. Devices
+#: send them in one message, also to a worker that takes over.
 INDIVISIBLE = "indivisible"
 
 #: A worker with this capability holds a session on that its device has finished with, for copies of it.

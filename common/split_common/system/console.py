@@ -62,7 +62,7 @@ def saying_stop(what: str) -> Iterator[None]:
     """Says on stderr that a command stops, when a block that waits for a signal ends, also by Ctrl-C.
 
     Args:
-        what: becomes of what the command serves, e.g. "sessions continue when a broker is there again".
+        what: becomes of what the command serves, e.g. "sessions continue when a broker is back".
     """
     try:
         yield

@@ -43,7 +43,7 @@ def finish(place: Place, record: Record, plan: Plan, store: Store) -> Summary:
 
 
 def clear(place: Place, record: Record, errors: int) -> None:
-    """Removes what is on disk of a batch that is finished, unless there are errors, which a rerun asks again.
+    """Removes what is on disk of a batch that is finished, unless there are errors, which a rerun retries.
 
     The record of one that the agent answered stays, so that its user learns of the end.
     """

@@ -1,4 +1,4 @@
-"""Files of a batch's answers: lines of JSON, a table, or texts one a line."""
+"""Files of a batch's answers: lines of JSON, a table, or texts, one per line."""
 
 from __future__ import annotations
 

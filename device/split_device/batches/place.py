@@ -20,7 +20,7 @@ from split_common.system.outputs import is_stream
 from split_device.batches.source import InputForm
 from split_device.jobs.agent import running_agent
 
-#: How answers are written: lines of JSON, a table, or texts one a line.
+#: How answers are written: lines of JSON, a table, or texts, one per line.
 OutputForm = Literal["jsonl", "csv", "txt"]
 
 #: running: a process works on it. waiting: the agent will. interrupted: its command, run again, goes on.

@@ -73,7 +73,7 @@ def opened(name: str, store_key: Path | None) -> Iterator[tuple[Place, Record, P
 
 
 def cancel(name: str, store_key: Path | None) -> None:
-    """Cancels the lines of a batch that are not answered. Its files are written with the answers that are there.
+    """Cancels the lines of a batch that are not answered. Its files are written with the answers so far.
 
     The process that works on it does that, or else this one.
 

@@ -71,7 +71,7 @@ def run(
 
             if json:
                 emit_json({"pid": os.getpid(), "store": str(store.path), "jobs": shown_counts(store.count())})
-            stderr.print(f"agent {os.getpid()} runs the jobs of {store.path}; {resumed} resume", soft_wrap=True)
+            stderr.print(f"agent {os.getpid()} runs the jobs of {store.path}; resumed: {resumed}", soft_wrap=True)
             waits.over()
             connection = dataclasses.replace(connection, on_notice=waits.say)
             allow_many_files()
@@ -80,7 +80,7 @@ def run(
                 runner = JobRunner(store, models, give_up, waits.say, waits.over)
                 _work(runner, batches, store, max_age, stop)
     except Held as held:
-        raise AgentError(f"an agent runs already, process {held.pid}") from None
+        raise AgentError(f"an agent is already running (process {held.pid})") from None
 
 
 def _work(
@@ -135,7 +135,7 @@ def start(
     store_key: StoreKeyOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Run jobs in the background; returns when the agent is ready. Does nothing if one runs already."""
+    """Run jobs in the background; returns when the agent is ready. Does nothing if one is already running."""
     # The options are those of `agent run`, in this directory and this environment. An address may hold a password,
     # and the arguments of a process are everybody's to read.
     options = given_words(context, but=["--json", "--broker"])
@@ -156,9 +156,9 @@ def start(
     if json:
         emit_json(facts | {"started": pid is None})
     elif pid is None:
-        stderr.print(f"agent {facts['pid']} runs; its log is {agent.log_path()}", soft_wrap=True)
+        stderr.print(f"agent {facts['pid']} is running; its log is {agent.log_path()}", soft_wrap=True)
     else:
-        stderr.print(f"an agent runs already, process {pid}, with the options that it was started with")
+        stderr.print(f"an agent is already running (process {pid}), with the options that it was started with")
 
 
 @app.command()
@@ -174,12 +174,12 @@ def stop(
     if json:
         emit_json({"stopped": pid})
     else:
-        stderr.print("no agent runs" if pid is None else f"agent {pid} has ended")
+        stderr.print("no agent is running" if pid is None else f"agent {pid} has ended")
 
 
 @app.command()
 def status(store_key: StoreKeyOption = None, json: JsonOption = False) -> None:
-    """Show whether an agent runs, and how many jobs there are. Exit code 1 if none runs."""
+    """Show whether an agent is running, and how many jobs there are. Exit code 1 if none is."""
     pid = agent.running_agent()
     with Store(store_path(), store_key) as store:
         counts = store.count()
@@ -187,7 +187,7 @@ def status(store_key: StoreKeyOption = None, json: JsonOption = False) -> None:
     if json:
         emit_json({"running": pid is not None, "pid": pid, "jobs": shown_counts(counts), "batches": batches})
     else:
-        print("no agent runs" if pid is None else f"agent {pid} runs")
+        print("no agent is running" if pid is None else f"agent {pid} is running")
         print(", ".join(f"{count} {state}" for state, count in shown_counts(counts).items()))
         print_batches(batches)
     if pid is None:

@@ -117,9 +117,10 @@ def batch(
 ) -> None:
     """Answer a file of prompts or requests, many at once; after Ctrl-C or a crash, the same command goes on.
 
-    IN has a prompt a line (.txt), objects with a `prompt` or `messages` (.jsonl), a table (.csv, .tsv), or requests
-    in the format of OpenAI's batches. When all are done, OUT is written, with the answers in the order of the
-    lines. Exit code 1 if any line has an error; the same command asks those again, or with --overwrite all of them.
+    IN has one prompt per line (.txt), objects with a `prompt` or `messages` (.jsonl), a table (.csv, .tsv), or
+    requests in the format of OpenAI's batches. When all are done, OUT is written, with the answers in the order of
+    the lines. Exit code 1 if any line has an error: run the same command again to retry those lines, or with
+    --overwrite to answer all lines anew.
     """
     passive_threads()
     filled = Template(template) if template is not None else None

@@ -17,7 +17,7 @@ def hand_over(context: typer.Context, broker: str) -> int:
     running = agent.running_agent()
     if running is not None:
         if without := given(context, options - {"--store-key"}):
-            text = f"the agent has options of its own: {', '.join(sorted(without))} has no effect here"
+            text = f"an agent is already running with its own options; ignored: {', '.join(sorted(without))}"
             stderr.print(text, soft_wrap=True)
         return running
     others = {parameter.opts[0] for parameter in context.command.params} - options

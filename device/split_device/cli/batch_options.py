@@ -53,20 +53,20 @@ FormatOption = Annotated[
         "--format",
         show_default="by the name of the file, else jsonl",
         rich_help_panel=OUTPUT_PANEL,
-        help="How answers are written: as lines of JSON, as a table, or alone, one a line, with line breaks "
+        help="How answers are written: as lines of JSON, as a table, or alone, one per line, with line breaks "
         "written as \\n.",
     ),
 ]
 OverwriteOption = Annotated[
     bool,
-    typer.Option("--overwrite", rich_help_panel=OUTPUT_PANEL, help="Replace files of answers that exist."),
+    typer.Option("--overwrite", rich_help_panel=OUTPUT_PANEL, help="Overwrite existing answers and images."),
 ]
 ProgressOption = Annotated[
     ProgressMode,
     typer.Option(
         "--progress",
         rich_help_panel=OUTPUT_PANEL,
-        help="How progress is shown: auto is a bar on a terminal, and a line a minute elsewhere.",
+        help="How progress is shown: auto is a bar on a terminal, and a line per minute elsewhere.",
     ),
 ]
 

@@ -124,10 +124,7 @@ class Work:
                 begun = Begun(self.place, record, prepared.plan, store, models, counts(store)[0])
                 _say_begun(begun)
                 if prepared.dropped:
-                    note(
-                        "answers of an earlier run that are not used, because their lines or the settings are "
-                        f"others now: {prepared.dropped}"
-                    )
+                    note(_unused(prepared.dropped))
                 yield begun
         finally:
             if not ready and not old:
@@ -136,6 +133,12 @@ class Work:
     def _check_pictures(self, directory: Path, plan: Plan) -> None:
         if (path := clashes(directory, plan)) is not None:
             raise ConfigError(f"{path} exists already: remove it, or give --overwrite")
+
+
+def _unused(answers: int) -> str:
+    if answers == 1:
+        return "1 answer of an earlier run is not used, because its line or the settings have changed"
+    return f"{answers} answers of an earlier run are not used, because their lines or the settings have changed"
 
 
 def note(text: str) -> None:
@@ -147,7 +150,7 @@ def _say_begun(begun: Begun) -> None:
     lines = "1 line" if record.lines == 1 else f"{record.lines} lines"
     stderr.print(f"{name}: {lines} of {record.source} to {record.output}", soft_wrap=True)
     if begun.resumed:
-        stderr.print(f"going on: {begun.resumed} of {record.jobs} are there", soft_wrap=True)
+        stderr.print(f"resuming: {begun.resumed} of {record.jobs} are already answered", soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,7 @@ def report(begun: Begun, answered: Answered, seconds: float, json: bool) -> None
     stderr.print(f"{output}: {good} answered{failures(summary.reasons)}", soft_wrap=True)
     if summary.first_error is not None:
         stderr.print(f"the first: {summary.first_error}", soft_wrap=True)
-        stderr.print("the same command asks again what failed", soft_wrap=True)
+        stderr.print("to retry what failed, run the same command again", soft_wrap=True)
     if json:
         emit_json(_facts(begun.place, output, summary, begun.resumed, answered.tokens, seconds))
     if summary.errors:

@@ -52,7 +52,7 @@ def print_batches(batches: list[dict[str, Any]]) -> None:
 
 
 def _answers(facts: dict[str, Any]) -> str:
-    """How many answers are there: `112 of 500, 2 failed`."""
+    """How many answers there are so far: `112 of 500, 2 failed`."""
     done = "?" if facts["done"] is None else facts["done"]
     words = "".join(f", {facts[state]} {state}" for state in ("failed", "cancelled") if facts[state])
     return f"{done} of {facts['answers']}{words}"
@@ -86,7 +86,7 @@ def batch_result(name: str, output: Path | None, store_key: Path | None, json: b
         elif not json:
             for line in formatted(record.output_form, found):
                 print_text(line, end="")
-            stderr.print(f"{_answers(batch_facts(place, record, store_key))} answers are there", soft_wrap=True)
+            stderr.print(f"answered: {_answers(batch_facts(place, record, store_key))}", soft_wrap=True)
         if json:
             facts = batch_facts(place, record, store_key)
             emit_json(facts | {"results": [result_object(result) for result in results(plan, store, ended=True)]})
@@ -110,7 +110,7 @@ def watch_batch(name: str, store_key: Path | None, json: bool) -> None:
             if facts["state"] == "running":
                 worked_at = time.monotonic()
             elif time.monotonic() - worked_at > AGENT_GRACE and running_agent() is None:
-                raise AgentError(f"{name} is interrupted, and no agent runs: {_how_to_go_on(facts)}")
+                raise AgentError(f"{name} is interrupted, and no agent is running: {_how_to_go_on(facts)}")
             time.sleep(WATCH_INTERVAL)
             try:
                 facts = batch_facts(*find_batch(name), store_key)
@@ -134,11 +134,11 @@ def _how_to_go_on(facts: dict[str, Any]) -> str:
 
 
 def cancel_batches(names: list[str], store_key: Path | None, json: bool) -> None:
-    """Cancels batches: their files get the answers that are there. Raises JobsError if one has ended."""
+    """Cancels batches: their files get the answers so far. Raises JobsError if one has ended."""
     for name in names:
         cancel_batch(name, store_key)
     if json:
         emit_json({"batches": [batch["name"] for batch in all_batches(store_key) if batch["name"] in names]})
         return
     for name in names:
-        stderr.print(f"{name} ends with the answers that are there", soft_wrap=True)
+        stderr.print(f"{name} is cancelled; its file gets the answers so far", soft_wrap=True)

@@ -98,11 +98,12 @@ def _tried(spec: ModelSpec, split: Split, adapters: Mapping[str, Path]) -> list[
         found = [Finding("model", "note", f"a worker runs sessions one at a time: {runner.unpacked_because}")]
     if runner.indivisible:
         together = (
-            "its layers compute a prompt otherwise in parts: prompts go through at once, without prefix cache"
+            "its layers give a different result for a prompt in parts, so prompts go through whole, without the "
+            "prefix cache"
         )
         found.append(Finding("prompts", "note", together))
     if runner.padding_matters:
-        refused = "its layers compute a padded row otherwise: rows with padding are refused"
+        refused = "its layers give a different result for a padded row, so rows with padding are refused"
         found.append(Finding("padding", "note", refused))
     load_part(spec, split, "device")
     ends = f"layers 0:{split.first} and {split.last}:{split.layers}"

@@ -43,7 +43,8 @@ def watch_jobs(store: Store, selection: Selection, progress: ProgressMode, json:
                         print_notice(told := notice)
                 elif time.monotonic() - agent_at > AGENT_GRACE:
                     left = sum(counts.values()) - ended
-                    raise AgentError(f"{left} wait, and no agent runs: `lambda-split agent start` starts one")
+                    waiting = f"{left} job{' is' if left == 1 else 's are'} waiting"
+                    raise AgentError(f"{waiting}, and no agent is running: `lambda-split agent start` starts one")
                 time.sleep(WATCH_INTERVAL)
                 counts = store.count(selection)
             advance(ended, counts["failed"])

@@ -146,7 +146,7 @@ def result(
     """Print the answers of jobs that have succeeded, or write their images. Exit code 1 if one has not.
 
     Several answers are printed one after the other, each under a line with its job's id. `jobs export` writes them
-    into one file. Of a batch, the answers that are there so far are printed, or written to FILE.
+    into one file. For a batch, print the answers so far, or write them to FILE.
     """
     if names := choice.batches:
         if len(names) > 1 or output_dir is not None:
@@ -243,8 +243,8 @@ def cancel(
 ) -> None:
     """Cancel jobs; the agent cancels running ones within a second.
 
-    --group, --state and --since choose among those that have not ended. A batch that is cancelled ends with the
-    answers that are there.
+    --group, --state and --since choose among those that have not ended. The file of a
+    cancelled batch gets the answers so far.
     """
     if names := choice.batches:
         cancel_batches(names, store_key, json)
@@ -267,7 +267,7 @@ def retry(
     --group, --state and --since choose among those that failed or were cancelled.
     """
     if choice.batches:
-        raise ConfigError("the command that made a batch, run again, asks again what failed")
+        raise ConfigError("to retry what failed in a batch, run its `batch` command again")
     with Store(store_path(), store_key) as store:
         ids = choice.ids(store, among=("failed", "cancelled"))
         failed = store.jobs(Selection(ids=tuple(ids), states=("failed",)))
@@ -287,7 +287,8 @@ def prune(
     older_than: Annotated[
         str,
         typer.Option(
-            metavar="AGE", help="Remove jobs that ended longer ago than this, e.g. 90s, 30m, 12h or 7d; 0s for all."
+            metavar="AGE",
+            help="Remove jobs and batches that ended longer ago than this, e.g. 90s, 30m, 12h or 7d; 0s for all.",
         ),
     ] = "7d",
     store_key: StoreKeyOption = None,

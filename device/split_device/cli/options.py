@@ -131,8 +131,8 @@ AllowedLocalMediaPathOption = Annotated[
     typer.Option(
         "--allowed-local-media-path",
         metavar="DIR",
-        help="Let requests show the model files of images below this directory, by file:// URLs. May be given more "
-        "than once. Without it, requests have to contain their images.",
+        help="Let requests refer to images below this directory by file:// URLs. May be given more than once. "
+        "Without it, requests have to contain their images.",
     ),
 ]
 CodecOption = Annotated[
@@ -289,8 +289,8 @@ SpeculateOption = Annotated[
     typer.Option(
         "--speculate",
         rich_help_panel=STORE_PANEL,
-        help="What drafts tokens that may follow: the worker checks several in one trip, and the answer stays the "
-        "same. auto drafts only as many as pay.",
+        help="How to guess the next tokens: the worker checks several guesses in one trip, and the answer stays "
+        "the same. auto guesses only as many as pay.",
     ),
 ]
 JobSpeculateOption = Annotated[
@@ -299,7 +299,7 @@ JobSpeculateOption = Annotated[
         "--speculate",
         rich_help_panel=STORE_PANEL,
         show_default="the agent's",
-        help="What drafts tokens that may follow, for this job.",
+        help="How to guess the next tokens of this job.",
     ),
 ]
 GiveUpOption = Annotated[
@@ -319,6 +319,6 @@ KeepOption = Annotated[
         metavar="AGE",
         rich_help_panel=STORE_PANEL,
         show_default="until `jobs prune`",
-        help="Remove jobs that ended longer ago than this, e.g. 12h or 7d.",
+        help="Remove jobs and batches that ended longer ago than this, e.g. 12h or 7d.",
     ),
 ]

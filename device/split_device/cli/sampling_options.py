@@ -62,7 +62,7 @@ RepetitionPenaltyOption = Annotated[
         "repetition_penalty",
         "R",
         "the checkpoint's, else 1",
-        "Make tokens less likely that occur in the prompt or the answer; below 1, more likely.",
+        "Make tokens that occur in the prompt or the answer less likely; a value below 1 makes them more likely.",
     ),
 ]
 FrequencyPenaltyOption = Annotated[
@@ -71,7 +71,7 @@ FrequencyPenaltyOption = Annotated[
         "frequency_penalty",
         "F",
         "0",
-        "Make a token less likely with each time that it occurs in the answer; below 0, more likely.",
+        "Make a token less likely each time it occurs in the answer; a value below 0 makes it more likely.",
     ),
 ]
 PresencePenaltyOption = Annotated[
@@ -80,7 +80,7 @@ PresencePenaltyOption = Annotated[
         "presence_penalty",
         "F",
         "0",
-        "Make tokens less likely that occur in the answer at all; below 0, more likely.",
+        "Make tokens that occur in the answer at all less likely; a value below 0 makes them more likely.",
     ),
 ]
 LogitBiasOption = Annotated[
@@ -90,7 +90,7 @@ LogitBiasOption = Annotated[
         metavar="JSON",
         parser=parse_bias,
         rich_help_panel=SAMPLING_PANEL,
-        help="What is added to the logits of tokens, from -100 to 100, by their ids: '{\"50256\": -100}'.",
+        help="Values to add to the logits, by token id, each from -100 to 100: '{\"50256\": -100}'.",
     ),
 ]
 MinTokensOption = Annotated[

@@ -80,7 +80,7 @@ def serve(
             envvar="LAMBDA_SPLIT_API_KEY",
             metavar="KEY",
             help="Key that clients must send. May be repeated: any of the keys will do. Other users can see a "
-            "command's options, so better set the variable, with spaces between several keys.",
+            "command's options, so prefer LAMBDA_SPLIT_API_KEY, with spaces between several keys.",
         ),
     ] = None,
     served_model_name: Annotated[
@@ -109,14 +109,14 @@ def serve(
 
     Offers OpenAI's /v1/chat/completions, /v1/completions, /v1/responses, /v1/images/generations and /v1/models,
     Anthropic's /v1/messages and /v1/messages/count_tokens, vLLM's /tokenize, /detokenize and /version, /health
-    and, at /, a page to chat in a browser. It listens on this machine's loopback only: put a reverse proxy before
-    it for others, and give its name with --allowed-host.
+    and, at /, a page to chat in a browser. It listens on this machine's loopback only: for other
+    machines, put a reverse proxy in front of it, and give the proxy's name with --allowed-host.
 
     Each --adapter is a model with a name of its own, beside the one without an adapter.
 
-    If --image-model is given and --model is not, only images are served. A request that names no temperature, top_p
-    or top_k takes that of the options here, else the checkpoint's. Needs `lambda-split[serve]`. With --json, one
-    object is printed when the server is ready.
+    If --image-model is given and --model is not, only images are served. For temperature, top_p and top_k that a
+    request does not set, the options given here apply, or else the checkpoint's values. Needs
+    `lambda-split[serve]`. With --json, one object is printed when the server is ready.
     """
     passive_threads()
     if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:

@@ -122,10 +122,11 @@ def stress(
     The exit code is 1 if any count is not 0, or if nothing was completed.
 
     With --hostile one member with a valid certificate does its worst, in one mode after another, beside honest
-    devices and workers. Each mode has two equal slices of --seconds, by default of 10 seconds: one beside the
-    hostile member, and one beside a process that talks to nobody and burns as much CPU. The exit code is 1 also if
-    honest throughput in the first is below half of that in the second for any mode, or if the memory of
-    the broker, the Redis server or a worker grows by more than 1, 1.5 or 2 GiB, respectively.
+    devices and workers. Each mode has two slices of equal length: one beside the hostile member, and one beside a
+    process that talks to nobody and burns as much CPU. --seconds is the time of all slices together; without it, a
+    slice takes 10 seconds. The exit code is also 1 if a mode did nothing or ended early, if honest throughput in a
+    mode's first slice is below half of that in its second, or if the memory of the broker, the Redis server or a
+    worker grows by more than 1, 1.5 or 2 GiB, respectively.
     """
     plan = dataclasses.replace(plan, layers=chosen_layers(layers, head_layers, tail_layers))
     plan = _checked(plan, chaos, hostile)

@@ -160,7 +160,7 @@ def submit(
 ) -> None:
     """Submit a prompt for an answer, or with --image for an image, and print the job's id.
 
-    With --each-line, each line of a file is a job, and the ids are printed one a line. Jobs are kept on
+    With --each-line, each line of a file is a job, and the ids are printed one per line. Jobs are kept on
     this machine's disk, readable by you alone, until they are pruned. An agent runs them: start one with
     `lambda-split agent start`.
     """
@@ -199,7 +199,9 @@ def submit(
         if output is not None:
             _check_output(output, wait)
         if wait and running_agent() is None:
-            raise AgentError("no agent runs, so nothing was submitted: start one with `lambda-split agent start`")
+            raise AgentError(
+                "nothing was submitted, because no agent is running: `lambda-split agent start` starts one"
+            )
         task: AnyTask
         if image:
             task = _image_task(text, images, picture, start)
@@ -229,7 +231,7 @@ def submit(
             else:
                 print(job.id)
     if running_agent() is None:
-        stderr.print("no agent runs: `lambda-split agent start` starts one")
+        stderr.print("no agent is running: `lambda-split agent start` starts one")
 
 
 def _image_task(text: str, model: ImageModel, picture: Picture, start: Start) -> ImageTask:

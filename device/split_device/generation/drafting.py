@@ -47,7 +47,7 @@ class Drafting:
     def _refused(self) -> str | None:
         """Why no request can speculate; None if they can."""
         if self._layers.indivisible:
-            return "its layers compute tokens that go through together otherwise than one by one"
+            return "its layers give different results for tokens that go through together and one by one"
         return "its layers keep states, which cannot take tokens back" if self._layers.has_states else None
 
     def choose(self, asked: str | None) -> str:

@@ -24,7 +24,7 @@ MAX_PROMPT_PIXELS = 48 * 1024**2
 #: Key of an image's settings, in the form that other programs read: prompt, negative prompt, a line of the rest.
 PARAMETERS = "parameters"
 
-#: Key of what was noticed while an image was made, one note a line.
+#: Key of what was noticed while an image was made, one note per line.
 _NOTES = "lambda-split notes"
 
 #: EXIF's tags of the directory with details, and of the comment that JPEG and WebP files carry the settings in.

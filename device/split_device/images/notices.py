@@ -39,7 +39,7 @@ def add_notices(image: Any, pipeline: Any, output: Any, prompt: str, settings: I
         if text and (lost := cut_off(pipeline, text)):
             note(image, f"the text encoders have no room for the end of the {what}, which was cut off: {lost!r}")
     if any(getattr(output, "nsfw_content_detected", None) or ()):
-        note(image, "the image is black, because the pipeline's safety checker took it for unsafe")
+        note(image, "the image is black, because the pipeline's safety checker flagged it as unsafe")
 
 
 def cut_off(pipeline: Any, text: str) -> str:

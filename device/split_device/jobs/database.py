@@ -190,13 +190,14 @@ def _unseal(db: sqlite3.Connection, path: Path, key_file: Path | None, schema: S
     """The vault of the key in `key_file`. Raises StoreLocked if it is not the store's."""
     (mark,) = db.execute("SELECT value FROM mark").fetchone()
     if (mark == schema.mark) != (key_file is None):
-        wrong = "is sealed: name its key file" if key_file is None else "is not sealed: name no key file"
-        raise StoreLocked(f"{path} {wrong}")
+        if key_file is None:
+            raise StoreLocked(f"{path} is encrypted: give its key file with --store-key")
+        raise StoreLocked(f"{path} is not encrypted: leave out --store-key (and LAMBDA_SPLIT_STORE_KEY)")
     vault = Vault(read_key(key_file) if key_file is not None else None)
     try:
         vault.open(mark, "mark")
     except StoreLocked:
-        raise StoreLocked(f"{path} is sealed under another key than that of {key_file}") from None
+        raise StoreLocked(f"{path} is encrypted with another key than that of {key_file}") from None
     return vault
 
 

@@ -54,7 +54,7 @@ def follow(
                 on_notice(told := notice)
         elif now - agent_at > AGENT_GRACE:
             words = PAST[shown_state(job)]
-            raise AgentError(f"{id_} {words}, and no agent runs: `lambda-split agent start` starts one")
+            raise AgentError(f"{id_} {words}, and no agent is running: `lambda-split agent start` starts one")
         time.sleep(POLL_INTERVAL)
 
 

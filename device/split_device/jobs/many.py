@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 QUERY_JOBS = 500
 
 #: Error message: jobs would wait for ever.
-NO_AGENT = "no agent runs the jobs: `lambda-split agent start` starts one"
+NO_AGENT = "no agent is running: `lambda-split agent start` starts one"
 
 #: Shows how far the jobs are: True for a bar on stderr; or called with the number that have ended, and of all.
 OnProgress = bool | Callable[[int, int], None]

@@ -267,7 +267,7 @@ def find_processor(choice: ModelChoice) -> Any:
         processor = load_processor(*choice.tokenizer_place)
         read_spec(found, images=True)
     except SplitError as error:
-        log.warning("%s gets texts alone: %s", model_name(choice.name), error)
+        log.warning("%s takes text only: %s", model_name(choice.name), error)
         return None
     return processor
 

@@ -157,7 +157,7 @@ class JobRunner:
             update.state = "queued"
             return
         if not isinstance(error, SplitError):
-            log.error("a job failed by an unexpected %s", type(error).__name__)
+            log.error("a job failed with an unexpected %s", type(error).__name__)
         update.state = "failed"
         update.error = message
 

@@ -150,7 +150,7 @@ class SessionCacheLayer(BodyLayer):
 
     @property
     def indivisible(self) -> bool:
-        """Whether its worker computes tokens that go through together otherwise than in parts.
+        """Whether its worker computes tokens differently if they go through in parts and not together.
 
         Also after HistoryLost, if its tokens went through in parts and so could not be rebuilt on such a worker.
         """

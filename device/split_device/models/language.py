@@ -316,7 +316,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
             context.head_states = self._body.head_states(cache)
         context.mask, context.ahead = plain_mask(self.config, given, cache, around.mask)
         if context.ahead is not None and self.split_parts.traits.axes is None:
-            raise UnsupportedFeature("tokens that attend to later ones can be split in models that see images only")
+            raise UnsupportedFeature("attention to later tokens is supported only in models that take images")
         check_additions(self.split_parts.stack, self.split, given)
         states = given.get("inputs_embeds")
         tokens = given.get("input_ids") if states is None else states

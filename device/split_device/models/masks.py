@@ -70,8 +70,8 @@ def plain_mask(
             ahead = found
         if not (torch.equal(found, ahead) and torch.equal(shown, base | _shown(ahead, base))):
             raise UnsupportedFeature(
-                "attention masks can be split if they follow from a 2-D attention_mask, and show the tokens of a "
-                "span those after them in it: these do not"
+                "unsupported attention mask: it has to follow from a 2-D attention_mask, and a token may see later "
+                "ones only within its own span (an image, for example)"
             )
     return outer, ahead if ahead is not None and bool(ahead.any()) else None
 

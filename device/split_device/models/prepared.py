@@ -70,6 +70,6 @@ class PreparedStep:
         padded = (~self.columns).cummax(1).values & self.columns
         if not session.takes_padding and bool(padded.any()):
             raise UnsupportedFeature(
-                "padding cannot be split with this model, because its layers compute a padded row otherwise: pass "
-                "prompts one at a time, or of the same length"
+                "padding cannot be split with this model, because its layers give a different result for a "
+                "padded row: pass prompts one at a time, or of the same length"
             )

@@ -152,5 +152,5 @@ def api_error(error: BaseException) -> ApiError:
         case SplitError():
             return ApiError(str(error), 500, type_="server_error", code=type(error).__name__)
         case _:
-            log.error("a request failed by an unexpected %s", type(error).__name__)
+            log.error("a request failed with an unexpected %s", type(error).__name__)
             return ApiError("an unexpected error", 500, type_="server_error")

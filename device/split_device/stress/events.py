@@ -1,4 +1,4 @@
-"""The events that a device process of the stress command reports, one JSON object a line."""
+"""The events that a device process of the stress command reports, one JSON object per line."""
 
 from __future__ import annotations
 

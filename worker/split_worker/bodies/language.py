@@ -244,9 +244,11 @@ class LanguageBody:
         if self.runner.unpacked_because is not None:
             lines.append(f"sessions run one at a time: {self.runner.unpacked_because}")
         if self.runner.indivisible:
-            lines.append("prompts are not computed in chunks: in parts these layers compute them otherwise")
+            lines.append("prompts are not computed in chunks: in parts, these layers give a different result")
         if self.runner.padding_matters:
-            lines.append("rows with padding to their left are refused: these layers compute them otherwise")
+            lines.append(
+                "rows with padding to their left are refused: for them, these layers give a different result"
+            )
         return lines
 
     @property

@@ -91,7 +91,7 @@ class ResponseStore:
             await self._run(self._open)
         except SplitError as error:
             raise ApiError(
-                f'the response cannot be stored: {error}; send "store": false, or start `serve` with --store-key',
+                f'the response cannot be stored: {error}; to go without, send "store": false',
                 param="store",
             ) from None
 

@@ -10,7 +10,7 @@ export function called(calls = []) {
     block.append(make("p", "", `Calls ${name}`), formOf(given) ?? make("pre", "", given));
     return block;
   });
-  const each = calls.length > 1 ? "results, one a line" : "result";
+  const each = calls.length > 1 ? "results, one per line" : "result";
   return [...shown, make("p", "note", `Nothing is called from here: your next message is sent as the ${each}.`)];
 }
 
