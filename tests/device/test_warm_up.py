@@ -44,10 +44,11 @@ def test_a_first_token_takes_one_trip_and_the_worker_is_free_for_others(
                 model.warm_up()
                 wait_until(lambda: is_ready(model, worker))
                 # It has answered, so another device need not wait until this one has used it.
-                wait_until(lambda: not broker._trials.now(time.monotonic()))
+                wait_until(lambda: not broker._opens._trials.now(time.monotonic()))
                 sent = model.traffic["messages_sent"]
                 model.generate(PROMPT, max_new_tokens=1)
                 # The prompt's step, and the end of the session.
+                wait_until(lambda: model.traffic["messages_sent"] >= sent + 2)
                 assert model.traffic["messages_sent"] == sent + 2
                 worker.stop()
                 worker = start_worker(llama, broker.address)
