@@ -155,7 +155,7 @@ def test_tools_that_may_not_be_called_are_not_shown(client: openai.OpenAI) -> No
     without = ask(client, tools=openai.NOT_GIVEN, max_tokens=8)
     hidden = ask(client, tool_choice="none", max_tokens=8)
     assert hidden.choices[0].message == without.choices[0].message
-    assert hidden.usage == without.usage
+    assert hidden.usage.prompt_tokens == without.usage.prompt_tokens
 
 
 @pytest.mark.parametrize(
