@@ -117,7 +117,7 @@ def test_images_wait_for_their_turn_without_a_thread() -> None:
     started: list[Future[int]] = []
 
     class Pipeline:
-        def start(self, _prompt: str, _settings: ImageSettings, _id: str, _index: int) -> Any:
+        def start(self, _prompt: str, _settings: ImageSettings, _id: str, _index: int, _on_notice: Any) -> Any:
             future: Future[int] = Future()
             future.set_running_or_notify_cancel()
             started.append(future)
@@ -130,6 +130,7 @@ def test_images_wait_for_their_turn_without_a_thread() -> None:
         asked.pop().cancel()
         for index in range(4):
             while len(started) <= index:
+                assert not asked[index].done()
                 await asyncio.sleep(0)
             assert len(started) <= index + 2
             started[index].set_result(index)
