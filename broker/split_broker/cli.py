@@ -59,12 +59,12 @@ def broker(
     running.start()
     stop = catch_sigterm()
     try:
-        if json:
-            emit_json({"address": running.address, "pid": os.getpid()})
-        else:
-            whose = "this machine's own keys" if fleet.is_loopback else f"the keys in {fleet.path}"
-            stderr.print(f"broker on {running.address}, with {whose}", soft_wrap=True)
         with saying_stop("sessions continue when a broker is back"):
+            if json:
+                emit_json({"address": running.address, "pid": os.getpid()})
+            else:
+                whose = "this machine's own keys" if fleet.is_loopback else f"the keys in {fleet.path}"
+                stderr.print(f"broker on {running.address}, with {whose}", soft_wrap=True)
             wait_until_set(stop)
     finally:
         running.stop()

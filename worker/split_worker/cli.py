@@ -155,8 +155,8 @@ def worker(
         running = Worker(serving.body, serving.service, serving.model, identity, fleet, transport, limits, stop.set)
         running.start(timeout)
     try:
-        _announce(running, serving, identity.certificate.name, json)
         with saying_stop(f"{running.name} takes no new sessions"):
+            _announce(running, serving, identity.certificate.name, json)
             wait_until_set(stop)
             running.check()
         _drain(running, drain_timeout)

@@ -174,8 +174,8 @@ def serve(
         server = CompletionServer(text, dialects(text, responses), image_endpoint, api_key or (), hosts)
         with running_server(server.app(), listener, stop):
             default = text.sampling() if text is not None else None
-            _announce(f"http://{HOST}:{listener.getsockname()[1]}/", name, adapters, image_name, default, json)
             with saying_stop(f"answers under way have {SHUTDOWN_GRACE} s to end"):
+                _announce(f"http://{HOST}:{listener.getsockname()[1]}/", name, adapters, image_name, default, json)
                 wait_until_set(stop)
 
 
