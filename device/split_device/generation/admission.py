@@ -92,8 +92,11 @@ class Admission:
         fits = costs[0] <= self._head.unreserved and costs[1] <= self._tail.unreserved
         if not fits or active >= self._places - kept_free:
             return None
-        self._waiting.remove(entry)
-        heapq.heapify(self._waiting)
+        if entry is self._waiting[0]:
+            heapq.heappop(self._waiting)
+        else:
+            self._waiting.remove(entry)
+            heapq.heapify(self._waiting)
         self._head.unreserved -= costs[0]
         self._tail.unreserved -= costs[1]
         return Admitted(generation, sampler, costs)
