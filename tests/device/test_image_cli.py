@@ -203,7 +203,7 @@ def test_a_worker_takes_one_way_to_say_model_and_cut(
     assert main(["worker", "--image-model", str(model), "--layers", "3:99"]) == 2
     assert "--layers 3:99 is not a part of a model of 7 blocks" in capfd.readouterr().err
     assert main(["worker", "--image-model", str(model), "--model", str(model)]) == 2
-    assert "give --model or --image-model" in capfd.readouterr().err
+    assert "give either --model or --image-model" in capfd.readouterr().err
     text = tiny.save("llama", tmp_path / "text")
     assert main(["worker", "--image-model", str(text)]) == 2
     assert f"--image-model is for diffusion models, which {text} is not" in capfd.readouterr().err

@@ -189,7 +189,7 @@ def test_masks_that_do_not_follow_from_the_padding(tmp_path: Path) -> None:
         states = torch.zeros(1, 4, 32)
         masks = {kind: torch.ones(1, 1, 4, 4, dtype=torch.bool) for kind in ("full_attention", "sliding_attention")}
         masks["full_attention"][..., 3, 1] = False
-        with pytest.raises(UnsupportedFeature, match="these do not"):
+        with pytest.raises(UnsupportedFeature, match="it has to follow from a 2-D attention_mask"):
             text(inputs_embeds=states, attention_mask=masks)
         assert worker.facts()["steps"] == 0
 
