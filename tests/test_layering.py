@@ -30,7 +30,7 @@ FLOORS = {
     ],
     "split_device": [
         *("sessions", "models", "speculation", "generation"),
-        *("images", "jobs", "serving", "batches", "stress", "cli"),
+        *("images", "jobs", "serving", "submission", "batches", "stress", "cli"),
     ],
     "split_worker": [
         "limits",

@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from split_device.generation.request import Request
     from split_device.generation.settings import Sampling
     from split_device.images.settings import ImageSettings
-    from split_device.jobs.submit import Device, ImageDevice
     from split_device.models.language import SplitModelForCausalLM, SplitModelForImageTextToText
     from split_device.models.transformer import SplitFluxTransformer2DModel, SplitSD3Transformer2DModel
     from split_device.models.unet import SplitUNet2DConditionModel
     from split_device.sessions.connection import Connection
+    from split_device.submission.submit import Device, ImageDevice
 
 __all__ = [
     "Connection",
@@ -33,9 +33,9 @@ __all__ = [
 
 _MODULES = {
     "Connection": "split_device.sessions.connection",
-    "Device": "split_device.jobs.submit",
+    "Device": "split_device.submission.submit",
     "Generator": "split_device.generation.generator",
-    "ImageDevice": "split_device.jobs.submit",
+    "ImageDevice": "split_device.submission.submit",
     "ImageSettings": "split_device.images.settings",
     "Limits": "split_device.generation.limits",
     "Request": "split_device.generation.request",

@@ -103,17 +103,23 @@ def test_tools_and_what_they_answer(device: Device) -> None:
     answer = device.submit([asked, message, result], tools=tools, tool_choice="none", max_tokens=8)
     assert answer.message(PATIENCE) == {"role": "assistant", "content": answer.result()}
     wrongs: list[tuple[dict[str, Any], str]] = [
-        ({"tools": []}, "there is none"),
-        ({"tools": [*tools, *tools]}, "two have one name"),
-        ({"tools": [tools[0]["function"]]}, "unknown field `name`"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice needs tools"),
+        ({"tools": [*tools, *tools]}, r"tools\[1\].function.name: another tool is called weather"),
+        ({"tools": [tools[0]["function"]]}, r"tools\[0\].function is not a JSON object"),
         ({"tools": tools, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "is called 'f'"),
     ]
     for wrong, said in wrongs:
         with pytest.raises(ConfigError, match=said):
             device.submit("Hello", **wrong)
-    for message, said in (({**asked, "mood": "good"}, "unknown field `mood`"), ({"role": "user"}, "no content")):
+    where = r"messages\[1\]."
+    image = {"type": "image_url", "image_url": {"url": "https://host/a.png"}}
+    for message, said in (
+        ({**asked, "mood": "good"}, f"{where}mood: unknown field"),
+        ({"role": "user"}, f"{where}content: required"),
+        ({"role": "user", "content": [image]}, "'https' URLs are not fetched"),
+    ):
         with pytest.raises(ConfigError, match=said):
-            device.submit([message])
+            device.submit([asked, message])
 
 
 def test_errors_are_raised_or_returned(device: Device, expected: list[str]) -> None:

@@ -20,7 +20,7 @@ import tiny
 import tiny_vision
 from fleet import serving_here
 from split_common.system.process import running_command
-from split_device import Connection, Limits
+from split_device import Connection, Device, Limits
 from split_device.cli.doctor_model import model_findings
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.image_prompts import encode_with_images
@@ -145,14 +145,18 @@ def test_jobs(
         run("submit", "what?", *arguments, *options).out.strip()
         for arguments in (shown, ["--show", copy], ["--system", "Be brief."])
     ]
+    one, two = pictures
+    (message,) = asked(data_url(one), two.as_uri(), "what?")
+    ids.append(Device(checkpoint).submit([message], temperature=0, max_tokens=TOKENS).id)
     copy.write_bytes(pictures[1].read_bytes())
     with Store(store_path()) as store, Models(Connection(broker=broker), Limits()) as models:
         runner = JobRunner(store, models, 0)
         while any(store.get(id_).state in ("queued", "running") for id_ in ids):
             runner.turn()
-        both, changed, without = (store.get(id_) for id_ in ids)
+        both, changed, without, from_python = (store.get(id_) for id_ in ids)
         assert both.state == without.state == "succeeded", both.error
         assert store.progress(both.id).text == unsplit.say([*map(image, pictures), text("what?")])
+        assert store.progress(from_python.id).text == store.progress(both.id).text, from_python.error
         assert store.progress(without.id).text == unsplit.say(
             [text("what?")], [{"role": "system", "content": [text("Be brief.")]}]
         )

@@ -15,6 +15,7 @@ from split_device.generation.tokenizing import encode_chat
 from split_device.generation.tools import NamedTool, Tool, ToolCall, ToolUse
 from split_device.jobs.conversation import chat_messages
 from split_device.jobs.job import Message
+from split_device.serving.openai.messages import parse_messages
 
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "string"}}}
 TOOL = Tool(name="f", description="Does it.", parameters=PARAMETERS)
@@ -65,6 +66,16 @@ def test_tools_are_spelled_out(tokenizer: Any) -> None:
         "user:<tool_response>\ndone\n</tool_response></s>assistant:"
     )
     assert "You can call tools" not in prompt(tokenizer, ChatTemplate(), None)
+
+
+def test_arguments_are_text_or_an_object() -> None:
+    def parsed(arguments: Any) -> ToolCall:
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        (message,) = parse_messages([{"role": "assistant", "tool_calls": [call]}])
+        (found,) = message.tool_calls or ()
+        return found
+
+    assert parsed({"a": "b"}) == parsed('{"a":"b"}') == ToolCall(id="1", name="f", arguments='{"a":"b"}')
 
 
 def test_a_template_without_system_messages(tokenizer: Any) -> None:

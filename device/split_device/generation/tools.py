@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
-
-from split_common.errors import ConfigError
 
 #: Names that tools can have.
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
@@ -89,49 +87,3 @@ def joined_calls(deltas: Iterable[ToolCallDelta]) -> tuple[ToolCall, ...]:
             else msgspec.structs.replace(known, arguments=known.arguments + delta.arguments)
         )
     return tuple(calls.values())
-
-
-class _Described(Tool, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A tool as OpenAI's format has it."""
-
-
-class _Function(msgspec.Struct, frozen=True, tag="function", tag_field="type", forbid_unknown_fields=True):
-    function: _Described
-
-
-class _Named(msgspec.Struct, frozen=True, tag="function", tag_field="type"):
-    function: NamedTool
-
-
-def tool_use(
-    tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any] = "auto", parallel: bool = True
-) -> ToolUse:
-    """Tools in OpenAI's format, and how they may be called.
-
-    Args:
-        tools: `{"type": "function", "function": {"name": …, "description": …, "parameters": …, "strict": …}}`.
-        choice: `auto`, `none`, `required`, or `{"type": "function", "function": {"name": …}}`.
-        parallel: whether one answer may call several.
-
-    Raises:
-        ConfigError: this is not the format, there is no tool, or there is none of the name that is chosen.
-    """
-    try:
-        described = msgspec.convert(list(tools), list[_Function])
-        found = tuple(Tool(**msgspec.structs.asdict(each.function)) for each in described)
-        named = None if isinstance(choice, str) else msgspec.convert(choice, _Named).function
-        chosen = named or msgspec.convert(choice, Literal["auto", "none", "required"])
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"tools, or tool_choice: {error}") from None
-    names = [tool.name for tool in found]
-    if wrong := [name for name in names if not TOOL_NAME.fullmatch(name)]:
-        raise ConfigError(
-            f"tools: {wrong[0]!r} is not a name of 1 to 128 letters, digits, dots, dashes and underscores"
-        )
-    if len(set(names)) < len(names):
-        raise ConfigError("tools: two have one name")
-    if named is not None and named.name not in names:
-        raise ConfigError(f"tool_choice: no tool is called {named.name!r}")
-    if not found:
-        raise ConfigError("tools: there is none")
-    return ToolUse(tools=found, choice=chosen, parallel=parallel)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
-from split_common.errors import ConfigError
-from split_device.generation.tools import ToolCall, joined_calls
-from split_device.jobs.job import JobProgress, Message
+from split_device.generation.tools import ToolCall
+from split_device.jobs.job import Message
 
 
 def chat_messages(messages: Sequence[Message], chat_template: str) -> list[dict[str, Any]]:
@@ -51,68 +50,3 @@ def _parsed(arguments: str) -> Any:
     except (msgspec.DecodeError, RecursionError):
         return arguments
     return value if isinstance(value, dict) else arguments
-
-
-class _Called(msgspec.Struct, frozen=True):
-    name: str
-    arguments: str | dict[str, Any] = "{}"
-
-
-class _Call(msgspec.Struct, frozen=True):
-    id: str
-    function: _Called
-    type: Literal["function"] = "function"
-
-
-class _Given(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    role: str
-    content: str | None = None
-    tool_calls: tuple[_Call, ...] = ()
-    tool_call_id: str | None = None
-    reasoning_content: str = ""
-
-
-def parse_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
-    """Messages in OpenAI's format, those of tools and with calls included.
-
-    Raises:
-        ConfigError: one is not a message. The error names its field.
-    """
-    try:
-        return tuple(map(_message, msgspec.convert([dict(each) for each in messages], list[_Given])))
-    except (msgspec.ValidationError, TypeError, ValueError) as error:
-        raise ConfigError(f"the conversation is not one: {error}") from None
-
-
-def _message(given: _Given) -> Message:
-    if given.content is None and not given.tool_calls:
-        raise ConfigError(f"the conversation is not one: a message of the {given.role} has no content")
-    calls = tuple(
-        ToolCall(id=call.id, name=call.function.name, arguments=_arguments(call.function.arguments))
-        for call in given.tool_calls
-    )
-    return Message(
-        given.role,
-        given.content or "",
-        tool_calls=calls or msgspec.UNSET,
-        reasoning=given.reasoning_content or msgspec.UNSET,
-        tool_call_id=msgspec.UNSET if given.tool_call_id is None else given.tool_call_id,
-    )
-
-
-def _arguments(arguments: str | dict[str, Any]) -> str:
-    return arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()
-
-
-def answer_message(progress: JobProgress) -> dict[str, Any]:
-    """An answer as a message in OpenAI's format, which `parse_messages` takes back."""
-    calls = [
-        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-        for call in joined_calls(progress.tool_calls)
-    ]
-    return {
-        "role": "assistant",
-        "content": progress.text or (None if calls else ""),
-        **({"reasoning_content": progress.reasoning} if progress.reasoning else {}),
-        **({"tool_calls": calls} if calls else {}),
-    }

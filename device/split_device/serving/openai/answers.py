@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,8 @@ class Header:
 
 def chat_choice(index: int, choice: Choice) -> dict[str, Any]:
     """A whole choice of a chat."""
-    return _choice(index, {"message": _message(choice)}, choice)
+    message = assistant_message(choice.text, choice.reasoning, choice.tool_calls) | {"refusal": None}
+    return _choice(index, {"message": message}, choice)
 
 
 def chat_piece(index: int, piece: Choice, first: bool) -> dict[str, Any]:
@@ -54,14 +56,14 @@ def usage_chunk(header: Header, usage: Usage) -> dict[str, Any]:
     return header.fields(CHUNKS[header.kind]) | {"choices": [], "usage": usage.fields()}
 
 
-def _message(choice: Choice) -> dict[str, Any]:
-    calls = joined_calls(choice.tool_calls)
+def assistant_message(text: str, reasoning: str, deltas: Iterable[ToolCallDelta]) -> dict[str, Any]:
+    """A whole answer as a message, which can be part of the next prompt."""
+    calls = joined_calls(deltas)
     made = [{"id": call.id, "type": "function", "function": _function(call)} for call in calls]
     return {
         "role": "assistant",
-        "content": choice.text or (None if calls else ""),
-        "refusal": None,
-        **_reasoning(choice.reasoning),
+        "content": text or (None if calls else ""),
+        **_reasoning(reasoning),
         **({"tool_calls": made} if made else {}),
     }
 

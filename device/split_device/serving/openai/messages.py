@@ -27,8 +27,11 @@ class _TextPart(msgspec.Struct, frozen=True, tag="text", tag_field="type"):
 
 class _Called(msgspec.Struct, frozen=True):
     name: str
-    #: JSON text.
-    arguments: str = "{}"
+    #: JSON text; or an object, as chat templates show it.
+    arguments: str | dict[str, Any] = "{}"
+
+    def text(self) -> str:
+        return self.arguments if isinstance(self.arguments, str) else msgspec.json.encode(self.arguments).decode()
 
 
 class _Call(msgspec.Struct, frozen=True):
@@ -77,7 +80,7 @@ class _Assistant(
 
     def message(self) -> Message:
         calls = tuple(
-            ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
+            ToolCall(id=call.id, name=call.function.name, arguments=call.function.text())
             for call in self.tool_calls
         )
         thought = self.reasoning_content or self.reasoning

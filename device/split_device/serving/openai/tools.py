@@ -34,18 +34,25 @@ def take_tools(fields: dict[str, Any]) -> dict[str, Any]:
     given = {name: left.pop(name, None) for name in FIELDS}
     if "tool_use" in left:
         raise ApiError("tool_use: unknown field")
-    tools = parse_tools(given["tools"])
-    choice = _choice(given["tool_choice"], tools)
-    parallel = given["parallel_tool_calls"]
-    if not isinstance(parallel, bool | None):
-        raise ApiError("parallel_tool_calls: expected true or false", param="parallel_tool_calls")
-    if tools:
-        left["tool_use"] = ToolUse(tools=tools, choice=choice, parallel=parallel is not False)
+    if use := parse_tool_use(given["tools"], given["tool_choice"], given["parallel_tool_calls"]):
+        left["tool_use"] = use
     return left
 
 
-def parse_tools(tools: object) -> tuple[Tool, ...]:
-    """The tools of a chat. Raises ApiError that names the tool and its wrong field."""
+def parse_tool_use(tools: object, choice: object, parallel: object) -> ToolUse | None:
+    """What the fields `tools`, `tool_choice` and `parallel_tool_calls` say; None for no tools.
+
+    Raises:
+        ApiError: one of them is wrong, or not supported. The error names the tool and its wrong field.
+    """
+    found = _tools(tools)
+    chosen = _choice(choice, found)
+    if not isinstance(parallel, bool | None):
+        raise ApiError("parallel_tool_calls: expected true or false", param="parallel_tool_calls")
+    return ToolUse(tools=found, choice=chosen, parallel=parallel is not False) if found else None
+
+
+def _tools(tools: object) -> tuple[Tool, ...]:
     if tools is None:
         return ()
     if not isinstance(tools, list):

@@ -17,10 +17,8 @@ from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.grammar import grammar_of
 from split_device.generation.settings import Sampling, within_bounds
 from split_device.generation.structured import StructuredOutputs
-from split_device.generation.tools import tool_use
 from split_device.images.settings import ImageSettings, check_size, pipeline_directory
 from split_device.jobs.agent import running_agent
-from split_device.jobs.conversation import answer_message, parse_messages
 from split_device.jobs.follow import POLL_INTERVAL, image_output, text_output
 from split_device.jobs.job import (
     FINAL,
@@ -34,8 +32,13 @@ from split_device.jobs.job import (
     adapter_choices,
     checkpoint,
 )
-from split_device.jobs.many import SubmitsMany, SubmittedMany
 from split_device.jobs.store import Store, store_path
+from split_device.serving.fields import ApiError
+from split_device.serving.media import with_local_files
+from split_device.serving.openai.answers import assistant_message
+from split_device.serving.openai.messages import parse_messages
+from split_device.serving.openai.tools import parse_tool_use
+from split_device.submission.many import SubmitsMany, SubmittedMany
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -90,7 +93,8 @@ class Device(SubmitsMany[str]):
         parallel_tool_calls: bool = True,
         **fields: Any,
     ) -> SubmittedText:
-        """Submits a user's message, or a conversation: messages in OpenAI's format, whose contents are texts.
+        """Submits a user's message, or a conversation: messages in OpenAI's format, also with images, as data
+        URLs or `file:///…`.
 
         Args:
             stop: texts at which the answer ends.
@@ -116,8 +120,8 @@ class Device(SubmitsMany[str]):
         template = ChatTemplate(chat_template, dict(chat_template_kwargs or {}))
         chosen = dataclasses.replace(sampling or Sampling(), **fields).checked()
         task = self._task(prompt, stop, chosen, template, structured)
-        if tools is not None:
-            task = structs.replace(task, tool_use=tool_use(tools, tool_choice, parallel_tool_calls))
+        if use := _parsed(parse_tool_use, _json(tools), _json(tool_choice), parallel_tool_calls):
+            task = structs.replace(task, tool_use=use)
         return SubmittedText(
             _submit(task, priority, key, group, request_id, self._store_key), self._store_key, text_output
         )
@@ -160,14 +164,16 @@ class Device(SubmitsMany[str]):
     ) -> Task:
         if structured is not None:
             grammar_of(structured)
-        return Task(
+        told = (Message("user", prompt),) if isinstance(prompt, str) else _parsed(parse_messages, _json(prompt))
+        task = Task(
             model=self._model,
-            prompt=(Message("user", prompt),) if isinstance(prompt, str) else parse_messages(prompt),
+            prompt=told,
             sampling=sampling,
             stop=tuple(stop),
             chat_template=template.unless_default(),
             structured=structured or UNSET,
         )
+        return _parsed(with_local_files, task, [Path("/")])
 
 
 class ImageDevice(SubmitsMany["Image.Image"]):
@@ -266,6 +272,21 @@ def _submit_many(
         return SubmittedMany(store.submit_ids(((task, priority, None) for task in tasks), group), store_key, output)
 
 
+def _parsed(parse: Callable[..., _T], *values: object) -> _T:
+    """What a parser of the server makes of values. Raises ConfigError where it raises ApiError."""
+    try:
+        return parse(*values)
+    except ApiError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _json(value: Any) -> Any:
+    """Lists and dictionaries in place of other sequences and mappings. Values that JSON has no type for stay."""
+    if isinstance(value, Mapping):
+        return {name: _json(each) for name, each in value.items()}
+    return [_json(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def _check_prompts(prompts: Iterable[_P]) -> Iterable[_P]:
     """Returns prompts. Raises ConfigError for one text, whose characters would be prompts."""
     if isinstance(prompts, str):
@@ -342,4 +363,5 @@ class SubmittedText(Submitted[str]):
         """
         self.result(timeout)
         with Store(store_path(), self._store_key) as store:
-            return answer_message(store.progress(self.id))
+            progress = store.progress(self.id)
+            return assistant_message(progress.text, progress.reasoning, progress.tool_calls)
