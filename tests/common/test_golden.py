@@ -166,6 +166,22 @@ CODED: dict[str, payloads.Payload] = {
         size=300,
     ),
 }
+#: Steps that say which outputs are wanted.
+BRIEF: dict[str, payloads.Payload] = {
+    "last": payloads.BriefStep(
+        "float32",
+        1,
+        [payloads.Run(0, 0, [0, 1, 2]), payloads.Run(1, 0, [0])],
+        codec="exact",
+        size=16,
+        outputs=[2, 3],
+    ),
+    "none": payloads.BriefStep("bfloat16", 2, [payloads.Run(0, 4, [4, 5])], [0], 3, codec="lossless", size=7),
+    "image": payloads.BriefStep(
+        *("float16", 1, [payloads.Run(0, 7, [7, 8, 9, 10])], [0], 3, [[1, 2, 3, 4]], [payloads.Span(0, 8, 2)]),
+        *("int4", 300, [3]),
+    ),
+}
 CODED_REPLIES: dict[str, payloads.Payload] = {
     codec: payloads.CodedResult("bfloat16", 3, 2, 1500, 2500, codec, 9)  # type: ignore[arg-type]
     for codec in ("lossless", "int8", "int4")
@@ -253,6 +269,7 @@ def test_what_a_header_authenticates() -> None:
     ("name", "samples"),
     [
         *(("requests", REQUESTS), ("requests-placed", PLACED), ("requests-coded", CODED)),
+        ("requests-brief", BRIEF),
         *(("replies", REPLIES), ("replies-coded", CODED_REPLIES)),
     ],
 )
@@ -741,7 +758,7 @@ MODULES: tuple[ModuleType, ...] = (
 NOT_STORED: set[type] = {headers.Header, payloads.Payload, jobs.Job, jobs.JobProgress, jobs.Update}
 
 SAMPLES = (
-    *(HEADERS, KEYED_HEADERS, REQUESTS, PLACED, CODED, REPLIES, CODED_REPLIES, ROSTER, MANIFEST),
+    *(HEADERS, KEYED_HEADERS, REQUESTS, PLACED, CODED, BRIEF, REPLIES, CODED_REPLIES, ROSTER, MANIFEST),
     *(DEVICE.certificate, WORKER.certificate),
     *(TASKS, RESPONSES, ACTION, TextPiece([1], "one"), CALL_PIECE, SCORED_PIECE, LETTER, RECORD),
     *(FINISHED, ENTRY, FORMED),

@@ -199,4 +199,4 @@ def test_a_worker_refuses_bytes_that_do_not_fit(broker: str, checkpoint: Path, c
 )
 def test_a_device_refuses_an_answer_that_is_encoded_otherwise(reply: payloads.Result) -> None:
     with pytest.raises(Malformed):
-        Chunk([], torch.zeros(2, 32)).output(reply, memoryview(bytes(reply.tensor_bytes)), CODECS["int8"])
+        Chunk([], torch.zeros(2, 32)).output(reply, memoryview(bytes(reply.tensor_bytes)), CODECS["int8"], False)

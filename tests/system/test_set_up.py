@@ -245,6 +245,9 @@ def test_requests_say_what_they_need() -> None:
     assert placed.needs == set()
     assert msgspec.structs.replace(placed, axes=[[1, 2]]).needs == {"position-axes"}
     assert msgspec.structs.replace(placed, spans=[payloads.Span(0, 0, 2)]).needs == {"spans"}
+    brief = payloads.BriefStep("float32", 1, [payloads.Run(0, 0, [0])], codec="exact", size=4)
+    assert brief.needs == {"outputs"}
+    assert msgspec.structs.replace(brief, codec="int8").needs == {"outputs", "states-int8"}
     assert payloads.Fork(1, 0).needs == {"fork"}
     assert payloads.Denoise(None, [-1], [times, times], "float16").needs == set()
     assert payloads.Denoise(None, [-1], [numbers, times], "int4").needs == {"int8", "int4"}

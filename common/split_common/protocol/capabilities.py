@@ -22,12 +22,15 @@ INDIVISIBLE = "indivisible"
 #: A worker with this capability holds a session on that its device has finished with, for copies of it.
 KEEP = "keep"
 
+#: A worker with this capability returns only those outputs that a `BriefStep` asks for.
+OUTPUTS = "outputs"
+
 #: All. "adapters" gives a session one of the adapters that its worker has loaded; "fork" copies a session on its
 #: worker; "int4" and "int8" encode images; "position-axes" and "spans" are what a `PlacedStep` says of images;
 #: "session-keys" names sessions by keys, as in version 2 of the headers; "states-…" are codecs of a `CodedStep`.
 CAPABILITIES = frozenset(
     {
-        *("adapters", "fork", INDIVISIBLE, "int4", "int8", KEEP, SESSION_KEYS, UNPADDED, "position-axes", "spans"),
-        *("states-lossless", "states-int8", "states-int4"),
+        *("adapters", "fork", INDIVISIBLE, "int4", "int8", KEEP, OUTPUTS, SESSION_KEYS, UNPADDED),
+        *("position-axes", "spans", "states-lossless", "states-int8", "states-int4"),
     }
 )

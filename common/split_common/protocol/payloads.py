@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from split_common.protocol.capabilities import CAPABILITIES, KEEP
+from split_common.protocol.capabilities import CAPABILITIES, KEEP, OUTPUTS
 from split_common.protocol.headers import Hash, Natural, Seconds, SessionRef
 
 #: Bytes of a number in each dtype that hidden states may have on the wire.
@@ -130,7 +130,7 @@ class PlacedStep(Step, frozen=True, tag=13):
 class CodedStep(PlacedStep, frozen=True, tag=15):
     """A step whose hidden states, `size` bytes, are encoded, and so those of its answer; with images or without."""
 
-    codec: StatesCodec = "lossless"
+    codec: StatesCodec | Literal["exact"] = "lossless"
     size: Natural = 0
 
     @property
@@ -143,7 +143,22 @@ class CodedStep(PlacedStep, frozen=True, tag=15):
 
     @property
     def needs(self) -> frozenset[str]:
-        return super().needs | {f"states-{self.codec}"}
+        return super().needs | CAPABILITIES.intersection({f"states-{self.codec}"})
+
+
+class BriefStep(CodedStep, frozen=True, tag=17):
+    """A step, in any codec, of which only some tokens' outputs are wanted."""
+
+    #: The indices of these tokens, in ascending order; none if the outputs of no token are wanted.
+    outputs: list[Natural] = []
+
+    @property
+    def reserved(self) -> int:
+        return super().reserved + 5 * len(self.outputs)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | {OUTPUTS}
 
 
 class Fork(Payload, frozen=True, tag=2):
@@ -190,7 +205,7 @@ class Keep(Payload, frozen=True, tag=14):
 
 
 class Result(Payload, frozen=True, tag=4):
-    """Answer to a `Step`. The tensor is the body's output, `[tokens, width]`."""
+    """Answer to a `Step`. The tensor is the body's output, `[tokens, width]`, of the tokens that it asks for."""
 
     dtype: Dtype
     tokens: Natural
@@ -205,7 +220,7 @@ class Result(Payload, frozen=True, tag=4):
 
 
 class CodedResult(Result, frozen=True, tag=16):
-    """Answer to a `CodedStep`, in its codec."""
+    """Answer to a step whose hidden states are encoded, in its codec."""
 
     codec: StatesCodec = "lossless"
     size: Natural = 0
@@ -363,7 +378,7 @@ class Refusal(Payload, frozen=True, tag=6):
     seq: Natural = 0
 
 
-AnyTextRequest = Step | PlacedStep | CodedStep | Fork | UseAdapter | Close | Keep
+AnyTextRequest = Step | PlacedStep | CodedStep | BriefStep | Fork | UseAdapter | Close | Keep
 AnyRequest = AnyTextRequest | Conditioning | Denoise | TensorPart | PartRequest
 AnyReply = Result | CodedResult | Done | Refusal | Denoised | TensorPart
 
@@ -372,6 +387,7 @@ ANSWERS: dict[type[Payload], type[Payload]] = {
     Step: Result,
     PlacedStep: Result,
     CodedStep: CodedResult,
+    BriefStep: Result,
     Fork: Done,
     UseAdapter: Done,
     Conditioning: Done,

@@ -52,6 +52,8 @@ class ActiveRequest:
     prompt_tokens: int
     #: Whether tokens go through together as the unsplit model would have them.
     undivided: bool
+    #: Whether of its prompt only the last token's output is needed.
+    last_only: bool
     awaits_first_token: bool = True
     #: Number of tokens that have entered the head, and the tail.
     head_tokens: int = 0
@@ -173,9 +175,12 @@ class ActiveRequest:
     def _run(self, part: Part, on_output: Callable[[torch.Tensor], None]) -> torch.Tensor:
         """Runs a step whose first part is this one. Returns the last part of its output."""
         states, is_last = part
+        last_only = self.last_only and self.awaits_first_token
         if is_last:
-            return self.session.step(states[None], self._context(len(states)))[0]
-        return self.session.stream(PromptParts(states, self._next_part, on_output))
+            context = self._context(len(states))
+            context.last = 1 if last_only else None
+            return self.session.step(states[None], context)[0]
+        return self.session.stream(PromptParts(states, self._next_part, on_output, last_only))
 
     def _next_part(self, wait: bool) -> Part | None:
         try:

@@ -81,6 +81,7 @@ class ActiveRequests:
             deque([first, *later]),
             len(first),
             self._layers.indivisible,
+            self._layers.tail is None and generation.request.prompt_logprobs is None,
         )
         generation.session = request.session.identity.label
         self.by_generation[generation] = request

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from split_common.compat.transformers import captured_outputs
+from split_common.compat.transformers import active_captures, captured_outputs
 from split_common.errors import UnsupportedFeature
 from split_common.models.cache_layers import States, copy_states, crop_keys, has_states, restore_states, was_used
 from split_common.models.layer_stack import PassThrough
@@ -117,6 +117,9 @@ class RemoteBody(RemoteLayer):
         context = forwarding.get() or StepContext()
         context.timings.lap("head")
         refuse_gradients(hidden)
+        if active_captures():
+            # Hidden states of all tokens are asked for.
+            context.last = None
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         with self._session(cache, context, hidden.shape[1]) as session:
             step = session.prepare(hidden, context)

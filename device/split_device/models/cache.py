@@ -188,7 +188,7 @@ class SessionCacheLayer(BodyLayer):
         Raises:
             SplitError: as `exchange`, or what `parts` raises; the session then holds what it held before.
         """
-        step = self.prepare(parts.states[None], StepContext())
+        step = self.prepare(parts.states[None], StepContext(last=parts.wanted(last=False)))
         step.parts = parts
         parts.begin(step, self.client.codec, self._places)
         self._session.call(self, step)
@@ -210,28 +210,23 @@ class SessionCacheLayer(BodyLayer):
         places = self._places(self._positions(batch, tokens, context.positions), context.ahead)
         rows, copies = self._distinct(hidden, keep, places)
         sent: torch.Tensor | None = None
+        wanted: torch.Tensor | None = None
         if len(rows) < batch or not keep.all():
             sent = torch.zeros_like(keep)
             sent[rows] = keep[rows]
+        if context.last is not None and context.last < tokens:
+            wanted = torch.zeros_like(keep)
+            wanted[:, tokens - context.last :] = True if sent is None else sent[:, tokens - context.last :]
         starts = cached.sum(1).tolist()
         runs = [
             PlacedRun(index, starts[row], places[row][keep[row]])
             for index, row in enumerate(rows)
             if keep[row].any()
         ]
-        with context.timings.measure("encode"):
-            packed = hidden.flatten(0, 1) if sent is None else hidden[sent]
-            requests = encode(self.client.codec, runs, packed, self._horizon(places)) if runs else []
-        return PreparedStep(
-            hidden,
-            places,
-            torch.cat([cached, keep], 1),
-            sent,
-            (rows, copies) if len(rows) < batch else None,
-            runs,
-            requests,
-            context.timings,
-        )
+        columns, moved = torch.cat([cached, keep], 1), (rows, copies) if len(rows) < batch else None
+        step = PreparedStep(hidden, places, columns, sent, wanted, moved, runs, context.timings)
+        step.requests = step.encode(self.client.codec, self._horizon(places))
+        return step
 
     def exchange(self, step: PreparedStep) -> torch.Tensor:
         """Sends a step. Returns the output of its tokens, `[tokens, width]`. Waits while workers are full.
@@ -244,7 +239,10 @@ class SessionCacheLayer(BodyLayer):
         replies = self._session.call(self, step)
         with step.timings.measure("decode"):
             codec = self.client.codec
-            parts = [chunk.output(*reply, codec) for (chunk, _), reply in zip(step.requests, replies, strict=True)]
+            parts = [
+                chunk.output(*reply, codec, step.brief)
+                for (chunk, _), reply in zip(step.requests, replies, strict=True)
+            ]
             output = parts[0] if len(parts) == 1 else torch.cat(parts)
         return output.to(step.hidden)
 
@@ -362,12 +360,11 @@ class SessionCacheLayer(BodyLayer):
 
     def send(self, session: RemoteSession, step: PreparedStep) -> list[Reply]:
         step.check_padding(session)
+        step.brief = session.brief
         if (parts := step.parts) is not None:
-            return timed(step.timings, lambda: session.stream(parts.requests(), step.timings))
+            return timed(step.timings, lambda: session.stream(parts.requests(step.brief), step.timings))
         if session.indivisible and len(step.requests) > 1:
-            packed = step.hidden.flatten(0, 1) if step.sent is None else step.hidden[step.sent]
-            with step.timings.measure("encode"):
-                step.requests = encode(self.client.codec, step.runs, packed, self._horizon(step.places), True)
+            step.requests = step.encode(self.client.codec, self._horizon(step.places), whole_runs=True)
         return self._send(session, step.requests, step.timings)
 
     def is_spoilt(self, step: PreparedStep) -> bool:
@@ -383,16 +380,17 @@ class SessionCacheLayer(BodyLayer):
             return
         interact = self._traits.positions_interact
         for runs, packed, last in self._history.replay(self._columns, interact or indivisible, indivisible):
+            # The outputs have come before.
+            wanted, horizon = torch.zeros(len(packed), dtype=torch.bool), last if interact else None
             with timings.measure("encode"):
-                requests = encode(
-                    self.client.codec, runs, packed, last if interact else None, whole_runs=indivisible
-                )
+                requests = encode(self.client.codec, runs, packed, horizon, indivisible, wanted)
             yield from requests
 
     def _send(self, session: RemoteSession, requests: Sequence[ChunkRequest], timings: StepTimings) -> list[Reply]:
         steps: list[tuple[payloads.Payload, memoryview | bytes]] = []
         for chunk, data in requests:
-            steps.append((chunk.step(None if steps else self._select, self.client.codec, len(data)), data))
+            select = None if steps else self._select
+            steps.append((chunk.step(select, self.client.codec, len(data), session.brief), data))
         replies = timed(timings, lambda: session.call(steps, timings))
         # The worker has moved its rows.
         self._select = None

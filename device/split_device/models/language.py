@@ -33,7 +33,7 @@ from split_device.models.body import Generating, RemoteBody, RemoteLayer, forwar
 from split_device.models.compression import known_codec
 from split_device.models.connected import ConnectedModel, Endpoint
 from split_device.models.masks import plain_mask
-from split_device.models.outputs import PARTIAL, REFUSED, refuse_outputs
+from split_device.models.outputs import PARTIAL, REFUSED, logits_to_keep, refuse_outputs
 from split_device.models.prepared import StepContext
 from split_device.models.traits import Traits, attends, has_states_outside, sees_gaps
 from split_device.sessions.client import Client
@@ -294,9 +294,13 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         # A model around the owner may install hooks of its own before the owner is called.
         self._check_outputs({name: kwargs.get(name) for name in PARTIAL})
         scope = self._scope
-        mask = (dict(zip(self._arguments, args, strict=False)) | kwargs).get("attention_mask")
+        given = dict(zip(self._arguments, args, strict=False)) | kwargs
+        mask = given.get("attention_mask")
+        # Layers of the tail need what all tokens bring.
+        last = logits_to_keep(given) if self.split.last == self.split.layers else None
         context = StepContext(
             mask if isinstance(mask, torch.Tensor) else None,
+            last=last,
             timings=StepTimings(scope.step_ended if scope is not None else None),
         )
         context.timings.lap("sampling")
@@ -308,7 +312,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         cache = given.get(self.split_parts.stack.cache_name)
         # The owner may have been called without the model around it.
         around = forwarding.get() or StepContext()
-        context = StepContext(positions=given.get("position_ids"), timings=around.timings)
+        context = StepContext(positions=given.get("position_ids"), last=around.last, timings=around.timings)
         forwarding.enter(context)
         self._check_outputs({name: getattr(self.config, name, False) for name in (*PARTIAL, *REFUSED)} | given)
         if cache is not None:

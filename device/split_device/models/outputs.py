@@ -81,6 +81,15 @@ def record(index: int, captured: Mapping[str, int], hidden: torch.Tensor, output
                 capture(active, name, output if output is not None else OnWorkerOutput(what, hidden))
 
 
+def logits_to_keep(options: Mapping[str, Any]) -> int | None:
+    """Of how many of a call's last tokens nothing but the logits is asked for, and of the others nothing at all.
+
+    None if that is not known: of the outputs of single layers, see `record`.
+    """
+    count = options.get("logits_to_keep")
+    return count if isinstance(count, int) and count > 0 and options.get("labels") is None else None
+
+
 def refuse_outputs(options: Mapping[str, Any], captured: Mapping[str, int], *, eager: bool) -> None:
     """Raises UnsupportedFeature for outputs that cannot be given, not even in part.
 

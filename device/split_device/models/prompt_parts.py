@@ -31,11 +31,13 @@ class PromptParts:
             further one will come.
         on_output: takes the body's output `[tokens, width]` of each message but the last one, in their order, as
             they come.
+        last_only: whether the output of the prompt's last token alone is wanted; that of the others is zero then.
     """
 
     states: torch.Tensor
     take_next: Callable[[bool], Part | None]
     on_output: Callable[[torch.Tensor], None]
+    last_only: bool = False
     #: The step, with the parts that have come, and how its states are encoded.
     step: PreparedStep = field(init=False)
     codec: Codec = field(init=False)
@@ -51,9 +53,13 @@ class PromptParts:
         self.step, self.codec, self._places = step, codec, places
         self._hidden, self._placed, self._length = [step.hidden], [step.places], step.columns.shape[1]
 
-    def requests(self) -> PartRequests:
+    def requests(self, brief: bool) -> PartRequests:
         """All requests of the step from the first one on, for a worker that has none of them."""
-        return PartRequests(self)
+        return PartRequests(self, brief)
+
+    def wanted(self, last: bool) -> int | None:
+        """Of how many tokens at the end of a part, perhaps the last one, the output is wanted; None for all."""
+        return int(last) if self.last_only else None
 
     def more(self, wait: bool) -> bool:
         """Adds the next part to the step. Returns whether there was one."""
@@ -63,8 +69,11 @@ class PromptParts:
         states, self.whole = part
         places = self._places(torch.arange(self._length, self._length + len(states))[None], None)
         runs = [PlacedRun(0, self._length, places[0])]
+        wanted = None
+        if (last := self.wanted(self.whole)) is not None:
+            wanted = torch.arange(len(states)) >= len(states) - last
         with self.step.timings.measure("encode"):
-            self.step.requests += encode(self.codec, runs, states, None)
+            self.step.requests += encode(self.codec, runs, states, None, wanted=wanted)
         self._length += len(states)
         self._hidden.append(states[None])
         self._placed.append(places)
@@ -76,13 +85,16 @@ class PromptParts:
         step.hidden, step.places = torch.cat(self._hidden, 1), torch.cat(self._placed, 1)
         step.columns = torch.ones(1, self._length, dtype=torch.bool)
 
-    def answered(self, index: int, reply: Reply) -> None:
+    def answered(self, index: int, reply: Reply, brief: bool) -> None:
         """Hands the output of a message on, unless an earlier worker has computed it."""
         if index < self._delivered:
             return
-        step = self.step
+        step, chunk = self.step, self.step.requests[index][0]
         with step.timings.measure("decode"):
-            output = step.requests[index][0].output(*reply, self.codec).to(step.hidden)
+            output = chunk.output(*reply, self.codec, brief).to(step.hidden)
+            if chunk.wanted is not None:
+                given, output = output, step.hidden.new_zeros(chunk.states.shape)
+                output[chunk.wanted] = given
         self._delivered += 1
         if self.whole and self._delivered == len(step.requests):
             self.output = output
@@ -95,8 +107,8 @@ class PartRequests:
 
     growing = True
 
-    def __init__(self, parts: PromptParts) -> None:
-        self._parts = parts
+    def __init__(self, parts: PromptParts, brief: bool) -> None:
+        self._parts, self._brief = parts, brief
         self._taken = 0
 
     @property
@@ -109,8 +121,8 @@ class PartRequests:
             return None
         chunk, data = step.requests[self._taken]
         self._taken += 1
-        request: payloads.Payload = chunk.step(None, self._parts.codec, len(data))
+        request: payloads.Payload = chunk.step(None, self._parts.codec, len(data), self._brief)
         return request, data
 
     def answered(self, index: int, reply: Reply) -> None:
-        self._parts.answered(index, reply)
+        self._parts.answered(index, reply, self._brief)

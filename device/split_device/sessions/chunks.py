@@ -24,34 +24,60 @@ class Chunk:
 
     runs: list[PlacedRun]
     states: torch.Tensor
-    #: Tokens whose output counts, bool `[tokens]`; None for all.
-    own: torch.Tensor | None = None
+    #: Tokens whose output is wanted, bool `[tokens]`; None for all.
+    wanted: torch.Tensor | None = None
 
-    def step(self, select: list[int] | None, codec: Codec, size: int) -> payloads.Step:
-        """What travels with the states, given the worker's row for each row, and their bytes in a codec."""
+    def step(self, select: list[int] | None, codec: Codec, size: int, brief: bool) -> payloads.Step:
+        """What travels with the states.
+
+        Args:
+            select: the worker's row for each row, if rows were moved.
+            codec, size: of the states' bytes.
+            brief: whether the worker returns only the outputs that are wanted.
+        """
         dtype, width = dtype_name(self.states.dtype), self.states.shape[1]
         runs = [run.run() for run in self.runs]
         axes, spans = [run.axes() for run in self.runs], [span for run in self.runs for span in run.spans()]
         placed: Any = {"axes": axes if any(axes) else [], "spans": spans}
+        coded = placed | {"codec": codec.name, "size": size}
+        if brief and self.wanted is not None:
+            outputs = self.wanted.nonzero().flatten().tolist()
+            return payloads.BriefStep(dtype, width, runs, select, **coded, outputs=outputs)
         if codec.name != EXACT:
-            placed |= {"codec": codec.name, "size": size}
-            return payloads.CodedStep(dtype, width, runs, select, **placed)
+            return payloads.CodedStep(dtype, width, runs, select, **coded)
         if any(axes) or spans:
             return payloads.PlacedStep(dtype, width, runs, select, **placed)
         return payloads.Step(dtype, width, runs, select)
 
-    def output(self, reply: payloads.AnyReply, data: memoryview, codec: Codec) -> torch.Tensor:
-        """The output `[tokens that count, width]`. Raises Malformed or NonFinite if the reply does not fit."""
-        if not isinstance(reply, payloads.Result) or (reply.tokens, reply.width) != self.states.shape:
-            raise Malformed(f"the worker returned no states of the shape {tuple(self.states.shape)}")
+    def output(self, reply: payloads.AnyReply, data: memoryview, codec: Codec, brief: bool) -> torch.Tensor:
+        """The output `[tokens that are wanted, width]`.
+
+        Args:
+            brief: whether the worker returns only that.
+
+        Raises:
+            Malformed, NonFinite: the reply does not fit.
+        """
+        tokens, width = self.states.shape
+        if brief and self.wanted is not None:
+            tokens = int(self.wanted.sum())
+        if not isinstance(reply, payloads.Result) or (reply.tokens, reply.width) != (tokens, width):
+            raise Malformed(f"the worker returned no states of the shape {(tokens, width)}")
         if codec.name != (reply.codec if isinstance(reply, payloads.CodedResult) else EXACT):
             raise Malformed(f"the worker returned states that are not encoded in {codec.name}")
-        output = codec.decode(data, reply.dtype, reply.tokens, reply.width)
-        return output if self.own is None else output[self.own]
+        if not tokens:
+            return self.states.new_empty(0, width, device="cpu")
+        output = codec.decode(data, reply.dtype, tokens, width)
+        return output if brief or self.wanted is None else output[self.wanted]
 
 
 def cut(
-    runs: list[PlacedRun], packed: torch.Tensor, limit: int, horizon: int | None = None, whole_runs: bool = False
+    runs: list[PlacedRun],
+    packed: torch.Tensor,
+    limit: int,
+    horizon: int | None = None,
+    whole_runs: bool = False,
+    wanted: torch.Tensor | None = None,
 ) -> list[Chunk]:
     """Cuts runs so that no chunk has more than `limit` tokens, unless they attend to each other both ways.
 
@@ -62,24 +88,29 @@ def cut(
         packed: the states of all runs, `[tokens, width]`.
         horizon: the largest position of the call; None if positions do not interact.
         whole_runs: whether no run may be cut at all.
+        wanted: tokens whose output is wanted, bool `[tokens]`; None for all.
     """
     chunks = []
     begin = 0
     for part in _chunked(runs, limit, whole_runs):
         lengths = [len(run) for run in part]
-        states = packed[begin : begin + sum(lengths)]
-        begin += sum(lengths)
+        here = slice(begin, begin + sum(lengths))
+        states, own = packed[here], None if wanted is None else wanted[here]
+        begin = here.stop
         short = [horizon is not None and int(run.positions.max()) < horizon for run in part]
         if horizon is None or not any(short):
-            chunks.append(Chunk(part, states))
+            chunks.append(Chunk(part, states, own))
             continue
-        pieces, own, extended = [], [], []
-        for run, own_states, extra in zip(part, torch.split(states, lengths), short, strict=True):
+        asked = torch.ones(len(states), dtype=torch.bool) if own is None else own
+        pieces, outputs, extended = [], [], []
+        for run, own_states, mine, extra in zip(
+            part, torch.split(states, lengths), torch.split(asked, lengths), short, strict=True
+        ):
             pieces += [own_states, own_states[-1:]] if extra else [own_states]
-            own += [True] * len(own_states) + [False] * extra
+            outputs += [mine, torch.zeros(int(extra), dtype=torch.bool)]
             places = torch.cat([run.places, torch.full_like(run.places[-1:], horizon)]) if extra else run.places
             extended.append(PlacedRun(run.row, run.start, places))
-        chunks.append(Chunk(extended, torch.cat(pieces), torch.tensor(own)))
+        chunks.append(Chunk(extended, torch.cat(pieces), torch.cat(outputs)))
     return chunks
 
 
@@ -104,9 +135,14 @@ ChunkRequest = tuple[Chunk, memoryview | bytes]
 
 
 def encode(
-    codec: Codec, runs: list[PlacedRun], packed: torch.Tensor, horizon: int | None, whole_runs: bool = False
+    codec: Codec,
+    runs: list[PlacedRun],
+    packed: torch.Tensor,
+    horizon: int | None,
+    whole_runs: bool = False,
+    wanted: torch.Tensor | None = None,
 ) -> list[ChunkRequest]:
-    """Cuts runs and their states `[tokens, width]` into requests.
+    """Cuts runs and their states `[tokens, width]` into requests. Arguments are those of `cut`.
 
     Raises:
         NonFinite: the states hold NaN or infinity.
@@ -119,5 +155,5 @@ def encode(
             f"{longest:,} tokens have to go through this model's layers together, and a message to a worker "
             f"holds {most:,}: shorten the prompt"
         )
-    chunks = cut(runs, packed, max(1, CHUNK_BYTES // token_bytes), horizon, whole_runs)
+    chunks = cut(runs, packed, max(1, CHUNK_BYTES // token_bytes), horizon, whole_runs, wanted)
     return [(chunk, codec.encode(chunk.states)) for chunk in chunks]

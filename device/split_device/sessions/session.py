@@ -12,7 +12,7 @@ import msgspec
 
 from split_common.errors import AuthenticationError, BrokerUnreachable, SessionLost, SplitError, WorkerSlow
 from split_common.protocol import encoding, headers, payloads
-from split_common.protocol.capabilities import INDIVISIBLE, KEEP, SESSION_KEYS, UNPADDED
+from split_common.protocol.capabilities import INDIVISIBLE, KEEP, OUTPUTS, SESSION_KEYS, UNPADDED
 from split_common.system.forks import Birthplace
 from split_common.transport import Transport
 from split_device.sessions.identity import SessionIdentity
@@ -110,6 +110,11 @@ class RemoteSession:
     def indivisible(self) -> bool:
         """Whether tokens that go through its worker together must do so in one message, and on the next worker."""
         return INDIVISIBLE in self.channel.crypto.capabilities
+
+    @property
+    def brief(self) -> bool:
+        """Whether its worker returns only those outputs that are wanted."""
+        return OUTPUTS in self.channel.crypto.capabilities
 
     @property
     def acked(self) -> int:

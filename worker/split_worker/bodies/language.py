@@ -176,6 +176,8 @@ class LanguageBody:
         if size > headers.MAX_BODY // 2:
             # The answer, in the body's dtype, would not fit into a message.
             raise Oversized(f"a step whose answer has {size} bytes: send it in chunks")
+        if isinstance(request, payloads.BriefStep):
+            _check_outputs(request)
         states = _codec(request).decode(data, request.dtype, request.tokens, request.width)
         return state.begin(request, states, self.runner)
 
@@ -207,9 +209,11 @@ class LanguageBody:
         if not isinstance(request, payloads.Step):
             return payloads.Done(), b""
         codec, dtype = _codec(request), dtype_name(output.dtype)
-        data = codec.encode(output)
+        if isinstance(request, payloads.BriefStep):
+            output = output[request.outputs]
+        data = codec.encode(output) if len(output) else b""
         tokens, width = output.shape
-        if not isinstance(request, payloads.CodedStep):
+        if not isinstance(request, payloads.CodedStep) or request.codec == "exact":
             return payloads.Result(dtype, tokens, width), data
         return payloads.CodedResult(dtype, tokens, width, codec=request.codec, size=len(data)), data
 
@@ -265,6 +269,15 @@ class LanguageBody:
     @property
     def _session_tokens(self) -> int:
         return min(SESSION_TOKENS, self.runner.max_positions)
+
+
+def _check_outputs(step: payloads.BriefStep) -> None:
+    """Raises Malformed if a step asks for outputs that it does not have, or for one twice."""
+    wanted = step.outputs
+    if wanted != sorted(set(wanted)) or (wanted and wanted[-1] >= step.tokens):
+        raise Malformed(
+            f"a step of {step.tokens} tokens asks for outputs that are not those of its tokens, in order"
+        )
 
 
 def _codec(step: payloads.Step) -> Codec:
