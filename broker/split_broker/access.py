@@ -24,7 +24,7 @@ from split_common.transport.peer_id import mark_of, member_mark
 from split_common.transport.supervised import count_dropped
 from split_common.transport.zmq_socket import curve_z85
 from split_common.trust.fleet import Fleet
-from split_common.trust.keys import MAX_SIGNED, Certificate, ModelScope, check_certificate, open_signed
+from split_common.trust.keys import MAX_SIGNED, Certificate, Member, ModelScope, check_certificate, open_signed
 
 #: Seconds for which devices are told of a worker that is not let in. It tries again sooner.
 TURNED_AWAY = 10.0
@@ -86,6 +86,16 @@ class Authentication:
             count_dropped(self._counters, AuthenticationError("a connection whose key may not connect"))
         return accepted
 
+    def owner(self, envelope: zmq.Frame) -> str:
+        """The name of the member whose CURVE key a message's connection has; empty over ipc, where it has none."""
+        if self._curve is None:
+            return ""
+        member = self._keyed(str(envelope.get("User-Id")))
+        return member.name if member is not None else ""
+
+    def _keyed(self, key: str) -> Member | None:
+        return self._fleet.roster().by_curve_key(zmq.utils.z85.decode(key))
+
     def member(self, envelope: zmq.Frame, announcement: Announce) -> str:
         """The name of the member that sent an announcement.
 
@@ -97,11 +107,10 @@ class Authentication:
             Malformed: the member is unknown or revoked, or has another name or role, or the peer's id bears another
                 member's mark, by which workers count set-ups.
         """
-        roster = self._fleet.roster()
         if self._curve is None:
-            member = roster.by_name(announcement.member)
+            member = self._fleet.roster().by_name(announcement.member)
         else:
-            member = roster.by_curve_key(zmq.utils.z85.decode(str(envelope.get("User-Id"))))
+            member = self._keyed(str(envelope.get("User-Id")))
         if (
             member is None
             or member.revoked

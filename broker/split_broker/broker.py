@@ -29,6 +29,7 @@ from split_broker.quotas import (
     ROSTER_REQUESTS,
     STRANGERS_WATCHED,
     TOO_OFTENS,
+    UNANNOUNCED,
     Rate,
     Rates,
 )
@@ -148,8 +149,11 @@ class Broker:
     def _handle(self, envelope: zmq.Frame, head: bytes, body: BodyBytes) -> None:
         route = envelope.bytes
         known = self._peers.get(self._routes.get(route, b""))
-        if known and len(head) > LONG_HEADER and not self._admits(known.member, LONG_HEADERS, len(head)):
-            return
+        if len(head) > LONG_HEADER:
+            # Also before anybody is announced: a member whose heartbeats are not admitted goes on sending them.
+            member = known.member if known else self._authentication.owner(envelope)
+            if not self._admits(member, LONG_HEADERS, len(head)):
+                return
         header = headers.decode_header(head)
         if isinstance(header, headers.Announce):
             member = self._authentication.member(envelope, header)
@@ -162,6 +166,8 @@ class Broker:
             # The peer has not announced itself to this broker yet, or uses another peer's id. The welcome says that
             # this broker is new, so the peer announces itself and sends again what was dropped.
             self.counters["unannounced"] += 1
+            if not self._admits(self._authentication.owner(envelope), UNANNOUNCED):
+                return
             with contextlib.suppress(zmq.ZMQError):
                 self._router.send(route, self._delivery.welcome([]))
             return

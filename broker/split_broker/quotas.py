@@ -33,6 +33,8 @@ OPENS = Rate(100, 1000)
 #: Answers that a request for a worker comes too often. What is asked beyond that is dropped: an answer costs the
 #: broker as much as a message of somebody else, and a device asks again by itself.
 TOO_OFTENS = Rate(100, 100)
+#: Messages of peers that are not announced, which are told so. Their heartbeats announce them soon in any case.
+UNANNOUNCED = Rate(100, 1000)
 #: Requests for the roster. A new roster makes all peers ask for it at once; what is dropped is asked for again.
 ROSTER_REQUESTS = Rate(50, 1000)
 

@@ -518,6 +518,20 @@ def test_only_keys_of_the_roster_get_in(tmp_path: Path, setting: Setting, broker
     assert not broker._peers
 
 
+def test_what_comes_before_an_announcement_is_its_members(
+    setting: Setting, broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owners = []
+    owner = broker._authentication.owner
+    monkeypatch.setattr(
+        broker._authentication, "owner", lambda envelope: (owners.append(owner(envelope)), owners[-1])[1]
+    )
+    with FakePeer(broker.address, setting.fleet, setting.fleet.read_identity("device-1")) as early:
+        early.send(headers.RosterRequest(early.id))
+        early.receive(headers.Welcome)
+    assert owners == ["device-1"]
+
+
 def test_an_unknown_device_is_told_so_in_time(tmp_path: Path, setting: Setting, broker) -> None:
     stranger: Identity = Setting(tmp_path, setting.checkpoint).fleet.read_identity("device-1")
     link = connect(broker.address, setting.own_fleet(), stranger)

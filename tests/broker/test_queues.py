@@ -344,3 +344,34 @@ def test_long_headers_are_counted_before_they_are_read(offline: Broker, monkeypa
     handle(offline, b"a1", headers.Probe())
     handle(offline, b"b1", watching)
     assert len(read) == admitted + 2
+
+
+def test_long_headers_count_for_their_member_before_it_is_announced(
+    offline: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many connections send them, and though none of their heartbeats is admitted."""
+    monkeypatch.setattr(broker_module, "LONG_HEADERS", Rate(0.0, 1024.0**2))
+    monkeypatch.setattr(broker_module, "ANNOUNCEMENTS", Rate(0.0, 0.0))
+    monkeypatch.setattr(offline._authentication, "owner", lambda envelope: envelope.bytes[:1].decode())
+    monkeypatch.setattr(offline._authentication, "member", lambda envelope, _: envelope.bytes[:1].decode())
+    read: list[int] = []
+    decode = headers.decode_header
+    monkeypatch.setattr(headers, "decode_header", lambda head: (read.append(len(head)), decode(head))[1])
+    strangers = [number.to_bytes(8, "big") for number in range(headers.MAX_WATCHED)]
+    watching = headers.Announce(id_of(b"c1"), "device", "c", watching=strangers)
+    for number in range(50):
+        handle(offline, f"c{number}".encode(), watching)
+    assert len(read) == 1024**2 // len(headers.encode_header(watching)) < 50
+    before = len(read)
+    handle(offline, b"d1", watching)
+    assert len(read) == before + 1
+
+
+def test_who_is_not_announced_is_told_so_now_and_then(offline: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker_module, "UNANNOUNCED", Rate(0.0, 3.0))
+    monkeypatch.setattr(offline._authentication, "owner", lambda envelope: envelope.bytes[:1].decode())
+    for number in range(20):
+        handle(offline, f"c{number}".encode(), headers.RosterRequest(id_of(b"c1")))
+    handle(offline, b"d1", headers.RosterRequest(id_of(b"d1")))
+    assert [to for to, _ in offline.sent] == [b"c0", b"c1", b"c2", b"d1"]  # type: ignore[attr-defined]
+    assert offline.counters["unannounced"] == 21
