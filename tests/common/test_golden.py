@@ -463,6 +463,7 @@ RECORD = batches.Record(
     written=batches.Written(100, 1_760_000_000_000_000_000),
     problem="no directory",
 )
+WRITING_RECORD = msgspec.structs.replace(RECORD, writing="e3" * 32)
 FINISHED = batches.FinishedBatch(5, 6, "f5" * 32, batches.Written(100, 1_760_000_000_000_000_000))
 ENTRY = batch_lines.Entry(
     number=7,
@@ -640,12 +641,14 @@ def test_what_is_kept_of_a_batch() -> None:
         "batches",
         {
             "record": msgspec.json.encode(RECORD),
+            "record of a file that is being written": msgspec.json.encode(WRITING_RECORD),
             "entry": msgspec.msgpack.encode(ENTRY),
             "formed entry": msgspec.msgpack.encode(FORMED),
             "finished": msgspec.json.encode(FINISHED),
         },
     )
-    assert msgspec.json.decode(msgspec.json.encode(RECORD), type=batches.Record) == RECORD
+    for record in (RECORD, WRITING_RECORD):
+        assert msgspec.json.decode(msgspec.json.encode(record), type=batches.Record) == record
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(ENTRY), type=batch_lines.Entry) == ENTRY
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(FORMED), type=batch_lines.Entry) == FORMED
 
@@ -760,7 +763,7 @@ NOT_STORED: set[type] = {headers.Header, payloads.Payload, jobs.Job, jobs.JobPro
 SAMPLES = (
     *(HEADERS, KEYED_HEADERS, REQUESTS, PLACED, CODED, BRIEF, REPLIES, CODED_REPLIES, ROSTER, MANIFEST),
     *(DEVICE.certificate, WORKER.certificate),
-    *(TASKS, RESPONSES, ACTION, TextPiece([1], "one"), CALL_PIECE, SCORED_PIECE, LETTER, RECORD),
+    *(TASKS, RESPONSES, ACTION, TextPiece([1], "one"), CALL_PIECE, SCORED_PIECE, LETTER, WRITING_RECORD),
     *(FINISHED, ENTRY, FORMED),
     Hello(ROOT, [AEGIS.name], SERVICE, "bfloat16", 2, ["fork"]),
     Answer(ROOT, AEGIS.name, b"credentials", 2, ["fork"]),

@@ -25,7 +25,9 @@ from serving import Unsplit
 from split_common.cli import main
 from split_common.errors import ConfigError
 from split_common.system.console import stderr
-from split_device.batches.place import Record, batches_dir, place_of
+from split_device.batches import finish
+from split_device.batches.place import Record, batches_dir, place_of, places
+from split_device.cli import batch as batch_command
 from split_device.cli import batch_run
 from split_device.cli.batch_progress import Lines
 from split_device.cli.batch_run import Work
@@ -341,8 +343,11 @@ def test_answers_go_where_they_can_be_written(
         assert message in capfd.readouterr().err
     assert json.loads(source.read_text())["custom_id"] == "a"
 
-    assert main(["batch", str(source), "-o", "/dev/stdout", *options]) == 0
-    assert json.loads(capfd.readouterr().out)["custom_id"] == "a"
+    for stdout in ("/dev/stdout", "-"):
+        assert main(["batch", str(source), "-o", stdout, *options]) == 0
+        assert json.loads(capfd.readouterr().out)["custom_id"] == "a"
+    assert main(["batch", str(source), "-o", "-", "--json", *options]) == 2
+    assert "--json and -o - do not go together: both write to stdout" in capfd.readouterr().out
     assert main(["batch", str(source), "-o", "/dev/null", *options]) == 0
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
 
@@ -391,6 +396,38 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(
     done = run(*command, "--json")
     assert (done.code, done.json["resumed"]) == (0, 2)
     assert len(output.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["answered", "errors"])
+@pytest.mark.parametrize("killed_in", ["note_done", "now", "clear"])
+def test_a_batch_that_is_killed_when_its_file_is_written(
+    run: Any,
+    checkpoint: Path,
+    address: str,
+    worker: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    killed_in: str,
+    long: bool,
+) -> None:
+    """The same command goes on: the file is its own."""
+    source, output = write(tmp_path / "in.txt", "one", *(["long " * 600] if long else [])), tmp_path / "out.jsonl"
+    command = ("batch", source, "-o", output, "--max-tokens", 3, "--model", checkpoint, "--broker", address)
+
+    def die(*_: Any) -> None:
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_command if killed_in == "clear" else finish, killed_in, die)
+        with pytest.raises(SystemExit):
+            run(*command)
+    written = output.read_text()
+    assert len(written.splitlines()) == 1 + long
+    done = run(*command, "--json")
+    assert done.code == int(long), done.err
+    assert output.read_text() == written
+    assert (done.json["resumed"], done.json["tokens"]) == (1, 0)
+    assert any(record.output == str(output) for _, record in places()) == long
 
 
 def test_answers_that_are_not_used_with_other_settings_are_told(

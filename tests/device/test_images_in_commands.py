@@ -121,6 +121,27 @@ def test_a_conversation_with_images(
     assert (done.code, "cannot be read as an image" in done.err) == (2, True)
 
 
+class Terminal(io.StringIO):
+    """What somebody types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_images_are_shown_after_a_turn_that_fails(
+    run: Any, checkpoint: Path, broker: str, unsplit: Unsplit, pictures: list[Path]
+) -> None:
+    typed = Terminal(f"/show {pictures[0]}\n{'long ' * 600}\nwhat?\nand now?\n")
+    options = ("--model", checkpoint, "--broker", broker, "--temperature", 0, "--max-tokens", TOKENS, "--json")
+    done = run("chat", *options, stdin=typed)
+    assert "tokens leave no room in the model" in done.err
+    asked = [image(pictures[0]), text("what?")]
+    first = unsplit.say(asked)
+    earlier = [{"role": "user", "content": asked}, {"role": "assistant", "content": [text(first)]}]
+    second = unsplit.say([text("and now?")], earlier)
+    assert [turn["text"] for turn in json.loads(done.out.strip("> "))["turns"]] == [first, second]
+
+
 def test_texts_alone(run: Any, checkpoint: Path, broker: str, unsplit: Unsplit) -> None:
     """The chat template reads parts, and leaves out what is a text."""
     options = ("--model", checkpoint, "--broker", broker, "--temperature", 0, "--max-tokens", TOKENS, "--json")

@@ -22,6 +22,7 @@ from split_common.cli.presentation import present
 from split_common.errors import ConfigError, SplitError
 from split_common.system.console import emit_json, prepare_output
 from split_common.system.files import user_path
+from split_common.system.outputs import is_stdout, output_path
 from split_common.system.process import collect_seldom, keep_memory_private, reuse_memory
 from split_common.system.text import check_text
 
@@ -40,6 +41,9 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 #: Requirement to install, by the module that is missing. Other modules come with the package itself.
 EXTRAS = {"diffusers": "'lambda-split[diffusion]'", "PIL": "'lambda-split[diffusion]'"}
+
+#: The option, on every command that has it, of the file that is written.
+OUTPUT = "output"
 
 #: Loggers of libraries that warn while they are imported, whether they are used or not.
 _CHATTY = ("bitsandbytes", "torch.utils._pytree", "torchao")
@@ -100,7 +104,7 @@ def load_commands() -> None:
 
 
 def _expand_paths(commands: typer.Typer) -> None:
-    """Makes commands take `~` in paths also where no shell has expanded it: `--keys=~/keys`, or in a variable."""
+    """Makes commands take `~` in paths also where no shell has expanded it, and `-` for stdout in `--output`."""
     for command in commands.registered_commands:
         if command.callback is not None:
             command.callback = _with_user_paths(command.callback)
@@ -112,10 +116,12 @@ def _expand_paths(commands: typer.Typer) -> None:
 def _with_user_paths(callback: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(callback)
     def run(*args: Any, **options: Any) -> Any:
-        return callback(
-            *args,
-            **{name: user_path(value) if isinstance(value, Path) else value for name, value in options.items()},
-        )
+        paths = {name: user_path(value) for name, value in options.items() if isinstance(value, Path)}
+        if (output := paths.get(OUTPUT)) is not None:
+            paths[OUTPUT] = output_path(output)
+            if options.get("json") and is_stdout(paths[OUTPUT]):
+                raise ConfigError(f"--json and -o {output} do not go together: both write to stdout")
+        return callback(*args, **(options | paths))
 
     return run
 

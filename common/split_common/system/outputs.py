@@ -14,7 +14,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
@@ -27,12 +27,25 @@ from split_common.system.signals import delay_signals
 _OWN_FILE = re.compile(r"/(?:dev|proc/self)/fd/(\d+)", re.ASCII)
 _STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 
+#: Stands for stdout where a command takes a file to write.
+STDOUT = "-"
+
 #: Errors after which an existing file is written in place: its directory is not the user's to change, or it is a
 #: mount of its own, as in containers.
 _IN_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY}
 
 #: Mode of a new file: what it holds is for the user alone.
 NEW_FILE = 0o600
+
+
+def output_path(path: Path) -> Path:
+    """The path that a user means by the name of a file to write: `-` is stdout."""
+    return Path("/dev/stdout") if str(path) == STDOUT else path
+
+
+def is_stdout(path: Path) -> bool:
+    """Whether a path names this process's stdout."""
+    return _descriptor(path) == 1
 
 
 def is_stream(path: Path) -> bool:
@@ -133,11 +146,18 @@ def _opened(path: Path) -> IO[bytes]:
     return os.fdopen(handle, "wb")
 
 
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Writes a file of lines, which have their ends, as `write_output` does. They may be more than memory holds."""
+def write_lines(path: Path, lines: Iterable[str], ready: Callable[[IO[bytes]], object] | None = None) -> None:
+    """Writes a file of lines, which have their ends, as `write_output` does. They may be more than memory holds.
+
+    Args:
+        ready: gets the whole content before the file is touched.
+    """
     with tempfile.TemporaryFile(dir=private_dir(state_dir())) as file:
         for line in lines:
             file.write(line.encode())
+        if ready is not None:
+            file.seek(0)
+            ready(file)
         file.seek(0)
         write_output(path, file)
 

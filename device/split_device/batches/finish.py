@@ -12,7 +12,7 @@ from split_common.system.lock import Held, holding
 from split_device.batches.done import note_done
 from split_device.batches.outputs import write_results
 from split_device.batches.pictures import Pictures
-from split_device.batches.place import Place, Record, batches_dir, now, places, stamp
+from split_device.batches.place import Place, Record, batches_dir, digest_of, has_written, now, places, stamp
 from split_device.batches.plan import Plan
 from split_device.batches.results import Summary, results
 from split_device.jobs.store import Store
@@ -27,14 +27,20 @@ def finish(place: Place, record: Record, plan: Plan, store: Store) -> Summary:
         ConfigError: a file cannot be written, or the file of answers is not as the batch found or left it.
     """
     output = Path(record.output)
-    if stamp(output) not in (None, record.written):
+    if stamp(output) is not None and not has_written(record, output):
         raise ConfigError(
             f"{output} was written by something else meanwhile, and is not replaced. Remove it and give the same "
             f"command, or write the answers elsewhere: `lambda-split jobs result {place.name} -o FILE`"
         )
     if record.output_dir is not None:
         Pictures(Path(record.output_dir), plan, store).write()
-    summary = write_results(output, record.output_form, results(plan, store))
+    summary = write_results(
+        output,
+        record.output_form,
+        results(plan, store),
+        # A process that is killed before it notes the end leaves a file that is known by this.
+        lambda content: place.write(msgspec.structs.replace(record, writing=digest_of(content))),
+    )
     note_done(place, record, plan, store, summary.errors)
     place.write(
         msgspec.structs.replace(record, finished=now(), errors=summary.errors, written=stamp(output), problem=None)

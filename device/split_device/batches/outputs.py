@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 
@@ -32,8 +32,14 @@ def output_form(path: Path) -> OutputForm:
     return _FORMS.get(path.suffix.lower(), "jsonl")
 
 
-def write_results(path: Path, form: OutputForm, found: Iterator[Result]) -> Summary:
-    """Writes a whole file of answers at once. Raises ConfigError if it cannot be written."""
+def write_results(
+    path: Path, form: OutputForm, found: Iterator[Result], ready: Callable[[IO[bytes]], object] | None = None
+) -> Summary:
+    """Writes a whole file of answers at once. Raises ConfigError if it cannot be written.
+
+    Args:
+        ready: gets the whole content before the file is touched.
+    """
     summary = Summary()
 
     def counted() -> Iterator[Result]:
@@ -41,7 +47,7 @@ def write_results(path: Path, form: OutputForm, found: Iterator[Result]) -> Summ
             summary.add(result)
             yield result
 
-    write_lines(path, formatted(form, counted(), tabs=path.suffix.lower() == ".tsv"))
+    write_lines(path, formatted(form, counted(), tabs=path.suffix.lower() == ".tsv"), ready)
     return summary
 
 

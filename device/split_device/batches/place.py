@@ -9,7 +9,7 @@ import os
 import stat
 import time
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import msgspec
 
@@ -29,6 +29,9 @@ BatchState = Literal["running", "waiting", "interrupted", "ended"]
 
 #: Suffix of a plan that is being written.
 NEW_PLAN = ".new"
+
+#: Bytes of a file of answers that are hashed at a time.
+DIGESTED = 1024 * 1024
 
 #: Names of batches begin with this.
 PREFIX = "batch-"
@@ -61,6 +64,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     finished: float | None = None
     errors: int = 0
     written: Written | None = None
+    #: SHA-256 of the file of answers that is about to be written.
+    writing: str | msgspec.UnsetType = msgspec.UNSET
     #: Why the agent cannot go on with it.
     problem: str | None = None
 
@@ -161,9 +166,29 @@ def stamp(output: Path) -> Written | None:
     """What identifies the present content of a file; None for a stream, or if there is no file."""
     with contextlib.suppress(OSError):
         found = user_path(output).stat()
-        if stat.S_ISREG(found.st_mode):
+        if stat.S_ISREG(found.st_mode) and not is_stream(output):
             return Written(found.st_size, found.st_mtime_ns)
     return None
+
+
+def has_written(record: Record, output: Path) -> bool:
+    """Whether a file of answers is as its batch left it, even if the batch was killed before it could note that."""
+    found = stamp(output)
+    if found is None or record.written == found:
+        return found is not None
+    if record.writing is msgspec.UNSET:
+        return False
+    with contextlib.suppress(OSError), user_path(output).open("rb") as file:
+        return digest_of(file) == record.writing
+    return False
+
+
+def digest_of(file: IO[bytes]) -> str:
+    """SHA-256 of the rest of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    while data := file.read(DIGESTED):
+        digest.update(data)
+    return digest.hexdigest()
 
 
 def now() -> float:

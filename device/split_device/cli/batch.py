@@ -84,7 +84,7 @@ def batch(
             "-o",
             metavar="OUT",
             show_default="with --output-dir, results.jsonl in it",
-            help="Where to write the answers.",
+            help="Where to write the answers; `-` is stdout.",
         ),
     ] = None,
     input_format: InputFormatOption = None,
@@ -153,6 +153,9 @@ def batch(
             if not overwrite and (done := find_done(place, target)) is not None:
                 entries = (line.entry for line in parsed(lines, settings, output_dir is not None, note))
                 check_same(done, entries, target, work.output_form, output_dir, store_key)
+                if (left := place.record()) is not None and not left.detached:
+                    # Of a process that was killed when all was written.
+                    clear(place, left, 0)
                 report_done(place, target, done, json)
                 return
             before = work.check_new(overwrite)

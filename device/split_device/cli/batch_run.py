@@ -21,7 +21,7 @@ from split_common.system.signals import delay_signals
 from split_device.batches.finish import finish
 from split_device.batches.parsing import parsed
 from split_device.batches.pictures import Pictures, clashes
-from split_device.batches.place import FinishedBatch, OutputForm, Place, Record, now, stamp
+from split_device.batches.place import FinishedBatch, OutputForm, Place, Record, has_written, now, stamp
 from split_device.batches.plan import Plan
 from split_device.batches.results import Summary
 from split_device.batches.settings import BatchSettings
@@ -80,7 +80,7 @@ class Work:
             raise ConfigError(f"{self.output} is not a file, which --detach needs")
         before = self.place.record()
         done = before is not None and before.finished is not None and not before.errors
-        own = before is not None and before.written is not None and before.written == stamp(self.output)
+        own = before is not None and has_written(before, self.output)
         if not overwrite and (done or not own):
             check_absent(self.output)
         if before is not None and before.finished is not None and (overwrite or done):

@@ -89,8 +89,8 @@ def chat(
                     _continuing() if interactive else contextlib.nullcontext(),
                     answer_lines(json) as (on_text, think),
                 ):
-                    shown, images = images, []
-                    answer = conversation.say(line, sampling, on_text, stop or (), shown, structured, think)
+                    answer = conversation.say(line, sampling, on_text, stop or (), images, structured, think)
+                    images = []
                     turns.append({"prompt": line} | dataclasses.asdict(answer))
         if json:
             emit_json({"turns": turns, "traffic": split.traffic})

@@ -61,7 +61,8 @@ def image(
             "--output",
             "-o",
             metavar="FILE",
-            help="Where to write the image: a .png, .jpg or .webp file. An existing file is replaced.",
+            help="Where to write the image: a .png, .jpg or .webp file; `-` is stdout. An existing file is "
+            "replaced.",
         ),
     ],
     model: Annotated[ImageModel, IMAGE_MODEL_CUT.without("image_model").plus(image_model=_AliasedModelOption)],

@@ -136,7 +136,12 @@ def result(
     choice: ChoiceOptions,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Where to write an image: a .png, .jpg or .webp file."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Where to write an image: a .png, .jpg or .webp file; `-` is stdout.",
+        ),
     ] = None,
     output_dir: OutputDirOption = None,
     metadata: MetadataOption = True,

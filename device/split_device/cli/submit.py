@@ -128,7 +128,7 @@ def submit(
             "--output",
             "-o",
             metavar="FILE",
-            help="Where to write the image: a .png, .jpg or .webp file. Needs --image and --wait.",
+            help="Where to write the image: a .png, .jpg or .webp file; `-` is stdout. Needs --image and --wait.",
         ),
     ] = None,
     metadata: MetadataOption = True,
