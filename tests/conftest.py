@@ -35,6 +35,7 @@ from split_common.errors import ModelError
 from split_common.models.demo_model import ensure_demo_model
 from split_common.system.process import collect_seldom
 from split_common.transport.redis import lease
+from split_device.generation.compilers import COMPILERS
 
 # Signals may be ignored or blocked where the tests are started (in a job in the background, by cron), and then they
 # are in every process that a test starts. Not SIGHUP, which no test sends and `nohup` wants ignored.
@@ -80,6 +81,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _no_process_left() -> Iterator[None]:
     """Fail when a process that a test started outlives the last test."""
     yield
+    COMPILERS.close()
     children = [
         child for child in psutil.Process().children(recursive=True) if "resource_tracker" not in _command(child)
     ]

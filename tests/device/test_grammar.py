@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -16,13 +17,13 @@ from transformers import AutoTokenizer
 
 from grammar_walk import walk
 from split_common.errors import Busy, ConfigError, UnsupportedFeature
-from split_device.generation import grammar
+from split_device.generation import compilers, grammar
 from split_device.generation.constraint import ConstraintProcessor, GrammarConstraint, Grammars
 from split_device.generation.grammar import grammar_of
 from split_device.generation.structured import MAX_SOURCE, StructuredOutputs
 from split_device.generation.tagged import Tag, tagged
 from tiny import VOCABULARY, save_tokenizer
-from wiretap import wait_until
+from wiretap import LATE, wait_until
 
 CUSTOMER = {
     "type": "object",
@@ -247,10 +248,10 @@ def test_others_are_compiled_beside_one_that_takes_long(
     script.write_text(
         f"import pathlib, runpy, time\npathlib.Path({str(begun)!r}).touch()\n"
         f"while not pathlib.Path({str(gate)!r}).exists():\n    time.sleep(0.01)\n"
-        f"runpy.run_path({str(grammar.CHECK)!r}, run_name='__main__')\n"
+        f"runpy.run_path({str(compilers.CHECK)!r}, run_name='__main__')\n"
     )
     with monkeypatch.context() as patched:
-        patched.setattr(grammar, "CHECK", script)
+        patched.setattr(compilers, "CHECK", script)
         slow = grammars.compile(StructuredOutputs(regex="slow"))
         while not begun.exists():
             time.sleep(0.01)
@@ -269,6 +270,26 @@ def test_a_busy_machine_is_not_remembered(grammars: Grammars, monkeypatch: pytes
             grammars.compile(structured).result(60)
     wait_until(lambda: structured.source() not in grammars._kept)
     assert grammars.compile(structured).result(60)
+
+
+def test_the_process_that_compiles_is_there_before_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    start = compilers._start
+    monkeypatch.setattr(compilers, "_start", lambda: started.append(start()) or started[-1])
+    request = json.dumps({"kind": "regex", "text": "a", "seconds": 5}).encode()
+    with contextlib.closing(compilers.Compilers()) as own:
+        own.prepare()
+        own.prepare()
+        assert len(started) == 1
+        code, answer = own.run(request, LATE)
+        # The next one was started after this one had answered.
+        assert (code, started[0].poll(), started[1].poll(), len(started)) == (0, 0, None, 2)
+        started[1].kill()
+        started[1].wait()
+        assert own.run(request, LATE) == (0, answer)
+        assert len(started) == 4
+        started[3].stdin.close()
+        assert started[3].wait(LATE) == 1
 
 
 def test_the_largest_source_is_bounded() -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import signal
 import subprocess
-from pathlib import Path
 
 import msgspec
 
 from split_common.errors import Busy, ConfigError, UnsupportedFeature
-from split_common.system.process import python
+from split_device.generation.compilers import COMPILERS
 from split_device.generation.structured import Source, StructuredOutputs
 
 #: Most seconds of CPU time that a grammar takes to compile.
@@ -23,9 +21,6 @@ STUCK_SECONDS = 60.0
 
 #: Most grammars that are kept.
 KEPT = 64
-
-#: The program that compiles.
-CHECK = Path(__file__).with_name("grammar_check.py")
 
 #: What the compiler says of what it cannot enforce, and what is said here.
 _UNSUPPORTED = (
@@ -39,19 +34,6 @@ _UNSUPPORTED = (
         re.compile(r".*(look-?arounds?|backreferences|lookarounds).* not supported.*"),
         "{} in an expression cannot be enforced",
     ),
-)
-
-#: The variables that the process that compiles is given.
-_ENVIRONMENT = (
-    "PATH",
-    "LD_LIBRARY_PATH",
-    "PYTHONPATH",
-    "PYTHONHOME",
-    "PYTHONUSERBASE",
-    "HOME",
-    "LANG",
-    "LC_ALL",
-    "TMPDIR",
 )
 
 #: Most characters of what the compiler says that are passed on.
@@ -85,23 +67,14 @@ def _checked(source: Source) -> _Checked:
     """What the process that compiles says of a constraint. Raises Busy if it could not, which is not kept."""
     request = {"kind": source.kind, "text": source.text, "seconds": COMPILE_SECONDS}
     try:
-        done = subprocess.run(
-            python(str(CHECK)),
-            input=msgspec.json.encode(request),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            # It may be broken by what it compiles, so it knows no secrets.
-            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-            timeout=STUCK_SECONDS,
-            check=False,
-        )
+        code, output = COMPILERS.run(msgspec.json.encode(request), STUCK_SECONDS)
     except subprocess.TimeoutExpired:
         raise Busy("structured outputs: the machine is too busy to compile the grammar") from None
     except OSError as error:
         raise Busy(f"structured outputs: no process can be started to compile: {error.strerror}") from None
-    if done.returncode == -signal.SIGPROF:
+    if code == -signal.SIGPROF:
         return _Checked(error=f"it takes longer than {COMPILE_SECONDS:g} s to compile")
-    if done.returncode:
+    if code:
         return _Checked(error="it is too large or nested too deeply to compile")
-    checked = msgspec.json.decode(done.stdout, type=_Checked)
+    checked = msgspec.json.decode(output, type=_Checked)
     return msgspec.structs.replace(checked, error=" ".join(checked.error.split())[:_MAX_ERROR])

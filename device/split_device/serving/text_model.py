@@ -15,6 +15,7 @@ import msgspec
 
 from split_common.errors import PromptTooLong, UnsupportedFeature
 from split_device.generation.chat_template import ChatTemplate
+from split_device.generation.compilers import COMPILERS
 from split_device.generation.settings import Sampling
 from split_device.jobs.job import ModelChoice, Task
 from split_device.jobs.message_images import has_images
@@ -71,6 +72,8 @@ class TextModel:
         self.adapters: list[str] = loaded.model.split_parts.adapters.names
         #: One thread for each tokenizer, which several may not call at once: for most prompts, and for long ones.
         self._encoding, self._long = (ThreadPoolExecutor(1, name) for name in ("encoding", "encoding-long"))
+        # The first request with a schema, too, finds a process that has started.
+        COMPILERS.prepare()
 
     @property
     def names(self) -> list[str]:
