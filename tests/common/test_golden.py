@@ -65,14 +65,13 @@ from split_common.trust.passphrase import open_secret, seal_secret
 from split_device.batches import lines as batch_lines
 from split_device.batches import place as batches
 from split_device.cli import doctor
-from split_device.generation import chat as chatting
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.settings import Sampling
 from split_device.generation.structured import StructuredOutputs
 from split_device.generation.token_logprobs import TokenLogprobs
 from split_device.generation.tools import NamedTool, Tool, ToolCall, ToolCallDelta, ToolUse
 from split_device.images.settings import ImageSettings
-from split_device.jobs import hooks
+from split_device.jobs import chat, hooks
 from split_device.jobs import job as jobs
 from split_device.jobs.database import SCHEMA_VERSION
 from split_device.jobs.hooks import Action, DueHook
@@ -742,7 +741,7 @@ def test_json_of_jobs_and_dead_letters(run: Any, store_file: Path, monkeypatch: 
 def test_json_of_records() -> None:
     """Records whose fields are printed by their names."""
     records = {
-        "answer": chatting.ChatAnswer("Hi", 3, 2, "stop", 0.5, 1.5, "req-1", "a0a1a2a3", "Hm"),
+        "answer": chat.ChatAnswer("Hi", 3, 2, "stop", 0.5, 1.5, "req-1", "a0a1a2a3", "Hm", 1, 4, 3),
         "finding": doctor.Finding("keys", "ok", "/keys"),
         "part": parts.PartSize("body", "2:28", 10, 20, 0.5),
         "report": report.Report(*range(len(dataclasses.fields(report.Report)))),

@@ -1,7 +1,8 @@
-"""Conversations: streamed answers, and a cache that is continued from turn to turn."""
+"""Answers one at a time, and conversations: streamed, drafted, and continued from turn to turn."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from fleet import split_model
+from fleet import joined, running_broker, split_model, start_worker
 from split_common.errors import ConfigError, PromptTooLong, UnknownModel
-from split_device.generation.chat import Conversation
+from split_device.generation.generator import Generator
+from split_device.generation.limits import ONE_ANSWER
 from split_device.generation.settings import Sampling
-from split_device.generation.tokenizing import encode_chat, encode_text, load_tokenizer
+from split_device.generation.tokenizing import encode_chat, encode_text, end_tokens, load_tokenizer
+from split_device.jobs.chat import Conversation, answer
+from split_device.jobs.job import Message, ModelChoice, Task
+from split_device.jobs.models import Loaded
 
+CHOICE = ModelChoice(name="tiny")
 GREEDY = Sampling(max_tokens=6)
 
 
@@ -34,95 +40,132 @@ def tokenizer(checkpoint: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def split(transport: str, checkpoint: Path) -> Iterator[Any]:
-    with split_model(checkpoint) as model:
-        yield model
+def loaded(transport: str, checkpoint: Path, tokenizer: Any) -> Iterator[Loaded]:
+    with split_model(checkpoint) as model, Generator(model, limits=ONE_ANSWER) as generator:
+        yield Loaded(model, tokenizer, generator)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def unsplit(checkpoint: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(checkpoint).eval()
 
 
-def talk(model: Any, tokenizer: Any, *lines: str) -> list[str]:
-    conversation = Conversation(model, tokenizer)
-    return [conversation.say(line, GREEDY).text for line in lines]
+def alone(model: Any, tokenizer: Any, ids: torch.Tensor, sampling: Sampling = GREEDY) -> str:
+    """What the unsplit model says after a prompt."""
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=sampling.max_tokens,
+        eos_token_id=sorted(end_tokens(model, tokenizer)),
+        pad_token_id=0,
+        **sampling.resolved(model.generation_config).options(),
+    )
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-def afresh(model: Any, tokenizer: Any, *lines: str) -> list[str]:
-    """The same, and every turn is computed from its beginning."""
-    conversation = Conversation(model, tokenizer)
-    answers = []
+def talk_alone(model: Any, tokenizer: Any, *lines: str, sampling: Sampling = GREEDY) -> list[str]:
+    """Its answers to a conversation, each computed from the beginning."""
+    messages: list[dict[str, Any]] = []
     for line in lines:
-        conversation.forget_cache()
-        answers.append(conversation.say(line, GREEDY).text)
-    return answers
+        messages.append({"role": "user", "content": line})
+        text = alone(model, tokenizer, encode_chat(tokenizer, messages), sampling)
+        messages.append({"role": "assistant", "content": text})
+    return [message["content"] for message in messages[1::2]]
 
 
-def test_turns_are_those_of_the_unsplit_model(split: Any, unsplit: Any, tokenizer: Any) -> None:
-    lines = ("Hello", "What else?", "And then")
-    expected = afresh(unsplit, tokenizer, *lines)
-    assert talk(split, tokenizer, *lines) == talk(unsplit, tokenizer, *lines) == expected
+def talk(loaded: Loaded, *lines: str, sampling: Sampling = GREEDY) -> list[str]:
+    conversation = Conversation(loaded, CHOICE)
+    return [conversation.say(line, sampling).text for line in lines]
 
 
-def test_a_turn_sends_only_what_is_new(split: Any, tokenizer: Any) -> None:
-    lengths: list[int] = []
-    stack = split.split_parts.stack.owner
-    hook = stack.register_forward_pre_hook(
-        lambda _module, _args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    try:
-        conversation = Conversation(split, tokenizer)
-        first = conversation.say("Hello", GREEDY)
-        assert lengths == [first.prompt_tokens] + [1] * 5
-        lengths.clear()
-        second = conversation.say("More", GREEDY)
-        # The last token of an answer never went through the model.
-        cached = first.prompt_tokens + first.tokens - 1
-        assert lengths == [second.prompt_tokens - cached] + [1] * 5
-    finally:
-        hook.remove()
+def raw(text: str, sampling: Sampling = GREEDY, **fields: Any) -> Task:
+    """A task to continue a text."""
+    return Task(model=CHOICE, prompt=text, sampling=sampling, **fields)
 
 
-def test_the_answer_streams_without_the_prompt(split: Any, tokenizer: Any) -> None:
-    pieces: list[str] = []
-    first: list[int] = []
-    answer = Conversation(split, tokenizer).complete(
-        encode_text(tokenizer, "Hello"), GREEDY, pieces.append, lambda: first.append(len(pieces))
-    )
-    assert "".join(pieces) == answer.text
-    assert 1 < len(pieces) <= answer.tokens
-    assert first == [0]
-    assert 0 < answer.first_token_seconds < answer.seconds
+LINES = ("Hello", "What else?", "And then")
 
 
-def test_the_cache_is_cut_back_to_where_a_prompt_departs(split: Any, unsplit: Any, tokenizer: Any) -> None:
-    prompts = [encode_text(tokenizer, text) for text in ("abcdef", "abcxyz", "abc", "zyx", "zyx")]
-    conversation = Conversation(split, tokenizer)
-    continued = [conversation.complete(ids, GREEDY).text for ids in prompts]
-    assert continued == [Conversation(unsplit, tokenizer).complete(ids, GREEDY).text for ids in prompts]
+def test_turns_are_those_of_the_unsplit_model(loaded: Loaded, unsplit: Any, tokenizer: Any) -> None:
+    assert talk(loaded, *LINES) == talk_alone(unsplit, tokenizer, *LINES)
+
+
+def test_drafts_change_no_turn(loaded: Loaded, unsplit: Any, tokenizer: Any) -> None:
+    drawn = Sampling(max_tokens=24, temperature=0.7, top_k=5, seed=7)
+    wanted = talk_alone(unsplit, tokenizer, *LINES, sampling=drawn)
+    said = []
+    for speculate in ("off", "auto", "suffix-recycle"):
+        conversation = Conversation(loaded, CHOICE)
+        answers = [conversation.say(line, dataclasses.replace(drawn, speculate=speculate)) for line in LINES]
+        assert [each.text for each in answers] == wanted
+        said.append(answers)
+    assert [each.drafted_tokens for each in said[0]] == [0, 0, 0]
+    assert all(0 < each.drafted_tokens >= each.accepted_tokens for each in said[2])
+
+
+def test_a_seed_survives_the_worker(checkpoint: Path, unsplit: Any, tokenizer: Any) -> None:
+    """The worker leaves in the middle of an answer, and another one goes on."""
+    drawn = Sampling(max_tokens=24, temperature=0.7, top_k=5, seed=7, speculate="suffix-recycle")
+    wanted = talk_alone(unsplit, tokenizer, *LINES, sampling=drawn)
+    with running_broker() as broker, joined(broker.address, checkpoint) as (model, worker):
+        other = start_worker(checkpoint, broker.address, "2:-2")
+        try:
+            with Generator(model, limits=ONE_ANSWER) as generator:
+                conversation = Conversation(Loaded(model, tokenizer, generator), CHOICE)
+                said = [conversation.say(LINES[0], drawn)]
+                seen: list[str] = []
+
+                def leave(text: str) -> None:
+                    seen.append(text)
+                    if len(seen) == 3:
+                        worker.stop()
+                        other.stop()
+                        others.append(start_worker(checkpoint, broker.address, "2:-2"))
+
+                others: list[Any] = []
+                said += [conversation.say(LINES[1], drawn, leave), conversation.say(LINES[2], drawn)]
+                assert [each.text for each in said] == wanted
+                assert model.traffic["replays"] > 0
+                others[0].stop()
+        finally:
+            other.stop()
+
+
+def test_a_turn_sends_only_what_is_new(loaded: Loaded) -> None:
+    conversation = Conversation(loaded, CHOICE)
+    first = conversation.say("Said nowhere else", GREEDY)
+    second = conversation.say("More", GREEDY)
+    # The last token of an answer never went through the model.
+    assert second.cached_tokens == first.prompt_tokens + first.tokens - 1
+    assert second.request_id == first.request_id
+
+
+def test_the_cache_is_cut_back_to_where_a_prompt_departs(loaded: Loaded, unsplit: Any, tokenizer: Any) -> None:
+    texts = ("a beginning of a text: abcdef", "a beginning of a text: abcxyz", "a beginning of", "zyx", "zyx")
+    expected = [alone(unsplit, tokenizer, encode_text(tokenizer, text)) for text in texts]
+    assert [answer(loaded, raw(text)).text for text in texts] == expected
 
 
 def test_sliding_windows_that_cannot_be_cut_back(tmp_path: Path) -> None:
-    """The device's own layers have dropped what is asked for again: the conversation is sent again."""
+    """The device's own layers have dropped what is asked for again: it is computed again."""
     checkpoint = tiny.save_tokenizer(tiny.save("gemma3_text", tmp_path / "tiny"))
     tokenizer = load_tokenizer(str(checkpoint))
     unsplit = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    prompts = [
-        encode_text(tokenizer, text) for text in ("a long text, so that it fills the window", "a long night")
-    ]
-    with split_model(checkpoint) as split:
-        conversation = Conversation(split, tokenizer)
-        continued = [conversation.complete(ids, GREEDY).text for ids in prompts]
-        assert continued == [Conversation(unsplit, tokenizer).complete(ids, GREEDY).text for ids in prompts]
+    texts = ("a long text, so that it fills the window", "a long text, so that is new")
+    with split_model(checkpoint) as split, Generator(split, limits=ONE_ANSWER) as generator:
+        loaded = Loaded(split, tokenizer, generator)
+        found = [answer(loaded, raw(text)).text for text in texts]
+    assert found == [alone(unsplit, tokenizer, encode_text(tokenizer, text)) for text in texts]
 
 
-def test_a_turn_that_fails_is_undone(split: Any, unsplit: Any, tokenizer: Any) -> None:
-    conversation = Conversation(split, tokenizer)
+def test_a_turn_that_fails_is_forgotten(loaded: Loaded, unsplit: Any, tokenizer: Any) -> None:
+    conversation = Conversation(loaded, CHOICE)
     first = conversation.say("Hello", GREEDY).text
     with pytest.raises(PromptTooLong, match="256 positions"):
         conversation.say("x" * 250, GREEDY)
-    assert [message["content"] for message in conversation.messages] == ["Hello", first]
+    assert [message.content for message in conversation.messages] == ["Hello", first]
 
     def break_off(_text: str) -> None:
         raise KeyboardInterrupt
@@ -130,38 +173,41 @@ def test_a_turn_that_fails_is_undone(split: Any, unsplit: Any, tokenizer: Any) -
     with pytest.raises(KeyboardInterrupt):
         conversation.say("More", GREEDY, break_off)
     assert len(conversation.messages) == 2
-    assert [first, conversation.say("More", GREEDY).text] == talk(unsplit, tokenizer, "Hello", "More")
+    assert [first, conversation.say("More", GREEDY).text] == talk_alone(unsplit, tokenizer, "Hello", "More")
 
 
-def test_ctrl_c_anywhere_leaves_a_whole_turn_or_nothing(unsplit: Any, tokenizer: Any) -> None:
-    """Before each line of `say` in turn."""
-    lines: set[int] = set()
+def test_ctrl_c_anywhere_leaves_a_whole_turn_or_nothing(loaded: Loaded) -> None:
+    """Before each line of `say` and of `answer` in turn."""
+    lines: set[tuple[Any, int]] = set()
+    interrupted = Conversation.say.__code__, answer.__code__
 
     def trace(frame: FrameType, event: str, _argument: Any) -> Any:
-        if frame.f_code is not Conversation.say.__code__:
+        if frame.f_code not in interrupted:
             return None
-        if event == "line" and frame.f_lineno not in lines:
-            lines.add(frame.f_lineno)
+        if event == "line" and (place := (frame.f_code, frame.f_lineno)) not in lines:
+            lines.add(place)
             raise KeyboardInterrupt
         return trace
 
-    conversation, before = Conversation(unsplit, tokenizer), sys.gettrace()
-    for number in range(100):
+    conversation, before = Conversation(loaded, CHOICE), sys.gettrace()
+    for number in range(200):
         sys.settrace(trace)
         try:
             conversation.say(str(number), Sampling(max_tokens=1))
             break
         except KeyboardInterrupt:
-            roles = [message["role"] for message in conversation.messages]
+            roles = [message.role for message in conversation.messages]
             assert roles == ["user", "assistant"] * (len(roles) // 2)
         finally:
             sys.settrace(before)
-    assert len(lines) > 10
+    else:
+        pytest.fail("it never came to the end")
+    assert len(lines) > 20
 
 
-def test_reset_keeps_the_system_message(split: Any, tokenizer: Any) -> None:
-    start = [{"role": "system", "content": "Be terse."}]
-    conversation = Conversation(split, tokenizer, start)
+def test_reset_keeps_the_system_message(loaded: Loaded) -> None:
+    start = (Message("system", "Be terse."),)
+    conversation = Conversation(loaded, CHOICE, start)
     one = conversation.say("Hello", GREEDY)
     assert conversation.say("Hello", GREEDY).prompt_tokens > one.prompt_tokens
     conversation.reset()
@@ -169,46 +215,43 @@ def test_reset_keeps_the_system_message(split: Any, tokenizer: Any) -> None:
     assert conversation.say("Hello", GREEDY).text == one.text
 
 
-def test_text_streams_as_it_comes(split: Any, tokenizer: Any) -> None:
+def test_text_streams_as_it_comes(loaded: Loaded) -> None:
     pieces: list[str] = []
-    firsts: list[int] = []
-    answer = Conversation(split, tokenizer).complete(
-        encode_text(tokenizer, "Hello"),
-        Sampling(max_tokens=40),
-        pieces.append,
-        lambda: firsts.append(len(pieces)),
+    tokens: list[int] = []
+    said = answer(
+        loaded, raw("Hello", Sampling(max_tokens=40)), None, pieces.append, on_token=lambda: tokens.append(1)
     )
-    assert "".join(pieces) == answer.text
-    assert firsts == [0]
-    assert (answer.prompt_tokens, answer.tokens, answer.finish_reason) == (5, 40, "length")
-    assert 0 < answer.first_token_seconds < answer.seconds
+    assert "".join(pieces) == said.text
+    assert 1 < len(pieces) <= said.tokens == len(tokens)
+    assert (said.prompt_tokens, said.tokens, said.finish_reason) == (5, 40, "length")
+    assert 0 < said.first_token_seconds < said.seconds
 
 
-def test_answers_end_with_the_model_or_its_positions(split: Any, tokenizer: Any) -> None:
-    ids = encode_text(tokenizer, "Hello")
+def test_answers_end_with_the_model_or_its_positions(loaded: Loaded, tokenizer: Any) -> None:
+    split, ids = loaded.model, encode_text(tokenizer, "Hello")
     free = split.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)[0, 5:]
     split.generation_config.eos_token_id = [int(free[3])]
     try:
-        answer = Conversation(split, tokenizer).complete(ids, GREEDY)
-        assert (answer.tokens, answer.finish_reason) == (free.tolist().index(int(free[3])) + 1, "stop")
+        said = answer(loaded, raw("Hello"))
+        assert (said.tokens, said.finish_reason) == (free.tolist().index(int(free[3])) + 1, "stop")
     finally:
         split.generation_config.eos_token_id = None
-    full = Conversation(split, tokenizer).complete(ids.repeat(1, 50), Sampling(max_tokens=100))
+    full = answer(loaded, raw("Hello" * 50, Sampling(max_tokens=100)))
     assert (full.tokens, full.finish_reason) == (6, "length")
 
 
-def test_sampling_is_repeatable(split: Any, unsplit: Any, tokenizer: Any) -> None:
-    ids = encode_text(tokenizer, "Hello")
-    sampling = Sampling(max_tokens=12, temperature=3.0, top_k=20, top_p=0.9, seed=7)
-    one, again, same = (
-        Conversation(model, tokenizer).complete(ids, sampling).text for model in (split, split, unsplit)
-    )
-    assert one == again == same
+def test_a_stop_text_ends_an_answer(loaded: Loaded) -> None:
+    whole = answer(loaded, raw("Hello", Sampling(max_tokens=40)))
+    stop = whole.text[4:6]
+    pieces: list[str] = []
+    said = answer(loaded, raw("Hello", Sampling(max_tokens=40), stop=(stop,)), None, pieces.append)
+    assert "".join(pieces) == said.text == whole.text[: whole.text.index(stop)]
+    assert (said.finish_reason, said.tokens < whole.tokens) == ("stop", True)
 
 
-def test_one_token_has_no_rate(split: Any, tokenizer: Any) -> None:
-    answer = Conversation(split, tokenizer).complete(encode_text(tokenizer, "Hello"), Sampling(max_tokens=1))
-    assert (answer.tokens, answer.tokens_per_second) == (1, 0.0)
+def test_one_token_has_no_rate(loaded: Loaded) -> None:
+    said = answer(loaded, raw("Hello", Sampling(max_tokens=1)))
+    assert (said.tokens, said.tokens_per_second) == (1, 0.0)
 
 
 def test_chat_templates(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

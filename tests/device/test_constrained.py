@@ -15,11 +15,15 @@ import tiny
 from fleet import joined, running_broker, split_model, start_worker
 from split_common.errors import ConfigError, UnsupportedFeature
 from split_device.cli.answer_format import AnswerFormat
-from split_device.generation.chat import Conversation
 from split_device.generation.constraint import ConstraintProcessor, Grammars
 from split_device.generation.generator import Generator, Request
+from split_device.generation.limits import ONE_ANSWER
 from split_device.generation.settings import Sampling
 from split_device.generation.structured import StructuredOutputs
+from split_device.generation.tokenizing import encode_chat
+from split_device.jobs.chat import Conversation
+from split_device.jobs.job import ModelChoice
+from split_device.jobs.models import Loaded
 from wiretap import LATE
 
 pytestmark = pytest.mark.usefixtures("patient_queue")
@@ -252,18 +256,22 @@ def test_models_whose_positions_interact(tmp_path: Path, grammars: Grammars, tok
         assert [each.result(LATE) for each in generations] == wanted
 
 
-def test_a_conversation(split: Any, unsplit: Any, tokenizer: Any) -> None:
-    """By transformers' `generate`, whose turns share a cache."""
+def test_a_conversation(split: Any, grammars: Grammars, unsplit: Any, tokenizer: Any) -> None:
     structured = StructuredOutputs(json=CUSTOMER)
-    answers = []
-    for model in (split, unsplit):
-        conversation = Conversation(model, tokenizer)
+    with Generator(split, limits=ONE_ANSWER) as generator:
+        conversation = Conversation(Loaded(split, tokenizer, generator), ModelChoice(name="tiny"))
         sampling = Sampling(max_tokens=120, temperature=0.0)
-        answers.append([conversation.say(text, sampling, structured=structured) for text in ("Hello", "Again")])
-    assert [each.text for each in answers[0]] == [each.text for each in answers[1]]
-    for answer in answers[0]:
+        answers = [conversation.say(text, sampling, structured=structured) for text in ("Hello", "Again")]
+    messages: list[Any] = []
+    for text, answer in zip(("Hello", "Again"), answers, strict=True):
+        messages.append({"role": "user", "content": text})
+        prompt = encode_chat(tokenizer, messages)[0].tolist()
+        config = GenerationConfig(max_new_tokens=120, do_sample=False, eos_token_id=sorted(grammars.ends))
+        wanted = alone(unsplit, Request(prompt, config, constraint=grammars.constraint(structured)))
+        assert answer.text == tokenizer.decode(wanted, skip_special_tokens=True)
         assert answer.finish_reason == "stop"
         jsonschema.validate(json.loads(answer.text), CUSTOMER)
+        messages.append({"role": "assistant", "content": answer.text})
 
 
 def test_options_become_constraints(tmp_path: Path) -> None:

@@ -12,9 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from split_common.system.process import running_command
 from split_device import SplitModelForCausalLM
-from split_device.generation.chat import Conversation
+from split_device.generation.generator import Generator
+from split_device.generation.limits import ONE_ANSWER
 from split_device.generation.settings import Sampling
 from split_device.generation.tokenizing import encode_chat, load_tokenizer
+from split_device.jobs.chat import Conversation
+from split_device.jobs.job import ModelChoice
+from split_device.jobs.models import Loaded
 
 pytestmark = pytest.mark.real_model
 
@@ -51,13 +55,16 @@ def test_a_greedy_answer_is_the_unsplit_models(split: Any, unsplit: Any, smollm2
 
 def test_a_conversation_is_the_unsplit_models(split: Any, unsplit: Any, smollm2: Path) -> None:
     tokenizer = load_tokenizer(str(smollm2))
-    talks = []
-    for model in (split, unsplit):
-        conversation = Conversation(model, tokenizer)
+    messages: list[Any] = []
+    with Generator(split, limits=ONE_ANSWER) as generator:
+        conversation = Conversation(Loaded(split, tokenizer, generator), ModelChoice(name=str(smollm2)))
         for line in ("Name one animal.", "Describe it in one short sentence.", "And another one?"):
-            conversation.say(line, Sampling(max_tokens=16))
-        talks.append(conversation.messages)
-    assert talks[0] == talks[1]
+            answer = conversation.say(line, Sampling(max_tokens=16, temperature=0.0))
+            messages.append({"role": "user", "content": line})
+            ids = encode_chat(tokenizer, messages)
+            output = unsplit.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16)
+            assert answer.text == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+            messages.append({"role": "assistant", "content": answer.text})
 
 
 def test_half_precision_travels_in_half_precision(split: Any, smollm2: Path) -> None:

@@ -103,6 +103,8 @@ def quantized(model: Model) -> QuantizedCache:
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"generation_config": GenerationConfig(output_attentions=True)}, "output_attentions"),
         ({"assistant_early_exit": 2}, "assistant_early_exit"),
+        ({"speculate": "ngram"}, "speculate is an argument of Request"),
+        ({"generation_config": GenerationConfig(speculate="ngram")}, "speculate is an argument of Request"),
     ],
 )
 def test_option_of_generate(silent: Model, options: dict[str, Any], word: str) -> None:

@@ -15,7 +15,6 @@ import tiny
 from fleet import split_model
 from split_common.errors import ConfigError
 from split_device.generation.bad_words import bad_word_tokens
-from split_device.generation.chat import Conversation
 from split_device.generation.generator import Generator, Request
 from split_device.generation.penalties import OccurrencePenalty
 from split_device.generation.settings import Sampling
@@ -119,15 +118,6 @@ def test_settings_give_what_transformers_gives(loaded: Loaded, unsplit: Any) -> 
     ended = [generation.finish_reason for generation in generations]
     assert "stop" in ended
     assert "length" in ended
-
-
-def test_settings_work_in_conversations(loaded: Loaded, split: Any, unsplit: Any) -> None:
-    for sampling in SETTINGS:
-        conversation = Conversation(split, loaded.tokenizer)
-        answer = conversation.complete(torch.tensor([PROMPTS[2]]), settled(sampling))
-        wanted = alone(unsplit, PROMPTS[2], sampling)
-        assert answer.text == loaded.tokenizer.decode(wanted, skip_special_tokens=True), sampling
-        assert answer.tokens == len(wanted)
 
 
 def test_bad_words(loaded: Loaded, unsplit: Any) -> None:

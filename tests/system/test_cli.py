@@ -133,6 +133,12 @@ def test_generate_json(run: Any, here: list[object], checkpoint: Path) -> None:
     assert answer["traffic"]["bytes_sent"] > 0
 
 
+def test_generate_drafts(run: Any, here: list[object], checkpoint: Path) -> None:
+    done = run("generate", "Hello", *here, "--max-tokens", 24, "--speculate", "suffix-recycle", "--json")
+    assert done.json["text"] == unsplit(checkpoint, "user:Hello</s>assistant:", 24)
+    assert done.json["drafted_tokens"] > 0
+
+
 def test_generate_timings_go_to_stderr(run: Any, here: list[object]) -> None:
     done = run("generate", "Hello", *here, "--max-tokens", 4, "--timings", "--request-id", "mine")
     assert done.code == 0
@@ -191,7 +197,7 @@ class Terminal(io.StringIO):
 def test_in_a_terminal_a_turn_may_fail_or_be_stopped(
     run: Any, here: list[object], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from split_device.generation.chat import Conversation
+    from split_device.jobs.chat import Conversation
 
     say = Conversation.say
 

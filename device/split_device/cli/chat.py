@@ -19,6 +19,7 @@ from split_common.system.text import check_text
 from split_device.cli.answer_format import AnswerFormatOptions
 from split_device.cli.checks import check_connection
 from split_device.cli.groups import (
+    AnswerLimits,
     ConnectionOptions,
     HardwareOptions,
     PromptFormatOptions,
@@ -27,7 +28,9 @@ from split_device.cli.groups import (
 )
 from split_device.cli.options import RequestIdOption, StopOption, SystemOption
 from split_device.cli.terminal import answer_lines, loading, waiting_for_workers
-from split_device.images.files import read_prompt_image
+from split_device.generation.limits import ONE_ANSWER
+from split_device.jobs.job import Message, MessageImage
+from split_device.jobs.message_images import image_content
 
 #: How a line begins that shows an image.
 _SHOW = "/show "
@@ -41,6 +44,7 @@ def chat(
     sampling: SamplingOptions,
     prompt_format: PromptFormatOptions,
     answer_format: AnswerFormatOptions,
+    limits: AnswerLimits = ONE_ANSWER,
     stop: StopOption = None,
     system: SystemOption = None,
     request_id: RequestIdOption = None,
@@ -57,50 +61,43 @@ def chat(
     check_connection(connection)
     choice, template, structured = model.choice(), prompt_format.template(), answer_format.structured()
 
-    with loading(connection, choice.name):
-        from split_device.generation.chat import Conversation
-        from split_device.generation.tokenizing import load_tokenizer
-        from split_device.jobs.models import find_processor, load_model
+    with contextlib.ExitStack() as stack:
+        with loading(connection, choice.name):
+            from split_device.generation.tokenizing import load_tokenizer
+            from split_device.jobs.chat import Conversation
+            from split_device.jobs.models import find_processor, loaded_model
 
-        tokenizer = load_tokenizer(*choice.tokenizer_place)
-        template.check(tokenizer)
-        processor = find_processor(choice)
-        split = load_model(choice, waiting_for_workers(connection), hardware, images=processor is not None)
-    with split:
-        start = [{"role": "system", "content": system}] if system else []
-        conversation = Conversation(split, tokenizer, start, template, request_id, processor)
-        images: list[Any] = []
+            tokenizer = load_tokenizer(*choice.tokenizer_place)
+            template.check(tokenizer)
+            processor = find_processor(choice)
+            place = waiting_for_workers(connection), limits, hardware
+            loaded = stack.enter_context(loaded_model(choice, *place, tokenizer, processor))
+        start = (Message("system", system),) if system else ()
+        conversation = Conversation(loaded, choice, start, template, request_id)
+        images: list[MessageImage] = []
         turns = []
-        interactive = sys.stdin.isatty()
-        if interactive:
-            shows = "/show FILE shows an image with the next turn; " if processor is not None else ""
-            stderr.print(f"{shows}/reset forgets the conversation; /quit or Ctrl-D ends it")
-        for line in _typed_lines() if interactive else piped_lines():
-            if line == "/quit":
-                break
+        one_turn = _continuing if sys.stdin.isatty() else contextlib.nullcontext
+        for line in _lines(shows=processor is not None):
             if line == "/reset":
                 conversation.reset()
                 images = []
             elif line.startswith(_SHOW):
-                with _continuing() if interactive else contextlib.nullcontext():
+                with one_turn():
                     images.append(_image(line.removeprefix(_SHOW).strip(), choice.name, processor))
             elif line:
-                with (
-                    _continuing() if interactive else contextlib.nullcontext(),
-                    answer_lines(json) as (on_text, think),
-                ):
+                with one_turn(), answer_lines(json) as (on_text, think):
                     answer = conversation.say(line, sampling, on_text, stop or (), images, structured, think)
                     images = []
                     turns.append({"prompt": line} | dataclasses.asdict(answer))
         if json:
-            emit_json({"turns": turns, "traffic": split.traffic})
+            emit_json({"turns": turns, "traffic": loaded.model.traffic})
 
 
-def _image(file: str, model: str, processor: Any) -> Any:
-    """An image of Pillow. Raises ConfigError if the model takes none, or the file cannot be read as one."""
+def _image(file: str, model: str, processor: Any) -> MessageImage:
+    """The image in a file. Raises ConfigError if the model takes none, or the file cannot be read as one."""
     if processor is None:
         raise ConfigError(f"{model_name(model)} takes no images: it is a model for texts")
-    return read_prompt_image(user_path(file), file)
+    return image_content(user_path(file), file)
 
 
 @contextlib.contextmanager
@@ -112,6 +109,22 @@ def _continuing() -> Iterator[None]:
         stderr.print(f"error: {error}", soft_wrap=True)
     except KeyboardInterrupt:
         stderr.print("stopped; the turn is forgotten")
+
+
+def _lines(shows: bool) -> Iterator[str]:
+    """What the user says, up to /quit or the end. In a terminal, first says what may be typed.
+
+    Args:
+        shows: whether images can be shown.
+    """
+    interactive = sys.stdin.isatty()
+    if interactive:
+        show = "/show FILE shows an image with the next turn; " if shows else ""
+        stderr.print(f"{show}/reset forgets the conversation; /quit or Ctrl-D ends it")
+    for line in _typed_lines() if interactive else piped_lines():
+        if line == "/quit":
+            return
+        yield line
 
 
 def _typed_lines() -> Iterator[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
 from typing import Annotated
 
+import msgspec
 import typer
 
 from split_common.cli.groups import grouped
@@ -16,6 +17,7 @@ from split_common.system.process import passive_threads
 from split_device.cli.answer_format import AnswerFormatOptions
 from split_device.cli.checks import check_connection, check_prompt, check_raw
 from split_device.cli.groups import (
+    AnswerLimits,
     ConnectionOptions,
     HardwareOptions,
     PromptFormatOptions,
@@ -32,7 +34,9 @@ from split_device.cli.options import (
 )
 from split_device.cli.tables import timings_table
 from split_device.cli.terminal import answer_lines, loading, waiting_for_workers
-from split_device.images.files import read_prompt_image
+from split_device.generation.limits import ONE_ANSWER
+from split_device.jobs.job import Message, Task
+from split_device.jobs.message_images import image_content
 
 
 @grouped
@@ -44,13 +48,16 @@ def generate(
     sampling: SamplingOptions,
     prompt_format: PromptFormatOptions,
     answer_format: AnswerFormatOptions,
+    limits: AnswerLimits = ONE_ANSWER,
     stop: StopOption = None,
     system: SystemOption = None,
     raw: RawOption = False,
     show: ShowOption = None,
     timings: Annotated[
         bool,
-        typer.Option("--timings", help="Print on stderr how long each stage of the prompt and of each token took."),
+        typer.Option(
+            "--timings", help="Print on stderr how long the stages of the prompt and of later steps took."
+        ),
     ] = False,
     request_id: RequestIdOption = None,
     json: JsonOption = False,
@@ -63,55 +70,52 @@ def generate(
     text = check_prompt(read_stdin() if prompt == "-" else prompt)
     check_raw(raw, system, prompt_format, show or ())
     sampling = sampling.checked()
-    pictures = [read_prompt_image(user_path(str(path)), str(path)) for path in show or ()]
+    pictures = tuple(image_content(user_path(str(path)), str(path)) for path in show or ())
     template, structured = prompt_format.template(), answer_format.structured()
     passive_threads()
     check_connection(connection)
     choice = model.choice()
+    messages = (Message("system", system),) if system else ()
+    task = Task(
+        model=choice,
+        prompt=text if raw else (*messages, Message("user", text, images=pictures or msgspec.UNSET)),
+        sampling=sampling,
+        stop=tuple(stop or ()),
+        chat_template=template.unless_default(),
+        structured=structured or msgspec.UNSET,
+    )
+    with contextlib.ExitStack() as stack:
+        with loading(connection, choice.name):
+            from split_device.generation.image_prompts import load_processor
+            from split_device.generation.tokenizing import load_tokenizer
+            from split_device.jobs.chat import answer
+            from split_device.jobs.models import loaded_model, prompt_tokens
 
-    with loading(connection, choice.name):
-        import torch
-
-        from split_device.generation.answers import answer_format as how_answers_are_read
-        from split_device.generation.chat import Conversation
-        from split_device.generation.image_prompts import encode_with_images, load_processor
-        from split_device.generation.shown_images import ShownImage
-        from split_device.generation.tokenizing import encode_chat, encode_text, load_tokenizer
-        from split_device.jobs.models import load_model
-
-        tokenizer = load_tokenizer(*choice.tokenizer_place)
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": text})
-        inputs: Mapping[str, torch.Tensor] = {}
-        if pictures:
-            processor = load_processor(*choice.tokenizer_place)
-            shown = [ShownImage(picture, len(messages) - 1) for picture in pictures]
-            encoded = encode_with_images(processor, messages, shown, template=template)
-            input_ids, inputs = torch.tensor([encoded]), encoded.images
-        else:
-            input_ids = encode_text(tokenizer, text) if raw else encode_chat(tokenizer, messages, template=template)
-        split = load_model(choice, waiting_for_workers(connection), hardware, images=bool(pictures))
-    prompt_ms: dict[str, float] = {}
-    with split:
+            tokenizer = load_tokenizer(*choice.tokenizer_place)
+            processor = load_processor(*choice.tokenizer_place) if pictures else None
+            tokens = prompt_tokens(task, tokenizer, processor)
+            place = waiting_for_workers(connection), limits, hardware
+            loaded = stack.enter_context(loaded_model(choice, *place, tokenizer, processor))
+        sums, prompt_ms = loaded.model.timings, dict[str, float]()
 
         def note_prompt() -> None:
-            prompt_ms.update(split.timings.per_step_ms())
-            split.timings.reset()
+            # Tokens that need no choice come before the first step.
+            if not prompt_ms and sums.steps:
+                prompt_ms.update({stage: 1000 * seconds for stage, seconds in sums.seconds.items()})
+                sums.reset()
 
         with answer_lines(json) as (on_text, on_thinking):
-            conversation = Conversation(split, tokenizer, template=template, request_id=request_id)
-            format_ = None if raw else how_answers_are_read(tokenizer, template)
-            answer = conversation.complete(
-                input_ids, sampling, on_text, note_prompt, stop or (), inputs, structured, format_, on_thinking
-            )
-        token_ms = split.timings.per_step_ms()
+            said = answer(loaded, task, tokens, on_text, on_thinking, note_prompt, request_id)
+        step_ms = sums.per_step_ms()
         if timings:
-            stderr.print(timings_table(prompt_ms, token_ms))
-            stderr.print(f"request {answer.request_id}, session {answer.session}", soft_wrap=True)
-            stderr.print(f"{answer.tokens} tokens, {answer.tokens_per_second:.1f} tokens/s after the first")
+            stderr.print(timings_table(prompt_ms, step_ms))
+            stderr.print(f"request {said.request_id}, session {said.session}", soft_wrap=True)
+            stderr.print(f"{said.tokens} tokens, {said.tokens_per_second:.1f} tokens/s after the first")
+            if said.drafted_tokens:
+                stderr.print(f"{said.accepted_tokens} of {said.drafted_tokens} drafted tokens were right")
         if json:
             emit_json(
-                dataclasses.asdict(answer)
-                | {"tokens_per_second": answer.tokens_per_second}
-                | {"prompt_timings_ms": prompt_ms, "timings_ms": token_ms, "traffic": split.traffic}
+                dataclasses.asdict(said)
+                | {"tokens_per_second": said.tokens_per_second}
+                | {"prompt_timings_ms": prompt_ms, "timings_ms": step_ms, "traffic": loaded.model.traffic}
             )

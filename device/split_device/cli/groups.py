@@ -288,6 +288,8 @@ PICTURE = Group(
 ConnectionOptions = Annotated[Connection, CONNECTION]
 HardwareOptions = Annotated[Hardware, HARDWARE]
 LimitOptions = Annotated[Limits, LIMITS]
+#: Of commands with one request at a time.
+AnswerLimits = Annotated[Limits, Group(kv_memory=KvMemoryOption, speculate=SpeculateOption)]
 TextModelOptions = Annotated[TextModel, TEXT_MODEL]
 ImageModelOptions = Annotated[ImageModel, IMAGE_MODEL_CUT]
 PromptFormatOptions = Annotated[PromptFormat, PROMPT_FORMAT]

@@ -267,7 +267,7 @@ KvMemoryOption = Annotated[
         "--kv-memory",
         parser=parse_size,
         metavar="SIZE",
-        rich_help_panel=STORE_PANEL,
+        rich_help_panel=MODEL_PANEL,
         show_default="1GiB",
         help="Memory for the keys and values of each model's head and tail.",
     ),
@@ -288,7 +288,7 @@ SpeculateOption = Annotated[
     Speculate,
     typer.Option(
         "--speculate",
-        rich_help_panel=STORE_PANEL,
+        rich_help_panel=QUEUE_PANEL,
         help="How to guess the next tokens: the worker checks several guesses in one trip, and the answer stays "
         "the same. auto guesses only as many as pay.",
     ),
@@ -297,7 +297,7 @@ JobSpeculateOption = Annotated[
     Speculate | None,
     typer.Option(
         "--speculate",
-        rich_help_panel=STORE_PANEL,
+        rich_help_panel=QUEUE_PANEL,
         show_default="the agent's",
         help="How to guess the next tokens of this job.",
     ),

@@ -19,12 +19,12 @@ def parts_table(name: str, rows: list[Any]) -> Table:
     return table
 
 
-def timings_table(prompt_ms: dict[str, float], token_ms: dict[str, float]) -> Table:
-    """A table of milliseconds by stage: for the prompt, and the mean of the tokens after the first."""
+def timings_table(prompt_ms: dict[str, float], step_ms: dict[str, float]) -> Table:
+    """A table of milliseconds by stage: for the prompt, and the mean of later steps, of one token or more."""
     table = Table("stage", title="milliseconds")
     table.add_column("prompt", justify="right")
-    table.add_column("each token", justify="right")
-    for stage, milliseconds in token_ms.items():
+    table.add_column("each step", justify="right")
+    for stage, milliseconds in step_ms.items():
         table.add_row(stage, f"{prompt_ms.get(stage, 0.0):.2f}", f"{milliseconds:.2f}")
-    table.add_row("all", f"{sum(prompt_ms.values()):.2f}", f"{sum(token_ms.values()):.2f}")
+    table.add_row("all", f"{sum(prompt_ms.values()):.2f}", f"{sum(step_ms.values()):.2f}")
     return table

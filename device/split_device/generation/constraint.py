@@ -148,10 +148,6 @@ class Grammars:
         matcher = self.compile(structured).result()
         return GrammarConstraint(matcher.deep_copy(), self._vocabulary, self.ends)
 
-    def processor(self, structured: StructuredOutputs, prompt: int) -> ConstraintProcessor:
-        """The same for `generate`, of a prompt of this many tokens."""
-        return ConstraintProcessor(self.constraint(structured), prompt)
-
     def _compiled(self, structured: StructuredOutputs) -> LLMatcher:
         grammar = grammar_of(structured)
         with self._preparing:

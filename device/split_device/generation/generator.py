@@ -80,7 +80,7 @@ class Generator:
         limits = (limits or Limits()).but(
             requests=max_requests, kv_memory=kv_memory, prefix_cache=prefix_cache, speculate=speculate
         )
-        self._model = model
+        self._model, self._timings = model, model.split_parts.client.timings
         #: Forwards of head and tail and the rows in them, steps sent to workers, tokens chosen, and those drafted.
         self.counters: Counter[str] = Counter()
         self._max_requests = limits.requests
@@ -147,7 +147,7 @@ class Generator:
         sampler = Sampler(self._model, request, self._layers.indivisible)
         tokens, capacity = sampler.max_length, self.capacity
         if capacity is not None and tokens > capacity:
-            raise PromptTooLong(f"{tokens} tokens exceed this device's memory for {capacity}")
+            raise PromptTooLong(f"{tokens} tokens exceed this device's kv_memory for {capacity}")
         if reason := sampler.finish_reason(generation.tokens):
             generation.finish(reason)
             return generation
@@ -198,11 +198,14 @@ class Generator:
         self._take_in()
         self._now = time.monotonic()
         self._admit()
-        self._enter_tail()
-        self._run_tail()
-        self._sample()
-        self._enter_head()
-        self._run_head()
+        with self._timings.measure("tail"):
+            self._enter_tail()
+            self._run_tail()
+        with self._timings.measure("sampling"):
+            self._sample()
+        with self._timings.measure("head"):
+            self._enter_head()
+            self._run_head()
         self._send_off()
 
     def _take_in(self) -> None:

@@ -34,3 +34,7 @@ class Limits:
         """The same limits with others in place of some; None leaves one as it is."""
         given: dict[str, Any] = {name: value for name, value in changed.items() if value is not None}
         return replace(self, **given)
+
+
+#: For one request at a time.
+ONE_ANSWER = Limits(requests=1)

@@ -216,7 +216,7 @@ class ImagePrompts:
         if bool(placement.ahead.any()) and not self.packed:
             raise UnsupportedFeature(
                 "images whose tokens attend both ways are not batched with other requests if the device's layers "
-                "run one sequence at a time: use generate"
+                "run one sequence at a time: use generate from Python"
             )
         return PlacedPrompt(states, placement)
 
@@ -265,7 +265,7 @@ class ImagePrompts:
         if len(positions) > 1:
             raise UnsupportedFeature(
                 "images after which tokens have positions that differ by axis are not batched with other requests: "
-                "use generate"
+                "use generate from Python"
             )
         return int(positions.pop()) - tokens
 
@@ -275,12 +275,13 @@ class ImagePrompts:
         found = check_additions(self._stack, split, given)
         if any(index >= split.first for index in found):
             raise UnsupportedFeature(
-                "images of which features are added in the tail are not batched with other requests: use generate"
+                "images of which features are added in the tail are not batched with other requests: use generate "
+                "from Python"
             )
         if found and not self.packed:
             raise UnsupportedFeature(
                 "images of which features are added between layers are not batched with other requests if the "
-                "device's layers run one sequence at a time: use generate"
+                "device's layers run one sequence at a time: use generate from Python"
             )
         return {index: features[0].cpu() for index, features in found.items()}
 

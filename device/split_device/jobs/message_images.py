@@ -27,6 +27,12 @@ def image_file(path: Path, at: int = 0) -> MessageImage:
     return MessageImage(at=at, path=str(path), sha256=file_digest(path))
 
 
+def image_content(path: Path, name: str) -> MessageImage:
+    """A file's content, for an answer at once. Raises ConfigError, which calls it `name`, if it is not an image."""
+    read_prompt_image(path, name)
+    return MessageImage(at=0, data=path.read_bytes())
+
+
 def count_images(messages: Sequence[Message]) -> int:
     return sum(1 for _ in _images(messages))
 

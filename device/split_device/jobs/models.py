@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,6 @@ from split_device.generation.sampling import check_defaults, check_values
 from split_device.generation.settings import SEED_BOUND, check_prompt_logprobs
 from split_device.generation.structured import StructuredOutputs
 from split_device.generation.tokenizing import (
-    ChatMessage,
     encode_chat,
     encode_text,
     end_tokens,
@@ -116,42 +115,19 @@ class Loaded:
             ConfigError: as `tokens`.
         """
         bad_word_tokens(self.tokenizer, task.sampling.bad_words or ())
-        limit = self.limit
-        prompt = self.tokens(task, limit)
+        return self.fitting(self.tokens(task, self.limit))
+
+    def fitting(self, prompt: list[int]) -> list[int]:
+        """A prompt's token ids. Raises PromptTooLong if it is empty, or leaves no room for an answer."""
         if not prompt:
             raise PromptTooLong("the prompt has no tokens")
-        if len(prompt) >= limit:
+        if len(prompt) >= (limit := self.limit):
             raise PromptTooLong(f"{len(prompt)} tokens leave no room in the model's {limit} positions")
         return prompt
 
     def tokens(self, task: Task, limit: int | None = None) -> list[int]:
-        """The token ids of a task's prompt, however many they are.
-
-        Raises:
-            PromptTooLong: they are far more than `limit`, if there is one.
-            ConfigError: the chat template refuses the conversation, or does not read a variable that is set; or the
-                conversation is not UTF-8.
-        """
-        if not isinstance(task.prompt_token_ids, msgspec.UnsetType):
-            return list(task.prompt_token_ids)
-        if isinstance(task.prompt, str):
-            ids = encode_text(self.tokenizer, task.prompt, limit)
-        else:
-            template, tool_use = task.template, task.tool_use or None
-            messages = chat_messages(task.prompt, template.source(self.tokenizer))
-            if has_images(task.prompt):
-                return self._with_images(task, messages)
-            ids = encode_chat(self.tokenizer, messages, task.continues, template, tool_use, limit)
-        tokens: list[int] = ids[0].tolist()
-        return tokens
-
-    def _with_images(self, task: Task, messages: list[ChatMessage]) -> list[int]:
-        if self.processor is None:
-            raise ConfigError(f"{model_name(self.model.name_or_path)} takes no images: it is a model for texts")
-        shown = shown_images([message for message in task.prompt if not isinstance(message, str)])
-        return encode_with_images(
-            self.processor, messages, shown, task.continues, task.template, task.tool_use or None
-        )
+        """The token ids of a task's prompt, however many they are. Raises as `prompt_tokens`."""
+        return prompt_tokens(task, self.tokenizer, self.processor, limit)
 
     def _template(self, task: Task) -> ChatTemplate:
         """The template by which answers are read: the one by which a conversation becomes its prompt."""
@@ -221,6 +197,35 @@ class Loaded:
         )
 
 
+def prompt_tokens(task: Task, tokenizer: Any, processor: Any = None, limit: int | None = None) -> list[int]:
+    """The token ids of a task's prompt, however many they are.
+
+    Args:
+        processor: makes prompts with images; None for a model for texts.
+        limit: how many tokens fit; None for no limit.
+
+    Raises:
+        PromptTooLong: they are far more than `limit`.
+        ConfigError: the chat template refuses the conversation, or does not read a variable that is set; or the
+            conversation is not UTF-8, or has images that cannot be read, or that the model does not take.
+    """
+    if not isinstance(task.prompt_token_ids, msgspec.UnsetType):
+        return list(task.prompt_token_ids)
+    if isinstance(task.prompt, str):
+        ids = encode_text(tokenizer, task.prompt, limit)
+    else:
+        template, tool_use = task.template, task.tool_use or None
+        messages = chat_messages(task.prompt, template.source(tokenizer))
+        if has_images(task.prompt):
+            if processor is None:
+                raise ConfigError(f"{model_name(task.model.name)} takes no images: it is a model for texts")
+            shown = shown_images(task.prompt)
+            return encode_with_images(processor, messages, shown, task.continues, template, tool_use)
+        ids = encode_chat(tokenizer, messages, task.continues, template, tool_use, limit)
+    tokens: list[int] = ids[0].tolist()
+    return tokens
+
+
 def load_model(
     choice: ModelChoice, connection: Connection, hardware: Hardware = Hardware(), images: bool = False
 ) -> Any:
@@ -256,6 +261,23 @@ def load_model(
         model.close()
         raise
     return model
+
+
+@contextlib.contextmanager
+def loaded_model(
+    choice: ModelChoice, connection: Connection, limits: Limits, hardware: Hardware, tokenizer: Any, processor: Any
+) -> Iterator[Loaded]:
+    """A model that is ready to generate, until the context ends.
+
+    Args:
+        tokenizer, processor: those of the choice; None in place of a processor for texts alone.
+
+    Raises:
+        SplitError: as `load_model` and `Generator`.
+    """
+    model = load_model(choice, connection, hardware, images=processor is not None)
+    with model, Generator(model, limits=limits) as generator:
+        yield Loaded(model, tokenizer, generator, processor)
 
 
 def find_processor(choice: ModelChoice) -> Any:
@@ -316,10 +338,8 @@ class Models:
         log.info("loading %s", model_name(choice.name))
         tokenizer = load_tokenizer(*choice.tokenizer_place)
         processor = find_processor(choice)
-        model = load_model(choice, self._connection, self._hardware, images=processor is not None)
-        self._stack.enter_context(model)
-        generator = self._stack.enter_context(Generator(model, limits=self.limits))
-        return Loaded(model, tokenizer, generator, processor)
+        place = self._connection, self.limits, self._hardware
+        return self._stack.enter_context(loaded_model(choice, *place, tokenizer, processor))
 
     def pipeline(self, choice: ImageChoice) -> ImagePipeline:
         """Raises what `load_denoiser` and `ImagePipeline` raise."""

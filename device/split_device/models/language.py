@@ -259,6 +259,11 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
                 "assistant_early_exit cannot be split, because layers that would draft are on the worker: use "
                 "prompt_lookup_num_tokens or assistant_model"
             )
+        if "speculate" in options:
+            raise UnsupportedFeature(
+                "speculate is an argument of Request and Generator: generate takes prompt_lookup_num_tokens or "
+                "assistant_model"
+            )
         self._check_outputs(options)
         if is_stateful(self) and any(options.get(name) for name in _ASSISTED):
             raise UnsupportedFeature(

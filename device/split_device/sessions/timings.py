@@ -79,6 +79,14 @@ class Timings:
             for stage, seconds in step.seconds.items():
                 self._seconds[stage] += seconds
 
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Times a block that works on one step, or on several at once."""
+        began = time.perf_counter()
+        yield
+        with self._lock:
+            self._seconds[stage] += time.perf_counter() - began
+
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds spent in each stage."""

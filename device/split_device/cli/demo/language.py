@@ -14,7 +14,12 @@ from split_common.system.console import emit_json, print_text, stderr
 from split_common.system.process import running_command
 from split_common.system.signals import POLL_INTERVAL
 from split_device.cli.demo.fleet import DemoFleet
+from split_device.generation.limits import ONE_ANSWER
 from split_device.generation.settings import Sampling
+from split_device.jobs.job import ModelChoice
+from split_device.models.hardware import Hardware
+from split_device.sessions.connection import Connection
+from split_device.speculation.names import OFF
 
 QUESTION = "What is the capital of France, and what is it known for?"
 
@@ -39,20 +44,20 @@ def ask(fleet: DemoFleet, prompt: str, checkpoint: str, max_tokens: int, json: b
     """Asks one question from this process; prints the answer, the model's parts, and what the broker saw."""
     from split_common.models.loading import read_spec
     from split_device.cli.tables import parts_table
-    from split_device.generation.chat import Conversation
-    from split_device.generation.tokenizing import encode_chat, load_tokenizer
-    from split_device.models.language import SplitModelForCausalLM
+    from split_device.generation.tokenizing import load_tokenizer
+    from split_device.jobs.chat import Conversation
+    from split_device.jobs.models import loaded_model
     from split_device.models.sizes import parts
 
-    tokenizer = load_tokenizer(checkpoint)
-    spec = read_spec(checkpoint)
-    with SplitModelForCausalLM.from_pretrained(checkpoint, broker=fleet.address) as split:
+    choice, tokenizer, spec = ModelChoice(name=checkpoint), load_tokenizer(checkpoint), read_spec(checkpoint)
+    place = Connection(broker=fleet.address), ONE_ANSWER.but(speculate=OFF), Hardware()
+    with loaded_model(choice, *place, tokenizer, None) as loaded:
+        split = loaded.model
         table = parts(spec, split.split)
         stderr.print(parts_table(fleet.model, table))
         stderr.print(prompt, style="bold", soft_wrap=True)
-        input_ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
         before = split.traffic
-        answer = Conversation(split, tokenizer).complete(input_ids, Sampling(max_tokens), _print_on(json))
+        answer = Conversation(loaded, choice).say(prompt, Sampling(max_tokens), _print_on(json))
         after = split.traffic
         steps = max(1, answer.prompt_tokens + answer.tokens - 1)
         up = (after["bytes_sent"] - before["bytes_sent"]) / steps
