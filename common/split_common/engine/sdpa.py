@@ -25,6 +25,10 @@ BATCHED_SEQUENCES = 4
 #: and beyond this they take longer than a call for each sequence.
 BATCHED_BYTES = 256 * 1024
 
+#: Most tokens of a prompt on the CPU that attend in one call, which computes the keys that its last token sees for
+#: all of them.
+BLOCK_TOKENS = 128
+
 
 class SdpaAttention:
     """SDPA (a `split_common.engine.attention.Backend`)."""
@@ -94,8 +98,8 @@ class SdpaPlan:
     def _attend_one(
         self, call: AttentionCall, query: torch.Tensor, span: Span, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        sequence = span.sequence
-        visible = sequence.length if call.window is None else min(sequence.length, call.window + span.count - 1)
+        sequence, count = span.sequence, span.count
+        visible = sequence.length if call.window is None else min(sequence.length, call.window + count - 1)
         first = sequence.length - visible
         if sequence.contiguous:
             origin = sequence.pages[0] * sequence.pool.page_tokens
@@ -105,40 +109,70 @@ class SdpaPlan:
             slots = torch.from_numpy(sequence.slots(first)).to(keys.device)
             seen_keys, seen_values = keys.index_select(0, slots), values.index_select(0, slots)
         seen_keys, seen_values = seen_keys.transpose(0, 1), seen_values.transpose(0, 1)
-        mask = self._mask(span, visible, call.window, query.device)
-        if call.softcap is not None or call.sinks is not None:
-            return _attend_explicitly(call, query, seen_keys, seen_values, mask)
-        heads, count, key_heads = query.shape[0], query.shape[1], seen_keys.shape[0]
-        if count == 1:
-            # The queries that share a key are as tokens of one head, of which each sees everything.
-            query = query.reshape(key_heads, heads // key_heads, -1)
-        output = scaled_dot_product_attention(
-            query[None],
-            seen_keys[None],
-            seen_values[None],
-            attn_mask=mask,
-            scale=call.scale,
-            enable_gqa=query.shape[0] != key_heads,
-        )
-        return output[0].reshape(heads, count, -1)
+        whole = bool(span.both_ways) or query.device.type != "cpu"
+        parts: list[torch.Tensor] = []
+        for begin in range(0, count, count if whole else BLOCK_TOKENS):
+            part = query if whole else query[:, begin : begin + BLOCK_TOKENS]
+            rows = part.shape[1]
+            # The last key that a token of this part sees, and the first one.
+            end = visible - count + begin + rows
+            start = 0 if call.window is None else max(0, end - (call.window + rows - 1))
+            mask = self._mask(rows, visible, call.window, query, span.both_ways)
+            if mask is not None:
+                # Tokens see the same keys relative to themselves.
+                mask = mask[:, visible - (end - start) :]
+            parts.append(_attend(call, part, seen_keys[:, start:end], seen_values[:, start:end], mask))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def _mask(self, span: Span, visible: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-        """Which keys each query attends to, bool `[count, visible]`; None if each attends to all of them."""
-        count = span.count
+    def _mask(
+        self,
+        count: int,
+        visible: int,
+        window: int | None,
+        query: torch.Tensor,
+        both_ways: tuple[tuple[int, int], ...],
+    ) -> torch.Tensor | None:
+        """What is added to the logits of the last `count` of `visible` tokens, `[count, visible]`.
+
+        None if there is one, which attends to all.
+        """
         if count == 1:
             return None
-        key = (count, visible, window, device, span.both_ways)
+        key = (count, visible, window, query.device, both_ways)
         if key not in self._masks:
-            rows = torch.arange(visible - count, visible, device=device)[:, None]
-            columns = torch.arange(visible, device=device)[None]
-            mask = columns <= rows
+            rows = torch.arange(visible - count, visible, device=query.device)[:, None]
+            columns = torch.arange(visible, device=query.device)[None]
+            seen = columns <= rows
             if window is not None:
-                mask &= columns > rows - window
-            for begin, end in span.both_ways:
+                seen &= columns > rows - window
+            for begin, end in both_ways:
                 ahead = visible - count + end
-                mask[begin:end] |= (columns > rows[begin:end]) & (columns < ahead)
-            self._masks[key] = mask
+                seen[begin:end] |= (columns > rows[begin:end]) & (columns < ahead)
+            # SDPA would make these numbers of a mask of booleans in each layer.
+            mask = torch.zeros(count, visible, dtype=query.dtype, device=query.device)
+            self._masks[key] = mask.masked_fill_(~seen, float("-inf"))
         return self._masks[key]
+
+
+def _attend(
+    call: AttentionCall, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Attends tokens `[heads, tokens, width]` to keys and values `[key_heads, seen, width]`."""
+    if call.softcap is not None or call.sinks is not None:
+        return _attend_explicitly(call, query, keys, values, mask)
+    heads, count, key_heads = query.shape[0], query.shape[1], keys.shape[0]
+    if count == 1:
+        # The queries that share a key are as tokens of one head, of which each sees everything.
+        query = query.reshape(key_heads, heads // key_heads, -1)
+    output = scaled_dot_product_attention(
+        query[None],
+        keys[None],
+        values[None],
+        attn_mask=mask,
+        scale=call.scale,
+        enable_gqa=query.shape[0] != key_heads,
+    )
+    return output[0].reshape(heads, count, -1)
 
 
 def _most_tokens(keys: torch.Tensor, values: torch.Tensor) -> int:
@@ -182,7 +216,7 @@ def _attend_explicitly(
     if call.softcap is not None:
         weights = torch.tanh(weights / call.softcap) * call.softcap
     if mask is not None:
-        weights = weights.masked_fill(~mask, float("-inf"))
+        weights = weights + mask
     if call.sinks is not None:
         sinks = call.sinks.reshape(heads, 1, 1).expand(heads, count, 1).to(weights.dtype)
         weights = torch.cat([weights, sinks], -1)
