@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import arguments, checkpoint, cpu_name, note, report
+from benchmarks.harness import arguments, checkpoint, note, report
 from benchmarks.prompts import KINDS, PROMPTS
 from benchmarks.recorded_answers import Answer, load, record, save
 from split_common.system.process import passive_threads
@@ -70,7 +70,6 @@ def measure(answers: dict[str, list[Answer]], vocabulary: int) -> dict[str, Any]
         "cold": cold,
         "draft_ms": milliseconds,
         "answer_tokens": {kind: sum(len(each.tokens) for each in some) for kind, some in answers.items()},
-        "cpu": cpu_name(),
     }
 
 

@@ -57,7 +57,8 @@ def generate_greedily(model: Any, ids: Any, tokens: int) -> Any:
 
 
 def report(results: dict[str, Any], as_json: bool, title: str) -> None:
-    """Prints the results as a table, or as one line of JSON."""
+    """Prints the results as a table, or as one line of JSON, with the name of the CPU."""
+    results = {"cpu": cpu_name(), **results}
     if as_json:
         print(json.dumps(results), flush=True)
         return

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import arguments, checkpoint, cpu_name, note, report
+from benchmarks.harness import arguments, checkpoint, note, report
 from split_common.system.process import passive_threads, reuse_memory
 
 #: Tokens that each session has before the steps that are measured.
@@ -67,7 +67,6 @@ def _measure(model: Path, options: Any) -> dict[str, Any]:
     bandwidth = _bandwidth()
     bound = 1e3 * weights / bandwidth
     results: dict[str, Any] = {
-        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "tuning": tuning.describe(),
         "weight_bytes": weights,
