@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx2
@@ -80,9 +80,9 @@ def check(answer: httpx2.Response, path: str, what: object) -> None:
         assert said.get("type") == ("error" if path.startswith("/messages") else None), what
 
 
-def odd(client: httpx2.Client, path: str, values: list[str]) -> None:
+def odd(client: httpx2.Client, path: str, values: list[str], names: Sequence[str] = ()) -> None:
     fields = json.dumps({"model": "tiny", "temperature": 0})[1:-1]
-    for name in FIELDS[path]:
+    for name in names or FIELDS[path]:
         body = BODIES[path]
         rest = json.dumps({key: value for key, value in body.items() if key != name})[1:-1]
         for value in values:
@@ -95,6 +95,21 @@ def odd(client: httpx2.Client, path: str, values: list[str]) -> None:
 def test_a_field_of_another_kind(client: httpx2.Client, path: str) -> None:
     odd(client, path, VALUES)
     assert client.post(path, json={"model": "tiny", **BODIES[path]}).status_code == 200
+
+
+#: Numbers at the edge, and fields that take some. What parsing does with them is in `test_number_sweep.py`.
+EDGES = ["0", "5e-324", "1e308", str(2**53 + 1), str(2**63), "NaN", "true", '"1"']
+NUMBERS = {
+    "/chat/completions": ["top_k", "min_p", "repetition_penalty", "frequency_penalty", "min_tokens", "logprobs"],
+    "/completions": ["n", "best_of", "logprobs", "prompt_logprobs"],
+    "/responses": ["temperature", "top_p", "top_k", "top_logprobs", "seed"],
+    "/messages": ["temperature", "top_p", "top_k"],
+}
+
+
+@pytest.mark.parametrize("path", NUMBERS)
+def test_numbers_at_the_edge(client: httpx2.Client, path: str) -> None:
+    odd(client, path, EDGES, NUMBERS[path])
 
 
 def test_what_is_empty_or_a_list(client: httpx2.Client) -> None:
