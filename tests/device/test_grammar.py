@@ -114,6 +114,13 @@ def test_expressions_choices_and_grammars(start: Any, tokenizer: Any) -> None:
     assert allows(start(json=True), tokenizer, "[1]")
 
 
+def test_whitespace_of_json_is_bounded(start: Any, tokenizer: Any) -> None:
+    for text in ('{\n  "a": [1, 2],\n  "b": {}\n}', '{ "a" : 1 }', '{"a":1}', "{\n" + " " * 20 + '"a":1}'):
+        assert allows(start(json_object=True), tokenizer, text), text
+    for text in ('{  "a":1}', '{\n\n"a":1}', "{\n" + " " * 21 + '"a":1}', '{"a":1,\t"b":2}', '{"a":1} '):
+        assert not allows(start(json_object=True), tokenizer, text), text
+
+
 def test_what_is_forced_is_all_that_may_come(start: Any, tokenizer: Any) -> None:
     constraint, text = start(json=CUSTOMER), ""
     while (token := constraint.forced()) is not None:

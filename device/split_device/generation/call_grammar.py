@@ -78,7 +78,7 @@ def _forced(tokenizer: Any, form: CallForm, tool_use: ToolUse) -> StructuredOutp
 
 def _thought(tokenizer: Any, structured: StructuredOutputs, ends: str) -> StructuredOutputs:
     """JSON after the thinking that the prompt has begun."""
-    found = tagged([Tag(begin="", schema=_json_schema(structured))], spaced=False)
+    found = tagged([Tag(begin="", schema=_json_schema(structured), flexible=True)])
     return _after_thinking(tokenizer, found, ends)
 
 
@@ -96,9 +96,8 @@ def _or_structured(
 ) -> StructuredOutputs:
     """One call, or JSON."""
     calls = [_tag(form, tool, _loose(tool), whole=True) for tool in tool_use.callable]
-    return tagged(
-        [*calls, Tag(begin="", schema=_json_schema(structured))], special=_added_tokens(tokenizer, _texts(form))
-    )
+    json_ = Tag(begin="", schema=_json_schema(structured), flexible=True)
+    return tagged([*calls, json_], special=_added_tokens(tokenizer, _texts(form)))
 
 
 def _strict(tokenizer: Any, form: CallForm, tool_use: ToolUse) -> StructuredOutputs:

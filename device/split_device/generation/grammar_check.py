@@ -19,8 +19,12 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 #: Most bytes of memory that this process takes.
 MAX_MEMORY = 2 * 1024**3
 
-#: How JSON is written; and a keyword that cannot be enforced is an error.
-JSON_OPTIONS: Any = {"whitespace_flexible": False, "lenient": False}
+#: A keyword that cannot be enforced is an error.
+STRICT: Any = {"lenient": False}
+
+#: How JSON is written: between two of its parts may stand a space, or a line break and the indentation after it.
+#: Models have learnt to write these, and without a bound some would write nothing else.
+JSON_OPTIONS: Any = {**STRICT, "whitespace_pattern": r" |\n {0,20}"}
 
 #: Keywords that were true or false in older drafts.
 _NUMBERS = ("exclusiveMinimum", "exclusiveMaximum")

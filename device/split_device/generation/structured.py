@@ -18,7 +18,8 @@ SourceKind = Literal["json", "regex", "choice", "grammar"]
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A constraint on the text of an answer, by vLLM's names. Exactly one field is set.
 
-    JSON is written without whitespace between its parts. Expressions match the whole answer.
+    Between the parts of JSON may stand a space, or a line break and up to 20 spaces. Expressions match the whole
+    answer.
     """
 
     #: A JSON Schema. An empty one, or true, stands for any JSON value.

@@ -10,8 +10,16 @@ from typing import Any
 import msgspec
 
 from split_common.errors import ConfigError
-from split_device.generation.grammar_check import cleaned
+from split_device.generation.grammar_check import JSON_OPTIONS, STRICT, cleaned
 from split_device.generation.structured import StructuredOutputs
+
+#: How the JSON of calls is written, as Python does: so the whitespace costs no choice.
+_SPACED: dict[str, Any] = {
+    **STRICT,
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
 
 
 class Tag(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,6 +28,9 @@ class Tag(msgspec.Struct, frozen=True, kw_only=True):
     begin: str
     schema: dict[str, Any] | bool | None = None
     end: str = ""
+    #: Whether the model chooses the whitespace, as in `StructuredOutputs.json`. If not, a space follows each comma
+    #: and colon.
+    flexible: bool = False
 
 
 def tagged(
@@ -30,7 +41,6 @@ def tagged(
     separator: str = "",
     after: str = "",
     trigger: str = "",
-    spaced: bool = True,
     special: Mapping[str, int] | None = None,
 ) -> StructuredOutputs:
     """A constraint to one of some tags, or to several after each other.
@@ -46,7 +56,6 @@ def tagged(
         trigger: if it is not empty, any text may come, and the answer may end with it. Where it holds `trigger`, a
             tag has to follow, whose `begin` is what comes after the trigger. `before`, `separator` and `after` do
             not count then.
-        spaced: whether JSON has a space after commas and colons, as Python writes it.
         special: ids of special and added tokens by how they are written. In the fixed texts they are these tokens,
             and not the characters. A constraint with them fits one tokenizer alone.
 
@@ -56,7 +65,7 @@ def tagged(
     if not tags:
         raise ConfigError("structured outputs: there is no tag")
     special = special or {}
-    rules = [_rule(index, tag, spaced, special) for index, tag in enumerate(tags)]
+    rules = [_rule(index, tag, special) for index, tag in enumerate(tags)]
     one = " | ".join(f"tag_{index}" for index in range(len(tags)))
     if trigger:
         head = ["start: (triggered any)* TEXT", *_triggered(trigger, special), "TEXT: /(.|\\n)*/"]
@@ -74,18 +83,15 @@ def _triggered(trigger: str, special: Mapping[str, int]) -> list[str]:
     return [f"triggered[lazy]: TEXT {json.dumps(trigger)}"]
 
 
-def _rule(index: int, tag: Tag, spaced: bool, special: Mapping[str, int]) -> str:
+def _rule(index: int, tag: Tag, special: Mapping[str, int]) -> str:
     parts = [_literal(tag.begin, special)]
     if tag.schema is not None and tag.schema is not False:
-        parts.append(f"%json {_schema(tag.schema, spaced)}")
+        parts.append(f"%json {_schema(tag.schema, JSON_OPTIONS if tag.flexible else _SPACED)}")
     parts.append(_literal(tag.end, special))
     return f"tag_{index}: " + " ".join(filter(None, parts))
 
 
-def _schema(schema: dict[str, Any] | bool, spaced: bool) -> str:
-    options: dict[str, Any] = {"whitespace_flexible": False, "lenient": False}
-    if spaced:
-        options |= {"item_separator": ", ", "key_separator": ": "}
+def _schema(schema: dict[str, Any] | bool, options: dict[str, Any]) -> str:
     try:
         plain = cleaned({} if schema is True else schema)
         return json.dumps({**plain, "x-guidance": options})
