@@ -7,6 +7,7 @@ messages that came out of it; the rest lies in libzmq's memory.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -53,8 +54,8 @@ class Connection:
     handed: int = 0
     #: Bytes read at the last look at a silent peer; None if its peer was not silent.
     looked_at: int | None = None
-    #: When a part of a message last came from a silent peer, by `time.monotonic`.
-    moved: float = 0.0
+    #: When a part of a message last came from a silent peer, by `time.monotonic`, which begins near 0.
+    moved: float = -math.inf
 
     def unread(self) -> int | None:
         """Bytes that libzmq has read and not passed on; None where they cannot be counted."""
