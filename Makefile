@@ -11,8 +11,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# One thread for each of pytest's two processes: threads that outnumber the cores only fight.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist worksteal
+# One thread for each of pytest's two processes: threads that outnumber the cores only fight. What is imported is
+# compiled once, not in each process that a test starts, even where Python is told to keep nothing.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist worksteal
 
 # Stand in for other CPUs than this one: how far torch, MKL and oneDNN may go.
 OTHER_CPUS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \

@@ -36,6 +36,7 @@ from split_common.models.demo_model import ensure_demo_model
 from split_common.system.process import collect_seldom
 from split_common.transport.redis import lease
 from split_device.generation.compilers import COMPILERS
+from zygote import Zygote
 
 # Signals may be ignored or blocked where the tests are started (in a job in the background, by cron), and then they
 # are in every process that a test starts. Not SIGHUP, which no test sends and `nohup` wants ignored.
@@ -45,6 +46,10 @@ signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 collect_seldom()
+
+#: What commands are forked from, where a test starts them as processes.
+ZYGOTE = Zygote()
+ZYGOTE.install()
 
 # An example may take as long as a busy machine needs.
 settings.register_profile("patient", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -82,6 +87,7 @@ def _no_process_left() -> Iterator[None]:
     """Fail when a process that a test started outlives the last test."""
     yield
     COMPILERS.close()
+    ZYGOTE.end()
     children = [
         child for child in psutil.Process().children(recursive=True) if "resource_tracker" not in _command(child)
     ]
