@@ -29,8 +29,6 @@ from split_common.errors import ModelError
 from split_common.models.loading import load_part, read_spec
 from split_common.models.split import Split
 
-pytestmark = pytest.mark.numbers
-
 PAGE_TOKENS = 16
 
 
@@ -150,7 +148,13 @@ def compile_too(monkeypatch: pytest.MonkeyPatch, backend: Any = "eager") -> None
 
 @pytest.mark.parametrize(
     ("arch", "reads_pages"),
-    [("llama", True), ("mistral", True), ("mistral", False), ("qwen2", True), ("gpt2", True)],
+    [
+        pytest.param("llama", True, marks=pytest.mark.numbers),
+        ("mistral", True),
+        pytest.param("mistral", False, marks=pytest.mark.numbers),
+        ("qwen2", True),
+        ("gpt2", True),
+    ],
 )
 def test_any_mix_of_steps(
     arch: str, reads_pages: bool, as_on_cuda: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -216,6 +220,7 @@ def decode(engine: Runner, rows: list[Any], generator: torch.Generator) -> list[
     return engine.run(runs)
 
 
+@pytest.mark.numbers
 def test_graphs_are_few_and_filled_up_with_rows_that_touch_nobody(
     as_on_cuda: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

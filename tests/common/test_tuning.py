@@ -22,8 +22,6 @@ from split_common.models.layer_stack import LayerStack
 from split_common.models.loading import load_part, read_spec
 from split_common.models.split import Split
 
-pytestmark = pytest.mark.numbers
-
 
 def load_body(directory: Path, arch: str) -> tuple[Any, LayerStack, Split]:
     spec = read_spec(str(tiny.save(arch, directory)))
@@ -54,6 +52,7 @@ def measured_as(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
 JOINED = {"llama": 2, "qwen2": 2, "gpt_neox": 0, "phi": 1, "cohere2": 1, "gpt2": 0}
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("layout", ["plain", "onednn"])
 @pytest.mark.parametrize("arch", JOINED)
 def test_layers_of_one_input_are_computed_as_one(
@@ -73,6 +72,7 @@ def test_layers_of_one_input_are_computed_as_one(
         torch.testing.assert_close(model.get_submodule(name).weight, weight, atol=0, rtol=0)
 
 
+@pytest.mark.numbers
 def test_a_layer_that_changes_its_input_between_two_products_keeps_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +91,7 @@ def test_a_layer_that_changes_its_input_between_two_products_keeps_both(
     torch.testing.assert_close(run(stack), wanted, atol=1e-5 * float(wanted.abs().max()), rtol=1e-5)
 
 
+@pytest.mark.numbers
 def test_adapters_stay_beside_the_products(tmp_path: Path) -> None:
     model, stack, _ = load_body(tmp_path, "llama")
     attention = stack.slots[1].self_attn

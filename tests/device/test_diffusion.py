@@ -31,8 +31,6 @@ from split_device.sessions import images as session
 from split_worker.worker import Worker
 from wiretap import record_requests
 
-pytestmark = pytest.mark.numbers
-
 SIZE = 64
 PROMPT = "a red seven"
 
@@ -107,6 +105,7 @@ def controlnet(pipe: Any) -> Any:
 
 
 @pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.numbers
 def test_text_to_image(sdxl: Path, unet: Any, scheduler: str) -> None:
     pipes = [pipeline(sdxl), pipeline(sdxl, unet=unet)]
     for pipe in pipes:
@@ -126,6 +125,7 @@ def test_text_to_image(sdxl: Path, unet: Any, scheduler: str) -> None:
     ],
     ids=["no guidance", "negative", "three images", "odd size"],
 )
+@pytest.mark.numbers
 def test_options(sdxl: Path, unet: Any, options: dict[str, Any]) -> None:
     assert torch.equal(latents(pipeline(sdxl, unet=unet), **options), latents(pipeline(sdxl), **options))
 
@@ -135,6 +135,7 @@ def test_options(sdxl: Path, unet: Any, options: dict[str, Any]) -> None:
     [("StableDiffusionXLImg2ImgPipeline", {}), ("StableDiffusionXLInpaintPipeline", {"mask_image": mask()})],
     ids=["img2img", "inpainting"],
 )
+@pytest.mark.numbers
 def test_from_an_image(sdxl: Path, unet: Any, kind: str, more: dict[str, Any]) -> None:
     wanted, ours = (
         pipeline(sdxl, kind, **parts)(
@@ -151,6 +152,7 @@ def test_from_an_image(sdxl: Path, unet: Any, kind: str, more: dict[str, Any]) -
     assert torch.equal(ours, wanted)
 
 
+@pytest.mark.numbers
 def test_controlnet(sdxl: Path, unet: Any) -> None:
     net = controlnet(pipeline(sdxl))
     kind = "StableDiffusionXLControlNetPipeline"
@@ -162,6 +164,7 @@ def test_controlnet(sdxl: Path, unet: Any) -> None:
 
 
 @pytest.mark.parametrize("cut", ["A", "C"])
+@pytest.mark.numbers
 def test_a_unet_of_another_shape_at_both_cuts(broker: Any, sd15: Path, cut: str) -> None:
     worker = start_worker(sd15, broker.address, cut=cut)
     try:

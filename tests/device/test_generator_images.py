@@ -20,7 +20,7 @@ from split_device.generation.generator import Generator, Request
 from split_device.generation.local_layers import LocalLayers
 from wiretap import LATE
 
-pytestmark = [pytest.mark.numbers, pytest.mark.usefixtures("patient_queue")]
+pytestmark = pytest.mark.usefixtures("patient_queue")
 
 Model = Any
 
@@ -82,6 +82,7 @@ def mixed(kind: str) -> list[Request]:
     return [request for pair in zip(images, [*texts, texts[0]], strict=True) for request in pair]
 
 
+@pytest.mark.numbers
 def test_images_and_texts_together(both: tuple[Model, Model]) -> None:
     full, split = both
     asked = mixed(full.config.model_type)
@@ -101,6 +102,7 @@ def test_what_texts_need_alone_is_packed(both: tuple[Model, Model]) -> None:
     assert sum(parameter.numel() for parameter in split.parameters()) == before
 
 
+@pytest.mark.numbers
 def test_continuing(both: tuple[Model, Model]) -> None:
     """A request that was interrupted goes on with its images."""
     full, split = both

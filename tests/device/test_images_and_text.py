@@ -25,8 +25,6 @@ from split_device.models.body import generating
 from split_device.sessions import chunks, history
 from wiretap import record_requests
 
-pytestmark = pytest.mark.numbers
-
 Model = Any
 
 #: Two prompts of text, of which the second one is shorter.
@@ -52,6 +50,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield tiny_vision.build(request.param), split
 
 
+@pytest.mark.numbers
 def test_texts(both: tuple[Model, Model]) -> None:
     """A padded batch, beams, and the logits."""
     mask = (TEXTS != 0).long()
@@ -63,6 +62,7 @@ def test_texts(both: tuple[Model, Model]) -> None:
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.numbers
 def test_images(both: tuple[Model, Model]) -> None:
     """Two images in one row and one in another, which is padded: tokens, beams, and logits."""
     full, _ = both
@@ -75,6 +75,7 @@ def test_images(both: tuple[Model, Model]) -> None:
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.numbers
 def test_turns_with_images(both: tuple[Model, Model]) -> None:
     """A second turn brings another image."""
     full, _ = both

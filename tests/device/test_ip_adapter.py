@@ -24,8 +24,6 @@ from split_device import SplitUNet2DConditionModel
 from split_worker.bodies.denoiser import DenoiserBody
 from split_worker.worker import Worker
 
-pytestmark = pytest.mark.numbers
-
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -74,6 +72,7 @@ def embeddings(seed: int = 0) -> list[torch.Tensor]:
     return [torch.cat([torch.zeros_like(images), images])]
 
 
+@pytest.mark.numbers
 def test_equal_to_unsplit_at_any_scale_and_without(sdxl: Path, adapter: Path, unet: Any) -> None:
     pipes = [pipeline(sdxl), pipeline(sdxl, unet=unet)]
     plain = latents(pipes[0])

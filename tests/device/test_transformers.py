@@ -27,8 +27,6 @@ from split_worker.bodies.denoiser import DenoiserBody
 from split_worker.worker import Worker
 from wiretap import record_requests
 
-pytestmark = pytest.mark.numbers
-
 #: How each kind's pipeline and split class are called, and a longest prompt that its pipeline may be told.
 KINDS: dict[str, tuple[str, Any]] = {
     "sd3": ("StableDiffusion3", SplitSD3Transformer2DModel),
@@ -82,6 +80,7 @@ def pipe_of(kind: str, model: Path, task: str = "", **parts: Any) -> Any:
     [{}, {"num_images_per_prompt": 2, "height": 48}, {"guidance_scale": 1.0}],
     ids=["", "two images", "no guidance"],
 )
+@pytest.mark.numbers
 def test_text_to_image(kind: str, model: Path, transformer: Any, options: dict[str, Any]) -> None:
     wanted, ours = (
         latents(pipe_of(kind, model, **parts), **SHORT, **options) for parts in ({}, {"transformer": transformer})
@@ -90,6 +89,7 @@ def test_text_to_image(kind: str, model: Path, transformer: Any, options: dict[s
     assert torch.equal(ours, wanted)
 
 
+@pytest.mark.numbers
 def test_from_an_image(kind: str, model: Path, transformer: Any) -> None:
     options = {"image": image(), "strength": 0.7, **SHORT}
     wanted, ours = (
@@ -98,6 +98,7 @@ def test_from_an_image(kind: str, model: Path, transformer: Any) -> None:
     assert torch.equal(ours, wanted)
 
 
+@pytest.mark.numbers
 def test_flux_with_true_guidance(kind: str, model: Path, transformer: Any) -> None:
     if kind == "sd3":
         pytest.skip("has a guidance of its own")
@@ -108,6 +109,7 @@ def test_flux_with_true_guidance(kind: str, model: Path, transformer: Any) -> No
     assert torch.equal(ours, wanted)
 
 
+@pytest.mark.numbers
 def test_cut_a(broker: Any, kind: str, model: Path) -> None:
     worker = start_worker(model, broker.address, cut="A")
     try:
