@@ -24,7 +24,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import tiny
-from fleet import TRANSPORTS_IN_TURN, joined, running_broker, using
+from fleet import joined, running_broker, using
 from split_common.errors import UnsupportedFeature
 from split_common.protocol import payloads
 from split_device.sessions import chunks
@@ -123,7 +123,8 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=TRANSPORTS_IN_TURN)
+# That numbers do not depend on the transport, tests of images show with each in `make test-long`.
+@pytest.fixture(scope="module", params=("zmq", pytest.param("redis", marks=pytest.mark.nightly)))
 def transport(request: pytest.FixtureRequest) -> Iterator[str]:
     with using(request.param):
         yield request.param
