@@ -8,6 +8,8 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 #: Without this capability, a peer knows sessions by numbers only.
 SESSION_KEYS = "session-keys"
 
@@ -25,12 +27,21 @@ KEEP = "keep"
 #: A worker with this capability returns only those outputs that a `BriefStep` asks for.
 OUTPUTS = "outputs"
 
+#: Encoding of a language model's hidden states, unless they travel as they are (`split_common.models.codecs`).
+StatesCodec = Literal["lossless", "int8", "int4"]
+
+
+def states_capability(codec: StatesCodec) -> str:
+    """The capability of encoding hidden states by a codec."""
+    return f"states-{codec}"
+
+
 #: All. "adapters" gives a session one of the adapters that its worker has loaded; "fork" copies a session on its
 #: worker; "int4" and "int8" encode images; "position-axes" and "spans" are what a `PlacedStep` says of images;
-#: "session-keys" names sessions by keys, as in version 2 of the headers; "states-…" are codecs of a `CodedStep`.
+#: "session-keys" names sessions by keys, as in version 2 of the headers.
 CAPABILITIES = frozenset(
     {
         *("adapters", "fork", INDIVISIBLE, "int4", "int8", KEEP, OUTPUTS, SESSION_KEYS, UNPADDED),
-        *("position-axes", "spans", "states-lossless", "states-int8", "states-int4"),
+        *("position-axes", "spans", *map(states_capability, get_args(StatesCodec))),
     }
 )

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from split_common.protocol.capabilities import CAPABILITIES, KEEP, OUTPUTS
+from split_common.protocol.capabilities import CAPABILITIES, KEEP, OUTPUTS, StatesCodec, states_capability
 from split_common.protocol.headers import Hash, Natural, Seconds, SessionRef
 
 #: Bytes of a number in each dtype that hidden states may have on the wire.
@@ -23,9 +23,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 #: Encoding of an image's tensors: floats, or integers with one fp32 scale for each channel of each row.
 Codec = Literal["float32", "bfloat16", "float16", "int8", "int4"]
-
-#: Encoding of a language model's hidden states, unless they travel as they are (`split_common.models.codecs`).
-StatesCodec = Literal["lossless", "int8", "int4"]
 
 #: Bits of a number in each codec, and bytes of a scale of the integer codecs.
 CODEC_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
@@ -143,7 +140,7 @@ class CodedStep(PlacedStep, frozen=True, tag=15):
 
     @property
     def needs(self) -> frozenset[str]:
-        return super().needs | CAPABILITIES.intersection({f"states-{self.codec}"})
+        return super().needs if self.codec == "exact" else super().needs | {states_capability(self.codec)}
 
 
 class BriefStep(CodedStep, frozen=True, tag=17):

@@ -7,6 +7,7 @@ from typing import get_args
 
 from split_common.errors import ConfigError
 from split_common.protocol import payloads
+from split_common.protocol.capabilities import StatesCodec
 
 #: The old name of "exact", for images; the one that is stored with jobs.
 OLD_EXACT = "none"
@@ -21,7 +22,7 @@ CODECS: dict[str, payloads.Codec | None] = {
 }
 
 #: Codecs of a text's states (`split_common.models.codecs`).
-TEXT_CODECS = ("exact", *get_args(payloads.StatesCodec))
+TEXT_CODECS = ("exact", *get_args(StatesCodec))
 
 #: Values of `--codec`: some for texts or for images only.
 CODEC_NAMES = ("exact", "lossless", "fp16", "int8", "int4")

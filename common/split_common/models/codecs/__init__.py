@@ -20,5 +20,5 @@ from split_common.models.codecs.lossless import Lossless
 #: The codec that changes nothing, and that every peer has.
 EXACT = Exact.name
 
-#: All codecs by name. The names other than "exact" are those of `payloads.StatesCodec`.
+#: All codecs by name. The names other than "exact" are those of `capabilities.StatesCodec`.
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (Exact(), Lossless(), Int8(), Int4())}
