@@ -7,17 +7,19 @@ import contextlib
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import pytest
+from starlette.datastructures import Headers
 from starlette.responses import Response
 
 from split_common.errors import Busy, ConfigError
 from split_device.images.settings import ImageSettings
+from split_device.jobs.job import ModelChoice
 from split_device.serving.fields import ApiError
 from split_device.serving.guard import Guard
 from split_device.serving.http import api_error, read_json
@@ -25,6 +27,7 @@ from split_device.serving.listener import running_server
 from split_device.serving.openai.images import Images
 from split_device.serving.openai.requests import COMPLETION_PATHS
 from split_device.serving.server import CompletionServer
+from split_device.serving.text_model import LONG, TextModel
 
 #: Seconds that something may take on a busy machine.
 PATIENCE = 300.0
@@ -62,6 +65,33 @@ def test_what_is_not_http_is_answered_by_an_object() -> None:
             received += data
     assert received.startswith(b"HTTP/1.1 400 ")
     assert json.loads(received[received.index(b"{") :])["error"]["message"] == "Invalid HTTP request received."
+
+
+def test_large_bodies_hold_up_no_small_one() -> None:
+    """The large ones are parsed until the small one is, which comes last."""
+    parts: Any = SimpleNamespace(adapters=SimpleNamespace(names=[]))
+    loaded: Any = SimpleNamespace(
+        tokenizer=SimpleNamespace(chat_template=None), limit=1, model=SimpleNamespace(split_parts=parts)
+    )
+    model, parsed = TextModel(loaded, ModelChoice(name="tiny"), "tiny"), threading.Event()
+
+    def request(size: int) -> Any:
+        async def stream() -> AsyncIterator[bytes]:
+            yield b'"' + b" " * size + b'"'
+
+        return SimpleNamespace(headers=Headers(), stream=stream)
+
+    async def ask() -> None:
+        large = [
+            asyncio.create_task(model.parsed(request(LONG), lambda _: parsed.wait(PATIENCE))) for _ in range(64)
+        ]
+        try:
+            await asyncio.wait_for(model.parsed(request(1), lambda _: parsed.set()), PATIENCE / 10)
+        finally:
+            parsed.set()
+        assert all(await asyncio.gather(*large))
+
+    asyncio.run(ask())
 
 
 def test_a_body_that_does_not_arrive() -> None:

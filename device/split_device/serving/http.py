@@ -58,13 +58,23 @@ def json_response(content: object, status: int = 200, headers: Mapping[str, str]
 
 
 async def read_json(request: Request, timeout: float = BODY_TIMEOUT) -> object:
-    """The body of a request as JSON in UTF-8.
+    """The body of a request as JSON in UTF-8. Raises what `read_body` and `parse_body` raise."""
+    return parse_body(await read_body(request, timeout))
+
+
+def parse_body(data: bytes | bytearray) -> object:
+    """The body of a request as JSON. Raises ConfigError if it is not JSON in UTF-8."""
+    return parse_json(data, "the body")
+
+
+async def read_body(request: Request, timeout: float = BODY_TIMEOUT) -> bytearray:
+    """The body of a request.
 
     Args:
         timeout: how long the client may take to send it, in seconds.
 
     Raises:
-        ApiError: it is too large, late, encoded or not JSON.
+        ApiError: it is too large, late or encoded.
     """
     _check_encoding(request.headers)
     if int(request.headers.get("content-length", 0)) > MAX_REQUEST_BODY:
@@ -78,7 +88,7 @@ async def read_json(request: Request, timeout: float = BODY_TIMEOUT) -> object:
                     raise _too_large()
     except TimeoutError:
         raise ApiError(f"the body did not arrive within {timeout:g} s", 408) from None
-    return parse_json(data, "the body")
+    return data
 
 
 def _too_large() -> ApiError:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+from starlette.requests import Request
 
 from split_common.errors import PromptTooLong, UnsupportedFeature
 from split_device.generation.chat_template import ChatTemplate
@@ -21,12 +22,14 @@ from split_device.jobs.job import ModelChoice, Task
 from split_device.jobs.message_images import has_images
 from split_device.jobs.models import Loaded
 from split_device.serving.fields import ApiError, check_model
+from split_device.serving.http import parse_body, read_body
 from split_device.serving.media import with_local_files
 from split_device.serving.streaming import ChoiceStream
 
 _T = TypeVar("_T")
 
-#: A prompt of more characters has to wait for others of this size alone: it takes a second for each million.
+#: A prompt of more characters, or a body of more bytes, has to wait for others of this size alone: a million take a
+#: second.
 LONG = 256 * 1024
 
 #: Counts of the generator that are shown as what a server saved.
@@ -72,6 +75,8 @@ class TextModel:
         self.adapters: list[str] = loaded.model.split_parts.adapters.names
         #: One thread for each tokenizer, which several may not call at once: for most prompts, and for long ones.
         self._encoding, self._long = (ThreadPoolExecutor(1, name) for name in ("encoding", "encoding-long"))
+        #: For large bodies, and answers. More threads would not be faster: Python runs one at a time.
+        self._large = ThreadPoolExecutor(1, "large-bodies")
         # The first request with a schema, too, finds a process that has started.
         COMPILERS.prepare()
 
@@ -131,20 +136,34 @@ class TextModel:
             lambda loaded: loaded.encode(with_local_files(task, self._media)), prompt_size(task)
         )
 
-    async def parsed(self, body: object, parse: Callable[[object], _T]) -> _T:
+    async def parsed(self, request: Request, parse: Callable[[object], _T]) -> _T:
         """What a parser makes of the body of a request. A large one takes seconds, in which other requests go on.
 
         Raises:
             PromptTooLong: there are more messages, or items, than the model has positions.
-            ApiError: what `parse` raises.
+            ApiError, ConfigError: what `read_body`, `parse_body` and `parse` raise.
         """
+        data = await read_body(request)
+        return await self.aside(len(data), self._parsed, data, parse)
+
+    def _parsed(self, data: bytearray, parse: Callable[[object], _T]) -> _T:
+        body = parse_body(data)
         for name in ("messages", "input"):
             given = body.get(name) if isinstance(body, dict) else None
             if isinstance(given, list) and len(given) > self.context:
                 raise PromptTooLong(
                     f"{name} has {len(given)} entries, more than the model's {self.context} positions"
                 )
-        return await asyncio.to_thread(parse, body)
+        return parse(body)
+
+    async def aside(self, size: int, work: Callable[..., _T], *args: object) -> _T:
+        """Calls a function that uses no tokenizer, while other requests go on. Raises what it raises.
+
+        Args:
+            size: about how many bytes it reads or writes. Small ones never wait for large ones.
+        """
+        threads = self._large if size > LONG else None
+        return await asyncio.get_running_loop().run_in_executor(threads, functools.partial(work, *args))
 
     async def beside(self, work: Callable[[Loaded], _T], size: int) -> _T:
         """Calls a function that uses a tokenizer, while other requests go on. Raises what it raises.
@@ -158,7 +177,7 @@ class TextModel:
             return await loop.run_in_executor(self._encoding, work, self.loaded)
         return await loop.run_in_executor(self._long, lambda: work(self._with_copy))
 
-    @cached_property
+    @functools.cached_property
     def _with_copy(self) -> Loaded:
         """The model with a copy of the tokenizer, made when the first long prompt comes."""
         return dataclasses.replace(self.loaded, tokenizer=copy.deepcopy(self.loaded.tokenizer))

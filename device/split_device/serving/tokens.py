@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -14,7 +13,7 @@ from starlette.responses import Response
 from split_device.jobs.job import Message, Task
 from split_device.jobs.models import Loaded
 from split_device.serving.fields import ApiError, convert, supported
-from split_device.serving.http import Handler, json_response, read_json
+from split_device.serving.http import Handler, json_response
 from split_device.serving.openai.messages import parse_messages
 from split_device.serving.text_model import TextModel, prompt_size
 
@@ -44,6 +43,14 @@ class _Tokens(_Named, frozen=True, kw_only=True):
     tokens: list[Annotated[int, Meta(ge=0)]]
 
 
+def _fields(body: object) -> dict[str, Any]:
+    """The fields of a body, its messages parsed. Raises ApiError."""
+    fields = supported(body, (), {})
+    if "messages" in fields:
+        fields["messages"] = parse_messages(fields["messages"])
+    return fields
+
+
 class Tokens:
     """Answers requests with the tokenizer of the model that is served."""
 
@@ -56,15 +63,15 @@ class Tokens:
 
     async def tokenize(self, request: Request) -> Response:
         """The token ids of a text, or of a conversation as a chat would send it. Raises ApiError."""
-        fields = await self._model.parsed(await read_json(request), lambda body: supported(body, (), {}))
+        fields = await self._model.parsed(request, _fields)
         ids, strings = await (self._conversation(fields) if "messages" in fields else self._text(fields))
         found = {"count": len(ids), "max_model_len": self._model.context, "tokens": ids, "token_strs": strings}
-        # Millions of them are seconds of work.
-        return await asyncio.to_thread(json_response, found)
+        # Millions of them are seconds of work. One takes some ten bytes.
+        return await self._model.aside(10 * len(ids), json_response, found)
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids, special tokens included. Raises ApiError."""
-        body = convert(supported(await read_json(request), (), {}), _Tokens)
+        body = await self._model.parsed(request, lambda body: convert(supported(body, (), {}), _Tokens))
         self._check(body)
         size = len(self._model.loaded.tokenizer)
         for index, token in enumerate(body.tokens):
@@ -84,7 +91,6 @@ class Tokens:
         return await self._model.beside(found, len(body.prompt))
 
     async def _conversation(self, fields: dict[str, Any]) -> _Found:
-        fields["messages"] = await asyncio.to_thread(parse_messages, fields["messages"])
         body = convert(fields, _Conversation)
         self._check(body)
         if body.continue_final_message and body.add_generation_prompt:

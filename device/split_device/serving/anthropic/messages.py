@@ -11,7 +11,7 @@ from split_device.serving.answering import Answer, comment, event
 from split_device.serving.anthropic.answers import block_event, end_events, message
 from split_device.serving.anthropic.errors import COUNT_PATH, MESSAGES_PATH, error_object
 from split_device.serving.anthropic.requests import MessageQuery, parse_count, parse_message
-from split_device.serving.http import Handler, api_error, json_response, read_json
+from split_device.serving.http import Handler, api_error, json_response
 from split_device.serving.parts import Parts, whole
 from split_device.serving.request_ids import request_id
 from split_device.serving.streaming import Notice
@@ -30,8 +30,7 @@ class Messages:
 
     async def create(self, request: Request) -> Response:
         """Answers a request for a message. Raises ApiError, and other errors that `api_error` reports."""
-        body = await read_json(request)
-        query = await self._model.parsed(body, lambda body: parse_message(body, self._model))
+        query = await self._model.parsed(request, lambda body: parse_message(body, self._model))
         adapter = self._model.adapter(query.model)
         prompt = await self._model.encode(query.task)
         id_ = request_id(request)
@@ -45,8 +44,7 @@ class Messages:
 
     async def count(self, request: Request) -> Response:
         """Counts the tokens of a prompt. Raises ApiError."""
-        body = await read_json(request)
-        query = await self._model.parsed(body, lambda body: parse_count(body, self._model))
+        query = await self._model.parsed(request, lambda body: parse_count(body, self._model))
         self._model.adapter(query.model)
         prompt = await self._model.encode(query.task)
         return json_response({"input_tokens": len(prompt)})

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from split_device.generation.settings import check_prompt_logprobs
 from split_device.serving.answering import Answer, comment, event
-from split_device.serving.http import Handler, api_error, json_response, read_json
+from split_device.serving.http import Handler, api_error, json_response
 from split_device.serving.openai.answers import Header, chat_piece, chunk, usage_chunk
 from split_device.serving.openai.query import CompletionQuery
 from split_device.serving.openai.requests import COMPLETION_PATHS, parse
@@ -37,7 +37,7 @@ class Completions:
         model = self._model
         kind = COMPLETION_PATHS[request.url.path]
         query = await model.parsed(
-            await read_json(request),
+            request,
             lambda body: parse(kind, body, model.choice, model.defaults, model.template),
         )
         # As in vLLM, the id of the answer is that of the request, behind its kind.

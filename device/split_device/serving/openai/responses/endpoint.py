@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
@@ -14,7 +13,7 @@ from starlette.responses import Response
 from split_device.jobs.job import Message
 from split_device.serving.answering import Answer, comment, event
 from split_device.serving.fields import ApiError
-from split_device.serving.http import Handler, api_error, json_response, read_json
+from split_device.serving.http import Handler, api_error, json_response
 from split_device.serving.openai.responses.answers import ResponseEvents, ResponseWriter, response_id
 from split_device.serving.openai.responses.items import parse_items
 from split_device.serving.openai.responses.paths import ITEMS_PATH, RESPONSE_PATH, RESPONSES_PATH
@@ -28,6 +27,9 @@ from split_device.sessions.identity import new_request_id
 
 #: How many of the latest ids are remembered: more than requests are answered at once.
 GIVEN = 4096
+
+#: About how many bytes an item of a conversation has.
+ITEM_BYTES = 1024
 
 
 class Responses:
@@ -50,7 +52,7 @@ class Responses:
 
     async def create(self, request: Request) -> Response:
         """Answers a request for a response. Raises ApiError, and other errors that `api_error` reports."""
-        asked = await self._model.parsed(await read_json(request), lambda body: parse_response(body, self._model))
+        asked = await self._model.parsed(request, lambda body: parse_response(body, self._model))
         adapter = self._model.adapter(asked.body.model)
         if asked.body.store or asked.previous is not None:
             await self._store.check()
@@ -86,7 +88,7 @@ class Responses:
         """What was said in the response with this id, in those before it, and what they answered."""
         chain = [] if previous is None else await self._store.chain(previous)
         said = [item for stored in chain for item in (*stored.input, *stored.response["output"])]
-        return await asyncio.to_thread(parse_items, said)
+        return await self._model.aside(ITEM_BYTES * len(said), parse_items, said)
 
     async def _keep(self, asked: ResponseRequest, response: dict[str, Any]) -> None:
         if asked.body.store:
