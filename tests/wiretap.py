@@ -7,8 +7,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import pytest
@@ -31,6 +32,8 @@ from split_device.sessions.session import RemoteSession
 from split_worker.bodies.loading import load_language_body
 from split_worker.limits import WorkerLimits
 from split_worker.worker import Worker
+
+_T = TypeVar("_T")
 
 SPLIT = Split.parse(6, "2:-2")
 WIDTH = 32
@@ -275,3 +278,21 @@ def on_loop(broker: Broker, call: Callable[[], object]) -> None:
 
     broker._housekeeping = once  # type: ignore[method-assign]
     assert done.wait(LATE)
+
+
+@contextlib.contextmanager
+def in_background(call: Callable[[], _T]) -> Iterator[Future[_T]]:
+    """Calls a function on a thread of its own. Waits for it at the end of the `with` block."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(call)
+
+
+def slowly(worker: Worker, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Makes each forward of a worker take so long."""
+    launch = worker._compute._launch
+
+    def wait_and_launch(batch: Any) -> Any:
+        time.sleep(seconds)
+        return launch(batch)
+
+    monkeypatch.setattr(worker._compute, "_launch", wait_and_launch)

@@ -9,7 +9,6 @@ import re
 import signal
 import stat
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 import torch
 
 from benchmarks import batch_faults
+from commands import process
 from fleet import running_broker, start_worker
 from serving import Unsplit
 from split_common.cli import main
@@ -474,17 +474,6 @@ def test_ctrl_c_and_another_file(run: Any, checkpoint: Path, address: str, worke
         "new": unsplit.say("user:Hello</s>assistant:", 8),
         "0": unsplit.say("user:Say 0</s>assistant:", 200),
     }
-
-
-@contextlib.contextmanager
-def process(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "split_common", *map(str, arguments)]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        yield started
-    finally:
-        started.kill()
-        started.communicate()
 
 
 def wait_for_tokens(output: Path, goal: int, batch: subprocess.Popen[str]) -> None:

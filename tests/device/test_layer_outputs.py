@@ -70,7 +70,7 @@ def test_attentions(pair: Any) -> None:
         if index not in split.split.body:
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
             continue
-        with pytest.raises(UnsupportedFeature, match=f"attentions of layer {index} cannot be split"):
+        with pytest.raises(UnsupportedFeature, match=f"attentions of layer {index} are not here"):
             one.sum()
 
 

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
+from commands import process
 from split_common.errors import Busy, ModelError, UnsupportedArchitecture
 from split_common.models import loading
 from split_common.models.checkpoint import Checkpoint
@@ -39,18 +40,6 @@ PATIENCE = 300.0
 POSITIONS = 4096
 
 STAGES = ["head", "encode", "encrypt", "queue", "body", "worker", "decrypt", "decode", "tail", "sampling"]
-
-
-@contextlib.contextmanager
-def process(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A command in a process of its own."""
-    command = [sys.executable, "-m", "split_common", *map(str, arguments)]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        yield started
-    finally:
-        started.kill()
-        started.communicate()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,7 +56,7 @@ from split_worker import channels as worker_channels
 from split_worker import set_ups
 from split_worker.limits import WorkerLimits
 from split_worker.worker import Worker
-from wiretap import LATE, SOON, Setting, cheat, on_loop, run_steps, step, wait_until
+from wiretap import LATE, SOON, Setting, cheat, in_background, on_loop, run_steps, slowly, step, wait_until
 
 STEPS = 60
 
@@ -84,23 +84,6 @@ def expected(setting: Setting) -> list[bytes]:
     """What the body answers where nothing breaks."""
     with setting.broker() as broker, setting.worker(broker.address), setting.client(broker.address) as client:
         return run_steps(client, STEPS)
-
-
-@contextlib.contextmanager
-def in_background(call: Callable[[], Any]) -> Iterator[Any]:
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(call)
-
-
-def slowly(worker: Worker, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Makes each forward of a worker take so long."""
-    forward = worker._compute._launch
-
-    def wait_and_run(batch: Any) -> Any:
-        time.sleep(seconds)
-        return forward(batch)
-
-    monkeypatch.setattr(worker._compute, "_launch", wait_and_run)
 
 
 # --- the broker --------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from split_common.trust.fleet import load_fleet
 from split_device import SplitModelForCausalLM
 from split_worker.worker import Worker
 from valkeys import Valkey, running_valkey
-from wiretap import LATE, Setting, run_steps, step, wait_until
+from wiretap import LATE, Setting, in_background, run_steps, slowly, step, wait_until
 
 STEPS = 60
 
@@ -71,22 +71,6 @@ def streams(server: Valkey) -> dict[bytes, int]:
         if client.type(key) == b"stream":
             lengths[key] = client.xlen(key)
     return lengths
-
-
-@contextlib.contextmanager
-def in_background(call: Callable[[], Any]) -> Iterator[Future[Any]]:
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(call)
-
-
-def slowly(worker: Worker, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    forward = worker._compute._launch
-
-    def wait_and_run(batch: Any) -> Any:
-        time.sleep(seconds)
-        return forward(batch)
-
-    monkeypatch.setattr(worker._compute, "_launch", wait_and_run)
 
 
 # --- the server --------------------------------------------------------------------------------------------

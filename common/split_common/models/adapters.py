@@ -281,11 +281,11 @@ def _read_config(name: str, checkpoint: Checkpoint) -> LoraConfig:
     raw: dict[str, Any] = checkpoint.config
     kind = raw.get("peft_type")
     if kind != "LORA":
-        raise UnsupportedFeature(f"the adapter {name} is a {kind} of PEFT, which cannot be split: only LORA can")
+        raise UnsupportedFeature(f"the adapter {name} is a {kind} of PEFT, which does not run split: use a LoRA")
     known = {field.name for field in msgspec.structs.fields(LoraConfig)}
     for setting, value in raw.items():
         if value and setting not in known and setting not in _WITHOUT_EFFECT:
-            raise UnsupportedFeature(f"the adapter {name} has {setting}={value!r}, which cannot be split")
+            raise UnsupportedFeature(f"the adapter {name} has {setting}={value!r}, which does not run split")
     try:
         config = msgspec.convert({key: value for key, value in raw.items() if value is not None}, LoraConfig)
         chosen = [each for each in (config.target_modules, config.exclude_modules) if isinstance(each, str)]

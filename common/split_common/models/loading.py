@@ -261,7 +261,7 @@ def generation_config(checkpoint: Checkpoint) -> GenerationConfig:
     config = _defaults(checkpoint)
     if config.cache_implementation == "quantized":
         raise UnsupportedFeature(
-            f"{checkpoint.name}: the defaults for generate ask for a quantized cache, which cannot be split: "
+            f"{checkpoint.name}: the defaults for generate ask for a quantized cache, which does not run split: "
             "remove cache_implementation from generation_config.json (or config.json)"
         )
     config.cache_implementation = None

@@ -131,7 +131,9 @@ class WithAdapters:
         """
         for name, value in options.items():
             if value:
-                raise UnsupportedFeature(f"load_adapter with {name} cannot be split: give a directory and a name")
+                raise UnsupportedFeature(
+                    f"load_adapter with {name} does not run split: give a directory and a name"
+                )
         parts = self.split_parts
         directories = adapter_directories(peft_model_id if adapter_name is None else {adapter_name: peft_model_id})
         parts.adapters.load(self, parts.stack, parts.split, directories)
@@ -141,7 +143,7 @@ class WithAdapters:
         """Makes one of the adapters active. Raises UnknownAdapter, or UnsupportedFeature for several at once."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if len(names) != 1:
-            raise UnsupportedFeature("several adapters at once cannot be split: choose one")
+            raise UnsupportedFeature("several adapters at once do not run split: choose one")
         adapters = self.split_parts.adapters
         adapters.chosen.number = adapters.get(names[0]).number
 
@@ -157,7 +159,7 @@ class WithAdapters:
     def add_adapter(self, *_args: Any, **_options: Any) -> None:
         """Refused: an adapter has a part on the workers."""
         raise UnsupportedFeature(
-            "a new adapter cannot be split: load one in PEFT's format by load_adapter, and give workers --adapter"
+            "add_adapter does not run split: use load_adapter, for one in PEFT's format, and give workers --adapter"
         )
 
     def delete_adapter(self, *_args: Any, **_options: Any) -> None:
@@ -166,7 +168,7 @@ class WithAdapters:
 
     def enable_adapters(self) -> None:
         """Refused: it does not say which adapter."""
-        raise UnsupportedFeature("enable_adapters cannot be split: say which adapter by set_adapter")
+        raise UnsupportedFeature("enable_adapters does not say which adapter: use set_adapter")
 
     def get_adapter_state_dict(self, *_args: Any, **_options: Any) -> Any:
         """Refused: this process holds only a part of an adapter."""

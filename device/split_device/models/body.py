@@ -132,9 +132,9 @@ class RemoteBody(RemoteLayer):
     def check_cache(self, cache: Any) -> None:
         """Raises UnsupportedFeature for a cache that cannot have a session as a layer."""
         if type(cache) is not DynamicCache:
-            raise UnsupportedFeature(f"a {type(cache).__name__} cannot be split: use a DynamicCache")
+            raise UnsupportedFeature(f"a {type(cache).__name__} does not run split: use a DynamicCache")
         if getattr(cache, "offloading", False):
-            raise UnsupportedFeature("an offloaded cache cannot be split: use a plain DynamicCache")
+            raise UnsupportedFeature("an offloaded cache does not run split: use a plain DynamicCache")
         session = next((layer for layer in cache.layers if isinstance(layer, SessionCacheLayer)), None)
         if session is None:
             if was_used(cache):

@@ -34,7 +34,7 @@ class BodyLayer(DynamicLayer):  # type: ignore[misc]
     @property
     def keys(self) -> Any:
         """Refused, as are the values: they are on the worker."""
-        raise UnsupportedFeature("keys and values of the body's layers cannot be split: they are on the worker")
+        raise UnsupportedFeature("keys and values of the body's layers are not here: they are on the worker")
 
     @keys.setter
     def keys(self, _nothing: None) -> None:
@@ -59,7 +59,9 @@ class BodyLayer(DynamicLayer):  # type: ignore[misc]
         raise UnsupportedFeature("the body's keys and values are on the worker")
 
     def offload(self) -> None:
-        raise UnsupportedFeature("an offloaded cache cannot be split: the body's keys and values are on the worker")
+        raise UnsupportedFeature(
+            "an offloaded cache does not run split: the body's keys and values are on the worker"
+        )
 
     def _nothing_here(self, *_args: Any) -> None:
         """Does nothing: the layer that has the session does it for the whole body."""

@@ -243,7 +243,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
 
     def generate_batch(self, *_args: Any, **_kwargs: Any) -> Any:
         """Refused: transformers' continuous batching has a paged cache of all layers in this process."""
-        raise UnsupportedFeature("generate_batch cannot be split: use generate, the worker batches by itself")
+        raise UnsupportedFeature("generate_batch does not run split: use generate; the worker batches by itself")
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
 
@@ -253,10 +253,10 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         for given in (vars(self.generation_config), vars(config) if config is not None else {}, kwargs):
             options |= {name: value for name, value in given.items() if value is not None}
         if (name := options.get("cache_implementation")) not in _DYNAMIC:
-            raise UnsupportedFeature(f"cache_implementation={name!r} cannot be split: only a dynamic cache can")
+            raise UnsupportedFeature(f"cache_implementation={name!r} does not run split: use a dynamic cache")
         if "assistant_early_exit" in options:
             raise UnsupportedFeature(
-                "assistant_early_exit cannot be split, because layers that would draft are on the worker: use "
+                "assistant_early_exit does not run split, because layers that would draft are on the worker: use "
                 "prompt_lookup_num_tokens or assistant_model"
             )
         if "speculate" in options:
@@ -388,4 +388,4 @@ def _refuse_packing(context: StepContext) -> None:
     # Of several axes, the first one grows, and stays the same within an image.
     steps = positions.diff() if positions.ndim == 2 else positions[0].diff().clamp(max=0) + 1
     if bool((steps != 1).any()):
-        raise UnsupportedFeature("packed sequences cannot be split: pass them as rows of a batch")
+        raise UnsupportedFeature("packed sequences do not run split: pass them as rows of a batch")

@@ -13,7 +13,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from split_common.errors import UnsupportedFeature
 
-_REFUSED = "prepared attention masks cannot be split: pass a 2-D attention_mask"
+_REFUSED = "prepared attention masks do not run split: pass a 2-D attention_mask"
 
 
 def plain_mask(

@@ -48,7 +48,7 @@ class OnWorkerOutput:
         raise UnsupportedFeature("outputs of the body's layers are on the worker")
 
     def _refuse(self) -> NoReturn:
-        raise UnsupportedFeature(f"{self._name} cannot be split: they are on the worker")
+        raise UnsupportedFeature(f"{self._name} are not here: they are on the worker")
 
 
 #: Operators, which Python looks up in a class.
@@ -103,6 +103,8 @@ def refuse_outputs(options: Mapping[str, Any], captured: Mapping[str, int], *, e
         if not options.get(option):
             continue
         if option in REFUSED or not captured.get(option.removeprefix("output_")):
-            raise UnsupportedFeature(f"{option} cannot be split: the body's are on the worker")
+            raise UnsupportedFeature(
+                f"{option} does not run split: what the body's layers put out is on the worker"
+            )
         if option == "output_attentions" and not eager:
             raise UnsupportedFeature(f'{option} needs set_attn_implementation("eager")')

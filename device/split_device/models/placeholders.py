@@ -39,7 +39,7 @@ class UNetCall:
         assert self.embedding is not None
         text, images = self.context if isinstance(self.context, tuple) else (self.context, [])
         if not isinstance(text, torch.Tensor) or text.ndim != 3:
-            raise UnsupportedFeature("a text's embeddings cannot be split unless they are [rows, tokens, width]")
+            raise UnsupportedFeature("a text's embeddings have to be [rows, tokens, width]")
         return DenoiserInputs(
             [self.sample, self.embedding, *self.residuals], [text, *images], self.scales if images else ()
         )
@@ -72,7 +72,7 @@ class UNetSlot(OnWorker):
             given = options.get(name)
             if given is None or (isinstance(given, dict) and not given.keys() - {"scale"}):
                 continue
-            raise UnsupportedFeature(f"{name} cannot be split: it concerns blocks that are on the worker")
+            raise UnsupportedFeature(f"{name} does not run split: it concerns blocks that are on the worker")
 
 
 class DownSlot(UNetSlot):

@@ -55,7 +55,7 @@ class TransformerSlot(OnWorker):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # The scale of a LoRA is already applied to the blocks on this device.
         if strange := sorted((options.get("joint_attention_kwargs") or {}).keys() - {"scale"}):
-            raise UnsupportedFeature(f"{strange[0]} cannot be split: it concerns blocks that are on the worker")
+            raise UnsupportedFeature(f"{strange[0]} does not run split: it concerns blocks that are on the worker")
         return encoder_hidden_states, hidden_states
 
 
@@ -113,7 +113,7 @@ class SplitTransformer(SplitDenoiser):
         refuse_gradients(given["hidden_states"])
         for name, what in _REFUSED.items():
             if given.get(name) is not None:
-                raise UnsupportedFeature(f"{what} cannot be split: it concerns blocks that are on the worker")
+                raise UnsupportedFeature(f"{what} does not run split: it concerns blocks that are on the worker")
         if set(given.get("skip_layers") or ()) & set(self.split.body):
             raise UnsupportedFeature("skip_layers names blocks that are on the worker, which cannot be skipped")
         call = TransformerCall(
@@ -126,7 +126,7 @@ class SplitTransformer(SplitDenoiser):
 
     def enable_cache(self, *_args: Any, **_options: Any) -> None:
         """Refused: diffusers' caches hook blocks that are on the worker."""
-        raise UnsupportedFeature("diffusers' caches cannot be split: use reuse=, which saves calls of the worker")
+        raise UnsupportedFeature("diffusers' caches do not run split: use reuse=, which saves calls of the worker")
 
 
 class SplitSD3Transformer2DModel(SplitTransformer, SD3Transformer2DModel):  # type: ignore[misc]

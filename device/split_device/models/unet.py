@@ -52,7 +52,7 @@ class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionMod
         self.check_process()
         refuse_gradients(given["sample"])
         if given.get("down_intrablock_additional_residuals") is not None:
-            raise UnsupportedFeature("a T2I-Adapter cannot be split: it concerns blocks that are on the worker")
+            raise UnsupportedFeature("a T2I-Adapter does not run split: it concerns blocks that are on the worker")
         call = UNetCall(
             float(torch.as_tensor(given["timestep"]).max()),
             self._residuals(
@@ -99,7 +99,7 @@ class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionMod
                 "workers with --ip-adapter FILE, and load that one alone"
             )
         if strange := sorted(name for name in names if "_lora." in name):
-            raise UnsupportedFeature(f"an IP-Adapter with a LoRA cannot be split: {strange[0]}")
+            raise UnsupportedFeature(f"an IP-Adapter with a LoRA does not run split: {strange[0]}")
         own = read_tensors(self._spec.checkpoint, sorted(names))
         if different := sorted(name for name in names if not torch.equal(given[name].cpu(), own[name])):
             raise UnsupportedFeature(f"{different[0]} is not that of the IP-Adapter that the model was opened with")
@@ -115,7 +115,7 @@ class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionMod
             (scale,) = getattr(self.get_submodule(name).get_processor(), "scale", [0.0])
             if not isinstance(scale, float | int):
                 raise UnsupportedFeature(
-                    "scales of single images of an IP-Adapter cannot be split: they need masks"
+                    "scales of single images of an IP-Adapter do not run split: set one for all"
                 )
             scales.append(float(scale))
         return scales
@@ -124,8 +124,8 @@ class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionMod
 
     def load_attn_procs(self, *_args: Any, **_options: Any) -> None:
         """Refused: most attention processors belong to blocks that are on the worker."""
-        raise UnsupportedFeature("attention processors with weights cannot be split: most are on the worker")
+        raise UnsupportedFeature("attention processors with weights do not run split: most are on the worker")
 
     def enable_freeu(self, *_args: Any, **_options: Any) -> None:
         """Refused: it changes blocks that are on the worker."""
-        raise UnsupportedFeature("FreeU cannot be split: it changes blocks that are on the worker")
+        raise UnsupportedFeature("FreeU does not run split: it changes blocks that are on the worker")

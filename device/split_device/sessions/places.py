@@ -98,7 +98,7 @@ def distinct_axes(positions: torch.Tensor, axes: int) -> torch.Tensor:
         positions = positions[0]
     if positions.ndim != 2 and (positions.ndim != 3 or len(positions) != axes):
         raise UnsupportedFeature(
-            f"position ids of shape {tuple(positions.shape)} cannot be split: expected one axis, or {axes}"
+            f"position ids of shape {tuple(positions.shape)} do not fit: expected one axis, or {axes}"
         )
     return positions
 

@@ -29,5 +29,5 @@ def read_denoiser_spec(checkpoint: Checkpoint) -> DenoiserSpec:
         raise UnsupportedArchitecture(f"{checkpoint.name} is not one of {', '.join(DENOISERS)}")
     spec = kind(checkpoint, checkpoint.config)
     if checkpoint.adapter_names and not isinstance(spec, UNetSpec):
-        raise UnsupportedArchitecture(f"{checkpoint.name}: an IP-Adapter of a {kind.class_name} cannot be split")
+        raise UnsupportedArchitecture(f"{checkpoint.name}: an IP-Adapter of a {kind.class_name} does not run split")
     return spec
