@@ -190,7 +190,7 @@ class Wan:
     # --- the first token -----------------------------------------------------------------------------------
 
     def first(self) -> dict[str, Any]:
-        """The first request of a device that has just loaded its model, and its second one."""
+        """The first request of a device that has just loaded its model, as commands load it, and its second one."""
         firsts: dict[str, float] = {}
         seconds: dict[str, float] = {}
         for rtt in self._rtts:
@@ -198,6 +198,7 @@ class Wan:
             self._weather(rtt)
             for _ in range(self._rounds):
                 with self._device() as split, self._generator(split, "off") as generator:
+                    split.warm_up()
                     time.sleep(PAUSE)
                     both.append([self._first_token(generator, 16) for _ in range(2)])
             firsts[str(rtt)], seconds[str(rtt)] = map(statistics.median, zip(*both, strict=True))
