@@ -1,7 +1,7 @@
 """Commands that tests start are forked from a process that has imported everything: most of a start is imports.
 
 Such a process is a child of the one that asked for it, and has the files, arguments, environment, directory and
-session that it was to have. Started as ever is what another process starts, and all but `python -m` of `MODULES`.
+session that it was to have. Started as ever is what another process starts, and all but `python -m` of `FORKED`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from typing import Any
 
 from split_common.system import process
 
-#: What is run in forks by `python -m`.
-MODULES = re.compile(r"split_common|worker_main|benchmarks\.\w+")
+#: What is run in forks: modules, with the first word after them. A broker is not: it starts without torch, and its
+#: memory is limited. Nor is what measures memory, which forks share, or enters a network of its own.
+FORKED = re.compile(r"(split_common (?!broker)|worker_main |benchmarks\.(?!memory|wan|forwarder)).*")
 
-#: Modules, with the first word after them, whose own processes are forked as well, if they are of `MODULES`.
-PARENTS = re.compile(r"split_common stress|benchmarks\.\w+ .*")
+#: Those whose own processes are forked as well.
+PARENTS = re.compile(r"benchmarks\..*")
 
 #: Modules that commands import when they start.
 IMPORTS = (
@@ -153,8 +154,8 @@ class Zygote:
 
 def _runs_module(args: Any) -> bool:
     match args:
-        case [sys.executable, "-P", "-m", module, *_] | [sys.executable, "-m", module, *_]:
-            return MODULES.fullmatch(module) is not None
+        case [sys.executable, "-P", "-m", module, word, *_] | [sys.executable, "-m", module, word, *_]:
+            return FORKED.fullmatch(f"{module} {word}") is not None
     return False
 
 

@@ -165,7 +165,7 @@ def wait_for_a_fault(process: subprocess.Popen[str]) -> list[Any]:
     children: list[Any] = []
 
     def is_struck() -> bool:
-        children[:] = [child for child in psutil.Process(process.pid).children() if "zygote" not in child.cmdline()]
+        children[:] = psutil.Process(process.pid).children()
         return any(child.status() == psutil.STATUS_STOPPED for child in children)
 
     wait_until(is_struck)
