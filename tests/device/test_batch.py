@@ -430,6 +430,26 @@ def test_a_batch_that_is_killed_when_its_file_is_written(
     assert any(record.output == str(output) for _, record in places()) == long
 
 
+def test_answers_of_an_overwriting_batch_stay(
+    run: Any, checkpoint: Path, address: str, worker: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was stopped before it replaced the file, and the command comes without --overwrite in between."""
+    source, output = write(tmp_path / "in.txt", "one", "two"), tmp_path / "out.jsonl"
+    command = ("batch", source, "-o", output, "--max-tokens", 3, "--model", checkpoint, "--broker", address)
+    assert run(*command).code == 0
+
+    def die(*_: Any) -> None:
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_run, "finish", die)
+        with pytest.raises(SystemExit):
+            run(*command, "--overwrite")
+    assert "nothing to do" in run(*command).err
+    done = run(*command, "--overwrite", "--json")
+    assert (done.code, done.json["resumed"], done.json["tokens"]) == (0, 2, 0), done.err
+
+
 def test_answers_that_are_not_used_with_other_settings_are_told(
     run: Any, checkpoint: Path, address: str, worker: None, tmp_path: Path
 ) -> None:

@@ -153,8 +153,9 @@ def batch(
             if not overwrite and (done := find_done(place, target)) is not None:
                 entries = (line.entry for line in parsed(lines, settings, output_dir is not None, note))
                 check_same(done, entries, target, work.output_form, output_dir, store_key)
-                if (left := place.record()) is not None and not left.detached:
-                    # Of a process that was killed when all was written.
+                left = place.record()
+                if left is not None and not left.detached and (left.finished or left.written != done.written):
+                    # Of a process that was killed when all was written; not of one that is yet to write.
                     clear(place, left, 0)
                 report_done(place, target, done, json)
                 return
