@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import AutoProcessor
 import tiny
 import tiny_vision
 from fleet import serving_here
+from split_common.errors import ConfigError
 from split_common.system.process import running_command
 from split_device import Connection, Device, Limits
 from split_device.cli.doctor_model import model_findings
@@ -28,7 +30,7 @@ from split_device.generation.shown_images import ShownImage
 from split_device.generation.tool_prompts import shown_tools, spelled_out
 from split_device.generation.tools import Tool, ToolUse
 from split_device.jobs.job import Message, MessageImage, ModelChoice, Task
-from split_device.jobs.message_images import MAX_IMAGES
+from split_device.jobs.message_images import MAX_IMAGES, image_content
 from split_device.jobs.models import Models
 from split_device.jobs.runner import JobRunner
 from split_device.jobs.store import Store, store_path
@@ -119,6 +121,19 @@ def test_a_conversation_with_images(
     assert [turn["text"] for turn in done.json["turns"]] == answers
     done = run("chat", *options, stdin="/show /nowhere.png\n")
     assert (done.code, "cannot be read as an image" in done.err) == (2, True)
+
+
+def test_the_content_of_an_image_may_come_from_a_pipe(pictures: list[Path]) -> None:
+    """As `--show <(…)` gives it."""
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as pipe:
+        pipe.write(pictures[0].read_bytes())
+    try:
+        assert image_content(Path(f"/dev/fd/{reading}"), "a pipe").data == pictures[0].read_bytes()
+    finally:
+        os.close(reading)
+    with pytest.raises(ConfigError, match="a directory cannot be read as an image: Is a directory"):
+        image_content(pictures[0].parent, "a directory")
 
 
 class Terminal(io.StringIO):

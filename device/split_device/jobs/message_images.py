@@ -29,8 +29,14 @@ def image_file(path: Path, at: int = 0) -> MessageImage:
 
 def image_content(path: Path, name: str) -> MessageImage:
     """A file's content, for an answer at once. Raises ConfigError, which calls it `name`, if it is not an image."""
-    read_prompt_image(path, name)
-    return MessageImage(at=0, data=path.read_bytes())
+    try:
+        # Once: it may be a pipe.
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{name} cannot be read as an image: {reason}") from None
+    read_prompt_image(data, name)
+    return MessageImage(at=0, data=data)
 
 
 def count_images(messages: Sequence[Message]) -> int:
