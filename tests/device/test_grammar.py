@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -288,6 +289,8 @@ def test_the_process_that_compiles_is_there_before_its_request(monkeypatch: pyte
         own.prepare()
         own.prepare()
         assert len(started) == 1
+        # Ctrl-C does not reach it.
+        assert os.getpgid(started[0].pid) != os.getpgid(0)
         code, answer = own.run(request, LATE)
         # The next one was started after this one had answered.
         assert (code, started[0].poll(), started[1].poll(), len(started)) == (0, 0, None, 2)

@@ -101,6 +101,8 @@ def _start() -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+        # Ctrl-C does not reach it: a schema would count as one that breaks the compiler.
+        start_new_session=True,
     )
 
 
