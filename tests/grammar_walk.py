@@ -1,11 +1,14 @@
-"""Random texts that a constraint allows: which tokens may come next is asked, and one of them is taken."""
+"""What a constraint allows: random texts, of tokens that may come next, and texts of the unsplit model."""
 
 from __future__ import annotations
 
 import random
 from typing import Any
 
+import torch
+
 from split_device.generation.constraint import GrammarConstraint
+from split_device.generation.penalties import ConstraintMask
 
 #: Characters that end what JSON has begun.
 _CLOSING = frozenset('"}]')
@@ -32,3 +35,21 @@ def _preferred(tokenizer: Any, allowed: list[int], source: random.Random, length
     closing = [token for token in allowed if tokenizer.decode([token])[:1] in _CLOSING]
     hurried = source.random() < length / 60
     return (ends or closing or allowed) if hurried else allowed
+
+
+class ConstraintProcessor(ConstraintMask):
+    """A constraint for transformers' `generate`: one sequence, whose prompt has this many tokens.
+
+    The tokens are those of a generator's request with the same constraint.
+    """
+
+    def __init__(self, constraint: GrammarConstraint, prompt: int) -> None:
+        super().__init__(constraint)
+        self._seen = prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores `[1, vocabulary]`, minus infinity for tokens that may not come next."""
+        for token in input_ids[0, self._seen :].tolist():
+            self.constraint.accept(token)
+        self._seen = input_ids.shape[1]
+        return super().__call__(input_ids, scores)

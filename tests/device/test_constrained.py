@@ -13,9 +13,10 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import tiny
 from fleet import joined, running_broker, split_model, start_worker
+from grammar_walk import ConstraintProcessor
 from split_common.errors import ConfigError, UnsupportedFeature
 from split_device.cli.answer_format import AnswerFormat
-from split_device.generation.constraint import ConstraintProcessor, Grammars
+from split_device.generation.constraint import Grammars
 from split_device.generation.generator import Generator, Request
 from split_device.generation.limits import ONE_ANSWER
 from split_device.generation.settings import Sampling

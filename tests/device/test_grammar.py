@@ -16,10 +16,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from grammar_walk import walk
+from grammar_walk import ConstraintProcessor, walk
 from split_common.errors import Busy, ConfigError, UnsupportedFeature
 from split_device.generation import compilers, grammar
-from split_device.generation.constraint import ConstraintProcessor, GrammarConstraint, Grammars
+from split_device.generation.constraint import GrammarConstraint, Grammars
 from split_device.generation.grammar import grammar_of
 from split_device.generation.structured import MAX_SOURCE, StructuredOutputs
 from split_device.generation.tagged import Tag, tagged

@@ -14,12 +14,13 @@ from transformers import LogitsProcessorList
 
 import tiny
 from fleet import serving_here
+from grammar_walk import ConstraintProcessor
 from serving import KEY, Unsplit
 from split_common.system.process import running_command
 from split_device.generation.answers import answer_format
 from split_device.generation.call_grammar import call_constraint
 from split_device.generation.chat_template import ChatTemplate
-from split_device.generation.constraint import ConstraintProcessor, Grammars
+from split_device.generation.constraint import Grammars
 from split_device.generation.tokenizing import encode_chat, end_tokens
 from split_device.generation.tools import NamedTool, Tool, ToolUse
 

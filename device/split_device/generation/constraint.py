@@ -16,7 +16,6 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from split_common.errors import Busy, ConfigError, UnsupportedFeature
 from split_device.generation.grammar import KEPT, grammar_of
 from split_device.generation.grammar_tokenizer import grammar_tokenizer
-from split_device.generation.penalties import ConstraintMask
 from split_device.generation.structured import Source, StructuredOutputs
 
 #: Threads that compile grammars. They wait for processes most of the time.
@@ -160,21 +159,3 @@ class Grammars:
     @cached_property
     def _prepared(self) -> LLTokenizer:
         return grammar_tokenizer(self._tokenizer, self._vocabulary, self.ends)
-
-
-class ConstraintProcessor(ConstraintMask):
-    """A constraint for transformers' `generate`: one sequence, whose prompt has this many tokens.
-
-    The tokens are those of a generator's request with the same constraint.
-    """
-
-    def __init__(self, constraint: GrammarConstraint, prompt: int) -> None:
-        super().__init__(constraint)
-        self._seen = prompt
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """The scores `[1, vocabulary]`, minus infinity for tokens that may not come next."""
-        for token in input_ids[0, self._seen :].tolist():
-            self.constraint.accept(token)
-        self._seen = input_ids.shape[1]
-        return super().__call__(input_ids, scores)
