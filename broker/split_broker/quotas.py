@@ -7,14 +7,18 @@ there is too little of it: then the member that holds the most gives way.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from split_broker.peer_queue import Peer
 from split_common.trust.shares import TokenBuckets, Usage
 
 
-class Rate(NamedTuple):
-    """Messages of a kind that one member's peers may send: a second on average, and at once."""
+@dataclass(frozen=True, eq=False)
+class Rate:
+    """Messages of a kind that one member's peers may send: a second on average, and at once.
+
+    Kinds with the same numbers are different kinds: each has buckets of its own.
+    """
 
     rate: float
     burst: float
@@ -49,7 +53,7 @@ class Rates:
         """Whether a member may send one more message of a kind; counts it, as `weight` messages, if so."""
         buckets = self._buckets.get(rate)
         if buckets is None:
-            buckets = self._buckets[rate] = TokenBuckets(*rate)
+            buckets = self._buckets[rate] = TokenBuckets(rate.rate, rate.burst)
         return buckets.take(member, weight)
 
 

@@ -367,6 +367,11 @@ def test_long_headers_count_for_their_member_before_it_is_announced(
     assert len(read) == before + 1
 
 
+def test_kinds_of_messages_with_the_same_rate_do_not_share_it() -> None:
+    rates, kinds = Rates(), [Rate(0.0, 3.0), Rate(0.0, 3.0)]
+    assert [rates.admits("m", kind) for kind in kinds for _ in range(4)] == [True, True, True, False] * 2
+
+
 def test_who_is_not_announced_is_told_so_now_and_then(offline: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(broker_module, "UNANNOUNCED", Rate(0.0, 3.0))
     monkeypatch.setattr(offline._authentication, "owner", lambda envelope: envelope.bytes[:1].decode())
