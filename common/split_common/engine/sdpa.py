@@ -25,8 +25,8 @@ BATCHED_SEQUENCES = 4
 #: and beyond this they take longer than a call for each sequence.
 BATCHED_BYTES = 256 * 1024
 
-#: Most tokens of a prompt on the CPU that attend in one call, which computes the keys that its last token sees for
-#: all of them.
+#: Most tokens of a prompt on the CPU that attend in one call. For each of them it computes the logits of all keys
+#: that the last one sees.
 BLOCK_TOKENS = 128
 
 
