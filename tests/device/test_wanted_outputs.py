@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_replay import strike_at
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaForCausalLM
 
 import tiny
 from fleet import joined, running_broker, start_worker
@@ -164,6 +164,21 @@ def test_outputs_that_are_asked_for_travel(
         generated(model)
         model.generate(PROMPT, **GREEDY)
         assert answers[0] == answers[4] == (150, 150)
+
+
+def test_models_that_ignore_logits_to_keep_get_all(
+    broker: str, checkpoint: Path, unsplit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of `VideoLlama3ForConditionalGeneration`: its `forward` takes the argument, and gives all logits."""
+    forward = LlamaForCausalLM.forward
+
+    def ignoring(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        return forward(self, input_ids, **kwargs | {"logits_to_keep": 0})
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", ignoring)
+    with joined(broker, checkpoint, 2, 0) as (model, _), torch.no_grad():
+        logits = model(PROMPT[:, :9], logits_to_keep=1).logits
+        assert torch.allclose(logits, unsplit(PROMPT[:, :9]).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{}, {"rope_parameters": tiny.LONGROPE}], ids=["plain", "longrope"])

@@ -301,8 +301,9 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         scope = self._scope
         given = dict(zip(self._arguments, args, strict=False)) | kwargs
         mask = given.get("attention_mask")
-        # Layers of the tail need what all tokens bring.
-        last = logits_to_keep(given) if self.split.last == self.split.layers else None
+        # Layers of the tail need what all tokens bring, and so do models that ignore the argument.
+        needs_all = self.split.last < self.split.layers or "logits_to_keep" not in self._arguments
+        last = None if needs_all else logits_to_keep(given)
         context = StepContext(
             mask if isinstance(mask, torch.Tensor) else None,
             last=last,
