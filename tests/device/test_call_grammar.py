@@ -15,7 +15,7 @@ from split_device.generation.call_grammar import call_constraint
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.constraint import Grammars
 from split_device.generation.structured import StructuredOutputs
-from split_device.generation.tool_styles import CallForm, call_style
+from split_device.generation.tool_styles import CallForm, call_style, thinking_of
 from split_device.generation.tools import NamedTool, Tool, ToolChoice, ToolUse
 
 SCHEMA = {
@@ -93,15 +93,38 @@ def test_a_call_or_json(grammars: Grammars, tokenizer: Any) -> None:
 
 
 def test_thinking_that_the_prompt_begins_comes_first(grammars: Grammars, tokenizer: Any) -> None:
+    thinking = thinking_of("<think></think>", "assistant\n<think>\n")
     ends = "</think>"
-    found = constraint(tokenizer, NamedTool("now"), CLOCK, thinking_ends=ends)
+    found = constraint(tokenizer, NamedTool("now"), CLOCK, thinking=thinking)
     assert fits(grammars, tokenizer, found, f"Hm. {ends}\n\n{OTHER}")
     assert not fits(grammars, tokenizer, found, OTHER)
     read = answer_format(tokenizer, ChatTemplate())
-    json = call_constraint(tokenizer, read, StructuredOutputs(json=SCHEMA), ends)
+    json = call_constraint(tokenizer, read, StructuredOutputs(json=SCHEMA), thinking)
     assert fits(grammars, tokenizer, json, f'Hm. {ends}\n{{"city":"Oslo"}}')
     assert not fits(grammars, tokenizer, json, '{"city":"Oslo"}')
-    assert call_constraint(tokenizer, read, None, ends) is None
+    assert call_constraint(tokenizer, read, None, thinking) is None
+    with pytest.raises(UnsupportedField, match="cannot follow thinking"):
+        call_constraint(tokenizer, read, StructuredOutputs(regex="a"), thinking)
+
+
+def test_thinking_that_the_answer_begins_comes_first_or_not_at_all(grammars: Grammars, tokenizer: Any) -> None:
+    thinking = thinking_of("<think></think>", "assistant\n")
+    assert thinking is not None
+    thought = "<think>\nHm.\n</think>\n\n"
+    for choice in (NamedTool("now"), "required"):
+        found = constraint(tokenizer, choice, CLOCK, thinking=thinking)
+        assert fits(grammars, tokenizer, found, thought + OTHER)
+        assert fits(grammars, tokenizer, found, OTHER)
+        for wrong in (thought, f"{thought}Hello", f"{thought}{thought}{OTHER}"):
+            assert not fits(grammars, tokenizer, found, wrong)
+    read = answer_format(tokenizer, ChatTemplate())
+    json = call_constraint(tokenizer, read, StructuredOutputs(json=SCHEMA), thinking)
+    assert all(fits(grammars, tokenizer, json, f'{begin}{{"city": "Oslo"}}') for begin in ("", thought))
+    regex = StructuredOutputs(regex="a")
+    assert call_constraint(tokenizer, read, regex, thinking) is regex
+    # The prompt has ended it, or the model has not learnt to think.
+    assert thinking_of("<think></think>", "<think>\n\n</think>\n\n") is None
+    assert thinking_of("", "assistant\n") is None
 
 
 def test_calls_without_a_mark(grammars: Grammars, tokenizer: Any) -> None:

@@ -13,7 +13,7 @@ from split_device.generation.answers import AnswerFormat
 from split_device.generation.special_tokens import special_tokens
 from split_device.generation.structured import StructuredOutputs
 from split_device.generation.tagged import Tag, tagged
-from split_device.generation.tool_styles import CallForm
+from split_device.generation.tool_styles import CallForm, Thinking
 from split_device.generation.tools import Tool, ToolUse
 
 #: The schema of a tool that takes no arguments.
@@ -26,7 +26,7 @@ def call_constraint(
     tokenizer: Any,
     format_: AnswerFormat,
     structured: StructuredOutputs | None = None,
-    thinking_ends: str | None = None,
+    thinking: Thinking | None = None,
 ) -> StructuredOutputs | None:
     """What an answer has to look like if it may call tools, or has to.
 
@@ -37,7 +37,7 @@ def call_constraint(
         tokenizer: the model's tokenizer, of transformers.
         format_: how answers are read.
         structured: what an answer has to look like that calls no tool; None for any text.
-        thinking_ends: what ends the thinking that the prompt has begun; None if it has begun none.
+        thinking: what the model may think before; None for nothing.
 
     Returns:
         None if any text will do.
@@ -48,11 +48,7 @@ def call_constraint(
     """
     tool_use, form = format_.tool_use, format_.form
     if tool_use is None or not tool_use.callable:
-        return (
-            structured
-            if structured is None or thinking_ends is None
-            else _thought(tokenizer, structured, thinking_ends)
-        )
+        return structured if structured is None or thinking is None else _thought(tokenizer, structured, thinking)
     if tool_use.forced:
         found = _forced(tokenizer, form, tool_use)
     elif structured is not None:
@@ -61,7 +57,7 @@ def call_constraint(
         found = _strict(tokenizer, form, tool_use)
     else:
         return None
-    return found if thinking_ends is None else _after_thinking(tokenizer, found, thinking_ends)
+    return found if thinking is None else _after_thinking(tokenizer, found, thinking)
 
 
 def _forced(tokenizer: Any, form: CallForm, tool_use: ToolUse) -> StructuredOutputs:
@@ -76,10 +72,12 @@ def _forced(tokenizer: Any, form: CallForm, tool_use: ToolUse) -> StructuredOutp
     )
 
 
-def _thought(tokenizer: Any, structured: StructuredOutputs, ends: str) -> StructuredOutputs:
-    """JSON after the thinking that the prompt has begun."""
+def _thought(tokenizer: Any, structured: StructuredOutputs, thinking: Thinking) -> StructuredOutputs:
+    """JSON after what the model thinks. Other constraints are for the whole answer, unless the prompt begins it."""
+    if not thinking.begun and structured.json_object is None and structured.json is None:
+        return structured
     found = tagged([Tag(begin="", schema=_json_schema(structured), flexible=True)])
-    return _after_thinking(tokenizer, found, ends)
+    return _after_thinking(tokenizer, found, thinking)
 
 
 def _json_schema(structured: StructuredOutputs) -> dict[str, Any] | bool:
@@ -131,10 +129,17 @@ def _schema(tool: Tool) -> dict[str, Any]:
     return _NOTHING if tool.parameters is None else {"type": "object", **tool.parameters}
 
 
-def _after_thinking(tokenizer: Any, structured: StructuredOutputs, ends: str) -> StructuredOutputs:
-    id_ = next((id_ for id_, text in special_tokens(tokenizer).items() if text == ends), None)
-    thought = f"thought[lazy]: THOUGHT {json.dumps(ends)}" if id_ is None else f"thought: THOUGHT <[{id_}]>"
-    return _reworded(structured, "start:", "start: thought BLANK", thought, "THOUGHT: /(.|\\n)*/", "BLANK: /\\s*/")
+def _after_thinking(tokenizer: Any, structured: StructuredOutputs, thinking: Thinking) -> StructuredOutputs:
+    ids = {text: id_ for id_, text in special_tokens(tokenizer).items()}
+
+    def mark(text: str) -> str:
+        return f"<[{ids[text]}]>" if text in ids else json.dumps(text)
+
+    lazy = "" if thinking.closes in ids else "[lazy]"
+    thought = f"thought{lazy}: THOUGHT {mark(thinking.closes)}"
+    start = "thought BLANK answer" if thinking.begun else f"({mark(thinking.opens)} thought BLANK)? answer"
+    rules = [thought, "THOUGHT: /(.|\\n)*/", "BLANK: /\\s*/"]
+    return _reworded(structured, "start:", f"start: {start}\nanswer:", *rules)
 
 
 def _reworded(structured: StructuredOutputs, old: str, new: str, *rules: str) -> StructuredOutputs:

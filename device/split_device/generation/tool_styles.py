@@ -231,6 +231,33 @@ def open_thinking(prompt: str) -> tuple[str, str] | None:
     return next((marks for marks in _THINKING if prompt.rstrip().endswith(marks[0])), None)
 
 
+@dataclass(frozen=True)
+class Thinking:
+    """How an answer begins with what a model thinks."""
+
+    opens: str
+    closes: str
+    #: Whether the prompt has begun it. If not, the answer may begin it, or have none.
+    begun: bool
+
+
+def thinking_of(chat_template: str, opening: str) -> Thinking | None:
+    """The thinking with which an answer begins; None if it has none, or the prompt has ended it.
+
+    Args:
+        chat_template: its text.
+        opening: what it writes before an answer.
+    """
+    if (marks := open_thinking(opening)) is not None:
+        return Thinking(*marks, begun=True)
+    if all(mark in chat_template for mark in _HARMONY.marks):
+        return None
+    marks = next((marks for marks in _THINKING if all(mark in chat_template for mark in marks)), None)
+    if marks is None or opening.rstrip().endswith(marks[1]):
+        return None
+    return Thinking(*marks, begun=False)
+
+
 def form_of(calls: dict[str, Any]) -> CallForm | None:
     """The form of a response template's own calls, if each is an object between two texts; None for others."""
     opens, closes = calls.get("open"), calls.get("close")

@@ -42,7 +42,7 @@ from split_device.generation.tokenizing import (
     load_tokenizer,
     pad_token,
 )
-from split_device.generation.tool_styles import open_thinking
+from split_device.generation.tool_styles import thinking_of
 from split_device.images.settings import need_diffusers
 from split_device.jobs.conversation import chat_messages
 from split_device.jobs.job import ImageChoice, JobProgress, ModelChoice, Task
@@ -104,8 +104,10 @@ class Loaded:
 
         template = self._template(task)
         format_ = answer_format(self.tokenizer, template, task.tool_use or None)
-        thinking = None if task.continues else open_thinking(template.opening(self.tokenizer))
-        return call_constraint(self.tokenizer, format_, structured, thinking[1] if thinking else None)
+        thinking = None
+        if not task.continues:
+            thinking = thinking_of(template.source(self.tokenizer), template.opening(self.tokenizer))
+        return call_constraint(self.tokenizer, format_, structured, thinking)
 
     def encode(self, task: Task) -> list[int]:
         """The token ids of a task's prompt.
