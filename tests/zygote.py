@@ -1,8 +1,8 @@
 """Commands that tests start are forked from a process that has imported everything: most of a start is imports.
 
 Such a process is a child of the one that asked for it, and has the files, arguments, environment, directory and
-session that it was to have. Only `python -m` of what `FORKED` names is forked, in an environment in which imports give
-the same. All else starts as ever, and so does what a forked process starts, unless it is one of `PARENTS`.
+session that it was to have. Only `python -m` of what `FORKED` names is forked, in an environment in which imports
+give the same. All else starts as ever, and so does what a forked process starts, unless it is one of `PARENTS`.
 """
 
 from __future__ import annotations
