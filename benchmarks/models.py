@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import note
+from benchmarks.harness import cpu_name, note
 from benchmarks.workers import Workers
 from split_common.system.process import passive_threads, running_command
 
@@ -50,7 +50,7 @@ def main() -> None:
             note(f"{name}: {verdict(features[name])}, in {time.monotonic() - before:.0f} s")
     results = summary(features)
     if options.json:
-        print(json.dumps(results | {"features": features}), flush=True)
+        print(json.dumps({"cpu": cpu_name(), **results, "features": features}), flush=True)
     else:
         Console(highlight=False).print(_table(features))
 
