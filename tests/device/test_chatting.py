@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -23,6 +25,8 @@ from split_device.generation.tokenizing import encode_chat, encode_text, end_tok
 from split_device.jobs.chat import Conversation, answer
 from split_device.jobs.job import Message, ModelChoice, Task
 from split_device.jobs.models import Loaded
+from split_worker.worker import Worker
+from wiretap import LATE
 
 CHOICE = ModelChoice(name="tiny")
 GREEDY = Sampling(max_tokens=6)
@@ -105,32 +109,49 @@ def test_drafts_change_no_turn(loaded: Loaded, unsplit: Any, tokenizer: Any) -> 
     assert all(0 < each.drafted_tokens >= each.accepted_tokens for each in said[2])
 
 
-def test_a_seed_survives_the_worker(checkpoint: Path, unsplit: Any, tokenizer: Any) -> None:
+def test_a_seed_survives_the_worker(
+    checkpoint: Path, unsplit: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The worker leaves in the middle of an answer, and another one goes on."""
     drawn = Sampling(max_tokens=24, temperature=0.7, top_k=5, seed=7, speculate="suffix-recycle")
     wanted = talk_alone(unsplit, tokenizer, *LINES, sampling=drawn)
     with running_broker() as broker, joined(broker.address, checkpoint) as (model, worker):
-        other = start_worker(checkpoint, broker.address, "2:-2")
+        workers = [worker, start_worker(checkpoint, broker.address, "2:-2")]
         try:
             with Generator(model, limits=ONE_ANSWER) as generator:
                 conversation = Conversation(Loaded(model, tokenizer, generator), CHOICE)
                 said = [conversation.say(LINES[0], drawn)]
                 seen: list[str] = []
+                begun = [held_after(each, monkeypatch, 4) for each in workers]
 
                 def leave(text: str) -> None:
                     seen.append(text)
                     if len(seen) == 3:
-                        worker.stop()
-                        other.stop()
-                        others.append(start_worker(checkpoint, broker.address, "2:-2"))
+                        for go_on in begun:
+                            go_on.set()
+                        for each in workers:
+                            each.stop()
+                        workers.append(start_worker(checkpoint, broker.address, "2:-2"))
 
-                others: list[Any] = []
                 said += [conversation.say(LINES[1], drawn, leave), conversation.say(LINES[2], drawn)]
                 assert [each.text for each in said] == wanted
                 assert model.traffic["replays"] > 0
-                others[0].stop()
         finally:
-            other.stop()
+            for each in workers:
+                each.stop()
+
+
+def held_after(worker: Worker, monkeypatch: pytest.MonkeyPatch, forwards: int) -> threading.Event:
+    """Makes a worker wait after so many forwards, until the event that is returned is set."""
+    go_on, launch, numbers = threading.Event(), worker._compute._launch, itertools.count()
+
+    def wait_and_launch(batch: Any) -> Any:
+        if next(numbers) >= forwards:
+            go_on.wait(LATE)
+        return launch(batch)
+
+    monkeypatch.setattr(worker._compute, "_launch", wait_and_launch)
+    return go_on
 
 
 def test_a_turn_sends_only_what_is_new(loaded: Loaded) -> None:
