@@ -152,7 +152,7 @@ def compile_too(monkeypatch: pytest.MonkeyPatch, backend: Any = "eager") -> None
         pytest.param("llama", True, marks=pytest.mark.numbers),
         ("mistral", True),
         pytest.param("mistral", False, marks=pytest.mark.numbers),
-        ("qwen2", True),
+        pytest.param("qwen2", True, marks=pytest.mark.long),
         ("gpt2", True),
     ],
 )

@@ -54,6 +54,7 @@ def answers(path: Path) -> list[str | None]:
     return [json.loads(line)["answer"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.long
 def test_an_agent_that_is_killed_goes_on(
     run: Any, asked: tuple[Any, ...], checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -96,6 +97,7 @@ def test_an_agent_that_is_killed_goes_on(
     assert list(batches_dir().iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_batch_is_cancelled_and_goes_on_in_the_foreground(
     run: Any, asked: tuple[Any, ...], checkpoint: Path, address: str, tmp_path: Path
 ) -> None:

@@ -101,7 +101,7 @@ def split(llama: Path) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("cut", [(2, 2), (0, 0)], ids=str)
+@pytest.mark.parametrize("cut", [(2, 2), pytest.param((0, 0), marks=pytest.mark.long)], ids=str)
 def test_the_tokens_are_those_of_each_alone(
     arch: str, cut: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "/messages/count_tokens": {"messages": HELLO},
 }
 
+FIRST, *OTHERS = BODIES
+
 #: Fields of chats and texts that have a meaning.
 CHAT = """
 model messages prompt max_tokens max_completion_tokens temperature top_p top_k min_p seed stop n best_of stream
@@ -91,7 +93,7 @@ def odd(client: httpx2.Client, path: str, values: list[str], names: Sequence[str
             check(client.post(path, content=text), path, (name, value[:80]))
 
 
-@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("path", [FIRST, *(pytest.param(path, marks=pytest.mark.long) for path in OTHERS)])
 def test_a_field_of_another_kind(client: httpx2.Client, path: str) -> None:
     odd(client, path, VALUES)
     assert client.post(path, json={"model": "tiny", **BODIES[path]}).status_code == 200
@@ -107,7 +109,9 @@ NUMBERS = {
 }
 
 
-@pytest.mark.parametrize("path", NUMBERS)
+@pytest.mark.parametrize(
+    "path", [path if path == FIRST else pytest.param(path, marks=pytest.mark.long) for path in NUMBERS]
+)
 def test_numbers_at_the_edge(client: httpx2.Client, path: str) -> None:
     odd(client, path, EDGES, NUMBERS[path])
 

@@ -86,7 +86,11 @@ def strike_at(model: Any, workers: Workers, calls: set[int]) -> None:
 
 @pytest.mark.parametrize(
     ("transport", "arch"),
-    [("zmq", "llama"), ("zmq", "gemma2"), ("zmq", "gpt2"), ("redis", "llama")],
+    [
+        ("zmq", "llama"),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("zmq", "gemma2"), ("zmq", "gpt2"))),
+        pytest.param("redis", "llama", marks=pytest.mark.long),
+    ],
     indirect=["transport"],
 )
 @pytest.mark.parametrize("mode", MODES)

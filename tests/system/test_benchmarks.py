@@ -43,6 +43,7 @@ def run(name: str, *arguments: object) -> Any:
     return results
 
 
+@pytest.mark.long
 def test_overhead(checkpoint: Path) -> None:
     results = run("overhead", "--model", checkpoint, "--rounds", 1)
     assert set(results) == {

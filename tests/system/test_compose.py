@@ -223,6 +223,7 @@ def test_the_zeromq_profile_generates(host: Host) -> None:
         check_generation(host, f"tcp://{address}")
 
 
+@pytest.mark.long
 def test_the_zeromq_profile_makes_images(host: Host) -> None:
     model = tiny_diffusion.save_sdxl(host.deploy.parent / "models")
     assert main(["keys", "add-model", str(model), "--keys", str(host.deploy.parent / "fleet")]) == 0

@@ -138,12 +138,16 @@ CLASSES: dict[str, Any] = {
 }
 
 
-#: One pipeline of each class of denoisers is run as on other CPUs, too: each costs the start of a worker.
+#: One pipeline of each class of denoisers is always run, also as on other CPUs: each costs the start of a worker.
 ON_OTHER_CPUS = ("Euler", "SD 3", "Flux")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.numbers] * (name in ON_OTHER_CPUS)) for name in PIPELINES]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.numbers if name in ON_OTHER_CPUS else pytest.mark.long)
+        for name in PIPELINES
+    ],
 )
 def test_a_worker_is_killed_in_mid_image(workers: Fleet, models: dict[str, Path], name: str) -> None:
     kind, make = PIPELINES[name]

@@ -77,7 +77,7 @@ def streams(server: Valkey) -> dict[bytes, int]:
 
 
 @pytest.mark.parametrize("persistent", [False, True], ids=["forgetful", "persistent"])
-@pytest.mark.parametrize("down", [0.3, LEASE + 0.5], ids=["short", "long"])
+@pytest.mark.parametrize("down", [0.3, pytest.param(LEASE + 0.5, marks=pytest.mark.long)], ids=["short", "long"])
 def test_a_server_that_fails_in_mid_generation_loses_nothing(
     checkpoint: Path, setting: Setting, persistent: bool, down: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +112,7 @@ def checkpoint(setting: Setting) -> Path:
     return setting.checkpoint
 
 
+@pytest.mark.long
 def test_connections_that_are_cut_all_the_time_lose_nothing(
     setting: Setting, server: Valkey, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,6 +356,7 @@ def worker_process(checkpoint: Path, address: str) -> Iterator[subprocess.Popen[
             process.kill()
 
 
+@pytest.mark.long
 def test_a_worker_process_that_hangs_or_is_killed_is_noticed(checkpoint: Path, server: Valkey) -> None:
     find_manifest(load_fleet(), read_spec(str(checkpoint)).checkpoint, [])
     prompt = torch.tensor([[5, 6, 7, 8]])

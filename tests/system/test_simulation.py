@@ -32,8 +32,8 @@ SEQUENCES = 500
 
 #: The tests of `make test`, of `make test-long` as well, and of `make test-nightly`.
 CHUNKS = [
-    *range(2),
-    *(pytest.param(chunk, marks=pytest.mark.long) for chunk in range(2, 20)),
+    0,
+    *(pytest.param(chunk, marks=pytest.mark.long) for chunk in range(1, 20)),
     *(pytest.param(chunk, marks=pytest.mark.nightly) for chunk in range(20, 120)),
 ]
 

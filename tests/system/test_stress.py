@@ -172,6 +172,7 @@ def wait_for_a_fault(process: subprocess.Popen[str]) -> list[Any]:
     return children
 
 
+@pytest.mark.long
 def test_a_fleet_that_cannot_start_says_why(tmp_path: Path) -> None:
     process = start(tmp_path, "--devices", 1, "--workers", 1, "--model", tmp_path / "nothing")
     out, err = process.communicate(timeout=LATE)
