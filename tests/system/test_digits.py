@@ -15,6 +15,7 @@ from torch import nn
 import digits
 import train_digits_sdxl as trainer
 from split_device.cli.demo import image as demo
+from split_device.cli.demo.fleet import DemoFleet
 
 
 def test_the_model_that_ships_is_small_and_in_half_precision() -> None:
@@ -138,6 +139,19 @@ def test_the_demo(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert facts["broker_saw"][0].startswith("REQUEST device-1/")
     with Image.open(facts["output"]) as sheet:
         assert sheet.size == (640, 64)
+
+
+def test_a_step_is_shown_whole_whatever_lies_between(tmp_path: Path) -> None:
+    def said(kind: str, seq: int) -> str:
+        ends = ("device-1/0a", "worker-1/0b") if kind == "REQUEST" else ("worker-1/0b", "device-1/0a")
+        return f"{kind} {' -> '.join(ends)}: channel 1, session 0c, seq {seq}, 104 bytes 0d…"
+
+    lines = [said("REQUEST", 0), said("REQUEST", 1), said("REPLY", 0), said("REPLY", 1), said("REQUEST", 2)]
+    log = "".join(f"2026-01-01 DEBUG split_broker.broker: routed {line}\n" for line in ["device-1 joined", *lines])
+    (tmp_path / "broker.log").write_text(log)
+    assert DemoFleet("", "", tmp_path).last_routed() == [said("REQUEST", 1), said("REPLY", 1)]
+    (tmp_path / "broker.log").write_text("")
+    assert DemoFleet("", "", tmp_path).last_routed() == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from split_common.system.console import stderr
 from split_common.system.process import running_command, use_loopback_keys
+
+#: A line of the broker's log: what it says of a message, its kind, and its channel, session and number.
+_ROUTED = re.compile(r": routed ((REQUEST|REPLY) .*?: (channel \d+, session \w+, seq \d+), .*)")
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,17 @@ class DemoFleet:
     directory: Path
 
     def last_routed(self) -> list[str]:
-        """The last step in the broker's log: a request and its reply."""
-        log = _log(self.directory).read_text(encoding="utf-8", errors="replace").splitlines()
-        lines = [line.partition(": routed ")[2] for line in log if ": routed " in line]
-        last = max((index for index, line in enumerate(lines) if line.startswith("REPLY")), default=-1)
-        return lines[max(0, last - 1) : last + 1]
+        """The last step in the broker's log: a request and its reply, between which others may lie."""
+        log = _log(self.directory).read_text(encoding="utf-8", errors="replace")
+        requests: dict[str, str] = {}
+        step: list[str] = []
+        for routed in _ROUTED.finditer(log):
+            line, kind, number = routed.groups()
+            if kind == "REQUEST":
+                requests[number] = line
+            elif number in requests:
+                step = [requests[number], line]
+        return step
 
 
 @contextlib.contextmanager
