@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
-from benchmarks.harness import arguments, checkpoint, fleet, note, report
+from benchmarks.harness import arguments, checkpoint, fleet, in_turns, ratios, report, summary
 from split_common.system.process import passive_threads
 
 PROMPTS = 64
@@ -20,6 +21,9 @@ NEW_TOKENS = 48
 #: Number of prompts in one padded batch of the unsplit model.
 PADDED = 16
 
+#: Tokens/s, the answers, and what else there is to report.
+Run = tuple[Any, ...]
+
 
 def main() -> None:
     parser = arguments(__doc__)
@@ -27,6 +31,7 @@ def main() -> None:
     parser.add_argument(
         "--sequential", type=int, default=12, help="number of prompts that the unsplit model runs one after another"
     )
+    parser.add_argument("--rounds", type=int, default=3, help="number of times that each is measured, in turns")
     options = parser.parse_args()
     passive_threads()
 
@@ -38,27 +43,47 @@ def main() -> None:
     model = checkpoint(options)
     unsplit = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     prompts = _prompts(options.prompts, unsplit.config.vocab_size)
+    kept: dict[str, Any] = {}
+    some = prompts[:: max(1, len(prompts) // options.sequential)]
+
+    def measured(name: str, run: Callable[[], Run]) -> Callable[[], float]:
+        """Runs it, keeps the answers of the last time, and returns tokens/s."""
+
+        def once() -> float:
+            rate: float
+            rate, *kept[name] = run()
+            return rate
+
+        return once
+
     with (
         fleet(model, "2:-2", "--dtype", "float32") as (address, _),
         SplitModelForCausalLM.from_pretrained(model, broker=address, dtype="float32") as split,
     ):
         _batch(split, prompts[:2])  # warm
-        batch, answers, counters = _batch(split, prompts)
-        auto, drafted, _ = _batch(split, prompts, "auto")
-    note(f"batch: {batch:.1f} tokens/s, with drafts where they pay: {auto:.1f}")
-    _sequential(unsplit, prompts[:1])  # warm
-    sequential, one_by_one = _sequential(unsplit, prompts[:: max(1, len(prompts) // options.sequential)])
-    note(f"unsplit, one after another: {sequential:.1f} tokens/s")
-    padded, in_batches = _padded(unsplit, prompts)
-    note(f"unsplit, in batches of {PADDED}: {padded:.1f} tokens/s")
+        _sequential(unsplit, prompts[:1])
+        rates = in_turns(
+            options.rounds,
+            {
+                "batch": measured("batch", lambda: _batch(split, prompts)),
+                "auto": measured("auto", lambda: _batch(split, prompts, "auto")),
+                "sequential": measured("sequential", lambda: _sequential(unsplit, some)),
+                "padded": measured("padded", lambda: _padded(unsplit, prompts)),
+            },
+        )
+    answers, counters = kept["batch"]
+    [drafted, _], [one_by_one], [in_batches] = kept["auto"], kept["sequential"], kept["padded"]
     alone = answers[:: max(1, len(prompts) // options.sequential)]
+    figures = {
+        "batch_tok_s": rates["batch"],
+        "unsplit_sequential_tok_s": rates["sequential"],
+        "unsplit_batched_tok_s": rates["padded"],
+        "ratio_sequential": ratios(rates["batch"], rates["sequential"]),
+        "ratio_batched": ratios(rates["batch"], rates["padded"]),
+        "ratio_auto": ratios(rates["auto"], rates["batch"]),
+    }
     results = {
-        "batch_tok_s": batch,
-        "unsplit_sequential_tok_s": sequential,
-        "unsplit_batched_tok_s": padded,
-        "ratio_sequential": batch / sequential,
-        "ratio_batched": batch / padded,
-        "ratio_auto": auto / batch,
+        **summary(figures),
         "identical": alone == one_by_one and drafted == answers,
         "same_as_batched": sum(one == other for one, other in zip(answers, in_batches, strict=True)) / len(prompts),
         "prompts": len(prompts),

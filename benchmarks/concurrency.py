@@ -13,11 +13,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.bandwidth import SHAPES, decode
-from benchmarks.harness import arguments, checkpoint, fleet, generate_greedily, note, report
+from benchmarks.harness import (
+    arguments,
+    checkpoint,
+    fleet,
+    generate_greedily,
+    in_turns,
+    prompt,
+    ratios,
+    report,
+    summary,
+)
 from split_common.system.process import passive_threads
 
 PROMPT_TOKENS = 64
@@ -34,6 +45,7 @@ def main() -> None:
         "--device", choices=["cpu", "cuda"], help="instead, decode with a random body on this device"
     )
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b", help="shape of the random body")
+    parser.add_argument("--rounds", type=int, default=3, help="number of times that each is measured, in turns")
     parser.add_argument("--device-role", metavar="ADDRESS", help="used by the benchmark itself")
     options = parser.parse_args()
     passive_threads()
@@ -50,34 +62,39 @@ def main() -> None:
 
 
 def _measure(model: Path, options: argparse.Namespace) -> dict[str, Any]:
+    counts = list(map(int, options.sessions.split(",")))
+    devices = list(map(int, filter(None, options.devices.split(","))))
     states = _record_states(model)
-    plain = _plain_body(model, states)
-    note(f"plain body: {plain:.1f} tokens/s")
-    unsplit = _unsplit(model)
-    note(f"unsplit: {unsplit:.1f} tokens/s")
-    body: dict[str, float] = {}
-    with fleet(model, f"{HEAD}:{-TAIL}", "--dtype", "float32") as (address, _), Driver(model, address) as driver:
-        driver.sessions(2, states)  # warm
-        for count in map(int, options.sessions.split(",")):
-            body[str(count)] = driver.sessions(count, states)
-            note(f"{count} sessions: {body[str(count)]:.1f} tokens/s")
-        quiet, disturbed = driver.inter_token_latency(states)
-        note(f"inter-token p99: {quiet:.1f} ms, with a prefill {disturbed:.1f} ms")
-    end_to_end = {}
-    for count in map(int, filter(None, options.devices.split(","))):
-        end_to_end[str(count)] = _end_to_end(model, count)
-        note(f"{count} devices: {end_to_end[str(count)]:.1f} tokens/s")
+    plain, unsplit = _plain_body(model, states), _unsplit(model)
+    with (
+        fleet(model, f"{HEAD}:{-TAIL}", "--dtype", "float32") as (address, _),
+        Driver(model, address) as driver,
+        Devices(model, address, max(devices, default=0)) as running,
+    ):
+        plain()  # warm
+        unsplit()
+        driver.sessions(2, states)
+        rounds = in_turns(
+            options.rounds,
+            {
+                "plain_body_tok_s": plain,
+                **{f"body_{count}": partial(driver.sessions, count, states) for count in counts},
+                "itl_p99_ms": partial(driver.inter_token_latency, states),
+                "itl_p99_prefill_ms": partial(driver.inter_token_latency, states, beside_prefills=True),
+                "unsplit_tok_s": unsplit,
+                **{f"devices_{count}": partial(running.generate, count) for count in devices},
+            },
+        )
+    alone, body = rounds["plain_body_tok_s"], {count: rounds.pop(f"body_{count}") for count in counts}
+    end_to_end = {count: rounds.pop(f"devices_{count}") for count in devices}
+    figures = dict(rounds) | {"itl_ratio": ratios(rounds["itl_p99_prefill_ms"], rounds["itl_p99_ms"])}
+    for name, count, of in (("single_ratio", 1, body), ("speedup_16", 16, body), ("ratio_8", 8, end_to_end)):
+        if count in of:
+            figures[name] = ratios(of[count], alone if of is body else rounds["unsplit_tok_s"])
     return {
-        "body_tok_s": body,
-        "plain_body_tok_s": plain,
-        "single_ratio": body.get("1", 0.0) / plain,
-        "speedup_16": body.get("16", 0.0) / plain,
-        "end_to_end_tok_s": end_to_end,
-        "unsplit_tok_s": unsplit,
-        "ratio_8": end_to_end.get("8", 0.0) / unsplit,
-        "itl_p99_ms": quiet,
-        "itl_p99_prefill_ms": disturbed,
-        "itl_ratio": disturbed / quiet,
+        "body_tok_s": {str(count): statistics.median(rates) for count, rates in body.items()},
+        "end_to_end_tok_s": {str(count): statistics.median(rates) for count, rates in end_to_end.items()},
+        **summary(figures),
     }
 
 
@@ -89,30 +106,35 @@ def _record_states(model: Path) -> Any:
     full = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     full.model.layers = full.model.layers[:HEAD]
     full.model.norm = torch.nn.Identity()
-    torch.manual_seed(0)
     with torch.no_grad():
-        return full.model(torch.randint(100, full.config.vocab_size, (1, LONG_PREFILL)), use_cache=False)[0][0]
+        return full.model(prompt(full.config.vocab_size, LONG_PREFILL), use_cache=False)[0][0]
 
 
-def _plain_body(model: Path, states: Any) -> float:
-    """Tokens/s of the body as transformers' own layers, with one session in this process."""
+def _plain_body(model: Path, states: Any) -> Callable[[], float]:
+    """Measures tokens/s of the body as transformers' own layers, with one session in this process."""
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
     full = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     full.model.layers = full.model.layers[HEAD:-TAIL]
-    rates = []
-    for _ in range(4):
+    for index, layer in enumerate(full.model.layers):
+        layer.self_attn.layer_idx = index
+
+    def rate() -> float:
         cache = DynamicCache()
         began = time.perf_counter()
         with torch.no_grad():
             for begin, end in _steps():
-                positions = torch.arange(begin, end)[None]
                 full.model(
-                    inputs_embeds=states[None, begin:end], position_ids=positions, cache=cache, use_cache=True
+                    inputs_embeds=states[None, begin:end],
+                    position_ids=torch.arange(begin, end)[None],
+                    cache=cache,
+                    use_cache=True,
                 )
-        rates.append(NEW_TOKENS / (time.perf_counter() - began))
-    return statistics.median(rates[1:])
+        assert cache.get_seq_length() == end
+        return NEW_TOKENS / (time.perf_counter() - began)
+
+    return rate
 
 
 def _steps() -> list[tuple[int, int]]:
@@ -120,21 +142,18 @@ def _steps() -> list[tuple[int, int]]:
     return [(0, PROMPT_TOKENS), *decode]
 
 
-def _unsplit(model: Path) -> float:
+def _unsplit(model: Path) -> Callable[[], float]:
+    """Measures tokens/s of the unsplit model, one stream in this process."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    full = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    rates = [_generate(full) for _ in range(4)]
-    return statistics.median(rates[1:])
+    return partial(_generate, AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval())
 
 
 def _generate(model: Any) -> float:
-    import torch
-
-    prompt = torch.randint(100, model.config.vocab_size, (1, PROMPT_TOKENS))
+    ids = prompt(model.config.vocab_size, PROMPT_TOKENS)
     began = time.perf_counter()
-    generate_greedily(model, prompt, NEW_TOKENS)
+    generate_greedily(model, ids, NEW_TOKENS)
     return NEW_TOKENS / (time.perf_counter() - began)
 
 
@@ -197,11 +216,12 @@ class Driver:
         row = payloads.Run(0, begin, list(range(begin, end)))
         return payloads.Step("float32", states.shape[1], [row], None, acked), to_bytes(states[begin:end])
 
-    def inter_token_latency(self, states: Any) -> tuple[float, float]:
-        """99th percentile in ms for one decoding session: alone, and beside a series of long prefills."""
-        alone: list[float] = []
-        self._replay(states, 4 * NEW_TOKENS, alone.append)
-        disturbed: list[float] = []
+    def inter_token_latency(self, states: Any, beside_prefills: bool = False) -> float:
+        """99th percentile in ms for one decoding session: alone, or beside a series of long prefills."""
+        seconds: list[float] = []
+        if not beside_prefills:
+            self._replay(states, 4 * NEW_TOKENS, seconds.append)
+            return _p99(seconds)
         stop = threading.Event()
         during = threading.Event()
 
@@ -216,39 +236,47 @@ class Driver:
         thread = threading.Thread(target=prefill)
         thread.start()
         during.wait()
-        self._replay(states, 2 * NEW_TOKENS, disturbed.append)
+        self._replay(states, 2 * NEW_TOKENS, seconds.append)
         stop.set()
         thread.join()
-        return _p99(alone), _p99(disturbed)
+        return _p99(seconds)
 
 
 def _p99(seconds: list[float]) -> float:
     return 1000 * statistics.quantiles(seconds, n=100)[98]
 
 
-def _end_to_end(model: Path, count: int) -> float:
-    """Tokens/s of `count` device processes that generate at once."""
-    with fleet(model, f"{HEAD}:{-TAIL}", "--dtype", "float32") as (address, _):
+class Devices:
+    """Device processes that generate when they are told to. A context manager, which ends them."""
+
+    def __init__(self, model: Path, address: str, count: int) -> None:
         command = [sys.executable, "-m", "benchmarks.concurrency", "--model", str(model), "--device-role", address]
-        devices = [
+        self._processes = [
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             for _ in range(count)
         ]
-        try:
-            for device in devices:
-                _read(device)
-            began = time.perf_counter()
-            for device in devices:
-                assert device.stdin is not None
-                device.stdin.write("go\n")
-                device.stdin.flush()
-            for device in devices:
-                _read(device)
-            return count * NEW_TOKENS / (time.perf_counter() - began)
-        finally:
-            for device in devices:
-                device.kill()
-                device.communicate()
+
+    def __enter__(self) -> Devices:
+        for process in self._processes:
+            _read(process)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.communicate()
+
+    def generate(self, count: int) -> float:
+        """Tokens/s of the first `count` of them, all at once."""
+        running = self._processes[:count]
+        began = time.perf_counter()
+        for process in running:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        for process in running:
+            _read(process)
+        return count * NEW_TOKENS / (time.perf_counter() - began)
 
 
 def _read(process: subprocess.Popen[str]) -> None:
@@ -266,9 +294,9 @@ def _be_a_device(model: Path, address: str) -> None:
     with SplitModelForCausalLM.from_pretrained(model, broker=address, dtype="float32", timeout=60) as split:
         _generate(split)
         print("ready", flush=True)
-        sys.stdin.readline()
-        _generate(split)
-        print("done", flush=True)
+        for _ in sys.stdin:
+            _generate(split)
+            print("done", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from benchmarks.harness import arguments, checkpoint, fleet, note, report
+from benchmarks.harness import arguments, checkpoint, fleet, note, report, summary
 from split_common.system.process import passive_threads, running_command
 from split_device.batches.place import place_of
 from split_device.jobs.job import FINAL
@@ -48,8 +49,8 @@ def main() -> None:
     report(measure(checkpoint(options), options.rounds), options.json, f"first token, beside a batch of {BATCH}")
 
 
-def measure(model: Path, rounds: int = ROUNDS) -> dict[str, float]:
-    """Medians in milliseconds, and their ratios."""
+def measure(model: Path, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Medians in milliseconds with their quartiles, and the medians' ratios."""
     with fleet(model, "2:-2", "--dtype", "float32") as (address, _):
         options = ["--model", str(model), "--broker", address, "--dtype", "float32"]
         plain = ["--prefix-cache", "off", "--speculate", "off"]
@@ -57,22 +58,25 @@ def measure(model: Path, rounds: int = ROUNDS) -> dict[str, float]:
             ask = _Questions(server["url"], server["model"])
             ask.once()  # warm
             idle = ask.often(rounds)
-            note(f"idle: {idle:.0f} ms")
+            note(f"idle: {statistics.median(idle):.0f} ms")
             with _batch(options):
                 busy = ask.often(rounds)
-            note(f"beside another device's batch: {busy:.0f} ms")
+            note(f"beside another device's batch: {statistics.median(busy):.0f} ms")
         same_idle, same_busy = _one_device(model, address, rounds)
-    return {
-        "first_token_ms_idle": idle,
-        "first_token_ms_busy": busy,
-        "first_token_ratio": busy / idle,
-        "one_device_ms_idle": same_idle,
-        "one_device_ms_busy": same_busy,
-        "one_device_ratio": same_busy / same_idle,
-    }
+    results = summary(
+        {
+            "first_token_ms_idle": idle,
+            "first_token_ms_busy": busy,
+            "one_device_ms_idle": same_idle,
+            "one_device_ms_busy": same_busy,
+        }
+    )
+    for name in ("first_token", "one_device"):
+        results[f"{name}_ratio"] = results[f"{name}_ms_busy"] / results[f"{name}_ms_idle"]
+    return results
 
 
-def _one_device(model: Path, address: str, rounds: int) -> tuple[float, float]:
+def _one_device(model: Path, address: str, rounds: int) -> tuple[list[float], list[float]]:
     """Milliseconds to the first token of a request with a priority, alone and beside a batch of the same device."""
     from transformers import GenerationConfig
 
@@ -96,13 +100,13 @@ def _one_device(model: Path, address: str, rounds: int) -> tuple[float, float]:
         Generator(split, max_requests=2 * BATCH, prefix_cache=0, speculate="off") as generator,
     ):
         once()  # warm
-        idle = statistics.median(once() for _ in range(rounds))
+        idle = [once() for _ in range(rounds)]
         batch = [generator.submit(request(draw.randrange(8, 128), BATCH_TOKENS, 0)) for _ in range(BATCH)]
         for generation in batch:
             next(iter(generation))
-        busy = statistics.median(once() for _ in range(rounds))
+        busy = [once() for _ in range(rounds)]
         assert not any(generation.done for generation in batch), "the batch has ended"
-    note(f"beside a batch of the same device: {busy:.0f} ms, and alone {idle:.0f} ms")
+    note(f"one device, alone: {statistics.median(idle):.0f} ms, beside its batch: {statistics.median(busy):.0f} ms")
     return idle, busy
 
 
@@ -114,8 +118,8 @@ class _Questions:
         self._model = model
         self._draw = random.Random(5)
 
-    def often(self, rounds: int) -> float:
-        return statistics.median(self.once() for _ in range(rounds))
+    def often(self, rounds: int) -> list[float]:
+        return [self.once() for _ in range(rounds)]
 
     def once(self) -> float:
         """Milliseconds to the first token."""

@@ -6,9 +6,10 @@ import argparse
 import contextlib
 import json
 import platform
+import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,39 @@ def generate_greedily(model: Any, ids: Any, tokens: int) -> Any:
     )
 
 
+def in_turns(rounds: int, what: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """Measures each of some things once in every round, one after the other: so what changes the machine's speed
+    changes it for all of them. Returns what they returned, by name, in the order of the rounds."""
+    found: dict[str, list[float]] = {name: [] for name in what}
+    for round_ in range(rounds):
+        for name, measure in what.items():
+            found[name].append(measure())
+        note(f"round {round_ + 1} of {rounds}: " + ", ".join(f"{name} {v[-1]:.4g}" for name, v in found.items()))
+    return found
+
+
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """The ratio in each round."""
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
+
+
+def spread(values: Sequence[float]) -> list[float]:
+    """The first and the third quartile."""
+    if len(values) == 1:
+        return [values[0], values[0]]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [low, high]
+
+
+def summary(rounds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The median over all rounds of each value, by its name, and its quartiles as `NAME_spread`."""
+    results: dict[str, Any] = {}
+    for name, values in rounds.items():
+        results[name] = statistics.median(values)
+        results[f"{name}_spread"] = spread(values)
+    return results
+
+
 def report(results: dict[str, Any], as_json: bool, title: str) -> None:
     """Prints the results as a table, or as one line of JSON, with the name of the CPU."""
     results = {"cpu": cpu_name(), **results}
@@ -65,8 +99,16 @@ def report(results: dict[str, Any], as_json: bool, title: str) -> None:
     table = Table("key", title=title)
     table.add_column("value", justify="right")
     for key, value in results.items():
-        table.add_row(key, f"{value:,.3f}" if isinstance(value, float) else str(value))
+        table.add_row(key, _text(value))
     Console(highlight=False).print(table)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.3f}"
+    if isinstance(value, list):
+        return " to ".join(map(_text, value))
+    return str(value)
 
 
 def note(text: str) -> None:
@@ -84,13 +126,18 @@ def now(place: Any) -> float:
 
 
 def cpu_name() -> str:
-    """The processor's name, as Linux has it; else its architecture."""
+    """The processor's name, as Linux has it, with its family and model; else its architecture.
+
+    Virtual machines often leave of the name no more than "AMD EPYC".
+    """
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in facts:
+        return platform.machine()
+    return f"{facts['model name']} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')})"
 
 
 @contextlib.contextmanager

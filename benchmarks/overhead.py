@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-import statistics
 import time
+from functools import partial
 from typing import Any
 
-from benchmarks.harness import arguments, checkpoint, counted, fleet, generate_greedily, note, prompt, report
+from benchmarks.harness import (
+    arguments,
+    checkpoint,
+    counted,
+    fleet,
+    generate_greedily,
+    in_turns,
+    prompt,
+    ratios,
+    report,
+    summary,
+)
 from split_common.system.process import passive_threads
 from split_device.stress.proxy import Proxy
 
@@ -32,17 +43,16 @@ def main() -> None:
     def generate(which: Any, tokens: int = NEW_TOKENS) -> Any:
         return generate_greedily(which, ids, tokens)
 
+    def rate(which: Any) -> float:
+        began = time.perf_counter()
+        generate(which)
+        return NEW_TOKENS / (time.perf_counter() - began)
+
     with fleet(model, "2:-2", "--dtype", "float32") as (address, _):
         with SplitModelForCausalLM.from_pretrained(model, broker=address, dtype="float32") as split:
             identical = torch.equal(generate(split), generate(unsplit))
-            seconds: dict[str, list[float]] = {"split": [], "unsplit": []}
             split.timings.reset()
-            for round_ in range(options.rounds):
-                for name, which in (("split", split), ("unsplit", unsplit)):
-                    began = time.perf_counter()
-                    generate(which)
-                    seconds[name].append(time.perf_counter() - began)
-                note(f"round {round_ + 1}: " + ", ".join(f"{k} {v[-1]:.2f} s" for k, v in seconds.items()))
+            rates = in_turns(options.rounds, {"split": partial(rate, split), "unsplit": partial(rate, unsplit)})
             stages = split.timings.per_step_ms()
         with (
             counted(address) as (proxy, before),
@@ -51,12 +61,13 @@ def main() -> None:
             up, down = _decode_bytes(split, generate, proxy)
 
     tensor = unsplit.config.hidden_size * 4
-    rates = {name: [NEW_TOKENS / value for value in values] for name, values in seconds.items()}
-    ratios = [a / b for a, b in zip(rates["split"], rates["unsplit"], strict=True)]
+    figures = {
+        "split_tok_s": rates["split"],
+        "unsplit_tok_s": rates["unsplit"],
+        "ratio": ratios(rates["split"], rates["unsplit"]),
+    }
     results = {
-        "split_tok_s": statistics.median(rates["split"]),
-        "unsplit_tok_s": statistics.median(rates["unsplit"]),
-        "ratio": statistics.median(ratios),
+        **summary(figures),
         "bytes_per_token_up": up,
         "bytes_per_token_down": down,
         "payload_efficiency": 2 * tensor / (up + down),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import arguments, checkpoint, note, report
+from benchmarks.harness import arguments, checkpoint, note, report, spread
 from split_common.system.process import passive_threads, reuse_memory
 
 #: Tokens that each session has before the steps that are measured.
@@ -73,11 +73,13 @@ def _measure(model: Path, options: Any) -> dict[str, Any]:
         "read_gb_s": bandwidth / 1e9,
         "bound_ms": bound,
         "steps_ms": {},
+        "steps_ms_spread": {},
     }
     for count in map(int, options.sessions.split(",")):
         steps = _Steps(runner, count)
-        stages = steps.stages(options.steps)
+        stages, quartiles = steps.stages(options.steps)
         results["steps_ms"][str(count)] = stages
+        results["steps_ms_spread"][str(count)] = quartiles
         results[f"bound_ratio_{count}"] = stages["step"] / bound
         note(f"{count} sessions: " + ", ".join(f"{name} {value:.1f} ms" for name, value in stages.items()))
         steps.free()
@@ -107,8 +109,11 @@ class _Steps:
         for row in self._rows:
             row.truncate(CONTEXT)
 
-    def stages(self, steps: int) -> dict[str, float]:
-        """Milliseconds of a step, median, and of its parts, by the shares that torch's profiler sees."""
+    def stages(self, steps: int) -> tuple[dict[str, float], list[float]]:
+        """Milliseconds of a step, median, and of its parts, by the shares that torch's profiler sees.
+
+        Returns them with the quartiles of a step.
+        """
         from torch.profiler import ProfilerActivity, profile
 
         for _ in range(3):
@@ -124,7 +129,8 @@ class _Steps:
             for _ in range(steps):
                 self.once()
         whole = time.perf_counter() - began
-        return {"step": step, **_shares(profiler.key_averages(), whole, step)}
+        quartiles = [1e3 * quartile for quartile in spread(seconds)]
+        return {"step": step, **_shares(profiler.key_averages(), whole, step)}, quartiles
 
     def free(self) -> None:
         for row in self._rows:

@@ -5,7 +5,8 @@ heartbeats, through a broker (with CURVE on TCP, without on ipc) or a Redis serv
 goes through a plain echo with the same security of the socket (ROUTER and ROUTER of pyzmq with two frames, or XADD
 and XREAD), and through four passes of the fastest AEAD (sealed and opened, there and back). The three are measured
 in turn, for a few milliseconds each, because the machine's speed and the placement of processes change. A round's
-ratio is the first's median over the sum of the other two medians; the result is the median over all rounds.
+ratio is the first's median over the sum of the other two medians; the result is the median over all rounds,
+with its quartiles as spread.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.harness import note, queue_server, report
+from benchmarks.harness import note, queue_server, report, spread
 from split_common.protocol import encoding, headers, payloads
 from split_common.protocol.channel import SUITES, Box, preferred_suites
 from split_common.system.process import passive_threads, reuse_memory
@@ -95,7 +96,8 @@ def _measure(transport: str, options: argparse.Namespace) -> dict[str, Any]:
                 began = time.perf_counter()
                 session.call([step] * BURST)
                 rates.append(BURST / (time.perf_counter() - began))
-            ratio = statistics.median(whole / (echo + passes) for whole, echo, passes in rounds)
+            ratios = [whole / (echo + passes) for whole, echo, passes in rounds]
+            ratio = statistics.median(ratios)
             whole, echo, passes = map(statistics.median, zip(*rounds, strict=True))
             results |= {
                 f"{transport}_ms_{size}": round(whole, 3),
@@ -103,6 +105,7 @@ def _measure(transport: str, options: argparse.Namespace) -> dict[str, Any]:
                 f"{transport}_plain_ms_{size}": round(echo, 3),
                 f"{transport}_aead_ms_{size}": round(passes, 3),
                 f"{transport}_ratio_{size}": round(ratio, 2),
+                f"{transport}_ratio_{size}_spread": [round(quartile, 2) for quartile in spread(ratios)],
             }
             note(
                 f"{transport} {size}: {whole:.3f} ms, plain {echo:.3f} ms, four passes {passes:.3f} ms: {ratio:.2f}"

@@ -9,6 +9,8 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import pytest
 import torch
 
 import tiny
-from benchmarks.harness import counted, cpu_name, prompt, report
+from benchmarks import all as everything
+from benchmarks.harness import counted, cpu_name, in_turns, prompt, ratios, report, summary
 from benchmarks.network import CANNOT_RUN
 from split_common.protocol.channel import SUITES
 from split_device.sessions.timings import STAGES
@@ -43,13 +46,21 @@ def run(name: str, *arguments: object) -> Any:
     return results
 
 
+def spread(*names: str) -> set[str]:
+    """The keys of medians and of their quartiles."""
+    return {*names, *(f"{name}_spread" for name in names)}
+
+
+def positive(results: Mapping[str, Any]) -> bool:
+    """Whether all values are above 0."""
+    return min(min(value) if isinstance(value, list) else value for value in results.values()) > 0
+
+
 @pytest.mark.long
 def test_overhead(checkpoint: Path) -> None:
     results = run("overhead", "--model", checkpoint, "--rounds", 1)
     assert set(results) == {
-        "split_tok_s",
-        "unsplit_tok_s",
-        "ratio",
+        *spread("split_tok_s", "unsplit_tok_s", "ratio"),
         "bytes_per_token_up",
         "bytes_per_token_down",
         "payload_efficiency",
@@ -137,8 +148,9 @@ def test_first_token(tmp_path: Path) -> None:
     results = run("first_token", "--model", checkpoint, "--rounds", 1)
     assert results["first_token_ratio"] == results["first_token_ms_busy"] / results["first_token_ms_idle"]
     assert results["one_device_ratio"] == results["one_device_ms_busy"] / results["one_device_ms_idle"]
-    assert len(results) == 6
-    assert min(results.values()) > 0
+    medians = spread(*(f"{what}_ms_{when}" for what in ("first_token", "one_device") for when in ("idle", "busy")))
+    assert set(results) == {*medians, "first_token_ratio", "one_device_ratio"}
+    assert positive(results)
 
 
 @pytest.mark.long
@@ -185,22 +197,15 @@ def test_memory(checkpoint: Path) -> None:
 
 @pytest.mark.long
 def test_batch(checkpoint: Path) -> None:
-    results = run("batch", "--model", checkpoint, "--prompts", 6, "--sequential", 3)
+    results = run("batch", "--model", checkpoint, "--prompts", 6, "--sequential", 3, "--rounds", 2)
     assert results.pop("identical") is True
     assert results.pop("same_as_batched") == 1
     assert results.pop("prompts") == 6
     assert results.pop("tokens") == 6 * 48
-    assert set(results) == {
-        "batch_tok_s",
-        "unsplit_sequential_tok_s",
-        "unsplit_batched_tok_s",
-        "ratio_sequential",
-        "ratio_batched",
-        "ratio_auto",
-        "rows_per_forward",
-        "threads",
-    }
-    assert all(value > 0 for value in results.values())
+    rates = ("batch_tok_s", "unsplit_sequential_tok_s", "unsplit_batched_tok_s")
+    quotients = ("ratio_sequential", "ratio_batched", "ratio_auto")
+    assert set(results) == {*spread(*rates, *quotients), "rows_per_forward", "threads"}
+    assert positive(results)
 
 
 @pytest.mark.long
@@ -221,10 +226,84 @@ def test_recovery(transport: str, checkpoint: Path) -> None:
 def test_queue() -> None:
     results = run("queue", "--rounds", 1, "--share", 0.02)
     assert results.pop("aead") in SUITES
-    kinds = ("ms", "per_s", "plain_ms", "aead_ms", "ratio")
-    names = [f"{transport}_{kind}" for transport in ("zmq", "ipc", "redis") for kind in kinds]
-    assert set(results) == {f"{name}_{size}" for name in names for size in ("2k", "64k", "1m")}
-    assert all(value > 0 for value in results.values())
+    kinds = ("ms", "per_s", "plain_ms", "aead_ms")
+    transports, sizes = ("zmq", "ipc", "redis"), ("2k", "64k", "1m")
+    quotients = spread(*(f"{transport}_ratio_{size}" for transport in transports for size in sizes))
+    keys = {f"{transport}_{kind}_{size}" for transport in transports for kind in kinds for size in sizes}
+    assert set(results) == keys | quotients
+    assert positive(results)
+
+
+@pytest.mark.long
+def test_concurrency(checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = tiny.save("llama", tmp_path / "tiny", max_position_embeddings=4096)
+    options = ("--sessions", "1,3", "--devices", "2", "--rounds", 1)
+    results = run("concurrency", "--model", checkpoint, *options)
+    assert set(results.pop("body_tok_s")) == {"1", "3"}
+    assert set(results.pop("end_to_end_tok_s")) == {"2"}
+    latencies = ("itl_p99_ms", "itl_p99_prefill_ms", "itl_ratio")
+    assert set(results) == spread("plain_body_tok_s", "unsplit_tok_s", "single_ratio", *latencies)
+    assert positive(results)
+
+
+def test_measuring_in_turns(capsys: pytest.CaptureFixture[str]) -> None:
+    order: list[str] = []
+
+    def measure(name: str, values: Iterator[float]) -> float:
+        order.append(name)
+        return next(values)
+
+    ours, theirs = iter([4.0, 9.0, 2.0]), iter([2.0, 3.0, 1.0])
+    rounds = in_turns(3, {"ours": partial(measure, "ours", ours), "theirs": partial(measure, "theirs", theirs)})
+    assert order == ["ours", "theirs"] * 3
+    assert ratios(rounds["ours"], rounds["theirs"]) == [2, 3, 2]
+    assert summary(rounds)["ours"] == 4
+    assert summary(rounds)["ours_spread"] == [3, 6.5]
+    assert summary({"one": [1.0]}) == {"one": 1, "one_spread": [1, 1]}
+    assert "round 3 of 3" in capsys.readouterr().err
+
+
+def test_the_page_has_the_figures_that_are_kept() -> None:
+    page = (ROOT / everything.PAGE).read_text()
+    assert everything.with_table(page, everything.all_kept()) == page
+
+
+def test_a_table_of_figures_says_which_miss_their_aim() -> None:
+    kept = {
+        "A": {"overhead": [{"ratio": 1.4}, {"ratio": 1.2}]},
+        "B": {"overhead": [{"ratio": 1.3}], "queue": [{"zmq_ratio_1m": 1.25}]},
+    }
+    lines = everything.table(kept).splitlines()
+    assert lines[0] == "| | aim | A | B |"
+    assert lines[2].endswith("| ≥ 1.3 | **1.40, 1.20** | 1.30 |")
+    assert lines[3].endswith("| ≤ 1.3 |  | 1.25 |")
+    assert len(lines) == 4
+    with pytest.raises(ValueError, match="no marks"):
+        everything.with_table("# Benchmarks", kept)
+
+
+@pytest.mark.long
+def test_all(tmp_path: Path) -> None:
+    page = (ROOT / everything.PAGE).read_text()
+    results = run("all", "--quick", "--runs", 2, "--only", "queue")
+    assert results.pop("runs") == 2
+    assert set(results) == {f"queue.{aim.key}" for aim in everything.AIMS if aim.benchmark == "queue"}
+    assert {len(values) for values in results.values()} == {2}
+    assert (ROOT / everything.PAGE).read_text() == page
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--only", "queue,nonsense"], "nonsense; there are overhead"),
+        (["--runs", "0"], "at least 1"),
+        (["--model", "m"], "needs --quick"),
+    ],
+)
+def test_all_refuses(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        everything.main(options)
+    assert message in capsys.readouterr().err
 
 
 def test_the_proxy_counts_what_passes() -> None:
