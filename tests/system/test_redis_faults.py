@@ -30,9 +30,11 @@ from split_common.models.loading import read_spec
 from split_common.models.verification import find_manifest
 from split_common.protocol import headers
 from split_common.transport import HEARTBEAT, MISSED, OPEN_PATIENCE, connect, leader, new_peer_id
+from split_common.transport.base import QUEUE_BYTES
 from split_common.transport.redis import lease, membership, opens
 from split_common.transport.redis.key_names import Keys
 from split_common.transport.redis.lease import LEASE
+from split_common.transport.redis.membership import CROWDED_BYTES, SMALL_BYTES, Registry
 from split_common.transport.redis.server import RedisConnections
 from split_common.trust.fleet import load_fleet
 from split_device import SplitModelForCausalLM
@@ -576,12 +578,27 @@ def test_a_full_lane_pushes_back_and_nothing_is_dropped(
                 padding.xadd(
                     worker._transport._parts.lease.lane, {"h": b"junk", "b": bytes(10_000)}, nomkstream=True
                 )
-            wait_until(lambda: client.transport._parts.registry.full)
+            registry, lane = client.transport._parts.registry, worker.id
+            wait_until(lambda: not registry.takes(lane, 1))
             session.resend()
             wait_until(lambda: client.transport.counters["bounced_full"] > 0)
             blocked.set()
             assert len(work.result(LATE)) == 7
-        wait_until(lambda: not client.transport._parts.registry.full)
+        wait_until(lambda: registry.takes(lane, 1))
+
+
+def test_a_crowded_lane_takes_small_messages_and_no_large_ones() -> None:
+    registry = Registry(None, Keys(bytes(32)), None, b"", Counter())  # type: ignore[arg-type]
+    for size, small, large in (
+        *((0, True, True), (CROWDED_BYTES, True, True), (CROWDED_BYTES + 1, True, False)),
+        *((QUEUE_BYTES, True, False), (QUEUE_BYTES + 1, False, False)),
+    ):
+        registry.sizes = {b"worker": size}
+        assert (registry.takes(b"worker", SMALL_BYTES), registry.takes(b"worker", SMALL_BYTES + 1)) == (
+            small,
+            large,
+        )
+        assert registry.takes(b"another", 2**24)
 
 
 def test_a_member_that_floods_a_lane_does_not_fill_the_server(

@@ -21,8 +21,9 @@ MAX_HALF_OPEN = 256
 HALF_OPEN_TIMEOUT = 60.0
 
 #: Opens that are answered: each second on average, and at once, because all devices come together when a worker has
-#: started. One takes about a third of a millisecond. If there are more, each member still has a rate of its own.
-SET_UP_RATE = 256.0
+#: started. One takes about half a millisecond, with its answer. If there are more, each member still has a rate of
+#: its own.
+SET_UP_RATE = 64.0
 MEMBER_SET_UP_RATE = 32.0
 SET_UP_BURST = 256.0
 

@@ -159,6 +159,8 @@ def _add_hostile(shown: Table, hostile: dict[str, Any]) -> None:
     for name, mode in hostile["modes"].items():
         row = f"{mode['honest_beside_hostile']:,.0f} of {mode['honest_beside_bystander']:,.0f} tokens or steps/s"
         row += f" = {mode['share']:.2f}, {mode['cpu_seconds']:.1f} s CPU"
+        if not mode["alike"]:
+            row += f", of which the bystander got only {mode['bystander_burned']:.0%}: the share is too low (!)"
         for what in ("lost", "crashed"):
             row += f", {mode[what]} {what} (!)" if mode[what] else ""
         for what in ("failure", "memory_exceeded"):

@@ -1,4 +1,4 @@
-"""The other peers: which workers there are, which peers are alive, and whose lanes are full.
+"""The other peers: which workers there are, which peers are alive, and how full their lanes are.
 
 The processes of one member share a list of their announcements, which only that member may write and which shows
 its certificate. So no worker can remove or change what others announce, or claim a service that is not its own.
@@ -7,7 +7,7 @@ its certificate. So no worker can remove or change what others announce, or clai
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated
 
 import msgspec
@@ -24,6 +24,11 @@ from split_common.transport.supervised import count_dropped
 from split_common.trust.fleet import Fleet
 from split_common.trust.keys import ModelScope, Role
 
+#: Bytes in a peer's lane above which it takes no message larger than `SMALL_BYTES`. A lane is read in order, so
+#: large ones that wait in it delay the next token of everybody else.
+CROWDED_BYTES = 64 * 1024 * 1024
+SMALL_BYTES = 64 * 1024
+
 #: Seconds after which a member's list expires unless one of its processes renews it.
 LIST_LEASE = 60.0
 
@@ -38,7 +43,7 @@ CLEAN_UP = 10
 
 
 class Registry:
-    """The fleet's peers, as the server knows them. For the housekeeping thread; others may read `full`.
+    """The fleet's peers, as the server knows them. For the housekeeping thread; others may call `takes`.
 
     Args:
         connections: to the server.
@@ -56,8 +61,8 @@ class Registry:
         self._certificate = certificate
         self._counters = counters
         self._beats = 0
-        #: Watched peers whose lanes are full.
-        self.full: frozenset[bytes] = frozenset()
+        #: The bytes in the lanes of watched peers, when they were last looked at.
+        self.sizes: Mapping[bytes, int] = {}
         #: Why workers were left out when `workers` was called last.
         self.turned_away: list[str] = []
 
@@ -101,11 +106,14 @@ class Registry:
         return {peer: size for peer, size in zip(peers, answers, strict=True) if isinstance(size, int)}
 
     def watch(self, role: Role, peers: Iterable[bytes]) -> list[bytes]:
-        """Checks the lanes of watched peers, and notes which are `full`. Returns the peers that are gone."""
+        """Checks the lanes of watched peers, and notes their `sizes`. Returns the peers that are gone."""
         peers = list(peers)
-        sizes = self.alive(role, peers)
-        self.full = frozenset(peer for peer, size in sizes.items() if size > QUEUE_BYTES)
-        return [peer for peer in peers if peer not in sizes]
+        self.sizes = self.alive(role, peers)
+        return [peer for peer in peers if peer not in self.sizes]
+
+    def takes(self, peer: bytes, size: int) -> bool:
+        """Whether the lane of a watched peer takes a message of `size` bytes; True if it is not known."""
+        return self.sizes.get(peer, 0) <= (QUEUE_BYTES if size <= SMALL_BYTES else CROWDED_BYTES)
 
     def workers(self) -> list[Candidate]:
         """The workers that are alive and whose certificates hold for their services."""

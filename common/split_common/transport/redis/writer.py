@@ -57,7 +57,7 @@ class Writer:
 
     Args:
         connections: to the server; the writer's own.
-        registry: knows the peers whose lanes are full.
+        registry: knows how full the peers' lanes are.
         caller: tells the peer which of its messages were refused.
         undelivered: gets the header of each message whose receiver has no lane.
         counters: of the link.
@@ -118,7 +118,7 @@ class Writer:
         return True
 
     def _full(self, outgoing: Outgoing) -> bool:
-        return outgoing.header.to in self._registry.full
+        return not self._registry.takes(outgoing.header.to, outgoing.size)
 
     # --- the thread ----------------------------------------------------------------------------------------
 

@@ -17,6 +17,13 @@ MIB = 2**20
 #: Least share of its throughput beside a bystander that honest members must have beside a hostile one.
 LEAST_SHARE = 0.5
 
+#: Least share of the hostile member's CPU that its bystander must have got, for the two slices to be alike. With
+#: less, honest members had more of the machine in the second slice, and the mode's share is too low.
+LEAST_BURNED = 0.9
+
+#: Seconds of CPU time per second that are too few to matter.
+NEGLIGIBLE = 0.05
+
 #: Bytes that a process may take beyond what it has when the first slice begins (docs/security.md), by the first
 #: word of its name in the report. A broker: its `--memory-limit`, and what arrives in a fifth of a second.
 #: A worker: 512 MiB of requests that wait, 1 GiB of kept replies, 256 MiB that wait to be sent, and a forward.
@@ -77,6 +84,16 @@ class ModeOutcome:
         return self.honest_beside_hostile / self.honest_beside_bystander
 
     @property
+    def burned(self) -> float:
+        """CPU per second that the bystander got, as a share of the hostile member's."""
+        return self.bystander.cores / max(self.hostile.cores, 1e-9)
+
+    @property
+    def alike(self) -> bool:
+        """Whether the two slices are alike: the bystander got as much CPU as it should, or has little to burn."""
+        return self.burned >= LEAST_BURNED or self.hostile.cores < NEGLIGIBLE
+
+    @property
     def acted(self) -> bool:
         """Whether the mode was tested at all."""
         return self.failure is None and self.acts > 0
@@ -90,6 +107,8 @@ class ModeOutcome:
             "crashed": self.crashed,
             "cpu_seconds": round(self.hostile.cpu, 2),
             "bystander_cpu_seconds": round(self.bystander.cpu, 2),
+            "bystander_burned": round(self.burned, 3),
+            "alike": self.alike,
             "seconds": round(self.hostile.seconds, 1),
             "acts": self.acts,
             "refused": dict(self.refused),

@@ -20,8 +20,12 @@ from split_device.stress.hostile.scene import Scene
 #: Seconds that a mode may take to end; then its process ends without it.
 END_TIMEOUT = 0.5
 
-#: Threads of a bystander: as many as a mode and its sockets have, because a busy machine shares itself by threads.
-BYSTANDER_THREADS = 4
+#: Threads of a bystander: at first as many as a mode and its sockets have, because a busy machine shares itself by
+#: threads; and more, as long as they do not get the CPU that the hostile member had.
+BYSTANDER_THREADS, MOST_THREADS = 4, 64
+
+#: Seconds between two looks whether a bystander falls behind, and the seconds of CPU time by which it may.
+LOOK, BEHIND = 0.1, 0.1
 
 #: Bytes that a bystander hashes at a time, which takes less than a millisecond, and the length of its naps in
 #: seconds. hashlib releases the GIL for such sizes, so that threads burn several cores.
@@ -79,19 +83,48 @@ def run_bystander(cores: float) -> None:
     """
     stop = catch_sigterm()
     emit_json({"pid": os.getpid()})
-    for _ in range(BYSTANDER_THREADS):
-        share = cores / BYSTANDER_THREADS
-        threading.Thread(target=burn, args=(share, stop), name="bystander", daemon=True).start()
+    threading.Thread(target=burn, args=(cores, stop), name="bystander", daemon=True).start()
     wait_until_set(stop)
     emit_json({"counts": {"acts": 1}, "failure": None})
 
 
-def burn(share: float, stop: threading.Event) -> float:
-    """Burns a share of one core on this thread until `stop`. Returns the CPU time that it took, in seconds."""
-    data, began = bytes(CHUNK), time.monotonic()
+def burn(
+    cores: float,
+    stop: threading.Event,
+    cpu_time: Callable[[], float] = time.process_time,
+    threads: int = MOST_THREADS,
+) -> int:
+    """Burns CPU until `stop`, on as many threads as it takes.
+
+    Args:
+        cores: what this process burns, in seconds of CPU time per second.
+        cpu_time: the CPU time that this process has taken, in seconds.
+        threads: the most.
+
+    Returns:
+        The number of threads that it took.
+    """
+    data, began, burned = bytes(CHUNK), time.monotonic(), cpu_time()
+
+    def behind() -> float:
+        return cores * (time.monotonic() - began) - (cpu_time() - burned)
+
+    def work() -> None:
+        while not stop.is_set():
+            if behind() > 0:
+                hashlib.blake2b(data).digest()
+            else:
+                stop.wait(NAP)
+
+    working: list[threading.Thread] = []
     while not stop.is_set():
-        if time.thread_time() < share * (time.monotonic() - began):
-            hashlib.blake2b(data).digest()
-        else:
-            stop.wait(NAP)
-    return time.thread_time()
+        wanted = min(BYSTANDER_THREADS, threads) if not working else len(working)
+        if working and behind() > BEHIND and len(working) < threads:
+            wanted += 1
+        while len(working) < wanted:
+            working.append(threading.Thread(target=work, name="bystander", daemon=True))
+            working[-1].start()
+        stop.wait(LOOK)
+    for thread in working:
+        thread.join()
+    return len(working)

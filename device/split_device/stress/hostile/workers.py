@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 
 from split_common.protocol import encoding, headers, payloads
+from split_common.protocol.capabilities import INDIVISIBLE, UNPADDED
 from split_common.protocol.channel import EpochKeys
 from split_common.protocol.handshake import WorkerHandshake
 from split_device.stress.hostile.peers import LinkPeer
@@ -16,6 +17,9 @@ ROOM = 2**61
 
 #: Peers of a hostile worker: as many processes as its member claims to run.
 PEERS = 8
+
+#: What honest workers of most models do not have either: with these, devices would refuse requests by themselves.
+LACKS = frozenset({INDIVISIBLE, UNPADDED})
 
 #: Seconds between two looks whether it has to end.
 WAIT = 0.2
@@ -42,7 +46,7 @@ class MuteWorker:
     def take(self, peer: LinkPeer, header: headers.AnyHeader, body: bytes) -> None:
         scene = self._scene
         if isinstance(header, headers.Open):
-            handshake = WorkerHandshake(scene.identity, scene.verify, scene.service, body)
+            handshake = WorkerHandshake(scene.identity, scene.verify, scene.service, body, lacks=LACKS)
             self._half_open[header.sender, header.channel] = handshake
             answer = headers.Relay(header.sender, peer.id, headers.RelayKind.ANSWER, header.channel)
             peer.send(answer, handshake.answer)
