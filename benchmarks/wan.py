@@ -56,6 +56,9 @@ def main() -> None:
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="tokens of prompts for ttft_ms")
     parser.add_argument("--settings", default=",".join(SETTINGS), help="drafters that stream, e.g. off,auto")
     parser.add_argument("--only", default="", help="parts to measure, e.g. first,ttft; default: all")
+    parser.add_argument(
+        "--no-pad-steps", dest="pad_steps", action="store_false", help="let sizes follow the tokens of steps"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of prompts, and of the packets that are lost")
     options = parser.parse_args()
     passive_threads()
@@ -118,6 +121,7 @@ class Wan:
         self._rtts = (0, 80) if options.quick else RTTS
         self._lengths = [int(length) for length in options.lengths.split(",")]
         self._settings = options.settings.split(",")
+        self._pads = options.pad_steps
 
     # --- one stream ----------------------------------------------------------------------------------------
 
@@ -283,7 +287,7 @@ class Wan:
         from split_device import SplitModelForCausalLM
 
         return SplitModelForCausalLM.from_pretrained(
-            self._model, head_layers=2, tail_layers=2, dtype="float32", **self._link
+            self._model, head_layers=2, tail_layers=2, dtype="float32", pad_steps=self._pads, **self._link
         )
 
     @staticmethod

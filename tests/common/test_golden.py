@@ -181,6 +181,17 @@ BRIEF: dict[str, payloads.Payload] = {
         *("int4", 300, [3]),
     ),
 }
+#: Steps that have room for more tokens than they hold.
+PADDED: dict[str, payloads.Payload] = {
+    "one": payloads.PaddedStep(
+        *("float32", 1, [payloads.Run(0, 7, [7])], None, 3),
+        **{"codec": "exact", "size": 4, "outputs": [0], "room": 4, "padded": 16},
+    ),
+    "image": payloads.PaddedStep(
+        *("bfloat16", 2, [payloads.Run(0, 7, [7, 8, 9])], [0], 300, [[1, 2, 3]], [payloads.Span(0, 8, 2)]),
+        **{"codec": "int8", "size": 48, "outputs": [0, 1, 2], "room": 16, "padded": 256},
+    ),
+}
 CODED_REPLIES: dict[str, payloads.Payload] = {
     codec: payloads.CodedResult("bfloat16", 3, 2, 1500, 2500, codec, 9)  # type: ignore[arg-type]
     for codec in ("lossless", "int8", "int4")
@@ -268,7 +279,7 @@ def test_what_a_header_authenticates() -> None:
     ("name", "samples"),
     [
         *(("requests", REQUESTS), ("requests-placed", PLACED), ("requests-coded", CODED)),
-        ("requests-brief", BRIEF),
+        *(("requests-brief", BRIEF), ("requests-padded", PADDED)),
         *(("replies", REPLIES), ("replies-coded", CODED_REPLIES)),
     ],
 )
@@ -760,7 +771,7 @@ MODULES: tuple[ModuleType, ...] = (
 NOT_STORED: set[type] = {headers.Header, payloads.Payload, jobs.Job, jobs.JobProgress, jobs.Update}
 
 SAMPLES = (
-    *(HEADERS, KEYED_HEADERS, REQUESTS, PLACED, CODED, BRIEF, REPLIES, CODED_REPLIES, ROSTER, MANIFEST),
+    *(HEADERS, KEYED_HEADERS, REQUESTS, PLACED, CODED, BRIEF, PADDED, REPLIES, CODED_REPLIES, ROSTER, MANIFEST),
     *(DEVICE.certificate, WORKER.certificate),
     *(TASKS, RESPONSES, ACTION, TextPiece([1], "one"), CALL_PIECE, SCORED_PIECE, LETTER, WRITING_RECORD),
     *(FINISHED, ENTRY, FORMED),

@@ -19,6 +19,7 @@ import torch
 
 import tiny
 from benchmarks import all as everything
+from benchmarks.fingerprint import nearest_neighbour
 from benchmarks.harness import counted, cpu_name, in_turns, prompt, ratios, report, summary
 from benchmarks.network import CANNOT_RUN
 from split_common.protocol.channel import SUITES
@@ -178,6 +179,33 @@ def test_wan(tmp_path: Path) -> None:
     # 32 float32 each way, in packets that are larger than that.
     assert min(results["bytes_per_token"]["off"].values()) > 128
     assert set(results["sessions16_tok_s"]) == {"0", "80"}
+
+
+@pytest.mark.long
+def test_fingerprint(tmp_path: Path) -> None:
+    checkpoint = tiny.save_tokenizer(tiny.save("llama", tmp_path / "tiny"))
+    results = run("fingerprint", "--model", checkpoint, "--quick", "--tokens", 24, "--speculate", "recycle")
+    assert results["chance"] == 2 / 11
+    assert set(results["accuracy"]) == {"padded", "unpadded"}
+    for found in results["accuracy"].values():
+        assert set(found) == {"sizes", "counts", "times", "all"}
+        assert all(0 <= share <= 1 for share in found.values())
+    # All messages that are looked at have the same sizes, so that nothing is better than chance.
+    assert results["accuracy"]["padded"]["sizes"] == pytest.approx(results["chance"])
+    assert results["accuracy"]["unpadded"]["sizes"] != pytest.approx(results["chance"])
+    assert min(results["tokens_per_step"].values()) >= 1
+    assert results["bytes_per_token"]["padded"] > results["bytes_per_token"]["unpadded"] > 2 * 128
+
+
+def test_the_nearest_trace_says_the_prompt() -> None:
+    labels = torch.tensor([0, 0, 1, 1])
+    apart = torch.tensor([[0.0], [0.1], [5.0], [5.1]])
+    same = torch.zeros(4, 1)
+    assert nearest_neighbour([apart], labels) == 1
+    assert nearest_neighbour([apart, same], labels) == 1
+    # Of three that are equally near, one is right.
+    assert nearest_neighbour([same], labels) == pytest.approx(1 / 3)
+    assert nearest_neighbour([torch.tensor([[0.0], [5.0], [0.1], [5.1]])], labels) == 0
 
 
 @pytest.mark.long

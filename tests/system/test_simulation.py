@@ -61,7 +61,7 @@ class Generation:
         self.layer = layer
         self.rows: list[list[int]] = [[] for _ in range(rows)]
 
-    def step(self, choose: random.Random, tokens: int | None = None) -> None:
+    def step(self, choose: random.Random, tokens: int | None = None, room: int | None = None) -> None:
         tokens = tokens or choose.choice([1, 1, 1, 2, 3, 9])
         while len(self.rows) * (2 + (len(self.rows[0]) + tokens) // 4) > 14:
             # More than the smallest worker's memory holds.
@@ -73,26 +73,26 @@ class Generation:
             # Equal rows travel once.
             states = states[:1].expand_as(states).clone()
         self.world.spare_step()
-        output = self._output(states)
+        output = self._output(states, StepContext(room=room))
         positions = np.arange(length, length + tokens)
         for row, given_, got in zip(self.rows, states, output, strict=True):
             row += mixed(given_.view(-1).numpy(), positions).astype(int).tolist()
             assert got.view(-1).tolist() == outcome(np.asarray(row), tokens).tolist()
 
-    def _output(self, states: torch.Tensor) -> torch.Tensor:
+    def _output(self, states: torch.Tensor, context: StepContext) -> torch.Tensor:
         """A new session is not waited with for a first worker, one that was lost is."""
         try:
-            return self.layer.step(states, StepContext())
+            return self.layer.step(states, context)
         except NoWorker:
             assert not self.rows[0]
             self.world.clock.sleep(12.0)
-            return self.layer.step(states, StepContext())
+            return self.layer.step(states, context)
 
     def speculate(self, choose: random.Random) -> None:
         """Steps of a token and a draft, of which a part is right; as `ActiveRequest.drop_drafts` goes on."""
         for _ in range(2):
             drafted = choose.randrange(4)
-            self.step(choose, 1 + drafted)
+            self.step(choose, 1 + drafted, choose.choice([None, 2, 4]))
             # Without room for the draft, the step was one of a token.
             keep = max(1, len(self.rows[0]) - choose.randrange(drafted + 1))
             if keep < len(self.rows[0]):

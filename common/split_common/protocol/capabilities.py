@@ -27,6 +27,9 @@ KEEP = "keep"
 #: A worker with this capability returns only those outputs that a `BriefStep` asks for.
 OUTPUTS = "outputs"
 
+#: A worker with this capability pads the answer to a `PaddedStep` to the size that the step asks for.
+PADDED_STEPS = "padded-steps"
+
 #: Encoding of a language model's hidden states, unless they travel as they are (`split_common.models.codecs`).
 StatesCodec = Literal["lossless", "int8", "int4"]
 
@@ -41,7 +44,7 @@ def states_capability(codec: StatesCodec) -> str:
 #: "session-keys" names sessions by keys, as in version 2 of the headers.
 CAPABILITIES = frozenset(
     {
-        *("adapters", "fork", INDIVISIBLE, "int4", "int8", KEEP, OUTPUTS, SESSION_KEYS, UNPADDED),
+        *("adapters", "fork", INDIVISIBLE, "int4", "int8", KEEP, OUTPUTS, PADDED_STEPS, SESSION_KEYS, UNPADDED),
         *("position-axes", "spans", *map(states_capability, get_args(StatesCodec))),
     }
 )

@@ -8,25 +8,28 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 import msgspec
 
-from split_common.protocol.capabilities import CAPABILITIES, KEEP, OUTPUTS, StatesCodec, states_capability
+from split_common.protocol.arrays import CODEC_BITS as CODEC_BITS
+from split_common.protocol.arrays import SCALE_BYTES as SCALE_BYTES
+from split_common.protocol.arrays import Array as Array
+from split_common.protocol.arrays import Codec as Codec
+from split_common.protocol.capabilities import (
+    CAPABILITIES,
+    KEEP,
+    OUTPUTS,
+    PADDED_STEPS,
+    StatesCodec,
+    states_capability,
+)
 from split_common.protocol.headers import Hash, Natural, Seconds, SessionRef
 
 #: Bytes of a number in each dtype that hidden states may have on the wire.
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-#: Encoding of an image's tensors: floats, or integers with one fp32 scale for each channel of each row.
-Codec = Literal["float32", "bfloat16", "float16", "int8", "int4"]
-
-#: Bits of a number in each codec, and bytes of a scale of the integer codecs.
-CODEC_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
-SCALE_BYTES = 4
 
 #: Most rows (images and their negatives) and most tensors of one step of an image.
 MAX_IMAGE_ROWS = 256
@@ -158,6 +161,29 @@ class BriefStep(CodedStep, frozen=True, tag=17):
         return super().needs | {OUTPUTS}
 
 
+class PaddedStep(BriefStep, frozen=True, tag=18):
+    """A step that is as large as one of `room` tokens, and so is its answer, whatever they hold.
+
+    Padding follows the encoded states: `padded` bytes are both together.
+    """
+
+    room: Annotated[int, msgspec.Meta(ge=1, lt=2**20)] = 1
+    padded: Natural = 0
+
+    @property
+    def reserved(self) -> int:
+        missing = max(0, self.room - self.tokens) + max(0, self.room - len(self.outputs))
+        return super().reserved + 5 * missing + 16
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.padded
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | {PADDED_STEPS}
+
+
 class Fork(Payload, frozen=True, tag=2):
     """Opens the session as a copy of another session on the same channel."""
 
@@ -229,32 +255,6 @@ class CodedResult(Result, frozen=True, tag=16):
 
 class Done(Payload, frozen=True, tag=5):
     """Answer to a request without output; on session 0, the worker's confirmation of a channel's set-up."""
-
-
-class Array(msgspec.Struct, array_like=True, frozen=True):
-    """One of the tensors of a body. Scales, `[rows, channels]` in fp32, come before the numbers."""
-
-    codec: Codec
-    #: Rows and channels first.
-    shape: Annotated[list[Annotated[int, msgspec.Meta(ge=1, lt=2**20)]], msgspec.Meta(min_length=2, max_length=4)]
-    #: Memory layout at the sender. The receiver restores it, since convolutions round differently in another one.
-    #: The numbers travel in C order.
-    channels_last: bool = False
-
-    @property
-    def size(self) -> int:
-        """Numbers in the tensor."""
-        return math.prod(self.shape)
-
-    @property
-    def scales(self) -> int:
-        """Scales before the numbers; 0 for float codecs."""
-        return self.shape[0] * self.shape[1] if self.codec in ("int8", "int4") else 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of scales and numbers."""
-        return (self.size * CODEC_BITS[self.codec] + 7) // 8 + self.scales * SCALE_BYTES
 
 
 class Conditioning(Payload, frozen=True, tag=7):
@@ -375,7 +375,7 @@ class Refusal(Payload, frozen=True, tag=6):
     seq: Natural = 0
 
 
-AnyTextRequest = Step | PlacedStep | CodedStep | BriefStep | Fork | UseAdapter | Close | Keep
+AnyTextRequest = Step | PlacedStep | CodedStep | BriefStep | PaddedStep | Fork | UseAdapter | Close | Keep
 AnyRequest = AnyTextRequest | Conditioning | Denoise | TensorPart | PartRequest
 AnyReply = Result | CodedResult | Done | Refusal | Denoised | TensorPart
 
@@ -385,6 +385,7 @@ ANSWERS: dict[type[Payload], type[Payload]] = {
     PlacedStep: Result,
     CodedStep: CodedResult,
     BriefStep: Result,
+    PaddedStep: Result,
     Fork: Done,
     UseAdapter: Done,
     Conditioning: Done,

@@ -39,7 +39,9 @@ EXPIRES_SOON = 14
 
 @grouped
 def doctor(
-    connection: Annotated[Connection, CONNECTION.without("patience", "step_timeout", "history_memory")],
+    connection: Annotated[
+        Connection, CONNECTION.without("patience", "step_timeout", "history_memory", "pad_steps")
+    ],
     model: Annotated[
         str | None,
         typer.Option(

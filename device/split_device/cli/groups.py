@@ -48,6 +48,7 @@ from split_device.cli.options import (
     MaxImagesOption,
     MaxJobsOption,
     MaxTokensOption,
+    PadStepsOption,
     PatienceOption,
     PrefixCacheOption,
     SeedOption,
@@ -257,6 +258,7 @@ CONNECTION = Group(
     patience=PatienceOption,
     step_timeout=StepTimeoutOption,
     history_memory=HistoryOption,
+    pad_steps=PadStepsOption,
 )
 HARDWARE = Group(device=DeviceOption, threads=ThreadsOption)
 LIMITS = Group(

@@ -69,7 +69,7 @@ def image(
     picture: PictureOptions,
     start: StartOptions,
     hardware: HardwareOptions,
-    connection: Annotated[Connection, CONNECTION.without("history_memory")],
+    connection: Annotated[Connection, CONNECTION.without("history_memory", "pad_steps")],
     metadata: MetadataOption = True,
     request_id: RequestIdOption = None,
     json: JsonOption = False,

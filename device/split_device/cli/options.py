@@ -171,6 +171,15 @@ StepTimeoutOption = Annotated[
         help="How long to wait for a worker's answer before another worker is tried, if there is one.",
     ),
 ]
+PadStepsOption = Annotated[
+    bool,
+    typer.Option(
+        "--pad-steps/--no-pad-steps",
+        rich_help_panel=QUEUE_PANEL,
+        help="Give all decoding steps of an answer one size, so that the queue cannot tell how many tokens were "
+        "guessed, and how many were right. Without it, fewer bytes travel.",
+    ),
+]
 HistoryOption = Annotated[
     int,
     typer.Option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -54,6 +54,8 @@ class ActiveRequest:
     undivided: bool
     #: Whether of its prompt only the last token's output is needed.
     last_only: bool
+    #: The tokens for which each of its decoding steps has room.
+    room: int = 1
     awaits_first_token: bool = True
     #: Number of tokens that have entered the head, and the tail.
     head_tokens: int = 0
@@ -180,7 +182,7 @@ class ActiveRequest:
             context = self._context(len(states))
             context.last = 1 if last_only else None
             return self.session.step(states[None], context)[0]
-        return self.session.stream(PromptParts(states, self._next_part, on_output, last_only))
+        return self.session.stream(PromptParts(states, self._next_part, on_output, last_only, self._room))
 
     def _next_part(self, wait: bool) -> Part | None:
         try:
@@ -195,6 +197,11 @@ class ActiveRequest:
 
     def _context(self, tokens: int) -> StepContext:
         """What its session has to know of its next tokens."""
-        if (placement := self.placement) is None:
-            return StepContext()
-        return placement.context(self.session.get_seq_length(), tokens)
+        placement, room = self.placement, self._room
+        if placement is None:
+            return StepContext(room=room)
+        return replace(placement.context(self.session.get_seq_length(), tokens), room=room)
+
+    @property
+    def _room(self) -> int | None:
+        return None if self.awaits_first_token else self.room

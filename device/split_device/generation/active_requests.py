@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from split_common.engine.scheduler import DECODE_TOKENS
 from split_device.generation.active import ActiveRequest, Outcome
 from split_device.generation.admission import Admission, Admitted
 from split_device.generation.limits import Limits
@@ -16,6 +17,12 @@ from split_device.generation.prefixes import Prefixes
 from split_device.generation.request import Generation
 from split_device.generation.stage import Stage
 from split_device.models.cache import SessionCacheLayer
+from split_device.speculation.names import OFF
+
+
+def _varies(generation: Generation) -> bool:
+    """Whether a request's decoding steps may have several tokens: drafts, or what a grammar forces."""
+    return generation.speculate != OFF or generation.request.constraint is not None
 
 
 class ActiveRequests:
@@ -82,6 +89,7 @@ class ActiveRequests:
             len(first),
             self._layers.indivisible,
             self._layers.tail is None and generation.request.prompt_logprobs is None,
+            1 if self._layers.indivisible or not _varies(generation) else DECODE_TOKENS,
         )
         generation.session = request.session.identity.label
         self.by_generation[generation] = request

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from split_common.compat.transformers import active_captures, captured_outputs
+from split_common.engine.scheduler import DECODE_TOKENS
 from split_common.errors import UnsupportedFeature
 from split_common.models.cache_layers import States, copy_states, crop_keys, has_states, restore_states, was_used
 from split_common.models.layer_stack import PassThrough
@@ -38,8 +39,25 @@ class Generating:
     sessions: list[SessionCacheLayer] = field(default_factory=list)
     #: The id of the request that the sessions belong to; None for a random one each.
     request_id: str | None = None
+    #: The tokens of a row for which each of its decoding steps has room.
+    room: int = 1
     #: When its last step ended, by `time.perf_counter`; None before the first step.
     step_ended: float | None = None
+
+    @property
+    def step_room(self) -> int | None:
+        """`StepContext.room` of its next step; that of the prompt is as large as the prompt."""
+        return None if self.step_ended is None else self.room
+
+
+def room_of(options: Mapping[str, Any]) -> int:
+    """The tokens for which decoding steps of `generate` have room, given its options."""
+    assistant, lookup = options.get("assistant_model"), options.get("prompt_lookup_num_tokens")
+    if assistant is None and lookup is None:
+        return 1
+    config = getattr(assistant, "generation_config", None)
+    drafted = lookup if assistant is None else getattr(config, "num_assistant_tokens", None)
+    return max(DECODE_TOKENS, 1 + int(drafted or 0))
 
 
 #: The forward that is under way.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from split_common.errors import HistoryLost, UnsupportedFeature
+from split_common.models.codecs.base import Codec
 from split_common.models.tensors import raw_bytes
 from split_common.protocol import payloads
 from split_device.models.body_layer import BodyLayer
@@ -27,7 +28,7 @@ from split_device.sessions.identity import SessionIdentity
 from split_device.sessions.notices import OnNotice
 from split_device.sessions.places import PlacedRun, distinct_axes, first_axis
 from split_device.sessions.prefix import SessionPrefix
-from split_device.sessions.requests import Reply
+from split_device.sessions.requests import Reply, Request
 from split_device.sessions.resilient import ResilientSession
 from split_device.sessions.session import RemoteSession
 from split_device.sessions.timings import StepTimings, timed
@@ -188,9 +189,9 @@ class SessionCacheLayer(BodyLayer):
         Raises:
             SplitError: as `exchange`, or what `parts` raises; the session then holds what it held before.
         """
-        step = self.prepare(parts.states[None], StepContext(last=parts.wanted(last=False)))
+        step = self.prepare(parts.states[None], StepContext(last=parts.wanted(last=False), room=parts.room))
         step.parts = parts
-        parts.begin(step, self.client.codec, self._places)
+        parts.begin(step, self._places)
         self._session.call(self, step)
         parts.finish()
         self._columns = step.columns
@@ -224,8 +225,9 @@ class SessionCacheLayer(BodyLayer):
             if keep[row].any()
         ]
         columns, moved = torch.cat([cached, keep], 1), (rows, copies) if len(rows) < batch else None
-        step = PreparedStep(hidden, places, columns, sent, wanted, moved, runs, context.timings)
-        step.requests = step.encode(self.client.codec, self._horizon(places))
+        codec, room = context.sizes(self.client.codec, batch, self.client.pad_steps)
+        step = PreparedStep(hidden, places, columns, sent, wanted, moved, runs, context.timings, codec, room)
+        step.requests = step.encode(self._horizon(places))
         return step
 
     def exchange(self, step: PreparedStep) -> torch.Tensor:
@@ -237,14 +239,7 @@ class SessionCacheLayer(BodyLayer):
         if not step.requests:
             return step.hidden.new_empty(0, step.hidden.shape[-1])
         replies = self._session.call(self, step)
-        with step.timings.measure("decode"):
-            codec = self.client.codec
-            parts = [
-                chunk.output(*reply, codec, step.brief)
-                for (chunk, _), reply in zip(step.requests, replies, strict=True)
-            ]
-            output = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return output.to(step.hidden)
+        return step.decode(replies)
 
     def commit(self, step: PreparedStep, output: torch.Tensor) -> torch.Tensor:
         """Records a step that has run. Returns its output `[batch, tokens, width]`, zero for padding."""
@@ -353,19 +348,21 @@ class SessionCacheLayer(BodyLayer):
         requests = self._replayed(session.indivisible, step.timings)
         try:
             while window := list(itertools.islice(requests, REPLAY_WINDOW)):
-                self._send(session, window, step.timings)
+                self._send(session, window, self.client.codec, step.timings)
         except HistoryLost:
             self._lost_by_division = session.indivisible
             raise
 
     def send(self, session: RemoteSession, step: PreparedStep) -> list[Reply]:
         step.check_padding(session)
-        step.brief = session.brief
+        step.brief, step.pads = session.brief, session.channel.pads
+        if step.room is not None and not step.pads:
+            self.client.say_unpadded(session.channel)
         if (parts := step.parts) is not None:
-            return timed(step.timings, lambda: session.stream(parts.requests(step.brief), step.timings))
+            return timed(step.timings, lambda: session.stream(parts.requests(), step.timings))
         if session.indivisible and len(step.requests) > 1:
-            step.requests = step.encode(self.client.codec, self._horizon(step.places), whole_runs=True)
-        return self._send(session, step.requests, step.timings)
+            step.requests = step.encode(self._horizon(step.places), whole_runs=True)
+        return self._send(session, step.requests, step.codec, step.timings)
 
     def is_spoilt(self, step: PreparedStep) -> bool:
         # Some of several chunks may have run, and the first one moves the worker's rows.
@@ -386,11 +383,13 @@ class SessionCacheLayer(BodyLayer):
                 requests = encode(self.client.codec, runs, packed, horizon, indivisible, wanted)
             yield from requests
 
-    def _send(self, session: RemoteSession, requests: Sequence[ChunkRequest], timings: StepTimings) -> list[Reply]:
-        steps: list[tuple[payloads.Payload, memoryview | bytes]] = []
+    def _send(
+        self, session: RemoteSession, requests: Sequence[ChunkRequest], codec: Codec, timings: StepTimings
+    ) -> list[Reply]:
+        steps: list[Request] = []
         for chunk, data in requests:
             select = None if steps else self._select
-            steps.append((chunk.step(select, self.client.codec, len(data), session.brief), data))
+            steps.append(chunk.request(select, codec, data, session.brief, session.channel.pads))
         replies = timed(timings, lambda: session.call(steps, timings))
         # The worker has moved its rows.
         self._select = None

@@ -81,6 +81,7 @@ class Endpoint:
             on_notice=self.connection.on_notice,
             wait_for_first=self.connection.wait_for_first,
             codec=codec,
+            pad_steps=self.connection.pad_steps,
             unit=unit,
         )
         client.start()

@@ -111,7 +111,7 @@ class SplitDenoiser(ConnectedModel):
         """
         encoding = CODECS[known_codec(codec, CODECS)]
         check_reuse(reuse)
-        connection = Connection.of(connection, fields, unused=["history_memory"])
+        connection = Connection.of(connection, fields, unused=["history_memory", "pad_steps"])
         device = Endpoint.find(connection)
         spec = read_denoiser_spec(Checkpoint.resolve(path, ip_adapter=ip_adapter))
         if not issubclass(cls, getattr(diffusers, spec.class_name)):

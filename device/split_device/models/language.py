@@ -29,7 +29,7 @@ from split_common.models.verification import find_manifest
 from split_common.protocol import payloads
 from split_device.models.adapters import AdapterDirectories, ModelAdapters, WithAdapters, adapter_directories
 from split_device.models.additions import check_additions
-from split_device.models.body import Generating, RemoteBody, RemoteLayer, forwarding, generating
+from split_device.models.body import Generating, RemoteBody, RemoteLayer, forwarding, generating, room_of
 from split_device.models.compression import known_codec
 from split_device.models.connected import ConnectedModel, Endpoint
 from split_device.models.masks import plain_mask
@@ -110,7 +110,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
                 "int8" or "int4" (rounded, with a scale for each group of channels). Answers are token-identical
                 with the first two only.
             fields: instead of the connection's: `broker`, `keys`, `member`, `timeout`, `patience`,
-                `step_timeout` and `history_memory` (see `Connection`).
+                `step_timeout`, `history_memory` and `pad_steps` (see `Connection`).
 
         Returns:
             An instance of `SplitModelForCausalLM` and of the checkpoint's own class.
@@ -217,7 +217,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         """
         self.check_process()
         config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-        self._check_options(config, kwargs)
+        room = self._check_options(config, kwargs)
         for name in ("cache", "past_key_values"):
             if (cache := kwargs.get(name)) is not None:
                 self._body.check_cache(cache)
@@ -233,7 +233,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         own_cache = all(kwargs.get(name) is None for name in ("cache", "past_key_values"))
         if request_id is not None:
             check_request_id(request_id)
-        with generating.entered(Generating(self._body, request_id=request_id)) as scope:
+        with generating.entered(Generating(self._body, request_id=request_id, room=room)) as scope:
             output = super().generate(*args, **kwargs)
         if own_cache and isinstance(output, torch.Tensor):
             # Its cache is gone, so the worker need not keep the session until the garbage collector runs.
@@ -247,8 +247,8 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
 
-    def _check_options(self, config: Any, kwargs: dict[str, Any]) -> None:
-        """Raises UnsupportedFeature for what a call of `generate` asks for, or its defaults do."""
+    def _check_options(self, config: Any, kwargs: dict[str, Any]) -> int:
+        """The `room_of` a call of `generate`. Raises UnsupportedFeature for what it, or a default, asks for."""
         options: dict[str, Any] = {}
         for given in (vars(self.generation_config), vars(config) if config is not None else {}, kwargs):
             options |= {name: value for name, value in given.items() if value is not None}
@@ -270,6 +270,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
                 "assisted decoding takes tokens back, which the device's layers with states cannot do: use it "
                 "with head_layers and tail_layers that leave all such layers to the worker, e.g. 0"
             )
+        return room_of(options)
 
     def _check_length(self, tokens: int) -> None:
         if tokens > (limit := self.split_parts.max_positions):
@@ -307,6 +308,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         context = StepContext(
             mask if isinstance(mask, torch.Tensor) else None,
             last=last,
+            room=scope.step_room if scope is not None else None,
             timings=StepTimings(scope.step_ended if scope is not None else None),
         )
         context.timings.lap("sampling")
@@ -318,7 +320,8 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         cache = given.get(self.split_parts.stack.cache_name)
         # The owner may have been called without the model around it.
         around = forwarding.get() or StepContext()
-        context = StepContext(positions=given.get("position_ids"), last=around.last, timings=around.timings)
+        places = given.get("position_ids")
+        context = StepContext(positions=places, last=around.last, room=around.room, timings=around.timings)
         forwarding.enter(context)
         self._check_outputs({name: getattr(self.config, name, False) for name in (*PARTIAL, *REFUSED)} | given)
         if cache is not None:

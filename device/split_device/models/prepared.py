@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,9 +10,9 @@ import torch
 from split_common.errors import UnsupportedFeature
 from split_common.models.cache_layers import States
 from split_common.models.codecs.base import Codec
-from split_device.sessions.chunks import ChunkRequest, encode
+from split_device.sessions.chunks import ChunkRequest, encode, steady
 from split_device.sessions.places import PlacedRun
-from split_device.sessions.requests import GrowingStep
+from split_device.sessions.requests import GrowingStep, Reply
 from split_device.sessions.session import RemoteSession
 from split_device.sessions.timings import StepTimings
 
@@ -29,9 +30,28 @@ class StepContext:
     ahead: torch.Tensor | None = None
     #: Of how many of the last columns the output is wanted; None for all. The others' is zero.
     last: int | None = None
+    #: The tokens of a row for which its messages have room, however many it has; 1 if every step has one token.
+    #: None if the sizes of messages follow their tokens.
+    room: int | None = None
     timings: StepTimings = field(default_factory=StepTimings)
     #: The states of the head's cache layers before the step, by the layer's index.
     head_states: dict[int, States] = field(default_factory=dict)
+
+    def sizes(self, codec: Codec, batch: int, pads: bool) -> tuple[Codec, int | None]:
+        """How the step travels.
+
+        Args:
+            codec: encodes the states of other steps.
+            batch: number of rows.
+            pads: whether the device gives all decoding steps one size.
+
+        Returns:
+            What encodes its states, and the tokens for which each of its messages has room (see `PreparedStep`).
+        """
+        if self.room is None or not pads:
+            return codec, None
+        # Steps of one token each have one size, if that does not depend on the token's states.
+        return steady(codec), self.room * batch if self.room > 1 else None
 
 
 @dataclass
@@ -53,6 +73,10 @@ class PreparedStep:
     #: The tokens that travel; empty if all are padding.
     runs: list[PlacedRun]
     timings: StepTimings
+    #: Encodes its states, and those of its answer.
+    codec: Codec
+    #: The tokens for which each of its messages has room; None if their sizes follow their tokens.
+    room: int | None = None
     #: Empty if all tokens are padding. Encoded anew for a worker that takes no parts.
     requests: list[ChunkRequest] = field(default_factory=list)
     #: Where further tokens come from while it is under way; None if it is complete.
@@ -60,7 +84,10 @@ class PreparedStep:
     #: Whether the worker that has it returns only the outputs that are wanted.
     brief: bool = False
 
-    def encode(self, codec: Codec, horizon: int | None, whole_runs: bool = False) -> list[ChunkRequest]:
+    #: Whether it pads its answers.
+    pads: bool = False
+
+    def encode(self, horizon: int | None, whole_runs: bool = False) -> list[ChunkRequest]:
         """Its requests; see `sessions.chunks.encode`."""
         if not self.runs:
             return []
@@ -69,7 +96,17 @@ class PreparedStep:
         if wanted is not None:
             wanted = wanted.flatten() if self.sent is None else wanted[self.sent]
         with self.timings.measure("encode"):
-            return encode(codec, self.runs, packed, horizon, whole_runs, wanted)
+            return encode(self.codec, self.runs, packed, horizon, whole_runs, wanted, self.room)
+
+    def decode(self, replies: Sequence[Reply]) -> torch.Tensor:
+        """The output `[tokens, width]`. Raises Malformed or NonFinite if the replies do not fit."""
+        with self.timings.measure("decode"):
+            parts = [
+                chunk.output(*reply, self.codec, self.brief)
+                for (chunk, _), reply in zip(self.requests, replies, strict=True)
+            ]
+            output = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return output.to(self.hidden)
 
     def place(self, output: torch.Tensor) -> torch.Tensor:
         """The output `[batch, tokens, width]`, given that of the tokens of which it is wanted; zero for others."""

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from split_common.models.codecs.base import Codec
-from split_common.protocol import payloads
 from split_device.models.prepared import PreparedStep
 from split_device.sessions.chunks import encode
 from split_device.sessions.places import PlacedRun
@@ -32,15 +30,17 @@ class PromptParts:
         on_output: takes the body's output `[tokens, width]` of each message but the last one, in their order, as
             they come.
         last_only: whether the output of the prompt's last token alone is wanted; that of the others is zero then.
+        room: of its messages, as in a `StepContext`.
     """
 
     states: torch.Tensor
     take_next: Callable[[bool], Part | None]
     on_output: Callable[[torch.Tensor], None]
     last_only: bool = False
-    #: The step, with the parts that have come, and how its states are encoded.
+    #: As `StepContext.room`.
+    room: int | None = None
+    #: The step, with the parts that have come.
     step: PreparedStep = field(init=False)
-    codec: Codec = field(init=False)
     #: Whether all parts have come.
     whole: bool = False
     #: The output of the last message.
@@ -48,14 +48,14 @@ class PromptParts:
     #: How many messages' outputs were handed on.
     _delivered: int = 0
 
-    def begin(self, step: PreparedStep, codec: Codec, places: Places) -> None:
+    def begin(self, step: PreparedStep, places: Places) -> None:
         """Begins with a step that has the first part."""
-        self.step, self.codec, self._places = step, codec, places
+        self.step, self._places = step, places
         self._hidden, self._placed, self._length = [step.hidden], [step.places], step.columns.shape[1]
 
-    def requests(self, brief: bool) -> PartRequests:
+    def requests(self) -> PartRequests:
         """All requests of the step from the first one on, for a worker that has none of them."""
-        return PartRequests(self, brief)
+        return PartRequests(self)
 
     def wanted(self, last: bool) -> int | None:
         """Of how many tokens at the end of a part, perhaps the last one, the output is wanted; None for all."""
@@ -73,7 +73,7 @@ class PromptParts:
         if (last := self.wanted(self.whole)) is not None:
             wanted = torch.arange(len(states)) >= len(states) - last
         with self.step.timings.measure("encode"):
-            self.step.requests += encode(self.codec, runs, states, None, wanted=wanted)
+            self.step.requests += encode(self.step.codec, runs, states, None, wanted=wanted, room=self.step.room)
         self._length += len(states)
         self._hidden.append(states[None])
         self._placed.append(places)
@@ -85,13 +85,13 @@ class PromptParts:
         step.hidden, step.places = torch.cat(self._hidden, 1), torch.cat(self._placed, 1)
         step.columns = torch.ones(1, self._length, dtype=torch.bool)
 
-    def answered(self, index: int, reply: Reply, brief: bool) -> None:
+    def answered(self, index: int, reply: Reply) -> None:
         """Hands the output of a message on, unless an earlier worker has computed it."""
         if index < self._delivered:
             return
         step, chunk = self.step, self.step.requests[index][0]
         with step.timings.measure("decode"):
-            output = chunk.output(*reply, self.codec, brief).to(step.hidden)
+            output = chunk.output(*reply, step.codec, step.brief).to(step.hidden)
             if chunk.wanted is not None:
                 given, output = output, step.hidden.new_zeros(chunk.states.shape)
                 output[chunk.wanted] = given
@@ -107,8 +107,8 @@ class PartRequests:
 
     growing = True
 
-    def __init__(self, parts: PromptParts, brief: bool) -> None:
-        self._parts, self._brief = parts, brief
+    def __init__(self, parts: PromptParts) -> None:
+        self._parts = parts
         self._taken = 0
 
     @property
@@ -121,8 +121,7 @@ class PartRequests:
             return None
         chunk, data = step.requests[self._taken]
         self._taken += 1
-        request: payloads.Payload = chunk.step(None, self._parts.codec, len(data), self._brief)
-        return request, data
+        return chunk.request(None, step.codec, data, step.brief, step.pads)
 
     def answered(self, index: int, reply: Reply) -> None:
-        self._parts.answered(index, reply, self._brief)
+        self._parts.answered(index, reply)

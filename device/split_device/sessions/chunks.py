@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from split_common.errors import Malformed, UnsupportedFeature
-from split_common.models.codecs import EXACT
+from split_common.models.codecs import CODECS, EXACT
 from split_common.models.codecs.base import Codec
 from split_common.models.tensors import dtype_name
 from split_common.protocol import headers, payloads
 from split_device.sessions.places import PlacedRun
+from split_device.sessions.requests import Request
 
 #: Most bytes of hidden states in one message; a longer prefill travels in several messages.
 CHUNK_BYTES = 1024 * 1024
@@ -26,9 +27,34 @@ class Chunk:
     states: torch.Tensor
     #: Tokens whose output is wanted, bool `[tokens]`; None for all.
     wanted: torch.Tensor | None = None
+    #: It travels, and so does its answer, as if it had this many tokens; None if its size follows its tokens.
+    room: int | None = None
+
+    def request(
+        self, select: list[int] | None, codec: Codec, data: memoryview | bytes, brief: bool, pads: bool
+    ) -> Request:
+        """The chunk as it travels.
+
+        Args:
+            select: the worker's row for each row, if rows were moved.
+            codec, data: the states' bytes, and what encodes them.
+            brief: whether the worker returns only the outputs that are wanted.
+            pads: whether the worker pads its answer to the size of the step.
+        """
+        step = self.step(select, codec, len(data), brief)
+        if self.room is None or not pads:
+            return step, data
+        padded = codec.size(step.dtype, self.room, step.width)
+        assert padded is not None, f"{codec.name} has no size of its own"
+        outputs = step.outputs if isinstance(step, payloads.BriefStep) else list(range(step.tokens))
+        placed: Any = {name: getattr(step, name, []) for name in ("axes", "spans")}
+        coded: Any = {"codec": codec.name, "size": len(data), "outputs": outputs}
+        sized: Any = {"room": self.room, "padded": padded}
+        request = payloads.PaddedStep(step.dtype, step.width, step.rows, select, **placed, **coded, **sized)
+        return request, b"".join((data, bytes(padded - len(data))))
 
     def step(self, select: list[int] | None, codec: Codec, size: int, brief: bool) -> payloads.Step:
-        """What travels with the states.
+        """What travels with the states, if its size follows its tokens.
 
         Args:
             select: the worker's row for each row, if rows were moved.
@@ -78,6 +104,7 @@ def cut(
     horizon: int | None = None,
     whole_runs: bool = False,
     wanted: torch.Tensor | None = None,
+    room: int | None = None,
 ) -> list[Chunk]:
     """Cuts runs so that no chunk has more than `limit` tokens, unless they attend to each other both ways.
 
@@ -89,6 +116,7 @@ def cut(
         horizon: the largest position of the call; None if positions do not interact.
         whole_runs: whether no run may be cut at all.
         wanted: tokens whose output is wanted, bool `[tokens]`; None for all.
+        room: the chunks travel as if they had this many tokens, or a multiple of it; None to travel as they are.
     """
     chunks = []
     begin = 0
@@ -99,7 +127,7 @@ def cut(
         begin = here.stop
         short = [horizon is not None and int(run.positions.max()) < horizon for run in part]
         if horizon is None or not any(short):
-            chunks.append(Chunk(part, states, own))
+            chunks.append(Chunk(part, states, own, _room_for(len(states), room)))
             continue
         asked = torch.ones(len(states), dtype=torch.bool) if own is None else own
         pieces, outputs, extended = [], [], []
@@ -110,8 +138,15 @@ def cut(
             outputs += [mine, torch.zeros(int(extra), dtype=torch.bool)]
             places = torch.cat([run.places, torch.full_like(run.places[-1:], horizon)]) if extra else run.places
             extended.append(PlacedRun(run.row, run.start, places))
-        chunks.append(Chunk(extended, torch.cat(pieces), torch.cat(outputs)))
+        chunks.append(
+            Chunk(extended, torch.cat(pieces), torch.cat(outputs), _room_for(sum(map(len, extended)), room))
+        )
     return chunks
+
+
+def _room_for(tokens: int, room: int | None) -> int | None:
+    """The least multiple of `room` that holds so many tokens."""
+    return None if room is None else -(-tokens // room) * room
 
 
 def _chunked(runs: list[PlacedRun], limit: int, whole_runs: bool) -> list[list[PlacedRun]]:
@@ -130,6 +165,11 @@ def _chunked(runs: list[PlacedRun], limit: int, whole_runs: bool) -> list[list[P
     return chunks
 
 
+def steady(codec: Codec) -> Codec:
+    """What encodes the states of steps whose sizes may not depend on them: a codec, or `exact` in its place."""
+    return codec if codec.size("float32", 1, 1) is not None else CODECS[EXACT]
+
+
 #: A chunk and its states' bytes.
 ChunkRequest = tuple[Chunk, memoryview | bytes]
 
@@ -141,6 +181,7 @@ def encode(
     horizon: int | None,
     whole_runs: bool = False,
     wanted: torch.Tensor | None = None,
+    room: int | None = None,
 ) -> list[ChunkRequest]:
     """Cuts runs and their states `[tokens, width]` into requests. Arguments are those of `cut`.
 
@@ -155,5 +196,10 @@ def encode(
             f"{longest:,} tokens have to go through this model's layers together, and a message to a worker "
             f"holds {most:,}: shorten the prompt"
         )
-    chunks = cut(runs, packed, max(1, CHUNK_BYTES // token_bytes), horizon, whole_runs, wanted)
+    limit = max(1, CHUNK_BYTES // token_bytes)
+    if room is not None:
+        room = limit = min(room, limit)
+        # A run that ends below the largest position gets a token more.
+        room += 0 if horizon is None else len(runs)
+    chunks = cut(runs, packed, limit, horizon, whole_runs, wanted, room)
     return [(chunk, codec.encode(chunk.states)) for chunk in chunks]

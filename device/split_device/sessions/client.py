@@ -23,7 +23,7 @@ from split_common.transport import Transport, count_dropped, new_peer_id
 from split_common.trust.fleet import Fleet
 from split_common.trust.keys import Certificate, Identity, ModelScope, Role, check_certificate
 from split_device.sessions.channels import Channels, Check
-from split_device.sessions.connection import PATIENCE, STEP_TIMEOUT, TIMEOUT
+from split_device.sessions.connection import PAD_STEPS, PATIENCE, STEP_TIMEOUT, TIMEOUT
 from split_device.sessions.identity import SessionIdentity, SessionNames
 from split_device.sessions.notices import Notices, OnNotice
 from split_device.sessions.refusals import refusal_error
@@ -48,6 +48,7 @@ class Client:
         patience: seconds that sessions wait while all workers are full.
         wait_for_first: whether they wait so long also if no worker of any model is there.
         codec: encodes the hidden states of language models.
+        pad_steps: whether the decoding steps of a session have one size.
         step_timeout: seconds without a reply after which a worker is too slow, if another one is available.
         command: starts a worker that serves the body, for messages.
         unit: what a body's range counts, for messages: "layers", or "blocks" of a denoiser.
@@ -71,9 +72,11 @@ class Client:
         on_notice: OnNotice | None = None,
         wait_for_first: bool = False,
         codec: Codec = CODECS[EXACT],
+        pad_steps: bool = PAD_STEPS,
     ) -> None:
         self.transport = transport
         self.codec = codec
+        self.pad_steps = pad_steps
         self.timeout = timeout
         self.patience = patience
         self._wait_for_first = wait_for_first
@@ -140,6 +143,15 @@ class Client:
     def waits_after(self, error: NoWorker) -> bool:
         """Whether to wait although none was ever found: not if there are workers, but of other models or layers."""
         return self._wait_for_first and error.served == "none"
+
+    def say_unpadded(self, channel: WorkerChannel) -> None:
+        """Says, once for a channel, that its worker does not pad its answers as steps need it."""
+        if not channel.said_unpadded:
+            channel.said_unpadded = True
+            self.notices.say(
+                f"worker {channel.worker_name!r} runs an older version, which does not pad its answers: the queue "
+                "sees how many tokens are drafted; update it"
+            )
 
     # --- the transport's thread ----------------------------------------------------------------------------
 

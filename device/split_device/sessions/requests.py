@@ -42,12 +42,8 @@ class Requests(Protocol):
 class GrowingStep(Protocol):
     """A step whose tokens come while it is under way."""
 
-    def requests(self, brief: bool) -> Requests:
-        """All its requests from the first one on, for a worker that has none of them.
-
-        Args:
-            brief: whether the worker returns only those outputs that are wanted.
-        """
+    def requests(self) -> Requests:
+        """All its requests from the first one on, for a worker that has none of them."""
 
 
 class AllRequests:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from split_common.protocol.capabilities import OUTPUTS, PADDED_STEPS
 from split_common.protocol.channel import CHANNEL_SESSIONS, Channel, EpochKeys
 from split_common.transport import peer_name
 from split_common.trust.keys import Roster
@@ -19,6 +20,8 @@ class WorkerChannel:
     control: EpochKeys
     #: Whether the worker has answered a request.
     answered: bool = False
+    #: Whether the user was told that the worker does not pad its answers.
+    said_unpadded: bool = False
     #: Sessions that may still be opened over it.
     sessions_left: int = field(default_factory=lambda: CHANNEL_SESSIONS)
 
@@ -26,6 +29,11 @@ class WorkerChannel:
     def worker_name(self) -> str:
         """The worker's name: that in its certificate, and what tells it from the member's other workers."""
         return peer_name(self.crypto.peer.name, self.worker)
+
+    @property
+    def pads(self) -> bool:
+        """Whether the worker pads its answers to the size of steps that have room."""
+        return {OUTPUTS, PADDED_STEPS} <= self.crypto.capabilities
 
     @property
     def usable(self) -> bool:

@@ -172,12 +172,16 @@ class LanguageBody:
             raise Malformed(f"a {type(request).__name__} for a language model")
         if state.lacking is not None:
             raise state.lacking
-        size = request.tokens * request.width * self.dtype.itemsize
+        tokens = request.room if isinstance(request, payloads.PaddedStep) else request.tokens
+        size = tokens * request.width * self.dtype.itemsize
         if size > headers.MAX_BODY // 2:
             # The answer, in the body's dtype, would not fit into a message.
             raise Oversized(f"a step whose answer has {size} bytes: send it in chunks")
         if isinstance(request, payloads.BriefStep):
             _check_outputs(request)
+        if isinstance(request, payloads.PaddedStep):
+            _check_size(request)
+            data = data[: request.size]
         states = _codec(request).decode(data, request.dtype, request.tokens, request.width)
         return state.begin(request, states, self.runner)
 
@@ -213,9 +217,12 @@ class LanguageBody:
             output = output[request.outputs]
         data = codec.encode(output) if len(output) else b""
         tokens, width = output.shape
+        size = len(data)
+        if isinstance(request, payloads.PaddedStep):
+            data = b"".join((data, bytes((codec.size(dtype, request.room, width) or 0) - size)))
         if not isinstance(request, payloads.CodedStep) or request.codec == "exact":
             return payloads.Result(dtype, tokens, width), data
-        return payloads.CodedResult(dtype, tokens, width, codec=request.codec, size=len(data)), data
+        return payloads.CodedResult(dtype, tokens, width, codec=request.codec, size=size), data
 
     def memory(self) -> dict[str, float]:
         return {"kv_tokens": self.store.capacity, "kv_tokens_used": self.store.capacity - self.store.free_tokens}
@@ -277,6 +284,17 @@ def _check_outputs(step: payloads.BriefStep) -> None:
     if wanted != sorted(set(wanted)) or (wanted and wanted[-1] >= step.tokens):
         raise Malformed(
             f"a step of {step.tokens} tokens asks for outputs that are not those of its tokens, in order"
+        )
+
+
+def _check_size(step: payloads.PaddedStep) -> None:
+    """Raises Malformed if a step is not as large as its answer would be, or holds more than it has room for."""
+    most = _codec(step).size(step.dtype, step.room, step.width)
+    if most is None:
+        raise Malformed(f"a step in the codec {step.codec} cannot be padded: its size depends on its states")
+    if not (step.tokens <= step.room and step.size <= most <= step.padded):
+        raise Malformed(
+            f"a step of {step.tokens} tokens and {step.padded} bytes is not padded to one of {step.room} tokens"
         )
 
 

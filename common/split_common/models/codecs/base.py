@@ -13,6 +13,9 @@ class Codec(Protocol):
     #: As options and payloads call it.
     name: str
 
+    def size(self, dtype: str, tokens: int, width: int) -> int | None:
+        """Bytes of encoded states of this dtype and shape; None if their number depends on the states."""
+
     def encode(self, states: torch.Tensor) -> bytes | memoryview:
         """Encodes hidden states `[tokens, width]` of any device, in float32, bfloat16 or float16.
 

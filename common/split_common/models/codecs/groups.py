@@ -47,6 +47,11 @@ class Layout:
         each = (2 * self.outliers, 2 * self.outliers, 2 * self.groups, self.integers)
         return [self.tokens * size for size in each]
 
+    @property
+    def size(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.parts)
+
 
 def split_off(states: torch.Tensor, group: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Takes the outliers off hidden states `[tokens, width]`.
@@ -99,8 +104,8 @@ def joined(parts: list[torch.Tensor]) -> bytes:
 
 def separated(data: memoryview, layout: Layout) -> list[torch.Tensor]:
     """The parts of encoded states, uint8. Raises Malformed if their number of bytes does not match the layout."""
-    if layout.width > MAX_WIDTH or len(data) != sum(layout.parts):
-        raise Malformed(f"{len(data)} bytes of encoded states, expected {sum(layout.parts)}")
+    if layout.width > MAX_WIDTH or len(data) != layout.size:
+        raise Malformed(f"{len(data)} bytes of encoded states, expected {layout.size}")
     return list(torch.split(torch.frombuffer(bytearray(data), dtype=torch.uint8), layout.parts)) if data else []
 
 

@@ -20,6 +20,9 @@ class Int4:
 
     name = "int4"
 
+    def size(self, dtype: str, tokens: int, width: int) -> int:
+        return _layout(tokens, width).size
+
     def encode(self, states: torch.Tensor) -> bytes:
         numbers, outliers = groups.split_off(states, GROUP)
         integers, scales = groups.quantize(rotate(numbers), 7)
@@ -27,7 +30,7 @@ class Int4:
         return groups.joined([*outliers, scales, nibbles[:, ::2] | (nibbles[:, 1::2] << 4)])
 
     def decode(self, data: memoryview, dtype: str, tokens: int, width: int) -> torch.Tensor:
-        layout = groups.Layout(tokens, width, GROUP, -(-width // GROUP) * GROUP // 2)
+        layout = _layout(tokens, width)
         if not (parts := groups.separated(data, layout)):
             return torch.empty(tokens, width, dtype=DTYPES[dtype])
         channels, values, scales, packed = parts
@@ -37,6 +40,10 @@ class Int4:
         numbers = rotate(groups.scaled(integers, scales, layout))
         check_finite(numbers)
         return groups.put_back(numbers, channels, values, layout, dtype)
+
+
+def _layout(tokens: int, width: int) -> groups.Layout:
+    return groups.Layout(tokens, width, GROUP, -(-width // GROUP) * GROUP // 2)
 
 
 def rotate(numbers: torch.Tensor) -> torch.Tensor:

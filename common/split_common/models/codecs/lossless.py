@@ -33,6 +33,9 @@ class Lossless:
 
     name = "lossless"
 
+    def size(self, dtype: str, tokens: int, width: int) -> None:
+        return None
+
     def encode(self, states: torch.Tensor) -> bytes:
         check_finite(states)
         states = states.detach().cpu().contiguous()
