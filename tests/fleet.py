@@ -41,6 +41,7 @@ def start_worker(
     cut: str | None = None,
     ip_adapter: Path | None = None,
     adapters: Sequence[str] = (),
+    devices: Sequence[torch.device] = (torch.device("cpu"),),
 ) -> Worker:
     """A worker of a checkpoint's body, joined to a broker; the caller stops it."""
     fleet = fleet or load_fleet()
@@ -51,7 +52,7 @@ def start_worker(
         cut=cut,
         ip_adapter=ip_adapter,
         adapters=adapters,
-        device=torch.device("cpu"),
+        device=devices,
         dtype=dtype,
         memory=KV_BYTES,
     )

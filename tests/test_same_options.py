@@ -25,6 +25,7 @@ DIFFERENT = {
     ("demo", "--image"): "it makes its own pictures",
     ("doctor", "--model"): "it looks at a model only if one is named",
     ("image", "--image-model"): "no other model is meant, so it may be called --model",
+    ("worker", "--device"): "a body may be laid over several GPUs",
     ("worker", "--kv-memory"): "a worker takes what is free, a device a little",
     ("worker", "--prefix-cache"): "a worker keeps what sessions leave free, a device a little",
     ("submit", "--speculate"): "it asks for one job; an agent has a default for all",

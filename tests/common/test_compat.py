@@ -109,11 +109,6 @@ def test_weights_are_not_tied() -> None:
     assert not apart.all_tied_weights_keys
 
 
-def test_modules_that_stay_on_one_device(llama: Any) -> None:
-    named(type(llama.model), "_no_split_modules", compat_transformers.no_split_modules)
-    assert compat_transformers.no_split_modules(llama) == ["LlamaDecoderLayer"]
-
-
 def test_the_name_of_the_cache(llama: Any) -> None:
     name = compat_transformers.cache_name(type(llama))
     ids = torch.tensor([[1, 2, 3]])

@@ -69,6 +69,7 @@ def address(checkpoint: Path) -> Iterator[str]:
                 "layers": "2:4",
                 "device": "cuda" if torch.cuda.is_available() else "cpu",
                 "dtype": "float32",
+                "ranges": [],
                 "packed": True,
                 "attention": "sdpa",
                 "adapters": [],

@@ -11,7 +11,7 @@ from split_common.cli.options import (
     AdaptersOption,
     BrokerOption,
     CutOption,
-    DeviceOption,
+    DevicesOption,
     DtypeOption,
     IpAdapterOption,
     JsonOption,
@@ -61,7 +61,7 @@ def worker(
     ip_adapter: IpAdapterOption = None,
     adapter: AdaptersOption = None,
     broker: BrokerOption = DEFAULT_BROKER,
-    device: DeviceOption = "auto",
+    device: DevicesOption = "auto",
     dtype: DtypeOption = "auto",
     threads: ThreadsOption = None,
     tune: TuneOption = "on",
@@ -128,7 +128,7 @@ def worker(
     with doing(f"loading {model_name(checkpoint)}, connecting to {masked(broker)}"):
         import torch
 
-        from split_common.models.tensors import parse_device, parse_dtype
+        from split_common.models.tensors import parse_devices, parse_dtype
         from split_worker.bodies.loading import load_body
         from split_worker.limits import WorkerLimits
         from split_worker.worker import Worker
@@ -143,7 +143,7 @@ def worker(
             cut=cut,
             ip_adapter=ip_adapter,
             adapters=adapter or (),
-            device=parse_device(device),
+            device=parse_devices(device),
             dtype=parse_dtype(dtype),
             memory=kv_bytes,
             max_pixels=max_pixels,

@@ -145,6 +145,9 @@ class ComputeLoop:
 
     def _run(self) -> None:
         try:
+            if self._body.device.type == "cuda":
+                # Each thread has a current GPU of its own.
+                torch.cuda.set_device(self._body.device)
             under_way: Batch | None = None
             while not self._stopping.is_set():
                 under_way = self.turn(under_way)

@@ -104,6 +104,16 @@ DeviceOption = Annotated[
         help="Where this process computes its part of the model. With auto, on a GPU if there is one.",
     ),
 ]
+DevicesOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE[,DEVICE…]",
+        rich_help_panel=MODEL_PANEL,
+        help="Where the body runs: auto, cpu, cuda or cuda:N. With several GPUs, like cuda:0,cuda:1, each has a "
+        "range of a language model's layers.",
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option(

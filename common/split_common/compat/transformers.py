@@ -159,14 +159,6 @@ def untie(model: Any) -> None:
     model.all_tied_weights_keys = {}
 
 
-def no_split_modules(model: Any) -> list[str]:
-    """Names of the classes whose modules must stay on one device, for accelerate's device map.
-
-    Written against transformers 5.24. If it breaks, look at `_get_device_map` in `integrations/accelerate.py`.
-    """
-    return sorted(model._no_split_modules or ())
-
-
 # --- calling -----------------------------------------------------------------------------------------------
 
 

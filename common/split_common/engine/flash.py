@@ -9,7 +9,7 @@ copied.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import numpy as np
@@ -112,6 +112,8 @@ class FlashPlan:
     block_table: torch.Tensor
     max_seqlen_q: int
     max_seqlen_k: int
+    #: The plan on other devices, once layers there have needed it.
+    _elsewhere: dict[torch.device, FlashPlan] = field(default_factory=dict, init=False, repr=False)
 
     def attend(
         self, call: AttentionCall, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -132,8 +134,10 @@ class FlashPlan:
         """The plan on a layer's device, since a body may be spread over several."""
         if device == self.block_table.device:
             return self
-        tables = {name: getattr(self, name).to(device, non_blocking=True) for name in TABLES}
-        return replace(self, **tables)
+        if device not in self._elsewhere:
+            tables = {name: getattr(self, name).to(device, non_blocking=True) for name in TABLES}
+            self._elsewhere[device] = replace(self, **tables)
+        return self._elsewhere[device]
 
     def _attend_pages(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: tuple[int, int]

@@ -49,9 +49,10 @@ class LayerRange:
         return list(self.stack.slots[self.split.first : self.split.last])
 
     @property
-    def on_several_gpus(self) -> bool:
-        """Whether some layer is on another GPU than the first one, on which CUDA graphs are captured."""
-        return any(parameter.device.index for parameter in self.owner.parameters())
+    def devices(self) -> list[torch.device]:
+        """The device of each layer of the range."""
+        parameters = map(floating_parameter, self.modules)
+        return [self.device if parameter is None else parameter.device for parameter in parameters]
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copies a tensor of the host to the first layer's device, without waiting for the copy."""

@@ -46,7 +46,7 @@ class PackedExecutor:
         """Whether decoding batches can be CUDA graphs."""
         layers = self._layers
         return self.backend.capturable and not (
-            layers.stack.positions_interact or layers.on_several_gpus or is_adapted(layers.owner)
+            layers.stack.positions_interact or len(set(layers.devices)) > 1 or is_adapted(layers.owner)
         )
 
     def capture_graphs(self) -> None:

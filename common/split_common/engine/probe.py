@@ -15,6 +15,7 @@ from split_common.engine import attention, flash
 from split_common.engine.attention import AttentionCall, Backend
 from split_common.engine.compiled import compile_layers, forget_compiled
 from split_common.engine.division import append_next, append_parts
+from split_common.engine.footprint import Footprint, measure_footprint
 from split_common.engine.forward import Executor
 from split_common.engine.layers import LayerRange
 from split_common.engine.packed import PackedExecutor
@@ -59,14 +60,13 @@ class NotPackable(Exception):
     """The layers cannot be run packed. The message says why."""
 
 
-def check_layers(layers: LayerRange, reference: PerSequenceExecutor) -> tuple[int, int, torch.Tensor]:
+def check_layers(layers: LayerRange, reference: PerSequenceExecutor) -> tuple[Footprint, torch.Tensor]:
     """Runs two sequences, each at once, in parts, and in parts that take turns; then rehearses.
 
     The latter two must agree, and also with the first one unless tokens see those after them.
 
     Returns:
-        Bytes of keys and values that a token takes, bytes of states that a sequence takes, and the rehearsal's
-        output `[tokens, width]`.
+        What a sequence takes of each device's memory, and the rehearsal's output `[tokens, width]`.
 
     Raises:
         UnsupportedArchitecture: the layers cannot run alone, or what they keep between steps is not what their
@@ -100,10 +100,11 @@ def check_layers(layers: LayerRange, reference: PerSequenceExecutor) -> tuple[in
             f"{name} has states, which are taken back by running tokens again, and rotary embeddings that depend "
             "on the last position"
         )
-    token_bytes, state_bytes = whole[0].key_bytes // whole[0].length, whole[0].state_bytes
+    kept = whole[0].cache.layers[layers.split.first : layers.split.last]
+    footprint = measure_footprint(kept, layers.devices, whole[0].length)
     for sequence in (*whole, *parts):
         sequence.free()
-    return token_bytes, state_bytes, _rehearse(layers, reference)
+    return footprint, _rehearse(layers, reference)
 
 
 def _first_parts(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psutil
 import torch
 
 from split_common.engine.division import is_indivisible
+from split_common.engine.footprint import Footprint
 from split_common.engine.forward import Executor, Forward
 from split_common.engine.layers import LayerRange
 from split_common.engine.padding import padding_matters, probe_tokens
@@ -93,14 +94,31 @@ class Runner:
 
 
 def _total_memory(device: torch.device) -> int:
-    """Bytes of memory that a device has, free or not; of all GPUs together, over which a body may be spread."""
-    if device.type != "cuda":
-        return int(psutil.virtual_memory().total)
-    return sum(torch.cuda.mem_get_info(index)[1] for index in range(torch.cuda.device_count()))
+    """Bytes of memory that a device has, free or not."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else int(psutil.virtual_memory().total)
+
+
+def _check_room(kv_bytes: int, layers: LayerRange, footprint: Footprint) -> None:
+    """Raises ModelError if a device does not have so much memory as its layers' keys, values and states take."""
+    several = len(set(layers.devices)) > 1
+    for device in dict.fromkeys(layers.devices):
+        needed = int(kv_bytes * footprint.share(device)) if several else kv_bytes
+        if needed > (room := _total_memory(device)):
+            raise ModelError(
+                f"{needed:,} of {kv_bytes:,} bytes of KV memory would be on {device}, which has {room:,}: give a "
+                "smaller --kv-memory"
+                if several
+                else f"{kv_bytes:,} bytes of KV memory are more than the {room:,} that there are: give a smaller "
+                "--kv-memory"
+            )
 
 
 def build_runner(
-    stack: LayerStack, split: Split, config: Any, kv_bytes: int, tuning: Tuning = UNMEASURED
+    stack: LayerStack,
+    split: Split,
+    config: Any,
+    kv_bytes: int | Mapping[torch.device, int],
+    tuning: Tuning = UNMEASURED,
 ) -> Runner:
     """Makes the runner of some layers, after trial runs that show how they can be run.
 
@@ -108,7 +126,8 @@ def build_runner(
         stack: the slots of a loaded model; those outside the range pass their input through.
         split: the range.
         config: the model's text configuration.
-        kv_bytes: memory for keys, values and states.
+        kv_bytes: memory for keys, values and states: on all devices of the layers together, or at most so much on
+            each.
         tuning: of the layers on the CPU, made by `pack_linears`.
 
     Raises:
@@ -117,12 +136,11 @@ def build_runner(
             what their cache has.
     """
     layers = LayerRange(stack, split, int(config.hidden_size), tuning)
-    if kv_bytes > (room := _total_memory(layers.device)):
-        raise ModelError(
-            f"{kv_bytes:,} bytes of KV memory are more than the {room:,} that there are: give a smaller --kv-memory"
-        )
     reference = PerSequenceExecutor(layers, CacheStore(config, split))
-    token_bytes, state_bytes, expected = check_layers(layers, reference)
+    footprint, expected = check_layers(layers, reference)
+    if not isinstance(kv_bytes, int):
+        kv_bytes = footprint.total(kv_bytes)
+    _check_room(kv_bytes, layers, footprint)
     tokens = probe_tokens(layers, reference.store)
     matters = padding_matters(layers, reference.store, tokens)
     # Where positions interact, devices hand on what each part needs.
@@ -136,10 +154,11 @@ def build_runner(
     try:
         packed = packed_executor(layers, reference.store, expected, kv_bytes)
     except NotPackable as reason:
-        reference.store.measured(kv_bytes, token_bytes, state_bytes)
+        reference.store.measured(kv_bytes, footprint.token_bytes, footprint.state_bytes)
         if reference.store.capacity <= reference.store.sequence_tokens:
             raise ModelError(
-                f"{kv_bytes:,} bytes of KV memory do not hold a sequence: its states alone take {2 * state_bytes:,}"
+                f"{kv_bytes:,} bytes of KV memory do not hold a sequence: its states alone take "
+                f"{2 * footprint.state_bytes:,}"
             ) from None
         return build(reference, unpacked_because=str(reason))
     if not packed.capturable:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from split_common.errors import ConfigError, Malformed, NonFinite
@@ -13,6 +15,10 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+#: What a worker's device may be, for errors.
+_DEVICES = "expected auto, cpu, cuda, one GPU like cuda:0, or several like cuda:0,cuda:1"
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -33,6 +39,37 @@ def parse_device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise ConfigError("torch sees no CUDA device: use --device cpu, or install a CUDA build of torch")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def parse_devices(names: str) -> list[torch.device]:
+    """The devices of a worker's body: one as in `parse_device`, one GPU like `cuda:1`, or several with commas.
+
+    Returns:
+        Each device once, or the CPU as often as it is named: its ranges are as those of several GPUs.
+
+    Raises:
+        ConfigError: a name is not a device, torch does not find it, it is named twice, or a GPU is named beside
+            the CPU.
+    """
+    if "," not in names and ":" not in names:
+        if names not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"invalid device {names!r}: {_DEVICES}")
+        return [parse_device(names)]
+    given = [name.strip() for name in names.split(",")]
+    for name in given:
+        if re.fullmatch(r"cpu|cuda:\d{1,3}", name, re.ASCII) is None:
+            raise ConfigError(f"invalid device {name!r}: {_DEVICES}")
+    devices = [torch.device(name) for name in given]
+    if len({device.type for device in devices}) > 1:
+        raise ConfigError(f"--device {names}: a body is on GPUs or on the CPU, not on both")
+    gpus = [device for device in devices if device.type == "cuda"]
+    if twice := next((gpu for gpu in gpus if gpus.count(gpu) > 1), None):
+        raise ConfigError(f"--device {names} names {twice} twice: a GPU takes one range of layers")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (missing := next((gpu for gpu in gpus if gpu.index >= count), None)) is not None:
+        found = ", ".join(f"cuda:{index}" for index in range(count)) or "no CUDA device"
+        raise ConfigError(f"--device {names}: torch does not see {missing}, but {found}")
+    return devices
 
 
 def to_bytes(states: torch.Tensor) -> memoryview:

@@ -125,7 +125,11 @@ def _hardware() -> Iterator[Finding]:
     from split_common.protocol.channel import preferred_suites
 
     if torch.cuda.is_available():
-        yield Finding("GPU", "ok", torch.cuda.get_device_name())
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        places = ", ".join(f"cuda:{index} {name}" for index, name in enumerate(names))
+        yield Finding(
+            "GPU", "ok", names[0] if len(names) == 1 else f"{places} (a worker's --device may name several)"
+        )
     elif torch.version.cuda is None:
         yield Finding("GPU", "note", "torch is built for the CPU; a worker on a GPU needs a CUDA build of torch")
     else:

@@ -17,6 +17,7 @@ from split_common.models.tensors import dtype_name
 from split_common.protocol import headers, payloads
 from split_common.protocol.capabilities import INDIVISIBLE, UNPADDED
 from split_worker.bodies.placement import check_placement, placements
+from split_worker.bodies.spread import PlacedRange
 from split_worker.watchdog import FIRST_TURN
 
 #: Most rows that one session may have.
@@ -138,6 +139,7 @@ class LanguageBody:
         parameter_bytes: bytes of their weights, with those of adapters.
         quantization: says how quantized weights are run; None if they are not quantized.
         adapters: what sessions may ask for, in the order of the adapters' numbers.
+        ranges: of the layers, each on a device; empty if all are on one.
     """
 
     first_turn = FIRST_TURN
@@ -148,10 +150,12 @@ class LanguageBody:
         parameter_bytes: int,
         quantization: str | None = None,
         adapters: Sequence[payloads.UseAdapter] = (),
+        ranges: Sequence[PlacedRange] = (),
     ) -> None:
         self.runner = runner
         self.quantization = quantization
         self.adapters = adapters
+        self.ranges = ranges
         self._numbers = {adapter.root: number for number, adapter in enumerate(adapters)}
         self.parameter_bytes = parameter_bytes
         self.store = runner.store
@@ -232,6 +236,10 @@ class LanguageBody:
         return {
             "kv_tokens": self.store.capacity,
             "kv_sessions": self._kv_sessions,
+            "ranges": [
+                {"device": str(each.device), "layers": f"{each.first}:{each.last}", "bytes": each.parameter_bytes}
+                for each in self.ranges
+            ],
             "packed": attention is not None,
             "attention": attention,
             "compiled": self.runner.compiled,
@@ -246,6 +254,8 @@ class LanguageBody:
             f"({self.parameter_bytes:,} bytes of weights; {kept} for {self.store.capacity:,} tokens, "
             f"or {self._kv_sessions:,} sessions of {self._session_tokens:,})"
         ]
+        if self.ranges:
+            lines.append(f"layers {', '.join(map(str, self.ranges))}")
         if self.quantization is not None:
             lines.append(self.quantization)
         if self._tuning is not None:

@@ -10,10 +10,9 @@ from typing import Any
 import psutil
 import torch
 
-from split_common.compat.transformers import no_split_modules
 from split_common.engine.adapter_probe import check_adapters
 from split_common.engine.linear import pack_linears
-from split_common.engine.lora import ChosenAdapter, adapter_bytes, add_adapter
+from split_common.engine.lora import ChosenAdapter, add_adapter
 from split_common.engine.runner import build_runner
 from split_common.engine.tuning import UNMEASURED
 from split_common.errors import ConfigError, ModelError
@@ -22,7 +21,6 @@ from split_common.models.checkpoint import Checkpoint
 from split_common.models.denoisers.registry import is_denoiser, read_denoiser_spec
 from split_common.models.denoisers.spec import DenoiserSpec
 from split_common.models.loading import ModelSpec, load_part, read_spec
-from split_common.models.quantization import stored_bytes
 from split_common.models.split import DEFAULT_CUT, DEFAULT_LAYERS, Split
 from split_common.models.tensors import dtype_name
 from split_common.models.verification import find_manifest
@@ -31,6 +29,7 @@ from split_common.trust.fleet import Fleet
 from split_worker.bodies.base import AnyBody
 from split_worker.bodies.denoiser import DenoiserBody
 from split_worker.bodies.language import LanguageBody
+from split_worker.bodies.spread import spread, weight_bytes
 
 #: Share of the free memory that keys and values get by default. The rest is for forwards.
 CPU_KV_SHARE = 0.5
@@ -61,7 +60,7 @@ def load_body(
     cut: str | None = None,
     ip_adapter: str | Path | None = None,
     adapters: Sequence[str] = (),
-    device: torch.device,
+    device: torch.device | Sequence[torch.device],
     dtype: torch.dtype | None = None,
     memory: int | None = None,
     max_pixels: int | None = None,
@@ -78,7 +77,7 @@ def load_body(
         cut: the name of a denoiser's cut, instead of `layers`.
         ip_adapter: the safetensors file of an IP-Adapter for a UNet.
         adapters: directories of LoRA adapters for a language model, as `NAME=DIR` or `DIR`.
-        device: where the body runs.
+        device: where the body runs; a language model's may be laid over several.
         dtype: what it computes in; None takes the checkpoint's.
         memory: bytes for keys and values, or for embeddings; None for the default.
         max_pixels: most pixels of an image; None for the default.
@@ -101,7 +100,7 @@ def load_body(
         denoiser = read_denoiser_spec(checkpoint)
         split = _denoiser_split(denoiser, layers, cut)
         manifest = find_manifest(fleet, checkpoint, denoiser.own_tensors(split, "worker"))
-        body = DenoiserBody(denoiser, split, device, dtype, memory, max_pixels)
+        body = DenoiserBody(denoiser, split, _only(device), dtype, memory, max_pixels)
     else:
         named = {"--cut": cut, "--ip-adapter": ip_adapter, "--max-pixels": max_pixels}
         _check_absent(model, {**named, "--image-model": images or None})
@@ -111,6 +110,18 @@ def load_body(
         loras = verified_adapters(fleet, parse_adapters(adapters), manifest)
         body = load_language_body(spec, split, device, dtype, memory, loras, tune=tune)
     return Serving(body, headers.Service(manifest.root, split.first, split.last), manifest.name)
+
+
+def _only(device: torch.device | Sequence[torch.device]) -> torch.device:
+    """The device of an image model's body, which is made current. Raises ConfigError if several are named."""
+    devices = [device] if isinstance(device, torch.device) else device
+    if len(devices) > 1:
+        raise ConfigError(
+            f"--device {','.join(map(str, devices))}: the blocks of an image model run on one device: start a "
+            "worker for each GPU"
+        )
+    use_gpu(devices[0])
+    return devices[0]
 
 
 def _denoiser_split(denoiser: DenoiserSpec, layers: str | None, cut: str | None) -> Split:
@@ -132,7 +143,7 @@ def _check_absent(model: str, options: dict[str, Any]) -> None:
 def load_language_body(
     spec: ModelSpec,
     split: Split,
-    device: torch.device,
+    device: torch.device | Sequence[torch.device],
     dtype: torch.dtype | None = None,
     kv_bytes: int | None = None,
     adapters: Sequence[VerifiedAdapter] = (),
@@ -144,31 +155,42 @@ def load_language_body(
     Args:
         spec: the model.
         split: which layers are the body's.
-        device: where it runs.
+        device: where it runs; or several devices, of which each gets a range of the layers. A GPU without an index
+            is the current one, and all of them if the weights do not fit on it.
         dtype: what it computes in; None takes the checkpoint's.
-        kv_bytes: memory for keys and values; None takes a share of what is free.
+        kv_bytes: memory for keys and values, on all devices together; None takes a share of what is free on each.
         adapters: what sessions may choose.
         tune: whether to measure what is fastest on this CPU.
 
     Raises:
-        ModelError: the part cannot be loaded, or the memory for keys and values is too small.
+        ConfigError: the layers cannot be divided into as many ranges as there are devices.
+        ModelError: the part cannot be loaded, or the memory for weights, or for keys and values, is too small.
         UnsupportedFeature: an adapter changes more than linear layers, or rows with adapters cannot share forwards.
     """
     model, stack = load_part(spec, split, "worker", dtype=dtype)
     for number, lora in enumerate(adapters):
         add_adapter(model, stack, split, "worker", lora.adapter, number, ChosenAdapter())
-    parameter_bytes = sum(map(stored_bytes, model.parameters())) + adapter_bytes(model)
-    tuning = UNMEASURED
-    if device.type == "cpu":
+    parameter_bytes = weight_bytes(model)
+    devices = [device] if isinstance(device, torch.device) else [*device]
+    tuning, ranges = UNMEASURED, []
+    on_cpu = devices[0].type == "cpu"
+    if not on_cpu:
+        devices = _gpus(parameter_bytes, devices)
+        use_gpu(devices[0])
+    if len(devices) > 1:
+        # The CPU's memory is one: its ranges have no rooms of their own.
+        rooms = [parameter_bytes if on_cpu else weights_room(each) for each in devices]
+        ranges = spread(model, stack, split, spec.text_config, devices, rooms)
+    elif not on_cpu:
+        model.to(devices[0])
+    if on_cpu:
         tuning = pack_linears(model, stack, measure=tune)
-    else:
-        place_on_gpus(model, parameter_bytes, device)
-    devices = {parameter.device for parameter in model.parameters()} or {device}
-    free = len(devices) * min(kv_share(place) for place in devices)
-    runner = build_runner(stack, split, spec.text_config, kv_bytes if kv_bytes is not None else free, tuning)
+    places = {parameter.device for parameter in model.parameters()} or {*devices}
+    free = {place: kv_share(place) for place in places}
+    runner = build_runner(stack, split, spec.text_config, free if kv_bytes is None else kv_bytes, tuning)
     check_adapters(runner, len(adapters))
     quantization = _quantization(spec, split, runner.dtype)
-    return LanguageBody(runner, parameter_bytes, quantization, [lora.request for lora in adapters])
+    return LanguageBody(runner, parameter_bytes, quantization, [lora.request for lora in adapters], ranges)
 
 
 def _quantization(spec: ModelSpec, split: Split, dtype: torch.dtype) -> str | None:
@@ -179,26 +201,36 @@ def _quantization(spec: ModelSpec, split: Split, dtype: torch.dtype) -> str | No
     return spec.quantization.weights(stored, dtype_name(dtype)).describe()
 
 
-def place_on_gpus(model: Any, parameter_bytes: int, device: torch.device) -> None:
-    """Moves a body to a GPU, or spreads it over all GPUs by accelerate's device map if one is too small.
+def _gpus(parameter_bytes: int, devices: Sequence[torch.device]) -> list[torch.device]:
+    """The GPUs that a body goes on: those that are named, or all if one has been chosen that is too small.
 
     Raises:
-        ModelError: all GPUs together are too small.
+        ModelError: one GPU is named, and too small; or it is chosen, and is the only one.
     """
-    if parameter_bytes < WEIGHTS_SHARE * torch.cuda.mem_get_info(device)[0]:
-        model.to(device)
-        return
-    free = {index: torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())}
-    allowed = {index: int(WEIGHTS_SHARE * bytes_) for index, bytes_ in free.items()}
-    if parameter_bytes > sum(allowed.values()):
+    if len(devices) > 1:
+        return [*devices]
+    (device,) = devices
+    if parameter_bytes <= (room := weights_room(device)):
+        return [device]
+    count = torch.cuda.device_count()
+    if device.index is not None or count == 1:
+        more = f", or several of the {count} GPUs (--device cuda:0,cuda:1)" if count > 1 else ""
         raise ModelError(
-            f"{parameter_bytes:,} bytes of weights do not fit on {len(free)} GPUs with {sum(free.values()):,} "
-            "free: serve fewer layers (--layers), or use --dtype bfloat16 or --device cpu"
+            f"{parameter_bytes:,} bytes of weights do not fit on a GPU with room for {room:,}: serve fewer layers "
+            f"(--layers), or use --dtype bfloat16 or --device cpu{more}"
         )
-    from accelerate import dispatch_model, infer_auto_device_map
+    return [torch.device("cuda", index) for index in range(count)]
 
-    device_map = infer_auto_device_map(model, allowed, no_split_module_classes=no_split_modules(model))
-    dispatch_model(model, device_map)
+
+def weights_room(device: torch.device) -> int:
+    """Most bytes of weights that a GPU takes."""
+    return int(WEIGHTS_SHARE * torch.cuda.mem_get_info(device)[0])
+
+
+def use_gpu(device: torch.device) -> None:
+    """Makes a GPU the current one of this thread, for new streams and graphs. Does nothing for the CPU."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def kv_share(device: torch.device) -> int:
