@@ -28,6 +28,7 @@ DIFFERENT = {
     ("worker", "--device"): "a body may be laid over several GPUs",
     ("worker", "--kv-memory"): "a worker takes what is free, a device a little",
     ("worker", "--prefix-cache"): "a worker keeps what sessions leave free, a device a little",
+    ("doctor", "--speculate"): "it looks at a draft model only if one is named",
     ("submit", "--speculate"): "it asks for one job; an agent has a default for all",
     ("redis-acl", "--format"): "it prints rules, not answers",
     ("keys add-worker", "--model"): "a model of the fleet, by its name there",

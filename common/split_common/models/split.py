@@ -113,3 +113,14 @@ class Split:
 
     def __str__(self) -> str:
         return f"{self.first}:{self.last}"
+
+
+class Uncut(Split):
+    """No cut: the device keeps all layers, as a head. There is no body."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers, layers, layers)
+
+    def __post_init__(self) -> None:
+        if self.layers < 1:
+            raise InvalidSplit("a model needs a layer")

@@ -25,10 +25,13 @@ from split_common.transport import connect, new_peer_id
 from split_common.transport.address import masked
 from split_common.trust.fleet import Fleet, load_fleet
 from split_common.trust.keys import Identity, Role
+from split_device.cli.doctor_draft import asked_draft_model, draft_findings
 from split_device.cli.doctor_model import model_findings
 from split_device.cli.finding import Finding
 from split_device.cli.groups import CONNECTION
+from split_device.cli.options import parse_speculate
 from split_device.sessions.connection import Connection
+from split_device.speculation.names import SPECULATE_METAVAR
 
 if TYPE_CHECKING:
     from split_device.sessions.client import Client
@@ -53,18 +56,29 @@ def doctor(
         ),
     ] = None,
     adapter: AdaptersOption = None,
+    speculate: Annotated[
+        str | None,
+        typer.Option(
+            parser=parse_speculate,
+            metavar=SPECULATE_METAVAR,
+            rich_help_panel=MODEL_PANEL,
+            help="Also check whether the small model of draft:MODEL can draft for the other one.",
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Check versions, hardware, keys, broker and workers, and say how to fix problems.
 
     The exit code is 1 if there is a problem.
     """
-    adapters = _adapters(adapter or [], model)
+    adapters, draft = _adapters(adapter or [], model), asked_draft_model(speculate, model)
     findings = []
     # Without --json, each finding is printed as it comes, the first one at once.
     with doing("checking this machine, the broker and the workers") if json else contextlib.nullcontext():
         for finding in itertools.chain(
-            _findings(connection), model_findings(model, adapters) if model is not None else ()
+            _findings(connection),
+            model_findings(model, adapters) if model is not None else (),
+            draft_findings(draft, model) if draft is not None and model is not None else (),
         ):
             findings.append(finding)
             if not json:

@@ -10,12 +10,13 @@ import typer
 
 from split_common.cli.options import MODEL_PANEL, QUEUE_PANEL, parse_cache_size, parse_size
 from split_common.errors import ConfigError
+from split_common.system.files import user_path
 from split_device.generation.limits import PREFIX_CACHE
 from split_device.generation.settings import BOUNDS
 from split_device.models.compression import CODEC_NAMES, parse_codec
 from split_device.sessions.connection import HISTORY_MEMORY
 from split_device.sessions.identity import check_request_id
-from split_device.speculation.names import Speculate
+from split_device.speculation.names import DRAFT, SPECULATE_METAVAR, check_speculate, draft_model
 
 STORE_PANEL = "Jobs"
 SAMPLING_PANEL = "Sampling"
@@ -293,22 +294,36 @@ PrefixCacheOption = Annotated[
         "only what is new. 0 or off turns it off.",
     ),
 ]
+
+
+def parse_speculate(name: str) -> str:
+    """What `--speculate` asks for, the directory of a draft model in full. Raises ConfigError if it is not one."""
+    if (model := draft_model(check_speculate(name))) is None or not user_path(model).exists():
+        return name
+    return f"{DRAFT}{user_path(model).resolve()}"
+
+
 SpeculateOption = Annotated[
-    Speculate,
+    str,
     typer.Option(
         "--speculate",
+        parser=parse_speculate,
+        metavar=SPECULATE_METAVAR,
         rich_help_panel=QUEUE_PANEL,
         help="How to guess the next tokens: the worker checks several guesses in one trip, and the answer stays "
-        "the same. auto guesses only as many as pay.",
+        "the same. auto guesses only as many as pay. draft:MODEL has a small model with the same tokenizer guess "
+        "here, as often as that pays.",
     ),
 ]
 JobSpeculateOption = Annotated[
-    Speculate | None,
+    str | None,
     typer.Option(
         "--speculate",
+        parser=parse_speculate,
+        metavar=SPECULATE_METAVAR,
         rich_help_panel=QUEUE_PANEL,
         show_default="the agent's",
-        help="How to guess the next tokens of this job.",
+        help="How to guess the next tokens of this job. A draft model must be the agent's.",
     ),
 ]
 GiveUpOption = Annotated[

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 from split_common.engine.scheduler import DECODE_TOKENS
-from split_common.errors import UnsupportedFeature
+from split_common.errors import ConfigError, UnsupportedFeature
 from split_device.generation.active import ActiveRequest
 from split_device.generation.checking import Checked
-from split_device.generation.local_layers import LocalLayers
+from split_device.generation.draft_model import DraftModel, DraftSequence
+from split_device.generation.limits import Limits
+from split_device.generation.local_layers import KV_MEMORY, LocalLayers
 from split_device.speculation.drafters import check_choice
-from split_device.speculation.names import AUTO, OFF
-from split_device.speculation.speculation import Cycle, Pace
+from split_device.speculation.names import AUTO, DRAFT, OFF, draft_model
+from split_device.speculation.speculation import Cycle, Pace, Speculation
+from split_device.speculation.tree import PredictedDrafter
 
 #: How many of a request's first tokens its drafter gets, the last ones. It looks at them on the generator's thread,
 #: which all requests share: at most some 12 µs a token, so 0.2 s once.
@@ -23,25 +27,42 @@ class Drafting:
     """Drafts for the requests of one generator, whose thread uses it; any thread may call `choose`.
 
     Args:
-        layers: head and tail.
-        default: what requests do that leave it open; as `Limits.speculate`.
+        model: the split model.
+        layers: its head and tail.
+        limits: what requests do that leave it open (`speculate`), and the memory of a draft model (`kv_memory`).
         active: the requests that run, as a view.
         counters: counts `drafted_tokens` and `accepted_tokens`.
 
     Raises:
-        ConfigError, UnsupportedFeature: as `choose`, for the default.
+        ConfigError, UnsupportedFeature: as `choose`, for the default; or as `DraftModel`.
+        SplitError: the draft model cannot be loaded.
     """
 
     def __init__(
-        self, layers: LocalLayers, default: str, active: Collection[ActiveRequest], counters: Counter[str]
+        self,
+        model: Any,
+        layers: LocalLayers,
+        limits: Limits,
+        active: Collection[ActiveRequest],
+        counters: Counter[str],
     ) -> None:
         self._active, self._counters = active, counters
-        self._pace = Pace(DECODE_TOKENS - 1)
+        self._pace = self._model_pace = Pace(DECODE_TOKENS - 1)
         self._layers = layers
-        self._default = default
+        self._default = limits.speculate
+        #: Drafts for requests that ask for it; None if the default is another drafter.
+        self._model: DraftModel | None = None
+        self._sequences: dict[ActiveRequest, DraftSequence] = {}
+        #: When the drafts of the present turn were begun, by the pace's clock.
+        self._began = 0.0
         #: Number of requests that decode, and of the tokens in their drafts, as far as the present turn has come.
         self._rows = self._drafted = 0
-        self.choose(default)
+        self.choose(self._default)
+        if (name := draft_model(self._default)) is not None:
+            memory = limits.kv_memory if limits.kv_memory is not None else KV_MEMORY
+            self._model = DraftModel(name, model, layers.vocabulary, memory)
+            # What its drafts cost says nothing of those of others.
+            self._model_pace = Pace(DECODE_TOKENS - 1)
 
     @property
     def _refused(self) -> str | None:
@@ -57,10 +78,15 @@ class Drafting:
             asked: what the request asks for; None for the default.
 
         Raises:
-            ConfigError: there is no such drafter.
+            ConfigError: there is no such drafter, or it is a draft model that was not loaded.
             UnsupportedFeature: the model cannot take tokens back.
         """
         name = check_choice(self._default if asked is None else asked)
+        if draft_model(name) is not None and name != self._default:
+            raise ConfigError(
+                f"speculate {name!r} was not loaded: the process that generates loads a draft model when it starts "
+                f"with --speculate {DRAFT}MODEL"
+            )
         if self._refused is None or name == OFF:
             return name
         if name == AUTO:
@@ -71,6 +97,39 @@ class Drafting:
         """A turn begins in which steps are through. Counts once what every request's next draft depends on."""
         self._rows = sum(not each.awaits_first_token for each in self._active)
         self._drafted = sum(len(each.drafts) for each in self._active)
+
+    def begun(self, request: ActiveRequest) -> None:
+        """A request has begun. If a draft model drafts for it, memory is reserved, and it may read the prompt."""
+        if draft_model(request.generation.speculate) is None or request.undivided or request.ended:
+            return
+        if (speculation := self._start_model(request)) is None:
+            # Nobody waits for memory that only drafts need.
+            request.generation.speculate = OFF
+            return
+        request.speculation = speculation
+        text = request.tokens
+        request.last_token = text[-1]
+        request.speculation.extend(text[-PROMPT_TOKENS:])
+
+    def _start_model(self, request: ActiveRequest) -> Speculation | None:
+        """Speculation by the draft model, which may read the text; None if there is no memory for that."""
+        if self._model is None or (sequence := self._model.begin(request.sampler.max_length)) is None:
+            return None
+        self._sequences[request] = sequence
+        sequence.wanted = self._model_pace.pays
+        drafter = PredictedDrafter(sequence.predictor)
+        return Speculation(self._model_pace, drafter, True, lambda: self._ended(request))
+
+    def _ended(self, request: ActiveRequest) -> None:
+        if self._model is not None and (sequence := self._sequences.pop(request, None)) is not None:
+            self._model.end(sequence)
+
+    def read(self) -> bool:
+        """Has the draft model read some tokens of texts, while steps are away. Returns whether there were any."""
+        if self._model is None or not self._model.reads:
+            return False
+        self._model.read()
+        return True
 
     def checked(self, checked: Checked) -> None:
         """A request's step is through, and its next tokens are chosen."""
@@ -83,6 +142,9 @@ class Drafting:
             self._counters.update({"drafted_tokens": drafted, "accepted_tokens": checked.matched})
         if request.generation.speculate == OFF or request.undivided:
             return
+        if request.speculation is None and draft_model(request.generation.speculate) is not None:
+            self.begun(request)
+            return
         if request.speculation is None:
             request.speculation = self._pace.start(request.generation.speculate)
             text = request.tokens
@@ -93,26 +155,66 @@ class Drafting:
         tokens = [request.last_token, *request.drafts]
         request.speculation.checked(request.step_tokens - drafted, tokens, checked.logits, checked.matched)
 
-    def next_step(self, request: ActiveRequest, tokens: list[int]) -> None:
+    def next_steps(
+        self, going: Sequence[tuple[ActiveRequest, list[int]]]
+    ) -> Iterator[tuple[ActiveRequest, Exception | None]]:
+        """Makes the next steps of requests.
+
+        Args:
+            going: requests, with the tokens that their steps begin with. Drafts come behind them.
+
+        Yields:
+            Each request, and why it cannot go on; None if it does.
+        """
+        self._foresee(going)
+        for request, tokens in going:
+            try:
+                self._next_step(request, tokens)
+            except Exception as error:
+                yield request, error
+            else:
+                yield request, None
+        self._stepping(request for request, _ in going)
+
+    def _foresee(self, going: Sequence[tuple[ActiveRequest, list[int]]]) -> None:
+        """Has the draft model go on with the texts of requests, all at once."""
+        self._began = self._pace.clock()
+        drafted, asked = self._drafted, []
+        for request, tokens in going:
+            if (sequence := self._sequences.get(request)) is None or request.speculation is None:
+                continue
+            limit = request.speculation.plan(len(tokens), _limit(request, tokens), self._rows, drafted)
+            drafted += limit
+            if limit:
+                asked.append((sequence, limit))
+        if self._model is not None and asked:
+            self._model.foresee(asked)
+
+    def _next_step(self, request: ActiveRequest, tokens: list[int]) -> None:
         """Makes a request's next step of these tokens, and of a draft behind them."""
         request.last_token = tokens[-1]
         if request.speculation is not None:
-            # One token more than the draft may be chosen.
-            room = request.sampler.remaining(request.generation.tokens) - 1
-            limit = min(room, DECODE_TOKENS - len(tokens))
+            limit = _limit(request, tokens)
             request.drafts = request.speculation.draft(len(tokens), limit, self._rows, self._drafted)
             self._drafted += len(request.drafts)
         request.step_tokens = len(tokens) + len(request.drafts)
         request.pending.append([*tokens, *request.drafts])
 
-    def stepping(self, begun: Iterable[ActiveRequest]) -> None:
+    def _stepping(self, begun: Iterable[ActiveRequest]) -> None:
         """Notes what is under way now that the next steps of these requests begin."""
         speculating = [each for each in begun if each.speculation is not None and not each.ended]
         if not speculating:
             return
         stepping = [each for each in self._active if each.step_tokens]
         tokens, drafted = sum(each.step_tokens for each in stepping), any(each.drafts for each in stepping)
-        cycle = Cycle(self._pace.clock(), len(stepping), tokens, drafted)
+        cycle = Cycle(self._began, len(stepping), tokens, drafted)
         for request in speculating:
             assert request.speculation is not None
             request.speculation.cycle = cycle
+
+
+def _limit(request: ActiveRequest, tokens: list[int]) -> int:
+    """Most tokens of a draft behind these tokens."""
+    # One token more than the draft may be chosen.
+    room = request.sampler.remaining(request.generation.tokens) - 1
+    return min(room, DECODE_TOKENS - len(tokens))

@@ -83,7 +83,6 @@ class Generator:
         self._model, self._timings = model, model.split_parts.client.timings
         #: Forwards of head and tail and the rows in them, steps sent to workers, tokens chosen, and those drafted.
         self.counters: Counter[str] = Counter()
-        self._max_requests = limits.requests
         self._layers = LocalLayers(model, limits.kv_memory if limits.kv_memory is not None else KV_MEMORY)
         self._images = ImagePrompts(model, self._layers.packed)
         self._head, self._tail = Stage(self._layers.head), Stage(self._layers.tail)
@@ -97,7 +96,7 @@ class Generator:
         )
         self._active = self._requests.by_generation
         self._first_tokens = FirstTokens(self._active.values())
-        self._drafting = Drafting(self._layers, limits.speculate, self._active.values(), self.counters)
+        self._drafting = Drafting(model, self._layers, limits, self._active.values(), self.counters)
         #: Requests whose next tokens go to the head.
         self._entering: list[ActiveRequest] = []
         #: Outputs of the head, `[tokens, width]`, that go to workers.
@@ -212,7 +211,8 @@ class Generator:
         """Makes the calls in the inbox. Waits for one if there is nothing to compute, and for imminent replies."""
         urgent = self._first_tokens.urgent(self._now)
         can_enter = any(not is_delayed(request, urgent, self._now) for request, _ in self._arrived)
-        if self._head.idle and self._tail.idle and self._scorer.idle and not can_enter:
+        idle = self._head.idle and self._tail.idle and self._scorer.idle and not can_enter
+        if idle and not (self._at_workers and self._inbox.empty() and self._drafting.read()):
             times = self._first_tokens.delay_ends(request for request, _ in (*self._outgoing, *self._arrived))
             times += self._admission.pause_ends
             wake = min((at for at in times if at > self._now), default=None)
@@ -264,15 +264,18 @@ class Generator:
     def _sample(self) -> None:
         """Chooses the next tokens of requests whose steps are through."""
         ready, self._ready = [each for each in self._ready if not each[0].ended], []
-        begun: list[ActiveRequest] = []
+        going: list[tuple[ActiveRequest, list[int]]] = []
         self._drafting.choosing()
         for checked in check_drafts(self._layers, ready):
             try:
-                self._advance(checked)
+                if self._advance(checked):
+                    going.append((checked.request, checked.tokens[checked.matched :]))
             except Exception as error:
                 self._end(checked.request, error)
-            begun.append(checked.request)
-        self._drafting.stepping(begun)
+        for request, failure in self._drafting.next_steps(going):
+            if failure is not None:
+                self._end(request, failure)
+            self._entering.append(request)
 
     def _enter_head(self) -> None:
         """Embeds the next tokens of requests and hands them to the head."""
@@ -311,6 +314,7 @@ class Generator:
             return
         self._first_tokens.renew()
         for request in self._requests.begin(admitted):
+            self._drafting.begun(request)
             if (asked := request.generation.request).images:
                 self._images.start(asked, request.adapter, functools.partial(self._post, self._placed, request))
             else:
@@ -362,8 +366,8 @@ class Generator:
             return None
         return outcome if isinstance(outcome, torch.Tensor) and not request.ended else None
 
-    def _advance(self, checked: Checked) -> None:
-        """Goes on with a request's next tokens."""
+    def _advance(self, checked: Checked) -> bool:
+        """Goes on with a request's next tokens. Returns whether it has a next step."""
         if checked.error is not None:
             raise checked.error
         request = checked.request
@@ -376,9 +380,7 @@ class Generator:
             self._first_tokens.renew()
         if reason := request.sampler.finish_reason(request.generation.tokens):
             self._end(request, reason)
-        else:
-            self._drafting.next_step(request, checked.tokens[checked.matched :])
-            self._entering.append(request)
+        return reason is None
 
     def _cancel(self, generation: Generation) -> None:
         if (request := self._active.get(generation)) is not None:

@@ -62,7 +62,7 @@ class LocalLayers:
                 return None
             part, stack = shared_copy(model, range(first, last))
             strip(part, stack.slots)
-            tuning = _pack(part, stack)
+            tuning = pack_weights(part, stack)
             share = kv_bytes * (last - first) // layers
             try:
                 return build_runner(stack, Split(split.layers, first, last), config, share, tuning)
@@ -141,7 +141,7 @@ class EmbeddingAndHead:
         if model.split_parts.traits.axes is not None:
             # Packing copies weights, and those of the tower are not needed here.
             drop_unused(self._model, self._try)
-        self._tuning = _pack(self._model)
+        self._tuning = pack_weights(self._model)
 
     def embed(
         self, tokens: Sequence[int], positions: Sequence[int], adapters: Sequence[AdapterNumber]
@@ -223,7 +223,7 @@ def shared_copy(model: Any, kept: range) -> tuple[Any, LayerStack]:
     return copied, copied_stack
 
 
-def _pack(model: nn.Module, stack: LayerStack | None = None) -> Tuning:
+def pack_weights(model: nn.Module, stack: LayerStack | None = None) -> Tuning:
     """Lays out the weights of linear layers for this CPU, if the model is on it."""
     if all(parameter.device.type == "cpu" for parameter in model.parameters()):
         return pack_linears(model, stack, measure=from_environment())

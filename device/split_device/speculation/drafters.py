@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from split_common.errors import ConfigError
 from split_device.speculation.combined import CombinedPredictor
 from split_device.speculation.drafter import Drafter
 from split_device.speculation.names import AUTO, OFF, check_speculate
@@ -37,9 +38,16 @@ def make_drafter(name: str, successors: Successors) -> Drafter:
     Raises:
         ConfigError: there is none of this name.
     """
-    return DRAFTERS[check_speculate(DRAFTER_OF_AUTO if name == AUTO else name, DRAFTERS)](successors)
+    name = DRAFTER_OF_AUTO if name == AUTO else name
+    if name not in DRAFTERS:
+        raise ConfigError(f"invalid drafter {name!r}: expected one of {', '.join(DRAFTERS)}")
+    return DRAFTERS[name](successors)
 
 
 def check_choice(name: str) -> str:
-    """What a request asks for, if it is `auto`, `off` or a drafter that there is. Raises ConfigError if not."""
+    """What a request asks for, if it is `auto`, `off`, a drafter that there is, or a draft model.
+
+    Raises:
+        ConfigError: it is something else.
+    """
     return check_speculate(name, [AUTO, OFF, *DRAFTERS])

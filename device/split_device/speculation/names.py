@@ -11,13 +11,22 @@ from split_common.errors import ConfigError
 OFF = "off"
 AUTO = "auto"
 
-#: All that may be asked for: these two, and the names of the drafters.
+#: What comes before the directory or hub id of a draft model.
+DRAFT = "draft:"
+
+#: All that may be asked for beside draft models: these two, and the names of the drafters.
 Speculate = Literal["auto", "off", "ngram", "suffix", "recycle", "suffix-recycle"]
 SPECULATE: tuple[str, ...] = get_args(Speculate)
+SPECULATE_METAVAR = "|".join([*SPECULATE, f"{DRAFT}MODEL"])
+
+
+def draft_model(name: str) -> str | None:
+    """The directory or hub id of the draft model that is asked for; None if another drafter is."""
+    return name.removeprefix(DRAFT) or None if name.startswith(DRAFT) else None
 
 
 def check_speculate(name: str, names: Collection[str] = SPECULATE) -> str:
-    """The name. Raises ConfigError if it is not among `names`."""
-    if name not in names:
-        raise ConfigError(f"invalid speculate {name!r}: expected one of {', '.join(names)}")
+    """The name. Raises ConfigError if it is not among `names`, and does not name a draft model either."""
+    if name not in names and draft_model(name) is None:
+        raise ConfigError(f"invalid speculate {name!r}: expected one of {', '.join(names)}, {DRAFT}MODEL")
     return name

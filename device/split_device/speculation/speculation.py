@@ -66,6 +66,8 @@ class Pace:
         self.allowance: float | None = None
         #: Cycles between two drafts that are tried, and until the next one.
         self.probe_after = self.until_probe = float(FIRST_PROBE)
+        #: Whether drafts pay, as far as is known.
+        self.pays = True
         self.acceptance = Acceptance(longest)
         self.successors = Successors()
 
@@ -103,10 +105,15 @@ class Speculation:
         pace: what is known from all requests.
         drafter: drafts for this request alone.
         measures: whether to draft as many tokens as pay. If not, it drafts as many as may be.
+        on_end: called when the request has ended.
     """
 
-    def __init__(self, pace: Pace, drafter: Drafter, measures: bool) -> None:
-        self._pace, self._drafter, self._measures = pace, drafter, measures
+    def __init__(
+        self, pace: Pace, drafter: Drafter, measures: bool, on_end: Callable[[], None] = lambda: None
+    ) -> None:
+        self._pace, self._drafter, self._measures, self._on_end = pace, drafter, measures, on_end
+        #: The next draft: the most tokens of it, and whether it is tried only; None if that is not chosen.
+        self._planned: tuple[int, bool] | None = None
         self._acceptance = Acceptance(pace.longest, pace.acceptance)
         #: Seconds of the pace's allowance that its draft under way may cost.
         self._stake = 0.0
@@ -140,6 +147,12 @@ class Speculation:
     def ended(self) -> None:
         """The request has ended, maybe while a draft was under way, which costs nothing any more."""
         self._bet(0.0)
+        self._on_end()
+
+    def plan(self, begun: int, limit: int, rows: int, others: int = 0) -> int:
+        """Chooses how many tokens the next draft has at most, before `draft` is called with the same arguments."""
+        self._planned = self._choose(begun, limit, rows, others)
+        return self._planned[0]
 
     def draft(self, begun: int, limit: int, rows: int, others: int = 0) -> list[int]:
         """Drafts for a step.
@@ -150,9 +163,22 @@ class Speculation:
             rows: number of requests that decode.
             others: number of tokens in the drafts of the others.
         """
+        limit, probes = self._planned or self._choose(begun, limit, rows, others)
+        self._planned = None
+        draft = self._drafter.draft(limit) if limit > 0 else []
+        if draft and self._measures:
+            pace = self._pace
+            self._bet(self._loss(len(draft), rows, rows + others))
+            pace.pays = not probes or pace.probe_after <= FIRST_PROBE
+            pace.probe_after = min(LAST_PROBE, 2 * pace.probe_after) if probes else FIRST_PROBE
+            pace.until_probe = pace.probe_after
+        return draft
+
+    def _choose(self, begun: int, limit: int, rows: int, others: int) -> tuple[int, bool]:
+        """The most tokens of the next draft, and whether it is only tried, because none pays."""
         limit = min(limit, self.limit)
         if not self._measures or limit <= 0:
-            return self._drafter.draft(limit) if limit > 0 else []
+            return max(0, limit), False
         pace = self._pace
         length = self._length(begun, rows)
         probes = not length
@@ -161,13 +187,7 @@ class Speculation:
             length = PROBE_TOKENS if pace.until_probe <= 0 else 0
         # Twice as many as were measured, and not more: what steps cost is known from those that were.
         limit = min(limit, length, int(2 * pace.times.widest) + 1 - others)
-        limit = self._affordable(limit, rows, rows + others)
-        draft = self._drafter.draft(limit) if limit > 0 else []
-        if draft:
-            self._bet(self._loss(len(draft), rows, rows + others))
-            pace.probe_after = min(LAST_PROBE, 2 * pace.probe_after) if probes else FIRST_PROBE
-            pace.until_probe = pace.probe_after
-        return draft
+        return max(0, self._affordable(limit, rows, rows + others)), probes
 
     def _bet(self, stake: float) -> None:
         """Takes from the allowance what the draft may cost, instead of what an earlier one might have."""
