@@ -40,7 +40,7 @@ def make_drafter(name: str, successors: Successors) -> Drafter:
     """
     name = DRAFTER_OF_AUTO if name == AUTO else name
     if name not in DRAFTERS:
-        raise ConfigError(f"invalid drafter {name!r}: expected one of {', '.join(DRAFTERS)}")
+        raise ConfigError(f"invalid speculate {name!r}: expected one of {', '.join(DRAFTERS)}")
     return DRAFTERS[name](successors)
 
 
