@@ -259,7 +259,7 @@ def test_a_model_takes_an_object_or_single_names(checkpoint: Path) -> None:
             assert (client.patience, client.step_timeout) == (6.0, 7.0)
             for options, most in (({}, 2), ({"max_requests": 3}, 3)):
                 with Generator(split, limits=Limits(requests=2), **options) as generator:
-                    assert generator._max_requests == most
+                    assert generator._admission._places == most
     with pytest.raises(TypeError, match="patients"):
         SplitModelForCausalLM.from_pretrained(checkpoint, patients=6.0)
 
