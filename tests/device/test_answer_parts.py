@@ -20,6 +20,7 @@ from split_device.serving.anthropic.conversation import parse_conversation
 from split_device.serving.anthropic.requests import FIELDS as MESSAGES_FIELDS
 from split_device.serving.choices import Choice, ToolCallDelta
 from split_device.serving.fields import ApiError
+from split_device.serving.openai.answers import chat_piece
 from split_device.serving.openai.chat import FIELDS as CHAT_FIELDS
 from split_device.serving.openai.image_requests import FIELDS as IMAGE_FIELDS
 from split_device.serving.openai.responses.answers import ResponseEvents, ResponseWriter
@@ -150,6 +151,14 @@ def test_images_lie_between_texts() -> None:
 def writer() -> ResponseWriter:
     echoed = {"model": "m", "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "text": {}}
     return ResponseWriter("1", 0, echoed, ToolNames(frozenset(["patch"]), {"a__f": ("a", "f")}), 10)
+
+
+def test_chunks_of_a_chat() -> None:
+    """OpenAI's first chunk has a content, even if it is empty; a last one without text has an empty delta."""
+    assert chat_piece(0, Choice("", 1, None), first=True)["delta"] == {"role": "assistant", "content": ""}
+    assert chat_piece(0, Choice("Hi", 1, None), first=False)["delta"] == {"content": "Hi"}
+    last = chat_piece(0, Choice("", 0, "stop"), first=False)
+    assert (last["delta"], last["finish_reason"]) == ({}, "stop")
 
 
 def test_events_of_a_response() -> None:

@@ -345,7 +345,10 @@ def test_answers_go_where_they_can_be_written(
 
     for stdout in ("/dev/stdout", "-"):
         assert main(["batch", str(source), "-o", stdout, *options]) == 0
-        assert json.loads(capfd.readouterr().out)["custom_id"] == "a"
+        said = capfd.readouterr()
+        assert json.loads(said.out)["custom_id"] == "a"
+        assert re.search(r"1 line of \S+ to stdout\n", said.err)
+        assert "stdout: 1 answered" in said.err
     assert main(["batch", str(source), "-o", "-", "--json", *options]) == 2
     assert "--json and -o - do not go together: both write to stdout" in capfd.readouterr().out
     assert main(["batch", str(source), "-o", "/dev/null", *options]) == 0

@@ -204,6 +204,20 @@ def test_an_answer_is_stopped(page: Page, server: tuple[str, Any], by: str) -> N
     answered(page)
 
 
+@needs_chromium
+def test_an_answer_is_stopped_before_it_begins(page: Page) -> None:
+    """Nothing of it is left but a way to ask again."""
+    page.route("**/v1/chat/completions", lambda _route: None)
+    say(page, "Hello")
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("article.assistant .facts")).to_have_text("stopped")
+    expect(answers(page)).to_be_empty()
+    page.unroute("**/v1/chat/completions")
+    page.get_by_role("button", name="Regenerate").click()
+    answered(page)
+    expect(answers(page)).not_to_be_empty()
+
+
 OVERLAPS = """() => {
   const seen = (each) => {
     const [own, around] = [each, each.closest(".fields")].map((one) => one.getBoundingClientRect());

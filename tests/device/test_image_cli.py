@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -131,6 +132,19 @@ def test_a_photo_is_upright_and_a_prompt_that_is_cut_off_is_noted(
     with Image.open(tmp_path / "b.png") as image:
         assert not image.info
     assert (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")).all()
+
+
+def test_a_prompt_comes_from_stdin_and_its_image_goes_to_stdout(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["image", "a seven", "-o", "./-.png", *options]) == 0
+    capfdbinary.readouterr()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a seven")))
+    assert main(["image", "-", "-o", "-", *options]) == 0
+    out, err = capfdbinary.readouterr()
+    assert out == Path("-.png").read_bytes()
+    assert re.search(rb"(?m)^stdout: 64x64, seed 1, .* 3 calls of the worker$", err)
 
 
 def test_an_image_goes_into_a_pipe_and_not_over_its_input(options: list[str], tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_show_says_what_was_asked_and_with_which_settings(run: Any, store: Store
     text = store.submit(Task(model=MODEL, prompt=prompt, sampling=settings, stop=("END",)), group="night").id
     shown = run("jobs", "show", text).out
     for line in (
-        *("kind: text", "state: queued", "group: night", "made: 0 tokens", "model: /models/tiny", "head layers: 2"),
+        *("kind: text", "state: queued", "group: night", "made: 0 tokens", "model: /models/tiny", "layers: 2:-2"),
         *("max tokens: 17", "temperature: 0.5", "seed: 3", "stop: 'END'", "system: Be terse.", "user: Two"),
     ):
         assert f"{line}\n" in shown
@@ -306,6 +306,18 @@ def test_a_dash_is_stdin(run: Any, store: Store, tmp_path: Path) -> None:
     ids = [run("submit", *words, *asked, stdin="Hello").json["id"] for words in (["-"], ["--file", "-"])]
     assert [prompt_of(store.get(id_).task) for id_ in ids] == ["Hello", "Hello"]
     assert run("submit", "-", *asked, stdin=" ").code == 2
+
+
+def test_a_file_may_be_called_dash(run: Any, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("-").write_text("Hi")
+    submitted = run("submit", "--file", "./-", "--model", tmp_path, "--json", stdin="Hello")
+    assert prompt_of(store.get(submitted.json["id"]).task) == "Hi"
+    id_ = answered(store, "one", "two")
+    exported = run("jobs", "export", id_, "--format", "txt", "-o", "./-", "--overwrite")
+    assert (exported.out, Path("-").read_text()) == ("", "two\n")
+    exported = run("jobs", "export", id_, "--format", "txt", "-o", "-")
+    assert exported.err == "1 job exported to stdout\n"
 
 
 @pytest.mark.parametrize("config", [b"{", b"[]", b"\xff", b"version https://git-lfs.github.com/spec/v1\n"])

@@ -21,9 +21,11 @@ from chat_page import answered, chromium, needs_chromium, opened, say, unlock
 from fleet import running_broker, start_worker
 from serving import KEY
 from split_broker.broker import Broker
+from split_common.errors import NoWorker, WorkerGone, WorkerSlow
 from split_common.system.process import running_command
 from split_device import Connection
 from split_device.cli import terminal
+from split_device.sessions.notices import WorkerWait
 from split_worker.worker import Worker
 from wiretap import wait_until
 
@@ -106,6 +108,21 @@ def test_generate_says_that_its_worker_is_gone_and_goes_on_with_the_next(
             f"worker {relief.second.name} has taken over",
         ]
         assert relief.first.name != relief.second.name
+
+
+def test_a_worker_that_stalled_is_back() -> None:
+    said: list[str] = []
+    wait = WorkerWait(said.append, 60, "lambda-split worker")
+    wait.failed(WorkerGone("worker a is gone"), 0.0)
+    wait.failed(NoWorker("no worker serves it"), 0.5)
+    wait.over("a")
+    assert said[1:] == ["worker a is back"]
+    wait.failed(WorkerSlow("worker a has not answered for 60 s"), 90.0)
+    wait.over("a")
+    assert said[2:] == ["worker a has not answered for 60 s; worker a is back"]
+    wait.failed(WorkerGone("worker a/1 is gone"), 190.0)
+    wait.over("a")
+    assert said[3:] == ["worker a/1 is gone; worker a has taken over"]
 
 
 def test_a_stream_says_so_in_lines_that_clients_pass_over(checkpoint: Path, broker: Broker) -> None:

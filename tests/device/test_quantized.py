@@ -218,7 +218,7 @@ def test_torchao_that_rounds_activations_is_refused(tmp_path: Path) -> None:
     [
         (
             {"quant_method": "bitsandbytes", "load_in_8bit": True},
-            "weights quantized by bitsandbytes_8bit cannot be split",
+            "weights quantized by bitsandbytes_8bit do not run split",
         ),
         ({"quant_method": "gptq", "bits": 4}, r"is quantized \(gptq\): .*install"),
         ({"quant_method": "awq", "bits": 4}, r"is quantized \(awq\): .*install"),

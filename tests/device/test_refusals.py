@@ -1,4 +1,4 @@
-"""What cannot be split, and bad input: a typed error that names it, before anything is sent."""
+"""What does not run split, and bad input: a typed error that names it, before anything is sent."""
 
 from __future__ import annotations
 

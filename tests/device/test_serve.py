@@ -131,6 +131,9 @@ def test_streams(client: openai.OpenAI, unsplit: Unsplit) -> None:
             reasons[choice.index] = choice.finish_reason
     assert set(texts.values()) == {unsplit.say("user:Hello</s>assistant:", 8)}
     assert reasons == {0: "length", 1: "length"}
+    deltas = [choice.delta.to_dict() for chunk in chunks for choice in chunk.choices if choice.index == 1]
+    assert deltas[0]["role"] == "assistant"
+    assert {"content": ""} not in deltas
     assert chunks[-1].usage.completion_tokens == 16
     text = client.completions.create(model="tiny", prompt="Once", temperature=0, stream=True)
     assert "".join(chunk.choices[0].text for chunk in text) == unsplit.say("Once", 16)

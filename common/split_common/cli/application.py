@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from split_common.cli.dashes import tell_dashes_apart
 from split_common.cli.numbers import bound_numbers
 from split_common.cli.presentation import present
 from split_common.errors import ConfigError, SplitError
@@ -149,6 +150,7 @@ def _main(args: Sequence[str] | None) -> int:
     try:
         load_commands()
         command = _with_checked_texts(present(typer.main.get_command(_needed(app, arguments[0]))))
+        tell_dashes_apart(command)
         bound_numbers(command)
         code = command.main(arguments, prog_name="lambda-split", standalone_mode=False)
         sys.stdout.flush()

@@ -101,7 +101,8 @@ DeviceOption = Annotated[
     typer.Option(
         "--device",
         rich_help_panel=MODEL_PANEL,
-        help="Where this process computes its part of the model. With auto, on a GPU if there is one.",
+        help="Where this process computes its part of the model. With auto, on a GPU if there is one, "
+        "except for the head and tail of a language model.",
     ),
 ]
 DevicesOption = Annotated[

@@ -95,8 +95,9 @@ class Tuning:
         layouts = list(self.layouts.values())
         padded = sum(bool(rows) for rows in self.rows.values())
         return (
-            f"{layouts.count('plain')} shapes of weights as stored, {layouts.count('onednn')} in oneDNN's layout "
-            f"({padded} with few rows computed as more), {self.joined} products of several layers"
+            f"weights of {layouts.count('plain')} shapes stay as stored, of {layouts.count('onednn')} they are "
+            f"in oneDNN's layout (for {padded}, few rows are padded to more); {self.joined} products join several "
+            "layers"
         )
 
 

@@ -157,7 +157,7 @@ class Adapter:
             match = _TENSOR.fullmatch(tensor)
             if match is None:
                 raise UnsupportedFeature(
-                    f"the adapter {self.name} has a tensor {tensor!r}: only a LoRA of linear layers can be split"
+                    f"the adapter {self.name} has a tensor {tensor!r}: only a LoRA of linear layers runs split"
                 )
             halves.setdefault(match["module"].removeprefix(_PREFIX), {})[match["half"]] = tensor
         for module, pair in halves.items():
@@ -295,7 +295,7 @@ def _read_config(name: str, checkpoint: Checkpoint) -> LoraConfig:
     except (msgspec.ValidationError, re.error) as error:
         raise ModelError(f"the adapter {name}: {CONFIG_FILE} is malformed: {error}") from None
     if config.bias != "none":
-        raise UnsupportedFeature(f"the adapter {name} has bias={config.bias!r}: only bias='none' can be split")
+        raise UnsupportedFeature(f"the adapter {name} has bias={config.bias!r}: only bias='none' runs split")
     if config.init_lora_weights not in _PLAIN_STARTS:
         raise UnsupportedFeature(
             f"the adapter {name} has init_lora_weights={config.init_lora_weights!r}, which changes the model's own "

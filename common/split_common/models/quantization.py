@@ -106,7 +106,7 @@ def prepare_quantization(config: Any, own_config: Any, name: str) -> Quantizatio
             settings["dequantize"] = parsed.dequantize = True
         elif method not in _AS_STORED:
             raise UnsupportedArchitecture(
-                f"{name}: weights quantized by {method} cannot be split: use the original weights, or those of "
+                f"{name}: weights quantized by {method} do not run split: use the original weights, or those of "
                 "another method (docs/support.md)"
             )
         AutoHfQuantizer.from_config(parsed, pre_quantized=True).validate_environment(

@@ -48,6 +48,11 @@ def is_stdout(path: Path) -> bool:
     return _descriptor(path) == 1
 
 
+def output_name(path: Path) -> str:
+    """What messages call a file to write."""
+    return "stdout" if is_stdout(path) else str(path)
+
+
 def is_stream(path: Path) -> bool:
     """Whether a path is a pipe, a device or one of this process's open files, to which output is only appended."""
     if _descriptor(path) is not None:

@@ -187,7 +187,7 @@ class Prompts:
         system = settings.system if own.system is None else own.system
         if not isinstance(prompt, str):
             if settings.raw:
-                raise BadLine("messages cannot be continued as they are, which --raw asks for")
+                raise BadLine("--raw is for prompts, not for messages")
             if own.system is not None:
                 raise BadLine("messages and system exclude each other: a message may have the role system")
         elif not settings.raw:

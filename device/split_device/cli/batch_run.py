@@ -15,7 +15,7 @@ import typer
 
 from split_common.errors import ConfigError
 from split_common.system.console import emit_json, stderr
-from split_common.system.outputs import check_absent, is_stream
+from split_common.system.outputs import check_absent, is_stream, output_name
 from split_common.system.process import allow_many_files
 from split_common.system.signals import delay_signals
 from split_device.batches.finish import finish
@@ -148,7 +148,7 @@ def note(text: str) -> None:
 def _say_begun(begun: Begun) -> None:
     record, name = begun.record, begun.place.name
     lines = "1 line" if record.lines == 1 else f"{record.lines} lines"
-    stderr.print(f"{name}: {lines} of {record.source} to {record.output}", soft_wrap=True)
+    stderr.print(f"{name}: {lines} of {record.source} to {output_name(Path(record.output))}", soft_wrap=True)
     if begun.resumed:
         stderr.print(f"resuming: {begun.resumed} of {record.jobs} are already answered", soft_wrap=True)
 
@@ -225,7 +225,7 @@ def report(begun: Begun, answered: Answered, seconds: float, json: bool) -> None
     """Says what became of a batch; exit code 1 if any line has an error."""
     summary, output = answered.summary, begun.record.output
     good = summary.lines - summary.errors
-    stderr.print(f"{output}: {good} answered{failures(summary.reasons)}", soft_wrap=True)
+    stderr.print(f"{output_name(Path(output))}: {good} answered{failures(summary.reasons)}", soft_wrap=True)
     if summary.first_error is not None:
         stderr.print(f"the first: {summary.first_error}", soft_wrap=True)
         stderr.print("to retry what failed, run the same command again", soft_wrap=True)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from split_common.errors import AgentError, ConfigError, UnknownJob
 from split_common.system.console import emit_json, print_text, stderr, stdout
-from split_common.system.outputs import check_output
+from split_common.system.outputs import check_output, output_name
 from split_device.batches.outputs import formatted, output_form, result_object, write_results
 from split_device.batches.place import find_batch, is_batch, places
 from split_device.batches.results import results
@@ -82,7 +82,7 @@ def batch_result(name: str, output: Path | None, store_key: Path | None, json: b
         found = results(plan, store, ended=True)
         if output is not None:
             written = write_results(output, output_form(output), found)
-            stderr.print(f"{output}: {written.lines} of {record.lines} lines", soft_wrap=True)
+            stderr.print(f"{output_name(output)}: {written.lines} of {record.lines} lines", soft_wrap=True)
         elif not json:
             for line in formatted(record.output_form, found):
                 print_text(line, end="")

@@ -15,7 +15,7 @@ import typer
 from split_common.cli.groups import grouped
 from split_common.cli.options import MODEL_PANEL, JsonOption
 from split_common.system.console import emit_json, print_text, read_stdin
-from split_common.system.outputs import is_stream
+from split_common.system.outputs import is_stream, output_name
 from split_common.system.process import passive_threads
 from split_common.system.signals import exit_on_sigterm
 from split_device.cli.checks import check_connection, check_prompt
@@ -76,8 +76,8 @@ def image(
 ) -> None:
     """Make an image with a split diffusion model.
 
-    Needs a running `lambda-split broker`, or Redis, and a `lambda-split worker --cut …` that serves the same model.
-    Ctrl-C ends the command, and no file is written.
+    Needs a running `lambda-split broker`, or Redis, and a `lambda-split worker` that serves the same model with the
+    same cut. Ctrl-C ends the command, and no file is written.
     """
     text = check_prompt(read_stdin() if prompt == "-" else prompt)
     check_image_output(output, start.init_image)
@@ -124,5 +124,5 @@ def _report(output: Path, made: Any, seed: int, seconds: float, denoiser: SplitD
     else:
         facts = f"{made.width}x{made.height}, seed {seed}, {seconds:.1f} s, {calls} calls of the worker"
         # Where the image went into a pipe, it may be stdout.
-        print_text(f"{output}: {facts}", stream=sys.stderr if is_stream(output) else sys.stdout)
+        print_text(f"{output_name(output)}: {facts}", stream=sys.stderr if is_stream(output) else sys.stdout)
         print_notes(made)

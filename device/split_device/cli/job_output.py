@@ -10,6 +10,7 @@ from typing import Any
 
 from split_common.errors import ConfigError
 from split_common.system.console import emit_json, stderr
+from split_common.system.outputs import output_name
 from split_device.cli.terminal import answer_line, print_notice, step_progress
 from split_device.images.files import notes, write_image
 from split_device.jobs.follow import follow, image_output, text_output
@@ -71,7 +72,7 @@ def report_image(job: Job, png: bytes, path: Path, json: bool, metadata: bool) -
     if json:
         emit_json(job_facts(job) | {"output": str(path), "notes": found})
         return
-    stderr.print(f"wrote {path}", soft_wrap=True)
+    stderr.print(f"wrote {output_name(path)}", soft_wrap=True)
     for note in found:
         stderr.print(f"note: {note}", soft_wrap=True)
 

@@ -11,6 +11,7 @@ import msgspec
 from rich.cells import cell_len, set_cell_size
 
 from split_common.models.checkpoint_files import model_name
+from split_common.models.split import Layers
 from split_device.jobs.hooks import Action
 from split_device.jobs.job import ImageTask, Job, Task
 from split_device.jobs.shown import job_facts, prompt_of, rate, reason, shown_state, title
@@ -108,6 +109,9 @@ def job_lines(job: Job, actions: list[Action]) -> Iterator[str]:
     yield from _lines({"prompt tokens": job.prompt_tokens, "finish reason": job.finish_reason})
     choice = msgspec.to_builtins(job.task.model)
     yield f"model: {choice.pop('name')}"
+    if isinstance(job.task, Task):
+        # As workers are told it, so that it can be copied.
+        yield f"layers: {Layers(choice.pop('head_layers'), -choice.pop('tail_layers') or None)}"
     yield from _lines(choice)
     settings = job.task.sampling if isinstance(job.task, Task) else job.task.settings
     yield from _lines(msgspec.to_builtins(settings))

@@ -14,7 +14,7 @@ from split_common.cli.groups import grouped
 from split_common.cli.options import JsonOption
 from split_common.errors import ConfigError
 from split_common.system.console import emit_json, print_text, stderr, stdout
-from split_common.system.outputs import check_absent, check_output
+from split_common.system.outputs import check_absent, check_output, output_name
 from split_device.batches.finish import prune as prune_batches
 from split_device.batches.place import is_batch
 from split_device.cli.batch_options import FormatOption, OverwriteOption, ProgressOption
@@ -45,7 +45,9 @@ app = typer.Typer(no_args_is_help=True, help="Manage the jobs that were submitte
 
 OutputDirOption = Annotated[
     Path | None,
-    typer.Option("--output-dir", metavar="DIR", help="Where to write images, as JOB.png. Made if it is missing."),
+    typer.Option(
+        "--output-dir", metavar="DIR", help="Where to write images, as JOB.png. Created if it does not exist."
+    ),
 ]
 
 
@@ -235,7 +237,7 @@ def export(
         return
     words = ", ".join(f"{count} {name}" for name, count in left_out.items())
     rest = f"; left out: {words} (--state exports them)" if words else ""
-    place = f" to {output}" if output is not None else ""
+    place = f" to {output_name(output)}" if output is not None else ""
     stderr.print(f"{len(ids)} job{'' if len(ids) == 1 else 's'} exported{place}{rest}", soft_wrap=True)
 
 

@@ -123,16 +123,14 @@ RawOption = Annotated[bool, typer.Option("--raw", help="Continue the prompt as i
 
 ShowOption = Annotated[
     list[Path] | None,
-    typer.Option(
-        "--show", metavar="FILE", help="Show the model this image, before the prompt. May be given more than once."
-    ),
+    typer.Option("--show", metavar="FILE", help="Show the model this image, before the prompt. May be repeated."),
 ]
 AllowedLocalMediaPathOption = Annotated[
     list[Path] | None,
     typer.Option(
         "--allowed-local-media-path",
         metavar="DIR",
-        help="Let requests refer to images below this directory by file:// URLs. May be given more than once. "
+        help="Let requests refer to images below this directory by file:// URLs. May be repeated. "
         "Without it, requests have to contain their images.",
     ),
 ]

@@ -114,7 +114,7 @@ class AnswerStream:
         name: a name of the answer, of which ids of calls are made; None for random ones.
 
     Raises:
-        ConfigError: the tokenizer's response template is not one.
+        ConfigError: the tokenizer's response template is invalid.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class AnswerStream:
                     lambda index: format_.call_id(answer, index),
                 )
             except ValueError as error:
-                raise ConfigError(f"the tokenizer's response template is not one: {error}") from None
+                raise ConfigError(f"the tokenizer's response template is invalid: {error}") from None
         self._text = TextStream(tokenizer, stop, before, visible)
         #: Number of tokens in which the model thought, those that begin and end it included.
         self.reasoning_tokens = 0

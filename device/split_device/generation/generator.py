@@ -146,7 +146,7 @@ class Generator:
         sampler = Sampler(self._model, request, self._layers.indivisible)
         tokens, capacity = sampler.max_length, self.capacity
         if capacity is not None and tokens > capacity:
-            raise PromptTooLong(f"{tokens} tokens exceed this device's kv_memory for {capacity}")
+            raise PromptTooLong(f"prompt and answer may take {tokens} tokens; kv_memory here holds {capacity}")
         if reason := sampler.finish_reason(generation.tokens):
             generation.finish(reason)
             return generation

@@ -275,12 +275,12 @@ class ImagePrompts:
         found = check_additions(self._stack, split, given)
         if any(index >= split.first for index in found):
             raise UnsupportedFeature(
-                "images of which features are added in the tail are not batched with other requests: use generate "
+                "images whose features are added in the tail are not batched with other requests: use generate "
                 "from Python"
             )
         if found and not self.packed:
             raise UnsupportedFeature(
-                "images of which features are added between layers are not batched with other requests if the "
+                "images whose features are added between layers are not batched with other requests if the "
                 "device's layers run one sequence at a time: use generate from Python"
             )
         return {index: features[0].cpu() for index, features in found.items()}

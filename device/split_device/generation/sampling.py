@@ -238,7 +238,7 @@ def _prepared(model: Any, given: GenerationConfig, prompt: int, own: list[Any]) 
     except UnsupportedFeature:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"a generation configuration that transformers refuses: {error}") from None
+        raise ConfigError(f"transformers refuses this generation configuration: {error}") from None
     if config.max_length <= prompt:
         raise ConfigError(f"max_new_tokens or max_length leave no token to generate after a prompt of {prompt}")
     return config, processors
@@ -265,7 +265,7 @@ def _generator(request: Request) -> torch.Generator:
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"this is not a sampler's state: {error}") from None
     elif request.generated:
-        raise ConfigError("to continue a sampled request takes its sampler's state, which is missing")
+        raise ConfigError("a sampled request cannot be continued without its sampler's state")
     elif request.seed is not None:
         generator.manual_seed(within_bounds("seed", request.seed) % SEED_BOUND)
     else:

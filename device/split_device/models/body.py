@@ -112,7 +112,7 @@ class RemoteLayer(OnWorker, PassThrough):
 
 
 class RemoteBody(RemoteLayer):
-    """The layer in the body's first slot. Refuses what cannot be split, by name, before anything is sent."""
+    """The layer in the body's first slot. Refuses what does not run split, by name, before anything is sent."""
 
     def attach(
         self, client: Client, split: Split, traits: Traits, history_memory: int, adapters: ModelAdapters

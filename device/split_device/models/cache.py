@@ -276,7 +276,7 @@ class SessionCacheLayer(BodyLayer):
                 full[:, :past] = cached
         elif mask.ndim != 2 or tuple(mask.shape) != (batch, past + tokens):
             raise UnsupportedFeature(
-                f"an attention mask of shape {tuple(mask.shape)} cannot be split: it must be 2-D, "
+                f"an attention mask of shape {tuple(mask.shape)} does not run split: it must be 2-D, "
                 f"[{batch}, {past + tokens}] (batch, cached and new tokens)"
             )
         else:
@@ -290,8 +290,8 @@ class SessionCacheLayer(BodyLayer):
             before = full.cummax(1).values & ~full
             if bool((before.cummax(1).values & full)[:, past:].any()):
                 raise UnsupportedFeature(
-                    "padding between tokens cannot be split with layers that count cache indices (sliding windows) "
-                    "or keep states (recurrences, convolutions)"
+                    "padding between tokens does not run split with layers that count cache indices (sliding "
+                    "windows) or keep states (recurrences, convolutions)"
                 )
         return cached, full[:, past:]
 

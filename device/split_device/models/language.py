@@ -118,7 +118,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         Raises:
             UnknownModel, UnsupportedArchitecture, InvalidSplit, MissingTensor, TensorMismatch: the model cannot be
                 loaded or split like this.
-            UnsupportedFeature: an adapter, or a default for `generate`, cannot be split.
+            UnsupportedFeature: an adapter, or a default for `generate`, does not run split.
             KeysError: the fleet's keys are missing or invalid, or no manifest lists the model or an adapter.
             ConfigError: an argument is invalid.
             BrokerUnreachable: the broker did not answer in time.
@@ -210,7 +210,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
                 one. A cache that an earlier call has filled keeps the id of that call.
 
         Raises:
-            UnsupportedFeature: an argument cannot be split; nothing was sent.
+            UnsupportedFeature: an argument does not run split; nothing was sent.
             PromptTooLong: the prompt exceeds the model's positions.
             ConfigError: a token of the prompt is not one of the model's, or the request id is not one.
             SplitError: the worker or the queue failed.

@@ -126,6 +126,6 @@ class PreparedStep:
         padded = (~self.columns).cummax(1).values & self.columns
         if not session.takes_padding and bool(padded.any()):
             raise UnsupportedFeature(
-                "padding cannot be split with this model, because its layers give a different result for a "
+                "padding does not run split with this model, because its layers give a different result for a "
                 "padded row: pass prompts one at a time, or of the same length"
             )

@@ -56,9 +56,9 @@ class OnWorker(nn.Module):
         """Raises UnsupportedFeature if the module is sealed."""
         if self._sealed is not None:
             raise UnsupportedFeature(
-                f"{change} of {self._sealed} cannot be split, because it is on the worker: merge an adapter into "
-                "the checkpoint that device and workers load, or give a language model's LoRA to both (adapter=, "
-                "--adapter). Load the model again: its parts here may have changed"
+                f"{change} of {self._sealed} does not run split, because it is on the worker: merge an adapter "
+                "into the checkpoint that device and workers load, or give a language model's LoRA to both "
+                "(adapter=, --adapter). Load the model again: its parts here may have changed"
             )
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -105,7 +105,7 @@ class SplitTransformer(SplitDenoiser):
         """Works like diffusers'.
 
         Raises:
-            UnsupportedFeature: an argument cannot be split; nothing was sent.
+            UnsupportedFeature: an argument does not run split; nothing was sent.
             SplitError: the worker or the queue failed.
         """
         given = arguments(self._signature, self, *args, **kwargs)

@@ -45,7 +45,7 @@ class SplitUNet2DConditionModel(SplitDenoiser, ChecksAdapter, UNet2DConditionMod
         """Works like diffusers'.
 
         Raises:
-            UnsupportedFeature: an argument cannot be split; nothing was sent.
+            UnsupportedFeature: an argument does not run split; nothing was sent.
             SplitError: the worker or the queue failed.
         """
         given = arguments(_SIGNATURE, self, *args, **kwargs)

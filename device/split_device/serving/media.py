@@ -40,8 +40,8 @@ def parse_image_url(url: str, at: int, where: str) -> MessageImage:
     if (path := _file_path(url)) is None:
         scheme = url.partition(":")[0][:20]
         raise ApiError(
-            f"{where}: {scheme!r} URLs are not fetched: send the image itself (data:image/png;base64,…), or name a "
-            f"file below a directory of {_ALLOW} (file:///…)",
+            f"{where}: {scheme!r} URLs are not fetched: send the image itself (data:image/png;base64,…), or the "
+            "file:// URL of a file that may be read here",
             param=where,
             code="unsupported_parameter",
         )

@@ -187,7 +187,7 @@ class ImageSession:
                 self._sent.clear()
                 if attempt == MAX_EMBEDDINGS:
                     session.close()
-                    raise SessionLost(f"{error}, though it was sent them {attempt} times") from None
+                    raise SessionLost(f"{error}: it has dropped them {attempt} times") from None
         raise AssertionError
 
     def is_spoilt(self, _step: DenoiseRequest) -> bool:

@@ -107,7 +107,10 @@ class WorkerWait:
     def over(self, worker: str) -> None:
         """Notes that a worker of this name has the session."""
         if self._lost:
-            taken = f"worker {worker} is there" if self._first else f"worker {worker} has taken over"
+            # A worker that only stalled may be the one that takes over.
+            same = self._lost.startswith(f"worker {worker} ")
+            news = "is there" if self._first else "is back" if same else "has taken over"
+            taken = f"worker {worker} {news}"
             self._say(taken if self._said else f"{self._lost}; {taken}")
         self._since, self._lost, self._pending = None, "", ""
         self._said = self._advised = self._first = False

@@ -359,7 +359,7 @@ class RemoteSession:
             if now >= too_slow_at and self.events.empty() and not self.patient:
                 if self._host.has_other(self.worker):
                     name, seconds = self.channel.worker_name, self._host.step_timeout
-                    raise WorkerSlow(f"worker {name!r} has not answered for {seconds:g} s")
+                    raise WorkerSlow(f"worker {name} has not answered for {seconds:g} s")
                 too_slow_at = time.monotonic() + self._host.step_timeout
             if self._host.transport.alive:
                 silent_since = None

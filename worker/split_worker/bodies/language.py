@@ -91,7 +91,7 @@ class Rows:
             if max(tokens, max(run.positions) + 1) > runner.max_positions:
                 raise PromptTooLong(f"a row exceeds the model's {runner.max_positions} positions")
             if tokens > (most := runner.store.capacity - runner.store.sequence_tokens):
-                raise PromptTooLong(f"{tokens} tokens exceed the worker's memory for {most}")
+                raise PromptTooLong(f"{tokens} tokens do not fit: the worker has memory for {most}")
         if isinstance(step, payloads.PlacedStep):
             check_placement(step, runner)
 
@@ -259,7 +259,7 @@ class LanguageBody:
         if self.quantization is not None:
             lines.append(self.quantization)
         if self._tuning is not None:
-            lines.append(f"measured on this CPU: {self._tuning}")
+            lines.append(f"fastest on this CPU, as measured: {self._tuning}")
         if self.adapters:
             lines.append(f"adapters: {', '.join(adapter.name for adapter in self.adapters)}")
         if self.runner.unpacked_because is not None:

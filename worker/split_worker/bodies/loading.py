@@ -87,7 +87,7 @@ def load_body(
     Raises:
         ConfigError: options do not fit the model or each other.
         InvalidSplit: the model cannot be cut like this.
-        UnsupportedFeature: an adapter cannot be split.
+        UnsupportedFeature: an adapter does not run split.
         ModelError: it cannot be loaded, or does not fit into memory.
         KeysError: the fleet has no manifest of it.
         TensorMismatch: the manifest names other tensors.

@@ -43,7 +43,7 @@ class UNetSpec(DenoiserSpec):
     `[rows, images, tokens, width]` with a scale for each of `body_attentions`.
 
     Raises:
-        ModelError, UnsupportedArchitecture: the configuration is malformed, or has blocks that cannot be split.
+        ModelError, UnsupportedArchitecture: the configuration is malformed, or has blocks that do not run split.
     """
 
     class_name: ClassVar[str] = "UNet2DConditionModel"
@@ -60,9 +60,11 @@ class UNetSpec(DenoiserSpec):
             config.get("mid_block_type") or "UNetMidBlock2DCrossAttn",
         }
         if strange := sorted(kinds - _BLOCKS):
-            raise UnsupportedArchitecture(f"{name}: blocks of type {strange[0]} cannot be split")
+            raise UnsupportedArchitecture(f"{name}: blocks of type {strange[0]} do not run split")
         if config.get("attention_type", "default") != "default":
-            raise UnsupportedArchitecture(f"{name}: attention of type {config['attention_type']!r} (GLIGEN)")
+            raise UnsupportedArchitecture(
+                f"{name}: GLIGEN (attention_type {config['attention_type']!r}) does not run split"
+            )
 
     @property
     def channels(self) -> list[int]:

@@ -42,8 +42,11 @@ def chat_choice(index: int, choice: Choice) -> dict[str, Any]:
 
 
 def chat_piece(index: int, piece: Choice, first: bool) -> dict[str, Any]:
-    """A piece of a streamed choice of a chat. The first one names the role."""
-    return _choice(index, {"delta": ({"role": "assistant"} if first else {}) | _delta(piece)}, piece)
+    """A piece of a streamed choice of a chat. The first one names the role, and always has a content."""
+    delta = _delta(piece)
+    if first:
+        delta = {"role": "assistant"} | (delta or {"content": ""})
+    return _choice(index, {"delta": delta}, piece)
 
 
 def chunk(header: Header, choice: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +72,7 @@ def assistant_message(text: str, reasoning: str, deltas: Iterable[ToolCallDelta]
 
 
 def _delta(piece: Choice) -> dict[str, Any]:
-    """What a piece adds to the message. A piece without anything has an empty content."""
+    """What a piece adds to the message: nothing, if it only says that the answer has ended."""
     calls = [
         {"index": delta.index, "id": delta.id, "type": "function", "function": _function(delta)}
         if delta.id
@@ -78,7 +81,7 @@ def _delta(piece: Choice) -> dict[str, Any]:
     ]
     return {
         **_reasoning(piece.reasoning),
-        **({"content": piece.text} if piece.text or not (calls or piece.reasoning) else {}),
+        **({"content": piece.text} if piece.text else {}),
         **({"tool_calls": calls} if calls else {}),
     }
 

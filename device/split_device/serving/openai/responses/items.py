@@ -203,6 +203,6 @@ def _content(
 def _image(part: _Part, at: int, where: str) -> MessageImage:
     if part.image_url is None:
         raise ApiError(
-            f"{where}: an image is taken by its image_url", param=f"{where}.image_url", code="unsupported_parameter"
+            f"{where}: images need an image_url here", param=f"{where}.image_url", code="unsupported_parameter"
         )
     return parse_image_url(part.image_url, at, f"{where}.image_url")
