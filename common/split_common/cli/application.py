@@ -47,7 +47,7 @@ EXTRAS = {"diffusers": "'lambda-split[diffusion]'", "PIL": "'lambda-split[diffus
 OUTPUT = "output"
 
 #: Loggers of libraries that warn while they are imported, whether they are used or not.
-_CHATTY = ("bitsandbytes", "torch.utils._pytree", "torchao")
+_CHATTY = ("bitsandbytes", "diffusers.quantizers.torchao", "torch.utils._pytree", "torchao")
 
 # Pretty exceptions would print local variables, among them keys and prompts. Help is Markdown, because Rich's own
 # markup would remove the brackets of 'lambda-split[gguf]'.
