@@ -213,7 +213,7 @@ def test_an_answer_is_stopped_before_it_begins(page: Page) -> None:
     expect(page.locator("article.assistant .facts")).to_have_text("stopped")
     expect(answers(page)).to_be_empty()
     page.unroute("**/v1/chat/completions")
-    page.get_by_role("button", name="Regenerate").click()
+    page.get_by_role("button", name="Try again").click()
     answered(page)
     expect(answers(page)).not_to_be_empty()
 
