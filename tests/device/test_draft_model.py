@@ -18,6 +18,7 @@ from split_device.cli.doctor_draft import asked_draft_model, draft_findings
 from split_device.generation.draft_model import DraftModel
 from split_device.generation.generator import Generation, Generator, Request
 from split_device.speculation.speculation import Speculation
+from split_device.speculation.spine import SpineDrafter, SpinePredictor
 from wiretap import LATE
 
 pytestmark = pytest.mark.usefixtures("patient_queue")
@@ -241,6 +242,25 @@ def test_what_cannot_draft_is_refused_by_name(split: Any, checkpoint: Path, draf
         generator.submit(Request([5], greedy(1), speculate=f"draft:{drafting}"))
     with split_model(longrope) as model, pytest.raises(UnsupportedFeature, match="cannot be done with this model"):
         Generator(model, speculate=f"draft:{checkpoint}")
+
+
+def test_what_a_draft_model_expects() -> None:
+    predictor = SpinePredictor()
+    drafter = SpineDrafter(predictor)
+    drafter.extend([1, 2])
+    assert (drafter.draft(5), drafter.draft_tree(5).tokens) == ([], [])
+    assert predictor.expect({7: 0.01, 8: 0.005}) == 0.01
+    predictor.shorten()
+    assert drafter.draft(5) == [7], "a pace would never learn that the model is unsure"
+    predictor.forget()
+    for chances in ({7: 0.6, 8: 0.3}, {9: 0.5, 3: 0.1}, {4: 0.01}):
+        predictor.expect(chances)
+    predictor.shorten()
+    assert (drafter.draft(5), drafter.draft(1)) == ([7, 9], [7])
+    tree = drafter.draft_tree(3)
+    assert (tree.tokens, tree.parents) == ([7, 8, 9], [-1, -1, 0])
+    drafter.extend([8])
+    assert drafter.draft(5) == []
 
 
 def test_doctor_tries_a_draft_model(checkpoint: Path, drafting: Path, tmp_path: Path) -> None:

@@ -181,7 +181,9 @@ class DraftModel:
             for (sequence, _), expected in zip(parts, _likeliest(logits), strict=True):
                 chances[sequence] *= sequence.predictor.expect(expected)
                 spine = sequence.predictor.spine
-                if chances[sequence] >= LEAST_CHANCE and len(spine) < limits[sequence]:
+                if chances[sequence] < LEAST_CHANCE:
+                    sequence.predictor.shorten()
+                elif len(spine) < limits[sequence]:
                     going.append((sequence, spine[-1:]))
             parts = going
 

@@ -16,7 +16,7 @@ from split_device.generation.local_layers import KV_MEMORY, LocalLayers
 from split_device.speculation.drafters import check_choice
 from split_device.speculation.names import AUTO, DRAFT, OFF, draft_model
 from split_device.speculation.speculation import Cycle, Pace, Speculation
-from split_device.speculation.tree import PredictedDrafter
+from split_device.speculation.spine import SpineDrafter
 
 #: How many of a request's first tokens its drafter gets, the last ones. It looks at them on the generator's thread,
 #: which all requests share: at most some 12 µs a token, so 0.2 s once.
@@ -117,8 +117,7 @@ class Drafting:
             return None
         self._sequences[request] = sequence
         sequence.wanted = self._model_pace.pays
-        drafter = PredictedDrafter(sequence.predictor)
-        return Speculation(self._model_pace, drafter, True, lambda: self._ended(request))
+        return Speculation(self._model_pace, SpineDrafter(sequence.predictor), True, lambda: self._ended(request))
 
     def _ended(self, request: ActiveRequest) -> None:
         if self._model is not None and (sequence := self._sequences.pop(request, None)) is not None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from split_device.speculation.tree import PredictedDrafter
+
 #: Where one is after a token that is not the likeliest one: nothing is known of what follows.
 ASIDE = -1
 
@@ -43,6 +45,12 @@ class SpinePredictor:
         self._chances.append(dict(chances))
         return chances[token]
 
+    def shorten(self) -> None:
+        """Takes back the continuation's last token, unless it is the only one."""
+        if len(self.spine) > 1:
+            self.spine.pop()
+            self._chances.pop()
+
     def learn(self, tokens: Sequence[int], logits: torch.Tensor) -> None:
         """Does nothing: the draft model has learned before."""
 
@@ -54,3 +62,17 @@ class SpinePredictor:
 
     def expected(self, state: int) -> dict[int, float]:
         return self._chances[state] if 0 <= state < len(self._chances) else {}
+
+
+class SpineDrafter(PredictedDrafter[int]):
+    """Drafts what was computed of a draft model's continuation. A `Drafter`.
+
+    Its first token is drafted however unlikely it is: that it is wrong is what shows that drafts do not pay.
+    """
+
+    def __init__(self, predictor: SpinePredictor) -> None:
+        super().__init__(predictor)
+        self._spine = predictor
+
+    def draft(self, limit: int) -> list[int]:
+        return self._spine.spine[:limit]
