@@ -67,6 +67,12 @@ def test_a_tokenizer_does_not_run_its_code(model: Path, marker: Path, auto_map: 
     assert not marker.exists()
 
 
+def test_settings_of_a_tokenizer_that_no_text_can_use_are_refused_when_it_is_loaded(model: Path) -> None:
+    change(model / "tokenizer_config.json", model_max_length="long")
+    with pytest.raises(UnknownModel, match=r"the tokenizer of .* cannot be loaded"):
+        load_tokenizer(str(model))
+
+
 def test_a_known_type_is_loaded_without_the_code_that_comes_with_it(model: Path, marker: Path) -> None:
     auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     change(model / "config.json", auto_map=auto_map)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from fleet import running_broker, start_worker
 from split_common.cli import main
 from split_common.errors import ConfigError, SplitError
 from split_common.models.split import DEFAULT_LAYERS
@@ -26,6 +27,7 @@ from split_common.system.servers import free_port
 from split_device.cli.stress import parse_chaos
 from split_device.stress import images, tiny_model, tiny_unet
 from split_device.stress.chaos import INTERVALS, Chaos
+from split_device.stress.device import run_device
 from split_device.stress.events import Answered, Asked, Decoded, Failed, Traffic, decode, encode
 from split_device.stress.ledger import Ledger
 from split_device.stress.memory import MIB, Memory, Resident
@@ -35,6 +37,7 @@ from split_device.stress.processes import Supervised
 from split_device.stress.proxy import Proxy
 from split_device.stress.report import percentiles, report
 from split_device.stress.workload import draw as draw_request
+from split_worker.worker import Worker
 from wiretap import LATE, wait_until
 
 RNG = random.Random(0)
@@ -505,3 +508,41 @@ def test_without_matplotlib_plot_says_what_is_missing(
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     assert main(["stress", "--plot", "out.png"]) == 2
     assert "pip install 'lambda-split[plot]'" in capsys.readouterr().err
+
+
+# --- devices -----------------------------------------------------------------------------------------------
+
+
+def test_a_device_that_joins_while_all_workers_are_away_waits_for_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tiny_model.build(tmp_path / "model", 0)
+    workers: list[Worker] = []
+    with running_broker() as broker:
+
+        def join() -> None:
+            wait_until(lambda: broker.counters["bounced_no-worker"])
+            workers.append(start_worker(checkpoint, broker.address))
+
+        joining = threading.Thread(target=join)
+        joining.start()
+        try:
+            run_device(
+                str(checkpoint),
+                broker.address,
+                0,
+                kind="text",
+                seed=0,
+                requests=1,
+                reference=None,
+                layers=DEFAULT_LAYERS,
+                keys=None,
+            )
+        finally:
+            joining.join()
+            for worker in workers:
+                worker.stop()
+    # The first line says that the process is ready.
+    _, *lines = capsys.readouterr().out.splitlines()
+    (answered,) = [event for event in map(decode, lines) if isinstance(event, Answered)]
+    assert answered.equal

@@ -51,8 +51,12 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
     place = files if isinstance(files, Path) else files.name
     try:
         if isinstance(files, Checkpoint) and (gguf := files.gguf) is not None:
-            return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+        # Some of its settings, such as model_max_length, are not looked at before the first text.
+        tokenizer("a")
+        return tokenizer
     except Exception as error:
         if _brings_code(files):
             raise UnsupportedArchitecture(

@@ -83,6 +83,8 @@ def run_device(
         "keys": keys,
         "timeout": BROKER_TIMEOUT,
         "patience": WORKER_PATIENCE,
+        # Under faults all workers may be away when a device joins.
+        "wait_for_first": True,
     }
     workload: WorkloadModel
     if kind == "image":

@@ -26,7 +26,7 @@ from split_common.trust.keys import ModelScope, Role
 
 #: Bytes in a peer's lane above which it takes no message larger than `SMALL_BYTES`. A lane is read in order, so
 #: large ones that wait in it delay the next token of everybody else.
-CROWDED_BYTES = 64 * 1024 * 1024
+CROWDED_BYTES = 32 * 1024 * 1024
 SMALL_BYTES = 64 * 1024
 
 #: Seconds after which a member's list expires unless one of its processes renews it.
