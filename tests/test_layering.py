@@ -41,6 +41,7 @@ FLOORS = {
         "sessions",
         "repeats",
         "requests",
+        "waiting",
         "compute",
         "worker",
         "cli",

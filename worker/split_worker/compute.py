@@ -18,10 +18,10 @@ from split_common.engine.scheduler import BatchDelay, Scheduler
 from split_common.engine.steps import ScheduledChunk, ScheduledStep
 from split_common.errors import Busy, Evicted, Malformed, SplitError
 from split_common.protocol import payloads
-from split_common.trust.shares import Usage
 from split_worker.bodies.base import AnyBody, Forward
 from split_worker.requests import Closed, PendingRequest, refusal
 from split_worker.sessions import Session, SessionTable
+from split_worker.waiting import WaitingRequests
 from split_worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -92,8 +92,7 @@ class ComputeLoop:
         self._thread = threading.Thread(target=self._run, name="lambda-split-compute", daemon=True)
         #: When the last batch was complete, in seconds of `time.perf_counter`.
         self._completed = 0.0
-        #: Bytes of requests that wait to be computed, by member. Used under the lock.
-        self._queued = Usage()
+        self._waiting = WaitingRequests()
         #: Forwards and the rows in them, steps and their tokens, microseconds that steps waited and that forwards
         #: took, evictions, and refusals by reason.
         self.counters: Counter[str] = Counter()
@@ -103,26 +102,23 @@ class ComputeLoop:
 
     def put(self, request: PendingRequest) -> None:
         """Queues a request. Called under the lock."""
-        self._queued.add(request.session.member, request.queued_bytes)
+        self._waiting.add(request)
         self._inbox.put(request)
 
     @property
     def queued_bytes(self) -> int:
         """Bytes of requests that wait to be computed."""
-        return self._queued.total
+        return self._waiting.total
 
     def is_full(self, member: str, size: int) -> bool:
-        """Whether the queue is full, and has so much of the member that another `size` bytes exceed its share.
-
-        Other members may still add to a full queue, each as much as its share. Called under the lock.
-        """
-        most = self._sessions.limits.max_queued_bytes
-        if self._queued.total + size <= most:
-            return False
-        return self._queued[member] + size > self._queued.level(most, member, size)
+        """Whether another `size` bytes of a member are refused for now. Called under the lock."""
+        return self._waiting.is_full(member, size, self._sessions.limits.max_queued_bytes)
 
     def wake(self) -> None:
-        """Makes the loop free closed sessions soon. Called on any thread."""
+        """Lets go of what closed sessions wait for, and makes the loop free them soon. Called on any thread."""
+        with self._lock:
+            for session in self._sessions.closed:
+                self._waiting.release(session)
         self._inbox.put(None)
 
     def stop(self) -> None:
@@ -286,13 +282,15 @@ class ComputeLoop:
     def _begin(self, request: PendingRequest) -> Sequence[Any]:
         """The runs of a request. Raises the error that it is refused with."""
         session, payload = request.session, request.payload
+        with self._lock:
+            data = self._waiting.begin(request)
         if isinstance(payload, payloads.Fork):
             if request.header.seq or session.state.holds_memory:
                 raise Malformed("only the first request of a session may make it a copy of another one")
             self._fork(session, payload)
             return []
         began = time.perf_counter()
-        runs = self._body.begin(session.state, payload, request.tensor)
+        runs = self._body.begin(session.state, payload, data)
         request.host_seconds += time.perf_counter() - began
         return runs
 
@@ -311,7 +309,7 @@ class ComputeLoop:
             seconds: how long the forward took that completed it; 0 if it needed none.
         """
         with self._lock:
-            self._queued.add(request.session.member, -request.queued_bytes)
+            self._waiting.answered(request)
         if isinstance(outcome, Closed):
             return
         began = time.perf_counter()

@@ -56,6 +56,12 @@ class PendingRequest:
     arrived: float
     #: Seconds that this process has spent on it so far, apart from waiting and forwards.
     host_seconds: float = 0.0
+    #: Whether its tensor was let go, because the session was closed before it began.
+    released: bool = False
+
+    def release(self) -> None:
+        """Lets go of its tensor."""
+        self.tensor, self.released = memoryview(b""), True
 
     @property
     def tokens(self) -> int:

@@ -349,9 +349,9 @@ class Worker:
         return session
 
     def _free_tokens(self) -> int | None:
-        """Tokens that fit into the free KV memory; None if sessions take none."""
+        """Tokens that fit into the KV memory once closed sessions are freed; None if sessions take none."""
         store = self._body.store
-        return store.free_tokens if store is not None else None
+        return store.free_tokens + self._sessions.closed_tokens if store is not None else None
 
     def _end_epochs(self, channel: OpenChannel, header: headers.Relay) -> None:
         """Closes earlier epochs of a device's session, whose requests are refused from now on."""
