@@ -72,6 +72,11 @@ class Trace:
         self.sizes.append(size)
         self.times.append(time.perf_counter())
 
+    def until_the_last_answer(self) -> Trace:
+        """Without what ends the session, which would tell of a cut trace that it is a short one."""
+        end = 1 + max(index for index, size in enumerate(self.sizes) if size < 0)
+        return Trace(self.sizes[:end], self.times[:end])
+
     @property
     def gaps(self) -> list[float]:
         """Seconds between each message and the one before."""
@@ -124,7 +129,8 @@ def _record(model: Path, pads: bool, options: argparse.Namespace) -> tuple[list[
             for generation in generations:
                 generation.result()
             steps = generator.counters["steps"]
-    return [traces[str(each.session)] for each in generations], [index for index, _ in order], steps
+    found = [traces[str(each.session)].until_the_last_answer() for each in generations]
+    return found, [index for index, _ in order], steps
 
 
 def _tap(split: Any) -> dict[str, Trace]:
