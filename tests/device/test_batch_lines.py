@@ -124,6 +124,8 @@ def test_errors_name_their_line(tmp_path: Path) -> None:
     [
         (request("a").encode("utf-16"), "is UTF-16: save it as UTF-8"),
         (request("a").encode("utf-16-le"), "is not text: it has a NUL byte"),
+        # As a device without an end gives them.
+        (bytes(source.MAX_LINE + 2), "is not text: it has a NUL byte"),
         (b"\xef\xbb\xbf\n \r\n", "has no lines"),
         (b"", "has no lines"),
         (None, "cannot be read"),

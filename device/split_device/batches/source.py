@@ -87,9 +87,15 @@ class Source:
         yield from self._read()
 
     def _read(self) -> Iterator[bytes | None]:
-        """Lines of the file; None for one that is too long. Only a line feed ends a line."""
+        """Lines of the file; None for one that is too long. Only a line feed ends a line.
+
+        Raises:
+            ConfigError: one that is too long is not text, and may have no end: that of a device, say.
+        """
         while text := self._file.readline(MAX_LINE + 1):
             whole = len(text) <= MAX_LINE
+            if not whole and b"\0" in text:
+                raise ConfigError(f"{self.name} is not text: it has a NUL byte")
             while not text.endswith(b"\n") and (rest := self._file.readline(MAX_LINE)):
                 text, whole = rest, False
             yield text if whole else None
