@@ -23,6 +23,7 @@ from split_common.engine.linear import pack_linears
 from split_common.engine.pool import PagePool
 from split_common.engine.runner import Runner, build_runner
 from split_common.engine.sequences import KVSequence, TokenRun
+from split_common.engine.trees import Kept, depths
 from split_common.engine.tuning import UNMEASURED
 from split_common.errors import Evicted, ModelError
 from split_common.models.loading import load_part, read_spec
@@ -85,12 +86,17 @@ class Pair:
     positions: list[int] = field(default_factory=list)
 
 
+def path_to(parents: list[int], node: int) -> list[int]:
+    """The nodes of a tree from its root to this one."""
+    return [*path_to(parents, parents[node]), node] if node >= 0 else []
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Prefill, decode, rollback, fork, reorder and close in any order and mix."""
 
     engine: Runner
     oracle: Runner
-    steps = 0
+    steps = trees = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,6 +137,50 @@ class EngineMachine(RuleBasedStateMachine):
         (output,) = self.oracle.run([TokenRun(row, pair.states, pair.positions)])
         row.free()
         return output
+
+    @precondition(lambda self: self.pairs and self.engine.takes_trees)
+    @rule(pick=st.integers(0, 5), draws=st.lists(st.integers(0, 7), min_size=2, max_size=9), later=st.booleans())
+    def branch(self, pick: int, draws: list[int], later: bool) -> None:
+        """A tree beside a neighbour's decoding; then one of its paths stays, at once or with the next step."""
+        pair, neighbour = self.pairs[pick % len(self.pairs)], self.pairs[(pick + 1) % len(self.pairs)]
+        if len(pair.positions) + len(draws) > 100:
+            return
+        parents = [draw % (node + 1) - 1 for node, draw in enumerate(draws)]
+        begin, first = len(pair.positions), pair.positions[-1] + 1 if pair.positions else 0
+        states = torch.randn(len(draws), self.engine.width, generator=self.generator)
+        places = [first + depth for depth in depths(parents)]
+        runs = [TokenRun(pair.row, states, places, parents=parents)]
+        if neighbour is not pair and len(neighbour.positions) < 100:
+            place = [neighbour.positions[-1] + 1 if neighbour.positions else 0]
+            runs.append(TokenRun(neighbour.row, states[:1], place))
+            neighbour.states, neighbour.positions = (
+                torch.cat([neighbour.states, states[:1]]),
+                neighbour.positions + place,
+            )
+        outputs = self.engine.run(runs)
+        before = Pair(pair.row, pair.states, pair.positions)
+        for leaf in {len(draws) - 1, draws[0] % len(draws)}:
+            path = path_to(parents, leaf)
+            pair.states = torch.cat([before.states, states[path]])
+            pair.positions = [*before.positions, *(places[node] for node in path)]
+            wanted = self.recompute(pair)[-len(path) :]
+            torch.testing.assert_close(outputs[0][path], wanted, atol=2e-4 * float(wanted.abs().max()), rtol=1e-3)
+        type(self).trees += 1
+        type(self).steps += len(runs)
+        kept = path[: draws[1]]
+        pair.states = torch.cat([before.states, states[kept]])
+        pair.positions = [*before.positions, *(places[node] for node in kept)]
+        if not later:
+            pair.row.keep(begin, kept)
+            return
+        state, place = torch.randn(1, self.engine.width, generator=self.generator), [first + len(kept)]
+        run = TokenRun(pair.row, state, place, kept=Kept(begin, kept))
+        free, cost = self.engine.store.free, run.memory(1)
+        pair.states, pair.positions = torch.cat([pair.states, state]), pair.positions + place
+        (output,) = self.engine.run([run])
+        assert free - self.engine.store.free <= max(0, cost)
+        wanted = self.recompute(pair)[-1:]
+        torch.testing.assert_close(output, wanted, atol=2e-4 * float(wanted.abs().max()), rtol=1e-3)
 
     @precondition(lambda self: self.pairs)
     @rule(pick=st.integers(0, 5), tokens=st.integers(1, 30))
@@ -199,6 +249,8 @@ def test_any_mix_of_steps(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         settings=settings(max_examples=16, stateful_step_count=30, deadline=None, database=None, derandomize=True),
     )
     assert machine.steps > 50
+    assert (machine.trees > 5) == engine.takes_trees
+    assert engine.takes_trees == (arch not in SEPARATE)
 
 
 @pytest.mark.numbers

@@ -63,6 +63,48 @@ def test_a_fork_shares_pages_until_one_of_the_two_writes() -> None:
     assert pool.free == 8
 
 
+@given(
+    st.integers(0, 40),
+    st.sets(st.integers(0, 20)),
+    st.integers(0, 3),
+    st.booleans(),
+)
+def test_what_is_kept_moves_to_the_front(past: int, chosen: set[int], more: int, shared: bool) -> None:
+    pool = make_pool()
+    sequence = pool.new_sequence()
+    for token in range(past + 21):
+        write(pool, sequence, 1, float(token))
+    whole = read(pool, sequence)
+    twin = sequence.fork() if shared else None
+    kept = sorted(chosen)
+    free, cost = pool.free, sequence.cost_after(past, kept, more)
+    sequence.keep(past, kept)
+    write(pool, sequence, more, 99.0)
+    assert free - pool.free <= max(0, cost)
+    assert read(pool, sequence) == [*whole[:past], *(whole[past + index] for index in kept), *[99.0] * more]
+    assert twin is None or read(pool, twin) == whole
+    sequence.free()
+    if twin is not None:
+        twin.free()
+    assert pool.free == pool.pages
+
+
+def test_a_full_pool_keeps_what_it_can_without_pages() -> None:
+    pool = make_pool(pages=1)
+    sequence = pool.new_sequence()
+    for token in range(4):
+        write(pool, sequence, 1, float(token))
+    twin = sequence.fork()
+    with pytest.raises(OutOfPages):
+        sequence.keep(1, [1])
+    assert read(pool, sequence) == read(pool, twin) == [0.0, 1.0, 2.0, 3.0]
+    sequence.keep(1, [0])
+    assert read(pool, sequence) == [0.0, 1.0]
+    twin.free()
+    sequence.keep(0, [1])
+    assert read(pool, sequence) == [1.0]
+
+
 def test_a_full_pool_refuses_and_changes_nothing() -> None:
     pool = make_pool(pages=2)
     first, second = pool.new_sequence(), pool.new_sequence()

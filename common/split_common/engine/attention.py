@@ -42,6 +42,14 @@ class Span:
     count: int
     #: Begin and end, in the span, of tokens that each attend to those after them as well.
     both_ways: tuple[tuple[int, int], ...] = ()
+    #: The token of the span that each one follows, -1 for the sequence's last one before the span; empty if each
+    #: follows the one before it.
+    parents: tuple[int, ...] = ()
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether each token attends to all tokens before it, and to no others."""
+        return not self.both_ways and not self.parents
 
 
 class AttentionPlan(Protocol):
@@ -73,6 +81,8 @@ class Backend(Protocol):
     page_tokens: int
     #: Whether decoding batches can be captured in CUDA graphs.
     capturable: bool
+    #: Whether it attends to spans that are not causal. If not, `sdpa` attends to these.
+    any_mask: bool
 
     def plan(self, pool: PagePool, spans: Sequence[Span], device: torch.device) -> AttentionPlan:
         """Prepares the attention of a batch, whose layers begin on `device`."""

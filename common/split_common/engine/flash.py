@@ -44,6 +44,7 @@ class FlashAttention:
     name = "flash"
     page_tokens = FLASH_PAGE_TOKENS
     capturable = True
+    any_mask = False
 
     def plan(self, pool: PagePool, spans: Sequence[Span], device: torch.device) -> FlashPlan:
         held = [span.sequence.pages for span in spans]

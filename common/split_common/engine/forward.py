@@ -50,5 +50,9 @@ class Executor(Protocol):
     def attention(self) -> str | None:
         """The name of the attention backend; None if sequences run one at a time."""
 
+    @property
+    def takes_trees(self) -> bool:
+        """Whether it takes runs with parents."""
+
     def launch(self, runs: Sequence[TokenRun[Any]]) -> Forward:
         """Starts a forward that appends tokens to sequences of the store."""

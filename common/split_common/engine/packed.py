@@ -15,8 +15,8 @@ from split_common.engine.forward import Forward
 from split_common.engine.graphs import DecodeGraphs, new_capture
 from split_common.engine.layers import LayerRange
 from split_common.engine.lora import AdapterNumber, adapting, is_adapted
+from split_common.engine.mixed import plan_batch
 from split_common.engine.pool import PagedSequence, PagePool
-from split_common.engine.sdpa import SdpaAttention
 from split_common.engine.sequences import TokenRun, positions_of
 
 
@@ -33,6 +33,8 @@ class PackedExecutor:
         self._layers = layers
         self.store = pool
         self.backend = backend
+        #: Whether the output of a token in a tree was found to be that of the path to it.
+        self.takes_trees = False
         #: Graphs of decoding batches; None unless `capture_graphs` was called.
         self.graphs: DecodeGraphs | None = None
 
@@ -57,13 +59,13 @@ class PackedExecutor:
     @torch.inference_mode()
     def launch(self, runs: Sequence[TokenRun[PagedSequence]]) -> Forward:
         """Appends the runs' tokens to their sequences. Raises OutOfPages if the pool lacks memory."""
-        # Decoding sequences come first, so that attention can take them together.
-        order = sorted(range(len(runs)), key=lambda index: len(runs[index].positions) > 1)
+        # Decoding sequences come first, so that attention can take them together, and what is not causal last.
+        order = sorted(range(len(runs)), key=lambda index: _rank(runs[index]))
         runs = [runs[index] for index in order]
         spans, new_slots, begin = [], [], 0
         for run in runs:
             new_slots.append(run.sequence.append(run.cost))
-            spans.append(Span(run.sequence, begin, run.cost, tuple(run.spans)))
+            spans.append(Span(run.sequence, begin, run.cost, tuple(run.spans), tuple(run.parents)))
             begin += run.cost
         states = torch.cat([run.states for run in runs])
         positions = positions_of([place for run in runs for place in run.places])
@@ -93,9 +95,7 @@ class PackedExecutor:
     ) -> torch.Tensor:
         layers, tokens = self._layers, len(states)
         counts, padding = [span.count for span in spans], 0
-        # Kernels that know causal masks alone cannot show a token those after it.
-        backend = SdpaAttention() if any(span.both_ways for span in spans) else self.backend
-        plan = backend.plan(self.store, spans, layers.device)
+        plan = plan_batch(self.backend, self.store, spans, layers.device)
         if layers.device.type == "cpu" and (padding := layers.tuning.padded(tokens) - tokens):
             states, positions = pad(states, (0, 0, 0, padding)), pad(positions, (0, padding))
         with_padding = [*counts, padding] if padding else counts
@@ -109,3 +109,8 @@ class PackedExecutor:
             return self._layers.forward(states, positions, use_cache=False)
         finally:
             attention.current.reset(token)
+
+
+def _rank(run: TokenRun[PagedSequence]) -> tuple[bool, bool]:
+    """The place of a run in a batch."""
+    return bool(run.spans) or bool(run.parents), run.cost > 1

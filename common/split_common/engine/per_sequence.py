@@ -15,7 +15,7 @@ from split_common.engine.forward import Forward
 from split_common.engine.layers import LayerRange
 from split_common.engine.lora import adapting
 from split_common.engine.sequences import Place, TokenRun, positions_of
-from split_common.errors import Evicted
+from split_common.errors import Evicted, UnsupportedFeature
 from split_common.models.cache_layers import (
     States,
     TokenCounter,
@@ -160,6 +160,16 @@ class CachedSequence:
         self._rewind(tokens)
         self._resize(tokens)
 
+    def keep(self, begin: int, kept: Sequence[int]) -> None:
+        if [*kept] != [*range(len(kept))]:
+            raise UnsupportedFeature(
+                "from layers that run one sequence at a time, only the last tokens can be dropped"
+            )
+        self.truncate(begin + len(kept))
+
+    def cost_after(self, begin: int, kept: Sequence[int], tokens: int) -> int:
+        return self._store.tokens_of(begin + len(kept) + tokens) - self._store.tokens_of(self.length)
+
     def _rewind(self, tokens: int) -> None:
         """Makes the cache one of `tokens` tokens, or of fewer, the next ones of which are pending."""
         self._seen = tokens
@@ -263,6 +273,7 @@ class PerSequenceExecutor:
     """Runs each sequence of a batch in a forward of its own, by the layers' own attention (an `Executor`)."""
 
     attention = None
+    takes_trees = False
 
     def __init__(self, layers: LayerRange, store: CacheStore) -> None:
         self._layers = layers

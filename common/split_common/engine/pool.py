@@ -8,6 +8,7 @@ so that it and its neighbours can grow.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -56,6 +57,49 @@ class PagedSequence:
         del self.pages[keep:]
         self.length = tokens
         self.contiguous = self.contiguous or _follow(self.pages)
+
+    def keep(self, begin: int, kept: Sequence[int]) -> None:
+        """Drops all tokens from index `begin` on but those with these indices, counted from there, ascending.
+
+        Those that stay move to the front, in pages of this sequence alone.
+
+        Raises:
+            OutOfPages: the pool has too few free pages. The sequence is unchanged.
+        """
+        first, end = begin + _in_place(kept), begin + len(kept)
+        if first < end:
+            shared = self._shared_pages(first, end)
+            if len(shared) > self.pool.free:
+                raise OutOfPages
+            sources = self.slots(begin)[list(kept)[first - begin :]]
+            for index in shared:
+                page = self.pages[index]
+                self.pages[index] = self.pool.copy(
+                    page, self.pool.page_tokens, self.pages[index - 1] if index else None
+                )
+                self.pool.release([page])
+            if shared:
+                self.contiguous = _follow(self.pages)
+            self.pool.move(sources, self.slots(first)[: end - first])
+        self.truncate(end)
+
+    def cost_after(self, begin: int, kept: Sequence[int], tokens: int) -> int:
+        """How many pages keeping these tokens, and then appending `tokens` tokens, takes from the pool."""
+        first, end = begin + _in_place(kept), begin + len(kept)
+        copied = self._shared_pages(first, end)
+        # The last page is written to in any case, unless it is full.
+        if tokens and end % self.pool.page_tokens and end == first:
+            copied = self._shared_pages(end - 1, end)
+        return len(copied) + self._pages(end + tokens) - self._pages(end)
+
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens // self.pool.page_tokens)
+
+    def _shared_pages(self, begin: int, end: int) -> list[int]:
+        """Which of its pages that hold the tokens `[begin, end)` are shared: their indices."""
+        size = self.pool.page_tokens
+        pages = range(begin // size, -(-end // size)) if begin < end else ()
+        return [index for index in pages if self.pool.is_shared(self.pages[index])]
 
     def fork(self) -> PagedSequence:
         """Returns a sequence with the same tokens. The two share each page until one of them writes to it."""
@@ -205,6 +249,14 @@ class PagePool:
             values[target : target + tokens] = values[source : source + tokens]
         return twin
 
+    @torch.inference_mode()
+    def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        """Copies the tokens in some slots to others, int64 `[tokens]` each. Sources may be among the targets."""
+        for keys, values in self.layers.values():
+            here, there = (torch.from_numpy(slots).to(keys.device) for slots in (sources, targets))
+            for storage in (keys, values):
+                storage.index_copy_(0, there, storage.index_select(0, here))
+
     def share(self, pages: list[int]) -> None:
         """Adds an owner to each page."""
         self._references[pages] += 1
@@ -236,6 +288,11 @@ class PagePool:
         # No sequence can grow into a gap at the start of the pool, so that gap is filled from its start.
         first = int(edges[largest]) + 1
         return first if largest == 0 else first + int(gaps[largest]) // 2
+
+
+def _in_place(kept: Sequence[int]) -> int:
+    """How many tokens at the front stay where they are."""
+    return next((place for place, index in enumerate(kept) if place != index), len(kept))
 
 
 def _follow(pages: list[int]) -> bool:

@@ -23,6 +23,7 @@ from split_common.engine.per_sequence import CacheStore, PerSequenceExecutor
 from split_common.engine.pool import LayerShape, PagePool, ProbePool
 from split_common.engine.sdpa import SdpaAttention
 from split_common.engine.sequences import TokenRun
+from split_common.engine.tree_probe import takes_trees
 from split_common.errors import ModelError, UnsupportedArchitecture
 from split_common.models.cache_layers import chooses_keys, counts_tokens
 
@@ -147,7 +148,10 @@ def packed_executor(
             log.info("sequences are not packed with %s: %s", backend.name, error)
             reason = error
         else:
-            return PackedExecutor(layers, _make_pool(layers, backend, shapes, kv_bytes), backend)
+            packed = PackedExecutor(layers, _make_pool(layers, backend, shapes, kv_bytes), backend)
+            rehearsing = PackedExecutor(layers, ProbePool(PROBE_PAGES, backend.page_tokens), backend)
+            packed.takes_trees = takes_trees(rehearsing, layers.width, TOLERANCE[layers.dtype])
+            return packed
     layers.owner.set_attn_implementation(original)
     raise reason
 

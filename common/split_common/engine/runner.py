@@ -63,6 +63,8 @@ class Runner:
         self.positions_interact = layers.stack.positions_interact
         #: Whether a step may go into several forwards.
         self.divisible = not (indivisible or self.positions_interact)
+        #: Whether it takes runs with parents, and drops tokens before others of a sequence.
+        self.takes_trees = self.divisible and executor.takes_trees
         #: The sequences' memory.
         self.store = executor.store
 
@@ -78,8 +80,10 @@ class Runner:
         """Starts a forward that appends tokens to sequences, for which the store must have memory.
 
         Later forwards see what earlier ones wrote. If this fails, the sequences are truncated to their former
-        lengths.
+        lengths; what runs say of tokens that stay is done.
         """
+        for run in runs:
+            run.settle()
         lengths = [run.sequence.length for run in runs]
         try:
             return self.executor.launch(runs)

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from split_common.engine.attention import AttentionCall, Span
 from split_common.engine.pool import DEFAULT_PAGE_TOKENS, PagePool
+from split_common.engine.trees import seen_in_tree
 
 #: Most tokens in the padded keys of all decoding sequences, if one call is to attend to all of them.
 BATCHED_TOKENS = 8192
@@ -36,6 +37,7 @@ class SdpaAttention:
     name = "sdpa"
     page_tokens = DEFAULT_PAGE_TOKENS
     capturable = False
+    any_mask = True
 
     def plan(self, pool: PagePool, spans: Sequence[Span], device: torch.device) -> SdpaPlan:
         return SdpaPlan(spans)
@@ -109,7 +111,7 @@ class SdpaPlan:
             slots = torch.from_numpy(sequence.slots(first)).to(keys.device)
             seen_keys, seen_values = keys.index_select(0, slots), values.index_select(0, slots)
         seen_keys, seen_values = seen_keys.transpose(0, 1), seen_values.transpose(0, 1)
-        whole = bool(span.both_ways) or query.device.type != "cpu"
+        whole = not span.is_causal or query.device.type != "cpu"
         parts: list[torch.Tensor] = []
         for begin in range(0, count, count if whole else BLOCK_TOKENS):
             part = query if whole else query[:, begin : begin + BLOCK_TOKENS]
@@ -117,7 +119,7 @@ class SdpaPlan:
             # The last key that a token of this part sees, and the first one.
             end = visible - count + begin + rows
             start = 0 if call.window is None else max(0, end - (call.window + rows - 1))
-            mask = self._mask(rows, visible, call.window, query, span.both_ways)
+            mask = self._mask(rows, visible, call.window, query, span)
             if mask is not None:
                 # Tokens see the same keys relative to themselves.
                 mask = mask[:, visible - (end - start) :]
@@ -130,24 +132,17 @@ class SdpaPlan:
         visible: int,
         window: int | None,
         query: torch.Tensor,
-        both_ways: tuple[tuple[int, int], ...],
+        span: Span,
     ) -> torch.Tensor | None:
-        """What is added to the logits of the last `count` of `visible` tokens, `[count, visible]`.
+        """What is added to the logits of the last `count` of `visible` tokens of a span, `[count, visible]`.
 
         None if there is one, which attends to all.
         """
         if count == 1:
             return None
-        key = (count, visible, window, query.device, both_ways)
+        key = (count, visible, window, query.device, span.both_ways, span.parents)
         if key not in self._masks:
-            rows = torch.arange(visible - count, visible, device=query.device)[:, None]
-            columns = torch.arange(visible, device=query.device)[None]
-            seen = columns <= rows
-            if window is not None:
-                seen &= columns > rows - window
-            for begin, end in both_ways:
-                ahead = visible - count + end
-                seen[begin:end] |= (columns > rows[begin:end]) & (columns < ahead)
+            seen = _seen(count, visible, window, span).to(query.device)
             # SDPA would make these numbers of a mask of booleans in each layer.
             mask = torch.zeros(count, visible, dtype=query.dtype, device=query.device)
             self._masks[key] = mask.masked_fill_(~seen, float("-inf"))
@@ -173,6 +168,21 @@ def _attend(
         enable_gqa=query.shape[0] != key_heads,
     )
     return output[0].reshape(heads, count, -1)
+
+
+def _seen(count: int, visible: int, window: int | None, span: Span) -> torch.Tensor:
+    """Which of `visible` tokens the last `count` of them attend to, bool `[count, visible]`."""
+    if span.parents:
+        return seen_in_tree(span.parents, visible - count, window)
+    rows = torch.arange(visible - count, visible)[:, None]
+    columns = torch.arange(visible)[None]
+    seen = columns <= rows
+    if window is not None:
+        seen &= columns > rows - window
+    for begin, end in span.both_ways:
+        ahead = visible - count + end
+        seen[begin:end] |= (columns > rows[begin:end]) & (columns < ahead)
+    return seen
 
 
 def _most_tokens(keys: torch.Tensor, values: torch.Tensor) -> int:

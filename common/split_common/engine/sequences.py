@@ -8,6 +8,8 @@ from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 
+from split_common.engine.trees import Kept
+
 
 class KVSequence(Protocol):
     """What layers keep of one sequence: keys and values, and states."""
@@ -25,6 +27,17 @@ class KVSequence(Protocol):
 
     def truncate(self, tokens: int) -> None:
         """Cuts the sequence back to its first `tokens` tokens. Raises Evicted if that cannot be done."""
+
+    def keep(self, begin: int, kept: Sequence[int]) -> None:
+        """Drops all tokens from index `begin` on but those with these indices, counted from there, ascending.
+
+        Raises:
+            OutOfPages: there is too little memory for copies of shared pages; nothing was changed.
+            UnsupportedFeature: tokens can only be dropped from its end.
+        """
+
+    def cost_after(self, begin: int, kept: Sequence[int], tokens: int) -> int:
+        """Memory that keeping these tokens, and then appending `tokens` tokens, takes, in units of `free`."""
 
     def fork(self) -> KVSequence:
         """Returns a sequence with the same tokens, which grows independently."""
@@ -101,13 +114,25 @@ class TokenRun(Run, Generic[_Sequence]):
     spans: Sequence[tuple[int, int]] = ()
     #: What is added to the output of some layers, `[tokens, width]`, by the layer's index.
     additions: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    #: The token of the run that each one follows, -1 for the last one before the run; empty if each follows the one
+    #: before it. A run with parents is computed whole.
+    parents: Sequence[int] = ()
+    #: Which tokens of the sequence's last step stay, before the run is appended; None for all.
+    kept: Kept | None = None
 
     @property
     def cost(self) -> int:
         return len(self.positions)
 
     def memory(self, count: int) -> int:
+        if self.kept is not None and not self.kept.done:
+            return self.sequence.cost_after(self.kept.begin, self.kept.indices, count)
         return self.sequence.cost(count)
+
+    def settle(self) -> None:
+        """Drops what does not stay of the sequence's last step. Raises what `KVSequence.keep` raises."""
+        if self.kept is not None:
+            self.kept.apply(self.sequence)
 
     @property
     def places(self) -> Sequence[Place]:
@@ -115,7 +140,7 @@ class TokenRun(Run, Generic[_Sequence]):
         return [*zip(self.positions, *self.axes, strict=True)] if self.axes else self.positions
 
     def whole(self, begin: int, count: int) -> int:
-        return after_spans(self.spans, begin + count) - begin
+        return self.cost - begin if self.parents else after_spans(self.spans, begin + count) - begin
 
     def part(self, begin: int, count: int) -> TokenRun[_Sequence]:
         end = begin + count
