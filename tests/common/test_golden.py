@@ -50,7 +50,7 @@ from recorded import (
     check_text,
     read_bytes,
 )
-from split_common.protocol import encoding, handshake, headers, payloads
+from split_common.protocol import encoding, handshake, headers, payloads, steps
 from split_common.protocol.channel import AEGIS
 from split_common.protocol.handshake import Answer, Credentials, Hello
 from split_common.system.files import private_dir, write_private, write_public
@@ -192,6 +192,17 @@ PADDED: dict[str, payloads.Payload] = {
         **{"codec": "int8", "size": 48, "outputs": [0, 1, 2], "room": 16, "padded": 256},
     ),
 }
+#: Steps with several continuations, and after them.
+BRANCHED: dict[str, payloads.Payload] = {
+    "tree": payloads.TreeStep(
+        *("float32", 1, [payloads.Run(0, 7, [7, 8, 8, 9]), payloads.Run(1, 3, [3])], None, 3),
+        **{"codec": "exact", "size": 20, "outputs": [0, 1, 2, 3, 4], "parents": [[-1, 0, 0, 2], []]},
+    ),
+    "kept": payloads.TreeStep(
+        *("bfloat16", 2, [payloads.Run(0, 10, [10, 11])], None, 4),
+        **{"codec": "lossless", "size": 9, "outputs": [0, 1], "parents": [[-1, -1]], "kept": [[0, 2, 3]]},
+    ),
+}
 CODED_REPLIES: dict[str, payloads.Payload] = {
     codec: payloads.CodedResult("bfloat16", 3, 2, 1500, 2500, codec, 9)  # type: ignore[arg-type]
     for codec in ("lossless", "int8", "int4")
@@ -279,7 +290,7 @@ def test_what_a_header_authenticates() -> None:
     ("name", "samples"),
     [
         *(("requests", REQUESTS), ("requests-placed", PLACED), ("requests-coded", CODED)),
-        *(("requests-brief", BRIEF), ("requests-padded", PADDED)),
+        *(("requests-brief", BRIEF), ("requests-padded", PADDED), ("requests-trees", BRANCHED)),
         *(("replies", REPLIES), ("replies-coded", CODED_REPLIES)),
     ],
 )
@@ -764,14 +775,28 @@ def test_json_of_records() -> None:
 
 #: Modules whose structs travel or are stored.
 MODULES: tuple[ModuleType, ...] = (
-    *(headers, payloads, handshake, keys, manifest, dead_letters, jobs, hooks, batches, batch_lines, responses),
+    *(headers, payloads, steps, handshake, keys, manifest, dead_letters, jobs, hooks, batches, batch_lines),
+    responses,
 )
 
 #: Structs of theirs that do neither.
 NOT_STORED: set[type] = {headers.Header, payloads.Payload, jobs.Job, jobs.JobProgress, jobs.Update}
 
 SAMPLES = (
-    *(HEADERS, KEYED_HEADERS, REQUESTS, PLACED, CODED, BRIEF, PADDED, REPLIES, CODED_REPLIES, ROSTER, MANIFEST),
+    *(
+        HEADERS,
+        KEYED_HEADERS,
+        REQUESTS,
+        PLACED,
+        CODED,
+        BRIEF,
+        PADDED,
+        BRANCHED,
+        REPLIES,
+        CODED_REPLIES,
+        ROSTER,
+        MANIFEST,
+    ),
     *(DEVICE.certificate, WORKER.certificate),
     *(TASKS, RESPONSES, ACTION, TextPiece([1], "one"), CALL_PIECE, SCORED_PIECE, LETTER, WRITING_RECORD),
     *(FINISHED, ENTRY, FORMED),

@@ -250,6 +250,8 @@ def test_requests_say_what_they_need() -> None:
     assert msgspec.structs.replace(brief, codec="int8").needs == {"outputs", "states-int8"}
     sized = payloads.PaddedStep("float32", 1, [payloads.Run(0, 0, [0])], codec="exact", size=4, padded=4)
     assert sized.needs == {"outputs", "padded-steps"}
+    tree = payloads.TreeStep("float32", 1, [payloads.Run(0, 0, [0])], codec="exact", size=4, outputs=[0])
+    assert tree.needs == {"outputs", "padded-steps", "trees"}
     assert payloads.Fork(1, 0).needs == {"fork"}
     assert payloads.Denoise(None, [-1], [times, times], "float16").needs == set()
     assert payloads.Denoise(None, [-1], [numbers, times], "int4").needs == {"int8", "int4"}

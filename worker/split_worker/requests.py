@@ -81,6 +81,9 @@ class PendingRequest:
     @property
     def prefill(self) -> bool:
         """Whether it is prefill, which may wait and may be computed in chunks."""
+        if isinstance(self.payload, payloads.TreeStep) and self.tokens <= payloads.MAX_TREE:
+            # Its device waits for the next tokens.
+            return False
         return is_prefill(self.tokens)
 
 

@@ -30,6 +30,9 @@ OUTPUTS = "outputs"
 #: A worker with this capability pads the answer to a `PaddedStep` to the size that the step asks for.
 PADDED_STEPS = "padded-steps"
 
+#: A worker with this capability takes a `TreeStep`: several continuations of a row at once.
+TREES = "trees"
+
 #: Encoding of a language model's hidden states, unless they travel as they are (`split_common.models.codecs`).
 StatesCodec = Literal["lossless", "int8", "int4"]
 
@@ -44,7 +47,8 @@ def states_capability(codec: StatesCodec) -> str:
 #: "session-keys" names sessions by keys, as in version 2 of the headers.
 CAPABILITIES = frozenset(
     {
-        *("adapters", "fork", INDIVISIBLE, "int4", "int8", KEEP, OUTPUTS, PADDED_STEPS, SESSION_KEYS, UNPADDED),
+        *("adapters", "fork", INDIVISIBLE, "int4", "int8", KEEP, OUTPUTS, PADDED_STEPS, SESSION_KEYS, TREES),
+        UNPADDED,
         *("position-axes", "spans", *map(states_capability, get_args(StatesCodec))),
     }
 )

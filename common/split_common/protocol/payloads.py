@@ -16,20 +16,21 @@ from split_common.protocol.arrays import CODEC_BITS as CODEC_BITS
 from split_common.protocol.arrays import SCALE_BYTES as SCALE_BYTES
 from split_common.protocol.arrays import Array as Array
 from split_common.protocol.arrays import Codec as Codec
-from split_common.protocol.capabilities import (
-    CAPABILITIES,
-    KEEP,
-    OUTPUTS,
-    PADDED_STEPS,
-    StatesCodec,
-    states_capability,
-)
+from split_common.protocol.capabilities import CAPABILITIES, KEEP, StatesCodec
 from split_common.protocol.headers import Hash, Natural, Seconds, SessionRef
-
-#: Bytes of a number in each dtype that hidden states may have on the wire.
-DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-Dtype = Literal["float32", "bfloat16", "float16"]
+from split_common.protocol.steps import DTYPES as DTYPES
+from split_common.protocol.steps import MAX_SPAN as MAX_SPAN
+from split_common.protocol.steps import MAX_TREE as MAX_TREE
+from split_common.protocol.steps import BriefStep as BriefStep
+from split_common.protocol.steps import CodedStep as CodedStep
+from split_common.protocol.steps import Dtype as Dtype
+from split_common.protocol.steps import PaddedStep as PaddedStep
+from split_common.protocol.steps import Payload as Payload
+from split_common.protocol.steps import PlacedStep as PlacedStep
+from split_common.protocol.steps import Run as Run
+from split_common.protocol.steps import Span as Span
+from split_common.protocol.steps import Step as Step
+from split_common.protocol.steps import TreeStep as TreeStep
 
 #: Most rows (images and their negatives) and most tensors of one step of an image.
 MAX_IMAGE_ROWS = 256
@@ -39,149 +40,8 @@ MAX_ARRAYS = 64
 MAX_STEP = 512 * 1024**2
 PART_BYTES = 4 * 1024**2
 
-#: Most tokens that attend to each other both ways, which are computed together.
-MAX_SPAN = 4096
-
 #: Most IP-Adapter scales of an image.
 MAX_SCALES = 4096
-
-
-class Payload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """Base of all payloads."""
-
-    @property
-    def reserved(self) -> int:
-        """Least bytes of the encoded payload, so that a body's size does not reveal the numbers in it."""
-        return 64
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Bytes of the tensors that follow in the body."""
-        return 0
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Capabilities that its receiver must have."""
-        return frozenset()
-
-
-class Run(msgspec.Struct, array_like=True, frozen=True):
-    """A run of tokens to append to one row of a session."""
-
-    row: Annotated[int, msgspec.Meta(ge=0, lt=4096)]
-    #: Cache length of the row before the run; the worker truncates the row to it.
-    start: Natural
-    #: Position of each token, for rotary embeddings; with padding it differs from the index in the cache.
-    positions: Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]], msgspec.Meta(min_length=1)]
-
-
-class Step(Payload, frozen=True, tag=1):
-    """One call of a language model's body. The tensor is the hidden states of all runs, `[tokens, width]`."""
-
-    dtype: Dtype
-    width: Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
-    #: The runs, in the order of the hidden states.
-    rows: Annotated[list[Run], msgspec.Meta(max_length=4096)]
-    #: Before the runs are appended, row i becomes old row `select[i]`. None leaves the rows as they are.
-    select: Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(max_length=4096)] | None = None
-    #: All replies below this sequence number have arrived.
-    acked: Natural = 0
-
-    @property
-    def reserved(self) -> int:
-        return 64 + 12 * len(self.rows) + 5 * self.tokens + 3 * max(len(self.rows), len(self.select or ()))
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(row.positions) for row in self.rows)
-
-    @property
-    def tensor_bytes(self) -> int:
-        return self.tokens * self.width * DTYPES[self.dtype]
-
-
-class Span(msgspec.Struct, array_like=True, frozen=True):
-    """Tokens of a row that attend to each other both ways, as those of an image may. They are part of one run."""
-
-    row: Annotated[int, msgspec.Meta(ge=0, lt=4096)]
-    #: Index of the first one in the row.
-    start: Natural
-    length: Annotated[int, msgspec.Meta(ge=2, le=MAX_SPAN)]
-
-
-class PlacedStep(Step, frozen=True, tag=13):
-    """A `Step` that also says where the tokens of images are."""
-
-    #: For each run the positions on the further axes (height and width of images), one axis after the other; empty
-    #: if all axes agree, as for texts.
-    axes: Annotated[list[list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]], msgspec.Meta(max_length=4096)] = []
-    spans: Annotated[list[Span], msgspec.Meta(max_length=4096)] = []
-
-    @property
-    def reserved(self) -> int:
-        return super().reserved + 16 * len(self.spans) + sum(3 + 5 * len(axes) for axes in self.axes)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        asked = {"position-axes": any(self.axes), "spans": bool(self.spans)}
-        return frozenset(name for name, needed in asked.items() if needed)
-
-
-class CodedStep(PlacedStep, frozen=True, tag=15):
-    """A step whose hidden states, `size` bytes, are encoded, and so those of its answer; with images or without."""
-
-    codec: StatesCodec | Literal["exact"] = "lossless"
-    size: Natural = 0
-
-    @property
-    def reserved(self) -> int:
-        return super().reserved + 32
-
-    @property
-    def tensor_bytes(self) -> int:
-        return self.size
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return super().needs if self.codec == "exact" else super().needs | {states_capability(self.codec)}
-
-
-class BriefStep(CodedStep, frozen=True, tag=17):
-    """A step, in any codec, of which only some tokens' outputs are wanted."""
-
-    #: The indices of these tokens, in ascending order; none if the outputs of no token are wanted.
-    outputs: list[Natural] = []
-
-    @property
-    def reserved(self) -> int:
-        return super().reserved + 5 * len(self.outputs)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return super().needs | {OUTPUTS}
-
-
-class PaddedStep(BriefStep, frozen=True, tag=18):
-    """A step that is as large as one of `room` tokens, and so is its answer, whatever they hold.
-
-    Padding follows the encoded states: `padded` bytes are both together.
-    """
-
-    room: Annotated[int, msgspec.Meta(ge=1, lt=2**20)] = 1
-    padded: Natural = 0
-
-    @property
-    def reserved(self) -> int:
-        missing = max(0, self.room - self.tokens) + max(0, self.room - len(self.outputs))
-        return super().reserved + 5 * missing + 16
-
-    @property
-    def tensor_bytes(self) -> int:
-        return self.padded
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return super().needs | {PADDED_STEPS}
 
 
 class Fork(Payload, frozen=True, tag=2):
@@ -267,7 +127,7 @@ class Conditioning(Payload, frozen=True, tag=7):
     key: Hash
     arrays: Annotated[list[Array], msgspec.Meta(min_length=1, max_length=MAX_ARRAYS)]
     #: Weight of each of the body's attentions to the images of an IP-Adapter.
-    scales: Annotated[list[float], msgspec.Meta(max_length=MAX_SCALES)] = []
+    scales: Annotated[list[float], msgspec.Meta(max_length=MAX_SCALES)] = msgspec.field(default_factory=list)
 
     @property
     def tensor_bytes(self) -> int:
@@ -375,7 +235,9 @@ class Refusal(Payload, frozen=True, tag=6):
     seq: Natural = 0
 
 
-AnyTextRequest = Step | PlacedStep | CodedStep | BriefStep | PaddedStep | Fork | UseAdapter | Close | Keep
+AnyTextRequest = (
+    Step | PlacedStep | CodedStep | BriefStep | PaddedStep | TreeStep | Fork | UseAdapter | Close | Keep
+)
 AnyRequest = AnyTextRequest | Conditioning | Denoise | TensorPart | PartRequest
 AnyReply = Result | CodedResult | Done | Refusal | Denoised | TensorPart
 
@@ -386,6 +248,7 @@ ANSWERS: dict[type[Payload], type[Payload]] = {
     CodedStep: CodedResult,
     BriefStep: Result,
     PaddedStep: Result,
+    TreeStep: Result,
     Fork: Done,
     UseAdapter: Done,
     Conditioning: Done,

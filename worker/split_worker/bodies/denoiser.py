@@ -19,7 +19,7 @@ from split_common.models.denoisers.spec import DenoiserSpec, StepConditioning
 from split_common.models.split import Split
 from split_common.models.tensors import DTYPES
 from split_common.protocol import payloads
-from split_common.protocol.capabilities import KEEP, UNPADDED
+from split_common.protocol.capabilities import KEEP, TREES, UNPADDED
 from split_worker.bodies.held import HELD_BYTES, OUTPUT, HeldArrays, ImageState
 from split_worker.bodies.step_graphs import RunBlocks, StepGraphs
 
@@ -94,7 +94,7 @@ class DenoiserBody:
     store = None
     #: A step of an image goes into one forward whole.
     divisible = False
-    lacks = frozenset({KEEP, UNPADDED})
+    lacks = frozenset({KEEP, TREES, UNPADDED})
     first_turn = FIRST_DENOISE_TURN
 
     def __init__(

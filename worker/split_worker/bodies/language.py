@@ -15,7 +15,8 @@ from split_common.models.codecs import CODECS, EXACT
 from split_common.models.codecs.base import Codec
 from split_common.models.tensors import dtype_name
 from split_common.protocol import headers, payloads
-from split_common.protocol.capabilities import INDIVISIBLE, UNPADDED
+from split_common.protocol.capabilities import INDIVISIBLE, TREES, UNPADDED
+from split_worker.bodies.branches import branches, check_branches
 from split_worker.bodies.placement import check_placement, placements
 from split_worker.bodies.spread import PlacedRange
 from split_worker.watchdog import FIRST_TURN
@@ -50,7 +51,8 @@ class Rows:
     def begin(self, step: payloads.Step, states: torch.Tensor, runner: Runner) -> list[TokenRun[Any]]:
         """Prepares the rows for a step over states `[tokens, width]`: selects and truncates them as it says.
 
-        If the step fails later, its tokens stay until the next step's `start` truncates them.
+        If the step fails later, its tokens stay until the next step's `start` truncates them. What of a tree does
+        not stay is dropped when the forward is launched, and so not at all if the step is refused before.
 
         Raises:
             Malformed: rows, positions or width do not fit the session; nothing was changed.
@@ -66,10 +68,14 @@ class Rows:
         parts = torch.split(states, [len(run.positions) for run in step.rows])
         runs = []
         placed = placements(step, runner.layers.stack.position_axes)
-        for run, part, (axes, spans) in zip(step.rows, parts, placed, strict=True):
+        for index, (run, part, (axes, spans)) in enumerate(zip(step.rows, parts, placed, strict=True)):
             sequence = self.sequences[run.row]
-            sequence.truncate(run.start)
-            runs.append(TokenRun(sequence, part, run.positions, self.adapter, axes, spans))
+            parents, kept = branches(step, index)
+            if kept is None:
+                sequence.truncate(run.start)
+            runs.append(
+                TokenRun(sequence, part, run.positions, self.adapter, axes, spans, parents=parents, kept=kept)
+            )
         return runs
 
     def _check(self, step: payloads.Step, source: list[int], runner: Runner) -> None:
@@ -83,8 +89,8 @@ class Rows:
             or max([len(source), *(number + 1 for number in numbers)]) > MAX_SESSION_ROWS
         ):
             raise Malformed(f"a step may have each row once, and at most {MAX_SESSION_ROWS} rows")
-        for run in step.rows:
-            length = self.sequences[source[run.row]].length if run.row < len(source) else 0
+        lengths = [self.sequences[source[run.row]].length if run.row < len(source) else 0 for run in step.rows]
+        for run, length in zip(step.rows, lengths, strict=True):
             if run.start > length:
                 raise Malformed(f"a run starts at {run.start}, but its row has {length} tokens")
             tokens = run.start + len(run.positions)
@@ -94,6 +100,8 @@ class Rows:
                 raise PromptTooLong(f"{tokens} tokens do not fit: the worker has memory for {most}")
         if isinstance(step, payloads.PlacedStep):
             check_placement(step, runner)
+        if isinstance(step, payloads.TreeStep):
+            check_branches(step, lengths, runner)
 
     def _select(self, select: list[int]) -> None:
         """Makes row `select[i]` row i. A row that is selected twice is forked."""
@@ -162,7 +170,7 @@ class LanguageBody:
         self.device, self.dtype = runner.device, runner.dtype
         self.asynchronous = runner.asynchronous
         self.divisible = runner.divisible
-        kinds = {UNPADDED: runner.padding_matters, INDIVISIBLE: runner.indivisible}
+        kinds = {UNPADDED: runner.padding_matters, INDIVISIBLE: runner.indivisible, TREES: runner.takes_trees}
         self.lacks = frozenset(kind for kind, has in kinds.items() if not has)
 
     def new_state(self, member: str = "") -> Rows:
@@ -183,7 +191,7 @@ class LanguageBody:
             raise Oversized(f"a step whose answer has {size} bytes: send it in chunks")
         if isinstance(request, payloads.BriefStep):
             _check_outputs(request)
-        if isinstance(request, payloads.PaddedStep):
+        if isinstance(request, payloads.PaddedStep) and request.pads:
             _check_size(request)
             data = data[: request.size]
         states = _codec(request).decode(data, request.dtype, request.tokens, request.width)
@@ -222,7 +230,7 @@ class LanguageBody:
         data = codec.encode(output) if len(output) else b""
         tokens, width = output.shape
         size = len(data)
-        if isinstance(request, payloads.PaddedStep):
+        if isinstance(request, payloads.PaddedStep) and request.pads:
             data = b"".join((data, bytes((codec.size(dtype, request.room, width) or 0) - size)))
         if not isinstance(request, payloads.CodedStep) or request.codec == "exact":
             return payloads.Result(dtype, tokens, width), data
