@@ -48,6 +48,9 @@ SESSIONS, SESSIONS_RTTS = 16, (0, 80)
 #: How the device speculates: with drafters that learn nothing of one prompt's answer for the next one.
 SETTINGS = ("off", "ngram", "auto")
 
+#: The drafter whose trees `tokens_per_round_trip` counts.
+TREES = "suffix-recycle"
+
 
 def main() -> None:
     parser = arguments(__doc__)
@@ -75,6 +78,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         wan = Wan(model, network, link, options)
         results: dict[str, Any] = {}
         parts = {"first": wan.first, "streams": wan.streams, "ttft": wan.ttft, "sessions": wan.sessions}
+        parts["trips"] = wan.trips
         for name in filter(None, options.only.split(",")) if options.only else parts:
             results |= parts[name]()
     return results
@@ -190,6 +194,32 @@ class Wan:
         # All but the prompt's step.
         steps = generator.counters["steps"] - steps - 1
         return Stream(tokens, seconds, steps, up, down)
+
+    def trips(self) -> dict[str, Any]:
+        """Tokens of a step with a fixed budget: trees of 32 tokens, by a drafter that is not trained.
+
+        The round trip does not matter, so there is none.
+        """
+        found: dict[str, list[Stream]] = {}
+        plain: dict[str, list[Stream]] = {}
+        self._weather(0)
+        with (
+            self._device() as split,
+            self._generator(split, TREES) as generator,
+            self._generator(split, "off") as reference,
+        ):
+            for kind, asked in self._encoded(split).items():
+                found[kind] = [self._stream(generator, prompt) for prompt in asked]
+                plain[kind] = [self._stream(reference, prompt) for prompt in asked]
+                note(f"{kind}: {_per_step(found[kind]):.2f} tokens in a round trip")
+        return {
+            "tokens_per_round_trip": {kind: _per_step(streams) for kind, streams in found.items()},
+            "trees_identical": all(
+                one.tokens == other.tokens
+                for kind, streams in found.items()
+                for one, other in zip(streams, plain[kind], strict=True)
+            ),
+        }
 
     # --- the first token -----------------------------------------------------------------------------------
 

@@ -202,6 +202,10 @@ BRANCHED: dict[str, payloads.Payload] = {
         *("bfloat16", 2, [payloads.Run(0, 10, [10, 11])], None, 4),
         **{"codec": "lossless", "size": 9, "outputs": [0, 1], "parents": [[-1, -1]], "kept": [[0, 2, 3]]},
     ),
+    "padded": payloads.TreeStep(
+        *("float16", 2, [payloads.Run(0, 10, [10, 11])], [0], 4, [[1, 2]], [payloads.Span(0, 10, 2)]),
+        **{"codec": "int8", "size": 9, "outputs": [0, 1], "room": 33, "padded": 40, "kept": [[1, 2]]},
+    ),
 }
 CODED_REPLIES: dict[str, payloads.Payload] = {
     codec: payloads.CodedResult("bfloat16", 3, 2, 1500, 2500, codec, 9)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from split_common.engine.sequences import KVSequence
+from split_common.engine.trees import depths
 from split_common.errors import SplitError
 from split_device.generation.placing import PlacedPrompt, Placement
 from split_device.generation.request import Generation
@@ -27,6 +28,9 @@ class OutputPart:
 
     states: torch.Tensor
 
+
+#: Keeps tokens of a sequence, see `KVSequence.keep`.
+Keep = Callable[[KVSequence, int, Sequence[int]], None]
 
 #: The outcome of a step, or of a part of it: states `[tokens, width]`, or an error.
 Outcome = torch.Tensor | OutputPart | Exception
@@ -70,6 +74,9 @@ class ActiveRequest:
     speculation: Speculation | None = None
     #: Those tokens of the step under way, at its end, which may not be those of the text.
     drafts: list[int] = field(default_factory=list)
+    #: The token of its latest step that each of that step's tokens follows, -1 for the one before the step; empty
+    #: if each follows the one before it.
+    parents: list[int] = field(default_factory=list)
     #: Number of tokens in its latest decoding step; 0 before the first one.
     step_tokens: int = 0
     #: The last token of its text that is in that step.
@@ -100,6 +107,8 @@ class ActiveRequest:
 
     def positions(self, begin: int, count: int) -> Sequence[int]:
         """The positions, on the first axis, of the tokens from index `begin` on."""
+        if self.parents:
+            return [begin + depth for depth in depths(self.parents)]
         if (placement := self.placement) is None:
             return range(begin, begin + count)
         positions: list[int] = placement.positions_of(begin, count)[0].tolist()
@@ -112,22 +121,36 @@ class ActiveRequest:
         own = self.placed.states[begin : begin + len(states)]
         return torch.cat([own, states[len(own) :]])
 
-    def drop_drafts(self, kept: int) -> None:
-        """Takes back what a step has computed of its draft, but for the first `kept` tokens."""
-        tokens = self.tail_tokens - (len(self.drafts) - kept)
-        self.drafts = []
+    def drop_drafts(self, path: Sequence[int], keep: Sequence[Keep]) -> None:
+        """Takes back what a step has computed of its draft, but for some tokens.
+
+        Args:
+            path: the indices of these tokens in the draft, each the parent of the next one.
+            keep: keeps tokens of the sequences in head and tail.
+        """
+        begin = self.tail_tokens - len(self.drafts)
+        tree, self.drafts, self.parents = bool(self.parents), [], []
+        tokens = begin + len(path)
         if tokens == self.tail_tokens:
             return
         self.head_tokens = self.tail_tokens = tokens
-        for sequence in self.sequences:
+        for sequence, keep_of in zip(self.sequences, keep, strict=True):
             if sequence is not None:
-                sequence.truncate(tokens)
-        self.session.crop(tokens)
+                keep_of(sequence, begin, path)
+        if tree:
+            self.session.keep(begin, path)
+        else:
+            self.session.crop(tokens)
+
+    @property
+    def has_draft(self) -> bool:
+        """Whether it goes on, and its step under way has a draft."""
+        return bool(self.drafts) and not self.ended
 
     def without_drafts(self) -> torch.Tensor:
         """Takes back the draft of the step that its worker has refused. Returns the states that are left of it."""
         assert self.sent is not None
-        drafted, self.drafts = len(self.drafts), []
+        drafted, self.drafts, self.parents = len(self.drafts), [], []
         self.head_tokens -= drafted
         self.step_tokens -= drafted
         if (head := self.sequences[0]) is not None:
@@ -199,7 +222,7 @@ class ActiveRequest:
         """What its session has to know of its next tokens."""
         placement, room = self.placement, self._room
         if placement is None:
-            return StepContext(room=room)
+            return StepContext(room=room, parents=self.parents)
         return replace(placement.context(self.session.get_seq_length(), tokens), room=room)
 
     @property

@@ -17,12 +17,16 @@ from split_device.generation.prefixes import Prefixes
 from split_device.generation.request import Generation
 from split_device.generation.stage import Stage
 from split_device.models.cache import SessionCacheLayer
+from split_device.speculation.drafters import TREE_TOKENS, TREES
 from split_device.speculation.names import OFF
 
 
-def _varies(generation: Generation) -> bool:
-    """Whether a request's decoding steps may have several tokens: drafts, or what a grammar forces."""
-    return generation.speculate != OFF or generation.request.constraint is not None
+def _room(generation: Generation, layers: LocalLayers) -> int:
+    """The tokens for which a request's decoding steps have room: several for drafts, or what a grammar forces."""
+    if layers.indivisible or (generation.speculate == OFF and generation.request.constraint is None):
+        return 1
+    trees = generation.speculate in TREES and layers.takes_trees and not generation.request.images
+    return TREE_TOKENS if trees else DECODE_TOKENS
 
 
 class ActiveRequests:
@@ -89,7 +93,7 @@ class ActiveRequests:
             len(first),
             self._layers.indivisible,
             self._layers.tail is None and generation.request.prompt_logprobs is None,
-            1 if self._layers.indivisible or not _varies(generation) else DECODE_TOKENS,
+            _room(generation, self._layers),
         )
         generation.session = request.session.identity.label
         self.by_generation[generation] = request

@@ -1,8 +1,9 @@
 """Chooses the next tokens of many requests, and checks their drafts by that.
 
-A step carries the last tokens of a text and a draft of what may follow. Each token of the text is chosen as if
-there were no draft: by what followed the tokens before it, with the state of the sampler after them. If the draft
-has the same token in its place, what followed that token is there already. So no draft changes a token.
+A step carries the last tokens of a text and a draft of what may follow: one continuation, or several (a tree). Each
+token of the text is chosen as if there were no draft: by what followed the tokens before it, with the state of the
+sampler after them. If the draft has the same token in its place, what followed that token is there already. So no
+draft changes a token.
 
 The idea is that of "Fast Inference from Transformers via Speculative Decoding" (arXiv 2211.17192), whose rule keeps
 the distribution of tokens. Comparing with what the request's own random generator draws keeps the tokens.
@@ -38,10 +39,20 @@ class Checked:
     first: int
     #: The tokens that were chosen or forced.
     tokens: list[int] = field(default_factory=list)
-    #: How many of them the draft had.
-    matched: int = 0
+    #: Those that the draft had, the first ones: their indices in it.
+    path: list[int] = field(default_factory=list)
     #: Why the request cannot go on.
     error: Exception | None = None
+
+    @property
+    def matched(self) -> int:
+        """How many of the tokens the draft had."""
+        return len(self.path)
+
+    @property
+    def row(self) -> int:
+        """The index of the logits of which the next token is chosen, among those of all requests."""
+        return self.first + 1 + self.path[-1] if self.path else self.first
 
     @property
     def goes_on(self) -> bool:
@@ -59,11 +70,21 @@ class Checked:
             self.tokens += accept_token(self.request.sampler, self.request.generation, *choice)
         except Exception as error:
             self.error = error
-        drafts = self.request.drafts
-        while self.matched < min(len(self.tokens), len(drafts)):
-            if self.tokens[self.matched] != drafts[self.matched]:
+        while self.matched < len(self.tokens):
+            child = self._child(self.path[-1] if self.path else -1, self.tokens[self.matched])
+            if child is None:
                 break
-            self.matched += 1
+            self.path.append(child)
+
+    def _child(self, node: int, token: int) -> int | None:
+        """The index of a token of the draft that follows another one, or the text; None if the draft has it not."""
+        drafts, parents = self.request.drafts, self.request.parents
+        begun = len(parents) - len(drafts)
+        for each in range(node + 1, len(drafts)):
+            follows = parents[begun + each] == begun + node if parents else each == node + 1
+            if follows and drafts[each] == token:
+                return each
+        return None
 
 
 def check_drafts(layers: LocalLayers, ready: Sequence[Ready]) -> Iterator[Checked]:
@@ -94,7 +115,7 @@ def _check(layers: LocalLayers, ready: Sequence[Ready]) -> list[Checked]:
         first += len(states)
     going = every
     while going:
-        rows = [each.first + each.matched for each in going]
+        rows = [each.row for each in going]
         chosen_of = logits if len(rows) == len(logits) else logits[rows]
         choices = choose_tokens([each.request.sampler for each in going], chosen_of)
         for each, choice in zip(going, choices, strict=True):

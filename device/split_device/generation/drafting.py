@@ -13,7 +13,7 @@ from split_device.generation.checking import Checked
 from split_device.generation.draft_model import DraftModel, DraftSequence
 from split_device.generation.limits import Limits
 from split_device.generation.local_layers import KV_MEMORY, LocalLayers
-from split_device.speculation.drafters import check_choice
+from split_device.speculation.drafters import TREE_TOKENS, check_choice
 from split_device.speculation.names import AUTO, DRAFT, OFF, draft_model
 from split_device.speculation.speculation import Cycle, Pace, Speculation
 from split_device.speculation.spine import SpineDrafter
@@ -47,7 +47,7 @@ class Drafting:
         counters: Counter[str],
     ) -> None:
         self._active, self._counters = active, counters
-        self._pace = self._model_pace = Pace(DECODE_TOKENS - 1)
+        self._pace = self._model_pace = Pace(TREE_TOKENS - 1)
         self._layers = layers
         self._default = limits.speculate
         #: Drafts for requests that ask for it; None if the default is another drafter.
@@ -193,11 +193,20 @@ class Drafting:
         """Makes a request's next step of these tokens, and of a draft behind them."""
         request.last_token = tokens[-1]
         if request.speculation is not None:
-            limit = _limit(request, tokens)
-            request.drafts = request.speculation.draft(len(tokens), limit, self._rows, self._drafted)
+            if request.speculation.branches and self._takes_trees(request):
+                tree = request.speculation.tree(_limit(request, tokens, TREE_TOKENS))
+                request.drafts, request.parents = tree.tokens, tree.after(len(tokens))
+            else:
+                limit = _limit(request, tokens)
+                request.drafts = request.speculation.draft(len(tokens), limit, self._rows, self._drafted)
+                request.parents = []
             self._drafted += len(request.drafts)
         request.step_tokens = len(tokens) + len(request.drafts)
         request.pending.append([*tokens, *request.drafts])
+
+    def _takes_trees(self, request: ActiveRequest) -> bool:
+        """Whether a request's next step may have several continuations."""
+        return self._layers.takes_trees and request.placed is None and request.session.takes_trees
 
     def _stepping(self, begun: Iterable[ActiveRequest]) -> None:
         """Notes what is under way now that the next steps of these requests begin."""
@@ -212,8 +221,8 @@ class Drafting:
             request.speculation.cycle = cycle
 
 
-def _limit(request: ActiveRequest, tokens: list[int]) -> int:
-    """Most tokens of a draft behind these tokens."""
+def _limit(request: ActiveRequest, tokens: list[int], most: int = DECODE_TOKENS) -> int:
+    """Most tokens of a draft behind these tokens, in a step of at most `most`."""
     # One token more than the draft may be chosen.
     room = request.sampler.remaining(request.generation.tokens) - 1
-    return min(room, DECODE_TOKENS - len(tokens))
+    return min(room, most - len(tokens))

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from split_common.errors import Busy, PromptTooLong, SplitError
+from split_common.errors import Busy, PromptTooLong, SplitError, UnsupportedFeature
 from split_common.system.forks import Birthplace
 from split_device.generation.active import ActiveRequest, Outcome, OutputPart
 from split_device.generation.active_requests import ActiveRequests
@@ -240,7 +240,7 @@ class Generator:
                 self._arrived.append((request, states))
             elif not request.ended:
                 begin, request.tail_tokens = request.tail_tokens, request.tail_tokens + len(states)
-                self._tail.add(request, request.sequences[1], begin, states, request.adapter, request.placement)
+                self._tail.add(request, request.sequences[1], begin, states, request)
 
     def _run_tail(self) -> None:
         for request, outcome in self._forward("tail", self._tail):
@@ -281,7 +281,7 @@ class Generator:
         """Embeds the next tokens of requests and hands them to the head."""
         entering, self._entering = [request for request in self._entering if not request.ended], []
         for request, begin, states in embed_next(self._layers, entering):
-            self._head.add(request, request.sequences[0], begin, states, request.adapter, request.placement)
+            self._head.add(request, request.sequences[0], begin, states, request)
 
     def _run_head(self) -> None:
         for request, outcome in self._forward("head", self._head):
@@ -349,8 +349,8 @@ class Generator:
             if not divided:
                 # The other requests will free memory on the workers.
                 self._admission.pause(request.generation.adapter_name)
-        elif isinstance(outcome, Busy | PromptTooLong) and request.drafts and not request.ended:
-            # The text itself may fit, and end before more is needed.
+        elif isinstance(outcome, Busy | PromptTooLong | UnsupportedFeature) and request.has_draft:
+            # The text itself may fit, and end before more is needed; and another worker may take no trees.
             request.parts_to_send = 1
             self._outgoing.append((request, request.without_drafts()))
         elif (states := self._states_of(request, outcome)) is not None:
@@ -373,7 +373,7 @@ class Generator:
         request = checked.request
         self.counters["tokens"] += len(checked.tokens)
         self._drafting.checked(checked)
-        request.drop_drafts(checked.matched)
+        request.drop_drafts(checked.path, (self._head.keep, self._tail.keep))
         if request.awaits_first_token:
             request.awaits_first_token = False
             self.counters["cached_tokens"] += request.generation.cached_tokens

@@ -76,6 +76,8 @@ class LocalLayers:
         runners = [runner for runner in (self.head, self.tail) if runner is not None]
         #: Whether many sequences share a forward.
         self.packed = all(runner.unpacked_because is None for runner in runners)
+        #: Whether a step may have several continuations.
+        self.takes_trees = all(runner.takes_trees for runner in runners)
         #: Whether tokens that went through together must do so again. The worker's layers may show that later.
         self.indivisible = parts.traits.positions_interact or not all(runner.divisible for runner in runners)
         #: Whether some layer of the whole model keeps states.

@@ -201,7 +201,7 @@ class Prefixes:
         It may have ended between two parts of a step: what head, tail and worker all have is kept.
         """
         lengths = [sequence.length for sequence in request.sequences if sequence is not None]
-        lengths += [request.tail_tokens, request.session.get_seq_length()]
+        lengths += [request.tail_tokens, request.session.settled]
         # Drafts are not among the tokens.
         tokens = min(len(request.tokens), *lengths)
         if not self._takes_part(request) or tokens < MIN_TOKENS or (self._whole and tokens < max(lengths)):

@@ -6,9 +6,9 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,6 +16,7 @@ from split_common.engine.runner import Runner
 from split_common.engine.scheduler import Scheduler, is_prefill
 from split_common.engine.sequences import KVSequence, TokenRun
 from split_common.engine.steps import ScheduledStep
+from split_common.engine.trees import depths
 from split_common.errors import Busy
 from split_device.generation.placing import Placement
 
@@ -25,6 +26,22 @@ log = logging.getLogger(__name__)
 KeyedOutcome = tuple[Any, torch.Tensor | Exception]
 
 Step = ScheduledStep[TokenRun[Any], TokenRun[Any]]
+
+
+class StepTraits(Protocol):
+    """What head and tail have to know of a step."""
+
+    @property
+    def adapter(self) -> int | None:
+        """The number of the sequence's adapter; None without one."""
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where its tokens are; None if their positions are their indices."""
+
+    @property
+    def parents(self) -> Sequence[int]:
+        """The token of the step that each one follows, -1 for the one before it; empty for a chain."""
 
 
 @dataclass(eq=False)
@@ -69,6 +86,12 @@ class Stage:
         """Free memory, reserved or not, in units of the store; infinite for an end without layers."""
         return self.runner.store.free if self.runner is not None else math.inf
 
+    def keep(self, sequence: KVSequence, begin: int, kept: Sequence[int]) -> None:
+        """Drops tokens of a sequence, see `KVSequence.keep`. Frees memory for that if it has to."""
+        while sequence.cost_after(begin, kept, 0) > self.free and self.reclaim():
+            pass
+        sequence.keep(begin, kept)
+
     def cancel(self, key: Hashable) -> None:
         """Drops a key's steps."""
         if self.runner is not None:
@@ -80,8 +103,7 @@ class Stage:
         sequence: KVSequence | None,
         begin: int,
         states: torch.Tensor,
-        adapter: int | None = None,
-        placement: Placement | None = None,
+        traits: StepTraits | None = None,
     ) -> None:
         """Adds a step. The steps of one key run in order.
 
@@ -89,17 +111,22 @@ class Stage:
             sequence: the keys and values that the step extends; None for an end without layers.
             begin: the index of the first token.
             states: `[tokens, width]`.
-            adapter: the number of the sequence's adapter; None without one.
-            placement: where its tokens are; None if their positions are their indices.
+            traits: of the step; None for a chain without adapter whose positions are its tokens' indices.
         """
         if self.runner is None:
             self._passing.append((key, states))
             return
         assert sequence is not None
-        run = TokenRun(sequence, states, range(begin, begin + len(states)), adapter)
+        adapter, placement, parents = (
+            (traits.adapter, traits.placement, traits.parents) if traits is not None else (None, None, ())
+        )
+        places: Sequence[int]
+        places = [begin + depth for depth in depths(parents)] if parents else range(begin, begin + len(states))
+        run = TokenRun(sequence, states, places, adapter, parents=parents)
         if placement is not None:
             run = placement.run(run, self.runner.layers.split.body)
-        self._start(self.scheduler.add(ScheduledStep(key, key, is_prefill(len(states)), run)))
+        prefill = not parents and is_prefill(len(states))
+        self._start(self.scheduler.add(ScheduledStep(key, key, prefill, run)))
 
     def forward(self) -> tuple[int, list[KeyedOutcome]]:
         """Runs one forward over the steps that are ready, as far as they fit.

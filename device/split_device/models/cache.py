@@ -5,6 +5,7 @@ These changes cost no message: they travel with the next step.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from split_common.models.codecs.base import Codec
 from split_common.models.tensors import raw_bytes
 from split_common.protocol import payloads
 from split_device.models.body_layer import BodyLayer
+from split_device.models.branches import Branches, takes_trees
+from split_device.models.masks import token_columns
 from split_device.models.prepared import PreparedStep, StepContext
 from split_device.models.prompt_parts import PromptParts
 from split_device.models.traits import Traits
@@ -77,6 +80,8 @@ class SessionCacheLayer(BodyLayer):
         #: The worker's row for each row, if rows were moved since the last step; else None.
         self._select: list[int] | None = None
         self._history = History(self._history_memory)
+        #: What its worker has of trees.
+        self._branches = Branches()
         #: Whether it could not be rebuilt on a worker that is indivisible.
         self._lost_by_division = False
 
@@ -90,6 +95,21 @@ class SessionCacheLayer(BodyLayer):
         if self._columns is not None:
             self._columns = self._columns[:, : tokens if tokens > 0 else max(0, self.get_seq_length() + tokens)]
             self._history.crop(self._columns.shape[1])
+            self._branches.crop(self._columns.shape[1])
+
+    def keep(self, begin: int, kept: Sequence[int]) -> None:
+        """Removes all columns from `begin` on but those with these indices, counted from there, ascending.
+
+        They are of the last step. That costs no message: it travels with the next step.
+        """
+        assert self._columns is not None
+        self._columns = self._columns[:, : begin + len(kept)]
+        self._history.replace(begin, *self._branches.choose(begin, kept))
+
+    @property
+    def settled(self) -> int:
+        """How many of its first tokens its worker holds in their places."""
+        return self._branches.settled(self.get_seq_length())
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._select_rows(beam_idx.tolist())
@@ -104,7 +124,7 @@ class SessionCacheLayer(BodyLayer):
 
     def reset(self) -> None:
         self._session.close()
-        self._columns = self._select = None
+        self._columns, self._select, self._branches = None, None, Branches()
         self._history = History(self._history_memory)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SessionCacheLayer:
@@ -119,7 +139,7 @@ class SessionCacheLayer(BodyLayer):
         memo[id(self)] = copied
         copied._columns = None if self._columns is None else self._columns.clone()
         copied._select = None if self._select is None else list(self._select)
-        copied._history = self._history.clone()
+        copied._history, copied._branches = self._history.clone(), copy.copy(self._branches)
         copied._session = self._session.fork()
         return copied
 
@@ -146,7 +166,7 @@ class SessionCacheLayer(BodyLayer):
     def _as_prefix(self, remote: RemoteSession | None) -> SessionPrefix | None:
         if remote is None or remote.ended or remote.indivisible or self._history.is_lost:
             return None
-        length = self.get_seq_length()
+        length = self.settled
         return SessionPrefix(remote, self._history.fork(length), length, self.adapter)
 
     @property
@@ -194,7 +214,7 @@ class SessionCacheLayer(BodyLayer):
         parts.begin(step, self._places)
         self._session.call(self, step)
         parts.finish()
-        self._columns = step.columns
+        self._columns, self._branches.kept = step.columns, ()
         self._history.append(step.hidden, step.places)
         self.client.timings.record(step.timings)
         return parts.output
@@ -207,8 +227,11 @@ class SessionCacheLayer(BodyLayer):
             NonFinite: the states hold NaN or infinity.
         """
         batch, tokens, _ = hidden.shape
-        cached, keep = self._masked(batch, tokens, context.mask)
-        places = self._places(self._positions(batch, tokens, context.positions), context.ahead)
+        cached, keep = token_columns(self._columns, batch, tokens, context.mask, self._traits)
+        if (context.parents or self._branches.kept) and not bool(keep.all()):
+            raise UnsupportedFeature("a tree of tokens, or what follows it, cannot have padding")
+        positions = self._positions(batch, tokens, context.positions_after(self.get_seq_length()))
+        places = self._places(positions, context.ahead)
         rows, copies = self._distinct(hidden, keep, places)
         sent: torch.Tensor | None = None
         wanted: torch.Tensor | None = None
@@ -220,7 +243,7 @@ class SessionCacheLayer(BodyLayer):
             wanted[:, tokens - context.last :] = True if sent is None else sent[:, tokens - context.last :]
         starts = cached.sum(1).tolist()
         runs = [
-            PlacedRun(index, starts[row], places[row][keep[row]])
+            PlacedRun(index, starts[row], places[row][keep[row]], tuple(context.parents))
             for index, row in enumerate(rows)
             if keep[row].any()
         ]
@@ -248,7 +271,15 @@ class SessionCacheLayer(BodyLayer):
             self._select = step.copies[1]
         self._columns = step.columns
         self._history.append(step.hidden, step.places)
+        if any(run.parents for run in step.runs):
+            self._branches.stepped(step.columns.shape[1], step.hidden, step.places)
         return result
+
+    @property
+    def takes_trees(self) -> bool:
+        """Whether its worker takes several continuations at once; False if it has none."""
+        remote = self._session.remote
+        return remote is not None and takes_trees(remote)
 
     @property
     def waits_for_room(self) -> bool:
@@ -263,37 +294,6 @@ class SessionCacheLayer(BodyLayer):
     def abandon(self, at_once: bool = True) -> None:
         """Makes the step under way in another thread, and all later ones, fail soon; or lets that one end."""
         (self._session.abandon if at_once else self._session.leave)()
-
-    def _masked(self, batch: int, tokens: int, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which cached columns, and which of the new ones, are tokens: two bool `[batch, …]` on the CPU."""
-        cached = self._columns if self._columns is not None else torch.ones(batch, 0, dtype=torch.bool)
-        if len(cached) != batch:
-            raise UnsupportedFeature(f"the cache has {len(cached)} rows, the batch has {batch}")
-        past = cached.shape[1]
-        if mask is None:
-            full = torch.ones(batch, past + tokens, dtype=torch.bool)
-            if not self._traits.attends:
-                full[:, :past] = cached
-        elif mask.ndim != 2 or tuple(mask.shape) != (batch, past + tokens):
-            raise UnsupportedFeature(
-                f"an attention mask of shape {tuple(mask.shape)} does not run split: it must be 2-D, "
-                f"[{batch}, {past + tokens}] (batch, cached and new tokens)"
-            )
-        else:
-            full = mask.to("cpu", torch.bool)
-        if not torch.equal(full[:, :past], cached):
-            raise UnsupportedFeature(
-                "the attention mask hides or reveals tokens that are already cached, e.g. a pad token that was "
-                "generated in an earlier turn: pass an attention_mask that keeps them as they were"
-            )
-        if self._traits.counts_indices:
-            before = full.cummax(1).values & ~full
-            if bool((before.cummax(1).values & full)[:, past:].any()):
-                raise UnsupportedFeature(
-                    "padding between tokens does not run split with layers that count cache indices (sliding "
-                    "windows) or keep states (recurrences, convolutions)"
-                )
-        return cached, full[:, past:]
 
     def _horizon(self, places: torch.Tensor) -> int | None:
         """The largest position of a call; None if positions do not interact."""
@@ -343,8 +343,8 @@ class SessionCacheLayer(BodyLayer):
         step.check_padding(session)
         if self.adapter is not None:
             session.begin_with(self.adapter)
-        # The rows of the history are in their present order already.
-        self._select = None
+        # The rows of the history are in their present order already, and have no tokens that do not stay.
+        self._select, self._branches.kept = None, ()
         requests = self._replayed(session.indivisible, step.timings)
         try:
             while window := list(itertools.islice(requests, REPLAY_WINDOW)):
@@ -358,6 +358,7 @@ class SessionCacheLayer(BodyLayer):
         step.brief, step.pads = session.brief, session.channel.pads
         if step.room is not None and not step.pads:
             self.client.say_unpadded(session.channel)
+        step.kept = self._branches.kept
         if (parts := step.parts) is not None:
             return timed(step.timings, lambda: session.stream(parts.requests(), step.timings))
         if session.indivisible and len(step.requests) > 1:
@@ -366,7 +367,7 @@ class SessionCacheLayer(BodyLayer):
 
     def is_spoilt(self, step: PreparedStep) -> bool:
         # Some of several chunks may have run, and the first one moves the worker's rows.
-        return self._select is not None and len(step.requests) > 1
+        return bool(self._select or self._branches.kept) and len(step.requests) > 1
 
     def describe(self, step: PreparedStep) -> tuple[int, int, int]:
         rows = {run.row for chunk, _ in step.requests for run in chunk.runs}
@@ -388,9 +389,10 @@ class SessionCacheLayer(BodyLayer):
     ) -> list[Reply]:
         steps: list[Request] = []
         for chunk, data in requests:
-            select = None if steps else self._select
-            steps.append(chunk.request(select, codec, data, session.brief, session.channel.pads))
+            select, kept = (None, ()) if steps else (self._select, self._branches.kept)
+            pads, trees = session.channel.pads, takes_trees(session)
+            steps.append(chunk.request(select, codec, data, session.brief, pads, trees, kept))
         replies = timed(timings, lambda: session.call(steps, timings))
         # The worker has moved its rows.
-        self._select = None
+        self._select, self._branches.kept = None, ()
         return replies

@@ -12,6 +12,7 @@ import torch
 from transformers.masking_utils import create_masks_for_generate
 
 from split_common.errors import UnsupportedFeature
+from split_device.models.traits import Traits
 
 _REFUSED = "prepared attention masks do not run split: pass a 2-D attention_mask"
 
@@ -74,6 +75,50 @@ def plain_mask(
                 "ones only within its own span (an image, for example)"
             )
     return outer, ahead if ahead is not None and bool(ahead.any()) else None
+
+
+def token_columns(
+    columns: torch.Tensor | None, batch: int, tokens: int, mask: torch.Tensor | None, traits: Traits
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which cached columns, and which of the new ones, are tokens: two bool `[batch, …]` on the CPU.
+
+    Args:
+        columns: the cached ones, `[batch, columns]`; None if there are none.
+        batch, tokens: the number of rows, and of new columns.
+        mask: an attention mask, `[batch, cached and new columns]`; None without padding.
+        traits: of the body.
+
+    Raises:
+        UnsupportedFeature: the mask cannot be expressed as a KV cache.
+    """
+    cached = columns if columns is not None else torch.ones(batch, 0, dtype=torch.bool)
+    if len(cached) != batch:
+        raise UnsupportedFeature(f"the cache has {len(cached)} rows, the batch has {batch}")
+    past = cached.shape[1]
+    if mask is None:
+        full = torch.ones(batch, past + tokens, dtype=torch.bool)
+        if not traits.attends:
+            full[:, :past] = cached
+    elif mask.ndim != 2 or tuple(mask.shape) != (batch, past + tokens):
+        raise UnsupportedFeature(
+            f"an attention mask of shape {tuple(mask.shape)} does not run split: it must be 2-D, "
+            f"[{batch}, {past + tokens}] (batch, cached and new tokens)"
+        )
+    else:
+        full = mask.to("cpu", torch.bool)
+    if not torch.equal(full[:, :past], cached):
+        raise UnsupportedFeature(
+            "the attention mask hides or reveals tokens that are already cached, e.g. a pad token that was "
+            "generated in an earlier turn: pass an attention_mask that keeps them as they were"
+        )
+    if traits.counts_indices:
+        before = full.cummax(1).values & ~full
+        if bool((before.cummax(1).values & full)[:, past:].any()):
+            raise UnsupportedFeature(
+                "padding between tokens does not run split with layers that count cache indices (sliding "
+                "windows) or keep states (recurrences, convolutions)"
+            )
+    return cached, full[:, past:]
 
 
 def _ahead(more: torch.Tensor) -> torch.Tensor:

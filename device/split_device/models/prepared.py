@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from split_common.engine.trees import depths
 from split_common.errors import UnsupportedFeature
 from split_common.models.cache_layers import States
 from split_common.models.codecs.base import Codec
@@ -33,6 +34,8 @@ class StepContext:
     #: The tokens of a row for which its messages have room, however many it has; 1 if every step has one token.
     #: None if the sizes of messages follow their tokens.
     room: int | None = None
+    #: The token of the step that each of its tokens follows, -1 for the last cached one; empty unless it is a tree.
+    parents: Sequence[int] = ()
     timings: StepTimings = field(default_factory=StepTimings)
     #: The states of the head's cache layers before the step, by the layer's index.
     head_states: dict[int, States] = field(default_factory=dict)
@@ -52,6 +55,10 @@ class StepContext:
             return codec, None
         # Steps of one token each have one size, if that does not depend on the token's states.
         return steady(codec), self.room * batch if self.room > 1 else None
+
+    def positions_after(self, cached: int) -> torch.Tensor | None:
+        """The position ids after so many cached columns; None for those that follow these."""
+        return cached + torch.tensor(depths(self.parents))[None] if self.parents else self.positions
 
 
 @dataclass
@@ -86,6 +93,8 @@ class PreparedStep:
 
     #: Whether it pads its answers.
     pads: bool = False
+    #: Of the tokens before it, those that stay, as in `Branches`.
+    kept: Sequence[int] = ()
 
     def encode(self, horizon: int | None, whole_runs: bool = False) -> list[ChunkRequest]:
         """Its requests; see `sessions.chunks.encode`."""

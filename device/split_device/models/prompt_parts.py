@@ -121,7 +121,8 @@ class PartRequests:
             return None
         chunk, data = step.requests[self._taken]
         self._taken += 1
-        return chunk.request(None, step.codec, data, step.brief, step.pads)
+        kept = step.kept if self._taken == 1 else ()
+        return chunk.request(None, step.codec, data, step.brief, step.pads, kept=kept)
 
     def answered(self, index: int, reply: Reply) -> None:
         self._parts.answered(index, reply)

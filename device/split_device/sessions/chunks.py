@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,14 @@ class Chunk:
     room: int | None = None
 
     def request(
-        self, select: list[int] | None, codec: Codec, data: memoryview | bytes, brief: bool, pads: bool
+        self,
+        select: list[int] | None,
+        codec: Codec,
+        data: memoryview | bytes,
+        brief: bool,
+        pads: bool,
+        trees: bool = False,
+        kept: Sequence[int] = (),
     ) -> Request:
         """The chunk as it travels.
 
@@ -40,18 +48,33 @@ class Chunk:
             codec, data: the states' bytes, and what encodes them.
             brief: whether the worker returns only the outputs that are wanted.
             pads: whether the worker pads its answer to the size of the step.
+            trees: whether the worker takes trees.
+            kept: of the tokens before each run, those that stay, see `payloads.TreeStep`; empty for all.
         """
         step = self.step(select, codec, len(data), brief)
-        if self.room is None or not pads:
+        parents = [list(run.parents) for run in self.runs]
+        branched = any(parents) or bool(kept)
+        if (self.room is None or not pads) and not branched:
             return step, data
-        padded = codec.size(step.dtype, self.room, step.width)
-        assert padded is not None, f"{codec.name} has no size of its own"
+        room, padded = step.tokens, 0
+        if self.room is not None and pads:
+            room, size = self.room, codec.size(step.dtype, self.room, step.width)
+            assert size is not None, f"{codec.name} has no size of its own"
+            padded = size
         outputs = step.outputs if isinstance(step, payloads.BriefStep) else list(range(step.tokens))
         placed: Any = {name: getattr(step, name, []) for name in ("axes", "spans")}
         coded: Any = {"codec": codec.name, "size": len(data), "outputs": outputs}
-        sized: Any = {"room": self.room, "padded": padded}
-        request = payloads.PaddedStep(step.dtype, step.width, step.rows, select, **placed, **coded, **sized)
-        return request, b"".join((data, bytes(padded - len(data))))
+        sized: Any = {"room": room, "padded": padded}
+        kind: type[payloads.PaddedStep] = payloads.PaddedStep
+        if branched or trees:
+            # Also for a chain: all steps of an answer have one size.
+            kind = payloads.TreeStep
+            sized |= {
+                "parents": parents if any(parents) else [],
+                "kept": [list(kept)] * len(parents) if kept else [],
+            }
+        request = kind(step.dtype, step.width, step.rows, select, **placed, **coded, **sized)
+        return request, b"".join((data, bytes(padded - len(data)))) if padded else data
 
     def step(self, select: list[int] | None, codec: Codec, size: int, brief: bool) -> payloads.Step:
         """What travels with the states, if its size follows its tokens.

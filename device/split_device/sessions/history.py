@@ -155,6 +155,12 @@ class History:
                 "another worker"
             )
 
+    def replace(self, columns: int, states: torch.Tensor, positions: torch.Tensor) -> None:
+        """Keeps the first `columns` columns, and adds others as `append` does, if there are any."""
+        self.crop(columns)
+        if states.shape[1]:
+            self.append(states, positions)
+
     def select(self, rows: list[int]) -> None:
         """Row i becomes what row `rows[i]` was."""
         self._parts = [replace(part, rows=[part.rows[row] for row in rows]) for part in self._parts]

@@ -26,6 +26,8 @@ class PlacedRun:
     start: int
     #: `[tokens]` or `[tokens, fields]`.
     places: torch.Tensor
+    #: The token of the run that each one follows, -1 for the row's last one before it; empty if it is no tree.
+    parents: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.places)
@@ -36,11 +38,13 @@ class PlacedRun:
         return first_axis(self.places, 1)
 
     def part(self, begin: int, end: int) -> PlacedRun:
-        """Some of its tokens."""
-        return PlacedRun(self.row, self.start + begin, self.places[begin:end])
+        """Some of its tokens; all of them, if it is a tree."""
+        return PlacedRun(self.row, self.start + begin, self.places[begin:end], self.parents)
 
     def whole(self, end: int) -> int:
         """The least number of tokens from `end` on, after which the run may be cut."""
+        if self.parents:
+            return len(self)
         if self.places.ndim == 1 or end >= len(self):
             return min(end, len(self))
         return after_spans(self._spans(), end)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+
+from split_device.speculation.tree import DraftTree
 
 
 class Drafter(Protocol):
@@ -21,10 +23,18 @@ class Drafter(Protocol):
         """Takes what the model expects after each of some tokens, also of drafts that it did not keep.
 
         Args:
-            tokens: consecutive tokens.
+            tokens: the last one of the text, and those of a draft.
             logits: float32 `[tokens, vocabulary]`, which followed each of them, before any logits processor. It is
                 valid during the call only, and must not be changed.
         """
 
     def draft(self, limit: int) -> list[int]:
         """At most `limit` tokens that may follow the text, in order; none if nothing is likely to."""
+
+
+@runtime_checkable
+class TreeDrafter(Drafter, Protocol):
+    """A drafter that knows several continuations."""
+
+    def draft_tree(self, budget: int) -> DraftTree:
+        """At most `budget` tokens in several continuations."""

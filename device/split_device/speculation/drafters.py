@@ -24,6 +24,12 @@ DRAFTERS: dict[str, Callable[[Successors], Drafter]] = {
     ),
 }
 
+#: Those that draft several continuations, where the layers and the worker take them.
+TREES = ("recycle", "suffix-recycle")
+
+#: Most tokens of a decoding step with several continuations: one, and 32 drafted.
+TREE_TOKENS = 33
+
 #: The drafter of `AUTO`.
 DRAFTER_OF_AUTO = "ngram"
 

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 
 from split_device.speculation.acceptance import Acceptance
-from split_device.speculation.drafter import Drafter
-from split_device.speculation.drafters import make_drafter
+from split_device.speculation.drafter import Drafter, TreeDrafter
+from split_device.speculation.drafters import TREES, make_drafter
 from split_device.speculation.names import AUTO
 from split_device.speculation.recycle import Successors
 from split_device.speculation.step_times import StepTimes
+from split_device.speculation.tree import DraftTree
 
 #: The share of all time that drafts may lose, beside what they have gained.
 ALLOWANCE = 0.01
@@ -73,7 +74,7 @@ class Pace:
 
     def start(self, name: str) -> Speculation:
         """Speculation for one request, by a drafter of this name or `auto`. Raises ConfigError."""
-        return Speculation(self, make_drafter(name, self.successors), name == AUTO)
+        return Speculation(self, make_drafter(name, self.successors), name == AUTO, branches=name in TREES)
 
     def stepped(self, cycle: Cycle, tokens: int, accepted: int, measures: bool) -> None:
         """A request's step is through.
@@ -106,12 +107,22 @@ class Speculation:
         drafter: drafts for this request alone.
         measures: whether to draft as many tokens as pay. If not, it drafts as many as may be.
         on_end: called when the request has ended.
+        branches: whether to draft several continuations where a step may have them.
     """
 
     def __init__(
-        self, pace: Pace, drafter: Drafter, measures: bool, on_end: Callable[[], None] = lambda: None
+        self,
+        pace: Pace,
+        drafter: Drafter,
+        measures: bool,
+        on_end: Callable[[], None] = lambda: None,
+        branches: bool = False,
     ) -> None:
         self._pace, self._drafter, self._measures, self._on_end = pace, drafter, measures, on_end
+        #: Whether `tree` drafts more than one continuation.
+        self.branches = branches
+        # Whether the draft under way is of `tree`, whose tokens were not all tried.
+        self._in_tree = False
         #: The next draft: the most tokens of it, and whether it is tried only; None if that is not chosen.
         self._planned: tuple[int, bool] | None = None
         self._acceptance = Acceptance(pace.longest, pace.acceptance)
@@ -140,8 +151,9 @@ class Speculation:
         if self.cycle is not None:
             self._pace.stepped(self.cycle, begun + drafted, accepted, self._measures)
             self.cycle = None
-        if drafted:
+        if drafted and not self._in_tree:
             self._acceptance.record(drafted, accepted)
+        self._in_tree = False
         self._drafter.learn(tokens, logits)
 
     def ended(self) -> None:
@@ -188,6 +200,13 @@ class Speculation:
         # Twice as many as were measured, and not more: what steps cost is known from those that were.
         limit = min(limit, length, int(2 * pace.times.widest) + 1 - others)
         return max(0, self._affordable(limit, rows, rows + others)), probes
+
+    def tree(self, limit: int) -> DraftTree:
+        """Drafts at most `limit` tokens in several continuations for a step."""
+        assert isinstance(self._drafter, TreeDrafter)
+        limit = min(limit, self.limit)
+        self._in_tree = limit > 0
+        return self._drafter.draft_tree(limit) if limit > 0 else DraftTree()
 
     def _bet(self, stake: float) -> None:
         """Takes from the allowance what the draft may cost, instead of what an earlier one might have."""

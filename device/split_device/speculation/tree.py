@@ -10,6 +10,8 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from split_common.engine.trees import is_chain
+
 #: A chain ends before a token that is reached with a smaller chance than this.
 LEAST_CHANCE = 0.05
 
@@ -45,6 +47,18 @@ class DraftTree:
     tokens: list[int] = field(default_factory=list)
     #: For each token, the index of the one before it; -1 if it follows the text. It is smaller than its own index.
     parents: list[int] = field(default_factory=list)
+    #: The chance of each token that it follows, with all before it.
+    chances: list[float] = field(default_factory=list)
+
+    def first(self, count: int) -> DraftTree:
+        """Its first tokens, which are a tree as well."""
+        return DraftTree(self.tokens[:count], self.parents[:count], self.chances[:count])
+
+    def after(self, begun: int) -> list[int]:
+        """The parents of all tokens of a step, which begins with `begun` others; none if the step is a chain."""
+        if is_chain(self.parents):
+            return []
+        return [*range(-1, begun - 1), *(parent + begun for parent in self.parents)]
 
     def matched(self, following: Sequence[int]) -> int:
         """How many of the tokens that really follow the text are a path of the tree, beginning with the first."""
@@ -104,6 +118,7 @@ class PredictedDrafter(Generic[State]):
             token = children[index][0]
             tree.tokens.append(token)
             tree.parents.append(parent)
+            tree.chances.append(-negated)
             push(parent, state, chance, children, index + 1)
             expand(len(tree.tokens) - 1, self._predictor.after(state, token), -negated)
         return tree
