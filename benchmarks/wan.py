@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     model = checkpoint(options)
     with contextlib.ExitStack() as stack:
         network = stack.enter_context(Network(options.seed))
-        link = stack.enter_context(_fleet(model, network))
+        link = stack.enter_context(fleet_across(model, network))
         stack.enter_context(network.inside("near"))
         wan = Wan(model, network, link, options)
         results: dict[str, Any] = {}
@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _fleet(model: Path, network: Network) -> Iterator[dict[str, Any]]:
+def fleet_across(model: Path, network: Network) -> Iterator[dict[str, Any]]:
     """Runs a broker and a worker at the far end; yields a device's arguments to reach them."""
     with tempfile.TemporaryDirectory(prefix="lambda-split-wan-") as directory, contextlib.ExitStack() as stack:
         keys = Path(directory) / "keys"

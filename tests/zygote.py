@@ -30,7 +30,7 @@ from split_common.system import process
 
 #: What is run in forks: modules, with the first word after them. A broker is not: it starts without torch, and its
 #: memory is limited. Nor is what measures memory, which forks share, or enters a network of its own.
-FORKED = re.compile(r"(split_common (?!broker)|worker_main |benchmarks\.(?!memory|wan|forwarder)).*")
+FORKED = re.compile(r"(split_common (?!broker)|worker_main |benchmarks\.(?!memory|wan|ping|forwarder)).*")
 
 #: Those whose own processes are forked as well.
 PARENTS = re.compile(r"benchmarks\..*")

@@ -210,6 +210,10 @@ class WorkerSlow(SessionLost):
     """The worker that holds the session did not answer in time, and there is another one."""
 
 
+class MeasurementTimeout(SplitError):
+    """A measurement took longer than it may."""
+
+
 class StepFailed(SessionLost):
     """The worker failed at a step, and lost the session."""
 

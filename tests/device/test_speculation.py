@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -168,6 +169,15 @@ def test_no_draft_changes_a_token(
         assert counters["accepted_tokens"] == 0
     elif name == "mixed":
         assert 0 < counters["accepted_tokens"] < counters["drafted_tokens"]
+
+
+def test_a_request_may_bring_its_own_drafter(split: Any, plain: tuple[Any, Any], grammars: Grammars) -> None:
+    asked, wanted = requests(grammars)[0], plain[0][0]
+    texts = {tuple(asked.prompt): wanted[0]}
+    with Generator(split, prefix_cache=0, speculate="off") as generator:
+        own = dataclasses.replace(asked, speculate=Known(texts, list))
+        assert results([generator.submit(own)]) == [wanted]
+        assert generator.counters["accepted_tokens"] == generator.counters["drafted_tokens"] > TOKENS / 2
 
 
 class Likeliest:

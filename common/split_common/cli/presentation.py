@@ -12,7 +12,7 @@ HEADINGS = {
     "Run a fleet": ("broker", "worker"),
     "Ask": ("generate", "chat", "image", "serve"),
     "Ask for many, in the background": ("batch", "submit", "jobs", "agent"),
-    "Look and check": ("inspect", "doctor", "dead-letters", "stress"),
+    "Look and check": ("inspect", "doctor", "ping", "dead-letters", "stress"),
     "Keys": ("keys", "redis-acl"),
 }
 

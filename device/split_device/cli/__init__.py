@@ -16,11 +16,12 @@ def register(app: typer.Typer) -> None:
     from split_device.cli.generate import generate
     from split_device.cli.image import image
     from split_device.cli.inspect import inspect
+    from split_device.cli.ping import ping
     from split_device.cli.serve import serve
     from split_device.cli.stress import stress, stress_bystander, stress_device, stress_hostile
     from split_device.cli.submit import submit
 
-    for command in (generate, chat, image, submit, batch, serve, inspect, demo, doctor, stress, dead_letters):
+    for command in (generate, chat, image, submit, batch, serve, inspect, demo, doctor, ping, stress, dead_letters):
         app.command()(command)
     for hidden in (stress_device, stress_hostile, stress_bystander):
         app.command(hidden=True)(hidden)

@@ -13,6 +13,7 @@ from split_device.generation.checking import Checked
 from split_device.generation.draft_model import DraftModel, DraftSequence
 from split_device.generation.limits import Limits
 from split_device.generation.local_layers import KV_MEMORY, LocalLayers
+from split_device.speculation.drafter import Drafter
 from split_device.speculation.drafters import TREE_TOKENS, check_choice
 from split_device.speculation.names import AUTO, DRAFT, OFF, draft_model
 from split_device.speculation.speculation import Cycle, Pace, Speculation
@@ -71,24 +72,25 @@ class Drafting:
             return "its layers give different results for tokens that go through together and one by one"
         return "its layers keep states, which cannot take tokens back" if self._layers.has_states else None
 
-    def choose(self, asked: str | None) -> str:
-        """The drafter of a request, `auto` or `off`.
+    def choose(self, asked: str | Drafter | None) -> str | Drafter:
+        """The drafter of a request or its name, `auto` or `off`.
 
         Args:
-            asked: what the request asks for; None for the default.
+            asked: as `Request.speculate`; None for the default.
 
         Raises:
             ConfigError: there is no such drafter, or it is a draft model that was not loaded.
             UnsupportedFeature: the model cannot take tokens back.
         """
-        name = check_choice(self._default if asked is None else asked)
-        if draft_model(name) is not None and name != self._default:
+        wanted = self._default if asked is None else asked
+        name = check_choice(wanted) if isinstance(wanted, str) else type(wanted).__name__
+        if draft_model(wanted) is not None and name != self._default:
             raise ConfigError(
                 f"speculate {name!r} was not loaded: the process that generates loads a draft model when it starts "
                 f"with --speculate {DRAFT}MODEL"
             )
         if self._refused is None or name == OFF:
-            return name
+            return wanted
         if name == AUTO:
             return OFF
         raise UnsupportedFeature(f"speculate {name!r} cannot be done with this model, because {self._refused}")

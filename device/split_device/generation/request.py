@@ -14,6 +14,8 @@ from transformers import GenerationConfig
 from split_device.models.adapters import LoadedAdapter
 from split_device.sessions.identity import check_request_id, new_request_id
 from split_device.sessions.notices import OnNotice
+from split_device.speculation.drafter import Drafter
+from split_device.speculation.names import OFF
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -68,8 +70,8 @@ class Request:
         adapter: the name of one of the model's adapters; None for the active one, "" for none.
         images: what a processor made of the prompt's images: further arguments of `generate`, such as
             `pixel_values`, for one row. The prompt has the tokens that stand for the images.
-        speculate: what drafts its tokens: `auto`, `off`, or the name of a drafter; None for the generator's
-            default. It changes no token.
+        speculate: what drafts its tokens: `auto`, `off`, the name of a drafter, or a drafter of this request's own,
+            which then drafts as much as it likes; None for the generator's default. It changes no token.
     """
 
     prompt: list[int]
@@ -87,7 +89,7 @@ class Request:
     index: int = 0
     adapter: str | None = None
     images: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False)
-    speculate: str | None = None
+    speculate: str | Drafter | None = None
 
 
 #: Called on the generator's thread for each token: the token, its log probabilities if requested, and the state of
@@ -127,8 +129,8 @@ class Generation:
         #: Tokens of the prompt that were not computed again: head, tail and worker had them from earlier requests.
         #: Known when the first token is.
         self.cached_tokens = 0
-        #: The drafter of its tokens, `auto` or `off`.
-        self.speculate = "off"
+        #: The drafter of its tokens or its name, `auto` or `off`.
+        self.speculate: str | Drafter = OFF
         #: Tokens that were drafted for it, and how many of them are in its text.
         self.drafted_tokens = 0
         self.accepted_tokens = 0

@@ -132,7 +132,7 @@ MAX_ENTRIES = 1024
 MAX_PROMPT_LOGPROBS = 2**19
 
 #: A token id that no vocabulary has: the end token of a text that goes on after all of the model's.
-_NO_END = 2**62
+NO_END = 2**62
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ class Sampling:
     def ends(self, end_tokens: Iterable[int]) -> list[int]:
         """The tokens that end a text, at least one, of a model that ends it with `end_tokens`."""
         own = () if self.ignore_eos else end_tokens
-        return sorted({*own, *(self.stop_token_ids or ())}) or [_NO_END]
+        return sorted({*own, *(self.stop_token_ids or ())}) or [NO_END]
 
     def options(self, bad_words: Sequence[Sequence[int]] = ()) -> dict[str, Any]:
         """Arguments of `generate`, of settings that are `resolved`, without frequency and presence penalties.

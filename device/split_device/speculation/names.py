@@ -20,9 +20,9 @@ SPECULATE: tuple[str, ...] = get_args(Speculate)
 SPECULATE_METAVAR = "|".join([*SPECULATE, f"{DRAFT}MODEL"])
 
 
-def draft_model(name: str) -> str | None:
-    """The directory or hub id of the draft model that is asked for; None if another drafter is."""
-    return name.removeprefix(DRAFT) or None if name.startswith(DRAFT) else None
+def draft_model(asked: object) -> str | None:
+    """The directory or hub id of the draft model that is asked for, if a name is; None if another drafter is."""
+    return asked.removeprefix(DRAFT) or None if isinstance(asked, str) and asked.startswith(DRAFT) else None
 
 
 def check_speculate(name: str, names: Collection[str] = SPECULATE) -> str:

@@ -72,9 +72,10 @@ class Pace:
         self.acceptance = Acceptance(longest)
         self.successors = Successors()
 
-    def start(self, name: str) -> Speculation:
-        """Speculation for one request, by a drafter of this name or `auto`. Raises ConfigError."""
-        return Speculation(self, make_drafter(name, self.successors), name == AUTO, branches=name in TREES)
+    def start(self, drafter: str | Drafter) -> Speculation:
+        """Speculation for one request, by a drafter, by one of this name, or by `auto`. Raises ConfigError."""
+        own = make_drafter(drafter, self.successors) if isinstance(drafter, str) else drafter
+        return Speculation(self, own, drafter == AUTO, branches=drafter in TREES)
 
     def stepped(self, cycle: Cycle, tokens: int, accepted: int, measures: bool) -> None:
         """A request's step is through.

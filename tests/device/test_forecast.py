@@ -1,0 +1,166 @@
+"""Predictions of tokens per second: of a text that is known, they are those of the device's own drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from transformers import GenerationConfig
+
+import tiny
+from fleet import split_model
+from split_common.errors import MeasurementTimeout
+from split_device.generation.cycles import Cycles
+from split_device.generation.generator import Generator, Request
+from split_device.generation.ping import CODEC_STEPS, PREDICTED, STEPS, Measured, Ping
+from split_device.generation.settings import NO_END
+from split_device.speculation.forecast import CycleTimes, SampleText, forecast
+
+pytestmark = pytest.mark.usefixtures("patient_queue")
+
+#: Repetitions, so that something can be guessed.
+PROMPTS = [[3, 17, 17, 33, 17, 17, 33], [9, 8, 7, 9, 8, 7, 9, 8], [40]]
+
+LONGEST = 15
+FLAT = CycleTimes({1: {1: 0.1, 16: 0.1}})
+
+
+def text(answer: list[int], prompt: list[int] | None = None) -> SampleText:
+    """A text of which the model was nearly sure."""
+    return SampleText(prompt or [1, 2, 3], answer, [[(token, -0.01), (0, -5.0)] for token in answer], 50)
+
+
+def test_times_between_measured_ones_lie_on_lines() -> None:
+    times = CycleTimes({1: {1: 1.0, 4: 4.0, 16: 10.0}, 4: {1: 2.0, 4: 8.0}})
+    assert [times.of(1, tokens) for tokens in (1, 2, 4, 10, 16)] == pytest.approx([1, 2, 4, 7, 10])
+    # Of two sessions a third of the way from one to four.
+    assert times.of(2, 2) == pytest.approx(1 + 1 / 3)
+    assert times.of(4, 16) == pytest.approx(8)
+    # Beyond the last point on the last line.
+    assert times.of(1, 22) == pytest.approx(13)
+    assert times.of(7, 7) == pytest.approx(3)
+
+
+def test_what_a_codec_and_a_drafter_add_counts_for_each_message_and_token() -> None:
+    times = CycleTimes({1: {1: 1.0, 16: 1.0}, 4: {1: 1.0, 16: 1.0}}, 0.1, 0.01, 0.001)
+    assert times.of(1, 1) == pytest.approx(1 + 0.1 + 0.011)
+    assert times.of(4, 20) == pytest.approx(1 + 4 * 0.1 + 20 * 0.011)
+    # What a codec saves leaves some time.
+    assert CycleTimes({1: {1: 1.0, 16: 1.0}}, -5.0).of(1, 1) == pytest.approx(0.1)
+
+
+def test_without_drafts_a_step_is_a_token() -> None:
+    found = forecast([text([5, 6, 7, 8, 9])], "off", 1, FLAT, LONGEST)
+    assert found.tokens_per_step == 1
+    assert found.tokens_per_second == pytest.approx(10)
+    found = forecast([text([5, 6, 7, 8]), text([5, 6, 7, 8, 9, 4])], "off", 4, FLAT, LONGEST)
+    assert found.tokens_per_second == pytest.approx(40)
+
+
+def test_a_text_that_repeats_itself_needs_few_steps() -> None:
+    period = [11, 12, 13, 14, 15]
+    repeated = text(period * 8, period * 2)
+    found = forecast([repeated], "ngram", 1, FLAT, LONGEST)
+    # 39 tokens after the first one, 16 a step at most.
+    assert found.tokens_per_step == pytest.approx(39 / 3)
+    assert found.tokens_per_second == pytest.approx(10 * 39 / 3)
+    # `auto` learns it, and nothing where a token costs as much as a step.
+    dear = CycleTimes({1: {1: 0.1, 16: 1.6}})
+    assert forecast([repeated], "auto", 1, FLAT, LONGEST).tokens_per_step > 1.5
+    assert forecast([repeated], "auto", 1, dear, LONGEST).tokens_per_second == pytest.approx(10, rel=0.1)
+
+
+# --- measured ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with split_model(tiny.save("llama", tmp_path_factory.mktemp("model") / "llama")) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def measured(split: Any) -> Measured:
+    return Ping(split, PROMPTS, [], lambda _: None, seconds=0.0).measure()
+
+
+def test_all_is_measured_more_than_once(measured: Measured) -> None:
+    assert measured.notes == []
+    assert {sessions: tuple(row) for sessions, row in measured.cycles.items()} == STEPS
+    assert all(list(row) == [1] for row in measured.plain.values())
+    assert measured.plain.keys() == STEPS.keys()
+    for row in (*measured.plain.values(), *measured.cycles.values(), measured.worker, measured.device):
+        for spread in row.values():
+            assert spread.samples >= 4
+            assert 0 < spread.low <= spread.median <= spread.high
+    single = measured.plain[1][1]
+    assert 0 < measured.round_trip.low < single.high
+    assert measured.worker[1].low + measured.device[1].low < measured.cycles[1][1].high
+    assert measured.speculate == PREDICTED
+
+
+def test_codecs_are_measured_by_what_they_send(split: Any, measured: Measured) -> None:
+    assert split.split_parts.client.codec.name == "exact"
+    for name, cost in measured.codecs.items():
+        # Steps that may hold drafts have one size, those that cannot are smaller.
+        for sizes, plain in (
+            (cost.up, measured.plain_codecs[name].up),
+            (cost.down, measured.plain_codecs[name].down),
+        ):
+            assert tuple(sizes) == CODEC_STEPS
+            assert 0 < plain[1] < min(sizes.values()), name
+    exact, int8 = measured.codecs["exact"], measured.codecs["int8"]
+    # 32 float32 of each token.
+    assert exact.up[16] > 16 * 128
+    assert int8.up[16] < exact.up[16] / 2
+    assert (exact.message, exact.token) == pytest.approx((0, 0), abs=1e-12)
+
+
+def test_the_sample_is_what_the_model_says(split: Any, measured: Measured) -> None:
+    for prompt, found in zip(PROMPTS, measured.texts, strict=True):
+        assert found.prompt == prompt
+        with Generator(split, prefix_cache=0, speculate="off") as generator:
+            assert generated(generator, found) == found.answer
+        for token, likeliest in zip(found.answer, found.expected, strict=True):
+            assert likeliest[0][0] == token
+            assert len(likeliest) == 16
+            assert all(high >= low for (_, high), (_, low) in pairwise(likeliest))
+
+
+def generated(generator: Generator, found: SampleText, speculate: str | None = None) -> list[int]:
+    config = GenerationConfig(do_sample=False, max_new_tokens=len(found.answer), eos_token_id=[NO_END])
+    tokens: list[int] = generator.submit(Request(found.prompt, config, speculate=speculate)).result(60)
+    return tokens
+
+
+@pytest.mark.parametrize("speculate", ["off", "ngram", "suffix"])
+def test_steps_are_as_many_as_predicted(split: Any, measured: Measured, speculate: str) -> None:
+    """Drafters that look at the text alone draft in a prediction what they draft on the device."""
+    tokens = sum(len(each.answer) - 1 for each in measured.texts)
+    with Generator(split, prefix_cache=0, speculate=speculate) as generator:
+        for found in measured.texts:
+            assert generated(generator, found) == found.answer
+        steps = generator.counters["steps"] - len(measured.texts)
+    predicted = measured.forecast(speculate, "exact", 1)
+    assert predicted.tokens_per_step == pytest.approx(tokens / steps)
+    assert (speculate == "off") == (steps == tokens)
+
+
+def test_every_setting_is_predicted(measured: Measured) -> None:
+    for speculate in measured.speculate:
+        for codec in ("exact", "int4"):
+            for sessions in (1, 3):
+                found = measured.forecast(speculate, codec, sessions)
+                assert found.tokens_per_second > 0
+                assert 1 <= found.tokens_per_step <= 1 + LONGEST
+
+
+def test_what_takes_too_long_ends_and_says_so(split: Any) -> None:
+    with Generator(split, prefix_cache=0, speculate="off") as generator:
+        cycles = Cycles(split, generator, PROMPTS)
+        with pytest.raises(MeasurementTimeout, match="steps of 2 sessions came back in 0 s"):
+            cycles.measure(2, [1, 4], 100, (100, 100), 1e6, limit=0.0)
+        # Nothing is left of it.
+        assert len(cycles.measure(2, [1, 4], 2, (2, 2), 0.0, limit=60.0)) == 2 * 2 * 2
