@@ -35,6 +35,15 @@ def checkpoint(options: argparse.Namespace) -> Path:
     return options.model or ensure_demo_model()
 
 
+def compiled(model: Path) -> None:
+    """Has the code compiled that workers run a model's layers by, so that none does it while it is measured."""
+    from split_common.engine import native
+    from split_common.engine.tuning import LEAST_BYTES
+
+    if sum(file.stat().st_size for file in model.glob("*.safetensors")) >= LEAST_BYTES and native.begin():
+        native.wait()
+
+
 def prompt(vocabulary: int, tokens: int) -> Any:
     """Token ids `[1, tokens]`, int64, the same each time; without special tokens unless the vocabulary is tiny."""
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from benchmarks.harness import (
     arguments,
     checkpoint,
+    compiled,
     counted,
     fleet,
     generate_greedily,
@@ -23,6 +25,9 @@ from split_device.stress.proxy import Proxy
 
 PROMPT_TOKENS = 64
 NEW_TOKENS = 64
+
+#: Tokens of the prompts whose first token is waited for, and most pairs of them.
+LONG_PROMPT, LONG_PAIRS = 1800, 3
 
 
 def main() -> None:
@@ -48,12 +53,14 @@ def main() -> None:
         generate(which)
         return NEW_TOKENS / (time.perf_counter() - began)
 
+    compiled(model)
     with fleet(model, "2:-2", "--dtype", "float32") as (address, _):
         with SplitModelForCausalLM.from_pretrained(model, broker=address, dtype="float32") as split:
             identical = torch.equal(generate(split), generate(unsplit))
             split.timings.reset()
             rates = in_turns(options.rounds, {"split": partial(rate, split), "unsplit": partial(rate, unsplit)})
             stages = split.timings.per_step_ms()
+            firsts = _first_tokens(split, unsplit, min(options.rounds, LONG_PAIRS))
         with (
             counted(address) as (proxy, before),
             SplitModelForCausalLM.from_pretrained(model, broker=before, dtype="float32") as split,
@@ -65,6 +72,9 @@ def main() -> None:
         "split_tok_s": rates["split"],
         "unsplit_tok_s": rates["unsplit"],
         "ratio": ratios(rates["split"], rates["unsplit"]),
+        "split_prefill_s": firsts["split"],
+        "unsplit_prefill_s": firsts["unsplit"],
+        "prefill_ratio": ratios(firsts["split"], firsts["unsplit"]),
     }
     results = {
         **summary(figures),
@@ -76,6 +86,21 @@ def main() -> None:
         "stages_ms": {stage: round(value, 3) for stage, value in stages.items()},
     }
     report(results, options.json, f"overhead, {PROMPT_TOKENS} + {NEW_TOKENS} tokens")
+
+
+def _first_tokens(split: Any, unsplit: Any, rounds: int) -> dict[str, list[float]]:
+    """Seconds to the first token after long prompts, in turns; each has a prompt of its own."""
+    tokens = min(LONG_PROMPT, unsplit.config.max_position_embeddings - 1)
+    ids = prompt(unsplit.config.vocab_size, tokens)
+    shifts = itertools.count(1)
+
+    def seconds(which: Any) -> float:
+        fresh = ids.roll(next(shifts), 1)
+        began = time.perf_counter()
+        generate_greedily(which, fresh, 1)
+        return time.perf_counter() - began
+
+    return in_turns(rounds, {"split": partial(seconds, split), "unsplit": partial(seconds, unsplit)})
 
 
 def _decode_bytes(split: Any, generate: Any, proxy: Proxy) -> tuple[float, float]:

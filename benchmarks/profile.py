@@ -1,5 +1,7 @@
 """Where a step of the body goes on this CPU: products, attention, other operators and Python, for some sessions.
 
+Layers that are fused have one stage for all operators.
+
 The bound is the time to read all weights once, at the bandwidth that the same run measures. What surrounds the body
 (queue, encryption, head and tail) is in `benchmarks.overhead`.
 """
@@ -12,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import arguments, checkpoint, note, report, spread
+from benchmarks.harness import arguments, checkpoint, compiled, note, report, spread
 from split_common.system.process import passive_threads, reuse_memory
 
 #: Tokens that each session has before the steps that are measured.
@@ -58,6 +60,8 @@ def _measure(model: Path, options: Any) -> dict[str, Any]:
     from split_common.models.loading import load_part, read_spec
     from split_common.models.split import Split
 
+    if options.tune == "on":
+        compiled(model)
     spec = read_spec(str(model))
     split = Split.parse(spec.layers, options.layers)
     part, stack = load_part(spec, split, "worker", dtype=torch.float32)
@@ -69,6 +73,7 @@ def _measure(model: Path, options: Any) -> dict[str, Any]:
     results: dict[str, Any] = {
         "threads": torch.get_num_threads(),
         "tuning": tuning.describe(),
+        "fusion": runner.executor.fusion,
         "weight_bytes": weights,
         "read_gb_s": bandwidth / 1e9,
         "bound_ms": bound,
@@ -124,13 +129,36 @@ class _Steps:
             self.once()
             seconds.append(time.perf_counter() - began)
         step = 1e3 * statistics.median(seconds)
+        quartiles = [1e3 * quartile for quartile in spread(seconds)]
+        if (fused := getattr(self._runner.executor, "fused", None)) is not None:
+            return {"step": step, **self._fused_stages(fused, steps, step)}, quartiles
         began = time.perf_counter()
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             for _ in range(steps):
                 self.once()
         whole = time.perf_counter() - began
-        quartiles = [1e3 * quartile for quartile in spread(seconds)]
         return {"step": step, **_shares(profiler.key_averages(), whole, step)}, quartiles
+
+    def _fused_stages(self, fused: Any, steps: int, step: float) -> dict[str, float]:
+        """Milliseconds of a step in the call that computes all layers, and around it."""
+        seconds: list[float] = []
+        run = fused.call
+
+        def timed(*arguments: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return run(*arguments)
+            finally:
+                seconds.append(time.perf_counter() - began)
+
+        fused.call = timed
+        try:
+            for _ in range(steps):
+                self.once()
+        finally:
+            fused.call = run
+        layers = min(step, 1e3 * statistics.median(seconds))
+        return {"layers": layers, "python": step - layers}
 
     def free(self) -> None:
         for row in self._rows:

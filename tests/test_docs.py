@@ -29,6 +29,7 @@ PACKAGES = {
 
 #: What the docs may name though this project does not define it, and whose it is.
 OTHERS = {
+    "the environment": "CXX PATH",
     "torch": "TORCHINDUCTOR_CACHE_DIR varlen_attn",
     "transformers": "DynamicCache GenerationConfig generate_batch key_mapping scale_attn_by_inverse_layer_idx",
     "diffusers": "load_ip_adapter",

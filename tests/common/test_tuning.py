@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tiny
-from split_common.engine import linear, tuning
+from split_common.engine import linear, native, tuning
 from split_common.engine.fusion import SharedLinear, become_parts, joined
 from split_common.engine.linear import pack_linears
 from split_common.engine.lora import AdaptedLinear, ChosenAdapter, LowRank
@@ -39,6 +39,7 @@ def run(stack: LayerStack, tokens: int = 5) -> torch.Tensor:
 def measured_as(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """Has models of any size measured, with one layout as the outcome."""
     monkeypatch.setattr(linear, "LEAST_BYTES", 0)
+    monkeypatch.setattr(native, "begin", lambda: False)
     monkeypatch.setattr(
         linear,
         "tune",

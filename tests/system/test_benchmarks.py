@@ -62,6 +62,7 @@ def test_overhead(checkpoint: Path) -> None:
     results = run("overhead", "--model", checkpoint, "--rounds", 1)
     assert set(results) == {
         *spread("split_tok_s", "unsplit_tok_s", "ratio"),
+        *spread("split_prefill_s", "unsplit_prefill_s", "prefill_ratio"),
         "bytes_per_token_up",
         "bytes_per_token_down",
         "payload_efficiency",

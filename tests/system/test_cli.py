@@ -75,6 +75,7 @@ def address(checkpoint: Path) -> Iterator[str]:
                 "adapters": [],
                 "compiled": False,
                 "tuning": None,
+                "fusion": None,
             }
             yield broker["address"]
 

@@ -81,8 +81,8 @@ TuneOption = Annotated[
     typer.Option(
         "--tune",
         envvar="LAMBDA_SPLIT_TUNE",
-        help="Language models on the CPU: measure which layout of weights is fastest. It takes about a second, "
-        "once for each model and machine.",
+        help="Language models on the CPU: measure which layout of weights is fastest, and compile code for it "
+        "in the background where there is a C++ compiler. Once for each machine and model.",
     ),
 ]
 CutOption = Annotated[

@@ -54,5 +54,9 @@ class Executor(Protocol):
     def takes_trees(self) -> bool:
         """Whether it takes runs with parents."""
 
+    @property
+    def fusion(self) -> str | None:
+        """`fused` if layers run in one call of code compiled for this CPU, `compiling` if they will; else None."""
+
     def launch(self, runs: Sequence[TokenRun[Any]]) -> Forward:
         """Starts a forward that appends tokens to sequences of the store."""

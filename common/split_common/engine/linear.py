@@ -11,7 +11,7 @@ the number of kernels small.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeGuard
 
@@ -22,6 +22,8 @@ from torch.nn.functional import linear as apply_linear
 from torch.nn.functional import pad
 
 from split_common.compat.torch import reorder_linear_weight, reordered_linear
+from split_common.engine import native
+from split_common.engine.fused_sketch import sketch_layers
 from split_common.engine.fusion import become_parts, find_shared, joined, replace_modules, share
 from split_common.engine.tuning import LEAST_BYTES, UNMEASURED, Apply, Layout, Product, Tuning, tune
 from split_common.models.layer_stack import LayerStack
@@ -92,24 +94,27 @@ def pack_linears(model: nn.Module, stack: LayerStack | None = None, *, measure: 
     groups = [] if stack is None else find_shared(stack, linears)
     together = {linear for group in groups for linear in group}
     alone = [linear for linear in linears if linear not in together]
-    tuning = UNMEASURED
+    tuning, fused = UNMEASURED, set[nn.Linear]()
     if measure and needed >= LEAST_BYTES:
-        tuning = _tune([*groups, *([linear] for linear in alone)])
+        sketches = sketch_layers(stack, linears) if stack is not None and native.begin() else {}
+        fused = {linear for sketch in sketches.values() for linear in sketch.linears}
+        products = [each for each in (*groups, *([linear] for linear in alone)) if not fused.issuperset(each)]
+        tuning = replace(_tune(products) if products else UNMEASURED, sketches=sketches)
     shared = share(model, groups)
     for each, group in zip(shared, groups, strict=True):
-        each.product = _joined(group, tuning)
+        each.product = _joined(group, tuning, fused)
     kept = {id(parameter) for each in shared for parameter in each.parameters()}
-    replace_modules(model, {linear: _laid_out(linear, tuning) for linear in alone})
+    replace_modules(model, {linear: _laid_out(linear, tuning) for linear in alone if linear not in fused})
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter and id(parameter) not in kept:
             parameter.data = parameter.data.clone()
     return replace(tuning, joined=len(groups))
 
 
-def _joined(linears: Sequence[nn.Linear], tuning: Tuning) -> nn.Module:
+def _joined(linears: Sequence[nn.Linear], tuning: Tuning, fused: Container[nn.Linear]) -> nn.Module:
     """One layer with the outputs of several. If it is laid out as stored, their weights become parts of its own."""
     whole = joined(linears)
-    product = _laid_out(whole, tuning)
+    product = whole if linears[0] in fused else _laid_out(whole, tuning)
     if product is whole:
         become_parts(linears, whole)
     return product

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -10,14 +11,29 @@ from torch.nn.functional import pad
 
 from split_common.engine import attention
 from split_common.engine.additions import adding
-from split_common.engine.attention import Backend, PackedBatch, Span
+from split_common.engine.attention import AttentionCall, Backend, PackedBatch, Span
 from split_common.engine.forward import Forward
+from split_common.engine.fused_layers import FusedLayers
 from split_common.engine.graphs import DecodeGraphs, new_capture
 from split_common.engine.layers import LayerRange
 from split_common.engine.lora import AdapterNumber, adapting, is_adapted
 from split_common.engine.mixed import plan_batch
 from split_common.engine.pool import PagedSequence, PagePool
 from split_common.engine.sequences import TokenRun, positions_of
+
+#: Whether layers are fused, or will be.
+Fusion = Literal["fused", "compiling"]
+
+
+class Fusing(Protocol):
+    """Layers whose code is being compiled."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is compiled, or never will be."""
+
+    def fuse(self) -> FusedLayers | None:
+        """The layers in one call; None if that fails, or gives another output."""
 
 
 class PackedExecutor:
@@ -27,10 +43,22 @@ class PackedExecutor:
         layers: the layers to run, which use the attention of `split_common.engine.attention`.
         pool: holds keys and values.
         backend: computes the attention.
+        calls: what each layer passes to its attention, by its index; empty if it was not asked.
     """
 
-    def __init__(self, layers: LayerRange, pool: PagePool, backend: Backend) -> None:
+    def __init__(
+        self,
+        layers: LayerRange,
+        pool: PagePool,
+        backend: Backend,
+        calls: Mapping[int, AttentionCall] | None = None,
+    ) -> None:
         self._layers = layers
+        self.calls = calls or {}
+        #: Computes batches in one call; None while they go through the layers' own code.
+        self.fused: FusedLayers | None = None
+        #: Gives `fused` as soon as its code is compiled; None if it never will, or has.
+        self.fusing: Fusing | None = None
         self.store = pool
         self.backend = backend
         #: Whether the output of a token in a tree was found to be that of the path to it.
@@ -42,6 +70,11 @@ class PackedExecutor:
     def attention(self) -> str:
         """The name of the backend."""
         return self.backend.name
+
+    @property
+    def fusion(self) -> Fusion | None:
+        """Whether batches are computed in one call, or will be once its code is compiled; None if neither."""
+        return "fused" if self.fused is not None else "compiling" if self.fusing is not None else None
 
     @property
     def capturable(self) -> bool:
@@ -59,6 +92,8 @@ class PackedExecutor:
     @torch.inference_mode()
     def launch(self, runs: Sequence[TokenRun[PagedSequence]]) -> Forward:
         """Appends the runs' tokens to their sequences. Raises OutOfPages if the pool lacks memory."""
+        if self.fusing is not None and self.fusing.ready:
+            self.fused, self.fusing = self.fusing.fuse(), None
         # Decoding sequences come first, so that attention can take them together, and what is not causal last.
         order = sorted(range(len(runs)), key=lambda index: _rank(runs[index]))
         runs = [runs[index] for index in order]
@@ -71,10 +106,15 @@ class PackedExecutor:
         positions = positions_of([place for run in runs for place in run.places])
         slots = torch.from_numpy(np.concatenate(new_slots))
         plain = not any(run.additions for run in runs)
-        output = self._replay(spans, states, positions, slots) if plain else None
+        adapters = [run.adapter for run in runs]
+        output = None
+        if plain and self.fused is not None and self.fused.takes(spans, positions, adapters):
+            output = self.fused.run(self.store, spans, states, positions, slots)
+        elif plain:
+            output = self._replay(spans, states, positions, slots)
         if output is None:
             with adding(self._layers, runs):
-                output = self._run(spans, states, positions, slots, [run.adapter for run in runs])
+                output = self._run(spans, states, positions, slots, adapters)
         return Forward(output, [span.count for span in spans], order)
 
     def _replay(

@@ -274,6 +274,7 @@ class PerSequenceExecutor:
 
     attention = None
     takes_trees = False
+    fusion = None
 
     def __init__(self, layers: LayerRange, store: CacheStore) -> None:
         self._layers = layers

@@ -41,6 +41,10 @@ MISTAKEN = 0.1
 #: How many tokens each of the steps has in which a sequence is run in parts: prompts, decoding, several at once.
 _PARTS = (2, 1, 2)
 
+#: How many tokens the sequences have in each forward of a rehearsal. Batches with and without padding rows, of one
+#: sequence and of several, take different ways through layers.
+REHEARSAL = ((8, 5), (1, 1), (1, 4), (2, 2), (1, 1, 1, 1), (1,))
+
 #: Pages in the pool of a rehearsal.
 PROBE_PAGES = 8
 
@@ -105,7 +109,7 @@ def check_layers(layers: LayerRange, reference: PerSequenceExecutor) -> tuple[Fo
     footprint = measure_footprint(kept, layers.devices, whole[0].length)
     for sequence in (*whole, *parts):
         sequence.free()
-    return footprint, _rehearse(layers, reference)
+    return footprint, rehearse(layers, reference)
 
 
 def _first_parts(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -143,12 +147,12 @@ def packed_executor(
     reason = NotPackable("no attention backend was tried")
     for backend in _backends(layers):
         try:
-            shapes = _check_packed(layers, backend, reference, expected)
+            shapes, calls = _check_packed(layers, backend, reference, expected)
         except NotPackable as error:
             log.info("sequences are not packed with %s: %s", backend.name, error)
             reason = error
         else:
-            packed = PackedExecutor(layers, _make_pool(layers, backend, shapes, kv_bytes), backend)
+            packed = PackedExecutor(layers, _make_pool(layers, backend, shapes, kv_bytes), backend, calls)
             rehearsing = PackedExecutor(layers, ProbePool(PROBE_PAGES, backend.page_tokens), backend)
             packed.takes_trees = takes_trees(rehearsing, layers.width, TOLERANCE[layers.dtype])
             return packed
@@ -161,10 +165,10 @@ def compile_checked(layers: LayerRange, executor: PackedExecutor) -> bool:
 
     Compiled kernels round less often, which changes a deep stack's output as much as half precision itself does.
     """
-    expected = _rehearse(layers, executor)
+    expected = rehearse(layers, executor)
     compile_layers(layers.modules)
     try:
-        output = _rehearse(layers, executor)
+        output = rehearse(layers, executor)
         # The last token ran in a forward of its own, with other kernels than the rest.
         parts = (slice(-1), slice(-1, None))
         error = max(float((output[part] - expected[part]).norm() / expected[part].norm()) for part in parts)
@@ -197,16 +201,19 @@ def _make_pool(layers: LayerRange, backend: Backend, shapes: dict[int, LayerShap
     return PagePool(shapes, pages, layers.dtype, backend.page_tokens)
 
 
-def _rehearse(layers: LayerRange, executor: Executor) -> torch.Tensor:
+def rehearse(layers: LayerRange, executor: Executor, steps: Sequence[Sequence[int]] = REHEARSAL) -> torch.Tensor:
     """Prefills, decodes and rolls back sequences over fixed random states: float32 `[tokens, width]`.
 
-    Batches with and without padding rows, of one sequence and of several, take different ways through layers.
+    Args:
+        layers: the layers.
+        executor: runs them.
+        steps: the tokens of each sequence, four at most, in each forward.
     """
     generator = torch.Generator().manual_seed(0)
     sequences = [executor.store.new_sequence() for _ in range(4)]
     outputs = []
     try:
-        for counts in ((8, 5), (1, 1), (1, 4), (2, 2), (1, 1, 1, 1), (1,)):
+        for counts in steps:
             runs = [
                 TokenRun(
                     sequence,
@@ -225,14 +232,14 @@ def _rehearse(layers: LayerRange, executor: Executor) -> torch.Tensor:
 
 def _check_packed(
     layers: LayerRange, backend: Backend, reference: CacheStore, expected: torch.Tensor
-) -> dict[int, LayerShape]:
-    """The shapes of each layer's keys and values. Raises NotPackable."""
+) -> tuple[dict[int, LayerShape], dict[int, AttentionCall]]:
+    """Each layer's shape of keys and values, and what it passes to its attention. Raises NotPackable."""
     pool = ProbePool(PROBE_PAGES, backend.page_tokens)
     calls: list[tuple[AttentionCall, list[str]]] = []
     token = attention.recording.set(calls)
     try:
         layers.owner.set_attn_implementation(attention.ATTENTION_NAME)
-        output = _rehearse(layers, PackedExecutor(layers, pool, backend))
+        output = rehearse(layers, PackedExecutor(layers, pool, backend))
     except Exception as error:
         raise NotPackable(f"their attention fails: {type(error).__name__}: {error}") from error
     finally:
@@ -241,7 +248,7 @@ def _check_packed(
     differs = ((output - expected).abs().max() / expected.abs().max()).item()
     if not differs < TOLERANCE[layers.dtype]:
         raise NotPackable(f"their packed output differs by {differs:.1e}")
-    return pool.shapes
+    return pool.shapes, {call.layer: call for call, _ in calls}
 
 
 def _check_calls(layers: LayerRange, reference: CacheStore, calls: list[tuple[AttentionCall, list[str]]]) -> None:

@@ -12,6 +12,7 @@ import torch
 from split_common.engine.division import is_indivisible
 from split_common.engine.footprint import Footprint
 from split_common.engine.forward import Executor, Forward
+from split_common.engine.fusing import fuse_when_ready
 from split_common.engine.layers import LayerRange
 from split_common.engine.padding import padding_matters, probe_tokens
 from split_common.engine.per_sequence import CacheStore, PerSequenceExecutor
@@ -166,6 +167,7 @@ def build_runner(
             ) from None
         return build(reference, unpacked_because=str(reason))
     if not packed.capturable:
+        fuse_when_ready(layers, packed)
         return build(packed)
     compiled = compile_checked(layers, packed)
     packed.capture_graphs()

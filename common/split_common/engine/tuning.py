@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 import msgspec
 import torch
 
+from split_common.engine.fused_sketch import Sketch
 from split_common.errors import ConfigError, KeysError
 from split_common.system.files import cache_dir, private_dir, write_private
 
@@ -75,6 +76,8 @@ class Tuning:
     rows: Mapping[Product, Mapping[int, int]] = field(default_factory=dict)
     measured: bool = False
     joined: int = 0
+    #: Layers that may be fused, by index: their weights stay as stored, and are not measured.
+    sketches: Mapping[int, Sketch] = field(default_factory=dict)
 
     def layout(self, product: Product) -> Layout:
         return self.layouts.get(product, "onednn")
@@ -213,7 +216,7 @@ def _measure(
 def _place(products: Collection[Product]) -> str:
     """The name of the file for what is measured: of this CPU, number of threads, torch, and these products."""
     facts = [
-        _cpu(),
+        cpu_facts(),
         torch.backends.cpu.get_cpu_capability(),
         str(torch.get_num_threads()),
         torch.__version__,
@@ -222,7 +225,7 @@ def _place(products: Collection[Product]) -> str:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32] + ".json"
 
 
-def _cpu() -> str:
+def cpu_facts() -> str:
     """The CPU's name and features, as Linux has them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()

@@ -287,6 +287,16 @@ class LayerStack:
             if not torch.equal(before, after)
         }
 
+    @torch.no_grad()
+    def arguments_of(self, positions: torch.Tensor) -> dict[int, dict[str, Any]]:
+        """What each slot is handed beside hidden states, by its index, for positions int64 `[1, tokens]`.
+
+        Runs the owner's code without the slots. The owner has to take positions.
+        """
+        states = torch.zeros(1, positions.shape[1], self.width, dtype=self.dtype)
+        calls = self._calls_of_twin({"inputs_embeds": states, "position_ids": positions})
+        return {index: arguments for index, _, arguments in calls}
+
     def _calls_of_twin(self, arguments: dict[str, Any]) -> list[_CallOfSlot]:
         """What a call of the owner hands its slots, without running them. Recorders in their place return zeros."""
         calls: list[_CallOfSlot] = []

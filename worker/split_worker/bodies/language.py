@@ -252,6 +252,7 @@ class LanguageBody:
             "attention": attention,
             "compiled": self.runner.compiled,
             "tuning": self._tuning,
+            "fusion": self.runner.executor.fusion,
             "adapters": [adapter.name for adapter in self.adapters],
         }
 
@@ -268,6 +269,11 @@ class LanguageBody:
             lines.append(self.quantization)
         if self._tuning is not None:
             lines.append(f"fastest on this CPU, as measured: {self._tuning}")
+        match self.runner.executor.fusion:
+            case "fused":
+                lines.append("layers are computed in one call, by code compiled for this CPU")
+            case "compiling":
+                lines.append("a C++ compiler is at work, and layers will be computed in one call")
         if self.adapters:
             lines.append(f"adapters: {', '.join(adapter.name for adapter in self.adapters)}")
         if self.runner.unpacked_because is not None:
