@@ -114,7 +114,8 @@ def test_codecs_are_measured_by_what_they_send(split: Any, measured: Measured) -
     exact, int8 = measured.codecs["exact"], measured.codecs["int8"]
     # 32 float32 of each token.
     assert exact.up[16] > 16 * 128
-    assert int8.up[16] < exact.up[16] / 2
+    # Headers and scales are a large part of so narrow states.
+    assert int8.up[16] < 0.7 * exact.up[16]
     assert (exact.message, exact.token) == pytest.approx((0, 0), abs=1e-12)
 
 
