@@ -78,7 +78,7 @@ def ping(
 ) -> None:
     """Measure the way to a worker, predict tokens/s for each setting, and recommend one.
 
-    Takes about a minute. Nothing else should use the device or its worker meanwhile.
+    Takes a minute or two. Nothing else should use the device or its worker meanwhile.
     """
     prompts = _read(sample) if sample is not None else SAMPLE
     passive_threads()
