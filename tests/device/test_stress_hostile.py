@@ -264,7 +264,13 @@ def test_a_bystander_burns_no_more_than_its_share() -> None:
 
 
 def test_a_bystander_that_falls_behind_takes_more_threads() -> None:
-    assert burned(1.0, 1.0, cpu_time=lambda: 0.0, threads=6)[0] == 6
+    stop, threads = threading.Event(), []
+    thread = threading.Thread(target=lambda: threads.append(burn(1.0, stop, lambda: 0.0, threads=6)))
+    thread.start()
+    wait_until(lambda: sum(each.name == "bystander" for each in threading.enumerate()) == 6)
+    stop.set()
+    thread.join()
+    assert threads == [6]
     assert burned(1.0, 0.5, cpu_time=lambda: 2.0 * time.monotonic())[0] == BYSTANDER_THREADS
 
 

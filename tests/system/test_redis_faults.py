@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -28,7 +28,7 @@ from fleet import generates
 from split_common.errors import BrokerUnreachable, Busy, NoWorker, SessionLost
 from split_common.models.loading import read_spec
 from split_common.models.verification import find_manifest
-from split_common.protocol import headers
+from split_common.protocol import encoding, headers, payloads
 from split_common.transport import HEARTBEAT, MISSED, OPEN_PATIENCE, connect, leader, new_peer_id
 from split_common.transport.base import QUEUE_BYTES
 from split_common.transport.redis import lease, membership, opens
@@ -43,6 +43,9 @@ from valkeys import Valkey, running_valkey
 from wiretap import LATE, Setting, in_background, run_steps, slowly, step, wait_until
 
 STEPS = 60
+
+#: The most tokens for which a decoding step has room: a token, and a tree of drafts.
+TOKENS = 33
 
 pytestmark = pytest.mark.usefixtures("patient_queue")
 
@@ -599,6 +602,17 @@ def test_a_crowded_lane_takes_small_messages_and_no_large_ones() -> None:
             large,
         )
         assert registry.takes(b"another", 2**24)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4096), ("bfloat16", 8192)])
+def test_a_padded_decoding_step_is_a_small_message(dtype: Literal["float32", "bfloat16"], width: int) -> None:
+    """In a crowded lane the next tokens are taken, also those of answers that speculate."""
+    states = TOKENS * width * payloads.DTYPES[dtype]
+    sizes: Any = {"size": states // TOKENS, "outputs": [0], "room": TOKENS, "padded": states}
+    step = payloads.PaddedStep(dtype, width, [payloads.Run(0, 5, [5])], codec="exact", **sizes)
+    body = encoding.encode_payload(step, bytes(states))
+    # With a header, and what sealing adds.
+    assert states < len(body) + 1024 <= SMALL_BYTES
 
 
 def test_a_member_that_floods_a_lane_does_not_fill_the_server(

@@ -97,6 +97,11 @@ def test_equal_layers_are_divided_equally() -> None:
     [
         ("gpu", 2, "invalid device 'gpu': expected auto, cpu, cuda"),
         ("cuda:x", 2, "invalid device 'cuda:x'"),
+        ("cuda:00", 2, "invalid device 'cuda:00'"),
+        ("cuda:127", 2, "does not see cuda:127, but"),
+        ("cuda:128", 2, "invalid device 'cuda:128'"),
+        ("cuda:255", 2, "invalid device 'cuda:255'"),
+        ("cuda:0,cuda:256", 2, "invalid device 'cuda:256'"),
         ("cuda:0,", 2, "invalid device ''"),
         ("cuda,cuda:1", 2, "invalid device 'cuda'"),
         ("cpu,cuda:0", 2, "on GPUs or on the CPU, not on both"),

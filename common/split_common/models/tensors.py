@@ -19,6 +19,9 @@ DTYPES: dict[str, torch.dtype] = {
 #: What a worker's device may be, for errors.
 _DEVICES = "expected auto, cpu, cuda, one GPU like cuda:0, or several like cuda:0,cuda:1"
 
+#: The largest index of a GPU that torch can name.
+MAX_GPU = 127
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -57,7 +60,9 @@ def parse_devices(names: str) -> list[torch.device]:
         return [parse_device(names)]
     given = [name.strip() for name in names.split(",")]
     for name in given:
-        if re.fullmatch(r"cpu|cuda:\d{1,3}", name, re.ASCII) is None:
+        # torch raises an error of its own, or wraps around, for leading zeros and larger indices.
+        number = re.fullmatch(r"cpu|cuda:(0|[1-9]\d{0,2})", name, re.ASCII)
+        if number is None or int(number[1] or 0) > MAX_GPU:
             raise ConfigError(f"invalid device {name!r}: {_DEVICES}")
     devices = [torch.device(name) for name in given]
     if len({device.type for device in devices}) > 1:
