@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import tiny
 from fleet import joined, running_broker, serving_here, split_model, start_worker
 from split_common.engine.runner import Runner
 from split_common.errors import ConfigError, SplitError, UnsupportedFeature
 from split_device.cli.doctor_draft import asked_draft_model, draft_findings
+from split_device.generation.draft_layers import check_tokens
 from split_device.generation.draft_model import DraftModel
 from split_device.generation.generator import Generation, Generator, Request
 from split_device.speculation.speculation import Speculation
@@ -113,6 +114,7 @@ def test_a_pace_of_its_own_changes_no_token(drafted: Generator, plain: list[list
     assert results([drafted.submit(each) for each in requests()]) == plain
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("eager")
 def test_memory_is_given_back_when_a_request_ends(split: Any, drafting: Path, plain: list[list[int]]) -> None:
     name = f"draft:{drafting}"
@@ -263,11 +265,28 @@ def test_what_a_draft_model_expects() -> None:
     assert drafter.draft(5) == []
 
 
+def test_tokens_that_were_added_may_differ(checkpoint: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    # In one of the two it is a token like others, in the other one it was added.
+    known = next(token for token in tokenizer.get_vocab() if token not in tokenizer.get_added_vocab())
+    tokenizer.add_tokens([AddedToken(known, special=True), "<new>"])
+    assert known in tokenizer.get_added_vocab()
+    tokenizer.save_pretrained(tmp_path / "more")
+    (tmp_path / "more" / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    check_tokens(str(tmp_path / "more"), str(checkpoint))
+    check_tokens(str(checkpoint), str(tmp_path / "more"))
+
+
 def test_doctor_tries_a_draft_model(checkpoint: Path, drafting: Path, tmp_path: Path) -> None:
     (found,) = draft_findings(str(drafting), str(checkpoint))
     assert (found.subject, found.status) == ("draft model", "ok")
     (found,) = draft_findings(str(tiny.save("llama", tmp_path / "bare")), str(checkpoint))
     assert (found.status, "no tokenizer" in found.detail) == ("problem", True)
+    hybrid = tiny.save_tokenizer(tiny.save("qwen3_5_text", tmp_path / "hybrid"))
+    (found,) = draft_findings(str(checkpoint), str(hybrid))
+    assert (found.status, "takes no drafts: its layers keep states" in found.detail) == ("problem", True)
+    with pytest.raises(ConfigError, match="--speculate ngram needs no check"):
+        asked_draft_model("ngram", str(checkpoint))
     with pytest.raises(ConfigError, match="give --model as well"):
         asked_draft_model(f"draft:{drafting}", None)
 

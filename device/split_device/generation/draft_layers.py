@@ -35,7 +35,7 @@ class DraftLayers:
     def __init__(self, name: str, dtype: torch.dtype | None, device: torch.device, kv_bytes: int) -> None:
         whole = load_whole(name, dtype, device)
         config = whole.config.get_text_config(decoder=True)
-        if any(map(has_states, DynamicCache(config=config).layers)):
+        if keeps_states(config):
             raise UnsupportedFeature(
                 f"{DRAFT}{name} cannot draft: its layers keep states, which take no tokens back"
             )
@@ -59,6 +59,11 @@ class DraftLayers:
             )
 
 
+def keeps_states(config: Any) -> bool:
+    """Whether some layer of a language model keeps a state, by the model's text configuration."""
+    return any(map(has_states, DynamicCache(config=config).layers))
+
+
 def check_tokens(name: str, model: str) -> None:
     """Compares the tokenizers of a draft model and of a model, by the directories or hub ids of their checkpoints.
 
@@ -68,19 +73,23 @@ def check_tokens(name: str, model: str) -> None:
         ConfigError: their tokens differ, or one has no tokenizer.
         SplitError: a tokenizer cannot be read; as `load_tokenizer`.
     """
-    target, own = _tokens(model), _tokens(name)
+    target, own = _tokenizer(model), _tokenizer(name)
     for place, found in ((model, target), (name, own)):
         if found is None:
             raise ConfigError(f"{DRAFT}{name} cannot be compared with the model: there is no tokenizer of {place}")
-    if target != own:
+    added = {*target.get_added_vocab(), *own.get_added_vocab()}
+    if _other_tokens(target, added) != _other_tokens(own, added):
         raise ConfigError(f"{DRAFT}{name} has other tokens than {model}: a draft model needs the same tokenizer")
 
 
-def _tokens(place: str) -> dict[str, int] | None:
-    """The ids of a tokenizer's tokens but the added ones; None if there is no tokenizer."""
+def _tokenizer(place: str) -> Any:
+    """The tokenizer of a checkpoint; None if there is none."""
     try:
-        tokenizer: Any = load_tokenizer(place)
+        return load_tokenizer(place)
     except UnknownModel:
         return None
-    added = tokenizer.get_added_vocab()
+
+
+def _other_tokens(tokenizer: Any, added: set[str]) -> dict[str, int]:
+    """The ids of a tokenizer's tokens, without these."""
     return {token: number for token, number in tokenizer.get_vocab().items() if token not in added}

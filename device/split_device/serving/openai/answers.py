@@ -42,7 +42,7 @@ def chat_choice(index: int, choice: Choice) -> dict[str, Any]:
 
 
 def chat_piece(index: int, piece: Choice, first: bool) -> dict[str, Any]:
-    """A piece of a streamed choice of a chat. The first one names the role, and always has a content."""
+    """A piece of a streamed choice of a chat. The first one names the role, and is never empty beside it."""
     delta = _delta(piece)
     if first:
         delta = {"role": "assistant"} | (delta or {"content": ""})
