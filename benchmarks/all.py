@@ -129,7 +129,9 @@ def _keep(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     slug = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
     path = ROOT / FIGURES / f"{slug}.json"
     path.parent.mkdir(exist_ok=True)
-    kept = json.loads(path.read_text()) if path.exists() else {"cpu": cpu_name(), "runs": {}, "measured": {}}
+    kept: dict[str, Any] = {"cpu": cpu_name(), "runs": {}, "measured": {}}
+    if path.exists():
+        kept = json.loads(path.read_text())
     for name, found in runs.items():
         kept["runs"][name] = found
         kept["measured"][name] = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}

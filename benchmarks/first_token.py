@@ -82,11 +82,12 @@ def _one_device(model: Path, address: str, rounds: int) -> tuple[list[float], li
 
     from split_device import SplitModelForCausalLM
     from split_device.generation.generator import Generator, Request
+    from split_device.generation.settings import NO_END
 
     draw = random.Random(6)
 
     def request(tokens: int, new_tokens: int, priority: int) -> Request:
-        config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0)
+        config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=[NO_END], pad_token_id=0)
         return Request([draw.randrange(20, 90) for _ in range(tokens)], config, priority=priority)
 
     def once() -> float:

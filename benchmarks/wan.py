@@ -344,10 +344,11 @@ def _request(prompt: Sequence[int], tokens: int) -> Any:
     from transformers import GenerationConfig
 
     from split_device.generation.generator import Request
+    from split_device.generation.settings import NO_END
 
     return Request(
         list(prompt),
-        GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=None, pad_token_id=0),
+        GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=[NO_END], pad_token_id=0),
     )
 
 

@@ -355,7 +355,8 @@ def test_answers_go_where_they_can_be_written(
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
 
 
-@pytest.mark.parametrize("kills", [(1, 1), pytest.param((2, 3), marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kills", [(1, 1), (2, 3)])
 def test_a_batch_that_is_killed_again_and_again(
     checkpoint: Path, address: str, tmp_path: Path, kills: tuple[int, int]
 ) -> None:
