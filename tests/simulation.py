@@ -103,7 +103,7 @@ class Layers:
     dtype = torch.float32
     max_positions = 4096
     positions_interact = False
-    padding_matters = indivisible = False
+    padding_matters = indivisible = takes_trees = False
     divisible = True
     layers = SimpleNamespace(stack=SimpleNamespace(position_axes=1))
 

@@ -35,6 +35,7 @@ The exit code of the command is in parentheses if it is not 1::
     ├── HistoryLost
     ├── Evicted
     ├── WorkerFailed
+    ├── MeasurementTimeout
     ├── JobsError
     │   ├── UnknownJob
     │   └── StoreLocked (2)
@@ -210,10 +211,6 @@ class WorkerSlow(SessionLost):
     """The worker that holds the session did not answer in time, and there is another one."""
 
 
-class MeasurementTimeout(SplitError):
-    """A measurement took longer than it may."""
-
-
 class StepFailed(SessionLost):
     """The worker failed at a step, and lost the session."""
 
@@ -228,6 +225,10 @@ class Evicted(SplitError):
 
 class WorkerFailed(SplitError):
     """A worker can no longer compute."""
+
+
+class MeasurementTimeout(SplitError):
+    """A measurement took longer than it may."""
 
 
 # --- jobs --------------------------------------------------------------------------------------------------

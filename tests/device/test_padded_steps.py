@@ -70,11 +70,12 @@ class Tap:
         return frames
 
     def decoding(self) -> dict[tuple[Any, ...], payloads.Step]:
-        """All steps but the first one of each session and epoch, which has its prompt."""
+        """All steps but the first one of each session and epoch, which has its prompt, and but replays."""
         first: dict[tuple[Any, ...], int] = {}
         for *session, seq in self.steps:
             first[*session] = min(seq, first.get((*session,), seq))
-        return {key: step for key, step in self.steps.items() if key[2] > first[key[:2]]}
+        steps = {key: step for key, step in self.steps.items() if key[2] > first[key[:2]]}
+        return {key: step for key, step in steps.items() if getattr(step, "outputs", None) != []}
 
     def seen(self, session: Any = None) -> tuple[set[int], set[int]]:
         """The sizes of all decoding steps, or of those of one session, and of their answers."""

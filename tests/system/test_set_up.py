@@ -53,8 +53,10 @@ from split_worker import worker as worker_module
 from wiretap import Setting, run_steps, step
 
 ALL = frozenset({"fork", "int4", "int8"})
-#: A peer with these lacks two of them, and has one that the other end does not know.
+#: A peer with these lacks two of them, and has one that the other end did not know when frames were recorded.
 SOME = frozenset({"int8", "trees"})
+#: One that no other end knows.
+FEW = frozenset({"int8", "telepathy"})
 
 
 @pytest.fixture(params=[AEGIS, XCHACHA], ids=lambda suite: suite.name)
@@ -308,7 +310,7 @@ IMAGE = payloads.Denoise(None, [-1], [payloads.Array("int4", [1, 1]), payloads.A
 
 
 def test_what_a_worker_lacks_is_not_asked_of_it(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    limited = functools.partial(WorkerHandshake, capabilities=SOME)
+    limited = functools.partial(WorkerHandshake, capabilities=FEW)
     monkeypatch.setattr(worker_module, "WorkerHandshake", limited)
     with setting.broker() as broker, setting.worker(broker.address), setting.client(broker.address) as client:
         session = client.open_session()
@@ -327,7 +329,7 @@ def test_a_cache_is_copied_from_the_history_where_the_worker_makes_no_copies(
 ) -> None:
     prompt = torch.arange(3, 12)[None]
     greedy = {"do_sample": False, "max_new_tokens": 6}
-    monkeypatch.setattr(worker_module, "WorkerHandshake", functools.partial(WorkerHandshake, capabilities=SOME))
+    monkeypatch.setattr(worker_module, "WorkerHandshake", functools.partial(WorkerHandshake, capabilities=FEW))
     with fleet.split_model(setting.checkpoint) as model:
         expected = model.generate(prompt, **greedy).tolist()
         cache = DynamicCache()
@@ -388,7 +390,7 @@ def test_an_older_broker_is_noticed_before_anything_is_asked(
 
 
 def test_a_worker_refuses_what_was_not_agreed_on(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    limited = functools.partial(WorkerHandshake, capabilities=SOME)
+    limited = functools.partial(WorkerHandshake, capabilities=FEW)
     monkeypatch.setattr(worker_module, "WorkerHandshake", limited)
     monkeypatch.setattr(Channel, "require", lambda *_: None)
     with (

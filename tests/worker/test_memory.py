@@ -34,7 +34,7 @@ class Layers:
     """Layers that compute nothing, but take the memory that real ones take (a `Runner`)."""
 
     device, dtype, width, max_positions = torch.device("cpu"), torch.float32, WIDTH, 10_000
-    asynchronous = positions_interact = padding_matters = indivisible = False
+    asynchronous = positions_interact = padding_matters = indivisible = takes_trees = False
     divisible = True
     layers = SimpleNamespace(stack=SimpleNamespace(position_axes=1))
 

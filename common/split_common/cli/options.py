@@ -16,6 +16,7 @@ from split_common.system.console import stderr
 #: Headings in a command's help.
 MODEL_PANEL = "Model"
 QUEUE_PANEL = "Queue and keys"
+PRIVACY_PANEL = "Privacy"
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from split_common.cli.options import MODEL_PANEL, QUEUE_PANEL, parse_cache_size, parse_size
+from split_common.cli.options import MODEL_PANEL, PRIVACY_PANEL, QUEUE_PANEL, parse_cache_size, parse_size
 from split_common.errors import ConfigError
 from split_common.system.files import user_path
 from split_device.generation.limits import PREFIX_CACHE
@@ -174,7 +174,7 @@ PadStepsOption = Annotated[
     bool,
     typer.Option(
         "--pad-steps/--no-pad-steps",
-        rich_help_panel=QUEUE_PANEL,
+        rich_help_panel=PRIVACY_PANEL,
         help="Give all decoding steps of an answer one size, so that the queue cannot tell how many tokens were "
         "guessed, and how many were right. Without it, fewer bytes travel.",
     ),
