@@ -180,6 +180,7 @@ def test_what_flash_attention_cannot_express_is_packed_with_the_other_backend(ar
     assert (engine.unpacked_because, engine.executor.attention) == (None, "sdpa")
 
 
+@pytest.mark.long
 def test_all_layers_share_what_is_compiled(
     as_on_cuda: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

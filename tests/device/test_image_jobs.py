@@ -153,6 +153,7 @@ def test_a_killed_agent_makes_the_same_image(run: Any, model: Path, address: str
         assert_same_picture(pixels(path), tiny_diffusion.picture(model, prompt, made["seed"], 40))
 
 
+@pytest.mark.long
 def test_a_sealed_store_and_python(run: Any, model: Path, address: str, tmp_path: Path) -> None:
     key = tmp_path / "store.key"
     device = ImageDevice(model, store_key=key, codec="fp16")

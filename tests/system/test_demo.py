@@ -40,6 +40,7 @@ def test_a_batch(run: Any, checkpoint: Path) -> None:
     assert facts["tokens"] == 6 * len(QUESTIONS)
 
 
+@pytest.mark.long
 def test_a_server(checkpoint: Path) -> None:
     command = [sys.executable, "-m", "split_common", "demo", "--serve", "--model", str(checkpoint), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:

@@ -109,6 +109,7 @@ def test_a_terminal_obeys_no_answer(
     assert terminal.replace("\r\n", "\n") == for_terminal(answer) + "\n"
 
 
+@pytest.mark.long
 def test_records_are_lines_for_any_reader(checkpoint: Path, address: str, answer: str, tmp_path: Path) -> None:
     """In a file of answers whose name is not UTF-8, and in a stream of events."""
     body = {"model": "tiny", "prompt": "Hello", "max_tokens": TOKENS, "temperature": 2, "seed": SEED}

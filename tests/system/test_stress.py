@@ -121,6 +121,7 @@ def test_another_models_outputs_are_mismatched(tmp_path: Path, tmp_path_factory:
     assert report["faults"] == {}
 
 
+@pytest.mark.long
 def test_it_joins_a_queue_that_runs(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     checkpoint = tiny.save("llama", tmp_path_factory.mktemp("model") / "model")
     with running_broker() as broker:
