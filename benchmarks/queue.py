@@ -169,6 +169,7 @@ def _be_a_worker(address: str) -> None:
     identity = fleet.identity("worker")
     body: Any = SimpleNamespace(
         store=SimpleNamespace(free_tokens=2**20, sequence_tokens=0),
+        device=SimpleNamespace(type="cpu"),
         divisible=True,
         first_turn=1.0,
         lacks=frozenset(),
