@@ -55,7 +55,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
         else:
             tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
         # Some of its settings, such as model_max_length, are not looked at before the first text.
-        tokenizer("a")
+        tokenizer("")
         return tokenizer
     except Exception as error:
         if _brings_code(files):
