@@ -17,6 +17,7 @@ import torch
 from split_common.engine.scheduler import BatchDelay, Scheduler
 from split_common.engine.steps import ScheduledChunk, ScheduledStep
 from split_common.errors import Busy, Evicted, Malformed, SplitError
+from split_common.models.tensors import use_gpu
 from split_common.protocol import payloads
 from split_worker.bodies.base import AnyBody, Forward
 from split_worker.requests import Closed, PendingRequest, refusal
@@ -141,9 +142,8 @@ class ComputeLoop:
 
     def _run(self) -> None:
         try:
-            if self._body.device.type == "cuda":
-                # Each thread has a current GPU of its own.
-                torch.cuda.set_device(self._body.device)
+            # Each thread has a current GPU of its own.
+            use_gpu(self._body.device)
             under_way: Batch | None = None
             while not self._stopping.is_set():
                 under_way = self.turn(under_way)

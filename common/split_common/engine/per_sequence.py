@@ -15,6 +15,7 @@ from split_common.engine.forward import Forward
 from split_common.engine.layers import LayerRange
 from split_common.engine.lora import adapting
 from split_common.engine.sequences import Place, TokenRun, positions_of
+from split_common.engine.trees import in_place
 from split_common.errors import Evicted, UnsupportedFeature
 from split_common.models.cache_layers import (
     States,
@@ -161,7 +162,7 @@ class CachedSequence:
         self._resize(tokens)
 
     def keep(self, begin: int, kept: Sequence[int]) -> None:
-        if [*kept] != [*range(len(kept))]:
+        if in_place(kept) < len(kept):
             raise UnsupportedFeature(
                 "from layers that run one sequence at a time, only the last tokens can be dropped"
             )

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from split_common.engine.trees import in_place
+
 #: Tokens in a page, unless the attention backend requires another number.
 DEFAULT_PAGE_TOKENS = 16
 
@@ -66,7 +68,7 @@ class PagedSequence:
         Raises:
             OutOfPages: the pool has too few free pages. The sequence is unchanged.
         """
-        first, end = begin + _in_place(kept), begin + len(kept)
+        first, end = begin + in_place(kept), begin + len(kept)
         if first < end:
             shared = self._shared_pages(first, end)
             if len(shared) > self.pool.free:
@@ -85,7 +87,7 @@ class PagedSequence:
 
     def cost_after(self, begin: int, kept: Sequence[int], tokens: int) -> int:
         """How many pages keeping these tokens, and then appending `tokens` tokens, takes from the pool."""
-        first, end = begin + _in_place(kept), begin + len(kept)
+        first, end = begin + in_place(kept), begin + len(kept)
         copied = self._shared_pages(first, end)
         # The last page is written to in any case, unless it is full.
         if tokens and end % self.pool.page_tokens and end == first:
@@ -288,11 +290,6 @@ class PagePool:
         # No sequence can grow into a gap at the start of the pool, so that gap is filled from its start.
         first = int(edges[largest]) + 1
         return first if largest == 0 else first + int(gaps[largest]) // 2
-
-
-def _in_place(kept: Sequence[int]) -> int:
-    """How many tokens at the front stay where they are."""
-    return next((place for place, index in enumerate(kept) if place != index), len(kept))
 
 
 def _follow(pages: list[int]) -> bool:

@@ -56,6 +56,11 @@ def is_path(kept: Sequence[int]) -> bool:
     return all(earlier < later for earlier, later in zip([-1, *kept], kept, strict=False))
 
 
+def in_place(kept: Sequence[int]) -> int:
+    """How many indices of a path are at the front where they were: their tokens need not be moved."""
+    return next((place for place, index in enumerate(kept) if place != index), len(kept))
+
+
 def depths(parents: Sequence[int]) -> list[int]:
     """How many ancestors in the tree each token has: its position after the sequence."""
     found: list[int] = []

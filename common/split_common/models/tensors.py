@@ -77,6 +77,17 @@ def parse_devices(names: str) -> list[torch.device]:
     return devices
 
 
+def use_gpu(device: torch.device) -> None:
+    """Makes a GPU the current one of this thread, for new streams and graphs. Does nothing for the CPU."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def usual_states(width: int, dtype: torch.dtype) -> torch.Tensor:
+    """A hidden state `[width]` of a usual size and mean: what layers do with zeros is up to them."""
+    return torch.tensor([1.0, -1.0]).repeat(width)[:width].to(dtype)
+
+
 def to_bytes(states: torch.Tensor) -> memoryview:
     """The bytes of hidden states `[tokens, width]`, in C order and native byte order (little-endian).
 

@@ -32,7 +32,8 @@ def draft_findings(name: str, model: str) -> Iterator[Finding]:
     import torch
 
     from split_common.models.loading import read_spec
-    from split_device.generation.draft_layers import DraftLayers, check_tokens, keeps_states
+    from split_device.generation.draft_layers import DraftLayers, check_tokens
+    from split_device.models.traits import keeps_states
 
     try:
         if keeps_states(read_spec(model).text_config):

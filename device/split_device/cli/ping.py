@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -152,12 +152,15 @@ def recommended(rows: Iterable[Row]) -> dict[int, Row]:
 
 def _report(measured: Measured, rows: list[Row], best: dict[int, Row]) -> dict[str, Any]:
     def ms(spread: Spread) -> dict[str, float]:
-        return _scaled(spread, 1000)
+        return asdict(spread.scaled(1000))
+
+    def mbit(rate: Spread | None) -> dict[str, float] | None:
+        return None if rate is None else asdict(rate.scaled(1e-6))
 
     return {
         "round_trip_ms": ms(measured.round_trip),
-        "up_mbit_s": None if measured.up is None else _scaled(measured.up, 1e-6),
-        "down_mbit_s": None if measured.down is None else _scaled(measured.down, 1e-6),
+        "up_mbit_s": mbit(measured.up),
+        "down_mbit_s": mbit(measured.down),
         "worker_ms": {tokens: ms(spread) for tokens, spread in measured.worker.items()},
         "device_ms": {tokens: ms(spread) for tokens, spread in measured.device.items()},
         "cycle_ms": {
@@ -174,16 +177,6 @@ def _report(measured: Measured, rows: list[Row], best: dict[int, Row]) -> dict[s
         "settings": [asdict(row) for row in rows],
         "recommended": {sessions: asdict(row) for sessions, row in best.items()},
         "notes": measured.notes,
-    }
-
-
-def _scaled(spread: Spread, factor: float) -> dict[str, float]:
-    return {
-        "mean": factor * spread.mean,
-        "median": factor * spread.median,
-        "low": factor * spread.low,
-        "high": factor * spread.high,
-        "samples": spread.samples,
     }
 
 
@@ -216,8 +209,8 @@ def _measured_table(measured: Measured) -> Table:
         table.add_column(column, justify="right")
 
     def add(name: str, spread: Spread, factor: float = 1000) -> None:
-        values = (spread.mean, spread.median, spread.low, spread.high)
-        table.add_row(name, *(f"{factor * value:,.1f}" for value in values), str(spread.samples))
+        *values, samples = astuple(spread.scaled(factor))
+        table.add_row(name, *(f"{value:,.1f}" for value in values), str(samples))
 
     add("round trip, ms", measured.round_trip)
     for name, rate in (("to the worker, Mbit/s", measured.up), ("from the worker, Mbit/s", measured.down)):

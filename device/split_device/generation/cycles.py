@@ -39,10 +39,14 @@ class Spread:
     samples: int
 
     @classmethod
-    def of(cls, samples: Sequence[float], factor: float = 1.0) -> Spread:
-        """Of at least one sample, each times a factor."""
-        scaled = [factor * sample for sample in samples]
-        return cls(statistics.fmean(scaled), statistics.median(scaled), min(scaled), max(scaled), len(scaled))
+    def of(cls, samples: Sequence[float]) -> Spread:
+        """Of at least one sample."""
+        return cls(statistics.fmean(samples), statistics.median(samples), min(samples), max(samples), len(samples))
+
+    def scaled(self, factor: float) -> Spread:
+        """In another unit: all but the number of samples times a factor."""
+        mean, median, low, high = (factor * value for value in (self.mean, self.median, self.low, self.high))
+        return Spread(mean, median, low, high, self.samples)
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from split_common.engine.runner import build_runner
 from split_common.errors import ConfigError, UnknownModel, UnsupportedFeature
-from split_common.models.cache_layers import has_states
 from split_common.models.loading import strip
 from split_common.models.split import Split
 from split_device.generation.local_layers import EmbeddingAndHead, pack_weights, shared_copy
 from split_device.generation.tokenizing import load_tokenizer
+from split_device.models.traits import keeps_states
 from split_device.models.whole import load_whole
 from split_device.speculation.names import DRAFT
 
@@ -57,11 +56,6 @@ class DraftLayers:
             raise UnsupportedFeature(
                 f"{DRAFT}{name} cannot draft: its layers compute tokens that go through together otherwise"
             )
-
-
-def keeps_states(config: Any) -> bool:
-    """Whether some layer of a language model keeps a state, by the model's text configuration."""
-    return any(map(has_states, DynamicCache(config=config).layers))
 
 
 def check_tokens(name: str, model: str) -> None:

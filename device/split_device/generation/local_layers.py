@@ -23,7 +23,7 @@ from split_common.engine.lora import AdapterNumber, adapting
 from split_common.engine.runner import Runner, build_runner
 from split_common.engine.tuning import UNMEASURED, Tuning, from_environment
 from split_common.errors import ModelError, UnsupportedFeature
-from split_common.models.cache_layers import TokenCounter, has_states
+from split_common.models.cache_layers import TokenCounter
 from split_common.models.layer_stack import LayerStack, PassThrough
 from split_common.models.loading import strip
 from split_common.models.split import Split
@@ -31,6 +31,7 @@ from split_device.generation.unused_modules import drop_unused
 from split_device.models.adapters import LoadedAdapter
 from split_device.models.context import CallContext
 from split_device.models.language import SplitParts
+from split_device.models.traits import keeps_states
 
 #: Default memory for keys and values of head and tail together, in bytes.
 KV_MEMORY = 1024**3
@@ -81,7 +82,7 @@ class LocalLayers:
         #: Whether tokens that went through together must do so again. The worker's layers may show that later.
         self.indivisible = parts.traits.positions_interact or not all(runner.divisible for runner in runners)
         #: Whether some layer of the whole model keeps states.
-        self.has_states = any(map(has_states, DynamicCache(config=config).layers))
+        self.has_states = keeps_states(config)
         #: Bytes of a token's states that the body gets.
         self.state_bytes = int(config.hidden_size) * model.dtype.itemsize
         #: Most tokens of one sequence for which there is memory; None without layers.

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from split_common.engine.scheduler import DECODE_TOKENS
 from split_common.errors import MeasurementTimeout, SplitError, UnsupportedFeature
 from split_common.models.codecs import CODECS, EXACT
+from split_common.models.tensors import usual_states
 from split_device.generation.cycles import GLANCE, Cycles, CycleSample, Spread
 from split_device.generation.generator import Generator, Logprobs, Request
 from split_device.generation.settings import NO_END
@@ -246,9 +247,7 @@ class Ping:
     def _bandwidth(self, notes: list[str]) -> tuple[Spread | None, Spread | None]:
         """Bits per second to the worker and back, by messages of two sizes: the fastest, and all of them."""
         parts = self._model.split_parts
-        width = int(parts.stack.width)
-        # States of a usual size and mean, as in `warm_up`.
-        states = torch.tensor([1.0, -1.0]).repeat(width)[:width].to(self._model.dtype)
+        states = usual_states(int(parts.stack.width), self._model.dtype)
         tokens = max(2, min(LARGE // states.nbytes, parts.max_positions // 2))
         session = SessionCacheLayer(parts.client, parts.traits, adapter=parts.adapters.active_request)
         try:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from split_common.protocol.capabilities import TREES
-from split_device.sessions.session import RemoteSession
+from split_common.engine.trees import in_place
 
 
 @dataclass
@@ -43,15 +42,9 @@ class Branches:
 
     def settled(self, length: int) -> int:
         """How many of a session's tokens, of which there are `length`, the worker holds in their places."""
-        in_place = next((place for place, index in enumerate(self.kept) if place != index), len(self.kept))
-        return length - len(self.kept) + in_place
+        return length - len(self.kept) + in_place(self.kept)
 
 
 def _unless_in_place(kept: Sequence[int]) -> Sequence[int]:
     """Indices that ascend; none if they are the first ones, so that cutting off the others is enough."""
-    return tuple(kept) if any(place != index for place, index in enumerate(kept)) else ()
-
-
-def takes_trees(session: RemoteSession) -> bool:
-    """Whether a session's worker takes several continuations at once."""
-    return TREES in session.channel.crypto.capabilities
+    return tuple(kept) if in_place(kept) < len(kept) else ()

@@ -17,7 +17,7 @@ from split_common.models.codecs.base import Codec
 from split_common.models.tensors import raw_bytes
 from split_common.protocol import payloads
 from split_device.models.body_layer import BodyLayer
-from split_device.models.branches import Branches, takes_trees
+from split_device.models.branches import Branches
 from split_device.models.masks import token_columns
 from split_device.models.prepared import PreparedStep, StepContext
 from split_device.models.prompt_parts import PromptParts
@@ -279,7 +279,7 @@ class SessionCacheLayer(BodyLayer):
     def takes_trees(self) -> bool:
         """Whether its worker takes several continuations at once; False if it has none."""
         remote = self._session.remote
-        return remote is not None and takes_trees(remote)
+        return remote is not None and remote.channel.takes_trees
 
     @property
     def waits_for_room(self) -> bool:
@@ -390,7 +390,7 @@ class SessionCacheLayer(BodyLayer):
         steps: list[Request] = []
         for chunk, data in requests:
             select, kept = (None, ()) if steps else (self._select, self._branches.kept)
-            pads, trees = session.channel.pads, takes_trees(session)
+            pads, trees = session.channel.pads, session.channel.takes_trees
             steps.append(chunk.request(select, codec, data, session.brief, pads, trees, kept))
         replies = timed(timings, lambda: session.call(steps, timings))
         # The worker has moved its rows.

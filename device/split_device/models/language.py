@@ -24,7 +24,7 @@ from split_common.models.demo_model import model_option
 from split_common.models.layer_stack import LayerStack
 from split_common.models.loading import ModelSpec, generation_config, load_part, read_spec
 from split_common.models.split import END_LAYERS, Split
-from split_common.models.tensors import dtype_name, parse_dtype, to_bytes
+from split_common.models.tensors import dtype_name, parse_dtype, to_bytes, usual_states
 from split_common.models.verification import find_manifest
 from split_common.protocol import payloads
 from split_device.models.adapters import AdapterDirectories, ModelAdapters, WithAdapters, adapter_directories
@@ -188,10 +188,8 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         Raises:
             ForkedProcess: this process was forked since the model was loaded.
         """
-        width = self.split_parts.stack.width
-        # States of a usual size and mean: what layers do with zeros is up to them.
-        states = torch.tensor([1.0, -1.0]).repeat(width)[:width].to(self.dtype)
-        step = payloads.Step(dtype_name(self.dtype), width, [payloads.Run(0, 0, [0])])
+        states = usual_states(self.split_parts.stack.width, self.dtype)
+        step = payloads.Step(dtype_name(self.dtype), len(states), [payloads.Run(0, 0, [0])])
         self._client.warm_up(step, to_bytes(states[None]))
 
     @property

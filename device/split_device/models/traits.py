@@ -32,8 +32,13 @@ def attends(config: Any) -> bool:
 
 
 def has_states_outside(config: Any, body: range) -> bool:
-    """Whether any layer of head or tail keeps states."""
+    """Whether any layer outside the body keeps states, in head or tail."""
     return any(has_states(layer) for i, layer in enumerate(DynamicCache(config=config).layers) if i not in body)
+
+
+def keeps_states(config: Any) -> bool:
+    """Whether any layer of the whole model keeps states."""
+    return has_states_outside(config, range(0))
 
 
 def sees_gaps(config: Any, body: range) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from split_common.protocol.capabilities import OUTPUTS, PADDED_STEPS
+from split_common.protocol.capabilities import OUTPUTS, PADDED_STEPS, TREES
 from split_common.protocol.channel import CHANNEL_SESSIONS, Channel, EpochKeys
 from split_common.transport import peer_name
 from split_common.trust.keys import Roster
@@ -34,6 +34,11 @@ class WorkerChannel:
     def pads(self) -> bool:
         """Whether the worker pads its answers to the size of steps that have room."""
         return {OUTPUTS, PADDED_STEPS} <= self.crypto.capabilities
+
+    @property
+    def takes_trees(self) -> bool:
+        """Whether the worker takes several continuations at once."""
+        return TREES in self.crypto.capabilities
 
     @property
     def usable(self) -> bool:

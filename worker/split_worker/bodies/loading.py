@@ -22,7 +22,7 @@ from split_common.models.denoisers.registry import is_denoiser, read_denoiser_sp
 from split_common.models.denoisers.spec import DenoiserSpec
 from split_common.models.loading import ModelSpec, load_part, read_spec
 from split_common.models.split import DEFAULT_CUT, DEFAULT_LAYERS, Split
-from split_common.models.tensors import dtype_name
+from split_common.models.tensors import dtype_name, use_gpu
 from split_common.models.verification import find_manifest
 from split_common.protocol import headers
 from split_common.trust.fleet import Fleet
@@ -225,12 +225,6 @@ def _gpus(parameter_bytes: int, devices: Sequence[torch.device]) -> list[torch.d
 def weights_room(device: torch.device) -> int:
     """Most bytes of weights that a GPU takes."""
     return int(WEIGHTS_SHARE * torch.cuda.mem_get_info(device)[0])
-
-
-def use_gpu(device: torch.device) -> None:
-    """Makes a GPU the current one of this thread, for new streams and graphs. Does nothing for the CPU."""
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
 
 
 def kv_share(device: torch.device) -> int:
