@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import arguments, checkpoint, counted, fleet, note, report
+from benchmarks.harness import arguments, checkpoint, counted, exact_request, fleet, note, report
 from split_common.system.process import passive_threads
 from split_device.stress.proxy import Proxy
 
@@ -101,7 +101,7 @@ def _conversation(
         for turn in range(options.turns):
             said += itertools.islice(tokens, options.turn_tokens)
             began = time.perf_counter()
-            generation = generator.submit(_request(said, options.turn_tokens))
+            generation = generator.submit(exact_request(said, options.turn_tokens))
             next(iter(generation))
             seconds = time.perf_counter() - began
             said += generation.result()
@@ -119,7 +119,7 @@ def _shared_prefix(split: Any, options: argparse.Namespace) -> dict[str, Any]:
     prompts = [[*common, *itertools.islice(tokens, options.own)] for _ in range(options.requests)]
     with Generator(split, max_requests=2 * options.requests, speculate="off") as generator:
         began = time.perf_counter()
-        generations = [generator.submit(_request(prompt, ANSWER)) for prompt in prompts]
+        generations = [generator.submit(exact_request(prompt, ANSWER)) for prompt in prompts]
         for generation in generations:
             generation.result()
         seconds = time.perf_counter() - began
@@ -134,15 +134,6 @@ def _tokens(vocabulary: int) -> Iterator[int]:
     first = min(100, vocabulary // 2)
     while True:
         yield draw.randrange(first, vocabulary)
-
-
-def _request(prompt: list[int], new_tokens: int) -> Any:
-    from transformers import GenerationConfig
-
-    from split_device.generation.generator import Request
-
-    config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0)
-    return Request(list(prompt), config)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import arguments, checkpoint, fleet, note, report
+from benchmarks.harness import arguments, checkpoint, exact_request, fleet, note, report
 from benchmarks.prompts import KINDS, PROMPTS, prompts
 from split_common.protocol import headers
 from split_common.system.process import passive_threads
@@ -123,7 +123,15 @@ def _record(model: Path, pads: bool, options: argparse.Namespace) -> tuple[list[
         limits = Limits(requests=options.sessions, prefix_cache=0, speculate=options.speculate)
         with Generator(split, limits=limits) as generator:
             generations = [
-                generator.submit(_request(asked[index], options, options.seed + index * options.runs + run))
+                # How long answers are is another matter.
+                generator.submit(
+                    exact_request(
+                        asked[index],
+                        options.tokens,
+                        {"do_sample": True, "temperature": options.temperature},
+                        seed=options.seed + index * options.runs + run,
+                    )
+                )
                 for index, run in order
             ]
             for generation in generations:
@@ -188,22 +196,6 @@ def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
     start = [first == second for first, second in zip(one, other, strict=False)].index(False)
     end = [first == second for first, second in zip(reversed(one), reversed(other), strict=False)].index(False)
     return one[:start], one[len(one) - end :]
-
-
-def _request(prompt: Sequence[int], options: argparse.Namespace, seed: int) -> Any:
-    """A request for exactly `--tokens` tokens: how long answers are is another matter."""
-    from transformers import GenerationConfig
-
-    from split_device.generation.generator import Request
-
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=options.temperature,
-        max_new_tokens=options.tokens,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return Request(list(prompt), config, seed=seed)
 
 
 # --- the classifier ------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from benchmarks.harness import arguments, checkpoint, fleet, note, report, summary
+from benchmarks.harness import arguments, checkpoint, exact_request, fleet, note, report, summary
 from split_common.system.process import passive_threads, running_command
 from split_device.batches.place import place_of
 from split_device.jobs.job import FINAL
@@ -78,17 +78,13 @@ def measure(model: Path, rounds: int = ROUNDS) -> dict[str, Any]:
 
 def _one_device(model: Path, address: str, rounds: int) -> tuple[list[float], list[float]]:
     """Milliseconds to the first token of a request with a priority, alone and beside a batch of the same device."""
-    from transformers import GenerationConfig
-
     from split_device import SplitModelForCausalLM
-    from split_device.generation.generator import Generator, Request
-    from split_device.generation.settings import NO_END
+    from split_device.generation.generator import Generator
 
     draw = random.Random(6)
 
-    def request(tokens: int, new_tokens: int, priority: int) -> Request:
-        config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=[NO_END], pad_token_id=0)
-        return Request([draw.randrange(20, 90) for _ in range(tokens)], config, priority=priority)
+    def request(tokens: int, new_tokens: int, priority: int) -> Any:
+        return exact_request([draw.randrange(20, 90) for _ in range(tokens)], new_tokens, priority=priority)
 
     def once() -> float:
         time.sleep(draw.uniform(0, PAUSE))

@@ -66,6 +66,37 @@ def generate_greedily(model: Any, ids: Any, tokens: int) -> Any:
     )
 
 
+def exact_request(
+    prompt: Sequence[int], tokens: int, sampling: Mapping[str, Any] | None = None, **fields: Any
+) -> Any:
+    """A `Request` for exactly so many tokens: the model's own end does not end it.
+
+    Args:
+        prompt: token ids.
+        tokens: of the answer.
+        sampling: fields of its `GenerationConfig`; None for a greedy one.
+        fields: of the `Request`.
+    """
+    from transformers import GenerationConfig
+
+    from split_device.generation.generator import Request
+    from split_device.generation.settings import NO_END
+
+    chosen = sampling or {"do_sample": False}
+    config = GenerationConfig(max_new_tokens=tokens, eos_token_id=[NO_END], pad_token_id=0, **chosen)
+    return Request(list(prompt), config, **fields)
+
+
+def decoded_together(arrivals: Sequence[Sequence[float]]) -> tuple[int, float]:
+    """Tokens that came, and seconds, from when all answers decode until the first one ends.
+
+    Args:
+        arrivals: when each answer's tokens came.
+    """
+    begin, end = max(mine[0] for mine in arrivals), min(mine[-1] for mine in arrivals)
+    return sum(begin < at <= end for mine in arrivals for at in mine), end - begin
+
+
 def in_turns(rounds: int, what: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
     """Measures each of some things once in every round, one after the other: so what changes the machine's speed
     changes it for all of them. Returns what they returned, by name, in the order of the rounds."""

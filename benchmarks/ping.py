@@ -16,7 +16,7 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import arguments, checkpoint, note, report
+from benchmarks.harness import arguments, checkpoint, decoded_together, exact_request, note, report
 from benchmarks.network import Network
 from benchmarks.wan import RATE, fleet_across
 from split_common.system.process import passive_threads
@@ -136,7 +136,7 @@ def run(split: Any, texts: Sequence[Any], speculate: str, sessions: int) -> tupl
 
     tokens, seconds, same = 0, 0.0, True
     with Generator(split, limits=Limits(prefix_cache=0, speculate=speculate)) as generator:
-        generator.submit(_request(texts[0].prompt, 2, "off")).result()
+        generator.submit(exact_request(texts[0].prompt, 2, speculate="off")).result()
         for group in groups(texts, sessions):
             more, took, right = _group(generator, group)
             tokens, seconds, same = tokens + more, seconds + took, same and right
@@ -148,7 +148,7 @@ def _group(generator: Any, group: Sequence[Any]) -> tuple[int, float, bool]:
     times: list[list[float]] = [[] for _ in group]
     running = [
         generator.submit(
-            _request(text.prompt, len(text.answer)), lambda *_, mine=mine: mine.append(time.perf_counter())
+            exact_request(text.prompt, len(text.answer)), lambda *_, mine=mine: mine.append(time.perf_counter())
         )
         for text, mine in zip(group, times, strict=True)
     ]
@@ -159,19 +159,7 @@ def _group(generator: Any, group: Sequence[Any]) -> tuple[int, float, bool]:
         generation.result() == text.answer[: len(generation.tokens)]
         for generation, text in zip(running, group, strict=True)
     )
-    begin, end = max(mine[0] for mine in times), min(mine[-1] for mine in times)
-    return sum(begin < at <= end for mine in times for at in mine), end - begin, same
-
-
-def _request(prompt: Sequence[int], tokens: int, speculate: str | None = None) -> Any:
-    """A greedy request for exactly so many tokens."""
-    from transformers import GenerationConfig
-
-    from split_device.generation.generator import Request
-    from split_device.generation.settings import NO_END
-
-    config = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=[NO_END], pad_token_id=0)
-    return Request(list(prompt), config, speculate=speculate)
+    return *decoded_together(times), same
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import arguments, checkpoint, note, report
+from benchmarks.harness import arguments, checkpoint, decoded_together, exact_request, note, report
 from benchmarks.network import Network
 from benchmarks.prompts import KINDS, PROMPTS, encoded_prompt, prompts
 from split_common.models.checkpoint import Checkpoint
@@ -185,7 +185,7 @@ class Wan:
 
     def _stream(self, generator: Any, prompt: Sequence[int]) -> Stream:
         steps = generator.counters["steps"]
-        arrived = iter(generator.submit(_request(prompt, self._tokens)))
+        arrived = iter(generator.submit(exact_request(prompt, self._tokens)))
         tokens = [next(arrived)]
         before, began = self._network.passed(), time.perf_counter()
         tokens += arrived
@@ -271,7 +271,7 @@ class Wan:
         time.sleep(PAUSE)
         prompt = [self._draw.randrange(20, 90) for _ in range(length)]
         began = time.perf_counter()
-        (_,) = generator.submit(_request(prompt, 1))
+        (_,) = generator.submit(exact_request(prompt, 1))
         return 1000 * (time.perf_counter() - began)
 
     # --- many sessions -------------------------------------------------------------------------------------
@@ -297,15 +297,14 @@ class Wan:
         times: list[list[float]] = [[] for _ in asked]
         tokens = 2 * self._tokens
         generations = [
-            generator.submit(_request(prompt, tokens), lambda *_, mine=mine: mine.append(time.perf_counter()))
+            generator.submit(exact_request(prompt, tokens), lambda *_, mine=mine: mine.append(time.perf_counter()))
             for prompt, mine in zip(asked, times, strict=True)
         ]
         for generation in generations:
             for _ in generation:
                 pass
-        begin, end = max(mine[0] for mine in times), min(mine[-1] for mine in times)
-        counted = sum(begin < at <= end for mine in times for at in mine)
-        return counted / (end - begin) if end > begin else 0.0
+        counted, seconds = decoded_together(times)
+        return counted / seconds if seconds > 0 else 0.0
 
     # --- the device ----------------------------------------------------------------------------------------
 
@@ -337,19 +336,6 @@ class Wan:
             kind: [encoded_prompt(tokenizer, text)[-room:] for text in some]
             for kind, some in prompts(count or self._prompts).items()
         }
-
-
-def _request(prompt: Sequence[int], tokens: int) -> Any:
-    """A greedy request for exactly so many tokens."""
-    from transformers import GenerationConfig
-
-    from split_device.generation.generator import Request
-    from split_device.generation.settings import NO_END
-
-    return Request(
-        list(prompt),
-        GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=[NO_END], pad_token_id=0),
-    )
 
 
 def _rate(streams: Sequence[Stream]) -> float:

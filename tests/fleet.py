@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,34 @@ def joined(
             yield model, worker
     finally:
         worker.stop()
+
+
+@contextlib.contextmanager
+def replaced(
+    worker: Worker,
+    checkpoint: Path,
+    broker: str,
+    due: Callable[[], bool],
+    before: Callable[[], object] = lambda: None,
+) -> Iterator[Callable[..., None]]:
+    """A callback that starts another worker and stops this one, as soon as that is due. The other one stops last.
+
+    Args:
+        before: called before the other worker is started.
+    """
+    others: list[Worker] = []
+
+    def strike(*_: object) -> None:
+        if not others and due():
+            before()
+            others.append(start_worker(checkpoint, broker))
+            worker.stop()
+
+    try:
+        yield strike
+    finally:
+        for other in others:
+            other.stop()
 
 
 @contextlib.contextmanager

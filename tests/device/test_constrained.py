@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 import tiny
-from fleet import joined, running_broker, split_model, start_worker
+from fleet import joined, replaced, running_broker, split_model
 from grammar_walk import ConstraintProcessor
 from split_common.errors import ConfigError, UnsupportedFeature
 from split_device.cli.answer_format import AnswerFormat
@@ -227,23 +227,13 @@ def test_a_worker_that_goes_away(checkpoint: Path, unsplit: Any, grammars: Gramm
         running_broker() as broker,
         joined(broker.address, checkpoint) as (model, worker),
         Generator(model) as generator,
+        # At the first token that was chosen, after those that were forced.
+        replaced(worker, checkpoint, broker.address, lambda: bool(generator.counters["steps"])) as strike,
     ):
-        others: list[Any] = []
-
-        def strike(*_: object) -> None:
-            """At the first token that was chosen, after those that were forced."""
-            if not others and generator.counters["steps"]:
-                others.append(start_worker(checkpoint, broker.address))
-                worker.stop()
-
         first, *rest = asked(grammars, tokenizer)
         generations = [generator.submit(first, strike), *map(generator.submit, rest)]
-        try:
-            assert [each.result(LATE) for each in generations] == wanted
-            assert model.traffic["replays"] > 0
-        finally:
-            for other in others:
-                other.stop()
+        assert [each.result(LATE) for each in generations] == wanted
+        assert model.traffic["replays"] > 0
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ import torch
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import tiny
-from fleet import joined, running_broker, serving_here, split_model, start_worker
+from fleet import joined, replaced, running_broker, serving_here, split_model
 from split_common.engine.runner import Runner
 from split_common.errors import ConfigError, SplitError, UnsupportedFeature
 from split_device.cli.doctor_draft import asked_draft_model, draft_findings
@@ -208,21 +208,11 @@ def test_a_worker_that_goes_away(checkpoint: Path, drafting: Path, plain: list[l
         running_broker() as broker,
         joined(broker.address, checkpoint) as (model, worker),
         Generator(model, speculate=f"draft:{drafting}") as generator,
+        replaced(worker, checkpoint, broker.address, lambda: generator.counters["accepted_tokens"] > 5) as strike,
     ):
-        others: list[Any] = []
-
-        def strike(*_: object) -> None:
-            if not others and generator.counters["accepted_tokens"] > 5:
-                others.append(start_worker(checkpoint, broker.address))
-                worker.stop()
-
         generations = [generator.submit(each, strike) for each in requests()]
-        try:
-            assert results(generations) == plain
-            assert model.traffic["replays"] > 0
-        finally:
-            for other in others:
-                other.stop()
+        assert results(generations) == plain
+        assert model.traffic["replays"] > 0
 
 
 def test_what_cannot_draft_is_refused_by_name(split: Any, checkpoint: Path, drafting: Path, tmp_path: Path) -> None:

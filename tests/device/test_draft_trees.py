@@ -16,7 +16,7 @@ from test_speculation import Known, greedily, greedy, requests, results
 from transformers import AutoTokenizer
 
 import tiny
-from fleet import joined, running_broker, start_worker
+from fleet import joined, replaced, running_broker
 from split_common.errors import Malformed
 from split_common.models.loading import read_spec
 from split_common.models.split import Split
@@ -166,28 +166,26 @@ def test_a_worker_that_dies_with_a_tree(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What takes over gets the path that stays; an older worker then gets chains."""
+
+    def age() -> None:
+        without = functools.partial(WorkerHandshake, capabilities=CAPABILITIES - {TREES})
+        monkeypatch.setattr(worker_module, "WorkerHandshake", without)
+
     with (
         running_broker() as broker,
         joined(broker.address, checkpoint) as (model, worker),
         Generator(model, speculate=branching) as generator,
+        replaced(
+            worker,
+            checkpoint,
+            broker.address,
+            lambda: generator.counters["accepted_tokens"] > 5,
+            age if older else lambda: None,
+        ) as strike,
     ):
-        others: list[Any] = []
-
-        def strike(*_: object) -> None:
-            if not others and generator.counters["accepted_tokens"] > 5:
-                if older:
-                    without = functools.partial(WorkerHandshake, capabilities=CAPABILITIES - {TREES})
-                    monkeypatch.setattr(worker_module, "WorkerHandshake", without)
-                others.append(start_worker(checkpoint, broker.address))
-                worker.stop()
-
         generations = [generator.submit(request, strike) for request in requests(grammars)]
-        try:
-            assert results(generations) == wanted
-            assert model.traffic["replays"] > 0
-        finally:
-            for other in others:
-                other.stop()
+        assert results(generations) == wanted
+        assert model.traffic["replays"] > 0
 
 
 # --- what a worker is sent ---------------------------------------------------------------------------------

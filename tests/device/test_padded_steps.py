@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 import tiny
-from fleet import TRANSPORTS, joined, running_broker, start_worker, using
+from fleet import TRANSPORTS, joined, replaced, running_broker, using
 from split_common.engine.scheduler import DECODE_TOKENS
 from split_common.errors import Malformed
 from split_common.models.codecs import CODECS
@@ -215,20 +215,13 @@ def test_older_peers_are_served_and_named(
 
 
 def test_on_another_worker(checkpoint: Path, broker: str, wanted: list[int], tap: Tap) -> None:
-    with joined(broker, checkpoint) as (model, worker), Generator(model, speculate="recycle") as generator:
-        others: list[Any] = []
-
-        def strike(*_: object) -> None:
-            if not others and generator.counters["tokens"] > 8:
-                others.append(start_worker(checkpoint, broker))
-                worker.stop()
-
-        try:
-            assert generator.submit(Request(PROMPT, greedy()), strike).result(LATE) == wanted
-            assert model.traffic["replays"] == 1
-        finally:
-            for other in others:
-                other.stop()
+    with (
+        joined(broker, checkpoint) as (model, worker),
+        Generator(model, speculate="recycle") as generator,
+        replaced(worker, checkpoint, broker, lambda: generator.counters["tokens"] > 8) as strike,
+    ):
+        assert generator.submit(Request(PROMPT, greedy()), strike).result(LATE) == wanted
+        assert model.traffic["replays"] == 1
     assert {key[1] for key in tap.decoding()} == {0, 1}
     assert [len(sizes) for sizes in tap.seen()] == [1, 1]
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 import tiny
-from fleet import joined, running_broker, split_model, start_worker
+from fleet import joined, replaced, running_broker, split_model
 from split_common.errors import ConfigError, UnsupportedFeature
 from split_device.generation.constraint import Grammars
 from split_device.generation.generator import Generation, Generator, Request
@@ -307,21 +307,11 @@ def test_a_worker_that_goes_away(
         running_broker() as broker,
         joined(broker.address, checkpoint) as (model, worker),
         Generator(model, speculate="mixed") as generator,
+        replaced(worker, checkpoint, broker.address, lambda: generator.counters["accepted_tokens"] > 5) as strike,
     ):
-        others: list[Any] = []
-
-        def strike(*_: object) -> None:
-            if not others and generator.counters["accepted_tokens"] > 5:
-                others.append(start_worker(checkpoint, broker.address))
-                worker.stop()
-
         generations = [generator.submit(request, strike) for request in requests(grammars)]
-        try:
-            assert results(generations) == wanted
-            assert model.traffic["replays"] > 0
-        finally:
-            for other in others:
-                other.stop()
+        assert results(generations) == wanted
+        assert model.traffic["replays"] > 0
 
 
 def test_models_that_cannot_take_tokens_back_are_refused_by_name(tmp_path: Path) -> None:
