@@ -16,7 +16,7 @@ from split_common.engine.runner import Runner
 from split_common.errors import ConfigError, SplitError, UnsupportedFeature
 from split_device.cli.doctor_draft import asked_draft_model, draft_findings
 from split_device.generation.draft_layers import check_tokens
-from split_device.generation.draft_model import DraftModel
+from split_device.generation.draft_model import DraftModel, DraftSequence
 from split_device.generation.generator import Generation, Generator, Request
 from split_device.speculation.speculation import Speculation
 from split_device.speculation.spine import SpineDrafter, SpinePredictor
@@ -173,6 +173,43 @@ def test_a_draft_model_that_fails_ends_drafts_and_no_request(
         assert results([generator.submit(each) for each in requests()]) == plain
         assert generator.counters["drafted_tokens"] == 0
     assert "the draft model failed" in caplog.text
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_text_that_cannot_be_read_ends_drafts_and_no_request(
+    drafted: Generator, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unread = DraftSequence.unread
+    with monkeypatch.context() as broken:
+        broken.setattr(
+            DraftSequence, "unread", lambda self: 1 / 0 if len(self.predictor.text) > 9 else unread(self)
+        )
+        generations = [drafted.submit(each) for each in requests()]
+        assert results(generations) == plain
+        assert {each.speculate for each in generations[:-1]} == {"off"}
+    generation = drafted.submit(requests()[0])
+    assert generation.result(LATE) == plain[0]
+    assert (generation.speculate[:6], generation.drafted_tokens > 0) == ("draft:", True)
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_token_that_the_draft_model_lacks_ends_drafts_by_name(
+    split: Any, tmp_path: Path, plain: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    fewer = tiny.save_tokenizer(tiny.save("llama", tmp_path / "fewer", vocab_size=80))
+    with Generator(split, speculate=f"draft:{fewer}") as generator:
+        strange = generator.submit(requests()[1])
+        assert strange.result(LATE) == plain[1]
+    assert (strange.speculate, strange.drafted_tokens) == ("off", 0)
+    assert "drafts no more for a request" in caplog.text
+
+
+def test_the_tokenizer_that_is_used_is_compared(split: Any, drafting: Path, tmp_path: Path) -> None:
+    other = tiny.save_tokenizer(tiny.save("llama", tmp_path / "other"), "xyz")
+    used = AutoTokenizer.from_pretrained(other)
+    with pytest.raises(ConfigError, match="a draft model needs the same tokenizer"):
+        Generator(split, speculate=f"draft:{drafting}", tokenizer=used)
+    Generator(split, speculate=f"draft:{other}", tokenizer=used).close()
 
 
 @pytest.mark.usefixtures("eager")

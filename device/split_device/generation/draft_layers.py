@@ -58,16 +58,20 @@ class DraftLayers:
             )
 
 
-def check_tokens(name: str, model: str) -> None:
-    """Compares the tokenizers of a draft model and of a model, by the directories or hub ids of their checkpoints.
+def check_tokens(name: str, model: str, revision: str | None = None, tokenizer: Any = None) -> None:
+    """Compares the tokens of a draft model and of a model. Those that were added to either may differ.
 
-    Tokens that were added to either may differ.
+    Args:
+        name: the directory or hub id of the draft model's checkpoint.
+        model, revision: those of the model's.
+        tokenizer: the one that is used with the model; None for the one beside it.
 
     Raises:
         ConfigError: their tokens differ, or one has no tokenizer.
         SplitError: a tokenizer cannot be read; as `load_tokenizer`.
     """
-    target, own = _tokenizer(model), _tokenizer(name)
+    target = tokenizer if tokenizer is not None else _tokenizer(model, revision)
+    own = _tokenizer(name)
     for place, found in ((model, target), (name, own)):
         if found is None:
             raise ConfigError(f"{DRAFT}{name} cannot be compared with the model: there is no tokenizer of {place}")
@@ -76,10 +80,10 @@ def check_tokens(name: str, model: str) -> None:
         raise ConfigError(f"{DRAFT}{name} has other tokens than {model}: a draft model needs the same tokenizer")
 
 
-def _tokenizer(place: str) -> Any:
+def _tokenizer(place: str, revision: str | None = None) -> Any:
     """The tokenizer of a checkpoint; None if there is none."""
     try:
-        return load_tokenizer(place)
+        return load_tokenizer(place, revision)
     except UnknownModel:
         return None
 

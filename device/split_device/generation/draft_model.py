@@ -7,9 +7,10 @@ tail, with one forward for all requests that draft.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +86,7 @@ class DraftModel:
         model: the split model that it drafts for.
         vocabulary: number of that model's logits.
         kv_bytes: memory for its keys and values.
+        tokenizer: the one that is used with that model; None for the one beside it.
 
     Raises:
         ConfigError: its tokens are not those of the split model.
@@ -92,8 +94,8 @@ class DraftModel:
         SplitError: it cannot be loaded; as `load_whole`, and ModelError if the memory holds no page of tokens.
     """
 
-    def __init__(self, name: str, model: Any, vocabulary: int, kv_bytes: int) -> None:
-        check_tokens(name, str(model.name_or_path))
+    def __init__(self, name: str, model: Any, vocabulary: int, kv_bytes: int, tokenizer: Any = None) -> None:
+        check_tokens(name, str(model.name_or_path), model.revision, tokenizer)
         self._layers = DraftLayers(name, model.dtype, next(model.parameters()).device, kv_bytes)
         self._runner = self._layers.runner
         #: Number of tokens that both models know.
@@ -138,11 +140,20 @@ class DraftModel:
         """Whether `read` has something to do."""
         return any(each.wanted for each in self._sequences)
 
+    def drafts_for(self, sequence: DraftSequence) -> bool:
+        """Whether a sequence goes on. It ends by `end`, when a forward fails, or when its text does not fit."""
+        return sequence in self._sequences
+
     def read(self) -> None:
-        """Reads some of the texts that are wanted, for about `READ_SECONDS`."""
+        """Reads some of the texts that are wanted, for about `READ_SECONDS`. What fails ends their sequences."""
+        wanted = [each for each in self._sequences if each.wanted]
+        with self._failing(wanted):
+            self._read(wanted)
+
+    def _read(self, wanted: Sequence[DraftSequence]) -> None:
         left = self._read_tokens
         parts: list[tuple[DraftSequence, list[int]]] = []
-        for sequence in [each for each in self._sequences if each.wanted]:
+        for sequence in wanted:
             tokens = sequence.unread()
             if part := self._fitting(sequence, tokens)[:left]:
                 parts.append((sequence, part))
@@ -156,12 +167,16 @@ class DraftModel:
             wished = int(self._read_tokens * READ_SECONDS / seconds)
             self._read_tokens = max(LEAST_READ, min(MOST_READ, 2 * self._read_tokens, wished))
 
-    def foresee(self, asked: Iterable[tuple[DraftSequence, int]]) -> None:
-        """Has the predictors of some sequences expect their texts' likeliest continuations.
+    def foresee(self, asked: Sequence[tuple[DraftSequence, int]]) -> None:
+        """Has the predictors of some sequences expect their texts' likeliest continuations. What fails ends these.
 
         Args:
             asked: sequences, with the most tokens that are drafted for each.
         """
+        with self._failing([sequence for sequence, _ in asked]):
+            self._foresee(asked)
+
+    def _foresee(self, asked: Iterable[tuple[DraftSequence, int]]) -> None:
         parts: list[tuple[DraftSequence, list[int]]] = []
         limits: dict[DraftSequence, int] = {}
         for sequence, limit in asked:
@@ -171,6 +186,8 @@ class DraftModel:
             tokens = sequence.unread()
             limits[sequence] = min(limit, sequence.most_tokens - len(sequence.predictor.text))
             if limits[sequence] <= 0 or tokens != self._fitting(sequence, tokens):
+                log.warning("the draft model drafts no more for a request, whose text is too long or strange")
+                self.end(sequence)
                 continue
             sequence.wanted = len(tokens) > MOST_UNREAD
             if not sequence.wanted:
@@ -196,13 +213,13 @@ class DraftModel:
     def _forward(
         self, parts: Sequence[tuple[DraftSequence, list[int]]], logits: bool = True
     ) -> torch.Tensor | None:
-        """Runs tokens of some sequences. If that fails, these draft no more.
+        """Runs tokens of some sequences. If that fails, these end.
 
         Returns:
             With `logits`, those that follow the last token of each part, `[parts, shared vocabulary]`; an empty
             tensor without; None if it failed.
         """
-        try:
+        with self._failing([sequence for sequence, _ in parts]):
             tokens = [token for _, part in parts for token in part]
             positions = [position for sequence, part in parts for position in sequence.positions(part)]
             states = self._layers.ends.embed(tokens, positions, [None] * len(tokens))
@@ -219,13 +236,19 @@ class DraftModel:
                 return torch.empty(0)
             last = torch.stack([output[-1] for output in outputs])
             return self._layers.ends.logits(last, [None] * len(parts))[:, : self._shared]
+        return None
+
+    @contextlib.contextmanager
+    def _failing(self, sequences: Sequence[DraftSequence]) -> Iterator[None]:
+        """Ends these sequences if what is done with them fails: the requests need no drafts."""
+        try:
+            yield
         except Exception as error:
-            log.warning("the draft model failed, and drafts no more for %d requests: %s", len(parts), error)
+            log.warning("the draft model failed, and drafts no more for %d requests: %s", len(sequences), error)
             log.debug("the draft model failed", exc_info=error)
-            for sequence, _ in parts:
+            for sequence in sequences:
                 sequence.predictor.forget()
                 self.end(sequence)
-            return None
 
 
 def _likeliest(logits: torch.Tensor) -> list[dict[int, float]]:

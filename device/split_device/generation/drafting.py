@@ -33,6 +33,7 @@ class Drafting:
         limits: what requests do that leave it open (`speculate`), and the memory of a draft model (`kv_memory`).
         active: the requests that run, as a view.
         counters: counts `drafted_tokens` and `accepted_tokens`.
+        tokenizer: the one that is used with the model; None for the one beside it.
 
     Raises:
         ConfigError, UnsupportedFeature: as `choose`, for the default; or as `DraftModel`.
@@ -46,6 +47,7 @@ class Drafting:
         limits: Limits,
         active: Collection[ActiveRequest],
         counters: Counter[str],
+        tokenizer: Any = None,
     ) -> None:
         self._active, self._counters = active, counters
         self._pace = self._model_pace = Pace(TREE_TOKENS - 1)
@@ -61,7 +63,7 @@ class Drafting:
         self.choose(self._default)
         if (name := draft_model(self._default)) is not None:
             memory = limits.kv_memory if limits.kv_memory is not None else KV_MEMORY
-            self._model = DraftModel(name, model, layers.vocabulary, memory)
+            self._model = DraftModel(name, model, layers.vocabulary, memory, tokenizer)
             # What its drafts cost says nothing of those of others.
             self._model_pace = Pace(DECODE_TOKENS - 1)
 
@@ -188,8 +190,17 @@ class Drafting:
             drafted += limit
             if limit:
                 asked.append((sequence, limit))
-        if self._model is not None and asked:
+        if self._model is not None:
             self._model.foresee(asked)
+            for request, _ in going:
+                self._stop_drafts(request, self._model)
+
+    def _stop_drafts(self, request: ActiveRequest, model: DraftModel) -> None:
+        """If the draft model has given up a request's text, the request goes on without drafts, and says so."""
+        sequence = self._sequences.get(request)
+        if sequence is not None and request.speculation is not None and not model.drafts_for(sequence):
+            request.speculation.ended()
+            request.speculation, request.generation.speculate = None, OFF
 
     def _next_step(self, request: ActiveRequest, tokens: list[int]) -> None:
         """Makes a request's next step of these tokens, and of a draft behind them."""

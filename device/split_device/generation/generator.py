@@ -58,8 +58,8 @@ class Generator:
         model: a model made by `SplitModelForCausalLM.from_pretrained`. Other code may use it at the same
             time. It stays open when the generator is closed.
         limits: how much runs at once.
-        max_requests, kv_memory, prefix_cache, speculate: instead of the limits' `requests`, `kv_memory`,
-            `prefix_cache` and `speculate`.
+        max_requests, kv_memory, prefix_cache, speculate: instead of those of the limits.
+        tokenizer: whose tokens a draft model must have; None for the one beside the model.
 
     Raises:
         ConfigError: there is no such drafter.
@@ -76,6 +76,7 @@ class Generator:
         kv_memory: int | None = None,
         prefix_cache: int | None = None,
         speculate: str | None = None,
+        tokenizer: Any = None,
     ) -> None:
         limits = (limits or Limits()).but(
             requests=max_requests, kv_memory=kv_memory, prefix_cache=prefix_cache, speculate=speculate
@@ -90,13 +91,12 @@ class Generator:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._scorer = PromptScorer(self._layers.logits, self._layers.vocabulary)
         self._admission = Admission(self._head, self._tail, limits.requests)
-        stages, on_outcome = (self._head, self._tail), functools.partial(self._post, self._returned)
-        self._requests = ActiveRequests(
-            model.split_parts, self._layers, stages, self._admission, limits, on_outcome
-        )
+        parts, stages = model.split_parts, (self._head, self._tail)
+        returned = functools.partial(self._post, self._returned)
+        self._requests = ActiveRequests(parts, self._layers, stages, self._admission, limits, returned)
         self._active = self._requests.by_generation
         self._first_tokens = FirstTokens(self._active.values())
-        self._drafting = Drafting(model, self._layers, limits, self._active.values(), self.counters)
+        self._drafting = Drafting(model, self._layers, limits, self._active.values(), self.counters, tokenizer)
         #: Requests whose next tokens go to the head.
         self._entering: list[ActiveRequest] = []
         #: Outputs of the head, `[tokens, width]`, that go to workers.

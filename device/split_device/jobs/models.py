@@ -50,6 +50,7 @@ from split_device.jobs.message_images import has_images, shown_images
 from split_device.models.hardware import Hardware
 from split_device.models.language import SplitModelForCausalLM, SplitModelForImageTextToText
 from split_device.sessions.connection import Connection
+from split_device.speculation.names import draft_model
 
 if TYPE_CHECKING:
     from split_device.generation.constraint import Grammars
@@ -278,7 +279,7 @@ def loaded_model(
         SplitError: as `load_model` and `Generator`.
     """
     model = load_model(choice, connection, hardware, images=processor is not None)
-    with model, Generator(model, limits=limits) as generator:
+    with model, Generator(model, limits=limits, tokenizer=tokenizer) as generator:
         yield Loaded(model, tokenizer, generator, processor)
 
 
@@ -338,6 +339,8 @@ class Models:
 
     def _load(self, choice: ModelChoice) -> Loaded:
         log.info("loading %s", model_name(choice.name))
+        if (draft := draft_model(self.limits.speculate)) is not None:
+            log.info("loading %s, which drafts for %s alone", model_name(draft), model_name(choice.name))
         tokenizer = load_tokenizer(*choice.tokenizer_place)
         processor = find_processor(choice)
         place = self._connection, self.limits, self._hardware

@@ -77,6 +77,8 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
     """
 
     split_parts: SplitParts
+    #: Branch, tag or commit of the hub id that it was loaded by; None for the default one, or a directory.
+    revision: str | None = None
 
     #: Whether the checkpoint's class must be one that takes images.
     _takes_images = False
@@ -131,6 +133,7 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         manifest = find_manifest(device.fleet, spec.checkpoint, spec.own_tensors(split, "device"))
         model, stack = cls._load(spec, split, parse_dtype(dtype))
         model.name_or_path = model.config.name_or_path = str(name_or_path)
+        model.revision = revision
         adapters = ModelAdapters(device.fleet, manifest)
         if adapter is not None:
             adapters.load(model, stack, split, adapter_directories(adapter))
