@@ -177,17 +177,19 @@ class Authentication:
 
 
 def claim(path: Path) -> None:
-    """Prepares the path of an ipc socket.
+    """Checks the path of an ipc socket.
 
     Raises:
-        ConfigError: its directory cannot be made or is open to other users, or a broker already listens there.
+        ConfigError: its directory is not there or is open to other users, or a broker already listens there.
     """
     directory = path.parent
     try:
-        directory.mkdir(parents=True, mode=0o700, exist_ok=True)
+        # What is not there is not made: root would make a mistyped path anywhere.
+        found = directory.stat()
     except OSError as error:
-        raise ConfigError(f"{directory} cannot be made: {error.strerror}") from None
-    found = directory.stat()
+        raise ConfigError(f"cannot listen on ipc://{path}: {directory}: {error.strerror}") from None
+    if not stat.S_ISDIR(found.st_mode):
+        raise ConfigError(f"cannot listen on ipc://{path}: {directory} is not a directory")
     if stat.S_IMODE(found.st_mode) & 0o077 or found.st_uid != os.getuid():
         raise ConfigError(f"{directory} is open to other users: `chmod 700` it, or bind to a directory of your own")
     with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):

@@ -600,8 +600,15 @@ def test_an_ipc_socket_needs_a_directory_of_ones_own(setting: Setting, tmp_path:
         Broker(f"ipc://{tmp_path}/b", setting.own_fleet())
     with pytest.raises(ConfigError):
         Broker(f"ipc://{tmp_path}/{'x' * 200}", setting.own_fleet())
-    with setting.broker(f"ipc://{tmp_path}/new/b"):
-        assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    with pytest.raises(ConfigError, match="new: No such file or directory"):
+        Broker(f"ipc://{tmp_path}/new/b", setting.own_fleet())
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is not a directory"):
+        Broker(f"ipc://{tmp_path}/file/b", setting.own_fleet())
+    tmp_path.chmod(0o700)
+    with setting.broker(f"ipc://{tmp_path}/b"):
+        assert (tmp_path / "b").is_socket()
 
 
 def test_keys_made_for_this_machine_do_not_listen_to_others() -> None:

@@ -203,6 +203,11 @@ def test_options_are_defaults_of_requests_that_say_nothing(tmp_path: Path) -> No
         ("in.jsonl", '{"messages": []}', "prompts"),
         ("in.jsonl", request("a"), "openai"),
         ("in.jsonl", "no JSON", "openai"),
+        ("in.jsonl", '{"prompt": "x\n{"prompt": "y"}', "prompts"),
+        ("in.jsonl", "no JSON\n\n" + request("a"), "openai"),
+        ("in", '{"prompt": "x\n{"prompt": "y"}', "prompts"),
+        ("in.txt", '{x} is a set\n{"prompt": "y"}', "text"),
+        ("in.jsonl", '{"text": "x"}\n{"prompt": "y"}', "openai"),
         ("in", '{"prompt": "x"}', "prompts"),
         ("in.csv", "prompt\nx", "csv"),
         ("in.TSV", "prompt\tb\nx\ty", "csv"),
@@ -221,6 +226,24 @@ def test_a_form_that_cannot_be_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--input-format text"):
         lines_of(path)
     assert prompts_of(lines_of(path, "text")) == ["Hello"]
+
+
+def test_a_damaged_first_line_is_named_and_the_others_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = '{"prompt": "x\n{"prompt": "y"}\n{"prompt": "z"}\n'
+    path = tmp_path / "in.jsonl"
+    path.write_text(damaged)
+    monkeypatch.setattr("sys.stdin", io.StringIO(damaged))
+    for lines in (lines_of(path), lines_of(Path("-"))):
+        message, *others = messages_of(lines)
+        assert message is not None
+        assert "line 1: the line is not JSON" in message
+        assert (others, prompts_of(lines)) == ([None, None], [None, "y", "z"])
+    path = tmp_path / "in"
+    path.write_bytes(b"x" * (source.MAX_LINE + 1) + b"\n")
+    with pytest.raises(ConfigError, match="first line has more than"):
+        lines_of(path)
 
 
 def test_plain_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from split_common.errors import ConfigError, UnknownModel
 from split_device import Device
 from split_device.cli.groups import TextModel
 from split_device.generation.chat_template import ChatTemplate, parse_template
+from split_device.generation.time_limit import time_limit
 from split_device.generation.tokenizing import encode_chat, encode_text, load_tokenizer
 from split_device.jobs.job import Message, ModelChoice, Task
 from split_device.serving.openai.requests import parse
@@ -74,6 +76,41 @@ def test_values_reach_the_template(tokenizer: Any) -> None:
 def test_what_has_no_effect_is_refused(template: ChatTemplate, message: str, tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         encode_chat(tokenizer, HELLO, template=template)
+
+
+def test_a_template_without_an_end_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    monkeypatch.setattr("split_device.generation.chat_template.RENDER_SECONDS", 0.2)
+    for endless in (loop, f"{{% macro x() %}}{loop}{{% endmacro %}}{{{{ x() }}}}"):
+        with pytest.raises(ConfigError, match=r"refuses this conversation: it took more than 0\.2 seconds"):
+            encode_chat(tokenizer, HELLO, template=ChatTemplate(endless))
+    with pytest.raises(ConfigError, match="refuses this conversation: Range too big"):
+        encode_chat(tokenizer, HELLO, template=ChatTemplate("{% for a in range(10**9) %}{% endfor %}"))
+
+
+def test_a_time_limit_ends_a_block_and_nothing_after_it() -> None:
+    with pytest.raises(TimeoutError):
+        _endless()
+    # Limits that end at any moment, before or after the block does.
+    for step in range(200):
+        with contextlib.suppress(TimeoutError), time_limit(step * 1e-5):
+            _count(5000)
+        _count(2000)
+    with pytest.raises(KeyError), time_limit(60.0):
+        raise KeyError
+
+
+@time_limit(0.05)
+def _endless() -> None:
+    while True:
+        # What handles errors of its own cannot keep it from ending.
+        with contextlib.suppress(Exception):
+            _count(10**6)
+
+
+def _count(times: int) -> None:
+    for _ in range(times):
+        pass
 
 
 def test_values_without_a_template_are_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

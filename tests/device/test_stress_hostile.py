@@ -279,7 +279,8 @@ def test_a_share_that_is_too_low_because_the_bystander_had_less_cpu_is_named() -
     assert (result.burned, result.alike) == (0.6, False)
     assert mode(bystander=Window(0.0, 10.0, 4.6)).alike
     # What is next to nothing changes nothing.
-    assert mode(hostile=Window(0.0, 10.0, 0.3), bystander=Window(0.0, 10.0, 0.1)).alike
+    idle = mode(hostile=Window(0.0, 10.0, 0.3), bystander=Window(0.0, 10.0, 0.1))
+    assert (idle.alike, idle.facts()["bystander_burned"]) == (True, None)
     shown = report("zmq", 0, 1.0, Ledger(), None, [], None, False, HostileOutcome({"kv": result}, Peaks()))
     console = Console(width=200)
     with console.capture() as captured:

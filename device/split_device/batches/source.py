@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from split_common.errors import ConfigError
 from split_common.system.console import check_stdin
@@ -23,6 +24,9 @@ InputForm = Literal["openai", "prompts", "text", "csv"]
 
 #: Largest line, in bytes: as large as the body of a request may be.
 MAX_LINE = 4 * 1024**2
+
+#: Lines that are read to find one that is not damaged, and says what lines are.
+LOOK_AHEAD = 64
 
 #: Forms that a file's suffix settles.
 _TABLES = (".csv", ".tsv")
@@ -53,7 +57,7 @@ class Source:
         #: Lines that were read to find out the form.
         self._ahead: list[bytes | None] = []
         first = self._first()
-        self.form: InputForm = form or _form(path, first, templated)
+        self.form: InputForm = form or self._found_form(first, templated)
         #: Names of a table's columns.
         self.columns: list[str] = []
         if self.form == "csv":
@@ -70,8 +74,12 @@ class Source:
             if text is None or text.strip():
                 yield RawLine(number, text)
 
-    def _first(self) -> bytes:
-        """The first line that is not empty. Raises ConfigError if the file is not text, or has no lines."""
+    def _first(self) -> bytes | None:
+        """The first line that is not empty; None if it is too long.
+
+        Raises:
+            ConfigError: the file is not text, or has no lines.
+        """
         for text in self._read():
             if text is not None and not self._ahead:
                 text = without_mark(text, self.name)
@@ -79,8 +87,36 @@ class Source:
                     raise ConfigError(f"{self.name} is not text: it has a NUL byte")
             self._ahead.append(text)
             if text is None or text.strip():
-                return text or b""
+                return text
         raise ConfigError(f"{self.name} has no lines")
+
+    def _found_form(self, first: bytes | None, templated: bool) -> InputForm:
+        """What the lines are, by the file's suffix, and by the first of them that is an object.
+
+        Raises:
+            ConfigError: it cannot be told.
+        """
+        suffix = "-" if self.name == "stdin" else self.path.suffix.lower()
+        if suffix in _TABLES:
+            return "csv"
+        braced = first is not None and first.lstrip().startswith(b"{")
+        objects = suffix in _JSON or (suffix != ".txt" and (first is None or braced))
+        form = _form_of(fields := _object(first), templated)
+        if objects and fields is None:
+            # A line that is damaged says nothing about the others.
+            for text in itertools.islice(self._read(), LOOK_AHEAD):
+                self._ahead.append(text)
+                if (form := _form_of(_object(text), templated)) is not None:
+                    break
+        if form is not None:
+            return form
+        if suffix in _TEXTS:
+            return "text"
+        if suffix in _JSON or braced:
+            return "openai"
+        if first is None:
+            raise ConfigError(f"{self.name}: its first line has more than {MAX_LINE} bytes")
+        raise ConfigError(f"{self.path}: what are its lines? Give --input-format text if each is a prompt, or csv")
 
     def _lines(self) -> Iterator[bytes | None]:
         yield from self._ahead
@@ -164,22 +200,19 @@ def open_source(path: Path, form: InputForm | None = None, templated: bool = Fal
         yield source
 
 
-def _form(path: Path, first: bytes, templated: bool) -> InputForm:
-    """What the lines of a file are, by its suffix, and by its first line if that is JSON."""
-    suffix = "-" if str(path) == "-" else path.suffix.lower()
-    if suffix in _TABLES:
-        return "csv"
+def _object(line: bytes | None) -> dict[str, Any] | None:
+    """The JSON object on a line; None if it is none, or too long."""
     try:
-        fields = parse_json(first, "the line")
+        fields = parse_json(line or b"", "the line")
     except ConfigError:
-        fields = None
-    if isinstance(fields, dict):
-        if fields.keys() & {"body", "url", "method"}:
-            return "openai"
-        if fields.keys() & {"prompt", "messages"} or templated:
-            return "prompts"
-    if suffix in _TEXTS:
-        return "text"
-    if suffix in _JSON or first.lstrip().startswith(b"{"):
+        return None
+    return fields if isinstance(fields, dict) else None
+
+
+def _form_of(fields: dict[str, Any] | None, templated: bool) -> InputForm | None:
+    """What a line with an object is; None if its fields do not tell."""
+    if fields is None:
+        return None
+    if fields.keys() & {"body", "url", "method"}:
         return "openai"
-    raise ConfigError(f"{path}: what are its lines? Give --input-format text if each is a prompt, or csv")
+    return "prompts" if fields.keys() & {"prompt", "messages"} or templated else None

@@ -12,8 +12,12 @@ from split_common.errors import ConfigError, UnsupportedField
 from split_common.system.files import user_path
 from split_common.system.text import check_text, parse_json, read_text
 from split_device.generation.content_parts import rendered
+from split_device.generation.time_limit import time_limit
 
 _KWARGS = "--chat-template-kwargs"
+
+#: Seconds that a template may take for a conversation. Those of real checkpoints take milliseconds.
+RENDER_SECONDS = 10.0
 
 #: A conversation, for templates whose beginning of an answer is the same for all.
 _ANY = ({"role": "user", "content": "x"},)
@@ -132,7 +136,7 @@ class ChatTemplate(msgspec.Struct, frozen=True):
             tools: those that the model is shown, as transformers documents them.
 
         Raises:
-            ConfigError: the template refuses the conversation.
+            ConfigError: the template refuses the conversation, or takes longer than `RENDER_SECONDS`.
         """
         kwargs = {**self.effort_values(self.variables(tokenizer)), **self.kwargs}
 
@@ -149,7 +153,8 @@ class ChatTemplate(msgspec.Struct, frozen=True):
             return text
 
         try:
-            return rendered(render, messages)
+            with time_limit(RENDER_SECONDS):
+                return rendered(render, messages)
         except Exception as error:
             # The template is a program in the checkpoint. Some refuse system messages, for example.
             raise ConfigError(f"the model's chat template refuses this conversation: {error}") from None

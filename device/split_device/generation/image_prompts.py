@@ -11,8 +11,9 @@ import torch
 from transformers import AutoProcessor
 
 from split_common.errors import ConfigError, UnknownModel
-from split_device.generation.chat_template import ChatTemplate
+from split_device.generation.chat_template import RENDER_SECONDS, ChatTemplate
 from split_device.generation.shown_images import ShownImage
+from split_device.generation.time_limit import time_limit
 from split_device.generation.tokenizing import ChatMessage, check_messages
 from split_device.generation.tool_prompts import shown_tools, spelled_out
 from split_device.generation.tools import ToolUse
@@ -110,18 +111,20 @@ def _encoded(
         message | {"content": _parts(message["content"], [image for image in images if image.message == index])}
         for index, message in enumerate(messages)
     ]
+    given = {
+        "chat_template": template.text,
+        "tools": list(tools) or None,
+        "add_generation_prompt": not continues,
+        "continue_final_message": continues,
+        **template.effort_values(template.variables(processor.tokenizer)),
+        **template.kwargs,
+    }
     try:
+        # The text alone first: how long images take is no matter of the template.
+        with time_limit(RENDER_SECONDS):
+            processor.apply_chat_template(conversation, tokenize=False, **given)
         inputs = processor.apply_chat_template(
-            conversation,
-            chat_template=template.text,
-            tools=list(tools) or None,
-            add_generation_prompt=not continues,
-            continue_final_message=continues,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            **template.effort_values(template.variables(processor.tokenizer)),
-            **template.kwargs,
+            conversation, tokenize=True, return_dict=True, return_tensors="pt", **given
         )
     # Templates and processors are code and settings of the checkpoint, each with errors of its own.
     except Exception as error:

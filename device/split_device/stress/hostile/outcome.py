@@ -84,14 +84,14 @@ class ModeOutcome:
         return self.honest_beside_hostile / self.honest_beside_bystander
 
     @property
-    def burned(self) -> float:
-        """CPU per second that the bystander got, as a share of the hostile member's."""
-        return self.bystander.cores / max(self.hostile.cores, 1e-9)
+    def burned(self) -> float | None:
+        """CPU per second that the bystander got, as a share of the hostile member's; None if both are next to 0."""
+        return None if self.hostile.cores < NEGLIGIBLE else self.bystander.cores / self.hostile.cores
 
     @property
     def alike(self) -> bool:
         """Whether the two slices are alike: the bystander got as much CPU as it should, or has little to burn."""
-        return self.burned >= LEAST_BURNED or self.hostile.cores < NEGLIGIBLE
+        return self.burned is None or self.burned >= LEAST_BURNED
 
     @property
     def acted(self) -> bool:
@@ -107,7 +107,7 @@ class ModeOutcome:
             "crashed": self.crashed,
             "cpu_seconds": round(self.hostile.cpu, 2),
             "bystander_cpu_seconds": round(self.bystander.cpu, 2),
-            "bystander_burned": round(self.burned, 3),
+            "bystander_burned": None if self.burned is None else round(self.burned, 3),
             "alike": self.alike,
             "seconds": round(self.hostile.seconds, 1),
             "acts": self.acts,

@@ -1,0 +1,52 @@
+"""Ends what takes too long in Python: a chat template is a program of the checkpoint, and may have no end."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from collections.abc import Iterator
+
+
+class _Late(BaseException):
+    """Raised in a thread whose time is over. No `except Exception` on the way takes it for its own."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Ends a block on this thread that runs longer, between two instructions of Python.
+
+    Args:
+        seconds: of real time. One call into C is not interrupted.
+
+    Raises:
+        TimeoutError: the block took longer.
+    """
+    thread, lock, running = threading.get_ident(), threading.Lock(), True
+
+    def interrupt() -> None:
+        with lock:
+            if running:
+                _raise_in(thread, _Late)
+
+    timer = threading.Timer(seconds, interrupt)
+    timer.name, timer.daemon = "time-limit", True
+    try:
+        try:
+            # It may be over before the block begins.
+            timer.start()
+            yield
+        finally:
+            timer.cancel()
+            with lock:
+                running = False
+            # One that has been sent and not arrived yet would end what comes next.
+            _raise_in(thread, None)
+    except _Late:
+        raise TimeoutError(f"it took more than {seconds:g} seconds") from None
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Has a thread raise an error soon; None takes back one that it has not raised yet."""
+    what = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), what)
