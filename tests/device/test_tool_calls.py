@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,41 @@ def test_a_form_is_read_back(chat_template: str, style: CallStyle) -> None:
             assert [(name, json.loads(arguments)) for _, name, arguments in calls] == [
                 ("get_weather", ARGUMENTS)
             ] * count
+
+
+#: The length of hostile answers, and the seconds of CPU time in which one has to be read: a bound on a hang.
+LONG, PATIENCE = 200_000, 30.0
+
+#: The beginning of an answer, and what it then repeats.
+HOSTILE = {
+    "white space": ("", " "),
+    "calls that are not closed": ("", "<tool_call>"),
+    "a name without an end": ('<tool_call>{"name": "', "a"),
+    "a key after white space": ('<tool_call>{"name"', "\n"),
+    "a bare call's white space": ("{", " "),
+    "a name after white space": ("<tool_call>", " "),
+    "parameters that are not closed": ("<tool_call><function=get_weather>", "<parameter=a>"),
+    "arguments without a value": ("<tool_call>get_weather", "<arg_key>"),
+    "white space in an argument": ("<tool_call>get_weather<arg_key>", " "),
+    "values that are not closed": ("<tool_call>get_weather", "<arg_key>a</arg_key><arg_value>"),
+    "channels": ("", " to=functions.a"),
+    "a channel without an end": (" to=functions.", "a"),
+}
+
+#: What ends them: in the middle of something, closed, or by what does not fit.
+ENDS = ("", "</function></tool_call>", "</arg_key></tool_call>", "{x")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_answer_keeps_its_reader_busy(name: str) -> None:
+    """While an answer is read no other goes on, so the time must not grow with the square of its length."""
+    begin, repeated = HOSTILE[name]
+    for chat_template in (HERMES, XML, ARG_KEYS, MISTRAL_ARGS, LLAMA, DEEPSEEK, HARMONY):
+        for end in ENDS:
+            answer = begin + repeated * (LONG // len(repeated)) + end + "x"
+            began = time.thread_time()
+            read(chat_template, [answer[at : at + 1000] for at in range(0, len(answer), 1000)])
+            assert time.thread_time() - began < PATIENCE, (chat_template, end)
 
 
 def test_the_form_of_a_tokenizer_s_own_template() -> None:

@@ -18,6 +18,9 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 #: What may stand in the place of `arguments`.
 _ARGUMENTS = ("arguments", "parameters")
 
+#: Most characters before the arguments of a call that is read as it comes. Names of tools have 128 at most.
+_MAX_HEAD = 1024
+
 
 @dataclass(frozen=True)
 class AnswerPiece:
@@ -183,6 +186,8 @@ class _CallReader:
             return self._extent.push(text)
         self.text += text
         if self._head is None or (head := self._head.match(self.text)) is None:
+            if len(self.text) > _MAX_HEAD:
+                self._head = None
             return ""
         try:
             name = self._captured or json.loads(head[1])

@@ -2,6 +2,10 @@
 
 A style is recognized by what the chat template writes, because a template that shows a model its earlier calls
 shows them as the model has learnt to write them.
+
+Answers can be anything, and while one is read no other goes on. So repetitions in patterns have bounds: without
+them the time would grow with the square of an answer's length. White space before a call is not part of a pattern,
+because it is held back anyway.
 """
 
 from __future__ import annotations
@@ -49,6 +53,11 @@ class CallStyle:
     others: dict[str, Any] = field(default_factory=dict)
 
 
+#: In a pattern of tags: nothing is found from here to the end, because what would close this tag does not come.
+#: Without it, every tag that is not closed would be a search to the end.
+_TO_THE_END = r".*(*SKIP)(*FAIL)"
+
+
 def _json_calls(**region: Any) -> dict[str, Any]:
     """Calls of which each region is an object with the tool's name and its arguments."""
     return {"content": "json", "repeats": True, "transform": {"function": "{content}"}, **region}
@@ -82,21 +91,22 @@ _OBJECT = {"before": '{"name": "', "between": '", "arguments": ', "after": "}"}
 #: Objects within tags, as Hermes, Qwen and others write them. A template without tools is told to write these.
 GENERAL = CallStyle(
     ("<tool_call>",),
-    _json_calls(open_pattern=r"\s*<tool_call>", close="</tool_call>"),
+    _json_calls(open="<tool_call>", close="</tool_call>"),
     CallForm('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", separator="\n"),
 )
 
 #: An answer that is nothing but an object. It is read so if a template has tools, and no style that is known.
 _BARE = CallStyle(
     ('"parameters": ', '{"name": "'),
-    _json_calls(open_pattern=r"\A\s*(?:<\|python_tag\|>)?(?=\{\s*\"name\"\s*:)"),
+    _json_calls(open_pattern=r"\A\s{0,100}(?:<\|python_tag\|>)?(?=\{\s{0,100}\"name\"\s{0,100}:)"),
     CallForm('{"name": "', '", "parameters": ', "}"),
 )
 
 _HARMONY = CallStyle(
     ("<|channel|>", "to=functions."),
     _named_calls(
-        open_pattern=r"(?:<\|channel\|>\w+ ?)? ?to=functions\.(?P<name>[\w.-]+)[^{}]*?<\|message\|>",
+        open_pattern=r"(?:<\|channel\|>\w{1,20} ?)? ?to=functions\."
+        r"(?P<name>[\w.-]{1,200}+)[^{}]{0,80}?<\|message\|>",
         close=["<|call|>", "<|end|>"],
     ),
     CallForm("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>"),
@@ -108,7 +118,7 @@ _HARMONY = CallStyle(
             "join": "",
         },
         "content": {
-            "open_pattern": r"<\|channel\|>(?:final|commentary)(?: <\|constrain\|>\w+)?<\|message\|>",
+            "open_pattern": r"<\|channel\|>(?:final|commentary)(?: <\|constrain\|>\w{1,20})?<\|message\|>",
             "close": ["<|end|>", "<|return|>"],
             "repeats": True,
             "join": "",
@@ -124,40 +134,43 @@ _STYLES = (
     CallStyle(
         ("<tool_call>", "<function="),
         _tagged_calls(
-            r"<parameter=(?P<key>[^>]+)>\n?(?P<value>.*?)\n?</parameter>",
-            open_pattern=r"\s*<tool_call>\s*<function=(?P<name>[^>]+)>",
-            close_pattern=r"</function>\s*</tool_call>",
+            rf"<parameter=(?P<key>[^<>]+)>(?:\n?(?P<value>.*?)\n?</parameter>|{_TO_THE_END})",
+            open_pattern=r"<tool_call>\s{0,100}<function=(?P<name>[^<>]{1,200})>",
+            close_pattern=r"</function>\s{0,100}</tool_call>",
         ),
     ),
     CallStyle(
         ("<tool_call>", "<arg_key>"),
         _tagged_calls(
-            r"<arg_key>\s*(?P<key>.*?)\s*</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>",
-            open_pattern=r"\s*<tool_call>\s*(?P<name>[^<\s]+)",
+            r"<arg_key>\s*+(?P<key>[^<]*[^<\s])\s*+</arg_key>\s*+"
+            rf"<arg_value>(?:(?P<value>.*?)</arg_value>|{_TO_THE_END})",
+            open_pattern=r"<tool_call>\s{0,100}(?P<name>[^<\s]{1,200})",
             close="</tool_call>",
         ),
     ),
     GENERAL,
     CallStyle(
         ("[TOOL_CALLS]", "[ARGS]"),
-        _named_calls(open_pattern=r"\[TOOL_CALLS\](?P<name>[^\[{]+)\[ARGS\]", close_pattern=r"(?=\[TOOL_CALLS\])"),
+        _named_calls(
+            open_pattern=r"\[TOOL_CALLS\](?P<name>[^\[{]{1,200})\[ARGS\]", close_pattern=r"(?=\[TOOL_CALLS\])"
+        ),
         CallForm("[TOOL_CALLS]", "[ARGS]", separator=""),
     ),
     CallStyle(
         ("[TOOL_CALLS]",),
-        _list_calls(open_pattern=r"\[TOOL_CALLS\]\s*(?=\[)"),
+        _list_calls(open_pattern=r"\[TOOL_CALLS\]\s{0,100}(?=\[)"),
         CallForm(**_OBJECT, start="[TOOL_CALLS][", end="]", separator=", "),
     ),
     CallStyle(
         ("<|tool_call|>",),
-        _list_calls(open_pattern=r"<\|tool_call\|>\s*(?=\[)"),
+        _list_calls(open_pattern=r"<\|tool_call\|>\s{0,100}(?=\[)"),
         CallForm(**_OBJECT, start="<|tool_call|>[", end="]", separator=", "),
     ),
     CallStyle(
         ("<｜tool▁sep｜>", "```json"),
         _named_calls(
-            open_pattern=r"(?:<｜tool▁calls▁begin｜>)?\s*<｜tool▁call▁begin｜>function<｜tool▁sep｜>(?P<name>[^\n]+)\n```json",
-            close_pattern=r"```\s*<｜tool▁call▁end｜>",
+            open_pattern=r"(?:<｜tool▁calls▁begin｜>\s{0,100})?<｜tool▁call▁begin｜>function<｜tool▁sep｜>(?P<name>[^\n]{1,200})\n```json",
+            close_pattern=r"```\s{0,100}<｜tool▁call▁end｜>",
         ),
         CallForm(
             "<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
@@ -172,7 +185,7 @@ _STYLES = (
     CallStyle(
         ("<｜tool▁sep｜>",),
         _named_calls(
-            open_pattern=r"(?:<｜tool▁calls▁begin｜>)?\s*<｜tool▁call▁begin｜>(?P<name>[^<]+?)<｜tool▁sep｜>",
+            open_pattern=r"(?:<｜tool▁calls▁begin｜>\s{0,100})?<｜tool▁call▁begin｜>(?P<name>[^<]{1,200})<｜tool▁sep｜>",
             close="<｜tool▁call▁end｜>",
         ),
         CallForm(
