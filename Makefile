@@ -30,7 +30,11 @@ endef
 CLIENTS := .venv-clients
 CLIENTS_INSTALLED := $(CLIENTS)/.installed
 
-.PHONY: help demo demo-image test test-long test-nightly test-clients lint clean
+# Likewise for the systems that lambda-split is measured beside.
+PEERS := .venv-peers
+PEERS_INSTALLED := $(PEERS)/.installed
+
+.PHONY: help demo demo-image test test-long test-nightly test-clients bench-peers lint clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -75,11 +79,28 @@ $(CLIENTS_INSTALLED): tests/clients/requirements.txt $(INSTALLED)
 test-clients: $(CLIENTS_INSTALLED) ## Let released clients ask a server: openai, anthropic, LangChain, lm-eval, Codex and others.
 	$(CLIENTS)/bin/pytest -c tests/clients/pytest.ini --confcutdir=tests/clients tests/clients $(ARGS)
 
+# What pip finds in the main environment, torch above all, it does not fetch. llama.cpp is built, without what only its
+# own programs use, and its source is kept for the converter. What cannot be installed, the benchmark names.
+$(PEERS_INSTALLED): benchmarks/systems/requirements.txt $(INSTALLED)
+	@rm -rf $(PEERS)
+	$(PYTHON) -m venv $(PEERS)
+	$(BIN)/python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+		> "$$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	-for released in $$(grep '^[a-z]' $< | grep -v '^llama'); do $(PEERS)/bin/pip install --quiet --no-warn-conflicts $$released; done
+	-$(PEERS)/bin/pip download --quiet --no-deps --no-binary :all: --dest $(PEERS)/source "$$(grep '^llama' $<)" && \
+		tar xzf $(PEERS)/source/*.tar.gz --strip-components 1 -C $(PEERS)/source && \
+		sed -i 's/LLAMA_BUILD_COMMON ON/LLAMA_BUILD_COMMON OFF/' $(PEERS)/source/CMakeLists.txt && \
+		CMAKE_ARGS=-DLLAVA_BUILD=OFF nice $(PEERS)/bin/pip install --quiet $(PEERS)/source
+	@touch $@
+
+bench-peers: $(PEERS_INSTALLED) ## Measure beside CTranslate2, llama.cpp and Language Pipes.
+	$(BIN)/python -m benchmarks.peers $(ARGS)
+
 lint: $(INSTALLED) ## Check style, format and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean: ## Remove the virtual environment and all caches.
-	rm -rf $(VENV) $(CLIENTS) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(CLIENTS) $(PEERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -52,8 +52,12 @@ def prompt(vocabulary: int, tokens: int) -> Any:
     return torch.randint(first, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
 
 
-def generate_greedily(model: Any, ids: Any, tokens: int) -> Any:
-    """Generates exactly `tokens` tokens greedily after a prompt `[1, tokens]`; returns prompt and answer."""
+def generate_greedily(model: Any, ids: Any, tokens: int, **options: Any) -> Any:
+    """Generates exactly `tokens` tokens greedily after a prompt `[1, tokens]`; returns prompt and answer.
+
+    Args:
+        options: further ones of `generate`.
+    """
     import torch
 
     return model.generate(
@@ -63,6 +67,7 @@ def generate_greedily(model: Any, ids: Any, tokens: int) -> Any:
         min_new_tokens=tokens,
         max_new_tokens=tokens,
         pad_token_id=0,
+        **options,
     )
 
 

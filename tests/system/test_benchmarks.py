@@ -278,6 +278,17 @@ def test_concurrency(checkpoint: Path, tmp_path: Path) -> None:
     assert positive(results)
 
 
+@pytest.mark.long
+def test_peers(tmp_path: Path) -> None:
+    checkpoint = tiny.save_tokenizer(tiny.save("llama", tmp_path / "tiny"))
+    options = ("--rounds", 2, "--tokens", 6, "--environment", tmp_path, "--only", "ctranslate2")
+    results = run("peers", "--model", checkpoint, *options)
+    assert results.pop("identical") == {"transformers": True, "lambda_split": True}
+    assert list(results.pop("missing")) == ["ctranslate2"]
+    rates = spread("transformers_tok_s", "lambda_split_tok_s", "over_transformers")
+    assert set(results) == {*rates, "threads", "prompt_tokens", "tokens"}
+
+
 def test_measuring_in_turns(capsys: pytest.CaptureFixture[str]) -> None:
     order: list[str] = []
 
