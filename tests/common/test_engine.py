@@ -337,6 +337,7 @@ def test_states_count_as_memory_of_each_sequence(arch: str, tmp_path: Path) -> N
     assert row.cost(5) == 5
     twin = row.fork()
     assert store.capacity - store.free == 2 * row.held_tokens == 2 * (5 + store.sequence_tokens)
+    assert store.freed_by([row, twin]) == store.capacity - store.free
     twin.free()
     row.truncate(0)
     assert store.free == store.capacity

@@ -63,6 +63,25 @@ def test_a_fork_shares_pages_until_one_of_the_two_writes() -> None:
     assert pool.free == 8
 
 
+def test_pages_are_freed_with_the_last_sequence_that_has_them() -> None:
+    pool = make_pool()
+    first = pool.new_sequence()
+    write(pool, first, DEFAULT_PAGE_TOKENS + 4, 1.0)
+    second, alone = first.fork(), pool.new_sequence()
+    write(pool, alone, 1, 2.0)
+    assert pool.freed_by([]) == pool.freed_by([first]) == pool.freed_by([second]) == 0
+    assert pool.freed_by([first, alone]) == DEFAULT_PAGE_TOKENS
+    assert pool.freed_by([first, second]) == 2 * DEFAULT_PAGE_TOKENS
+    write(pool, second, 1, 3.0)
+    # Each has a last page of its own now, and the first page is shared.
+    assert pool.freed_by([first]) == DEFAULT_PAGE_TOKENS
+    before = pool.free_tokens
+    expected = pool.freed_by([first, second])
+    first.free()
+    second.free()
+    assert pool.free_tokens - before == expected == 3 * DEFAULT_PAGE_TOKENS
+
+
 @given(
     st.integers(0, 40),
     st.sets(st.integers(0, 20)),

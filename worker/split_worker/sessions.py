@@ -134,12 +134,6 @@ class SessionTable:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    @property
-    def closed_tokens(self) -> int:
-        """Tokens of KV memory that closed sessions still hold: they are freed before the next forward."""
-        held: list[float] = [session.state.held_tokens for session in self.closed]
-        return int(sum(held))
-
     def room(self, free_tokens: int | None) -> int:
         """How many sessions may be opened, if need be by evicting idle ones.
 

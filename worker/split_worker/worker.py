@@ -351,7 +351,10 @@ class Worker:
     def _free_tokens(self) -> int | None:
         """Tokens that fit into the KV memory once closed sessions are freed; None if sessions take none."""
         store = self._body.store
-        return store.free_tokens + self._sessions.closed_tokens if store is not None else None
+        if store is None:
+            return None
+        closed = [row for session in list(self._sessions.closed) for row in list(session.state.sequences)]
+        return store.free_tokens + store.freed_by(closed)
 
     def _end_epochs(self, channel: OpenChannel, header: headers.Relay) -> None:
         """Closes earlier epochs of a device's session, whose requests are refused from now on."""

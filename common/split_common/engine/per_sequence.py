@@ -246,6 +246,10 @@ class CacheStore:
 
     free_tokens = free
 
+    def freed_by(self, sequences: Sequence[CachedSequence]) -> int:
+        """Tokens that would be free besides, without these sequences of it."""
+        return sum(self.tokens_of(sequence.length) for sequence in sequences)
+
     def tokens_of(self, length: int) -> int:
         """Tokens of memory that a sequence of `length` tokens takes."""
         return length + self.sequence_tokens if length else 0

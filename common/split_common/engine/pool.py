@@ -224,6 +224,12 @@ class PagePool:
         """Tokens that fit into the free pages."""
         return self.free * self.page_tokens
 
+    def freed_by(self, sequences: Sequence[PagedSequence]) -> int:
+        """Tokens that would be free besides, without these sequences of it. What others share with them stays."""
+        pages = [page for sequence in sequences for page in list(sequence.pages)]
+        found, counts = np.unique(np.array(pages, dtype=np.int64), return_counts=True)
+        return int((self._references[found] <= counts).sum()) * self.page_tokens
+
     def reserve(self) -> int:
         """Takes a page that no sequence will own. Raises OutOfPages if none is free."""
         self._reserved += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 
@@ -59,6 +59,9 @@ class KVStore(Protocol):
     @property
     def free_tokens(self) -> int:
         """Tokens that fit into the free memory."""
+
+    def freed_by(self, sequences: Sequence[Any]) -> int:
+        """Tokens that would be free besides, without these sequences of it. What others share with them stays."""
 
     @property
     def capacity(self) -> int:
