@@ -388,10 +388,12 @@ print(asked)
 # --- typer -------------------------------------------------------------------------------------------------
 
 
-def test_help_asks_for_a_default() -> None:
+def test_help_asks_for_what_it_shows() -> None:
     ours = compat_typer.show_default_as_typed
     for parameter in (typer.core.TyperOption, typer.core.TyperArgument):
         named(parameter, "_get_default_string", ours, "ctx", "show_default_is_str", "default_value")
+        named(parameter, "_get_number_range_help_str", compat_typer.show_range_as_typed)
+    named(typer.core.TyperArgument, "_usage_display_name", compat_typer.show_required_plainly)
 
 
 # --- nowhere else ------------------------------------------------------------------------------------------

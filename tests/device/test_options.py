@@ -46,7 +46,7 @@ def line(parameter: Any) -> str:
         words.append("|".join(choices) if choices else parameter.metavar or parameter.name.upper())
     if parameter.min is not None or parameter.max is not None:
         words.append("..".join("" if bound is None else f"{bound:g}" for bound in (parameter.min, parameter.max)))
-    if parameter.multiple:
+    if parameter.multiple or parameter.nargs == -1:
         words.append("repeated")
     if parameter.required:
         words.append("required")

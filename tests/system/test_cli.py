@@ -271,6 +271,20 @@ def test_doctor_says_how_a_model_would_run(
     assert f"{tmp_path / 'none'}" in done.out
 
 
+def test_doctor_tries_the_cut_that_is_named(run: Any, address: str, checkpoint: Path) -> None:
+    options = ["doctor", "--broker", address, "--json"]
+    found = {
+        each["subject"]: each for each in run(*options, "--model", checkpoint, "--layers", "1:-2").json["findings"]
+    }
+    assert found["device"]["detail"].startswith("its own part loads: layers 0:1 and 4:6")
+    done = run(*options, "--model", checkpoint, "--layers", "5:99")
+    found = {each["subject"]: each for each in done.json["findings"]}
+    assert (done.code, found["model"]["status"]) == (1, "problem")
+    assert "--layers 5:99 is not a part of a model of 6 layers" in found["model"]["detail"]
+    refused = run(*options, "--layers", "1:-2")
+    assert (refused.code, "give --model as well" in refused.err) == (2, True)
+
+
 def test_doctor_says_what_a_model_needs(
     run: Any, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

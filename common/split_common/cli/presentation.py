@@ -1,10 +1,11 @@
-"""How help looks: commands in groups, flags without a type, defaults in one form."""
+"""How help looks: commands in groups; types, bounds and defaults in one form."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from split_common.compat.typer import show_default_as_typed
+from split_common.compat.typer import show_default_as_typed, show_range_as_typed, show_required_plainly
 
 #: The commands by the headings of `lambda-split --help`, in its order and in that of README's table.
 HEADINGS = {
@@ -33,18 +34,33 @@ def _tidy(command: Any) -> None:
         _tidy(inner)
     for parameter in command.params:
         show_default_as_typed(parameter)
+        show_range_as_typed(parameter)
+        if parameter.param_type_name == "argument":
+            show_required_plainly(parameter)
     parameters = command.get_params
 
-    def with_plain_flags(context: Any) -> list[Any]:
+    def with_plain_types(context: Any) -> list[Any]:
         # Among them --help, which is made when it is needed.
         found: list[Any] = parameters(context)
         for parameter in found:
-            if getattr(parameter, "is_flag", False):
-                parameter.display_type_rich = _no_type
+            _show_type_plainly(parameter)
         return found
 
-    command.get_params = with_plain_flags
+    command.get_params = with_plain_types
+
+
+def _show_type_plainly(parameter: Any) -> None:
+    """Choices are shown without the brackets around them, and flags and arguments without a type."""
+    if getattr(parameter, "is_flag", False) or parameter.param_type_name == "argument":
+        parameter.display_type_rich = _no_type
+        return
+    if parameter.type_descriptor.choices and parameter.metavar is None:
+        parameter.display_type_rich = functools.partial(_choices, parameter)
+
+
+def _choices(parameter: Any, ctx: Any) -> str:
+    return "|".join(map(str, parameter.type_descriptor.choices))
 
 
 def _no_type(ctx: Any) -> None:
-    """A flag takes no value."""
+    """A flag takes no value, and the name of an argument says what it is."""

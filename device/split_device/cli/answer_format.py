@@ -50,7 +50,7 @@ GrammarOption = Annotated[
         "--grammar",
         metavar="FILE",
         rich_help_panel=ANSWER_PANEL,
-        help="The answer is a text of the grammar in this file, in Lark's or GBNF's notation.",
+        help="The answer is a text that the grammar in this file allows, in Lark's or GBNF's notation.",
     ),
 ]
 

@@ -104,7 +104,10 @@ def batch(
     overwrite: OverwriteOption = False,
     progress: ProgressOption = "auto",
     detach: Annotated[
-        bool, typer.Option("--detach", help="Let the agent answer it, and return. Starts an agent if none runs.")
+        bool,
+        typer.Option(
+            "--detach", help="Let the agent answer the batch, and return. Starts an agent if none is running."
+        ),
     ] = False,
     stop: StopOption = None,
     system: SystemOption = None,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from split_common.cli.groups import grouped
-from split_common.cli.options import MODEL_PANEL, AdaptersOption, JsonOption
+from split_common.cli.options import MODEL_PANEL, AdaptersOption, JsonOption, LayersOption
 from split_common.errors import ConfigError, KeysError, NoWorker, SplitError
 from split_common.protocol import headers
 from split_common.system.console import doing, emit_json, stdout
@@ -55,6 +55,7 @@ def doctor(
             "what is refused; or how an image model is cut.",
         ),
     ] = None,
+    layers: LayersOption = None,
     adapter: AdaptersOption = None,
     speculate: Annotated[
         str | None,
@@ -71,13 +72,15 @@ def doctor(
 
     The exit code is 1 if there is a problem.
     """
+    if layers is not None and model is None:
+        raise ConfigError("--layers is checked with a model: give --model as well")
     adapters, draft = _adapters(adapter or [], model), asked_draft_model(speculate, model)
     findings = []
     # Without --json, each finding is printed as it comes, the first one at once.
     with doing("checking this machine, the broker and the workers") if json else contextlib.nullcontext():
         for finding in itertools.chain(
             _findings(connection),
-            model_findings(model, adapters) if model is not None else (),
+            model_findings(model, adapters, layers) if model is not None else (),
             draft_findings(draft, model) if draft is not None and model is not None else (),
         ):
             findings.append(finding)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from split_common.models.checkpoint import Checkpoint
     from split_common.models.denoisers.spec import DenoiserSpec
     from split_common.models.loading import ModelSpec
-    from split_common.models.split import Split
+    from split_common.models.split import Layers, Split
 
 #: Number of layers, the first of the body, that are loaded to try them; more if a kind of layer begins later.
 TRIED_LAYERS = 8
@@ -28,12 +28,15 @@ TRIAL_BYTES = 1024**3
 _OTHER_CUT = re.compile(r"--layers (\d+:-?\d*)")
 
 
-def model_findings(model: str, adapters: Mapping[str, Path] | None = None) -> Iterator[Finding]:
+def model_findings(
+    model: str, adapters: Mapping[str, Path] | None = None, layers: Layers | None = None
+) -> Iterator[Finding]:
     """How a worker and a device would run a checkpoint, found by loading and running parts of it as they do.
 
     Args:
         model: a directory with the checkpoint, a GGUF file, or a hub id.
         adapters: directories of LoRAs to try with it, by their names.
+        layers: where to cut it; None for the usual cut, or another one where the usual one is refused.
     """
     from split_common.models.checkpoint import Checkpoint
     from split_common.models.denoisers.registry import is_denoiser, read_denoiser_spec
@@ -45,13 +48,15 @@ def model_findings(model: str, adapters: Mapping[str, Path] | None = None) -> It
             yield _blocks(read_denoiser_spec(checkpoint))
             if adapters:
                 yield Finding("adapter", "problem", "--adapter is for language models")
+            if layers is not None:
+                yield Finding("layers", "problem", "--layers is for language models: --cut cuts image models")
             return
         spec = read_spec(checkpoint)
     except SplitError as error:
         yield Finding("model", "problem", str(error))
         return
     yield from _weights(spec)
-    yield from _parts(spec, adapters or {})
+    yield from _parts(spec, adapters or {}, layers)
     yield from _prompts(model, checkpoint)
     yield from _images(model)
 
@@ -64,10 +69,16 @@ def _weights(spec: ModelSpec) -> Iterator[Finding]:
         yield Finding("weights", "ok", weights.describe())
 
 
-def _parts(spec: ModelSpec, adapters: Mapping[str, Path]) -> Iterator[Finding]:
-    """Tries the usual cut, and another one if that is refused and the refusal names one that would do."""
+def _parts(spec: ModelSpec, adapters: Mapping[str, Path], layers: Layers | None) -> Iterator[Finding]:
+    """Tries a cut, or the usual one, and another one if that is refused and the refusal names one that would do."""
     from split_common.models.split import DEFAULT_LAYERS, Split
 
+    if layers is not None:
+        try:
+            yield from _tried(spec, layers.split(spec.layers), adapters)
+        except SplitError as error:
+            yield Finding("model", "problem", str(error))
+        return
     usual = Split.parse(spec.layers, str(DEFAULT_LAYERS)) if spec.layers > 2 else Split(spec.layers, 0, spec.layers)
     try:
         yield from _tried(spec, usual, adapters)

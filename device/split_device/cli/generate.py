@@ -64,8 +64,8 @@ def generate(
 ) -> None:
     """Answer a prompt with a split model: the answer streams to stdout, the model's thinking to stderr.
 
-    Needs a running `lambda-split broker`, or Redis, and a `lambda-split worker` that serves the same model and
-    layers.
+    Needs a running `lambda-split broker`, or a Redis or Valkey server, and a `lambda-split worker` that serves the
+    same model and layers.
     """
     text = check_prompt(read_stdin() if prompt == "-" else prompt)
     check_raw(raw, system, prompt_format, show or ())

@@ -76,8 +76,8 @@ def image(
 ) -> None:
     """Make an image with a split diffusion model.
 
-    Needs a running `lambda-split broker`, or Redis, and a `lambda-split worker` that serves the same model with the
-    same cut. Ctrl-C ends the command, and no file is written.
+    Needs a running `lambda-split broker`, or a Redis or Valkey server, and a `lambda-split worker` that serves the
+    same model with the same cut. Ctrl-C ends the command, and no file is written.
     """
     text = check_prompt(read_stdin() if prompt == "-" else prompt)
     check_image_output(output, start.init_image)

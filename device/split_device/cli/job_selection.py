@@ -18,9 +18,7 @@ from split_device.jobs.shown import SHOWN_STATES, stored_states
 from split_device.jobs.store import Store
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The id that `submit` printed.")]
-JobsArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[JOB]...", help="The ids that `submit` printed.")
-]
+JobsArgument = Annotated[list[str] | None, typer.Argument(metavar="JOB", help="The ids that `submit` printed.")]
 StateOption = Annotated[
     list[str] | None,
     typer.Option(

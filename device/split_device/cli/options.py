@@ -20,6 +20,7 @@ from split_device.speculation.names import DRAFT, SPECULATE_METAVAR, check_specu
 
 STORE_PANEL = "Jobs"
 SAMPLING_PANEL = "Sampling"
+SPECULATION_PANEL = "Speculation"
 
 #: Default of `--give-up`, in seconds.
 GIVE_UP = 3600.0
@@ -156,8 +157,8 @@ PatienceOption = Annotated[
         min=0.0,
         metavar="SECONDS",
         rich_help_panel=QUEUE_PANEL,
-        help="How long to wait for a worker while all are full, or after the last one was lost. `generate`, `chat` "
-        "and `image` also wait for a first one.",
+        help="How long to wait for a worker while all are full, or after the last one was lost. `generate`, "
+        "`chat`, `image` and `ping` also wait for a first one.",
     ),
 ]
 StepTimeoutOption = Annotated[
@@ -307,7 +308,7 @@ SpeculateOption = Annotated[
         "--speculate",
         parser=parse_speculate,
         metavar=SPECULATE_METAVAR,
-        rich_help_panel=QUEUE_PANEL,
+        rich_help_panel=SPECULATION_PANEL,
         help="How to guess the next tokens: the worker checks several guesses in one trip, and the answer stays "
         "the same. auto guesses only as many as pay. draft:MODEL has a small model with the same tokenizer guess "
         "here, as often as that pays.",
@@ -319,7 +320,7 @@ JobSpeculateOption = Annotated[
         "--speculate",
         parser=parse_speculate,
         metavar=SPECULATE_METAVAR,
-        rich_help_panel=QUEUE_PANEL,
+        rich_help_panel=SPECULATION_PANEL,
         show_default="the agent's",
         help="How to guess the next tokens of this job. A draft model must be the agent's.",
     ),
